@@ -1,0 +1,157 @@
+"""Ground floor: errors for the user, device, seed, logging, and files that are whole or not there."""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import pickle
+import random
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+
+
+class UserError(Exception):
+    """Something the user can put right: one line that names the file or the flag, and the remedy."""
+
+
+def command(main: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a script's `main`: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        script = Path(main.__code__.co_filename).name
+        try:
+            main(argv)
+        except UserError as error:
+            print(f"{script}: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print(f"{script}: interrupted; the files written so far are whole", file=sys.stderr)
+            raise SystemExit(130) from None
+
+    return run
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of `--device`, or CUDA where there is one."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
+        raise UserError(f"--device {name}: not usable here ({first_line(error)}); try --device cpu") from None
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python and torch (all devices)."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; a missing, unreadable or malformed one is a UserError that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: put the file there, or point --data-root at its dataset") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable JSON file ({first_line(error)}): download it again") from None
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that replaces `path` only when all of it is on disk; until then an earlier `path` stays as it was."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise UserError(f"could not write {path} ({error.strerror}): free space or choose another folder") from None
+    finally:
+        with contextlib.suppress(OSError):  # there is none after the replace, nor where the folder is a file
+            beside.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with written_whole(path) as file:
+        file.write(text.encode())
+
+
+def check_writable(folders: dict[str, Path | None]) -> None:
+    """Fail now rather than after hours of work, if files cannot be made in a folder (which need not exist yet).
+
+    Args:
+        folders: flag -> its folder, None where nothing is to be written.
+    """
+    for flag, folder in folders.items():
+        if folder is None:
+            continue
+        nearest = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"{flag} {folder}: {nearest} is not a folder that can be written to; choose another")
+
+
+def save_tensors(path: Path, content: dict[str, Any]) -> None:
+    """`torch.save`, whole or not at all. Raises UserError where the disk refuses it."""
+    with written_whole(path) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(0, f"the disk refused it: {first_line(error)}") from None
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """`torch.load` on the CPU of a dict of tensors and plain types; code in a pickle is refused, never run.
+
+    Raises:
+        UserError: the file is missing, truncated, not a checkpoint, or holds more than tensors and plain types.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not a readable checkpoint ({first_line(error)}): copy or train it again") from None
+    except (pickle.UnpicklingError, AttributeError, TypeError):
+        raise UserError(
+            f"{path} is damaged or holds objects other than tensors and plain types, which could run code: refused; "
+            "save it again as a dict of tensors"
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dict: it is not a checkpoint of this project")
+    return content
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint file that a path stands for: itself, itself with `.pt`, or the only one in a run folder.
+
+    Raises:
+        UserError: there is none, or a folder holds several.
+    """
+    candidates = [path, path.with_name(path.name + ".pt")]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    found = sorted(path.glob("*.pt")) or sorted(path.glob("saved_models/*.pt"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(f"{path} holds several checkpoints ({', '.join(f.name for f in found)}): name one of them")
+    raise UserError(f"no checkpoint at {path}: looked for it, for {candidates[1].name} and for *.pt in a folder of it")
