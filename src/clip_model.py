@@ -1,0 +1,149 @@
+"""OpenAI's CLIP: load, tokenize, freeze, write a tiny one. The only importer of `clip`."""
+
+import logging
+import urllib.error
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from utils import UserError, find_checkpoint, first_line, load_tensors, save_tensors, seed_everything
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # clip-anytorch imports pkg_resources, which says that it is deprecated
+    import clip
+    from clip.model import CLIP, build_model
+
+ENCODERS = ("both", "text", "image")
+logger = logging.getLogger(__name__)
+
+
+def load_clip(name: str, device: torch.device) -> CLIP:
+    """Build a CLIP model in eval mode with float32 weights.
+
+    Building rounds the weights to fp16, as the clip package does everywhere; what is loaded into the model later
+    (`load_finetuned`) stays float32.
+
+    Args:
+        name: one of `clip.available_models()`, or the path of a checkpoint: a plain state dict or OpenAI's archive.
+
+    Raises:
+        UserError: unknown name, failed download, or a file that no CLIP can be built from.
+    """
+    if name in clip.available_models():
+        return _download(name).float().to(device)
+    path = Path(name)
+    if not path.exists() and not path.with_name(path.name + ".pt").exists():
+        known = ", ".join(clip.available_models())
+        raise UserError(f"--clip-model-name {name}: neither a file nor one of {known}")
+    path = find_checkpoint(path)
+    state = _archived_state(path) if _is_archive(path) else load_tensors(path)
+    if "CLIP" in state:
+        raise UserError(f"--clip-model-name {path} holds fine-tuned weights: give it to --clip-model-path instead")
+    try:
+        model = build_model(dict(state))
+    except (KeyError, RuntimeError, AssertionError, AttributeError, IndexError, ZeroDivisionError):
+        raise UserError(f"--clip-model-name {path} is not a state dict of OpenAI's CLIP: name another file") from None
+    return model.float().to(device)
+
+
+def _download(name: str) -> CLIP:
+    """A pretrained CLIP by name, from the clip package's cache or its download server."""
+    by_hand = Path("~/.cache/clip").expanduser() / Path(clip.clip._MODELS[name]).name
+    try:
+        return clip.load(name, device="cpu")[0]
+    except (OSError, RuntimeError, urllib.error.URLError) as error:
+        raise UserError(
+            f"--clip-model-name {name} could not be downloaded ({first_line(error)}): fetch "
+            f"{clip.clip._MODELS[name]} elsewhere and put it at {by_hand}"
+        ) from None
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether the file is a TorchScript archive, the form in which OpenAI publishes its weights."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _archived_state(path: Path) -> dict[str, Tensor]:
+    try:
+        return torch.jit.load(path, map_location="cpu").state_dict()
+    except RuntimeError as error:
+        raise UserError(f"{path} is not a readable TorchScript archive ({first_line(error)}): fetch it again") from None
+
+
+def load_finetuned(model: CLIP, checkpoint: dict, path: Path) -> None:
+    """Copy stage-1 weights into the model, in float32.
+
+    Raises:
+        UserError: the weights are those of another architecture; both are named.
+    """
+    own, new = model.state_dict(), checkpoint["CLIP"]
+    if {k: v.shape for k, v in own.items()} != {k: getattr(v, "shape", None) for k, v in new.items()}:
+        raise UserError(
+            f"--clip-model-path {path} was trained on another architecture ({describe(new)}) than --clip-model-name "
+            f"builds ({describe(own)}): name the model it was trained on"
+        )
+    model.load_state_dict(new)
+
+
+def describe(state: dict[str, Tensor]) -> str:
+    """An architecture in words, from the shapes of its weights."""
+    try:
+        embedding = state["text_projection"].shape[1]
+        patches = state.get("visual.positional_embedding", state.get("visual.attnpool.positional_embedding"))
+        kind = "ViT" if "visual.proj" in state else "ResNet"
+        first = state["visual.conv1.weight"].shape
+        return f"{kind} of width {first[0]}, {patches.shape[0] - 1} patches, embedding {embedding}"
+    except (KeyError, AttributeError, IndexError):
+        return "not a CLIP"
+
+
+def choose_trained(model: CLIP, encoder: str) -> list[nn.Parameter]:
+    """Freeze what `--encoder` leaves alone and return the parameters that learn.
+
+    `image` trains `visual.*`; `text` all but `visual.*`; `both` everything.
+    """
+    for name, parameter in model.named_parameters():
+        is_visual = name.startswith("visual.")
+        parameter.requires_grad_(encoder == "both" or is_visual == (encoder == "image"))
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def resolution(model: CLIP) -> int:
+    """Side of the input images, in pixels."""
+    return model.visual.input_resolution
+
+
+def feature_dim(model: CLIP) -> int:
+    """Length D of image and text features."""
+    return model.text_projection.shape[1]
+
+
+def tokenize(captions: list[str]) -> Tensor:
+    """Captions to CLIP tokens (len(captions), 77); a longer caption is truncated, here and nowhere else."""
+    return clip.tokenize(captions, truncate=True)
+
+
+TINY = {
+    "vit": {"vision_layers": 4, "vision_patch_size": 8, "vision_width": 64},
+    "resnet": {"vision_layers": (1, 1, 1, 1), "vision_patch_size": None, "vision_width": 16},
+}
+
+
+def write_tiny_clip(path: Path, kind: str, seed: int = 0, image_resolution: int = 32) -> None:
+    """Write the state dict of a small CLIP with random weights, which `--clip-model-name PATH` loads.
+
+    Args:
+        kind: "vit" or "resnet".
+        image_resolution: pixels; a multiple of 8 (vit) or 32 (resnet).
+    """
+    seed_everything(seed)
+    text = {"context_length": 77, "vocab_size": 49408, "transformer_width": 64}
+    text |= {"transformer_heads": 1, "transformer_layers": 2}
+    model = CLIP(embed_dim=64, image_resolution=image_resolution, **TINY[kind], **text)
+    save_tensors(path, {name: weight.half() for name, weight in model.state_dict().items()})

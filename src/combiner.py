@@ -1,0 +1,193 @@
+"""Ways to compose a query: the sum, the MoE Combiner, the plain CLIP4Cir Combiner; build one from a checkpoint.
+
+Shapes: B queries, D = CLIP's feature length, P = projection_dim, H = hidden_dim, E experts, k of them per query.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils import UserError
+
+Compose = Callable[[Tensor, Tensor], Tensor]  # image features (B, D), text features (B, D) -> queries (B, D)
+
+LOGIT_SCALE = 100.0
+ATTENTION_HEADS = 4
+ORIGINAL_TOP_K = 2
+
+
+def compose_sum(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """The normalised sum of unnormalised CLIP features, (B, D), (B, D) -> (B, D): stage 1's query."""
+    return F.normalize(image_features + text_features, dim=-1)
+
+
+def contrastive_loss(queries: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy over the batch: row i's answer is column i, every other target is a negative (one direction).
+
+    Args:
+        queries, targets: (B, D), normalised.
+    """
+    logits = LOGIT_SCALE * queries @ targets.T  # (B, B)
+    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+
+
+class SparseMoE(nn.Module):
+    """Sparse mixture of experts, each Linear(P_in, H) + GELU + dropout (Shazeer et al. 2017, top-k gating).
+
+    Of a row's E router logits the k largest are kept; softmax over those k alone weighs the experts' outputs.
+    Rows are grouped by expert, so an expert runs once on all of its rows, and one without rows does not run at all.
+    """
+
+    def __init__(self, in_dim: int, hidden_dim: int, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.router = nn.Linear(in_dim, num_experts)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Dropout(0.1)) for _ in range(num_experts)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_dim) -> (B, H)."""
+        logits, chosen = self.router(x).topk(self.top_k, dim=-1)  # (B, k), (B, k)
+        weights = logits.softmax(-1)
+        slots = chosen.flatten().argsort(stable=True)  # (B * k,) slots b * k + j, those of one expert side by side
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        rows = (slots // self.top_k).split(counts)
+        outputs = [expert(x[own]) for expert, own in zip(self.experts, rows, strict=True) if len(own)]
+        ungrouped = torch.cat(outputs)[slots.argsort()].unflatten(0, chosen.shape)  # (B, k, H)
+        return (weights.unsqueeze(-1) * ungrouped).sum(1)
+
+
+class Combiner(nn.Module):
+    """The MoE Combiner: projections, self-attention over [text, image], sparse MoE, element-wise gate, residual.
+
+    Raises:
+        UserError: projection_dim is not a multiple of the attention's 4 heads, or top_k exceeds num_experts.
+    """
+
+    def __init__(self, clip_dim: int, projection_dim: int, hidden_dim: int, num_experts: int = 4, top_k: int = 2):
+        super().__init__()
+        if projection_dim % ATTENTION_HEADS:
+            raise UserError(f"--projection-dim {projection_dim} is not a multiple of {ATTENTION_HEADS}, the heads")
+        if top_k > num_experts:
+            raise UserError(f"--top-k {top_k} is more than --num-experts {num_experts}: choose at most all of them")
+        self.text_projection_layer = _normed_projection(clip_dim, projection_dim)
+        self.image_projection_layer = _normed_projection(clip_dim, projection_dim)
+        self.attn_layer = nn.MultiheadAttention(projection_dim, ATTENTION_HEADS, batch_first=True)
+        self.attn_norm = nn.LayerNorm(projection_dim)
+        self.moe_layer = SparseMoE(2 * projection_dim, hidden_dim, num_experts, top_k)
+        self.output_layer = nn.Linear(hidden_dim, clip_dim)
+        self.gate_net = _gate(2 * projection_dim, hidden_dim, clip_dim)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """Unnormalised CLIP features (B, D), (B, D) -> normalised query (B, D)."""
+        text = self.dropout(self.text_projection_layer(text_features))  # (B, P)
+        image = self.dropout(self.image_projection_layer(image_features))  # (B, P)
+        pair = torch.stack([text, image], dim=1)  # (B, 2, P)
+        attended, _ = self.attn_layer(pair, pair, pair, need_weights=False)
+        joint = self.attn_norm(pair + attended).flatten(1)  # (B, 2P), text first
+        hidden = self.dropout(F.relu(self.moe_layer(joint)))  # (B, H)
+        gate = torch.sigmoid(self.gate_net(joint))  # (B, D)
+        composed = self.output_layer(hidden) + gate * text_features + (1 - gate) * image_features
+        return F.normalize(composed, dim=-1)
+
+
+class PlainCombiner(nn.Module):
+    """CLIP4Cir's Combiner: projections, one hidden layer, a scalar that balances text and image (arXiv 2308.11485)."""
+
+    def __init__(self, clip_dim: int, projection_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.text_projection_layer = nn.Linear(clip_dim, projection_dim)
+        self.image_projection_layer = nn.Linear(clip_dim, projection_dim)
+        self.combiner_layer = nn.Linear(2 * projection_dim, hidden_dim)
+        self.output_layer = nn.Linear(hidden_dim, clip_dim)
+        self.dynamic_scalar = _gate(2 * projection_dim, hidden_dim, 1)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """Unnormalised CLIP features (B, D), (B, D) -> normalised query (B, D)."""
+        text = self.dropout(F.relu(self.text_projection_layer(text_features)))  # (B, P)
+        image = self.dropout(F.relu(self.image_projection_layer(image_features)))  # (B, P)
+        joint = torch.cat([text, image], dim=-1)  # (B, 2P)
+        hidden = self.dropout(F.relu(self.combiner_layer(joint)))  # (B, H)
+        scalar = torch.sigmoid(self.dynamic_scalar(joint))  # (B, 1)
+        composed = self.output_layer(hidden) + scalar * text_features + (1 - scalar) * image_features
+        return F.normalize(composed, dim=-1)
+
+
+def _normed_projection(clip_dim: int, projection_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(clip_dim, projection_dim), nn.LayerNorm(projection_dim), nn.ReLU())
+
+
+def _gate(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Dropout(0.5), nn.Linear(hidden_dim, out_dim))
+
+
+COMBINER_TYPES = ("moe", "clip4cir")
+
+
+def build_combiner(settings: dict) -> nn.Module:
+    """A Combiner with fresh weights from the settings that `combiner_settings` reads back from a checkpoint."""
+    sizes = {name: settings[name] for name in ("clip_dim", "projection_dim", "hidden_dim")}
+    if settings["combiner_type"] == "clip4cir":
+        return PlainCombiner(**sizes)
+    return Combiner(**sizes, num_experts=settings["num_experts"], top_k=settings["top_k"])
+
+
+def combiner_settings(checkpoint: dict, path: Path) -> dict[str, str | int | None]:
+    """Kind, sizes, experts and k of a stage-2 checkpoint.
+
+    They are told from its weights; k, which weights cannot tell, from its stored configuration, else the original's 2.
+
+    Raises:
+        UserError: the weights are those of no Combiner known here.
+    """
+    try:
+        state = checkpoint["Combiner"]
+        is_moe = "moe_layer.router.weight" in state
+        clip_dim, hidden_dim = state["output_layer.weight"].shape
+        joint_dim = state["gate_net.0.weight" if is_moe else "combiner_layer.weight"].shape[1]  # 2P
+        return {
+            "combiner_type": "moe" if is_moe else "clip4cir",
+            "clip_dim": clip_dim,
+            "projection_dim": joint_dim // 2,
+            "hidden_dim": hidden_dim,
+            "num_experts": len(state["moe_layer.router.weight"]) if is_moe else None,
+            "top_k": int(checkpoint.get("config", {}).get("top_k", ORIGINAL_TOP_K)) if is_moe else None,
+        }
+    except (KeyError, AttributeError, IndexError, TypeError, ValueError):
+        raise UserError(f"--combiner-path {path} holds the weights of no Combiner known here: name another") from None
+
+
+def load_combiner(checkpoint: dict, path: Path, wanted: dict[str, str | int | None], clip_dim: int) -> nn.Module:
+    """The Combiner of a checkpoint, in eval mode.
+
+    Args:
+        checkpoint: what `load_tensors` gave for path.
+        wanted: sizes and kind given by the user, by the names of their flags; None where silent.
+        clip_dim: feature length D of the CLIP beside it.
+
+    Raises:
+        UserError: a wanted value, or the CLIP, disagrees with the checkpoint; both values are named.
+    """
+    found = combiner_settings(checkpoint, path)
+    for name, value in wanted.items():
+        if value is not None and value != found[name]:
+            flag = "--" + name.replace("_", "-")
+            has = "none" if found[name] is None else found[name]
+            raise UserError(f"{flag} {value} disagrees with {path}, which has {has}: leave the flag out")
+    if found["clip_dim"] != clip_dim:
+        raise UserError(
+            f"--combiner-path {path} was trained on features of length {found['clip_dim']}, but --clip-model-name "
+            f"gives {clip_dim}: name the CLIP it was trained with"
+        )
+    combiner = build_combiner(found)
+    try:
+        combiner.load_state_dict(checkpoint["Combiner"])
+    except RuntimeError:
+        raise UserError(f"--combiner-path {path} has missing or misshapen weights: train or copy it again") from None
+    return combiner.eval()

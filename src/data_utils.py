@@ -1,0 +1,193 @@
+"""Files to tensors: padding, preprocessing, the records of a split, image datasets. Knows no benchmark."""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
+from torchvision.transforms import functional as F
+
+from utils import UserError, first_line
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Triplet:
+    """One composed query, whichever benchmark it came from."""
+
+    reference: str
+    captions: tuple[str, ...]
+    target: str | None = None  # None where the answer is secret
+    group: tuple[str, ...] = ()  # CIRR's subset of similar images, the reference among them
+    pair_id: int | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """Queries and the gallery they search: gallery row i is names[i]."""
+
+    name: str
+    triplets: list[Triplet]
+    image_paths: dict[str, Path]
+
+    @property
+    def names(self) -> list[str]:
+        """Image names in gallery order."""
+        return list(self.image_paths)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Image files in gallery order."""
+        return list(self.image_paths.values())
+
+    def rows(self, names: Iterable[str | None]) -> Tensor:
+        """Gallery rows of image names, (len(names),)."""
+        row_of = {name: row for row, name in enumerate(self.image_paths)}
+        return torch.tensor([row_of[name] for name in names], dtype=torch.long)
+
+    @property
+    def reference_rows(self) -> Tensor:
+        """Gallery row of each query's reference, (Q,)."""
+        return self.rows(t.reference for t in self.triplets)
+
+    @property
+    def target_rows(self) -> Tensor:
+        """Gallery row of each query's target, (Q,)."""
+        return self.rows(t.target for t in self.triplets)
+
+    @property
+    def group_rows(self) -> Tensor:
+        """Gallery rows of each query's group without the reference, in gallery order, (Q, G - 1)."""
+        groups = [self.rows(n for n in t.group if n != t.reference) for t in self.triplets]
+        return torch.stack(groups).sort(1).values
+
+
+class SquarePad:
+    """Zero-pad an image to a square: each side gets int((max(w, h) - own) / 2) pixels on both ends."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        longest = max(width, height)
+        padding = [int((longest - width) / 2), int((longest - height) / 2)]
+        return F.pad(image, padding, 0, "constant")
+
+
+class TargetPad:
+    """Zero-pad an image whose sides' ratio is at least `ratio` until it is about `ratio` (Baldrati et al. 2023)."""
+
+    def __init__(self, ratio: float) -> None:
+        self.ratio = ratio
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        if max(width, height) / min(width, height) < self.ratio:
+            return image
+        scaled = max(width, height) / self.ratio
+        padding = [max(int((scaled - width) / 2), 0), max(int((scaled - height) / 2), 0)]
+        return F.pad(image, padding, 0, "constant")
+
+
+TRANSFORMS = ("clip", "squarepad", "targetpad")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode of PIL to RGB."""
+    return image.convert("RGB")
+
+
+def make_preprocess(transform: str, target_ratio: float, resolution: int) -> Compose:
+    """PIL image to float tensor (3, resolution, resolution).
+
+    The padding sees the image as it was opened; the conversion to RGB comes after resizing, as in CLIP's own pipeline.
+
+    Args:
+        transform: one of TRANSFORMS.
+        target_ratio: longest to shortest side that targetpad leaves alone.
+        resolution: pixels, the model's input resolution.
+    """
+    padding = {"clip": [], "squarepad": [SquarePad()], "targetpad": [TargetPad(target_ratio)]}[transform]
+    return Compose(
+        [
+            *padding,
+            Resize(resolution, interpolation=InterpolationMode.BICUBIC),
+            CenterCrop(resolution),
+            to_rgb,
+            ToTensor(),
+            Normalize(CLIP_MEAN, CLIP_STD),
+        ]
+    )
+
+
+def load_image(path: Path, preprocess: Compose) -> Tensor:
+    """Open and preprocess one image, (3, D, D). An image that cannot be decoded is a UserError that names it."""
+    try:
+        with Image.open(path) as image:
+            return preprocess(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = first_line(error)
+    raise UserError(f"image {path} cannot be decoded ({reason}): replace the file with a whole copy of the image")
+
+
+def check_images_exist(splits: Iterable[Split]) -> None:
+    """Raise UserError unless every image file of the splits is there and not empty."""
+    paths = list(dict.fromkeys(path for split in splits for path in split.paths))
+    bad = [path for path in paths if not path.is_file() or path.stat().st_size == 0]
+    if bad:
+        raise UserError(
+            f"{len(bad)} of {len(paths)} image files are missing or empty, the first is {bad[0]}: "
+            "put them there; without them every recall would be wrong"
+        )
+
+
+class ImageDataset(Dataset):
+    """Preprocessed images, item i is (3, D, D)."""
+
+    def __init__(self, paths: list[Path], preprocess: Compose) -> None:
+        self.paths = paths
+        self.preprocess = preprocess
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, row: int) -> Tensor:
+        return load_image(self.paths[row], self.preprocess)
+
+
+class TripletImages(Dataset):
+    """Reference and target images of a split's triplets, item i is 2 x (3, D, D)."""
+
+    def __init__(self, split: Split, preprocess: Compose) -> None:
+        self.pairs = [(split.image_paths[t.reference], split.image_paths[t.target]) for t in split.triplets]
+        self.preprocess = preprocess
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        reference, target = self.pairs[row]
+        return load_image(reference, self.preprocess), load_image(target, self.preprocess)
+
+
+def load_batches(dataset: Dataset, batches: list[list[int]], workers: int, device: torch.device) -> Iterator[Any]:
+    """The items at each list of rows, stacked, on the device; decoded by `workers` processes, or here where it is 0."""
+    pinned = device.type == "cuda"
+    # A loader draws a seed when it starts: from a generator of its own, or dropout would depend on what was decoded.
+    own = torch.Generator()
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pinned, generator=own)
+    try:
+        for batch in loader:
+            if isinstance(batch, Tensor):
+                yield batch.to(device, non_blocking=pinned)
+            else:
+                yield [tensor.to(device, non_blocking=pinned) for tensor in batch]
+    except UserError as error:
+        # A worker process sends its error as a traceback in text; its last line is ours.
+        raise UserError(re.split(r"\bUserError: ", str(error))[-1].strip()) from None
