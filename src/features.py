@@ -1,0 +1,171 @@
+"""Images and captions to CLIP features, once: the encoder, and a cache on disk with an honest key."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import PIL
+import torch
+import torchvision
+from torch import Tensor
+from torchvision.transforms import Compose
+from tqdm import tqdm
+
+from clip_model import CLIP, feature_dim, tokenize
+from data_utils import ImageDataset, Split, load_batches
+from utils import UserError, load_tensors, save_tensors
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A CLIP with the preprocessing that its features are made with. Features are unnormalised, float32.
+
+    Attributes:
+        recipe: model name, transform, target ratio and resolution, from which `model` and `preprocess` were made.
+    """
+
+    model: CLIP
+    preprocess: Compose
+    recipe: dict[str, str | int | float]
+    device: torch.device
+    workers: int = 0
+    batch_size: int = 32
+
+    @torch.no_grad()
+    def images(self, paths: list[Path], what: str = "images") -> Tensor:
+        """Image files to features (len(paths), D) on the device, in order, with a progress bar that names `what`."""
+        chunks = _chunks(len(paths), self.batch_size)
+        features = torch.empty(len(paths), feature_dim(self.model), device=self.device)
+        dataset = ImageDataset(paths, self.preprocess)
+        with tqdm(total=len(paths), desc=f"encoding {what}", unit="img", leave=False, disable=None) as bar:
+            for rows, pixels in zip(chunks, load_batches(dataset, chunks, self.workers, self.device), strict=True):
+                features[rows[0] : rows[-1] + 1] = self.model.encode_image(pixels).float()
+                bar.update(len(rows))
+        return features
+
+    @torch.no_grad()
+    def captions(self, captions: list[str]) -> Tensor:
+        """Captions to features (len(captions), D) on the device, in order; a repeated one is encoded once."""
+        unique = list(dict.fromkeys(captions))
+        tokens = [tokenize([unique[i] for i in rows]) for rows in _chunks(len(unique), self.batch_size)]
+        encoded = torch.cat([self.model.encode_text(chunk.to(self.device)).float() for chunk in tokens])
+        row_of = {caption: row for row, caption in enumerate(unique)}
+        return encoded[torch.tensor([row_of[caption] for caption in captions], device=self.device)]
+
+    def describe(self) -> dict[str, str | int | float]:
+        """All that determines the features beside the images and captions themselves, in plain types."""
+        return self.recipe | {
+            "weights": weights_digest(self.model.state_dict()),
+            "precision": f"float32 on {self.device.type}",
+            "versions": versions(),
+        }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that images and features pass through."""
+    packages = {"torch": torch, "torchvision": torchvision, "pillow": PIL}
+    return {name: str(package.__version__) for name, package in packages.items()}
+
+
+def _chunks(count: int, size: int) -> list[list[int]]:
+    """0 .. count - 1 in lists of `size`."""
+    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+
+
+def weights_digest(state: dict[str, Tensor]) -> str:
+    """SHA-256 of a state dict's names, shapes, types and values."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(state.items()):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def file_identities(paths: list[Path]) -> list[tuple[str, int, int]]:
+    """(absolute path, bytes, modification time in ns) of each file: another image, another identity."""
+    stats = [(path.resolve(), path.stat()) for path in paths]
+    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
+
+class FeatureCache:
+    """Features on disk, one file for each key; without a folder nothing is kept.
+
+    A file that is truncated, damaged or another's is noticed and made anew.
+    """
+
+    def __init__(self, folder: Path | None, encoder: Encoder) -> None:
+        self.folder = folder
+        self.encoder = encoder
+        self.encoder_key = encoder.describe() if folder else None
+
+    def images(self, paths: list[Path], label: str) -> Tensor:
+        """Features (len(paths), D) of image files; `label` begins the name of the file that keeps them."""
+        identities = file_identities(paths) if self.folder else None
+        return self._get(f"{label}-images", identities, lambda: self.encoder.images(paths, f"{label} images"))
+
+    def captions(self, captions: list[str], label: str) -> Tensor:
+        """Features (len(captions), D) of captions; `label` begins the name of the file that keeps them."""
+        return self._get(f"{label}-captions", captions, lambda: self.encoder.captions(captions))
+
+    def _get(self, label: str, inputs: object, compute: Callable[[], Tensor]) -> Tensor:
+        if self.folder is None:
+            return compute()
+        key = hashlib.sha256(json.dumps([label, self.encoder_key, inputs]).encode()).hexdigest()
+        path = self.folder / f"{label}-{key[:16]}.pt"
+        features = self._read(path, key)
+        if features is None:
+            features = compute()
+            self._write(path, key, features)
+        return features.to(self.encoder.device)
+
+    def _read(self, path: Path, key: str) -> Tensor | None:
+        if not path.exists():
+            return None
+        try:
+            content = load_tensors(path)
+            features = content["features"]
+            if content["key"] == key and content["digest"] == weights_digest({"features": features}):
+                logger.info("features read from %s", path)
+                return features
+        except (UserError, KeyError, AttributeError, TypeError):
+            pass  # not one of our files; said below, as for one of ours that is damaged
+        logger.warning("%s is damaged or of another origin: encoding anew", path)
+        return None
+
+    def _write(self, path: Path, key: str, features: Tensor) -> None:
+        features = features.cpu()
+        try:
+            save_tensors(path, {"key": key, "digest": weights_digest({"features": features}), "features": features})
+        except UserError as error:
+            logger.warning("%s; going on without a cache", error)  # the features are in memory: nothing is lost
+
+
+@dataclass(frozen=True)
+class FrozenSplit:
+    """A split as tensors on the device: all that an epoch or an evaluation on frozen features needs.
+
+    Attributes:
+        images: (N, D) in gallery order.
+        captions: (Q, V, D), V texts a triplet.
+    """
+
+    split: Split
+    images: Tensor
+    captions: Tensor
+
+
+def freeze(cache: FeatureCache, split: Split, texts: list[list[str]], label: str) -> FrozenSplit:
+    """Encode a split's images and the texts of its triplets, or take them from the cache.
+
+    Args:
+        texts: V texts for each triplet.
+        label: beginning of the names of the cache's files.
+    """
+    images = cache.images(split.paths, label)
+    captions = cache.captions([text for variants in texts for text in variants], label)
+    return FrozenSplit(split, images, captions.unflatten(0, (len(texts), -1)))
