@@ -1,0 +1,122 @@
+"""A trained pair from flags and checkpoints: CLIP with its preprocessing, and the way to compose a query."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clip_model import feature_dim, load_clip, load_finetuned, resolution
+from combiner import Compose, compose_sum, load_combiner
+from data_utils import TRANSFORMS, make_preprocess
+from features import Encoder
+from utils import UserError, find_checkpoint, load_tensors
+
+logger = logging.getLogger(__name__)
+
+ORIGINAL_DEFAULTS = {"clip_model_name": "RN50x4", "transform": "targetpad", "target_ratio": 1.25}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint file that was found and read: its content, and the configuration stored in it ({} if none)."""
+
+    path: Path
+    content: dict[str, Any]
+    config: dict[str, Any]
+
+
+def read_checkpoint(flag: str, path: Path | None, key: str) -> Checkpoint | None:
+    """The checkpoint that a flag names, None where the flag is silent.
+
+    Args:
+        key: the checkpoint's key for its weights, "CLIP" or "Combiner".
+
+    Raises:
+        UserError: missing, unreadable, or of another kind.
+    """
+    if path is None:
+        return None
+    try:
+        path = find_checkpoint(path)
+        content = load_tensors(path)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
+    if not isinstance(content.get(key), dict):
+        kinds = {"CLIP": "stage-1 weights", "Combiner": "stage-2 weights"}
+        found = next((name for kind, name in kinds.items() if kind in content), "something else")
+        raise UserError(f"{flag}: {path} holds {found}, not {kinds[key]}: name the right file")
+    config = content.get("config")
+    return Checkpoint(path, content, config if isinstance(config, dict) else {})
+
+
+def settle(choice: dict[str, Any], checkpoints: list[Checkpoint | None]) -> dict[str, Any]:
+    """Model name, transform and target ratio: the flag, else what the checkpoints were trained with, else the default.
+
+    A flag that contradicts how weights were trained is obeyed, with a warning.
+
+    Args:
+        choice: what the flags say, by the names of ORIGINAL_DEFAULTS, None where silent.
+        checkpoints: those given, the more telling first.
+    """
+    settled = {}
+    for name, default in ORIGINAL_DEFAULTS.items():
+        trained = [(c.path, c.config[name]) for c in checkpoints if c and isinstance(c.config.get(name), type(default))]
+        given = choice[name]
+        settled[name] = given if given is not None else trained[0][1] if trained else default
+        for path, value in trained:
+            if value != settled[name]:
+                flag = "--" + name.replace("_", "-")
+                logger.warning("warning: %s was trained with %s %s, not %s", path, flag, value, settled[name])
+    if settled["transform"] not in TRANSFORMS:
+        raise UserError(f"a checkpoint names the transform {settled['transform']}, which is none of {TRANSFORMS}")
+    return settled
+
+
+def load_encoder(
+    settings: dict[str, Any], tuned: Checkpoint | None, device: torch.device, workers: int, batch_size: int = 32
+) -> Encoder:
+    """CLIP in eval mode with its preprocessing.
+
+    Args:
+        settings: from `settle`.
+        tuned: stage-1 weights that replace the model's own.
+    """
+    model = load_clip(settings["clip_model_name"], device)
+    if tuned:
+        load_finetuned(model, tuned.content, tuned.path)
+    pixels = resolution(model)
+    preprocess = make_preprocess(settings["transform"], settings["target_ratio"], pixels)
+    return Encoder(model, preprocess, settings | {"resolution": pixels}, device, workers, batch_size)
+
+
+def load_pair(
+    combining_function: str,
+    clip_path: Path | None,
+    combiner_path: Path | None,
+    clip_choice: dict[str, Any],
+    combiner_choice: dict[str, Any],
+    device: torch.device,
+    workers: int,
+) -> tuple[Encoder, Compose]:
+    """What an evaluation needs of a trained pair.
+
+    Args:
+        combining_function: "sum" or "combiner".
+        clip_choice: see `settle`.
+        combiner_choice: what the user wants the Combiner to be, see `load_combiner`.
+
+    Raises:
+        UserError: a combiner without its path, or whatever is wrong with the checkpoints.
+    """
+    composes = combining_function == "combiner"
+    if composes and combiner_path is None:
+        raise UserError("--combining-function combiner needs --combiner-path: the stage-2 weights to compose with")
+    tuned = read_checkpoint("--clip-model-path", clip_path, "CLIP")
+    trained = read_checkpoint("--combiner-path", combiner_path if composes else None, "Combiner")
+    encoder = load_encoder(settle(clip_choice, [trained, tuned]), tuned, device, workers)
+    if trained is None:
+        return encoder, compose_sum
+    combiner = load_combiner(trained.content, trained.path, combiner_choice, feature_dim(encoder.model))
+    return encoder, combiner.to(device)
