@@ -1,0 +1,146 @@
+"""The whole system on drawn data, in minutes on a CPU: draw, train both stages, validate, write a submission.
+
+python src/demo.py            (or `make demo`)
+python src/demo.py --seeds 0 1 2
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from options import seed_int
+from utils import PROJECT_ROOT, UserError, command
+
+COLUMNS = {
+    "FashionIQ": {"R@10": "average_recall_at10", "R@50": "average_recall_at50", "mean": "average_recall"},
+    "CIRR": {
+        "R@1": "recall_at1",
+        "R@5": "recall_at5",
+        "R_subset@1": "group_recall_at1",
+        "mean(R@5+R_s@1)": "mean(R@5+R_s@1)",
+    },
+}
+STAGE_1 = "--num-epochs 7 --learning-rate 1e-3 --batch-size 128 --validation-frequency 3 --save-training --save-best"
+STAGE_2 = (
+    "--num-epochs 41 --combiner-lr 1e-3 --batch-size 512 --validation-frequency 10 --save-training --save-best "
+    "--projection-dim 256 --hidden-dim 512"
+)
+NEXT = """
+Next, with real data: put FashionIQ and CIRR where fashionIQ_dataset/README.md and cirr_dataset/README.md say, then
+  python src/clip_fine_tune.py --dataset FashionIQ --clip-model-name RN50x4 --num-epochs 100 --batch-size 128 \\
+      --save-training --save-best
+  python src/combiner_train.py --dataset FashionIQ --clip-model-path models/THE_RUN --num-epochs 300 \\
+      --batch-size 2048 --save-training --save-best
+  python src/validate.py --dataset FashionIQ --combining-function combiner --clip-model-path models/THE_RUN \\
+      --combiner-path models/THE_OTHER_RUN"""
+
+
+class Demo:
+    """The commands of one demo and where they leave their files.
+
+    Args:
+        folder: receives data, runs, features, metrics and submissions.
+        seeds: of stage 2; the tables give the mean over them.
+    """
+
+    def __init__(self, folder: Path, seeds: list[int]) -> None:
+        self.folder = folder
+        self.seeds = seeds
+
+    def run(self, script: str, *flags: str | Path) -> None:
+        """Print a command as a user would type it, and run it."""
+        words = [f"src/{script}", *map(str, flags)]
+        print(f"\n$ python {shlex.join(words)}", flush=True)
+        if subprocess.run([sys.executable, *words], cwd=PROJECT_ROOT).returncode:
+            raise UserError(f"{script} failed; what it said is above")
+
+    def train(self, script: str, name: str, *flags: str | Path) -> Path:
+        """Run a training; returns the folder of its weights."""
+        runs = self.folder / "models" / name
+        self.run(script, *flags, "--data-root", self.folder / "data", "--output-dir", runs)
+        return max(runs.iterdir(), key=lambda run: run.stat().st_mtime) / "saved_models"
+
+    def validate(self, dataset: str, name: str, *flags: str | Path) -> dict[str, float]:
+        """Run a validation; returns its metrics."""
+        file = self.folder / "metrics" / f"{dataset} {name}.json".replace(" ", "_")
+        where = ["--data-root", self.folder / "data", "--metrics-json", file]
+        self.run("validate.py", "--dataset", dataset, *flags, *where)
+        return json.loads(file.read_text())
+
+    def benchmark(self, dataset: str, best_clip: str, best_combiner: str) -> tuple[pd.DataFrame, list[str | Path]]:
+        """Train and validate all methods on a benchmark; returns the table, and the flags of the last MoE pair."""
+        clip_name = ["--clip-model-name", self.folder / "data" / "tiny_clip_vit.pt"]
+        by_sum = ["--combining-function", "sum"]
+        results = {"zero-shot sum": [self.validate(dataset, "zero-shot", *by_sum, *clip_name)]}
+        stage_1 = ["--dataset", dataset, *clip_name, *STAGE_1.split()]
+        clip = ["--clip-model-path", self.train("clip_fine_tune.py", f"{dataset}_clip", *stage_1) / best_clip]
+        results["stage-1 sum"] = [self.validate(dataset, "stage-1", *by_sum, *clip)]
+        pair = []
+        for method, kind in (("plain Combiner", "clip4cir"), ("MoE Combiner", "moe")):
+            results[method] = []
+            for seed in self.seeds:
+                stage_2 = ["--dataset", dataset, *clip, "--combiner-type", kind, "--seed", str(seed), *STAGE_2.split()]
+                stage_2 += ["--feature-cache", self.folder / "features"]
+                weights = self.train("combiner_train.py", f"{dataset}_{kind}", *stage_2) / best_combiner
+                pair = ["--combining-function", "combiner", *clip, "--combiner-path", weights]
+                results[method].append(self.validate(dataset, f"{kind} {seed}", *pair))
+        return table(results, COLUMNS[dataset]), pair
+
+    def submit(self, pair: list[str | Path]) -> dict[str, float]:
+        """Write a CIRR submission and score it with the answers that the drawing kept apart."""
+        folder = self.folder / "submission"
+        where = ["--data-root", self.folder / "data", "--output-dir", folder]
+        self.run("cirr_test_submission.py", "--submission-name", "demo", *pair, *where)
+        answers = json.loads((self.folder / "data" / "test1_answers.json").read_text())
+        full = json.loads((folder / "recall_submission_demo.json").read_text())
+        subset = json.loads((folder / "recall_subset_submission_demo.json").read_text())
+        recalls = {f"R@{k}": recall(full, answers, k) for k in (1, 5, 10, 50)}
+        return recalls | {f"R_subset@{k}": recall(subset, answers, k) for k in (1, 2, 3)}
+
+
+def recall(submission: dict[str, list[str]], answers: dict[str, str], k: int) -> float:
+    """Percentage of the answers that are among the first k of a submission's names."""
+    return 100 * statistics.fmean(answer in submission[pair_id][:k] for pair_id, answer in answers.items())
+
+
+def table(results: dict[str, list[dict[str, float]]], columns: dict[str, str]) -> pd.DataFrame:
+    """Methods by metrics, as text: the value, or mean and standard deviation over seeds."""
+    cells = {
+        method: {title: _cell([metrics[name] for metrics in runs]) for title, name in columns.items()}
+        for method, runs in results.items()
+    }
+    return pd.DataFrame.from_dict(cells, orient="index")
+
+
+def _cell(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread}"
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Run the demo and print its tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output-dir", type=Path, default=Path("demo"), metavar="DIR", help="(default: demo)")
+    parser.add_argument("--seeds", type=seed_int, nargs="+", default=[0], help="of stage 2")
+    args = parser.parse_args(argv)
+    demo = Demo(args.output_dir, args.seeds)
+    demo.run("shapes_dataset.py", "--output-dir", args.output_dir / "data")
+    fashioniq, _ = demo.benchmark("FashionIQ", "tuned_clip_best.pt", "combiner.pt")
+    cirr, pair = demo.benchmark("CIRR", "tuned_clip_arithmetic.pt", "combiner_arithmetic.pt")
+    recalls = demo.submit(pair)
+    print("\nFashionIQ layout, val (average of the categories)\n" + fashioniq.to_string())
+    print("\nCIRR layout, val\n" + cirr.to_string())
+    print("\nCIRR layout, test1: the MoE Combiner's submission, scored locally")
+    print(pd.DataFrame([recalls], index=["MoE Combiner"]).to_string(float_format="%.2f"))
+    print(NEXT)
+
+
+if __name__ == "__main__":
+    main()
