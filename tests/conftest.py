@@ -1,0 +1,137 @@
+"""Fixtures: the original's golden files unpacked, a small drawn benchmark, and scripts run in process."""
+
+import csv
+import gzip
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import cirr_test_submission
+import clip_fine_tune
+import combiner_train
+import shapes_dataset
+import validate
+
+GOLDEN = Path(__file__).parent / "golden"
+DOORS = {
+    "clip_fine_tune": clip_fine_tune.main,
+    "combiner_train": combiner_train.main,
+    "validate": validate.main,
+    "cirr_test_submission": cirr_test_submission.main,
+    "shapes_dataset": shapes_dataset.main,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory) -> Path:
+    """Inputs and outputs of the original implementation, unpacked."""
+    folder = tmp_path_factory.mktemp("golden")
+    for file in GOLDEN.iterdir():
+        if file.name.endswith(".tar.gz"):
+            with tarfile.open(file) as archive:
+                archive.extractall(folder, filter="data")
+        elif file.suffix == ".gz":
+            (folder / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
+        else:
+            shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def expected(golden) -> dict:
+    return json.loads((golden / "expected.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory) -> Path:
+    """A data root with a small drawn benchmark and two tiny CLIPs. Not to be written to: see `own_drawn`."""
+    folder = tmp_path_factory.mktemp("drawn")
+    sizes = "--train-triplets 12 --val-triplets 6 --train-groups 4 --val-groups 3"
+    shapes_dataset.main(["--output-dir", str(folder), *sizes.split()])
+    return folder
+
+
+@pytest.fixture
+def own_drawn(drawn, tmp_path) -> Path:
+    """A copy of `drawn` that a test may damage."""
+    return shutil.copytree(drawn, tmp_path / "data")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run a script's main in process, on the CPU without workers, with a data root; returns the output folder."""
+
+    def run(door: str, data_root: Path, *flags: object, output: str = "out") -> Path:
+        folder = tmp_path / output
+        argv = ["--data-root", str(data_root), "--device", "cpu", "--num-workers", "0", *map(str, flags)]
+        DOORS[door](argv if door == "validate" else ["--output-dir", str(folder), *argv])
+        return folder
+
+    return run
+
+
+@pytest.fixture
+def fails(run, capsys):
+    """Run a script that must refuse: exit code 2 and one line on stderr, which is returned."""
+
+    def fails(door: str, data_root: Path, *flags: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run(door, data_root, *flags)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2
+        errors = [line for line in lines if ": error: " in line]
+        assert len(errors) == 1, lines
+        assert lines[-1] == errors[0]
+        assert not any("Traceback" in line for line in lines)
+        return errors[0]
+
+    return fails
+
+
+STAGE_1 = "--num-epochs 2 --learning-rate 1e-4 --batch-size 12 --validation-frequency 1 --save-training"
+STAGE_2 = (
+    "--num-epochs 2 --combiner-lr 1e-3 --batch-size 12 --validation-frequency 1 --save-training "
+    "--projection-dim 16 --hidden-dim 24"
+)
+
+
+@pytest.fixture
+def stage_1(run, drawn):
+    """Train stage 1 briefly on a drawn benchmark; returns the run folder."""
+
+    def stage_1(dataset: str, *flags: object, data_root: Path = drawn, output: str = "clip") -> Path:
+        name = ["--clip-model-name", drawn / "tiny_clip_vit.pt"]
+        folder = run("clip_fine_tune", data_root, "--dataset", dataset, *name, *STAGE_1.split(), *flags, output=output)
+        (only,) = folder.iterdir()
+        return only
+
+    return stage_1
+
+
+@pytest.fixture
+def stage_2(run, drawn, tmp_path):
+    """Train stage 2 briefly on a drawn benchmark; returns the run folder."""
+
+    def stage_2(dataset: str, *flags: object, data_root: Path = drawn, output: str = "combiner") -> Path:
+        fixed = ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--feature-cache", tmp_path / "features"]
+        folder = run("combiner_train", data_root, "--dataset", dataset, *fixed, *STAGE_2.split(), *flags, output=output)
+        (only,) = folder.iterdir()
+        return only
+
+    return stage_2
+
+
+def read_csv(file: Path) -> dict[str, list[float]]:
+    """Columns of a CSV file."""
+    rows = list(csv.DictReader(file.open()))
+    return {name: [float(row[name]) for row in rows] for name in rows[0]}

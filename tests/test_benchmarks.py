@@ -1,0 +1,143 @@
+"""What is read from the annotation files, captions, and how scores become metrics."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import CIRR, FashionIQ
+from data_utils import Split, Triplet
+from features import FrozenSplit
+from retrieval import evaluate, rank, top_k
+from twins import ranks_by_sorting
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("captions", "variants"),
+    [
+        (
+            (" is Red. ", "has no sleeves?"),
+            ["Is red and has no sleeves", "Has no sleeves and is Red", "Is red", "Has no sleeves"],
+        ),
+        (("is red", ""), ["Is red and ", " and is red", "Is red", ""]),
+        (("...", "a, b"), [" and a, b", "A, b and ", "", "A, b"]),
+    ],
+)
+def test_fashioniq_captions(captions, variants, tmp_path):
+    benchmark = FashionIQ(tmp_path)
+    assert benchmark.caption_variants(captions) == variants
+    assert benchmark.caption(captions) == variants[0]
+
+
+def test_cirr_captions_are_used_as_they_are(tmp_path):
+    caption = " Same dog. but RUNNING?"
+    assert CIRR(tmp_path).caption((caption,)) == caption
+    assert CIRR(tmp_path).caption_variants((caption,)) == [caption]
+
+
+def test_training_reads_only_the_images_that_triplets_use(golden):
+    for benchmark in (FashionIQ(golden), CIRR(golden)):
+        split = benchmark.train()
+        assert set(split.names) == {name for t in split.triplets for name in (t.reference, t.target)}
+
+
+def test_fashioniq_splits(golden):
+    benchmark = FashionIQ(golden)
+    assert [split.name for split in benchmark.val()] == ["dress", "toptee", "shirt"]
+    assert len(benchmark.train().triplets) == 48
+    assert all(len(split.triplets) == 40 for split in benchmark.val())
+
+
+def test_cirr_splits(golden):
+    split = CIRR(golden).val()[0]
+    assert len(split.triplets) == 78
+    assert all(len(t.group) == 6 and t.reference in t.group and t.target in t.group for t in split.triplets)
+    assert all(t.target is None for t in CIRR(golden).test1().triplets)
+
+
+def random_split(seed: int, gallery: int) -> FrozenSplit:
+    generator = torch.Generator().manual_seed(seed)
+    names = [f"image{i}" for i in range(gallery)]
+    triplets = []
+    for _ in range(5):
+        members = [names[i] for i in torch.randperm(gallery, generator=generator)[:6]]
+        triplets.append(Triplet(members[0], ("",), members[3], tuple(sorted(members))))
+    split = Split("val", triplets, dict.fromkeys(names))
+    features = torch.randint(-1, 2, (gallery + 5, 3), generator=generator).float() + 0.1
+    return FrozenSplit(split, features[:gallery], features[gallery:].unsqueeze(1))
+
+
+def compose(image, text):
+    return torch.nn.functional.normalize(image + 2 * text, dim=-1)
+
+
+def similarities(frozen: FrozenSplit) -> torch.Tensor:
+    queries = compose(frozen.images[frozen.split.reference_rows], frozen.captions[:, 0])
+    return queries @ torch.nn.functional.normalize(frozen.images, dim=-1).T
+
+
+@given(st.integers(0, 300), st.integers(6, 60))
+def test_ranks_equal_brute_force(seed, gallery):
+    """Against sorted lists, with many ties: in the gallery with and without the reference, and in the group."""
+    frozen = random_split(seed, gallery)
+    similarity, targets, references = similarities(frozen), frozen.split.target_rows, frozen.split.reference_rows
+    kept, _ = rank(FashionIQ(None), frozen, compose)
+    assert kept.tolist() == ranks_by_sorting(similarity, targets)
+    removed, in_group = rank(CIRR(None), frozen, compose)
+    assert removed.tolist() == ranks_by_sorting(similarity, targets, references)
+    for row, triplet in enumerate(frozen.split.triplets):
+        others = sorted(int(i) for i in frozen.split.rows(n for n in triplet.group if n != triplet.reference))
+        order = sorted(others, key=lambda column: -similarity[row, column])
+        assert int(in_group[row]) == order.index(int(targets[row]))
+
+
+@given(st.integers(0, 300), st.integers(6, 60))
+def test_top_k_agrees_with_the_ranks(seed, gallery):
+    frozen = random_split(seed, gallery)
+    ranks, group_ranks = rank(CIRR(None), frozen, compose)
+    nearest, nearest_in_group = top_k(frozen, compose, 50, 3)
+    for row, triplet in enumerate(frozen.split.triplets):
+        assert triplet.reference not in nearest[row]
+        assert len(set(nearest[row])) == len(nearest[row]) == min(50, gallery - 1)
+        assert (triplet.target in nearest[row]) == (ranks[row] < 50)
+        if ranks[row] < 50:
+            assert nearest[row].index(triplet.target) == ranks[row]
+        assert (triplet.target in nearest_in_group[row]) == (group_ranks[row] < 3)
+        assert set(nearest_in_group[row]) < set(triplet.group) - {triplet.reference}
+
+
+def test_one_query():
+    frozen = random_split(1, 8)
+    single = FrozenSplit(
+        Split("val", frozen.split.triplets[:1], frozen.split.image_paths), frozen.images, frozen.captions[:1]
+    )
+    metrics = evaluate(CIRR(None), [single], compose)
+    assert {value for name, value in metrics.items() if "recall" in name} <= {0.0, 100.0}
+    assert rank(CIRR(None), single, compose)[0].shape == (1,)
+
+
+def test_fashioniq_summary_by_hand():
+    benchmark = FashionIQ(None)
+    scores = {"dress": {"recall_at10": 10.0, "recall_at50": 30.0}, "shirt": {"recall_at10": 20.0, "recall_at50": 50.0}}
+    assert benchmark.summary(scores) == {
+        "dress_recall_at10": 10.0,
+        "dress_recall_at50": 30.0,
+        "shirt_recall_at10": 20.0,
+        "shirt_recall_at50": 50.0,
+        "average_recall_at10": 15.0,
+        "average_recall_at50": 40.0,
+        "average_recall": 27.5,
+    }
+
+
+def test_cirr_summary_by_hand():
+    ranks, group_ranks = torch.tensor([0, 4, 7, 60]), torch.tensor([0, 0, 1, 3])
+    benchmark = CIRR(None)
+    metrics = benchmark.summary({"val": benchmark.score(ranks, group_ranks)})
+    recalls = {"group_recall_at1": 50, "group_recall_at2": 75, "group_recall_at3": 75}
+    recalls |= {"recall_at1": 25, "recall_at5": 50, "recall_at10": 75, "recall_at50": 75}
+    assert {name: metrics[name] for name in recalls} == recalls
+    assert metrics["mean(R@5+R_s@1)"] == 50
+    assert metrics["arithmetic_mean"] == pytest.approx(425 / 7)

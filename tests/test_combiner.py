@@ -1,0 +1,162 @@
+"""The Combiners against their definitions, in values and gradients, and their checkpoints."""
+
+import statistics
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from combiner import (
+    Combiner,
+    PlainCombiner,
+    SparseMoE,
+    build_combiner,
+    combiner_settings,
+    compose_sum,
+    contrastive_loss,
+    load_combiner,
+)
+from twins import DefinedCombiner, RowLoopMoE
+from utils import UserError
+
+
+def moe_and_twin(num_experts: int, top_k: int, seed: int = 0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    moe = SparseMoE(6, 5, num_experts, top_k).to(dtype).eval()
+    twin = RowLoopMoE(6, 5, num_experts, top_k).to(dtype).eval()
+    twin.load_state_dict(moe.state_dict())
+    return moe, twin
+
+
+def assert_same_values_and_gradients(moe, twin, x):
+    results = []
+    for module in (moe, twin):
+        own = x.clone().requires_grad_()
+        out = module(own)
+        module.zero_grad()
+        (out * torch.arange(out.numel(), dtype=out.dtype).view_as(out).cos()).sum().backward()
+        gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in module.named_parameters()}
+        results.append([out, own.grad, *gradients.values()])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 9), st.integers(0, 1000))
+def test_moe_equals_its_definition(num_experts, top_k, rows, seed):
+    moe, twin = moe_and_twin(num_experts, min(top_k, num_experts), seed)
+    x = torch.randn(rows, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    assert_same_values_and_gradients(moe, twin, x)
+
+
+@pytest.mark.parametrize("top_k", [1, 4])
+def test_moe_at_the_ends_of_k(top_k):
+    assert_same_values_and_gradients(*moe_and_twin(4, top_k), torch.randn(7, 6, dtype=torch.float64))
+
+
+def test_an_expert_without_rows_does_not_run_and_gets_no_gradient():
+    moe, twin = moe_and_twin(4, 2)
+    with torch.no_grad():
+        for module in (moe, twin):
+            module.router.bias[1] = -1e9
+    moe.experts[1].register_forward_hook(lambda *_: pytest.fail("an expert without rows was run"))
+    assert_same_values_and_gradients(moe, twin, torch.randn(5, 6, dtype=torch.float64))
+    assert moe.experts[1][0].weight.grad is None
+
+
+def test_each_expert_runs_at_most_once_a_step():
+    """Guards against the original's loop over rows: 2B one-row expert calls a step."""
+    moe, _ = moe_and_twin(4, 2, dtype=torch.float32)
+    calls = []
+    for expert in moe.experts:
+        expert.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
+    moe(torch.randn(50, 6))
+    assert len(calls) <= 4
+    assert sum(calls) == 100
+
+
+def test_moe_is_ten_times_faster_than_a_row_loop():
+    torch.manual_seed(0)
+    moe, twin = SparseMoE(5120, 5120, 4, 2), RowLoopMoE(5120, 5120, 4, 2)
+    x = torch.randn(64, 5120)
+
+    def seconds(module) -> float:
+        module.zero_grad()
+        start = time.perf_counter()
+        module(x).sum().backward()
+        return time.perf_counter() - start
+
+    seconds(moe)
+    before = [seconds(moe) for _ in range(2)]
+    slow = seconds(twin)
+    assert slow / statistics.median([*before, seconds(moe)]) >= 10
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(4, 2), (3, 1), (2, 2)])
+def test_the_moe_combiner_equals_its_definition(num_experts, top_k):
+    torch.manual_seed(1)
+    ours = Combiner(12, 8, 10, num_experts, top_k).double().eval()
+    twin = DefinedCombiner(12, 8, 10, num_experts, top_k).double().eval()
+    twin.load_state_dict(ours.state_dict())  # strict: the names are those of the original's checkpoints
+    image, text = torch.randn(2, 9, 12, dtype=torch.float64)
+    torch.testing.assert_close(ours(image, text), twin(image, text))
+
+
+def test_the_plain_combiner_equals_its_definition():
+    c = PlainCombiner(12, 8, 10).double().eval()
+    image, text = torch.randn(2, 9, 12, dtype=torch.float64)
+    joint = torch.cat([c.text_projection_layer(text).relu(), c.image_projection_layer(image).relu()], 1)
+    s = c.dynamic_scalar(joint).sigmoid()
+    out = c.output_layer(c.combiner_layer(joint).relu()) + s * text + (1 - s) * image
+    torch.testing.assert_close(c(image, text), F.normalize(out, dim=-1))
+
+
+def test_sizes_at_full_scale():
+    """About 169 M parameters at D 768, P 2560, H 5120."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in Combiner(768, 2560, 5120).parameters())
+    assert count == pytest.approx(169e6, rel=0.01)
+
+
+def test_dropout_acts_in_training_only():
+    torch.manual_seed(0)
+    combiner = Combiner(12, 8, 10)
+    image, text = torch.randn(2, 3, 12)
+    assert not torch.equal(combiner(image, text), combiner(image, text))
+    combiner.eval()
+    assert torch.equal(combiner(image, text), combiner(image, text))
+
+
+def test_sum_and_loss():
+    image, text = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 4.0]])
+    torch.testing.assert_close(compose_sum(image, text), torch.tensor([[0.6, 0.8]]))
+    queries, targets = torch.eye(3), torch.eye(3)[[0, 2, 1]]
+    row_losses = -(100 * queries @ targets.T).log_softmax(1).diagonal()
+    torch.testing.assert_close(contrastive_loss(queries, targets), row_losses.mean())
+
+
+@pytest.mark.parametrize("kind", ["moe", "clip4cir"])
+def test_a_checkpoint_tells_its_own_sizes(kind, tmp_path):
+    settings = {"combiner_type": kind, "clip_dim": 12, "projection_dim": 8, "hidden_dim": 10}
+    settings |= {"num_experts": 3, "top_k": 1} if kind == "moe" else {"num_experts": None, "top_k": None}
+    built = build_combiner(settings)
+    checkpoint = {"Combiner": built.state_dict(), "config": {"top_k": 1}}
+    assert combiner_settings(checkpoint, tmp_path) == settings
+    loaded = load_combiner(checkpoint, tmp_path, {}, 12)
+    image, text = torch.randn(2, 4, 12)
+    torch.testing.assert_close(loaded(image, text), built.eval()(image, text))
+
+
+def test_k_is_the_originals_where_a_checkpoint_does_not_say(tmp_path):
+    checkpoint = {"Combiner": Combiner(12, 8, 10, num_experts=4, top_k=1).state_dict()}
+    assert combiner_settings(checkpoint, tmp_path)["top_k"] == 2
+
+
+def test_impossible_sizes_are_refused():
+    with pytest.raises(UserError, match="--projection-dim 10"):
+        Combiner(12, 10, 10)
+    with pytest.raises(UserError, match="--top-k 5"):
+        Combiner(12, 8, 10, num_experts=4, top_k=5)

@@ -1,0 +1,140 @@
+"""Padding, preprocessing on every image mode, broken images, and batches in order."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_utils import (
+    CLIP_MEAN,
+    CLIP_STD,
+    ImageDataset,
+    SquarePad,
+    TargetPad,
+    check_images_exist,
+    load_batches,
+    load_image,
+    make_preprocess,
+)
+from utils import UserError
+
+MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"]
+CPU = torch.device("cpu")
+
+
+def picture(mode: str, width: int, height: int) -> Image.Image:
+    """An image of a mode with varied content."""
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    rgb = Image.fromarray(values)
+    if mode == "LAB":
+        return Image.merge("LAB", rgb.split())
+    if mode in ("PA", "I;16"):
+        return rgb.convert("L" if mode == "I;16" else "P").convert(mode)
+    return rgb.convert(mode)
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 41), (1, 90), (90, 1), (1, 1)])
+def test_square_pad_is_square_to_a_pixel(size):
+    padded = SquarePad()(picture("RGB", *size))
+    width, height = size
+    longest = max(size)
+    assert padded.size == (width + 2 * int((longest - width) / 2), height + 2 * int((longest - height) / 2))
+
+
+@pytest.mark.parametrize(
+    ("size", "padded"),
+    [
+        ((100, 90), (100, 90)),  # below the ratio: left alone
+        ((100, 80), (100, 80)),  # at the ratio: padded by nothing
+        ((200, 100), (200, 160)),
+        ((100, 200), (160, 200)),
+        ((1000, 1), (1000, 799)),
+        ((1, 1000), (799, 1000)),
+    ],
+)
+def test_target_pad(size, padded):
+    assert TargetPad(1.25)(picture("RGB", *size)).size == padded
+
+
+def test_padding_is_black_and_centred():
+    padded = np.array(TargetPad(1.25)(Image.new("RGB", (200, 100), "white")))
+    assert (padded[:30] == 0).all()
+    assert (padded[30:130] == 255).all()
+    assert (padded[130:] == 0).all()
+
+
+@pytest.mark.parametrize("transform", ["clip", "squarepad", "targetpad"])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_normalised_pixels(mode, transform):
+    for size in [(50, 40), (20, 90), (3, 64)]:
+        pixels = make_preprocess(transform, 1.25, 16)(picture(mode, *size))
+        assert pixels.shape == (3, 16, 16)
+        assert pixels.dtype == torch.float32
+        low, high = (torch.tensor([(v - m) / s for m, s in zip(CLIP_MEAN, CLIP_STD, strict=True)]) for v in (0.0, 1.0))
+        assert (pixels.amin((1, 2)) >= low - 1e-5).all()
+        assert (pixels.amax((1, 2)) <= high + 1e-5).all()
+
+
+@pytest.mark.parametrize("transform", ["squarepad", "targetpad"])
+@pytest.mark.parametrize("size", [(1, 2000), (2000, 1), (1, 1)])
+def test_extreme_aspect_ratios(transform, size):
+    assert make_preprocess(transform, 1.25, 32)(picture("RGB", *size)).shape == (3, 32, 32)
+
+
+def test_preprocess_is_clips_own_where_nothing_is_padded():
+    """Against the clip package's transform."""
+    from clip.clip import _transform
+
+    image = picture("RGBA", 50, 45)
+    for transform in ("clip", "targetpad"):
+        assert torch.equal(make_preprocess(transform, 1.25, 24)(image), _transform(24)(image))
+
+
+def test_images_that_cannot_be_decoded_are_named(tmp_path):
+    whole = tmp_path / "whole.png"
+    picture("RGB", 40, 40).save(whole)
+    contents = {
+        "truncated.png": whole.read_bytes()[:300],
+        "empty.png": b"",
+        "text.jpg": b"<html>404 not found</html>",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            load_image(tmp_path / name, make_preprocess("clip", 1.25, 16))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_stops_the_batches_by_name(tmp_path, workers):
+    """Also from a worker process, and in one line."""
+    paths = [tmp_path / f"{i}.png" for i in range(4)]
+    for path in paths:
+        picture("RGB", 20, 20).save(path)
+    paths[2].write_bytes(b"no image")
+    dataset = ImageDataset(paths, make_preprocess("clip", 1.25, 16))
+    with pytest.raises(UserError) as error:
+        list(load_batches(dataset, [[0, 1], [2, 3]], workers, CPU))
+    assert str(error.value).startswith(f"image {paths[2]} cannot be decoded")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_keep_the_order_of_rows(tmp_path, workers):
+    paths = [tmp_path / f"{i}.png" for i in range(5)]
+    for level, path in enumerate(paths):
+        Image.new("RGB", (16, 16), (level * 50,) * 3).save(path)
+    dataset = ImageDataset(paths, make_preprocess("clip", 1.25, 16))
+    batches = list(load_batches(dataset, [[4, 0], [2, 1]], workers, CPU))
+    for batch, rows in zip(batches, [[4, 0], [2, 1]], strict=True):
+        assert torch.equal(batch, torch.stack([dataset[row] for row in rows]))
+
+
+def test_missing_and_empty_images_are_counted(golden):
+    from benchmarks import CIRR
+
+    split = CIRR(golden).val()[0]
+    check_images_exist([split])
+    lost = golden / "nowhere.png"
+    split.image_paths[split.names[3]] = lost
+    with pytest.raises(UserError, match=r"1 of \d+ image files .*nowhere.png"):
+        check_images_exist([split])

@@ -1,0 +1,165 @@
+"""A run on disk: what is kept and when, and a tracker whose failures cost nothing."""
+
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import read_csv
+from experiment import Checkpoints, NoTracker, Run, make_tracker, open_run, plain
+from training import Order
+from utils import UserError, written_whole
+
+
+def checkpoints(folder, keep=True, best_only=True) -> Checkpoints:
+    names = {"recall": "best_recall", "mean": "best_mean"}
+    run = Run(folder, NoTracker(), {})
+    return Checkpoints(run, nn.Linear(2, 2), "Combiner", "combiner", names, {"seed": 1}, keep, best_only)
+
+
+def files(folder) -> list[str]:
+    return sorted(file.name for file in folder.rglob("*.pt"))
+
+
+def test_the_best_of_each_metric_is_kept(tmp_path):
+    kept = checkpoints(tmp_path)
+    history = [(10, 5), (9, 6), (12, 6), (12, 7)]
+    for epoch, (recall, mean) in enumerate(history):
+        kept.update(epoch, {"recall": recall, "mean": mean})
+    assert files(tmp_path) == ["best_mean.pt", "best_recall.pt"]
+    by_recall, by_mean = (torch.load(tmp_path / "saved_models" / f"best_{name}.pt") for name in ("recall", "mean"))
+    assert by_recall["epoch"] == 2  # the first of equals
+    assert by_recall["config"] == {"seed": 1, "metrics": {"recall": 12}}
+    assert by_mean["epoch"] == 3
+    assert kept.best == {"recall": 12, "mean": 7}
+
+
+def test_every_validated_epoch_is_kept_without_best_only(tmp_path):
+    kept = checkpoints(tmp_path, best_only=False)
+    for epoch in (0, 3):
+        kept.update(epoch, {"recall": 1, "mean": 1})
+    assert files(tmp_path) == ["combiner_0.pt", "combiner_3.pt"]
+
+
+def test_a_recall_of_zero_can_be_the_best(tmp_path):
+    checkpoints(tmp_path).update(0, {"recall": 0.0, "mean": 0.0})
+    assert len(files(tmp_path)) == 2
+
+
+def test_nothing_is_kept_unless_asked_for(tmp_path):
+    kept = checkpoints(tmp_path, keep=False)
+    kept.update(0, {"recall": 3, "mean": 4})
+    assert files(tmp_path) == []
+    assert kept.best == {"recall": 3, "mean": 4}
+
+
+def test_csv_files(tmp_path):
+    run = Run(tmp_path, NoTracker(), {"b": 1, "a": None})
+    run.record("train", 0, {"train_epoch_loss": 0.1})
+    run.record("train", 1, {"train_epoch_loss": 1 / 3})
+    assert (tmp_path / "train_metrics.csv").read_text() == f"epoch,train_epoch_loss\n0,0.1\n1,{1 / 3!r}\n"
+    assert read_csv(tmp_path / "train_metrics.csv")["train_epoch_loss"] == [0.1, 1 / 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("ViT-B/32", "ViT-B-32"), ("/some/where/tiny clip.pt", "tiny-clip"), ("RN50x16", "RN50x16")],
+)
+def test_folder_names_are_flat_and_without_colons(name, part, tmp_path):
+    """Guards against the original's `:` in the time and nested folders from `/`."""
+    folder = open_run(tmp_path, "clip_finetuned", "fiq", NoTracker(), {"clip_model_name": name}).folder
+    assert folder.parent == tmp_path
+    assert folder.name.startswith(f"clip_finetuned_on_fiq_{part}_")
+    assert ":" not in folder.name
+
+
+def test_plain_flags_are_without_the_key(tmp_path):
+    assert plain({"api_key": "x", "data_root": tmp_path, "seed": 1}) == {"data_root": str(tmp_path), "seed": 1}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), written_whole(path) as file:
+        file.write(b"half of the new")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def fake_comet(monkeypatch, fails_in: set[str]) -> list[str]:
+    """A stand-in for comet_ml that records calls and fails in some of them."""
+    calls = []
+
+    class CometException(Exception):
+        pass
+
+    class Experiment:
+        def __init__(self, **_):
+            self.called("init", CometException)
+
+        def called(self, name, error=ConnectionError):
+            calls.append(name)
+            if name in fails_in:
+                raise error(f"{name} failed")
+
+        def set_name(self, name):
+            self.called("set_name")
+
+        def log_parameters(self, parameters):
+            assert "api_key" not in parameters
+            self.called("log_parameters")
+
+        def log_metrics(self, metrics, epoch):
+            self.called("log_metrics")
+
+    comet = types.ModuleType("comet_ml")
+    comet.Experiment = Experiment
+    comet.exceptions = types.ModuleType("comet_ml.exceptions")
+    comet.exceptions.CometException = CometException
+    monkeypatch.setitem(sys.modules, "comet_ml", comet)
+    monkeypatch.setitem(sys.modules, "comet_ml.exceptions", comet.exceptions)
+    return calls
+
+
+def test_comet_mirrors_a_run(monkeypatch, tmp_path):
+    calls = fake_comet(monkeypatch, set())
+    run = Run(tmp_path, make_tracker("key", "workspace", "name"), {"seed": 0})
+    run.record("validation", 0, {"recall": 1.0})
+    assert calls == ["init", "set_name", "log_parameters", "log_metrics"]
+
+
+@pytest.mark.parametrize("fails_in", ["init", "set_name", "log_parameters", "log_metrics"])
+def test_an_outage_of_comet_never_stops_a_training(fails_in, monkeypatch, tmp_path, caplog):
+    fake_comet(monkeypatch, {fails_in})
+    run = Run(tmp_path, make_tracker("key", "workspace", "name"), {"seed": 0})
+    for epoch in range(3):
+        run.record("validation", epoch, {"recall": 1.0})
+    assert caplog.text.count("going on without it") == 1
+    assert len(read_csv(tmp_path / "validation_metrics.csv")["epoch"]) == 3
+
+
+def test_comet_asked_for_but_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "comet_ml", None)
+    with pytest.raises(UserError, match="pip install comet-ml"):
+        make_tracker("key", "workspace", None)
+    assert type(make_tracker(None, None, "name")) is NoTracker
+
+
+def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
+    order = Order(triplets=10, variants=4, batch_size=3, seed=5)
+    batches = order.batches(2)
+    assert [len(rows) for rows, _ in batches] == [3, 3, 3]
+    assert len(set(torch.cat([rows for rows, _ in batches]).tolist())) == 9
+    again = Order(10, 4, 3, 5).batches(2)
+    for ours, theirs in zip(batches, again, strict=True):
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+    assert not torch.equal(batches[0][0], order.batches(3)[0][0])
+
+
+def test_caption_variants_are_equally_likely():
+    variants = torch.cat([v for _, v in Order(40_000, 4, 100, 0).batches(0)])
+    assert torch.bincount(variants).tolist() == pytest.approx([10_000] * 4, rel=0.05)

@@ -1,0 +1,165 @@
+"""The feature cache: a hit, each kind of miss, and damaged files."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+from PIL import Image
+
+from clip_model import load_clip
+from data_utils import make_preprocess
+from features import Encoder, FeatureCache
+
+CPU = torch.device("cpu")
+
+
+class CountingEncoder(Encoder):
+    """An encoder that counts what it encodes."""
+
+    def images(self, paths, what="images"):
+        self.recipe["images"] = self.recipe.get("images", 0) + len(paths)
+        return super().images(paths, what)
+
+    def captions(self, captions):
+        self.recipe["captions"] = self.recipe.get("captions", 0) + len(captions)
+        return super().captions(captions)
+
+    def describe(self):
+        return {k: v for k, v in super().describe().items() if k not in ("images", "captions")}
+
+
+@pytest.fixture
+def paths(tmp_path):
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for level, file in enumerate(files):
+        Image.new("RGB", (20, 24), (level * 90, 30, 200)).save(file)
+    return files
+
+
+@pytest.fixture
+def make_encoder(drawn):
+    def make(transform="targetpad", ratio=1.25):
+        recipe = {"transform": transform, "target_ratio": ratio, "resolution": 32}
+        model = load_clip(str(drawn / "tiny_clip_vit.pt"), CPU)
+        return CountingEncoder(model, make_preprocess(transform, ratio, 32), recipe, CPU)
+
+    return make
+
+
+CAPTIONS = ["is red", "is blue"]
+
+
+def encode(encoder, folder, paths, captions=CAPTIONS):
+    """What a cache with a fresh start gives, and how many images and captions were encoded for it."""
+    encoder.recipe.update(images=0, captions=0)
+    cache = FeatureCache(folder, encoder)
+    result = cache.images(paths, "train"), cache.captions(captions, "train")
+    return result, (encoder.recipe["images"], encoder.recipe["captions"])
+
+
+def test_a_second_encoding_is_read_from_the_disk(make_encoder, paths, tmp_path):
+    first, made = encode(make_encoder(), tmp_path / "cache", paths)
+    again, read = encode(make_encoder(), tmp_path / "cache", paths)
+    assert (made, read) == ((3, 2), (0, 0))
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+
+
+def test_without_a_folder_nothing_is_kept(make_encoder, paths):
+    for _ in range(2):
+        assert encode(make_encoder(), None, paths)[1] == (3, 2)
+
+
+def test_another_image_is_encoded_anew(make_encoder, paths, tmp_path):
+    before, _ = encode(make_encoder(), tmp_path / "cache", paths)
+    Image.new("RGB", (20, 24), "white").save(paths[1])
+    after, made = encode(make_encoder(), tmp_path / "cache", paths)
+    assert made == (3, 0)
+    assert not torch.equal(before[0][1], after[0][1])
+
+
+def test_another_modification_time_is_another_image(make_encoder, paths, tmp_path):
+    encode(make_encoder(), tmp_path / "cache", paths)
+    os.utime(paths[0], ns=(1, 1))
+    assert encode(make_encoder(), tmp_path / "cache", paths)[1] == (3, 0)
+
+
+def test_other_captions_are_encoded_anew(make_encoder, paths, tmp_path):
+    encode(make_encoder(), tmp_path / "cache", paths)
+    assert encode(make_encoder(), tmp_path / "cache", paths, ["is red", "is green"])[1] == (0, 2)
+    assert encode(make_encoder(), tmp_path / "cache", paths, ["is blue", "is red"])[1] == (0, 2)
+
+
+def test_another_weight_is_another_encoder(make_encoder, paths, tmp_path):
+    encode(make_encoder(), tmp_path / "cache", paths)
+    changed = make_encoder()
+    with torch.no_grad():
+        changed.model.visual.proj[0, 0] += 1e-3
+    assert encode(changed, tmp_path / "cache", paths)[1] == (3, 2)
+
+
+@pytest.mark.parametrize("recipe", [("squarepad", 1.25), ("targetpad", 1.5)])
+def test_another_preprocessing_is_another_encoder(recipe, make_encoder, paths, tmp_path):
+    encode(make_encoder(), tmp_path / "cache", paths)
+    assert encode(make_encoder(*recipe), tmp_path / "cache", paths)[1] == (3, 2)
+
+
+def test_resolution_and_precision_are_part_of_the_key(make_encoder):
+    encoder = make_encoder()
+    about = encoder.describe()
+    assert about["resolution"] == 32
+    assert about["precision"] == "float32 on cpu"
+    on_gpu = dataclasses.replace(encoder, device=torch.device("cuda"))
+    assert on_gpu.describe()["precision"] == "float32 on cuda"
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-200])
+
+
+def flip_a_value(file):
+    content = torch.load(file)
+    content["features"][0, 0] += 1
+    torch.save(content, file)
+
+
+def foreign(file):
+    torch.save({"CLIP": {"weight": torch.ones(2)}}, file)
+
+
+def of_another_key(file):
+    content = torch.load(file)
+    torch.save(content | {"key": "0" * 64}, file)
+
+
+def garbage(file):
+    file.write_bytes(b"not a torch file")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_value, foreign, of_another_key, garbage])
+def test_a_damaged_file_is_noticed_and_made_anew(damage, make_encoder, paths, tmp_path, caplog):
+    folder = tmp_path / "cache"
+    whole, _ = encode(make_encoder(), folder, paths)
+    for file in folder.iterdir():
+        damage(file)
+    again, made = encode(make_encoder(), folder, paths)
+    assert made == (3, 2)
+    assert caplog.text.count("damaged or of another origin") == 2
+    assert torch.equal(whole[0], again[0])
+    assert encode(make_encoder(), folder, paths)[1] == (0, 0)
+
+
+def test_a_full_disk_costs_the_cache_and_nothing_else(make_encoder, paths, tmp_path, caplog):
+    (tmp_path / "file").write_text("where a folder should be")
+    features, made = encode(make_encoder(), tmp_path / "file", paths)
+    assert made == (3, 2)
+    assert features[0].shape == (3, 64)
+    assert "going on without a cache" in caplog.text
+
+
+def test_repeated_captions_are_encoded_once(make_encoder):
+    encoder = make_encoder()
+    features = encoder.captions(["a", "b", "a"])
+    assert torch.equal(features[0], features[2])
+    torch.testing.assert_close(features[1], encoder.captions(["b"])[0])

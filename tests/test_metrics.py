@@ -1,0 +1,77 @@
+"""Ranks by counting against ranks by sorting; recalls and means by hand."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metrics import check_finite, exclude, means, recall_at, target_ranks
+from twins import ranks_by_sorting
+
+
+@st.composite
+def rankings(draw):
+    """Similarities with many ties, a target and an excluded reference for each query."""
+    queries, gallery = draw(st.integers(1, 6)), draw(st.integers(2, 12))
+    cells = st.lists(st.integers(-3, 3), min_size=queries * gallery, max_size=queries * gallery)
+    similarity = torch.tensor(draw(cells), dtype=torch.float32).view(queries, gallery)
+    pairs = [draw(st.permutations(range(gallery)))[:2] for _ in range(queries)]
+    return similarity, torch.tensor([p[0] for p in pairs]), torch.tensor([p[1] for p in pairs])
+
+
+@given(rankings())
+def test_ranks_equal_a_stable_sort(ranking):
+    similarity, targets, _ = ranking
+    assert target_ranks(similarity, targets).tolist() == ranks_by_sorting(similarity, targets)
+
+
+@given(rankings())
+def test_ranks_without_the_reference_equal_a_stable_sort(ranking):
+    similarity, targets, references = ranking
+    ranks = target_ranks(exclude(similarity, references), targets)
+    assert ranks.tolist() == ranks_by_sorting(similarity, targets, references)
+
+
+def test_ties_keep_the_order_of_the_gallery():
+    similarity = torch.full((3, 4), 0.5)
+    assert target_ranks(similarity, torch.tensor([0, 2, 3])).tolist() == [0, 2, 3]
+
+
+def test_exclude_leaves_its_argument_alone():
+    similarity = torch.ones(1, 3)
+    assert exclude(similarity, torch.tensor([1])).tolist() == [[1, float("-inf"), 1]]
+    assert similarity.tolist() == [[1, 1, 1]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_raises(value):
+    """Guards against NaN similarities that compare as "nothing is nearer", which would read as recall 100."""
+    similarity = torch.tensor([[0.1, value, 0.3]])
+    with pytest.raises(ValueError, match="not finite"):
+        check_finite(similarity)
+
+
+def test_nan_never_becomes_a_rank():
+    with pytest.raises(ValueError, match="NaN"):
+        target_ranks(torch.tensor([[float("nan"), 0.2]]), torch.tensor([1]))
+
+
+def test_an_excluded_target_raises():
+    with pytest.raises(ValueError, match="excluded"):
+        target_ranks(exclude(torch.ones(1, 2), torch.tensor([0])), torch.tensor([0]))
+
+
+def test_recall_counts_the_ranks_below_k():
+    ranks = torch.tensor([0, 1, 4, 9])
+    assert [recall_at(ranks, k) for k in (1, 2, 5, 10)] == [25, 50, 75, 100]
+    assert recall_at(torch.tensor([3]), 3) == 0
+
+
+def test_means():
+    expected = {"arithmetic_mean": 62.5, "harmonic_mean": 40.0, "geometric_mean": 50.0}
+    assert means([25.0, 100.0]) == pytest.approx(expected)
+
+
+def test_a_recall_of_zero_makes_the_other_means_zero():
+    """Guards against the original's crash in the geometric mean."""
+    assert means([0.0, 50.0]) == {"arithmetic_mean": 25.0, "harmonic_mean": 0.0, "geometric_mean": 0.0}
