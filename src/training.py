@@ -75,7 +75,7 @@ def fit(
         loss = train_one_epoch(task, epoch, scaler, device)
         run.record("train", epoch, {"train_epoch_loss": loss})
         if epoch % validation_frequency == 0:
-            metrics = task.validate()
+            metrics = _validate(task, epoch)
             run.record("validation", epoch, metrics)
             checkpoints.update(epoch, metrics)
             logger.info(_line(epoch, loss, metrics, checkpoints.best, time.monotonic() - start))
@@ -84,6 +84,14 @@ def fit(
         logger.info("saved: %s", path)
     for name, value in checkpoints.best.items():
         logger.info("best %s = %.2f", name, value)
+
+
+def _validate(task: Task, epoch: int) -> dict[str, float]:
+    """Metrics after an epoch; an error names it."""
+    try:
+        return task.validate()
+    except UserError as error:
+        raise UserError(f"validation after epoch {epoch}: {error}") from None
 
 
 def _line(epoch: int, loss: float, metrics: dict[str, float], best: dict[str, float], seconds: float) -> str:

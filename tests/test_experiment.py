@@ -6,10 +6,11 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.optim import SGD
 
 from conftest import read_csv
 from experiment import Checkpoints, NoTracker, Run, make_tracker, open_run, plain
-from training import Order
+from training import Order, Task, fit
 from utils import UserError, written_whole
 
 
@@ -146,6 +147,17 @@ def test_comet_asked_for_but_not_installed(monkeypatch):
     with pytest.raises(UserError, match="pip install comet-ml"):
         make_tracker("key", "workspace", None)
     assert type(make_tracker(None, None, "name")) is NoTracker
+
+
+def test_an_error_in_a_validation_names_the_epoch(tmp_path):
+    def validate():
+        raise UserError("similarities that are not finite")
+
+    weight = nn.Parameter(torch.ones(1))
+    task = Task(lambda epoch: (1, [None]), lambda batch: weight.sum(), SGD([weight], 0.1), validate)
+    run = Run(tmp_path, NoTracker(), {})
+    with pytest.raises(UserError, match="after epoch 0: similarities"):
+        fit(task, run, checkpoints(tmp_path), torch.device("cpu"), num_epochs=3, validation_frequency=1)
 
 
 def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
