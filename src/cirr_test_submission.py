@@ -10,13 +10,14 @@ import logging
 import re
 from pathlib import Path
 
+import distributed
 import options
 from benchmarks import CIRR
 from data_utils import Split, check_images_exist
 from features import FeatureCache
 from pair import load_pair
 from retrieval import freeze_queries, top_k
-from utils import PROJECT_ROOT, UserError, check_writable, command, pick_device, write_text
+from utils import PROJECT_ROOT, UserError, check_writable, command, write_text
 
 RECALL_LENGTH, SUBSET_LENGTH = 50, 3  # names a query, as the server wants them
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def write_submission(path: Path, metric: str, split: Split, names: list[list[str
 def main(argv: list[str] | None = None) -> None:
     """Rank test1's gallery for every query, and each query's group."""
     args = parse(argv)
-    device = pick_device(args.device)
+    device = options.pick_device(args.device)
     if not re.fullmatch(r"[\w.@+-]+", args.submission_name):
         raise UserError(f"--submission-name {args.submission_name}: use letters, digits and . _ @ + - only")
     check_writable({"--output-dir": args.output_dir})
@@ -57,10 +58,12 @@ def main(argv: list[str] | None = None) -> None:
     choices = options.clip_choice(args), options.combiner_choice(args)
     encoder, compose = load_pair(args.combining_function, *paths, *choices, device, args.num_workers)
     frozen = freeze_queries(FeatureCache(None, encoder), CIRR(args.data_root), split, "cirr-test1")
-    nearest, nearest_in_group = top_k(frozen, compose, RECALL_LENGTH, SUBSET_LENGTH)
+    nearest, nearest_in_group = top_k(frozen, compose, RECALL_LENGTH, SUBSET_LENGTH, args.similarity_block)
     folder, name = args.output_dir, args.submission_name
-    write_submission(folder / f"recall_submission_{name}.json", "recall", split, nearest)
-    write_submission(folder / f"recall_subset_submission_{name}.json", "recall_subset", split, nearest_in_group)
+    if distributed.is_main():
+        write_submission(folder / f"recall_submission_{name}.json", "recall", split, nearest)
+        write_submission(folder / f"recall_subset_submission_{name}.json", "recall_subset", split, nearest_in_group)
+    distributed.stop()
 
 
 if __name__ == "__main__":

@@ -9,24 +9,27 @@ On a laptop, with drawn data: see `make demo`.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 
+import distributed
 import options
 from benchmarks import BENCHMARKS, Benchmark
-from clip_model import choose_trained, tokenize
-from combiner import compose_sum, contrastive_loss
-from data_utils import Split, TripletImages, check_images_exist, load_batches
+from clip_model import CLIP, checkpoint_gradients, choose_trained, suit_to_gpu, tokenize
+from combiner import compose_sum
+from data_utils import Split, TripletImages, check_images_exist, load_batches, normalise
 from experiment import Checkpoints, make_tracker, open_run, plain
 from features import Encoder, FrozenSplit, versions
+from image_cache import open_image_cache
 from pair import load_encoder, settle
 from retrieval import evaluate
-from training import Order, Task, fit
-from utils import check_writable, command, pick_device, seed_everything
+from training import Order, Precision, Schedule, Stepper, Task, average, check_micro_batch, fit, trainable
+from utils import check_writable, command, seed_everything
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -36,35 +39,44 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents).parse_args(argv)
 
 
+class SumFeatures(nn.Module):
+    """CLIP as stage 1 trains it: reference, target and caption to normalised query and target."""
+
+    def __init__(self, clip_model: CLIP) -> None:
+        super().__init__()
+        self.clip_model = clip_model
+
+    def train(self, mode: bool = True) -> "SumFeatures":
+        """Stay in eval mode whatever is asked for: BatchNorm keeps the statistics it was pretrained with."""
+        return super().train(False)
+
+    def forward(self, references: Tensor, targets: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (b, 3, R, R) uint8 twice, tokens (b, 77) -> queries (b, D), targets (b, D); images in one pass."""
+        images = self.clip_model.encode_image(normalise(torch.cat([references, targets])))  # (2b, D)
+        reference_features, target_features = images.chunk(2)
+        queries = compose_sum(reference_features, self.clip_model.encode_text(tokens))
+        return queries, F.normalize(target_features, dim=-1)
+
+
 def triplet_batches(
     encoder: Encoder, benchmark: Benchmark, train: Split, order: Order
-) -> Callable[[int], tuple[int, Iterable[list[Tensor]]]]:
-    """epoch -> count and batches of reference images (B, 3, R, R), target images, caption tokens (B, 77)."""
-    images = TripletImages(train, encoder.preprocess)
+) -> Callable[[int], Iterable[tuple[list[Tensor], Tensor]]]:
+    """epoch -> batches of reference and target images (b, 3, R, R) uint8, caption tokens (b, 77); target ids (b,)."""
+    images = TripletImages(train, encoder.read)
     tokens = torch.stack([tokenize(benchmark.caption_variants(t.captions)) for t in train.triplets])  # (T, V, 77)
+    targets = train.target_rows
 
-    def batches(epoch: int) -> tuple[int, Iterable[list[Tensor]]]:
-        chosen = order.batches(epoch)
-        pixels = load_batches(images, [rows.tolist() for rows, _ in chosen], encoder.workers, encoder.device)
-        texts = (tokens[rows, variants].to(encoder.device) for rows, variants in chosen)
-        return len(chosen), ([*pair, text] for pair, text in zip(pixels, texts, strict=True))
+    def batches(epoch: int) -> Iterable[tuple[list[Tensor], Tensor]]:
+        rows, variants = order.batches(epoch)
+        texts, ids = tokens[rows, variants].to(encoder.device), targets[rows].to(encoder.device)  # (steps, b, ...)
+        pixels = load_batches(images, rows.tolist(), encoder.workers, encoder.device)
+        return (([*pair, text], own) for pair, text, own in zip(pixels, texts, ids, strict=True))
 
     return batches
 
 
-def sum_loss(encoder: Encoder) -> Callable[[list[Tensor]], Tensor]:
-    """batch -> contrastive loss of the normalised sum against the normalised target."""
-
-    def loss_of(batch: list[Tensor]) -> Tensor:
-        references, targets, tokens = batch
-        queries = compose_sum(encoder.model.encode_image(references), encoder.model.encode_text(tokens))
-        return contrastive_loss(queries, F.normalize(encoder.model.encode_image(targets), dim=-1))
-
-    return loss_of
-
-
 def sum_validation(
-    encoder: Encoder, benchmark: Benchmark, splits: list[Split], images_learn: bool
+    encoder: Encoder, benchmark: Benchmark, splits: list[Split], images_learn: bool, block: int | None
 ) -> Callable[[], dict[str, float]]:
     """() -> metrics of the sum. Galleries are encoded anew each time, or once, now, if the image encoder is frozen."""
 
@@ -78,9 +90,22 @@ def sum_validation(
         for split, gallery in zip(splits, fixed or encode_galleries(), strict=True):
             captions = encoder.captions([benchmark.caption(t.captions) for t in split.triplets])
             frozen.append(FrozenSplit(split, gallery, captions.unsqueeze(1)))
-        return evaluate(benchmark, frozen, compose_sum)
+        return evaluate(benchmark, frozen, compose_sum, block)
 
     return validate
+
+
+def load_stage(args: argparse.Namespace, splits: list[Split], device: torch.device) -> Encoder:
+    """CLIP as the flags want it, with its images decoded or from the cache."""
+    encoder = load_encoder(settle(options.clip_choice(args), []), None, device, args.num_workers)
+    suit_to_gpu(encoder.model, device)
+    if args.gradient_checkpointing:
+        checkpoint_gradients(encoder.model)
+    if args.image_cache is None:
+        return encoder
+    paths = list(dict.fromkeys(path for split in splits for path in split.paths))
+    cached = open_image_cache(args.image_cache, paths, encoder.read, encoder.image_recipe(), args.num_workers)
+    return dataclasses.replace(encoder, read=cached)
 
 
 @command
@@ -88,30 +113,40 @@ def main(argv: list[str] | None = None) -> None:
     """Fine-tune CLIP; writes a run folder under --output-dir."""
     args = parse(argv)
     seed_everything(args.seed)
-    device = pick_device(args.device)
-    check_writable({"--output-dir": args.output_dir})
+    device = options.pick_device(args.device)
+    check_writable({"--output-dir": args.output_dir, "--image-cache": args.image_cache})
     tracker = make_tracker(args.api_key, args.workspace, args.experiment_name)
+    precision = Precision(args.precision, device)
 
     benchmark = BENCHMARKS[args.dataset](args.data_root)
     train, val = benchmark.train(), benchmark.val()
     variants = len(benchmark.caption_variants(train.triplets[0].captions))
     order = Order(len(train.triplets), variants, args.batch_size, args.seed)
+    micro_batch = check_micro_batch(args.micro_batch_size, order)
     check_images_exist([train, *val])
 
-    encoder = load_encoder(settle(options.clip_choice(args), []), None, device, args.num_workers)
+    encoder = load_stage(args, [train, *val], device)
     learned = choose_trained(encoder.model, args.encoder)
+    averaged = average(encoder.model, args.ema_decay)
+    measured = dataclasses.replace(encoder, model=averaged.module if averaged else encoder.model)
     task = Task(
         triplet_batches(encoder, benchmark, train, order),
-        sum_loss(encoder),
-        AdamW(learned, lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-7),
-        sum_validation(encoder, benchmark, val, images_learn=args.encoder != "text"),
+        order.steps,
+        trainable(SumFeatures(encoder.model), device, args.compile),
+        AdamW(learned, lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-7, fused=device.type == "cuda"),
+        sum_validation(measured, benchmark, val, args.encoder != "text", args.similarity_block),
+        encoder.model,
+        averaged,
     )
     config = plain(vars(args) | encoder.recipe | {"versions": versions()})
     best_names = {metric: f"tuned_clip_{suffix}" for metric, suffix in benchmark.selection.items()}
     run = open_run(args.output_dir, "clip_finetuned", benchmark.run_name, tracker, config)
-    module = encoder.model
-    kept = Checkpoints(run, module, "CLIP", "tuned_clip", best_names, config, args.save_training, args.save_best)
-    fit(task, run, kept, device, args.num_epochs, args.validation_frequency)
+    saving = args.save_training, args.save_best
+    kept = Checkpoints(run, measured.model, "CLIP", "tuned_clip", best_names, config, *saving)
+    schedule = Schedule(args.num_epochs, args.validation_frequency, args.warmup_steps, args.cosine)
+    stepper = Stepper(task, schedule, precision, micro_batch, args.mask_duplicate_targets, args.clip_grad_norm)
+    fit(task, stepper, schedule, run, kept)
+    distributed.stop()
 
 
 if __name__ == "__main__":

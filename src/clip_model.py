@@ -1,5 +1,6 @@
 """OpenAI's CLIP: load, tokenize, freeze, write a tiny one. The only importer of `clip`."""
 
+import functools
 import logging
 import urllib.error
 import warnings
@@ -8,13 +9,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from utils import UserError, find_checkpoint, first_line, load_tensors, save_tensors, seed_everything
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # clip-anytorch imports pkg_resources, which says that it is deprecated
     import clip
-    from clip.model import CLIP, build_model
+    from clip.model import CLIP, Bottleneck, ModifiedResNet, ResidualAttentionBlock, build_model
 
 ENCODERS = ("both", "text", "image")
 logger = logging.getLogger(__name__)
@@ -106,12 +108,27 @@ def describe(state: dict[str, Tensor]) -> str:
 def choose_trained(model: CLIP, encoder: str) -> list[nn.Parameter]:
     """Freeze what `--encoder` leaves alone and return the parameters that learn.
 
-    `image` trains `visual.*`; `text` all but `visual.*`; `both` everything.
+    `image` trains `visual.*`; `text` all but `visual.*`; `both` everything. CLIP's own logit scale takes no part in the
+    loss, so it is never trained.
     """
     for name, parameter in model.named_parameters():
         is_visual = name.startswith("visual.")
         parameter.requires_grad_(encoder == "both" or is_visual == (encoder == "image"))
+    model.logit_scale.requires_grad_(False)
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def checkpoint_gradients(model: CLIP) -> None:
+    """Recompute each block's activations in the backward pass instead of keeping them (Chen et al. 2016)."""
+    for block in model.modules():
+        if isinstance(block, Bottleneck | ResidualAttentionBlock):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def suit_to_gpu(model: CLIP, device: torch.device) -> None:
+    """Lay a ResNet's weights out channels last, which its convolutions prefer on a GPU."""
+    if device.type == "cuda" and isinstance(model.visual, ModifiedResNet):
+        model.visual.to(memory_format=torch.channels_last)
 
 
 def resolution(model: CLIP) -> int:

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import distributed
 from utils import UserError
 
 Compose = Callable[[Tensor, Tensor], Tensor]  # image features (B, D), text features (B, D) -> queries (B, D)
 
-LOGIT_SCALE = 100.0
 ATTENTION_HEADS = 4
 ORIGINAL_TOP_K = 2
 
@@ -24,14 +24,19 @@ def compose_sum(image_features: Tensor, text_features: Tensor) -> Tensor:
     return F.normalize(image_features + text_features, dim=-1)
 
 
-def contrastive_loss(queries: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy over the batch: row i's answer is column i, every other target is a negative (one direction).
+class RowDropout(nn.Dropout):
+    """Dropout whose mask is that of the global batch: every process draws all of it and takes its own rows.
 
-    Args:
-        queries, targets: (B, D), normalised.
+    With one seed, several processes so train like one.
     """
-    logits = LOGIT_SCALE * queries @ targets.T  # (B, B)
-    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, ...) -> (b, ...)."""
+        world = distributed.world_size()
+        if world == 1 or not self.training:
+            return super().forward(x)
+        mask = torch.empty(world, *x.shape, device=x.device, dtype=x.dtype).bernoulli_(1 - self.p)
+        return x * mask[distributed.rank()].div_(1 - self.p)
 
 
 class SparseMoE(nn.Module):
@@ -46,8 +51,9 @@ class SparseMoE(nn.Module):
         self.top_k = top_k
         self.router = nn.Linear(in_dim, num_experts)
         self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Dropout(0.1)) for _ in range(num_experts)
+            nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU()) for _ in range(num_experts)
         )
+        self.dropout = RowDropout(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_dim) -> (B, H)."""
@@ -58,7 +64,7 @@ class SparseMoE(nn.Module):
         rows = (slots // self.top_k).split(counts)
         outputs = [expert(x[own]) for expert, own in zip(self.experts, rows, strict=True) if len(own)]
         ungrouped = torch.cat(outputs)[slots.argsort()].unflatten(0, chosen.shape)  # (B, k, H)
-        return (weights.unsqueeze(-1) * ungrouped).sum(1)
+        return (weights.unsqueeze(-1) * self.dropout(ungrouped)).sum(1)
 
 
 class Combiner(nn.Module):
@@ -81,7 +87,7 @@ class Combiner(nn.Module):
         self.moe_layer = SparseMoE(2 * projection_dim, hidden_dim, num_experts, top_k)
         self.output_layer = nn.Linear(hidden_dim, clip_dim)
         self.gate_net = _gate(2 * projection_dim, hidden_dim, clip_dim)
-        self.dropout = nn.Dropout(0.5)
+        self.dropout = RowDropout(0.5)
 
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Unnormalised CLIP features (B, D), (B, D) -> normalised query (B, D)."""
@@ -106,7 +112,7 @@ class PlainCombiner(nn.Module):
         self.combiner_layer = nn.Linear(2 * projection_dim, hidden_dim)
         self.output_layer = nn.Linear(hidden_dim, clip_dim)
         self.dynamic_scalar = _gate(2 * projection_dim, hidden_dim, 1)
-        self.dropout = nn.Dropout(0.5)
+        self.dropout = RowDropout(0.5)
 
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Unnormalised CLIP features (B, D), (B, D) -> normalised query (B, D)."""
@@ -124,7 +130,7 @@ def _normed_projection(clip_dim: int, projection_dim: int) -> nn.Sequential:
 
 
 def _gate(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Dropout(0.5), nn.Linear(hidden_dim, out_dim))
+    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), RowDropout(0.5), nn.Linear(hidden_dim, out_dim))
 
 
 COMBINER_TYPES = ("moe", "clip4cir")

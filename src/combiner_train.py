@@ -15,17 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 
+import distributed
 import options
 from benchmarks import BENCHMARKS, Benchmark
 from clip_model import feature_dim
-from combiner import build_combiner, contrastive_loss
+from combiner import build_combiner
 from data_utils import check_images_exist
 from experiment import Checkpoints, make_tracker, open_run, plain
 from features import FeatureCache, FrozenSplit, freeze, versions
 from pair import load_encoder, read_checkpoint, settle
 from retrieval import evaluate, freeze_val
-from training import Order, Task, fit
-from utils import check_writable, command, pick_device, seed_everything
+from training import Order, Precision, Schedule, Stepper, Task, average, fit, trainable
+from utils import check_writable, command, seed_everything
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -36,38 +37,40 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents).parse_args(argv)
 
 
-def feature_batches(frozen: FrozenSplit, order: Order) -> Callable[[int], tuple[int, Iterable[list[Tensor]]]]:
-    """epoch -> count and batches of reference features (B, D), caption features, normalised target features."""
+class ComposedFeatures(nn.Module):
+    """A Combiner as stage 2 trains it: frozen features to normalised query and target."""
+
+    def __init__(self, combiner: nn.Module) -> None:
+        super().__init__()
+        self.combiner = combiner
+
+    def forward(self, images: Tensor, captions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Unnormalised (b, D), (b, D) and normalised (b, D) -> queries (b, D), targets (b, D)."""
+        return self.combiner(images, captions), targets
+
+
+def feature_batches(frozen: FrozenSplit, order: Order) -> Callable[[int], Iterable[tuple[list[Tensor], Tensor]]]:
+    """epoch -> batches of reference features (b, D), caption features, normalised target features; target ids (b,).
+
+    All of it by index on the device: an epoch sends it two tables of numbers, and nothing waits.
+    """
     device = frozen.images.device
     references, targets = frozen.split.reference_rows.to(device), frozen.split.target_rows.to(device)  # (T,)
     normalised = F.normalize(frozen.images, dim=-1)
 
-    def batch(rows: Tensor, variants: Tensor) -> list[Tensor]:
-        rows = rows.to(device)
-        return [frozen.images[references[rows]], frozen.captions[rows, variants.to(device)], normalised[targets[rows]]]
-
-    def batches(epoch: int) -> tuple[int, Iterable[list[Tensor]]]:
-        chosen = order.batches(epoch)
-        return len(chosen), (batch(rows, variants) for rows, variants in chosen)
+    def batches(epoch: int) -> Iterable[tuple[list[Tensor], Tensor]]:
+        for rows, variants in zip(*(table.to(device) for table in order.batches(epoch)), strict=True):
+            ids = targets[rows]
+            yield [frozen.images[references[rows]], frozen.captions[rows, variants], normalised[ids]], ids
 
     return batches
 
 
-def combiner_loss(combiner: nn.Module) -> Callable[[list[Tensor]], Tensor]:
-    """batch -> contrastive loss of the composed queries, dropout on."""
-
-    def loss_of(batch: list[Tensor]) -> Tensor:
-        references, captions, targets = batch
-        return contrastive_loss(combiner.train()(references, captions), targets)
-
-    return loss_of
-
-
 def combiner_validation(
-    combiner: nn.Module, benchmark: Benchmark, frozen: list[FrozenSplit]
+    combiner: nn.Module, benchmark: Benchmark, frozen: list[FrozenSplit], block: int | None
 ) -> Callable[[], dict[str, float]]:
     """() -> metrics of the Combiner as it is, dropout off."""
-    return lambda: evaluate(benchmark, frozen, combiner.eval())
+    return lambda: evaluate(benchmark, frozen, combiner.eval(), block)
 
 
 @command
@@ -75,9 +78,10 @@ def main(argv: list[str] | None = None) -> None:
     """Train a Combiner; writes a run folder under --output-dir."""
     args = parse(argv)
     seed_everything(args.seed)
-    device = pick_device(args.device)
+    device = options.pick_device(args.device)
     check_writable({"--output-dir": args.output_dir, "--feature-cache": args.feature_cache})
     tracker = make_tracker(args.api_key, args.workspace, args.experiment_name)
+    precision = Precision(args.precision, device)
 
     benchmark = BENCHMARKS[args.dataset](args.data_root)
     train, val = benchmark.train(), benchmark.val()
@@ -92,17 +96,25 @@ def main(argv: list[str] | None = None) -> None:
     cache = FeatureCache(args.feature_cache, encoder)
     frozen_train = freeze(cache, train, texts, f"{benchmark.run_name}-train")
     frozen_val = freeze_val(cache, benchmark, val)
+    averaged = average(combiner, args.ema_decay)
+    measured = averaged.module if averaged else combiner
     task = Task(
         feature_batches(frozen_train, order),
-        combiner_loss(combiner),
-        Adam(combiner.parameters(), lr=args.combiner_lr),
-        combiner_validation(combiner, benchmark, frozen_val),
+        order.steps,
+        trainable(ComposedFeatures(combiner), device, args.compile, some_unused=args.combiner_type == "moe"),
+        Adam(combiner.parameters(), lr=args.combiner_lr, fused=device.type == "cuda"),
+        combiner_validation(measured, benchmark, frozen_val, args.similarity_block),
+        combiner,
+        averaged,
     )
     only = len(benchmark.selection) == 1  # one best checkpoint needs no suffix
     best_names = {metric: "combiner" if only else f"combiner_{s}" for metric, s in benchmark.selection.items()}
     run = open_run(args.output_dir, "combiner_trained", benchmark.run_name, tracker, config)
-    kept = Checkpoints(run, combiner, "Combiner", "combiner", best_names, config, args.save_training, args.save_best)
-    fit(task, run, kept, device, args.num_epochs, args.validation_frequency)
+    kept = Checkpoints(run, measured, "Combiner", "combiner", best_names, config, args.save_training, args.save_best)
+    schedule = Schedule(args.num_epochs, args.validation_frequency, args.warmup_steps, args.cosine)
+    stepper = Stepper(task, schedule, precision, None, args.mask_duplicate_targets, args.clip_grad_norm)
+    fit(task, stepper, schedule, run, kept)
+    distributed.stop()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Files to tensors: padding, preprocessing, the records of a split, image datasets. Knows no benchmark."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 from torchvision.transforms import functional as F
 
 from utils import UserError, first_line
@@ -104,7 +104,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def make_preprocess(transform: str, target_ratio: float, resolution: int) -> Compose:
-    """PIL image to float tensor (3, resolution, resolution).
+    """PIL image to bytes (3, resolution, resolution), uint8, which `normalise` makes CLIP's input on the device.
 
     The padding sees the image as it was opened; the conversion to RGB comes after resizing, as in CLIP's own pipeline.
 
@@ -120,20 +120,34 @@ def make_preprocess(transform: str, target_ratio: float, resolution: int) -> Com
             Resize(resolution, interpolation=InterpolationMode.BICUBIC),
             CenterCrop(resolution),
             to_rgb,
-            ToTensor(),
-            Normalize(CLIP_MEAN, CLIP_STD),
+            PILToTensor(),
         ]
     )
 
 
+def normalise(pixels: Tensor) -> Tensor:
+    """CLIP's input from bytes, (..., 3, R, R) uint8 -> float32: what ToTensor and Normalize do, to the last bit."""
+    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    return pixels.float().div_(255).sub_(mean).div_(std)
+
+
+Reader = Callable[[Path], Tensor]  # image file -> preprocessed bytes (3, R, R)
+
+
 def load_image(path: Path, preprocess: Compose) -> Tensor:
-    """Open and preprocess one image, (3, D, D). An image that cannot be decoded is a UserError that names it."""
+    """Open and preprocess one image, (3, R, R) uint8. One that cannot be decoded is a UserError that names it."""
     try:
         with Image.open(path) as image:
             return preprocess(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = first_line(error)
     raise UserError(f"image {path} cannot be decoded ({reason}): replace the file with a whole copy of the image")
+
+
+def file_identities(paths: list[Path]) -> list[tuple[str, int, int]]:
+    """(absolute path, bytes, modification time in ns) of each file: another image, another identity."""
+    stats = [(path.resolve(), path.stat()) for path in paths]
+    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
 
 def check_images_exist(splits: Iterable[Split]) -> None:
@@ -148,32 +162,32 @@ def check_images_exist(splits: Iterable[Split]) -> None:
 
 
 class ImageDataset(Dataset):
-    """Preprocessed images, item i is (3, D, D)."""
+    """Preprocessed images, item i is (3, R, R) uint8."""
 
-    def __init__(self, paths: list[Path], preprocess: Compose) -> None:
+    def __init__(self, paths: list[Path], read: Reader) -> None:
         self.paths = paths
-        self.preprocess = preprocess
+        self.read = read
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, row: int) -> Tensor:
-        return load_image(self.paths[row], self.preprocess)
+        return self.read(self.paths[row])
 
 
 class TripletImages(Dataset):
-    """Reference and target images of a split's triplets, item i is 2 x (3, D, D)."""
+    """Reference and target images of a split's triplets, item i is 2 x (3, R, R) uint8."""
 
-    def __init__(self, split: Split, preprocess: Compose) -> None:
+    def __init__(self, split: Split, read: Reader) -> None:
         self.pairs = [(split.image_paths[t.reference], split.image_paths[t.target]) for t in split.triplets]
-        self.preprocess = preprocess
+        self.read = read
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
         reference, target = self.pairs[row]
-        return load_image(reference, self.preprocess), load_image(target, self.preprocess)
+        return self.read(reference), self.read(target)
 
 
 def load_batches(dataset: Dataset, batches: list[list[int]], workers: int, device: torch.device) -> Iterator[Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
+import distributed
 from utils import UserError, save_tensors, write_text
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,16 @@ class Run:
         self.tracker.log_metrics(metrics, epoch)
 
 
+class SilentRun(Run):
+    """The run as a process sees it that writes nothing, beside the one that does."""
+
+    def __init__(self) -> None:
+        self.folder = Path()
+
+    def record(self, kind: str, epoch: int, metrics: dict[str, float]) -> None:
+        """Leave it to the process that writes."""
+
+
 def open_run(output_dir: Path, stage: str, benchmark: str, tracker: "NoTracker", config: dict[str, Any]) -> Run:
     """Start a run in a new folder `{stage}_on_{benchmark}_{clip}_{time}` under output_dir; never one that exists.
 
@@ -52,6 +63,8 @@ def open_run(output_dir: Path, stage: str, benchmark: str, tracker: "NoTracker",
     Args:
         config: the hyper-parameters, `clip_model_name` among them.
     """
+    if not distributed.is_main():
+        return SilentRun()
     clip = config["clip_model_name"]
     model = re.sub(r"[^\w.@-]+", "-", Path(clip).stem if clip.endswith(".pt") else clip)
     stem = f"{stage}_on_{benchmark}_{model}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
@@ -93,7 +106,7 @@ class Checkpoints:
         self.folder = run.folder / "saved_models"
         self.module, self.key, self.prefix = module, key, prefix
         self.best_names, self.config = best_names, config
-        self.keep, self.best_only = keep, best_only
+        self.keep, self.best_only = keep and distributed.is_main(), best_only
         self.best: dict[str, float] = {}
         self.saved: list[Path] = []
 
@@ -172,4 +185,4 @@ def make_tracker(api_key: str | None, workspace: str | None, name: str | None) -
         import comet_ml.exceptions
     except ImportError:
         raise UserError("--api-key: comet-ml is not installed: pip install comet-ml, or leave the flag out") from None
-    return CometTracker(comet_ml, api_key, workspace, name)
+    return CometTracker(comet_ml, api_key, workspace, name) if distributed.is_main() else NoTracker()

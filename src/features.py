@@ -11,11 +11,11 @@ import PIL
 import torch
 import torchvision
 from torch import Tensor
-from torchvision.transforms import Compose
 from tqdm import tqdm
 
+import distributed
 from clip_model import CLIP, feature_dim, tokenize
-from data_utils import ImageDataset, Split, load_batches
+from data_utils import ImageDataset, Reader, Split, file_identities, load_batches, normalise
 from utils import UserError, load_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
@@ -26,11 +26,11 @@ class Encoder:
     """A CLIP with the preprocessing that its features are made with. Features are unnormalised, float32.
 
     Attributes:
-        recipe: model name, transform, target ratio and resolution, from which `model` and `preprocess` were made.
+        recipe: model name, transform, target ratio and resolution, from which `model` and `read` were made.
     """
 
     model: CLIP
-    preprocess: Compose
+    read: Reader
     recipe: dict[str, str | int | float]
     device: torch.device
     workers: int = 0
@@ -38,24 +38,35 @@ class Encoder:
 
     @torch.no_grad()
     def images(self, paths: list[Path], what: str = "images") -> Tensor:
-        """Image files to features (len(paths), D) on the device, in order, with a progress bar that names `what`."""
-        chunks = _chunks(len(paths), self.batch_size)
-        features = torch.empty(len(paths), feature_dim(self.model), device=self.device)
-        dataset = ImageDataset(paths, self.preprocess)
-        with tqdm(total=len(paths), desc=f"encoding {what}", unit="img", leave=False, disable=None) as bar:
-            for rows, pixels in zip(chunks, load_batches(dataset, chunks, self.workers, self.device), strict=True):
-                features[rows[0] : rows[-1] + 1] = self.model.encode_image(pixels).float()
-                bar.update(len(rows))
-        return features
+        """Image files to features (len(paths), D) on the device, in order, with a progress bar that names `what`.
+
+        Several processes share the work; each gets all features.
+        """
+        chunks = distributed.shard(_chunks(len(paths), self.batch_size))
+        encoded = [torch.empty(0, feature_dim(self.model), device=self.device)]
+        batches = load_batches(ImageDataset(paths, self.read), chunks, self.workers, self.device)
+        total, shown = sum(map(len, chunks)), None if distributed.is_main() else True
+        with tqdm(total=total, desc=f"encoding {what}", unit="img", leave=False, disable=shown) as bar:
+            for pixels in batches:
+                encoded.append(self.model.encode_image(normalise(pixels)).float())
+                bar.update(len(pixels))
+        return distributed.gather_shards(torch.cat(encoded))
 
     @torch.no_grad()
     def captions(self, captions: list[str]) -> Tensor:
         """Captions to features (len(captions), D) on the device, in order; a repeated one is encoded once."""
         unique = list(dict.fromkeys(captions))
-        tokens = [tokenize([unique[i] for i in rows]) for rows in _chunks(len(unique), self.batch_size)]
-        encoded = torch.cat([self.model.encode_text(chunk.to(self.device)).float() for chunk in tokens])
+        encoded = [torch.empty(0, feature_dim(self.model), device=self.device)]
+        for rows in distributed.shard(_chunks(len(unique), self.batch_size)):
+            tokens = tokenize([unique[row] for row in rows])
+            encoded.append(self.model.encode_text(tokens.to(self.device)).float())
         row_of = {caption: row for row, caption in enumerate(unique)}
-        return encoded[torch.tensor([row_of[caption] for caption in captions], device=self.device)]
+        rows = torch.tensor([row_of[caption] for caption in captions], device=self.device)
+        return distributed.gather_shards(torch.cat(encoded))[rows]
+
+    def image_recipe(self) -> dict[str, str | int | float]:
+        """All that determines the preprocessed images beside the files themselves."""
+        return {k: v for k, v in self.recipe.items() if k != "clip_model_name"} | {"versions": versions()}
 
     def describe(self) -> dict[str, str | int | float]:
         """All that determines the features beside the images and captions themselves, in plain types."""
@@ -86,12 +97,6 @@ def weights_digest(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def file_identities(paths: list[Path]) -> list[tuple[str, int, int]]:
-    """(absolute path, bytes, modification time in ns) of each file: another image, another identity."""
-    stats = [(path.resolve(), path.stat()) for path in paths]
-    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-
-
 class FeatureCache:
     """Features on disk, one file for each key; without a folder nothing is kept.
 
@@ -117,11 +122,13 @@ class FeatureCache:
             return compute()
         key = hashlib.sha256(json.dumps([label, self.encoder_key, inputs]).encode()).hexdigest()
         path = self.folder / f"{label}-{key[:16]}.pt"
-        features = self._read(path, key)
+        # The main rank reads and writes; the others get what it has, so that all agree whether to encode.
+        features = distributed.from_main(self._read(path, key) if distributed.is_main() else None, self.encoder.device)
         if features is None:
             features = compute()
-            self._write(path, key, features)
-        return features.to(self.encoder.device)
+            if distributed.is_main():
+                self._write(path, key, features)
+        return features
 
     def _read(self, path: Path, key: str) -> Tensor | None:
         if not path.exists():

@@ -1,4 +1,4 @@
-"""Arithmetic on similarities and ranks: exclude, rank targets by counting, recall at k, means."""
+"""Arithmetic on similarities and ranks: rank targets by counting, the k nearest, recall at k, means."""
 
 import statistics
 from collections.abc import Sequence
@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 
 
-def check_finite(similarity: Tensor) -> None:
-    """Raise ValueError on NaN or infinity: compared as a number, a NaN would read as rank 0, which is recall 100."""
-    if not torch.isfinite(similarity).all():
-        raise ValueError("similarities that are not finite")
+class NotFiniteError(ValueError):
+    """A similarity is NaN or infinite: compared as a number, a NaN would read as rank 0, which is recall 100."""
 
 
-def exclude(similarity: Tensor, columns: Tensor) -> Tensor:
-    """A copy of similarity (Q, N) in which entry columns[i] of row i can no longer be retrieved."""
-    return similarity.scatter(1, columns.unsqueeze(1), float("-inf"))
+def _check(similarity: Tensor) -> None:
+    """Raise NotFiniteError on NaN and infinity; -inf is what must not be retrieved."""
+    if not (similarity < float("inf")).all():
+        raise NotFiniteError("similarities that are not finite")
 
 
 def target_ranks(similarity: Tensor, targets: Tensor) -> Tensor:
@@ -30,16 +29,42 @@ def target_ranks(similarity: Tensor, targets: Tensor) -> Tensor:
     Returns:
         (Q,) ranks, 0 for the first place.
 
+    Raises:
+        NotFiniteError: a similarity is NaN or +inf.
+        ValueError: a target was excluded.
+
     Example:
         >>> target_ranks(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([2]))
         tensor([1])
     """
+    _check(similarity)
     own = similarity.gather(1, targets.unsqueeze(1))  # (Q, 1)
-    if torch.isnan(similarity).any() or torch.isinf(own).any():
-        raise ValueError("similarities that are NaN, or a target that was excluded")
-    columns = torch.arange(similarity.shape[1], device=similarity.device)
-    earlier = columns < targets.unsqueeze(1)  # (Q, N)
-    return ((similarity > own) | ((similarity == own) & earlier)).sum(1)
+    if torch.isinf(own).any():
+        raise ValueError("a target that was excluded has no rank")
+    before = (similarity > own).sum(1)
+    for row in ((similarity == own).sum(1) > 1).nonzero().flatten().tolist():  # ties are rare: looked at one by one
+        before[row] += (similarity[row, : targets[row]] == own[row]).sum()
+    return before
+
+
+def nearest(similarity: Tensor, k: int) -> Tensor:
+    """Columns of the k largest similarities of each row, the largest first; equal ones in the order of the columns.
+
+    Args:
+        similarity: (Q, N), larger is nearer.
+
+    Returns:
+        (Q, k) columns.
+    """
+    _check(similarity)
+    values, columns = similarity.topk(k, dim=1)
+    # topk takes any of equal values: rows that have more of the last one than it took are sorted out in full.
+    torn = ((similarity >= values[:, -1:]).sum(1) > k).nonzero().flatten()
+    if len(torn):
+        columns[torn] = similarity[torn].argsort(dim=1, descending=True, stable=True)[:, :k]
+    columns = columns.sort(dim=1).values
+    order = similarity.gather(1, columns).argsort(dim=1, descending=True, stable=True)
+    return columns.gather(1, order)
 
 
 def recall_at(ranks: Tensor, k: int) -> float:

@@ -1,15 +1,19 @@
 """Every flag, spelled once, as argparse parents in titled groups."""
 
 import argparse
+import logging
 import math
 import os
 from pathlib import Path
 
+import torch
+
+import distributed
 from benchmarks import BENCHMARKS
 from clip_model import ENCODERS
 from combiner import COMBINER_TYPES
 from data_utils import TRANSFORMS
-from utils import PROJECT_ROOT
+from utils import PROJECT_ROOT, UserError, first_line
 
 DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
 
@@ -44,9 +48,29 @@ def positive_float(text: str) -> float:
     return value
 
 
+def fraction(text: str) -> float:
+    """A number between 0 and 1, both excluded."""
+    if positive_float(text) >= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not below 1")
+    return float(text)
+
+
 def _benchmark_name(text: str) -> str:
     """A benchmark's name in any case, as it is spelled in BENCHMARKS."""
     return next((name for name in BENCHMARKS if name.lower() == text.lower()), text)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of `--device`, else this process's GPU, else the CPU; joins the other processes, if there are any."""
+    try:
+        device = torch.device(name or distributed.local_device())
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
+        raise UserError(f"--device {name}: not usable here ({first_line(error)}); try --device cpu") from None
+    distributed.start(device)
+    if not distributed.is_main():
+        logging.getLogger().setLevel(logging.WARNING)
+    return device
 
 
 def dataset_flag() -> argparse.ArgumentParser:
@@ -69,6 +93,12 @@ def machine_flags() -> argparse.ArgumentParser:
         help="holds fashionIQ_dataset/ and cirr_dataset/ (default: the project's root)",
     )
     group.add_argument("--num-workers", type=natural_int, default=DEFAULT_WORKERS, help="processes that decode images")
+    group.add_argument(
+        "--similarity-block",
+        type=positive_int,
+        metavar="ROWS",
+        help="queries whose similarities to the gallery are in memory at a time (default: what fits 1 GiB)",
+    )
     group.add_argument("--device", metavar="DEV", help="such as cuda:1 or cpu (default: cuda where there is one)")
     return parser
 
@@ -102,6 +132,20 @@ def training_flags(batch_size: int, validation_frequency: int) -> argparse.Argum
     group.add_argument("--save-best", action="store_true", help="save only the best instead of each")
     group.add_argument("--seed", type=seed_int, default=0)
     group.add_argument("--output-dir", type=Path, default=PROJECT_ROOT / "models", metavar="DIR", help="holds the runs")
+    group.add_argument(
+        "--precision", choices=("amp", "bf16", "fp32"), default="amp", help="amp: fp16 on CUDA, fp32 on the CPU"
+    )
+    group.add_argument("--compile", action="store_true", help="torch.compile what is trained")
+    optional = parser.add_argument_group("training, beyond the original", "all off by default")
+    optional.add_argument(
+        "--mask-duplicate-targets", action="store_true", help="rows with one target are not each other's negatives"
+    )
+    optional.add_argument("--warmup-steps", type=natural_int, default=0, help="linear rise of the learning rate")
+    optional.add_argument("--cosine", action="store_true", help="then its fall to 0 along half a cosine")
+    optional.add_argument("--clip-grad-norm", type=positive_float, metavar="NORM", help="clip the gradient to a norm")
+    optional.add_argument(
+        "--ema-decay", type=fraction, metavar="DECAY", help="evaluate and save a moving average of the weights"
+    )
     comet = parser.add_argument_group("Comet", "tracking, when key and workspace are given")
     comet.add_argument("--api-key")
     comet.add_argument("--workspace")
@@ -115,6 +159,11 @@ def encoder_flags() -> argparse.ArgumentParser:
     group = parser.add_argument_group("stage 1")
     group.add_argument("--encoder", choices=ENCODERS, default="both", help="what learns")
     group.add_argument("--learning-rate", type=positive_float, default=2e-6)
+    group.add_argument(
+        "--micro-batch-size", type=positive_int, metavar="N", help="rows in memory at a time; the gradient stays exact"
+    )
+    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    group.add_argument("--image-cache", type=Path, metavar="DIR", help="keep preprocessed images on disk")
     return parser
 
 

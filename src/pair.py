@@ -1,5 +1,6 @@
 """A trained pair from flags and checkpoints: CLIP with its preprocessing, and the way to compose a query."""
 
+import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 from clip_model import feature_dim, load_clip, load_finetuned, resolution
 from combiner import Compose, compose_sum, load_combiner
-from data_utils import TRANSFORMS, make_preprocess
+from data_utils import TRANSFORMS, load_image, make_preprocess
 from features import Encoder
 from utils import UserError, find_checkpoint, load_tensors
 
@@ -88,7 +89,8 @@ def load_encoder(
         load_finetuned(model, tuned.content, tuned.path)
     pixels = resolution(model)
     preprocess = make_preprocess(settings["transform"], settings["target_ratio"], pixels)
-    return Encoder(model, preprocess, settings | {"resolution": pixels}, device, workers, batch_size)
+    read = functools.partial(load_image, preprocess=preprocess)
+    return Encoder(model, read, settings | {"resolution": pixels}, device, workers, batch_size)
 
 
 def load_pair(

@@ -1,4 +1,4 @@
-"""Ground floor: errors for the user, device, seed, logging, and files that are whole or not there."""
+"""Ground floor: errors for the user, seed, logging, and files that are whole or not there."""
 
 import contextlib
 import functools
@@ -39,16 +39,6 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             raise SystemExit(130) from None
 
     return run
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device of `--device`, or CUDA where there is one."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
-        raise UserError(f"--device {name}: not usable here ({first_line(error)}); try --device cpu") from None
-    return device
 
 
 def seed_everything(seed: int) -> None:

@@ -8,13 +8,14 @@ import argparse
 import json
 from pathlib import Path
 
+import distributed
 import options
 from benchmarks import BENCHMARKS
 from data_utils import check_images_exist
 from features import FeatureCache
 from pair import load_pair
 from retrieval import evaluate, freeze_val
-from utils import check_writable, command, pick_device, write_text
+from utils import check_writable, command, write_text
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -30,7 +31,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Print the metrics, one `name = value` a line."""
     args = parse(argv)
-    device = pick_device(args.device)
+    device = options.pick_device(args.device)
     check_writable({"--metrics-json": args.metrics_json.parent if args.metrics_json else None})
     benchmark = BENCHMARKS[args.dataset](args.data_root)
     val = benchmark.val()
@@ -38,11 +39,14 @@ def main(argv: list[str] | None = None) -> None:
     paths = args.clip_model_path, args.combiner_path
     choices = options.clip_choice(args), options.combiner_choice(args)
     encoder, compose = load_pair(args.combining_function, *paths, *choices, device, args.num_workers)
-    metrics = evaluate(benchmark, freeze_val(FeatureCache(None, encoder), benchmark, val), compose)
-    for name, value in metrics.items():
-        print(f"{name} = {value}")
-    if args.metrics_json:
-        write_text(args.metrics_json, json.dumps(metrics, indent=2) + "\n")
+    frozen = freeze_val(FeatureCache(None, encoder), benchmark, val)
+    metrics = evaluate(benchmark, frozen, compose, args.similarity_block)
+    if distributed.is_main():
+        for name, value in metrics.items():
+            print(f"{name} = {value}")
+        if args.metrics_json:
+            write_text(args.metrics_json, json.dumps(metrics, indent=2) + "\n")
+    distributed.stop()
 
 
 if __name__ == "__main__":

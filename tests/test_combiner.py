@@ -16,9 +16,9 @@ from combiner import (
     build_combiner,
     combiner_settings,
     compose_sum,
-    contrastive_loss,
     load_combiner,
 )
+from contrastive import contrastive_loss
 from twins import DefinedCombiner, RowLoopMoE
 from utils import UserError
 

@@ -1,5 +1,7 @@
 """Padding, preprocessing on every image mode, broken images, and batches in order."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -15,11 +17,16 @@ from data_utils import (
     load_batches,
     load_image,
     make_preprocess,
+    normalise,
 )
 from utils import UserError
 
 MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"]
 CPU = torch.device("cpu")
+
+
+def reader():
+    return functools.partial(load_image, preprocess=make_preprocess("clip", 1.25, 16))
 
 
 def picture(mode: str, width: int, height: int) -> Image.Image:
@@ -67,7 +74,7 @@ def test_padding_is_black_and_centred():
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_becomes_normalised_pixels(mode, transform):
     for size in [(50, 40), (20, 90), (3, 64)]:
-        pixels = make_preprocess(transform, 1.25, 16)(picture(mode, *size))
+        pixels = normalise(make_preprocess(transform, 1.25, 16)(picture(mode, *size)))
         assert pixels.shape == (3, 16, 16)
         assert pixels.dtype == torch.float32
         low, high = (torch.tensor([(v - m) / s for m, s in zip(CLIP_MEAN, CLIP_STD, strict=True)]) for v in (0.0, 1.0))
@@ -87,7 +94,7 @@ def test_preprocess_is_clips_own_where_nothing_is_padded():
 
     image = picture("RGBA", 50, 45)
     for transform in ("clip", "targetpad"):
-        assert torch.equal(make_preprocess(transform, 1.25, 24)(image), _transform(24)(image))
+        assert torch.equal(normalise(make_preprocess(transform, 1.25, 24)(image)), _transform(24)(image))
 
 
 def test_images_that_cannot_be_decoded_are_named(tmp_path):
@@ -111,7 +118,7 @@ def test_a_broken_image_stops_the_batches_by_name(tmp_path, workers):
     for path in paths:
         picture("RGB", 20, 20).save(path)
     paths[2].write_bytes(b"no image")
-    dataset = ImageDataset(paths, make_preprocess("clip", 1.25, 16))
+    dataset = ImageDataset(paths, reader())
     with pytest.raises(UserError) as error:
         list(load_batches(dataset, [[0, 1], [2, 3]], workers, CPU))
     assert str(error.value).startswith(f"image {paths[2]} cannot be decoded")
@@ -123,7 +130,7 @@ def test_batches_keep_the_order_of_rows(tmp_path, workers):
     paths = [tmp_path / f"{i}.png" for i in range(5)]
     for level, path in enumerate(paths):
         Image.new("RGB", (16, 16), (level * 50,) * 3).save(path)
-    dataset = ImageDataset(paths, make_preprocess("clip", 1.25, 16))
+    dataset = ImageDataset(paths, reader())
     batches = list(load_batches(dataset, [[4, 0], [2, 1]], workers, CPU))
     for batch, rows in zip(batches, [[4, 0], [2, 1]], strict=True):
         assert torch.equal(batch, torch.stack([dataset[row] for row in rows]))

@@ -10,8 +10,28 @@ from torch.optim import SGD
 
 from conftest import read_csv
 from experiment import Checkpoints, NoTracker, Run, make_tracker, open_run, plain
-from training import Order, Task, fit
+from training import Order, Precision, Schedule, Stepper, Task, fit, train_one_epoch
 from utils import UserError, written_whole
+
+CPU = torch.device("cpu")
+
+
+class Toy(nn.Module):
+    """Normalised queries and targets of two rows, scaled by a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, rows):
+        return nn.functional.normalize(rows * self.weight, dim=-1), rows
+
+
+def toy_task(validate, steps=1, bad_step=None) -> Task:
+    model = Toy()
+    rows = [torch.eye(2) * (float("nan") if step == bad_step else 1) for step in range(steps)]
+    batches = [([row], torch.arange(2)) for row in rows]
+    return Task(lambda epoch: batches, steps, model, SGD(model.parameters(), 0.1), validate)
 
 
 def checkpoints(folder, keep=True, best_only=True) -> Checkpoints:
@@ -153,25 +173,31 @@ def test_an_error_in_a_validation_names_the_epoch(tmp_path):
     def validate():
         raise UserError("similarities that are not finite")
 
-    weight = nn.Parameter(torch.ones(1))
-    task = Task(lambda epoch: (1, [None]), lambda batch: weight.sum(), SGD([weight], 0.1), validate)
-    run = Run(tmp_path, NoTracker(), {})
+    task = toy_task(validate)
+    run, schedule = Run(tmp_path, NoTracker(), {}), Schedule(3, 1)
     with pytest.raises(UserError, match="after epoch 0: similarities"):
-        fit(task, run, checkpoints(tmp_path), torch.device("cpu"), num_epochs=3, validation_frequency=1)
+        fit(task, Stepper(task, schedule, Precision("fp32", CPU)), schedule, run, checkpoints(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_names_epoch_and_step(tmp_path):
+    """Losses are read every few steps, but the step named is the one that failed."""
+    task = toy_task(lambda: {}, steps=17, bad_step=13)
+    stepper = Stepper(task, Schedule(1, 1), Precision("fp32", CPU))
+    with pytest.raises(UserError, match="the loss is nan at epoch 4, step 13"):
+        train_one_epoch(task, stepper, 4)
 
 
 def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
     order = Order(triplets=10, variants=4, batch_size=3, seed=5)
-    batches = order.batches(2)
-    assert [len(rows) for rows, _ in batches] == [3, 3, 3]
-    assert len(set(torch.cat([rows for rows, _ in batches]).tolist())) == 9
+    rows, variants = order.batches(2)
+    assert rows.shape == variants.shape == (order.steps, 3) == (3, 3)
+    assert len(set(rows.flatten().tolist())) == 9
     again = Order(10, 4, 3, 5).batches(2)
-    for ours, theirs in zip(batches, again, strict=True):
-        assert torch.equal(ours[0], theirs[0])
-        assert torch.equal(ours[1], theirs[1])
-    assert not torch.equal(batches[0][0], order.batches(3)[0][0])
+    assert torch.equal(rows, again[0])
+    assert torch.equal(variants, again[1])
+    assert not torch.equal(rows, order.batches(3)[0])
 
 
 def test_caption_variants_are_equally_likely():
-    variants = torch.cat([v for _, v in Order(40_000, 4, 100, 0).batches(0)])
-    assert torch.bincount(variants).tolist() == pytest.approx([10_000] * 4, rel=0.05)
+    _, variants = Order(40_000, 4, 100, 0).batches(0)
+    assert torch.bincount(variants.flatten()).tolist() == pytest.approx([10_000] * 4, rel=0.05)

@@ -1,6 +1,7 @@
 """The feature cache: a hit, each kind of miss, and damaged files."""
 
 import dataclasses
+import functools
 import os
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from clip_model import load_clip
-from data_utils import make_preprocess
+from data_utils import load_image, make_preprocess
 from features import Encoder, FeatureCache
 
 CPU = torch.device("cpu")
@@ -42,7 +43,8 @@ def make_encoder(drawn):
     def make(transform="targetpad", ratio=1.25):
         recipe = {"transform": transform, "target_ratio": ratio, "resolution": 32}
         model = load_clip(str(drawn / "tiny_clip_vit.pt"), CPU)
-        return CountingEncoder(model, make_preprocess(transform, ratio, 32), recipe, CPU)
+        read = functools.partial(load_image, preprocess=make_preprocess(transform, ratio, 32))
+        return CountingEncoder(model, read, recipe, CPU)
 
     return make
 

@@ -1,5 +1,6 @@
 """The numbers of the original implementation, from its weights and data."""
 
+import functools
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ from benchmarks import CIRR
 from clip_model import load_clip, load_finetuned, tokenize
 from combiner import compose_sum, load_combiner
 from conftest import read_csv
-from data_utils import load_image, make_preprocess
+from data_utils import load_image, make_preprocess, normalise
 from features import Encoder, FeatureCache
 from pair import read_checkpoint
 from retrieval import freeze_queries, similarity_blocks
@@ -63,7 +64,8 @@ def only_ties_differ(golden, entry, pair_id, ours, theirs) -> bool:
     tuned = read_checkpoint("", golden / "tuned_clip_vit.pt", "CLIP")
     model = load_clip(str(golden / "clip_vit.pt"), torch.device("cpu"))
     load_finetuned(model, tuned.content, tuned.path)
-    encoder = Encoder(model, make_preprocess("targetpad", 1.25, 64), {}, torch.device("cpu"))
+    preprocess = make_preprocess("targetpad", 1.25, 64)
+    encoder = Encoder(model, functools.partial(load_image, preprocess=preprocess), {}, torch.device("cpu"))
     compose = compose_sum
     if "--combiner-path" in words:
         path = golden / "combiner_moe_cirr.pt"
@@ -99,8 +101,8 @@ def test_features_equal_the_originals(golden):
     split = CIRR(golden).val()[0]
     paths = [split.image_paths[name] for name in features["names"]]
     for path, pixels in zip(paths, features["pixels"], strict=False):
-        assert np.abs(load_image(path, preprocess).numpy() - pixels).max() < 1e-4
-    encoder = Encoder(model, preprocess, {}, torch.device("cpu"))
+        assert np.abs(normalise(load_image(path, preprocess)).numpy() - pixels).max() < 1e-4
+    encoder = Encoder(model, functools.partial(load_image, preprocess=preprocess), {}, torch.device("cpu"))
     images, texts = encoder.images(paths), encoder.captions(list(features["captions"]))
     assert np.abs(images.numpy() - features["image_features"]).max() < 1e-4
     assert np.abs(texts.numpy() - features["text_features"]).max() < 1e-4

@@ -7,9 +7,9 @@ import pytest
 
 SRC = Path(__file__).parent.parent / "src"
 FLOORS = [
-    {"metrics", "utils"},
-    {"clip_model", "combiner", "data_utils"},
-    {"benchmarks", "experiment", "features"},
+    {"distributed", "metrics", "utils"},
+    {"clip_model", "combiner", "contrastive", "data_utils"},
+    {"benchmarks", "experiment", "features", "image_cache"},
     {"training", "retrieval", "options", "pair"},
     {"clip_fine_tune", "combiner_train", "validate", "cirr_test_submission", "shapes_dataset", "demo"},
 ]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metrics import check_finite, exclude, means, recall_at, target_ranks
+from metrics import NotFiniteError, means, nearest, recall_at, target_ranks
 from twins import ranks_by_sorting
 
 
@@ -28,8 +28,15 @@ def test_ranks_equal_a_stable_sort(ranking):
 @given(rankings())
 def test_ranks_without_the_reference_equal_a_stable_sort(ranking):
     similarity, targets, references = ranking
-    ranks = target_ranks(exclude(similarity, references), targets)
-    assert ranks.tolist() == ranks_by_sorting(similarity, targets, references)
+    left = similarity.scatter(1, references[:, None], float("-inf"))
+    assert target_ranks(left, targets).tolist() == ranks_by_sorting(similarity, targets, references)
+
+
+@given(rankings(), st.integers(1, 12))
+def test_the_nearest_equal_a_stable_sort(ranking, k):
+    similarity = ranking[0]
+    k = min(k, similarity.shape[1])
+    assert nearest(similarity, k).tolist() == similarity.argsort(dim=1, descending=True, stable=True)[:, :k].tolist()
 
 
 def test_ties_keep_the_order_of_the_gallery():
@@ -37,28 +44,19 @@ def test_ties_keep_the_order_of_the_gallery():
     assert target_ranks(similarity, torch.tensor([0, 2, 3])).tolist() == [0, 2, 3]
 
 
-def test_exclude_leaves_its_argument_alone():
-    similarity = torch.ones(1, 3)
-    assert exclude(similarity, torch.tensor([1])).tolist() == [[1, float("-inf"), 1]]
-    assert similarity.tolist() == [[1, 1, 1]]
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_raises(value):
     """Guards against NaN similarities that compare as "nothing is nearer", which would read as recall 100."""
-    similarity = torch.tensor([[0.1, value, 0.3]])
-    with pytest.raises(ValueError, match="not finite"):
-        check_finite(similarity)
-
-
-def test_nan_never_becomes_a_rank():
-    with pytest.raises(ValueError, match="NaN"):
-        target_ranks(torch.tensor([[float("nan"), 0.2]]), torch.tensor([1]))
+    for row in ([0.1, value, 0.3], [value, 0.1, 0.3]):
+        with pytest.raises(NotFiniteError):
+            target_ranks(torch.tensor([row]), torch.tensor([1]))
+        with pytest.raises(NotFiniteError):
+            nearest(torch.tensor([row]), 2)
 
 
 def test_an_excluded_target_raises():
     with pytest.raises(ValueError, match="excluded"):
-        target_ranks(exclude(torch.ones(1, 2), torch.tensor([0])), torch.tensor([0]))
+        target_ranks(torch.tensor([[float("-inf"), 1.0]]), torch.tensor([0]))
 
 
 def test_recall_counts_the_ranks_below_k():

@@ -1,0 +1,85 @@
+"""One exact step of contrastive learning: the loss of the global batch, in as little memory as asked for."""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import distributed
+
+LOGIT_SCALE = 100.0
+
+
+def contrastive_loss(queries: Tensor, targets: Tensor, target_ids: Tensor | None = None) -> Tensor:
+    """Cross entropy over the batch: row i's answer is column i, every other target is a negative (one direction).
+
+    Args:
+        queries, targets: (B, D), normalised.
+        target_ids: (B,) image of each target; if given, rows of the same target are not each other's negatives, as
+            supervised contrastive learning treats positives (Khosla et al. 2020, arXiv 2004.11362).
+    """
+    logits = LOGIT_SCALE * queries @ targets.T  # (B, B)
+    answers = torch.arange(len(logits), device=logits.device)
+    if target_ids is not None:
+        same = target_ids.unsqueeze(1) == target_ids  # (B, B)
+        logits = logits.masked_fill(same.fill_diagonal_(False), float("-inf"))
+    return F.cross_entropy(logits, answers)
+
+
+def global_loss(queries: Tensor, targets: Tensor, target_ids: Tensor | None) -> Tensor:
+    """The loss of all ranks' batches together, from this rank's rows (b, D), (b, D), (b,)."""
+    ids = None if target_ids is None else distributed.gather_rows(target_ids)
+    return contrastive_loss(distributed.gather_rows(queries), distributed.gather_rows(targets), ids)
+
+
+def backward(
+    model: nn.Module,
+    inputs: list[Tensor],
+    target_ids: Tensor | None,
+    micro_batch: int | None,
+    autocast: Callable[[], contextlib.AbstractContextManager],
+    scale: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Add the gradient of the global batch's loss to the parameters; returns the loss, without a graph.
+
+    With a micro-batch the features' graph is never held for more rows than that: gradient caching (Gao et al. 2021,
+    arXiv 2101.06983). Features are computed without graph, the loss gives its gradient with respect to them, and each
+    chunk is encoded again with graph to carry its part on. The sum of the parts is the plain step's gradient, if
+    encoding is deterministic: no dropout, no batch statistics.
+
+    Args:
+        model: inputs -> normalised queries (b, D) and targets (b, D); `distributed.parallel` has wrapped it.
+        inputs: this rank's rows, (b, ...) each.
+        micro_batch: rows in memory at a time, None for all.
+        autocast: makes the context of mixed precision.
+        scale: the gradient scaler's, or the identity.
+    """
+    world = distributed.world_size()  # parallel modules average over ranks what has to be summed
+    if micro_batch is None or micro_batch >= len(inputs[0]):
+        with autocast():
+            loss = global_loss(*model(*inputs), target_ids)
+        scale(loss * world).backward()
+        return loss.detach()
+    chunks = list(zip(*(tensor.split(micro_batch) for tensor in inputs), strict=True))
+    with torch.no_grad(), autocast():
+        encoded = [model(*chunk) for chunk in chunks]
+    queries, targets = (torch.cat(part).requires_grad_() for part in zip(*encoded, strict=True))
+    with autocast():
+        loss = global_loss(queries, targets, target_ids)
+    scale(loss * world).backward()
+    gradients = zip(queries.grad.split(micro_batch), targets.grad.split(micro_batch), strict=True)
+    for number, (chunk, gradient) in enumerate(zip(chunks, gradients, strict=True), start=1):
+        with _unsynced(model) if number < len(chunks) else contextlib.nullcontext():
+            with autocast():
+                features = model(*chunk)
+            learned = [(f, g) for f, g in zip(features, gradient, strict=True) if f.requires_grad]
+            torch.autograd.backward(*zip(*learned, strict=True))
+    return loss.detach()
+
+
+def _unsynced(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Let a parallel module keep its gradients to itself; the last chunk shares the sum of all."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()

@@ -1,0 +1,114 @@
+"""Several processes as one: ranks, shards, and features gathered in order. With one process all of it does nothing."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def local_device() -> str:
+    """The device of this process among those of its machine."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def start(device: torch.device) -> None:
+    """Join the other processes that torchrun started: NCCL on GPUs, Gloo on CPUs."""
+    if launched() and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+
+
+def stop() -> None:
+    """Leave the other processes, at the end of a script."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, 0 .. world_size() - 1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the one process that writes."""
+    return rank() == 0
+
+
+def wait_for_all() -> None:
+    """Go on when every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather_rows(local: Tensor) -> Tensor:
+    """The rows of all ranks in order, (b, ...) -> (world_size * b, ...); this rank's own carry their gradient."""
+    if world_size() == 1:
+        return local
+    parts = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(parts, local.detach().contiguous())
+    parts[rank()] = local
+    return torch.cat(parts)
+
+
+def shard(items: list) -> list:
+    """This rank's contiguous part of a list; ranks take equal parts, the last ones one less or none."""
+    each = -(-len(items) // world_size())
+    return items[rank() * each : (rank() + 1) * each]
+
+
+def gather_shards(local: Tensor) -> Tensor:
+    """The rows of all ranks in order, from parts of different lengths. Runs on every rank.
+
+    Args:
+        local: this rank's rows; the parts follow one another in the order of the ranks.
+    """
+    if world_size() == 1:
+        return local
+    lengths = [torch.zeros(1, dtype=torch.long, device=local.device) for _ in range(world_size())]
+    dist.all_gather(lengths, torch.tensor([len(local)], device=local.device))
+    longest = max(int(n) for n in lengths)
+    padded = local.new_zeros(longest, *local.shape[1:])
+    padded[: len(local)] = local
+    parts = gather_rows(padded).split(longest)
+    return torch.cat([part[: int(n)] for part, n in zip(parts, lengths, strict=True)])
+
+
+def from_main(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """The main rank's tensor, on every rank's device."""
+    if world_size() == 1:
+        return tensor if tensor is None else tensor.to(device)
+    box = [None if tensor is None else (tensor.shape, tensor.dtype)]
+    dist.broadcast_object_list(box, device=device)
+    if box[0] is None:
+        return None
+    own = tensor.to(device) if is_main() else torch.empty(box[0][0], dtype=box[0][1], device=device)
+    dist.broadcast(own, 0)
+    return own
+
+
+def parallel(module: nn.Module, device: torch.device, some_unused: bool = False) -> nn.Module:
+    """The module with its gradients averaged over the ranks; the module itself where there is one process.
+
+    Args:
+        some_unused: whether a step may leave parameters without a gradient, as experts without rows are.
+    """
+    if world_size() == 1:
+        return module
+    devices = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(
+        module, device_ids=devices, broadcast_buffers=False, find_unused_parameters=some_unused
+    )

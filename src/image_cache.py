@@ -1,0 +1,88 @@
+"""Images decoded once: preprocessed bytes in a memory-mapped file with an honest key."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import distributed
+from data_utils import ImageDataset, Reader, file_identities, load_batches
+from utils import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class CachedImages:
+    """A reader that takes the place of decoding: image file -> its preprocessed bytes (3, R, R) from the cache."""
+
+    def __init__(self, file: Path, paths: list[Path], shape: tuple[int, ...]) -> None:
+        self.row_of = {path: row for row, path in enumerate(paths)}
+        try:
+            self.pixels = np.load(file, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"--image-cache: {file} is truncated or damaged ({error}): delete it") from None
+        if self.pixels.shape != shape or self.pixels.dtype != np.uint8:
+            raise UserError(f"--image-cache: {file} has shape {self.pixels.shape}, expected {shape}: delete it")
+
+    def __call__(self, path: Path) -> Tensor:
+        return torch.from_numpy(self.pixels[self.row_of[path]].copy())
+
+
+def open_image_cache(folder: Path, paths: list[Path], read: Reader, recipe: dict, workers: int) -> CachedImages:
+    """The cache of these images, decoded now unless it is there. Its size is announced before it is written.
+
+    The key is made of the recipe (transform, ratio, resolution, versions) and of each file's path, size and
+    modification time.
+
+    Args:
+        paths: files without repeats.
+        read: decodes one, to (3, R, R) uint8.
+
+    Raises:
+        UserError: the disk lacks room, or the file is truncated or of another shape.
+    """
+    shape = (len(paths), *read(paths[0]).shape)
+    key = hashlib.sha256(json.dumps([recipe, file_identities(paths)]).encode()).hexdigest()
+    file = folder / f"images-{recipe['resolution']}px-{key[:16]}.npy"
+    if distributed.is_main() and not file.exists():
+        _fill(file, paths, read, shape, workers)
+    distributed.wait_for_all()
+    return CachedImages(file, paths, shape)
+
+
+def _fill(file: Path, paths: list[Path], read: Reader, shape: tuple[int, ...], workers: int) -> None:
+    """Decode all images into a file beside, which takes its name when it is whole."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _announce(file, shape)
+        pixels = np.lib.format.open_memmap(beside, mode="w+", dtype=np.uint8, shape=shape)
+        chunks = [list(range(i, min(i + 64, len(paths)))) for i in range(0, len(paths), 64)]
+        batches = load_batches(ImageDataset(paths, read), chunks, workers, torch.device("cpu"))
+        with tqdm(total=len(paths), desc="decoding images", unit="img", leave=False, disable=None) as bar:
+            for rows, batch in zip(chunks, batches, strict=True):
+                pixels[rows[0] : rows[-1] + 1] = batch.numpy()
+                bar.update(len(rows))
+        pixels.flush()
+        beside.replace(file)
+    except OSError as error:
+        raise UserError(f"--image-cache {file.parent}: could not write {file} ({error.strerror})") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _announce(file: Path, shape: tuple[int, ...]) -> None:
+    size, free = int(np.prod(shape)), shutil.disk_usage(file.parent).free
+    logger.info("image cache: %d images, %.2f GiB, in %s", shape[0], size / 2**30, file)
+    if size > free:
+        raise UserError(
+            f"--image-cache {file.parent}: {size / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free: "
+            "free space, choose another disk, or leave the flag out"
+        )

@@ -1,0 +1,255 @@
+"""Steps in bounded memory against the plain step; the optional parts of training against their formulas."""
+
+import contextlib
+import copy
+import functools
+import json
+import math
+
+import clip
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+
+import training
+from clip_fine_tune import SumFeatures
+from clip_model import checkpoint_gradients, choose_trained, load_clip, resolution, tokenize
+from conftest import read_csv
+from contrastive import backward, contrastive_loss
+from training import Order, Precision, Schedule, Stepper, Task, average, check_micro_batch
+from utils import UserError
+
+CPU = torch.device("cpu")
+
+
+def identity(loss):
+    return loss
+
+
+@pytest.fixture
+def in_double(monkeypatch):
+    """CLIP computes its layer norms in float32 whatever the weights are: here in the weights' own float64."""
+    monkeypatch.setattr(clip.model.LayerNorm, "forward", nn.LayerNorm.forward)
+
+
+def clip_step(golden, name: str, encoder: str, micro_batch: int | None, checkpointed: bool = False, rows: int = 7):
+    """Loss and gradients of one stage-1 step in float64."""
+    model = load_clip(str(golden / name), CPU).double()
+    choose_trained(model, encoder)
+    if checkpointed:
+        checkpoint_gradients(model)
+    generator = torch.Generator().manual_seed(0)
+    pixels = resolution(model)
+    images = torch.randint(256, (2, rows, 3, pixels, pixels), dtype=torch.uint8, generator=generator)
+    tokens = tokenize([f"is number {i} and has a color" for i in range(rows)])
+    inputs = [images[0], images[1], tokens]
+    loss = backward(SumFeatures(model), inputs, None, micro_batch, contextlib.nullcontext, identity)
+    return loss, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("encoder", ["both", "text", "image"])
+@pytest.mark.parametrize("name", ["clip_vit.pt", "clip_rn.pt"])
+@pytest.mark.parametrize("way", [{"micro_batch": 3}, {"micro_batch": 1}, {"micro_batch": 2, "checkpointed": True}])
+def test_gradients_in_bounded_memory_equal_the_plain_steps(way, name, encoder, golden, in_double):
+    plain_loss, plain = clip_step(golden, name, encoder, None)
+    loss, gradients = clip_step(golden, name, encoder, **way)
+    assert loss.item() == pytest.approx(plain_loss.item(), rel=1e-9)
+    learned = [key for key, gradient in plain.items() if gradient is not None]
+    assert learned
+    assert learned == [key for key, gradient in gradients.items() if gradient is not None]
+    for key in learned:
+        assert (gradients[key] - plain[key]).norm() <= 1e-6 * plain[key].norm() + 1e-12, key
+
+
+def test_checkpointed_gradients_equal_the_plain_ones(golden, in_double):
+    _, plain = clip_step(golden, "clip_rn.pt", "both", None)
+    _, gradients = clip_step(golden, "clip_rn.pt", "both", None, checkpointed=True)
+    assert all(torch.allclose(gradients[k], g, rtol=1e-6) for k, g in plain.items() if g is not None)
+
+
+def test_micro_batches_bound_the_rows_that_have_a_graph(golden):
+    """Guards against a cached step that still keeps every row's activations."""
+    model = load_clip(str(golden / "clip_vit.pt"), CPU)
+    rows_with_graph = []
+    model.visual.register_forward_hook(
+        lambda module, args, out: rows_with_graph.append(len(out)) if out.requires_grad else None
+    )
+    images = torch.zeros(2, 8, 3, 64, 64, dtype=torch.uint8)
+    inputs = [images[0], images[1], tokenize([str(i) for i in range(8)])]
+    backward(SumFeatures(model), inputs, None, 2, contextlib.nullcontext, identity)
+    assert rows_with_graph == [4, 4, 4, 4]  # reference and target of two triplets
+
+
+def test_duplicate_targets_are_not_each_others_negatives():
+    torch.manual_seed(0)
+    queries, targets = nn.functional.normalize(torch.randn(2, 5, 4), dim=-1)
+    ids = torch.tensor([7, 8, 7, 9, 8])
+    losses = []
+    for row in range(5):
+        columns = [c for c in range(5) if c == row or ids[c] != ids[row]]
+        logits = 100 * (targets[columns] @ queries[row])
+        losses.append(torch.logsumexp(logits, 0) - logits[columns.index(row)])
+    torch.testing.assert_close(contrastive_loss(queries, targets, ids), torch.stack(losses).mean())
+    distinct = contrastive_loss(queries, targets, torch.arange(5))
+    torch.testing.assert_close(distinct, contrastive_loss(queries, targets))
+
+
+def test_schedule():
+    schedule = Schedule(num_epochs=1, validation_frequency=1, warmup_steps=4, cosine=True)
+    assert [schedule.factor(step, 12) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert schedule.factor(4, 12) == 1.0
+    assert schedule.factor(8, 12) == pytest.approx(0.5)
+    assert schedule.factor(10, 12) == pytest.approx(0.5 * (1 + math.cos(0.75 * math.pi)))
+    assert schedule.factor(12, 12) == 0.0
+    assert {Schedule(1, 1).factor(step, 9) for step in range(9)} == {1.0}
+
+
+class Line(nn.Module):
+    """A model of one weight whose loss gradient is not zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[1.0, 0.3], [0.2, 1.0]]))
+
+    def forward(self, rows):
+        return nn.functional.normalize(rows @ self.weight, dim=-1), nn.functional.normalize(rows, dim=-1)
+
+
+def stepper(model, schedule=None, steps=5, averaged=None, **options):
+    optimizer = SGD(model.parameters(), lr=0.1)
+    schedule = schedule or Schedule(1, 1)
+    task = Task(lambda epoch: [], steps, model, optimizer, dict, model, averaged)
+    return Stepper(task, schedule, Precision("fp32", CPU), **options)
+
+
+ROWS = [torch.tensor([[1.0, 0.0], [0.6, 0.8]])]
+
+
+def test_the_learning_rate_follows_the_schedule():
+    schedule = Schedule(1, 1, warmup_steps=2, cosine=True)
+    steps = stepper(Line(), schedule, steps=6)
+    rates = []
+    for _ in range(6):
+        rates.append(steps.task.optimizer.param_groups[0]["lr"])
+        steps.step(ROWS, torch.arange(2))
+    assert rates == pytest.approx([0.1 * schedule.factor(step, 6) for step in range(6)])
+
+
+def test_moving_average_follows_its_formula():
+    model = Line()
+    averaged = average(model, 0.9)
+    steps = stepper(model, averaged=averaged)
+    expected = None
+    for _ in range(4):
+        steps.step(ROWS, torch.arange(2))
+        now = model.weight.detach().clone()
+        expected = now if expected is None else 0.9 * expected + 0.1 * now
+    torch.testing.assert_close(averaged.module.weight, expected)
+    assert list(averaged.module.state_dict()) == list(model.state_dict())
+    assert average(model, None) is None
+
+
+def test_gradient_clipping():
+    plain, clipped = Line(), Line()
+    before = plain.weight.detach().clone()
+    stepper(plain).step(ROWS, torch.arange(2))
+    norm = plain.weight.grad.norm()
+    stepper(clipped, clip_norm=float(norm) / 4).step(ROWS, torch.arange(2))
+    torch.testing.assert_close(before - clipped.weight, (before - plain.weight) / 4, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("amp", None), ("fp32", None), ("bf16", torch.bfloat16)])
+def test_precision_on_the_cpu(name, dtype):
+    precision = Precision(name, CPU)
+    assert precision.dtype == dtype
+    assert not precision.scaler().is_enabled()
+    with precision.autocast():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (dtype or torch.float32)
+
+
+def test_precision_on_a_gpu(monkeypatch):
+    gpu = torch.device("cuda")
+    assert Precision("amp", gpu).dtype == torch.float16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: False)
+    with pytest.raises(UserError, match="--precision bf16"):
+        Precision("bf16", gpu)
+
+
+def test_a_micro_batch_larger_than_the_batch():
+    order = Order(100, 1, 8, 0)
+    assert check_micro_batch(8, order) == 8
+    with pytest.raises(UserError, match=r"--micro-batch-size 9 .* batch of 8"):
+        check_micro_batch(9, order)
+
+
+def test_a_batch_that_cannot_be_shared_equally(monkeypatch):
+    monkeypatch.setattr(training.distributed, "world_size", lambda: 3)
+    with pytest.raises(UserError, match=r"--batch-size 8 .* 3 processes"):
+        Order(100, 1, 8, 0)
+
+
+def test_shares_of_a_batch_are_its_rows_in_order(monkeypatch):
+    rows, variants = Order(30, 4, 6, 0).batches(1)
+    monkeypatch.setattr(training.distributed, "world_size", lambda: 2)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(training.distributed, "rank", lambda rank=rank: rank)
+        shares.append(Order(30, 4, 6, 0).batches(1))
+    assert torch.equal(torch.cat([own for own, _ in shares], 1), rows)
+    assert torch.equal(torch.cat([own for _, own in shares], 1), variants)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--precision", "bf16"],
+        ["--micro-batch-size", "5"],
+        ["--gradient-checkpointing", "--mask-duplicate-targets", "--clip-grad-norm", "1"],
+        ["--warmup-steps", "3", "--cosine", "--ema-decay", "0.9"],
+    ],
+    ids=" ".join,
+)
+def test_the_options_of_stage_1_run(flags, stage_1):
+    folder = stage_1("FashionIQ", *flags)
+    assert len(list((folder / "saved_models").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--precision", "bf16"],
+        ["--mask-duplicate-targets", "--clip-grad-norm", "1", "--warmup-steps", "3", "--cosine", "--ema-decay", "0.9"],
+        ["--compile"],
+    ],
+    ids=" ".join,
+)
+def test_the_options_of_stage_2_run(flags, stage_2, monkeypatch):
+    # Traced, but without the minute that generating code for a CPU takes.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    folder = stage_2("CIRR", *flags)
+    content = torch.load(folder / "saved_models" / "combiner_1.pt", weights_only=True)
+    assert "output_layer.weight" in content["Combiner"]  # no prefix of a wrapper
+
+
+def test_the_average_is_what_is_saved_and_measured(stage_1, run, drawn, tmp_path):
+    folder = stage_1("CIRR", "--ema-decay", "0.5")
+    weights = folder / "saved_models" / "tuned_clip_1"
+    flags = ["--dataset", "CIRR", "--combining-function", "sum", "--clip-model-path", weights]
+    run("validate", drawn, *flags, "--metrics-json", tmp_path / "m.json")
+    history = read_csv(folder / "validation_metrics.csv")
+    expected = {name: values[1] for name, values in history.items() if name != "epoch"}
+    assert json.loads((tmp_path / "m.json").read_text()) == pytest.approx(expected)
+    plain = stage_1("CIRR", output="plain") / "saved_models" / "tuned_clip_1.pt"
+    averaged = torch.load(f"{weights}.pt")["CLIP"]["visual.proj"]
+    assert not torch.equal(averaged, torch.load(plain)["CLIP"]["visual.proj"])
+
+
+def test_steps_skip_weights_without_a_gradient(golden):
+    """Frozen encoders stay as they are under weight decay too."""
+    model = load_clip(str(golden / "clip_vit.pt"), CPU)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = AdamW(choose_trained(model, "text"), lr=0.1)
+    optimizer.step()
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())

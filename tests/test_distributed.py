@@ -1,0 +1,150 @@
+"""Two processes through the real command line against one: the same losses, weights, galleries and files."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import STAGE_2, read_csv
+
+ROOT = Path(__file__).parent.parent
+STAGE_1 = "--num-epochs 2 --learning-rate 1e-4 --batch-size 12 --save-training --encoder both"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(processes: int, script: str, *flags: object) -> subprocess.CompletedProcess:
+    """Run a script under torchrun, or directly for one process; two CPU threads in all."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
+    words = [sys.executable, *(torchrun if processes > 1 else []), f"src/{script}.py", *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(2 // processes)}
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def train(processes: int, script: str, output: Path, *flags: object) -> Path:
+    done = launch(processes, script, *flags, "--output-dir", output, "--device", "cpu", "--num-workers", 0)
+    assert done.returncode == 0, done.stderr
+    (run,) = output.iterdir()
+    return run
+
+
+def assert_same_run(one: Path, two: Path, key: str) -> None:
+    """The same files, the same losses and metrics, the same final weights up to the order of additions."""
+    files = sorted(str(file.relative_to(one)) for file in one.rglob("*"))
+    assert files == sorted(str(file.relative_to(two)) for file in two.rglob("*"))
+    losses = read_csv(one / "train_metrics.csv")["train_epoch_loss"]
+    assert read_csv(two / "train_metrics.csv")["train_epoch_loss"] == pytest.approx(losses, rel=1e-5)
+    assert read_csv(one / "validation_metrics.csv") == read_csv(two / "validation_metrics.csv")
+    last = sorted((one / "saved_models").iterdir())[-1]
+    ours, theirs = (torch.load(run / "saved_models" / last.name)[key] for run in (one, two))
+    for name, weight in ours.items():
+        seen = without_key_bias(name, weight.shape)
+        torch.testing.assert_close(theirs[name][seen], weight[seen], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def without_key_bias(name: str, shape: torch.Size) -> torch.Tensor:
+    """Everything but the keys' bias of an attention, the middle third of its input bias.
+
+    A softmax over keys does not see what is added to all of them, so that gradient is exactly zero but for rounding,
+    and Adam makes steps of full length out of rounding, on one process as on two.
+    """
+    seen = torch.ones(shape, dtype=torch.bool)
+    if name.endswith("in_proj_bias"):
+        seen[len(seen) // 3 : 2 * len(seen) // 3] = False
+    return seen
+
+
+@pytest.mark.parametrize("micro", [[], ["--micro-batch-size", 2]], ids=["plain", "micro-batches"])
+def test_stage_1(micro, golden, tmp_path):
+    name = ["--clip-model-name", golden / "clip_vit.pt", "--data-root", golden]
+    flags = ["--dataset", "CIRR", *name, *STAGE_1.split()]
+    one = train(1, "clip_fine_tune", tmp_path / "one", *flags)
+    two = train(2, "clip_fine_tune", tmp_path / "two", *flags, *micro, "--image-cache", tmp_path / "images")
+    assert_same_run(one, two, "CLIP")
+
+
+def test_stage_2_with_dropout_and_experts(golden, tmp_path):
+    name = ["--clip-model-name", golden / "clip_vit.pt", "--clip-model-path", golden / "tuned_clip_vit.pt"]
+    flags = ["--dataset", "FashionIQ", *name, "--data-root", golden, *STAGE_2.split()]
+    one = train(1, "combiner_train", tmp_path / "one", *flags, "--feature-cache", tmp_path / "cache1")
+    two = train(2, "combiner_train", tmp_path / "two", *flags, "--feature-cache", tmp_path / "cache2")
+    assert_same_run(one, two, "Combiner")
+    ours, theirs = sorted((tmp_path / "cache1").iterdir()), sorted((tmp_path / "cache2").iterdir())
+    assert [file.name for file in ours] == [file.name for file in theirs]
+    for one_file, two_file in zip(ours, theirs, strict=True):  # encoded galleries, identical and in order
+        features = torch.load(one_file)["features"]
+        torch.testing.assert_close(torch.load(two_file)["features"], features, rtol=1e-6, atol=1e-6)
+    again = train(2, "combiner_train", tmp_path / "again", *flags, "--feature-cache", tmp_path / "cache1")
+    assert_same_run(one, again, "Combiner")
+
+
+def test_validation_and_submission(golden, tmp_path):
+    pair = ["--clip-model-name", golden / "clip_vit.pt", "--clip-model-path", golden / "tuned_clip_vit.pt"]
+    pair += ["--combining-function", "combiner", "--combiner-path", golden / "combiner_moe_cirr.pt"]
+    shared = [*pair, "--data-root", golden, "--device", "cpu", "--num-workers", 0]
+    done = launch(2, "validate", "--dataset", "CIRR", *shared, "--metrics-json", tmp_path / "metrics.json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("recall_at50 = ") == 1  # one process prints
+    entries = json.loads((golden / "expected.json").read_text())["validate"]
+    expected = next(e for e in entries if e["args"][1] == "CIRR" and "combiner_moe_cirr.pt" in e["args"])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert {name: metrics[name] for name in expected["metrics"]} == pytest.approx(expected["metrics"], abs=1e-3)
+    done = launch(
+        2,
+        "cirr_test_submission",
+        "--submission-name",
+        "moe",
+        *shared,
+        "--output-dir",
+        tmp_path,
+        "--similarity-block",
+        7,
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("recall_submission_moe.json", "recall_subset_submission_moe.json"):
+        assert (tmp_path / name).read_text() == (golden / name).read_text()
+
+
+def test_bad_input_is_said_once_by_each_process(golden):
+    name = ["--clip-model-name", golden / "clip_vit.pt", "--data-root", golden, "--device", "cpu"]
+    done = launch(2, "clip_fine_tune", "--dataset", "CIRR", *name, "--batch-size", 13)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if "clip_fine_tune.py: error:" in line]
+    assert 1 <= len(lines) <= 2  # torchrun may end the second before it speaks
+    assert all("--batch-size 13 cannot be shared equally by 2 processes" in line for line in lines)
+    assert "exitcode  : 2" in done.stderr
+
+
+def test_a_process_that_dies_ends_all(golden, tmp_path):
+    """One of two is killed in the middle; the other is ended too, with a message, instead of waiting for ever."""
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT / "src")!r})
+import clip_fine_tune, training
+real = training.Stepper.step
+def step(self, *batch):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, *batch)
+training.Stepper.step = step
+clip_fine_tune.main(sys.argv[1:])
+"""
+    script = ROOT / "src" / "clip_fine_tune.py"
+    killer = tmp_path / "killer.py"
+    killer.write_text(code)
+    flags = ["--dataset", "CIRR", "--clip-model-name", golden / "clip_vit.pt", "--data-root", golden, *STAGE_1.split()]
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), killer]
+    words += [*flags, "--device", "cpu", "--num-workers", 0, "--output-dir", tmp_path / "runs"]
+    assert script.exists()
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "Signal 9 (SIGKILL)" in done.stderr
