@@ -22,14 +22,14 @@ import options
 from benchmarks import BENCHMARKS, Benchmark
 from clip_model import CLIP, checkpoint_gradients, choose_trained, suit_to_gpu, tokenize
 from combiner import compose_sum
-from data_utils import Split, TripletImages, check_images_exist, load_batches, normalise
+from data_utils import Split, TripletImages, load_batches, normalise
 from experiment import Checkpoints, make_tracker, open_run, plain
 from features import Encoder, FrozenSplit, versions
 from image_cache import open_image_cache
 from pair import load_encoder, settle
 from retrieval import evaluate
-from training import Order, Precision, Schedule, Stepper, Task, average, check_micro_batch, fit, trainable
-from utils import check_writable, command, seed_everything
+from training import Precision, Regime, Task, TrainingData, average, fit, read_training_data, trainable
+from utils import command
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -58,16 +58,14 @@ class SumFeatures(nn.Module):
         return queries, F.normalize(target_features, dim=-1)
 
 
-def triplet_batches(
-    encoder: Encoder, benchmark: Benchmark, train: Split, order: Order
-) -> Callable[[int], Iterable[tuple[list[Tensor], Tensor]]]:
+def triplet_batches(encoder: Encoder, data: TrainingData) -> Callable[[int], Iterable[tuple[list[Tensor], Tensor]]]:
     """epoch -> batches of reference and target images (b, 3, R, R) uint8, caption tokens (b, 77); target ids (b,)."""
-    images = TripletImages(train, encoder.read)
-    tokens = torch.stack([tokenize(benchmark.caption_variants(t.captions)) for t in train.triplets])  # (T, V, 77)
-    targets = train.target_rows
+    images = TripletImages(data.train, encoder.read)
+    tokens = torch.stack([tokenize(variants) for variants in data.texts])  # (T, V, 77)
+    targets = data.train.target_rows
 
     def batches(epoch: int) -> Iterable[tuple[list[Tensor], Tensor]]:
-        rows, variants = order.batches(epoch)
+        rows, variants = data.order.batches(epoch)
         texts, ids = tokens[rows, variants].to(encoder.device), targets[rows].to(encoder.device)  # (steps, b, ...)
         pixels = load_batches(images, rows.tolist(), encoder.workers, encoder.device)
         return (([*pair, text], own) for pair, text, own in zip(pixels, texts, ids, strict=True))
@@ -112,40 +110,32 @@ def load_stage(args: argparse.Namespace, splits: list[Split], device: torch.devi
 def main(argv: list[str] | None = None) -> None:
     """Fine-tune CLIP; writes a run folder under --output-dir."""
     args = parse(argv)
-    seed_everything(args.seed)
-    device = options.pick_device(args.device)
-    check_writable({"--output-dir": args.output_dir, "--image-cache": args.image_cache})
+    device = options.start_training(args)
     tracker = make_tracker(args.api_key, args.workspace, args.experiment_name)
     precision = Precision(args.precision, device)
+    data = read_training_data(
+        BENCHMARKS[args.dataset](args.data_root), args.batch_size, args.micro_batch_size, args.seed
+    )
 
-    benchmark = BENCHMARKS[args.dataset](args.data_root)
-    train, val = benchmark.train(), benchmark.val()
-    variants = len(benchmark.caption_variants(train.triplets[0].captions))
-    order = Order(len(train.triplets), variants, args.batch_size, args.seed)
-    micro_batch = check_micro_batch(args.micro_batch_size, order)
-    check_images_exist([train, *val])
-
-    encoder = load_stage(args, [train, *val], device)
+    encoder = load_stage(args, [data.train, *data.val], device)
     learned = choose_trained(encoder.model, args.encoder)
     averaged = average(encoder.model, args.ema_decay)
     measured = dataclasses.replace(encoder, model=averaged.module if averaged else encoder.model)
     task = Task(
-        triplet_batches(encoder, benchmark, train, order),
-        order.steps,
+        triplet_batches(encoder, data),
+        data.order.steps,
         trainable(SumFeatures(encoder.model), device, args.compile),
         AdamW(learned, lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-7, fused=device.type == "cuda"),
-        sum_validation(measured, benchmark, val, args.encoder != "text", args.similarity_block),
+        sum_validation(measured, data.benchmark, data.val, args.encoder != "text", args.similarity_block),
         encoder.model,
         averaged,
     )
     config = plain(vars(args) | encoder.recipe | {"versions": versions()})
-    best_names = {metric: f"tuned_clip_{suffix}" for metric, suffix in benchmark.selection.items()}
-    run = open_run(args.output_dir, "clip_finetuned", benchmark.run_name, tracker, config)
+    best_names = {metric: f"tuned_clip_{suffix}" for metric, suffix in data.benchmark.selection.items()}
+    run = open_run(args.output_dir, "clip_finetuned", data.benchmark.run_name, tracker, config)
     saving = args.save_training, args.save_best
     kept = Checkpoints(run, measured.model, "CLIP", "tuned_clip", best_names, config, *saving)
-    schedule = Schedule(args.num_epochs, args.validation_frequency, args.warmup_steps, args.cosine)
-    stepper = Stepper(task, schedule, precision, micro_batch, args.mask_duplicate_targets, args.clip_grad_norm)
-    fit(task, stepper, schedule, run, kept)
+    fit(task, Regime.of(vars(args)), precision, run, kept)
     distributed.stop()
 
 

@@ -20,13 +20,12 @@ import options
 from benchmarks import BENCHMARKS, Benchmark
 from clip_model import feature_dim
 from combiner import build_combiner
-from data_utils import check_images_exist
 from experiment import Checkpoints, make_tracker, open_run, plain
 from features import FeatureCache, FrozenSplit, freeze, versions
 from pair import load_encoder, read_checkpoint, settle
 from retrieval import evaluate, freeze_val
-from training import Order, Precision, Schedule, Stepper, Task, average, fit, trainable
-from utils import check_writable, command, seed_everything
+from training import Order, Precision, Regime, Task, average, fit, read_training_data, trainable
+from utils import command
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -77,43 +76,33 @@ def combiner_validation(
 def main(argv: list[str] | None = None) -> None:
     """Train a Combiner; writes a run folder under --output-dir."""
     args = parse(argv)
-    seed_everything(args.seed)
-    device = options.pick_device(args.device)
-    check_writable({"--output-dir": args.output_dir, "--feature-cache": args.feature_cache})
+    device = options.start_training(args)
     tracker = make_tracker(args.api_key, args.workspace, args.experiment_name)
     precision = Precision(args.precision, device)
-
-    benchmark = BENCHMARKS[args.dataset](args.data_root)
-    train, val = benchmark.train(), benchmark.val()
-    texts = [benchmark.caption_variants(t.captions) for t in train.triplets]
-    order = Order(len(train.triplets), len(texts[0]), args.batch_size, args.seed)
-    check_images_exist([train, *val])
-
     tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
+    data = read_training_data(BENCHMARKS[args.dataset](args.data_root), args.batch_size, None, args.seed)
     encoder = load_encoder(settle(options.clip_choice(args), [tuned]), tuned, device, args.num_workers, args.clip_bs)
     config = plain(vars(args) | encoder.recipe | {"versions": versions(), "clip_dim": feature_dim(encoder.model)})
     combiner = build_combiner(config).to(device)
     cache = FeatureCache(args.feature_cache, encoder)
-    frozen_train = freeze(cache, train, texts, f"{benchmark.run_name}-train")
-    frozen_val = freeze_val(cache, benchmark, val)
+    frozen_train = freeze(cache, data.train, data.texts, f"{data.benchmark.run_name}-train")
+    frozen_val = freeze_val(cache, data.benchmark, data.val)
     averaged = average(combiner, args.ema_decay)
     measured = averaged.module if averaged else combiner
     task = Task(
-        feature_batches(frozen_train, order),
-        order.steps,
+        feature_batches(frozen_train, data.order),
+        data.order.steps,
         trainable(ComposedFeatures(combiner), device, args.compile, some_unused=args.combiner_type == "moe"),
         Adam(combiner.parameters(), lr=args.combiner_lr, fused=device.type == "cuda"),
-        combiner_validation(measured, benchmark, frozen_val, args.similarity_block),
+        combiner_validation(measured, data.benchmark, frozen_val, args.similarity_block),
         combiner,
         averaged,
     )
-    only = len(benchmark.selection) == 1  # one best checkpoint needs no suffix
-    best_names = {metric: "combiner" if only else f"combiner_{s}" for metric, s in benchmark.selection.items()}
-    run = open_run(args.output_dir, "combiner_trained", benchmark.run_name, tracker, config)
+    only = len(data.benchmark.selection) == 1  # one best checkpoint needs no suffix
+    best_names = {metric: "combiner" if only else f"combiner_{s}" for metric, s in data.benchmark.selection.items()}
+    run = open_run(args.output_dir, "combiner_trained", data.benchmark.run_name, tracker, config)
     kept = Checkpoints(run, measured, "Combiner", "combiner", best_names, config, args.save_training, args.save_best)
-    schedule = Schedule(args.num_epochs, args.validation_frequency, args.warmup_steps, args.cosine)
-    stepper = Stepper(task, schedule, precision, None, args.mask_duplicate_targets, args.clip_grad_norm)
-    fit(task, stepper, schedule, run, kept)
+    fit(task, Regime.of(vars(args)), precision, run, kept)
     distributed.stop()
 
 

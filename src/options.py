@@ -13,7 +13,7 @@ from benchmarks import BENCHMARKS
 from clip_model import ENCODERS
 from combiner import COMBINER_TYPES
 from data_utils import TRANSFORMS
-from utils import PROJECT_ROOT, UserError, first_line
+from utils import PROJECT_ROOT, UserError, check_writable, first_line, seed_everything
 
 DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
 
@@ -70,6 +70,15 @@ def pick_device(name: str | None) -> torch.device:
     distributed.start(device)
     if not distributed.is_main():
         logging.getLogger().setLevel(logging.WARNING)
+    return device
+
+
+def start_training(args: argparse.Namespace) -> torch.device:
+    """Seed everything, pick the device, and fail now rather than after hours of work if a folder cannot be written."""
+    seed_everything(args.seed)
+    device = pick_device(args.device)
+    written = ("output_dir", "image_cache", "feature_cache")
+    check_writable({"--" + name.replace("_", "-"): getattr(args, name, None) for name in written})
     return device
 
 

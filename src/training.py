@@ -1,11 +1,13 @@
 """The epoch loop: step, log, validate, keep the best."""
 
 import contextlib
+import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ from tqdm import tqdm
 
 import contrastive
 import distributed
+from benchmarks import Benchmark
+from data_utils import Split, check_images_exist
 from experiment import Checkpoints, Run
 from utils import UserError
 
@@ -66,14 +70,6 @@ class Order:
         return rows[:full].view(shape)[:, distributed.rank()], variants[:full].view(shape)[:, distributed.rank()]
 
 
-def check_micro_batch(micro_batch: int | None, order: Order) -> int | None:
-    """The micro-batch, if each process's share of a batch holds at least one."""
-    share = order.batch_size // distributed.world_size()
-    if micro_batch is not None and micro_batch > share:
-        raise UserError(f"--micro-batch-size {micro_batch} is larger than a process's batch of {share}: choose less")
-    return micro_batch
-
-
 @dataclass(frozen=True)
 class Precision:
     """Mixed precision of a training: "amp" (fp16 with loss scaling on CUDA, fp32 on the CPU), "bf16" or "fp32"."""
@@ -101,19 +97,30 @@ class Precision:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """How long to train, and how the learning rate goes.
+class Regime:
+    """How a training goes on; the fields are named as their flags.
 
     Attributes:
         validation_frequency: epochs; validations follow the epochs 0, f, 2f, ...
         warmup_steps: steps over which the learning rate rises linearly.
         cosine: let it fall to 0 along half a cosine afterwards (Loshchilov and Hutter 2017, arXiv 1608.03983).
+        micro_batch_size: rows in memory at a time, None for all.
+        mask_duplicate_targets: rows of one target are not each other's negatives.
+        clip_grad_norm: the largest norm of the gradient, None for any.
     """
 
     num_epochs: int
     validation_frequency: int
     warmup_steps: int = 0
     cosine: bool = False
+    micro_batch_size: int | None = None
+    mask_duplicate_targets: bool = False
+    clip_grad_norm: float | None = None
+
+    @classmethod
+    def of(cls, flags: Mapping[str, Any]) -> "Regime":
+        """The regime that a script's flags ask for."""
+        return cls(**{field.name: flags[field.name] for field in dataclasses.fields(cls) if field.name in flags})
 
     def factor(self, step: int, steps: int) -> float:
         """What the learning rate is multiplied with at a step of all `steps`."""
@@ -122,6 +129,38 @@ class Schedule:
         if not self.cosine:
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * (step - self.warmup_steps) / max(1, steps - self.warmup_steps)))
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """A benchmark as a training needs it.
+
+    Attributes:
+        benchmark: its captions and metrics.
+        texts: the V caption variants of each training triplet.
+    """
+
+    benchmark: Benchmark
+    train: Split
+    val: list[Split]
+    texts: list[list[str]]
+    order: Order
+
+
+def read_training_data(benchmark: Benchmark, batch_size: int, micro_batch_size: int | None, seed: int) -> TrainingData:
+    """Read a benchmark's splits, and check before anything is trained that all it takes is there.
+
+    Raises:
+        UserError: files missing or malformed, or batches that the data or the processes do not allow.
+    """
+    train, val = benchmark.train(), benchmark.val()
+    texts = [benchmark.caption_variants(triplet.captions) for triplet in train.triplets]
+    order = Order(len(train.triplets), len(texts[0]), batch_size, seed)
+    share = batch_size // distributed.world_size()
+    if micro_batch_size is not None and micro_batch_size > share:
+        raise UserError(f"--micro-batch-size {micro_batch_size} is larger than a process's batch of {share}: lower it")
+    check_images_exist([train, *val])
+    return TrainingData(benchmark, train, val, texts, order)
 
 
 @dataclass(frozen=True)
@@ -160,31 +199,23 @@ def average(module: nn.Module, decay: float | None) -> AveragedModel | None:
 class Stepper:
     """One optimizer step after another, with all that surrounds it."""
 
-    def __init__(
-        self,
-        task: Task,
-        schedule: Schedule,
-        precision: Precision,
-        micro_batch: int | None = None,
-        mask_duplicates: bool = False,
-        clip_norm: float | None = None,
-    ) -> None:
-        self.task, self.precision = task, precision
-        self.micro_batch, self.mask_duplicates, self.clip_norm = micro_batch, mask_duplicates, clip_norm
+    def __init__(self, task: Task, regime: Regime, precision: Precision) -> None:
+        self.task, self.regime, self.precision = task, regime, precision
         self.scaler = precision.scaler()
-        steps = task.steps * schedule.num_epochs
-        self.learning_rate = LambdaLR(task.optimizer, lambda step: schedule.factor(step, steps))
+        steps = task.steps * regime.num_epochs
+        self.learning_rate = LambdaLR(task.optimizer, lambda step: regime.factor(step, steps))
 
     def step(self, inputs: list[Tensor], target_ids: Tensor) -> Tensor:
         """Learn from a batch; returns its loss, still on the device."""
         optimizer = self.task.optimizer
         optimizer.zero_grad(set_to_none=True)
-        ids = target_ids if self.mask_duplicates else None
-        autocast, scale = self.precision.autocast, self.scaler.scale
-        loss = contrastive.backward(self.task.model, inputs, ids, self.micro_batch, autocast, scale)
-        if self.clip_norm is not None:
+        ids = target_ids if self.regime.mask_duplicate_targets else None
+        mixed = self.precision.autocast, self.scaler.scale
+        loss = contrastive.backward(self.task.model, inputs, ids, self.regime.micro_batch_size, *mixed)
+        if self.regime.clip_grad_norm is not None:
             self.scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_((p for g in optimizer.param_groups for p in g["params"]), self.clip_norm)
+            learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(learned, self.regime.clip_grad_norm)
         self.scaler.step(optimizer)
         self.scaler.update()
         self.learning_rate.step()
@@ -193,13 +224,14 @@ class Stepper:
         return loss
 
 
-def fit(task: Task, stepper: Stepper, schedule: Schedule, run: Run, checkpoints: Checkpoints) -> None:
+def fit(task: Task, regime: Regime, precision: Precision, run: Run, checkpoints: Checkpoints) -> None:
     """Train, validate, and at the end say where the files are and what was best."""
-    for epoch in range(schedule.num_epochs):
+    stepper = Stepper(task, regime, precision)
+    for epoch in range(regime.num_epochs):
         start = time.monotonic()
         loss = train_one_epoch(task, stepper, epoch)
         run.record("train", epoch, {"train_epoch_loss": loss})
-        if epoch % schedule.validation_frequency == 0:
+        if epoch % regime.validation_frequency == 0:
             metrics = _validate(task, epoch)
             run.record("validation", epoch, metrics)
             checkpoints.update(epoch, metrics)

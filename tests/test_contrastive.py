@@ -17,7 +17,7 @@ from clip_fine_tune import SumFeatures
 from clip_model import checkpoint_gradients, choose_trained, load_clip, resolution, tokenize
 from conftest import read_csv
 from contrastive import backward, contrastive_loss
-from training import Order, Precision, Schedule, Stepper, Task, average, check_micro_batch
+from training import Order, Precision, Regime, Stepper, Task, average
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -96,13 +96,13 @@ def test_duplicate_targets_are_not_each_others_negatives():
 
 
 def test_schedule():
-    schedule = Schedule(num_epochs=1, validation_frequency=1, warmup_steps=4, cosine=True)
+    schedule = Regime(num_epochs=1, validation_frequency=1, warmup_steps=4, cosine=True)
     assert [schedule.factor(step, 12) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
     assert schedule.factor(4, 12) == 1.0
     assert schedule.factor(8, 12) == pytest.approx(0.5)
     assert schedule.factor(10, 12) == pytest.approx(0.5 * (1 + math.cos(0.75 * math.pi)))
     assert schedule.factor(12, 12) == 0.0
-    assert {Schedule(1, 1).factor(step, 9) for step in range(9)} == {1.0}
+    assert {Regime(1, 1).factor(step, 9) for step in range(9)} == {1.0}
 
 
 class Line(nn.Module):
@@ -116,18 +116,17 @@ class Line(nn.Module):
         return nn.functional.normalize(rows @ self.weight, dim=-1), nn.functional.normalize(rows, dim=-1)
 
 
-def stepper(model, schedule=None, steps=5, averaged=None, **options):
+def stepper(model, regime=None, steps=5, averaged=None):
     optimizer = SGD(model.parameters(), lr=0.1)
-    schedule = schedule or Schedule(1, 1)
     task = Task(lambda epoch: [], steps, model, optimizer, dict, model, averaged)
-    return Stepper(task, schedule, Precision("fp32", CPU), **options)
+    return Stepper(task, regime or Regime(1, 1), Precision("fp32", CPU))
 
 
 ROWS = [torch.tensor([[1.0, 0.0], [0.6, 0.8]])]
 
 
 def test_the_learning_rate_follows_the_schedule():
-    schedule = Schedule(1, 1, warmup_steps=2, cosine=True)
+    schedule = Regime(1, 1, warmup_steps=2, cosine=True)
     steps = stepper(Line(), schedule, steps=6)
     rates = []
     for _ in range(6):
@@ -155,7 +154,7 @@ def test_gradient_clipping():
     before = plain.weight.detach().clone()
     stepper(plain).step(ROWS, torch.arange(2))
     norm = plain.weight.grad.norm()
-    stepper(clipped, clip_norm=float(norm) / 4).step(ROWS, torch.arange(2))
+    stepper(clipped, Regime(1, 1, clip_grad_norm=float(norm) / 4)).step(ROWS, torch.arange(2))
     torch.testing.assert_close(before - clipped.weight, (before - plain.weight) / 4, rtol=1e-4, atol=1e-7)
 
 
@@ -177,11 +176,10 @@ def test_precision_on_a_gpu(monkeypatch):
         Precision("bf16", gpu)
 
 
-def test_a_micro_batch_larger_than_the_batch():
-    order = Order(100, 1, 8, 0)
-    assert check_micro_batch(8, order) == 8
-    with pytest.raises(UserError, match=r"--micro-batch-size 9 .* batch of 8"):
-        check_micro_batch(9, order)
+def test_a_micro_batch_larger_than_the_batch(fails, drawn):
+    flags = ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--batch-size", 8, "--micro-batch-size", 9]
+    error = fails("clip_fine_tune", drawn, "--dataset", "CIRR", *flags)
+    assert "--micro-batch-size 9 is larger than a process's batch of 8" in error
 
 
 def test_a_batch_that_cannot_be_shared_equally(monkeypatch):

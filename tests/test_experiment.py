@@ -10,7 +10,7 @@ from torch.optim import SGD
 
 from conftest import read_csv
 from experiment import Checkpoints, NoTracker, Run, make_tracker, open_run, plain
-from training import Order, Precision, Schedule, Stepper, Task, fit, train_one_epoch
+from training import Order, Precision, Regime, Stepper, Task, fit, train_one_epoch
 from utils import UserError, written_whole
 
 CPU = torch.device("cpu")
@@ -174,15 +174,15 @@ def test_an_error_in_a_validation_names_the_epoch(tmp_path):
         raise UserError("similarities that are not finite")
 
     task = toy_task(validate)
-    run, schedule = Run(tmp_path, NoTracker(), {}), Schedule(3, 1)
+    run, regime = Run(tmp_path, NoTracker(), {}), Regime(3, 1)
     with pytest.raises(UserError, match="after epoch 0: similarities"):
-        fit(task, Stepper(task, schedule, Precision("fp32", CPU)), schedule, run, checkpoints(tmp_path))
+        fit(task, regime, Precision("fp32", CPU), run, checkpoints(tmp_path))
 
 
 def test_a_loss_that_is_not_finite_names_epoch_and_step(tmp_path):
     """Losses are read every few steps, but the step named is the one that failed."""
     task = toy_task(lambda: {}, steps=17, bad_step=13)
-    stepper = Stepper(task, Schedule(1, 1), Precision("fp32", CPU))
+    stepper = Stepper(task, Regime(1, 1), Precision("fp32", CPU))
     with pytest.raises(UserError, match="the loss is nan at epoch 4, step 13"):
         train_one_epoch(task, stepper, 4)
 
