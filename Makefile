@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test bench lint format clean
 
 demo: $(VENV)/runtime-installed
 	$(BIN)/python src/demo.py
 
 test: $(VENV)/dev-installed
 	$(BIN)/python -m pytest tests
+
+bench: $(VENV)/runtime-installed
+	$(BIN)/python bench/run.py
 
 lint: $(VENV)/dev-installed
 	$(BIN)/ruff check .

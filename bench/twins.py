@@ -1,8 +1,11 @@
-"""Slow, plain twins written from the definitions, which the tests hold the code against."""
+"""Slow, plain twins written from the definitions: tests hold the code against them, benchmarks time it."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from clip_model import tokenize
 
 
 class RowLoopMoE(nn.Module):
@@ -54,3 +57,54 @@ def ranks_by_sorting(similarity: Tensor, targets: Tensor, excluded: Tensor | Non
         columns = [c for c in range(len(values)) if excluded is None or c != int(excluded[row])]
         ranks.append(sorted(columns, key=lambda c: -values[c]).index(target))
     return ranks
+
+
+def string_matrix_ranks(
+    queries: Tensor, gallery: Tensor, names: list[str], references: list[str], targets: list[str], groups: list[list]
+) -> tuple[Tensor, Tensor]:
+    """CIRR's labels by whole sorted matrices of names: (Q, N - 1) in the gallery and (Q, 5) in the group."""
+    order = torch.argsort(1 - queries @ gallery.T, dim=-1)
+    table = np.array(names)[order.numpy()]
+    shape = len(targets), -1
+    table = table[table != np.repeat(np.array(references), len(names)).reshape(shape)].reshape(shape)
+    labels = table == np.repeat(np.array(targets), len(names) - 1).reshape(shape)
+    in_group = (table[..., None] == np.array(groups)[:, None, :]).sum(-1).astype(bool)
+    return torch.from_numpy(labels), torch.from_numpy(labels[in_group].reshape(shape))
+
+
+def plain_clip_step(model, optimizer, scaler, references: Tensor, targets: Tensor, tokens: Tensor) -> float:
+    """A stage-1 step with an encoder call for each input, fp16 autocast, an unfused optimizer, and a look at the loss.
+
+    Args:
+        references, targets: (B, 3, R, R) float32, normalised on the host.
+    """
+    optimizer.zero_grad()
+    with torch.autocast(references.device.type, dtype=torch.float16, enabled=references.device.type == "cuda"):
+        query = F.normalize(model.encode_image(references) + model.encode_text(tokens), dim=-1)
+        target = F.normalize(model.encode_image(targets), dim=-1)
+        loss = F.cross_entropy(100 * query @ target.T, torch.arange(len(query), device=query.device))
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return loss.item()
+
+
+def re_encoding_epoch(encoder, combiner, optimizer, split, captions: list[str], rows: Tensor) -> None:
+    """A stage-2 epoch that decodes and encodes the images and captions of each batch again.
+
+    Args:
+        rows: (steps, B) triplets of each batch.
+    """
+    combiner.train()
+    for batch in rows.tolist():
+        triplets = [split.triplets[row] for row in batch]
+        with torch.no_grad():
+            references = encoder.images([split.image_paths[t.reference] for t in triplets])
+            targets = encoder.images([split.image_paths[t.target] for t in triplets])
+            texts = encoder.model.encode_text(tokenize([captions[row] for row in batch]).to(encoder.device)).float()
+        optimizer.zero_grad()
+        logits = 100 * combiner(references, texts) @ F.normalize(targets, dim=-1).T
+        loss = F.cross_entropy(logits, torch.arange(len(batch), device=encoder.device))
+        loss.backward()
+        optimizer.step()
+        loss.item()

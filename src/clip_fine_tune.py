@@ -23,7 +23,7 @@ from benchmarks import BENCHMARKS, Benchmark
 from clip_model import CLIP, checkpoint_gradients, choose_trained, suit_to_gpu, tokenize
 from combiner import compose_sum
 from data_utils import Split, TripletImages, load_batches, normalise
-from experiment import Checkpoints, make_tracker, open_run, plain
+from experiment import Checkpoints, open_run, plain
 from features import Encoder, FrozenSplit, versions
 from image_cache import open_image_cache
 from pair import load_encoder, settle
@@ -110,8 +110,7 @@ def load_stage(args: argparse.Namespace, splits: list[Split], device: torch.devi
 def main(argv: list[str] | None = None) -> None:
     """Fine-tune CLIP; writes a run folder under --output-dir."""
     args = parse(argv)
-    device = options.start_training(args)
-    tracker = make_tracker(args.api_key, args.workspace, args.experiment_name)
+    device, tracker = options.start_training(args)
     precision = Precision(args.precision, device)
     data = read_training_data(
         BENCHMARKS[args.dataset](args.data_root), args.batch_size, args.micro_batch_size, args.seed

@@ -20,7 +20,7 @@ import options
 from benchmarks import BENCHMARKS, Benchmark
 from clip_model import feature_dim
 from combiner import build_combiner
-from experiment import Checkpoints, make_tracker, open_run, plain
+from experiment import Checkpoints, open_run, plain
 from features import FeatureCache, FrozenSplit, freeze, versions
 from pair import load_encoder, read_checkpoint, settle
 from retrieval import evaluate, freeze_val
@@ -76,8 +76,7 @@ def combiner_validation(
 def main(argv: list[str] | None = None) -> None:
     """Train a Combiner; writes a run folder under --output-dir."""
     args = parse(argv)
-    device = options.start_training(args)
-    tracker = make_tracker(args.api_key, args.workspace, args.experiment_name)
+    device, tracker = options.start_training(args)
     precision = Precision(args.precision, device)
     tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
     data = read_training_data(BENCHMARKS[args.dataset](args.data_root), args.batch_size, None, args.seed)

@@ -1,5 +1,6 @@
 """Files to tensors: padding, preprocessing, the records of a split, image datasets. Knows no benchmark."""
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -48,10 +49,14 @@ class Split:
         """Image files in gallery order."""
         return list(self.image_paths.values())
 
+    @functools.cached_property
+    def row_of(self) -> dict[str, int]:
+        """Gallery row of each image name."""
+        return {name: row for row, name in enumerate(self.image_paths)}
+
     def rows(self, names: Iterable[str | None]) -> Tensor:
         """Gallery rows of image names, (len(names),)."""
-        row_of = {name: row for row, name in enumerate(self.image_paths)}
-        return torch.tensor([row_of[name] for name in names], dtype=torch.long)
+        return torch.tensor([self.row_of[name] for name in names], dtype=torch.long)
 
     @property
     def reference_rows(self) -> Tensor:
@@ -66,8 +71,8 @@ class Split:
     @property
     def group_rows(self) -> Tensor:
         """Gallery rows of each query's group without the reference, in gallery order, (Q, G - 1)."""
-        groups = [self.rows(n for n in t.group if n != t.reference) for t in self.triplets]
-        return torch.stack(groups).sort(1).values
+        groups = [[self.row_of[n] for n in t.group if n != t.reference] for t in self.triplets]
+        return torch.tensor(groups, dtype=torch.long).sort(1).values
 
 
 class SquarePad:

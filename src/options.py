@@ -13,6 +13,7 @@ from benchmarks import BENCHMARKS
 from clip_model import ENCODERS
 from combiner import COMBINER_TYPES
 from data_utils import TRANSFORMS
+from experiment import NoTracker, make_tracker
 from utils import PROJECT_ROOT, UserError, check_writable, first_line, seed_everything
 
 DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
@@ -73,13 +74,13 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def start_training(args: argparse.Namespace) -> torch.device:
-    """Seed everything, pick the device, and fail now rather than after hours of work if a folder cannot be written."""
+def start_training(args: argparse.Namespace) -> tuple[torch.device, NoTracker]:
+    """Seed everything; device and tracker. Fails now, not after hours of work, if a folder cannot be written to."""
     seed_everything(args.seed)
     device = pick_device(args.device)
     written = ("output_dir", "image_cache", "feature_cache")
     check_writable({"--" + name.replace("_", "-"): getattr(args, name, None) for name in written})
-    return device
+    return device, make_tracker(args.api_key, args.workspace, args.experiment_name)
 
 
 def dataset_flag() -> argparse.ArgumentParser:
@@ -106,7 +107,7 @@ def machine_flags() -> argparse.ArgumentParser:
         "--similarity-block",
         type=positive_int,
         metavar="ROWS",
-        help="queries whose similarities to the gallery are in memory at a time (default: what fits 1 GiB)",
+        help="queries whose similarities to the gallery are in memory at a time (default: at most 1 GiB)",
     )
     group.add_argument("--device", metavar="DEV", help="such as cuda:1 or cpu (default: cuda where there is one)")
     return parser

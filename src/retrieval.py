@@ -14,7 +14,9 @@ from features import FeatureCache, FrozenSplit, freeze
 from metrics import NotFiniteError, nearest, target_ranks
 from utils import UserError
 
-BLOCK_VALUES = 2**28  # similarities in memory at one time: 1 GiB
+MOST_VALUES = 2**28  # similarities in memory at one time: 1 GiB
+CACHE_VALUES = 2**18  # on a CPU rather what its caches hold, but so many rows that the product stays efficient
+CACHE_ROWS = 128
 
 
 def freeze_queries(cache: FeatureCache, benchmark: Benchmark, split: Split, label: str) -> FrozenSplit:
@@ -86,13 +88,19 @@ def similarity_blocks(
     """
     gallery = F.normalize(frozen.images, dim=-1)  # (N, D)
     references = frozen.split.reference_rows.to(gallery.device)  # (Q,)
-    block = block or max(1, BLOCK_VALUES // len(gallery))
+    block = block or default_block(len(gallery), gallery.device)
     for rows in torch.arange(len(references), device=gallery.device).split(block):
         queries = compose(frozen.images[references[rows]], frozen.captions[rows, 0])  # (b, D)
         similarity = queries @ gallery.T  # (b, N)
         if not keeps_reference:
             similarity.scatter_(1, references[rows, None], float("-inf"))
         yield rows, similarity
+
+
+def default_block(gallery: int, device: torch.device) -> int:
+    """Queries to compare at a time with a gallery of that many images."""
+    most = max(1, MOST_VALUES // gallery)
+    return most if device.type == "cuda" else min(most, max(CACHE_ROWS, CACHE_VALUES // gallery))
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ import torch
 import cirr_test_submission
 import clip_fine_tune
 import combiner_train
+import experiment
+import options
 import validate
 from clip_model import load_clip
 from conftest import DOORS, read_csv
@@ -158,10 +160,7 @@ def test_epochs_of_stage_2_open_no_image_and_run_no_clip(stage_2, monkeypatch):
 
 
 def test_hyper_parameters_hold_no_secret(stage_2, monkeypatch):
-    import experiment
-
-    monkeypatch.setattr(experiment, "make_tracker", lambda *_: experiment.NoTracker())
-    monkeypatch.setattr(combiner_train, "make_tracker", lambda *_: experiment.NoTracker())
+    monkeypatch.setattr(options, "make_tracker", lambda *_: experiment.NoTracker())
     folder = stage_2("CIRR", "--api-key", "secret", "--workspace", "w")
     for file in folder.rglob("*"):
         assert file.is_dir() or b"secret" not in file.read_bytes()

@@ -1,0 +1,60 @@
+"""A stage-1 step in two processes of one CPU thread each, against one process of one thread.
+
+Run by itself, this file is one of the processes: it prints the median seconds of a step.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import distributed
+from clip_model import load_clip, write_tiny_clip
+from stage1 import make_step
+from timing import seconds
+
+BATCH, STEPS = 256, 5
+
+
+def step_seconds(processes: int, clip: Path) -> float:
+    """Median seconds of a step of the same global batch in so many processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    words = [sys.executable, *(torchrun if processes > 1 else []), __file__, str(clip)]
+    source = str(Path(__file__).parent.parent / "src")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": source}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def figures(device: torch.device) -> list[dict]:
+    """Rows of the results table."""
+    if device.type == "cuda":
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        clip = Path(folder) / "clip.pt"
+        write_tiny_clip(clip, "vit", image_resolution=64)
+        pairs = [(step_seconds(2, clip), step_seconds(1, clip)) for _ in range(3)]
+    ours, twin = (statistics.median(side) for side in zip(*pairs, strict=True))
+    what = f"stage-1 step, batch {BATCH}, torchrun with 2 processes of 1 thread / 1 process of 1 thread"
+    return [{"figure": what, "ours": ours, "twin": twin, "must": "1.6 x"}]
+
+
+def main() -> None:
+    """One process's part of the measurement."""
+    device = torch.device("cpu")
+    distributed.start(device)
+    model = load_clip(sys.argv[1], device)
+    step = make_step(model, BATCH // distributed.world_size(), None, device)
+    step()
+    taken = statistics.median(seconds(step, device) for _ in range(STEPS))
+    if distributed.is_main():
+        print(taken)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Ranking: CIRR's validation at its real size, and a gallery of a million."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from data_utils import Split, Triplet
+from features import FrozenSplit
+from metrics import target_ranks
+from retrieval import rank
+from timing import extra_memory, in_turns, seconds
+from twins import string_matrix_ranks
+
+GIB = 2**30
+
+
+def random_cirr(queries: int, gallery: int, dim: int, device: torch.device, grouped: bool) -> FrozenSplit:
+    """Random features of a benchmark's size; groups are six neighbours in the gallery."""
+    generator = torch.Generator().manual_seed(0)
+    names = [f"dev-{i // 6}-{i % 4}-img{i % 6}-{i}" for i in range(gallery)]
+    firsts = torch.randint(gallery - 6, (queries,), generator=generator).tolist()
+    groups = [tuple(names[f : f + 6]) if grouped else () for f in firsts]
+    triplets = [Triplet(names[f], ("",), names[f + 3], group) for f, group in zip(firsts, groups, strict=True)]
+    images = torch.randn(gallery, dim, generator=generator).to(device)
+    captions = torch.randn(queries, 1, dim, generator=generator).to(device)
+    return FrozenSplit(Split("val", triplets, dict.fromkeys(names, Path())), images, captions)
+
+
+def compose(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """The normalised sum."""
+    return F.normalize(image + text, dim=-1)
+
+
+def val_size(device: torch.device) -> list[dict]:
+    """CIRR val with groups: with the product that both sides need, and what comes after it."""
+    frozen = random_cirr(4181, 2297, 640, device, grouped=True)
+    split = frozen.split
+    gallery = F.normalize(frozen.images, dim=-1).cpu()
+    queries = compose(frozen.images[split.reference_rows], frozen.captions[:, 0]).cpu()
+    triplets = split.triplets
+    named = [t.reference for t in triplets], [t.target for t in triplets], [list(t.group) for t in triplets]
+
+    def twin():
+        return string_matrix_ranks(queries, gallery, split.names, *named)
+
+    labels, group_labels = twin()
+    ranks, group_ranks = rank(frozen, compose, keeps_reference=False)
+    for ours, theirs in ((ranks, labels), (group_ranks, group_labels)):
+        # The twin sorts 1 - s, whose rounding makes neighbours equal, and sorts equal ones in any order.
+        moved = (ours - theirs.int().argmax(1)).abs()
+        assert moved.max() <= 2, "the two sides rank differently"
+        assert (moved > 0).float().mean() < 0.01, "the two sides rank differently"
+    what = "ranking CIRR val, 4,181 x 2,297, D 640, groups"
+    ours, slow = in_turns(lambda: rank(frozen, compose, False), twin, device, rounds=5, twin_rounds=3)
+    product = seconds(lambda: queries @ gallery.T, torch.device("cpu"))
+    similarity, targets = (queries @ gallery.T).to(device), split.target_rows.to(device)
+    blocks = list(zip(similarity.split(128), targets.split(128), strict=True))
+    counting, _ = in_turns(lambda: [target_ranks(*block) for block in blocks], lambda: None, device)
+    return [
+        {"figure": f"{what}, all of it / string matrices", "ours": ours, "twin": slow, "must": "100 x"},
+        {"figure": f"{what}, after the product / string matrices", "ours": counting, "twin": slow - product},
+    ]
+
+
+def million(device: torch.device) -> list[dict]:
+    """10,000 queries against a million vectors."""
+    queries = 10_000
+    frozen = random_cirr(queries, 1_000_000, 64, device, grouped=False)
+    taken: list[float] = []
+    memory = extra_memory(lambda: taken.append(seconds(lambda: rank(frozen, compose, True), device)), device)
+    note = f"{1e3 * taken[0] / queries:.2f} ms a query, {memory / GIB:.2f} GiB of extra memory"
+    return [{"figure": "ranking 10,000 x 1,000,000, D 64", "ours": taken[0], "note": note, "must": "within 4 GiB"}]
+
+
+def figures(device: torch.device) -> list[dict]:
+    """Rows of the results table."""
+    return val_size(device) + million(device)

@@ -1,0 +1,81 @@
+"""An epoch of stage 2 with its validation: on frozen features, against encoding everything again."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.optim import Adam
+
+import shapes_dataset
+from benchmarks import CIRR
+from combiner import Combiner
+from combiner_train import ComposedFeatures, combiner_validation, feature_batches
+from features import FeatureCache, FrozenSplit, freeze
+from pair import load_encoder
+from ranking import random_cirr
+from retrieval import freeze_val
+from timing import in_turns, seconds
+from training import Order, Precision, Regime, Stepper, Task, train_one_epoch
+from twins import re_encoding_epoch
+
+
+def epoch(combiner, frozen_train: FrozenSplit, frozen_val: list[FrozenSplit], order: Order, device: torch.device):
+    """A function that trains an epoch and validates."""
+    optimizer = Adam(combiner.parameters(), lr=2e-5, fused=device.type == "cuda")
+    validate = combiner_validation(combiner, CIRR(Path()), frozen_val, None)
+    batches = feature_batches(frozen_train, order)
+    task = Task(batches, order.steps, ComposedFeatures(combiner), optimizer, validate)
+    stepper = Stepper(task, Regime(1, 1), Precision("amp", device))
+
+    def run() -> None:
+        train_one_epoch(task, stepper, 0)
+        task.validate()
+
+    return run
+
+
+def drawn(device: torch.device) -> list[dict]:
+    """6,000 drawn triplets, P 256, H 512, batch 256."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        sizes = ["--train-triplets", "1", "--val-triplets", "1", "--train-groups", "600", "--val-groups", "60"]
+        shapes_dataset.main(["--output-dir", folder, *sizes])
+        settings = {"clip_model_name": str(root / "tiny_clip_vit.pt"), "transform": "targetpad", "target_ratio": 1.25}
+        encoder = load_encoder(settings, None, device, workers=2)
+        benchmark = CIRR(root)
+        train, val = benchmark.train(), benchmark.val()
+        captions = [benchmark.caption(t.captions) for t in train.triplets]
+        cache = FeatureCache(None, encoder)
+        frozen_val = freeze_val(cache, benchmark, val)
+        frozen_train = freeze(cache, train, [[caption] for caption in captions], "train")
+        order = Order(len(captions), 1, 256, 0)
+        combiner = Combiner(64, 256, 512).to(device)
+        ours = epoch(combiner, frozen_train, frozen_val, order, device)
+        optimizer = Adam(combiner.parameters(), lr=2e-5)
+
+        def twin() -> None:
+            re_encoding_epoch(encoder, combiner, optimizer, train, captions, order.batches(0)[0])
+            freeze_val(cache, benchmark, val)
+            ours_validation = combiner_validation(combiner, benchmark, frozen_val, None)
+            ours_validation()
+
+        fast, slow = in_turns(ours, twin, device, rounds=5, twin_rounds=2)
+    what = f"stage-2 epoch, {len(captions):,} drawn triplets, P 256, H 512, batch 256, with validation / re-encoding"
+    return [{"figure": what, "ours": fast, "twin": slow, "must": "15 x"}]
+
+
+def full_size(device: torch.device) -> list[dict]:
+    """CIRR's real sizes on random features, D 768, P 2560, H 5120, batch 4096: a GPU's work."""
+    frozen_val = [random_cirr(4181, 2297, 768, device, grouped=True)]
+    frozen_train = random_cirr(28_225, 16_939, 768, device, grouped=False)
+    combiner = Combiner(768, 2560, 5120).to(device)
+    run = epoch(combiner, frozen_train, frozen_val, Order(28_225, 1, 4096, 0), device)
+    run()
+    taken = sorted(seconds(run, device) for _ in range(5))[2]
+    what = "stage-2 epoch, 28,225 triplets, D 768, P 2560, H 5120, batch 4096, with validation of 4,181 x 2,297"
+    return [{"figure": what, "ours": taken, "must": "at most 0.5 s"}]
+
+
+def figures(device: torch.device) -> list[dict]:
+    """Rows of the results table."""
+    return drawn(device) + (full_size(device) if device.type == "cuda" else [])

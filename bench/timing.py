@@ -1,0 +1,84 @@
+"""Measure two sides of a comparison in turns, memory beyond what was there before, and activations."""
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock seconds of one call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def in_turns(
+    ours: Callable[[], object], twin: Callable[[], object], device: torch.device, rounds: int = 5, twin_rounds: int = 5
+) -> tuple[float, float]:
+    """Median seconds of both sides, measured one after the other in each round; each runs once before, unmeasured.
+
+    Args:
+        twin_rounds: rounds in which a slow twin takes part.
+    """
+    ours()
+    if twin_rounds == rounds:
+        twin()
+    times: tuple[list[float], list[float]] = ([], [])
+    for number in range(rounds):
+        times[0].append(seconds(ours, device))
+        if number < twin_rounds:
+            times[1].append(seconds(twin, device))
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def extra_memory(work: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a call needs at its peak beyond what was in use before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+    before = _status("VmRSS")
+    work()
+    return _status("VmHWM") - before
+
+
+def saved_activations(work: Callable[[], object], model: nn.Module) -> int:
+    """Bytes that autograd keeps for backward passes at their peak during a call, the model's weights left out."""
+    live: Counter[int] = Counter()  # storage -> how often it is kept
+    sizes: dict[int, int] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    peak = 0
+
+    class Kept:
+        """A kept tensor; its storage counts until the last one of it is gone."""
+
+        def __init__(self, tensor: torch.Tensor) -> None:
+            nonlocal peak
+            self.tensor, storage = tensor, tensor.untyped_storage()
+            self.key = storage.data_ptr()
+            live[self.key] += 1
+            sizes[self.key] = storage.nbytes()
+            peak = max(peak, sum(sizes[key] for key, count in live.items() if count and key not in weights))
+
+        def __del__(self) -> None:
+            live[self.key] -= 1
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        work()
+    return peak
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
