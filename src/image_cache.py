@@ -23,6 +23,7 @@ class CachedImages:
     """A reader that takes the place of decoding: image file -> its preprocessed bytes (3, R, R) from the cache."""
 
     def __init__(self, file: Path, paths: list[Path], shape: tuple[int, ...]) -> None:
+        self.arguments = file, paths, shape
         self.row_of = {path: row for row, path in enumerate(paths)}
         try:
             self.pixels = np.load(file, mmap_mode="r")
@@ -30,6 +31,10 @@ class CachedImages:
             raise UserError(f"--image-cache: {file} is truncated or damaged ({error}): delete it") from None
         if self.pixels.shape != shape or self.pixels.dtype != np.uint8:
             raise UserError(f"--image-cache: {file} has shape {self.pixels.shape}, expected {shape}: delete it")
+
+    def __reduce__(self) -> tuple:
+        """Let worker processes open the file anew: pickled, a memory map is a copy of all of it."""
+        return CachedImages, self.arguments
 
     def __call__(self, path: Path) -> Tensor:
         return torch.from_numpy(self.pixels[self.row_of[path]].copy())

@@ -182,7 +182,8 @@ def test_checkpoints_carry_a_plain_configuration(stage_1, stage_2):
 
 def test_our_checkpoints_load_in_a_model_with_the_originals_names(stage_2):
     content = torch.load(stage_2("CIRR") / "saved_models" / "combiner_1.pt", weights_only=True)
-    DefinedCombiner(64, 16, 24).load_state_dict(content["Combiner"])
+    loaded = DefinedCombiner(64, 16, 24).load_state_dict(content["Combiner"])
+    assert loaded.missing_keys == loaded.unexpected_keys == []
 
 
 def test_evaluation_follows_the_configuration_and_warns_of_contradictions(stage_1, run, drawn, caplog, tmp_path):
@@ -237,11 +238,19 @@ def test_submission(kind, stage_2, run, drawn):
             assert metric == "recall" or set(names) < set(entry["img_set"]["members"])
 
 
-def test_paths_stand_for_the_checkpoint_in_them(stage_2, run, drawn):
+def test_paths_stand_for_the_checkpoint_in_them(stage_2, run, drawn, capsys):
     folder = stage_2("FashionIQ", "--save-best")
     flags = ["--dataset", "FashionIQ", "--combining-function", "combiner", "--combiner-path"]
-    for path in (folder, folder / "saved_models", folder / "saved_models" / "combiner"):
+    printed = set()
+    for path in (
+        folder,
+        folder / "saved_models",
+        folder / "saved_models/combiner",
+        folder / "saved_models/combiner.pt",
+    ):
         run("validate", drawn, *flags, path)
+        printed.add(capsys.readouterr().out)
+    assert len(printed) == 1
 
 
 def test_runs_started_in_one_second_have_folders_of_their_own(stage_2, run, drawn):

@@ -1,6 +1,7 @@
 """Images decoded once: the same bits as decoding, and honest about what is on the disk."""
 
 import functools
+import pickle
 import shutil
 from collections import namedtuple
 
@@ -39,6 +40,15 @@ def test_cached_images_equal_decoded_ones_bit_for_bit(transform, workers, paths,
     cached = open_image_cache(tmp_path / "cache", paths, read, RECIPE | {"transform": transform}, workers)
     for path in reversed(paths):
         assert torch.equal(cached(path), read(path))
+
+
+def test_a_cache_is_small_when_sent_to_a_worker(paths, tmp_path):
+    """Guards against a pickled memory map, which is a copy of every image."""
+    read = functools.partial(load_image, preprocess=make_preprocess("clip", 1.25, 224))
+    cached = open_image_cache(tmp_path / "cache", paths, read, RECIPE, 0)
+    pickled = pickle.dumps(cached)
+    assert len(pickled) < 10_000
+    assert torch.equal(pickle.loads(pickled)(paths[3]), cached(paths[3]))
 
 
 def reader_that_counts():
