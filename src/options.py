@@ -64,7 +64,8 @@ def _benchmark_name(text: str) -> str:
 def pick_device(name: str | None) -> torch.device:
     """The device of `--device`, else this process's GPU, else the CPU; joins the other processes, if there are any."""
     try:
-        device = torch.device(name or distributed.local_device())
+        own_gpu = name == "cuda" and torch.cuda.is_available()  # not everybody's first one
+        device = torch.device(distributed.local_device() if own_gpu or name is None else name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
         raise UserError(f"--device {name}: not usable here ({first_line(error)}); try --device cpu") from None
