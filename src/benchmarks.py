@@ -156,8 +156,10 @@ class CIRR(Benchmark):
             return Triplet(reference, (caption,), _field(entry, "target_hard", str, file, where), pair_id=pair_id)
         target = _field(entry, "target_hard", str, file, where) if split == "val" else None
         group = _field(_field(entry, "img_set", dict, file, where), "members", list, file, where)
-        whole = len(set(map(str, group))) == 6 and reference in group and target in (None, *group)
-        _check(whole, file, f"six different members in {where}, the reference and the target among them")
+        whole = (
+            len(set(map(str, group))) == 6 and reference in group and target in (None, *group) and target != reference
+        )
+        _check(whole, file, f"six members in {where}, reference and target two of them")
         return Triplet(reference, (caption,), target, tuple(map(str, group)), pair_id)
 
     def caption(self, captions: tuple[str, ...]) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import distributed
 from utils import UserError, find_checkpoint, first_line, load_tensors, save_tensors, seed_everything
 
 with warnings.catch_warnings():
@@ -37,7 +38,7 @@ def load_clip(name: str, device: torch.device) -> CLIP:
     if name in clip.available_models():
         return _download(name).float().to(device)
     path = Path(name)
-    if not path.exists() and not path.with_name(path.name + ".pt").exists():
+    if not path.exists() and not Path(f"{path}.pt").exists():
         known = ", ".join(clip.available_models())
         raise UserError(f"--clip-model-name {name}: neither a file nor one of {known}")
     path = find_checkpoint(path)
@@ -55,7 +56,8 @@ def _download(name: str) -> CLIP:
     """A pretrained CLIP by name, from the clip package's cache or its download server."""
     by_hand = Path("~/.cache/clip").expanduser() / Path(clip.clip._MODELS[name]).name
     try:
-        return clip.load(name, device="cpu")[0]
+        with distributed.first_on_machine():
+            return clip.load(name, device="cpu")[0]
     except (OSError, RuntimeError, urllib.error.URLError) as error:
         raise UserError(
             f"--clip-model-name {name} could not be downloaded ({first_line(error)}): fetch "

@@ -60,7 +60,8 @@ class SparseMoE(nn.Module):
         logits, chosen = self.router(x).topk(self.top_k, dim=-1)  # (B, k), (B, k)
         weights = logits.softmax(-1)
         slots = chosen.flatten().argsort(stable=True)  # (B * k,) slots b * k + j, those of one expert side by side
-        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        every = torch.arange(len(self.experts), device=x.device)
+        counts = (chosen.flatten().unsqueeze(1) == every).sum(0).tolist()  # the one wait for the device
         rows = (slots // self.top_k).split(counts)
         outputs = [expert(x[own]) for expert, own in zip(self.experts, rows, strict=True) if len(own)]
         ungrouped = torch.cat(outputs)[slots.argsort()].unflatten(0, chosen.shape)  # (B, k, H)

@@ -21,7 +21,7 @@ from benchmarks import BENCHMARKS, Benchmark
 from clip_model import feature_dim
 from combiner import build_combiner
 from experiment import Checkpoints, open_run, plain
-from features import FeatureCache, FrozenSplit, freeze, versions
+from features import FeatureCache, FrozenSplit, freeze, versions, weights_digest
 from pair import load_encoder, read_checkpoint, settle
 from retrieval import evaluate, freeze_val
 from training import Order, Precision, Regime, Task, average, fit, read_training_data, trainable
@@ -81,7 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
     data = read_training_data(BENCHMARKS[args.dataset](args.data_root), args.batch_size, None, args.seed)
     encoder = load_encoder(settle(options.clip_choice(args), [tuned]), tuned, device, args.num_workers, args.clip_bs)
-    config = plain(vars(args) | encoder.recipe | {"versions": versions(), "clip_dim": feature_dim(encoder.model)})
+    about = {"clip_dim": feature_dim(encoder.model), "clip_weights": weights_digest(encoder.model.state_dict())}
+    config = plain(vars(args) | encoder.recipe | about | {"versions": versions()})
     combiner = build_combiner(config).to(device)
     cache = FeatureCache(args.feature_cache, encoder)
     frozen_train = freeze(cache, data.train, data.texts, f"{data.benchmark.run_name}-train")

@@ -21,7 +21,10 @@ def contrastive_loss(queries: Tensor, targets: Tensor, target_ids: Tensor | None
         target_ids: (B,) image of each target; if given, rows of the same target are not each other's negatives, as
             supervised contrastive learning treats positives (Khosla et al. 2020, arXiv 2004.11362).
     """
-    logits = LOGIT_SCALE * queries @ targets.T  # (B, B)
+    # Never in half precision: at 100 times a cosine, bf16 has steps of a half.
+    with torch.autocast(queries.device.type, enabled=False):
+        exact = torch.promote_types(queries.dtype, torch.float32)
+        logits = LOGIT_SCALE * queries.to(exact) @ targets.to(exact).T  # (B, B)
     answers = torch.arange(len(logits), device=logits.device)
     if target_ids is not None:
         same = target_ids.unsqueeze(1) == target_ids  # (B, B)

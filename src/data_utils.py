@@ -2,6 +2,8 @@
 
 import functools
 import re
+import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from torchvision.transforms import functional as F
 
 from utils import UserError, first_line
 
+# What Pillow's decoders raise on damaged files.
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError, struct.error, zlib.error)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -132,8 +136,15 @@ def make_preprocess(transform: str, target_ratio: float, resolution: int) -> Com
 
 def normalise(pixels: Tensor) -> Tensor:
     """CLIP's input from bytes, (..., 3, R, R) uint8 -> float32: what ToTensor and Normalize do, to the last bit."""
-    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    mean, std = _mean_and_std(pixels.device)
     return pixels.float().div_(255).sub_(mean).div_(std)
+
+
+@functools.lru_cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """CLIP's constants, (3, 1, 1) each, sent to a device once: sending waits."""
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return mean, std
 
 
 Reader = Callable[[Path], Tensor]  # image file -> preprocessed bytes (3, R, R)
@@ -144,7 +155,7 @@ def load_image(path: Path, preprocess: Compose) -> Tensor:
     try:
         with Image.open(path) as image:
             return preprocess(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
         reason = first_line(error)
     raise UserError(f"image {path} cannot be decoded ({reason}): replace the file with a whole copy of the image")
 

@@ -6,6 +6,7 @@ python src/demo.py --seeds 0 1 2
 
 import argparse
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -130,8 +131,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("demo"), metavar="DIR", help="(default: demo)")
     parser.add_argument("--seeds", type=seed_int, nargs="+", default=[0], help="of stage 2")
     args = parser.parse_args(argv)
-    demo = Demo(args.output_dir, args.seeds)
-    demo.run("shapes_dataset.py", "--output-dir", args.output_dir / "data")
+    folder = Path(os.path.relpath(args.output_dir, PROJECT_ROOT))
+    os.chdir(PROJECT_ROOT)  # where the commands are typed
+    demo = Demo(folder, args.seeds)
+    demo.run("shapes_dataset.py", "--output-dir", folder / "data")
     fashioniq, _ = demo.benchmark("FashionIQ", "tuned_clip_best.pt", "combiner.pt")
     cirr, pair = demo.benchmark("CIRR", "tuned_clip_arithmetic.pt", "combiner_arithmetic.pt")
     recalls = demo.submit(pair)

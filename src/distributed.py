@@ -1,6 +1,8 @@
 """Several processes as one: ranks, shards, and features gathered in order. With one process all of it does nothing."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
@@ -11,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 def launched() -> bool:
     """Whether torchrun started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return {"RANK", "MASTER_ADDR"} <= set(os.environ) and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def local_device() -> str:
@@ -52,6 +54,17 @@ def wait_for_all() -> None:
     """Go on when every process is here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextlib.contextmanager
+def first_on_machine() -> Iterator[None]:
+    """Let one process of each machine go ahead, as to download what the others then find there."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        wait_for_all()
+    yield
+    if first:
+        wait_for_all()
 
 
 def gather_rows(local: Tensor) -> Tensor:

@@ -69,6 +69,9 @@ def _fill(file: Path, paths: list[Path], read: Reader, shape: tuple[int, ...], w
         file.parent.mkdir(parents=True, exist_ok=True)
         _announce(file, shape)
         pixels = np.lib.format.open_memmap(beside, mode="w+", dtype=np.uint8, shape=shape)
+        if hasattr(os, "posix_fallocate"):  # take the room now: a map on a disk that fills up later kills the process
+            with open(beside, "r+b") as whole:
+                os.posix_fallocate(whole.fileno(), 0, beside.stat().st_size)
         chunks = [list(range(i, min(i + 64, len(paths)))) for i in range(0, len(paths), 64)]
         batches = load_batches(ImageDataset(paths, read), chunks, workers, torch.device("cpu"))
         with tqdm(total=len(paths), desc="decoding images", unit="img", leave=False, disable=None) as bar:

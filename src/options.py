@@ -68,7 +68,12 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(distributed.local_device() if own_gpu or name is None else name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
-        raise UserError(f"--device {name}: not usable here ({first_line(error)}); try --device cpu") from None
+        wanted = name or distributed.local_device()
+        raise UserError(f"--device {wanted}: not usable here ({first_line(error)}); try --device cpu") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: choose cuda or cpu")
+    if distributed.launched() and name and ":" in name:
+        raise UserError(f"--device {name}: each process takes the GPU of its own number; leave the flag out")
     distributed.start(device)
     if not distributed.is_main():
         logging.getLogger().setLevel(logging.WARNING)

@@ -11,7 +11,7 @@ import torch
 from clip_model import feature_dim, load_clip, load_finetuned, resolution
 from combiner import Compose, compose_sum, load_combiner
 from data_utils import TRANSFORMS, load_image, make_preprocess
-from features import Encoder
+from features import Encoder, weights_digest
 from utils import UserError, find_checkpoint, load_tensors
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ def settle(choice: dict[str, Any], checkpoints: list[Checkpoint | None]) -> dict
         choice: what the flags say, by the names of ORIGINAL_DEFAULTS, None where silent.
         checkpoints: those given, the more telling first.
     """
+    choice = choice | {"clip_model_name": _absolute(choice["clip_model_name"])}
     settled = {}
     for name, default in ORIGINAL_DEFAULTS.items():
         trained = [(c.path, c.config[name]) for c in checkpoints if c and isinstance(c.config.get(name), type(default))]
@@ -73,6 +74,13 @@ def settle(choice: dict[str, Any], checkpoints: list[Checkpoint | None]) -> dict
     if settled["transform"] not in TRANSFORMS:
         raise UserError(f"a checkpoint names the transform {settled['transform']}, which is none of {TRANSFORMS}")
     return settled
+
+
+def _absolute(name: str | None) -> str | None:
+    """A model's name as it is, a checkpoint's path in full: a configuration is read from other folders too."""
+    if name is None or not (Path(name).exists() or Path(f"{name}.pt").exists()):
+        return name
+    return str(find_checkpoint(Path(name)).resolve())
 
 
 def load_encoder(
@@ -119,6 +127,14 @@ def load_pair(
     trained = read_checkpoint("--combiner-path", combiner_path if composes else None, "Combiner")
     encoder = load_encoder(settle(clip_choice, [trained, tuned]), tuned, device, workers)
     if trained is None:
+        if combiner_path:
+            logger.warning("warning: --combining-function sum makes no use of --combiner-path %s", combiner_path)
         return encoder, compose_sum
+    if trained.config.get("clip_weights") not in (None, weights_digest(encoder.model.state_dict())):
+        logger.warning(
+            "warning: %s was trained on features of other CLIP weights (--clip-model-path %s then)",
+            trained.path,
+            trained.config.get("clip_model_path"),
+        )
     combiner = load_combiner(trained.content, trained.path, combiner_choice, feature_dim(encoder.model))
     return encoder, combiner.to(device)

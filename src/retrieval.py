@@ -37,7 +37,7 @@ def evaluate(
     Args:
         frozen: its validation splits, from `freeze_val`.
         compose: the way queries are made; a module must be in eval mode.
-        block: queries whose similarities are in memory at a time; None for as many as fit 1 GiB.
+        block: queries whose similarities are in memory at a time; None for `default_block`.
     """
     ranks = {f.split.name: rank(f, compose, benchmark.keeps_reference, block) for f in frozen}
     return benchmark.summary({name: benchmark.score(*both) for name, both in ranks.items()})

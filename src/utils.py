@@ -34,6 +34,10 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             print(f"{script}: error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        except torch.OutOfMemoryError as error:
+            remedy = "lower --batch-size, --micro-batch-size or --similarity-block, or use --gradient-checkpointing"
+            print(f"{script}: error: the GPU's memory is full ({first_line(error)[:80]}): {remedy}", file=sys.stderr)
+            raise SystemExit(2) from None
         except KeyboardInterrupt:
             print(f"{script}: interrupted; the files written so far are whole", file=sys.stderr)
             raise SystemExit(130) from None
@@ -135,7 +139,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         UserError: there is none, or a folder holds several.
     """
-    candidates = [path, path.with_name(path.name + ".pt")]
+    candidates = [path, Path(f"{path}.pt")]
     for candidate in candidates:
         if candidate.is_file():
             return candidate

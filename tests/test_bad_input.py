@@ -115,6 +115,7 @@ def test_malformed_entries_of_fashioniq(change, own_drawn, name, fails):
         lambda entries: entries[0]["img_set"].update(members=[[], {}, 1, 2, 3, 4]),
         lambda entries: entries[0].update(target_hard="unknown"),
         lambda entries: entries[0].update(pairid="one"),
+        lambda entries: entries[0].update(target_hard=entries[0]["reference"]),
     ],
 )
 def test_malformed_entries_of_cirr(change, own_drawn, name, fails):
@@ -316,6 +317,8 @@ def test_a_combiner_without_its_path(golden, fails):
         ["--seed", "-1"],
         ["--device", "abacus"],
         ["--device", "cuda:77"],
+        ["--device", "meta"],
+        ["--clip-model-path", "."],
         ["--api-key", "x"],
         ["--clip-model-name", "RN51"],
         ["--projection-dim", "18"],

@@ -95,6 +95,15 @@ def test_duplicate_targets_are_not_each_others_negatives():
     torch.testing.assert_close(distinct, contrastive_loss(queries, targets))
 
 
+def test_the_loss_is_exact_in_mixed_precision():
+    """Guards against logits in bf16, whose steps at 100 are a half."""
+    torch.manual_seed(0)
+    queries, targets = nn.functional.normalize(torch.randn(2, 64, 8), dim=-1)
+    with Precision("bf16", CPU).autocast():
+        mixed = contrastive_loss(queries, targets)
+    assert mixed.item() == contrastive_loss(queries, targets).item()
+
+
 def test_schedule():
     schedule = Regime(num_epochs=1, validation_frequency=1, warmup_steps=4, cosine=True)
     assert [schedule.factor(step, 12) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]

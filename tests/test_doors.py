@@ -207,6 +207,19 @@ def test_evaluation_follows_the_configuration_and_warns_of_contradictions(stage_
     assert silent != json.loads((tmp_path / "loud.json").read_text())
 
 
+def test_a_combiner_with_other_clip_weights_is_warned_of(stage_1, stage_2, run, drawn, caplog):
+    """Guards against a Combiner measured, silently, on features that it was not trained on."""
+    clip = stage_1("CIRR", "--save-best") / "saved_models" / "tuned_clip_arithmetic.pt"
+    weights = stage_2("CIRR", "--clip-model-path", clip) / "saved_models" / "combiner_1.pt"
+    flags = ["--dataset", "CIRR", "--combining-function", "combiner", "--combiner-path", weights]
+    run("validate", drawn, *flags, "--clip-model-path", clip)
+    assert "warning" not in caplog.text
+    run("validate", drawn, *flags)
+    assert f"other CLIP weights (--clip-model-path {clip} then)" in caplog.text
+    run("validate", drawn, *flags, "--combining-function", "sum", "--clip-model-path", clip)
+    assert "sum makes no use of --combiner-path" in caplog.text
+
+
 def test_k_is_read_from_the_configuration(stage_2, run, drawn, fails):
     folder = stage_2("CIRR", "--top-k", 1, "--num-experts", 3)
     pair = [
