@@ -63,7 +63,8 @@ class SparseMoE(nn.Module):
         every = torch.arange(len(self.experts), device=x.device)
         counts = (chosen.flatten().unsqueeze(1) == every).sum(0).tolist()  # the one wait for the device
         rows = (slots // self.top_k).split(counts)
-        outputs = [expert(x[own]) for expert, own in zip(self.experts, rows, strict=True) if len(own)]
+        # Without strict, which the compiler of torch 2.6 does not know.
+        outputs = [expert(x[own]) for expert, own in zip(self.experts, rows) if len(own)]  # noqa: B905
         ungrouped = torch.cat(outputs)[slots.argsort()].unflatten(0, chosen.shape)  # (B, k, H)
         return (weights.unsqueeze(-1) * self.dropout(ungrouped)).sum(1)
 
