@@ -1,7 +1,6 @@
 """OpenAI's CLIP: load, tokenize, freeze, write a tiny one. The only importer of `clip`."""
 
 import functools
-import logging
 import urllib.error
 import warnings
 import zipfile
@@ -20,7 +19,6 @@ with warnings.catch_warnings():
     from clip.model import CLIP, Bottleneck, ModifiedResNet, ResidualAttentionBlock, build_model
 
 ENCODERS = ("both", "text", "image")
-logger = logging.getLogger(__name__)
 
 
 def load_clip(name: str, device: torch.device) -> CLIP:
