@@ -57,7 +57,11 @@ class SparseMoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_dim) -> (B, H)."""
-        logits, chosen = self.router(x).topk(self.top_k, dim=-1)  # (B, k), (B, k)
+        return self.mix(x, self.router(x))
+
+    def mix(self, x: Tensor, router_logits: Tensor) -> Tensor:
+        """(B, in_dim) and the router's (B, E) for them -> (B, H)."""
+        logits, chosen = router_logits.topk(self.top_k, dim=-1)  # (B, k), (B, k)
         weights = logits.softmax(-1)
         slots = chosen.flatten().argsort(stable=True)  # (B * k,) slots b * k + j, those of one expert side by side
         every = torch.arange(len(self.experts), device=x.device)
@@ -93,15 +97,29 @@ class Combiner(nn.Module):
 
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Unnormalised CLIP features (B, D), (B, D) -> normalised query (B, D)."""
+        return self.routed(image_features, text_features)[0]
+
+    def routed(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+        """The query (B, D) and the router's logits (B, E)."""
+        joint = self.joint(image_features, text_features)  # (B, 2P)
+        logits = self.moe_layer.router(joint)  # (B, E)
+        hidden = self.dropout(F.relu(self.moe_layer.mix(joint, logits)))  # (B, H)
+        gate = torch.sigmoid(self.gate_net(joint))  # (B, D)
+        composed = self.output_layer(hidden) + gate * text_features + (1 - gate) * image_features
+        return F.normalize(composed, dim=-1), logits
+
+    def joint(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """What router, experts and gate see: the attended projections (B, 2P), text first."""
         text = self.dropout(self.text_projection_layer(text_features))  # (B, P)
         image = self.dropout(self.image_projection_layer(image_features))  # (B, P)
         pair = torch.stack([text, image], dim=1)  # (B, 2, P)
         attended, _ = self.attn_layer(pair, pair, pair, need_weights=False)
-        joint = self.attn_norm(pair + attended).flatten(1)  # (B, 2P), text first
-        hidden = self.dropout(F.relu(self.moe_layer(joint)))  # (B, H)
-        gate = torch.sigmoid(self.gate_net(joint))  # (B, D)
-        composed = self.output_layer(hidden) + gate * text_features + (1 - gate) * image_features
-        return F.normalize(composed, dim=-1)
+        return self.attn_norm(pair + attended).flatten(1)
+
+    @torch.no_grad()
+    def router_logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """The router's logits (B, E) alone."""
+        return self.moe_layer.router(self.joint(image_features, text_features))
 
 
 class PlainCombiner(nn.Module):

@@ -45,8 +45,9 @@ def backward(
     micro_batch: int | None,
     autocast: Callable[[], contextlib.AbstractContextManager],
     scale: Callable[[Tensor], Tensor],
+    penalty: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Add the gradient of the global batch's loss to the parameters; returns the loss, without a graph.
+    """Add the gradient of the global batch's loss to the parameters; returns the loss, without penalty and graph.
 
     With a micro-batch the features' graph is never held for more rows than that: gradient caching (Gao et al. 2021,
     arXiv 2101.06983). Features are computed without graph, the loss gives its gradient with respect to them, and each
@@ -59,12 +60,15 @@ def backward(
         micro_batch: rows in memory at a time, None for all.
         autocast: makes the context of mixed precision.
         scale: the gradient scaler's, or the identity.
+        penalty: what is added to the loss, from a third output of the model; not with micro-batches.
     """
     world = distributed.world_size()  # parallel modules average over ranks what has to be summed
     if micro_batch is None or micro_batch >= len(inputs[0]):
         with autocast():
-            loss = global_loss(*model(*inputs), target_ids)
-        scale(loss * world).backward()
+            queries, targets, *others = model(*inputs)
+            loss = global_loss(queries, targets, target_ids)
+            whole = loss if penalty is None else loss + penalty(*others)
+        scale(whole * world).backward()
         return loss.detach()
     chunks = list(zip(*(tensor.split(micro_batch) for tensor in inputs), strict=True))
     with torch.no_grad(), autocast():
