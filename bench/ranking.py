@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data_utils import Split, Triplet
 from features import FrozenSplit
 from metrics import target_ranks
+from protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
 from retrieval import rank
+from splits import Split, Triplet
 from timing import extra_memory, in_turns, seconds
 from twins import string_matrix_ranks
 
@@ -45,14 +46,14 @@ def val_size(device: torch.device) -> list[dict]:
         return string_matrix_ranks(queries, gallery, split.names, *named)
 
     labels, group_labels = twin()
-    ranks, group_ranks = rank(frozen, compose, keeps_reference=False)
-    for ours, theirs in ((ranks, labels), (group_ranks, group_labels)):
+    ranking = rank(frozen, compose, [ORIGINAL_REMOVED])[ORIGINAL_REMOVED]
+    for ours, theirs in ((ranking.ranks, labels), (ranking.group_ranks, group_labels)):
         # The twin sorts 1 - s, whose rounding makes neighbours equal, and sorts equal ones in any order.
         moved = (ours - theirs.int().argmax(1)).abs()
         assert moved.max() <= 2, "the two sides rank differently"
         assert (moved > 0).float().mean() < 0.01, "the two sides rank differently"
     what = "ranking CIRR val, 4,181 x 2,297, D 640, groups"
-    ours, slow = in_turns(lambda: rank(frozen, compose, False), twin, device, rounds=5, twin_rounds=3)
+    ours, slow = in_turns(lambda: rank(frozen, compose, [ORIGINAL_REMOVED]), twin, device, rounds=5, twin_rounds=3)
     product = seconds(lambda: queries @ gallery.T, torch.device("cpu"))
     similarity, targets = (queries @ gallery.T).to(device), split.target_rows.to(device)
     blocks = list(zip(similarity.split(128), targets.split(128), strict=True))
@@ -68,7 +69,7 @@ def million(device: torch.device) -> list[dict]:
     queries = 10_000
     frozen = random_cirr(queries, 1_000_000, 64, device, grouped=False)
     taken: list[float] = []
-    memory = extra_memory(lambda: taken.append(seconds(lambda: rank(frozen, compose, True), device)), device)
+    memory = extra_memory(lambda: taken.append(seconds(lambda: rank(frozen, compose, [ORIGINAL_KEPT]), device)), device)
     note = f"{1e3 * taken[0] / queries:.2f} ms a query, {memory / GIB:.2f} GiB of extra memory"
     return [{"figure": "ranking 10,000 x 1,000,000, D 64", "ours": taken[0], "note": note, "must": "within 4 GiB"}]
 

@@ -15,8 +15,9 @@ from clip_fine_tune import SumFeatures
 from clip_model import CLIP, load_clip, suit_to_gpu, tokenize, write_tiny_clip
 from data_utils import ImageDataset, load_batches, load_image, make_preprocess, normalise
 from image_cache import open_image_cache
+from regime import Precision, Regime
 from timing import in_turns, saved_activations
-from training import Precision, Regime, Stepper, Task
+from training import Stepper, Task
 from twins import plain_clip_step
 
 ARCHITECTURES = {
@@ -52,7 +53,7 @@ def make_step(model: CLIP, batch: int, micro_batch: int | None, device: torch.de
     model.logit_scale.requires_grad_(False)
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(learned, lr=1e-6, eps=1e-7, fused=device.type == "cuda")
-    task = Task(lambda epoch: [], 1, distributed.parallel(SumFeatures(model), device), optimizer, dict)
+    task = Task(lambda *_: [], 1, distributed.parallel(SumFeatures(model), device), optimizer, dict, model)
     stepper = Stepper(task, Regime(1, 1, micro_batch_size=micro_batch), Precision("amp", device))
     pixels = model.visual.input_resolution
     images = torch.randint(256, (2, batch, 3, pixels, pixels), dtype=torch.uint8).to(device)

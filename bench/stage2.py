@@ -8,14 +8,19 @@ from torch.optim import Adam
 
 import shapes_dataset
 from benchmarks import CIRR
+from checkpoints import Checkpoints
 from combiner import Combiner
 from combiner_train import ComposedFeatures, combiner_validation, feature_batches
-from features import FeatureCache, FrozenSplit, freeze
+from experiment import Run
+from features import FeatureCache, FrozenSplit, freeze, freeze_queries
+from interruption import StopRequest
 from pair import load_encoder
 from ranking import random_cirr
-from retrieval import freeze_val
+from regime import Precision, Regime
 from timing import in_turns, seconds
-from training import Order, Precision, Regime, Stepper, Task, train_one_epoch
+from tracker import NoTracker
+from training import Keeper, Stepper, Task, train_one_epoch
+from training_data import Order
 from twins import re_encoding_epoch
 
 
@@ -24,11 +29,13 @@ def epoch(combiner, frozen_train: FrozenSplit, frozen_val: list[FrozenSplit], or
     optimizer = Adam(combiner.parameters(), lr=2e-5, fused=device.type == "cuda")
     validate = combiner_validation(combiner, CIRR(Path()), frozen_val, None)
     batches = feature_batches(frozen_train, order)
-    task = Task(batches, order.steps, ComposedFeatures(combiner), optimizer, validate)
+    task = Task(batches, order.steps, ComposedFeatures(combiner, False), optimizer, validate, combiner)
     stepper = Stepper(task, Regime(1, 1), Precision("amp", device))
+    run_of = Run(Path(), NoTracker(), {}, "")
+    checkpoints = Checkpoints(Path(), combiner, "Combiner", "combiner", {}, {}, keep=False, best_only=True)
 
     def run() -> None:
-        train_one_epoch(task, stepper, 0)
+        train_one_epoch(task, stepper, Keeper(run_of, stepper, checkpoints, StopRequest(), minutes=1000))
         task.validate()
 
     return run
@@ -46,7 +53,7 @@ def drawn(device: torch.device) -> list[dict]:
         train, val = benchmark.train(), benchmark.val()
         captions = [benchmark.caption(t.captions) for t in train.triplets]
         cache = FeatureCache(None, encoder)
-        frozen_val = freeze_val(cache, benchmark, val)
+        frozen_val = freeze_queries(cache, val, benchmark.caption, "val")
         frozen_train = freeze(cache, train, [[caption] for caption in captions], "train")
         order = Order(len(captions), 1, 256, 0)
         combiner = Combiner(64, 256, 512).to(device)

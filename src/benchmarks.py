@@ -1,14 +1,19 @@
-"""Every difference between FashionIQ and CIRR: their files, captions, rules and metrics."""
+"""Every difference between FashionIQ and CIRR: their files, captions, protocols and metrics."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from data_utils import Split, Triplet
-from metrics import means, recall_at
-from utils import UserError, read_json
+import annotations
+from annotations import check, check_known, field
+from metrics import means, percentage
+from protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_KEPT, VAL_REMOVED, Protocol
+from rankings import Ranking
+from splits import Split, Triplet, locate
+from utils import UserError
 
 
 class Benchmark(ABC):
@@ -17,25 +22,105 @@ class Benchmark(ABC):
     Attributes:
         name: what `--dataset` calls it.
         run_name: what the folders of its runs call it.
-        keeps_reference: whether a query's own reference may be retrieved.
+        parts: what its annotation files are of: cap.{part}.{split}.json.
+        splits: training, validation and test, as the files call them.
+        official: "{part}.{split}" -> triplets and images of the official files.
+        counts_explained: what the official counts look like, and are not; "" where they mislead nobody.
+        protocols: the protocols it is measured under, that of the original implementation first.
         selection: metric -> suffix of the checkpoint that is kept for its best value.
+        titles: metric -> its title in a table; the others are not in tables.
+
+    Args:
+        data_root: the folder that holds the dataset's own.
+        excluded: ids of images to leave out, see `Split.without`.
     """
 
     name: str
     run_name: str
-    keeps_reference: bool
+    parts: tuple[str, ...]
+    splits: tuple[str, str, str]
+    official: dict[str, tuple[int, int]]
+    counts_explained: str = ""
+    protocols: tuple[Protocol, ...]
     selection: dict[str, str]
+    titles: dict[str, str]
 
-    def __init__(self, data_root: Path) -> None:
+    def __init__(self, data_root: Path, excluded: Container[str] = ()) -> None:
         self.data_root = data_root
+        self.excluded = excluded
 
-    @abstractmethod
     def train(self) -> Split:
-        """The training triplets and the images that they use."""
+        """The training triplets of all parts and the images that they use."""
+        splits = self.read(self.splits[0])
+        triplets = [t for split in splits for t in split.triplets]
+        paths = {name: path for split in splits for name, path in split.image_paths.items()}
+        used = {name: paths[name] for t in triplets for name in (t.reference, t.target)}  # in the order of first use
+        images = tuple(dict.fromkeys(name for split in splits for name in split.excluded_images))
+        return Split("train", triplets, used, images, sum(split.excluded_triplets for split in splits))
 
-    @abstractmethod
     def val(self) -> list[Split]:
         """The validation splits, each with its whole gallery."""
+        return self.read(self.splits[1])
+
+    def test(self) -> list[Split]:
+        """The test splits, whose targets are secret."""
+        return self.read(self.splits[2])
+
+    def read(self, split: str) -> list[Split]:
+        """The parts of a split, each with all images of its list, without what is excluded.
+
+        Raises:
+            UserError: a file is missing or malformed, or nothing is left of it.
+        """
+        return [self.read_part(part, split) for part in self.parts]
+
+    def files(self, part: str, split: str) -> tuple[Path, Path]:
+        """The files of a split's captions and of its list of images."""
+        folder = self.annotation_folder()
+        return folder / "captions" / f"cap.{part}.{split}.json", folder / "image_splits" / f"split.{part}.{split}.json"
+
+    def read_part(self, part: str, split: str) -> Split:
+        """One part of a split, see `read`."""
+        captions_file, images_file = self.files(part, split)
+        paths = self._image_paths(part, images_file)
+        triplets = []
+        for place, entry in enumerate(annotations.read(captions_file, list)):
+            where = f"entry {place}"
+            triplet = self._triplet(entry, split, captions_file, where)
+            used = [triplet.reference, *triplet.group, *([] if triplet.target is None else [triplet.target])]
+            check_known(used, paths, captions_file, where, images_file)
+            searchable = split == self.splits[0] or triplet.reference != triplet.target
+            check(searchable, captions_file, f"a target other than the reference in {where}")
+            triplets.append(triplet)
+        check(bool(triplets), captions_file, "at least one triplet")
+        left = Split(self._part_name(part, split), triplets, paths).without(self.excluded)
+        if not left.triplets:
+            raise UserError(f"--exclusions leaves none of the triplets of {captions_file}: exclude fewer images")
+        return left
+
+    def metrics(self, rankings: dict[str, Ranking]) -> dict[str, float]:
+        """All metrics, by the names of the CSV files, from the validation splits ranked under one protocol."""
+        return self.summary({name: self.score(r.ranks, r.group_ranks) for name, r in rankings.items()})
+
+    @abstractmethod
+    def annotation_folder(self) -> Path:
+        """The folder that holds captions/ and image_splits/."""
+
+    @abstractmethod
+    def image_folders(self, part: str) -> list[Path]:
+        """The folders that may hold a part's images, the official one first."""
+
+    @abstractmethod
+    def _part_name(self, part: str, split: str) -> str:
+        """What a part of a split is called."""
+
+    @abstractmethod
+    def _image_paths(self, part: str, images_file: Path) -> dict[str, Path]:
+        """The files of the images that a list names."""
+
+    @abstractmethod
+    def _triplet(self, entry: Any, split: str, file: Path, where: str) -> Triplet:
+        """An entry of a captions file."""
 
     @abstractmethod
     def caption(self, captions: tuple[str, ...]) -> str:
@@ -45,9 +130,18 @@ class Benchmark(ABC):
     def caption_variants(self, captions: tuple[str, ...]) -> list[str]:
         """The texts of a triplet in training, equally likely; as many for every triplet."""
 
-    @abstractmethod
     def score(self, ranks: Tensor, group_ranks: Tensor | None) -> dict[str, float]:
-        """Recalls of one split from its targets' ranks in the gallery (Q,) and, if there are groups, in them (Q,)."""
+        """Recalls of one split, in percent, from what `hits` takes."""
+        return {name: percentage(hit) for name, hit in self.hits(ranks, group_ranks).items()}
+
+    @abstractmethod
+    def hits(self, ranks: Tensor, group_ranks: Tensor | None) -> dict[str, Tensor]:
+        """Each recall's queries that it counts, (Q,) bool.
+
+        Args:
+            ranks: (Q,) of the targets in the gallery.
+            group_ranks: (Q,) of the targets in their groups, None without groups.
+        """
 
     @abstractmethod
     def summary(self, scores: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -55,42 +149,53 @@ class Benchmark(ABC):
 
 
 class FashionIQ(Benchmark):
-    """FashionIQ (Wu et al., CVPR 2021): original galleries, the reference stays in the ranking."""
+    """FashionIQ (Wu et al., CVPR 2021): a gallery for each category."""
 
     name = "FashionIQ"
     run_name = "fiq"
-    keeps_reference = True
+    parts = ("dress", "toptee", "shirt")
+    splits = ("train", "val", "test")
+    official = {
+        "dress.train": (5985, 11452), "dress.val": (2017, 3817), "dress.test": (2024, 3818),
+        "shirt.train": (5988, 19036), "shirt.val": (2038, 6346), "shirt.test": (2038, 6346),
+        "toptee.train": (6027, 16121), "toptee.val": (1961, 5373), "toptee.test": (2056, 5374),
+    }  # fmt: skip
+    counts_explained = (
+        "The nine official lists have 77,683 entries, which papers count as images, but 3,302 of them repeat: the "
+        "complete dataset is 74,381 images, and the 3,300 that seem to be missing do not exist"
+    )
+    protocols = (ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_REMOVED, VAL_KEPT)
     selection = {"average_recall": "best"}
-    categories = ("dress", "toptee", "shirt")
+    titles = {f"{part}_recall_at{k}": f"{part} R@{k}" for part in parts for k in (10, 50)} | {
+        "average_recall_at10": "mean R@10",
+        "average_recall_at50": "mean R@50",
+        "average_recall": "mean",
+    }
 
-    def train(self) -> Split:
-        splits = [self._split(category, "train") for category in self.categories]
-        triplets = [t for split in splits for t in split.triplets]
-        paths = {name: path for split in splits for name, path in split.image_paths.items()}
-        return Split("train", triplets, _used(triplets, paths))
+    def annotation_folder(self) -> Path:
+        return self.data_root / "fashionIQ_dataset"
 
-    def val(self) -> list[Split]:
-        return [self._split(category, "val") for category in self.categories]
+    def image_folders(self, part: str) -> list[Path]:
+        """images/ as in the official layout, or by category; an id of two categories may lie under the other one."""
+        root = self.annotation_folder()
+        parts = sorted(self.parts, key=lambda other: other != part)
+        return [root / "images", *(root / kind / p for kind in ("images", "resized_image") for p in parts)]
 
-    def _split(self, category: str, split: str) -> Split:
-        root = self.data_root / "fashionIQ_dataset"
-        captions_file = root / "captions" / f"cap.{category}.{split}.json"
-        images_file = root / "image_splits" / f"split.{category}.{split}.json"
-        names = _read(images_file, list)
-        _check(all(isinstance(name, str) for name in names), images_file, "a list of image ids")
-        _check(len(set(names)) == len(names), images_file, "ids that do not repeat")
-        paths = {name: root / "images" / f"{name}.jpg" for name in names}
-        triplets = []
-        for place, entry in enumerate(_read(captions_file, list)):
-            where = f"entry {place}"
-            captions = _field(entry, "captions", list, captions_file, where)
-            two = len(captions) == 2 and all(isinstance(caption, str) for caption in captions)
-            _check(two, captions_file, f"two captions in {where}")
-            reference = _field(entry, "candidate", str, captions_file, where)
-            target = _field(entry, "target", str, captions_file, where)
-            _check_known((reference, target), paths, captions_file, where, images_file)
-            triplets.append(Triplet(reference, tuple(captions), target))
-        return _nonempty(Split(category, triplets, paths), captions_file)
+    def _part_name(self, part: str, split: str) -> str:
+        return part
+
+    def _image_paths(self, part: str, images_file: Path) -> dict[str, Path]:
+        names = annotations.read(images_file, list)
+        check(all(isinstance(name, str) for name in names), images_file, "a list of image ids")
+        check(len(set(names)) == len(names), images_file, "ids that do not repeat")
+        return locate({name: f"{name}.jpg" for name in names}, self.image_folders(part))
+
+    def _triplet(self, entry: Any, split: str, file: Path, where: str) -> Triplet:
+        captions = field(entry, "captions", list, file, where)
+        two = len(captions) == 2 and all(isinstance(caption, str) for caption in captions)
+        check(two, file, f"two captions in {where}")
+        target = None if split == self.splits[2] else field(entry, "target", str, file, where)
+        return Triplet(field(entry, "candidate", str, file, where), tuple(captions), target)
 
     def caption(self, captions: tuple[str, ...]) -> str:
         return self.caption_variants(captions)[0]
@@ -104,8 +209,8 @@ class FashionIQ(Benchmark):
             second.capitalize(),
         ]
 
-    def score(self, ranks: Tensor, group_ranks: Tensor | None) -> dict[str, float]:
-        return {f"recall_at{k}": recall_at(ranks, k) for k in (10, 50)}
+    def hits(self, ranks: Tensor, group_ranks: Tensor | None) -> dict[str, Tensor]:
+        return {f"recall_at{k}": ranks < k for k in (10, 50)}
 
     def summary(self, scores: dict[str, dict[str, float]]) -> dict[str, float]:
         metrics = {f"{split}_{name}": value for split, score in scores.items() for name, value in score.items()}
@@ -119,48 +224,44 @@ class CIRR(Benchmark):
 
     name = "CIRR"
     run_name = "cirr"
-    keeps_reference = False
+    parts = ("rc2",)
+    splits = ("train", "val", "test1")
+    official = {"rc2.train": (28225, 16939), "rc2.val": (4181, 2297), "rc2.test1": (4148, 2315)}
+    protocols = (ORIGINAL_REMOVED,)
     selection = {"arithmetic_mean": "arithmetic", "harmonic_mean": "harmonic", "geometric_mean": "geometric"}
+    titles = (
+        {f"recall_at{k}": f"R@{k}" for k in (1, 5, 10, 50)}
+        | {f"group_recall_at{k}": f"R_subset@{k}" for k in (1, 2, 3)}
+        | {"mean(R@5+R_s@1)": "mean(R@5+R_s@1)"}
+    )
 
-    def train(self) -> Split:
-        split = self._split("train")
-        return Split("train", split.triplets, _used(split.triplets, split.image_paths))
+    def annotation_folder(self) -> Path:
+        return self.data_root / "cirr_dataset" / "cirr"
 
-    def val(self) -> list[Split]:
-        return [self._split("val")]
-
-    def test1(self) -> Split:
-        """The test split, whose targets only the server knows."""
-        return self._split("test1")
-
-    def _split(self, split: str) -> Split:
+    def image_folders(self, part: str) -> list[Path]:
         root = self.data_root / "cirr_dataset"
-        captions_file = root / "cirr" / "captions" / f"cap.rc2.{split}.json"
-        images_file = root / "cirr" / "image_splits" / f"split.rc2.{split}.json"
-        names = _read(images_file, dict)
-        _check(all(isinstance(place, str) for place in names.values()), images_file, "an object of id -> path")
-        paths = {name: root / place for name, place in names.items()}
-        triplets = []
-        for place, entry in enumerate(_read(captions_file, list)):
-            triplet = self._triplet(entry, split, captions_file, f"entry {place}")
-            used = [triplet.reference, *triplet.group, *([triplet.target] if triplet.target else [])]
-            _check_known(used, paths, captions_file, f"entry {place}", images_file)
-            triplets.append(triplet)
-        return _nonempty(Split(split, triplets, paths), captions_file)
+        return [root, root / "img_raw", root / "images"]
+
+    def _part_name(self, part: str, split: str) -> str:
+        return split
+
+    def _image_paths(self, part: str, images_file: Path) -> dict[str, Path]:
+        places = annotations.read(images_file, dict)
+        check(all(isinstance(place, str) for place in places.values()), images_file, "an object of id -> path")
+        return locate(places, self.image_folders(part))
 
     def _triplet(self, entry: Any, split: str, file: Path, where: str) -> Triplet:
-        reference = _field(entry, "reference", str, file, where)
-        caption = _field(entry, "caption", str, file, where)
-        pair_id = _field(entry, "pairid", int, file, where)
-        if split == "train":
-            return Triplet(reference, (caption,), _field(entry, "target_hard", str, file, where), pair_id=pair_id)
-        target = _field(entry, "target_hard", str, file, where) if split == "val" else None
-        group = _field(_field(entry, "img_set", dict, file, where), "members", list, file, where)
-        whole = (
-            len(set(map(str, group))) == 6 and reference in group and target in (None, *group) and target != reference
-        )
-        _check(whole, file, f"six members in {where}, reference and target two of them")
-        return Triplet(reference, (caption,), target, tuple(map(str, group)), pair_id)
+        reference = field(entry, "reference", str, file, where)
+        captions = (field(entry, "caption", str, file, where),)
+        pair_id = field(entry, "pairid", int, file, where)
+        target = None if split == self.splits[2] else field(entry, "target_hard", str, file, where)
+        if split == self.splits[0]:
+            return Triplet(reference, captions, target, pair_id=pair_id)
+        group = field(field(entry, "img_set", dict, file, where), "members", list, file, where)
+        whole = all(isinstance(name, str) for name in group) and len(group) == len(set(group)) == 6
+        whole = whole and reference in group and target in (None, *group)
+        check(whole, file, f"six members in {where}, reference and target two of them")
+        return Triplet(reference, captions, target, tuple(group), pair_id)
 
     def caption(self, captions: tuple[str, ...]) -> str:
         return captions[0]
@@ -168,9 +269,9 @@ class CIRR(Benchmark):
     def caption_variants(self, captions: tuple[str, ...]) -> list[str]:
         return [captions[0]]
 
-    def score(self, ranks: Tensor, group_ranks: Tensor | None) -> dict[str, float]:
-        subset = {f"group_recall_at{k}": recall_at(group_ranks, k) for k in (1, 2, 3)}
-        return subset | {f"recall_at{k}": recall_at(ranks, k) for k in (1, 5, 10, 50)}
+    def hits(self, ranks: Tensor, group_ranks: Tensor | None) -> dict[str, Tensor]:
+        subset = {f"group_recall_at{k}": group_ranks < k for k in (1, 2, 3)}
+        return subset | {f"recall_at{k}": ranks < k for k in (1, 5, 10, 50)}
 
     def summary(self, scores: dict[str, dict[str, float]]) -> dict[str, float]:
         (recalls,) = scores.values()
@@ -179,37 +280,3 @@ class CIRR(Benchmark):
 
 
 BENCHMARKS = {benchmark.name: benchmark for benchmark in (CIRR, FashionIQ)}
-
-
-def _read(file: Path, kind: type) -> Any:
-    content = read_json(file)
-    _check(isinstance(content, kind), file, f"a JSON {'list' if kind is list else 'object'}")
-    return content
-
-
-def _check(holds: bool, file: Path, expected: str) -> None:
-    if not holds:
-        raise UserError(f"{file}: expected {expected}; download the official annotation file again")
-
-
-def _field(entry: Any, key: str, kind: type, file: Path, where: str) -> Any:
-    """A value of an annotation, checked to be there and of its type."""
-    _check(isinstance(entry, dict) and isinstance(entry.get(key), kind), file, f'"{key}" ({kind.__name__}) in {where}')
-    return entry[key]
-
-
-def _check_known(names: tuple | list, paths: dict[str, Path], file: Path, where: str, images_file: Path) -> None:
-    """Every image that an annotation names must be in the split's list of images."""
-    for name in names:
-        if name not in paths:
-            raise UserError(f"{file}: {where} names the image {name}, which is not in {images_file}: get both anew")
-
-
-def _used(triplets: list[Triplet], paths: dict[str, Path]) -> dict[str, Path]:
-    """Only the images that triplets use, in the order of their first use: the others need not be read."""
-    return {name: paths[name] for t in triplets for name in (t.reference, t.target)}
-
-
-def _nonempty(split: Split, file: Path) -> Split:
-    _check(bool(split.triplets), file, "at least one triplet")
-    return split

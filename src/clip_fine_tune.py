@@ -10,6 +10,7 @@ On a laptop, with drawn data: see `make demo`.
 
 import argparse
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable
 
 import torch
@@ -19,24 +20,34 @@ from torch.optim import AdamW
 
 import distributed
 import options
-from benchmarks import BENCHMARKS, Benchmark
+import startup
+from benchmarks import Benchmark
+from checkpoints import Checkpoints
 from clip_model import CLIP, checkpoint_gradients, choose_trained, suit_to_gpu, tokenize
 from combiner import compose_sum
-from data_utils import Split, TripletImages, load_batches, normalise
-from experiment import Checkpoints, open_run, plain
+from data_utils import TripletImages, load_batches, normalise
+from experiment import check_same, claim_folder, is_complete, open_run, plain, run_name
 from features import Encoder, FrozenSplit, versions
 from image_cache import open_image_cache
+from interruption import StopRequest, listening
 from pair import load_encoder, settle
+from regime import Precision, Regime
 from retrieval import evaluate
-from training import Precision, Regime, Task, TrainingData, average, fit, read_training_data, trainable
+from splits import Split
+from training import Task, average, fit, trainable
+from training_data import TrainingData, read_training_data
 from utils import command
+
+SCRIPT = "clip_fine_tune.py"
+logger = logging.getLogger(__name__)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of stage 1."""
     parents = [options.dataset_flag(), options.encoder_flags(), options.clip_flags()]
     parents += [options.training_flags(batch_size=512, validation_frequency=1), options.machine_flags()]
-    return argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents).parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
+    return startup.parse_training(parser, SCRIPT, argv)
 
 
 class SumFeatures(nn.Module):
@@ -58,14 +69,17 @@ class SumFeatures(nn.Module):
         return queries, F.normalize(target_features, dim=-1)
 
 
-def triplet_batches(encoder: Encoder, data: TrainingData) -> Callable[[int], Iterable[tuple[list[Tensor], Tensor]]]:
-    """epoch -> batches of reference and target images (b, 3, R, R) uint8, caption tokens (b, 77); target ids (b,)."""
+def triplet_batches(
+    encoder: Encoder, data: TrainingData
+) -> Callable[[int, int], Iterable[tuple[list[Tensor], Tensor]]]:
+    """epoch, first step -> batches of reference and target images (b, 3, R, R) uint8 and caption tokens (b, 77), with
+    target ids (b,)."""
     images = TripletImages(data.train, encoder.read)
     tokens = torch.stack([tokenize(variants) for variants in data.texts])  # (T, V, 77)
     targets = data.train.target_rows
 
-    def batches(epoch: int) -> Iterable[tuple[list[Tensor], Tensor]]:
-        rows, variants = data.order.batches(epoch)
+    def batches(epoch: int, first_step: int = 0) -> Iterable[tuple[list[Tensor], Tensor]]:
+        rows, variants = (table[first_step:] for table in data.order.batches(epoch))
         texts, ids = tokens[rows, variants].to(encoder.device), targets[rows].to(encoder.device)  # (steps, b, ...)
         pixels = load_batches(images, rows.tolist(), encoder.workers, encoder.device)
         return (([*pair, text], own) for pair, text, own in zip(pixels, texts, ids, strict=True))
@@ -106,17 +120,16 @@ def load_stage(args: argparse.Namespace, splits: list[Split], device: torch.devi
     return dataclasses.replace(encoder, read=cached)
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Fine-tune CLIP; writes a run folder under --output-dir."""
-    args = parse(argv)
-    device, tracker = options.start_training(args)
+def train(args: argparse.Namespace, stop: StopRequest) -> None:
+    """Fine-tune CLIP in a run folder."""
+    device, tracker = startup.start_training(args)
     precision = Precision(args.precision, device)
-    data = read_training_data(
-        BENCHMARKS[args.dataset](args.data_root), args.batch_size, args.micro_batch_size, args.seed
-    )
-
+    data = read_training_data(startup.open_benchmark(args)[0], args.batch_size, args.micro_batch_size, args.seed)
     encoder = load_stage(args, [data.train, *data.val], device)
+    config = plain(vars(args) | encoder.recipe | data.describe() | {"versions": versions()})
+    if args.resume:
+        check_same(args.resume, config)
+
     learned = choose_trained(encoder.model, args.encoder)
     averaged = average(encoder.model, args.ema_decay)
     measured = dataclasses.replace(encoder, model=averaged.module if averaged else encoder.model)
@@ -129,12 +142,24 @@ def main(argv: list[str] | None = None) -> None:
         encoder.model,
         averaged,
     )
-    config = plain(vars(args) | encoder.recipe | {"versions": versions()})
+    name = run_name("clip_finetuned", data.benchmark.run_name, config["clip_model_name"])
+    folder = claim_folder(args.output_dir, name, config, args.resume)
     best_names = {metric: f"tuned_clip_{suffix}" for metric, suffix in data.benchmark.selection.items()}
-    run = open_run(args.output_dir, "clip_finetuned", data.benchmark.run_name, tracker, config)
+    run = open_run(folder, tracker, config, startup.resume_command(SCRIPT, folder))
     saving = args.save_training, args.save_best
-    kept = Checkpoints(run, measured.model, "CLIP", "tuned_clip", best_names, config, *saving)
-    fit(task, Regime.of(vars(args)), precision, run, kept)
+    kept = Checkpoints(folder, measured.model, "CLIP", "tuned_clip", best_names, config, *saving)
+    fit(task, Regime.of(vars(args)), precision, run, kept, stop, args.checkpoint_every_minutes)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Fine-tune CLIP; writes a run folder under --output-dir."""
+    args = parse(argv)
+    if args.resume and is_complete(args.resume):
+        logger.info("%s is complete", args.resume)
+        return
+    with listening() as stop:
+        train(args, stop)
     distributed.stop()
 
 

@@ -9,23 +9,41 @@ On a laptop, with drawn data: see `make demo`.
 """
 
 import argparse
+import dataclasses
+import json
+import logging
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
+import pandas as pd
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 
 import distributed
 import options
-from benchmarks import BENCHMARKS, Benchmark
+import startup
+from benchmarks import Benchmark
+from checkpoints import Checkpoints
 from clip_model import feature_dim
-from combiner import build_combiner
-from experiment import Checkpoints, open_run, plain
-from features import FeatureCache, FrozenSplit, freeze, versions, weights_digest
+from combiner import Combiner, build_combiner
+from experiment import BEST_METRICS, check_same, claim_folder, is_complete, open_run, plain, run_name
+from features import FeatureCache, FrozenSplit, freeze, freeze_queries, versions, weights_digest
+from interruption import StopRequest, listening
+from metrics import mean_and_spread
 from pair import load_encoder, read_checkpoint, settle
-from retrieval import evaluate, freeze_val
-from training import Order, Precision, Regime, Task, average, fit, read_training_data, trainable
-from utils import command
+from regime import Precision, Regime
+from retrieval import evaluate
+from routing import router_penalty, router_statistics
+from tracker import NoTracker
+from training import Task, average, fit, trainable
+from training_data import Order, TrainingData, read_training_data
+from utils import command, read_json, seed_everything, write_text
+
+SCRIPT = "combiner_train.py"
+logger = logging.getLogger(__name__)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -33,23 +51,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parents = [options.dataset_flag(), options.frozen_flags(), options.combiner_flags(trains=True)]
     parents += [options.tuned_clip_flag(), options.clip_flags()]
     parents += [options.training_flags(batch_size=1024, validation_frequency=3), options.machine_flags()]
-    return argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents).parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
+    return startup.parse_training(parser, SCRIPT, argv)
 
 
 class ComposedFeatures(nn.Module):
-    """A Combiner as stage 2 trains it: frozen features to normalised query and target."""
+    """A Combiner as stage 2 trains it: frozen features to normalised query and target, and to the router's logits."""
 
-    def __init__(self, combiner: nn.Module) -> None:
+    def __init__(self, combiner: nn.Module, with_router: bool) -> None:
         super().__init__()
         self.combiner = combiner
+        self.with_router = with_router
 
-    def forward(self, images: Tensor, captions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Unnormalised (b, D), (b, D) and normalised (b, D) -> queries (b, D), targets (b, D)."""
+    def forward(self, images: Tensor, captions: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """Unnormalised (b, D), (b, D) and normalised (b, D) -> queries (b, D), targets (b, D), if wanted logits (b, E).
+
+        The logits are an output because parallel training looks only at what outputs depend on.
+        """
+        if self.with_router:
+            queries, logits = self.combiner.routed(images, captions)
+            return queries, targets, logits
         return self.combiner(images, captions), targets
 
 
-def feature_batches(frozen: FrozenSplit, order: Order) -> Callable[[int], Iterable[tuple[list[Tensor], Tensor]]]:
-    """epoch -> batches of reference features (b, D), caption features, normalised target features; target ids (b,).
+def feature_batches(frozen: FrozenSplit, order: Order) -> Callable[[int, int], Iterable[tuple[list[Tensor], Tensor]]]:
+    """epoch, first step -> batches of reference, caption and normalised target features (b, D); target ids (b,).
 
     All of it by index on the device: an epoch sends it two tables of numbers, and nothing waits.
     """
@@ -57,8 +83,9 @@ def feature_batches(frozen: FrozenSplit, order: Order) -> Callable[[int], Iterab
     references, targets = frozen.split.reference_rows.to(device), frozen.split.target_rows.to(device)  # (T,)
     normalised = F.normalize(frozen.images, dim=-1)
 
-    def batches(epoch: int) -> Iterable[tuple[list[Tensor], Tensor]]:
-        for rows, variants in zip(*(table.to(device) for table in order.batches(epoch)), strict=True):
+    def batches(epoch: int, first_step: int = 0) -> Iterable[tuple[list[Tensor], Tensor]]:
+        tables = (table[first_step:].to(device) for table in order.batches(epoch))
+        for rows, variants in zip(*tables, strict=True):
             ids = targets[rows]
             yield [frozen.images[references[rows]], frozen.captions[rows, variants], normalised[ids]], ids
 
@@ -72,37 +99,131 @@ def combiner_validation(
     return lambda: evaluate(benchmark, frozen, combiner.eval(), block)
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Train a Combiner; writes a run folder under --output-dir."""
-    args = parse(argv)
-    device, tracker = options.start_training(args)
-    precision = Precision(args.precision, device)
+def router_report(combiner: Combiner, frozen: list[FrozenSplit]) -> Callable[[], dict[str, float]]:
+    """() -> what the router does with the validation queries of all splits, dropout off."""
+
+    def report() -> dict[str, float]:
+        combiner.eval()
+        logits = [combiner.router_logits(f.images[f.split.reference_rows], f.captions[:, 0]) for f in frozen]
+        return router_statistics(torch.cat(logits), combiner.moe_layer.top_k)
+
+    return report
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What the Combiners of all seeds are trained on and with."""
+
+    data: TrainingData
+    train: FrozenSplit
+    val: list[FrozenSplit]
+    config: dict[str, Any]
+    device: torch.device
+    tracker: NoTracker
+
+    def combiner_task(self, args: argparse.Namespace, combiner: nn.Module, seed: int) -> tuple[Task, nn.Module]:
+        """The task of a fresh Combiner, and the module that is measured and kept: itself or its average."""
+        averaged = average(combiner, args.ema_decay)
+        measured = averaged.module if averaged else combiner
+        is_moe = args.combiner_type == "moe"
+        weights = args.load_balancing_weight, args.router_z_weight
+        penalty = router_penalty(*weights, args.top_k) if is_moe else None
+        task = Task(
+            feature_batches(self.train, dataclasses.replace(self.data.order, seed=seed)),
+            self.data.order.steps,
+            trainable(ComposedFeatures(combiner, penalty is not None), self.device, args.compile, some_unused=is_moe),
+            Adam(combiner.parameters(), lr=args.combiner_lr, fused=self.device.type == "cuda"),
+            combiner_validation(measured, self.data.benchmark, self.val, args.similarity_block),
+            combiner,
+            averaged,
+            penalty,
+            router_report(measured, self.val) if is_moe else None,
+        )
+        return task, measured
+
+
+def prepare(args: argparse.Namespace) -> Stage:
+    """Read the benchmark and make its features, or take them from the cache."""
+    device, tracker = startup.start_training(args)
     tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
-    data = read_training_data(BENCHMARKS[args.dataset](args.data_root), args.batch_size, None, args.seed)
+    data = read_training_data(startup.open_benchmark(args)[0], args.batch_size, None, args.seed)
     encoder = load_encoder(settle(options.clip_choice(args), [tuned]), tuned, device, args.num_workers, args.clip_bs)
     about = {"clip_dim": feature_dim(encoder.model), "clip_weights": weights_digest(encoder.model.state_dict())}
-    config = plain(vars(args) | encoder.recipe | about | {"versions": versions()})
-    combiner = build_combiner(config).to(device)
+    config = plain(vars(args) | encoder.recipe | about | data.describe() | {"versions": versions()})
+    with torch.device("meta"):
+        build_combiner(config)  # refuses impossible sizes before anything is encoded
+    if args.resume:
+        check_same(args.resume, config)
     cache = FeatureCache(args.feature_cache, encoder)
-    frozen_train = freeze(cache, data.train, data.texts, f"{data.benchmark.run_name}-train")
-    frozen_val = freeze_val(cache, data.benchmark, data.val)
-    averaged = average(combiner, args.ema_decay)
-    measured = averaged.module if averaged else combiner
-    task = Task(
-        feature_batches(frozen_train, data.order),
-        data.order.steps,
-        trainable(ComposedFeatures(combiner), device, args.compile, some_unused=args.combiner_type == "moe"),
-        Adam(combiner.parameters(), lr=args.combiner_lr, fused=device.type == "cuda"),
-        combiner_validation(measured, data.benchmark, frozen_val, args.similarity_block),
-        combiner,
-        averaged,
-    )
-    only = len(data.benchmark.selection) == 1  # one best checkpoint needs no suffix
-    best_names = {metric: "combiner" if only else f"combiner_{s}" for metric, s in data.benchmark.selection.items()}
-    run = open_run(args.output_dir, "combiner_trained", data.benchmark.run_name, tracker, config)
-    kept = Checkpoints(run, measured, "Combiner", "combiner", best_names, config, args.save_training, args.save_best)
-    fit(task, Regime.of(vars(args)), precision, run, kept)
+    label = data.benchmark.run_name
+    frozen_train = freeze(cache, data.train, data.texts, f"{label}-train")
+    frozen_val = freeze_queries(cache, data.val, data.benchmark.caption, f"{label}-val")
+    return Stage(data, frozen_train, frozen_val, config, device, tracker)
+
+
+def train(args: argparse.Namespace, stage: Stage, seed: int, folder: Path, whole: Path, stop: StopRequest) -> None:
+    """Train one Combiner in its folder.
+
+    Args:
+        whole: the folder that `--resume` takes: its own, or that of all seeds.
+    """
+    seed_everything(seed)
+    config = stage.config | {"seed": seed, "seeds": None}
+    combiner = build_combiner(config).to(stage.device)
+    task, measured = stage.combiner_task(args, combiner, seed)
+    selection = stage.data.benchmark.selection
+    only = len(selection) == 1  # one best checkpoint needs no suffix
+    best_names = {metric: "combiner" if only else f"combiner_{suffix}" for metric, suffix in selection.items()}
+    run = open_run(folder, stage.tracker, config, startup.resume_command(SCRIPT, whole))
+    kept = Checkpoints(folder, measured, "Combiner", "combiner", best_names, config, args.save_training, args.save_best)
+    precision = Precision(args.precision, stage.device)
+    fit(task, Regime.of(vars(args)), precision, run, kept, stop, args.checkpoint_every_minutes)
+
+
+def train_seeds(args: argparse.Namespace, stage: Stage, folder: Path, stop: StopRequest) -> None:
+    """Train a Combiner with each seed in a folder of its own, and report mean and standard deviation."""
+    for seed in args.seeds:
+        name = f"seed_{seed}"
+        config = stage.config | {"seed": seed, "seeds": None}
+        own = claim_folder(folder, name, config, folder / name if (folder / name).exists() else None)
+        if is_complete(own):
+            logger.info("seed %d is complete", seed)
+        else:
+            train(args, stage, seed, own, folder, stop)
+    distributed.wait_for_all()
+    if distributed.is_main():
+        report_seeds(folder, args.seeds, stage.data.benchmark)
+
+
+def report_seeds(folder: Path, seeds: list[int], benchmark: Benchmark) -> None:
+    """Print the best validations of all seeds with their mean and standard deviation, and write them down."""
+    chosen_by = next(iter(benchmark.selection))
+    best = {seed: read_json(folder / f"seed_{seed}" / BEST_METRICS)[chosen_by] for seed in seeds}
+    both = {name: mean_and_spread([row[name] for row in best.values()]) for name in best[seeds[0]] if name != "epoch"}
+    mean, deviation = ({name: pair[i] for name, pair in both.items()} for i in (0, 1))
+    summary = {"chosen_by": chosen_by, "seeds": best, "mean": mean, "standard_deviation": deviation}
+    rows = {f"seed {seed}": row for seed, row in best.items()}
+    rows |= {"mean": mean, "standard deviation": deviation}
+    table = pd.DataFrame.from_dict(rows, orient="index")[list(benchmark.titles)].rename(columns=benchmark.titles)
+    print(f"validations with the best {chosen_by} of each seed\n{table.to_string(float_format='%.2f')}")
+    write_text(folder / BEST_METRICS, json.dumps(summary, indent=2) + "\n")
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Train a Combiner, or one with each of several seeds; writes a run folder under --output-dir."""
+    args = parse(argv)
+    if args.resume and is_complete(args.resume):
+        logger.info("%s is complete", args.resume)
+        return
+    with listening() as stop:
+        stage = prepare(args)
+        name = run_name("combiner_trained", stage.data.benchmark.run_name, stage.config["clip_model_name"])
+        folder = claim_folder(args.output_dir, name, stage.config, args.resume)
+        if args.seeds:
+            train_seeds(args, stage, folder, stop)
+        else:
+            train(args, stage, args.seed, folder, folder, stop)
     distributed.stop()
 
 

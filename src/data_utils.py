@@ -1,11 +1,10 @@
-"""Files to tensors: padding, preprocessing, the records of a split, image datasets. Knows no benchmark."""
+"""Image files to tensors: padding, preprocessing, decoding, batches. Knows no benchmark."""
 
 import functools
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,67 +15,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 from torchvision.transforms import functional as F
 
+import interruption
+from splits import Split
 from utils import UserError, first_line
 
 # What Pillow's decoders raise on damaged files.
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError, struct.error, zlib.error)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-@dataclass(frozen=True)
-class Triplet:
-    """One composed query, whichever benchmark it came from."""
-
-    reference: str
-    captions: tuple[str, ...]
-    target: str | None = None  # None where the answer is secret
-    group: tuple[str, ...] = ()  # CIRR's subset of similar images, the reference among them
-    pair_id: int | None = None
-
-
-@dataclass(frozen=True)
-class Split:
-    """Queries and the gallery they search: gallery row i is names[i]."""
-
-    name: str
-    triplets: list[Triplet]
-    image_paths: dict[str, Path]
-
-    @property
-    def names(self) -> list[str]:
-        """Image names in gallery order."""
-        return list(self.image_paths)
-
-    @property
-    def paths(self) -> list[Path]:
-        """Image files in gallery order."""
-        return list(self.image_paths.values())
-
-    @functools.cached_property
-    def row_of(self) -> dict[str, int]:
-        """Gallery row of each image name."""
-        return {name: row for row, name in enumerate(self.image_paths)}
-
-    def rows(self, names: Iterable[str | None]) -> Tensor:
-        """Gallery rows of image names, (len(names),)."""
-        return torch.tensor([self.row_of[name] for name in names], dtype=torch.long)
-
-    @property
-    def reference_rows(self) -> Tensor:
-        """Gallery row of each query's reference, (Q,)."""
-        return self.rows(t.reference for t in self.triplets)
-
-    @property
-    def target_rows(self) -> Tensor:
-        """Gallery row of each query's target, (Q,)."""
-        return self.rows(t.target for t in self.triplets)
-
-    @property
-    def group_rows(self) -> Tensor:
-        """Gallery rows of each query's group without the reference, in gallery order, (Q, G - 1)."""
-        groups = [[self.row_of[n] for n in t.group if n != t.reference] for t in self.triplets]
-        return torch.tensor(groups, dtype=torch.long).sort(1).values
 
 
 class SquarePad:
@@ -160,23 +106,6 @@ def load_image(path: Path, preprocess: Compose) -> Tensor:
     raise UserError(f"image {path} cannot be decoded ({reason}): replace the file with a whole copy of the image")
 
 
-def file_identities(paths: list[Path]) -> list[tuple[str, int, int]]:
-    """(absolute path, bytes, modification time in ns) of each file: another image, another identity."""
-    stats = [(path.resolve(), path.stat()) for path in paths]
-    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-
-
-def check_images_exist(splits: Iterable[Split]) -> None:
-    """Raise UserError unless every image file of the splits is there and not empty."""
-    paths = list(dict.fromkeys(path for split in splits for path in split.paths))
-    bad = [path for path in paths if not path.is_file() or path.stat().st_size == 0]
-    if bad:
-        raise UserError(
-            f"{len(bad)} of {len(paths)} image files are missing or empty, the first is {bad[0]}: "
-            "put them there; without them every recall would be wrong"
-        )
-
-
 class ImageDataset(Dataset):
     """Preprocessed images, item i is (3, R, R) uint8."""
 
@@ -206,12 +135,23 @@ class TripletImages(Dataset):
         return self.read(reference), self.read(target)
 
 
+def _start_worker(number: int) -> None:
+    interruption.heed_parent_alone()
+
+
 def load_batches(dataset: Dataset, batches: list[list[int]], workers: int, device: torch.device) -> Iterator[Any]:
     """The items at each list of rows, stacked, on the device; decoded by `workers` processes, or here where it is 0."""
     pinned = device.type == "cuda"
     # A loader draws a seed when it starts: from a generator of its own, or dropout would depend on what was decoded.
     own = torch.Generator()
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pinned, generator=own)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=pinned,
+        generator=own,
+        worker_init_fn=_start_worker,
+    )
     try:
         for batch in loader:
             if isinstance(batch, Tensor):

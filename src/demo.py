@@ -72,7 +72,7 @@ class Demo:
         file = self.folder / "metrics" / f"{dataset} {name}.json".replace(" ", "_")
         where = ["--data-root", self.folder / "data", "--metrics-json", file]
         self.run("validate.py", "--dataset", dataset, *flags, *where)
-        return json.loads(file.read_text())
+        return json.loads(file.read_text())["metrics"]
 
     def benchmark(self, dataset: str, best_clip: str, best_combiner: str) -> tuple[pd.DataFrame, list[str | Path]]:
         """Train and validate all methods on a benchmark; returns the table, and the flags of the last MoE pair."""

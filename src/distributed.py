@@ -26,7 +26,8 @@ def start(device: torch.device) -> None:
     if launched() and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        # Gloo for what lies on CPUs, beside NCCL too: asking every step whether to stop must not wait for a GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
 
 
 def stop() -> None:
@@ -111,6 +112,32 @@ def from_main(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     own = tensor.to(device) if is_main() else torch.empty(box[0][0], dtype=box[0][1], device=device)
     dist.broadcast(own, 0)
     return own
+
+
+def same_text(text: str) -> str:
+    """The main rank's text, on every rank."""
+    box = [text]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+    return box[0]
+
+
+def any_rank(*flags: bool) -> tuple[bool, ...]:
+    """Whether each flag is set on any rank."""
+    if world_size() == 1:
+        return flags
+    shared = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return tuple(map(bool, shared.tolist()))
+
+
+def launcher() -> str:
+    """What stands before a script in a command that starts as many processes as there are."""
+    if world_size() == 1:
+        return "python"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    nodes = f"--nnodes {world_size() // here} ... " if world_size() > here else ""
+    return f"torchrun {nodes}--nproc-per-node {here}"
 
 
 def parallel(module: nn.Module, device: torch.device, some_unused: bool = False) -> nn.Module:

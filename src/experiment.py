@@ -1,188 +1,190 @@
-"""One run on disk: its folder, hyper-parameters, CSV files and checkpoints; Comet as a mirror when asked for."""
+"""One run on disk: its folder, hyper-parameters and CSV files."""
 
+import contextlib
+import errno
 import itertools
 import json
 import logging
+import operator
+import os
 import re
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from torch import nn
 
 import distributed
-from utils import UserError, save_tensors, write_text
+from annotations import read
+from tracker import NoTracker
+from utils import UserError, write_text
 
 logger = logging.getLogger(__name__)
 
+HYPER_PARAMETERS = "training_hyperparameters.json"
+BEST_METRICS = "best_metrics.json"  # of a complete run
+
 
 def plain(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags as plain types that JSON and a checkpoint hold; the secret one is left out."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in flags.items() if k != "api_key"}
+    """Flags as plain types that JSON and a checkpoint hold, paths in full; the secret one is left out."""
+    return {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in flags.items() if k != "api_key"}
 
 
 class Run:
     """The folder of a training, and the tracker that mirrors it.
 
     Every file is written whole at each change, so an interrupted run leaves all that it had.
+
+    Attributes:
+        rows: "train", "validation" or "router" -> the rows of its CSV file.
+        resume_command: goes on with the training.
     """
 
-    def __init__(self, folder: Path, tracker: "NoTracker", hyper_parameters: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, tracker: NoTracker, hyper_parameters: Mapping[str, Any], resume_command: str
+    ) -> None:
         self.folder = folder
         self.tracker = tracker
-        self.rows: dict[str, list[dict[str, float]]] = {"train": [], "validation": []}
-        write_text(folder / "training_hyperparameters.json", json.dumps(hyper_parameters, indent=4, sort_keys=True))
+        self.resume_command = resume_command
+        self.rows: dict[str, list[dict[str, float]]] = {}
         tracker.log_parameters(hyper_parameters)
 
+    @property
+    def state_file(self) -> Path:
+        """All that is needed to go on with the training; there until it is complete."""
+        return self.folder / "state.pt"
+
     def record(self, kind: str, epoch: int, metrics: dict[str, float]) -> None:
-        """Add a row to `{kind}_metrics.csv`, kind "train" or "validation"."""
-        self.rows[kind].append({"epoch": epoch, **metrics})
+        """Add a row to `{kind}_metrics.csv`; it takes the place of one that the epoch had before an interruption."""
+        others = [row for row in self.rows.get(kind, []) if row["epoch"] != epoch]
+        self.rows[kind] = [*others, {"epoch": epoch, **metrics}]
+        self._write(kind)
+        self.tracker.log_metrics(metrics, epoch)
+
+    def rewind(self, rows: dict[str, list[dict[str, float]]]) -> None:
+        """Go back to the rows that a saved state has; what was written after it will be written again."""
+        self.rows = rows
+        for file in self.folder.glob("*_metrics.csv"):
+            kind = file.name.removesuffix("_metrics.csv")
+            if kind not in rows:
+                file.unlink()
+        for kind in rows:
+            self._write(kind)
+
+    def complete(self, metrics: Iterable[str]) -> None:
+        """Write down the best validation by each of some metrics, the first of equals, and drop the state."""
+        rows = self.rows.get("validation", [])
+        chosen = {name: max(rows, key=operator.itemgetter(name)) for name in metrics}
+        write_text(self.folder / BEST_METRICS, json.dumps(chosen, indent=2) + "\n")
+        self.state_file.unlink(missing_ok=True)
+
+    def _write(self, kind: str) -> None:
         table = pd.DataFrame(self.rows[kind]).to_csv(index=False)
         write_text(self.folder / f"{kind}_metrics.csv", table)
-        self.tracker.log_metrics(metrics, epoch)
 
 
 class SilentRun(Run):
     """The run as a process sees it that writes nothing, beside the one that does."""
 
-    def __init__(self) -> None:
-        self.folder = Path()
+    def __init__(self, folder: Path, resume_command: str) -> None:
+        self.folder = folder
+        self.resume_command = resume_command
+        self.rows = {}
 
     def record(self, kind: str, epoch: int, metrics: dict[str, float]) -> None:
         """Leave it to the process that writes."""
 
+    def rewind(self, rows: dict[str, list[dict[str, float]]]) -> None:
+        """Leave it to the process that writes."""
 
-def open_run(output_dir: Path, stage: str, benchmark: str, tracker: "NoTracker", config: dict[str, Any]) -> Run:
-    """Start a run in a new folder `{stage}_on_{benchmark}_{clip}_{time}` under output_dir; never one that exists.
 
-    The name is that of the original without what file systems or shells trip over: `:` in the time, and `/` in
-    `ViT-B/32` or in a path.
+def run_name(stage: str, benchmark: str, clip_model_name: str) -> str:
+    """`{stage}_on_{benchmark}_{clip}_{time}`.
 
-    Args:
-        config: the hyper-parameters, `clip_model_name` among them.
+    It is that of the original without what file systems or shells trip over: `:` in the time, and `/` in `ViT-B/32` or
+    in a path.
     """
-    if not distributed.is_main():
-        return SilentRun()
-    clip = config["clip_model_name"]
-    model = re.sub(r"[^\w.@-]+", "-", Path(clip).stem if clip.endswith(".pt") else clip)
-    stem = f"{stage}_on_{benchmark}_{model}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    for name in itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2))):
-        folder = output_dir / name
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"--output-dir {output_dir}: cannot make {folder} ({error.strerror})") from None
-        break
-    return Run(folder, tracker, config)
+    stem = Path(clip_model_name).stem if clip_model_name.endswith(".pt") else clip_model_name
+    model = re.sub(r"[^\w.@-]+", "-", stem)
+    return f"{stage}_on_{benchmark}_{model}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
 
 
-class Checkpoints:
-    """What of a run's weights is kept: the best by each of some metrics, or every validated epoch, or nothing.
+def make_folder(parent: Path, name: str, config: Mapping[str, Any]) -> Path:
+    """A new folder `name`, or `name_2` and so on, never one that exists; its hyper-parameters are in it from the start.
 
-    Args:
-        module: the module whose weights are kept.
-        key: the checkpoint's key for them, "CLIP" or "Combiner".
-        prefix: beginning of the file names: `{prefix}_{epoch}.pt` unless best_only.
-        best_names: metric -> file name for its best value.
-        config: plain types that say how the weights were made.
-        keep: save at all; without it only the best values are remembered.
+    It is made beside and renamed, which fails where a folder with files is, so two runs of one second share none.
     """
-
-    def __init__(
-        self,
-        run: Run,
-        module: nn.Module,
-        key: str,
-        prefix: str,
-        best_names: dict[str, str],
-        config: dict[str, Any],
-        keep: bool,
-        best_only: bool,
-    ) -> None:
-        self.folder = run.folder / "saved_models"
-        self.module, self.key, self.prefix = module, key, prefix
-        self.best_names, self.config = best_names, config
-        self.keep, self.best_only = keep and distributed.is_main(), best_only
-        self.best: dict[str, float] = {}
-        self.saved: list[Path] = []
-
-    def update(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Remember and save what this validation made the best, or every epoch's weights where all are kept."""
-        improved = [name for name in self.best_names if metrics[name] > self.best.get(name, float("-inf"))]
-        self.best |= {name: metrics[name] for name in improved}
-        if self.keep and self.best_only:
-            for name in improved:
-                self._save(self.best_names[name], epoch, {name: metrics[name]})
-        elif self.keep:
-            self._save(f"{self.prefix}_{epoch}", epoch, {name: metrics[name] for name in self.best_names})
-
-    def _save(self, name: str, epoch: int, metrics: dict[str, float]) -> None:
-        path = self.folder / f"{name}.pt"
-        content = {"epoch": epoch, self.key: self.module.state_dict(), "config": self.config | {"metrics": metrics}}
-        save_tensors(path, content)
-        if path not in self.saved:
-            self.saved.append(path)
-
-
-class NoTracker:
-    """Tracks nothing; has the methods of the real one, so that no loop asks which it is."""
-
-    def log_parameters(self, parameters: Mapping[str, Any]) -> None:
-        """Log a run's hyper-parameters."""
-
-    def log_metrics(self, metrics: dict[str, float], epoch: int) -> None:
-        """Log metrics of an epoch."""
-
-
-class CometTracker(NoTracker):
-    """Mirrors a run to Comet. When Comet fails, that is said once and the training goes on without it."""
-
-    def __init__(self, comet_ml: Any, api_key: str, workspace: str, name: str | None) -> None:
-        self.failures = (comet_ml.exceptions.CometException, OSError, ValueError, RuntimeError)
-        self.experiment = None
-        try:
-            self.experiment = comet_ml.Experiment(api_key=api_key, workspace=workspace, project_name="CLIP4Cir-MoE")
-            if name:
-                self.experiment.set_name(name)
-        except self.failures as error:
-            self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
-        logger.warning("Comet is not reachable (%s): going on without it", error)
-        self.experiment = None
-
-    def _log(self, method: str, *args: Any, **kwargs: Any) -> None:
-        if self.experiment is None:
-            return
-        try:
-            getattr(self.experiment, method)(*args, **kwargs)
-        except self.failures as error:
-            self._give_up(error)
-
-    def log_parameters(self, parameters: Mapping[str, Any]) -> None:
-        self._log("log_parameters", parameters)
-
-    def log_metrics(self, metrics: dict[str, float], epoch: int) -> None:
-        self._log("log_metrics", metrics, epoch=epoch)
-
-
-def make_tracker(api_key: str | None, workspace: str | None, name: str | None) -> NoTracker:
-    """Comet if both --api-key and --workspace are given, else nothing.
-
-    Raises:
-        UserError: one without the other, or comet-ml is not installed.
-    """
-    if not api_key and not workspace:
-        return NoTracker()
-    if not (api_key and workspace):
-        raise UserError("--api-key and --workspace go together: give both to track with Comet, or neither")
+    beside = parent / f".{name}.{os.getpid()}.tmp"
+    candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
     try:
-        import comet_ml
-        import comet_ml.exceptions
-    except ImportError:
-        raise UserError("--api-key: comet-ml is not installed: pip install comet-ml, or leave the flag out") from None
-    return CometTracker(comet_ml, api_key, workspace, name) if distributed.is_main() else NoTracker()
+        write_text(beside / HYPER_PARAMETERS, json.dumps(config, indent=4, sort_keys=True))
+        while True:
+            folder = parent / next(candidates)
+            with contextlib.suppress(FileExistsError, NotADirectoryError):
+                return _renamed(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _renamed(beside: Path, folder: Path) -> Path:
+    try:
+        return beside.rename(folder)
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY:
+            raise FileExistsError from None
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            raise
+        raise UserError(f"--output-dir {folder.parent}: cannot make {folder} ({error.strerror})") from None
+
+
+def claim_folder(parent: Path, name: str, config: Mapping[str, Any], resumed: Path | None) -> Path:
+    """The folder of a run, on every process: the one that is resumed, else a new one (see `make_folder`)."""
+    if resumed:
+        return resumed
+    made = make_folder(parent, name, config) if distributed.is_main() else ""
+    return Path(distributed.same_text(str(made)))
+
+
+def open_run(folder: Path, tracker: NoTracker, config: Mapping[str, Any], resume_command: str) -> Run:
+    """The run in a claimed folder: the one process that writes gets it, the others a silent one."""
+    if distributed.is_main():
+        return Run(folder, tracker, config, resume_command)
+    return SilentRun(folder, resume_command)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the training in a run's folder came to its end."""
+    return (folder / BEST_METRICS).exists()
+
+
+# What changes where or how fast a run goes on, not what it computes.
+FREE = {"data_root", "output_dir", "num_workers", "device", "similarity_block", "image_cache", "feature_cache"}
+FREE |= {"checkpoint_every_minutes", "resume", "workspace", "experiment_name"}
+
+
+def read_hyper_parameters(folder: Path) -> dict[str, Any]:
+    """The hyper-parameters of a run's folder. Raises UserError where it is none."""
+    file = folder / HYPER_PARAMETERS
+    if not file.is_file():
+        raise UserError(f"--resume {folder} is no folder of a run: it has no {HYPER_PARAMETERS}; name another")
+    return read(file, dict)
+
+
+def check_same(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise UserError, naming both values, where hyper-parameters differ from those of the run in a folder.
+
+    Other versions of the packages, which may round otherwise, are warned of.
+    """
+    started = read_hyper_parameters(folder)
+    now = json.loads(json.dumps(config))
+    for name in sorted((started.keys() | now.keys()) - FREE):
+        before, after = started.get(name), now.get(name)
+        if before == after:
+            continue
+        if name == "versions":
+            logger.warning("warning: %s was started with %s, now it is %s: numbers may differ", folder, before, after)
+            continue
+        flag = "--" + name.replace("_", "-")
+        raise UserError(f"--resume {folder}: {flag} is {after}, but the run was started with {before}: leave it so")

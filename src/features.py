@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 import distributed
 from clip_model import CLIP, feature_dim, tokenize
-from data_utils import ImageDataset, Reader, Split, file_identities, load_batches, normalise
+from data_utils import ImageDataset, Reader, load_batches, normalise
+from splits import Split, file_identities
 from utils import UserError, load_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
@@ -176,3 +177,14 @@ def freeze(cache: FeatureCache, split: Split, texts: list[list[str]], label: str
     images = cache.images(split.paths, label)
     captions = cache.captions([text for variants in texts for text in variants], label)
     return FrozenSplit(split, images, captions.unflatten(0, (len(texts), -1)))
+
+
+def freeze_queries(
+    cache: FeatureCache, splits: list[Split], caption: Callable[[tuple[str, ...]], str], label: str
+) -> list[FrozenSplit]:
+    """Each split's gallery and its evaluation captions as features, V = 1.
+
+    Args:
+        caption: the text of a triplet's captions at evaluation.
+    """
+    return [freeze(cache, s, [[caption(t.captions)] for t in s.triplets], f"{label}-{s.name}") for s in splits]

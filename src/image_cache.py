@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import distributed
-from data_utils import ImageDataset, Reader, file_identities, load_batches
+from data_utils import ImageDataset, Reader, load_batches
+from splits import file_identities
 from utils import UserError
 
 logger = logging.getLogger(__name__)

@@ -61,6 +61,8 @@ def nearest(similarity: Tensor, k: int) -> Tensor:
     Returns:
         (Q, k) columns.
     """
+    if k == 0:
+        return torch.empty(len(similarity), 0, dtype=torch.long, device=similarity.device)
     _check(similarity)
     values, columns = similarity.topk(k, dim=1)
     # topk takes any of equal values: rows that have more of the last one than it took are sorted out in full.
@@ -72,9 +74,9 @@ def nearest(similarity: Tensor, k: int) -> Tensor:
     return columns.gather(1, order)
 
 
-def recall_at(ranks: Tensor, k: int) -> float:
-    """Percentage of the queries whose target has a rank below k."""
-    return 100 * int((ranks < k).sum()) / len(ranks)
+def percentage(hits: Tensor) -> float:
+    """Percentage of the queries that are hits, (Q,) bool: the recall at k of the hits `ranks < k`."""
+    return 100 * int(hits.sum()) / len(hits)
 
 
 def means(values: Sequence[float]) -> dict[str, float]:
@@ -84,3 +86,27 @@ def means(values: Sequence[float]) -> dict[str, float]:
         "harmonic_mean": float(statistics.harmonic_mean(values)),
         "geometric_mean": statistics.geometric_mean(values) if min(values) > 0 else 0.0,
     }
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation over a sample (n - 1); a single value has no deviation, which reads as 0."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def bootstrap(hits: Tensor, resamples: int, generator: torch.Generator) -> Tensor:
+    """Percentages of hits in resamples of the queries, drawn with replacement (Efron 1979); queries are rows.
+
+    Several systems' hits beside each other are resampled together, so that differences between columns are paired.
+
+    Args:
+        hits: (Q, M), 0 to 1.
+
+    Returns:
+        (resamples, M)
+    """
+    queries, rows = len(hits), []
+    for chunk in torch.arange(resamples).split(500):
+        drawn = torch.randint(queries, (len(chunk), queries), generator=generator)
+        counts = torch.zeros(len(chunk), queries).scatter_add_(1, drawn, torch.ones(drawn.shape))
+        rows.append(100 * (counts @ hits.float()) / queries)
+    return torch.cat(rows)

@@ -1,20 +1,18 @@
 """Every flag, spelled once, as argparse parents in titled groups."""
 
 import argparse
-import logging
 import math
 import os
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-import torch
-
-import distributed
-from benchmarks import BENCHMARKS
+from benchmarks import BENCHMARKS, Benchmark
 from clip_model import ENCODERS
 from combiner import COMBINER_TYPES
 from data_utils import TRANSFORMS
-from experiment import NoTracker, make_tracker
-from utils import PROJECT_ROOT, UserError, check_writable, first_line, seed_everything
+from utils import PROJECT_ROOT
 
 DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
 
@@ -49,6 +47,11 @@ def positive_float(text: str) -> float:
     return value
 
 
+def weight(text: str) -> float:
+    """A finite number of at least 0."""
+    return 0.0 if text in ("0", "0.0") else positive_float(text)
+
+
 def fraction(text: str) -> float:
     """A number between 0 and 1, both excluded."""
     if positive_float(text) >= 1:
@@ -56,57 +59,52 @@ def fraction(text: str) -> float:
     return float(text)
 
 
-def _benchmark_name(text: str) -> str:
-    """A benchmark's name in any case, as it is spelled in BENCHMARKS."""
-    return next((name for name in BENCHMARKS if name.lower() == text.lower()), text)
+def file_name(text: str) -> str:
+    """Part of a file's name, which cannot lead out of its folder."""
+    if not re.fullmatch(r"[\w.@+-]+", text) or text in (".", ".."):
+        raise argparse.ArgumentTypeError(f"{text}: use letters, digits and . _ @ + - only")
+    return text
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device of `--device`, else this process's GPU, else the CPU; joins the other processes, if there are any."""
-    try:
-        own_gpu = name == "cuda" and torch.cuda.is_available()  # not everybody's first one
-        device = torch.device(distributed.local_device() if own_gpu or name is None else name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
-        wanted = name or distributed.local_device()
-        raise UserError(f"--device {wanted}: not usable here ({first_line(error)}); try --device cpu") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: choose cuda or cpu")
-    if distributed.launched() and name and ":" in name:
-        raise UserError(f"--device {name}: each process takes the GPU of its own number; leave the flag out")
-    distributed.start(device)
-    if not distributed.is_main():
-        logging.getLogger().setLevel(logging.WARNING)
-    return device
+def in_any_case(names: Iterable[str]) -> Callable[[str], str]:
+    """A type for flags: one of some names in any case, as it is spelled among them."""
+    spelled = {name.lower(): name for name in names}
 
+    def name(text: str) -> str:
+        return spelled.get(text.lower(), text)
 
-def start_training(args: argparse.Namespace) -> tuple[torch.device, NoTracker]:
-    """Seed everything; device and tracker. Fails now, not after hours of work, if a folder cannot be written to."""
-    seed_everything(args.seed)
-    device = pick_device(args.device)
-    written = ("output_dir", "image_cache", "feature_cache")
-    check_writable({"--" + name.replace("_", "-"): getattr(args, name, None) for name in written})
-    return device, make_tracker(args.api_key, args.workspace, args.experiment_name)
+    return name
 
 
 def dataset_flag() -> argparse.ArgumentParser:
     """--dataset."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("benchmark")
-    group.add_argument("--dataset", type=_benchmark_name, choices=list(BENCHMARKS), required=True, help="in any case")
+    group.add_argument(
+        "--dataset", type=in_any_case(BENCHMARKS), choices=list(BENCHMARKS), required=True, help="in any case"
+    )
     return parser
 
 
-def machine_flags() -> argparse.ArgumentParser:
-    """Where the data are, and what computes."""
+def data_root_flag() -> argparse.ArgumentParser:
+    """--data-root."""
     parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("data and machine")
-    group.add_argument(
+    parser.add_argument_group("data").add_argument(
         "--data-root",
         type=Path,
         default=PROJECT_ROOT,
         metavar="DIR",
         help="holds fashionIQ_dataset/ and cirr_dataset/ (default: the project's root)",
+    )
+    return parser
+
+
+def machine_flags() -> argparse.ArgumentParser:
+    """Where the data are, what is left out of them, and what computes."""
+    parser = argparse.ArgumentParser(add_help=False, parents=[data_root_flag()])
+    group = parser.add_argument_group("evaluation and machine")
+    group.add_argument(
+        "--exclusions", type=Path, metavar="FILE", help="leave out the images of a list that check_dataset.py wrote"
     )
     group.add_argument("--num-workers", type=natural_int, default=DEFAULT_WORKERS, help="processes that decode images")
     group.add_argument(
@@ -148,6 +146,14 @@ def training_flags(batch_size: int, validation_frequency: int) -> argparse.Argum
     group.add_argument("--save-best", action="store_true", help="save only the best instead of each")
     group.add_argument("--seed", type=seed_int, default=0)
     group.add_argument("--output-dir", type=Path, default=PROJECT_ROOT / "models", metavar="DIR", help="holds the runs")
+    group.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with a run; its flags come from it")
+    group.add_argument(
+        "--checkpoint-every-minutes",
+        type=positive_float,
+        default=10.0,
+        metavar="M",
+        help="what a crash may cost at most: the state is saved within epochs too (default: 10)",
+    )
     group.add_argument(
         "--precision", choices=("amp", "bf16", "fp32"), default="amp", help="amp: fp16 on CUDA, fp32 on the CPU"
     )
@@ -202,6 +208,21 @@ def frozen_flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("stage 2")
     group.add_argument("--combiner-lr", type=positive_float, default=2e-5, help="learning rate")
+    group.add_argument("--seeds", type=seed_int, nargs="+", help="train one Combiner with each, in place of --seed")
+    group.add_argument(
+        "--load-balancing-weight",
+        type=weight,
+        default=0.0,
+        metavar="W",
+        help="of the loss that spreads queries over the experts (Fedus et al. 2021; default: 0, as in the original)",
+    )
+    group.add_argument(
+        "--router-z-weight",
+        type=weight,
+        default=0.0,
+        metavar="W",
+        help="of the loss that keeps the router's logits small (Zoph et al. 2022; default: 0, as in the original)",
+    )
     group.add_argument("--clip-bs", type=positive_int, default=32, help="batch size of CLIP while features are made")
     group.add_argument(
         "--feature-cache", type=Path, default=PROJECT_ROOT / "features", metavar="DIR", help="keeps features on disk"
@@ -219,6 +240,36 @@ def pair_flags() -> argparse.ArgumentParser:
     group.add_argument("--combining-function", choices=("sum", "combiner"), required=True)
     group.add_argument("--combiner-path", type=Path, metavar="PATH", help="stage-2 weights, for combiner")
     return parser
+
+
+def submission_parser(description: str, benchmark: type[Benchmark]) -> argparse.ArgumentParser:
+    """All flags of a submission for a benchmark's test server."""
+    parents = [pair_flags(), combiner_flags(trains=False), tuned_clip_flag(), clip_flags(), machine_flags()]
+    parser = argparse.ArgumentParser(description=description, parents=parents)
+    parser.set_defaults(dataset=benchmark.name)
+    group = parser.add_argument_group("submission")
+    group.add_argument(
+        "--submission-name", type=file_name, required=True, metavar="NAME", help="part of the names of what is written"
+    )
+    _, val, test = benchmark.splits
+    group.add_argument("--split", choices=(val, test), default=test, help=f"(default: {test}); {val} is scored too")
+    place = f"submission/{benchmark.name}"
+    group.add_argument(
+        "--output-dir", type=Path, default=PROJECT_ROOT / place, metavar="DIR", help=f"(default: {place})"
+    )
+    return parser
+
+
+def pair_choice(args: argparse.Namespace) -> dict[str, Any]:
+    """The values of `pair_flags` and of what belongs to them, by the names that `pair.load_pair` has for them."""
+    return {
+        "combining_function": args.combining_function,
+        "clip_path": args.clip_model_path,
+        "combiner_path": args.combiner_path,
+        "clip_choice": clip_choice(args),
+        "combiner_choice": combiner_choice(args),
+        "workers": args.num_workers,
+    }
 
 
 def clip_choice(args: argparse.Namespace) -> dict[str, str | float | None]:

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from benchmarks import Benchmark
 from clip_model import feature_dim, load_clip, load_finetuned, resolution
 from combiner import Compose, compose_sum, load_combiner
 from data_utils import TRANSFORMS, load_image, make_preprocess
-from features import Encoder, weights_digest
+from exclusions import announce
+from features import Encoder, FeatureCache, FrozenSplit, freeze_queries, weights_digest
+from splits import Split, check_images_exist
 from utils import UserError, find_checkpoint, load_tensors
 
 logger = logging.getLogger(__name__)
@@ -101,6 +105,37 @@ def load_encoder(
     return Encoder(model, read, settings | {"resolution": pixels}, device, workers, batch_size)
 
 
+@dataclass(frozen=True)
+class Pair:
+    """What an evaluation needs of a trained pair: CLIP with its preprocessing, and the way to compose a query.
+
+    Attributes:
+        tuned: the stage-1 checkpoint of CLIP's weights, None for the model's own.
+        trained: the Combiner's checkpoint, None for the sum.
+    """
+
+    encoder: Encoder
+    compose: Compose
+    tuned: Checkpoint | None
+    trained: Checkpoint | None
+
+    def describe(self) -> dict[str, Any]:
+        """Weights, preprocessing and training of the pair in plain types, for a result that says what it is of."""
+        recipe = self.encoder.recipe
+        checkpoints = {"clip": self.tuned, "combiner": self.trained}
+        states = {"clip": self.encoder.model}
+        if isinstance(self.compose, nn.Module):
+            states["combiner"] = self.compose
+        return {
+            "clip_model_name": recipe["clip_model_name"],
+            "combining_function": "combiner" if self.trained else "sum",
+            "checkpoints": {kind: str(c.path.resolve()) for kind, c in checkpoints.items() if c},
+            "weights_sha256": {kind: weights_digest(module.state_dict()) for kind, module in states.items()},
+            "preprocessing": {name: recipe[name] for name in ("transform", "target_ratio", "resolution")},
+            "training": {kind: c.config for kind, c in checkpoints.items() if c},
+        }
+
+
 def load_pair(
     combining_function: str,
     clip_path: Path | None,
@@ -109,8 +144,8 @@ def load_pair(
     combiner_choice: dict[str, Any],
     device: torch.device,
     workers: int,
-) -> tuple[Encoder, Compose]:
-    """What an evaluation needs of a trained pair.
+) -> Pair:
+    """The pair that the flags of an evaluation name.
 
     Args:
         combining_function: "sum" or "combiner".
@@ -129,7 +164,7 @@ def load_pair(
     if trained is None:
         if combiner_path:
             logger.warning("warning: --combining-function sum makes no use of --combiner-path %s", combiner_path)
-        return encoder, compose_sum
+        return Pair(encoder, compose_sum, tuned, None)
     if trained.config.get("clip_weights") not in (None, weights_digest(encoder.model.state_dict())):
         logger.warning(
             "warning: %s was trained on features of other CLIP weights (--clip-model-path %s then)",
@@ -137,4 +172,18 @@ def load_pair(
             trained.config.get("clip_model_path"),
         )
     combiner = load_combiner(trained.content, trained.path, combiner_choice, feature_dim(encoder.model))
-    return encoder, combiner.to(device)
+    return Pair(encoder, combiner.to(device), tuned, trained)
+
+
+def load_and_freeze(
+    benchmark: Benchmark, splits: list[Split], device: torch.device, **choice: Any
+) -> tuple[Pair, list[FrozenSplit]]:
+    """A trained pair and the features that it makes of some splits, whose images must all be there.
+
+    Args:
+        choice: see `load_pair`.
+    """
+    announce(splits)
+    check_images_exist(splits)
+    pair = load_pair(**choice, device=device)
+    return pair, freeze_queries(FeatureCache(None, pair.encoder), splits, benchmark.caption, benchmark.run_name)

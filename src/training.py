@@ -1,13 +1,10 @@
-"""The epoch loop: step, log, validate, keep the best."""
+"""The epoch loop: step, log, validate, keep the best, and be able to go on after any interruption."""
 
-import contextlib
-import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,149 +15,17 @@ from tqdm import tqdm
 
 import contrastive
 import distributed
-from benchmarks import Benchmark
-from data_utils import Split, check_images_exist
-from experiment import Checkpoints, Run
-from utils import UserError
+from checkpoints import Checkpoints
+from experiment import Run
+from interruption import StopRequest
+from regime import Precision, Regime
+from snapshot import Stateful, load_state, save_state
+from utils import DiskError, Stopped, UserError
 
 logger = logging.getLogger(__name__)
 
 READ_EVERY = 10  # steps between two looks at the losses: each look waits for the device
-
-
-@dataclass(frozen=True)
-class Order:
-    """Which triplets and caption variants an epoch's batches are made of, by seed and epoch alone.
-
-    Attributes:
-        triplets: number of training triplets.
-        variants: number of texts a triplet has; one is drawn for each triplet in each epoch.
-        batch_size: of all processes together.
-    """
-
-    triplets: int
-    variants: int
-    batch_size: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.batch_size > self.triplets:
-            raise UserError(
-                f"--batch-size {self.batch_size} is larger than the training set of {self.triplets} triplets: "
-                f"nothing would be trained; choose at most {self.triplets}"
-            )
-        if self.batch_size % distributed.world_size():
-            raise UserError(
-                f"--batch-size {self.batch_size} cannot be shared equally by {distributed.world_size()} processes: "
-                "choose a multiple"
-            )
-
-    @property
-    def steps(self) -> int:
-        """Full batches in an epoch; what is left of the shuffled triplets is dropped."""
-        return self.triplets // self.batch_size
-
-    def batches(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """Rows and caption variants of each step, (steps, b) each: this process's equal share of every batch."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        rows = torch.randperm(self.triplets, generator=generator)
-        variants = torch.randint(self.variants, (self.triplets,), generator=generator)
-        shape = (self.steps, distributed.world_size(), -1)
-        full = self.steps * self.batch_size
-        return rows[:full].view(shape)[:, distributed.rank()], variants[:full].view(shape)[:, distributed.rank()]
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Mixed precision of a training: "amp" (fp16 with loss scaling on CUDA, fp32 on the CPU), "bf16" or "fp32"."""
-
-    name: str
-    device: torch.device
-
-    def __post_init__(self) -> None:
-        if self.name == "bf16" and self.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-            raise UserError("--precision bf16: this GPU has no bfloat16; choose amp or fp32")
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """What matrix products are computed in, None for float32."""
-        on_gpu = torch.float16 if self.device.type == "cuda" else None
-        return {"amp": on_gpu, "bf16": torch.bfloat16, "fp32": None}[self.name]
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """The context of a forward pass."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
-
-    def scaler(self) -> torch.amp.GradScaler:
-        """Loss scaling where fp16 gradients would vanish, else a scaler that does nothing."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-
-
-@dataclass(frozen=True)
-class Regime:
-    """How a training goes on; the fields are named as their flags.
-
-    Attributes:
-        validation_frequency: epochs; validations follow the epochs 0, f, 2f, ...
-        warmup_steps: steps over which the learning rate rises linearly.
-        cosine: let it fall to 0 along half a cosine afterwards (Loshchilov and Hutter 2017, arXiv 1608.03983).
-        micro_batch_size: rows in memory at a time, None for all.
-        mask_duplicate_targets: rows of one target are not each other's negatives.
-        clip_grad_norm: the largest norm of the gradient, None for any.
-    """
-
-    num_epochs: int
-    validation_frequency: int
-    warmup_steps: int = 0
-    cosine: bool = False
-    micro_batch_size: int | None = None
-    mask_duplicate_targets: bool = False
-    clip_grad_norm: float | None = None
-
-    @classmethod
-    def of(cls, flags: Mapping[str, Any]) -> "Regime":
-        """The regime that a script's flags ask for."""
-        return cls(**{field.name: flags[field.name] for field in dataclasses.fields(cls) if field.name in flags})
-
-    def factor(self, step: int, steps: int) -> float:
-        """What the learning rate is multiplied with at a step of all `steps`."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        if not self.cosine:
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup_steps) / max(1, steps - self.warmup_steps)))
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """A benchmark as a training needs it.
-
-    Attributes:
-        benchmark: its captions and metrics.
-        texts: the V caption variants of each training triplet.
-    """
-
-    benchmark: Benchmark
-    train: Split
-    val: list[Split]
-    texts: list[list[str]]
-    order: Order
-
-
-def read_training_data(benchmark: Benchmark, batch_size: int, micro_batch_size: int | None, seed: int) -> TrainingData:
-    """Read a benchmark's splits, and check before anything is trained that all it takes is there.
-
-    Raises:
-        UserError: files missing or malformed, or batches that the data or the processes do not allow.
-    """
-    train, val = benchmark.train(), benchmark.val()
-    texts = [benchmark.caption_variants(triplet.captions) for triplet in train.triplets]
-    order = Order(len(train.triplets), len(texts[0]), batch_size, seed)
-    share = batch_size // distributed.world_size()
-    if micro_batch_size is not None and micro_batch_size > share:
-        raise UserError(f"--micro-batch-size {micro_batch_size} is larger than a process's batch of {share}: lower it")
-    check_images_exist([train, *val])
-    return TrainingData(benchmark, train, val, texts, order)
+SAVING_SHARE = 0.05  # of the time, which saving the state at the end of epochs may take
 
 
 @dataclass(frozen=True)
@@ -168,22 +33,27 @@ class Task:
     """What a stage learns.
 
     Attributes:
-        batches: epoch -> its batches: the model's inputs (b, ...) and the targets' ids (b,).
+        batches: epoch, first step -> the epoch's batches from there on: the model's inputs (b, ...) and the targets'
+            ids (b,).
         steps: batches in an epoch.
-        model: inputs -> normalised queries (b, D) and targets (b, D).
+        model: inputs -> normalised queries (b, D), targets (b, D), and whatever `penalty` takes.
         optimizer: of the parameters that learn.
         validate: metrics of the weights as they are.
-        module: the weights to average; None without averaging.
-        averaged: their exponential moving average.
+        module: the weights that learn.
+        averaged: their exponential moving average; None without averaging.
+        penalty: what is added to the loss; None for nothing.
+        router: statistics of the mixture's router; None without a mixture.
     """
 
-    batches: Callable[[int], Iterable[tuple[list[Tensor], Tensor]]]
+    batches: Callable[[int, int], Iterable[tuple[list[Tensor], Tensor]]]
     steps: int
     model: nn.Module
     optimizer: Optimizer
     validate: Callable[[], dict[str, float]]
-    module: nn.Module | None = None
+    module: nn.Module
     averaged: AveragedModel | None = None
+    penalty: Callable[[Tensor], Tensor] | None = None
+    router: Callable[[], dict[str, float]] | None = None
 
 
 def trainable(model: nn.Module, device: torch.device, compiled: bool, some_unused: bool = False) -> nn.Module:
@@ -205,13 +75,23 @@ class Stepper:
         steps = task.steps * regime.num_epochs
         self.learning_rate = LambdaLR(task.optimizer, lambda step: regime.factor(step, steps))
 
+    @property
+    def parts(self) -> dict[str, Stateful]:
+        """All that steps change."""
+        task = self.task
+        parts = {"module": task.module, "optimizer": task.optimizer}
+        parts |= {"scaler": self.scaler, "schedule": self.learning_rate}
+        return parts | ({"average": task.averaged} if task.averaged else {})
+
     def step(self, inputs: list[Tensor], target_ids: Tensor) -> Tensor:
-        """Learn from a batch; returns its loss, still on the device."""
+        """Learn from a batch; returns its loss without the penalty, still on the device."""
         optimizer = self.task.optimizer
         optimizer.zero_grad(set_to_none=True)
         ids = target_ids if self.regime.mask_duplicate_targets else None
         mixed = self.precision.autocast, self.scaler.scale
-        loss = contrastive.backward(self.task.model, inputs, ids, self.regime.micro_batch_size, *mixed)
+        loss = contrastive.backward(
+            self.task.model, inputs, ids, self.regime.micro_batch_size, *mixed, self.task.penalty
+        )
         if self.regime.clip_grad_norm is not None:
             self.scaler.unscale_(optimizer)
             learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -224,62 +104,187 @@ class Stepper:
         return loss
 
 
-def fit(task: Task, regime: Regime, precision: Precision, run: Run, checkpoints: Checkpoints) -> None:
-    """Train, validate, and at the end say where the files are and what was best."""
-    stepper = Stepper(task, regime, precision)
-    for epoch in range(regime.num_epochs):
+@dataclass
+class Progress:
+    """How far a training is.
+
+    Attributes:
+        epoch: the one that is trained or, if `losses` has all of its steps, to be validated.
+        losses: of the steps that the epoch has had.
+        rows, best: see `Run` and `Checkpoints`.
+    """
+
+    epoch: int = 0
+    losses: list[float] = field(default_factory=list)
+    rows: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+
+
+class Keeper:
+    """Saves the state of a training when it is due, and when a stop was asked for.
+
+    It is due after some minutes, between any two steps, and at the end of an epoch as long as saving takes no more than
+    a small share of the time.
+
+    Args:
+        minutes: the longest time that a crash may cost.
+    """
+
+    def __init__(self, run: Run, stepper: Stepper, checkpoints: Checkpoints, stop: StopRequest, minutes: float) -> None:
+        self.run, self.stepper, self.checkpoints, self.stop = run, stepper, checkpoints, stop
+        self.seconds = 60 * minutes
+        self.progress = Progress()
+        self.unread: list[Tensor] = []  # losses that are still on the device
+        self.saved_at, self.cost = time.monotonic(), 0.0
+        self.saved = "none was saved yet"
+
+    def resume(self) -> Progress:
+        """Put back the state that the run's folder has, if it has one; returns the progress that this keeper saves."""
+        device = self.stepper.precision.device
+        if self.run.state_file.exists():
+            self.progress = Progress(**load_state(self.run.state_file, self.stepper.parts, device))
+            self._name_saved()
+            logger.info("going on after %s", self.saved)
+        self.run.rewind(self.progress.rows)
+        self.checkpoints.rewind(self.progress.best)
+        return self.progress
+
+    def look(self, epoch_ends: bool = False) -> None:
+        """Save the state if it is due. If a stop was asked for, save it and raise Stopped."""
+        since = time.monotonic() - self.saved_at
+        due = since >= self.seconds or (epoch_ends and since * SAVING_SHARE >= self.cost)
+        stopping, due = distributed.any_rank(bool(self.stop.requested), due and distributed.is_main())
+        if stopping or due:
+            self.save()
+        if stopping:
+            raise Stopped(self.stop.requested or "another process", f"go on with: {self.run.resume_command}")
+
+    def save(self) -> None:
+        """Save the state."""
         start = time.monotonic()
-        loss = train_one_epoch(task, stepper, epoch)
-        run.record("train", epoch, {"train_epoch_loss": loss})
-        if epoch % regime.validation_frequency == 0:
-            metrics = _validate(task, epoch)
-            run.record("validation", epoch, metrics)
-            checkpoints.update(epoch, metrics)
-            logger.info(_line(epoch, loss, metrics, checkpoints.best, time.monotonic() - start))
-    logger.info("\nrun: %s", run.folder)
-    for path in checkpoints.saved:
-        logger.info("saved: %s", path)
-    for name, value in checkpoints.best.items():
-        logger.info("best %s = %.2f", name, value)
+        self.read_losses()
+        self.progress.rows, self.progress.best = self.run.rows, self.checkpoints.best
+        if distributed.is_main():
+            save_state(self.run.state_file, self.stepper.parts, asdict(self.progress), self.stepper.precision.device)
+        self._name_saved()
+        self.saved_at = time.monotonic()
+        self.cost = self.saved_at - start
+
+    def read_losses(self) -> float:
+        """Take the losses off the device; returns their mean so far. One that is not finite stops the run."""
+        losses = self.progress.losses
+        for value in torch.stack(self.unread).tolist() if self.unread else []:
+            if not math.isfinite(value):
+                epoch, step = self.progress.epoch, len(losses)
+                raise UserError(f"the loss is {value} at epoch {epoch}, step {step}: lower the learning rate")
+            losses.append(value)
+        self.unread.clear()
+        return sum(losses) / max(1, len(losses))
+
+    def finish(self) -> None:
+        """Say where the files are and what was best; a complete run needs no state."""
+        if distributed.is_main():
+            self.run.complete(self.checkpoints.best)
+        logger.info("\nrun: %s", self.run.folder)
+        for path in self.checkpoints.saved:
+            logger.info("saved: %s", path)
+        for name, value in self.checkpoints.best.items():
+            logger.info("best %s = %.2f", name, value)
+
+    def _name_saved(self) -> None:
+        self.saved = f"epoch {self.progress.epoch}, step {len(self.progress.losses)}"
 
 
-def _validate(task: Task, epoch: int) -> dict[str, float]:
-    """Metrics after an epoch; an error names it."""
+def fit(
+    task: Task,
+    regime: Regime,
+    precision: Precision,
+    run: Run,
+    checkpoints: Checkpoints,
+    stop: StopRequest,
+    minutes: float,
+) -> None:
+    """Train, validate, and at the end say where the files are and what was best.
+
+    A run whose folder has a state goes on from there; with the same machine and packages it ends as if it had never
+    been interrupted.
+
+    Raises:
+        UserError: the loss or a similarity is not finite, or the disk is full.
+        Stopped: a signal asked for it; the state is saved.
+    """
+    stepper = Stepper(task, regime, precision)
+    keeper = Keeper(run, stepper, checkpoints, stop, minutes)
     try:
+        progress = keeper.resume()
+        stop.at_once = False
+        while progress.epoch < regime.num_epochs:
+            run_epoch(task, stepper, keeper, regime)
+        keeper.finish()
+    except DiskError as error:
+        raise UserError(f"{error}; the last good state is {keeper.saved}; go on with: {run.resume_command}") from None
+    except KeyboardInterrupt:
+        logger.warning("the last saved state is %s; go on with: %s", keeper.saved, run.resume_command)
+        raise
+    finally:
+        stop.at_once = True
+
+
+def run_epoch(task: Task, stepper: Stepper, keeper: Keeper, regime: Regime) -> None:
+    """One epoch with its records, or what is left of it."""
+    start, run, progress = time.monotonic(), keeper.run, keeper.progress
+    epoch = progress.epoch
+    loss = train_one_epoch(task, stepper, keeper)
+    run.record("train", epoch, {"train_epoch_loss": loss})
+    if task.router:
+        run.record("router", epoch, task.router())
+    if epoch % regime.validation_frequency == 0:
+        metrics = _validate(task, keeper)
+        run.record("validation", epoch, metrics)
+        keeper.checkpoints.update(epoch, metrics)
+        logger.info(_line(epoch, loss, metrics, keeper.checkpoints.best, time.monotonic() - start))
+    progress.epoch, progress.losses = epoch + 1, []
+    keeper.look(epoch_ends=True)
+
+
+def train_one_epoch(task: Task, stepper: Stepper, keeper: Keeper) -> float:
+    """What is left of one pass over an epoch's batches; returns the mean loss of all triplets seen.
+
+    Raises:
+        UserError: a loss that is not finite; the message names epoch and step.
+    """
+    task.model.train()
+    epoch, done = keeper.progress.epoch, len(keeper.progress.losses)
+    shown = None if distributed.is_main() else True
+    batches = task.batches(epoch, done)
+    with tqdm(batches, f"epoch {epoch}", task.steps, initial=done, leave=False, disable=shown) as bar:
+        for step, (inputs, target_ids) in enumerate(bar, start=done + 1):
+            keeper.unread.append(stepper.step(inputs, target_ids))
+            if step % READ_EVERY == 0:
+                bar.set_postfix(loss=f"{keeper.read_losses():.4f}")
+            keeper.look()
+    return keeper.read_losses()
+
+
+def _validate(task: Task, keeper: Keeper) -> dict[str, float]:
+    """Metrics after an epoch; an error names it, and a stop needs not wait for them."""
+    stop = keeper.stop
+    try:
+        stop.at_once = distributed.world_size() == 1  # several processes wait for each other: they stop together
+        if stop.at_once and stop.requested:
+            raise Stopped(stop.requested)
         return task.validate()
+    except Stopped:
+        stop.at_once = False
+        keeper.look()
+        raise
     except UserError as error:
-        raise UserError(f"validation after epoch {epoch}: {error}") from None
+        raise UserError(f"validation after epoch {keeper.progress.epoch}: {error}") from None
+    finally:
+        stop.at_once = False
 
 
 def _line(epoch: int, loss: float, metrics: dict[str, float], best: dict[str, float], seconds: float) -> str:
     """One line for a validation: the metrics that choose checkpoints, with their best so far."""
     chosen = ", ".join(f"{name} {metrics[name]:.2f} (best {value:.2f})" for name, value in best.items())
     return f"epoch {epoch}: loss {loss:.4f}, {chosen}, {seconds:.1f} s"
-
-
-def train_one_epoch(task: Task, stepper: Stepper, epoch: int) -> float:
-    """One pass over an epoch's batches; returns the mean loss of the triplets seen.
-
-    Raises:
-        UserError: a loss that is not finite; the message names epoch and step.
-    """
-    task.model.train()
-    total, unread = 0.0, []
-    shown = None if distributed.is_main() else True
-    with tqdm(task.batches(epoch), total=task.steps, desc=f"epoch {epoch}", leave=False, disable=shown) as bar:
-        for step, (inputs, target_ids) in enumerate(bar, start=1):
-            unread.append(stepper.step(inputs, target_ids))
-            if len(unread) == READ_EVERY or step == task.steps:
-                total += _read(unread, epoch, step - len(unread))
-                unread.clear()
-                bar.set_postfix(loss=f"{total / step:.4f}")
-    return total / task.steps
-
-
-def _read(losses: list[Tensor], epoch: int, first_step: int) -> float:
-    """The sum of losses that are still on the device; one that is not finite stops the run."""
-    values = torch.stack(losses).tolist()
-    for step, value in enumerate(values, start=first_step):
-        if not math.isfinite(value):
-            raise UserError(f"the loss is {value} at epoch {epoch}, step {step}: lower the learning rate")
-    return sum(values)

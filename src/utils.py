@@ -7,8 +7,10 @@ import logging
 import os
 import pickle
 import random
+import struct
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -18,12 +20,34 @@ import torch
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
 
+# What reading a damaged checkpoint raises.
+LOADING_ERRORS = (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, OverflowError, MemoryError)
+LOADING_ERRORS += (NotImplementedError, struct.error, zlib.error, zipfile.BadZipFile)
+
+
 class UserError(Exception):
     """Something the user can put right: one line that names the file or the flag, and the remedy."""
 
 
+class DiskError(UserError):
+    """A file could not be written; the earlier one is as it was."""
+
+
+class Stopped(BaseException):
+    """A signal asked a training to stop, and what is needed to go on with it is on disk.
+
+    Attributes:
+        signal: its name.
+        remedy: how to go on.
+    """
+
+    def __init__(self, signal: str, remedy: str = "nothing was trained yet: start it again with the same command"):
+        super().__init__(signal, remedy)
+        self.signal, self.remedy = signal, remedy
+
+
 def command(main: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a script's `main`: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Wrap a script's `main`: a UserError becomes one line on stderr and exit code 2, Ctrl-C 130, a stop signal 0."""
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> None:
@@ -38,6 +62,9 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             remedy = "lower --batch-size, --micro-batch-size or --similarity-block, or use --gradient-checkpointing"
             print(f"{script}: error: the GPU's memory is full ({first_line(error)[:80]}): {remedy}", file=sys.stderr)
             raise SystemExit(2) from None
+        except Stopped as stop:
+            print(f"{script}: stopped by {stop.signal}; {stop.remedy}", file=sys.stderr)
+            raise SystemExit(0) from None
         except KeyboardInterrupt:
             print(f"{script}: interrupted; the files written so far are whole", file=sys.stderr)
             raise SystemExit(130) from None
@@ -59,11 +86,35 @@ def first_line(error: BaseException) -> str:
 def read_json(path: Path) -> Any:
     """Parse a JSON file; a missing, unreadable or malformed one is a UserError that names it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: put the file there, or point --data-root at its dataset") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable JSON file ({first_line(error)}): download it again") from None
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON that says each thing once, in whole characters.
+
+    Raises:
+        ValueError: malformed, nested too deeply, an object with a repeated key (of which one value would be lost), or
+            half a character (a lone surrogate), which no file could be written with.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+        return content
+
+    try:
+        content = json.loads(text, object_pairs_hook=once)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if "\\ud" in text.lower():
+        json.dumps(content, ensure_ascii=False).encode()
+    return content
 
 
 @contextlib.contextmanager
@@ -77,11 +128,22 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
+        _sync_folder(path.parent)
     except OSError as error:
-        raise UserError(f"could not write {path} ({error.strerror}): free space or choose another folder") from None
+        raise DiskError(f"could not write {path} ({error.strerror}): free space or choose another folder") from None
     finally:
         with contextlib.suppress(OSError):  # there is none after the replace, nor where the folder is a file
             beside.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a rename in a folder on disk, where folders can be opened (not on Windows)."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -113,6 +175,15 @@ def save_tensors(path: Path, content: dict[str, Any]) -> None:
             raise OSError(0, f"the disk refused it: {first_line(error)}") from None
 
 
+def _check_sums(path: Path) -> None:
+    """Raise BadZipFile where a checkpoint's parts are not what was written, which `torch.load` does not look at."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+
+
 def load_tensors(path: Path) -> dict[str, Any]:
     """`torch.load` on the CPU of a dict of tensors and plain types; code in a pickle is refused, never run.
 
@@ -120,8 +191,9 @@ def load_tensors(path: Path) -> dict[str, Any]:
         UserError: the file is missing, truncated, not a checkpoint, or holds more than tensors and plain types.
     """
     try:
+        _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+    except LOADING_ERRORS as error:
         raise UserError(f"{path} is not a readable checkpoint ({first_line(error)}): copy or train it again") from None
     except (pickle.UnpicklingError, AttributeError, TypeError):
         raise UserError(

@@ -1,21 +1,27 @@
-"""Measure a trained pair on the validation split of FashionIQ or CIRR.
+"""Measure a trained pair on the validation split of FashionIQ or CIRR, under every protocol in use.
 
     python src/validate.py --dataset FashionIQ --combining-function combiner \
         --combiner-path models_final/moe_combiner_trained_on_fiq --clip-model-path models_final/clip_finetuned_on_fiq
 """
 
 import argparse
-import json
+from collections.abc import Sequence
 from pathlib import Path
+
+import pandas as pd
 
 import distributed
 import options
-from benchmarks import BENCHMARKS
-from data_utils import check_images_exist
-from features import FeatureCache
-from pair import load_pair
-from retrieval import evaluate, freeze_val
-from utils import check_writable, command, write_text
+import startup
+from benchmarks import Benchmark
+from features import FrozenSplit
+from pair import Pair, load_and_freeze
+from protocols import PROTOCOLS, Protocol
+from results import Rankings, make_result, write_rankings, write_result
+from retrieval import rank
+from utils import UserError, check_writable, command
+
+GROUP_LENGTH = 5  # candidates in a query's group, all of which a rankings file lists
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -23,29 +29,69 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parents = [options.dataset_flag(), options.pair_flags(), options.combiner_flags(trains=False)]
     parents += [options.tuned_clip_flag(), options.clip_flags(), options.machine_flags()]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
-    parser.add_argument("--metrics-json", type=Path, metavar="FILE", help="write the metrics there too")
+    group = parser.add_argument_group("results")
+    group.add_argument(
+        "--protocol",
+        nargs="+",
+        type=options.in_any_case(PROTOCOLS),
+        choices=list(PROTOCOLS),
+        help="gallery (all of the split, or the references and targets alone) and reference (default: all that apply)",
+    )
+    group.add_argument("--metrics-json", type=Path, metavar="FILE", help="write the metrics and how they came about")
+    group.add_argument("--rankings", type=Path, metavar="FILE", help="write the answers to every query")
+    group.add_argument("--rankings-k", type=options.positive_int, default=50, help="answers a query (default: 50)")
     return parser.parse_args(argv)
+
+
+def choose_protocols(names: list[str] | None, benchmark: Benchmark) -> list[Protocol]:
+    """The protocols asked for, in the benchmark's order; all of them where the flag is silent."""
+    known = [protocol.name for protocol in benchmark.protocols]
+    for name in names or []:
+        if name not in known:
+            raise UserError(f"--protocol {name} is none of {benchmark.name}: choose from {', '.join(known)}")
+    return [protocol for protocol in benchmark.protocols if names is None or protocol.name in names]
+
+
+def rank_all(
+    frozen: list[FrozenSplit], pair: Pair, protocols: Sequence[Protocol], k: int, block: int | None
+) -> Rankings:
+    """Every split's ranking under every protocol."""
+    by_split = {f.split.name: rank(f, pair.compose, protocols, k, GROUP_LENGTH, block) for f in frozen}
+    return {p: {name: rankings[p] for name, rankings in by_split.items()} for p in protocols}
+
+
+def table(benchmark: Benchmark, measured: dict[Protocol, dict[str, float]]) -> str:
+    """Protocols by metrics, as text."""
+    rows = {
+        p.name: {title: metrics[name] for name, title in benchmark.titles.items()} for p, metrics in measured.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").to_string(float_format="%.2f")
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Print the metrics, one `name = value` a line."""
+    """Print the metrics of the first protocol, one `name = value` a line, then a table of all."""
     args = parse(argv)
-    device = options.pick_device(args.device)
-    check_writable({"--metrics-json": args.metrics_json.parent if args.metrics_json else None})
-    benchmark = BENCHMARKS[args.dataset](args.data_root)
+    device = startup.pick_device(args.device)
+    written = {"--metrics-json": args.metrics_json, "--rankings": args.rankings}
+    check_writable({flag: file and file.parent for flag, file in written.items()})
+    benchmark, reasons = startup.open_benchmark(args)
+    protocols = choose_protocols(args.protocol, benchmark)
     val = benchmark.val()
-    check_images_exist(val)
-    paths = args.clip_model_path, args.combiner_path
-    choices = options.clip_choice(args), options.combiner_choice(args)
-    encoder, compose = load_pair(args.combining_function, *paths, *choices, device, args.num_workers)
-    frozen = freeze_val(FeatureCache(None, encoder), benchmark, val)
-    metrics = evaluate(benchmark, frozen, compose, args.similarity_block)
+    pair, frozen = load_and_freeze(benchmark, val, device, **options.pair_choice(args))
+    rankings = rank_all(frozen, pair, protocols, args.rankings_k if args.rankings else 0, args.similarity_block)
     if distributed.is_main():
-        for name, value in metrics.items():
+        measured = {protocol: benchmark.metrics(of_split) for protocol, of_split in rankings.items()}
+        for name, value in measured[protocols[0]].items():
             print(f"{name} = {value}")
-        if args.metrics_json:
-            write_text(args.metrics_json, json.dumps(metrics, indent=2) + "\n")
+        print(f"\n{table(benchmark, measured)}")
+        if args.metrics_json or args.rankings:
+            typed = startup.command_line("validate.py", argv)
+            result = make_result(benchmark, val, rankings, pair.describe(), reasons, typed)
+            if args.metrics_json:
+                write_result(args.metrics_json, result)
+            if args.rankings:
+                write_rankings(args.rankings, result, benchmark, val, rankings)
     distributed.stop()
 
 

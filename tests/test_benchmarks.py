@@ -6,9 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import CIRR, FashionIQ
-from data_utils import Split, Triplet
 from features import FrozenSplit
-from retrieval import evaluate, rank, top_k
+from protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
+from rankings import answers
+from retrieval import evaluate, rank
+from splits import Split, Triplet
 from twins import ranks_by_sorting
 
 CPU = torch.device("cpu")
@@ -54,7 +56,7 @@ def test_cirr_splits(golden):
     split = CIRR(golden).val()[0]
     assert len(split.triplets) == 78
     assert all(len(t.group) == 6 and t.reference in t.group and t.target in t.group for t in split.triplets)
-    assert all(t.target is None for t in CIRR(golden).test1().triplets)
+    assert all(t.target is None for t in CIRR(golden).test()[0].triplets)
 
 
 def random_split(seed: int, gallery: int) -> FrozenSplit:
@@ -87,10 +89,11 @@ def test_ranks_equal_brute_force(seed, gallery):
     """Against sorted lists, with many ties: in the gallery with and without the reference, and in the group."""
     frozen = random_split(seed, gallery)
     similarity, targets, references = similarities(frozen), frozen.split.target_rows, frozen.split.reference_rows
-    kept, _ = rank(frozen, compose, keeps_reference=True, block=2)
-    assert kept.tolist() == ranks_by_sorting(similarity, targets)
-    removed, in_group = rank(frozen, compose, keeps_reference=False)
-    assert removed.tolist() == ranks_by_sorting(similarity, targets, references)
+    found = rank(frozen, compose, [ORIGINAL_KEPT, ORIGINAL_REMOVED], block=2)
+    assert found[ORIGINAL_KEPT].ranks.tolist() == ranks_by_sorting(similarity, targets)
+    assert found[ORIGINAL_REMOVED].ranks.tolist() == ranks_by_sorting(similarity, targets, references)
+    in_group = found[ORIGINAL_KEPT].group_ranks
+    assert torch.equal(in_group, rank(frozen, compose, [ORIGINAL_REMOVED])[ORIGINAL_REMOVED].group_ranks)
     for row, triplet in enumerate(frozen.split.triplets):
         others = sorted(int(i) for i in frozen.split.rows(n for n in triplet.group if n != triplet.reference))
         order = sorted(others, key=lambda column: -similarity[row, column])
@@ -100,8 +103,10 @@ def test_ranks_equal_brute_force(seed, gallery):
 @given(st.integers(0, 300), st.integers(6, 60))
 def test_top_k_agrees_with_the_ranks(seed, gallery):
     frozen = random_split(seed, gallery)
-    ranks, group_ranks = rank(frozen, compose, keeps_reference=False)
-    nearest, nearest_in_group = top_k(frozen, compose, 50, 3, block=3)
+    found = rank(frozen, compose, [ORIGINAL_REMOVED], k=50, group_k=3, block=3)[ORIGINAL_REMOVED]
+    ranks, group_ranks, names = found.ranks, found.group_ranks, frozen.split.names
+    nearest = [[n for n, _ in row] for row in answers(names, found.nearest, found.similarities)]
+    nearest_in_group = [[n for n, _ in row] for row in answers(names, found.nearest_in_group, found.group_similarities)]
     for row, triplet in enumerate(frozen.split.triplets):
         assert triplet.reference not in nearest[row]
         assert len(set(nearest[row])) == len(nearest[row]) == min(50, gallery - 1)
@@ -119,7 +124,7 @@ def test_one_query():
     )
     metrics = evaluate(CIRR(None), [single], compose)
     assert {value for name, value in metrics.items() if "recall" in name} <= {0.0, 100.0}
-    assert rank(single, compose, keeps_reference=False)[0].shape == (1,)
+    assert rank(single, compose, [ORIGINAL_REMOVED])[ORIGINAL_REMOVED].ranks.shape == (1,)
 
 
 def test_fashioniq_summary_by_hand():

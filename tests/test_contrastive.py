@@ -12,12 +12,14 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-import training
+import distributed
 from clip_fine_tune import SumFeatures
 from clip_model import checkpoint_gradients, choose_trained, load_clip, resolution, tokenize
 from conftest import read_csv
 from contrastive import backward, contrastive_loss
-from training import Order, Precision, Regime, Stepper, Task, average
+from regime import Precision, Regime
+from training import Stepper, Task, average
+from training_data import Order
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -127,7 +129,7 @@ class Line(nn.Module):
 
 def stepper(model, regime=None, steps=5, averaged=None):
     optimizer = SGD(model.parameters(), lr=0.1)
-    task = Task(lambda epoch: [], steps, model, optimizer, dict, model, averaged)
+    task = Task(lambda epoch, first: [], steps, model, optimizer, dict, model, averaged)
     return Stepper(task, regime or Regime(1, 1), Precision("fp32", CPU))
 
 
@@ -192,17 +194,17 @@ def test_a_micro_batch_larger_than_the_batch(fails, drawn):
 
 
 def test_a_batch_that_cannot_be_shared_equally(monkeypatch):
-    monkeypatch.setattr(training.distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     with pytest.raises(UserError, match=r"--batch-size 8 .* 3 processes"):
         Order(100, 1, 8, 0)
 
 
 def test_shares_of_a_batch_are_its_rows_in_order(monkeypatch):
     rows, variants = Order(30, 4, 6, 0).batches(1)
-    monkeypatch.setattr(training.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     shares = []
     for rank in range(2):
-        monkeypatch.setattr(training.distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         shares.append(Order(30, 4, 6, 0).batches(1))
     assert torch.equal(torch.cat([own for own, _ in shares], 1), rows)
     assert torch.equal(torch.cat([own for _, own in shares], 1), variants)
@@ -247,7 +249,7 @@ def test_the_average_is_what_is_saved_and_measured(stage_1, run, drawn, tmp_path
     run("validate", drawn, *flags, "--metrics-json", tmp_path / "m.json")
     history = read_csv(folder / "validation_metrics.csv")
     expected = {name: values[1] for name, values in history.items() if name != "epoch"}
-    assert json.loads((tmp_path / "m.json").read_text()) == pytest.approx(expected)
+    assert json.loads((tmp_path / "m.json").read_text())["metrics"] == pytest.approx(expected)
     plain = stage_1("CIRR", output="plain") / "saved_models" / "tuned_clip_1.pt"
     averaged = torch.load(f"{weights}.pt")["CLIP"]["visual.proj"]
     assert not torch.equal(averaged, torch.load(plain)["CLIP"]["visual.proj"])

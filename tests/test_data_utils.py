@@ -13,12 +13,12 @@ from data_utils import (
     ImageDataset,
     SquarePad,
     TargetPad,
-    check_images_exist,
     load_batches,
     load_image,
     make_preprocess,
     normalise,
 )
+from splits import check_images_exist
 from utils import UserError
 
 MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"]

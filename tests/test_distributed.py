@@ -96,7 +96,7 @@ def test_validation_and_submission(golden, tmp_path):
     assert done.stdout.count("recall_at50 = ") == 1  # one process prints
     entries = json.loads((golden / "expected.json").read_text())["validate"]
     expected = next(e for e in entries if e["args"][1] == "CIRR" and "combiner_moe_cirr.pt" in e["args"])
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert {name: metrics[name] for name in expected["metrics"]} == pytest.approx(expected["metrics"], abs=1e-3)
     done = launch(
         2,

@@ -9,8 +9,8 @@ import torch
 import cirr_test_submission
 import clip_fine_tune
 import combiner_train
-import experiment
-import options
+import startup
+import tracker
 import validate
 from clip_model import load_clip
 from conftest import DOORS, read_csv
@@ -85,7 +85,7 @@ def test_both_stages_then_validation(dataset, stage_1, stage_2, run, drawn, tmp_
     pair = ["--clip-model-path", weights, "--combiner-path", combiner / "saved_models" / f"{name}.pt"]
     flags = ["--dataset", dataset, "--combining-function", "combiner", *pair]
     run("validate", drawn, *flags, "--metrics-json", tmp_path / "m.json")
-    metrics = json.loads((tmp_path / "m.json").read_text())
+    metrics = json.loads((tmp_path / "m.json").read_text())["metrics"]
     assert list(metrics) == METRICS[dataset]
     history = read_csv(combiner / "validation_metrics.csv")
     selected = "average_recall" if dataset == "FashionIQ" else "arithmetic_mean"
@@ -135,7 +135,8 @@ def test_nothing_is_saved_without_save_training(run, drawn, tmp_path):
     name = ["--clip-model-name", drawn / "tiny_clip_vit.pt"]
     (folder,) = run("combiner_train", drawn, "--dataset", "CIRR", *name, *flags.split()).iterdir()
     files = sorted(file.name for file in folder.iterdir())
-    assert files == ["train_metrics.csv", "training_hyperparameters.json", "validation_metrics.csv"]
+    csv = ["router_metrics.csv", "train_metrics.csv", "training_hyperparameters.json", "validation_metrics.csv"]
+    assert files == ["best_metrics.json", *csv]
 
 
 def test_validation_frequency(stage_2):
@@ -160,7 +161,7 @@ def test_epochs_of_stage_2_open_no_image_and_run_no_clip(stage_2, monkeypatch):
 
 
 def test_hyper_parameters_hold_no_secret(stage_2, monkeypatch):
-    monkeypatch.setattr(options, "make_tracker", lambda *_: experiment.NoTracker())
+    monkeypatch.setattr(startup, "make_tracker", lambda *_: tracker.NoTracker())
     folder = stage_2("CIRR", "--api-key", "secret", "--workspace", "w")
     for file in folder.rglob("*"):
         assert file.is_dir() or b"secret" not in file.read_bytes()
@@ -200,11 +201,11 @@ def test_evaluation_follows_the_configuration_and_warns_of_contradictions(stage_
     run("validate", drawn, *flags, "--metrics-json", tmp_path / "silent.json")
     assert "warning" not in caplog.text
     history = read_csv(clip / "validation_metrics.csv")
-    silent = json.loads((tmp_path / "silent.json").read_text())
+    silent = json.loads((tmp_path / "silent.json").read_text())["metrics"]
     assert silent == pytest.approx({name: values[1] for name, values in history.items() if name != "epoch"})
     run("validate", drawn, *flags, "--transform", "clip", "--metrics-json", tmp_path / "loud.json")
     assert "was trained with --transform squarepad, not clip" in caplog.text
-    assert silent != json.loads((tmp_path / "loud.json").read_text())
+    assert silent != json.loads((tmp_path / "loud.json").read_text())["metrics"]
 
 
 def test_a_combiner_with_other_clip_weights_is_warned_of(stage_1, stage_2, run, drawn, caplog):

@@ -8,9 +8,14 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
+from checkpoints import Checkpoints
 from conftest import read_csv
-from experiment import Checkpoints, NoTracker, Run, make_tracker, open_run, plain
-from training import Order, Precision, Regime, Stepper, Task, fit, train_one_epoch
+from experiment import Run, make_folder, plain, run_name
+from interruption import StopRequest
+from regime import Precision, Regime
+from tracker import NoTracker, make_tracker
+from training import Keeper, Stepper, Task, fit, train_one_epoch
+from training_data import Order
 from utils import UserError, written_whole
 
 CPU = torch.device("cpu")
@@ -31,13 +36,16 @@ def toy_task(validate, steps=1, bad_step=None) -> Task:
     model = Toy()
     rows = [torch.eye(2) * (float("nan") if step == bad_step else 1) for step in range(steps)]
     batches = [([row], torch.arange(2)) for row in rows]
-    return Task(lambda epoch: batches, steps, model, SGD(model.parameters(), 0.1), validate)
+    return Task(lambda epoch, first: batches[first:], steps, model, SGD(model.parameters(), 0.1), validate, model)
+
+
+def new_run(folder, tracker=None, config=None) -> Run:
+    return Run(folder, tracker or NoTracker(), config or {}, "python again")
 
 
 def checkpoints(folder, keep=True, best_only=True) -> Checkpoints:
     names = {"recall": "best_recall", "mean": "best_mean"}
-    run = Run(folder, NoTracker(), {})
-    return Checkpoints(run, nn.Linear(2, 2), "Combiner", "combiner", names, {"seed": 1}, keep, best_only)
+    return Checkpoints(folder, nn.Linear(2, 2), "Combiner", "combiner", names, {"seed": 1}, keep, best_only)
 
 
 def files(folder) -> list[str]:
@@ -77,7 +85,7 @@ def test_nothing_is_kept_unless_asked_for(tmp_path):
 
 
 def test_csv_files(tmp_path):
-    run = Run(tmp_path, NoTracker(), {"b": 1, "a": None})
+    run = new_run(tmp_path)
     run.record("train", 0, {"train_epoch_loss": 0.1})
     run.record("train", 1, {"train_epoch_loss": 1 / 3})
     assert (tmp_path / "train_metrics.csv").read_text() == f"epoch,train_epoch_loss\n0,0.1\n1,{1 / 3!r}\n"
@@ -90,7 +98,7 @@ def test_csv_files(tmp_path):
 )
 def test_folder_names_are_flat_and_without_colons(name, part, tmp_path):
     """Guards against the original's `:` in the time and nested folders from `/`."""
-    folder = open_run(tmp_path, "clip_finetuned", "fiq", NoTracker(), {"clip_model_name": name}).folder
+    folder = make_folder(tmp_path, run_name("clip_finetuned", "fiq", name), {})
     assert folder.parent == tmp_path
     assert folder.name.startswith(f"clip_finetuned_on_fiq_{part}_")
     assert ":" not in folder.name
@@ -147,7 +155,7 @@ def fake_comet(monkeypatch, fails_in: set[str]) -> list[str]:
 
 def test_comet_mirrors_a_run(monkeypatch, tmp_path):
     calls = fake_comet(monkeypatch, set())
-    run = Run(tmp_path, make_tracker("key", "workspace", "name"), {"seed": 0})
+    run = new_run(tmp_path, make_tracker("key", "workspace", "name"), {"seed": 0})
     run.record("validation", 0, {"recall": 1.0})
     assert calls == ["init", "set_name", "log_parameters", "log_metrics"]
 
@@ -155,7 +163,7 @@ def test_comet_mirrors_a_run(monkeypatch, tmp_path):
 @pytest.mark.parametrize("fails_in", ["init", "set_name", "log_parameters", "log_metrics"])
 def test_an_outage_of_comet_never_stops_a_training(fails_in, monkeypatch, tmp_path, caplog):
     fake_comet(monkeypatch, {fails_in})
-    run = Run(tmp_path, make_tracker("key", "workspace", "name"), {"seed": 0})
+    run = new_run(tmp_path, make_tracker("key", "workspace", "name"), {"seed": 0})
     for epoch in range(3):
         run.record("validation", epoch, {"recall": 1.0})
     assert caplog.text.count("going on without it") == 1
@@ -174,17 +182,18 @@ def test_an_error_in_a_validation_names_the_epoch(tmp_path):
         raise UserError("similarities that are not finite")
 
     task = toy_task(validate)
-    run, regime = Run(tmp_path, NoTracker(), {}), Regime(3, 1)
     with pytest.raises(UserError, match="after epoch 0: similarities"):
-        fit(task, regime, Precision("fp32", CPU), run, checkpoints(tmp_path))
+        fit(task, Regime(3, 1), Precision("fp32", CPU), new_run(tmp_path), checkpoints(tmp_path), StopRequest(), 10)
 
 
 def test_a_loss_that_is_not_finite_names_epoch_and_step(tmp_path):
     """Losses are read every few steps, but the step named is the one that failed."""
     task = toy_task(lambda: {}, steps=17, bad_step=13)
     stepper = Stepper(task, Regime(1, 1), Precision("fp32", CPU))
+    keeper = Keeper(new_run(tmp_path), stepper, checkpoints(tmp_path), StopRequest(), 10)
+    keeper.progress.epoch = 4
     with pytest.raises(UserError, match="the loss is nan at epoch 4, step 13"):
-        train_one_epoch(task, stepper, 4)
+        train_one_epoch(task, stepper, keeper)
 
 
 def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():

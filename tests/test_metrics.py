@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metrics import NotFiniteError, means, nearest, recall_at, target_ranks
+from metrics import NotFiniteError, bootstrap, mean_and_spread, means, nearest, percentage, target_ranks
 from twins import ranks_by_sorting
 
 
@@ -61,8 +61,8 @@ def test_an_excluded_target_raises():
 
 def test_recall_counts_the_ranks_below_k():
     ranks = torch.tensor([0, 1, 4, 9])
-    assert [recall_at(ranks, k) for k in (1, 2, 5, 10)] == [25, 50, 75, 100]
-    assert recall_at(torch.tensor([3]), 3) == 0
+    assert [percentage(ranks < k) for k in (1, 2, 5, 10)] == [25, 50, 75, 100]
+    assert percentage(torch.tensor([3]) < 3) == 0
 
 
 def test_means():
@@ -73,3 +73,27 @@ def test_means():
 def test_a_recall_of_zero_makes_the_other_means_zero():
     """Guards against the original's crash in the geometric mean."""
     assert means([0.0, 50.0]) == {"arithmetic_mean": 25.0, "harmonic_mean": 0.0, "geometric_mean": 0.0}
+
+
+def test_the_bootstrap_has_the_spread_of_the_binomial():
+    hits = torch.zeros(400, 2)
+    hits[:100, 0] = 1
+    hits[:300, 1] = 1
+    drawn = bootstrap(hits, 4000, torch.Generator().manual_seed(0))
+    assert drawn.shape == (4000, 2)
+    assert drawn.mean(0).tolist() == pytest.approx([25, 75], abs=0.2)
+    deviation = 100 * (0.25 * 0.75 / 400) ** 0.5
+    assert drawn.std(0).tolist() == pytest.approx([deviation, deviation], rel=0.05)
+
+
+def test_the_bootstrap_is_paired():
+    """Two columns of the same hits never differ; unpaired ones would."""
+    hits = (torch.arange(50) % 3 == 0).float()[:, None].repeat(1, 2)
+    drawn = bootstrap(hits, 300, torch.Generator().manual_seed(1))
+    assert torch.equal(drawn[:, 0], drawn[:, 1])
+    assert drawn[:, 0].std() > 1
+
+
+def test_mean_and_spread():
+    assert mean_and_spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
+    assert mean_and_spread([5.0]) == (5.0, 0.0)

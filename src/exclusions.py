@@ -1,0 +1,54 @@
+"""Images left out on request, each with its reason: the file that check_dataset writes and the other commands read."""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import annotations
+from splits import Split
+from utils import UserError, write_text
+
+logger = logging.getLogger(__name__)
+
+
+def write_exclusions(file: Path, dataset: str, reasons: Mapping[str, str]) -> None:
+    """Write ids of images with the reason to leave each out."""
+    write_text(file, json.dumps({"dataset": dataset, "images": dict(reasons)}, indent=1) + "\n")
+
+
+def read_exclusions(file: Path | None, dataset: str) -> dict[str, str]:
+    """Image id -> reason; nothing where there is no file.
+
+    Raises:
+        UserError: the file is no list of exclusions, or that of another dataset.
+    """
+    if file is None:
+        return {}
+    try:
+        content = annotations.read(file, dict)
+        images = annotations.field(content, "images", dict, file, "it")
+        annotations.check(all(isinstance(reason, str) for reason in images.values()), file, "a reason for each id")
+    except UserError as error:
+        raise UserError(
+            f"--exclusions: {str(error).split(': download', 1)[0]}: write it with check_dataset.py"
+        ) from None
+    if content.get("dataset") != dataset:
+        raise UserError(f"--exclusions {file} is for {content.get('dataset')}, not {dataset}: name the right file")
+    return images
+
+
+def excluded(splits: Iterable[Split]) -> dict[str, dict[str, Any]]:
+    """How many images and triplets were left out of each split, for the files that say how a result was made."""
+    return {s.name: {"images": len(s.excluded_images), "triplets": s.excluded_triplets} for s in splits}
+
+
+def announce(splits: Iterable[Split]) -> None:
+    """Log what was left out of each split; nothing where nothing was."""
+    for split in splits:
+        if split.excluded_images:
+            logger.warning(
+                "left out of %s: %d images and the %d triplets that ask with or for them; %d triplets remain",
+                split.name, len(split.excluded_images), split.excluded_triplets, len(split.triplets),
+            )  # fmt: skip

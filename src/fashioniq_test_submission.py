@@ -1,0 +1,39 @@
+"""Write FashionIQ's test predictions in the official form, {category}.test.pred.json, and check them.
+
+    python src/fashioniq_test_submission.py --submission-name my_submission --combining-function combiner \
+        --combiner-path models_final/combiner_trained_on_fiq --clip-model-path models_final/clip_finetuned_on_fiq
+
+With `--split val` it writes the same files for the validation split, whose answers are known, and scores them.
+"""
+
+import argparse
+
+import distributed
+import options
+import startup
+from submission import FashionIQForm
+from submit import submit
+from utils import check_writable, command
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags of a submission."""
+    return options.submission_parser(__doc__.splitlines()[0], FashionIQForm.kind).parse_args(argv)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Rank each category's gallery for its queries, the reference kept; exit code 1 if a file breaks a rule."""
+    args = parse(argv)
+    device = startup.pick_device(args.device)
+    check_writable({"--output-dir": args.output_dir})
+    benchmark, _ = startup.open_benchmark(args)
+    what = args.split, args.submission_name, args.output_dir
+    clean = submit(FashionIQForm, benchmark, *what, device, args.similarity_block, options.pair_choice(args))
+    distributed.stop()
+    if not clean:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

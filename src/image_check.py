@@ -1,0 +1,81 @@
+"""Image files opened and decoded in parallel: what is wrong with each, and which are copies of each other."""
+
+import contextlib
+import hashlib
+import io
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+import interruption
+from data_utils import DECODING_ERRORS
+from splits import file_size
+
+MISSING, EMPTY, NO_IMAGE, DAMAGED, TOO_LARGE = "missing", "empty", "not an image", "truncated or damaged", "too large"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a file is.
+
+    Attributes:
+        problem: why it cannot be decoded, "" where it can.
+        digest: SHA-256 of its content, "" where there is none.
+    """
+
+    problem: str
+    digest: str
+
+
+def inspect(path: Path) -> Inspection:
+    """Read and decode an image file as training and evaluation do."""
+    if file_size(path) is None:
+        return Inspection(MISSING, "")
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return Inspection(DAMAGED, "")
+    return Inspection(_problem(content), hashlib.sha256(content).hexdigest()) if content else Inspection(EMPTY, "")
+
+
+def _problem(content: bytes) -> str:
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as image:
+            warnings.simplefilter("ignore")  # of metadata that is odd, which decoding does not look at
+            image.convert("RGB")
+    except UnidentifiedImageError:
+        return NO_IMAGE
+    except Image.DecompressionBombError:
+        return TOO_LARGE
+    except DECODING_ERRORS:
+        return DAMAGED
+    return ""
+
+
+def inspect_all(paths: list[Path], workers: int) -> dict[Path, Inspection]:
+    """Inspect files, with a progress bar.
+
+    Args:
+        workers: processes, 0 for this one.
+    """
+    with _mapped(workers) as mapped, tqdm(total=len(paths), desc="decoding images", unit="img", disable=None) as bar:
+        found = {}
+        for path, inspection in zip(paths, mapped(paths), strict=True):
+            found[path] = inspection
+            bar.update()
+    return found
+
+
+@contextlib.contextmanager
+def _mapped(workers: int) -> Iterator:
+    """A function that inspects a list of paths, in order, here or in processes."""
+    if workers == 0:
+        yield lambda paths: map(inspect, paths)
+        return
+    with ProcessPoolExecutor(workers, initializer=interruption.heed_parent_alone) as pool:
+        yield lambda paths: pool.map(inspect, paths, chunksize=32)

@@ -1,0 +1,74 @@
+"""Requests to stop: the signals that schedulers send before they kill, SIGTERM and SIGUSR1."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import distributed
+from utils import Stopped
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Whether one of the signals has come.
+
+    Attributes:
+        requested: the signal's name; "" until it has come.
+        at_once: let the signal raise Stopped where it comes, because nothing would be lost; otherwise the training
+            looks at `requested` where its state is whole.
+    """
+
+    def __init__(self) -> None:
+        self.requested = ""
+        self.at_once = True
+
+    def handle(self, number: int, frame: object) -> None:
+        """What the signals call."""
+        first = not self.requested
+        self.requested = signal.Signals(number).name
+        if self.at_once and first:
+            raise Stopped(self.requested)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[StopRequest]:
+    """Take the signals as requests; what they did before is put back at the end.
+
+    Signals reach the main thread alone; in another one nothing is heard.
+    """
+    request = StopRequest()
+    heard = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, request.handle) for number in heard}
+    try:
+        yield request
+    except RuntimeError:
+        # Another process of this run, which was told to stop too, went first while this one waited for it.
+        if request.requested and distributed.world_size() > 1:
+            raise Stopped(request.requested) from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def heed_parent_alone() -> None:
+    """In a worker process: take SIGTERM from the process that started it, and leave the others' signals to that one.
+
+    Schedulers and terminals signal all processes of a job. A worker that died of it would break the step that the
+    parent is in, which has a state to save. A thread takes the signals, for it learns who sent them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, where no scheduler signals
+        return
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def take() -> None:
+        while signal.sigwaitinfo(SIGNALS).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=take, daemon=True).start()

@@ -1,0 +1,73 @@
+"""How a training goes on, apart from what it learns: mixed precision, and the schedule with its limits."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from utils import UserError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Mixed precision of a training: "amp" (fp16 with loss scaling on CUDA, fp32 on the CPU), "bf16" or "fp32"."""
+
+    name: str
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        if self.name == "bf16" and self.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+            raise UserError("--precision bf16: this GPU has no bfloat16; choose amp or fp32")
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What matrix products are computed in, None for float32."""
+        on_gpu = torch.float16 if self.device.type == "cuda" else None
+        return {"amp": on_gpu, "bf16": torch.bfloat16, "fp32": None}[self.name]
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context of a forward pass."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Loss scaling where fp16 gradients would vanish, else a scaler that does nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How a training goes on; the fields are named as their flags.
+
+    Attributes:
+        validation_frequency: epochs; validations follow the epochs 0, f, 2f, ...
+        warmup_steps: steps over which the learning rate rises linearly.
+        cosine: let it fall to 0 along half a cosine afterwards (Loshchilov and Hutter 2017, arXiv 1608.03983).
+        micro_batch_size: rows in memory at a time, None for all.
+        mask_duplicate_targets: rows of one target are not each other's negatives.
+        clip_grad_norm: the largest norm of the gradient, None for any.
+    """
+
+    num_epochs: int
+    validation_frequency: int
+    warmup_steps: int = 0
+    cosine: bool = False
+    micro_batch_size: int | None = None
+    mask_duplicate_targets: bool = False
+    clip_grad_norm: float | None = None
+
+    @classmethod
+    def of(cls, flags: Mapping[str, Any]) -> "Regime":
+        """The regime that a script's flags ask for."""
+        return cls(**{field.name: flags[field.name] for field in dataclasses.fields(cls) if field.name in flags})
+
+    def factor(self, step: int, steps: int) -> float:
+        """What the learning rate is multiplied with at a step of all `steps`."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if not self.cosine:
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup_steps) / max(1, steps - self.warmup_steps)))

@@ -1,0 +1,153 @@
+"""The records of a split: its triplets, its gallery, and the image files."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Container, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils import UserError
+
+
+@dataclass(frozen=True)
+class Triplet:
+    """One composed query, whichever benchmark it came from."""
+
+    reference: str
+    captions: tuple[str, ...]
+    target: str | None = None  # None where the answer is secret
+    group: tuple[str, ...] = ()  # CIRR's subset of similar images, the reference among them
+    pair_id: int | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """Queries and the gallery they search: gallery row i is names[i].
+
+    Attributes:
+        excluded_images: what was left out of the gallery on request, in its order.
+        excluded_triplets: how many triplets went with them.
+    """
+
+    name: str
+    triplets: list[Triplet]
+    image_paths: dict[str, Path]
+    excluded_images: tuple[str, ...] = ()
+    excluded_triplets: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        """Image names in gallery order."""
+        return list(self.image_paths)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Image files in gallery order."""
+        return list(self.image_paths.values())
+
+    @functools.cached_property
+    def row_of(self) -> dict[str, int]:
+        """Gallery row of each image name."""
+        return {name: row for row, name in enumerate(self.image_paths)}
+
+    def rows(self, names: Iterable[str | None]) -> Tensor:
+        """Gallery rows of image names, (len(names),)."""
+        return torch.tensor([self.row_of[name] for name in names], dtype=torch.long)
+
+    @property
+    def reference_rows(self) -> Tensor:
+        """Gallery row of each query's reference, (Q,)."""
+        return self.rows(t.reference for t in self.triplets)
+
+    @property
+    def target_rows(self) -> Tensor:
+        """Gallery row of each query's target, (Q,)."""
+        return self.rows(t.target for t in self.triplets)
+
+    @property
+    def group_rows(self) -> Tensor:
+        """Gallery rows of each query's group without the reference, in gallery order, (Q, G - 1).
+
+        A group that lost members to exclusions is filled up with the row of the reference, which is no candidate.
+        """
+        groups = [sorted(self.row_of[n] for n in t.group if n != t.reference) for t in self.triplets]
+        width = max(map(len, groups))
+        references = [self.row_of[t.reference] for t in self.triplets]
+        filled = [rows + [own] * (width - len(rows)) for rows, own in zip(groups, references, strict=True)]
+        return torch.tensor(filled, dtype=torch.long)
+
+    def without(self, excluded: Container[str]) -> "Split":
+        """The split without some images, without the triplets that ask with or for them, and with smaller groups."""
+        kept = [t for t in self.triplets if t.reference not in excluded and t.target not in excluded]
+        return Split(
+            self.name,
+            [replace(t, group=tuple(n for n in t.group if n not in excluded)) for t in kept],
+            {name: path for name, path in self.image_paths.items() if name not in excluded},
+            tuple(name for name in self.image_paths if name in excluded),
+            len(self.triplets) - len(kept),
+        )
+
+
+def locate(places: dict[str, str], folders: list[Path]) -> dict[str, Path]:
+    """The file of each image: its place below the first folder where it is, or below the very first if it is nowhere.
+
+    Args:
+        places: image name -> path relative to a folder.
+    """
+    first, *others = folders
+    others = [folder for folder in others if folder.is_dir()]
+
+    def file(place: str) -> Path:
+        official = first / place
+        if not others or file_size(official) is not None:
+            return official
+        return next((folder / place for folder in others if file_size(folder / place) is not None), official)
+
+    return {name: file(place) for name, place in places.items()}
+
+
+def file_size(path: Path) -> int | None:
+    """Bytes of a file, None where there is none, not even by a name that no file can have."""
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except (OSError, ValueError):
+        return None
+
+
+def file_identities(paths: list[Path]) -> list[tuple[str, int, int]]:
+    """(absolute path, bytes, modification time in ns) of each file: another image, another identity."""
+    stats = [(path.resolve(), path.stat()) for path in paths]
+    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
+
+def split_digest(split: Split) -> str:
+    """SHA-256 of a split's queries, their answers and the names of its gallery, in order."""
+    queries = [[t.reference, t.captions, t.target, t.group] for t in split.triplets]
+    return hashlib.sha256(json.dumps([split.names, queries]).encode()).hexdigest()
+
+
+def images_digest(split: Split) -> str:
+    """SHA-256 of a gallery: of the names and contents of its files, in order. Other copies of a dataset have others."""
+
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor() as pool:
+        contents = pool.map(lambda path: hashlib.sha256(path.read_bytes()).digest(), split.paths)
+        for name, content in zip(split.names, contents, strict=True):
+            digest.update(name.encode() + b"\0" + content)
+    return digest.hexdigest()
+
+
+def check_images_exist(splits: Iterable[Split]) -> None:
+    """Raise UserError unless every image file of the splits is there and not empty."""
+    paths = list(dict.fromkeys(path for split in splits for path in split.paths))
+    bad = [path for path in paths if not file_size(path)]
+    if bad:
+        raise UserError(
+            f"{len(bad)} of {len(paths)} image files are missing or empty, the first is {bad[0]}: put them there, for "
+            "without them every recall would be wrong; or leave them out openly, see src/check_dataset.py"
+        )

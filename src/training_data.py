@@ -1,0 +1,97 @@
+"""What an epoch is made of: a benchmark's triplets and caption variants, and the order of its batches."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import distributed
+from benchmarks import Benchmark
+from exclusions import announce, excluded
+from splits import Split, check_images_exist, split_digest
+from utils import UserError
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which triplets and caption variants an epoch's batches are made of, by seed and epoch alone.
+
+    Attributes:
+        triplets: number of training triplets.
+        variants: number of texts a triplet has; one is drawn for each triplet in each epoch.
+        batch_size: of all processes together.
+    """
+
+    triplets: int
+    variants: int
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.batch_size > self.triplets:
+            raise UserError(
+                f"--batch-size {self.batch_size} is larger than the training set of {self.triplets} triplets: "
+                f"nothing would be trained; choose at most {self.triplets}"
+            )
+        if self.batch_size % distributed.world_size():
+            raise UserError(
+                f"--batch-size {self.batch_size} cannot be shared equally by {distributed.world_size()} processes: "
+                "choose a multiple"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Full batches in an epoch; what is left of the shuffled triplets is dropped."""
+        return self.triplets // self.batch_size
+
+    def batches(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Rows and caption variants of each step, (steps, b) each: this process's equal share of every batch."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        rows = torch.randperm(self.triplets, generator=generator)
+        variants = torch.randint(self.variants, (self.triplets,), generator=generator)
+        shape = (self.steps, distributed.world_size(), -1)
+        full = self.steps * self.batch_size
+        return rows[:full].view(shape)[:, distributed.rank()], variants[:full].view(shape)[:, distributed.rank()]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """A benchmark as a training needs it.
+
+    Attributes:
+        benchmark: its captions and metrics.
+        texts: the V caption variants of each training triplet.
+    """
+
+    benchmark: Benchmark
+    train: Split
+    val: list[Split]
+    texts: list[list[str]]
+    order: Order
+
+    def describe(self) -> dict[str, Any]:
+        """What was read, for the hyper-parameters: a resumed run must find the same."""
+        digests = [split_digest(split) for split in (self.train, *self.val)]
+        return {
+            "data_sha256": hashlib.sha256(" ".join(digests).encode()).hexdigest(),
+            "excluded": excluded([self.train, *self.val]),
+        }
+
+
+def read_training_data(benchmark: Benchmark, batch_size: int, micro_batch_size: int | None, seed: int) -> TrainingData:
+    """Read a benchmark's splits, and check before anything is trained that all it takes is there.
+
+    Raises:
+        UserError: files missing or malformed, or batches that the data or the processes do not allow.
+    """
+    train, val = benchmark.train(), benchmark.val()
+    texts = [benchmark.caption_variants(triplet.captions) for triplet in train.triplets]
+    order = Order(len(train.triplets), len(texts[0]), batch_size, seed)
+    share = batch_size // distributed.world_size()
+    if micro_batch_size is not None and micro_batch_size > share:
+        raise UserError(f"--micro-batch-size {micro_batch_size} is larger than a process's batch of {share}: lower it")
+    announce([train, *val])
+    check_images_exist([train, *val])
+    return TrainingData(benchmark, train, val, texts, order)
