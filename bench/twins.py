@@ -108,3 +108,22 @@ def re_encoding_epoch(encoder, combiner, optimizer, split, captions: list[str], 
         loss.backward()
         optimizer.step()
         loss.item()
+
+
+def ranked_names(similarity: list[float], names: list[str], allowed: set[str]) -> list[str]:
+    """What a query retrieves, the nearest first: the allowed names, sorted; equal ones in the gallery's order."""
+    return [
+        name for _, name in sorted(zip(similarity, names, strict=True), key=lambda pair: -pair[0]) if name in allowed
+    ]
+
+
+def protocol_rankings(similarity: Tensor, split, gallery: str, reference: str) -> list[list[str]]:
+    """Every query's whole list under a protocol, from its definition in words."""
+    val = {t.reference for t in split.triplets} | {t.target for t in split.triplets}
+    rankings = []
+    for values, triplet in zip(similarity.tolist(), split.triplets, strict=True):
+        allowed = set(split.names) if gallery == "original" else set(val)
+        if reference == "removed":
+            allowed.remove(triplet.reference)
+        rankings.append(ranked_names(values, split.names, allowed))
+    return rankings

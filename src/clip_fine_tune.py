@@ -26,7 +26,7 @@ from checkpoints import Checkpoints
 from clip_model import CLIP, checkpoint_gradients, choose_trained, suit_to_gpu, tokenize
 from combiner import compose_sum
 from data_utils import TripletImages, load_batches, normalise
-from experiment import check_same, claim_folder, is_complete, open_run, plain, run_name
+from experiment import claim_folder, is_complete, open_run, plain, run_name, started_with
 from features import Encoder, FrozenSplit, versions
 from image_cache import open_image_cache
 from interruption import StopRequest, listening
@@ -107,9 +107,10 @@ def sum_validation(
     return validate
 
 
-def load_stage(args: argparse.Namespace, splits: list[Split], device: torch.device) -> Encoder:
+def load_stage(args: argparse.Namespace, splits: list[Split], device: torch.device, stop: StopRequest) -> Encoder:
     """CLIP as the flags want it, with its images decoded or from the cache."""
     encoder = load_encoder(settle(options.clip_choice(args), []), None, device, args.num_workers)
+    encoder = dataclasses.replace(encoder, between=stop.check)
     suit_to_gpu(encoder.model, device)
     if args.gradient_checkpointing:
         checkpoint_gradients(encoder.model)
@@ -125,10 +126,10 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     device, tracker = startup.start_training(args)
     precision = Precision(args.precision, device)
     data = read_training_data(startup.open_benchmark(args)[0], args.batch_size, args.micro_batch_size, args.seed)
-    encoder = load_stage(args, [data.train, *data.val], device)
+    encoder = load_stage(args, [data.train, *data.val], device, stop)
     config = plain(vars(args) | encoder.recipe | data.describe() | {"versions": versions()})
     if args.resume:
-        check_same(args.resume, config)
+        config = started_with(args.resume, config)
 
     learned = choose_trained(encoder.model, args.encoder)
     averaged = average(encoder.model, args.ema_decay)

@@ -29,7 +29,7 @@ from benchmarks import Benchmark
 from checkpoints import Checkpoints
 from clip_model import feature_dim
 from combiner import Combiner, build_combiner
-from experiment import BEST_METRICS, check_same, claim_folder, is_complete, open_run, plain, run_name
+from experiment import BEST_METRICS, claim_folder, is_complete, open_run, plain, run_name, started_with
 from features import FeatureCache, FrozenSplit, freeze, freeze_queries, versions, weights_digest
 from interruption import StopRequest, listening
 from metrics import mean_and_spread
@@ -142,7 +142,7 @@ class Stage:
         return task, measured
 
 
-def prepare(args: argparse.Namespace) -> Stage:
+def prepare(args: argparse.Namespace, stop: StopRequest) -> Stage:
     """Read the benchmark and make its features, or take them from the cache."""
     device, tracker = startup.start_training(args)
     tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
@@ -153,8 +153,8 @@ def prepare(args: argparse.Namespace) -> Stage:
     with torch.device("meta"):
         build_combiner(config)  # refuses impossible sizes before anything is encoded
     if args.resume:
-        check_same(args.resume, config)
-    cache = FeatureCache(args.feature_cache, encoder)
+        config = started_with(args.resume, config)
+    cache = FeatureCache(args.feature_cache, dataclasses.replace(encoder, between=stop.check))
     label = data.benchmark.run_name
     frozen_train = freeze(cache, data.train, data.texts, f"{label}-train")
     frozen_val = freeze_queries(cache, data.val, data.benchmark.caption, f"{label}-val")
@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
         logger.info("%s is complete", args.resume)
         return
     with listening() as stop:
-        stage = prepare(args)
+        stage = prepare(args, stop)
         name = run_name("combiner_trained", stage.data.benchmark.run_name, stage.config["clip_model_name"])
         folder = claim_folder(args.output_dir, name, stage.config, args.resume)
         if args.seeds:

@@ -10,11 +10,16 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import distributed
 from annotations import read
@@ -56,6 +61,26 @@ class Run:
         """All that is needed to go on with the training; there until it is complete."""
         return self.folder / "state.pt"
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the folder while this one trains in it; the lock ends with the process.
+
+        Raises:
+            UserError: another process is training in it.
+        """
+        if fcntl is None:
+            yield
+            return
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"--resume {self.folder}: another process trains in it: stop that one first") from None
+            yield
+        finally:
+            os.close(descriptor)
+
     def record(self, kind: str, epoch: int, metrics: dict[str, float]) -> None:
         """Add a row to `{kind}_metrics.csv`; it takes the place of one that the epoch had before an interruption."""
         others = [row for row in self.rows.get(kind, []) if row["epoch"] != epoch]
@@ -65,6 +90,8 @@ class Run:
 
     def rewind(self, rows: dict[str, list[dict[str, float]]]) -> None:
         """Go back to the rows that a saved state has; what was written after it will be written again."""
+        for half_written in self.folder.rglob(".*.tmp"):  # of a process that was killed
+            half_written.unlink()
         self.rows = rows
         for file in self.folder.glob("*_metrics.csv"):
             kind = file.name.removesuffix("_metrics.csv")
@@ -92,6 +119,10 @@ class SilentRun(Run):
         self.folder = folder
         self.resume_command = resume_command
         self.rows = {}
+
+    def locked(self) -> contextlib.AbstractContextManager:
+        """Leave it to the process that writes."""
+        return contextlib.nullcontext()
 
     def record(self, kind: str, epoch: int, metrics: dict[str, float]) -> None:
         """Leave it to the process that writes."""
@@ -172,10 +203,13 @@ def read_hyper_parameters(folder: Path) -> dict[str, Any]:
     return read(file, dict)
 
 
-def check_same(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise UserError, naming both values, where hyper-parameters differ from those of the run in a folder.
+def started_with(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyper-parameters of a run that is resumed, which must be those of now but for what is `FREE`.
 
     Other versions of the packages, which may round otherwise, are warned of.
+
+    Raises:
+        UserError: some differ; both values are named.
     """
     started = read_hyper_parameters(folder)
     now = json.loads(json.dumps(config))
@@ -188,3 +222,4 @@ def check_same(folder: Path, config: Mapping[str, Any]) -> None:
             continue
         flag = "--" + name.replace("_", "-")
         raise UserError(f"--resume {folder}: {flag} is {after}, but the run was started with {before}: leave it so")
+    return started

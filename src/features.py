@@ -28,6 +28,7 @@ class Encoder:
 
     Attributes:
         recipe: model name, transform, target ratio and resolution, from which `model` and `read` were made.
+        between: called between two batches of images; what it raises ends the encoding.
     """
 
     model: CLIP
@@ -36,6 +37,7 @@ class Encoder:
     device: torch.device
     workers: int = 0
     batch_size: int = 32
+    between: Callable[[], None] = lambda: None
 
     @torch.no_grad()
     def images(self, paths: list[Path], what: str = "images") -> Tensor:
@@ -51,6 +53,7 @@ class Encoder:
             for pixels in batches:
                 encoded.append(self.model.encode_image(normalise(pixels)).float())
                 bar.update(len(pixels))
+                self.between()
         return distributed.gather_shards(torch.cat(encoded))
 
     @torch.no_grad()

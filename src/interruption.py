@@ -13,23 +13,25 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Whether one of the signals has come.
+    """Whether one of the signals has come. Nothing is interrupted by it: who can stop looks here.
 
     Attributes:
         requested: the signal's name; "" until it has come.
-        at_once: let the signal raise Stopped where it comes, because nothing would be lost; otherwise the training
-            looks at `requested` where its state is whole.
     """
 
     def __init__(self) -> None:
         self.requested = ""
-        self.at_once = True
 
     def handle(self, number: int, frame: object) -> None:
         """What the signals call."""
-        first = not self.requested
         self.requested = signal.Signals(number).name
-        if self.at_once and first:
+
+    def check(self) -> None:
+        """Raise Stopped if a signal has come, where nothing would be lost.
+
+        Several processes wait for each other's results, so they stop together, between two steps, and not here.
+        """
+        if self.requested and distributed.world_size() == 1:
             raise Stopped(self.requested)
 
 
@@ -44,11 +46,6 @@ def listening() -> Iterator[StopRequest]:
     before = {number: signal.signal(number, request.handle) for number in heard}
     try:
         yield request
-    except RuntimeError:
-        # Another process of this run, which was told to stop too, went first while this one waited for it.
-        if request.requested and distributed.world_size() > 1:
-            raise Stopped(request.requested) from None
-        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -58,7 +58,7 @@ def command_line(script: str, argv: list[str] | None) -> str:
 def parse_training(parser: argparse.ArgumentParser, script: str, argv: list[str] | None) -> argparse.Namespace:
     """The flags of a training; with `--resume` those of the run, and what is typed beside it laid over them.
 
-    That must not contradict the run: `experiment.check_same` holds it against the hyper-parameters as they come out.
+    That must not contradict the run: `experiment.started_with` holds it against the hyper-parameters as they come out.
     """
     parser.set_defaults(script=script)
     argv = sys.argv[1:] if argv is None else argv

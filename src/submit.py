@@ -68,7 +68,10 @@ def _write(form: Form, name: str, folder: Path, rankings: dict, answered: bool) 
         violations = form.violations(file, content, path.stat().st_size)
         for violation in violations:
             logger.warning("%s: %s", path, violation)
-        logger.info("%s: %s", path, "breaks rules of the server" if violations else "keeps all rules of the server")
+        if violations:
+            logger.warning("%s: breaks rules of the server", path)
+        else:
+            logger.info("%s: keeps all rules of the server", path)
         clean &= not violations
     if answered and clean:
         for metric, value in form.metrics(contents).items():

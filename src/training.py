@@ -136,7 +136,7 @@ class Keeper:
         self.progress = Progress()
         self.unread: list[Tensor] = []  # losses that are still on the device
         self.saved_at, self.cost = time.monotonic(), 0.0
-        self.saved = "none was saved yet"
+        self.saved = "the beginning: none was saved yet"
 
     def resume(self) -> Progress:
         """Put back the state that the run's folder has, if it has one; returns the progress that this keeper saves."""
@@ -216,18 +216,16 @@ def fit(
     stepper = Stepper(task, regime, precision)
     keeper = Keeper(run, stepper, checkpoints, stop, minutes)
     try:
-        progress = keeper.resume()
-        stop.at_once = False
-        while progress.epoch < regime.num_epochs:
-            run_epoch(task, stepper, keeper, regime)
-        keeper.finish()
+        with run.locked():
+            progress = keeper.resume()
+            while progress.epoch < regime.num_epochs:
+                run_epoch(task, stepper, keeper, regime)
+            keeper.finish()
     except DiskError as error:
         raise UserError(f"{error}; the last good state is {keeper.saved}; go on with: {run.resume_command}") from None
     except KeyboardInterrupt:
         logger.warning("the last saved state is %s; go on with: %s", keeper.saved, run.resume_command)
         raise
-    finally:
-        stop.at_once = True
 
 
 def run_epoch(task: Task, stepper: Stepper, keeper: Keeper, regime: Regime) -> None:
@@ -268,20 +266,13 @@ def train_one_epoch(task: Task, stepper: Stepper, keeper: Keeper) -> float:
 
 def _validate(task: Task, keeper: Keeper) -> dict[str, float]:
     """Metrics after an epoch; an error names it, and a stop needs not wait for them."""
-    stop = keeper.stop
     try:
-        stop.at_once = distributed.world_size() == 1  # several processes wait for each other: they stop together
-        if stop.at_once and stop.requested:
-            raise Stopped(stop.requested)
         return task.validate()
     except Stopped:
-        stop.at_once = False
-        keeper.look()
+        keeper.look()  # the state before the validation
         raise
     except UserError as error:
         raise UserError(f"validation after epoch {keeper.progress.epoch}: {error}") from None
-    finally:
-        stop.at_once = False
 
 
 def _line(epoch: int, loss: float, metrics: dict[str, float], best: dict[str, float], seconds: float) -> str:

@@ -13,6 +13,7 @@ import torch
 import cirr_test_submission
 import clip_fine_tune
 import combiner_train
+import fashioniq_test_submission
 import shapes_dataset
 import validate
 
@@ -22,6 +23,7 @@ DOORS = {
     "combiner_train": combiner_train.main,
     "validate": validate.main,
     "cirr_test_submission": cirr_test_submission.main,
+    "fashioniq_test_submission": fashioniq_test_submission.main,
     "shapes_dataset": shapes_dataset.main,
 }
 

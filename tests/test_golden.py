@@ -60,21 +60,25 @@ def only_ties_differ(golden, entry, pair_id, ours, theirs) -> bool:
     """Whether two lists differ only where the similarities of neighbours differ by less than 1e-5."""
     benchmark = CIRR(golden)
     (split,) = benchmark.test()
-    words = arguments(entry, golden)
+    composed = "combiner_moe_cirr.pt" if "--combiner-path" in arguments(entry, golden) else None
+    similarity = golden_split_similarity(golden, split, benchmark, composed)
+    row = [t.pair_id for t in split.triplets].index(int(pair_id))
+    values = dict(zip(split.names, similarity[row].tolist(), strict=True))
+    return all(abs(values[a] - values[b]) < 1e-5 for a, b in zip(ours, theirs, strict=True))
+
+
+def golden_split_similarity(golden, split, benchmark, combiner: str | None) -> torch.Tensor:
+    """Similarities (Q, N) of the tuned CLIP with a Combiner, or with the sum."""
     tuned = read_checkpoint("", golden / "tuned_clip_vit.pt", "CLIP")
     model = load_clip(str(golden / "clip_vit.pt"), torch.device("cpu"))
     load_finetuned(model, tuned.content, tuned.path)
     preprocess = make_preprocess("targetpad", 1.25, 64)
     encoder = Encoder(model, functools.partial(load_image, preprocess=preprocess), {}, torch.device("cpu"))
     compose = compose_sum
-    if "--combiner-path" in words:
-        path = golden / "combiner_moe_cirr.pt"
-        compose = load_combiner(load_tensors(path), path, {}, 64)
-    (frozen,) = freeze_queries(FeatureCache(None, encoder), [split], benchmark.caption, "test1")
-    similarity = torch.cat([block for _, block in similarity_blocks(frozen, compose)])
-    row = [t.pair_id for t in split.triplets].index(int(pair_id))
-    values = dict(zip(split.names, similarity[row].tolist(), strict=True))
-    return all(abs(values[a] - values[b]) < 1e-5 for a, b in zip(ours, theirs, strict=True))
+    if combiner:
+        compose = load_combiner(load_tensors(golden / combiner), golden / combiner, {}, 64)
+    (frozen,) = freeze_queries(FeatureCache(None, encoder), [split], benchmark.caption, "split")
+    return torch.cat([block for _, block in similarity_blocks(frozen, compose)])
 
 
 @pytest.mark.parametrize("number", range(3))

@@ -1,0 +1,194 @@
+"""Trainings that are killed again and again, resumed, and held against one that never was. For tests and the soak."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from utils import load_tensors
+
+DOORS = {"clip_fine_tune", "combiner_train"}
+# Processes are forked from one that has the packages loaded: a kill then costs a second, not five.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(sorted(DOORS))
+
+
+@dataclass
+class Tally:
+    """What a series of kills came to."""
+
+    kills: int = 0
+    rounds: int = 0  # trainings
+    files_read: int = 0
+    unreadable: list[str] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+
+
+def work(door: str, argv: list[str], log: Path, kill_at_sync: int | None) -> None:
+    """One process: a script's main, its output in a file; it may kill itself where a file is about to be synced."""
+    with open(log, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if kill_at_sync is not None:
+        left, real = [kill_at_sync], os.fsync
+
+        def sync(descriptor: int) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(descriptor)
+
+        os.fsync = sync
+    __import__(door).main(argv)
+
+
+def run_to_the_end(door: str, argv: list[str], log: Path) -> None:
+    """Run a script in a process of its own, which must end well."""
+    process = CONTEXT.Process(target=work, args=(door, argv, log, None))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, log.read_text()[-3000:]
+
+
+def the_run(output: Path) -> Path | None:
+    """The run folder in an output folder, if there is one yet."""
+    runs = [folder for folder in output.glob("*") if not folder.name.startswith(".")]
+    assert len(runs) <= 1, runs
+    return runs[0] if runs else None
+
+
+def read_everything(output: Path, tally: Tally) -> None:
+    """Read all that a killed process left, but for what it was just writing beside."""
+    for file in sorted(output.rglob("*")):
+        if file.is_dir() or file.name.endswith(".tmp"):
+            continue
+        tally.files_read += 1
+        try:
+            readers: dict[str, Callable] = {".csv": pd.read_csv, ".pt": load_tensors, ".json": read_json}
+            readers[file.suffix](file)
+        except BaseException as error:
+            tally.unreadable.append(f"{file}: {error!r}")
+
+
+def read_json(file: Path) -> object:
+    return json.loads(file.read_text())
+
+
+def survive(door: str, argv: list[str], whole: Path, folder: Path, kills: int, longest: float, seed: int) -> Tally:
+    """Start a training, kill it at random moments and resume it, over and over; each must end like the whole one.
+
+    Half of the kills come after a random time, half where a random file is about to be synced.
+
+    Args:
+        whole: the run that was never killed.
+        longest: seconds that a process may live.
+    """
+    rng, tally = random.Random(seed), Tally()
+    while tally.kills < kills:
+        output = folder / f"round{tally.rounds}"
+        tally.rounds += 1
+        while tally.kills < kills and not attempt(door, argv, output, longest, rng):
+            tally.kills += 1
+            read_everything(output, tally)
+        run = the_run(output)
+        run_to_the_end(door, ["--resume", str(run)] if run else [*argv, "--output-dir", str(output)], log_of(output))
+        tally.differences += differences(whole, the_run(output))
+    return tally
+
+
+def attempt(door: str, argv: list[str], output: Path, longest: float, rng: random.Random) -> bool:
+    """One process that is killed, or whether it came to its end before."""
+    run = the_run(output)
+    often = ["--checkpoint-every-minutes", str(rng.choice([1e-9, 1e-3, 10]))]
+    words = [*(["--resume", str(run)] if run else [*argv, "--output-dir", str(output)]), *often]
+    at_sync = rng.randrange(40) if rng.random() < 0.5 else None
+    process = CONTEXT.Process(target=work, args=(door, words, log_of(output), at_sync))
+    process.start()
+    process.join(rng.uniform(0, longest) if at_sync is None else longest)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    assert process.exitcode in (-signal.SIGKILL, 0), log_of(output).read_text()[-3000:]
+    return process.exitcode == 0
+
+
+def log_of(output: Path) -> Path:
+    return output.with_name(f"{output.name}.log")
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What tells two runs apart: names of files, bytes of CSV and JSON files, tensors of checkpoints."""
+    names = [sorted(str(f.relative_to(run)) for f in run.rglob("*") if f.is_file()) for run in (one, other)]
+    if names[0] != names[1]:
+        return [f"files {names[0]} and {names[1]}"]
+    return [name for name in names[0] if not same_file(one / name, other / name)]
+
+
+def same_file(one: Path, other: Path) -> bool:
+    if one.suffix == ".pt":
+        return same(load_tensors(one), load_tensors(other))
+    if one.name == "training_hyperparameters.json":
+        first, second = read_json(one), read_json(other)
+        free = {"output_dir", "checkpoint_every_minutes"}
+        return {k: v for k, v in first.items() if k not in free} == {k: v for k, v in second.items() if k not in free}
+    return one.read_bytes() == other.read_bytes()
+
+
+def same(one: object, other: object) -> bool:
+    """Whether two checkpoints hold the same bits; where the runs lie may differ."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        free = {"output_dir", "checkpoint_every_minutes"}
+        keys = one.keys() - free
+        return keys == other.keys() - free and all(same(one[k], other[k]) for k in keys)
+    return one == other
+
+
+def soak(data_root: Path, folder: Path, kills_each: int, seed: int) -> dict[str, Tally]:
+    """Both stages on both layouts, killed so often each; prints a line for each."""
+    tallies = {}
+    for number, (name, door, argv) in enumerate(scenarios(data_root)):
+        own, start = folder / str(number), time.monotonic()
+        reference = own / "whole"
+        own.mkdir()
+        run_to_the_end(door, [*argv, "--output-dir", str(reference)], log_of(reference))
+        longest = time.monotonic() - start
+        tally = tallies[name] = survive(door, argv, the_run(reference), own, kills_each, longest, seed + number)
+        print(
+            f"{name}: {tally.kills} kills in {tally.rounds} trainings, {tally.files_read} files read, "
+            f"{len(tally.unreadable)} unreadable, {len(tally.differences)} differences, "
+            f"{time.monotonic() - start:.0f} s",
+            flush=True,
+        )
+    return tallies
+
+
+def scenarios(data_root: Path) -> list[tuple[str, str, list[str]]]:
+    """Name, script and flags of what is killed: all that a state holds is in use."""
+    clip = ["--clip-model-name", str(data_root / "tiny_clip_vit.pt"), "--data-root", str(data_root)]
+    both = [*clip, "--device", "cpu", "--num-workers", "0", "--batch-size", "4", "--save-training", "--cosine"]
+    both += ["--validation-frequency", "2", "--warmup-steps", "5", "--ema-decay", "0.9"]
+    stage_1 = [*both, "--num-epochs", "12", "--learning-rate", "1e-4"]
+    stage_2 = [*both, "--num-epochs", "60", "--combiner-lr", "1e-3", "--projection-dim", "16", "--hidden-dim", "24"]
+    stage_2 += ["--no-feature-cache"]
+    return [
+        ("stage 1, FashionIQ", "clip_fine_tune", [*stage_1, "--dataset", "FashionIQ"]),
+        ("stage 1, CIRR", "clip_fine_tune", [*stage_1, "--dataset", "CIRR", "--save-best"]),
+        ("stage 2, FashionIQ", "combiner_train", [*stage_2, "--dataset", "FashionIQ", "--save-best"]),
+        ("stage 2, CIRR", "combiner_train", [*stage_2, "--dataset", "CIRR", "--seeds", "0", "1"]),
+    ]
+
+
+if __name__ == "__main__":
+    data, output, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    soak(data, output, kills, seed=0)

@@ -1,0 +1,172 @@
+"""Results side by side: which compare, seeds, intervals."""
+
+import json
+import statistics
+
+import pytest
+import torch
+
+import compare
+from benchmarks import FashionIQ
+from results import write_result
+
+
+def ranks(seed: int, shift: int = 0, queries: int = 200) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(0, 120, (queries,), generator=generator) - shift).clamp(min=0).tolist()
+
+
+@pytest.fixture
+def result(tmp_path):
+    """Write a FashionIQ result with some ranks; returns its file."""
+
+    def result(name: str, shift: int = 0, seed=None, protocols=("original-kept",), first=0, **changes):
+        benchmark, measured = FashionIQ(tmp_path), {}
+        for protocol in protocols:
+            of_split = {split: ranks(first + place, shift) for place, split in enumerate(benchmark.parts)}
+            scores = {split: benchmark.score(torch.tensor(r), None) for split, r in of_split.items()}
+            gallery, reference = protocol.split("-")
+            measured[protocol] = {
+                "gallery": gallery,
+                "reference": reference,
+                "gallery_images": dict.fromkeys(of_split, 300),
+                "queries": dict.fromkeys(of_split, 200),
+                "metrics": benchmark.summary(scores),
+                "ranks": of_split,
+                "group_ranks": {},
+            }
+        content = {
+            "dataset": "FashionIQ",
+            "split": "val",
+            "protocols": measured,
+            "excluded_images": {},
+            "images_sha256": {"dress": "i"},
+            "queries_sha256": dict.fromkeys(benchmark.parts, "q"),
+            "preprocessing": {},
+            "weights_sha256": {"clip": "c"},
+            "training": {} if seed is None else {"combiner": {"seed": seed, "combiner_type": "moe", "data_root": name}},
+        }
+        write_result(tmp_path / f"{name}.json", content | changes)
+        return tmp_path / f"{name}.json"
+
+    return result
+
+
+@pytest.fixture
+def compared(capsys):
+    def compared(*words) -> str:
+        compare.main(["--resamples", "500", *map(str, words)])
+        return capsys.readouterr().out
+
+    return compared
+
+
+def row(out: str, title: str) -> str:
+    return next(line for line in out.splitlines() if line.startswith(title))
+
+
+def test_a_difference_has_the_interval_of_the_paired_bootstrap(result, compared):
+    """Against resamples made here one by one; pairing makes the interval narrow."""
+    files = result("a"), result("b", shift=8)
+    out = compared(*files, "--resamples", 4000)
+    before, after = (json.loads(f.read_text())["protocols"]["original-kept"]["ranks"]["dress"] for f in files)
+    generator = torch.Generator().manual_seed(7)
+    differences = []
+    for _ in range(4000):
+        drawn = torch.randint(200, (200,), generator=generator).tolist()
+        hits = [sum(ranks[query] < 10 for query in drawn) / 2 for ranks in (before, after)]
+        differences.append(hits[1] - hits[0])
+    low, high = statistics.quantiles(differences, n=40)[0], statistics.quantiles(differences, n=40)[-1]
+    cells = row(out, "dress R@10").split(maxsplit=4)
+    assert [float(cells[2]), float(cells[3])] == [sum(r < 10 for r in side) / 2 for side in (before, after)]
+    difference, interval = cells[4].split(" ", 1)
+    assert float(difference) == pytest.approx(float(cells[3]) - float(cells[2]))
+    ours = [float(end) for end in interval.strip("[]").split(", ")]
+    assert ours == pytest.approx([low, high], abs=0.6)
+
+
+def test_equal_results_differ_by_nothing(result, compared):
+    out = compared(result("a"), result("b"))
+    assert row(out, "mean ").endswith("+0.00 [+0.00, +0.00]")
+
+
+def test_seeds_are_one_column(result, compared):
+    files = [result(f"s{seed}", shift=seed, seed=seed) for seed in (0, 2, 4)]
+    out = compared(result("base", shift=1), *files)
+    values = [json.loads(f.read_text())["protocols"]["original-kept"]["metrics"]["average_recall"] for f in files]
+    assert f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}" in row(out, "mean  ")
+    assert "s0: mean ± standard deviation of 3 seeds" in out
+    assert "s2" not in out
+
+
+def test_one_seed_twice_is_not_two_seeds(result, compared):
+    out = compared(result("a", seed=1), result("b", seed=1))
+    assert "±" not in out
+    assert "b - a" in out
+
+
+def test_other_trainings_are_other_columns(result, compared):
+    other = {"combiner": {"seed": 1, "combiner_type": "clip4cir"}}
+    out = compared(result("a", seed=0), result("b", seed=1, training=other))
+    assert "±" not in out
+
+
+def test_protocols_that_are_not_shared(result, compared, capsys):
+    both = ("original-kept", "VAL-removed")
+    out = compared(result("a", protocols=both), result("b", protocols=both), result("c"))
+    first, second = out.strip().split("\n\n")
+    assert first.startswith("FashionIQ val, original-kept: gallery original, reference kept")
+    assert "c - a" in first
+    assert "c was not measured under VAL-removed" in second
+    with pytest.raises(SystemExit) as stop:
+        compared(result("a"), result("b", protocols=["VAL-kept"]))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "a: original-kept; b: VAL-kept" in error
+    assert "do not compare" in error
+
+
+def test_a_protocol_can_be_chosen(result, compared):
+    both = ("original-kept", "VAL-removed")
+    out = compared(result("a", protocols=both), result("b", protocols=both), "--protocol", "val-removed")
+    assert "original" not in out
+
+
+def test_other_conditions_are_marked(result, compared):
+    out = compared(result("a"), result("b", images_sha256={"dress": "other"}))
+    assert "* b has other image files than a: no fair comparison" in out
+    assert "b* - a" in out
+    out = compared(result("a"), result("b", queries_sha256=dict.fromkeys(FashionIQ.parts, "other")))
+    assert "* b has other queries than a" in out
+    assert " - a" not in out  # other queries cannot be paired
+
+
+def test_other_datasets_and_other_files_are_refused(result, tmp_path, capsys):
+    first = result("a")
+    for other in (result("b", split="test"), tmp_path / "none.json"):
+        with pytest.raises(SystemExit) as stop:
+            compare.main([str(first), str(other)])
+        assert stop.value.code == 2
+        assert str(other) in capsys.readouterr().err
+
+
+def test_several_seeds_in_one_command(stage_2, run, drawn, compared, capsys, tmp_path):
+    """--seeds trains what as many commands would, and its report is theirs."""
+    folder = stage_2("CIRR", "--seeds", 0, 3, "--save-best")
+    out = capsys.readouterr().out
+    assert out.startswith("validations with the best arithmetic_mean of each seed")
+    single = stage_2("CIRR", "--seed", 3, "--save-best", output="single")
+    for name in ("train_metrics.csv", "validation_metrics.csv", "router_metrics.csv", "best_metrics.json"):
+        assert (folder / "seed_3" / name).read_bytes() == (single / name).read_bytes()
+    summary = json.loads((folder / "best_metrics.json").read_text())
+    values = [summary["seeds"][seed]["recall_at1"] for seed in ("0", "3")]
+    assert summary["mean"]["recall_at1"] == statistics.fmean(values)
+    assert summary["standard_deviation"]["recall_at1"] == pytest.approx(statistics.stdev(values))
+    files = []
+    for seed in (0, 3):
+        files.append(tmp_path / f"seed{seed}.json")
+        weights = folder / f"seed_{seed}" / "saved_models" / "combiner_arithmetic.pt"
+        flags = ["--combining-function", "combiner", "--combiner-path", weights, "--metrics-json", files[-1]]
+        run("validate", drawn, "--dataset", "CIRR", *flags)
+    capsys.readouterr()
+    assert "seed0: mean ± standard deviation of 2 seeds" in compared(*files)

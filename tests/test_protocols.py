@@ -1,0 +1,195 @@
+"""Four protocols from one ranking, and results that say what they are."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import CIRR, FashionIQ
+from conftest import read_csv
+from features import FrozenSplit
+from protocols import PROTOCOLS, VAL_REMOVED
+from rankings import answers
+from results import read_result
+from retrieval import rank
+from splits import Split, Triplet
+from test_golden import golden_split_similarity
+from twins import protocol_rankings, ranked_names
+from utils import UserError
+
+ORDER = ["original-kept", "original-removed", "VAL-removed", "VAL-kept"]
+
+
+@pytest.fixture
+def pair(golden):
+    """Flags of the golden pair for FashionIQ."""
+    weights = ["--clip-model-name", golden / "clip_vit.pt", "--clip-model-path", golden / "tuned_clip_vit.pt"]
+    return [*weights, "--combining-function", "combiner", "--combiner-path", golden / "combiner_moe_fiq.pt"]
+
+
+@pytest.fixture
+def measured(golden, pair, run, tmp_path):
+    """The result of validate.py on golden data, and its rankings."""
+
+    def measured(dataset, *flags, root=golden, name="r"):
+        files = ["--metrics-json", tmp_path / f"{name}.json", "--rankings", tmp_path / f"{name}-rankings.json"]
+        run("validate", root, "--dataset", dataset, *(flags or pair), *files)
+        return tuple(json.loads(file.read_text()) for file in files[1::2])
+
+    return measured
+
+
+def test_the_four_protocols_equal_brute_force_on_golden_data(golden, measured):
+    """By sorted lists of names, of what validate.py writes: metrics, ranks, sizes, and the answers of every query."""
+    result, rankings = measured("FashionIQ")
+    assert list(result["protocols"]) == ORDER
+    benchmark = FashionIQ(golden)
+    for split in benchmark.val():
+        similarity = golden_split_similarity(golden, split, benchmark, "combiner_moe_fiq.pt")
+        for protocol in ORDER:
+            found = result["protocols"][protocol]
+            lists = protocol_rankings(similarity, split, found["gallery"], found["reference"])
+            places = [names.index(t.target) for names, t in zip(lists, split.triplets, strict=True)]
+            assert found["ranks"][split.name] == places
+            for k in (10, 50):
+                recall = 100 * sum(place < k for place in places) / len(places)
+                assert found["metrics"][f"{split.name}_recall_at{k}"] == pytest.approx(recall)
+            kept = found["reference"] == "kept"
+            assert found["gallery_images"][split.name] == len(lists[0]) + (not kept)
+            assert found["queries"][split.name] == len(split.triplets)
+            for query, names in zip(rankings["queries"][split.name], lists, strict=True):
+                stored = query["protocols"][protocol]
+                assert [name for name, _ in stored["nearest"]] == names[:50]
+                assert stored["rank"] == names.index(query["target"])
+
+
+@st.composite
+def datasets(draw):
+    """A split of a few images and triplets with many equal similarities."""
+    names = [f"i{n}" for n in range(draw(st.integers(3, 14)))]
+    pairs = draw(st.lists(st.permutations(names).map(lambda order: order[:2]), min_size=1, max_size=6))
+    split = Split("val", [Triplet(r, ("",), t) for r, t in pairs], dict.fromkeys(names))
+    cells = st.integers(-2, 2)
+    values = draw(st.lists(cells, min_size=len(names) * len(pairs), max_size=len(names) * len(pairs)))
+    return split, torch.tensor(values, dtype=torch.float32).view(len(pairs), len(names))
+
+
+@given(datasets(), st.integers(0, 15), st.integers(1, 4))
+def test_protocols_equal_brute_force_on_any_dataset(dataset, k, block):
+    """Images are axes, so that a query's features are its similarities."""
+    split, similarity = dataset
+    frozen = FrozenSplit(split, torch.eye(len(split.names)), similarity[:, None])
+    found = rank(frozen, lambda image, text: text, list(PROTOCOLS.values()), k=k, block=block)
+    for protocol, ranking in found.items():
+        lists = protocol_rankings(similarity, split, protocol.gallery, protocol.reference)
+        assert ranking.ranks.tolist() == [n.index(t.target) for n, t in zip(lists, split.triplets, strict=True)]
+        nearest = answers(split.names, ranking.nearest, ranking.similarities)
+        assert [[name for name, _ in row] for row in nearest] == [names[:k] for names in lists]
+        alone = rank(frozen, lambda image, text: text, [protocol])[protocol]  # the block is not copied then
+        assert torch.equal(alone.ranks, ranking.ranks)
+
+
+def test_cirr_has_its_own_protocol_and_its_groups(golden, measured):
+    name = "combiner_moe_cirr.pt"
+    weights = ["--clip-model-name", golden / "clip_vit.pt", "--clip-model-path", golden / "tuned_clip_vit.pt"]
+    result, rankings = measured("CIRR", *weights, "--combining-function", "combiner", "--combiner-path", golden / name)
+    assert list(result["protocols"]) == ["original-removed"]
+    benchmark = CIRR(golden)
+    (split,) = benchmark.val()
+    similarity = golden_split_similarity(golden, split, benchmark, name)
+    for values, triplet, query in zip(similarity.tolist(), split.triplets, rankings["queries"]["val"], strict=True):
+        names = ranked_names(values, split.names, set(triplet.group) - {triplet.reference})
+        assert [name for name, _ in query["in_group"]["nearest"]] == names
+        assert query["in_group"]["rank"] == names.index(triplet.target)
+    metrics = result["metrics"]
+    assert metrics["mean(R@5+R_s@1)"] == (metrics["recall_at5"] + metrics["group_recall_at1"]) / 2
+
+
+def test_a_result_says_what_it_is(golden, measured, tmp_path):
+    result, rankings = measured("FashionIQ", name="said")
+    assert result["metrics"] == result["protocols"]["original-kept"]["metrics"]
+    assert (result["dataset"], result["split"], result["protocol"]) == ("FashionIQ", "val", "original-kept")
+    assert result["preprocessing"] == {"transform": "targetpad", "target_ratio": 1.25, "resolution": 64}
+    assert {"python", "torch", "torchvision", "pillow"} <= set(result["versions"])
+    assert f"--metrics-json {tmp_path}/said.json" in result["command"]
+    assert result["date"].startswith("20")
+    assert all(len(digest) == 64 for digest in result["weights_sha256"].values())
+    assert set(result["weights_sha256"]) == {"clip", "combiner"}
+    assert result["checkpoints"]["combiner"] == str(golden / "combiner_moe_fiq.pt")
+    assert result["excluded_images"] == {"dress": {}, "toptee": {}, "shirt": {}}
+    without_ranks = {name: {k: v for k, v in m.items() if "ranks" not in k} for name, m in result["protocols"].items()}
+    assert {k: v for k, v in rankings.items() if k != "queries"} == result | {"protocols": without_ranks}
+
+
+def test_other_images_and_weights_have_other_digests(golden, own_drawn, measured):
+    flags = ["--clip-model-name", own_drawn / "tiny_clip_vit.pt", "--combining-function", "sum"]
+    first, _ = measured("CIRR", *flags, root=own_drawn)
+    again, _ = measured("CIRR", *flags, root=own_drawn)
+    assert first["images_sha256"] == again["images_sha256"]
+    file = own_drawn / "cirr_dataset/dev/dev-0-0-img0.png"
+    file.write_bytes((own_drawn / "cirr_dataset/dev/dev-0-0-img1.png").read_bytes())
+    other, _ = measured("CIRR", *flags, root=own_drawn)
+    assert other["images_sha256"] != first["images_sha256"]
+    assert other["queries_sha256"] == first["queries_sha256"]
+    flags[1] = own_drawn / "tiny_clip_resnet.pt"
+    assert measured("CIRR", *flags, root=own_drawn)[0]["weights_sha256"] != first["weights_sha256"]
+
+
+def test_a_protocol_can_be_chosen(golden, pair, run, measured, capsys, fails):
+    result, _ = measured("FashionIQ", *pair, "--protocol", "val-KEPT", "val-removed")
+    assert list(result["protocols"]) == ["VAL-removed", "VAL-kept"]
+    assert result["protocol"] == "VAL-removed"
+    out = capsys.readouterr().out
+    assert f"average_recall = {result['metrics']['average_recall']}" in out
+    assert "original" not in out
+    error = fails("validate", golden, "--dataset", "CIRR", *pair, "--protocol", "VAL-kept")
+    assert "--protocol VAL-kept is none of CIRR: choose from original-removed" in error
+
+
+def test_the_table_has_all_protocols_and_the_lines_the_first(golden, pair, run, capsys):
+    run("validate", golden, "--dataset", "FashionIQ", *pair)
+    lines, table = capsys.readouterr().out.split("\n\n")
+    assert len(lines.splitlines()) == 9
+    assert [line.split()[0] for line in table.splitlines()[1:]] == ORDER
+    value = next(line for line in lines.splitlines() if line.startswith("average_recall = ")).split(" = ")[1]
+    assert table.splitlines()[1].split()[-1] == f"{float(value):.2f}"
+
+
+def test_csv_files_have_the_originals_protocol_alone(stage_1, golden, measured):
+    weights = stage_1("FashionIQ", data_root=golden) / "saved_models" / "tuned_clip_1"
+    result, _ = measured("FashionIQ", "--combining-function", "sum", "--clip-model-path", weights)
+    history = read_csv(weights.parent.parent / "validation_metrics.csv")
+    last = {name: values[1] for name, values in history.items() if name != "epoch"}
+    assert last == pytest.approx(result["protocols"]["original-kept"]["metrics"])
+    assert last != pytest.approx(result["protocols"][VAL_REMOVED.name]["metrics"])
+
+
+def test_the_number_of_stored_answers(measured, pair):
+    _, rankings = measured("FashionIQ", *pair, "--rankings-k", 3)
+    for query in rankings["queries"]["dress"]:
+        assert [len(query["protocols"][name]["nearest"]) for name in ORDER] == [3] * 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda result: result.pop("protocols"),
+        lambda result: result.update(dataset="COCO"),
+        lambda result: result.update(protocols={}),
+        lambda result: result["protocols"]["VAL-kept"].pop("ranks"),
+        lambda result: result["protocols"]["VAL-kept"]["metrics"].pop("average_recall"),
+        lambda result: result["protocols"]["VAL-kept"]["metrics"].update(average_recall="high"),
+        lambda result: result["protocols"]["VAL-kept"]["metrics"].update(average_recall=99.0),
+        lambda result: result["protocols"]["VAL-kept"]["ranks"].update(dress=[0, None]),
+        lambda result: result["protocols"]["VAL-kept"]["ranks"].update(dress=[]),
+    ],
+)
+def test_a_result_that_was_changed_is_refused(change, measured, tmp_path):
+    result, _ = measured("FashionIQ", name="x")
+    read_result(tmp_path / "x.json")
+    change(result)
+    (tmp_path / "x.json").write_text(json.dumps(result))
+    with pytest.raises(UserError, match=r"x\.json.*measure again"):
+        read_result(tmp_path / "x.json")

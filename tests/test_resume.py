@@ -1,0 +1,351 @@
+"""Runs that survive: killed at any point, told to stop, on a full disk, contradicted."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import clip_fine_tune
+import combiner_train
+import features
+import kills
+import training
+from checkpoints import Checkpoints
+from conftest import STAGE_1, STAGE_2, read_csv
+from experiment import Run, make_folder
+from test_distributed import free_port
+from tracker import NoTracker
+from utils import load_tensors, save_tensors
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_killed_at_any_point_a_run_ends_like_one_that_never_was(number, drawn, tmp_path):
+    """A dozen kills of both stages on both layouts; `make soak` does a hundred."""
+    name, door, argv = kills.scenarios(drawn)[number]
+    start = time.monotonic()
+    kills.run_to_the_end(door, [*argv, "--output-dir", str(tmp_path / "whole")], tmp_path / "whole.log")
+    longest = time.monotonic() - start
+    whole = kills.the_run(tmp_path / "whole")
+    tally = kills.survive(door, argv, whole, tmp_path, kills=3, longest=longest, seed=number)
+    assert (tally.kills, tally.unreadable, tally.differences) == (3, [], []), name
+    assert tally.files_read > 0
+
+
+def test_a_signal_before_training_begins(stage_2, monkeypatch, tmp_path, capsys):
+    real = features.normalise
+
+    def interrupted(pixels):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(pixels)
+
+    monkeypatch.setattr(features, "normalise", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        stage_2("CIRR")
+    assert stop.value.code == 0
+    assert "stopped by SIGTERM; nothing was trained yet: start it again" in capsys.readouterr().err
+    assert not (tmp_path / "combiner").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.fixture
+def resume():
+    """Resume a stage-2 run in process."""
+    return lambda folder, *flags: combiner_train.main(["--resume", str(folder), *map(str, flags)])
+
+
+@pytest.fixture
+def stopped(stage_2, monkeypatch, tmp_path):
+    """A run that was told to stop at its n-th look, of which each step has one."""
+
+    def stopped(look: int, *flags: object, output="stopped", **kwargs) -> Path:
+        real, left = training.Keeper.look, [look]
+
+        def stopping(keeper, epoch_ends=False):
+            left[0] -= 1
+            if left[0] == 0:
+                keeper.stop.requested = "SIGTERM"
+            return real(keeper, epoch_ends)
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(training.Keeper, "look", stopping)
+            stage_2(*flags, output=output, **kwargs)
+        assert stop.value.code == 0
+        (run,) = (tmp_path / output).iterdir()
+        return run
+
+    return stopped
+
+
+@pytest.mark.parametrize("look", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("kind", ["moe", "clip4cir"])
+def test_every_step_can_be_gone_on_from(look, kind, stage_2, stopped, resume):
+    """Within an epoch, at its last step with the validation still to come, and after it."""
+    flags = ["CIRR", "--combiner-type", kind, "--clip-grad-norm", 1, "--precision", "bf16"]
+    whole, run = stage_2(*flags, output="whole"), stopped(look, *flags)
+    progress = load_tensors(run / "state.pt")["progress"]
+    assert (progress["epoch"], len(progress["losses"])) == [(0, 1), (0, 2), (0, 3), (1, 0), (1, 1)][look - 1]
+    resume(run)
+    assert kills.differences(whole, run) == []
+
+
+def test_a_stop_in_the_validation_resumes_with_the_validation(stage_1, monkeypatch, resume, tmp_path):
+    """The epoch's row is not lost, and not there twice; a long validation needs not be waited for."""
+    whole = stage_1("CIRR", output="whole")
+    real, left = features.normalise, [1]
+
+    def interrupted(pixels):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return real(pixels)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(features, "normalise", interrupted)
+        stage_1("CIRR", output="stopped")
+    assert stop.value.code == 0
+    (run,) = (tmp_path / "stopped").iterdir()
+    progress = load_tensors(run / "state.pt")["progress"]
+    assert (progress["epoch"], len(progress["losses"])) == (0, 3)
+    assert not (run / "validation_metrics.csv").exists()
+    clip_fine_tune.main(["--resume", str(run)])
+    assert kills.differences(whole, run) == []
+
+
+def test_a_run_of_several_seeds_goes_on_with_the_seed_it_was_at(stage_2, stopped, resume, capsys):
+    whole, run = stage_2("CIRR", "--seeds", 4, 5, output="whole"), stopped(11, "CIRR", "--seeds", 4, 5)
+    assert (run / "seed_4" / "best_metrics.json").exists()
+    assert (run / "seed_5" / "state.pt").exists()
+    assert f"--resume {run}\n" in capsys.readouterr().err  # the folder of all seeds
+    resume(run)
+    assert kills.differences(whole, run) == []
+
+
+def test_a_complete_run_has_nothing_to_do(stage_2, resume, caplog):
+    caplog.set_level("INFO")
+    run = stage_2("CIRR")
+    assert not (run / "state.pt").exists()
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
+    resume(run)
+    assert f"{run} is complete" in caplog.text
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
+
+
+def test_weights_newer_than_the_state_stay_the_best(tmp_path):
+    """A GPU may not give them again to the last bit."""
+    model = torch.nn.Linear(2, 2)
+    make = functools.partial(Checkpoints, tmp_path, model, "Combiner", "c", {"recall": "best"}, {}, True, True)
+    kept = make()
+    kept.update(0, {"recall": 1.0})
+    kept.update(1, {"recall": 3.0})
+    resumed = make()
+    resumed.rewind({"recall": 1.0})
+    resumed.update(1, {"recall": 2.9})
+    assert load_tensors(tmp_path / "saved_models" / "best.pt")["config"]["metrics"] == {"recall": 3.0}
+    resumed.update(2, {"recall": 3.1})
+    assert load_tensors(tmp_path / "saved_models" / "best.pt")["epoch"] == 2
+
+
+def test_half_written_files_of_a_killed_process_go(stopped, resume):
+    run = stopped(2, "CIRR")
+    (run / ".state.pt.123.tmp").write_bytes(b"half")
+    (run / "saved_models").mkdir(exist_ok=True)
+    (run / "saved_models" / ".combiner.pt.123.tmp").write_bytes(b"half")
+    resume(run)
+    assert not list(run.rglob("*.tmp"))
+
+
+# What is refused
+
+
+@pytest.fixture
+def refuses(resume, capsys):
+    """A resumption that must be refused: exit code 2 and one line, which is returned."""
+
+    def refuses(folder: Path, *flags: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            resume(folder, *flags)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2, lines
+        assert sum(": error: " in line for line in lines) == 1
+        return lines[-1]
+
+    return refuses
+
+
+def test_flags_that_contradict_the_run(stopped, refuses, resume, drawn):
+    run = stopped(2, "CIRR", "--seed", 3)
+    state = (run / "state.pt").read_bytes()
+    for flags, names in (
+        (["--combiner-lr", "0.5"], ["--combiner-lr is 0.5", "started with 0.001"]),
+        (["--seed", "4"], ["--seed is 4", "started with 3"]),
+        (["--seeds", "3"], ["--seeds is [3]", "started with None"]),
+        (["--dataset", "FashionIQ"], ["started with"]),
+        (["--transform", "clip"], ["--transform is clip", "started with targetpad"]),
+        (["--clip-model-name", drawn / "tiny_clip_resnet.pt"], ["started with"]),
+    ):
+        error = refuses(run, *flags)
+        assert all(name in error for name in names), error
+    assert (run / "state.pt").read_bytes() == state
+    resume(run, "--num-workers", 1, "--combiner-lr", "0.001", "--dataset", "cirr")  # no contradictions
+
+
+def test_annotations_that_changed(stopped, own_drawn, refuses):
+    run = stopped(2, "CIRR", data_root=own_drawn)
+    file = own_drawn / "cirr_dataset/cirr/captions/cap.rc2.train.json"
+    content = json.loads(file.read_text())
+    content[0]["caption"] += " now"
+    file.write_text(json.dumps(content))
+    assert "--data-sha256" in refuses(run)
+
+
+def test_folders_that_are_no_runs(refuses, stage_1, tmp_path, drawn):
+    assert "no folder of a run" in refuses(tmp_path / "nowhere")
+    assert "no folder of a run" in refuses(drawn)
+    (tmp_path / "damaged").mkdir()
+    file = tmp_path / "damaged" / "training_hyperparameters.json"
+    for text in ("{", "[1]", "{}", '{"dataset": "COCO"}', '{"dataset": "CIRR", "num_epochs": 1.5}'):
+        file.write_text(text)
+        refuses(tmp_path / "damaged")
+    assert "clip_fine_tune.py" in refuses(stage_1("CIRR"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "other"])
+def test_a_damaged_state(damage, stopped, refuses):
+    run = stopped(2, "CIRR")
+    content = bytearray((run / "state.pt").read_bytes())
+    content[len(content) // 2] ^= 8
+    (run / "state.pt").write_bytes(content[:-50] if damage == "truncated" else content)
+    if damage == "other":
+        save_tensors(run / "state.pt", {"Combiner": {}})
+    error = refuses(run)
+    assert "state.pt cannot be continued from" in error
+    assert "delete it" in error
+
+
+def test_two_processes_cannot_train_in_one_folder(stopped, refuses, resume):
+    run = stopped(2, "CIRR")
+    with Run(run, NoTracker(), {}, "").locked():
+        assert "another process trains in it" in refuses(run)
+    resume(run)
+
+
+def test_runs_of_one_second_share_no_folder(tmp_path):
+    folders = [make_folder(tmp_path, "run", {"number": number}) for number in range(3)]
+    assert [folder.name for folder in folders] == ["run", "run_2", "run_3"]
+    written = [json.loads((folder / "training_hyperparameters.json").read_text())["number"] for folder in folders]
+    assert written == [0, 1, 2]
+    (tmp_path / "run_4").write_text("a file")
+    assert make_folder(tmp_path, "run", {}).name == "run_5"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run", "run_2", "run_3", "run_4", "run_5"]
+
+
+# From the command line
+
+
+def start(*words: object, processes: int = 1) -> subprocess.Popen:
+    """A script, or several processes of it, as the leader of a process group."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", free_port()]
+    command = map(str, [sys.executable, *(torchrun if processes > 1 else []), *words])
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        list(command), cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+
+
+def command(drawn: Path, output: Path, *flags: object, door: str = "combiner_train", settings: str = STAGE_2) -> list:
+    where = ["--data-root", drawn, "--clip-model-name", drawn / "tiny_clip_vit.pt", "--output-dir", output]
+    own = ["--no-feature-cache"] if door == "combiner_train" else []
+    return [f"src/{door}.py", *where, "--device", "cpu", "--dataset", "CIRR", *settings.split(), *own, *flags]
+
+
+def wait_for_epochs(output: Path, epochs: int) -> Path:
+    """Until the only run in a folder has trained so long."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        for file in output.glob("*/train_metrics.csv"):
+            if len(file.read_text().splitlines()) > epochs:
+                return file.parent
+        time.sleep(0.02)
+    raise AssertionError("the training did not get far enough in time")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(("door", "settings"), [("combiner_train", STAGE_2), ("clip_fine_tune", STAGE_1)])
+def test_a_signal_saves_and_ends_with_the_command_to_resume(number, door, settings, drawn, tmp_path):
+    """Sent to the whole group, the processes that load images too, as schedulers do."""
+    flags = ["--num-epochs", 4000, "--num-workers", 2, "--checkpoint-every-minutes", 1000]
+    process = start(*command(drawn, tmp_path, *flags, door=door, settings=settings))
+    run = wait_for_epochs(tmp_path, 2)
+    os.killpg(process.pid, number)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, stderr
+    assert "Traceback" not in stderr
+    last = stderr.strip().splitlines()[-1]
+    assert last == f"{door}.py: stopped by {number.name}; go on with: python src/{door}.py --resume {run}"
+    progress = load_tensors(run / "state.pt")["progress"]
+    assert progress["epoch"] >= 1
+    assert len(read_csv(run / "train_metrics.csv")["epoch"]) - progress["epoch"] in (0, 1)  # 1: it was validating
+
+
+def test_torchrun_killed_and_told_to_stop(drawn, tmp_path):
+    """Two processes, killed in the middle, resumed, told to stop, resumed: as if nothing had been."""
+    flags = ["--num-epochs", 40, "--num-workers", 0, "--batch-size", 4, "--validation-frequency", 3]
+    often = ["--checkpoint-every-minutes", 1e-9]
+    process = start(*command(drawn, tmp_path / "whole", *flags), processes=2)
+    assert process.wait(timeout=200) == 0, process.stderr.read()
+    start(*command(drawn, tmp_path / "killed", *flags, *often), processes=2)
+    run = wait_for_epochs(tmp_path / "killed", 5)
+    subprocess.run(["pkill", "-9", "-f", str(tmp_path / "killed")], check=True)  # torchrun and both of its processes
+    time.sleep(0.5)
+    tally = kills.Tally()
+    kills.read_everything(run, tally)
+    assert tally.unreadable == []
+    resumption = ["src/combiner_train.py", "--resume", run]
+    process = start(*resumption, processes=2)
+    wait_for_epochs(tmp_path / "killed", 14)
+    process.send_signal(signal.SIGTERM)  # which torchrun passes on
+    stderr = process.communicate(timeout=60)[1]
+    assert f"go on with: torchrun --nproc-per-node 2 src/combiner_train.py --resume {run}" in stderr
+    process = start(*resumption, processes=2)
+    assert process.wait(timeout=200) == 0, process.stderr.read()
+    (whole,) = (tmp_path / "whole").iterdir()
+    assert kills.differences(whole, run) == []
+
+
+def test_a_full_disk_stops_with_the_last_good_state(drawn, tmp_path, resume):
+    """From the third epoch on the kernel refuses files above a size, as a full disk refuses them."""
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT / "src")!r})
+import combiner_train, training
+real = training.run_epoch
+def run_epoch(task, stepper, keeper, regime):
+    if keeper.progress.epoch == 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    real(task, stepper, keeper, regime)
+training.run_epoch = run_epoch
+combiner_train.main(sys.argv[1:])
+"""
+    flags = ["--num-epochs", 5, "--num-workers", 0, "--save-best", "--checkpoint-every-minutes", 1e-9]
+    _, *words = command(drawn, tmp_path / "full", *flags)
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    (run,) = (tmp_path / "full").iterdir()
+    last = done.stderr.strip().splitlines()[-1]
+    assert "error: could not write" in last
+    assert f"the last good state is epoch 2, step 0; go on with: python src/combiner_train.py --resume {run}" in last
+    assert not list(run.rglob("*.tmp"))
+    resume(run)
+    _, *words = command(drawn, tmp_path / "whole", *flags)
+    combiner_train.main(list(map(str, words)))
+    assert kills.differences(*(tmp_path / "whole").iterdir(), run) == []

@@ -1,0 +1,208 @@
+"""The servers' rules, locally: each broken one by its query; files for val score as validate.py measures."""
+
+import json
+
+import pytest
+
+import check_submission
+from benchmarks import CIRR, FashionIQ
+
+SUM = ["--combining-function", "sum"]
+
+
+@pytest.fixture
+def name(drawn):
+    return ["--clip-model-name", drawn / "tiny_clip_vit.pt", *SUM]
+
+
+@pytest.fixture
+def cirr(run, drawn, name):
+    """Write a CIRR submission; returns its two files."""
+
+    def cirr(*flags, root=drawn):
+        folder = run("cirr_test_submission", root, "--submission-name", "x", *name, *flags, output="cirr")
+        where = folder / "val" if "val" in flags else folder
+        return where / "recall_submission_x.json", where / "recall_subset_submission_x.json"
+
+    return cirr
+
+
+@pytest.fixture
+def check(drawn, capsys):
+    def check(*words, root=drawn) -> tuple[int, str]:
+        capsys.readouterr()
+        try:
+            check_submission.main(["--data-root", str(root), *map(str, words)])
+        except SystemExit as stop:
+            return stop.code, "".join(capsys.readouterr())
+        return 0, capsys.readouterr().out
+
+    return check
+
+
+def test_what_is_written_keeps_all_rules(cirr, check, caplog):
+    caplog.set_level("INFO")
+    files = cirr()
+    assert caplog.text.count("keeps all rules of the server") == 2
+    code, out = check(*files)
+    assert code == 0
+    assert "note: test1 has 30 queries here, 4148 in the official annotations" in out
+    assert out.count("keeps all rules") == 2
+
+
+def change(file, edit):
+    content = json.loads(file.read_text())
+    edit(content)
+    file.write_text(json.dumps(content))
+
+
+def first_query(root):
+    (split,) = CIRR(root).test()
+    return split.triplets[0], split
+
+
+CASES = [
+    (0, lambda c, k, t: c.update(version="rc1"), '"version" is "rc1", not rc2'),
+    (0, lambda c, k, t: c.pop("version"), '"version" is null, not rc2'),
+    (0, lambda c, k, t: c.update(metric="r"), '"metric" is "r", not recall or recall_subset'),
+    (0, lambda c, k, t: c.update(metric=[1]), '"metric" is [1]'),
+    (0, lambda c, k, t: c.pop(k), "pairid {k}: missing"),
+    (0, lambda c, k, t: c.update({"9999": c[k]}), "pairid 9999: no query of test1"),
+    (0, lambda c, k, t: c[k].pop(), "pairid {k}: 16 ids instead of 17"),
+    (0, lambda c, k, t: c[k].append("more"), "pairid {k}: more is no image of test1"),
+    (0, lambda c, k, t: c[k].__setitem__(0, c[k][1]), "pairid {k}: {second} occurs 2 times"),
+    (0, lambda c, k, t: c[k].__setitem__(0, t.reference), "pairid {k}: its own reference {reference} is among the ids"),
+    (0, lambda c, k, t: c[k].__setitem__(0, c[k][0] + ".png"), "write {first}, without path and extension"),
+    (0, lambda c, k, t: c[k].__setitem__(0, f"./test1/{c[k][0]}.png"), "write {first}, without path and extension"),
+    (0, lambda c, k, t: c.update({k: "text"}), "pairid {k}: not a list of image ids"),
+    (0, lambda c, k, t: c.update({k: [1, 2]}), "pairid {k}: not a list of image ids"),
+    (1, lambda c, k, t: c[k].append(c[k][0]), "pairid {k}: 4 ids instead of 3"),
+    (
+        1,
+        lambda c, k, t: c[k].__setitem__(0, "test1-2-0-img0"),
+        "pairid {k}: test1-2-0-img0 is not in the query's group",
+    ),
+    (1, lambda c, k, t: c.update(metric="recall"), "pairid {k}: 3 ids instead of 17"),
+    (0, lambda c, k, t: c.update(metric="recall_subset"), "pairid {k}: 17 ids instead of 3"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_every_rule_of_cirr(number, cirr, check, drawn):
+    which, edit, expected = CASES[number]
+    file = cirr()[which]
+    triplet, _ = first_query(drawn)
+    key = str(triplet.pair_id)
+    first, second = json.loads(file.read_text())[key][:2]
+    if "test1-2-0-img0" in expected:
+        assert "test1-2-0-img0" not in triplet.group
+    change(file, lambda content: edit(content, key, triplet))
+    code, out = check(file)
+    assert code == 1
+    words = {"k": key, "first": first, "second": second, "reference": triplet.reference}
+    assert expected.format(**words) in out
+    assert f"{file}: keeps all rules" not in out
+
+
+def test_a_file_that_is_too_large(cirr, check):
+    file = cirr()[0]
+    file.write_text(file.read_text() + " " * 5_000_000)
+    code, out = check(file)
+    assert code == 1
+    assert "bytes, more than 5,000,000" in out
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", '{"version": "rc2", "version": "rc2"}', "[" * 100_000, None])
+def test_files_that_cannot_be_read(text, check, cirr, tmp_path):
+    file = tmp_path / "s.json"
+    if text is not None:
+        file.write_text(text)
+    code, err = check(cirr()[0], file)
+    assert code == 2
+    assert f"error: {file}" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("kind", ["sum", "moe"])
+def test_val_files_score_as_validate_measures(kind, run, golden, tmp_path, capsys, check):
+    pair = ["--clip-model-name", golden / "clip_vit.pt", "--clip-model-path", golden / "tuned_clip_vit.pt"]
+    cirr_pair, fiq_pair = ([*pair, *SUM], [*pair, *SUM])
+    if kind == "moe":
+        combiner = ["--combining-function", "combiner", "--combiner-path"]
+        cirr_pair, fiq_pair = ([*pair, *combiner, golden / f"combiner_moe_{d}.pt"] for d in ("cirr", "fiq"))
+    for dataset, door, flags in (
+        ("CIRR", "cirr_test_submission", cirr_pair),
+        ("FashionIQ", "fashioniq_test_submission", fiq_pair),
+    ):
+        run("validate", golden, "--dataset", dataset, *flags, "--metrics-json", tmp_path / "m.json")
+        capsys.readouterr()
+        folder = run(door, golden, *flags, "--submission-name", "x", "--split", "val", output=dataset)
+        printed = dict(line.split(" = ") for line in capsys.readouterr().out.splitlines())
+        metrics = json.loads((tmp_path / "m.json").read_text())["metrics"]
+        assert {name: float(value) for name, value in printed.items()} == metrics
+        files = list(folder.rglob("*.json"))
+        assert check(*files, "--split", "val", root=golden)[0] == 0
+
+
+def test_a_submission_answers_all_queries(cirr, fails, drawn, own_drawn, name, tmp_path, caplog):
+    triplet, _ = first_query(drawn)
+    listed = tmp_path / "bad.json"
+    listed.write_text(json.dumps({"dataset": "CIRR", "images": {triplet.reference: "missing"}}))
+    error = fails("cirr_test_submission", drawn, "--submission-name", "x", *name, "--exclusions", listed)
+    assert "--exclusions leaves out" in error
+    assert not list(tmp_path.glob("out/*"))
+    images = own_drawn / "cirr_dataset/cirr/image_splits/split.rc2.test1.json"
+    change(images, lambda paths: paths.update(spare="./test1/spare.png"))
+    listed.write_text(json.dumps({"dataset": "CIRR", "images": {"spare": "missing"}}))
+    with pytest.raises(SystemExit) as stop:  # 17 ids where 18 are asked for
+        cirr("--exclusions", listed, root=own_drawn)
+    assert stop.value.code == 1
+    assert "breaks rules of the server" in caplog.text
+
+
+@pytest.fixture
+def fashioniq(run, drawn, name):
+    def fashioniq(*flags):
+        folder = run("fashioniq_test_submission", drawn, "--submission-name", "mine", *name, *flags, output="fiq")
+        return [folder / "mine" / f"{category}.test.pred.json" for category in FashionIQ.parts]
+
+    return fashioniq
+
+
+def test_fashioniq_predictions_have_the_official_form(fashioniq, drawn, check):
+    files = fashioniq()
+    for file, split in zip(files, FashionIQ(drawn).test(), strict=True):
+        entries = json.loads((drawn / f"fashionIQ_dataset/captions/cap.{split.name}.test.json").read_text())
+        content = json.loads(file.read_text())
+        assert [{k: v for k, v in entry.items() if k != "ranking"} for entry in content] == entries
+        for entry in content:
+            assert sorted(entry["ranking"]) == sorted(split.names)  # 12 images, the reference kept
+    assert check(*files)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (lambda c: c.pop(), "5 entries instead of 6"),
+        (lambda c: c[2].update(candidate="x"), "entry 2 (candidate "),
+        (lambda c: c[2].update(captions=["a", "b"]), "not the entry that the captions file has in this place"),
+        (lambda c: c[2].pop("ranking"), '"ranking" is not a list of image ids'),
+        (lambda c: c[2]["ranking"].pop(), "11 ids, fewer than 12"),
+        (lambda c: c[2]["ranking"].__setitem__(0, "x"), "x is no image of dress"),
+        (lambda c: c.__setitem__(0, 3), "entry 0 (candidate "),
+    ],
+)
+def test_every_rule_of_fashioniq(edit, expected, fashioniq, check):
+    file = fashioniq()[0]
+    change(file, edit)
+    code, out = check(file)
+    assert code == 1
+    assert expected in out
+
+
+def test_a_prediction_without_its_category(fashioniq, check, tmp_path):
+    file = tmp_path / "pred.json"
+    file.write_text(fashioniq()[0].read_text())
+    code, out = check(file)
+    assert code == 1
+    assert "does not begin with a category" in out
