@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test soak bench lint format clean
 
 demo: $(VENV)/runtime-installed
 	$(BIN)/python src/demo.py
 
 test: $(VENV)/dev-installed
 	$(BIN)/python -m pytest tests
+
+soak: $(VENV)/dev-installed
+	SOAK=1 $(BIN)/python -m pytest tests/test_resume.py tests/test_fuzz.py -k "killed_at_any_point or fuzz"
 
 bench: $(VENV)/runtime-installed
 	$(BIN)/python bench/run.py

@@ -3,8 +3,10 @@
 import csv
 import gzip
 import json
+import os
 import shutil
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ import fashioniq_test_submission
 import shapes_dataset
 import validate
 
+SOAK = os.environ.get("SOAK") == "1"  # `make soak`: many more cases
+CASES: Counter[tuple[str, str]] = Counter()  # (what was tried, outcome) -> cases
 GOLDEN = Path(__file__).parent / "golden"
 DOORS = {
     "clip_fine_tune": clip_fine_tune.main,
@@ -26,6 +30,12 @@ DOORS = {
     "fashioniq_test_submission": fashioniq_test_submission.main,
     "shapes_dataset": shapes_dataset.main,
 }
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many damaged files were tried, and how many kills."""
+    for (kind, outcome), cases in sorted(CASES.items()):
+        terminalreporter.write_line(f"{kind}: {cases} {outcome}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,8 +5,6 @@ import multiprocessing
 import os
 import random
 import signal
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +14,11 @@ import torch
 
 from utils import load_tensors
 
-DOORS = {"clip_fine_tune", "combiner_train"}
 # Processes are forked from one that has the packages loaded: a kill then costs a second, not five.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(sorted(DOORS))
+CONTEXT.set_forkserver_preload(["clip_fine_tune", "combiner_train", "kills"])
+SOURCES = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "src")]
+os.environ["PYTHONPATH"] = os.pathsep.join(SOURCES)  # where that process looks for them
 
 
 @dataclass
@@ -49,6 +48,13 @@ def work(door: str, argv: list[str], log: Path, kill_at_sync: int | None) -> Non
 
         os.fsync = sync
     __import__(door).main(argv)
+
+
+def warm_up() -> None:
+    """Start what processes are forked from."""
+    process = CONTEXT.Process(target=int)
+    process.start()
+    process.join()
 
 
 def run_to_the_end(door: str, argv: list[str], log: Path) -> None:
@@ -86,7 +92,7 @@ def read_json(file: Path) -> object:
 def survive(door: str, argv: list[str], whole: Path, folder: Path, kills: int, longest: float, seed: int) -> Tally:
     """Start a training, kill it at random moments and resume it, over and over; each must end like the whole one.
 
-    Half of the kills come after a random time, half where a random file is about to be synced.
+    In turns a kill comes where a random file is about to be synced, and after a random time.
 
     Args:
         whole: the run that was never killed.
@@ -96,7 +102,7 @@ def survive(door: str, argv: list[str], whole: Path, folder: Path, kills: int, l
     while tally.kills < kills:
         output = folder / f"round{tally.rounds}"
         tally.rounds += 1
-        while tally.kills < kills and not attempt(door, argv, output, longest, rng):
+        while tally.kills < kills and not attempt(door, argv, output, longest, tally.kills % 2 == 0, rng):
             tally.kills += 1
             read_everything(output, tally)
         run = the_run(output)
@@ -105,15 +111,14 @@ def survive(door: str, argv: list[str], whole: Path, folder: Path, kills: int, l
     return tally
 
 
-def attempt(door: str, argv: list[str], output: Path, longest: float, rng: random.Random) -> bool:
+def attempt(door: str, argv: list[str], output: Path, longest: float, at_sync: bool, rng: random.Random) -> bool:
     """One process that is killed, or whether it came to its end before."""
     run = the_run(output)
     often = ["--checkpoint-every-minutes", str(rng.choice([1e-9, 1e-3, 10]))]
     words = [*(["--resume", str(run)] if run else [*argv, "--output-dir", str(output)]), *often]
-    at_sync = rng.randrange(40) if rng.random() < 0.5 else None
-    process = CONTEXT.Process(target=work, args=(door, words, log_of(output), at_sync))
+    process = CONTEXT.Process(target=work, args=(door, words, log_of(output), rng.randrange(60) if at_sync else None))
     process.start()
-    process.join(rng.uniform(0, longest) if at_sync is None else longest)
+    process.join(longest if at_sync else rng.uniform(0, longest))
     if process.is_alive():
         process.kill()
         process.join()
@@ -154,32 +159,13 @@ def same(one: object, other: object) -> bool:
     return one == other
 
 
-def soak(data_root: Path, folder: Path, kills_each: int, seed: int) -> dict[str, Tally]:
-    """Both stages on both layouts, killed so often each; prints a line for each."""
-    tallies = {}
-    for number, (name, door, argv) in enumerate(scenarios(data_root)):
-        own, start = folder / str(number), time.monotonic()
-        reference = own / "whole"
-        own.mkdir()
-        run_to_the_end(door, [*argv, "--output-dir", str(reference)], log_of(reference))
-        longest = time.monotonic() - start
-        tally = tallies[name] = survive(door, argv, the_run(reference), own, kills_each, longest, seed + number)
-        print(
-            f"{name}: {tally.kills} kills in {tally.rounds} trainings, {tally.files_read} files read, "
-            f"{len(tally.unreadable)} unreadable, {len(tally.differences)} differences, "
-            f"{time.monotonic() - start:.0f} s",
-            flush=True,
-        )
-    return tallies
-
-
 def scenarios(data_root: Path) -> list[tuple[str, str, list[str]]]:
     """Name, script and flags of what is killed: all that a state holds is in use."""
     clip = ["--clip-model-name", str(data_root / "tiny_clip_vit.pt"), "--data-root", str(data_root)]
     both = [*clip, "--device", "cpu", "--num-workers", "0", "--batch-size", "4", "--save-training", "--cosine"]
     both += ["--validation-frequency", "2", "--warmup-steps", "5", "--ema-decay", "0.9"]
-    stage_1 = [*both, "--num-epochs", "12", "--learning-rate", "1e-4"]
-    stage_2 = [*both, "--num-epochs", "60", "--combiner-lr", "1e-3", "--projection-dim", "16", "--hidden-dim", "24"]
+    stage_1 = [*both, "--num-epochs", "8", "--learning-rate", "1e-4"]
+    stage_2 = [*both, "--num-epochs", "30", "--combiner-lr", "1e-3", "--projection-dim", "16", "--hidden-dim", "24"]
     stage_2 += ["--no-feature-cache"]
     return [
         ("stage 1, FashionIQ", "clip_fine_tune", [*stage_1, "--dataset", "FashionIQ"]),
@@ -187,8 +173,3 @@ def scenarios(data_root: Path) -> list[tuple[str, str, list[str]]]:
         ("stage 2, FashionIQ", "combiner_train", [*stage_2, "--dataset", "FashionIQ", "--save-best"]),
         ("stage 2, CIRR", "combiner_train", [*stage_2, "--dataset", "CIRR", "--seeds", "0", "1"]),
     ]
-
-
-if __name__ == "__main__":
-    data, output, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    soak(data, output, kills, seed=0)
