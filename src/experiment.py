@@ -29,6 +29,7 @@ from utils import UserError, write_text
 logger = logging.getLogger(__name__)
 
 HYPER_PARAMETERS = "training_hyperparameters.json"
+STATE = "state.pt"  # of a run that is not complete
 BEST_METRICS = "best_metrics.json"  # of a complete run
 
 
@@ -59,7 +60,7 @@ class Run:
     @property
     def state_file(self) -> Path:
         """All that is needed to go on with the training; there until it is complete."""
-        return self.folder / "state.pt"
+        return self.folder / STATE
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -186,8 +187,11 @@ def open_run(folder: Path, tracker: NoTracker, config: Mapping[str, Any], resume
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the training in a run's folder came to its end."""
-    return (folder / BEST_METRICS).exists()
+    """Whether the training in a run's folder came to its end; a state that it could not drop any more goes."""
+    complete = (folder / BEST_METRICS).exists()
+    if complete and distributed.is_main():
+        (folder / STATE).unlink(missing_ok=True)
+    return complete
 
 
 # What changes where or how fast a run goes on, not what it computes.

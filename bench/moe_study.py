@@ -1,0 +1,125 @@
+"""What experts, k and the router's losses do to load and recall, on the drawn data over several seeds.
+
+    python bench/moe_study.py            (about 40 minutes on 2 cores; writes bench/results/moe_study.json)
+
+Stage 1 is trained once on each layout, with the demo's settings; then each Combiner with each seed. A recall is that of
+each seed's best validation; loads are those of the last epoch.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
+
+import pandas as pd
+import torch
+
+import clip_fine_tune
+import combiner_train
+import shapes_dataset
+from combiner import build_combiner
+from demo import STAGE_1, STAGE_2
+from features import versions
+from metrics import mean_and_spread
+
+SHOWN = {"FashionIQ": ("average_recall", "mean recall"), "CIRR": ("mean(R@5+R_s@1)", "mean(R@5+R_s@1)")}
+SIZES = {"clip_dim": 64, "projection_dim": 256, "hidden_dim": 512}
+
+
+def moe(experts: int, top_k: int, *losses: str) -> list[str]:
+    """Flags of a mixture."""
+    return ["--num-experts", str(experts), "--top-k", str(top_k), *losses]
+
+
+def equal_hidden_dim() -> int:
+    """The hidden size at which the plain Combiner has the parameters of the MoE Combiner."""
+    wanted = parameters({**SIZES, "combiner_type": "moe", "num_experts": 4, "top_k": 2})
+    base = {**SIZES, "combiner_type": "clip4cir"}
+    one, two = (parameters({**base, "hidden_dim": size}) for size in (1, 2))
+    return 1 + round((wanted - one) / (two - one))
+
+
+def parameters(settings: dict) -> int:
+    """How many a Combiner has."""
+    return sum(p.numel() for p in build_combiner(settings).parameters())
+
+
+def methods() -> dict[str, list[str]]:
+    """Name -> flags of what is compared."""
+    sizes = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2)]
+    found = {f"E {experts}, k {k}": moe(experts, k) for experts, k in sizes}
+    for weight in ("0.01", "0.1", "1"):
+        found[f"E 4, k 2, load balancing {weight}"] = moe(4, 2, "--load-balancing-weight", weight)
+    for weight in ("0.001", "0.01", "0.1"):
+        found[f"E 4, k 2, router z {weight}"] = moe(4, 2, "--router-z-weight", weight)
+    plain = ["--combiner-type", "clip4cir"]
+    found["plain, H 512"] = plain
+    found["plain, equal parameters"] = [*plain, "--hidden-dim", str(equal_hidden_dim())]
+    return found
+
+
+def tuned_clip(folder: Path, dataset: str) -> Path:
+    """Stage 1 of the demo; returns its weights."""
+    flags = ["--dataset", dataset, "--data-root", str(folder), "--clip-model-name", str(folder / "tiny_clip_vit.pt")]
+    clip_fine_tune.main([*flags, *STAGE_1.split(), "--output-dir", str(folder / "clip" / dataset)])
+    best = {"FashionIQ": "tuned_clip_best.pt", "CIRR": "tuned_clip_arithmetic.pt"}[dataset]
+    (run,) = (folder / "clip" / dataset).iterdir()
+    return run / "saved_models" / best
+
+
+def measure(folder: Path, dataset: str, clip: Path, name: str, flags: list[str], seeds: list[int]) -> dict:
+    """One method on one layout: parameters, recall and load, mean and standard deviation over the seeds."""
+    output = folder / "combiner" / dataset / name.replace(" ", "_")
+    words = ["--dataset", dataset, "--data-root", str(folder), "--clip-model-path", str(clip), *STAGE_2.split()]
+    words += ["--feature-cache", str(folder / "features"), "--output-dir", str(output), *flags]
+    combiner_train.main([*words, "--seeds", *map(str, seeds)])
+    (run,) = output.iterdir()
+    metric = SHOWN[dataset][0]
+    best = json.loads((run / "best_metrics.json").read_text())["seeds"].values()
+    settings = json.loads((run / "training_hyperparameters.json").read_text())
+    row = {"dataset": dataset, "method": name, "parameters": parameters(settings)}
+    row["recall"] = mean_and_spread([validation[metric] for validation in best])
+    if settings["combiner_type"] == "moe":
+        last = [pd.read_csv(run / f"seed_{seed}" / "router_metrics.csv").iloc[-1] for seed in seeds]
+        experts = [f"expert{i}_share" for i in range(settings["num_experts"])]
+        row["least share"] = mean_and_spread([min(table[experts]) for table in last])
+        row["largest share"] = mean_and_spread([max(table[experts]) for table in last])
+        for kind in ("load_entropy", "row_entropy"):
+            row[kind.replace("_", " ")] = mean_and_spread([table[kind] for table in last])
+    return row
+
+
+def line(row: dict) -> str:
+    """A row of the table, in Markdown."""
+    cells = [row["method"], f"{row['parameters'] / 1e6:.2f} M", f"{row['recall'][0]:.2f} ± {row['recall'][1]:.2f}"]
+    loads = [row.get(name) for name in ("least share", "largest share", "load entropy", "row entropy")]
+    cells += [f"{load[0]:.2f} ± {load[1]:.2f}" if load else "" for load in loads]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train and measure everything."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "moe_study.json")
+    args = parser.parse_args(argv)
+    content = {"versions": versions(), "threads": torch.get_num_threads(), "seeds": args.seeds, "rows": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shapes_dataset.main(["--output-dir", name])
+        for dataset, (_, title) in SHOWN.items():
+            clip = tuned_clip(folder, dataset)
+            heads = [f"{dataset} layout", "parameters", title, "least share", "largest", "load entropy", "row entropy"]
+            table = ["| " + " | ".join(heads) + " |", "|---" * 7 + "|"]
+            for method, flags in methods().items():
+                content["rows"].append(measure(folder, dataset, clip, method, flags, args.seeds))
+                table.append(line(content["rows"][-1]))
+                args.output.write_text(json.dumps(content, indent=1) + "\n")
+            print("\n".join(table), end="\n\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
