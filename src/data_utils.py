@@ -6,7 +6,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image
@@ -21,6 +21,7 @@ from utils import UserError, first_line
 
 # What Pillow's decoders raise on damaged files.
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError, struct.error, zlib.error)
+DECODING_ERRORS += (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -96,12 +97,29 @@ def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
 Reader = Callable[[Path], Tensor]  # image file -> preprocessed bytes (3, R, R)
 
 
+def decoded(file: Path | BinaryIO) -> Image.Image:
+    """An image with its pixels, as it was saved.
+
+    Raises:
+        PIL.UnidentifiedImageError: it is none.
+        PIL.Image.DecompressionBombError: it has too many pixels.
+        OSError: it is damaged.
+    """
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return image
+    except OSError:
+        raise
+    except DECODING_ERRORS as error:
+        raise OSError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
 def load_image(path: Path, preprocess: Compose) -> Tensor:
     """Open and preprocess one image, (3, R, R) uint8. One that cannot be decoded is a UserError that names it."""
     try:
-        with Image.open(path) as image:
-            return preprocess(image)
-    except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
+        return preprocess(decoded(path))
+    except (OSError, ValueError, MemoryError, Image.DecompressionBombError) as error:
         reason = first_line(error)
     raise UserError(f"image {path} cannot be decoded ({reason}): replace the file with a whole copy of the image")
 

@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 import interruption
-from data_utils import DECODING_ERRORS
+from data_utils import decoded
 from splits import file_size
 
 MISSING, EMPTY, NO_IMAGE, DAMAGED, TOO_LARGE = "missing", "empty", "not an image", "truncated or damaged", "too large"
@@ -45,14 +45,14 @@ def inspect(path: Path) -> Inspection:
 
 def _problem(content: bytes) -> str:
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata that is odd, which decoding does not look at
-            image.convert("RGB")
+            decoded(io.BytesIO(content)).convert("RGB")
     except UnidentifiedImageError:
         return NO_IMAGE
     except Image.DecompressionBombError:
         return TOO_LARGE
-    except DECODING_ERRORS:
+    except (OSError, ValueError, MemoryError):
         return DAMAGED
     return ""
 
