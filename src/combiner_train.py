@@ -29,7 +29,7 @@ from benchmarks import Benchmark
 from checkpoints import Checkpoints
 from clip_model import feature_dim
 from combiner import Combiner, build_combiner
-from experiment import BEST_METRICS, claim_folder, is_complete, open_run, plain, run_name, started_with
+from experiment import BEST_METRICS, claim_folder, is_complete, make_folder, open_run, plain, run_name, started_with
 from features import FeatureCache, FrozenSplit, freeze, freeze_queries, versions, weights_digest
 from interruption import StopRequest, listening
 from metrics import mean_and_spread
@@ -52,7 +52,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parents += [options.tuned_clip_flag(), options.clip_flags()]
     parents += [options.training_flags(batch_size=1024, validation_frequency=3), options.machine_flags()]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
-    return startup.parse_training(parser, SCRIPT, argv)
+    args = startup.parse_training(parser, SCRIPT, argv)
+    if args.seeds and len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"--seeds {' '.join(map(str, args.seeds))} names a seed twice: name each once")
+    return args
 
 
 class ComposedFeatures(nn.Module):
@@ -183,9 +186,10 @@ def train(args: argparse.Namespace, stage: Stage, seed: int, folder: Path, whole
 def train_seeds(args: argparse.Namespace, stage: Stage, folder: Path, stop: StopRequest) -> None:
     """Train a Combiner with each seed in a folder of its own, and report mean and standard deviation."""
     for seed in args.seeds:
-        name = f"seed_{seed}"
-        config = stage.config | {"seed": seed, "seeds": None}
-        own = claim_folder(folder, name, config, folder / name if (folder / name).exists() else None)
+        own = folder / f"seed_{seed}"
+        if distributed.is_main() and not own.exists():
+            make_folder(folder, own.name, stage.config | {"seed": seed, "seeds": None})
+        distributed.wait_for_all()
         if is_complete(own):
             logger.info("seed %d is complete", seed)
         else:

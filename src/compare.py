@@ -13,7 +13,7 @@ import pandas as pd
 
 from benchmarks import BENCHMARKS, Benchmark
 from comparison import Column, intervals, read_columns, unlike
-from metrics import mean_and_spread
+from metrics import mean_and_spread, shown
 from options import fraction, in_any_case, positive_int, seed_int
 from protocols import PROTOCOLS
 from utils import UserError, command
@@ -43,12 +43,7 @@ def shared_protocols(columns: list[Column], wanted: str | None) -> list[str]:
 
 def cells(benchmark: Benchmark, column: Column, protocol: str) -> dict[str, str]:
     """Title -> value, or mean and standard deviation over the seeds."""
-    found = {}
-    for metric, title in benchmark.titles.items():
-        values = column.values(protocol, metric)
-        mean, deviation = mean_and_spread(values)
-        found[title] = f"{mean:.2f}" + (f" ± {deviation:.2f}" if len(values) > 1 else "")
-    return found
+    return {title: shown(column.values(protocol, metric)) for metric, title in benchmark.titles.items()}
 
 
 def differences(

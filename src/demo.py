@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from metrics import shown
 from options import seed_int
 from utils import PROJECT_ROOT, UserError, command
 
@@ -62,17 +63,17 @@ class Demo:
             raise UserError(f"{script} failed; what it said is above")
 
     def train(self, script: str, name: str, *flags: str | Path) -> Path:
-        """Run a training; returns the folder of its weights."""
+        """Run a training; returns its run folder."""
         runs = self.folder / "models" / name
         self.run(script, *flags, "--data-root", self.folder / "data", "--output-dir", runs)
-        return max(runs.iterdir(), key=lambda run: run.stat().st_mtime) / "saved_models"
+        return max(runs.iterdir(), key=lambda run: run.stat().st_mtime)
 
-    def validate(self, dataset: str, name: str, *flags: str | Path) -> dict[str, float]:
-        """Run a validation; returns its metrics."""
-        file = self.folder / "metrics" / f"{dataset} {name}.json".replace(" ", "_")
+    def validate(self, dataset: str, name: str, *flags: str | Path) -> Path:
+        """Run a validation; returns the file of its result."""
+        file = self.folder / "metrics" / f"{dataset}_{name}.json"
         where = ["--data-root", self.folder / "data", "--metrics-json", file]
         self.run("validate.py", "--dataset", dataset, *flags, *where)
-        return json.loads(file.read_text())["metrics"]
+        return file
 
     def benchmark(self, dataset: str, best_clip: str, best_combiner: str) -> tuple[pd.DataFrame, list[str | Path]]:
         """Train and validate all methods on a benchmark; returns the table, and the flags of the last MoE pair."""
@@ -80,24 +81,29 @@ class Demo:
         by_sum = ["--combining-function", "sum"]
         results = {"zero-shot sum": [self.validate(dataset, "zero-shot", *by_sum, *clip_name)]}
         stage_1 = ["--dataset", dataset, *clip_name, *STAGE_1.split()]
-        clip = ["--clip-model-path", self.train("clip_fine_tune.py", f"{dataset}_clip", *stage_1) / best_clip]
+        run = self.train("clip_fine_tune.py", f"{dataset}_clip", *stage_1)
+        clip = ["--clip-model-path", run / "saved_models" / best_clip]
         results["stage-1 sum"] = [self.validate(dataset, "stage-1", *by_sum, *clip)]
         pair = []
         for method, kind in (("plain Combiner", "clip4cir"), ("MoE Combiner", "moe")):
             results[method] = []
+            stage_2 = ["--dataset", dataset, *clip, "--combiner-type", kind, *STAGE_2.split()]
+            stage_2 += ["--feature-cache", self.folder / "features", "--seeds", *map(str, self.seeds)]
+            run = self.train("combiner_train.py", f"{dataset}_{kind}", *stage_2)
             for seed in self.seeds:
-                stage_2 = ["--dataset", dataset, *clip, "--combiner-type", kind, "--seed", str(seed), *STAGE_2.split()]
-                stage_2 += ["--feature-cache", self.folder / "features"]
-                weights = self.train("combiner_train.py", f"{dataset}_{kind}", *stage_2) / best_combiner
+                weights = run / f"seed_{seed}" / "saved_models" / best_combiner
                 pair = ["--combining-function", "combiner", *clip, "--combiner-path", weights]
-                results[method].append(self.validate(dataset, f"{kind} {seed}", *pair))
-        return table(results, COLUMNS[dataset]), pair
+                results[method].append(self.validate(dataset, f"{kind}_{seed}", *pair))
+        self.run("compare.py", *results["plain Combiner"], *results["MoE Combiner"])
+        metrics = {m: [json.loads(file.read_text())["metrics"] for file in files] for m, files in results.items()}
+        return table(metrics, COLUMNS[dataset]), pair
 
     def submit(self, pair: list[str | Path]) -> dict[str, float]:
         """Write a CIRR submission and score it with the answers that the drawing kept apart."""
         folder = self.folder / "submission"
         where = ["--data-root", self.folder / "data", "--output-dir", folder]
         self.run("cirr_test_submission.py", "--submission-name", "demo", *pair, *where)
+        self.run("check_submission.py", *sorted(folder.glob("*.json")), "--data-root", self.folder / "data")
         answers = json.loads((self.folder / "data" / "test1_answers.json").read_text())
         full = json.loads((folder / "recall_submission_demo.json").read_text())
         subset = json.loads((folder / "recall_subset_submission_demo.json").read_text())
@@ -113,15 +119,10 @@ def recall(submission: dict[str, list[str]], answers: dict[str, str], k: int) ->
 def table(results: dict[str, list[dict[str, float]]], columns: dict[str, str]) -> pd.DataFrame:
     """Methods by metrics, as text: the value, or mean and standard deviation over seeds."""
     cells = {
-        method: {title: _cell([metrics[name] for metrics in runs]) for title, name in columns.items()}
+        method: {title: shown([metrics[name] for metrics in runs]) for title, name in columns.items()}
         for method, runs in results.items()
     }
     return pd.DataFrame.from_dict(cells, orient="index")
-
-
-def _cell(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{spread}"
 
 
 @command
@@ -135,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     os.chdir(PROJECT_ROOT)  # where the commands are typed
     demo = Demo(folder, args.seeds)
     demo.run("shapes_dataset.py", "--output-dir", folder / "data")
+    demo.run("check_dataset.py", "--unofficial", "--data-root", folder / "data")
     fashioniq, _ = demo.benchmark("FashionIQ", "tuned_clip_best.pt", "combiner.pt")
     cirr, pair = demo.benchmark("CIRR", "tuned_clip_arithmetic.pt", "combiner_arithmetic.pt")
     recalls = demo.submit(pair)

@@ -93,6 +93,12 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def shown(values: Sequence[float]) -> str:
+    """A value with two digits, or mean ± standard deviation of several."""
+    mean, deviation = mean_and_spread(values)
+    return f"{mean:.2f}" + (f" ± {deviation:.2f}" if len(values) > 1 else "")
+
+
 def bootstrap(hits: Tensor, resamples: int, generator: torch.Generator) -> Tensor:
     """Percentages of hits in resamples of the queries, drawn with replacement (Efron 1979); queries are rows.
 

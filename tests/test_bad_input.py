@@ -323,6 +323,10 @@ def test_a_combiner_without_its_path(golden, fails):
         ["--clip-model-name", "RN51"],
         ["--projection-dim", "18"],
         ["--top-k", "9"],
+        ["--seeds", "1", "2", "1"],
+        ["--checkpoint-every-minutes", "0"],
+        ["--exclusions", "nowhere.json"],
+        ["--resume", "nowhere"],
     ],
     ids=" ".join,
 )

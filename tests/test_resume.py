@@ -275,12 +275,11 @@ def command(drawn: Path, output: Path, *flags: object, door: str = "combiner_tra
 
 
 def wait_for_epochs(output: Path, epochs: int) -> Path:
-    """Until the only run in a folder has trained so long."""
+    """Until the only run in a folder has trained so long, all of its seeds together."""
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
-        for file in output.glob("*/train_metrics.csv"):
-            if len(file.read_text().splitlines()) > epochs:
-                return file.parent
+        if sum(len(file.read_text().splitlines()) - 1 for file in output.rglob("train_metrics.csv")) >= epochs:
+            return kills.the_run(output)
         time.sleep(0.02)
     raise AssertionError("the training did not get far enough in time")
 
@@ -303,29 +302,33 @@ def test_a_signal_saves_and_ends_with_the_command_to_resume(number, door, settin
     assert len(read_csv(run / "train_metrics.csv")["epoch"]) - progress["epoch"] in (0, 1)  # 1: it was validating
 
 
-def test_torchrun_killed_and_told_to_stop(drawn, tmp_path):
+@pytest.mark.parametrize(
+    ("door", "settings"),
+    [("combiner_train", f"{STAGE_2} --seeds 0 1 --num-epochs 20"), ("clip_fine_tune", f"{STAGE_1} --num-epochs 25")],
+)
+def test_torchrun_killed_and_told_to_stop(door, settings, drawn, tmp_path):
     """Two processes, killed in the middle, resumed, told to stop, resumed: as if nothing had been."""
-    flags = ["--num-epochs", 40, "--num-workers", 0, "--batch-size", 4, "--validation-frequency", 3]
+    flags = ["--num-workers", 0, "--batch-size", 4, "--validation-frequency", 3]
     often = ["--checkpoint-every-minutes", 1e-9]
-    process = start(*command(drawn, tmp_path / "whole", *flags), processes=2)
+    words = [command(drawn, tmp_path / name, *flags, door=door, settings=settings) for name in ("whole", "killed")]
+    process = start(*words[0], processes=2)
     assert process.wait(timeout=200) == 0, process.stderr.read()
-    start(*command(drawn, tmp_path / "killed", *flags, *often), processes=2)
+    start(*words[1], *often, processes=2)
     run = wait_for_epochs(tmp_path / "killed", 5)
     subprocess.run(["pkill", "-9", "-f", str(tmp_path / "killed")], check=True)  # torchrun and both of its processes
     time.sleep(0.5)
     tally = kills.Tally()
     kills.read_everything(run, tally)
     assert tally.unreadable == []
-    resumption = ["src/combiner_train.py", "--resume", run]
+    resumption = [f"src/{door}.py", "--resume", run]
     process = start(*resumption, processes=2)
-    wait_for_epochs(tmp_path / "killed", 14)
+    wait_for_epochs(tmp_path / "killed", 12)
     process.send_signal(signal.SIGTERM)  # which torchrun passes on
     stderr = process.communicate(timeout=60)[1]
-    assert f"go on with: torchrun --nproc-per-node 2 src/combiner_train.py --resume {run}" in stderr
+    assert f"go on with: torchrun --nproc-per-node 2 src/{door}.py --resume {run}" in stderr
     process = start(*resumption, processes=2)
     assert process.wait(timeout=200) == 0, process.stderr.read()
-    (whole,) = (tmp_path / "whole").iterdir()
-    assert kills.differences(whole, run) == []
+    assert kills.differences(kills.the_run(tmp_path / "whole"), run) == []
 
 
 def test_a_full_disk_stops_with_the_last_good_state(drawn, tmp_path, resume):
