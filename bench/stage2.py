@@ -10,16 +10,17 @@ import shapes_dataset
 from benchmarks import CIRR
 from checkpoints import Checkpoints
 from combiner import Combiner
-from combiner_train import ComposedFeatures, combiner_validation, feature_batches
+from combiner_train import ComposedFeatures, combiner_validation, feature_batches, router_report
 from experiment import Run
 from features import FeatureCache, FrozenSplit, freeze, freeze_queries
 from interruption import StopRequest
+from keeper import Keeper
 from pair import load_encoder
 from ranking import random_cirr
 from regime import Precision, Regime
 from timing import in_turns, seconds
 from tracker import NoTracker
-from training import Keeper, Stepper, Task, train_one_epoch
+from training import Stepper, Task, train_one_epoch
 from training_data import Order
 from twins import re_encoding_epoch
 
@@ -31,12 +32,14 @@ def epoch(combiner, frozen_train: FrozenSplit, frozen_val: list[FrozenSplit], or
     batches = feature_batches(frozen_train, order)
     task = Task(batches, order.steps, ComposedFeatures(combiner, False), optimizer, validate, combiner)
     stepper = Stepper(task, Regime(1, 1), Precision("amp", device))
-    run_of = Run(Path(), NoTracker(), {}, "")
     checkpoints = Checkpoints(Path(), combiner, "Combiner", "combiner", {}, {}, keep=False, best_only=True)
+    kept = Run(Path(), NoTracker(), {}, ""), checkpoints, stepper.parts, device, StopRequest()
+    report = router_report(combiner, frozen_val)
 
     def run() -> None:
-        train_one_epoch(task, stepper, Keeper(run_of, stepper, checkpoints, StopRequest(), minutes=1000))
+        train_one_epoch(task, stepper, Keeper(*kept, minutes=1000))
         task.validate()
+        report()
 
     return run
 

@@ -1,10 +1,9 @@
 """The epoch loop: step, log, validate, keep the best, and be able to go on after any interruption."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +17,14 @@ import distributed
 from checkpoints import Checkpoints
 from experiment import Run
 from interruption import StopRequest
+from keeper import Keeper
 from regime import Precision, Regime
-from snapshot import Stateful, load_state, save_state
+from snapshot import Stateful
 from utils import DiskError, Stopped, UserError
 
 logger = logging.getLogger(__name__)
 
 READ_EVERY = 10  # steps between two looks at the losses: each look waits for the device
-SAVING_SHARE = 0.05  # of the time, which saving the state at the end of epochs may take
 
 
 @dataclass(frozen=True)
@@ -104,97 +103,6 @@ class Stepper:
         return loss
 
 
-@dataclass
-class Progress:
-    """How far a training is.
-
-    Attributes:
-        epoch: the one that is trained or, if `losses` has all of its steps, to be validated.
-        losses: of the steps that the epoch has had.
-        rows, best: see `Run` and `Checkpoints`.
-    """
-
-    epoch: int = 0
-    losses: list[float] = field(default_factory=list)
-    rows: dict[str, list[dict[str, float]]] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
-
-
-class Keeper:
-    """Saves the state of a training when it is due, and when a stop was asked for.
-
-    It is due after some minutes, between any two steps, and at the end of an epoch as long as saving takes no more than
-    a small share of the time.
-
-    Args:
-        minutes: the longest time that a crash may cost.
-    """
-
-    def __init__(self, run: Run, stepper: Stepper, checkpoints: Checkpoints, stop: StopRequest, minutes: float) -> None:
-        self.run, self.stepper, self.checkpoints, self.stop = run, stepper, checkpoints, stop
-        self.seconds = 60 * minutes
-        self.progress = Progress()
-        self.unread: list[Tensor] = []  # losses that are still on the device
-        self.saved_at, self.cost = time.monotonic(), 0.0
-        self.saved = "the beginning: none was saved yet"
-
-    def resume(self) -> Progress:
-        """Put back the state that the run's folder has, if it has one; returns the progress that this keeper saves."""
-        device = self.stepper.precision.device
-        if self.run.state_file.exists():
-            self.progress = Progress(**load_state(self.run.state_file, self.stepper.parts, device))
-            self._name_saved()
-            logger.info("going on after %s", self.saved)
-        self.run.rewind(self.progress.rows)
-        self.checkpoints.rewind(self.progress.best)
-        return self.progress
-
-    def look(self, epoch_ends: bool = False) -> None:
-        """Save the state if it is due. If a stop was asked for, save it and raise Stopped."""
-        since = time.monotonic() - self.saved_at
-        due = since >= self.seconds or (epoch_ends and since * SAVING_SHARE >= self.cost)
-        stopping, due = distributed.any_rank(bool(self.stop.requested), due and distributed.is_main())
-        if stopping or due:
-            self.save()
-        if stopping:
-            raise Stopped(self.stop.requested or "another process", f"go on with: {self.run.resume_command}")
-
-    def save(self) -> None:
-        """Save the state."""
-        start = time.monotonic()
-        self.read_losses()
-        self.progress.rows, self.progress.best = self.run.rows, self.checkpoints.best
-        if distributed.is_main():
-            save_state(self.run.state_file, self.stepper.parts, asdict(self.progress), self.stepper.precision.device)
-        self._name_saved()
-        self.saved_at = time.monotonic()
-        self.cost = self.saved_at - start
-
-    def read_losses(self) -> float:
-        """Take the losses off the device; returns their mean so far. One that is not finite stops the run."""
-        losses = self.progress.losses
-        for value in torch.stack(self.unread).tolist() if self.unread else []:
-            if not math.isfinite(value):
-                epoch, step = self.progress.epoch, len(losses)
-                raise UserError(f"the loss is {value} at epoch {epoch}, step {step}: lower the learning rate")
-            losses.append(value)
-        self.unread.clear()
-        return sum(losses) / max(1, len(losses))
-
-    def finish(self) -> None:
-        """Say where the files are and what was best; a complete run needs no state."""
-        if distributed.is_main():
-            self.run.complete(self.checkpoints.best)
-        logger.info("\nrun: %s", self.run.folder)
-        for path in self.checkpoints.saved:
-            logger.info("saved: %s", path)
-        for name, value in self.checkpoints.best.items():
-            logger.info("best %s = %.2f", name, value)
-
-    def _name_saved(self) -> None:
-        self.saved = f"epoch {self.progress.epoch}, step {len(self.progress.losses)}"
-
-
 def fit(
     task: Task,
     regime: Regime,
@@ -214,7 +122,7 @@ def fit(
         Stopped: a signal asked for it; the state is saved.
     """
     stepper = Stepper(task, regime, precision)
-    keeper = Keeper(run, stepper, checkpoints, stop, minutes)
+    keeper = Keeper(run, checkpoints, stepper.parts, precision.device, stop, minutes)
     try:
         with run.locked():
             progress = keeper.resume()

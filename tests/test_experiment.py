@@ -12,9 +12,10 @@ from checkpoints import Checkpoints
 from conftest import read_csv
 from experiment import Run, make_folder, plain, run_name
 from interruption import StopRequest
+from keeper import Keeper
 from regime import Precision, Regime
 from tracker import NoTracker, make_tracker
-from training import Keeper, Stepper, Task, fit, train_one_epoch
+from training import Stepper, Task, fit, train_one_epoch
 from training_data import Order
 from utils import UserError, written_whole
 
@@ -190,7 +191,7 @@ def test_a_loss_that_is_not_finite_names_epoch_and_step(tmp_path):
     """Losses are read every few steps, but the step named is the one that failed."""
     task = toy_task(lambda: {}, steps=17, bad_step=13)
     stepper = Stepper(task, Regime(1, 1), Precision("fp32", CPU))
-    keeper = Keeper(new_run(tmp_path), stepper, checkpoints(tmp_path), StopRequest(), 10)
+    keeper = Keeper(new_run(tmp_path), checkpoints(tmp_path), stepper.parts, CPU, StopRequest(), 10)
     keeper.progress.epoch = 4
     with pytest.raises(UserError, match="the loss is nan at epoch 4, step 13"):
         train_one_epoch(task, stepper, keeper)

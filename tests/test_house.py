@@ -11,7 +11,7 @@ FLOORS = [
     {"annotations", "checkpoints", "clip_model", "combiner", "contrastive", "interruption", "regime", "routing"}
     | {"snapshot", "splits", "tracker"},
     {"data_utils", "exclusions", "experiment", "protocols"},
-    {"benchmarks", "features", "image_cache", "image_check"},
+    {"benchmarks", "features", "image_cache", "image_check", "keeper"},
     {"dataset_report", "options", "pair", "results", "retrieval", "startup", "submission", "training", "training_data"},
     {"comparison", "submit"},
     {"clip_fine_tune", "combiner_train", "validate", "cirr_test_submission", "fashioniq_test_submission", "compare"}

@@ -16,10 +16,10 @@ import clip_fine_tune
 import combiner_train
 import features
 import kills
-import training
 from checkpoints import Checkpoints
 from conftest import CASES, SOAK, STAGE_1, STAGE_2, read_csv
 from experiment import Run, make_folder
+from keeper import Keeper
 from test_distributed import free_port
 from tracker import NoTracker
 from utils import load_tensors, save_tensors
@@ -71,7 +71,7 @@ def stopped(stage_2, monkeypatch, tmp_path):
     """A run that was told to stop at its n-th look, of which each step has one."""
 
     def stopped(look: int, *flags: object, output="stopped", **kwargs) -> Path:
-        real, left = training.Keeper.look, [look]
+        real, left = Keeper.look, [look]
 
         def stopping(keeper, epoch_ends=False):
             left[0] -= 1
@@ -80,7 +80,7 @@ def stopped(stage_2, monkeypatch, tmp_path):
             return real(keeper, epoch_ends)
 
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-            patch.setattr(training.Keeper, "look", stopping)
+            patch.setattr(Keeper, "look", stopping)
             stage_2(*flags, output=output, **kwargs)
         assert stop.value.code == 0
         (run,) = (tmp_path / output).iterdir()
