@@ -255,6 +255,22 @@ def test_runs_of_one_second_share_no_folder(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["run", "run_2", "run_3", "run_4", "run_5"]
 
 
+def make_folders(parent: Path, number: int) -> None:
+    for _ in range(10):
+        make_folder(parent, "run", {"number": number})
+
+
+def test_processes_that_start_at_once_share_no_folder(tmp_path):
+    processes = [kills.CONTEXT.Process(target=make_folders, args=(tmp_path, number)) for number in range(6)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    made = [json.loads(file.read_text())["number"] for file in tmp_path.glob("*/training_hyperparameters.json")]
+    assert sorted(made) == [number for number in range(6) for _ in range(10)]
+    assert len(list(tmp_path.iterdir())) == 60
+
+
 # From the command line
 
 
