@@ -3,10 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test soak bench lint format clean
+.PHONY: demo app test soak bench lint format clean
 
 demo: $(VENV)/runtime-installed
 	$(BIN)/python src/demo.py
+
+app: $(VENV)/app-installed
+	test -d demo/submission || $(BIN)/python src/demo.py
+	$(BIN)/python src/search.py index --images demo/data/fashionIQ_dataset/images --output demo/index \
+		--clip-model-path $$(ls -d demo/models/FashionIQ_clip/* | tail -1)
+	$(BIN)/python src/demo_app.py --index demo/index \
+		--combiner-path $$(ls -d demo/models/FashionIQ_moe/*/seed_0 | tail -1)
 
 test: $(VENV)/dev-installed
 	$(BIN)/python -m pytest tests
@@ -35,6 +42,10 @@ $(VENV)/runtime-installed: requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/dev-installed: requirements-dev.txt $(VENV)/runtime-installed
+$(VENV)/app-installed: requirements-app.txt $(VENV)/runtime-installed
+	$(BIN)/python -m pip install --quiet -r requirements-app.txt
+	touch $@
+
+$(VENV)/dev-installed: requirements-dev.txt $(VENV)/app-installed
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@

@@ -18,6 +18,7 @@ from keeper import Keeper
 from pair import load_encoder
 from ranking import random_cirr
 from regime import Precision, Regime
+from run_page import About
 from timing import in_turns, seconds
 from tracker import NoTracker
 from training import Stepper, Task, train_one_epoch
@@ -33,7 +34,13 @@ def epoch(combiner, frozen_train: FrozenSplit, frozen_val: list[FrozenSplit], or
     task = Task(batches, order.steps, ComposedFeatures(combiner, False), optimizer, validate, combiner)
     stepper = Stepper(task, Regime(1, 1), Precision("amp", device))
     checkpoints = Checkpoints(Path(), combiner, "Combiner", "combiner", {}, {}, keep=False, best_only=True)
-    kept = Run(Path(), NoTracker(), {}, ""), checkpoints, stepper.parts, device, StopRequest()
+    kept = (
+        Run(Path(), NoTracker(), About({}, (), {}, {"resume": ""})),
+        checkpoints,
+        stepper.parts,
+        device,
+        StopRequest(),
+    )
     report = router_report(combiner, frozen_val)
 
     def run() -> None:

@@ -44,6 +44,15 @@ class Checkpoints:
         """The files of weights that are there."""
         return sorted(self.folder.glob("*.pt"))
 
+    def first_choice(self, last_epoch: int) -> Path | None:
+        """The weights to look at first when the training is complete, None where none are kept.
+
+        Args:
+            last_epoch: the last one that is validated.
+        """
+        name = next(iter(self.best_names.values())) if self.best_only else f"{self.prefix}_{last_epoch}"
+        return self.folder / f"{name}.pt" if self.keep else None
+
     def update(self, epoch: int, metrics: dict[str, float]) -> None:
         """Remember and save what this validation made the best, or every epoch's weights where all are kept."""
         improved = [name for name in self.best_names if metrics[name] > self.best.get(name, float("-inf"))]

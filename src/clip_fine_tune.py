@@ -146,10 +146,12 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     name = run_name("clip_finetuned", data.benchmark.run_name, config["clip_model_name"])
     folder = claim_folder(args.output_dir, name, config, args.resume)
     best_names = {metric: f"tuned_clip_{suffix}" for metric, suffix in data.benchmark.selection.items()}
-    run = open_run(folder, tracker, config, startup.resume_command(SCRIPT, folder))
     saving = args.save_training, args.save_best
     kept = Checkpoints(folder, measured.model, "CLIP", "tuned_clip", best_names, config, *saving)
-    fit(task, Regime.of(vars(args)), precision, run, kept, stop, args.checkpoint_every_minutes)
+    regime = Regime.of(vars(args))
+    shown = {"combining-function": "sum", "clip-model-path": kept.first_choice(regime.last_validation)}
+    run = open_run(folder, tracker, startup.about_run(data.benchmark, config, folder, shown))
+    fit(task, regime, precision, run, kept, stop, args.checkpoint_every_minutes)
 
 
 @command

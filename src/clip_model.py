@@ -146,6 +146,15 @@ def tokenize(captions: list[str]) -> Tensor:
     return clip.tokenize(captions, truncate=True)
 
 
+def fits(caption: str) -> bool:
+    """Whether a caption has no more tokens than CLIP takes, so that nothing of it is truncated."""
+    try:
+        clip.tokenize([caption])
+    except RuntimeError:
+        return False
+    return True
+
+
 TINY = {
     "vit": {"vision_layers": 4, "vision_patch_size": 8, "vision_width": 64},
     "resnet": {"vision_layers": (1, 1, 1, 1), "vision_patch_size": None, "vision_width": 16},

@@ -4,6 +4,7 @@ Shapes: B queries, D = CLIP's feature length, P = projection_dim, H = hidden_dim
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +23,19 @@ ORIGINAL_TOP_K = 2
 def compose_sum(image_features: Tensor, text_features: Tensor) -> Tensor:
     """The normalised sum of unnormalised CLIP features, (B, D), (B, D) -> (B, D): stage 1's query."""
     return F.normalize(image_features + text_features, dim=-1)
+
+
+@dataclass(frozen=True)
+class Insight:
+    """What a Combiner does with queries.
+
+    Attributes:
+        experts: (B, E) weight of each expert, 0 for those that a query does not go to; E is 0 without a mixture.
+        gate: (B,) how much of the residual is text, 0 to 1, the mean over its elements.
+    """
+
+    experts: Tensor
+    gate: Tensor
 
 
 class RowDropout(nn.Dropout):
@@ -121,6 +135,15 @@ class Combiner(nn.Module):
         """The router's logits (B, E) alone."""
         return self.moe_layer.router(self.joint(image_features, text_features))
 
+    @torch.no_grad()
+    def insight(self, image_features: Tensor, text_features: Tensor) -> Insight:
+        """What the mixture and the gate do with queries."""
+        joint = self.joint(image_features, text_features)
+        logits = self.moe_layer.router(joint)
+        values, chosen = logits.topk(self.moe_layer.top_k, dim=-1)
+        weights = torch.zeros_like(logits).scatter(1, chosen, values.softmax(-1))
+        return Insight(weights, torch.sigmoid(self.gate_net(joint)).mean(1))
+
 
 class PlainCombiner(nn.Module):
     """CLIP4Cir's Combiner: projections, one hidden layer, a scalar that balances text and image (arXiv 2308.11485)."""
@@ -136,13 +159,23 @@ class PlainCombiner(nn.Module):
 
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Unnormalised CLIP features (B, D), (B, D) -> normalised query (B, D)."""
-        text = self.dropout(F.relu(self.text_projection_layer(text_features)))  # (B, P)
-        image = self.dropout(F.relu(self.image_projection_layer(image_features)))  # (B, P)
-        joint = torch.cat([text, image], dim=-1)  # (B, 2P)
+        joint = self.joint(image_features, text_features)  # (B, 2P)
         hidden = self.dropout(F.relu(self.combiner_layer(joint)))  # (B, H)
         scalar = torch.sigmoid(self.dynamic_scalar(joint))  # (B, 1)
         composed = self.output_layer(hidden) + scalar * text_features + (1 - scalar) * image_features
         return F.normalize(composed, dim=-1)
+
+    def joint(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """The projections side by side (B, 2P), text first."""
+        text = self.dropout(F.relu(self.text_projection_layer(text_features)))  # (B, P)
+        image = self.dropout(F.relu(self.image_projection_layer(image_features)))  # (B, P)
+        return torch.cat([text, image], dim=-1)
+
+    @torch.no_grad()
+    def insight(self, image_features: Tensor, text_features: Tensor) -> Insight:
+        """What the scalar does with queries."""
+        joint = self.joint(image_features, text_features)
+        return Insight(joint.new_empty(len(joint), 0), torch.sigmoid(self.dynamic_scalar(joint)).squeeze(1))
 
 
 def _normed_projection(clip_dim: int, projection_dim: int) -> nn.Sequential:

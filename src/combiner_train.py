@@ -177,10 +177,12 @@ def train(args: argparse.Namespace, stage: Stage, seed: int, folder: Path, whole
     selection = stage.data.benchmark.selection
     only = len(selection) == 1  # one best checkpoint needs no suffix
     best_names = {metric: "combiner" if only else f"combiner_{suffix}" for metric, suffix in selection.items()}
-    run = open_run(folder, stage.tracker, config, startup.resume_command(SCRIPT, whole))
     kept = Checkpoints(folder, measured, "Combiner", "combiner", best_names, config, args.save_training, args.save_best)
-    precision = Precision(args.precision, stage.device)
-    fit(task, Regime.of(vars(args)), precision, run, kept, stop, args.checkpoint_every_minutes)
+    regime, precision = Regime.of(vars(args)), Precision(args.precision, stage.device)
+    shown = {"combining-function": "combiner", "combiner-path": kept.first_choice(regime.last_validation)}
+    shown |= {"clip-model-path": config["clip_model_path"]} if config["clip_model_path"] else {}
+    run = open_run(folder, stage.tracker, startup.about_run(stage.data.benchmark, config, whole, shown))
+    fit(task, regime, precision, run, kept, stop, args.checkpoint_every_minutes)
 
 
 def train_seeds(args: argparse.Namespace, stage: Stage, folder: Path, stop: StopRequest) -> None:

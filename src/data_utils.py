@@ -138,6 +138,20 @@ class ImageDataset(Dataset):
         return self.read(self.paths[row])
 
 
+class ReadableImages(ImageDataset):
+    """Preprocessed images and whether each could be read, item i is (3, R, R) uint8 and () bool; others are black."""
+
+    def __init__(self, paths: list[Path], read: Reader, resolution: int) -> None:
+        super().__init__(paths, read)
+        self.resolution = resolution
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        try:
+            return super().__getitem__(row), torch.tensor(True)
+        except UserError:
+            return torch.zeros(3, self.resolution, self.resolution, dtype=torch.uint8), torch.tensor(False)
+
+
 class TripletImages(Dataset):
     """Reference and target images of a split's triplets, item i is 2 x (3, R, R) uint8."""
 

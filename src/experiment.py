@@ -10,21 +10,17 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 import distributed
 from annotations import read
+from run_page import About, RunPage
 from tracker import NoTracker
-from utils import UserError, write_text
+from utils import UserError, locked, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -46,41 +42,27 @@ class Run:
     Attributes:
         rows: "train", "validation" or "router" -> the rows of its CSV file.
         resume_command: goes on with the training.
+
+    Args:
+        about: what its page says of it; a command "resume" is among its commands.
     """
 
-    def __init__(
-        self, folder: Path, tracker: NoTracker, hyper_parameters: Mapping[str, Any], resume_command: str
-    ) -> None:
+    def __init__(self, folder: Path, tracker: NoTracker, about: About) -> None:
         self.folder = folder
         self.tracker = tracker
-        self.resume_command = resume_command
+        self.resume_command = about.commands["resume"]
+        self.page = RunPage(folder, about)
         self.rows: dict[str, list[dict[str, float]]] = {}
-        tracker.log_parameters(hyper_parameters)
+        tracker.log_parameters(about.hyper_parameters)
 
     @property
     def state_file(self) -> Path:
         """All that is needed to go on with the training; there until it is complete."""
         return self.folder / STATE
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes out of the folder while this one trains in it; the lock ends with the process.
-
-        Raises:
-            UserError: another process is training in it.
-        """
-        if fcntl is None:
-            yield
-            return
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"--resume {self.folder}: another process trains in it: stop that one first") from None
-            yield
-        finally:
-            os.close(descriptor)
+    def locked(self) -> contextlib.AbstractContextManager:
+        """Keep other processes out of the folder while this one trains in it."""
+        return locked(self.folder, f"--resume {self.folder}: another process trains in it: stop that one first")
 
     def record(self, kind: str, epoch: int, metrics: dict[str, float]) -> None:
         """Add a row to `{kind}_metrics.csv`; it takes the place of one that the epoch had before an interruption."""
@@ -88,6 +70,10 @@ class Run:
         self.rows[kind] = [*others, {"epoch": epoch, **metrics}]
         self._write(kind)
         self.tracker.log_metrics(metrics, epoch)
+
+    def draw(self) -> None:
+        """Refresh the pictures, if they are due (see `RunPage`)."""
+        self.page.refresh(self.rows, complete=False)
 
     def rewind(self, rows: dict[str, list[dict[str, float]]]) -> None:
         """Go back to the rows that a saved state has; what was written after it will be written again."""
@@ -102,7 +88,8 @@ class Run:
             self._write(kind)
 
     def complete(self, metrics: Iterable[str]) -> None:
-        """Write down the best validation by each of some metrics, the first of equals, and drop the state."""
+        """Draw, write down the best validation by each of some metrics, the first of equals, and drop the state."""
+        self.page.refresh(self.rows, complete=True)
         rows = self.rows.get("validation", [])
         chosen = {name: max(rows, key=operator.itemgetter(name)) for name in metrics}
         write_text(self.folder / BEST_METRICS, json.dumps(chosen, indent=2) + "\n")
@@ -116,9 +103,9 @@ class Run:
 class SilentRun(Run):
     """The run as a process sees it that writes nothing, beside the one that does."""
 
-    def __init__(self, folder: Path, resume_command: str) -> None:
+    def __init__(self, folder: Path, about: About) -> None:
         self.folder = folder
-        self.resume_command = resume_command
+        self.resume_command = about.commands["resume"]
         self.rows = {}
 
     def locked(self) -> contextlib.AbstractContextManager:
@@ -126,6 +113,9 @@ class SilentRun(Run):
         return contextlib.nullcontext()
 
     def record(self, kind: str, epoch: int, metrics: dict[str, float]) -> None:
+        """Leave it to the process that writes."""
+
+    def draw(self) -> None:
         """Leave it to the process that writes."""
 
     def rewind(self, rows: dict[str, list[dict[str, float]]]) -> None:
@@ -179,11 +169,9 @@ def claim_folder(parent: Path, name: str, config: Mapping[str, Any], resumed: Pa
     return Path(distributed.same_text(str(made)))
 
 
-def open_run(folder: Path, tracker: NoTracker, config: Mapping[str, Any], resume_command: str) -> Run:
+def open_run(folder: Path, tracker: NoTracker, about: About) -> Run:
     """The run in a claimed folder: the one process that writes gets it, the others a silent one."""
-    if distributed.is_main():
-        return Run(folder, tracker, config, resume_command)
-    return SilentRun(folder, resume_command)
+    return Run(folder, tracker, about) if distributed.is_main() else SilentRun(folder, about)
 
 
 def is_complete(folder: Path) -> bool:
@@ -196,7 +184,7 @@ def is_complete(folder: Path) -> bool:
 
 # What changes where or how fast a run goes on, not what it computes.
 FREE = {"data_root", "output_dir", "num_workers", "device", "similarity_block", "image_cache", "feature_cache"}
-FREE |= {"checkpoint_every_minutes", "resume", "workspace", "experiment_name"}
+FREE |= {"checkpoint_every_minutes", "command", "resume", "workspace", "experiment_name"}
 
 
 def read_hyper_parameters(folder: Path) -> dict[str, Any]:

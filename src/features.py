@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import distributed
 from clip_model import CLIP, feature_dim, tokenize
-from data_utils import ImageDataset, Reader, load_batches, normalise
+from data_utils import ImageDataset, ReadableImages, Reader, load_batches, normalise
 from splits import Split, file_identities
 from utils import UserError, load_tensors, save_tensors
 
@@ -55,6 +55,34 @@ class Encoder:
                 bar.update(len(pixels))
                 self.between()
         return distributed.gather_shards(torch.cat(encoded))
+
+    @torch.no_grad()
+    def readable_images(self, paths: list[Path], what: str) -> tuple[Tensor, list[str]]:
+        """Features (n, D) of the n image files that can be read, in order, and why each of all cannot, "" where it can.
+
+        In this process alone.
+        """
+        encoded, reasons = [torch.empty(0, feature_dim(self.model), device=self.device)], []
+        images = ReadableImages(paths, self.read, self.recipe["resolution"])
+        batches = load_batches(images, _chunks(len(paths), self.batch_size), self.workers, self.device)
+        with tqdm(total=len(paths), desc=f"encoding {what}", unit="img", leave=False, disable=None) as bar:
+            for pixels, readable in batches:
+                if readable.any():
+                    encoded.append(self.model.encode_image(normalise(pixels[readable])).float())
+                reasons += readable.tolist()
+                bar.update(len(pixels))
+                self.between()
+        return torch.cat(encoded), [self._reason(path, good) for path, good in zip(paths, reasons, strict=True)]
+
+    def _reason(self, path: Path, readable: bool) -> str:
+        """Why an image cannot be read."""
+        if readable:
+            return ""
+        try:
+            self.read(path)
+        except UserError as error:
+            return str(error)
+        return "it could not be read a moment ago"
 
     @torch.no_grad()
     def captions(self, captions: list[str]) -> Tensor:

@@ -76,12 +76,12 @@ def in_any_case(names: Iterable[str]) -> Callable[[str], str]:
     return name
 
 
-def dataset_flag() -> argparse.ArgumentParser:
+def dataset_flag(required: bool = True) -> argparse.ArgumentParser:
     """--dataset."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("benchmark")
     group.add_argument(
-        "--dataset", type=in_any_case(BENCHMARKS), choices=list(BENCHMARKS), required=True, help="in any case"
+        "--dataset", type=in_any_case(BENCHMARKS), choices=list(BENCHMARKS), required=required, help="in any case"
     )
     return parser
 
@@ -99,21 +99,28 @@ def data_root_flag() -> argparse.ArgumentParser:
     return parser
 
 
+def compute_flags() -> argparse.ArgumentParser:
+    """What computes."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("machine")
+    group.add_argument("--num-workers", type=natural_int, default=DEFAULT_WORKERS, help="processes that decode images")
+    group.add_argument("--device", metavar="DEV", help="such as cuda:1 or cpu (default: cuda where there is one)")
+    return parser
+
+
 def machine_flags() -> argparse.ArgumentParser:
     """Where the data are, what is left out of them, and what computes."""
-    parser = argparse.ArgumentParser(add_help=False, parents=[data_root_flag()])
-    group = parser.add_argument_group("evaluation and machine")
+    parser = argparse.ArgumentParser(add_help=False, parents=[data_root_flag(), compute_flags()])
+    group = parser.add_argument_group("evaluation")
     group.add_argument(
         "--exclusions", type=Path, metavar="FILE", help="leave out the images of a list that check_dataset.py wrote"
     )
-    group.add_argument("--num-workers", type=natural_int, default=DEFAULT_WORKERS, help="processes that decode images")
     group.add_argument(
         "--similarity-block",
         type=positive_int,
         metavar="ROWS",
         help="queries whose similarities to the gallery are in memory at a time (default: at most 1 GiB)",
     )
-    group.add_argument("--device", metavar="DEV", help="such as cuda:1 or cpu (default: cuda where there is one)")
     return parser
 
 
@@ -233,11 +240,11 @@ def frozen_flags() -> argparse.ArgumentParser:
     return parser
 
 
-def pair_flags() -> argparse.ArgumentParser:
+def pair_flags(required: bool = True) -> argparse.ArgumentParser:
     """How an evaluation composes its queries."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("composition")
-    group.add_argument("--combining-function", choices=("sum", "combiner"), required=True)
+    group.add_argument("--combining-function", choices=("sum", "combiner"), required=required)
     group.add_argument("--combiner-path", type=Path, metavar="PATH", help="stage-2 weights, for combiner")
     return parser
 
@@ -270,6 +277,18 @@ def pair_choice(args: argparse.Namespace) -> dict[str, Any]:
         "combiner_choice": combiner_choice(args),
         "workers": args.num_workers,
     }
+
+
+def search_flags() -> list[argparse.ArgumentParser]:
+    """An index, and how its queries are composed: with the index's CLIP, and the sum unless a Combiner is named."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("index and composition")
+    group.add_argument("--index", type=Path, required=True, metavar="INDEX", help="made by search.py index")
+    group.add_argument(
+        "--combining-function", choices=("sum", "combiner"), help="(default: combiner if its path is given)"
+    )
+    group.add_argument("--combiner-path", type=Path, metavar="PATH", help="stage-2 weights")
+    return [parser, combiner_flags(trains=False)]
 
 
 def clip_choice(args: argparse.Namespace) -> dict[str, str | float | None]:

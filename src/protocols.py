@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rankings import Ranking
 from splits import Split
 
 
@@ -56,6 +57,8 @@ def outside(split: Split) -> Tensor:
     inside = members(split)
     return torch.tensor([name not in inside for name in split.image_paths], dtype=torch.bool)
 
+
+Rankings = dict[Protocol, dict[str, Ranking]]  # protocol -> split's name -> its ranking
 
 ORIGINAL_KEPT = Protocol("original", "kept")  # the start kit, CLIP4Cir, SPRC, CaLa, SEARLE, LinCIR, Pic2Word
 ORIGINAL_REMOVED = Protocol("original", "removed")  # SPN4CIR, CoVR, HABIT, INTENT, ARTEMIS; CIRR's own

@@ -64,6 +64,11 @@ class Regime:
         """The regime that a script's flags ask for."""
         return cls(**{field.name: flags[field.name] for field in dataclasses.fields(cls) if field.name in flags})
 
+    @property
+    def last_validation(self) -> int:
+        """The last epoch that is validated."""
+        return (self.num_epochs - 1) // self.validation_frequency * self.validation_frequency
+
     def factor(self, step: int, steps: int) -> float:
         """What the learning rate is multiplied with at a step of all `steps`."""
         if step < self.warmup_steps:

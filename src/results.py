@@ -1,10 +1,10 @@
-"""Results that say what they are: metrics under each protocol with all that they were measured on, and rankings."""
+"""Results that say what they are: metrics under each protocol with all that they were measured on."""
 
 import json
 import math
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,10 @@ import torch
 
 from benchmarks import BENCHMARKS, Benchmark
 from features import versions
-from protocols import Protocol
-from rankings import Ranking, answers
+from protocols import Protocol, Rankings
+from rankings import Ranking
 from splits import Split, images_digest, split_digest
 from utils import UserError, read_json, write_text
-
-Rankings = dict[Protocol, dict[str, Ranking]]  # protocol -> split's name -> its ranking
 
 
 def make_result(
@@ -111,43 +109,3 @@ def _recomputed(benchmark: Benchmark, measured: Mapping[str, Any]) -> dict[str, 
         in_group = measured["group_ranks"].get(name)
         scores[name] = benchmark.score(torch.tensor(ranks), None if in_group is None else torch.tensor(in_group))
     return benchmark.summary(scores)
-
-
-def write_rankings(
-    file: Path, result: dict[str, Any], benchmark: Benchmark, splits: list[Split], rankings: Rankings
-) -> None:
-    """Write the answers to every query: the result without its ranks, then a line for each query.
-
-    A query has, under each protocol, the rank of its target (0 is the first place) and the nearest images with their
-    cosine similarities, rounded to 6 digits; and the same in its group, if it has one.
-    """
-    about = {name: {k: v for k, v in m.items() if "ranks" not in k} for name, m in result["protocols"].items()}
-    header = json.dumps(result | {"protocols": about}, indent=1)
-    parts = []
-    for split in splits:
-        of_split = {protocol.name: by_split[split.name] for protocol, by_split in rankings.items()}
-        lines = ",\n".join(json.dumps(query) for query in _queries(benchmark, split, of_split))
-        parts.append(f"{json.dumps(split.name)}: [\n{lines}\n]")
-    write_text(file, header[: header.rindex("}")].rstrip() + ',\n "queries": {' + ",\n".join(parts) + "}\n}\n")
-
-
-def _queries(benchmark: Benchmark, split: Split, of_split: dict[str, Ranking]) -> list[dict[str, Any]]:
-    """A split's queries with their answers."""
-    queries = [
-        {"query": row, "pair_id": t.pair_id, "reference": t.reference, "target": t.target}
-        | {"caption": benchmark.caption(t.captions), "group": list(t.group), "protocols": {}}
-        for row, t in enumerate(split.triplets)
-    ]
-    for name, ranking in of_split.items():
-        found = _rounded(split.names, ranking.nearest, ranking.similarities)
-        for query, rank, nearest in zip(queries, ranking.ranks.tolist(), found, strict=True):
-            query["protocols"][name] = {"rank": rank, "nearest": nearest}
-        if ranking.group_ranks is not None:
-            found = _rounded(split.names, ranking.nearest_in_group, ranking.group_similarities)
-            for query, rank, nearest in zip(queries, ranking.group_ranks.tolist(), found, strict=True):
-                query["in_group"] = {"rank": rank, "nearest": nearest}
-    return queries
-
-
-def _rounded(names: Sequence[str], rows: torch.Tensor, similarities: torch.Tensor) -> list[list[tuple[str, float]]]:
-    return [[(name, round(s, 6)) for name, s in row] for row in answers(names, rows, similarities)]

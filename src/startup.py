@@ -4,7 +4,9 @@ import argparse
 import logging
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +14,7 @@ import distributed
 from benchmarks import BENCHMARKS, Benchmark
 from exclusions import read_exclusions
 from experiment import read_hyper_parameters
+from run_page import About
 from tracker import NoTracker, make_tracker
 from utils import UserError, check_writable, first_line, seed_everything
 
@@ -50,9 +53,10 @@ def open_benchmark(args: argparse.Namespace) -> tuple[Benchmark, dict[str, str]]
     return BENCHMARKS[args.dataset](args.data_root, reasons), reasons
 
 
-def command_line(script: str, argv: list[str] | None) -> str:
-    """A command as it was typed, for results that say how they were made."""
-    return shlex.join(["python", f"src/{script}", *(sys.argv[1:] if argv is None else argv)])
+def command_line(script: str, argv: list[str] | None, secret: str | None = None) -> str:
+    """A command as it was typed, but for a secret in it, for results that say how they were made."""
+    words = ["python", f"src/{script}", *(sys.argv[1:] if argv is None else argv)]
+    return shlex.join(word.replace(secret, "...") if secret else word for word in words)
 
 
 def parse_training(parser: argparse.ArgumentParser, script: str, argv: list[str] | None) -> argparse.Namespace:
@@ -60,13 +64,15 @@ def parse_training(parser: argparse.ArgumentParser, script: str, argv: list[str]
 
     That must not contradict the run: `experiment.started_with` holds it against the hyper-parameters as they come out.
     """
-    parser.set_defaults(script=script)
     argv = sys.argv[1:] if argv is None else argv
+    parser.set_defaults(script=script)
     only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     only.add_argument("--resume", type=Path)
     folder = only.parse_known_args(argv)[0].resume
     if folder is None:
-        return parser.parse_args(argv)
+        args = parser.parse_args(argv)
+        args.command = command_line(script, argv, args.api_key)
+        return args
     stored = read_hyper_parameters(folder)
     if stored.get("script", script) != script:
         raise UserError(f"--resume {folder} was started by {stored['script']}: resume it with that script")
@@ -78,6 +84,17 @@ def parse_training(parser: argparse.ArgumentParser, script: str, argv: list[str]
     return parser.parse_args([*dataset, *argv])
 
 
-def resume_command(script: str, folder: Path) -> str:
-    """What goes on with a run."""
-    return f"{distributed.launcher()} src/{script} --resume {shlex.quote(str(folder))}"
+def about_run(benchmark: Benchmark, config: Mapping[str, Any], folder: Path, validated: Mapping[str, Any]) -> About:
+    """What the page of a run says, and how it is resumed.
+
+    Args:
+        folder: what `--resume` takes.
+        validated: flags of the weights to validate, without their dashes; None where there are none.
+    """
+    commands = {"resume": f"{distributed.launcher()} src/{config['script']} --resume {shlex.quote(str(folder))}"}
+    if None not in validated.values():
+        flags = {"dataset": benchmark.name, "data-root": config["data_root"], **validated}
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        commands["validate"] = shlex.join(["python", "src/validate.py", *words])
+    commands["reproduce"] = config["command"]
+    return About(benchmark.titles, tuple(benchmark.selection), config, commands)

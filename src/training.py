@@ -148,6 +148,7 @@ def run_epoch(task: Task, stepper: Stepper, keeper: Keeper, regime: Regime) -> N
         metrics = _validate(task, keeper)
         run.record("validation", epoch, metrics)
         keeper.checkpoints.update(epoch, metrics)
+        run.draw()
         logger.info(_line(epoch, loss, metrics, keeper.checkpoints.best, time.monotonic() - start))
     progress.epoch, progress.losses = epoch + 1, []
     keeper.look(epoch_ends=True)

@@ -17,6 +17,11 @@ from typing import IO, Any
 
 import torch
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -146,10 +151,36 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    with written_whole(path) as file:
+        file.write(content)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    with written_whole(path) as file:
-        file.write(text.encode())
+    write_bytes(path, text.encode())
+
+
+@contextlib.contextmanager
+def locked(folder: Path, refusal: str) -> Iterator[None]:
+    """Keep other processes out of a folder that they would lock too; the lock ends with the process at the latest.
+
+    Raises:
+        UserError: another process has it, in the words of `refusal`.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(refusal) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_writable(folders: dict[str, Path | None]) -> None:

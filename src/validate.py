@@ -5,7 +5,6 @@
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -14,14 +13,12 @@ import distributed
 import options
 import startup
 from benchmarks import Benchmark
-from features import FrozenSplit
-from pair import Pair, load_and_freeze
+from evaluation import choose_protocols, explain_all, rank_all
+from pair import load_and_freeze
 from protocols import PROTOCOLS, Protocol
-from results import Rankings, make_result, write_rankings, write_result
-from retrieval import rank
-from utils import UserError, check_writable, command
-
-GROUP_LENGTH = 5  # candidates in a query's group, all of which a rankings file lists
+from records import make_records, write_rankings
+from results import make_result, write_result
+from utils import check_writable, command
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -43,23 +40,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def choose_protocols(names: list[str] | None, benchmark: Benchmark) -> list[Protocol]:
-    """The protocols asked for, in the benchmark's order; all of them where the flag is silent."""
-    known = [protocol.name for protocol in benchmark.protocols]
-    for name in names or []:
-        if name not in known:
-            raise UserError(f"--protocol {name} is none of {benchmark.name}: choose from {', '.join(known)}")
-    return [protocol for protocol in benchmark.protocols if names is None or protocol.name in names]
-
-
-def rank_all(
-    frozen: list[FrozenSplit], pair: Pair, protocols: Sequence[Protocol], k: int, block: int | None
-) -> Rankings:
-    """Every split's ranking under every protocol."""
-    by_split = {f.split.name: rank(f, pair.compose, protocols, k, GROUP_LENGTH, block) for f in frozen}
-    return {p: {name: rankings[p] for name, rankings in by_split.items()} for p in protocols}
-
-
 def table(benchmark: Benchmark, measured: dict[Protocol, dict[str, float]]) -> str:
     """Protocols by metrics, as text."""
     rows = {
@@ -79,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     protocols = choose_protocols(args.protocol, benchmark)
     val = benchmark.val()
     pair, frozen = load_and_freeze(benchmark, val, device, **options.pair_choice(args))
-    rankings = rank_all(frozen, pair, protocols, args.rankings_k if args.rankings else 0, args.similarity_block)
+    rankings = rank_all(frozen, pair.compose, protocols, args.rankings_k if args.rankings else 0, args.similarity_block)
     if distributed.is_main():
         measured = {protocol: benchmark.metrics(of_split) for protocol, of_split in rankings.items()}
         for name, value in measured[protocols[0]].items():
@@ -91,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
             if args.metrics_json:
                 write_result(args.metrics_json, result)
             if args.rankings:
-                write_rankings(args.rankings, result, benchmark, val, rankings)
+                records = make_records(benchmark, val, rankings, explain_all(frozen, pair.compose))
+                write_rankings(args.rankings, result, records)
     distributed.stop()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from data_utils import decoded
 from utils import load_tensors
 
 # Processes are forked from one that has the packages loaded: a kill then costs a second, not five.
@@ -80,6 +81,7 @@ def read_everything(output: Path, tally: Tally) -> None:
         tally.files_read += 1
         try:
             readers: dict[str, Callable] = {".csv": pd.read_csv, ".pt": load_tensors, ".json": read_json}
+            readers |= {".png": lambda file: decoded(file), ".html": whole_page}
             readers[file.suffix](file)
         except BaseException as error:
             tally.unreadable.append(f"{file}: {error!r}")
@@ -87,6 +89,10 @@ def read_everything(output: Path, tally: Tally) -> None:
 
 def read_json(file: Path) -> object:
     return json.loads(file.read_text())
+
+
+def whole_page(file: Path) -> None:
+    assert file.read_text().endswith("</html>\n")
 
 
 def survive(door: str, argv: list[str], whole: Path, folder: Path, kills: int, longest: float, seed: int) -> Tally:
@@ -142,10 +148,8 @@ def same_file(one: Path, other: Path) -> bool:
     if one.suffix == ".pt":
         return same(load_tensors(one), load_tensors(other))
     if one.name == "training_hyperparameters.json":
-        first, second = read_json(one), read_json(other)
-        free = {"output_dir", "checkpoint_every_minutes"}
-        return {k: v for k, v in first.items() if k not in free} == {k: v for k, v in second.items() if k not in free}
-    return one.read_bytes() == other.read_bytes()
+        return same(read_json(one), read_json(other))
+    return one.name == "index.html" or one.read_bytes() == other.read_bytes()  # a page names its folder
 
 
 def same(one: object, other: object) -> bool:
@@ -153,7 +157,7 @@ def same(one: object, other: object) -> bool:
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
-        free = {"output_dir", "checkpoint_every_minutes"}
+        free = {"output_dir", "checkpoint_every_minutes", "command"}
         keys = one.keys() - free
         return keys == other.keys() - free and all(same(one[k], other[k]) for k in keys)
     return one == other

@@ -136,7 +136,7 @@ def test_nothing_is_saved_without_save_training(run, drawn, tmp_path):
     (folder,) = run("combiner_train", drawn, "--dataset", "CIRR", *name, *flags.split()).iterdir()
     files = sorted(file.name for file in folder.iterdir())
     csv = ["router_metrics.csv", "train_metrics.csv", "training_hyperparameters.json", "validation_metrics.csv"]
-    assert files == ["best_metrics.json", *csv]
+    assert files == ["best_metrics.json", "index.html", *csv[:2], "training_curves.png", *csv[2:]]
 
 
 def test_validation_frequency(stage_2):

@@ -14,6 +14,7 @@ from experiment import Run, make_folder, plain, run_name
 from interruption import StopRequest
 from keeper import Keeper
 from regime import Precision, Regime
+from run_page import About
 from tracker import NoTracker, make_tracker
 from training import Stepper, Task, fit, train_one_epoch
 from training_data import Order
@@ -41,7 +42,8 @@ def toy_task(validate, steps=1, bad_step=None) -> Task:
 
 
 def new_run(folder, tracker=None, config=None) -> Run:
-    return Run(folder, tracker or NoTracker(), config or {}, "python again")
+    about = About({}, (), {"num_epochs": 3} | (config or {}), {"resume": "python again"})
+    return Run(folder, tracker or NoTracker(), about)
 
 
 def checkpoints(folder, keep=True, best_only=True) -> Checkpoints:

@@ -20,6 +20,7 @@ from checkpoints import Checkpoints
 from conftest import CASES, SOAK, STAGE_1, STAGE_2, read_csv
 from experiment import Run, make_folder
 from keeper import Keeper
+from run_page import About
 from test_distributed import free_port
 from tracker import NoTracker
 from utils import load_tensors, save_tensors
@@ -240,7 +241,7 @@ def test_a_damaged_state(damage, stopped, refuses):
 
 def test_two_processes_cannot_train_in_one_folder(stopped, refuses, resume):
     run = stopped(2, "CIRR")
-    with Run(run, NoTracker(), {}, "").locked():
+    with Run(run, NoTracker(), About({}, (), {}, {"resume": ""})).locked():
         assert "another process trains in it" in refuses(run)
     resume(run)
 

@@ -1,0 +1,225 @@
+"""A web page to search an index: choose or upload a reference, say what to change, go on from an answer.
+
+    python src/demo_app.py --index photos_index --combiner-path models_final/combiner_trained     (or `make app`)
+
+It serves this machine alone unless --host says otherwise. It needs requirements-app.txt.
+"""
+
+import argparse
+import functools
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+import options
+import pages
+import startup
+from data_utils import decoded
+from dialogue import MOST_BYTES, Dialogue
+from image_index import KINDS
+from searcher import Found, Searcher, load_searcher
+from utils import UserError, command, first_line
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 40  # images to choose a reference from
+SIDE = 320  # pixels of an image on the page
+STYLE = """
+.steps { padding-left: 1.2rem; }
+.steps img { display: inline; height: 40px; vertical-align: middle; margin: 2px 6px 2px 0; }
+.bars { display: grid; grid-template-columns: auto 1fr auto; gap: 2px 8px; align-items: center; }
+.bars i { display: block; height: 10px; border-radius: 3px; background: var(--primary-500, #2166ac); }
+.steps { overflow-wrap: anywhere; }
+footer { display: none !important; }
+"""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags of the page."""
+    parents = [*options.search_flags(), options.clip_flags(), options.tuned_clip_flag(), options.compute_flags()]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
+    group = parser.add_argument_group("page")
+    group.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for other machines (default: 127.0.0.1)")
+    group.add_argument("--port", type=options.positive_int, default=7860, help="(default: 7860)")
+    group.add_argument("--k", type=options.positive_int, default=12, help="answers (default: 12)")
+    return parser.parse_args(argv)
+
+
+def import_gradio() -> Any:
+    """Gradio, which only the page needs."""
+    try:
+        import gradio
+    except ImportError:
+        raise UserError("the page needs Gradio: pip install -r requirements-app.txt") from None
+    return gradio
+
+
+def small(path: Path) -> Image.Image:
+    """An image as the page shows it: decoded and made small, so that no file is served."""
+    image = decoded(path).convert("RGB")
+    image.thumbnail((SIDE, SIDE))
+    return image
+
+
+def bars(found: Found) -> str:
+    """The gate and the experts' weights, in HTML."""
+    shares = {} if found.gate is None else {"text in the gate": found.gate}
+    shares |= {f"expert {number}": weight for number, weight in enumerate(found.experts)}
+    rows = (
+        f'<span>{name}</span><i style="width:{100 * share:.0f}%"></i><span>{share:.2f}</span>'
+        for name, share in shares.items()
+    )
+    return f'<div class="bars">{"".join(rows)}</div>'
+
+
+def history(dialogue: Dialogue) -> str:
+    """The steps so far, in HTML."""
+    lines = []
+    for step in dialogue.steps:
+        picture = pages.data_url(pages.thumbnail(decoded(step.reference), 80), "image/jpeg")
+        asked = pages.text(f"“{step.text}”" if step.found else "")
+        lines.append(f'<li><img src="{picture}" alt="{pages.text(step.reference.name)}">{asked}</li>')
+    return f'<ol class="steps">{"".join(lines)}</ol>' if lines else "<p>Choose an image below, or upload one.</p>"
+
+
+def shown(dialogue: Dialogue) -> tuple:
+    """What the page shows of a dialogue: itself, reference, text, answers, bars, note, history."""
+    step = dialogue.last
+    if step is None:
+        return dialogue, None, "", [], "", "", history(dialogue)
+    if step.found is None:
+        return dialogue, small(step.reference), "", [], "", "", history(dialogue)
+    answers = [(small(path), f"{n}. {s:.3f}") for n, (path, s) in enumerate(step.found.answers, start=1)]
+    return dialogue, small(step.reference), step.text, answers, bars(step.found), step.found.note, history(dialogue)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The components of the page that handlers read and fill."""
+
+    dialogue: Any
+    rows: Any  # of the images to choose from
+    reference: Any
+    upload: Any
+    text: Any
+    ask: Any
+    undo: Any
+    note: Any
+    steps: Any
+    answers: Any
+    experts: Any
+    choice: Any
+    more: Any
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What `shown` fills."""
+        return [self.dialogue, self.reference, self.text, self.answers, self.experts, self.note, self.steps]
+
+
+def lay_out(gradio: Any) -> Parts:
+    """Put the components on the page that is open."""
+
+    def gallery(label: str, columns: int, name: str) -> Any:
+        look = {"height": "auto", "allow_preview": False, "object_fit": "contain"}
+        return gradio.Gallery(label=label, columns=columns, elem_id=name, **look)
+
+    parts = {"dialogue": gradio.State(Dialogue()), "rows": gradio.State([])}
+    gradio.Markdown("# Composed image retrieval\nA reference, and what to change. Click a result to go on from it.")
+    with gradio.Row():
+        with gradio.Column(scale=1, min_width=300):
+            parts["reference"] = gradio.Image(label="Reference", interactive=False, height=260, elem_id="reference")
+            kinds = sorted(KINDS)
+            parts["upload"] = gradio.UploadButton("Upload a reference", file_types=kinds, elem_id="upload")
+            parts["text"] = gradio.Textbox(label="What to change", placeholder="is red, no sleeves", elem_id="text")
+            parts["ask"] = gradio.Button("Search", variant="primary", elem_id="search")
+            parts["undo"] = gradio.Button("Undo", elem_id="undo")
+            parts["note"] = gradio.Markdown(elem_id="note")
+            parts["steps"] = gradio.HTML(elem_id="history")
+        with gradio.Column(scale=3, min_width=300):
+            parts["answers"] = gallery("Results", 4, "results")
+            parts["experts"] = gradio.HTML(elem_id="experts")
+    parts["choice"] = gallery("References", 8, "choice")
+    parts["more"] = gradio.Button("Other images", elem_id="more")
+    return Parts(**parts)
+
+
+def wire(gradio: Any, page: Any, parts: Parts, searcher: Searcher, k: int) -> None:
+    """Let the components change the dialogue of the user who touches them."""
+
+    def safely(change: Callable[..., Dialogue]) -> Callable[..., tuple]:
+        """A handler that shows what a user can put right, and leaves the dialogue as it was."""
+
+        @functools.wraps(change)
+        def handler(*inputs: Any) -> tuple:
+            try:
+                return shown(change(*inputs))
+            except UserError as error:
+                gradio.Warning(str(error))
+                return tuple(str(error) if part is parts.note else gradio.skip() for part in parts.outputs)
+
+        return handler
+
+    def some_images() -> tuple[list[int], list[Image.Image]]:
+        paths = searcher.index.paths
+        rows = random.sample(range(len(paths)), min(SHOWN, len(paths)))
+        return rows, [small(paths[row]) for row in rows]
+
+    def choose(dialogue: Dialogue, rows: list[int], event: gradio.SelectData) -> Dialogue:
+        return dialogue.choose(searcher, rows[event.index])
+
+    def choose_answer(dialogue: Dialogue, event: gradio.SelectData) -> Dialogue:
+        return dialogue.choose_answer(searcher, event.index)
+
+    own, asked = [parts.dialogue], safely(lambda dialogue, words: dialogue.ask(searcher, words, k))
+    page.load(lambda: (*some_images(), *shown(Dialogue())), None, [parts.rows, parts.choice, *parts.outputs])
+    parts.more.click(some_images, None, [parts.rows, parts.choice])
+    parts.choice.select(safely(choose), [*own, parts.rows], parts.outputs)
+    parts.answers.select(safely(choose_answer), own, parts.outputs)
+    upload = safely(lambda dialogue, file: dialogue.upload(Path(file)))
+    parts.upload.upload(upload, [*own, parts.upload], parts.outputs)
+    parts.ask.click(asked, [*own, parts.text], parts.outputs)
+    parts.text.submit(asked, [*own, parts.text], parts.outputs)
+    parts.undo.click(safely(Dialogue.undo), own, parts.outputs)
+
+
+def build(searcher: Searcher, k: int) -> Any:
+    """The page, with handlers for a searcher that answers k images."""
+    gradio = import_gradio()
+    with gradio.Blocks(title="Composed image retrieval", analytics_enabled=False) as page:
+        wire(gradio, page, lay_out(gradio), searcher, k)
+    return page
+
+
+def launch(page: Any, host: str, port: int, **more: Any) -> Any:
+    """Serve the page; fonts are the system's, for nothing is asked of other hosts."""
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    look = {"theme": import_gradio().themes.Default(**fonts), "css": STYLE, "show_error": True, "quiet": True}
+    return page.launch(
+        server_name=host, server_port=port, max_file_size=MOST_BYTES, share=False, mcp_server=False, **look, **more
+    )
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Serve the page until it is stopped."""
+    args = parse(argv)
+    import_gradio()
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # of Gradio's own start
+    device = startup.pick_device(args.device)
+    searcher = load_searcher(args.index, options.pair_choice(args), device)
+    page = build(searcher, args.k)
+    logger.info("%d images; http://%s:%d", len(searcher.index.paths), args.host, args.port)
+    try:
+        launch(page, args.host, args.port)
+    except OSError as error:
+        raise UserError(f"--port {args.port}: {first_line(error)}; choose another") from None
+
+
+if __name__ == "__main__":
+    main()

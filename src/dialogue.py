@@ -1,0 +1,105 @@
+"""A search in steps: a reference, what to change, what was found, one of it as the next reference, and back again."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+
+from data_utils import decoded
+from image_index import KINDS
+from searcher import Found, Searcher
+from utils import UserError, first_line
+
+MOST_BYTES = 10 * 2**20  # of an uploaded image
+MOST_PIXELS = 40_000_000
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a dialogue.
+
+    Attributes:
+        reference: the image that is asked with.
+        row: its row in the index, None for an uploaded one.
+        text: what to change, "" until it is asked.
+        found: the answers, None until it is asked.
+    """
+
+    reference: Path
+    row: int | None
+    text: str = ""
+    found: Found | None = None
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """The steps of one user; every change is a new dialogue, so that users share nothing."""
+
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def last(self) -> Step | None:
+        """The step that is shown."""
+        return self.steps[-1] if self.steps else None
+
+    def choose(self, searcher: Searcher, row: int) -> "Dialogue":
+        """Take an image of the index as the next reference."""
+        if not 0 <= row < len(searcher.index.paths):
+            raise UserError("there is no such image: choose one that is shown")
+        return self._next(Step(searcher.index.paths[row], row))
+
+    def choose_answer(self, searcher: Searcher, place: int) -> "Dialogue":
+        """Take an answer of the last step as the next reference."""
+        if self.last is None or self.last.found is None or not 0 <= place < len(self.last.found.answers):
+            raise UserError("there is no such answer: search first, then choose one of what is shown")
+        path = self.last.found.answers[place][0]
+        return self.choose(searcher, searcher.index.paths.index(path))
+
+    def upload(self, file: Path) -> "Dialogue":
+        """Take an image of the user's as the next reference.
+
+        Raises:
+            UserError: it is too large, of another kind, or no image.
+        """
+        check_upload(file)
+        return self._next(Step(file, None))
+
+    def ask(self, searcher: Searcher, text: str, k: int) -> "Dialogue":
+        """Answer a text about the last reference."""
+        if self.last is None:
+            raise UserError("there is no reference yet: choose an image or upload one")
+        features = searcher.reference_features(self.last.reference)
+        found = searcher.search(features, text, k)
+        return replace(self, steps=(*self.steps[:-1], replace(self.last, text=text.strip(), found=found)))
+
+    def undo(self) -> "Dialogue":
+        """Go back by a step: from answers to the question, from a reference to the answers it was chosen from."""
+        if self.last is None:
+            return self
+        if self.last.found is not None:
+            return replace(self, steps=(*self.steps[:-1], replace(self.last, text="", found=None)))
+        return replace(self, steps=self.steps[:-1])
+
+    def _next(self, step: Step) -> "Dialogue":
+        """Add a reference; one that was not asked with gives way."""
+        kept = self.steps if self.last is None or self.last.found else self.steps[:-1]
+        return replace(self, steps=(*kept, step))
+
+
+def check_upload(file: Path) -> None:
+    """Refuse what is no image of a reasonable size; its pixels are counted before they are decoded."""
+    if file.suffix.lower() not in KINDS:
+        raise UserError(f"{file.name} is not an image: upload one of {' '.join(sorted(KINDS))}")
+    if file.stat().st_size > MOST_BYTES:
+        raise UserError(f"{file.name} is larger than {MOST_BYTES // 2**20} MiB: upload a smaller copy")
+    try:
+        with Image.open(file) as image:
+            pixels = image.width * image.height
+        if pixels <= MOST_PIXELS:
+            decoded(file)
+            return
+    except Image.DecompressionBombError:
+        pass  # said below
+    except (OSError, ValueError, SyntaxError, TypeError) as error:
+        raise UserError(f"{file.name} cannot be decoded ({first_line(error)}): upload a whole image") from None
+    raise UserError(f"{file.name} has more than {MOST_PIXELS // 10**6} million pixels: upload a smaller copy")

@@ -1,0 +1,88 @@
+"""Self-contained HTML pages: one style, everything escaped, pictures embedded."""
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Mapping, Sequence
+
+from PIL import Image
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --mark: #1a9850; --soft: #8881; --link: #2166ac; }
+@media (prefers-color-scheme: dark) { :root { --link: #92c5de; --mark: #66bd63; } }
+* { box-sizing: border-box; }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 1280px; }
+h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+a { color: var(--link); }
+img { max-width: 100%; height: auto; }
+pre, code { font: 13px/1.5 ui-monospace, monospace; }
+pre { background: var(--soft); padding: .6rem .8rem; overflow-x: auto; border-radius: 6px; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; }
+th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.value { overflow-wrap: anywhere; }
+"""
+
+
+def page(title: str, parts: Iterable[str], style: str = "", script: str = "") -> str:
+    """A whole page. Parts are HTML already; the title is text."""
+    body = "\n".join(parts)
+    code = f"<script>{script}</script>\n" if script else ""
+    # The empty icon keeps browsers from asking for one.
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{text(title)}</title>
+<style>{STYLE}{style}</style>
+</head>
+<body>
+<h1>{text(title)}</h1>
+{body}
+{code}</body>
+</html>
+"""
+
+
+def text(content: object) -> str:
+    """Any text as HTML, quotes too."""
+    return html.escape(str(content))
+
+
+def table(rows: Mapping[str, object], numbers: bool = False) -> str:
+    """Names beside their values."""
+    kind = "number" if numbers else "value"
+    lines = (f'<tr><th>{text(name)}</th><td class="{kind}">{text(value)}</td></tr>' for name, value in rows.items())
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def matrix(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    """A table of numbers with a row and a column of heads."""
+    head = "".join(f'<th class="number">{text(name)}</th>' for name in columns)
+    lines = []
+    for name, cells in rows.items():
+        shown = "".join(f'<td class="number">{text(cell)}</td>' for cell in cells)
+        lines.append(f"<tr><th>{text(name)}</th>{shown}</tr>")
+    return f'<div class="wide"><table><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
+
+
+def command(line: str) -> str:
+    """A command to copy."""
+    return f"<pre>{text(line)}</pre>"
+
+
+def data_url(content: bytes, kind: str) -> str:
+    """Bytes as an address that holds them; kind as in "image/png"."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def thumbnail(image: Image.Image, side: int, quality: int = 80) -> bytes:
+    """A small JPEG of an image, at most `side` pixels wide and high."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()

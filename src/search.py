@@ -1,0 +1,122 @@
+"""Search your own images: index any folder, then ask with a reference image and what to change.
+
+    python src/search.py index --images photos/ --output photos_index --clip-model-path models_final/clip_finetuned
+    python src/search.py query --index photos_index --image photos/shirt.jpg --text "is red and has no sleeves" \\
+        --combiner-path models_final/combiner_trained
+
+`index` run again adds what is new and drops what is gone; interrupted, it goes on where it was.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import options
+import startup
+import vectors
+from image_index import find_images, open_index, update_index
+from interruption import listening
+from pair import load_encoder, read_checkpoint, settle
+from searcher import Found, load_searcher
+from sheets import load_thumbnails, results_page
+from utils import Stopped, UserError, check_writable, command, write_text
+
+logger = logging.getLogger(__name__)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags of both commands."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    clip = [options.clip_flags(), options.tuned_clip_flag(), options.compute_flags()]
+    index = commands.add_parser("index", parents=clip, help="encode a folder, or bring its index up to date")
+    index.add_argument(
+        "--images", type=Path, nargs="+", required=True, metavar="DIR", help="searched through and through"
+    )
+    index.add_argument("--output", type=Path, required=True, metavar="INDEX", help="a folder for the index")
+    index.add_argument(
+        "--index-type", choices=vectors.KINDS, default="flat", help="flat is exact; the others are for large galleries"
+    )
+    index.add_argument("--clip-bs", type=options.positive_int, default=32, help="batch size of CLIP (default: 32)")
+    query = commands.add_parser("query", parents=[*options.search_flags(), *clip], help="ask an index")
+    query.add_argument("--image", type=Path, required=True, metavar="REF", help="the reference")
+    query.add_argument("--text", required=True, help="what to change")
+    query.add_argument("--k", type=options.positive_int, default=10, help="answers (default: 10)")
+    how = query.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print the answers as JSON")
+    how.add_argument("--html", type=Path, metavar="FILE", help="write a page of them")
+    return parser.parse_args(argv)
+
+
+def make_index(args: argparse.Namespace) -> None:
+    """Encode what is new, and say what was done."""
+    check_writable({"--output": args.output})
+    vectors.import_faiss()
+    images = find_images(args.images)
+    device = startup.pick_device(args.device)
+    tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
+    settings = settle(options.clip_choice(args), [tuned])
+    encoder = load_encoder(settings, tuned, device, args.num_workers, args.clip_bs)
+    pair = settings | {"clip_model_path": str(tuned.path.resolve()) if tuned else None}
+    with listening() as stop:
+        encoder = dataclasses.replace(encoder, between=stop.check)
+        try:
+            done = update_index(args.output, images, encoder, args.index_type, pair)
+        except Stopped as stopped:
+            raise Stopped(stopped.signal, "what was encoded is kept: go on with the same command") from None
+    for path, reason in done.unreadable.items():
+        logger.warning("left out: %s", reason or path)
+    print(f"{args.output}: {done.added} images added, {done.kept} kept, {done.removed} removed, ", end="")
+    print(f"{len(done.unreadable)} left out that cannot be read")
+    report = open_index(args.output).about.get("recall against exact")
+    if report:
+        print(f"recall@{report['k']} against exact: {report['recall']:.3f} over {report['queries']} queries")
+
+
+def ask(args: argparse.Namespace) -> None:
+    """Answer a query."""
+    check_writable({"--html": args.html and args.html.parent})
+    device = startup.pick_device(args.device)
+    searcher = load_searcher(args.index, options.pair_choice(args), device)
+    if not args.text.strip():
+        raise UserError("--text is empty: say what to change")
+    found = searcher.search(searcher.reference_features(args.image), args.text, args.k)
+    if found.note:
+        logger.warning("note: %s", found.note)
+    if args.json:
+        print(json.dumps(as_json(found), indent=1))
+    elif args.html:
+        answers = [(str(path), similarity) for path, similarity in found.answers]
+        small = load_thumbnails({str(args.image): args.image} | {name: Path(name) for name, _ in answers})
+        write_text(args.html, results_page(args.text, str(args.image), answers, about(found), small))
+        logger.info("%s: %d images", args.html, len(answers))
+    else:
+        for place, (path, similarity) in enumerate(found.answers, start=1):
+            print(f"{place:4} {similarity:.4f} {path}")
+
+
+def as_json(found: Found) -> dict:
+    """What was found, in plain types."""
+    answers = [{"image": str(path), "similarity": round(similarity, 6)} for path, similarity in found.answers]
+    return {"answers": answers, "gate": found.gate, "experts": found.experts, "note": found.note}
+
+
+def about(found: Found) -> str:
+    """What the Combiner did, in a line."""
+    parts = [found.note] if found.note else []
+    parts += [] if found.gate is None else [f"text in the gate {found.gate:.2f}"]
+    parts += [f"expert {number} {weight:.2f}" for number, weight in enumerate(found.experts) if weight]
+    return "; ".join(parts)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Index or ask."""
+    args = parse(argv)
+    {"index": make_index, "query": ask}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Search an image index with a reference image and a sentence."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clip_model import fits
+from image_index import ImageIndex, encoder_key, open_index
+from pair import Pair, load_pair
+from splits import file_identities, file_size
+from utils import UserError
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a query retrieved.
+
+    Attributes:
+        answers: (image file, cosine similarity), the nearest first.
+        gate: how much of the residual is text; None for the sum.
+        experts: weight of each expert; empty without a mixture.
+        note: what the user should know, "" for nothing.
+    """
+
+    answers: list[tuple[Path, float]]
+    gate: float | None
+    experts: list[float]
+    note: str
+
+
+class Searcher:
+    """An index and the pair that composes queries for it.
+
+    Raises:
+        UserError: the index was made with other weights or preprocessing than the pair has.
+    """
+
+    def __init__(self, index: ImageIndex, pair: Pair) -> None:
+        own, its = encoder_key(pair.encoder), index.about.get("encoder")
+        if its != own:
+            differing = [name for name in own if not isinstance(its, dict) or its.get(name) != own[name]]
+            raise UserError(
+                f"--index {index.folder} was made with other {' and '.join(differing)} than the query has: name the "
+                "weights that it was made with, or make another index"
+            )
+        self.index, self.pair = index, pair
+
+    def reference_features(self, image: Path) -> Tensor:
+        """Unnormalised features (1, D) of an image file: those of the index, if it is in it as it is now."""
+        row = self.index.row_of.get(file_identities([image])[0]) if file_size(image) else None
+        if row is not None:
+            return torch.from_numpy(np.array(self.index.features[row : row + 1])).to(self.pair.encoder.device)
+        return self.pair.encoder.images([image])
+
+    @torch.no_grad()
+    def search(self, reference: Tensor, text: str, k: int) -> Found:
+        """What is nearest to a reference, changed as a text says.
+
+        Args:
+            reference: unnormalised features (1, D).
+        """
+        text = text.strip()
+        if not text:
+            raise UserError("the text is empty: say what to change")
+        note = "" if fits(text) else "the text has more than 77 tokens: what is beyond them was left out"
+        captions = self.pair.encoder.captions([text])
+        query = self.pair.compose(reference, captions).cpu().numpy()  # (1, D)
+        (answers,) = self.index.search(query, k)
+        gate, experts = None, []
+        if isinstance(self.pair.compose, nn.Module):
+            insight = self.pair.compose.insight(reference, captions)
+            gate, experts = float(insight.gate), insight.experts[0].tolist()
+        return Found([(self.index.paths[row], similarity) for row, similarity in answers], gate, experts, note)
+
+
+def load_searcher(folder: Path, choice: dict[str, Any], device: torch.device) -> Searcher:
+    """An index with a pair for it: where the flags are silent, the CLIP that the index was made with.
+
+    Args:
+        choice: see `pair.load_pair`; `combining_function` may be None.
+
+    Raises:
+        UserError: the index is damaged or of other weights, or whatever is wrong with the checkpoints.
+    """
+    index = open_index(folder)
+    made_with = index.about.get("pair")
+    made_with = made_with if isinstance(made_with, dict) else {}
+    clip = {name: made_with.get(name) if value is None else value for name, value in choice["clip_choice"].items()}
+    path = made_with.get("clip_model_path")
+    choice = choice | {"clip_choice": clip}
+    choice["clip_path"] = choice["clip_path"] or (Path(path) if path else None)
+    choice["combining_function"] = choice["combining_function"] or ("combiner" if choice["combiner_path"] else "sum")
+    return Searcher(index, load_pair(**choice, device=device))

@@ -1,0 +1,91 @@
+"""The pictures of a run: drawn at validations, self-contained, with commands that work as they stand."""
+
+import html
+import io
+import json
+import re
+import shlex
+
+import pytest
+from PIL import Image
+
+import run_page
+import validate
+from run_page import About, RunPage
+
+ROWS = {"train": [{"epoch": 0, "train_epoch_loss": 1.5}]}
+
+
+def commands(page: str) -> dict[str, str]:
+    """Purpose -> the command that a page gives for it."""
+    found = re.findall(r"<h2>To (.*?)</h2>\s*<pre>(.*?)</pre>", page, re.DOTALL)
+    return {purpose: html.unescape(line) for purpose, line in found}
+
+
+@pytest.mark.parametrize("stage", ["stage_1", "stage_2"])
+@pytest.mark.parametrize("best", [[], ["--save-best"]])
+def test_a_run_has_its_curves_and_its_page(stage, best, request, tmp_path, drawn):
+    folder = request.getfixturevalue(stage)("CIRR", *best)
+    with Image.open(folder / "training_curves.png") as curves:
+        assert curves.width > 900
+    page = (folder / "index.html").read_text()
+    assert "2 of 2 epochs, complete" in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page)  # self-contained
+    assert "learning_rate" in page or "combiner_lr" in page
+    best_of = json.loads((folder / "best_metrics.json").read_text())["arithmetic_mean"]
+    assert f"best arithmetic_mean, epoch {best_of['epoch']}" in page
+    found = commands(page)
+    assert set(found) == {"validate", "reproduce"}  # nothing to resume
+    assert found["reproduce"].startswith("python src/")
+    script, *words = shlex.split(found["validate"])[1:]
+    assert script == "src/validate.py"
+    validate.main([*words, "--num-workers", "0", "--device", "cpu", "--metrics-json", str(tmp_path / "m.json")])
+    shown = json.loads((tmp_path / "m.json").read_text())["metrics"]["recall_at10"]
+    assert f"{shown:.2f}" in page
+
+
+def test_without_weights_there_is_nothing_to_validate(run, drawn):
+    flags = "--num-epochs 1 --batch-size 12 --projection-dim 16 --hidden-dim 24 --no-feature-cache"
+    name = ["--clip-model-name", drawn / "tiny_clip_vit.pt"]
+    (folder,) = run("combiner_train", drawn, "--dataset", "CIRR", *name, *flags.split()).iterdir()
+    assert set(commands((folder / "index.html").read_text())) == {"reproduce"}
+
+
+def about(**changes) -> About:
+    return About({"r": "R@1"}, ("r",), {"num_epochs": 3} | changes, {"resume": "python src/x.py --resume 'a b'"})
+
+
+def test_a_run_that_is_not_complete_says_how_to_go_on(tmp_path):
+    page = RunPage(tmp_path, about(note="<script>alert(1)</script>"))
+    page.refresh(ROWS | {"validation": [{"epoch": 0, "r": 12.5}]}, complete=False)
+    text = (tmp_path / "index.html").read_text()
+    assert commands(text) == {"resume": "python src/x.py --resume 'a b'"}
+    assert "1 of 3 epochs, not complete" in text
+    assert "<script>" not in text
+
+
+def test_drawing_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
+    """Guards against epochs of half a second that are followed by a second of drawing."""
+    clock, drawn = [0.0], []
+    monkeypatch.setattr(run_page.time, "monotonic", lambda: clock[0])
+
+    def draw(rows, titles):
+        drawn.append(clock[0])
+        clock[0] += 1.0
+        return b""
+
+    monkeypatch.setattr(run_page, "training_curves", draw)
+    page = RunPage(tmp_path, about())
+    for _ in range(100):
+        clock[0] += 0.5
+        page.refresh(ROWS, complete=False)
+    assert 2 <= len(drawn) <= 4
+    page.refresh(ROWS, complete=True)
+    assert drawn[-1] == clock[0] - 1.0  # always at the end
+
+
+@pytest.mark.parametrize("router", [False, True])
+def test_curves_of_every_kind(router):
+    rows = ROWS | ({"router": [{"epoch": 0, "expert0_share": 1.0, "load_entropy": 0.0}]} if router else {})
+    with Image.open(io.BytesIO(run_page.training_curves(rows, {"r": "R@1"}))) as picture:
+        assert picture.width == (1650 if router else 1100)

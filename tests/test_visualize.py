@@ -1,0 +1,213 @@
+"""Sheets of what was retrieved: from a pair or a rankings file, in a page and a picture; and the experts' report."""
+
+import base64
+import io
+import json
+import re
+import shutil
+
+import pytest
+from PIL import Image
+
+import sheets
+import visualize
+from expert_report import typical_words
+from test_bad_input import change_json
+
+
+@pytest.fixture
+def pair(golden):
+    """Dataset -> flags of its golden pair."""
+    weights = ["--clip-model-name", golden / "clip_vit.pt", "--clip-model-path", golden / "tuned_clip_vit.pt"]
+    names = {"CIRR": "combiner_moe_cirr.pt", "FashionIQ": "combiner_moe_fiq.pt"}
+    composed = ["--combining-function", "combiner", "--combiner-path"]
+    return {d: ["--dataset", d, *weights, *composed, golden / name] for d, name in names.items()}
+
+
+@pytest.fixture
+def look(golden, tmp_path):
+    """Run the script; returns the folder of its sheets."""
+
+    def look(*flags, root=golden, name="sheets"):
+        where = ["--data-root", root, "--output-dir", tmp_path / name, "--num-workers", 0, "--device", "cpu"]
+        visualize.main(list(map(str, [*flags, *where])))
+        return tmp_path / name
+
+    return look
+
+
+@pytest.fixture
+def rankings(golden, pair, run, tmp_path):
+    """Dataset -> a rankings file of it."""
+
+    def rankings(dataset, *flags):
+        file = tmp_path / f"{dataset}.json"
+        run("validate", golden, *pair[dataset], "--rankings", file, *flags)
+        return file
+
+    return rankings
+
+
+def pictures(page: str) -> dict[str, Image.Image]:
+    """The pictures that a page has, by key."""
+    content = json.loads(re.search(r"const pictures = (\{.*?\});", page)[1])
+    return {key: Image.open(io.BytesIO(base64.b64decode(value))) for key, value in content.items()}
+
+
+def queries(page: str) -> list[str]:
+    return page.split('<div class="query">')[1:]
+
+
+@pytest.mark.parametrize("dataset", ["CIRR", "FashionIQ"])
+def test_a_pair_and_its_rankings_give_the_same_sheet(dataset, look, pair, rankings):
+    by_pair = look(*pair[dataset], "--num", 5, "--k", 4, name="a")
+    by_file = look("--rankings", rankings(dataset), "--num", 5, "--k", 4, name="b")
+    for name in ("sheet.html", "sheet.png", "experts.html"):
+        assert (by_pair / name).read_bytes() == (by_file / name).read_bytes()
+
+
+def test_what_a_query_of_cirr_shows(look, rankings):
+    file = rankings("CIRR")
+    content = json.loads(file.read_text())["queries"]["val"]
+    wanted = content[7]
+    folder = look("--rankings", file, "--queries", wanted["pair_id"], "--k", 5)
+    page = (folder / "sheet.html").read_text()
+    (query,) = queries(page)
+    found = wanted["protocols"]["original-removed"]
+    assert f"gallery: target at place {found['rank'] + 1}<" in query
+    assert f"subset: target at place {wanted['in_group']['rank'] + 1}<" in query
+    names = re.findall(r'<figure( class="target")? title="(.*?)"', query)
+    shown = [name for name, _ in found["nearest"][:5]]
+    shown += [] if found["rank"] < 5 else [wanted["target"]]
+    assert [name for _, name in names] == [wanted["reference"], *shown, *(n for n, _ in wanted["in_group"]["nearest"])]
+    assert {name for mark, name in names if mark} == {wanted["target"]}
+    assert [mark for mark, name in names if name == wanted["target"]] == [' class="target"'] * 2
+    assert f"1. {found['nearest'][0][1]:.3f}" in query
+    assert f"{wanted['gate']:.2f}</span>" in query
+    assert all(f"expert {number}" in query for number in range(4))
+    assert len(pictures(page)) == len({name for _, name in names})  # each is in it once
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+
+
+def test_failures_are_sorted_by_the_rank_of_the_target(look, rankings):
+    file = rankings("FashionIQ")
+    places = {}
+    for order in ("worst", "best"):
+        page = (look("--rankings", file, "--queries", order, "--num", 6) / "sheet.html").read_text()
+        assert re.findall("<h2>(.*?)</h2>", page) == ["dress", "toptee", "shirt"]
+        sections = page.split("<h2>")[1:]
+        places[order] = [
+            [int(n) for n in re.findall(r"gallery: target at place (\d+)", section)] for section in sections
+        ]
+    for worst, best in zip(places["worst"], places["best"], strict=True):
+        assert worst == sorted(worst, reverse=True)
+        assert best == sorted(best)
+        assert len(worst) == len(best) == 6
+        assert worst[0] > best[0]
+
+
+def test_queries_by_name_and_at_random(look, rankings, capsys):
+    file = rankings("FashionIQ")
+    page = (look("--rankings", file, "--queries", "shirt:3", "dress:0") / "sheet.html").read_text()
+    assert re.findall(r"<figcaption>((?:shirt|dress):\d+)<", page) == ["shirt:3", "dress:0"]
+    one, same, other = (
+        (look("--rankings", file, "--queries", "random", "--seed", seed) / "sheet.html").read_text()
+        for seed in (1, 1, 2)
+    )
+    assert one == same != other
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--queries", "dress:999"], "--queries dress:999: not best, worst, random, nor a query, as dress:0"),
+        (["--protocol", "VAL-kept"], "--protocol VAL-kept is not in"),
+        (["--rankings", "nowhere.json"], "nowhere.json is missing"),
+    ],
+)
+def test_bad_flags(flags, message, look, rankings, capsys):
+    file = rankings("FashionIQ", "--protocol", "original-kept")
+    with pytest.raises(SystemExit) as stop:
+        look("--rankings", file, *flags)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_neither_a_pair_nor_rankings(look, capsys):
+    with pytest.raises(SystemExit) as stop:
+        look("--dataset", "CIRR")
+    assert stop.value.code == 2
+    assert "--rankings" in capsys.readouterr().err
+
+
+def test_damaged_rankings_and_images(look, rankings, golden, tmp_path, capsys):
+    root = shutil.copytree(golden, tmp_path / "own")
+    file = rankings("CIRR")
+    content = json.loads(file.read_text())
+    reference = content["queries"]["val"][0]["reference"]
+    pair_id = content["queries"]["val"][0]["pair_id"]
+    path = next((root / "cirr_dataset").rglob(f"{reference}.png"))
+    path.write_bytes(path.read_bytes()[:80])
+    with pytest.raises(SystemExit):
+        look("--rankings", file, "--queries", pair_id, root=root)
+    assert f"{reference}.png cannot be decoded" in capsys.readouterr().err
+    change_json(file, lambda c: c["queries"]["val"][0]["protocols"].clear())
+    with pytest.raises(SystemExit):
+        look("--rankings", file)
+    assert "measure again" in capsys.readouterr().err
+
+
+def test_captions_are_shown_as_text(look, rankings):
+    file = rankings("FashionIQ")
+    change_json(file, lambda c: c["queries"]["dress"][0].update(caption="<script>alert('x')</script>"))
+    folder = look("--rankings", file, "--queries", "dress:0")
+    assert "&lt;script&gt;alert(" in (folder / "sheet.html").read_text()
+    assert "<script>alert" not in (folder / "sheet.html").read_text() + (folder / "experts.html").read_text()
+
+
+def test_two_hundred_queries_stay_below_20_megabytes(tmp_path):
+    """With photos that do not compress: every place another one."""
+    noise = Image.effect_noise((500, 400), 80).convert("RGB")
+    cards, paths = [], {}
+    for number in range(200):
+        names = [f"{number}-{place}" for place in range(17)]
+        for name in names:
+            paths[name] = tmp_path / f"{len(paths) % 40}.jpg"
+        rows = {"gallery": ([(name, 0.5) for name in names[1:11]], 3)}
+        rows["subset"] = ([(name, 0.5) for name in names[11:16]], 2)
+        cards.append(sheets.Card(str(number), "is noisy", names[0], names[16], 3, rows, {"text in the gate": 0.5}))
+    for path in set(paths.values()):
+        noise.rotate(len(path.stem) * 7).save(path, quality=95)
+    small = sheets.load_thumbnails(paths)
+    page = sheets.sheet("noise", "", {"val": cards}, small)
+    assert len(queries(page)) == 200
+    assert 4_000_000 < len(page) < 20_000_000
+    picture, shown = sheets.picture(cards, small)
+    with Image.open(io.BytesIO(picture)) as image:
+        assert image.height <= sheets.TALLEST
+    assert 100 < shown <= 200
+
+
+def test_the_experts_report(look, rankings):
+    file = rankings("FashionIQ")
+    page = (look("--rankings", file) / "experts.html").read_text()
+    content = json.loads(file.read_text())["queries"]
+    everything = [query for split in content.values() for query in split]
+    for expert in range(4):
+        mean = sum(query["experts"][expert] for query in everything) / len(everything)
+        assert f">{mean:.2f}</td>" in page
+        heaviest = sum(query["experts"][expert] == max(query["experts"]) for query in everything)
+        assert f"weighs most in {heaviest} of 120 queries" in page
+    assert all(f"<th>{name}</th>" in page for name in ("dress", "toptee", "shirt", "all"))
+
+
+def test_words_of_an_expert_by_hand():
+    queries = [{"caption": text} for text in ("is red", "is red now", "Red!", "is blue", "is blue", "is blue")]
+    assert typical_words(queries[:3], queries) == [("red", 2.0)]
+    assert typical_words([], queries) == []
+
+
+def test_the_sum_has_no_experts(look, golden):
+    flags = ["--clip-model-name", golden / "clip_vit.pt", "--combining-function", "sum"]
+    folder = look("--dataset", "CIRR", *flags)
+    assert sorted(file.name for file in folder.iterdir()) == ["sheet.html", "sheet.png"]
