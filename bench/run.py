@@ -21,6 +21,7 @@ import processes
 import ranking
 import stage1
 import stage2
+import vector_search
 from features import versions
 
 CASES = {
@@ -30,6 +31,7 @@ CASES = {
     "stage1-resnet": stage1.figures_of_resnet,
     "stage2": stage2.figures,
     "processes": processes.figures,
+    "search": vector_search.figures,
 }
 
 

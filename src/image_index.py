@@ -62,9 +62,7 @@ class ImageIndex:
 
     def search(self, queries: np.ndarray, k: int) -> list[list[tuple[int, float]]]:
         """(row, cosine similarity) of the k nearest images of each normalised query (Q, D)."""
-        rows, similarities = vectors.search(self.vectors, self.features, queries, k)
-        pairs = zip(rows.tolist(), similarities.tolist(), strict=True)
-        return [list(zip(*pair, strict=True)) for pair in pairs]
+        return vectors.search(self.vectors, self.features, queries, k)
 
 
 @dataclass(frozen=True)
@@ -153,14 +151,14 @@ def _update(folder: Path, images: Sequence[Path], encoder: Encoder, kind: str, p
     readable = [i for i in identities if i in known]
     if not readable:
         raise UserError(f"--images: none of the {len(identities)} images can be read, the first is {identities[0][0]}")
-    features = np.stack([known[i] for i in readable])
-    unreadable = {i[0]: bad[i] for i in identities if i in bad}
-    before = len(_files(folder, earlier)) if earlier else 0
-    added = sum(i in set(new) for i in readable)
-    if added or len(readable) != before or earlier is None or earlier["kind"] != kind:
-        content = {"encoder": key, "pair": pair, "unreadable": [[*i, bad[i]] for i in identities if i in bad]}
-        _publish(folder, readable, features, kind, content)
-    return Update(added, len(readable) - added, before - (len(readable) - added), unreadable)
+    before = set(_files(folder, earlier)) if earlier else set()
+    kept = len(before & set(readable))
+    left_out = {i: bad[i] for i in identities if i in bad}
+    content = {"encoder": key, "pair": pair, "unreadable": [[*i, why] for i, why in left_out.items()]}
+    if not earlier or set(readable) != before or any(earlier[k] != v for k, v in {**content, "kind": kind}.items()):
+        _publish(folder, readable, np.stack([known[i] for i in readable]), kind, content)
+    unreadable = {path: why for (path, _, _), why in left_out.items()}
+    return Update(len(readable) - kept, kept, len(before) - kept, unreadable)
 
 
 def _files(folder: Path, about: dict[str, Any]) -> list[Identity]:

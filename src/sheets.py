@@ -184,15 +184,15 @@ def picture(cards: Sequence[Card], thumbnails: Mapping[str, bytes], side: int = 
             pen.text((side + 14, top + 6 + 15 * number), line, "black", font)
         for number, (found, rank) in enumerate(rows):
             y = top + 6 + number * (side + 22)
-            missing = [] if card.target in [name for name, _ in found] else [(card.target, rank + 1)]
-            places = [(name, n) for n, (name, _) in enumerate(found, 1)] + missing
-            for column, (name, place) in enumerate(places):
+            labels = {name: f"{n}. {s:.3f}" for n, (name, s) in enumerate(found, 1)}
+            labels.setdefault(card.target, f"{rank + 1}.")
+            for column, (name, label) in enumerate(labels.items()):
                 x = left + column * (side + 6)
                 box = _paste(sheet, thumbnails[name], (x, y), side)
                 color = GREEN if name == card.target else GREY
                 if name == card.target:
                     pen.rectangle((box[0] - 3, box[1] - 3, box[2] + 2, box[3] + 2), outline=GREEN, width=3)
-                pen.text((x, y + side + 3), str(place), color, font)
+                pen.text((x, y + side + 3), label, color, font)
         top += height
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")

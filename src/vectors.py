@@ -17,7 +17,8 @@ KINDS = ("flat", "hnsw", "ivfpq")
 CANDIDATES = 20  # times k: how many an approximate index proposes
 LEAST = 256  # and at least so many
 NEIGHBOURS, BUILD_EFFORT, SEARCH_EFFORT = 32, 80, 128  # of HNSW (Malkov and Yashunin 2018, arXiv 1603.09320)
-PROBED = 1 / 16  # share of IVF's lists that a query looks at (Jegou et al. 2011)
+PROBED, LEAST_PROBED = 1 / 16, 16  # share of IVF's lists that a query looks at, and how many (Jegou et al. 2011)
+FEWEST = 10_000  # vectors that product quantisation learns its 256 words of
 SUB_VECTOR = 8  # elements that product quantisation stores in one byte
 SAMPLES, SAMPLED_K = 200, 10  # queries of a recall report
 
@@ -66,37 +67,35 @@ def build(features: np.ndarray, kind: str) -> Any:
 def _empty_ivfpq(faiss: Any, count: int, dim: int) -> Any:
     """As many lists as the square root of the vectors, each to be compared in bytes."""
     lists = max(1, round(count**0.5))
-    if count < 1000 or dim % SUB_VECTOR:
+    if count < FEWEST or dim % SUB_VECTOR:
         raise UserError(
-            f"--index-type ivfpq needs 1,000 images, of a feature length that is a multiple of {SUB_VECTOR}, and there "
+            f"--index-type ivfpq needs {FEWEST:,} images, of a feature length that is a multiple of {SUB_VECTOR}; there "
             f"are {count} of length {dim}: choose flat or hnsw"
         )
     index = faiss.IndexIVFPQ(faiss.IndexFlatIP(dim), dim, lists, dim // SUB_VECTOR, 8, faiss.METRIC_INNER_PRODUCT)
-    index.nprobe = max(1, round(lists * PROBED))
+    index.nprobe = max(LEAST_PROBED, round(lists * PROBED))
     return index
 
 
-def search(index: Any, features: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest of each query, the nearest first; equal ones in the order of the rows.
+def search(index: Any, features: np.ndarray, queries: np.ndarray, k: int) -> list[list[tuple[int, float]]]:
+    """(row, cosine similarity) of the k nearest of each query, the nearest first; equal ones in the order of the rows.
+
+    An approximate index may find fewer.
 
     Args:
         features: (N, D) that the index was built of.
         queries: (Q, D), normalised.
-
-    Returns:
-        Rows (Q, k) and cosine similarities (Q, k).
     """
     k = min(k, len(features))
     proposed = min(len(features), max(LEAST, CANDIDATES * k))
     _, candidates = index.search(np.ascontiguousarray(queries, dtype=np.float32), proposed)
-    rows, similarities = [], []
+    answers = []
     for query, found in zip(queries, candidates, strict=True):
         known = np.sort(found[found >= 0])
         exact = normalised(features[known]) @ query
         order = np.argsort(-exact, kind="stable")[:k]
-        rows.append(known[order])
-        similarities.append(exact[order])
-    return np.stack(rows), np.stack(similarities)
+        answers.append(list(zip(known[order].tolist(), exact[order].tolist(), strict=True)))
+    return answers
 
 
 def recall_report(index: Any, features: np.ndarray) -> dict[str, float | int]:
@@ -104,10 +103,14 @@ def recall_report(index: Any, features: np.ndarray) -> dict[str, float | int]:
     rng = np.random.default_rng(0)
     vectors = [normalised(features[rng.integers(len(features), size=SAMPLES)]) for _ in range(2)]
     queries = normalised(vectors[0] + vectors[1])
-    exact = search(build(features, "flat"), features, queries, SAMPLED_K)[0]
-    found = search(index, features, queries, SAMPLED_K)[0]
-    hits = [len(set(a) & set(b)) / len(a) for a, b in zip(exact.tolist(), found.tolist(), strict=True)]
-    return {"queries": SAMPLES, "k": SAMPLED_K, "recall": float(np.mean(hits))}
+    exact = search(build(features, "flat"), features, queries, SAMPLED_K)
+    return {"queries": SAMPLES, "k": SAMPLED_K, "recall": recall(search(index, features, queries, SAMPLED_K), exact)}
+
+
+def recall(found: list[list[tuple[int, float]]], exact: list[list[tuple[int, float]]]) -> float:
+    """The share of exact answers that are among those found."""
+    rows = [({row for row, _ in some}, {row for row, _ in best}) for some, best in zip(found, exact, strict=True)]
+    return float(np.mean([len(some & best) / len(best) for some, best in rows]))
 
 
 def write(index: Any, file: Path) -> None:

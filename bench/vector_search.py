@@ -1,0 +1,53 @@
+"""A gallery of a million vectors: build each kind of index, ask it, and hold it against the exact answer."""
+
+import statistics
+import time
+
+import numpy as np
+import torch
+
+import vectors
+from timing import extra_memory, seconds
+
+COUNT, DIM, ASKED = 1_000_000, 512, 100
+INTRINSIC = 32  # dimensions that the vectors vary in, beside noise: image features lie near few, random ones in all
+
+
+def gallery(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Vectors (count, DIM) near a surface of few dimensions, as features of a network are."""
+    surface = rng.standard_normal((INTRINSIC, DIM), dtype=np.float32)
+    parts = []
+    for start in range(0, count, 100_000):
+        rows = min(100_000, count - start)
+        noise = 0.3 * rng.standard_normal((rows, DIM), dtype=np.float32)
+        parts.append(np.tanh(rng.standard_normal((rows, INTRINSIC), dtype=np.float32)) @ surface + noise)
+    return np.concatenate(parts)
+
+
+def figures(device: torch.device) -> list[dict]:
+    """Rows of the results table; on CPUs alone."""
+    if device.type == "cuda":
+        return []
+    rng = np.random.default_rng(0)
+    features = gallery(COUNT, rng)
+    pairs = [features[rng.integers(COUNT, size=ASKED)] for _ in range(2)]
+    queries = vectors.normalised(pairs[0] + pairs[1])
+    exact, rows = None, []
+    for kind in ("flat", "ivfpq"):
+        built: list = []
+        memory = extra_memory(lambda kind=kind, built=built: built.append(timed(features, kind)), device)
+        (index, taken) = built[0]
+        vectors.search(index, features, queries[:5], 10)
+        each = [seconds(lambda q=q, i=index: vectors.search(i, features, q[None], 10), device) for q in queries]
+        found = vectors.search(index, features, queries, 10)
+        exact = exact or found
+        note = f"built in {taken:.0f} s, {memory / 2**30:.2f} GiB of extra memory, recall@10 {vectors.recall(found, exact):.3f}"
+        what = f"one query of {COUNT:,} vectors, D {DIM}, {kind}"
+        rows.append({"figure": what, "ours": statistics.median(each), "note": note, "must": "milliseconds"})
+    return rows
+
+
+def timed(features: np.ndarray, kind: str) -> tuple:
+    """An index and the seconds that it took to build."""
+    start = time.perf_counter()
+    return vectors.build(features, kind), time.perf_counter() - start

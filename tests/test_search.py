@@ -1,0 +1,354 @@
+"""Search of one's own images: exact vectors, an index that is brought up to date and never half-written, the script."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import features
+import image_index
+import search
+import vectors
+from benchmarks import CIRR, FashionIQ
+from image_index import open_index
+from utils import UserError
+
+
+def images(folder: Path, count: int, start: int = 0) -> list[Path]:
+    """Files of different colours, some in folders below."""
+    files = []
+    for number in range(start, start + count):
+        file = folder / (f"{number}.png" if number % 2 else f"below/{number}.jpg")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20 + number, 24), (number * 37 % 256, number * 101 % 256, 200)).save(file)
+        files.append(file)
+    return files
+
+
+@pytest.fixture
+def index(drawn, tmp_path, capsys):
+    """Bring an index up to date; returns what was printed."""
+
+    def index(*folders, output=tmp_path / "index", name=drawn / "tiny_clip_vit.pt", flags=()) -> str:
+        words = ["index", "--images", *folders, "--output", output, "--clip-model-name", name, *flags]
+        capsys.readouterr()
+        search.main(list(map(str, [*words, "--num-workers", 0, "--device", "cpu"])))
+        return capsys.readouterr().out
+
+    return index
+
+
+@pytest.fixture
+def ask(tmp_path, capsys):
+    """Ask an index; returns what was printed."""
+
+    def ask(image, text, *flags, of=tmp_path / "index") -> str:
+        words = ["query", "--index", of, "--image", image, "--text", text, "--num-workers", 0, "--device", "cpu"]
+        capsys.readouterr()
+        search.main(list(map(str, [*words, *flags])))
+        return capsys.readouterr().out
+
+    return ask
+
+
+def refused(call, capsys) -> str:
+    with pytest.raises(SystemExit) as stop:
+        call()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2, lines
+    assert sum(": error: " in line for line in lines) == 1, lines
+    return lines[-1]
+
+
+# Vectors
+
+
+def clustered(count: int, dim: int = 32, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(50, dim))
+    return (centres[rng.integers(50, size=count)] + 0.6 * rng.normal(size=(count, dim))).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", vectors.KINDS)
+def test_what_is_found_is_in_the_exact_order(kind):
+    gallery, queries = clustered(10_000), vectors.normalised(clustered(20, seed=1))
+    found = vectors.search(vectors.build(gallery, kind), gallery, queries, 10)
+    rows, similarities = (np.array([[pair[i] for pair in answers] for answers in found]) for i in (0, 1))
+    exact = queries @ vectors.normalised(gallery).T
+    np.testing.assert_allclose(similarities, np.take_along_axis(exact, rows, 1), rtol=1e-5)
+    assert (np.diff(similarities, axis=1) <= 0).all()
+    best = np.argsort(-exact, axis=1, kind="stable")[:, :10]
+    if kind == "flat":
+        assert rows.tolist() == best.tolist()
+    else:
+        assert vectors.recall(found, [[(row, 0.0) for row in answers] for answers in best.tolist()]) > 0.9
+
+
+def test_equal_vectors_keep_the_order_of_the_rows():
+    gallery = np.repeat(clustered(3), 4, axis=0)
+    (answers,) = vectors.search(vectors.build(gallery, "flat"), gallery, vectors.normalised(gallery[:1]), 4)
+    assert [row for row, _ in answers] == [0, 1, 2, 3]
+
+
+def test_a_report_of_recall():
+    gallery = clustered(10_000)
+    assert vectors.recall_report(vectors.build(gallery, "flat"), gallery)["recall"] == 1
+    empty = vectors.build(gallery, "ivfpq")
+    empty.nprobe = 1
+    assert 0 < vectors.recall_report(empty, gallery)["recall"] < 1
+
+
+def test_too_few_vectors_to_compress():
+    with pytest.raises(UserError, match="10,000 images"):
+        vectors.build(clustered(100), "ivfpq")
+    with pytest.raises(UserError, match="multiple of 8"):
+        vectors.build(clustered(10_000, dim=30), "ivfpq")
+
+
+def test_faiss_is_asked_for_where_it_is_needed(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "faiss", None)
+    with pytest.raises(UserError, match=r"requirements-app\.txt"):
+        vectors.build(clustered(10), "flat")
+
+
+# The index
+
+
+def test_new_files_are_added_and_vanished_ones_go(index, tmp_path):
+    files = images(tmp_path / "photos", 6)
+    assert "6 images added, 0 kept, 0 removed, 0 left out" in index(tmp_path / "photos")
+    first = open_index(tmp_path / "index")
+    assert first.paths == sorted(files)
+    files[1].unlink()
+    images(tmp_path / "photos", 2, start=6)
+    Image.new("RGB", (30, 31), "white").save(files[2])  # another image of the same name
+    assert "3 images added, 4 kept, 2 removed, 0 left out" in index(tmp_path / "photos")
+    second = open_index(tmp_path / "index")
+    assert len(second.paths) == 7
+    assert files[1] not in second.paths
+    for path in set(first.paths) & set(second.paths) - {files[2]}:
+        rows = first.paths.index(path), second.paths.index(path)
+        assert np.array_equal(first.features[rows[0]], second.features[rows[1]])
+    assert "0 images added, 7 kept, 0 removed" in index(tmp_path / "photos")
+    assert sorted(f.name.split("-")[0] for f in (tmp_path / "index").iterdir()) == [
+        "features", "files", "index.json", "partial", "vectors",
+    ]  # fmt: skip
+
+
+def test_only_new_files_are_encoded(index, tmp_path, monkeypatch):
+    images(tmp_path / "photos", 5)
+    index(tmp_path / "photos")
+    encoded = []
+    real = features.normalise
+    monkeypatch.setattr(features, "normalise", lambda pixels: encoded.append(len(pixels)) or real(pixels))
+    images(tmp_path / "photos", 3, start=5)
+    index(tmp_path / "photos")
+    assert sum(encoded) == 3
+
+
+def test_unreadable_files_are_listed_and_the_others_indexed(index, tmp_path, caplog):
+    files = images(tmp_path / "photos", 4)
+    files[0].write_bytes(b"<html>404</html>")
+    files[1].write_bytes(files[1].read_bytes()[:60])
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    (tmp_path / "photos" / ".thumbnails").mkdir()
+    shutil.copy(files[2], tmp_path / "photos" / ".thumbnails" / "hidden.png")
+    for _ in range(2):  # they are not tried again and again, and not forgotten
+        caplog.clear()
+        assert "2 left out that cannot be read" in index(tmp_path / "photos")
+        assert f"image {files[0]} cannot be decoded" in caplog.text
+        assert f"image {files[1]} cannot be decoded" in caplog.text
+    assert open_index(tmp_path / "index").paths == files[2:] or set(open_index(tmp_path / "index").paths) == set(
+        files[2:]
+    )
+    images(tmp_path / "photos", 1)  # repaired
+    assert "1 images added, 2 kept, 0 removed, 1 left out" in index(tmp_path / "photos")
+
+
+def test_several_folders_and_a_file_in_both(index, tmp_path):
+    images(tmp_path / "a", 3)
+    assert "3 images added" in index(tmp_path / "a", tmp_path / "a" / "below")
+
+
+def test_an_interrupted_run_goes_on(index, tmp_path, monkeypatch, capsys):
+    images(tmp_path / "photos", 10)
+    monkeypatch.setattr(image_index, "SHARD", 4)
+    real, calls = features.normalise, []
+
+    def interrupted(pixels):
+        calls.append(len(pixels))
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(pixels)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(features, "normalise", interrupted)
+        index(tmp_path / "photos")
+    assert stop.value.code == 0
+    assert "stopped by SIGTERM; what was encoded is kept: go on with the same command" in capsys.readouterr().err
+    assert refused(
+        lambda: search.main(["query", "--index", str(tmp_path / "index"), "--image", "x", "--text", "x"]), capsys
+    )
+    monkeypatch.setattr(features, "normalise", lambda pixels: calls.append(len(pixels)) or real(pixels))
+    calls.clear()
+    assert "10 images added" in index(tmp_path / "photos")
+    assert sum(calls) == 6  # the first four are kept
+    whole = open_index(tmp_path / "index")
+    index(tmp_path / "photos", output=tmp_path / "other")
+    assert np.array_equal(whole.features, open_index(tmp_path / "other").features)
+    assert not list((tmp_path / "index" / "partial").iterdir())
+
+
+def test_a_failed_update_leaves_the_good_index(index, tmp_path, monkeypatch, capsys):
+    images(tmp_path / "photos", 3)
+    index(tmp_path / "photos")
+    before = {f.name: f.read_bytes() for f in (tmp_path / "index").iterdir() if f.is_file()}
+    images(tmp_path / "photos", 2, start=3)
+
+    def full(*_):
+        raise image_index.UserError("could not write: free space")
+
+    for step in ("write", "build"):
+        with monkeypatch.context() as patch:
+            patch.setattr(vectors, step, full)
+            refused(lambda: index(tmp_path / "photos"), capsys)
+        assert {name: (tmp_path / "index" / name).read_bytes() for name in before} == before
+        assert len(open_index(tmp_path / "index").paths) == 3
+    assert "2 images added, 3 kept" in index(tmp_path / "photos")
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivfpq"])
+def test_large_galleries_report_their_recall(kind, index, tmp_path, capsys):
+    if kind == "ivfpq":
+        images(tmp_path / "photos", 3)
+        assert "10,000 images" in refused(lambda: index(tmp_path / "photos", flags=["--index-type", kind]), capsys)
+    images(tmp_path / "photos", 60)
+    assert "recall@10 against exact: 1.000" in index(tmp_path / "photos", flags=["--index-type", "hnsw"])
+    assert "60 kept" in index(tmp_path / "photos")  # flat now, without encoding again
+    assert open_index(tmp_path / "index").about["kind"] == "flat"
+
+
+def test_two_processes_cannot_update_at_once(index, tmp_path, capsys):
+    images(tmp_path / "photos", 2)
+    (tmp_path / "index").mkdir()
+    with image_index.locked(tmp_path / "index", ""):
+        assert "another process updates it" in refused(lambda: index(tmp_path / "photos"), capsys)
+
+
+def test_what_is_refused(index, ask, tmp_path, drawn, capsys):
+    (tmp_path / "empty").mkdir()
+    assert "no images there" in refused(lambda: index(tmp_path / "empty"), capsys)
+    assert "is no folder" in refused(lambda: index(tmp_path / "nowhere"), capsys)
+    files = images(tmp_path / "photos", 3)
+    index(tmp_path / "photos")
+    other = lambda: index(tmp_path / "photos", name=drawn / "tiny_clip_resnet.pt")  # noqa: E731
+    assert "is an index of other weights" in refused(other, capsys)
+    with_other = ["--clip-model-name", drawn / "tiny_clip_resnet.pt"]
+    assert "made with other weights" in refused(lambda: ask(files[0], "is red", *with_other), capsys)
+    assert "made with other transform" in refused(lambda: ask(files[0], "is red", "--transform", "clip"), capsys)
+    assert "--text is empty" in refused(lambda: ask(files[0], "  "), capsys)
+    (tmp_path / "none.png").write_bytes(b"none")
+    assert "none.png cannot be decoded" in refused(lambda: ask(tmp_path / "none.png", "is red"), capsys)
+    assert "nowhere.png" in refused(lambda: ask(tmp_path / "nowhere.png", "is red"), capsys)
+    for path in files:
+        path.write_bytes(b"none")
+    assert "none of the 3 images can be read" in refused(
+        lambda: index(tmp_path / "photos", output=tmp_path / "new"), capsys
+    )
+
+
+@pytest.mark.parametrize("part", ["files", "features", "vectors", "index.json"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "other"])
+def test_a_damaged_index_is_named(part, damage, index, ask, tmp_path, capsys):
+    files = images(tmp_path / "photos", 3)
+    index(tmp_path / "photos")
+    (file,) = (tmp_path / "index").glob(f"{part}*")
+    content = file.read_bytes()
+    file.unlink()
+    if damage != "gone":
+        file.write_bytes(content[: len(content) // 2] if damage == "cut" else b"[]")
+    assert str(tmp_path / "index") in refused(lambda: ask(files[0], "is red"), capsys)
+
+
+# Answers
+
+
+@pytest.mark.parametrize("composed", [False, True])
+@pytest.mark.parametrize("dataset", ["CIRR", "FashionIQ"])
+def test_answers_equal_validates_ranking_of_the_same_gallery(dataset, composed, golden, run, index, ask, tmp_path):
+    benchmark = {"CIRR": CIRR, "FashionIQ": FashionIQ}[dataset](golden)
+    name = ["--clip-model-name", golden / "clip_vit.pt", "--clip-model-path", golden / "tuned_clip_vit.pt"]
+    file = {"CIRR": "combiner_moe_cirr.pt", "FashionIQ": "combiner_moe_fiq.pt"}[dataset]
+    combiner = ["--combiner-path", golden / file] if composed else []
+    how = ["--combining-function", "combiner", *combiner] if composed else ["--combining-function", "sum"]
+    run("validate", golden, "--dataset", dataset, *name, *how, "--rankings", tmp_path / "r.json")
+    split = benchmark.val()[0]
+    gallery = tmp_path / "gallery"  # its files alone, named in its order, so that equal similarities agree too
+    gallery.mkdir()
+    named = {}
+    for row, (image, path) in enumerate(split.image_paths.items()):
+        named[image] = gallery / f"{row:04}{path.suffix}"
+        shutil.copy(path, named[image])
+    index(gallery, name=golden / "clip_vit.pt", flags=["--clip-model-path", golden / "tuned_clip_vit.pt"])
+    queries = json.loads((tmp_path / "r.json").read_text())["queries"][split.name]
+    for query in queries[:6]:
+        (protocol,) = {"original-kept", "original-removed"} & set(query["protocols"]) - (
+            {"original-removed"} if dataset == "FashionIQ" else set()
+        )
+        nearest = query["protocols"][protocol]["nearest"]
+        out = json.loads(ask(named[query["reference"]], query["caption"], "--json", "--k", 51, *combiner))
+        answers = [a for a in out["answers"] if dataset == "FashionIQ" or a["image"] != str(named[query["reference"]])]
+        assert [a["image"] for a in answers[:50]] == [str(named[image]) for image, _ in nearest]
+        assert [a["similarity"] for a in answers[:50]] == pytest.approx([s for _, s in nearest], abs=2e-6)
+        assert out.get("gate") == (pytest.approx(query["gate"], abs=1e-4) if composed else None)
+        assert out["experts"] == pytest.approx(query.get("experts", []), abs=1e-4)
+
+
+def test_an_image_from_elsewhere_and_one_that_changed(index, ask, tmp_path):
+    files = images(tmp_path / "photos", 4)
+    index(tmp_path / "photos")
+    outside = tmp_path / "outside.png"
+    shutil.copy(files[1], outside)
+    assert ask(outside, "is red", "--json") == ask(files[1], "is red", "--json")
+    before = ask(files[0], "is red", "--json")
+    Image.new("RGB", (60, 60), "white").save(files[0])
+    assert ask(files[0], "is red", "--json") != before  # encoded as it is now
+
+
+def test_answers_as_text_and_as_a_page(index, ask, tmp_path, caplog):
+    files = images(tmp_path / "photos", 5)
+    index(tmp_path / "photos")
+    lines = ask(files[0], "is red", "--k", 3).strip().splitlines()
+    assert [line.split()[0] for line in lines] == ["1", "2", "3"]
+    ask(files[0], "is <b>red</b>", "--k", 3, "--html", tmp_path / "answers.html")
+    page = (tmp_path / "answers.html").read_text()
+    assert page.count("<figure") == 4
+    assert "<b>red" not in page
+    assert Path(lines[0].split()[2]).name in page
+
+
+def test_a_long_text_is_noted(index, ask, tmp_path, caplog):
+    files = images(tmp_path / "photos", 2)
+    index(tmp_path / "photos")
+    ask(files[0], "red " * 70)
+    assert "note" not in caplog.text
+    out = json.loads(ask(files[0], "red " * 100, "--json"))
+    assert "more than 77 tokens" in caplog.text
+    assert "more than 77 tokens" in out["note"]
+
+
+def test_a_query_takes_milliseconds_when_the_index_is_open():
+    gallery = clustered(50_000, dim=64)
+    index = vectors.build(gallery, "flat")
+    query = vectors.normalised(clustered(1, dim=64, seed=2))
+    vectors.search(index, gallery, query, 10)
+    start = time.perf_counter()
+    for _ in range(10):
+        vectors.search(index, gallery, query, 10)
+    assert (time.perf_counter() - start) / 10 < 0.1
