@@ -9,13 +9,10 @@ are not needed. Each command runs in a process of its own, whose time and larges
 import argparse
 import hashlib
 import json
-import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
@@ -25,8 +22,7 @@ from tqdm import tqdm
 
 from benchmarks import CIRR, FashionIQ
 from clip_model import write_tiny_clip
-
-ROOT = Path(__file__).parent.parent
+from timing import run_script, script_table
 
 
 def draw(path: Path) -> None:
@@ -53,22 +49,6 @@ def draw_all(root: Path) -> None:
     write_tiny_clip(root / "tiny_clip_vit.pt", "vit")
 
 
-def measured(*words: object) -> dict:
-    """Run a script; its seconds, its largest memory in GiB, its exit code and its last line."""
-    start = time.monotonic()
-    command = [sys.executable, *map(str, words)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    out = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    return {
-        "command": " ".join(map(str, words[:3])),
-        "seconds": round(time.monotonic() - start, 1),
-        "GiB": round(usage.ru_maxrss / 2**20, 2),
-        "exit code": os.waitstatus_to_exitcode(status),
-        "says": out.strip().splitlines()[-1] if out.strip() else "",
-    }
-
-
 def main(argv: list[str] | None = None) -> None:
     """Draw, check, submit, check, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -83,17 +63,15 @@ def main(argv: list[str] | None = None) -> None:
         pair = [*where, "--clip-model-name", root / "tiny_clip_vit.pt", "--combining-function", "sum"]
         check = ["src/check_dataset.py", "--dataset"]
         rows = [
-            measured(*check, "FashionIQ", "--splits", "val", *where),
-            measured(*check, "CIRR", "--splits", "val", "test", *where),
-            measured("src/validate.py", "--dataset", "FashionIQ", *pair, "--metrics-json", root / "m.json"),
-            measured("src/validate.py", "--dataset", "CIRR", *pair, "--metrics-json", root / "c.json"),
-            measured("src/cirr_test_submission.py", "--submission-name", "real", *pair, "--output-dir", root / "s"),
-            measured("src/check_submission.py", *sorted((root / "s").iterdir()), *where),
+            run_script(*check, "FashionIQ", "--splits", "val", *where),
+            run_script(*check, "CIRR", "--splits", "val", "test", *where),
+            run_script("src/validate.py", "--dataset", "FashionIQ", *pair, "--metrics-json", root / "m.json"),
+            run_script("src/validate.py", "--dataset", "CIRR", *pair, "--metrics-json", root / "c.json"),
+            run_script("src/cirr_test_submission.py", "--submission-name", "real", *pair, "--output-dir", root / "s"),
+            run_script("src/check_submission.py", *sorted((root / "s").iterdir()), *where),
         ]
         sizes = {file.name: file.stat().st_size for file in sorted((root / "s").iterdir())}
-    print("| command | seconds | largest process, GiB | exit code | says |\n|---|---|---|---|---|")
-    for row in rows:
-        print("| " + " | ".join(str(value).replace(name, "DIR") for value in row.values()) + " |")
+    print(script_table(rows, name))
     print(json.dumps(sizes))
 
 

@@ -1,6 +1,9 @@
 """Measure two sides of a comparison in turns, memory beyond what was there before, and activations."""
 
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -82,3 +85,27 @@ def saved_activations(work: Callable[[], object], model: nn.Module) -> int:
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def run_script(*words: object) -> dict:
+    """Run a script; its seconds, its largest memory in GiB, its exit code and its last line."""
+    start = time.monotonic()
+    command = [sys.executable, *map(str, words)]
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    out = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    return {
+        "command": " ".join(map(str, words[:3])),
+        "seconds": round(time.monotonic() - start, 1),
+        "GiB": round(usage.ru_maxrss / 2**20, 2),
+        "exit code": os.waitstatus_to_exitcode(status),
+        "says": out.strip().splitlines()[-1] if out.strip() else "",
+    }
+
+
+def script_table(rows: list[dict], folder: str) -> str:
+    """Rows of `run_script` in Markdown; a folder's name is left out of them."""
+    lines = ["| command | seconds | largest process, GiB | exit code | says |", "|---|---|---|---|---|"]
+    lines += ["| " + " | ".join(str(value).replace(folder, "DIR") for value in row.values()) + " |" for row in rows]
+    return "\n".join(lines)

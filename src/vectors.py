@@ -17,7 +17,7 @@ KINDS = ("flat", "hnsw", "ivfpq")
 CANDIDATES = 20  # times k: how many an approximate index proposes
 LEAST = 256  # and at least so many
 NEIGHBOURS, BUILD_EFFORT, SEARCH_EFFORT = 32, 80, 128  # of HNSW (Malkov and Yashunin 2018, arXiv 1603.09320)
-PROBED, LEAST_PROBED = 1 / 16, 16  # share of IVF's lists that a query looks at, and how many (Jegou et al. 2011)
+PROBED, LEAST_PROBED = 1 / 8, 16  # share of IVF's lists that a query looks at, and how many (Jegou et al. 2011)
 FEWEST = 10_000  # vectors that product quantisation learns its 256 words of
 SUB_VECTOR = 8  # elements that product quantisation stores in one byte
 SAMPLES, SAMPLED_K = 200, 10  # queries of a recall report
@@ -69,8 +69,8 @@ def _empty_ivfpq(faiss: Any, count: int, dim: int) -> Any:
     lists = max(1, round(count**0.5))
     if count < FEWEST or dim % SUB_VECTOR:
         raise UserError(
-            f"--index-type ivfpq needs {FEWEST:,} images, of a feature length that is a multiple of {SUB_VECTOR}; there "
-            f"are {count} of length {dim}: choose flat or hnsw"
+            f"--index-type ivfpq needs {FEWEST:,} images of a feature length that is a multiple of {SUB_VECTOR}, and "
+            f"there are {count} of length {dim}: choose flat or hnsw"
         )
     index = faiss.IndexIVFPQ(faiss.IndexFlatIP(dim), dim, lists, dim // SUB_VECTOR, 8, faiss.METRIC_INNER_PRODUCT)
     index.nprobe = max(LEAST_PROBED, round(lists * PROBED))
