@@ -185,7 +185,9 @@ def load_batches(dataset: Dataset, batches: list[list[int]], workers: int, devic
         worker_init_fn=_start_worker,
     )
     try:
-        for batch in loader:
+        with interruption.deferred():
+            started = iter(loader)
+        for batch in started:
             if isinstance(batch, Tensor):
                 yield batch.to(device, non_blocking=pinned)
             else:

@@ -51,6 +51,22 @@ def listening() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Keep the signals waiting: processes that are started meanwhile do not die of them before they can say what to do.
+
+    What they are started with stays blocked in them until `heed_parent_alone`.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def heed_parent_alone() -> None:
     """In a worker process: take SIGTERM from the process that started it, and leave the others' signals to that one.
 

@@ -1,12 +1,15 @@
 """Padding, preprocessing on every image mode, broken images, and batches in order."""
 
 import functools
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import interruption
 from data_utils import (
     CLIP_MEAN,
     CLIP_STD,
@@ -134,6 +137,20 @@ def test_batches_keep_the_order_of_rows(tmp_path, workers):
     batches = list(load_batches(dataset, [[4, 0], [2, 1]], workers, CPU))
     for batch, rows in zip(batches, [[4, 0], [2, 1]], strict=True):
         assert torch.equal(batch, torch.stack([dataset[row] for row in rows]))
+
+
+def start_as_a_signal_comes(number: int) -> None:
+    """What a worker does first, with a scheduler's signal just before."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    interruption.heed_parent_alone()
+
+
+def test_a_worker_survives_a_signal_while_it_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_utils._start_worker", start_as_a_signal_comes)
+    Image.new("RGB", (16, 16)).save(tmp_path / "0.png")
+    dataset = ImageDataset([tmp_path / "0.png"], reader())
+    assert len(list(load_batches(dataset, [[0], [0]], 2, CPU))) == 2
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []).isdisjoint(interruption.SIGNALS)
 
 
 def test_missing_and_empty_images_are_counted(golden):

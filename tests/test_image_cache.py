@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import read_csv
-from data_utils import load_image, make_preprocess
+from data_utils import decoded, load_image, make_preprocess
 from image_cache import open_image_cache
 from test_data_utils import MODES, picture
 from utils import UserError
@@ -26,9 +26,10 @@ def paths(tmp_path):
             file = tmp_path / f"{mode.replace(';', '')}.{ending}"
             try:
                 picture(mode, 40, 25).save(file)
+                decoded(file)
                 files.append(file)
             except OSError:
-                file.unlink(missing_ok=True)  # this format does not hold this mode
+                file.unlink(missing_ok=True)  # this format does not hold this mode, or this Pillow cannot read it back
     assert len(files) > len(MODES)
     return files
 
