@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 SHOWN = 40  # images to choose a reference from
 SIDE = 320  # pixels of an image on the page
 STYLE = """
+#reference img { width: 100%; height: 100%; object-fit: contain; }
 .steps { padding-left: 1.2rem; }
 .steps img { display: inline; height: 40px; vertical-align: middle; margin: 2px 6px 2px 0; }
 .bars { display: grid; grid-template-columns: auto 1fr auto; gap: 2px 8px; align-items: center; }
@@ -126,14 +127,15 @@ def lay_out(gradio: Any) -> Parts:
     """Put the components on the page that is open."""
 
     def gallery(label: str, columns: int, name: str) -> Any:
-        look = {"height": "auto", "allow_preview": False, "object_fit": "contain"}
+        look = {"height": "auto", "allow_preview": False, "object_fit": "contain", "buttons": []}
         return gradio.Gallery(label=label, columns=columns, elem_id=name, **look)
 
     parts = {"dialogue": gradio.State(Dialogue()), "rows": gradio.State([])}
     gradio.Markdown("# Composed image retrieval\nA reference, and what to change. Click a result to go on from it.")
     with gradio.Row():
         with gradio.Column(scale=1, min_width=300):
-            parts["reference"] = gradio.Image(label="Reference", interactive=False, height=260, elem_id="reference")
+            look = {"interactive": False, "height": 260, "buttons": []}
+            parts["reference"] = gradio.Image(label="Reference", elem_id="reference", **look)
             kinds = sorted(KINDS)
             parts["upload"] = gradio.UploadButton("Upload a reference", file_types=kinds, elem_id="upload")
             parts["text"] = gradio.Textbox(label="What to change", placeholder="is red, no sleeves", elem_id="text")

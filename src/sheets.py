@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import pages
 from data_utils import decoded
@@ -18,7 +18,8 @@ from utils import UserError, first_line
 MOST_BYTES = 14_000_000  # of thumbnails in a page, which base64 makes a third longer
 SIDES = (176, 144, 112, 88, 64)  # pixels of a thumbnail, the largest that fits
 TALLEST = 30_000  # pixels of a picture, which viewers still open
-GREEN, GREY = (26, 152, 80), (128, 128, 128)
+LEFT, LINE = 330, 15  # pixels: where a picture's answers begin, and a line of its text
+GREEN, GREY, BLUE = (26, 152, 80), (110, 110, 110), (33, 102, 172)
 
 STYLE = """
 .query { border-top: 1px solid var(--line); padding: 1rem 0; }
@@ -167,41 +168,53 @@ def picture(cards: Sequence[Card], thumbnails: Mapping[str, bytes], side: int = 
     Args:
         side: pixels of a place for an image.
     """
-    font = ImageFont.load_default(12)
-    lines = [(card, rows) for card in cards if (rows := list(card.rows.values()))]
-    heights = [len(rows) * (side + 22) + 12 for _, rows in lines]
-    shown = 0
-    while shown < len(lines) and sum(heights[: shown + 1]) <= TALLEST:
-        shown += 1
-    widest = max(len(found) for _, rows in lines[:shown] for found, _ in rows) + 1
-    width, left = 330 + widest * (side + 6), 330
-    sheet = Image.new("RGB", (width, sum(heights[:shown])), "white")
-    pen, top = ImageDraw.Draw(sheet), 0
-    for (card, rows), height in zip(lines[:shown], heights, strict=False):
-        _paste(sheet, thumbnails[card.reference], (6, top + 6), side)
-        words = [card.label, *textwrap.wrap(card.caption, 32)[:6], *(f"{n} {s:.2f}" for n, s in card.bars.items())]
-        for number, line in enumerate(words):
-            pen.text((side + 14, top + 6 + 15 * number), line, "black", font)
-        for number, (found, rank) in enumerate(rows):
-            y = top + 6 + number * (side + 22)
-            labels = {name: f"{n}. {s:.3f}" for n, (name, s) in enumerate(found, 1)}
-            labels.setdefault(card.target, f"{rank + 1}.")
-            for column, (name, label) in enumerate(labels.items()):
-                x = left + column * (side + 6)
-                box = _paste(sheet, thumbnails[name], (x, y), side)
-                color = GREEN if name == card.target else GREY
-                if name == card.target:
-                    pen.rectangle((box[0] - 3, box[1] - 3, box[2] + 2, box[3] + 2), outline=GREEN, width=3)
-                pen.text((x, y + side + 3), label, color, font)
-        top += height
+    places = max(len(found) for card in cards for found, _ in card.rows.values()) + 1
+    width = LEFT + places * (side + 6)
+    strips, height = [], 0
+    for card in cards:
+        strip = _strip(card, thumbnails, side, width)
+        if strips and height + strip.height > TALLEST:
+            break
+        strips.append(strip)
+        height += strip.height
+    sheet, top = Image.new("RGB", (width, height), "white"), 0
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
-    return buffer.getvalue(), shown
+    return buffer.getvalue(), len(strips)
 
 
-def _paste(sheet: Image.Image, small: bytes, corner: tuple[int, int], side: int) -> tuple[int, int, int, int]:
-    """Put a thumbnail at a place, at most `side` wide and high; returns its box."""
-    image = Image.open(io.BytesIO(small))
-    image.thumbnail((side, side))
-    sheet.paste(image, corner)
-    return *corner, corner[0] + image.width, corner[1] + image.height
+def _strip(card: Card, thumbnails: Mapping[str, bytes], side: int, width: int) -> Image.Image:
+    """A card as a part of the picture: left the query and what the Combiner did, right a row for each ranking."""
+    words = [card.label, *textwrap.wrap(card.caption, 32)[:6]]
+    height = max(len(card.rows) * (side + 22), LINE * (len(words) + len(card.bars)), side) + 14
+    strip = Image.new("RGB", (width, height), "white")
+    pen, font = ImageDraw.Draw(strip), ImageFont.load_default(12)
+    _paste(strip, thumbnails[card.reference], (6, 6), side)
+    x, y = side + 14, 6
+    for word in words:
+        pen.text((x, y), word, "black", font)
+        y += LINE
+    for name, share in card.bars.items():
+        pen.text((x, y), f"{name} {share:.2f}", GREY, font)
+        pen.rectangle((x + 122, y + 4, x + 122 + round(80 * share), y + 11), fill=BLUE)
+        y += LINE
+    for number, (found, rank) in enumerate(card.rows.values()):
+        labels = {name: f"{n}. {s:.3f}" for n, (name, s) in enumerate(found, 1)}
+        labels.setdefault(card.target, f"{rank + 1}.")
+        for column, (name, label) in enumerate(labels.items()):
+            x, y = LEFT + column * (side + 6), 6 + number * (side + 22)
+            right, bottom = _paste(strip, thumbnails[name], (x, y), side)
+            if name == card.target:
+                pen.rectangle((x - 3, y - 3, right + 2, bottom + 2), outline=GREEN, width=3)
+            pen.text((x, y + side + 3), label, GREEN if name == card.target else GREY, font)
+    return strip
+
+
+def _paste(strip: Image.Image, small: bytes, corner: tuple[int, int], side: int) -> tuple[int, int]:
+    """Put a thumbnail at a place, at most `side` wide and high; returns its lower right corner."""
+    image = ImageOps.contain(Image.open(io.BytesIO(small)), (side, side))
+    strip.paste(image, corner)
+    return corner[0] + image.width, corner[1] + image.height

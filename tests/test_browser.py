@@ -176,8 +176,8 @@ def wait_for_steps(page, count: int) -> None:
 def test_load_ask_and_go_on_from_a_result(width, app, searcher):
     page = app(width)
     assert "Choose an image" in page.inner_text("#history")
-    choose(page, 2)
-    ask(page, "is red and has a blue background")
+    choose(page, 0)
+    ask(page, "change the color to red")
     answers(page)
     page.wait_for_selector("#experts .bars")
     assert page.locator("#experts .bars i").count() == 5  # the gate and four experts
@@ -185,7 +185,7 @@ def test_load_ask_and_go_on_from_a_result(width, app, searcher):
     assert [label.split()[0] for label in labels] == [f"{n}." for n in range(1, 9)]
     similarities = [float(label.split()[1]) for label in labels]
     assert similarities == sorted(similarities, reverse=True)
-    assert steps(page) == ["“is red and has a blue background”"]
+    assert steps(page) == ["“change the color to red”"]
     page.wait_for_timeout(300)
     picture(page, f"app-{width}")
     page.locator("#results button:has(img)").nth(1).click()
@@ -193,7 +193,7 @@ def test_load_ask_and_go_on_from_a_result(width, app, searcher):
     ask(page, "make it larger")
     answers(page)
     page.wait_for_function("document.querySelector('#history').innerText.includes('make it larger')")
-    assert steps(page) == ["“is red and has a blue background”", "“make it larger”"]
+    assert steps(page) == ["“change the color to red”", "“make it larger”"]
     page.click("#undo")
     page.wait_for_function("!document.querySelector('#history').innerText.includes('make it larger')")
     page.click("#undo")
