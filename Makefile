@@ -21,7 +21,7 @@ test: $(VENV)/dev-installed
 soak: $(VENV)/dev-installed
 	SOAK=1 $(BIN)/python -m pytest tests/test_resume.py tests/test_fuzz.py -k "killed_at_any_point or fuzz"
 
-bench: $(VENV)/runtime-installed
+bench: $(VENV)/app-installed
 	$(BIN)/python bench/run.py
 
 lint: $(VENV)/dev-installed

@@ -1,7 +1,7 @@
 """Every difference between FashionIQ and CIRR: their files, captions, protocols and metrics."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Container
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Benchmark(ABC):
     selection: dict[str, str]
     titles: dict[str, str]
 
-    def __init__(self, data_root: Path, excluded: Container[str] = ()) -> None:
+    def __init__(self, data_root: Path, excluded: Collection[str] = ()) -> None:
         self.data_root = data_root
         self.excluded = excluded
 

@@ -17,7 +17,7 @@ from benchmarks import BENCHMARKS, Benchmark
 from dataset_report import Report
 from exclusions import write_exclusions
 from image_check import inspect_all
-from utils import UserError, check_writable, command
+from utils import UserError, check_file_writable, command
 
 SPLITS = ("train", "val", "test")
 
@@ -29,7 +29,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dataset", type=options.in_any_case(names), choices=names, help="(default: all whose folder is there)"
     )
-    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS), help="(default: all)")
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, help="(default: all that are there)")
     parser.add_argument("--unofficial", action="store_true", help="do not compare counts with the official ones")
     parser.add_argument("--num-workers", type=options.natural_int, default=options.DEFAULT_WORKERS)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -45,11 +45,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def check(benchmark: Benchmark, splits: list[str], official: bool, workers: int) -> Report:
+def check(benchmark: Benchmark, splits: list[str] | None, official: bool, workers: int) -> Report:
     """Everything about a copy of a benchmark."""
     report = Report(benchmark.name)
-    names = [name for kind, name in zip(SPLITS, benchmark.splits, strict=True) if kind in splits]
-    parts = dataset_report.read_parts(benchmark, names, official, report)
+    names = [name for kind, name in zip(SPLITS, benchmark.splits, strict=True) if kind in (splits or SPLITS)]
+    parts = dataset_report.read_parts(benchmark, names, official, splits is not None, report)
     dataset_report.remark_on_annotations(benchmark, parts, report)
     paths = [p for (_, split), own in parts.items() for p in dataset_report.needed(benchmark, split, own).values()]
     dataset_report.remark_on_images(benchmark, parts, inspect_all(list(dict.fromkeys(paths)), workers), report)
@@ -60,7 +60,7 @@ def check(benchmark: Benchmark, splits: list[str], official: bool, workers: int)
 def main(argv: list[str] | None = None) -> None:
     """Print a report of each dataset."""
     args = parse(argv)
-    check_writable({"--write-exclusions": args.write_exclusions and args.write_exclusions.parent})
+    check_file_writable({"--write-exclusions": args.write_exclusions})
     benchmarks = [kind(args.data_root) for name, kind in BENCHMARKS.items() if args.dataset in (None, name)]
     if not args.dataset:
         benchmarks = [b for b in benchmarks if b.annotation_folder().is_dir()]

@@ -29,7 +29,17 @@ from benchmarks import Benchmark
 from checkpoints import Checkpoints
 from clip_model import feature_dim
 from combiner import Combiner, build_combiner
-from experiment import BEST_METRICS, claim_folder, is_complete, make_folder, open_run, plain, run_name, started_with
+from experiment import (
+    BEST_METRICS,
+    claim_folder,
+    drop_half_made,
+    is_complete,
+    make_folder,
+    open_run,
+    plain,
+    run_name,
+    started_with,
+)
 from features import FeatureCache, FrozenSplit, freeze, freeze_queries, versions, weights_digest
 from interruption import StopRequest, listening
 from metrics import mean_and_spread
@@ -187,6 +197,8 @@ def train(args: argparse.Namespace, stage: Stage, seed: int, folder: Path, whole
 
 def train_seeds(args: argparse.Namespace, stage: Stage, folder: Path, stop: StopRequest) -> None:
     """Train a Combiner with each seed in a folder of its own, and report mean and standard deviation."""
+    if distributed.is_main():
+        drop_half_made(folder)
     for seed in args.seeds:
         own = folder / f"seed_{seed}"
         if distributed.is_main() and not own.exists():

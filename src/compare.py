@@ -63,6 +63,8 @@ def print_protocol(benchmark: Benchmark, columns: list[Column], protocol: str, *
     """One table: metrics by columns, and beside each column its difference from the first; notes below."""
     base, *others = columns
     table, notes = {base.label: cells(benchmark, base, protocol)}, []
+    if mixed := unlike(base, base, protocol):
+        notes.append(f"the seeds of {base.label} have different {', different '.join(mixed)}: no fair mean")
     for other in others:
         if not other.has(protocol):
             notes.append(f"{other.label} was not measured under {protocol}")

@@ -1,6 +1,8 @@
 """Results side by side: methods with their seeds, whether they compare, and how sure their differences are."""
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from metrics import bootstrap
 from results import read_result
 from utils import UserError
 
-NOT_THE_METHOD = FREE | {"seed", "seeds", "metrics", "excluded"}  # of a configuration
+# What a configuration says beside the method. The weights that a Combiner was trained on have one of their own.
+NOT_THE_METHOD = FREE | {"seed", "seeds", "metrics", "excluded", "clip_weights"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Column:
         """What must be equal for numbers to compare beside the protocol."""
         (first, *others) = [
             {
-                "queries": result["queries_sha256"],
+                "queries": [result["queries_sha256"], result["protocols"][protocol]["queries"]],
                 "galleries": result["protocols"][protocol]["gallery_images"],
                 "exclusions": result["excluded_images"],
                 "image files": result["images_sha256"],
@@ -64,7 +67,7 @@ def read_columns(files: list[Path]) -> list[Column]:
     """
     columns: dict[str, Column] = {}
     first = None
-    for file in files:
+    for number, (file, label) in enumerate(zip(files, labels(files), strict=True)):
         result = read_result(file)
         first = first or result
         if (result["dataset"], result["split"]) != (first["dataset"], first["split"]):
@@ -72,21 +75,38 @@ def read_columns(files: list[Path]) -> list[Column]:
                 f"{file} is of {result['dataset']} {result['split']}, {files[0]} of {first['dataset']} "
                 f"{first['split']}: compare results of one"
             )
-        key = _method(result) or str(file)
-        taken = [r["training"]["combiner"]["seed"] for r in columns[key].results] if key in columns else []
-        if taken and result["training"]["combiner"]["seed"] in taken:
-            key = str(file)  # the same seed again is no other seed
-        columns.setdefault(key, Column(file.stem, [])).results.append(result)
+        key = _method(result) or f"file {number}"
+        if key in columns and _seeds(result) in map(_seeds, columns[key].results):
+            key = f"file {number}"  # the same seed again is no other seed
+        columns.setdefault(key, Column(label, [])).results.append(result)
     return list(columns.values())
 
 
+def labels(files: Sequence[Path]) -> list[str]:
+    """What each file is called: its stem, its path where others have that stem, with a number where it comes again."""
+    stems, names = Counter(file.stem for file in files), []
+    for number, file in enumerate(files, start=1):
+        name = file.stem if stems[file.stem] == 1 else str(file.with_suffix(""))
+        names.append(f"{name} ({number})" if name in names else name)
+    return names
+
+
+def _seeds(result: dict[str, Any]) -> list[Any]:
+    """The seeds of the trainings that a result is of."""
+    return [config.get("seed") for config in result["training"].values()]
+
+
 def _method(result: dict[str, Any]) -> str | None:
-    """What the results of several seeds have in common; None where the checkpoint does not tell."""
-    config = result["training"].get("combiner")
-    if not config or "seed" not in config:
+    """What the results of several seeds have in common: how CLIP and the Combiner were trained, but for the seeds.
+
+    None where the checkpoint that learned last does not tell. A CLIP that does not tell is itself what they share.
+    """
+    training = result["training"]
+    if "seed" not in training.get("combiner", training.get("clip", {})):
         return None
-    method = {k: v for k, v in config.items() if k not in NOT_THE_METHOD}
-    return json.dumps([method, result["preprocessing"], result["weights_sha256"]["clip"]], sort_keys=True)
+    configs = {kind: {k: v for k, v in config.items() if k not in NOT_THE_METHOD} for kind, config in training.items()}
+    own = None if "seed" in training.get("clip", {}) else result["weights_sha256"]["clip"]
+    return json.dumps([configs, result["preprocessing"], own], sort_keys=True)
 
 
 def unlike(base: Column, other: Column, protocol: str) -> list[str]:

@@ -4,7 +4,7 @@ import functools
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -97,8 +97,12 @@ def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
 Reader = Callable[[Path], Tensor]  # image file -> preprocessed bytes (3, R, R)
 
 
-def decoded(file: Path | BinaryIO) -> Image.Image:
+def decoded(file: Path | BinaryIO, formats: Sequence[str] | None = None, side: int | None = None) -> Image.Image:
     """An image with its pixels, as it was saved.
+
+    Args:
+        formats: those of Pillow that it may have; None for all.
+        side: pixels that its shorter side needs at least, where that makes decoding faster.
 
     Raises:
         PIL.UnidentifiedImageError: it is none.
@@ -106,7 +110,9 @@ def decoded(file: Path | BinaryIO) -> Image.Image:
         OSError: it is damaged.
     """
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=formats) as image:
+            if side:
+                image.draft("RGB", (side, side))
             image.load()
             return image
     except OSError:
@@ -115,10 +121,10 @@ def decoded(file: Path | BinaryIO) -> Image.Image:
         raise OSError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
-def load_image(path: Path, preprocess: Compose) -> Tensor:
+def load_image(path: Path, preprocess: Compose, opened: Callable[[Path], Image.Image] = decoded) -> Tensor:
     """Open and preprocess one image, (3, R, R) uint8. One that cannot be decoded is a UserError that names it."""
     try:
-        return preprocess(decoded(path))
+        return preprocess(opened(path))
     except (OSError, ValueError, MemoryError, Image.DecompressionBombError) as error:
         reason = first_line(error)
     raise UserError(f"image {path} cannot be decoded ({reason}): replace the file with a whole copy of the image")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import Benchmark
-from image_check import Inspection
+from image_check import MISSING, Inspection
 from protocols import members
 from splits import Split, Triplet
 from utils import UserError
@@ -62,11 +62,12 @@ class Report:
 Parts = dict[tuple[str, str], Split]  # (part, split) -> its records
 
 
-def read_parts(benchmark: Benchmark, splits: Iterable[str], official: bool, report: Report) -> Parts:
+def read_parts(benchmark: Benchmark, splits: Iterable[str], official: bool, asked_for: bool, report: Report) -> Parts:
     """All parts of some splits that can be read; the others, and counts that differ, are remarked on.
 
     Args:
         official: compare counts with those of the official files.
+        asked_for: the splits were named, so that none of them may be missing.
     """
     parts: Parts = {}
     for split in splits:
@@ -74,7 +75,8 @@ def read_parts(benchmark: Benchmark, splits: Iterable[str], official: bool, repo
             files = benchmark.files(part, split)
             missing = [file for file in files if not file.exists()]
             for file in missing:
-                report.say(FINDING, str(file), f"missing: nothing can be done with {part} {split}")
+                level = UNUSABLE if asked_for else FINDING
+                report.say(level, str(file), f"missing: nothing can be done with {part} {split}")
             if missing:
                 continue
             try:
@@ -154,7 +156,8 @@ def remark_on_images(benchmark: Benchmark, parts: Parts, found: dict[Path, Inspe
     """
     report.images = len(found)
     folders = {str(folder) for part in benchmark.parts for folder in benchmark.image_folders(part)}
-    where = (next(str(parent) for parent in path.parents if str(parent) in folders) for path in found)
+    there = [path for path, inspection in found.items() if inspection.problem != MISSING]
+    where = (next((str(p) for p in path.parents if str(p) in folders), str(path.parent)) for path in there)
     report.layouts = dict(Counter(where))
     for (part, split), own in parts.items():
         paths = needed(benchmark, split, own)
@@ -174,6 +177,8 @@ def _roles(own: Split) -> dict[str, set[str]]:
 
 def _remark_on_bad(where: str, trains: bool, own: Split, bad: dict[str, str], report: Report) -> None:
     """Files of a part that cannot be decoded, by problem and role."""
+    if all(t.reference in bad or t.target in bad for t in own.triplets):
+        report.say(UNUSABLE, where, "every query has an image that cannot be decoded")
     queries, gallery = len(own.triplets), len(own.names)
     for role, names in _roles(own).items():
         for problem in dict.fromkeys(bad.values()):

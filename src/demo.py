@@ -125,13 +125,18 @@ def table(results: dict[str, list[dict[str, float]]], columns: dict[str, str]) -
     return pd.DataFrame.from_dict(cells, orient="index")
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Run the demo and print its tables."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags of the demo."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, default=Path("demo"), metavar="DIR", help="(default: demo)")
     parser.add_argument("--seeds", type=seed_int, nargs="+", default=[0], help="of stage 2")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Run the demo and print its tables."""
+    args = parse(argv)
     folder = Path(os.path.relpath(args.output_dir, PROJECT_ROOT))
     os.chdir(PROJECT_ROOT)  # where the commands are typed
     demo = Demo(folder, args.seeds)

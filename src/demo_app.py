@@ -8,20 +8,21 @@ It serves this machine alone unless --host says otherwise. It needs requirements
 import argparse
 import functools
 import logging
+import os
 import random
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL.Image import Image
 
 import options
 import pages
 import startup
-from data_utils import decoded
 from dialogue import MOST_BYTES, Dialogue
-from image_index import KINDS
+from photos import KINDS, thumbnail
 from searcher import Found, Searcher, load_searcher
 from utils import UserError, command, first_line
 
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 SHOWN = 40  # images to choose a reference from
 SIDE = 320  # pixels of an image on the page
+KEPT = 3600  # seconds that an upload is there
+TITLE = "Composed image retrieval"
 STYLE = """
 #reference img { width: 100%; height: 100%; object-fit: contain; }
 .steps { padding-left: 1.2rem; }
@@ -46,7 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
     group = parser.add_argument_group("page")
     group.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for other machines (default: 127.0.0.1)")
-    group.add_argument("--port", type=options.positive_int, default=7860, help="(default: 7860)")
+    group.add_argument("--port", type=options.port, default=7860, help="(default: 7860)")
     group.add_argument("--k", type=options.positive_int, default=12, help="answers (default: 12)")
     return parser.parse_args(argv)
 
@@ -58,13 +61,6 @@ def import_gradio() -> Any:
     except ImportError:
         raise UserError("the page needs Gradio: pip install -r requirements-app.txt") from None
     return gradio
-
-
-def small(path: Path) -> Image.Image:
-    """An image as the page shows it: decoded and made small, so that no file is served."""
-    image = decoded(path).convert("RGB")
-    image.thumbnail((SIDE, SIDE))
-    return image
 
 
 def bars(found: Found) -> str:
@@ -82,21 +78,30 @@ def history(dialogue: Dialogue) -> str:
     """The steps so far, in HTML."""
     lines = []
     for step in dialogue.steps:
-        picture = pages.data_url(pages.thumbnail(decoded(step.reference), 80), "image/jpeg")
+        picture = pages.data_url(pages.thumbnail(thumbnail(step.reference, 80), 80), "image/jpeg")
         asked = pages.text(f"“{step.text}”" if step.found else "")
         lines.append(f'<li><img src="{picture}" alt="{pages.text(step.reference.name)}">{asked}</li>')
     return f'<ol class="steps">{"".join(lines)}</ol>' if lines else "<p>Choose an image below, or upload one.</p>"
 
 
-def shown(dialogue: Dialogue) -> tuple:
-    """What the page shows of a dialogue: itself, reference, text, answers, bars, note, history."""
+def shown(dialogue: Dialogue, unasked: Any) -> tuple:
+    """What the page shows of a dialogue: itself, reference, text, answers, bars, note, history.
+
+    Images are decoded and made small, so that no file is served.
+
+    Args:
+        unasked: the text of a reference that was not asked with.
+    """
     step = dialogue.last
     if step is None:
-        return dialogue, None, "", [], "", "", history(dialogue)
+        return dialogue, None, unasked, [], "", "", history(dialogue)
+    reference, text = thumbnail(step.reference, SIDE), step.text or unasked
     if step.found is None:
-        return dialogue, small(step.reference), "", [], "", "", history(dialogue)
-    answers = [(small(path), f"{n}. {s:.3f}") for n, (path, s) in enumerate(step.found.answers, start=1)]
-    return dialogue, small(step.reference), step.text, answers, bars(step.found), step.found.note, history(dialogue)
+        return dialogue, reference, text, [], "", "", history(dialogue)
+    answers = [
+        (thumbnail(path, SIDE), f"{n}. {s:.3f} {path.name}") for n, (path, s) in enumerate(step.found.answers, start=1)
+    ]
+    return dialogue, reference, text, answers, bars(step.found), step.found.note, history(dialogue)
 
 
 @dataclass(frozen=True)
@@ -152,25 +157,27 @@ def lay_out(gradio: Any) -> Parts:
 
 
 def wire(gradio: Any, page: Any, parts: Parts, searcher: Searcher, k: int) -> None:
-    """Let the components change the dialogue of the user who touches them."""
+    """Let the components change the dialogue of the user who touches them. What is typed stays until it was asked."""
+    stays = gradio.skip()
 
-    def safely(change: Callable[..., Dialogue]) -> Callable[..., tuple]:
+    def safely(change: Callable[..., Dialogue], unasked: Any = stays) -> Callable[..., tuple]:
         """A handler that shows what a user can put right, and leaves the dialogue as it was."""
 
         @functools.wraps(change)
         def handler(*inputs: Any) -> tuple:
             try:
-                return shown(change(*inputs))
+                return shown(change(*inputs), unasked)
             except UserError as error:
-                gradio.Warning(str(error))
-                return tuple(str(error) if part is parts.note else gradio.skip() for part in parts.outputs)
+                message = pages.text(error)
+                gradio.Warning(message)
+                return tuple(message if part is parts.note else stays for part in parts.outputs)
 
         return handler
 
-    def some_images() -> tuple[list[int], list[Image.Image]]:
+    def some_images() -> tuple[list[int], list[Image]]:
         paths = searcher.index.paths
         rows = random.sample(range(len(paths)), min(SHOWN, len(paths)))
-        return rows, [small(paths[row]) for row in rows]
+        return rows, [thumbnail(paths[row], SIDE) for row in rows]
 
     def choose(dialogue: Dialogue, rows: list[int], event: gradio.SelectData) -> Dialogue:
         return dialogue.choose(searcher, rows[event.index])
@@ -179,10 +186,10 @@ def wire(gradio: Any, page: Any, parts: Parts, searcher: Searcher, k: int) -> No
         return dialogue.choose_answer(searcher, event.index)
 
     own, asked = [parts.dialogue], safely(lambda dialogue, words: dialogue.ask(searcher, words, k))
-    page.load(lambda: (*some_images(), *shown(Dialogue())), None, [parts.rows, parts.choice, *parts.outputs])
+    page.load(lambda: (*some_images(), *shown(Dialogue(), "")), None, [parts.rows, parts.choice, *parts.outputs])
     parts.more.click(some_images, None, [parts.rows, parts.choice])
     parts.choice.select(safely(choose), [*own, parts.rows], parts.outputs)
-    parts.answers.select(safely(choose_answer), own, parts.outputs)
+    parts.answers.select(safely(choose_answer, unasked=""), own, parts.outputs)
     upload = safely(lambda dialogue, file: dialogue.upload(Path(file)))
     parts.upload.upload(upload, [*own, parts.upload], parts.outputs)
     parts.ask.click(asked, [*own, parts.text], parts.outputs)
@@ -193,7 +200,7 @@ def wire(gradio: Any, page: Any, parts: Parts, searcher: Searcher, k: int) -> No
 def build(searcher: Searcher, k: int) -> Any:
     """The page, with handlers for a searcher that answers k images."""
     gradio = import_gradio()
-    with gradio.Blocks(title="Composed image retrieval", analytics_enabled=False) as page:
+    with gradio.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
         wire(gradio, page, lay_out(gradio), searcher, k)
     return page
 
@@ -215,12 +222,14 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # of Gradio's own start
     device = startup.pick_device(args.device)
     searcher = load_searcher(args.index, options.pair_choice(args), device)
-    page = build(searcher, args.k)
-    logger.info("%d images; http://%s:%d", len(searcher.index.paths), args.host, args.port)
-    try:
-        launch(page, args.host, args.port)
-    except OSError as error:
-        raise UserError(f"--port {args.port}: {first_line(error)}; choose another") from None
+    with tempfile.TemporaryDirectory() as uploads:  # what is uploaded goes when the page does
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        page = build(searcher, args.k)
+        logger.info("%d images; http://%s:%d", len(searcher.index.paths), args.host, args.port)
+        try:
+            launch(page, args.host, args.port)
+        except OSError as error:
+            raise UserError(f"--port {args.port}: {first_line(error)}; choose another") from None
 
 
 if __name__ == "__main__":

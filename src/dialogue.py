@@ -5,8 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from data_utils import decoded
-from image_index import KINDS
+from photos import FORMATS, KINDS, opened
 from searcher import Found, Searcher
 from utils import UserError, first_line
 
@@ -21,7 +20,7 @@ class Step:
     Attributes:
         reference: the image that is asked with.
         row: its row in the index, None for an uploaded one.
-        text: what to change, "" until it is asked.
+        text: what to change, "" until it is asked; taken back, it stays.
         found: the answers, None until it is asked.
     """
 
@@ -77,7 +76,7 @@ class Dialogue:
         if self.last is None:
             return self
         if self.last.found is not None:
-            return replace(self, steps=(*self.steps[:-1], replace(self.last, text="", found=None)))
+            return replace(self, steps=(*self.steps[:-1], replace(self.last, found=None)))
         return replace(self, steps=self.steps[:-1])
 
     def _next(self, step: Step) -> "Dialogue":
@@ -93,10 +92,10 @@ def check_upload(file: Path) -> None:
     if file.stat().st_size > MOST_BYTES:
         raise UserError(f"{file.name} is larger than {MOST_BYTES // 2**20} MiB: upload a smaller copy")
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             pixels = image.width * image.height
         if pixels <= MOST_PIXELS:
-            decoded(file)
+            opened(file)
             return
     except Image.DecompressionBombError:
         pass  # said below

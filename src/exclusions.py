@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,21 @@ def excluded(splits: Iterable[Split]) -> dict[str, dict[str, Any]]:
     return {s.name: {"images": len(s.excluded_images), "triplets": s.excluded_triplets} for s in splits}
 
 
-def announce(splits: Iterable[Split]) -> None:
-    """Log what was left out of each split; nothing where nothing was."""
+def announce(wanted: Collection[str], splits: Iterable[Split]) -> None:
+    """Log what was left out of each split, and how many of the images to leave out are in none of them."""
+    found = set()
     for split in splits:
+        found |= set(split.excluded_images)
         if split.excluded_images:
             logger.warning(
                 "left out of %s: %d images and the %d triplets that ask with or for them; %d triplets remain",
                 split.name, len(split.excluded_images), split.excluded_triplets, len(split.triplets),
             )  # fmt: skip
+        if split.smaller_groups:
+            logger.warning("%d of them choose from a smaller subset: their subset recalls rise", split.smaller_groups)
+    if others := [name for name in wanted if name not in found]:
+        logger.warning("%d images of --exclusions are in no split that is used here: %s", len(others), _some(others))
+
+
+def _some(names: Collection[str]) -> str:
+    return ", ".join(list(names)[:3]) + (", ..." if len(names) > 3 else "")

@@ -150,6 +150,12 @@ def make_folder(parent: Path, name: str, config: Mapping[str, Any]) -> Path:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def drop_half_made(parent: Path) -> None:
+    """Drop what `make_folder` left in a folder where it was killed."""
+    for folder in parent.glob(".*.tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _renamed(beside: Path, folder: Path) -> Path:
     try:
         return beside.rename(folder)
@@ -185,6 +191,13 @@ def is_complete(folder: Path) -> bool:
 # What changes where or how fast a run goes on, not what it computes.
 FREE = {"data_root", "output_dir", "num_workers", "device", "similarity_block", "image_cache", "feature_cache"}
 FREE |= {"checkpoint_every_minutes", "command", "resume", "workspace", "experiment_name"}
+MOVED = {"clip_model_path", "exclusions"}  # may lie elsewhere now: what is in them is held to what it was, see DERIVED
+FREE |= MOVED
+DERIVED = {
+    "data_sha256": "the annotations are others",
+    "clip_weights": "the CLIP weights are others",
+    "excluded": "other images are left out",
+}
 
 
 def read_hyper_parameters(folder: Path) -> dict[str, Any]:
@@ -205,13 +218,15 @@ def started_with(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """
     started = read_hyper_parameters(folder)
     now = json.loads(json.dumps(config))
-    for name in sorted((started.keys() | now.keys()) - FREE):
+    for name in sorted((started.keys() | now.keys()) - FREE, key=lambda name: (name in DERIVED, name)):
         before, after = started.get(name), now.get(name)
         if before == after:
             continue
         if name == "versions":
             logger.warning("warning: %s was started with %s, now it is %s: numbers may differ", folder, before, after)
             continue
+        if name in DERIVED:
+            raise UserError(f"--resume {folder}: {DERIVED[name]} than when the run was started: put those back")
         flag = "--" + name.replace("_", "-")
         raise UserError(f"--resume {folder}: {flag} is {after}, but the run was started with {before}: leave it so")
-    return started
+    return started | {name: now[name] for name in MOVED if name in now}

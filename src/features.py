@@ -82,7 +82,7 @@ class Encoder:
             self.read(path)
         except UserError as error:
             return str(error)
-        return "it could not be read a moment ago"
+        return f"image {path} could not be read a moment ago, now it can: start again"
 
     @torch.no_grad()
     def captions(self, captions: list[str]) -> Tensor:

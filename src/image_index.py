@@ -8,9 +8,9 @@ import functools
 import hashlib
 import json
 import logging
-import os
+import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,19 @@ import numpy as np
 import torch
 
 import vectors
-from annotations import read
+from clip_model import feature_dim
 from features import Encoder
 from splits import file_identities, file_size
-from utils import UserError, load_tensors, locked, save_tensors, write_text, written_whole
+from utils import UserError, load_tensors, locked, parse_json, save_tensors, write_text, written_whole
 
 logger = logging.getLogger(__name__)
 
-KINDS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 SHARD = 1024  # images that an interruption can cost at most
 MANIFEST = "index.json"
+OWN = re.compile(
+    r"(files|features|vectors)-[0-9a-f]{12}\.(json|npy|faiss)|\..*\.tmp"
+)  # beside it; all else is a user's
+OWN_SHARD = re.compile(r"[0-9a-f]{16}\.pt|\..*\.tmp")
 
 Identity = tuple[str, int, int]  # absolute path, bytes, modification time in ns
 
@@ -56,6 +59,11 @@ class ImageIndex:
         return [Path(path) for path, _, _ in self.files]
 
     @functools.cached_property
+    def row_of_path(self) -> dict[str, int]:
+        """The row of each path."""
+        return {path: row for row, (path, _, _) in enumerate(self.files)}
+
+    @functools.cached_property
     def row_of(self) -> dict[Identity, int]:
         """The row of each file, as it was when it was encoded."""
         return {file: row for row, file in enumerate(self.files)}
@@ -73,25 +81,6 @@ class Update:
     kept: int
     removed: int
     unreadable: dict[str, str]
-
-
-def find_images(folders: Sequence[Path]) -> list[Path]:
-    """All image files below some folders, sorted, each once; hidden folders are left alone.
-
-    Raises:
-        UserError: a folder is none, or there is no image.
-    """
-    found = set()
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"--images {folder} is no folder: name one that holds images")
-        for root, inner, files in os.walk(folder):
-            inner[:] = [name for name in inner if not name.startswith(".")]
-            found |= {(Path(root) / name).resolve() for name in files if Path(name).suffix.lower() in KINDS}
-    if not found:
-        where = ", ".join(map(str, folders))
-        raise UserError(f"--images {where}: no images there ({' '.join(sorted(KINDS))}): name another folder")
-    return sorted(found)
 
 
 def encoder_key(encoder: Encoder) -> dict[str, Any]:
@@ -119,46 +108,89 @@ def open_index(folder: Path) -> ImageIndex:
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
-    return read(folder / MANIFEST, dict) if (folder / MANIFEST).exists() else None
+    try:
+        content = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{folder / MANIFEST} is damaged: build the index again in another folder")
+    return content
 
 
-def update_index(folder: Path, images: Sequence[Path], encoder: Encoder, kind: str, pair: dict[str, Any]) -> Update:
+def folders_of(folder: Path, forgotten: Iterable[Path] = ()) -> list[Path]:
+    """The folders whose images an index holds, but for some; none where there is no index.
+
+    Raises:
+        UserError: one to forget is none of them.
+    """
+    about = _manifest(folder) if folder.is_dir() else None
+    held = list(map(Path, (about or {}).get("folders", [])))
+    gone = {path.resolve() for path in forgotten}
+    for path in gone - set(held):
+        raise UserError(
+            f"--forget {path}: {folder} holds no images of it, but of {', '.join(map(str, held)) or 'none'}"
+        )
+    return [path for path in held if path not in gone]
+
+
+def kind_of(folder: Path) -> str | None:
+    """The kind of an index's vectors, None where there is no index."""
+    about = _manifest(folder) if folder.is_dir() else None
+    return (about or {}).get("kind")
+
+
+def update_index(
+    folder: Path, folders: Sequence[Path], images: Sequence[Path], encoder: Encoder, kind: str, pair: dict[str, Any]
+) -> Update:
     """Make an index of images, or bring one up to date: new and changed files are encoded, vanished ones go.
 
-    What the encoder's `between` raises ends the work, which goes on from the last shard the next time.
+    Files that could not be read are tried again. What the encoder's `between` raises ends the work, which goes on from
+    the last shard the next time.
 
     Args:
+        folders: where the images were found, for the manifest.
         kind: of the vectors, see `vectors.KINDS`.
         pair: what a query needs to load the same CLIP, for the manifest.
 
     Raises:
-        UserError: the index is of other weights or preprocessing, or no image can be read.
+        UserError: the folder holds other files, the index is of other weights or preprocessing, no image can be read,
+            or there are too few for the kind.
     """
+    vectors.check(kind, len(images), feature_dim(encoder.model))
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, f"--output {folder}: another process updates it: wait for that one"):
-        return _update(folder, images, encoder, kind, pair)
+        content = {"folders": sorted(str(path.resolve()) for path in folders), "pair": pair}
+        return _update(folder, images, encoder, kind, content)
 
 
-def _update(folder: Path, images: Sequence[Path], encoder: Encoder, kind: str, pair: dict[str, Any]) -> Update:
+def _update(folder: Path, images: Sequence[Path], encoder: Encoder, kind: str, content: dict[str, Any]) -> Update:
     earlier, key = _manifest(folder), encoder_key(encoder)
+    if earlier is None:
+        _check_own(folder)
     if earlier and earlier.get("encoder") != key:
         raise UserError(f"--output {folder} is an index of other weights or preprocessing: choose another folder")
     identities = file_identities([path for path in images if file_size(path) is not None])
     known = _known(folder, earlier, key)
-    bad = {tuple(one): why for *one, why in (earlier or {}).get("unreadable", [])}
-    new = [i for i in identities if i not in known and i not in bad]
-    bad |= _encode(folder, new, encoder, key, known)
+    bad = _encode(folder, [i for i in identities if i not in known], encoder, key, known)
     readable = [i for i in identities if i in known]
     if not readable:
         raise UserError(f"--images: none of the {len(identities)} images can be read, the first is {identities[0][0]}")
     before = set(_files(folder, earlier)) if earlier else set()
     kept = len(before & set(readable))
-    left_out = {i: bad[i] for i in identities if i in bad}
-    content = {"encoder": key, "pair": pair, "unreadable": [[*i, why] for i, why in left_out.items()]}
-    if not earlier or set(readable) != before or any(earlier[k] != v for k, v in {**content, "kind": kind}.items()):
+    content = {"encoder": key, **content, "unreadable": {path: why for (path, _, _), why in bad.items()}}
+    about = {**content, "kind": kind}
+    if not earlier or set(readable) != before or any(earlier.get(k) != v for k, v in about.items()):
         _publish(folder, readable, np.stack([known[i] for i in readable]), kind, content)
-    unreadable = {path: why for (path, _, _), why in left_out.items()}
-    return Update(len(readable) - kept, kept, len(before) - kept, unreadable)
+    return Update(len(readable) - kept, kept, len(before) - kept, content["unreadable"])
+
+
+def _check_own(folder: Path) -> None:
+    """Refuse a folder that something else is in: what an index does not name is dropped from it."""
+    for file in folder.iterdir():
+        if not (OWN.fullmatch(file.name) or file.name == "partial"):
+            raise UserError(f"--output {folder} holds {file.name}, which is of no index: name an empty or a new folder")
 
 
 def _files(folder: Path, about: dict[str, Any]) -> list[Identity]:
@@ -207,7 +239,8 @@ def _encode(
         known |= zip(read_ones, features.numpy(), strict=True)
         name = hashlib.sha256(json.dumps(shard).encode()).hexdigest()[:16]
         content = {"key": json.dumps(key), "files": [list(one) for one in read_ones], "features": features}
-        save_tensors(folder / "partial" / f"{name}.pt", content)
+        if read_ones:
+            save_tensors(folder / "partial" / f"{name}.pt", content)
     return bad
 
 
@@ -224,9 +257,9 @@ def _publish(folder: Path, files: list[Identity], features: np.ndarray, kind: st
     report = {} if kind == "flat" else {"recall against exact": vectors.recall_report(index, features)}
     about = {**content, **names, **report, "kind": kind, "images": len(files), "torch": torch.__version__}
     write_text(folder / MANIFEST, json.dumps(about, indent=1) + "\n")
-    keep = {MANIFEST, *names.values()}
-    for file in [*folder.glob("files-*"), *folder.glob("features-*"), *folder.glob("vectors-*")]:
-        if file.name not in keep:
+    for file in folder.iterdir():
+        if OWN.fullmatch(file.name) and file.name not in names.values():
             file.unlink()
     for file in (folder / "partial").glob("*"):
-        file.unlink()
+        if OWN_SHARD.fullmatch(file.name):
+            file.unlink()

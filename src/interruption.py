@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import distributed
 from utils import Stopped
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+PATIENCE = 5  # seconds between two looks of a worker at whether its parent is still there
 
 
 class StopRequest:
@@ -21,6 +22,13 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = ""
+        self.parent = os.getppid() if distributed.launched() else None
+
+    def look(self) -> str:
+        """`requested`, which the end of torchrun is too: a signal that it does not pass on ends it alone."""
+        if self.parent not in (None, os.getppid()):
+            self.requested = self.requested or "the end of torchrun"
+        return self.requested
 
     def handle(self, number: int, frame: object) -> None:
         """What the signals call."""
@@ -71,17 +79,20 @@ def heed_parent_alone() -> None:
     """In a worker process: take SIGTERM from the process that started it, and leave the others' signals to that one.
 
     Schedulers and terminals signal all processes of a job. A worker that died of it would break the step that the
-    parent is in, which has a state to save. A thread takes the signals, for it learns who sent them.
+    parent is in, which has a state to save. A thread takes the signals, for it learns who sent them, and ends a worker
+    whose parent is gone.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS, where no scheduler signals
+    if not hasattr(signal, "sigtimedwait"):  # macOS, where no scheduler signals
         return
     parent = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
     def take() -> None:
-        while signal.sigwaitinfo(SIGNALS).si_pid != parent:
-            pass
+        sender = None
+        while sender != parent and os.getppid() == parent:
+            taken = signal.sigtimedwait(SIGNALS, PATIENCE)
+            sender = taken.si_pid if taken else None
         os._exit(0)
 
     threading.Thread(target=take, daemon=True).start()

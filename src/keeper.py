@@ -78,7 +78,7 @@ class Keeper:
         """Save the state if it is due. If a stop was asked for, save it and raise Stopped."""
         since = time.monotonic() - self.saved_at
         due = since >= self.seconds or (epoch_ends and since * SAVING_SHARE >= self.cost)
-        stopping, due = distributed.any_rank(bool(self.stop.requested), due and distributed.is_main())
+        stopping, due = distributed.any_rank(bool(self.stop.look()), due and distributed.is_main())
         if stopping or due:
             self.save()
         if stopping:

@@ -76,6 +76,13 @@ def in_any_case(names: Iterable[str]) -> Callable[[str], str]:
     return name
 
 
+def port(text: str) -> int:
+    """A port that a server may listen on."""
+    if not text.isdecimal() or not 1 <= int(text) <= 65_535:
+        raise argparse.ArgumentTypeError(f"{text} is no port: choose one from 1 to 65535")
+    return int(text)
+
+
 def dataset_flag(required: bool = True) -> argparse.ArgumentParser:
     """--dataset."""
     parser = argparse.ArgumentParser(add_help=False)

@@ -2,17 +2,19 @@
 
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import nn
 
 from benchmarks import Benchmark
 from clip_model import feature_dim, load_clip, load_finetuned, resolution
 from combiner import Compose, compose_sum, load_combiner
-from data_utils import TRANSFORMS, load_image, make_preprocess
+from data_utils import TRANSFORMS, decoded, load_image, make_preprocess
 from exclusions import announce
 from features import Encoder, FeatureCache, FrozenSplit, freeze_queries, weights_digest
 from splits import Split, check_images_exist
@@ -88,20 +90,26 @@ def _absolute(name: str | None) -> str | None:
 
 
 def load_encoder(
-    settings: dict[str, Any], tuned: Checkpoint | None, device: torch.device, workers: int, batch_size: int = 32
+    settings: dict[str, Any],
+    tuned: Checkpoint | None,
+    device: torch.device,
+    workers: int,
+    batch_size: int = 32,
+    opened: Callable[[Path], Image] = decoded,
 ) -> Encoder:
     """CLIP in eval mode with its preprocessing.
 
     Args:
         settings: from `settle`.
         tuned: stage-1 weights that replace the model's own.
+        opened: opens an image file.
     """
     model = load_clip(settings["clip_model_name"], device)
     if tuned:
         load_finetuned(model, tuned.content, tuned.path)
     pixels = resolution(model)
     preprocess = make_preprocess(settings["transform"], settings["target_ratio"], pixels)
-    read = functools.partial(load_image, preprocess=preprocess)
+    read = functools.partial(load_image, preprocess=preprocess, opened=opened)
     return Encoder(model, read, settings | {"resolution": pixels}, device, workers, batch_size)
 
 
@@ -144,6 +152,7 @@ def load_pair(
     combiner_choice: dict[str, Any],
     device: torch.device,
     workers: int,
+    opened: Callable[[Path], Image] = decoded,
 ) -> Pair:
     """The pair that the flags of an evaluation name.
 
@@ -151,6 +160,7 @@ def load_pair(
         combining_function: "sum" or "combiner".
         clip_choice: see `settle`.
         combiner_choice: what the user wants the Combiner to be, see `load_combiner`.
+        opened: opens an image file.
 
     Raises:
         UserError: a combiner without its path, or whatever is wrong with the checkpoints.
@@ -160,7 +170,7 @@ def load_pair(
         raise UserError("--combining-function combiner needs --combiner-path: the stage-2 weights to compose with")
     tuned = read_checkpoint("--clip-model-path", clip_path, "CLIP")
     trained = read_checkpoint("--combiner-path", combiner_path if composes else None, "Combiner")
-    encoder = load_encoder(settle(clip_choice, [trained, tuned]), tuned, device, workers)
+    encoder = load_encoder(settle(clip_choice, [trained, tuned]), tuned, device, workers, opened=opened)
     if trained is None:
         if combiner_path:
             logger.warning("warning: --combining-function sum makes no use of --combiner-path %s", combiner_path)
@@ -183,7 +193,7 @@ def load_and_freeze(
     Args:
         choice: see `load_pair`.
     """
-    announce(splits)
+    announce(benchmark.excluded, splits)
     check_images_exist(splits)
     pair = load_pair(**choice, device=device)
     return pair, freeze_queries(FeatureCache(None, pair.encoder), splits, benchmark.caption, benchmark.run_name)

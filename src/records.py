@@ -82,11 +82,17 @@ def read_rankings(file: Path) -> dict[str, Any]:
     try:
         queries = [query for split in content["queries"].values() for query in split]
         whole = bool(queries) and all(map(_is_record, queries)) and isinstance(content["dataset"], str)
+        whole = whole and all(content["queries"].values()) and len(set(map(_shape, queries))) == 1
     except (KeyError, TypeError, AttributeError, ValueError):
         whole = False
     if not whole:
         raise UserError(f"{file} is no file of validate.py --rankings, or not a whole one: measure again")
     return content
+
+
+def _shape(query: dict[str, Any]) -> tuple[frozenset[str], int]:
+    """What all queries of a file have in common: the protocols, and the number of experts."""
+    return frozenset(query["protocols"]), len(query.get("experts", []))
 
 
 def _is_record(query: dict[str, Any]) -> bool:
@@ -101,4 +107,4 @@ def _is_record(query: dict[str, Any]) -> bool:
             names.append(name)
             numbers.append(similarity)
     real = all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
-    return bool(query["protocols"]) and real and all(isinstance(name, str) for name in names)
+    return bool(query["protocols"]) and "pair_id" in query and real and all(isinstance(name, str) for name in names)

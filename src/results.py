@@ -46,6 +46,7 @@ def make_result(
         "protocols": protocols,
         "excluded_images": {s.name: {name: reasons[name] for name in s.excluded_images} for s in splits},
         "excluded_triplets": {s.name: s.excluded_triplets for s in splits},
+        "smaller_groups": {s.name: s.smaller_groups for s in splits},
         "images_sha256": {s.name: images_digest(s) for s in splits},
         "queries_sha256": {s.name: split_digest(s) for s in splits},
         **pair,
@@ -87,7 +88,7 @@ def read_result(file: Path) -> dict[str, Any]:
     try:
         benchmark = BENCHMARKS[result["dataset"]](Path())
         metrics = {name: (m["metrics"], _recomputed(benchmark, m)) for name, m in result["protocols"].items()}
-        whole = all(
+        whole = _says_what_it_is(result) and all(
             stated.keys() == own.keys() and set(map(type, stated.values())) <= {int, float}
             for stated, own in metrics.values()
         )
@@ -100,6 +101,20 @@ def read_result(file: Path) -> dict[str, Any]:
             if not math.isclose(value, stated[name], abs_tol=1e-6):
                 raise UserError(f"{file}: {name} under {protocol} is not what its ranks give: measure again")
     return result
+
+
+def _says_what_it_is(result: Mapping[str, Any]) -> bool:
+    """Whether a result has all that a comparison looks at; may raise KeyError or TypeError if not."""
+    tables = ("queries_sha256", "images_sha256", "excluded_images", "preprocessing", "weights_sha256", "training")
+    named = [*(result[name] for name in tables), *result["training"].values()]
+    names = result["split"], result["weights_sha256"]["clip"]
+    splits = result["queries_sha256"].keys()
+    return (
+        all(isinstance(name, str) for name in names)
+        and all(isinstance(table, dict) for table in named)
+        and all(m["gallery_images"].keys() == m["ranks"].keys() == splits for m in result["protocols"].values())
+        and all(m["queries"] == {s: len(r) for s, r in m["ranks"].items()} for m in result["protocols"].values())
+    )
 
 
 def _recomputed(benchmark: Benchmark, measured: Mapping[str, Any]) -> dict[str, float]:

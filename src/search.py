@@ -4,7 +4,8 @@
     python src/search.py query --index photos_index --image photos/shirt.jpg --text "is red and has no sleeves" \\
         --combiner-path models_final/combiner_trained
 
-`index` run again adds what is new and drops what is gone; interrupted, it goes on where it was.
+`index` run again, with or without --images, adds what is new and drops what is gone; interrupted, it goes on where it
+was.
 """
 
 import argparse
@@ -14,16 +15,20 @@ import logging
 from pathlib import Path
 
 import options
+import pages
 import startup
 import vectors
-from image_index import find_images, open_index, update_index
+from image_index import folders_of, kind_of, open_index, update_index
 from interruption import listening
 from pair import load_encoder, read_checkpoint, settle
+from photos import find_images, opened, thumbnail
 from searcher import Found, load_searcher
-from sheets import load_thumbnails, results_page
-from utils import Stopped, UserError, check_writable, command, write_text
+from sheets import results_page
+from utils import Stopped, UserError, check_file_writable, check_writable, command, write_text
 
 logger = logging.getLogger(__name__)
+
+SIDE = 176  # pixels of an image on a page of answers
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -32,12 +37,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     clip = [options.clip_flags(), options.tuned_clip_flag(), options.compute_flags()]
     index = commands.add_parser("index", parents=clip, help="encode a folder, or bring its index up to date")
-    index.add_argument(
-        "--images", type=Path, nargs="+", required=True, metavar="DIR", help="searched through and through"
-    )
+    index.add_argument("--images", type=Path, nargs="+", default=[], metavar="DIR", help="beside those it has already")
+    index.add_argument("--forget", type=Path, nargs="+", default=[], metavar="DIR", help="folders to drop from it")
     index.add_argument("--output", type=Path, required=True, metavar="INDEX", help="a folder for the index")
     index.add_argument(
-        "--index-type", choices=vectors.KINDS, default="flat", help="flat is exact; the others are for large galleries"
+        "--index-type",
+        choices=vectors.KINDS,
+        help="flat is exact, the others are for large galleries (default: as it is, flat for a new one)",
     )
     index.add_argument("--clip-bs", type=options.positive_int, default=32, help="batch size of CLIP (default: 32)")
     query = commands.add_parser("query", parents=[*options.search_flags(), *clip], help="ask an index")
@@ -54,22 +60,29 @@ def make_index(args: argparse.Namespace) -> None:
     """Encode what is new, and say what was done."""
     check_writable({"--output": args.output})
     vectors.import_faiss()
-    images = find_images(args.images)
+    folders = sorted({*folders_of(args.output, args.forget), *(path.resolve() for path in args.images)})
+    if not folders:
+        raise UserError("--images: name a folder that holds images")
+    images = find_images(folders)
+    kind = args.index_type or kind_of(args.output) or "flat"
     device = startup.pick_device(args.device)
     tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
     settings = settle(options.clip_choice(args), [tuned])
-    encoder = load_encoder(settings, tuned, device, args.num_workers, args.clip_bs)
+    encoder = load_encoder(settings, tuned, device, args.num_workers, args.clip_bs, opened)
     pair = settings | {"clip_model_path": str(tuned.path.resolve()) if tuned else None}
     with listening() as stop:
         encoder = dataclasses.replace(encoder, between=stop.check)
         try:
-            done = update_index(args.output, images, encoder, args.index_type, pair)
+            done = update_index(args.output, folders, images.paths, encoder, kind, pair)
         except Stopped as stopped:
             raise Stopped(stopped.signal, "what was encoded is kept: go on with the same command") from None
-    for path, reason in done.unreadable.items():
-        logger.warning("left out: %s", reason or path)
+    for reason in [*done.unreadable.values(), *(f"{file}: {why}" for file, why in images.left_out.items())]:
+        logger.warning("left out: %s", reason)
+    for ending, count in sorted(images.skipped.items()):
+        logger.warning("left out: %d files %s, which are not read: convert them to .jpg or .png", count, ending)
+    left_out = len(done.unreadable) + len(images.left_out)
     print(f"{args.output}: {done.added} images added, {done.kept} kept, {done.removed} removed, ", end="")
-    print(f"{len(done.unreadable)} left out that cannot be read")
+    print(f"{left_out} left out that cannot be read")
     report = open_index(args.output).about.get("recall against exact")
     if report:
         print(f"recall@{report['k']} against exact: {report['recall']:.3f} over {report['queries']} queries")
@@ -77,7 +90,7 @@ def make_index(args: argparse.Namespace) -> None:
 
 def ask(args: argparse.Namespace) -> None:
     """Answer a query."""
-    check_writable({"--html": args.html and args.html.parent})
+    check_file_writable({"--html": args.html})
     device = startup.pick_device(args.device)
     searcher = load_searcher(args.index, options.pair_choice(args), device)
     if not args.text.strip():
@@ -89,7 +102,8 @@ def ask(args: argparse.Namespace) -> None:
         print(json.dumps(as_json(found), indent=1))
     elif args.html:
         answers = [(str(path), similarity) for path, similarity in found.answers]
-        small = load_thumbnails({str(args.image): args.image} | {name: Path(name) for name, _ in answers})
+        shown = {name: thumbnail(Path(name), SIDE) for name in (str(args.image), *(name for name, _ in answers))}
+        small = {name: pages.thumbnail(image, SIDE) for name, image in shown.items()}
         write_text(args.html, results_page(args.text, str(args.image), answers, about(found), small))
         logger.info("%s: %d images", args.html, len(answers))
     else:

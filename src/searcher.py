@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from clip_model import fits
 from image_index import ImageIndex, encoder_key, open_index
 from pair import Pair, load_pair
+from photos import opened
 from splits import file_identities, file_size
 from utils import UserError
 
@@ -50,8 +51,11 @@ class Searcher:
         self.index, self.pair = index, pair
 
     def reference_features(self, image: Path) -> Tensor:
-        """Unnormalised features (1, D) of an image file: those of the index, if it is in it as it is now."""
-        row = self.index.row_of.get(file_identities([image])[0]) if file_size(image) else None
+        """Unnormalised features (1, D) of an image file: those of the index, if it is in it as it is now, or was."""
+        if file_size(image) is None:
+            row = self.index.row_of_path.get(str(image.resolve()))
+        else:
+            row = self.index.row_of.get(file_identities([image])[0])
         if row is not None:
             return torch.from_numpy(np.array(self.index.features[row : row + 1])).to(self.pair.encoder.device)
         return self.pair.encoder.images([image])
@@ -94,4 +98,5 @@ def load_searcher(folder: Path, choice: dict[str, Any], device: torch.device) ->
     choice = choice | {"clip_choice": clip}
     choice["clip_path"] = choice["clip_path"] or (Path(path) if path else None)
     choice["combining_function"] = choice["combining_function"] or ("combiner" if choice["combiner_path"] else "sum")
-    return Searcher(index, load_pair(**choice, device=device))
+    choice["workers"] = 0  # for one image at a time
+    return Searcher(index, load_pair(**choice, device=device, opened=opened))

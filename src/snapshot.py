@@ -33,7 +33,8 @@ def load_state(file: Path, parts: Mapping[str, Stateful], device: torch.device) 
     try:
         content = load_tensors(file)
         for name, part in parts.items():
-            part.load_state_dict(content["parts"][name])
+            if name != "scaler" or name in content["parts"]:  # a run that began on a CPU has none
+                part.load_state_dict(content["parts"][name])
         _set_random_states(content["random"], device)
         return content["progress"]
     except (UserError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

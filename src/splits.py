@@ -32,6 +32,7 @@ class Split:
     Attributes:
         excluded_images: what was left out of the gallery on request, in its order.
         excluded_triplets: how many triplets went with them.
+        smaller_groups: how many of the triplets that are left have a smaller group for it.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Split:
     image_paths: dict[str, Path]
     excluded_images: tuple[str, ...] = ()
     excluded_triplets: int = 0
+    smaller_groups: int = 0
 
     @property
     def names(self) -> list[str]:
@@ -90,6 +92,7 @@ class Split:
             {name: path for name, path in self.image_paths.items() if name not in excluded},
             tuple(name for name in self.image_paths if name in excluded),
             len(self.triplets) - len(kept),
+            sum(any(name in excluded for name in t.group) for t in kept),
         )
 
 

@@ -78,8 +78,8 @@ class Stepper:
     def parts(self) -> dict[str, Stateful]:
         """All that steps change."""
         task = self.task
-        parts = {"module": task.module, "optimizer": task.optimizer}
-        parts |= {"scaler": self.scaler, "schedule": self.learning_rate}
+        parts = {"module": task.module, "optimizer": task.optimizer, "schedule": self.learning_rate}
+        parts |= {"scaler": self.scaler} if self.scaler.is_enabled() else {}
         return parts | ({"average": task.averaged} if task.averaged else {})
 
     def step(self, inputs: list[Tensor], target_ids: Tensor) -> Tensor:
@@ -175,6 +175,8 @@ def train_one_epoch(task: Task, stepper: Stepper, keeper: Keeper) -> float:
 
 def _validate(task: Task, keeper: Keeper) -> dict[str, float]:
     """Metrics after an epoch; an error names it, and a stop needs not wait for them."""
+    if distributed.world_size() > 1:
+        keeper.look(epoch_ends=True)  # they cannot stop in a validation, and torchrun waits for half a minute
     try:
         return task.validate()
     except Stopped:

@@ -92,6 +92,6 @@ def read_training_data(benchmark: Benchmark, batch_size: int, micro_batch_size: 
     share = batch_size // distributed.world_size()
     if micro_batch_size is not None and micro_batch_size > share:
         raise UserError(f"--micro-batch-size {micro_batch_size} is larger than a process's batch of {share}: lower it")
-    announce([train, *val])
+    announce(benchmark.excluded, [train, *val])
     check_images_exist([train, *val])
     return TrainingData(benchmark, train, val, texts, order)

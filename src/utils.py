@@ -31,7 +31,13 @@ LOADING_ERRORS += (NotImplementedError, struct.error, zlib.error, zipfile.BadZip
 
 
 class UserError(Exception):
-    """Something the user can put right: one line that names the file or the flag, and the remedy."""
+    """Something the user can put right: one line that names the file or the flag, and the remedy.
+
+    It stays one line whatever is in the names that it quotes.
+    """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(" ".join(str(message).splitlines()))
 
 
 class DiskError(UserError):
@@ -195,6 +201,14 @@ def check_writable(folders: dict[str, Path | None]) -> None:
         nearest = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"{flag} {folder}: {nearest} is not a folder that can be written to; choose another")
+
+
+def check_file_writable(files: dict[str, Path | None]) -> None:
+    """The same for files: flag -> the file, None where none is to be written."""
+    for flag, file in files.items():
+        if file is not None and file.is_dir():
+            raise UserError(f"{flag} {file} is a folder: name a file")
+    check_writable({flag: file and file.parent for flag, file in files.items()})
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:

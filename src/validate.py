@@ -18,7 +18,7 @@ from pair import load_and_freeze
 from protocols import PROTOCOLS, Protocol
 from records import make_records, write_rankings
 from results import make_result, write_result
-from utils import check_writable, command
+from utils import check_file_writable, command
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -53,8 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     """Print the metrics of the first protocol, one `name = value` a line, then a table of all."""
     args = parse(argv)
     device = startup.pick_device(args.device)
-    written = {"--metrics-json": args.metrics_json, "--rankings": args.rankings}
-    check_writable({flag: file and file.parent for flag, file in written.items()})
+    check_file_writable({"--metrics-json": args.metrics_json, "--rankings": args.rankings})
     benchmark, reasons = startup.open_benchmark(args)
     protocols = choose_protocols(args.protocol, benchmark)
     val = benchmark.val()

@@ -39,6 +39,15 @@ def normalised(features: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
+def check(kind: str, count: int, dim: int) -> None:
+    """Raise UserError where there are too few vectors, or vectors that cannot be split, for a kind."""
+    if kind == "ivfpq" and (count < FEWEST or dim % SUB_VECTOR):
+        raise UserError(
+            f"--index-type ivfpq needs {FEWEST:,} images of a feature length that is a multiple of {SUB_VECTOR}, and "
+            f"there are {count} of length {dim}: choose flat or hnsw"
+        )
+
+
 def build(features: np.ndarray, kind: str) -> Any:
     """An index of features (N, D), which need not be normalised.
 
@@ -46,10 +55,11 @@ def build(features: np.ndarray, kind: str) -> Any:
         kind: "flat", exact; "hnsw", a graph; "ivfpq", lists of compressed vectors.
 
     Raises:
-        UserError: too few vectors, or vectors that cannot be split, for ivfpq.
+        UserError: see `check`.
     """
     faiss = import_faiss()
     count, dim = features.shape
+    check(kind, count, dim)
     if kind == "flat":
         index = faiss.IndexFlatIP(dim)
     elif kind == "hnsw":
@@ -66,12 +76,7 @@ def build(features: np.ndarray, kind: str) -> Any:
 
 def _empty_ivfpq(faiss: Any, count: int, dim: int) -> Any:
     """As many lists as the square root of the vectors, each to be compared in bytes."""
-    lists = max(1, round(count**0.5))
-    if count < FEWEST or dim % SUB_VECTOR:
-        raise UserError(
-            f"--index-type ivfpq needs {FEWEST:,} images of a feature length that is a multiple of {SUB_VECTOR}, and "
-            f"there are {count} of length {dim}: choose flat or hnsw"
-        )
+    lists = round(count**0.5)
     index = faiss.IndexIVFPQ(faiss.IndexFlatIP(dim), dim, lists, dim // SUB_VECTOR, 8, faiss.METRIC_INNER_PRODUCT)
     index.nprobe = max(LEAST_PROBED, round(lists * PROBED))
     return index

@@ -120,6 +120,9 @@ def main(argv: list[str] | None = None) -> None:
     protocol = args.protocol or next(iter(has))
     if protocol not in has:
         raise UserError(f"--protocol {protocol} is not in {args.rankings}, which has {', '.join(has)}: measure again")
+    stored = max(len(query["protocols"][protocol]["nearest"]) for queries in records.values() for query in queries)
+    if args.rankings and args.k > stored:
+        logger.warning("note: %s holds the %d nearest, so no %d are shown", args.rankings, stored, args.k)
     chosen = choose(records, args.queries, protocol, args.num, args.seed)
     sections = {name: [card(label(name, q), q, protocol, args.k) for q in qs] for name, qs in chosen.items()}
     cards = [one for some in sections.values() for one in some]
@@ -130,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     write_bytes(args.output_dir / "sheet.png", drawn)
     logger.info("%s: %d queries", args.output_dir / "sheet.html", len(cards))
     logger.info("%s: %d queries", args.output_dir / "sheet.png", shown)
-    if all("experts" in query for queries in records.values() for query in queries):
+    if all(query.get("experts") for queries in records.values() for query in queries):
         write_text(args.output_dir / "experts.html", expert_report(f"Experts on {what.split(',')[0]}", records))
         logger.info("%s: what each expert takes", args.output_dir / "experts.html")
 

@@ -111,6 +111,33 @@ def test_bad_files_by_role_and_what_they_do(problem, own_drawn, check):
     assert found[2] == f"rc2 val: 1 files {problem}, role distractor: a gallery of 18 instead of 19: recalls rise"
 
 
+def test_a_copy_without_images_is_unusable(own_drawn, check):
+    for folder in ("train", "dev", "test1"):
+        shutil.rmtree(own_drawn / "cirr_dataset" / folder)
+    report = checked(check, own_drawn, "CIRR")
+    assert report["exit_code"] == 2
+    assert any("every query has an image that cannot be decoded" in text for text in remarks(report, "unusable"))
+    assert report["layouts"] == {}
+
+
+def test_a_split_that_was_asked_for_must_be_there(own_drawn, check):
+    (own_drawn / "cirr_dataset/cirr/captions/cap.rc2.val.json").unlink()
+    assert checked(check, own_drawn, "CIRR")["exit_code"] == 1
+    assert checked(check, own_drawn, "CIRR", "--splits", "train")["exit_code"] == 0
+    assert checked(check, own_drawn, "CIRR", "--splits", "val")["exit_code"] == 2
+
+
+def test_paths_from_the_root_are_taken_as_they_are(own_drawn, check):
+    file = own_drawn / "cirr_dataset/cirr/image_splits/split.rc2.val.json"
+    places = json.loads(file.read_text())
+    root = own_drawn / "cirr_dataset"
+    elsewhere = shutil.move(root / "dev", own_drawn / "dev")
+    file.write_text(json.dumps({name: str(elsewhere / place.split("dev/")[1]) for name, place in places.items()}))
+    report = checked(check, own_drawn, "CIRR")
+    assert report["exit_code"] == 0
+    assert report["layouts"][str(elsewhere)] == len(places)
+
+
 def test_training_needs_the_images_of_triplets_alone(own_drawn, check):
     names = own_drawn / "fashionIQ_dataset/image_splits/split.dress.train.json"
     change_json(names, lambda ids: ids.append("UNUSED"))
@@ -195,6 +222,23 @@ def test_evaluation_refuses_an_incomplete_gallery_and_goes_on_without_it(
         assert result["excluded_triplets"] == {"val": 10}
         assert result["protocols"]["original-removed"]["gallery_images"] == {"val": 17}
         assert result["protocols"]["original-removed"]["queries"] == {"val": 20}
+
+
+def test_what_exclusions_do_to_others_is_said(excluded, own_drawn, run, tmp_path, caplog):
+    """Smaller subsets, and ids that are in no split that is used."""
+    content = json.loads(excluded.read_text())
+    content["images"] |= {"dev-1-0-img5": "missing", "a typo": "missing"}
+    excluded.write_text(json.dumps(content))
+    flags = ["--dataset", "CIRR", *SUM, "--clip-model-name", own_drawn / "tiny_clip_vit.pt", "--exclusions", excluded]
+    run("validate", own_drawn, *flags, "--metrics-json", tmp_path / "m.json")
+    triplets = json.loads((own_drawn / "cirr_dataset/cirr/captions/cap.rc2.val.json").read_text())
+    gone = {"dev-0-0-img0", "dev-1-0-img5"}
+    left = [t for t in triplets if not gone & {t["reference"], t["target_hard"]}]
+    smaller = sum(bool(gone & set(t["img_set"]["members"])) for t in left)
+    assert smaller > 0
+    assert json.loads((tmp_path / "m.json").read_text())["smaller_groups"] == {"val": smaller}
+    assert f"{smaller} of them choose from a smaller subset" in caplog.text
+    assert "2 images of --exclusions are in no split that is used here: train-0-0-img1, a typo" in caplog.text
 
 
 @pytest.mark.parametrize("stage", ["stage_1", "stage_2"])

@@ -99,6 +99,52 @@ def test_seeds_are_one_column(result, compared):
     assert "s2" not in out
 
 
+def test_seeds_of_stage_1_and_of_both_stages_are_one_column(result, compared):
+    sums = [result(f"sum{s}", shift=s, training={"clip": {"seed": s, "metrics": {"a": s}}}) for s in (0, 1)]
+    pairs = []
+    for seed in (0, 1):
+        training = {"clip": {"seed": seed}, "combiner": {"seed": seed, "clip_weights": str(seed)}}
+        weights = {"clip": str(seed), "combiner": str(seed)}
+        pairs.append(result(f"pair{seed}", shift=seed, training=training, weights_sha256=weights))
+    out = compared(*sums, *pairs)
+    assert "sum0: mean ± standard deviation of 2 seeds" in out
+    assert "pair0: mean ± standard deviation of 2 seeds" in out
+
+
+def test_combiners_on_clips_that_do_not_tell_their_training_are_apart(result, compared):
+    files = [result(f"s{s}", shift=s, seed=s, weights_sha256={"clip": str(s)}) for s in (0, 1)]
+    assert "±" not in compared(*files)
+
+
+def test_seeds_measured_on_other_images_are_no_mean(result, compared):
+    files = [result("a", seed=0), result("b", seed=1, images_sha256={"dress": "other"})]
+    assert "the seeds of a have different image files: no fair mean" in compared(*files)
+
+
+def test_files_of_one_name_are_told_apart(result, compared, tmp_path):
+    files = []
+    for run, shift in (("x", 0), ("y", 8)):
+        files.append(tmp_path / run / "metrics.json")
+        files[-1].parent.mkdir()
+        result(run, shift=shift).rename(files[-1])
+    out = compared(*files)
+    first, second = (str(file.with_suffix("")) for file in files)
+    assert f"{second} - {first}" in out
+    values = [json.loads(f.read_text())["protocols"]["original-kept"]["metrics"]["average_recall"] for f in files]
+    assert [float(cell) for cell in row(out, "mean  ").split()[1:3]] == [round(value, 2) for value in values]
+    assert "metrics (2)" in compared(result("metrics"), tmp_path / "metrics.json")
+
+
+@pytest.mark.parametrize("name", ["split", "training", "queries_sha256", "images_sha256", "excluded_images"])
+@pytest.mark.parametrize("value", [None, 3, ["x"]])
+def test_a_result_that_lacks_something_is_named(name, value, result, capsys):
+    file = result("a", **{name: value})
+    with pytest.raises(SystemExit) as stop:
+        compare.main([str(file)])
+    assert stop.value.code == 2
+    assert str(file) in capsys.readouterr().err
+
+
 def test_one_seed_twice_is_not_two_seeds(result, compared):
     out = compared(result("a", seed=1), result("b", seed=1))
     assert "±" not in out

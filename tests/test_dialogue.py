@@ -1,5 +1,6 @@
 """A search in steps: references, answers, undo, uploads that are refused, users who share nothing."""
 
+import shutil
 import struct
 import zlib
 
@@ -43,9 +44,10 @@ def test_a_dialogue_goes_on_from_an_answer_and_back(searcher):
     assert second.last.found is None
     again = second.ask(searcher, "is blue", 5)
     assert [step.text for step in again.steps] == ["is red", "is blue"]
-    assert again.undo() == second
+    assert (again.undo().last.reference, again.undo().last.found) == (second.last.reference, None)
+    assert again.undo().last.text == "is blue"  # what was typed stays
     assert again.undo().undo() == asked
-    assert again.undo().undo().undo() == chosen
+    assert names(again.undo().undo().undo()) == names(chosen)
     assert again.undo().undo().undo().undo() == Dialogue()
     assert Dialogue().undo() == Dialogue()
 
@@ -116,6 +118,31 @@ def bad_uploads(folder) -> dict[str, str]:
     }
 
 
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "PPM", "TGA", "JPEG2000"])
+def test_an_upload_with_a_lying_name_meets_no_other_decoder(kind, tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "lie.png", kind)
+    with pytest.raises(UserError, match="cannot be decoded"):
+        check_upload(tmp_path / "lie.png")
+
+
+def test_images_that_vanished_leave_the_dialogue_usable(searcher, tmp_path):
+    """They are grey on the page, and those of the index can still be asked with."""
+    asked = Dialogue().choose(searcher, 4).ask(searcher, "is red", 3)
+    before = [similarity for _, similarity in asked.last.found.answers]
+    moved = [(path, tmp_path / str(number)) for number, path in enumerate(searcher.index.paths)]
+    for path, place in moved:
+        shutil.move(path, place)
+    try:
+        again = Dialogue().choose(searcher, 4).ask(searcher, "is red", 3)
+        assert [similarity for _, similarity in again.last.found.answers] == before
+        _, reference, _, answers, *_ = shown(again, "")
+        assert reference.getpixel((0, 0)) == answers[0][0].getpixel((0, 0)) == (211, 211, 211)
+        assert again.choose_answer(searcher, 1).undo() == again
+    finally:
+        for path, place in moved:
+            shutil.move(place, path)
+
+
 def test_uploads_that_are_refused(tmp_path):
     for name, message in bad_uploads(tmp_path).items():
         with pytest.raises(UserError, match=message) as error:
@@ -131,11 +158,11 @@ def test_an_upload_is_asked_with(searcher, tmp_path):
 
 
 def test_what_the_page_shows(searcher):
-    dialogue, reference, text, answers, shares, note, steps = shown(Dialogue())
+    dialogue, reference, text, answers, shares, note, steps = shown(Dialogue(), "")
     assert (reference, text, answers, shares, note) == (None, "", [], "", "")
     assert "Choose an image" in steps
     asked = Dialogue().choose(searcher, 0).ask(searcher, "<b>red</b> " * 60, 3)
-    dialogue, reference, text, answers, shares, note, steps = shown(asked)
+    dialogue, reference, text, answers, shares, note, steps = shown(asked, "")
     assert dialogue is asked
     assert reference.size == Image.open(searcher.index.paths[0]).size
     assert [label.split()[0] for _, label in answers] == ["1.", "2.", "3."]

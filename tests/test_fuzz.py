@@ -108,7 +108,7 @@ def counted(kind: str):
         yield
         CASES[kind, "read"] += 1
     except UserError as error:
-        assert "\n" not in str(error).strip()
+        assert len(str(error).splitlines()) == 1
         CASES[kind, "refused"] += 1
 
 

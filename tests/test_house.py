@@ -11,7 +11,7 @@ FLOORS = [
     {"annotations", "checkpoints", "clip_model", "combiner", "contrastive", "expert_report", "interruption", "regime"}
     | {"routing", "run_page", "snapshot", "splits", "tracker", "vectors"},
     {"data_utils", "exclusions", "experiment", "protocols"},
-    {"benchmarks", "features", "image_cache", "image_check", "keeper", "sheets"},
+    {"benchmarks", "features", "image_cache", "image_check", "keeper", "photos", "sheets"},
     {"dataset_report", "image_index", "options", "pair", "records", "results", "retrieval", "startup", "submission"}
     | {"training", "training_data"},
     {"comparison", "evaluation", "searcher", "submit"},

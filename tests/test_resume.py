@@ -22,6 +22,7 @@ from conftest import CASES, SOAK, STAGE_1, STAGE_2, read_csv
 from experiment import Run, make_folder
 from keeper import Keeper
 from run_page import About
+from snapshot import load_state, save_state
 from test_distributed import free_port
 from tracker import NoTracker
 from utils import load_tensors, save_tensors
@@ -171,6 +172,75 @@ def test_half_written_files_of_a_killed_process_go(stopped, resume):
     assert not list(run.rglob("*.tmp"))
 
 
+def test_half_made_folders_of_seeds_go(stopped, resume):
+    run = stopped(2, "CIRR", "--seeds", 4, 5)
+    (run / ".seed_5.123.tmp").mkdir()
+    (run / ".seed_5.123.tmp" / "training_hyperparameters.json").write_text("{}")
+    resume(run)
+    assert sorted(file.name for file in run.glob("*seed*")) == ["seed_4", "seed_5"]
+
+
+def test_weights_that_lie_elsewhere_now(stage_1, stopped, refuses, resume, tmp_path):
+    """They are known by what is in them."""
+    first = stage_1("CIRR", "--save-best", output="first") / "saved_models" / "tuned_clip_arithmetic.pt"
+    tuned = first.rename(tmp_path / "tuned.pt")
+    run = stopped(2, "CIRR", "--clip-model-path", tuned)
+    moved = tuned.rename(tmp_path / "moved.pt")
+    assert "no checkpoint at" in refuses(run)
+    other = stage_1("CIRR", "--save-best", "--seed", 5, output="other") / "saved_models" / "tuned_clip_arithmetic.pt"
+    assert "the CLIP weights are others than when the run was started" in refuses(run, "--clip-model-path", other)
+    resume(run, "--clip-model-path", moved)
+    config = load_tensors(next((run / "saved_models").glob("*.pt")))["config"]
+    assert config["clip_model_path"] == str(moved)
+
+
+def test_a_state_from_a_cpu_has_no_scalers(tmp_path):
+    """A run that began on a CPU goes on where losses are scaled."""
+    linear = torch.nn.Linear(2, 2)
+    save_state(tmp_path / "state.pt", {"module": linear}, {"epoch": 1}, torch.device("cpu"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    parts = {"module": torch.nn.Linear(2, 2), "scaler": scaler}
+    with torch.random.fork_rng():
+        assert load_state(tmp_path / "state.pt", parts, torch.device("cpu")) == {"epoch": 1}
+    assert torch.equal(parts["module"].weight, linear.weight)
+    assert scaler.get_scale() == 4
+    save_state(tmp_path / "state.pt", parts, {"epoch": 1}, torch.device("cpu"))
+    other = torch.amp.GradScaler("cpu")
+    with torch.random.fork_rng():
+        load_state(tmp_path / "state.pt", parts | {"scaler": other}, torch.device("cpu"))
+    assert other.get_scale() == 4
+
+
+def test_a_worker_ends_when_its_parent_is_gone():
+    code = """
+import os, sys, time
+sys.path.insert(0, "src")
+import interruption
+interruption.PATIENCE = 0.1
+if os.fork() == 0:
+    interruption.heed_parent_alone()
+    print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    worker = int(parent.stdout.readline())
+    os.kill(worker, signal.SIGTERM)  # not from its parent
+    time.sleep(0.3)
+    assert Path(f"/proc/{worker}").exists()
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{worker}").exists() and "Z" not in state_of(worker):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def state_of(process: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    return "Z"
+
+
 # What is refused
 
 
@@ -213,7 +283,7 @@ def test_annotations_that_changed(stopped, own_drawn, refuses):
     content = json.loads(file.read_text())
     content[0]["caption"] += " now"
     file.write_text(json.dumps(content))
-    assert "--data-sha256" in refuses(run)
+    assert "the annotations are others than when the run was started" in refuses(run)
 
 
 def test_folders_that_are_no_runs(refuses, stage_1, tmp_path, drawn):
@@ -302,12 +372,18 @@ def wait_for_epochs(output: Path, epochs: int) -> Path:
     raise AssertionError("the training did not get far enough in time")
 
 
-def kill_all(word: str) -> int:
-    """Kill all processes that have a word in their command; returns how many."""
+def running(word: str) -> list[int]:
+    """The processes that have a word in their command."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it is gone
             found += [int(file.parent.name)] if word in file.read_text(errors="replace") else []
+    return found
+
+
+def kill_all(word: str) -> int:
+    """Kill all processes that have a word in their command; returns how many."""
+    found = running(word)
     for process in found:
         os.kill(process, signal.SIGKILL)
     return len(found)
@@ -358,6 +434,24 @@ def test_torchrun_killed_and_told_to_stop(door, settings, drawn, tmp_path):
     process = start(*resumption, processes=2)
     assert process.wait(timeout=200) == 0, process.stderr.read()
     assert kills.differences(kills.the_run(tmp_path / "whole"), run) == []
+
+
+def test_torchrun_ended_by_a_signal_that_it_does_not_pass_on(drawn, tmp_path, resume):
+    """Its processes notice that it is gone, save, and stop: the run can be resumed at once."""
+    flags = ["--num-workers", 0, "--batch-size", 4, "--num-epochs", 4000, "--checkpoint-every-minutes", 1000]
+    process = start(*command(drawn, tmp_path, *flags), processes=2)
+    run = wait_for_epochs(tmp_path, 2)
+    process.send_signal(signal.SIGUSR1)
+    stderr = process.communicate(timeout=60)[1]
+    deadline = time.monotonic() + 60
+    while running(str(tmp_path)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert (
+        f"stopped by the end of torchrun; go on with: torchrun --nproc-per-node 2 src/combiner_train.py --resume {run}"
+        in stderr
+    )
+    assert load_tensors(run / "state.pt")["progress"]["epoch"] >= 1
 
 
 def test_a_full_disk_stops_with_the_last_good_state(drawn, tmp_path, resume):

@@ -13,6 +13,7 @@ from PIL import Image
 
 import features
 import image_index
+import photos
 import search
 import vectors
 from benchmarks import CIRR, FashionIQ
@@ -159,7 +160,7 @@ def test_unreadable_files_are_listed_and_the_others_indexed(index, tmp_path, cap
     (tmp_path / "photos" / "notes.txt").write_text("no image")
     (tmp_path / "photos" / ".thumbnails").mkdir()
     shutil.copy(files[2], tmp_path / "photos" / ".thumbnails" / "hidden.png")
-    for _ in range(2):  # they are not tried again and again, and not forgotten
+    for _ in range(2):  # they are not forgotten
         caplog.clear()
         assert "2 left out that cannot be read" in index(tmp_path / "photos")
         assert f"image {files[0]} cannot be decoded" in caplog.text
@@ -174,6 +175,56 @@ def test_unreadable_files_are_listed_and_the_others_indexed(index, tmp_path, cap
 def test_several_folders_and_a_file_in_both(index, tmp_path):
     images(tmp_path / "a", 3)
     assert "3 images added" in index(tmp_path / "a", tmp_path / "a" / "below")
+
+
+def test_other_folders_stay_until_they_are_forgotten(index, tmp_path, capsys):
+    images(tmp_path / "a", 3)
+    images(tmp_path / "b", 2)
+    index(tmp_path / "a")
+    assert "2 images added, 3 kept, 0 removed" in index(tmp_path / "b")
+    images(tmp_path / "a", 1, start=3)
+    again = ["index", "--output", str(tmp_path / "index"), "--num-workers", "0", "--clip-model-name"]
+    again.append(open_index(tmp_path / "index").about["pair"]["clip_model_name"])
+    search.main(again)
+    assert "1 images added, 5 kept, 0 removed" in capsys.readouterr().out
+    assert "holds no images of it" in refused(lambda: search.main([*again, "--forget", str(tmp_path / "c")]), capsys)
+    shutil.rmtree(tmp_path / "a")  # or a disk that is not there today
+    assert "is no folder" in refused(lambda: search.main(again), capsys)
+    search.main([*again, "--forget", str(tmp_path / "a")])
+    assert "0 images added, 2 kept, 4 removed" in capsys.readouterr().out
+
+
+def test_a_folder_with_other_files_is_not_taken_for_an_index(index, tmp_path, capsys):
+    files = images(tmp_path / "photos", 4)
+    for name in ("files-0.jpg", "features-notes.txt", "partial/holiday.png"):
+        file = tmp_path / "photos" / name
+        file.parent.mkdir(exist_ok=True)
+        shutil.copy(files[0], file)
+    before = sorted(tmp_path.joinpath("photos").rglob("*"))
+    assert "which is of no index" in refused(lambda: index(tmp_path / "photos", output=tmp_path / "photos"), capsys)
+    assert sorted(tmp_path.joinpath("photos").rglob("*")) == before
+    index(tmp_path / "photos")
+    for name in ("files-mine.txt", "partial/mine.pt"):  # put there afterwards
+        (tmp_path / "index" / name).write_text("mine")
+    images(tmp_path / "photos", 5)
+    index(tmp_path / "photos")
+    assert (tmp_path / "index" / "files-mine.txt").exists()
+    assert (tmp_path / "index" / "partial" / "mine.pt").exists()
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(index, tmp_path, monkeypatch):
+    files = images(tmp_path / "photos", 3)
+    real = photos.decoded
+
+    def failing(file, *how):
+        if file == files[1]:
+            raise PermissionError("for now")
+        return real(file, *how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(photos, "decoded", failing)
+        assert "2 images added, 0 kept, 0 removed, 1 left out" in index(tmp_path / "photos")
+    assert "1 images added, 2 kept, 0 removed, 0 left out" in index(tmp_path / "photos")
 
 
 def test_an_interrupted_run_goes_on(index, tmp_path, monkeypatch, capsys):
@@ -230,7 +281,10 @@ def test_large_galleries_report_their_recall(kind, index, tmp_path, capsys):
         assert "10,000 images" in refused(lambda: index(tmp_path / "photos", flags=["--index-type", kind]), capsys)
     images(tmp_path / "photos", 60)
     assert "recall@10 against exact: 1.000" in index(tmp_path / "photos", flags=["--index-type", "hnsw"])
-    assert "60 kept" in index(tmp_path / "photos")  # flat now, without encoding again
+    images(tmp_path / "photos", 1, start=60)
+    assert "1 images added, 60 kept" in index(tmp_path / "photos")
+    assert open_index(tmp_path / "index").about["kind"] == "hnsw"
+    assert "61 kept" in index(tmp_path / "photos", flags=["--index-type", "flat"])  # without encoding again
     assert open_index(tmp_path / "index").about["kind"] == "flat"
 
 
@@ -331,6 +385,15 @@ def test_answers_as_text_and_as_a_page(index, ask, tmp_path, caplog):
     assert page.count("<figure") == 4
     assert "<b>red" not in page
     assert Path(lines[0].split()[2]).name in page
+
+
+def test_a_page_of_answers_that_vanished(index, ask, tmp_path):
+    files = images(tmp_path / "photos", 3)
+    index(tmp_path / "photos")
+    for file in files:
+        file.unlink()
+    ask(files[0], "is red", "--html", tmp_path / "answers.html")
+    assert (tmp_path / "answers.html").read_text().count("<figure") == 4
 
 
 def test_a_long_text_is_noted(index, ask, tmp_path, caplog):

@@ -1,0 +1,101 @@
+"""A user's own image files: which are found, and how they are opened."""
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from photos import find_images, opened, thumbnail
+from utils import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with images of two kinds, one of them below."""
+    (tmp_path / "photos" / "below").mkdir(parents=True)
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "photos" / "a.JPG", "JPEG")
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "photos" / "below" / "b.png")
+    return tmp_path / "photos"
+
+
+def test_endings_in_any_case_and_hidden_folders(folder):
+    (folder / ".thumbnails").mkdir()
+    (folder / ".thumbnails" / "a.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("")
+    assert [path.name for path in find_images([folder]).paths] == ["a.JPG", "b.png"]
+
+
+def test_links_are_followed_once(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "elsewhere" / "c.png")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "below" / "up").symlink_to(folder)
+    (folder / "nowhere.png").symlink_to(tmp_path / "gone.png")
+    found = find_images([folder])
+    assert [path.name for path in found.paths] == ["c.png", "a.JPG", "b.png"]
+    assert list(found.left_out.values()) == ["a link that leads nowhere"]
+
+
+def test_images_of_other_kinds_are_counted(folder):
+    for name in ("1.heic", "2.HEIC", "3.avif"):
+        (folder / name).write_bytes(b"x")
+    assert find_images([folder]).skipped == {".heic": 2, ".avif": 1}
+
+
+def test_a_name_that_is_not_utf_8_is_left_out(folder):
+    (folder / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"x")
+    found = find_images([folder])
+    assert len(found.paths) == 2
+    ((name, reason),) = found.left_out.items()
+    name.encode()
+    assert reason == "its name is not UTF-8: rename it"
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(folder, monkeypatch):
+    real = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("below"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match="below cannot be read"):
+        find_images([folder])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_their_exif_data_says(orientation, tmp_path):
+    upright = Image.new("L", (16, 32))
+    upright.paste(255, (0, 0, 16, 8))  # white above
+    turned = {
+        1: [], 2: ["FLIP_LEFT_RIGHT"], 3: ["ROTATE_180"], 4: ["FLIP_TOP_BOTTOM"],
+        5: ["TRANSPOSE"], 6: ["ROTATE_90"], 7: ["TRANSVERSE"], 8: ["ROTATE_270"],
+    }[orientation]  # fmt: skip
+    stored = upright
+    for name in turned:
+        stored = stored.transpose(Image.Transpose[name])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(np.asarray(opened(tmp_path / "a.png")), np.asarray(upright))
+
+
+@pytest.mark.parametrize(("kind", "white"), [(np.uint16, 65_535), (np.int32, 65_535), (np.float32, 1)])
+def test_more_than_8_bits_do_not_become_white(kind, white, tmp_path):
+    values = (np.linspace(0, 1, 256).reshape(16, 16) * white).astype(kind)
+    Image.fromarray(values).save(tmp_path / "a.tiff")
+    found = np.asarray(opened(tmp_path / "a.tiff").convert("RGB"))[..., 0]
+    assert np.abs(found.astype(int) - np.arange(256).reshape(16, 16)).max() <= 1
+
+
+def test_a_thumbnail_of_what_is_gone_or_damaged_is_grey(tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"<html>")
+    for name in ("gone.jpg", "bad.jpg"):
+        assert thumbnail(tmp_path / name, 40).getcolors() == [(1600, (211, 211, 211))]
+
+
+def test_a_thumbnail_of_a_large_image(tmp_path):
+    Image.new("RGB", (3000, 2000), "teal").save(tmp_path / "large.jpg")
+    assert thumbnail(tmp_path / "large.jpg", 300).size == (300, 200)
