@@ -22,6 +22,7 @@ from utils import UserError, first_line
 # What Pillow's decoders raise on damaged files.
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError, struct.error, zlib.error)
 DECODING_ERRORS += (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
+LONGEST_SIDE = 18_000  # pixels of an image; squared it is about twice what Pillow decodes
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -106,11 +107,15 @@ def decoded(file: Path | BinaryIO, formats: Sequence[str] | None = None, side: i
 
     Raises:
         PIL.UnidentifiedImageError: it is none.
-        PIL.Image.DecompressionBombError: it has too many pixels.
+        PIL.Image.DecompressionBombError: it has too many pixels, or so long a side that padding takes gigabytes.
         OSError: it is damaged.
     """
     try:
         with Image.open(file, formats=formats) as image:
+            if max(image.size) > LONGEST_SIDE:
+                raise Image.DecompressionBombError(
+                    f"{image.width} x {image.height}, a side above {LONGEST_SIDE:,} pixels"
+                )
             if side:
                 image.draft("RGB", (side, side))
             image.load()

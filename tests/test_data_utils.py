@@ -21,6 +21,7 @@ from data_utils import (
     make_preprocess,
     normalise,
 )
+from image_check import TOO_LARGE, inspect
 from splits import check_images_exist
 from utils import UserError
 
@@ -137,6 +138,16 @@ def test_batches_keep_the_order_of_rows(tmp_path, workers):
     batches = list(load_batches(dataset, [[4, 0], [2, 1]], workers, CPU))
     for batch, rows in zip(batches, [[4, 0], [2, 1]], strict=True):
         assert torch.equal(batch, torch.stack([dataset[row] for row in rows]))
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+@pytest.mark.parametrize("transform", ["clip", "squarepad", "targetpad"])
+@pytest.mark.parametrize("size", [(1, 18_001), (40, 4_194_334)])
+def test_a_side_that_padding_would_square_is_refused(transform, size, tmp_path):
+    Image.new("1", size).save(tmp_path / "long.png")
+    with pytest.raises(UserError, match=r"long\.png cannot be decoded .*a side above 18,000 pixels"):
+        load_image(tmp_path / "long.png", make_preprocess(transform, 1.25, 16))
+    assert inspect(tmp_path / "long.png").problem == TOO_LARGE
 
 
 def start_as_a_signal_comes(number: int) -> None:

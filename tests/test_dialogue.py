@@ -105,6 +105,7 @@ def bad_uploads(folder) -> dict[str, str]:
     (folder / "page.png").write_text("<html>404</html>")
     (folder / "bomb.png").write_bytes(bomb(60_000))
     (folder / "wide.png").write_bytes(bomb(7_000))
+    Image.new("1", (20_000, 2)).save(folder / "long.png")
     (folder / "large.jpg").write_bytes(b"\xff\xd8" + b"\0" * MOST_BYTES)
     Image.new("RGB", (300, 300), "red").save(folder / "cut.jpg")
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:700])
@@ -113,6 +114,7 @@ def bad_uploads(folder) -> dict[str, str]:
         "page.png": "cannot be decoded",
         "bomb.png": "more than 40 million pixels",
         "wide.png": "more than 40 million pixels",
+        "long.png": "a side of more than 18,000",
         "large.jpg": "larger than 10 MiB",
         "cut.jpg": "cannot be decoded",
     }
