@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def encoder_key(encoder: Encoder) -> dict[str, Any]:
 
 def open_index(folder: Path) -> ImageIndex:
     """Open an index. Raises UserError where there is none, or where it is damaged."""
-    about = _manifest(folder)
+    about = manifest(folder)
     if about is None:
         raise UserError(f"--index {folder} holds no {MANIFEST}: make one with search.py index")
     try:
@@ -107,10 +107,11 @@ def open_index(folder: Path) -> ImageIndex:
     return ImageIndex(folder, files, features, index, about)
 
 
-def _manifest(folder: Path) -> dict[str, Any] | None:
+def manifest(folder: Path) -> dict[str, Any] | None:
+    """What an index says of itself, None where there is none. Raises UserError where it is damaged."""
     try:
         content = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError):
         content = None
@@ -119,26 +120,19 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     return content
 
 
-def folders_of(folder: Path, forgotten: Iterable[Path] = ()) -> list[Path]:
-    """The folders whose images an index holds, but for some; none where there is no index.
+def as_made(
+    about: Mapping[str, Any], clip_choice: Mapping[str, Any], clip_path: Path | None
+) -> tuple[dict[str, Any], Path | None]:
+    """The CLIP that flags name (see `pair.settle`) and its fine-tuned weights; where they are silent, an index's own.
 
-    Raises:
-        UserError: one to forget is none of them.
+    Args:
+        about: the index's manifest, empty where there is none.
     """
-    about = _manifest(folder) if folder.is_dir() else None
-    held = list(map(Path, (about or {}).get("folders", [])))
-    gone = {path.resolve() for path in forgotten}
-    for path in gone - set(held):
-        raise UserError(
-            f"--forget {path}: {folder} holds no images of it, but of {', '.join(map(str, held)) or 'none'}"
-        )
-    return [path for path in held if path not in gone]
-
-
-def kind_of(folder: Path) -> str | None:
-    """The kind of an index's vectors, None where there is no index."""
-    about = _manifest(folder) if folder.is_dir() else None
-    return (about or {}).get("kind")
+    pair = about.get("pair")
+    pair = pair if isinstance(pair, dict) else {}
+    path = pair.get("clip_model_path")
+    choice = {name: pair.get(name) if value is None else value for name, value in clip_choice.items()}
+    return choice, clip_path or (Path(path) if path else None)
 
 
 def update_index(
@@ -166,7 +160,7 @@ def update_index(
 
 
 def _update(folder: Path, images: Sequence[Path], encoder: Encoder, kind: str, content: dict[str, Any]) -> Update:
-    earlier, key = _manifest(folder), encoder_key(encoder)
+    earlier, key = manifest(folder), encoder_key(encoder)
     if earlier is None:
         _check_own(folder)
     if earlier and earlier.get("encoder") != key:

@@ -4,8 +4,8 @@
     python src/search.py query --index photos_index --image photos/shirt.jpg --text "is red and has no sleeves" \\
         --combiner-path models_final/combiner_trained
 
-`index` run again, with or without --images, adds what is new and drops what is gone; interrupted, it goes on where it
-was.
+`index --output photos_index` brings it up to date: it adds what is new and drops what is gone. Interrupted, it goes on
+where it was.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import options
 import pages
 import startup
 import vectors
-from image_index import folders_of, kind_of, open_index, update_index
+from image_index import as_made, manifest, open_index, update_index
 from interruption import listening
 from pair import load_encoder, read_checkpoint, settle
 from photos import find_images, opened, thumbnail
@@ -56,18 +56,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def chosen_folders(held: list[str], named: list[Path], forgotten: list[Path], output: Path) -> list[Path]:
+    """The folders that an index is to hold: those it has already and those that are named, but for forgotten ones."""
+    gone = {path.resolve() for path in forgotten}
+    for path in sorted(gone - set(map(Path, held))):
+        raise UserError(
+            f"--forget {path}: {output} does not hold it, but {', '.join(held) or 'nothing'}: name one of it"
+        )
+    chosen = sorted({*map(Path, held), *(path.resolve() for path in named)} - gone)
+    if not chosen:
+        raise UserError("--images: name a folder that holds images")
+    return chosen
+
+
 def make_index(args: argparse.Namespace) -> None:
     """Encode what is new, and say what was done."""
     check_writable({"--output": args.output})
     vectors.import_faiss()
-    folders = sorted({*folders_of(args.output, args.forget), *(path.resolve() for path in args.images)})
-    if not folders:
-        raise UserError("--images: name a folder that holds images")
+    earlier = manifest(args.output) or {}
+    folders = chosen_folders(earlier.get("folders", []), args.images, args.forget, args.output)
     images = find_images(folders)
-    kind = args.index_type or kind_of(args.output) or "flat"
+    kind = args.index_type or earlier.get("kind", "flat")
     device = startup.pick_device(args.device)
-    tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
-    settings = settle(options.clip_choice(args), [tuned])
+    choice, path = as_made(earlier, options.clip_choice(args), args.clip_model_path)
+    tuned = read_checkpoint("--clip-model-path", path, "CLIP")
+    settings = settle(choice, [tuned])
     encoder = load_encoder(settings, tuned, device, args.num_workers, args.clip_bs, opened)
     pair = settings | {"clip_model_path": str(tuned.path.resolve()) if tuned else None}
     with listening() as stop:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_model import fits
-from image_index import ImageIndex, encoder_key, open_index
+from image_index import ImageIndex, as_made, encoder_key, open_index
 from pair import Pair, load_pair
 from photos import opened
 from splits import file_identities, file_size
@@ -91,12 +91,8 @@ def load_searcher(folder: Path, choice: dict[str, Any], device: torch.device) ->
         UserError: the index is damaged or of other weights, or whatever is wrong with the checkpoints.
     """
     index = open_index(folder)
-    made_with = index.about.get("pair")
-    made_with = made_with if isinstance(made_with, dict) else {}
-    clip = {name: made_with.get(name) if value is None else value for name, value in choice["clip_choice"].items()}
-    path = made_with.get("clip_model_path")
-    choice = choice | {"clip_choice": clip}
-    choice["clip_path"] = choice["clip_path"] or (Path(path) if path else None)
+    clip, path = as_made(index.about, choice["clip_choice"], choice["clip_path"])
+    choice = choice | {"clip_choice": clip, "clip_path": path}
     choice["combining_function"] = choice["combining_function"] or ("combiner" if choice["combiner_path"] else "sum")
     choice["workers"] = 0  # for one image at a time
     return Searcher(index, load_pair(**choice, device=device, opened=opened))

@@ -41,17 +41,19 @@ def test_commands_of_guides_have_flags_that_exist(guide, capsys):
             raise AssertionError(f"{script} {shlex.join(words)}: {capsys.readouterr().err}") from None
 
 
+def anchors(guide: Path) -> set[str]:
+    """What links may name in a guide: its headings, as they are spelled in addresses."""
+    headings = re.findall(r"^#+ (.*)", guide.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: str(guide.relative_to(ROOT)))
 def test_links_of_guides_lead_somewhere(guide):
-    text = guide.read_text()
-    anchors = {
-        re.sub(r"[^\w\- ]", "", head).strip().lower().replace(" ", "-") for head in re.findall(r"^#+ (.*)", text, re.M)
-    }
-    for link in re.findall(r"\]\(\s*([^)]+?)\s*\)", text):
-        if link.startswith("#"):
-            assert link[1:] in anchors, link
-        elif "://" not in link:
-            assert (guide.parent / link).exists(), link
+    for link in re.findall(r"\]\(\s*([^)]+?)\s*\)", guide.read_text()):
+        if "://" not in link:
+            file, _, anchor = link.partition("#")
+            assert (guide.parent / file).exists(), link
+            assert not anchor or anchor in anchors(guide.parent / file if file else guide), link
 
 
 def test_both_languages_give_the_same_commands_and_numbers():
