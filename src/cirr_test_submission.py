@@ -8,12 +8,10 @@ With `--split val` it writes the same files for the validation split, whose answ
 
 import argparse
 
-import distributed
 import options
-import startup
 from submission import CirrForm
-from submit import submit
-from utils import check_writable, command
+from submit import submit_as_asked
+from utils import command
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -24,15 +22,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 @command
 def main(argv: list[str] | None = None) -> None:
     """Rank the split's gallery for every query, and each query's group; exit code 1 if a file breaks a rule."""
-    args = parse(argv)
-    device = startup.pick_device(args.device)
-    check_writable({"--output-dir": args.output_dir})
-    benchmark, _ = startup.open_benchmark(args)
-    what = args.split, args.submission_name, args.output_dir
-    clean = submit(CirrForm, benchmark, *what, device, args.similarity_block, options.pair_choice(args))
-    distributed.stop()
-    if not clean:
-        raise SystemExit(1)
+    submit_as_asked(CirrForm, parse(argv))
 
 
 if __name__ == "__main__":

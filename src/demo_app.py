@@ -45,7 +45,7 @@ footer { display: none !important; }
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the page."""
-    parents = [*options.search_flags(), options.clip_flags(), options.tuned_clip_flag(), options.compute_flags()]
+    parents = [*options.search_flags(), options.clip_flags(), options.tuned_clip_flag(), options.compute_flags(False)]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
     group = parser.add_argument_group("page")
     group.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for other machines (default: 127.0.0.1)")

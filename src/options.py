@@ -106,11 +106,20 @@ def data_root_flag() -> argparse.ArgumentParser:
     return parser
 
 
-def compute_flags() -> argparse.ArgumentParser:
-    """What computes."""
+def compute_flags(decodes: bool = True) -> argparse.ArgumentParser:
+    """What computes.
+
+    Args:
+        decodes: many images, for which processes pay.
+    """
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("machine")
-    group.add_argument("--num-workers", type=natural_int, default=DEFAULT_WORKERS, help="processes that decode images")
+    if decodes:
+        group.add_argument(
+            "--num-workers", type=natural_int, default=DEFAULT_WORKERS, help="processes that decode images"
+        )
+    else:
+        parser.set_defaults(num_workers=0)
     group.add_argument("--device", metavar="DEV", help="such as cuda:1 or cpu (default: cuda where there is one)")
     return parser
 

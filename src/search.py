@@ -35,8 +35,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of both commands."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    clip = [options.clip_flags(), options.tuned_clip_flag(), options.compute_flags()]
-    index = commands.add_parser("index", parents=clip, help="encode a folder, or bring its index up to date")
+    clip = [options.clip_flags(), options.tuned_clip_flag()]
+    index = commands.add_parser(
+        "index", parents=[*clip, options.compute_flags()], help="encode a folder, or bring its index up to date"
+    )
     index.add_argument("--images", type=Path, nargs="+", default=[], metavar="DIR", help="beside those it has already")
     index.add_argument("--forget", type=Path, nargs="+", default=[], metavar="DIR", help="folders to drop from it")
     index.add_argument("--output", type=Path, required=True, metavar="INDEX", help="a folder for the index")
@@ -46,7 +48,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="flat is exact, the others are for large galleries (default: as it is, flat for a new one)",
     )
     index.add_argument("--clip-bs", type=options.positive_int, default=32, help="batch size of CLIP (default: 32)")
-    query = commands.add_parser("query", parents=[*options.search_flags(), *clip], help="ask an index")
+    query = commands.add_parser(
+        "query", parents=[*options.search_flags(), *clip, options.compute_flags(False)], help="ask an index"
+    )
     query.add_argument("--image", type=Path, required=True, metavar="REF", help="the reference")
     query.add_argument("--text", required=True, help="what to change")
     query.add_argument("--k", type=options.positive_int, default=10, help="answers (default: 10)")

@@ -94,5 +94,4 @@ def load_searcher(folder: Path, choice: dict[str, Any], device: torch.device) ->
     clip, path = as_made(index.about, choice["clip_choice"], choice["clip_path"])
     choice = choice | {"clip_choice": clip, "clip_path": path}
     choice["combining_function"] = choice["combining_function"] or ("combiner" if choice["combiner_path"] else "sum")
-    choice["workers"] = 0  # for one image at a time
     return Searcher(index, load_pair(**choice, device=device, opened=opened))

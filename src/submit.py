@@ -1,5 +1,6 @@
 """Rank a split for a test server, write its files, check them, and score them where the answers are known."""
 
+import argparse
 import logging
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,27 @@ from typing import Any
 import torch
 
 import distributed
+import options
+import startup
 from benchmarks import Benchmark
 from pair import load_and_freeze
 from retrieval import rank
 from submission import Form, parse_submission
-from utils import UserError, write_text
+from utils import UserError, check_writable, write_text
 
 logger = logging.getLogger(__name__)
+
+
+def submit_as_asked(form: type[Form], args: argparse.Namespace) -> None:
+    """What a form's script does with its flags (see `options.submission_parser`); exit code 1 if a rule is broken."""
+    device = startup.pick_device(args.device)
+    check_writable({"--output-dir": args.output_dir})
+    benchmark, _ = startup.open_benchmark(args)
+    what = args.split, args.submission_name, args.output_dir
+    clean = submit(form, benchmark, *what, device, args.similarity_block, options.pair_choice(args))
+    distributed.stop()
+    if not clean:
+        raise SystemExit(1)
 
 
 def submit(

@@ -88,7 +88,7 @@ def files(golden, stage_2, tmp_path, drawn):
     index = ["index", "--images", tmp_path / "photos", "--output", tmp_path / "i", "--num-workers", 0]
     search.main(list(map(str, [*index, "--clip-model-name", drawn / "tiny_clip_vit.pt"])))
     ask = ["query", "--index", tmp_path / "i", "--image", first, "--text", "is red", "--html", tmp_path / "a.html"]
-    search.main(list(map(str, [*ask, "--num-workers", 0])))
+    search.main(list(map(str, ask)))
     return names | {"answers": tmp_path / "a.html"}
 
 

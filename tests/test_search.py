@@ -50,7 +50,7 @@ def ask(tmp_path, capsys):
     """Ask an index; returns what was printed."""
 
     def ask(image, text, *flags, of=tmp_path / "index") -> str:
-        words = ["query", "--index", of, "--image", image, "--text", text, "--num-workers", 0, "--device", "cpu"]
+        words = ["query", "--index", of, "--image", image, "--text", text, "--device", "cpu"]
         capsys.readouterr()
         search.main(list(map(str, [*words, *flags])))
         return capsys.readouterr().out
