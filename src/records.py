@@ -78,7 +78,7 @@ def read_rankings(file: Path) -> dict[str, Any]:
     Raises:
         UserError: it is none, or not a whole one.
     """
-    content = read_json(file)
+    content = read_json(file, "validate.py --rankings")
     try:
         queries = [query for split in content["queries"].values() for query in split]
         whole = bool(queries) and all(map(_is_record, queries)) and isinstance(content["dataset"], str)

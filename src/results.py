@@ -84,7 +84,7 @@ def read_result(file: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is none, or its metrics are not those of its ranks.
     """
-    result = read_json(file)
+    result = read_json(file, "validate.py --metrics-json")
     try:
         benchmark = BENCHMARKS[result["dataset"]](Path())
         metrics = {name: (m["metrics"], _recomputed(benchmark, m)) for name, m in result["protocols"].items()}

@@ -54,6 +54,8 @@ class Searcher:
         """Unnormalised features (1, D) of an image file: those of the index, if it is in it as it is now, or was."""
         if file_size(image) is None:
             row = self.index.row_of_path.get(str(image.resolve()))
+            if row is None:
+                raise UserError(f"there is no image {image}: name another")
         else:
             row = self.index.row_of.get(file_identities([image])[0])
         if row is not None:

@@ -94,14 +94,20 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; a missing, unreadable or malformed one is a UserError that names it."""
+def read_json(path: Path, writer: str | None = None) -> Any:
+    """Parse a JSON file; a missing, unreadable or malformed one is a UserError that names it.
+
+    Args:
+        writer: the command that writes such a file; None for files of a dataset.
+    """
     try:
         return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: put the file there, or point --data-root at its dataset") from None
+        remedy = f"write it with {writer}" if writer else "put the file there, or point --data-root at its dataset"
+        raise UserError(f"{path} is missing: {remedy}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable JSON file ({first_line(error)}): download it again") from None
+        remedy = f"write it with {writer}" if writer else "download it"
+        raise UserError(f"{path} is not a readable JSON file ({first_line(error)}): {remedy} again") from None
 
 
 def parse_json(text: str) -> Any:
@@ -216,7 +222,9 @@ def save_tensors(path: Path, content: dict[str, Any]) -> None:
     with written_whole(path) as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # what torch makes of a full disk
+        except RuntimeError as error:  # what torch makes of a full disk, and of Ctrl-C
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
             raise OSError(0, f"the disk refused it: {first_line(error)}") from None
 
 

@@ -1,5 +1,7 @@
 """A run on disk: what is kept and when, and a tracker whose failures cost nothing."""
 
+import contextlib
+import io
 import sys
 import types
 
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
+import utils
 from checkpoints import Checkpoints
 from conftest import read_csv
 from experiment import Run, make_folder, plain, run_name
@@ -213,3 +216,18 @@ def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
 def test_caption_variants_are_equally_likely():
     _, variants = Order(40_000, 4, 100, 0).batches(0)
     assert torch.bincount(variants.flatten()).tolist() == pytest.approx([10_000] * 4, rel=0.05)
+
+
+def test_ctrl_c_in_the_middle_of_a_checkpoint_is_no_full_disk(tmp_path, monkeypatch):
+    class Interrupted(io.BytesIO):
+        writes = 0
+
+        def write(self, content):
+            self.writes += 1
+            if self.writes == 3:
+                raise KeyboardInterrupt
+            return super().write(content)
+
+    monkeypatch.setattr(utils, "written_whole", lambda path: contextlib.nullcontext(Interrupted()))
+    with pytest.raises(KeyboardInterrupt):
+        utils.save_tensors(tmp_path / "a.pt", {"a": torch.zeros(1000)})

@@ -308,7 +308,7 @@ def test_what_is_refused(index, ask, tmp_path, drawn, capsys):
     assert "--text is empty" in refused(lambda: ask(files[0], "  "), capsys)
     (tmp_path / "none.png").write_bytes(b"none")
     assert "none.png cannot be decoded" in refused(lambda: ask(tmp_path / "none.png", "is red"), capsys)
-    assert "nowhere.png" in refused(lambda: ask(tmp_path / "nowhere.png", "is red"), capsys)
+    assert "there is no image" in refused(lambda: ask(tmp_path / "nowhere.png", "is red"), capsys)
     for path in files:
         path.write_bytes(b"none")
     assert "none of the 3 images can be read" in refused(
