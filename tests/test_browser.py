@@ -127,13 +127,15 @@ def searcher(drawn, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(searcher):
+def address(searcher, tmp_path_factory):
     """Where the page is served."""
     pytest.importorskip("gradio", reason="gradio is not installed")
-    page, port = demo_app.build(searcher, 8), free_port()
-    demo_app.launch(page, "127.0.0.1", port, prevent_thread_lock=True)
-    yield f"http://127.0.0.1:{port}"
-    page.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+        page, port = demo_app.build(searcher, 8), free_port()
+        demo_app.launch(page, "127.0.0.1", port, prevent_thread_lock=True)
+        yield f"http://127.0.0.1:{port}"
+        page.close()
 
 
 @pytest.fixture
