@@ -23,7 +23,8 @@ import pages
 import startup
 from dialogue import MOST_BYTES, Dialogue
 from photos import KINDS, thumbnail
-from searcher import Found, Searcher, load_searcher
+from searcher import Searcher, load_searcher
+from sheets import shares
 from utils import UserError, command, first_line
 
 logger = logging.getLogger(__name__)
@@ -34,11 +35,10 @@ KEPT = 3600  # seconds that an upload is there
 TITLE = "Composed image retrieval"
 STYLE = """
 #reference img { width: 100%; height: 100%; object-fit: contain; }
-.steps { padding-left: 1.2rem; }
+.steps { padding-left: 1.2rem; overflow-wrap: anywhere; }
 .steps img { display: inline; height: 40px; vertical-align: middle; margin: 2px 6px 2px 0; }
 .bars { display: grid; grid-template-columns: auto 1fr auto; gap: 2px 8px; align-items: center; }
 .bars i { display: block; height: 10px; border-radius: 3px; background: var(--primary-500, #2166ac); }
-.steps { overflow-wrap: anywhere; }
 footer { display: none !important; }
 """
 
@@ -61,17 +61,6 @@ def import_gradio() -> Any:
     except ImportError:
         raise UserError("the page needs Gradio: pip install -r requirements-app.txt") from None
     return gradio
-
-
-def bars(found: Found) -> str:
-    """The gate and the experts' weights, in HTML."""
-    shares = {} if found.gate is None else {"text in the gate": found.gate}
-    shares |= {f"expert {number}": weight for number, weight in enumerate(found.experts)}
-    rows = (
-        f'<span>{name}</span><i style="width:{100 * share:.0f}%"></i><span>{share:.2f}</span>'
-        for name, share in shares.items()
-    )
-    return f'<div class="bars">{"".join(rows)}</div>'
 
 
 def history(dialogue: Dialogue) -> str:
@@ -101,7 +90,8 @@ def shown(dialogue: Dialogue, unasked: Any) -> tuple:
     answers = [
         (thumbnail(path, SIDE), f"{n}. {s:.3f} {path.name}") for n, (path, s) in enumerate(step.found.answers, start=1)
     ]
-    return dialogue, reference, text, answers, bars(step.found), step.found.note, history(dialogue)
+    bars = pages.bars(shares(step.found.gate, step.found.experts))
+    return dialogue, reference, text, answers, bars, step.found.note, history(dialogue)
 
 
 @dataclass(frozen=True)
@@ -136,7 +126,7 @@ def lay_out(gradio: Any) -> Parts:
         return gradio.Gallery(label=label, columns=columns, elem_id=name, **look)
 
     parts = {"dialogue": gradio.State(Dialogue()), "rows": gradio.State([])}
-    gradio.Markdown("# Composed image retrieval\nA reference, and what to change. Click a result to go on from it.")
+    gradio.Markdown(f"# {TITLE}\nA reference, and what to change. Click a result to go on from it.")
     with gradio.Row():
         with gradio.Column(scale=1, min_width=300):
             look = {"interactive": False, "height": 260, "buttons": []}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from data_utils import LONGEST_SIDE
+from data_utils import DECODING_ERRORS, LONGEST_SIDE
 from photos import FORMATS, KINDS, opened
 from searcher import Found, Searcher
 from utils import UserError, first_line
@@ -100,7 +100,7 @@ def check_upload(file: Path) -> None:
             return
     except Image.DecompressionBombError:
         pass  # said below
-    except (OSError, ValueError, SyntaxError, TypeError) as error:
+    except DECODING_ERRORS as error:
         raise UserError(f"{file.name} cannot be decoded ({first_line(error)}): upload a whole image") from None
     limits = f"{MOST_PIXELS // 10**6} million pixels, or a side of more than {LONGEST_SIDE:,}"
     raise UserError(f"{file.name} has more than {limits}: upload a smaller copy")

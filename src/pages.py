@@ -69,6 +69,15 @@ def matrix(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
     return f'<div class="wide"><table><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
 
 
+def bars(shares: Mapping[str, float]) -> str:
+    """Names with their shares, 0 to 1, as bars; the page's style says how `.bars` looks."""
+    rows = (
+        f'<span>{text(name)}</span><i style="width:{100 * share:.0f}%"></i><span>{share:.2f}</span>'
+        for name, share in shares.items()
+    )
+    return f'<div class="bars">{"".join(rows)}</div>'
+
+
 def command(line: str) -> str:
     """A command to copy."""
     return f"<pre>{text(line)}</pre>"

@@ -15,21 +15,8 @@ from utils import UserError
 
 KINDS = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others' decoders are old, or start programs
-OTHER_KINDS = {
-    ".heic",
-    ".heif",
-    ".avif",
-    ".jxl",
-    ".jp2",
-    ".svg",
-    ".raw",
-    ".dng",
-    ".cr2",
-    ".cr3",
-    ".nef",
-    ".arw",
-    ".psd",
-}
+OTHER_KINDS = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd"}
+OTHER_KINDS |= {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw"}  # of cameras
 FULL = (1, 255, 65_535)  # what white may be in images of more than 8 bits
 
 

@@ -23,7 +23,7 @@ from interruption import listening
 from pair import load_encoder, read_checkpoint, settle
 from photos import find_images, opened, thumbnail
 from searcher import Found, load_searcher
-from sheets import results_page
+from sheets import results_page, shares
 from utils import Stopped, UserError, check_file_writable, check_writable, command, write_text
 
 logger = logging.getLogger(__name__)
@@ -137,8 +137,7 @@ def as_json(found: Found) -> dict:
 def about(found: Found) -> str:
     """What the Combiner did, in a line."""
     parts = [found.note] if found.note else []
-    parts += [] if found.gate is None else [f"text in the gate {found.gate:.2f}"]
-    parts += [f"expert {number} {weight:.2f}" for number, weight in enumerate(found.experts) if weight]
+    parts += [f"{name} {share:.2f}" for name, share in shares(found.gate, found.experts).items() if share]
     return "; ".join(parts)
 
 

@@ -78,9 +78,14 @@ def card(label: str, query: dict[str, Any], protocol: str, k: int) -> Card:
     rows = {"gallery": (found["nearest"][:k], found["rank"])}
     if "in_group" in query:
         rows["subset"] = (query["in_group"]["nearest"], query["in_group"]["rank"])
-    bars = {"text in the gate": query["gate"]} if "gate" in query else {}
-    bars |= {f"expert {number}": weight for number, weight in enumerate(query.get("experts", []))}
+    bars = shares(query.get("gate"), query.get("experts", []))
     return Card(label, query["caption"], query["reference"], query["target"], found["rank"], rows, bars)
+
+
+def shares(gate: float | None, experts: Sequence[float]) -> dict[str, float]:
+    """What the Combiner did with a query, by name: how much of the residual is text, and the weights of the experts."""
+    named = {} if gate is None else {"text in the gate": gate}
+    return named | {f"expert {number}": weight for number, weight in enumerate(experts)}
 
 
 def load_thumbnails(paths: Mapping[str, Path]) -> dict[str, bytes]:
@@ -114,10 +119,6 @@ def sheet(title: str, about: str, sections: Mapping[str, Sequence[Card]], thumbn
 
 def _query(card: Card, keys: Mapping[str, str]) -> str:
     """A card in HTML."""
-    bars = "".join(
-        f'<span>{pages.text(name)}</span><i style="width:{100 * share:.0f}%"></i><span>{share:.2f}</span>'
-        for name, share in card.bars.items()
-    )
     rows = []
     for title, (found, rank) in card.rows.items():
         figures = [_figure(keys, name, f"{n}. {s:.3f}", name == card.target) for n, (name, s) in enumerate(found, 1)]
@@ -127,7 +128,7 @@ def _query(card: Card, keys: Mapping[str, str]) -> str:
         rows.append(f'{head}<div class="row">{"".join(figures)}</div>')
     return (
         f'<div class="query"><div>{_figure(keys, card.reference, card.label, False)}'
-        f'<p class="caption">{pages.text(card.caption)}</p><div class="bars">{bars}</div></div>'
+        f'<p class="caption">{pages.text(card.caption)}</p>{pages.bars(card.bars)}</div>'
         f"<div>{''.join(rows)}</div></div>"
     )
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+import pages
 import search
-from demo_app import bars, history, shown
+from demo_app import history, shown
 from dialogue import MOST_BYTES, Dialogue, check_upload
-from searcher import Found, load_searcher
+from searcher import load_searcher
+from sheets import shares
 from test_search import images
 from utils import UserError
 
@@ -174,8 +176,8 @@ def test_what_the_page_shows(searcher):
 
 
 def test_bars_of_the_experts():
-    shares = bars(Found([], 0.25, [0.7, 0.0, 0.3], ""))
-    assert shares.count("<i ") == 4
-    assert 'width:25%"></i><span>0.25' in shares
-    assert 'expert 2</span><i style="width:30%' in shares
-    assert "<i" not in bars(Found([], None, [], ""))
+    found = pages.bars(shares(0.25, [0.7, 0.0, 0.3]))
+    assert found.count("<i ") == 4
+    assert 'width:25%"></i><span>0.25' in found
+    assert 'expert 2</span><i style="width:30%' in found
+    assert "<i" not in pages.bars(shares(None, []))
