@@ -48,11 +48,12 @@ def find_images(folders: Sequence[Path]) -> FoundImages:
             if kind in OTHER_KINDS:
                 found.skipped[kind] += 1
             elif kind in KINDS:
-                reason = _reason(file)
+                real = Path(os.path.realpath(file))  # unlike `resolve`, it takes a link to itself
+                reason = _reason(real)
                 if reason:
                     found.left_out[ascii(str(file))[1:-1]] = reason
                 else:
-                    paths.add(file.resolve())
+                    paths.add(real)
     if not paths:
         where = ", ".join(map(str, folders))
         raise UserError(f"--images {where}: no images there ({' '.join(sorted(KINDS))}): name another folder")
@@ -79,9 +80,9 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _reason(file: Path) -> str:
-    """Why a file cannot be taken, before it is opened; "" where it can."""
+    """Why a file, its links followed, cannot be taken, before it is opened; "" where it can."""
     try:
-        str(file.resolve()).encode()
+        str(file).encode()
     except UnicodeEncodeError:
         return "its name is not UTF-8: rename it"
     return "" if file_size(file) is not None else "a link that leads nowhere"

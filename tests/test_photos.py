@@ -32,9 +32,10 @@ def test_links_are_followed_once(folder, tmp_path):
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     (folder / "below" / "up").symlink_to(folder)
     (folder / "nowhere.png").symlink_to(tmp_path / "gone.png")
+    (folder / "itself.png").symlink_to(folder / "itself.png")
     found = find_images([folder])
     assert [path.name for path in found.paths] == ["c.png", "a.JPG", "b.png"]
-    assert list(found.left_out.values()) == ["a link that leads nowhere"]
+    assert list(found.left_out.values()) == ["a link that leads nowhere"] * 2
 
 
 def test_images_of_other_kinds_are_counted(folder):
