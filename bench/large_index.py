@@ -1,6 +1,6 @@
 """An index of 100,000 drawn images, built, brought up to date and asked: time and memory.
 
-python bench/large_index.py            (about 5 minutes on 2 cores)
+python bench/large_index.py            (about 2 minutes on 2 cores)
 """
 
 import argparse
