@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 import cirr_test_submission
 import clip_fine_tune
@@ -21,6 +22,8 @@ import validate
 
 SOAK = os.environ.get("SOAK") == "1"  # `make soak`: many more cases
 CASES: Counter[tuple[str, str]] = Counter()  # (what was tried, outcome) -> cases
+settings.register_profile("anywhere", deadline=None)  # a busy machine fails no test
+settings.load_profile("anywhere")
 GOLDEN = Path(__file__).parent / "golden"
 DOORS = {
     "clip_fine_tune": clip_fine_tune.main,

@@ -44,7 +44,7 @@ def assert_same_values_and_gradients(moe, twin, x):
         torch.testing.assert_close(ours, theirs)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 9), st.integers(0, 1000))
 def test_moe_equals_its_definition(num_experts, top_k, rows, seed):
     moe, twin = moe_and_twin(num_experts, min(top_k, num_experts), seed)
