@@ -1,10 +1,14 @@
 """Fixtures: the original's golden files unpacked, a small drawn benchmark, and scripts run in process."""
 
+import contextlib
 import csv
 import gzip
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -24,7 +28,8 @@ SOAK = os.environ.get("SOAK") == "1"  # `make soak`: many more cases
 CASES: Counter[tuple[str, str]] = Counter()  # (what was tried, outcome) -> cases
 settings.register_profile("anywhere", deadline=None)  # a busy machine fails no test
 settings.load_profile("anywhere")
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
 DOORS = {
     "clip_fine_tune": clip_fine_tune.main,
     "combiner_train": combiner_train.main,
@@ -111,6 +116,36 @@ def fails(run, capsys):
         return errors[0]
 
     return fails
+
+
+@pytest.fixture
+def start():
+    """Start Python with arguments as the leader of a process group, which is gone after the test however that ends."""
+    processes = []
+
+    def start(*words: object) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+            preexec_fn=hear_ctrl_c,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def hear_ctrl_c() -> None:
+    """What a shell starts in the background ignores it, and so would all that this starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 STAGE_1 = "--num-epochs 2 --learning-rate 1e-4 --batch-size 12 --validation-frequency 1 --save-training"

@@ -402,15 +402,14 @@ def test_a_similarity_that_is_not_finite_stops_the_evaluation(golden, tmp_path, 
     assert "not finite" in fails("validate", golden, *CIRR, *SUM, *flags)
 
 
-def test_ctrl_c_leaves_whole_files(drawn, name, tmp_path):
+def test_ctrl_c_leaves_whole_files(drawn, name, tmp_path, start):
     flags = [*CIRR, *name, *STAGE_2.split(), "--no-feature-cache", "--num-epochs", 100_000, "--data-root", drawn]
-    words = [sys.executable, "combiner_train.py", *map(str, flags), "--output-dir", str(tmp_path / "runs")]
-    with subprocess.Popen(words, cwd=SRC, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.glob("runs/*/saved_models/combiner_*.pt"))) < 3 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        stderr = process.communicate(timeout=60)[1]
+    process = start(SRC / "combiner_train.py", *flags, "--output-dir", tmp_path / "runs")
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("runs/*/saved_models/combiner_*.pt"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     assert "Traceback" not in stderr
     assert "interrupted" in stderr

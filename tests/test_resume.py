@@ -346,14 +346,9 @@ def test_processes_that_start_at_once_share_no_folder(tmp_path):
 # From the command line
 
 
-def start(*words: object, processes: int = 1) -> subprocess.Popen:
-    """A script, or several processes of it, as the leader of a process group."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", free_port()]
-    command = map(str, [sys.executable, *(torchrun if processes > 1 else []), *words])
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        list(command), cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
+def two_processes() -> list:
+    """Words before a script."""
+    return ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
 
 
 def command(drawn: Path, output: Path, *flags: object, door: str = "combiner_train", settings: str = STAGE_2) -> list:
@@ -391,7 +386,7 @@ def kill_all(word: str) -> int:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize(("door", "settings"), [("combiner_train", STAGE_2), ("clip_fine_tune", STAGE_1)])
-def test_a_signal_saves_and_ends_with_the_command_to_resume(number, door, settings, drawn, tmp_path):
+def test_a_signal_saves_and_ends_with_the_command_to_resume(number, door, settings, drawn, tmp_path, start):
     """Sent to the whole group, the processes that load images too, as schedulers do."""
     flags = ["--num-epochs", 4000, "--num-workers", 2, "--checkpoint-every-minutes", 1000]
     process = start(*command(drawn, tmp_path, *flags, door=door, settings=settings))
@@ -411,14 +406,14 @@ def test_a_signal_saves_and_ends_with_the_command_to_resume(number, door, settin
     ("door", "settings"),
     [("combiner_train", f"{STAGE_2} --seeds 0 1 --num-epochs 20"), ("clip_fine_tune", f"{STAGE_1} --num-epochs 25")],
 )
-def test_torchrun_killed_and_told_to_stop(door, settings, drawn, tmp_path):
+def test_torchrun_killed_and_told_to_stop(door, settings, drawn, tmp_path, start):
     """Two processes, killed in the middle, resumed, told to stop, resumed: as if nothing had been."""
     flags = ["--num-workers", 0, "--batch-size", 4, "--validation-frequency", 3]
     often = ["--checkpoint-every-minutes", 1e-9]
     words = [command(drawn, tmp_path / name, *flags, door=door, settings=settings) for name in ("whole", "killed")]
-    process = start(*words[0], processes=2)
+    process = start(*two_processes(), *words[0])
     assert process.wait(timeout=200) == 0, process.stderr.read()
-    start(*words[1], *often, processes=2)
+    start(*two_processes(), *words[1], *often)
     run = wait_for_epochs(tmp_path / "killed", 5)
     assert kill_all(str(tmp_path / "killed")) == 3  # torchrun and both of its processes
     time.sleep(0.5)
@@ -426,20 +421,20 @@ def test_torchrun_killed_and_told_to_stop(door, settings, drawn, tmp_path):
     kills.read_everything(run, tally)
     assert tally.unreadable == []
     resumption = [f"src/{door}.py", "--resume", run]
-    process = start(*resumption, processes=2)
+    process = start(*two_processes(), *resumption)
     wait_for_epochs(tmp_path / "killed", 12)
     process.send_signal(signal.SIGTERM)  # which torchrun passes on
     stderr = process.communicate(timeout=60)[1]
     assert f"go on with: torchrun --nproc-per-node 2 src/{door}.py --resume {run}" in stderr
-    process = start(*resumption, processes=2)
+    process = start(*two_processes(), *resumption)
     assert process.wait(timeout=200) == 0, process.stderr.read()
     assert kills.differences(kills.the_run(tmp_path / "whole"), run) == []
 
 
-def test_torchrun_ended_by_a_signal_that_it_does_not_pass_on(drawn, tmp_path, resume):
+def test_torchrun_ended_by_a_signal_that_it_does_not_pass_on(drawn, tmp_path, resume, start):
     """Its processes notice that it is gone, save, and stop: the run can be resumed at once."""
     flags = ["--num-workers", 0, "--batch-size", 4, "--num-epochs", 4000, "--checkpoint-every-minutes", 1000]
-    process = start(*command(drawn, tmp_path, *flags), processes=2)
+    process = start(*two_processes(), *command(drawn, tmp_path, *flags))
     run = wait_for_epochs(tmp_path, 2)
     process.send_signal(signal.SIGUSR1)
     stderr = process.communicate(timeout=60)[1]
