@@ -10,7 +10,7 @@ import pytest
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
-GUIDES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")) + sorted(ROOT.glob("*/README.md"))
+GUIDES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")) + sorted(ROOT.glob("[!.]*/README.md"))
 BLOCK = re.compile(r"```(?:bash|console)\n(.*?)```", re.DOTALL)
 
 
