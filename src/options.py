@@ -256,11 +256,15 @@ def frozen_flags() -> argparse.ArgumentParser:
     return parser
 
 
-def pair_flags(required: bool = True) -> argparse.ArgumentParser:
-    """How an evaluation composes its queries."""
+def pair_flags(required: bool = True, silent: str | None = None) -> argparse.ArgumentParser:
+    """How queries are composed.
+
+    Args:
+        silent: says what holds without --combining-function.
+    """
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("composition")
-    group.add_argument("--combining-function", choices=("sum", "combiner"), required=required)
+    group.add_argument("--combining-function", choices=("sum", "combiner"), required=required, help=silent)
     group.add_argument("--combiner-path", type=Path, metavar="PATH", help="stage-2 weights, for combiner")
     return parser
 
@@ -298,13 +302,10 @@ def pair_choice(args: argparse.Namespace) -> dict[str, Any]:
 def search_flags() -> list[argparse.ArgumentParser]:
     """An index, and how its queries are composed: with the index's CLIP, and the sum unless a Combiner is named."""
     parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("index and composition")
+    group = parser.add_argument_group("index")
     group.add_argument("--index", type=Path, required=True, metavar="INDEX", help="made by search.py index")
-    group.add_argument(
-        "--combining-function", choices=("sum", "combiner"), help="(default: combiner if its path is given)"
-    )
-    group.add_argument("--combiner-path", type=Path, metavar="PATH", help="stage-2 weights")
-    return [parser, combiner_flags(trains=False)]
+    composition = pair_flags(required=False, silent="(default: combiner if its path is given)")
+    return [parser, composition, combiner_flags(trains=False)]
 
 
 def clip_choice(args: argparse.Namespace) -> dict[str, str | float | None]:

@@ -18,7 +18,7 @@ import options
 import pages
 import startup
 import vectors
-from image_index import as_made, manifest, open_index, update_index
+from image_index import as_made, manifest, update_index
 from interruption import listening
 from pair import load_encoder, read_checkpoint, settle
 from photos import find_images, opened, thumbnail
@@ -100,7 +100,7 @@ def make_index(args: argparse.Namespace) -> None:
     left_out = len(done.unreadable) + len(images.left_out)
     print(f"{args.output}: {done.added} images added, {done.kept} kept, {done.removed} removed, ", end="")
     print(f"{left_out} left out that cannot be read")
-    report = open_index(args.output).about.get("recall against exact")
+    report = (manifest(args.output) or {}).get("recall against exact")
     if report:
         print(f"recall@{report['k']} against exact: {report['recall']:.3f} over {report['queries']} queries")
 

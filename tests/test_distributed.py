@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import STAGE_2, read_csv
+from conftest import ROOT, STAGE_2, read_csv
 
-ROOT = Path(__file__).parent.parent
 STAGE_1 = "--num-epochs 2 --learning-rate 1e-4 --batch-size 12 --save-training --encoder both"
 
 
@@ -22,10 +21,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def torchrun(processes: int) -> list[str]:
+    """Python's arguments before a script that several processes run."""
+    return ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
+
+
 def launch(processes: int, script: str, *flags: object) -> subprocess.CompletedProcess:
     """Run a script under torchrun, or directly for one process; two CPU threads in all."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
-    words = [sys.executable, *(torchrun if processes > 1 else []), f"src/{script}.py", *map(str, flags)]
+    words = [sys.executable, *(torchrun(processes) if processes > 1 else []), f"src/{script}.py", *map(str, flags)]
     environment = os.environ | {"OMP_NUM_THREADS": str(2 // processes)}
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -142,8 +145,7 @@ clip_fine_tune.main(sys.argv[1:])
     killer = tmp_path / "killer.py"
     killer.write_text(code)
     flags = ["--dataset", "CIRR", "--clip-model-name", golden / "clip_vit.pt", "--data-root", golden, *STAGE_1.split()]
-    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), killer]
-    words += [*flags, "--device", "cpu", "--num-workers", 0, "--output-dir", tmp_path / "runs"]
+    words = [*torchrun(2), killer, *flags, "--device", "cpu", "--num-workers", 0, "--output-dir", tmp_path / "runs"]
     assert script.exists()
     done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0

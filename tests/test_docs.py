@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from conftest import ROOT
 from utils import UserError
 
-ROOT = Path(__file__).parent.parent
 GUIDES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")) + sorted(ROOT.glob("[!.]*/README.md"))
 BLOCK = re.compile(r"```(?:bash|console)\n(.*?)```", re.DOTALL)
 

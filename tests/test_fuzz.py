@@ -105,6 +105,11 @@ def damaged(content: bytes, damage) -> bytes:
     return bytes(changed)
 
 
+def changed(whole: bytes, change) -> bytes:
+    """A JSON file after edits or damage."""
+    return edited(json.loads(whole), change).encode() if isinstance(change, list) else damaged(whole, change)
+
+
 @contextlib.contextmanager
 def counted(kind: str):
     """Count a case as read or refused; anything but a UserError is what the test is about."""
@@ -157,7 +162,7 @@ def test_annotation_files(dataset, name, splits, number, root):
     @example(UNEDITED)
     @given(edits() | damages())
     def fuzz(change):
-        content = edited(json.loads(whole), change).encode() if isinstance(change, list) else damaged(whole, change)
+        content = changed(whole, change)
         file.write_bytes(content)
         with counted("annotation files"):
             read_annotations(dataset, root, split, content)
@@ -192,9 +197,7 @@ def test_submission_files(number, root, submissions, tmp_path):
     @example(UNEDITED)
     @given(edits() | damages())
     def fuzz(change):
-        file.write_bytes(
-            edited(json.loads(whole), change).encode() if isinstance(change, list) else damaged(whole, change)
-        )
+        file.write_bytes(changed(whole, change))
         out, err = io.StringIO(), io.StringIO()
         code = 0
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

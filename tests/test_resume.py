@@ -18,16 +18,14 @@ import combiner_train
 import features
 import kills
 from checkpoints import Checkpoints
-from conftest import CASES, SOAK, STAGE_1, STAGE_2, read_csv
+from conftest import CASES, ROOT, SOAK, STAGE_1, STAGE_2, read_csv
 from experiment import Run, make_folder
 from keeper import Keeper
 from run_page import About
 from snapshot import load_state, save_state
-from test_distributed import free_port
+from test_distributed import torchrun
 from tracker import NoTracker
 from utils import load_tensors, save_tensors
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -346,11 +344,6 @@ def test_processes_that_start_at_once_share_no_folder(tmp_path):
 # From the command line
 
 
-def two_processes() -> list:
-    """Words before a script."""
-    return ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
-
-
 def command(drawn: Path, output: Path, *flags: object, door: str = "combiner_train", settings: str = STAGE_2) -> list:
     where = ["--data-root", drawn, "--clip-model-name", drawn / "tiny_clip_vit.pt", "--output-dir", output]
     own = ["--no-feature-cache"] if door == "combiner_train" else []
@@ -411,9 +404,9 @@ def test_torchrun_killed_and_told_to_stop(door, settings, drawn, tmp_path, start
     flags = ["--num-workers", 0, "--batch-size", 4, "--validation-frequency", 3]
     often = ["--checkpoint-every-minutes", 1e-9]
     words = [command(drawn, tmp_path / name, *flags, door=door, settings=settings) for name in ("whole", "killed")]
-    process = start(*two_processes(), *words[0])
+    process = start(*torchrun(2), *words[0])
     assert process.wait(timeout=200) == 0, process.stderr.read()
-    start(*two_processes(), *words[1], *often)
+    start(*torchrun(2), *words[1], *often)
     run = wait_for_epochs(tmp_path / "killed", 5)
     assert kill_all(str(tmp_path / "killed")) == 3  # torchrun and both of its processes
     time.sleep(0.5)
@@ -421,12 +414,12 @@ def test_torchrun_killed_and_told_to_stop(door, settings, drawn, tmp_path, start
     kills.read_everything(run, tally)
     assert tally.unreadable == []
     resumption = [f"src/{door}.py", "--resume", run]
-    process = start(*two_processes(), *resumption)
+    process = start(*torchrun(2), *resumption)
     wait_for_epochs(tmp_path / "killed", 12)
     process.send_signal(signal.SIGTERM)  # which torchrun passes on
     stderr = process.communicate(timeout=60)[1]
     assert f"go on with: torchrun --nproc-per-node 2 src/{door}.py --resume {run}" in stderr
-    process = start(*two_processes(), *resumption)
+    process = start(*torchrun(2), *resumption)
     assert process.wait(timeout=200) == 0, process.stderr.read()
     assert kills.differences(kills.the_run(tmp_path / "whole"), run) == []
 
@@ -434,7 +427,7 @@ def test_torchrun_killed_and_told_to_stop(door, settings, drawn, tmp_path, start
 def test_torchrun_ended_by_a_signal_that_it_does_not_pass_on(drawn, tmp_path, resume, start):
     """Its processes notice that it is gone, save, and stop: the run can be resumed at once."""
     flags = ["--num-workers", 0, "--batch-size", 4, "--num-epochs", 4000, "--checkpoint-every-minutes", 1000]
-    process = start(*two_processes(), *command(drawn, tmp_path, *flags))
+    process = start(*torchrun(2), *command(drawn, tmp_path, *flags))
     run = wait_for_epochs(tmp_path, 2)
     process.send_signal(signal.SIGUSR1)
     stderr = process.communicate(timeout=60)[1]
