@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-import distributed
 from clip_model import load_clip, write_tiny_clip
+from runtime import distributed
 from stage1 import make_step
 from timing import seconds
 

@@ -13,12 +13,12 @@ from combiner import Combiner
 from combiner_train import ComposedFeatures, combiner_validation, feature_batches, router_report
 from experiment import Run
 from features import FeatureCache, FrozenSplit, freeze, freeze_queries
-from interruption import StopRequest
 from keeper import Keeper
 from pair import load_encoder
 from ranking import random_cirr
 from regime import Precision, Regime
 from run_page import About
+from runtime.interruption import StopRequest
 from timing import in_turns, seconds
 from tracker import NoTracker
 from training import Stepper, Task, train_one_epoch

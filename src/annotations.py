@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils import UserError, read_json
+from runtime.files import read_json
+from utils import UserError
 
 
 def check(holds: bool, file: Path, expected: str) -> None:

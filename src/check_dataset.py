@@ -17,7 +17,8 @@ from benchmarks import BENCHMARKS, Benchmark
 from dataset_report import Report
 from exclusions import write_exclusions
 from image_check import inspect_all
-from utils import UserError, check_file_writable, command
+from runtime.files import check_file_writable
+from utils import UserError, command
 
 SPLITS = ("train", "val", "test")
 

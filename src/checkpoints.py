@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-import distributed
-from utils import load_tensors, save_tensors
+from runtime import distributed
+from runtime.tensors import load_tensors, save_tensors
 
 
 class Checkpoints:

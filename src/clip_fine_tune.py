@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-import distributed
 import options
 import startup
 from benchmarks import Benchmark
@@ -29,10 +28,11 @@ from data_utils import TripletImages, load_batches, normalise
 from experiment import claim_folder, is_complete, open_run, plain, run_name, started_with
 from features import Encoder, FrozenSplit, versions
 from image_cache import open_image_cache
-from interruption import StopRequest, listening
 from pair import load_encoder, settle
 from regime import Precision, Regime
 from retrieval import evaluate
+from runtime import distributed
+from runtime.interruption import StopRequest, listening
 from splits import Split
 from training import Task, average, fit, trainable
 from training_data import TrainingData, read_training_data

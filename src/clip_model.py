@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import distributed
-from utils import UserError, find_checkpoint, first_line, load_tensors, save_tensors, seed_everything
+from runtime import distributed
+from runtime.files import find_checkpoint
+from runtime.tensors import load_tensors, save_tensors
+from utils import UserError, first_line, seed_everything
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # clip-anytorch imports pkg_resources, which says that it is deprecated

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import distributed
+from runtime import distributed
 from utils import UserError
 
 Compose = Callable[[Tensor, Tensor], Tensor]  # image features (B, D), text features (B, D) -> queries (B, D)

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 
-import distributed
 import options
 import startup
 from benchmarks import Benchmark
@@ -41,16 +40,18 @@ from experiment import (
     started_with,
 )
 from features import FeatureCache, FrozenSplit, freeze, freeze_queries, versions, weights_digest
-from interruption import StopRequest, listening
 from metrics import mean_and_spread
 from pair import load_encoder, read_checkpoint, settle
 from regime import Precision, Regime
 from retrieval import evaluate
 from routing import router_penalty, router_statistics
+from runtime import distributed
+from runtime.files import read_json, write_text
+from runtime.interruption import StopRequest, listening
 from tracker import NoTracker
 from training import Task, average, fit, trainable
 from training_data import Order, TrainingData, read_training_data
-from utils import command, read_json, seed_everything, write_text
+from utils import command, seed_everything
 
 SCRIPT = "combiner_train.py"
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import distributed
+from runtime import distributed
 
 LOGIT_SCALE = 100.0
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import annotations
+from runtime.files import write_text
 from splits import Split
-from utils import UserError, write_text
+from utils import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,12 @@ from typing import Any
 
 import pandas as pd
 
-import distributed
 from annotations import read
 from run_page import About, RunPage
+from runtime import distributed
+from runtime.files import locked, write_text
 from tracker import NoTracker
-from utils import UserError, locked, write_text
+from utils import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import distributed
 from data_utils import ImageDataset, Reader, load_batches
-from splits import file_identities
+from runtime import distributed
+from runtime.files import file_identities
 from utils import UserError
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-import interruption
 from data_utils import decoded
-from splits import file_size
+from runtime import interruption
+from runtime.files import file_size
 
 MISSING, EMPTY, NO_IMAGE, DAMAGED, TOO_LARGE = "missing", "empty", "not an image", "truncated or damaged", "too large"
 

@@ -21,8 +21,9 @@ import torch
 import vectors
 from clip_model import feature_dim
 from features import Encoder
-from splits import file_identities, file_size
-from utils import UserError, load_tensors, locked, parse_json, save_tensors, write_text, written_whole
+from runtime.files import file_identities, file_size, locked, parse_json, write_text, written_whole
+from runtime.tensors import load_tensors, save_tensors
+from utils import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-import distributed
 from checkpoints import Checkpoints
 from experiment import Run
-from interruption import StopRequest
+from runtime import distributed
+from runtime.interruption import StopRequest
 from snapshot import Stateful, load_state, save_state
 from utils import Stopped, UserError
 

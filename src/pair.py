@@ -17,8 +17,10 @@ from combiner import Compose, compose_sum, load_combiner
 from data_utils import TRANSFORMS, decoded, load_image, make_preprocess
 from exclusions import announce
 from features import Encoder, FeatureCache, FrozenSplit, freeze_queries, weights_digest
+from runtime.files import find_checkpoint
+from runtime.tensors import load_tensors
 from splits import Split, check_images_exist
-from utils import UserError, find_checkpoint, load_tensors
+from utils import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data_utils import DECODING_ERRORS, decoded
-from splits import file_size
+from runtime.files import file_size
 from utils import UserError
 
 KINDS = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}

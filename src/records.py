@@ -11,8 +11,9 @@ from benchmarks import Benchmark
 from combiner import Insight
 from protocols import PROTOCOLS, Rankings
 from rankings import answers
+from runtime.files import read_json, write_text
 from splits import Split
-from utils import UserError, read_json, write_text
+from utils import UserError
 
 # Split's name -> its queries. A query has its caption, reference, target and group, under each protocol the rank of its
 # target (0 is the first place) and the nearest images with their cosine similarities, the same in its group if it has

@@ -15,8 +15,9 @@ from benchmarks import BENCHMARKS, Benchmark
 from features import versions
 from protocols import Protocol, Rankings
 from rankings import Ranking
+from runtime.files import read_json, write_text
 from splits import Split, images_digest, split_digest
-from utils import UserError, read_json, write_text
+from utils import UserError
 
 
 def make_result(

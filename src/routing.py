@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import distributed
+from runtime import distributed
 
 
 def load_balancing_loss(logits: Tensor, top_k: int) -> Tensor:

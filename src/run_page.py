@@ -9,7 +9,7 @@ from typing import Any
 
 import pages
 from curves import Rows, training_curves
-from utils import write_bytes, write_text
+from runtime.files import write_bytes, write_text
 
 DRAWING_SHARE = 0.05  # of the time, which drawing may take
 

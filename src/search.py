@@ -19,12 +19,13 @@ import pages
 import startup
 import vectors
 from image_index import as_made, manifest, update_index
-from interruption import listening
 from pair import load_encoder, read_checkpoint, settle
 from photos import find_images, opened, thumbnail
+from runtime.files import check_file_writable, check_writable, write_text
+from runtime.interruption import listening
 from searcher import Found, load_searcher
 from sheets import results_page, shares
-from utils import Stopped, UserError, check_file_writable, check_writable, command, write_text
+from utils import Stopped, UserError, command
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from clip_model import fits
 from image_index import ImageIndex, as_made, encoder_key, open_index
 from pair import Pair, load_pair
 from photos import opened
-from splits import file_identities, file_size
+from runtime.files import file_identities, file_size
 from utils import UserError
 
 

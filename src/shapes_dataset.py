@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw
 
 from clip_model import write_tiny_clip
 from options import positive_int, seed_int
-from utils import UserError, check_writable, command, write_text
+from runtime.files import check_writable, write_text
+from utils import UserError, command
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
-from utils import UserError, load_tensors, save_tensors
+from runtime.tensors import load_tensors, save_tensors
+from utils import UserError
 
 
 class Stateful(Protocol):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from runtime.files import file_size
 from utils import UserError
 
 
@@ -112,20 +113,6 @@ def locate(places: dict[str, str], folders: list[Path]) -> dict[str, Path]:
         return next((folder / place for folder in others if file_size(folder / place) is not None), official)
 
     return {name: file(place) for name, place in places.items()}
-
-
-def file_size(path: Path) -> int | None:
-    """Bytes of a file, None where there is none, not even by a name that no file can have."""
-    try:
-        return path.stat().st_size if path.is_file() else None
-    except (OSError, ValueError):
-        return None
-
-
-def file_identities(paths: list[Path]) -> list[tuple[str, int, int]]:
-    """(absolute path, bytes, modification time in ns) of each file: another image, another identity."""
-    stats = [(path.resolve(), path.stat()) for path in paths]
-    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
 
 def split_digest(split: Split) -> str:

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-import distributed
 from benchmarks import BENCHMARKS, Benchmark
 from exclusions import read_exclusions
 from experiment import read_hyper_parameters
 from run_page import About
+from runtime import distributed
+from runtime.files import check_writable
 from tracker import NoTracker, make_tracker
-from utils import UserError, check_writable, first_line, seed_everything
+from utils import UserError, first_line, seed_everything
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -17,8 +17,9 @@ from torch import Tensor
 import annotations
 from benchmarks import CIRR, Benchmark, FashionIQ
 from rankings import Ranking, answers
+from runtime.files import parse_json
 from splits import Split, Triplet
-from utils import UserError, parse_json
+from utils import UserError
 
 Content = dict[str, Any] | list[Any]
 

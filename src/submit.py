@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-import distributed
 import options
 import startup
 from benchmarks import Benchmark
 from pair import load_and_freeze
 from retrieval import rank
+from runtime import distributed
+from runtime.files import check_writable, write_text
 from submission import Form, parse_submission
-from utils import UserError, check_writable, write_text
+from utils import UserError
 
 logger = logging.getLogger(__name__)
 

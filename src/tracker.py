@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import distributed
+from runtime import distributed
 from utils import UserError
 
 logger = logging.getLogger(__name__)

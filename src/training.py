@@ -13,12 +13,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import contrastive
-import distributed
 from checkpoints import Checkpoints
 from experiment import Run
-from interruption import StopRequest
 from keeper import Keeper
 from regime import Precision, Regime
+from runtime import distributed
+from runtime.interruption import StopRequest
 from snapshot import Stateful
 from utils import DiskError, Stopped, UserError
 

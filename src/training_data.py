@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import distributed
 from benchmarks import Benchmark
 from exclusions import announce, excluded
+from runtime import distributed
 from splits import Split, check_images_exist, split_digest
 from utils import UserError
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pandas as pd
 
-import distributed
 import options
 import startup
 from benchmarks import Benchmark
@@ -18,7 +17,9 @@ from pair import load_and_freeze
 from protocols import PROTOCOLS, Protocol
 from records import make_records, write_rankings
 from results import make_result, write_result
-from utils import check_file_writable, command
+from runtime import distributed
+from runtime.files import check_file_writable
+from utils import command
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

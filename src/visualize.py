@@ -22,8 +22,9 @@ from expert_report import expert_report
 from pair import load_and_freeze
 from protocols import PROTOCOLS
 from records import Records, make_records, read_rankings
+from runtime.files import check_writable, write_bytes, write_text
 from sheets import Card, card, load_thumbnails, picture, sheet
-from utils import PROJECT_ROOT, UserError, check_writable, command, write_bytes, write_text
+from utils import PROJECT_ROOT, UserError, command
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from data_utils import decoded
-from utils import load_tensors
+from runtime.tensors import load_tensors
 
 # Processes are forked from one that has the packages loaded: a kill then costs a second, not five.
 CONTEXT = multiprocessing.get_context("forkserver")

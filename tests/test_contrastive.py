@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-import distributed
 from clip_fine_tune import SumFeatures
 from clip_model import checkpoint_gradients, choose_trained, load_clip, resolution, tokenize
 from conftest import read_csv
 from contrastive import backward, contrastive_loss
 from regime import Precision, Regime
+from runtime import distributed
 from training import Stepper, Task, average
 from training_data import Order
 from utils import UserError

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-import interruption
 from data_utils import (
     CLIP_MEAN,
     CLIP_STD,
@@ -22,6 +21,7 @@ from data_utils import (
     normalise,
 )
 from image_check import TOO_LARGE, inspect
+from runtime import interruption
 from splits import check_images_exist
 from utils import UserError
 

@@ -14,14 +14,15 @@ import utils
 from checkpoints import Checkpoints
 from conftest import read_csv
 from experiment import Run, make_folder, plain, run_name
-from interruption import StopRequest
 from keeper import Keeper
 from regime import Precision, Regime
 from run_page import About
+from runtime.files import written_whole
+from runtime.interruption import StopRequest
 from tracker import NoTracker, make_tracker
 from training import Stepper, Task, fit, train_one_epoch
 from training_data import Order
-from utils import UserError, written_whole
+from utils import UserError
 
 CPU = torch.device("cpu")
 

@@ -26,8 +26,9 @@ from data_utils import load_image, make_preprocess
 from exclusions import read_exclusions
 from image_check import inspect
 from pair import read_checkpoint
+from runtime.tensors import load_tensors
 from snapshot import load_state, save_state
-from utils import UserError, load_tensors
+from utils import UserError
 
 CPU = torch.device("cpu")
 QUIET = settings(

@@ -15,7 +15,7 @@ from data_utils import load_image, make_preprocess, normalise
 from features import Encoder, FeatureCache, freeze_queries
 from pair import read_checkpoint
 from retrieval import similarity_blocks
-from utils import load_tensors
+from runtime.tensors import load_tensors
 
 
 def arguments(entry: dict, golden) -> list[str]:

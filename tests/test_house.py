@@ -7,7 +7,9 @@ import pytest
 
 SRC = Path(__file__).parent.parent / "src"
 FLOORS = [
-    {"curves", "distributed", "metrics", "pages", "rankings", "utils"},
+    {"utils"},
+    {"curves", "distributed", "files", "metrics", "pages", "rankings"},
+    {"tensors"},
     {"annotations", "checkpoints", "clip_model", "combiner", "contrastive", "expert_report", "interruption", "regime"}
     | {"routing", "run_page", "snapshot", "splits", "tracker", "vectors"},
     {"data_utils", "exclusions", "experiment", "protocols"},
@@ -20,7 +22,7 @@ FLOORS = [
     | {"check_dataset", "check_submission", "visualize", "search", "demo_app", "shapes_dataset", "demo"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ROOMS = sorted(SRC.glob("*.py"))
+ROOMS = sorted(room for room in SRC.rglob("*.py") if room.stem != "__init__")
 
 
 def tree(room: Path) -> ast.Module:
@@ -33,7 +35,8 @@ def imported(room: Path) -> set[str]:
         if isinstance(node, ast.Import):
             modules |= {alias.name.split(".")[0] for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            modules.add(node.module.split(".")[0])
+            modules.add(node.module.split(".")[-1] if (SRC / node.module.split(".")[0]).is_dir() else node.module)
+            modules |= {alias.name for alias in node.names if (SRC / node.module / f"{alias.name}.py").exists()}
     return modules
 
 

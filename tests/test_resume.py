@@ -22,10 +22,10 @@ from conftest import CASES, ROOT, SOAK, STAGE_1, STAGE_2, read_csv
 from experiment import Run, make_folder
 from keeper import Keeper
 from run_page import About
+from runtime.tensors import load_tensors, save_tensors
 from snapshot import load_state, save_state
 from test_distributed import torchrun
 from tracker import NoTracker
-from utils import load_tensors, save_tensors
 
 
 @pytest.mark.parametrize("number", range(4))

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-import distributed
+from runtime import distributed
 from utils import Stopped
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))

@@ -1,0 +1,1 @@
+"""Processes, signals, files that are whole or not there, tensors on disk."""

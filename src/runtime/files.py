@@ -1,0 +1,170 @@
+"""Files: JSON read with care, files that are whole or not there, locks, checkpoints found, identities."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from utils import DiskError, UserError, first_line
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+def read_json(path: Path, writer: str | None = None) -> Any:
+    """Parse a JSON file; a missing, unreadable or malformed one is a UserError that names it.
+
+    Args:
+        writer: the command that writes such a file; None for files of a dataset.
+    """
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        remedy = f"write it with {writer}" if writer else "put the file there, or point --data-root at its dataset"
+        raise UserError(f"{path} is missing: {remedy}") from None
+    except (OSError, ValueError) as error:
+        remedy = f"write it with {writer}" if writer else "download it"
+        raise UserError(f"{path} is not a readable JSON file ({first_line(error)}): {remedy} again") from None
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON that says each thing once, in whole characters.
+
+    Raises:
+        ValueError: malformed, nested too deeply, an object with a repeated key (of which one value would be lost), or
+            half a character (a lone surrogate), which no file could be written with.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+        return content
+
+    try:
+        content = json.loads(text, object_pairs_hook=once)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if "\\ud" in text.lower():
+        json.dumps(content, ensure_ascii=False).encode()
+    return content
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that replaces `path` only when all of it is on disk; until then an earlier `path` stays as it was."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise DiskError(f"could not write {path} ({error.strerror}): free space or choose another folder") from None
+    finally:
+        with contextlib.suppress(OSError):  # there is none after the replace, nor where the folder is a file
+            beside.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a rename in a folder on disk, where folders can be opened (not on Windows)."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    with written_whole(path) as file:
+        file.write(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+@contextlib.contextmanager
+def locked(folder: Path, refusal: str) -> Iterator[None]:
+    """Keep other processes out of a folder that they would lock too; the lock ends with the process at the latest.
+
+    Raises:
+        UserError: another process has it, in the words of `refusal`.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(refusal) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def check_writable(folders: dict[str, Path | None]) -> None:
+    """Fail now rather than after hours of work, if files cannot be made in a folder (which need not exist yet).
+
+    Args:
+        folders: flag -> its folder, None where nothing is to be written.
+    """
+    for flag, folder in folders.items():
+        if folder is None:
+            continue
+        nearest = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"{flag} {folder}: {nearest} is not a folder that can be written to; choose another")
+
+
+def check_file_writable(files: dict[str, Path | None]) -> None:
+    """The same for files: flag -> the file, None where none is to be written."""
+    for flag, file in files.items():
+        if file is not None and file.is_dir():
+            raise UserError(f"{flag} {file} is a folder: name a file")
+    check_writable({flag: file and file.parent for flag, file in files.items()})
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint file that a path stands for: itself, itself with `.pt`, or the only one in a run folder.
+
+    Raises:
+        UserError: there is none, or a folder holds several.
+    """
+    candidates = [path, Path(f"{path}.pt")]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    found = sorted(path.glob("*.pt")) or sorted(path.glob("saved_models/*.pt"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(f"{path} holds several checkpoints ({', '.join(f.name for f in found)}): name one of them")
+    raise UserError(f"no checkpoint at {path}: looked for it, for {candidates[1].name} and for *.pt in a folder of it")
+
+
+def file_size(path: Path) -> int | None:
+    """Bytes of a file, None where there is none, not even by a name that no file can have."""
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except (OSError, ValueError):
+        return None
+
+
+def file_identities(paths: list[Path]) -> list[tuple[str, int, int]]:
+    """(absolute path, bytes, modification time in ns) of each file: another image, another identity."""
+    stats = [(path.resolve(), path.stat()) for path in paths]
+    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
