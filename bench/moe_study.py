@@ -20,10 +20,10 @@ import torch
 import clip_fine_tune
 import combiner_train
 import shapes_dataset
+from benchmarks.metrics import mean_and_spread
 from combiner import build_combiner
 from demo import STAGE_1, STAGE_2
 from features import versions
-from metrics import mean_and_spread
 
 SHOWN = {"FashionIQ": ("average_recall", "mean recall"), "CIRR": ("mean(R@5+R_s@1)", "mean(R@5+R_s@1)")}
 SIZES = {"clip_dim": 64, "projection_dim": 256, "hidden_dim": 512}

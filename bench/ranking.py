@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benchmarks import Split, Triplet
+from benchmarks.metrics import target_ranks
+from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
 from features import FrozenSplit
-from metrics import target_ranks
-from protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
 from retrieval import rank
-from splits import Split, Triplet
 from timing import extra_memory, in_turns, seconds
 from twins import string_matrix_ranks
 

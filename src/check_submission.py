@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 from benchmarks import Benchmark
+from benchmarks.server_files import Form, form_of, parse_submission
 from options import data_root_flag
-from submission import Form, form_of, parse_submission
 from utils import command
 
 

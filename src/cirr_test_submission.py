@@ -9,7 +9,7 @@ With `--split val` it writes the same files for the validation split, whose answ
 import argparse
 
 import options
-from submission import CirrForm
+from benchmarks.server_files import CirrForm
 from submit import submit_as_asked
 from utils import command
 

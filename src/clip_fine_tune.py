@@ -20,7 +20,7 @@ from torch.optim import AdamW
 
 import options
 import startup
-from benchmarks import Benchmark
+from benchmarks import Benchmark, Split
 from checkpoints import Checkpoints
 from clip_model import CLIP, checkpoint_gradients, choose_trained, suit_to_gpu, tokenize
 from combiner import compose_sum
@@ -33,7 +33,6 @@ from regime import Precision, Regime
 from retrieval import evaluate
 from runtime import distributed
 from runtime.interruption import StopRequest, listening
-from splits import Split
 from training import Task, average, fit, trainable
 from training_data import TrainingData, read_training_data
 from utils import command

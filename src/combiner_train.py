@@ -25,6 +25,7 @@ from torch.optim import Adam
 import options
 import startup
 from benchmarks import Benchmark
+from benchmarks.metrics import mean_and_spread
 from checkpoints import Checkpoints
 from clip_model import feature_dim
 from combiner import Combiner, build_combiner
@@ -40,7 +41,6 @@ from experiment import (
     started_with,
 )
 from features import FeatureCache, FrozenSplit, freeze, freeze_queries, versions, weights_digest
-from metrics import mean_and_spread
 from pair import load_encoder, read_checkpoint, settle
 from regime import Precision, Regime
 from retrieval import evaluate

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import BENCHMARKS, Benchmark
+from benchmarks import BENCHMARKS, PROTOCOLS, Benchmark
+from benchmarks.metrics import mean_and_spread, shown
 from comparison import Column, intervals, read_columns, unlike
-from metrics import mean_and_spread, shown
 from options import fraction, in_any_case, positive_int, seed_int
-from protocols import PROTOCOLS
 from utils import UserError, command
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import Benchmark
+from benchmarks.metrics import bootstrap
 from experiment import FREE
-from metrics import bootstrap
 from results import read_result
 from utils import UserError
 

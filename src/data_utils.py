@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 from torchvision.transforms import functional as F
 
+from benchmarks import Split
 from runtime import interruption
-from splits import Split
 from utils import UserError, first_line
 
 # What Pillow's decoders raise on damaged files.

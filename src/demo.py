@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from metrics import shown
+from benchmarks.metrics import shown
 from options import seed_int
 from utils import PROJECT_ROOT, UserError, command
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from benchmarks import Benchmark
+from benchmarks import Benchmark, Protocol
+from benchmarks.protocols import Rankings
 from combiner import Compose, Insight
 from features import FrozenSplit
-from protocols import Protocol, Rankings
 from retrieval import rank
 from utils import UserError
 

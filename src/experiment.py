@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from annotations import read
+from benchmarks.annotations import read
 from run_page import About, RunPage
 from runtime import distributed
 from runtime.files import locked, write_text

@@ -9,7 +9,7 @@ With `--split val` it writes the same files for the validation split, whose answ
 import argparse
 
 import options
-from submission import FashionIQForm
+from benchmarks.server_files import FashionIQForm
 from submit import submit_as_asked
 from utils import command
 

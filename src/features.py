@@ -13,12 +13,12 @@ import torchvision
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks import Split
 from clip_model import CLIP, feature_dim, tokenize
 from data_utils import ImageDataset, ReadableImages, Reader, load_batches, normalise
 from runtime import distributed
 from runtime.files import file_identities
 from runtime.tensors import load_tensors, save_tensors
-from splits import Split
 from utils import UserError
 
 logger = logging.getLogger(__name__)

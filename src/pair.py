@@ -11,15 +11,15 @@ import torch
 from PIL.Image import Image
 from torch import nn
 
-from benchmarks import Benchmark
+from benchmarks import Benchmark, Split
+from benchmarks.exclusions import announce
+from benchmarks.splits import check_images_exist
 from clip_model import feature_dim, load_clip, load_finetuned, resolution
 from combiner import Compose, compose_sum, load_combiner
 from data_utils import TRANSFORMS, decoded, load_image, make_preprocess
-from exclusions import announce
 from features import Encoder, FeatureCache, FrozenSplit, freeze_queries, weights_digest
 from runtime.files import find_checkpoint
 from runtime.tensors import load_tensors
-from splits import Split, check_images_exist
 from utils import UserError
 
 logger = logging.getLogger(__name__)

@@ -7,12 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks import Benchmark
+from benchmarks import PROTOCOLS, Benchmark, Split
+from benchmarks.protocols import Rankings
+from benchmarks.ranking import answers
 from combiner import Insight
-from protocols import PROTOCOLS, Rankings
-from rankings import answers
 from runtime.files import read_json, write_text
-from splits import Split
 from utils import UserError
 
 # Split's name -> its queries. A query has its caption, reference, target and group, under each protocol the rank of its

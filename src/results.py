@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import BENCHMARKS, Benchmark
+from benchmarks import BENCHMARKS, Benchmark, Protocol, Split
+from benchmarks.protocols import Rankings
+from benchmarks.ranking import Ranking
+from benchmarks.splits import images_digest, split_digest
 from features import versions
-from protocols import Protocol, Rankings
-from rankings import Ranking
 from runtime.files import read_json, write_text
-from splits import Split, images_digest, split_digest
 from utils import UserError
 
 

@@ -7,13 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import Benchmark
+from benchmarks import Benchmark, Protocol, Split
+from benchmarks.metrics import NotFiniteError, nearest, target_ranks
+from benchmarks.protocols import outside
+from benchmarks.ranking import Ranking, joined
 from combiner import Compose
 from features import FrozenSplit
-from metrics import NotFiniteError, nearest, target_ranks
-from protocols import Protocol, outside
-from rankings import Ranking, joined
-from splits import Split
 from utils import UserError
 
 MOST_VALUES = 2**28  # similarities in memory at one time: 1 GiB

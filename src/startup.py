@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks import BENCHMARKS, Benchmark
-from exclusions import read_exclusions
+from benchmarks.exclusions import read_exclusions
 from experiment import read_hyper_parameters
 from run_page import About
 from runtime import distributed

@@ -10,11 +10,11 @@ import torch
 import options
 import startup
 from benchmarks import Benchmark
+from benchmarks.server_files import Form, parse_submission
 from pair import load_and_freeze
 from retrieval import rank
 from runtime import distributed
 from runtime.files import check_writable, write_text
-from submission import Form, parse_submission
 from utils import UserError
 
 logger = logging.getLogger(__name__)

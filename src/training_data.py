@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import Benchmark
-from exclusions import announce, excluded
+from benchmarks import Benchmark, Split
+from benchmarks.exclusions import announce, excluded
+from benchmarks.splits import check_images_exist, split_digest
 from runtime import distributed
-from splits import Split, check_images_exist, split_digest
 from utils import UserError
 
 

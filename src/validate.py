@@ -11,10 +11,9 @@ import pandas as pd
 
 import options
 import startup
-from benchmarks import Benchmark
+from benchmarks import PROTOCOLS, Benchmark, Protocol
 from evaluation import choose_protocols, explain_all, rank_all
 from pair import load_and_freeze
-from protocols import PROTOCOLS, Protocol
 from records import make_records, write_rankings
 from results import make_result, write_result
 from runtime import distributed

@@ -16,11 +16,10 @@ from typing import Any
 
 import options
 import startup
-from benchmarks import BENCHMARKS, Benchmark
+from benchmarks import BENCHMARKS, PROTOCOLS, Benchmark
 from evaluation import choose_protocols, explain_all, rank_all
 from expert_report import expert_report
 from pair import load_and_freeze
-from protocols import PROTOCOLS
 from records import Records, make_records, read_rankings
 from runtime.files import check_writable, write_bytes, write_text
 from sheets import Card, card, load_thumbnails, picture, sheet

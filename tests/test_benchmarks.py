@@ -5,12 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import CIRR, FashionIQ
+from benchmarks import CIRR, FashionIQ, Split, Triplet
+from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
+from benchmarks.ranking import answers
 from features import FrozenSplit
-from protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
-from rankings import answers
 from retrieval import evaluate, rank
-from splits import Split, Triplet
 from twins import ranks_by_sorting
 
 CPU = torch.device("cpu")

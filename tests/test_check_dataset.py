@@ -9,13 +9,12 @@ import torch
 from PIL import Image
 
 import check_dataset
-from benchmarks import CIRR, FashionIQ
+from benchmarks import CIRR, FashionIQ, Split, Triplet
+from benchmarks.protocols import ORIGINAL_REMOVED
+from benchmarks.ranking import answers
 from conftest import read_csv
 from features import FrozenSplit
-from protocols import ORIGINAL_REMOVED
-from rankings import answers
 from retrieval import rank
-from splits import Split, Triplet
 from test_bad_input import change_json
 
 SUM = ["--combining-function", "sum"]

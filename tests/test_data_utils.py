@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.image_check import TOO_LARGE, inspect
+from benchmarks.splits import check_images_exist
 from data_utils import (
     CLIP_MEAN,
     CLIP_STD,
@@ -20,9 +22,7 @@ from data_utils import (
     make_preprocess,
     normalise,
 )
-from image_check import TOO_LARGE, inspect
 from runtime import interruption
-from splits import check_images_exist
 from utils import UserError
 
 MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"]

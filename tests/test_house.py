@@ -1,105 +1,78 @@
 """The plan of the house: imports go down, one importer of clip, one place for benchmark names, short functions."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
 
 SRC = Path(__file__).parent.parent / "src"
-FLOORS = [
-    {"utils"},
-    {"curves", "distributed", "files", "metrics", "pages", "rankings"},
-    {"tensors"},
-    {"annotations", "checkpoints", "clip_model", "combiner", "contrastive", "expert_report", "interruption", "regime"}
-    | {"routing", "run_page", "snapshot", "splits", "tracker", "vectors"},
-    {"data_utils", "exclusions", "experiment", "protocols"},
-    {"benchmarks", "features", "image_cache", "image_check", "keeper", "photos", "sheets"},
-    {"dataset_report", "image_index", "options", "pair", "records", "results", "retrieval", "startup", "submission"}
-    | {"training", "training_data"},
-    {"comparison", "evaluation", "searcher", "submit"},
-    {"dialogue"},
-    {"clip_fine_tune", "combiner_train", "validate", "cirr_test_submission", "fashioniq_test_submission", "compare"}
-    | {"check_dataset", "check_submission", "visualize", "search", "demo_app", "shapes_dataset", "demo"},
-]
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ROOMS = sorted(room for room in SRC.rglob("*.py") if room.stem != "__init__")
+FILES = sorted(SRC.rglob("*.py"))
 
 
-def tree(room: Path) -> ast.Module:
-    return ast.parse(room.read_text())
+def name(file: Path) -> str:
+    """A file as it is imported: `benchmarks.splits`, `benchmarks` for its __init__."""
+    parts = file.relative_to(SRC).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(room: Path) -> set[str]:
+OURS = {name(file) for file in FILES}
+
+
+def imported(file: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it; of ours, the file that a name comes from."""
     modules = set()
-    for node in ast.walk(tree(room)):
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            modules |= {alias.name.split(".")[0] for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            modules.add(node.module.split(".")[-1] if (SRC / node.module.split(".")[0]).is_dir() else node.module)
-            modules |= {alias.name for alias in node.names if (SRC / node.module / f"{alias.name}.py").exists()}
+            rooms = {f"{node.module}.{alias.name}" for alias in node.names} & OURS
+            modules |= rooms or {node.module}
     return modules
 
 
-def test_every_room_has_a_floor():
-    assert {room.stem for room in ROOMS} == set(FLOOR_OF)
-
-
-@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.stem)
-def test_imports_go_down(room):
-    ours = imported(room) & set(FLOOR_OF)
-    assert {name for name in ours if FLOOR_OF[name] >= FLOOR_OF[room.stem]} == set()
+def test_imports_make_no_circle():
+    graphlib.TopologicalSorter({name(file): imported(file) & OURS for file in FILES}).prepare()
 
 
 def test_only_clip_model_imports_clip():
-    assert [room.stem for room in ROOMS if "clip" in imported(room)] == ["clip_model"]
+    assert [file.stem for file in FILES if "clip" in imported(file)] == ["clip_model"]
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.stem)
-def test_only_benchmarks_and_the_submission_know_a_benchmarks_name(room):
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_only_the_benchmarks_know_a_benchmarks_name(file):
     """The drawing and the demo, which make both layouts, may name them too, but compare with neither."""
-    names = {"fashioniq", "cirr", "fiq"}
-    for node in ast.walk(tree(room)):
+    if file.parent.name == "benchmarks":
+        return
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
-            words = {
-                c.value.lower() for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str)
-            }
-            assert not words & names, f"{room.name}:{node.lineno}"
-    allowed = {"benchmarks", "submission"}
-    if room.stem not in allowed:
-        used = {node.id for node in ast.walk(tree(room)) if isinstance(node, ast.Name)}
-        assert not used & {"CIRR", "FashionIQ"}
+            words = {c.value for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str)}
+            assert not {word.lower() for word in words} & {"fashioniq", "cirr", "fiq"}, f"{file.name}:{node.lineno}"
+    assert not {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & {"CIRR", "FashionIQ"}
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.stem)
-def test_functions_are_short_and_errors_are_not_swallowed(room):
-    for node in ast.walk(tree(room)):
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_functions_are_short_and_errors_are_not_swallowed(file):
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert node.end_lineno - node.lineno < 50, f"{room.name}:{node.name}"
+            assert node.end_lineno - node.lineno < 60, f"{file.name}:{node.name}"
         if isinstance(node, ast.ExceptHandler):
-            assert node.type is not None, f"{room.name}:{node.lineno}"
-            assert ast.unparse(node.type) != "Exception", f"{room.name}:{node.lineno}"
+            assert node.type is not None, f"{file.name}:{node.lineno}"
+            assert ast.unparse(node.type) != "Exception", f"{file.name}:{node.lineno}"
 
 
-def test_no_room_bears_the_name_of_a_package():
+def test_no_wing_bears_the_name_of_a_package():
     taken = {
-        "clip",
-        "datasets",
-        "faiss",
-        "gradio",
-        "matplotlib",
-        "evaluate",
-        "types",
-        "logging",
-        "profile",
-        "torch",
-        "pandas",
-        "numpy",
-        "tqdm",
-    }
-    assert not taken & set(FLOOR_OF)
+        "clip", "comet_ml", "datasets", "evaluate", "faiss", "gradio", "hypothesis", "logging", "matplotlib", "numpy",
+        "open_clip", "pandas", "pip", "profile", "pymilvus", "pytest", "torch", "torchvision", "tqdm",
+        "transformers", "types",
+    }  # fmt: skip
+    assert not taken & {module.split(".")[0] for module in OURS}
 
 
-def test_the_readmes_tree_names_every_room():
+def test_the_readmes_tree_names_every_file():
     readme = (SRC.parent / "README.md").read_text()
-    for room in ROOMS:
-        assert f"{room.name} " in readme, f"{room.name} is missing in the README's file tree"
+    for file in FILES:
+        if file.stem != "__init__":
+            assert f"{file.stem}.py " in readme, f"{file.name} is missing in the README's file tree"

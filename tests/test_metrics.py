@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metrics import NotFiniteError, bootstrap, mean_and_spread, means, nearest, percentage, target_ranks
+from benchmarks.metrics import NotFiniteError, bootstrap, mean_and_spread, means, nearest, percentage, target_ranks
 from twins import ranks_by_sorting
 
 

@@ -7,14 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import CIRR, FashionIQ
+from benchmarks import CIRR, PROTOCOLS, FashionIQ, Split, Triplet
+from benchmarks.protocols import VAL_REMOVED
+from benchmarks.ranking import answers
 from conftest import read_csv
 from features import FrozenSplit
-from protocols import PROTOCOLS, VAL_REMOVED
-from rankings import answers
 from results import read_result
 from retrieval import rank
-from splits import Split, Triplet
 from test_golden import golden_split_similarity
 from twins import protocol_rankings, ranked_names
 from utils import UserError

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankings import Ranking
-from splits import Split
+from benchmarks.ranking import Ranking
+from benchmarks.splits import Split
 
 
 @dataclass(frozen=True)

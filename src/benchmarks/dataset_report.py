@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks import Benchmark
-from image_check import MISSING, Inspection
-from protocols import members
-from splits import Split, Triplet
+from benchmarks.base import Benchmark
+from benchmarks.image_check import MISSING, Inspection
+from benchmarks.protocols import members
+from benchmarks.splits import Split, Triplet
 from utils import UserError
 
 FINDING, NOTE, UNUSABLE = "finding", "note", "unusable"

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import annotations
-from benchmarks import CIRR, Benchmark, FashionIQ
-from rankings import Ranking, answers
+from benchmarks import annotations
+from benchmarks.base import Benchmark
+from benchmarks.cirr import CIRR
+from benchmarks.fashioniq import FashionIQ
+from benchmarks.ranking import Ranking, answers
+from benchmarks.splits import Split, Triplet
 from runtime.files import parse_json
-from splits import Split, Triplet
 from utils import UserError
 
 Content = dict[str, Any] | list[Any]

@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import annotations
+from benchmarks import annotations
+from benchmarks.splits import Split
 from runtime.files import write_text
-from splits import Split
 from utils import UserError
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,11 @@
+"""Every fact of a benchmark: annotations, splits, protocols, metrics, the files of test servers, checks of a copy."""
+
+from benchmarks.base import Benchmark
+from benchmarks.cirr import CIRR
+from benchmarks.fashioniq import FashionIQ
+from benchmarks.protocols import PROTOCOLS, Protocol
+from benchmarks.splits import Split, Triplet
+
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (CIRR, FashionIQ)}
+
+__all__ = ["BENCHMARKS", "CIRR", "PROTOCOLS", "Benchmark", "FashionIQ", "Protocol", "Split", "Triplet"]

@@ -1,0 +1,83 @@
+"""FashionIQ: its files, captions, protocols and metrics."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks import annotations
+from benchmarks.annotations import check, field
+from benchmarks.base import Benchmark
+from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_KEPT, VAL_REMOVED
+from benchmarks.splits import Triplet, locate
+
+
+class FashionIQ(Benchmark):
+    """FashionIQ (Wu et al., CVPR 2021): a gallery for each category."""
+
+    name = "FashionIQ"
+    run_name = "fiq"
+    parts = ("dress", "toptee", "shirt")
+    splits = ("train", "val", "test")
+    official = {
+        "dress.train": (5985, 11452), "dress.val": (2017, 3817), "dress.test": (2024, 3818),
+        "shirt.train": (5988, 19036), "shirt.val": (2038, 6346), "shirt.test": (2038, 6346),
+        "toptee.train": (6027, 16121), "toptee.val": (1961, 5373), "toptee.test": (2056, 5374),
+    }  # fmt: skip
+    counts_explained = (
+        "The nine official lists have 77,683 entries, which papers count as images, but 3,302 of them repeat: the "
+        "complete dataset is 74,381 images, and the 3,300 that seem to be missing do not exist"
+    )
+    protocols = (ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_REMOVED, VAL_KEPT)
+    selection = {"average_recall": "best"}
+    titles = {f"{part}_recall_at{k}": f"{part} R@{k}" for part in parts for k in (10, 50)} | {
+        "average_recall_at10": "mean R@10",
+        "average_recall_at50": "mean R@50",
+        "average_recall": "mean",
+    }
+
+    def annotation_folder(self) -> Path:
+        return self.data_root / "fashionIQ_dataset"
+
+    def image_folders(self, part: str) -> list[Path]:
+        """images/ as in the official layout, or by category; an id of two categories may lie under the other one."""
+        root = self.annotation_folder()
+        parts = sorted(self.parts, key=lambda other: other != part)
+        return [root / "images", *(root / kind / p for kind in ("images", "resized_image") for p in parts)]
+
+    def _part_name(self, part: str, split: str) -> str:
+        return part
+
+    def _image_paths(self, part: str, images_file: Path) -> dict[str, Path]:
+        names = annotations.read(images_file, list)
+        check(all(isinstance(name, str) for name in names), images_file, "a list of image ids")
+        check(len(set(names)) == len(names), images_file, "ids that do not repeat")
+        return locate({name: f"{name}.jpg" for name in names}, self.image_folders(part))
+
+    def _triplet(self, entry: Any, split: str, file: Path, where: str) -> Triplet:
+        captions = field(entry, "captions", list, file, where)
+        two = len(captions) == 2 and all(isinstance(caption, str) for caption in captions)
+        check(two, file, f"two captions in {where}")
+        target = None if split == self.splits[2] else field(entry, "target", str, file, where)
+        return Triplet(field(entry, "candidate", str, file, where), tuple(captions), target)
+
+    def caption(self, captions: tuple[str, ...]) -> str:
+        return self.caption_variants(captions)[0]
+
+    def caption_variants(self, captions: tuple[str, ...]) -> list[str]:
+        first, second = (caption.strip(".?, ") for caption in captions)
+        return [
+            f"{first.capitalize()} and {second}",
+            f"{second.capitalize()} and {first}",
+            first.capitalize(),
+            second.capitalize(),
+        ]
+
+    def hits(self, ranks: Tensor, group_ranks: Tensor | None) -> dict[str, Tensor]:
+        return {f"recall_at{k}": ranks < k for k in (10, 50)}
+
+    def summary(self, scores: dict[str, dict[str, float]]) -> dict[str, float]:
+        metrics = {f"{split}_{name}": value for split, score in scores.items() for name, value in score.items()}
+        at10, at50 = (sum(score[f"recall_at{k}"] for score in scores.values()) / len(scores) for k in (10, 50))
+        averages = {"average_recall_at10": at10, "average_recall_at50": at50, "average_recall": (at10 + at50) / 2}
+        return metrics | averages
