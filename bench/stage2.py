@@ -17,7 +17,7 @@ from keeper import Keeper
 from pair import load_encoder
 from ranking import random_cirr
 from regime import Precision, Regime
-from run_page import About
+from reports.run_page import About
 from runtime.interruption import StopRequest
 from timing import in_turns, seconds
 from tracker import NoTracker

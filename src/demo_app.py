@@ -19,12 +19,12 @@ from typing import Any
 from PIL.Image import Image
 
 import options
-import pages
 import startup
 from dialogue import MOST_BYTES, Dialogue
 from photos import KINDS, thumbnail
+from reports import pages
+from reports.sheets import shares
 from searcher import Searcher, load_searcher
-from sheets import shares
 from utils import UserError, command, first_line
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.annotations import read
-from run_page import About, RunPage
+from reports.run_page import About, RunPage
 from runtime import distributed
 from runtime.files import locked, write_text
 from tracker import NoTracker

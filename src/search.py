@@ -15,16 +15,16 @@ import logging
 from pathlib import Path
 
 import options
-import pages
 import startup
 import vectors
 from image_index import as_made, manifest, update_index
 from pair import load_encoder, read_checkpoint, settle
 from photos import find_images, opened, thumbnail
+from reports import pages
+from reports.sheets import results_page, shares
 from runtime.files import check_file_writable, check_writable, write_text
 from runtime.interruption import listening
 from searcher import Found, load_searcher
-from sheets import results_page, shares
 from utils import Stopped, UserError, command
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import torch
 from benchmarks import BENCHMARKS, Benchmark
 from benchmarks.exclusions import read_exclusions
 from experiment import read_hyper_parameters
-from run_page import About
+from reports.run_page import About
 from runtime import distributed
 from runtime.files import check_writable
 from tracker import NoTracker, make_tracker

@@ -18,11 +18,11 @@ import options
 import startup
 from benchmarks import BENCHMARKS, PROTOCOLS, Benchmark
 from evaluation import choose_protocols, explain_all, rank_all
-from expert_report import expert_report
 from pair import load_and_freeze
 from records import Records, make_records, read_rankings
+from reports.expert_report import expert_report
+from reports.sheets import Card, card, load_thumbnails, picture, sheet
 from runtime.files import check_writable, write_bytes, write_text
-from sheets import Card, card, load_thumbnails, picture, sheet
 from utils import PROJECT_ROOT, UserError, command
 
 logger = logging.getLogger(__name__)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-import pages
 import search
 from demo_app import history, shown
 from dialogue import MOST_BYTES, Dialogue, check_upload
+from reports import pages
+from reports.sheets import shares
 from searcher import load_searcher
-from sheets import shares
 from test_search import images
 from utils import UserError
 

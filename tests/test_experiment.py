@@ -16,7 +16,7 @@ from conftest import read_csv
 from experiment import Run, make_folder, plain, run_name
 from keeper import Keeper
 from regime import Precision, Regime
-from run_page import About
+from reports.run_page import About
 from runtime.files import written_whole
 from runtime.interruption import StopRequest
 from tracker import NoTracker, make_tracker

@@ -21,7 +21,7 @@ from checkpoints import Checkpoints
 from conftest import CASES, ROOT, SOAK, STAGE_1, STAGE_2, read_csv
 from experiment import Run, make_folder
 from keeper import Keeper
-from run_page import About
+from reports.run_page import About
 from runtime.tensors import load_tensors, save_tensors
 from snapshot import load_state, save_state
 from test_distributed import torchrun

@@ -9,9 +9,9 @@ import shlex
 import pytest
 from PIL import Image
 
-import run_page
 import validate
-from run_page import About, RunPage
+from reports import run_page
+from reports.run_page import About, RunPage
 
 ROWS = {"train": [{"epoch": 0, "train_epoch_loss": 1.5}]}
 

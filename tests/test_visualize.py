@@ -9,9 +9,9 @@ import shutil
 import pytest
 from PIL import Image
 
-import sheets
 import visualize
-from expert_report import typical_words
+from reports import sheets
+from reports.expert_report import typical_words
 from test_bad_input import change_json
 
 

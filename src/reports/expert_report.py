@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pages
+from reports import pages
 
 FEWEST = 3  # times that a word must occur to be called an expert's
 SHOWN = 8  # words and captions of an expert

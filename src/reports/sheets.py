@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-import pages
 from data_utils import decoded
+from reports import pages
 from utils import UserError, first_line
 
 MOST_BYTES = 14_000_000  # of thumbnails in a page, which base64 makes a third longer
