@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 
 from tqdm import tqdm
 
-from clip_model import write_tiny_clip
+from models.clip_model import write_tiny_clip
 from shapes_dataset import draw, random_scene
 from timing import run_script, script_table
 

@@ -23,7 +23,7 @@ import shapes_dataset
 from benchmarks.metrics import mean_and_spread
 from combiner import build_combiner
 from demo import STAGE_1, STAGE_2
-from features import versions
+from models.encoder import versions
 
 SHOWN = {"FashionIQ": ("average_recall", "mean recall"), "CIRR": ("mean(R@5+R_s@1)", "mean(R@5+R_s@1)")}
 SIZES = {"clip_dim": 64, "projection_dim": 256, "hidden_dim": 512}

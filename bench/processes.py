@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from clip_model import load_clip, write_tiny_clip
+from models.clip_model import load_clip, write_tiny_clip
 from runtime import distributed
 from stage1 import make_step
 from timing import seconds

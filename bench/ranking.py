@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from benchmarks import Split, Triplet
 from benchmarks.metrics import target_ranks
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
-from features import FrozenSplit
+from models.features import FrozenSplit
 from retrieval import rank
 from timing import extra_memory, in_turns, seconds
 from twins import string_matrix_ranks

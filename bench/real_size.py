@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from benchmarks import CIRR, FashionIQ
-from clip_model import write_tiny_clip
+from models.clip_model import write_tiny_clip
 from timing import run_script, script_table
 
 

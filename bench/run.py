@@ -22,7 +22,7 @@ import ranking
 import stage1
 import stage2
 import vector_search
-from features import versions
+from models.encoder import versions
 
 CASES = {
     "moe": moe.figures,

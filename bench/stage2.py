@@ -12,9 +12,9 @@ from checkpoints import Checkpoints
 from combiner import Combiner
 from combiner_train import ComposedFeatures, combiner_validation, feature_batches, router_report
 from experiment import Run
-from features import FeatureCache, FrozenSplit, freeze, freeze_queries
 from keeper import Keeper
-from pair import load_encoder
+from models.encoder import load_encoder
+from models.features import FeatureCache, FrozenSplit, freeze, freeze_queries
 from ranking import random_cirr
 from regime import Precision, Regime
 from reports.run_page import About

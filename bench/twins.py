@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_model import tokenize
+from models.clip_model import tokenize
 
 
 class RowLoopMoE(nn.Module):

@@ -22,13 +22,14 @@ import options
 import startup
 from benchmarks import Benchmark, Split
 from checkpoints import Checkpoints
-from clip_model import CLIP, checkpoint_gradients, choose_trained, suit_to_gpu, tokenize
 from combiner import compose_sum
 from data_utils import TripletImages, load_batches, normalise
-from experiment import claim_folder, is_complete, open_run, plain, run_name, started_with
-from features import Encoder, FrozenSplit, versions
+from experiment import claim_folder, is_complete, open_run, run_name, started_with
 from image_cache import open_image_cache
-from pair import load_encoder, settle
+from models.clip_model import CLIP, checkpoint_gradients, choose_trained, suit_to_gpu, tokenize
+from models.configuration import plain, settle
+from models.encoder import Encoder, load_encoder, versions
+from models.features import FrozenSplit
 from regime import Precision, Regime
 from retrieval import evaluate
 from runtime import distributed

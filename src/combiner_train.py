@@ -27,7 +27,6 @@ import startup
 from benchmarks import Benchmark
 from benchmarks.metrics import mean_and_spread
 from checkpoints import Checkpoints
-from clip_model import feature_dim
 from combiner import Combiner, build_combiner
 from experiment import (
     BEST_METRICS,
@@ -36,15 +35,16 @@ from experiment import (
     is_complete,
     make_folder,
     open_run,
-    plain,
     run_name,
     started_with,
 )
-from features import FeatureCache, FrozenSplit, freeze, freeze_queries, versions, weights_digest
-from pair import load_encoder, read_checkpoint, settle
+from models.clip_model import feature_dim
+from models.configuration import plain, read_checkpoint, settle
+from models.encoder import load_encoder, versions, weights_digest
+from models.features import FeatureCache, FrozenSplit, freeze, freeze_queries
+from models.routing import router_penalty, router_statistics
 from regime import Precision, Regime
 from retrieval import evaluate
-from routing import router_penalty, router_statistics
 from runtime import distributed
 from runtime.files import read_json, write_text
 from runtime.interruption import StopRequest, listening

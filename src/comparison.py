@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import Benchmark
 from benchmarks.metrics import bootstrap
-from experiment import FREE
+from models.configuration import FREE
 from results import read_result
 from utils import UserError
 

@@ -8,7 +8,7 @@ from torch import nn
 from benchmarks import Benchmark, Protocol
 from benchmarks.protocols import Rankings
 from combiner import Compose, Insight
-from features import FrozenSplit
+from models.features import FrozenSplit
 from retrieval import rank
 from utils import UserError
 

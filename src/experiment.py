@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.annotations import read
+from models.configuration import DERIVED, FREE, MOVED
 from reports.run_page import About, RunPage
 from runtime import distributed
 from runtime.files import locked, write_text
@@ -28,11 +29,6 @@ logger = logging.getLogger(__name__)
 HYPER_PARAMETERS = "training_hyperparameters.json"
 STATE = "state.pt"  # of a run that is not complete
 BEST_METRICS = "best_metrics.json"  # of a complete run
-
-
-def plain(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags as plain types that JSON and a checkpoint hold, paths in full; the secret one is left out."""
-    return {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in flags.items() if k != "api_key"}
 
 
 class Run:
@@ -187,18 +183,6 @@ def is_complete(folder: Path) -> bool:
     if complete and distributed.is_main():
         (folder / STATE).unlink(missing_ok=True)
     return complete
-
-
-# What changes where or how fast a run goes on, not what it computes.
-FREE = {"data_root", "output_dir", "num_workers", "device", "similarity_block", "image_cache", "feature_cache"}
-FREE |= {"checkpoint_every_minutes", "command", "resume", "workspace", "experiment_name"}
-MOVED = {"clip_model_path", "exclusions"}  # may lie elsewhere now: what is in them is held to what it was, see DERIVED
-FREE |= MOVED
-DERIVED = {
-    "data_sha256": "the annotations are others",
-    "clip_weights": "the CLIP weights are others",
-    "excluded": "other images are left out",
-}
 
 
 def read_hyper_parameters(folder: Path) -> dict[str, Any]:

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 import vectors
-from clip_model import feature_dim
-from features import Encoder
+from models.clip_model import feature_dim
+from models.encoder import Encoder
 from runtime.files import file_identities, file_size, locked, parse_json, write_text, written_whole
 from runtime.tensors import load_tensors, save_tensors
 from utils import UserError

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import BENCHMARKS, Benchmark
-from clip_model import ENCODERS
 from combiner import COMBINER_TYPES
 from data_utils import TRANSFORMS
+from models.clip_model import ENCODERS
 from utils import PROJECT_ROOT
 
 DEFAULT_WORKERS = min(8, os.cpu_count() or 1)

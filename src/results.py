@@ -15,7 +15,7 @@ from benchmarks import BENCHMARKS, Benchmark, Protocol, Split
 from benchmarks.protocols import Rankings
 from benchmarks.ranking import Ranking
 from benchmarks.splits import images_digest, split_digest
-from features import versions
+from models.encoder import versions
 from runtime.files import read_json, write_text
 from utils import UserError
 

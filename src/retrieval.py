@@ -12,7 +12,7 @@ from benchmarks.metrics import NotFiniteError, nearest, target_ranks
 from benchmarks.protocols import outside
 from benchmarks.ranking import Ranking, joined
 from combiner import Compose
-from features import FrozenSplit
+from models.features import FrozenSplit
 from utils import UserError
 
 MOST_VALUES = 2**28  # similarities in memory at one time: 1 GiB

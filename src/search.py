@@ -18,7 +18,8 @@ import options
 import startup
 import vectors
 from image_index import as_made, manifest, update_index
-from pair import load_encoder, read_checkpoint, settle
+from models.configuration import read_checkpoint, settle
+from models.encoder import load_encoder
 from photos import find_images, opened, thumbnail
 from reports import pages
 from reports.sheets import results_page, shares

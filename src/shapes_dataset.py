@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from clip_model import write_tiny_clip
+from models.clip_model import write_tiny_clip
 from options import positive_int, seed_int
 from runtime.files import check_writable, write_text
 from utils import UserError, command

@@ -11,7 +11,7 @@ import options
 import startup
 from benchmarks import Benchmark
 from benchmarks.server_files import Form, parse_submission
-from pair import load_and_freeze
+from models.pair import load_and_freeze
 from retrieval import rank
 from runtime import distributed
 from runtime.files import check_writable, write_text

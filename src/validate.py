@@ -13,7 +13,7 @@ import options
 import startup
 from benchmarks import PROTOCOLS, Benchmark, Protocol
 from evaluation import choose_protocols, explain_all, rank_all
-from pair import load_and_freeze
+from models.pair import load_and_freeze
 from records import make_records, write_rankings
 from results import make_result, write_result
 from runtime import distributed

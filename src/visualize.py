@@ -18,7 +18,7 @@ import options
 import startup
 from benchmarks import BENCHMARKS, PROTOCOLS, Benchmark
 from evaluation import choose_protocols, explain_all, rank_all
-from pair import load_and_freeze
+from models.pair import load_and_freeze
 from records import Records, make_records, read_rankings
 from reports.expert_report import expert_report
 from reports.sheets import Card, card, load_thumbnails, picture, sheet

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from benchmarks import CIRR, FashionIQ, Split, Triplet
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
 from benchmarks.ranking import answers
-from features import FrozenSplit
+from models.features import FrozenSplit
 from retrieval import evaluate, rank
 from twins import ranks_by_sorting
 

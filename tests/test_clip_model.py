@@ -6,7 +6,7 @@ import clip
 import pytest
 import torch
 
-from clip_model import choose_trained, describe, load_clip, load_finetuned, resolution, tokenize, write_tiny_clip
+from models.clip_model import choose_trained, describe, load_clip, load_finetuned, resolution, tokenize, write_tiny_clip
 from utils import UserError
 
 CPU = torch.device("cpu")

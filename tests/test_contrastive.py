@@ -13,9 +13,9 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from clip_fine_tune import SumFeatures
-from clip_model import checkpoint_gradients, choose_trained, load_clip, resolution, tokenize
 from conftest import read_csv
 from contrastive import backward, contrastive_loss
+from models.clip_model import checkpoint_gradients, choose_trained, load_clip, resolution, tokenize
 from regime import Precision, Regime
 from runtime import distributed
 from training import Stepper, Task, average

@@ -12,9 +12,9 @@ import combiner_train
 import startup
 import tracker
 import validate
-from clip_model import load_clip
 from conftest import DOORS, read_csv
 from data_utils import ImageDataset
+from models.clip_model import load_clip
 from twins import DefinedCombiner
 
 FIQ_METRICS = [f"{c}_recall_at{k}" for c in ("dress", "toptee", "shirt") for k in (10, 50)]

@@ -13,8 +13,9 @@ from torch.optim import SGD
 import utils
 from checkpoints import Checkpoints
 from conftest import read_csv
-from experiment import Run, make_folder, plain, run_name
+from experiment import Run, make_folder, run_name
 from keeper import Keeper
+from models.configuration import plain
 from regime import Precision, Regime
 from reports.run_page import About
 from runtime.files import written_whole

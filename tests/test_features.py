@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from clip_model import load_clip
 from data_utils import load_image, make_preprocess
-from features import Encoder, FeatureCache
+from models.clip_model import load_clip
+from models.encoder import Encoder
+from models.features import FeatureCache
 
 CPU = torch.device("cpu")
 

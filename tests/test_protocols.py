@@ -11,7 +11,7 @@ from benchmarks import CIRR, PROTOCOLS, FashionIQ, Split, Triplet
 from benchmarks.protocols import VAL_REMOVED
 from benchmarks.ranking import answers
 from conftest import read_csv
-from features import FrozenSplit
+from models.features import FrozenSplit
 from results import read_result
 from retrieval import rank
 from test_golden import golden_split_similarity

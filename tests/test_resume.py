@@ -15,12 +15,12 @@ import torch
 
 import clip_fine_tune
 import combiner_train
-import features
 import kills
 from checkpoints import Checkpoints
 from conftest import CASES, ROOT, SOAK, STAGE_1, STAGE_2, read_csv
 from experiment import Run, make_folder
 from keeper import Keeper
+from models import encoder
 from reports.run_page import About
 from runtime.tensors import load_tensors, save_tensors
 from snapshot import load_state, save_state
@@ -46,13 +46,13 @@ def test_killed_at_any_point_a_run_ends_like_one_that_never_was(number, drawn, t
 
 
 def test_a_signal_before_training_begins(stage_2, monkeypatch, tmp_path, capsys):
-    real = features.normalise
+    real = encoder.normalise
 
     def interrupted(pixels):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(pixels)
 
-    monkeypatch.setattr(features, "normalise", interrupted)
+    monkeypatch.setattr(encoder, "normalise", interrupted)
     with pytest.raises(SystemExit) as stop:
         stage_2("CIRR")
     assert stop.value.code == 0
@@ -105,7 +105,7 @@ def test_every_step_can_be_gone_on_from(look, kind, stage_2, stopped, resume):
 def test_a_stop_in_the_validation_resumes_with_the_validation(stage_1, monkeypatch, resume, tmp_path):
     """The epoch's row is not lost, and not there twice; a long validation needs not be waited for."""
     whole = stage_1("CIRR", output="whole")
-    real, left = features.normalise, [1]
+    real, left = encoder.normalise, [1]
 
     def interrupted(pixels):
         left[0] -= 1
@@ -114,7 +114,7 @@ def test_a_stop_in_the_validation_resumes_with_the_validation(stage_1, monkeypat
         return real(pixels)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(features, "normalise", interrupted)
+        patch.setattr(encoder, "normalise", interrupted)
         stage_1("CIRR", output="stopped")
     assert stop.value.code == 0
     (run,) = (tmp_path / "stopped").iterdir()

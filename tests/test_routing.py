@@ -11,7 +11,7 @@ from combiner import Combiner
 from combiner_train import ComposedFeatures
 from conftest import read_csv
 from contrastive import backward, contrastive_loss
-from routing import load_balancing_loss, router_penalty, router_statistics, router_z_loss
+from models.routing import load_balancing_loss, router_penalty, router_statistics, router_z_loss
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [1.0, 0.0, 2.0]])  # pairs 01, 01, 12, 02
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import features
 import image_index
 import photos
 import search
 import vectors
 from benchmarks import CIRR, FashionIQ
 from image_index import open_index
+from models import encoder
 from utils import UserError
 
 
@@ -146,8 +146,8 @@ def test_only_new_files_are_encoded(index, tmp_path, monkeypatch):
     images(tmp_path / "photos", 5)
     index(tmp_path / "photos")
     encoded = []
-    real = features.normalise
-    monkeypatch.setattr(features, "normalise", lambda pixels: encoded.append(len(pixels)) or real(pixels))
+    real = encoder.normalise
+    monkeypatch.setattr(encoder, "normalise", lambda pixels: encoded.append(len(pixels)) or real(pixels))
     images(tmp_path / "photos", 3, start=5)
     index(tmp_path / "photos")
     assert sum(encoded) == 3
@@ -229,7 +229,7 @@ def test_a_file_that_could_not_be_read_is_tried_again(index, tmp_path, monkeypat
 def test_an_interrupted_run_goes_on(index, tmp_path, monkeypatch, capsys):
     images(tmp_path / "photos", 10)
     monkeypatch.setattr(image_index, "SHARD", 4)
-    real, calls = features.normalise, []
+    real, calls = encoder.normalise, []
 
     def interrupted(pixels):
         calls.append(len(pixels))
@@ -238,14 +238,14 @@ def test_an_interrupted_run_goes_on(index, tmp_path, monkeypatch, capsys):
         return real(pixels)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(features, "normalise", interrupted)
+        patch.setattr(encoder, "normalise", interrupted)
         index(tmp_path / "photos")
     assert stop.value.code == 0
     assert "stopped by SIGTERM; what was encoded is kept: go on with the same command" in capsys.readouterr().err
     assert refused(
         lambda: search.main(["query", "--index", str(tmp_path / "index"), "--image", "x", "--text", "x"]), capsys
     )
-    monkeypatch.setattr(features, "normalise", lambda pixels: calls.append(len(pixels)) or real(pixels))
+    monkeypatch.setattr(encoder, "normalise", lambda pixels: calls.append(len(pixels)) or real(pixels))
     calls.clear()
     assert "10 images added" in index(tmp_path / "photos")
     assert sum(calls) == 6  # the first four are kept

@@ -1,0 +1,111 @@
+"""Images and captions to CLIP features, once: the encoder, and a cache on disk with an honest key."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from benchmarks import Split
+from models.encoder import Encoder, weights_digest
+from runtime import distributed
+from runtime.files import file_identities
+from runtime.tensors import load_tensors, save_tensors
+from utils import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class FeatureCache:
+    """Features on disk, one file for each key; without a folder nothing is kept.
+
+    A file that is truncated, damaged or another's is noticed and made anew.
+    """
+
+    def __init__(self, folder: Path | None, encoder: Encoder) -> None:
+        self.folder = folder
+        self.encoder = encoder
+        self.encoder_key = encoder.describe() if folder else None
+
+    def images(self, paths: list[Path], label: str) -> Tensor:
+        """Features (len(paths), D) of image files; `label` begins the name of the file that keeps them."""
+        identities = file_identities(paths) if self.folder else None
+        return self._get(f"{label}-images", identities, lambda: self.encoder.images(paths, f"{label} images"))
+
+    def captions(self, captions: list[str], label: str) -> Tensor:
+        """Features (len(captions), D) of captions; `label` begins the name of the file that keeps them."""
+        return self._get(f"{label}-captions", captions, lambda: self.encoder.captions(captions))
+
+    def _get(self, label: str, inputs: object, compute: Callable[[], Tensor]) -> Tensor:
+        if self.folder is None:
+            return compute()
+        key = hashlib.sha256(json.dumps([label, self.encoder_key, inputs]).encode()).hexdigest()
+        path = self.folder / f"{label}-{key[:16]}.pt"
+        # The main rank reads and writes; the others get what it has, so that all agree whether to encode.
+        features = distributed.from_main(self._read(path, key) if distributed.is_main() else None, self.encoder.device)
+        if features is None:
+            features = compute()
+            if distributed.is_main():
+                self._write(path, key, features)
+        return features
+
+    def _read(self, path: Path, key: str) -> Tensor | None:
+        if not path.exists():
+            return None
+        try:
+            content = load_tensors(path)
+            features = content["features"]
+            if content["key"] == key and content["digest"] == weights_digest({"features": features}):
+                logger.info("features read from %s", path)
+                return features
+        except (UserError, KeyError, AttributeError, TypeError):
+            pass  # not one of our files; said below, as for one of ours that is damaged
+        logger.warning("%s is damaged or of another origin: encoding anew", path)
+        return None
+
+    def _write(self, path: Path, key: str, features: Tensor) -> None:
+        features = features.cpu()
+        try:
+            save_tensors(path, {"key": key, "digest": weights_digest({"features": features}), "features": features})
+        except UserError as error:
+            logger.warning("%s; going on without a cache", error)  # the features are in memory: nothing is lost
+
+
+@dataclass(frozen=True)
+class FrozenSplit:
+    """A split as tensors on the device: all that an epoch or an evaluation on frozen features needs.
+
+    Attributes:
+        images: (N, D) in gallery order.
+        captions: (Q, V, D), V texts a triplet.
+    """
+
+    split: Split
+    images: Tensor
+    captions: Tensor
+
+
+def freeze(cache: FeatureCache, split: Split, texts: list[list[str]], label: str) -> FrozenSplit:
+    """Encode a split's images and the texts of its triplets, or take them from the cache.
+
+    Args:
+        texts: V texts for each triplet.
+        label: beginning of the names of the cache's files.
+    """
+    images = cache.images(split.paths, label)
+    captions = cache.captions([text for variants in texts for text in variants], label)
+    return FrozenSplit(split, images, captions.unflatten(0, (len(texts), -1)))
+
+
+def freeze_queries(
+    cache: FeatureCache, splits: list[Split], caption: Callable[[tuple[str, ...]], str], label: str
+) -> list[FrozenSplit]:
+    """Each split's gallery and its evaluation captions as features, V = 1.
+
+    Args:
+        caption: the text of a triplet's captions at evaluation.
+    """
+    return [freeze(cache, s, [[caption(t.captions)] for t in s.triplets], f"{label}-{s.name}") for s in splits]
