@@ -12,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import shapes_dataset
 from clip_fine_tune import SumFeatures
 from data_utils import ImageDataset, load_batches, load_image, make_preprocess, normalise
-from image_cache import open_image_cache
 from models.clip_model import CLIP, load_clip, suit_to_gpu, tokenize, write_tiny_clip
-from regime import Precision, Regime
 from runtime import distributed
 from timing import in_turns, saved_activations
-from training import Stepper, Task
+from training.image_cache import open_image_cache
+from training.loop import Stepper, Task
+from training.schedule import Precision, Regime
 from twins import plain_clip_step
 
 ARCHITECTURES = {

@@ -8,21 +8,21 @@ from torch.optim import Adam
 
 import shapes_dataset
 from benchmarks import CIRR
-from checkpoints import Checkpoints
 from combiner import Combiner
 from combiner_train import ComposedFeatures, combiner_validation, feature_batches, router_report
-from experiment import Run
-from keeper import Keeper
 from models.encoder import load_encoder
 from models.features import FeatureCache, FrozenSplit, freeze, freeze_queries
 from ranking import random_cirr
-from regime import Precision, Regime
 from reports.run_page import About
 from runtime.interruption import StopRequest
 from timing import in_turns, seconds
-from tracker import NoTracker
-from training import Stepper, Task, train_one_epoch
-from training_data import Order
+from training.autosave import Keeper
+from training.checkpoints import Checkpoints
+from training.data import Order
+from training.loop import Stepper, Task, train_one_epoch
+from training.run import Run
+from training.schedule import Precision, Regime
+from training.tracker import NoTracker
 from twins import re_encoding_epoch
 
 

@@ -21,21 +21,21 @@ from torch.optim import AdamW
 import options
 import startup
 from benchmarks import Benchmark, Split
-from checkpoints import Checkpoints
 from combiner import compose_sum
-from data_utils import TripletImages, load_batches, normalise
-from experiment import claim_folder, is_complete, open_run, run_name, started_with
-from image_cache import open_image_cache
+from data_utils import load_batches, normalise
 from models.clip_model import CLIP, checkpoint_gradients, choose_trained, suit_to_gpu, tokenize
 from models.configuration import plain, settle
 from models.encoder import Encoder, load_encoder, versions
 from models.features import FrozenSplit
-from regime import Precision, Regime
 from retrieval import evaluate
 from runtime import distributed
 from runtime.interruption import StopRequest, listening
-from training import Task, average, fit, trainable
-from training_data import TrainingData, read_training_data
+from training.checkpoints import Checkpoints
+from training.data import TrainingData, TripletImages, read_training_data
+from training.image_cache import open_image_cache
+from training.loop import Task, average, fit, trainable
+from training.run import claim_folder, is_complete, open_run, run_name, started_with
+from training.schedule import Precision, Regime
 from utils import command
 
 SCRIPT = "clip_fine_tune.py"

@@ -26,9 +26,20 @@ import options
 import startup
 from benchmarks import Benchmark
 from benchmarks.metrics import mean_and_spread
-from checkpoints import Checkpoints
 from combiner import Combiner, build_combiner
-from experiment import (
+from models.clip_model import feature_dim
+from models.configuration import plain, read_checkpoint, settle
+from models.encoder import load_encoder, versions, weights_digest
+from models.features import FeatureCache, FrozenSplit, freeze, freeze_queries
+from models.routing import router_penalty, router_statistics
+from retrieval import evaluate
+from runtime import distributed
+from runtime.files import read_json, write_text
+from runtime.interruption import StopRequest, listening
+from training.checkpoints import Checkpoints
+from training.data import Order, TrainingData, read_training_data
+from training.loop import Task, average, fit, trainable
+from training.run import (
     BEST_METRICS,
     claim_folder,
     drop_half_made,
@@ -38,19 +49,8 @@ from experiment import (
     run_name,
     started_with,
 )
-from models.clip_model import feature_dim
-from models.configuration import plain, read_checkpoint, settle
-from models.encoder import load_encoder, versions, weights_digest
-from models.features import FeatureCache, FrozenSplit, freeze, freeze_queries
-from models.routing import router_penalty, router_statistics
-from regime import Precision, Regime
-from retrieval import evaluate
-from runtime import distributed
-from runtime.files import read_json, write_text
-from runtime.interruption import StopRequest, listening
-from tracker import NoTracker
-from training import Task, average, fit, trainable
-from training_data import Order, TrainingData, read_training_data
+from training.schedule import Precision, Regime
+from training.tracker import NoTracker
 from utils import command, seed_everything
 
 SCRIPT = "combiner_train.py"

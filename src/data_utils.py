@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 from torchvision.transforms import functional as F
 
-from benchmarks import Split
 from runtime import interruption
 from utils import UserError, first_line
 
@@ -161,21 +160,6 @@ class ReadableImages(ImageDataset):
             return super().__getitem__(row), torch.tensor(True)
         except UserError:
             return torch.zeros(3, self.resolution, self.resolution, dtype=torch.uint8), torch.tensor(False)
-
-
-class TripletImages(Dataset):
-    """Reference and target images of a split's triplets, item i is 2 x (3, R, R) uint8."""
-
-    def __init__(self, split: Split, read: Reader) -> None:
-        self.pairs = [(split.image_paths[t.reference], split.image_paths[t.target]) for t in split.triplets]
-        self.read = read
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        reference, target = self.pairs[row]
-        return self.read(reference), self.read(target)
 
 
 def _start_worker(number: int) -> None:

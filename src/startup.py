@@ -12,11 +12,11 @@ import torch
 
 from benchmarks import BENCHMARKS, Benchmark
 from benchmarks.exclusions import read_exclusions
-from experiment import read_hyper_parameters
 from reports.run_page import About
 from runtime import distributed
 from runtime.files import check_writable
-from tracker import NoTracker, make_tracker
+from training.run import read_hyper_parameters
+from training.tracker import NoTracker, make_tracker
 from utils import UserError, first_line, seed_everything
 
 

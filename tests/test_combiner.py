@@ -18,7 +18,7 @@ from combiner import (
     compose_sum,
     load_combiner,
 )
-from contrastive import contrastive_loss
+from training.contrastive import contrastive_loss
 from twins import DefinedCombiner, RowLoopMoE
 from utils import UserError
 

@@ -14,12 +14,12 @@ from torch.optim import SGD, AdamW
 
 from clip_fine_tune import SumFeatures
 from conftest import read_csv
-from contrastive import backward, contrastive_loss
 from models.clip_model import checkpoint_gradients, choose_trained, load_clip, resolution, tokenize
-from regime import Precision, Regime
 from runtime import distributed
-from training import Stepper, Task, average
-from training_data import Order
+from training.contrastive import backward, contrastive_loss
+from training.data import Order
+from training.loop import Stepper, Task, average
+from training.schedule import Precision, Regime
 from utils import UserError
 
 CPU = torch.device("cpu")

@@ -10,11 +10,11 @@ import cirr_test_submission
 import clip_fine_tune
 import combiner_train
 import startup
-import tracker
 import validate
 from conftest import DOORS, read_csv
 from data_utils import ImageDataset
 from models.clip_model import load_clip
+from training import tracker
 from twins import DefinedCombiner
 
 FIQ_METRICS = [f"{c}_recall_at{k}" for c in ("dress", "toptee", "shirt") for k in (10, 50)]

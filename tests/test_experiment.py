@@ -10,19 +10,19 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-import utils
-from checkpoints import Checkpoints
 from conftest import read_csv
-from experiment import Run, make_folder, run_name
-from keeper import Keeper
 from models.configuration import plain
-from regime import Precision, Regime
 from reports.run_page import About
+from runtime import tensors
 from runtime.files import written_whole
 from runtime.interruption import StopRequest
-from tracker import NoTracker, make_tracker
-from training import Stepper, Task, fit, train_one_epoch
-from training_data import Order
+from training.autosave import Keeper
+from training.checkpoints import Checkpoints
+from training.data import Order
+from training.loop import Stepper, Task, fit, train_one_epoch
+from training.run import Run, make_folder, run_name
+from training.schedule import Precision, Regime
+from training.tracker import NoTracker, make_tracker
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -230,6 +230,6 @@ def test_ctrl_c_in_the_middle_of_a_checkpoint_is_no_full_disk(tmp_path, monkeypa
                 raise KeyboardInterrupt
             return super().write(content)
 
-    monkeypatch.setattr(utils, "written_whole", lambda path: contextlib.nullcontext(Interrupted()))
+    monkeypatch.setattr(tensors, "written_whole", lambda path: contextlib.nullcontext(Interrupted()))
     with pytest.raises(KeyboardInterrupt):
-        utils.save_tensors(tmp_path / "a.pt", {"a": torch.zeros(1000)})
+        tensors.save_tensors(tmp_path / "a.pt", {"a": torch.zeros(1000)})

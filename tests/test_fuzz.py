@@ -27,7 +27,7 @@ from data_utils import load_image, make_preprocess
 from models.clip_model import load_clip
 from models.configuration import read_checkpoint
 from runtime.tensors import load_tensors
-from snapshot import load_state, save_state
+from training.autosave import load_state, save_state
 from utils import UserError
 
 CPU = torch.device("cpu")

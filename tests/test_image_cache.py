@@ -10,8 +10,8 @@ import torch
 
 from conftest import read_csv
 from data_utils import decoded, load_image, make_preprocess
-from image_cache import open_image_cache
 from test_data_utils import MODES, picture
+from training.image_cache import open_image_cache
 from utils import UserError
 
 RECIPE = {"transform": "targetpad", "target_ratio": 1.25, "resolution": 24}

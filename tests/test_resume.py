@@ -16,16 +16,15 @@ import torch
 import clip_fine_tune
 import combiner_train
 import kills
-from checkpoints import Checkpoints
 from conftest import CASES, ROOT, SOAK, STAGE_1, STAGE_2, read_csv
-from experiment import Run, make_folder
-from keeper import Keeper
 from models import encoder
 from reports.run_page import About
 from runtime.tensors import load_tensors, save_tensors
-from snapshot import load_state, save_state
 from test_distributed import torchrun
-from tracker import NoTracker
+from training.autosave import Keeper, load_state, save_state
+from training.checkpoints import Checkpoints
+from training.run import Run, make_folder
+from training.tracker import NoTracker
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -291,7 +290,7 @@ def test_folders_that_are_no_runs(refuses, stage_1, tmp_path, drawn):
     file = tmp_path / "damaged" / "training_hyperparameters.json"
     for text in ("{", "[1]", "{}", '{"dataset": "COCO"}', '{"dataset": "CIRR", "num_epochs": 1.5}'):
         file.write_text(text)
-        refuses(tmp_path / "damaged")
+        assert "annotation" not in refuses(tmp_path / "damaged")
     assert "clip_fine_tune.py" in refuses(stage_1("CIRR"))
 
 

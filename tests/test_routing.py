@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from combiner import Combiner
 from combiner_train import ComposedFeatures
 from conftest import read_csv
-from contrastive import backward, contrastive_loss
 from models.routing import load_balancing_loss, router_penalty, router_statistics, router_z_loss
+from training.contrastive import backward, contrastive_loss
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [1.0, 0.0, 2.0]])  # pairs 01, 01, 12, 02
 

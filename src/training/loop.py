@@ -12,14 +12,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-import contrastive
-from checkpoints import Checkpoints
-from experiment import Run
-from keeper import Keeper
-from regime import Precision, Regime
 from runtime import distributed
 from runtime.interruption import StopRequest
-from snapshot import Stateful
+from training import contrastive
+from training.autosave import Keeper, Stateful
+from training.checkpoints import Checkpoints
+from training.run import Run
+from training.schedule import Precision, Regime
 from utils import DiskError, Stopped, UserError
 
 logger = logging.getLogger(__name__)

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from benchmarks import Benchmark, Split
 from benchmarks.exclusions import announce, excluded
 from benchmarks.splits import check_images_exist, split_digest
+from data_utils import Reader
 from runtime import distributed
 from utils import UserError
 
@@ -95,3 +97,18 @@ def read_training_data(benchmark: Benchmark, batch_size: int, micro_batch_size: 
     announce(benchmark.excluded, [train, *val])
     check_images_exist([train, *val])
     return TrainingData(benchmark, train, val, texts, order)
+
+
+class TripletImages(Dataset):
+    """Reference and target images of a split's triplets, item i is 2 x (3, R, R) uint8."""
+
+    def __init__(self, split: Split, read: Reader) -> None:
+        self.pairs = [(split.image_paths[t.reference], split.image_paths[t.target]) for t in split.triplets]
+        self.read = read
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        reference, target = self.pairs[row]
+        return self.read(reference), self.read(target)

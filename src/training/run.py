@@ -16,12 +16,11 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.annotations import read
 from models.configuration import DERIVED, FREE, MOVED
 from reports.run_page import About, RunPage
 from runtime import distributed
-from runtime.files import locked, write_text
-from tracker import NoTracker
+from runtime.files import locked, read_json, write_text
+from training.tracker import NoTracker
 from utils import UserError
 
 logger = logging.getLogger(__name__)
@@ -190,7 +189,10 @@ def read_hyper_parameters(folder: Path) -> dict[str, Any]:
     file = folder / HYPER_PARAMETERS
     if not file.is_file():
         raise UserError(f"--resume {folder} is no folder of a run: it has no {HYPER_PARAMETERS}; name another")
-    return read(file, dict)
+    content = read_json(file, "the script that began the training")
+    if not isinstance(content, dict):
+        raise UserError(f"--resume {folder}: {file} is damaged (no JSON object): copy the run's folder again")
+    return content
 
 
 def started_with(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
