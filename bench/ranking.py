@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from benchmarks import Split, Triplet
 from benchmarks.metrics import target_ranks
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
+from evaluation.retrieval import rank
 from models.features import FrozenSplit
-from retrieval import rank
 from timing import extra_memory, in_turns, seconds
 from twins import string_matrix_ranks
 

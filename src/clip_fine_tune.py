@@ -23,11 +23,11 @@ import startup
 from benchmarks import Benchmark, Split
 from combiner import compose_sum
 from data_utils import load_batches, normalise
+from evaluation.retrieval import evaluate
 from models.clip_model import CLIP, checkpoint_gradients, choose_trained, suit_to_gpu, tokenize
 from models.configuration import plain, settle
 from models.encoder import Encoder, load_encoder, versions
 from models.features import FrozenSplit
-from retrieval import evaluate
 from runtime import distributed
 from runtime.interruption import StopRequest, listening
 from training.checkpoints import Checkpoints

@@ -27,12 +27,12 @@ import startup
 from benchmarks import Benchmark
 from benchmarks.metrics import mean_and_spread
 from combiner import Combiner, build_combiner
+from evaluation.retrieval import evaluate
 from models.clip_model import feature_dim
 from models.configuration import plain, read_checkpoint, settle
 from models.encoder import load_encoder, versions, weights_digest
 from models.features import FeatureCache, FrozenSplit, freeze, freeze_queries
 from models.routing import router_penalty, router_statistics
-from retrieval import evaluate
 from runtime import distributed
 from runtime.files import read_json, write_text
 from runtime.interruption import StopRequest, listening

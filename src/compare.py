@@ -13,7 +13,7 @@ import pandas as pd
 
 from benchmarks import BENCHMARKS, PROTOCOLS, Benchmark
 from benchmarks.metrics import mean_and_spread, shown
-from comparison import Column, intervals, read_columns, unlike
+from evaluation.comparison import Column, intervals, read_columns, unlike
 from options import fraction, in_any_case, positive_int, seed_int
 from utils import UserError, command
 

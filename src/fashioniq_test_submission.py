@@ -10,7 +10,7 @@ import argparse
 
 import options
 from benchmarks.server_files import FashionIQForm
-from submit import submit_as_asked
+from evaluation.submit import submit_as_asked
 from utils import command
 
 

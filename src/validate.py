@@ -12,10 +12,10 @@ import pandas as pd
 import options
 import startup
 from benchmarks import PROTOCOLS, Benchmark, Protocol
-from evaluation import choose_protocols, explain_all, rank_all
+from evaluation.rankings_file import make_records, write_rankings
+from evaluation.result_file import make_result, write_result
+from evaluation.retrieval import choose_protocols, explain_all, rank_all
 from models.pair import load_and_freeze
-from records import make_records, write_rankings
-from results import make_result, write_result
 from runtime import distributed
 from runtime.files import check_file_writable
 from utils import command

@@ -17,9 +17,9 @@ from typing import Any
 import options
 import startup
 from benchmarks import BENCHMARKS, PROTOCOLS, Benchmark
-from evaluation import choose_protocols, explain_all, rank_all
+from evaluation.rankings_file import Records, make_records, read_rankings
+from evaluation.retrieval import choose_protocols, explain_all, rank_all
 from models.pair import load_and_freeze
-from records import Records, make_records, read_rankings
 from reports.expert_report import expert_report
 from reports.sheets import Card, card, load_thumbnails, picture, sheet
 from runtime.files import check_writable, write_bytes, write_text

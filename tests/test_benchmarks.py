@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from benchmarks import CIRR, FashionIQ, Split, Triplet
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
 from benchmarks.ranking import answers
+from evaluation.retrieval import evaluate, rank
 from models.features import FrozenSplit
-from retrieval import evaluate, rank
 from twins import ranks_by_sorting
 
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ from benchmarks import CIRR, FashionIQ, Split, Triplet
 from benchmarks.protocols import ORIGINAL_REMOVED
 from benchmarks.ranking import answers
 from conftest import read_csv
+from evaluation.retrieval import rank
 from models.features import FrozenSplit
-from retrieval import rank
 from test_bad_input import change_json
 
 SUM = ["--combining-function", "sum"]

@@ -8,7 +8,7 @@ import torch
 
 import compare
 from benchmarks import FashionIQ
-from results import write_result
+from evaluation.result_file import write_result
 
 
 def ranks(seed: int, shift: int = 0, queries: int = 200) -> list[int]:

@@ -21,9 +21,9 @@ from benchmarks import BENCHMARKS
 from benchmarks.exclusions import read_exclusions
 from benchmarks.image_check import inspect
 from combiner import load_combiner
-from comparison import read_columns
 from conftest import CASES, SOAK
 from data_utils import load_image, make_preprocess
+from evaluation.comparison import read_columns
 from models.clip_model import load_clip
 from models.configuration import read_checkpoint
 from runtime.tensors import load_tensors

@@ -11,11 +11,11 @@ from benchmarks import CIRR
 from combiner import compose_sum, load_combiner
 from conftest import read_csv
 from data_utils import load_image, make_preprocess, normalise
+from evaluation.retrieval import similarity_blocks
 from models.clip_model import load_clip, load_finetuned, tokenize
 from models.configuration import read_checkpoint
 from models.encoder import Encoder
 from models.features import FeatureCache, freeze_queries
-from retrieval import similarity_blocks
 from runtime.tensors import load_tensors
 
 

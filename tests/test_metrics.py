@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.metrics import NotFiniteError, bootstrap, mean_and_spread, means, nearest, percentage, target_ranks
+from benchmarks.metrics import NotFiniteError, mean_and_spread, means, nearest, percentage, target_ranks
+from evaluation.comparison import bootstrap
 from twins import ranks_by_sorting
 
 

@@ -11,9 +11,9 @@ from benchmarks import CIRR, PROTOCOLS, FashionIQ, Split, Triplet
 from benchmarks.protocols import VAL_REMOVED
 from benchmarks.ranking import answers
 from conftest import read_csv
+from evaluation.result_file import read_result
+from evaluation.retrieval import rank
 from models.features import FrozenSplit
-from results import read_result
-from retrieval import rank
 from test_golden import golden_split_similarity
 from twins import protocol_rankings, ranked_names
 from utils import UserError

@@ -97,22 +97,3 @@ def shown(values: Sequence[float]) -> str:
     """A value with two digits, or mean ± standard deviation of several."""
     mean, deviation = mean_and_spread(values)
     return f"{mean:.2f}" + (f" ± {deviation:.2f}" if len(values) > 1 else "")
-
-
-def bootstrap(hits: Tensor, resamples: int, generator: torch.Generator) -> Tensor:
-    """Percentages of hits in resamples of the queries, drawn with replacement (Efron 1979); queries are rows.
-
-    Several systems' hits beside each other are resampled together, so that differences between columns are paired.
-
-    Args:
-        hits: (Q, M), 0 to 1.
-
-    Returns:
-        (resamples, M)
-    """
-    queries, rows = len(hits), []
-    for chunk in torch.arange(resamples).split(500):
-        drawn = torch.randint(queries, (len(chunk), queries), generator=generator)
-        counts = torch.zeros(len(chunk), queries).scatter_add_(1, drawn, torch.ones(drawn.shape))
-        rows.append(100 * (counts @ hits.float()) / queries)
-    return torch.cat(rows)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import Benchmark
-from benchmarks.metrics import bootstrap
+from evaluation.result_file import read_result
 from models.configuration import FREE
-from results import read_result
 from utils import UserError
 
 # What a configuration says beside the method. The weights that a Combiner was trained on have one of their own.
@@ -144,3 +143,22 @@ def _summaries(benchmark: Benchmark, side: dict[str, dict[str, list[float]]], re
         for row in range(resamples)
     ]
     return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}
+
+
+def bootstrap(hits: Tensor, resamples: int, generator: torch.Generator) -> Tensor:
+    """Percentages of hits in resamples of the queries, drawn with replacement (Efron 1979); queries are rows.
+
+    Several systems' hits beside each other are resampled together, so that differences between columns are paired.
+
+    Args:
+        hits: (Q, M), 0 to 1.
+
+    Returns:
+        (resamples, M)
+    """
+    queries, rows = len(hits), []
+    for chunk in torch.arange(resamples).split(500):
+        drawn = torch.randint(queries, (len(chunk), queries), generator=generator)
+        counts = torch.zeros(len(chunk), queries).scatter_add_(1, drawn, torch.ones(drawn.shape))
+        rows.append(100 * (counts @ hits.float()) / queries)
+    return torch.cat(rows)

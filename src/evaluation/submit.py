@@ -11,8 +11,8 @@ import options
 import startup
 from benchmarks import Benchmark
 from benchmarks.server_files import Form, parse_submission
+from evaluation.retrieval import rank
 from models.pair import load_and_freeze
-from retrieval import rank
 from runtime import distributed
 from runtime.files import check_writable, write_text
 from utils import UserError

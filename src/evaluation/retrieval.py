@@ -5,19 +5,20 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import Benchmark, Protocol, Split
 from benchmarks.metrics import NotFiniteError, nearest, target_ranks
-from benchmarks.protocols import outside
+from benchmarks.protocols import Rankings, outside
 from benchmarks.ranking import Ranking, joined
-from combiner import Compose
+from combiner import Compose, Insight
 from models.features import FrozenSplit
 from utils import UserError
 
 MOST_VALUES = 2**28  # similarities in memory at one time: 1 GiB
 CACHE_VALUES = 2**18  # on a CPU rather what its caches hold, but so many rows that the product stays efficient
 CACHE_ROWS = 128
+GROUP_LENGTH = 5  # candidates in a query's group
 
 
 def evaluate(
@@ -123,3 +124,32 @@ def default_block(gallery: int, device: torch.device) -> int:
     """Queries to compare at a time with a gallery of that many images."""
     most = max(1, MOST_VALUES // gallery)
     return most if device.type == "cuda" else min(most, max(CACHE_ROWS, CACHE_VALUES // gallery))
+
+
+def choose_protocols(names: Sequence[str] | None, benchmark: Benchmark) -> list[Protocol]:
+    """The protocols asked for, in the benchmark's order; all of them where nothing is asked for."""
+    known = [protocol.name for protocol in benchmark.protocols]
+    for name in names or []:
+        if name not in known:
+            raise UserError(f"--protocol {name} is none of {benchmark.name}: choose from {', '.join(known)}")
+    return [protocol for protocol in benchmark.protocols if names is None or protocol.name in names]
+
+
+def rank_all(
+    frozen: Sequence[FrozenSplit], compose: Compose, protocols: Sequence[Protocol], k: int, block: int | None
+) -> Rankings:
+    """Every split's ranking under every protocol, with the k nearest images and all of the group."""
+    by_split = {f.split.name: rank(f, compose, protocols, k, GROUP_LENGTH, block) for f in frozen}
+    return {p: {name: rankings[p] for name, rankings in by_split.items()} for p in protocols}
+
+
+@torch.no_grad()
+def explain_all(frozen: Sequence[FrozenSplit], compose: Compose) -> dict[str, Insight | None]:
+    """Split's name -> what the Combiner does with its queries, on the CPU; None for the sum."""
+    if not isinstance(compose, nn.Module):
+        return {f.split.name: None for f in frozen}
+    insights = {}
+    for f in frozen:
+        found = compose.insight(f.images[f.split.reference_rows], f.captions[:, 0])
+        insights[f.split.name] = Insight(found.experts.cpu(), found.gate.cpu())
+    return insights

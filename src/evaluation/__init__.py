@@ -1,0 +1,1 @@
+"""Compose and rank, result files, rankings files, comparisons, submissions."""
