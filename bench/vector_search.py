@@ -6,7 +6,7 @@ import time
 import numpy as np
 import torch
 
-import vectors
+from image_search import vectors
 from timing import extra_memory, seconds
 
 COUNT, DIM, ASKED = 1_000_000, 512, 100

@@ -20,11 +20,11 @@ from PIL.Image import Image
 
 import options
 import startup
-from dialogue import MOST_BYTES, Dialogue
-from photos import KINDS, thumbnail
+from image_search.dialogue import MOST_BYTES, Dialogue
+from image_search.photos import KINDS, thumbnail
+from image_search.searcher import Searcher, load_searcher
 from reports import pages
 from reports.sheets import shares
-from searcher import Searcher, load_searcher
 from utils import UserError, command, first_line
 
 logger = logging.getLogger(__name__)

@@ -16,16 +16,16 @@ from pathlib import Path
 
 import options
 import startup
-import vectors
-from image_index import as_made, manifest, update_index
+from image_search import vectors
+from image_search.image_index import as_made, manifest, update_index
+from image_search.photos import find_images, opened, thumbnail
+from image_search.searcher import Found, load_searcher
 from models.configuration import read_checkpoint, settle
 from models.encoder import load_encoder
-from photos import find_images, opened, thumbnail
 from reports import pages
 from reports.sheets import results_page, shares
 from runtime.files import check_file_writable, check_writable, write_text
 from runtime.interruption import listening
-from searcher import Found, load_searcher
 from utils import Stopped, UserError, command
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from PIL import Image
 import demo_app
 import search
 import visualize
-from searcher import load_searcher
+from image_search.searcher import load_searcher
 from test_dialogue import bad_uploads
 from test_distributed import free_port
 from test_search import images

@@ -10,10 +10,10 @@ from PIL import Image
 
 import search
 from demo_app import history, shown
-from dialogue import MOST_BYTES, Dialogue, check_upload
+from image_search.dialogue import MOST_BYTES, Dialogue, check_upload
+from image_search.searcher import load_searcher
 from reports import pages
 from reports.sheets import shares
-from searcher import load_searcher
 from test_search import images
 from utils import UserError
 

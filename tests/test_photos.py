@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from photos import find_images, opened, thumbnail
+from image_search.photos import find_images, opened, thumbnail
 from utils import UserError
 
 

@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import image_index
-import photos
 import search
-import vectors
 from benchmarks import CIRR, FashionIQ
-from image_index import open_index
+from image_search import image_index, photos, vectors
+from image_search.image_index import open_index
 from models import encoder
 from utils import UserError
 

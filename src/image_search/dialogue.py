@@ -6,8 +6,8 @@ from pathlib import Path
 from PIL import Image
 
 from data_utils import DECODING_ERRORS, LONGEST_SIDE
-from photos import FORMATS, KINDS, opened
-from searcher import Found, Searcher
+from image_search.photos import FORMATS, KINDS, opened
+from image_search.searcher import Found, Searcher
 from utils import UserError, first_line
 
 MOST_BYTES = 10 * 2**20  # of an uploaded image

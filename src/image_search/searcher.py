@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from image_index import ImageIndex, as_made, encoder_key, open_index
+from image_search.image_index import ImageIndex, as_made, encoder_key, open_index
+from image_search.photos import opened
 from models.clip_model import fits
 from models.pair import Pair, load_pair
-from photos import opened
 from runtime.files import file_identities, file_size
 from utils import UserError
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import vectors
+from image_search import vectors
 from models.clip_model import feature_dim
 from models.encoder import Encoder
 from runtime.files import file_identities, file_size, locked, parse_json, write_text, written_whole
