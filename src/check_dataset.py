@@ -11,11 +11,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-import options
 from benchmarks import BENCHMARKS, Benchmark, dataset_report
 from benchmarks.dataset_report import Report
 from benchmarks.exclusions import write_exclusions
 from benchmarks.image_check import inspect_all
+from cli import options
 from runtime.files import check_file_writable
 from utils import UserError, command
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks import Benchmark
 from benchmarks.server_files import Form, form_of, parse_submission
-from options import data_root_flag
+from cli.options import data_root_flag
 from utils import command
 
 

@@ -8,15 +8,14 @@ With `--split val` it writes the same files for the validation split, whose answ
 
 import argparse
 
-import options
 from benchmarks.server_files import CirrForm
-from evaluation.submit import submit_as_asked
+from cli.submission import submission_parser, submit_as_asked
 from utils import command
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of a submission."""
-    return options.submission_parser(__doc__.splitlines()[0], CirrForm.kind).parse_args(argv)
+    return submission_parser(__doc__.splitlines()[0], CirrForm.kind).parse_args(argv)
 
 
 @command

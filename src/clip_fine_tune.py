@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-import options
-import startup
 from benchmarks import Benchmark, Split
+from cli import options, startup
+from cli.training import about_run, parse_training, start_training
 from combiner import compose_sum
 from data_utils import load_batches, normalise
 from evaluation.retrieval import evaluate
@@ -47,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parents = [options.dataset_flag(), options.encoder_flags(), options.clip_flags()]
     parents += [options.training_flags(batch_size=512, validation_frequency=1), options.machine_flags()]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
-    return startup.parse_training(parser, SCRIPT, argv)
+    return parse_training(parser, SCRIPT, argv)
 
 
 class SumFeatures(nn.Module):
@@ -123,7 +123,7 @@ def load_stage(args: argparse.Namespace, splits: list[Split], device: torch.devi
 
 def train(args: argparse.Namespace, stop: StopRequest) -> None:
     """Fine-tune CLIP in a run folder."""
-    device, tracker = startup.start_training(args)
+    device, tracker = start_training(args)
     precision = Precision(args.precision, device)
     data = read_training_data(startup.open_benchmark(args)[0], args.batch_size, args.micro_batch_size, args.seed)
     encoder = load_stage(args, [data.train, *data.val], device, stop)
@@ -150,7 +150,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     kept = Checkpoints(folder, measured.model, "CLIP", "tuned_clip", best_names, config, *saving)
     regime = Regime.of(vars(args))
     shown = {"combining-function": "sum", "clip-model-path": kept.first_choice(regime.last_validation)}
-    run = open_run(folder, tracker, startup.about_run(data.benchmark, config, folder, shown))
+    run = open_run(folder, tracker, about_run(data.benchmark, config, folder, shown))
     fit(task, regime, precision, run, kept, stop, args.checkpoint_every_minutes)
 
 

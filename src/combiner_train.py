@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 
-import options
-import startup
 from benchmarks import Benchmark
 from benchmarks.metrics import mean_and_spread
+from cli import options, startup
+from cli.training import about_run, parse_training, start_training
 from combiner import Combiner, build_combiner
 from evaluation.retrieval import evaluate
 from models.clip_model import feature_dim
@@ -63,7 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parents += [options.tuned_clip_flag(), options.clip_flags()]
     parents += [options.training_flags(batch_size=1024, validation_frequency=3), options.machine_flags()]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
-    args = startup.parse_training(parser, SCRIPT, argv)
+    args = parse_training(parser, SCRIPT, argv)
     if args.seeds and len(set(args.seeds)) < len(args.seeds):
         parser.error(f"--seeds {' '.join(map(str, args.seeds))} names a seed twice: name each once")
     return args
@@ -158,7 +158,7 @@ class Stage:
 
 def prepare(args: argparse.Namespace, stop: StopRequest) -> Stage:
     """Read the benchmark and make its features, or take them from the cache."""
-    device, tracker = startup.start_training(args)
+    device, tracker = start_training(args)
     tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
     data = read_training_data(startup.open_benchmark(args)[0], args.batch_size, None, args.seed)
     encoder = load_encoder(settle(options.clip_choice(args), [tuned]), tuned, device, args.num_workers, args.clip_bs)
@@ -192,7 +192,7 @@ def train(args: argparse.Namespace, stage: Stage, seed: int, folder: Path, whole
     regime, precision = Regime.of(vars(args)), Precision(args.precision, stage.device)
     shown = {"combining-function": "combiner", "combiner-path": kept.first_choice(regime.last_validation)}
     shown |= {"clip-model-path": config["clip_model_path"]} if config["clip_model_path"] else {}
-    run = open_run(folder, stage.tracker, startup.about_run(stage.data.benchmark, config, whole, shown))
+    run = open_run(folder, stage.tracker, about_run(stage.data.benchmark, config, whole, shown))
     fit(task, regime, precision, run, kept, stop, args.checkpoint_every_minutes)
 
 

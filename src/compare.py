@@ -13,8 +13,8 @@ import pandas as pd
 
 from benchmarks import BENCHMARKS, PROTOCOLS, Benchmark
 from benchmarks.metrics import mean_and_spread, shown
+from cli.options import fraction, in_any_case, positive_int, seed_int
 from evaluation.comparison import Column, intervals, read_columns, unlike
-from options import fraction, in_any_case, positive_int, seed_int
 from utils import UserError, command
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.metrics import shown
-from options import seed_int
+from cli.options import seed_int
 from utils import PROJECT_ROOT, UserError, command
 
 COLUMNS = {

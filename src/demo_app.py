@@ -18,8 +18,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-import options
-import startup
+from cli import options, startup
 from image_search.dialogue import MOST_BYTES, Dialogue
 from image_search.photos import KINDS, thumbnail
 from image_search.searcher import Searcher, load_searcher

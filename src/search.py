@@ -14,8 +14,7 @@ import json
 import logging
 from pathlib import Path
 
-import options
-import startup
+from cli import options, startup
 from image_search import vectors
 from image_search.image_index import as_made, manifest, update_index
 from image_search.photos import find_images, opened, thumbnail

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from cli.options import positive_int, seed_int
 from models.clip_model import write_tiny_clip
-from options import positive_int, seed_int
 from runtime.files import check_writable, write_text
 from utils import UserError, command
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-import options
-import startup
 from benchmarks import PROTOCOLS, Benchmark, Protocol
+from cli import options, startup
 from evaluation.rankings_file import make_records, write_rankings
 from evaluation.result_file import make_result, write_result
 from evaluation.retrieval import choose_protocols, explain_all, rank_all

@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import options
-import startup
 from benchmarks import BENCHMARKS, PROTOCOLS, Benchmark
+from cli import options, startup
 from evaluation.rankings_file import Records, make_records, read_rankings
 from evaluation.retrieval import choose_protocols, explain_all, rank_all
 from models.pair import load_and_freeze

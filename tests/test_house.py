@@ -8,6 +8,17 @@ import pytest
 
 SRC = Path(__file__).parent.parent / "src"
 FILES = sorted(SRC.rglob("*.py"))
+FLOORS = [
+    {"utils"},
+    {"runtime"},
+    {"data_utils", "combiner"},
+    {"benchmarks", "reports"},
+    {"models"},
+    {"training", "evaluation", "image_search"},
+    {"cli"},
+    {file.stem for file in SRC.glob("*.py")} - {"utils", "data_utils", "combiner"},  # the scripts
+]
+FLOOR_OF = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings}
 
 
 def name(file: Path) -> str:
@@ -31,7 +42,23 @@ def imported(file: Path) -> set[str]:
     return modules
 
 
-def test_imports_make_no_circle():
+def wing(module: str) -> str:
+    """The folder of a file, or the file that lies in src/ itself."""
+    return module.split(".")[0]
+
+
+def test_every_file_has_a_floor():
+    assert {wing(module) for module in OURS} == set(FLOOR_OF)
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_imports_go_down(file):
+    own = wing(name(file))
+    others = {wing(module) for module in imported(file) & OURS} - {own}
+    assert {other for other in others if FLOOR_OF[other] >= FLOOR_OF[own]} == set()
+
+
+def test_imports_make_no_circle_inside_a_wing():
     graphlib.TopologicalSorter({name(file): imported(file) & OURS for file in FILES}).prepare()
 
 
@@ -71,8 +98,9 @@ def test_no_wing_bears_the_name_of_a_package():
     assert not taken & {module.split(".")[0] for module in OURS}
 
 
-def test_the_readmes_tree_names_every_file():
+def test_the_readmes_tree_names_every_script_and_wing():
     readme = (SRC.parent / "README.md").read_text()
-    for file in FILES:
-        if file.stem != "__init__":
-            assert f"{file.stem}.py " in readme, f"{file.name} is missing in the README's file tree"
+    for entry in SRC.iterdir():
+        if entry.name != "__pycache__":
+            shown = f"{entry.name}/ " if entry.is_dir() else f"{entry.name} "
+            assert shown in readme, f"{entry.name} is missing in the README's file tree"

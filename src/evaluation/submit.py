@@ -1,35 +1,20 @@
 """Rank a split for a test server, write its files, check them, and score them where the answers are known."""
 
-import argparse
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import options
-import startup
 from benchmarks import Benchmark
 from benchmarks.server_files import Form, parse_submission
 from evaluation.retrieval import rank
 from models.pair import load_and_freeze
 from runtime import distributed
-from runtime.files import check_writable, write_text
+from runtime.files import write_text
 from utils import UserError
 
 logger = logging.getLogger(__name__)
-
-
-def submit_as_asked(form: type[Form], args: argparse.Namespace) -> None:
-    """What a form's script does with its flags (see `options.submission_parser`); exit code 1 if a rule is broken."""
-    device = startup.pick_device(args.device)
-    check_writable({"--output-dir": args.output_dir})
-    benchmark, _ = startup.open_benchmark(args)
-    what = args.split, args.submission_name, args.output_dir
-    clean = submit(form, benchmark, *what, device, args.similarity_block, options.pair_choice(args))
-    distributed.stop()
-    if not clean:
-        raise SystemExit(1)
 
 
 def submit(

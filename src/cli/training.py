@@ -1,7 +1,6 @@
-"""What scripts do before their own work: flags of a resumed run, device, seed, tracker, benchmark."""
+"""What both trainings do with their flags: those of a resumed run, folders, seed, tracker, the page of the run."""
 
 import argparse
-import logging
 import shlex
 import sys
 from collections.abc import Mapping
@@ -10,33 +9,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import BENCHMARKS, Benchmark
-from benchmarks.exclusions import read_exclusions
+from benchmarks import Benchmark
+from cli.startup import command_line, pick_device
 from reports.run_page import About
 from runtime import distributed
 from runtime.files import check_writable
 from training.run import read_hyper_parameters
 from training.tracker import NoTracker, make_tracker
-from utils import UserError, first_line, seed_everything
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device of `--device`, else this process's GPU, else the CPU; joins the other processes, if there are any."""
-    try:
-        own_gpu = name == "cuda" and torch.cuda.is_available()  # not everybody's first one
-        device = torch.device(distributed.local_device() if own_gpu or name is None else name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
-        wanted = name or distributed.local_device()
-        raise UserError(f"--device {wanted}: not usable here ({first_line(error)}); try --device cpu") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: choose cuda or cpu")
-    if distributed.launched() and name and ":" in name:
-        raise UserError(f"--device {name}: each process takes the GPU of its own number; leave the flag out")
-    distributed.start(device)
-    if not distributed.is_main():
-        logging.getLogger().setLevel(logging.WARNING)
-    return device
+from utils import UserError, seed_everything
 
 
 def start_training(args: argparse.Namespace) -> tuple[torch.device, NoTracker]:
@@ -46,18 +26,6 @@ def start_training(args: argparse.Namespace) -> tuple[torch.device, NoTracker]:
     written = ("output_dir", "image_cache", "feature_cache")
     check_writable({"--" + name.replace("_", "-"): getattr(args, name, None) for name in written})
     return device, make_tracker(args.api_key, args.workspace, args.experiment_name)
-
-
-def open_benchmark(args: argparse.Namespace) -> tuple[Benchmark, dict[str, str]]:
-    """The benchmark that the flags name, without the images that they exclude, and why those are."""
-    reasons = read_exclusions(args.exclusions, args.dataset)
-    return BENCHMARKS[args.dataset](args.data_root, reasons), reasons
-
-
-def command_line(script: str, argv: list[str] | None, secret: str | None = None) -> str:
-    """A command as it was typed, but for a secret in it, for results that say how they were made."""
-    words = ["python", f"src/{script}", *(sys.argv[1:] if argv is None else argv)]
-    return shlex.join(word.replace(secret, "...") if secret else word for word in words)
 
 
 def parse_training(parser: argparse.ArgumentParser, script: str, argv: list[str] | None) -> argparse.Namespace:

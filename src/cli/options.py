@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import BENCHMARKS, Benchmark
+from benchmarks import BENCHMARKS
 from combiner import COMBINER_TYPES
 from data_utils import TRANSFORMS
 from models.clip_model import ENCODERS
@@ -266,24 +266,6 @@ def pair_flags(required: bool = True, silent: str | None = None) -> argparse.Arg
     group = parser.add_argument_group("composition")
     group.add_argument("--combining-function", choices=("sum", "combiner"), required=required, help=silent)
     group.add_argument("--combiner-path", type=Path, metavar="PATH", help="stage-2 weights, for combiner")
-    return parser
-
-
-def submission_parser(description: str, benchmark: type[Benchmark]) -> argparse.ArgumentParser:
-    """All flags of a submission for a benchmark's test server."""
-    parents = [pair_flags(), combiner_flags(trains=False), tuned_clip_flag(), clip_flags(), machine_flags()]
-    parser = argparse.ArgumentParser(description=description, parents=parents)
-    parser.set_defaults(dataset=benchmark.name)
-    group = parser.add_argument_group("submission")
-    group.add_argument(
-        "--submission-name", type=file_name, required=True, metavar="NAME", help="part of the names of what is written"
-    )
-    _, val, test = benchmark.splits
-    group.add_argument("--split", choices=(val, test), default=test, help=f"(default: {test}); {val} is scored too")
-    place = f"submission/{benchmark.name}"
-    group.add_argument(
-        "--output-dir", type=Path, default=PROJECT_ROOT / place, metavar="DIR", help=f"(default: {place})"
-    )
     return parser
 
 

@@ -1,0 +1,1 @@
+"""Every shared flag; device, benchmark and resumed run from flags; what both submission scripts do."""
