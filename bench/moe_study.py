@@ -20,10 +20,11 @@ import torch
 import clip_fine_tune
 import combiner_train
 import shapes_dataset
-from benchmarks.metrics import mean_and_spread
+from benchmarks.metrics import mean_and_deviation
 from combiner import build_combiner
 from demo import STAGE_1, STAGE_2
 from models.encoder import versions
+from training.hyper_parameters import read_hyper_parameters
 
 SHOWN = {"FashionIQ": ("average_recall", "mean recall"), "CIRR": ("mean(R@5+R_s@1)", "mean(R@5+R_s@1)")}
 SIZES = {"clip_dim": 64, "projection_dim": 256, "hidden_dim": 512}
@@ -79,24 +80,30 @@ def measure(folder: Path, dataset: str, clip: Path, name: str, flags: list[str],
     (run,) = output.iterdir()
     metric = SHOWN[dataset][0]
     best = json.loads((run / "best_metrics.json").read_text())["seeds"].values()
-    settings = json.loads((run / "training_hyperparameters.json").read_text())
+    settings = read_hyper_parameters(run).table
     row = {"dataset": dataset, "method": name, "parameters": parameters(settings)}
-    row["recall"] = mean_and_spread([validation[metric] for validation in best])
+    row["recall"] = mean_and_deviation([validation[metric] for validation in best])
     if settings["combiner_type"] == "moe":
         last = [pd.read_csv(run / f"seed_{seed}" / "router_metrics.csv").iloc[-1] for seed in seeds]
         experts = [f"expert{i}_share" for i in range(settings["num_experts"])]
-        row["least share"] = mean_and_spread([min(table[experts]) for table in last])
-        row["largest share"] = mean_and_spread([max(table[experts]) for table in last])
+        row["least share"] = mean_and_deviation([min(table[experts]) for table in last])
+        row["largest share"] = mean_and_deviation([max(table[experts]) for table in last])
         for kind in ("load_entropy", "row_entropy"):
-            row[kind.replace("_", " ")] = mean_and_spread([table[kind] for table in last])
+            row[kind.replace("_", " ")] = mean_and_deviation([table[kind] for table in last])
     return row
+
+
+def spread(value: tuple[float, float | None]) -> str:
+    """A mean, with its deviation if there is one."""
+    mean, deviation = value
+    return f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"
 
 
 def line(row: dict) -> str:
     """A row of the table, in Markdown."""
-    cells = [row["method"], f"{row['parameters'] / 1e6:.2f} M", f"{row['recall'][0]:.2f} ± {row['recall'][1]:.2f}"]
+    cells = [row["method"], f"{row['parameters'] / 1e6:.2f} M", spread(row["recall"])]
     loads = [row.get(name) for name in ("least share", "largest share", "load entropy", "row entropy")]
-    cells += [f"{load[0]:.2f} ± {load[1]:.2f}" if load else "" for load in loads]
+    cells += [spread(load) if load else "" for load in loads]
     return "| " + " | ".join(cells) + " |"
 
 

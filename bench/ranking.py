@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import Split, Triplet
-from benchmarks.metrics import target_ranks
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
+from benchmarks.ranking import target_ranks
 from evaluation.retrieval import rank
 from models.features import FrozenSplit
 from timing import extra_memory, in_turns, seconds
@@ -22,10 +22,16 @@ def random_cirr(queries: int, gallery: int, dim: int, device: torch.device, grou
     names = [f"dev-{i // 6}-{i % 4}-img{i % 6}-{i}" for i in range(gallery)]
     firsts = torch.randint(gallery - 6, (queries,), generator=generator).tolist()
     groups = [tuple(names[f : f + 6]) if grouped else () for f in firsts]
-    triplets = [Triplet(names[f], ("",), names[f + 3], group) for f, group in zip(firsts, groups, strict=True)]
+    triplets = []
+    for first, group in zip(firsts, groups, strict=True):
+        triplets.append(Triplet(reference=names[first], captions=("",), target=names[first + 3], group=group))
     images = torch.randn(gallery, dim, generator=generator).to(device)
     captions = torch.randn(queries, 1, dim, generator=generator).to(device)
-    return FrozenSplit(Split("val", triplets, dict.fromkeys(names, Path())), images, captions)
+    return FrozenSplit(
+        split=Split(name="val", triplets=triplets, image_paths=dict.fromkeys(names, Path())),
+        images=images,
+        captions=captions,
+    )
 
 
 def compose(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -38,7 +44,7 @@ def val_size(device: torch.device) -> list[dict]:
     frozen = random_cirr(4181, 2297, 640, device, grouped=True)
     split = frozen.split
     gallery = F.normalize(frozen.images, dim=-1).cpu()
-    queries = compose(frozen.images[split.reference_rows], frozen.captions[:, 0]).cpu()
+    queries = compose(frozen.references, frozen.captions[:, 0]).cpu()
     triplets = split.triplets
     named = [t.reference for t in triplets], [t.target for t in triplets], [list(t.group) for t in triplets]
 
@@ -55,7 +61,7 @@ def val_size(device: torch.device) -> list[dict]:
     what = "ranking CIRR val, 4,181 x 2,297, D 640, groups"
     ours, slow = in_turns(lambda: rank(frozen, compose, [ORIGINAL_REMOVED]), twin, device, rounds=5, twin_rounds=3)
     product = seconds(lambda: queries @ gallery.T, torch.device("cpu"))
-    similarity, targets = (queries @ gallery.T).to(device), split.target_rows.to(device)
+    similarity, targets = (queries @ gallery.T).to(device), frozen.target_rows.to(device)
     blocks = list(zip(similarity.split(128), targets.split(128), strict=True))
     counting, _ = in_turns(lambda: [target_ranks(*block) for block in blocks], lambda: None, device)
     return [

@@ -10,14 +10,14 @@ from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
 import shapes_dataset
-from clip_fine_tune import SumFeatures
 from data_utils import ImageDataset, load_batches, load_image, make_preprocess, normalise
 from models.clip_model import CLIP, load_clip, suit_to_gpu, tokenize, write_tiny_clip
 from runtime import distributed
 from timing import in_turns, saved_activations
 from training.image_cache import open_image_cache
 from training.loop import Stepper, Task
-from training.schedule import Precision, Regime
+from training.schedule import Precision, Schedule
+from training.stage1 import SumFeatures
 from twins import plain_clip_step
 
 ARCHITECTURES = {
@@ -36,7 +36,7 @@ def loader(device: torch.device) -> list[dict]:
             drawn = shapes_dataset.draw(shapes_dataset.random_scene(rng), rng)
             drawn.resize((rng.randint(400, 700), rng.randint(500, 800))).save(path)
         read = functools.partial(load_image, preprocess=make_preprocess("targetpad", 1.25, 384))
-        cached = open_image_cache(Path(folder) / "cache", paths, read, {"resolution": 384}, workers=0)
+        cached = open_image_cache(Path(folder) / "cache", paths, read, recipe={"resolution": 384}, workers=0)
         chunks = [list(range(i, i + 32)) for i in range(0, 256, 32)]
 
         def load(reader):
@@ -53,8 +53,16 @@ def make_step(model: CLIP, batch: int, micro_batch: int | None, device: torch.de
     model.logit_scale.requires_grad_(False)
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(learned, lr=1e-6, eps=1e-7, fused=device.type == "cuda")
-    task = Task(lambda *_: [], 1, distributed.parallel(SumFeatures(model), device), optimizer, dict, model)
-    stepper = Stepper(task, Regime(1, 1, micro_batch_size=micro_batch), Precision("amp", device))
+    task = Task(
+        batches=lambda *_: [],
+        steps=1,
+        model=distributed.parallel(SumFeatures(model), device),
+        optimizer=optimizer,
+        validate=dict,
+        module=model,
+    )
+    schedule = Schedule(num_epochs=1, validation_frequency=1, micro_batch_size=micro_batch)
+    stepper = Stepper(task, schedule, Precision("amp", device))
     pixels = model.visual.input_resolution
     images = torch.randint(256, (2, batch, 3, pixels, pixels), dtype=torch.uint8).to(device)
     tokens = tokenize([f"has {i} more stripes and is red" for i in range(batch)]).to(device)

@@ -9,12 +9,19 @@ Exit code 0: clean; 1: usable, with findings; 2: unusable.
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import BENCHMARKS, Benchmark, dataset_report
-from benchmarks.dataset_report import Report
+from benchmarks import BENCHMARKS, Benchmark
+from benchmarks.dataset_report import (
+    Report,
+    as_text,
+    needed_images,
+    read_parts,
+    remark_on_annotations,
+    remark_on_images,
+)
 from benchmarks.exclusions import write_exclusions
-from benchmarks.image_check import inspect_all
 from cli import options
 from runtime.files import check_file_writable
 from utils import UserError, command
@@ -25,13 +32,10 @@ SPLITS = ("train", "val", "test")
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the check."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[options.data_root_flag()])
-    names = list(BENCHMARKS)
-    parser.add_argument(
-        "--dataset", type=options.in_any_case(names), choices=names, help="(default: all whose folder is there)"
-    )
+    options.add_dataset(parser, required=False, help="(default: all whose folder is there)")
     parser.add_argument("--splits", nargs="+", choices=SPLITS, help="(default: all that are there)")
     parser.add_argument("--unofficial", action="store_true", help="do not compare counts with the official ones")
-    parser.add_argument("--num-workers", type=options.natural_int, default=options.DEFAULT_WORKERS)
+    options.add_workers(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument(
         "--write-exclusions",
@@ -45,15 +49,37 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def check(benchmark: Benchmark, splits: list[str] | None, official: bool, workers: int) -> Report:
-    """Everything about a copy of a benchmark."""
+def check(benchmark: Benchmark, splits: Sequence[str] | None, *, official: bool, workers: int) -> Report:
+    """Everything about a copy of a benchmark.
+
+    Args:
+        splits: those to look at, of SPLITS; None for all that are there.
+        official: compare counts with those of the official files.
+    """
+    from benchmarks.image_check import inspect_all
+
     report = Report(benchmark.name)
-    names = [name for kind, name in zip(SPLITS, benchmark.splits, strict=True) if kind in (splits or SPLITS)]
-    parts = dataset_report.read_parts(benchmark, names, official, splits is not None, report)
-    dataset_report.remark_on_annotations(benchmark, parts, report)
-    paths = [p for (_, split), own in parts.items() for p in dataset_report.needed(benchmark, split, own).values()]
-    dataset_report.remark_on_images(benchmark, parts, inspect_all(list(dict.fromkeys(paths)), workers), report)
+    names = dict(zip(SPLITS, benchmark.splits, strict=True))
+    wanted = [names[split] for split in SPLITS if splits is None or split in splits]
+    parts = read_parts(benchmark, wanted, official=official, asked_for=splits is not None, report=report)
+    remark_on_annotations(benchmark, parts, report)
+    paths: list[Path] = []
+    for (_, split), records in parts.items():
+        paths += needed_images(benchmark, split, records).values()
+    inspections = inspect_all(list(dict.fromkeys(paths)), workers)
+    remark_on_images(benchmark, parts, inspections, report)
     return report
+
+
+def chosen_benchmarks(data_root: Path, dataset: str | None) -> list[Benchmark]:
+    """The benchmark that is asked for, or all whose folder is there."""
+    if dataset:
+        return [BENCHMARKS[dataset](data_root)]
+    benchmarks: list[Benchmark] = [kind(data_root) for kind in BENCHMARKS.values()]
+    there = [benchmark for benchmark in benchmarks if benchmark.annotation_folder().is_dir()]
+    if not there:
+        raise UserError(f"--data-root {data_root} holds neither fashionIQ_dataset nor cirr_dataset: name another")
+    return there
 
 
 @command
@@ -61,16 +87,14 @@ def main(argv: list[str] | None = None) -> None:
     """Print a report of each dataset."""
     args = parse(argv)
     check_file_writable({"--write-exclusions": args.write_exclusions})
-    benchmarks = [kind(args.data_root) for name, kind in BENCHMARKS.items() if args.dataset in (None, name)]
-    if not args.dataset:
-        benchmarks = [b for b in benchmarks if b.annotation_folder().is_dir()]
-    if not benchmarks:
-        raise UserError(f"--data-root {args.data_root} holds neither fashionIQ_dataset nor cirr_dataset: name another")
-    reports = [check(benchmark, args.splits, not args.unofficial, args.num_workers) for benchmark in benchmarks]
+    reports = []
+    for benchmark in chosen_benchmarks(args.data_root, args.dataset):
+        reports.append(check(benchmark, args.splits, official=not args.unofficial, workers=args.num_workers))
     if args.json:
-        print(json.dumps([dataclasses.asdict(r) | {"exit_code": r.exit_code} for r in reports], indent=1))
+        contents = [{**dataclasses.asdict(report), "exit_code": report.exit_code} for report in reports]
+        print(json.dumps(contents, indent=1))
     else:
-        print("\n\n".join(dataset_report.text(report) for report in reports))
+        print("\n\n".join(as_text(report) for report in reports))
     if args.write_exclusions:
         write_exclusions(args.write_exclusions, reports[0].dataset, reports[0].bad)
     code = max(report.exit_code for report in reports)

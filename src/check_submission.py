@@ -7,6 +7,7 @@ Exit code 0: all files keep all rules; 1: some break rules, each is printed with
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from benchmarks import Benchmark
 from benchmarks.server_files import Form, form_of, parse_submission
@@ -25,11 +26,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def official_counts(benchmark: Benchmark, split: str) -> str:
     """Where the annotations are not the official ones, how many queries those have."""
     notes = []
-    for part, own in zip(benchmark.parts, benchmark.read(split), strict=True):
-        official = benchmark.official[f"{part}.{split}"][0]
-        if len(own.triplets) != official:
-            notes.append(f"{own.name} has {len(own.triplets)} queries here, {official} in the official annotations")
+    for part, records in zip(benchmark.parts, benchmark.read(split), strict=True):
+        here = len(records.triplets)
+        official, _ = benchmark.official[f"{part}.{split}"]
+        if here != official:
+            notes.append(f"{records.name} has {here} queries here, {official} in the official annotations")
     return "; ".join(notes)
+
+
+def open_form(kind: type[Form[Any]], data_root: Path, wanted: str) -> Form[Any]:
+    """What files of a kind are checked against; says so where the annotations are not the official ones.
+
+    Args:
+        wanted: "val" or "test".
+    """
+    benchmark = kind.kind(data_root)
+    split = benchmark.val_split if wanted == "val" else benchmark.test_split
+    form = kind(benchmark, split)
+    if note := official_counts(benchmark, split):
+        print(f"note: {note}: this says little about what the server takes")
+    return form
 
 
 @command
@@ -37,23 +53,21 @@ def main(argv: list[str] | None = None) -> None:
     """Print what each file breaks."""
     args = parse(argv)
     contents = {file: parse_submission(file) for file in args.files}
-    forms: dict[type[Form], Form] = {}
-    broken = 0
+    forms: dict[type[Form[Any]], Form[Any]] = {}
+    all_keep_rules = True
     for file, content in contents.items():
         kind = form_of(content)
         if kind not in forms:
-            benchmark = kind.kind(args.data_root)
-            split = benchmark.splits[1 if args.split == "val" else 2]
-            forms[kind] = kind(benchmark, split)
-            note = official_counts(benchmark, split)
-            if note:
-                print(f"note: {note}: this says little about what the server takes")
+            forms[kind] = open_form(kind, args.data_root, args.split)
         violations = forms[kind].violations(file.name, content, file.stat().st_size)
         for violation in violations:
             print(f"{file}: {violation}")
-        print(f"{file}: {len(violations)} violations" if violations else f"{file}: keeps all rules")
-        broken += bool(violations)
-    if broken:
+        if violations:
+            all_keep_rules = False
+            print(f"{file}: {len(violations)} violations")
+        else:
+            print(f"{file}: keeps all rules")
+    if not all_keep_rules:
         raise SystemExit(1)
 
 

@@ -3,18 +3,23 @@
 Shapes: B queries, D = CLIP's feature length, P = projection_dim, H = hidden_dim, E experts, k of them per query.
 """
 
-from collections.abc import Callable
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime import distributed
-from utils import UserError
+from runtime.choices import CombinerChoice
+from utils import UserError, flag
 
 Compose = Callable[[Tensor, Tensor], Tensor]  # image features (B, D), text features (B, D) -> queries (B, D)
+Settings = dict[str, Any]  # kind and sizes of a Combiner, by the names of their flags
 
 ATTENTION_HEADS = 4
 ORIGINAL_TOP_K = 2
@@ -25,7 +30,7 @@ def compose_sum(image_features: Tensor, text_features: Tensor) -> Tensor:
     return F.normalize(image_features + text_features, dim=-1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Insight:
     """What a Combiner does with queries.
 
@@ -36,6 +41,52 @@ class Insight:
 
     experts: Tensor
     gate: Tensor
+
+    def cpu(self) -> "Insight":
+        """The same on the CPU."""
+        return Insight(experts=self.experts.cpu(), gate=self.gate.cpu())
+
+
+class Composer(nn.Module, ABC):
+    """A way to compose queries: unnormalised image and text features (B, D), (B, D) -> normalised queries (B, D).
+
+    Attributes:
+        combining_function: what `--combining-function` calls it.
+        top_k: experts that a query goes to; 0 without a mixture.
+    """
+
+    combining_function = "combiner"
+    top_k: int = 0
+
+    @property
+    def has_router(self) -> bool:
+        """Whether a router sends queries to experts."""
+        return self.top_k > 0
+
+    @abstractmethod
+    def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """Unnormalised CLIP features (B, D), (B, D) -> normalised query (B, D)."""
+
+    @abstractmethod
+    def insight(self, image_features: Tensor, text_features: Tensor) -> Insight | None:
+        """What it does with queries (B, D), (B, D); None where there is nothing to see."""
+
+    def routed(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+        """The queries (B, D) and the router's logits (B, E); E is 0 without a mixture."""
+        queries = self(image_features, text_features)
+        return queries, queries.new_empty(len(queries), 0)
+
+
+class Sum(Composer):
+    """The normalised sum, which learns nothing."""
+
+    combining_function = "sum"
+
+    def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        return compose_sum(image_features, text_features)
+
+    def insight(self, image_features: Tensor, text_features: Tensor) -> None:
+        return None
 
 
 class RowDropout(nn.Dropout):
@@ -82,12 +133,12 @@ class SparseMoE(nn.Module):
         counts = (chosen.flatten().unsqueeze(1) == every).sum(0).tolist()  # the one wait for the device
         rows = (slots // self.top_k).split(counts)
         # Without strict, which the compiler of torch 2.6 does not know.
-        outputs = [expert(x[own]) for expert, own in zip(self.experts, rows) if len(own)]  # noqa: B905
+        outputs = [expert(x[its_rows]) for expert, its_rows in zip(self.experts, rows) if len(its_rows)]  # noqa: B905
         ungrouped = torch.cat(outputs)[slots.argsort()].unflatten(0, chosen.shape)  # (B, k, H)
         return (weights.unsqueeze(-1) * self.dropout(ungrouped)).sum(1)
 
 
-class Combiner(nn.Module):
+class Combiner(Composer):
     """The MoE Combiner: projections, self-attention over [text, image], sparse MoE, element-wise gate, residual.
 
     Raises:
@@ -104,17 +155,16 @@ class Combiner(nn.Module):
         self.image_projection_layer = _normed_projection(clip_dim, projection_dim)
         self.attn_layer = nn.MultiheadAttention(projection_dim, ATTENTION_HEADS, batch_first=True)
         self.attn_norm = nn.LayerNorm(projection_dim)
+        self.top_k = top_k
         self.moe_layer = SparseMoE(2 * projection_dim, hidden_dim, num_experts, top_k)
         self.output_layer = nn.Linear(hidden_dim, clip_dim)
         self.gate_net = _gate(2 * projection_dim, hidden_dim, clip_dim)
         self.dropout = RowDropout(0.5)
 
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """Unnormalised CLIP features (B, D), (B, D) -> normalised query (B, D)."""
         return self.routed(image_features, text_features)[0]
 
     def routed(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
-        """The query (B, D) and the router's logits (B, E)."""
         joint = self.joint(image_features, text_features)  # (B, 2P)
         logits = self.moe_layer.router(joint)  # (B, E)
         hidden = self.dropout(F.relu(self.moe_layer.mix(joint, logits)))  # (B, H)
@@ -131,21 +181,16 @@ class Combiner(nn.Module):
         return self.attn_norm(pair + attended).flatten(1)
 
     @torch.no_grad()
-    def router_logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """The router's logits (B, E) alone."""
-        return self.moe_layer.router(self.joint(image_features, text_features))
-
-    @torch.no_grad()
     def insight(self, image_features: Tensor, text_features: Tensor) -> Insight:
         """What the mixture and the gate do with queries."""
         joint = self.joint(image_features, text_features)
         logits = self.moe_layer.router(joint)
         values, chosen = logits.topk(self.moe_layer.top_k, dim=-1)
         weights = torch.zeros_like(logits).scatter(1, chosen, values.softmax(-1))
-        return Insight(weights, torch.sigmoid(self.gate_net(joint)).mean(1))
+        return Insight(experts=weights, gate=torch.sigmoid(self.gate_net(joint)).mean(1))
 
 
-class PlainCombiner(nn.Module):
+class PlainCombiner(Composer):
     """CLIP4Cir's Combiner: projections, one hidden layer, a scalar that balances text and image (arXiv 2308.11485)."""
 
     def __init__(self, clip_dim: int, projection_dim: int, hidden_dim: int) -> None:
@@ -158,7 +203,6 @@ class PlainCombiner(nn.Module):
         self.dropout = RowDropout(0.5)
 
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """Unnormalised CLIP features (B, D), (B, D) -> normalised query (B, D)."""
         joint = self.joint(image_features, text_features)  # (B, 2P)
         hidden = self.dropout(F.relu(self.combiner_layer(joint)))  # (B, H)
         scalar = torch.sigmoid(self.dynamic_scalar(joint))  # (B, 1)
@@ -175,7 +219,8 @@ class PlainCombiner(nn.Module):
     def insight(self, image_features: Tensor, text_features: Tensor) -> Insight:
         """What the scalar does with queries."""
         joint = self.joint(image_features, text_features)
-        return Insight(joint.new_empty(len(joint), 0), torch.sigmoid(self.dynamic_scalar(joint)).squeeze(1))
+        scalar = torch.sigmoid(self.dynamic_scalar(joint)).squeeze(1)  # (B,)
+        return Insight(experts=joint.new_empty(len(joint), 0), gate=scalar)
 
 
 def _normed_projection(clip_dim: int, projection_dim: int) -> nn.Sequential:
@@ -186,10 +231,7 @@ def _gate(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), RowDropout(0.5), nn.Linear(hidden_dim, out_dim))
 
 
-COMBINER_TYPES = ("moe", "clip4cir")
-
-
-def build_combiner(settings: dict) -> nn.Module:
+def build_combiner(settings: Mapping[str, Any]) -> Composer:
     """A Combiner with fresh weights from the settings that `combiner_settings` reads back from a checkpoint."""
     sizes = {name: settings[name] for name in ("clip_dim", "projection_dim", "hidden_dim")}
     if settings["combiner_type"] == "clip4cir":
@@ -197,16 +239,18 @@ def build_combiner(settings: dict) -> nn.Module:
     return Combiner(**sizes, num_experts=settings["num_experts"], top_k=settings["top_k"])
 
 
-def combiner_settings(checkpoint: dict, path: Path) -> dict[str, str | int | None]:
-    """Kind, sizes, experts and k of a stage-2 checkpoint.
+def combiner_settings(state: Mapping[str, Tensor], config: Mapping[str, Any], path: Path) -> Settings:
+    """Kind, sizes, experts and k of a Combiner.
 
-    They are told from its weights; k, which weights cannot tell, from its stored configuration, else the original's 2.
+    Its weights tell them; k, which weights cannot tell, is that of its configuration, else the original's 2.
+
+    Args:
+        config: the configuration stored beside the weights, flat; empty where there is none.
 
     Raises:
         UserError: the weights are those of no Combiner known here.
     """
     try:
-        state = checkpoint["Combiner"]
         is_moe = "moe_layer.router.weight" in state
         clip_dim, hidden_dim = state["output_layer.weight"].shape
         joint_dim = state["gate_net.0.weight" if is_moe else "combiner_layer.weight"].shape[1]  # 2P
@@ -216,37 +260,40 @@ def combiner_settings(checkpoint: dict, path: Path) -> dict[str, str | int | Non
             "projection_dim": joint_dim // 2,
             "hidden_dim": hidden_dim,
             "num_experts": len(state["moe_layer.router.weight"]) if is_moe else None,
-            "top_k": int(checkpoint.get("config", {}).get("top_k", ORIGINAL_TOP_K)) if is_moe else None,
+            "top_k": int(config.get("top_k", ORIGINAL_TOP_K)) if is_moe else None,
         }
     except (KeyError, AttributeError, IndexError, TypeError, ValueError):
         raise UserError(f"--combiner-path {path} holds the weights of no Combiner known here: name another") from None
 
 
-def load_combiner(checkpoint: dict, path: Path, wanted: dict[str, str | int | None], clip_dim: int) -> nn.Module:
+def load_combiner(
+    state: Mapping[str, Tensor], config: Mapping[str, Any], path: Path, *, wanted: CombinerChoice, clip_dim: int
+) -> Composer:
     """The Combiner of a checkpoint, in eval mode.
 
     Args:
-        checkpoint: what `load_tensors` gave for path.
-        wanted: sizes and kind given by the user, by the names of their flags; None where silent.
+        state: its weights.
+        config: see `combiner_settings`.
+        path: the checkpoint's file, which errors name.
+        wanted: what flags say of it.
         clip_dim: feature length D of the CLIP beside it.
 
     Raises:
         UserError: a wanted value, or the CLIP, disagrees with the checkpoint; both values are named.
     """
-    found = combiner_settings(checkpoint, path)
-    for name, value in wanted.items():
-        if value is not None and value != found[name]:
-            flag = "--" + name.replace("_", "-")
-            has = "none" if found[name] is None else found[name]
-            raise UserError(f"{flag} {value} disagrees with {path}, which has {has}: leave the flag out")
-    if found["clip_dim"] != clip_dim:
+    settings = combiner_settings(state, config, path)
+    for name, value in dataclasses.asdict(wanted).items():
+        if value is not None and value != settings[name]:
+            has = "none" if settings[name] is None else settings[name]
+            raise UserError(f"{flag(name)} {value} disagrees with {path}, which has {has}: leave the flag out")
+    if settings["clip_dim"] != clip_dim:
         raise UserError(
-            f"--combiner-path {path} was trained on features of length {found['clip_dim']}, but --clip-model-name "
+            f"--combiner-path {path} was trained on features of length {settings['clip_dim']}, but --clip-model-name "
             f"gives {clip_dim}: name the CLIP it was trained with"
         )
-    combiner = build_combiner(found)
+    combiner = build_combiner(settings)
     try:
-        combiner.load_state_dict(checkpoint["Combiner"])
+        combiner.load_state_dict(state)
     except RuntimeError:
         raise UserError(f"--combiner-path {path} has missing or misshapen weights: train or copy it again") from None
     return combiner.eval()

@@ -7,29 +7,38 @@ and standard deviation. Intervals are paired bootstrap intervals over the querie
 """
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
 from benchmarks import BENCHMARKS, PROTOCOLS, Benchmark
-from benchmarks.metrics import mean_and_spread, shown
-from cli.options import fraction, in_any_case, positive_int, seed_int
+from benchmarks.metrics import mean_and_deviation, shown
+from cli.options import add_protocol, add_seed, fraction, positive_int
 from evaluation.comparison import Column, intervals, read_columns, unlike
-from utils import UserError, command
+from utils import UserError, command, two_decimals
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resampling:
+    """How intervals are made."""
+
+    resamples: int
+    confidence: float
+    seed: int
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of a comparison."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+", metavar="RESULT", help="written by validate.py --metrics-json")
-    parser.add_argument("--protocol", type=in_any_case(PROTOCOLS), choices=list(PROTOCOLS), help="(default: all)")
+    add_protocol(parser, help="(default: all)")
     parser.add_argument("--confidence", type=fraction, default=0.95, help="(default: 0.95)")
     parser.add_argument("--resamples", type=positive_int, default=10_000, help="(default: 10000)")
-    parser.add_argument("--seed", type=seed_int, default=0, help="of the resampling")
+    add_seed(parser, help="of the resampling")
     return parser.parse_args(argv)
 
 
-def shared_protocols(columns: list[Column], wanted: str | None) -> list[str]:
+def shared_protocols(columns: Sequence[Column], wanted: str | None) -> list[str]:
     """The protocols that the first column and another one were measured under, or the first's where it is alone."""
     base, *others = columns
     names = [name for name in PROTOCOLS if wanted in (None, name) and base.has(name)]
@@ -46,22 +55,35 @@ def cells(benchmark: Benchmark, column: Column, protocol: str) -> dict[str, str]
 
 
 def differences(
-    benchmark: Benchmark, base: Column, other: Column, protocol: str, **resampling: float
+    benchmark: Benchmark, base: Column, other: Column, protocol: str, *, resampling: Resampling
 ) -> dict[str, str]:
     """Title -> difference of the means with its interval."""
-    bounds = intervals(benchmark, base, other, protocol, **resampling)
-    found = {}
+    bounds = intervals(
+        benchmark,
+        base,
+        other,
+        protocol,
+        resamples=resampling.resamples,
+        confidence=resampling.confidence,
+        seed=resampling.seed,
+    )
+    table = {}
     for metric, title in benchmark.titles.items():
-        before, after = (mean_and_spread(column.values(protocol, metric))[0] for column in (base, other))
+        before, _ = mean_and_deviation(base.values(protocol, metric))
+        after, _ = mean_and_deviation(other.values(protocol, metric))
         low, high = bounds[metric]
-        found[title] = f"{after - before:+.2f} [{low:+.2f}, {high:+.2f}]"
-    return found
+        difference, lowest, highest = (two_decimals(value, "+") for value in (after - before, low, high))
+        table[title] = f"{difference} [{lowest}, {highest}]"
+    return table
 
 
-def print_protocol(benchmark: Benchmark, columns: list[Column], protocol: str, **resampling: float) -> None:
+def print_protocol(benchmark: Benchmark, columns: Sequence[Column], protocol: str, *, resampling: Resampling) -> None:
     """One table: metrics by columns, and beside each column its difference from the first; notes below."""
+    import pandas as pd
+
     base, *others = columns
-    table, notes = {base.label: cells(benchmark, base, protocol)}, []
+    table = {base.label: cells(benchmark, base, protocol)}
+    notes = []
     if mixed := unlike(base, base, protocol):
         notes.append(f"the seeds of {base.label} have different {', different '.join(mixed)}: no fair mean")
     for other in others:
@@ -74,7 +96,7 @@ def print_protocol(benchmark: Benchmark, columns: list[Column], protocol: str, *
         if reasons:
             notes.append(f"* {other.label} has other {', other '.join(reasons)} than {base.label}: no fair comparison")
         if "queries" not in reasons:
-            table[f"{label} - {base.label}"] = differences(benchmark, base, other, protocol, **resampling)
+            table[f"{label} - {base.label}"] = differences(benchmark, base, other, protocol, resampling=resampling)
     about = PROTOCOLS[protocol]
     result = base.results[0]
     print(f"\n{result['dataset']} {result['split']}, {protocol}: gallery {about.gallery}, reference {about.reference}")
@@ -90,9 +112,9 @@ def main(argv: list[str] | None = None) -> None:
     columns = read_columns(args.files)
     protocols = shared_protocols(columns, args.protocol)
     benchmark = BENCHMARKS[columns[0].results[0]["dataset"]](Path())
-    resampling = {"resamples": args.resamples, "confidence": args.confidence, "seed": args.seed}
+    resampling = Resampling(resamples=args.resamples, confidence=args.confidence, seed=args.seed)
     for protocol in protocols:
-        print_protocol(benchmark, columns, protocol, **resampling)
+        print_protocol(benchmark, columns, protocol, resampling=resampling)
     for column in columns:
         if len(column.results) > 1:
             print(f"\n{column.label}: mean ± standard deviation of {len(column.results)} seeds")

@@ -2,11 +2,9 @@
 
 import functools
 import re
-import struct
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from PIL import Image
@@ -16,12 +14,9 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILTo
 from torchvision.transforms import functional as F
 
 from runtime import interruption
+from runtime.image_files import decoded
 from utils import UserError, first_line
 
-# What Pillow's decoders raise on damaged files.
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError, struct.error, zlib.error)
-DECODING_ERRORS += (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
-LONGEST_SIDE = 18_000  # pixels of an image; squared it is about twice what Pillow decodes
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -51,9 +46,6 @@ class TargetPad:
         return F.pad(image, padding, 0, "constant")
 
 
-TRANSFORMS = ("clip", "squarepad", "targetpad")
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode of PIL to RGB."""
     return image.convert("RGB")
@@ -69,16 +61,17 @@ def make_preprocess(transform: str, target_ratio: float, resolution: int) -> Com
         target_ratio: longest to shortest side that targetpad leaves alone.
         resolution: pixels, the model's input resolution.
     """
-    padding = {"clip": [], "squarepad": [SquarePad()], "targetpad": [TargetPad(target_ratio)]}[transform]
-    return Compose(
-        [
-            *padding,
-            Resize(resolution, interpolation=InterpolationMode.BICUBIC),
-            CenterCrop(resolution),
-            to_rgb,
-            PILToTensor(),
-        ]
-    )
+    steps: list[Callable[[Any], Any]] = [
+        Resize(resolution, interpolation=InterpolationMode.BICUBIC),
+        CenterCrop(resolution),
+        to_rgb,
+        PILToTensor(),
+    ]
+    if transform == "squarepad":
+        steps.insert(0, SquarePad())
+    elif transform == "targetpad":
+        steps.insert(0, TargetPad(target_ratio))
+    return Compose(steps)
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -95,34 +88,6 @@ def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 Reader = Callable[[Path], Tensor]  # image file -> preprocessed bytes (3, R, R)
-
-
-def decoded(file: Path | BinaryIO, formats: Sequence[str] | None = None, side: int | None = None) -> Image.Image:
-    """An image with its pixels, as it was saved.
-
-    Args:
-        formats: those of Pillow that it may have; None for all.
-        side: pixels that its shorter side needs at least, where that makes decoding faster.
-
-    Raises:
-        PIL.UnidentifiedImageError: it is none.
-        PIL.Image.DecompressionBombError: it has too many pixels, or so long a side that padding takes gigabytes.
-        OSError: it is damaged.
-    """
-    try:
-        with Image.open(file, formats=formats) as image:
-            if max(image.size) > LONGEST_SIDE:
-                raise Image.DecompressionBombError(
-                    f"{image.width} x {image.height}, a side above {LONGEST_SIDE:,} pixels"
-                )
-            if side:
-                image.draft("RGB", (side, side))
-            image.load()
-            return image
-    except OSError:
-        raise
-    except DECODING_ERRORS as error:
-        raise OSError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def load_image(path: Path, preprocess: Compose, opened: Callable[[Path], Image.Image] = decoded) -> Tensor:
@@ -148,16 +113,20 @@ class ImageDataset(Dataset):
         return self.read(self.paths[row])
 
 
-class ReadableImages(ImageDataset):
+class ReadableImages(Dataset):
     """Preprocessed images and whether each could be read, item i is (3, R, R) uint8 and () bool; others are black."""
 
     def __init__(self, paths: list[Path], read: Reader, resolution: int) -> None:
-        super().__init__(paths, read)
+        self.paths = paths
+        self.read = read
         self.resolution = resolution
+
+    def __len__(self) -> int:
+        return len(self.paths)
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
         try:
-            return super().__getitem__(row), torch.tensor(True)
+            return self.read(self.paths[row]), torch.tensor(True)
         except UserError:
             return torch.zeros(3, self.resolution, self.resolution, dtype=torch.uint8), torch.tensor(False)
 

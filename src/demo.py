@@ -12,12 +12,14 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from benchmarks.metrics import shown
 from cli.options import seed_int
 from utils import PROJECT_ROOT, UserError, command
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS = {
     "FashionIQ": {"R@10": "average_recall_at10", "R@50": "average_recall_at50", "mean": "average_recall"},
@@ -75,7 +77,7 @@ class Demo:
         self.run("validate.py", "--dataset", dataset, *flags, *where)
         return file
 
-    def benchmark(self, dataset: str, best_clip: str, best_combiner: str) -> tuple[pd.DataFrame, list[str | Path]]:
+    def benchmark(self, dataset: str, best_clip: str, best_combiner: str) -> tuple["pd.DataFrame", list[str | Path]]:
         """Train and validate all methods on a benchmark; returns the table, and the flags of the last MoE pair."""
         clip_name = ["--clip-model-name", self.folder / "data" / "tiny_clip_vit.pt"]
         by_sum = ["--combining-function", "sum"]
@@ -116,8 +118,10 @@ def recall(submission: dict[str, list[str]], answers: dict[str, str], k: int) ->
     return 100 * statistics.fmean(answer in submission[pair_id][:k] for pair_id, answer in answers.items())
 
 
-def table(results: dict[str, list[dict[str, float]]], columns: dict[str, str]) -> pd.DataFrame:
+def table(results: dict[str, list[dict[str, float]]], columns: dict[str, str]) -> "pd.DataFrame":
     """Methods by metrics, as text: the value, or mean and standard deviation over seeds."""
+    import pandas as pd
+
     cells = {
         method: {title: shown([metrics[name] for metrics in runs]) for title, name in columns.items()}
         for method, runs in results.items()
@@ -137,6 +141,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the demo and print its tables."""
     args = parse(argv)
+
+    import pandas as pd
+
     folder = Path(os.path.relpath(args.output_dir, PROJECT_ROOT))
     os.chdir(PROJECT_ROOT)  # where the commands are typed
     demo = Demo(folder, args.seeds)

@@ -14,17 +14,21 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 
-from cli import options, startup
+from cli import options
+from cli.startup import check_files, pick_device
 from image_search.dialogue import MOST_BYTES, Dialogue
+from image_search.manifest import check_index
 from image_search.photos import KINDS, thumbnail
-from image_search.searcher import Searcher, load_searcher
 from reports import pages
 from reports.sheets import shares
 from utils import UserError, command, first_line
+
+if TYPE_CHECKING:
+    from image_search.searcher import Searcher
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +53,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("page")
     group.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for other machines (default: 127.0.0.1)")
     group.add_argument("--port", type=options.port, default=7860, help="(default: 7860)")
-    group.add_argument("--k", type=options.positive_int, default=12, help="answers (default: 12)")
+    options.add_k(group, default=12)
     return parser.parse_args(argv)
 
 
@@ -66,7 +70,7 @@ def history(dialogue: Dialogue) -> str:
     """The steps so far, in HTML."""
     lines = []
     for step in dialogue.steps:
-        picture = pages.data_url(pages.thumbnail(thumbnail(step.reference, 80), 80), "image/jpeg")
+        picture = pages.data_url(pages.jpeg(thumbnail(step.reference, 80), 80), "image/jpeg")
         asked = pages.text(f"“{step.text}”" if step.found else "")
         lines.append(f'<li><img src="{picture}" alt="{pages.text(step.reference.name)}">{asked}</li>')
     return f'<ol class="steps">{"".join(lines)}</ol>' if lines else "<p>Choose an image below, or upload one.</p>"
@@ -145,7 +149,7 @@ def lay_out(gradio: Any) -> Parts:
     return Parts(**parts)
 
 
-def wire(gradio: Any, page: Any, parts: Parts, searcher: Searcher, k: int) -> None:
+def wire(gradio: Any, page: Any, parts: Parts, searcher: "Searcher", k: int) -> None:
     """Let the components change the dialogue of the user who touches them. What is typed stays until it was asked."""
     stays = gradio.skip()
 
@@ -186,7 +190,7 @@ def wire(gradio: Any, page: Any, parts: Parts, searcher: Searcher, k: int) -> No
     parts.undo.click(safely(Dialogue.undo), own, parts.outputs)
 
 
-def build(searcher: Searcher, k: int) -> Any:
+def build(searcher: "Searcher", k: int) -> Any:
     """The page, with handlers for a searcher that answers k images."""
     gradio = import_gradio()
     with gradio.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
@@ -207,10 +211,14 @@ def launch(page: Any, host: str, port: int, **more: Any) -> Any:
 def main(argv: list[str] | None = None) -> None:
     """Serve the page until it is stopped."""
     args = parse(argv)
+    check_files(args)
+    check_index(args.index)
     import_gradio()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # of Gradio's own start
-    device = startup.pick_device(args.device)
-    searcher = load_searcher(args.index, options.pair_choice(args), device)
+
+    from image_search.searcher import load_searcher
+
+    searcher = load_searcher(args.index, options.pair_choice(args), pick_device(args.device))
     with tempfile.TemporaryDirectory() as uploads:  # what is uploaded goes when the page does
         os.environ["GRADIO_TEMP_DIR"] = uploads
         page = build(searcher, args.k)

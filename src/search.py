@@ -12,20 +12,23 @@ import argparse
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from cli import options, startup
-from image_search import vectors
-from image_search.image_index import as_made, manifest, update_index
-from image_search.photos import find_images, opened, thumbnail
-from image_search.searcher import Found, load_searcher
-from models.configuration import read_checkpoint, settle
-from models.encoder import load_encoder
-from reports import pages
-from reports.sheets import results_page, shares
+from cli import options
+from cli.startup import check_files, pick_device
+from image_search.manifest import as_made, check_index, read_manifest
+from models.configuration import Checkpoint, read_checkpoint, settle
+from runtime.choices import INDEX_KINDS, ClipChoice
 from runtime.files import check_file_writable, check_writable, write_text
 from runtime.interruption import listening
 from utils import Stopped, UserError, command
+
+if TYPE_CHECKING:
+    from image_search.image_index import Update
+    from image_search.photos import FoundImages
+    from image_search.searcher import Found
 
 logger = logging.getLogger(__name__)
 
@@ -45,23 +48,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     index.add_argument("--output", type=Path, required=True, metavar="INDEX", help="a folder for the index")
     index.add_argument(
         "--index-type",
-        choices=vectors.KINDS,
+        choices=INDEX_KINDS,
         help="flat is exact, the others are for large galleries (default: as it is, flat for a new one)",
     )
-    index.add_argument("--clip-bs", type=options.positive_int, default=32, help="batch size of CLIP (default: 32)")
+    options.add_clip_batch_size(index, help="batch size of CLIP (default: 32)")
     query = commands.add_parser(
         "query", parents=[*options.search_flags(), *clip, options.compute_flags(False)], help="ask an index"
     )
     query.add_argument("--image", type=Path, required=True, metavar="REF", help="the reference")
     query.add_argument("--text", required=True, help="what to change")
-    query.add_argument("--k", type=options.positive_int, default=10, help="answers (default: 10)")
+    options.add_k(query, default=10)
     how = query.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print the answers as JSON")
     how.add_argument("--html", type=Path, metavar="FILE", help="write a page of them")
     return parser.parse_args(argv)
 
 
-def chosen_folders(held: list[str], named: list[Path], forgotten: list[Path], output: Path) -> list[Path]:
+def chosen_folders(held: Sequence[str], named: Sequence[Path], forgotten: Sequence[Path], output: Path) -> list[Path]:
     """The folders that an index is to hold: those it has already and those that are named, but for forgotten ones."""
     gone = {path.resolve() for path in forgotten}
     for path in sorted(gone - set(map(Path, held))):
@@ -76,69 +79,116 @@ def chosen_folders(held: list[str], named: list[Path], forgotten: list[Path], ou
 
 def make_index(args: argparse.Namespace) -> None:
     """Encode what is new, and say what was done."""
+    from image_search.photos import find_images
+
+    check_files(args)
     check_writable({"--output": args.output})
-    vectors.import_faiss()
-    earlier = manifest(args.output) or {}
+    earlier = read_manifest(args.output) or {}
     folders = chosen_folders(earlier.get("folders", []), args.images, args.forget, args.output)
     images = find_images(folders)
-    kind = args.index_type or earlier.get("kind", "flat")
-    device = startup.pick_device(args.device)
-    choice, path = as_made(earlier, options.clip_choice(args), args.clip_model_path)
+    clip, path = as_made(earlier, options.clip_choice(args), args.clip_model_path)
     tuned = read_checkpoint("--clip-model-path", path, "CLIP")
-    settings = settle(choice, [tuned])
-    encoder = load_encoder(settings, tuned, device, args.num_workers, args.clip_bs, opened)
-    pair = settings | {"clip_model_path": str(tuned.path.resolve()) if tuned else None}
+    settled = settle(clip, [tuned])
+    kind = args.index_type or earlier.get("kind", "flat")
+    update = encode_images(args, folders, images, clip=settled, tuned=tuned, kind=kind)
+    report(args.output, update, images)
+
+
+def encode_images(
+    args: argparse.Namespace,
+    folders: Sequence[Path],
+    images: "FoundImages",
+    *,
+    clip: ClipChoice,
+    tuned: Checkpoint | None,
+    kind: str,
+) -> "Update":
+    """Bring the index up to date with a CLIP."""
+    from image_search.image_index import update_index
+    from image_search.photos import opened
+    from image_search.vectors import import_faiss
+    from models.encoder import load_encoder
+
+    import_faiss()
+    device = pick_device(args.device)
+    encoder = load_encoder(clip, tuned, device, workers=args.num_workers, batch_size=args.clip_bs, opened=opened)
+    pair = {**dataclasses.asdict(clip), "clip_model_path": str(tuned.path.resolve()) if tuned else None}
     with listening() as stop:
         encoder = dataclasses.replace(encoder, between=stop.check)
         try:
-            done = update_index(args.output, folders, images.paths, encoder, kind, pair)
+            return update_index(args.output, folders, images.paths, encoder, kind=kind, pair=pair)
         except Stopped as stopped:
             raise Stopped(stopped.signal, "what was encoded is kept: go on with the same command") from None
-    for reason in [*done.unreadable.values(), *(f"{file}: {why}" for file, why in images.left_out.items())]:
+
+
+def report(folder: Path, update: "Update", images: "FoundImages") -> None:
+    """Say what was left out and why, how many images there are, and how much of the exact answer the index finds."""
+    for reason in update.unreadable.values():
         logger.warning("left out: %s", reason)
+    for file, reason in images.left_out.items():
+        logger.warning("left out: %s: %s", file, reason)
     for ending, count in sorted(images.skipped.items()):
         logger.warning("left out: %d files %s, which are not read: convert them to .jpg or .png", count, ending)
-    left_out = len(done.unreadable) + len(images.left_out)
-    print(f"{args.output}: {done.added} images added, {done.kept} kept, {done.removed} removed, ", end="")
-    print(f"{left_out} left out that cannot be read")
-    report = (manifest(args.output) or {}).get("recall against exact")
-    if report:
-        print(f"recall@{report['k']} against exact: {report['recall']:.3f} over {report['queries']} queries")
+    left_out = len(update.unreadable) + len(images.left_out)
+    print(
+        f"{folder}: {update.added} images added, {update.kept} kept, {update.removed} removed, "
+        f"{left_out} left out that cannot be read"
+    )
+    recall = (read_manifest(folder) or {}).get("recall against exact")
+    if recall:
+        print(f"recall@{recall['k']} against exact: {recall['recall']:.3f} over {recall['queries']} queries")
 
 
 def ask(args: argparse.Namespace) -> None:
     """Answer a query."""
+    check_files(args)
     check_file_writable({"--html": args.html})
-    device = startup.pick_device(args.device)
-    searcher = load_searcher(args.index, options.pair_choice(args), device)
+    check_index(args.index)
     if not args.text.strip():
         raise UserError("--text is empty: say what to change")
+
+    from image_search.searcher import load_searcher
+
+    searcher = load_searcher(args.index, options.pair_choice(args), pick_device(args.device))
     found = searcher.search(searcher.reference_features(args.image), args.text, args.k)
     if found.note:
         logger.warning("note: %s", found.note)
     if args.json:
         print(json.dumps(as_json(found), indent=1))
     elif args.html:
-        answers = [(str(path), similarity) for path, similarity in found.answers]
-        shown = {name: thumbnail(Path(name), SIDE) for name in (str(args.image), *(name for name, _ in answers))}
-        small = {name: pages.thumbnail(image, SIDE) for name, image in shown.items()}
-        write_text(args.html, results_page(args.text, str(args.image), answers, about(found), small))
-        logger.info("%s: %d images", args.html, len(answers))
+        write_page(args.html, args.image, args.text, found)
     else:
         for place, (path, similarity) in enumerate(found.answers, start=1):
             print(f"{place:4} {similarity:.4f} {path}")
 
 
-def as_json(found: Found) -> dict:
+def write_page(file: Path, reference: Path, text: str, found: "Found") -> None:
+    """Write the answers as a page of its own."""
+    from image_search.photos import thumbnail
+    from reports.pages import jpeg
+    from reports.sheets import results_page
+
+    answers = [(str(path), similarity) for path, similarity in found.answers]
+    names = [str(reference), *(name for name, _ in answers)]
+    thumbnails = {name: jpeg(thumbnail(Path(name), SIDE), SIDE) for name in names}
+    write_text(file, results_page(text, str(reference), answers, about=about(found), thumbnails=thumbnails))
+    logger.info("%s: %d images", file, len(answers))
+
+
+def as_json(found: "Found") -> dict[str, Any]:
     """What was found, in plain types."""
     answers = [{"image": str(path), "similarity": round(similarity, 6)} for path, similarity in found.answers]
     return {"answers": answers, "gate": found.gate, "experts": found.experts, "note": found.note}
 
 
-def about(found: Found) -> str:
+def about(found: "Found") -> str:
     """What the Combiner did, in a line."""
+    from reports.sheets import shares
+
     parts = [found.note] if found.note else []
-    parts += [f"{name} {share:.2f}" for name, share in shares(found.gate, found.experts).items() if share]
+    for name, share in shares(found.gate, found.experts).items():
+        if share:
+            parts.append(f"{name} {share:.2f}")
     return "; ".join(parts)
 
 
@@ -146,7 +196,10 @@ def about(found: Found) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Index or ask."""
     args = parse(argv)
-    {"index": make_index, "query": ask}[args.command](args)
+    if args.command == "index":
+        make_index(args)
+    else:
+        ask(args)
 
 
 if __name__ == "__main__":

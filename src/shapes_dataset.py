@@ -17,8 +17,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from cli.options import positive_int, seed_int
-from models.clip_model import write_tiny_clip
+from cli.options import add_seed, positive_int
 from runtime.files import check_writable, write_text
 from utils import UserError, command
 
@@ -152,7 +151,7 @@ def outline(shape: str) -> list[tuple[float, float]]:
         turns = [(i * math.pi / 5, 1.0 if i % 2 == 0 else 0.45) for i in range(10)]
         return [(r * math.sin(a), -r * math.cos(a)) for a, r in turns]
     arm = 0.33
-    corners = {
+    corners: dict[str, list[tuple[float, float]]] = {
         "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
         "triangle": [(0, -1), (1, 0.9), (-1, 0.9)],
         "bar": [(-1, -0.4), (1, -0.4), (1, 0.4), (-1, 0.4)],
@@ -226,7 +225,8 @@ def draw_cirr(root: Path, groups: dict[str, int], seed: int) -> None:
     for split, count in groups.items():
         rng = random.Random(f"{seed} {split}")
         prefix = {"train": "train", "val": "dev", "test1": "test1"}[split]
-        paths, entries = {}, []
+        paths: dict[str, str] = {}
+        entries = []
         for group in range(count):
             scenes, queries = draw_group(rng)
             members = [f"{prefix}-{group}-0-img{i}" for i in range(6)]
@@ -253,7 +253,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the drawing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="the data root to be")
-    parser.add_argument("--seed", type=seed_int, default=0)
+    add_seed(parser)
     parser.add_argument("--train-triplets", type=positive_int, default=1200, help="FashionIQ, a category")
     parser.add_argument("--val-triplets", type=positive_int, default=200, help="FashionIQ, a category")
     parser.add_argument("--train-groups", type=positive_int, default=360, help="CIRR, ten triplets each")
@@ -272,6 +272,9 @@ def main(argv: list[str] | None = None) -> None:
     draw_cirr(
         args.output_dir, {"train": args.train_groups, "val": args.val_groups, "test1": args.val_groups}, args.seed
     )
+
+    from models.clip_model import write_tiny_clip
+
     for kind in ("vit", "resnet"):
         write_tiny_clip(args.output_dir / f"tiny_clip_{kind}.pt", kind, args.seed)
     logger.info("drawn in %s: fashionIQ_dataset/, cirr_dataset/, test1_answers.json, two tiny CLIPs", args.output_dir)

@@ -1,4 +1,4 @@
-"""Ground floor: errors for the user, seed, logging, and files that are whole or not there."""
+"""Ground floor: errors for the user, what wraps a script, seed, and how flags and numbers are spelled."""
 
 import functools
 import logging
@@ -6,8 +6,6 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,7 +25,7 @@ class DiskError(UserError):
 
 
 class Stopped(BaseException):
-    """A signal asked a training to stop, and what is needed to go on with it is on disk.
+    """A signal asked a training to stop, and everything needed to go on with it is on disk.
 
     Attributes:
         signal: its name.
@@ -36,7 +34,8 @@ class Stopped(BaseException):
 
     def __init__(self, signal: str, remedy: str = "nothing was trained yet: start it again with the same command"):
         super().__init__(signal, remedy)
-        self.signal, self.remedy = signal, remedy
+        self.signal = signal
+        self.remedy = remedy
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
@@ -51,7 +50,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             print(f"{script}: error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
-        except torch.OutOfMemoryError as error:
+        except out_of_memory_errors() as error:
             remedy = "lower --batch-size, --micro-batch-size or --similarity-block, or use --gradient-checkpointing"
             print(f"{script}: error: the GPU's memory is full ({first_line(error)[:80]}): {remedy}", file=sys.stderr)
             raise SystemExit(2) from None
@@ -65,12 +64,31 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def out_of_memory_errors() -> tuple[type[BaseException], ...]:
+    """What a full GPU raises; nothing where torch was not needed so far, and is not loaded just to ask."""
+    error = getattr(sys.modules.get("torch"), "OutOfMemoryError", None)
+    return (error,) if error else ()
+
+
 def seed_everything(seed: int) -> None:
     """Seed python and torch (all devices)."""
+    import torch
+
     random.seed(seed)
     torch.manual_seed(seed)
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def flag(name: str) -> str:
+    """A flag as it is typed, from the name that its value has: "clip_bs" -> "--clip-bs"."""
+    return "--" + name.replace("_", "-")
+
+
+def two_decimals(value: float, sign: str = "") -> str:
+    """A metric as every table, log and page shows it; a difference of metrics with the sign "+"."""
+    return f"{value:{sign}.2f}"

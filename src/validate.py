@@ -5,32 +5,32 @@
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
-import pandas as pd
-
-from benchmarks import PROTOCOLS, Benchmark, Protocol
-from cli import options, startup
-from evaluation.rankings_file import make_records, write_rankings
-from evaluation.result_file import make_result, write_result
-from evaluation.retrieval import choose_protocols, explain_all, rank_all
-from models.pair import load_and_freeze
-from runtime import distributed
+from benchmarks import Benchmark, Protocol
+from benchmarks.protocols import choose_protocols
+from cli import options
+from cli.startup import check_annotations, check_files, command_line, open_benchmark, pick_device
 from runtime.files import check_file_writable
-from utils import command
+from utils import command, two_decimals
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of a validation."""
-    parents = [options.dataset_flag(), options.pair_flags(), options.combiner_flags(trains=False)]
-    parents += [options.tuned_clip_flag(), options.clip_flags(), options.machine_flags()]
+    parents = [
+        options.dataset_flag(),
+        options.pair_flags(),
+        options.combiner_flags(trains=False),
+        options.tuned_clip_flag(),
+        options.clip_flags(),
+        options.machine_flags(),
+    ]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
     group = parser.add_argument_group("results")
-    group.add_argument(
-        "--protocol",
+    options.add_protocol(
+        group,
         nargs="+",
-        type=options.in_any_case(PROTOCOLS),
-        choices=list(PROTOCOLS),
         help="gallery (all of the split, or the references and targets alone) and reference (default: all that apply)",
     )
     group.add_argument("--metrics-json", type=Path, metavar="FILE", help="write the metrics and how they came about")
@@ -39,38 +39,59 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def table(benchmark: Benchmark, measured: dict[Protocol, dict[str, float]]) -> str:
-    """Protocols by metrics, as text."""
-    rows = {
-        p.name: {title: metrics[name] for name, title in benchmark.titles.items()} for p, metrics in measured.items()
-    }
-    return pd.DataFrame.from_dict(rows, orient="index").to_string(float_format="%.2f")
+def print_metrics(benchmark: Benchmark, measured: Mapping[Protocol, Mapping[str, float]]) -> None:
+    """The metrics of the first protocol, one `name = value` a line, then a table of all: protocols by metrics."""
+    import pandas as pd
+
+    first = next(iter(measured.values()))
+    for name, value in first.items():
+        print(f"{name} = {value}")
+    rows = {}
+    for protocol, metrics in measured.items():
+        rows[protocol.name] = {title: metrics[name] for name, title in benchmark.titles.items()}
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    print(f"\n{table.to_string(float_format=two_decimals)}")
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Print the metrics of the first protocol, one `name = value` a line, then a table of all."""
+    """Measure, print, and write what the flags ask for."""
     args = parse(argv)
-    device = startup.pick_device(args.device)
+    check_files(args)
     check_file_writable({"--metrics-json": args.metrics_json, "--rankings": args.rankings})
-    benchmark, reasons = startup.open_benchmark(args)
-    protocols = choose_protocols(args.protocol, benchmark)
+    benchmark, reasons = open_benchmark(args)
+    protocols = choose_protocols(args.protocol, benchmark.protocols, benchmark.name)
+    check_annotations(benchmark, [benchmark.val_split])
     val = benchmark.val()
-    pair, frozen = load_and_freeze(benchmark, val, device, **options.pair_choice(args))
-    rankings = rank_all(frozen, pair.compose, protocols, args.rankings_k if args.rankings else 0, args.similarity_block)
+
+    from evaluation.rankings_file import make_records, write_rankings
+    from evaluation.result_file import make_result, write_result
+    from evaluation.retrieval import explain_all, rank_all
+    from models.encoder import versions
+    from models.pair import load_and_freeze
+    from runtime import distributed
+
+    device = pick_device(args.device)
+    pair, frozen = load_and_freeze(benchmark, val, device, options.pair_choice(args))
+    k = args.rankings_k if args.rankings else 0
+    rankings = rank_all(frozen, pair.compose, protocols, k=k, block=args.similarity_block)
     if distributed.is_main():
-        measured = {protocol: benchmark.metrics(of_split) for protocol, of_split in rankings.items()}
-        for name, value in measured[protocols[0]].items():
-            print(f"{name} = {value}")
-        print(f"\n{table(benchmark, measured)}")
-        if args.metrics_json or args.rankings:
-            typed = startup.command_line("validate.py", argv)
-            result = make_result(benchmark, val, rankings, pair.describe(), reasons, typed)
-            if args.metrics_json:
-                write_result(args.metrics_json, result)
-            if args.rankings:
-                records = make_records(benchmark, val, rankings, explain_all(frozen, pair.compose))
-                write_rankings(args.rankings, result, records)
+        print_metrics(benchmark, {protocol: benchmark.metrics(of_split) for protocol, of_split in rankings.items()})
+    if distributed.is_main() and (args.metrics_json or args.rankings):
+        result = make_result(
+            benchmark,
+            val,
+            rankings,
+            pair=pair.describe(),
+            reasons=reasons,
+            command=command_line("validate.py", argv),
+            versions=versions(),
+        )
+        if args.metrics_json:
+            write_result(args.metrics_json, result)
+        if args.rankings:
+            records = make_records(benchmark, val, rankings, explain_all(frozen, pair.compose))
+            write_rankings(args.rankings, result, records)
     distributed.stop()
 
 

@@ -10,19 +10,20 @@ From a file of validate.py --rankings:
 import argparse
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks import BENCHMARKS, PROTOCOLS, Benchmark
-from cli import options, startup
-from evaluation.rankings_file import Records, make_records, read_rankings
-from evaluation.retrieval import choose_protocols, explain_all, rank_all
-from models.pair import load_and_freeze
-from reports.expert_report import expert_report
-from reports.sheets import Card, card, load_thumbnails, picture, sheet
+from benchmarks import BENCHMARKS, Benchmark
+from benchmarks.protocols import choose_protocols
+from cli import options
+from cli.startup import check_annotations, check_files, open_benchmark, pick_device
+from evaluation.rankings_file import Record, Records, make_records, read_rankings
 from runtime.files import check_writable, write_bytes, write_text
 from utils import PROJECT_ROOT, UserError, command
+
+if TYPE_CHECKING:
+    from reports.sheets import Card
 
 logger = logging.getLogger(__name__)
 
@@ -30,16 +31,23 @@ ABOUT = (
     "Left the reference and the caption, right what was retrieved, the nearest first, with its cosine similarity. "
     "The target is outlined."
 )
+ORDERS = ("best", "worst", "random")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of a sheet."""
-    parents = [options.dataset_flag(required=False), options.pair_flags(required=False)]
-    parents += [options.combiner_flags(trains=False), options.tuned_clip_flag(), options.clip_flags()]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[*parents, options.machine_flags()])
+    parents = [
+        options.dataset_flag(required=False),
+        options.pair_flags(required=False),
+        options.combiner_flags(trains=False),
+        options.tuned_clip_flag(),
+        options.clip_flags(),
+        options.machine_flags(),
+    ]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
     group = parser.add_argument_group("sheet")
     group.add_argument("--rankings", type=Path, metavar="FILE", help="of validate.py, in place of a pair")
-    group.add_argument("--protocol", type=options.in_any_case(PROTOCOLS), choices=list(PROTOCOLS))
+    options.add_protocol(group, help="(default: the first that there is)")
     group.add_argument(
         "--queries",
         nargs="+",
@@ -48,55 +56,93 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="best, worst or random; or pairids of CIRR, or category:number of FashionIQ (default: worst)",
     )
     group.add_argument("--num", type=options.positive_int, default=20, help="queries of each split (default: 20)")
-    group.add_argument("--k", type=options.positive_int, default=10, help="images a query (default: 10)")
-    group.add_argument("--seed", type=options.seed_int, default=0, help="of --queries random")
-    default = PROJECT_ROOT / "sheets"
-    group.add_argument("--output-dir", type=Path, default=default, metavar="DIR", help="(default: sheets)")
+    options.add_k(group, default=10, help="images a query")
+    options.add_seed(group, help="of --queries random")
+    group.add_argument(
+        "--output-dir", type=Path, default=PROJECT_ROOT / "sheets", metavar="DIR", help="(default: sheets)"
+    )
     args = parser.parse_args(argv)
     if args.rankings is None and not (args.dataset and args.combining_function):
         parser.error("give --rankings FILE, or --dataset and --combining-function of a pair")
     return args
 
 
-def measure(args: argparse.Namespace, benchmark: Benchmark) -> Records:
-    """The records of a pair under one protocol."""
-    device = startup.pick_device(args.device)
-    protocols = choose_protocols(args.protocol and [args.protocol], benchmark)[:1]
+def stored_records(args: argparse.Namespace) -> tuple[Records, Benchmark]:
+    """The records of --rankings, and the benchmark that they are of."""
+    content = read_rankings(args.rankings)
+    if content["dataset"] not in BENCHMARKS:
+        raise UserError(f"--rankings {args.rankings} is of {content['dataset']}, which is no benchmark known here")
+    args.dataset = content["dataset"]
+    benchmark, _ = open_benchmark(args)
+    return content["queries"], benchmark
+
+
+def measured_records(args: argparse.Namespace) -> tuple[Records, Benchmark]:
+    """The records of a pair under one protocol, and the benchmark that they are of."""
+    check_files(args)
+    benchmark, _ = open_benchmark(args)
+    wanted = None if args.protocol is None else [args.protocol]
+    protocols = choose_protocols(wanted, benchmark.protocols, benchmark.name)[:1]
+    check_annotations(benchmark, [benchmark.val_split])
     val = benchmark.val()
-    pair, frozen = load_and_freeze(benchmark, val, device, **options.pair_choice(args))
-    rankings = rank_all(frozen, pair.compose, protocols, args.k, args.similarity_block)
-    return make_records(benchmark, val, rankings, explain_all(frozen, pair.compose))
+
+    from evaluation.retrieval import explain_all, rank_all
+    from models.pair import load_and_freeze
+
+    pair, frozen = load_and_freeze(benchmark, val, pick_device(args.device), options.pair_choice(args))
+    rankings = rank_all(frozen, pair.compose, protocols, k=args.k, block=args.similarity_block)
+    return make_records(benchmark, val, rankings, explain_all(frozen, pair.compose)), benchmark
 
 
-def choose(records: Records, wanted: list[str], protocol: str, num: int, seed: int) -> dict[str, list[dict[str, Any]]]:
+def choose_protocol(records: Records, wanted: str | None, file: Path | None) -> str:
+    """The protocol to show: the one that is wanted, else the first that the records have."""
+    known = list(next(iter(records.values()))[0]["protocols"])
+    if wanted is None:
+        return known[0]
+    if wanted not in known:
+        raise UserError(f"--protocol {wanted} is not in {file}, which has {', '.join(known)}: measure again")
+    return wanted
+
+
+def choose_queries(records: Records, wanted: Sequence[str], protocol: str, *, num: int, seed: int) -> Records:
     """Split's name -> its queries that are asked for, sorted by the target's rank where best or worst are."""
-    if wanted in (["best"], ["worst"], ["random"]):
-        chosen = {}
-        for name, queries in records.items():
-            ordered = sorted(queries, key=lambda query: query["protocols"][protocol]["rank"])
-            if wanted == ["random"]:
-                ordered = random.Random(seed).sample(queries, min(num, len(queries)))
-            chosen[name] = (ordered[::-1] if wanted == ["worst"] else ordered)[:num]
-        return chosen
-    known = {label(name, query): (name, query) for name, queries in records.items() for query in queries}
-    chosen = {}
-    for one in wanted:
-        if one not in known:
+    if len(wanted) == 1 and wanted[0] in ORDERS:
+        order = wanted[0]
+        return {name: _some(queries, order, protocol, num=num, seed=seed) for name, queries in records.items()}
+    known = {}
+    for name, queries in records.items():
+        for query in queries:
+            known[label(name, query)] = (name, query)
+    chosen: Records = {}
+    for wanted_label in wanted:
+        if wanted_label not in known:
             some = ", ".join(list(known)[:3])
-            raise UserError(f"--queries {one}: not best, worst, random, nor a query, as {some}: name one of them")
-        name, query = known[one]
+            raise UserError(
+                f"--queries {wanted_label}: not best, worst, random, nor a query, as {some}: name one of them"
+            )
+        name, query = known[wanted_label]
         chosen.setdefault(name, []).append(query)
     return chosen
 
 
-def label(split: str, query: dict[str, Any]) -> str:
+def _some(queries: Sequence[Record], order: str, protocol: str, *, num: int, seed: int) -> list[Record]:
+    """A split's best, worst or random queries."""
+    if order == "random":
+        return random.Random(seed).sample(queries, min(num, len(queries)))
+    by_rank = sorted(queries, key=lambda query: query["protocols"][protocol]["rank"])
+    return (by_rank[::-1] if order == "worst" else by_rank)[:num]
+
+
+def label(split: str, query: Record) -> str:
     """What a query is called: its pairid, or its split and number."""
     return f"{split}:{query['query']}" if query["pair_id"] is None else str(query["pair_id"])
 
 
-def find_images(benchmark: Benchmark, cards: Sequence[Card]) -> dict[str, Path]:
+def find_images(benchmark: Benchmark, cards: "Iterable[Card]") -> dict[str, Path]:
     """The files of all images that cards show."""
-    paths = {name: path for split in benchmark.val() for name, path in split.image_paths.items()}
+    paths: dict[str, Path] = {}
+    for split in benchmark.val():
+        paths.update(split.image_paths)
     names = sorted({name for card in cards for name in card.images})
     missing = [name for name in names if name not in paths]
     if missing:
@@ -104,37 +150,51 @@ def find_images(benchmark: Benchmark, cards: Sequence[Card]) -> dict[str, Path]:
     return {name: paths[name] for name in names}
 
 
+def write_sheet(folder: Path, title: str, sections: "Mapping[str, Sequence[Card]]", benchmark: Benchmark) -> None:
+    """Write sheet.html and sheet.png."""
+    from reports.sheets import load_thumbnails, picture, sheet
+
+    cards: list[Card] = []
+    for of_split in sections.values():
+        cards += of_split
+    thumbnails = load_thumbnails(find_images(benchmark, cards))
+    write_text(folder / "sheet.html", sheet(title, ABOUT, sections, thumbnails))
+    png, number_drawn = picture(cards, thumbnails)
+    write_bytes(folder / "sheet.png", png)
+    logger.info("%s: %d queries", folder / "sheet.html", len(cards))
+    logger.info("%s: %d queries", folder / "sheet.png", number_drawn)
+
+
+def write_expert_report(folder: Path, benchmark: Benchmark, records: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+    """Write experts.html, if the records are of a mixture."""
+    from reports.expert_report import expert_report
+
+    if all(query.get("experts") for queries in records.values() for query in queries):
+        report = expert_report(f"Experts on {benchmark.name} {benchmark.val_split}", records)
+        write_text(folder / "experts.html", report)
+        logger.info("%s: what each expert takes", folder / "experts.html")
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     """Write sheet.html, sheet.png and, of a mixture, experts.html."""
     args = parse(argv)
     check_writable({"--output-dir": args.output_dir})
-    stored = read_rankings(args.rankings) if args.rankings else None
-    args.dataset = stored["dataset"] if stored else args.dataset
-    if args.dataset not in BENCHMARKS:
-        raise UserError(f"--rankings {args.rankings} is of {args.dataset}, which is no benchmark known here")
-    benchmark, _ = startup.open_benchmark(args)
-    records = stored["queries"] if stored else measure(args, benchmark)
-    has = next(iter(records.values()))[0]["protocols"]
-    protocol = args.protocol or next(iter(has))
-    if protocol not in has:
-        raise UserError(f"--protocol {protocol} is not in {args.rankings}, which has {', '.join(has)}: measure again")
-    stored = max(len(query["protocols"][protocol]["nearest"]) for queries in records.values() for query in queries)
-    if args.rankings and args.k > stored:
-        logger.warning("note: %s holds the %d nearest, so no %d are shown", args.rankings, stored, args.k)
-    chosen = choose(records, args.queries, protocol, args.num, args.seed)
-    sections = {name: [card(label(name, q), q, protocol, args.k) for q in qs] for name, qs in chosen.items()}
-    cards = [one for some in sections.values() for one in some]
-    thumbnails = load_thumbnails(find_images(benchmark, cards))
-    what = f"{benchmark.name} {benchmark.splits[1]}, protocol {protocol}, {' '.join(args.queries)}"
-    write_text(args.output_dir / "sheet.html", sheet(what, ABOUT, sections, thumbnails))
-    drawn, shown = picture(cards, thumbnails)
-    write_bytes(args.output_dir / "sheet.png", drawn)
-    logger.info("%s: %d queries", args.output_dir / "sheet.html", len(cards))
-    logger.info("%s: %d queries", args.output_dir / "sheet.png", shown)
-    if all(query.get("experts") for queries in records.values() for query in queries):
-        write_text(args.output_dir / "experts.html", expert_report(f"Experts on {what.split(',')[0]}", records))
-        logger.info("%s: what each expert takes", args.output_dir / "experts.html")
+    records, benchmark = stored_records(args) if args.rankings else measured_records(args)
+    protocol = choose_protocol(records, args.protocol, args.rankings)
+    chosen = choose_queries(records, args.queries, protocol, num=args.num, seed=args.seed)
+    held = [len(query["protocols"][protocol]["nearest"]) for queries in records.values() for query in queries]
+    if args.rankings and args.k > max(held):
+        logger.warning("note: %s holds the %d nearest, so no %d are shown", args.rankings, max(held), args.k)
+
+    from reports.sheets import make_card
+
+    sections = {}
+    for name, queries in chosen.items():
+        sections[name] = [make_card(label(name, query), query, protocol, k=args.k) for query in queries]
+    title = f"{benchmark.name} {benchmark.val_split}, protocol {protocol}, {' '.join(args.queries)}"
+    write_sheet(args.output_dir, title, sections, benchmark)
+    write_expert_report(args.output_dir, benchmark, records)
 
 
 if __name__ == "__main__":

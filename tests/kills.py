@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from data_utils import decoded
+from runtime.image_files import decoded
 from runtime.tensors import load_tensors
 
 # Processes are forked from one that has the packages loaded: a kill then costs a second, not five.

@@ -369,7 +369,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path):
     code = """
 import sys, torch
 from pathlib import Path
-from utils import UserError, save_tensors
+from runtime.tensors import save_tensors
+from utils import UserError
 try:
     save_tensors(Path(sys.argv[1]), {"CLIP": {"weight": torch.ones(200_000)}})
 except UserError as error:

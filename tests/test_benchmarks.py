@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from benchmarks import CIRR, FashionIQ, Split, Triplet
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
-from benchmarks.ranking import answers
 from evaluation.retrieval import evaluate, rank
 from models.features import FrozenSplit
 from twins import ranks_by_sorting
@@ -65,13 +64,13 @@ def random_split(seed: int, gallery: int) -> FrozenSplit:
     triplets = []
     for _ in range(5):
         members = [names[i] for i in torch.randperm(gallery, generator=generator)[:6]]
-        triplets.append(Triplet(members[0], ("",), members[3], tuple(sorted(members))))
-    split = Split("val", triplets, dict.fromkeys(names))
+        triplets.append(Triplet(reference=members[0], captions=("",), target=members[3], group=tuple(sorted(members))))
+    split = Split(name="val", triplets=triplets, image_paths=dict.fromkeys(names))
     # Signed axes and whole numbers: products are exact in any order, and equal similarities are many.
     axes = torch.eye(4)[torch.randint(4, (gallery,), generator=generator)]
     signs = torch.randint(0, 2, (gallery, 1), generator=generator) * 2 - 1
     captions = torch.randint(-2, 3, (5, 1, 4), generator=generator).float()
-    return FrozenSplit(split, axes * signs, captions)
+    return FrozenSplit(split=split, images=axes * signs, captions=captions)
 
 
 def compose(image, text):
@@ -79,7 +78,7 @@ def compose(image, text):
 
 
 def similarities(frozen: FrozenSplit) -> torch.Tensor:
-    queries = compose(frozen.images[frozen.split.reference_rows], frozen.captions[:, 0])
+    queries = compose(frozen.references, frozen.captions[:, 0])
     return queries @ torch.nn.functional.normalize(frozen.images, dim=-1).T
 
 
@@ -87,14 +86,14 @@ def similarities(frozen: FrozenSplit) -> torch.Tensor:
 def test_ranks_equal_brute_force(seed, gallery):
     """Against sorted lists, with many ties: in the gallery with and without the reference, and in the group."""
     frozen = random_split(seed, gallery)
-    similarity, targets, references = similarities(frozen), frozen.split.target_rows, frozen.split.reference_rows
+    similarity, targets, references = similarities(frozen), frozen.target_rows, frozen.reference_rows
     found = rank(frozen, compose, [ORIGINAL_KEPT, ORIGINAL_REMOVED], block=2)
     assert found[ORIGINAL_KEPT].ranks.tolist() == ranks_by_sorting(similarity, targets)
     assert found[ORIGINAL_REMOVED].ranks.tolist() == ranks_by_sorting(similarity, targets, references)
     in_group = found[ORIGINAL_KEPT].group_ranks
     assert torch.equal(in_group, rank(frozen, compose, [ORIGINAL_REMOVED])[ORIGINAL_REMOVED].group_ranks)
     for row, triplet in enumerate(frozen.split.triplets):
-        others = sorted(int(i) for i in frozen.split.rows(n for n in triplet.group if n != triplet.reference))
+        others = sorted(frozen.split.row_of[n] for n in triplet.group if n != triplet.reference)
         order = sorted(others, key=lambda column: -similarity[row, column])
         assert int(in_group[row]) == order.index(int(targets[row]))
 
@@ -104,8 +103,8 @@ def test_top_k_agrees_with_the_ranks(seed, gallery):
     frozen = random_split(seed, gallery)
     found = rank(frozen, compose, [ORIGINAL_REMOVED], k=50, group_k=3, block=3)[ORIGINAL_REMOVED]
     ranks, group_ranks, names = found.ranks, found.group_ranks, frozen.split.names
-    nearest = [[n for n, _ in row] for row in answers(names, found.nearest, found.similarities)]
-    nearest_in_group = [[n for n, _ in row] for row in answers(names, found.nearest_in_group, found.group_similarities)]
+    nearest = [[n for n, _ in row] for row in found.answers(names)]
+    nearest_in_group = [[n for n, _ in row] for row in found.answers_in_group(names)]
     for row, triplet in enumerate(frozen.split.triplets):
         assert triplet.reference not in nearest[row]
         assert len(set(nearest[row])) == len(nearest[row]) == min(50, gallery - 1)
@@ -119,7 +118,9 @@ def test_top_k_agrees_with_the_ranks(seed, gallery):
 def test_one_query():
     frozen = random_split(1, 8)
     single = FrozenSplit(
-        Split("val", frozen.split.triplets[:1], frozen.split.image_paths), frozen.images, frozen.captions[:1]
+        split=Split(name="val", triplets=frozen.split.triplets[:1], image_paths=frozen.split.image_paths),
+        images=frozen.images,
+        captions=frozen.captions[:1],
     )
     metrics = evaluate(CIRR(None), [single], compose)
     assert {value for name, value in metrics.items() if "recall" in name} <= {0.0, 100.0}

@@ -18,6 +18,7 @@ import demo_app
 import search
 import visualize
 from image_search.searcher import load_searcher
+from runtime.choices import PairChoice
 from test_dialogue import bad_uploads
 from test_distributed import free_port
 from test_search import images
@@ -111,11 +112,10 @@ def test_pages_render_without_errors_on_wide_and_narrow_screens(files, open_page
 def searcher(drawn, tmp_path_factory):
     """An index of drawn images with a MoE Combiner that is not trained; for screenshots the demo's, which is."""
     folder = tmp_path_factory.mktemp("app")
-    silent = dict.fromkeys(("clip_model_name", "transform", "target_ratio"))
-    choice = {"combining_function": None, "clip_path": None, "clip_choice": silent, "combiner_choice": {}, "workers": 0}
     if PICTURES and (DEMO / "index" / "index.json").exists():
         weights = sorted((DEMO / "models" / "FashionIQ_moe").glob("*/seed_0"))[-1]
-        return load_searcher(DEMO / "index", choice | {"combiner_path": weights}, torch.device("cpu"))
+        choice = PairChoice(combining_function=None, clip_path=None, combiner_path=weights)
+        return load_searcher(DEMO / "index", choice, torch.device("cpu"))
     words = ["index", "--images", drawn / "fashionIQ_dataset" / "images", "--output", folder / "index"]
     words += ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--num-workers", 0, "--device", "cpu"]
     search.main(list(map(str, words)))
@@ -123,7 +123,8 @@ def searcher(drawn, tmp_path_factory):
 
     torch.manual_seed(0)
     torch.save({"epoch": 0, "Combiner": Combiner(64, 16, 24).state_dict()}, folder / "combiner.pt")
-    return load_searcher(folder / "index", choice | {"combiner_path": folder / "combiner.pt"}, torch.device("cpu"))
+    choice = PairChoice(combining_function=None, clip_path=None, combiner_path=folder / "combiner.pt")
+    return load_searcher(folder / "index", choice, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from PIL import Image
 import check_dataset
 from benchmarks import CIRR, FashionIQ, Split, Triplet
 from benchmarks.protocols import ORIGINAL_REMOVED
-from benchmarks.ranking import answers
 from conftest import read_csv
 from evaluation.retrieval import rank
 from models.features import FrozenSplit
@@ -247,10 +246,10 @@ def test_training_says_what_it_left_out(stage, excluded, own_drawn, request, fai
     assert "left out of train: 1 images and the 2 triplets" in caplog.text
     expected = {"train": {"images": 1, "triplets": 2}, "val": {"images": 1, "triplets": 10}}
     written = json.loads((folder / "training_hyperparameters.json").read_text())
-    assert written["excluded"] == expected
-    assert written["exclusions"] == str(excluded)
+    assert written["data"]["excluded"] == expected
+    assert written["flags"]["exclusions"] == str(excluded)
     (file, *_) = (folder / "saved_models").iterdir()
-    assert torch.load(file)["config"]["excluded"] == expected
+    assert torch.load(file)["config"]["data"]["excluded"] == expected
     assert len(read_csv(folder / "validation_metrics.csv")["epoch"]) == 2
 
 
@@ -284,13 +283,16 @@ def test_excluding_everything_is_refused(drawn, fails, tmp_path):
 
 def test_a_group_that_lost_a_member_is_ranked_among_the_others():
     names = list("abcdefgh")
-    triplets = [Triplet("a", ("",), "c", tuple("abcdef")), Triplet("b", ("",), "h", tuple("bcdfgh"))]
-    split = Split("val", triplets, dict.fromkeys(names)).without({"e"})
+    triplets = [
+        Triplet(reference="a", captions=("",), target="c", group=tuple("abcdef")),
+        Triplet(reference="b", captions=("",), target="h", group=tuple("bcdfgh")),
+    ]
+    split = Split(name="val", triplets=triplets, image_paths=dict.fromkeys(names)).without({"e"})
     similarity = torch.tensor([[9, 8, 7, 6, 5, 4, 3], [1, 9, 8, 2, 3, 4, 5]]).float()  # a b c d f g h
-    frozen = FrozenSplit(split, torch.eye(7), similarity[:, None])
-    ranking = rank(frozen, lambda image, text: text, [ORIGINAL_REMOVED], 7, 5)[ORIGINAL_REMOVED]
+    frozen = FrozenSplit(split=split, images=torch.eye(7), captions=similarity[:, None])
+    ranking = rank(frozen, lambda image, text: text, [ORIGINAL_REMOVED], k=7, group_k=5)[ORIGINAL_REMOVED]
     assert ranking.group_ranks.tolist() == [1, 1]
-    found = answers(split.names, ranking.nearest_in_group, ranking.group_similarities)
+    found = ranking.answers_in_group(split.names)
     assert [[name for name, _ in row] for row in found] == [list("bcdf"), list("chgfd")]
 
 
@@ -299,7 +301,7 @@ def test_a_group_that_lost_a_member_is_ranked_among_the_others():
 
 def fashioniq_by_category(root: Path, kind: str) -> None:
     for category in FashionIQ.parts:
-        for split in FashionIQ.splits:
+        for split in FashionIQ(root.parent).splits:
             for name in json.loads((root / f"image_splits/split.{category}.{split}.json").read_text()):
                 target = root / kind / category / f"{name}.jpg"
                 target.parent.mkdir(parents=True, exist_ok=True)

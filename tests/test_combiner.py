@@ -18,6 +18,7 @@ from combiner import (
     compose_sum,
     load_combiner,
 )
+from runtime.choices import CombinerChoice
 from training.contrastive import contrastive_loss
 from twins import DefinedCombiner, RowLoopMoE
 from utils import UserError
@@ -144,15 +145,17 @@ def test_a_checkpoint_tells_its_own_sizes(kind, tmp_path):
     settings |= {"num_experts": 3, "top_k": 1} if kind == "moe" else {"num_experts": None, "top_k": None}
     built = build_combiner(settings)
     checkpoint = {"Combiner": built.state_dict(), "config": {"top_k": 1}}
-    assert combiner_settings(checkpoint, tmp_path) == settings
-    loaded = load_combiner(checkpoint, tmp_path, {}, 12)
+    assert combiner_settings(checkpoint["Combiner"], checkpoint.get("config", {}), tmp_path) == settings
+    loaded = load_combiner(
+        checkpoint["Combiner"], checkpoint.get("config", {}), tmp_path, wanted=CombinerChoice(), clip_dim=12
+    )
     image, text = torch.randn(2, 4, 12)
     torch.testing.assert_close(loaded(image, text), built.eval()(image, text))
 
 
 def test_k_is_the_originals_where_a_checkpoint_does_not_say(tmp_path):
     checkpoint = {"Combiner": Combiner(12, 8, 10, num_experts=4, top_k=1).state_dict()}
-    assert combiner_settings(checkpoint, tmp_path)["top_k"] == 2
+    assert combiner_settings(checkpoint["Combiner"], checkpoint.get("config", {}), tmp_path)["top_k"] == 2
 
 
 def test_impossible_sizes_are_refused():

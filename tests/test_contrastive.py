@@ -1,6 +1,5 @@
 """Steps in bounded memory against the plain step; the optional parts of training against their formulas."""
 
-import contextlib
 import copy
 import functools
 import json
@@ -12,21 +11,18 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from clip_fine_tune import SumFeatures
 from conftest import read_csv
 from models.clip_model import checkpoint_gradients, choose_trained, load_clip, resolution, tokenize
 from runtime import distributed
 from training.contrastive import backward, contrastive_loss
 from training.data import Order
 from training.loop import Stepper, Task, average
-from training.schedule import Precision, Regime
+from training.schedule import Precision, Schedule
+from training.stage1 import SumFeatures
 from utils import UserError
 
 CPU = torch.device("cpu")
-
-
-def identity(loss):
-    return loss
+FULL = Precision("fp32", CPU)
 
 
 @pytest.fixture
@@ -46,7 +42,7 @@ def clip_step(golden, name: str, encoder: str, micro_batch: int | None, checkpoi
     images = torch.randint(256, (2, rows, 3, pixels, pixels), dtype=torch.uint8, generator=generator)
     tokens = tokenize([f"is number {i} and has a color" for i in range(rows)])
     inputs = [images[0], images[1], tokens]
-    loss = backward(SumFeatures(model), inputs, None, micro_batch, contextlib.nullcontext, identity)
+    loss = backward(SumFeatures(model), inputs, None, micro_batch=micro_batch, precision=FULL, scaler=FULL.scaler())
     return loss, {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -79,7 +75,7 @@ def test_micro_batches_bound_the_rows_that_have_a_graph(golden):
     )
     images = torch.zeros(2, 8, 3, 64, 64, dtype=torch.uint8)
     inputs = [images[0], images[1], tokenize([str(i) for i in range(8)])]
-    backward(SumFeatures(model), inputs, None, 2, contextlib.nullcontext, identity)
+    backward(SumFeatures(model), inputs, None, micro_batch=2, precision=FULL, scaler=FULL.scaler())
     assert rows_with_graph == [4, 4, 4, 4]  # reference and target of two triplets
 
 
@@ -107,13 +103,13 @@ def test_the_loss_is_exact_in_mixed_precision():
 
 
 def test_schedule():
-    schedule = Regime(num_epochs=1, validation_frequency=1, warmup_steps=4, cosine=True)
+    schedule = Schedule(num_epochs=1, validation_frequency=1, warmup_steps=4, cosine=True)
     assert [schedule.factor(step, 12) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
     assert schedule.factor(4, 12) == 1.0
     assert schedule.factor(8, 12) == pytest.approx(0.5)
     assert schedule.factor(10, 12) == pytest.approx(0.5 * (1 + math.cos(0.75 * math.pi)))
     assert schedule.factor(12, 12) == 0.0
-    assert {Regime(1, 1).factor(step, 9) for step in range(9)} == {1.0}
+    assert {Schedule(num_epochs=1, validation_frequency=1).factor(step, 9) for step in range(9)} == {1.0}
 
 
 class Line(nn.Module):
@@ -129,15 +125,23 @@ class Line(nn.Module):
 
 def stepper(model, regime=None, steps=5, averaged=None):
     optimizer = SGD(model.parameters(), lr=0.1)
-    task = Task(lambda epoch, first: [], steps, model, optimizer, dict, model, averaged)
-    return Stepper(task, regime or Regime(1, 1), Precision("fp32", CPU))
+    task = Task(
+        batches=lambda epoch, first: [],
+        steps=steps,
+        model=model,
+        optimizer=optimizer,
+        validate=dict,
+        module=model,
+        averaged=averaged,
+    )
+    return Stepper(task, regime or Schedule(num_epochs=1, validation_frequency=1), Precision("fp32", CPU))
 
 
 ROWS = [torch.tensor([[1.0, 0.0], [0.6, 0.8]])]
 
 
 def test_the_learning_rate_follows_the_schedule():
-    schedule = Regime(1, 1, warmup_steps=2, cosine=True)
+    schedule = Schedule(num_epochs=1, validation_frequency=1, warmup_steps=2, cosine=True)
     steps = stepper(Line(), schedule, steps=6)
     rates = []
     for _ in range(6):
@@ -165,7 +169,9 @@ def test_gradient_clipping():
     before = plain.weight.detach().clone()
     stepper(plain).step(ROWS, torch.arange(2))
     norm = plain.weight.grad.norm()
-    stepper(clipped, Regime(1, 1, clip_grad_norm=float(norm) / 4)).step(ROWS, torch.arange(2))
+    stepper(clipped, Schedule(num_epochs=1, validation_frequency=1, clip_grad_norm=float(norm) / 4)).step(
+        ROWS, torch.arange(2)
+    )
     torch.testing.assert_close(before - clipped.weight, (before - plain.weight) / 4, rtol=1e-4, atol=1e-7)
 
 
@@ -196,16 +202,16 @@ def test_a_micro_batch_larger_than_the_batch(fails, drawn):
 def test_a_batch_that_cannot_be_shared_equally(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     with pytest.raises(UserError, match=r"--batch-size 8 .* 3 processes"):
-        Order(100, 1, 8, 0)
+        Order(triplets=100, variants=1, batch_size=8, seed=0)
 
 
 def test_shares_of_a_batch_are_its_rows_in_order(monkeypatch):
-    rows, variants = Order(30, 4, 6, 0).batches(1)
+    rows, variants = Order(triplets=30, variants=4, batch_size=6, seed=0).batches(1)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     shares = []
     for rank in range(2):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares.append(Order(30, 4, 6, 0).batches(1))
+        shares.append(Order(triplets=30, variants=4, batch_size=6, seed=0).batches(1))
     assert torch.equal(torch.cat([own for own, _ in shares], 1), rows)
     assert torch.equal(torch.cat([own for _, own in shares], 1), variants)
 

@@ -14,6 +14,7 @@ from image_search.dialogue import MOST_BYTES, Dialogue, check_upload
 from image_search.searcher import load_searcher
 from reports import pages
 from reports.sheets import shares
+from runtime.choices import PairChoice
 from test_search import images
 from utils import UserError
 
@@ -27,9 +28,7 @@ def searcher(drawn, tmp_path_factory):
     images(folder / "photos", 12)
     words = ["index", "--images", folder / "photos", "--output", folder / "index", "--num-workers", "0"]
     search.main(list(map(str, [*words, "--clip-model-name", drawn / "tiny_clip_vit.pt", "--device", "cpu"])))
-    silent = dict.fromkeys(("clip_model_name", "transform", "target_ratio"))
-    choice = {"combining_function": None, "clip_path": None, "combiner_path": None, "clip_choice": silent}
-    return load_searcher(folder / "index", choice | {"combiner_choice": {}, "workers": 0}, CPU)
+    return load_searcher(folder / "index", PairChoice(combining_function=None, clip_path=None, combiner_path=None), CPU)
 
 
 def names(dialogue: Dialogue) -> list[str]:

@@ -132,13 +132,14 @@ def test_a_process_that_dies_ends_all(golden, tmp_path):
     code = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT / "src")!r})
-import clip_fine_tune, training
-real = training.Stepper.step
+import clip_fine_tune
+from training import loop
+real = loop.Stepper.step
 def step(self, *batch):
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, *batch)
-training.Stepper.step = step
+loop.Stepper.step = step
 clip_fine_tune.main(sys.argv[1:])
 """
     script = ROOT / "src" / "clip_fine_tune.py"

@@ -10,7 +10,6 @@ import cirr_test_submission
 import clip_fine_tune
 import combiner_train
 import validate
-from cli import training
 from conftest import DOORS, read_csv
 from data_utils import ImageDataset
 from models.clip_model import load_clip
@@ -111,7 +110,7 @@ def test_only_the_chosen_encoder_learns(encoder, stage_1, drawn):
 def test_all_transforms_train_on_the_resnet(transform, stage_1, drawn):
     folder = stage_1("CIRR", "--transform", transform, "--clip-model-name", drawn / "tiny_clip_resnet.pt")
     config = torch.load(folder / "saved_models" / "tuned_clip_1.pt")["config"]
-    assert config["transform"] == transform
+    assert config["recipe"]["transform"] == transform
 
 
 @pytest.mark.parametrize("dataset", ["FashionIQ", "CIRR"])
@@ -161,24 +160,28 @@ def test_epochs_of_stage_2_open_no_image_and_run_no_clip(stage_2, monkeypatch):
 
 
 def test_hyper_parameters_hold_no_secret(stage_2, monkeypatch):
-    monkeypatch.setattr(training, "make_tracker", lambda *_: tracker.NoTracker())
+    monkeypatch.setattr(tracker, "make_tracker", lambda *_: tracker.NoTracker())
     folder = stage_2("CIRR", "--api-key", "secret", "--workspace", "w")
     for file in folder.rglob("*"):
         assert file.is_dir() or b"secret" not in file.read_bytes()
     written = json.loads((folder / "training_hyperparameters.json").read_text())
-    assert written["projection_dim"] == 16
+    assert written["flags"]["projection_dim"] == 16
 
 
 def test_checkpoints_carry_a_plain_configuration(stage_1, stage_2):
     clip = torch.load(stage_1("FashionIQ", "--save-best") / "saved_models" / "tuned_clip_best.pt", weights_only=True)
-    assert set(clip) == {"epoch", "CLIP", "config"}
-    expected = {"transform": "targetpad", "target_ratio": 1.25, "dataset": "FashionIQ", "seed": 0, "resolution": 32}
-    assert clip["config"].items() >= expected.items()
+    assert set(clip) == {"epoch", "CLIP", "config", "metrics"}
+    assert set(clip["config"]) == {"flags", "recipe", "data", "versions"}
+    assert clip["config"]["flags"].items() >= {"dataset": "FashionIQ", "seed": 0, "transform": None}.items()
+    recipe = {"transform": "targetpad", "target_ratio": 1.25, "resolution": 32}
+    assert clip["config"]["recipe"].items() >= recipe.items()
+    assert clip["config"]["data"]["train_dress_types"] == ["dress", "toptee", "shirt"]
     assert {"torch", "torchvision", "pillow"} <= set(clip["config"]["versions"])
-    assert set(clip["config"]["metrics"]) == {"average_recall"}
+    assert set(clip["metrics"]) == {"average_recall"}
     combiner = torch.load(stage_2("CIRR") / "saved_models" / "combiner_1.pt", weights_only=True)
     sizes = {"projection_dim": 16, "hidden_dim": 24, "num_experts": 4, "top_k": 2, "combiner_type": "moe"}
-    assert combiner["config"].items() >= (sizes | {"clip_dim": 64}).items()
+    assert combiner["config"]["flags"].items() >= sizes.items()
+    assert combiner["config"]["recipe"]["clip_dim"] == 64
 
 
 def test_our_checkpoints_load_in_a_model_with_the_originals_names(stage_2):

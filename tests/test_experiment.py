@@ -16,12 +16,12 @@ from reports.run_page import About
 from runtime import tensors
 from runtime.files import written_whole
 from runtime.interruption import StopRequest
-from training.autosave import Keeper
+from training.autosave import Autosave
 from training.checkpoints import Checkpoints
 from training.data import Order
 from training.loop import Stepper, Task, fit, train_one_epoch
 from training.run import Run, make_folder, run_name
-from training.schedule import Precision, Regime
+from training.schedule import Precision, Schedule
 from training.tracker import NoTracker, make_tracker
 from utils import UserError
 
@@ -43,17 +43,37 @@ def toy_task(validate, steps=1, bad_step=None) -> Task:
     model = Toy()
     rows = [torch.eye(2) * (float("nan") if step == bad_step else 1) for step in range(steps)]
     batches = [([row], torch.arange(2)) for row in rows]
-    return Task(lambda epoch, first: batches[first:], steps, model, SGD(model.parameters(), 0.1), validate, model)
+    return Task(
+        batches=lambda epoch, first: batches[first:],
+        steps=steps,
+        model=model,
+        optimizer=SGD(model.parameters(), 0.1),
+        validate=validate,
+        module=model,
+    )
 
 
 def new_run(folder, tracker=None, config=None) -> Run:
-    about = About({}, (), {"num_epochs": 3} | (config or {}), {"resume": "python again"})
+    about = About(
+        titles={},
+        chosen_by=(),
+        hyper_parameters={"num_epochs": 3, **(config or {})},
+        commands={"resume": "python again"},
+    )
     return Run(folder, tracker or NoTracker(), about)
 
 
-def checkpoints(folder, keep=True, best_only=True) -> Checkpoints:
+def checkpoints(folder, kept="best") -> Checkpoints:
     names = {"recall": "best_recall", "mean": "best_mean"}
-    return Checkpoints(folder, nn.Linear(2, 2), "Combiner", "combiner", names, {"seed": 1}, keep, best_only)
+    return Checkpoints(
+        folder,
+        nn.Linear(2, 2),
+        key="Combiner",
+        prefix="combiner",
+        best_names=names,
+        config={"seed": 1},
+        kept=kept,
+    )
 
 
 def files(folder) -> list[str]:
@@ -68,13 +88,13 @@ def test_the_best_of_each_metric_is_kept(tmp_path):
     assert files(tmp_path) == ["best_mean.pt", "best_recall.pt"]
     by_recall, by_mean = (torch.load(tmp_path / "saved_models" / f"best_{name}.pt") for name in ("recall", "mean"))
     assert by_recall["epoch"] == 2  # the first of equals
-    assert by_recall["config"] == {"seed": 1, "metrics": {"recall": 12}}
+    assert (by_recall["config"], by_recall["metrics"]) == ({"seed": 1}, {"recall": 12})
     assert by_mean["epoch"] == 3
     assert kept.best == {"recall": 12, "mean": 7}
 
 
 def test_every_validated_epoch_is_kept_without_best_only(tmp_path):
-    kept = checkpoints(tmp_path, best_only=False)
+    kept = checkpoints(tmp_path, kept="every epoch")
     for epoch in (0, 3):
         kept.update(epoch, {"recall": 1, "mean": 1})
     assert files(tmp_path) == ["combiner_0.pt", "combiner_3.pt"]
@@ -86,7 +106,7 @@ def test_a_recall_of_zero_can_be_the_best(tmp_path):
 
 
 def test_nothing_is_kept_unless_asked_for(tmp_path):
-    kept = checkpoints(tmp_path, keep=False)
+    kept = checkpoints(tmp_path, kept="nothing")
     kept.update(0, {"recall": 3, "mean": 4})
     assert files(tmp_path) == []
     assert kept.best == {"recall": 3, "mean": 4}
@@ -191,17 +211,32 @@ def test_an_error_in_a_validation_names_the_epoch(tmp_path):
 
     task = toy_task(validate)
     with pytest.raises(UserError, match="after epoch 0: similarities"):
-        fit(task, Regime(3, 1), Precision("fp32", CPU), new_run(tmp_path), checkpoints(tmp_path), StopRequest(), 10)
+        fit(
+            task,
+            schedule=Schedule(num_epochs=3, validation_frequency=1),
+            precision=Precision("fp32", CPU),
+            run=new_run(tmp_path),
+            checkpoints=checkpoints(tmp_path),
+            stop=StopRequest(),
+            minutes=10,
+        )
 
 
 def test_a_loss_that_is_not_finite_names_epoch_and_step(tmp_path):
     """Losses are read every few steps, but the step named is the one that failed."""
     task = toy_task(lambda: {}, steps=17, bad_step=13)
-    stepper = Stepper(task, Regime(1, 1), Precision("fp32", CPU))
-    keeper = Keeper(new_run(tmp_path), checkpoints(tmp_path), stepper.parts, CPU, StopRequest(), 10)
-    keeper.progress.epoch = 4
+    stepper = Stepper(task, Schedule(num_epochs=1, validation_frequency=1), Precision("fp32", CPU))
+    autosave = Autosave(
+        run=new_run(tmp_path),
+        checkpoints=checkpoints(tmp_path),
+        parts=stepper.parts,
+        device=CPU,
+        stop=StopRequest(),
+        minutes=10,
+    )
+    autosave.progress.epoch = 4
     with pytest.raises(UserError, match="the loss is nan at epoch 4, step 13"):
-        train_one_epoch(task, stepper, keeper)
+        train_one_epoch(task, stepper, autosave)
 
 
 def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
@@ -209,14 +244,14 @@ def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
     rows, variants = order.batches(2)
     assert rows.shape == variants.shape == (order.steps, 3) == (3, 3)
     assert len(set(rows.flatten().tolist())) == 9
-    again = Order(10, 4, 3, 5).batches(2)
+    again = Order(triplets=10, variants=4, batch_size=3, seed=5).batches(2)
     assert torch.equal(rows, again[0])
     assert torch.equal(variants, again[1])
     assert not torch.equal(rows, order.batches(3)[0])
 
 
 def test_caption_variants_are_equally_likely():
-    _, variants = Order(40_000, 4, 100, 0).batches(0)
+    _, variants = Order(triplets=40_000, variants=4, batch_size=100, seed=0).batches(0)
     assert torch.bincount(variants.flatten()).tolist() == pytest.approx([10_000] * 4, rel=0.05)
 
 

@@ -45,7 +45,7 @@ def make_encoder(drawn):
         recipe = {"transform": transform, "target_ratio": ratio, "resolution": 32}
         model = load_clip(str(drawn / "tiny_clip_vit.pt"), CPU)
         read = functools.partial(load_image, preprocess=make_preprocess(transform, ratio, 32))
-        return CountingEncoder(model, read, recipe, CPU)
+        return CountingEncoder(model=model, read=read, recipe=recipe, device=CPU)
 
     return make
 

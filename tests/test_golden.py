@@ -16,6 +16,7 @@ from models.clip_model import load_clip, load_finetuned, tokenize
 from models.configuration import read_checkpoint
 from models.encoder import Encoder
 from models.features import FeatureCache, freeze_queries
+from runtime.choices import CombinerChoice
 from runtime.tensors import load_tensors
 
 
@@ -72,12 +73,19 @@ def golden_split_similarity(golden, split, benchmark, combiner: str | None) -> t
     """Similarities (Q, N) of the tuned CLIP with a Combiner, or with the sum."""
     tuned = read_checkpoint("", golden / "tuned_clip_vit.pt", "CLIP")
     model = load_clip(str(golden / "clip_vit.pt"), torch.device("cpu"))
-    load_finetuned(model, tuned.content, tuned.path)
+    load_finetuned(model, tuned.state, tuned.path)
     preprocess = make_preprocess("targetpad", 1.25, 64)
-    encoder = Encoder(model, functools.partial(load_image, preprocess=preprocess), {}, torch.device("cpu"))
+    encoder = Encoder(
+        model=model,
+        read=functools.partial(load_image, preprocess=preprocess),
+        recipe={},
+        device=torch.device("cpu"),
+    )
     compose = compose_sum
     if combiner:
-        compose = load_combiner(load_tensors(golden / combiner), golden / combiner, {}, 64)
+        compose = load_combiner(
+            load_tensors(golden / combiner)["Combiner"], {}, golden / combiner, wanted=CombinerChoice(), clip_dim=64
+        )
     (frozen,) = freeze_queries(FeatureCache(None, encoder), [split], benchmark.caption, "split")
     return torch.cat([block for _, block in similarity_blocks(frozen, compose)])
 
@@ -101,19 +109,26 @@ def test_full_batch_fine_tuning_gives_the_losses_of_the_original(number, golden,
 def test_features_equal_the_originals(golden):
     features = np.load(golden / "features.npz")
     model = load_clip(str(golden / "clip_vit.pt"), torch.device("cpu"))
-    load_finetuned(model, load_tensors(golden / "tuned_clip_vit.pt"), golden / "tuned_clip_vit.pt")
+    load_finetuned(model, load_tensors(golden / "tuned_clip_vit.pt")["CLIP"], golden / "tuned_clip_vit.pt")
     preprocess = make_preprocess("targetpad", 1.25, 64)
     split = CIRR(golden).val()[0]
     paths = [split.image_paths[name] for name in features["names"]]
     for path, pixels in zip(paths, features["pixels"], strict=False):
         assert np.abs(normalise(load_image(path, preprocess)).numpy() - pixels).max() < 1e-4
-    encoder = Encoder(model, functools.partial(load_image, preprocess=preprocess), {}, torch.device("cpu"))
+    encoder = Encoder(
+        model=model,
+        read=functools.partial(load_image, preprocess=preprocess),
+        recipe={},
+        device=torch.device("cpu"),
+    )
     images, texts = encoder.images(paths), encoder.captions(list(features["captions"]))
     assert np.abs(images.numpy() - features["image_features"]).max() < 1e-4
     assert np.abs(texts.numpy() - features["text_features"]).max() < 1e-4
     path = golden / "combiner_moe_cirr.pt"
     with torch.no_grad():
-        combined = load_combiner(load_tensors(path), path, {}, 64)(images, texts)
+        combined = load_combiner(load_tensors(path)["Combiner"], {}, path, wanted=CombinerChoice(), clip_dim=64)(
+            images, texts
+        )
     assert np.abs(combined.numpy() - features["combined_moe_cirr"]).max() < 1e-4
 
 

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.metrics import NotFiniteError, mean_and_spread, means, nearest, percentage, target_ranks
+from benchmarks.metrics import mean_and_deviation, means, percentage
+from benchmarks.ranking import NotFiniteError, nearest, target_ranks
 from evaluation.comparison import bootstrap
 from twins import ranks_by_sorting
 
@@ -95,6 +96,6 @@ def test_the_bootstrap_is_paired():
     assert drawn[:, 0].std() > 1
 
 
-def test_mean_and_spread():
-    assert mean_and_spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
-    assert mean_and_spread([5.0]) == (5.0, 0.0)
+def test_mean_and_deviation():
+    assert mean_and_deviation([1.0, 2.0, 3.0]) == (2.0, 1.0)
+    assert mean_and_deviation([5.0]) == (5.0, None)

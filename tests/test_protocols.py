@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from benchmarks import CIRR, PROTOCOLS, FashionIQ, Split, Triplet
 from benchmarks.protocols import VAL_REMOVED
-from benchmarks.ranking import answers
 from conftest import read_csv
 from evaluation.result_file import read_result
 from evaluation.retrieval import rank
@@ -69,7 +68,11 @@ def datasets(draw):
     """A split of a few images and triplets with many equal similarities."""
     names = [f"i{n}" for n in range(draw(st.integers(3, 14)))]
     pairs = draw(st.lists(st.permutations(names).map(lambda order: order[:2]), min_size=1, max_size=6))
-    split = Split("val", [Triplet(r, ("",), t) for r, t in pairs], dict.fromkeys(names))
+    split = Split(
+        name="val",
+        triplets=[Triplet(reference=r, captions=("",), target=t) for r, t in pairs],
+        image_paths=dict.fromkeys(names),
+    )
     cells = st.integers(-2, 2)
     values = draw(st.lists(cells, min_size=len(names) * len(pairs), max_size=len(names) * len(pairs)))
     return split, torch.tensor(values, dtype=torch.float32).view(len(pairs), len(names))
@@ -79,12 +82,12 @@ def datasets(draw):
 def test_protocols_equal_brute_force_on_any_dataset(dataset, k, block):
     """Images are axes, so that a query's features are its similarities."""
     split, similarity = dataset
-    frozen = FrozenSplit(split, torch.eye(len(split.names)), similarity[:, None])
+    frozen = FrozenSplit(split=split, images=torch.eye(len(split.names)), captions=similarity[:, None])
     found = rank(frozen, lambda image, text: text, list(PROTOCOLS.values()), k=k, block=block)
     for protocol, ranking in found.items():
         lists = protocol_rankings(similarity, split, protocol.gallery, protocol.reference)
         assert ranking.ranks.tolist() == [n.index(t.target) for n, t in zip(lists, split.triplets, strict=True)]
-        nearest = answers(split.names, ranking.nearest, ranking.similarities)
+        nearest = ranking.answers(split.names)
         assert [[name for name, _ in row] for row in nearest] == [names[:k] for names in lists]
         alone = rank(frozen, lambda image, text: text, [protocol])[protocol]  # the block is not copied then
         assert torch.equal(alone.ranks, ranking.ranks)

@@ -21,7 +21,7 @@ from models import encoder
 from reports.run_page import About
 from runtime.tensors import load_tensors, save_tensors
 from test_distributed import torchrun
-from training.autosave import Keeper, load_state, save_state
+from training.autosave import Autosave, load_state, save_state
 from training.checkpoints import Checkpoints
 from training.run import Run, make_folder
 from training.tracker import NoTracker
@@ -71,16 +71,16 @@ def stopped(stage_2, monkeypatch, tmp_path):
     """A run that was told to stop at its n-th look, of which each step has one."""
 
     def stopped(look: int, *flags: object, output="stopped", **kwargs) -> Path:
-        real, left = Keeper.look, [look]
+        real, left = Autosave.save_if_due, [look]
 
-        def stopping(keeper, epoch_ends=False):
+        def stopping(autosave, epoch_ends=False):
             left[0] -= 1
             if left[0] == 0:
-                keeper.stop.requested = "SIGTERM"
-            return real(keeper, epoch_ends)
+                autosave.stop.requested = "SIGTERM"
+            return real(autosave, epoch_ends)
 
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-            patch.setattr(Keeper, "look", stopping)
+            patch.setattr(Autosave, "save_if_due", stopping)
             stage_2(*flags, output=output, **kwargs)
         assert stop.value.code == 0
         (run,) = (tmp_path / output).iterdir()
@@ -148,14 +148,23 @@ def test_a_complete_run_has_nothing_to_do(stage_2, resume, caplog):
 def test_weights_newer_than_the_state_stay_the_best(tmp_path):
     """A GPU may not give them again to the last bit."""
     model = torch.nn.Linear(2, 2)
-    make = functools.partial(Checkpoints, tmp_path, model, "Combiner", "c", {"recall": "best"}, {}, True, True)
+    make = functools.partial(
+        Checkpoints,
+        tmp_path,
+        model,
+        key="Combiner",
+        prefix="c",
+        best_names={"recall": "best"},
+        config={},
+        kept="best",
+    )
     kept = make()
     kept.update(0, {"recall": 1.0})
     kept.update(1, {"recall": 3.0})
     resumed = make()
     resumed.rewind({"recall": 1.0})
     resumed.update(1, {"recall": 2.9})
-    assert load_tensors(tmp_path / "saved_models" / "best.pt")["config"]["metrics"] == {"recall": 3.0}
+    assert load_tensors(tmp_path / "saved_models" / "best.pt")["metrics"] == {"recall": 3.0}
     resumed.update(2, {"recall": 3.1})
     assert load_tensors(tmp_path / "saved_models" / "best.pt")["epoch"] == 2
 
@@ -188,7 +197,7 @@ def test_weights_that_lie_elsewhere_now(stage_1, stopped, refuses, resume, tmp_p
     assert "the CLIP weights are others than when the run was started" in refuses(run, "--clip-model-path", other)
     resume(run, "--clip-model-path", moved)
     config = load_tensors(next((run / "saved_models").glob("*.pt")))["config"]
-    assert config["clip_model_path"] == str(moved)
+    assert config["flags"]["clip_model_path"] == str(moved)
 
 
 def test_a_state_from_a_cpu_has_no_scalers(tmp_path):
@@ -212,7 +221,7 @@ def test_a_worker_ends_when_its_parent_is_gone():
     code = """
 import os, sys, time
 sys.path.insert(0, "src")
-import interruption
+from runtime import interruption
 interruption.PATIENCE = 0.1
 if os.fork() == 0:
     interruption.heed_parent_alone()
@@ -309,7 +318,7 @@ def test_a_damaged_state(damage, stopped, refuses):
 
 def test_two_processes_cannot_train_in_one_folder(stopped, refuses, resume):
     run = stopped(2, "CIRR")
-    with Run(run, NoTracker(), About({}, (), {}, {"resume": ""})).locked():
+    with Run(run, NoTracker(), About(titles={}, chosen_by=(), hyper_parameters={}, commands={"resume": ""})).locked():
         assert "another process trains in it" in refuses(run)
     resume(run)
 
@@ -446,13 +455,14 @@ def test_a_full_disk_stops_with_the_last_good_state(drawn, tmp_path, resume):
     code = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT / "src")!r})
-import combiner_train, training
-real = training.run_epoch
-def run_epoch(task, stepper, keeper, regime):
-    if keeper.progress.epoch == 2:
+import combiner_train
+from training import loop
+real = loop.run_epoch
+def run_epoch(task, stepper, autosave):
+    if autosave.progress.epoch == 2:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    real(task, stepper, keeper, regime)
-training.run_epoch = run_epoch
+    real(task, stepper, autosave)
+loop.run_epoch = run_epoch
 combiner_train.main(sys.argv[1:])
 """
     flags = ["--num-epochs", 5, "--num-workers", 0, "--save-best", "--checkpoint-every-minutes", 1e-9]

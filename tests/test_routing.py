@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from combiner import Combiner
-from combiner_train import ComposedFeatures
 from conftest import read_csv
 from models.routing import load_balancing_loss, router_penalty, router_statistics, router_z_loss
 from training.contrastive import backward, contrastive_loss
+from training.schedule import Precision
+from training.stage2 import ComposedFeatures
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [1.0, 0.0, 2.0]])  # pairs 01, 01, 12, 02
 
@@ -68,9 +69,9 @@ def test_the_penalty_adds_its_gradient_and_not_its_value():
     model = ComposedFeatures(Combiner(8, 8, 8).eval(), with_router=True)
     inputs = [torch.randn(5, 8), torch.randn(5, 8), torch.nn.functional.normalize(torch.randn(5, 8), dim=-1)]
     penalty = router_penalty(0.3, 0.2, 2)
-    import contextlib
-
-    loss = backward(model, inputs, None, None, contextlib.nullcontext, lambda x: x, penalty)
+    precision = Precision("fp32", torch.device("cpu"))
+    scaler = precision.scaler()
+    loss = backward(model, inputs, None, micro_batch=None, precision=precision, scaler=scaler, penalty=penalty)
     ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     queries, targets, logits = model(*inputs)

@@ -52,7 +52,12 @@ def test_without_weights_there_is_nothing_to_validate(run, drawn):
 
 
 def about(**changes) -> About:
-    return About({"r": "R@1"}, ("r",), {"num_epochs": 3} | changes, {"resume": "python src/x.py --resume 'a b'"})
+    return About(
+        titles={"r": "R@1"},
+        chosen_by=("r",),
+        hyper_parameters={"num_epochs": 3, **changes},
+        commands={"resume": "python src/x.py --resume 'a b'"},
+    )
 
 
 def test_a_run_that_is_not_complete_says_how_to_go_on(tmp_path):

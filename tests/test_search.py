@@ -16,6 +16,7 @@ from benchmarks import CIRR, FashionIQ
 from image_search import image_index, photos, vectors
 from image_search.image_index import open_index
 from models import encoder
+from runtime.choices import INDEX_KINDS
 from utils import UserError
 
 
@@ -74,7 +75,7 @@ def clustered(count: int, dim: int = 32, seed: int = 0) -> np.ndarray:
     return (centres[rng.integers(50, size=count)] + 0.6 * rng.normal(size=(count, dim))).astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", vectors.KINDS)
+@pytest.mark.parametrize("kind", INDEX_KINDS)
 def test_what_is_found_is_in_the_exact_order(kind):
     gallery, queries = clustered(10_000), vectors.normalised(clustered(20, seed=1))
     found = vectors.search(vectors.build(gallery, kind), gallery, queries, 10)

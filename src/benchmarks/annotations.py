@@ -28,8 +28,8 @@ def field(entry: Any, key: str, kind: type, file: Path, where: str) -> Any:
     return entry[key]
 
 
-def check_known(names: Iterable[str], known: Mapping[str, Any], file: Path, where: str, images_file: Path) -> None:
-    """Every image that an entry names must be in the split's list of images."""
+def check_known(names: Iterable[str], known: Mapping[str, Any], file: Path, where: str, *, images_file: Path) -> None:
+    """Raise UserError unless every image that an entry names is in the split's list of images."""
     for name in names:
         if name not in known:
             raise UserError(f"{file}: {where} names the image {name}, which is not in {images_file}: get both anew")

@@ -1,19 +1,22 @@
-"""Every difference between FashionIQ and CIRR: their files, captions, protocols and metrics."""
+"""What a benchmark is: its files, captions, protocols and metrics. Each has a file of its own beside this one."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import annotations
 from benchmarks.annotations import check, check_known
 from benchmarks.metrics import percentage
 from benchmarks.protocols import Protocol
-from benchmarks.ranking import Ranking
 from benchmarks.splits import Split, Triplet
 from utils import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from benchmarks.ranking import Ranking
 
 
 class Benchmark(ABC):
@@ -23,12 +26,13 @@ class Benchmark(ABC):
         name: what `--dataset` calls it.
         run_name: what the folders of its runs call it.
         parts: what its annotation files are of: cap.{part}.{split}.json.
-        splits: training, validation and test, as the files call them.
+        train_split, val_split, test_split: what the files call them.
         official: "{part}.{split}" -> triplets and images of the official files.
         counts_explained: what the official counts look like, and are not; "" where they mislead nobody.
         protocols: the protocols it is measured under, that of the original implementation first.
-        selection: metric -> suffix of the checkpoint that is kept for its best value.
+        selection: metric that selects checkpoints -> suffix of the one that is kept for its best value.
         titles: metric -> its title in a table; the others are not in tables.
+        hyper_parameters: what the original's runs write down of it beside the flags.
 
     Args:
         data_root: the folder that holds the dataset's own.
@@ -38,33 +42,52 @@ class Benchmark(ABC):
     name: str
     run_name: str
     parts: tuple[str, ...]
-    splits: tuple[str, str, str]
+    train_split: str
+    val_split: str
+    test_split: str
     official: dict[str, tuple[int, int]]
     counts_explained: str = ""
     protocols: tuple[Protocol, ...]
     selection: dict[str, str]
     titles: dict[str, str]
+    hyper_parameters: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, data_root: Path, excluded: Collection[str] = ()) -> None:
         self.data_root = data_root
         self.excluded = excluded
 
+    @property
+    def splits(self) -> tuple[str, str, str]:
+        """Training, validation and test, as the files call them."""
+        return self.train_split, self.val_split, self.test_split
+
     def train(self) -> Split:
         """The training triplets of all parts and the images that they use."""
-        splits = self.read(self.splits[0])
-        triplets = [t for split in splits for t in split.triplets]
-        paths = {name: path for split in splits for name, path in split.image_paths.items()}
-        used = {name: paths[name] for t in triplets for name in (t.reference, t.target)}  # in the order of first use
-        images = tuple(dict.fromkeys(name for split in splits for name in split.excluded_images))
-        return Split("train", triplets, used, images, sum(split.excluded_triplets for split in splits))
+        triplets: list[Triplet] = []
+        paths: dict[str, Path] = {}
+        excluded_images: list[str] = []
+        excluded_triplets = 0
+        for split in self.read(self.train_split):
+            triplets += split.triplets
+            paths.update(split.image_paths)
+            excluded_images += split.excluded_images
+            excluded_triplets += split.excluded_triplets
+        used = [name for triplet in triplets for name in triplet.images]  # in the order of first use
+        return Split(
+            name="train",
+            triplets=triplets,
+            image_paths={name: paths[name] for name in used},
+            excluded_images=tuple(dict.fromkeys(excluded_images)),
+            excluded_triplets=excluded_triplets,
+        )
 
     def val(self) -> list[Split]:
         """The validation splits, each with its whole gallery."""
-        return self.read(self.splits[1])
+        return self.read(self.val_split)
 
     def test(self) -> list[Split]:
         """The test splits, whose targets are secret."""
-        return self.read(self.splits[2])
+        return self.read(self.test_split)
 
     def read(self, split: str) -> list[Split]:
         """The parts of a split, each with all images of its list, without what is excluded.
@@ -87,20 +110,34 @@ class Benchmark(ABC):
         for place, entry in enumerate(annotations.read(captions_file, list)):
             where = f"entry {place}"
             triplet = self._triplet(entry, split, captions_file, where)
-            used = [triplet.reference, *triplet.group, *([] if triplet.target is None else [triplet.target])]
-            check_known(used, paths, captions_file, where, images_file)
-            searchable = split == self.splits[0] or triplet.reference != triplet.target
+            check_known([*triplet.images, *triplet.group], paths, captions_file, where, images_file=images_file)
+            searchable = split == self.train_split or triplet.reference != triplet.target
             check(searchable, captions_file, f"a target other than the reference in {where}")
             triplets.append(triplet)
         check(bool(triplets), captions_file, "at least one triplet")
-        left = Split(self._part_name(part, split), triplets, paths).without(self.excluded)
-        if not left.triplets:
+        whole = Split(name=self._part_name(part, split), triplets=triplets, image_paths=paths)
+        remaining = whole.without(self.excluded)
+        if not remaining.triplets:
             raise UserError(f"--exclusions leaves none of the triplets of {captions_file}: exclude fewer images")
-        return left
+        return remaining
 
-    def metrics(self, rankings: dict[str, Ranking]) -> dict[str, float]:
+    def metrics(self, rankings: Mapping[str, "Ranking"]) -> dict[str, float]:
         """All metrics, by the names of the CSV files, from the validation splits ranked under one protocol."""
-        return self.summary({name: self.score(r.ranks, r.group_ranks) for name, r in rankings.items()})
+        scores = {}
+        for split, ranking in rankings.items():
+            in_group = None if ranking.group_ranks is None else ranking.group_ranks.numpy()
+            scores[split] = self.score(ranking.known_ranks.numpy(), in_group)
+        return self.summary(scores)
+
+    def best_clips(self) -> dict[str, str]:
+        """Metric -> name of stage 1's checkpoint for its best value."""
+        return {metric: f"tuned_clip_{suffix}" for metric, suffix in self.selection.items()}
+
+    def best_combiners(self) -> dict[str, str]:
+        """Metric -> name of stage 2's checkpoint for its best value; one that is alone needs no suffix."""
+        if len(self.selection) == 1:
+            return dict.fromkeys(self.selection, "combiner")
+        return {metric: f"combiner_{suffix}" for metric, suffix in self.selection.items()}
 
     @abstractmethod
     def annotation_folder(self) -> Path:
@@ -130,19 +167,23 @@ class Benchmark(ABC):
     def caption_variants(self, captions: tuple[str, ...]) -> list[str]:
         """The texts of a triplet in training, equally likely; as many for every triplet."""
 
-    def score(self, ranks: Tensor, group_ranks: Tensor | None) -> dict[str, float]:
+    def score(self, ranks: "np.ndarray", group_ranks: "np.ndarray | None") -> dict[str, float]:
         """Recalls of one split, in percent, from what `hits` takes."""
         return {name: percentage(hit) for name, hit in self.hits(ranks, group_ranks).items()}
 
     @abstractmethod
-    def hits(self, ranks: Tensor, group_ranks: Tensor | None) -> dict[str, Tensor]:
-        """Each recall's queries that it counts, (Q,) bool.
+    def hits(self, ranks: "np.ndarray", group_ranks: "np.ndarray | None") -> "dict[str, np.ndarray]":
+        """Recall -> which queries it counts, (Q,) bool.
 
         Args:
-            ranks: (Q,) of the targets in the gallery.
+            ranks: (Q,) of the targets in the gallery, 0 for the first place.
             group_ranks: (Q,) of the targets in their groups, None without groups.
         """
 
     @abstractmethod
-    def summary(self, scores: dict[str, dict[str, float]]) -> dict[str, float]:
-        """All metrics, by the names of the CSV files, from the scores of each split."""
+    def summary(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """All metrics, by the names of the CSV files, from the recalls of each split.
+
+        What selects checkpoints is made of recalls that are named there, so that one more recall in `hits` changes
+        what is reported and nothing that is selected.
+        """

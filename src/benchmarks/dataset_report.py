@@ -1,17 +1,22 @@
 """What a copy of a benchmark is: its counts beside the official ones, its images by role, what they do to metrics."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.base import Benchmark
-from benchmarks.image_check import MISSING, Inspection
-from benchmarks.protocols import members
 from benchmarks.splits import Split, Triplet
 from utils import UserError
 
-FINDING, NOTE, UNUSABLE = "finding", "note", "unusable"
+if TYPE_CHECKING:
+    from benchmarks.image_check import Inspection
+
+FINDING = "finding"
+NOTE = "note"
+UNUSABLE = "unusable"
+PLACEHOLDER = 3  # files of one content; more look like a picture that stands for images that are gone
 
 
 @dataclass(frozen=True)
@@ -56,13 +61,17 @@ class Report:
     def exit_code(self) -> int:
         """0 clean, 1 findings, 2 unusable."""
         levels = {remark.level for remark in self.remarks}
-        return 2 if UNUSABLE in levels else 1 if FINDING in levels else 0
+        if UNUSABLE in levels:
+            return 2
+        return 1 if FINDING in levels else 0
 
 
 Parts = dict[tuple[str, str], Split]  # (part, split) -> its records
 
 
-def read_parts(benchmark: Benchmark, splits: Iterable[str], official: bool, asked_for: bool, report: Report) -> Parts:
+def read_parts(
+    benchmark: Benchmark, splits: Iterable[str], *, official: bool, asked_for: bool, report: Report
+) -> Parts:
     """All parts of some splits that can be read; the others, and counts that differ, are remarked on.
 
     Args:
@@ -72,63 +81,77 @@ def read_parts(benchmark: Benchmark, splits: Iterable[str], official: bool, aske
     parts: Parts = {}
     for split in splits:
         for part in benchmark.parts:
-            files = benchmark.files(part, split)
-            missing = [file for file in files if not file.exists()]
+            missing = [file for file in benchmark.files(part, split) if not file.exists()]
             for file in missing:
                 level = UNUSABLE if asked_for else FINDING
                 report.say(level, str(file), f"missing: nothing can be done with {part} {split}")
             if missing:
                 continue
             try:
-                own = parts[part, split] = benchmark.read_part(part, split)
+                parts[part, split] = benchmark.read_part(part, split)
             except UserError as error:
                 report.say(UNUSABLE, f"{part} {split}", str(error))
                 continue
-            counts = len(own.triplets), len(own.names)
-            for file, count, expected in zip(files, counts, benchmark.official[f"{part}.{split}"], strict=True):
-                report.files.append((str(file), count, expected))
-                if official and count != expected:
-                    report.say(FINDING, str(file), f"{count:,} entries, the official file has {expected:,}")
+            _count(benchmark, part, split, parts[part, split], official=official, report=report)
     if not parts:
         report.say(UNUSABLE, str(benchmark.annotation_folder()), "no split can be read")
     return parts
+
+
+def _count(benchmark: Benchmark, part: str, split: str, records: Split, *, official: bool, report: Report) -> None:
+    """The entries of a part's two files beside those of the official ones."""
+    counts = (len(records.triplets), len(records.names))
+    official_counts = benchmark.official[f"{part}.{split}"]
+    for file, count, expected in zip(benchmark.files(part, split), counts, official_counts, strict=True):
+        report.files.append((str(file), count, expected))
+        if official and count != expected:
+            report.say(FINDING, str(file), f"{count:,} entries, the official file has {expected:,}")
 
 
 def remark_on_annotations(benchmark: Benchmark, parts: Parts, report: Report) -> None:
     """How the lists overlap, targets that repeat, captions that are empty or the same."""
     listed: dict[str, list[str]] = {split: [] for split in benchmark.splits}
     triplets: dict[str, list[Triplet]] = {split: [] for split in benchmark.splits}
-    for (_, split), own in parts.items():
-        listed[split] += own.names
-        triplets[split] += own.triplets
-    entries, unique = sum(map(len, listed.values())), len(set().union(*listed.values()))
-    text = f"{entries:,} entries name {unique:,} images: {entries - unique:,} entries repeat an image of another list"
-    report.say(NOTE, "image lists", f"{text}. {benchmark.counts_explained}".rstrip())
+    for (_, split), records in parts.items():
+        listed[split] += records.names
+        triplets[split] += records.triplets
+    _remark_on_repeats(benchmark, listed, report)
     _remark_on_leaks(benchmark, listed, triplets, report)
-    counts = Counter(t.target for t in triplets[benchmark.splits[0]])
-    again = [name for name, count in counts.items() if count > 1]
-    text = "targets repeat: in one batch they are each other's negatives, unless --mask-duplicate-targets"
-    _say_if(again, NOTE, benchmark.splits[0], text, report)
-    for split, own in triplets.items():
-        named = [_query(t) for t in own if not all(caption.strip() for caption in t.captions)]
-        _say_if(named, NOTE, split, "queries have an empty caption", report)
-        named = [_query(t) for t in own if len(t.captions) > len(set(t.captions))]
-        _say_if(named, NOTE, split, "queries have the same caption twice", report)
+    targets = Counter(triplet.target for triplet in triplets[benchmark.train_split])
+    repeated = [str(name) for name, count in targets.items() if count > 1]
+    effect = "targets repeat: in one batch they are each other's negatives, unless --mask-duplicate-targets"
+    _say_if(repeated, NOTE, benchmark.train_split, effect, report=report)
+    for split, of_split in triplets.items():
+        empty = [_query(triplet) for triplet in of_split if not all(text.strip() for text in triplet.captions)]
+        _say_if(empty, NOTE, split, "queries have an empty caption", report=report)
+        same = [_query(triplet) for triplet in of_split if len(triplet.captions) > len(set(triplet.captions))]
+        _say_if(same, NOTE, split, "queries have the same caption twice", report=report)
 
 
-def _remark_on_leaks(benchmark: Benchmark, listed: dict, triplets: dict, report: Report) -> None:
+def _remark_on_repeats(benchmark: Benchmark, listed: Mapping[str, list[str]], report: Report) -> None:
+    """Entries of all lists, and how many images they are."""
+    entries = sum(map(len, listed.values()))
+    images = len(set().union(*listed.values()))
+    counts = f"{entries:,} entries name {images:,} images: {entries - images:,} entries repeat an image of another list"
+    report.say(NOTE, "image lists", f"{counts}. {benchmark.counts_explained}".rstrip())
+
+
+def _remark_on_leaks(
+    benchmark: Benchmark, listed: Mapping[str, list[str]], triplets: Mapping[str, list[Triplet]], report: Report
+) -> None:
     """Images of training that validation or test have too."""
-    train, *others = benchmark.splits
-    used = {name for t in triplets[train] for name in (t.reference, t.target)}
-    for other in others:
+    train = benchmark.train_split
+    trained_on = {name for triplet in triplets[train] for name in triplet.images}
+    for other in (benchmark.val_split, benchmark.test_split):
         where = f"{train} and {other}"
         shared = sorted(set(listed[train]) & set(listed[other]))
-        _say_if(shared, NOTE, where, "images are in lists of both: splits are apart only within a part", report)
-        seen = sorted({t.target for t in triplets[other] if t.target in used})
-        _say_if(seen, NOTE, where, f"targets of {other} are in training triplets", report)
+        _say_if(shared, NOTE, where, "images are in lists of both: splits are apart only within a part", report=report)
+        targets = {triplet.target for triplet in triplets[other] if triplet.target is not None}
+        seen = sorted(targets & trained_on)
+        _say_if(seen, NOTE, where, f"targets of {other} are in training triplets", report=report)
 
 
-def _say_if(ids: list[str], level: str, where: str, text: str, report: Report) -> None:
+def _say_if(ids: Sequence[str], level: str, where: str, text: str, *, report: Report) -> None:
     """Remark on ids, their number first, if there are any."""
     if ids:
         report.say(level, where, f"{len(ids):,} {text}", ids)
@@ -140,87 +163,108 @@ def _query(triplet: Triplet) -> str:
     return f"{triplet.reference} -> {triplet.target or '?'}"
 
 
-def needed(benchmark: Benchmark, split: str, own: Split) -> dict[str, Path]:
+def needed_images(benchmark: Benchmark, split: str, records: Split) -> dict[str, Path]:
     """The images of a part that triplets or galleries need: of training those of the triplets alone."""
-    if split != benchmark.splits[0]:
-        return own.image_paths
-    used = members(own)
-    return {name: path for name, path in own.image_paths.items() if name in used}
+    if split != benchmark.train_split:
+        return records.image_paths
+    used = records.members
+    return {name: path for name, path in records.image_paths.items() if name in used}
 
 
-def remark_on_images(benchmark: Benchmark, parts: Parts, found: dict[Path, Inspection], report: Report) -> None:
+def remark_on_images(
+    benchmark: Benchmark, parts: Parts, inspections: "Mapping[Path, Inspection]", report: Report
+) -> None:
     """Where the files are, which are no good or copies of each other, in which role, and what that does to metrics.
 
     Args:
-        found: each file that is needed.
+        inspections: of each file that is needed.
     """
-    report.images = len(found)
-    folders = {str(folder) for part in benchmark.parts for folder in benchmark.image_folders(part)}
-    there = [path for path, inspection in found.items() if inspection.problem != MISSING]
-    where = (next((str(p) for p in path.parents if str(p) in folders), str(path.parent)) for path in there)
-    report.layouts = dict(Counter(where))
-    for (part, split), own in parts.items():
-        paths = needed(benchmark, split, own)
-        bad = {name: found[path].problem for name, path in paths.items() if found[path].problem}
-        digests = {name: found[path].digest for name, path in paths.items() if name not in bad}
-        report.bad |= bad
-        _remark_on_bad(f"{part} {split}", split == benchmark.splits[0], own, bad, report)
-        _remark_on_copies(f"{part} {split}", own, digests, report)
+    report.images = len(inspections)
+    there = [path for path, inspection in inspections.items() if not inspection.is_missing]
+    report.layouts = _layouts(benchmark, there)
+    for (part, split), records in parts.items():
+        bad = {}
+        digests = {}
+        for name, path in needed_images(benchmark, split, records).items():
+            if inspections[path].problem:
+                bad[name] = inspections[path].problem
+            else:
+                digests[name] = inspections[path].digest
+        report.bad.update(bad)
+        where = f"{part} {split}"
+        _remark_on_bad(where, records, bad, trains=split == benchmark.train_split, report=report)
+        _remark_on_copies(where, records, digests, report)
 
 
-def _roles(own: Split) -> dict[str, set[str]]:
+def _layouts(benchmark: Benchmark, paths: Iterable[Path]) -> dict[str, int]:
+    """Folder of a known layout -> how many of some files lie below it."""
+    known = {folder for part in benchmark.parts for folder in benchmark.image_folders(part)}
+    return dict(Counter(str(next((p for p in path.parents if p in known), path.parent)) for path in paths))
+
+
+def _roles(records: Split) -> dict[str, set[str]]:
     """What a part's images are: references of queries, targets, and distractors, which are neither."""
-    references = {t.reference for t in own.triplets}
-    targets = {t.target for t in own.triplets if t.target is not None}
-    return {"query": references, "target": targets, "distractor": own.image_paths.keys() - references - targets}
+    references = {triplet.reference for triplet in records.triplets}
+    targets = {triplet.target for triplet in records.triplets if triplet.target is not None}
+    distractors = records.image_paths.keys() - references - targets
+    return {"query": references, "target": targets, "distractor": distractors}
 
 
-def _remark_on_bad(where: str, trains: bool, own: Split, bad: dict[str, str], report: Report) -> None:
+def _remark_on_bad(where: str, records: Split, bad: Mapping[str, str], *, trains: bool, report: Report) -> None:
     """Files of a part that cannot be decoded, by problem and role."""
-    if all(t.reference in bad or t.target in bad for t in own.triplets):
+    if all(_asks_for(triplet, bad) for triplet in records.triplets):
         report.say(UNUSABLE, where, "every query has an image that cannot be decoded")
-    queries, gallery = len(own.triplets), len(own.names)
-    for role, names in _roles(own).items():
+    queries = len(records.triplets)
+    gallery = len(records.names)
+    for role, names in _roles(records).items():
         for problem in dict.fromkeys(bad.values()):
-            ids = {name: None for name in bad if name in names and bad[name] == problem}
-            lost = sum(t.reference in ids or t.target in ids for t in own.triplets)
-            effect = {
+            ids = [name for name in bad if name in names and bad[name] == problem]
+            lost = sum(_asks_for(triplet, set(ids)) for triplet in records.triplets)
+            effects = {
                 "query": f"{lost} of {queries} queries cannot be asked; left out, the recalls are of the others",
                 "target": f"{lost} of {queries} queries have no answer: they count as missed, or are left out",
                 "distractor": f"a gallery of {gallery - len(ids)} instead of {gallery}: recalls rise",
-            }[role]
-            if trains:
-                effect = f"{lost} of {queries} triplets cannot be trained on"
-            _say_if(list(ids), FINDING, where, f"files {problem}, role {role}: {effect}", report)
+            }
+            effect = f"{lost} of {queries} triplets cannot be trained on" if trains else effects[role]
+            _say_if(ids, FINDING, where, f"files {problem}, role {role}: {effect}", report=report)
 
 
-def _remark_on_copies(where: str, own: Split, digests: dict[str, str], report: Report) -> None:
+def _asks_for(triplet: Triplet, names: Container[str]) -> bool:
+    """Whether the reference or the target is one of some images."""
+    return any(name in names for name in triplet.images)
+
+
+def _remark_on_copies(where: str, records: Split, digests: Mapping[str, str], report: Report) -> None:
     """Files of a part whose content is that of another one, by role."""
     groups = defaultdict(list)
     for name, digest in digests.items():
         groups[digest].append(name)
-    copies = {name: len(group) for group in groups.values() if len(group) > 1 for name in group}
-    largest = max(copies.values(), default=0)
+    copies: list[str] = []
+    for group in groups.values():
+        if len(group) > 1:
+            copies += group
+    largest = max(map(len, groups.values()), default=0)
     effects = {
         "query": "such a query is the same picture as another image",
         "target": "nothing tells the answer from its copy, so which of them comes first is chance",
         "distractor": "the gallery is in effect smaller",
     }
-    for role, names in _roles(own).items():
+    for role, names in _roles(records).items():
         text = f"files have the same content as another, role {role}: {effects[role]}"
-        text += f"; up to {largest} are one picture, as a placeholder would be" if largest > 3 else ""
-        _say_if([name for name in copies if name in names], FINDING, where, text, report)
+        if largest > PLACEHOLDER:
+            text += f"; up to {largest} are one picture, as a placeholder would be"
+        _say_if([name for name in copies if name in names], FINDING, where, text, report=report)
 
 
-def text(report: Report, examples: int = 3) -> str:
+def as_text(report: Report, examples: int = 3) -> str:
     """The report for people."""
-    lines = [f"{report.dataset}", "  entries   official  file"]
+    lines = [report.dataset, "  entries   official  file"]
     lines += [f"  {count:7,}   {official:8,}  {file}" for file, count, official in report.files]
     lines += [f"  {count:7,} images in {folder}" for folder, count in report.layouts.items()]
     if report.images:
         lines.append(f"  {report.images:7,} needed, {report.images - len(report.bad):,} decoded")
     for remark in report.remarks:
-        shown = ", ".join(remark.ids[:examples]) + (", ..." if len(remark.ids) > examples else "")
-        lines.append(f"  {remark.level}: {remark.where}: {remark.text}" + (f" ({shown})" if shown else ""))
+        named = ", ".join(remark.ids[:examples]) + (", ..." if len(remark.ids) > examples else "")
+        lines.append(f"  {remark.level}: {remark.where}: {remark.text}" + (f" ({named})" if named else ""))
     verdict = {0: "clean", 1: "usable, with findings", 2: "unusable"}[report.exit_code]
     return "\n".join([*lines, f"  {verdict}"])

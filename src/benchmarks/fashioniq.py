@@ -1,15 +1,19 @@
 """FashionIQ: its files, captions, protocols and metrics."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import annotations
 from benchmarks.annotations import check, field
 from benchmarks.base import Benchmark
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_KEPT, VAL_REMOVED
 from benchmarks.splits import Triplet, locate
+
+if TYPE_CHECKING:
+    import numpy as np
+
+RECALLS = (10, 50)
 
 
 class FashionIQ(Benchmark):
@@ -18,7 +22,9 @@ class FashionIQ(Benchmark):
     name = "FashionIQ"
     run_name = "fiq"
     parts = ("dress", "toptee", "shirt")
-    splits = ("train", "val", "test")
+    train_split = "train"
+    val_split = "val"
+    test_split = "test"
     official = {
         "dress.train": (5985, 11452), "dress.val": (2017, 3817), "dress.test": (2024, 3818),
         "shirt.train": (5988, 19036), "shirt.val": (2038, 6346), "shirt.test": (2038, 6346),
@@ -30,11 +36,18 @@ class FashionIQ(Benchmark):
     )
     protocols = (ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_REMOVED, VAL_KEPT)
     selection = {"average_recall": "best"}
-    titles = {f"{part}_recall_at{k}": f"{part} R@{k}" for part in parts for k in (10, 50)} | {
+    titles = {
+        "dress_recall_at10": "dress R@10",
+        "dress_recall_at50": "dress R@50",
+        "toptee_recall_at10": "toptee R@10",
+        "toptee_recall_at50": "toptee R@50",
+        "shirt_recall_at10": "shirt R@10",
+        "shirt_recall_at50": "shirt R@50",
         "average_recall_at10": "mean R@10",
         "average_recall_at50": "mean R@50",
         "average_recall": "mean",
     }
+    hyper_parameters = {"train_dress_types": list(parts), "val_dress_types": list(parts)}
 
     def annotation_folder(self) -> Path:
         return self.data_root / "fashionIQ_dataset"
@@ -42,8 +55,11 @@ class FashionIQ(Benchmark):
     def image_folders(self, part: str) -> list[Path]:
         """images/ as in the official layout, or by category; an id of two categories may lie under the other one."""
         root = self.annotation_folder()
-        parts = sorted(self.parts, key=lambda other: other != part)
-        return [root / "images", *(root / kind / p for kind in ("images", "resized_image") for p in parts)]
+        own_first = sorted(self.parts, key=lambda other: other != part)
+        folders = [root / "images"]
+        for kind in ("images", "resized_image"):
+            folders += [root / kind / category for category in own_first]
+        return folders
 
     def _part_name(self, part: str, split: str) -> str:
         return part
@@ -58,8 +74,11 @@ class FashionIQ(Benchmark):
         captions = field(entry, "captions", list, file, where)
         two = len(captions) == 2 and all(isinstance(caption, str) for caption in captions)
         check(two, file, f"two captions in {where}")
-        target = None if split == self.splits[2] else field(entry, "target", str, file, where)
-        return Triplet(field(entry, "candidate", str, file, where), tuple(captions), target)
+        return Triplet(
+            reference=field(entry, "candidate", str, file, where),
+            captions=tuple(captions),
+            target=None if split == self.test_split else field(entry, "target", str, file, where),
+        )
 
     def caption(self, captions: tuple[str, ...]) -> str:
         return self.caption_variants(captions)[0]
@@ -73,11 +92,21 @@ class FashionIQ(Benchmark):
             second.capitalize(),
         ]
 
-    def hits(self, ranks: Tensor, group_ranks: Tensor | None) -> dict[str, Tensor]:
-        return {f"recall_at{k}": ranks < k for k in (10, 50)}
+    def hits(self, ranks: "np.ndarray", group_ranks: "np.ndarray | None") -> "dict[str, np.ndarray]":
+        return {f"recall_at{k}": ranks < k for k in RECALLS}
 
-    def summary(self, scores: dict[str, dict[str, float]]) -> dict[str, float]:
-        metrics = {f"{split}_{name}": value for split, score in scores.items() for name, value in score.items()}
-        at10, at50 = (sum(score[f"recall_at{k}"] for score in scores.values()) / len(scores) for k in (10, 50))
-        averages = {"average_recall_at10": at10, "average_recall_at50": at50, "average_recall": (at10 + at50) / 2}
-        return metrics | averages
+    def summary(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        metrics = {}
+        for category, recalls in scores.items():
+            for name, value in recalls.items():
+                metrics[f"{category}_{name}"] = value
+        at10 = _mean_over_categories(scores, "recall_at10")
+        at50 = _mean_over_categories(scores, "recall_at50")
+        metrics["average_recall_at10"] = at10
+        metrics["average_recall_at50"] = at50
+        metrics["average_recall"] = (at10 + at50) / 2
+        return metrics
+
+
+def _mean_over_categories(scores: Mapping[str, Mapping[str, float]], recall: str) -> float:
+    return sum(recalls[recall] for recalls in scores.values()) / len(scores)

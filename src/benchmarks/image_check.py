@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,15 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from data_utils import decoded
 from runtime import interruption
 from runtime.files import file_size
+from runtime.image_files import decoded
 
-MISSING, EMPTY, NO_IMAGE, DAMAGED, TOO_LARGE = "missing", "empty", "not an image", "truncated or damaged", "too large"
+MISSING = "missing"
+EMPTY = "empty"
+NO_IMAGE = "not an image"
+DAMAGED = "truncated or damaged"
+TOO_LARGE = "too large"
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,10 @@ class Inspection:
     problem: str
     digest: str
 
+    @property
+    def is_missing(self) -> bool:
+        return self.problem == MISSING
+
 
 def inspect(path: Path) -> Inspection:
     """Read and decode an image file as training and evaluation do."""
@@ -40,7 +48,9 @@ def inspect(path: Path) -> Inspection:
         content = path.read_bytes()
     except OSError:
         return Inspection(DAMAGED, "")
-    return Inspection(_problem(content), hashlib.sha256(content).hexdigest()) if content else Inspection(EMPTY, "")
+    if not content:
+        return Inspection(EMPTY, "")
+    return Inspection(_problem(content), hashlib.sha256(content).hexdigest())
 
 
 def _problem(content: bytes) -> str:
@@ -63,16 +73,16 @@ def inspect_all(paths: list[Path], workers: int) -> dict[Path, Inspection]:
     Args:
         workers: processes, 0 for this one.
     """
+    inspections = {}
     with _mapped(workers) as mapped, tqdm(total=len(paths), desc="decoding images", unit="img", disable=None) as bar:
-        found = {}
         for path, inspection in zip(paths, mapped(paths), strict=True):
-            found[path] = inspection
+            inspections[path] = inspection
             bar.update()
-    return found
+    return inspections
 
 
 @contextlib.contextmanager
-def _mapped(workers: int) -> Iterator:
+def _mapped(workers: int) -> Iterator[Callable[[list[Path]], Iterable[Inspection]]]:
     """A function that inspects a list of paths, in order, here or in processes."""
     if workers == 0:
         yield lambda paths: map(inspect, paths)

@@ -1,12 +1,14 @@
 """Evaluation protocols: which images of a split a query may retrieve. Published tables mix four of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from benchmarks.ranking import Ranking
 from benchmarks.splits import Split
+from utils import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,14 @@ class Protocol:
 
     def gallery_size(self, split: Split) -> int:
         """Images that a query searches, its own reference counted in."""
-        return len(split.names) if self.gallery == "original" else len(members(split))
+        return len(split.names) if self.gallery == "original" else len(split.members)
 
-    def restrict(self, similarity: Tensor, references: Tensor, outside: Tensor) -> Tensor:
+    def most_answers(self, split: Split) -> int:
+        """Images that a query can retrieve."""
+        removed = 1 if self.reference == "removed" else 0
+        return self.gallery_size(split) - removed
+
+    def restrict(self, similarity: "Tensor", references: "Tensor", outside: "Tensor") -> "Tensor":
         """Set what may not be retrieved to -inf, in place.
 
         Args:
@@ -47,21 +54,24 @@ class Protocol:
         return similarity
 
 
-def members(split: Split) -> set[str]:
-    """The references and targets of a split's triplets."""
-    return {name for t in split.triplets for name in (t.reference, t.target) if name is not None}
-
-
-def outside(split: Split) -> Tensor:
-    """Whether a gallery image is neither reference nor target of any triplet, (N,) bool."""
-    inside = members(split)
-    return torch.tensor([name not in inside for name in split.image_paths], dtype=torch.bool)
-
-
-Rankings = dict[Protocol, dict[str, Ranking]]  # protocol -> split's name -> its ranking
-
 ORIGINAL_KEPT = Protocol("original", "kept")  # the start kit, CLIP4Cir, SPRC, CaLa, SEARLE, LinCIR, Pic2Word
 ORIGINAL_REMOVED = Protocol("original", "removed")  # SPN4CIR, CoVR, HABIT, INTENT, ARTEMIS; CIRR's own
 VAL_REMOVED = Protocol("VAL", "removed")  # TG-CIR, COMBINER, DQU-CIR, ENCODER and OFFSET by default
 VAL_KEPT = Protocol("VAL", "kept")  # CoSMo
 PROTOCOLS = {protocol.name: protocol for protocol in (ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_REMOVED, VAL_KEPT)}
+
+
+def choose_protocols(names: Sequence[str] | None, known: Sequence[Protocol], dataset: str) -> list[Protocol]:
+    """The protocols asked for, in a benchmark's order; all of them where nothing is asked for.
+
+    Args:
+        known: the benchmark's own.
+        dataset: its name.
+    """
+    if names is None:
+        return list(known)
+    known_names = [protocol.name for protocol in known]
+    for name in names:
+        if name not in known_names:
+            raise UserError(f"--protocol {name} is none of {dataset}: choose from {', '.join(known_names)}")
+    return [protocol for protocol in known if protocol.name in names]

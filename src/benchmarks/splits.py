@@ -8,32 +8,47 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from runtime.files import file_size
 from utils import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Triplet:
-    """One composed query, whichever benchmark it came from."""
+    """One composed query, whichever benchmark it came from.
+
+    Attributes:
+        target: None where the answer is secret.
+        group: CIRR's subset of similar images, the reference among them.
+        pair_id: CIRR's number of the query.
+    """
 
     reference: str
     captions: tuple[str, ...]
-    target: str | None = None  # None where the answer is secret
-    group: tuple[str, ...] = ()  # CIRR's subset of similar images, the reference among them
+    target: str | None = None
+    group: tuple[str, ...] = ()
     pair_id: int | None = None
 
+    @property
+    def known_target(self) -> str:
+        """The target. Raises ValueError where it is secret."""
+        if self.target is None:
+            raise ValueError("the target of a test query is secret")
+        return self.target
 
-@dataclass(frozen=True)
+    @property
+    def images(self) -> list[str]:
+        """The reference, and the target if it is known."""
+        return [self.reference] if self.target is None else [self.reference, self.target]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Split:
     """Queries and the gallery they search: gallery row i is names[i].
 
     Attributes:
         excluded_images: what was left out of the gallery on request, in its order.
         excluded_triplets: how many triplets went with them.
-        smaller_groups: how many of the triplets that are left have a smaller group for it.
+        smaller_groups: how many of the remaining triplets have a smaller group for it.
     """
 
     name: str
@@ -53,47 +68,63 @@ class Split:
         """Image files in gallery order."""
         return list(self.image_paths.values())
 
+    @property
+    def is_secret(self) -> bool:
+        """Whether the answers are on a test server only."""
+        return any(triplet.target is None for triplet in self.triplets)
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether each query has a subset of the gallery to search too."""
+        return bool(self.triplets[0].group)
+
     @functools.cached_property
     def row_of(self) -> dict[str, int]:
         """Gallery row of each image name."""
         return {name: row for row, name in enumerate(self.image_paths)}
 
-    def rows(self, names: Iterable[str | None]) -> Tensor:
-        """Gallery rows of image names, (len(names),)."""
-        return torch.tensor([self.row_of[name] for name in names], dtype=torch.long)
+    @property
+    def reference_rows(self) -> list[int]:
+        """Gallery row of each query's reference, Q of them."""
+        return [self.row_of[triplet.reference] for triplet in self.triplets]
 
     @property
-    def reference_rows(self) -> Tensor:
-        """Gallery row of each query's reference, (Q,)."""
-        return self.rows(t.reference for t in self.triplets)
+    def target_rows(self) -> list[int]:
+        """Gallery row of each query's target, Q of them."""
+        return [self.row_of[triplet.known_target] for triplet in self.triplets]
 
     @property
-    def target_rows(self) -> Tensor:
-        """Gallery row of each query's target, (Q,)."""
-        return self.rows(t.target for t in self.triplets)
-
-    @property
-    def group_rows(self) -> Tensor:
-        """Gallery rows of each query's group without the reference, in gallery order, (Q, G - 1).
+    def group_rows(self) -> list[list[int]]:
+        """Gallery rows of each query's group without the reference, in gallery order, Q lists of G - 1.
 
         A group that lost members to exclusions is filled up with the row of the reference, which is no candidate.
         """
-        groups = [sorted(self.row_of[n] for n in t.group if n != t.reference) for t in self.triplets]
-        width = max(map(len, groups))
-        references = [self.row_of[t.reference] for t in self.triplets]
-        filled = [rows + [own] * (width - len(rows)) for rows, own in zip(groups, references, strict=True)]
-        return torch.tensor(filled, dtype=torch.long)
+        groups = []
+        for triplet in self.triplets:
+            candidates = (name for name in triplet.group if name != triplet.reference)
+            groups.append(sorted(self.row_of[name] for name in candidates))
+        longest = max(map(len, groups))
+        for group, reference in zip(groups, self.reference_rows, strict=True):
+            group += [reference] * (longest - len(group))
+        return groups
+
+    @property
+    def members(self) -> set[str]:
+        """The references and targets of the triplets."""
+        return {name for triplet in self.triplets for name in triplet.images}
 
     def without(self, excluded: Container[str]) -> "Split":
         """The split without some images, without the triplets that ask with or for them, and with smaller groups."""
-        kept = [t for t in self.triplets if t.reference not in excluded and t.target not in excluded]
+        kept = [t for t in self.triplets if not any(name in excluded for name in t.images)]
+        smaller = [t for t in kept if any(name in excluded for name in t.group)]
+        triplets = [replace(t, group=tuple(name for name in t.group if name not in excluded)) for t in kept]
         return Split(
-            self.name,
-            [replace(t, group=tuple(n for n in t.group if n not in excluded)) for t in kept],
-            {name: path for name, path in self.image_paths.items() if name not in excluded},
-            tuple(name for name in self.image_paths if name in excluded),
-            len(self.triplets) - len(kept),
-            sum(any(name in excluded for name in t.group) for t in kept),
+            name=self.name,
+            triplets=triplets,
+            image_paths={name: path for name, path in self.image_paths.items() if name not in excluded},
+            excluded_images=tuple(name for name in self.image_paths if name in excluded),
+            excluded_triplets=len(self.triplets) - len(kept),
+            smaller_groups=len(smaller),
         )
 
 
@@ -123,7 +154,6 @@ def split_digest(split: Split) -> str:
 
 def images_digest(split: Split) -> str:
     """SHA-256 of a gallery: of the names and contents of its files, in order. Other copies of a dataset have others."""
-
     digest = hashlib.sha256()
     with ThreadPoolExecutor() as pool:
         contents = pool.map(lambda path: hashlib.sha256(path.read_bytes()).digest(), split.paths)

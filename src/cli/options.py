@@ -1,4 +1,4 @@
-"""Every flag, spelled once, as argparse parents in titled groups."""
+"""Every flag that scripts share, spelled once: alone, as argparse parents in titled groups, and what they ask for."""
 
 import argparse
 import math
@@ -8,13 +8,20 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import BENCHMARKS
-from combiner import COMBINER_TYPES
-from data_utils import TRANSFORMS
-from models.clip_model import ENCODERS
+from benchmarks import BENCHMARKS, PROTOCOLS
+from runtime.choices import (
+    COMBINER_TYPES,
+    COMBINING_FUNCTIONS,
+    ENCODERS,
+    PRECISIONS,
+    TRANSFORMS,
+    ClipChoice,
+    CombinerChoice,
+    PairChoice,
+)
 from utils import PROJECT_ROOT
 
-DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
+Group = argparse._ArgumentGroup | argparse.ArgumentParser  # what a flag is added to
 
 
 def positive_int(text: str) -> int:
@@ -83,13 +90,43 @@ def port(text: str) -> int:
     return int(text)
 
 
-def dataset_flag(required: bool = True) -> argparse.ArgumentParser:
+def add_dataset(group: Group, *, required: bool, help: str = "in any case") -> None:
     """--dataset."""
+    names = list(BENCHMARKS)
+    group.add_argument("--dataset", type=in_any_case(names), choices=names, required=required, help=help)
+
+
+def add_protocol(group: Group, *, help: str, **more: Any) -> None:
+    """--protocol; several with nargs="+"."""
+    names = list(PROTOCOLS)
+    group.add_argument("--protocol", type=in_any_case(names), choices=names, help=help, **more)
+
+
+def add_seed(group: Group, *, help: str | None = None) -> None:
+    """--seed."""
+    group.add_argument("--seed", type=seed_int, default=0, help=help)
+
+
+def add_k(group: Group, *, default: int, help: str = "answers") -> None:
+    """--k."""
+    group.add_argument("--k", type=positive_int, default=default, help=f"{help} (default: {default})")
+
+
+def add_clip_batch_size(group: Group, *, help: str) -> None:
+    """--clip-bs."""
+    group.add_argument("--clip-bs", type=positive_int, default=32, help=help)
+
+
+def add_workers(group: Group) -> None:
+    """--num-workers."""
+    workers = min(8, os.cpu_count() or 1)
+    group.add_argument("--num-workers", type=natural_int, default=workers, help="processes that decode images")
+
+
+def dataset_flag(required: bool = True) -> argparse.ArgumentParser:
+    """--dataset, as a parent."""
     parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("benchmark")
-    group.add_argument(
-        "--dataset", type=in_any_case(BENCHMARKS), choices=list(BENCHMARKS), required=required, help="in any case"
-    )
+    add_dataset(parser.add_argument_group("benchmark"), required=required)
     return parser
 
 
@@ -115,9 +152,7 @@ def compute_flags(decodes: bool = True) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("machine")
     if decodes:
-        group.add_argument(
-            "--num-workers", type=natural_int, default=DEFAULT_WORKERS, help="processes that decode images"
-        )
+        add_workers(group)
     else:
         parser.set_defaults(num_workers=0)
     group.add_argument("--device", metavar="DEV", help="such as cuda:1 or cpu (default: cuda where there is one)")
@@ -141,7 +176,7 @@ def machine_flags() -> argparse.ArgumentParser:
 
 
 def clip_flags() -> argparse.ArgumentParser:
-    """Which CLIP, and how images are preprocessed. None where silent: `pair.settle` fills in."""
+    """Which CLIP, and how images are preprocessed. None where silent: `configuration.settle` fills in."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("CLIP", "where silent: as the weights given were trained, else the default")
     group.add_argument("--clip-model-name", metavar="NAME", help="a name or a checkpoint's path (default: RN50x4)")
@@ -167,7 +202,7 @@ def training_flags(batch_size: int, validation_frequency: int) -> argparse.Argum
     group.add_argument("--validation-frequency", type=positive_int, default=validation_frequency, help="in epochs")
     group.add_argument("--save-training", action="store_true", help="save weights at validations")
     group.add_argument("--save-best", action="store_true", help="save only the best instead of each")
-    group.add_argument("--seed", type=seed_int, default=0)
+    add_seed(group)
     group.add_argument("--output-dir", type=Path, default=PROJECT_ROOT / "models", metavar="DIR", help="holds the runs")
     group.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with a run; its flags come from it")
     group.add_argument(
@@ -177,9 +212,7 @@ def training_flags(batch_size: int, validation_frequency: int) -> argparse.Argum
         metavar="M",
         help="what a crash may cost at most: the state is saved within epochs too (default: 10)",
     )
-    group.add_argument(
-        "--precision", choices=("amp", "bf16", "fp32"), default="amp", help="amp: fp16 on CUDA, fp32 on the CPU"
-    )
+    group.add_argument("--precision", choices=PRECISIONS, default="amp", help="amp: fp16 on CUDA, fp32 on the CPU")
     group.add_argument("--compile", action="store_true", help="torch.compile what is trained")
     optional = parser.add_argument_group("training, beyond the original", "all off by default")
     optional.add_argument(
@@ -246,7 +279,7 @@ def frozen_flags() -> argparse.ArgumentParser:
         metavar="W",
         help="of the loss that keeps the router's logits small (Zoph et al. 2022; default: 0, as in the original)",
     )
-    group.add_argument("--clip-bs", type=positive_int, default=32, help="batch size of CLIP while features are made")
+    add_clip_batch_size(group, help="batch size of CLIP while features are made")
     group.add_argument(
         "--feature-cache", type=Path, default=PROJECT_ROOT / "features", metavar="DIR", help="keeps features on disk"
     )
@@ -264,21 +297,15 @@ def pair_flags(required: bool = True, silent: str | None = None) -> argparse.Arg
     """
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("composition")
-    group.add_argument("--combining-function", choices=("sum", "combiner"), required=required, help=silent)
+    group.add_argument(
+        "--combining-function",
+        type=in_any_case(COMBINING_FUNCTIONS),
+        choices=COMBINING_FUNCTIONS,
+        required=required,
+        help=silent,
+    )
     group.add_argument("--combiner-path", type=Path, metavar="PATH", help="stage-2 weights, for combiner")
     return parser
-
-
-def pair_choice(args: argparse.Namespace) -> dict[str, Any]:
-    """The values of `pair_flags` and of what belongs to them, by the names that `pair.load_pair` has for them."""
-    return {
-        "combining_function": args.combining_function,
-        "clip_path": args.clip_model_path,
-        "combiner_path": args.combiner_path,
-        "clip_choice": clip_choice(args),
-        "combiner_choice": combiner_choice(args),
-        "workers": args.num_workers,
-    }
 
 
 def search_flags() -> list[argparse.ArgumentParser]:
@@ -290,12 +317,33 @@ def search_flags() -> list[argparse.ArgumentParser]:
     return [parser, composition, combiner_flags(trains=False)]
 
 
-def clip_choice(args: argparse.Namespace) -> dict[str, str | float | None]:
-    """The values of `clip_flags`."""
-    return {name: getattr(args, name) for name in ("clip_model_name", "transform", "target_ratio")}
+def clip_choice(args: argparse.Namespace) -> ClipChoice:
+    """What `clip_flags` ask for."""
+    return ClipChoice(
+        clip_model_name=args.clip_model_name,
+        transform=args.transform,
+        target_ratio=args.target_ratio,
+    )
 
 
-def combiner_choice(args: argparse.Namespace) -> dict[str, str | int | None]:
-    """The values of `combiner_flags`."""
-    names = ("combiner_type", "projection_dim", "hidden_dim", "num_experts", "top_k")
-    return {name: getattr(args, name) for name in names}
+def combiner_choice(args: argparse.Namespace) -> CombinerChoice:
+    """What `combiner_flags` ask for."""
+    return CombinerChoice(
+        combiner_type=args.combiner_type,
+        projection_dim=args.projection_dim,
+        hidden_dim=args.hidden_dim,
+        num_experts=args.num_experts,
+        top_k=args.top_k,
+    )
+
+
+def pair_choice(args: argparse.Namespace) -> PairChoice:
+    """The pair that `pair_flags` and the flags beside them ask for."""
+    return PairChoice(
+        combining_function=args.combining_function,
+        clip_path=args.clip_model_path,
+        combiner_path=args.combiner_path,
+        clip=clip_choice(args),
+        combiner=combiner_choice(args),
+        workers=args.num_workers,
+    )

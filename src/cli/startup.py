@@ -1,20 +1,66 @@
-"""What scripts do before their own work: flags of a resumed run, device, seed, tracker, benchmark."""
+"""What scripts do before their own work: check what flags name, device, benchmark."""
 
 import argparse
 import logging
 import shlex
 import sys
-
-import torch
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks import BENCHMARKS, Benchmark
 from benchmarks.exclusions import read_exclusions
-from runtime import distributed
-from utils import UserError, first_line
+from runtime import torchrun
+from runtime.choices import OPENAI_CLIPS
+from runtime.files import find_checkpoint
+from utils import UserError, first_line, flag
+
+if TYPE_CHECKING:
+    import torch
 
 
-def pick_device(name: str | None) -> torch.device:
+def check_files(args: argparse.Namespace) -> None:
+    """Fail now, before packages and weights are loaded, where a file that a flag names is missing.
+
+    Args:
+        args: of any script; flags that it has not are passed over.
+
+    Raises:
+        UserError: the file and its flag.
+    """
+    for name in ("clip_model_path", "combiner_path"):
+        path = getattr(args, name, None)
+        if path is not None:
+            _check_checkpoint(flag(name), path)
+    clip = getattr(args, "clip_model_name", None)
+    if clip is not None and clip not in OPENAI_CLIPS:
+        if not Path(clip).exists() and not Path(f"{clip}.pt").exists():
+            raise UserError(f"--clip-model-name {clip}: neither a file nor one of {', '.join(OPENAI_CLIPS)}")
+        _check_checkpoint("--clip-model-name", Path(clip))
+
+
+def _check_checkpoint(flag_name: str, path: Path) -> None:
+    try:
+        find_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"{flag_name}: {error}") from None
+
+
+def check_annotations(benchmark: Benchmark, splits: Sequence[str]) -> None:
+    """Fail now where an annotation file of some splits is missing."""
+    for part in benchmark.parts:
+        for split in splits:
+            for file in benchmark.files(part, split):
+                if not file.is_file():
+                    raise UserError(f"{file} is missing: put the file there, or point --data-root at its dataset")
+
+
+def pick_device(name: str | None) -> "torch.device":
     """The device of `--device`, else this process's GPU, else the CPU; joins the other processes, if there are any."""
+    import torch
+
+    from runtime import distributed
+
     try:
         own_gpu = name == "cuda" and torch.cuda.is_available()  # not everybody's first one
         device = torch.device(distributed.local_device() if own_gpu or name is None else name)
@@ -24,7 +70,7 @@ def pick_device(name: str | None) -> torch.device:
         raise UserError(f"--device {wanted}: not usable here ({first_line(error)}); try --device cpu") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: choose cuda or cpu")
-    if distributed.launched() and name and ":" in name:
+    if torchrun.launched() and name and ":" in name:
         raise UserError(f"--device {name}: each process takes the GPU of its own number; leave the flag out")
     distributed.start(device)
     if not distributed.is_main():
@@ -38,7 +84,7 @@ def open_benchmark(args: argparse.Namespace) -> tuple[Benchmark, dict[str, str]]
     return BENCHMARKS[args.dataset](args.data_root, reasons), reasons
 
 
-def command_line(script: str, argv: list[str] | None, secret: str | None = None) -> str:
+def command_line(script: str, argv: Sequence[str] | None, secret: str | None = None) -> str:
     """A command as it was typed, but for a secret in it, for results that say how they were made."""
     words = ["python", f"src/{script}", *(sys.argv[1:] if argv is None else argv)]
     return shlex.join(word.replace(secret, "...") if secret else word for word in words)

@@ -2,13 +2,12 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from benchmarks import Benchmark
 from benchmarks.server_files import Form
 from cli.options import clip_flags, combiner_flags, file_name, machine_flags, pair_choice, pair_flags, tuned_clip_flag
-from cli.startup import open_benchmark, pick_device
-from evaluation.submit import submit
-from runtime import distributed
+from cli.startup import check_annotations, check_files, open_benchmark, pick_device
 from runtime.files import check_writable
 from utils import PROJECT_ROOT
 
@@ -22,7 +21,7 @@ def submission_parser(description: str, benchmark: type[Benchmark]) -> argparse.
     group.add_argument(
         "--submission-name", type=file_name, required=True, metavar="NAME", help="part of the names of what is written"
     )
-    _, val, test = benchmark.splits
+    val, test = benchmark.val_split, benchmark.test_split
     group.add_argument("--split", choices=(val, test), default=test, help=f"(default: {test}); {val} is scored too")
     place = f"submission/{benchmark.name}"
     group.add_argument(
@@ -31,13 +30,23 @@ def submission_parser(description: str, benchmark: type[Benchmark]) -> argparse.
     return parser
 
 
-def submit_as_asked(form: type[Form], args: argparse.Namespace) -> None:
+def submit_as_asked(form: type[Form[Any]], args: argparse.Namespace) -> None:
     """What a form's script does with its flags (see `submission_parser`); exit code 1 if a rule is broken."""
-    device = pick_device(args.device)
+    check_files(args)
     check_writable({"--output-dir": args.output_dir})
     benchmark, _ = open_benchmark(args)
-    what = args.split, args.submission_name, args.output_dir
-    clean = submit(form, benchmark, *what, device, args.similarity_block, pair_choice(args))
+    check_annotations(benchmark, [args.split])
+
+    from evaluation.submit import Submission, submit
+    from runtime import distributed
+
+    wanted = Submission(
+        name=args.submission_name,
+        split=args.split,
+        folder=args.output_dir,
+        block=args.similarity_block,
+    )
+    keeps_rules = submit(form, benchmark, wanted, choice=pair_choice(args), device=pick_device(args.device))
     distributed.stop()
-    if not clean:
+    if not keeps_rules:
         raise SystemExit(1)

@@ -5,65 +5,118 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import Benchmark
-from cli.startup import command_line, pick_device
-from reports.run_page import About
-from runtime import distributed
+from cli.startup import check_annotations, check_files, command_line, open_benchmark, pick_device
+from models.configuration import Settings
+from runtime import torchrun
 from runtime.files import check_writable
-from training.run import read_hyper_parameters
-from training.tracker import NoTracker, make_tracker
-from utils import UserError, seed_everything
+from training.hyper_parameters import read_hyper_parameters
+from utils import UserError, flag, seed_everything
 
+if TYPE_CHECKING:
+    import torch
 
-def start_training(args: argparse.Namespace) -> tuple[torch.device, NoTracker]:
-    """Seed everything; device and tracker. Fails now, not after hours of work, if a folder cannot be written to."""
-    seed_everything(args.seed)
-    device = pick_device(args.device)
-    written = ("output_dir", "image_cache", "feature_cache")
-    check_writable({"--" + name.replace("_", "-"): getattr(args, name, None) for name in written})
-    return device, make_tracker(args.api_key, args.workspace, args.experiment_name)
+    from reports.run_page import About
+    from training.checkpoints import Kept
+    from training.schedule import Schedule
+    from training.tracker import NoTracker
 
 
 def parse_training(parser: argparse.ArgumentParser, script: str, argv: list[str] | None) -> argparse.Namespace:
     """The flags of a training; with `--resume` those of the run, and what is typed beside it laid over them.
 
-    That must not contradict the run: `experiment.started_with` holds it against the hyper-parameters as they come out.
+    What is typed must not contradict the run: `started_with` compares what comes out with the run's hyper-parameters.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser.set_defaults(script=script)
-    only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    only.add_argument("--resume", type=Path)
-    folder = only.parse_known_args(argv)[0].resume
+    only_resume = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only_resume.add_argument("--resume", type=Path)
+    folder = only_resume.parse_known_args(argv)[0].resume
     if folder is None:
         args = parser.parse_args(argv)
         args.command = command_line(script, argv, args.api_key)
         return args
-    stored = read_hyper_parameters(folder)
+    stored = read_hyper_parameters(folder).table
     if stored.get("script", script) != script:
         raise UserError(f"--resume {folder} was started by {stored['script']}: resume it with that script")
     dataset = ["--dataset", str(stored.get("dataset"))]
     known = vars(parser.parse_args(dataset)).keys() - {"workspace", "script", "resume"}
-    # As text, so that argparse checks and converts the values like typed ones.
-    texts = {k: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for k, v in stored.items()}
-    parser.set_defaults(**{name: value for name, value in texts.items() if name in known})
+    parser.set_defaults(**{name: _as_typed(value) for name, value in stored.items() if name in known})
     return parser.parse_args([*dataset, *argv])
 
 
-def about_run(benchmark: Benchmark, config: Mapping[str, Any], folder: Path, validated: Mapping[str, Any]) -> About:
+def _as_typed(value: Any) -> Any:
+    """A stored number as text, so that argparse checks and converts it like a typed one."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number else value
+
+
+def check_training(args: argparse.Namespace) -> Benchmark:
+    """The benchmark to train on. Fails now, not after packages are loaded, if a file or a folder is no good."""
+    check_files(args)
+    written = {}
+    for name in ("output_dir", "image_cache", "feature_cache"):
+        written[flag(name)] = getattr(args, name, None)
+    check_writable(written)
+    benchmark, _ = open_benchmark(args)
+    check_annotations(benchmark, [benchmark.train_split, benchmark.val_split])
+    return benchmark
+
+
+def start_training(args: argparse.Namespace) -> "tuple[torch.device, NoTracker]":
+    """Seed everything; device and tracker."""
+    from training.tracker import make_tracker
+
+    seed_everything(args.seed)
+    device = pick_device(args.device)
+    return device, make_tracker(args.api_key, args.workspace, args.experiment_name)
+
+
+def kept_weights(args: argparse.Namespace) -> "Kept":
+    """What of the weights the flags want kept."""
+    if not args.save_training:
+        return "nothing"
+    return "best" if args.save_best else "every epoch"
+
+
+def schedule_of(args: argparse.Namespace, micro_batch_size: int | None = None) -> "Schedule":
+    """How long and how fast the flags want it to learn."""
+    from training.schedule import Schedule
+
+    return Schedule(
+        num_epochs=args.num_epochs,
+        validation_frequency=args.validation_frequency,
+        warmup_steps=args.warmup_steps,
+        cosine=args.cosine,
+        micro_batch_size=micro_batch_size,
+        mask_duplicate_targets=args.mask_duplicate_targets,
+        clip_grad_norm=args.clip_grad_norm,
+    )
+
+
+def about_run(benchmark: Benchmark, settings: Settings, folder: Path, validated: Mapping[str, Any]) -> "About":
     """What the page of a run says, and how it is resumed.
 
     Args:
         folder: what `--resume` takes.
         validated: flags of the weights to validate, without their dashes; None where there are none.
     """
-    commands = {"resume": f"{distributed.launcher()} src/{config['script']} --resume {shlex.quote(str(folder))}"}
+    from reports.run_page import About
+
+    flags = settings.flags
+    resume = f"{torchrun.command()} src/{flags['script']} --resume {shlex.quote(str(folder))}"
+    commands = {"resume": resume}
     if None not in validated.values():
-        flags = {"dataset": benchmark.name, "data-root": config["data_root"], **validated}
-        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        commands["validate"] = shlex.join(["python", "src/validate.py", *words])
-    commands["reproduce"] = config["command"]
-    return About(benchmark.titles, tuple(benchmark.selection), config, commands)
+        words = ["python", "src/validate.py", "--dataset", benchmark.name, "--data-root", flags["data_root"]]
+        for name, value in validated.items():
+            words += [f"--{name}", str(value)]
+        commands["validate"] = shlex.join(words)
+    commands["reproduce"] = flags["command"]
+    return About(
+        titles=benchmark.titles,
+        chosen_by=tuple(benchmark.selection),
+        hyper_parameters=settings.table,
+        commands=commands,
+    )

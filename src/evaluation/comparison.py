@@ -2,21 +2,22 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import Benchmark
-from evaluation.result_file import read_result
-from models.configuration import FREE
+from evaluation.result_file import Result, read_result, stored_ranks
+from models.configuration import FREE_FLAGS, Settings
 from utils import UserError
 
-# What a configuration says beside the method. The weights that a Combiner was trained on have one of their own.
-NOT_THE_METHOD = FREE | {"seed", "seeds", "metrics", "excluded", "clip_weights"}
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Generator, Tensor
+
+RESAMPLED_AT_ONCE = 500
+Recalls = dict[str, "Tensor"]  # recall -> its value in each resample, (resamples,)
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Column:
     """One method: a result, or those of several seeds."""
 
     label: str
-    results: list[dict[str, Any]]
+    results: list[Result]
 
     def has(self, protocol: str) -> bool:
         """Whether all of it was measured under a protocol."""
@@ -35,27 +36,31 @@ class Column:
         return [result["protocols"][protocol]["metrics"][metric] for result in self.results]
 
     def conditions(self, protocol: str) -> dict[str, Any]:
-        """What must be equal for numbers to compare beside the protocol."""
-        (first, *others) = [
-            {
-                "queries": [result["queries_sha256"], result["protocols"][protocol]["queries"]],
-                "galleries": result["protocols"][protocol]["gallery_images"],
-                "exclusions": result["excluded_images"],
-                "image files": result["images_sha256"],
-            }
-            for result in self.results
-        ]
-        return {name: value if all(o[name] == value for o in others) else None for name, value in first.items()}
+        """What must be equal for numbers to compare beside the protocol; None where the seeds differ in it."""
+        first, *others = [_conditions(result, protocol) for result in self.results]
+        shared = {}
+        for name, value in first.items():
+            shared[name] = value if all(other[name] == value for other in others) else None
+        return shared
 
-    def hits(self, benchmark: Benchmark, protocol: str, split: str) -> dict[str, Tensor]:
+    def hits(self, benchmark: Benchmark, protocol: str, split: str) -> "dict[str, np.ndarray]":
         """Recall -> how often each query is a hit, (Q,), the mean over the seeds."""
-        each = []
+        import numpy as np
+
+        of_seeds = []
         for result in self.results:
-            measured = result["protocols"][protocol]
-            in_group = measured["group_ranks"].get(split)
-            in_group = None if in_group is None else torch.tensor(in_group)
-            each.append(benchmark.hits(torch.tensor(measured["ranks"][split]), in_group))
-        return {name: torch.stack([hits[name].float() for hits in each]).mean(0) for name in each[0]}
+            of_seeds.append(benchmark.hits(*stored_ranks(result["protocols"][protocol], split)))
+        return {recall: np.mean([hits[recall] for hits in of_seeds], axis=0) for recall in of_seeds[0]}
+
+
+def _conditions(result: Result, protocol: str) -> dict[str, Any]:
+    measured = result["protocols"][protocol]
+    return {
+        "queries": [result["queries_sha256"], measured["queries"]],
+        "galleries": measured["gallery_images"],
+        "exclusions": result["excluded_images"],
+        "image files": result["images_sha256"],
+    }
 
 
 def read_columns(files: list[Path]) -> list[Column]:
@@ -83,69 +88,97 @@ def read_columns(files: list[Path]) -> list[Column]:
 
 def labels(files: Sequence[Path]) -> list[str]:
     """What each file is called: its stem, its path where others have that stem, with a number where it comes again."""
-    stems, names = Counter(file.stem for file in files), []
+    stems = Counter(file.stem for file in files)
+    names: list[str] = []
     for number, file in enumerate(files, start=1):
         name = file.stem if stems[file.stem] == 1 else str(file.with_suffix(""))
         names.append(f"{name} ({number})" if name in names else name)
     return names
 
 
-def _seeds(result: dict[str, Any]) -> list[Any]:
+def _seeds(result: Result) -> list[Any]:
     """The seeds of the trainings that a result is of."""
-    return [config.get("seed") for config in result["training"].values()]
+    return [Settings.read(config).table.get("seed") for config in result["training"].values()]
 
 
-def _method(result: dict[str, Any]) -> str | None:
+def _method(result: Result) -> str | None:
     """What the results of several seeds have in common: how CLIP and the Combiner were trained, but for the seeds.
 
     None where the checkpoint that learned last does not tell. A CLIP that does not tell is itself what they share.
     """
-    training = result["training"]
-    if "seed" not in training.get("combiner", training.get("clip", {})):
+    training = {kind: Settings.read(config) for kind, config in result["training"].items()}
+    learned_last = training.get("combiner", training.get("clip"))
+    if learned_last is None or "seed" not in learned_last.flags:
         return None
-    configs = {kind: {k: v for k, v in config.items() if k not in NOT_THE_METHOD} for kind, config in training.items()}
-    own = None if "seed" in training.get("clip", {}) else result["weights_sha256"]["clip"]
-    return json.dumps([configs, result["preprocessing"], own], sort_keys=True)
+    methods = {kind: _without_seed(settings) for kind, settings in training.items()}
+    clip_tells = "clip" in training and "seed" in training["clip"].flags
+    clip_weights = None if clip_tells else result["weights_sha256"]["clip"]
+    return json.dumps([methods, result["preprocessing"], clip_weights], sort_keys=True)
+
+
+def _without_seed(settings: Settings) -> dict[str, Any]:
+    """What a training computes beside its seed. The CLIP weights under a Combiner have a seed of their own."""
+    not_the_method = FREE_FLAGS | {"seed", "seeds"}
+    flags = {name: value for name, value in settings.flags.items() if name not in not_the_method}
+    return {**flags, **settings.recipe, "data": settings.data.get("data_sha256"), "versions": settings.versions}
 
 
 def unlike(base: Column, other: Column, protocol: str) -> list[str]:
     """What keeps the numbers of two columns under a protocol from comparing; nothing where they do."""
-    ours, theirs = base.conditions(protocol), other.conditions(protocol)
+    ours = base.conditions(protocol)
+    theirs = other.conditions(protocol)
     return [name for name, value in theirs.items() if value is None or value != ours[name]]
 
 
 def intervals(
-    benchmark: Benchmark, base: Column, other: Column, protocol: str, resamples: int, confidence: float, seed: int
+    benchmark: Benchmark, base: Column, other: Column, protocol: str, *, resamples: int, confidence: float, seed: int
 ) -> dict[str, tuple[float, float]]:
     """Metric -> bounds of the difference other - base: quantiles over resamples of each split's queries.
 
     Every query is drawn for both columns at once (paired bootstrap), within its split. Several seeds count as the mean
     of their hits: the interval is about other queries, not about other seeds.
     """
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
-    sides: tuple[dict[str, dict[str, list[float]]], ...] = ({}, {})  # split -> recall -> (resamples,)
+    before: dict[str, Recalls] = {}
+    after: dict[str, Recalls] = {}
     for split in base.results[0]["queries_sha256"]:
-        of_each = [column.hits(benchmark, protocol, split) for column in (base, other)]
-        names = list(of_each[0])
-        drawn = bootstrap(torch.stack([h[n] for h in of_each for n in names], 1), resamples, generator)
-        for side, values in zip(sides, drawn.split(len(names), 1), strict=True):
-            side[split] = dict(zip(names, values.T.tolist(), strict=True))
-    before, after = (_summaries(benchmark, side, resamples) for side in sides)
+        ours = base.hits(benchmark, protocol, split)
+        theirs = other.hits(benchmark, protocol, split)
+        hits = [torch.from_numpy(column) for column in [*ours.values(), *theirs.values()]]
+        drawn = bootstrap(torch.stack(hits, 1), resamples, generator).unbind(1)
+        before[split] = dict(zip(ours, drawn[: len(ours)], strict=True))
+        after[split] = dict(zip(theirs, drawn[len(ours) :], strict=True))
     tail = (1 - confidence) / 2
     ends = torch.tensor([tail, 1 - tail], dtype=torch.float64)
-    return {name: tuple((after[name] - before[name]).quantile(ends).tolist()) for name in before}
+    bounds = {}
+    ours_resampled = _resampled_metrics(benchmark, before, resamples)
+    theirs_resampled = _resampled_metrics(benchmark, after, resamples)
+    for metric, values in ours_resampled.items():
+        low, high = (theirs_resampled[metric] - values).quantile(ends).tolist()
+        bounds[metric] = (low, high)
+    return bounds
 
 
-def _summaries(benchmark: Benchmark, side: dict[str, dict[str, list[float]]], resamples: int) -> dict[str, Tensor]:
+def _resampled_metrics(benchmark: Benchmark, splits: Mapping[str, Recalls], resamples: int) -> Recalls:
     """Metric -> its value in each resample (resamples,), from the recalls of the splits."""
-    rows = [
-        benchmark.summary({split: {name: values[row] for name, values in of.items()} for split, of in side.items()})
-        for row in range(resamples)
-    ]
-    return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}
+    import torch
+
+    lists = {}
+    for split, recalls in splits.items():
+        lists[split] = {recall: values.tolist() for recall, values in recalls.items()}
+    metrics: dict[str, list[float]] = {}
+    for number in range(resamples):
+        scores = {}
+        for split, recalls_of_split in lists.items():
+            scores[split] = {recall: values[number] for recall, values in recalls_of_split.items()}
+        for metric, value in benchmark.summary(scores).items():
+            metrics.setdefault(metric, []).append(value)
+    return {metric: torch.tensor(values, dtype=torch.float64) for metric, values in metrics.items()}
 
 
-def bootstrap(hits: Tensor, resamples: int, generator: torch.Generator) -> Tensor:
+def bootstrap(hits: "Tensor", resamples: int, generator: "Generator") -> "Tensor":
     """Percentages of hits in resamples of the queries, drawn with replacement (Efron 1979); queries are rows.
 
     Several systems' hits beside each other are resampled together, so that differences between columns are paired.
@@ -156,9 +189,12 @@ def bootstrap(hits: Tensor, resamples: int, generator: torch.Generator) -> Tenso
     Returns:
         (resamples, M)
     """
-    queries, rows = len(hits), []
-    for chunk in torch.arange(resamples).split(500):
+    import torch
+
+    queries = len(hits)
+    percentages = []
+    for chunk in torch.arange(resamples).split(RESAMPLED_AT_ONCE):
         drawn = torch.randint(queries, (len(chunk), queries), generator=generator)
         counts = torch.zeros(len(chunk), queries).scatter_add_(1, drawn, torch.ones(drawn.shape))
-        rows.append(100 * (counts @ hits.float()) / queries)
-    return torch.cat(rows)
+        percentages.append(100 * (counts @ hits.float()) / queries)
+    return torch.cat(percentages)

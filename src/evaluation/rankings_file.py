@@ -3,25 +3,28 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from benchmarks import PROTOCOLS, Benchmark, Split
-from benchmarks.protocols import Rankings
-from benchmarks.ranking import answers
-from combiner import Insight
+from benchmarks import PROTOCOLS, Benchmark, Split, Triplet
 from runtime.files import read_json, write_text
 from utils import UserError
+
+if TYPE_CHECKING:
+    from benchmarks.ranking import Rankings
+    from combiner import Insight
 
 # Split's name -> its queries. A query has its caption, reference, target and group, under each protocol the rank of its
 # target (0 is the first place) and the nearest images with their cosine similarities, the same in its group if it has
 # one, and what the Combiner did: the mean of the gate, and the experts with their weights.
-Records = dict[str, list[dict[str, Any]]]
+Record = dict[str, Any]
+Records = dict[str, list[Record]]
+
+SIMILARITY_DIGITS = 6
+WEIGHT_DIGITS = 4
 
 
 def make_records(
-    benchmark: Benchmark, splits: Sequence[Split], rankings: Rankings, insights: Mapping[str, Insight | None]
+    benchmark: Benchmark, splits: Sequence[Split], rankings: "Rankings", insights: "Mapping[str, Insight | None]"
 ) -> Records:
     """The queries of some splits with their answers. Similarities are rounded to 6 digits, weights to 4.
 
@@ -30,46 +33,68 @@ def make_records(
     """
     records = {}
     for split in splits:
-        queries = records[split.name] = [
-            {"query": row, "pair_id": t.pair_id, "reference": t.reference, "target": t.target}
-            | {"caption": benchmark.caption(t.captions), "group": list(t.group), "protocols": {}}
-            for row, t in enumerate(split.triplets)
-        ]
-        for protocol, by_split in rankings.items():
-            ranking = by_split[split.name]
-            found = _rounded(split.names, ranking.nearest, ranking.similarities)
-            for query, rank, nearest in zip(queries, ranking.ranks.tolist(), found, strict=True):
-                query["protocols"][protocol.name] = {"rank": rank, "nearest": nearest}
-        if ranking.group_ranks is not None:  # the same under every protocol
-            found = _rounded(split.names, ranking.nearest_in_group, ranking.group_similarities)
-            for query, rank, nearest in zip(queries, ranking.group_ranks.tolist(), found, strict=True):
-                query["in_group"] = {"rank": rank, "nearest": nearest}
-        _add_insight(queries, insights[split.name])
+        queries = [_query(row, triplet, benchmark) for row, triplet in enumerate(split.triplets)]
+        _add_answers(queries, split, rankings)
+        insight = insights[split.name]
+        if insight is not None:
+            _add_insight(queries, insight)
+        records[split.name] = queries
     return records
 
 
-def _add_insight(queries: list[dict[str, Any]], insight: Insight | None) -> None:
-    if insight is None:
+def _query(row: int, triplet: Triplet, benchmark: Benchmark) -> Record:
+    return {
+        "query": row,
+        "pair_id": triplet.pair_id,
+        "reference": triplet.reference,
+        "target": triplet.target,
+        "caption": benchmark.caption(triplet.captions),
+        "group": list(triplet.group),
+        "protocols": {},
+    }
+
+
+def _add_answers(queries: list[Record], split: Split, rankings: "Rankings") -> None:
+    """What each query retrieved under each protocol, and in its group, where every protocol gives the same."""
+    for protocol, by_split in rankings.items():
+        ranking = by_split[split.name]
+        answers = _rounded(ranking.answers(split.names))
+        for query, rank, nearest in zip(queries, ranking.known_ranks.tolist(), answers, strict=True):
+            query["protocols"][protocol.name] = {"rank": rank, "nearest": nearest}
+    in_group = ranking.answers_in_group(split.names)
+    if in_group is None or ranking.group_ranks is None:
         return
+    for query, rank, nearest in zip(queries, ranking.group_ranks.tolist(), _rounded(in_group), strict=True):
+        query["in_group"] = {"rank": rank, "nearest": nearest}
+
+
+def _add_insight(queries: list[Record], insight: "Insight") -> None:
     for query, gate, weights in zip(queries, insight.gate.tolist(), insight.experts.tolist(), strict=True):
-        query["gate"] = round(gate, 4)
+        query["gate"] = round(gate, WEIGHT_DIGITS)
         if weights:
-            query["experts"] = [round(weight, 4) for weight in weights]
+            query["experts"] = [round(weight, WEIGHT_DIGITS) for weight in weights]
 
 
-def _rounded(names: Sequence[str], rows: Tensor, similarities: Tensor) -> list[list[tuple[str, float]]]:
-    return [[(name, round(s, 6)) for name, s in row] for row in answers(names, rows, similarities)]
+def _rounded(answers: list[list[tuple[str, float]]]) -> list[list[tuple[str, float]]]:
+    rounded = []
+    for found in answers:
+        rounded.append([(name, round(similarity, SIMILARITY_DIGITS)) for name, similarity in found])
+    return rounded
 
 
 def write_rankings(file: Path, result: Mapping[str, Any], records: Records) -> None:
     """Write records to a file: the result that they belong to, without its ranks, then a line for each query."""
-    about = {name: {k: v for k, v in m.items() if "ranks" not in k} for name, m in result["protocols"].items()}
-    header = json.dumps({**result, "protocols": about}, indent=1)
-    parts = []
+    protocols = {}
+    for name, measured in result["protocols"].items():
+        protocols[name] = {key: value for key, value in measured.items() if "ranks" not in key}
+    about = {**result, "protocols": protocols}
+    splits = []
     for name, queries in records.items():
         lines = ",\n".join(map(json.dumps, queries))
-        parts.append(f"{json.dumps(name)}: [\n{lines}\n]")
-    write_text(file, header[: header.rindex("}")].rstrip() + ',\n "queries": {' + ",\n".join(parts) + "}\n}\n")
+        splits.append(f"{json.dumps(name)}: [\n{lines}\n]")
+    fields = [f" {json.dumps(name)}: {json.dumps(value, indent=1)}" for name, value in about.items()]
+    fields.append(' "queries": {' + ",\n".join(splits) + "}")
+    write_text(file, "{\n" + ",\n".join(fields) + "\n}\n")
 
 
 def read_rankings(file: Path) -> dict[str, Any]:
@@ -80,9 +105,7 @@ def read_rankings(file: Path) -> dict[str, Any]:
     """
     content = read_json(file, "validate.py --rankings")
     try:
-        queries = [query for split in content["queries"].values() for query in split]
-        whole = bool(queries) and all(map(_is_record, queries)) and isinstance(content["dataset"], str)
-        whole = whole and all(content["queries"].values()) and len(set(map(_shape, queries))) == 1
+        whole = isinstance(content["dataset"], str) and _are_records(content["queries"])
     except (KeyError, TypeError, AttributeError, ValueError):
         whole = False
     if not whole:
@@ -90,21 +113,31 @@ def read_rankings(file: Path) -> dict[str, Any]:
     return content
 
 
-def _shape(query: dict[str, Any]) -> tuple[frozenset[str], int]:
+def _are_records(records: Records) -> bool:
+    """Whether these are the queries of some splits; raises KeyError, TypeError or ValueError if they are not."""
+    if not records or not all(records.values()):
+        return False
+    queries = [query for of_split in records.values() for query in of_split]
+    return all(map(_is_record, queries)) and len(set(map(_shape, queries))) == 1
+
+
+def _shape(query: Record) -> tuple[frozenset[str], int]:
     """What all queries of a file have in common: the protocols, and the number of experts."""
     return frozenset(query["protocols"]), len(query.get("experts", []))
 
 
-def _is_record(query: dict[str, Any]) -> bool:
+def _is_record(query: Record) -> bool:
     """Whether a query has all that the sheets show of it; raises KeyError, TypeError or ValueError if not."""
-    names = [query["reference"], query["target"], query["caption"]]
-    found = [query["protocols"][name] for name in query["protocols"] if name in PROTOCOLS]
-    found += [query["in_group"]] if "in_group" in query else []
+    texts = [query["reference"], query["target"], query["caption"]]
     numbers = [query["query"], query.get("gate", 0), *query.get("experts", [])]
-    for answer in found:
-        numbers.append(answer["rank"])
-        for name, similarity in answer["nearest"]:
-            names.append(name)
+    rankings = [ranking for name, ranking in query["protocols"].items() if name in PROTOCOLS]
+    if "in_group" in query:
+        rankings.append(query["in_group"])
+    for ranking in rankings:
+        numbers.append(ranking["rank"])
+        for name, similarity in ranking["nearest"]:
+            texts.append(name)
             numbers.append(similarity)
-    real = all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
-    return bool(query["protocols"]) and "pair_id" in query and real and all(isinstance(name, str) for name in names)
+    are_numbers = all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
+    are_texts = all(isinstance(text, str) for text in texts)
+    return bool(query["protocols"]) and "pair_id" in query and are_numbers and are_texts

@@ -1,80 +1,109 @@
 """Rank a split for a test server, write its files, check them, and score them where the answers are known."""
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import Benchmark
-from benchmarks.server_files import Form, parse_submission
+from benchmarks import Benchmark, Split
+from benchmarks.ranking import Ranking
+from benchmarks.server_files import Answered, Form, parse_submission
 from evaluation.retrieval import rank
 from models.pair import load_and_freeze
 from runtime import distributed
+from runtime.choices import PairChoice
 from runtime.files import write_text
 from utils import UserError
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What is to be submitted, and where its files go.
+
+    Attributes:
+        name: part of the files' names.
+        split: as the benchmark calls it.
+        folder: receives the files; those of a split with answers go to a folder of its name below.
+        block: see `rank`.
+    """
+
+    name: str
+    split: str
+    folder: Path
+    block: int | None = None
+
+
 def submit(
-    form: type[Form],
-    benchmark: Benchmark,
-    split: str,
-    name: str,
-    folder: Path,
-    device: torch.device,
-    block: int | None,
-    choice: dict[str, Any],
+    form: type[Form[Any]], benchmark: Benchmark, wanted: Submission, *, choice: PairChoice, device: torch.device
 ) -> bool:
     """Write a submission; returns whether it keeps all rules. What it breaks is logged, metrics are printed.
 
     Args:
         benchmark: without what is excluded.
-        split: as the benchmark calls it.
-        name: of the submission.
-        folder: receives the files; those of a split with answers go to a folder of its name below.
-        block: see `rank`.
-        choice: see `load_pair`.
+        choice: the pair that answers.
 
     Raises:
-        UserError: exclusions take queries away, of which a server wants an answer to each.
+        UserError: exclusions take queries away, and a server wants an answer to each.
     """
-    whole = form(type(benchmark)(benchmark.data_root), split)
-    splits = benchmark.read(split)
-    lost = sum(s.excluded_triplets for s in splits)
+    whole = form(type(benchmark)(benchmark.data_root), wanted.split)
+    splits = benchmark.read(wanted.split)
+    lost = sum(split.excluded_triplets for split in splits)
     if lost:
         raise UserError(f"--exclusions leaves out {lost} queries, and a server wants all: get the images they ask with")
-    pair, frozen = load_and_freeze(benchmark, splits, device, **choice)
-    protocols = benchmark.protocols[:1]
-    rankings = {}
-    for own in frozen:
-        (ranking,) = rank(own, pair.compose, protocols, form.k, form.group_k, block).values()
-        rankings[own.split.name] = own.split, ranking
+    pair, frozen = load_and_freeze(benchmark, splits, device, choice)
+    answered = []
+    for frozen_split in frozen:
+        rankings = rank(
+            frozen_split,
+            pair.compose,
+            benchmark.protocols[:1],
+            k=form.k,
+            group_k=form.group_k,
+            block=wanted.block,
+        )
+        (ranking,) = rankings.values()
+        answered.append(_answers(frozen_split.split, ranking))
     if not distributed.is_main():
         return True
-    answered = split != benchmark.splits[2]
-    return _write(whole, name, folder / split if answered else folder, rankings, answered)
+    is_scored = wanted.split != benchmark.test_split
+    folder = wanted.folder / wanted.split if is_scored else wanted.folder
+    return _write(whole, wanted.name, folder, answered, is_scored=is_scored)
 
 
-def _write(form: Form, name: str, folder: Path, rankings: dict, answered: bool) -> bool:
+def _answers(split: Split, ranking: Ranking) -> Answered:
+    """The ids that each query of a split retrieved."""
+    nearest = ranking.answers(split.names)
+    in_group = ranking.answers_in_group(split.names) or []
+    return Answered(split=split, nearest=[_ids(row) for row in nearest], in_group=[_ids(row) for row in in_group])
+
+
+def _ids(answers: Sequence[tuple[str, float]]) -> list[str]:
+    return [image for image, _ in answers]
+
+
+def _write(form: Form[Any], name: str, folder: Path, answered: Sequence[Answered], *, is_scored: bool) -> bool:
     """Write, read again, check, score."""
     contents = {}
-    for file, text in form.files(name, rankings).items():
+    for file, text in form.files(name, answered).items():
         write_text(folder / file, text)
         contents[file] = parse_submission(folder / file)
-    clean = True
+    keeps_rules = True
     for file, content in contents.items():
         path = folder / file
         violations = form.violations(file, content, path.stat().st_size)
         for violation in violations:
             logger.warning("%s: %s", path, violation)
         if violations:
+            keeps_rules = False
             logger.warning("%s: breaks rules of the server", path)
         else:
             logger.info("%s: keeps all rules of the server", path)
-        clean &= not violations
-    if answered and clean:
+    if is_scored and keeps_rules:
         for metric, value in form.metrics(contents).items():
             print(f"{metric} = {value}")
-    return clean
+    return keeps_rules

@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from data_utils import DECODING_ERRORS, LONGEST_SIDE
 from image_search.photos import FORMATS, KINDS, opened
-from image_search.searcher import Found, Searcher
+from runtime.image_files import DECODING_ERRORS, LONGEST_SIDE
 from utils import UserError, first_line
+
+if TYPE_CHECKING:
+    from image_search.searcher import Found, Searcher
 
 MOST_BYTES = 10 * 2**20  # of an uploaded image
 MOST_PIXELS = 40_000_000
@@ -28,7 +31,7 @@ class Step:
     reference: Path
     row: int | None
     text: str = ""
-    found: Found | None = None
+    found: "Found | None" = None
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,13 @@ class Dialogue:
         """The step that is shown."""
         return self.steps[-1] if self.steps else None
 
-    def choose(self, searcher: Searcher, row: int) -> "Dialogue":
+    def choose(self, searcher: "Searcher", row: int) -> "Dialogue":
         """Take an image of the index as the next reference."""
         if not 0 <= row < len(searcher.index.paths):
             raise UserError("there is no such image: choose one that is shown")
         return self._next(Step(searcher.index.paths[row], row))
 
-    def choose_answer(self, searcher: Searcher, place: int) -> "Dialogue":
+    def choose_answer(self, searcher: "Searcher", place: int) -> "Dialogue":
         """Take an answer of the last step as the next reference."""
         if self.last is None or self.last.found is None or not 0 <= place < len(self.last.found.answers):
             raise UserError("there is no such answer: search first, then choose one of what is shown")
@@ -64,7 +67,7 @@ class Dialogue:
         check_upload(file)
         return self._next(Step(file, None))
 
-    def ask(self, searcher: Searcher, text: str, k: int) -> "Dialogue":
+    def ask(self, searcher: "Searcher", text: str, k: int) -> "Dialogue":
         """Answer a text about the last reference."""
         if self.last is None:
             raise UserError("there is no reference yet: choose an image or upload one")
@@ -99,7 +102,7 @@ def check_upload(file: Path) -> None:
             opened(file)
             return
     except Image.DecompressionBombError:
-        pass  # said below
+        pass  # its limits are named below
     except DECODING_ERRORS as error:
         raise UserError(f"{file.name} cannot be decoded ({first_line(error)}): upload a whole image") from None
     limits = f"{MOST_PIXELS // 10**6} million pixels, or a side of more than {LONGEST_SIDE:,}"

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,16 @@ import numpy as np
 import torch
 
 from image_search import vectors
+from image_search.manifest import MANIFEST, check_index, read_manifest
 from models.clip_model import feature_dim
 from models.encoder import Encoder
-from runtime.files import file_identities, file_size, locked, parse_json, write_text, written_whole
+from runtime.files import file_identities, file_size, locked, write_text, written_whole
 from runtime.tensors import load_tensors, save_tensors
 from utils import UserError
 
 logger = logging.getLogger(__name__)
 
 SHARD = 1024  # images that an interruption can cost at most
-MANIFEST = "index.json"
 OWN = re.compile(
     r"(files|features|vectors)-[0-9a-f]{12}\.(json|npy|faiss)|\..*\.tmp"
 )  # beside it; all else is a user's
@@ -92,9 +92,8 @@ def encoder_key(encoder: Encoder) -> dict[str, Any]:
 
 def open_index(folder: Path) -> ImageIndex:
     """Open an index. Raises UserError where there is none, or where it is damaged."""
-    about = manifest(folder)
-    if about is None:
-        raise UserError(f"--index {folder} holds no {MANIFEST}: make one with search.py index")
+    check_index(folder)
+    about = read_manifest(folder) or {}
     try:
         files = _files(folder, about)
         features = np.load(folder / about["features"], mmap_mode="r")
@@ -108,36 +107,8 @@ def open_index(folder: Path) -> ImageIndex:
     return ImageIndex(folder, files, features, index, about)
 
 
-def manifest(folder: Path) -> dict[str, Any] | None:
-    """What an index says of itself, None where there is none. Raises UserError where it is damaged."""
-    try:
-        content = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{folder / MANIFEST} is damaged: build the index again in another folder")
-    return content
-
-
-def as_made(
-    about: Mapping[str, Any], clip_choice: Mapping[str, Any], clip_path: Path | None
-) -> tuple[dict[str, Any], Path | None]:
-    """The CLIP that flags name (see `pair.settle`) and its fine-tuned weights; where they are silent, an index's own.
-
-    Args:
-        about: the index's manifest, empty where there is none.
-    """
-    pair = about.get("pair")
-    pair = pair if isinstance(pair, dict) else {}
-    path = pair.get("clip_model_path")
-    choice = {name: pair.get(name) if value is None else value for name, value in clip_choice.items()}
-    return choice, clip_path or (Path(path) if path else None)
-
-
 def update_index(
-    folder: Path, folders: Sequence[Path], images: Sequence[Path], encoder: Encoder, kind: str, pair: dict[str, Any]
+    folder: Path, folders: Sequence[Path], images: Sequence[Path], encoder: Encoder, *, kind: str, pair: dict[str, Any]
 ) -> Update:
     """Make an index of images, or bring one up to date: new and changed files are encoded, vanished ones go.
 
@@ -146,7 +117,7 @@ def update_index(
 
     Args:
         folders: where the images were found, for the manifest.
-        kind: of the vectors, see `vectors.KINDS`.
+        kind: of the vectors, one of INDEX_KINDS.
         pair: what a query needs to load the same CLIP, for the manifest.
 
     Raises:
@@ -161,7 +132,7 @@ def update_index(
 
 
 def _update(folder: Path, images: Sequence[Path], encoder: Encoder, kind: str, content: dict[str, Any]) -> Update:
-    earlier, key = manifest(folder), encoder_key(encoder)
+    earlier, key = read_manifest(folder), encoder_key(encoder)
     if earlier is None:
         _check_own(folder)
     if earlier and earlier.get("encoder") != key:
@@ -223,7 +194,7 @@ def _encode(
     known: dict[Identity, np.ndarray],
 ) -> dict[Identity, str]:
     """Add the features of files to `known`, shard by shard; returns those that cannot be read, and why."""
-    bad = {}
+    bad: dict[Identity, str] = {}
     for start in range(0, len(new), SHARD):
         shard = new[start : start + SHARD]
         what = f"images {start + 1} to {start + len(shard)} of {len(new)}"
@@ -245,8 +216,8 @@ def _publish(folder: Path, files: list[Identity], features: np.ndarray, kind: st
     names = {"files": f"files-{generation}.json", "features": f"features-{generation}.npy"}
     names["vectors"] = f"vectors-{generation}.faiss"
     write_text(folder / names["files"], json.dumps(files))
-    with written_whole(folder / names["features"]) as file:
-        np.save(file, features)
+    with written_whole(folder / names["features"]) as features_file:
+        np.save(features_file, features)
     index = vectors.build(features, kind)
     vectors.write(index, folder / names["vectors"])
     report = {} if kind == "flat" else {"recall against exact": vectors.recall_report(index, features)}

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from data_utils import DECODING_ERRORS, decoded
 from runtime.files import file_size
+from runtime.image_files import DECODING_ERRORS, decoded
 from utils import UserError
 
 KINDS = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}

@@ -1,22 +1,24 @@
 """Search an image index with a reference image and a sentence."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from image_search.image_index import ImageIndex, as_made, encoder_key, open_index
+from image_search.image_index import ImageIndex, encoder_key, open_index
+from image_search.manifest import as_made
 from image_search.photos import opened
 from models.clip_model import fits
 from models.pair import Pair, load_pair
+from runtime.choices import PairChoice
 from runtime.files import file_identities, file_size
 from utils import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Found:
     """What a query retrieved.
 
@@ -76,24 +78,22 @@ class Searcher:
         captions = self.pair.encoder.captions([text])
         query = self.pair.compose(reference, captions).cpu().numpy()  # (1, D)
         (answers,) = self.index.search(query, k)
-        gate, experts = None, []
-        if isinstance(self.pair.compose, nn.Module):
-            insight = self.pair.compose.insight(reference, captions)
-            gate, experts = float(insight.gate), insight.experts[0].tolist()
-        return Found([(self.index.paths[row], similarity) for row, similarity in answers], gate, experts, note)
+        insight = self.pair.compose.insight(reference, captions)
+        return Found(
+            answers=[(self.index.paths[row], similarity) for row, similarity in answers],
+            gate=None if insight is None else float(insight.gate),
+            experts=[] if insight is None else insight.experts[0].tolist(),
+            note=note,
+        )
 
 
-def load_searcher(folder: Path, choice: dict[str, Any], device: torch.device) -> Searcher:
+def load_searcher(folder: Path, choice: PairChoice, device: torch.device) -> Searcher:
     """An index with a pair for it: where the flags are silent, the CLIP that the index was made with.
-
-    Args:
-        choice: see `pair.load_pair`; `combining_function` may be None.
 
     Raises:
         UserError: the index is damaged or of other weights, or whatever is wrong with the checkpoints.
     """
     index = open_index(folder)
-    clip, path = as_made(index.about, choice["clip_choice"], choice["clip_path"])
-    choice = choice | {"clip_choice": clip, "clip_path": path}
-    choice["combining_function"] = choice["combining_function"] or ("combiner" if choice["combiner_path"] else "sum")
-    return Searcher(index, load_pair(**choice, device=device, opened=opened))
+    clip, path = as_made(index.about, choice.clip, choice.clip_path)
+    pair = load_pair(dataclasses.replace(choice, clip=clip, clip_path=path), device, opened=opened)
+    return Searcher(index, pair)

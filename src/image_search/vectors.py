@@ -13,7 +13,6 @@ import numpy as np
 
 from utils import DiskError, UserError, first_line
 
-KINDS = ("flat", "hnsw", "ivfpq")
 CANDIDATES = 20  # times k: how many an approximate index proposes
 LEAST = 256  # and at least so many
 NEIGHBOURS, BUILD_EFFORT, SEARCH_EFFORT = 32, 80, 128  # of HNSW (Malkov and Yashunin 2018, arXiv 1603.09320)

@@ -5,6 +5,7 @@ import urllib.error
 import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # clip-anytorch imports pkg_resources, which says that it is deprecated
     import clip
     from clip.model import CLIP, Bottleneck, ModifiedResNet, ResidualAttentionBlock, build_model
-
-ENCODERS = ("both", "text", "image")
 
 
 def load_clip(name: str, device: torch.device) -> CLIP:
@@ -80,30 +79,35 @@ def _archived_state(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is not a readable TorchScript archive ({first_line(error)}): fetch it again") from None
 
 
-def load_finetuned(model: CLIP, checkpoint: dict, path: Path) -> None:
+def load_finetuned(model: CLIP, state: dict[str, Any], path: Path) -> None:
     """Copy stage-1 weights into the model, in float32.
 
     Raises:
         UserError: the weights are those of another architecture; both are named.
     """
-    own, new = model.state_dict(), checkpoint["CLIP"]
-    if {k: v.shape for k, v in own.items()} != {k: getattr(v, "shape", None) for k, v in new.items()}:
+    own = model.state_dict()
+    if _shapes(own) != _shapes(state):
         raise UserError(
-            f"--clip-model-path {path} was trained on another architecture ({describe(new)}) than --clip-model-name "
+            f"--clip-model-path {path} was trained on another architecture ({describe(state)}) than --clip-model-name "
             f"builds ({describe(own)}): name the model it was trained on"
         )
-    model.load_state_dict(new)
+    model.load_state_dict(state)
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: getattr(weight, "shape", None) for name, weight in state.items()}
 
 
 def describe(state: dict[str, Tensor]) -> str:
     """An architecture in words, from the shapes of its weights."""
     try:
         embedding = state["text_projection"].shape[1]
-        patches = state.get("visual.positional_embedding", state.get("visual.attnpool.positional_embedding"))
-        kind = "ViT" if "visual.proj" in state else "ResNet"
-        first = state["visual.conv1.weight"].shape
-        return f"{kind} of width {first[0]}, {patches.shape[0] - 1} patches, embedding {embedding}"
-    except (KeyError, AttributeError, IndexError):
+        is_vit = "visual.proj" in state
+        positions = state["visual.positional_embedding" if is_vit else "visual.attnpool.positional_embedding"]
+        width = state["visual.conv1.weight"].shape[0]
+        kind = "ViT" if is_vit else "ResNet"
+        return f"{kind} of width {width}, {len(positions) - 1} patches, embedding {embedding}"
+    except (KeyError, AttributeError, IndexError, TypeError):
         return "not a CLIP"
 
 
@@ -157,10 +161,13 @@ def fits(caption: str) -> bool:
     return True
 
 
-TINY = {
+TINY: dict[str, dict[str, Any]] = {
     "vit": {"vision_layers": 4, "vision_patch_size": 8, "vision_width": 64},
     "resnet": {"vision_layers": (1, 1, 1, 1), "vision_patch_size": None, "vision_width": 16},
 }
+TINY_TEXT = {
+    "context_length": 77, "vocab_size": 49408, "transformer_width": 64, "transformer_heads": 1, "transformer_layers": 2,
+}  # fmt: skip
 
 
 def write_tiny_clip(path: Path, kind: str, seed: int = 0, image_resolution: int = 32) -> None:
@@ -171,7 +178,5 @@ def write_tiny_clip(path: Path, kind: str, seed: int = 0, image_resolution: int 
         image_resolution: pixels; a multiple of 8 (vit) or 32 (resnet).
     """
     seed_everything(seed)
-    text = {"context_length": 77, "vocab_size": 49408, "transformer_width": 64}
-    text |= {"transformer_heads": 1, "transformer_layers": 2}
-    model = CLIP(embed_dim=64, image_resolution=image_resolution, **TINY[kind], **text)
+    model = CLIP(embed_dim=64, image_resolution=image_resolution, **TINY[kind], **TINY_TEXT)
     save_tensors(path, {name: weight.half() for name, weight in model.state_dict().items()})

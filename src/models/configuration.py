@@ -1,57 +1,114 @@
-"""What a checkpoint says of how it was made, and the settings that flags and checkpoints agree on."""
+"""What runs and checkpoints say of how they were made: settings in four parts, and what flags make of them."""
 
+import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_utils import TRANSFORMS
+from runtime.choices import TRANSFORMS, ClipChoice
 from runtime.files import find_checkpoint
-from runtime.tensors import load_tensors
-from utils import UserError
+from utils import UserError, flag
 
 logger = logging.getLogger(__name__)
 
-
-def plain(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags as plain types that JSON and a checkpoint hold, paths in full; the secret one is left out."""
-    return {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in flags.items() if k != "api_key"}
-
-
-# What changes where or how fast a run goes on, not what it computes.
-FREE = {"data_root", "output_dir", "num_workers", "device", "similarity_block", "image_cache", "feature_cache"}
-
-
-FREE |= {"checkpoint_every_minutes", "command", "resume", "workspace", "experiment_name"}
-
-
-MOVED = {"clip_model_path", "exclusions"}  # may lie elsewhere now: what is in them is held to what it was, see DERIVED
-
-
-FREE |= MOVED
-
-
-DERIVED = {
+# Flags that change where or how fast a run goes on, not what it computes. A test holds that each flag of a training
+# is either one of these or known to compute.
+FREE_FLAGS = frozenset(
+    {
+        "api_key", "checkpoint_every_minutes", "clip_model_path", "command", "data_root", "device", "exclusions",
+        "experiment_name", "feature_cache", "image_cache", "num_workers", "output_dir", "resume", "similarity_block",
+        "workspace",
+    }
+)  # fmt: skip
+# Of these, what names files whose content is computed with. They may lie elsewhere when a run is resumed; that their
+# content is the same is told by the digests in `data`.
+MOVABLE_FLAGS = frozenset({"clip_model_path", "exclusions"})
+# What a resumed run must find as it was -> what to say if it does not.
+DIGESTS = {
     "data_sha256": "the annotations are others",
     "clip_weights": "the CLIP weights are others",
     "excluded": "other images are left out",
 }
+ORIGINAL_DEFAULTS = ClipChoice(clip_model_name="RN50x4", transform="targetpad", target_ratio=1.25)
+RECIPE = ("clip_model_name", "transform", "target_ratio", "resolution", "clip_dim")
 
 
-ORIGINAL_DEFAULTS = {"clip_model_name": "RN50x4", "transform": "targetpad", "target_ratio": 1.25}
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a training is made, in the plain types that JSON and checkpoints hold.
+
+    Attributes:
+        flags: as they were typed, or their defaults; None where one was silent and a checkpoint spoke.
+        recipe: what images and features are made with, as flags and checkpoints agreed on it.
+        data: digests of what was read, and what was left out of it.
+        versions: of the packages that numbers pass through.
+    """
+
+    flags: dict[str, Any]
+    recipe: dict[str, Any]
+    data: dict[str, Any]
+    versions: dict[str, str]
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> "Settings":
+        """Settings from disk: in four parts, or in one table as earlier versions wrote them."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        if all(isinstance(content.get(name), dict) for name in names):
+            return cls(**{name: content[name] for name in names})
+        versions = content.get("versions")
+        apart = {*RECIPE, *DIGESTS, "versions", "metrics"}
+        return cls(
+            flags={name: value for name, value in content.items() if name not in apart},
+            recipe={name: content[name] for name in RECIPE if name in content},
+            data={name: content[name] for name in DIGESTS if name in content},
+            versions=versions if isinstance(versions, dict) else {},
+        )
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """All values by name; what was agreed on stands for the flag that asked for it."""
+        return {**self.flags, **self.recipe, **self.data, "versions": self.versions}
+
+    def with_flags(self, **flags: Any) -> "Settings":
+        """The same with other values of some flags."""
+        return dataclasses.replace(self, flags={**self.flags, **flags})
+
+    def on_disk(self) -> dict[str, Any]:
+        """The four parts as a checkpoint and a run's file hold them."""
+        return dataclasses.asdict(self)
 
 
-@dataclass(frozen=True)
+def plain(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags as plain types that JSON and a checkpoint hold, paths in full; the secret one is left out."""
+    values = {}
+    for name, value in flags.items():
+        if name != "api_key":
+            values[name] = str(value.absolute()) if isinstance(value, Path) else value
+    return values
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint file that was found and read: its content, and the configuration stored in it ({} if none)."""
+    """A checkpoint file that was found and read.
+
+    Attributes:
+        state: the weights.
+        config: the settings stored beside them, as they are on disk; {} if there are none.
+        table: the same by name, see `Settings.table`.
+    """
 
     path: Path
-    content: dict[str, Any]
+    state: dict[str, Any]
     config: dict[str, Any]
 
+    @property
+    def table(self) -> dict[str, Any]:
+        return Settings.read(self.config).table
 
-def read_checkpoint(flag: str, path: Path | None, key: str) -> Checkpoint | None:
+
+def read_checkpoint(flag_name: str, path: Path | None, key: str) -> Checkpoint | None:
     """The checkpoint that a flag names, None where the flag is silent.
 
     Args:
@@ -60,46 +117,63 @@ def read_checkpoint(flag: str, path: Path | None, key: str) -> Checkpoint | None
     Raises:
         UserError: missing, unreadable, or of another kind.
     """
+    from runtime.tensors import load_tensors
+
     if path is None:
         return None
     try:
         path = find_checkpoint(path)
         content = load_tensors(path)
     except UserError as error:
-        raise UserError(f"{flag}: {error}") from None
+        raise UserError(f"{flag_name}: {error}") from None
     if not isinstance(content.get(key), dict):
         kinds = {"CLIP": "stage-1 weights", "Combiner": "stage-2 weights"}
         found = next((name for kind, name in kinds.items() if kind in content), "something else")
-        raise UserError(f"{flag}: {path} holds {found}, not {kinds[key]}: name the right file")
+        raise UserError(f"{flag_name}: {path} holds {found}, not {kinds[key]}: name the right file")
     config = content.get("config")
-    return Checkpoint(path, content, config if isinstance(config, dict) else {})
+    return Checkpoint(path=path, state=content[key], config=config if isinstance(config, dict) else {})
 
 
-def settle(choice: dict[str, Any], checkpoints: list[Checkpoint | None]) -> dict[str, Any]:
+def settle(choice: ClipChoice, checkpoints: Sequence[Checkpoint | None]) -> ClipChoice:
     """Model name, transform and target ratio: the flag, else what the checkpoints were trained with, else the default.
 
     A flag that contradicts how weights were trained is obeyed, with a warning.
 
     Args:
-        choice: what the flags say, by the names of ORIGINAL_DEFAULTS, None where silent.
+        choice: what the flags say.
         checkpoints: those given, the more telling first.
     """
-    choice = choice | {"clip_model_name": _absolute(choice["clip_model_name"])}
+    given = dataclasses.asdict(choice)
+    given["clip_model_name"] = _in_full(choice.clip_model_name)
     settled = {}
-    for name, default in ORIGINAL_DEFAULTS.items():
-        trained = [(c.path, c.config[name]) for c in checkpoints if c and isinstance(c.config.get(name), type(default))]
-        given = choice[name]
-        settled[name] = given if given is not None else trained[0][1] if trained else default
-        for path, value in trained:
+    for name, default in dataclasses.asdict(ORIGINAL_DEFAULTS).items():
+        trained = _trained_with(name, type(default), checkpoints)
+        if given[name] is not None:
+            settled[name] = given[name]
+        elif trained:
+            settled[name] = next(iter(trained.values()))
+        else:
+            settled[name] = default
+        for path, value in trained.items():
             if value != settled[name]:
-                flag = "--" + name.replace("_", "-")
-                logger.warning("warning: %s was trained with %s %s, not %s", path, flag, value, settled[name])
+                logger.warning("warning: %s was trained with %s %s, not %s", path, flag(name), value, settled[name])
     if settled["transform"] not in TRANSFORMS:
         raise UserError(f"a checkpoint names the transform {settled['transform']}, which is none of {TRANSFORMS}")
-    return settled
+    return ClipChoice(**settled)
 
 
-def _absolute(name: str | None) -> str | None:
+def _trained_with(name: str, kind: type, checkpoints: Sequence[Checkpoint | None]) -> dict[Path, Any]:
+    """Checkpoint's file -> its value of a setting, for those that have one of the right type."""
+    values = {}
+    for checkpoint in checkpoints:
+        if checkpoint is not None:
+            value = checkpoint.table.get(name)
+            if isinstance(value, kind):
+                values[checkpoint.path] = value
+    return values
+
+
+def _in_full(name: str | None) -> str | None:
     """A model's name as it is, a checkpoint's path in full: a configuration is read from other folders too."""
     if name is None or not (Path(name).exists() or Path(f"{name}.pt").exists()):
         return name

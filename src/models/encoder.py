@@ -1,5 +1,6 @@
 """Images and captions to features: a CLIP with the preprocessing that its features are made with."""
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable
@@ -14,34 +15,28 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data_utils import (
-    ImageDataset,
-    ReadableImages,
-    Reader,
-    decoded,
-    load_batches,
-    load_image,
-    make_preprocess,
-    normalise,
-)
+from data_utils import ImageDataset, ReadableImages, Reader, load_batches, load_image, make_preprocess, normalise
 from models.clip_model import CLIP, feature_dim, load_clip, load_finetuned, resolution, tokenize
 from models.configuration import Checkpoint
 from runtime import distributed
+from runtime.choices import ClipChoice
+from runtime.image_files import decoded
 from utils import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Encoder:
     """A CLIP with the preprocessing that its features are made with. Features are unnormalised, float32.
 
     Attributes:
         recipe: model name, transform, target ratio and resolution, from which `model` and `read` were made.
+        workers: processes that decode images, 0 for this one.
         between: called between two batches of images; what it raises ends the encoding.
     """
 
     model: CLIP
     read: Reader
-    recipe: dict[str, str | int | float]
+    recipe: dict[str, Any]
     device: torch.device
     workers: int = 0
     batch_size: int = 32
@@ -54,10 +49,9 @@ class Encoder:
         Several processes share the work; each gets all features.
         """
         chunks = distributed.shard(_chunks(len(paths), self.batch_size))
-        encoded = [torch.empty(0, feature_dim(self.model), device=self.device)]
+        encoded = [self._no_features()]
         batches = load_batches(ImageDataset(paths, self.read), chunks, self.workers, self.device)
-        total, shown = sum(map(len, chunks)), None if distributed.is_main() else True
-        with tqdm(total=total, desc=f"encoding {what}", unit="img", leave=False, disable=shown) as bar:
+        with _progress(sum(map(len, chunks)), what) as bar:
             for pixels in batches:
                 encoded.append(self.model.encode_image(normalise(pixels)).float())
                 bar.update(len(pixels))
@@ -70,17 +64,22 @@ class Encoder:
 
         In this process alone.
         """
-        encoded, reasons = [torch.empty(0, feature_dim(self.model), device=self.device)], []
+        encoded = [self._no_features()]
+        could_be_read: list[bool] = []
         images = ReadableImages(paths, self.read, self.recipe["resolution"])
         batches = load_batches(images, _chunks(len(paths), self.batch_size), self.workers, self.device)
-        with tqdm(total=len(paths), desc=f"encoding {what}", unit="img", leave=False, disable=None) as bar:
+        with _progress(len(paths), what) as bar:
             for pixels, readable in batches:
                 if readable.any():
                     encoded.append(self.model.encode_image(normalise(pixels[readable])).float())
-                reasons += readable.tolist()
+                could_be_read += readable.tolist()
                 bar.update(len(pixels))
                 self.between()
-        return torch.cat(encoded), [self._reason(path, good) for path, good in zip(paths, reasons, strict=True)]
+        reasons = [self._reason(path, readable) for path, readable in zip(paths, could_be_read, strict=True)]
+        return torch.cat(encoded), reasons
+
+    def _no_features(self) -> Tensor:
+        return torch.empty(0, feature_dim(self.model), device=self.device)
 
     def _reason(self, path: Path, readable: bool) -> str:
         """Why an image cannot be read."""
@@ -96,7 +95,7 @@ class Encoder:
     def captions(self, captions: list[str]) -> Tensor:
         """Captions to features (len(captions), D) on the device, in order; a repeated one is encoded once."""
         unique = list(dict.fromkeys(captions))
-        encoded = [torch.empty(0, feature_dim(self.model), device=self.device)]
+        encoded = [self._no_features()]
         for rows in distributed.shard(_chunks(len(unique), self.batch_size)):
             tokens = tokenize([unique[row] for row in rows])
             encoded.append(self.model.encode_text(tokens.to(self.device)).float())
@@ -104,17 +103,25 @@ class Encoder:
         rows = torch.tensor([row_of[caption] for caption in captions], device=self.device)
         return distributed.gather_shards(torch.cat(encoded))[rows]
 
-    def image_recipe(self) -> dict[str, str | int | float]:
+    def image_recipe(self) -> dict[str, Any]:
         """All that determines the preprocessed images beside the files themselves."""
-        return {k: v for k, v in self.recipe.items() if k != "clip_model_name"} | {"versions": versions()}
+        recipe = {name: value for name, value in self.recipe.items() if name != "clip_model_name"}
+        return {**recipe, "versions": versions()}
 
-    def describe(self) -> dict[str, str | int | float]:
+    def describe(self) -> dict[str, Any]:
         """All that determines the features beside the images and captions themselves, in plain types."""
-        return self.recipe | {
+        return {
+            **self.recipe,
             "weights": weights_digest(self.model.state_dict()),
             "precision": f"float32 on {self.device.type}",
             "versions": versions(),
         }
+
+
+def _progress(total: int, what: str) -> tqdm:
+    """A progress bar of the one process that has the terminal; none where the output is no terminal."""
+    hidden = None if distributed.is_main() else True
+    return tqdm(total=total, desc=f"encoding {what}", unit="img", leave=False, disable=hidden)
 
 
 def versions() -> dict[str, str]:
@@ -133,14 +140,15 @@ def weights_digest(state: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(state.items()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def load_encoder(
-    settings: dict[str, Any],
+    settings: ClipChoice,
     tuned: Checkpoint | None,
     device: torch.device,
+    *,
     workers: int,
     batch_size: int = 32,
     opened: Callable[[Path], Image] = decoded,
@@ -148,14 +156,15 @@ def load_encoder(
     """CLIP in eval mode with its preprocessing.
 
     Args:
-        settings: from `settle`.
+        settings: from `configuration.settle`: nothing in it is None.
         tuned: stage-1 weights that replace the model's own.
         opened: opens an image file.
     """
-    model = load_clip(settings["clip_model_name"], device)
+    recipe = dataclasses.asdict(settings)
+    model = load_clip(recipe["clip_model_name"], device)
     if tuned:
-        load_finetuned(model, tuned.content, tuned.path)
-    pixels = resolution(model)
-    preprocess = make_preprocess(settings["transform"], settings["target_ratio"], pixels)
+        load_finetuned(model, tuned.state, tuned.path)
+    recipe["resolution"] = resolution(model)
+    preprocess = make_preprocess(recipe["transform"], recipe["target_ratio"], recipe["resolution"])
     read = functools.partial(load_image, preprocess=preprocess, opened=opened)
-    return Encoder(model, read, settings | {"resolution": pixels}, device, workers, batch_size)
+    return Encoder(model=model, read=read, recipe=recipe, device=device, workers=workers, batch_size=batch_size)

@@ -1,5 +1,6 @@
-"""Images and captions to CLIP features, once: the encoder, and a cache on disk with an honest key."""
+"""Features kept: a cache on disk with an honest key, and a split as tensors on the device."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from benchmarks import Split
@@ -45,7 +47,8 @@ class FeatureCache:
         key = hashlib.sha256(json.dumps([label, self.encoder_key, inputs]).encode()).hexdigest()
         path = self.folder / f"{label}-{key[:16]}.pt"
         # The main rank reads and writes; the others get what it has, so that all agree whether to encode.
-        features = distributed.from_main(self._read(path, key) if distributed.is_main() else None, self.encoder.device)
+        kept = self._read(path, key) if distributed.is_main() else None
+        features = distributed.from_main(kept, self.encoder.device)
         if features is None:
             features = compute()
             if distributed.is_main():
@@ -62,7 +65,7 @@ class FeatureCache:
                 logger.info("features read from %s", path)
                 return features
         except (UserError, KeyError, AttributeError, TypeError):
-            pass  # not one of our files; said below, as for one of ours that is damaged
+            pass  # not one of our files: the same warning as for one of ours that is damaged
         logger.warning("%s is damaged or of another origin: encoding anew", path)
         return None
 
@@ -74,7 +77,7 @@ class FeatureCache:
             logger.warning("%s; going on without a cache", error)  # the features are in memory: nothing is lost
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FrozenSplit:
     """A split as tensors on the device: all that an epoch or an evaluation on frozen features needs.
 
@@ -87,6 +90,32 @@ class FrozenSplit:
     images: Tensor
     captions: Tensor
 
+    @functools.cached_property
+    def reference_rows(self) -> Tensor:
+        """Gallery row of each query's reference, (Q,)."""
+        return torch.tensor(self.split.reference_rows, device=self.images.device)
+
+    @functools.cached_property
+    def target_rows(self) -> Tensor:
+        """Gallery row of each query's target, (Q,). Raises ValueError where they are secret."""
+        return torch.tensor(self.split.target_rows, device=self.images.device)
+
+    @functools.cached_property
+    def group_rows(self) -> Tensor:
+        """Gallery rows of each query's group, (Q, G - 1), see `Split.group_rows`."""
+        return torch.tensor(self.split.group_rows, device=self.images.device)
+
+    @functools.cached_property
+    def outside(self) -> Tensor:
+        """Whether a gallery image is neither reference nor target of any triplet, (N,) bool."""
+        members = self.split.members
+        return torch.tensor([name not in members for name in self.split.names], device=self.images.device)
+
+    @property
+    def references(self) -> Tensor:
+        """Features (Q, D) of each query's reference."""
+        return self.images[self.reference_rows]
+
 
 def freeze(cache: FeatureCache, split: Split, texts: list[list[str]], label: str) -> FrozenSplit:
     """Encode a split's images and the texts of its triplets, or take them from the cache.
@@ -97,7 +126,7 @@ def freeze(cache: FeatureCache, split: Split, texts: list[list[str]], label: str
     """
     images = cache.images(split.paths, label)
     captions = cache.captions([text for variants in texts for text in variants], label)
-    return FrozenSplit(split, images, captions.unflatten(0, (len(texts), -1)))
+    return FrozenSplit(split=split, images=images, captions=captions.unflatten(0, (len(texts), -1)))
 
 
 def freeze_queries(
@@ -108,4 +137,8 @@ def freeze_queries(
     Args:
         caption: the text of a triplet's captions at evaluation.
     """
-    return [freeze(cache, s, [[caption(t.captions)] for t in s.triplets], f"{label}-{s.name}") for s in splits]
+    frozen = []
+    for split in splits:
+        texts = [[caption(triplet.captions)] for triplet in split.triplets]
+        frozen.append(freeze(cache, split, texts, f"{label}-{split.name}"))
+    return frozen

@@ -28,8 +28,11 @@ def router_z_loss(logits: Tensor) -> Tensor:
 
 
 def router_penalty(load_balancing_weight: float, z_weight: float, top_k: int) -> Callable[[Tensor], Tensor] | None:
-    """This rank's logits (b, E) -> the weighted sum of both losses over the global batch; None where both weigh 0."""
-    if not load_balancing_weight and not z_weight:
+    """This rank's logits (b, E) -> the weighted sum of both losses over the global batch.
+
+    None where both weigh 0, and without a mixture (top_k 0).
+    """
+    if top_k == 0 or not (load_balancing_weight or z_weight):
         return None
 
     def penalty(logits: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def data_url(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def thumbnail(image: Image.Image, side: int, quality: int = 80) -> bytes:
+def jpeg(image: Image.Image, side: int, quality: int = 80) -> bytes:
     """A small JPEG of an image, at most `side` pixels wide and high."""
     small = image.convert("RGB")
     small.thumbnail((side, side))

@@ -8,24 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
-
 from reports import pages
 from runtime.files import write_bytes, write_text
+from utils import two_decimals
 
 Rows = Sequence[dict[str, float]]  # of a run's CSV file
 
 DRAWING_SHARE = 0.05  # of the time, which drawing may take
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class About:
     """What a page says of its run beside its records.
 
     Attributes:
         titles: metrics to show -> what they are called.
-        chosen_by: the metrics that choose checkpoints.
+        chosen_by: the metrics that select checkpoints.
         hyper_parameters: of the run.
         commands: what for -> a command: to resume, to validate, to reproduce.
     """
@@ -40,10 +38,12 @@ class RunPage:
     """Draws a run's curves and page, at validations as long as that takes a small share of the time, and at the end."""
 
     def __init__(self, folder: Path, about: About) -> None:
-        self.folder, self.about = folder, about
-        self.drawn_at, self.cost = time.monotonic(), 0.0
+        self.folder = folder
+        self.about = about
+        self.drawn_at = time.monotonic()
+        self.cost = 0.0  # seconds that the last drawing took
 
-    def refresh(self, rows: dict[str, Rows], complete: bool) -> None:
+    def refresh(self, rows: Mapping[str, Rows], *, complete: bool) -> None:
         """Draw, if it is due.
 
         Args:
@@ -53,20 +53,26 @@ class RunPage:
         start = time.monotonic()
         if not complete and (start - self.drawn_at) * DRAWING_SHARE < self.cost:
             return
-        curves = training_curves(rows, dict(self.about.titles))
+        curves = training_curves(rows, self.about.titles)
+        page = run_page(self.folder.name, self.about, rows, curves=curves, complete=complete)
         write_bytes(self.folder / "training_curves.png", curves)
-        write_text(self.folder / "index.html", run_page(self.folder.name, self.about, rows, curves, complete))
+        write_text(self.folder / "index.html", page)
         self.drawn_at = time.monotonic()
         self.cost = self.drawn_at - start
 
 
-def run_page(name: str, about: About, rows: dict[str, Rows], curves: bytes, complete: bool) -> str:
+def run_page(name: str, about: About, rows: Mapping[str, Rows], *, curves: bytes, complete: bool) -> str:
     """The page of a run."""
-    wanted, done = about.hyper_parameters["num_epochs"], len(rows["train"])
+    wanted = about.hyper_parameters["num_epochs"]
+    trained = rows["train"]
     state = "complete" if complete else "not complete"
-    parts = [f"<p>{done} of {wanted} epochs, {state}; last loss {rows['train'][-1]['train_epoch_loss']:.4f}</p>"]
-    parts.append(f'<img src="{pages.data_url(curves, "image/png")}" alt="loss, recalls and expert load by epoch">')
-    parts += ["<h2>Best validations</h2>", _best(about, rows.get("validation", []))]
+    loss = trained[-1]["train_epoch_loss"]
+    parts = [
+        f"<p>{len(trained)} of {wanted} epochs, {state}; last loss {loss:.4f}</p>",
+        f'<img src="{pages.data_url(curves, "image/png")}" alt="loss, recalls and expert load by epoch">',
+        "<h2>Best validations</h2>",
+        _best(about, rows.get("validation", [])),
+    ]
     for purpose, line in about.commands.items():
         if not (complete and purpose == "resume"):
             parts += [f"<h2>To {pages.text(purpose)}</h2>", pages.command(line)]
@@ -75,38 +81,57 @@ def run_page(name: str, about: About, rows: dict[str, Rows], curves: bytes, comp
 
 
 def _best(about: About, validations: Rows) -> str:
-    """The best validation by each metric that chooses checkpoints, and the last one."""
+    """The best validation by each metric that selects checkpoints, and the last one."""
     if not validations:
         return "<p>none yet</p>"
-    chosen = {f"best {metric}": max(validations, key=operator.itemgetter(metric)) for metric in about.chosen_by}
-    chosen |= {"last": validations[-1]}
-    cells = {
-        f"{what}, epoch {row['epoch']}": [f"{row[metric]:.2f}" for metric in about.titles]
-        for what, row in chosen.items()
-    }
-    return pages.matrix(list(about.titles.values()), cells)
+    named = {f"best {metric}": max(validations, key=operator.itemgetter(metric)) for metric in about.chosen_by}
+    named["last"] = validations[-1]
+    lines = {}
+    for name, row in named.items():
+        lines[f"{name}, epoch {row['epoch']}"] = [two_decimals(row[metric]) for metric in about.titles]
+    return pages.matrix(list(about.titles.values()), lines)
 
 
-def training_curves(rows: dict[str, Rows], titles: dict[str, str]) -> bytes:
-    """A PNG of what a run recorded so far.
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One of the pictures beside each other: columns of a CSV file over the epochs."""
+
+    label: str
+    rows: Rows
+    titles: Mapping[str, str]  # column -> what it is called
+
+
+def training_curves(rows: Mapping[str, Rows], titles: Mapping[str, str]) -> bytes:
+    """A PNG of what a run recorded so far: loss, recalls, and the load of the experts.
 
     Args:
         rows: "train", "validation" and "router" -> the rows of the CSV files, see `Run`.
         titles: metrics to draw -> what they are called.
     """
-    shares = [name for name in (rows["router"][0] if rows.get("router") else {}) if name.endswith("_share")]
-    panels = [("loss", rows["train"], {"train_epoch_loss": "training"})]
-    panels += [("recall, %", rows.get("validation", []), titles)]
-    panels += [("share of queries", rows["router"], {name: name.split("_")[0] for name in shares})] if shares else []
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    panels = [
+        Panel(label="loss", rows=rows["train"], titles={"train_epoch_loss": "training"}),
+        Panel(label="recall, %", rows=rows.get("validation", []), titles=titles),
+    ]
+    if routed := rows.get("router"):
+        shares = {name: name.split("_")[0] for name in routed[0] if name.endswith("_share")}
+        panels.append(Panel(label="share of queries", rows=routed, titles=shares))
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
-        for axes, (label, table, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            for name, title in names.items():
-                axes.plot([row["epoch"] for row in table], [row[name] for row in table], label=title, marker=".")
-            axes.set(xlabel="epoch", ylabel=label)
-            axes.grid(alpha=0.3)
-            if len(names) > 1:
-                axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=7, ncols=3, frameon=False)
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            _draw(axes, panel)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _draw(axes: Any, panel: Panel) -> None:
+    epochs = [row["epoch"] for row in panel.rows]
+    for name, title in panel.titles.items():
+        axes.plot(epochs, [row[name] for row in panel.rows], label=title, marker=".")
+    axes.set(xlabel="epoch", ylabel=panel.label)
+    axes.grid(alpha=0.3)
+    if len(panel.titles) > 1:
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=7, ncols=3, frameon=False)

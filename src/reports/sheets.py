@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from data_utils import decoded
 from reports import pages
+from runtime.image_files import decoded
 from utils import UserError, first_line
 
 MOST_BYTES = 14_000_000  # of thumbnails in a page, which base64 makes a third longer
@@ -68,7 +68,7 @@ class Card:
         return {self.reference, self.target, *(name for found, _ in self.rows.values() for name, _ in found)}
 
 
-def card(label: str, query: dict[str, Any], protocol: str, k: int) -> Card:
+def make_card(label: str, query: dict[str, Any], protocol: str, *, k: int) -> Card:
     """A card from a record (see `records`).
 
     Args:
@@ -102,7 +102,7 @@ def load_thumbnails(paths: Mapping[str, Path]) -> dict[str, bytes]:
             raise UserError(f"image {path} cannot be decoded ({first_line(error)}): see check_dataset.py") from None
         images[name].thumbnail((SIDES[0], SIDES[0]))
     for side in SIDES:
-        small = {name: pages.thumbnail(image, side) for name, image in images.items()}
+        small = {name: pages.jpeg(image, side) for name, image in images.items()}
         if sum(map(len, small.values())) <= MOST_BYTES:
             break
     return small
@@ -142,19 +142,19 @@ def _figure(keys: Mapping[str, str], name: str, label: str, is_target: bool) -> 
 
 
 def results_page(
-    title: str, reference: str, found: Sequence[tuple[str, float]], about: str, small: Mapping[str, bytes]
+    title: str, reference: str, found: Sequence[tuple[str, float]], *, about: str, thumbnails: Mapping[str, bytes]
 ) -> str:
     """A page of what was retrieved for one query.
 
     Args:
         found: (image, similarity), the nearest first.
-        small: image -> its thumbnail, the reference's too.
+        thumbnails: image -> its thumbnail, the reference's too.
     """
-    keys = {name: str(number) for number, name in enumerate(small)}
+    keys = {name: str(number) for number, name in enumerate(thumbnails)}
     figures = [_figure(keys, name, f"{n}. {s:.3f} {Path(name).name}", False) for n, (name, s) in enumerate(found, 1)]
     parts = [f'<p class="about">{pages.text(about)}</p>', _figure(keys, reference, "reference", False)]
     parts.append(f'<div class="row" style="flex-wrap: wrap">{"".join(figures)}</div>')
-    return pages.page(title, parts, STYLE, _script(keys, small))
+    return pages.page(title, parts, STYLE, _script(keys, thumbnails))
 
 
 def _script(keys: Mapping[str, str], small: Mapping[str, bytes]) -> str:
@@ -171,7 +171,8 @@ def picture(cards: Sequence[Card], thumbnails: Mapping[str, bytes], side: int = 
     """
     places = max(len(found) for card in cards for found, _ in card.rows.values()) + 1
     width = LEFT + places * (side + 6)
-    strips, height = [], 0
+    strips: list[Image.Image] = []
+    height = 0
     for card in cards:
         strip = _strip(card, thumbnails, side, width)
         if strips and height + strip.height > TALLEST:

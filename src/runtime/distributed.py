@@ -1,29 +1,26 @@
 """Several processes as one: ranks, shards, and features gathered in order. With one process all of it does nothing."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-
-def launched() -> bool:
-    """Whether torchrun started this process as one of several."""
-    return {"RANK", "MASTER_ADDR"} <= set(os.environ) and int(os.environ.get("WORLD_SIZE", "1")) > 1
+from runtime import torchrun
 
 
 def local_device() -> str:
     """The device of this process among those of its machine."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{torchrun.local_rank()}" if torch.cuda.is_available() else "cpu"
 
 
 def start(device: torch.device) -> None:
     """Join the other processes that torchrun started: NCCL on GPUs, Gloo on CPUs."""
-    if launched() and not dist.is_initialized():
+    if torchrun.launched() and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         # Gloo for what lies on CPUs, beside NCCL too: asking every step whether to stop must not wait for a GPU.
@@ -60,7 +57,7 @@ def wait_for_all() -> None:
 @contextlib.contextmanager
 def first_on_machine() -> Iterator[None]:
     """Let one process of each machine go ahead, as to download what the others then find there."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    first = torchrun.local_rank() == 0
     if not first:
         wait_for_all()
     yield
@@ -105,21 +102,22 @@ def from_main(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     """The main rank's tensor, on every rank's device."""
     if world_size() == 1:
         return tensor if tensor is None else tensor.to(device)
-    box = [None if tensor is None else (tensor.shape, tensor.dtype)]
-    dist.broadcast_object_list(box, device=device)
-    if box[0] is None:
+    kind: list[Any] = [None if tensor is None else (tensor.shape, tensor.dtype)]
+    dist.broadcast_object_list(kind, device=device)
+    if kind[0] is None:
         return None
-    own = tensor.to(device) if is_main() else torch.empty(box[0][0], dtype=box[0][1], device=device)
-    dist.broadcast(own, 0)
-    return own
+    shape, dtype = kind[0]
+    received = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device)
+    dist.broadcast(received, 0)
+    return received
 
 
 def same_text(text: str) -> str:
     """The main rank's text, on every rank."""
-    box = [text]
+    texts = [text]
     if world_size() > 1:
-        dist.broadcast_object_list(box, device=torch.device("cpu"))
-    return box[0]
+        dist.broadcast_object_list(texts, device=torch.device("cpu"))
+    return texts[0]
 
 
 def any_rank(*flags: bool) -> tuple[bool, ...]:
@@ -129,15 +127,6 @@ def any_rank(*flags: bool) -> tuple[bool, ...]:
     shared = torch.tensor(flags, dtype=torch.int32)
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     return tuple(map(bool, shared.tolist()))
-
-
-def launcher() -> str:
-    """What stands before a script in a command that starts as many processes as there are."""
-    if world_size() == 1:
-        return "python"
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    nodes = f"--nnodes {world_size() // here} ... " if world_size() > here else ""
-    return f"torchrun {nodes}--nproc-per-node {here}"
 
 
 def parallel(module: nn.Module, device: torch.device, some_unused: bool = False) -> nn.Module:

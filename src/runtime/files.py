@@ -5,10 +5,12 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 from utils import DiskError, UserError, first_line
 
+fcntl: ModuleType | None
 try:
     import fcntl
 except ImportError:  # Windows
@@ -40,10 +42,11 @@ def parse_json(text: str) -> Any:
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+        content: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in content:
+                raise ValueError(f"the key {key!r} occurs twice")
+            content[key] = value
         return content
 
     try:
@@ -55,23 +58,41 @@ def parse_json(text: str) -> Any:
     return content
 
 
+HALF_MADE = ".*.tmp"  # what a process that was killed left under a name of `beside`
+
+
+def beside(path: Path) -> Path:
+    """Where this process makes what will take the name `path` when it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that replaces `path` only when all of it is on disk; until then an earlier `path` stays as it was."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def made_beside(path: Path) -> Iterator[Path]:
+    """A file to write, which replaces `path` at the end; until then an earlier `path` stays as it was.
+
+    Raises:
+        DiskError: it could not be written; nothing is left of it.
+    """
+    new = beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        yield new
+        new.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
         raise DiskError(f"could not write {path} ({error.strerror}): free space or choose another folder") from None
     finally:
         with contextlib.suppress(OSError):  # there is none after the replace, nor where the folder is a file
-            beside.unlink()
+            new.unlink()
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that replaces `path` only when all of it is on disk, see `made_beside`."""
+    with made_beside(path) as new, open(new, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

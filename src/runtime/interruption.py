@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from runtime import distributed
+from runtime import torchrun
 from utils import Stopped
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -14,7 +14,7 @@ PATIENCE = 5  # seconds between two looks of a worker at whether its parent is s
 
 
 class StopRequest:
-    """Whether one of the signals has come. Nothing is interrupted by it: who can stop looks here.
+    """Whether one of the signals has come. It interrupts nothing: code that can stop asks here.
 
     Attributes:
         requested: the signal's name; "" until it has come.
@@ -22,32 +22,35 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = ""
-        self.parent = os.getppid() if distributed.launched() else None
+        self.torchrun = os.getppid() if torchrun.launched() else None
 
-    def look(self) -> str:
-        """`requested`, which the end of torchrun is too: a signal that it does not pass on ends it alone."""
-        if self.parent not in (None, os.getppid()):
+    def signal_name(self) -> str:
+        """The name of the signal that asks for a stop, "" for none.
+
+        The end of torchrun asks for one too: a signal that it does not pass on ends it, and leaves its processes alive.
+        """
+        if self.torchrun not in (None, os.getppid()):
             self.requested = self.requested or "the end of torchrun"
         return self.requested
 
     def handle(self, number: int, frame: object) -> None:
-        """What the signals call."""
+        """Note a signal; Python calls this when it comes."""
         self.requested = signal.Signals(number).name
 
     def check(self) -> None:
-        """Raise Stopped if a signal has come, where nothing would be lost.
+        """Raise Stopped if a signal has come. Called where nothing would be lost.
 
         Several processes wait for each other's results, so they stop together, between two steps, and not here.
         """
-        if self.requested and distributed.world_size() == 1:
+        if self.requested and self.torchrun is None:
             raise Stopped(self.requested)
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Take the signals as requests; what they did before is put back at the end.
+    """Take the signals as requests until the end of the context, which restores what they did before.
 
-    Signals reach the main thread alone; in another one nothing is heard.
+    Signals reach the main thread alone; in another thread nothing is heard.
     """
     request = StopRequest()
     heard = SIGNALS if threading.current_thread() is threading.main_thread() else ()
@@ -61,9 +64,9 @@ def listening() -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Keep the signals waiting: processes that are started meanwhile do not die of them before they can say what to do.
+    """Hold the signals back while processes are started, which would die of one before they can handle it.
 
-    What they are started with stays blocked in them until `heed_parent_alone`.
+    The signals stay blocked in those processes until they call `heed_parent_alone`.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -76,11 +79,11 @@ def deferred() -> Iterator[None]:
 
 
 def heed_parent_alone() -> None:
-    """In a worker process: take SIGTERM from the process that started it, and leave the others' signals to that one.
+    """In a worker process: end by a signal of the process that started it, and ignore everybody else's.
 
-    Schedulers and terminals signal all processes of a job. A worker that died of it would break the step that the
-    parent is in, which has a state to save. A thread takes the signals, for it learns who sent them, and ends a worker
-    whose parent is gone.
+    Schedulers and terminals signal all processes of a job. A worker that died of that would break the step of its
+    parent, which has a state to save. A thread waits for the signals, because a thread that waits learns who sent
+    them; it also ends a worker whose parent is gone.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigtimedwait"):  # macOS, where no scheduler signals

@@ -13,10 +13,10 @@ from runtime.files import written_whole
 from utils import UserError, first_line
 
 # What reading a damaged checkpoint raises.
-LOADING_ERRORS = (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, OverflowError, MemoryError)
-
-
-LOADING_ERRORS += (NotImplementedError, struct.error, zlib.error, zipfile.BadZipFile)
+LOADING_ERRORS = (
+    OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, OverflowError, MemoryError, NotImplementedError,
+    struct.error, zlib.error, zipfile.BadZipFile,
+)  # fmt: skip
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:

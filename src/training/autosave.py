@@ -1,4 +1,4 @@
-"""How far a training is, and when its state is saved."""
+"""How far a training is, its state in one file, and when that is saved."""
 
 import logging
 import math
@@ -16,28 +16,12 @@ from runtime import distributed
 from runtime.interruption import StopRequest
 from runtime.tensors import load_tensors, save_tensors
 from training.checkpoints import Checkpoints
-from training.run import Run
-from utils import Stopped, UserError
+from training.run import AnyRun
+from utils import Stopped, UserError, two_decimals
 
 logger = logging.getLogger(__name__)
 
 SAVING_SHARE = 0.05  # of the time, which saving the state at the end of epochs may take
-
-
-@dataclass
-class Progress:
-    """How far a training is.
-
-    Attributes:
-        epoch: the one that is trained or, if `losses` has all of its steps, to be validated.
-        losses: of the steps that the epoch has had.
-        rows, best: see `Run` and `Checkpoints`.
-    """
-
-    epoch: int = 0
-    losses: list[float] = field(default_factory=list)
-    rows: dict[str, list[dict[str, float]]] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
 
 
 class Stateful(Protocol):
@@ -45,7 +29,7 @@ class Stateful(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> object: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> object: ...
 
 
 def save_state(file: Path, parts: Mapping[str, Stateful], progress: dict[str, Any], device: torch.device) -> None:
@@ -76,7 +60,9 @@ def load_state(file: Path, parts: Mapping[str, Stateful], device: torch.device) 
 def _random_states(device: torch.device) -> dict[str, Any]:
     """Processes draw the same numbers, each for all of the batch, so one's states are those of all."""
     states = {"python": random.getstate(), "cpu": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
 
 
 def _set_random_states(states: dict[str, Any], device: torch.device) -> None:
@@ -86,7 +72,23 @@ def _set_random_states(states: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
-class Keeper:
+@dataclass
+class Progress:
+    """How far a training is.
+
+    Attributes:
+        epoch: the one that is trained or, if `losses` has all of its steps, to be validated.
+        losses: of the steps that the epoch has had.
+        rows, best: see `Run` and `Checkpoints`.
+    """
+
+    epoch: int = 0
+    losses: list[float] = field(default_factory=list)
+    rows: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+
+
+class Autosave:
     """Saves the state of a training when it is due, and when a stop was asked for.
 
     It is due after some minutes, between any two steps, and at the end of an epoch as long as saving takes no more than
@@ -99,22 +101,28 @@ class Keeper:
 
     def __init__(
         self,
-        run: Run,
+        *,
+        run: AnyRun,
         checkpoints: Checkpoints,
         parts: Mapping[str, Stateful],
         device: torch.device,
         stop: StopRequest,
         minutes: float,
     ) -> None:
-        self.run, self.checkpoints, self.parts, self.device, self.stop = run, checkpoints, parts, device, stop
+        self.run = run
+        self.checkpoints = checkpoints
+        self.parts = parts
+        self.device = device
+        self.stop = stop
         self.seconds = 60 * minutes
         self.progress = Progress()
         self.unread: list[Tensor] = []  # losses that are still on the device
-        self.saved_at, self.cost = time.monotonic(), 0.0
+        self.saved_at = time.monotonic()
+        self.cost = 0.0  # seconds that the last saving took
         self.saved = "the beginning: none was saved yet"
 
     def resume(self) -> Progress:
-        """Put back the state that the run's folder has, if it has one; returns the progress that this keeper saves."""
+        """Put back the state that the run's folder has, if it has one; returns the progress that is saved from now."""
         if self.run.state_file.exists():
             self.progress = Progress(**load_state(self.run.state_file, self.parts, self.device))
             self._name_saved()
@@ -123,11 +131,11 @@ class Keeper:
         self.checkpoints.rewind(self.progress.best)
         return self.progress
 
-    def look(self, epoch_ends: bool = False) -> None:
+    def save_if_due(self, epoch_ends: bool = False) -> None:
         """Save the state if it is due. If a stop was asked for, save it and raise Stopped."""
         since = time.monotonic() - self.saved_at
         due = since >= self.seconds or (epoch_ends and since * SAVING_SHARE >= self.cost)
-        stopping, due = distributed.any_rank(bool(self.stop.look()), due and distributed.is_main())
+        stopping, due = distributed.any_rank(bool(self.stop.signal_name()), due and distributed.is_main())
         if stopping or due:
             self.save()
         if stopping:
@@ -137,7 +145,8 @@ class Keeper:
         """Save the state."""
         start = time.monotonic()
         self.read_losses()
-        self.progress.rows, self.progress.best = self.run.rows, self.checkpoints.best
+        self.progress.rows = self.run.rows
+        self.progress.best = self.checkpoints.best
         if distributed.is_main():
             save_state(self.run.state_file, self.parts, asdict(self.progress), self.device)
         self._name_saved()
@@ -149,21 +158,20 @@ class Keeper:
         losses = self.progress.losses
         for value in torch.stack(self.unread).tolist() if self.unread else []:
             if not math.isfinite(value):
-                epoch, step = self.progress.epoch, len(losses)
-                raise UserError(f"the loss is {value} at epoch {epoch}, step {step}: lower the learning rate")
+                epoch = self.progress.epoch
+                raise UserError(f"the loss is {value} at epoch {epoch}, step {len(losses)}: lower the learning rate")
             losses.append(value)
         self.unread.clear()
         return sum(losses) / max(1, len(losses))
 
     def finish(self) -> None:
         """Say where the files are and what was best; a complete run needs no state."""
-        if distributed.is_main():
-            self.run.complete(self.checkpoints.best)
+        self.run.complete(self.checkpoints.best)
         logger.info("\nrun: %s", self.run.folder)
         for path in self.checkpoints.saved:
             logger.info("saved: %s", path)
         for name, value in self.checkpoints.best.items():
-            logger.info("best %s = %.2f", name, value)
+            logger.info("best %s = %s", name, two_decimals(value))
 
     def _name_saved(self) -> None:
         self.saved = f"epoch {self.progress.epoch}, step {len(self.progress.losses)}"

@@ -1,7 +1,7 @@
 """One exact step of contrastive learning: the loss of the global batch, in as little memory as asked for."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime import distributed
+from training.schedule import Precision
 
 LOGIT_SCALE = 100.0
 
@@ -42,9 +43,10 @@ def backward(
     model: nn.Module,
     inputs: list[Tensor],
     target_ids: Tensor | None,
+    *,
     micro_batch: int | None,
-    autocast: Callable[[], contextlib.AbstractContextManager],
-    scale: Callable[[Tensor], Tensor],
+    precision: Precision,
+    scaler: torch.amp.GradScaler,
     penalty: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Add the gradient of the global batch's loss to the parameters; returns the loss, without penalty and graph.
@@ -58,33 +60,58 @@ def backward(
         model: inputs -> normalised queries (b, D) and targets (b, D); `distributed.parallel` has wrapped it.
         inputs: this rank's rows, (b, ...) each.
         micro_batch: rows in memory at a time, None for all.
-        autocast: makes the context of mixed precision.
-        scale: the gradient scaler's, or the identity.
+        scaler: scales the loss; that of `precision`.
         penalty: what is added to the loss, from a third output of the model; not with micro-batches.
     """
-    world = distributed.world_size()  # parallel modules average over ranks what has to be summed
     if micro_batch is None or micro_batch >= len(inputs[0]):
-        with autocast():
-            queries, targets, *others = model(*inputs)
-            loss = global_loss(queries, targets, target_ids)
-            whole = loss if penalty is None else loss + penalty(*others)
-        scale(whole * world).backward()
-        return loss.detach()
+        return _whole_step(model, inputs, target_ids, precision=precision, scaler=scaler, penalty=penalty)
     chunks = list(zip(*(tensor.split(micro_batch) for tensor in inputs), strict=True))
-    with torch.no_grad(), autocast():
+    with torch.no_grad(), precision.autocast():
         encoded = [model(*chunk) for chunk in chunks]
-    queries, targets = (torch.cat(part).requires_grad_() for part in zip(*encoded, strict=True))
-    with autocast():
+    queries = torch.cat([own_queries for own_queries, _ in encoded]).requires_grad_()
+    targets = torch.cat([own_targets for _, own_targets in encoded]).requires_grad_()
+    with precision.autocast():
         loss = global_loss(queries, targets, target_ids)
-    scale(loss * world).backward()
-    gradients = zip(queries.grad.split(micro_batch), targets.grad.split(micro_batch), strict=True)
-    for number, (chunk, gradient) in enumerate(zip(chunks, gradients, strict=True), start=1):
-        with _unsynced(model) if number < len(chunks) else contextlib.nullcontext():
-            with autocast():
+    scaled = scaler.scale(loss * distributed.world_size())  # see `_whole_step`
+    query_gradient, target_gradient = torch.autograd.grad(scaled, (queries, targets))
+    gradients = zip(query_gradient.split(micro_batch), target_gradient.split(micro_batch), strict=True)
+    for number, (chunk, chunk_gradients) in enumerate(zip(chunks, gradients, strict=True), start=1):
+        is_last = number == len(chunks)
+        with contextlib.nullcontext() if is_last else _unsynced(model):
+            with precision.autocast():
                 features = model(*chunk)
-            learned = [(f, g) for f, g in zip(features, gradient, strict=True) if f.requires_grad]
-            torch.autograd.backward(*zip(*learned, strict=True))
+            _backward_from(features, chunk_gradients)
     return loss.detach()
+
+
+def _whole_step(
+    model: nn.Module,
+    inputs: list[Tensor],
+    target_ids: Tensor | None,
+    *,
+    precision: Precision,
+    scaler: torch.amp.GradScaler,
+    penalty: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """The plain step of `backward`, with the graph of all rows."""
+    with precision.autocast():
+        queries, targets, *others = model(*inputs)
+        loss = global_loss(queries, targets, target_ids)
+        whole = loss if penalty is None else loss + penalty(*others)
+    # Parallel modules average over ranks what has to be summed.
+    scaler.scale(whole * distributed.world_size()).backward()
+    return loss.detach()
+
+
+def _backward_from(features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Carry the loss's gradient with respect to features on to the parameters that they were made with."""
+    learned = []
+    learned_gradients = []
+    for feature, gradient in zip(features, gradients, strict=True):
+        if feature.requires_grad:
+            learned.append(feature)
+            learned_gradients.append(gradient)
+    torch.autograd.backward(learned, learned_gradients)
 
 
 def _unsynced(model: nn.Module) -> contextlib.AbstractContextManager:

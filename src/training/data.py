@@ -1,7 +1,9 @@
 """What an epoch is made of: a benchmark's triplets and caption variants, and the order of its batches."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from runtime import distributed
 from utils import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Order:
     """Which triplets and caption variants an epoch's batches are made of, by seed and epoch alone.
 
@@ -53,12 +55,15 @@ class Order:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         rows = torch.randperm(self.triplets, generator=generator)
         variants = torch.randint(self.variants, (self.triplets,), generator=generator)
-        shape = (self.steps, distributed.world_size(), -1)
-        full = self.steps * self.batch_size
-        return rows[:full].view(shape)[:, distributed.rank()], variants[:full].view(shape)[:, distributed.rank()]
+        return self._share(rows), self._share(variants)
+
+    def _share(self, values: Tensor) -> Tensor:
+        """This process's part of each full batch, (triplets,) -> (steps, b)."""
+        full = values[: self.steps * self.batch_size]
+        return full.view(self.steps, distributed.world_size(), -1)[:, distributed.rank()]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingData:
     """A benchmark as a training needs it.
 
@@ -73,42 +78,56 @@ class TrainingData:
     texts: list[list[str]]
     order: Order
 
+    @property
+    def splits(self) -> list[Split]:
+        """All that a training reads."""
+        return [self.train, *self.val]
+
     def describe(self) -> dict[str, Any]:
         """What was read, for the hyper-parameters: a resumed run must find the same."""
-        digests = [split_digest(split) for split in (self.train, *self.val)]
+        digests = [split_digest(split) for split in self.splits]
         return {
+            **self.benchmark.hyper_parameters,
             "data_sha256": hashlib.sha256(" ".join(digests).encode()).hexdigest(),
-            "excluded": excluded([self.train, *self.val]),
+            "excluded": excluded(self.splits),
         }
 
 
-def read_training_data(benchmark: Benchmark, batch_size: int, micro_batch_size: int | None, seed: int) -> TrainingData:
+def read_training_data(
+    benchmark: Benchmark, *, batch_size: int, seed: int, micro_batch_size: int | None = None
+) -> TrainingData:
     """Read a benchmark's splits, and check before anything is trained that all it takes is there.
 
     Raises:
         UserError: files missing or malformed, or batches that the data or the processes do not allow.
     """
-    train, val = benchmark.train(), benchmark.val()
+    train = benchmark.train()
+    val = benchmark.val()
     texts = [benchmark.caption_variants(triplet.captions) for triplet in train.triplets]
-    order = Order(len(train.triplets), len(texts[0]), batch_size, seed)
+    order = Order(triplets=len(train.triplets), variants=len(texts[0]), batch_size=batch_size, seed=seed)
     share = batch_size // distributed.world_size()
     if micro_batch_size is not None and micro_batch_size > share:
         raise UserError(f"--micro-batch-size {micro_batch_size} is larger than a process's batch of {share}: lower it")
     announce(benchmark.excluded, [train, *val])
     check_images_exist([train, *val])
-    return TrainingData(benchmark, train, val, texts, order)
+    return TrainingData(benchmark=benchmark, train=train, val=val, texts=texts, order=order)
 
 
 class TripletImages(Dataset):
-    """Reference and target images of a split's triplets, item i is 2 x (3, R, R) uint8."""
+    """Reference and target images of triplets, item i is 2 x (3, R, R) uint8.
 
-    def __init__(self, split: Split, read: Reader) -> None:
-        self.pairs = [(split.image_paths[t.reference], split.image_paths[t.target]) for t in split.triplets]
+    Args:
+        files: of each triplet, (reference's, target's).
+        read: makes the preprocessed bytes of one.
+    """
+
+    def __init__(self, files: Sequence[tuple[Path, Path]], read: Reader) -> None:
+        self.files = files
         self.read = read
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.files)
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        reference, target = self.pairs[row]
+        reference, target = self.files[row]
         return self.read(reference), self.read(target)

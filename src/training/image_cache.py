@@ -5,7 +5,9 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +16,12 @@ from tqdm import tqdm
 
 from data_utils import ImageDataset, Reader, load_batches
 from runtime import distributed
-from runtime.files import file_identities
-from utils import UserError
+from runtime.files import file_identities, made_beside
+from utils import DiskError, UserError
 
 logger = logging.getLogger(__name__)
+
+DECODED_AT_ONCE = 64
 
 
 class CachedImages:
@@ -41,7 +45,9 @@ class CachedImages:
         return torch.from_numpy(self.pixels[self.row_of[path]].copy())
 
 
-def open_image_cache(folder: Path, paths: list[Path], read: Reader, recipe: dict, workers: int) -> CachedImages:
+def open_image_cache(
+    folder: Path, paths: list[Path], read: Reader, *, recipe: Mapping[str, Any], workers: int
+) -> CachedImages:
     """The cache of these images, decoded now unless it is there. Its size is announced before it is written.
 
     The key is made of the recipe (transform, ratio, resolution, versions) and of each file's path, size and
@@ -58,33 +64,29 @@ def open_image_cache(folder: Path, paths: list[Path], read: Reader, recipe: dict
     key = hashlib.sha256(json.dumps([recipe, file_identities(paths)]).encode()).hexdigest()
     file = folder / f"images-{recipe['resolution']}px-{key[:16]}.npy"
     if distributed.is_main() and not file.exists():
-        _fill(file, paths, read, shape, workers)
+        _fill(file, paths, read, shape, workers=workers)
     distributed.wait_for_all()
     return CachedImages(file, paths, shape)
 
 
-def _fill(file: Path, paths: list[Path], read: Reader, shape: tuple[int, ...], workers: int) -> None:
+def _fill(file: Path, paths: list[Path], read: Reader, shape: tuple[int, ...], *, workers: int) -> None:
     """Decode all images into a file beside, which takes its name when it is whole."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    chunks = [list(range(i, min(i + DECODED_AT_ONCE, len(paths)))) for i in range(0, len(paths), DECODED_AT_ONCE)]
+    batches = load_batches(ImageDataset(paths, read), chunks, workers, torch.device("cpu"))
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _announce(file, shape)
-        pixels = np.lib.format.open_memmap(beside, mode="w+", dtype=np.uint8, shape=shape)
-        if hasattr(os, "posix_fallocate"):  # take the room now: a map on a disk that fills up later kills the process
-            with open(beside, "r+b") as whole:
-                os.posix_fallocate(whole.fileno(), 0, beside.stat().st_size)
-        chunks = [list(range(i, min(i + 64, len(paths)))) for i in range(0, len(paths), 64)]
-        batches = load_batches(ImageDataset(paths, read), chunks, workers, torch.device("cpu"))
-        with tqdm(total=len(paths), desc="decoding images", unit="img", leave=False, disable=None) as bar:
-            for rows, batch in zip(chunks, batches, strict=True):
-                pixels[rows[0] : rows[-1] + 1] = batch.numpy()
-                bar.update(len(rows))
-        pixels.flush()
-        beside.replace(file)
-    except OSError as error:
-        raise UserError(f"--image-cache {file.parent}: could not write {file} ({error.strerror})") from None
-    finally:
-        beside.unlink(missing_ok=True)
+        with made_beside(file) as new:
+            _announce(file, shape)
+            pixels = np.lib.format.open_memmap(new, mode="w+", dtype=np.uint8, shape=shape)
+            if hasattr(os, "posix_fallocate"):  # take the room now: a disk that fills up under a map kills the process
+                with open(new, "r+b") as whole:
+                    os.posix_fallocate(whole.fileno(), 0, new.stat().st_size)
+            with tqdm(total=len(paths), desc="decoding images", unit="img", leave=False, disable=None) as bar:
+                for rows, batch in zip(chunks, batches, strict=True):
+                    pixels[rows[0] : rows[-1] + 1] = batch.numpy()
+                    bar.update(len(rows))
+            pixels.flush()
+    except DiskError as error:
+        raise UserError(f"--image-cache {file.parent}: {error}") from None
 
 
 def _announce(file: Path, shape: tuple[int, ...]) -> None:

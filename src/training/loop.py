@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,24 +16,26 @@ from tqdm import tqdm
 from runtime import distributed
 from runtime.interruption import StopRequest
 from training import contrastive
-from training.autosave import Keeper, Stateful
+from training.autosave import Autosave, Stateful
 from training.checkpoints import Checkpoints
-from training.run import Run
-from training.schedule import Precision, Regime
-from utils import DiskError, Stopped, UserError
+from training.run import AnyRun
+from training.schedule import Precision, Schedule
+from utils import DiskError, Stopped, UserError, two_decimals
 
 logger = logging.getLogger(__name__)
 
 READ_EVERY = 10  # steps between two looks at the losses: each look waits for the device
 
+Weights = TypeVar("Weights", bound=nn.Module)
+Batch = tuple[list[Tensor], Tensor]  # the model's inputs (b, ...) each, and the targets' ids (b,)
+Batches = Callable[[int, int], Iterable[Batch]]  # epoch, first step -> the epoch's batches from there on
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """What a stage learns.
 
     Attributes:
-        batches: epoch, first step -> the epoch's batches from there on: the model's inputs (b, ...) and the targets'
-            ids (b,).
         steps: batches in an epoch.
         model: inputs -> normalised queries (b, D), targets (b, D), and whatever `penalty` takes.
         optimizer: of the parameters that learn.
@@ -43,7 +46,7 @@ class Task:
         router: statistics of the mixture's router; None without a mixture.
     """
 
-    batches: Callable[[int, int], Iterable[tuple[list[Tensor], Tensor]]]
+    batches: Batches
     steps: int
     model: nn.Module
     optimizer: Optimizer
@@ -54,9 +57,11 @@ class Task:
     router: Callable[[], dict[str, float]] | None = None
 
 
-def trainable(model: nn.Module, device: torch.device, compiled: bool, some_unused: bool = False) -> nn.Module:
+def trainable(model: nn.Module, device: torch.device, *, compiled: bool, some_unused: bool = False) -> nn.Module:
     """The model, compiled if asked for, and parallel if there are several processes (see `distributed.parallel`)."""
-    return distributed.parallel(torch.compile(model) if compiled else model, device, some_unused)
+    if compiled:
+        model = cast(nn.Module, torch.compile(model))  # which is a module again, as its types do not say
+    return distributed.parallel(model, device, some_unused)
 
 
 def average(module: nn.Module, decay: float | None) -> AveragedModel | None:
@@ -64,36 +69,54 @@ def average(module: nn.Module, decay: float | None) -> AveragedModel | None:
     return None if decay is None else AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
+def measured_weights(module: Weights, averaged: AveragedModel | None) -> Weights:
+    """What is measured and kept of a module that learns: itself, or its moving average."""
+    return module if averaged is None else cast(Weights, averaged.module)
+
+
 class Stepper:
     """One optimizer step after another, with all that surrounds it."""
 
-    def __init__(self, task: Task, regime: Regime, precision: Precision) -> None:
-        self.task, self.regime, self.precision = task, regime, precision
+    def __init__(self, task: Task, schedule: Schedule, precision: Precision) -> None:
+        self.task = task
+        self.schedule = schedule
+        self.precision = precision
         self.scaler = precision.scaler()
-        steps = task.steps * regime.num_epochs
-        self.learning_rate = LambdaLR(task.optimizer, lambda step: regime.factor(step, steps))
+        steps = task.steps * schedule.num_epochs
+        self.learning_rate = LambdaLR(task.optimizer, lambda step: schedule.factor(step, steps))
 
     @property
     def parts(self) -> dict[str, Stateful]:
         """All that steps change."""
         task = self.task
-        parts = {"module": task.module, "optimizer": task.optimizer, "schedule": self.learning_rate}
-        parts |= {"scaler": self.scaler} if self.scaler.is_enabled() else {}
-        return parts | ({"average": task.averaged} if task.averaged else {})
+        parts: dict[str, Stateful] = {
+            "module": task.module,
+            "optimizer": task.optimizer,
+            "schedule": self.learning_rate,
+        }
+        if self.scaler.is_enabled():
+            parts["scaler"] = self.scaler
+        if task.averaged is not None:
+            parts["average"] = task.averaged
+        return parts
 
     def step(self, inputs: list[Tensor], target_ids: Tensor) -> Tensor:
         """Learn from a batch; returns its loss without the penalty, still on the device."""
         optimizer = self.task.optimizer
         optimizer.zero_grad(set_to_none=True)
-        ids = target_ids if self.regime.mask_duplicate_targets else None
-        mixed = self.precision.autocast, self.scaler.scale
         loss = contrastive.backward(
-            self.task.model, inputs, ids, self.regime.micro_batch_size, *mixed, self.task.penalty
+            self.task.model,
+            inputs,
+            target_ids if self.schedule.mask_duplicate_targets else None,
+            micro_batch=self.schedule.micro_batch_size,
+            precision=self.precision,
+            scaler=self.scaler,
+            penalty=self.task.penalty,
         )
-        if self.regime.clip_grad_norm is not None:
+        if self.schedule.clip_grad_norm is not None:
             self.scaler.unscale_(optimizer)
             learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            nn.utils.clip_grad_norm_(learned, self.regime.clip_grad_norm)
+            nn.utils.clip_grad_norm_(learned, self.schedule.clip_grad_norm)
         self.scaler.step(optimizer)
         self.scaler.update()
         self.learning_rate.step()
@@ -104,9 +127,10 @@ class Stepper:
 
 def fit(
     task: Task,
-    regime: Regime,
+    *,
+    schedule: Schedule,
     precision: Precision,
-    run: Run,
+    run: AnyRun,
     checkpoints: Checkpoints,
     stop: StopRequest,
     minutes: float,
@@ -116,76 +140,92 @@ def fit(
     A run whose folder has a state goes on from there; with the same machine and packages it ends as if it had never
     been interrupted.
 
+    Args:
+        minutes: the longest time that a crash may cost, see `Autosave`.
+
     Raises:
         UserError: the loss or a similarity is not finite, or the disk is full.
         Stopped: a signal asked for it; the state is saved.
     """
-    stepper = Stepper(task, regime, precision)
-    keeper = Keeper(run, checkpoints, stepper.parts, precision.device, stop, minutes)
+    stepper = Stepper(task, schedule, precision)
+    autosave = Autosave(
+        run=run,
+        checkpoints=checkpoints,
+        parts=stepper.parts,
+        device=precision.device,
+        stop=stop,
+        minutes=minutes,
+    )
     try:
         with run.locked():
-            progress = keeper.resume()
-            while progress.epoch < regime.num_epochs:
-                run_epoch(task, stepper, keeper, regime)
-            keeper.finish()
+            progress = autosave.resume()
+            while progress.epoch < schedule.num_epochs:
+                run_epoch(task, stepper, autosave)
+            autosave.finish()
     except DiskError as error:
-        raise UserError(f"{error}; the last good state is {keeper.saved}; go on with: {run.resume_command}") from None
+        raise UserError(f"{error}; the last good state is {autosave.saved}; go on with: {run.resume_command}") from None
     except KeyboardInterrupt:
-        logger.warning("the last saved state is %s; go on with: %s", keeper.saved, run.resume_command)
+        logger.warning("the last saved state is %s; go on with: %s", autosave.saved, run.resume_command)
         raise
 
 
-def run_epoch(task: Task, stepper: Stepper, keeper: Keeper, regime: Regime) -> None:
+def run_epoch(task: Task, stepper: Stepper, autosave: Autosave) -> None:
     """One epoch with its records, or what is left of it."""
-    start, run, progress = time.monotonic(), keeper.run, keeper.progress
+    start = time.monotonic()
+    run = autosave.run
+    progress = autosave.progress
     epoch = progress.epoch
-    loss = train_one_epoch(task, stepper, keeper)
+    loss = train_one_epoch(task, stepper, autosave)
     run.record("train", epoch, {"train_epoch_loss": loss})
     if task.router:
         run.record("router", epoch, task.router())
-    if epoch % regime.validation_frequency == 0:
-        metrics = _validate(task, keeper)
+    if epoch % stepper.schedule.validation_frequency == 0:
+        metrics = _validate(task, autosave)
         run.record("validation", epoch, metrics)
-        keeper.checkpoints.update(epoch, metrics)
+        autosave.checkpoints.update(epoch, metrics)
         run.draw()
-        logger.info(_line(epoch, loss, metrics, keeper.checkpoints.best, time.monotonic() - start))
-    progress.epoch, progress.losses = epoch + 1, []
-    keeper.look(epoch_ends=True)
+        best = _best_so_far(metrics, autosave.checkpoints.best)
+        logger.info("epoch %d: loss %.4f, %s, %.1f s", epoch, loss, best, time.monotonic() - start)
+    progress.epoch = epoch + 1
+    progress.losses = []
+    autosave.save_if_due(epoch_ends=True)
 
 
-def train_one_epoch(task: Task, stepper: Stepper, keeper: Keeper) -> float:
+def train_one_epoch(task: Task, stepper: Stepper, autosave: Autosave) -> float:
     """What is left of one pass over an epoch's batches; returns the mean loss of all triplets seen.
 
     Raises:
         UserError: a loss that is not finite; the message names epoch and step.
     """
     task.model.train()
-    epoch, done = keeper.progress.epoch, len(keeper.progress.losses)
-    shown = None if distributed.is_main() else True
+    epoch = autosave.progress.epoch
+    done = len(autosave.progress.losses)
+    hidden = None if distributed.is_main() else True
     batches = task.batches(epoch, done)
-    with tqdm(batches, f"epoch {epoch}", task.steps, initial=done, leave=False, disable=shown) as bar:
+    with tqdm(batches, f"epoch {epoch}", task.steps, initial=done, leave=False, disable=hidden) as bar:
         for step, (inputs, target_ids) in enumerate(bar, start=done + 1):
-            keeper.unread.append(stepper.step(inputs, target_ids))
+            autosave.unread.append(stepper.step(inputs, target_ids))
             if step % READ_EVERY == 0:
-                bar.set_postfix(loss=f"{keeper.read_losses():.4f}")
-            keeper.look()
-    return keeper.read_losses()
+                bar.set_postfix(loss=f"{autosave.read_losses():.4f}")
+            autosave.save_if_due()
+    return autosave.read_losses()
 
 
-def _validate(task: Task, keeper: Keeper) -> dict[str, float]:
-    """Metrics after an epoch; an error names it, and a stop needs not wait for them."""
+def _validate(task: Task, autosave: Autosave) -> dict[str, float]:
+    """Metrics after an epoch. An error says after which; one process alone can be stopped while it validates."""
     if distributed.world_size() > 1:
-        keeper.look(epoch_ends=True)  # they cannot stop in a validation, and torchrun waits for half a minute
+        # Several cannot, and torchrun waits for half a minute before it kills: the state is saved now.
+        autosave.save_if_due(epoch_ends=True)
     try:
         return task.validate()
     except Stopped:
-        keeper.look()  # the state before the validation
+        autosave.save_if_due()  # the state before the validation
         raise
     except UserError as error:
-        raise UserError(f"validation after epoch {keeper.progress.epoch}: {error}") from None
+        raise UserError(f"validation after epoch {autosave.progress.epoch}: {error}") from None
 
 
-def _line(epoch: int, loss: float, metrics: dict[str, float], best: dict[str, float], seconds: float) -> str:
-    """One line for a validation: the metrics that choose checkpoints, with their best so far."""
-    chosen = ", ".join(f"{name} {metrics[name]:.2f} (best {value:.2f})" for name, value in best.items())
-    return f"epoch {epoch}: loss {loss:.4f}, {chosen}, {seconds:.1f} s"
+def _best_so_far(metrics: dict[str, float], best: dict[str, float]) -> str:
+    """The metrics that select checkpoints, each with its best value so far."""
+    parts = [f"{name} {two_decimals(metrics[name])} (best {two_decimals(value)})" for name, value in best.items()]
+    return ", ".join(parts)

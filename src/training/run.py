@@ -1,4 +1,4 @@
-"""One run on disk: its folder, hyper-parameters and CSV files."""
+"""One run on disk: its folder and CSV files, its page, and what mirrors it."""
 
 import contextlib
 import errno
@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import operator
-import os
 import re
 import shutil
 import time
@@ -14,20 +13,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from models.configuration import DERIVED, FREE, MOVED
 from reports.run_page import About, RunPage
 from runtime import distributed
-from runtime.files import locked, read_json, write_text
+from runtime.files import HALF_MADE, beside, locked, write_text
+from training.hyper_parameters import HYPER_PARAMETERS
 from training.tracker import NoTracker
 from utils import UserError
 
 logger = logging.getLogger(__name__)
 
-HYPER_PARAMETERS = "training_hyperparameters.json"
-STATE = "state.pt"  # of a run that is not complete
-BEST_METRICS = "best_metrics.json"  # of a complete run
+STATE = "state.pt"  # there until the run is complete
+BEST_METRICS = "best_metrics.json"  # there when it is complete
+
+Rows = list[dict[str, float]]
 
 
 class Run:
@@ -48,7 +46,7 @@ class Run:
         self.tracker = tracker
         self.resume_command = about.commands["resume"]
         self.page = RunPage(folder, about)
-        self.rows: dict[str, list[dict[str, float]]] = {}
+        self.rows: dict[str, Rows] = {}
         tracker.log_parameters(about.hyper_parameters)
 
     @property
@@ -71,10 +69,10 @@ class Run:
         """Refresh the pictures, if they are due (see `RunPage`)."""
         self.page.refresh(self.rows, complete=False)
 
-    def rewind(self, rows: dict[str, list[dict[str, float]]]) -> None:
+    def rewind(self, rows: dict[str, Rows]) -> None:
         """Go back to the rows that a saved state has; what was written after it will be written again."""
-        for half_written in self.folder.rglob(".*.tmp"):  # of a process that was killed
-            half_written.unlink()
+        for file in self.folder.rglob(HALF_MADE):  # of a process that was killed
+            file.unlink()
         self.rows = rows
         for file in self.folder.glob("*_metrics.csv"):
             kind = file.name.removesuffix("_metrics.csv")
@@ -87,35 +85,39 @@ class Run:
         """Draw, write down the best validation by each of some metrics, the first of equals, and drop the state."""
         self.page.refresh(self.rows, complete=True)
         rows = self.rows.get("validation", [])
-        chosen = {name: max(rows, key=operator.itemgetter(name)) for name in metrics}
-        write_text(self.folder / BEST_METRICS, json.dumps(chosen, indent=2) + "\n")
+        best = {name: max(rows, key=operator.itemgetter(name)) for name in metrics}
+        write_text(self.folder / BEST_METRICS, json.dumps(best, indent=2) + "\n")
         self.state_file.unlink(missing_ok=True)
 
     def _write(self, kind: str) -> None:
+        import pandas as pd
+
         table = pd.DataFrame(self.rows[kind]).to_csv(index=False)
         write_text(self.folder / f"{kind}_metrics.csv", table)
 
 
-class SilentRun(Run):
-    """The run as a process sees it that writes nothing, beside the one that does."""
+class NoRun:
+    """A run as the processes see it that leave the writing to another; it has the methods of the real one."""
 
     def __init__(self, folder: Path, about: About) -> None:
         self.folder = folder
+        self.state_file = folder / STATE
         self.resume_command = about.commands["resume"]
-        self.rows = {}
+        self.rows: dict[str, Rows] = {}
 
     def locked(self) -> contextlib.AbstractContextManager:
-        """Leave it to the process that writes."""
         return contextlib.nullcontext()
 
-    def record(self, kind: str, epoch: int, metrics: dict[str, float]) -> None:
-        """Leave it to the process that writes."""
+    def record(self, kind: str, epoch: int, metrics: dict[str, float]) -> None: ...
 
-    def draw(self) -> None:
-        """Leave it to the process that writes."""
+    def draw(self) -> None: ...
 
-    def rewind(self, rows: dict[str, list[dict[str, float]]]) -> None:
-        """Leave it to the process that writes."""
+    def rewind(self, rows: dict[str, Rows]) -> None: ...
+
+    def complete(self, metrics: Iterable[str]) -> None: ...
+
+
+AnyRun = Run | NoRun
 
 
 def run_name(stage: str, benchmark: str, clip_model_name: str) -> str:
@@ -134,27 +136,28 @@ def make_folder(parent: Path, name: str, config: Mapping[str, Any]) -> Path:
 
     It is made beside and renamed, which fails where a folder with files is, so two runs of one second share none.
     """
-    beside = parent / f".{name}.{os.getpid()}.tmp"
-    candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+    new = beside(parent / name)
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    candidates = itertools.chain([name], numbered)
     try:
-        write_text(beside / HYPER_PARAMETERS, json.dumps(config, indent=4, sort_keys=True))
+        write_text(new / HYPER_PARAMETERS, json.dumps(config, indent=4, sort_keys=True))
         while True:
             folder = parent / next(candidates)
             with contextlib.suppress(FileExistsError, NotADirectoryError):
-                return _renamed(beside, folder)
+                return _renamed(new, folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def drop_half_made(parent: Path) -> None:
     """Drop what `make_folder` left in a folder where it was killed."""
-    for folder in parent.glob(".*.tmp"):
+    for folder in parent.glob(HALF_MADE):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _renamed(beside: Path, folder: Path) -> Path:
+def _renamed(new: Path, folder: Path) -> Path:
     try:
-        return beside.rename(folder)
+        return new.rename(folder)
     except OSError as error:
         if error.errno == errno.ENOTEMPTY:
             raise FileExistsError from None
@@ -167,13 +170,13 @@ def claim_folder(parent: Path, name: str, config: Mapping[str, Any], resumed: Pa
     """The folder of a run, on every process: the one that is resumed, else a new one (see `make_folder`)."""
     if resumed:
         return resumed
-    made = make_folder(parent, name, config) if distributed.is_main() else ""
-    return Path(distributed.same_text(str(made)))
+    made = str(make_folder(parent, name, config)) if distributed.is_main() else ""
+    return Path(distributed.same_text(made))
 
 
-def open_run(folder: Path, tracker: NoTracker, about: About) -> Run:
-    """The run in a claimed folder: the one process that writes gets it, the others a silent one."""
-    return Run(folder, tracker, about) if distributed.is_main() else SilentRun(folder, about)
+def open_run(folder: Path, tracker: NoTracker, about: About) -> AnyRun:
+    """The run in a claimed folder: the one process that writes gets it."""
+    return Run(folder, tracker, about) if distributed.is_main() else NoRun(folder, about)
 
 
 def is_complete(folder: Path) -> bool:
@@ -182,38 +185,3 @@ def is_complete(folder: Path) -> bool:
     if complete and distributed.is_main():
         (folder / STATE).unlink(missing_ok=True)
     return complete
-
-
-def read_hyper_parameters(folder: Path) -> dict[str, Any]:
-    """The hyper-parameters of a run's folder. Raises UserError where it is none."""
-    file = folder / HYPER_PARAMETERS
-    if not file.is_file():
-        raise UserError(f"--resume {folder} is no folder of a run: it has no {HYPER_PARAMETERS}; name another")
-    content = read_json(file, "the script that began the training")
-    if not isinstance(content, dict):
-        raise UserError(f"--resume {folder}: {file} is damaged (no JSON object): copy the run's folder again")
-    return content
-
-
-def started_with(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The hyper-parameters of a run that is resumed, which must be those of now but for what is `FREE`.
-
-    Other versions of the packages, which may round otherwise, are warned of.
-
-    Raises:
-        UserError: some differ; both values are named.
-    """
-    started = read_hyper_parameters(folder)
-    now = json.loads(json.dumps(config))
-    for name in sorted((started.keys() | now.keys()) - FREE, key=lambda name: (name in DERIVED, name)):
-        before, after = started.get(name), now.get(name)
-        if before == after:
-            continue
-        if name == "versions":
-            logger.warning("warning: %s was started with %s, now it is %s: numbers may differ", folder, before, after)
-            continue
-        if name in DERIVED:
-            raise UserError(f"--resume {folder}: {DERIVED[name]} than when the run was started: put those back")
-        flag = "--" + name.replace("_", "-")
-        raise UserError(f"--resume {folder}: {flag} is {after}, but the run was started with {before}: leave it so")
-    return started | {name: now[name] for name in MOVED if name in now}

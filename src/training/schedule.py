@@ -1,11 +1,8 @@
-"""How a training goes on, apart from what it learns: mixed precision, and the schedule with its limits."""
+"""How a training goes on, apart from what it learns: mixed precision, epochs, and the learning rate over the steps."""
 
 import contextlib
-import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -38,9 +35,9 @@ class Precision:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
 
-@dataclass(frozen=True)
-class Regime:
-    """How a training goes on; the fields are named as their flags.
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long and how fast a training learns; the fields are named as their flags.
 
     Attributes:
         validation_frequency: epochs; validations follow the epochs 0, f, 2f, ...
@@ -59,11 +56,6 @@ class Regime:
     mask_duplicate_targets: bool = False
     clip_grad_norm: float | None = None
 
-    @classmethod
-    def of(cls, flags: Mapping[str, Any]) -> "Regime":
-        """The regime that a script's flags ask for."""
-        return cls(**{field.name: flags[field.name] for field in dataclasses.fields(cls) if field.name in flags})
-
     @property
     def last_validation(self) -> int:
         """The last epoch that is validated."""
@@ -75,4 +67,5 @@ class Regime:
             return (step + 1) / self.warmup_steps
         if not self.cosine:
             return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup_steps) / max(1, steps - self.warmup_steps)))
+        progress = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,46 @@
+"""What an index on disk says of itself."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from runtime.choices import ClipChoice
+from runtime.files import parse_json
+from utils import UserError
+
+MANIFEST = "index.json"
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What an index says of itself, None where there is none. Raises UserError where it is damaged."""
+    try:
+        content = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{folder / MANIFEST} is damaged: build the index again in another folder")
+    return content
+
+
+def as_made(about: Mapping[str, Any], choice: ClipChoice, clip_path: Path | None) -> tuple[ClipChoice, Path | None]:
+    """The CLIP that flags name and its fine-tuned weights; where they are silent, an index's own.
+
+    Args:
+        about: the index's manifest, empty where there is none.
+    """
+    pair = about.get("pair")
+    pair = pair if isinstance(pair, dict) else {}
+    made_with = {}
+    for name, value in dataclasses.asdict(choice).items():
+        made_with[name] = pair.get(name) if value is None else value
+    path = pair.get("clip_model_path")
+    return ClipChoice(**made_with), clip_path or (Path(path) if path else None)
+
+
+def check_index(folder: Path) -> None:
+    """Raise UserError where there is no index, before anything is loaded for it."""
+    if read_manifest(folder) is None:
+        raise UserError(f"--index {folder} holds no {MANIFEST}: make one with search.py index")

@@ -1,0 +1,54 @@
+"""What flags choose from, and what they chose: names and plain records that importing costs nothing for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ENCODERS = ("both", "text", "image")  # what stage 1 trains
+TRANSFORMS = ("clip", "squarepad", "targetpad")
+COMBINER_TYPES = ("moe", "clip4cir")
+COMBINING_FUNCTIONS = ("sum", "combiner")
+PRECISIONS = ("amp", "bf16", "fp32")
+INDEX_KINDS = ("flat", "hnsw", "ivfpq")
+# Those of `clip.available_models()`, which only the clip package tells, and importing that takes seconds.
+OPENAI_CLIPS = (
+    "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipChoice:
+    """Which CLIP, and how its images are preprocessed; None where the flags are silent."""
+
+    clip_model_name: str | None = None
+    transform: str | None = None
+    target_ratio: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombinerChoice:
+    """What a Combiner is wanted to be; None where the flags are silent."""
+
+    combiner_type: str | None = None
+    projection_dim: int | None = None
+    hidden_dim: int | None = None
+    num_experts: int | None = None
+    top_k: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairChoice:
+    """The trained pair that an evaluation asks for.
+
+    Attributes:
+        combining_function: "sum" or "combiner"; None for the combiner where its path is given, else the sum.
+        clip_path: stage-1 weights, None for the model's own.
+        combiner_path: stage-2 weights.
+        workers: processes that decode images.
+    """
+
+    combining_function: str | None
+    clip_path: Path | None
+    combiner_path: Path | None
+    clip: ClipChoice = ClipChoice()
+    combiner: CombinerChoice = CombinerChoice()
+    workers: int = 0

@@ -1,0 +1,45 @@
+"""Image files decoded by Pillow alone: one that is damaged or too large is an error that says so."""
+
+import struct
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image
+
+from utils import first_line
+
+# What Pillow's decoders raise on damaged files.
+DECODING_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError, TypeError, LookupError, AttributeError,
+    ArithmeticError, AssertionError, RuntimeError, struct.error, zlib.error,
+)  # fmt: skip
+LONGEST_SIDE = 18_000  # pixels of an image; squared it is about twice what Pillow decodes
+
+
+def decoded(file: Path | BinaryIO, formats: tuple[str, ...] | None = None, side: int | None = None) -> Image.Image:
+    """An image with its pixels, as it was saved.
+
+    Args:
+        formats: those of Pillow that it may have; None for all.
+        side: pixels that its shorter side needs at least, where that makes decoding faster.
+
+    Raises:
+        PIL.UnidentifiedImageError: it is none.
+        PIL.Image.DecompressionBombError: it has too many pixels, or so long a side that padding takes gigabytes.
+        OSError: it is damaged.
+    """
+    try:
+        with Image.open(file, formats=formats) as image:
+            if max(image.size) > LONGEST_SIDE:
+                raise Image.DecompressionBombError(
+                    f"{image.width} x {image.height}, a side above {LONGEST_SIDE:,} pixels"
+                )
+            if side:
+                image.draft("RGB", (side, side))
+            image.load()
+            return image
+    except OSError:
+        raise
+    except DECODING_ERRORS as error:
+        raise OSError(f"{type(error).__name__}: {first_line(error)}") from error

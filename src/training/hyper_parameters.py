@@ -1,0 +1,64 @@
+"""The file that says how a run was started, and what a resumed run must have in common with it."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from models.configuration import DIGESTS, FREE_FLAGS, MOVABLE_FLAGS, Settings
+from runtime.files import read_json
+from utils import UserError, flag
+
+logger = logging.getLogger(__name__)
+
+HYPER_PARAMETERS = "training_hyperparameters.json"
+
+
+def read_hyper_parameters(folder: Path) -> Settings:
+    """The hyper-parameters of a run's folder. Raises UserError where it is none."""
+    file = folder / HYPER_PARAMETERS
+    if not file.is_file():
+        raise UserError(f"--resume {folder} is no folder of a run: it has no {HYPER_PARAMETERS}; name another")
+    content = read_json(file, "the script that began the training")
+    if not isinstance(content, dict):
+        raise UserError(f"--resume {folder}: {file} is damaged (no JSON object): copy the run's folder again")
+    return Settings.read(content)
+
+
+def started_with(folder: Path, settings: Settings) -> Settings:
+    """The hyper-parameters of a resumed run. Those of now must be the same, but for flags that compute nothing.
+
+    Other versions of the packages, which may round otherwise, are warned of.
+
+    Raises:
+        UserError: some differ; both values are named.
+    """
+    started = read_hyper_parameters(folder)
+    now = Settings.read(json.loads(json.dumps(settings.on_disk())))
+    for name, reason in DIGESTS.items():
+        if started.data.get(name) != now.data.get(name):
+            raise UserError(f"--resume {folder}: {reason} than when the run was started: put those back")
+    before = _computing(started)
+    after = _computing(now)
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            raise UserError(
+                f"--resume {folder}: {flag(name)} is {after.get(name)}, but the run was started with "
+                f"{before.get(name)}: leave it so"
+            )
+    if started.versions != now.versions:
+        logger.warning(
+            "warning: %s was started with %s, now it is %s: numbers may differ",
+            folder,
+            started.versions,
+            now.versions,
+        )
+    moved = {name: now.flags[name] for name in MOVABLE_FLAGS if name in now.flags}
+    return dataclasses.replace(started, flags={**started.flags, **moved})
+
+
+def _computing(settings: Settings) -> dict[str, Any]:
+    """The flags and the recipe that change what is computed."""
+    values = {**settings.flags, **settings.recipe}
+    return {name: value for name, value in values.items() if name not in FREE_FLAGS}

@@ -1,0 +1,123 @@
+"""What stage 1 learns: CLIP, so that image feature + text feature lies near the target's image feature."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from benchmarks import Split
+from combiner import compose_sum
+from data_utils import load_batches, normalise
+from models.clip_model import CLIP, choose_trained, tokenize
+from models.encoder import Encoder
+from models.features import FrozenSplit
+from training.data import TrainingData, TripletImages
+from training.image_cache import open_image_cache
+from training.loop import Batch, Batches, Task, average, measured_weights, trainable
+
+
+class SumFeatures(nn.Module):
+    """CLIP as stage 1 trains it: reference, target and caption to normalised query and target."""
+
+    def __init__(self, clip_model: CLIP) -> None:
+        super().__init__()
+        self.clip_model = clip_model
+
+    def train(self, mode: bool = True) -> "SumFeatures":
+        """Stay in eval mode whatever is asked for: BatchNorm keeps the statistics it was pretrained with."""
+        return super().train(False)
+
+    def forward(self, references: Tensor, targets: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (b, 3, R, R) uint8 twice, tokens (b, 77) -> queries (b, D), targets (b, D); images in one pass."""
+        images = self.clip_model.encode_image(normalise(torch.cat([references, targets])))  # (2b, D)
+        reference_features, target_features = images.chunk(2)
+        queries = compose_sum(reference_features, self.clip_model.encode_text(tokens))
+        return queries, F.normalize(target_features, dim=-1)
+
+
+def fine_tuning(
+    encoder: Encoder,
+    data: TrainingData,
+    *,
+    trained: str,
+    learning_rate: float,
+    ema_decay: float | None,
+    compiled: bool,
+    measure: Callable[[list[FrozenSplit]], dict[str, float]],
+) -> tuple[Task, Encoder]:
+    """The task of stage 1, and the encoder whose weights are measured and kept: itself or its moving average.
+
+    Args:
+        trained: one of ENCODERS.
+        measure: metrics of the sum from the features of the validation splits.
+    """
+    model = encoder.model
+    learned = choose_trained(model, trained)
+    averaged = average(model, ema_decay)
+    measured = dataclasses.replace(encoder, model=measured_weights(model, averaged))
+    on_gpu = encoder.device.type == "cuda"
+    task = Task(
+        batches=triplet_batches(encoder, data),
+        steps=data.order.steps,
+        model=trainable(SumFeatures(model), encoder.device, compiled=compiled),
+        optimizer=AdamW(learned, lr=learning_rate, betas=(0.9, 0.999), eps=1e-7, fused=on_gpu),
+        validate=sum_validation(measured, data, images_learn=trained != "text", measure=measure),
+        module=model,
+        averaged=averaged,
+    )
+    return task, measured
+
+
+def triplet_batches(encoder: Encoder, data: TrainingData) -> Batches:
+    """Batches of reference and target images (b, 3, R, R) uint8 and caption tokens (b, 77), with target ids (b,)."""
+    triplets = data.train.triplets
+    paths = data.train.image_paths
+    images = TripletImages([(paths[t.reference], paths[t.known_target]) for t in triplets], encoder.read)
+    tokens = torch.stack([tokenize(variants) for variants in data.texts])  # (T, V, 77)
+    target_rows = torch.tensor(data.train.target_rows)  # (T,)
+
+    def batches(epoch: int, first_step: int = 0) -> Iterable[Batch]:
+        rows, variants = (table[first_step:] for table in data.order.batches(epoch))  # (steps, b)
+        texts = tokens[rows, variants].to(encoder.device)  # (steps, b, 77)
+        ids = target_rows[rows].to(encoder.device)
+        pixels = load_batches(images, rows.tolist(), encoder.workers, encoder.device)
+        for (references, targets), own_texts, own_ids in zip(pixels, texts, ids, strict=True):
+            yield [references, targets, own_texts], own_ids
+
+    return batches
+
+
+def sum_validation(
+    encoder: Encoder,
+    data: TrainingData,
+    *,
+    images_learn: bool,
+    measure: Callable[[list[FrozenSplit]], dict[str, float]],
+) -> Callable[[], dict[str, float]]:
+    """() -> metrics of the sum. Galleries are encoded anew each time, or once, now, if the image encoder is frozen."""
+
+    def encode_galleries() -> list[Tensor]:
+        return [encoder.images(split.paths, f"{split.name} images") for split in data.val]
+
+    kept = None if images_learn else encode_galleries()
+
+    def validate() -> dict[str, float]:
+        galleries = kept if kept is not None else encode_galleries()
+        frozen = []
+        for split, images in zip(data.val, galleries, strict=True):
+            captions = encoder.captions([data.benchmark.caption(triplet.captions) for triplet in split.triplets])
+            frozen.append(FrozenSplit(split=split, images=images, captions=captions.unsqueeze(1)))
+        return measure(frozen)
+
+    return validate
+
+
+def with_image_cache(encoder: Encoder, folder: Path, splits: Sequence[Split]) -> Encoder:
+    """The encoder with images from a cache instead of decoded ones; the cache is filled now unless it is there."""
+    paths = list(dict.fromkeys(path for split in splits for path in split.paths))
+    cached = open_image_cache(folder, paths, encoder.read, recipe=encoder.image_recipe(), workers=encoder.workers)
+    return dataclasses.replace(encoder, read=cached)

@@ -1,0 +1,100 @@
+"""What stage 2 learns: a Combiner, on features of a frozen CLIP."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from combiner import Composer
+from models.features import FrozenSplit
+from models.routing import router_statistics
+from training.data import Order
+from training.loop import Batch, Batches, Task, average, measured_weights, trainable
+
+
+class ComposedFeatures(nn.Module):
+    """A Combiner as stage 2 trains it: frozen features to normalised query and target, and to the router's logits."""
+
+    combiner: Composer
+
+    def __init__(self, combiner: Composer, *, with_router: bool) -> None:
+        super().__init__()
+        self.combiner = combiner
+        self.with_router = with_router
+
+    def forward(self, images: Tensor, captions: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """Unnormalised (b, D), (b, D) and normalised (b, D) -> queries (b, D), targets (b, D), if wanted logits (b, E).
+
+        The logits are an output because parallel training looks only at what outputs depend on.
+        """
+        if self.with_router:
+            queries, logits = self.combiner.routed(images, captions)
+            return queries, targets, logits
+        return self.combiner(images, captions), targets
+
+
+def combiner_training(
+    combiner: Composer,
+    train: FrozenSplit,
+    val: Sequence[FrozenSplit],
+    *,
+    order: Order,
+    learning_rate: float,
+    ema_decay: float | None,
+    compiled: bool,
+    penalty: Callable[[Tensor], Tensor] | None,
+    measure: Callable[[Composer], dict[str, float]],
+) -> tuple[Task, Composer]:
+    """The task of stage 2, and the Combiner that is measured and kept: itself or its moving average.
+
+    Args:
+        penalty: what is added to the loss, from the router's logits (B, E); None for nothing.
+        measure: metrics of a Combiner on the validation splits.
+    """
+    averaged = average(combiner, ema_decay)
+    measured = measured_weights(combiner, averaged)
+    device = train.images.device
+    model = ComposedFeatures(combiner, with_router=penalty is not None)
+    task = Task(
+        batches=feature_batches(train, order),
+        steps=order.steps,
+        model=trainable(model, device, compiled=compiled, some_unused=combiner.has_router),
+        optimizer=Adam(combiner.parameters(), lr=learning_rate, fused=device.type == "cuda"),
+        validate=lambda: measure(measured.eval()),
+        module=combiner,
+        averaged=averaged,
+        penalty=penalty,
+        router=router_report(measured, val) if combiner.has_router else None,
+    )
+    return task, measured
+
+
+def feature_batches(frozen: FrozenSplit, order: Order) -> Batches:
+    """Batches of reference, caption and normalised target features (b, D), with target ids (b,).
+
+    All of it by index on the device: an epoch sends it two tables of numbers, and nothing waits.
+    """
+    normalised = F.normalize(frozen.images, dim=-1)
+
+    def batches(epoch: int, first_step: int = 0) -> Iterable[Batch]:
+        tables = (table[first_step:].to(normalised.device) for table in order.batches(epoch))
+        for rows, variants in zip(*tables, strict=True):
+            references = frozen.images[frozen.reference_rows[rows]]
+            target_rows = frozen.target_rows[rows]
+            yield [references, frozen.captions[rows, variants], normalised[target_rows]], target_rows
+
+    return batches
+
+
+def router_report(combiner: Composer, frozen: Sequence[FrozenSplit]) -> Callable[[], dict[str, float]]:
+    """() -> what the router does with the validation queries of all splits, dropout off."""
+
+    @torch.no_grad()
+    def report() -> dict[str, float]:
+        combiner.eval()
+        logits = [combiner.routed(split.references, split.captions[:, 0])[1] for split in frozen]
+        return router_statistics(torch.cat(logits), combiner.top_k)
+
+    return report
