@@ -1,5 +1,5 @@
-"""All pages in a real browser, headless Chromium: no errors in its console, nothing wider than the screen, and the
-search page used as a user would: load, ask, click a result, upload, bad upload.
+"""All pages in a real browser, headless Chromium: no errors in its console, nothing wider than the screen or cut, and
+the search page used as a user would: load, ask, click a result, upload, bad upload.
 
 With PICTURES=DIR it writes screenshots there, of the demo's models if `make app` has made their index.
 """
@@ -26,9 +26,22 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)")
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync"]
-WIDTHS = (1280, 390)
+WIDTHS = (1280, 768, 390, 320)
 PICTURES = os.environ.get("PICTURES")
 DEMO = Path(__file__).parent.parent / "demo"
+# What is beyond the screen's left or right edge, wider than its own box, or beyond an edge of a box that clips it.
+CUT = """selector => [...document.querySelectorAll(selector)].filter(element => {
+    const inner = element.getBoundingClientRect();
+    if (inner.left < 0 || inner.right > document.documentElement.clientWidth) return true;
+    if (element.scrollWidth > element.clientWidth + 1) return true;
+    for (let around = element.parentElement; around !== document.body; around = around.parentElement) {
+        if (getComputedStyle(around).overflow === "visible") continue;
+        const outer = around.getBoundingClientRect();
+        if (inner.left < outer.left - 1 || inner.right > outer.right + 1) return true;
+        if (inner.top < outer.top - 1 || inner.bottom > outer.bottom + 1) return true;
+    }
+    return false;
+}).map(element => element.alt || element.innerText || element.src.slice(0, 80))"""
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +216,22 @@ def test_load_ask_and_go_on_from_a_result(width, app, searcher):
     answers(page)  # those of the first step are back
     assert page.errors == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_galleries_are_seen_whole_on_every_screen(width, app):
+    page = app(width)
+    choose(page, 0)
+    ask(page, "is red")
+    answers(page)
+    page.wait_for_selector("#experts .bars")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for gallery, most in {"results": 4, "choice": 8}.items():
+        assert page.evaluate(CUT, f"#{gallery} img, #{gallery} .caption-label") == []
+        boxes = [image.bounding_box() for image in page.locator(f"#{gallery} button img").all()]
+        columns = len({box["x"] for box in boxes})
+        assert columns == most if width == 1280 else 2 <= columns <= most
+        assert all(box["width"] >= 70 for box in boxes)
 
 
 def test_upload_and_bad_uploads(app, tmp_path):
