@@ -98,6 +98,7 @@ def files(golden, stage_2, tmp_path, drawn):
     visualize.main(list(map(str, flags)))
     names |= {"sheet": tmp_path / "s" / "sheet.html", "experts": tmp_path / "s" / "experts.html"}
     (first, *_) = images(tmp_path / "photos", 8)
+    first = first.rename(first.with_stem("a_name_that_is_longer_than_a_thumbnail_is_wide"))
     index = ["index", "--images", tmp_path / "photos", "--output", tmp_path / "i", "--num-workers", 0]
     search.main(list(map(str, [*index, "--clip-model-name", drawn / "tiny_clip_vit.pt"])))
     ask = ["query", "--index", tmp_path / "i", "--image", first, "--text", "is red", "--html", tmp_path / "a.html"]
@@ -114,6 +115,7 @@ def test_pages_render_without_errors_on_wide_and_narrow_screens(files, open_page
             broken = "[...document.images].filter(i => !i.complete || !i.naturalWidth).length"
             assert page.evaluate("Promise.all([...document.images].map(i => i.decode())).then(() => 0)") == 0
             assert page.evaluate(broken) == 0, name
+            assert page.evaluate(CUT, "img, figcaption") == [], (name, width)
             assert page.locator("h1").count() == 1
 
 
