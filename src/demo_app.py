@@ -38,6 +38,15 @@ KEPT = 3600  # seconds that an upload is there
 TITLE = "Composed image retrieval"
 STYLE = """
 #reference img { width: 100%; height: 100%; object-fit: contain; }
+/* Galleries have the columns that Gradio was told, and fewer where an image would be narrower than this. */
+#results { --narrowest: 110px; }
+#choice { --narrowest: 72px; }
+.grid-container { padding-top: 1.5rem; grid-auto-rows: auto;
+  grid-template-columns: repeat(auto-fill, minmax(max(var(--narrowest), 100% / (var(--grid-cols) + 1)), 1fr)); }
+#results .thumbnail-item { aspect-ratio: auto; height: auto; } /* grows with the label, which is below the image */
+#results .thumbnail-item img { aspect-ratio: 1; height: auto; }
+#results .caption-label { position: static; max-width: none; border: none; }
+#results .caption-label { white-space: normal; overflow-wrap: anywhere; }
 .steps { padding-left: 1.2rem; overflow-wrap: anywhere; }
 .steps img { display: inline; height: 40px; vertical-align: middle; margin: 2px 6px 2px 0; }
 .bars { display: grid; grid-template-columns: auto 1fr auto; gap: 2px 8px; align-items: center; }
@@ -125,7 +134,7 @@ def lay_out(gradio: Any) -> Parts:
     """Put the components on the page that is open."""
 
     def gallery(label: str, columns: int, name: str) -> Any:
-        look = {"height": "auto", "allow_preview": False, "object_fit": "contain", "buttons": []}
+        look = {"height": "max-content", "allow_preview": False, "object_fit": "contain", "buttons": []}
         return gradio.Gallery(label=label, columns=columns, elem_id=name, **look)
 
     parts = {"dialogue": gradio.State(Dialogue()), "rows": gradio.State([])}

@@ -1,5 +1,5 @@
-"""All pages in a real browser, headless Chromium: no errors in its console, nothing wider than the screen, and the
-search page used as a user would: load, ask, click a result, upload, bad upload.
+"""All pages in a real browser, headless Chromium: no errors in its console, nothing wider than the screen or cut, and
+the search page used as a user would: load, ask, click a result, upload, bad upload.
 
 With PICTURES=DIR it writes screenshots there, of the demo's models if `make app` has made their index.
 """
@@ -27,9 +27,22 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)")
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync"]
-WIDTHS = (1280, 390)
+WIDTHS = (1280, 768, 390, 320)
 PICTURES = os.environ.get("PICTURES")
 DEMO = Path(__file__).parent.parent / "demo"
+# What is beyond the screen's left or right edge, wider than its own box, or beyond an edge of a box that clips it.
+CUT = """selector => [...document.querySelectorAll(selector)].filter(element => {
+    const inner = element.getBoundingClientRect();
+    if (inner.left < 0 || inner.right > document.documentElement.clientWidth) return true;
+    if (element.scrollWidth > element.clientWidth + 1) return true;
+    for (let around = element.parentElement; around !== document.body; around = around.parentElement) {
+        if (getComputedStyle(around).overflow === "visible") continue;
+        const outer = around.getBoundingClientRect();
+        if (inner.left < outer.left - 1 || inner.right > outer.right + 1) return true;
+        if (inner.top < outer.top - 1 || inner.bottom > outer.bottom + 1) return true;
+    }
+    return false;
+}).map(element => element.alt || element.innerText || element.src.slice(0, 80))"""
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +99,7 @@ def files(golden, stage_2, tmp_path, drawn):
     visualize.main(list(map(str, flags)))
     names |= {"sheet": tmp_path / "s" / "sheet.html", "experts": tmp_path / "s" / "experts.html"}
     (first, *_) = images(tmp_path / "photos", 8)
+    first = first.rename(first.with_stem("a_name_that_is_longer_than_a_thumbnail_is_wide"))
     index = ["index", "--images", tmp_path / "photos", "--output", tmp_path / "i", "--num-workers", 0]
     search.main(list(map(str, [*index, "--clip-model-name", drawn / "tiny_clip_vit.pt"])))
     ask = ["query", "--index", tmp_path / "i", "--image", first, "--text", "is red", "--html", tmp_path / "a.html"]
@@ -102,6 +116,7 @@ def test_pages_render_without_errors_on_wide_and_narrow_screens(files, open_page
             broken = "[...document.images].filter(i => !i.complete || !i.naturalWidth).length"
             assert page.evaluate("Promise.all([...document.images].map(i => i.decode())).then(() => 0)") == 0
             assert page.evaluate(broken) == 0, name
+            assert page.evaluate(CUT, "img, figcaption") == [], (name, width)
             assert page.locator("h1").count() == 1
 
 
@@ -204,6 +219,22 @@ def test_load_ask_and_go_on_from_a_result(width, app, searcher):
     answers(page)  # those of the first step are back
     assert page.errors == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_galleries_are_seen_whole_on_every_screen(width, app):
+    page = app(width)
+    choose(page, 0)
+    ask(page, "is red")
+    answers(page)
+    page.wait_for_selector("#experts .bars")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for gallery, most in {"results": 4, "choice": 8}.items():
+        assert page.evaluate(CUT, f"#{gallery} img, #{gallery} .caption-label") == []
+        boxes = [image.bounding_box() for image in page.locator(f"#{gallery} button img").all()]
+        columns = len({box["x"] for box in boxes})
+        assert columns == most if width == 1280 else 2 <= columns <= most
+        assert all(box["width"] >= 70 for box in boxes)
 
 
 def test_upload_and_bad_uploads(app, tmp_path):

@@ -28,11 +28,11 @@ STYLE = """
 .query > * { min-width: 0; }
 .caption { font-weight: 600; margin: .3rem 0; overflow-wrap: anywhere; }
 .rank, .about { color: #777; font-size: 13px; overflow-wrap: anywhere; }
-.row { display: flex; gap: .5rem; overflow-x: auto; padding: 3px 3px .5rem; }
+.row { display: flex; flex-wrap: wrap; gap: .5rem; padding: 3px 3px .5rem; }
 figure { margin: 0; flex: none; max-width: 180px; }
-figure img { display: block; height: 110px; width: auto; border-radius: 4px; }
+figure img { display: block; height: 110px; width: auto; object-fit: contain; border-radius: 4px; }
 figure.target img { outline: 3px solid var(--mark); }
-figcaption { font-size: 12px; color: #777; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+figcaption { font-size: 12px; color: #777; overflow-wrap: anywhere; }
 figure.target figcaption { color: var(--mark); font-weight: 600; }
 .bars { display: grid; grid-template-columns: auto 1fr auto; gap: 1px .4rem; font-size: 12px; align-items: center; }
 .bars i { display: block; height: 8px; background: var(--link); border-radius: 2px; }
@@ -153,7 +153,7 @@ def results_page(
     keys = {name: str(number) for number, name in enumerate(thumbnails)}
     figures = [_figure(keys, name, f"{n}. {s:.3f} {Path(name).name}", False) for n, (name, s) in enumerate(found, 1)]
     parts = [f'<p class="about">{pages.text(about)}</p>', _figure(keys, reference, "reference", False)]
-    parts.append(f'<div class="row" style="flex-wrap: wrap">{"".join(figures)}</div>')
+    parts.append(f'<div class="row">{"".join(figures)}</div>')
     return pages.page(title, parts, STYLE, _script(keys, thumbnails))
 
 
