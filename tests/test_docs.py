@@ -13,6 +13,7 @@ from utils import UserError
 
 GUIDES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")) + sorted(ROOT.glob("[!.]*/README.md"))
 READMES = [ROOT / "README.md", ROOT / "README.vi.md"]
+TRANSLATED = ["README", "docs/guide", "docs/scaling", "docs/deviations"]
 LONGEST_README = 220  # lines; what needs more goes to docs/
 # Different commands of each script that the README once had alone, and now shares with the guides.
 FEWEST_COMMANDS = {
@@ -114,8 +115,36 @@ def test_links_of_guides_lead_somewhere(guide):
             assert not anchor or anchor in anchors(guide.parent / file if file else guide), link
 
 
-def test_both_languages_give_the_same_commands_and_numbers():
-    own, other = READMES
-    assert commands(own) == commands(other)
-    tables = [re.findall(r"\d+\.\d\d ± \d\.\d\d", guide.read_text()) for guide in (own, other)]
-    assert tables[0] == tables[1] != []
+def both_languages(name: str) -> tuple[Path, Path]:
+    """A guide in English and in Vietnamese."""
+    return ROOT / f"{name}.md", ROOT / f"{name}.vi.md"
+
+
+def numbers(text: str) -> list[str]:
+    """All numbers in a text, in its order."""
+    return re.findall(r"\d[\d.,]*\d|\d", text)
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_both_languages_give_the_same_commands_and_numbers(name):
+    own, other = both_languages(name)
+    assert commands(own) == commands(other) != []
+    texts = [guide.read_text() for guide in (own, other)]
+    assert sorted(numbers(texts[0])) == sorted(numbers(texts[1]))  # a sentence may give them in another order
+    tables = ["\n".join(re.findall(r"^\|.*", text, re.MULTILINE)) for text in texts]
+    assert numbers(tables[0]) == numbers(tables[1])
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_both_languages_have_the_same_headings(name):
+    texts = [re.sub(r"```.*?```", "", guide.read_text(), flags=re.DOTALL) for guide in both_languages(name)]
+    levels = [re.findall(r"^#+(?= )", text, re.MULTILINE) for text in texts]
+    assert levels[0] == levels[1] != []
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_both_languages_name_each_other_at_the_top(name):
+    own, other = both_languages(name)
+    for guide, twin in ((own, other), (other, own)):
+        before_the_first_part = guide.read_text().partition("\n## ")[0]
+        assert f"]({twin.name})" in before_the_first_part
