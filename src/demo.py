@@ -54,6 +54,8 @@ class Demo:
     def __init__(self, folder: Path, seeds: list[int]) -> None:
         self.folder = folder
         self.seeds = seeds
+        # Images of 40 pixels are decoded sooner than processes for it are started.
+        self.on_data = ["--data-root", folder / "data", "--num-workers", "0"]
 
     def run(self, script: str, *flags: str | Path) -> None:
         """Print a command as a user would type it, and run it."""
@@ -65,14 +67,13 @@ class Demo:
     def train(self, script: str, name: str, *flags: str | Path) -> Path:
         """Run a training; returns its run folder."""
         runs = self.folder / "models" / name
-        self.run(script, *flags, "--data-root", self.folder / "data", "--output-dir", runs)
+        self.run(script, *flags, *self.on_data, "--output-dir", runs)
         return max(runs.iterdir(), key=lambda run: run.stat().st_mtime)
 
     def validate(self, dataset: str, name: str, *flags: str | Path) -> Path:
         """Run a validation; returns the file of its result."""
         file = self.folder / "metrics" / f"{dataset}_{name}.json"
-        where = ["--data-root", self.folder / "data", "--metrics-json", file]
-        self.run("validate.py", "--dataset", dataset, *flags, *where)
+        self.run("validate.py", "--dataset", dataset, *flags, *self.on_data, "--metrics-json", file)
         return file
 
     def benchmark(self, dataset: str, best_clip: str, best_combiner: str) -> tuple[pd.DataFrame, list[str | Path]]:
@@ -80,7 +81,7 @@ class Demo:
         clip_name = ["--clip-model-name", self.folder / "data" / "tiny_clip_vit.pt"]
         by_sum = ["--combining-function", "sum"]
         results = {"zero-shot sum": [self.validate(dataset, "zero-shot", *by_sum, *clip_name)]}
-        stage_1 = ["--dataset", dataset, *clip_name, *STAGE_1.split()]
+        stage_1 = ["--dataset", dataset, *clip_name, *STAGE_1.split(), "--image-cache", self.folder / "pixels"]
         run = self.train("clip_fine_tune.py", f"{dataset}_clip", *stage_1)
         clip = ["--clip-model-path", run / "saved_models" / best_clip]
         results["stage-1 sum"] = [self.validate(dataset, "stage-1", *by_sum, *clip)]
@@ -101,8 +102,7 @@ class Demo:
     def submit(self, pair: list[str | Path]) -> dict[str, float]:
         """Write a CIRR submission and score it with the answers that the drawing kept apart."""
         folder = self.folder / "submission"
-        where = ["--data-root", self.folder / "data", "--output-dir", folder]
-        self.run("cirr_test_submission.py", "--submission-name", "demo", *pair, *where)
+        self.run("cirr_test_submission.py", "--submission-name", "demo", *pair, *self.on_data, "--output-dir", folder)
         self.run("check_submission.py", *sorted(folder.glob("*.json")), "--data-root", self.folder / "data")
         answers = json.loads((self.folder / "data" / "test1_answers.json").read_text())
         full = json.loads((folder / "recall_submission_demo.json").read_text())
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     os.chdir(PROJECT_ROOT)  # where the commands are typed
     demo = Demo(folder, args.seeds)
     demo.run("shapes_dataset.py", "--output-dir", folder / "data")
-    demo.run("check_dataset.py", "--unofficial", "--data-root", folder / "data")
+    demo.run("check_dataset.py", "--unofficial", *demo.on_data)
     fashioniq, _ = demo.benchmark("FashionIQ", "tuned_clip_best.pt", "combiner.pt")
     cirr, pair = demo.benchmark("CIRR", "tuned_clip_arithmetic.pt", "combiner_arithmetic.pt")
     recalls = demo.submit(pair)
