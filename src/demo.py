@@ -12,21 +12,17 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
-
-from benchmarks.metrics import shown
 from cli.options import seed_int
 from utils import PROJECT_ROOT, UserError, command
 
-COLUMNS = {
-    "FashionIQ": {"R@10": "average_recall_at10", "R@50": "average_recall_at50", "mean": "average_recall"},
-    "CIRR": {
-        "R@1": "recall_at1",
-        "R@5": "recall_at5",
-        "R_subset@1": "group_recall_at1",
-        "mean(R@5+R_s@1)": "mean(R@5+R_s@1)",
-    },
+if TYPE_CHECKING:
+    import pandas as pd
+
+SHOWN = {
+    "FashionIQ": ("average_recall_at10", "average_recall_at50", "average_recall"),
+    "CIRR": ("recall_at1", "recall_at5", "group_recall_at1", "mean(R@5+R_s@1)"),
 }
 STAGE_1 = "--num-epochs 7 --learning-rate 1e-3 --batch-size 128 --validation-frequency 3 --save-training --save-best"
 STAGE_2 = (
@@ -76,14 +72,17 @@ class Demo:
         self.run("validate.py", "--dataset", dataset, *flags, *self.on_data, "--metrics-json", file)
         return file
 
-    def benchmark(self, dataset: str, best_clip: str, best_combiner: str) -> tuple[pd.DataFrame, list[str | Path]]:
+    def benchmark(self, dataset: str) -> tuple["pd.DataFrame", list[str | Path]]:
         """Train and validate all methods on a benchmark; returns the table, and the flags of the last MoE pair."""
+        from benchmarks import BENCHMARKS
+
+        titles, chosen = BENCHMARKS[dataset].titles, next(iter(BENCHMARKS[dataset].selection.values()))
         clip_name = ["--clip-model-name", self.folder / "data" / "tiny_clip_vit.pt"]
         by_sum = ["--combining-function", "sum"]
         results = {"zero-shot sum": [self.validate(dataset, "zero-shot", *by_sum, *clip_name)]}
         stage_1 = ["--dataset", dataset, *clip_name, *STAGE_1.split(), "--image-cache", self.folder / "pixels"]
         run = self.train("clip_fine_tune.py", f"{dataset}_clip", *stage_1)
-        clip = ["--clip-model-path", run / "saved_models" / best_clip]
+        clip = ["--clip-model-path", best(run, chosen)]
         results["stage-1 sum"] = [self.validate(dataset, "stage-1", *by_sum, *clip)]
         pair = []
         for method, kind in (("plain Combiner", "clip4cir"), ("MoE Combiner", "moe")):
@@ -92,12 +91,12 @@ class Demo:
             stage_2 += ["--feature-cache", self.folder / "features", "--seeds", *map(str, self.seeds)]
             run = self.train("combiner_train.py", f"{dataset}_{kind}", *stage_2)
             for seed in self.seeds:
-                weights = run / f"seed_{seed}" / "saved_models" / best_combiner
-                pair = ["--combining-function", "combiner", *clip, "--combiner-path", weights]
+                weights = ["--combiner-path", best(run / f"seed_{seed}", chosen)]
+                pair = ["--combining-function", "combiner", *clip, *weights]
                 results[method].append(self.validate(dataset, f"{kind}_{seed}", *pair))
         self.run("compare.py", *results["plain Combiner"], *results["MoE Combiner"])
         metrics = {m: [json.loads(file.read_text())["metrics"] for file in files] for m, files in results.items()}
-        return table(metrics, COLUMNS[dataset]), pair
+        return table(metrics, {titles[name]: name for name in SHOWN[dataset]}), pair
 
     def submit(self, pair: list[str | Path]) -> dict[str, float]:
         """Write a CIRR submission and score it with the answers that the drawing kept apart."""
@@ -111,13 +110,24 @@ class Demo:
         return recalls | {f"R_subset@{k}": recall(subset, answers, k) for k in (1, 2, 3)}
 
 
+def best(run: Path, chosen: str) -> Path:
+    """The weights that a run kept: the only ones, or those whose name ends in what they were chosen by."""
+    folder = run / "saved_models"
+    (weights,) = list(folder.glob(f"*_{chosen}.pt")) or folder.glob("*.pt")
+    return weights
+
+
 def recall(submission: dict[str, list[str]], answers: dict[str, str], k: int) -> float:
     """Percentage of the answers that are among the first k of a submission's names."""
     return 100 * statistics.fmean(answer in submission[pair_id][:k] for pair_id, answer in answers.items())
 
 
-def table(results: dict[str, list[dict[str, float]]], columns: dict[str, str]) -> pd.DataFrame:
+def table(results: dict[str, list[dict[str, float]]], columns: dict[str, str]) -> "pd.DataFrame":
     """Methods by metrics, as text: the value, or mean and standard deviation over seeds."""
+    import pandas as pd
+
+    from benchmarks.metrics import shown
+
     cells = {
         method: {title: shown([metrics[name] for metrics in runs]) for title, name in columns.items()}
         for method, runs in results.items()
@@ -142,13 +152,13 @@ def main(argv: list[str] | None = None) -> None:
     demo = Demo(folder, args.seeds)
     demo.run("shapes_dataset.py", "--output-dir", folder / "data")
     demo.run("check_dataset.py", "--unofficial", *demo.on_data)
-    fashioniq, _ = demo.benchmark("FashionIQ", "tuned_clip_best.pt", "combiner.pt")
-    cirr, pair = demo.benchmark("CIRR", "tuned_clip_arithmetic.pt", "combiner_arithmetic.pt")
+    fashioniq, _ = demo.benchmark("FashionIQ")
+    cirr, pair = demo.benchmark("CIRR")
     recalls = demo.submit(pair)
     print("\nFashionIQ layout, val (average of the categories)\n" + fashioniq.to_string())
     print("\nCIRR layout, val\n" + cirr.to_string())
     print("\nCIRR layout, test1: the MoE Combiner's submission, scored locally")
-    print(pd.DataFrame([recalls], index=["MoE Combiner"]).to_string(float_format="%.2f"))
+    print(table({"MoE Combiner": [recalls]}, {name: name for name in recalls}).to_string())
     print(NEXT)
 
 
