@@ -14,6 +14,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+# Threads that wait for others sleep: where cores are few or shared, they would take them from those that work. It
+# changes no number, and is read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from cli.options import seed_int
 from utils import PROJECT_ROOT, UserError, command
 
