@@ -20,9 +20,10 @@ import torch
 import clip_fine_tune
 import combiner_train
 import shapes_dataset
+from benchmarks import BENCHMARKS
 from benchmarks.metrics import mean_and_spread
 from combiner import build_combiner
-from demo import STAGE_1, STAGE_2
+from demo import STAGE_1, STAGE_2, best
 from models.encoder import versions
 
 SHOWN = {"FashionIQ": ("average_recall", "mean recall"), "CIRR": ("mean(R@5+R_s@1)", "mean(R@5+R_s@1)")}
@@ -65,9 +66,8 @@ def tuned_clip(folder: Path, dataset: str) -> Path:
     """Stage 1 of the demo; returns its weights."""
     flags = ["--dataset", dataset, "--data-root", str(folder), "--clip-model-name", str(folder / "tiny_clip_vit.pt")]
     clip_fine_tune.main([*flags, *STAGE_1.split(), "--output-dir", str(folder / "clip" / dataset)])
-    best = {"FashionIQ": "tuned_clip_best.pt", "CIRR": "tuned_clip_arithmetic.pt"}[dataset]
     (run,) = (folder / "clip" / dataset).iterdir()
-    return run / "saved_models" / best
+    return best(run, next(iter(BENCHMARKS[dataset].selection.values())))
 
 
 def measure(folder: Path, dataset: str, clip: Path, name: str, flags: list[str], seeds: list[int]) -> dict:
@@ -78,10 +78,10 @@ def measure(folder: Path, dataset: str, clip: Path, name: str, flags: list[str],
     combiner_train.main([*words, "--seeds", *map(str, seeds)])
     (run,) = output.iterdir()
     metric = SHOWN[dataset][0]
-    best = json.loads((run / "best_metrics.json").read_text())["seeds"].values()
+    validations = json.loads((run / "best_metrics.json").read_text())["seeds"].values()
     settings = json.loads((run / "training_hyperparameters.json").read_text())
     row = {"dataset": dataset, "method": name, "parameters": parameters(settings)}
-    row["recall"] = mean_and_spread([validation[metric] for validation in best])
+    row["recall"] = mean_and_spread([validation[metric] for validation in validations])
     if settings["combiner_type"] == "moe":
         last = [pd.read_csv(run / f"seed_{seed}" / "router_metrics.csv").iloc[-1] for seed in seeds]
         experts = [f"expert{i}_share" for i in range(settings["num_experts"])]
