@@ -20,9 +20,10 @@ import torch
 import clip_fine_tune
 import combiner_train
 import shapes_dataset
+from benchmarks import BENCHMARKS
 from benchmarks.metrics import mean_and_deviation
 from combiner import build_combiner
-from demo import STAGE_1, STAGE_2
+from demo import STAGE_1, STAGE_2, best_weights
 from models.encoder import versions
 from training.hyper_parameters import read_hyper_parameters
 
@@ -66,9 +67,8 @@ def tuned_clip(folder: Path, dataset: str) -> Path:
     """Stage 1 of the demo; returns its weights."""
     flags = ["--dataset", dataset, "--data-root", str(folder), "--clip-model-name", str(folder / "tiny_clip_vit.pt")]
     clip_fine_tune.main([*flags, *STAGE_1.split(), "--output-dir", str(folder / "clip" / dataset)])
-    best = {"FashionIQ": "tuned_clip_best.pt", "CIRR": "tuned_clip_arithmetic.pt"}[dataset]
     (run,) = (folder / "clip" / dataset).iterdir()
-    return run / "saved_models" / best
+    return best_weights(run, BENCHMARKS[dataset].best_clips())
 
 
 def measure(folder: Path, dataset: str, clip: Path, name: str, flags: list[str], seeds: list[int]) -> dict:
@@ -79,10 +79,10 @@ def measure(folder: Path, dataset: str, clip: Path, name: str, flags: list[str],
     combiner_train.main([*words, "--seeds", *map(str, seeds)])
     (run,) = output.iterdir()
     metric = SHOWN[dataset][0]
-    best = json.loads((run / "best_metrics.json").read_text())["seeds"].values()
+    validations = json.loads((run / "best_metrics.json").read_text())["seeds"].values()
     settings = read_hyper_parameters(run).table
     row = {"dataset": dataset, "method": name, "parameters": parameters(settings)}
-    row["recall"] = mean_and_deviation([validation[metric] for validation in best])
+    row["recall"] = mean_and_deviation([validation[metric] for validation in validations])
     if settings["combiner_type"] == "moe":
         last = [pd.read_csv(run / f"seed_{seed}" / "router_metrics.csv").iloc[-1] for seed in seeds]
         experts = [f"expert{i}_share" for i in range(settings["num_experts"])]

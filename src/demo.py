@@ -5,15 +5,24 @@ python src/demo.py --seeds 0 1 2
 """
 
 import argparse
+import importlib
 import json
+import multiprocessing
 import os
+import runpy
 import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+# Threads that wait for others sleep: where cores are few or shared, they would take them from those that work. It
+# changes no number, and is read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from benchmarks import BENCHMARKS
 from benchmarks.metrics import shown
 from cli.options import seed_int
 from utils import PROJECT_ROOT, UserError, command
@@ -21,15 +30,20 @@ from utils import PROJECT_ROOT, UserError, command
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = {
-    "FashionIQ": {"R@10": "average_recall_at10", "R@50": "average_recall_at50", "mean": "average_recall"},
-    "CIRR": {
-        "R@1": "recall_at1",
-        "R@5": "recall_at5",
-        "R_subset@1": "group_recall_at1",
-        "mean(R@5+R_s@1)": "mean(R@5+R_s@1)",
-    },
+Word = str | Path
+Words = Sequence[Word]
+
+# What commands take seconds to load. Where a process can be forked safely, it is loaded once and for all of them.
+PACKAGES = (
+    "evaluation.retrieval", "matplotlib.figure", "models.pair", "pandas", "training.stage1", "training.stage2",
+)  # fmt: skip
+CAN_FORK = sys.platform == "linux"
+SHOWN = {
+    "FashionIQ": ("average_recall_at10", "average_recall_at50", "average_recall"),
+    "CIRR": ("recall_at1", "recall_at5", "group_recall_at1", "mean(R@5+R_s@1)"),
 }
+COMBINERS = {"plain Combiner": "clip4cir", "MoE Combiner": "moe"}
+BY_SUM = ("--combining-function", "sum")
 STAGE_1 = "--num-epochs 7 --learning-rate 1e-3 --batch-size 128 --validation-frequency 3 --save-training --save-best"
 STAGE_2 = (
     "--num-epochs 41 --combiner-lr 1e-3 --batch-size 512 --validation-frequency 10 --save-training --save-best "
@@ -53,80 +67,125 @@ class Demo:
         seeds: of stage 2; the tables give the mean over them.
     """
 
-    def __init__(self, folder: Path, seeds: list[int]) -> None:
+    def __init__(self, folder: Path, seeds: Sequence[int]) -> None:
         self.folder = folder
         self.seeds = seeds
+        # Images of 40 pixels are decoded sooner than processes for it are started.
+        self.on_data: Words = ("--data-root", folder / "data", "--num-workers", "0")
 
-    def run(self, script: str, *flags: str | Path) -> None:
+    def run(self, script: str, *flags: Word) -> None:
         """Print a command as a user would type it, and run it."""
         words = [f"src/{script}", *map(str, flags)]
         print(f"\n$ python {shlex.join(words)}", flush=True)
-        if subprocess.run([sys.executable, *words], cwd=PROJECT_ROOT).returncode:
+        if start(words):
             raise UserError(f"{script} failed; what it said is above")
 
-    def train(self, script: str, name: str, *flags: str | Path) -> Path:
+    def train(self, script: str, name: str, *flags: Word) -> Path:
         """Run a training; returns its run folder."""
         runs = self.folder / "models" / name
-        self.run(script, *flags, "--data-root", self.folder / "data", "--output-dir", runs)
+        self.run(script, *flags, *self.on_data, "--output-dir", runs)
         return max(runs.iterdir(), key=lambda run: run.stat().st_mtime)
 
-    def validate(self, dataset: str, name: str, *flags: str | Path) -> Path:
+    def validate(self, dataset: str, name: str, *flags: Word) -> Path:
         """Run a validation; returns the file of its result."""
         file = self.folder / "metrics" / f"{dataset}_{name}.json"
-        where = ["--data-root", self.folder / "data", "--metrics-json", file]
-        self.run("validate.py", "--dataset", dataset, *flags, *where)
+        self.run("validate.py", "--dataset", dataset, *flags, *self.on_data, "--metrics-json", file)
         return file
 
-    def benchmark(self, dataset: str, best_clip: str, best_combiner: str) -> tuple["pd.DataFrame", list[str | Path]]:
+    def benchmark(self, dataset: str) -> "tuple[pd.DataFrame, Words]":
         """Train and validate all methods on a benchmark; returns the table, and the flags of the last MoE pair."""
-        clip_name = ["--clip-model-name", self.folder / "data" / "tiny_clip_vit.pt"]
-        by_sum = ["--combining-function", "sum"]
-        results = {"zero-shot sum": [self.validate(dataset, "zero-shot", *by_sum, *clip_name)]}
-        stage_1 = ["--dataset", dataset, *clip_name, *STAGE_1.split()]
-        run = self.train("clip_fine_tune.py", f"{dataset}_clip", *stage_1)
-        clip = ["--clip-model-path", run / "saved_models" / best_clip]
-        results["stage-1 sum"] = [self.validate(dataset, "stage-1", *by_sum, *clip)]
-        pair = []
-        for method, kind in (("plain Combiner", "clip4cir"), ("MoE Combiner", "moe")):
+        clip_name: Words = ("--clip-model-name", self.folder / "data" / "tiny_clip_vit.pt")
+        clip = self.fine_tune(dataset, clip_name)
+        results = {
+            "zero-shot sum": [self.validate(dataset, "zero-shot", *BY_SUM, *clip_name)],
+            "stage-1 sum": [self.validate(dataset, "stage-1", *BY_SUM, *clip)],
+        }
+        for method, kind in COMBINERS.items():
+            pairs = self.train_combiners(dataset, kind, clip)
             results[method] = []
-            stage_2 = ["--dataset", dataset, *clip, "--combiner-type", kind, *STAGE_2.split()]
-            stage_2 += ["--feature-cache", self.folder / "features", "--seeds", *map(str, self.seeds)]
-            run = self.train("combiner_train.py", f"{dataset}_{kind}", *stage_2)
-            for seed in self.seeds:
-                weights = run / f"seed_{seed}" / "saved_models" / best_combiner
-                pair = ["--combining-function", "combiner", *clip, "--combiner-path", weights]
+            for seed, pair in zip(self.seeds, pairs, strict=True):
                 results[method].append(self.validate(dataset, f"{kind}_{seed}", *pair))
         self.run("compare.py", *results["plain Combiner"], *results["MoE Combiner"])
-        metrics = {m: [json.loads(file.read_text())["metrics"] for file in files] for m, files in results.items()}
-        return table(metrics, COLUMNS[dataset]), pair
+        metrics = {method: [read_metrics(file) for file in files] for method, files in results.items()}
+        titles = {metric: BENCHMARKS[dataset].titles[metric] for metric in SHOWN[dataset]}
+        return table(metrics, titles), pairs[-1]
 
-    def submit(self, pair: list[str | Path]) -> dict[str, float]:
+    def fine_tune(self, dataset: str, clip_name: Words) -> Words:
+        """Train stage 1; returns the flags of its weights."""
+        flags = ["--dataset", dataset, *clip_name, *STAGE_1.split(), "--image-cache", self.folder / "pixels"]
+        run = self.train("clip_fine_tune.py", f"{dataset}_clip", *flags)
+        return "--clip-model-path", best_weights(run, BENCHMARKS[dataset].best_clips())
+
+    def train_combiners(self, dataset: str, kind: str, clip: Words) -> list[Words]:
+        """Train stage 2 with each seed; returns the flags of each trained pair."""
+        flags = ["--dataset", dataset, *clip, "--combiner-type", kind, *STAGE_2.split()]
+        flags += ["--feature-cache", self.folder / "features", "--seeds", *map(str, self.seeds)]
+        run = self.train("combiner_train.py", f"{dataset}_{kind}", *flags)
+        pairs: list[Words] = []
+        for seed in self.seeds:
+            weights = best_weights(run / f"seed_{seed}", BENCHMARKS[dataset].best_combiners())
+            pairs.append(("--combining-function", "combiner", *clip, "--combiner-path", weights))
+        return pairs
+
+    def submit(self, pair: Words) -> dict[str, float]:
         """Write a CIRR submission and score it with the answers that the drawing kept apart."""
         folder = self.folder / "submission"
-        where = ["--data-root", self.folder / "data", "--output-dir", folder]
-        self.run("cirr_test_submission.py", "--submission-name", "demo", *pair, *where)
+        self.run("cirr_test_submission.py", "--submission-name", "demo", *pair, *self.on_data, "--output-dir", folder)
         self.run("check_submission.py", *sorted(folder.glob("*.json")), "--data-root", self.folder / "data")
         answers = json.loads((self.folder / "data" / "test1_answers.json").read_text())
         full = json.loads((folder / "recall_submission_demo.json").read_text())
         subset = json.loads((folder / "recall_subset_submission_demo.json").read_text())
         recalls = {f"R@{k}": recall(full, answers, k) for k in (1, 5, 10, 50)}
-        return recalls | {f"R_subset@{k}": recall(subset, answers, k) for k in (1, 2, 3)}
+        for k in (1, 2, 3):
+            recalls[f"R_subset@{k}"] = recall(subset, answers, k)
+        return recalls
 
 
-def recall(submission: dict[str, list[str]], answers: dict[str, str], k: int) -> float:
+def start(words: Sequence[str]) -> int | None:
+    """Run `python words`; returns its exit code. Forked, it differs in nothing but that its packages are loaded."""
+    if not CAN_FORK:
+        return subprocess.run([sys.executable, *words]).returncode
+    for package in PACKAGES:
+        importlib.import_module(package)
+    process = multiprocessing.get_context("fork").Process(target=interpret, args=(words,))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def interpret(words: Sequence[str]) -> None:
+    """What `python words` does."""
+    sys.argv = list(words)
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def best_weights(run: Path, names: Mapping[str, str]) -> Path:
+    """The weights that a run kept for the best value of the first metric.
+
+    Args:
+        names: metric -> name of its weights.
+    """
+    return run / "saved_models" / f"{next(iter(names.values()))}.pt"
+
+
+def read_metrics(file: Path) -> dict[str, float]:
+    """The metrics of a result."""
+    return json.loads(file.read_text())["metrics"]
+
+
+def recall(submission: Mapping[str, list[str]], answers: Mapping[str, str], k: int) -> float:
     """Percentage of the answers that are among the first k of a submission's names."""
     return 100 * statistics.fmean(answer in submission[pair_id][:k] for pair_id, answer in answers.items())
 
 
-def table(results: dict[str, list[dict[str, float]]], columns: dict[str, str]) -> "pd.DataFrame":
+def table(results: Mapping[str, Sequence[Mapping[str, float]]], titles: Mapping[str, str]) -> "pd.DataFrame":
     """Methods by metrics, as text: the value, or mean and standard deviation over seeds."""
     import pandas as pd
 
-    cells = {
-        method: {title: shown([metrics[name] for metrics in runs]) for title, name in columns.items()}
-        for method, runs in results.items()
-    }
-    return pd.DataFrame.from_dict(cells, orient="index")
+    rows = {}
+    for method, of_seeds in results.items():
+        rows[method] = {title: shown([metrics[name] for metrics in of_seeds]) for name, title in titles.items()}
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -141,21 +200,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the demo and print its tables."""
     args = parse(argv)
-
-    import pandas as pd
-
     folder = Path(os.path.relpath(args.output_dir, PROJECT_ROOT))
     os.chdir(PROJECT_ROOT)  # where the commands are typed
     demo = Demo(folder, args.seeds)
     demo.run("shapes_dataset.py", "--output-dir", folder / "data")
-    demo.run("check_dataset.py", "--unofficial", "--data-root", folder / "data")
-    fashioniq, _ = demo.benchmark("FashionIQ", "tuned_clip_best.pt", "combiner.pt")
-    cirr, pair = demo.benchmark("CIRR", "tuned_clip_arithmetic.pt", "combiner_arithmetic.pt")
+    demo.run("check_dataset.py", "--unofficial", *demo.on_data)
+    fashioniq, _ = demo.benchmark("FashionIQ")
+    cirr, pair = demo.benchmark("CIRR")
     recalls = demo.submit(pair)
     print("\nFashionIQ layout, val (average of the categories)\n" + fashioniq.to_string())
     print("\nCIRR layout, val\n" + cirr.to_string())
     print("\nCIRR layout, test1: the MoE Combiner's submission, scored locally")
-    print(pd.DataFrame([recalls], index=["MoE Combiner"]).to_string(float_format="%.2f"))
+    print(table({"MoE Combiner": [recalls]}, {name: name for name in recalls}).to_string())
     print(NEXT)
 
 

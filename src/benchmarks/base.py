@@ -129,15 +129,17 @@ class Benchmark(ABC):
             scores[split] = self.score(ranking.known_ranks.numpy(), in_group)
         return self.summary(scores)
 
-    def best_clips(self) -> dict[str, str]:
+    @classmethod
+    def best_clips(cls) -> dict[str, str]:
         """Metric -> name of stage 1's checkpoint for its best value."""
-        return {metric: f"tuned_clip_{suffix}" for metric, suffix in self.selection.items()}
+        return {metric: f"tuned_clip_{suffix}" for metric, suffix in cls.selection.items()}
 
-    def best_combiners(self) -> dict[str, str]:
+    @classmethod
+    def best_combiners(cls) -> dict[str, str]:
         """Metric -> name of stage 2's checkpoint for its best value; one that is alone needs no suffix."""
-        if len(self.selection) == 1:
-            return dict.fromkeys(self.selection, "combiner")
-        return {metric: f"combiner_{suffix}" for metric, suffix in self.selection.items()}
+        if len(cls.selection) == 1:
+            return dict.fromkeys(cls.selection, "combiner")
+        return {metric: f"combiner_{suffix}" for metric, suffix in cls.selection.items()}
 
     @abstractmethod
     def annotation_folder(self) -> Path:

@@ -36,9 +36,6 @@ def started_with(folder: Path, settings: Settings) -> Settings:
     """
     started = read_hyper_parameters(folder)
     now = Settings.read(json.loads(json.dumps(settings.on_disk())))
-    for name, reason in DIGESTS.items():
-        if started.data.get(name) != now.data.get(name):
-            raise UserError(f"--resume {folder}: {reason} than when the run was started: put those back")
     before = _computing(started)
     after = _computing(now)
     for name in sorted(before.keys() | after.keys()):
@@ -47,6 +44,9 @@ def started_with(folder: Path, settings: Settings) -> Settings:
                 f"--resume {folder}: {flag(name)} is {after.get(name)}, but the run was started with "
                 f"{before.get(name)}: leave it so"
             )
+    for name, reason in DIGESTS.items():
+        if started.data.get(name) != now.data.get(name):
+            raise UserError(f"--resume {folder}: {reason} than when the run was started: put those back")
     if started.versions != now.versions:
         logger.warning(
             "warning: %s was started with %s, now it is %s: numbers may differ",
