@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo app test soak bench lint format clean
+.PHONY: demo app test soak bench lint types format clean
 
 demo: $(VENV)/runtime-installed
 	$(BIN)/python src/demo.py
@@ -27,6 +27,9 @@ bench: $(VENV)/app-installed
 lint: $(VENV)/dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev-installed
+	$(BIN)/mypy
 
 format: $(VENV)/dev-installed
 	$(BIN)/ruff check --fix .

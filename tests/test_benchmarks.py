@@ -150,3 +150,19 @@ def test_cirr_summary_by_hand():
     assert {name: metrics[name] for name in recalls} == recalls
     assert metrics["mean(R@5+R_s@1)"] == 50
     assert metrics["arithmetic_mean"] == pytest.approx(425 / 7)
+
+
+class WiderCIRR(CIRR):
+    """CIRR with one more recall in its report."""
+
+    def hits(self, ranks, group_ranks):
+        return {**super().hits(ranks, group_ranks), "recall_at100": ranks < 100}
+
+
+def test_a_recall_that_is_added_changes_no_selection():
+    """Guards against what is reported deciding which checkpoint is the best."""
+    ranks, group_ranks = torch.tensor([0, 4, 7, 60]), torch.tensor([0, 0, 1, 3])
+    before, after = [kind(None).summary({"val": kind(None).score(ranks, group_ranks)}) for kind in (CIRR, WiderCIRR)]
+    assert after.pop("recall_at100") == 100
+    assert after == before
+    assert set(CIRR.selection) <= set(before)

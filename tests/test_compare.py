@@ -8,7 +8,9 @@ import torch
 
 import compare
 from benchmarks import FashionIQ
-from evaluation.result_file import write_result
+from evaluation.comparison import read_columns
+from evaluation.result_file import read_result, write_result
+from utils import UserError
 
 
 def ranks(seed: int, shift: int = 0, queries: int = 200) -> list[int]:
@@ -216,3 +218,39 @@ def test_several_seeds_in_one_command(stage_2, run, drawn, compared, capsys, tmp
         run("validate", drawn, "--dataset", "CIRR", *flags)
     capsys.readouterr()
     assert "seed0: mean ± standard deviation of 2 seeds" in compared(*files)
+
+
+def test_one_seed_has_no_standard_deviation(stage_2, capsys):
+    """Guards against a deviation of 0.00, which would say that seeds agree."""
+    folder = stage_2("CIRR", "--seeds", 3, "--save-best")
+    assert "deviation" not in capsys.readouterr().out
+    summary = json.loads((folder / "best_metrics.json").read_text())
+    assert set(summary) == {"chosen_by", "seeds", "mean"}
+
+
+def test_a_result_from_before_a_metric_was_added_is_read(result, tmp_path):
+    """What selects checkpoints must be in it; what is reported since then is made of its ranks."""
+    file = result("older")
+    content = json.loads(file.read_text())
+    metrics = content["protocols"]["original-kept"]["metrics"]
+    whole = dict(metrics)
+    del metrics["dress_recall_at50"]
+    file.write_text(json.dumps(content))
+    assert read_result(file)["protocols"]["original-kept"]["metrics"] == whole
+    del metrics["average_recall"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="not a whole one"):
+        read_result(file)
+
+
+def test_runs_of_earlier_versions_are_one_method_with_those_of_now(result):
+    """Settings in one table and in four parts are the same settings."""
+    flat = {"seed": 0, "combiner_type": "moe", "transform": "clip", "versions": {"torch": "2"}}
+    parts = {
+        "flags": {"seed": 1, "combiner_type": "moe", "transform": None},
+        "recipe": {"transform": "clip"},
+        "data": {"train_dress_types": ["dress"]},
+        "versions": {"torch": "2"},
+    }
+    files = [result(f"v{number}", training={"combiner": config}) for number, config in enumerate((flat, parts))]
+    assert [len(column.results) for column in read_columns(files)] == [2]

@@ -325,7 +325,7 @@ def test_results_and_exclusions(root, tmp_path):
     validate.main(list(map(str, flags)))
     whole, base = json.loads(file.read_text()), tmp_path / "base.json"
     file.rename(base)
-    resampling = {"resamples": 5, "confidence": 0.9, "seed": 0}
+    resampling = compare.Resampling(resamples=5, confidence=0.9, seed=0)
     exclusions = {"dataset": "CIRR", "images": {"a": "missing", "b": "empty"}}
 
     @QUIET
@@ -336,7 +336,7 @@ def test_results_and_exclusions(root, tmp_path):
         with counted("results"), contextlib.redirect_stdout(io.StringIO()):
             columns = read_columns([base, file])
             for protocol in compare.shared_protocols(columns, None):
-                compare.print_protocol(BENCHMARKS["FashionIQ"](root), columns, protocol, **resampling)
+                compare.print_protocol(BENCHMARKS["FashionIQ"](root), columns, protocol, resampling=resampling)
         file.write_text(edited(exclusions, changes))
         with counted("exclusions"):
             assert read_exclusions(file, "CIRR") == json.loads(file.read_text())["images"]

@@ -18,6 +18,7 @@ import combiner_train
 import kills
 from conftest import CASES, ROOT, SOAK, STAGE_1, STAGE_2, read_csv
 from models import encoder
+from models.configuration import Settings
 from reports.run_page import About
 from runtime.tensors import load_tensors, save_tensors
 from test_distributed import torchrun
@@ -290,6 +291,20 @@ def test_annotations_that_changed(stopped, own_drawn, refuses):
     content[0]["caption"] += " now"
     file.write_text(json.dumps(content))
     assert "the annotations are others than when the run was started" in refuses(run)
+
+
+def test_a_run_with_settings_in_one_table_goes_on(stopped, resume, refuses):
+    """Earlier versions wrote them so."""
+    run = stopped(3, "CIRR")
+    file = run / "training_hyperparameters.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(Settings.read(content).table))
+    assert "--combiner-lr is 0.5, but the run was started with 0.001" in refuses(run, "--combiner-lr", 0.5)
+    resume(run)
+    assert (run / "best_metrics.json").exists()
+    config = load_tensors(next((run / "saved_models").glob("*.pt")))["config"]
+    assert set(config) == {"flags", "recipe", "data", "versions"}
+    assert config["data"]["data_sha256"] == content["data"]["data_sha256"]
 
 
 def test_folders_that_are_no_runs(refuses, stage_1, tmp_path, drawn):

@@ -1,0 +1,137 @@
+"""Commands answer at once: flags and files that are missing are looked at before anything heavy is loaded."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+SRC = ROOT / "src"
+SCRIPTS = sorted(file.name for file in SRC.glob("*.py") if "@command" in file.read_text())
+HEAVY = ("torch", "torchvision", "clip", "pandas", "matplotlib", "gradio", "faiss")
+# What a fresh Python does, and what it then says of itself: heavy packages that it loaded, and its CPU-seconds.
+PROBE = """
+import atexit, json, runpy, sys, time
+heavy = json.loads(sys.argv.pop(1))
+report = lambda: print(json.dumps([[name for name in heavy if name in sys.modules], time.process_time()]))
+atexit.register(report)
+sys.path.insert(0, sys.argv[1].rsplit("/", 1)[0])
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+COMPOSED = "--combining-function combiner --combiner-path"
+MISSING = [
+    "clip_fine_tune.py --dataset CIRR --data-root nowhere",
+    "clip_fine_tune.py --dataset CIRR --clip-model-name nowhere",
+    "clip_fine_tune.py --resume nowhere",
+    "combiner_train.py --dataset FashionIQ --clip-model-path nowhere",
+    "combiner_train.py --dataset FashionIQ --exclusions nowhere",
+    f"validate.py --dataset CIRR {COMPOSED} nowhere",
+    "validate.py --dataset CIRR --combining-function sum --data-root nowhere",
+    f"cirr_test_submission.py --submission-name a {COMPOSED} nowhere",
+    "fashioniq_test_submission.py --submission-name a --combining-function sum --data-root nowhere",
+    "check_submission.py nowhere",
+    "compare.py nowhere",
+    "check_dataset.py --data-root nowhere",
+    "visualize.py --rankings nowhere",
+    "search.py index --images nowhere --output index",
+    "search.py query --index nowhere --image a --text b",
+    "demo_app.py --index nowhere",
+]
+
+
+def run(*words: str) -> tuple[subprocess.CompletedProcess, list[str], float]:
+    """What a script says, the heavy packages that it loaded, and its CPU-seconds."""
+    script, *flags = words
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, json.dumps(HEAVY), str(SRC / script), *flags],
+        capture_output=True,
+        text=True,
+    )
+    loaded, seconds = json.loads(done.stdout.splitlines()[-1])
+    return done, loaded, seconds
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_and_mistyped_flags_load_nothing_heavy(script):
+    for flag, code in (("--help", 0), ("--no-such-flag", 2)):
+        done, loaded, seconds = run(script, flag)
+        assert done.returncode == code
+        assert loaded == []
+        assert seconds < 0.5
+
+
+@pytest.mark.parametrize("line", MISSING)
+def test_a_missing_file_is_said_before_anything_heavy_is_loaded(line):
+    done, loaded, seconds = run(*line.split())
+    assert done.returncode == 2
+    assert loaded == []
+    assert "nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert seconds < 0.5
+
+
+def test_every_script_is_tried_with_a_missing_file():
+    takes_no_file = {"demo.py", "shapes_dataset.py"}
+    assert {line.split()[0] for line in MISSING} == set(SCRIPTS) - takes_no_file
+
+
+def test_checks_and_single_results_need_no_torch(drawn, tmp_path, run_script=run):
+    """What reads and counts runs without it; a comparison of two results resamples, and needs it."""
+    ranks = {"dress": [0, 20], "toptee": [3, 7], "shirt": [60, 1]}
+    from benchmarks import FashionIQ
+
+    benchmark = FashionIQ(tmp_path)
+    import numpy as np
+
+    metrics = benchmark.summary({name: benchmark.score(np.array(of), None) for name, of in ranks.items()})
+    measured = {
+        "gallery_images": dict.fromkeys(ranks, 99),
+        "queries": dict.fromkeys(ranks, 2),
+        "metrics": metrics,
+        "ranks": ranks,
+        "group_ranks": {},
+    }
+    tables = ("images_sha256", "excluded_images", "preprocessing", "training")
+    result = {
+        "dataset": "FashionIQ",
+        "split": "val",
+        "protocols": {"original-kept": measured},
+        "queries_sha256": dict.fromkeys(ranks, "q"),
+        "weights_sha256": {"clip": "c"},
+        **{name: {} for name in tables},
+    }
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    (tmp_path / "submission.json").write_text("{}")
+    heavy = {"torch", "torchvision", "clip", "matplotlib"}
+    for words in (
+        ["compare.py", str(tmp_path / "result.json")],
+        ["check_submission.py", str(tmp_path / "submission.json"), "--data-root", str(drawn)],
+        ["check_dataset.py", "--unofficial", "--data-root", str(drawn), "--num-workers", "0"],
+    ):
+        done, loaded, _ = run_script(*words)
+        assert "Traceback" not in done.stderr
+        assert not heavy & set(loaded), words
+
+
+def test_a_validation_loads_no_plots(golden, tmp_path):
+    flags = ["--clip-model-name", str(golden / "clip_vit.pt"), "--combining-function", "sum", "--num-workers", "0"]
+    done, loaded, _ = run("validate.py", "--dataset", "CIRR", "--data-root", str(golden), "--device", "cpu", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "matplotlib" not in loaded
+    assert "torch" in loaded
+
+
+def test_heavy_imports_stand_where_they_are_used():
+    """No module that flags are parsed with imports a heavy package at its top."""
+    light = [SRC / "utils.py", *(SRC / "cli").glob("*.py"), *(SRC / script for script in SCRIPTS)]
+    for file in light:
+        for node in ast.parse(Path(file).read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            assert not {name.split(".")[0] for name in names} & set(HEAVY), file.name
