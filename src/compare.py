@@ -13,7 +13,8 @@ from pathlib import Path
 
 from benchmarks import BENCHMARKS, PROTOCOLS, Benchmark
 from benchmarks.metrics import mean_and_deviation, shown
-from cli.options import add_protocol, add_seed, fraction, positive_int
+from cli.flag_types import fraction, positive_int
+from cli.options import add_protocol, add_seed
 from evaluation.comparison import Column, intervals, read_columns, unlike
 from utils import UserError, command, two_decimals
 
@@ -41,10 +42,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def shared_protocols(columns: Sequence[Column], wanted: str | None) -> list[str]:
     """The protocols that the first column and another one were measured under, or the first's where it is alone."""
     base, *others = columns
-    names = [name for name in PROTOCOLS if wanted in (None, name) and base.has(name)]
-    shared = [name for name in names if not others or any(other.has(name) for other in others)]
+    known = [name for name in PROTOCOLS if wanted in (None, name) and base.has(name)]
+    shared = []
+    for name in known:
+        if not others or any(other.has(name) for other in others):
+            shared.append(name)
     if not shared:
-        measured = "; ".join(f"{c.label}: {', '.join(c.results[0]['protocols'])}" for c in columns)
+        measured = "; ".join(f"{column.label}: {', '.join(column.protocols)}" for column in columns)
         raise UserError(f"no {wanted or 'protocol'} in common ({measured}): numbers of different ones do not compare")
     return shared
 

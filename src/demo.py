@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks import BENCHMARKS
 from benchmarks.metrics import shown
-from cli.options import seed_int
+from cli.flag_types import seed_int
 from utils import PROJECT_ROOT, UserError, command
 
 if TYPE_CHECKING:

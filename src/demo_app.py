@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from PIL.Image import Image
 
 from cli import options
+from cli.flag_types import port
 from cli.startup import check_files, pick_device
 from image_search.dialogue import MOST_BYTES, Dialogue
 from image_search.manifest import check_index
@@ -61,7 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
     group = parser.add_argument_group("page")
     group.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for other machines (default: 127.0.0.1)")
-    group.add_argument("--port", type=options.port, default=7860, help="(default: 7860)")
+    group.add_argument("--port", type=port, default=7860, help="(default: 7860)")
     options.add_k(group, default=12)
     return parser.parse_args(argv)
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from cli.options import add_seed, positive_int
+from cli.flag_types import positive_int
+from cli.options import add_seed
 from runtime.files import check_writable, write_text
 from utils import UserError, command
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks import Benchmark, Protocol
 from benchmarks.protocols import choose_protocols
 from cli import options
+from cli.flag_types import positive_int
 from cli.startup import check_annotations, check_files, command_line, open_benchmark, pick_device
 from runtime.files import check_file_writable
 from utils import command, two_decimals
@@ -35,7 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     group.add_argument("--metrics-json", type=Path, metavar="FILE", help="write the metrics and how they came about")
     group.add_argument("--rankings", type=Path, metavar="FILE", help="write the answers to every query")
-    group.add_argument("--rankings-k", type=options.positive_int, default=50, help="answers a query (default: 50)")
+    group.add_argument("--rankings-k", type=positive_int, default=50, help="answers a query (default: 50)")
     return parser.parse_args(argv)
 
 

@@ -8,15 +8,17 @@ From a file of validate.py --rankings:
 """
 
 import argparse
+import itertools
 import logging
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from benchmarks import BENCHMARKS, Benchmark
 from benchmarks.protocols import choose_protocols
 from cli import options
+from cli.flag_types import positive_int
 from cli.startup import check_annotations, check_files, open_benchmark, pick_device
 from evaluation.rankings_file import Record, Records, make_records, read_rankings
 from runtime.files import check_writable, write_bytes, write_text
@@ -55,7 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="Q",
         help="best, worst or random; or pairids of CIRR, or category:number of FashionIQ (default: worst)",
     )
-    group.add_argument("--num", type=options.positive_int, default=20, help="queries of each split (default: 20)")
+    group.add_argument("--num", type=positive_int, default=20, help="queries of each split (default: 20)")
     options.add_k(group, default=10, help="images a query")
     options.add_seed(group, help="of --queries random")
     group.add_argument(
@@ -92,6 +94,11 @@ def measured_records(args: argparse.Namespace) -> tuple[Records, Benchmark]:
     pair, frozen = load_and_freeze(benchmark, val, pick_device(args.device), options.pair_choice(args))
     rankings = rank_all(frozen, pair.compose, protocols, k=args.k, block=args.similarity_block)
     return make_records(benchmark, val, rankings, explain_all(frozen, pair.compose)), benchmark
+
+
+def all_queries(records: Records) -> Iterator[Record]:
+    """The queries of all splits."""
+    return itertools.chain.from_iterable(records.values())
 
 
 def choose_protocol(records: Records, wanted: str | None, file: Path | None) -> str:
@@ -143,7 +150,10 @@ def find_images(benchmark: Benchmark, cards: "Iterable[Card]") -> dict[str, Path
     paths: dict[str, Path] = {}
     for split in benchmark.val():
         paths.update(split.image_paths)
-    names = sorted({name for card in cards for name in card.images})
+    shown: set[str] = set()
+    for card in cards:
+        shown.update(card.images)
+    names = sorted(shown)
     missing = [name for name in names if name not in paths]
     if missing:
         raise UserError(f"--rankings names the image {missing[0]}, which {benchmark.name} under --data-root has not")
@@ -165,11 +175,11 @@ def write_sheet(folder: Path, title: str, sections: "Mapping[str, Sequence[Card]
     logger.info("%s: %d queries", folder / "sheet.png", number_drawn)
 
 
-def write_expert_report(folder: Path, benchmark: Benchmark, records: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+def write_expert_report(folder: Path, benchmark: Benchmark, records: Records) -> None:
     """Write experts.html, if the records are of a mixture."""
     from reports.expert_report import expert_report
 
-    if all(query.get("experts") for queries in records.values() for query in queries):
+    if all(query.get("experts") for query in all_queries(records)):
         report = expert_report(f"Experts on {benchmark.name} {benchmark.val_split}", records)
         write_text(folder / "experts.html", report)
         logger.info("%s: what each expert takes", folder / "experts.html")
@@ -183,9 +193,9 @@ def main(argv: list[str] | None = None) -> None:
     records, benchmark = stored_records(args) if args.rankings else measured_records(args)
     protocol = choose_protocol(records, args.protocol, args.rankings)
     chosen = choose_queries(records, args.queries, protocol, num=args.num, seed=args.seed)
-    held = [len(query["protocols"][protocol]["nearest"]) for queries in records.values() for query in queries]
-    if args.rankings and args.k > max(held):
-        logger.warning("note: %s holds the %d nearest, so no %d are shown", args.rankings, max(held), args.k)
+    held = max(len(query["protocols"][protocol]["nearest"]) for query in all_queries(records))
+    if args.rankings and args.k > held:
+        logger.warning("note: %s holds the %d nearest, so no %d are shown", args.rankings, held, args.k)
 
     from reports.sheets import make_card
 

@@ -1,6 +1,7 @@
 """Values of annotation files, checked; what is wrong is a UserError that names file and entry."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,58 @@ def read(file: Path, kind: type) -> Any:
     return content
 
 
-def field(entry: Any, key: str, kind: type, file: Path, where: str) -> Any:
-    """A value of an entry, which must be there and of its type."""
-    found = isinstance(entry, dict) and isinstance(entry.get(key), kind) and not isinstance(entry[key], bool)
-    check(found, file, f'"{key}" ({kind.__name__}) in {where}')
-    return entry[key]
+@dataclass(frozen=True)
+class Entry:
+    """A part of a file whose values must be there and of their types.
+
+    Attributes:
+        content: any JSON.
+        where: what an error calls it.
+    """
+
+    content: Any
+    file: Path
+    where: str
+
+    def text(self, key: str) -> str:
+        """A string."""
+        return self._value(key, str)
+
+    def number(self, key: str) -> int:
+        """A whole number."""
+        return self._value(key, int)
+
+    def list(self, key: str) -> list[Any]:
+        """A list."""
+        return self._value(key, list)
+
+    def table(self, key: str) -> dict[str, Any]:
+        """An object."""
+        return self._value(key, dict)
+
+    def inner(self, key: str) -> "Entry":
+        """An object in it, as an entry."""
+        return Entry(self.table(key), self.file, self.where)
+
+    def check(self, holds: bool, expected: str) -> None:
+        """Raise UserError unless the entry is as expected."""
+        check(holds, self.file, f"{expected} in {self.where}" if self.where else expected)
+
+    def _value(self, key: str, kind: type) -> Any:
+        value = self.content.get(key) if isinstance(self.content, dict) else None
+        self.check(isinstance(value, kind) and not isinstance(value, bool), f'"{key}" ({kind.__name__})')
+        return value
 
 
-def check_known(names: Iterable[str], known: Mapping[str, Any], file: Path, where: str, *, images_file: Path) -> None:
+def check_known(names: Iterable[str], known: Container[str], entry: Entry, images_file: Path) -> None:
     """Raise UserError unless every image that an entry names is in the split's list of images."""
     for name in names:
         if name not in known:
-            raise UserError(f"{file}: {where} names the image {name}, which is not in {images_file}: get both anew")
+            raise UserError(
+                f"{entry.file}: {entry.where} names the image {name}, which is not in {images_file}: get both anew"
+            )
+
+
+def are_texts(values: Iterable[Any]) -> bool:
+    """Whether all of some values are strings."""
+    return all(isinstance(value, str) for value in values)

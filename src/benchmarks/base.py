@@ -6,8 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import annotations
-from benchmarks.annotations import check, check_known
+from benchmarks.annotations import Entry, check, check_known, read
 from benchmarks.metrics import percentage
 from benchmarks.protocols import Protocol
 from benchmarks.splits import Split, Triplet
@@ -72,11 +71,13 @@ class Benchmark(ABC):
             paths.update(split.image_paths)
             excluded_images += split.excluded_images
             excluded_triplets += split.excluded_triplets
-        used = [name for triplet in triplets for name in triplet.images]  # in the order of first use
+        used: list[str] = []
+        for triplet in triplets:
+            used += triplet.images
         return Split(
             name="train",
             triplets=triplets,
-            image_paths={name: paths[name] for name in used},
+            image_paths={name: paths[name] for name in used},  # in the order of first use
             excluded_images=tuple(dict.fromkeys(excluded_images)),
             excluded_triplets=excluded_triplets,
         )
@@ -100,19 +101,21 @@ class Benchmark(ABC):
     def files(self, part: str, split: str) -> tuple[Path, Path]:
         """The files of a split's captions and of its list of images."""
         folder = self.annotation_folder()
-        return folder / "captions" / f"cap.{part}.{split}.json", folder / "image_splits" / f"split.{part}.{split}.json"
+        captions = folder / "captions" / f"cap.{part}.{split}.json"
+        images = folder / "image_splits" / f"split.{part}.{split}.json"
+        return captions, images
 
     def read_part(self, part: str, split: str) -> Split:
         """One part of a split, see `read`."""
         captions_file, images_file = self.files(part, split)
         paths = self._image_paths(part, images_file)
         triplets = []
-        for place, entry in enumerate(annotations.read(captions_file, list)):
-            where = f"entry {place}"
-            triplet = self._triplet(entry, split, captions_file, where)
-            check_known([*triplet.images, *triplet.group], paths, captions_file, where, images_file=images_file)
+        for place, content in enumerate(read(captions_file, list)):
+            entry = Entry(content, captions_file, f"entry {place}")
+            triplet = self._triplet(entry, split)
+            check_known([*triplet.images, *triplet.group], paths, entry, images_file)
             searchable = split == self.train_split or triplet.reference != triplet.target
-            check(searchable, captions_file, f"a target other than the reference in {where}")
+            entry.check(searchable, "a target other than the reference")
             triplets.append(triplet)
         check(bool(triplets), captions_file, "at least one triplet")
         whole = Split(name=self._part_name(part, split), triplets=triplets, image_paths=paths)
@@ -158,8 +161,8 @@ class Benchmark(ABC):
         """The files of the images that a list names."""
 
     @abstractmethod
-    def _triplet(self, entry: Any, split: str, file: Path, where: str) -> Triplet:
-        """An entry of a captions file."""
+    def _triplet(self, entry: Entry, split: str) -> Triplet:
+        """The query of an entry of a captions file."""
 
     @abstractmethod
     def caption(self, captions: tuple[str, ...]) -> str:

@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from benchmarks import annotations
-from benchmarks.annotations import check, field
+from benchmarks.annotations import Entry, are_texts, check, read
 from benchmarks.base import Benchmark
 from benchmarks.metrics import means
 from benchmarks.protocols import ORIGINAL_REMOVED
@@ -59,23 +58,22 @@ class CIRR(Benchmark):
         return split
 
     def _image_paths(self, part: str, images_file: Path) -> dict[str, Path]:
-        places = annotations.read(images_file, dict)
-        check(all(isinstance(place, str) for place in places.values()), images_file, "an object of id -> path")
+        places = read(images_file, dict)
+        check(are_texts(places.values()), images_file, "an object of id -> path")
         return locate(places, self.image_folders(part))
 
-    def _triplet(self, entry: Any, split: str, file: Path, where: str) -> Triplet:
+    def _triplet(self, entry: Entry, split: str) -> Triplet:
         triplet = Triplet(
-            reference=field(entry, "reference", str, file, where),
-            captions=(field(entry, "caption", str, file, where),),
-            target=None if split == self.test_split else field(entry, "target_hard", str, file, where),
-            pair_id=field(entry, "pairid", int, file, where),
+            reference=entry.text("reference"),
+            captions=(entry.text("caption"),),
+            target=None if split == self.test_split else entry.text("target_hard"),
+            pair_id=entry.number("pairid"),
         )
         if split == self.train_split:
             return triplet
-        group = field(field(entry, "img_set", dict, file, where), "members", list, file, where)
-        six = all(isinstance(name, str) for name in group) and len(group) == len(set(group)) == GROUP_SIZE
-        whole = six and all(name in group for name in triplet.images)
-        check(whole, file, f"six members in {where}, reference and target two of them")
+        group = entry.inner("img_set").list("members")
+        are_six = are_texts(group) and len(group) == len(set(group)) == GROUP_SIZE
+        entry.check(are_six and set(triplet.images) <= set(group), "six members, reference and target two of them,")
         return replace(triplet, group=tuple(group))
 
     def caption(self, captions: tuple[str, ...]) -> str:

@@ -122,10 +122,14 @@ def remark_on_annotations(benchmark: Benchmark, parts: Parts, report: Report) ->
     effect = "targets repeat: in one batch they are each other's negatives, unless --mask-duplicate-targets"
     _say_if(repeated, NOTE, benchmark.train_split, effect, report=report)
     for split, of_split in triplets.items():
-        empty = [_query(triplet) for triplet in of_split if not all(text.strip() for text in triplet.captions)]
+        empty = [_query(triplet) for triplet in of_split if _has_empty_caption(triplet)]
         _say_if(empty, NOTE, split, "queries have an empty caption", report=report)
         same = [_query(triplet) for triplet in of_split if len(triplet.captions) > len(set(triplet.captions))]
         _say_if(same, NOTE, split, "queries have the same caption twice", report=report)
+
+
+def _has_empty_caption(triplet: Triplet) -> bool:
+    return any(not caption.strip() for caption in triplet.captions)
 
 
 def _remark_on_repeats(benchmark: Benchmark, listed: Mapping[str, list[str]], report: Report) -> None:
@@ -141,7 +145,9 @@ def _remark_on_leaks(
 ) -> None:
     """Images of training that validation or test have too."""
     train = benchmark.train_split
-    trained_on = {name for triplet in triplets[train] for name in triplet.images}
+    trained_on: set[str] = set()
+    for triplet in triplets[train]:
+        trained_on.update(triplet.images)
     for other in (benchmark.val_split, benchmark.test_split):
         where = f"{train} and {other}"
         shared = sorted(set(listed[train]) & set(listed[other]))
@@ -198,8 +204,14 @@ def remark_on_images(
 
 def _layouts(benchmark: Benchmark, paths: Iterable[Path]) -> dict[str, int]:
     """Folder of a known layout -> how many of some files lie below it."""
-    known = {folder for part in benchmark.parts for folder in benchmark.image_folders(part)}
-    return dict(Counter(str(next((p for p in path.parents if p in known), path.parent)) for path in paths))
+    known: set[Path] = set()
+    for part in benchmark.parts:
+        known.update(benchmark.image_folders(part))
+    counts: Counter[str] = Counter()
+    for path in paths:
+        folder = next((parent for parent in path.parents if parent in known), path.parent)
+        counts[str(folder)] += 1
+    return dict(counts)
 
 
 def _roles(records: Split) -> dict[str, set[str]]:

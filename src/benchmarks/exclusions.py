@@ -13,6 +13,8 @@ from utils import UserError
 
 logger = logging.getLogger(__name__)
 
+EXAMPLES = 3  # names in a message
+
 
 def write_exclusions(file: Path, dataset: str, reasons: Mapping[str, str]) -> None:
     """Write ids of images with the reason to leave each out."""
@@ -29,8 +31,8 @@ def read_exclusions(file: Path | None, dataset: str) -> dict[str, str]:
         return {}
     try:
         content = annotations.read(file, dict)
-        images = annotations.field(content, "images", dict, file, "it")
-        annotations.check(all(isinstance(reason, str) for reason in images.values()), file, "a reason for each id")
+        images = annotations.Entry(content, file, "it").table("images")
+        annotations.check(annotations.are_texts(images.values()), file, "a reason for each id")
     except UserError as error:
         raise UserError(
             f"--exclusions: {str(error).split(': download', 1)[0]}: write it with check_dataset.py"
@@ -42,14 +44,17 @@ def read_exclusions(file: Path | None, dataset: str) -> dict[str, str]:
 
 def excluded(splits: Iterable[Split]) -> dict[str, dict[str, Any]]:
     """How many images and triplets were left out of each split, for the files that say how a result was made."""
-    return {s.name: {"images": len(s.excluded_images), "triplets": s.excluded_triplets} for s in splits}
+    counts = {}
+    for split in splits:
+        counts[split.name] = {"images": len(split.excluded_images), "triplets": split.excluded_triplets}
+    return counts
 
 
 def announce(wanted: Collection[str], splits: Iterable[Split]) -> None:
     """Log what was left out of each split, and how many of the images to leave out are in none of them."""
-    found = set()
+    left_out: set[str] = set()
     for split in splits:
-        found |= set(split.excluded_images)
+        left_out.update(split.excluded_images)
         if split.excluded_images:
             logger.warning(
                 "left out of %s: %d images and the %d triplets that ask with or for them; %d triplets remain",
@@ -57,9 +62,6 @@ def announce(wanted: Collection[str], splits: Iterable[Split]) -> None:
             )  # fmt: skip
         if split.smaller_groups:
             logger.warning("%d of them choose from a smaller subset: their subset recalls rise", split.smaller_groups)
-    if others := [name for name in wanted if name not in found]:
-        logger.warning("%d images of --exclusions are in no split that is used here: %s", len(others), _some(others))
-
-
-def _some(names: Collection[str]) -> str:
-    return ", ".join(list(names)[:3]) + (", ..." if len(names) > 3 else "")
+    if others := [name for name in wanted if name not in left_out]:
+        shown = ", ".join([*others[:EXAMPLES], "..."] if len(others) > EXAMPLES else others)
+        logger.warning("%d images of --exclusions are in no split that is used here: %s", len(others), shown)

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from benchmarks import annotations
-from benchmarks.annotations import check, field
+from benchmarks.annotations import Entry, are_texts, check, read
 from benchmarks.base import Benchmark
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_KEPT, VAL_REMOVED
 from benchmarks.splits import Triplet, locate
@@ -65,19 +64,18 @@ class FashionIQ(Benchmark):
         return part
 
     def _image_paths(self, part: str, images_file: Path) -> dict[str, Path]:
-        names = annotations.read(images_file, list)
-        check(all(isinstance(name, str) for name in names), images_file, "a list of image ids")
+        names = read(images_file, list)
+        check(are_texts(names), images_file, "a list of image ids")
         check(len(set(names)) == len(names), images_file, "ids that do not repeat")
         return locate({name: f"{name}.jpg" for name in names}, self.image_folders(part))
 
-    def _triplet(self, entry: Any, split: str, file: Path, where: str) -> Triplet:
-        captions = field(entry, "captions", list, file, where)
-        two = len(captions) == 2 and all(isinstance(caption, str) for caption in captions)
-        check(two, file, f"two captions in {where}")
+    def _triplet(self, entry: Entry, split: str) -> Triplet:
+        captions = entry.list("captions")
+        entry.check(len(captions) == 2 and are_texts(captions), "two captions")
         return Triplet(
-            reference=field(entry, "candidate", str, file, where),
+            reference=entry.text("candidate"),
             captions=tuple(captions),
-            target=None if split == self.test_split else field(entry, "target", str, file, where),
+            target=None if split == self.test_split else entry.text("target"),
         )
 
     def caption(self, captions: tuple[str, ...]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from benchmarks import annotations
+from benchmarks.annotations import are_texts, read
 from benchmarks.base import Benchmark
 from benchmarks.cirr import CIRR
 from benchmarks.fashioniq import FashionIQ
@@ -123,7 +123,7 @@ class CirrForm(Form[dict[str, Any]]):
 
     def _problems(self, ids: Any, triplet: Triplet, metric: Any) -> list[str]:
         """What is wrong with the ids of one query."""
-        if not _are_texts(ids):
+        if not _are_ids(ids):
             return ["not a list of image ids"]
         problems = _foreign(ids, self.whole)
         if metric in list(self.lengths):
@@ -158,7 +158,7 @@ class FashionIQForm(Form[list[Any]]):
         for answers in answered:
             category = answers.split.name
             captions_file, _ = self.benchmark.files(category, self.split)
-            entries = annotations.read(captions_file, list)
+            entries = read(captions_file, list)
             content = [{**entry, "ranking": ids} for entry, ids in zip(entries, answers.nearest, strict=True)]
             files[f"{name}/{category}.{self.split}.pred.json"] = json.dumps(content)
         return files
@@ -181,7 +181,7 @@ class FashionIQForm(Form[list[Any]]):
         if not isinstance(entry, dict) or any(entry.get(key) != value for key, value in query.items()):
             return ["not the entry that the captions file has in this place"]
         ids: Any = entry.get("ranking")
-        if not _are_texts(ids):
+        if not _are_ids(ids):
             return ['"ranking" is not a list of image ids']
         problems = _foreign(ids, split)
         length = min(self.k, len(split.names))
@@ -234,8 +234,8 @@ def listed_ranks(lists: Sequence[list[str]], split: Split) -> "np.ndarray":
     return np.array(ranks)
 
 
-def _are_texts(ids: Any) -> bool:
-    return isinstance(ids, list) and all(isinstance(name, str) for name in ids)
+def _are_ids(ids: Any) -> bool:
+    return isinstance(ids, list) and are_texts(ids)
 
 
 def _foreign(ids: list[str], split: Split) -> list[str]:

@@ -111,20 +111,28 @@ class Split:
     @property
     def members(self) -> set[str]:
         """The references and targets of the triplets."""
-        return {name for triplet in self.triplets for name in triplet.images}
+        members: set[str] = set()
+        for triplet in self.triplets:
+            members.update(triplet.images)
+        return members
 
     def without(self, excluded: Container[str]) -> "Split":
         """The split without some images, without the triplets that ask with or for them, and with smaller groups."""
-        kept = [t for t in self.triplets if not any(name in excluded for name in t.images)]
-        smaller = [t for t in kept if any(name in excluded for name in t.group)]
-        triplets = [replace(t, group=tuple(name for name in t.group if name not in excluded)) for t in kept]
+        kept = []
+        smaller_groups = 0
+        for triplet in self.triplets:
+            if any(name in excluded for name in triplet.images):
+                continue
+            group = tuple(name for name in triplet.group if name not in excluded)
+            smaller_groups += len(group) < len(triplet.group)
+            kept.append(replace(triplet, group=group))
         return Split(
             name=self.name,
-            triplets=triplets,
+            triplets=kept,
             image_paths={name: path for name, path in self.image_paths.items() if name not in excluded},
             excluded_images=tuple(name for name in self.image_paths if name in excluded),
             excluded_triplets=len(self.triplets) - len(kept),
-            smaller_groups=len(smaller),
+            smaller_groups=smaller_groups,
         )
 
 
@@ -162,9 +170,17 @@ def images_digest(split: Split) -> str:
     return digest.hexdigest()
 
 
+def all_paths(splits: Iterable[Split]) -> list[Path]:
+    """The image files of some splits, each once."""
+    paths: dict[Path, None] = {}
+    for split in splits:
+        paths.update(dict.fromkeys(split.paths))
+    return list(paths)
+
+
 def check_images_exist(splits: Iterable[Split]) -> None:
     """Raise UserError unless every image file of the splits is there and not empty."""
-    paths = list(dict.fromkeys(path for split in splits for path in split.paths))
+    paths = all_paths(splits)
     bad = [path for path in paths if not file_size(path)]
     if bad:
         raise UserError(

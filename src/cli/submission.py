@@ -6,7 +6,8 @@ from typing import Any
 
 from benchmarks import Benchmark
 from benchmarks.server_files import Form
-from cli.options import clip_flags, combiner_flags, file_name, machine_flags, pair_choice, pair_flags, tuned_clip_flag
+from cli.flag_types import file_name
+from cli.options import clip_flags, combiner_flags, machine_flags, pair_choice, pair_flags, tuned_clip_flag
 from cli.startup import check_annotations, check_files, open_benchmark, pick_device
 from runtime.files import check_writable
 from utils import PROJECT_ROOT

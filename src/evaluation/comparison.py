@@ -27,6 +27,11 @@ class Column:
     label: str
     results: list[Result]
 
+    @property
+    def protocols(self) -> list[str]:
+        """The protocols of its first result."""
+        return list(self.results[0]["protocols"])
+
     def has(self, protocol: str) -> bool:
         """Whether all of it was measured under a protocol."""
         return all(protocol in result["protocols"] for result in self.results)
@@ -50,7 +55,10 @@ class Column:
         of_seeds = []
         for result in self.results:
             of_seeds.append(benchmark.hits(*stored_ranks(result["protocols"][protocol], split)))
-        return {recall: np.mean([hits[recall] for hits in of_seeds], axis=0) for recall in of_seeds[0]}
+        means = {}
+        for recall in of_seeds[0]:
+            means[recall] = np.mean([hits[recall] for hits in of_seeds], axis=0)
+        return means
 
 
 def _conditions(result: Result, protocol: str) -> dict[str, Any]:
@@ -118,7 +126,7 @@ def _method(result: Result) -> str | None:
 
 def _without_seed(settings: Settings) -> dict[str, Any]:
     """What a training computes beside its seed. The CLIP weights under a Combiner have a seed of their own."""
-    not_the_method = FREE_FLAGS | {"seed", "seeds"}
+    not_the_method = {*FREE_FLAGS, "seed", "seeds"}
     flags = {name: value for name, value in settings.flags.items() if name not in not_the_method}
     return {**flags, **settings.recipe, "data": settings.data.get("data_sha256"), "versions": settings.versions}
 

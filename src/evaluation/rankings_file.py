@@ -117,7 +117,9 @@ def _are_records(records: Records) -> bool:
     """Whether these are the queries of some splits; raises KeyError, TypeError or ValueError if they are not."""
     if not records or not all(records.values()):
         return False
-    queries = [query for of_split in records.values() for query in of_split]
+    queries: list[Record] = []
+    for of_split in records.values():
+        queries += of_split
     return all(map(_is_record, queries)) and len(set(map(_shape, queries))) == 1
 
 

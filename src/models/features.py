@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -125,7 +126,7 @@ def freeze(cache: FeatureCache, split: Split, texts: list[list[str]], label: str
         label: beginning of the names of the cache's files.
     """
     images = cache.images(split.paths, label)
-    captions = cache.captions([text for variants in texts for text in variants], label)
+    captions = cache.captions(list(itertools.chain.from_iterable(texts)), label)
     return FrozenSplit(split=split, images=images, captions=captions.unflatten(0, (len(texts), -1)))
 
 

@@ -1,5 +1,6 @@
 """The epoch loop: step, log, validate, keep the best, and be able to go on after any interruption."""
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -115,7 +116,8 @@ class Stepper:
         )
         if self.schedule.clip_grad_norm is not None:
             self.scaler.unscale_(optimizer)
-            learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            groups = [group["params"] for group in optimizer.param_groups]
+            learned = list(itertools.chain.from_iterable(groups))
             nn.utils.clip_grad_norm_(learned, self.schedule.clip_grad_norm)
         self.scaler.step(optimizer)
         self.scaler.update()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from benchmarks import Split
+from benchmarks.splits import all_paths
 from combiner import compose_sum
 from data_utils import load_batches, normalise
 from models.clip_model import CLIP, choose_trained, tokenize
@@ -118,6 +119,7 @@ def sum_validation(
 
 def with_image_cache(encoder: Encoder, folder: Path, splits: Sequence[Split]) -> Encoder:
     """The encoder with images from a cache instead of decoded ones; the cache is filled now unless it is there."""
-    paths = list(dict.fromkeys(path for split in splits for path in split.paths))
-    cached = open_image_cache(folder, paths, encoder.read, recipe=encoder.image_recipe(), workers=encoder.workers)
+    cached = open_image_cache(
+        folder, all_paths(splits), encoder.read, recipe=encoder.image_recipe(), workers=encoder.workers
+    )
     return dataclasses.replace(encoder, read=cached)
