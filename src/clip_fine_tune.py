@@ -11,12 +11,19 @@ On a laptop, with drawn data: see `make demo`.
 import argparse
 import dataclasses
 import functools
-import logging
 from typing import TYPE_CHECKING
 
 from benchmarks import Benchmark
 from cli import options
-from cli.training import about_run, check_training, kept_weights, parse_training, schedule_of, start_training
+from cli.training import (
+    about_run,
+    check_training,
+    is_already_complete,
+    kept_weights,
+    parse_training,
+    schedule_of,
+    start_training,
+)
 from models.configuration import Settings, plain, settle
 from runtime.interruption import StopRequest, listening
 from training.hyper_parameters import started_with
@@ -29,7 +36,6 @@ if TYPE_CHECKING:
     from models.encoder import Encoder
 
 SCRIPT = "clip_fine_tune.py"
-logger = logging.getLogger(__name__)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -41,8 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         options.training_flags(batch_size=512, validation_frequency=1),
         options.machine_flags(),
     ]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
-    return parse_training(parser, SCRIPT, argv)
+    return parse_training(SCRIPT, __doc__, parents, argv)
 
 
 def train(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -> None:
@@ -123,13 +128,11 @@ def main(argv: list[str] | None = None) -> None:
     """Fine-tune CLIP; writes a run folder under --output-dir."""
     args = parse(argv)
     benchmark = check_training(args)
+    if is_already_complete(args.resume):
+        return
 
     from runtime import distributed
-    from training.run import is_complete
 
-    if args.resume and is_complete(args.resume):
-        logger.info("%s is complete", args.resume)
-        return
     with listening() as stop:
         train(args, benchmark, stop)
     distributed.stop()

@@ -5,7 +5,7 @@ On a GPU:
         --clip-model-name RN50x16 --clip-model-path clip_finetuned --combiner-lr 2e-5 --batch-size 4096 --clip-bs 32 \
         --transform targetpad --target-ratio 1.25 --save-training --save-best --validation-frequency 1
 
-On a laptop, with drawn data: see `make demo`.
+`make demo` runs it on a laptop, on drawn data.
 """
 
 import argparse
@@ -20,12 +20,20 @@ from typing import TYPE_CHECKING
 from benchmarks import Benchmark
 from benchmarks.metrics import mean_and_deviation
 from cli import options
-from cli.training import about_run, check_training, kept_weights, parse_training, schedule_of, start_training
+from cli.training import (
+    about_run,
+    check_training,
+    is_already_complete,
+    kept_weights,
+    parse_training,
+    schedule_of,
+    start_training,
+)
 from models.configuration import Settings, plain, read_checkpoint, settle
 from runtime.files import read_json, write_text
 from runtime.interruption import StopRequest, listening
 from training.hyper_parameters import started_with
-from utils import command, seed_everything, two_decimals
+from utils import UserError, command, seed_everything, two_decimals
 
 if TYPE_CHECKING:
     import torch
@@ -49,10 +57,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         options.training_flags(batch_size=1024, validation_frequency=3),
         options.machine_flags(),
     ]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
-    args = parse_training(parser, SCRIPT, argv)
+    args = parse_training(SCRIPT, __doc__, parents, argv)
     if args.seeds and len(set(args.seeds)) < len(args.seeds):
-        parser.error(f"--seeds {' '.join(map(str, args.seeds))} names a seed twice: name each once")
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))} names a seed twice: name each once")
     return args
 
 
@@ -221,13 +228,12 @@ def main(argv: list[str] | None = None) -> None:
     """Train a Combiner, or one with each of several seeds; writes a run folder under --output-dir."""
     args = parse(argv)
     benchmark = check_training(args)
+    if is_already_complete(args.resume):
+        return
 
     from runtime import distributed
-    from training.run import claim_folder, is_complete, run_name
+    from training.run import claim_folder, run_name
 
-    if args.resume and is_complete(args.resume):
-        logger.info("%s is complete", args.resume)
-        return
     with listening() as stop:
         stage = prepare(args, benchmark, stop)
         name = run_name("combiner_trained", benchmark.run_name, stage.settings.recipe["clip_model_name"])

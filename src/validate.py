@@ -19,14 +19,7 @@ from utils import command, two_decimals
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of a validation."""
-    parents = [
-        options.dataset_flag(),
-        options.pair_flags(),
-        options.combiner_flags(trains=False),
-        options.tuned_clip_flag(),
-        options.clip_flags(),
-        options.machine_flags(),
-    ]
+    parents = [options.dataset_flag(), *options.evaluation_flags()]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
     group = parser.add_argument_group("results")
     options.add_protocol(

@@ -38,14 +38,7 @@ ORDERS = ("best", "worst", "random")
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of a sheet."""
-    parents = [
-        options.dataset_flag(required=False),
-        options.pair_flags(required=False),
-        options.combiner_flags(trains=False),
-        options.tuned_clip_flag(),
-        options.clip_flags(),
-        options.machine_flags(),
-    ]
+    parents = [options.dataset_flag(required=False), *options.evaluation_flags(needs_pair=False)]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
     group = parser.add_argument_group("sheet")
     group.add_argument("--rankings", type=Path, metavar="FILE", help="of validate.py, in place of a pair")

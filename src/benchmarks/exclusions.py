@@ -56,10 +56,9 @@ def announce(wanted: Collection[str], splits: Iterable[Split]) -> None:
     for split in splits:
         left_out.update(split.excluded_images)
         if split.excluded_images:
-            logger.warning(
-                "left out of %s: %d images and the %d triplets that ask with or for them; %d triplets remain",
-                split.name, len(split.excluded_images), split.excluded_triplets, len(split.triplets),
-            )  # fmt: skip
+            images = len(split.excluded_images)
+            lost = f"{images} images and the {split.excluded_triplets} triplets that ask with or for them"
+            logger.warning("left out of %s: %s; %d triplets remain", split.name, lost, len(split.triplets))
         if split.smaller_groups:
             logger.warning("%d of them choose from a smaller subset: their subset recalls rise", split.smaller_groups)
     if others := [name for name in wanted if name not in left_out]:

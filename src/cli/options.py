@@ -240,6 +240,17 @@ def pair_flags(required: bool = True, silent: str | None = None) -> argparse.Arg
     return parser
 
 
+def evaluation_flags(*, needs_pair: bool = True) -> list[argparse.ArgumentParser]:
+    """A trained pair, and where and with what it is measured; the benchmark's name is a flag of its own."""
+    return [
+        pair_flags(required=needs_pair),
+        combiner_flags(trains=False),
+        tuned_clip_flag(),
+        clip_flags(),
+        machine_flags(),
+    ]
+
+
 def search_flags() -> list[argparse.ArgumentParser]:
     """An index, and how its queries are composed: with the index's CLIP, and the sum unless a Combiner is named."""
     parser = argparse.ArgumentParser(add_help=False)

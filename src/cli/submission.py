@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks import Benchmark
 from benchmarks.server_files import Form
 from cli.flag_types import file_name
-from cli.options import clip_flags, combiner_flags, machine_flags, pair_choice, pair_flags, tuned_clip_flag
+from cli.options import evaluation_flags, pair_choice
 from cli.startup import check_annotations, check_files, open_benchmark, pick_device
 from runtime.files import check_writable
 from utils import PROJECT_ROOT
@@ -15,8 +15,7 @@ from utils import PROJECT_ROOT
 
 def submission_parser(description: str, benchmark: type[Benchmark]) -> argparse.ArgumentParser:
     """All flags of a submission for a benchmark's test server."""
-    parents = [pair_flags(), combiner_flags(trains=False), tuned_clip_flag(), clip_flags(), machine_flags()]
-    parser = argparse.ArgumentParser(description=description, parents=parents)
+    parser = argparse.ArgumentParser(description=description, parents=evaluation_flags())
     parser.set_defaults(dataset=benchmark.name)
     group = parser.add_argument_group("submission")
     group.add_argument(

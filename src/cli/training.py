@@ -1,9 +1,10 @@
 """What both trainings do with their flags: those of a resumed run, folders, seed, tracker, the page of the run."""
 
 import argparse
+import logging
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +25,22 @@ if TYPE_CHECKING:
     from training.tracker import NoTracker
 
 
-def parse_training(parser: argparse.ArgumentParser, script: str, argv: list[str] | None) -> argparse.Namespace:
+logger = logging.getLogger(__name__)
+
+
+def parse_training(
+    script: str, description: str, parents: Sequence[argparse.ArgumentParser], argv: list[str] | None
+) -> argparse.Namespace:
     """The flags of a training; with `--resume` those of the run, and what is typed beside it laid over them.
 
     What is typed must not contradict the run: `started_with` compares what comes out with the run's hyper-parameters.
+
+    Args:
+        script: its file's name.
+        description: its docstring, of which `--help` shows the first line.
     """
     argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=description.splitlines()[0], parents=parents)
     parser.set_defaults(script=script)
     only_resume = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     only_resume.add_argument("--resume", type=Path)
@@ -63,6 +74,16 @@ def check_training(args: argparse.Namespace) -> Benchmark:
     benchmark, _ = open_benchmark(args)
     check_annotations(benchmark, [benchmark.train_split, benchmark.val_split])
     return benchmark
+
+
+def is_already_complete(resumed: Path | None) -> bool:
+    """Whether the run that `--resume` names came to its end, which is then said."""
+    from training.run import is_complete
+
+    if resumed is None or not is_complete(resumed):
+        return False
+    logger.info("%s is complete", resumed)
+    return True
 
 
 def start_training(args: argparse.Namespace) -> "tuple[torch.device, NoTracker]":

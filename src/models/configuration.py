@@ -156,7 +156,8 @@ def settle(choice: ClipChoice, checkpoints: Sequence[Checkpoint | None]) -> Clip
             settled[name] = default
         for path, value in trained.items():
             if value != settled[name]:
-                logger.warning("warning: %s was trained with %s %s, not %s", path, flag(name), value, settled[name])
+                asked = f"{flag(name)} {value}, not {settled[name]}"
+                logger.warning("warning: %s was trained with %s", path, asked)
     if settled["transform"] not in TRANSFORMS:
         raise UserError(f"a checkpoint names the transform {settled['transform']}, which is none of {TRANSFORMS}")
     return ClipChoice(**settled)

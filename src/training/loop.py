@@ -187,7 +187,7 @@ def run_epoch(task: Task, stepper: Stepper, autosave: Autosave) -> None:
         autosave.checkpoints.update(epoch, metrics)
         run.draw()
         best = _best_so_far(metrics, autosave.checkpoints.best)
-        logger.info("epoch %d: loss %.4f, %s, %.1f s", epoch, loss, best, time.monotonic() - start)
+        logger.info("epoch %d: %s", epoch, f"loss {loss:.4f}, {best}, {time.monotonic() - start:.1f} s")
     progress.epoch = epoch + 1
     progress.losses = []
     autosave.save_if_due(epoch_ends=True)
