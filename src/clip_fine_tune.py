@@ -14,18 +14,9 @@ import functools
 from typing import TYPE_CHECKING
 
 from benchmarks import Benchmark
-from cli import options
-from cli.training import (
-    about_run,
-    check_training,
-    is_already_complete,
-    kept_weights,
-    parse_training,
-    schedule_of,
-    start_training,
-)
+from cli import options, training
 from models.configuration import Settings, plain, settle
-from runtime.interruption import StopRequest, listening
+from runtime.interruption import StopRequest
 from training.hyper_parameters import started_with
 from utils import command
 
@@ -47,7 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         options.training_flags(batch_size=512, validation_frequency=1),
         options.machine_flags(),
     ]
-    return parse_training(SCRIPT, __doc__, parents, argv)
+    return training.parse(SCRIPT, __doc__, parents, argv)
 
 
 def train(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -> None:
@@ -62,7 +53,7 @@ def train(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -> 
     from training.schedule import Precision
     from training.stage1 import fine_tuning
 
-    device, tracker = start_training(args)
+    device, tracker = training.start(args)
     precision = Precision(args.precision, device)
     data = read_training_data(
         benchmark, batch_size=args.batch_size, seed=args.seed, micro_batch_size=args.micro_batch_size
@@ -90,15 +81,15 @@ def train(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -> 
         prefix="tuned_clip",
         best_names=benchmark.best_clips(),
         config=settings.on_disk(),
-        kept=kept_weights(args),
+        kept=training.kept_weights(args),
     )
-    schedule = schedule_of(args, micro_batch_size=args.micro_batch_size)
+    schedule = training.schedule_of(args, micro_batch_size=args.micro_batch_size)
     shown = {"combining-function": "sum", "clip-model-path": checkpoints.first_choice(schedule.last_validation)}
     fit(
         task,
         schedule=schedule,
         precision=precision,
-        run=open_run(folder, tracker, about_run(benchmark, settings, folder, shown)),
+        run=open_run(folder, tracker, training.about_run(benchmark, settings, folder, shown)),
         checkpoints=checkpoints,
         stop=stop,
         minutes=args.checkpoint_every_minutes,
@@ -126,16 +117,7 @@ def load_clip_and_images(
 @command
 def main(argv: list[str] | None = None) -> None:
     """Fine-tune CLIP; writes a run folder under --output-dir."""
-    args = parse(argv)
-    benchmark = check_training(args)
-    if is_already_complete(args.resume):
-        return
-
-    from runtime import distributed
-
-    with listening() as stop:
-        train(args, benchmark, stop)
-    distributed.stop()
+    training.carry_out(parse(argv), train)
 
 
 if __name__ == "__main__":

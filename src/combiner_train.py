@@ -19,19 +19,10 @@ from typing import TYPE_CHECKING
 
 from benchmarks import Benchmark
 from benchmarks.metrics import mean_and_deviation
-from cli import options
-from cli.training import (
-    about_run,
-    check_training,
-    is_already_complete,
-    kept_weights,
-    parse_training,
-    schedule_of,
-    start_training,
-)
+from cli import options, training
 from models.configuration import Settings, plain, read_checkpoint, settle
 from runtime.files import read_json, write_text
-from runtime.interruption import StopRequest, listening
+from runtime.interruption import StopRequest
 from training.hyper_parameters import started_with
 from utils import UserError, command, seed_everything, two_decimals
 
@@ -57,7 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         options.training_flags(batch_size=1024, validation_frequency=3),
         options.machine_flags(),
     ]
-    args = parse_training(SCRIPT, __doc__, parents, argv)
+    args = training.parse(SCRIPT, __doc__, parents, argv)
     if args.seeds and len(set(args.seeds)) < len(args.seeds):
         raise UserError(f"--seeds {' '.join(map(str, args.seeds))} names a seed twice: name each once")
     return args
@@ -89,7 +80,7 @@ def prepare(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -
     from models.features import FeatureCache, freeze, freeze_queries
     from training.data import read_training_data
 
-    device, tracker = start_training(args)
+    device, tracker = training.start(args)
     tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
     data = read_training_data(benchmark, batch_size=args.batch_size, seed=args.seed)
     clip = settle(options.clip_choice(args), [tuned])
@@ -154,9 +145,9 @@ def train(
         prefix="combiner",
         best_names=benchmark.best_combiners(),
         config=settings.on_disk(),
-        kept=kept_weights(args),
+        kept=training.kept_weights(args),
     )
-    schedule = schedule_of(args)
+    schedule = training.schedule_of(args)
     shown = {"combining-function": "combiner", "combiner-path": checkpoints.first_choice(schedule.last_validation)}
     if settings.flags["clip_model_path"]:
         shown["clip-model-path"] = settings.flags["clip_model_path"]
@@ -164,7 +155,7 @@ def train(
         task,
         schedule=schedule,
         precision=Precision(args.precision, stage.device),
-        run=open_run(folder, stage.tracker, about_run(benchmark, settings, resumed_by, shown)),
+        run=open_run(folder, stage.tracker, training.about_run(benchmark, settings, resumed_by, shown)),
         checkpoints=checkpoints,
         stop=stop,
         minutes=args.checkpoint_every_minutes,
@@ -223,26 +214,23 @@ def report_seeds(folder: Path, seeds: list[int], benchmark: Benchmark) -> None:
     write_text(folder / BEST_METRICS, json.dumps(summary, indent=2) + "\n")
 
 
+def train_all(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -> None:
+    """Train a Combiner, or one with each of several seeds, in a run folder."""
+    from training.run import claim_folder, run_name
+
+    stage = prepare(args, benchmark, stop)
+    name = run_name("combiner_trained", benchmark.run_name, stage.settings.recipe["clip_model_name"])
+    folder = claim_folder(args.output_dir, name, stage.settings.on_disk(), args.resume)
+    if args.seeds:
+        train_seeds(args, stage, folder, stop)
+    else:
+        train(args, stage, args.seed, folder=folder, resumed_by=folder, stop=stop)
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     """Train a Combiner, or one with each of several seeds; writes a run folder under --output-dir."""
-    args = parse(argv)
-    benchmark = check_training(args)
-    if is_already_complete(args.resume):
-        return
-
-    from runtime import distributed
-    from training.run import claim_folder, run_name
-
-    with listening() as stop:
-        stage = prepare(args, benchmark, stop)
-        name = run_name("combiner_trained", benchmark.run_name, stage.settings.recipe["clip_model_name"])
-        folder = claim_folder(args.output_dir, name, stage.settings.on_disk(), args.resume)
-        if args.seeds:
-            train_seeds(args, stage, folder, stop)
-        else:
-            train(args, stage, args.seed, folder=folder, resumed_by=folder, stop=stop)
-    distributed.stop()
+    training.carry_out(parse(argv), train_all)
 
 
 if __name__ == "__main__":

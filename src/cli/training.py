@@ -4,7 +4,7 @@ import argparse
 import logging
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from cli.startup import check_annotations, check_files, command_line, open_bench
 from models.configuration import Settings
 from runtime import torchrun
 from runtime.files import check_writable
+from runtime.interruption import StopRequest, listening
 from training.hyper_parameters import read_hyper_parameters
 from utils import UserError, flag, seed_everything
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def parse_training(
+def parse(
     script: str, description: str, parents: Sequence[argparse.ArgumentParser], argv: list[str] | None
 ) -> argparse.Namespace:
     """The flags of a training; with `--resume` those of the run, and what is typed beside it laid over them.
@@ -64,7 +65,7 @@ def _as_typed(value: Any) -> Any:
     return str(value) if is_number else value
 
 
-def check_training(args: argparse.Namespace) -> Benchmark:
+def check(args: argparse.Namespace) -> Benchmark:
     """The benchmark to train on. Fails now, not after packages are loaded, if a file or a folder is no good."""
     check_files(args)
     written = {}
@@ -76,17 +77,24 @@ def check_training(args: argparse.Namespace) -> Benchmark:
     return benchmark
 
 
-def is_already_complete(resumed: Path | None) -> bool:
-    """Whether the run that `--resume` names came to its end, which is then said."""
-    from training.run import is_complete
+def carry_out(args: argparse.Namespace, train: Callable[[argparse.Namespace, Benchmark, StopRequest], None]) -> None:
+    """Train as the flags ask, with the signals that ask for a stop heard; nothing where the run is complete."""
+    if args.resume:
+        from training.run import is_complete
 
-    if resumed is None or not is_complete(resumed):
-        return False
-    logger.info("%s is complete", resumed)
-    return True
+        if is_complete(args.resume):
+            logger.info("%s is complete", args.resume)
+            return
+    benchmark = check(args)
+
+    from runtime import distributed
+
+    with listening() as stop:
+        train(args, benchmark, stop)
+    distributed.stop()
 
 
-def start_training(args: argparse.Namespace) -> "tuple[torch.device, NoTracker]":
+def start(args: argparse.Namespace) -> "tuple[torch.device, NoTracker]":
     """Seed everything; device and tracker."""
     from training.tracker import make_tracker
 
