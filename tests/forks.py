@@ -141,7 +141,8 @@ HOLD = "TEST_HOLDS_AT_EPOCH"
 def lead(words: list[str], environment: dict[str, str], outputs: list[str]) -> None:
     """A new process group's leader, which runs a command of Python."""
     os.setsid()
-    redirect(*(open(file, "wb") for file in outputs))
+    with open(outputs[0], "wb") as out, open(outputs[1], "wb") as err:
+        redirect(out, err)
     become(words, environment)
 
 
@@ -234,7 +235,7 @@ class Worker:
         return self.returncode
 
     def wait(self, timeout: float = HANG) -> int:
-        """Until it ends, ten times as long as torchrun's half a minute, in which a busy machine may not save a state."""
+        """Until it ends: ten times as long as torchrun says, whose half a minute may be short on a busy machine."""
         deadline = time.monotonic() + 10 * timeout
         while self.poll() is None:
             if time.monotonic() >= deadline:
@@ -247,7 +248,7 @@ def close_sockets() -> None:
     """Close the connections of the process that was forked, which a fresh one would not have."""
     for link in list(Path("/proc/self/fd").iterdir()):
         with contextlib.suppress(OSError):  # the listing's own
-            if os.readlink(link).startswith("socket:"):
+            if str(link.readlink()).startswith("socket:"):
                 os.close(int(link.name))
 
 
