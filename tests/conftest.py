@@ -1,54 +1,46 @@
 """Fixtures: the original's golden files unpacked, a small drawn benchmark, and scripts run in process."""
 
-import contextlib
 import csv
 import gzip
+import importlib
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
 
-import cirr_test_submission
-import clip_fine_tune
-import combiner_train
-import fashioniq_test_submission
-import shapes_dataset
-import validate
+from forks import ROOT, Script, cool_down
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded: two threads wait for each other at tensors so small
 SOAK = os.environ.get("SOAK") == "1"  # `make soak`: many more cases
 CASES: Counter[tuple[str, str]] = Counter()  # (what was tried, outcome) -> cases
 settings.register_profile("anywhere", deadline=None)  # a busy machine fails no test
 settings.load_profile("anywhere")
-ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
-DOORS = {
-    "clip_fine_tune": clip_fine_tune.main,
-    "combiner_train": combiner_train.main,
-    "validate": validate.main,
-    "cirr_test_submission": cirr_test_submission.main,
-    "fashioniq_test_submission": fashioniq_test_submission.main,
-    "shapes_dataset": shapes_dataset.main,
-}
+
+
+def door(script: str) -> Callable[[list[str]], None]:
+    """A script's main, imported when it is run: most tests need few of them."""
+    return lambda argv: importlib.import_module(script).main(argv)
+
+
+SCRIPTS = "clip_fine_tune combiner_train validate cirr_test_submission fashioniq_test_submission shapes_dataset"
+DOORS = {script: door(script) for script in SCRIPTS.split()}
+
+
+def pytest_unconfigure():
+    cool_down()
 
 
 def pytest_terminal_summary(terminalreporter):
     """Say how many damaged files were tried, and how many kills."""
     for (kind, outcome), cases in sorted(CASES.items()):
         terminalreporter.write_line(f"{kind}: {cases} {outcome}")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +68,7 @@ def drawn(tmp_path_factory) -> Path:
     """A data root with a small drawn benchmark and two tiny CLIPs. Not to be written to: see `own_drawn`."""
     folder = tmp_path_factory.mktemp("drawn")
     sizes = "--train-triplets 12 --val-triplets 6 --train-groups 4 --val-groups 3"
-    shapes_dataset.main(["--output-dir", str(folder), *sizes.split()])
+    DOORS["shapes_dataset"](["--output-dir", str(folder), *sizes.split()])
     return folder
 
 
@@ -119,33 +111,17 @@ def fails(run, capsys):
 
 
 @pytest.fixture
-def start():
-    """Start Python with arguments as the leader of a process group, which is gone after the test however that ends."""
-    processes = []
+def start(tmp_path_factory):
+    """Start Python with arguments as a process (see `Script`), which is gone after the test however that ends."""
+    started = []
 
-    def start(*words: object) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [sys.executable, *map(str, words)],
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-            preexec_fn=hear_ctrl_c,
-        )
-        processes.append(process)
-        return process
+    def start(*words: object, fresh: bool = False, hold: int | None = None) -> Script:
+        started.append(Script(words, tmp_path_factory.mktemp("process"), fresh, hold))
+        return started[-1]
 
     yield start
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
-def hear_ctrl_c() -> None:
-    """What a shell starts in the background ignores it, and so would all that this starts."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for process in started:
+        process.end()
 
 
 STAGE_1 = "--num-epochs 2 --learning-rate 1e-4 --batch-size 12 --validation-frequency 1 --save-training"

@@ -1,7 +1,6 @@
 """Trainings that are killed again and again, resumed, and held against one that never was. For tests and the soak."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -12,14 +11,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from forks import forked, redirect
 from runtime.image_files import decoded
 from runtime.tensors import load_tensors
-
-# Processes are forked from one that has the packages loaded: a kill then costs a second, not five.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["clip_fine_tune", "combiner_train", "kills"])
-SOURCES = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "src")]
-os.environ["PYTHONPATH"] = os.pathsep.join(SOURCES)  # where that process looks for them
 
 
 @dataclass
@@ -36,8 +30,7 @@ class Tally:
 def work(door: str, argv: list[str], log: Path, kill_at_sync: int | None) -> None:
     """One process: a script's main, its output in a file; it may kill itself where a file is about to be synced."""
     with open(log, "ab", buffering=0) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+        redirect(file, file)
     if kill_at_sync is not None:
         left, real = [kill_at_sync], os.fsync
 
@@ -51,17 +44,9 @@ def work(door: str, argv: list[str], log: Path, kill_at_sync: int | None) -> Non
     __import__(door).main(argv)
 
 
-def warm_up() -> None:
-    """Start what processes are forked from."""
-    process = CONTEXT.Process(target=int)
-    process.start()
-    process.join()
-
-
 def run_to_the_end(door: str, argv: list[str], log: Path) -> None:
     """Run a script in a process of its own, which must end well."""
-    process = CONTEXT.Process(target=work, args=(door, argv, log, None))
-    process.start()
+    process = forked(work, door, argv, log, None)
     process.join()
     assert process.exitcode == 0, log.read_text()[-3000:]
 
@@ -122,8 +107,7 @@ def attempt(door: str, argv: list[str], output: Path, longest: float, at_sync: b
     run = the_run(output)
     often = ["--checkpoint-every-minutes", str(rng.choice([1e-9, 1e-3, 10]))]
     words = [*(["--resume", str(run)] if run else [*argv, "--output-dir", str(output)]), *often]
-    process = CONTEXT.Process(target=work, args=(door, words, log_of(output), rng.randrange(60) if at_sync else None))
-    process.start()
+    process = forked(work, door, words, log_of(output), rng.randrange(60) if at_sync else None)
     process.join(longest if at_sync else rng.uniform(0, longest))
     if process.is_alive():
         process.kill()

@@ -4,9 +4,6 @@ import json
 import os
 import pickle
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -364,13 +361,14 @@ def test_metrics_cannot_be_written_below_a_file(tmp_path, golden, fails, name):
     assert "--metrics-json" in fails("validate", golden, *CIRR, *SUM, *name, "--metrics-json", tmp_path / "file" / "m")
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path):
+def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path, tmp_path_factory, start):
     """With the kernel refusing files above a size, as a full disk refuses them."""
     code = """
-import sys, torch
+import resource, sys, torch
 from pathlib import Path
 from runtime.tensors import save_tensors
 from utils import UserError
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     save_tensors(Path(sys.argv[1]), {"CLIP": {"weight": torch.ones(200_000)}})
 except UserError as error:
@@ -378,8 +376,10 @@ except UserError as error:
 """
     path = tmp_path / "combiner.pt"
     torch.save({"weight": torch.zeros(3)}, path)
-    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)){code}"
-    done = subprocess.run([sys.executable, "-c", code, path], cwd=SRC, capture_output=True, text=True)
+    script = tmp_path_factory.mktemp("script") / "saves.py"
+    script.write_text(code)
+    done = start(script, path)
+    done.wait()
     assert done.stderr.startswith(f"refused: could not write {path}")
     assert "free space" in done.stderr
     assert torch.equal(torch.load(path)["weight"], torch.zeros(3))
@@ -406,12 +406,10 @@ def test_a_similarity_that_is_not_finite_stops_the_evaluation(golden, tmp_path, 
 def test_ctrl_c_leaves_whole_files(drawn, name, tmp_path, start):
     flags = [*CIRR, *name, *STAGE_2.split(), "--no-feature-cache", "--num-epochs", 100_000, "--data-root", drawn]
     process = start(SRC / "combiner_train.py", *flags, "--output-dir", tmp_path / "runs")
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("runs/*/saved_models/combiner_*.pt"))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process.wait_for(lambda: len(list(tmp_path.glob("runs/*/saved_models/combiner_*.pt"))) >= 3)
     process.send_signal(signal.SIGINT)
-    stderr = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
+    assert process.wait() == 130
+    stderr = process.stderr
     assert "Traceback" not in stderr
     assert "interrupted" in stderr
     (run,) = (tmp_path / "runs").iterdir()

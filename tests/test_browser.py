@@ -17,10 +17,10 @@ from PIL import Image
 import demo_app
 import search
 import visualize
+from forks import HANG, free_port
 from image_search.searcher import load_searcher
 from runtime.choices import PairChoice
 from test_dialogue import bad_uploads
-from test_distributed import free_port
 from test_search import images
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -49,7 +49,7 @@ CUT = """selector => [...document.querySelectorAll(selector)].filter(element => 
 def browser():
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(
-            executable_path=CHROMIUM, args=[*QUIET, "--disable-quic", "--disable-component-update"]
+            executable_path=CHROMIUM, args=[*QUIET, "--disable-quic", "--disable-component-update"], timeout=1000 * HANG
         )
         yield browser
         browser.close()
@@ -62,6 +62,7 @@ def open_page(browser):
 
     def open_page(address: str, width: int = 1280):
         page = browser.new_page(viewport={"width": width, "height": 900})
+        page.set_default_timeout(1000 * HANG)
         page.errors = []
         page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: page.errors.append(str(error)))
@@ -82,6 +83,7 @@ def is_foreign(url: str) -> bool:
 
 def picture(page, name: str) -> None:
     if PICTURES:
+        page.wait_for_timeout(300)  # what moves comes to rest
         page.screenshot(path=str(Path(PICTURES) / f"{name}.png"))
 
 
@@ -204,7 +206,6 @@ def test_load_ask_and_go_on_from_a_result(width, app, searcher):
     similarities = [float(label.split()[1]) for label in labels]
     assert similarities == sorted(similarities, reverse=True)
     assert steps(page) == ["“change the color to red”"]
-    page.wait_for_timeout(300)
     picture(page, f"app-{width}")
     page.locator("#results button:has(img)").nth(1).click()
     wait_for_steps(page, 2)

@@ -1,43 +1,40 @@
 """Two processes through the real command line against one: the same losses, weights, galleries and files."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import ROOT, STAGE_2, read_csv
+from forks import Script, torchrun
 
 STAGE_1 = "--num-epochs 2 --learning-rate 1e-4 --batch-size 12 --save-training --encoder both"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@pytest.fixture
+def launch(start):
+    """Run a script to its end, under torchrun or directly for one process; each has one CPU thread."""
+
+    def launch(processes: int, script: str, *flags: object, fresh: bool = False) -> Script:
+        process = start(*(torchrun(processes) if processes > 1 else []), f"src/{script}.py", *flags, fresh=fresh)
+        process.wait()
+        return process
+
+    return launch
 
 
-def torchrun(processes: int) -> list[str]:
-    """Python's arguments before a script that several processes run."""
-    return ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
+@pytest.fixture
+def train(launch):
+    """Train in some processes; returns the run folder."""
 
+    def train(processes: int, script: str, output: Path, *flags: object) -> Path:
+        done = launch(processes, script, *flags, "--output-dir", output, "--device", "cpu", "--num-workers", 0)
+        assert done.returncode == 0, done.stderr
+        (run,) = output.iterdir()
+        return run
 
-def launch(processes: int, script: str, *flags: object) -> subprocess.CompletedProcess:
-    """Run a script under torchrun, or directly for one process; two CPU threads in all."""
-    words = [sys.executable, *(torchrun(processes) if processes > 1 else []), f"src/{script}.py", *map(str, flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(2 // processes)}
-    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def train(processes: int, script: str, output: Path, *flags: object) -> Path:
-    done = launch(processes, script, *flags, "--output-dir", output, "--device", "cpu", "--num-workers", 0)
-    assert done.returncode == 0, done.stderr
-    (run,) = output.iterdir()
-    return run
+    return train
 
 
 def assert_same_run(one: Path, two: Path, key: str) -> None:
@@ -67,7 +64,7 @@ def without_key_bias(name: str, shape: torch.Size) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("micro", [[], ["--micro-batch-size", 2]], ids=["plain", "micro-batches"])
-def test_stage_1(micro, golden, tmp_path):
+def test_stage_1(micro, golden, train, tmp_path):
     name = ["--clip-model-name", golden / "clip_vit.pt", "--data-root", golden]
     flags = ["--dataset", "CIRR", *name, *STAGE_1.split()]
     one = train(1, "clip_fine_tune", tmp_path / "one", *flags)
@@ -75,7 +72,7 @@ def test_stage_1(micro, golden, tmp_path):
     assert_same_run(one, two, "CLIP")
 
 
-def test_stage_2_with_dropout_and_experts(golden, tmp_path):
+def test_stage_2_with_dropout_and_experts(golden, train, tmp_path):
     name = ["--clip-model-name", golden / "clip_vit.pt", "--clip-model-path", golden / "tuned_clip_vit.pt"]
     flags = ["--dataset", "FashionIQ", *name, "--data-root", golden, *STAGE_2.split()]
     one = train(1, "combiner_train", tmp_path / "one", *flags, "--feature-cache", tmp_path / "cache1")
@@ -90,11 +87,11 @@ def test_stage_2_with_dropout_and_experts(golden, tmp_path):
     assert_same_run(one, again, "Combiner")
 
 
-def test_validation_and_submission(golden, tmp_path):
+def test_validation_and_submission(golden, launch, tmp_path):
     pair = ["--clip-model-name", golden / "clip_vit.pt", "--clip-model-path", golden / "tuned_clip_vit.pt"]
     pair += ["--combining-function", "combiner", "--combiner-path", golden / "combiner_moe_cirr.pt"]
     shared = [*pair, "--data-root", golden, "--device", "cpu", "--num-workers", 0]
-    done = launch(2, "validate", "--dataset", "CIRR", *shared, "--metrics-json", tmp_path / "metrics.json")
+    done = launch(2, "validate", "--dataset", "CIRR", *shared, "--metrics-json", tmp_path / "metrics.json", fresh=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("recall_at50 = ") == 1  # one process prints
     entries = json.loads((golden / "expected.json").read_text())["validate"]
@@ -111,13 +108,14 @@ def test_validation_and_submission(golden, tmp_path):
         tmp_path,
         "--similarity-block",
         7,
+        fresh=True,
     )
     assert done.returncode == 0, done.stderr
     for name in ("recall_submission_moe.json", "recall_subset_submission_moe.json"):
         assert (tmp_path / name).read_text() == (golden / name).read_text()
 
 
-def test_bad_input_is_said_once_by_each_process(golden):
+def test_bad_input_is_said_once_by_each_process(golden, launch):
     name = ["--clip-model-name", golden / "clip_vit.pt", "--data-root", golden, "--device", "cpu"]
     done = launch(2, "clip_fine_tune", "--dataset", "CIRR", *name, "--batch-size", 13)
     assert done.returncode != 0
@@ -127,19 +125,19 @@ def test_bad_input_is_said_once_by_each_process(golden):
     assert "exitcode  : 2" in done.stderr
 
 
-def test_a_process_that_dies_ends_all(golden, tmp_path):
+def test_a_process_that_dies_ends_all(golden, start, tmp_path):
     """One of two is killed in the middle; the other is ended too, with a message, instead of waiting for ever."""
     code = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT / "src")!r})
 import clip_fine_tune
-from training import loop
-real = loop.Stepper.step
+from training.loop import Stepper
+real = Stepper.step
 def step(self, *batch):
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, *batch)
-loop.Stepper.step = step
+Stepper.step = step
 clip_fine_tune.main(sys.argv[1:])
 """
     script = ROOT / "src" / "clip_fine_tune.py"
@@ -148,6 +146,6 @@ clip_fine_tune.main(sys.argv[1:])
     flags = ["--dataset", "CIRR", "--clip-model-name", golden / "clip_vit.pt", "--data-root", golden, *STAGE_1.split()]
     words = [*torchrun(2), killer, *flags, "--device", "cpu", "--num-workers", 0, "--output-dir", tmp_path / "runs"]
     assert script.exists()
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
+    done = start(*words)
+    assert done.wait() != 0
     assert "Signal 9 (SIGKILL)" in done.stderr

@@ -1,12 +1,9 @@
 """Runs that survive: killed at any point, told to stop, on a full disk, contradicted."""
 
-import contextlib
 import functools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,12 +13,12 @@ import torch
 import clip_fine_tune
 import combiner_train
 import kills
-from conftest import CASES, ROOT, SOAK, STAGE_1, STAGE_2, read_csv
+from conftest import CASES, SOAK, STAGE_1, STAGE_2, read_csv
+from forks import HANG, Script, family, forked, state_of, torchrun, warm_up
 from models import encoder
 from models.configuration import Settings
 from reports.run_page import About
 from runtime.tensors import load_tensors, save_tensors
-from test_distributed import torchrun
 from training.autosave import Autosave, load_state, save_state
 from training.checkpoints import Checkpoints
 from training.run import Run, make_folder
@@ -32,7 +29,7 @@ from training.tracker import NoTracker
 def test_killed_at_any_point_a_run_ends_like_one_that_never_was(number, drawn, tmp_path):
     """A dozen kills of both stages on both layouts; `make soak` does a hundred."""
     name, door, argv = kills.scenarios(drawn)[number]
-    kills.warm_up()
+    warm_up()
     start = time.monotonic()
     kills.run_to_the_end(door, [*argv, "--output-dir", str(tmp_path / "whole")], tmp_path / "whole.log")
     longest = time.monotonic() - start
@@ -218,34 +215,42 @@ def test_a_state_from_a_cpu_has_no_scalers(tmp_path):
     assert other.get_scale() == 4
 
 
-def test_a_worker_ends_when_its_parent_is_gone():
+def test_a_worker_ends_when_its_parent_is_gone(tmp_path, start):
     code = """
-import os, sys, time
-sys.path.insert(0, "src")
+import os, signal, time
 from runtime import interruption
 interruption.PATIENCE = 0.1
 if os.fork() == 0:
+    real = signal.sigtimedwait
+    def sigtimedwait(*wanted):
+        taken = real(*wanted)
+        if taken:
+            print("taken", flush=True)
+        return taken
+    signal.sigtimedwait = sigtimedwait
     interruption.heed_parent_alone()
     print(os.getpid(), flush=True)
-time.sleep(600)
+time.sleep(10_000)
 """
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    worker = int(parent.stdout.readline())
+    (tmp_path / "parent.py").write_text(code)
+    parent = start(tmp_path / "parent.py")
+    parent.wait_for(lambda: parent.stdout.endswith("\n"))
+    worker = int(parent.stdout)
     os.kill(worker, signal.SIGTERM)  # not from its parent
-    time.sleep(0.3)
-    assert Path(f"/proc/{worker}").exists()
-    parent.kill()
+    parent.wait_for(lambda: "taken" in parent.stdout)
+    for _ in range(2):  # it looks again
+        time.sleep(0.3)
+        assert state_of(worker) != "Z"
+    os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    deadline = time.monotonic() + 20
-    while Path(f"/proc/{worker}").exists() and "Z" not in state_of(worker):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until_gone([worker])
 
 
-def state_of(process: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    return "Z"
+def wait_until_gone(processes: list[int]) -> None:
+    deadline = time.monotonic() + HANG
+    while any(state_of(process) != "Z" for process in processes):
+        assert time.monotonic() < deadline, processes
+        time.sleep(0.02)
 
 
 # What is refused
@@ -354,9 +359,7 @@ def make_folders(parent: Path, number: int) -> None:
 
 
 def test_processes_that_start_at_once_share_no_folder(tmp_path):
-    processes = [kills.CONTEXT.Process(target=make_folders, args=(tmp_path, number)) for number in range(6)]
-    for process in processes:
-        process.start()
+    processes = [forked(make_folders, tmp_path, number) for number in range(6)]
     for process in processes:
         process.join()
     made = [json.loads(file.read_text())["number"] for file in tmp_path.glob("*/training_hyperparameters.json")]
@@ -373,31 +376,21 @@ def command(drawn: Path, output: Path, *flags: object, door: str = "combiner_tra
     return [f"src/{door}.py", *where, "--device", "cpu", "--dataset", "CIRR", *settings.split(), *own, *flags]
 
 
-def wait_for_epochs(output: Path, epochs: int) -> Path:
+def wait_for_epochs(process: Script, output: Path, epochs: int) -> Path:
     """Until the only run in a folder has trained so long, all of its seeds together."""
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        if sum(len(file.read_text().splitlines()) - 1 for file in output.rglob("train_metrics.csv")) >= epochs:
-            return kills.the_run(output)
-        time.sleep(0.02)
-    raise AssertionError("the training did not get far enough in time")
+
+    def trained() -> bool:
+        return sum(len(file.read_text().splitlines()) - 1 for file in output.rglob("train_metrics.csv")) >= epochs
+
+    process.wait_for(trained)
+    return kills.the_run(output)
 
 
-def running(word: str) -> list[int]:
-    """The processes that have a word in their command."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it is gone
-            found += [int(file.parent.name)] if word in file.read_text(errors="replace") else []
-    return found
-
-
-def kill_all(word: str) -> int:
-    """Kill all processes that have a word in their command; returns how many."""
-    found = running(word)
-    for process in found:
+def kill_all(processes: list[int]) -> None:
+    """Kill processes and see them gone."""
+    for process in processes:
         os.kill(process, signal.SIGKILL)
-    return len(found)
+    wait_until_gone(processes)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -405,11 +398,12 @@ def kill_all(word: str) -> int:
 def test_a_signal_saves_and_ends_with_the_command_to_resume(number, door, settings, drawn, tmp_path, start):
     """Sent to the whole group, the processes that load images too, as schedulers do."""
     flags = ["--num-epochs", 4000, "--num-workers", 2, "--checkpoint-every-minutes", 1000]
-    process = start(*command(drawn, tmp_path, *flags, door=door, settings=settings))
-    run = wait_for_epochs(tmp_path, 2)
+    fresh = number == signal.SIGTERM
+    process = start(*command(drawn, tmp_path, *flags, door=door, settings=settings), fresh=fresh)
+    run = wait_for_epochs(process, tmp_path, 2)
     os.killpg(process.pid, number)
-    stderr = process.communicate(timeout=60)[1]
-    assert process.returncode == 0, stderr
+    assert process.wait() == 0, process.stderr
+    stderr = process.stderr
     assert "Traceback" not in stderr
     last = stderr.strip().splitlines()[-1]
     assert last == f"{door}.py: stopped by {number.name}; go on with: python src/{door}.py --resume {run}"
@@ -420,30 +414,34 @@ def test_a_signal_saves_and_ends_with_the_command_to_resume(number, door, settin
 
 @pytest.mark.parametrize(
     ("door", "settings"),
-    [("combiner_train", f"{STAGE_2} --seeds 0 1 --num-epochs 20"), ("clip_fine_tune", f"{STAGE_1} --num-epochs 25")],
+    [("combiner_train", f"{STAGE_2} --seeds 0 1 --num-epochs 6"), ("clip_fine_tune", f"{STAGE_1} --num-epochs 7")],
 )
 def test_torchrun_killed_and_told_to_stop(door, settings, drawn, tmp_path, start):
-    """Two processes, killed in the middle, resumed, told to stop, resumed: as if nothing had been."""
+    """Two processes, killed in the middle, resumed, told to stop, resumed: as if nothing had been.
+
+    Should the kill or the request come late, the last epoch waits for it.
+    """
     flags = ["--num-workers", 0, "--batch-size", 4, "--validation-frequency", 3]
     often = ["--checkpoint-every-minutes", 1e-9]
     words = [command(drawn, tmp_path / name, *flags, door=door, settings=settings) for name in ("whole", "killed")]
     process = start(*torchrun(2), *words[0])
-    assert process.wait(timeout=200) == 0, process.stderr.read()
-    start(*torchrun(2), *words[1], *often)
-    run = wait_for_epochs(tmp_path / "killed", 5)
-    assert kill_all(str(tmp_path / "killed")) == 3  # torchrun and both of its processes
-    time.sleep(0.5)
+    assert process.wait() == 0, process.stderr
+    process = start(*torchrun(2), *words[1], *often, hold=5)
+    run = wait_for_epochs(process, tmp_path / "killed", 2)
+    processes = family(process.pid)
+    assert len(processes) == 3  # torchrun and both of its processes
+    kill_all(processes)
     tally = kills.Tally()
     kills.read_everything(run, tally)
     assert tally.unreadable == []
     resumption = [f"src/{door}.py", "--resume", run]
-    process = start(*torchrun(2), *resumption)
-    wait_for_epochs(tmp_path / "killed", 12)
+    process = start(*torchrun(2), *resumption, hold=5)
+    wait_for_epochs(process, tmp_path / "killed", 4)
     process.send_signal(signal.SIGTERM)  # which torchrun passes on
-    stderr = process.communicate(timeout=60)[1]
-    assert f"go on with: torchrun --nproc-per-node 2 src/{door}.py --resume {run}" in stderr
+    process.wait()
+    assert f"go on with: torchrun --nproc-per-node 2 src/{door}.py --resume {run}" in process.stderr
     process = start(*torchrun(2), *resumption)
-    assert process.wait(timeout=200) == 0, process.stderr.read()
+    assert process.wait() == 0, process.stderr
     assert kills.differences(kills.the_run(tmp_path / "whole"), run) == []
 
 
@@ -451,25 +449,23 @@ def test_torchrun_ended_by_a_signal_that_it_does_not_pass_on(drawn, tmp_path, re
     """Its processes notice that it is gone, save, and stop: the run can be resumed at once."""
     flags = ["--num-workers", 0, "--batch-size", 4, "--num-epochs", 4000, "--checkpoint-every-minutes", 1000]
     process = start(*torchrun(2), *command(drawn, tmp_path, *flags))
-    run = wait_for_epochs(tmp_path, 2)
+    run = wait_for_epochs(process, tmp_path, 2)
+    processes = family(process.pid)
+    assert len(processes) == 3
     process.send_signal(signal.SIGUSR1)
-    stderr = process.communicate(timeout=60)[1]
-    deadline = time.monotonic() + 60
-    while running(str(tmp_path)):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    process.wait()
+    wait_until_gone(processes)
     assert (
         f"stopped by the end of torchrun; go on with: torchrun --nproc-per-node 2 src/combiner_train.py --resume {run}"
-        in stderr
+        in process.stderr
     )
     assert load_tensors(run / "state.pt")["progress"]["epoch"] >= 1
 
 
-def test_a_full_disk_stops_with_the_last_good_state(drawn, tmp_path, resume):
+def test_a_full_disk_stops_with_the_last_good_state(drawn, tmp_path, resume, start):
     """From the third epoch on the kernel refuses files above a size, as a full disk refuses them."""
-    code = f"""
+    code = """
 import resource, sys
-sys.path.insert(0, {str(ROOT / "src")!r})
 import combiner_train
 from training import loop
 real = loop.run_epoch
@@ -480,9 +476,11 @@ def run_epoch(task, stepper, autosave):
 loop.run_epoch = run_epoch
 combiner_train.main(sys.argv[1:])
 """
+    (tmp_path / "fills.py").write_text(code)
     flags = ["--num-epochs", 5, "--num-workers", 0, "--save-best", "--checkpoint-every-minutes", 1e-9]
     _, *words = command(drawn, tmp_path / "full", *flags)
-    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
+    done = start(tmp_path / "fills.py", *words)
+    done.wait()
     assert done.returncode == 2, done.stderr
     (run,) = (tmp_path / "full").iterdir()
     last = done.stderr.strip().splitlines()[-1]
