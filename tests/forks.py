@@ -177,16 +177,16 @@ def become(words: list[str], environment: dict[str, str]) -> None:
 
 def hold_at(epoch: int) -> None:
     """A training waits at an epoch until it is killed or told to stop, however late that comes."""
-    from training.autosave import Keeper
+    from training.autosave import Autosave
 
-    real = Keeper.look
+    real = Autosave.save_if_due
 
-    def look(keeper, *args, **kwargs):
-        while keeper.progress.epoch >= epoch and not keeper.stop.look():
+    def save_if_due(autosave, *args, **kwargs):
+        while autosave.progress.epoch >= epoch and not autosave.stop.signal_name():
             time.sleep(0.02)
-        return real(keeper, *args, **kwargs)
+        return real(autosave, *args, **kwargs)
 
-    Keeper.look = look
+    Autosave.save_if_due = save_if_due
 
 
 def fork_workers() -> None:

@@ -89,6 +89,41 @@ def test_functions_are_short_and_errors_are_not_swallowed(file):
             assert ast.unparse(node.type) != "Exception", f"{file.name}:{node.lineno}"
 
 
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+LITERALS = (ast.Dict, ast.Set, ast.DictComp, ast.SetComp)
+
+
+def is_nested(node: ast.AST) -> bool:
+    """A comprehension with two loops, or with another one inside."""
+    if not isinstance(node, COMPREHENSIONS):
+        return False
+    inner = [child for child in ast.walk(node) if isinstance(child, COMPREHENSIONS) and child is not node]
+    return len(node.generators) > 1 or bool(inner)
+
+
+def is_merge(node: ast.AST) -> bool:
+    """A dict or set that is written down to be merged by |."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return isinstance(node.left, LITERALS) or isinstance(node.right, LITERALS)
+    return isinstance(node, ast.AugAssign) and isinstance(node.op, ast.BitOr) and isinstance(node.value, LITERALS)
+
+
+def test_lines_hold_one_idea():
+    """No denser than the field's models: see "How a line reads" in CONTRIBUTING.md."""
+    lines, nested, merged = [], [], []
+    for file in FILES:
+        text = file.read_text()
+        lines += text.splitlines()
+        for node in ast.walk(ast.parse(text)):
+            if is_nested(node):
+                nested.append(f"{name(file)}:{node.lineno}")
+            if is_merge(node):
+                merged.append(f"{name(file)}:{node.lineno}")
+    assert len(merged) <= len(lines) / 1000, merged
+    assert len(nested) <= 2 * len(lines) / 1000, nested
+    assert sum(len(line) > 100 for line in lines) <= 0.05 * len(lines)
+
+
 def test_no_wing_bears_the_name_of_a_package():
     taken = {
         "clip", "comet_ml", "datasets", "evaluate", "faiss", "gradio", "hypothesis", "logging", "matplotlib", "numpy",

@@ -135,3 +135,19 @@ def test_heavy_imports_stand_where_they_are_used():
             if isinstance(node, ast.ImportFrom):
                 names = [node.module or ""]
             assert not {name.split(".")[0] for name in names} & set(HEAVY), file.name
+
+
+def test_scripts_start_from_anywhere(tmp_path):
+    """By path, by a link, as a module, from another folder: a script finds what lies beside it."""
+    link = tmp_path / "link.py"
+    link.symlink_to(SRC / "validate.py")
+    starts = [
+        ([str(SRC / "validate.py")], tmp_path),
+        (["src/validate.py"], ROOT),
+        ([str(link)], tmp_path),
+        (["-m", "validate"], SRC),
+    ]
+    for words, folder in starts:
+        done = subprocess.run([sys.executable, *words, "--help"], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "--combining-function" in done.stdout
