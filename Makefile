@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo app test soak bench lint format clean
+.PHONY: demo app test soak bench lint format architecture clean
 
 demo: $(VENV)/runtime-installed
 	$(BIN)/python src/demo.py
@@ -31,6 +31,9 @@ lint: $(VENV)/dev-installed
 format: $(VENV)/dev-installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+architecture:
+	$(PYTHON) docs/architecture.py
 
 clean:
 	rm -rf $(VENV) demo

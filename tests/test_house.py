@@ -2,49 +2,14 @@
 
 import ast
 import graphlib
-from pathlib import Path
+import re
 
 import pytest
 
-SRC = Path(__file__).parent.parent / "src"
-FILES = sorted(SRC.rglob("*.py"))
-FLOORS = [
-    {"utils"},
-    {"runtime"},
-    {"data_utils", "combiner"},
-    {"benchmarks", "reports"},
-    {"models"},
-    {"training", "evaluation", "image_search"},
-    {"cli"},
-    {file.stem for file in SRC.glob("*.py")} - {"utils", "data_utils", "combiner"},  # the scripts
-]
+import architecture
+from architecture import FILES, FLOORS, OURS, SRC, imported, name, wing
+
 FLOOR_OF = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings}
-
-
-def name(file: Path) -> str:
-    """A file as it is imported: `benchmarks.splits`, `benchmarks` for its __init__."""
-    parts = file.relative_to(SRC).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-OURS = {name(file) for file in FILES}
-
-
-def imported(file: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it; of ours, the file that a name comes from."""
-    modules = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
-            rooms = {f"{node.module}.{alias.name}" for alias in node.names} & OURS
-            modules |= rooms or {node.module}
-    return modules
-
-
-def wing(module: str) -> str:
-    """The folder of a file, or the file that lies in src/ itself."""
-    return module.split(".")[0]
 
 
 def test_every_file_has_a_floor():
@@ -104,3 +69,8 @@ def test_the_readmes_tree_names_every_script_and_wing():
         if entry.name != "__pycache__":
             shown = f"{entry.name}/ " if entry.is_dir() else f"{entry.name} "
             assert shown in readme, f"{entry.name} is missing in the README's file tree"
+
+
+def test_the_picture_shows_the_code_as_it_is():
+    drawn = (SRC.parent / "docs" / "architecture.svg").read_text(encoding="utf-8")
+    assert drawn == architecture.picture(), "draw it again: make architecture"
