@@ -9,6 +9,7 @@ import pytest
 import architecture
 from architecture import FILES, FLOORS, OURS, SRC, imported, name, wing
 
+ARCHITECTURE = SRC.parent / "docs" / "architecture.md"
 FLOOR_OF = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings}
 
 
@@ -74,3 +75,31 @@ def test_the_readmes_tree_names_every_script_and_wing():
 def test_the_picture_shows_the_code_as_it_is():
     drawn = (SRC.parent / "docs" / "architecture.svg").read_text(encoding="utf-8")
     assert drawn == architecture.picture(), "draw it again: make architecture"
+
+
+def test_every_file_is_explained_in_the_architecture():
+    explained = {}
+    for part in re.split(r"^### ", ARCHITECTURE.read_text(), flags=re.MULTILINE)[1:]:
+        title = part.split("`")[1]
+        explained[title] = sorted(re.findall(r"^\| `(\w+\.py)` \| \S", part, re.MULTILINE))
+    there = {"src/": sorted(file.name for file in SRC.glob("*.py"))}
+    for file in FILES:
+        if file.parent != SRC and file.stem != "__init__":
+            there.setdefault(f"{file.parent.name}/", []).append(file.name)
+    assert explained == there
+
+
+def test_every_file_that_the_architecture_names_exists():
+    tables, ways = ARCHITECTURE.read_text().split("\n## Three ways")
+    introduction = tables.split("\n## The files")[0]
+    for path in re.findall(r"[\w./]*\w\.py\b", introduction + ways):
+        assert (SRC / path).is_file() or (SRC.parent / path).is_file(), path
+
+
+def test_what_the_architecture_names_in_a_file_is_there():
+    """`path.py` `name`, `other`: the file has both."""
+    name_of = r"`[A-Za-z_.]+(?:\(\))?`"
+    for path, names in re.findall(rf"`([\w/]+\.py)`((?:\s+{name_of})(?:,\s+{name_of})*)", ARCHITECTURE.read_text()):
+        content = (SRC / path).read_text()
+        for named in re.findall(r"`([\w.]+)", names):
+            assert named.endswith(".py") or named.split(".")[-1] in content, f"{path}: {named}"
