@@ -1,6 +1,6 @@
-"""The floors of src/ and the imports between them, read from the code, and docs/architecture.svg drawn from both.
+"""Draw docs/architecture.svg from the code: the floors of src/, what is in each wing, and the imports between wings.
 
-python docs/architecture.py    # or `make architecture`: draws the picture again
+python docs/architecture.py    # or `make architecture`: after a change of files or imports
 """
 
 import ast
@@ -9,21 +9,8 @@ from collections import Counter
 from html import escape
 from pathlib import Path
 
-SRC = Path(__file__).resolve().parent.parent / "src"
-FILES = sorted(SRC.rglob("*.py"))
-SHARED = {"utils", "data_utils", "combiner"}  # files of src/ itself that are no scripts
-SCRIPTS = {file.stem for file in SRC.glob("*.py")} - SHARED
-# From the lowest up: a wing imports wings of lower floors alone.
-FLOORS = [
-    {"utils"},
-    {"runtime"},
-    {"data_utils", "combiner"},
-    {"benchmarks", "reports"},
-    {"models"},
-    {"training", "evaluation", "image_search"},
-    {"cli"},
-    SCRIPTS,
-]
+from floors import FILES, FLOOR_OF, FLOORS, SRC, box_of, direct, imports, name
+
 # Left and right edge of each box, chosen so that an arrow finds a straight way down between the boxes.
 PLACES = {
     "scripts": (50, 980), "cli": (360, 980),
@@ -31,7 +18,6 @@ PLACES = {
     "models": (50, 680), "benchmarks": (360, 680), "reports": (700, 980),
     "data_utils": (50, 190), "combiner": (200, 340), "runtime": (50, 980), "utils": (50, 980),
 }  # fmt: skip
-FLOOR_OF = {place: floor for floor, wings in enumerate(FLOORS) for place in (wings - SCRIPTS or {"scripts"})}
 WIDTH, GAP, LINE, CELL = 1000, 38, 17, 26  # pixels: the picture, between floors, a line of text, a cell of the table
 LEGEND = [
     "How often the files of a row import those",
@@ -46,54 +32,6 @@ text { font: 12px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-s
 .middle { text-anchor: middle; }
 .end { text-anchor: end; }
 """
-
-
-def name(file: Path) -> str:
-    """A file as it is imported: `benchmarks.splits`, `benchmarks` for its __init__."""
-    parts = file.relative_to(SRC).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-OURS = {name(file) for file in FILES}
-
-
-def imported(file: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it; of ours, the file that a name comes from."""
-    modules = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
-            rooms = {f"{node.module}.{alias.name}" for alias in node.names} & OURS
-            modules |= rooms or {node.module}
-    return modules
-
-
-def wing(module: str) -> str:
-    """The folder of a file, or the file that lies in src/ itself."""
-    return module.split(".")[0]
-
-
-def box_of(module: str) -> str:
-    """The box that a module is drawn in: its wing's; all scripts share one."""
-    return "scripts" if wing(module) in SCRIPTS else wing(module)
-
-
-def imports() -> Counter[tuple[str, str]]:
-    """(importing box, imported box) -> how many imports of a file by a file."""
-    counts: Counter[tuple[str, str]] = Counter()
-    for file in FILES:
-        counts.update((box_of(name(file)), box_of(module)) for module in imported(file) & OURS)
-    return Counter({pair: count for pair, count in counts.items() if pair[0] != pair[1]})
-
-
-def direct(counts: Counter[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The imports that no longer way down implies; these are the arrows."""
-    below: dict[str, set[str]] = {}
-    for box in sorted(PLACES, key=FLOOR_OF.__getitem__):
-        below[box] = {lower for upper, lower in counts if upper == box}
-        below[box] |= {lowest for lower in below[box] for lowest in below[lower]}
-    return sorted(p for p in counts if not any(p[1] in below[box] for box in below[p[0]]))
 
 
 def text(x: float, y: float, content: object, kind: str = "") -> str:
@@ -130,6 +68,8 @@ def clear_x(upper: str, lower: str, taken: list[float]) -> float:
     ways = range(max(left for left, _ in edges) + 20, min(right for _, right in edges) - 19, 5)
     clear = [x for x in ways if not any(left - 8 < x < right + 8 for left, right in between)]
     apart = [x for x in clear if all(abs(x - other) > 24 for other in taken)]
+    if not apart:
+        raise SystemExit(f"{upper} imports {lower}, and no arrow goes straight down: move a box in PLACES")
     return apart[len(apart) // 2]
 
 

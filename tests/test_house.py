@@ -7,7 +7,7 @@ import re
 import pytest
 
 import architecture
-from architecture import FILES, FLOORS, OURS, SRC, imported, name, wing
+from floors import FILES, FLOORS, OURS, SRC, imported, name, wing
 
 ARCHITECTURE = SRC.parent / "docs" / "architecture.md"
 FLOOR_OF = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings}
