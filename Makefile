@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo app test soak bench lint types format clean
+.PHONY: demo app test soak bench lint types format architecture clean
 
 demo: $(VENV)/runtime-installed
 	$(BIN)/python src/demo.py
@@ -34,6 +34,9 @@ types: $(VENV)/dev-installed
 format: $(VENV)/dev-installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+architecture:
+	$(PYTHON) docs/architecture.py
 
 clean:
 	rm -rf $(VENV) demo

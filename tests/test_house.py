@@ -2,49 +2,15 @@
 
 import ast
 import graphlib
-from pathlib import Path
+import re
 
 import pytest
 
-SRC = Path(__file__).parent.parent / "src"
-FILES = sorted(SRC.rglob("*.py"))
-FLOORS = [
-    {"utils"},
-    {"runtime"},
-    {"data_utils", "combiner"},
-    {"benchmarks", "reports"},
-    {"models"},
-    {"training", "evaluation", "image_search"},
-    {"cli"},
-    {file.stem for file in SRC.glob("*.py")} - {"utils", "data_utils", "combiner"},  # the scripts
-]
+import architecture
+from floors import FILES, FLOORS, OURS, SRC, imported, name, wing
+
+ARCHITECTURE = SRC.parent / "docs" / "architecture.md"
 FLOOR_OF = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings}
-
-
-def name(file: Path) -> str:
-    """A file as it is imported: `benchmarks.splits`, `benchmarks` for its __init__."""
-    parts = file.relative_to(SRC).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-OURS = {name(file) for file in FILES}
-
-
-def imported(file: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it; of ours, the file that a name comes from."""
-    modules = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
-            rooms = {f"{node.module}.{alias.name}" for alias in node.names} & OURS
-            modules |= rooms or {node.module}
-    return modules
-
-
-def wing(module: str) -> str:
-    """The folder of a file, or the file that lies in src/ itself."""
-    return module.split(".")[0]
 
 
 def test_every_file_has_a_floor():
@@ -139,3 +105,36 @@ def test_the_readmes_tree_names_every_script_and_wing():
         if entry.name != "__pycache__":
             shown = f"{entry.name}/ " if entry.is_dir() else f"{entry.name} "
             assert shown in readme, f"{entry.name} is missing in the README's file tree"
+
+
+def test_the_picture_shows_the_code_as_it_is():
+    drawn = (SRC.parent / "docs" / "architecture.svg").read_text(encoding="utf-8")
+    assert drawn == architecture.picture(), "draw it again: make architecture"
+
+
+def test_every_file_is_explained_in_the_architecture():
+    explained = {}
+    for part in re.split(r"^### ", ARCHITECTURE.read_text(), flags=re.MULTILINE)[1:]:
+        title = part.split("`")[1]
+        explained[title] = sorted(re.findall(r"^\| `(\w+\.py)` \| \S", part, re.MULTILINE))
+    there = {"src/": sorted(file.name for file in SRC.glob("*.py"))}
+    for file in FILES:
+        if file.parent != SRC and file.stem != "__init__":
+            there.setdefault(f"{file.parent.name}/", []).append(file.name)
+    assert explained == there
+
+
+def test_every_file_that_the_architecture_names_exists():
+    tables, ways = ARCHITECTURE.read_text().split("\n## Three ways")
+    introduction = tables.split("\n## The files")[0]
+    for path in re.findall(r"[\w./]*\w\.py\b", introduction + ways):
+        assert (SRC / path).is_file() or (SRC.parent / path).is_file(), path
+
+
+def test_what_the_architecture_names_in_a_file_is_there():
+    """`path.py` `name`, `other`: the file has both."""
+    name_of = r"`[A-Za-z_.]+(?:\(\))?`"
+    for path, names in re.findall(rf"`([\w/]+\.py)`((?:\s+{name_of})(?:,\s+{name_of})*)", ARCHITECTURE.read_text()):
+        content = (SRC / path).read_text()
+        for named in re.findall(r"`([\w.]+)", names):
+            assert named.endswith(".py") or named.split(".")[-1] in content, f"{path}: {named}"

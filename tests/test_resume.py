@@ -312,6 +312,18 @@ def test_a_run_with_settings_in_one_table_goes_on(stopped, resume, refuses):
     assert config["data"]["data_sha256"] == content["data"]["data_sha256"]
 
 
+def test_a_run_of_an_earlier_version_lacks_later_flags(stopped, resume, refuses):
+    """They have their defaults; another value would contradict how the run began."""
+    run = stopped(3, "CIRR")
+    file = run / "training_hyperparameters.json"
+    content = json.loads(file.read_text())
+    del content["flags"]["cosine"]
+    file.write_text(json.dumps(content))
+    assert "the run was started without --cosine: leave it out" in refuses(run, "--cosine")
+    resume(run)
+    assert (run / "best_metrics.json").exists()
+
+
 def test_folders_that_are_no_runs(refuses, stage_1, tmp_path, drawn):
     assert "no folder of a run" in refuses(tmp_path / "nowhere")
     assert "no folder of a run" in refuses(drawn)

@@ -1,1 +1,1 @@
-"""Every shared flag; device, benchmark and resumed run from flags; what both submission scripts do."""
+"""Every shared flag; device, benchmark and resumed run from flags; what submission scripts do."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks import BENCHMARKS, PROTOCOLS
 from cli.flag_types import fraction, in_any_case, natural_int, positive_float, positive_int, seed_int, weight
+from models.configuration import ORIGINAL_DEFAULTS
 from runtime.choices import (
     COMBINER_TYPES,
     COMBINING_FUNCTIONS,
@@ -111,9 +112,12 @@ def clip_flags() -> argparse.ArgumentParser:
     """Which CLIP, and how images are preprocessed. None where silent: `configuration.settle` fills in."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("CLIP", "where silent: as the weights given were trained, else the default")
-    group.add_argument("--clip-model-name", metavar="NAME", help="a name or a checkpoint's path (default: RN50x4)")
-    group.add_argument("--transform", choices=TRANSFORMS, help="preprocessing (default: targetpad)")
-    group.add_argument("--target-ratio", type=positive_float, help="of targetpad (default: 1.25)")
+    default = ORIGINAL_DEFAULTS
+    names = f"a name or a checkpoint's path (default: {default.clip_model_name})"
+    group.add_argument("--clip-model-name", metavar="NAME", help=names)
+    group.add_argument("--transform", choices=TRANSFORMS, help=f"preprocessing (default: {default.transform})")
+    ratio = f"of targetpad (default: {default.target_ratio})"
+    group.add_argument("--target-ratio", type=positive_float, help=ratio)
     return parser
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from benchmarks import BENCHMARKS, Benchmark
 from benchmarks.exclusions import read_exclusions
+from models.configuration import find_clip
 from runtime import torchrun
-from runtime.choices import OPENAI_CLIPS
 from runtime.files import find_checkpoint
 from utils import UserError, first_line, flag
 
@@ -31,15 +31,14 @@ def check_files(args: argparse.Namespace) -> None:
     for name in ("clip_model_path", "combiner_path"):
         path = getattr(args, name, None)
         if path is not None:
-            _check_checkpoint(flag(name), path)
+            check_checkpoint(flag(name), path)
     clip = getattr(args, "clip_model_name", None)
-    if clip is not None and clip not in OPENAI_CLIPS:
-        if not Path(clip).exists() and not Path(f"{clip}.pt").exists():
-            raise UserError(f"--clip-model-name {clip}: neither a file nor one of {', '.join(OPENAI_CLIPS)}")
-        _check_checkpoint("--clip-model-name", Path(clip))
+    if clip is not None:
+        find_clip(clip)
 
 
-def _check_checkpoint(flag_name: str, path: Path) -> None:
+def check_checkpoint(flag_name: str, path: Path) -> None:
+    """Raise UserError, which names the flag, where there is no checkpoint at a path."""
     try:
         find_checkpoint(path)
     except UserError as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import Benchmark
 from cli.startup import check_annotations, check_files, command_line, open_benchmark, pick_device
-from models.configuration import Settings
+from models.configuration import FREE_FLAGS, Settings
 from runtime import torchrun
 from runtime.files import check_writable
 from runtime.interruption import StopRequest, listening
@@ -56,7 +56,11 @@ def parse(
     dataset = ["--dataset", str(stored.get("dataset"))]
     known = vars(parser.parse_args(dataset)).keys() - {"workspace", "script", "resume"}
     parser.set_defaults(**{name: _as_typed(value) for name, value in stored.items() if name in known})
-    return parser.parse_args([*dataset, *argv])
+    args = parser.parse_args([*dataset, *argv])
+    for name in known - stored.keys() - FREE_FLAGS:  # of a later version than the run's
+        if getattr(args, name) != parser.get_default(name):
+            raise UserError(f"--resume {folder}: the run was started without {flag(name)}: leave it out")
+    return args
 
 
 def _as_typed(value: Any) -> Any:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.choices import TRANSFORMS, ClipChoice
-from runtime.files import find_checkpoint
+from runtime.choices import OPENAI_CLIPS, TRANSFORMS, ClipChoice
+from runtime.files import find_checkpoint, is_there
 from utils import UserError, flag
 
 logger = logging.getLogger(__name__)
@@ -176,6 +176,22 @@ def _trained_with(name: str, kind: type, checkpoints: Sequence[Checkpoint | None
 
 def _in_full(name: str | None) -> str | None:
     """A model's name as it is, a checkpoint's path in full: a configuration is read from other folders too."""
-    if name is None or not (Path(name).exists() or Path(f"{name}.pt").exists()):
+    if name is None or not is_there(Path(name)):
         return name
     return str(find_checkpoint(Path(name)).resolve())
+
+
+def find_clip(name: str) -> Path | None:
+    """The checkpoint that `--clip-model-name` names, None for one of OpenAI's names.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if name in OPENAI_CLIPS:
+        return None
+    if not is_there(Path(name)):
+        raise UserError(f"--clip-model-name {name}: neither a file nor one of {', '.join(OPENAI_CLIPS)}")
+    try:
+        return find_checkpoint(Path(name))
+    except UserError as error:
+        raise UserError(f"--clip-model-name: {error}") from None

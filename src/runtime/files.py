@@ -159,6 +159,11 @@ def check_file_writable(files: dict[str, Path | None]) -> None:
     check_writable({flag: file and file.parent for flag, file in files.items()})
 
 
+def is_there(checkpoint: Path) -> bool:
+    """Whether there is something at the path of a checkpoint, or at the path with `.pt`."""
+    return checkpoint.exists() or Path(f"{checkpoint}.pt").exists()
+
+
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint file that a path stands for: itself, itself with `.pt`, or the only one in a run folder.
 

@@ -29,6 +29,7 @@ def read_hyper_parameters(folder: Path) -> Settings:
 def started_with(folder: Path, settings: Settings) -> Settings:
     """The hyper-parameters of a resumed run. Those of now must be the same, but for flags that compute nothing.
 
+    Flags that the run never had, since it is of an earlier version, have their defaults (see `cli.training.parse`).
     Other versions of the packages, which may round otherwise, are warned of.
 
     Raises:
@@ -38,11 +39,11 @@ def started_with(folder: Path, settings: Settings) -> Settings:
     now = Settings.read(json.loads(json.dumps(settings.on_disk())))
     before = _computing(started)
     after = _computing(now)
-    for name in sorted(before.keys() | after.keys()):
-        if before.get(name) != after.get(name):
+    for name in sorted(before):
+        if before[name] != after.get(name):
             raise UserError(
-                f"--resume {folder}: {flag(name)} is {after.get(name)}, but the run was started with "
-                f"{before.get(name)}: leave it so"
+                f"--resume {folder}: {flag(name)} is {after.get(name)}, but the run was started with {before[name]}: "
+                "leave it so"
             )
     for name, reason in DIGESTS.items():
         if started.data.get(name) != now.data.get(name):
