@@ -104,9 +104,9 @@ def encode_images(
     kind: str,
 ) -> "Update":
     """Bring the index up to date with a CLIP."""
+    from image_search.faiss_index import import_faiss
     from image_search.image_index import update_index
     from image_search.photos import opened
-    from image_search.vectors import import_faiss
     from models.encoder import load_encoder
 
     import_faiss()
