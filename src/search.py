@@ -164,13 +164,13 @@ def ask(args: argparse.Namespace) -> None:
 
 def write_page(file: Path, reference: Path, text: str, found: "Found") -> None:
     """Write the answers as a page of its own."""
-    from image_search.photos import thumbnail
+    from image_search.photos import small_image
     from reports.pages import jpeg
     from reports.sheets import results_page
 
     answers = [(str(path), similarity) for path, similarity in found.answers]
     names = [str(reference), *(name for name, _ in answers)]
-    thumbnails = {name: jpeg(thumbnail(Path(name), SIDE), SIDE) for name in names}
+    thumbnails = {name: jpeg(small_image(Path(name), SIDE), SIDE) for name in names}
     write_text(file, results_page(text, str(reference), answers, about=about(found), thumbnails=thumbnails))
     logger.info("%s: %d images", file, len(answers))
 
