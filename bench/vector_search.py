@@ -6,7 +6,7 @@ import time
 import numpy as np
 import torch
 
-from image_search import vectors
+from image_search import faiss_index
 from timing import extra_memory, seconds
 
 COUNT, DIM, ASKED = 1_000_000, 512, 100
@@ -39,17 +39,17 @@ def asked(device: torch.device, kinds: list[str]) -> list[dict]:
     rng = np.random.default_rng(0)
     features = gallery(COUNT, rng)
     pairs = [features[rng.integers(COUNT, size=ASKED)] for _ in range(2)]
-    queries = vectors.normalised(pairs[0] + pairs[1])
+    queries = faiss_index.normalised(pairs[0] + pairs[1])
     exact, rows = None, []
     for kind in kinds:
         built: list = []
         memory = extra_memory(lambda kind=kind, built=built: built.append(timed(features, kind)), device)
         (index, taken) = built[0]
-        vectors.search(index, features, queries[:5], 10)
-        each = [seconds(lambda q=q, i=index: vectors.search(i, features, q[None], 10), device) for q in queries]
-        found = vectors.search(index, features, queries, 10)
+        faiss_index.search(index, features, queries[:5], k=10)
+        each = [seconds(lambda q=q, i=index: faiss_index.search(i, features, q[None], k=10), device) for q in queries]
+        found = faiss_index.search(index, features, queries, k=10)
         exact = exact or found
-        recall = vectors.recall(found, exact)
+        recall = faiss_index.recall(found, exact)
         note = f"built in {taken:.0f} s, {memory / 2**30:.2f} GiB of extra memory, recall@10 {recall:.3f}"
         what = f"one query of {COUNT:,} vectors, D {DIM}, {kind}"
         rows.append({"figure": what, "ours": statistics.median(each), "note": note, "must": "milliseconds"})
@@ -59,4 +59,4 @@ def asked(device: torch.device, kinds: list[str]) -> list[dict]:
 def timed(features: np.ndarray, kind: str) -> tuple:
     """An index and the seconds that it took to build."""
     start = time.perf_counter()
-    return vectors.build(features, kind), time.perf_counter() - start
+    return faiss_index.build(features, kind), time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Image files to tensors: padding, preprocessing, decoding, batches. Knows no benchmark."""
+"""Image files to tensors: padding, preprocessing, decoding, batches. It knows no benchmark."""
 
 import functools
 import re
@@ -22,13 +22,14 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class SquarePad:
-    """Zero-pad an image to a square: each side gets int((max(w, h) - own) / 2) pixels on both ends."""
+    """Zero-pad an image to a square: a side of n pixels gets int((max(w, h) - n) / 2) on both ends."""
 
     def __call__(self, image: Image.Image) -> Image.Image:
         width, height = image.size
         longest = max(width, height)
-        padding = [int((longest - width) / 2), int((longest - height) / 2)]
-        return F.pad(image, padding, 0, "constant")
+        horizontal = int((longest - width) / 2)
+        vertical = int((longest - height) / 2)
+        return F.pad(image, [horizontal, vertical], 0, padding_mode="constant")
 
 
 class TargetPad:
@@ -39,11 +40,13 @@ class TargetPad:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         width, height = image.size
-        if max(width, height) / min(width, height) < self.ratio:
+        longest = max(width, height)
+        if longest / min(width, height) < self.ratio:
             return image
-        scaled = max(width, height) / self.ratio
-        padding = [max(int((scaled - width) / 2), 0), max(int((scaled - height) / 2), 0)]
-        return F.pad(image, padding, 0, "constant")
+        wanted = longest / self.ratio
+        horizontal = max(int((wanted - width) / 2), 0)
+        vertical = max(int((wanted - height) / 2), 0)
+        return F.pad(image, [horizontal, vertical], 0, padding_mode="constant")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -52,14 +55,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def make_preprocess(transform: str, target_ratio: float, resolution: int) -> Compose:
-    """PIL image to bytes (3, resolution, resolution), uint8, which `normalise` makes CLIP's input on the device.
+    """PIL image to bytes (3, resolution, resolution), uint8, from which `normalise` makes CLIP's input on the device.
 
-    The padding sees the image as it was opened; the conversion to RGB comes after resizing, as in CLIP's own pipeline.
+    An image is padded in the mode it was opened in. It becomes RGB after resizing, as in CLIP's own pipeline.
 
     Args:
         transform: one of TRANSFORMS.
-        target_ratio: longest to shortest side that targetpad leaves alone.
-        resolution: pixels, the model's input resolution.
+        target_ratio: targetpad pads images whose ratio of longest to shortest side is at least this.
+        resolution: of the model's input, in pixels.
     """
     steps: list[Callable[[Any], Any]] = [
         Resize(resolution, interpolation=InterpolationMode.BICUBIC),
@@ -75,15 +78,16 @@ def make_preprocess(transform: str, target_ratio: float, resolution: int) -> Com
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """CLIP's input from bytes, (..., 3, R, R) uint8 -> float32: what ToTensor and Normalize do, to the last bit."""
+    """CLIP's input from bytes, (..., 3, R, R) uint8 -> float32; equal to ToTensor and Normalize to the last bit."""
     mean, std = _mean_and_std(pixels.device)
     return pixels.float().div_(255).sub_(mean).div_(std)
 
 
 @functools.lru_cache
 def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """CLIP's constants, (3, 1, 1) each, sent to a device once: sending waits."""
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    """CLIP's constants, (3, 1, 1) each. They are sent to a device once, since sending makes the process wait."""
+    mean = torch.tensor(CLIP_MEAN, device=device).view(3, 1, 1)
+    std = torch.tensor(CLIP_STD, device=device).view(3, 1, 1)
     return mean, std
 
 
@@ -91,7 +95,7 @@ Reader = Callable[[Path], Tensor]  # image file -> preprocessed bytes (3, R, R)
 
 
 def load_image(path: Path, preprocess: Compose, opened: Callable[[Path], Image.Image] = decoded) -> Tensor:
-    """Open and preprocess one image, (3, R, R) uint8. One that cannot be decoded is a UserError that names it."""
+    """Open and preprocess one image, (3, R, R) uint8. Raises UserError, which names it, if it cannot be decoded."""
     try:
         return preprocess(opened(path))
     except (OSError, ValueError, MemoryError, Image.DecompressionBombError) as error:
@@ -114,7 +118,10 @@ class ImageDataset(Dataset):
 
 
 class ReadableImages(Dataset):
-    """Preprocessed images and whether each could be read, item i is (3, R, R) uint8 and () bool; others are black."""
+    """Preprocessed images and whether each could be read, item i is (3, R, R) uint8 and () bool.
+
+    An image that could not be read is black.
+    """
 
     def __init__(self, paths: list[Path], read: Reader, resolution: int) -> None:
         self.paths = paths
@@ -136,26 +143,31 @@ def _start_worker(number: int) -> None:
 
 
 def load_batches(dataset: Dataset, batches: list[list[int]], workers: int, device: torch.device) -> Iterator[Any]:
-    """The items at each list of rows, stacked, on the device; decoded by `workers` processes, or here where it is 0."""
+    """The items at each list of rows, stacked, on the device.
+
+    Args:
+        workers: processes that decode; with 0, this process does.
+    """
     pinned = device.type == "cuda"
-    # A loader draws a seed when it starts: from a generator of its own, or dropout would depend on what was decoded.
-    own = torch.Generator()
+    # A loader draws a seed when it starts. If it drew from torch's generator, dropout would depend on what was decoded.
+    generator = torch.Generator()
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=pinned,
-        generator=own,
+        generator=generator,
         worker_init_fn=_start_worker,
     )
     try:
         with interruption.deferred():
-            started = iter(loader)
-        for batch in started:
+            loaded = iter(loader)
+        for batch in loaded:
             if isinstance(batch, Tensor):
                 yield batch.to(device, non_blocking=pinned)
             else:
                 yield [tensor.to(device, non_blocking=pinned) for tensor in batch]
     except UserError as error:
-        # A worker process sends its error as a traceback in text; its last line is ours.
-        raise UserError(re.split(r"\bUserError: ", str(error))[-1].strip()) from None
+        # A worker process sends its error as a traceback in text, which ends with the message.
+        message = re.split(r"\bUserError: ", str(error))[-1].strip()
+        raise UserError(message) from None

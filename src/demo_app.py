@@ -23,7 +23,7 @@ from cli.flag_types import port
 from cli.startup import check_files, pick_device
 from image_search.dialogue import MOST_BYTES, Dialogue
 from image_search.manifest import check_index
-from image_search.photos import KINDS, thumbnail
+from image_search.photos import KINDS, small_image
 from reports import pages
 from reports.sheets import shares
 from utils import UserError, command, first_line
@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 40  # images to choose a reference from
+CHOICES = 40  # images to choose a reference from
 SIDE = 320  # pixels of an image on the page
-KEPT = 3600  # seconds that an upload is there
+HISTORY_SIDE = 80  # pixels of an image in the history
+UPLOADS_KEPT = 3600  # seconds
 TITLE = "Composed image retrieval"
 STYLE = """
 #reference img { width: 100%; height: 100%; object-fit: contain; }
@@ -58,7 +59,12 @@ footer { display: none !important; }
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the page."""
-    parents = [*options.search_flags(), options.clip_flags(), options.tuned_clip_flag(), options.compute_flags(False)]
+    parents = [
+        *options.search_flags(),
+        options.clip_flags(),
+        options.tuned_clip_flag(),
+        options.compute_flags(False),
+    ]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
     group = parser.add_argument_group("page")
     group.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for other machines (default: 127.0.0.1)")
@@ -78,12 +84,15 @@ def import_gradio() -> Any:
 
 def history(dialogue: Dialogue) -> str:
     """The steps so far, in HTML."""
+    if not dialogue.steps:
+        return "<p>Choose an image below, or upload one.</p>"
     lines = []
     for step in dialogue.steps:
-        picture = pages.data_url(pages.jpeg(thumbnail(step.reference, 80), 80), "image/jpeg")
-        asked = pages.text(f"“{step.text}”" if step.found else "")
-        lines.append(f'<li><img src="{picture}" alt="{pages.text(step.reference.name)}">{asked}</li>')
-    return f'<ol class="steps">{"".join(lines)}</ol>' if lines else "<p>Choose an image below, or upload one.</p>"
+        jpeg = pages.jpeg(small_image(step.reference, HISTORY_SIDE), HISTORY_SIDE)
+        url = pages.data_url(jpeg, "image/jpeg")
+        asked = pages.text(f"“{step.text}”") if step.found else ""
+        lines.append(f'<li><img src="{url}" alt="{pages.text(step.reference.name)}">{asked}</li>')
+    return f'<ol class="steps">{"".join(lines)}</ol>'
 
 
 def shown(dialogue: Dialogue, unasked: Any) -> tuple:
@@ -92,27 +101,33 @@ def shown(dialogue: Dialogue, unasked: Any) -> tuple:
     Images are decoded and made small, so that no file is served.
 
     Args:
-        unasked: the text of a reference that was not asked with.
+        unasked: the text to show where no search was made with the reference.
     """
     step = dialogue.last
     if step is None:
         return dialogue, None, unasked, [], "", "", history(dialogue)
-    reference, text = thumbnail(step.reference, SIDE), step.text or unasked
+    reference = small_image(step.reference, SIDE)
+    text = step.text or unasked
     if step.found is None:
         return dialogue, reference, text, [], "", "", history(dialogue)
-    answers = [
-        (thumbnail(path, SIDE), f"{n}. {s:.3f} {path.name}") for n, (path, s) in enumerate(step.found.answers, start=1)
-    ]
+    answers = []
+    for place, (path, similarity) in enumerate(step.found.answers, start=1):
+        answers.append((small_image(path, SIDE), f"{place}. {similarity:.3f} {path.name}"))
     bars = pages.bars(shares(step.found.gate, step.found.experts))
     return dialogue, reference, text, answers, bars, step.found.note, history(dialogue)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The components of the page that handlers read and fill."""
+    """The components of the page that handlers read and fill.
+
+    Attributes:
+        dialogue: the state that the page keeps for its user.
+        rows: of the images to choose from.
+    """
 
     dialogue: Any
-    rows: Any  # of the images to choose from
+    rows: Any
     reference: Any
     upload: Any
     text: Any
@@ -132,39 +147,48 @@ class Parts:
 
 
 def lay_out(gradio: Any) -> Parts:
-    """Put the components on the page that is open."""
-
-    def gallery(label: str, columns: int, name: str) -> Any:
-        look = {"height": "max-content", "allow_preview": False, "object_fit": "contain", "buttons": []}
-        return gradio.Gallery(label=label, columns=columns, elem_id=name, **look)
-
+    """Put the components on the page that is open, in their order from left to right and down."""
     parts = {"dialogue": gradio.State(Dialogue()), "rows": gradio.State([])}
     gradio.Markdown(f"# {TITLE}\nA reference, and what to change. Click a result to go on from it.")
     with gradio.Row():
         with gradio.Column(scale=1, min_width=300):
-            look = {"interactive": False, "height": 260, "buttons": []}
-            parts["reference"] = gradio.Image(label="Reference", elem_id="reference", **look)
-            kinds = sorted(KINDS)
-            parts["upload"] = gradio.UploadButton("Upload a reference", file_types=kinds, elem_id="upload")
+            parts["reference"] = gradio.Image(
+                label="Reference", elem_id="reference", interactive=False, height=260, buttons=[]
+            )
+            parts["upload"] = gradio.UploadButton("Upload a reference", file_types=sorted(KINDS), elem_id="upload")
             parts["text"] = gradio.Textbox(label="What to change", placeholder="is red, no sleeves", elem_id="text")
             parts["ask"] = gradio.Button("Search", variant="primary", elem_id="search")
             parts["undo"] = gradio.Button("Undo", elem_id="undo")
             parts["note"] = gradio.Markdown(elem_id="note")
             parts["steps"] = gradio.HTML(elem_id="history")
         with gradio.Column(scale=3, min_width=300):
-            parts["answers"] = gallery("Results", 4, "results")
+            parts["answers"] = _gallery(gradio, "Results", columns=4, elem_id="results")
             parts["experts"] = gradio.HTML(elem_id="experts")
-    parts["choice"] = gallery("References", 8, "choice")
+    parts["choice"] = _gallery(gradio, "References", columns=8, elem_id="choice")
     parts["more"] = gradio.Button("Other images", elem_id="more")
     return Parts(**parts)
 
 
-def wire(gradio: Any, page: Any, parts: Parts, searcher: "Searcher", k: int) -> None:
-    """Let the components change the dialogue of the user who touches them. What is typed stays until it was asked."""
-    stays = gradio.skip()
+def _gallery(gradio: Any, label: str, *, columns: int, elem_id: str) -> Any:
+    """Images to click on, as high as they need to be."""
+    return gradio.Gallery(
+        label=label,
+        columns=columns,
+        elem_id=elem_id,
+        height="max-content",
+        allow_preview=False,
+        object_fit="contain",
+        buttons=[],
+    )
 
-    def safely(change: Callable[..., Dialogue], unasked: Any = stays) -> Callable[..., tuple]:
-        """A handler that shows what a user can put right, and leaves the dialogue as it was."""
+
+def wire(gradio: Any, page: Any, parts: Parts, *, searcher: "Searcher", k: int) -> None:
+    """Let the components change the dialogue of the user who touches them."""
+    unchanged = gradio.skip()
+
+    # A text that was typed stays until it is searched with, unless a handler passes another as `unasked`.
+    def safely(change: Callable[..., Dialogue], unasked: Any = unchanged) -> Callable[..., tuple]:
+        """A handler that tells users what they can put right, and then leaves the dialogue as it was."""
 
         @functools.wraps(change)
         def handler(*inputs: Any) -> tuple:
@@ -173,14 +197,17 @@ def wire(gradio: Any, page: Any, parts: Parts, searcher: "Searcher", k: int) -> 
             except UserError as error:
                 message = pages.text(error)
                 gradio.Warning(message)
-                return tuple(message if part is parts.note else stays for part in parts.outputs)
+                return tuple(message if part is parts.note else unchanged for part in parts.outputs)
 
         return handler
 
-    def some_images() -> tuple[list[int], list[Image]]:
+    def random_images() -> tuple[list[int], list[Image]]:
         paths = searcher.index.paths
-        rows = random.sample(range(len(paths)), min(SHOWN, len(paths)))
-        return rows, [thumbnail(paths[row], SIDE) for row in rows]
+        rows = random.sample(range(len(paths)), min(CHOICES, len(paths)))
+        return rows, [small_image(paths[row], SIDE) for row in rows]
+
+    def start() -> tuple:
+        return *random_images(), *shown(Dialogue(), "")
 
     def choose(dialogue: Dialogue, rows: list[int], event: gradio.SelectData) -> Dialogue:
         return dialogue.choose(searcher, rows[event.index])
@@ -188,32 +215,45 @@ def wire(gradio: Any, page: Any, parts: Parts, searcher: "Searcher", k: int) -> 
     def choose_answer(dialogue: Dialogue, event: gradio.SelectData) -> Dialogue:
         return dialogue.choose_answer(searcher, event.index)
 
-    own, asked = [parts.dialogue], safely(lambda dialogue, words: dialogue.ask(searcher, words, k))
-    page.load(lambda: (*some_images(), *shown(Dialogue(), "")), None, [parts.rows, parts.choice, *parts.outputs])
-    parts.more.click(some_images, None, [parts.rows, parts.choice])
-    parts.choice.select(safely(choose), [*own, parts.rows], parts.outputs)
-    parts.answers.select(safely(choose_answer, unasked=""), own, parts.outputs)
-    upload = safely(lambda dialogue, file: dialogue.upload(Path(file)))
-    parts.upload.upload(upload, [*own, parts.upload], parts.outputs)
-    parts.ask.click(asked, [*own, parts.text], parts.outputs)
-    parts.text.submit(asked, [*own, parts.text], parts.outputs)
-    parts.undo.click(safely(Dialogue.undo), own, parts.outputs)
+    def upload(dialogue: Dialogue, name: str) -> Dialogue:
+        return dialogue.upload(Path(name))
+
+    def ask(dialogue: Dialogue, text: str) -> Dialogue:
+        return dialogue.ask(searcher, text, k)
+
+    page.load(start, None, [parts.rows, parts.choice, *parts.outputs])
+    parts.more.click(random_images, None, [parts.rows, parts.choice])
+    parts.choice.select(safely(choose), [parts.dialogue, parts.rows], parts.outputs)
+    parts.answers.select(safely(choose_answer, unasked=""), [parts.dialogue], parts.outputs)
+    parts.upload.upload(safely(upload), [parts.dialogue, parts.upload], parts.outputs)
+    parts.ask.click(safely(ask), [parts.dialogue, parts.text], parts.outputs)
+    parts.text.submit(safely(ask), [parts.dialogue, parts.text], parts.outputs)
+    parts.undo.click(safely(Dialogue.undo), [parts.dialogue], parts.outputs)
 
 
 def build(searcher: "Searcher", k: int) -> Any:
     """The page, with handlers for a searcher that answers k images."""
     gradio = import_gradio()
-    with gradio.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
-        wire(gradio, page, lay_out(gradio), searcher, k)
+    delete_cache = (UPLOADS_KEPT, UPLOADS_KEPT)  # how often it is looked at, and the age that goes
+    with gradio.Blocks(title=TITLE, analytics_enabled=False, delete_cache=delete_cache) as page:
+        wire(gradio, page, lay_out(gradio), searcher=searcher, k=k)
     return page
 
 
-def launch(page: Any, host: str, port: int, **more: Any) -> Any:
-    """Serve the page; fonts are the system's, for nothing is asked of other hosts."""
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    look = {"theme": import_gradio().themes.Default(**fonts), "css": STYLE, "show_error": True, "quiet": True}
+def launch(page: Any, host: str, port: int, **settings: Any) -> Any:
+    """Serve the page. Its fonts are the system's, so that nothing is requested from other hosts."""
+    theme = import_gradio().themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     return page.launch(
-        server_name=host, server_port=port, max_file_size=MOST_BYTES, share=False, mcp_server=False, **look, **more
+        server_name=host,
+        server_port=port,
+        max_file_size=MOST_BYTES,
+        share=False,
+        mcp_server=False,
+        theme=theme,
+        css=STYLE,
+        show_error=True,
+        quiet=True,
+        **settings,
     )
 
 
@@ -224,12 +264,12 @@ def main(argv: list[str] | None = None) -> None:
     check_files(args)
     check_index(args.index)
     import_gradio()
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # of Gradio's own start
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio's requests to itself
 
     from image_search.searcher import load_searcher
 
     searcher = load_searcher(args.index, options.pair_choice(args), pick_device(args.device))
-    with tempfile.TemporaryDirectory() as uploads:  # what is uploaded goes when the page does
+    with tempfile.TemporaryDirectory() as uploads:  # deleted when the page ends
         os.environ["GRADIO_TEMP_DIR"] = uploads
         page = build(searcher, args.k)
         logger.info("%d images; http://%s:%d", len(searcher.index.paths), args.host, args.port)

@@ -104,9 +104,9 @@ def encode_images(
     kind: str,
 ) -> "Update":
     """Bring the index up to date with a CLIP."""
+    from image_search.faiss_index import import_faiss
     from image_search.image_index import update_index
     from image_search.photos import opened
-    from image_search.vectors import import_faiss
     from models.encoder import load_encoder
 
     import_faiss()
@@ -164,13 +164,13 @@ def ask(args: argparse.Namespace) -> None:
 
 def write_page(file: Path, reference: Path, text: str, found: "Found") -> None:
     """Write the answers as a page of its own."""
-    from image_search.photos import thumbnail
+    from image_search.photos import small_image
     from reports.pages import jpeg
     from reports.sheets import results_page
 
     answers = [(str(path), similarity) for path, similarity in found.answers]
     names = [str(reference), *(name for name, _ in answers)]
-    thumbnails = {name: jpeg(thumbnail(Path(name), SIDE), SIDE) for name in names}
+    thumbnails = {name: jpeg(small_image(Path(name), SIDE), SIDE) for name in names}
     write_text(file, results_page(text, str(reference), answers, about=about(found), thumbnails=thumbnails))
     logger.info("%s: %d images", file, len(answers))
 

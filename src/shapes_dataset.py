@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -36,11 +37,20 @@ COLORS = {
 }
 RAINBOW = list(COLORS)
 SIZES = ("small", "medium", "large")
+RADIUS_OF_SIZE = {"small": 0.16, "medium": 0.26, "large": 0.4}  # as a share of the image's shorter side
 SHAPES = ("circle", "square", "triangle", "star", "cross", "bar")
+ATTRIBUTES = ("shape", "color", "background", "size")
+IMAGE_SIDE = (36, 72)  # pixels, the least and the most
+RADIUS_JITTER = (0.93, 1.07)
+POSITION_JITTER = 0.12  # of a side, at most
+JPEG_QUALITY = 92
+
 CATEGORIES = ("dress", "toptee", "shirt")
+CIRR_PREFIXES = {"train": "train", "val": "dev", "test1": "test1"}  # split -> how the names of its images begin
+GROUP_SIZE = 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scene:
     """What an image shows; images of one scene differ in position, proportions and size in pixels."""
 
@@ -62,7 +72,9 @@ class Edit:
 def random_scene(rng: random.Random) -> Scene:
     """Any shape, two different colours, any size."""
     color, background = rng.sample(RAINBOW, 2)
-    return Scene(rng.choice(SHAPES), color, background, rng.choice(SIZES))
+    shape = rng.choice(SHAPES)
+    size = rng.choice(SIZES)
+    return Scene(shape=shape, color=color, background=background, size=size)
 
 
 def absolute_edit(scene: Scene, attribute: str) -> Edit:
@@ -80,13 +92,17 @@ def absolute_edit(scene: Scene, attribute: str) -> Edit:
 def swap_edit() -> Edit:
     """Exchange the colours of shape and background."""
     phrasings = ("swap the two colors", "has its colors exchanged", "the colors are the other way round")
-    swap = frozenset(["color", "background"])
-    return Edit(swap, phrasings, lambda s: replace(s, color=s.background, background=s.color))
+    attributes = frozenset(["color", "background"])
+    return Edit(attributes, phrasings, lambda s: replace(s, color=s.background, background=s.color))
 
 
 def rainbow_edit() -> Edit:
     """The shape takes the next colour of the rainbow."""
-    phrasings = ("has the next color of the rainbow", "move one color further", "take the color that comes next")
+    phrasings = (
+        "has the next color of the rainbow",
+        "move one color further",
+        "take the color that comes next",
+    )
     return Edit(frozenset(["color"]), phrasings, lambda s: replace(s, color=_next_color(s)))
 
 
@@ -98,32 +114,52 @@ def size_edit(step: int) -> Edit:
     """One size larger (step 1) or smaller (step -1)."""
     word = "larger" if step > 0 else "smaller"
     phrasings = (f"is one size {word}", f"make it {word}", f"the same but {word}")
-    return Edit(frozenset(["size"]), phrasings, lambda s: replace(s, size=SIZES[SIZES.index(s.size) + step]))
+    return Edit(frozenset(["size"]), phrasings, lambda s: replace(s, size=_next_size(s, step)))
+
+
+def _next_size(scene: Scene, step: int) -> str:
+    return SIZES[SIZES.index(scene.size) + step]
 
 
 def possible_edits(scene: Scene, rng: random.Random) -> list[Edit]:
     """One absolute edit of each attribute, and the relative edits that a scene allows."""
-    attributes = ("shape", "color", "background", "size")
-    edits = [absolute_edit(random_scene(rng), attribute) for attribute in attributes]
-    edits += [swap_edit(), swap_edit()]  # twice: as likely as the absolute edits of its two attributes
-    edits += [rainbow_edit()] if _next_color(scene) != scene.background else []
-    edits += [size_edit(1)] if scene.size != "large" else []
-    edits += [size_edit(-1)] if scene.size != "small" else []
+    edits = [absolute_edit(random_scene(rng), attribute) for attribute in ATTRIBUTES]
+    # The swap comes twice, which makes it as likely as the absolute edits of its two attributes.
+    edits += [swap_edit(), swap_edit()]
+    if _next_color(scene) != scene.background:
+        edits.append(rainbow_edit())
+    if scene.size != "large":
+        edits.append(size_edit(1))
+    if scene.size != "small":
+        edits.append(size_edit(-1))
     return edits
 
 
 def random_change(scene: Scene, rng: random.Random) -> tuple[Scene, list[Edit]]:
-    """A scene that one or two edits of different attributes lead to, with two different colours, and the edits."""
+    """A scene that one or two edits of different attributes lead to, and the edits.
+
+    Each edit changes its attributes, and the two colours stay different.
+    """
     while True:
-        edits = rng.sample(possible_edits(scene, rng), rng.choice((1, 1, 2)))
-        attributes = [a for edit in edits for a in edit.attributes]
+        possible = possible_edits(scene, rng)
+        edits = rng.sample(possible, rng.choice((1, 1, 2)))  # one edit is twice as likely as two
+        attributes: list[str] = []
+        for edit in edits:
+            attributes += edit.attributes
         if len(set(attributes)) < len(attributes):
             continue
         target = scene
         for edit in edits:
             target = edit.apply(target)
-        if target.color != target.background and all(getattr(scene, a) != getattr(target, a) for a in attributes):
+        if target.color == target.background:
+            continue
+        if set(attributes) <= set(differing_attributes(scene, target)):
             return target, edits
+
+
+def differing_attributes(scene: Scene, other: Scene) -> list[str]:
+    """The attributes that two scenes differ in."""
+    return [name for name in ATTRIBUTES if getattr(scene, name) != getattr(other, name)]
 
 
 def caption(edits: list[Edit], rng: random.Random) -> str:
@@ -133,39 +169,57 @@ def caption(edits: list[Edit], rng: random.Random) -> str:
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
     """An image of a scene, 36 to 72 pixels a side, the shape at a random place."""
-    width, height = rng.randint(36, 72), rng.randint(36, 72)
-    radius = min(width, height) * {"small": 0.16, "medium": 0.26, "large": 0.4}[scene.size] * rng.uniform(0.93, 1.07)
-    x = width / 2 + rng.uniform(-1, 1) * min(width * 0.12, width / 2 - radius)
-    y = height / 2 + rng.uniform(-1, 1) * min(height * 0.12, height / 2 - radius)
+    width = rng.randint(*IMAGE_SIDE)
+    height = rng.randint(*IMAGE_SIDE)
+    radius = min(width, height) * RADIUS_OF_SIZE[scene.size] * rng.uniform(*RADIUS_JITTER)
+    x = _random_centre(width, radius, rng)
+    y = _random_centre(height, radius, rng)
     image = Image.new("RGB", (width, height), COLORS[scene.background])
     pen = ImageDraw.Draw(image)
     if scene.shape == "circle":
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), COLORS[scene.color])
     else:
-        pen.polygon([(x + radius * dx, y + radius * dy) for dx, dy in outline(scene.shape)], COLORS[scene.color])
+        corners = [(x + radius * dx, y + radius * dy) for dx, dy in outline(scene.shape)]
+        pen.polygon(corners, COLORS[scene.color])
     return image
+
+
+def _random_centre(side: int, radius: float, rng: random.Random) -> float:
+    """Where a shape's centre lies along a side: near its middle, so that the shape stays inside."""
+    return side / 2 + rng.uniform(-1, 1) * min(side * POSITION_JITTER, side / 2 - radius)
 
 
 def outline(shape: str) -> list[tuple[float, float]]:
     """Corners of a shape within the unit square around the origin, y downwards."""
     if shape == "star":
-        turns = [(i * math.pi / 5, 1.0 if i % 2 == 0 else 0.45) for i in range(10)]
-        return [(r * math.sin(a), -r * math.cos(a)) for a, r in turns]
-    arm = 0.33
+        return _star()
+    arm = 0.33  # half the width of a cross's arms
     corners: dict[str, list[tuple[float, float]]] = {
         "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
         "triangle": [(0, -1), (1, 0.9), (-1, 0.9)],
         "bar": [(-1, -0.4), (1, -0.4), (1, 0.4), (-1, 0.4)],
-        "cross": [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm)]
-        + [(arm, 1), (-arm, 1), (-arm, arm), (-1, arm), (-1, -arm), (-arm, -arm)],
-    }
+        "cross": [
+            (-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm),
+            (arm, 1), (-arm, 1), (-arm, arm), (-1, arm), (-1, -arm), (-arm, -arm),
+        ],
+    }  # fmt: skip
     return corners[shape]
+
+
+def _star() -> list[tuple[float, float]]:
+    """Five points on the unit circle, with the dents between them nearer to the middle."""
+    corners = []
+    for number in range(10):
+        angle = number * math.pi / 5
+        distance = 1.0 if number % 2 == 0 else 0.45
+        corners.append((distance * math.sin(angle), -distance * math.cos(angle)))
+    return corners
 
 
 def _save_image(path: Path, image: Image.Image) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, quality=92)
+        image.save(path, quality=JPEG_QUALITY)
     except OSError as error:
         raise UserError(f"could not write {path} ({error.strerror}): free space or choose another folder") from None
 
@@ -181,38 +235,58 @@ def draw_fashioniq(root: Path, triplets: dict[str, int], seed: int) -> None:
         triplets: split -> triplets in each category.
     """
     folder = root / "fashionIQ_dataset"
-    number = 0
+    number = 0  # of the next image
     for category in CATEGORIES:
         for split, count in triplets.items():
             rng = random.Random(f"{seed} {category} {split}")
-            names, entries = [], []
+            names: list[str] = []
+            entries = []
             for _ in range(count):
-                scene = random_scene(rng)
-                target, edits = random_change(scene, rng)
-                pair = [f"S{number:06d}", f"S{number + 1:06d}"]
+                candidate = f"S{number:06d}"
+                target = f"S{number + 1:06d}"
                 number += 2
-                for name, shown in zip(pair, (scene, target), strict=True):
-                    _save_image(folder / "images" / f"{name}.jpg", draw(shown, rng))
-                names += pair
-                answer = {} if split == "test" else {"target": pair[1]}
-                captions = [caption(edits, rng), caption(edits, rng)]
-                entries.append(answer | {"candidate": pair[0], "captions": captions})
+                names += [candidate, target]
+                captions = _draw_triplet(folder / "images", candidate, target, rng)
+                entry: dict[str, Any] = {"candidate": candidate, "captions": captions}
+                if split != "test":
+                    entry = {"target": target, **entry}
+                entries.append(entry)
             _write_json(folder / "image_splits" / f"split.{category}.{split}.json", names)
             _write_json(folder / "captions" / f"cap.{category}.{split}.json", entries)
 
 
-def draw_group(rng: random.Random) -> tuple[list[Scene], list[tuple[int, int, list[Edit]]]]:
-    """Six different scenes, one and five changes of it, and the queries (reference, target, edits) among them."""
-    scenes, queries = [random_scene(rng)], []
-    while len(scenes) < 6:
-        target, edits = random_change(scenes[0], rng)
-        if target in scenes:
+def _draw_triplet(folder: Path, candidate: str, target: str, rng: random.Random) -> list[str]:
+    """Draw a triplet's two images; returns its two captions."""
+    scene = random_scene(rng)
+    changed, edits = random_change(scene, rng)
+    _save_image(folder / f"{candidate}.jpg", draw(scene, rng))
+    _save_image(folder / f"{target}.jpg", draw(changed, rng))
+    return [caption(edits, rng), caption(edits, rng)]
+
+
+@dataclass(frozen=True)
+class GroupQuery:
+    """A query inside a group of CIRR; reference and target are places in the group."""
+
+    reference: int
+    target: int
+    edits: list[Edit]
+
+
+def make_group(rng: random.Random) -> tuple[list[Scene], list[GroupQuery]]:
+    """Six different scenes, the first and five changes of it, and the queries to and from each change."""
+    first = random_scene(rng)
+    scenes = [first]
+    queries = []
+    while len(scenes) < GROUP_SIZE:
+        changed, edits = random_change(first, rng)
+        if changed in scenes:
             continue
         place = len(scenes)
-        scenes.append(target)
-        queries.append((0, place, edits))
-        differing = [a for a in ("shape", "color", "background", "size") if vars(target)[a] != vars(scenes[0])[a]]
-        queries.append((place, 0, [absolute_edit(scenes[0], a) for a in differing]))
+        scenes.append(changed)
+        queries.append(GroupQuery(0, place, edits))
+        edits_back = [absolute_edit(first, name) for name in differing_attributes(first, changed)]
+        queries.append(GroupQuery(place, 0, edits_back))
     return scenes, queries
 
 
@@ -222,32 +296,52 @@ def draw_cirr(root: Path, groups: dict[str, int], seed: int) -> None:
     Args:
         groups: split -> number of groups.
     """
-    pair_id, answers = 0, {}
+    folder = root / "cirr_dataset"
+    pair_id = 0  # of the next query
+    answers = {}
     for split, count in groups.items():
         rng = random.Random(f"{seed} {split}")
-        prefix = {"train": "train", "val": "dev", "test1": "test1"}[split]
         paths: dict[str, str] = {}
         entries = []
         for group in range(count):
-            scenes, queries = draw_group(rng)
-            members = [f"{prefix}-{group}-0-img{i}" for i in range(6)]
-            folder = f"./train/{group % 10}" if split == "train" else f"./{prefix}"
-            paths |= {name: f"{folder}/{name}.png" for name in members}
+            scenes, queries = make_group(rng)
+            members = [f"{CIRR_PREFIXES[split]}-{group}-0-img{place}" for place in range(GROUP_SIZE)]
+            image_folder = f"./train/{group % 10}" if split == "train" else f"./{CIRR_PREFIXES[split]}"
             for name, scene in zip(members, scenes, strict=True):
-                _save_image(root / "cirr_dataset" / paths[name], draw(scene, rng))
-            for reference, target, edits in rng.sample(queries, len(queries)):
-                places = {"reference_rank": reference, "target_rank": target}
-                image_set = {"id": group, "members": rng.sample(members, 6)} | places
-                entry = {"pairid": pair_id, "reference": members[reference], "caption": caption(edits, rng)}
-                if split == "test1":
-                    answers[str(pair_id)] = members[target]
-                else:
-                    entry |= {"target_hard": members[target], "target_soft": {members[target]: 1.0}}
-                entries.append(entry | {"img_set": image_set})
+                paths[name] = f"{image_folder}/{name}.png"
+                _save_image(folder / paths[name], draw(scene, rng))
+            for query in rng.sample(queries, len(queries)):
+                secret = split == "test1"
+                entries.append(_cirr_entry(pair_id, group, members, query=query, secret=secret, rng=rng))
+                if secret:
+                    answers[str(pair_id)] = members[query.target]
                 pair_id += 1
-        _write_json(root / "cirr_dataset" / "cirr" / "image_splits" / f"split.rc2.{split}.json", paths)
-        _write_json(root / "cirr_dataset" / "cirr" / "captions" / f"cap.rc2.{split}.json", entries)
+        _write_json(folder / "cirr" / "image_splits" / f"split.rc2.{split}.json", paths)
+        _write_json(folder / "cirr" / "captions" / f"cap.rc2.{split}.json", entries)
     _write_json(root / "test1_answers.json", answers)
+
+
+def _cirr_entry(
+    pair_id: int, group: int, members: list[str], *, query: GroupQuery, secret: bool, rng: random.Random
+) -> dict[str, Any]:
+    """A query as CIRR's annotations have it, without its target where that is secret."""
+    target = members[query.target]
+    image_set = {
+        "id": group,
+        "members": rng.sample(members, len(members)),
+        "reference_rank": query.reference,
+        "target_rank": query.target,
+    }
+    entry: dict[str, Any] = {
+        "pairid": pair_id,
+        "reference": members[query.reference],
+        "caption": caption(query.edits, rng),
+    }
+    if not secret:
+        entry["target_hard"] = target
+        entry["target_soft"] = {target: 1.0}
+    entry["img_set"] = image_set
+    return entry
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -267,18 +361,17 @@ def main(argv: list[str] | None = None) -> None:
     """Draw both benchmarks, and write two tiny CLIPs with random weights."""
     args = parse(argv)
     check_writable({"--output-dir": args.output_dir})
-    draw_fashioniq(
-        args.output_dir, {"train": args.train_triplets, "val": args.val_triplets, "test": args.val_triplets}, args.seed
-    )
-    draw_cirr(
-        args.output_dir, {"train": args.train_groups, "val": args.val_groups, "test1": args.val_groups}, args.seed
-    )
+    triplets = {"train": args.train_triplets, "val": args.val_triplets, "test": args.val_triplets}
+    draw_fashioniq(args.output_dir, triplets, args.seed)
+    groups = {"train": args.train_groups, "val": args.val_groups, "test1": args.val_groups}
+    draw_cirr(args.output_dir, groups, args.seed)
 
     from models.clip_model import write_tiny_clip
 
     for kind in ("vit", "resnet"):
         write_tiny_clip(args.output_dir / f"tiny_clip_{kind}.pt", kind, args.seed)
-    logger.info("drawn in %s: fashionIQ_dataset/, cirr_dataset/, test1_answers.json, two tiny CLIPs", args.output_dir)
+    contents = "fashionIQ_dataset/, cirr_dataset/, test1_answers.json, two tiny CLIPs"
+    logger.info("drawn in %s: %s", args.output_dir, contents)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from image_search.photos import find_images, opened, thumbnail
+from image_search.photos import find_images, opened, small_image
 from utils import UserError
 
 
@@ -91,12 +91,12 @@ def test_more_than_8_bits_do_not_become_white(kind, white, tmp_path):
     assert np.abs(found.astype(int) - np.arange(256).reshape(16, 16)).max() <= 1
 
 
-def test_a_thumbnail_of_what_is_gone_or_damaged_is_grey(tmp_path):
+def test_a_small_image_of_what_is_gone_or_damaged_is_grey(tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"<html>")
     for name in ("gone.jpg", "bad.jpg"):
-        assert thumbnail(tmp_path / name, 40).getcolors() == [(1600, (211, 211, 211))]
+        assert small_image(tmp_path / name, 40).getcolors() == [(1600, (211, 211, 211))]
 
 
-def test_a_thumbnail_of_a_large_image(tmp_path):
+def test_a_small_image_of_a_large_image(tmp_path):
     Image.new("RGB", (3000, 2000), "teal").save(tmp_path / "large.jpg")
-    assert thumbnail(tmp_path / "large.jpg", 300).size == (300, 200)
+    assert small_image(tmp_path / "large.jpg", 300).size == (300, 200)

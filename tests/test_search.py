@@ -13,7 +13,7 @@ from PIL import Image
 
 import search
 from benchmarks import CIRR, FashionIQ
-from image_search import image_index, photos, vectors
+from image_search import faiss_index, image_index, photos
 from image_search.image_index import open_index
 from models import encoder
 from runtime.choices import INDEX_KINDS
@@ -77,44 +77,46 @@ def clustered(count: int, dim: int = 32, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", INDEX_KINDS)
 def test_what_is_found_is_in_the_exact_order(kind):
-    gallery, queries = clustered(10_000), vectors.normalised(clustered(20, seed=1))
-    found = vectors.search(vectors.build(gallery, kind), gallery, queries, 10)
+    gallery, queries = clustered(10_000), faiss_index.normalised(clustered(20, seed=1))
+    found = faiss_index.search(faiss_index.build(gallery, kind), gallery, queries, k=10)
     rows, similarities = (np.array([[pair[i] for pair in answers] for answers in found]) for i in (0, 1))
-    exact = queries @ vectors.normalised(gallery).T
+    exact = queries @ faiss_index.normalised(gallery).T
     np.testing.assert_allclose(similarities, np.take_along_axis(exact, rows, 1), rtol=1e-5)
     assert (np.diff(similarities, axis=1) <= 0).all()
     best = np.argsort(-exact, axis=1, kind="stable")[:, :10]
     if kind == "flat":
         assert rows.tolist() == best.tolist()
     else:
-        assert vectors.recall(found, [[(row, 0.0) for row in answers] for answers in best.tolist()]) > 0.9
+        assert faiss_index.recall(found, [[(row, 0.0) for row in answers] for answers in best.tolist()]) > 0.9
 
 
 def test_equal_vectors_keep_the_order_of_the_rows():
     gallery = np.repeat(clustered(3), 4, axis=0)
-    (answers,) = vectors.search(vectors.build(gallery, "flat"), gallery, vectors.normalised(gallery[:1]), 4)
+    (answers,) = faiss_index.search(
+        faiss_index.build(gallery, "flat"), gallery, faiss_index.normalised(gallery[:1]), k=4
+    )
     assert [row for row, _ in answers] == [0, 1, 2, 3]
 
 
 def test_a_report_of_recall():
     gallery = clustered(10_000)
-    assert vectors.recall_report(vectors.build(gallery, "flat"), gallery)["recall"] == 1
-    empty = vectors.build(gallery, "ivfpq")
+    assert faiss_index.recall_report(faiss_index.build(gallery, "flat"), gallery)["recall"] == 1
+    empty = faiss_index.build(gallery, "ivfpq")
     empty.nprobe = 1
-    assert 0 < vectors.recall_report(empty, gallery)["recall"] < 1
+    assert 0 < faiss_index.recall_report(empty, gallery)["recall"] < 1
 
 
 def test_too_few_vectors_to_compress():
     with pytest.raises(UserError, match="10,000 images"):
-        vectors.build(clustered(100), "ivfpq")
+        faiss_index.build(clustered(100), "ivfpq")
     with pytest.raises(UserError, match="multiple of 8"):
-        vectors.build(clustered(10_000, dim=30), "ivfpq")
+        faiss_index.build(clustered(10_000, dim=30), "ivfpq")
 
 
 def test_faiss_is_asked_for_where_it_is_needed(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
     with pytest.raises(UserError, match=r"requirements-app\.txt"):
-        vectors.build(clustered(10), "flat")
+        faiss_index.build(clustered(10), "flat")
 
 
 # The index
@@ -265,7 +267,7 @@ def test_a_failed_update_leaves_the_good_index(index, tmp_path, monkeypatch, cap
 
     for step in ("write", "build"):
         with monkeypatch.context() as patch:
-            patch.setattr(vectors, step, full)
+            patch.setattr(faiss_index, step, full)
             refused(lambda: index(tmp_path / "photos"), capsys)
         assert {name: (tmp_path / "index" / name).read_bytes() for name in before} == before
         assert len(open_index(tmp_path / "index").paths) == 3
@@ -406,10 +408,10 @@ def test_a_long_text_is_noted(index, ask, tmp_path, caplog):
 
 def test_a_query_takes_milliseconds_when_the_index_is_open():
     gallery = clustered(50_000, dim=64)
-    index = vectors.build(gallery, "flat")
-    query = vectors.normalised(clustered(1, dim=64, seed=2))
-    vectors.search(index, gallery, query, 10)
+    index = faiss_index.build(gallery, "flat")
+    query = faiss_index.normalised(clustered(1, dim=64, seed=2))
+    faiss_index.search(index, gallery, query, k=10)
     start = time.perf_counter()
     for _ in range(10):
-        vectors.search(index, gallery, query, 10)
+        faiss_index.search(index, gallery, query, k=10)
     assert (time.perf_counter() - start) / 10 < 0.1

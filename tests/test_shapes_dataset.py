@@ -24,16 +24,16 @@ def test_one_seed_draws_the_same_files(drawn, tmp_path):
     assert digests(tmp_path / "other") != digests(drawn)
 
 
-SCENE = Scene("star", "red", "blue", "medium")
+SCENE = Scene(shape="star", color="red", background="blue", size="medium")
 
 
 def test_edits():
-    assert swap_edit().apply(SCENE) == Scene("star", "blue", "red", "medium")
+    assert swap_edit().apply(SCENE) == Scene(shape="star", color="blue", background="red", size="medium")
     assert size_edit(1).apply(SCENE).size == "large"
     assert size_edit(-1).apply(SCENE).size == "small"
     assert rainbow_edit().apply(SCENE).color == RAINBOW[RAINBOW.index("red") + 1]
-    green = absolute_edit(Scene("bar", "green", "teal", "small"), "color")
-    assert green.apply(SCENE) == Scene("star", "green", "blue", "medium")
+    green = absolute_edit(Scene(shape="bar", color="green", background="teal", size="small"), "color")
+    assert green.apply(SCENE) == Scene(shape="star", color="green", background="blue", size="medium")
     assert all("green" in phrasing for phrasing in green.phrasings)
 
 

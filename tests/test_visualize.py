@@ -173,9 +173,19 @@ def test_two_hundred_queries_stay_below_20_megabytes(tmp_path):
         names = [f"{number}-{place}" for place in range(17)]
         for name in names:
             paths[name] = tmp_path / f"{len(paths) % 40}.jpg"
-        rows = {"gallery": ([(name, 0.5) for name in names[1:11]], 3)}
-        rows["subset"] = ([(name, 0.5) for name in names[11:16]], 2)
-        cards.append(sheets.Card(str(number), "is noisy", names[0], names[16], 3, rows, {"text in the gate": 0.5}))
+        rows = {
+            "gallery": sheets.Row([(name, 0.5) for name in names[1:11]], 3),
+            "subset": sheets.Row([(name, 0.5) for name in names[11:16]], 2),
+        }
+        card = sheets.Card(
+            label=str(number),
+            caption="is noisy",
+            reference=names[0],
+            target=names[16],
+            rows=rows,
+            bars={"text in the gate": 0.5},
+        )
+        cards.append(card)
     for path in set(paths.values()):
         noise.rotate(len(path.stem) * 7).save(path, quality=95)
     small = sheets.load_thumbnails(paths)

@@ -1,4 +1,4 @@
-"""A search in steps: a reference, what to change, what was found, one of it as the next reference, and back again."""
+"""A search in steps: a reference, what to change, the answers, one of which is the next reference."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,19 +13,20 @@ from utils import UserError, first_line
 if TYPE_CHECKING:
     from image_search.searcher import Found, Searcher
 
-MOST_BYTES = 10 * 2**20  # of an uploaded image
+# Of an uploaded image.
+MOST_BYTES = 10 * 2**20
 MOST_PIXELS = 40_000_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """One step of a dialogue.
 
     Attributes:
-        reference: the image that is asked with.
+        reference: the image to start from.
         row: its row in the index, None for an uploaded one.
-        text: what to change, "" until it is asked; taken back, it stays.
-        found: the answers, None until it is asked.
+        text: what to change, "" until a search; it stays when the search is undone.
+        found: the answers, None until a search.
     """
 
     reference: Path
@@ -36,61 +37,67 @@ class Step:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """The steps of one user; every change is a new dialogue, so that users share nothing."""
+    """The steps of one user. A change makes a new dialogue, so that users share nothing."""
 
     steps: tuple[Step, ...] = ()
 
     @property
     def last(self) -> Step | None:
-        """The step that is shown."""
+        """The step that the page shows."""
         return self.steps[-1] if self.steps else None
 
     def choose(self, searcher: "Searcher", row: int) -> "Dialogue":
         """Take an image of the index as the next reference."""
         if not 0 <= row < len(searcher.index.paths):
             raise UserError("there is no such image: choose one that is shown")
-        return self._next(Step(searcher.index.paths[row], row))
+        return self._next(Step(reference=searcher.index.paths[row], row=row))
 
     def choose_answer(self, searcher: "Searcher", place: int) -> "Dialogue":
         """Take an answer of the last step as the next reference."""
-        if self.last is None or self.last.found is None or not 0 <= place < len(self.last.found.answers):
+        found = self.last.found if self.last else None
+        if found is None or not 0 <= place < len(found.answers):
             raise UserError("there is no such answer: search first, then choose one of what is shown")
-        path = self.last.found.answers[place][0]
+        path, _ = found.answers[place]
         return self.choose(searcher, searcher.index.paths.index(path))
 
     def upload(self, file: Path) -> "Dialogue":
-        """Take an image of the user's as the next reference.
+        """Take a user's own image as the next reference.
 
         Raises:
             UserError: it is too large, of another kind, or no image.
         """
         check_upload(file)
-        return self._next(Step(file, None))
+        return self._next(Step(reference=file, row=None))
 
     def ask(self, searcher: "Searcher", text: str, k: int) -> "Dialogue":
-        """Answer a text about the last reference."""
+        """Search with the last reference and a text."""
         if self.last is None:
             raise UserError("there is no reference yet: choose an image or upload one")
         features = searcher.reference_features(self.last.reference)
         found = searcher.search(features, text, k)
-        return replace(self, steps=(*self.steps[:-1], replace(self.last, text=text.strip(), found=found)))
+        return self._with_last(replace(self.last, text=text.strip(), found=found))
 
     def undo(self) -> "Dialogue":
         """Go back by a step: from answers to the question, from a reference to the answers it was chosen from."""
         if self.last is None:
             return self
         if self.last.found is not None:
-            return replace(self, steps=(*self.steps[:-1], replace(self.last, found=None)))
-        return replace(self, steps=self.steps[:-1])
+            return self._with_last(replace(self.last, found=None))
+        return Dialogue(self.steps[:-1])
 
     def _next(self, step: Step) -> "Dialogue":
-        """Add a reference; one that was not asked with gives way."""
-        kept = self.steps if self.last is None or self.last.found else self.steps[:-1]
-        return replace(self, steps=(*kept, step))
+        """Add a step. It replaces the last one if no search was made with that."""
+        if self.last is None or self.last.found:
+            return Dialogue((*self.steps, step))
+        return self._with_last(step)
+
+    def _with_last(self, step: Step) -> "Dialogue":
+        """The same with another last step."""
+        return Dialogue((*self.steps[:-1], step))
 
 
 def check_upload(file: Path) -> None:
-    """Refuse what is no image of a reasonable size; its pixels are counted before they are decoded."""
+    """Refuse what is no image of a reasonable size. Pixels are counted before they are decoded."""
     if file.suffix.lower() not in KINDS:
         raise UserError(f"{file.name} is not an image: upload one of {' '.join(sorted(KINDS))}")
     if file.stat().st_size > MOST_BYTES:
@@ -102,7 +109,7 @@ def check_upload(file: Path) -> None:
             opened(file)
             return
     except Image.DecompressionBombError:
-        pass  # its limits are named below
+        pass  # the limits are named at the end
     except DECODING_ERRORS as error:
         raise UserError(f"{file.name} cannot be decoded ({first_line(error)}): upload a whole image") from None
     limits = f"{MOST_PIXELS // 10**6} million pixels, or a side of more than {LONGEST_SIDE:,}"

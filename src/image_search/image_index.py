@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from image_search import vectors
+from image_search import faiss_index
 from image_search.manifest import MANIFEST, check_index, read_manifest
 from models.clip_model import feature_dim
 from models.encoder import Encoder
@@ -29,15 +29,15 @@ from utils import UserError
 logger = logging.getLogger(__name__)
 
 SHARD = 1024  # images that an interruption can cost at most
-OWN = re.compile(
-    r"(files|features|vectors)-[0-9a-f]{12}\.(json|npy|faiss)|\..*\.tmp"
-)  # beside it; all else is a user's
+# The names of an index's own files, beside the manifest. All others in its folder are the user's.
+OWN = re.compile(r"(files|features|vectors)-[0-9a-f]{12}\.(json|npy|faiss)|\..*\.tmp")
+PARTIAL = "partial"
 OWN_SHARD = re.compile(r"[0-9a-f]{16}\.pt|\..*\.tmp")
 
 Identity = tuple[str, int, int]  # absolute path, bytes, modification time in ns
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageIndex:
     """An index that can be searched.
 
@@ -69,12 +69,12 @@ class ImageIndex:
         """The row of each file, as it was when it was encoded."""
         return {file: row for row, file in enumerate(self.files)}
 
-    def search(self, queries: np.ndarray, k: int) -> list[list[tuple[int, float]]]:
+    def search(self, queries: np.ndarray, k: int) -> list[faiss_index.Answers]:
         """(row, cosine similarity) of the k nearest images of each normalised query (Q, D)."""
-        return vectors.search(self.vectors, self.features, queries, k)
+        return faiss_index.search(self.vectors, self.features, queries, k=k)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Update:
     """What bringing an index up to date did: numbers of images, and the files that could not be read."""
 
@@ -85,9 +85,9 @@ class Update:
 
 
 def encoder_key(encoder: Encoder) -> dict[str, Any]:
-    """What features depend on beside the images: weights and preprocessing, whatever computes."""
+    """What features depend on beside the images: weights and preprocessing, on whatever device they are computed."""
     about = encoder.describe()
-    return {"weights": about["weights"], **{k: about[k] for k in ("transform", "target_ratio", "resolution")}}
+    return {name: about[name] for name in ("weights", "transform", "target_ratio", "resolution")}
 
 
 def open_index(folder: Path) -> ImageIndex:
@@ -97,23 +97,29 @@ def open_index(folder: Path) -> ImageIndex:
     try:
         files = _files(folder, about)
         features = np.load(folder / about["features"], mmap_mode="r")
-        whole = len(files) == len(features) == about["images"] and features.ndim == 2
-        index = vectors.read(folder / about["vectors"])
-        whole = whole and index.ntotal == len(features) and index.d == features.shape[1]
+        fits = len(files) == len(features) == about["images"] and features.ndim == 2
+        vectors = faiss_index.read(folder / about["vectors"])
+        fits = fits and (vectors.ntotal, vectors.d) == features.shape
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise UserError(f"--index {folder} is damaged ({error}): build it again in another folder") from None
-    if not whole:
+    if not fits:
         raise UserError(f"--index {folder} is damaged (its parts do not fit): build it again in another folder")
-    return ImageIndex(folder, files, features, index, about)
+    return ImageIndex(folder=folder, files=files, features=features, vectors=vectors, about=about)
 
 
 def update_index(
-    folder: Path, folders: Sequence[Path], images: Sequence[Path], encoder: Encoder, *, kind: str, pair: dict[str, Any]
+    folder: Path,
+    folders: Sequence[Path],
+    images: Sequence[Path],
+    encoder: Encoder,
+    *,
+    kind: str,
+    pair: dict[str, Any],
 ) -> Update:
     """Make an index of images, or bring one up to date: new and changed files are encoded, vanished ones go.
 
-    Files that could not be read are tried again. What the encoder's `between` raises ends the work, which goes on from
-    the last shard the next time.
+    Files that could not be read are tried again. What the encoder's `between` raises ends the work; the next update
+    goes on from the last whole shard.
 
     Args:
         folders: where the images were found, for the manifest.
@@ -124,63 +130,86 @@ def update_index(
         UserError: the folder holds other files, the index is of other weights or preprocessing, no image can be read,
             or there are too few for the kind.
     """
-    vectors.check(kind, len(images), feature_dim(encoder.model))
+    faiss_index.check(kind, len(images), feature_dim(encoder.model))
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, f"--output {folder}: another process updates it: wait for that one"):
-        content = {"folders": sorted(str(path.resolve()) for path in folders), "pair": pair}
-        return _update(folder, images, encoder, kind, content)
+        origin = {"folders": sorted(str(path.resolve()) for path in folders), "pair": pair}
+        return _update(folder, images, encoder, kind=kind, origin=origin)
 
 
-def _update(folder: Path, images: Sequence[Path], encoder: Encoder, kind: str, content: dict[str, Any]) -> Update:
-    earlier, key = read_manifest(folder), encoder_key(encoder)
+def _update(folder: Path, images: Sequence[Path], encoder: Encoder, *, kind: str, origin: dict[str, Any]) -> Update:
+    """The same in a folder that is locked.
+
+    Args:
+        origin: the part of the manifest that says where the images and the encoder are from.
+    """
+    earlier = read_manifest(folder)
+    key = encoder_key(encoder)
     if earlier is None:
         _check_own(folder)
     if earlier and earlier.get("encoder") != key:
         raise UserError(f"--output {folder} is an index of other weights or preprocessing: choose another folder")
-    identities = file_identities([path for path in images if file_size(path) is not None])
-    known = _known(folder, earlier, key)
-    bad = _encode(folder, [i for i in identities if i not in known], encoder, key, known)
-    readable = [i for i in identities if i in known]
+
+    files = file_identities([path for path in images if file_size(path) is not None])
+    features = _features_on_disk(folder, earlier, key)
+    new_files = [file for file in files if file not in features]
+    unreadable = _encode(folder, new_files, encoder, key=key, features=features)
+    readable = [file for file in files if file in features]
     if not readable:
-        raise UserError(f"--images: none of the {len(identities)} images can be read, the first is {identities[0][0]}")
-    before = set(_files(folder, earlier)) if earlier else set()
-    kept = len(before & set(readable))
-    content = {"encoder": key, **content, "unreadable": {path: why for (path, _, _), why in bad.items()}}
-    about = {**content, "kind": kind}
-    if not earlier or set(readable) != before or any(earlier.get(k) != v for k, v in about.items()):
-        _publish(folder, readable, np.stack([known[i] for i in readable]), kind, content)
-    return Update(len(readable) - kept, kept, len(before) - kept, content["unreadable"])
+        raise UserError(f"--images: none of the {len(files)} images can be read, the first is {files[0][0]}")
+
+    about = {"encoder": key, **origin, "unreadable": unreadable}
+    earlier_files = set(_files(folder, earlier)) if earlier else set()
+    if set(readable) != earlier_files or not _says(earlier, {**about, "kind": kind}):
+        rows = np.stack([features[file] for file in readable])
+        _publish(folder, readable, rows, kind=kind, about=about)
+    kept = len(earlier_files & set(readable))
+    return Update(
+        added=len(readable) - kept,
+        kept=kept,
+        removed=len(earlier_files) - kept,
+        unreadable=unreadable,
+    )
 
 
 def _check_own(folder: Path) -> None:
-    """Refuse a folder that something else is in: what an index does not name is dropped from it."""
+    """Refuse a folder that holds other files: whatever an index does not name is deleted from its folder."""
     for file in folder.iterdir():
-        if not (OWN.fullmatch(file.name) or file.name == "partial"):
+        if not (OWN.fullmatch(file.name) or file.name == PARTIAL):
             raise UserError(f"--output {folder} holds {file.name}, which is of no index: name an empty or a new folder")
+
+
+def _says(manifest: dict[str, Any] | None, about: dict[str, Any]) -> bool:
+    """Whether a manifest has all of some entries already."""
+    if not manifest:
+        return False
+    return all(manifest.get(name) == value for name, value in about.items())
 
 
 def _files(folder: Path, about: dict[str, Any]) -> list[Identity]:
     """The files of an index, by row."""
-    return [(str(path), int(size), int(when)) for path, size, when in json.loads((folder / about["files"]).read_text())]
+    files = json.loads((folder / about["files"]).read_text())
+    return [(str(path), int(size), int(modified)) for path, size, modified in files]
 
 
-def _known(folder: Path, earlier: dict[str, Any] | None, key: dict[str, Any]) -> dict[Identity, np.ndarray]:
+def _features_on_disk(folder: Path, earlier: dict[str, Any] | None, key: dict[str, Any]) -> dict[Identity, np.ndarray]:
     """What is encoded already: in the index, and by an interrupted run."""
-    known: dict[Identity, np.ndarray] = {}
+    features: dict[Identity, np.ndarray] = {}
     if earlier:
         index = open_index(folder)
-        known |= zip(index.files, index.features, strict=True)
-    for shard in sorted((folder / "partial").glob("*.pt")):
-        known |= _shard(shard, key)
-    return known
+        features.update(zip(index.files, index.features, strict=True))
+    for shard in sorted((folder / PARTIAL).glob("*.pt")):
+        features.update(_read_shard(shard, key))
+    return features
 
 
-def _shard(file: Path, key: dict[str, Any]) -> dict[Identity, np.ndarray]:
+def _read_shard(file: Path, key: dict[str, Any]) -> dict[Identity, np.ndarray]:
     """What an interrupted run encoded, if it was with the same encoder."""
     try:
         content = load_tensors(file)
         if content["key"] == json.dumps(key):
-            return dict(zip(map(tuple, content["files"]), content["features"].numpy(), strict=True))
+            files = map(tuple, content["files"])
+            return dict(zip(files, content["features"].numpy(), strict=True))
     except (UserError, KeyError, ValueError, TypeError, AttributeError):
         logger.warning("%s is damaged: its images are encoded again", file)
     return {}
@@ -188,44 +217,61 @@ def _shard(file: Path, key: dict[str, Any]) -> dict[Identity, np.ndarray]:
 
 def _encode(
     folder: Path,
-    new: list[Identity],
+    files: list[Identity],
     encoder: Encoder,
+    *,
     key: dict[str, Any],
-    known: dict[Identity, np.ndarray],
-) -> dict[Identity, str]:
-    """Add the features of files to `known`, shard by shard; returns those that cannot be read, and why."""
-    bad: dict[Identity, str] = {}
-    for start in range(0, len(new), SHARD):
-        shard = new[start : start + SHARD]
-        what = f"images {start + 1} to {start + len(shard)} of {len(new)}"
-        features, reasons = encoder.readable_images([Path(path) for path, _, _ in shard], what)
-        read_ones = [one for one, reason in zip(shard, reasons, strict=True) if not reason]
-        bad |= {one: reason for one, reason in zip(shard, reasons, strict=True) if reason}
-        features = features.cpu()
-        known |= zip(read_ones, features.numpy(), strict=True)
-        name = hashlib.sha256(json.dumps(shard).encode()).hexdigest()[:16]
-        content = {"key": json.dumps(key), "files": [list(one) for one in read_ones], "features": features}
-        if read_ones:
-            save_tensors(folder / "partial" / f"{name}.pt", content)
-    return bad
+    features: dict[Identity, np.ndarray],
+) -> dict[str, str]:
+    """Encode files, shard by shard, each of which is on disk before the next is begun.
+
+    Args:
+        features: the features of the files are added to it.
+
+    Returns:
+        path -> why it cannot be read.
+    """
+    unreadable: dict[str, str] = {}
+    for start in range(0, len(files), SHARD):
+        shard = files[start : start + SHARD]
+        progress = f"images {start + 1} to {start + len(shard)} of {len(files)}"
+        encoded, reasons = encoder.readable_images([Path(path) for path, _, _ in shard], progress)
+        encoded = encoded.cpu()
+        readable = []
+        for file, reason in zip(shard, reasons, strict=True):
+            if reason:
+                unreadable[file[0]] = reason
+            else:
+                readable.append(file)
+        features.update(zip(readable, encoded.numpy(), strict=True))
+        if readable:
+            name = hashlib.sha256(json.dumps(shard).encode()).hexdigest()[:16]
+            content = {"key": json.dumps(key), "files": [list(file) for file in readable], "features": encoded}
+            save_tensors(folder / PARTIAL / f"{name}.pt", content)
+    return unreadable
 
 
-def _publish(folder: Path, files: list[Identity], features: np.ndarray, kind: str, content: dict[str, Any]) -> None:
+def _publish(folder: Path, files: list[Identity], features: np.ndarray, *, kind: str, about: dict[str, Any]) -> None:
     """Write a new generation of the files, then the manifest that names them, then drop what it does not name."""
     generation = uuid.uuid4().hex[:12]
-    names = {"files": f"files-{generation}.json", "features": f"features-{generation}.npy"}
-    names["vectors"] = f"vectors-{generation}.faiss"
+    names = {
+        "files": f"files-{generation}.json",
+        "features": f"features-{generation}.npy",
+        "vectors": f"vectors-{generation}.faiss",
+    }
     write_text(folder / names["files"], json.dumps(files))
     with written_whole(folder / names["features"]) as features_file:
         np.save(features_file, features)
-    index = vectors.build(features, kind)
-    vectors.write(index, folder / names["vectors"])
-    report = {} if kind == "flat" else {"recall against exact": vectors.recall_report(index, features)}
-    about = {**content, **names, **report, "kind": kind, "images": len(files), "torch": torch.__version__}
-    write_text(folder / MANIFEST, json.dumps(about, indent=1) + "\n")
+    vectors = faiss_index.build(features, kind)
+    faiss_index.write(vectors, folder / names["vectors"])
+    manifest = {**about, **names}
+    if kind != "flat":
+        manifest["recall against exact"] = faiss_index.recall_report(vectors, features)
+    manifest.update({"kind": kind, "images": len(files), "torch": torch.__version__})
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     for file in folder.iterdir():
         if OWN.fullmatch(file.name) and file.name not in names.values():
             file.unlink()
-    for file in (folder / "partial").glob("*"):
+    for file in (folder / PARTIAL).glob("*"):
         if OWN_SHARD.fullmatch(file.name):
             file.unlink()

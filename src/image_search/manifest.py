@@ -32,15 +32,17 @@ def as_made(about: Mapping[str, Any], choice: ClipChoice, clip_path: Path | None
         about: the index's manifest, empty where there is none.
     """
     pair = about.get("pair")
-    pair = pair if isinstance(pair, dict) else {}
-    made_with = {}
+    if not isinstance(pair, dict):
+        pair = {}
+    settings = {}
     for name, value in dataclasses.asdict(choice).items():
-        made_with[name] = pair.get(name) if value is None else value
-    path = pair.get("clip_model_path")
-    return ClipChoice(**made_with), clip_path or (Path(path) if path else None)
+        settings[name] = pair.get(name) if value is None else value
+    if clip_path is None and pair.get("clip_model_path"):
+        clip_path = Path(pair["clip_model_path"])
+    return ClipChoice(**settings), clip_path
 
 
 def check_index(folder: Path) -> None:
-    """Raise UserError where there is no index, before anything is loaded for it."""
+    """Raise UserError where there is no index, before anything else is loaded."""
     if read_manifest(folder) is None:
         raise UserError(f"--index {folder} holds no {MANIFEST}: make one with search.py index")

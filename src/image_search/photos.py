@@ -15,9 +15,9 @@ from utils import UserError
 
 KINDS = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others' decoders are old, or start programs
-OTHER_KINDS = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd"}
-OTHER_KINDS |= {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw"}  # of cameras
-FULL = (1, 255, 65_535)  # what white may be in images of more than 8 bits
+CAMERA_KINDS = {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
+OTHER_KINDS = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", *CAMERA_KINDS}
+WHITES = (1, 255, 65_535)  # what white may be in images of more than 8 bits
 
 
 @dataclass
@@ -41,7 +41,8 @@ def find_images(folders: Sequence[Path]) -> FoundImages:
     Raises:
         UserError: a folder is none or cannot be read, or there is no image.
     """
-    found, paths = FoundImages(), set()
+    found = FoundImages()
+    paths = set()
     for folder in folders:
         for file in _files(folder):
             kind = file.suffix.lower()
@@ -49,52 +50,64 @@ def find_images(folders: Sequence[Path]) -> FoundImages:
                 found.skipped[kind] += 1
             elif kind in KINDS:
                 real = Path(os.path.realpath(file))  # unlike `resolve`, it takes a link to itself
-                reason = _reason(real)
+                reason = _reason_to_leave_out(real)
                 if reason:
-                    found.left_out[ascii(str(file))[1:-1]] = reason
+                    printable = ascii(str(file))[1:-1]
+                    found.left_out[printable] = reason
                 else:
                     paths.add(real)
     if not paths:
-        where = ", ".join(map(str, folders))
-        raise UserError(f"--images {where}: no images there ({' '.join(sorted(KINDS))}): name another folder")
+        named = ", ".join(map(str, folders))
+        kinds = " ".join(sorted(KINDS))
+        raise UserError(f"--images {named}: no images there ({kinds}): name another folder")
     found.paths = sorted(paths)
     return found
 
 
 def _files(folder: Path) -> list[Path]:
-    """All files below a folder; a folder that links lead back to is looked at once."""
+    """All files below a folder. A link that leads back to a folder above is not followed."""
 
-    def fail(error: OSError) -> None:
+    def refuse(error: OSError) -> None:
         raise UserError(f"--images {folder}: {error.filename} cannot be read ({error.strerror}): allow it, or wait")
 
     if not folder.is_dir():
         raise UserError(
             f"--images {folder} is no folder: name one that holds images, or drop it from the index with --forget"
         )
-    files, seen = [], {folder.resolve()}
-    for root, inner, names in os.walk(folder, onerror=fail, followlinks=True):
-        inner[:] = [name for name in inner if not name.startswith(".") and (Path(root) / name).resolve() not in seen]
-        seen |= {(Path(root) / name).resolve() for name in inner}
+    files: list[Path] = []
+    visited = {folder.resolve()}
+    for root, inner, names in os.walk(folder, onerror=refuse, followlinks=True):
+        to_visit = {}
+        for name in inner:
+            if name.startswith("."):
+                continue
+            real = (Path(root) / name).resolve()
+            if real not in visited:
+                to_visit[name] = real
+        inner[:] = to_visit  # os.walk enters only the folders that are left in the list
+        visited.update(to_visit.values())
         files += [Path(root) / name for name in names]
     return files
 
 
-def _reason(file: Path) -> str:
-    """Why a file, its links followed, cannot be taken, before it is opened; "" where it can."""
+def _reason_to_leave_out(file: Path) -> str:
+    """Why a file, its links followed, cannot be an image, as far as is known before it is opened; "" if it can."""
     try:
         str(file).encode()
     except UnicodeEncodeError:
         return "its name is not UTF-8: rename it"
-    return "" if file_size(file) is not None else "a link that leads nowhere"
+    if file_size(file) is None:
+        return "a link that leads nowhere"
+    return ""
 
 
 def opened(file: Path, side: int | None = None) -> Image.Image:
     """An image as a viewer shows it: turned as its EXIF data says, with 8 bits.
 
-    Benchmarks are read without that, as the original reads them.
+    Images of benchmarks are read as they are saved, as the original reads them.
 
     Args:
-        side: how large it must be at least, where that makes decoding faster.
+        side: pixels that the shorter side needs at least; a smaller image is decoded faster.
 
     Raises:
         OSError: it is none of FORMATS, or damaged.
@@ -103,25 +116,27 @@ def opened(file: Path, side: int | None = None) -> Image.Image:
     image = decoded(file, FORMATS, side)
     try:
         return _eight_bits(ImageOps.exif_transpose(image))
-    except DECODING_ERRORS as error:  # of damaged EXIF data
+    except DECODING_ERRORS as error:  # the EXIF data are damaged
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Images of more than 8 bits, of which Pillow would make white ones, in their own range."""
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+    """An image of more than 8 bits scaled to 8; Pillow's own conversion would make it white."""
+    has_more_bits = image.mode in ("I", "F") or image.mode.startswith("I;16")
+    if not has_more_bits:
         return image
     values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     largest = max(values.max(), 0)
-    white = next((full for full in FULL if largest <= full), largest)
-    return Image.fromarray((values.clip(0) * 255 / white).round().astype(np.uint8))
+    white = next((value for value in WHITES if largest <= value), largest)
+    scaled = values.clip(0) * 255 / white
+    return Image.fromarray(scaled.round().astype(np.uint8))
 
 
-def thumbnail(file: Path, side: int) -> Image.Image:
-    """A small RGB image of a file, grey where the file is gone or damaged."""
+def small_image(file: Path, side: int) -> Image.Image:
+    """An RGB image of a file, at most `side` pixels wide and high; a grey square where it is gone or damaged."""
     try:
-        small = opened(file, side).convert("RGB")
+        image = opened(file, side).convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError):
         return Image.new("RGB", (side, side), "lightgrey")
-    small.thumbnail((side, side))
-    return small
+    image.thumbnail((side, side))
+    return image

@@ -43,30 +43,37 @@ class Searcher:
     """
 
     def __init__(self, index: ImageIndex, pair: Pair) -> None:
-        own, its = encoder_key(pair.encoder), index.about.get("encoder")
-        if its != own:
-            differing = [name for name in own if not isinstance(its, dict) or its.get(name) != own[name]]
+        query_key = encoder_key(pair.encoder)
+        index_key = index.about.get("encoder")
+        if index_key != query_key:
+            known = index_key if isinstance(index_key, dict) else {}
+            differing = [name for name in query_key if known.get(name) != query_key[name]]
             raise UserError(
                 f"--index {index.folder} was made with other {' and '.join(differing)} than the query has: name the "
                 "weights that it was made with, or make another index"
             )
-        self.index, self.pair = index, pair
+        self.index = index
+        self.pair = pair
 
     def reference_features(self, image: Path) -> Tensor:
-        """Unnormalised features (1, D) of an image file: those of the index, if it is in it as it is now, or was."""
+        """Unnormalised features (1, D) of an image file.
+
+        They come from the index if it holds the file as it is now, or if the file is gone.
+        """
         if file_size(image) is None:
             row = self.index.row_of_path.get(str(image.resolve()))
             if row is None:
                 raise UserError(f"there is no image {image}: name another")
         else:
             row = self.index.row_of.get(file_identities([image])[0])
-        if row is not None:
-            return torch.from_numpy(np.array(self.index.features[row : row + 1])).to(self.pair.encoder.device)
-        return self.pair.encoder.images([image])
+        if row is None:
+            return self.pair.encoder.images([image])
+        features = np.array(self.index.features[row : row + 1])
+        return torch.from_numpy(features).to(self.pair.encoder.device)
 
     @torch.no_grad()
     def search(self, reference: Tensor, text: str, k: int) -> Found:
-        """What is nearest to a reference, changed as a text says.
+        """The images nearest to a reference that is changed as a text says.
 
         Args:
             reference: unnormalised features (1, D).
@@ -74,7 +81,9 @@ class Searcher:
         text = text.strip()
         if not text:
             raise UserError("the text is empty: say what to change")
-        note = "" if fits(text) else "the text has more than 77 tokens: what is beyond them was left out"
+        note = ""
+        if not fits(text):
+            note = "the text has more than 77 tokens: what is beyond them was left out"
         captions = self.pair.encoder.captions([text])
         query = self.pair.compose(reference, captions).cpu().numpy()  # (1, D)
         (answers,) = self.index.search(query, k)
@@ -88,7 +97,7 @@ class Searcher:
 
 
 def load_searcher(folder: Path, choice: PairChoice, device: torch.device) -> Searcher:
-    """An index with a pair for it: where the flags are silent, the CLIP that the index was made with.
+    """An index and a pair for it. Where the flags name no CLIP, the pair has the one that the index was made with.
 
     Raises:
         UserError: the index is damaged or of other weights, or whatever is wrong with the checkpoints.

@@ -1,4 +1,4 @@
-"""OpenAI's CLIP: load, tokenize, freeze, write a tiny one. The only importer of `clip`."""
+"""OpenAI's CLIP: load, tokenize, freeze, write a tiny one. No other file imports `clip`."""
 
 import functools
 import urllib.error
@@ -25,8 +25,8 @@ with warnings.catch_warnings():
 def load_clip(name: str, device: torch.device) -> CLIP:
     """Build a CLIP model in eval mode with float32 weights.
 
-    Building rounds the weights to fp16, as the clip package does everywhere; what is loaded into the model later
-    (`load_finetuned`) stays float32.
+    Building rounds the weights to fp16, as the clip package always does. Weights that `load_finetuned` loads later
+    stay float32.
 
     Args:
         name: one of `clip.available_models()`, or the path of a checkpoint: a plain state dict or OpenAI's archive.
@@ -53,14 +53,15 @@ def load_clip(name: str, device: torch.device) -> CLIP:
 
 def _download(name: str) -> CLIP:
     """A pretrained CLIP by name, from the clip package's cache or its download server."""
-    by_hand = Path("~/.cache/clip").expanduser() / Path(clip.clip._MODELS[name]).name
+    url = clip.clip._MODELS[name]
+    cached = Path("~/.cache/clip").expanduser() / Path(url).name
     try:
         with distributed.first_on_machine():
             return clip.load(name, device="cpu")[0]
     except (OSError, RuntimeError, urllib.error.URLError) as error:
         raise UserError(
-            f"--clip-model-name {name} could not be downloaded ({first_line(error)}): fetch "
-            f"{clip.clip._MODELS[name]} elsewhere and put it at {by_hand}"
+            f"--clip-model-name {name} could not be downloaded ({first_line(error)}): fetch {url} elsewhere and put "
+            f"it at {cached}"
         ) from None
 
 
@@ -83,13 +84,13 @@ def load_finetuned(model: CLIP, state: dict[str, Any], path: Path) -> None:
     """Copy stage-1 weights into the model, in float32.
 
     Raises:
-        UserError: the weights are those of another architecture; both are named.
+        UserError: the weights are of another architecture; both are named.
     """
-    own = model.state_dict()
-    if _shapes(own) != _shapes(state):
+    built = model.state_dict()
+    if _shapes(built) != _shapes(state):
         raise UserError(
             f"--clip-model-path {path} was trained on another architecture ({describe(state)}) than --clip-model-name "
-            f"builds ({describe(own)}): name the model it was trained on"
+            f"builds ({describe(built)}): name the model it was trained on"
         )
     model.load_state_dict(state)
 
@@ -101,25 +102,28 @@ def _shapes(state: dict[str, Any]) -> dict[str, Any]:
 def describe(state: dict[str, Tensor]) -> str:
     """An architecture in words, from the shapes of its weights."""
     try:
-        embedding = state["text_projection"].shape[1]
-        is_vit = "visual.proj" in state
-        positions = state["visual.positional_embedding" if is_vit else "visual.attnpool.positional_embedding"]
+        if "visual.proj" in state:
+            kind = "ViT"
+            positions = state["visual.positional_embedding"]
+        else:
+            kind = "ResNet"
+            positions = state["visual.attnpool.positional_embedding"]
         width = state["visual.conv1.weight"].shape[0]
-        kind = "ViT" if is_vit else "ResNet"
+        embedding = state["text_projection"].shape[1]
         return f"{kind} of width {width}, {len(positions) - 1} patches, embedding {embedding}"
     except (KeyError, AttributeError, IndexError, TypeError):
         return "not a CLIP"
 
 
 def choose_trained(model: CLIP, encoder: str) -> list[nn.Parameter]:
-    """Freeze what `--encoder` leaves alone and return the parameters that learn.
+    """Freeze the parameters that `--encoder` does not name, and return those that learn.
 
-    `image` trains `visual.*`; `text` all but `visual.*`; `both` everything. CLIP's own logit scale takes no part in the
-    loss, so it is never trained.
+    `image` trains `visual.*`; `text` all but `visual.*`; `both` everything. CLIP's own logit scale is never trained,
+    because the loss does not contain it.
     """
     for name, parameter in model.named_parameters():
-        is_visual = name.startswith("visual.")
-        parameter.requires_grad_(encoder == "both" or is_visual == (encoder == "image"))
+        encoder_of_parameter = "image" if name.startswith("visual.") else "text"
+        parameter.requires_grad_(encoder in ("both", encoder_of_parameter))
     model.logit_scale.requires_grad_(False)
     return [p for p in model.parameters() if p.requires_grad]
 
@@ -132,7 +136,7 @@ def checkpoint_gradients(model: CLIP) -> None:
 
 
 def suit_to_gpu(model: CLIP, device: torch.device) -> None:
-    """Lay a ResNet's weights out channels last, which its convolutions prefer on a GPU."""
+    """Store a ResNet's weights channels last, with which convolutions are faster on a GPU."""
     if device.type == "cuda" and isinstance(model.visual, ModifiedResNet):
         model.visual.to(memory_format=torch.channels_last)
 
@@ -148,12 +152,12 @@ def feature_dim(model: CLIP) -> int:
 
 
 def tokenize(captions: list[str]) -> Tensor:
-    """Captions to CLIP tokens (len(captions), 77); a longer caption is truncated, here and nowhere else."""
+    """Captions to CLIP tokens (len(captions), 77). This is the one place where a longer caption is truncated."""
     return clip.tokenize(captions, truncate=True)
 
 
 def fits(caption: str) -> bool:
-    """Whether a caption has no more tokens than CLIP takes, so that nothing of it is truncated."""
+    """Whether a caption has at most as many tokens as CLIP takes, so that it is not truncated."""
     try:
         clip.tokenize([caption])
     except RuntimeError:
@@ -161,7 +165,7 @@ def fits(caption: str) -> bool:
     return True
 
 
-TINY: dict[str, dict[str, Any]] = {
+TINY_VISION: dict[str, dict[str, Any]] = {
     "vit": {"vision_layers": 4, "vision_patch_size": 8, "vision_width": 64},
     "resnet": {"vision_layers": (1, 1, 1, 1), "vision_patch_size": None, "vision_width": 16},
 }
@@ -178,5 +182,5 @@ def write_tiny_clip(path: Path, kind: str, seed: int = 0, image_resolution: int 
         image_resolution: pixels; a multiple of 8 (vit) or 32 (resnet).
     """
     seed_everything(seed)
-    model = CLIP(embed_dim=64, image_resolution=image_resolution, **TINY[kind], **TINY_TEXT)
+    model = CLIP(embed_dim=64, image_resolution=image_resolution, **TINY_VISION[kind], **TINY_TEXT)
     save_tensors(path, {name: weight.half() for name, weight in model.state_dict().items()})

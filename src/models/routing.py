@@ -1,4 +1,4 @@
-"""What a sparse mixture's router does, in numbers, and two losses that steer it. Logits are (B, E), k experts a row."""
+"""A sparse mixture's router in numbers, and two losses that steer it. Logits are (B, E); a row goes to k experts."""
 
 import itertools
 import math
@@ -14,12 +14,15 @@ from runtime import distributed
 def load_balancing_loss(logits: Tensor, top_k: int) -> Tensor:
     """E times the sum over experts of (share of assignments) x (mean router probability); 1 where both are even.
 
-    Fedus et al. 2021 (arXiv 2101.03961), equations 4 to 6, for k = 1; with k experts a row, shares are of the B k
+    For k = 1 it is that of Fedus et al. 2021 (arXiv 2101.03961), equations 4 to 6. For larger k, shares are of the B k
     assignments. Only the probabilities have a gradient.
     """
     experts = logits.shape[1]
-    shares = F.one_hot(logits.topk(top_k).indices, experts).sum(1).float().mean(0) / top_k  # (E,)
-    return experts * (shares * logits.float().softmax(-1).mean(0)).sum()
+    chosen = logits.topk(top_k).indices  # (B, k)
+    assigned = F.one_hot(chosen, experts).sum(1)  # (B, E) of 0 and 1
+    shares = assigned.float().mean(0) / top_k  # (E,)
+    probabilities = logits.float().softmax(-1).mean(0)  # (E,)
+    return experts * (shares * probabilities).sum()
 
 
 def router_z_loss(logits: Tensor) -> Tensor:
@@ -28,17 +31,17 @@ def router_z_loss(logits: Tensor) -> Tensor:
 
 
 def router_penalty(load_balancing_weight: float, z_weight: float, top_k: int) -> Callable[[Tensor], Tensor] | None:
-    """This rank's logits (b, E) -> the weighted sum of both losses over the global batch.
+    """A function: this rank's logits (b, E) -> the weighted sum of both losses over the global batch.
 
-    None where both weigh 0, and without a mixture (top_k 0).
+    None where both weights are 0, and without a mixture (top_k 0).
     """
     if top_k == 0 or not (load_balancing_weight or z_weight):
         return None
 
     def penalty(logits: Tensor) -> Tensor:
-        everybodys = distributed.gather_rows(logits)  # (B, E)
-        balance = load_balancing_weight * load_balancing_loss(everybodys, top_k)
-        return balance + z_weight * router_z_loss(everybodys)
+        gathered = distributed.gather_rows(logits)  # (B, E)
+        balance = load_balancing_weight * load_balancing_loss(gathered, top_k)
+        return balance + z_weight * router_z_loss(gathered)
 
     return penalty
 
@@ -47,28 +50,37 @@ def router_statistics(logits: Tensor, top_k: int) -> dict[str, float]:
     """How rows spread over the experts.
 
     Returns:
-        `expert{i}_share`: share of the rows that go to expert i, these sum to k; `expert{i}_weight`: its mean weight
-        over all rows, these sum to 1; `load_entropy`: of the shares over k, from 0, all rows to the same expert, to 1,
-        evenly; `row_entropy`: mean of the entropies of the rows' k weights, from 0 to 1; `experts{i}+{j}_rows`: rows
-        that both get.
+        expert{i}_share: share of the rows that go to expert i; they sum to k.
+        expert{i}_weight: mean weight of expert i over all rows; they sum to 1.
+        load_entropy: entropy of the shares, from 0 (all rows go to the same expert) to 1 (they spread evenly).
+        row_entropy: mean over the rows of the entropy of their k weights, from 0 to 1.
+        experts{i}+{j}_rows: number of rows that go to both experts.
     """
     rows, experts = logits.shape
     values, chosen = logits.float().topk(top_k)
     weights = values.softmax(-1)  # (B, k)
-    taken = F.one_hot(chosen, experts).sum(1).float()  # (B, E) of 0 and 1
-    shares = taken.mean(0)
-    weight = torch.zeros(experts, device=logits.device).index_add_(0, chosen.flatten(), weights.flatten()) / rows
-    together = (taken.T @ taken).long().tolist()  # (E, E)
-    statistics = {f"expert{i}_share": share for i, share in enumerate(shares.tolist())}
-    statistics |= {f"expert{i}_weight": value for i, value in enumerate(weight.tolist())}
+    assigned = F.one_hot(chosen, experts).sum(1).float()  # (B, E) of 0 and 1
+    shares = assigned.mean(0)  # (E,)
+    total_weights = torch.zeros(experts, device=logits.device)
+    total_weights.index_add_(0, chosen.flatten(), weights.flatten())
+    mean_weights = total_weights / rows  # (E,)
+    rows_of_both = (assigned.T @ assigned).long().tolist()  # (E, E)
+    statistics: dict[str, float] = {}
+    for expert, share in enumerate(shares.tolist()):
+        statistics[f"expert{expert}_share"] = share
+    for expert, weight in enumerate(mean_weights.tolist()):
+        statistics[f"expert{expert}_weight"] = weight
     statistics["load_entropy"] = _entropy(shares[None] / top_k)
     statistics["row_entropy"] = _entropy(weights)
-    pairs = itertools.combinations(range(experts), 2)
-    return statistics | {f"experts{i}+{j}_rows": together[i][j] for i, j in pairs}
+    for first, second in itertools.combinations(range(experts), 2):
+        statistics[f"experts{first}+{second}_rows"] = rows_of_both[first][second]
+    return statistics
 
 
 def _entropy(distributions: Tensor) -> float:
-    """Mean entropy of distributions (n, m) in units of the even one's, 0 where there is nothing to choose."""
-    if distributions.shape[1] == 1:
+    """Mean entropy of distributions (n, m), divided by that of the even distribution; 0 if there is no choice."""
+    choices = distributions.shape[1]
+    if choices == 1:
         return 0.0
-    return float(torch.special.entr(distributions).sum(1).mean()) / math.log(distributions.shape[1])
+    entropy = float(torch.special.entr(distributions).sum(1).mean())
+    return entropy / math.log(choices)

@@ -2,12 +2,12 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from reports import pages
 
-FEWEST = 3  # times that a word must occur to be called an expert's
+LEAST_OCCURRENCES = 3  # of a word that is called typical of an expert
 SHOWN = 8  # words and captions of an expert
 
 STYLE = """
@@ -15,46 +15,67 @@ td.heat { text-align: center; font-variant-numeric: tabular-nums; padding: .35re
 .expert { border-top: 1px solid var(--line); padding: .5rem 0; }
 """
 
-Records = Mapping[str, Sequence[dict[str, Any]]]
+Record = dict[str, Any]  # of a query of a mixture, see `evaluation.rankings_file`
 
 
-def expert_report(title: str, records: Records) -> str:
-    """The page, from records of a mixture (see `records`)."""
-    experts = range(len(next(iter(records.values()))[0]["experts"]))
-    everything = [query for queries in records.values() for query in queries]
-    columns = {**records, "all": everything}
-    parts = ["<p>Mean weight of each expert over the queries: a row is an expert, a column a split.</p>"]
+def expert_report(title: str, records: Mapping[str, Sequence[Record]]) -> str:
+    """The page, from split's name -> its queries."""
+    everything: list[Record] = []
+    for queries in records.values():
+        everything += queries
+    experts = range(len(everything[0]["experts"]))
+    parts = [
+        "<p>Mean weight of each expert over the queries: a row is an expert, a column a split.</p>",
+        _heat_map({**records, "all": everything}, experts),
+    ]
+    parts += [_expert(expert, everything) for expert in experts]
+    return pages.page(title, parts, style=STYLE)
+
+
+def _heat_map(columns: Mapping[str, Sequence[Record]], experts: Iterable[int]) -> str:
+    """Mean weights as a table, the heavier the darker."""
     head = "".join(f"<th>{pages.text(name)}</th>" for name in columns)
     rows = []
     for expert in experts:
-        means = [sum(q["experts"][expert] for q in queries) / len(queries) for queries in columns.values()]
-        cells = "".join(f'<td class="heat" style="background:rgba(33,102,172,{m:.2f})">{m:.2f}</td>' for m in means)
-        rows.append(f"<tr><th>expert {expert}</th>{cells}</tr>")
-    parts.append(f'<div class="wide"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>')
-    parts += [_expert(expert, everything) for expert in experts]
-    return pages.page(title, parts, STYLE)
+        cells = []
+        for queries in columns.values():
+            mean = sum(query["experts"][expert] for query in queries) / len(queries)
+            background = f"background:rgba(33,102,172,{mean:.2f})"
+            cells.append(f'<td class="heat" style="{background}">{mean:.2f}</td>')
+        rows.append(f"<tr><th>expert {expert}</th>{''.join(cells)}</tr>")
+    return f'<div class="wide"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
 
 
-def _expert(expert: int, queries: Sequence[dict[str, Any]]) -> str:
-    """What one expert weighs most in."""
-    own = [query for query in queries if query["experts"][expert] == max(query["experts"]) > 0]
-    typical = sorted(own, key=lambda query: -query["experts"][expert])[:SHOWN]
-    captions = "".join(f"<li>{q['experts'][expert]:.2f} {pages.text(q['caption'])}</li>" for q in typical)
-    words = ", ".join(f"{word} ({ratio:.1f} x)" for word, ratio in typical_words(own, queries))
+def _expert(expert: int, queries: Sequence[Record]) -> str:
+    """The queries in which one expert weighs most: their number, typical words and captions."""
+    experts_queries = [query for query in queries if query["experts"][expert] == max(query["experts"]) > 0]
+    heaviest = sorted(experts_queries, key=lambda query: -query["experts"][expert])[:SHOWN]
+    captions = []
+    for query in heaviest:
+        captions.append(f"<li>{query['experts'][expert]:.2f} {pages.text(query['caption'])}</li>")
+    typical = typical_words(experts_queries, queries)
+    words = ", ".join(f"{word} ({ratio:.1f} x)" for word, ratio in typical) or "none"
+    number = len(experts_queries)
     return (
-        f'<div class="expert"><h2>Expert {expert}</h2><p>weighs most in {len(own)} of {len(queries)} queries</p>'
-        f"<p>Words that are more frequent there: {pages.text(words) or 'none'}</p><ul>{captions}</ul></div>"
+        f'<div class="expert"><h2>Expert {expert}</h2><p>weighs most in {number} of {len(queries)} queries</p>'
+        f"<p>Words that are more frequent there: {pages.text(words)}</p><ul>{''.join(captions)}</ul></div>"
     )
 
 
-def typical_words(own: Sequence[dict[str, Any]], queries: Sequence[dict[str, Any]]) -> list[tuple[str, float]]:
-    """Words of an expert's captions, and how many times more of them have it than of all captions."""
-    here, everywhere = (_captions_with(some) for some in (own, queries))
-    ratios = {w: (n / len(own)) / (everywhere[w] / len(queries)) for w, n in here.items() if n >= FEWEST}
-    frequent = {word: ratio for word, ratio in ratios.items() if ratio > 1}
-    return sorted(frequent.items(), key=lambda pair: -pair[1])[:SHOWN]
+def typical_words(experts_queries: Sequence[Record], queries: Sequence[Record]) -> list[tuple[str, float]]:
+    """Words that an expert's captions have more often than all captions, and how many times more often."""
+    everywhere = _captions_with(queries)
+    ratios = {}
+    for word, count in _captions_with(experts_queries).items():
+        ratio = (count / len(experts_queries)) / (everywhere[word] / len(queries))
+        if count >= LEAST_OCCURRENCES and ratio > 1:
+            ratios[word] = ratio
+    return sorted(ratios.items(), key=lambda pair: -pair[1])[:SHOWN]
 
 
-def _captions_with(queries: Sequence[dict[str, Any]]) -> Counter[str]:
+def _captions_with(queries: Sequence[Record]) -> Counter[str]:
     """Word -> how many captions have it."""
-    return Counter(word for query in queries for word in set(re.findall(r"\w+", query["caption"].lower())))
+    counts: Counter[str] = Counter()
+    for query in queries:
+        counts.update(set(re.findall(r"\w+", query["caption"].lower())))
+    return counts

@@ -29,7 +29,7 @@ def page(title: str, parts: Iterable[str], style: str = "", script: str = "") ->
     """A whole page. Parts are HTML already; the title is text."""
     body = "\n".join(parts)
     code = f"<script>{script}</script>\n" if script else ""
-    # The empty icon keeps browsers from asking for one.
+    # The empty icon keeps browsers from requesting one.
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -48,33 +48,35 @@ def page(title: str, parts: Iterable[str], style: str = "", script: str = "") ->
 
 
 def text(content: object) -> str:
-    """Any text as HTML, quotes too."""
+    """Any content as HTML text, in which quotes are escaped too."""
     return html.escape(str(content))
 
 
 def table(rows: Mapping[str, object], numbers: bool = False) -> str:
     """Names beside their values."""
     kind = "number" if numbers else "value"
-    lines = (f'<tr><th>{text(name)}</th><td class="{kind}">{text(value)}</td></tr>' for name, value in rows.items())
+    lines = []
+    for name, value in rows.items():
+        lines.append(f'<tr><th>{text(name)}</th><td class="{kind}">{text(value)}</td></tr>')
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
 def matrix(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    """A table of numbers with a row and a column of heads."""
+    """A table of numbers with names above the columns and before the rows."""
     head = "".join(f'<th class="number">{text(name)}</th>' for name in columns)
     lines = []
-    for name, cells in rows.items():
-        shown = "".join(f'<td class="number">{text(cell)}</td>' for cell in cells)
-        lines.append(f"<tr><th>{text(name)}</th>{shown}</tr>")
+    for name, values in rows.items():
+        cells = "".join(f'<td class="number">{text(value)}</td>' for value in values)
+        lines.append(f"<tr><th>{text(name)}</th>{cells}</tr>")
     return f'<div class="wide"><table><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
 
 
 def bars(shares: Mapping[str, float]) -> str:
     """Names with their shares, 0 to 1, as bars; the page's style says how `.bars` looks."""
-    rows = (
-        f'<span>{text(name)}</span><i style="width:{100 * share:.0f}%"></i><span>{share:.2f}</span>'
-        for name, share in shares.items()
-    )
+    rows = []
+    for name, share in shares.items():
+        bar = f'<i style="width:{100 * share:.0f}%"></i>'
+        rows.append(f"<span>{text(name)}</span>{bar}<span>{share:.2f}</span>")
     return f'<div class="bars">{"".join(rows)}</div>'
 
 
@@ -84,14 +86,14 @@ def command(line: str) -> str:
 
 
 def data_url(content: bytes, kind: str) -> str:
-    """Bytes as an address that holds them; kind as in "image/png"."""
+    """Bytes as a URL that holds them; kind as in "image/png"."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def jpeg(image: Image.Image, side: int, quality: int = 80) -> bytes:
-    """A small JPEG of an image, at most `side` pixels wide and high."""
-    small = image.convert("RGB")
-    small.thumbnail((side, side))
+    """A JPEG of an image, at most `side` pixels wide and high."""
+    copy = image.convert("RGB")
+    copy.thumbnail((side, side))
     buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=quality)
+    copy.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()

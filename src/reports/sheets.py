@@ -16,10 +16,32 @@ from runtime.image_files import decoded
 from utils import UserError, first_line
 
 MOST_BYTES = 14_000_000  # of thumbnails in a page, which base64 makes a third longer
-SIDES = (176, 144, 112, 88, 64)  # pixels of a thumbnail, the largest that fits
-TALLEST = 30_000  # pixels of a picture, which viewers still open
-LEFT, LINE = 330, 15  # pixels: where a picture's answers begin, and a line of its text
-GREEN, GREY, BLUE = (26, 152, 80), (110, 110, 110), (33, 102, 172)
+SIDES = (176, 144, 112, 88, 64)  # pixels of a thumbnail; the largest is taken that fits
+
+# Pixels of a picture.
+TALLEST = 30_000  # viewers still open it
+LEFT_WIDTH = 330  # of the query; the answers begin there
+MARGIN = 6
+GAP = 6  # between two images
+LINE = 15  # of text
+TEXT_GAP = 8  # between the reference and the text beside it
+LABEL_GAP = 3  # between an image and its label
+LABEL_HEIGHT = 22  # with the gaps around it
+BOTTOM = 14  # of a strip, together with the margin above
+FRAME = 3  # width of a target's outline
+FONT_SIZE = 12
+BAR_LEFT = 122  # from the beginning of the name
+BAR_WIDTH = 80  # of a share of 1
+BAR_TOP = 4  # from the top of the line
+BAR_BOTTOM = 11
+
+CAPTION_WIDTH = 32  # characters of a line
+CAPTION_LINES = 6
+GREEN = (26, 152, 80)
+GREY = (110, 110, 110)
+BLUE = (33, 102, 172)
+
+Answers = Sequence[tuple[str, float]]  # (image, similarity), the nearest first
 
 STYLE = """
 .query { border-top: 1px solid var(--line); padding: 1rem 0; }
@@ -44,13 +66,30 @@ for (const image of document.querySelectorAll("img[data-name]"))
 
 
 @dataclass(frozen=True)
+class Row:
+    """One ranking of a query.
+
+    Attributes:
+        answers: what was retrieved.
+        rank: of the target in the ranking, 0 is the first place.
+    """
+
+    answers: Answers
+    rank: int
+
+    @property
+    def names(self) -> list[str]:
+        """The images that were retrieved."""
+        return [name for name, _ in self.answers]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Card:
     """One query as a sheet shows it.
 
     Attributes:
         label: what it is called, as "dress 12" or "pairid 12060".
-        rank: of the target in the gallery, 0 is the first place.
-        rows: title -> (image, similarity) of what was retrieved, the nearest first, and the target's rank in it.
+        rows: title -> a ranking, of the gallery or of the query's group.
         bars: name -> share: how much of the residual is text, and the weights of the experts.
     """
 
@@ -58,38 +97,50 @@ class Card:
     caption: str
     reference: str
     target: str
-    rank: int
-    rows: Mapping[str, tuple[Sequence[tuple[str, float]], int]]
+    rows: Mapping[str, Row]
     bars: Mapping[str, float]
 
     @property
     def images(self) -> set[str]:
         """All images that it shows."""
-        return {self.reference, self.target, *(name for found, _ in self.rows.values() for name, _ in found)}
+        names = {self.reference, self.target}
+        for row in self.rows.values():
+            names.update(row.names)
+        return names
 
 
 def make_card(label: str, query: dict[str, Any], protocol: str, *, k: int) -> Card:
-    """A card from a record (see `records`).
+    """A card from a record of a rankings file.
 
     Args:
         k: images to show of the gallery's ranking.
     """
-    found = query["protocols"][protocol]
-    rows = {"gallery": (found["nearest"][:k], found["rank"])}
+    in_gallery = query["protocols"][protocol]
+    rows = {"gallery": Row(in_gallery["nearest"][:k], in_gallery["rank"])}
     if "in_group" in query:
-        rows["subset"] = (query["in_group"]["nearest"], query["in_group"]["rank"])
-    bars = shares(query.get("gate"), query.get("experts", []))
-    return Card(label, query["caption"], query["reference"], query["target"], found["rank"], rows, bars)
+        rows["subset"] = Row(query["in_group"]["nearest"], query["in_group"]["rank"])
+    return Card(
+        label=label,
+        caption=query["caption"],
+        reference=query["reference"],
+        target=query["target"],
+        rows=rows,
+        bars=shares(query.get("gate"), query.get("experts", [])),
+    )
 
 
 def shares(gate: float | None, experts: Sequence[float]) -> dict[str, float]:
     """What the Combiner did with a query, by name: how much of the residual is text, and the weights of the experts."""
-    named = {} if gate is None else {"text in the gate": gate}
-    return named | {f"expert {number}": weight for number, weight in enumerate(experts)}
+    named = {}
+    if gate is not None:
+        named["text in the gate"] = gate
+    for number, weight in enumerate(experts):
+        named[f"expert {number}"] = weight
+    return named
 
 
 def load_thumbnails(paths: Mapping[str, Path]) -> dict[str, bytes]:
-    """Image name -> a small JPEG, as large as all of them together may be.
+    """Image name -> a JPEG, of the largest side with which all of them together fit in a page.
 
     Raises:
         UserError: an image cannot be decoded.
@@ -102,64 +153,76 @@ def load_thumbnails(paths: Mapping[str, Path]) -> dict[str, bytes]:
             raise UserError(f"image {path} cannot be decoded ({first_line(error)}): see check_dataset.py") from None
         images[name].thumbnail((SIDES[0], SIDES[0]))
     for side in SIDES:
-        small = {name: pages.jpeg(image, side) for name, image in images.items()}
-        if sum(map(len, small.values())) <= MOST_BYTES:
+        thumbnails = {name: pages.jpeg(image, side) for name, image in images.items()}
+        if sum(map(len, thumbnails.values())) <= MOST_BYTES:
             break
-    return small
+    return thumbnails
 
 
 def sheet(title: str, about: str, sections: Mapping[str, Sequence[Card]], thumbnails: Mapping[str, bytes]) -> str:
-    """A page of queries in sections; each picture is in it once."""
-    keys = {name: str(number) for number, name in enumerate(thumbnails)}
+    """A page of queries in sections; each image is in it once."""
+    keys = _keys(thumbnails)
     parts = [f'<p class="about">{pages.text(about)}</p>']
     for name, cards in sections.items():
-        parts += [f"<h2>{pages.text(name)}</h2>", *(_query(card, keys) for card in cards)]
-    return pages.page(title, parts, STYLE, _script(keys, thumbnails))
+        parts.append(f"<h2>{pages.text(name)}</h2>")
+        parts += [_query(card, keys) for card in cards]
+    return pages.page(title, parts, style=STYLE, script=_script(keys, thumbnails))
+
+
+def _keys(thumbnails: Mapping[str, bytes]) -> dict[str, str]:
+    """Image name -> the short key that stands for it in the page."""
+    return {name: str(number) for number, name in enumerate(thumbnails)}
 
 
 def _query(card: Card, keys: Mapping[str, str]) -> str:
     """A card in HTML."""
     rows = []
-    for title, (found, rank) in card.rows.items():
-        figures = [_figure(keys, name, f"{n}. {s:.3f}", name == card.target) for n, (name, s) in enumerate(found, 1)]
-        if card.target not in [name for name, _ in found]:
-            figures.append(_figure(keys, card.target, f"{rank + 1}. the target", True))
-        head = f'<div class="rank">{pages.text(title)}: target at place {rank + 1}</div>'
-        rows.append(f'{head}<div class="row">{"".join(figures)}</div>')
+    for title, row in card.rows.items():
+        figures = []
+        for place, (name, similarity) in enumerate(row.answers, start=1):
+            label = f"{place}. {similarity:.3f}"
+            figures.append(_figure(keys, name, label, is_target=name == card.target))
+        if card.target not in row.names:
+            figures.append(_figure(keys, card.target, f"{row.rank + 1}. the target", is_target=True))
+        rows.append(f'<div class="rank">{pages.text(title)}: target at place {row.rank + 1}</div>')
+        rows.append(f'<div class="row">{"".join(figures)}</div>')
     return (
-        f'<div class="query"><div>{_figure(keys, card.reference, card.label, False)}'
+        f'<div class="query"><div>{_figure(keys, card.reference, card.label)}'
         f'<p class="caption">{pages.text(card.caption)}</p>{pages.bars(card.bars)}</div>'
         f"<div>{''.join(rows)}</div></div>"
     )
 
 
-def _figure(keys: Mapping[str, str], name: str, label: str, is_target: bool) -> str:
+def _figure(keys: Mapping[str, str], name: str, label: str, *, is_target: bool = False) -> str:
     kind = ' class="target"' if is_target else ""
+    escaped = pages.text(name)
     return (
-        f'<figure{kind} title="{pages.text(name)}"><img data-name="{keys[name]}" alt="{pages.text(name)}">'
+        f'<figure{kind} title="{escaped}"><img data-name="{keys[name]}" alt="{escaped}">'
         f"<figcaption>{pages.text(label)}</figcaption></figure>"
     )
 
 
-def results_page(
-    title: str, reference: str, found: Sequence[tuple[str, float]], *, about: str, thumbnails: Mapping[str, bytes]
-) -> str:
+def results_page(title: str, reference: str, answers: Answers, *, about: str, thumbnails: Mapping[str, bytes]) -> str:
     """A page of what was retrieved for one query.
 
     Args:
-        found: (image, similarity), the nearest first.
         thumbnails: image -> its thumbnail, the reference's too.
     """
-    keys = {name: str(number) for number, name in enumerate(thumbnails)}
-    figures = [_figure(keys, name, f"{n}. {s:.3f} {Path(name).name}", False) for n, (name, s) in enumerate(found, 1)]
-    parts = [f'<p class="about">{pages.text(about)}</p>', _figure(keys, reference, "reference", False)]
-    parts.append(f'<div class="row">{"".join(figures)}</div>')
-    return pages.page(title, parts, STYLE, _script(keys, thumbnails))
+    keys = _keys(thumbnails)
+    figures = []
+    for place, (name, similarity) in enumerate(answers, start=1):
+        figures.append(_figure(keys, name, f"{place}. {similarity:.3f} {Path(name).name}"))
+    parts = [
+        f'<p class="about">{pages.text(about)}</p>',
+        _figure(keys, reference, "reference"),
+        f'<div class="row">{"".join(figures)}</div>',
+    ]
+    return pages.page(title, parts, style=STYLE, script=_script(keys, thumbnails))
 
 
-def _script(keys: Mapping[str, str], small: Mapping[str, bytes]) -> str:
-    """What puts each picture, of which there is one, in its places."""
-    content = {keys[name]: base64.b64encode(thumbnail).decode() for name, thumbnail in small.items()}
+def _script(keys: Mapping[str, str], thumbnails: Mapping[str, bytes]) -> str:
+    """JavaScript that holds each image once and puts it in all its places."""
+    content = {keys[name]: base64.b64encode(jpeg).decode() for name, jpeg in thumbnails.items()}
     return f"const pictures = {json.dumps(content)};{SCRIPT}"
 
 
@@ -169,54 +232,84 @@ def picture(cards: Sequence[Card], thumbnails: Mapping[str, bytes], side: int = 
     Args:
         side: pixels of a place for an image.
     """
-    places = max(len(found) for card in cards for found, _ in card.rows.values()) + 1
-    width = LEFT + places * (side + 6)
+    most_answers = 0
+    for card in cards:
+        for row in card.rows.values():
+            most_answers = max(most_answers, len(row.answers))
+    places = most_answers + 1  # one for a target that is not among the answers
+    width = LEFT_WIDTH + places * (side + GAP)
     strips: list[Image.Image] = []
     height = 0
     for card in cards:
-        strip = _strip(card, thumbnails, side, width)
+        strip = _strip(card, thumbnails, side=side, width=width)
         if strips and height + strip.height > TALLEST:
             break
         strips.append(strip)
         height += strip.height
-    sheet, top = Image.new("RGB", (width, height), "white"), 0
+    image = Image.new("RGB", (width, height), "white")
+    top = 0
     for strip in strips:
-        sheet.paste(strip, (0, top))
+        image.paste(strip, (0, top))
         top += strip.height
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue(), len(strips)
 
 
-def _strip(card: Card, thumbnails: Mapping[str, bytes], side: int, width: int) -> Image.Image:
+def _strip(card: Card, thumbnails: Mapping[str, bytes], *, side: int, width: int) -> Image.Image:
     """A card as a part of the picture: left the query and what the Combiner did, right a row for each ranking."""
-    words = [card.label, *textwrap.wrap(card.caption, 32)[:6]]
-    height = max(len(card.rows) * (side + 22), LINE * (len(words) + len(card.bars)), side) + 14
-    strip = Image.new("RGB", (width, height), "white")
-    pen, font = ImageDraw.Draw(strip), ImageFont.load_default(12)
-    _paste(strip, thumbnails[card.reference], (6, 6), side)
-    x, y = side + 14, 6
-    for word in words:
-        pen.text((x, y), word, "black", font)
-        y += LINE
-    for name, share in card.bars.items():
-        pen.text((x, y), f"{name} {share:.2f}", GREY, font)
-        pen.rectangle((x + 122, y + 4, x + 122 + round(80 * share), y + 11), fill=BLUE)
-        y += LINE
-    for number, (found, rank) in enumerate(card.rows.values()):
-        labels = {name: f"{n}. {s:.3f}" for n, (name, s) in enumerate(found, 1)}
-        labels.setdefault(card.target, f"{rank + 1}.")
-        for column, (name, label) in enumerate(labels.items()):
-            x, y = LEFT + column * (side + 6), 6 + number * (side + 22)
-            right, bottom = _paste(strip, thumbnails[name], (x, y), side)
-            if name == card.target:
-                pen.rectangle((x - 3, y - 3, right + 2, bottom + 2), outline=GREEN, width=3)
-            pen.text((x, y + side + 3), label, GREEN if name == card.target else GREY, font)
+    lines = [card.label, *textwrap.wrap(card.caption, CAPTION_WIDTH)[:CAPTION_LINES]]
+    text_height = LINE * (len(lines) + len(card.bars))
+    rows_height = len(card.rows) * (side + LABEL_HEIGHT)
+    strip = Image.new("RGB", (width, max(rows_height, text_height, side) + BOTTOM), "white")
+    _paste(strip, thumbnails[card.reference], (MARGIN, MARGIN), side)
+    _draw_text(strip, lines, card.bars, left=MARGIN + side + TEXT_GAP)
+    for number, row in enumerate(card.rows.values()):
+        top = MARGIN + number * (side + LABEL_HEIGHT)
+        _draw_row(strip, row, card.target, thumbnails, side=side, top=top)
     return strip
 
 
-def _paste(strip: Image.Image, small: bytes, corner: tuple[int, int], side: int) -> tuple[int, int]:
-    """Put a thumbnail at a place, at most `side` wide and high; returns its lower right corner."""
-    image = ImageOps.contain(Image.open(io.BytesIO(small)), (side, side))
+def _draw_text(strip: Image.Image, lines: Sequence[str], bars: Mapping[str, float], *, left: int) -> None:
+    """The query in words, and below them the bars of what the Combiner did."""
+    pen = ImageDraw.Draw(strip)
+    font = ImageFont.load_default(FONT_SIZE)
+    top = MARGIN
+    for line in lines:
+        pen.text((left, top), line, "black", font)
+        top += LINE
+    for name, share in bars.items():
+        pen.text((left, top), f"{name} {share:.2f}", GREY, font)
+        bar = left + BAR_LEFT
+        pen.rectangle((bar, top + BAR_TOP, bar + round(BAR_WIDTH * share), top + BAR_BOTTOM), fill=BLUE)
+        top += LINE
+
+
+def _draw_row(
+    strip: Image.Image, row: Row, target: str, thumbnails: Mapping[str, bytes], *, side: int, top: int
+) -> None:
+    """A ranking from left to right, the target outlined, or added at the end if it is not among the answers."""
+    pen = ImageDraw.Draw(strip)
+    font = ImageFont.load_default(FONT_SIZE)
+    labels = {}
+    for place, (name, similarity) in enumerate(row.answers, start=1):
+        labels[name] = f"{place}. {similarity:.3f}"
+    labels.setdefault(target, f"{row.rank + 1}.")
+    left = LEFT_WIDTH
+    for name, label in labels.items():
+        right, bottom = _paste(strip, thumbnails[name], (left, top), side)
+        color = GREY
+        if name == target:
+            color = GREEN
+            outline = (left - FRAME, top - FRAME, right + FRAME - 1, bottom + FRAME - 1)
+            pen.rectangle(outline, outline=GREEN, width=FRAME)
+        pen.text((left, top + side + LABEL_GAP), label, color, font)
+        left += side + GAP
+
+
+def _paste(strip: Image.Image, jpeg: bytes, corner: tuple[int, int], side: int) -> tuple[int, int]:
+    """Put an image at a place, at most `side` wide and high; returns its lower right corner."""
+    image = ImageOps.contain(Image.open(io.BytesIO(jpeg)), (side, side))
     strip.paste(image, corner)
-    return corner[0] + image.width, corner[1] + image.height
+    left, top = corner
+    return left + image.width, top + image.height

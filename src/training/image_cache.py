@@ -1,4 +1,4 @@
-"""Images decoded once: preprocessed bytes in a memory-mapped file with an honest key."""
+"""Images that are decoded once: preprocessed bytes in a memory-mapped file, named by all that they depend on."""
 
 import hashlib
 import json
@@ -21,14 +21,14 @@ from utils import DiskError, UserError
 
 logger = logging.getLogger(__name__)
 
-DECODED_AT_ONCE = 64
+DECODED_AT_ONCE = 64  # images
 
 
 class CachedImages:
-    """A reader that takes the place of decoding: image file -> its preprocessed bytes (3, R, R) from the cache."""
+    """Reads from the cache what would be decoded: image file -> its preprocessed bytes (3, R, R)."""
 
     def __init__(self, file: Path, paths: list[Path], shape: tuple[int, ...]) -> None:
-        self.arguments = file, paths, shape
+        self.arguments = (file, paths, shape)
         self.row_of = {path: row for row, path in enumerate(paths)}
         try:
             self.pixels = np.load(file, mmap_mode="r")
@@ -38,7 +38,7 @@ class CachedImages:
             raise UserError(f"--image-cache: {file} has shape {self.pixels.shape}, expected {shape}: delete it")
 
     def __reduce__(self) -> tuple:
-        """Let worker processes open the file anew: pickled, a memory map is a copy of all of it."""
+        """Let worker processes open the file again. A memory map would be pickled as a copy of all its content."""
         return CachedImages, self.arguments
 
     def __call__(self, path: Path) -> Tensor:
@@ -48,7 +48,7 @@ class CachedImages:
 def open_image_cache(
     folder: Path, paths: list[Path], read: Reader, *, recipe: Mapping[str, Any], workers: int
 ) -> CachedImages:
-    """The cache of these images, decoded now unless it is there. Its size is announced before it is written.
+    """The cache of some images, which are decoded now unless it exists. Its size is announced before it is written.
 
     The key is made of the recipe (transform, ratio, resolution, versions) and of each file's path, size and
     modification time.
@@ -64,22 +64,22 @@ def open_image_cache(
     key = hashlib.sha256(json.dumps([recipe, file_identities(paths)]).encode()).hexdigest()
     file = folder / f"images-{recipe['resolution']}px-{key[:16]}.npy"
     if distributed.is_main() and not file.exists():
-        _fill(file, paths, read, shape, workers=workers)
+        _fill(file, paths, read, shape=shape, workers=workers)
     distributed.wait_for_all()
     return CachedImages(file, paths, shape)
 
 
-def _fill(file: Path, paths: list[Path], read: Reader, shape: tuple[int, ...], *, workers: int) -> None:
-    """Decode all images into a file beside, which takes its name when it is whole."""
-    chunks = [list(range(i, min(i + DECODED_AT_ONCE, len(paths)))) for i in range(0, len(paths), DECODED_AT_ONCE)]
+def _fill(file: Path, paths: list[Path], read: Reader, *, shape: tuple[int, ...], workers: int) -> None:
+    """Decode all images into a temporary file, which takes the place of `file` when it is whole."""
+    chunks = []
+    for start in range(0, len(paths), DECODED_AT_ONCE):
+        chunks.append(list(range(start, min(start + DECODED_AT_ONCE, len(paths)))))
     batches = load_batches(ImageDataset(paths, read), chunks, workers, torch.device("cpu"))
     try:
-        with made_beside(file) as new:
+        with made_beside(file) as unfinished:
             _announce(file, shape)
-            pixels = np.lib.format.open_memmap(new, mode="w+", dtype=np.uint8, shape=shape)
-            if hasattr(os, "posix_fallocate"):  # take the room now: a disk that fills up under a map kills the process
-                with open(new, "r+b") as whole:
-                    os.posix_fallocate(whole.fileno(), 0, new.stat().st_size)
+            pixels = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=shape)
+            _reserve(unfinished)
             with tqdm(total=len(paths), desc="decoding images", unit="img", leave=False, disable=None) as bar:
                 for rows, batch in zip(chunks, batches, strict=True):
                     pixels[rows[0] : rows[-1] + 1] = batch.numpy()
@@ -89,8 +89,17 @@ def _fill(file: Path, paths: list[Path], read: Reader, shape: tuple[int, ...], *
         raise UserError(f"--image-cache {file.parent}: {error}") from None
 
 
+def _reserve(file: Path) -> None:
+    """Take a file's room on the disk now. If the disk filled up under a memory map, the process would be killed."""
+    if hasattr(os, "posix_fallocate"):
+        with open(file, "r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+
+
 def _announce(file: Path, shape: tuple[int, ...]) -> None:
-    size, free = int(np.prod(shape)), shutil.disk_usage(file.parent).free
+    """Log the size of the cache. Raises UserError if the disk has less room."""
+    size = int(np.prod(shape))
+    free = shutil.disk_usage(file.parent).free
     logger.info("image cache: %d images, %.2f GiB, in %s", shape[0], size / 2**30, file)
     if size > free:
         raise UserError(

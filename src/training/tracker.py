@@ -1,4 +1,4 @@
-"""Comet as a mirror of a run, when asked for; its failures cost nothing."""
+"""A mirror of a run in Comet, if flags ask for it. Failures of Comet never stop a training."""
 
 import logging
 from collections.abc import Mapping
@@ -9,9 +9,11 @@ from utils import UserError
 
 logger = logging.getLogger(__name__)
 
+PROJECT = "CLIP4Cir-MoE"
+
 
 class NoTracker:
-    """Tracks nothing; has the methods of the real one, so that no loop asks which it is."""
+    """Tracks nothing. It has the methods of a real tracker, so that callers need not know which one they have."""
 
     def log_parameters(self, parameters: Mapping[str, Any]) -> None:
         """Log a run's hyper-parameters."""
@@ -21,13 +23,13 @@ class NoTracker:
 
 
 class CometTracker(NoTracker):
-    """Mirrors a run to Comet. When Comet fails, that is said once and the training goes on without it."""
+    """Mirrors a run to Comet. When Comet fails, a warning says so once, and the training goes on without it."""
 
-    def __init__(self, comet_ml: Any, api_key: str, workspace: str, name: str | None) -> None:
+    def __init__(self, comet_ml: Any, *, api_key: str, workspace: str, name: str | None) -> None:
         self.failures = (comet_ml.exceptions.CometException, OSError, ValueError, RuntimeError)
         self.experiment = None
         try:
-            self.experiment = comet_ml.Experiment(api_key=api_key, workspace=workspace, project_name="CLIP4Cir-MoE")
+            self.experiment = comet_ml.Experiment(api_key=api_key, workspace=workspace, project_name=PROJECT)
             if name:
                 self.experiment.set_name(name)
         except self.failures as error:
@@ -53,7 +55,7 @@ class CometTracker(NoTracker):
 
 
 def make_tracker(api_key: str | None, workspace: str | None, name: str | None) -> NoTracker:
-    """Comet if both --api-key and --workspace are given, else nothing.
+    """A tracker of Comet, in the main process, if both --api-key and --workspace are given; else one of nothing.
 
     Raises:
         UserError: one without the other, or comet-ml is not installed.
@@ -67,4 +69,6 @@ def make_tracker(api_key: str | None, workspace: str | None, name: str | None) -
         import comet_ml.exceptions
     except ImportError:
         raise UserError("--api-key: comet-ml is not installed: pip install comet-ml, or leave the flag out") from None
-    return CometTracker(comet_ml, api_key, workspace, name) if distributed.is_main() else NoTracker()
+    if not distributed.is_main():
+        return NoTracker()
+    return CometTracker(comet_ml, api_key=api_key, workspace=workspace, name=name)

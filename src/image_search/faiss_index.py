@@ -1,0 +1,161 @@
+"""The nearest among many vectors, by FAISS: exact by default, approximate for large galleries.
+
+Vectors are normalised features, so that inner products are cosine similarities. What an approximate index finds is
+ranked again by the exact similarities, so only what is missed can differ.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils import DiskError, UserError, first_line
+
+ADDED_AT_ONCE = 65_536  # vectors
+
+# An approximate index proposes this many times k candidates, and at least so many.
+CANDIDATES_PER_ANSWER = 20
+LEAST_CANDIDATES = 256
+
+# Of HNSW (Malkov and Yashunin 2018, arXiv 1603.09320).
+NEIGHBOURS = 32
+BUILD_EFFORT = 80
+SEARCH_EFFORT = 128
+
+# Of IVF with product quantisation (Jegou et al. 2011).
+PROBED_SHARE = 1 / 8  # of the lists, which a query looks at
+LEAST_PROBED = 16  # lists
+SUB_VECTOR = 8  # elements that are stored in one code
+CODE_BITS = 8
+LEAST_TRAINED_ON = 10_000  # vectors that the 256 words of a code are learned of
+TRAINED_ON_PER_LIST = 64  # vectors
+
+# Of a recall report.
+REPORT_QUERIES = 200
+REPORT_K = 10
+
+Answers = list[tuple[int, float]]  # (row, cosine similarity), the nearest first
+
+
+def import_faiss() -> Any:
+    """FAISS, which only a search needs."""
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)
+    try:
+        import faiss
+    except ImportError:
+        raise UserError("search needs FAISS: pip install -r requirements-app.txt") from None
+    return faiss
+
+
+def normalised(features: np.ndarray) -> np.ndarray:
+    """Rows (N, D) of length 1, float32."""
+    rows = np.asarray(features, dtype=np.float32)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def check(kind: str, count: int, dim: int) -> None:
+    """Raise UserError where there are too few vectors, or vectors that cannot be split, for a kind."""
+    if kind == "ivfpq" and (count < LEAST_TRAINED_ON or dim % SUB_VECTOR):
+        raise UserError(
+            f"--index-type ivfpq needs {LEAST_TRAINED_ON:,} images of a feature length that is a multiple of "
+            f"{SUB_VECTOR}, and there are {count} of length {dim}: choose flat or hnsw"
+        )
+
+
+def build(features: np.ndarray, kind: str) -> Any:
+    """An index of features (N, D), which need not be normalised.
+
+    Args:
+        kind: "flat", exact; "hnsw", a graph; "ivfpq", lists of compressed vectors.
+
+    Raises:
+        UserError: see `check`.
+    """
+    faiss = import_faiss()
+    count, dim = features.shape
+    check(kind, count, dim)
+    if kind == "flat":
+        index = faiss.IndexFlatIP(dim)
+    elif kind == "hnsw":
+        index = faiss.IndexHNSWFlat(dim, NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction = BUILD_EFFORT
+        index.hnsw.efSearch = SEARCH_EFFORT
+    else:
+        index = _empty_ivfpq(faiss, count, dim)
+        shuffled = np.random.default_rng(0).permutation(count)
+        sample = np.sort(shuffled[: TRAINED_ON_PER_LIST * index.nlist])
+        index.train(normalised(features[sample]))
+    for start in range(0, count, ADDED_AT_ONCE):
+        index.add(normalised(features[start : start + ADDED_AT_ONCE]))
+    return index
+
+
+def _empty_ivfpq(faiss: Any, count: int, dim: int) -> Any:
+    """An untrained index with as many lists as the square root of the number of vectors."""
+    lists = round(count**0.5)
+    coarse = faiss.IndexFlatIP(dim)
+    codes = dim // SUB_VECTOR
+    index = faiss.IndexIVFPQ(coarse, dim, lists, codes, CODE_BITS, faiss.METRIC_INNER_PRODUCT)
+    index.nprobe = max(LEAST_PROBED, round(lists * PROBED_SHARE))
+    return index
+
+
+def search(index: Any, features: np.ndarray, queries: np.ndarray, *, k: int) -> list[Answers]:
+    """The k nearest of each query; equally near ones in the order of the rows. An approximate index may find fewer.
+
+    Args:
+        features: (N, D) that the index was built of.
+        queries: (Q, D), normalised.
+    """
+    k = min(k, len(features))
+    proposed = min(len(features), max(LEAST_CANDIDATES, CANDIDATES_PER_ANSWER * k))
+    _, candidates = index.search(np.ascontiguousarray(queries, dtype=np.float32), proposed)
+    answers = []
+    for query, rows in zip(queries, candidates, strict=True):
+        found_rows = np.sort(rows[rows >= 0])  # FAISS fills up with -1
+        similarities = normalised(features[found_rows]) @ query
+        order = np.argsort(-similarities, kind="stable")[:k]
+        answers.append(list(zip(found_rows[order].tolist(), similarities[order].tolist(), strict=True)))
+    return answers
+
+
+def recall_report(index: Any, features: np.ndarray) -> dict[str, float | int]:
+    """How much of the exact answer an index finds: of the 10 nearest of 200 queries between two random vectors."""
+    rng = np.random.default_rng(0)
+    first = normalised(features[rng.integers(len(features), size=REPORT_QUERIES)])
+    second = normalised(features[rng.integers(len(features), size=REPORT_QUERIES)])
+    queries = normalised(first + second)
+    exact = search(build(features, "flat"), features, queries, k=REPORT_K)
+    found = search(index, features, queries, k=REPORT_K)
+    return {"queries": REPORT_QUERIES, "k": REPORT_K, "recall": recall(found, exact)}
+
+
+def recall(found: Sequence[Answers], exact: Sequence[Answers]) -> float:
+    """The share of exact answers that are among those found."""
+    shares = []
+    for answers, best_answers in zip(found, exact, strict=True):
+        rows = {row for row, _ in answers}
+        best_rows = {row for row, _ in best_answers}
+        shares.append(len(rows & best_rows) / len(best_rows))
+    return float(np.mean(shares))
+
+
+def write(index: Any, file: Path) -> None:
+    """Write an index; its file's name is new, so no earlier one is touched."""
+    try:
+        import_faiss().write_index(index, str(file))
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
+    except (RuntimeError, OSError) as error:
+        raise DiskError(f"could not write {file} ({first_line(error)[:80]}): free space") from None
+
+
+def read(file: Path) -> Any:
+    """Read an index. Raises UserError where it is damaged."""
+    try:
+        return import_faiss().read_index(str(file))
+    except RuntimeError as error:
+        raise UserError(f"{file} is not a readable FAISS index ({first_line(error)[:80]}): build it again") from None
