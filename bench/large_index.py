@@ -38,7 +38,14 @@ def main(argv: list[str] | None = None) -> None:
         write_tiny_clip(root / "tiny_clip_vit.pt", "vit")
         index = ["src/search.py", "index", "--output", root / "index", "--images", root / "images"]
         index += ["--clip-model-name", root / "tiny_clip_vit.pt"]
-        query = ["src/search.py", "query", "--index", root / "index", "--image", root / "images/000/000007.jpg"]
+        query = [
+            "src/search.py",
+            "query",
+            "--index",
+            root / "index",
+            "--image",
+            root / "images/000/000007.jpg",
+        ]
         rows = [
             run_script(*index),
             run_script(*index),

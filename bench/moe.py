@@ -45,15 +45,23 @@ def figures(device: torch.device) -> list[dict]:
     loop = RowLoopMoE(2 * P, H, EXPERTS, TOP_K).to(device)
     x = torch.randn(batch, 2 * P, device=device, requires_grad=True)
     what = f"MoE forward + backward, P {P}, H {H}, E {EXPERTS}, k {TOP_K}, batch {batch}"
-    ours, twin = in_turns(step(moe, x, dtype), step(loop, x, dtype), device, rounds=3, twin_rounds=1)
+    ours, twin = in_turns(
+        step(moe, x, dtype), step(loop, x, dtype), device, rounds=3, twin_rounds=1
+    )
     rows = [{"figure": f"{what} / row loop", "ours": ours, "twin": twin, "must": "10 x"}]
     del loop
     for layers, share, name in (
-        (EXPERTS, batch * TOP_K // EXPERTS, f"its own products ({EXPERTS} experts, k B / E rows each)"),
+        (
+            EXPERTS,
+            batch * TOP_K // EXPERTS,
+            f"its own products ({EXPERTS} experts, k B / E rows each)",
+        ),
         (TOP_K, batch, f"k dense products ({TOP_K} layers, B rows each)"),
     ):
         dense = Products(layers, share).to(device)
-        ours, twin = in_turns(step(moe, x, dtype), step(dense, x, dtype), device, rounds=9, twin_rounds=9)
+        ours, twin = in_turns(
+            step(moe, x, dtype), step(dense, x, dtype), device, rounds=9, twin_rounds=9
+        )
         row = {"figure": f"{what} / {name}", "ours": ours, "twin": twin, "ours / twin": ours / twin}
         rows.append(row | {"must": "at most 1.15" if layers == TOP_K else ""})
     return rows

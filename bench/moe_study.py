@@ -27,7 +27,10 @@ from demo import STAGE_1, STAGE_2, best_weights
 from models.encoder import versions
 from training.hyper_parameters import read_hyper_parameters
 
-SHOWN = {"FashionIQ": ("average_recall", "mean recall"), "CIRR": ("mean(R@5+R_s@1)", "mean(R@5+R_s@1)")}
+SHOWN = {
+    "FashionIQ": ("average_recall", "mean recall"),
+    "CIRR": ("mean(R@5+R_s@1)", "mean(R@5+R_s@1)"),
+}
 SIZES = {"clip_dim": 64, "projection_dim": 256, "hidden_dim": 512}
 
 
@@ -65,16 +68,33 @@ def methods() -> dict[str, list[str]]:
 
 def tuned_clip(folder: Path, dataset: str) -> Path:
     """Stage 1 of the demo; returns its weights."""
-    flags = ["--dataset", dataset, "--data-root", str(folder), "--clip-model-name", str(folder / "tiny_clip_vit.pt")]
+    flags = [
+        "--dataset",
+        dataset,
+        "--data-root",
+        str(folder),
+        "--clip-model-name",
+        str(folder / "tiny_clip_vit.pt"),
+    ]
     clip_fine_tune.main([*flags, *STAGE_1.split(), "--output-dir", str(folder / "clip" / dataset)])
     (run,) = (folder / "clip" / dataset).iterdir()
     return best_weights(run, BENCHMARKS[dataset].best_clips())
 
 
-def measure(folder: Path, dataset: str, clip: Path, name: str, flags: list[str], seeds: list[int]) -> dict:
+def measure(
+    folder: Path, dataset: str, clip: Path, name: str, flags: list[str], seeds: list[int]
+) -> dict:
     """One method on one layout: parameters, recall and load, mean and standard deviation over the seeds."""
     output = folder / "combiner" / dataset / name.replace(" ", "_")
-    words = ["--dataset", dataset, "--data-root", str(folder), "--clip-model-path", str(clip), *STAGE_2.split()]
+    words = [
+        "--dataset",
+        dataset,
+        "--data-root",
+        str(folder),
+        "--clip-model-path",
+        str(clip),
+        *STAGE_2.split(),
+    ]
     words += ["--feature-cache", str(folder / "features"), "--output-dir", str(output), *flags]
     combiner_train.main([*words, "--seeds", *map(str, seeds)])
     (run,) = output.iterdir()
@@ -102,7 +122,9 @@ def spread(value: tuple[float, float | None]) -> str:
 def line(row: dict) -> str:
     """A row of the table, in Markdown."""
     cells = [row["method"], f"{row['parameters'] / 1e6:.2f} M", spread(row["recall"])]
-    loads = [row.get(name) for name in ("least share", "largest share", "load entropy", "row entropy")]
+    loads = [
+        row.get(name) for name in ("least share", "largest share", "load entropy", "row entropy")
+    ]
     cells += [spread(load) if load else "" for load in loads]
     return "| " + " | ".join(cells) + " |"
 
@@ -111,15 +133,30 @@ def main(argv: list[str] | None = None) -> None:
     """Train and measure everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "moe_study.json")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent / "results" / "moe_study.json"
+    )
     args = parser.parse_args(argv)
-    content = {"versions": versions(), "threads": torch.get_num_threads(), "seeds": args.seeds, "rows": []}
+    content = {
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "seeds": args.seeds,
+        "rows": [],
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shapes_dataset.main(["--output-dir", name])
         for dataset, (_, title) in SHOWN.items():
             clip = tuned_clip(folder, dataset)
-            heads = [f"{dataset} layout", "parameters", title, "least share", "largest", "load entropy", "row entropy"]
+            heads = [
+                f"{dataset} layout",
+                "parameters",
+                title,
+                "least share",
+                "largest",
+                "load entropy",
+                "row entropy",
+            ]
             table = ["| " + " | ".join(heads) + " |", "|---" * 7 + "|"]
             for method, flags in methods().items():
                 content["rows"].append(measure(folder, dataset, clip, method, flags, args.seeds))

@@ -16,7 +16,9 @@ from twins import string_matrix_ranks
 GIB = 2**30
 
 
-def random_cirr(queries: int, gallery: int, dim: int, device: torch.device, grouped: bool) -> FrozenSplit:
+def random_cirr(
+    queries: int, gallery: int, dim: int, device: torch.device, grouped: bool
+) -> FrozenSplit:
     """Random features of a benchmark's size; groups are six neighbours in the gallery."""
     generator = torch.Generator().manual_seed(0)
     names = [f"dev-{i // 6}-{i % 4}-img{i % 6}-{i}" for i in range(gallery)]
@@ -24,7 +26,9 @@ def random_cirr(queries: int, gallery: int, dim: int, device: torch.device, grou
     groups = [tuple(names[f : f + 6]) if grouped else () for f in firsts]
     triplets = []
     for first, group in zip(firsts, groups, strict=True):
-        triplets.append(Triplet(reference=names[first], captions=("",), target=names[first + 3], group=group))
+        triplets.append(
+            Triplet(reference=names[first], captions=("",), target=names[first + 3], group=group)
+        )
     images = torch.randn(gallery, dim, generator=generator).to(device)
     captions = torch.randn(queries, 1, dim, generator=generator).to(device)
     return FrozenSplit(
@@ -46,7 +50,11 @@ def val_size(device: torch.device) -> list[dict]:
     gallery = F.normalize(frozen.images, dim=-1).cpu()
     queries = compose(frozen.references, frozen.captions[:, 0]).cpu()
     triplets = split.triplets
-    named = [t.reference for t in triplets], [t.target for t in triplets], [list(t.group) for t in triplets]
+    named = (
+        [t.reference for t in triplets],
+        [t.target for t in triplets],
+        [list(t.group) for t in triplets],
+    )
 
     def twin():
         return string_matrix_ranks(queries, gallery, split.names, *named)
@@ -59,14 +67,25 @@ def val_size(device: torch.device) -> list[dict]:
         assert moved.max() <= 2, "the two sides rank differently"
         assert (moved > 0).float().mean() < 0.01, "the two sides rank differently"
     what = "ranking CIRR val, 4,181 x 2,297, D 640, groups"
-    ours, slow = in_turns(lambda: rank(frozen, compose, [ORIGINAL_REMOVED]), twin, device, rounds=5, twin_rounds=3)
+    ours, slow = in_turns(
+        lambda: rank(frozen, compose, [ORIGINAL_REMOVED]), twin, device, rounds=5, twin_rounds=3
+    )
     product = seconds(lambda: queries @ gallery.T, torch.device("cpu"))
     similarity, targets = (queries @ gallery.T).to(device), frozen.target_rows.to(device)
     blocks = list(zip(similarity.split(128), targets.split(128), strict=True))
     counting, _ = in_turns(lambda: [target_ranks(*block) for block in blocks], lambda: None, device)
     return [
-        {"figure": f"{what}, all of it / string matrices", "ours": ours, "twin": slow, "must": "100 x"},
-        {"figure": f"{what}, after the product / string matrices", "ours": counting, "twin": slow - product},
+        {
+            "figure": f"{what}, all of it / string matrices",
+            "ours": ours,
+            "twin": slow,
+            "must": "100 x",
+        },
+        {
+            "figure": f"{what}, after the product / string matrices",
+            "ours": counting,
+            "twin": slow - product,
+        },
     ]
 
 
@@ -75,9 +94,19 @@ def million(device: torch.device) -> list[dict]:
     queries = 10_000
     frozen = random_cirr(queries, 1_000_000, 64, device, grouped=False)
     taken: list[float] = []
-    memory = extra_memory(lambda: taken.append(seconds(lambda: rank(frozen, compose, [ORIGINAL_KEPT]), device)), device)
+    memory = extra_memory(
+        lambda: taken.append(seconds(lambda: rank(frozen, compose, [ORIGINAL_KEPT]), device)),
+        device,
+    )
     note = f"{1e3 * taken[0] / queries:.2f} ms a query, {memory / GIB:.2f} GiB of extra memory"
-    return [{"figure": "ranking 10,000 x 1,000,000, D 64", "ours": taken[0], "note": note, "must": "within 4 GiB"}]
+    return [
+        {
+            "figure": "ranking 10,000 x 1,000,000, D 64",
+            "ours": taken[0],
+            "note": note,
+            "must": "within 4 GiB",
+        }
+    ]
 
 
 def figures(device: torch.device) -> list[dict]:

@@ -44,7 +44,9 @@ def draw(path: Path) -> None:
 def draw_all(root: Path) -> None:
     """Every image of the validation splits, and of CIRR's test split."""
     splits = [*FashionIQ(root).val(), *CIRR(root).val(), *CIRR(root).test()]
-    for path in tqdm(sorted({path for split in splits for path in split.paths}), "drawing", unit="img"):
+    for path in tqdm(
+        sorted({path for split in splits for path in split.paths}), "drawing", unit="img"
+    ):
         draw(path)
     write_tiny_clip(root / "tiny_clip_vit.pt", "vit")
 
@@ -52,22 +54,54 @@ def draw_all(root: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Draw, check, submit, check, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-root", type=Path, required=True, metavar="DIR", help="holds official annotation files")
+    parser.add_argument(
+        "--data-root",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="holds official annotation files",
+    )
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         for folder in ("fashionIQ_dataset", "cirr_dataset"):
-            shutil.copytree(args.data_root / folder, root / folder, ignore=shutil.ignore_patterns("*.jpg", "*.png"))
+            shutil.copytree(
+                args.data_root / folder,
+                root / folder,
+                ignore=shutil.ignore_patterns("*.jpg", "*.png"),
+            )
         draw_all(root)
         where = ["--data-root", root]
-        pair = [*where, "--clip-model-name", root / "tiny_clip_vit.pt", "--combining-function", "sum"]
+        pair = [
+            *where,
+            "--clip-model-name",
+            root / "tiny_clip_vit.pt",
+            "--combining-function",
+            "sum",
+        ]
         check = ["src/check_dataset.py", "--dataset"]
         rows = [
             run_script(*check, "FashionIQ", "--splits", "val", *where),
             run_script(*check, "CIRR", "--splits", "val", "test", *where),
-            run_script("src/validate.py", "--dataset", "FashionIQ", *pair, "--metrics-json", root / "m.json"),
-            run_script("src/validate.py", "--dataset", "CIRR", *pair, "--metrics-json", root / "c.json"),
-            run_script("src/cirr_test_submission.py", "--submission-name", "real", *pair, "--output-dir", root / "s"),
+            run_script(
+                "src/validate.py",
+                "--dataset",
+                "FashionIQ",
+                *pair,
+                "--metrics-json",
+                root / "m.json",
+            ),
+            run_script(
+                "src/validate.py", "--dataset", "CIRR", *pair, "--metrics-json", root / "c.json"
+            ),
+            run_script(
+                "src/cirr_test_submission.py",
+                "--submission-name",
+                "real",
+                *pair,
+                "--output-dir",
+                root / "s",
+            ),
             run_script("src/check_submission.py", *sorted((root / "s").iterdir()), *where),
         ]
         sizes = {file.name: file.stat().st_size for file in sorted((root / "s").iterdir())}

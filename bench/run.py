@@ -54,15 +54,26 @@ def line(row: dict) -> str:
 
 def machine(device: torch.device) -> dict[str, str | int]:
     """What the figures were measured on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version(), **versions()}
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **versions(),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the cases and write bench/results/{device}.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--only", nargs="+", choices=CASES, default=[case for case in CASES if case not in SLOW])
+    parser.add_argument(
+        "--only", nargs="+", choices=CASES, default=[case for case in CASES if case not in SLOW]
+    )
     parser.add_argument("--output", type=Path, help="(default: bench/results/{cpu,cuda}.json)")
     args = parser.parse_args(argv)
     print("| figure | ours | twin | ratio | must reach | |\n|---|---|---|---|---|---|", flush=True)

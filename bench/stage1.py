@@ -36,11 +36,15 @@ def loader(device: torch.device) -> list[dict]:
             drawn = shapes_dataset.draw(shapes_dataset.random_scene(rng), rng)
             drawn.resize((rng.randint(400, 700), rng.randint(500, 800))).save(path)
         read = functools.partial(load_image, preprocess=make_preprocess("targetpad", 1.25, 384))
-        cached = open_image_cache(Path(folder) / "cache", paths, read, recipe={"resolution": 384}, workers=0)
+        cached = open_image_cache(
+            Path(folder) / "cache", paths, read, recipe={"resolution": 384}, workers=0
+        )
         chunks = [list(range(i, i + 32)) for i in range(0, 256, 32)]
 
         def load(reader):
-            return lambda: [None for _ in load_batches(ImageDataset(paths, reader), chunks, 0, device)]
+            return lambda: [
+                None for _ in load_batches(ImageDataset(paths, reader), chunks, 0, device)
+            ]
 
         ours, twin = in_turns(load(cached), load(read), device)
     what = "stage-1 loader, 256 images, 384 px, warm image cache / decoding"
@@ -81,7 +85,14 @@ def step_memory(device: torch.device) -> list[dict]:
             used.append(saved_activations(make_step(model, 256, micro_batch, device), model))
     note = f"{used[0] / 2**20:.0f} MiB / {used[1] / 2**20:.0f} MiB"
     what = "stage-1 step, batch 256, activations with micro-batch 16 / plain step"
-    return [{"figure": what, "ours / twin": used[0] / used[1], "note": note, "must": "at most a quarter"}]
+    return [
+        {
+            "figure": what,
+            "ours / twin": used[0] / used[1],
+            "note": note,
+            "must": "at most a quarter",
+        }
+    ]
 
 
 def speed(name: str, device: torch.device, batch: int = 128) -> list[dict]:
@@ -89,11 +100,20 @@ def speed(name: str, device: torch.device, batch: int = 128) -> list[dict]:
     model = CLIP(*ARCHITECTURES[name]).float().to(device).eval()
     ours = make_step(model, batch, None, device)
     other = CLIP(*ARCHITECTURES[name]).float().to(device).eval()
-    optimizer, scaler = AdamW(other.parameters(), lr=1e-6, eps=1e-7), torch.amp.GradScaler(device.type)
+    optimizer, scaler = (
+        AdamW(other.parameters(), lr=1e-6, eps=1e-7),
+        torch.amp.GradScaler(device.type),
+    )
     pixels = other.visual.input_resolution
-    images = normalise(torch.randint(256, (2, batch, 3, pixels, pixels), dtype=torch.uint8)).to(device)
+    images = normalise(torch.randint(256, (2, batch, 3, pixels, pixels), dtype=torch.uint8)).to(
+        device
+    )
     tokens = tokenize(["has more stripes"] * batch).to(device)
-    fast, slow = in_turns(ours, lambda: plain_clip_step(other, optimizer, scaler, images[0], images[1], tokens), device)
+    fast, slow = in_turns(
+        ours,
+        lambda: plain_clip_step(other, optimizer, scaler, images[0], images[1], tokens),
+        device,
+    )
     with FlopCounterMode(display=False) as counter:
         ours()
     share = counter.get_total_flops() / fast / matrix_rate(device)

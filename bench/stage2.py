@@ -30,7 +30,13 @@ from training.tracker import NoTracker
 from twins import re_encoding_epoch
 
 
-def epoch(combiner, frozen_train: FrozenSplit, frozen_val: list[FrozenSplit], order: Order, device: torch.device):
+def epoch(
+    combiner,
+    frozen_train: FrozenSplit,
+    frozen_val: list[FrozenSplit],
+    order: Order,
+    device: torch.device,
+):
     """A function that trains an epoch and validates."""
     task, _ = combiner_training(
         combiner,
@@ -43,9 +49,17 @@ def epoch(combiner, frozen_train: FrozenSplit, frozen_val: list[FrozenSplit], or
         penalty=None,
         measure=functools.partial(evaluate, CIRR(Path()), frozen_val),
     )
-    stepper = Stepper(task, Schedule(num_epochs=1, validation_frequency=1), Precision("amp", device))
+    stepper = Stepper(
+        task, Schedule(num_epochs=1, validation_frequency=1), Precision("amp", device)
+    )
     checkpoints = Checkpoints(
-        Path(), combiner, key="Combiner", prefix="combiner", best_names={}, config={}, kept="nothing"
+        Path(),
+        combiner,
+        key="Combiner",
+        prefix="combiner",
+        best_names={},
+        config={},
+        kept="nothing",
     )
     about = About(titles={}, chosen_by=(), hyper_parameters={}, commands={"resume": ""})
     autosave = functools.partial(
@@ -70,7 +84,16 @@ def drawn(device: torch.device) -> list[dict]:
     """6,000 drawn triplets, P 256, H 512, batch 256."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        sizes = ["--train-triplets", "1", "--val-triplets", "1", "--train-groups", "600", "--val-groups", "60"]
+        sizes = [
+            "--train-triplets",
+            "1",
+            "--val-triplets",
+            "1",
+            "--train-groups",
+            "600",
+            "--val-groups",
+            "60",
+        ]
         shapes_dataset.main(["--output-dir", folder, *sizes])
         choice = settle(ClipChoice(clip_model_name=str(root / "tiny_clip_vit.pt")), [])
         encoder = load_encoder(choice, None, device, workers=2)
@@ -87,7 +110,9 @@ def drawn(device: torch.device) -> list[dict]:
 
         def twin() -> None:
             re_encoding_epoch(encoder, combiner, optimizer, train, captions, order.batches(0)[0])
-            encoder.captions([benchmark.caption(t.captions) for t in val[0].triplets])  # galleries it encodes once
+            encoder.captions(
+                [benchmark.caption(t.captions) for t in val[0].triplets]
+            )  # galleries it encodes once
             evaluate(benchmark, frozen_val, combiner.eval())
 
         fast, slow = in_turns(ours, twin, device, rounds=5, twin_rounds=2)
@@ -100,7 +125,13 @@ def full_size(device: torch.device) -> list[dict]:
     frozen_val = [random_cirr(4181, 2297, 768, device, grouped=True)]
     frozen_train = random_cirr(28_225, 16_939, 768, device, grouped=False)
     combiner = Combiner(768, 2560, 5120).to(device)
-    run = epoch(combiner, frozen_train, frozen_val, Order(triplets=28_225, variants=1, batch_size=4096, seed=0), device)
+    run = epoch(
+        combiner,
+        frozen_train,
+        frozen_val,
+        Order(triplets=28_225, variants=1, batch_size=4096, seed=0),
+        device,
+    )
     run()
     taken = sorted(seconds(run, device) for _ in range(5))[2]
     what = "stage-2 epoch, 28,225 triplets, D 768, P 2560, H 5120, batch 4096, with validation of 4,181 x 2,297"

@@ -25,7 +25,11 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def in_turns(
-    ours: Callable[[], object], twin: Callable[[], object], device: torch.device, rounds: int = 5, twin_rounds: int = 5
+    ours: Callable[[], object],
+    twin: Callable[[], object],
+    device: torch.device,
+    rounds: int = 5,
+    twin_rounds: int = 5,
 ) -> tuple[float, float]:
     """Median seconds of both sides, measured one after the other in each round; each runs once before, unmeasured.
 
@@ -72,7 +76,9 @@ def saved_activations(work: Callable[[], object], model: nn.Module) -> int:
             self.key = storage.data_ptr()
             live[self.key] += 1
             sizes[self.key] = storage.nbytes()
-            peak = max(peak, sum(sizes[key] for key, count in live.items() if count and key not in weights))
+            peak = max(
+                peak, sum(sizes[key] for key, count in live.items() if count and key not in weights)
+            )
 
         def __del__(self) -> None:
             live[self.key] -= 1
@@ -92,7 +98,9 @@ def run_script(*words: object) -> dict:
     start = time.monotonic()
     command = [sys.executable, *map(str, words)]
     root = Path(__file__).parent.parent
-    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     out = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     return {
@@ -106,6 +114,12 @@ def run_script(*words: object) -> dict:
 
 def script_table(rows: list[dict], folder: str) -> str:
     """Rows of `run_script` in Markdown; a folder's name is left out of them."""
-    lines = ["| command | seconds | largest process, GiB | exit code | says |", "|---|---|---|---|---|"]
-    lines += ["| " + " | ".join(str(value).replace(folder, "DIR") for value in row.values()) + " |" for row in rows]
+    lines = [
+        "| command | seconds | largest process, GiB | exit code | says |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        "| " + " | ".join(str(value).replace(folder, "DIR") for value in row.values()) + " |"
+        for row in rows
+    ]
     return "\n".join(lines)

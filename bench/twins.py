@@ -16,7 +16,8 @@ class RowLoopMoE(nn.Module):
         self.top_k = top_k
         self.router = nn.Linear(in_dim, num_experts)
         self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Dropout(0.1)) for _ in range(num_experts)
+            nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Dropout(0.1))
+            for _ in range(num_experts)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -24,7 +25,12 @@ class RowLoopMoE(nn.Module):
         for row in x:
             logits, chosen = self.router(row).topk(self.top_k)
             weights = logits.softmax(0)
-            rows.append(sum(w * self.experts[e](row[None])[0] for w, e in zip(weights, chosen.tolist(), strict=True)))
+            rows.append(
+                sum(
+                    w * self.experts[e](row[None])[0]
+                    for w, e in zip(weights, chosen.tolist(), strict=True)
+                )
+            )
         return torch.stack(rows)
 
 
@@ -39,10 +45,14 @@ class DefinedCombiner(nn.Module):
         self.attn_norm = nn.LayerNorm(p)
         self.moe_layer = RowLoopMoE(2 * p, h, num_experts, top_k)
         self.output_layer = nn.Linear(h, d)
-        self.gate_net = nn.Sequential(nn.Linear(2 * p, h), nn.ReLU(), nn.Dropout(0.5), nn.Linear(h, d), nn.Sigmoid())
+        self.gate_net = nn.Sequential(
+            nn.Linear(2 * p, h), nn.ReLU(), nn.Dropout(0.5), nn.Linear(h, d), nn.Sigmoid()
+        )
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
-        sequence = torch.stack([self.text_projection_layer(text).relu(), self.image_projection_layer(image).relu()], 1)
+        sequence = torch.stack(
+            [self.text_projection_layer(text).relu(), self.image_projection_layer(image).relu()], 1
+        )
         sequence = self.attn_norm(sequence + self.attn_layer(sequence, sequence, sequence)[0])
         joint = torch.cat([sequence[:, 0], sequence[:, 1]], 1)
         gate = self.gate_net(joint)
@@ -50,7 +60,9 @@ class DefinedCombiner(nn.Module):
         return F.normalize(out, dim=-1)
 
 
-def ranks_by_sorting(similarity: Tensor, targets: Tensor, excluded: Tensor | None = None) -> list[int]:
+def ranks_by_sorting(
+    similarity: Tensor, targets: Tensor, excluded: Tensor | None = None
+) -> list[int]:
     """Each query's target's place in the stably sorted list of what may be retrieved."""
     ranks = []
     for row, (values, target) in enumerate(zip(similarity.tolist(), targets.tolist(), strict=True)):
@@ -60,36 +72,51 @@ def ranks_by_sorting(similarity: Tensor, targets: Tensor, excluded: Tensor | Non
 
 
 def string_matrix_ranks(
-    queries: Tensor, gallery: Tensor, names: list[str], references: list[str], targets: list[str], groups: list[list]
+    queries: Tensor,
+    gallery: Tensor,
+    names: list[str],
+    references: list[str],
+    targets: list[str],
+    groups: list[list],
 ) -> tuple[Tensor, Tensor]:
     """CIRR's labels by whole sorted matrices of names: (Q, N - 1) in the gallery and (Q, 5) in the group."""
     order = torch.argsort(1 - queries @ gallery.T, dim=-1)
     table = np.array(names)[order.numpy()]
     shape = len(targets), -1
-    table = table[table != np.repeat(np.array(references), len(names)).reshape(shape)].reshape(shape)
+    table = table[table != np.repeat(np.array(references), len(names)).reshape(shape)].reshape(
+        shape
+    )
     labels = table == np.repeat(np.array(targets), len(names) - 1).reshape(shape)
     in_group = (table[..., None] == np.array(groups)[:, None, :]).sum(-1).astype(bool)
     return torch.from_numpy(labels), torch.from_numpy(labels[in_group].reshape(shape))
 
 
-def plain_clip_step(model, optimizer, scaler, references: Tensor, targets: Tensor, tokens: Tensor) -> float:
+def plain_clip_step(
+    model, optimizer, scaler, references: Tensor, targets: Tensor, tokens: Tensor
+) -> float:
     """A stage-1 step with an encoder call for each input, fp16 autocast, an unfused optimizer, and a look at the loss.
 
     Args:
         references, targets: (B, 3, R, R) float32, normalised on the host.
     """
     optimizer.zero_grad()
-    with torch.autocast(references.device.type, dtype=torch.float16, enabled=references.device.type == "cuda"):
+    with torch.autocast(
+        references.device.type, dtype=torch.float16, enabled=references.device.type == "cuda"
+    ):
         query = F.normalize(model.encode_image(references) + model.encode_text(tokens), dim=-1)
         target = F.normalize(model.encode_image(targets), dim=-1)
-        loss = F.cross_entropy(100 * query @ target.T, torch.arange(len(query), device=query.device))
+        loss = F.cross_entropy(
+            100 * query @ target.T, torch.arange(len(query), device=query.device)
+        )
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
     return loss.item()
 
 
-def re_encoding_epoch(encoder, combiner, optimizer, split, captions: list[str], rows: Tensor) -> None:
+def re_encoding_epoch(
+    encoder, combiner, optimizer, split, captions: list[str], rows: Tensor
+) -> None:
     """A stage-2 epoch that decodes and encodes the images and captions of each batch again.
 
     Args:
@@ -101,7 +128,9 @@ def re_encoding_epoch(encoder, combiner, optimizer, split, captions: list[str], 
         with torch.no_grad():
             references = encoder.images([split.image_paths[t.reference] for t in triplets])
             targets = encoder.images([split.image_paths[t.target] for t in triplets])
-            texts = encoder.model.encode_text(tokenize([captions[row] for row in batch]).to(encoder.device)).float()
+            texts = encoder.model.encode_text(
+                tokenize([captions[row] for row in batch]).to(encoder.device)
+            ).float()
         optimizer.zero_grad()
         logits = 100 * combiner(references, texts) @ F.normalize(targets, dim=-1).T
         loss = F.cross_entropy(logits, torch.arange(len(batch), device=encoder.device))
@@ -113,7 +142,9 @@ def re_encoding_epoch(encoder, combiner, optimizer, split, captions: list[str], 
 def ranked_names(similarity: list[float], names: list[str], allowed: set[str]) -> list[str]:
     """What a query retrieves, the nearest first: the allowed names, sorted; equal ones in the gallery's order."""
     return [
-        name for _, name in sorted(zip(similarity, names, strict=True), key=lambda pair: -pair[0]) if name in allowed
+        name
+        for _, name in sorted(zip(similarity, names, strict=True), key=lambda pair: -pair[0])
+        if name in allowed
     ]
 
 

@@ -20,7 +20,9 @@ def gallery(count: int, rng: np.random.Generator) -> np.ndarray:
     for start in range(0, count, 100_000):
         rows = min(100_000, count - start)
         noise = 0.3 * rng.standard_normal((rows, DIM), dtype=np.float32)
-        parts.append(np.tanh(rng.standard_normal((rows, INTRINSIC), dtype=np.float32)) @ surface + noise)
+        parts.append(
+            np.tanh(rng.standard_normal((rows, INTRINSIC), dtype=np.float32)) @ surface + noise
+        )
     return np.concatenate(parts)
 
 
@@ -43,16 +45,23 @@ def asked(device: torch.device, kinds: list[str]) -> list[dict]:
     exact, rows = None, []
     for kind in kinds:
         built: list = []
-        memory = extra_memory(lambda kind=kind, built=built: built.append(timed(features, kind)), device)
+        memory = extra_memory(
+            lambda kind=kind, built=built: built.append(timed(features, kind)), device
+        )
         (index, taken) = built[0]
         faiss_index.search(index, features, queries[:5], k=10)
-        each = [seconds(lambda q=q, i=index: faiss_index.search(i, features, q[None], k=10), device) for q in queries]
+        each = [
+            seconds(lambda q=q, i=index: faiss_index.search(i, features, q[None], k=10), device)
+            for q in queries
+        ]
         found = faiss_index.search(index, features, queries, k=10)
         exact = exact or found
         recall = faiss_index.recall(found, exact)
         note = f"built in {taken:.0f} s, {memory / 2**30:.2f} GiB of extra memory, recall@10 {recall:.3f}"
         what = f"one query of {COUNT:,} vectors, D {DIM}, {kind}"
-        rows.append({"figure": what, "ours": statistics.median(each), "note": note, "must": "milliseconds"})
+        rows.append(
+            {"figure": what, "ours": statistics.median(each), "note": note, "must": "milliseconds"}
+        )
     return rows
 
 

@@ -18,7 +18,12 @@ PLACES = {
     "models": (50, 680), "benchmarks": (360, 680), "reports": (700, 980),
     "data_utils": (50, 190), "combiner": (200, 340), "runtime": (50, 980), "utils": (50, 980),
 }  # fmt: skip
-WIDTH, GAP, LINE, CELL = 1000, 38, 17, 26  # pixels: the picture, between floors, a line of text, a cell of the table
+WIDTH, GAP, LINE, CELL = (
+    1000,
+    38,
+    17,
+    26,
+)  # pixels: the picture, between floors, a line of text, a cell of the table
 LEGEND = [
     "How often the files of a row import those",
     "of a column. Above, an arrow that a longer",
@@ -45,11 +50,24 @@ def box(title: str, top: float) -> tuple[float, list[str]]:
     is_wing = (SRC / title).is_dir()
     lines = []
     if is_wing:
-        about = ast.get_docstring(ast.parse((SRC / title / "__init__.py").read_text(encoding="utf-8")))
+        about = ast.get_docstring(
+            ast.parse((SRC / title / "__init__.py").read_text(encoding="utf-8"))
+        )
         lines = textwrap.wrap(about, (right - left - 24) * 10 // 64)
-    paths = [f for f in FILES if box_of(name(f)) == title and f.stem != "__init__" and (is_wing or title == "scripts")]
+    paths = [
+        f
+        for f in FILES
+        if box_of(name(f)) == title and f.stem != "__init__" and (is_wing or title == "scripts")
+    ]
     files = [path.name for path in paths]
-    shapes = [text(left + 12, top + 22, f"{title}/" if is_wing else title if files else f"{title}.py", "name")]
+    shapes = [
+        text(
+            left + 12,
+            top + 22,
+            f"{title}/" if is_wing else title if files else f"{title}.py",
+            "name",
+        )
+    ]
     shapes += [text(left + 12, top + 40 + LINE * row, line) for row, line in enumerate(lines)]
     first = top + 44 + LINE * len(lines)
     columns = max(1, (right - left - 12) // (max(map(len, files), default=1) * 7.3 + 16))
@@ -64,12 +82,16 @@ def box(title: str, top: float) -> tuple[float, list[str]]:
 def clear_x(upper: str, lower: str, taken: list[float]) -> float:
     """Where an arrow goes straight down from box to box, past the boxes between and beside the other arrows."""
     edges = [PLACES[upper], PLACES[lower]]
-    between = [PLACES[b] for b, floor in FLOOR_OF.items() if FLOOR_OF[lower] < floor < FLOOR_OF[upper]]
+    between = [
+        PLACES[b] for b, floor in FLOOR_OF.items() if FLOOR_OF[lower] < floor < FLOOR_OF[upper]
+    ]
     ways = range(max(left for left, _ in edges) + 20, min(right for _, right in edges) - 19, 5)
     clear = [x for x in ways if not any(left - 8 < x < right + 8 for left, right in between)]
     apart = [x for x in clear if all(abs(x - other) > 24 for other in taken)]
     if not apart:
-        raise SystemExit(f"{upper} imports {lower}, and no arrow goes straight down: move a box in PLACES")
+        raise SystemExit(
+            f"{upper} imports {lower}, and no arrow goes straight down: move a box in PLACES"
+        )
     return apart[len(apart) // 2]
 
 
@@ -83,11 +105,16 @@ def house(counts: Counter[tuple[str, str]]) -> tuple[float, list[str]]:
         for title, (_, content) in drawn.items():
             left, right = PLACES[title]
             look = 'rx="6" fill="#eef4fa" stroke="#8fb0cc"'
-            shapes += [f'<rect x="{left}" y="{top:g}" width="{right - left}" height="{height:g}" {look}/>', *content]
+            shapes += [
+                f'<rect x="{left}" y="{top:g}" width="{right - left}" height="{height:g}" {look}/>',
+                *content,
+            ]
             tops[title], bottoms[title] = top, top + height
         top += height + GAP
     taken: list[float] = []
-    for upper, lower in sorted(direct(counts), key=lambda pair: PLACES[pair[1]][1] - PLACES[pair[1]][0]):
+    for upper, lower in sorted(
+        direct(counts), key=lambda pair: PLACES[pair[1]][1] - PLACES[pair[1]][0]
+    ):
         x, end = clear_x(upper, lower, taken), tops[lower]
         taken.append(x)
         line = f'<path d="M{x} {bottoms[upper]:g}V{end - 8:g}" stroke-width="{1 + counts[upper, lower] / 4:g}"'
@@ -104,15 +131,23 @@ def table(counts: Counter[tuple[str, str]], top: float) -> tuple[float, list[str
     shapes += [text(50, top + 40 + LINE * row, line) for row, line in enumerate(LEGEND)]
     for column, title in enumerate(titles[1:]):
         x = left + (column + 0.5) * 2 * CELL
-        shapes.append(f'<g transform="rotate(-35 {x:g} {top + 68})">{text(x - 6, top + 68, title)}</g>')
+        shapes.append(
+            f'<g transform="rotate(-35 {x:g} {top + 68})">{text(x - 6, top + 68, title)}</g>'
+        )
     for row, upper in enumerate(titles[:-1]):
         y = top + 78 + row * CELL
         shapes.append(text(left - 12, y + 17, upper, "end"))
         for column, lower in enumerate(titles[1:]):
             count = counts[upper, lower]
-            look = f'fill="#c2571a" fill-opacity="{0.12 + count / 40:g}"' if count else 'fill="#f1f3f5"'
+            look = (
+                f'fill="#c2571a" fill-opacity="{0.12 + count / 40:g}"'
+                if count
+                else 'fill="#f1f3f5"'
+            )
             x = left + column * 2 * CELL
-            shapes.append(f'<rect x="{x}" y="{y:g}" width="{2 * CELL - 2}" height="{CELL - 2}" rx="3" {look}/>')
+            shapes.append(
+                f'<rect x="{x}" y="{y:g}" width="{2 * CELL - 2}" height="{CELL - 2}" rx="3" {look}/>'
+            )
             if count:
                 shapes.append(text(x + CELL - 1, y + 17, count, "middle"))
     return top + 78 + (len(titles) - 1) * CELL, shapes
@@ -126,7 +161,9 @@ def picture() -> str:
     size = f'width="{WIDTH}" height="{bottom + 20:g}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 20:g}" {size}>'
     background = f'<rect {size} rx="10" fill="#ffffff"/>'
-    return "\n".join([head, f"<style>{STYLE}</style>", background, *floors, *cells, "</svg>"]) + "\n"
+    return (
+        "\n".join([head, f"<style>{STYLE}</style>", background, *floors, *cells, "</svg>"]) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ FLOORS = [
     {"cli"},
     SCRIPTS,
 ]
-FLOOR_OF = {box: floor for floor, wings in enumerate(FLOORS) for box in (wings - SCRIPTS or {"scripts"})}
+FLOOR_OF = {
+    box: floor for floor, wings in enumerate(FLOORS) for box in (wings - SCRIPTS or {"scripts"})
+}
 
 
 def name(file: Path) -> str:

@@ -31,10 +31,14 @@ SPLITS = ("train", "val", "test")
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the check."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[options.data_root_flag()])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], parents=[options.data_root_flag()]
+    )
     options.add_dataset(parser, required=False, help="(default: all whose folder is there)")
     parser.add_argument("--splits", nargs="+", choices=SPLITS, help="(default: all that are there)")
-    parser.add_argument("--unofficial", action="store_true", help="do not compare counts with the official ones")
+    parser.add_argument(
+        "--unofficial", action="store_true", help="do not compare counts with the official ones"
+    )
     options.add_workers(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument(
@@ -49,7 +53,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def check(benchmark: Benchmark, splits: Sequence[str] | None, *, official: bool, workers: int) -> Report:
+def check(
+    benchmark: Benchmark, splits: Sequence[str] | None, *, official: bool, workers: int
+) -> Report:
     """Everything about a copy of a benchmark.
 
     Args:
@@ -61,7 +67,9 @@ def check(benchmark: Benchmark, splits: Sequence[str] | None, *, official: bool,
     report = Report(benchmark.name)
     names = dict(zip(SPLITS, benchmark.splits, strict=True))
     wanted = [names[split] for split in SPLITS if splits is None or split in splits]
-    parts = read_parts(benchmark, wanted, official=official, asked_for=splits is not None, report=report)
+    parts = read_parts(
+        benchmark, wanted, official=official, asked_for=splits is not None, report=report
+    )
     remark_on_annotations(benchmark, parts, report)
     paths: list[Path] = []
     for (_, split), records in parts.items():
@@ -78,7 +86,9 @@ def chosen_benchmarks(data_root: Path, dataset: str | None) -> list[Benchmark]:
     benchmarks: list[Benchmark] = [kind(data_root) for kind in BENCHMARKS.values()]
     there = [benchmark for benchmark in benchmarks if benchmark.annotation_folder().is_dir()]
     if not there:
-        raise UserError(f"--data-root {data_root} holds neither fashionIQ_dataset nor cirr_dataset: name another")
+        raise UserError(
+            f"--data-root {data_root} holds neither fashionIQ_dataset nor cirr_dataset: name another"
+        )
     return there
 
 
@@ -89,9 +99,13 @@ def main(argv: list[str] | None = None) -> None:
     check_file_writable({"--write-exclusions": args.write_exclusions})
     reports = []
     for benchmark in chosen_benchmarks(args.data_root, args.dataset):
-        reports.append(check(benchmark, args.splits, official=not args.unofficial, workers=args.num_workers))
+        reports.append(
+            check(benchmark, args.splits, official=not args.unofficial, workers=args.num_workers)
+        )
     if args.json:
-        contents = [{**dataclasses.asdict(report), "exit_code": report.exit_code} for report in reports]
+        contents = [
+            {**dataclasses.asdict(report), "exit_code": report.exit_code} for report in reports
+        ]
         print(json.dumps(contents, indent=1))
     else:
         print("\n\n".join(as_text(report) for report in reports))

@@ -17,9 +17,13 @@ from utils import command
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the check."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[data_root_flag()])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], parents=[data_root_flag()]
+    )
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    parser.add_argument("--split", choices=("val", "test"), default="test", help="what the files answer")
+    parser.add_argument(
+        "--split", choices=("val", "test"), default="test", help="what the files answer"
+    )
     return parser.parse_args(argv)
 
 
@@ -30,7 +34,9 @@ def official_counts(benchmark: Benchmark, split: str) -> str:
         here = len(records.triplets)
         official, _ = benchmark.official[f"{part}.{split}"]
         if here != official:
-            notes.append(f"{records.name} has {here} queries here, {official} in the official annotations")
+            notes.append(
+                f"{records.name} has {here} queries here, {official} in the official annotations"
+            )
     return "; ".join(notes)
 
 

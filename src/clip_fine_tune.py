@@ -48,18 +48,22 @@ def train(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -> 
     from models.encoder import versions
     from training.checkpoints import Checkpoints
     from training.data import read_training_data
-    from training.loop import fit
-    from training.run import claim_folder, open_run, run_name
+    from training.run import claim_folder, run_name
     from training.schedule import Precision
     from training.stage1 import fine_tuning
 
     device, tracker = training.start(args)
     precision = Precision(args.precision, device)
     data = read_training_data(
-        benchmark, batch_size=args.batch_size, seed=args.seed, micro_batch_size=args.micro_batch_size
+        benchmark,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        micro_batch_size=args.micro_batch_size,
     )
     encoder = load_clip_and_images(args, data.splits, device, stop)
-    settings = Settings(flags=plain(vars(args)), recipe=encoder.recipe, data=data.describe(), versions=versions())
+    settings = Settings(
+        flags=plain(vars(args)), recipe=encoder.recipe, data=data.describe(), versions=versions()
+    )
     if args.resume:
         settings = started_with(args.resume, settings)
 
@@ -70,7 +74,9 @@ def train(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -> 
         learning_rate=args.learning_rate,
         ema_decay=args.ema_decay,
         compiled=args.compile,
-        measure=functools.partial(evaluate, benchmark, compose=compose_sum, block=args.similarity_block),
+        measure=functools.partial(
+            evaluate, benchmark, compose=compose_sum, block=args.similarity_block
+        ),
     )
     name = run_name("clip_finetuned", benchmark.run_name, settings.recipe["clip_model_name"])
     folder = claim_folder(args.output_dir, name, settings.on_disk(), args.resume)
@@ -83,16 +89,17 @@ def train(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -> 
         config=settings.on_disk(),
         kept=training.kept_weights(args),
     )
-    schedule = training.schedule_of(args, micro_batch_size=args.micro_batch_size)
-    shown = {"combining-function": "sum", "clip-model-path": checkpoints.first_choice(schedule.last_validation)}
-    fit(
+    training.fit_as_asked(
+        args,
         task,
-        schedule=schedule,
+        checkpoints,
+        benchmark=benchmark,
+        settings=settings,
         precision=precision,
-        run=open_run(folder, tracker, training.about_run(benchmark, settings, folder, shown)),
-        checkpoints=checkpoints,
+        tracker=tracker,
         stop=stop,
-        minutes=args.checkpoint_every_minutes,
+        folder=folder,
+        to_validate={"combining-function": "sum", "clip-model-path": None},
     )
 
 
@@ -104,7 +111,9 @@ def load_clip_and_images(
     from models.encoder import load_encoder
     from training.stage1 import with_image_cache
 
-    encoder = load_encoder(settle(options.clip_choice(args), []), None, device, workers=args.num_workers)
+    encoder = load_encoder(
+        settle(options.clip_choice(args), []), None, device, workers=args.num_workers
+    )
     encoder = dataclasses.replace(encoder, between=stop.check)
     suit_to_gpu(encoder.model, device)
     if args.gradient_checkpointing:

@@ -18,7 +18,9 @@ from runtime import distributed
 from runtime.choices import CombinerChoice
 from utils import UserError, flag
 
-Compose = Callable[[Tensor, Tensor], Tensor]  # image features (B, D), text features (B, D) -> queries (B, D)
+Compose = Callable[
+    [Tensor, Tensor], Tensor
+]  # image features (B, D), text features (B, D) -> queries (B, D)
 Settings = dict[str, Any]  # kind and sizes of a Combiner, by the names of their flags
 
 ATTENTION_HEADS = 4
@@ -128,12 +130,17 @@ class SparseMoE(nn.Module):
         """(B, in_dim) and the router's (B, E) for them -> (B, H)."""
         logits, chosen = router_logits.topk(self.top_k, dim=-1)  # (B, k), (B, k)
         weights = logits.softmax(-1)
-        slots = chosen.flatten().argsort(stable=True)  # (B * k,) slots b * k + j, those of one expert side by side
+        slots = chosen.flatten().argsort(
+            stable=True
+        )  # (B * k,) slots b * k + j, those of one expert side by side
         every = torch.arange(len(self.experts), device=x.device)
-        counts = (chosen.flatten().unsqueeze(1) == every).sum(0).tolist()  # the one wait for the device
+        counts = (
+            (chosen.flatten().unsqueeze(1) == every).sum(0).tolist()
+        )  # the one wait for the device
         rows = (slots // self.top_k).split(counts)
         # Without strict, which the compiler of torch 2.6 does not know.
-        outputs = [expert(x[its_rows]) for expert, its_rows in zip(self.experts, rows) if len(its_rows)]  # noqa: B905
+        pairs = zip(self.experts, rows)  # noqa: B905
+        outputs = [expert(x[its_rows]) for expert, its_rows in pairs if len(its_rows)]
         ungrouped = torch.cat(outputs)[slots.argsort()].unflatten(0, chosen.shape)  # (B, k, H)
         return (weights.unsqueeze(-1) * self.dropout(ungrouped)).sum(1)
 
@@ -145,12 +152,23 @@ class Combiner(Composer):
         UserError: projection_dim is not a multiple of the attention's 4 heads, or top_k exceeds num_experts.
     """
 
-    def __init__(self, clip_dim: int, projection_dim: int, hidden_dim: int, num_experts: int = 4, top_k: int = 2):
+    def __init__(
+        self,
+        clip_dim: int,
+        projection_dim: int,
+        hidden_dim: int,
+        num_experts: int = 4,
+        top_k: int = 2,
+    ):
         super().__init__()
         if projection_dim % ATTENTION_HEADS:
-            raise UserError(f"--projection-dim {projection_dim} is not a multiple of {ATTENTION_HEADS}, the heads")
+            raise UserError(
+                f"--projection-dim {projection_dim} is not a multiple of {ATTENTION_HEADS}, the heads"
+            )
         if top_k > num_experts:
-            raise UserError(f"--top-k {top_k} is more than --num-experts {num_experts}: choose at most all of them")
+            raise UserError(
+                f"--top-k {top_k} is more than --num-experts {num_experts}: choose at most all of them"
+            )
         self.text_projection_layer = _normed_projection(clip_dim, projection_dim)
         self.image_projection_layer = _normed_projection(clip_dim, projection_dim)
         self.attn_layer = nn.MultiheadAttention(projection_dim, ATTENTION_HEADS, batch_first=True)
@@ -206,7 +224,9 @@ class PlainCombiner(Composer):
         joint = self.joint(image_features, text_features)  # (B, 2P)
         hidden = self.dropout(F.relu(self.combiner_layer(joint)))  # (B, H)
         scalar = torch.sigmoid(self.dynamic_scalar(joint))  # (B, 1)
-        composed = self.output_layer(hidden) + scalar * text_features + (1 - scalar) * image_features
+        composed = (
+            self.output_layer(hidden) + scalar * text_features + (1 - scalar) * image_features
+        )
         return F.normalize(composed, dim=-1)
 
     def joint(self, image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -224,11 +244,15 @@ class PlainCombiner(Composer):
 
 
 def _normed_projection(clip_dim: int, projection_dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(clip_dim, projection_dim), nn.LayerNorm(projection_dim), nn.ReLU())
+    return nn.Sequential(
+        nn.Linear(clip_dim, projection_dim), nn.LayerNorm(projection_dim), nn.ReLU()
+    )
 
 
 def _gate(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), RowDropout(0.5), nn.Linear(hidden_dim, out_dim))
+    return nn.Sequential(
+        nn.Linear(in_dim, hidden_dim), nn.ReLU(), RowDropout(0.5), nn.Linear(hidden_dim, out_dim)
+    )
 
 
 def build_combiner(settings: Mapping[str, Any]) -> Composer:
@@ -239,7 +263,9 @@ def build_combiner(settings: Mapping[str, Any]) -> Composer:
     return Combiner(**sizes, num_experts=settings["num_experts"], top_k=settings["top_k"])
 
 
-def combiner_settings(state: Mapping[str, Tensor], config: Mapping[str, Any], path: Path) -> Settings:
+def combiner_settings(
+    state: Mapping[str, Tensor], config: Mapping[str, Any], path: Path
+) -> Settings:
     """Kind, sizes, experts and k of a Combiner.
 
     Its weights tell them; k, which weights cannot tell, is that of its configuration, else the original's 2.
@@ -263,11 +289,18 @@ def combiner_settings(state: Mapping[str, Tensor], config: Mapping[str, Any], pa
             "top_k": int(config.get("top_k", ORIGINAL_TOP_K)) if is_moe else None,
         }
     except (KeyError, AttributeError, IndexError, TypeError, ValueError):
-        raise UserError(f"--combiner-path {path} holds the weights of no Combiner known here: name another") from None
+        raise UserError(
+            f"--combiner-path {path} holds the weights of no Combiner known here: name another"
+        ) from None
 
 
 def load_combiner(
-    state: Mapping[str, Tensor], config: Mapping[str, Any], path: Path, *, wanted: CombinerChoice, clip_dim: int
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    path: Path,
+    *,
+    wanted: CombinerChoice,
+    clip_dim: int,
 ) -> Composer:
     """The Combiner of a checkpoint, in eval mode.
 
@@ -285,7 +318,9 @@ def load_combiner(
     for name, value in dataclasses.asdict(wanted).items():
         if value is not None and value != settings[name]:
             has = "none" if settings[name] is None else settings[name]
-            raise UserError(f"{flag(name)} {value} disagrees with {path}, which has {has}: leave the flag out")
+            raise UserError(
+                f"{flag(name)} {value} disagrees with {path}, which has {has}: leave the flag out"
+            )
     if settings["clip_dim"] != clip_dim:
         raise UserError(
             f"--combiner-path {path} was trained on features of length {settings['clip_dim']}, but --clip-model-name "
@@ -295,5 +330,7 @@ def load_combiner(
     try:
         combiner.load_state_dict(state)
     except RuntimeError:
-        raise UserError(f"--combiner-path {path} has missing or misshapen weights: train or copy it again") from None
+        raise UserError(
+            f"--combiner-path {path} has missing or misshapen weights: train or copy it again"
+        ) from None
     return combiner.eval()

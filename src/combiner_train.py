@@ -50,7 +50,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     ]
     args = training.parse(SCRIPT, __doc__, parents, argv)
     if args.seeds and len(set(args.seeds)) < len(args.seeds):
-        raise UserError(f"--seeds {' '.join(map(str, args.seeds))} names a seed twice: name each once")
+        raise UserError(
+            f"--seeds {' '.join(map(str, args.seeds))} names a seed twice: name each once"
+        )
     return args
 
 
@@ -107,7 +109,13 @@ def prepare(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -
 
 
 def train(
-    args: argparse.Namespace, stage: Stage, seed: int, *, folder: Path, resumed_by: Path, stop: StopRequest
+    args: argparse.Namespace,
+    stage: Stage,
+    seed: int,
+    *,
+    folder: Path,
+    resumed_by: Path,
+    stop: StopRequest,
 ) -> None:
     """Train one Combiner in its folder.
 
@@ -118,8 +126,6 @@ def train(
     from evaluation.retrieval import evaluate
     from models.routing import router_penalty
     from training.checkpoints import Checkpoints
-    from training.loop import fit
-    from training.run import open_run
     from training.schedule import Precision
     from training.stage2 import combiner_training
 
@@ -147,19 +153,27 @@ def train(
         config=settings.on_disk(),
         kept=training.kept_weights(args),
     )
-    schedule = training.schedule_of(args)
-    shown = {"combining-function": "combiner", "combiner-path": checkpoints.first_choice(schedule.last_validation)}
-    if settings.flags["clip_model_path"]:
-        shown["clip-model-path"] = settings.flags["clip_model_path"]
-    fit(
+    training.fit_as_asked(
+        args,
         task,
-        schedule=schedule,
+        checkpoints,
+        folder=folder,
+        resumed_by=resumed_by,
+        benchmark=benchmark,
+        settings=settings,
+        to_validate=flags_to_validate(settings),
         precision=Precision(args.precision, stage.device),
-        run=open_run(folder, stage.tracker, training.about_run(benchmark, settings, resumed_by, shown)),
-        checkpoints=checkpoints,
+        tracker=stage.tracker,
         stop=stop,
-        minutes=args.checkpoint_every_minutes,
     )
+
+
+def flags_to_validate(settings: Settings) -> dict[str, str | None]:
+    """Flags of `validate.py` for a Combiner, whose own path is None."""
+    flags = {"combining-function": "combiner", "combiner-path": None}
+    if settings.flags["clip_model_path"]:
+        flags["clip-model-path"] = settings.flags["clip_model_path"]
+    return flags
 
 
 def train_seeds(args: argparse.Namespace, stage: Stage, folder: Path, stop: StopRequest) -> None:
@@ -202,15 +216,21 @@ def report_seeds(folder: Path, seeds: list[int], benchmark: Benchmark) -> None:
     deviation = {}
     for metric in best[seeds[0]]:
         if metric != "epoch":
-            mean[metric], deviation[metric] = mean_and_deviation([row[metric] for row in best.values()])
+            mean[metric], deviation[metric] = mean_and_deviation(
+                [row[metric] for row in best.values()]
+            )
     rows = {f"seed {seed}": row for seed, row in best.items()}
     summary = {"chosen_by": chosen_by, "seeds": best, "mean": mean}
     if len(seeds) > 1:
         rows["mean"] = mean
         rows["standard deviation"] = deviation
         summary["standard_deviation"] = deviation
-    table = pd.DataFrame.from_dict(rows, orient="index")[list(benchmark.titles)].rename(columns=benchmark.titles)
-    print(f"validations with the best {chosen_by} of each seed\n{table.to_string(float_format=two_decimals)}")
+    table = pd.DataFrame.from_dict(rows, orient="index")[list(benchmark.titles)].rename(
+        columns=benchmark.titles
+    )
+    print(
+        f"validations with the best {chosen_by} of each seed\n{table.to_string(float_format=two_decimals)}"
+    )
     write_text(folder / BEST_METRICS, json.dumps(summary, indent=2) + "\n")
 
 
@@ -219,7 +239,9 @@ def train_all(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest)
     from training.run import claim_folder, run_name
 
     stage = prepare(args, benchmark, stop)
-    name = run_name("combiner_trained", benchmark.run_name, stage.settings.recipe["clip_model_name"])
+    name = run_name(
+        "combiner_trained", benchmark.run_name, stage.settings.recipe["clip_model_name"]
+    )
     folder = claim_folder(args.output_dir, name, stage.settings.on_disk(), args.resume)
     if args.seeds:
         train_seeds(args, stage, folder, stop)

@@ -31,7 +31,13 @@ class Resampling:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of a comparison."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", type=Path, nargs="+", metavar="RESULT", help="written by validate.py --metrics-json")
+    parser.add_argument(
+        "files",
+        type=Path,
+        nargs="+",
+        metavar="RESULT",
+        help="written by validate.py --metrics-json",
+    )
     add_protocol(parser, help="(default: all)")
     parser.add_argument("--confidence", type=fraction, default=0.95, help="(default: 0.95)")
     parser.add_argument("--resamples", type=positive_int, default=10_000, help="(default: 10000)")
@@ -49,13 +55,17 @@ def shared_protocols(columns: Sequence[Column], wanted: str | None) -> list[str]
             shared.append(name)
     if not shared:
         measured = "; ".join(f"{column.label}: {', '.join(column.protocols)}" for column in columns)
-        raise UserError(f"no {wanted or 'protocol'} in common ({measured}): numbers of different ones do not compare")
+        raise UserError(
+            f"no {wanted or 'protocol'} in common ({measured}): numbers of different ones do not compare"
+        )
     return shared
 
 
 def cells(benchmark: Benchmark, column: Column, protocol: str) -> dict[str, str]:
     """Title -> value, or mean and standard deviation over the seeds."""
-    return {title: shown(column.values(protocol, metric)) for metric, title in benchmark.titles.items()}
+    return {
+        title: shown(column.values(protocol, metric)) for metric, title in benchmark.titles.items()
+    }
 
 
 def differences(
@@ -76,12 +86,16 @@ def differences(
         before, _ = mean_and_deviation(base.values(protocol, metric))
         after, _ = mean_and_deviation(other.values(protocol, metric))
         low, high = bounds[metric]
-        difference, lowest, highest = (two_decimals(value, "+") for value in (after - before, low, high))
+        difference, lowest, highest = (
+            two_decimals(value, "+") for value in (after - before, low, high)
+        )
         table[title] = f"{difference} [{lowest}, {highest}]"
     return table
 
 
-def print_protocol(benchmark: Benchmark, columns: Sequence[Column], protocol: str, *, resampling: Resampling) -> None:
+def print_protocol(
+    benchmark: Benchmark, columns: Sequence[Column], protocol: str, *, resampling: Resampling
+) -> None:
     """One table: metrics by columns, and beside each column its difference from the first; notes below."""
     import pandas as pd
 
@@ -89,7 +103,9 @@ def print_protocol(benchmark: Benchmark, columns: Sequence[Column], protocol: st
     table = {base.label: cells(benchmark, base, protocol)}
     notes = []
     if mixed := unlike(base, base, protocol):
-        notes.append(f"the seeds of {base.label} have different {', different '.join(mixed)}: no fair mean")
+        notes.append(
+            f"the seeds of {base.label} have different {', different '.join(mixed)}: no fair mean"
+        )
     for other in others:
         if not other.has(protocol):
             notes.append(f"{other.label} was not measured under {protocol}")
@@ -98,12 +114,18 @@ def print_protocol(benchmark: Benchmark, columns: Sequence[Column], protocol: st
         label = other.label + ("*" if reasons else "")
         table[label] = cells(benchmark, other, protocol)
         if reasons:
-            notes.append(f"* {other.label} has other {', other '.join(reasons)} than {base.label}: no fair comparison")
+            notes.append(
+                f"* {other.label} has other {', other '.join(reasons)} than {base.label}: no fair comparison"
+            )
         if "queries" not in reasons:
-            table[f"{label} - {base.label}"] = differences(benchmark, base, other, protocol, resampling=resampling)
+            table[f"{label} - {base.label}"] = differences(
+                benchmark, base, other, protocol, resampling=resampling
+            )
     about = PROTOCOLS[protocol]
     result = base.results[0]
-    print(f"\n{result['dataset']} {result['split']}, {protocol}: gallery {about.gallery}, reference {about.reference}")
+    print(
+        f"\n{result['dataset']} {result['split']}, {protocol}: gallery {about.gallery}, reference {about.reference}"
+    )
     print(pd.DataFrame(table).to_string())
     for note in notes:
         print(note)

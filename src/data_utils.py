@@ -94,13 +94,17 @@ def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
 Reader = Callable[[Path], Tensor]  # image file -> preprocessed bytes (3, R, R)
 
 
-def load_image(path: Path, preprocess: Compose, opened: Callable[[Path], Image.Image] = decoded) -> Tensor:
+def load_image(
+    path: Path, preprocess: Compose, opened: Callable[[Path], Image.Image] = decoded
+) -> Tensor:
     """Open and preprocess one image, (3, R, R) uint8. Raises UserError, which names it, if it cannot be decoded."""
     try:
         return preprocess(opened(path))
     except (OSError, ValueError, MemoryError, Image.DecompressionBombError) as error:
         reason = first_line(error)
-    raise UserError(f"image {path} cannot be decoded ({reason}): replace the file with a whole copy of the image")
+    raise UserError(
+        f"image {path} cannot be decoded ({reason}): replace the file with a whole copy of the image"
+    )
 
 
 class ImageDataset(Dataset):
@@ -135,14 +139,18 @@ class ReadableImages(Dataset):
         try:
             return self.read(self.paths[row]), torch.tensor(True)
         except UserError:
-            return torch.zeros(3, self.resolution, self.resolution, dtype=torch.uint8), torch.tensor(False)
+            return torch.zeros(
+                3, self.resolution, self.resolution, dtype=torch.uint8
+            ), torch.tensor(False)
 
 
 def _start_worker(number: int) -> None:
     interruption.heed_parent_alone()
 
 
-def load_batches(dataset: Dataset, batches: list[list[int]], workers: int, device: torch.device) -> Iterator[Any]:
+def load_batches(
+    dataset: Dataset, batches: list[list[int]], workers: int, device: torch.device
+) -> Iterator[Any]:
     """The items at each list of rows, stacked, on the device.
 
     Args:

@@ -106,13 +106,22 @@ class Demo:
             for seed, pair in zip(self.seeds, pairs, strict=True):
                 results[method].append(self.validate(dataset, f"{kind}_{seed}", *pair))
         self.run("compare.py", *results["plain Combiner"], *results["MoE Combiner"])
-        metrics = {method: [read_metrics(file) for file in files] for method, files in results.items()}
+        metrics = {}
+        for method, files in results.items():
+            metrics[method] = [read_metrics(file) for file in files]
         titles = {metric: BENCHMARKS[dataset].titles[metric] for metric in SHOWN[dataset]}
         return table(metrics, titles), pairs[-1]
 
     def fine_tune(self, dataset: str, clip_name: Words) -> Words:
         """Train stage 1; returns the flags of its weights."""
-        flags = ["--dataset", dataset, *clip_name, *STAGE_1.split(), "--image-cache", self.folder / "pixels"]
+        flags = [
+            "--dataset",
+            dataset,
+            *clip_name,
+            *STAGE_1.split(),
+            "--image-cache",
+            self.folder / "pixels",
+        ]
         run = self.train("clip_fine_tune.py", f"{dataset}_clip", *flags)
         return "--clip-model-path", best_weights(run, BENCHMARKS[dataset].best_clips())
 
@@ -130,8 +139,21 @@ class Demo:
     def submit(self, pair: Words) -> dict[str, float]:
         """Write a CIRR submission and score it with the answers that the drawing kept apart."""
         folder = self.folder / "submission"
-        self.run("cirr_test_submission.py", "--submission-name", "demo", *pair, *self.on_data, "--output-dir", folder)
-        self.run("check_submission.py", *sorted(folder.glob("*.json")), "--data-root", self.folder / "data")
+        self.run(
+            "cirr_test_submission.py",
+            "--submission-name",
+            "demo",
+            *pair,
+            *self.on_data,
+            "--output-dir",
+            folder,
+        )
+        self.run(
+            "check_submission.py",
+            *sorted(folder.glob("*.json")),
+            "--data-root",
+            self.folder / "data",
+        )
         answers = json.loads((self.folder / "data" / "test1_answers.json").read_text())
         full = json.loads((folder / "recall_submission_demo.json").read_text())
         subset = json.loads((folder / "recall_subset_submission_demo.json").read_text())
@@ -175,23 +197,31 @@ def read_metrics(file: Path) -> dict[str, float]:
 
 def recall(submission: Mapping[str, list[str]], answers: Mapping[str, str], k: int) -> float:
     """Percentage of the answers that are among the first k of a submission's names."""
-    return 100 * statistics.fmean(answer in submission[pair_id][:k] for pair_id, answer in answers.items())
+    return 100 * statistics.fmean(
+        answer in submission[pair_id][:k] for pair_id, answer in answers.items()
+    )
 
 
-def table(results: Mapping[str, Sequence[Mapping[str, float]]], titles: Mapping[str, str]) -> "pd.DataFrame":
+def table(
+    results: Mapping[str, Sequence[Mapping[str, float]]], titles: Mapping[str, str]
+) -> "pd.DataFrame":
     """Methods by metrics, as text: the value, or mean and standard deviation over seeds."""
     import pandas as pd
 
-    rows = {}
+    rows: dict[str, dict[str, str]] = {}
     for method, of_seeds in results.items():
-        rows[method] = {title: shown([metrics[name] for metrics in of_seeds]) for name, title in titles.items()}
+        rows[method] = {}
+        for name, title in titles.items():
+            rows[method][title] = shown([metrics[name] for metrics in of_seeds])
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the demo."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("demo"), metavar="DIR", help="(default: demo)")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("demo"), metavar="DIR", help="(default: demo)"
+    )
     parser.add_argument("--seeds", type=seed_int, nargs="+", default=[0], help="of stage 2")
     return parser.parse_args(argv)
 

@@ -67,7 +67,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     ]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
     group = parser.add_argument_group("page")
-    group.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for other machines (default: 127.0.0.1)")
+    group.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 for other machines (default: 127.0.0.1)"
+    )
     group.add_argument("--port", type=port, default=7860, help="(default: 7860)")
     options.add_k(group, default=12)
     return parser.parse_args(argv)
@@ -143,7 +145,15 @@ class Parts:
     @property
     def outputs(self) -> list[Any]:
         """What `shown` fills."""
-        return [self.dialogue, self.reference, self.text, self.answers, self.experts, self.note, self.steps]
+        return [
+            self.dialogue,
+            self.reference,
+            self.text,
+            self.answers,
+            self.experts,
+            self.note,
+            self.steps,
+        ]
 
 
 def lay_out(gradio: Any) -> Parts:
@@ -155,8 +165,12 @@ def lay_out(gradio: Any) -> Parts:
             parts["reference"] = gradio.Image(
                 label="Reference", elem_id="reference", interactive=False, height=260, buttons=[]
             )
-            parts["upload"] = gradio.UploadButton("Upload a reference", file_types=sorted(KINDS), elem_id="upload")
-            parts["text"] = gradio.Textbox(label="What to change", placeholder="is red, no sleeves", elem_id="text")
+            parts["upload"] = gradio.UploadButton(
+                "Upload a reference", file_types=sorted(KINDS), elem_id="upload"
+            )
+            parts["text"] = gradio.Textbox(
+                label="What to change", placeholder="is red, no sleeves", elem_id="text"
+            )
             parts["ask"] = gradio.Button("Search", variant="primary", elem_id="search")
             parts["undo"] = gradio.Button("Undo", elem_id="undo")
             parts["note"] = gradio.Markdown(elem_id="note")
@@ -242,7 +256,9 @@ def build(searcher: "Searcher", k: int) -> Any:
 
 def launch(page: Any, host: str, port: int, **settings: Any) -> Any:
     """Serve the page. Its fonts are the system's, so that nothing is requested from other hosts."""
-    theme = import_gradio().themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme = import_gradio().themes.Default(
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
     return page.launch(
         server_name=host,
         server_port=port,

@@ -41,11 +41,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     clip = [options.clip_flags(), options.tuned_clip_flag()]
     index = commands.add_parser(
-        "index", parents=[*clip, options.compute_flags()], help="encode a folder, or bring its index up to date"
+        "index",
+        parents=[*clip, options.compute_flags()],
+        help="encode a folder, or bring its index up to date",
     )
-    index.add_argument("--images", type=Path, nargs="+", default=[], metavar="DIR", help="beside those it has already")
-    index.add_argument("--forget", type=Path, nargs="+", default=[], metavar="DIR", help="folders to drop from it")
-    index.add_argument("--output", type=Path, required=True, metavar="INDEX", help="a folder for the index")
+    index.add_argument(
+        "--images",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="beside those it has already",
+    )
+    index.add_argument(
+        "--forget", type=Path, nargs="+", default=[], metavar="DIR", help="folders to drop from it"
+    )
+    index.add_argument(
+        "--output", type=Path, required=True, metavar="INDEX", help="a folder for the index"
+    )
     index.add_argument(
         "--index-type",
         choices=INDEX_KINDS,
@@ -53,7 +66,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     options.add_clip_batch_size(index, help="batch size of CLIP (default: 32)")
     query = commands.add_parser(
-        "query", parents=[*options.search_flags(), *clip, options.compute_flags(False)], help="ask an index"
+        "query",
+        parents=[*options.search_flags(), *clip, options.compute_flags(False)],
+        help="ask an index",
     )
     query.add_argument("--image", type=Path, required=True, metavar="REF", help="the reference")
     query.add_argument("--text", required=True, help="what to change")
@@ -64,7 +79,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def chosen_folders(held: Sequence[str], named: Sequence[Path], forgotten: Sequence[Path], output: Path) -> list[Path]:
+def chosen_folders(
+    held: Sequence[str], named: Sequence[Path], forgotten: Sequence[Path], output: Path
+) -> list[Path]:
     """The folders that an index is to hold: those it has already and those that are named, but for forgotten ones."""
     gone = {path.resolve() for path in forgotten}
     for path in sorted(gone - set(map(Path, held))):
@@ -111,14 +128,21 @@ def encode_images(
 
     import_faiss()
     device = pick_device(args.device)
-    encoder = load_encoder(clip, tuned, device, workers=args.num_workers, batch_size=args.clip_bs, opened=opened)
-    pair = {**dataclasses.asdict(clip), "clip_model_path": str(tuned.path.resolve()) if tuned else None}
+    encoder = load_encoder(
+        clip, tuned, device, workers=args.num_workers, batch_size=args.clip_bs, opened=opened
+    )
+    pair = {
+        **dataclasses.asdict(clip),
+        "clip_model_path": str(tuned.path.resolve()) if tuned else None,
+    }
     with listening() as stop:
         encoder = dataclasses.replace(encoder, between=stop.check)
         try:
             return update_index(args.output, folders, images.paths, encoder, kind=kind, pair=pair)
         except Stopped as stopped:
-            raise Stopped(stopped.signal, "what was encoded is kept: go on with the same command") from None
+            raise Stopped(
+                stopped.signal, "what was encoded is kept: go on with the same command"
+            ) from None
 
 
 def report(folder: Path, update: "Update", images: "FoundImages") -> None:
@@ -128,7 +152,9 @@ def report(folder: Path, update: "Update", images: "FoundImages") -> None:
     for file, reason in images.left_out.items():
         logger.warning("left out: %s: %s", file, reason)
     for ending, count in sorted(images.skipped.items()):
-        logger.warning("left out: %d files %s, which are not read: convert them to .jpg or .png", count, ending)
+        logger.warning(
+            "left out: %d files %s, which are not read: convert them to .jpg or .png", count, ending
+        )
     left_out = len(update.unreadable) + len(images.left_out)
     print(
         f"{folder}: {update.added} images added, {update.kept} kept, {update.removed} removed, "
@@ -136,7 +162,9 @@ def report(folder: Path, update: "Update", images: "FoundImages") -> None:
     )
     recall = (read_manifest(folder) or {}).get("recall against exact")
     if recall:
-        print(f"recall@{recall['k']} against exact: {recall['recall']:.3f} over {recall['queries']} queries")
+        print(
+            f"recall@{recall['k']} against exact: {recall['recall']:.3f} over {recall['queries']} queries"
+        )
 
 
 def ask(args: argparse.Namespace) -> None:
@@ -171,13 +199,18 @@ def write_page(file: Path, reference: Path, text: str, found: "Found") -> None:
     answers = [(str(path), similarity) for path, similarity in found.answers]
     names = [str(reference), *(name for name, _ in answers)]
     thumbnails = {name: jpeg(small_image(Path(name), SIDE), SIDE) for name in names}
-    write_text(file, results_page(text, str(reference), answers, about=about(found), thumbnails=thumbnails))
+    write_text(
+        file, results_page(text, str(reference), answers, about=about(found), thumbnails=thumbnails)
+    )
     logger.info("%s: %d images", file, len(answers))
 
 
 def as_json(found: "Found") -> dict[str, Any]:
     """What was found, in plain types."""
-    answers = [{"image": str(path), "similarity": round(similarity, 6)} for path, similarity in found.answers]
+    answers = [
+        {"image": str(path), "similarity": round(similarity, 6)}
+        for path, similarity in found.answers
+    ]
     return {"answers": answers, "gate": found.gate, "experts": found.experts, "note": found.note}
 
 

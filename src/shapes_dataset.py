@@ -37,7 +37,11 @@ COLORS = {
 }
 RAINBOW = list(COLORS)
 SIZES = ("small", "medium", "large")
-RADIUS_OF_SIZE = {"small": 0.16, "medium": 0.26, "large": 0.4}  # as a share of the image's shorter side
+RADIUS_OF_SIZE = {
+    "small": 0.16,
+    "medium": 0.26,
+    "large": 0.4,
+}  # as a share of the image's shorter side
 SHAPES = ("circle", "square", "triangle", "star", "cross", "bar")
 ATTRIBUTES = ("shape", "color", "background", "size")
 IMAGE_SIDE = (36, 72)  # pixels, the least and the most
@@ -46,7 +50,11 @@ POSITION_JITTER = 0.12  # of a side, at most
 JPEG_QUALITY = 92
 
 CATEGORIES = ("dress", "toptee", "shirt")
-CIRR_PREFIXES = {"train": "train", "val": "dev", "test1": "test1"}  # split -> how the names of its images begin
+CIRR_PREFIXES = {
+    "train": "train",
+    "val": "dev",
+    "test1": "test1",
+}  # split -> how the names of its images begin
 GROUP_SIZE = 6
 
 
@@ -86,12 +94,18 @@ def absolute_edit(scene: Scene, attribute: str) -> Edit:
         "background": (f"has a {value} background", f"is on {value}", f"the background is {value}"),
         "size": (f"is {value} in size", f"make it {value}", f"the shape is {value}"),
     }
-    return Edit(frozenset([attribute]), phrasings[attribute], lambda s: replace(s, **{attribute: value}))
+    return Edit(
+        frozenset([attribute]), phrasings[attribute], lambda s: replace(s, **{attribute: value})
+    )
 
 
 def swap_edit() -> Edit:
     """Exchange the colours of shape and background."""
-    phrasings = ("swap the two colors", "has its colors exchanged", "the colors are the other way round")
+    phrasings = (
+        "swap the two colors",
+        "has its colors exchanged",
+        "the colors are the other way round",
+    )
     attributes = frozenset(["color", "background"])
     return Edit(attributes, phrasings, lambda s: replace(s, color=s.background, background=s.color))
 
@@ -221,7 +235,9 @@ def _save_image(path: Path, image: Image.Image) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, quality=JPEG_QUALITY)
     except OSError as error:
-        raise UserError(f"could not write {path} ({error.strerror}): free space or choose another folder") from None
+        raise UserError(
+            f"could not write {path} ({error.strerror}): free space or choose another folder"
+        ) from None
 
 
 def _write_json(path: Path, content: object) -> None:
@@ -305,14 +321,20 @@ def draw_cirr(root: Path, groups: dict[str, int], seed: int) -> None:
         entries = []
         for group in range(count):
             scenes, queries = make_group(rng)
-            members = [f"{CIRR_PREFIXES[split]}-{group}-0-img{place}" for place in range(GROUP_SIZE)]
-            image_folder = f"./train/{group % 10}" if split == "train" else f"./{CIRR_PREFIXES[split]}"
+            members = [
+                f"{CIRR_PREFIXES[split]}-{group}-0-img{place}" for place in range(GROUP_SIZE)
+            ]
+            image_folder = (
+                f"./train/{group % 10}" if split == "train" else f"./{CIRR_PREFIXES[split]}"
+            )
             for name, scene in zip(members, scenes, strict=True):
                 paths[name] = f"{image_folder}/{name}.png"
                 _save_image(folder / paths[name], draw(scene, rng))
             for query in rng.sample(queries, len(queries)):
                 secret = split == "test1"
-                entries.append(_cirr_entry(pair_id, group, members, query=query, secret=secret, rng=rng))
+                entries.append(
+                    _cirr_entry(pair_id, group, members, query=query, secret=secret, rng=rng)
+                )
                 if secret:
                     answers[str(pair_id)] = members[query.target]
                 pair_id += 1
@@ -322,7 +344,13 @@ def draw_cirr(root: Path, groups: dict[str, int], seed: int) -> None:
 
 
 def _cirr_entry(
-    pair_id: int, group: int, members: list[str], *, query: GroupQuery, secret: bool, rng: random.Random
+    pair_id: int,
+    group: int,
+    members: list[str],
+    *,
+    query: GroupQuery,
+    secret: bool,
+    rng: random.Random,
 ) -> dict[str, Any]:
     """A query as CIRR's annotations have it, without its target where that is secret."""
     target = members[query.target]
@@ -347,12 +375,22 @@ def _cirr_entry(
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the drawing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="the data root to be")
+    parser.add_argument(
+        "--output-dir", type=Path, required=True, metavar="DIR", help="the data root to be"
+    )
     add_seed(parser)
-    parser.add_argument("--train-triplets", type=positive_int, default=1200, help="FashionIQ, a category")
-    parser.add_argument("--val-triplets", type=positive_int, default=200, help="FashionIQ, a category")
-    parser.add_argument("--train-groups", type=positive_int, default=360, help="CIRR, ten triplets each")
-    parser.add_argument("--val-groups", type=positive_int, default=60, help="CIRR val and test1, ten triplets each")
+    parser.add_argument(
+        "--train-triplets", type=positive_int, default=1200, help="FashionIQ, a category"
+    )
+    parser.add_argument(
+        "--val-triplets", type=positive_int, default=200, help="FashionIQ, a category"
+    )
+    parser.add_argument(
+        "--train-groups", type=positive_int, default=360, help="CIRR, ten triplets each"
+    )
+    parser.add_argument(
+        "--val-groups", type=positive_int, default=60, help="CIRR val and test1, ten triplets each"
+    )
     return parser.parse_args(argv)
 
 

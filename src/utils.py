@@ -32,7 +32,11 @@ class Stopped(BaseException):
         remedy: how to go on.
     """
 
-    def __init__(self, signal: str, remedy: str = "nothing was trained yet: start it again with the same command"):
+    def __init__(
+        self,
+        signal: str,
+        remedy: str = "nothing was trained yet: start it again with the same command",
+    ):
         super().__init__(signal, remedy)
         self.signal = signal
         self.remedy = remedy
@@ -52,7 +56,10 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             raise SystemExit(2) from None
         except out_of_memory_errors() as error:
             remedy = "lower --batch-size, --micro-batch-size or --similarity-block, or use --gradient-checkpointing"
-            print(f"{script}: error: the GPU's memory is full ({first_line(error)[:80]}): {remedy}", file=sys.stderr)
+            print(
+                f"{script}: error: the GPU's memory is full ({first_line(error)[:80]}): {remedy}",
+                file=sys.stderr,
+            )
             raise SystemExit(2) from None
         except Stopped as stop:
             print(f"{script}: stopped by {stop.signal}; {stop.remedy}", file=sys.stderr)

@@ -27,9 +27,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         help="gallery (all of the split, or the references and targets alone) and reference (default: all that apply)",
     )
-    group.add_argument("--metrics-json", type=Path, metavar="FILE", help="write the metrics and how they came about")
-    group.add_argument("--rankings", type=Path, metavar="FILE", help="write the answers to every query")
-    group.add_argument("--rankings-k", type=positive_int, default=50, help="answers a query (default: 50)")
+    group.add_argument(
+        "--metrics-json",
+        type=Path,
+        metavar="FILE",
+        help="write the metrics and how they came about",
+    )
+    group.add_argument(
+        "--rankings", type=Path, metavar="FILE", help="write the answers to every query"
+    )
+    group.add_argument(
+        "--rankings-k", type=positive_int, default=50, help="answers a query (default: 50)"
+    )
     return parser.parse_args(argv)
 
 
@@ -70,7 +79,10 @@ def main(argv: list[str] | None = None) -> None:
     k = args.rankings_k if args.rankings else 0
     rankings = rank_all(frozen, pair.compose, protocols, k=k, block=args.similarity_block)
     if distributed.is_main():
-        print_metrics(benchmark, {protocol: benchmark.metrics(of_split) for protocol, of_split in rankings.items()})
+        print_metrics(
+            benchmark,
+            {protocol: benchmark.metrics(of_split) for protocol, of_split in rankings.items()},
+        )
     if distributed.is_main() and (args.metrics_json or args.rankings):
         result = make_result(
             benchmark,

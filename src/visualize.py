@@ -41,7 +41,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parents = [options.dataset_flag(required=False), *options.evaluation_flags(needs_pair=False)]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
     group = parser.add_argument_group("sheet")
-    group.add_argument("--rankings", type=Path, metavar="FILE", help="of validate.py, in place of a pair")
+    group.add_argument(
+        "--rankings", type=Path, metavar="FILE", help="of validate.py, in place of a pair"
+    )
     options.add_protocol(group, help="(default: the first that there is)")
     group.add_argument(
         "--queries",
@@ -50,11 +52,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="Q",
         help="best, worst or random; or pairids of CIRR, or category:number of FashionIQ (default: worst)",
     )
-    group.add_argument("--num", type=positive_int, default=20, help="queries of each split (default: 20)")
+    group.add_argument(
+        "--num", type=positive_int, default=20, help="queries of each split (default: 20)"
+    )
     options.add_k(group, default=10, help="images a query")
     options.add_seed(group, help="of --queries random")
     group.add_argument(
-        "--output-dir", type=Path, default=PROJECT_ROOT / "sheets", metavar="DIR", help="(default: sheets)"
+        "--output-dir",
+        type=Path,
+        default=PROJECT_ROOT / "sheets",
+        metavar="DIR",
+        help="(default: sheets)",
     )
     args = parser.parse_args(argv)
     if args.rankings is None and not (args.dataset and args.combining_function):
@@ -66,7 +74,9 @@ def stored_records(args: argparse.Namespace) -> tuple[Records, Benchmark]:
     """The records of --rankings, and the benchmark that they are of."""
     content = read_rankings(args.rankings)
     if content["dataset"] not in BENCHMARKS:
-        raise UserError(f"--rankings {args.rankings} is of {content['dataset']}, which is no benchmark known here")
+        raise UserError(
+            f"--rankings {args.rankings} is of {content['dataset']}, which is no benchmark known here"
+        )
     args.dataset = content["dataset"]
     benchmark, _ = open_benchmark(args)
     return content["queries"], benchmark
@@ -84,7 +94,9 @@ def measured_records(args: argparse.Namespace) -> tuple[Records, Benchmark]:
     from evaluation.retrieval import explain_all, rank_all
     from models.pair import load_and_freeze
 
-    pair, frozen = load_and_freeze(benchmark, val, pick_device(args.device), options.pair_choice(args))
+    pair, frozen = load_and_freeze(
+        benchmark, val, pick_device(args.device), options.pair_choice(args)
+    )
     rankings = rank_all(frozen, pair.compose, protocols, k=args.k, block=args.similarity_block)
     return make_records(benchmark, val, rankings, explain_all(frozen, pair.compose)), benchmark
 
@@ -100,15 +112,22 @@ def choose_protocol(records: Records, wanted: str | None, file: Path | None) -> 
     if wanted is None:
         return known[0]
     if wanted not in known:
-        raise UserError(f"--protocol {wanted} is not in {file}, which has {', '.join(known)}: measure again")
+        raise UserError(
+            f"--protocol {wanted} is not in {file}, which has {', '.join(known)}: measure again"
+        )
     return wanted
 
 
-def choose_queries(records: Records, wanted: Sequence[str], protocol: str, *, num: int, seed: int) -> Records:
+def choose_queries(
+    records: Records, wanted: Sequence[str], protocol: str, *, num: int, seed: int
+) -> Records:
     """Split's name -> its queries that are asked for, sorted by the target's rank where best or worst are."""
     if len(wanted) == 1 and wanted[0] in ORDERS:
         order = wanted[0]
-        return {name: _some(queries, order, protocol, num=num, seed=seed) for name, queries in records.items()}
+        return {
+            name: _some(queries, order, protocol, num=num, seed=seed)
+            for name, queries in records.items()
+        }
     known = {}
     for name, queries in records.items():
         for query in queries:
@@ -125,7 +144,9 @@ def choose_queries(records: Records, wanted: Sequence[str], protocol: str, *, nu
     return chosen
 
 
-def _some(queries: Sequence[Record], order: str, protocol: str, *, num: int, seed: int) -> list[Record]:
+def _some(
+    queries: Sequence[Record], order: str, protocol: str, *, num: int, seed: int
+) -> list[Record]:
     """A split's best, worst or random queries."""
     if order == "random":
         return random.Random(seed).sample(queries, min(num, len(queries)))
@@ -149,11 +170,15 @@ def find_images(benchmark: Benchmark, cards: "Iterable[Card]") -> dict[str, Path
     names = sorted(shown)
     missing = [name for name in names if name not in paths]
     if missing:
-        raise UserError(f"--rankings names the image {missing[0]}, which {benchmark.name} under --data-root has not")
+        raise UserError(
+            f"--rankings names the image {missing[0]}, which {benchmark.name} under --data-root has not"
+        )
     return {name: paths[name] for name in names}
 
 
-def write_sheet(folder: Path, title: str, sections: "Mapping[str, Sequence[Card]]", benchmark: Benchmark) -> None:
+def write_sheet(
+    folder: Path, title: str, sections: "Mapping[str, Sequence[Card]]", benchmark: Benchmark
+) -> None:
     """Write sheet.html and sheet.png."""
     from reports.sheets import load_thumbnails, picture, sheet
 
@@ -188,13 +213,17 @@ def main(argv: list[str] | None = None) -> None:
     chosen = choose_queries(records, args.queries, protocol, num=args.num, seed=args.seed)
     held = max(len(query["protocols"][protocol]["nearest"]) for query in all_queries(records))
     if args.rankings and args.k > held:
-        logger.warning("note: %s holds the %d nearest, so no %d are shown", args.rankings, held, args.k)
+        logger.warning(
+            "note: %s holds the %d nearest, so no %d are shown", args.rankings, held, args.k
+        )
 
     from reports.sheets import make_card
 
     sections = {}
     for name, queries in chosen.items():
-        sections[name] = [make_card(label(name, query), query, protocol, k=args.k) for query in queries]
+        sections[name] = [
+            make_card(label(name, query), query, protocol, k=args.k) for query in queries
+        ]
     title = f"{benchmark.name} {benchmark.val_split}, protocol {protocol}, {' '.join(args.queries)}"
     write_sheet(args.output_dir, title, sections, benchmark)
     write_expert_report(args.output_dir, benchmark, records)

@@ -6,6 +6,17 @@ from benchmarks.fashioniq import FashionIQ
 from benchmarks.protocols import PROTOCOLS, Protocol
 from benchmarks.splits import Split, Triplet
 
-BENCHMARKS: dict[str, type[Benchmark]] = {benchmark.name: benchmark for benchmark in (CIRR, FashionIQ)}
+BENCHMARKS: dict[str, type[Benchmark]] = {
+    benchmark.name: benchmark for benchmark in (CIRR, FashionIQ)
+}
 
-__all__ = ["BENCHMARKS", "CIRR", "PROTOCOLS", "Benchmark", "FashionIQ", "Protocol", "Split", "Triplet"]
+__all__ = [
+    "BENCHMARKS",
+    "CIRR",
+    "PROTOCOLS",
+    "Benchmark",
+    "FashionIQ",
+    "Protocol",
+    "Split",
+    "Triplet",
+]

@@ -61,11 +61,15 @@ class Entry:
 
     def _value(self, key: str, kind: type) -> Any:
         value = self.content.get(key) if isinstance(self.content, dict) else None
-        self.check(isinstance(value, kind) and not isinstance(value, bool), f'"{key}" ({kind.__name__})')
+        self.check(
+            isinstance(value, kind) and not isinstance(value, bool), f'"{key}" ({kind.__name__})'
+        )
         return value
 
 
-def check_known(names: Iterable[str], known: Container[str], entry: Entry, images_file: Path) -> None:
+def check_known(
+    names: Iterable[str], known: Container[str], entry: Entry, images_file: Path
+) -> None:
     """Raise UserError unless every image that an entry names is in the split's list of images."""
     for name in names:
         if name not in known:

@@ -121,7 +121,9 @@ class Benchmark(ABC):
         whole = Split(name=self._part_name(part, split), triplets=triplets, image_paths=paths)
         remaining = whole.without(self.excluded)
         if not remaining.triplets:
-            raise UserError(f"--exclusions leaves none of the triplets of {captions_file}: exclude fewer images")
+            raise UserError(
+                f"--exclusions leaves none of the triplets of {captions_file}: exclude fewer images"
+            )
         return remaining
 
     def metrics(self, rankings: Mapping[str, "Ranking"]) -> dict[str, float]:
@@ -177,7 +179,9 @@ class Benchmark(ABC):
         return {name: percentage(hit) for name, hit in self.hits(ranks, group_ranks).items()}
 
     @abstractmethod
-    def hits(self, ranks: "np.ndarray", group_ranks: "np.ndarray | None") -> "dict[str, np.ndarray]":
+    def hits(
+        self, ranks: "np.ndarray", group_ranks: "np.ndarray | None"
+    ) -> "dict[str, np.ndarray]":
         """Recall -> which queries it counts, (Q,) bool.
 
         Args:

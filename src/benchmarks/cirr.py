@@ -35,7 +35,11 @@ class CIRR(Benchmark):
     test_split = "test1"
     official = {"rc2.train": (28225, 16939), "rc2.val": (4181, 2297), "rc2.test1": (4148, 2315)}
     protocols = (ORIGINAL_REMOVED,)
-    selection = {"arithmetic_mean": "arithmetic", "harmonic_mean": "harmonic", "geometric_mean": "geometric"}
+    selection = {
+        "arithmetic_mean": "arithmetic",
+        "harmonic_mean": "harmonic",
+        "geometric_mean": "geometric",
+    }
     titles = {
         "recall_at1": "R@1",
         "recall_at5": "R@5",
@@ -73,7 +77,10 @@ class CIRR(Benchmark):
             return triplet
         group = entry.inner("img_set").list("members")
         are_six = are_texts(group) and len(group) == len(set(group)) == GROUP_SIZE
-        entry.check(are_six and set(triplet.images) <= set(group), "six members, reference and target two of them,")
+        entry.check(
+            are_six and set(triplet.images) <= set(group),
+            "six members, reference and target two of them,",
+        )
         return replace(triplet, group=tuple(group))
 
     def caption(self, captions: tuple[str, ...]) -> str:
@@ -82,7 +89,9 @@ class CIRR(Benchmark):
     def caption_variants(self, captions: tuple[str, ...]) -> list[str]:
         return [captions[0]]
 
-    def hits(self, ranks: "np.ndarray", group_ranks: "np.ndarray | None") -> "dict[str, np.ndarray]":
+    def hits(
+        self, ranks: "np.ndarray", group_ranks: "np.ndarray | None"
+    ) -> "dict[str, np.ndarray]":
         if group_ranks is None:
             raise ValueError("CIRR is measured in the groups of its queries too")
         hits = {f"group_recall_at{k}": group_ranks < k for k in GROUP_RECALLS}

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 FINDING = "finding"
 NOTE = "note"
 UNUSABLE = "unusable"
-PLACEHOLDER = 3  # files of one content; more look like a picture that stands for images that are gone
+PLACEHOLDER = (
+    3  # files of one content; more look like a picture that stands for images that are gone
+)
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,15 @@ def read_parts(
     return parts
 
 
-def _count(benchmark: Benchmark, part: str, split: str, records: Split, *, official: bool, report: Report) -> None:
+def _count(
+    benchmark: Benchmark, part: str, split: str, records: Split, *, official: bool, report: Report
+) -> None:
     """The entries of a part's two files beside those of the official ones."""
     counts = (len(records.triplets), len(records.names))
     official_counts = benchmark.official[f"{part}.{split}"]
-    for file, count, expected in zip(benchmark.files(part, split), counts, official_counts, strict=True):
+    for file, count, expected in zip(
+        benchmark.files(part, split), counts, official_counts, strict=True
+    ):
         report.files.append((str(file), count, expected))
         if official and count != expected:
             report.say(FINDING, str(file), f"{count:,} entries, the official file has {expected:,}")
@@ -124,7 +130,11 @@ def remark_on_annotations(benchmark: Benchmark, parts: Parts, report: Report) ->
     for split, of_split in triplets.items():
         empty = [_query(triplet) for triplet in of_split if _has_empty_caption(triplet)]
         _say_if(empty, NOTE, split, "queries have an empty caption", report=report)
-        same = [_query(triplet) for triplet in of_split if len(triplet.captions) > len(set(triplet.captions))]
+        same = [
+            _query(triplet)
+            for triplet in of_split
+            if len(triplet.captions) > len(set(triplet.captions))
+        ]
         _say_if(same, NOTE, split, "queries have the same caption twice", report=report)
 
 
@@ -132,7 +142,9 @@ def _has_empty_caption(triplet: Triplet) -> bool:
     return any(not caption.strip() for caption in triplet.captions)
 
 
-def _remark_on_repeats(benchmark: Benchmark, listed: Mapping[str, list[str]], report: Report) -> None:
+def _remark_on_repeats(
+    benchmark: Benchmark, listed: Mapping[str, list[str]], report: Report
+) -> None:
     """Entries of all lists, and how many images they are."""
     entries = sum(map(len, listed.values()))
     images = len(set().union(*listed.values()))
@@ -141,7 +153,10 @@ def _remark_on_repeats(benchmark: Benchmark, listed: Mapping[str, list[str]], re
 
 
 def _remark_on_leaks(
-    benchmark: Benchmark, listed: Mapping[str, list[str]], triplets: Mapping[str, list[Triplet]], report: Report
+    benchmark: Benchmark,
+    listed: Mapping[str, list[str]],
+    triplets: Mapping[str, list[Triplet]],
+    report: Report,
 ) -> None:
     """Images of training that validation or test have too."""
     train = benchmark.train_split
@@ -151,7 +166,13 @@ def _remark_on_leaks(
     for other in (benchmark.val_split, benchmark.test_split):
         where = f"{train} and {other}"
         shared = sorted(set(listed[train]) & set(listed[other]))
-        _say_if(shared, NOTE, where, "images are in lists of both: splits are apart only within a part", report=report)
+        _say_if(
+            shared,
+            NOTE,
+            where,
+            "images are in lists of both: splits are apart only within a part",
+            report=report,
+        )
         targets = {triplet.target for triplet in triplets[other] if triplet.target is not None}
         seen = sorted(targets & trained_on)
         _say_if(seen, NOTE, where, f"targets of {other} are in training triplets", report=report)
@@ -222,7 +243,9 @@ def _roles(records: Split) -> dict[str, set[str]]:
     return {"query": references, "target": targets, "distractor": distractors}
 
 
-def _remark_on_bad(where: str, records: Split, bad: Mapping[str, str], *, trains: bool, report: Report) -> None:
+def _remark_on_bad(
+    where: str, records: Split, bad: Mapping[str, str], *, trains: bool, report: Report
+) -> None:
     """Files of a part that cannot be decoded, by problem and role."""
     if all(_asks_for(triplet, bad) for triplet in records.triplets):
         report.say(UNUSABLE, where, "every query has an image that cannot be decoded")
@@ -237,7 +260,9 @@ def _remark_on_bad(where: str, records: Split, bad: Mapping[str, str], *, trains
                 "target": f"{lost} of {queries} queries have no answer: they count as missed, or are left out",
                 "distractor": f"a gallery of {gallery - len(ids)} instead of {gallery}: recalls rise",
             }
-            effect = f"{lost} of {queries} triplets cannot be trained on" if trains else effects[role]
+            effect = (
+                f"{lost} of {queries} triplets cannot be trained on" if trains else effects[role]
+            )
             _say_if(ids, FINDING, where, f"files {problem}, role {role}: {effect}", report=report)
 
 
@@ -246,7 +271,9 @@ def _asks_for(triplet: Triplet, names: Container[str]) -> bool:
     return any(name in names for name in triplet.images)
 
 
-def _remark_on_copies(where: str, records: Split, digests: Mapping[str, str], report: Report) -> None:
+def _remark_on_copies(
+    where: str, records: Split, digests: Mapping[str, str], report: Report
+) -> None:
     """Files of a part whose content is that of another one, by role."""
     groups = defaultdict(list)
     for name, digest in digests.items():
@@ -277,6 +304,8 @@ def as_text(report: Report, examples: int = 3) -> str:
         lines.append(f"  {report.images:7,} needed, {report.images - len(report.bad):,} decoded")
     for remark in report.remarks:
         named = ", ".join(remark.ids[:examples]) + (", ..." if len(remark.ids) > examples else "")
-        lines.append(f"  {remark.level}: {remark.where}: {remark.text}" + (f" ({named})" if named else ""))
+        lines.append(
+            f"  {remark.level}: {remark.where}: {remark.text}" + (f" ({named})" if named else "")
+        )
     verdict = {0: "clean", 1: "usable, with findings", 2: "unusable"}[report.exit_code]
     return "\n".join([*lines, f"  {verdict}"])

@@ -38,7 +38,9 @@ def read_exclusions(file: Path | None, dataset: str) -> dict[str, str]:
             f"--exclusions: {str(error).split(': download', 1)[0]}: write it with check_dataset.py"
         ) from None
     if content.get("dataset") != dataset:
-        raise UserError(f"--exclusions {file} is for {content.get('dataset')}, not {dataset}: name the right file")
+        raise UserError(
+            f"--exclusions {file} is for {content.get('dataset')}, not {dataset}: name the right file"
+        )
     return images
 
 
@@ -46,7 +48,10 @@ def excluded(splits: Iterable[Split]) -> dict[str, dict[str, Any]]:
     """How many images and triplets were left out of each split, for the files that say how a result was made."""
     counts = {}
     for split in splits:
-        counts[split.name] = {"images": len(split.excluded_images), "triplets": split.excluded_triplets}
+        counts[split.name] = {
+            "images": len(split.excluded_images),
+            "triplets": split.excluded_triplets,
+        }
     return counts
 
 
@@ -58,9 +63,16 @@ def announce(wanted: Collection[str], splits: Iterable[Split]) -> None:
         if split.excluded_images:
             images = len(split.excluded_images)
             lost = f"{images} images and the {split.excluded_triplets} triplets that ask with or for them"
-            logger.warning("left out of %s: %s; %d triplets remain", split.name, lost, len(split.triplets))
+            logger.warning(
+                "left out of %s: %s; %d triplets remain", split.name, lost, len(split.triplets)
+            )
         if split.smaller_groups:
-            logger.warning("%d of them choose from a smaller subset: their subset recalls rise", split.smaller_groups)
+            logger.warning(
+                "%d of them choose from a smaller subset: their subset recalls rise",
+                split.smaller_groups,
+            )
     if others := [name for name in wanted if name not in left_out]:
         shown = ", ".join([*others[:EXAMPLES], "..."] if len(others) > EXAMPLES else others)
-        logger.warning("%d images of --exclusions are in no split that is used here: %s", len(others), shown)
+        logger.warning(
+            "%d images of --exclusions are in no split that is used here: %s", len(others), shown
+        )

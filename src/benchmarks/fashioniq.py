@@ -90,7 +90,9 @@ class FashionIQ(Benchmark):
             second.capitalize(),
         ]
 
-    def hits(self, ranks: "np.ndarray", group_ranks: "np.ndarray | None") -> "dict[str, np.ndarray]":
+    def hits(
+        self, ranks: "np.ndarray", group_ranks: "np.ndarray | None"
+    ) -> "dict[str, np.ndarray]":
         return {f"recall_at{k}": ranks < k for k in RECALLS}
 
     def summary(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

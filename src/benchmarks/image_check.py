@@ -56,7 +56,9 @@ def inspect(path: Path) -> Inspection:
 def _problem(content: bytes) -> str:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of metadata that is odd, which decoding does not look at
+            warnings.simplefilter(
+                "ignore"
+            )  # of metadata that is odd, which decoding does not look at
             decoded(io.BytesIO(content)).convert("RGB")
     except UnidentifiedImageError:
         return NO_IMAGE
@@ -74,7 +76,10 @@ def inspect_all(paths: list[Path], workers: int) -> dict[Path, Inspection]:
         workers: processes, 0 for this one.
     """
     inspections = {}
-    with _mapped(workers) as mapped, tqdm(total=len(paths), desc="decoding images", unit="img", disable=None) as bar:
+    with (
+        _mapped(workers) as mapped,
+        tqdm(total=len(paths), desc="decoding images", unit="img", disable=None) as bar,
+    ):
         for path, inspection in zip(paths, mapped(paths), strict=True):
             inspections[path] = inspection
             bar.update()

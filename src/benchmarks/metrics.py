@@ -33,4 +33,8 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
 def shown(values: Sequence[float]) -> str:
     """A value as tables show it, or mean ± standard deviation of several."""
     mean, deviation = mean_and_deviation(values)
-    return two_decimals(mean) if deviation is None else f"{two_decimals(mean)} ± {two_decimals(deviation)}"
+    return (
+        two_decimals(mean)
+        if deviation is None
+        else f"{two_decimals(mean)} ± {two_decimals(deviation)}"
+    )

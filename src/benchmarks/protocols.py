@@ -54,14 +54,22 @@ class Protocol:
         return similarity
 
 
-ORIGINAL_KEPT = Protocol("original", "kept")  # the start kit, CLIP4Cir, SPRC, CaLa, SEARLE, LinCIR, Pic2Word
-ORIGINAL_REMOVED = Protocol("original", "removed")  # SPN4CIR, CoVR, HABIT, INTENT, ARTEMIS; CIRR's own
+ORIGINAL_KEPT = Protocol(
+    "original", "kept"
+)  # the start kit, CLIP4Cir, SPRC, CaLa, SEARLE, LinCIR, Pic2Word
+ORIGINAL_REMOVED = Protocol(
+    "original", "removed"
+)  # SPN4CIR, CoVR, HABIT, INTENT, ARTEMIS; CIRR's own
 VAL_REMOVED = Protocol("VAL", "removed")  # TG-CIR, COMBINER, DQU-CIR, ENCODER and OFFSET by default
 VAL_KEPT = Protocol("VAL", "kept")  # CoSMo
-PROTOCOLS = {protocol.name: protocol for protocol in (ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_REMOVED, VAL_KEPT)}
+PROTOCOLS = {
+    protocol.name: protocol for protocol in (ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_REMOVED, VAL_KEPT)
+}
 
 
-def choose_protocols(names: Sequence[str] | None, known: Sequence[Protocol], dataset: str) -> list[Protocol]:
+def choose_protocols(
+    names: Sequence[str] | None, known: Sequence[Protocol], dataset: str
+) -> list[Protocol]:
     """The protocols asked for, in a benchmark's order; all of them where nothing is asked for.
 
     Args:
@@ -73,5 +81,7 @@ def choose_protocols(names: Sequence[str] | None, known: Sequence[Protocol], dat
     known_names = [protocol.name for protocol in known]
     for name in names:
         if name not in known_names:
-            raise UserError(f"--protocol {name} is none of {dataset}: choose from {', '.join(known_names)}")
+            raise UserError(
+                f"--protocol {name} is none of {dataset}: choose from {', '.join(known_names)}"
+            )
     return [protocol for protocol in known if protocol.name in names]

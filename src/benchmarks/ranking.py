@@ -46,7 +46,9 @@ def target_ranks(similarity: Tensor, targets: Tensor) -> Tensor:
     own = similarity.gather(1, targets.unsqueeze(1))  # (Q, 1)
     if torch.isinf(own).any():
         raise ValueError("a target that was excluded has no rank")
-    before = (similarity > own).sum(1, dtype=torch.int32)  # counting in 32 bits is twice as fast as in 64
+    before = (similarity > own).sum(
+        1, dtype=torch.int32
+    )  # counting in 32 bits is twice as fast as in 64
     equal = (similarity == own).sum(1, dtype=torch.int32)
     tied = (equal > 1).nonzero().flatten()
     for row in tied.tolist():  # ties are rare: looked at one by one
@@ -127,10 +129,14 @@ def joined(parts: Sequence[Ranking]) -> Ranking:
     return Ranking(**columns)
 
 
-def _named(names: Sequence[str], rows: Tensor, similarities: Tensor) -> list[list[tuple[str, float]]]:
+def _named(
+    names: Sequence[str], rows: Tensor, similarities: Tensor
+) -> list[list[tuple[str, float]]]:
     """Names and similarities of each query's answers, without what could not be retrieved."""
     answers = []
     for own_rows, own_similarities in zip(rows.tolist(), similarities.tolist(), strict=True):
         found = zip(own_rows, own_similarities, strict=True)
-        answers.append([(names[row], similarity) for row, similarity in found if similarity > float("-inf")])
+        answers.append(
+            [(names[row], similarity) for row, similarity in found if similarity > float("-inf")]
+        )
     return answers

@@ -98,7 +98,9 @@ class CirrForm(Form[dict[str, Any]]):
         split = answers.split
         pair_ids = [str(triplet.pair_id) for triplet in split.triplets]
         if len(set(pair_ids)) != len(pair_ids):
-            raise UserError(f"the {split.name} captions repeat a pairid: download the official annotation file again")
+            raise UserError(
+                f"the {split.name} captions repeat a pairid: download the official annotation file again"
+            )
         files = {}
         for metric, ranked in (("recall", answers.nearest), ("recall_subset", answers.in_group)):
             content: dict[str, Any] = {"version": self.version, "metric": metric}
@@ -112,12 +114,18 @@ class CirrForm(Form[dict[str, Any]]):
             violations.append(f"the file has {size:,} bytes, more than {self.most_bytes:,}")
         for key, allowed in (("version", [self.version]), ("metric", list(self.lengths))):
             if content.get(key) not in allowed:
-                violations.append(f'"{key}" is {json.dumps(content.get(key))[:80]}, not {" or ".join(allowed)}')
+                violations.append(
+                    f'"{key}" is {json.dumps(content.get(key))[:80]}, not {" or ".join(allowed)}'
+                )
         queries = {str(triplet.pair_id): triplet for triplet in self.whole.triplets}
         unknown = sorted(content.keys() - {"version", "metric"} - queries.keys())
         violations += [f"pairid {key}: no query of {self.whole.name}" for key in unknown]
         for key, triplet in queries.items():
-            problems = self._problems(content[key], triplet, content.get("metric")) if key in content else ["missing"]
+            problems = (
+                self._problems(content[key], triplet, content.get("metric"))
+                if key in content
+                else ["missing"]
+            )
             violations += [f"pairid {key}: {problem}" for problem in problems]
         return violations
 
@@ -128,13 +136,17 @@ class CirrForm(Form[dict[str, Any]]):
         problems = _foreign(ids, self.whole)
         if metric in list(self.lengths):
             candidates = triplet.group if metric == "recall_subset" else self.whole.names
-            length = min(self.lengths[metric], len(candidates) - 1)  # all but the reference, where they are so few
+            length = min(
+                self.lengths[metric], len(candidates) - 1
+            )  # all but the reference, where they are so few
             if len(ids) != length:
                 problems.append(f"{len(ids)} ids instead of {length}")
         if triplet.reference in ids:
             problems.append(f"its own reference {triplet.reference} is among the ids")
         if metric == "recall_subset":
-            problems += [f"{name} is not in the query's group" for name in ids if name not in triplet.group]
+            problems += [
+                f"{name} is not in the query's group" for name in ids if name not in triplet.group
+            ]
         return problems
 
     def metrics(self, contents: Mapping[str, dict[str, Any]]) -> dict[str, float]:
@@ -159,7 +171,10 @@ class FashionIQForm(Form[list[Any]]):
             category = answers.split.name
             captions_file, _ = self.benchmark.files(category, self.split)
             entries = read(captions_file, list)
-            content = [{**entry, "ranking": ids} for entry, ids in zip(entries, answers.nearest, strict=True)]
+            content = [
+                {**entry, "ranking": ids}
+                for entry, ids in zip(entries, answers.nearest, strict=True)
+            ]
             files[f"{name}/{category}.{self.split}.pred.json"] = json.dumps(content)
         return files
 
@@ -172,13 +187,17 @@ class FashionIQForm(Form[list[Any]]):
         violations = []
         for place, (entry, triplet) in enumerate(zip(content, split.triplets, strict=True)):
             problems = self._problems(entry, triplet, split)
-            violations += [f"entry {place} (candidate {triplet.reference}): {problem}" for problem in problems]
+            violations += [
+                f"entry {place} (candidate {triplet.reference}): {problem}" for problem in problems
+            ]
         return violations
 
     def _problems(self, entry: Any, triplet: Triplet, split: Split) -> list[str]:
         """What is wrong with one entry."""
         query = {"candidate": triplet.reference, "captions": list(triplet.captions)}
-        if not isinstance(entry, dict) or any(entry.get(key) != value for key, value in query.items()):
+        if not isinstance(entry, dict) or any(
+            entry.get(key) != value for key, value in query.items()
+        ):
             return ["not the entry that the captions file has in this place"]
         ids: Any = entry.get("ranking")
         if not _are_ids(ids):
@@ -211,9 +230,13 @@ def parse_submission(file: Path) -> dict[str, Any] | list[Any]:
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is no JSON file that can be read ({error}): write the submission again") from None
+        raise UserError(
+            f"{file} is no JSON file that can be read ({error}): write the submission again"
+        ) from None
     if not isinstance(content, dict | list):
-        raise UserError(f"{file} holds a {type(content).__name__}, neither an object (CIRR) nor a list (FashionIQ)")
+        raise UserError(
+            f"{file} holds a {type(content).__name__}, neither an object (CIRR) nor a list (FashionIQ)"
+        )
     return content
 
 
@@ -245,6 +268,8 @@ def _foreign(ids: list[str], split: Split) -> list[str]:
     for name in counts:
         if name not in split.image_paths:
             bare = Path(name).stem
-            hint = f": write {bare}, without path and extension" if bare in split.image_paths else ""
+            hint = (
+                f": write {bare}, without path and extension" if bare in split.image_paths else ""
+            )
             problems.append(f"{name} is no image of {split.name}{hint}")
     return problems

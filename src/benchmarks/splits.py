@@ -129,7 +129,9 @@ class Split:
         return Split(
             name=self.name,
             triplets=kept,
-            image_paths={name: path for name, path in self.image_paths.items() if name not in excluded},
+            image_paths={
+                name: path for name, path in self.image_paths.items() if name not in excluded
+            },
             excluded_images=tuple(name for name in self.image_paths if name in excluded),
             excluded_triplets=len(self.triplets) - len(kept),
             smaller_groups=smaller_groups,
@@ -149,7 +151,9 @@ def locate(places: dict[str, str], folders: list[Path]) -> dict[str, Path]:
         official = first / place
         if not others or file_size(official) is not None:
             return official
-        return next((folder / place for folder in others if file_size(folder / place) is not None), official)
+        return next(
+            (folder / place for folder in others if file_size(folder / place) is not None), official
+        )
 
     return {name: file(place) for name, place in places.items()}
 

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import BENCHMARKS, PROTOCOLS
-from cli.flag_types import fraction, in_any_case, natural_int, positive_float, positive_int, seed_int, weight
+from cli.flag_types import (
+    fraction,
+    in_any_case,
+    natural_int,
+    positive_float,
+    positive_int,
+    seed_int,
+    weight,
+)
 from models.configuration import ORIGINAL_DEFAULTS
 from runtime.choices import (
     COMBINER_TYPES,
@@ -26,7 +34,9 @@ Group = argparse._ArgumentGroup | argparse.ArgumentParser  # what a flag is adde
 def add_dataset(group: Group, *, required: bool, help: str = "in any case") -> None:
     """--dataset."""
     names = list(BENCHMARKS)
-    group.add_argument("--dataset", type=in_any_case(names), choices=names, required=required, help=help)
+    group.add_argument(
+        "--dataset", type=in_any_case(names), choices=names, required=required, help=help
+    )
 
 
 def add_protocol(group: Group, *, help: str, **more: Any) -> None:
@@ -42,7 +52,9 @@ def add_seed(group: Group, *, help: str | None = None) -> None:
 
 def add_k(group: Group, *, default: int, help: str = "answers") -> None:
     """--k."""
-    group.add_argument("--k", type=positive_int, default=default, help=f"{help} (default: {default})")
+    group.add_argument(
+        "--k", type=positive_int, default=default, help=f"{help} (default: {default})"
+    )
 
 
 def add_clip_batch_size(group: Group, *, help: str) -> None:
@@ -53,7 +65,9 @@ def add_clip_batch_size(group: Group, *, help: str) -> None:
 def add_workers(group: Group) -> None:
     """--num-workers."""
     workers = min(8, os.cpu_count() or 1)
-    group.add_argument("--num-workers", type=natural_int, default=workers, help="processes that decode images")
+    group.add_argument(
+        "--num-workers", type=natural_int, default=workers, help="processes that decode images"
+    )
 
 
 def dataset_flag(required: bool = True) -> argparse.ArgumentParser:
@@ -88,7 +102,9 @@ def compute_flags(decodes: bool = True) -> argparse.ArgumentParser:
         add_workers(group)
     else:
         parser.set_defaults(num_workers=0)
-    group.add_argument("--device", metavar="DEV", help="such as cuda:1 or cpu (default: cuda where there is one)")
+    group.add_argument(
+        "--device", metavar="DEV", help="such as cuda:1 or cpu (default: cuda where there is one)"
+    )
     return parser
 
 
@@ -97,7 +113,10 @@ def machine_flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, parents=[data_root_flag(), compute_flags()])
     group = parser.add_argument_group("evaluation")
     group.add_argument(
-        "--exclusions", type=Path, metavar="FILE", help="leave out the images of a list that check_dataset.py wrote"
+        "--exclusions",
+        type=Path,
+        metavar="FILE",
+        help="leave out the images of a list that check_dataset.py wrote",
     )
     group.add_argument(
         "--similarity-block",
@@ -111,11 +130,15 @@ def machine_flags() -> argparse.ArgumentParser:
 def clip_flags() -> argparse.ArgumentParser:
     """Which CLIP, and how images are preprocessed. None where silent: `configuration.settle` fills in."""
     parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("CLIP", "where silent: as the weights given were trained, else the default")
+    group = parser.add_argument_group(
+        "CLIP", "where silent: as the weights given were trained, else the default"
+    )
     default = ORIGINAL_DEFAULTS
     names = f"a name or a checkpoint's path (default: {default.clip_model_name})"
     group.add_argument("--clip-model-name", metavar="NAME", help=names)
-    group.add_argument("--transform", choices=TRANSFORMS, help=f"preprocessing (default: {default.transform})")
+    group.add_argument(
+        "--transform", choices=TRANSFORMS, help=f"preprocessing (default: {default.transform})"
+    )
     ratio = f"of targetpad (default: {default.target_ratio})"
     group.add_argument("--target-ratio", type=positive_float, help=ratio)
     return parser
@@ -125,7 +148,9 @@ def tuned_clip_flag() -> argparse.ArgumentParser:
     """--clip-model-path."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("fine-tuned CLIP")
-    group.add_argument("--clip-model-path", type=Path, metavar="PATH", help="stage-1 weights (default: none)")
+    group.add_argument(
+        "--clip-model-path", type=Path, metavar="PATH", help="stage-1 weights (default: none)"
+    )
     return parser
 
 
@@ -135,12 +160,24 @@ def training_flags(batch_size: int, validation_frequency: int) -> argparse.Argum
     group = parser.add_argument_group("training")
     group.add_argument("--num-epochs", type=positive_int, default=300)
     group.add_argument("--batch-size", type=positive_int, default=batch_size)
-    group.add_argument("--validation-frequency", type=positive_int, default=validation_frequency, help="in epochs")
+    group.add_argument(
+        "--validation-frequency", type=positive_int, default=validation_frequency, help="in epochs"
+    )
     group.add_argument("--save-training", action="store_true", help="save weights at validations")
-    group.add_argument("--save-best", action="store_true", help="save only the best instead of each")
+    group.add_argument(
+        "--save-best", action="store_true", help="save only the best instead of each"
+    )
     add_seed(group)
-    group.add_argument("--output-dir", type=Path, default=PROJECT_ROOT / "models", metavar="DIR", help="holds the runs")
-    group.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with a run; its flags come from it")
+    group.add_argument(
+        "--output-dir",
+        type=Path,
+        default=PROJECT_ROOT / "models",
+        metavar="DIR",
+        help="holds the runs",
+    )
+    group.add_argument(
+        "--resume", type=Path, metavar="RUN_DIR", help="go on with a run; its flags come from it"
+    )
     group.add_argument(
         "--checkpoint-every-minutes",
         type=positive_float,
@@ -148,23 +185,41 @@ def training_flags(batch_size: int, validation_frequency: int) -> argparse.Argum
         metavar="M",
         help="what a crash may cost at most: the state is saved within epochs too (default: 10)",
     )
-    group.add_argument("--precision", choices=PRECISIONS, default="amp", help="amp: fp16 on CUDA, fp32 on the CPU")
+    group.add_argument(
+        "--precision", choices=PRECISIONS, default="amp", help="amp: fp16 on CUDA, fp32 on the CPU"
+    )
     group.add_argument("--compile", action="store_true", help="torch.compile what is trained")
     optional = parser.add_argument_group("training, beyond the original", "all off by default")
     optional.add_argument(
-        "--mask-duplicate-targets", action="store_true", help="rows with one target are not each other's negatives"
+        "--mask-duplicate-targets",
+        action="store_true",
+        help="rows with one target are not each other's negatives",
     )
-    optional.add_argument("--warmup-steps", type=natural_int, default=0, help="linear rise of the learning rate")
-    optional.add_argument("--cosine", action="store_true", help="then its fall to 0 along half a cosine")
-    optional.add_argument("--clip-grad-norm", type=positive_float, metavar="NORM", help="clip the gradient to a norm")
     optional.add_argument(
-        "--ema-decay", type=fraction, metavar="DECAY", help="evaluate and save a moving average of the weights"
+        "--warmup-steps", type=natural_int, default=0, help="linear rise of the learning rate"
     )
+    optional.add_argument(
+        "--cosine", action="store_true", help="then its fall to 0 along half a cosine"
+    )
+    optional.add_argument(
+        "--clip-grad-norm", type=positive_float, metavar="NORM", help="clip the gradient to a norm"
+    )
+    optional.add_argument(
+        "--ema-decay",
+        type=fraction,
+        metavar="DECAY",
+        help="evaluate and save a moving average of the weights",
+    )
+    add_comet(parser)
+    return parser
+
+
+def add_comet(parser: argparse.ArgumentParser) -> None:
+    """The flags of tracking."""
     comet = parser.add_argument_group("Comet", "tracking, when key and workspace are given")
     comet.add_argument("--api-key")
     comet.add_argument("--workspace")
     comet.add_argument("--experiment-name")
-    return parser
 
 
 def encoder_flags() -> argparse.ArgumentParser:
@@ -174,10 +229,17 @@ def encoder_flags() -> argparse.ArgumentParser:
     group.add_argument("--encoder", choices=ENCODERS, default="both", help="what learns")
     group.add_argument("--learning-rate", type=positive_float, default=2e-6)
     group.add_argument(
-        "--micro-batch-size", type=positive_int, metavar="N", help="rows in memory at a time; the gradient stays exact"
+        "--micro-batch-size",
+        type=positive_int,
+        metavar="N",
+        help="rows in memory at a time; the gradient stays exact",
     )
-    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
-    group.add_argument("--image-cache", type=Path, metavar="DIR", help="keep preprocessed images on disk")
+    group.add_argument(
+        "--gradient-checkpointing", action="store_true", help="less memory, more time"
+    )
+    group.add_argument(
+        "--image-cache", type=Path, metavar="DIR", help="keep preprocessed images on disk"
+    )
     return parser
 
 
@@ -185,13 +247,19 @@ def combiner_flags(trains: bool) -> argparse.ArgumentParser:
     """Kind and sizes of the Combiner: the defaults of training, or None where they are read from a checkpoint."""
     parser = argparse.ArgumentParser(add_help=False)
     default = (lambda value: value) if trains else (lambda value: None)
-    about = "" if trains else "where silent: read from the checkpoint; a flag that disagrees with it is an error"
+    about = (
+        ""
+        if trains
+        else "where silent: read from the checkpoint; a flag that disagrees with it is an error"
+    )
     group = parser.add_argument_group("Combiner", about)
     group.add_argument("--combiner-type", choices=COMBINER_TYPES, default=default("moe"))
     group.add_argument("--projection-dim", type=positive_int, default=default(2560))
     group.add_argument("--hidden-dim", type=positive_int, default=default(5120))
     group.add_argument("--num-experts", type=positive_int, default=default(4), help="of the MoE")
-    group.add_argument("--top-k", type=positive_int, default=default(2), help="experts a query goes to")
+    group.add_argument(
+        "--top-k", type=positive_int, default=default(2), help="experts a query goes to"
+    )
     return parser
 
 
@@ -200,7 +268,9 @@ def frozen_flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("stage 2")
     group.add_argument("--combiner-lr", type=positive_float, default=2e-5, help="learning rate")
-    group.add_argument("--seeds", type=seed_int, nargs="+", help="train one Combiner with each, in place of --seed")
+    group.add_argument(
+        "--seeds", type=seed_int, nargs="+", help="train one Combiner with each, in place of --seed"
+    )
     group.add_argument(
         "--load-balancing-weight",
         type=weight,
@@ -217,10 +287,18 @@ def frozen_flags() -> argparse.ArgumentParser:
     )
     add_clip_batch_size(group, help="batch size of CLIP while features are made")
     group.add_argument(
-        "--feature-cache", type=Path, default=PROJECT_ROOT / "features", metavar="DIR", help="keeps features on disk"
+        "--feature-cache",
+        type=Path,
+        default=PROJECT_ROOT / "features",
+        metavar="DIR",
+        help="keeps features on disk",
     )
     group.add_argument(
-        "--no-feature-cache", dest="feature_cache", action="store_const", const=None, help="keep none on disk"
+        "--no-feature-cache",
+        dest="feature_cache",
+        action="store_const",
+        const=None,
+        help="keep none on disk",
     )
     return parser
 
@@ -240,7 +318,9 @@ def pair_flags(required: bool = True, silent: str | None = None) -> argparse.Arg
         required=required,
         help=silent,
     )
-    group.add_argument("--combiner-path", type=Path, metavar="PATH", help="stage-2 weights, for combiner")
+    group.add_argument(
+        "--combiner-path", type=Path, metavar="PATH", help="stage-2 weights, for combiner"
+    )
     return parser
 
 
@@ -259,7 +339,9 @@ def search_flags() -> list[argparse.ArgumentParser]:
     """An index, and how its queries are composed: with the index's CLIP, and the sum unless a Combiner is named."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("index")
-    group.add_argument("--index", type=Path, required=True, metavar="INDEX", help="made by search.py index")
+    group.add_argument(
+        "--index", type=Path, required=True, metavar="INDEX", help="made by search.py index"
+    )
     composition = pair_flags(required=False, silent="(default: combiner if its path is given)")
     return [parser, composition, combiner_flags(trains=False)]
 

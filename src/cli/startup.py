@@ -51,7 +51,9 @@ def check_annotations(benchmark: Benchmark, splits: Sequence[str]) -> None:
         for split in splits:
             for file in benchmark.files(part, split):
                 if not file.is_file():
-                    raise UserError(f"{file} is missing: put the file there, or point --data-root at its dataset")
+                    raise UserError(
+                        f"{file} is missing: put the file there, or point --data-root at its dataset"
+                    )
 
 
 def pick_device(name: str | None) -> "torch.device":
@@ -66,11 +68,15 @@ def pick_device(name: str | None) -> "torch.device":
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
         wanted = name or distributed.local_device()
-        raise UserError(f"--device {wanted}: not usable here ({first_line(error)}); try --device cpu") from None
+        raise UserError(
+            f"--device {wanted}: not usable here ({first_line(error)}); try --device cpu"
+        ) from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: choose cuda or cpu")
     if torchrun.launched() and name and ":" in name:
-        raise UserError(f"--device {name}: each process takes the GPU of its own number; leave the flag out")
+        raise UserError(
+            f"--device {name}: each process takes the GPU of its own number; leave the flag out"
+        )
     distributed.start(device)
     if not distributed.is_main():
         logging.getLogger().setLevel(logging.WARNING)

@@ -19,13 +19,23 @@ def submission_parser(description: str, benchmark: type[Benchmark]) -> argparse.
     parser.set_defaults(dataset=benchmark.name)
     group = parser.add_argument_group("submission")
     group.add_argument(
-        "--submission-name", type=file_name, required=True, metavar="NAME", help="part of the names of what is written"
+        "--submission-name",
+        type=file_name,
+        required=True,
+        metavar="NAME",
+        help="part of the names of what is written",
     )
     val, test = benchmark.val_split, benchmark.test_split
-    group.add_argument("--split", choices=(val, test), default=test, help=f"(default: {test}); {val} is scored too")
+    group.add_argument(
+        "--split", choices=(val, test), default=test, help=f"(default: {test}); {val} is scored too"
+    )
     place = f"submission/{benchmark.name}"
     group.add_argument(
-        "--output-dir", type=Path, default=PROJECT_ROOT / place, metavar="DIR", help=f"(default: {place})"
+        "--output-dir",
+        type=Path,
+        default=PROJECT_ROOT / place,
+        metavar="DIR",
+        help=f"(default: {place})",
     )
     return parser
 
@@ -46,7 +56,9 @@ def submit_as_asked(form: type[Form[Any]], args: argparse.Namespace) -> None:
         folder=args.output_dir,
         block=args.similarity_block,
     )
-    keeps_rules = submit(form, benchmark, wanted, choice=pair_choice(args), device=pick_device(args.device))
+    keeps_rules = submit(
+        form, benchmark, wanted, choice=pair_choice(args), device=pick_device(args.device)
+    )
     distributed.stop()
     if not keeps_rules:
         raise SystemExit(1)

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     import torch
 
     from reports.run_page import About
-    from training.checkpoints import Kept
-    from training.schedule import Schedule
+    from training.checkpoints import Checkpoints, Kept
+    from training.loop import Task
+    from training.schedule import Precision, Schedule
     from training.tracker import NoTracker
 
 
@@ -30,7 +31,10 @@ logger = logging.getLogger(__name__)
 
 
 def parse(
-    script: str, description: str, parents: Sequence[argparse.ArgumentParser], argv: list[str] | None
+    script: str,
+    description: str,
+    parents: Sequence[argparse.ArgumentParser],
+    argv: list[str] | None,
 ) -> argparse.Namespace:
     """The flags of a training; with `--resume` those of the run, and what is typed beside it laid over them.
 
@@ -52,14 +56,20 @@ def parse(
         return args
     stored = read_hyper_parameters(folder).table
     if stored.get("script", script) != script:
-        raise UserError(f"--resume {folder} was started by {stored['script']}: resume it with that script")
+        raise UserError(
+            f"--resume {folder} was started by {stored['script']}: resume it with that script"
+        )
     dataset = ["--dataset", str(stored.get("dataset"))]
     known = vars(parser.parse_args(dataset)).keys() - {"workspace", "script", "resume"}
-    parser.set_defaults(**{name: _as_typed(value) for name, value in stored.items() if name in known})
+    parser.set_defaults(
+        **{name: _as_typed(value) for name, value in stored.items() if name in known}
+    )
     args = parser.parse_args([*dataset, *argv])
     for name in known - stored.keys() - FREE_FLAGS:  # of a later version than the run's
         if getattr(args, name) != parser.get_default(name):
-            raise UserError(f"--resume {folder}: the run was started without {flag(name)}: leave it out")
+            raise UserError(
+                f"--resume {folder}: the run was started without {flag(name)}: leave it out"
+            )
     return args
 
 
@@ -81,7 +91,9 @@ def check(args: argparse.Namespace) -> Benchmark:
     return benchmark
 
 
-def carry_out(args: argparse.Namespace, train: Callable[[argparse.Namespace, Benchmark, StopRequest], None]) -> None:
+def carry_out(
+    args: argparse.Namespace, train: Callable[[argparse.Namespace, Benchmark, StopRequest], None]
+) -> None:
     """Train as the flags ask, with the signals that ask for a stop heard; nothing where the run is complete."""
     if args.resume:
         from training.run import is_complete
@@ -114,8 +126,8 @@ def kept_weights(args: argparse.Namespace) -> "Kept":
     return "best" if args.save_best else "every epoch"
 
 
-def schedule_of(args: argparse.Namespace, micro_batch_size: int | None = None) -> "Schedule":
-    """How long and how fast the flags want it to learn."""
+def schedule_of(args: argparse.Namespace) -> "Schedule":
+    """How long and how fast the flags want it to learn. Micro-batches are flags of stage 1 alone."""
     from training.schedule import Schedule
 
     return Schedule(
@@ -123,13 +135,52 @@ def schedule_of(args: argparse.Namespace, micro_batch_size: int | None = None) -
         validation_frequency=args.validation_frequency,
         warmup_steps=args.warmup_steps,
         cosine=args.cosine,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=getattr(args, "micro_batch_size", None),
         mask_duplicate_targets=args.mask_duplicate_targets,
         clip_grad_norm=args.clip_grad_norm,
     )
 
 
-def about_run(benchmark: Benchmark, settings: Settings, folder: Path, validated: Mapping[str, Any]) -> "About":
+def fit_as_asked(
+    args: argparse.Namespace,
+    task: "Task",
+    checkpoints: "Checkpoints",
+    *,
+    benchmark: Benchmark,
+    settings: Settings,
+    precision: "Precision",
+    tracker: "NoTracker",
+    stop: StopRequest,
+    folder: Path,
+    to_validate: Mapping[str, Any],
+    resumed_by: Path | None = None,
+) -> None:
+    """Train in a claimed folder with the schedule of the flags.
+
+    Args:
+        resumed_by: what `--resume` takes, if that is not the folder itself but that of all seeds.
+        to_validate: flags of `validate.py` for the weights that will be kept; the one whose value is None names them.
+    """
+    from training.loop import fit
+    from training.run import open_run
+
+    schedule = schedule_of(args)
+    weights = checkpoints.first_choice(schedule.last_validation)
+    flags = {name: weights if value is None else value for name, value in to_validate.items()}
+    fit(
+        task,
+        schedule=schedule,
+        precision=precision,
+        run=open_run(folder, tracker, about_run(benchmark, settings, resumed_by or folder, flags)),
+        checkpoints=checkpoints,
+        stop=stop,
+        minutes=args.checkpoint_every_minutes,
+    )
+
+
+def about_run(
+    benchmark: Benchmark, settings: Settings, folder: Path, validated: Mapping[str, Any]
+) -> "About":
     """What the page of a run says, and how it is resumed.
 
     Args:
@@ -142,7 +193,14 @@ def about_run(benchmark: Benchmark, settings: Settings, folder: Path, validated:
     resume = f"{torchrun.command()} src/{flags['script']} --resume {shlex.quote(str(folder))}"
     commands = {"resume": resume}
     if None not in validated.values():
-        words = ["python", "src/validate.py", "--dataset", benchmark.name, "--data-root", flags["data_root"]]
+        words = [
+            "python",
+            "src/validate.py",
+            "--dataset",
+            benchmark.name,
+            "--data-root",
+            flags["data_root"],
+        ]
         for name, value in validated.items():
             words += [f"--{name}", str(value)]
         commands["validate"] = shlex.join(words)

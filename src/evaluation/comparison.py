@@ -128,7 +128,12 @@ def _without_seed(settings: Settings) -> dict[str, Any]:
     """What a training computes beside its seed. The CLIP weights under a Combiner have a seed of their own."""
     not_the_method = {*FREE_FLAGS, "seed", "seeds"}
     flags = {name: value for name, value in settings.flags.items() if name not in not_the_method}
-    return {**flags, **settings.recipe, "data": settings.data.get("data_sha256"), "versions": settings.versions}
+    return {
+        **flags,
+        **settings.recipe,
+        "data": settings.data.get("data_sha256"),
+        "versions": settings.versions,
+    }
 
 
 def unlike(base: Column, other: Column, protocol: str) -> list[str]:
@@ -139,7 +144,14 @@ def unlike(base: Column, other: Column, protocol: str) -> list[str]:
 
 
 def intervals(
-    benchmark: Benchmark, base: Column, other: Column, protocol: str, *, resamples: int, confidence: float, seed: int
+    benchmark: Benchmark,
+    base: Column,
+    other: Column,
+    protocol: str,
+    *,
+    resamples: int,
+    confidence: float,
+    seed: int,
 ) -> dict[str, tuple[float, float]]:
     """Metric -> bounds of the difference other - base: quantiles over resamples of each split's queries.
 
@@ -169,7 +181,9 @@ def intervals(
     return bounds
 
 
-def _resampled_metrics(benchmark: Benchmark, splits: Mapping[str, Recalls], resamples: int) -> Recalls:
+def _resampled_metrics(
+    benchmark: Benchmark, splits: Mapping[str, Recalls], resamples: int
+) -> Recalls:
     """Metric -> its value in each resample (resamples,), from the recalls of the splits."""
     import torch
 

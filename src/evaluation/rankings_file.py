@@ -24,7 +24,10 @@ WEIGHT_DIGITS = 4
 
 
 def make_records(
-    benchmark: Benchmark, splits: Sequence[Split], rankings: "Rankings", insights: "Mapping[str, Insight | None]"
+    benchmark: Benchmark,
+    splits: Sequence[Split],
+    rankings: "Rankings",
+    insights: "Mapping[str, Insight | None]",
 ) -> Records:
     """The queries of some splits with their answers. Similarities are rounded to 6 digits, weights to 4.
 
@@ -59,17 +62,23 @@ def _add_answers(queries: list[Record], split: Split, rankings: "Rankings") -> N
     for protocol, by_split in rankings.items():
         ranking = by_split[split.name]
         answers = _rounded(ranking.answers(split.names))
-        for query, rank, nearest in zip(queries, ranking.known_ranks.tolist(), answers, strict=True):
+        for query, rank, nearest in zip(
+            queries, ranking.known_ranks.tolist(), answers, strict=True
+        ):
             query["protocols"][protocol.name] = {"rank": rank, "nearest": nearest}
     in_group = ranking.answers_in_group(split.names)
     if in_group is None or ranking.group_ranks is None:
         return
-    for query, rank, nearest in zip(queries, ranking.group_ranks.tolist(), _rounded(in_group), strict=True):
+    for query, rank, nearest in zip(
+        queries, ranking.group_ranks.tolist(), _rounded(in_group), strict=True
+    ):
         query["in_group"] = {"rank": rank, "nearest": nearest}
 
 
 def _add_insight(queries: list[Record], insight: "Insight") -> None:
-    for query, gate, weights in zip(queries, insight.gate.tolist(), insight.experts.tolist(), strict=True):
+    for query, gate, weights in zip(
+        queries, insight.gate.tolist(), insight.experts.tolist(), strict=True
+    ):
         query["gate"] = round(gate, WEIGHT_DIGITS)
         if weights:
             query["experts"] = [round(weight, WEIGHT_DIGITS) for weight in weights]
@@ -92,7 +101,9 @@ def write_rankings(file: Path, result: Mapping[str, Any], records: Records) -> N
     for name, queries in records.items():
         lines = ",\n".join(map(json.dumps, queries))
         splits.append(f"{json.dumps(name)}: [\n{lines}\n]")
-    fields = [f" {json.dumps(name)}: {json.dumps(value, indent=1)}" for name, value in about.items()]
+    fields = [
+        f" {json.dumps(name)}: {json.dumps(value, indent=1)}" for name, value in about.items()
+    ]
     fields.append(' "queries": {' + ",\n".join(splits) + "}")
     write_text(file, "{\n" + ",\n".join(fields) + "\n}\n")
 
@@ -109,7 +120,9 @@ def read_rankings(file: Path) -> dict[str, Any]:
     except (KeyError, TypeError, AttributeError, ValueError):
         whole = False
     if not whole:
-        raise UserError(f"{file} is no file of validate.py --rankings, or not a whole one: measure again")
+        raise UserError(
+            f"{file} is no file of validate.py --rankings, or not a whole one: measure again"
+        )
     return content
 
 
@@ -140,6 +153,8 @@ def _is_record(query: Record) -> bool:
         for name, similarity in ranking["nearest"]:
             texts.append(name)
             numbers.append(similarity)
-    are_numbers = all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
+    are_numbers = all(
+        isinstance(number, int | float) and not isinstance(number, bool) for number in numbers
+    )
     are_texts = all(isinstance(text, str) for text in texts)
     return bool(query["protocols"]) and "pair_id" in query and are_numbers and are_texts

@@ -68,7 +68,10 @@ def make_result(
 
 
 def _measured(
-    benchmark: Benchmark, splits: Sequence[Split], protocol: Protocol, of_split: "Mapping[str, Ranking]"
+    benchmark: Benchmark,
+    splits: Sequence[Split],
+    protocol: Protocol,
+    of_split: "Mapping[str, Ranking]",
 ) -> dict[str, Any]:
     """One protocol's part of a result."""
     group_ranks = {}
@@ -103,23 +106,39 @@ def read_result(file: Path) -> Result:
     result = read_json(file, "validate.py --metrics-json")
     try:
         benchmark = BENCHMARKS[result["dataset"]](Path())
-        recomputed = {name: _recomputed(benchmark, measured) for name, measured in result["protocols"].items()}
+        recomputed = {
+            name: _recomputed(benchmark, measured) for name, measured in result["protocols"].items()
+        }
         whole = bool(recomputed) and _says_what_it_is(result)
         for name, measured in result["protocols"].items():
             whole = whole and _are_metrics(measured["metrics"], recomputed[name], benchmark)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ZeroDivisionError):
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        RuntimeError,
+        ZeroDivisionError,
+    ):
         whole = False
     if not whole:
-        raise UserError(f"{file} is no result of validate.py --metrics-json, or not a whole one: measure again")
+        raise UserError(
+            f"{file} is no result of validate.py --metrics-json, or not a whole one: measure again"
+        )
     for name, measured in result["protocols"].items():
         for metric, value in measured["metrics"].items():
             if not math.isclose(value, recomputed[name][metric], abs_tol=1e-6):
-                raise UserError(f"{file}: {metric} under {name} is not what its ranks give: measure again")
+                raise UserError(
+                    f"{file}: {metric} under {name} is not what its ranks give: measure again"
+                )
         measured["metrics"] = {**recomputed[name], **measured["metrics"]}
     return result
 
 
-def _are_metrics(stated: Mapping[str, Any], known: Mapping[str, float], benchmark: Benchmark) -> bool:
+def _are_metrics(
+    stated: Mapping[str, Any], known: Mapping[str, float], benchmark: Benchmark
+) -> bool:
     """Whether these are metrics of a benchmark, those that select checkpoints among them."""
     are_numbers = all(type(value) in (int, float) for value in stated.values())
     return are_numbers and benchmark.selection.keys() <= stated.keys() <= known.keys()
@@ -128,7 +147,14 @@ def _are_metrics(stated: Mapping[str, Any], known: Mapping[str, float], benchmar
 def _says_what_it_is(result: Mapping[str, Any]) -> bool:
     """Whether a result has all that a comparison looks at; may raise KeyError or TypeError if not."""
     names = (result["split"], result["weights_sha256"]["clip"])
-    tables = ("queries_sha256", "images_sha256", "excluded_images", "preprocessing", "weights_sha256", "training")
+    tables = (
+        "queries_sha256",
+        "images_sha256",
+        "excluded_images",
+        "preprocessing",
+        "weights_sha256",
+        "training",
+    )
     are_tables = all(isinstance(result[table], dict) for table in tables)
     configs = result["training"].values()
     if not are_tables or not all(isinstance(name, str) for name in names):
@@ -136,7 +162,10 @@ def _says_what_it_is(result: Mapping[str, Any]) -> bool:
     splits = result["queries_sha256"].keys()
     for measured in result["protocols"].values():
         counts = {split: len(ranks) for split, ranks in measured["ranks"].items()}
-        if not measured["gallery_images"].keys() == counts.keys() == splits or measured["queries"] != counts:
+        if (
+            not measured["gallery_images"].keys() == counts.keys() == splits
+            or measured["queries"] != counts
+        ):
             return False
     return all(isinstance(config, dict) for config in configs)
 

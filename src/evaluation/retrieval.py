@@ -14,7 +14,9 @@ from models.features import FrozenSplit
 from utils import UserError
 
 MOST_VALUES = 2**28  # similarities in memory at one time: 1 GiB
-CACHE_VALUES = 2**18  # on a CPU rather what its caches hold, but so many rows that the product stays efficient
+CACHE_VALUES = (
+    2**18
+)  # on a CPU rather what its caches hold, but so many rows that the product stays efficient
 CACHE_ROWS = 128
 
 
@@ -31,12 +33,19 @@ def evaluate(
     protocol = benchmark.protocols[0]
     rankings = {}
     for frozen_split in frozen:
-        rankings[frozen_split.split.name] = rank(frozen_split, compose, [protocol], block=block)[protocol]
+        rankings[frozen_split.split.name] = rank(frozen_split, compose, [protocol], block=block)[
+            protocol
+        ]
     return benchmark.metrics(rankings)
 
 
 def rank_all(
-    frozen: Sequence[FrozenSplit], compose: Compose, protocols: Sequence[Protocol], *, k: int, block: int | None
+    frozen: Sequence[FrozenSplit],
+    compose: Compose,
+    protocols: Sequence[Protocol],
+    *,
+    k: int,
+    block: int | None,
 ) -> Rankings:
     """Every split's ranking under every protocol, with the k nearest images and all of the group."""
     rankings: dict[Protocol, dict[str, Ranking]] = {protocol: {} for protocol in protocols}
@@ -82,7 +91,11 @@ def rank(
     with _naming(split):
         for rows, similarity in similarity_blocks(frozen, compose, block):
             targets = None if split.is_secret else frozen.target_rows[rows]
-            group = _rank_group(similarity, frozen, rows, targets, group_k=group_k) if split.has_groups else {}
+            group = (
+                _rank_group(similarity, frozen, rows, targets, group_k=group_k)
+                if split.has_groups
+                else {}
+            )
             for protocol in protocols:
                 whole = similarity.clone() if len(protocols) > 1 else similarity
                 allowed = protocol.restrict(whole, frozen.reference_rows[rows], frozen.outside)
@@ -101,7 +114,12 @@ def _rank_gallery(similarity: Tensor, targets: Tensor | None, k: int) -> dict[st
 
 
 def _rank_group(
-    similarity: Tensor, frozen: FrozenSplit, rows: Tensor, targets: Tensor | None, *, group_k: int | None
+    similarity: Tensor,
+    frozen: FrozenSplit,
+    rows: Tensor,
+    targets: Tensor | None,
+    *,
+    group_k: int | None,
 ) -> dict[str, Tensor]:
     """The parts of a `Ranking` that are of each query's group, for a block of queries (b, N).
 
@@ -112,7 +130,10 @@ def _rank_group(
     candidates = similarity.gather(1, groups).masked_fill_(is_filler, float("-inf"))
     size = groups.shape[1]
     columns = nearest(candidates, size if group_k is None else min(group_k, size))
-    ranking = {"nearest_in_group": groups.gather(1, columns), "group_similarities": candidates.gather(1, columns)}
+    ranking = {
+        "nearest_in_group": groups.gather(1, columns),
+        "group_similarities": candidates.gather(1, columns),
+    }
     if targets is not None:
         own_column = (groups == targets[:, None]).int().argmax(1)  # the target's within its group
         ranking["group_ranks"] = target_ranks(candidates, own_column)
@@ -125,7 +146,9 @@ def _naming(split: Split) -> Iterator[None]:
     try:
         yield
     except NotFiniteError as error:
-        raise UserError(f"{split.name}: {error}; the weights have diverged, or their file is damaged") from None
+        raise UserError(
+            f"{split.name}: {error}; the weights have diverged, or their file is damaged"
+        ) from None
 
 
 @torch.no_grad()

@@ -39,7 +39,12 @@ class Submission:
 
 
 def submit(
-    form: type[Form[Any]], benchmark: Benchmark, wanted: Submission, *, choice: PairChoice, device: torch.device
+    form: type[Form[Any]],
+    benchmark: Benchmark,
+    wanted: Submission,
+    *,
+    choice: PairChoice,
+    device: torch.device,
 ) -> bool:
     """Write a submission; returns whether it keeps all rules. What it breaks is logged, metrics are printed.
 
@@ -54,7 +59,9 @@ def submit(
     splits = benchmark.read(wanted.split)
     lost = sum(split.excluded_triplets for split in splits)
     if lost:
-        raise UserError(f"--exclusions leaves out {lost} queries, and a server wants all: get the images they ask with")
+        raise UserError(
+            f"--exclusions leaves out {lost} queries, and a server wants all: get the images they ask with"
+        )
     pair, frozen = load_and_freeze(benchmark, splits, device, choice)
     answered = []
     for frozen_split in frozen:
@@ -79,14 +86,20 @@ def _answers(split: Split, ranking: Ranking) -> Answered:
     """The ids that each query of a split retrieved."""
     nearest = ranking.answers(split.names)
     in_group = ranking.answers_in_group(split.names) or []
-    return Answered(split=split, nearest=[_ids(row) for row in nearest], in_group=[_ids(row) for row in in_group])
+    return Answered(
+        split=split,
+        nearest=[_ids(row) for row in nearest],
+        in_group=[_ids(row) for row in in_group],
+    )
 
 
 def _ids(answers: Sequence[tuple[str, float]]) -> list[str]:
     return [image for image, _ in answers]
 
 
-def _write(form: Form[Any], name: str, folder: Path, answered: Sequence[Answered], *, is_scored: bool) -> bool:
+def _write(
+    form: Form[Any], name: str, folder: Path, answered: Sequence[Answered], *, is_scored: bool
+) -> bool:
     """Write, read again, check, score."""
     contents = {}
     for file, text in form.files(name, answered).items():

@@ -56,7 +56,9 @@ class Dialogue:
         """Take an answer of the last step as the next reference."""
         found = self.last.found if self.last else None
         if found is None or not 0 <= place < len(found.answers):
-            raise UserError("there is no such answer: search first, then choose one of what is shown")
+            raise UserError(
+                "there is no such answer: search first, then choose one of what is shown"
+            )
         path, _ = found.answers[place]
         return self.choose(searcher, searcher.index.paths.index(path))
 
@@ -101,7 +103,9 @@ def check_upload(file: Path) -> None:
     if file.suffix.lower() not in KINDS:
         raise UserError(f"{file.name} is not an image: upload one of {' '.join(sorted(KINDS))}")
     if file.stat().st_size > MOST_BYTES:
-        raise UserError(f"{file.name} is larger than {MOST_BYTES // 2**20} MiB: upload a smaller copy")
+        raise UserError(
+            f"{file.name} is larger than {MOST_BYTES // 2**20} MiB: upload a smaller copy"
+        )
     try:
         with Image.open(file, formats=FORMATS) as image:
             pixels = image.width * image.height
@@ -111,6 +115,8 @@ def check_upload(file: Path) -> None:
     except Image.DecompressionBombError:
         pass  # the limits are named at the end
     except DECODING_ERRORS as error:
-        raise UserError(f"{file.name} cannot be decoded ({first_line(error)}): upload a whole image") from None
+        raise UserError(
+            f"{file.name} cannot be decoded ({first_line(error)}): upload a whole image"
+        ) from None
     limits = f"{MOST_PIXELS // 10**6} million pixels, or a side of more than {LONGEST_SIDE:,}"
     raise UserError(f"{file.name} has more than {limits}: upload a smaller copy")

@@ -118,7 +118,9 @@ def search(index: Any, features: np.ndarray, queries: np.ndarray, *, k: int) -> 
         found_rows = np.sort(rows[rows >= 0])  # FAISS fills up with -1
         similarities = normalised(features[found_rows]) @ query
         order = np.argsort(-similarities, kind="stable")[:k]
-        answers.append(list(zip(found_rows[order].tolist(), similarities[order].tolist(), strict=True)))
+        answers.append(
+            list(zip(found_rows[order].tolist(), similarities[order].tolist(), strict=True))
+        )
     return answers
 
 
@@ -158,4 +160,6 @@ def read(file: Path) -> Any:
     try:
         return import_faiss().read_index(str(file))
     except RuntimeError as error:
-        raise UserError(f"{file} is not a readable FAISS index ({first_line(error)[:80]}): build it again") from None
+        raise UserError(
+            f"{file} is not a readable FAISS index ({first_line(error)[:80]}): build it again"
+        ) from None

@@ -101,9 +101,13 @@ def open_index(folder: Path) -> ImageIndex:
         vectors = faiss_index.read(folder / about["vectors"])
         fits = fits and (vectors.ntotal, vectors.d) == features.shape
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise UserError(f"--index {folder} is damaged ({error}): build it again in another folder") from None
+        raise UserError(
+            f"--index {folder} is damaged ({error}): build it again in another folder"
+        ) from None
     if not fits:
-        raise UserError(f"--index {folder} is damaged (its parts do not fit): build it again in another folder")
+        raise UserError(
+            f"--index {folder} is damaged (its parts do not fit): build it again in another folder"
+        )
     return ImageIndex(folder=folder, files=files, features=features, vectors=vectors, about=about)
 
 
@@ -137,7 +141,9 @@ def update_index(
         return _update(folder, images, encoder, kind=kind, origin=origin)
 
 
-def _update(folder: Path, images: Sequence[Path], encoder: Encoder, *, kind: str, origin: dict[str, Any]) -> Update:
+def _update(
+    folder: Path, images: Sequence[Path], encoder: Encoder, *, kind: str, origin: dict[str, Any]
+) -> Update:
     """The same in a folder that is locked.
 
     Args:
@@ -148,7 +154,9 @@ def _update(folder: Path, images: Sequence[Path], encoder: Encoder, *, kind: str
     if earlier is None:
         _check_own(folder)
     if earlier and earlier.get("encoder") != key:
-        raise UserError(f"--output {folder} is an index of other weights or preprocessing: choose another folder")
+        raise UserError(
+            f"--output {folder} is an index of other weights or preprocessing: choose another folder"
+        )
 
     files = file_identities([path for path in images if file_size(path) is not None])
     features = _features_on_disk(folder, earlier, key)
@@ -156,7 +164,9 @@ def _update(folder: Path, images: Sequence[Path], encoder: Encoder, *, kind: str
     unreadable = _encode(folder, new_files, encoder, key=key, features=features)
     readable = [file for file in files if file in features]
     if not readable:
-        raise UserError(f"--images: none of the {len(files)} images can be read, the first is {files[0][0]}")
+        raise UserError(
+            f"--images: none of the {len(files)} images can be read, the first is {files[0][0]}"
+        )
 
     about = {"encoder": key, **origin, "unreadable": unreadable}
     earlier_files = set(_files(folder, earlier)) if earlier else set()
@@ -176,7 +186,9 @@ def _check_own(folder: Path) -> None:
     """Refuse a folder that holds other files: whatever an index does not name is deleted from its folder."""
     for file in folder.iterdir():
         if not (OWN.fullmatch(file.name) or file.name == PARTIAL):
-            raise UserError(f"--output {folder} holds {file.name}, which is of no index: name an empty or a new folder")
+            raise UserError(
+                f"--output {folder} holds {file.name}, which is of no index: name an empty or a new folder"
+            )
 
 
 def _says(manifest: dict[str, Any] | None, about: dict[str, Any]) -> bool:
@@ -192,7 +204,9 @@ def _files(folder: Path, about: dict[str, Any]) -> list[Identity]:
     return [(str(path), int(size), int(modified)) for path, size, modified in files]
 
 
-def _features_on_disk(folder: Path, earlier: dict[str, Any] | None, key: dict[str, Any]) -> dict[Identity, np.ndarray]:
+def _features_on_disk(
+    folder: Path, earlier: dict[str, Any] | None, key: dict[str, Any]
+) -> dict[Identity, np.ndarray]:
     """What is encoded already: in the index, and by an interrupted run."""
     features: dict[Identity, np.ndarray] = {}
     if earlier:
@@ -246,12 +260,18 @@ def _encode(
         features.update(zip(readable, encoded.numpy(), strict=True))
         if readable:
             name = hashlib.sha256(json.dumps(shard).encode()).hexdigest()[:16]
-            content = {"key": json.dumps(key), "files": [list(file) for file in readable], "features": encoded}
+            content = {
+                "key": json.dumps(key),
+                "files": [list(file) for file in readable],
+                "features": encoded,
+            }
             save_tensors(folder / PARTIAL / f"{name}.pt", content)
     return unreadable
 
 
-def _publish(folder: Path, files: list[Identity], features: np.ndarray, *, kind: str, about: dict[str, Any]) -> None:
+def _publish(
+    folder: Path, files: list[Identity], features: np.ndarray, *, kind: str, about: dict[str, Any]
+) -> None:
     """Write a new generation of the files, then the manifest that names them, then drop what it does not name."""
     generation = uuid.uuid4().hex[:12]
     names = {

@@ -25,7 +25,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return content
 
 
-def as_made(about: Mapping[str, Any], choice: ClipChoice, clip_path: Path | None) -> tuple[ClipChoice, Path | None]:
+def as_made(
+    about: Mapping[str, Any], choice: ClipChoice, clip_path: Path | None
+) -> tuple[ClipChoice, Path | None]:
     """The CLIP that flags name and its fine-tuned weights; where they are silent, an index's own.
 
     Args:

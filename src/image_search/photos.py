@@ -14,7 +14,14 @@ from runtime.image_files import DECODING_ERRORS, decoded
 from utils import UserError
 
 KINDS = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others' decoders are old, or start programs
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+)  # others' decoders are old, or start programs
 CAMERA_KINDS = {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
 OTHER_KINDS = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", *CAMERA_KINDS}
 WHITES = (1, 255, 65_535)  # what white may be in images of more than 8 bits
@@ -68,7 +75,9 @@ def _files(folder: Path) -> list[Path]:
     """All files below a folder. A link that leads back to a folder above is not followed."""
 
     def refuse(error: OSError) -> None:
-        raise UserError(f"--images {folder}: {error.filename} cannot be read ({error.strerror}): allow it, or wait")
+        raise UserError(
+            f"--images {folder}: {error.filename} cannot be read ({error.strerror}): allow it, or wait"
+        )
 
     if not folder.is_dir():
         raise UserError(

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.configuration import find_clip
 from runtime import distributed
-from runtime.files import find_checkpoint
 from runtime.tensors import load_tensors, save_tensors
 from utils import UserError, first_line, seed_everything
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # clip-anytorch imports pkg_resources, which says that it is deprecated
+    warnings.simplefilter(
+        "ignore"
+    )  # clip-anytorch imports pkg_resources, which says that it is deprecated
     import clip
     from clip.model import CLIP, Bottleneck, ModifiedResNet, ResidualAttentionBlock, build_model
 
@@ -34,20 +36,20 @@ def load_clip(name: str, device: torch.device) -> CLIP:
     Raises:
         UserError: unknown name, failed download, or a file that no CLIP can be built from.
     """
-    if name in clip.available_models():
+    path = find_clip(name)
+    if path is None:
         return _download(name).float().to(device)
-    path = Path(name)
-    if not path.exists() and not Path(f"{path}.pt").exists():
-        known = ", ".join(clip.available_models())
-        raise UserError(f"--clip-model-name {name}: neither a file nor one of {known}")
-    path = find_checkpoint(path)
     state = _archived_state(path) if _is_archive(path) else load_tensors(path)
     if "CLIP" in state:
-        raise UserError(f"--clip-model-name {path} holds fine-tuned weights: give it to --clip-model-path instead")
+        raise UserError(
+            f"--clip-model-name {path} holds fine-tuned weights: give it to --clip-model-path instead"
+        )
     try:
         model = build_model(dict(state))
     except (KeyError, RuntimeError, AssertionError, AttributeError, IndexError, ZeroDivisionError):
-        raise UserError(f"--clip-model-name {path} is not a state dict of OpenAI's CLIP: name another file") from None
+        raise UserError(
+            f"--clip-model-name {path} is not a state dict of OpenAI's CLIP: name another file"
+        ) from None
     return model.float().to(device)
 
 
@@ -77,7 +79,9 @@ def _archived_state(path: Path) -> dict[str, Tensor]:
     try:
         return torch.jit.load(path, map_location="cpu").state_dict()
     except RuntimeError as error:
-        raise UserError(f"{path} is not a readable TorchScript archive ({first_line(error)}): fetch it again") from None
+        raise UserError(
+            f"{path} is not a readable TorchScript archive ({first_line(error)}): fetch it again"
+        ) from None
 
 
 def load_finetuned(model: CLIP, state: dict[str, Any], path: Path) -> None:

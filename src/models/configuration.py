@@ -131,7 +131,9 @@ def read_checkpoint(flag_name: str, path: Path | None, key: str) -> Checkpoint |
         found = next((name for kind, name in kinds.items() if kind in content), "something else")
         raise UserError(f"{flag_name}: {path} holds {found}, not {kinds[key]}: name the right file")
     config = content.get("config")
-    return Checkpoint(path=path, state=content[key], config=config if isinstance(config, dict) else {})
+    return Checkpoint(
+        path=path, state=content[key], config=config if isinstance(config, dict) else {}
+    )
 
 
 def settle(choice: ClipChoice, checkpoints: Sequence[Checkpoint | None]) -> ClipChoice:
@@ -159,11 +161,15 @@ def settle(choice: ClipChoice, checkpoints: Sequence[Checkpoint | None]) -> Clip
                 asked = f"{flag(name)} {value}, not {settled[name]}"
                 logger.warning("warning: %s was trained with %s", path, asked)
     if settled["transform"] not in TRANSFORMS:
-        raise UserError(f"a checkpoint names the transform {settled['transform']}, which is none of {TRANSFORMS}")
+        raise UserError(
+            f"a checkpoint names the transform {settled['transform']}, which is none of {TRANSFORMS}"
+        )
     return ClipChoice(**settled)
 
 
-def _trained_with(name: str, kind: type, checkpoints: Sequence[Checkpoint | None]) -> dict[Path, Any]:
+def _trained_with(
+    name: str, kind: type, checkpoints: Sequence[Checkpoint | None]
+) -> dict[Path, Any]:
     """Checkpoint's file -> its value of a setting, for those that have one of the right type."""
     values = {}
     for checkpoint in checkpoints:
@@ -190,7 +196,9 @@ def find_clip(name: str) -> Path | None:
     if name in OPENAI_CLIPS:
         return None
     if not is_there(Path(name)):
-        raise UserError(f"--clip-model-name {name}: neither a file nor one of {', '.join(OPENAI_CLIPS)}")
+        raise UserError(
+            f"--clip-model-name {name}: neither a file nor one of {', '.join(OPENAI_CLIPS)}"
+        )
     try:
         return find_checkpoint(Path(name))
     except UserError as error:

@@ -15,7 +15,15 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data_utils import ImageDataset, ReadableImages, Reader, load_batches, load_image, make_preprocess, normalise
+from data_utils import (
+    ImageDataset,
+    ReadableImages,
+    Reader,
+    load_batches,
+    load_image,
+    make_preprocess,
+    normalise,
+)
 from models.clip_model import CLIP, feature_dim, load_clip, load_finetuned, resolution, tokenize
 from models.configuration import Checkpoint
 from runtime import distributed
@@ -67,7 +75,9 @@ class Encoder:
         encoded = [self._no_features()]
         could_be_read: list[bool] = []
         images = ReadableImages(paths, self.read, self.recipe["resolution"])
-        batches = load_batches(images, _chunks(len(paths), self.batch_size), self.workers, self.device)
+        batches = load_batches(
+            images, _chunks(len(paths), self.batch_size), self.workers, self.device
+        )
         with _progress(len(paths), what) as bar:
             for pixels, readable in batches:
                 if readable.any():
@@ -75,7 +85,10 @@ class Encoder:
                 could_be_read += readable.tolist()
                 bar.update(len(pixels))
                 self.between()
-        reasons = [self._reason(path, readable) for path, readable in zip(paths, could_be_read, strict=True)]
+        reasons = [
+            self._reason(path, readable)
+            for path, readable in zip(paths, could_be_read, strict=True)
+        ]
         return torch.cat(encoded), reasons
 
     def _no_features(self) -> Tensor:
@@ -167,4 +180,6 @@ def load_encoder(
     recipe["resolution"] = resolution(model)
     preprocess = make_preprocess(recipe["transform"], recipe["target_ratio"], recipe["resolution"])
     read = functools.partial(load_image, preprocess=preprocess, opened=opened)
-    return Encoder(model=model, read=read, recipe=recipe, device=device, workers=workers, batch_size=batch_size)
+    return Encoder(
+        model=model, read=read, recipe=recipe, device=device, workers=workers, batch_size=batch_size
+    )

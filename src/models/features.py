@@ -36,7 +36,9 @@ class FeatureCache:
     def images(self, paths: list[Path], label: str) -> Tensor:
         """Features (len(paths), D) of image files; `label` begins the name of the file that keeps them."""
         identities = file_identities(paths) if self.folder else None
-        return self._get(f"{label}-images", identities, lambda: self.encoder.images(paths, f"{label} images"))
+        return self._get(
+            f"{label}-images", identities, lambda: self.encoder.images(paths, f"{label} images")
+        )
 
     def captions(self, captions: list[str], label: str) -> Tensor:
         """Features (len(captions), D) of captions; `label` begins the name of the file that keeps them."""
@@ -62,7 +64,9 @@ class FeatureCache:
         try:
             content = load_tensors(path)
             features = content["features"]
-            if content["key"] == key and content["digest"] == weights_digest({"features": features}):
+            if content["key"] == key and content["digest"] == weights_digest(
+                {"features": features}
+            ):
                 logger.info("features read from %s", path)
                 return features
         except (UserError, KeyError, AttributeError, TypeError):
@@ -73,9 +77,18 @@ class FeatureCache:
     def _write(self, path: Path, key: str, features: Tensor) -> None:
         features = features.cpu()
         try:
-            save_tensors(path, {"key": key, "digest": weights_digest({"features": features}), "features": features})
+            save_tensors(
+                path,
+                {
+                    "key": key,
+                    "digest": weights_digest({"features": features}),
+                    "features": features,
+                },
+            )
         except UserError as error:
-            logger.warning("%s; going on without a cache", error)  # the features are in memory: nothing is lost
+            logger.warning(
+                "%s; going on without a cache", error
+            )  # the features are in memory: nothing is lost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +123,9 @@ class FrozenSplit:
     def outside(self) -> Tensor:
         """Whether a gallery image is neither reference nor target of any triplet, (N,) bool."""
         members = self.split.members
-        return torch.tensor([name not in members for name in self.split.names], device=self.images.device)
+        return torch.tensor(
+            [name not in members for name in self.split.names], device=self.images.device
+        )
 
     @property
     def references(self) -> Tensor:

@@ -53,14 +53,20 @@ class Pair:
         return {
             "clip_model_name": recipe["clip_model_name"],
             "combining_function": self.compose.combining_function,
-            "checkpoints": {kind: str(checkpoint.path.resolve()) for kind, checkpoint in checkpoints.items()},
+            "checkpoints": {
+                kind: str(checkpoint.path.resolve()) for kind, checkpoint in checkpoints.items()
+            },
             "weights_sha256": weights,
-            "preprocessing": {name: recipe[name] for name in ("transform", "target_ratio", "resolution")},
+            "preprocessing": {
+                name: recipe[name] for name in ("transform", "target_ratio", "resolution")
+            },
             "training": {kind: checkpoint.config for kind, checkpoint in checkpoints.items()},
         }
 
 
-def load_pair(choice: PairChoice, device: torch.device, opened: Callable[[Path], Image] = decoded) -> Pair:
+def load_pair(
+    choice: PairChoice, device: torch.device, opened: Callable[[Path], Image] = decoded
+) -> Pair:
     """The pair that an evaluation asks for.
 
     Args:
@@ -73,18 +79,29 @@ def load_pair(choice: PairChoice, device: torch.device, opened: Callable[[Path],
     if choice.combining_function is None:
         composes = choice.combiner_path is not None
     if composes and choice.combiner_path is None:
-        raise UserError("--combining-function combiner needs --combiner-path: the stage-2 weights to compose with")
+        raise UserError(
+            "--combining-function combiner needs --combiner-path: the stage-2 weights to compose with"
+        )
     if choice.combiner_path and not composes:
-        logger.warning("warning: --combining-function sum makes no use of --combiner-path %s", choice.combiner_path)
+        logger.warning(
+            "warning: --combining-function sum makes no use of --combiner-path %s",
+            choice.combiner_path,
+        )
     tuned = read_checkpoint("--clip-model-path", choice.clip_path, "CLIP")
-    trained = read_checkpoint("--combiner-path", choice.combiner_path if composes else None, "Combiner")
+    trained = read_checkpoint(
+        "--combiner-path", choice.combiner_path if composes else None, "Combiner"
+    )
     settings = settle(choice.clip, [trained, tuned])
     encoder = load_encoder(settings, tuned, device, workers=choice.workers, opened=opened)
     if trained is None:
         return Pair(encoder=encoder, compose=Sum().eval(), tuned=tuned, trained=None)
     _warn_of_other_weights(trained, encoder)
     combiner = load_combiner(
-        trained.state, trained.table, trained.path, wanted=choice.combiner, clip_dim=feature_dim(encoder.model)
+        trained.state,
+        trained.table,
+        trained.path,
+        wanted=choice.combiner,
+        clip_dim=feature_dim(encoder.model),
     )
     return Pair(encoder=encoder, compose=combiner.to(device), tuned=tuned, trained=trained)
 
@@ -107,4 +124,6 @@ def load_and_freeze(
     announce(benchmark.excluded, splits)
     check_images_exist(splits)
     pair = load_pair(choice, device)
-    return pair, freeze_queries(FeatureCache(None, pair.encoder), splits, benchmark.caption, benchmark.run_name)
+    return pair, freeze_queries(
+        FeatureCache(None, pair.encoder), splits, benchmark.caption, benchmark.run_name
+    )

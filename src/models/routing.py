@@ -30,7 +30,9 @@ def router_z_loss(logits: Tensor) -> Tensor:
     return logits.float().logsumexp(-1).square().mean()
 
 
-def router_penalty(load_balancing_weight: float, z_weight: float, top_k: int) -> Callable[[Tensor], Tensor] | None:
+def router_penalty(
+    load_balancing_weight: float, z_weight: float, top_k: int
+) -> Callable[[Tensor], Tensor] | None:
     """A function: this rank's logits (b, E) -> the weighted sum of both losses over the global batch.
 
     None where both weights are 0, and without a mixture (top_k 0).

@@ -48,7 +48,9 @@ def _heat_map(columns: Mapping[str, Sequence[Record]], experts: Iterable[int]) -
 
 def _expert(expert: int, queries: Sequence[Record]) -> str:
     """The queries in which one expert weighs most: their number, typical words and captions."""
-    experts_queries = [query for query in queries if query["experts"][expert] == max(query["experts"]) > 0]
+    experts_queries = [
+        query for query in queries if query["experts"][expert] == max(query["experts"]) > 0
+    ]
     heaviest = sorted(experts_queries, key=lambda query: -query["experts"][expert])[:SHOWN]
     captions = []
     for query in heaviest:
@@ -62,7 +64,9 @@ def _expert(expert: int, queries: Sequence[Record]) -> str:
     )
 
 
-def typical_words(experts_queries: Sequence[Record], queries: Sequence[Record]) -> list[tuple[str, float]]:
+def typical_words(
+    experts_queries: Sequence[Record], queries: Sequence[Record]
+) -> list[tuple[str, float]]:
     """Words that an expert's captions have more often than all captions, and how many times more often."""
     everywhere = _captions_with(queries)
     ratios = {}

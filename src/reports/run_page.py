@@ -61,7 +61,9 @@ class RunPage:
         self.cost = self.drawn_at - start
 
 
-def run_page(name: str, about: About, rows: Mapping[str, Rows], *, curves: bytes, complete: bool) -> str:
+def run_page(
+    name: str, about: About, rows: Mapping[str, Rows], *, curves: bytes, complete: bool
+) -> str:
     """The page of a run."""
     wanted = about.hyper_parameters["num_epochs"]
     trained = rows["train"]
@@ -76,7 +78,10 @@ def run_page(name: str, about: About, rows: Mapping[str, Rows], *, curves: bytes
     for purpose, line in about.commands.items():
         if not (complete and purpose == "resume"):
             parts += [f"<h2>To {pages.text(purpose)}</h2>", pages.command(line)]
-    parts += ["<h2>Hyper-parameters</h2>", pages.table(dict(sorted(about.hyper_parameters.items())))]
+    parts += [
+        "<h2>Hyper-parameters</h2>",
+        pages.table(dict(sorted(about.hyper_parameters.items()))),
+    ]
     return pages.page(name, parts)
 
 
@@ -84,11 +89,16 @@ def _best(about: About, validations: Rows) -> str:
     """The best validation by each metric that selects checkpoints, and the last one."""
     if not validations:
         return "<p>none yet</p>"
-    named = {f"best {metric}": max(validations, key=operator.itemgetter(metric)) for metric in about.chosen_by}
+    named = {
+        f"best {metric}": max(validations, key=operator.itemgetter(metric))
+        for metric in about.chosen_by
+    }
     named["last"] = validations[-1]
     lines = {}
     for name, row in named.items():
-        lines[f"{name}, epoch {row['epoch']}"] = [two_decimals(row[metric]) for metric in about.titles]
+        lines[f"{name}, epoch {row['epoch']}"] = [
+            two_decimals(row[metric]) for metric in about.titles
+        ]
     return pages.matrix(list(about.titles.values()), lines)
 
 
@@ -118,9 +128,13 @@ def training_curves(rows: Mapping[str, Rows], titles: Mapping[str, str]) -> byte
     if routed := rows.get("router"):
         shares = {name: name.split("_")[0] for name in routed[0] if name.endswith("_share")}
         panels.append(Panel(label="share of queries", rows=routed, titles=shares))
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+    with matplotlib.rc_context(
+        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    ):
         figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for axes, panel in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
             _draw(axes, panel)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
@@ -134,4 +148,6 @@ def _draw(axes: Any, panel: Panel) -> None:
     axes.set(xlabel="epoch", ylabel=panel.label)
     axes.grid(alpha=0.3)
     if len(panel.titles) > 1:
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=7, ncols=3, frameon=False)
+        axes.legend(
+            loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=7, ncols=3, frameon=False
+        )

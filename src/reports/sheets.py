@@ -150,7 +150,9 @@ def load_thumbnails(paths: Mapping[str, Path]) -> dict[str, bytes]:
         try:
             images[name] = decoded(path).convert("RGB")
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"image {path} cannot be decoded ({first_line(error)}): see check_dataset.py") from None
+            raise UserError(
+                f"image {path} cannot be decoded ({first_line(error)}): see check_dataset.py"
+            ) from None
         images[name].thumbnail((SIDES[0], SIDES[0]))
     for side in SIDES:
         thumbnails = {name: pages.jpeg(image, side) for name, image in images.items()}
@@ -159,7 +161,9 @@ def load_thumbnails(paths: Mapping[str, Path]) -> dict[str, bytes]:
     return thumbnails
 
 
-def sheet(title: str, about: str, sections: Mapping[str, Sequence[Card]], thumbnails: Mapping[str, bytes]) -> str:
+def sheet(
+    title: str, about: str, sections: Mapping[str, Sequence[Card]], thumbnails: Mapping[str, bytes]
+) -> str:
     """A page of queries in sections; each image is in it once."""
     keys = _keys(thumbnails)
     parts = [f'<p class="about">{pages.text(about)}</p>']
@@ -183,7 +187,9 @@ def _query(card: Card, keys: Mapping[str, str]) -> str:
             label = f"{place}. {similarity:.3f}"
             figures.append(_figure(keys, name, label, is_target=name == card.target))
         if card.target not in row.names:
-            figures.append(_figure(keys, card.target, f"{row.rank + 1}. the target", is_target=True))
+            figures.append(
+                _figure(keys, card.target, f"{row.rank + 1}. the target", is_target=True)
+            )
         rows.append(f'<div class="rank">{pages.text(title)}: target at place {row.rank + 1}</div>')
         rows.append(f'<div class="row">{"".join(figures)}</div>')
     return (
@@ -202,7 +208,9 @@ def _figure(keys: Mapping[str, str], name: str, label: str, *, is_target: bool =
     )
 
 
-def results_page(title: str, reference: str, answers: Answers, *, about: str, thumbnails: Mapping[str, bytes]) -> str:
+def results_page(
+    title: str, reference: str, answers: Answers, *, about: str, thumbnails: Mapping[str, bytes]
+) -> str:
     """A page of what was retrieved for one query.
 
     Args:
@@ -226,7 +234,9 @@ def _script(keys: Mapping[str, str], thumbnails: Mapping[str, bytes]) -> str:
     return f"const pictures = {json.dumps(content)};{SCRIPT}"
 
 
-def picture(cards: Sequence[Card], thumbnails: Mapping[str, bytes], side: int = 96) -> tuple[bytes, int]:
+def picture(
+    cards: Sequence[Card], thumbnails: Mapping[str, bytes], side: int = 96
+) -> tuple[bytes, int]:
     """A PNG of queries below one another, and how many of them it has room for.
 
     Args:
@@ -270,7 +280,9 @@ def _strip(card: Card, thumbnails: Mapping[str, bytes], *, side: int, width: int
     return strip
 
 
-def _draw_text(strip: Image.Image, lines: Sequence[str], bars: Mapping[str, float], *, left: int) -> None:
+def _draw_text(
+    strip: Image.Image, lines: Sequence[str], bars: Mapping[str, float], *, left: int
+) -> None:
     """The query in words, and below them the bars of what the Combiner did."""
     pen = ImageDraw.Draw(strip)
     font = ImageFont.load_default(FONT_SIZE)
@@ -281,12 +293,20 @@ def _draw_text(strip: Image.Image, lines: Sequence[str], bars: Mapping[str, floa
     for name, share in bars.items():
         pen.text((left, top), f"{name} {share:.2f}", GREY, font)
         bar = left + BAR_LEFT
-        pen.rectangle((bar, top + BAR_TOP, bar + round(BAR_WIDTH * share), top + BAR_BOTTOM), fill=BLUE)
+        pen.rectangle(
+            (bar, top + BAR_TOP, bar + round(BAR_WIDTH * share), top + BAR_BOTTOM), fill=BLUE
+        )
         top += LINE
 
 
 def _draw_row(
-    strip: Image.Image, row: Row, target: str, thumbnails: Mapping[str, bytes], *, side: int, top: int
+    strip: Image.Image,
+    row: Row,
+    target: str,
+    thumbnails: Mapping[str, bytes],
+    *,
+    side: int,
+    top: int,
 ) -> None:
     """A ranking from left to right, the target outlined, or added at the end if it is not among the answers."""
     pen = ImageDraw.Draw(strip)

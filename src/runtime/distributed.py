@@ -24,7 +24,9 @@ def start(device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         # Gloo for what lies on CPUs, beside NCCL too: asking every step whether to stop must not wait for a GPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2)
+        )
 
 
 def stop() -> None:
@@ -107,7 +109,9 @@ def from_main(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     if kind[0] is None:
         return None
     shape, dtype = kind[0]
-    received = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device)
+    received = (
+        torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device)
+    )
     dist.broadcast(received, 0)
     return received
 

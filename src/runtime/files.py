@@ -26,11 +26,17 @@ def read_json(path: Path, writer: str | None = None) -> Any:
     try:
         return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        remedy = f"write it with {writer}" if writer else "put the file there, or point --data-root at its dataset"
+        remedy = (
+            f"write it with {writer}"
+            if writer
+            else "put the file there, or point --data-root at its dataset"
+        )
         raise UserError(f"{path} is missing: {remedy}") from None
     except (OSError, ValueError) as error:
         remedy = f"write it with {writer}" if writer else "download it"
-        raise UserError(f"{path} is not a readable JSON file ({first_line(error)}): {remedy} again") from None
+        raise UserError(
+            f"{path} is not a readable JSON file ({first_line(error)}): {remedy} again"
+        ) from None
 
 
 def parse_json(text: str) -> Any:
@@ -80,9 +86,13 @@ def made_beside(path: Path) -> Iterator[Path]:
         new.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise DiskError(f"could not write {path} ({error.strerror}): free space or choose another folder") from None
+        raise DiskError(
+            f"could not write {path} ({error.strerror}): free space or choose another folder"
+        ) from None
     finally:
-        with contextlib.suppress(OSError):  # there is none after the replace, nor where the folder is a file
+        with contextlib.suppress(
+            OSError
+        ):  # there is none after the replace, nor where the folder is a file
             new.unlink()
 
 
@@ -148,7 +158,9 @@ def check_writable(folders: dict[str, Path | None]) -> None:
             continue
         nearest = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise UserError(f"{flag} {folder}: {nearest} is not a folder that can be written to; choose another")
+            raise UserError(
+                f"{flag} {folder}: {nearest} is not a folder that can be written to; choose another"
+            )
 
 
 def check_file_writable(files: dict[str, Path | None]) -> None:
@@ -178,8 +190,12 @@ def find_checkpoint(path: Path) -> Path:
     if len(found) == 1:
         return found[0]
     if found:
-        raise UserError(f"{path} holds several checkpoints ({', '.join(f.name for f in found)}): name one of them")
-    raise UserError(f"no checkpoint at {path}: looked for it, for {candidates[1].name} and for *.pt in a folder of it")
+        raise UserError(
+            f"{path} holds several checkpoints ({', '.join(f.name for f in found)}): name one of them"
+        )
+    raise UserError(
+        f"no checkpoint at {path}: looked for it, for {candidates[1].name} and for *.pt in a folder of it"
+    )
 
 
 def file_size(path: Path) -> int | None:

@@ -17,7 +17,9 @@ DECODING_ERRORS = (
 LONGEST_SIDE = 18_000  # pixels of an image; squared it is about twice what Pillow decodes
 
 
-def decoded(file: Path | BinaryIO, formats: tuple[str, ...] | None = None, side: int | None = None) -> Image.Image:
+def decoded(
+    file: Path | BinaryIO, formats: tuple[str, ...] | None = None, side: int | None = None
+) -> Image.Image:
     """An image with its pixels, as it was saved.
 
     Args:

@@ -49,12 +49,16 @@ def load_tensors(path: Path) -> dict[str, Any]:
         _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except LOADING_ERRORS as error:
-        raise UserError(f"{path} is not a readable checkpoint ({first_line(error)}): copy or train it again") from None
+        raise UserError(
+            f"{path} is not a readable checkpoint ({first_line(error)}): copy or train it again"
+        ) from None
     except (pickle.UnpicklingError, AttributeError, TypeError):
         raise UserError(
             f"{path} is damaged or holds objects other than tensors and plain types, which could run code: refused; "
             "save it again as a dict of tensors"
         ) from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a dict: it is not a checkpoint of this project")
+        raise UserError(
+            f"{path} holds a {type(content).__name__}, not a dict: it is not a checkpoint of this project"
+        )
     return content

@@ -32,7 +32,9 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> object: ...
 
 
-def save_state(file: Path, parts: Mapping[str, Stateful], progress: dict[str, Any], device: torch.device) -> None:
+def save_state(
+    file: Path, parts: Mapping[str, Stateful], progress: dict[str, Any], device: torch.device
+) -> None:
     """Write the state of some parts, of all random numbers, and how far the training is, whole or not at all."""
     states = {name: part.state_dict() for name, part in parts.items()}
     save_tensors(file, {"parts": states, "random": _random_states(device), "progress": progress})
@@ -135,11 +137,15 @@ class Autosave:
         """Save the state if it is due. If a stop was asked for, save it and raise Stopped."""
         since = time.monotonic() - self.saved_at
         due = since >= self.seconds or (epoch_ends and since * SAVING_SHARE >= self.cost)
-        stopping, due = distributed.any_rank(bool(self.stop.signal_name()), due and distributed.is_main())
+        stopping, due = distributed.any_rank(
+            bool(self.stop.signal_name()), due and distributed.is_main()
+        )
         if stopping or due:
             self.save()
         if stopping:
-            raise Stopped(self.stop.requested or "another process", f"go on with: {self.run.resume_command}")
+            raise Stopped(
+                self.stop.requested or "another process", f"go on with: {self.run.resume_command}"
+            )
 
     def save(self) -> None:
         """Save the state."""
@@ -159,7 +165,9 @@ class Autosave:
         for value in torch.stack(self.unread).tolist() if self.unread else []:
             if not math.isfinite(value):
                 epoch = self.progress.epoch
-                raise UserError(f"the loss is {value} at epoch {epoch}, step {len(losses)}: lower the learning rate")
+                raise UserError(
+                    f"the loss is {value} at epoch {epoch}, step {len(losses)}: lower the learning rate"
+                )
             losses.append(value)
         self.unread.clear()
         return sum(losses) / max(1, len(losses))

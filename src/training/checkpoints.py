@@ -57,12 +57,20 @@ class Checkpoints:
         """
         if self.kept == "nothing":
             return None
-        name = next(iter(self.best_names.values())) if self.kept == "best" else f"{self.prefix}_{last_epoch}"
+        name = (
+            next(iter(self.best_names.values()))
+            if self.kept == "best"
+            else f"{self.prefix}_{last_epoch}"
+        )
         return self.folder / f"{name}.pt"
 
     def update(self, epoch: int, metrics: dict[str, float]) -> None:
         """Remember and save what this validation made the best, or every epoch's weights where all are kept."""
-        improved = [metric for metric in self.best_names if metrics[metric] > self.best.get(metric, float("-inf"))]
+        improved = [
+            metric
+            for metric in self.best_names
+            if metrics[metric] > self.best.get(metric, float("-inf"))
+        ]
         for metric in improved:
             self.best[metric] = metrics[metric]
         if not distributed.is_main():
@@ -71,7 +79,11 @@ class Checkpoints:
             for metric in improved:
                 self._save(self.best_names[metric], epoch, {metric: metrics[metric]})
         elif self.kept == "every epoch":
-            self._save(f"{self.prefix}_{epoch}", epoch, {metric: metrics[metric] for metric in self.best_names})
+            self._save(
+                f"{self.prefix}_{epoch}",
+                epoch,
+                {metric: metrics[metric] for metric in self.best_names},
+            )
 
     def rewind(self, best: dict[str, float]) -> None:
         """Go back to the best values that a saved state has.
@@ -89,7 +101,12 @@ class Checkpoints:
                 self.best[metric] = max(value, best.get(metric, value))
 
     def _save(self, name: str, epoch: int, metrics: dict[str, float]) -> None:
-        content = {"epoch": epoch, self.key: self.module.state_dict(), "config": self.config, "metrics": metrics}
+        content = {
+            "epoch": epoch,
+            self.key: self.module.state_dict(),
+            "config": self.config,
+            "metrics": metrics,
+        }
         save_tensors(self.folder / f"{name}.pt", content)
 
 

@@ -64,7 +64,9 @@ def backward(
         penalty: what is added to the loss, from a third output of the model; not with micro-batches.
     """
     if micro_batch is None or micro_batch >= len(inputs[0]):
-        return _whole_step(model, inputs, target_ids, precision=precision, scaler=scaler, penalty=penalty)
+        return _whole_step(
+            model, inputs, target_ids, precision=precision, scaler=scaler, penalty=penalty
+        )
     chunks = list(zip(*(tensor.split(micro_batch) for tensor in inputs), strict=True))
     with torch.no_grad(), precision.autocast():
         encoded = [model(*chunk) for chunk in chunks]
@@ -74,7 +76,9 @@ def backward(
         loss = global_loss(queries, targets, target_ids)
     scaled = scaler.scale(loss * distributed.world_size())  # see `_whole_step`
     query_gradient, target_gradient = torch.autograd.grad(scaled, (queries, targets))
-    gradients = zip(query_gradient.split(micro_batch), target_gradient.split(micro_batch), strict=True)
+    gradients = zip(
+        query_gradient.split(micro_batch), target_gradient.split(micro_batch), strict=True
+    )
     for number, (chunk, chunk_gradients) in enumerate(zip(chunks, gradients, strict=True), start=1):
         is_last = number == len(chunks)
         with contextlib.nullcontext() if is_last else _unsynced(model):
@@ -116,4 +120,6 @@ def _backward_from(features: Sequence[Tensor], gradients: Sequence[Tensor]) -> N
 
 def _unsynced(model: nn.Module) -> contextlib.AbstractContextManager:
     """Let a parallel module keep its gradients to itself; the last chunk shares the sum of all."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+    return (
+        model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+    )

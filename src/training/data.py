@@ -104,10 +104,14 @@ def read_training_data(
     train = benchmark.train()
     val = benchmark.val()
     texts = [benchmark.caption_variants(triplet.captions) for triplet in train.triplets]
-    order = Order(triplets=len(train.triplets), variants=len(texts[0]), batch_size=batch_size, seed=seed)
+    order = Order(
+        triplets=len(train.triplets), variants=len(texts[0]), batch_size=batch_size, seed=seed
+    )
     share = batch_size // distributed.world_size()
     if micro_batch_size is not None and micro_batch_size > share:
-        raise UserError(f"--micro-batch-size {micro_batch_size} is larger than a process's batch of {share}: lower it")
+        raise UserError(
+            f"--micro-batch-size {micro_batch_size} is larger than a process's batch of {share}: lower it"
+        )
     announce(benchmark.excluded, [train, *val])
     check_images_exist([train, *val])
     return TrainingData(benchmark=benchmark, train=train, val=val, texts=texts, order=order)

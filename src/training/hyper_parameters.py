@@ -19,10 +19,14 @@ def read_hyper_parameters(folder: Path) -> Settings:
     """The hyper-parameters of a run's folder. Raises UserError where it is none."""
     file = folder / HYPER_PARAMETERS
     if not file.is_file():
-        raise UserError(f"--resume {folder} is no folder of a run: it has no {HYPER_PARAMETERS}; name another")
+        raise UserError(
+            f"--resume {folder} is no folder of a run: it has no {HYPER_PARAMETERS}; name another"
+        )
     content = read_json(file, "the script that began the training")
     if not isinstance(content, dict):
-        raise UserError(f"--resume {folder}: {file} is damaged (no JSON object): copy the run's folder again")
+        raise UserError(
+            f"--resume {folder}: {file} is damaged (no JSON object): copy the run's folder again"
+        )
     return Settings.read(content)
 
 
@@ -47,7 +51,9 @@ def started_with(folder: Path, settings: Settings) -> Settings:
             )
     for name, reason in DIGESTS.items():
         if started.data.get(name) != now.data.get(name):
-            raise UserError(f"--resume {folder}: {reason} than when the run was started: put those back")
+            raise UserError(
+                f"--resume {folder}: {reason} than when the run was started: put those back"
+            )
     if started.versions != now.versions:
         logger.warning(
             "warning: %s was started with %s, now it is %s: numbers may differ",

@@ -33,9 +33,13 @@ class CachedImages:
         try:
             self.pixels = np.load(file, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"--image-cache: {file} is truncated or damaged ({error}): delete it") from None
+            raise UserError(
+                f"--image-cache: {file} is truncated or damaged ({error}): delete it"
+            ) from None
         if self.pixels.shape != shape or self.pixels.dtype != np.uint8:
-            raise UserError(f"--image-cache: {file} has shape {self.pixels.shape}, expected {shape}: delete it")
+            raise UserError(
+                f"--image-cache: {file} has shape {self.pixels.shape}, expected {shape}: delete it"
+            )
 
     def __reduce__(self) -> tuple:
         """Let worker processes open the file again. A memory map would be pickled as a copy of all its content."""
@@ -69,7 +73,9 @@ def open_image_cache(
     return CachedImages(file, paths, shape)
 
 
-def _fill(file: Path, paths: list[Path], read: Reader, *, shape: tuple[int, ...], workers: int) -> None:
+def _fill(
+    file: Path, paths: list[Path], read: Reader, *, shape: tuple[int, ...], workers: int
+) -> None:
     """Decode all images into a temporary file, which takes the place of `file` when it is whole."""
     chunks = []
     for start in range(0, len(paths), DECODED_AT_ONCE):
@@ -80,7 +86,9 @@ def _fill(file: Path, paths: list[Path], read: Reader, *, shape: tuple[int, ...]
             _announce(file, shape)
             pixels = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=shape)
             _reserve(unfinished)
-            with tqdm(total=len(paths), desc="decoding images", unit="img", leave=False, disable=None) as bar:
+            with tqdm(
+                total=len(paths), desc="decoding images", unit="img", leave=False, disable=None
+            ) as bar:
                 for rows, batch in zip(chunks, batches, strict=True):
                     pixels[rows[0] : rows[-1] + 1] = batch.numpy()
                     bar.update(len(rows))

@@ -29,7 +29,9 @@ READ_EVERY = 10  # steps between two looks at the losses: each look waits for th
 
 Weights = TypeVar("Weights", bound=nn.Module)
 Batch = tuple[list[Tensor], Tensor]  # the model's inputs (b, ...) each, and the targets' ids (b,)
-Batches = Callable[[int, int], Iterable[Batch]]  # epoch, first step -> the epoch's batches from there on
+Batches = Callable[
+    [int, int], Iterable[Batch]
+]  # epoch, first step -> the epoch's batches from there on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +60,22 @@ class Task:
     router: Callable[[], dict[str, float]] | None = None
 
 
-def trainable(model: nn.Module, device: torch.device, *, compiled: bool, some_unused: bool = False) -> nn.Module:
+def trainable(
+    model: nn.Module, device: torch.device, *, compiled: bool, some_unused: bool = False
+) -> nn.Module:
     """The model, compiled if asked for, and parallel if there are several processes (see `distributed.parallel`)."""
     if compiled:
-        model = cast(nn.Module, torch.compile(model))  # which is a module again, as its types do not say
+        model = cast(
+            nn.Module, torch.compile(model)
+        )  # which is a module again, as its types do not say
     return distributed.parallel(model, device, some_unused)
 
 
 def average(module: nn.Module, decay: float | None) -> AveragedModel | None:
     """A copy of the module that will follow it as an exponential moving average; None without a decay."""
-    return None if decay is None else AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    return (
+        None if decay is None else AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    )
 
 
 def measured_weights(module: Weights, averaged: AveragedModel | None) -> Weights:
@@ -165,9 +173,13 @@ def fit(
                 run_epoch(task, stepper, autosave)
             autosave.finish()
     except DiskError as error:
-        raise UserError(f"{error}; the last good state is {autosave.saved}; go on with: {run.resume_command}") from None
+        raise UserError(
+            f"{error}; the last good state is {autosave.saved}; go on with: {run.resume_command}"
+        ) from None
     except KeyboardInterrupt:
-        logger.warning("the last saved state is %s; go on with: %s", autosave.saved, run.resume_command)
+        logger.warning(
+            "the last saved state is %s; go on with: %s", autosave.saved, run.resume_command
+        )
         raise
 
 
@@ -187,7 +199,9 @@ def run_epoch(task: Task, stepper: Stepper, autosave: Autosave) -> None:
         autosave.checkpoints.update(epoch, metrics)
         run.draw()
         best = _best_so_far(metrics, autosave.checkpoints.best)
-        logger.info("epoch %d: %s", epoch, f"loss {loss:.4f}, {best}, {time.monotonic() - start:.1f} s")
+        logger.info(
+            "epoch %d: %s", epoch, f"loss {loss:.4f}, {best}, {time.monotonic() - start:.1f} s"
+        )
     progress.epoch = epoch + 1
     progress.losses = []
     autosave.save_if_due(epoch_ends=True)
@@ -204,7 +218,9 @@ def train_one_epoch(task: Task, stepper: Stepper, autosave: Autosave) -> float:
     done = len(autosave.progress.losses)
     hidden = None if distributed.is_main() else True
     batches = task.batches(epoch, done)
-    with tqdm(batches, f"epoch {epoch}", task.steps, initial=done, leave=False, disable=hidden) as bar:
+    with tqdm(
+        batches, f"epoch {epoch}", task.steps, initial=done, leave=False, disable=hidden
+    ) as bar:
         for step, (inputs, target_ids) in enumerate(bar, start=done + 1):
             autosave.unread.append(stepper.step(inputs, target_ids))
             if step % READ_EVERY == 0:
@@ -229,5 +245,8 @@ def _validate(task: Task, autosave: Autosave) -> dict[str, float]:
 
 def _best_so_far(metrics: dict[str, float], best: dict[str, float]) -> str:
     """The metrics that select checkpoints, each with its best value so far."""
-    parts = [f"{name} {two_decimals(metrics[name])} (best {two_decimals(value)})" for name, value in best.items()]
+    parts = [
+        f"{name} {two_decimals(metrics[name])} (best {two_decimals(value)})"
+        for name, value in best.items()
+    ]
     return ", ".join(parts)

@@ -56,7 +56,10 @@ class Run:
 
     def locked(self) -> contextlib.AbstractContextManager:
         """Keep other processes out of the folder while this one trains in it."""
-        return locked(self.folder, f"--resume {self.folder}: another process trains in it: stop that one first")
+        return locked(
+            self.folder,
+            f"--resume {self.folder}: another process trains in it: stop that one first",
+        )
 
     def record(self, kind: str, epoch: int, metrics: dict[str, float]) -> None:
         """Add a row to `{kind}_metrics.csv`; it takes the place of one that the epoch had before an interruption."""
@@ -163,7 +166,9 @@ def _renamed(new: Path, folder: Path) -> Path:
             raise FileExistsError from None
         if isinstance(error, FileExistsError | NotADirectoryError):
             raise
-        raise UserError(f"--output-dir {folder.parent}: cannot make {folder} ({error.strerror})") from None
+        raise UserError(
+            f"--output-dir {folder.parent}: cannot make {folder} ({error.strerror})"
+        ) from None
 
 
 def claim_folder(parent: Path, name: str, config: Mapping[str, Any], resumed: Path | None) -> Path:

@@ -17,7 +17,11 @@ class Precision:
     device: torch.device
 
     def __post_init__(self) -> None:
-        if self.name == "bf16" and self.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        if (
+            self.name == "bf16"
+            and self.device.type == "cuda"
+            and not torch.cuda.is_bf16_supported(False)
+        ):
             raise UserError("--precision bf16: this GPU has no bfloat16; choose amp or fp32")
 
     @property

@@ -34,7 +34,9 @@ class SumFeatures(nn.Module):
 
     def forward(self, references: Tensor, targets: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Images (b, 3, R, R) uint8 twice, tokens (b, 77) -> queries (b, D), targets (b, D); images in one pass."""
-        images = self.clip_model.encode_image(normalise(torch.cat([references, targets])))  # (2b, D)
+        images = self.clip_model.encode_image(
+            normalise(torch.cat([references, targets]))
+        )  # (2b, D)
         reference_features, target_features = images.chunk(2)
         queries = compose_sum(reference_features, self.clip_model.encode_text(tokens))
         return queries, F.normalize(target_features, dim=-1)
@@ -77,7 +79,9 @@ def triplet_batches(encoder: Encoder, data: TrainingData) -> Batches:
     """Batches of reference and target images (b, 3, R, R) uint8 and caption tokens (b, 77), with target ids (b,)."""
     triplets = data.train.triplets
     paths = data.train.image_paths
-    images = TripletImages([(paths[t.reference], paths[t.known_target]) for t in triplets], encoder.read)
+    images = TripletImages(
+        [(paths[t.reference], paths[t.known_target]) for t in triplets], encoder.read
+    )
     tokens = torch.stack([tokenize(variants) for variants in data.texts])  # (T, V, 77)
     target_rows = torch.tensor(data.train.target_rows)  # (T,)
 
@@ -110,7 +114,9 @@ def sum_validation(
         galleries = kept if kept is not None else encode_galleries()
         frozen = []
         for split, images in zip(data.val, galleries, strict=True):
-            captions = encoder.captions([data.benchmark.caption(triplet.captions) for triplet in split.triplets])
+            captions = encoder.captions(
+                [data.benchmark.caption(triplet.captions) for triplet in split.triplets]
+            )
             frozen.append(FrozenSplit(split=split, images=images, captions=captions.unsqueeze(1)))
         return measure(frozen)
 
@@ -120,6 +126,10 @@ def sum_validation(
 def with_image_cache(encoder: Encoder, folder: Path, splits: Sequence[Split]) -> Encoder:
     """The encoder with images from a cache instead of decoded ones; the cache is filled now unless it is there."""
     cached = open_image_cache(
-        folder, all_paths(splits), encoder.read, recipe=encoder.image_recipe(), workers=encoder.workers
+        folder,
+        all_paths(splits),
+        encoder.read,
+        recipe=encoder.image_recipe(),
+        workers=encoder.workers,
     )
     return dataclasses.replace(encoder, read=cached)

@@ -83,12 +83,17 @@ def feature_batches(frozen: FrozenSplit, order: Order) -> Batches:
         for rows, variants in zip(*tables, strict=True):
             references = frozen.images[frozen.reference_rows[rows]]
             target_rows = frozen.target_rows[rows]
-            yield [references, frozen.captions[rows, variants], normalised[target_rows]], target_rows
+            yield (
+                [references, frozen.captions[rows, variants], normalised[target_rows]],
+                target_rows,
+            )
 
     return batches
 
 
-def router_report(combiner: Composer, frozen: Sequence[FrozenSplit]) -> Callable[[], dict[str, float]]:
+def router_report(
+    combiner: Composer, frozen: Sequence[FrozenSplit]
+) -> Callable[[], dict[str, float]]:
     """() -> what the router does with the validation queries of all splits, dropout off."""
 
     @torch.no_grad()

@@ -29,7 +29,9 @@ class CometTracker(NoTracker):
         self.failures = (comet_ml.exceptions.CometException, OSError, ValueError, RuntimeError)
         self.experiment = None
         try:
-            self.experiment = comet_ml.Experiment(api_key=api_key, workspace=workspace, project_name=PROJECT)
+            self.experiment = comet_ml.Experiment(
+                api_key=api_key, workspace=workspace, project_name=PROJECT
+            )
             if name:
                 self.experiment.set_name(name)
         except self.failures as error:
@@ -63,12 +65,16 @@ def make_tracker(api_key: str | None, workspace: str | None, name: str | None) -
     if not api_key and not workspace:
         return NoTracker()
     if not (api_key and workspace):
-        raise UserError("--api-key and --workspace go together: give both to track with Comet, or neither")
+        raise UserError(
+            "--api-key and --workspace go together: give both to track with Comet, or neither"
+        )
     try:
         import comet_ml
         import comet_ml.exceptions
     except ImportError:
-        raise UserError("--api-key: comet-ml is not installed: pip install comet-ml, or leave the flag out") from None
+        raise UserError(
+            "--api-key: comet-ml is not installed: pip install comet-ml, or leave the flag out"
+        ) from None
     if not distributed.is_main():
         return NoTracker()
     return CometTracker(comet_ml, api_key=api_key, workspace=workspace, name=name)
