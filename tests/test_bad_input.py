@@ -144,6 +144,7 @@ def test_a_repeated_pair_id(own_drawn, name, fails):
 # Images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text"])
 @pytest.mark.parametrize("workers", [0, 2])
@@ -361,6 +362,7 @@ def test_metrics_cannot_be_written_below_a_file(tmp_path, golden, fails, name):
     assert "--metrics-json" in fails("validate", golden, *CIRR, *SUM, *name, "--metrics-json", tmp_path / "file" / "m")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path, tmp_path_factory, start):
     """With the kernel refusing files above a size, as a full disk refuses them."""
     code = """
@@ -403,6 +405,7 @@ def test_a_similarity_that_is_not_finite_stops_the_evaluation(golden, tmp_path, 
     assert "not finite" in fails("validate", golden, *CIRR, *SUM, *flags)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_whole_files(drawn, name, tmp_path, start):
     flags = [*CIRR, *name, *STAGE_2.split(), "--no-feature-cache", "--num-epochs", 100_000, "--data-root", drawn]
     process = start(SRC / "combiner_train.py", *flags, "--output-dir", tmp_path / "runs")

@@ -240,6 +240,7 @@ def test_what_exclusions_do_to_others_is_said(excluded, own_drawn, run, tmp_path
     assert "2 images of --exclusions are in no split that is used here: train-0-0-img1, a typo" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage_1", "stage_2"])
 def test_training_says_what_it_left_out(stage, excluded, own_drawn, request, fails, caplog):
     train = request.getfixturevalue(stage)
@@ -254,6 +255,7 @@ def test_training_says_what_it_left_out(stage, excluded, own_drawn, request, fai
     assert len(read_csv(folder / "validation_metrics.csv")["epoch"]) == 2
 
 
+@pytest.mark.slow
 def test_nothing_excluded_changes_nothing(own_drawn, drawn, stage_2, tmp_path):
     (tmp_path / "none.json").write_text('{"dataset": "CIRR", "images": {"elsewhere": "missing"}}')
     first = stage_2("CIRR", output="a")

@@ -196,6 +196,7 @@ def test_other_datasets_and_other_files_are_refused(result, tmp_path, capsys):
         assert str(other) in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_several_seeds_in_one_command(stage_2, run, drawn, compared, capsys, tmp_path):
     """--seeds trains what as many commands would, and its report is theirs."""
     folder = stage_2("CIRR", "--seeds", 0, 3, "--save-best")

@@ -50,6 +50,7 @@ def clip_step(golden, name: str, encoder: str, micro_batch: int | None, checkpoi
     return loss, {name: p.grad for name, p in model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", ["both", "text", "image"])
 @pytest.mark.parametrize("name", ["clip_vit.pt", "clip_rn.pt"])
 @pytest.mark.parametrize("way", [{"micro_batch": 3}, {"micro_batch": 1}, {"micro_batch": 2, "checkpointed": True}])
@@ -210,6 +211,7 @@ def test_shares_of_a_batch_are_its_rows_in_order(monkeypatch):
     assert torch.equal(torch.cat([own for _, own in shares], 1), variants)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -225,6 +227,7 @@ def test_the_options_of_stage_1_run(flags, stage_1):
     assert len(list((folder / "saved_models").iterdir())) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -242,6 +245,7 @@ def test_the_options_of_stage_2_run(flags, stage_2, monkeypatch):
     assert "output_layer.weight" in content["Combiner"]  # no prefix of a wrapper
 
 
+@pytest.mark.slow
 def test_the_average_is_what_is_saved_and_measured(stage_1, run, drawn, tmp_path):
     folder = stage_1("CIRR", "--ema-decay", "0.5")
     weights = folder / "saved_models" / "tuned_clip_1"

@@ -9,6 +9,8 @@ import torch
 from conftest import ROOT, STAGE_2, read_csv
 from forks import Script, torchrun
 
+pytestmark = pytest.mark.slow
+
 STAGE_1 = "--num-epochs 2 --learning-rate 1e-4 --batch-size 12 --save-training --encoder both"
 
 
@@ -98,21 +100,12 @@ def test_validation_and_submission(golden, launch, tmp_path):
     expected = next(e for e in entries if e["args"][1] == "CIRR" and "combiner_moe_cirr.pt" in e["args"])
     metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert {name: metrics[name] for name in expected["metrics"]} == pytest.approx(expected["metrics"], abs=1e-3)
-    done = launch(
-        2,
-        "cirr_test_submission",
-        "--submission-name",
-        "moe",
-        *shared,
-        "--output-dir",
-        tmp_path,
-        "--similarity-block",
-        7,
-        fresh=True,
-    )
-    assert done.returncode == 0, done.stderr
-    for name in ("recall_submission_moe.json", "recall_subset_submission_moe.json"):
-        assert (tmp_path / name).read_text() == (golden / name).read_text()
+    words = ["cirr_test_submission", "--submission-name", "moe", *shared, "--similarity-block", 7]
+    for processes in (1, 2):
+        done = launch(processes, *words, "--output-dir", tmp_path / str(processes), fresh=processes == 1)
+        assert done.returncode == 0, done.stderr
+        for name in ("recall_submission_moe.json", "recall_subset_submission_moe.json"):
+            assert (tmp_path / str(processes) / name).read_text() == (golden / name).read_text()
 
 
 def test_bad_input_is_said_once_by_each_process(golden, launch):

@@ -17,6 +17,8 @@ from models.clip_model import load_clip
 from training import tracker
 from twins import DefinedCombiner
 
+pytestmark = pytest.mark.slow
+
 FIQ_METRICS = [f"{c}_recall_at{k}" for c in ("dress", "toptee", "shirt") for k in (10, 50)]
 FIQ_METRICS += ["average_recall_at10", "average_recall_at50", "average_recall"]
 CIRR_METRICS = [f"group_recall_at{k}" for k in (1, 2, 3)] + [f"recall_at{k}" for k in (1, 5, 10, 50)]

@@ -30,6 +30,8 @@ from runtime.tensors import load_tensors
 from training.autosave import load_state, save_state
 from utils import UserError
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 QUIET = settings(
     max_examples=3000 if SOAK else 150,

@@ -82,6 +82,7 @@ def golden_split_similarity(golden, split, benchmark, combiner: str | None) -> t
     return torch.cat([block for _, block in similarity_blocks(frozen, compose)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(3))
 def test_full_batch_fine_tuning_gives_the_losses_of_the_original(number, golden, expected, run):
     entry = expected["stage1_full_batch"][number]

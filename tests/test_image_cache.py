@@ -119,6 +119,7 @@ def test_an_image_that_fails_to_decode_leaves_no_cache(paths, tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_training_from_the_cache_gives_the_same_numbers(stage_1, tmp_path, fails, drawn):
     flags = ["--image-cache", tmp_path / "images"]
     plain, cold, warm = stage_1("CIRR"), stage_1("CIRR", *flags, output="cold"), stage_1("CIRR", *flags, output="warm")

@@ -23,17 +23,20 @@ from training.checkpoints import Checkpoints
 from training.run import Run, make_folder
 from training.tracker import NoTracker
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("number", range(4))
 def test_killed_at_any_point_a_run_ends_like_one_that_never_was(number, drawn, tmp_path):
     """A dozen kills of both stages on both layouts; `make soak` does a hundred."""
-    name, door, argv = kills.scenarios(drawn)[number]
+    name, door, argv = kills.scenarios(drawn, long=SOAK)[number]
     warm_up()
     start = time.monotonic()
     kills.run_to_the_end(door, [*argv, "--output-dir", str(tmp_path / "whole")], tmp_path / "whole.log")
     longest = time.monotonic() - start
     whole = kills.the_run(tmp_path / "whole")
-    tally = kills.survive(door, argv, whole, tmp_path, 25 if SOAK else 3, longest, seed=number)
+    most, syncs = (25, 60) if SOAK else (3, 20)
+    tally = kills.survive(door, argv, whole, tmp_path, most, longest, syncs, seed=number)
     found = {"kills": tally.kills, "trainings": tally.rounds, "files read after kills": tally.files_read}
     found |= {"unreadable files": len(tally.unreadable), "differences": len(tally.differences)}
     CASES.update({(f"killed, {name}", outcome): count for outcome, count in found.items()})
@@ -390,19 +393,19 @@ def test_a_signal_saves_and_ends_with_the_command_to_resume(number, door, settin
 
 @pytest.mark.parametrize(
     ("door", "settings"),
-    [("combiner_train", f"{STAGE_2} --seeds 0 1 --num-epochs 6"), ("clip_fine_tune", f"{STAGE_1} --num-epochs 7")],
+    [("combiner_train", f"{STAGE_2} --seeds 0 1 --num-epochs 5"), ("clip_fine_tune", f"{STAGE_1} --num-epochs 5")],
 )
 def test_torchrun_killed_and_told_to_stop(door, settings, drawn, tmp_path, start):
     """Two processes, killed in the middle, resumed, told to stop, resumed: as if nothing had been.
 
     Should the kill or the request come late, the last epoch waits for it.
     """
-    flags = ["--num-workers", 0, "--batch-size", 4, "--validation-frequency", 3]
+    flags = ["--num-workers", 0, "--batch-size", 8, "--validation-frequency", 3]
     often = ["--checkpoint-every-minutes", 1e-9]
     words = [command(drawn, tmp_path / name, *flags, door=door, settings=settings) for name in ("whole", "killed")]
     process = start(*torchrun(2), *words[0])
     assert process.wait() == 0, process.stderr
-    process = start(*torchrun(2), *words[1], *often, hold=5)
+    process = start(*torchrun(2), *words[1], *often, hold=4)
     run = wait_for_epochs(process, tmp_path / "killed", 2)
     processes = family(process.pid)
     assert len(processes) == 3  # torchrun and both of its processes
@@ -411,8 +414,8 @@ def test_torchrun_killed_and_told_to_stop(door, settings, drawn, tmp_path, start
     kills.read_everything(run, tally)
     assert tally.unreadable == []
     resumption = [f"src/{door}.py", "--resume", run]
-    process = start(*torchrun(2), *resumption, hold=5)
-    wait_for_epochs(process, tmp_path / "killed", 4)
+    process = start(*torchrun(2), *resumption, hold=4)
+    wait_for_epochs(process, tmp_path / "killed", 3)
     process.send_signal(signal.SIGTERM)  # which torchrun passes on
     process.wait()
     assert f"go on with: torchrun --nproc-per-node 2 src/{door}.py --resume {run}" in process.stderr

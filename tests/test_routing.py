@@ -81,6 +81,7 @@ def test_the_penalty_adds_its_gradient_and_not_its_value():
         torch.testing.assert_close(gradient, dict(model.named_parameters())[name].grad)
 
 
+@pytest.mark.slow
 def test_statistics_of_every_epoch_stand_beside_the_validations(stage_2):
     folder = stage_2("CIRR", "--num-epochs", 3, "--validation-frequency", 2, "--num-experts", 3)
     rows = read_csv(folder / "router_metrics.csv")
@@ -90,6 +91,7 @@ def test_statistics_of_every_epoch_stand_beside_the_validations(stage_2):
     assert not (stage_2("CIRR", "--combiner-type", "clip4cir", output="plain") / "router_metrics.csv").exists()
 
 
+@pytest.mark.slow
 def test_the_losses_change_the_training_and_balance_the_load(stage_2):
     plain = read_csv(stage_2("CIRR", "--num-epochs", 30, output="a") / "router_metrics.csv")
     flags = ["--num-epochs", 30, "--load-balancing-weight", 3, "--router-z-weight", 0.01]
@@ -97,6 +99,7 @@ def test_the_losses_change_the_training_and_balance_the_load(stage_2):
     assert steered["load_entropy"][-1] > plain["load_entropy"][-1]
 
 
+@pytest.mark.slow
 def test_off_by_default(stage_2):
     zero = ["--load-balancing-weight", 0, "--router-z-weight", "0.0"]
     files = [stage_2("CIRR", *flags, output=name) / "train_metrics.csv" for name, flags in (("a", []), ("b", zero))]

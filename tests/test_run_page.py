@@ -22,6 +22,7 @@ def commands(page: str) -> dict[str, str]:
     return {purpose: html.unescape(line) for purpose, line in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage_1", "stage_2"])
 @pytest.mark.parametrize("best", [[], ["--save-best"]])
 def test_a_run_has_its_curves_and_its_page(stage, best, request, tmp_path, drawn):

@@ -330,6 +330,7 @@ def test_a_damaged_index_is_named(part, damage, index, ask, tmp_path, capsys):
 # Answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("composed", [False, True])
 @pytest.mark.parametrize("dataset", ["CIRR", "FashionIQ"])
 def test_answers_equal_validates_ranking_of_the_same_gallery(dataset, composed, golden, run, index, ask, tmp_path):
@@ -408,7 +409,7 @@ def test_a_query_takes_milliseconds_when_the_index_is_open():
     index = vectors.build(gallery, "flat")
     query = vectors.normalised(clustered(1, dim=64, seed=2))
     vectors.search(index, gallery, query, 10)
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(10):
         vectors.search(index, gallery, query, 10)
-    assert (time.perf_counter() - start) / 10 < 0.1
+    assert (time.process_time() - start) / 10 < 0.1

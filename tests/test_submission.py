@@ -123,6 +123,7 @@ def test_files_that_cannot_be_read(text, check, cirr, tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sum", "moe"])
 def test_val_files_score_as_validate_measures(kind, run, golden, tmp_path, capsys, check):
     pair = ["--clip-model-name", golden / "clip_vit.pt", "--clip-model-path", golden / "tuned_clip_vit.pt"]
