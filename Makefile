@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo app test soak bench lint types format architecture clean
+.PHONY: demo app test quick soak bench lint types format architecture clean
 
 demo: $(VENV)/runtime-installed
 	$(BIN)/python src/demo.py
@@ -17,6 +17,9 @@ app: $(VENV)/app-installed
 
 test: $(VENV)/dev-installed
 	$(BIN)/python -m pytest tests
+
+quick: $(VENV)/dev-installed
+	$(BIN)/python -m pytest -m "not slow" tests
 
 soak: $(VENV)/dev-installed
 	SOAK=1 $(BIN)/python -m pytest tests/test_resume.py tests/test_fuzz.py -k "killed_at_any_point or fuzz"

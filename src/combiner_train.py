@@ -144,19 +144,18 @@ def train(
         penalty=router_penalty(args.load_balancing_weight, args.router_z_weight, combiner.top_k),
         measure=functools.partial(evaluate, benchmark, stage.val, block=args.similarity_block),
     )
-    checkpoints = Checkpoints(
-        folder,
-        measured,
-        key="Combiner",
-        prefix="combiner",
-        best_names=benchmark.best_combiners(),
-        config=settings.on_disk(),
-        kept=training.kept_weights(args),
-    )
     training.fit_as_asked(
         args,
         task,
-        checkpoints,
+        Checkpoints(
+            folder,
+            measured,
+            key="Combiner",
+            prefix="combiner",
+            best_names=benchmark.best_combiners(),
+            config=settings.on_disk(),
+            kept=training.kept_weights(args),
+        ),
         folder=folder,
         resumed_by=resumed_by,
         benchmark=benchmark,

@@ -16,7 +16,9 @@ from hypothesis import settings
 
 from forks import ROOT, Script, cool_down
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded: two threads wait for each other at tensors so small
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch is loaded: two threads wait for each other at tensors so small
+)
 SOAK = os.environ.get("SOAK") == "1"  # `make soak`: many more cases
 CASES: Counter[tuple[str, str]] = Counter()  # (what was tried, outcome) -> cases
 settings.register_profile("anywhere", deadline=None)  # a busy machine fails no test
@@ -84,7 +86,15 @@ def run(tmp_path):
 
     def run(door: str, data_root: Path, *flags: object, output: str = "out") -> Path:
         folder = tmp_path / output
-        argv = ["--data-root", str(data_root), "--device", "cpu", "--num-workers", "0", *map(str, flags)]
+        argv = [
+            "--data-root",
+            str(data_root),
+            "--device",
+            "cpu",
+            "--num-workers",
+            "0",
+            *map(str, flags),
+        ]
         DOORS[door](argv if door == "validate" else ["--output-dir", str(folder), *argv])
         return folder
 
@@ -124,7 +134,9 @@ def start(tmp_path_factory):
         process.end()
 
 
-STAGE_1 = "--num-epochs 2 --learning-rate 1e-4 --batch-size 12 --validation-frequency 1 --save-training"
+STAGE_1 = (
+    "--num-epochs 2 --learning-rate 1e-4 --batch-size 12 --validation-frequency 1 --save-training"
+)
 STAGE_2 = (
     "--num-epochs 2 --combiner-lr 1e-3 --batch-size 12 --validation-frequency 1 --save-training "
     "--projection-dim 16 --hidden-dim 24"
@@ -135,9 +147,20 @@ STAGE_2 = (
 def stage_1(run, drawn):
     """Train stage 1 briefly on a drawn benchmark; returns the run folder."""
 
-    def stage_1(dataset: str, *flags: object, data_root: Path = drawn, output: str = "clip") -> Path:
+    def stage_1(
+        dataset: str, *flags: object, data_root: Path = drawn, output: str = "clip"
+    ) -> Path:
         name = ["--clip-model-name", drawn / "tiny_clip_vit.pt"]
-        folder = run("clip_fine_tune", data_root, "--dataset", dataset, *name, *STAGE_1.split(), *flags, output=output)
+        folder = run(
+            "clip_fine_tune",
+            data_root,
+            "--dataset",
+            dataset,
+            *name,
+            *STAGE_1.split(),
+            *flags,
+            output=output,
+        )
         (only,) = folder.iterdir()
         return only
 
@@ -148,9 +171,25 @@ def stage_1(run, drawn):
 def stage_2(run, drawn, tmp_path):
     """Train stage 2 briefly on a drawn benchmark; returns the run folder."""
 
-    def stage_2(dataset: str, *flags: object, data_root: Path = drawn, output: str = "combiner") -> Path:
-        fixed = ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--feature-cache", tmp_path / "features"]
-        folder = run("combiner_train", data_root, "--dataset", dataset, *fixed, *STAGE_2.split(), *flags, output=output)
+    def stage_2(
+        dataset: str, *flags: object, data_root: Path = drawn, output: str = "combiner"
+    ) -> Path:
+        fixed = [
+            "--clip-model-name",
+            drawn / "tiny_clip_vit.pt",
+            "--feature-cache",
+            tmp_path / "features",
+        ]
+        folder = run(
+            "combiner_train",
+            data_root,
+            "--dataset",
+            dataset,
+            *fixed,
+            *STAGE_2.split(),
+            *flags,
+            output=output,
+        )
         (only,) = folder.iterdir()
         return only
 

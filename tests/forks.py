@@ -21,7 +21,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [str(ROOT / "tests"), str(ROOT / "src")]
-HANG = 900  # seconds after which a test gives up on what must happen; how busy a machine is takes less
+HANG = (
+    900  # seconds after which a test gives up on what must happen; how busy a machine is takes less
+)
 PACKAGES = ["torch", "torchvision", "clip", "pandas", "matplotlib.pyplot", "torch.distributed.run"]
 SCRIPTS = ["clip_fine_tune", "combiner_train", "validate", "cirr_test_submission"]
 LOADED_BY_SCRIPTS = ["evaluation.submit", "training.run", "training.stage1", "training.stage2"]
@@ -32,7 +34,10 @@ CONTEXT.set_forkserver_preload([*PACKAGES, *SCRIPTS, *LOADED_BY_SCRIPTS, "kills"
 def warm_up() -> None:
     """Start what processes are forked from, if it is not there yet. It loads, and computes nothing."""
     before = os.environ.copy()
-    os.environ |= {"PYTHONPATH": os.pathsep.join(SOURCES), "OMP_NUM_THREADS": "1"}  # for that process, and no fresh one
+    os.environ |= {
+        "PYTHONPATH": os.pathsep.join(SOURCES),
+        "OMP_NUM_THREADS": "1",
+    }  # for that process, and no fresh one
     try:
         forkserver.ensure_running()
     finally:
@@ -63,7 +68,9 @@ class Script:
         hold: an epoch at which a forked training waits until it is killed or told to stop.
     """
 
-    def __init__(self, words: list[object], folder: Path, fresh: bool = False, hold: int | None = None) -> None:
+    def __init__(
+        self, words: list[object], folder: Path, fresh: bool = False, hold: int | None = None
+    ) -> None:
         self.files = [folder / "stdout", folder / "stderr"]
         for file in self.files:
             file.touch()
@@ -90,7 +97,11 @@ class Script:
     @property
     def returncode(self) -> int | None:
         """The exit code, or minus the signal that it died of; None while it runs."""
-        return self._process.poll() if isinstance(self._process, subprocess.Popen) else self._process.exitcode
+        return (
+            self._process.poll()
+            if isinstance(self._process, subprocess.Popen)
+            else self._process.exitcode
+        )
 
     @property
     def stdout(self) -> str:
@@ -159,7 +170,9 @@ def become(words: list[str], environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
-    multiprocessing.set_start_method(None, force=True)  # a fresh process's own, which starts the workers of loaders
+    multiprocessing.set_start_method(
+        None, force=True
+    )  # a fresh process's own, which starts the workers of loaders
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -264,7 +277,14 @@ def free_port() -> int:
 
 def torchrun(processes: int) -> list[str]:
     """Python's arguments before a script that several processes run."""
-    return ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
+    return [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(processes),
+        "--master-port",
+        str(free_port()),
+    ]
 
 
 def state_of(process: int) -> str:

@@ -65,7 +65,11 @@ def read_everything(output: Path, tally: Tally) -> None:
             continue
         tally.files_read += 1
         try:
-            readers: dict[str, Callable] = {".csv": pd.read_csv, ".pt": load_tensors, ".json": read_json}
+            readers: dict[str, Callable] = {
+                ".csv": pd.read_csv,
+                ".pt": load_tensors,
+                ".json": read_json,
+            }
             readers |= {".png": lambda file: decoded(file), ".html": whole_page}
             readers[file.suffix](file)
         except BaseException as error:
@@ -80,7 +84,16 @@ def whole_page(file: Path) -> None:
     assert file.read_text().endswith("</html>\n")
 
 
-def survive(door: str, argv: list[str], whole: Path, folder: Path, kills: int, longest: float, seed: int) -> Tally:
+def survive(
+    door: str,
+    argv: list[str],
+    whole: Path,
+    folder: Path,
+    kills: int,
+    longest: float,
+    syncs: int,
+    seed: int,
+) -> Tally:
     """Start a training, kill it at random moments and resume it, over and over; each must end like the whole one.
 
     In turns a kill comes where a random file is about to be synced, and after a random time.
@@ -88,27 +101,36 @@ def survive(door: str, argv: list[str], whole: Path, folder: Path, kills: int, l
     Args:
         whole: the run that was never killed.
         longest: seconds that a process may live.
+        syncs: how many files it may sync at most, where it is killed at one.
     """
     rng, tally = random.Random(seed), Tally()
     while tally.kills < kills:
         output = folder / f"round{tally.rounds}"
         tally.rounds += 1
-        while tally.kills < kills and not attempt(door, argv, output, longest, tally.kills % 2 == 0, rng):
+        while tally.kills < kills and not attempt(
+            door, argv, output, longest, syncs if tally.kills % 2 == 0 else None, rng
+        ):
             tally.kills += 1
             read_everything(output, tally)
         run = the_run(output)
-        run_to_the_end(door, ["--resume", str(run)] if run else [*argv, "--output-dir", str(output)], log_of(output))
+        run_to_the_end(
+            door,
+            ["--resume", str(run)] if run else [*argv, "--output-dir", str(output)],
+            log_of(output),
+        )
         tally.differences += differences(whole, the_run(output))
     return tally
 
 
-def attempt(door: str, argv: list[str], output: Path, longest: float, at_sync: bool, rng: random.Random) -> bool:
-    """One process that is killed, or whether it came to its end before."""
+def attempt(
+    door: str, argv: list[str], output: Path, longest: float, syncs: int | None, rng: random.Random
+) -> bool:
+    """One process that is killed, at a sync or after a time; whether it came to its end before."""
     run = the_run(output)
     often = ["--checkpoint-every-minutes", str(rng.choice([1e-9, 1e-3, 10]))]
     words = [*(["--resume", str(run)] if run else [*argv, "--output-dir", str(output)]), *often]
-    process = forked(work, door, words, log_of(output), rng.randrange(60) if at_sync else None)
-    process.join(longest if at_sync else rng.uniform(0, longest))
+    process = forked(work, door, words, log_of(output), rng.randrange(syncs) if syncs else None)
+    process.join(None if syncs else rng.uniform(0, longest))
     if process.is_alive():
         process.kill()
         process.join()
@@ -122,7 +144,10 @@ def log_of(output: Path) -> Path:
 
 def differences(one: Path, other: Path) -> list[str]:
     """What tells two runs apart: names of files, bytes of CSV and JSON files, tensors of checkpoints."""
-    names = [sorted(str(f.relative_to(run)) for f in run.rglob("*") if f.is_file()) for run in (one, other)]
+    names = [
+        sorted(str(f.relative_to(run)) for f in run.rglob("*") if f.is_file())
+        for run in (one, other)
+    ]
     if names[0] != names[1]:
         return [f"files {names[0]} and {names[1]}"]
     return [name for name in names[0] if not same_file(one / name, other / name)]
@@ -133,7 +158,9 @@ def same_file(one: Path, other: Path) -> bool:
         return same(load_tensors(one), load_tensors(other))
     if one.name == "training_hyperparameters.json":
         return same(read_json(one), read_json(other))
-    return one.name == "index.html" or one.read_bytes() == other.read_bytes()  # a page names its folder
+    return (
+        one.name == "index.html" or one.read_bytes() == other.read_bytes()
+    )  # a page names its folder
 
 
 def same(one: object, other: object) -> bool:
@@ -147,17 +174,40 @@ def same(one: object, other: object) -> bool:
     return one == other
 
 
-def scenarios(data_root: Path) -> list[tuple[str, str, list[str]]]:
+def scenarios(data_root: Path, long: bool) -> list[tuple[str, str, list[str]]]:
     """Name, script and flags of what is killed: all that a state holds is in use."""
     clip = ["--clip-model-name", str(data_root / "tiny_clip_vit.pt"), "--data-root", str(data_root)]
-    both = [*clip, "--device", "cpu", "--num-workers", "0", "--batch-size", "4", "--save-training", "--cosine"]
-    both += ["--validation-frequency", "2", "--warmup-steps", "5", "--ema-decay", "0.9"]
-    stage_1 = [*both, "--num-epochs", "8", "--learning-rate", "1e-4"]
-    stage_2 = [*both, "--num-epochs", "30", "--combiner-lr", "1e-3", "--projection-dim", "16", "--hidden-dim", "24"]
+    both = [*clip, "--device", "cpu", "--num-workers", "0", "--save-training", "--cosine"]
+    both += [
+        "--batch-size",
+        "4" if long else "8",
+        "--validation-frequency",
+        "2",
+        "--warmup-steps",
+        "5",
+        "--ema-decay",
+        "0.9",
+    ]
+    stage_1 = [*both, "--num-epochs", "8" if long else "4", "--learning-rate", "1e-4"]
+    stage_2 = [
+        *both,
+        "--num-epochs",
+        "30" if long else "8",
+        "--combiner-lr",
+        "1e-3",
+        "--projection-dim",
+        "16",
+        "--hidden-dim",
+        "24",
+    ]
     stage_2 += ["--no-feature-cache"]
     return [
         ("stage 1, FashionIQ", "clip_fine_tune", [*stage_1, "--dataset", "FashionIQ"]),
         ("stage 1, CIRR", "clip_fine_tune", [*stage_1, "--dataset", "CIRR", "--save-best"]),
-        ("stage 2, FashionIQ", "combiner_train", [*stage_2, "--dataset", "FashionIQ", "--save-best"]),
+        (
+            "stage 2, FashionIQ",
+            "combiner_train",
+            [*stage_2, "--dataset", "FashionIQ", "--save-best"],
+        ),
         ("stage 2, CIRR", "combiner_train", [*stage_2, "--dataset", "CIRR", "--seeds", "0", "1"]),
     ]

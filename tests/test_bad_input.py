@@ -66,7 +66,9 @@ def test_a_missing_data_root(tmp_path, train, fails):
         error = fails("combiner_train", tmp_path / "nowhere", *dataset, *train)
         assert str(tmp_path / "nowhere") in error
         assert "--data-root" in error
-    assert "--data-root" in fails("cirr_test_submission", tmp_path / "nowhere", "--submission-name", "x", *SUM)
+    assert "--data-root" in fails(
+        "cirr_test_submission", tmp_path / "nowhere", "--submission-name", "x", *SUM
+    )
 
 
 @pytest.mark.parametrize("key", ["candidate", "target", "captions"])
@@ -138,12 +140,15 @@ def test_a_repeated_id(own_drawn, name, fails):
 def test_a_repeated_pair_id(own_drawn, name, fails):
     file = own_drawn / "cirr_dataset/cirr/captions/cap.rc2.test1.json"
     change_json(file, lambda entries: entries[0].update(pairid=entries[1]["pairid"]))
-    assert "pairid" in fails("cirr_test_submission", own_drawn, "--submission-name", "x", *SUM, *name)
+    assert "pairid" in fails(
+        "cirr_test_submission", own_drawn, "--submission-name", "x", *SUM, *name
+    )
 
 
 # Images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text"])
 @pytest.mark.parametrize("workers", [0, 2])
@@ -195,7 +200,10 @@ def checkpoints(tmp_path, golden) -> dict[str, Path]:
     """Files that are no good as a checkpoint, by what is wrong with them."""
     good = (golden / "combiner_moe_cirr.pt").read_bytes()
     content = torch.load(golden / "combiner_moe_cirr.pt")
-    files = {what: tmp_path / f"{what}.pt" for what in ("truncated", "empty", "text", "list", "evil", "other", "torn")}
+    files = {
+        what: tmp_path / f"{what}.pt"
+        for what in ("truncated", "empty", "text", "list", "evil", "other", "torn")
+    }
     files["truncated"].write_bytes(good[: len(good) // 2])
     files["empty"].write_bytes(b"")
     files["text"].write_text("<html>not found</html>")
@@ -203,11 +211,16 @@ def checkpoints(tmp_path, golden) -> dict[str, Path]:
     evil = Evil(tmp_path / "code_ran")
     torch.save({"CLIP": evil, "Combiner": evil}, files["evil"])
     torch.save({"weights": {}}, files["other"])
-    torch.save({"Combiner": {"output_layer.weight": content["Combiner"]["output_layer.weight"]}}, files["torn"])
+    torch.save(
+        {"Combiner": {"output_layer.weight": content["Combiner"]["output_layer.weight"]}},
+        files["torn"],
+    )
     return files | {"missing": tmp_path / "missing.pt"}
 
 
-@pytest.mark.parametrize("what", ["missing", "truncated", "empty", "text", "list", "evil", "other", "torn"])
+@pytest.mark.parametrize(
+    "what", ["missing", "truncated", "empty", "text", "list", "evil", "other", "torn"]
+)
 def test_combiner_checkpoints(what, checkpoints, golden, fails):
     flags = ["--clip-model-name", golden / "clip_vit.pt", "--combining-function", "combiner"]
     error = fails("validate", golden, *CIRR, *flags, "--combiner-path", checkpoints[what])
@@ -234,7 +247,9 @@ def test_code_in_a_pickle_never_runs(checkpoints, golden, fails, tmp_path):
     with pytest.raises(pickle.UnpicklingError):
         torch.load(checkpoints["evil"], weights_only=True)
     flags = ["--clip-model-name", golden / "clip_vit.pt", *SUM]
-    assert "refused" in fails("validate", golden, *CIRR, *flags, "--clip-model-path", checkpoints["evil"])
+    assert "refused" in fails(
+        "validate", golden, *CIRR, *flags, "--clip-model-path", checkpoints["evil"]
+    )
     assert not (tmp_path / "code_ran").exists()
     torch.load(checkpoints["evil"], weights_only=False)
     assert (tmp_path / "code_ran").exists()  # the trap was armed
@@ -246,7 +261,9 @@ def test_checkpoints_of_the_wrong_kind(golden, fails):
     error = fails("validate", golden, *CIRR, *name, *SUM, "--clip-model-path", combiner)
     assert "holds stage-2 weights, not stage-1 weights" in error
     flags = ["--combining-function", "combiner", "--combiner-path", tuned]
-    assert "holds stage-1 weights, not stage-2 weights" in fails("validate", golden, *CIRR, *name, *flags)
+    assert "holds stage-1 weights, not stage-2 weights" in fails(
+        "validate", golden, *CIRR, *name, *flags
+    )
     assert "--clip-model-path" in fails("validate", golden, *CIRR, *SUM, "--clip-model-name", tuned)
 
 
@@ -270,7 +287,12 @@ def test_flags_that_disagree_with_the_checkpoint(flag, value, has, golden, fails
 
 
 def test_fine_tuned_weights_of_another_architecture(golden, fails):
-    flags = ["--clip-model-name", golden / "clip_rn.pt", "--clip-model-path", golden / "tuned_clip_vit.pt"]
+    flags = [
+        "--clip-model-name",
+        golden / "clip_rn.pt",
+        "--clip-model-path",
+        golden / "tuned_clip_vit.pt",
+    ]
     error = fails("validate", golden, *CIRR, *SUM, *flags)
     assert "ViT of width 64, 16 patches, embedding 64" in error
     assert "ResNet of width 8, 4 patches, embedding 64" in error
@@ -340,16 +362,22 @@ def test_a_batch_larger_than_the_training_set(door, drawn, name, fails):
 
 
 def test_submission_names_stay_in_their_folder(drawn, name, fails):
-    assert "--submission-name" in fails("cirr_test_submission", drawn, "--submission-name", "../x", *SUM, *name)
+    assert "--submission-name" in fails(
+        "cirr_test_submission", drawn, "--submission-name", "../x", *SUM, *name
+    )
 
 
 # Output
 
 
-@pytest.mark.parametrize("door", ["clip_fine_tune", "combiner_train", "cirr_test_submission", "shapes_dataset"])
+@pytest.mark.parametrize(
+    "door", ["clip_fine_tune", "combiner_train", "cirr_test_submission", "shapes_dataset"]
+)
 def test_an_output_folder_that_cannot_be_written_to(door, tmp_path, drawn):
     (tmp_path / "file").write_text("")
-    flags = {"cirr_test_submission": ["--submission-name", "x", *SUM], "shapes_dataset": []}.get(door, CIRR)
+    flags = {"cirr_test_submission": ["--submission-name", "x", *SUM], "shapes_dataset": []}.get(
+        door, CIRR
+    )
     where = [] if door == "shapes_dataset" else ["--data-root", str(drawn)]
     with pytest.raises(SystemExit) as stop:
         DOORS[door]([*flags, *where, "--output-dir", str(tmp_path / "file" / "below")])
@@ -358,9 +386,12 @@ def test_an_output_folder_that_cannot_be_written_to(door, tmp_path, drawn):
 
 def test_metrics_cannot_be_written_below_a_file(tmp_path, golden, fails, name):
     (tmp_path / "file").write_text("")
-    assert "--metrics-json" in fails("validate", golden, *CIRR, *SUM, *name, "--metrics-json", tmp_path / "file" / "m")
+    assert "--metrics-json" in fails(
+        "validate", golden, *CIRR, *SUM, *name, "--metrics-json", tmp_path / "file" / "m"
+    )
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path, tmp_path_factory, start):
     """With the kernel refusing files above a size, as a full disk refuses them."""
     code = """
@@ -390,7 +421,9 @@ except UserError as error:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(own_drawn, name, fails):
-    error = fails("clip_fine_tune", own_drawn, *CIRR, *name, *STAGE_1.split(), "--learning-rate", "1e30")
+    error = fails(
+        "clip_fine_tune", own_drawn, *CIRR, *name, *STAGE_1.split(), "--learning-rate", "1e30"
+    )
     assert "nan at epoch" in error
     assert "step" in error
 
@@ -403,8 +436,18 @@ def test_a_similarity_that_is_not_finite_stops_the_evaluation(golden, tmp_path, 
     assert "not finite" in fails("validate", golden, *CIRR, *SUM, *flags)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_whole_files(drawn, name, tmp_path, start):
-    flags = [*CIRR, *name, *STAGE_2.split(), "--no-feature-cache", "--num-epochs", 100_000, "--data-root", drawn]
+    flags = [
+        *CIRR,
+        *name,
+        *STAGE_2.split(),
+        "--no-feature-cache",
+        "--num-epochs",
+        100_000,
+        "--data-root",
+        drawn,
+    ]
     process = start(SRC / "combiner_train.py", *flags, "--output-dir", tmp_path / "runs")
     process.wait_for(lambda: len(list(tmp_path.glob("runs/*/saved_models/combiner_*.pt"))) >= 3)
     process.send_signal(signal.SIGINT)

@@ -40,7 +40,9 @@ def test_cirr_captions_are_used_as_they_are(tmp_path):
 def test_training_reads_only_the_images_that_triplets_use(golden):
     for benchmark in (FashionIQ(golden), CIRR(golden)):
         split = benchmark.train()
-        assert set(split.names) == {name for t in split.triplets for name in (t.reference, t.target)}
+        assert set(split.names) == {
+            name for t in split.triplets for name in (t.reference, t.target)
+        }
 
 
 def test_fashioniq_splits(golden):
@@ -53,7 +55,9 @@ def test_fashioniq_splits(golden):
 def test_cirr_splits(golden):
     split = CIRR(golden).val()[0]
     assert len(split.triplets) == 78
-    assert all(len(t.group) == 6 and t.reference in t.group and t.target in t.group for t in split.triplets)
+    assert all(
+        len(t.group) == 6 and t.reference in t.group and t.target in t.group for t in split.triplets
+    )
     assert all(t.target is None for t in CIRR(golden).test()[0].triplets)
 
 
@@ -64,7 +68,14 @@ def random_split(seed: int, gallery: int) -> FrozenSplit:
     triplets = []
     for _ in range(5):
         members = [names[i] for i in torch.randperm(gallery, generator=generator)[:6]]
-        triplets.append(Triplet(reference=members[0], captions=("",), target=members[3], group=tuple(sorted(members))))
+        triplets.append(
+            Triplet(
+                reference=members[0],
+                captions=("",),
+                target=members[3],
+                group=tuple(sorted(members)),
+            )
+        )
     split = Split(name="val", triplets=triplets, image_paths=dict.fromkeys(names))
     # Signed axes and whole numbers: products are exact in any order, and equal similarities are many.
     axes = torch.eye(4)[torch.randint(4, (gallery,), generator=generator)]
@@ -86,12 +97,20 @@ def similarities(frozen: FrozenSplit) -> torch.Tensor:
 def test_ranks_equal_brute_force(seed, gallery):
     """Against sorted lists, with many ties: in the gallery with and without the reference, and in the group."""
     frozen = random_split(seed, gallery)
-    similarity, targets, references = similarities(frozen), frozen.target_rows, frozen.reference_rows
+    similarity, targets, references = (
+        similarities(frozen),
+        frozen.target_rows,
+        frozen.reference_rows,
+    )
     found = rank(frozen, compose, [ORIGINAL_KEPT, ORIGINAL_REMOVED], block=2)
     assert found[ORIGINAL_KEPT].ranks.tolist() == ranks_by_sorting(similarity, targets)
-    assert found[ORIGINAL_REMOVED].ranks.tolist() == ranks_by_sorting(similarity, targets, references)
+    assert found[ORIGINAL_REMOVED].ranks.tolist() == ranks_by_sorting(
+        similarity, targets, references
+    )
     in_group = found[ORIGINAL_KEPT].group_ranks
-    assert torch.equal(in_group, rank(frozen, compose, [ORIGINAL_REMOVED])[ORIGINAL_REMOVED].group_ranks)
+    assert torch.equal(
+        in_group, rank(frozen, compose, [ORIGINAL_REMOVED])[ORIGINAL_REMOVED].group_ranks
+    )
     for row, triplet in enumerate(frozen.split.triplets):
         others = sorted(frozen.split.row_of[n] for n in triplet.group if n != triplet.reference)
         order = sorted(others, key=lambda column: -similarity[row, column])
@@ -118,7 +137,9 @@ def test_top_k_agrees_with_the_ranks(seed, gallery):
 def test_one_query():
     frozen = random_split(1, 8)
     single = FrozenSplit(
-        split=Split(name="val", triplets=frozen.split.triplets[:1], image_paths=frozen.split.image_paths),
+        split=Split(
+            name="val", triplets=frozen.split.triplets[:1], image_paths=frozen.split.image_paths
+        ),
         images=frozen.images,
         captions=frozen.captions[:1],
     )
@@ -129,7 +150,10 @@ def test_one_query():
 
 def test_fashioniq_summary_by_hand():
     benchmark = FashionIQ(None)
-    scores = {"dress": {"recall_at10": 10.0, "recall_at50": 30.0}, "shirt": {"recall_at10": 20.0, "recall_at50": 50.0}}
+    scores = {
+        "dress": {"recall_at10": 10.0, "recall_at50": 30.0},
+        "shirt": {"recall_at10": 20.0, "recall_at50": 50.0},
+    }
     assert benchmark.summary(scores) == {
         "dress_recall_at10": 10.0,
         "dress_recall_at50": 30.0,
@@ -162,7 +186,10 @@ class WiderCIRR(CIRR):
 def test_a_recall_that_is_added_changes_no_selection():
     """Guards against what is reported deciding which checkpoint is the best."""
     ranks, group_ranks = torch.tensor([0, 4, 7, 60]), torch.tensor([0, 0, 1, 3])
-    before, after = [kind(None).summary({"val": kind(None).score(ranks, group_ranks)}) for kind in (CIRR, WiderCIRR)]
+    before, after = [
+        kind(None).summary({"val": kind(None).score(ranks, group_ranks)})
+        for kind in (CIRR, WiderCIRR)
+    ]
     assert after.pop("recall_at100") == 100
     assert after == before
     assert set(CIRR.selection) <= set(before)

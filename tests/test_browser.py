@@ -24,9 +24,22 @@ from test_dialogue import bad_uploads
 from test_search import images
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)")
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync"]
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)"
+    ),
+]
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--no-first-run",
+    "--disable-sync",
+]
 WIDTHS = (1280, 768, 390, 320)
 PICTURES = os.environ.get("PICTURES")
 DEMO = Path(__file__).parent.parent / "demo"
@@ -49,7 +62,9 @@ CUT = """selector => [...document.querySelectorAll(selector)].filter(element => 
 def browser():
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(
-            executable_path=CHROMIUM, args=[*QUIET, "--disable-quic", "--disable-component-update"], timeout=1000 * HANG
+            executable_path=CHROMIUM,
+            args=[*QUIET, "--disable-quic", "--disable-component-update"],
+            timeout=1000 * HANG,
         )
         yield browser
         browser.close()
@@ -64,9 +79,15 @@ def open_page(browser):
         page = browser.new_page(viewport={"width": width, "height": 900})
         page.set_default_timeout(1000 * HANG)
         page.errors = []
-        page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
+        page.on(
+            "console",
+            lambda message: page.errors.append(message.text) if message.type == "error" else None,
+        )
         page.on("pageerror", lambda error: page.errors.append(str(error)))
-        page.on("request", lambda request: page.errors.append(request.url) if is_foreign(request.url) else None)
+        page.on(
+            "request",
+            lambda request: page.errors.append(request.url) if is_foreign(request.url) else None,
+        )
         page.goto(address)
         opened.append(page)
         return page
@@ -95,16 +116,55 @@ def files(golden, stage_2, tmp_path, drawn):
     """One page of each kind."""
     run = stage_2("CIRR", "--save-best")
     names = {"run": run / "index.html"}
-    flags = ["--clip-model-name", golden / "clip_vit.pt", "--clip-model-path", golden / "tuned_clip_vit.pt"]
-    flags += ["--dataset", "CIRR", "--combining-function", "combiner", "--data-root", golden, "--device", "cpu"]
-    flags += ["--combiner-path", golden / "combiner_moe_cirr.pt", "--num-workers", 0, "--output-dir", tmp_path / "s"]
+    flags = [
+        "--clip-model-name",
+        golden / "clip_vit.pt",
+        "--clip-model-path",
+        golden / "tuned_clip_vit.pt",
+    ]
+    flags += [
+        "--dataset",
+        "CIRR",
+        "--combining-function",
+        "combiner",
+        "--data-root",
+        golden,
+        "--device",
+        "cpu",
+    ]
+    flags += [
+        "--combiner-path",
+        golden / "combiner_moe_cirr.pt",
+        "--num-workers",
+        0,
+        "--output-dir",
+        tmp_path / "s",
+    ]
     visualize.main(list(map(str, flags)))
     names |= {"sheet": tmp_path / "s" / "sheet.html", "experts": tmp_path / "s" / "experts.html"}
     (first, *_) = images(tmp_path / "photos", 8)
     first = first.rename(first.with_stem("a_name_that_is_longer_than_a_thumbnail_is_wide"))
-    index = ["index", "--images", tmp_path / "photos", "--output", tmp_path / "i", "--num-workers", 0]
+    index = [
+        "index",
+        "--images",
+        tmp_path / "photos",
+        "--output",
+        tmp_path / "i",
+        "--num-workers",
+        0,
+    ]
     search.main(list(map(str, [*index, "--clip-model-name", drawn / "tiny_clip_vit.pt"])))
-    ask = ["query", "--index", tmp_path / "i", "--image", first, "--text", "is red", "--html", tmp_path / "a.html"]
+    ask = [
+        "query",
+        "--index",
+        tmp_path / "i",
+        "--image",
+        first,
+        "--text",
+        "is red",
+        "--html",
+        tmp_path / "a.html",
+    ]
     search.main(list(map(str, ask)))
     return names | {"answers": tmp_path / "a.html"}
 
@@ -116,7 +176,12 @@ def test_pages_render_without_errors_on_wide_and_narrow_screens(files, open_page
             assert page.errors == [], name
             assert page.evaluate("document.documentElement.scrollWidth") <= width, name
             broken = "[...document.images].filter(i => !i.complete || !i.naturalWidth).length"
-            assert page.evaluate("Promise.all([...document.images].map(i => i.decode())).then(() => 0)") == 0
+            assert (
+                page.evaluate(
+                    "Promise.all([...document.images].map(i => i.decode())).then(() => 0)"
+                )
+                == 0
+            )
             assert page.evaluate(broken) == 0, name
             assert page.evaluate(CUT, "img, figcaption") == [], (name, width)
             assert page.locator("h1").count() == 1
@@ -133,14 +198,29 @@ def searcher(drawn, tmp_path_factory):
         weights = sorted((DEMO / "models" / "FashionIQ_moe").glob("*/seed_0"))[-1]
         choice = PairChoice(combining_function=None, clip_path=None, combiner_path=weights)
         return load_searcher(DEMO / "index", choice, torch.device("cpu"))
-    words = ["index", "--images", drawn / "fashionIQ_dataset" / "images", "--output", folder / "index"]
-    words += ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--num-workers", 0, "--device", "cpu"]
+    words = [
+        "index",
+        "--images",
+        drawn / "fashionIQ_dataset" / "images",
+        "--output",
+        folder / "index",
+    ]
+    words += [
+        "--clip-model-name",
+        drawn / "tiny_clip_vit.pt",
+        "--num-workers",
+        0,
+        "--device",
+        "cpu",
+    ]
     search.main(list(map(str, words)))
     from combiner import Combiner
 
     torch.manual_seed(0)
     torch.save({"epoch": 0, "Combiner": Combiner(64, 16, 24).state_dict()}, folder / "combiner.pt")
-    choice = PairChoice(combining_function=None, clip_path=None, combiner_path=folder / "combiner.pt")
+    choice = PairChoice(
+        combining_function=None, clip_path=None, combiner_path=folder / "combiner.pt"
+    )
     return load_searcher(folder / "index", choice, torch.device("cpu"))
 
 
@@ -211,10 +291,14 @@ def test_load_ask_and_go_on_from_a_result(width, app, searcher):
     wait_for_steps(page, 2)
     ask(page, "make it larger")
     answers(page)
-    page.wait_for_function("document.querySelector('#history').innerText.includes('make it larger')")
+    page.wait_for_function(
+        "document.querySelector('#history').innerText.includes('make it larger')"
+    )
     assert steps(page) == ["“change the color to red”", "“make it larger”"]
     page.click("#undo")
-    page.wait_for_function("!document.querySelector('#history').innerText.includes('make it larger')")
+    page.wait_for_function(
+        "!document.querySelector('#history').innerText.includes('make it larger')"
+    )
     page.click("#undo")
     wait_for_steps(page, 1)
     answers(page)  # those of the first step are back
@@ -241,7 +325,9 @@ def test_galleries_are_seen_whole_on_every_screen(width, app):
 def test_upload_and_bad_uploads(app, tmp_path):
     page = app()
     Image.new("RGB", (60, 50), "teal").save(tmp_path / "mine.png")
-    page.set_input_files("#upload input, input#upload, input[type=file]", str(tmp_path / "mine.png"))
+    page.set_input_files(
+        "#upload input, input#upload, input[type=file]", str(tmp_path / "mine.png")
+    )
     wait_for_steps(page, 1)
     ask(page, "is red")
     answers(page)
@@ -263,10 +349,14 @@ def test_an_empty_and_a_long_text(app):
     page.wait_for_function("document.body.innerText.includes('there is no reference yet')")
     choose(page, 0)
     ask(page, "   ")
-    page.wait_for_function("document.querySelector('#note').innerText.includes('the text is empty')")
+    page.wait_for_function(
+        "document.querySelector('#note').innerText.includes('the text is empty')"
+    )
     ask(page, "red " * 100)
     answers(page)
-    page.wait_for_function("document.querySelector('#note').innerText.includes('more than 77 tokens')")
+    page.wait_for_function(
+        "document.querySelector('#note').innerText.includes('more than 77 tokens')"
+    )
 
 
 def test_two_users_at_once_do_not_mix(app):
@@ -286,8 +376,17 @@ def test_two_users_at_once_do_not_mix(app):
 def test_no_file_is_served_but_what_is_shown(address, searcher, tmp_path):
     (tmp_path / "secret.txt").write_text("secret")
     here = Path(__file__).parent.parent
-    paths = [tmp_path / "secret.txt", here / "README.md", here / "src" / "demo_app.py", "/etc/passwd"]
-    paths += [searcher.index.paths[0], searcher.index.folder / "index.json", f"{here}/src/../README.md"]
+    paths = [
+        tmp_path / "secret.txt",
+        here / "README.md",
+        here / "src" / "demo_app.py",
+        "/etc/passwd",
+    ]
+    paths += [
+        searcher.index.paths[0],
+        searcher.index.folder / "index.json",
+        f"{here}/src/../README.md",
+    ]
     for path in paths:
         for route in ("/gradio_api/file=", "/file=", "/"):
             with pytest.raises(urllib.error.HTTPError) as error:

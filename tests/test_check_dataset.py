@@ -62,7 +62,10 @@ def test_counts_are_compared_with_the_official_ones(drawn, capsys):
     assert stop.value.code == 1
     reports = json.loads(capsys.readouterr().out)
     assert [len(remarks(report, "finding")) for report in reports] == [6, 18]
-    assert "cap.rc2.val.json: 30 entries, the official file has 4,181" in remarks(reports[0], "finding")[2]
+    assert (
+        "cap.rc2.val.json: 30 entries, the official file has 4,181"
+        in remarks(reports[0], "finding")[2]
+    )
 
 
 def test_the_74381_images_are_explained(drawn, check):
@@ -78,7 +81,11 @@ def damage(path: Path, how: str) -> None:
     content = path.read_bytes()
     path.unlink()
     if how != "missing":
-        path.write_bytes({"empty": b"", "not an image": b"<html>404</html>"}.get(how, content[: len(content) // 2]))
+        path.write_bytes(
+            {"empty": b"", "not an image": b"<html>404</html>"}.get(
+                how, content[: len(content) // 2]
+            )
+        )
 
 
 PROBLEMS = ["missing", "empty", "not an image", "truncated or damaged"]
@@ -89,7 +96,9 @@ def test_bad_files_by_role_and_what_they_do(problem, own_drawn, check):
     """Of CIRR's queries five ask with and five for a group's first image, one with another; one image is neither."""
     captions = own_drawn / "cirr_dataset/cirr/captions/cap.rc2.val.json"
     images = own_drawn / "cirr_dataset/cirr/image_splits/split.rc2.val.json"
-    shutil.copy(own_drawn / "cirr_dataset/dev/dev-0-0-img1.png", own_drawn / "cirr_dataset/dev/extra.png")
+    shutil.copy(
+        own_drawn / "cirr_dataset/dev/dev-0-0-img1.png", own_drawn / "cirr_dataset/dev/extra.png"
+    )
     with Image.open(own_drawn / "cirr_dataset/dev/extra.png") as image:
         image.resize((31, 47)).save(own_drawn / "cirr_dataset/dev/extra.png")
     change_json(images, lambda paths: paths.update(extra="./dev/extra.png"))
@@ -105,8 +114,13 @@ def test_bad_files_by_role_and_what_they_do(problem, own_drawn, check):
     found = remarks(report, "finding")
     effect = "11 of 29 queries cannot be asked; left out, the recalls are of the others"
     assert found[0] == f"rc2 val: 2 files {problem}, role query: {effect}"
-    assert found[1].startswith(f"rc2 val: 1 files {problem}, role target: 10 of 29 queries have no answer")
-    assert found[2] == f"rc2 val: 1 files {problem}, role distractor: a gallery of 18 instead of 19: recalls rise"
+    assert found[1].startswith(
+        f"rc2 val: 1 files {problem}, role target: 10 of 29 queries have no answer"
+    )
+    assert (
+        found[2]
+        == f"rc2 val: 1 files {problem}, role distractor: a gallery of 18 instead of 19: recalls rise"
+    )
 
 
 def test_a_copy_without_images_is_unusable(own_drawn, check):
@@ -114,7 +128,10 @@ def test_a_copy_without_images_is_unusable(own_drawn, check):
         shutil.rmtree(own_drawn / "cirr_dataset" / folder)
     report = checked(check, own_drawn, "CIRR")
     assert report["exit_code"] == 2
-    assert any("every query has an image that cannot be decoded" in text for text in remarks(report, "unusable"))
+    assert any(
+        "every query has an image that cannot be decoded" in text
+        for text in remarks(report, "unusable")
+    )
     assert report["layouts"] == {}
 
 
@@ -130,7 +147,11 @@ def test_paths_from_the_root_are_taken_as_they_are(own_drawn, check):
     places = json.loads(file.read_text())
     root = own_drawn / "cirr_dataset"
     elsewhere = shutil.move(root / "dev", own_drawn / "dev")
-    file.write_text(json.dumps({name: str(elsewhere / place.split("dev/")[1]) for name, place in places.items()}))
+    file.write_text(
+        json.dumps(
+            {name: str(elsewhere / place.split("dev/")[1]) for name, place in places.items()}
+        )
+    )
     report = checked(check, own_drawn, "CIRR")
     assert report["exit_code"] == 0
     assert report["layouts"][str(elsewhere)] == len(places)
@@ -140,10 +161,13 @@ def test_training_needs_the_images_of_triplets_alone(own_drawn, check):
     names = own_drawn / "fashionIQ_dataset/image_splits/split.dress.train.json"
     change_json(names, lambda ids: ids.append("UNUSED"))
     assert checked(check, own_drawn, "FashionIQ")["exit_code"] == 0
-    first = json.loads((own_drawn / "fashionIQ_dataset/captions/cap.dress.train.json").read_text())[0]
+    first = json.loads((own_drawn / "fashionIQ_dataset/captions/cap.dress.train.json").read_text())[
+        0
+    ]
     damage(own_drawn / f"fashionIQ_dataset/images/{first['target']}.jpg", "truncated")
-    assert "dress train: 1 files truncated or damaged, role target: 1 of 12 triplets cannot be trained on" in remarks(
-        checked(check, own_drawn, "FashionIQ"), "finding"
+    assert (
+        "dress train: 1 files truncated or damaged, role target: 1 of 12 triplets cannot be trained on"
+        in remarks(checked(check, own_drawn, "FashionIQ"), "finding")
     )
 
 
@@ -163,10 +187,20 @@ def test_leaks_repeats_and_empty_captions(own_drawn, check):
     train = json.loads((root / "captions/cap.dress.train.json").read_text())
     shown = train[0]["target"]
     change_json(root / "image_splits/split.shirt.val.json", lambda names: names.append(shown))
-    change_json(root / "captions/cap.shirt.val.json", lambda entries: entries[0].update(target=shown))
-    change_json(root / "captions/cap.dress.train.json", lambda entries: entries[1].update(target=shown))
-    change_json(root / "captions/cap.toptee.test.json", lambda entries: entries[0].update(captions=["is red", " "]))
-    change_json(root / "captions/cap.toptee.test.json", lambda entries: entries[1].update(captions=["same", "same"]))
+    change_json(
+        root / "captions/cap.shirt.val.json", lambda entries: entries[0].update(target=shown)
+    )
+    change_json(
+        root / "captions/cap.dress.train.json", lambda entries: entries[1].update(target=shown)
+    )
+    change_json(
+        root / "captions/cap.toptee.test.json",
+        lambda entries: entries[0].update(captions=["is red", " "]),
+    )
+    change_json(
+        root / "captions/cap.toptee.test.json",
+        lambda entries: entries[1].update(captions=["same", "same"]),
+    )
     report = checked(check, own_drawn, "FashionIQ")
     assert report["exit_code"] == 0  # they are properties, of the official files too
     notes = remarks(report, "note")
@@ -213,7 +247,10 @@ def test_evaluation_refuses_an_incomplete_gallery_and_goes_on_without_it(
     assert "dev-0-0-img0.png" in fails("validate", own_drawn, *flags)
     files = ["--metrics-json", tmp_path / "m.json", "--rankings", tmp_path / "r.json"]
     run("validate", own_drawn, *flags, "--exclusions", excluded, *files)
-    assert "left out of val: 1 images and the 10 triplets that ask with or for them; 20 triplets remain" in caplog.text
+    assert (
+        "left out of val: 1 images and the 10 triplets that ask with or for them; 20 triplets remain"
+        in caplog.text
+    )
     for file in (tmp_path / "m.json", tmp_path / "r.json"):
         result = json.loads(file.read_text())
         assert result["excluded_images"] == {"val": {"dev-0-0-img0": "truncated or damaged"}}
@@ -227,7 +264,15 @@ def test_what_exclusions_do_to_others_is_said(excluded, own_drawn, run, tmp_path
     content = json.loads(excluded.read_text())
     content["images"] |= {"dev-1-0-img5": "missing", "a typo": "missing"}
     excluded.write_text(json.dumps(content))
-    flags = ["--dataset", "CIRR", *SUM, "--clip-model-name", own_drawn / "tiny_clip_vit.pt", "--exclusions", excluded]
+    flags = [
+        "--dataset",
+        "CIRR",
+        *SUM,
+        "--clip-model-name",
+        own_drawn / "tiny_clip_vit.pt",
+        "--exclusions",
+        excluded,
+    ]
     run("validate", own_drawn, *flags, "--metrics-json", tmp_path / "m.json")
     triplets = json.loads((own_drawn / "cirr_dataset/cirr/captions/cap.rc2.val.json").read_text())
     gone = {"dev-0-0-img0", "dev-1-0-img5"}
@@ -236,9 +281,13 @@ def test_what_exclusions_do_to_others_is_said(excluded, own_drawn, run, tmp_path
     assert smaller > 0
     assert json.loads((tmp_path / "m.json").read_text())["smaller_groups"] == {"val": smaller}
     assert f"{smaller} of them choose from a smaller subset" in caplog.text
-    assert "2 images of --exclusions are in no split that is used here: train-0-0-img1, a typo" in caplog.text
+    assert (
+        "2 images of --exclusions are in no split that is used here: train-0-0-img1, a typo"
+        in caplog.text
+    )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage_1", "stage_2"])
 def test_training_says_what_it_left_out(stage, excluded, own_drawn, request, fails, caplog):
     train = request.getfixturevalue(stage)
@@ -253,6 +302,7 @@ def test_training_says_what_it_left_out(stage, excluded, own_drawn, request, fai
     assert len(read_csv(folder / "validation_metrics.csv")["epoch"]) == 2
 
 
+@pytest.mark.slow
 def test_nothing_excluded_changes_nothing(own_drawn, drawn, stage_2, tmp_path):
     (tmp_path / "none.json").write_text('{"dataset": "CIRR", "images": {"elsewhere": "missing"}}')
     first = stage_2("CIRR", output="a")
@@ -262,7 +312,15 @@ def test_nothing_excluded_changes_nothing(own_drawn, drawn, stage_2, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"dataset": "FashionIQ", "images": {}}', '{"dataset": "CIRR", "images": {"a": 1}}', None]
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"dataset": "FashionIQ", "images": {}}',
+        '{"dataset": "CIRR", "images": {"a": 1}}',
+        None,
+    ],
 )
 def test_files_that_are_no_exclusions(text, drawn, fails, tmp_path):
     file = tmp_path / "list.json"
@@ -276,9 +334,13 @@ def test_files_that_are_no_exclusions(text, drawn, fails, tmp_path):
 
 def test_excluding_everything_is_refused(drawn, fails, tmp_path):
     names = json.loads((drawn / "cirr_dataset/cirr/image_splits/split.rc2.val.json").read_text())
-    (tmp_path / "all.json").write_text(json.dumps({"dataset": "CIRR", "images": dict.fromkeys(names, "missing")}))
+    (tmp_path / "all.json").write_text(
+        json.dumps({"dataset": "CIRR", "images": dict.fromkeys(names, "missing")})
+    )
     flags = ["--dataset", "CIRR", *SUM, "--clip-model-name", drawn / "tiny_clip_vit.pt"]
-    assert "--exclusions leaves none" in fails("validate", drawn, *flags, "--exclusions", tmp_path / "all.json")
+    assert "--exclusions leaves none" in fails(
+        "validate", drawn, *flags, "--exclusions", tmp_path / "all.json"
+    )
 
 
 def test_a_group_that_lost_a_member_is_ranked_among_the_others():
@@ -288,9 +350,13 @@ def test_a_group_that_lost_a_member_is_ranked_among_the_others():
         Triplet(reference="b", captions=("",), target="h", group=tuple("bcdfgh")),
     ]
     split = Split(name="val", triplets=triplets, image_paths=dict.fromkeys(names)).without({"e"})
-    similarity = torch.tensor([[9, 8, 7, 6, 5, 4, 3], [1, 9, 8, 2, 3, 4, 5]]).float()  # a b c d f g h
+    similarity = torch.tensor(
+        [[9, 8, 7, 6, 5, 4, 3], [1, 9, 8, 2, 3, 4, 5]]
+    ).float()  # a b c d f g h
     frozen = FrozenSplit(split=split, images=torch.eye(7), captions=similarity[:, None])
-    ranking = rank(frozen, lambda image, text: text, [ORIGINAL_REMOVED], k=7, group_k=5)[ORIGINAL_REMOVED]
+    ranking = rank(frozen, lambda image, text: text, [ORIGINAL_REMOVED], k=7, group_k=5)[
+        ORIGINAL_REMOVED
+    ]
     assert ranking.group_ranks.tolist() == [1, 1]
     found = ranking.answers_in_group(split.names)
     assert [[name for name, _ in row] for row in found] == [list("bcdf"), list("chgfd")]
@@ -302,7 +368,9 @@ def test_a_group_that_lost_a_member_is_ranked_among_the_others():
 def fashioniq_by_category(root: Path, kind: str) -> None:
     for category in FashionIQ.parts:
         for split in FashionIQ(root.parent).splits:
-            for name in json.loads((root / f"image_splits/split.{category}.{split}.json").read_text()):
+            for name in json.loads(
+                (root / f"image_splits/split.{category}.{split}.json").read_text()
+            ):
                 target = root / kind / category / f"{name}.jpg"
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(root / "images" / f"{name}.jpg", target)
@@ -317,7 +385,9 @@ def test_fashioniq_by_category(kind, own_drawn, drawn, run, check, capsys):
     run("validate", own_drawn, *flags)
     assert capsys.readouterr().out == expected
     report = checked(check, own_drawn, "FashionIQ")
-    assert report["layouts"] == {str(own_drawn / "fashionIQ_dataset" / kind / c): 48 for c in FashionIQ.parts}
+    assert report["layouts"] == {
+        str(own_drawn / "fashionIQ_dataset" / kind / c): 48 for c in FashionIQ.parts
+    }
     assert report["exit_code"] == 0
 
 
@@ -331,7 +401,9 @@ def test_cirr_below_another_folder(folder, own_drawn, drawn, run, check, capsys)
         shutil.move(own_drawn / "cirr_dataset" / split, own_drawn / "cirr_dataset" / folder / split)
     run("validate", own_drawn, *flags)
     assert capsys.readouterr().out == expected
-    assert checked(check, own_drawn, "CIRR")["layouts"] == {str(own_drawn / "cirr_dataset" / folder): 60}
+    assert checked(check, own_drawn, "CIRR")["layouts"] == {
+        str(own_drawn / "cirr_dataset" / folder): 60
+    }
 
 
 def test_an_image_of_two_categories_may_lie_under_the_other(own_drawn):

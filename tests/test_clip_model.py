@@ -6,7 +6,15 @@ import clip
 import pytest
 import torch
 
-from models.clip_model import choose_trained, describe, load_clip, load_finetuned, resolution, tokenize, write_tiny_clip
+from models.clip_model import (
+    choose_trained,
+    describe,
+    load_clip,
+    load_finetuned,
+    resolution,
+    tokenize,
+    write_tiny_clip,
+)
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -36,7 +44,9 @@ def test_a_name_is_downloaded_once(golden, tmp_path, monkeypatch, home):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("url", ["file:///nowhere/abc/RN50x16.pt", "https://127.0.0.1:9/abc/RN50x16.pt"])
+@pytest.mark.parametrize(
+    "url", ["file:///nowhere/abc/RN50x16.pt", "https://127.0.0.1:9/abc/RN50x16.pt"]
+)
 def test_a_failed_download_says_where_the_file_can_be_put(url, monkeypatch, home):
     monkeypatch.setitem(clip.clip._MODELS, "RN50x16", url)
     with pytest.raises(UserError) as error:
@@ -51,7 +61,10 @@ def test_unknown_names_list_the_known(home):
 
 
 def test_a_path_is_tried_with_pt(golden):
-    with_ending, without = load_clip(str(golden / "clip_vit.pt"), CPU), load_clip(str(golden / "clip_vit"), CPU)
+    with_ending, without = (
+        load_clip(str(golden / "clip_vit.pt"), CPU),
+        load_clip(str(golden / "clip_vit"), CPU),
+    )
     for ours, theirs in zip(with_ending.parameters(), without.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -89,7 +102,9 @@ def test_what_learns(encoder, golden):
     learned = choose_trained(model, encoder)
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     visual = {name for name, _ in model.named_parameters() if name.startswith("visual.")}
-    everything = {name for name, _ in model.named_parameters()} - {"logit_scale"}  # no part of the loss
+    everything = {name for name, _ in model.named_parameters()} - {
+        "logit_scale"
+    }  # no part of the loss
     assert names == {"both": everything, "text": everything - visual, "image": visual}[encoder]
     assert len(learned) == len(names)
 

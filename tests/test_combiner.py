@@ -39,7 +39,10 @@ def assert_same_values_and_gradients(moe, twin, x):
         out = module(own)
         module.zero_grad()
         (out * torch.arange(out.numel(), dtype=out.dtype).view_as(out).cos()).sum().backward()
-        gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in module.named_parameters()}
+        gradients = {
+            n: torch.zeros_like(p) if p.grad is None else p.grad
+            for n, p in module.named_parameters()
+        }
         results.append([out, own.grad, *gradients.values()])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -55,7 +58,9 @@ def test_moe_equals_its_definition(num_experts, top_k, rows, seed):
 
 @pytest.mark.parametrize("top_k", [1, 4])
 def test_moe_at_the_ends_of_k(top_k):
-    assert_same_values_and_gradients(*moe_and_twin(4, top_k), torch.randn(7, 6, dtype=torch.float64))
+    assert_same_values_and_gradients(
+        *moe_and_twin(4, top_k), torch.randn(7, 6, dtype=torch.float64)
+    )
 
 
 def test_an_expert_without_rows_does_not_run_and_gets_no_gradient():
@@ -79,16 +84,18 @@ def test_each_expert_runs_at_most_once_a_step():
     assert sum(calls) == 100
 
 
+@pytest.mark.slow
 def test_moe_is_ten_times_faster_than_a_row_loop():
+    """In seconds of the processor, which do not count what else runs."""
     torch.manual_seed(0)
-    moe, twin = SparseMoE(5120, 5120, 4, 2), RowLoopMoE(5120, 5120, 4, 2)
-    x = torch.randn(64, 5120)
+    moe, twin = SparseMoE(3072, 3072, 4, 2), RowLoopMoE(3072, 3072, 4, 2)
+    x = torch.randn(64, 3072)
 
     def seconds(module) -> float:
         module.zero_grad()
-        start = time.perf_counter()
+        start = time.process_time()
         module(x).sum().backward()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     seconds(moe)
     before = [seconds(moe) for _ in range(2)]
@@ -101,7 +108,9 @@ def test_the_moe_combiner_equals_its_definition(num_experts, top_k):
     torch.manual_seed(1)
     ours = Combiner(12, 8, 10, num_experts, top_k).double().eval()
     twin = DefinedCombiner(12, 8, 10, num_experts, top_k).double().eval()
-    twin.load_state_dict(ours.state_dict())  # strict: the names are those of the original's checkpoints
+    twin.load_state_dict(
+        ours.state_dict()
+    )  # strict: the names are those of the original's checkpoints
     image, text = torch.randn(2, 9, 12, dtype=torch.float64)
     torch.testing.assert_close(ours(image, text), twin(image, text))
 
@@ -109,7 +118,9 @@ def test_the_moe_combiner_equals_its_definition(num_experts, top_k):
 def test_the_plain_combiner_equals_its_definition():
     c = PlainCombiner(12, 8, 10).double().eval()
     image, text = torch.randn(2, 9, 12, dtype=torch.float64)
-    joint = torch.cat([c.text_projection_layer(text).relu(), c.image_projection_layer(image).relu()], 1)
+    joint = torch.cat(
+        [c.text_projection_layer(text).relu(), c.image_projection_layer(image).relu()], 1
+    )
     s = c.dynamic_scalar(joint).sigmoid()
     out = c.output_layer(c.combiner_layer(joint).relu()) + s * text + (1 - s) * image
     torch.testing.assert_close(c(image, text), F.normalize(out, dim=-1))
@@ -142,12 +153,21 @@ def test_sum_and_loss():
 @pytest.mark.parametrize("kind", ["moe", "clip4cir"])
 def test_a_checkpoint_tells_its_own_sizes(kind, tmp_path):
     settings = {"combiner_type": kind, "clip_dim": 12, "projection_dim": 8, "hidden_dim": 10}
-    settings |= {"num_experts": 3, "top_k": 1} if kind == "moe" else {"num_experts": None, "top_k": None}
+    settings |= (
+        {"num_experts": 3, "top_k": 1} if kind == "moe" else {"num_experts": None, "top_k": None}
+    )
     built = build_combiner(settings)
     checkpoint = {"Combiner": built.state_dict(), "config": {"top_k": 1}}
-    assert combiner_settings(checkpoint["Combiner"], checkpoint.get("config", {}), tmp_path) == settings
+    assert (
+        combiner_settings(checkpoint["Combiner"], checkpoint.get("config", {}), tmp_path)
+        == settings
+    )
     loaded = load_combiner(
-        checkpoint["Combiner"], checkpoint.get("config", {}), tmp_path, wanted=CombinerChoice(), clip_dim=12
+        checkpoint["Combiner"],
+        checkpoint.get("config", {}),
+        tmp_path,
+        wanted=CombinerChoice(),
+        clip_dim=12,
     )
     image, text = torch.randn(2, 4, 12)
     torch.testing.assert_close(loaded(image, text), built.eval()(image, text))
@@ -155,7 +175,10 @@ def test_a_checkpoint_tells_its_own_sizes(kind, tmp_path):
 
 def test_k_is_the_originals_where_a_checkpoint_does_not_say(tmp_path):
     checkpoint = {"Combiner": Combiner(12, 8, 10, num_experts=4, top_k=1).state_dict()}
-    assert combiner_settings(checkpoint["Combiner"], checkpoint.get("config", {}), tmp_path)["top_k"] == 2
+    assert (
+        combiner_settings(checkpoint["Combiner"], checkpoint.get("config", {}), tmp_path)["top_k"]
+        == 2
+    )
 
 
 def test_impossible_sizes_are_refused():

@@ -22,11 +22,17 @@ def ranks(seed: int, shift: int = 0, queries: int = 200) -> list[int]:
 def result(tmp_path):
     """Write a FashionIQ result with some ranks; returns its file."""
 
-    def result(name: str, shift: int = 0, seed=None, protocols=("original-kept",), first=0, **changes):
+    def result(
+        name: str, shift: int = 0, seed=None, protocols=("original-kept",), first=0, **changes
+    ):
         benchmark, measured = FashionIQ(tmp_path), {}
         for protocol in protocols:
-            of_split = {split: ranks(first + place, shift) for place, split in enumerate(benchmark.parts)}
-            scores = {split: benchmark.score(torch.tensor(r), None) for split, r in of_split.items()}
+            of_split = {
+                split: ranks(first + place, shift) for place, split in enumerate(benchmark.parts)
+            }
+            scores = {
+                split: benchmark.score(torch.tensor(r), None) for split, r in of_split.items()
+            }
             gallery, reference = protocol.split("-")
             measured[protocol] = {
                 "gallery": gallery,
@@ -46,7 +52,9 @@ def result(tmp_path):
             "queries_sha256": dict.fromkeys(benchmark.parts, "q"),
             "preprocessing": {},
             "weights_sha256": {"clip": "c"},
-            "training": {} if seed is None else {"combiner": {"seed": seed, "combiner_type": "moe", "data_root": name}},
+            "training": {}
+            if seed is None
+            else {"combiner": {"seed": seed, "combiner_type": "moe", "data_root": name}},
         }
         write_result(tmp_path / f"{name}.json", content | changes)
         return tmp_path / f"{name}.json"
@@ -71,16 +79,23 @@ def test_a_difference_has_the_interval_of_the_paired_bootstrap(result, compared)
     """Against resamples made here one by one; pairing makes the interval narrow."""
     files = result("a"), result("b", shift=8)
     out = compared(*files, "--resamples", 4000)
-    before, after = (json.loads(f.read_text())["protocols"]["original-kept"]["ranks"]["dress"] for f in files)
+    before, after = (
+        json.loads(f.read_text())["protocols"]["original-kept"]["ranks"]["dress"] for f in files
+    )
     generator = torch.Generator().manual_seed(7)
     differences = []
     for _ in range(4000):
         drawn = torch.randint(200, (200,), generator=generator).tolist()
         hits = [sum(ranks[query] < 10 for query in drawn) / 2 for ranks in (before, after)]
         differences.append(hits[1] - hits[0])
-    low, high = statistics.quantiles(differences, n=40)[0], statistics.quantiles(differences, n=40)[-1]
+    low, high = (
+        statistics.quantiles(differences, n=40)[0],
+        statistics.quantiles(differences, n=40)[-1],
+    )
     cells = row(out, "dress R@10").split(maxsplit=4)
-    assert [float(cells[2]), float(cells[3])] == [sum(r < 10 for r in side) / 2 for side in (before, after)]
+    assert [float(cells[2]), float(cells[3])] == [
+        sum(r < 10 for r in side) / 2 for side in (before, after)
+    ]
     difference, interval = cells[4].split(" ", 1)
     assert float(difference) == pytest.approx(float(cells[3]) - float(cells[2]))
     ours = [float(end) for end in interval.strip("[]").split(", ")]
@@ -95,14 +110,20 @@ def test_equal_results_differ_by_nothing(result, compared):
 def test_seeds_are_one_column(result, compared):
     files = [result(f"s{seed}", shift=seed, seed=seed) for seed in (0, 2, 4)]
     out = compared(result("base", shift=1), *files)
-    values = [json.loads(f.read_text())["protocols"]["original-kept"]["metrics"]["average_recall"] for f in files]
+    values = [
+        json.loads(f.read_text())["protocols"]["original-kept"]["metrics"]["average_recall"]
+        for f in files
+    ]
     assert f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}" in row(out, "mean  ")
     assert "s0: mean ± standard deviation of 3 seeds" in out
     assert "s2" not in out
 
 
 def test_seeds_of_stage_1_and_of_both_stages_are_one_column(result, compared):
-    sums = [result(f"sum{s}", shift=s, training={"clip": {"seed": s, "metrics": {"a": s}}}) for s in (0, 1)]
+    sums = [
+        result(f"sum{s}", shift=s, training={"clip": {"seed": s, "metrics": {"a": s}}})
+        for s in (0, 1)
+    ]
     pairs = []
     for seed in (0, 1):
         training = {"clip": {"seed": seed}, "combiner": {"seed": seed, "clip_weights": str(seed)}}
@@ -132,12 +153,19 @@ def test_files_of_one_name_are_told_apart(result, compared, tmp_path):
     out = compared(*files)
     first, second = (str(file.with_suffix("")) for file in files)
     assert f"{second} - {first}" in out
-    values = [json.loads(f.read_text())["protocols"]["original-kept"]["metrics"]["average_recall"] for f in files]
-    assert [float(cell) for cell in row(out, "mean  ").split()[1:3]] == [round(value, 2) for value in values]
+    values = [
+        json.loads(f.read_text())["protocols"]["original-kept"]["metrics"]["average_recall"]
+        for f in files
+    ]
+    assert [float(cell) for cell in row(out, "mean  ").split()[1:3]] == [
+        round(value, 2) for value in values
+    ]
     assert "metrics (2)" in compared(result("metrics"), tmp_path / "metrics.json")
 
 
-@pytest.mark.parametrize("name", ["split", "training", "queries_sha256", "images_sha256", "excluded_images"])
+@pytest.mark.parametrize(
+    "name", ["split", "training", "queries_sha256", "images_sha256", "excluded_images"]
+)
 @pytest.mark.parametrize("value", [None, 3, ["x"]])
 def test_a_result_that_lacks_something_is_named(name, value, result, capsys):
     file = result("a", **{name: value})
@@ -176,7 +204,9 @@ def test_protocols_that_are_not_shared(result, compared, capsys):
 
 def test_a_protocol_can_be_chosen(result, compared):
     both = ("original-kept", "VAL-removed")
-    out = compared(result("a", protocols=both), result("b", protocols=both), "--protocol", "val-removed")
+    out = compared(
+        result("a", protocols=both), result("b", protocols=both), "--protocol", "val-removed"
+    )
     assert "original" not in out
 
 
@@ -198,13 +228,19 @@ def test_other_datasets_and_other_files_are_refused(result, tmp_path, capsys):
         assert str(other) in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_several_seeds_in_one_command(stage_2, run, drawn, compared, capsys, tmp_path):
     """--seeds trains what as many commands would, and its report is theirs."""
     folder = stage_2("CIRR", "--seeds", 0, 3, "--save-best")
     out = capsys.readouterr().out
     assert out.startswith("validations with the best arithmetic_mean of each seed")
     single = stage_2("CIRR", "--seed", 3, "--save-best", output="single")
-    for name in ("train_metrics.csv", "validation_metrics.csv", "router_metrics.csv", "best_metrics.json"):
+    for name in (
+        "train_metrics.csv",
+        "validation_metrics.csv",
+        "router_metrics.csv",
+        "best_metrics.json",
+    ):
         assert (folder / "seed_3" / name).read_bytes() == (single / name).read_bytes()
     summary = json.loads((folder / "best_metrics.json").read_text())
     values = [summary["seeds"][seed]["recall_at1"] for seed in ("0", "3")]
@@ -214,7 +250,14 @@ def test_several_seeds_in_one_command(stage_2, run, drawn, compared, capsys, tmp
     for seed in (0, 3):
         files.append(tmp_path / f"seed{seed}.json")
         weights = folder / f"seed_{seed}" / "saved_models" / "combiner_arithmetic.pt"
-        flags = ["--combining-function", "combiner", "--combiner-path", weights, "--metrics-json", files[-1]]
+        flags = [
+            "--combining-function",
+            "combiner",
+            "--combiner-path",
+            weights,
+            "--metrics-json",
+            files[-1],
+        ]
         run("validate", drawn, "--dataset", "CIRR", *flags)
     capsys.readouterr()
     assert "seed0: mean ± standard deviation of 2 seeds" in compared(*files)
@@ -252,5 +295,8 @@ def test_runs_of_earlier_versions_are_one_method_with_those_of_now(result):
         "data": {"train_dress_types": ["dress"]},
         "versions": {"torch": "2"},
     }
-    files = [result(f"v{number}", training={"combiner": config}) for number, config in enumerate((flat, parts))]
+    files = [
+        result(f"v{number}", training={"combiner": config})
+        for number, config in enumerate((flat, parts))
+    ]
     assert [len(column.results) for column in read_columns(files)] == [2]

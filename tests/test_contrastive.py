@@ -31,7 +31,14 @@ def in_double(monkeypatch):
     monkeypatch.setattr(clip.model.LayerNorm, "forward", nn.LayerNorm.forward)
 
 
-def clip_step(golden, name: str, encoder: str, micro_batch: int | None, checkpointed: bool = False, rows: int = 7):
+def clip_step(
+    golden,
+    name: str,
+    encoder: str,
+    micro_batch: int | None,
+    checkpointed: bool = False,
+    rows: int = 7,
+):
     """Loss and gradients of one stage-1 step in float64."""
     model = load_clip(str(golden / name), CPU).double()
     choose_trained(model, encoder)
@@ -39,16 +46,28 @@ def clip_step(golden, name: str, encoder: str, micro_batch: int | None, checkpoi
         checkpoint_gradients(model)
     generator = torch.Generator().manual_seed(0)
     pixels = resolution(model)
-    images = torch.randint(256, (2, rows, 3, pixels, pixels), dtype=torch.uint8, generator=generator)
+    images = torch.randint(
+        256, (2, rows, 3, pixels, pixels), dtype=torch.uint8, generator=generator
+    )
     tokens = tokenize([f"is number {i} and has a color" for i in range(rows)])
     inputs = [images[0], images[1], tokens]
-    loss = backward(SumFeatures(model), inputs, None, micro_batch=micro_batch, precision=FULL, scaler=FULL.scaler())
+    loss = backward(
+        SumFeatures(model),
+        inputs,
+        None,
+        micro_batch=micro_batch,
+        precision=FULL,
+        scaler=FULL.scaler(),
+    )
     return loss, {name: p.grad for name, p in model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", ["both", "text", "image"])
 @pytest.mark.parametrize("name", ["clip_vit.pt", "clip_rn.pt"])
-@pytest.mark.parametrize("way", [{"micro_batch": 3}, {"micro_batch": 1}, {"micro_batch": 2, "checkpointed": True}])
+@pytest.mark.parametrize(
+    "way", [{"micro_batch": 3}, {"micro_batch": 1}, {"micro_batch": 2, "checkpointed": True}]
+)
 def test_gradients_in_bounded_memory_equal_the_plain_steps(way, name, encoder, golden, in_double):
     plain_loss, plain = clip_step(golden, name, encoder, None)
     loss, gradients = clip_step(golden, name, encoder, **way)
@@ -63,7 +82,9 @@ def test_gradients_in_bounded_memory_equal_the_plain_steps(way, name, encoder, g
 def test_checkpointed_gradients_equal_the_plain_ones(golden, in_double):
     _, plain = clip_step(golden, "clip_rn.pt", "both", None)
     _, gradients = clip_step(golden, "clip_rn.pt", "both", None, checkpointed=True)
-    assert all(torch.allclose(gradients[k], g, rtol=1e-6) for k, g in plain.items() if g is not None)
+    assert all(
+        torch.allclose(gradients[k], g, rtol=1e-6) for k, g in plain.items() if g is not None
+    )
 
 
 def test_micro_batches_bound_the_rows_that_have_a_graph(golden):
@@ -109,7 +130,9 @@ def test_schedule():
     assert schedule.factor(8, 12) == pytest.approx(0.5)
     assert schedule.factor(10, 12) == pytest.approx(0.5 * (1 + math.cos(0.75 * math.pi)))
     assert schedule.factor(12, 12) == 0.0
-    assert {Schedule(num_epochs=1, validation_frequency=1).factor(step, 9) for step in range(9)} == {1.0}
+    assert {
+        Schedule(num_epochs=1, validation_frequency=1).factor(step, 9) for step in range(9)
+    } == {1.0}
 
 
 class Line(nn.Module):
@@ -120,7 +143,9 @@ class Line(nn.Module):
         self.weight = nn.Parameter(torch.tensor([[1.0, 0.3], [0.2, 1.0]]))
 
     def forward(self, rows):
-        return nn.functional.normalize(rows @ self.weight, dim=-1), nn.functional.normalize(rows, dim=-1)
+        return nn.functional.normalize(rows @ self.weight, dim=-1), nn.functional.normalize(
+            rows, dim=-1
+        )
 
 
 def stepper(model, regime=None, steps=5, averaged=None):
@@ -134,7 +159,9 @@ def stepper(model, regime=None, steps=5, averaged=None):
         module=model,
         averaged=averaged,
     )
-    return Stepper(task, regime or Schedule(num_epochs=1, validation_frequency=1), Precision("fp32", CPU))
+    return Stepper(
+        task, regime or Schedule(num_epochs=1, validation_frequency=1), Precision("fp32", CPU)
+    )
 
 
 ROWS = [torch.tensor([[1.0, 0.0], [0.6, 0.8]])]
@@ -169,13 +196,17 @@ def test_gradient_clipping():
     before = plain.weight.detach().clone()
     stepper(plain).step(ROWS, torch.arange(2))
     norm = plain.weight.grad.norm()
-    stepper(clipped, Schedule(num_epochs=1, validation_frequency=1, clip_grad_norm=float(norm) / 4)).step(
-        ROWS, torch.arange(2)
+    stepper(
+        clipped, Schedule(num_epochs=1, validation_frequency=1, clip_grad_norm=float(norm) / 4)
+    ).step(ROWS, torch.arange(2))
+    torch.testing.assert_close(
+        before - clipped.weight, (before - plain.weight) / 4, rtol=1e-4, atol=1e-7
     )
-    torch.testing.assert_close(before - clipped.weight, (before - plain.weight) / 4, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("amp", None), ("fp32", None), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("amp", None), ("fp32", None), ("bf16", torch.bfloat16)]
+)
 def test_precision_on_the_cpu(name, dtype):
     precision = Precision(name, CPU)
     assert precision.dtype == dtype
@@ -194,7 +225,14 @@ def test_precision_on_a_gpu(monkeypatch):
 
 
 def test_a_micro_batch_larger_than_the_batch(fails, drawn):
-    flags = ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--batch-size", 8, "--micro-batch-size", 9]
+    flags = [
+        "--clip-model-name",
+        drawn / "tiny_clip_vit.pt",
+        "--batch-size",
+        8,
+        "--micro-batch-size",
+        9,
+    ]
     error = fails("clip_fine_tune", drawn, "--dataset", "CIRR", *flags)
     assert "--micro-batch-size 9 is larger than a process's batch of 8" in error
 
@@ -216,6 +254,7 @@ def test_shares_of_a_batch_are_its_rows_in_order(monkeypatch):
     assert torch.equal(torch.cat([own for _, own in shares], 1), variants)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -231,11 +270,21 @@ def test_the_options_of_stage_1_run(flags, stage_1):
     assert len(list((folder / "saved_models").iterdir())) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
         ["--precision", "bf16"],
-        ["--mask-duplicate-targets", "--clip-grad-norm", "1", "--warmup-steps", "3", "--cosine", "--ema-decay", "0.9"],
+        [
+            "--mask-duplicate-targets",
+            "--clip-grad-norm",
+            "1",
+            "--warmup-steps",
+            "3",
+            "--cosine",
+            "--ema-decay",
+            "0.9",
+        ],
         ["--compile"],
     ],
     ids=" ".join,
@@ -248,6 +297,7 @@ def test_the_options_of_stage_2_run(flags, stage_2, monkeypatch):
     assert "output_layer.weight" in content["Combiner"]  # no prefix of a wrapper
 
 
+@pytest.mark.slow
 def test_the_average_is_what_is_saved_and_measured(stage_1, run, drawn, tmp_path):
     folder = stage_1("CIRR", "--ema-decay", "0.5")
     weights = folder / "saved_models" / "tuned_clip_1"

@@ -49,7 +49,10 @@ def test_square_pad_is_square_to_a_pixel(size):
     padded = SquarePad()(picture("RGB", *size))
     width, height = size
     longest = max(size)
-    assert padded.size == (width + 2 * int((longest - width) / 2), height + 2 * int((longest - height) / 2))
+    assert padded.size == (
+        width + 2 * int((longest - width) / 2),
+        height + 2 * int((longest - height) / 2),
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,7 +84,10 @@ def test_every_mode_becomes_normalised_pixels(mode, transform):
         pixels = normalise(make_preprocess(transform, 1.25, 16)(picture(mode, *size)))
         assert pixels.shape == (3, 16, 16)
         assert pixels.dtype == torch.float32
-        low, high = (torch.tensor([(v - m) / s for m, s in zip(CLIP_MEAN, CLIP_STD, strict=True)]) for v in (0.0, 1.0))
+        low, high = (
+            torch.tensor([(v - m) / s for m, s in zip(CLIP_MEAN, CLIP_STD, strict=True)])
+            for v in (0.0, 1.0)
+        )
         assert (pixels.amin((1, 2)) >= low - 1e-5).all()
         assert (pixels.amax((1, 2)) <= high + 1e-5).all()
 
@@ -98,7 +104,9 @@ def test_preprocess_is_clips_own_where_nothing_is_padded():
 
     image = picture("RGBA", 50, 45)
     for transform in ("clip", "targetpad"):
-        assert torch.equal(normalise(make_preprocess(transform, 1.25, 24)(image)), _transform(24)(image))
+        assert torch.equal(
+            normalise(make_preprocess(transform, 1.25, 24)(image)), _transform(24)(image)
+        )
 
 
 def test_images_that_cannot_be_decoded_are_named(tmp_path):
@@ -145,7 +153,9 @@ def test_batches_keep_the_order_of_rows(tmp_path, workers):
 @pytest.mark.parametrize("size", [(1, 18_001), (40, 4_194_334)])
 def test_a_side_that_padding_would_square_is_refused(transform, size, tmp_path):
     Image.new("1", size).save(tmp_path / "long.png")
-    with pytest.raises(UserError, match=r"long\.png cannot be decoded .*a side above 18,000 pixels"):
+    with pytest.raises(
+        UserError, match=r"long\.png cannot be decoded .*a side above 18,000 pixels"
+    ):
         load_image(tmp_path / "long.png", make_preprocess(transform, 1.25, 16))
     assert inspect(tmp_path / "long.png").problem == TOO_LARGE
 

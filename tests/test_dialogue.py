@@ -26,9 +26,23 @@ def searcher(drawn, tmp_path_factory):
     """An index of twelve images, asked with the sum."""
     folder = tmp_path_factory.mktemp("dialogue")
     images(folder / "photos", 12)
-    words = ["index", "--images", folder / "photos", "--output", folder / "index", "--num-workers", "0"]
-    search.main(list(map(str, [*words, "--clip-model-name", drawn / "tiny_clip_vit.pt", "--device", "cpu"])))
-    return load_searcher(folder / "index", PairChoice(combining_function=None, clip_path=None, combiner_path=None), CPU)
+    words = [
+        "index",
+        "--images",
+        folder / "photos",
+        "--output",
+        folder / "index",
+        "--num-workers",
+        "0",
+    ]
+    search.main(
+        list(map(str, [*words, "--clip-model-name", drawn / "tiny_clip_vit.pt", "--device", "cpu"]))
+    )
+    return load_searcher(
+        folder / "index",
+        PairChoice(combining_function=None, clip_path=None, combiner_path=None),
+        CPU,
+    )
 
 
 def names(dialogue: Dialogue) -> list[str]:
@@ -89,7 +103,9 @@ def bomb(side: int) -> bytes:
     """A small PNG that says it has side x side pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
     return (

@@ -9,6 +9,8 @@ import torch
 from conftest import ROOT, STAGE_2, read_csv
 from forks import Script, torchrun
 
+pytestmark = pytest.mark.slow
+
 STAGE_1 = "--num-epochs 2 --learning-rate 1e-4 --batch-size 12 --save-training --encoder both"
 
 
@@ -17,7 +19,9 @@ def launch(start):
     """Run a script to its end, under torchrun or directly for one process; each has one CPU thread."""
 
     def launch(processes: int, script: str, *flags: object, fresh: bool = False) -> Script:
-        process = start(*(torchrun(processes) if processes > 1 else []), f"src/{script}.py", *flags, fresh=fresh)
+        process = start(
+            *(torchrun(processes) if processes > 1 else []), f"src/{script}.py", *flags, fresh=fresh
+        )
         process.wait()
         return process
 
@@ -29,7 +33,9 @@ def train(launch):
     """Train in some processes; returns the run folder."""
 
     def train(processes: int, script: str, output: Path, *flags: object) -> Path:
-        done = launch(processes, script, *flags, "--output-dir", output, "--device", "cpu", "--num-workers", 0)
+        done = launch(
+            processes, script, *flags, "--output-dir", output, "--device", "cpu", "--num-workers", 0
+        )
         assert done.returncode == 0, done.stderr
         (run,) = output.iterdir()
         return run
@@ -42,7 +48,9 @@ def assert_same_run(one: Path, two: Path, key: str) -> None:
     files = sorted(str(file.relative_to(one)) for file in one.rglob("*"))
     assert files == sorted(str(file.relative_to(two)) for file in two.rglob("*"))
     losses = read_csv(one / "train_metrics.csv")["train_epoch_loss"]
-    assert read_csv(two / "train_metrics.csv")["train_epoch_loss"] == pytest.approx(losses, rel=1e-5)
+    assert read_csv(two / "train_metrics.csv")["train_epoch_loss"] == pytest.approx(
+        losses, rel=1e-5
+    )
     assert read_csv(one / "validation_metrics.csv") == read_csv(two / "validation_metrics.csv")
     last = sorted((one / "saved_models").iterdir())[-1]
     ours, theirs = (torch.load(run / "saved_models" / last.name)[key] for run in (one, two))
@@ -68,51 +76,77 @@ def test_stage_1(micro, golden, train, tmp_path):
     name = ["--clip-model-name", golden / "clip_vit.pt", "--data-root", golden]
     flags = ["--dataset", "CIRR", *name, *STAGE_1.split()]
     one = train(1, "clip_fine_tune", tmp_path / "one", *flags)
-    two = train(2, "clip_fine_tune", tmp_path / "two", *flags, *micro, "--image-cache", tmp_path / "images")
+    two = train(
+        2, "clip_fine_tune", tmp_path / "two", *flags, *micro, "--image-cache", tmp_path / "images"
+    )
     assert_same_run(one, two, "CLIP")
 
 
 def test_stage_2_with_dropout_and_experts(golden, train, tmp_path):
-    name = ["--clip-model-name", golden / "clip_vit.pt", "--clip-model-path", golden / "tuned_clip_vit.pt"]
+    name = [
+        "--clip-model-name",
+        golden / "clip_vit.pt",
+        "--clip-model-path",
+        golden / "tuned_clip_vit.pt",
+    ]
     flags = ["--dataset", "FashionIQ", *name, "--data-root", golden, *STAGE_2.split()]
-    one = train(1, "combiner_train", tmp_path / "one", *flags, "--feature-cache", tmp_path / "cache1")
-    two = train(2, "combiner_train", tmp_path / "two", *flags, "--feature-cache", tmp_path / "cache2")
+    one = train(
+        1, "combiner_train", tmp_path / "one", *flags, "--feature-cache", tmp_path / "cache1"
+    )
+    two = train(
+        2, "combiner_train", tmp_path / "two", *flags, "--feature-cache", tmp_path / "cache2"
+    )
     assert_same_run(one, two, "Combiner")
     ours, theirs = sorted((tmp_path / "cache1").iterdir()), sorted((tmp_path / "cache2").iterdir())
     assert [file.name for file in ours] == [file.name for file in theirs]
-    for one_file, two_file in zip(ours, theirs, strict=True):  # encoded galleries, identical and in order
+    for one_file, two_file in zip(
+        ours, theirs, strict=True
+    ):  # encoded galleries, identical and in order
         features = torch.load(one_file)["features"]
         torch.testing.assert_close(torch.load(two_file)["features"], features, rtol=1e-6, atol=1e-6)
-    again = train(2, "combiner_train", tmp_path / "again", *flags, "--feature-cache", tmp_path / "cache1")
+    again = train(
+        2, "combiner_train", tmp_path / "again", *flags, "--feature-cache", tmp_path / "cache1"
+    )
     assert_same_run(one, again, "Combiner")
 
 
 def test_validation_and_submission(golden, launch, tmp_path):
-    pair = ["--clip-model-name", golden / "clip_vit.pt", "--clip-model-path", golden / "tuned_clip_vit.pt"]
+    pair = [
+        "--clip-model-name",
+        golden / "clip_vit.pt",
+        "--clip-model-path",
+        golden / "tuned_clip_vit.pt",
+    ]
     pair += ["--combining-function", "combiner", "--combiner-path", golden / "combiner_moe_cirr.pt"]
     shared = [*pair, "--data-root", golden, "--device", "cpu", "--num-workers", 0]
-    done = launch(2, "validate", "--dataset", "CIRR", *shared, "--metrics-json", tmp_path / "metrics.json", fresh=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("recall_at50 = ") == 1  # one process prints
-    entries = json.loads((golden / "expected.json").read_text())["validate"]
-    expected = next(e for e in entries if e["args"][1] == "CIRR" and "combiner_moe_cirr.pt" in e["args"])
-    metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
-    assert {name: metrics[name] for name in expected["metrics"]} == pytest.approx(expected["metrics"], abs=1e-3)
     done = launch(
         2,
-        "cirr_test_submission",
-        "--submission-name",
-        "moe",
+        "validate",
+        "--dataset",
+        "CIRR",
         *shared,
-        "--output-dir",
-        tmp_path,
-        "--similarity-block",
-        7,
+        "--metrics-json",
+        tmp_path / "metrics.json",
         fresh=True,
     )
     assert done.returncode == 0, done.stderr
-    for name in ("recall_submission_moe.json", "recall_subset_submission_moe.json"):
-        assert (tmp_path / name).read_text() == (golden / name).read_text()
+    assert done.stdout.count("recall_at50 = ") == 1  # one process prints
+    entries = json.loads((golden / "expected.json").read_text())["validate"]
+    expected = next(
+        e for e in entries if e["args"][1] == "CIRR" and "combiner_moe_cirr.pt" in e["args"]
+    )
+    metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+    assert {name: metrics[name] for name in expected["metrics"]} == pytest.approx(
+        expected["metrics"], abs=1e-3
+    )
+    words = ["cirr_test_submission", "--submission-name", "moe", *shared, "--similarity-block", 7]
+    for processes in (1, 2):
+        done = launch(
+            processes, *words, "--output-dir", tmp_path / str(processes), fresh=processes == 1
+        )
+        assert done.returncode == 0, done.stderr
+        for name in ("recall_submission_moe.json", "recall_subset_submission_moe.json"):
+            assert (tmp_path / str(processes) / name).read_text() == (golden / name).read_text()
 
 
 def test_bad_input_is_said_once_by_each_process(golden, launch):
@@ -143,8 +177,26 @@ clip_fine_tune.main(sys.argv[1:])
     script = ROOT / "src" / "clip_fine_tune.py"
     killer = tmp_path / "killer.py"
     killer.write_text(code)
-    flags = ["--dataset", "CIRR", "--clip-model-name", golden / "clip_vit.pt", "--data-root", golden, *STAGE_1.split()]
-    words = [*torchrun(2), killer, *flags, "--device", "cpu", "--num-workers", 0, "--output-dir", tmp_path / "runs"]
+    flags = [
+        "--dataset",
+        "CIRR",
+        "--clip-model-name",
+        golden / "clip_vit.pt",
+        "--data-root",
+        golden,
+        *STAGE_1.split(),
+    ]
+    words = [
+        *torchrun(2),
+        killer,
+        *flags,
+        "--device",
+        "cpu",
+        "--num-workers",
+        0,
+        "--output-dir",
+        tmp_path / "runs",
+    ]
     assert script.exists()
     done = start(*words)
     assert done.wait() != 0

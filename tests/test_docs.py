@@ -11,7 +11,11 @@ import pytest
 from conftest import ROOT
 from utils import UserError
 
-GUIDES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")) + sorted(ROOT.glob("[!.]*/README.md"))
+GUIDES = (
+    sorted(ROOT.glob("*.md"))
+    + sorted(ROOT.glob("docs/*.md"))
+    + sorted(ROOT.glob("[!.]*/README.md"))
+)
 READMES = [ROOT / "README.md", ROOT / "README.vi.md"]
 TRANSLATED = ["README", "docs/guide", "docs/scaling", "docs/deviations"]
 LONGEST_README = 220  # lines; what needs more goes to docs/
@@ -34,14 +38,20 @@ def commands(guide: Path) -> list[list[str]]:
     """The words of each command of our scripts in a guide, from the script's name on."""
     text = "\n".join(BLOCK.findall(guide.read_text())).replace("\\\n", " ")
     found = (
-        re.search(r"\bsrc/\w+\.py\b.*", line) for line in text.splitlines() if "python" in line or "torchrun" in line
+        re.search(r"\bsrc/\w+\.py\b.*", line)
+        for line in text.splitlines()
+        if "python" in line or "torchrun" in line
     )
     return [shlex.split(line.group(), comments=True) for line in found if line]
 
 
 def scripts() -> set[str]:
     """The names of all scripts."""
-    return {file.stem for file in (ROOT / "src").glob("*.py") if '__name__ == "__main__"' in file.read_text()}
+    return {
+        file.stem
+        for file in (ROOT / "src").glob("*.py")
+        if '__name__ == "__main__"' in file.read_text()
+    }
 
 
 def wings() -> set[str]:
@@ -59,7 +69,11 @@ def test_no_command_was_lost_when_the_readme_was_divided():
     guides = [ROOT / "README.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "scaling.md"]
     different = {tuple(words) for guide in guides for words in commands(guide)}
     number = Counter(Path(script).stem for script, *_ in different)
-    assert {script: number[script] for script in FEWEST_COMMANDS if number[script] < FEWEST_COMMANDS[script]} == {}
+    assert {
+        script: number[script]
+        for script in FEWEST_COMMANDS
+        if number[script] < FEWEST_COMMANDS[script]
+    } == {}
 
 
 def test_every_script_has_a_command_in_a_guide():
@@ -97,13 +111,17 @@ def test_commands_of_guides_have_flags_that_exist(guide, capsys):
         except UserError as error:
             assert "--resume" in words, error  # the run that it names is not here
         except SystemExit:
-            raise AssertionError(f"{script} {shlex.join(words)}: {capsys.readouterr().err}") from None
+            raise AssertionError(
+                f"{script} {shlex.join(words)}: {capsys.readouterr().err}"
+            ) from None
 
 
 def anchors(guide: Path) -> set[str]:
     """What links may name in a guide: its headings, as they are spelled in addresses."""
     headings = re.findall(r"^#+ (.*)", guide.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+    return {
+        re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings
+    }
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: str(guide.relative_to(ROOT)))
@@ -130,14 +148,19 @@ def test_both_languages_give_the_same_commands_and_numbers(name):
     own, other = both_languages(name)
     assert commands(own) == commands(other) != []
     texts = [guide.read_text() for guide in (own, other)]
-    assert sorted(numbers(texts[0])) == sorted(numbers(texts[1]))  # a sentence may give them in another order
+    assert sorted(numbers(texts[0])) == sorted(
+        numbers(texts[1])
+    )  # a sentence may give them in another order
     tables = ["\n".join(re.findall(r"^\|.*", text, re.MULTILINE)) for text in texts]
     assert numbers(tables[0]) == numbers(tables[1])
 
 
 @pytest.mark.parametrize("name", TRANSLATED)
 def test_both_languages_have_the_same_headings(name):
-    texts = [re.sub(r"```.*?```", "", guide.read_text(), flags=re.DOTALL) for guide in both_languages(name)]
+    texts = [
+        re.sub(r"```.*?```", "", guide.read_text(), flags=re.DOTALL)
+        for guide in both_languages(name)
+    ]
     levels = [re.findall(r"^#+(?= )", text, re.MULTILINE) for text in texts]
     assert levels[0] == levels[1] != []
 

@@ -16,9 +16,13 @@ from models.clip_model import load_clip
 from training import tracker
 from twins import DefinedCombiner
 
+pytestmark = pytest.mark.slow
+
 FIQ_METRICS = [f"{c}_recall_at{k}" for c in ("dress", "toptee", "shirt") for k in (10, 50)]
 FIQ_METRICS += ["average_recall_at10", "average_recall_at50", "average_recall"]
-CIRR_METRICS = [f"group_recall_at{k}" for k in (1, 2, 3)] + [f"recall_at{k}" for k in (1, 5, 10, 50)]
+CIRR_METRICS = [f"group_recall_at{k}" for k in (1, 2, 3)] + [
+    f"recall_at{k}" for k in (1, 5, 10, 50)
+]
 CIRR_METRICS += ["mean(R@5+R_s@1)", "arithmetic_mean", "harmonic_mean", "geometric_mean"]
 METRICS = {"FashionIQ": FIQ_METRICS, "CIRR": CIRR_METRICS}
 BEST = {
@@ -43,13 +47,19 @@ GUIDE = {
 
 
 def saved(folder) -> list[str]:
-    return sorted(file.stem for file in (folder / "saved_models").glob("*")) if folder.exists() else []
+    return (
+        sorted(file.stem for file in (folder / "saved_models").glob("*")) if folder.exists() else []
+    )
 
 
 @pytest.mark.parametrize("door", GUIDE, ids=lambda door: door.__name__)
 def test_the_guides_commands_parse(door):
     args = door.parse(GUIDE[door].split())
-    assert (args.clip_model_name, args.transform, args.target_ratio) == ("RN50x16", "targetpad", 1.25)
+    assert (args.clip_model_name, args.transform, args.target_ratio) == (
+        "RN50x16",
+        "targetpad",
+        1.25,
+    )
 
 
 def test_defaults_are_the_originals():
@@ -61,18 +71,36 @@ def test_defaults_are_the_originals():
         2e-6, "both", False, False,
     )  # fmt: skip
     stage_2 = combiner_train.parse(["--dataset", "FASHIONIQ"])
-    assert (stage_2.dataset, stage_2.batch_size, stage_2.validation_frequency) == ("FashionIQ", 1024, 3)
-    assert (stage_2.projection_dim, stage_2.hidden_dim, stage_2.combiner_lr, stage_2.clip_bs) == (2560, 5120, 2e-5, 32)
-    assert (stage_2.combiner_type, stage_2.num_experts, stage_2.top_k, stage_2.seed) == ("moe", 4, 2, 0)
+    assert (stage_2.dataset, stage_2.batch_size, stage_2.validation_frequency) == (
+        "FashionIQ",
+        1024,
+        3,
+    )
+    assert (stage_2.projection_dim, stage_2.hidden_dim, stage_2.combiner_lr, stage_2.clip_bs) == (
+        2560,
+        5120,
+        2e-5,
+        32,
+    )
+    assert (stage_2.combiner_type, stage_2.num_experts, stage_2.top_k, stage_2.seed) == (
+        "moe",
+        4,
+        2,
+        0,
+    )
 
 
 @pytest.mark.parametrize("dataset", ["FashionIQ", "CIRR"])
-def test_both_stages_then_validation(dataset, stage_1, stage_2, run, drawn, tmp_path, capsys, caplog):
+def test_both_stages_then_validation(
+    dataset, stage_1, stage_2, run, drawn, tmp_path, capsys, caplog
+):
     """The path of a user: train, train, validate; the last numbers are those that the training printed."""
     caplog.set_level("INFO")
     clip = stage_1(dataset, "--save-best")
     short = {"FashionIQ": "fiq", "CIRR": "cirr"}[dataset]
-    assert re.fullmatch(rf"clip_finetuned_on_{short}_tiny_clip_vit_\d{{4}}-\d\d-\d\d_\d\d-\d\d-\d\d", clip.name)
+    assert re.fullmatch(
+        rf"clip_finetuned_on_{short}_tiny_clip_vit_\d{{4}}-\d\d-\d\d_\d\d-\d\d-\d\d", clip.name
+    )
     assert saved(clip) == BEST["clip", dataset]
     assert list(read_csv(clip / "train_metrics.csv")) == ["epoch", "train_epoch_loss"]
     assert list(read_csv(clip / "validation_metrics.csv")) == ["epoch", *METRICS[dataset]]
@@ -81,7 +109,12 @@ def test_both_stages_then_validation(dataset, stage_1, stage_2, run, drawn, tmp_
     assert combiner.name.startswith("combiner_trained_on_")
     assert saved(combiner) == BEST["combiner", dataset]
     name = BEST["combiner", dataset][0]
-    pair = ["--clip-model-path", weights, "--combiner-path", combiner / "saved_models" / f"{name}.pt"]
+    pair = [
+        "--clip-model-path",
+        weights,
+        "--combiner-path",
+        combiner / "saved_models" / f"{name}.pt",
+    ]
     flags = ["--dataset", dataset, "--combining-function", "combiner", *pair]
     run("validate", drawn, *flags, "--metrics-json", tmp_path / "m.json")
     metrics = json.loads((tmp_path / "m.json").read_text())["metrics"]
@@ -108,7 +141,9 @@ def test_only_the_chosen_encoder_learns(encoder, stage_1, drawn):
 
 @pytest.mark.parametrize("transform", ["clip", "squarepad", "targetpad"])
 def test_all_transforms_train_on_the_resnet(transform, stage_1, drawn):
-    folder = stage_1("CIRR", "--transform", transform, "--clip-model-name", drawn / "tiny_clip_resnet.pt")
+    folder = stage_1(
+        "CIRR", "--transform", transform, "--clip-model-name", drawn / "tiny_clip_resnet.pt"
+    )
     config = torch.load(folder / "saved_models" / "tuned_clip_1.pt")["config"]
     assert config["recipe"]["transform"] == transform
 
@@ -120,7 +155,9 @@ def test_one_seed_gives_the_same_files_byte_for_byte(dataset, stage_1, stage_2):
         for name in ("train_metrics.csv", "validation_metrics.csv"):
             assert (first / name).read_bytes() == (second / name).read_bytes()
         other = stage(dataset, "--seed", 1, output=f"{stage}3")
-        assert (first / "train_metrics.csv").read_bytes() != (other / "train_metrics.csv").read_bytes()
+        assert (first / "train_metrics.csv").read_bytes() != (
+            other / "train_metrics.csv"
+        ).read_bytes()
 
 
 def test_workers_do_not_change_the_numbers(stage_1, drawn):
@@ -134,7 +171,12 @@ def test_nothing_is_saved_without_save_training(run, drawn, tmp_path):
     name = ["--clip-model-name", drawn / "tiny_clip_vit.pt"]
     (folder,) = run("combiner_train", drawn, "--dataset", "CIRR", *name, *flags.split()).iterdir()
     files = sorted(file.name for file in folder.iterdir())
-    csv = ["router_metrics.csv", "train_metrics.csv", "training_hyperparameters.json", "validation_metrics.csv"]
+    csv = [
+        "router_metrics.csv",
+        "train_metrics.csv",
+        "training_hyperparameters.json",
+        "validation_metrics.csv",
+    ]
     assert files == ["best_metrics.json", "index.html", *csv[:2], "training_curves.png", *csv[2:]]
 
 
@@ -149,7 +191,9 @@ def test_epochs_of_stage_2_open_no_image_and_run_no_clip(stage_2, monkeypatch):
     """Guards against the original's encoding of everything in every epoch."""
     opened = []
     real = ImageDataset.__getitem__
-    monkeypatch.setattr(ImageDataset, "__getitem__", lambda self, row: opened.append(row) or real(self, row))
+    monkeypatch.setattr(
+        ImageDataset, "__getitem__", lambda self, row: opened.append(row) or real(self, row)
+    )
     stage_2("FashionIQ", "--num-epochs", 1, output="short")
     assert opened
     once = len(opened)
@@ -169,17 +213,29 @@ def test_hyper_parameters_hold_no_secret(stage_2, monkeypatch):
 
 
 def test_checkpoints_carry_a_plain_configuration(stage_1, stage_2):
-    clip = torch.load(stage_1("FashionIQ", "--save-best") / "saved_models" / "tuned_clip_best.pt", weights_only=True)
+    clip = torch.load(
+        stage_1("FashionIQ", "--save-best") / "saved_models" / "tuned_clip_best.pt",
+        weights_only=True,
+    )
     assert set(clip) == {"epoch", "CLIP", "config", "metrics"}
     assert set(clip["config"]) == {"flags", "recipe", "data", "versions"}
-    assert clip["config"]["flags"].items() >= {"dataset": "FashionIQ", "seed": 0, "transform": None}.items()
+    assert (
+        clip["config"]["flags"].items()
+        >= {"dataset": "FashionIQ", "seed": 0, "transform": None}.items()
+    )
     recipe = {"transform": "targetpad", "target_ratio": 1.25, "resolution": 32}
     assert clip["config"]["recipe"].items() >= recipe.items()
     assert clip["config"]["data"]["train_dress_types"] == ["dress", "toptee", "shirt"]
     assert {"torch", "torchvision", "pillow"} <= set(clip["config"]["versions"])
     assert set(clip["metrics"]) == {"average_recall"}
     combiner = torch.load(stage_2("CIRR") / "saved_models" / "combiner_1.pt", weights_only=True)
-    sizes = {"projection_dim": 16, "hidden_dim": 24, "num_experts": 4, "top_k": 2, "combiner_type": "moe"}
+    sizes = {
+        "projection_dim": 16,
+        "hidden_dim": 24,
+        "num_experts": 4,
+        "top_k": 2,
+        "combiner_type": "moe",
+    }
     assert combiner["config"]["flags"].items() >= sizes.items()
     assert combiner["config"]["recipe"]["clip_dim"] == 64
 
@@ -190,7 +246,9 @@ def test_our_checkpoints_load_in_a_model_with_the_originals_names(stage_2):
     assert loaded.missing_keys == loaded.unexpected_keys == []
 
 
-def test_evaluation_follows_the_configuration_and_warns_of_contradictions(stage_1, run, drawn, caplog, tmp_path):
+def test_evaluation_follows_the_configuration_and_warns_of_contradictions(
+    stage_1, run, drawn, caplog, tmp_path
+):
     """Guards against weights trained with one preprocessing and measured, silently, with another."""
     clip = stage_1("CIRR", "--transform", "squarepad")
     flags = [
@@ -205,7 +263,9 @@ def test_evaluation_follows_the_configuration_and_warns_of_contradictions(stage_
     assert "warning" not in caplog.text
     history = read_csv(clip / "validation_metrics.csv")
     silent = json.loads((tmp_path / "silent.json").read_text())["metrics"]
-    assert silent == pytest.approx({name: values[1] for name, values in history.items() if name != "epoch"})
+    assert silent == pytest.approx(
+        {name: values[1] for name, values in history.items() if name != "epoch"}
+    )
     run("validate", drawn, *flags, "--transform", "clip", "--metrics-json", tmp_path / "loud.json")
     assert "was trained with --transform squarepad, not clip" in caplog.text
     assert silent != json.loads((tmp_path / "loud.json").read_text())["metrics"]
@@ -241,7 +301,14 @@ def test_k_is_read_from_the_configuration(stage_2, run, drawn, fails):
 @pytest.mark.parametrize("kind", ["moe", "clip4cir"])
 def test_submission(kind, stage_2, run, drawn):
     weights = stage_2("CIRR", "--combiner-type", kind) / "saved_models" / "combiner_1.pt"
-    pair = ["--submission-name", "mine", "--combining-function", "combiner", "--combiner-path", weights]
+    pair = [
+        "--submission-name",
+        "mine",
+        "--combining-function",
+        "combiner",
+        "--combiner-path",
+        weights,
+    ]
     folder = run("cirr_test_submission", drawn, *pair, output="submission")
     captions = json.loads((drawn / "cirr_dataset/cirr/captions/cap.rc2.test1.json").read_text())
     for stem, metric, length in (("recall", "recall", 17), ("recall_subset", "recall_subset", 3)):

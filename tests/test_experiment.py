@@ -86,7 +86,9 @@ def test_the_best_of_each_metric_is_kept(tmp_path):
     for epoch, (recall, mean) in enumerate(history):
         kept.update(epoch, {"recall": recall, "mean": mean})
     assert files(tmp_path) == ["best_mean.pt", "best_recall.pt"]
-    by_recall, by_mean = (torch.load(tmp_path / "saved_models" / f"best_{name}.pt") for name in ("recall", "mean"))
+    by_recall, by_mean = (
+        torch.load(tmp_path / "saved_models" / f"best_{name}.pt") for name in ("recall", "mean")
+    )
     assert by_recall["epoch"] == 2  # the first of equals
     assert (by_recall["config"], by_recall["metrics"]) == ({"seed": 1}, {"recall": 12})
     assert by_mean["epoch"] == 3
@@ -116,7 +118,9 @@ def test_csv_files(tmp_path):
     run = new_run(tmp_path)
     run.record("train", 0, {"train_epoch_loss": 0.1})
     run.record("train", 1, {"train_epoch_loss": 1 / 3})
-    assert (tmp_path / "train_metrics.csv").read_text() == f"epoch,train_epoch_loss\n0,0.1\n1,{1 / 3!r}\n"
+    assert (
+        tmp_path / "train_metrics.csv"
+    ).read_text() == f"epoch,train_epoch_loss\n0,0.1\n1,{1 / 3!r}\n"
     assert read_csv(tmp_path / "train_metrics.csv")["train_epoch_loss"] == [0.1, 1 / 3]
 
 
@@ -133,7 +137,10 @@ def test_folder_names_are_flat_and_without_colons(name, part, tmp_path):
 
 
 def test_plain_flags_are_without_the_key(tmp_path):
-    assert plain({"api_key": "x", "data_root": tmp_path, "seed": 1}) == {"data_root": str(tmp_path), "seed": 1}
+    assert plain({"api_key": "x", "data_root": tmp_path, "seed": 1}) == {
+        "data_root": str(tmp_path),
+        "seed": 1,
+    }
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -265,6 +272,8 @@ def test_ctrl_c_in_the_middle_of_a_checkpoint_is_no_full_disk(tmp_path, monkeypa
                 raise KeyboardInterrupt
             return super().write(content)
 
-    monkeypatch.setattr(tensors, "written_whole", lambda path: contextlib.nullcontext(Interrupted()))
+    monkeypatch.setattr(
+        tensors, "written_whole", lambda path: contextlib.nullcontext(Interrupted())
+    )
     with pytest.raises(KeyboardInterrupt):
         tensors.save_tensors(tmp_path / "a.pt", {"a": torch.zeros(1000)})

@@ -31,10 +31,16 @@ from runtime.tensors import load_tensors
 from training.autosave import load_state, save_state
 from utils import UserError
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 QUIET = settings(
     max_examples=3000 if SOAK else 150,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+    ],
 )
 
 UNEDITED: list = []
@@ -42,7 +48,9 @@ UNDAMAGED = ("cut", [1.0], 0, b"")  # cut at the end
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4)
+    ),
     max_leaves=6,
 )
 
@@ -74,7 +82,9 @@ def edited(content, changes) -> str:
             del place[key]
         elif how == "repeat" and isinstance(place, list):
             place.insert(key, place[key])
-        elif how == "repeat":  # an object cannot hold a key twice; that its keys have another order changes nothing
+        elif (
+            how == "repeat"
+        ):  # an object cannot hold a key twice; that its keys have another order changes nothing
             place[key] = place.pop(key)
         else:
             place[key] = copy.deepcopy(value)
@@ -82,7 +92,13 @@ def edited(content, changes) -> str:
 
 
 def keys_of(place) -> list:
-    return list(place) if isinstance(place, dict) else list(range(len(place))) if isinstance(place, list) else []
+    return (
+        list(place)
+        if isinstance(place, dict)
+        else list(range(len(place)))
+        if isinstance(place, list)
+        else []
+    )
 
 
 @st.composite
@@ -109,7 +125,11 @@ def damaged(content: bytes, damage) -> bytes:
 
 def changed(whole: bytes, change) -> bytes:
     """A JSON file after edits or damage."""
-    return edited(json.loads(whole), change).encode() if isinstance(change, list) else damaged(whole, change)
+    return (
+        edited(json.loads(whole), change).encode()
+        if isinstance(change, list)
+        else damaged(whole, change)
+    )
 
 
 @contextlib.contextmanager
@@ -135,12 +155,16 @@ def read_annotations(dataset: str, root: Path, split: str, text: str) -> None:
     """What a benchmark reads must be all that its files hold."""
     benchmark = BENCHMARKS[dataset](root)
     part = benchmark.read_part(benchmark.parts[0], split)
-    captions, images = (json.loads(f.read_text()) for f in benchmark.files(benchmark.parts[0], split))
+    captions, images = (
+        json.loads(f.read_text()) for f in benchmark.files(benchmark.parts[0], split)
+    )
     assert len(part.triplets) == len(captions)
     assert part.names == list(images)
     for triplet, entry in zip(part.triplets, captions, strict=True):
         assert triplet.reference == entry.get("candidate", entry.get("reference"))
-        assert list(triplet.captions) == (entry["captions"] if dataset == "FashionIQ" else [entry["caption"]])
+        assert list(triplet.captions) == (
+            entry["captions"] if dataset == "FashionIQ" else [entry["caption"]]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +206,24 @@ def submissions(root, tmp_path_factory):
     import fashioniq_test_submission
 
     folder = tmp_path_factory.mktemp("submissions")
-    flags = ["--clip-model-name", root / "tiny_clip_vit.pt", "--combining-function", "sum", "--num-workers", "0"]
-    flags += ["--submission-name", "x", "--data-root", root, "--output-dir", folder, "--device", "cpu"]
+    flags = [
+        "--clip-model-name",
+        root / "tiny_clip_vit.pt",
+        "--combining-function",
+        "sum",
+        "--num-workers",
+        "0",
+    ]
+    flags += [
+        "--submission-name",
+        "x",
+        "--data-root",
+        root,
+        "--output-dir",
+        folder,
+        "--device",
+        "cpu",
+    ]
     for door in (cirr_test_submission, fashioniq_test_submission):
         door.main(list(map(str, flags)))
     return sorted(folder.rglob("*.json"))
@@ -231,7 +271,9 @@ def equal(one, other) -> bool:
     return one == other
 
 
-@pytest.mark.parametrize("name", ["combiner_moe_cirr.pt", "combiner_clip4cir.pt", "tuned_clip_vit.pt", "clip_vit.pt"])
+@pytest.mark.parametrize(
+    "name", ["combiner_moe_cirr.pt", "combiner_clip4cir.pt", "tuned_clip_vit.pt", "clip_vit.pt"]
+)
 def test_checkpoints(name, golden, tmp_path):
     """What loads has every weight to the last bit; zip archives have room for flips that change nothing."""
     whole = (golden / name).read_bytes()
@@ -250,7 +292,9 @@ def test_checkpoints(name, golden, tmp_path):
             else:
                 found = read_checkpoint("--path", file, key)
                 if key == "Combiner":
-                    load_combiner(found.state, found.table, file, wanted=CombinerChoice(), clip_dim=64)
+                    load_combiner(
+                        found.state, found.table, file, wanted=CombinerChoice(), clip_dim=64
+                    )
             assert equal(load_tensors(file), content)
 
     fuzz()
@@ -270,7 +314,10 @@ def test_states_of_runs(tmp_path):
         (tmp_path / "state.pt").write_bytes(damaged(whole, damage))
         torch.nn.init.zeros_(module.weight)
         with counted("states of runs"):
-            assert load_state(tmp_path / "state.pt", {"module": module}, CPU) == {"epoch": 3, "losses": [0.1]}
+            assert load_state(tmp_path / "state.pt", {"module": module}, CPU) == {
+                "epoch": 3,
+                "losses": [0.1],
+            }
             assert torch.equal(module.weight, weight)
 
     with torch.random.fork_rng():
@@ -320,8 +367,24 @@ def test_results_and_exclusions(root, tmp_path):
     import validate
 
     file = tmp_path / "r.json"
-    flags = ["--clip-model-name", root / "tiny_clip_vit.pt", "--combining-function", "sum", "--num-workers", 0]
-    flags += ["--data-root", root, "--dataset", "FashionIQ", "--device", "cpu", "--metrics-json", file]
+    flags = [
+        "--clip-model-name",
+        root / "tiny_clip_vit.pt",
+        "--combining-function",
+        "sum",
+        "--num-workers",
+        0,
+    ]
+    flags += [
+        "--data-root",
+        root,
+        "--dataset",
+        "FashionIQ",
+        "--device",
+        "cpu",
+        "--metrics-json",
+        file,
+    ]
     validate.main(list(map(str, flags)))
     whole, base = json.loads(file.read_text()), tmp_path / "base.json"
     file.rename(base)
@@ -336,7 +399,9 @@ def test_results_and_exclusions(root, tmp_path):
         with counted("results"), contextlib.redirect_stdout(io.StringIO()):
             columns = read_columns([base, file])
             for protocol in compare.shared_protocols(columns, None):
-                compare.print_protocol(BENCHMARKS["FashionIQ"](root), columns, protocol, resampling=resampling)
+                compare.print_protocol(
+                    BENCHMARKS["FashionIQ"](root), columns, protocol, resampling=resampling
+                )
         file.write_text(edited(exclusions, changes))
         with counted("exclusions"):
             assert read_exclusions(file, "CIRR") == json.loads(file.read_text())["images"]

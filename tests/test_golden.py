@@ -31,10 +31,14 @@ def csv_name(printed: str) -> str:
 
 
 @pytest.mark.parametrize("number", range(14))
-def test_validate_gives_the_recalls_of_the_original(number, golden, expected, run, tmp_path, capsys):
+def test_validate_gives_the_recalls_of_the_original(
+    number, golden, expected, run, tmp_path, capsys
+):
     entry = expected["validate"][number]
     run("validate", golden, *arguments(entry, golden), "--metrics-json", tmp_path / "metrics.json")
-    printed = dict(line.split(" = ") for line in capsys.readouterr().out.splitlines() if " = " in line)
+    printed = dict(
+        line.split(" = ") for line in capsys.readouterr().out.splitlines() if " = " in line
+    )
     written = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert {name: float(value) for name, value in printed.items()} == written
     for name, value in entry["metrics"].items():
@@ -52,7 +56,10 @@ def test_submission_gives_the_files_of_the_original(number, golden, expected, ru
     entry = expected["submission"][number]
     folder = run("cirr_test_submission", golden, *arguments(entry, golden))
     for name in entry["files"]:
-        ours, theirs = json.loads((folder / name).read_text()), json.loads((golden / name).read_text())
+        ours, theirs = (
+            json.loads((folder / name).read_text()),
+            json.loads((golden / name).read_text()),
+        )
         assert list(ours) == list(theirs)
         moved = {k for k in theirs if ours[k] != theirs[k]}
         assert all(only_ties_differ(golden, entry, k, ours[k], theirs[k]) for k in moved)
@@ -84,12 +91,17 @@ def golden_split_similarity(golden, split, benchmark, combiner: str | None) -> t
     compose = compose_sum
     if combiner:
         compose = load_combiner(
-            load_tensors(golden / combiner)["Combiner"], {}, golden / combiner, wanted=CombinerChoice(), clip_dim=64
+            load_tensors(golden / combiner)["Combiner"],
+            {},
+            golden / combiner,
+            wanted=CombinerChoice(),
+            clip_dim=64,
         )
     (frozen,) = freeze_queries(FeatureCache(None, encoder), [split], benchmark.caption, "split")
     return torch.cat([block for _, block in similarity_blocks(frozen, compose)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(3))
 def test_full_batch_fine_tuning_gives_the_losses_of_the_original(number, golden, expected, run):
     entry = expected["stage1_full_batch"][number]
@@ -103,13 +115,17 @@ def test_full_batch_fine_tuning_gives_the_losses_of_the_original(number, golden,
     for name, values in entry["validation"].items():
         assert metrics[name][0] == pytest.approx(values[0], abs=1e-3)
         assert metrics[name] == pytest.approx(values, abs=1.3)
-    assert sorted(p.name for p in (folder / "saved_models").iterdir()) == [f"tuned_clip_{i}.pt" for i in range(4)]
+    assert sorted(p.name for p in (folder / "saved_models").iterdir()) == [
+        f"tuned_clip_{i}.pt" for i in range(4)
+    ]
 
 
 def test_features_equal_the_originals(golden):
     features = np.load(golden / "features.npz")
     model = load_clip(str(golden / "clip_vit.pt"), torch.device("cpu"))
-    load_finetuned(model, load_tensors(golden / "tuned_clip_vit.pt")["CLIP"], golden / "tuned_clip_vit.pt")
+    load_finetuned(
+        model, load_tensors(golden / "tuned_clip_vit.pt")["CLIP"], golden / "tuned_clip_vit.pt"
+    )
     preprocess = make_preprocess("targetpad", 1.25, 64)
     split = CIRR(golden).val()[0]
     paths = [split.image_paths[name] for name in features["names"]]
@@ -126,9 +142,9 @@ def test_features_equal_the_originals(golden):
     assert np.abs(texts.numpy() - features["text_features"]).max() < 1e-4
     path = golden / "combiner_moe_cirr.pt"
     with torch.no_grad():
-        combined = load_combiner(load_tensors(path)["Combiner"], {}, path, wanted=CombinerChoice(), clip_dim=64)(
-            images, texts
-        )
+        combined = load_combiner(
+            load_tensors(path)["Combiner"], {}, path, wanted=CombinerChoice(), clip_dim=64
+        )(images, texts)
     assert np.abs(combined.numpy() - features["combined_moe_cirr"]).max() < 1e-4
 
 

@@ -40,9 +40,18 @@ def test_only_the_benchmarks_know_a_benchmarks_name(file):
     tree = ast.parse(file.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
-            words = {c.value for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str)}
-            assert not {word.lower() for word in words} & {"fashioniq", "cirr", "fiq"}, f"{file.name}:{node.lineno}"
-    assert not {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & {"CIRR", "FashionIQ"}
+            words = {
+                c.value
+                for c in ast.walk(node)
+                if isinstance(c, ast.Constant) and isinstance(c.value, str)
+            }
+            assert not {word.lower() for word in words} & {"fashioniq", "cirr", "fiq"}, (
+                f"{file.name}:{node.lineno}"
+            )
+    assert not {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & {
+        "CIRR",
+        "FashionIQ",
+    }
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
@@ -63,7 +72,9 @@ def is_nested(node: ast.AST) -> bool:
     """A comprehension with two loops, or with another one inside."""
     if not isinstance(node, COMPREHENSIONS):
         return False
-    inner = [child for child in ast.walk(node) if isinstance(child, COMPREHENSIONS) and child is not node]
+    inner = [
+        child for child in ast.walk(node) if isinstance(child, COMPREHENSIONS) and child is not node
+    ]
     return len(node.generators) > 1 or bool(inner)
 
 
@@ -71,7 +82,11 @@ def is_merge(node: ast.AST) -> bool:
     """A dict or set that is written down to be merged by |."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         return isinstance(node.left, LITERALS) or isinstance(node.right, LITERALS)
-    return isinstance(node, ast.AugAssign) and isinstance(node.op, ast.BitOr) and isinstance(node.value, LITERALS)
+    return (
+        isinstance(node, ast.AugAssign)
+        and isinstance(node.op, ast.BitOr)
+        and isinstance(node.value, LITERALS)
+    )
 
 
 def test_lines_hold_one_idea():
@@ -134,7 +149,9 @@ def test_every_file_that_the_architecture_names_exists():
 def test_what_the_architecture_names_in_a_file_is_there():
     """`path.py` `name`, `other`: the file has both."""
     name_of = r"`[A-Za-z_.]+(?:\(\))?`"
-    for path, names in re.findall(rf"`([\w/]+\.py)`((?:\s+{name_of})(?:,\s+{name_of})*)", ARCHITECTURE.read_text()):
+    for path, names in re.findall(
+        rf"`([\w/]+\.py)`((?:\s+{name_of})(?:,\s+{name_of})*)", ARCHITECTURE.read_text()
+    ):
         content = (SRC / path).read_text()
         for named in re.findall(r"`([\w.]+)", names):
             assert named.endswith(".py") or named.split(".")[-1] in content, f"{path}: {named}"

@@ -30,7 +30,9 @@ def paths(tmp_path):
                 decoded(file)
                 files.append(file)
             except OSError:
-                file.unlink(missing_ok=True)  # this format does not hold this mode, or this Pillow cannot read it back
+                file.unlink(
+                    missing_ok=True
+                )  # this format does not hold this mode, or this Pillow cannot read it back
     assert len(files) > len(MODES)
     return files
 
@@ -72,7 +74,11 @@ def test_a_warm_cache_decodes_one_image_to_know_the_shape(paths, tmp_path):
 
 def test_another_image_or_recipe_is_another_cache(paths, tmp_path):
     read, calls = reader_that_counts()
-    for recipe, change in ((RECIPE, None), (RECIPE | {"target_ratio": 1.5}, None), (RECIPE, paths[0])):
+    for recipe, change in (
+        (RECIPE, None),
+        (RECIPE | {"target_ratio": 1.5}, None),
+        (RECIPE, paths[0]),
+    ):
         if change:
             picture("RGB", 30, 30).save(change)
         calls.clear()
@@ -90,7 +96,9 @@ def test_no_room_on_the_disk(paths, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10, 9, 1))
     with pytest.raises(UserError, match=r"--image-cache .* are needed .* are free"):
-        open_image_cache(tmp_path / "cache", paths, reader_that_counts()[0], recipe=RECIPE, workers=0)
+        open_image_cache(
+            tmp_path / "cache", paths, reader_that_counts()[0], recipe=RECIPE, workers=0
+        )
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -118,13 +126,20 @@ def test_a_cache_of_another_shape(paths, tmp_path):
 def test_an_image_that_fails_to_decode_leaves_no_cache(paths, tmp_path):
     paths[3].write_bytes(b"no image")
     with pytest.raises(UserError, match=paths[3].name):
-        open_image_cache(tmp_path / "cache", paths, reader_that_counts()[0], recipe=RECIPE, workers=0)
+        open_image_cache(
+            tmp_path / "cache", paths, reader_that_counts()[0], recipe=RECIPE, workers=0
+        )
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_training_from_the_cache_gives_the_same_numbers(stage_1, tmp_path, fails, drawn):
     flags = ["--image-cache", tmp_path / "images"]
-    plain, cold, warm = stage_1("CIRR"), stage_1("CIRR", *flags, output="cold"), stage_1("CIRR", *flags, output="warm")
+    plain, cold, warm = (
+        stage_1("CIRR"),
+        stage_1("CIRR", *flags, output="cold"),
+        stage_1("CIRR", *flags, output="warm"),
+    )
     for name in ("train_metrics.csv", "validation_metrics.csv"):
         assert read_csv(plain / name) == read_csv(cold / name) == read_csv(warm / name)
     (file,) = (tmp_path / "images").iterdir()

@@ -88,7 +88,9 @@ def test_checks_and_single_results_need_no_torch(drawn, tmp_path, run_script=run
     benchmark = FashionIQ(tmp_path)
     import numpy as np
 
-    metrics = benchmark.summary({name: benchmark.score(np.array(of), None) for name, of in ranks.items()})
+    metrics = benchmark.summary(
+        {name: benchmark.score(np.array(of), None) for name, of in ranks.items()}
+    )
     measured = {
         "gallery_images": dict.fromkeys(ranks, 99),
         "queries": dict.fromkeys(ranks, 2),
@@ -119,8 +121,17 @@ def test_checks_and_single_results_need_no_torch(drawn, tmp_path, run_script=run
 
 
 def test_a_validation_loads_no_plots(golden, tmp_path):
-    flags = ["--clip-model-name", str(golden / "clip_vit.pt"), "--combining-function", "sum", "--num-workers", "0"]
-    done, loaded, _ = run("validate.py", "--dataset", "CIRR", "--data-root", str(golden), "--device", "cpu", *flags)
+    flags = [
+        "--clip-model-name",
+        str(golden / "clip_vit.pt"),
+        "--combining-function",
+        "sum",
+        "--num-workers",
+        "0",
+    ]
+    done, loaded, _ = run(
+        "validate.py", "--dataset", "CIRR", "--data-root", str(golden), "--device", "cpu", *flags
+    )
     assert done.returncode == 0, done.stderr
     assert "matplotlib" not in loaded
     assert "torch" in loaded
@@ -148,6 +159,8 @@ def test_scripts_start_from_anywhere(tmp_path):
         (["-m", "validate"], SRC),
     ]
     for words, folder in starts:
-        done = subprocess.run([sys.executable, *words, "--help"], cwd=folder, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, *words, "--help"], cwd=folder, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         assert "--combining-function" in done.stdout

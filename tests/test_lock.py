@@ -21,7 +21,10 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-LOCKED = {canonical(name): version for name, version in (line.split("==") for line in lines("requirements.lock"))}
+LOCKED = {
+    canonical(name): version
+    for name, version in (line.split("==") for line in lines("requirements.lock"))
+}
 
 
 @pytest.mark.parametrize("name", LISTS)

@@ -38,7 +38,10 @@ def test_ranks_without_the_reference_equal_a_stable_sort(ranking):
 def test_the_nearest_equal_a_stable_sort(ranking, k):
     similarity = ranking[0]
     k = min(k, similarity.shape[1])
-    assert nearest(similarity, k).tolist() == similarity.argsort(dim=1, descending=True, stable=True)[:, :k].tolist()
+    assert (
+        nearest(similarity, k).tolist()
+        == similarity.argsort(dim=1, descending=True, stable=True)[:, :k].tolist()
+    )
 
 
 def test_ties_keep_the_order_of_the_gallery():
@@ -74,7 +77,11 @@ def test_means():
 
 def test_a_recall_of_zero_makes_the_other_means_zero():
     """Guards against the original's crash in the geometric mean."""
-    assert means([0.0, 50.0]) == {"arithmetic_mean": 25.0, "harmonic_mean": 0.0, "geometric_mean": 0.0}
+    assert means([0.0, 50.0]) == {
+        "arithmetic_mean": 25.0,
+        "harmonic_mean": 0.0,
+        "geometric_mean": 0.0,
+    }
 
 
 def test_the_bootstrap_has_the_spread_of_the_binomial():

@@ -83,7 +83,9 @@ def test_images_are_turned_as_their_exif_data_says(orientation, tmp_path):
     assert np.array_equal(np.asarray(opened(tmp_path / "a.png")), np.asarray(upright))
 
 
-@pytest.mark.parametrize(("kind", "white"), [(np.uint16, 65_535), (np.int32, 65_535), (np.float32, 1)])
+@pytest.mark.parametrize(
+    ("kind", "white"), [(np.uint16, 65_535), (np.int32, 65_535), (np.float32, 1)]
+)
 def test_more_than_8_bits_do_not_become_white(kind, white, tmp_path):
     values = (np.linspace(0, 1, 256).reshape(16, 16) * white).astype(kind)
     Image.fromarray(values).save(tmp_path / "a.tiff")

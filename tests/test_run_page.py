@@ -22,6 +22,7 @@ def commands(page: str) -> dict[str, str]:
     return {purpose: html.unescape(line) for purpose, line in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage_1", "stage_2"])
 @pytest.mark.parametrize("best", [[], ["--save-best"]])
 def test_a_run_has_its_curves_and_its_page(stage, best, request, tmp_path, drawn):
@@ -39,7 +40,17 @@ def test_a_run_has_its_curves_and_its_page(stage, best, request, tmp_path, drawn
     assert found["reproduce"].startswith("python src/")
     script, *words = shlex.split(found["validate"])[1:]
     assert script == "src/validate.py"
-    validate.main([*words, "--num-workers", "0", "--device", "cpu", "--metrics-json", str(tmp_path / "m.json")])
+    validate.main(
+        [
+            *words,
+            "--num-workers",
+            "0",
+            "--device",
+            "cpu",
+            "--metrics-json",
+            str(tmp_path / "m.json"),
+        ]
+    )
     shown = json.loads((tmp_path / "m.json").read_text())["metrics"]["recall_at10"]
     assert f"{shown:.2f}" in page
 
@@ -91,6 +102,8 @@ def test_drawing_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("router", [False, True])
 def test_curves_of_every_kind(router):
-    rows = ROWS | ({"router": [{"epoch": 0, "expert0_share": 1.0, "load_entropy": 0.0}]} if router else {})
+    rows = ROWS | (
+        {"router": [{"epoch": 0, "expert0_share": 1.0, "load_entropy": 0.0}]} if router else {}
+    )
     with Image.open(io.BytesIO(run_page.training_curves(rows, {"r": "R@1"}))) as picture:
         assert picture.width == (1650 if router else 1100)

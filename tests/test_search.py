@@ -35,8 +35,19 @@ def images(folder: Path, count: int, start: int = 0) -> list[Path]:
 def index(drawn, tmp_path, capsys):
     """Bring an index up to date; returns what was printed."""
 
-    def index(*folders, output=tmp_path / "index", name=drawn / "tiny_clip_vit.pt", flags=()) -> str:
-        words = ["index", "--images", *folders, "--output", output, "--clip-model-name", name, *flags]
+    def index(
+        *folders, output=tmp_path / "index", name=drawn / "tiny_clip_vit.pt", flags=()
+    ) -> str:
+        words = [
+            "index",
+            "--images",
+            *folders,
+            "--output",
+            output,
+            "--clip-model-name",
+            name,
+            *flags,
+        ]
         capsys.readouterr()
         search.main(list(map(str, [*words, "--num-workers", 0, "--device", "cpu"])))
         return capsys.readouterr().out
@@ -72,14 +83,18 @@ def refused(call, capsys) -> str:
 def clustered(count: int, dim: int = 32, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(50, dim))
-    return (centres[rng.integers(50, size=count)] + 0.6 * rng.normal(size=(count, dim))).astype(np.float32)
+    return (centres[rng.integers(50, size=count)] + 0.6 * rng.normal(size=(count, dim))).astype(
+        np.float32
+    )
 
 
 @pytest.mark.parametrize("kind", INDEX_KINDS)
 def test_what_is_found_is_in_the_exact_order(kind):
     gallery, queries = clustered(10_000), faiss_index.normalised(clustered(20, seed=1))
     found = faiss_index.search(faiss_index.build(gallery, kind), gallery, queries, k=10)
-    rows, similarities = (np.array([[pair[i] for pair in answers] for answers in found]) for i in (0, 1))
+    rows, similarities = (
+        np.array([[pair[i] for pair in answers] for answers in found]) for i in (0, 1)
+    )
     exact = queries @ faiss_index.normalised(gallery).T
     np.testing.assert_allclose(similarities, np.take_along_axis(exact, rows, 1), rtol=1e-5)
     assert (np.diff(similarities, axis=1) <= 0).all()
@@ -87,7 +102,12 @@ def test_what_is_found_is_in_the_exact_order(kind):
     if kind == "flat":
         assert rows.tolist() == best.tolist()
     else:
-        assert faiss_index.recall(found, [[(row, 0.0) for row in answers] for answers in best.tolist()]) > 0.9
+        assert (
+            faiss_index.recall(
+                found, [[(row, 0.0) for row in answers] for answers in best.tolist()]
+            )
+            > 0.9
+        )
 
 
 def test_equal_vectors_keep_the_order_of_the_rows():
@@ -148,7 +168,9 @@ def test_only_new_files_are_encoded(index, tmp_path, monkeypatch):
     index(tmp_path / "photos")
     encoded = []
     real = encoder.normalise
-    monkeypatch.setattr(encoder, "normalise", lambda pixels: encoded.append(len(pixels)) or real(pixels))
+    monkeypatch.setattr(
+        encoder, "normalise", lambda pixels: encoded.append(len(pixels)) or real(pixels)
+    )
     images(tmp_path / "photos", 3, start=5)
     index(tmp_path / "photos")
     assert sum(encoded) == 3
@@ -166,9 +188,9 @@ def test_unreadable_files_are_listed_and_the_others_indexed(index, tmp_path, cap
         assert "2 left out that cannot be read" in index(tmp_path / "photos")
         assert f"image {files[0]} cannot be decoded" in caplog.text
         assert f"image {files[1]} cannot be decoded" in caplog.text
-    assert open_index(tmp_path / "index").paths == files[2:] or set(open_index(tmp_path / "index").paths) == set(
-        files[2:]
-    )
+    assert open_index(tmp_path / "index").paths == files[2:] or set(
+        open_index(tmp_path / "index").paths
+    ) == set(files[2:])
     images(tmp_path / "photos", 1)  # repaired
     assert "1 images added, 2 kept, 0 removed, 1 left out" in index(tmp_path / "photos")
 
@@ -184,10 +206,18 @@ def test_other_folders_stay_until_they_are_forgotten(index, tmp_path, capsys):
     index(tmp_path / "a")
     assert "2 images added, 3 kept, 0 removed" in index(tmp_path / "b")
     images(tmp_path / "a", 1, start=3)
-    again = ["index", "--output", str(tmp_path / "index"), "--num-workers", "0"]  # with the CLIP that it was made with
+    again = [
+        "index",
+        "--output",
+        str(tmp_path / "index"),
+        "--num-workers",
+        "0",
+    ]  # with the CLIP that it was made with
     search.main(again)
     assert "1 images added, 5 kept, 0 removed" in capsys.readouterr().out
-    assert "does not hold it" in refused(lambda: search.main([*again, "--forget", str(tmp_path / "c")]), capsys)
+    assert "does not hold it" in refused(
+        lambda: search.main([*again, "--forget", str(tmp_path / "c")]), capsys
+    )
     shutil.rmtree(tmp_path / "a")  # or a disk that is not there today
     assert "is no folder" in refused(lambda: search.main(again), capsys)
     search.main([*again, "--forget", str(tmp_path / "a")])
@@ -201,7 +231,9 @@ def test_a_folder_with_other_files_is_not_taken_for_an_index(index, tmp_path, ca
         file.parent.mkdir(exist_ok=True)
         shutil.copy(files[0], file)
     before = sorted(tmp_path.joinpath("photos").rglob("*"))
-    assert "which is of no index" in refused(lambda: index(tmp_path / "photos", output=tmp_path / "photos"), capsys)
+    assert "which is of no index" in refused(
+        lambda: index(tmp_path / "photos", output=tmp_path / "photos"), capsys
+    )
     assert sorted(tmp_path.joinpath("photos").rglob("*")) == before
     index(tmp_path / "photos")
     for name in ("files-mine.txt", "partial/mine.pt"):  # put there afterwards
@@ -242,11 +274,19 @@ def test_an_interrupted_run_goes_on(index, tmp_path, monkeypatch, capsys):
         patch.setattr(encoder, "normalise", interrupted)
         index(tmp_path / "photos")
     assert stop.value.code == 0
-    assert "stopped by SIGTERM; what was encoded is kept: go on with the same command" in capsys.readouterr().err
-    assert refused(
-        lambda: search.main(["query", "--index", str(tmp_path / "index"), "--image", "x", "--text", "x"]), capsys
+    assert (
+        "stopped by SIGTERM; what was encoded is kept: go on with the same command"
+        in capsys.readouterr().err
     )
-    monkeypatch.setattr(encoder, "normalise", lambda pixels: calls.append(len(pixels)) or real(pixels))
+    assert refused(
+        lambda: search.main(
+            ["query", "--index", str(tmp_path / "index"), "--image", "x", "--text", "x"]
+        ),
+        capsys,
+    )
+    monkeypatch.setattr(
+        encoder, "normalise", lambda pixels: calls.append(len(pixels)) or real(pixels)
+    )
     calls.clear()
     assert "10 images added" in index(tmp_path / "photos")
     assert sum(calls) == 6  # the first four are kept
@@ -278,13 +318,19 @@ def test_a_failed_update_leaves_the_good_index(index, tmp_path, monkeypatch, cap
 def test_large_galleries_report_their_recall(kind, index, tmp_path, capsys):
     if kind == "ivfpq":
         images(tmp_path / "photos", 3)
-        assert "10,000 images" in refused(lambda: index(tmp_path / "photos", flags=["--index-type", kind]), capsys)
+        assert "10,000 images" in refused(
+            lambda: index(tmp_path / "photos", flags=["--index-type", kind]), capsys
+        )
     images(tmp_path / "photos", 60)
-    assert "recall@10 against exact: 1.000" in index(tmp_path / "photos", flags=["--index-type", "hnsw"])
+    assert "recall@10 against exact: 1.000" in index(
+        tmp_path / "photos", flags=["--index-type", "hnsw"]
+    )
     images(tmp_path / "photos", 1, start=60)
     assert "1 images added, 60 kept" in index(tmp_path / "photos")
     assert open_index(tmp_path / "index").about["kind"] == "hnsw"
-    assert "61 kept" in index(tmp_path / "photos", flags=["--index-type", "flat"])  # without encoding again
+    assert "61 kept" in index(
+        tmp_path / "photos", flags=["--index-type", "flat"]
+    )  # without encoding again
     assert open_index(tmp_path / "index").about["kind"] == "flat"
 
 
@@ -304,11 +350,17 @@ def test_what_is_refused(index, ask, tmp_path, drawn, capsys):
     other = lambda: index(tmp_path / "photos", name=drawn / "tiny_clip_resnet.pt")  # noqa: E731
     assert "is an index of other weights" in refused(other, capsys)
     with_other = ["--clip-model-name", drawn / "tiny_clip_resnet.pt"]
-    assert "made with other weights" in refused(lambda: ask(files[0], "is red", *with_other), capsys)
-    assert "made with other transform" in refused(lambda: ask(files[0], "is red", "--transform", "clip"), capsys)
+    assert "made with other weights" in refused(
+        lambda: ask(files[0], "is red", *with_other), capsys
+    )
+    assert "made with other transform" in refused(
+        lambda: ask(files[0], "is red", "--transform", "clip"), capsys
+    )
     assert "--text is empty" in refused(lambda: ask(files[0], "  "), capsys)
     (tmp_path / "none.png").write_bytes(b"none")
-    assert "none.png cannot be decoded" in refused(lambda: ask(tmp_path / "none.png", "is red"), capsys)
+    assert "none.png cannot be decoded" in refused(
+        lambda: ask(tmp_path / "none.png", "is red"), capsys
+    )
     assert "there is no image" in refused(lambda: ask(tmp_path / "nowhere.png", "is red"), capsys)
     for path in files:
         path.write_bytes(b"none")
@@ -333,33 +385,59 @@ def test_a_damaged_index_is_named(part, damage, index, ask, tmp_path, capsys):
 # Answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("composed", [False, True])
 @pytest.mark.parametrize("dataset", ["CIRR", "FashionIQ"])
-def test_answers_equal_validates_ranking_of_the_same_gallery(dataset, composed, golden, run, index, ask, tmp_path):
+def test_answers_equal_validates_ranking_of_the_same_gallery(
+    dataset, composed, golden, run, index, ask, tmp_path
+):
     benchmark = {"CIRR": CIRR, "FashionIQ": FashionIQ}[dataset](golden)
-    name = ["--clip-model-name", golden / "clip_vit.pt", "--clip-model-path", golden / "tuned_clip_vit.pt"]
+    name = [
+        "--clip-model-name",
+        golden / "clip_vit.pt",
+        "--clip-model-path",
+        golden / "tuned_clip_vit.pt",
+    ]
     file = {"CIRR": "combiner_moe_cirr.pt", "FashionIQ": "combiner_moe_fiq.pt"}[dataset]
     combiner = ["--combiner-path", golden / file] if composed else []
-    how = ["--combining-function", "combiner", *combiner] if composed else ["--combining-function", "sum"]
+    how = (
+        ["--combining-function", "combiner", *combiner]
+        if composed
+        else ["--combining-function", "sum"]
+    )
     run("validate", golden, "--dataset", dataset, *name, *how, "--rankings", tmp_path / "r.json")
     split = benchmark.val()[0]
-    gallery = tmp_path / "gallery"  # its files alone, named in its order, so that equal similarities agree too
+    gallery = (
+        tmp_path / "gallery"
+    )  # its files alone, named in its order, so that equal similarities agree too
     gallery.mkdir()
     named = {}
     for row, (image, path) in enumerate(split.image_paths.items()):
         named[image] = gallery / f"{row:04}{path.suffix}"
         shutil.copy(path, named[image])
-    index(gallery, name=golden / "clip_vit.pt", flags=["--clip-model-path", golden / "tuned_clip_vit.pt"])
+    index(
+        gallery,
+        name=golden / "clip_vit.pt",
+        flags=["--clip-model-path", golden / "tuned_clip_vit.pt"],
+    )
     queries = json.loads((tmp_path / "r.json").read_text())["queries"][split.name]
     for query in queries[:6]:
         (protocol,) = {"original-kept", "original-removed"} & set(query["protocols"]) - (
             {"original-removed"} if dataset == "FashionIQ" else set()
         )
         nearest = query["protocols"][protocol]["nearest"]
-        out = json.loads(ask(named[query["reference"]], query["caption"], "--json", "--k", 51, *combiner))
-        answers = [a for a in out["answers"] if dataset == "FashionIQ" or a["image"] != str(named[query["reference"]])]
+        out = json.loads(
+            ask(named[query["reference"]], query["caption"], "--json", "--k", 51, *combiner)
+        )
+        answers = [
+            a
+            for a in out["answers"]
+            if dataset == "FashionIQ" or a["image"] != str(named[query["reference"]])
+        ]
         assert [a["image"] for a in answers[:50]] == [str(named[image]) for image, _ in nearest]
-        assert [a["similarity"] for a in answers[:50]] == pytest.approx([s for _, s in nearest], abs=2e-6)
+        assert [a["similarity"] for a in answers[:50]] == pytest.approx(
+            [s for _, s in nearest], abs=2e-6
+        )
         assert out.get("gate") == (pytest.approx(query["gate"], abs=1e-4) if composed else None)
         assert out["experts"] == pytest.approx(query.get("experts", []), abs=1e-4)
 
@@ -411,7 +489,7 @@ def test_a_query_takes_milliseconds_when_the_index_is_open():
     index = faiss_index.build(gallery, "flat")
     query = faiss_index.normalised(clustered(1, dim=64, seed=2))
     faiss_index.search(index, gallery, query, k=10)
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(10):
         faiss_index.search(index, gallery, query, k=10)
-    assert (time.perf_counter() - start) / 10 < 0.1
+    assert (time.process_time() - start) / 10 < 0.1

@@ -8,16 +8,37 @@ from PIL import Image
 
 import shapes_dataset
 from demo import recall, table
-from shapes_dataset import RAINBOW, Scene, absolute_edit, draw, rainbow_edit, random_change, size_edit, swap_edit
+from shapes_dataset import (
+    RAINBOW,
+    Scene,
+    absolute_edit,
+    draw,
+    rainbow_edit,
+    random_change,
+    size_edit,
+    swap_edit,
+)
 
 
 def digests(folder) -> dict[str, str]:
     files = sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".jpg", ".png"))
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
 
 
 def test_one_seed_draws_the_same_files(drawn, tmp_path):
-    sizes = ["--train-triplets", "12", "--val-triplets", "6", "--train-groups", "4", "--val-groups", "3"]
+    sizes = [
+        "--train-triplets",
+        "12",
+        "--val-triplets",
+        "6",
+        "--train-groups",
+        "4",
+        "--val-groups",
+        "3",
+    ]
     shapes_dataset.main(["--output-dir", str(tmp_path / "same"), *sizes])
     shapes_dataset.main(["--output-dir", str(tmp_path / "other"), *sizes, "--seed", "1"])
     assert digests(tmp_path / "same") == digests(drawn)
@@ -28,12 +49,18 @@ SCENE = Scene(shape="star", color="red", background="blue", size="medium")
 
 
 def test_edits():
-    assert swap_edit().apply(SCENE) == Scene(shape="star", color="blue", background="red", size="medium")
+    assert swap_edit().apply(SCENE) == Scene(
+        shape="star", color="blue", background="red", size="medium"
+    )
     assert size_edit(1).apply(SCENE).size == "large"
     assert size_edit(-1).apply(SCENE).size == "small"
     assert rainbow_edit().apply(SCENE).color == RAINBOW[RAINBOW.index("red") + 1]
-    green = absolute_edit(Scene(shape="bar", color="green", background="teal", size="small"), "color")
-    assert green.apply(SCENE) == Scene(shape="star", color="green", background="blue", size="medium")
+    green = absolute_edit(
+        Scene(shape="bar", color="green", background="teal", size="small"), "color"
+    )
+    assert green.apply(SCENE) == Scene(
+        shape="star", color="green", background="blue", size="medium"
+    )
     assert all("green" in phrasing for phrasing in green.phrasings)
 
 
@@ -63,7 +90,10 @@ def test_layouts(drawn):
     captions = json.loads((drawn / "fashionIQ_dataset/captions/cap.dress.train.json").read_text())
     assert len(captions) == 12
     assert set(captions[0]) == {"target", "candidate", "captions"}
-    assert "target" not in json.loads((drawn / "fashionIQ_dataset/captions/cap.dress.test.json").read_text())[0]
+    assert (
+        "target"
+        not in json.loads((drawn / "fashionIQ_dataset/captions/cap.dress.test.json").read_text())[0]
+    )
     entries = json.loads((drawn / "cirr_dataset/cirr/captions/cap.rc2.val.json").read_text())
     assert len(entries) == 30
     for entry in entries:
@@ -73,7 +103,9 @@ def test_layouts(drawn):
     assert not any("target_hard" in entry or "target_soft" in entry for entry in secret)
     answers = json.loads((drawn / "test1_answers.json").read_text())
     assert set(answers) == {str(entry["pairid"]) for entry in secret}
-    for path in json.loads((drawn / "cirr_dataset/cirr/image_splits/split.rc2.test1.json").read_text()).values():
+    for path in json.loads(
+        (drawn / "cirr_dataset/cirr/image_splits/split.rc2.test1.json").read_text()
+    ).values():
         Image.open(drawn / "cirr_dataset" / path).verify()
 
 

@@ -20,7 +20,9 @@ def cirr(run, drawn, name):
     """Write a CIRR submission; returns its two files."""
 
     def cirr(*flags, root=drawn):
-        folder = run("cirr_test_submission", root, "--submission-name", "x", *name, *flags, output="cirr")
+        folder = run(
+            "cirr_test_submission", root, "--submission-name", "x", *name, *flags, output="cirr"
+        )
         where = folder / "val" if "val" in flags else folder
         return where / "recall_submission_x.json", where / "recall_subset_submission_x.json"
 
@@ -71,9 +73,21 @@ CASES = [
     (0, lambda c, k, t: c[k].pop(), "pairid {k}: 16 ids instead of 17"),
     (0, lambda c, k, t: c[k].append("more"), "pairid {k}: more is no image of test1"),
     (0, lambda c, k, t: c[k].__setitem__(0, c[k][1]), "pairid {k}: {second} occurs 2 times"),
-    (0, lambda c, k, t: c[k].__setitem__(0, t.reference), "pairid {k}: its own reference {reference} is among the ids"),
-    (0, lambda c, k, t: c[k].__setitem__(0, c[k][0] + ".png"), "write {first}, without path and extension"),
-    (0, lambda c, k, t: c[k].__setitem__(0, f"./test1/{c[k][0]}.png"), "write {first}, without path and extension"),
+    (
+        0,
+        lambda c, k, t: c[k].__setitem__(0, t.reference),
+        "pairid {k}: its own reference {reference} is among the ids",
+    ),
+    (
+        0,
+        lambda c, k, t: c[k].__setitem__(0, c[k][0] + ".png"),
+        "write {first}, without path and extension",
+    ),
+    (
+        0,
+        lambda c, k, t: c[k].__setitem__(0, f"./test1/{c[k][0]}.png"),
+        "write {first}, without path and extension",
+    ),
     (0, lambda c, k, t: c.update({k: "text"}), "pairid {k}: not a list of image ids"),
     (0, lambda c, k, t: c.update({k: [1, 2]}), "pairid {k}: not a list of image ids"),
     (1, lambda c, k, t: c[k].append(c[k][0]), "pairid {k}: 4 ids instead of 3"),
@@ -112,7 +126,9 @@ def test_a_file_that_is_too_large(cirr, check):
     assert "bytes, more than 5,000,000" in out
 
 
-@pytest.mark.parametrize("text", ["", "{", "3", '{"version": "rc2", "version": "rc2"}', "[" * 100_000, None])
+@pytest.mark.parametrize(
+    "text", ["", "{", "3", '{"version": "rc2", "version": "rc2"}', "[" * 100_000, None]
+)
 def test_files_that_cannot_be_read(text, check, cirr, tmp_path):
     file = tmp_path / "s.json"
     if text is not None:
@@ -123,20 +139,30 @@ def test_files_that_cannot_be_read(text, check, cirr, tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sum", "moe"])
 def test_val_files_score_as_validate_measures(kind, run, golden, tmp_path, capsys, check):
-    pair = ["--clip-model-name", golden / "clip_vit.pt", "--clip-model-path", golden / "tuned_clip_vit.pt"]
+    pair = [
+        "--clip-model-name",
+        golden / "clip_vit.pt",
+        "--clip-model-path",
+        golden / "tuned_clip_vit.pt",
+    ]
     cirr_pair, fiq_pair = ([*pair, *SUM], [*pair, *SUM])
     if kind == "moe":
         combiner = ["--combining-function", "combiner", "--combiner-path"]
-        cirr_pair, fiq_pair = ([*pair, *combiner, golden / f"combiner_moe_{d}.pt"] for d in ("cirr", "fiq"))
+        cirr_pair, fiq_pair = (
+            [*pair, *combiner, golden / f"combiner_moe_{d}.pt"] for d in ("cirr", "fiq")
+        )
     for dataset, door, flags in (
         ("CIRR", "cirr_test_submission", cirr_pair),
         ("FashionIQ", "fashioniq_test_submission", fiq_pair),
     ):
         run("validate", golden, "--dataset", dataset, *flags, "--metrics-json", tmp_path / "m.json")
         capsys.readouterr()
-        folder = run(door, golden, *flags, "--submission-name", "x", "--split", "val", output=dataset)
+        folder = run(
+            door, golden, *flags, "--submission-name", "x", "--split", "val", output=dataset
+        )
         printed = dict(line.split(" = ") for line in capsys.readouterr().out.splitlines())
         metrics = json.loads((tmp_path / "m.json").read_text())["metrics"]
         assert {name: float(value) for name, value in printed.items()} == metrics
@@ -148,7 +174,9 @@ def test_a_submission_answers_all_queries(cirr, fails, drawn, own_drawn, name, t
     triplet, _ = first_query(drawn)
     listed = tmp_path / "bad.json"
     listed.write_text(json.dumps({"dataset": "CIRR", "images": {triplet.reference: "missing"}}))
-    error = fails("cirr_test_submission", drawn, "--submission-name", "x", *name, "--exclusions", listed)
+    error = fails(
+        "cirr_test_submission", drawn, "--submission-name", "x", *name, "--exclusions", listed
+    )
     assert "--exclusions leaves out" in error
     assert not list(tmp_path.glob("out/*"))
     images = own_drawn / "cirr_dataset/cirr/image_splits/split.rc2.test1.json"
@@ -163,7 +191,15 @@ def test_a_submission_answers_all_queries(cirr, fails, drawn, own_drawn, name, t
 @pytest.fixture
 def fashioniq(run, drawn, name):
     def fashioniq(*flags):
-        folder = run("fashioniq_test_submission", drawn, "--submission-name", "mine", *name, *flags, output="fiq")
+        folder = run(
+            "fashioniq_test_submission",
+            drawn,
+            "--submission-name",
+            "mine",
+            *name,
+            *flags,
+            output="fiq",
+        )
         return [folder / "mine" / f"{category}.test.pred.json" for category in FashionIQ.parts]
 
     return fashioniq
@@ -172,7 +208,9 @@ def fashioniq(run, drawn, name):
 def test_fashioniq_predictions_have_the_official_form(fashioniq, drawn, check):
     files = fashioniq()
     for file, split in zip(files, FashionIQ(drawn).test(), strict=True):
-        entries = json.loads((drawn / f"fashionIQ_dataset/captions/cap.{split.name}.test.json").read_text())
+        entries = json.loads(
+            (drawn / f"fashionIQ_dataset/captions/cap.{split.name}.test.json").read_text()
+        )
         content = json.loads(file.read_text())
         assert [{k: v for k, v in entry.items() if k != "ranking"} for entry in content] == entries
         for entry in content:
@@ -185,7 +223,10 @@ def test_fashioniq_predictions_have_the_official_form(fashioniq, drawn, check):
     [
         (lambda c: c.pop(), "5 entries instead of 6"),
         (lambda c: c[2].update(candidate="x"), "entry 2 (candidate "),
-        (lambda c: c[2].update(captions=["a", "b"]), "not the entry that the captions file has in this place"),
+        (
+            lambda c: c[2].update(captions=["a", "b"]),
+            "not the entry that the captions file has in this place",
+        ),
         (lambda c: c[2].pop("ranking"), '"ranking" is not a list of image ids'),
         (lambda c: c[2]["ranking"].pop(), "11 ids, fewer than 12"),
         (lambda c: c[2]["ranking"].__setitem__(0, "x"), "x is no image of dress"),
