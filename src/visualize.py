@@ -152,7 +152,8 @@ def find_images(benchmark: Benchmark, cards: "Iterable[Card]") -> dict[str, Path
 
 def write_sheet(folder: Path, title: str, sections: "Mapping[str, Sequence[Card]]", benchmark: Benchmark) -> None:
     """Write sheet.html and sheet.png."""
-    from reports.sheets import load_thumbnails, picture, sheet
+    from reports.sheet_picture import picture
+    from reports.sheets import load_thumbnails, sheet
 
     cards: list[Card] = []
     for of_split in sections.values():
