@@ -72,7 +72,7 @@ def test_building_rounds_to_half_and_fine_tuned_weights_stay_float(golden):
     model = load_clip(str(golden / "clip_vit.pt"), CPU)
     assert torch.equal(model.visual.proj, model.visual.proj.half().float())
     state = {name: weight + 1e-5 for name, weight in model.state_dict().items()}
-    load_finetuned(model, {"CLIP": state}, golden)
+    load_finetuned(model, state, golden)
     assert torch.equal(model.visual.proj, state["visual.proj"])
 
 
