@@ -55,13 +55,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def make_preprocess(transform: str, target_ratio: float, resolution: int) -> Compose:
-    """PIL image to bytes (3, resolution, resolution), uint8, from which `normalise` makes CLIP's input on the device.
+    """PIL image to bytes (3, resolution, resolution), uint8; `normalise` makes CLIP's input of them.
 
-    An image is padded in the mode it was opened in. It becomes RGB after resizing, as in CLIP's own pipeline.
+    An image is padded in the mode it was opened in. It becomes RGB after resizing, as in CLIP's pipeline.
 
     Args:
         transform: one of TRANSFORMS.
-        target_ratio: targetpad pads images whose ratio of longest to shortest side is at least this.
+        target_ratio: longest to shortest side from which on targetpad pads.
         resolution: of the model's input, in pixels.
     """
     steps: list[Callable[[Any], Any]] = [
@@ -78,14 +78,14 @@ def make_preprocess(transform: str, target_ratio: float, resolution: int) -> Com
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """CLIP's input from bytes, (..., 3, R, R) uint8 -> float32; equal to ToTensor and Normalize to the last bit."""
+    """CLIP's input from bytes, (..., 3, R, R) uint8 -> float32. Bit-equal to ToTensor and Normalize."""
     mean, std = _mean_and_std(pixels.device)
     return pixels.float().div_(255).sub_(mean).div_(std)
 
 
 @functools.lru_cache
 def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """CLIP's constants, (3, 1, 1) each. They are sent to a device once, since sending makes the process wait."""
+    """CLIP's constants, (3, 1, 1) each. They are sent to a device once, since sending waits for it."""
     mean = torch.tensor(CLIP_MEAN, device=device).view(3, 1, 1)
     std = torch.tensor(CLIP_STD, device=device).view(3, 1, 1)
     return mean, std
@@ -97,7 +97,11 @@ Reader = Callable[[Path], Tensor]  # image file -> preprocessed bytes (3, R, R)
 def load_image(
     path: Path, preprocess: Compose, opened: Callable[[Path], Image.Image] = decoded
 ) -> Tensor:
-    """Open and preprocess one image, (3, R, R) uint8. Raises UserError, which names it, if it cannot be decoded."""
+    """Open and preprocess one image, (3, R, R) uint8.
+
+    Raises:
+        UserError: it cannot be decoded; its file is named.
+    """
     try:
         return preprocess(opened(path))
     except (OSError, ValueError, MemoryError, Image.DecompressionBombError) as error:
@@ -139,9 +143,8 @@ class ReadableImages(Dataset):
         try:
             return self.read(self.paths[row]), torch.tensor(True)
         except UserError:
-            return torch.zeros(
-                3, self.resolution, self.resolution, dtype=torch.uint8
-            ), torch.tensor(False)
+            black = torch.zeros(3, self.resolution, self.resolution, dtype=torch.uint8)
+            return black, torch.tensor(False)
 
 
 def _start_worker(number: int) -> None:
@@ -157,7 +160,8 @@ def load_batches(
         workers: processes that decode; with 0, this process does.
     """
     pinned = device.type == "cuda"
-    # A loader draws a seed when it starts. If it drew from torch's generator, dropout would depend on what was decoded.
+    # A loader draws a seed when it starts. With torch's own generator, dropout would depend on how much
+    # was decoded before.
     generator = torch.Generator()
     loader = DataLoader(
         dataset,

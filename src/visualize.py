@@ -180,7 +180,8 @@ def write_sheet(
     folder: Path, title: str, sections: "Mapping[str, Sequence[Card]]", benchmark: Benchmark
 ) -> None:
     """Write sheet.html and sheet.png."""
-    from reports.sheets import load_thumbnails, picture, sheet
+    from reports.sheet_picture import picture
+    from reports.sheets import load_thumbnails, sheet
 
     cards: list[Card] = []
     for of_split in sections.values():

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import visualize
-from reports import sheets
+from reports import sheet_picture, sheets
 from reports.expert_report import typical_words
 from test_bad_input import change_json
 
@@ -230,9 +230,9 @@ def test_two_hundred_queries_stay_below_20_megabytes(tmp_path):
     page = sheets.sheet("noise", "", {"val": cards}, small)
     assert len(queries(page)) == 200
     assert 4_000_000 < len(page) < 20_000_000
-    picture, shown = sheets.picture(cards, small)
+    picture, shown = sheet_picture.picture(cards, small)
     with Image.open(io.BytesIO(picture)) as image:
-        assert image.height <= sheets.TALLEST
+        assert image.height <= sheet_picture.TALLEST
     assert 100 < shown <= 200
 
 

@@ -1,7 +1,7 @@
-"""An index of any images on disk: features, files and vectors, brought up to date, and never half-written.
+"""An index of any images on disk: files, features and vectors, brought up to date, never half-written.
 
-INDEX/index.json names the other files; it is replaced when those it names are whole, and the earlier ones go then.
-INDEX/partial/ keeps what was encoded until then, so that an interrupted run goes on.
+INDEX/index.json names the other files. It is replaced when those it names are whole; then the earlier ones are
+deleted. INDEX/partial/ keeps what was encoded until then, so that an interrupted run can go on.
 """
 
 import functools
@@ -76,7 +76,7 @@ class ImageIndex:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What bringing an index up to date did: numbers of images, and the files that could not be read."""
+    """What an update of an index did: numbers of images, and the files that could not be read."""
 
     added: int
     kept: int
@@ -85,7 +85,7 @@ class Update:
 
 
 def encoder_key(encoder: Encoder) -> dict[str, Any]:
-    """What features depend on beside the images: weights and preprocessing, on whatever device they are computed."""
+    """What features depend on beside the images: weights and preprocessing, but no device."""
     about = encoder.describe()
     return {name: about[name] for name in ("weights", "transform", "target_ratio", "resolution")}
 
@@ -120,10 +120,10 @@ def update_index(
     kind: str,
     pair: dict[str, Any],
 ) -> Update:
-    """Make an index of images, or bring one up to date: new and changed files are encoded, vanished ones go.
+    """Make an index of images, or bring one up to date: encode new and changed files, drop vanished ones.
 
-    Files that could not be read are tried again. What the encoder's `between` raises ends the work; the next update
-    goes on from the last whole shard.
+    Files that could not be read are tried again. What the encoder's `between` raises ends the work; the next
+    update goes on from the last whole shard.
 
     Args:
         folders: where the images were found, for the manifest.
@@ -131,8 +131,8 @@ def update_index(
         pair: what a query needs to load the same CLIP, for the manifest.
 
     Raises:
-        UserError: the folder holds other files, the index is of other weights or preprocessing, no image can be read,
-            or there are too few for the kind.
+        UserError: the folder holds other files, the index is of other weights or preprocessing, no image can
+            be read, or there are too few for the kind.
     """
     faiss_index.check(kind, len(images), feature_dim(encoder.model))
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,7 +183,7 @@ def _update(
 
 
 def _check_own(folder: Path) -> None:
-    """Refuse a folder that holds other files: whatever an index does not name is deleted from its folder."""
+    """Refuse a folder that holds other files, since an index is to have a folder of its own."""
     for file in folder.iterdir():
         if not (OWN.fullmatch(file.name) or file.name == PARTIAL):
             raise UserError(
@@ -272,7 +272,7 @@ def _encode(
 def _publish(
     folder: Path, files: list[Identity], features: np.ndarray, *, kind: str, about: dict[str, Any]
 ) -> None:
-    """Write a new generation of the files, then the manifest that names them, then drop what it does not name."""
+    """Write a new generation of the files, then the manifest that names them; then delete the earlier ones."""
     generation = uuid.uuid4().hex[:12]
     names = {
         "files": f"files-{generation}.json",

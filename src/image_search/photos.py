@@ -24,7 +24,7 @@ FORMATS = (
 )  # others' decoders are old, or start programs
 CAMERA_KINDS = {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
 OTHER_KINDS = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", *CAMERA_KINDS}
-WHITES = (1, 255, 65_535)  # what white may be in images of more than 8 bits
+WHITES = (1, 255, 65_535)  # possible values of white in images of more than 8 bits
 
 
 @dataclass

@@ -17,9 +17,8 @@ from runtime.tensors import load_tensors, save_tensors
 from utils import UserError, first_line, seed_everything
 
 with warnings.catch_warnings():
-    warnings.simplefilter(
-        "ignore"
-    )  # clip-anytorch imports pkg_resources, which says that it is deprecated
+    # clip-anytorch imports pkg_resources, which warns that it is deprecated.
+    warnings.simplefilter("ignore")
     import clip
     from clip.model import CLIP, Bottleneck, ModifiedResNet, ResidualAttentionBlock, build_model
 
@@ -27,11 +26,12 @@ with warnings.catch_warnings():
 def load_clip(name: str, device: torch.device) -> CLIP:
     """Build a CLIP model in eval mode with float32 weights.
 
-    Building rounds the weights to fp16, as the clip package always does. Weights that `load_finetuned` loads later
-    stay float32.
+    Building rounds the weights to fp16, as the clip package always does. Weights that `load_finetuned` loads
+    later stay float32.
 
     Args:
-        name: one of `clip.available_models()`, or the path of a checkpoint: a plain state dict or OpenAI's archive.
+        name: one of `clip.available_models()`, or the path of a checkpoint, a plain state dict or OpenAI's
+            archive.
 
     Raises:
         UserError: unknown name, failed download, or a file that no CLIP can be built from.
@@ -122,8 +122,8 @@ def describe(state: dict[str, Tensor]) -> str:
 def choose_trained(model: CLIP, encoder: str) -> list[nn.Parameter]:
     """Freeze the parameters that `--encoder` does not name, and return those that learn.
 
-    `image` trains `visual.*`; `text` all but `visual.*`; `both` everything. CLIP's own logit scale is never trained,
-    because the loss does not contain it.
+    `image` trains `visual.*`; `text` all but `visual.*`; `both` everything. CLIP's own logit scale is never
+    trained, because the loss does not contain it.
     """
     for name, parameter in model.named_parameters():
         encoder_of_parameter = "image" if name.startswith("visual.") else "text"
@@ -133,7 +133,7 @@ def choose_trained(model: CLIP, encoder: str) -> list[nn.Parameter]:
 
 
 def checkpoint_gradients(model: CLIP) -> None:
-    """Recompute each block's activations in the backward pass instead of keeping them (Chen et al. 2016)."""
+    """Recompute a block's activations in the backward pass, instead of keeping them (Chen et al. 2016)."""
     for block in model.modules():
         if isinstance(block, Bottleneck | ResidualAttentionBlock):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -156,7 +156,7 @@ def feature_dim(model: CLIP) -> int:
 
 
 def tokenize(captions: list[str]) -> Tensor:
-    """Captions to CLIP tokens (len(captions), 77). This is the one place where a longer caption is truncated."""
+    """Captions to CLIP tokens (len(captions), 77). Longer captions are truncated here and nowhere else."""
     return clip.tokenize(captions, truncate=True)
 
 
@@ -174,8 +174,12 @@ TINY_VISION: dict[str, dict[str, Any]] = {
     "resnet": {"vision_layers": (1, 1, 1, 1), "vision_patch_size": None, "vision_width": 16},
 }
 TINY_TEXT = {
-    "context_length": 77, "vocab_size": 49408, "transformer_width": 64, "transformer_heads": 1, "transformer_layers": 2,
-}  # fmt: skip
+    "context_length": 77,
+    "vocab_size": 49408,
+    "transformer_width": 64,
+    "transformer_heads": 1,
+    "transformer_layers": 2,
+}
 
 
 def write_tiny_clip(path: Path, kind: str, seed: int = 0, image_resolution: int = 32) -> None:

@@ -1,4 +1,7 @@
-"""A sparse mixture's router in numbers, and two losses that steer it. Logits are (B, E); a row goes to k experts."""
+"""A sparse mixture's router in numbers, and two losses that steer it.
+
+Logits are (B, E), for B rows and E experts. A row goes to the k experts with its largest logits.
+"""
 
 import itertools
 import math
@@ -12,10 +15,10 @@ from runtime import distributed
 
 
 def load_balancing_loss(logits: Tensor, top_k: int) -> Tensor:
-    """E times the sum over experts of (share of assignments) x (mean router probability); 1 where both are even.
+    """E times the sum over experts of (share of assignments) x (mean router probability).
 
-    For k = 1 it is that of Fedus et al. 2021 (arXiv 2101.03961), equations 4 to 6. For larger k, shares are of the B k
-    assignments. Only the probabilities have a gradient.
+    It is 1 where both are even. For k = 1 it is the loss of Fedus et al. 2021 (arXiv 2101.03961), equations 4
+    to 6. For larger k, shares are of the B k assignments. Only the probabilities have a gradient.
     """
     experts = logits.shape[1]
     chosen = logits.topk(top_k).indices  # (B, k)
@@ -26,14 +29,14 @@ def load_balancing_loss(logits: Tensor, top_k: int) -> Tensor:
 
 
 def router_z_loss(logits: Tensor) -> Tensor:
-    """Mean square of the log-sum-exp of the logits (ST-MoE, Zoph et al. 2022, arXiv 2202.08906, equation 5)."""
+    """Mean square of the log-sum-exp of the logits (Zoph et al. 2022, arXiv 2202.08906, equation 5)."""
     return logits.float().logsumexp(-1).square().mean()
 
 
 def router_penalty(
     load_balancing_weight: float, z_weight: float, top_k: int
 ) -> Callable[[Tensor], Tensor] | None:
-    """A function: this rank's logits (b, E) -> the weighted sum of both losses over the global batch.
+    """A function: this process's logits (b, E) -> the weighted sum of both losses over the global batch.
 
     None where both weights are 0, and without a mixture (top_k 0).
     """
@@ -54,7 +57,7 @@ def router_statistics(logits: Tensor, top_k: int) -> dict[str, float]:
     Returns:
         expert{i}_share: share of the rows that go to expert i; they sum to k.
         expert{i}_weight: mean weight of expert i over all rows; they sum to 1.
-        load_entropy: entropy of the shares, from 0 (all rows go to the same expert) to 1 (they spread evenly).
+        load_entropy: entropy of the shares, from 0 (all rows go to one expert) to 1 (they spread evenly).
         row_entropy: mean over the rows of the entropy of their k weights, from 0 to 1.
         experts{i}+{j}_rows: number of rows that go to both experts.
     """
@@ -80,7 +83,7 @@ def router_statistics(logits: Tensor, top_k: int) -> dict[str, float]:
 
 
 def _entropy(distributions: Tensor) -> float:
-    """Mean entropy of distributions (n, m), divided by that of the even distribution; 0 if there is no choice."""
+    """Mean entropy of distributions (n, m), divided by that of the even one; 0 if there is no choice."""
     choices = distributions.shape[1]
     if choices == 1:
         return 0.0

@@ -1,4 +1,4 @@
-"""What each expert takes: a heat map over the splits, its words, its typical captions, as a page."""
+"""What each expert takes, as a page: a heat map over the splits, its words, its typical captions."""
 
 import re
 from collections import Counter
@@ -48,9 +48,10 @@ def _heat_map(columns: Mapping[str, Sequence[Record]], experts: Iterable[int]) -
 
 def _expert(expert: int, queries: Sequence[Record]) -> str:
     """The queries in which one expert weighs most: their number, typical words and captions."""
-    experts_queries = [
-        query for query in queries if query["experts"][expert] == max(query["experts"]) > 0
-    ]
+    experts_queries = []
+    for query in queries:
+        if query["experts"][expert] == max(query["experts"]) > 0:
+            experts_queries.append(query)
     heaviest = sorted(experts_queries, key=lambda query: -query["experts"][expert])[:SHOWN]
     captions = []
     for query in heaviest:
@@ -67,7 +68,7 @@ def _expert(expert: int, queries: Sequence[Record]) -> str:
 def typical_words(
     experts_queries: Sequence[Record], queries: Sequence[Record]
 ) -> list[tuple[str, float]]:
-    """Words that an expert's captions have more often than all captions, and how many times more often."""
+    """Words that are more frequent in an expert's captions than in all, and how many times so."""
     everywhere = _captions_with(queries)
     ratios = {}
     for word, count in _captions_with(experts_queries).items():

@@ -1,4 +1,7 @@
-"""Images that are decoded once: preprocessed bytes in a memory-mapped file, named by all that they depend on."""
+"""Images that are decoded once: preprocessed bytes in a memory-mapped file.
+
+Its name has a digest of all that the bytes depend on.
+"""
 
 import hashlib
 import json
@@ -42,7 +45,7 @@ class CachedImages:
             )
 
     def __reduce__(self) -> tuple:
-        """Let worker processes open the file again. A memory map would be pickled as a copy of all its content."""
+        """Let worker processes open the file again; pickled, a memory map is a copy of all of it."""
         return CachedImages, self.arguments
 
     def __call__(self, path: Path) -> Tensor:
@@ -52,10 +55,10 @@ class CachedImages:
 def open_image_cache(
     folder: Path, paths: list[Path], read: Reader, *, recipe: Mapping[str, Any], workers: int
 ) -> CachedImages:
-    """The cache of some images, which are decoded now unless it exists. Its size is announced before it is written.
+    """The cache of some images, which are decoded now unless it exists.
 
-    The key is made of the recipe (transform, ratio, resolution, versions) and of each file's path, size and
-    modification time.
+    Its size is announced before it is written. The key is made of the recipe (transform, ratio, resolution,
+    versions) and of each file's path, size and modification time.
 
     Args:
         paths: files without repeats.
@@ -86,9 +89,7 @@ def _fill(
             _announce(file, shape)
             pixels = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=shape)
             _reserve(unfinished)
-            with tqdm(
-                total=len(paths), desc="decoding images", unit="img", leave=False, disable=None
-            ) as bar:
+            with _progress(len(paths)) as bar:
                 for rows, batch in zip(chunks, batches, strict=True):
                     pixels[rows[0] : rows[-1] + 1] = batch.numpy()
                     bar.update(len(rows))
@@ -97,8 +98,13 @@ def _fill(
         raise UserError(f"--image-cache {file.parent}: {error}") from None
 
 
+def _progress(total: int) -> tqdm:
+    """A progress bar, which hides itself where the output is no terminal."""
+    return tqdm(total=total, desc="decoding images", unit="img", leave=False, disable=None)
+
+
 def _reserve(file: Path) -> None:
-    """Take a file's room on the disk now. If the disk filled up under a memory map, the process would be killed."""
+    """Take a file's room on the disk now: a disk that fills up under a memory map kills the process."""
     if hasattr(os, "posix_fallocate"):
         with open(file, "r+b") as stream:
             os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)

@@ -13,7 +13,7 @@ PROJECT = "CLIP4Cir-MoE"
 
 
 class NoTracker:
-    """Tracks nothing. It has the methods of a real tracker, so that callers need not know which one they have."""
+    """Tracks nothing. It has the methods of a real tracker, so that callers need not ask which it is."""
 
     def log_parameters(self, parameters: Mapping[str, Any]) -> None:
         """Log a run's hyper-parameters."""
@@ -23,14 +23,16 @@ class NoTracker:
 
 
 class CometTracker(NoTracker):
-    """Mirrors a run to Comet. When Comet fails, a warning says so once, and the training goes on without it."""
+    """Mirrors a run to Comet. If Comet fails, one warning says so, and the training goes on without it."""
 
     def __init__(self, comet_ml: Any, *, api_key: str, workspace: str, name: str | None) -> None:
         self.failures = (comet_ml.exceptions.CometException, OSError, ValueError, RuntimeError)
         self.experiment = None
         try:
             self.experiment = comet_ml.Experiment(
-                api_key=api_key, workspace=workspace, project_name=PROJECT
+                api_key=api_key,
+                workspace=workspace,
+                project_name=PROJECT,
             )
             if name:
                 self.experiment.set_name(name)
@@ -57,7 +59,7 @@ class CometTracker(NoTracker):
 
 
 def make_tracker(api_key: str | None, workspace: str | None, name: str | None) -> NoTracker:
-    """A tracker of Comet, in the main process, if both --api-key and --workspace are given; else one of nothing.
+    """A tracker of Comet in the main process, if both --api-key and --workspace are given; else of nothing.
 
     Raises:
         UserError: one without the other, or comet-ml is not installed.
