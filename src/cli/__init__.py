@@ -1,1 +1,1 @@
-"""Every shared flag; device, benchmark and resumed run from flags; what submission scripts do."""
+"""Every shared flag, and what scripts do with flags before their own work."""
