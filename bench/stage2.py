@@ -110,9 +110,8 @@ def drawn(device: torch.device) -> list[dict]:
 
         def twin() -> None:
             re_encoding_epoch(encoder, combiner, optimizer, train, captions, order.batches(0)[0])
-            encoder.captions(
-                [benchmark.caption(t.captions) for t in val[0].triplets]
-            )  # galleries it encodes once
+            # Galleries it encodes once.
+            encoder.captions([benchmark.caption(t.captions) for t in val[0].triplets])
             evaluate(benchmark, frozen_val, combiner.eval())
 
         fast, slow = in_turns(ours, twin, device, rounds=5, twin_rounds=2)

@@ -18,9 +18,8 @@ from runtime import distributed
 from runtime.choices import CombinerChoice
 from utils import UserError, flag
 
-Compose = Callable[
-    [Tensor, Tensor], Tensor
-]  # image features (B, D), text features (B, D) -> queries (B, D)
+# Image features (B, D), text features (B, D) -> queries (B, D).
+Compose = Callable[[Tensor, Tensor], Tensor]
 Settings = dict[str, Any]  # kind and sizes of a Combiner, by the names of their flags
 
 ATTENTION_HEADS = 4
@@ -130,13 +129,11 @@ class SparseMoE(nn.Module):
         """(B, in_dim) and the router's (B, E) for them -> (B, H)."""
         logits, chosen = router_logits.topk(self.top_k, dim=-1)  # (B, k), (B, k)
         weights = logits.softmax(-1)
-        slots = chosen.flatten().argsort(
-            stable=True
-        )  # (B * k,) slots b * k + j, those of one expert side by side
+        # (B * k,) slots b * k + j, those of one expert side by side.
+        slots = chosen.flatten().argsort(stable=True)
         every = torch.arange(len(self.experts), device=x.device)
-        counts = (
-            (chosen.flatten().unsqueeze(1) == every).sum(0).tolist()
-        )  # the one wait for the device
+        is_chosen = chosen.flatten().unsqueeze(1) == every  # (B * k, E)
+        counts = is_chosen.sum(0).tolist()  # the one wait for the device
         rows = (slots // self.top_k).split(counts)
         # Without strict, which the compiler of torch 2.6 does not know.
         pairs = zip(self.experts, rows)  # noqa: B905

@@ -183,14 +183,14 @@ def train_seeds(args: argparse.Namespace, stage: Stage, folder: Path, stop: Stop
     if distributed.is_main():
         drop_half_made(folder)
     for seed in args.seeds:
-        own = seed_folder(folder, seed)
-        if distributed.is_main() and not own.exists():
-            make_folder(folder, own.name, stage.settings_of(seed).on_disk())
+        run = seed_folder(folder, seed)
+        if distributed.is_main() and not run.exists():
+            make_folder(folder, run.name, stage.settings_of(seed).on_disk())
         distributed.wait_for_all()
-        if is_complete(own):
+        if is_complete(run):
             logger.info("seed %d is complete", seed)
         else:
-            train(args, stage, seed, folder=own, resumed_by=folder, stop=stop)
+            train(args, stage, seed, folder=run, resumed_by=folder, stop=stop)
     distributed.wait_for_all()
     if distributed.is_main():
         report_seeds(folder, args.seeds, stage.data.benchmark)

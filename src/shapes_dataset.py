@@ -37,11 +37,8 @@ COLORS = {
 }
 RAINBOW = list(COLORS)
 SIZES = ("small", "medium", "large")
-RADIUS_OF_SIZE = {
-    "small": 0.16,
-    "medium": 0.26,
-    "large": 0.4,
-}  # as a share of the image's shorter side
+# As a share of the image's shorter side.
+RADIUS_OF_SIZE = {"small": 0.16, "medium": 0.26, "large": 0.4}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "bar")
 ATTRIBUTES = ("shape", "color", "background", "size")
 IMAGE_SIDE = (36, 72)  # pixels, the least and the most
@@ -50,11 +47,8 @@ POSITION_JITTER = 0.12  # of a side, at most
 JPEG_QUALITY = 92
 
 CATEGORIES = ("dress", "toptee", "shirt")
-CIRR_PREFIXES = {
-    "train": "train",
-    "val": "dev",
-    "test1": "test1",
-}  # split -> how the names of its images begin
+# Split -> how the names of its images begin.
+CIRR_PREFIXES = {"train": "train", "val": "dev", "test1": "test1"}
 GROUP_SIZE = 6
 
 

@@ -56,9 +56,8 @@ def inspect(path: Path) -> Inspection:
 def _problem(content: bytes) -> str:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of metadata that is odd, which decoding does not look at
+            # Of metadata that is odd, which decoding does not look at.
+            warnings.simplefilter("ignore")
             decoded(io.BytesIO(content)).convert("RGB")
     except UnidentifiedImageError:
         return NO_IMAGE

@@ -54,14 +54,14 @@ class Protocol:
         return similarity
 
 
-ORIGINAL_KEPT = Protocol(
-    "original", "kept"
-)  # the start kit, CLIP4Cir, SPRC, CaLa, SEARLE, LinCIR, Pic2Word
-ORIGINAL_REMOVED = Protocol(
-    "original", "removed"
-)  # SPN4CIR, CoVR, HABIT, INTENT, ARTEMIS; CIRR's own
-VAL_REMOVED = Protocol("VAL", "removed")  # TG-CIR, COMBINER, DQU-CIR, ENCODER and OFFSET by default
-VAL_KEPT = Protocol("VAL", "kept")  # CoSMo
+# The start kit, CLIP4Cir, SPRC, CaLa, SEARLE, LinCIR, Pic2Word.
+ORIGINAL_KEPT = Protocol("original", "kept")
+# SPN4CIR, CoVR, HABIT, INTENT, ARTEMIS; CIRR's own.
+ORIGINAL_REMOVED = Protocol("original", "removed")
+# TG-CIR, COMBINER, DQU-CIR, ENCODER and OFFSET by default.
+VAL_REMOVED = Protocol("VAL", "removed")
+# CoSMo.
+VAL_KEPT = Protocol("VAL", "kept")
 PROTOCOLS = {
     protocol.name: protocol for protocol in (ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_REMOVED, VAL_KEPT)
 }

@@ -43,16 +43,15 @@ def target_ranks(similarity: Tensor, targets: Tensor) -> Tensor:
         tensor([1])
     """
     _check(similarity)
-    own = similarity.gather(1, targets.unsqueeze(1))  # (Q, 1)
-    if torch.isinf(own).any():
+    of_target = similarity.gather(1, targets.unsqueeze(1))  # (Q, 1)
+    if torch.isinf(of_target).any():
         raise ValueError("a target that was excluded has no rank")
-    before = (similarity > own).sum(
-        1, dtype=torch.int32
-    )  # counting in 32 bits is twice as fast as in 64
-    equal = (similarity == own).sum(1, dtype=torch.int32)
+    # Counting in 32 bits is twice as fast as in 64.
+    before = (similarity > of_target).sum(1, dtype=torch.int32)
+    equal = (similarity == of_target).sum(1, dtype=torch.int32)
     tied = (equal > 1).nonzero().flatten()
     for row in tied.tolist():  # ties are rare: looked at one by one
-        before[row] += (similarity[row, : targets[row]] == own[row]).sum()
+        before[row] += (similarity[row, : targets[row]] == of_target[row]).sum()
     return before.long()
 
 

@@ -136,9 +136,8 @@ class CirrForm(Form[dict[str, Any]]):
         problems = _foreign(ids, self.whole)
         if metric in list(self.lengths):
             candidates = triplet.group if metric == "recall_subset" else self.whole.names
-            length = min(
-                self.lengths[metric], len(candidates) - 1
-            )  # all but the reference, where they are so few
+            all_but_the_reference = len(candidates) - 1
+            length = min(self.lengths[metric], all_but_the_reference)
             if len(ids) != length:
                 problems.append(f"{len(ids)} ids instead of {length}")
         if triplet.reference in ids:

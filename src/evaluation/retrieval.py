@@ -14,9 +14,8 @@ from models.features import FrozenSplit
 from utils import UserError
 
 MOST_VALUES = 2**28  # similarities in memory at one time: 1 GiB
-CACHE_VALUES = (
-    2**18
-)  # on a CPU rather what its caches hold, but so many rows that the product stays efficient
+# On a CPU rather what its caches hold, but at least so many rows that the product stays efficient.
+CACHE_VALUES = 2**18
 CACHE_ROWS = 128
 
 

@@ -64,9 +64,8 @@ class FeatureCache:
         try:
             content = load_tensors(path)
             features = content["features"]
-            if content["key"] == key and content["digest"] == weights_digest(
-                {"features": features}
-            ):
+            digest = weights_digest({"features": features})
+            if content["key"] == key and content["digest"] == digest:
                 logger.info("features read from %s", path)
                 return features
         except (UserError, KeyError, AttributeError, TypeError):
@@ -76,19 +75,11 @@ class FeatureCache:
 
     def _write(self, path: Path, key: str, features: Tensor) -> None:
         features = features.cpu()
+        digest = weights_digest({"features": features})
         try:
-            save_tensors(
-                path,
-                {
-                    "key": key,
-                    "digest": weights_digest({"features": features}),
-                    "features": features,
-                },
-            )
-        except UserError as error:
-            logger.warning(
-                "%s; going on without a cache", error
-            )  # the features are in memory: nothing is lost
+            save_tensors(path, {"key": key, "digest": digest, "features": features})
+        except UserError as error:  # the features are in memory: nothing is lost
+            logger.warning("%s; going on without a cache", error)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,9 +90,8 @@ def made_beside(path: Path) -> Iterator[Path]:
             f"could not write {path} ({error.strerror}): free space or choose another folder"
         ) from None
     finally:
-        with contextlib.suppress(
-            OSError
-        ):  # there is none after the replace, nor where the folder is a file
+        # There is none after the replace, nor where the folder is a file.
+        with contextlib.suppress(OSError):
             new.unlink()
 
 

@@ -29,9 +29,8 @@ READ_EVERY = 10  # steps between two looks at the losses: each look waits for th
 
 Weights = TypeVar("Weights", bound=nn.Module)
 Batch = tuple[list[Tensor], Tensor]  # the model's inputs (b, ...) each, and the targets' ids (b,)
-Batches = Callable[
-    [int, int], Iterable[Batch]
-]  # epoch, first step -> the epoch's batches from there on
+# Epoch, first step -> the epoch's batches from there on.
+Batches = Callable[[int, int], Iterable[Batch]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +64,8 @@ def trainable(
 ) -> nn.Module:
     """The model, compiled if asked for, and parallel if there are several processes (see `distributed.parallel`)."""
     if compiled:
-        model = cast(
-            nn.Module, torch.compile(model)
-        )  # which is a module again, as its types do not say
+        # A module again, which its types do not say.
+        model = cast(nn.Module, torch.compile(model))
     return distributed.parallel(model, device, some_unused)
 
 

@@ -34,9 +34,8 @@ class SumFeatures(nn.Module):
 
     def forward(self, references: Tensor, targets: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Images (b, 3, R, R) uint8 twice, tokens (b, 77) -> queries (b, D), targets (b, D); images in one pass."""
-        images = self.clip_model.encode_image(
-            normalise(torch.cat([references, targets]))
-        )  # (2b, D)
+        pixels = normalise(torch.cat([references, targets]))
+        images = self.clip_model.encode_image(pixels)  # (2b, D)
         reference_features, target_features = images.chunk(2)
         queries = compose_sum(reference_features, self.clip_model.encode_text(tokens))
         return queries, F.normalize(target_features, dim=-1)
