@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from forks import ROOT, Script, cool_down
 
@@ -21,7 +21,8 @@ os.environ["OMP_NUM_THREADS"] = (
 )
 SOAK = os.environ.get("SOAK") == "1"  # `make soak`: many more cases
 CASES: Counter[tuple[str, str]] = Counter()  # (what was tried, outcome) -> cases
-settings.register_profile("anywhere", deadline=None)  # a busy machine fails no test
+# A busy machine fails no test.
+settings.register_profile("anywhere", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("anywhere")
 GOLDEN = ROOT / "tests" / "golden"
 

@@ -47,7 +47,10 @@ def warm_up() -> None:
 
 def cool_down() -> None:
     """End what processes are forked from, so that what they cost is known to who started the tests."""
-    forkserver._forkserver._stop()
+    server = forkserver._forkserver
+    if server._forkserver_pid is not None:
+        os.kill(server._forkserver_pid, signal.SIGTERM)
+        server._stop()
 
 
 def forked(target: Callable, *args: object) -> multiprocessing.Process:
