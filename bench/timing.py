@@ -1,6 +1,5 @@
 """Measure two sides of a comparison in turns, memory beyond what was there before, and activations."""
 
-import os
 import statistics
 import subprocess
 import sys
@@ -93,22 +92,30 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
+# A process between: what a child's memory is counted from is the memory of the one that started it.
+LAUNCHER = """
+import resource, subprocess, sys
+code = subprocess.run([sys.executable, *sys.argv[1:]], stderr=subprocess.DEVNULL).returncode
+print()
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+
+
 def run_script(*words: object) -> dict:
     """Run a script; its seconds, its largest memory in GiB, its exit code and its last line."""
     start = time.monotonic()
-    command = [sys.executable, *map(str, words)]
+    command = [sys.executable, "-c", LAUNCHER, *map(str, words)]
     root = Path(__file__).parent.parent
-    process = subprocess.Popen(
-        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    out = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
+    done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True)
+    *said, kilobytes = done.stdout.strip().splitlines()
+    said = [line for line in said if line.strip()]
     return {
         "command": " ".join(map(str, words[:3])),
         "seconds": round(time.monotonic() - start, 1),
-        "GiB": round(usage.ru_maxrss / 2**20, 2),
-        "exit code": os.waitstatus_to_exitcode(status),
-        "says": out.strip().splitlines()[-1] if out.strip() else "",
+        "GiB": round(int(kilobytes) / 2**20, 2),
+        "exit code": done.returncode,
+        "says": said[-1] if said else "",
     }
 
 
