@@ -170,6 +170,7 @@ def load_batches(
         pin_memory=pinned,
         generator=generator,
         worker_init_fn=_start_worker,
+        multiprocessing_context=interruption.START_METHOD if workers else None,
     )
     try:
         with interruption.deferred():

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import multiprocessing
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -91,5 +92,6 @@ def _mapped(workers: int) -> Iterator[Callable[[list[Path]], Iterable[Inspection
     if workers == 0:
         yield lambda paths: map(inspect, paths)
         return
-    with ProcessPoolExecutor(workers, initializer=interruption.heed_parent_alone) as pool:
+    context = multiprocessing.get_context(interruption.START_METHOD)
+    with ProcessPoolExecutor(workers, context, initializer=interruption.heed_parent_alone) as pool:
         yield lambda paths: pool.map(inspect, paths, chunksize=32)

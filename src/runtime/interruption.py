@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -10,6 +11,9 @@ from runtime import torchrun
 from utils import Stopped
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+# How worker processes are started: where they are forked, their parent is the process that they work for, which
+# `heed_parent_alone` needs. It was Python's own choice on Linux until 3.14.
+START_METHOD = "fork" if sys.platform == "linux" else None
 PATIENCE = 5  # seconds between two looks of a worker at whether its parent is still there
 
 
