@@ -5,14 +5,13 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import BENCHMARKS, Benchmark
 from benchmarks.exclusions import read_exclusions
-from models.configuration import find_clip
+from models.configuration import find_clip, named_checkpoint
 from runtime import torchrun
-from runtime.files import find_checkpoint
+from runtime.files import missing_file
 from utils import UserError, first_line, flag
 
 if TYPE_CHECKING:
@@ -31,18 +30,10 @@ def check_files(args: argparse.Namespace) -> None:
     for name in ("clip_model_path", "combiner_path"):
         path = getattr(args, name, None)
         if path is not None:
-            check_checkpoint(flag(name), path)
+            named_checkpoint(flag(name), path)
     clip = getattr(args, "clip_model_name", None)
     if clip is not None:
         find_clip(clip)
-
-
-def check_checkpoint(flag_name: str, path: Path) -> None:
-    """Raise UserError, which names the flag, where there is no checkpoint at a path."""
-    try:
-        find_checkpoint(path)
-    except UserError as error:
-        raise UserError(f"{flag_name}: {error}") from None
 
 
 def check_annotations(benchmark: Benchmark, splits: Sequence[str]) -> None:
@@ -51,9 +42,7 @@ def check_annotations(benchmark: Benchmark, splits: Sequence[str]) -> None:
         for split in splits:
             for file in benchmark.files(part, split):
                 if not file.is_file():
-                    raise UserError(
-                        f"{file} is missing: put the file there, or point --data-root at its dataset"
-                    )
+                    raise missing_file(file)
 
 
 def pick_device(name: str | None) -> "torch.device":

@@ -108,6 +108,14 @@ class Checkpoint:
         return Settings.read(self.config).table
 
 
+def named_checkpoint(flag_name: str, path: Path) -> Path:
+    """The checkpoint file that a flag's path stands for, see `find_checkpoint`; an error names the flag."""
+    try:
+        return find_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"{flag_name}: {error}") from None
+
+
 def read_checkpoint(flag_name: str, path: Path | None, key: str) -> Checkpoint | None:
     """The checkpoint that a flag names, None where the flag is silent.
 
@@ -121,8 +129,8 @@ def read_checkpoint(flag_name: str, path: Path | None, key: str) -> Checkpoint |
 
     if path is None:
         return None
+    path = named_checkpoint(flag_name, path)
     try:
-        path = find_checkpoint(path)
         content = load_tensors(path)
     except UserError as error:
         raise UserError(f"{flag_name}: {error}") from None
@@ -199,7 +207,4 @@ def find_clip(name: str) -> Path | None:
         raise UserError(
             f"--clip-model-name {name}: neither a file nor one of {', '.join(OPENAI_CLIPS)}"
         )
-    try:
-        return find_checkpoint(Path(name))
-    except UserError as error:
-        raise UserError(f"--clip-model-name: {error}") from None
+    return named_checkpoint("--clip-model-name", Path(name))

@@ -26,17 +26,20 @@ def read_json(path: Path, writer: str | None = None) -> Any:
     try:
         return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        remedy = (
-            f"write it with {writer}"
-            if writer
-            else "put the file there, or point --data-root at its dataset"
-        )
-        raise UserError(f"{path} is missing: {remedy}") from None
+        raise missing_file(path, writer) from None
     except (OSError, ValueError) as error:
         remedy = f"write it with {writer}" if writer else "download it"
         raise UserError(
             f"{path} is not a readable JSON file ({first_line(error)}): {remedy} again"
         ) from None
+
+
+def missing_file(path: Path, writer: str | None = None) -> UserError:
+    """What to say of a JSON file that is not there, see `read_json`."""
+    remedy = "put the file there, or point --data-root at its dataset"
+    if writer:
+        remedy = f"write it with {writer}"
+    return UserError(f"{path} is missing: {remedy}")
 
 
 def parse_json(text: str) -> Any:
