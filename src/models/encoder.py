@@ -61,7 +61,7 @@ class Encoder:
         batches = load_batches(ImageDataset(paths, self.read), chunks, self.workers, self.device)
         with _progress(sum(map(len, chunks)), what) as bar:
             for pixels in batches:
-                encoded.append(self.model.encode_image(normalise(pixels)).float())
+                encoded.append(self._image_features(pixels))
                 bar.update(len(pixels))
                 self.between()
         return distributed.gather_shards(torch.cat(encoded))
@@ -81,7 +81,7 @@ class Encoder:
         with _progress(len(paths), what) as bar:
             for pixels, readable in batches:
                 if readable.any():
-                    encoded.append(self.model.encode_image(normalise(pixels[readable])).float())
+                    encoded.append(self._image_features(pixels[readable]))
                 could_be_read += readable.tolist()
                 bar.update(len(pixels))
                 self.between()
@@ -90,6 +90,14 @@ class Encoder:
             for path, readable in zip(paths, could_be_read, strict=True)
         ]
         return torch.cat(encoded), reasons
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        """Bytes (b, 3, R, R) to features (b, D)."""
+        return self.model.encode_image(normalise(pixels)).float()
+
+    def _text_features(self, tokens: Tensor) -> Tensor:
+        """Tokens (b, 77) to features (b, D)."""
+        return self.model.encode_text(tokens).float()
 
     def _no_features(self) -> Tensor:
         return torch.empty(0, feature_dim(self.model), device=self.device)
@@ -111,7 +119,7 @@ class Encoder:
         encoded = [self._no_features()]
         for rows in distributed.shard(_chunks(len(unique), self.batch_size)):
             tokens = tokenize([unique[row] for row in rows])
-            encoded.append(self.model.encode_text(tokens.to(self.device)).float())
+            encoded.append(self._text_features(tokens.to(self.device)))
         row_of = {caption: row for row, caption in enumerate(unique)}
         rows = torch.tensor([row_of[caption] for caption in captions], device=self.device)
         return distributed.gather_shards(torch.cat(encoded))[rows]
