@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import shapes_dataset
 from data_utils import ImageDataset, load_batches, load_image, make_preprocess, normalise
-from models.clip_model import CLIP, load_clip, suit_to_gpu, tokenize, write_tiny_clip
+from models.clip_model import CLIP, load_clip, ready, tokenize, write_tiny_clip
 from runtime import distributed
 from timing import in_turns, saved_activations
 from training.image_cache import open_image_cache
@@ -53,7 +53,6 @@ def loader(device: torch.device) -> list[dict]:
 
 def make_step(model: CLIP, batch: int, micro_batch: int | None, device: torch.device):
     """A function that takes one of our steps on random images."""
-    suit_to_gpu(model, device)
     model.logit_scale.requires_grad_(False)
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(learned, lr=1e-6, eps=1e-7, fused=device.type == "cuda")
@@ -97,7 +96,7 @@ def step_memory(device: torch.device) -> list[dict]:
 
 def speed(name: str, device: torch.device, batch: int = 128) -> list[dict]:
     """Images a second of a step on a GPU against the plain twin, true architecture, random weights."""
-    model = CLIP(*ARCHITECTURES[name]).float().to(device).eval()
+    model = ready(CLIP(*ARCHITECTURES[name]), device)
     ours = make_step(model, batch, None, device)
     other = CLIP(*ARCHITECTURES[name]).float().to(device).eval()
     optimizer, scaler = (
@@ -131,7 +130,7 @@ def matrix_rate(device: torch.device, size: int = 8192) -> float:
 
 def large_batch(device: torch.device) -> list[dict]:
     """Memory of a step of 1,024 triplets of RN50x16 in micro-batches of 16."""
-    step = make_step(CLIP(*ARCHITECTURES["RN50x16"]).float().to(device).eval(), 1024, 16, device)
+    step = make_step(ready(CLIP(*ARCHITECTURES["RN50x16"]), device), 1024, 16, device)
     step()
     torch.cuda.reset_peak_memory_stats(device)
     step()

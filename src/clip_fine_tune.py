@@ -107,7 +107,7 @@ def load_clip_and_images(
     args: argparse.Namespace, splits: "list[Split]", device: "torch.device", stop: StopRequest
 ) -> "Encoder":
     """CLIP as the flags want it, with its images decoded or from the cache."""
-    from models.clip_model import checkpoint_gradients, suit_to_gpu
+    from models.clip_model import checkpoint_gradients
     from models.encoder import load_encoder
     from training.stage1 import with_image_cache
 
@@ -115,7 +115,6 @@ def load_clip_and_images(
         settle(options.clip_choice(args), []), None, device, workers=args.num_workers
     )
     encoder = dataclasses.replace(encoder, between=stop.check)
-    suit_to_gpu(encoder.model, device)
     if args.gradient_checkpointing:
         checkpoint_gradients(encoder.model)
     if args.image_cache is None:

@@ -1,4 +1,4 @@
-"""OpenAI's CLIP: load, tokenize, freeze, write a tiny one. No other file imports `clip`."""
+"""OpenAI's CLIP: load, tokenize, freeze, write a tiny one. Beside this file `lean_clip` alone imports `clip`."""
 
 import functools
 import urllib.error
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.configuration import find_clip
+from models.lean_clip import make_lean
 from runtime import distributed
 from runtime.tensors import load_tensors, save_tensors
 from utils import UserError, first_line, seed_everything
@@ -38,7 +39,7 @@ def load_clip(name: str, device: torch.device) -> CLIP:
     """
     path = find_clip(name)
     if path is None:
-        return _download(name).float().to(device)
+        return ready(_download(name), device)
     state = _archived_state(path) if _is_archive(path) else load_tensors(path)
     if "CLIP" in state:
         raise UserError(
@@ -50,7 +51,16 @@ def load_clip(name: str, device: torch.device) -> CLIP:
         raise UserError(
             f"--clip-model-name {path} is not a state dict of OpenAI's CLIP: name another file"
         ) from None
-    return model.float().to(device)
+    return ready(model, device)
+
+
+def ready(model: CLIP, device: torch.device) -> CLIP:
+    """A built model as everything here uses it: float32, in eval mode, lean, on the device in its fastest layout."""
+    model = make_lean(model.float().eval()).to(device)
+    if device.type == "cuda" and isinstance(model.visual, ModifiedResNet):
+        # Channels last, which convolutions want on a GPU.
+        model.visual.to(memory_format=torch.channels_last)
+    return model
 
 
 def _download(name: str) -> CLIP:
@@ -137,12 +147,6 @@ def checkpoint_gradients(model: CLIP) -> None:
     for block in model.modules():
         if isinstance(block, Bottleneck | ResidualAttentionBlock):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def suit_to_gpu(model: CLIP, device: torch.device) -> None:
-    """Store a ResNet's weights channels last, with which convolutions are faster on a GPU."""
-    if device.type == "cuda" and isinstance(model.visual, ModifiedResNet):
-        model.visual.to(memory_format=torch.channels_last)
 
 
 def resolution(model: CLIP) -> int:

@@ -1,0 +1,134 @@
+"""The lean forward passes against the clip package's own: features, gradients, types, memory."""
+
+import copy
+
+import clip
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from models.clip_model import checkpoint_gradients, choose_trained, load_clip, tokenize
+from models.lean_clip import make_lean
+from timing import saved_activations
+
+CPU = torch.device("cpu")
+TOKENS = tokenize(["is red", "has longer sleeves and a deep neckline", "the same in blue", "a", ""])
+
+
+@pytest.fixture
+def pair(golden, monkeypatch):
+    """A CLIP of the clip package with random norms, in float64, and the same one lean."""
+    # The package computes its layer norms in float32 whatever the weights are.
+    monkeypatch.setattr(clip.model.LayerNorm, "forward", nn.LayerNorm.forward)
+
+    def pair(name: str) -> tuple[nn.Module, nn.Module]:
+        torch.manual_seed(0)
+        plain = clip.model.build_model(dict(torch.load(golden / f"clip_{name}.pt"))).double().eval()
+        for norm in plain.modules():
+            if isinstance(norm, nn.LayerNorm | nn.BatchNorm2d):
+                nn.init.normal_(norm.weight)
+                nn.init.normal_(norm.bias)
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.running_mean.normal_()
+                norm.running_var.uniform_(0.5, 2)
+        return plain, make_lean(copy.deepcopy(plain))
+
+    return pair
+
+
+def features_and_gradients(model: nn.Module, dtype: torch.dtype = torch.float64):
+    """Features of five images and texts, and every parameter's gradient of a number that depends on all."""
+    torch.manual_seed(1)
+    side = model.visual.input_resolution
+    images = torch.randn(5, 3, side, side, dtype=dtype)
+    image_features, text_features = model.encode_image(images), model.encode_text(TOKENS)
+    (image_features.square().sum() + (image_features * text_features).sum()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return image_features, text_features, gradients
+
+
+def assert_same(ours, theirs) -> None:
+    for mine, other in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+    assert ours[2].keys() == theirs[2].keys()
+    for name, gradient in theirs[2].items():
+        if gradient is None:
+            assert ours[2][name] is None, name
+        else:
+            scale = max(1, float(gradient.abs().max()))
+            torch.testing.assert_close(
+                ours[2][name], gradient, rtol=1e-9, atol=1e-10 * scale, msg=name
+            )
+
+
+@pytest.mark.parametrize("encoder", ["both", "text", "image"])
+@pytest.mark.parametrize("name", ["vit", "rn"])
+def test_features_and_gradients_are_those_of_the_clip_package(name, encoder, pair):
+    plain, lean = pair(name)
+    for model in (plain, lean):
+        choose_trained(model, encoder)
+    assert_same(features_and_gradients(lean), features_and_gradients(plain))
+
+
+@pytest.mark.parametrize("name", ["vit", "rn"])
+@pytest.mark.parametrize("way", ["checkpointed", "compiled", "copied"])
+def test_they_are_the_same_in_every_way_that_training_takes(name, way, pair, monkeypatch):
+    plain, lean = pair(name)
+    if way == "checkpointed":
+        checkpoint_gradients(lean)
+    if way == "compiled":
+        # What the compiler traces in place of functions that it cannot look into.
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    if way == "copied":
+        lean = copy.deepcopy(lean)
+    assert_same(features_and_gradients(lean), features_and_gradients(plain))
+
+
+def test_checkpointing_finds_the_blocks(pair):
+    for name in ("vit", "rn"):
+        plain, lean = pair(name)
+        checkpoint_gradients(lean)
+        blocks = (clip.model.Bottleneck, clip.model.ResidualAttentionBlock)
+        found = [
+            m for m in lean.modules() if getattr(vars(m).get("forward"), "func", None) is checkpoint
+        ]
+        assert len(found) == sum(type(m) in blocks for m in plain.modules()) > 2
+
+
+def relative_distance(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found.float() - exact).norm().detach() / exact.norm().detach())
+
+
+@pytest.mark.parametrize("name", ["vit", "rn"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_as_near_as_the_packages_own(name, dtype, golden):
+    exact = features_and_gradients(load_clip(str(golden / f"clip_{name}.pt"), CPU), torch.float32)
+    plain = clip.model.build_model(dict(torch.load(golden / f"clip_{name}.pt"))).float().eval()
+    lean = load_clip(str(golden / f"clip_{name}.pt"), CPU)
+    distance = []
+    for model in (plain, lean):
+        with torch.autocast("cpu", dtype=dtype):
+            found = features_and_gradients(model, torch.float32)
+        distance.append([relative_distance(*pair) for pair in zip(found, exact[:2], strict=False)])
+        weights = {p.dtype for p in model.parameters()} | {
+            g.dtype for g in found[2].values() if g is not None
+        }
+        assert weights == {torch.float32}
+    for theirs, ours in zip(*distance, strict=True):
+        assert ours < 1.5 * theirs + 1e-4, distance
+
+
+@pytest.mark.parametrize("name", ["vit", "rn"])
+def test_a_step_keeps_less(name, golden):
+    """What is kept for the backward pass in half precision, from batches at which weights count for little."""
+    plain = clip.model.build_model(dict(torch.load(golden / f"clip_{name}.pt"))).float().eval()
+    side = plain.visual.input_resolution
+    images = torch.randn(48, 3, side, side)
+
+    def kept(model: nn.Module) -> int:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return saved_activations(lambda: model.encode_image(images).sum().backward(), model)
+
+    before = kept(plain)
+    assert kept(make_lean(plain)) < 0.75 * before
