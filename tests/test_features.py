@@ -114,7 +114,7 @@ def test_resolution_and_precision_are_part_of_the_key(make_encoder):
     assert about["resolution"] == 32
     assert about["precision"] == "float32 on cpu"
     on_gpu = dataclasses.replace(encoder, device=torch.device("cuda"))
-    assert on_gpu.describe()["precision"] == "float32 on cuda"
+    assert on_gpu.describe()["precision"] == "fp32 on cuda"
 
 
 def truncate(file):

@@ -19,6 +19,7 @@ from models.configuration import ORIGINAL_DEFAULTS
 from runtime.choices import (
     COMBINER_TYPES,
     COMBINING_FUNCTIONS,
+    ENCODE_PRECISIONS,
     ENCODERS,
     PRECISIONS,
     TRANSFORMS,
@@ -141,6 +142,10 @@ def clip_flags() -> argparse.ArgumentParser:
     )
     ratio = f"of targetpad (default: {default.target_ratio})"
     group.add_argument("--target-ratio", type=positive_float, help=ratio)
+    precision = (
+        "of features that nothing learns from: validations, frozen ones, indexes (default: fp32)"
+    )
+    group.add_argument("--encode-precision", choices=ENCODE_PRECISIONS, help=precision)
     return parser
 
 
@@ -352,6 +357,7 @@ def clip_choice(args: argparse.Namespace) -> ClipChoice:
         clip_model_name=args.clip_model_name,
         transform=args.transform,
         target_ratio=args.target_ratio,
+        encode_precision=args.encode_precision,
     )
 
 

@@ -50,6 +50,7 @@ def pick_device(name: str | None) -> "torch.device":
     import torch
 
     from runtime import distributed
+    from runtime.precision import exact_float32
 
     try:
         own_gpu = name == "cuda" and torch.cuda.is_available()  # not everybody's first one
@@ -66,6 +67,10 @@ def pick_device(name: str | None) -> "torch.device":
         raise UserError(
             f"--device {name}: each process takes the GPU of its own number; leave the flag out"
         )
+    if device.type == "cuda":
+        # Else pinned memory opens a context on the first GPU, whichever this is.
+        torch.cuda.set_device(device)
+    exact_float32()
     distributed.start(device)
     if not distributed.is_main():
         logging.getLogger().setLevel(logging.WARNING)

@@ -121,7 +121,9 @@ def _method(result: Result) -> str | None:
     methods = {kind: _without_seed(settings) for kind, settings in training.items()}
     clip_tells = "clip" in training and "seed" in training["clip"].flags
     clip_weights = None if clip_tells else result["weights_sha256"]["clip"]
-    return json.dumps([methods, result["preprocessing"], clip_weights], sort_keys=True)
+    # Results of earlier versions are all of fp32, and do not say so.
+    precision = result.get("encode_precision", "fp32")
+    return json.dumps([methods, result["preprocessing"], precision, clip_weights], sort_keys=True)
 
 
 def _without_seed(settings: Settings) -> dict[str, Any]:

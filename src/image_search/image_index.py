@@ -85,9 +85,13 @@ class Update:
 
 
 def encoder_key(encoder: Encoder) -> dict[str, Any]:
-    """What features depend on beside the images: weights and preprocessing, but no device."""
+    """What features depend on beside the images: weights, preprocessing and precision, but no device."""
     about = encoder.describe()
-    return {name: about[name] for name in ("weights", "transform", "target_ratio", "resolution")}
+    names = ("weights", "transform", "target_ratio", "resolution")
+    key = {name: about[name] for name in names}
+    if encoder.precision != "fp32":  # which indexes of earlier versions all are, and do not say
+        key["encode_precision"] = encoder.precision
+    return key
 
 
 def open_index(folder: Path) -> ImageIndex:
@@ -155,7 +159,7 @@ def _update(
         _check_own(folder)
     if earlier and earlier.get("encoder") != key:
         raise UserError(
-            f"--output {folder} is an index of other weights or preprocessing: choose another folder"
+            f"--output {folder} is an index of other weights, preprocessing or precision: choose another folder"
         )
 
     files = file_identities([path for path in images if file_size(path) is not None])

@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,11 +44,10 @@ class Searcher:
     """
 
     def __init__(self, index: ImageIndex, pair: Pair) -> None:
-        query_key = encoder_key(pair.encoder)
-        index_key = index.about.get("encoder")
+        query_key = _but_precision(encoder_key(pair.encoder))
+        index_key = _but_precision(index.about.get("encoder"))
         if index_key != query_key:
-            known = index_key if isinstance(index_key, dict) else {}
-            differing = [name for name in query_key if known.get(name) != query_key[name]]
+            differing = [name for name in query_key if index_key.get(name) != query_key[name]]
             raise UserError(
                 f"--index {index.folder} was made with other {' and '.join(differing)} than the query has: name the "
                 "weights that it was made with, or make another index"
@@ -96,6 +96,12 @@ class Searcher:
         )
 
 
+def _but_precision(key: Any) -> dict[str, Any]:
+    """What features depend on but for the precision, which a query need not share with an index."""
+    known = key if isinstance(key, dict) else {}
+    return {name: value for name, value in known.items() if name != "encode_precision"}
+
+
 def load_searcher(folder: Path, choice: PairChoice, device: torch.device) -> Searcher:
     """An index and a pair for it. Where the flags name no CLIP, the pair has the one that the index was made with.
 
@@ -104,5 +110,7 @@ def load_searcher(folder: Path, choice: PairChoice, device: torch.device) -> Sea
     """
     index = open_index(folder)
     clip, path = as_made(index.about, choice.clip, choice.clip_path)
+    # One query is encoded exactly, whatever a million images were, unless a flag says otherwise.
+    clip = dataclasses.replace(clip, encode_precision=choice.clip.encode_precision)
     pair = load_pair(dataclasses.replace(choice, clip=clip, clip_path=path), device, opened=opened)
     return Searcher(index, pair)

@@ -29,6 +29,7 @@ from models.configuration import Checkpoint
 from runtime import distributed
 from runtime.choices import ClipChoice
 from runtime.image_files import decoded
+from runtime.precision import check_encode_precision, encoding
 from utils import UserError
 
 
@@ -37,7 +38,7 @@ class Encoder:
     """A CLIP with the preprocessing that its features are made with. Features are unnormalised, float32.
 
     Attributes:
-        recipe: model name, transform, target ratio and resolution, from which `model` and `read` were made.
+        recipe: model name, transform, target ratio, precision and resolution, from which `model` and `read` were made.
         workers: processes that decode images, 0 for this one.
         between: called between two batches of images; what it raises ends the encoding.
     """
@@ -91,13 +92,20 @@ class Encoder:
         ]
         return torch.cat(encoded), reasons
 
+    @property
+    def precision(self) -> str:
+        """In what it encodes, one of ENCODE_PRECISIONS."""
+        return self.recipe.get("encode_precision", "fp32")
+
     def _image_features(self, pixels: Tensor) -> Tensor:
         """Bytes (b, 3, R, R) to features (b, D)."""
-        return self.model.encode_image(normalise(pixels)).float()
+        with encoding(self.precision, self.device):
+            return self.model.encode_image(normalise(pixels)).float()
 
     def _text_features(self, tokens: Tensor) -> Tensor:
         """Tokens (b, 77) to features (b, D)."""
-        return self.model.encode_text(tokens).float()
+        with encoding(self.precision, self.device):
+            return self.model.encode_text(tokens).float()
 
     def _no_features(self) -> Tensor:
         return torch.empty(0, feature_dim(self.model), device=self.device)
@@ -126,15 +134,20 @@ class Encoder:
 
     def image_recipe(self) -> dict[str, Any]:
         """All that determines the preprocessed images beside the files themselves."""
-        recipe = {name: value for name, value in self.recipe.items() if name != "clip_model_name"}
+        apart = {"clip_model_name", "encode_precision"}
+        recipe = {name: value for name, value in self.recipe.items() if name not in apart}
         return {**recipe, "versions": versions()}
 
     def describe(self) -> dict[str, Any]:
         """All that determines the features beside the images and captions themselves, in plain types."""
+        recipe = {name: value for name, value in self.recipe.items() if name != "encode_precision"}
+        precision = f"{self.precision} on {self.device.type}"
+        if self.precision == "fp32" and self.device.type == "cpu":
+            precision = "float32 on cpu"  # as earlier versions said it, whose caches are still good
         return {
-            **self.recipe,
+            **recipe,
             "weights": weights_digest(self.model.state_dict()),
-            "precision": f"float32 on {self.device.type}",
+            "precision": precision,
             "versions": versions(),
         }
 
@@ -182,6 +195,7 @@ def load_encoder(
         opened: opens an image file.
     """
     recipe = dataclasses.asdict(settings)
+    check_encode_precision(recipe["encode_precision"], device)
     model = load_clip(recipe["clip_model_name"], device)
     if tuned:
         load_finetuned(model, tuned.state, tuned.path)

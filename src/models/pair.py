@@ -57,6 +57,7 @@ class Pair:
                 kind: str(checkpoint.path.resolve()) for kind, checkpoint in checkpoints.items()
             },
             "weights_sha256": weights,
+            "encode_precision": self.encoder.precision,
             "preprocessing": {
                 name: recipe[name] for name in ("transform", "target_ratio", "resolution")
             },

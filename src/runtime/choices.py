@@ -7,6 +7,7 @@ ENCODERS = ("both", "text", "image")  # what stage 1 trains
 TRANSFORMS = ("clip", "squarepad", "targetpad")
 COMBINER_TYPES = ("moe", "clip4cir")
 COMBINING_FUNCTIONS = ("sum", "combiner")
+ENCODE_PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 PRECISIONS = ("amp", "bf16", "fp32")
 INDEX_KINDS = ("flat", "hnsw", "ivfpq")
 # Those of `clip.available_models()`, which only the clip package tells, and importing that takes seconds.
@@ -17,11 +18,12 @@ OPENAI_CLIPS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ClipChoice:
-    """Which CLIP, and how its images are preprocessed; None where the flags are silent."""
+    """Which CLIP, how its images are preprocessed and in what precision it encodes; None where the flags are silent."""
 
     clip_model_name: str | None = None
     transform: str | None = None
     target_ratio: float | None = None
+    encode_precision: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,6 @@ def local_device() -> str:
 def start(device: torch.device) -> None:
     """Join the other processes that torchrun started: NCCL on GPUs, Gloo on CPUs."""
     if torchrun.launched() and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         # Gloo for what lies on CPUs, beside NCCL too: asking every step whether to stop must not wait for a GPU.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2)

@@ -1,0 +1,55 @@
+"""In what precision a device multiplies: stated here, and left to no default of torch.
+
+On a GPU torch rounds the inputs of float32 convolutions to TF32 (10 bits of mantissa) unless it is told not to, and
+those of matrix products not. Here float32 means float32, and TF32 is used where it is asked for.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from utils import UserError
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def exact_float32() -> None:
+    """Let no float32 convolution or product round its inputs."""
+    _let_round(False)
+
+
+def check_encode_precision(precision: str, device: torch.device) -> None:
+    """Raise UserError where a device cannot encode so."""
+    if precision == "tf32" and not _has_tensor_cores_for_floats(device):
+        raise UserError(
+            f"--encode-precision tf32: {device.type} has no TF32 here; choose fp32, or fp16 where half will do"
+        )
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise UserError("--encode-precision bf16: this GPU has no bfloat16; choose fp16 or fp32")
+
+
+@contextlib.contextmanager
+def encoding(precision: str, device: torch.device) -> Iterator[None]:
+    """The context in which a frozen model encodes; afterwards float32 is exact again.
+
+    Args:
+        precision: one of ENCODE_PRECISIONS.
+    """
+    dtype = HALF.get(precision)
+    _let_round(precision == "tf32")
+    try:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            yield
+    finally:
+        exact_float32()
+
+
+def _let_round(allowed: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def _has_tensor_cores_for_floats(device: torch.device) -> bool:
+    """Whether it is a GPU of NVIDIA's Ampere generation or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
