@@ -13,16 +13,19 @@ from conftest import ROOT
 SRC = ROOT / "src"
 SCRIPTS = sorted(file.name for file in SRC.glob("*.py") if "@command" in file.read_text())
 HEAVY = ("torch", "torchvision", "clip", "pandas", "matplotlib", "gradio", "faiss")
-# What a fresh Python does, and what it then says of itself: heavy packages that it loaded, and its CPU-seconds.
+# What a fresh Python does, and what it then says of itself: heavy packages that it loaded, and how many modules in all.
 PROBE = """
-import atexit, json, runpy, sys, time
+import atexit, json, runpy, sys
 heavy = json.loads(sys.argv.pop(1))
-report = lambda: print(json.dumps([[name for name in heavy if name in sys.modules], time.process_time()]))
+report = lambda: print(json.dumps([[name for name in heavy if name in sys.modules], len(sys.modules)]))
 atexit.register(report)
 sys.path.insert(0, sys.argv[1].rsplit("/", 1)[0])
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+# Modules, Python's own included: few are loaded in a tenth of a second, however busy the machine is. Most of them
+# is what argparse, json and pathlib bring; torch alone brings over a thousand.
+MOST_MODULES = 400
 COMPOSED = "--combining-function combiner --combiner-path"
 MISSING = [
     "clip_fine_tune.py --dataset CIRR --data-root nowhere",
@@ -44,35 +47,35 @@ MISSING = [
 ]
 
 
-def run(*words: str) -> tuple[subprocess.CompletedProcess, list[str], float]:
-    """What a script says, the heavy packages that it loaded, and its CPU-seconds."""
+def run(*words: str) -> tuple[subprocess.CompletedProcess, list[str], int]:
+    """What a script says, the heavy packages that it loaded, and how many modules in all."""
     script, *flags = words
     done = subprocess.run(
         [sys.executable, "-c", PROBE, json.dumps(HEAVY), str(SRC / script), *flags],
         capture_output=True,
         text=True,
     )
-    loaded, seconds = json.loads(done.stdout.splitlines()[-1])
-    return done, loaded, seconds
+    loaded, modules = json.loads(done.stdout.splitlines()[-1])
+    return done, loaded, modules
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_and_mistyped_flags_load_nothing_heavy(script):
     for flag, code in (("--help", 0), ("--no-such-flag", 2)):
-        done, loaded, seconds = run(script, flag)
+        done, loaded, modules = run(script, flag)
         assert done.returncode == code
         assert loaded == []
-        assert seconds < 0.5
+        assert modules < MOST_MODULES
 
 
 @pytest.mark.parametrize("line", MISSING)
 def test_a_missing_file_is_said_before_anything_heavy_is_loaded(line):
-    done, loaded, seconds = run(*line.split())
+    done, loaded, modules = run(*line.split())
     assert done.returncode == 2
     assert loaded == []
     assert "nowhere" in done.stderr
     assert "Traceback" not in done.stderr
-    assert seconds < 0.5
+    assert modules < MOST_MODULES
 
 
 def test_every_script_is_tried_with_a_missing_file():
