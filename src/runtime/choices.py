@@ -7,7 +7,7 @@ ENCODERS = ("both", "text", "image")  # what stage 1 trains
 TRANSFORMS = ("clip", "squarepad", "targetpad")
 COMBINER_TYPES = ("moe", "clip4cir")
 COMBINING_FUNCTIONS = ("sum", "combiner")
-PRECISIONS = ("amp", "bf16", "fp32")
+PRECISIONS = ("amp", "fp16", "bf16", "fp32")
 INDEX_KINDS = ("flat", "hnsw", "ivfpq")
 # Those of `clip.available_models()`, which only the clip package tells, and importing that takes seconds.
 OPENAI_CLIPS = (

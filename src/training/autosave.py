@@ -22,6 +22,9 @@ from utils import Stopped, UserError, two_decimals
 logger = logging.getLogger(__name__)
 
 SAVING_SHARE = 0.05  # of the time, which saving the state at the end of epochs may take
+MOST_SKIPPED = (
+    20  # steps in a row: loss scaling then is at a millionth of its scale, and of no help
+)
 
 
 class Stateful(Protocol):
@@ -80,12 +83,16 @@ class Progress:
 
     Attributes:
         epoch: the one that is trained or, if `losses` has all of its steps, to be validated.
-        losses: of the steps that the epoch has had.
+        losses: of the steps that the epoch has had; only those of skipped steps may be infinite or NaN.
+        skipped: the steps of the epoch that loss scaling skipped, from 0.
+        skipped_in_a_row: how many were skipped since the last one that was not, earlier epochs included.
         rows, best: see `Run` and `Checkpoints`.
     """
 
     epoch: int = 0
     losses: list[float] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    skipped_in_a_row: int = 0
     rows: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
 
@@ -117,6 +124,9 @@ class Autosave:
         self.device = device
         self.stop = stop
         self.seconds = 60 * minutes
+        self.remedy = "lower the learning rate"
+        if "scaler" in parts:
+            self.remedy += " or choose --precision bf16"
         self.progress = Progress()
         self.unread: list[Tensor] = []  # losses that are still on the device
         self.saved_at = time.monotonic()
@@ -159,18 +169,45 @@ class Autosave:
         self.saved_at = time.monotonic()
         self.cost = self.saved_at - start
 
+    def count_step(self, loss: Tensor, *, skipped: bool) -> None:
+        """Count a step that is done. Its loss stays on the device until `read_losses`.
+
+        Raises:
+            UserError: loss scaling has skipped too many in a row.
+        """
+        progress = self.progress
+        step = len(progress.losses) + len(self.unread)
+        self.unread.append(loss)
+        if not skipped:
+            progress.skipped_in_a_row = 0
+            return
+        progress.skipped.append(step)
+        progress.skipped_in_a_row += 1
+        if progress.skipped_in_a_row == MOST_SKIPPED:
+            raise UserError(
+                f"{MOST_SKIPPED} steps in a row were skipped because their gradients are not finite, the last at "
+                f"epoch {progress.epoch}, step {step}: {self.remedy}"
+            )
+
     def read_losses(self) -> float:
-        """Take the losses off the device; returns their mean so far. One that is not finite stops the run."""
-        losses = self.progress.losses
+        """Take the losses off the device; returns the mean so far, NaN where there is none.
+
+        A loss that is not finite is left out of the mean if its step was skipped.
+
+        Raises:
+            UserError: such a loss of another step.
+        """
+        progress = self.progress
         for value in torch.stack(self.unread).tolist() if self.unread else []:
-            if not math.isfinite(value):
-                epoch = self.progress.epoch
+            step = len(progress.losses)
+            if not math.isfinite(value) and step not in progress.skipped:
                 raise UserError(
-                    f"the loss is {value} at epoch {epoch}, step {len(losses)}: lower the learning rate"
+                    f"the loss is {value} at epoch {progress.epoch}, step {step}: {self.remedy}"
                 )
-            losses.append(value)
+            progress.losses.append(value)
         self.unread.clear()
-        return sum(losses) / max(1, len(losses))
+        finite = [value for value in progress.losses if math.isfinite(value)]
+        return sum(finite) / len(finite) if finite else math.nan
 
     def finish(self) -> None:
         """Say where the files are and what was best; a complete run needs no state."""
