@@ -22,9 +22,11 @@ from utils import Stopped, UserError, two_decimals
 logger = logging.getLogger(__name__)
 
 SAVING_SHARE = 0.05  # of the time, which saving the state at the end of epochs may take
-MOST_SKIPPED = (
-    20  # steps in a row: loss scaling then is at a millionth of its scale, and of no help
-)
+# Steps in a row, after which the scale of the loss is a millionth of what it was, and of no help.
+MOST_SKIPPED = 20
+# Of several processes, on whether to stop or to save: seconds from vote to vote, and steps at most.
+VOTE_EVERY = 1.0
+MOST_STEPS = 100
 
 
 class Stateful(Protocol):
@@ -129,6 +131,9 @@ class Autosave:
             self.remedy += " or choose --precision bf16"
         self.progress = Progress()
         self.unread: list[Tensor] = []  # losses that are still on the device
+        self.voted_at = time.monotonic()
+        self.steps = 0  # since the last vote
+        self.next_vote = 1  # how many steps after the last vote, the same on all processes
         self.saved_at = time.monotonic()
         self.cost = 0.0  # seconds that the last saving took
         self.saved = "the beginning: none was saved yet"
@@ -144,18 +149,40 @@ class Autosave:
         return self.progress
 
     def save_if_due(self, epoch_ends: bool = False) -> None:
-        """Save the state if it is due. If a stop was asked for, save it and raise Stopped."""
-        since = time.monotonic() - self.saved_at
-        due = since >= self.seconds or (epoch_ends and since * SAVING_SHARE >= self.cost)
-        stopping, due = distributed.any_rank(
-            bool(self.stop.signal_name()), due and distributed.is_main()
-        )
+        """Save the state if it is due. If a stop was asked for, save it and raise Stopped.
+
+        Called after each step, and where an epoch ends. Several processes have to agree, which takes a wait for the
+        slowest: at the end of epochs, and about once a second.
+        """
+        if not epoch_ends:
+            self.steps += 1
+            if distributed.world_size() > 1 and self.steps < self.next_vote:
+                return
+        stopping, due = self._vote(epoch_ends)
         if stopping or due:
             self.save()
         if stopping:
             raise Stopped(
                 self.stop.requested or "another process", f"go on with: {self.run.resume_command}"
             )
+
+    def _vote(self, epoch_ends: bool) -> tuple[bool, bool]:
+        """Whether any process was told to stop, and whether the main one is to save; also sets the next vote."""
+        now = time.monotonic()
+        since = now - self.saved_at
+        due = since >= self.seconds or (epoch_ends and since * SAVING_SHARE >= self.cost)
+        next_vote = self.next_vote
+        if self.steps:
+            in_time = int(VOTE_EVERY * self.steps / max(now - self.voted_at, 1e-9))
+            # A GPU is handed its first steps before it has taken the time for them: no more than twice as many.
+            next_vote = max(1, min(in_time, 2 * next_vote, MOST_STEPS))
+        is_main = distributed.is_main()
+        stopping, saving, self.next_vote = distributed.highest(
+            bool(self.stop.signal_name()), is_main and due, is_main and next_vote
+        )
+        self.voted_at = now
+        self.steps = 0
+        return bool(stopping), bool(saving)
 
     def save(self) -> None:
         """Save the state."""
