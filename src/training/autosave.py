@@ -21,7 +21,7 @@ from utils import Stopped, UserError, two_decimals
 
 logger = logging.getLogger(__name__)
 
-SAVING_SHARE = 0.05  # of the time, which saving the state at the end of epochs may take
+SAVING_SHARE = 0.05  # of the time, which saving at the end of epochs may take
 # Steps in a row, after which the scale of the loss is a millionth of what it was, and of no help.
 MOST_SKIPPED = 20
 # Of several processes, on whether to stop or to save: seconds from vote to vote, and steps at most.
@@ -185,9 +185,10 @@ class Autosave:
         return bool(stopping), bool(saving)
 
     def save(self) -> None:
-        """Save the state."""
+        """Save the best weights that are not on disk yet, then the state, which names them."""
         start = time.monotonic()
         self.read_losses()
+        self.checkpoints.write()
         self.progress.rows = self.run.rows
         self.progress.best = self.checkpoints.best
         if distributed.is_main():

@@ -209,8 +209,11 @@ def fit(
     try:
         with run.locked():
             progress = autosave.resume()
-            while progress.epoch < schedule.num_epochs:
-                run_epoch(task, stepper, autosave)
+            try:
+                while progress.epoch < schedule.num_epochs:
+                    run_epoch(task, stepper, autosave)
+            finally:
+                checkpoints.write()
             autosave.finish()
     except DiskError as error:
         raise UserError(
@@ -260,6 +263,7 @@ def train_one_epoch(task: Task, stepper: Stepper, autosave: Autosave) -> float:
     Raises:
         UserError: a loss that is not finite, or too many skipped steps in a row; the message names epoch and step.
     """
+    autosave.checkpoints.hold()
     task.model.train()
     epoch = autosave.progress.epoch
     done = len(autosave.progress.losses)
