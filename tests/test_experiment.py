@@ -85,12 +85,13 @@ def test_the_best_of_each_metric_is_kept(tmp_path):
     history = [(10, 5), (9, 6), (12, 6), (12, 7)]
     for epoch, (recall, mean) in enumerate(history):
         kept.update(epoch, {"recall": recall, "mean": mean})
+        kept.write()
     assert files(tmp_path) == ["best_mean.pt", "best_recall.pt"]
     by_recall, by_mean = (
         torch.load(tmp_path / "saved_models" / f"best_{name}.pt") for name in ("recall", "mean")
     )
     assert by_recall["epoch"] == 2  # the first of equals
-    assert (by_recall["config"], by_recall["metrics"]) == ({"seed": 1}, {"recall": 12})
+    assert (by_recall["config"], by_recall["metrics"]) == ({"seed": 1}, {"recall": 12, "mean": 6})
     assert by_mean["epoch"] == 3
     assert kept.best == {"recall": 12, "mean": 7}
 
@@ -103,13 +104,16 @@ def test_every_validated_epoch_is_kept_without_best_only(tmp_path):
 
 
 def test_a_recall_of_zero_can_be_the_best(tmp_path):
-    checkpoints(tmp_path).update(0, {"recall": 0.0, "mean": 0.0})
+    kept = checkpoints(tmp_path)
+    kept.update(0, {"recall": 0.0, "mean": 0.0})
+    kept.write()
     assert len(files(tmp_path)) == 2
 
 
 def test_nothing_is_kept_unless_asked_for(tmp_path):
     kept = checkpoints(tmp_path, kept="nothing")
     kept.update(0, {"recall": 3, "mean": 4})
+    kept.write()
     assert files(tmp_path) == []
     assert kept.best == {"recall": 3, "mean": 4}
 

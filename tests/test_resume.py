@@ -175,11 +175,14 @@ def test_weights_newer_than_the_state_stay_the_best(tmp_path):
     kept = make()
     kept.update(0, {"recall": 1.0})
     kept.update(1, {"recall": 3.0})
+    kept.write()
     resumed = make()
     resumed.rewind({"recall": 1.0})
     resumed.update(1, {"recall": 2.9})
+    resumed.write()
     assert load_tensors(tmp_path / "saved_models" / "best.pt")["metrics"] == {"recall": 3.0}
     resumed.update(2, {"recall": 3.1})
+    resumed.write()
     assert load_tensors(tmp_path / "saved_models" / "best.pt")["epoch"] == 2
 
 

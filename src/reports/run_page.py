@@ -75,6 +75,9 @@ def run_page(
         "<h2>Best validations</h2>",
         _best(about, rows.get("validation", [])),
     ]
+    if scaling := rows.get("loss_scaling"):
+        skipped = sum(row["skipped_steps"] for row in scaling)
+        parts.insert(1, f"<p>loss scale {scaling[-1]['loss_scale']:g}, {skipped} skipped steps</p>")
     for purpose, line in about.commands.items():
         if not (complete and purpose == "resume"):
             parts += [f"<h2>To {pages.text(purpose)}</h2>", pages.command(line)]
@@ -115,7 +118,7 @@ def training_curves(rows: Mapping[str, Rows], titles: Mapping[str, str]) -> byte
     """A PNG of what a run recorded so far: loss, recalls, and the load of the experts.
 
     Args:
-        rows: "train", "validation" and "router" -> the rows of the CSV files, see `Run`.
+        rows: "train", "validation", "router" -> the rows of the CSV files, see `Run`.
         titles: metrics to draw -> what they are called.
     """
     import matplotlib

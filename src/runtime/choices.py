@@ -8,7 +8,7 @@ TRANSFORMS = ("clip", "squarepad", "targetpad")
 COMBINER_TYPES = ("moe", "clip4cir")
 COMBINING_FUNCTIONS = ("sum", "combiner")
 ENCODE_PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-PRECISIONS = ("amp", "bf16", "fp32")
+PRECISIONS = ("amp", "fp16", "bf16", "fp32")
 INDEX_KINDS = ("flat", "hnsw", "ivfpq")
 # Those of `clip.available_models()`, which only the clip package tells, and importing that takes seconds.
 OPENAI_CLIPS = (

@@ -21,7 +21,7 @@ def local_device() -> str:
 def start(device: torch.device) -> None:
     """Join the other processes that torchrun started: NCCL on GPUs, Gloo on CPUs."""
     if torchrun.launched() and not dist.is_initialized():
-        # Gloo for what lies on CPUs, beside NCCL too: asking every step whether to stop must not wait for a GPU.
+        # Gloo for what lies on CPUs, beside NCCL too: asking each other whether to stop must not wait for a GPU.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2)
         )
@@ -122,13 +122,13 @@ def same_text(text: str) -> str:
     return texts[0]
 
 
-def any_rank(*flags: bool) -> tuple[bool, ...]:
-    """Whether each flag is set on any rank."""
+def highest(*numbers: int) -> tuple[int, ...]:
+    """The highest that any rank has of each number."""
     if world_size() == 1:
-        return flags
-    shared = torch.tensor(flags, dtype=torch.int32)
+        return numbers
+    shared = torch.tensor(numbers, dtype=torch.int32)
     dist.all_reduce(shared, dist.ReduceOp.MAX)
-    return tuple(map(bool, shared.tolist()))
+    return tuple(shared.tolist())
 
 
 def parallel(module: nn.Module, device: torch.device, some_unused: bool = False) -> nn.Module:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -121,6 +122,16 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a file, whole or not at all."""
     with written_whole(path) as file:
         file.write(content)
+
+
+def write_same(path: Path, original: Path) -> None:
+    """Make `path` the file `original`, whole or not at all: a hard link, or a copy where there are no links."""
+    try:
+        with made_beside(path) as new:
+            new.hardlink_to(original)
+    except DiskError:
+        with written_whole(path) as file, open(original, "rb") as content:
+            shutil.copyfileobj(content, file)
 
 
 def write_text(path: Path, text: str) -> None:

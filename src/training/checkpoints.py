@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from runtime import distributed
+from runtime.files import write_same
 from runtime.tensors import load_tensors, save_tensors
 
 Kept = Literal["nothing", "best", "every epoch"]
@@ -13,6 +14,13 @@ Kept = Literal["nothing", "best", "every epoch"]
 
 class Checkpoints:
     """What of a run's weights is kept: the best by each of some metrics, or every validated epoch, or nothing.
+
+    Writing may take longer than an epoch, so the best ones are written with the state of the training, and before it:
+    a state names no best that is not on disk. Until then they wait in the memory of the one process that writes, off
+    the device: a copy of the weights for each epoch that is the best by some metric.
+
+    Attributes:
+        best: metric -> its best value.
 
     Args:
         folder: of the run.
@@ -43,6 +51,10 @@ class Checkpoints:
         self.config = config
         self.kept = kept
         self.best: dict[str, float] = {}
+        # File name -> content of the best that are not on disk yet.
+        self._unwritten: dict[str, dict[str, Any]] = {}
+        # Weights among them that are the module's own so far.
+        self._shared: dict[str, Tensor] = {}
 
     @property
     def saved(self) -> list[Path]:
@@ -62,10 +74,10 @@ class Checkpoints:
             if self.kept == "best"
             else f"{self.prefix}_{last_epoch}"
         )
-        return self.folder / f"{name}.pt"
+        return self._file(name)
 
     def update(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Remember and save what this validation made the best, or every epoch's weights where all are kept."""
+        """Remember what this validation made the best, or save every epoch's weights where all are kept."""
         improved = [
             metric
             for metric in self.best_names
@@ -73,17 +85,45 @@ class Checkpoints:
         ]
         for metric in improved:
             self.best[metric] = metrics[metric]
-        if not distributed.is_main():
+        if not distributed.is_main() or self.kept == "nothing":
             return
-        if self.kept == "best":
+        weights = self.module.state_dict()
+        content = {
+            "epoch": epoch,
+            self.key: weights,
+            "config": self.config,
+            "metrics": {metric: metrics[metric] for metric in self.best_names},
+        }
+        if self.kept == "every epoch":
+            save_tensors(self._file(f"{self.prefix}_{epoch}"), content)
+        elif improved:
+            self._shared = weights
             for metric in improved:
-                self._save(self.best_names[metric], epoch, {metric: metrics[metric]})
-        elif self.kept == "every epoch":
-            self._save(
-                f"{self.prefix}_{epoch}",
-                epoch,
-                {metric: metrics[metric] for metric in self.best_names},
-            )
+                self._unwritten[self.best_names[metric]] = content
+
+    def hold(self) -> None:
+        """Copy the best weights that are not on disk yet, before a step changes them."""
+        for name, weight in self._shared.items():
+            self._shared[name] = weight.to("cpu", copy=True)
+        self._shared = {}
+
+    def write(self) -> None:
+        """Write the best weights that are not on disk yet, once for all metrics of an epoch.
+
+        Raises:
+            DiskError: a file could not be written.
+        """
+        files: dict[int, Path] = {}
+        for name, content in self._unwritten.items():
+            file = self._file(name)
+            epoch = content["epoch"]
+            if epoch in files:
+                write_same(file, files[epoch])
+            else:
+                save_tensors(file, content)
+                files[epoch] = file
+        self._unwritten = {}
+        self._shared = {}
 
     def rewind(self, best: dict[str, float]) -> None:
         """Go back to the best values that a saved state has.
@@ -95,19 +135,13 @@ class Checkpoints:
         if self.kept != "best":
             return
         for metric, name in self.best_names.items():
-            path = self.folder / f"{name}.pt"
+            path = self._file(name)
             if path.exists():
                 value = _metrics(load_tensors(path))[metric]
                 self.best[metric] = max(value, best.get(metric, value))
 
-    def _save(self, name: str, epoch: int, metrics: dict[str, float]) -> None:
-        content = {
-            "epoch": epoch,
-            self.key: self.module.state_dict(),
-            "config": self.config,
-            "metrics": metrics,
-        }
-        save_tensors(self.folder / f"{name}.pt", content)
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.pt"
 
 
 def _metrics(content: dict[str, Any]) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from runtime import distributed
@@ -31,6 +31,29 @@ Weights = TypeVar("Weights", bound=nn.Module)
 Batch = tuple[list[Tensor], Tensor]  # the model's inputs (b, ...) each, and the targets' ids (b,)
 # Epoch, first step -> the epoch's batches from there on.
 Batches = Callable[[int, int], Iterable[Batch]]
+
+
+class MovingAverage(AveragedModel):
+    """An exponential moving average of a module's parameters, which follows them without a wait for the device.
+
+    `AveragedModel` copies its count of updates to the device at every one, and all buffers. Here buffers stay as they
+    are: no training changes any (BatchNorm keeps its statistics).
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        super().__init__(module)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Go a step towards the module's parameters; the first time, take them over."""
+        ours: list[Tensor] = list(self.module.parameters())
+        theirs: list[Tensor] = list(model.parameters())
+        if self.n_averaged:
+            torch._foreach_lerp_(ours, theirs, 1 - self.decay)
+        else:
+            torch._foreach_copy_(ours, theirs)
+        self.n_averaged += 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +77,7 @@ class Task:
     optimizer: Optimizer
     validate: Callable[[], dict[str, float]]
     module: nn.Module
-    averaged: AveragedModel | None = None
+    averaged: MovingAverage | None = None
     penalty: Callable[[Tensor], Tensor] | None = None
     router: Callable[[], dict[str, float]] | None = None
 
@@ -69,26 +92,29 @@ def trainable(
     return distributed.parallel(model, device, some_unused)
 
 
-def average(module: nn.Module, decay: float | None) -> AveragedModel | None:
+def average(module: nn.Module, decay: float | None) -> MovingAverage | None:
     """A copy of the module that will follow it as an exponential moving average; None without a decay."""
-    return (
-        None if decay is None else AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay))
-    )
+    return None if decay is None else MovingAverage(module, decay)
 
 
-def measured_weights(module: Weights, averaged: AveragedModel | None) -> Weights:
+def measured_weights(module: Weights, averaged: MovingAverage | None) -> Weights:
     """What is measured and kept of a module that learns: itself, or its moving average."""
     return module if averaged is None else cast(Weights, averaged.module)
 
 
 class Stepper:
-    """One optimizer step after another, with all that surrounds it."""
+    """One optimizer step after another, with all that surrounds it.
+
+    Attributes:
+        skipped: whether the last step moved nothing, because its gradients overflowed under loss scaling.
+    """
 
     def __init__(self, task: Task, schedule: Schedule, precision: Precision) -> None:
         self.task = task
         self.schedule = schedule
         self.precision = precision
         self.scaler = precision.scaler()
+        self.skipped = False
         steps = task.steps * schedule.num_epochs
         self.learning_rate = LambdaLR(task.optimizer, lambda step: schedule.factor(step, steps))
 
@@ -125,12 +151,28 @@ class Stepper:
             groups = [group["params"] for group in optimizer.param_groups]
             learned = list(itertools.chain.from_iterable(groups))
             nn.utils.clip_grad_norm_(learned, self.schedule.clip_grad_norm)
-        self.scaler.step(optimizer)
-        self.scaler.update()
-        self.learning_rate.step()
-        if self.task.averaged is not None:
-            self.task.averaged.update_parameters(self.task.module)
+        self.skipped = not self._move()
+        if not self.skipped:
+            self.learning_rate.step()
+            if self.task.averaged is not None:
+                self.task.averaged.update_parameters(self.task.module)
         return loss
+
+    def _move(self) -> bool:
+        """Move the weights; False if loss scaling skipped that, which costs a wait for the device to know.
+
+        All processes have the same gradients by now, so they skip the same steps.
+        """
+        scaler = self.scaler
+        if not scaler.is_enabled():
+            self.task.optimizer.step()
+            return True
+        one = torch.ones((), device=self.precision.device)
+        before = scaler.scale(one)
+        scaler.step(self.task.optimizer)
+        scaler.update()
+        # A skipped step halves the scale, or leaves it 0.
+        return bool(scaler.scale(one) > before / 2)
 
 
 def fit(
@@ -152,7 +194,7 @@ def fit(
         minutes: the longest time that a crash may cost, see `Autosave`.
 
     Raises:
-        UserError: the loss or a similarity is not finite, or the disk is full.
+        UserError: the loss or a similarity is not finite, every step is skipped, or the disk is full.
         Stopped: a signal asked for it; the state is saved.
     """
     stepper = Stepper(task, schedule, precision)
@@ -167,8 +209,11 @@ def fit(
     try:
         with run.locked():
             progress = autosave.resume()
-            while progress.epoch < schedule.num_epochs:
-                run_epoch(task, stepper, autosave)
+            try:
+                while progress.epoch < schedule.num_epochs:
+                    run_epoch(task, stepper, autosave)
+            finally:
+                checkpoints.write()
             autosave.finish()
     except DiskError as error:
         raise UserError(
@@ -189,6 +234,12 @@ def run_epoch(task: Task, stepper: Stepper, autosave: Autosave) -> None:
     epoch = progress.epoch
     loss = train_one_epoch(task, stepper, autosave)
     run.record("train", epoch, {"train_epoch_loss": loss})
+    if stepper.scaler.is_enabled():
+        scaling = {
+            "loss_scale": stepper.scaler.get_scale(),
+            "skipped_steps": len(progress.skipped),
+        }
+        run.record("loss_scaling", epoch, scaling)
     if task.router:
         run.record("router", epoch, task.router())
     if epoch % stepper.schedule.validation_frequency == 0:
@@ -202,6 +253,7 @@ def run_epoch(task: Task, stepper: Stepper, autosave: Autosave) -> None:
         )
     progress.epoch = epoch + 1
     progress.losses = []
+    progress.skipped = []
     autosave.save_if_due(epoch_ends=True)
 
 
@@ -209,8 +261,9 @@ def train_one_epoch(task: Task, stepper: Stepper, autosave: Autosave) -> float:
     """What is left of one pass over an epoch's batches; returns the mean loss of all triplets seen.
 
     Raises:
-        UserError: a loss that is not finite; the message names epoch and step.
+        UserError: a loss that is not finite, or too many skipped steps in a row; the message names epoch and step.
     """
+    autosave.checkpoints.hold()
     task.model.train()
     epoch = autosave.progress.epoch
     done = len(autosave.progress.losses)
@@ -220,7 +273,8 @@ def train_one_epoch(task: Task, stepper: Stepper, autosave: Autosave) -> float:
         batches, f"epoch {epoch}", task.steps, initial=done, leave=False, disable=hidden
     ) as bar:
         for step, (inputs, target_ids) in enumerate(bar, start=done + 1):
-            autosave.unread.append(stepper.step(inputs, target_ids))
+            loss = stepper.step(inputs, target_ids)
+            autosave.count_step(loss, skipped=stepper.skipped)
             if step % READ_EVERY == 0:
                 bar.set_postfix(loss=f"{autosave.read_losses():.4f}")
             autosave.save_if_due()

@@ -34,7 +34,7 @@ class Run:
     Every file is written whole at each change, so an interrupted run leaves all that it had.
 
     Attributes:
-        rows: "train", "validation" or "router" -> the rows of its CSV file.
+        rows: "train", "validation", "router" or "loss_scaling" -> the rows of its CSV file.
         resume_command: goes on with the training.
 
     Args:

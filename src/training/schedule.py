@@ -11,7 +11,11 @@ from utils import UserError
 
 @dataclass(frozen=True)
 class Precision:
-    """Mixed precision of a training: "amp" (fp16 with loss scaling on CUDA, fp32 on the CPU), "bf16" or "fp32"."""
+    """Mixed precision of a training.
+
+    Attributes:
+        name: "fp16" with loss scaling, "bf16", "fp32", or "amp", which is fp16 on CUDA and fp32 on the CPU.
+    """
 
     name: str
     device: torch.device
@@ -27,8 +31,9 @@ class Precision:
     @property
     def dtype(self) -> torch.dtype | None:
         """What matrix products are computed in, None for float32."""
-        on_gpu = torch.float16 if self.device.type == "cuda" else None
-        return {"amp": on_gpu, "bf16": torch.bfloat16, "fp32": None}[self.name]
+        amp = "fp16" if self.device.type == "cuda" else "fp32"
+        name = amp if self.name == "amp" else self.name
+        return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}[name]
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context of a forward pass."""
