@@ -191,10 +191,7 @@ def training_flags(batch_size: int, validation_frequency: int) -> argparse.Argum
         help="what a crash may cost at most: the state is saved within epochs too (default: 10)",
     )
     group.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="amp",
-        help="amp: fp16 on CUDA, fp32 on the CPU; fp16 scales the loss (default: amp)",
+        "--precision", choices=PRECISIONS, default="amp", help="amp: fp16 on CUDA, fp32 on the CPU"
     )
     group.add_argument("--compile", action="store_true", help="torch.compile what is trained")
     optional = parser.add_argument_group("training, beyond the original", "all off by default")
