@@ -10,7 +10,7 @@ from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
 import shapes_dataset
-from data_utils import ImageDataset, load_batches, load_image, make_preprocess, normalise
+from data_utils import ImageLoader, load_image, make_preprocess, normalise
 from models.clip_model import CLIP, load_clip, suit_to_gpu, tokenize, write_tiny_clip
 from runtime import distributed
 from timing import in_turns, saved_activations
@@ -39,12 +39,10 @@ def loader(device: torch.device) -> list[dict]:
         cached = open_image_cache(
             Path(folder) / "cache", paths, read, recipe={"resolution": 384}, workers=0
         )
-        chunks = [list(range(i, i + 32)) for i in range(0, 256, 32)]
+        chunks = [paths[i : i + 32] for i in range(0, 256, 32)]
 
         def load(reader):
-            return lambda: [
-                None for _ in load_batches(ImageDataset(paths, reader), chunks, 0, device)
-            ]
+            return lambda: [None for _ in ImageLoader(reader, 0, device).batches(chunks)]
 
         ours, twin = in_turns(load(cached), load(read), device)
     what = "stage-1 loader, 256 images, 384 px, warm image cache / decoding"

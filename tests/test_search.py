@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import data_utils
 import search
 from benchmarks import CIRR, FashionIQ
 from image_search import faiss_index, image_index, photos
@@ -312,6 +313,30 @@ def test_a_failed_update_leaves_the_good_index(index, tmp_path, monkeypatch, cap
         assert {name: (tmp_path / "index" / name).read_bytes() for name in before} == before
         assert len(open_index(tmp_path / "index").paths) == 3
     assert "2 images added, 3 kept" in index(tmp_path / "photos")
+
+
+def test_all_shards_are_read_in_one_pass(index, tmp_path, monkeypatch):
+    """Each is on the disk before the next is encoded; a batch ends with its shard."""
+    images(tmp_path / "photos", 10)
+    monkeypatch.setattr(image_index, "SHARD", 4)
+    passes, encoded, on_disk = [], [], []
+    real_pass, real = data_utils.ImageLoader.batches, encoder.normalise
+
+    def batches(loader, files):
+        passes.append([len(batch) for batch in files])
+        return real_pass(loader, files)
+
+    def normalise(pixels):
+        encoded.append(len(pixels))
+        on_disk.append(len(list((tmp_path / "index" / "partial").glob("*.pt"))))
+        return real(pixels)
+
+    monkeypatch.setattr(data_utils.ImageLoader, "batches", batches)
+    monkeypatch.setattr(encoder, "normalise", normalise)
+    assert "10 images added" in index(tmp_path / "photos", flags=["--clip-bs", 3])
+    assert passes == [[3, 1, 3, 1, 2]]
+    assert encoded == [3, 1, 3, 1, 2]
+    assert on_disk == [0, 0, 1, 1, 2]
 
 
 @pytest.mark.parametrize("kind", ["hnsw", "ivfpq"])

@@ -86,8 +86,7 @@ class Update:
 
 def encoder_key(encoder: Encoder) -> dict[str, Any]:
     """What features depend on beside the images: weights and preprocessing, but no device."""
-    about = encoder.describe()
-    return {name: about[name] for name in ("weights", "transform", "target_ratio", "resolution")}
+    return {"weights": encoder.describe()["weights"], **encoder.preprocessing}
 
 
 def open_index(folder: Path) -> ImageIndex:
@@ -246,11 +245,11 @@ def _encode(
         path -> why it cannot be read.
     """
     unreadable: dict[str, str] = {}
-    for start in range(0, len(files), SHARD):
-        shard = files[start : start + SHARD]
-        progress = f"images {start + 1} to {start + len(shard)} of {len(files)}"
-        encoded, reasons = encoder.readable_images([Path(path) for path, _, _ in shard], progress)
-        encoded = encoded.cpu()
+    shards = [files[start : start + SHARD] for start in range(0, len(files), SHARD)]
+    paths = []
+    for shard in shards:
+        paths.append([Path(path) for path, _, _ in shard])
+    for shard, (encoded, reasons) in zip(shards, encoder.readable_images(paths), strict=True):
         readable = []
         for file, reason in zip(shard, reasons, strict=True):
             if reason:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_utils import ImageDataset, Reader, load_batches
+from data_utils import ImageLoader, Reader
 from runtime import distributed
 from runtime.files import file_identities, made_beside
 from utils import DiskError, UserError
@@ -80,19 +80,18 @@ def _fill(
     file: Path, paths: list[Path], read: Reader, *, shape: tuple[int, ...], workers: int
 ) -> None:
     """Decode all images into a temporary file, which takes the place of `file` when it is whole."""
-    chunks = []
-    for start in range(0, len(paths), DECODED_AT_ONCE):
-        chunks.append(list(range(start, min(start + DECODED_AT_ONCE, len(paths)))))
-    batches = load_batches(ImageDataset(paths, read), chunks, workers, torch.device("cpu"))
+    starts = range(0, len(paths), DECODED_AT_ONCE)
+    chunks = [paths[start : start + DECODED_AT_ONCE] for start in starts]
+    batches = ImageLoader(read, workers, torch.device("cpu")).batches(chunks)
     try:
         with made_beside(file) as unfinished:
             _announce(file, shape)
             pixels = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=shape)
             _reserve(unfinished)
             with _progress(len(paths)) as bar:
-                for rows, batch in zip(chunks, batches, strict=True):
-                    pixels[rows[0] : rows[-1] + 1] = batch.numpy()
-                    bar.update(len(rows))
+                for start, batch in zip(starts, batches, strict=True):
+                    pixels[start : start + len(batch)] = batch.numpy()
+                    bar.update(len(batch))
             pixels.flush()
     except DiskError as error:
         raise UserError(f"--image-cache {file.parent}: {error}") from None
