@@ -14,7 +14,7 @@ from data_utils import ImageLoader, load_image, make_preprocess, normalise
 from models.clip_model import CLIP, load_clip, suit_to_gpu, tokenize, write_tiny_clip
 from runtime import distributed
 from timing import in_turns, saved_activations
-from training.image_cache import open_image_cache
+from training.image_cache import ImageCache
 from training.loop import Stepper, Task
 from training.schedule import Precision, Schedule
 from training.stage1 import SumFeatures
@@ -36,9 +36,9 @@ def loader(device: torch.device) -> list[dict]:
             drawn = shapes_dataset.draw(shapes_dataset.random_scene(rng), rng)
             drawn.resize((rng.randint(400, 700), rng.randint(500, 800))).save(path)
         read = functools.partial(load_image, preprocess=make_preprocess("targetpad", 1.25, 384))
-        cached = open_image_cache(
-            Path(folder) / "cache", paths, read, recipe={"resolution": 384}, workers=0
-        )
+        cached = ImageCache(
+            folder=Path(folder) / "cache", paths=paths, read=read, recipe={"resolution": 384}
+        ).open()
         chunks = [paths[i : i + 32] for i in range(0, 256, 32)]
 
         def load(reader):

@@ -10,6 +10,7 @@ from cli.flag_types import (
     fraction,
     in_any_case,
     natural_int,
+    path_or_auto,
     positive_float,
     positive_int,
     seed_int,
@@ -17,6 +18,7 @@ from cli.flag_types import (
 )
 from models.configuration import ORIGINAL_DEFAULTS
 from runtime.choices import (
+    AUTO,
     COMBINER_TYPES,
     COMBINING_FUNCTIONS,
     ENCODERS,
@@ -238,7 +240,18 @@ def encoder_flags() -> argparse.ArgumentParser:
         "--gradient-checkpointing", action="store_true", help="less memory, more time"
     )
     group.add_argument(
-        "--image-cache", type=Path, metavar="DIR", help="keep preprocessed images on disk"
+        "--image-cache",
+        type=path_or_auto,
+        default=AUTO,
+        metavar="DIR",
+        help="keep preprocessed images on disk (default: in pixels/ of the project, if it has room and repays)",
+    )
+    group.add_argument(
+        "--no-image-cache",
+        dest="image_cache",
+        action="store_const",
+        const=None,
+        help="decode images each time",
     )
     return parser
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 ENCODERS = ("both", "text", "image")  # what stage 1 trains
 TRANSFORMS = ("clip", "squarepad", "targetpad")
+AUTO = "auto"  # the value of a flag that leaves a decision to what would be gained
 COMBINER_TYPES = ("moe", "clip4cir")
 COMBINING_FUNCTIONS = ("sum", "combiner")
 PRECISIONS = ("amp", "bf16", "fp32")

@@ -1,7 +1,7 @@
 """What stage 1 learns: CLIP, so that image feature + text feature lies near the target's image feature."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from benchmarks import Split
 from benchmarks.splits import all_paths
 from combiner import compose_sum
 from data_utils import ImageLoader, normalise
 from models.clip_model import CLIP, choose_trained, tokenize
 from models.encoder import Encoder
 from models.features import FrozenSplit
+from runtime.choices import AUTO
 from training.data import TrainingData
-from training.image_cache import open_image_cache
+from training.image_cache import PIXELS, ImageCache
 from training.loop import Batch, Batches, Task, average, measured_weights, trainable
 
 
@@ -124,14 +124,34 @@ def sum_validation(
     return validate
 
 
-def with_image_cache(encoder: Encoder, folder: Path, splits: Sequence[Split]) -> Encoder:
-    """The encoder with images from a cache instead of decoded ones; the cache is filled now unless it is there."""
-    cached = open_image_cache(
-        folder,
-        all_paths(splits),
-        encoder.loader.read,
+def decodings(
+    data: TrainingData, *, epochs: int, validation_frequency: int, images_learn: bool
+) -> int:
+    """How often a training reads an image, in its steps and its validations."""
+    in_steps = epochs * data.order.steps * data.order.batch_size * 2  # reference and target
+    validations = -(-epochs // validation_frequency) if images_learn else 1
+    return in_steps + validations * sum(len(split.paths) for split in data.val)
+
+
+def with_image_cache(
+    encoder: Encoder, folder: Path | str, data: TrainingData, decodings: int
+) -> Encoder:
+    """The encoder with images from a cache instead of decoded ones; the cache is filled now unless it is there.
+
+    Args:
+        folder: AUTO for that of the project, and for a cache only where it is worth it.
+        decodings: see `ImageCache.open_if_it_repays`.
+    """
+    cache = ImageCache(
+        folder=PIXELS if folder == AUTO else Path(folder),
+        paths=all_paths(data.splits),
+        read=encoder.loader.read,
         recipe=encoder.image_recipe(),
         workers=encoder.loader.workers,
+        between=encoder.between,
     )
+    cached = cache.open_if_it_repays(decodings) if folder == AUTO else cache.open()
+    if cached is None:
+        return encoder
     loader = ImageLoader(cached, encoder.loader.workers, encoder.device)
     return dataclasses.replace(encoder, loader=loader)
