@@ -26,6 +26,7 @@ from data_utils import (
 )
 from forks import family
 from runtime import interruption
+from runtime.image_files import decoded
 from utils import UserError
 
 MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"]
@@ -268,6 +269,62 @@ def test_one_set_of_processes_serves_a_training(stage_1, monkeypatch):
     stage_1("FashionIQ", "--num-workers", 2, "--ema-decay", 0.9)
     assert len(started) == 2
     assert workers_now() == before
+
+
+def drawn_photo(file, width: int, height: int):
+    """A photo of soft and bright colours, so that what padding adds can be told from it."""
+    corners = [[(250, 120, 120), (120, 250, 120)], [(120, 120, 250), (250, 250, 120)]]
+    soft = Image.fromarray(np.array(corners, dtype=np.uint8))
+    soft.resize((width, height), Image.BILINEAR).save(file, quality=95)
+    return file
+
+
+def pixels_of(file, transform: str, resolution: int, side: int | None):
+    preprocess = make_preprocess(transform, 1.25, resolution)
+    return load_image(file, preprocess, functools.partial(decoded, side=side)).int()
+
+
+def padding(pixels) -> list[int]:
+    """How many rows and columns are black above, below, left and right."""
+    rows, columns = (pixels.amax(0).amax(axis) > 30 for axis in (1, 0))
+    counts = []
+    for filled in (rows, rows.flip(0), columns, columns.flip(0)):
+        counts.append(int(filled.int().argmax()))
+    return counts
+
+
+@pytest.mark.parametrize("transform", ["clip", "squarepad", "targetpad"])
+@pytest.mark.parametrize("size", [(512, 384), (701, 1024), (300, 1025), (1031, 257), (640, 512)])
+def test_a_draft_is_padded_like_the_whole_image(transform, size, tmp_path):
+    """Up to the rounding of a pixel. What it shows is where it was: colours change by 4 to 16 levels a pixel."""
+    file = drawn_photo(tmp_path / "photo.jpg", *size)
+    assert min(decoded(file, side=32).size) < min(size) / 2  # it is one
+    full = pixels_of(file, transform, 32, None)
+    draft = pixels_of(file, transform, 32, 32)
+    assert draft.shape == full.shape
+    for one, other in zip(padding(full), padding(draft), strict=True):
+        assert abs(one - other) <= 1
+    middle = (full - draft)[:, 13:19, 13:19].abs()
+    assert middle.max() <= 8
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_draft_of_what_is_less_than_twice_as_large_is_the_image(mode, tmp_path):
+    picture(mode, 90, 63).save(tmp_path / "small.jpg")
+    picture("RGB", 400, 300).save(tmp_path / "large.png")  # only JPEG has drafts
+    for file in sorted(tmp_path.iterdir()):
+        for transform in ("clip", "squarepad", "targetpad"):
+            full = pixels_of(file, transform, 32, None)
+            assert torch.equal(pixels_of(file, transform, 32, 32), full)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_draft_has_at_least_the_pixels_that_are_needed(mode, tmp_path):
+    picture(mode, 801, 405).save(tmp_path / "photo.jpg")
+    sizes = {401: (801, 405), 200: (401, 203), 101: (201, 102), 50: (101, 51), 8: (101, 51)}
+    for side, size in sizes.items():
+        draft = decoded(tmp_path / "photo.jpg", side=side)
+        assert (draft.size, draft.mode) == (size, mode)
 
 
 @pytest.mark.filterwarnings("ignore:Image size")

@@ -339,6 +339,32 @@ def test_all_shards_are_read_in_one_pass(index, tmp_path, monkeypatch):
     assert on_disk == [0, 0, 1, 1, 2]
 
 
+def test_an_index_of_drafts_stays_one(index, ask, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    turned = Image.Exif()
+    turned[0x0112] = 6  # by 90 degrees
+    for number in range(3):
+        photo = Image.effect_noise((300, 200), 60 + 30 * number).convert("RGB")
+        photo.save(tmp_path / "photos" / f"{number}.jpg", exif=turned)
+    index(tmp_path / "photos", output=tmp_path / "full")
+    index(tmp_path / "photos", flags=["--decode", "draft"])
+    again = ["index", "--output", str(tmp_path / "index"), "--num-workers", "0"]
+    search.main(again)
+    assert "0 images added, 3 kept, 0 removed" in capsys.readouterr().out
+    whole, drafts = open_index(tmp_path / "full"), open_index(tmp_path / "index")
+    assert "decode" not in whole.about["encoder"]
+    assert "decode" not in whole.about["pair"]  # as in indexes of earlier versions
+    assert drafts.about["encoder"]["decode"] == drafts.about["pair"]["decode"] == "draft"
+    assert not np.array_equal(whole.features, drafts.features)
+    photo = tmp_path / "photos" / "1.jpg"
+    assert str(photo) in ask(photo, "is red")
+    with_full = ["--decode", "full"]
+    assert "made with other decode than" in refused(lambda: ask(photo, "x", *with_full), capsys)
+    assert "made with other decode than" in refused(
+        lambda: ask(photo, "x", "--decode", "draft", of=tmp_path / "full"), capsys
+    )
+
+
 @pytest.mark.parametrize("kind", ["hnsw", "ivfpq"])
 def test_large_galleries_report_their_recall(kind, index, tmp_path, capsys):
     if kind == "ivfpq":

@@ -21,6 +21,7 @@ from runtime.choices import (
     AUTO,
     COMBINER_TYPES,
     COMBINING_FUNCTIONS,
+    DECODINGS,
     ENCODERS,
     PRECISIONS,
     TRANSFORMS,
@@ -143,6 +144,11 @@ def clip_flags() -> argparse.ArgumentParser:
     )
     ratio = f"of targetpad (default: {default.target_ratio})"
     group.add_argument("--target-ratio", type=positive_float, help=ratio)
+    group.add_argument(
+        "--decode",
+        choices=DECODINGS,
+        help=f"draft: large JPEG files at 1/2, 1/4 or 1/8: faster, other pixels (default: {default.decode})",
+    )
     return parser
 
 
@@ -365,6 +371,7 @@ def clip_choice(args: argparse.Namespace) -> ClipChoice:
         clip_model_name=args.clip_model_name,
         transform=args.transform,
         target_ratio=args.target_ratio,
+        decode=args.decode,
     )
 
 

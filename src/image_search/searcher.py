@@ -47,7 +47,8 @@ class Searcher:
         index_key = index.about.get("encoder")
         if index_key != query_key:
             known = index_key if isinstance(index_key, dict) else {}
-            differing = [name for name in query_key if known.get(name) != query_key[name]]
+            names = {**query_key, **known}
+            differing = [name for name in names if known.get(name) != query_key.get(name)]
             raise UserError(
                 f"--index {index.folder} was made with other {' and '.join(differing)} than the query has: name the "
                 "weights that it was made with, or make another index"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.choices import OPENAI_CLIPS, TRANSFORMS, ClipChoice
+from runtime.choices import DECODINGS, OPENAI_CLIPS, TRANSFORMS, ClipChoice
 from runtime.files import find_checkpoint, is_there
 from utils import UserError, flag
 
@@ -31,8 +31,10 @@ DIGESTS = {
     "clip_weights": "the CLIP weights are others",
     "excluded": "other images are left out",
 }
-ORIGINAL_DEFAULTS = ClipChoice(clip_model_name="RN50x4", transform="targetpad", target_ratio=1.25)
-RECIPE = ("clip_model_name", "transform", "target_ratio", "resolution", "clip_dim")
+ORIGINAL_DEFAULTS = ClipChoice(
+    clip_model_name="RN50x4", transform="targetpad", target_ratio=1.25, decode="full"
+)
+RECIPE = ("clip_model_name", "transform", "target_ratio", "decode", "resolution", "clip_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +147,7 @@ def read_checkpoint(flag_name: str, path: Path | None, key: str) -> Checkpoint |
 
 
 def settle(choice: ClipChoice, checkpoints: Sequence[Checkpoint | None]) -> ClipChoice:
-    """Model name, transform and target ratio: the flag, else what the checkpoints were trained with, else the default.
+    """Which CLIP and preprocessing: the flag, else what the checkpoints were trained with, else the default.
 
     A flag that contradicts how weights were trained is obeyed, with a warning.
 
@@ -168,10 +170,11 @@ def settle(choice: ClipChoice, checkpoints: Sequence[Checkpoint | None]) -> Clip
             if value != settled[name]:
                 asked = f"{flag(name)} {value}, not {settled[name]}"
                 logger.warning("warning: %s was trained with %s", path, asked)
-    if settled["transform"] not in TRANSFORMS:
-        raise UserError(
-            f"a checkpoint names the transform {settled['transform']}, which is none of {TRANSFORMS}"
-        )
+    for name, known in {"transform": TRANSFORMS, "decode": DECODINGS}.items():
+        if settled[name] not in known:
+            raise UserError(
+                f"a checkpoint names the {name} {settled[name]}, which is none of {known}"
+            )
     return ClipChoice(**settled)
 
 

@@ -20,7 +20,7 @@ from data_utils import ImageLoader, load_image, make_preprocess, normalise, read
 from models.clip_model import CLIP, feature_dim, load_clip, load_finetuned, resolution, tokenize
 from models.configuration import Checkpoint
 from runtime import distributed
-from runtime.choices import ClipChoice
+from runtime.choices import ClipChoice, named
 from runtime.image_files import decoded
 
 CAPTIONS_AT_ONCE = 256  # in a batch: 32, as of images, leave a GPU idle
@@ -35,7 +35,7 @@ class Encoder:
 
     Attributes:
         loader: reads preprocessed images. Its processes, if it has some, serve all copies of this encoder.
-        recipe: model name, transform, target ratio and resolution, from which `model` and `loader` were made.
+        recipe: model name, transform, target ratio, decode and resolution, from which `model` and `loader` were made.
         between: called between two batches of images; what it raises ends the encoding.
     """
 
@@ -115,7 +115,8 @@ class Encoder:
     @property
     def preprocessing(self) -> dict[str, Any]:
         """How images are preprocessed, as keys and results say it."""
-        return {name: self.recipe[name] for name in ("transform", "target_ratio", "resolution")}
+        names = ("transform", "target_ratio", "resolution", "decode")
+        return named({name: self.recipe[name] for name in names})
 
     def image_recipe(self) -> dict[str, Any]:
         """All that determines the preprocessed images beside the files themselves."""
@@ -171,14 +172,14 @@ def load_encoder(
     *,
     workers: int,
     batch_size: int = 32,
-    opened: Callable[[Path], Image] = decoded,
+    opened: Callable[..., Image] = decoded,
 ) -> Encoder:
     """CLIP in eval mode with its preprocessing.
 
     Args:
         settings: from `configuration.settle`: nothing in it is None.
         tuned: stage-1 weights that replace the model's own.
-        opened: opens an image file.
+        opened: opens an image file; `side` are the pixels that its shorter side needs.
     """
     recipe = dataclasses.asdict(settings)
     model = load_clip(recipe["clip_model_name"], device)
@@ -186,6 +187,8 @@ def load_encoder(
         load_finetuned(model, tuned.state, tuned.path)
     recipe["resolution"] = resolution(model)
     preprocess = make_preprocess(recipe["transform"], recipe["target_ratio"], recipe["resolution"])
+    if recipe["decode"] == "draft":
+        opened = functools.partial(opened, side=recipe["resolution"])
     read = functools.partial(load_image, preprocess=preprocess, opened=opened)
     return Encoder(
         model=model,
