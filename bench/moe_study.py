@@ -75,6 +75,8 @@ def tuned_clip(folder: Path, dataset: str) -> Path:
         str(folder),
         "--clip-model-name",
         str(folder / "tiny_clip_vit.pt"),
+        "--image-cache",
+        str(folder / "pixels"),
     ]
     clip_fine_tune.main([*flags, *STAGE_1.split(), "--output-dir", str(folder / "clip" / dataset)])
     (run,) = (folder / "clip" / dataset).iterdir()

@@ -10,11 +10,11 @@ from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
 import shapes_dataset
-from data_utils import ImageDataset, load_batches, load_image, make_preprocess, normalise
+from data_utils import ImageLoader, load_image, make_preprocess, normalise
 from models.clip_model import CLIP, load_clip, ready, tokenize, write_tiny_clip
 from runtime import distributed
 from timing import in_turns, saved_activations
-from training.image_cache import open_image_cache
+from training.image_cache import ImageCache
 from training.loop import Stepper, Task
 from training.schedule import Precision, Schedule
 from training.stage1 import SumFeatures
@@ -36,15 +36,13 @@ def loader(device: torch.device) -> list[dict]:
             drawn = shapes_dataset.draw(shapes_dataset.random_scene(rng), rng)
             drawn.resize((rng.randint(400, 700), rng.randint(500, 800))).save(path)
         read = functools.partial(load_image, preprocess=make_preprocess("targetpad", 1.25, 384))
-        cached = open_image_cache(
-            Path(folder) / "cache", paths, read, recipe={"resolution": 384}, workers=0
-        )
-        chunks = [list(range(i, i + 32)) for i in range(0, 256, 32)]
+        cached = ImageCache(
+            folder=Path(folder) / "cache", paths=paths, read=read, recipe={"resolution": 384}
+        ).open()
+        chunks = [paths[i : i + 32] for i in range(0, 256, 32)]
 
         def load(reader):
-            return lambda: [
-                None for _ in load_batches(ImageDataset(paths, reader), chunks, 0, device)
-            ]
+            return lambda: [None for _ in ImageLoader(reader, 0, device).batches(chunks)]
 
         ours, twin = in_turns(load(cached), load(read), device)
     what = "stage-1 loader, 256 images, 384 px, warm image cache / decoding"

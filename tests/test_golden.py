@@ -10,7 +10,7 @@ import torch
 from benchmarks import CIRR
 from combiner import compose_sum, load_combiner
 from conftest import read_csv
-from data_utils import load_image, make_preprocess, normalise
+from data_utils import ImageLoader, load_image, make_preprocess, normalise
 from evaluation.retrieval import similarity_blocks
 from models.clip_model import load_clip, load_finetuned, tokenize
 from models.configuration import read_checkpoint
@@ -18,6 +18,8 @@ from models.encoder import Encoder
 from models.features import FeatureCache, freeze_queries
 from runtime.choices import CombinerChoice
 from runtime.tensors import load_tensors
+
+CPU = torch.device("cpu")
 
 
 def arguments(entry: dict, golden) -> list[str]:
@@ -79,14 +81,14 @@ def only_ties_differ(golden, entry, pair_id, ours, theirs) -> bool:
 def golden_split_similarity(golden, split, benchmark, combiner: str | None) -> torch.Tensor:
     """Similarities (Q, N) of the tuned CLIP with a Combiner, or with the sum."""
     tuned = read_checkpoint("", golden / "tuned_clip_vit.pt", "CLIP")
-    model = load_clip(str(golden / "clip_vit.pt"), torch.device("cpu"))
+    model = load_clip(str(golden / "clip_vit.pt"), CPU)
     load_finetuned(model, tuned.state, tuned.path)
     preprocess = make_preprocess("targetpad", 1.25, 64)
     encoder = Encoder(
         model=model,
-        read=functools.partial(load_image, preprocess=preprocess),
+        loader=ImageLoader(functools.partial(load_image, preprocess=preprocess), 0, CPU),
         recipe={},
-        device=torch.device("cpu"),
+        device=CPU,
     )
     compose = compose_sum
     if combiner:
@@ -122,7 +124,7 @@ def test_full_batch_fine_tuning_gives_the_losses_of_the_original(number, golden,
 
 def test_features_equal_the_originals(golden):
     features = np.load(golden / "features.npz")
-    model = load_clip(str(golden / "clip_vit.pt"), torch.device("cpu"))
+    model = load_clip(str(golden / "clip_vit.pt"), CPU)
     load_finetuned(
         model, load_tensors(golden / "tuned_clip_vit.pt")["CLIP"], golden / "tuned_clip_vit.pt"
     )
@@ -133,9 +135,9 @@ def test_features_equal_the_originals(golden):
         assert np.abs(normalise(load_image(path, preprocess)).numpy() - pixels).max() < 1e-4
     encoder = Encoder(
         model=model,
-        read=functools.partial(load_image, preprocess=preprocess),
+        loader=ImageLoader(functools.partial(load_image, preprocess=preprocess), 0, CPU),
         recipe={},
-        device=torch.device("cpu"),
+        device=CPU,
     )
     images, texts = encoder.images(paths), encoder.captions(list(features["captions"]))
     assert np.abs(images.numpy() - features["image_features"]).max() < 1e-4
@@ -150,7 +152,7 @@ def test_features_equal_the_originals(golden):
 
 @pytest.mark.parametrize("name", ["clip_vit.pt", "clip_rn.pt"])
 def test_tiny_clips_build_and_encode(name, golden):
-    model = load_clip(str(golden / name), torch.device("cpu"))
+    model = load_clip(str(golden / name), CPU)
     assert not model.training
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     with torch.no_grad():

@@ -458,7 +458,7 @@ def command(
         "--output-dir",
         output,
     ]
-    own = ["--no-feature-cache"] if door == "combiner_train" else []
+    own = ["--no-feature-cache" if door == "combiner_train" else "--no-image-cache"]
     return [
         f"src/{door}.py",
         *where,
