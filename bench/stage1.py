@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import shapes_dataset
 from data_utils import ImageLoader, load_image, make_preprocess, normalise
+from models.architectures import ARCHITECTURES
 from models.clip_model import CLIP, load_clip, ready, tokenize, write_tiny_clip
 from runtime import distributed
 from timing import in_turns, saved_activations
@@ -20,10 +21,6 @@ from training.schedule import Precision, Schedule
 from training.stage1 import SumFeatures
 from twins import plain_clip_step
 
-ARCHITECTURES = {
-    "RN50x16": (768, 384, (6, 8, 18, 8), 96, None, 77, 49408, 768, 12, 12),
-    "ViT-L/14": (768, 224, 24, 1024, 14, 77, 49408, 768, 12, 12),
-}
 GIB = 2**30
 
 

@@ -39,6 +39,8 @@ MISSING = [
     "fashioniq_test_submission.py --submission-name a --combining-function sum --data-root nowhere",
     "check_submission.py nowhere",
     "compare.py nowhere",
+    "plan.py stage1 --dataset CIRR --gpu h100 --clip-model-name nowhere",
+    "plan.py stage2 --dataset CIRR --gpu h100 --clip-model-path nowhere",
     "check_dataset.py --data-root nowhere",
     "visualize.py --rankings nowhere",
     "search.py index --images nowhere --output index",

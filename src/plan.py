@@ -1,0 +1,274 @@
+"""Say what a training would take of a GPU, before there is one: memory and time by part, and what fits.
+
+    python src/plan.py stage1 --dataset CIRR --clip-model-name RN50x16 --batch-size 128 --gpu a100-40
+    python src/plan.py stage2 --dataset CIRR --clip-model-name RN50x16 --batch-size 4096 --gpu t4
+
+The flags are those of clip_fine_tune.py and combiner_train.py; those that cost a GPU nothing are taken and passed over.
+All numbers are computed, none is measured: docs/gpus.md says how, and what is left out.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import BENCHMARKS
+from cli import options
+from cli.flag_types import positive_float, positive_int
+from cli.startup import check_files
+from models.configuration import read_checkpoint, settle
+from runtime.gpus import GPUS, Gpu
+from utils import UserError, command, flag
+
+if TYPE_CHECKING:
+    from training.budget import Encoding, Sizes, Training, Way, Work
+
+GIB = 2**30
+
+
+def plan_flags() -> argparse.ArgumentParser:
+    """What is planned for."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("plan")
+    group.add_argument("--gpu", choices=GPUS, help="needed unless --memory is given")
+    group.add_argument(
+        "--memory", type=positive_float, metavar="GIB", help="of another GPU, or what is free"
+    )
+    for name in ("--triplets", "--images"):
+        group.add_argument(
+            name,
+            type=positive_int,
+            nargs=2,
+            metavar=("TRAIN", "VAL"),
+            help="how many there are, in place of those of --dataset",
+        )
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags of a plan: a stage, and those of its training. What only the other stage has is set to what it does."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    stages = parser.add_subparsers(dest="stage", required=True)
+    stage_1 = stages.add_parser(
+        "stage1",
+        help="flags of clip_fine_tune.py",
+        parents=[
+            plan_flags(),
+            options.dataset_flag(required=False),
+            options.encoder_flags(),
+            options.clip_flags(),
+            options.training_flags(batch_size=512, validation_frequency=1),
+            options.machine_flags(),
+        ],
+    )
+    stage_1.set_defaults(clip_model_path=None, clip_bs=32)
+    stage_2 = stages.add_parser(
+        "stage2",
+        help="flags of combiner_train.py",
+        parents=[
+            plan_flags(),
+            options.dataset_flag(required=False),
+            options.frozen_flags(),
+            options.combiner_flags(trains=True),
+            options.tuned_clip_flag(),
+            options.clip_flags(),
+            options.training_flags(batch_size=1024, validation_frequency=3),
+            options.machine_flags(),
+        ],
+    )
+    stage_2.set_defaults(encoder=None, micro_batch_size=None, gradient_checkpointing=False)
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Fail now, before anything heavy is loaded, where flags do not say what is to be planned."""
+    if args.resume:
+        raise UserError("--resume: a plan is made from flags; give those that the run had")
+    if not args.gpu and not args.memory:
+        raise UserError(f"--gpu: name one of {', '.join(GPUS)}, or give --memory")
+    if bool(args.triplets) != bool(args.images):
+        raise UserError("--triplets and --images belong together: give both")
+    if not args.dataset and not args.triplets:
+        raise UserError("--dataset: name one, or give --triplets and --images")
+    if args.micro_batch_size and args.micro_batch_size > args.batch_size:
+        raise UserError(
+            f"--micro-batch-size {args.micro_batch_size} is larger than the batch of {args.batch_size}: lower it"
+        )
+    check_files(args)
+
+
+def planned_gpu(args: argparse.Namespace) -> Gpu:
+    """The GPU that the flags name; the rates of one without a name are not known."""
+    gpu = GPUS[args.gpu] if args.gpu else Gpu(title="unnamed GPU", memory=0, rates={})
+    return dataclasses.replace(gpu, memory=args.memory or gpu.memory)
+
+
+def check_precision(gpu: Gpu, name: str, precision: str) -> None:
+    """Fail where a GPU cannot multiply so.
+
+    Args:
+        name: what the value of the flag is called that asks for it.
+    """
+    if gpu.rates and precision not in gpu.rates:
+        known = ", ".join(gpu.rates)
+        raise UserError(f"{flag(name)} {precision}: the {gpu.title} has none; choose {known}")
+
+
+def planned_sizes(args: argparse.Namespace) -> "Sizes":
+    """The sizes of the benchmark, or those that are typed."""
+    from training.budget import Sizes, sizes_of
+
+    if args.triplets:
+        (triplets, queries), (images, gallery) = args.triplets, args.images
+        sizes = Sizes(
+            name="your data",
+            triplets=triplets,
+            variants=1,
+            images=images,
+            val=[(queries, gallery)],
+        )
+    else:
+        sizes = sizes_of(BENCHMARKS[args.dataset](args.data_root))
+    if args.batch_size > sizes.triplets:
+        raise UserError(
+            f"--batch-size {args.batch_size} is larger than the training set of {sizes.triplets} triplets: choose at "
+            f"most {sizes.triplets}"
+        )
+    return sizes
+
+
+def planned_encoding(args: argparse.Namespace, gpu: Gpu) -> "Encoding":
+    """The CLIP that the flags and their checkpoint name, and how it encodes."""
+    from training.budget import CountedClip, Encoding
+
+    tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
+    choice: dict[str, Any] = dataclasses.asdict(settle(options.clip_choice(args), [tuned]))
+    check_precision(gpu, "encode_precision", choice["encode_precision"])
+    return Encoding(
+        clip=CountedClip(choice["clip_model_name"], args.encoder),
+        batch_size=args.clip_bs,
+        precision=choice["encode_precision"],
+    )
+
+
+def planned_training(args: argparse.Namespace, gpu: Gpu) -> "Training":
+    """The stage that the flags ask for."""
+    from training.budget import CombinerTraining, FineTuning, combiner_to_count
+
+    precision = "fp16" if args.precision == "amp" else args.precision
+    check_precision(gpu, "precision", precision)
+    encoding = planned_encoding(args, gpu)
+    shared: dict[str, Any] = {
+        "encoding": encoding,
+        "sizes": planned_sizes(args),
+        "precision": precision,
+        "averaged": args.ema_decay is not None,
+        "masked": args.mask_duplicate_targets,
+    }
+    if args.stage == "stage1":
+        return FineTuning(**shared)
+    combiner = combiner_to_count(encoding.clip, options.combiner_choice(args))
+    experts = args.num_experts if combiner.has_router else 0
+    return CombinerTraining(**shared, combiner=combiner, experts=experts)
+
+
+def memory_lines(training: "Training", way: "Way", gpu: Gpu) -> Iterator[str]:
+    """The memory of a way by part, and what there is."""
+    from training.budget import USABLE
+
+    step = {**training.lasting(), **training.passing(way)}
+    totals = {"a step": sum(step.values()), **training.other_peaks()}
+    yield "     GiB"
+    for part, size in step.items():
+        if size:
+            yield f"{size / GIB:8.2f}  {part}"
+    for part, size in totals.items():
+        yield f"{size / GIB:8.2f}  {part}, in all"
+    yield f"{USABLE * gpu.memory:8.2f}  usable: {USABLE:.0%} of {gpu.memory:g} GiB"
+
+
+def verdict(training: "Training", asked: "Way", fitting: "Way | None") -> str:
+    """Whether what was asked for fits, and what does where it does not."""
+    if fitting == asked:
+        return "It fits."
+    if fitting is None:
+        return "It does not fit, and no flag makes it fit: take a smaller model or a larger GPU."
+    size = training.needed(fitting) / GIB
+    return f"It does not fit. This does: {typed(fitting, asked)} ({size:.2f} GiB)"
+
+
+def typed(way: "Way", asked: "Way") -> str:
+    """The flags in which a way differs from the one that was asked for."""
+    words = []
+    for name, value in dataclasses.asdict(way).items():
+        if value is True and not getattr(asked, name):
+            words.append(flag(name))
+        elif value is not True and value != getattr(asked, name):
+            words.append(f"{flag(name)} {value}")
+    return " ".join(words)
+
+
+def work_lines(work: "Sequence[Work]", gpu: Gpu, total: str) -> Iterator[str]:
+    """Operations and seconds of some work by part, and of all of it."""
+    from training.budget import seconds
+
+    def line(part: str, share: "Sequence[Work]") -> str:
+        operations = sum(own.operations for own in share) / 1e12
+        duration = f"{seconds(share, gpu):10.2f}" if gpu.rates else " " * 10
+        return f"{operations:10.2f}{duration}  {part}"
+
+    for own in work:
+        if own.operations:
+            yield line(f"  {own.part}, {own.precision}", [own])
+    yield line(total, work)
+
+
+def time_lines(
+    training: "Training", way: "Way", gpu: Gpu, args: argparse.Namespace
+) -> Iterator[str]:
+    """The time of a way by part."""
+    from training.budget import EFFICIENCY, seconds
+
+    steps = training.sizes.triplets // way.batch_size
+    rate = f"   seconds, at {EFFICIENCY:.0%} of the rate of the {gpu.title}" if gpu.rates else ""
+    yield f"    TFLOP{rate}"
+    if training.once():
+        yield from work_lines(training.once(), gpu, "before the first epoch")
+    yield from work_lines(training.step(way), gpu, "a step")
+    epoch = training.epoch(way)
+    yield from list(work_lines(epoch, gpu, f"an epoch of {training.sizes.name}, {steps} steps"))[
+        -1:
+    ]
+    yield from work_lines(training.validation(), gpu, "a validation")
+    if gpu.rates:
+        validations = -(-args.num_epochs // args.validation_frequency)
+        whole = args.num_epochs * seconds(epoch, gpu)
+        whole += validations * seconds(training.validation(), gpu)
+        whole += seconds(training.once(), gpu)
+        yield f"{args.num_epochs} epochs with {validations} validations: {whole / 3600:.1f} hours"
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Print a plan."""
+    args = parse(argv)
+    check(args)
+
+    from training.budget import USABLE, Way
+
+    gpu = planned_gpu(args)
+    training = planned_training(args, gpu)
+    asked = Way(
+        batch_size=args.batch_size,
+        micro_batch_size=args.micro_batch_size,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+    fitting = training.first_that_fits(asked, USABLE * gpu.memory * GIB)
+    print(f"{args.stage} with {training.encoding.clip.name}: all of it computed, none measured\n")
+    print("\n".join(memory_lines(training, asked, gpu)))
+    print(verdict(training, asked, fitting), end="\n\n")
+    print("\n".join(time_lines(training, fitting or asked, gpu, args)))
+
+
+if __name__ == "__main__":
+    main()

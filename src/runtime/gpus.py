@@ -1,0 +1,56 @@
+"""GPUs as their makers describe them: memory and rates of arithmetic, so that a training is planned without one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """What a plan must know of a GPU.
+
+    Attributes:
+        memory: GiB that torch can allocate. It is less than the box says: torch's own "total capacity".
+        rates: TFLOP/s of matrix products by the type of their factors; sums are float32, nothing is sparse. A type that
+            is missing is one that the GPU does not have.
+    """
+
+    title: str
+    memory: float
+    rates: Mapping[str, float]
+
+
+# Rates from NVIDIA's T4 datasheet, its whitepapers of Ampere GA102 (3090), Ada (4090), A100 and H100, and the datasheet
+# of the H200; consumer cards add up halves at half the rate when sums are float32, which is the one given here.
+GPUS = {
+    "t4": Gpu(title="T4, 16 GB", memory=14.5, rates={"fp16": 65, "fp32": 8.1}),
+    "rtx3090": Gpu(
+        title="RTX 3090, 24 GB",
+        memory=23.6,
+        rates={"fp16": 71, "bf16": 71, "tf32": 35.6, "fp32": 35.6},
+    ),
+    "rtx4090": Gpu(
+        title="RTX 4090, 24 GB",
+        memory=23.6,
+        rates={"fp16": 165, "bf16": 165, "tf32": 82.6, "fp32": 82.6},
+    ),
+    "a100-40": Gpu(
+        title="A100, 40 GB",
+        memory=39.4,
+        rates={"fp16": 312, "bf16": 312, "tf32": 156, "fp32": 19.5},
+    ),
+    "a100-80": Gpu(
+        title="A100, 80 GB",
+        memory=79.1,
+        rates={"fp16": 312, "bf16": 312, "tf32": 156, "fp32": 19.5},
+    ),
+    "h100": Gpu(
+        title="H100 SXM, 80 GB",
+        memory=79.1,
+        rates={"fp16": 989, "bf16": 989, "tf32": 495, "fp32": 66.9},
+    ),
+    "h200": Gpu(
+        title="H200, 141 GB",
+        memory=139.7,
+        rates={"fp16": 989, "bf16": 989, "tf32": 495, "fp32": 66.9},
+    ),
+}

@@ -1,0 +1,388 @@
+"""Plans: what is counted without data against what torch keeps and formulas say; what fits; what is refused."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import clip_fine_tune
+import combiner_train
+import gpus
+import plan
+from combiner import build_combiner
+from data_utils import normalise
+from models.architectures import ARCHITECTURES
+from models.clip_model import (
+    CLIP,
+    checkpoint_gradients,
+    choose_trained,
+    load_clip,
+    tokenize,
+    write_tiny_clip,
+)
+from runtime.choices import OPENAI_CLIPS, CombinerChoice
+from runtime.gpus import GPUS
+from timing import saved_activations
+from training.budget import (
+    CombinerTraining,
+    CountedClip,
+    Encoding,
+    FineTuning,
+    Sizes,
+    Way,
+    combiner_to_count,
+    seconds,
+)
+from training.contrastive import backward, contrastive_loss
+from training.counting import NoData
+from training.schedule import Precision
+from training.stage1 import SumFeatures
+from training.stage2 import ComposedFeatures
+
+CPU = torch.device("cpu")
+FP32 = Precision("fp32", CPU)
+PIXELS = 64
+SIZES = Sizes(name="data", triplets=1000, variants=1, images=200, val=[(50, 100), (30, 80)])
+# As OpenAI published them.
+PARAMETERS = {
+    "RN50": 102_007_137,
+    "RN101": 119_688_033,
+    "RN50x4": 178_300_601,
+    "RN50x16": 290_979_217,
+    "RN50x64": 623_258_305,
+    "ViT-B/32": 151_277_313,
+    "ViT-B/16": 149_620_737,
+    "ViT-L/14": 427_616_513,
+    "ViT-L/14@336px": 427_944_193,
+}
+
+
+@pytest.fixture(scope="module", params=["vit", "resnet"])
+def tiny(request, tmp_path_factory) -> str:
+    """The path of a tiny CLIP."""
+    path = tmp_path_factory.mktemp("clip") / f"{request.param}.pt"
+    write_tiny_clip(path, request.param, image_resolution=PIXELS)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory) -> str:
+    """The path of a tiny ViT."""
+    path = tmp_path_factory.mktemp("clip") / "vit.pt"
+    write_tiny_clip(path, "vit", image_resolution=PIXELS)
+    return str(path)
+
+
+@functools.cache
+def counted_clip(name: str, trained: str | None = "both") -> CountedClip:
+    """One for all tests, as it remembers what it counted."""
+    return CountedClip(name, trained)
+
+
+def fine_tuning(name: str, trained: str = "both", **changes) -> FineTuning:
+    encoding = Encoding(clip=counted_clip(name, trained), batch_size=8, precision="fp32")
+    return FineTuning(**{"encoding": encoding, "sizes": SIZES, "precision": "fp32", **changes})
+
+
+def combiner_training(name: str, kind: str = "moe", projection_dim: int = 64) -> CombinerTraining:
+    encoding = Encoding(clip=counted_clip(name, None), batch_size=8, precision="fp32")
+    choice = CombinerChoice(
+        combiner_type=kind, projection_dim=projection_dim, hidden_dim=96, num_experts=4, top_k=2
+    )
+    return CombinerTraining(
+        encoding=encoding,
+        sizes=SIZES,
+        precision="fp16",
+        combiner=combiner_to_count(encoding.clip, choice),
+        experts=4 if kind == "moe" else 0,
+    )
+
+
+def work(parts) -> dict[str, float]:
+    return {part.part: part.operations for part in parts}
+
+
+def test_architectures_are_those_that_openai_published():
+    assert tuple(ARCHITECTURES) == OPENAI_CLIPS
+    for name, sizes in ARCHITECTURES.items():
+        with torch.device("meta"):
+            model = CLIP(*sizes)
+        assert sum(weight.numel() for weight in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batch", [None, 4])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_what_stage_1_keeps_is_what_autograd_keeps(tiny, micro_batch, checkpointed):
+    batch = 16
+    model = load_clip(tiny, CPU)
+    choose_trained(model, "both")
+    if checkpointed:
+        checkpoint_gradients(model)
+    images = torch.randint(256, (2, batch, 3, PIXELS, PIXELS), dtype=torch.uint8)
+    tokens = tokenize(["has more stripes"] * batch)
+    features = SumFeatures(model)
+    saved = saved_activations(
+        lambda: backward(
+            features,
+            [images[0], images[1], tokens],
+            None,
+            micro_batch=micro_batch,
+            precision=FP32,
+            scaler=FP32.scaler(),
+        ),
+        model,
+    )
+    rows = micro_batch or batch
+    no_data = NoData(CPU)
+    features = SumFeatures(no_data.holding(model))
+    pixels = no_data.empty((rows, 3, PIXELS, PIXELS), torch.uint8)
+    texts = no_data.empty((rows, 77), torch.long)
+    counted = no_data.count(lambda: features(pixels, pixels, texts))
+    assert counted.kept == pytest.approx(saved, rel=0.1)
+    way = Way(batch_size=batch, micro_batch_size=micro_batch, gradient_checkpointing=checkpointed)
+    planned = counted_clip(tiny).activations(way, "fp32")
+    if checkpointed:  # and one block's again
+        whole = Way(batch_size=batch, micro_batch_size=micro_batch)
+        assert saved < planned < counted_clip(tiny).activations(whole, "fp32")
+    else:
+        assert planned == pytest.approx(saved, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["moe", "clip4cir"])
+def test_what_stage_2_keeps_is_what_autograd_keeps(kind):
+    batch, dim = 64, 32
+    combiner = build_combiner(
+        {
+            "combiner_type": kind,
+            "clip_dim": dim,
+            "projection_dim": 64,
+            "hidden_dim": 96,
+            "num_experts": 4,
+            "top_k": 2,
+        }
+    )
+    model = ComposedFeatures(combiner, with_router=False).train()
+    inputs = list(F.normalize(torch.randn(3, batch, dim), dim=-1))
+    saved = saved_activations(
+        lambda: backward(
+            model, inputs, None, micro_batch=None, precision=FP32, scaler=FP32.scaler()
+        ),
+        model,
+    )
+    no_data = NoData(CPU)
+    no_data.holding(model)
+    features = [no_data.empty((batch, dim)) for _ in range(3)]
+    counted = no_data.count(
+        lambda: contrastive_loss(*model(*features)), value_read=batch * combiner.top_k // 4
+    )
+    assert counted.kept == pytest.approx(saved, rel=0.1)
+
+
+@pytest.mark.slow
+def test_activations_between_two_counts_are_never_too_few(tiny):
+    clip = counted_clip(tiny)
+    for checkpointed in (False, True):
+        whole = Way(batch_size=16, gradient_checkpointing=checkpointed)
+        part = dataclasses.replace(whole, micro_batch_size=4)
+        alone = dataclasses.replace(whole, batch_size=4)
+        exact = clip.activations(alone, "fp32")
+        assert exact <= clip.activations(part, "fp32") < clip.activations(whole, "fp32")
+
+
+def test_operations_of_a_vit_are_those_of_its_matrix_products(vit):
+    def layer(length: int, width: int) -> int:
+        """Queries, keys and values; both products of attention; its output; two layers of 4 widths."""
+        products = 3 * length * width**2 + 2 * length**2 * width
+        return 2 * (products + length * width**2 + 8 * length * width**2)
+
+    patches = (PIXELS // 8) ** 2
+    image = 2 * patches * 3 * 8**2 * 64 + 4 * layer(patches + 1, 64) + 2 * 64 * 64
+    text = 2 * layer(77, 64) + 2 * 64 * 64
+    step = work(fine_tuning(vit).step(Way(batch_size=16)))
+    assert step["forward"] == 16 * (2 * image + text)
+    assert step["backward"] == 2 * step["forward"]
+    assert step["loss"] == 3 * 2 * 16 * 16 * 64
+    text_alone = work(fine_tuning(vit, "text").step(Way(batch_size=16)))
+    assert text_alone["backward"] == 2 * 16 * text
+    careful = Way(batch_size=16, micro_batch_size=4, gradient_checkpointing=True)
+    again = work(fine_tuning(vit, "text").step(careful))
+    assert again["forward again, for micro-batches"] == step["forward"]
+    assert again["forward again, for checkpointing"] == 16 * text
+
+
+def test_operations_of_the_combiners_grow_with_the_rows_of_their_experts(vit):
+    """k of 4 experts run for each row; all else is dense."""
+    one, two = (
+        work(combiner_training(vit).step(Way(batch_size=rows)))["forward"] for rows in (64, 128)
+    )
+    assert two == 2 * one
+    joint, hidden, dim = 128, 96, 64
+    projections = 2 * dim * 64
+    attention = 2 * (3 * 64 * 64 + 2 * 2 * 64 + 64 * 64)
+    moe = joint * 4 + 2 * joint * hidden
+    gate = joint * hidden + hidden * dim
+    assert one == 2 * 64 * (projections + attention + moe + gate + hidden * dim)
+
+
+def test_memory_of_weights_gradients_optimizer_and_average(vit):
+    model = load_clip(vit, CPU)
+    counts = {name: weight.numel() for name, weight in model.named_parameters()}
+    image = sum(count for name, count in counts.items() if name.startswith("visual."))
+    everything = 4 * sum(counts.values())
+    both = fine_tuning(vit, averaged=True).lasting()
+    assert both["weights"] == both["moving average"] == everything
+    assert both["gradients"] == everything - 4  # the logit scale does not learn
+    assert both["optimizer"] == 2 * both["gradients"]
+    alone = fine_tuning(vit, "image").lasting()
+    assert alone["gradients"] == 4 * image
+    assert alone["moving average"] == 0
+
+
+def test_long_heads_take_a_workspace_and_short_ones_do_not(vit):
+    short, long = (
+        combiner_training(vit, projection_dim=dim).passing(Way(batch_size=32)) for dim in (512, 640)
+    )
+    assert short["attention's workspace"] == 0
+    assert long["attention's workspace"] == 32 * 4 * 256 * 160 * 4
+
+
+def test_the_first_way_that_fits_is_taken(vit):
+    training = fine_tuning(vit)
+    asked = Way(batch_size=128)
+    ways = [asked, *training.ways(asked)]
+    assert ways[1] == Way(batch_size=128, micro_batch_size=64)
+    assert ways[4] == Way(batch_size=128, gradient_checkpointing=True)
+    assert ways[-1] == Way(batch_size=128, micro_batch_size=1, gradient_checkpointing=True)
+    for way in ways:
+        fitting = training.first_that_fits(asked, training.needed(way))
+        assert training.needed(fitting) <= training.needed(way)
+        for earlier in ways[: ways.index(fitting)]:
+            assert training.needed(earlier) > training.needed(way)
+    assert training.first_that_fits(asked, training.needed(asked)) == asked
+    assert training.first_that_fits(asked, sum(training.lasting().values())) is None
+    assert "no flag makes it fit" in plan.verdict(training, asked, None)
+
+
+def test_stage_2_takes_a_smaller_batch(vit):
+    training = combiner_training(vit)
+    asked = Way(batch_size=8192)
+    fitting = training.first_that_fits(asked, training.needed(asked) - 1)
+    assert fitting == Way(batch_size=4096)
+
+
+def test_galleries_that_no_epoch_changes_are_encoded_once(vit):
+    assert work(fine_tuning(vit, "text").once())["encoding 180 images"] > 0
+    assert work(fine_tuning(vit, "text").validation())["encoding 0 images"] == 0
+    assert fine_tuning(vit).once() == []
+    assert work(fine_tuning(vit).validation())["encoding 180 images"] > 0
+
+
+def test_time_is_operations_over_a_share_of_the_rate(vit):
+    training = fine_tuning(vit, precision="fp16")
+    step = training.step(Way(batch_size=100))
+    expected = sum(part.operations for part in step[:2]) / (0.4 * 65e12)
+    expected += step[2].operations / (0.4 * 8.1e12)  # the loss is in float32
+    assert seconds(step, GPUS["t4"]) == pytest.approx(expected)
+    assert seconds(training.epoch(Way(batch_size=300)), GPUS["t4"]) == pytest.approx(
+        3 * seconds(training.step(Way(batch_size=300)), GPUS["t4"])
+    )
+
+
+def test_sizes_are_those_of_the_official_files():
+    by_name = {sizes.name: sizes for sizes in gpus.SIZES}
+    fashion = by_name["FashionIQ"]
+    assert (fashion.triplets, fashion.images, fashion.variants) == (18_000, 46_609, 4)
+    assert (fashion.queries, fashion.gallery) == (6_016, 15_536)
+    assert by_name["CIRR"].similarities == 4181 * 2297 * 5
+
+
+def test_counting_leaves_no_trace(vit):
+    attention = F.scaled_dot_product_attention
+    fine_tuning(vit, precision="fp16").passing(Way(batch_size=4))
+    assert F.scaled_dot_product_attention is attention
+    assert not torch.is_autocast_enabled("cuda")
+    assert normalise(torch.zeros(3, 2, 2, dtype=torch.uint8)).shape == (3, 2, 2)
+
+
+TINY = "--batch-size 64 --num-epochs 4 --triplets 1000 50 --images 200 100"
+
+
+@pytest.mark.slow
+def test_a_plan_of_stage_1_says_what_fits(vit, capsys):
+    flags = ["stage1", "--clip-model-name", vit, *TINY.split()]
+    plan.main([*flags, "--gpu", "t4"])
+    said = capsys.readouterr().out
+    assert "It fits." in said
+    assert "an epoch of your data, 15 steps" in said
+    assert "4 epochs with 4 validations" in said
+    plan.main([*flags, "--memory", "0.12"])
+    said = capsys.readouterr().out
+    assert "It does not fit. This does: --micro-batch-size" in said
+    assert "seconds" not in said  # of a GPU without a name
+
+
+def test_a_plan_of_stage_2_says_what_fits(vit, capsys):
+    flags = ["stage2", "--clip-model-name", vit, *TINY.split(), "--projection-dim", "64"]
+    plan.main([*flags, "--hidden-dim", "96", "--gpu", "h100"])
+    said = capsys.readouterr().out
+    assert "It fits." in said
+    assert "encoding 300 images" in said
+    assert "4 epochs with 2 validations" in said
+
+
+REFUSED = {
+    "--dataset CIRR": "--gpu",
+    "--gpu t4": "--dataset",
+    "--gpu t4 --triplets 5 5": "--images",
+    "--gpu t4 --dataset CIRR --precision bf16": "bf16",
+    "--gpu t4 --dataset CIRR --encode-precision tf32": "tf32",
+    "--gpu t4 --dataset CIRR --batch-size 8 --micro-batch-size 9": "--micro-batch-size 9",
+    "--gpu t4 --dataset CIRR --batch-size 30000": "28225",
+    "--gpu t4 --dataset CIRR --resume run": "--resume",
+    "--gpu t4 --dataset CIRR --clip-model-name RN51": "RN51",
+    "--gpu t5 --dataset CIRR": "t5",
+    "--gpu t4 --dataset CIRR --memory 0": "--memory",
+    "--gpu t4 --dataset CIRR --triplets 5 --images 5 5": "--triplets",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_what_cannot_be_planned_is_refused(line, vit, capsys):
+    own = [] if "--clip-model-name" in line else ["--clip-model-name", vit]
+    with pytest.raises(SystemExit) as stop:
+        plan.main(["stage1", *own, *line.split()])
+    assert stop.value.code == 2
+    assert REFUSED[line] in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_an_impossible_combiner_is_refused(vit, capsys):
+    flags = ["stage2", "--clip-model-name", vit, "--gpu", "t4", "--dataset", "CIRR"]
+    with pytest.raises(SystemExit) as stop:
+        plan.main([*flags, "--top-k", "5"])
+    assert stop.value.code == 2
+    assert "--top-k 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script, stage", [(clip_fine_tune, "stage1"), (combiner_train, "stage2")])
+def test_a_plan_takes_the_flags_of_its_training_with_their_defaults(script, stage):
+    training = vars(script.parse(["--dataset", "CIRR"]))
+    planned = vars(plan.parse([stage, "--dataset", "CIRR"]))
+    own = {name: value for name, value in training.items() if name not in ("script", "command")}
+    assert own.items() <= planned.items()
+
+
+def test_the_guide_has_a_row_for_every_clip_batch_and_gpu():
+    _, _, tables = gpus.GUIDE.read_text().partition(gpus.MARK)
+    for name in gpus.CLIPS:
+        table = tables.partition(f"### {name}\n")[2].partition("###")[0]
+        assert table.count("\n| 128 |") == table.count("\n| 1,024 |") == len(GPUS)
+        for gpu in GPUS.values():
+            assert table.count(f"| {gpu.title} |") == 2
+
+
+@pytest.mark.slow
+def test_the_guides_table_is_what_is_computed():
+    assert gpus.table("ViT-B/32") in gpus.GUIDE.read_text(), "write it again: python docs/gpus.py"
