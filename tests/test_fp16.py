@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adam
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cirr import CIRR
 from combiner import Combiner, compose_sum
@@ -126,6 +127,37 @@ def test_skipped_steps_move_nothing(clip):
     assert not steps.skipped
     after = state(steps)
     assert not any(same(after[name], before[name]) for name in before)  # each part moves
+
+
+class Waits(TorchDispatchMode):
+    """Counts the numbers that are read off tensors, each of which waits for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation is torch.ops.aten._local_scalar_dense.default
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("precision", "waits"), [("fp32", 0), ("bf16", 0), ("fp16", 1)])
+def test_only_scaling_waits_and_once_a_step(precision, waits):
+    model = Turned()
+    schedule = Schedule(num_epochs=9, validation_frequency=1, cosine=True, clip_grad_norm=1.0)
+    task = Task(
+        batches=lambda epoch, first: [],
+        steps=1,
+        model=model,
+        optimizer=Adam(model.parameters(), lr=0.1, fused=True),  # as on a GPU
+        validate=dict,
+        module=model,
+    )
+    steps = Stepper(task, schedule, Precision(precision, CPU))
+    steps.step(ROWS, IDS)
+    with Waits() as seen:
+        steps.step(ROWS, IDS)
+    assert seen.count == waits
 
 
 def test_a_scale_that_is_too_large_falls_until_steps_succeed():
