@@ -1,22 +1,24 @@
 """The mixture of experts: against a loop over rows, and against its matrix products alone."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
 from combiner import SparseMoE
-from timing import in_turns
+from timing import Row, Setting, in_turns
 from twins import RowLoopMoE
 
-P, H, EXPERTS, TOP_K = 2560, 5120, 4, 2
+EXPERTS, TOP_K = 4, 2
 
 
 class Products(nn.Module):
     """Dense products without routing: each layer on a given number of rows."""
 
-    def __init__(self, layers: int, rows: int) -> None:
+    def __init__(self, in_dim: int, hidden_dim: int, *, layers: int, rows: int) -> None:
         super().__init__()
         self.rows = rows
-        self.layers = nn.ModuleList(nn.Linear(2 * P, H) for _ in range(layers))
+        self.layers = nn.ModuleList(nn.Linear(in_dim, hidden_dim) for _ in range(layers))
 
     def forward(self, x):
         """All products of a batch, summed so that one backward pass reaches each."""
@@ -36,19 +38,21 @@ def step(module: nn.Module, x: torch.Tensor, dtype: torch.dtype | None):
     return run
 
 
-def figures(device: torch.device) -> list[dict]:
+def figures(setting: Setting) -> Iterator[Row]:
     """Rows of the results table."""
     torch.manual_seed(0)
-    on_gpu = device.type == "cuda"
-    batch, dtype = (4096, torch.float16) if on_gpu else (256, None)
-    moe = SparseMoE(2 * P, H, EXPERTS, TOP_K).to(device)
-    loop = RowLoopMoE(2 * P, H, EXPERTS, TOP_K).to(device)
-    x = torch.randn(batch, 2 * P, device=device, requires_grad=True)
-    what = f"MoE forward + backward, P {P}, H {H}, E {EXPERTS}, k {TOP_K}, batch {batch}"
+    device = setting.device
+    batch = setting.choose(gpu=4096, cpu=256, tiny=16)
+    p, h = setting.choose(gpu=(2560, 5120), cpu=(2560, 5120), tiny=(8, 16))
+    dtype = torch.float16 if setting.on_gpu else None
+    moe = SparseMoE(2 * p, h, EXPERTS, TOP_K).to(device)
+    loop = RowLoopMoE(2 * p, h, EXPERTS, TOP_K).to(device)
+    x = torch.randn(batch, 2 * p, device=device, requires_grad=True)
+    what = f"MoE forward + backward, P {p}, H {h}, E {EXPERTS}, k {TOP_K}, batch {batch}"
     ours, twin = in_turns(
         step(moe, x, dtype), step(loop, x, dtype), device, rounds=3, twin_rounds=1
     )
-    rows = [{"figure": f"{what} / row loop", "ours": ours, "twin": twin, "must": "10 x"}]
+    yield {"figure": f"{what} / row loop", "ours": ours, "twin": twin, "must": "10 x"}
     del loop
     for layers, share, name in (
         (
@@ -58,10 +62,14 @@ def figures(device: torch.device) -> list[dict]:
         ),
         (TOP_K, batch, f"k dense products ({TOP_K} layers, B rows each)"),
     ):
-        dense = Products(layers, share).to(device)
+        dense = Products(2 * p, h, layers=layers, rows=share).to(device)
         ours, twin = in_turns(
             step(moe, x, dtype), step(dense, x, dtype), device, rounds=9, twin_rounds=9
         )
-        row = {"figure": f"{what} / {name}", "ours": ours, "twin": twin, "ours / twin": ours / twin}
-        rows.append(row | {"must": "at most 1.15" if layers == TOP_K else ""})
-    return rows
+        yield {
+            "figure": f"{what} / {name}",
+            "ours": ours,
+            "twin": twin,
+            "ours / twin": ours / twin,
+            "must": "at most 1.15" if layers == TOP_K else "",
+        }
