@@ -71,10 +71,13 @@ def _listen(
 ) -> str:
     """Take rows until the case ends; why it did not end well, or nothing."""
     while ready := wait([ours, process.sentinel], max(0.0, deadline - time.monotonic())):
-        if ours not in ready:
+        try:
+            if ours not in ready:
+                raise EOFError
+            kind, content = ours.recv()
+        except EOFError:
             process.join()
             return f"its process died (exit code {process.exitcode})"
-        kind, content = ours.recv()
         if kind == "end":
             return content
         rows.append(content)

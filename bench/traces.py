@@ -1,12 +1,15 @@
 """What a step of each stage spends its time on, and where a training waits for the device."""
 
 import collections
+import functools
 import tempfile
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import clip_fine_tune
@@ -36,7 +39,9 @@ def profiled(what: str, step: Step, setting: Setting) -> Row:
     with profile(activities=activities) as trace:
         seconds(step, setting.device)
     own = "self_device_time_total" if setting.on_gpu else "self_cpu_time_total"
-    events = sorted(trace.key_averages(), key=lambda event: -getattr(event, own))[:SHOWN]
+    # Kernels are listed too, and count in the operations that started them.
+    operations = [event for event in trace.key_averages() if event.device_type == DeviceType.CPU]
+    events = sorted(operations, key=lambda event: -getattr(event, own))[:SHOWN]
     longest = {event.key: getattr(event, own) / 1e3 for event in events}  # ms
     note = ", ".join(f"{name[:60]} {ms:.2f} ms" for name, ms in longest.items())
     return {"figure": f"profile of {what}", "ours": taken, "ms": longest, "note": note}
@@ -49,39 +54,47 @@ def waits(setting: Setting) -> Iterator[Row]:
         draw(data, setting)
         flags = ["--dataset", "CIRR", "--data-root", data, "--num-workers", 0]
         flags += ["--clip-model-name", data / "tiny_clip_vit.pt", "--device", setting.device]
-        flags += [
-            "--num-epochs",
-            2,
-            "--validation-frequency",
-            1,
-            "--output-dir",
-            Path(name) / "runs",
-        ]
-        flags += ["--batch-size", setting.choose(gpu=60, tiny=12)]
+        flags += ["--batch-size", setting.choose(gpu=60, tiny=12), "--num-epochs", 2]
+        flags += ["--validation-frequency", 1, "--output-dir", Path(name) / "runs"]
         sizes = ["--projection-dim", 64, "--hidden-dim", 128, "--no-feature-cache"]
-        stages = {"stage 1": (clip_fine_tune.main, []), "stage 2": (combiner_train.main, sizes)}
-        for stage, (main, own) in stages.items():
-            places = waiting_places(
-                lambda main=main, own=own: main([str(f) for f in [*flags, *own]]), setting
-            )
-            note = ", ".join(f"{place} {times} x" for place, times in places.most_common(SHOWN))
+        for stage, main, own in (
+            ("stage 1", clip_fine_tune.main, []),
+            ("stage 2", combiner_train.main, sizes),
+        ):
+            words = list(map(str, [*flags, *own]))
+            places = waiting_places(functools.partial(main, words), setting)
+            most = ", ".join(f"{place} {times} x" for place, times in places.most_common(SHOWN))
             yield {
-                "figure": f"waits of {stage}: 2 epochs of 10 steps, each with a validation",
+                "figure": f"waits of {stage}: 2 epochs, each with a validation, 20 steps",
                 "waits": dict(places),
-                "note": f"{places.total()}: {note}",
+                "note": f"{places.total()}: {most}",
             }
 
 
 def waiting_places(work: Step, setting: Setting) -> collections.Counter[str]:
-    """File and line -> how often a GPU was waited for there."""
-    with warnings.catch_warnings(record=True) as caught:
+    """Line -> how often a GPU was waited for there."""
+    found: collections.Counter[str] = collections.Counter()
+
+    def count(message: Warning | str, *_: object) -> None:
+        if "synchronizing CUDA operation" in str(message):
+            found[place()] += 1
+
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
+        warnings.showwarning = count
         if setting.on_gpu:
             torch.cuda.set_sync_debug_mode("warn")
         work()
-    found: collections.Counter[str] = collections.Counter()
-    for warning in caught:
-        if "synchronizing CUDA operation" in str(warning.message):
-            file = Path(warning.filename)
-            found[f"{file.parent.name}/{file.name}:{warning.lineno}"] += 1
     return found
+
+
+def place() -> str:
+    """The innermost line of this project or of the clip package that is being run."""
+    frames = [
+        frame
+        for frame in traceback.extract_stack()
+        if "/src/" in frame.filename or "/clip/" in frame.filename
+    ]
+    if not frames:
+        return "elsewhere"
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
