@@ -86,7 +86,7 @@ def figures(setting: Setting) -> Iterator[Row]:
 
 def index(setting: Setting) -> Iterator[Row]:
     """Photos to features as an index makes them, from files that workers decode."""
-    files, copies, workers = setting.choose(gpu=(512, 8, 16), tiny=(4, 2, 0))
+    files, copies, workers = setting.choose(gpu=(256, 16, 16), tiny=(4, 2, 0))
     with tempfile.TemporaryDirectory() as folder:
         paths = photos(Path(folder), files) * copies
         encoder = random_encoder("ViT-L/14", setting, workers)

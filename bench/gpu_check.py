@@ -5,7 +5,8 @@ python bench/gpu_check.py --rehearse           (on a CPU, as small as it goes: w
 python bench/gpu_check.py --only golden moe
 
 Each case runs in a process of its own and has its share of the time; one that fails, breaks or hangs costs no other.
-Results are written after every case. The exit code is 0 if all that was asked for was run and passed.
+Results are written after every case. The exit code is 0 if all checks passed and no case broke; where the time is up,
+figures are left over.
 """
 
 import argparse
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 import torch
 
 from cases import CASES, Case
-from isolated import Attempt, attempt
+from isolated import OUT_OF_TIME, Attempt, attempt
 from report import HEAD, line, machine
 from timing import Row, Setting
 
@@ -40,14 +41,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=wanted, default=wanted, metavar="CASE")
     parser.add_argument("--device", type=torch.device, help="(default: cuda; rehearsing, cpu)")
     parser.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="(default: 480; rehearsing, an hour)"
+        "--budget", type=float, metavar="SECONDS", help="(default: 460; rehearsing, an hour)"
     )
     parser.add_argument(
         "--output", type=Path, help="(default: bench/results/gpu_check.json, or rehearsal.json)"
     )
     args = parser.parse_args(argv)
     args.device = args.device or torch.device("cpu" if args.rehearse else "cuda")
-    args.budget = args.budget or (3600 if args.rehearse else 480)
+    args.budget = args.budget or (3600 if args.rehearse else 460)
     name = "rehearsal.json" if args.rehearse else "gpu_check.json"
     args.output = args.output or RESULTS / name
     return args
@@ -73,16 +74,17 @@ class Check:
         return self.budget - (time.monotonic() - self.start)
 
     def run(self, cases: dict[str, Case]) -> bool:
-        """Run cases one after the other; whether all that must pass did."""
+        """Run cases one after the other; whether all checks passed, and nothing broke."""
         about = attempt(machine, self.setting, FOR_THE_MACHINE, lambda row: None)
         self.content["machine"] = about.rows[0] if about.rows else about.error
         print(json.dumps(self.content["machine"]), HEAD, sep="\n\n", flush=True)
-        states = []
+        well = True
         for name, case in cases.items():
-            states.append(self.run_case(name, case))
+            state = self.run_case(name, case)
+            well = well and (state == "passed" if case.checks else state != "failed")
             self.content["seconds"] = round(self.budget - self.left)
             self.output.write_text(json.dumps(self.content, indent=1) + "\n")
-        return all(state in ("passed", "measured") for state in states)
+        return well
 
     def run_case(self, name: str, case: Case) -> str:
         """Run a case, if it fits; returns its state."""
@@ -111,6 +113,8 @@ def show(row: Row) -> None:
 
 def state_of(case: Case, made: Attempt) -> str:
     """What came of a case that was run."""
+    if made.error.startswith(OUT_OF_TIME):
+        return OUT_OF_TIME
     if made.error or not made.rows or not all(row.get("passed", True) for row in made.rows):
         return "failed"
     return "passed" if case.checks else "measured"

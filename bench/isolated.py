@@ -20,6 +20,7 @@ from timing import Row, Setting
 
 FORK = multiprocessing.get_context("fork")
 A_DAY = 86_400.0  # seconds: as long as it takes
+OUT_OF_TIME = "out of time"
 SHOWN = 20  # lines of what a case that failed said last
 
 Run = Callable[[Setting], Iterable[Row]]
@@ -82,7 +83,7 @@ def _listen(
             return content
         rows.append(content)
         say(content)
-    return "out of time"
+    return OUT_OF_TIME
 
 
 def _work(run: Run, setting: Setting, theirs: Connection, folder: str) -> None:
@@ -97,7 +98,6 @@ def _work(run: Run, setting: Setting, theirs: Connection, folder: str) -> None:
         theirs.send(("end", ""))
     except BaseException as error:
         traceback.print_exc()
-        sys.stderr.flush()
         theirs.send(("end", f"{type(error).__name__}: {error}"))
 
 
@@ -112,3 +112,6 @@ def write_to(log: Path) -> None:
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    # What was said last is there also where the process is killed.
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)

@@ -56,18 +56,17 @@ def loading(
 
 
 def loader(setting: Setting) -> Iterator[Row]:
-    """256 photos to batches of 384 px, in this process alone; on a GPU's machine also how fast processes decode."""
+    """Photos to batches of 384 px, in this process alone; on a GPU's machine also how fast processes decode."""
     device = setting.device
-    count = setting.choose(gpu=256, cpu=256, tiny=8)
+    count, rounds = setting.choose(gpu=(128, 1), cpu=(256, 5), tiny=(8, 1))
     with tempfile.TemporaryDirectory() as folder:
         paths = photos(Path(folder), count)
         read = functools.partial(load_image, preprocess=make_preprocess("targetpad", 1.25, 384))
         cached = open_image_cache(
             Path(folder) / "cache", paths, read, recipe={"resolution": 384}, workers=0
         )
-        ours, twin = in_turns(
-            loading(paths, cached, 0, device), loading(paths, read, 0, device), device
-        )
+        quick, slow = loading(paths, cached, 0, device), loading(paths, read, 0, device)
+        ours, twin = in_turns(quick, slow, device, rounds=rounds, twin_rounds=rounds)
         what = f"stage-1 loader, {count} images, 384 px, warm image cache / decoding"
         yield {"figure": what, "ours": ours, "twin": twin, "must": "10 x"}
         for workers in setting.choose(gpu=(8, 16), cpu=(), tiny=(1,)):

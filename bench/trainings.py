@@ -12,7 +12,6 @@ from pathlib import Path
 import clip_fine_tune
 import combiner_train
 from benchmarks import BENCHMARKS
-from demo import best_weights
 from report import held
 from runs import SKIPPED, Script, columns, draw, start
 from timing import Row, Setting
@@ -44,7 +43,8 @@ STAGE_2 = Stage(
 )
 
 
-SHARED = "--dataset CIRR --num-workers 0 --validation-frequency 1 --save-training --save-best"
+SHARED = "--dataset CIRR --num-workers 0 --validation-frequency 1"
+KEPT = ("--save-training", "--save-best")
 
 
 class Trainings:
@@ -120,8 +120,10 @@ def learning(setting: Setting) -> Iterator[Row]:
     with trainings(setting) as made:
         clip: list[object] = []
         for stage in (STAGE_1, STAGE_2):
-            on_cpu = [made.start(stage, *clip, "--seed", seed, device="cpu") for seed in seeds]
-            ours = [made.start(stage, *clip, "--seed", seed, device=device) for seed in seeds]
+            on_cpu, ours = (
+                [made.start(stage, *clip, *KEPT, "--seed", seed, device=where) for seed in seeds]
+                for where in ("cpu", device)
+            )
             others = {
                 precision: made.start(stage, *clip, "--precision", precision, device=device)
                 for precision in setting.choose(gpu=("fp32", "bf16"), tiny=("bf16",))
@@ -140,8 +142,8 @@ def learning(setting: Setting) -> Iterator[Row]:
             for precision, training in others.items():
                 note = f"{training.best:.2f}; the first loss {training.losses[0]:.4f}, on the CPU {expected[0]:.4f}"
                 yield {"figure": f"{stage.name}, {precision}, {MEAN}", "note": note}
-            weights = best_weights(on_cpu[0].run, BENCHMARKS["CIRR"].best_clips())
-            clip = ["--clip-model-path", weights]
+            weights = f"{BENCHMARKS['CIRR'].best_clips()[MEAN]}.pt"
+            clip = ["--clip-model-path", on_cpu[0].run / "saved_models" / weights]
 
 
 def like_on_the_cpu(what: str, ours: list[float], theirs: list[float]) -> Row:
