@@ -10,7 +10,7 @@ import contextlib
 import functools
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 import data_utils
 from forks import ROOT
+from models import encoder
+from training.counting import unfused
 
 GPU = torch.device("cuda:0")
 # Whose functions are named: of those that an operation comes from, the innermost.
@@ -79,6 +81,7 @@ class Seen(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        func, args = unfused(func, args)
         if func.namespace == "prim":  # which device a tensor is on
             return func(*args, **kwargs)
         name = func.__name__.split(".")[0]
@@ -189,6 +192,12 @@ def grad(output: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(tensor) for tensor in inputs)
 
 
+def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """In place of that of `data_utils`, whose streams ask for the driver."""
+    for batch in batches:
+        yield data_utils._each_tensor(batch, lambda part: part.to(device, non_blocking=True))
+
+
 @contextlib.contextmanager
 def fake_gpu() -> Iterator[None]:
     """Let every new tensor be fake, and CUDA be there: an H100."""
@@ -204,9 +213,12 @@ def fake_gpu() -> Iterator[None]:
             (F, "scaled_dot_product_attention", attention),
             (torch.autograd, "backward", backward),
             (torch.autograd, "grad", grad),
+            (data_utils, "on_device", on_device),
         ):
             stack.enter_context(mock.patch.object(owner, name, stand_in))
-        data_utils._mean_and_std.cache_clear()
-        stack.callback(data_utils._mean_and_std.cache_clear)
+        # What is remembered must be neither real in here nor fake outside.
+        for remembered in (data_utils._mean_and_std, encoder._tokens):
+            remembered.cache_clear()
+            stack.callback(remembered.cache_clear)
         stack.enter_context(FakeTensorMode())
         yield

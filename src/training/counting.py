@@ -117,7 +117,7 @@ class _Live(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
             return self.value
-        func, args = _unfused(func, args)
+        func, args = unfused(func, args)
         self._see((args, kwargs), new=False)
         out = func(*args, **kwargs)
         self._see(out, new=True)
@@ -166,7 +166,7 @@ class _Live(TorchDispatchMode):
                 hook.remove()
 
 
-def _unfused(func: Any, args: Any) -> tuple[Any, Any]:
+def unfused(func: Any, args: Any) -> tuple[Any, Any]:
     """The plain convolution in place of one that cuDNN fuses with what follows, whose shapes torch cannot tell."""
     aten = torch.ops.aten
     if func is aten.cudnn_convolution_relu.default:
