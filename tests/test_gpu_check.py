@@ -14,6 +14,7 @@ import gpu_check
 import run as bench_run
 from cases import CASES, Case
 from conftest import ROOT, read_csv
+from floors import OURS, SRC
 from forks import HANG, state_of
 from isolated import OUT_OF_TIME, attempt
 from report import held, line
@@ -41,6 +42,21 @@ def test_the_blocker_blocks(bare):
             [sys.executable, "-c", f"import {package}"], env=bare, capture_output=True
         )
         assert b"ModuleNotFoundError" in done.stderr
+
+
+def test_importing_all_modules_asks_for_no_gpu():
+    """Guards against forks that cannot use one: those of the demo, and of the check."""
+    code = f"""
+import importlib, os, sys
+sys.path.insert(0, {str(SRC)!r})
+for module in {sorted(OURS)!r}:
+    importlib.import_module(module)
+import torch
+if os.fork() == 0:
+    os._exit(int(torch.cuda._is_in_bad_fork()))
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.slow

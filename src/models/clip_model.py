@@ -1,30 +1,28 @@
-"""OpenAI's CLIP: load, tokenize, freeze, write a tiny one. Beside this file `lean_clip` alone imports `clip`."""
+"""OpenAI's CLIP: load, tokenize, freeze, write a tiny one."""
 
 import functools
 import urllib.error
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.clip_package import (
+    CLIP,
+    Bottleneck,
+    ModifiedResNet,
+    ResidualAttentionBlock,
+    build_model,
+    clip,
+)
 from models.configuration import find_clip
 from models.lean_clip import make_lean
 from runtime import distributed
 from runtime.tensors import load_tensors, save_tensors
 from utils import UserError, first_line, seed_everything
-
-# The clip package asks for a GPU when it is imported. What a process that has asked forks cannot use one, and `demo.py`
-# forks all of its commands: the package is told that there is none. No default of it that would follow is used.
-with warnings.catch_warnings(), mock.patch("torch.cuda.is_available", return_value=False):
-    # clip-anytorch imports pkg_resources, which warns that it is deprecated.
-    warnings.simplefilter("ignore")
-    import clip
-    from clip.model import CLIP, Bottleneck, ModifiedResNet, ResidualAttentionBlock, build_model
 
 
 def load_clip(name: str, device: torch.device) -> CLIP:

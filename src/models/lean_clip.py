@@ -14,23 +14,18 @@ products. Here
 All of it is exact but for rounding.
 """
 
-import warnings
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-with warnings.catch_warnings():
-    # clip-anytorch imports pkg_resources, which warns that it is deprecated.
-    warnings.simplefilter("ignore")
-    from clip.model import (
-        CLIP,
-        Bottleneck,
-        LayerNorm,
-        ModifiedResNet,
-        ResidualAttentionBlock,
-        VisionTransformer,
-    )
+from models.clip_package import (
+    CLIP,
+    Bottleneck,
+    LayerNorm,
+    ModifiedResNet,
+    ResidualAttentionBlock,
+    VisionTransformer,
+)
 
 QUICK_GELU = 1.702  # x * sigmoid(1.702 x) = silu(1.702 x) / 1.702
 
