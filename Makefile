@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo app test quick soak bench lint types format architecture clean
+.PHONY: demo app test quick soak bench gpu-check lint types format architecture clean
 
 demo: $(VENV)/runtime-installed
 	$(BIN)/python src/demo.py
@@ -26,6 +26,11 @@ soak: $(VENV)/dev-installed
 
 bench: $(VENV)/app-installed
 	$(BIN)/python bench/run.py
+
+# No packages are installed for it: a machine with a GPU is often without a network. It needs torch, torchvision, numpy,
+# pillow and the clip package. REHEARSE=1 runs all of it on the CPU, as small as it goes; OUTPUT=FILE takes the results.
+gpu-check:
+	$(PYTHON) bench/gpu_check.py $(if $(REHEARSE),--rehearse) $(if $(OUTPUT),--output $(OUTPUT))
 
 lint: $(VENV)/dev-installed
 	$(BIN)/ruff check .

@@ -1,22 +1,24 @@
 """The mixture of experts: against a loop over rows, and against its matrix products alone."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
 from combiner import SparseMoE
-from timing import in_turns
+from timing import Row, Setting, in_turns
 from twins import RowLoopMoE
 
-P, H, EXPERTS, TOP_K = 2560, 5120, 4, 2
+EXPERTS, TOP_K = 4, 2
 
 
 class Products(nn.Module):
     """Dense products without routing: each layer on a given number of rows."""
 
-    def __init__(self, layers: int, rows: int) -> None:
+    def __init__(self, in_dim: int, hidden_dim: int, *, layers: int, rows: int) -> None:
         super().__init__()
         self.rows = rows
-        self.layers = nn.ModuleList(nn.Linear(2 * P, H) for _ in range(layers))
+        self.layers = nn.ModuleList(nn.Linear(in_dim, hidden_dim) for _ in range(layers))
 
     def forward(self, x):
         """All products of a batch, summed so that one backward pass reaches each."""
@@ -36,32 +38,45 @@ def step(module: nn.Module, x: torch.Tensor, dtype: torch.dtype | None):
     return run
 
 
-def figures(device: torch.device) -> list[dict]:
-    """Rows of the results table."""
+def against_products(
+    moe: SparseMoE, x: torch.Tensor, dtype: torch.dtype | None, what: str
+) -> Iterator[Row]:
+    """The MoE beside its matrix products alone."""
+    batch, columns = x.shape
+    hidden = moe.experts[0][0].out_features
+    share = batch * TOP_K // EXPERTS
+    for layers, rows, name in (
+        (EXPERTS, share, f"its own products ({EXPERTS} experts, k B / E rows each)"),
+        (TOP_K, batch, f"k dense products ({TOP_K} layers, B rows each)"),
+    ):
+        dense = Products(columns, hidden, layers=layers, rows=rows).to(x.device)
+        ours, twin = in_turns(
+            step(moe, x, dtype), step(dense, x, dtype), x.device, rounds=9, twin_rounds=9
+        )
+        yield {
+            "figure": f"{what} / {name}",
+            "ours": ours,
+            "twin": twin,
+            "ours / twin": ours / twin,
+            "must": "at most 1.15" if layers == TOP_K else "",
+        }
+
+
+def figures(setting: Setting) -> Iterator[Row]:
+    """Rows of the results table. On a GPU in fp16, one product an expert, and in bf16, grouped where it can be."""
     torch.manual_seed(0)
-    on_gpu = device.type == "cuda"
-    batch, dtype = (4096, torch.float16) if on_gpu else (256, None)
-    moe = SparseMoE(2 * P, H, EXPERTS, TOP_K).to(device)
-    loop = RowLoopMoE(2 * P, H, EXPERTS, TOP_K).to(device)
-    x = torch.randn(batch, 2 * P, device=device, requires_grad=True)
-    what = f"MoE forward + backward, P {P}, H {H}, E {EXPERTS}, k {TOP_K}, batch {batch}"
+    device = setting.device
+    batch = setting.choose(gpu=4096, cpu=256, tiny=16)
+    p, h = setting.choose(gpu=(2560, 5120), cpu=(2560, 5120), tiny=(8, 16))
+    dtype = torch.float16 if setting.on_gpu else None
+    moe = SparseMoE(2 * p, h, EXPERTS, TOP_K).to(device)
+    x = torch.randn(batch, 2 * p, device=device, requires_grad=True)
+    what = f"MoE forward + backward, P {p}, H {h}, E {EXPERTS}, k {TOP_K}, batch {batch}"
+    yield from against_products(moe, x, dtype, what)
+    if setting.on_gpu or setting.rehearses:
+        yield from against_products(moe, x, torch.bfloat16, f"{what}, bf16")
+    loop = RowLoopMoE(2 * p, h, EXPERTS, TOP_K).to(device)
     ours, twin = in_turns(
         step(moe, x, dtype), step(loop, x, dtype), device, rounds=3, twin_rounds=1
     )
-    rows = [{"figure": f"{what} / row loop", "ours": ours, "twin": twin, "must": "10 x"}]
-    del loop
-    for layers, share, name in (
-        (
-            EXPERTS,
-            batch * TOP_K // EXPERTS,
-            f"its own products ({EXPERTS} experts, k B / E rows each)",
-        ),
-        (TOP_K, batch, f"k dense products ({TOP_K} layers, B rows each)"),
-    ):
-        dense = Products(layers, share).to(device)
-        ours, twin = in_turns(
-            step(moe, x, dtype), step(dense, x, dtype), device, rounds=9, twin_rounds=9
-        )
-        row = {"figure": f"{what} / {name}", "ours": ours, "twin": twin, "ours / twin": ours / twin}
-        rows.append(row | {"must": "at most 1.15" if layers == TOP_K else ""})
-    return rows
+    yield {"figure": f"{what} / row loop", "ours": ours, "twin": twin, "must": "10 x"}

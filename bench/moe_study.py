@@ -14,7 +14,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 
-import pandas as pd
 import torch
 
 import clip_fine_tune
@@ -25,6 +24,7 @@ from benchmarks.metrics import mean_and_deviation
 from combiner import build_combiner
 from demo import STAGE_1, STAGE_2, best_weights
 from models.encoder import versions
+from runs import columns
 from training.hyper_parameters import read_hyper_parameters
 
 SHOWN = {
@@ -75,6 +75,8 @@ def tuned_clip(folder: Path, dataset: str) -> Path:
         str(folder),
         "--clip-model-name",
         str(folder / "tiny_clip_vit.pt"),
+        "--image-cache",
+        str(folder / "pixels"),
     ]
     clip_fine_tune.main([*flags, *STAGE_1.split(), "--output-dir", str(folder / "clip" / dataset)])
     (run,) = (folder / "clip" / dataset).iterdir()
@@ -104,10 +106,12 @@ def measure(
     row = {"dataset": dataset, "method": name, "parameters": parameters(settings)}
     row["recall"] = mean_and_deviation([validation[metric] for validation in validations])
     if settings["combiner_type"] == "moe":
-        last = [pd.read_csv(run / f"seed_{seed}" / "router_metrics.csv").iloc[-1] for seed in seeds]
+        tables = [columns(run / f"seed_{seed}" / "router_metrics.csv") for seed in seeds]
+        last = [{name: column[-1] for name, column in table.items()} for table in tables]
         experts = [f"expert{i}_share" for i in range(settings["num_experts"])]
-        row["least share"] = mean_and_deviation([min(table[experts]) for table in last])
-        row["largest share"] = mean_and_deviation([max(table[experts]) for table in last])
+        shares = [[table[expert] for expert in experts] for table in last]
+        row["least share"] = mean_and_deviation([min(of_seed) for of_seed in shares])
+        row["largest share"] = mean_and_deviation([max(of_seed) for of_seed in shares])
         for kind in ("load_entropy", "row_entropy"):
             row[kind.replace("_", " ")] = mean_and_deviation([table[kind] for table in last])
     return row

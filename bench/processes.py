@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from models.clip_model import load_clip, write_tiny_clip
 from runtime import distributed
 from stage1 import make_step
-from timing import seconds
+from timing import Row, Setting, seconds
 
 BATCH, STEPS = 256, 5
 
@@ -30,17 +31,15 @@ def step_seconds(processes: int, clip: Path) -> float:
     return float(done.stdout.split()[-1])
 
 
-def figures(device: torch.device) -> list[dict]:
-    """Rows of the results table."""
-    if device.type == "cuda":
-        return []
+def figures(setting: Setting) -> Iterator[Row]:
+    """Rows of the results table; on CPUs alone."""
     with tempfile.TemporaryDirectory() as folder:
         clip = Path(folder) / "clip.pt"
         write_tiny_clip(clip, "vit", image_resolution=64)
         pairs = [(step_seconds(2, clip), step_seconds(1, clip)) for _ in range(3)]
     ours, twin = (statistics.median(side) for side in zip(*pairs, strict=True))
     what = f"stage-1 step, batch {BATCH}, torchrun with 2 processes of 1 thread / 1 process of 1 thread"
-    return [{"figure": what, "ours": ours, "twin": twin, "must": "1.6 x"}]
+    yield {"figure": what, "ours": ours, "twin": twin, "must": "1.6 x"}
 
 
 def main() -> None:
@@ -48,7 +47,7 @@ def main() -> None:
     device = torch.device("cpu")
     distributed.start(device)
     model = load_clip(sys.argv[1], device)
-    step = make_step(model, BATCH // distributed.world_size(), None, device)
+    step = make_step(model, BATCH // distributed.world_size(), device)
     step()
     taken = statistics.median(seconds(step, device) for _ in range(STEPS))
     if distributed.is_main():

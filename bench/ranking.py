@@ -1,5 +1,6 @@
 """Ranking: CIRR's validation at its real size, and a gallery of a million."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,10 +11,8 @@ from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
 from benchmarks.ranking import target_ranks
 from evaluation.retrieval import rank
 from models.features import FrozenSplit
-from timing import extra_memory, in_turns, seconds
+from timing import GIB, Row, Setting, extra_memory, in_turns, seconds
 from twins import string_matrix_ranks
-
-GIB = 2**30
 
 
 def random_cirr(
@@ -43,9 +42,11 @@ def compose(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     return F.normalize(image + text, dim=-1)
 
 
-def val_size(device: torch.device) -> list[dict]:
+def val_size(setting: Setting) -> Iterator[Row]:
     """CIRR val with groups: with the product that both sides need, and what comes after it."""
-    frozen = random_cirr(4181, 2297, 640, device, grouped=True)
+    device = setting.device
+    sizes = setting.choose(gpu=(4181, 2297, 640), cpu=(4181, 2297, 640), tiny=(40, 30, 8))
+    frozen = random_cirr(*sizes, device, grouped=True)
     split = frozen.split
     gallery = F.normalize(frozen.images, dim=-1).cpu()
     queries = compose(frozen.references, frozen.captions[:, 0]).cpu()
@@ -66,7 +67,7 @@ def val_size(device: torch.device) -> list[dict]:
         moved = (ours - theirs.int().argmax(1)).abs()
         assert moved.max() <= 2, "the two sides rank differently"
         assert (moved > 0).float().mean() < 0.01, "the two sides rank differently"
-    what = "ranking CIRR val, 4,181 x 2,297, D 640, groups"
+    what = "ranking CIRR val, {:,} x {:,}, D {}, groups".format(*sizes)
     ours, slow = in_turns(
         lambda: rank(frozen, compose, [ORIGINAL_REMOVED]), twin, device, rounds=5, twin_rounds=3
     )
@@ -74,41 +75,40 @@ def val_size(device: torch.device) -> list[dict]:
     similarity, targets = (queries @ gallery.T).to(device), frozen.target_rows.to(device)
     blocks = list(zip(similarity.split(128), targets.split(128), strict=True))
     counting, _ = in_turns(lambda: [target_ranks(*block) for block in blocks], lambda: None, device)
-    return [
-        {
-            "figure": f"{what}, all of it / string matrices",
-            "ours": ours,
-            "twin": slow,
-            "must": "100 x",
-        },
-        {
-            "figure": f"{what}, after the product / string matrices",
-            "ours": counting,
-            "twin": slow - product,
-        },
-    ]
+    yield {
+        "figure": f"{what}, all of it / string matrices",
+        "ours": ours,
+        "twin": slow,
+        "must": "100 x",
+    }
+    yield {
+        "figure": f"{what}, after the product / string matrices",
+        "ours": counting,
+        "twin": slow - product,
+    }
 
 
-def million(device: torch.device) -> list[dict]:
+def million(setting: Setting) -> Iterator[Row]:
     """10,000 queries against a million vectors."""
-    queries = 10_000
-    frozen = random_cirr(queries, 1_000_000, 64, device, grouped=False)
+    device = setting.device
+    large = (10_000, 1_000_000)
+    queries, gallery = setting.choose(gpu=large, cpu=large, tiny=(20, 1000))
+    frozen = random_cirr(queries, gallery, 64, device, grouped=False)
     taken: list[float] = []
     memory = extra_memory(
         lambda: taken.append(seconds(lambda: rank(frozen, compose, [ORIGINAL_KEPT]), device)),
         device,
     )
     note = f"{1e3 * taken[0] / queries:.2f} ms a query, {memory / GIB:.2f} GiB of extra memory"
-    return [
-        {
-            "figure": "ranking 10,000 x 1,000,000, D 64",
-            "ours": taken[0],
-            "note": note,
-            "must": "within 4 GiB",
-        }
-    ]
+    yield {
+        "figure": f"ranking {queries:,} x {gallery:,}, D 64",
+        "ours": taken[0],
+        "note": note,
+        "must": "within 4 GiB",
+    }
 
 
-def figures(device: torch.device) -> list[dict]:
+def figures(setting: Setting) -> Iterator[Row]:
     """Rows of the results table."""
-    return val_size(device) + million(device)
+    yield from val_size(setting)
+    yield from million(setting)

@@ -1,8 +1,9 @@
-"""Stage 1: the loader from a warm image cache, a step's memory, and on a GPU its speed."""
+"""Stage 1: the loader from a warm image cache, a step's memory, and on a GPU the speed of its steps."""
 
 import functools
 import random
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -10,140 +11,312 @@ from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
 import shapes_dataset
-from data_utils import ImageDataset, load_batches, load_image, make_preprocess, normalise
+from data_utils import ImageLoader, Reader, load_image, make_preprocess, normalise
 from models.architectures import ARCHITECTURES
 from models.clip_model import CLIP, load_clip, ready, tokenize, write_tiny_clip
-from runtime import distributed
-from timing import in_turns, saved_activations
-from training.image_cache import open_image_cache
-from training.loop import Stepper, Task
+from runtime.tensors import save_tensors
+from timing import Cost, Row, Setting, Step, cost, in_turns, saved_activations, seconds, typical
+from training.autosave import save_state
+from training.image_cache import ImageCache
+from training.loop import Stepper, Task, trainable
 from training.schedule import Precision, Schedule
 from training.stage1 import SumFeatures
 from twins import plain_clip_step
 
-GIB = 2**30
+TIMED = ("RN50x16", "ViT-L/14")
+TINY_ARCHITECTURES = {
+    "RN50x16": (16, 64, (1, 1, 1, 1), 16, None, 77, 49408, 16, 1, 1),
+    "ViT-L/14": (16, 32, 1, 64, 8, 77, 49408, 16, 1, 1),
+}
 
 
-def loader(device: torch.device) -> list[dict]:
-    """256 photos-sized JPEG files to batches of 384 px, in this process alone."""
+def photos(folder: Path, count: int) -> list[Path]:
+    """So many drawn JPEG files of the size of photos on the web."""
     rng = random.Random(0)
+    paths = [folder / f"{i}.jpg" for i in range(count)]
+    for path in paths:
+        drawn = shapes_dataset.draw(shapes_dataset.random_scene(rng), rng)
+        drawn.resize((rng.randint(400, 700), rng.randint(500, 800))).save(path)
+    return paths
+
+
+def loading(
+    paths: list[Path], read: Reader, workers: int, device: torch.device
+) -> Callable[[], None]:
+    """A function that loads all images in batches of 32."""
+    chunks = [paths[i : i + 32] for i in range(0, len(paths), 32)]
+
+    def load() -> None:
+        for _ in ImageLoader(read, workers, device).batches(chunks):
+            pass
+
+    return load
+
+
+def loader(setting: Setting) -> Iterator[Row]:
+    """Photos to batches of 384 px, in this process alone; on a GPU's machine also how fast processes decode."""
+    device = setting.device
+    count, rounds = setting.choose(gpu=(128, 1), cpu=(256, 5), tiny=(8, 1))
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{i}.jpg" for i in range(256)]
-        for path in paths:
-            drawn = shapes_dataset.draw(shapes_dataset.random_scene(rng), rng)
-            drawn.resize((rng.randint(400, 700), rng.randint(500, 800))).save(path)
+        paths = photos(Path(folder), count)
         read = functools.partial(load_image, preprocess=make_preprocess("targetpad", 1.25, 384))
-        cached = open_image_cache(
-            Path(folder) / "cache", paths, read, recipe={"resolution": 384}, workers=0
-        )
-        chunks = [list(range(i, i + 32)) for i in range(0, 256, 32)]
+        cache = Path(folder) / "cache"
+        cached = ImageCache(folder=cache, paths=paths, read=read, recipe={"resolution": 384}).open()
+        quick, slow = loading(paths, cached, 0, device), loading(paths, read, 0, device)
+        ours, twin = in_turns(quick, slow, device, rounds=rounds, twin_rounds=rounds)
+        what = f"stage-1 loader, {count} images, 384 px, warm image cache / decoding"
+        yield {"figure": what, "ours": ours, "twin": twin, "must": "10 x"}
+        for workers in setting.choose(gpu=(8, 16), cpu=(), tiny=(1,)):
+            many = paths * 8
+            taken = seconds(loading(many, read, workers, device), device)
+            what = (
+                f"decoding {len(many)} images to 384 px, {workers} processes, their start included"
+            )
+            yield {"figure": what, "ours": taken, "note": f"{len(many) / taken:.0f} images/s"}
 
-        def load(reader):
-            return lambda: [
-                None for _ in load_batches(ImageDataset(paths, reader), chunks, 0, device)
-            ]
 
-        ours, twin = in_turns(load(cached), load(read), device)
-    what = "stage-1 loader, 256 images, 384 px, warm image cache / decoding"
-    return [{"figure": what, "ours": ours, "twin": twin, "must": "10 x"}]
+def random_clip(name: str, setting: Setting) -> CLIP:
+    """The clip package's CLIP of a true architecture with random weights; in a rehearsal a tiny one of its kind."""
+    sizes = (TINY_ARCHITECTURES if setting.rehearses else ARCHITECTURES)[name]
+    with setting.device:  # random numbers are made where they are needed: seconds for so many
+        return CLIP(*sizes).float().eval()
 
 
-def make_step(model: CLIP, batch: int, micro_batch: int | None, device: torch.device):
-    """A function that takes one of our steps on random images."""
+def make_stepper(
+    model: CLIP, device: torch.device, micro_batch: int | None = None, compiled: bool = False
+) -> Stepper:
+    """Stage 1's optimizer steps on a model, whose every weight learns."""
+    ready(model, device)
     model.logit_scale.requires_grad_(False)
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(learned, lr=1e-6, eps=1e-7, fused=device.type == "cuda")
     task = Task(
         batches=lambda *_: [],
         steps=1,
-        model=distributed.parallel(SumFeatures(model), device),
+        model=trainable(SumFeatures(model), device, compiled=compiled),
         optimizer=optimizer,
         validate=dict,
         module=model,
     )
     schedule = Schedule(num_epochs=1, validation_frequency=1, micro_batch_size=micro_batch)
-    stepper = Stepper(task, schedule, Precision("amp", device))
+    return Stepper(task, schedule, Precision("amp", device))
+
+
+def random_batch(model: CLIP, batch: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """References and targets (B, 3, R, R) uint8, and different captions' tokens (B, 77)."""
     pixels = model.visual.input_resolution
-    images = torch.randint(256, (2, batch, 3, pixels, pixels), dtype=torch.uint8).to(device)
+    images = torch.randint(256, (2, batch, 3, pixels, pixels), dtype=torch.uint8, device=device)
     tokens = tokenize([f"has {i} more stripes and is red" for i in range(batch)]).to(device)
+    return images[0], images[1], tokens
+
+
+def make_step(model: CLIP, batch: int, device: torch.device, **how: object) -> Step:
+    """A function that takes one of our steps on random images; for `how` see `make_stepper`."""
+    stepper = make_stepper(model, device, **how)
+    inputs = random_batch(model, batch, device)
     ids = torch.arange(batch, device=device)
-    return lambda: stepper.step([images[0], images[1], tokens], ids)
+    return lambda: stepper.step(list(inputs), ids)
 
 
-def step_memory(device: torch.device) -> list[dict]:
-    """Activations of a step of 256 triplets, all at once and 16 at a time, on the tiny ResNet."""
+def make_plain_step(model: CLIP, batch: int, device: torch.device) -> Step:
+    """The same of the plain twin."""
+    optimizer = AdamW(model.parameters(), lr=1e-6, eps=1e-7)
+    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
+    references, targets, tokens = random_batch(model, batch, device)
+    images = normalise(references), normalise(targets)
+    return lambda: plain_clip_step(model, optimizer, scaler, *images, tokens)
+
+
+def step_memory(setting: Setting) -> Iterator[Row]:
+    """Activations of a step of many triplets, all at once and 16 at a time, on the tiny ResNet."""
+    device = setting.device
+    batch = setting.choose(gpu=256, cpu=256, tiny=32)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.pt"
-        write_tiny_clip(path, "resnet", image_resolution=96)
+        write_tiny_clip(path, "resnet", image_resolution=setting.choose(gpu=96, cpu=96, tiny=32))
         used = []
         for micro_batch in (16, None):
             model = load_clip(str(path), device)
-            used.append(saved_activations(make_step(model, 256, micro_batch, device), model))
-    note = f"{used[0] / 2**20:.0f} MiB / {used[1] / 2**20:.0f} MiB"
-    what = "stage-1 step, batch 256, activations with micro-batch 16 / plain step"
-    return [
-        {
-            "figure": what,
-            "ours / twin": used[0] / used[1],
-            "note": note,
-            "must": "at most a quarter",
-        }
-    ]
+            step = make_step(model, batch, device, micro_batch=micro_batch)
+            used.append(saved_activations(step, model))
+    what = f"stage-1 step, batch {batch}, activations with micro-batch 16 / plain step"
+    yield {
+        "figure": what,
+        "ours / twin": used[0] / used[1],
+        "note": f"{used[0] / 2**20:.0f} MiB / {used[1] / 2**20:.0f} MiB",
+        "must": "at most a quarter",
+    }
 
 
-def speed(name: str, device: torch.device, batch: int = 128) -> list[dict]:
-    """Images a second of a step on a GPU against the plain twin, true architecture, random weights."""
-    model = ready(CLIP(*ARCHITECTURES[name]), device)
-    ours = make_step(model, batch, None, device)
-    other = CLIP(*ARCHITECTURES[name]).float().to(device).eval()
-    optimizer, scaler = (
-        AdamW(other.parameters(), lr=1e-6, eps=1e-7),
-        torch.amp.GradScaler(device.type),
-    )
-    pixels = other.visual.input_resolution
-    images = normalise(torch.randint(256, (2, batch, 3, pixels, pixels), dtype=torch.uint8)).to(
-        device
-    )
-    tokens = tokenize(["has more stripes"] * batch).to(device)
-    fast, slow = in_turns(
-        ours,
-        lambda: plain_clip_step(other, optimizer, scaler, images[0], images[1], tokens),
-        device,
-    )
-    with FlopCounterMode(display=False) as counter:
-        ours()
-    share = counter.get_total_flops() / fast / matrix_rate(device)
-    note = f"{2 * batch / fast:.0f} images/s, {100 * share:.0f} % of the measured matrix rate"
-    what = f"stage-1 step of {name}, batch {batch} / plain step"
-    return [{"figure": what, "ours": fast, "twin": slow, "note": note, "must": "1.5 x"}]
-
-
-def matrix_rate(device: torch.device, size: int = 8192) -> float:
-    """Floating-point operations a second of a large fp16 matrix product on random data."""
-    left, right = torch.randn(2, size, size, device=device, dtype=torch.float16)
-    taken, _ = in_turns(lambda: left @ right, lambda: None, device, rounds=10, twin_rounds=10)
-    return 2 * size**3 / taken
-
-
-def large_batch(device: torch.device) -> list[dict]:
-    """Memory of a step of 1,024 triplets of RN50x16 in micro-batches of 16."""
-    step = make_step(ready(CLIP(*ARCHITECTURES["RN50x16"]), device), 1024, 16, device)
-    step()
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    peak = torch.cuda.max_memory_allocated(device)
-    what = "stage-1 step of RN50x16, batch 1,024 in micro-batches of 16, all memory"
-    return [{"figure": what, "note": f"{peak / GIB:.1f} GiB", "must": "within 24 GiB"}]
-
-
-def figures(device: torch.device) -> list[dict]:
+def figures(setting: Setting) -> Iterator[Row]:
     """Rows of the results table."""
-    rows = loader(device) + step_memory(device)
-    if device.type == "cuda":
-        rows += large_batch(device) + speed("ViT-L/14", device)
-    return rows
+    yield from loader(setting)
+    yield from step_memory(setting)
 
 
-def figures_of_resnet(device: torch.device) -> list[dict]:
-    """Apart from the rest: its plain step at batch 128 needs more than 96 GiB."""
-    return speed("RN50x16", device) if device.type == "cuda" else []
+def costs(name: str, batch: int, setting: Setting, **how: object) -> Cost | None:
+    """What our step of an architecture costs."""
+    return cost(
+        lambda: make_step(random_clip(name, setting), batch, setting.device, **how), setting
+    )
+
+
+def speed(name: str, batches: tuple[int, ...], setting: Setting) -> Iterator[Row]:
+    """Images a second of our step against the plain twin; each has the memory to itself."""
+    rate = matrix_rate(setting)
+    operations = operations_a_triplet(name, setting)
+    for batch in setting.choose(gpu=batches, tiny=(2,)):
+        ours = costs(name, batch, setting)
+        plain = cost(
+            lambda batch=batch: make_plain_step(random_clip(name, setting), batch, setting.device),
+            setting,
+            rounds=3,
+        )
+        row: Row = {
+            "figure": f"stage-1 step of {name}, batch {batch} / plain step",
+            "must": "1.5 x",
+            "note": f"{gib(ours)} / {gib(plain)}",
+        }
+        if ours is not None:
+            row["ours"] = ours.seconds
+            row["images/s"] = 2 * batch / ours.seconds
+            row["share of matrix rate"] = batch * operations / ours.seconds / rate
+            share = f"{100 * row['share of matrix rate']:.0f} % of the measured matrix rate"
+            row["note"] += f"; {row['images/s']:.0f} images/s, {share}"
+            if plain is not None:
+                row["twin"] = plain.seconds
+        yield row
+
+
+def gib(spent: Cost | None) -> str:
+    """The memory of a step in words."""
+    return "out of memory" if spent is None else f"{spent.peak:.1f} GiB"
+
+
+def operations_a_triplet(name: str, setting: Setting, batch: int = 2) -> float:
+    """Floating-point operations that a step takes for each triplet, counted."""
+    step = make_step(random_clip(name, setting), batch, setting.device)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() / batch
+
+
+def matrix_rate(setting: Setting) -> float:
+    """Floating-point operations a second of a large matrix product on random data, in fp16 on a GPU."""
+    size, dtype = setting.choose(gpu=(8192, torch.float16), tiny=(64, torch.float32))
+    left, right = torch.randn(2, size, size, device=setting.device, dtype=dtype)
+    return 2 * size**3 / typical(lambda: left @ right, setting, rounds=10)
+
+
+def figures_of_resnet(setting: Setting) -> Iterator[Row]:
+    """RN50x16, at a batch that fits small cards and at the original's."""
+    yield from speed("RN50x16", (32, 128), setting)
+
+
+def figures_of_vit(setting: Setting) -> Iterator[Row]:
+    """The same of ViT-L/14."""
+    yield from speed("ViT-L/14", (64, 128), setting)
+
+
+def large_batch(setting: Setting) -> Iterator[Row]:
+    """Memory of a step of 1,024 triplets of RN50x16 in micro-batches of 16."""
+    batch, micro = setting.choose(gpu=(1024, 16), tiny=(4, 2))
+    make = functools.partial(
+        make_step, random_clip("RN50x16", setting), batch, setting.device, micro_batch=micro
+    )
+    spent = cost(make, setting, rounds=1, unmeasured=0)
+    yield {
+        "figure": f"stage-1 step of RN50x16, batch {batch:,} in micro-batches of {micro}, all memory",
+        "note": gib(spent),
+        "must": "within 24 GiB",
+    }
+
+
+def memory(setting: Setting) -> Iterator[Row]:
+    """Peak memory of the original's batch in micro-batches."""
+    batch, micro_batch = setting.choose(gpu=(128, 32), tiny=(4, 2))
+    for name in TIMED:
+        spent = costs(name, batch, setting, micro_batch=micro_batch)
+        row: Row = {
+            "figure": f"stage-1 step of {name}, batch {batch} in micro-batches of {micro_batch}, all memory",
+            "note": gib(spent),
+        }
+        if spent is not None:
+            row["ours"] = spent.seconds
+        yield row
+
+
+def variants(setting: Setting) -> Iterator[Row]:
+    """RN50x16 with its weights channels last or first, and with cuDNN's choice of algorithms timed or not."""
+    name, device = "RN50x16", setting.device
+    batch = setting.choose(gpu=32, tiny=2)
+    ours = costs(name, batch, setting)
+
+    def channels_first() -> Step:
+        model = random_clip(name, setting)
+        step = make_step(model, batch, device)
+        model.visual.to(memory_format=torch.contiguous_format)
+        return step
+
+    first = cost(channels_first, setting)
+    torch.backends.cudnn.benchmark = True
+    timed = costs(name, batch, setting)
+    torch.backends.cudnn.benchmark = False
+    for what, other in (("channels first", first), ("cudnn.benchmark", timed)):
+        yield beside(f"stage-1 step of {name}, batch {batch} / {what}", ours, other)
+
+
+def beside(what: str, ours: Cost | None, other: Cost | None) -> Row:
+    """A step's row beside that of another way to take it."""
+    row: Row = {"figure": what, "note": f"{gib(ours)} / {gib(other)}"}
+    if ours is not None and other is not None:
+        row.update({"ours": ours.seconds, "twin": other.seconds})
+    return row
+
+
+def compiled(name: str, batch: int, setting: Setting) -> Iterator[Row]:
+    """A step with `--compile`, and what its first step takes."""
+    # In a rehearsal the compiler is called and compiles nothing.
+    torch.compiler.set_stance("force_eager" if setting.rehearses else "default")
+    batch = setting.choose(gpu=batch, tiny=2)
+    plain = costs(name, batch, setting)
+    first: list[float] = []
+
+    def make() -> Step:
+        step = make_step(random_clip(name, setting), batch, setting.device, compiled=True)
+        first.append(seconds(step, setting.device))
+        return step
+
+    row = beside(
+        f"stage-1 step of {name}, batch {batch}, --compile / as it is", cost(make, setting), plain
+    )
+    row["note"] += f"; the first step takes {first[0]:.0f} s" if first else ""
+    yield row
+
+
+def compiled_resnet(setting: Setting) -> Iterator[Row]:
+    """RN50x16."""
+    yield from compiled("RN50x16", 32, setting)
+
+
+def compiled_vit(setting: Setting) -> Iterator[Row]:
+    """ViT-L/14."""
+    yield from compiled("ViT-L/14", 64, setting)
+
+
+def saving(setting: Setting) -> Iterator[Row]:
+    """Seconds that the state and the weights of a training take to be on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in TIMED:
+            model = random_clip(name, setting)
+            stepper = make_stepper(model, setting.device)
+            inputs = random_batch(model, 2, setting.device)
+            stepper.step(list(inputs), torch.arange(2, device=setting.device))
+            file = Path(folder) / "saved.pt"
+            state = functools.partial(save_state, file, stepper.parts, {}, setting.device)
+            weights = functools.partial(save_tensors, file, {"CLIP": model.state_dict()})
+            for what, save in (("state", state), ("weights", weights)):
+                taken = seconds(save, setting.device)
+                size = f"{file.stat().st_size / 1e9:.2f} GB"
+                yield {"figure": f"saving the {what} of {name}", "ours": taken, "note": size}
+            file.unlink()

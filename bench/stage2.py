@@ -2,6 +2,7 @@
 
 import functools
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from ranking import random_cirr
 from reports.run_page import About
 from runtime.choices import ClipChoice
 from runtime.interruption import StopRequest
-from timing import in_turns, seconds
+from timing import GIB, Row, Setting, in_turns, peak_memory, typical
 from training.autosave import Autosave
 from training.checkpoints import Checkpoints
 from training.data import Order
@@ -80,21 +81,17 @@ def epoch(
     return run
 
 
-def drawn(device: torch.device) -> list[dict]:
+def drawn(setting: Setting) -> Iterator[Row]:
     """6,000 drawn triplets, P 256, H 512, batch 256."""
+    device = setting.device
+    train_groups, val_groups = setting.choose(gpu=(600, 60), cpu=(600, 60), tiny=(3, 2))
+    batch = setting.choose(gpu=256, cpu=256, tiny=8)
+    p, h = setting.choose(gpu=(256, 512), cpu=(256, 512), tiny=(16, 24))
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        sizes = [
-            "--train-triplets",
-            "1",
-            "--val-triplets",
-            "1",
-            "--train-groups",
-            "600",
-            "--val-groups",
-            "60",
-        ]
-        shapes_dataset.main(["--output-dir", folder, *sizes])
+        sizes = f"--train-groups {train_groups} --val-groups {val_groups}"
+        sizes += " --train-triplets 1 --val-triplets 1"
+        shapes_dataset.main(["--output-dir", folder, *sizes.split()])
         choice = settle(ClipChoice(clip_model_name=str(root / "tiny_clip_vit.pt")), [])
         encoder = load_encoder(choice, None, device, workers=2)
         benchmark = CIRR(root)
@@ -103,8 +100,8 @@ def drawn(device: torch.device) -> list[dict]:
         cache = FeatureCache(None, encoder)
         frozen_val = freeze_queries(cache, val, benchmark.caption, "val")
         frozen_train = freeze(cache, train, [[caption] for caption in captions], "train")
-        order = Order(triplets=len(captions), variants=1, batch_size=256, seed=0)
-        combiner = Combiner(64, 256, 512).to(device)
+        order = Order(triplets=len(captions), variants=1, batch_size=batch, seed=0)
+        combiner = Combiner(64, p, h).to(device)
         ours = epoch(combiner, frozen_train, frozen_val, order, device)
         optimizer = Adam(combiner.parameters(), lr=2e-5)
 
@@ -114,29 +111,39 @@ def drawn(device: torch.device) -> list[dict]:
             encoder.captions([benchmark.caption(t.captions) for t in val[0].triplets])
             evaluate(benchmark, frozen_val, combiner.eval())
 
-        fast, slow = in_turns(ours, twin, device, rounds=5, twin_rounds=2)
-    what = f"stage-2 epoch, {len(captions):,} drawn triplets, P 256, H 512, batch 256, with validation / re-encoding"
-    return [{"figure": what, "ours": fast, "twin": slow, "must": "15 x"}]
+        rounds, twin_rounds = setting.choose(gpu=(5, 2), cpu=(5, 2), tiny=(1, 1))
+        fast, slow = in_turns(ours, twin, device, rounds=rounds, twin_rounds=twin_rounds)
+    what = f"stage-2 epoch, {len(captions):,} drawn triplets, P {p}, H {h}, batch {batch}"
+    yield {
+        "figure": f"{what}, with validation / re-encoding",
+        "ours": fast,
+        "twin": slow,
+        "must": "15 x",
+    }
 
 
-def full_size(device: torch.device) -> list[dict]:
-    """CIRR's real sizes on random features, D 768, P 2560, H 5120, batch 4096: a GPU's work."""
-    frozen_val = [random_cirr(4181, 2297, 768, device, grouped=True)]
-    frozen_train = random_cirr(28_225, 16_939, 768, device, grouped=False)
-    combiner = Combiner(768, 2560, 5120).to(device)
-    run = epoch(
-        combiner,
-        frozen_train,
-        frozen_val,
-        Order(triplets=28_225, variants=1, batch_size=4096, seed=0),
+def full_size_epoch(setting: Setting) -> Callable[[], None]:
+    """An epoch at CIRR's real sizes on random features: a GPU's work."""
+    device = setting.device
+    triplets, images, queries, gallery = setting.choose(
+        gpu=(28_225, 16_939, 4181, 2297), tiny=(40, 30, 20, 15)
+    )
+    d, p, h, batch = setting.choose(gpu=(768, 2560, 5120, 4096), tiny=(8, 16, 24, 16))
+    return epoch(
+        Combiner(d, p, h).to(device),
+        random_cirr(triplets, images, d, device, grouped=False),
+        [random_cirr(queries, gallery, d, device, grouped=True)],
+        Order(triplets=triplets, variants=1, batch_size=batch, seed=0),
         device,
     )
-    run()
-    taken = sorted(seconds(run, device) for _ in range(5))[2]
-    what = "stage-2 epoch, 28,225 triplets, D 768, P 2560, H 5120, batch 4096, with validation of 4,181 x 2,297"
-    return [{"figure": what, "ours": taken, "must": "at most 0.5 s"}]
 
 
-def figures(device: torch.device) -> list[dict]:
-    """Rows of the results table."""
-    return drawn(device) + (full_size(device) if device.type == "cuda" else [])
+def full_size(setting: Setting) -> Iterator[Row]:
+    """CIRR's real size, D 768, P 2560, H 5120, batch 4096."""
+    taken = typical(full_size_epoch(setting), setting)
+    yield {
+        "figure": "stage-2 epoch at CIRR's real size, D 768, P 2560, H 5120, batch 4096, with validation",
+        "ours": taken,
+        "must": "at most 0.5 s",
+        "note": f"{peak_memory(setting.device) / GIB:.1f} GiB",
+    }

@@ -1,15 +1,50 @@
-"""Measure two sides of a comparison in turns, memory beyond what was there before, and activations."""
+"""Where and how large to measure; two sides of a comparison in turns, one side alone, memory, activations."""
 
+import gc
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+
+GIB = 2**30
+
+Row = dict[str, Any]  # of a table of results, see `report.line`
+Size = TypeVar("Size")
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where cases run, and how large they are.
+
+    Attributes:
+        rehearses: as small as it goes: everything runs, and no figure means anything.
+    """
+
+    device: torch.device
+    rehearses: bool = False
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU computes."""
+        return self.device.type == "cuda"
+
+    def choose(self, *, gpu: Size, tiny: Size, cpu: Size | None = None) -> Size:
+        """The size for a GPU, for a rehearsal, or for a CPU, where the case is timed on one."""
+        if self.rehearses:
+            return tiny
+        if self.on_gpu:
+            return gpu
+        assert cpu is not None, "not a case of the CPU"
+        return cpu
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -44,6 +79,49 @@ def in_turns(
         if number < twin_rounds:
             times[1].append(seconds(twin, device))
     return statistics.median(times[0]), statistics.median(times[1])
+
+
+def typical(work: Step, setting: Setting, rounds: int = 5, unmeasured: int = 2) -> float:
+    """Median seconds of a call, after some that are not measured; in a rehearsal those of one call."""
+    for _ in range(0 if setting.rehearses else unmeasured):
+        work()
+    times = [seconds(work, setting.device) for _ in range(1 if setting.rehearses else rounds)]
+    return statistics.median(times)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step takes: seconds, and GiB of memory at its peak, all of it."""
+
+    seconds: float
+    peak: float
+
+
+def cost(
+    make: Callable[[], Step], setting: Setting, rounds: int = 5, unmeasured: int = 2
+) -> Cost | None:
+    """What a step costs that is made for this and freed again, with all its model; None where memory is too small."""
+    try:
+        step = make()
+        step()  # the optimizer's state is there from now on
+        if setting.on_gpu:
+            torch.cuda.reset_peak_memory_stats(setting.device)
+        taken = typical(step, setting, rounds, unmeasured)
+        return Cost(taken, peak_memory(setting.device) / GIB)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        step = None
+        gc.collect()
+        if setting.on_gpu:
+            torch.cuda.empty_cache()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes in use at the peak so far: of this process's tensors on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM")
 
 
 def extra_memory(work: Callable[[], object], device: torch.device) -> int:

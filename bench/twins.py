@@ -60,6 +60,28 @@ class DefinedCombiner(nn.Module):
         return F.normalize(out, dim=-1)
 
 
+class DefinedPlainCombiner(nn.Module):
+    """CLIP4Cir's Combiner at evaluation, sentence by sentence from its paper."""
+
+    def __init__(self, d: int, p: int, h: int) -> None:
+        super().__init__()
+        self.text_projection_layer = nn.Linear(d, p)
+        self.image_projection_layer = nn.Linear(d, p)
+        self.combiner_layer = nn.Linear(2 * p, h)
+        self.output_layer = nn.Linear(h, d)
+        self.dynamic_scalar = nn.Sequential(
+            nn.Linear(2 * p, h), nn.ReLU(), nn.Dropout(0.5), nn.Linear(h, 1)
+        )
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        joint = torch.cat(
+            [self.text_projection_layer(text).relu(), self.image_projection_layer(image).relu()], 1
+        )
+        scalar = self.dynamic_scalar(joint).sigmoid()
+        out = self.output_layer(self.combiner_layer(joint).relu())
+        return F.normalize(out + scalar * text + (1 - scalar) * image, dim=-1)
+
+
 def ranks_by_sorting(
     similarity: Tensor, targets: Tensor, excluded: Tensor | None = None
 ) -> list[int]:

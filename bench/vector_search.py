@@ -2,12 +2,13 @@
 
 import statistics
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from image_search import faiss_index
-from timing import extra_memory, seconds
+from timing import Row, Setting, extra_memory, seconds
 
 COUNT, DIM, ASKED = 1_000_000, 512, 100
 INTRINSIC = 32  # dimensions that the vectors vary in, beside noise: image features lie near few, random ones in all
@@ -26,23 +27,24 @@ def gallery(count: int, rng: np.random.Generator) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def figures(device: torch.device) -> list[dict]:
+def figures(setting: Setting) -> Iterator[Row]:
     """Rows of the results table; on CPUs alone."""
-    return [] if device.type == "cuda" else asked(device, ["flat", "ivfpq"])
+    yield from asked(setting.device, ["flat", "ivfpq"])
 
 
-def figures_of_graph(device: torch.device) -> list[dict]:
+def figures_of_graph(setting: Setting) -> Iterator[Row]:
     """The same for a graph, which takes many minutes to build."""
-    return [] if device.type == "cuda" else asked(device, ["flat", "hnsw"])[1:]
+    _, row = asked(setting.device, ["flat", "hnsw"])
+    yield row
 
 
-def asked(device: torch.device, kinds: list[str]) -> list[dict]:
+def asked(device: torch.device, kinds: list[str]) -> Iterator[Row]:
     """Rows of some kinds, the exact one first."""
     rng = np.random.default_rng(0)
     features = gallery(COUNT, rng)
     pairs = [features[rng.integers(COUNT, size=ASKED)] for _ in range(2)]
     queries = faiss_index.normalised(pairs[0] + pairs[1])
-    exact, rows = None, []
+    exact = None
     for kind in kinds:
         built: list = []
         memory = extra_memory(
@@ -59,10 +61,12 @@ def asked(device: torch.device, kinds: list[str]) -> list[dict]:
         recall = faiss_index.recall(found, exact)
         note = f"built in {taken:.0f} s, {memory / 2**30:.2f} GiB of extra memory, recall@10 {recall:.3f}"
         what = f"one query of {COUNT:,} vectors, D {DIM}, {kind}"
-        rows.append(
-            {"figure": what, "ours": statistics.median(each), "note": note, "must": "milliseconds"}
-        )
-    return rows
+        yield {
+            "figure": what,
+            "ours": statistics.median(each),
+            "note": note,
+            "must": "milliseconds",
+        }
 
 
 def timed(features: np.ndarray, kind: str) -> tuple:

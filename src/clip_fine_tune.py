@@ -23,8 +23,8 @@ from utils import command
 if TYPE_CHECKING:
     import torch
 
-    from benchmarks import Split
     from models.encoder import Encoder
+    from training.data import TrainingData
 
 SCRIPT = "clip_fine_tune.py"
 
@@ -60,7 +60,7 @@ def train(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -> 
         seed=args.seed,
         micro_batch_size=args.micro_batch_size,
     )
-    encoder = load_clip_and_images(args, data.splits, device, stop)
+    encoder = load_clip_and_images(args, data, device, stop)
     settings = Settings(
         flags=plain(vars(args)), recipe=encoder.recipe, data=data.describe(), versions=versions()
     )
@@ -104,12 +104,12 @@ def train(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -> 
 
 
 def load_clip_and_images(
-    args: argparse.Namespace, splits: "list[Split]", device: "torch.device", stop: StopRequest
+    args: argparse.Namespace, data: "TrainingData", device: "torch.device", stop: StopRequest
 ) -> "Encoder":
     """CLIP as the flags want it, with its images decoded or from the cache."""
     from models.clip_model import checkpoint_gradients
     from models.encoder import load_encoder
-    from training.stage1 import with_image_cache
+    from training.stage1 import decodings, with_image_cache
 
     encoder = load_encoder(
         settle(options.clip_choice(args), []), None, device, workers=args.num_workers
@@ -119,7 +119,13 @@ def load_clip_and_images(
         checkpoint_gradients(encoder.model)
     if args.image_cache is None:
         return encoder
-    return with_image_cache(encoder, args.image_cache, splits)
+    without = decodings(
+        data,
+        epochs=args.num_epochs,
+        validation_frequency=args.validation_frequency,
+        images_learn=args.encoder != "text",
+    )
+    return with_image_cache(encoder, args.image_cache, data, without)
 
 
 @command

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -105,11 +105,56 @@ class RowDropout(nn.Dropout):
         return x * mask[distributed.rank()].div_(1 - self.p)
 
 
+class Reordered(torch.autograd.Function):
+    """Rows (n, m), k copies of each, in another order.
+
+    Indexing alone would add the gradient up in a copy of zeros, slot by slot: it cannot know that each slot is taken
+    once. Here the slots are put back, and those of one row summed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        """Row i is slot `order[i]`, (n k,); copy j of row r is slot r k + j. `order[inverse]` is 0 .. n k - 1."""
+        ctx.save_for_backward(inverse)
+        ctx.copies = len(order) // len(rows)
+        return rows[order // ctx.copies]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        back = gradients[0][inverse]
+        if ctx.copies > 1:
+            back = back.unflatten(0, (-1, ctx.copies)).sum(1)
+        return back, None, None
+
+
+def product_type(x: Tensor) -> torch.dtype:
+    """What a matrix product of x is computed in: autocast's type where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def has_grouped_product(rows: Tensor, columns: int) -> bool:
+    """Whether one kernel multiplies all groups of rows (n, m) to (n, columns), and reads their bounds on the device.
+
+    torch has it from 2.10 on, for bfloat16 on GPUs of compute capability 9 and 10, in steps of 16 bytes. For all else
+    `grouped_mm` is a loop over the groups that waits for the device, or refuses.
+    """
+    return (
+        hasattr(F, "grouped_mm")
+        and rows.device.type == "cuda"
+        and rows.dtype == torch.bfloat16
+        and rows.shape[1] % 8 == columns % 8 == 0
+        and torch.cuda.get_device_properties(rows.device).major in (9, 10)
+    )
+
+
 class SparseMoE(nn.Module):
     """Sparse mixture of experts, each Linear(P_in, H) + GELU + dropout (Shazeer et al. 2017, top-k gating).
 
     Of a row's E router logits the k largest are kept; softmax over those k alone weighs the experts' outputs.
-    Rows are grouped by expert, so an expert runs once on all of its rows, and one without rows does not run at all.
+    Rows are grouped by expert, so an expert runs once on all of its rows. One without rows does not run and gets no
+    gradient; in a grouped product it gets a gradient of zeros.
     """
 
     def __init__(self, in_dim: int, hidden_dim: int, num_experts: int, top_k: int) -> None:
@@ -123,23 +168,46 @@ class SparseMoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_dim) -> (B, H)."""
-        return self.mix(x, self.router(x))
+        return self.mix(x, self.route(x))
+
+    def route(self, x: Tensor) -> Tensor:
+        """The router's logits, (B, in_dim) -> (B, E).
+
+        Never in half precision, which would flip choices (Fedus et al. 2021, arXiv 2101.03961, section 2.4).
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            return self.router(x.to(torch.promote_types(x.dtype, torch.float32)))
 
     def mix(self, x: Tensor, router_logits: Tensor) -> Tensor:
         """(B, in_dim) and the router's (B, E) for them -> (B, H)."""
         logits, chosen = router_logits.topk(self.top_k, dim=-1)  # (B, k), (B, k)
-        weights = logits.softmax(-1)
-        # (B * k,) slots b * k + j, those of one expert side by side.
-        slots = chosen.flatten().argsort(stable=True)
-        every = torch.arange(len(self.experts), device=x.device)
-        is_chosen = chosen.flatten().unsqueeze(1) == every  # (B * k, E)
-        counts = is_chosen.sum(0).tolist()  # the one wait for the device
-        rows = (slots // self.top_k).split(counts)
+        # (B * k,) each: slots b * k + j, those of one expert side by side, and where each slot then is.
+        experts, slots = chosen.flatten().sort(stable=True)
+        places = slots.argsort()
+        # Cast once, before there are k of each.
+        rows = Reordered.apply(x.to(product_type(x)), slots, places)  # (B * k, in_dim)
+        outputs = self.run_experts(rows, experts)
+        ungrouped = Reordered.apply(outputs, places, slots).unflatten(0, chosen.shape)  # (B, k, H)
+        # In float32: the router learns from the difference of outputs that may be nearly alike.
+        return (logits.softmax(-1).unsqueeze(-1) * self.dropout(ungrouped)).sum(1)
+
+    def run_experts(self, rows: Tensor, experts: Tensor) -> Tensor:
+        """Rows (n, in_dim) and the expert of each, (n,) ascending -> their outputs (n, H)."""
+        every = torch.arange(len(self.experts), device=rows.device)
+        is_of = experts.unsqueeze(1) == every  # (n, E)
+        counts = is_of.sum(0)  # (E,)
+        layers = [cast(nn.Linear, expert.get_submodule("0")) for expert in self.experts]
+        if has_grouped_product(rows, layers[0].out_features):
+            # Autocast does not cast what goes into a grouped product.
+            weights = torch.stack([layer.weight.to(rows.dtype) for layer in layers])  # (E, H, in)
+            ends = counts.cumsum(0, dtype=torch.int32)
+            products = F.grouped_mm(rows, weights.mT, offs=ends)
+            biases = torch.stack([layer.bias for layer in layers])  # (E, H)
+            return F.gelu(torch.addmm(products, is_of.to(rows.dtype), biases))
+        parts = rows.split(counts.tolist())  # the one wait for the device
         # Without strict, which the compiler of torch 2.6 does not know.
-        pairs = zip(self.experts, rows)  # noqa: B905
-        outputs = [expert(x[its_rows]) for expert, its_rows in pairs if len(its_rows)]
-        ungrouped = torch.cat(outputs)[slots.argsort()].unflatten(0, chosen.shape)  # (B, k, H)
-        return (weights.unsqueeze(-1) * self.dropout(ungrouped)).sum(1)
+        pairs = zip(self.experts, parts)  # noqa: B905
+        return torch.cat([expert(part) for expert, part in pairs if len(part)])
 
 
 class Combiner(Composer):
@@ -181,7 +249,7 @@ class Combiner(Composer):
 
     def routed(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         joint = self.joint(image_features, text_features)  # (B, 2P)
-        logits = self.moe_layer.router(joint)  # (B, E)
+        logits = self.moe_layer.route(joint)  # (B, E)
         hidden = self.dropout(F.relu(self.moe_layer.mix(joint, logits)))  # (B, H)
         gate = torch.sigmoid(self.gate_net(joint))  # (B, D)
         composed = self.output_layer(hidden) + gate * text_features + (1 - gate) * image_features
@@ -199,7 +267,7 @@ class Combiner(Composer):
     def insight(self, image_features: Tensor, text_features: Tensor) -> Insight:
         """What the mixture and the gate do with queries."""
         joint = self.joint(image_features, text_features)
-        logits = self.moe_layer.router(joint)
+        logits = self.moe_layer.route(joint)
         values, chosen = logits.topk(self.moe_layer.top_k, dim=-1)
         weights = torch.zeros_like(logits).scatter(1, chosen, values.softmax(-1))
         return Insight(experts=weights, gate=torch.sigmoid(self.gate_net(joint)).mean(1))

@@ -21,6 +21,7 @@ from benchmarks import Benchmark
 from benchmarks.metrics import mean_and_deviation
 from cli import options, training
 from models.configuration import Settings, plain, read_checkpoint, settle
+from reports.tables import text_table
 from runtime.files import read_json, write_text
 from runtime.interruption import StopRequest
 from training.hyper_parameters import started_with
@@ -203,8 +204,6 @@ def seed_folder(folder: Path, seed: int) -> Path:
 
 def report_seeds(folder: Path, seeds: list[int], benchmark: Benchmark) -> None:
     """Print the best validation of each seed, and mean and standard deviation of several; write them down."""
-    import pandas as pd
-
     from training.run import BEST_METRICS
 
     chosen_by = next(iter(benchmark.selection))
@@ -224,12 +223,12 @@ def report_seeds(folder: Path, seeds: list[int], benchmark: Benchmark) -> None:
         rows["mean"] = mean
         rows["standard deviation"] = deviation
         summary["standard_deviation"] = deviation
-    table = pd.DataFrame.from_dict(rows, orient="index")[list(benchmark.titles)].rename(
-        columns=benchmark.titles
-    )
-    print(
-        f"validations with the best {chosen_by} of each seed\n{table.to_string(float_format=two_decimals)}"
-    )
+    table = {}
+    for name, row in rows.items():
+        table[name] = {
+            title: two_decimals(row[metric]) for metric, title in benchmark.titles.items()
+        }
+    print(f"validations with the best {chosen_by} of each seed\n{text_table(table)}")
     write_text(folder / BEST_METRICS, json.dumps(summary, indent=2) + "\n")
 
 

@@ -7,7 +7,7 @@ and standard deviation. Intervals are paired bootstrap intervals over the querie
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from benchmarks.metrics import mean_and_deviation, shown
 from cli.flag_types import fraction, positive_int
 from cli.options import add_protocol, add_seed
 from evaluation.comparison import Column, intervals, read_columns, unlike
+from reports.tables import text_table
 from utils import UserError, command, two_decimals
 
 
@@ -93,12 +94,19 @@ def differences(
     return table
 
 
+def rows_of(columns: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """The rows of a table from its columns, which have all the same rows."""
+    rows: dict[str, dict[str, str]] = {}
+    for label, column in columns.items():
+        for title, cell in column.items():
+            rows.setdefault(title, {})[label] = cell
+    return rows
+
+
 def print_protocol(
     benchmark: Benchmark, columns: Sequence[Column], protocol: str, *, resampling: Resampling
 ) -> None:
     """One table: metrics by columns, and beside each column its difference from the first; notes below."""
-    import pandas as pd
-
     base, *others = columns
     table = {base.label: cells(benchmark, base, protocol)}
     notes = []
@@ -126,7 +134,7 @@ def print_protocol(
     print(
         f"\n{result['dataset']} {result['split']}, {protocol}: gallery {about.gallery}, reference {about.reference}"
     )
-    print(pd.DataFrame(table).to_string())
+    print(text_table(rows_of(table)))
     for note in notes:
         print(note)
 

@@ -2,9 +2,9 @@
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -92,6 +92,7 @@ def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 Reader = Callable[[Path], Tensor]  # image file -> preprocessed bytes (3, R, R)
+Item = TypeVar("Item")
 
 
 def load_image(
@@ -111,76 +112,126 @@ def load_image(
     )
 
 
+def read_or_explain(path: Path, read: Reader, resolution: int) -> tuple[Tensor, str]:
+    """A preprocessed image and "", or a black one and why the file cannot be read."""
+    try:
+        return read(path), ""
+    except UserError as error:
+        return torch.zeros(3, resolution, resolution, dtype=torch.uint8), str(error)
+
+
 class ImageDataset(Dataset):
-    """Preprocessed images, item i is (3, R, R) uint8."""
+    """What is read from image files: the item of a path is what `read` makes of it."""
 
-    def __init__(self, paths: list[Path], read: Reader) -> None:
-        self.paths = paths
+    def __init__(self, read: Callable[[Path], Any]) -> None:
         self.read = read
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, row: int) -> Tensor:
-        return self.read(self.paths[row])
-
-
-class ReadableImages(Dataset):
-    """Preprocessed images and whether each could be read, item i is (3, R, R) uint8 and () bool.
-
-    An image that could not be read is black.
-    """
-
-    def __init__(self, paths: list[Path], read: Reader, resolution: int) -> None:
-        self.paths = paths
-        self.read = read
-        self.resolution = resolution
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        try:
-            return self.read(self.paths[row]), torch.tensor(True)
-        except UserError:
-            black = torch.zeros(3, self.resolution, self.resolution, dtype=torch.uint8)
-            return black, torch.tensor(False)
+    def __getitem__(self, path: Path) -> Any:
+        return self.read(path)
 
 
 def _start_worker(number: int) -> None:
     interruption.heed_parent_alone()
 
 
-def load_batches(
-    dataset: Dataset, batches: list[list[int]], workers: int, device: torch.device
-) -> Iterator[Any]:
-    """The items at each list of rows, stacked, on the device.
+class ImageLoader:
+    """Images in batches on a device, decoded by processes that are kept from one pass to the next.
+
+    The first pass starts the processes. They end when nothing refers to the loader any more.
 
     Args:
+        read: makes what is stacked of an image file: a tensor, or a tensor and a text.
         workers: processes that decode; with 0, this process does.
     """
-    pinned = device.type == "cuda"
-    # A loader draws a seed when it starts. With torch's own generator, dropout would depend on how much
-    # was decoded before.
-    generator = torch.Generator()
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        pin_memory=pinned,
-        generator=generator,
-        worker_init_fn=_start_worker,
-        multiprocessing_context=interruption.START_METHOD if workers else None,
-    )
-    try:
-        with interruption.deferred():
-            loaded = iter(loader)
-        for batch in loaded:
-            if isinstance(batch, Tensor):
-                yield batch.to(device, non_blocking=pinned)
-            else:
-                yield [tensor.to(device, non_blocking=pinned) for tensor in batch]
-    except UserError as error:
-        # A worker process sends its error as a traceback in text, which ends with the message.
-        message = re.split(r"\bUserError: ", str(error))[-1].strip()
-        raise UserError(message) from None
+
+    def __init__(self, read: Callable[[Path], Any], workers: int, device: torch.device) -> None:
+        self.read = read
+        self.workers = workers
+        self.device = device
+        self._files: list[list[Path]] = []  # of the pass that the processes are at
+        self._kept = self._loader(self._files) if workers else None
+        self._in_a_pass = False
+
+    def batches(self, files: list[list[Path]]) -> Iterator[Any]:
+        """One pass: what is read from each list of files, stacked, on the device.
+
+        Raises:
+            UserError: an image cannot be decoded.
+            RuntimeError: a pass has begun inside another, whose processes cannot serve both.
+        """
+        if self._in_a_pass:
+            raise RuntimeError("a pass over images has begun inside another")
+        self._in_a_pass = self.workers > 0  # without processes, threads may read at once
+        try:
+            with interruption.deferred():
+                loaded = self._begin(files)
+            yield from on_device(loaded, self.device)
+        except UserError as error:
+            # A worker process sends its error as a traceback in text, which ends with the message.
+            message = re.split(r"\bUserError: ", str(error))[-1].strip()
+            raise UserError(message) from None
+        finally:
+            self._in_a_pass = False
+
+    def _begin(self, files: list[list[Path]]) -> Iterator[Any]:
+        """Begin a pass; its batches on the CPU."""
+        if self._kept is None:
+            return iter(self._loader(files))
+        self._files[:] = files
+        return iter(self._kept)
+
+    def _loader(self, files: list[list[Path]]) -> DataLoader:
+        # A loader draws a seed when it starts. With torch's own generator, dropout would depend on
+        # how much was decoded before.
+        generator = torch.Generator()
+        return DataLoader(
+            ImageDataset(self.read),
+            batch_sampler=files,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=self.device.type == "cuda",
+            generator=generator,
+            worker_init_fn=_start_worker,
+            multiprocessing_context=interruption.START_METHOD if self.workers else None,
+        )
+
+
+def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """The batches with their tensors on a device. To a GPU the next one is sent while it works with the one before."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield _each_tensor(batch, lambda tensor: tensor.to(device))
+        return
+    sending = torch.cuda.Stream(device)
+    working = torch.cuda.current_stream(device)
+
+    def to_gpu(tensor: Tensor) -> Tensor:
+        sent = tensor.to(device, non_blocking=True)
+        # Its memory, which is of the stream that sends, is in use until this one's work is done.
+        sent.record_stream(working)
+        return sent
+
+    def send(batch: Any) -> tuple[Any, torch.cuda.Event]:
+        with torch.cuda.stream(sending):
+            return _each_tensor(batch, to_gpu), sending.record_event()
+
+    for batch, arrival in one_ahead(map(send, batches)):
+        working.wait_event(arrival)
+        yield batch
+
+
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The items in order, each when the one after it has been taken too."""
+    taken: list[Item] = []
+    for item in items:
+        taken.append(item)
+        if len(taken) > 1:
+            yield taken.pop(0)
+    yield from taken
+
+
+def _each_tensor(batch: Any, change: Callable[[Tensor], Any]) -> Any:
+    """A batch, which is a tensor or a list of tensors and texts, with its tensors changed."""
+    if isinstance(batch, Tensor):
+        return change(batch)
+    return [change(part) if isinstance(part, Tensor) else part for part in batch]

@@ -16,7 +16,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 # Threads that wait for others sleep: where cores are few or shared, they would take them from those that work. It
 # changes no number, and is read when torch is loaded.
@@ -25,17 +24,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from benchmarks import BENCHMARKS
 from benchmarks.metrics import shown
 from cli.flag_types import seed_int
+from reports.tables import text_table
 from utils import PROJECT_ROOT, UserError, command
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Word = str | Path
 Words = Sequence[Word]
 
 # What commands take seconds to load. Where a process can be forked safely, it is loaded once and for all of them.
 PACKAGES = (
-    "evaluation.retrieval", "matplotlib.figure", "models.pair", "pandas", "training.stage1", "training.stage2",
+    "evaluation.retrieval", "matplotlib.figure", "models.pair", "training.stage1", "training.stage2",
 )  # fmt: skip
 CAN_FORK = sys.platform == "linux"
 SHOWN = {
@@ -92,7 +89,7 @@ class Demo:
         self.run("validate.py", "--dataset", dataset, *flags, *self.on_data, "--metrics-json", file)
         return file
 
-    def benchmark(self, dataset: str) -> "tuple[pd.DataFrame, Words]":
+    def benchmark(self, dataset: str) -> tuple[str, Words]:
         """Train and validate all methods on a benchmark; returns the table, and the flags of the last MoE pair."""
         clip_name: Words = ("--clip-model-name", self.folder / "data" / "tiny_clip_vit.pt")
         clip = self.fine_tune(dataset, clip_name)
@@ -202,18 +199,14 @@ def recall(submission: Mapping[str, list[str]], answers: Mapping[str, str], k: i
     )
 
 
-def table(
-    results: Mapping[str, Sequence[Mapping[str, float]]], titles: Mapping[str, str]
-) -> "pd.DataFrame":
+def table(results: Mapping[str, Sequence[Mapping[str, float]]], titles: Mapping[str, str]) -> str:
     """Methods by metrics, as text: the value, or mean and standard deviation over seeds."""
-    import pandas as pd
-
     rows: dict[str, dict[str, str]] = {}
     for method, of_seeds in results.items():
         rows[method] = {}
         for name, title in titles.items():
             rows[method][title] = shown([metrics[name] for metrics in of_seeds])
-    return pd.DataFrame.from_dict(rows, orient="index")
+    return text_table(rows)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -238,10 +231,10 @@ def main(argv: list[str] | None = None) -> None:
     fashioniq, _ = demo.benchmark("FashionIQ")
     cirr, pair = demo.benchmark("CIRR")
     recalls = demo.submit(pair)
-    print("\nFashionIQ layout, val (average of the categories)\n" + fashioniq.to_string())
-    print("\nCIRR layout, val\n" + cirr.to_string())
+    print("\nFashionIQ layout, val (average of the categories)\n" + fashioniq)
+    print("\nCIRR layout, val\n" + cirr)
     print("\nCIRR layout, test1: the MoE Combiner's submission, scored locally")
-    print(table({"MoE Combiner": [recalls]}, {name: name for name in recalls}).to_string())
+    print(table({"MoE Combiner": [recalls]}, {name: name for name in recalls}))
     print(NEXT)
 
 

@@ -20,7 +20,7 @@ from cli import options
 from cli.startup import check_files, pick_device
 from image_search.manifest import as_made, check_index, read_manifest
 from models.configuration import Checkpoint, read_checkpoint, settle
-from runtime.choices import INDEX_KINDS, ClipChoice
+from runtime.choices import INDEX_KINDS, ClipChoice, named
 from runtime.files import check_file_writable, check_writable, write_text
 from runtime.interruption import listening
 from utils import Stopped, UserError, command
@@ -132,7 +132,7 @@ def encode_images(
         clip, tuned, device, workers=args.num_workers, batch_size=args.clip_bs, opened=opened
     )
     pair = {
-        **dataclasses.asdict(clip),
+        **named(dataclasses.asdict(clip)),
         "clip_model_path": str(tuned.path.resolve()) if tuned else None,
     }
     with listening() as stop:

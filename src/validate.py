@@ -13,6 +13,7 @@ from benchmarks.protocols import choose_protocols
 from cli import options
 from cli.flag_types import positive_int
 from cli.startup import check_annotations, check_files, command_line, open_benchmark, pick_device
+from reports.tables import text_table
 from runtime.files import check_file_writable
 from utils import command, two_decimals
 
@@ -44,16 +45,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def print_metrics(benchmark: Benchmark, measured: Mapping[Protocol, Mapping[str, float]]) -> None:
     """The metrics of the first protocol, one `name = value` a line, then a table of all: protocols by metrics."""
-    import pandas as pd
-
     first = next(iter(measured.values()))
     for name, value in first.items():
         print(f"{name} = {value}")
     rows = {}
     for protocol, metrics in measured.items():
-        rows[protocol.name] = {title: metrics[name] for name, title in benchmark.titles.items()}
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    print(f"\n{table.to_string(float_format=two_decimals)}")
+        rows[protocol.name] = {
+            title: two_decimals(metrics[name]) for name, title in benchmark.titles.items()
+        }
+    print(f"\n{text_table(rows)}")
 
 
 @command

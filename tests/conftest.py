@@ -1,12 +1,9 @@
 """Fixtures: the original's golden files unpacked, a small drawn benchmark, and scripts run in process."""
 
-import csv
-import gzip
 import importlib
 import json
 import os
 import shutil
-import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from forks import ROOT, Script, cool_down
+from forks import ROOT as ROOT
+from forks import Script, cool_down
 
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # before torch is loaded: two threads wait for each other at tensors so small
@@ -24,7 +22,6 @@ CASES: Counter[tuple[str, str]] = Counter()  # (what was tried, outcome) -> case
 # A busy machine fails no test.
 settings.register_profile("anywhere", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("anywhere")
-GOLDEN = ROOT / "tests" / "golden"
 
 
 def door(script: str) -> Callable[[list[str]], None]:
@@ -49,16 +46,9 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory) -> Path:
     """Inputs and outputs of the original implementation, unpacked."""
-    folder = tmp_path_factory.mktemp("golden")
-    for file in GOLDEN.iterdir():
-        if file.name.endswith(".tar.gz"):
-            with tarfile.open(file) as archive:
-                archive.extractall(folder, filter="data")
-        elif file.suffix == ".gz":
-            (folder / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
-        else:
-            shutil.copy(file, folder)
-    return folder
+    from original import unpack
+
+    return unpack(tmp_path_factory.mktemp("golden"))
 
 
 @pytest.fixture(scope="session")
@@ -199,5 +189,6 @@ def stage_2(run, drawn, tmp_path):
 
 def read_csv(file: Path) -> dict[str, list[float]]:
     """Columns of a CSV file."""
-    rows = list(csv.DictReader(file.open()))
-    return {name: [float(row[name]) for row in rows] for name in rows[0]}
+    from runs import columns
+
+    return columns(file)

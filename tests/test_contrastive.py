@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import read_csv
 from models.clip_model import checkpoint_gradients, choose_trained, load_clip, resolution, tokenize
@@ -191,6 +193,43 @@ def test_moving_average_follows_its_formula():
     assert average(model, None) is None
 
 
+def test_the_moving_average_is_torchs_own_without_its_copies(golden):
+    """To the last bit, from states of either; a copy of the count or of a buffer would wait for a GPU."""
+    model = load_clip(str(golden / "clip_rn.pt"), CPU)
+    ours = average(model, 0.9)
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
+        theirs.update_parameters(model)
+        with Operations() as done:
+            ours.update_parameters(model)
+    assert done.names == ["_foreach_lerp_", "add_"]
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+    again = average(model, 0.9)
+    again.load_state_dict(theirs.state_dict())
+    again.update_parameters(model)
+    theirs.update_parameters(model)
+    assert torch.equal(again.module.text_projection, theirs.module.text_projection)
+
+
+class Operations(TorchDispatchMode):
+    """The names of what torch computes with tensors, but for looks at one and other views of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        if name not in ("detach", "is_nonzero", "_local_scalar_dense"):
+            self.names.append(name)
+        return operation(*args, **(kwargs or {}))
+
+
 def test_gradient_clipping():
     plain, clipped = Line(), Line()
     before = plain.weight.detach().clone()
@@ -295,6 +334,7 @@ def test_the_options_of_stage_2_run(flags, stage_2, monkeypatch):
     folder = stage_2("CIRR", *flags)
     content = torch.load(folder / "saved_models" / "combiner_1.pt", weights_only=True)
     assert "output_layer.weight" in content["Combiner"]  # no prefix of a wrapper
+    assert not (folder / "loss_scaling_metrics.csv").exists()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Padding, preprocessing on every image mode, broken images, and batches in order."""
 
 import functools
+import multiprocessing
 import os
 import signal
 
@@ -14,15 +15,18 @@ from benchmarks.splits import check_images_exist
 from data_utils import (
     CLIP_MEAN,
     CLIP_STD,
-    ImageDataset,
+    ImageLoader,
     SquarePad,
     TargetPad,
-    load_batches,
     load_image,
     make_preprocess,
     normalise,
+    one_ahead,
+    read_or_explain,
 )
+from forks import family
 from runtime import interruption
+from runtime.image_files import decoded
 from utils import UserError
 
 MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"]
@@ -130,22 +134,197 @@ def test_a_broken_image_stops_the_batches_by_name(tmp_path, workers):
     for path in paths:
         picture("RGB", 20, 20).save(path)
     paths[2].write_bytes(b"no image")
-    dataset = ImageDataset(paths, reader())
+    loader = ImageLoader(reader(), workers, CPU)
     with pytest.raises(UserError) as error:
-        list(load_batches(dataset, [[0, 1], [2, 3]], workers, CPU))
+        list(loader.batches([paths[:2], paths[2:]]))
     assert str(error.value).startswith(f"image {paths[2]} cannot be decoded")
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_keep_the_order_of_rows(tmp_path, workers):
-    paths = [tmp_path / f"{i}.png" for i in range(5)]
+@pytest.fixture
+def grey(tmp_path):
+    """Image files, each of its own grey."""
+    paths = [tmp_path / f"{i}.png" for i in range(6)]
     for level, path in enumerate(paths):
-        Image.new("RGB", (16, 16), (level * 50,) * 3).save(path)
-    dataset = ImageDataset(paths, reader())
-    batches = list(load_batches(dataset, [[4, 0], [2, 1]], workers, CPU))
-    for batch, rows in zip(batches, [[4, 0], [2, 1]], strict=True):
-        assert torch.equal(batch, torch.stack([dataset[row] for row in rows]))
+        Image.new("RGB", (16, 16), (level * 40,) * 3).save(path)
+    return paths
+
+
+def greys(batch) -> list[int]:
+    """Which of the grey images a batch holds."""
+    return [int(pixels[0, 0, 0]) // 40 for pixels in batch]
+
+
+def batches_of(paths, *rows):
+    return [[paths[row] for row in batch] for batch in rows]
+
+
+def workers_now() -> set[int]:
+    """The processes that run for this one, among them those that decode."""
+    return set(family(os.getpid())[1:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_keep_the_order_of_files(grey, workers):
+    loader = ImageLoader(reader(), workers, CPU)
+    for rows in (
+        [[4, 0], [2, 1], [3]],
+        [[5]],
+        [],
+        [[1, 1], [0, 5], [2, 3], [4, 4], [0, 0], [5, 1]],
+    ):
+        batches = list(loader.batches(batches_of(grey, *rows)))
+        assert [greys(batch) for batch in batches] == rows
+        for batch, files in zip(batches, batches_of(grey, *rows), strict=True):
+            assert torch.equal(batch, torch.stack([reader()(file) for file in files]))
+
+
+def test_processes_are_kept_from_pass_to_pass_and_end_with_the_loader(grey):
+    before = workers_now()
+    loader = ImageLoader(reader(), 2, CPU)
+    assert workers_now() == before  # none is started before there is work
+    list(loader.batches([grey]))
+    started = workers_now() - before
+    assert len(started) == 2
+    for _ in range(3):
+        list(loader.batches([grey, grey]))
+        assert workers_now() - before == started
+    del loader
+    assert workers_now() == before
+
+
+def test_a_pass_that_breaks_off_leaves_nothing_to_the_next(grey, tmp_path):
+    """Batches that were on their way are not taken for those of the next pass."""
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    loader = ImageLoader(reader(), 2, CPU)
+    before = workers_now()
+    for batch in loader.batches([[file] for file in grey * 3]):
+        assert greys(batch) == [0]
+        break
+    with pytest.raises(UserError, match=r"broken\.png cannot be decoded"):
+        list(loader.batches([grey[:2], [tmp_path / "broken.png"], grey, grey]))
+    assert [greys(batch) for batch in loader.batches(batches_of(grey, [5, 1], [4]))] == [
+        [5, 1],
+        [4],
+    ]
+    assert len(workers_now() - before) == 2
+
+
+def test_a_pass_inside_another_is_refused(grey):
+    loader = ImageLoader(reader(), 1, CPU)
+    with pytest.raises(RuntimeError, match="inside another"):
+        for _ in loader.batches([grey, grey]):
+            list(loader.batches([grey]))
+    assert len(list(loader.batches([grey, grey]))) == 2
+
+
+def test_without_processes_passes_do_not_disturb_each_other(grey):
+    """The web page encodes in threads."""
+    loader = ImageLoader(reader(), 0, CPU)
+    passes = [loader.batches(batches_of(grey, *rows)) for rows in ([[0], [1]], [[2], [3]])]
+    found = [(greys(one), greys(other)) for one, other in zip(*passes, strict=True)]
+    assert found == [([0], [2]), ([1], [3])]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_texts_stay_beside_the_images(grey, tmp_path, workers):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    read = functools.partial(read_or_explain, read=reader(), resolution=16)
+    (batch,) = ImageLoader(read, workers, CPU).batches([[grey[3], broken, grey[5]]])
+    assert greys(batch[0]) == [3, 0, 5]
+    assert not batch[0][1].any()
+    assert batch[1][0] == batch[1][2] == ""
+    assert batch[1][1].startswith(f"image {broken} cannot be decoded")
+
+
+def test_one_ahead():
+    """What is sent to a GPU is sent while it works with the one before, and not earlier."""
+    events = []
+
+    def sent():
+        for number in range(4):
+            events.append(f"send {number}")
+            yield number
+
+    for number in one_ahead(sent()):
+        events.append(f"work {number}")
+    order = "send 0, send 1, work 0, send 2, work 1, send 3, work 2, work 3"
+    assert ", ".join(events) == order
+    assert list(one_ahead([])) == []
+    assert list(one_ahead([7])) == [7]
+
+
+@pytest.mark.slow
+def test_one_set_of_processes_serves_a_training(stage_1, monkeypatch):
+    """All epochs, validations included, of the weights and of their average."""
+    started = []
+    real = multiprocessing.process.BaseProcess.start
+    monkeypatch.setattr(
+        multiprocessing.process.BaseProcess,
+        "start",
+        lambda process: started.append(process) or real(process),
+    )
+    before = workers_now()
+    stage_1("FashionIQ", "--num-workers", 2, "--ema-decay", 0.9)
+    assert len(started) == 2
+    assert workers_now() == before
+
+
+def drawn_photo(file, width: int, height: int):
+    """A photo of soft and bright colours, so that what padding adds can be told from it."""
+    corners = [[(250, 120, 120), (120, 250, 120)], [(120, 120, 250), (250, 250, 120)]]
+    soft = Image.fromarray(np.array(corners, dtype=np.uint8))
+    soft.resize((width, height), Image.BILINEAR).save(file, quality=95)
+    return file
+
+
+def pixels_of(file, transform: str, resolution: int, side: int | None):
+    preprocess = make_preprocess(transform, 1.25, resolution)
+    return load_image(file, preprocess, functools.partial(decoded, side=side)).int()
+
+
+def padding(pixels) -> list[int]:
+    """How many rows and columns are black above, below, left and right."""
+    rows, columns = (pixels.amax(0).amax(axis) > 30 for axis in (1, 0))
+    counts = []
+    for filled in (rows, rows.flip(0), columns, columns.flip(0)):
+        counts.append(int(filled.int().argmax()))
+    return counts
+
+
+@pytest.mark.parametrize("transform", ["clip", "squarepad", "targetpad"])
+@pytest.mark.parametrize("size", [(512, 384), (701, 1024), (300, 1025), (1031, 257), (640, 512)])
+def test_a_draft_is_padded_like_the_whole_image(transform, size, tmp_path):
+    """Up to the rounding of a pixel. What it shows is where it was: colours change by 4 to 16 levels a pixel."""
+    file = drawn_photo(tmp_path / "photo.jpg", *size)
+    assert min(decoded(file, side=32).size) < min(size) / 2  # it is one
+    full = pixels_of(file, transform, 32, None)
+    draft = pixels_of(file, transform, 32, 32)
+    assert draft.shape == full.shape
+    for one, other in zip(padding(full), padding(draft), strict=True):
+        assert abs(one - other) <= 1
+    middle = (full - draft)[:, 13:19, 13:19].abs()
+    assert middle.max() <= 8
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_draft_of_what_is_less_than_twice_as_large_is_the_image(mode, tmp_path):
+    picture(mode, 90, 63).save(tmp_path / "small.jpg")
+    picture("RGB", 400, 300).save(tmp_path / "large.png")  # only JPEG has drafts
+    for file in sorted(tmp_path.iterdir()):
+        for transform in ("clip", "squarepad", "targetpad"):
+            full = pixels_of(file, transform, 32, None)
+            assert torch.equal(pixels_of(file, transform, 32, 32), full)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_draft_has_at_least_the_pixels_that_are_needed(mode, tmp_path):
+    picture(mode, 801, 405).save(tmp_path / "photo.jpg")
+    sizes = {401: (801, 405), 200: (401, 203), 101: (201, 102), 50: (101, 51), 8: (101, 51)}
+    for side, size in sizes.items():
+        draft = decoded(tmp_path / "photo.jpg", side=side)
+        assert (draft.size, draft.mode) == (size, mode)
 
 
 @pytest.mark.filterwarnings("ignore:Image size")
@@ -169,8 +348,8 @@ def start_as_a_signal_comes(number: int) -> None:
 def test_a_worker_survives_a_signal_while_it_starts(tmp_path, monkeypatch):
     monkeypatch.setattr("data_utils._start_worker", start_as_a_signal_comes)
     Image.new("RGB", (16, 16)).save(tmp_path / "0.png")
-    dataset = ImageDataset([tmp_path / "0.png"], reader())
-    assert len(list(load_batches(dataset, [[0], [0]], 2, CPU))) == 2
+    loader = ImageLoader(reader(), 2, CPU)
+    assert len(list(loader.batches([[tmp_path / "0.png"]] * 2))) == 2
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []).isdisjoint(interruption.SIGNALS)
 
 

@@ -2,16 +2,25 @@
 
 import dataclasses
 import functools
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from data_utils import load_image, make_preprocess
+from benchmarks import CIRR, Split
+from data_utils import ImageLoader, load_image, make_preprocess
+from image_search.image_index import encoder_key
+from models import encoder
 from models.clip_model import load_clip
+from models.configuration import Checkpoint, settle
 from models.encoder import Encoder
-from models.features import FeatureCache
+from models.features import FeatureCache, FrozenSplit
+from runtime.choices import ClipChoice
+from runtime.tensors import load_tensors
+from utils import UserError
 
 CPU = torch.device("cpu")
 
@@ -27,9 +36,6 @@ class CountingEncoder(Encoder):
         self.recipe["captions"] = self.recipe.get("captions", 0) + len(captions)
         return super().captions(captions)
 
-    def describe(self):
-        return {k: v for k, v in super().describe().items() if k not in ("images", "captions")}
-
 
 @pytest.fixture
 def paths(tmp_path):
@@ -41,11 +47,18 @@ def paths(tmp_path):
 
 @pytest.fixture
 def make_encoder(drawn):
-    def make(transform="targetpad", ratio=1.25):
-        recipe = {"transform": transform, "target_ratio": ratio, "resolution": 32}
+    def make(transform="targetpad", ratio=1.25, decode="full"):
+        recipe = {
+            "clip_model_name": "tiny",
+            "transform": transform,
+            "target_ratio": ratio,
+            "decode": decode,
+            "resolution": 32,
+        }
         model = load_clip(str(drawn / "tiny_clip_vit.pt"), CPU)
         read = functools.partial(load_image, preprocess=make_preprocess(transform, ratio, 32))
-        return CountingEncoder(model=model, read=read, recipe=recipe, device=CPU)
+        loader = ImageLoader(read, 0, CPU)
+        return CountingEncoder(model=model, loader=loader, recipe=recipe, device=CPU)
 
     return make
 
@@ -102,10 +115,25 @@ def test_another_weight_is_another_encoder(make_encoder, paths, tmp_path):
     assert encode(changed, tmp_path / "cache", paths)[1] == (3, 2)
 
 
-@pytest.mark.parametrize("recipe", [("squarepad", 1.25), ("targetpad", 1.5)])
+@pytest.mark.parametrize(
+    "recipe", [("squarepad", 1.25), ("targetpad", 1.5), ("targetpad", 1.25, "draft")]
+)
 def test_another_preprocessing_is_another_encoder(recipe, make_encoder, paths, tmp_path):
     encode(make_encoder(), tmp_path / "cache", paths)
     assert encode(make_encoder(*recipe), tmp_path / "cache", paths)[1] == (3, 2)
+
+
+def test_what_earlier_versions_wrote_is_still_found(make_encoder):
+    """Keys are digests of these, in this order; a choice that there was not then is named where it is another's."""
+    encoder = make_encoder()
+    then = {"transform": "targetpad", "target_ratio": 1.25, "resolution": 32}
+    assert list(encoder.image_recipe().items())[:3] == list(then.items())
+    names = ["clip_model_name", *then, "weights", "precision", "versions"]
+    assert list(encoder.describe()) == names
+    assert list(encoder_key(encoder).items())[1:] == list(then.items())
+    draft = make_encoder(decode="draft")
+    for about in (draft.image_recipe(), draft.describe(), encoder_key(draft)):
+        assert about["decode"] == "draft"
 
 
 def test_resolution_and_precision_are_part_of_the_key(make_encoder):
@@ -166,3 +194,66 @@ def test_repeated_captions_are_encoded_once(make_encoder):
     features = encoder.captions(["a", "b", "a"])
     assert torch.equal(features[0], features[2])
     torch.testing.assert_close(features[1], encoder.captions(["b"])[0])
+
+
+def test_captions_are_tokenised_once(make_encoder, monkeypatch):
+    encoder._tokens.cache_clear()
+    tokenised = []
+    real = encoder.tokenize
+    monkeypatch.setattr(encoder, "tokenize", lambda texts: tokenised.extend(texts) or real(texts))
+    captions = [f"has {number} stripes" for number in range(600)]
+    first = make_encoder().captions([*captions, captions[0]])
+    assert tokenised == captions
+    assert torch.equal(make_encoder().captions(captions), first[:-1])
+    assert tokenised == captions
+    alone = make_encoder().captions(captions[300:301])  # in no batch of 256
+    torch.testing.assert_close(alone[0], first[300], rtol=1e-4, atol=1e-5)
+
+
+def test_tables_of_rows_are_made_once(golden, monkeypatch):
+    """Validations of other weights share them."""
+    made = []
+    real = Split.group_rows.fget
+    monkeypatch.setattr(Split, "group_rows", property(lambda split: made.append(1) or real(split)))
+    split = CIRR(golden).val()[0]
+    tables = {}
+    for _ in range(3):
+        features = torch.zeros(len(split.names), 4)
+        frozen = FrozenSplit(split=split, images=features, captions=features, tables=tables)
+        assert frozen.group_rows.tolist() == real(split)
+        assert frozen.reference_rows.tolist() == split.reference_rows
+    assert len(made) == 1
+    alone = FrozenSplit(split=split, images=features, captions=features)
+    assert alone.tables is not tables
+    assert torch.equal(alone.outside, frozen.outside)
+
+
+def trained(**recipe) -> Checkpoint:
+    parts = {"flags": {}, "recipe": recipe, "data": {}, "versions": {}}
+    return Checkpoint(path=Path("weights.pt"), state={}, config=parts)
+
+
+def test_images_are_decoded_as_the_weights_were_trained(caplog):
+    silent, draft = ClipChoice(), trained(transform="clip", decode="draft")
+    assert settle(silent, []).decode == "full"
+    assert settle(silent, [trained(transform="clip")]).decode == "full"  # of an earlier version
+    assert settle(silent, [draft]).decode == "draft"
+    assert caplog.text == ""
+    assert settle(ClipChoice(decode="full"), [draft]).decode == "full"
+    assert "weights.pt was trained with --decode draft, not full" in caplog.text
+    with pytest.raises(UserError, match="names the decode half, which is none of"):
+        settle(silent, [trained(decode="half")])
+
+
+@pytest.mark.slow
+def test_weights_and_results_say_how_images_were_decoded(stage_1, run, drawn, tmp_path):
+    kinds = {}
+    for decode in ("full", "draft"):
+        folder = stage_1("CIRR", "--decode", decode, "--save-best", output=decode)
+        weights = folder / "saved_models" / "tuned_clip_arithmetic.pt"
+        assert load_tensors(weights)["config"]["recipe"]["decode"] == decode
+        pair = ["--dataset", "CIRR", "--combining-function", "sum", "--clip-model-path", weights]
+        run("validate", drawn, *pair, "--metrics-json", tmp_path / f"{decode}.json")
+        kinds[decode] = json.loads((tmp_path / f"{decode}.json").read_text())["preprocessing"]
+    assert kinds["full"] == {"transform": "targetpad", "target_ratio": 1.25, "resolution": 32}
+    assert kinds["draft"] == {**kinds["full"], "decode": "draft"}

@@ -1,6 +1,5 @@
 """The numbers of the original implementation, from its weights and data."""
 
-import functools
 import json
 
 import numpy as np
@@ -12,22 +11,13 @@ from combiner import compose_sum, load_combiner
 from conftest import read_csv
 from data_utils import load_image, make_preprocess, normalise
 from evaluation.retrieval import similarity_blocks
-from models.clip_model import load_clip, load_finetuned, tokenize
-from models.configuration import read_checkpoint
-from models.encoder import Encoder
+from models.clip_model import load_clip, tokenize
 from models.features import FeatureCache, freeze_queries
+from original import arguments, csv_name, feature_differences, golden_encoder
 from runtime.choices import CombinerChoice
 from runtime.tensors import load_tensors
 
-
-def arguments(entry: dict, golden) -> list[str]:
-    """An entry's arguments; the paths among them are relative to the golden folder."""
-    words = [word for word in entry["args"] if not word.startswith("(")]
-    return [str(golden / word) if word.endswith(".pt") else word for word in words]
-
-
-def csv_name(printed: str) -> str:
-    return printed.replace("recallat", "recall_at").replace("average recall", "average_recall_at")
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("number", range(14))
@@ -78,16 +68,7 @@ def only_ties_differ(golden, entry, pair_id, ours, theirs) -> bool:
 
 def golden_split_similarity(golden, split, benchmark, combiner: str | None) -> torch.Tensor:
     """Similarities (Q, N) of the tuned CLIP with a Combiner, or with the sum."""
-    tuned = read_checkpoint("", golden / "tuned_clip_vit.pt", "CLIP")
-    model = load_clip(str(golden / "clip_vit.pt"), torch.device("cpu"))
-    load_finetuned(model, tuned.state, tuned.path)
-    preprocess = make_preprocess("targetpad", 1.25, 64)
-    encoder = Encoder(
-        model=model,
-        read=functools.partial(load_image, preprocess=preprocess),
-        recipe={},
-        device=torch.device("cpu"),
-    )
+    encoder = golden_encoder(golden, torch.device("cpu"))
     compose = compose_sum
     if combiner:
         compose = load_combiner(
@@ -122,35 +103,19 @@ def test_full_batch_fine_tuning_gives_the_losses_of_the_original(number, golden,
 
 def test_features_equal_the_originals(golden):
     features = np.load(golden / "features.npz")
-    model = load_clip(str(golden / "clip_vit.pt"), torch.device("cpu"))
-    load_finetuned(
-        model, load_tensors(golden / "tuned_clip_vit.pt")["CLIP"], golden / "tuned_clip_vit.pt"
-    )
     preprocess = make_preprocess("targetpad", 1.25, 64)
-    split = CIRR(golden).val()[0]
-    paths = [split.image_paths[name] for name in features["names"]]
-    for path, pixels in zip(paths, features["pixels"], strict=False):
-        assert np.abs(normalise(load_image(path, preprocess)).numpy() - pixels).max() < 1e-4
-    encoder = Encoder(
-        model=model,
-        read=functools.partial(load_image, preprocess=preprocess),
-        recipe={},
-        device=torch.device("cpu"),
-    )
-    images, texts = encoder.images(paths), encoder.captions(list(features["captions"]))
-    assert np.abs(images.numpy() - features["image_features"]).max() < 1e-4
-    assert np.abs(texts.numpy() - features["text_features"]).max() < 1e-4
-    path = golden / "combiner_moe_cirr.pt"
-    with torch.no_grad():
-        combined = load_combiner(
-            load_tensors(path)["Combiner"], {}, path, wanted=CombinerChoice(), clip_dim=64
-        )(images, texts)
-    assert np.abs(combined.numpy() - features["combined_moe_cirr"]).max() < 1e-4
+    image_paths = CIRR(golden).val()[0].image_paths
+    for name, pixels in zip(features["names"], features["pixels"], strict=False):
+        ours = normalise(load_image(image_paths[name], preprocess)).numpy()
+        assert np.abs(ours - pixels).max() < 1e-4
+    differences = feature_differences(golden, torch.device("cpu"))
+    assert max(differences.values()) < 1e-4
+    assert set(differences) == {"image_features", "text_features", "combined_moe_cirr"}
 
 
 @pytest.mark.parametrize("name", ["clip_vit.pt", "clip_rn.pt"])
 def test_tiny_clips_build_and_encode(name, golden):
-    model = load_clip(str(golden / name), torch.device("cpu"))
+    model = load_clip(str(golden / name), CPU)
     assert not model.training
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     with torch.no_grad():

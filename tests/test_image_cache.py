@@ -1,21 +1,35 @@
 """Images decoded once: the same bits as decoding, and honest about what is on the disk."""
 
+import errno
 import functools
+import json
+import os
 import pickle
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
 
+import clip_fine_tune
+from benchmarks import CIRR
 from conftest import read_csv
 from data_utils import load_image, make_preprocess
 from runtime.image_files import decoded
 from test_data_utils import MODES, picture
-from training.image_cache import open_image_cache
-from utils import UserError
+from training import image_cache, stage1
+from training.data import read_training_data
+from training.image_cache import REPAYS, CachedImages, ImageCache
+from training.stage1 import decodings
+from utils import Stopped, UserError
 
 RECIPE = {"transform": "targetpad", "target_ratio": 1.25, "resolution": 24}
+
+
+def open_image_cache(folder, paths, read, *, recipe, workers) -> CachedImages:
+    cache = ImageCache(folder=folder, paths=paths, read=read, recipe=recipe, workers=workers)
+    return cache.open()
 
 
 @pytest.fixture
@@ -51,7 +65,8 @@ def test_cached_images_equal_decoded_ones_bit_for_bit(transform, workers, paths,
 def test_a_cache_is_small_when_sent_to_a_worker(paths, tmp_path):
     """Guards against a pickled memory map, which is a copy of every image."""
     read = functools.partial(load_image, preprocess=make_preprocess("clip", 1.25, 224))
-    cached = open_image_cache(tmp_path / "cache", paths, read, recipe=RECIPE, workers=0)
+    recipe = RECIPE | {"resolution": 224}
+    cached = open_image_cache(tmp_path / "cache", paths, read, recipe=recipe, workers=0)
     pickled = pickle.dumps(cached)
     assert len(pickled) < 10_000
     assert torch.equal(pickle.loads(pickled)(paths[3]), cached(paths[3]))
@@ -63,13 +78,13 @@ def reader_that_counts():
     return (lambda path: calls.append(path) or read(path)), calls
 
 
-def test_a_warm_cache_decodes_one_image_to_know_the_shape(paths, tmp_path):
+def test_a_warm_cache_decodes_nothing(paths, tmp_path):
     read, calls = reader_that_counts()
     open_image_cache(tmp_path / "cache", paths, read, recipe=RECIPE, workers=0)
-    assert len(calls) == len(paths) + 1
+    assert calls == paths
     calls.clear()
     open_image_cache(tmp_path / "cache", paths, read, recipe=RECIPE, workers=0)
-    assert len(calls) == 1
+    assert calls == []
 
 
 def test_another_image_or_recipe_is_another_cache(paths, tmp_path):
@@ -83,7 +98,7 @@ def test_another_image_or_recipe_is_another_cache(paths, tmp_path):
             picture("RGB", 30, 30).save(change)
         calls.clear()
         open_image_cache(tmp_path / "cache", paths, read, recipe=recipe, workers=0)
-        assert len(calls) == len(paths) + 1
+        assert calls == paths
 
 
 def test_the_size_is_announced(paths, tmp_path, caplog):
@@ -99,7 +114,7 @@ def test_no_room_on_the_disk(paths, tmp_path, monkeypatch):
         open_image_cache(
             tmp_path / "cache", paths, reader_that_counts()[0], recipe=RECIPE, workers=0
         )
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("keep", [0, 60, -100])
@@ -130,6 +145,134 @@ def test_an_image_that_fails_to_decode_leaves_no_cache(paths, tmp_path):
             tmp_path / "cache", paths, reader_that_counts()[0], recipe=RECIPE, workers=0
         )
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+# Unasked
+
+
+@pytest.fixture
+def automatic(paths, tmp_path, caplog):
+    """Open a cache if it repays so many decodings; returns what there is then, and the lines that were said."""
+
+    def automatic(decodings: int, **changes):
+        caplog.set_level("INFO")
+        caplog.clear()
+        read, _ = reader_that_counts()
+        given = {"folder": tmp_path / "pixels", "paths": paths, "read": read, "recipe": RECIPE}
+        cached = ImageCache(**given | changes).open_if_it_repays(decodings)
+        return cached, caplog.messages
+
+    return automatic
+
+
+def test_a_cache_is_made_where_it_saves_enough_decodings(automatic, paths, tmp_path):
+    few = len(paths) + REPAYS - 1
+    cached, lines = automatic(few)
+    assert cached is None
+    assert not (tmp_path / "pixels").exists()
+    size = f"{len(paths)} images, 0.00 GiB, in {tmp_path / 'pixels'}"
+    assert lines[0].startswith(f"no image cache ({size}")
+    assert lines[0].endswith(
+        ": it would save 19,999 decodings, fewer than 20,000; see --image-cache"
+    )
+    cached, made = automatic(few + 1)
+    again, found = automatic(few + 1)
+    anyway, _ = automatic(0)  # it costs nothing now
+    for opened in (cached, again, anyway):
+        assert torch.equal(opened(paths[2]), reader_that_counts()[0](paths[2]))
+    assert made[0].startswith(f"image cache: {size}")
+    assert made[0].endswith(
+        f"saves 20,000 of {few + 1:,} decodings; --no-image-cache decodes instead"
+    )
+    assert found[0].endswith("from before; --no-image-cache decodes instead")
+    assert [len(said) for said in (lines, made, found)] == [1, 1, 1]
+
+
+def test_a_cache_is_made_where_twice_its_size_is_free(automatic, paths, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    size = len(paths) * 3 * 24 * 24
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, 2 * size - 1))
+    cached, (line,) = automatic(10**6)
+    assert cached is None
+    assert line.endswith("0.00 GiB are free, less than twice its size; see --image-cache")
+    assert not (tmp_path / "pixels").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, 2 * size))
+    assert automatic(10**6)[0] is not None
+
+
+def test_a_cache_that_cannot_be_written_costs_a_line_and_nothing_else(automatic, tmp_path):
+    (tmp_path / "file").write_text("where a folder should be")
+    cached, lines = automatic(10**6, folder=tmp_path / "file" / "pixels")
+    assert cached is None
+    assert "warning: no image cache: could not write" in lines[-1]
+    assert lines[-1].endswith("images are decoded each time")
+
+
+def test_a_disk_that_fills_up_leaves_no_half_of_a_cache(automatic, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(image_cache, "_reserve", full)
+    cached, lines = automatic(10**6)
+    assert cached is None
+    assert "No space left on device" in lines[-1]
+    assert list((tmp_path / "pixels").iterdir()) == []
+
+
+def test_a_stop_while_a_cache_is_filled_leaves_nothing(automatic, tmp_path):
+    def stop():
+        raise Stopped("SIGTERM")
+
+    with pytest.raises(Stopped):
+        automatic(10**6, between=stop)
+    assert list((tmp_path / "pixels").iterdir()) == []
+
+
+def test_what_a_killed_process_left_half_made_goes(automatic, tmp_path):
+    (tmp_path / "pixels").mkdir()
+    old, recent = (tmp_path / "pixels" / f".images-24px-{name}.npy.1.tmp" for name in "ab")
+    for file in (old, recent):
+        file.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    automatic(10**6)
+    assert not old.exists()
+    assert recent.exists()  # its process may be alive
+
+
+def test_how_often_a_training_reads_an_image(drawn):
+    data = read_training_data(CIRR(drawn), batch_size=12, seed=0)
+    gallery = len(data.val[0].paths)
+    steps = data.order.steps
+    assert steps > 1
+    count = functools.partial(decodings, data, epochs=5, validation_frequency=2)
+    assert count(images_learn=True) == 5 * steps * 24 + 3 * gallery  # epochs 0, 2 and 4
+    assert count(images_learn=False) == 5 * steps * 24 + gallery
+
+
+@pytest.mark.slow
+def test_trainings_make_a_cache_unasked_keep_out_of_it_and_go_on(
+    stage_1, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(image_cache, "REPAYS", 1)
+    monkeypatch.setattr(stage1, "PIXELS", tmp_path / "pixels")
+    caplog.set_level("INFO")
+    without = stage_1("CIRR", "--no-image-cache", output="without")
+    assert not (tmp_path / "pixels").exists()
+    assert "image cache" not in caplog.text
+    with_cache = stage_1("CIRR", output="with")
+    assert len(list((tmp_path / "pixels").iterdir())) == 1
+    assert caplog.text.count("image cache") == 1
+    for name in ("train_metrics.csv", "validation_metrics.csv"):
+        assert (without / name).read_bytes() == (with_cache / name).read_bytes()
+    folders = []
+    for run in (without, with_cache):
+        file = run / "training_hyperparameters.json"
+        folders.append(json.loads(file.read_text())["flags"]["image_cache"])
+        words = ["--resume", str(run)]
+        assert clip_fine_tune.parse(words).image_cache == folders[-1]
+        assert clip_fine_tune.parse([*words, "--no-image-cache"]).image_cache is None
+        assert clip_fine_tune.parse([*words, "--image-cache", "there"]).image_cache == Path("there")
+    assert folders == [None, "auto"]  # runs of earlier versions say None, and go on without
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from runtime.tensors import load_tensors, save_tensors
 from training.autosave import Autosave, load_state, save_state
 from training.checkpoints import Checkpoints
 from training.run import Run, make_folder
+from training.schedule import Precision
 from training.tracker import NoTracker
 
 pytestmark = pytest.mark.slow
@@ -108,6 +109,22 @@ def test_every_step_can_be_gone_on_from(look, kind, stage_2, stopped, resume):
     ]
     resume(run)
     assert kills.differences(whole, run) == []
+
+
+@pytest.mark.parametrize("look", [3, 7])
+def test_loss_scaling_goes_on_where_it_was(look, stage_2, stopped, resume, monkeypatch):
+    """The scale falls over the first steps and grows after every second one that succeeds."""
+    monkeypatch.setattr(
+        Precision,
+        "scaler",
+        lambda precision: torch.amp.GradScaler("cpu", init_scale=2.0**14, growth_interval=2),
+    )
+    flags = ["CIRR", "--precision", "fp16", "--batch-size", 4, "--cosine", "--ema-decay", 0.9]
+    whole, run = stage_2(*flags, output="whole"), stopped(look, *flags)
+    assert load_tensors(run / "state.pt")["progress"]["skipped"]
+    resume(run)
+    assert kills.differences(whole, run) == []
+    assert sum(read_csv(run / "loss_scaling_metrics.csv")["skipped_steps"]) >= 1
 
 
 def test_a_stop_in_the_validation_resumes_with_the_validation(
@@ -235,11 +252,12 @@ def test_a_state_from_a_cpu_has_no_scalers(tmp_path):
         assert load_state(tmp_path / "state.pt", parts, torch.device("cpu")) == {"epoch": 1}
     assert torch.equal(parts["module"].weight, linear.weight)
     assert scaler.get_scale() == 4
+    scaler.load_state_dict(scaler.state_dict() | {"_growth_tracker": 7})
     save_state(tmp_path / "state.pt", parts, {"epoch": 1}, torch.device("cpu"))
     other = torch.amp.GradScaler("cpu")
     with torch.random.fork_rng():
         load_state(tmp_path / "state.pt", parts | {"scaler": other}, torch.device("cpu"))
-    assert other.get_scale() == 4
+    assert other.state_dict() == scaler.state_dict()
 
 
 def test_a_worker_ends_when_its_parent_is_gone(tmp_path, start):
@@ -333,6 +351,10 @@ def test_a_run_with_settings_in_one_table_goes_on(stopped, resume, refuses):
     file = run / "training_hyperparameters.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps(Settings.read(content).table))
+    state = load_tensors(run / "state.pt")
+    for later in ("skipped", "skipped_in_a_row"):
+        del state["progress"][later]
+    save_tensors(run / "state.pt", state)
     assert "--combiner-lr is 0.5, but the run was started with 0.001" in refuses(
         run, "--combiner-lr", 0.5
     )
@@ -440,7 +462,7 @@ def command(
         "--output-dir",
         output,
     ]
-    own = ["--no-feature-cache"] if door == "combiner_train" else []
+    own = ["--no-feature-cache" if door == "combiner_train" else "--no-image-cache"]
     return [
         f"src/{door}.py",
         *where,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import data_utils
 import search
 from benchmarks import CIRR, FashionIQ
 from image_search import faiss_index, image_index, photos
@@ -312,6 +313,56 @@ def test_a_failed_update_leaves_the_good_index(index, tmp_path, monkeypatch, cap
         assert {name: (tmp_path / "index" / name).read_bytes() for name in before} == before
         assert len(open_index(tmp_path / "index").paths) == 3
     assert "2 images added, 3 kept" in index(tmp_path / "photos")
+
+
+def test_all_shards_are_read_in_one_pass(index, tmp_path, monkeypatch):
+    """Each is on the disk before the next is encoded; a batch ends with its shard."""
+    images(tmp_path / "photos", 10)
+    monkeypatch.setattr(image_index, "SHARD", 4)
+    passes, encoded, on_disk = [], [], []
+    real_pass, real = data_utils.ImageLoader.batches, encoder.normalise
+
+    def batches(loader, files):
+        passes.append([len(batch) for batch in files])
+        return real_pass(loader, files)
+
+    def normalise(pixels):
+        encoded.append(len(pixels))
+        on_disk.append(len(list((tmp_path / "index" / "partial").glob("*.pt"))))
+        return real(pixels)
+
+    monkeypatch.setattr(data_utils.ImageLoader, "batches", batches)
+    monkeypatch.setattr(encoder, "normalise", normalise)
+    assert "10 images added" in index(tmp_path / "photos", flags=["--clip-bs", 3])
+    assert passes == [[3, 1, 3, 1, 2]]
+    assert encoded == [3, 1, 3, 1, 2]
+    assert on_disk == [0, 0, 1, 1, 2]
+
+
+def test_an_index_of_drafts_stays_one(index, ask, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    turned = Image.Exif()
+    turned[0x0112] = 6  # by 90 degrees
+    for number in range(3):
+        photo = Image.effect_noise((300, 200), 60 + 30 * number).convert("RGB")
+        photo.save(tmp_path / "photos" / f"{number}.jpg", exif=turned)
+    index(tmp_path / "photos", output=tmp_path / "full")
+    index(tmp_path / "photos", flags=["--decode", "draft"])
+    again = ["index", "--output", str(tmp_path / "index"), "--num-workers", "0"]
+    search.main(again)
+    assert "0 images added, 3 kept, 0 removed" in capsys.readouterr().out
+    whole, drafts = open_index(tmp_path / "full"), open_index(tmp_path / "index")
+    assert "decode" not in whole.about["encoder"]
+    assert "decode" not in whole.about["pair"]  # as in indexes of earlier versions
+    assert drafts.about["encoder"]["decode"] == drafts.about["pair"]["decode"] == "draft"
+    assert not np.array_equal(whole.features, drafts.features)
+    photo = tmp_path / "photos" / "1.jpg"
+    assert str(photo) in ask(photo, "is red")
+    with_full = ["--decode", "full"]
+    assert "made with other decode than" in refused(lambda: ask(photo, "x", *with_full), capsys)
+    assert "made with other decode than" in refused(
+        lambda: ask(photo, "x", "--decode", "draft", of=tmp_path / "full"), capsys
+    )
 
 
 @pytest.mark.parametrize("kind", ["hnsw", "ivfpq"])

@@ -116,6 +116,12 @@ class Split:
             members.update(triplet.images)
         return members
 
+    @property
+    def outside(self) -> list[bool]:
+        """Whether each image of the gallery is neither reference nor target of any triplet, N of them."""
+        members = self.members
+        return [name not in members for name in self.image_paths]
+
     def without(self, excluded: Container[str]) -> "Split":
         """The split without some images, without the triplets that ask with or for them, and with smaller groups."""
         kept = []

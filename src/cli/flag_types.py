@@ -4,6 +4,9 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from runtime.choices import AUTO
 
 
 def positive_int(text: str) -> int:
@@ -53,6 +56,11 @@ def file_name(text: str) -> str:
     if not re.fullmatch(r"[\w.@+-]+", text) or text in (".", ".."):
         raise argparse.ArgumentTypeError(f"{text}: use letters, digits and . _ @ + - only")
     return text
+
+
+def path_or_auto(text: str) -> Path | str:
+    """A path, or the word that leaves the choice."""
+    return text if text == AUTO else Path(text)
 
 
 def in_any_case(names: Iterable[str]) -> Callable[[str], str]:

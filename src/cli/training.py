@@ -12,6 +12,7 @@ from benchmarks import Benchmark
 from cli.startup import check_annotations, check_files, command_line, open_benchmark, pick_device
 from models.configuration import FREE_FLAGS, Settings
 from runtime import torchrun
+from runtime.choices import AUTO
 from runtime.files import check_writable
 from runtime.interruption import StopRequest, listening
 from training.hyper_parameters import read_hyper_parameters
@@ -84,7 +85,8 @@ def check(args: argparse.Namespace) -> Benchmark:
     check_files(args)
     written = {}
     for name in ("output_dir", "image_cache", "feature_cache"):
-        written[flag(name)] = getattr(args, name, None)
+        folder = getattr(args, name, None)
+        written[flag(name)] = None if folder == AUTO else folder
     check_writable(written)
     benchmark, _ = open_benchmark(args)
     check_annotations(benchmark, [benchmark.train_split, benchmark.val_split])

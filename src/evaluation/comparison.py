@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import Benchmark
 from evaluation.result_file import Result, read_result, stored_ranks
 from models.configuration import FREE_FLAGS, Settings
+from runtime.choices import named
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -131,8 +132,7 @@ def _without_seed(settings: Settings) -> dict[str, Any]:
     not_the_method = {*FREE_FLAGS, "seed", "seeds"}
     flags = {name: value for name, value in settings.flags.items() if name not in not_the_method}
     return {
-        **flags,
-        **settings.recipe,
+        **named({**flags, **settings.recipe}),
         "data": settings.data.get("data_sha256"),
         "versions": settings.versions,
     }

@@ -22,6 +22,7 @@ from image_search import faiss_index
 from image_search.manifest import MANIFEST, check_index, read_manifest
 from models.clip_model import feature_dim
 from models.encoder import Encoder
+from runtime.choices import named
 from runtime.files import file_identities, file_size, locked, write_text, written_whole
 from runtime.tensors import load_tensors, save_tensors
 from utils import UserError
@@ -86,12 +87,8 @@ class Update:
 
 def encoder_key(encoder: Encoder) -> dict[str, Any]:
     """What features depend on beside the images: weights, preprocessing and precision, but no device."""
-    about = encoder.describe()
-    names = ("weights", "transform", "target_ratio", "resolution")
-    key = {name: about[name] for name in names}
-    if encoder.precision != "fp32":  # which indexes of earlier versions all are, and do not say
-        key["encode_precision"] = encoder.precision
-    return key
+    precision = named({"encode_precision": encoder.precision})
+    return {"weights": encoder.describe()["weights"], **encoder.preprocessing, **precision}
 
 
 def open_index(folder: Path) -> ImageIndex:
@@ -250,11 +247,11 @@ def _encode(
         path -> why it cannot be read.
     """
     unreadable: dict[str, str] = {}
-    for start in range(0, len(files), SHARD):
-        shard = files[start : start + SHARD]
-        progress = f"images {start + 1} to {start + len(shard)} of {len(files)}"
-        encoded, reasons = encoder.readable_images([Path(path) for path, _, _ in shard], progress)
-        encoded = encoded.cpu()
+    shards = [files[start : start + SHARD] for start in range(0, len(files), SHARD)]
+    paths = []
+    for shard in shards:
+        paths.append([Path(path) for path, _, _ in shard])
+    for shard, (encoded, reasons) in zip(shards, encoder.readable_images(paths), strict=True):
         readable = []
         for file, reason in zip(shard, reasons, strict=True):
             if reason:

@@ -47,7 +47,8 @@ class Searcher:
         query_key = _but_precision(encoder_key(pair.encoder))
         index_key = _but_precision(index.about.get("encoder"))
         if index_key != query_key:
-            differing = [name for name in query_key if index_key.get(name) != query_key[name]]
+            names = {**query_key, **index_key}
+            differing = [name for name in names if index_key.get(name) != query_key.get(name)]
             raise UserError(
                 f"--index {index.folder} was made with other {' and '.join(differing)} than the query has: name the "
                 "weights that it was made with, or make another index"

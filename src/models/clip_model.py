@@ -6,6 +6,7 @@ import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ from runtime import distributed
 from runtime.tensors import load_tensors, save_tensors
 from utils import UserError, first_line, seed_everything
 
-with warnings.catch_warnings():
+# The clip package asks for a GPU when it is imported. What a process that has asked forks cannot use one, and `demo.py`
+# forks all of its commands: the package is told that there is none. No default of it that would follow is used.
+with warnings.catch_warnings(), mock.patch("torch.cuda.is_available", return_value=False):
     # clip-anytorch imports pkg_resources, which warns that it is deprecated.
     warnings.simplefilter("ignore")
     import clip

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.choices import ENCODE_PRECISIONS, OPENAI_CLIPS, TRANSFORMS, ClipChoice
+from runtime.choices import DECODINGS, ENCODE_PRECISIONS, OPENAI_CLIPS, TRANSFORMS, ClipChoice
 from runtime.files import find_checkpoint, is_there
 from utils import UserError, flag
 
@@ -32,10 +32,14 @@ DIGESTS = {
     "excluded": "other images are left out",
 }
 ORIGINAL_DEFAULTS = ClipChoice(
-    clip_model_name="RN50x4", transform="targetpad", target_ratio=1.25, encode_precision="fp32"
+    clip_model_name="RN50x4",
+    transform="targetpad",
+    target_ratio=1.25,
+    decode="full",
+    encode_precision="fp32",
 )
 RECIPE = (
-    "clip_model_name", "transform", "target_ratio", "encode_precision", "resolution", "clip_dim",
+    "clip_model_name", "transform", "target_ratio", "decode", "encode_precision", "resolution", "clip_dim",
 )  # fmt: skip
 
 
@@ -172,7 +176,12 @@ def settle(choice: ClipChoice, checkpoints: Sequence[Checkpoint | None]) -> Clip
             if value != settled[name]:
                 asked = f"{flag(name)} {value}, not {settled[name]}"
                 logger.warning("warning: %s was trained with %s", path, asked)
-    for name, known in (("transform", TRANSFORMS), ("encode_precision", ENCODE_PRECISIONS)):
+    listed = {
+        "transform": TRANSFORMS,
+        "decode": DECODINGS,
+        "encode_precision": ENCODE_PRECISIONS,
+    }
+    for name, known in listed.items():
         if settled[name] not in known:
             raise UserError(
                 f"a checkpoint names the {name} {settled[name]}, which is none of {', '.join(known)}: name one with "

@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import PIL
 import torch
@@ -15,22 +16,18 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data_utils import (
-    ImageDataset,
-    ReadableImages,
-    Reader,
-    load_batches,
-    load_image,
-    make_preprocess,
-    normalise,
-)
+from data_utils import ImageLoader, load_image, make_preprocess, normalise, read_or_explain
 from models.clip_model import CLIP, feature_dim, load_clip, load_finetuned, resolution, tokenize
 from models.configuration import Checkpoint
 from runtime import distributed
-from runtime.choices import ClipChoice
+from runtime.choices import ClipChoice, named
 from runtime.image_files import decoded
 from runtime.precision import check_encode_precision, encoding
-from utils import UserError
+
+CAPTIONS_AT_ONCE = 256  # in a batch: 32, as of images, leave a GPU idle
+CAPTIONS_KEPT = 16_384  # whose tokens are remembered, 1 KB each: more than a validation has
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +35,16 @@ class Encoder:
     """A CLIP with the preprocessing that its features are made with. Features are unnormalised, float32.
 
     Attributes:
-        recipe: model name, transform, target ratio, precision and resolution, from which `model` and `read` were made.
-        workers: processes that decode images, 0 for this one.
+        loader: reads preprocessed images. Its processes, if it has some, serve all copies of this encoder.
+        recipe: what `model` and `loader` were made of: model name, transform, target ratio, decode, resolution; and the
+            precision to encode in.
         between: called between two batches of images; what it raises ends the encoding.
     """
 
     model: CLIP
-    read: Reader
+    loader: ImageLoader
     recipe: dict[str, Any]
     device: torch.device
-    workers: int = 0
     batch_size: int = 32
     between: Callable[[], None] = lambda: None
 
@@ -57,40 +54,42 @@ class Encoder:
 
         Several processes share the work; each gets all features.
         """
-        chunks = distributed.shard(_chunks(len(paths), self.batch_size))
+        chunks = distributed.shard(_chunks(paths, self.batch_size))
         encoded = [self._no_features()]
-        batches = load_batches(ImageDataset(paths, self.read), chunks, self.workers, self.device)
         with _progress(sum(map(len, chunks)), what) as bar:
-            for pixels in batches:
+            for pixels in self.loader.batches(chunks):
                 encoded.append(self._image_features(pixels))
                 bar.update(len(pixels))
                 self.between()
         return distributed.gather_shards(torch.cat(encoded))
 
     @torch.no_grad()
-    def readable_images(self, paths: list[Path], what: str) -> tuple[Tensor, list[str]]:
-        """Features (n, D) of the n image files that can be read, in order, and why each of all cannot, "" where it can.
+    def readable_images(self, shards: list[list[Path]]) -> Iterator[tuple[Tensor, list[str]]]:
+        """Encode image files of which some may be damaged, in this process alone.
 
-        In this process alone.
+        Yields:
+            Of each shard the features (n, D) of the n files that can be read, on the CPU, in order, and why each of
+            all cannot, "" where it can.
         """
-        encoded = [self._no_features()]
-        could_be_read: list[bool] = []
-        images = ReadableImages(paths, self.read, self.recipe["resolution"])
-        batches = load_batches(
-            images, _chunks(len(paths), self.batch_size), self.workers, self.device
-        )
-        with _progress(len(paths), what) as bar:
-            for pixels, readable in batches:
-                if readable.any():
-                    encoded.append(self._image_features(pixels[readable]))
-                could_be_read += readable.tolist()
-                bar.update(len(pixels))
-                self.between()
-        reasons = [
-            self._reason(path, readable)
-            for path, readable in zip(paths, could_be_read, strict=True)
-        ]
-        return torch.cat(encoded), reasons
+        resolution = self.recipe["resolution"]
+        read = functools.partial(read_or_explain, read=self.loader.read, resolution=resolution)
+        loader = ImageLoader(read, self.loader.workers, self.device)
+        chunks_of_shards = [_chunks(shard, self.batch_size) for shard in shards]
+        batches = loader.batches(list(itertools.chain.from_iterable(chunks_of_shards)))
+        with _progress(sum(map(len, shards)), "images") as bar:
+            for chunks in chunks_of_shards:
+                encoded = [self._no_features()]
+                reasons: list[str] = []
+                for pixels, problems in itertools.islice(batches, len(chunks)):
+                    readable = [row for row, problem in enumerate(problems) if not problem]
+                    if len(readable) < len(pixels):
+                        pixels = pixels[readable]
+                    if readable:
+                        encoded.append(self._image_features(pixels))
+                    reasons += problems
+                    bar.update(len(problems))
+                    self.between()
+                yield torch.cat(encoded).cpu(), reasons
 
     @property
     def precision(self) -> str:
@@ -110,42 +109,36 @@ class Encoder:
     def _no_features(self) -> Tensor:
         return torch.empty(0, feature_dim(self.model), device=self.device)
 
-    def _reason(self, path: Path, readable: bool) -> str:
-        """Why an image cannot be read."""
-        if readable:
-            return ""
-        try:
-            self.read(path)
-        except UserError as error:
-            return str(error)
-        return f"image {path} could not be read a moment ago, now it can: start again"
-
     @torch.no_grad()
     def captions(self, captions: list[str]) -> Tensor:
         """Captions to features (len(captions), D) on the device, in order; a repeated one is encoded once."""
         unique = list(dict.fromkeys(captions))
         encoded = [self._no_features()]
-        for rows in distributed.shard(_chunks(len(unique), self.batch_size)):
-            tokens = tokenize([unique[row] for row in rows])
+        for chunk in distributed.shard(_chunks(unique, CAPTIONS_AT_ONCE)):
+            tokens = torch.stack([_tokens(caption) for caption in chunk])
             encoded.append(self._text_features(tokens.to(self.device)))
         row_of = {caption: row for row, caption in enumerate(unique)}
         rows = torch.tensor([row_of[caption] for caption in captions], device=self.device)
         return distributed.gather_shards(torch.cat(encoded))[rows]
 
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How images are preprocessed, as keys and results say it."""
+        names = ("transform", "target_ratio", "resolution", "decode")
+        return named({name: self.recipe[name] for name in names})
+
     def image_recipe(self) -> dict[str, Any]:
         """All that determines the preprocessed images beside the files themselves."""
-        apart = {"clip_model_name", "encode_precision"}
-        recipe = {name: value for name, value in self.recipe.items() if name not in apart}
-        return {**recipe, "versions": versions()}
+        return {**self.preprocessing, "versions": versions()}
 
     def describe(self) -> dict[str, Any]:
         """All that determines the features beside the images and captions themselves, in plain types."""
-        recipe = {name: value for name, value in self.recipe.items() if name != "encode_precision"}
         precision = f"{self.precision} on {self.device.type}"
         if self.precision == "fp32" and self.device.type == "cpu":
             precision = "float32 on cpu"  # as earlier versions said it, whose caches are still good
         return {
-            **recipe,
+            "clip_model_name": self.recipe["clip_model_name"],
+            **self.preprocessing,
             "weights": weights_digest(self.model.state_dict()),
             "precision": precision,
             "versions": versions(),
@@ -164,9 +157,15 @@ def versions() -> dict[str, str]:
     return {name: str(package.__version__) for name, package in packages.items()}
 
 
-def _chunks(count: int, size: int) -> list[list[int]]:
-    """0 .. count - 1 in lists of `size`."""
-    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+def _chunks(items: Sequence[Item], size: int) -> list[list[Item]]:
+    """The items in lists of `size`, the last one what is left."""
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+@functools.lru_cache(CAPTIONS_KEPT)
+def _tokens(caption: str) -> Tensor:
+    """A caption's tokens (77,). Each validation asks for those of the same captions."""
+    return tokenize([caption])[0]
 
 
 def weights_digest(state: dict[str, Tensor]) -> str:
@@ -185,14 +184,14 @@ def load_encoder(
     *,
     workers: int,
     batch_size: int = 32,
-    opened: Callable[[Path], Image] = decoded,
+    opened: Callable[..., Image] = decoded,
 ) -> Encoder:
     """CLIP in eval mode with its preprocessing.
 
     Args:
         settings: from `configuration.settle`: nothing in it is None.
         tuned: stage-1 weights that replace the model's own.
-        opened: opens an image file.
+        opened: opens an image file; `side` are the pixels that its shorter side needs.
     """
     recipe = dataclasses.asdict(settings)
     check_encode_precision(recipe["encode_precision"], device)
@@ -201,7 +200,13 @@ def load_encoder(
         load_finetuned(model, tuned.state, tuned.path)
     recipe["resolution"] = resolution(model)
     preprocess = make_preprocess(recipe["transform"], recipe["target_ratio"], recipe["resolution"])
+    if recipe["decode"] == "draft":
+        opened = functools.partial(opened, side=recipe["resolution"])
     read = functools.partial(load_image, preprocess=preprocess, opened=opened)
     return Encoder(
-        model=model, read=read, recipe=recipe, device=device, workers=workers, batch_size=batch_size
+        model=model,
+        loader=ImageLoader(read, workers, device),
+        recipe=recipe,
+        device=device,
+        batch_size=batch_size,
     )

@@ -1,12 +1,11 @@
 """Features kept: a cache on disk with an honest key, and a split as tensors on the device."""
 
-import functools
 import hashlib
 import itertools
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -89,34 +88,40 @@ class FrozenSplit:
     Attributes:
         images: (N, D) in gallery order.
         captions: (Q, V, D), V texts a triplet.
+        tables: what follows from the split alone, made when it is first asked for; validations share it.
     """
 
     split: Split
     images: Tensor
     captions: Tensor
+    tables: dict[str, Tensor] = field(default_factory=dict)
 
-    @functools.cached_property
+    @property
     def reference_rows(self) -> Tensor:
         """Gallery row of each query's reference, (Q,)."""
-        return torch.tensor(self.split.reference_rows, device=self.images.device)
+        return self._table("reference_rows")
 
-    @functools.cached_property
+    @property
     def target_rows(self) -> Tensor:
         """Gallery row of each query's target, (Q,). Raises ValueError where they are secret."""
-        return torch.tensor(self.split.target_rows, device=self.images.device)
+        return self._table("target_rows")
 
-    @functools.cached_property
+    @property
     def group_rows(self) -> Tensor:
         """Gallery rows of each query's group, (Q, G - 1), see `Split.group_rows`."""
-        return torch.tensor(self.split.group_rows, device=self.images.device)
+        return self._table("group_rows")
 
-    @functools.cached_property
+    @property
     def outside(self) -> Tensor:
         """Whether a gallery image is neither reference nor target of any triplet, (N,) bool."""
-        members = self.split.members
-        return torch.tensor(
-            [name not in members for name in self.split.names], device=self.images.device
-        )
+        return self._table("outside")
+
+    def _table(self, name: str) -> Tensor:
+        """What the split says of its rows under a name, as a tensor on the device."""
+        if name not in self.tables:
+            rows = getattr(self.split, name)
+            self.tables[name] = torch.tensor(rows, device=self.images.device)
+        return self.tables[name]
 
     @property
     def references(self) -> Tensor:

@@ -41,7 +41,6 @@ class Pair:
 
     def describe(self) -> dict[str, Any]:
         """Weights, preprocessing and training of the pair in plain types, for a result that says what it is of."""
-        recipe = self.encoder.recipe
         weights = {"clip": weights_digest(self.encoder.model.state_dict())}
         if state := self.compose.state_dict():
             weights["combiner"] = weights_digest(state)
@@ -51,16 +50,14 @@ class Pair:
         if self.trained:
             checkpoints["combiner"] = self.trained
         return {
-            "clip_model_name": recipe["clip_model_name"],
+            "clip_model_name": self.encoder.recipe["clip_model_name"],
             "combining_function": self.compose.combining_function,
             "checkpoints": {
                 kind: str(checkpoint.path.resolve()) for kind, checkpoint in checkpoints.items()
             },
             "weights_sha256": weights,
             "encode_precision": self.encoder.precision,
-            "preprocessing": {
-                name: recipe[name] for name in ("transform", "target_ratio", "resolution")
-            },
+            "preprocessing": self.encoder.preprocessing,
             "training": {kind: checkpoint.config for kind, checkpoint in checkpoints.items()},
         }
 

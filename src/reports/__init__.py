@@ -1,1 +1,1 @@
-"""HTML pages and pictures."""
+"""HTML pages, pictures, and tables as text."""

@@ -1,6 +1,9 @@
 """The pictures of a run: training_curves.png and a page that says what it is and how to go on with it."""
 
+import functools
+import importlib.util
 import io
+import logging
 import operator
 import time
 from collections.abc import Mapping, Sequence
@@ -11,6 +14,8 @@ from typing import Any
 from reports import pages
 from runtime.files import write_bytes, write_text
 from utils import two_decimals
+
+logger = logging.getLogger(__name__)
 
 Rows = Sequence[dict[str, float]]  # of a run's CSV file
 
@@ -35,7 +40,10 @@ class About:
 
 
 class RunPage:
-    """Draws a run's curves and page, at validations as long as that takes a small share of the time, and at the end."""
+    """Draws a run's curves and page, at validations as long as that takes a small share of the time, and at the end.
+
+    Where matplotlib is not installed, the page has no curves.
+    """
 
     def __init__(self, folder: Path, about: About) -> None:
         self.folder = folder
@@ -53,28 +61,37 @@ class RunPage:
         start = time.monotonic()
         if not complete and (start - self.drawn_at) * DRAWING_SHARE < self.cost:
             return
-        curves = training_curves(rows, self.about.titles)
+        curves = training_curves(rows, self.about.titles) if can_draw() else None
         page = run_page(self.folder.name, self.about, rows, curves=curves, complete=complete)
-        write_bytes(self.folder / "training_curves.png", curves)
+        if curves is not None:
+            write_bytes(self.folder / "training_curves.png", curves)
         write_text(self.folder / "index.html", page)
         self.drawn_at = time.monotonic()
         self.cost = self.drawn_at - start
 
 
+@functools.cache
+def can_draw() -> bool:
+    """Whether matplotlib is installed; if not, this is said once."""
+    there = importlib.util.find_spec("matplotlib") is not None
+    if not there:
+        logger.warning("no training_curves.png: matplotlib is not installed")
+    return there
+
+
 def run_page(
-    name: str, about: About, rows: Mapping[str, Rows], *, curves: bytes, complete: bool
+    name: str, about: About, rows: Mapping[str, Rows], *, curves: bytes | None, complete: bool
 ) -> str:
-    """The page of a run."""
+    """The page of a run; curves are a PNG, or None."""
     wanted = about.hyper_parameters["num_epochs"]
     trained = rows["train"]
     state = "complete" if complete else "not complete"
     loss = trained[-1]["train_epoch_loss"]
-    parts = [
-        f"<p>{len(trained)} of {wanted} epochs, {state}; last loss {loss:.4f}</p>",
-        f'<img src="{pages.data_url(curves, "image/png")}" alt="loss, recalls and expert load by epoch">',
-        "<h2>Best validations</h2>",
-        _best(about, rows.get("validation", [])),
-    ]
+    parts = [f"<p>{len(trained)} of {wanted} epochs, {state}; last loss {loss:.4f}</p>"]
+    if curves is not None:
+        source = pages.data_url(curves, "image/png")
+        parts.append(f'<img src="{source}" alt="loss, recalls and expert load by epoch">')
+    parts += ["<h2>Best validations</h2>", _best(about, rows.get("validation", []))]
     if scaling := rows.get("loss_scaling"):
         skipped = sum(row["skipped_steps"] for row in scaling)
         parts.insert(1, f"<p>loss scale {scaling[-1]['loss_scale']:g}, {skipped} skipped steps</p>")

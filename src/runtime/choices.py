@@ -1,10 +1,14 @@
 """What flags choose from, and what they chose: names and plain records that importing costs nothing for."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ENCODERS = ("both", "text", "image")  # what stage 1 trains
 TRANSFORMS = ("clip", "squarepad", "targetpad")
+DECODINGS = ("full", "draft")  # draft: JPEG files are scaled down while they are decoded
+AUTO = "auto"  # the value of a flag that leaves a decision to what would be gained
 COMBINER_TYPES = ("moe", "clip4cir")
 COMBINING_FUNCTIONS = ("sum", "combiner")
 ENCODE_PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -23,7 +27,17 @@ class ClipChoice:
     clip_model_name: str | None = None
     transform: str | None = None
     target_ratio: float | None = None
+    decode: str | None = None
     encode_precision: str | None = None
+
+
+# What was the only way before there was a choice. Keys, results and indexes of then do not name it, and stay valid.
+UNNAMED = {"decode": "full", "encode_precision": "fp32"}
+
+
+def named(choices: Mapping[str, Any]) -> dict[str, Any]:
+    """Choices as keys, results and indexes say them."""
+    return {name: value for name, value in choices.items() if (name, value) not in UNNAMED.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

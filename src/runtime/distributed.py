@@ -102,11 +102,10 @@ def from_main(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     """The main rank's tensor, on every rank's device."""
     if world_size() == 1:
         return tensor if tensor is None else tensor.to(device)
-    kind: list[Any] = [None if tensor is None else (tensor.shape, tensor.dtype)]
-    dist.broadcast_object_list(kind, device=device)
-    if kind[0] is None:
+    kind = _same_object(None if tensor is None else (tensor.shape, tensor.dtype))
+    if kind is None:
         return None
-    shape, dtype = kind[0]
+    shape, dtype = kind
     received = (
         torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device)
     )
@@ -116,10 +115,14 @@ def from_main(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 
 def same_text(text: str) -> str:
     """The main rank's text, on every rank."""
-    texts = [text]
-    if world_size() > 1:
-        dist.broadcast_object_list(texts, device=torch.device("cpu"))
-    return texts[0]
+    return text if world_size() == 1 else _same_object(text)
+
+
+def _same_object(value: Any) -> Any:
+    """The main rank's plain object, on every rank; sent between CPUs, so that none waits for a GPU."""
+    values = [value]
+    dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
 
 
 def highest(*numbers: int) -> tuple[int, ...]:

@@ -169,11 +169,21 @@ def check_writable(folders: dict[str, Path | None]) -> None:
     for flag, folder in folders.items():
         if folder is None:
             continue
-        nearest = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+        nearest = _nearest(folder)
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(
                 f"{flag} {folder}: {nearest} is not a folder that can be written to; choose another"
             )
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder itself, or the first above it that exists."""
+    return next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
+
+
+def free_bytes(folder: Path) -> int:
+    """Room on the disk of a folder, which need not exist yet."""
+    return shutil.disk_usage(_nearest(folder)).free
 
 
 def check_file_writable(files: dict[str, Path | None]) -> None:

@@ -1,19 +1,15 @@
 """What an epoch is made of: a benchmark's triplets and caption variants, and the order of its batches."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from benchmarks import Benchmark, Split
 from benchmarks.exclusions import announce, excluded
 from benchmarks.splits import check_images_exist, split_digest
-from data_utils import Reader
 from runtime import distributed
 from utils import UserError
 
@@ -115,23 +111,3 @@ def read_training_data(
     announce(benchmark.excluded, [train, *val])
     check_images_exist([train, *val])
     return TrainingData(benchmark=benchmark, train=train, val=val, texts=texts, order=order)
-
-
-class TripletImages(Dataset):
-    """Reference and target images of triplets, item i is 2 x (3, R, R) uint8.
-
-    Args:
-        files: of each triplet, (reference's, target's).
-        read: makes the preprocessed bytes of one.
-    """
-
-    def __init__(self, files: Sequence[tuple[Path, Path]], read: Reader) -> None:
-        self.files = files
-        self.read = read
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        reference, target = self.files[row]
-        return self.read(reference), self.read(target)

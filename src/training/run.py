@@ -1,7 +1,9 @@
 """One run on disk: its folder and CSV files, its page, and what mirrors it."""
 
 import contextlib
+import csv
 import errno
+import io
 import itertools
 import json
 import logging
@@ -93,10 +95,13 @@ class Run:
         self.state_file.unlink(missing_ok=True)
 
     def _write(self, kind: str) -> None:
-        import pandas as pd
-
-        table = pd.DataFrame(self.rows[kind]).to_csv(index=False)
-        write_text(self.folder / f"{kind}_metrics.csv", table)
+        rows = self.rows[kind]
+        names = dict.fromkeys(itertools.chain.from_iterable(rows))
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(names), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.folder / f"{kind}_metrics.csv", table.getvalue())
 
 
 class NoRun:

@@ -1,7 +1,7 @@
 """What stage 1 learns: CLIP, so that image feature + text feature lies near the target's image feature."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from benchmarks import Split
 from benchmarks.splits import all_paths
 from combiner import compose_sum
-from data_utils import load_batches, normalise
+from data_utils import ImageLoader, normalise
 from models.clip_model import CLIP, choose_trained, tokenize
 from models.encoder import Encoder
 from models.features import FrozenSplit
-from training.data import TrainingData, TripletImages
-from training.image_cache import open_image_cache
+from runtime.choices import AUTO
+from training.data import TrainingData
+from training.image_cache import PIXELS, ImageCache
 from training.loop import Batch, Batches, Task, average, measured_weights, trainable
 
 
@@ -76,20 +76,22 @@ def fine_tuning(
 
 def triplet_batches(encoder: Encoder, data: TrainingData) -> Batches:
     """Batches of reference and target images (b, 3, R, R) uint8 and caption tokens (b, 77), with target ids (b,)."""
-    triplets = data.train.triplets
-    paths = data.train.image_paths
-    images = TripletImages(
-        [(paths[t.reference], paths[t.known_target]) for t in triplets], encoder.read
-    )
-    tokens = torch.stack([tokenize(variants) for variants in data.texts])  # (T, V, 77)
+    paths = data.train.paths
+    reference_rows = torch.tensor(data.train.reference_rows)  # (T,)
     target_rows = torch.tensor(data.train.target_rows)  # (T,)
+    tokens = torch.stack([tokenize(variants) for variants in data.texts])  # (T, V, 77)
 
     def batches(epoch: int, first_step: int = 0) -> Iterable[Batch]:
         rows, variants = (table[first_step:] for table in data.order.batches(epoch))  # (steps, b)
         texts = tokens[rows, variants].to(encoder.device)  # (steps, b, 77)
         ids = target_rows[rows].to(encoder.device)
-        pixels = load_batches(images, rows.tolist(), encoder.workers, encoder.device)
-        for (references, targets), own_texts, own_ids in zip(pixels, texts, ids, strict=True):
+        images = torch.cat([reference_rows[rows], target_rows[rows]], dim=1)  # (steps, 2b)
+        files = []
+        for step in images.tolist():
+            files.append([paths[row] for row in step])
+        pixels = encoder.loader.batches(files)
+        for both, own_texts, own_ids in zip(pixels, texts, ids, strict=True):
+            references, targets = both.chunk(2)
             yield [references, targets, own_texts], own_ids
 
     return batches
@@ -108,27 +110,48 @@ def sum_validation(
         return [encoder.images(split.paths, f"{split.name} images") for split in data.val]
 
     kept = None if images_learn else encode_galleries()
+    tables_of_splits: list[dict[str, Tensor]] = [{} for _ in data.val]
 
     def validate() -> dict[str, float]:
         galleries = kept if kept is not None else encode_galleries()
         frozen = []
-        for split, images in zip(data.val, galleries, strict=True):
-            captions = encoder.captions(
-                [data.benchmark.caption(triplet.captions) for triplet in split.triplets]
-            )
-            frozen.append(FrozenSplit(split=split, images=images, captions=captions.unsqueeze(1)))
+        for split, images, tables in zip(data.val, galleries, tables_of_splits, strict=True):
+            texts = [data.benchmark.caption(triplet.captions) for triplet in split.triplets]
+            captions = encoder.captions(texts).unsqueeze(1)
+            frozen.append(FrozenSplit(split=split, images=images, captions=captions, tables=tables))
         return measure(frozen)
 
     return validate
 
 
-def with_image_cache(encoder: Encoder, folder: Path, splits: Sequence[Split]) -> Encoder:
-    """The encoder with images from a cache instead of decoded ones; the cache is filled now unless it is there."""
-    cached = open_image_cache(
-        folder,
-        all_paths(splits),
-        encoder.read,
+def decodings(
+    data: TrainingData, *, epochs: int, validation_frequency: int, images_learn: bool
+) -> int:
+    """How often a training reads an image, in its steps and its validations."""
+    in_steps = epochs * data.order.steps * data.order.batch_size * 2  # reference and target
+    validations = -(-epochs // validation_frequency) if images_learn else 1
+    return in_steps + validations * sum(len(split.paths) for split in data.val)
+
+
+def with_image_cache(
+    encoder: Encoder, folder: Path | str, data: TrainingData, decodings: int
+) -> Encoder:
+    """The encoder with images from a cache instead of decoded ones; the cache is filled now unless it is there.
+
+    Args:
+        folder: AUTO for that of the project, and for a cache only where it is worth it.
+        decodings: see `ImageCache.open_if_it_repays`.
+    """
+    cache = ImageCache(
+        folder=PIXELS if folder == AUTO else Path(folder),
+        paths=all_paths(data.splits),
+        read=encoder.loader.read,
         recipe=encoder.image_recipe(),
-        workers=encoder.workers,
+        workers=encoder.loader.workers,
+        between=encoder.between,
     )
-    return dataclasses.replace(encoder, read=cached)
+    cached = cache.open_if_it_repays(decodings) if folder == AUTO else cache.open()
+    if cached is None:
+        return encoder
+    loader = ImageLoader(cached, encoder.loader.workers, encoder.device)
+    return dataclasses.replace(encoder, loader=loader)

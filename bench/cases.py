@@ -1,0 +1,76 @@
+"""All that is checked and timed: `run.py` times on a CPU or a GPU, `gpu_check.py` does all that a GPU is wanted for."""
+
+from dataclasses import dataclass
+
+import attention
+import encoding
+import equality
+import moe
+import original
+import parallel
+import processes
+import ranking
+import stage1
+import stage2
+import traces
+import trainings
+import vector_search
+from isolated import Run
+
+BOTH = frozenset({"cpu", "cuda"})
+CPU = frozenset({"cpu"})
+GPU = frozenset({"cuda"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is measured together, in a process of its own.
+
+    Attributes:
+        run: makes the rows of the results.
+        seconds: that it may take on a GPU.
+        on: the kinds of device that it is for.
+        checks: whether its rows pass or fail; else it is timed.
+        unasked: whether it runs where no case is named.
+    """
+
+    run: Run
+    seconds: float = 60
+    on: frozenset[str] = GPU
+    checks: bool = False
+    unasked: bool = True
+
+
+# In this order on a GPU: first whether it computes what it should, then what costs most, then what is nice to know.
+CASES = {
+    "golden": Case(run=original.validations, checks=True),
+    "golden-losses": Case(run=original.full_batch_losses, checks=True),
+    "combiners": Case(run=equality.combiners, seconds=30, checks=True),
+    "micro-batches": Case(run=equality.micro_batches, seconds=30, checks=True),
+    "ranks": Case(run=equality.ranking, seconds=30, checks=True),
+    "learning": Case(run=trainings.learning, seconds=120, checks=True),
+    "resuming": Case(run=trainings.resuming, checks=True),
+    "gloo": Case(run=parallel.by_gloo, checks=True),
+    "nccl": Case(run=parallel.by_nccl, seconds=30, checks=True),
+    "stage1-resnet": Case(run=stage1.figures_of_resnet),
+    "stage1-vit": Case(run=stage1.figures_of_vit),
+    "stage1-large-batch": Case(run=stage1.large_batch, seconds=40),
+    "stage2-full-size": Case(run=stage2.full_size, seconds=30),
+    "encoding": Case(run=encoding.figures, seconds=40),
+    "moe": Case(run=moe.figures, seconds=30, on=BOTH),
+    "stage1-variants": Case(run=stage1.variants, seconds=40),
+    "stage1-memory": Case(run=stage1.memory, seconds=40),
+    "attention": Case(run=attention.figures, seconds=20),
+    "waits": Case(run=traces.waits, seconds=30),
+    "profiles": Case(run=traces.profiles, seconds=40),
+    "stage1-resnet-compiled": Case(run=stage1.compiled_resnet, seconds=90),
+    "stage1": Case(run=stage1.figures, on=BOTH),
+    "saving": Case(run=stage1.saving),
+    "index": Case(run=encoding.index),
+    "stage1-vit-compiled": Case(run=stage1.compiled_vit, seconds=90),
+    "ranking": Case(run=ranking.figures, on=BOTH),
+    "stage2": Case(run=stage2.drawn, seconds=90, on=BOTH),
+    "processes": Case(run=processes.figures, on=CPU),
+    "search": Case(run=vector_search.figures, on=CPU),
+    "search-hnsw": Case(run=vector_search.figures_of_graph, on=CPU, unasked=False),
+}

@@ -1,0 +1,187 @@
+"""What a device computes against definitions, plain steps and the CPU."""
+
+import copy
+import functools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
+from combiner import Combiner, Composer, PlainCombiner, compose_sum
+from evaluation.retrieval import rank
+from models.clip_model import load_clip, write_tiny_clip
+from models.features import FrozenSplit
+from ranking import random_cirr
+from report import held
+from runtime.precision import exact_float32
+from stage1 import random_batch
+from timing import Row, Setting
+from training.contrastive import backward
+from training.schedule import Precision
+from training.stage1 import SumFeatures
+from twins import DefinedCombiner, DefinedPlainCombiner
+
+# Of queries and of gradients. In half precision some of a ReLU's inputs round to the other side of zero, which turns
+# whole gradients on and off: fp16 on a CPU is 0.012 to 0.017 off.
+LIMITS = {"fp32": (1e-5, 1e-5), "amp": (1e-2, 3e-2)}
+TIE = 1e-5  # a difference of cosines that is rounding
+SCALE = 2.0**10  # of losses in half precision
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    """The length of a difference, as a share of the length of what it is from."""
+    exact = theirs.cpu().double()
+    return ((ours.cpu().double() - exact).norm() / exact.norm()).item()
+
+
+def gradients(module: nn.Module) -> Tensor:
+    """The gradients of all parameters that have one, in the order of their names, in one row."""
+    named = sorted(module.named_parameters())
+    return torch.cat([p.grad.flatten() for _, p in named if p.grad is not None])
+
+
+def combiners(setting: Setting) -> Iterator[Row]:
+    """Both Combiners against their definitions, float64 on the CPU: queries, and the gradients of all parameters."""
+    exact_float32()
+    d, p, h = setting.choose(gpu=(64, 256, 512), tiny=(12, 16, 24))
+    pairs = [
+        ("MoE Combiner", Combiner(d, p, h), DefinedCombiner(d, p, h)),
+        ("plain Combiner", PlainCombiner(d, p, h), DefinedPlainCombiner(d, p, h)),
+    ]
+    for name, ours, twin in pairs:
+        twin.load_state_dict(ours.state_dict())
+        ours, twin = ours.to(setting.device).eval(), twin.double().eval()
+        inputs = torch.randn(3, 128, d)
+        for precision, limits in LIMITS.items():
+            found = differences(ours, twin, inputs, Precision(precision, setting.device))
+            for what, apart_by, most in zip(("queries", "gradients"), found, limits, strict=True):
+                what = f"{name} against its definition, {precision}, {what}"
+                yield held(what, apart_by, most)
+
+
+def differences(
+    ours: Composer, twin: nn.Module, inputs: Tensor, precision: Precision
+) -> tuple[float, float]:
+    """How far queries and gradients are from those of the definition.
+
+    Args:
+        twin: in float64 on the CPU.
+        inputs: images, captions, and the direction whose gradient is taken, (3, B, D), on the CPU.
+    """
+    images, captions, direction = inputs[:, is_sure(ours, *inputs[:2])]
+    with precision.autocast():
+        queries = ours(images.to(precision.device), captions.to(precision.device))
+    exact = twin(images.double(), captions.double())
+    found = []
+    for module, of_module in ((ours, queries), (twin, exact)):
+        module.zero_grad()
+        (SCALE * (of_module * direction.to(of_module.device)).sum()).backward()
+        found.append(gradients(module))
+    return apart(queries, exact), apart(*found)
+
+
+@torch.no_grad()
+def is_sure(combiner: Composer, images: Tensor, captions: Tensor) -> Tensor:
+    """Whether each query's choice of experts is no matter of rounding, (B,) bool; inputs (B, D) on the CPU."""
+    exact = copy.deepcopy(combiner).cpu().double()
+    _, logits = exact.routed(images.double(), captions.double())
+    if not combiner.has_router:
+        return torch.ones(len(images), dtype=torch.bool)
+    values = logits.sort(dim=1, descending=True).values
+    return values[:, combiner.top_k - 1] - values[:, combiner.top_k] > 0.02
+
+
+def micro_batches(setting: Setting) -> Iterator[Row]:
+    """A step's gradients in micro-batches against those of the plain step, on the tiny CLIPs."""
+    batch, micro = setting.choose(gpu=(128, 16), tiny=(8, 3))
+    limits = {"fp32": 1e-4, "amp": 2e-2}
+    exact_float32()
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("vit", "resnet"):
+            file = Path(folder) / f"{kind}.pt"
+            write_tiny_clip(file, kind)
+            model = load_clip(str(file), setting.device)
+            inputs = random_batch(model, batch, setting.device)
+            step = functools.partial(step_gradients, model, inputs, device=setting.device)
+            for precision, most in limits.items():
+                plain, parts = step(precision, None), step(precision, micro)
+                what = f"stage-1 gradients, tiny {kind}, {precision}, micro-batches / plain step"
+                yield held(what, apart(parts, plain), most)
+
+
+def step_gradients(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    precision: str,
+    micro_batch: int | None,
+    device: torch.device,
+    wrap: type[nn.Module] | None = None,
+) -> Tensor:
+    """The gradients of one of stage 1's steps, all in one row.
+
+    Args:
+        wrap: makes the model parallel.
+    """
+    model.zero_grad()
+    module = SumFeatures(model)
+    model.logit_scale.requires_grad_(False)
+    chosen = Precision(precision, device)
+    # A scale that overflows nothing.
+    scaler = torch.amp.GradScaler(
+        device.type, init_scale=SCALE, enabled=chosen.scaler().is_enabled()
+    )
+    backward(
+        wrap(module) if wrap else module,
+        list(inputs),
+        None,
+        micro_batch=micro_batch,
+        precision=chosen,
+        scaler=scaler,
+    )
+    return gradients(model)
+
+
+def ranking(setting: Setting) -> Iterator[Row]:
+    """Ranks of CIRR's validation at its real size against those of exact similarities, but for ties."""
+    exact_float32()
+    sizes = setting.choose(gpu=(4181, 2297, 640), tiny=(40, 30, 8))
+    protocols = [ORIGINAL_REMOVED, ORIGINAL_KEPT]
+    frozen = random_cirr(*sizes, torch.device("cpu"), grouped=True)
+    there = FrozenSplit(
+        split=frozen.split,
+        images=frozen.images.to(setting.device),
+        captions=frozen.captions.to(setting.device),
+    )
+    rankings = rank(there, compose_sum, protocols, k=10)
+    exact = exact_similarities(frozen)
+    on_cpu = rank(frozen, compose_sum, protocols, k=10)
+    for protocol, found in rankings.items():
+        allowed = protocol.restrict(exact.clone(), frozen.reference_rows, frozen.outside)
+        wrong = outside_bounds(found.known_ranks, allowed, frozen.target_rows)
+        what = f"ranking {sizes[0]:,} x {sizes[1]:,}, {protocol.name}"
+        yield held(f"{what}, ranks that no tie explains", wrong, 0)
+        similarities = (found.similarities - on_cpu[protocol].similarities).abs().max().item()
+        yield held(f"{what}, similarities of the nearest", similarities, TIE)
+    in_group = exact.gather(1, frozen.group_rows)
+    answers = (frozen.group_rows == frozen.target_rows[:, None]).int().argmax(1)
+    wrong = outside_bounds(rankings[ORIGINAL_REMOVED].group_ranks, in_group, answers)
+    yield held("ranking in groups, ranks that no tie explains", wrong, 0)
+
+
+def exact_similarities(frozen: FrozenSplit) -> Tensor:
+    """Cosines (Q, N) in float64."""
+    images, captions = frozen.images.double(), frozen.captions[:, 0].double()
+    queries = compose_sum(images[frozen.reference_rows], captions)
+    return queries @ F.normalize(images, dim=-1).T
+
+
+def outside_bounds(ranks: Tensor, exact: Tensor, targets: Tensor) -> int:
+    """How many ranks (Q,) are not those of the exact similarities (Q, N), whichever way ties are ordered."""
+    of_target = exact.gather(1, targets[:, None])
+    fewest = (exact > of_target + TIE).sum(1)
+    most = (exact > of_target - TIE).sum(1) - 1  # without the target
+    return int(((ranks < fewest) | (ranks > most)).sum())

@@ -1,0 +1,50 @@
+"""Rows of results: made by cases, printed as Markdown."""
+
+import platform
+from collections.abc import Iterator
+
+import torch
+
+from models.encoder import versions
+from timing import GIB, Row, Setting
+
+HEAD = "| figure | ours | twin | ratio | must reach | |\n|---|---|---|---|---|---|"
+
+
+def held(what: str, measured: float, most: float, note: str = "") -> Row:
+    """The row of a check: what was measured must not be more than something. NaN is more than anything."""
+    return {
+        "figure": what,
+        "measured": measured,
+        "passed": measured <= most,
+        "must": f"at most {most:.3g}",
+        "note": f"{measured:.3g}; {note}" if note else f"{measured:.3g}",
+    }
+
+
+def line(row: Row) -> str:
+    """A row of the table, in Markdown."""
+    cells = [
+        row["figure"],
+        f"{row['ours']:.4g} s" if "ours" in row else "",
+        f"{row['twin']:.4g} s" if "twin" in row else "",
+    ]
+    ratio = f"{row['twin'] / row['ours']:.1f} x" if "twin" in row else ""
+    if "ours / twin" in row:
+        ratio = f"{row['ours / twin']:.2f} of it"
+    return "| " + " | ".join([*cells, ratio, row.get("must", ""), row.get("note", "")]) + " |"
+
+
+def machine(setting: Setting) -> Iterator[Row]:
+    """What the figures are measured on; a case like the others, since asking a GPU's name uses it."""
+    name = platform.processor() or platform.machine()
+    if setting.on_gpu:
+        about = torch.cuda.get_device_properties(setting.device)
+        name = f"{about.name}, {about.total_memory / GIB:.0f} GiB"
+    yield {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "forks may use a GPU": not torch.cuda._is_in_bad_fork(),
+        "python": platform.python_version(),
+        **versions(),
+    }

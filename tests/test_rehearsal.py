@@ -1,0 +1,317 @@
+"""Both stages, encoding and ranking at true size on a GPU that computes nothing: devices, types, and every wait.
+
+That tensors of two devices never meet, torch sees to (`fake_gpu.py`). Gradients in half precision are tested elsewhere,
+on the CPU and with numbers: here every weight gets one, so that the rest of a step can go on.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._pytree import tree_leaves, tree_map
+
+from benchmarks import CIRR, FashionIQ
+from combiner import Combiner, PlainCombiner, Sum
+from evaluation.retrieval import explain_all, rank, rank_all
+from fake_gpu import GPU, Seen, fake_gpu
+from models.clip_model import CLIP, suit_to_gpu
+from models.encoder import Encoder
+from models.features import FrozenSplit
+from models.routing import router_penalty
+from ranking import random_cirr
+from stage1 import ARCHITECTURES
+from training.data import Order, TrainingData
+from training.loop import Stepper
+from training.schedule import Precision, Schedule
+from training.stage1 import fine_tuning
+from training.stage2 import combiner_training
+
+# What waits for the GPU, "file function: what for" -> how often. A wait that is added, or taken away, is changed here.
+ONE_TEXT_PASS = {
+    "model.py attention: to the GPU": 12,  # the causal mask, in each block
+    "model.py encode_text: index from the CPU": 1,
+}
+FIRST_IMAGES = {"data_utils.py _mean_and_std: to the GPU": 2}
+STAGE_1_BATCH = {"stage1.py batches: to the GPU": 2}  # a whole epoch's tokens and ids
+STAGE_2_BATCH = {
+    "features.py reference_rows: to the GPU": 1,
+    "features.py target_rows: to the GPU": 1,
+    "stage2.py batches: to the GPU": 2,  # a whole epoch's rows and variants
+}
+MIXTURE = {"combiner.py run_experts: read": 1}
+AVERAGE = {"swa_utils.py update_parameters: to the GPU": 1}
+CAPTIONS = {"encoder.py captions: to the GPU": 2}  # tokens, in each batch, and their order
+SCALER_STATE = {"grad_scaler.py get_scale: read": 1, "grad_scaler.py _get_growth_tracker: read": 1}
+ROUTER_REPORT = {"routing.py router_statistics: read": 3, "routing.py _entropy: read": 2}
+TABLES = {
+    "features.py group_rows: to the GPU": 1,
+    "features.py outside: to the GPU": 1,
+    "features.py reference_rows: to the GPU": 1,
+    "features.py target_rows: to the GPU": 1,
+}
+RANKS = {  # of a block of queries, in the group or under one protocol
+    "ranking.py _check: read": 1,
+    "ranking.py target_ranks: read": 3,  # whether one was excluded, which rows have ties, a tie
+    "ranking.py target_ranks: nonzero": 1,
+}
+NEAREST = {"ranking.py _check: read": 1, "ranking.py nearest: nonzero": 1}
+ON_THE_CPU = {"ranking.py joined: to the CPU": 6}  # the columns of a ranking
+
+# Where matrix products are exact, whatever the precision.
+EXACT = {"contrastive.py contrastive_loss", "combiner.py route", "retrieval.py similarity_blocks"}
+ATTENTION = "_scaled_dot_product_efficient_attention"
+PRODUCTS = ("convolution", "addmm", "mm", "bmm", "baddbmm", "_grouped_mm", ATTENTION)
+NEVER_HALF = (
+    "native_layer_norm", "_softmax", "_log_softmax", "nll_loss_forward", "logsumexp", "topk",
+    "masked_fill", "masked_fill_",
+)  # fmt: skip
+
+QUERIES = 4096
+# What is read where a program goes on by it: 2 of 4 experts for each query; finite similarities; an average that began.
+ANSWERS = {
+    "combiner.py run_experts": [QUERIES // 2] * 4,
+    "ranking.py _check": True,
+    "swa_utils.py update_parameters": True,
+}
+
+
+@pytest.fixture
+def gpu():
+    if not torch.backends.cuda.is_built():
+        pytest.skip("this torch is built without CUDA and makes no fake CUDA tensors")
+    with fake_gpu():
+        yield GPU
+
+
+def waits(*parts: Mapping[str, int], times: int = 1) -> Counter[str]:
+    """Several tables as one."""
+    whole: Counter[str] = Counter()
+    for part in parts:
+        whole.update({what: number * times for what, number in part.items()})
+    return whole
+
+
+def assert_types(seen: Seen, products: torch.dtype, expected: str) -> None:
+    """Products are in one type, but for the exact ones, and what must never be in half precision is not.
+
+    Args:
+        expected: operations that must have been there.
+    """
+    for operation in PRODUCTS:
+        for where, types in seen.types[operation].items():
+            wanted = torch.float32 if where in EXACT else products
+            assert types == {wanted}, (operation, where)
+    for operation in NEVER_HALF:
+        for where, types in seen.types[operation].items():
+            assert types <= {torch.float32}, (operation, where)
+    for operation in expected.split():
+        assert seen.types[operation], operation
+
+
+def frozen_split(queries: int, gallery: int, *, grouped: bool = True) -> FrozenSplit:
+    """A split with features of length 768 on the GPU."""
+    with unset_fake_temporarily():
+        drawn = random_cirr(queries, gallery, 1, torch.device("cpu"), grouped=grouped)
+    return FrozenSplit(
+        split=drawn.split,
+        images=torch.empty(gallery, 768, device=GPU),
+        captions=torch.empty(queries, 1, 768, device=GPU),
+    )
+
+
+def true_encoder(name: str) -> Encoder:
+    """CLIP at true size, and images that are there."""
+    model = CLIP(*ARCHITECTURES[name]).to(GPU).eval()
+    suit_to_gpu(model, GPU)
+    side = model.visual.input_resolution
+    return Encoder(
+        model=model,
+        read=lambda path: torch.empty(3, side, side, dtype=torch.uint8),
+        recipe={"resolution": side},
+        device=GPU,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:'pin_memory'")
+@pytest.mark.parametrize(
+    ("name", "ema_decay", "steps"),
+    [
+        ("RN50x16", None, {None: waits(ONE_TEXT_PASS, FIRST_IMAGES)}),
+        (
+            "ViT-L/14",
+            0.99,
+            {
+                None: waits(ONE_TEXT_PASS, FIRST_IMAGES, AVERAGE),
+                # Two micro-batches, each encoded without a graph and with one.
+                8: waits(waits(ONE_TEXT_PASS, times=4), AVERAGE),
+            },
+        ),
+    ],
+    ids=["RN50x16", "ViT-L/14"],
+)
+def test_steps_and_a_validation_of_stage_1(name, ema_decay, steps, gpu):
+    encoder = true_encoder(name)
+    data = TrainingData(
+        benchmark=CIRR(Path()),
+        train=frozen_split(32, 12).split,
+        val=[frozen_split(8, 12).split],
+        texts=[["is red"]] * 32,
+        order=Order(triplets=32, variants=1, batch_size=16, seed=0),
+    )
+    measured: list[FrozenSplit] = []
+    task, _ = fine_tuning(
+        encoder,
+        data,
+        trained="both",
+        learning_rate=1e-6,
+        ema_decay=ema_decay,
+        compiled=False,
+        measure=lambda splits: measured.extend(splits) or {},
+    )
+    with Seen() as loading:
+        inputs, ids = next(iter(task.batches(0, 0)))
+    assert loading.waits == waits(STAGE_1_BATCH)
+
+    for micro_batch, expected in steps.items():
+        schedule = Schedule(
+            num_epochs=1,
+            validation_frequency=1,
+            micro_batch_size=micro_batch,
+            mask_duplicate_targets=True,
+            clip_grad_norm=1.0,
+        )
+        stepper = Stepper(task, schedule, Precision("amp", gpu))
+        with Seen(ANSWERS) as step:
+            loss = stepper.step(inputs, ids)
+        assert step.waits == expected
+        assert (loss.dtype, loss.device, loss.requires_grad) == (torch.float32, gpu, False)
+        learned = [weight for weight in encoder.model.parameters() if weight.requires_grad]
+        assert all(weight.grad.device == gpu for weight in learned)
+        others = "native_layer_norm _log_softmax masked_fill"
+        assert_types(step, torch.float16, f"convolution addmm mm {ATTENTION} {others}")
+    with Seen() as validation:
+        task.validate()
+    assert validation.waits == waits(ONE_TEXT_PASS, CAPTIONS)
+    assert_types(validation, torch.float32, f"convolution addmm {ATTENTION}")
+    assert {(of.images.dtype, of.captions.dtype) for of in measured} == {(torch.float32,) * 2}
+
+
+def combiner_stepper(composer, train: FrozenSplit, precision: str, **schedule) -> Stepper:
+    """Stage 2 at its real size, with all that a step can have: penalties only without micro-batches."""
+    task, _ = combiner_training(
+        composer,
+        train,
+        [frozen_split(QUERIES, 2297)],
+        order=Order(triplets=QUERIES, variants=1, batch_size=QUERIES, seed=0),
+        learning_rate=2e-5,
+        ema_decay=0.99,
+        compiled=False,
+        penalty=router_penalty(0.1, 0.1, composer.top_k) if not schedule else None,
+        measure=lambda _: {},
+    )
+    schedule = Schedule(num_epochs=1, validation_frequency=1, clip_grad_norm=1.0, **schedule)
+    return Stepper(task, schedule, Precision(precision, GPU))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "precision", "capability", "waiting", "products"),
+    [
+        (PlainCombiner, "amp", 9, {}, "addmm"),
+        (Combiner, "amp", 9, MIXTURE, "addmm mm topk _softmax logsumexp native_layer_norm"),
+        (Combiner, "bf16", 8, MIXTURE, "addmm"),
+        pytest.param(
+            *(Combiner, "bf16", 9, {}, "addmm _grouped_mm"),
+            marks=pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch before 2.10"),
+        ),
+        (Combiner, "fp32", 9, MIXTURE, "addmm"),
+    ],
+)
+def test_a_step_of_stage_2(kind, precision, capability, waiting, products, gpu, monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=capability)
+    )
+    composer = kind(768, 2560, 5120).to(gpu)
+    stepper = combiner_stepper(composer, frozen_split(QUERIES, 2297, grouped=False), precision)
+    with Seen(ANSWERS) as loading:
+        inputs, ids = next(iter(stepper.task.batches(0, 0)))
+    assert loading.waits == waits(STAGE_2_BATCH)
+    with Seen(ANSWERS) as step:
+        loss = stepper.step(inputs, ids)
+    assert step.waits == waits(waiting, AVERAGE)
+    assert (loss.dtype, loss.device) == (torch.float32, gpu)
+    assert all(weight.grad.device == gpu for weight in composer.parameters())
+    half = {"amp": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    assert_types(step, half, f"{products} _log_softmax")
+
+
+@pytest.mark.slow
+def test_micro_batches_of_stage_2(gpu):
+    composer = Combiner(768, 2560, 5120).to(gpu)
+    train = frozen_split(QUERIES, 2297, grouped=False)
+    stepper = combiner_stepper(composer, train, "amp", micro_batch_size=QUERIES // 4)
+    inputs, ids = next(iter(stepper.task.batches(0, 0)))
+    with Seen(ANSWERS | {"combiner.py run_experts": [QUERIES // 8] * 4}) as step:
+        stepper.step(inputs, ids)
+    assert step.waits == waits(waits(MIXTURE, times=8), AVERAGE)  # each is computed twice
+    assert_types(step, torch.float16, "addmm mm")
+
+
+@pytest.mark.slow
+def test_a_state_goes_to_the_cpu_and_back(gpu):
+    train = frozen_split(QUERIES, 2297, grouped=False)
+    first, second = (
+        combiner_stepper(Combiner(768, 2560, 5120).to(gpu), train, "amp") for _ in range(2)
+    )
+    inputs, ids = next(iter(first.task.batches(0, 0)))
+    with Seen(ANSWERS):
+        first.step(inputs, ids)
+    with Seen() as saving:
+        states = {name: part.state_dict() for name, part in first.parts.items()}
+    assert saving.waits == waits(SCALER_STATE)
+    saved = tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, states)
+    for name, part in second.parts.items():
+        part.load_state_dict(saved[name])
+    for leaf in tree_leaves([second.parts["module"].state_dict(), second.task.optimizer.state]):
+        assert not isinstance(leaf, Tensor) or leaf.device == gpu
+    with Seen(ANSWERS) as step:
+        second.step(inputs, ids)
+    assert step.waits == waits(MIXTURE, AVERAGE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", [CIRR(Path()), FashionIQ(Path())], ids=lambda b: b.name)
+@pytest.mark.parametrize("kind", [Combiner, PlainCombiner, Sum])
+def test_ranking_under_all_protocols(kind, dataset, gpu):
+    composer = Sum() if kind is Sum else kind(768, 2560, 5120).to(gpu)
+    mixture = MIXTURE if kind is Combiner else {}
+    split = frozen_split(QUERIES, 2297)
+    with Seen(ANSWERS) as validation:
+        rank(split, composer.eval(), dataset.protocols[:1])
+    assert validation.waits == waits(mixture, TABLES, RANKS, RANKS, ON_THE_CPU)
+    with Seen(ANSWERS) as all_of_it:
+        rank_all([split], composer, dataset.protocols, k=50, block=None)
+    one_protocol = waits(RANKS, NEAREST, ON_THE_CPU)
+    protocols = waits(one_protocol, times=len(dataset.protocols))
+    assert all_of_it.waits == waits(mixture, RANKS, NEAREST, protocols)
+    assert_types(all_of_it, torch.float32, "mm masked_fill_ topk")
+
+
+@pytest.mark.slow
+def test_what_is_said_of_the_experts(gpu):
+    composer = Combiner(768, 2560, 5120).to(gpu)
+    stepper = combiner_stepper(composer, frozen_split(QUERIES, 2297, grouped=False), "amp")
+    with Seen(ANSWERS) as report:
+        stepper.task.router()
+    tables = {"features.py reference_rows: to the GPU": 1}
+    assert report.waits == waits(MIXTURE, tables, ROUTER_REPORT)
+    with Seen(ANSWERS) as insight:
+        explain_all([frozen_split(QUERIES, 2297)], composer)
+    assert insight.waits == waits(tables, {"combiner.py cpu: to the CPU": 2})
