@@ -9,6 +9,7 @@ All numbers are computed, none is measured: docs/gpus.md says how, and what is l
 
 import argparse
 import dataclasses
+import datetime
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             options.machine_flags(),
         ],
     )
-    stage_1.set_defaults(clip_model_path=None, clip_bs=32)
+    stage_1.set_defaults(clip_model_path=None, clip_bs=32, seeds=None)
     stage_2 = stages.add_parser(
         "stage2",
         help="flags of combiner_train.py",
@@ -119,7 +120,8 @@ def planned_sizes(args: argparse.Namespace) -> "Sizes":
     from training.budget import Sizes, sizes_of
 
     if args.triplets:
-        (triplets, queries), (images, gallery) = args.triplets, args.images
+        triplets, queries = args.triplets
+        images, gallery = args.images
         sizes = Sizes(
             name="your data",
             triplets=triplets,
@@ -208,19 +210,21 @@ def typed(way: "Way", asked: "Way") -> str:
     return " ".join(words)
 
 
-def work_lines(work: "Sequence[Work]", gpu: Gpu, total: str) -> Iterator[str]:
-    """Operations and seconds of some work by part, and of all of it."""
+def work_line(part: str, work: "Sequence[Work]", gpu: Gpu) -> str:
+    """Operations and seconds of some work; seconds only where the GPU's rates are known."""
     from training.budget import seconds
 
-    def line(part: str, share: "Sequence[Work]") -> str:
-        operations = sum(own.operations for own in share) / 1e12
-        duration = f"{seconds(share, gpu):10.2f}" if gpu.rates else " " * 10
-        return f"{operations:10.2f}{duration}  {part}"
+    operations = sum(own.operations for own in work) / 1e12
+    duration = f"{seconds(work, gpu):11.3f}" if gpu.rates else ""
+    return f"{operations:10.2f}{duration}  {part}"
 
+
+def work_lines(total: str, work: "Sequence[Work]", gpu: Gpu) -> Iterator[str]:
+    """Work by part, and all of it."""
     for own in work:
         if own.operations:
-            yield line(f"  {own.part}, {own.precision}", [own])
-    yield line(total, work)
+            yield work_line(f"  {own.part}, {own.precision}", [own], gpu)
+    yield work_line(total, work, gpu)
 
 
 def time_lines(
@@ -229,23 +233,24 @@ def time_lines(
     """The time of a way by part."""
     from training.budget import EFFICIENCY, seconds
 
-    steps = training.sizes.triplets // way.batch_size
-    rate = f"   seconds, at {EFFICIENCY:.0%} of the rate of the {gpu.title}" if gpu.rates else ""
-    yield f"    TFLOP{rate}"
-    if training.once():
-        yield from work_lines(training.once(), gpu, "before the first epoch")
-    yield from work_lines(training.step(way), gpu, "a step")
+    once = training.once()
     epoch = training.epoch(way)
-    yield from list(work_lines(epoch, gpu, f"an epoch of {training.sizes.name}, {steps} steps"))[
-        -1:
-    ]
-    yield from work_lines(training.validation(), gpu, "a validation")
+    validation = training.validation()
+    steps = training.sizes.triplets // way.batch_size
+    rate = f"    seconds, at {EFFICIENCY:.0%} of the rate of the {gpu.title}" if gpu.rates else ""
+    yield f"     TFLOP{rate}"
+    if once:
+        yield from work_lines("before the first epoch", once, gpu)
+    yield from work_lines("a step", training.step(way), gpu)
+    yield work_line(f"an epoch of {training.sizes.name}, {steps} steps", epoch, gpu)
+    yield from work_lines("a validation", validation, gpu)
     if gpu.rates:
         validations = -(-args.num_epochs // args.validation_frequency)
-        whole = args.num_epochs * seconds(epoch, gpu)
-        whole += validations * seconds(training.validation(), gpu)
-        whole += seconds(training.once(), gpu)
-        yield f"{args.num_epochs} epochs with {validations} validations: {whole / 3600:.1f} hours"
+        run = args.num_epochs * seconds(epoch, gpu) + validations * seconds(validation, gpu)
+        seeds = len(args.seeds or [args.seed])
+        whole = datetime.timedelta(seconds=round(seconds(once, gpu) + seeds * run))
+        runs = f", {seeds} runs" if seeds > 1 else ""
+        yield f"{args.num_epochs} epochs with {validations} validations{runs}: {whole} h:m:s"
 
 
 @command

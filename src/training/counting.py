@@ -17,7 +17,8 @@ from torch.utils.flop_counter import flop_registry
 import data_utils
 
 Module = TypeVar("Module", bound=nn.Module)
-GPU = torch.device("cuda", 0)
+# A torch that is built without CUDA cannot even pretend; the CPU's rules of autocast then stand for CUDA's.
+GPU = torch.device("cuda", 0) if torch.backends.cuda.is_built() else torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,7 @@ class Counted:
 
 
 class NoData:
-    """A device whose tensors have shapes and types but no data, and which need not exist.
-
-    On a GPU, attention is that of its fused kernels, which keep no matrix of weights. Without a GPU torch would take
-    the formula that does, so it is told.
-    """
+    """A device whose tensors have shapes and types but no data, and which need not exist."""
 
     def __init__(self, device: torch.device = GPU) -> None:
         self.device = device
@@ -89,8 +86,12 @@ class NoData:
             value_read: what a number is taken for that is read from a tensor.
         """
         live = _Live(value_read)
-        fused = _fused_attention(live) if self.device.type == "cuda" else contextlib.nullcontext()
-        with self.mode, fused, _own_constants(), live.watching(watched):
+        with (
+            self.mode,
+            _fused_attention(live),
+            _own_constants(),
+            live.watching(watched),
+        ):
             with _autocast(self.device.type, dtype), live:
                 outputs = forward()
             kept = live.now
@@ -207,10 +208,11 @@ def _own_constants() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _fused_attention(live: _Live) -> Iterator[None]:
-    """Let attention be the memory-efficient kernel, which every GPU has; what flash attention keeps is as much.
+    """Let attention be the memory-efficient kernel, which every GPU has; flash attention keeps as much.
 
-    In half precision its backward pass adds up the gradients of heads longer than 128 in float32, in a workspace of 256
-    rows of a head for each head of each sequence (torch's mem_eff_attention/kernel_backward.h).
+    Where there is no GPU, torch would take the formula, which keeps a matrix of weights for each head. In half
+    precision the kernel's backward pass adds up the gradients of heads longer than 128 in float32, in a workspace of
+    256 rows of a head for each head of each sequence (torch's mem_eff_attention/kernel_backward.h).
     """
     chosen_by_torch = F.scaled_dot_product_attention
 
