@@ -1,6 +1,7 @@
 """Stage 1: the loader from a warm image cache, a step's memory, and on a GPU the speed of its steps."""
 
 import functools
+import math
 import random
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,6 +24,10 @@ from training.schedule import Precision, Schedule
 from training.stage1 import SumFeatures
 from twins import plain_clip_step
 
+FUSED = (
+    torch.ops.aten.cudnn_convolution_relu,
+    torch.ops.aten.cudnn_convolution_add_relu,
+)
 TIMED = ("RN50x16", "ViT-L/14")
 TINY_ARCHITECTURES = {
     "RN50x16": (16, 64, (1, 1, 1, 1), 16, None, 77, 49408, 16, 1, 1),
@@ -196,9 +201,14 @@ def gib(spent: Cost | None) -> str:
 def operations_a_triplet(name: str, setting: Setting, batch: int = 2) -> float:
     """Floating-point operations that a step takes for each triplet, counted."""
     step = make_step(random_clip(name, setting), batch, setting.device)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(FUSED, fused)) as counter:
         step()
     return counter.get_total_flops() / batch
+
+
+def fused(images, weight, *rest, out_shape, **more) -> int:
+    """Operations of a convolution, from shapes. The counter does not know those that cuDNN fuses with what follows."""
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
 
 def matrix_rate(setting: Setting) -> float:
