@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from runtime import distributed
 from runtime.choices import CombinerChoice
+from runtime.precision import product_type
 from utils import UserError, flag
 
 # Image features (B, D), text features (B, D) -> queries (B, D).
@@ -126,12 +127,6 @@ class Reordered(torch.autograd.Function):
         if ctx.copies > 1:
             back = back.unflatten(0, (-1, ctx.copies)).sum(1)
         return back, None, None
-
-
-def product_type(x: Tensor) -> torch.dtype:
-    """What a matrix product of x is computed in: autocast's type where it is on."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def has_grouped_product(rows: Tensor, columns: int) -> bool:

@@ -26,6 +26,7 @@ from models.clip_package import (
     ResidualAttentionBlock,
     VisionTransformer,
 )
+from runtime.precision import product_type
 
 QUICK_GELU = 1.702  # x * sigmoid(1.702 x) = silu(1.702 x) / 1.702
 
@@ -134,8 +135,7 @@ def _carried(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tens
 
 def _in_half(x: Tensor, *weights: Tensor | None) -> list[Tensor | None]:
     """Tensors in the type that products have here: autocast does not look into functions of our own."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    dtype = product_type(x)
     return [tensor if tensor is None else tensor.to(dtype) for tensor in (x, *weights)]
 
 

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from utils import UserError
 
@@ -43,6 +44,12 @@ def encoding(precision: str, device: torch.device) -> Iterator[None]:
             yield
     finally:
         exact_float32()
+
+
+def product_type(x: Tensor) -> torch.dtype:
+    """What a matrix product of x is computed in: autocast's type where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _let_round(allowed: bool) -> None:
