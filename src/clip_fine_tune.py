@@ -31,14 +31,7 @@ SCRIPT = "clip_fine_tune.py"
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of stage 1."""
-    parents = [
-        options.dataset_flag(),
-        options.encoder_flags(),
-        options.clip_flags(),
-        options.training_flags(batch_size=512, validation_frequency=1),
-        options.machine_flags(),
-    ]
-    return training.parse(SCRIPT, __doc__, parents, argv)
+    return training.parse(SCRIPT, __doc__, options.stage_1_flags(), argv)
 
 
 def train(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -> None:

@@ -40,16 +40,7 @@ logger = logging.getLogger(__name__)
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of stage 2."""
-    parents = [
-        options.dataset_flag(),
-        options.frozen_flags(),
-        options.combiner_flags(trains=True),
-        options.tuned_clip_flag(),
-        options.clip_flags(),
-        options.training_flags(batch_size=1024, validation_frequency=3),
-        options.machine_flags(),
-    ]
-    args = training.parse(SCRIPT, __doc__, parents, argv)
+    args = training.parse(SCRIPT, __doc__, options.stage_2_flags(), argv)
     if args.seeds and len(set(args.seeds)) < len(args.seeds):
         raise UserError(
             f"--seeds {' '.join(map(str, args.seeds))} names a seed twice: name each once"

@@ -53,29 +53,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     stage_1 = stages.add_parser(
         "stage1",
         help="flags of clip_fine_tune.py",
-        parents=[
-            plan_flags(),
-            options.dataset_flag(required=False),
-            options.encoder_flags(),
-            options.clip_flags(),
-            options.training_flags(batch_size=512, validation_frequency=1),
-            options.machine_flags(),
-        ],
+        parents=[plan_flags(), *options.stage_1_flags(dataset_required=False)],
     )
     stage_1.set_defaults(clip_model_path=None, clip_bs=32, seeds=None)
     stage_2 = stages.add_parser(
         "stage2",
         help="flags of combiner_train.py",
-        parents=[
-            plan_flags(),
-            options.dataset_flag(required=False),
-            options.frozen_flags(),
-            options.combiner_flags(trains=True),
-            options.tuned_clip_flag(),
-            options.clip_flags(),
-            options.training_flags(batch_size=1024, validation_frequency=3),
-            options.machine_flags(),
-        ],
+        parents=[plan_flags(), *options.stage_2_flags(dataset_required=False)],
     )
     stage_2.set_defaults(encoder=None, micro_batch_size=None, gradient_checkpointing=False)
     return parser.parse_args(argv)

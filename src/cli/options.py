@@ -327,6 +327,30 @@ def frozen_flags() -> argparse.ArgumentParser:
     return parser
 
 
+def stage_1_flags(*, dataset_required: bool = True) -> list[argparse.ArgumentParser]:
+    """All that fine-tuning CLIP takes."""
+    return [
+        dataset_flag(dataset_required),
+        encoder_flags(),
+        clip_flags(),
+        training_flags(batch_size=512, validation_frequency=1),
+        machine_flags(),
+    ]
+
+
+def stage_2_flags(*, dataset_required: bool = True) -> list[argparse.ArgumentParser]:
+    """All that training a Combiner takes."""
+    return [
+        dataset_flag(dataset_required),
+        frozen_flags(),
+        combiner_flags(trains=True),
+        tuned_clip_flag(),
+        clip_flags(),
+        training_flags(batch_size=1024, validation_frequency=3),
+        machine_flags(),
+    ]
+
+
 def pair_flags(required: bool = True, silent: str | None = None) -> argparse.ArgumentParser:
     """How queries are composed.
 
