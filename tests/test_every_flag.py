@@ -1,4 +1,4 @@
-"""Rules for the flags of all scripts, found by walking their parsers: a new flag is held to them, and listed nowhere."""
+"""Rules for the flags of all scripts, found by walking their parsers: a new flag is held to them too."""
 
 import argparse
 import importlib

@@ -10,6 +10,13 @@ def launched() -> bool:
     return {"RANK", "MASTER_ADDR"} <= set(os.environ) and world_size() > 1
 
 
+def check_environment() -> None:
+    """Raise UserError where a variable that torchrun sets is there and is no number."""
+    if launched():
+        for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+            _number(name, 0)
+
+
 def world_size() -> int:
     """How many processes it started on all machines."""
     return _number("WORLD_SIZE", 1)
