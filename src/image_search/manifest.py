@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.choices import ClipChoice
-from runtime.files import parse_json
+from runtime.files import parse_json, read_text
 from utils import UserError
 
 MANIFEST = "index.json"
@@ -15,7 +15,7 @@ MANIFEST = "index.json"
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What an index says of itself, None where there is none. Raises UserError where it is damaged."""
     try:
-        content = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
+        content = parse_json(read_text(folder / MANIFEST))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError):
