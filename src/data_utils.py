@@ -1,6 +1,7 @@
 """Image files to tensors: padding, preprocessing, decoding, batches. It knows no benchmark."""
 
 import functools
+import gc
 import logging
 import re
 import sys
@@ -200,7 +201,9 @@ class ImageLoader:
             if self._kept is None or not _is_of_processes(error):
                 raise
             self._fall_back(error)
-        loaded = iter(())  # lets go of the processes that are left
+        # What is left of the processes ends now: nothing holds the pass but the error, which holds itself.
+        loaded = iter(())
+        gc.collect()
         yield from self._lasting(files[delivered:])
 
     def _fall_back(self, error: Exception) -> None:
