@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import Benchmark
 from evaluation.result_file import Result, read_result, stored_ranks
-from models.configuration import FREE_FLAGS, Settings
+from models.configuration import FREE_FLAGS, Settings, trained_on
 from runtime.choices import named
 from utils import UserError
 
@@ -48,6 +48,16 @@ class Column:
         for name, value in first.items():
             shared[name] = value if all(other[name] == value for other in others) else None
         return shared
+
+    @property
+    def trained_elsewhere(self) -> dict[str, str]:
+        """What of it was trained on another benchmark than it is measured on, and on which."""
+        elsewhere = {}
+        for result in self.results:
+            for kind, dataset in trained_on(result["training"]).items():
+                if dataset != result["dataset"]:
+                    elsewhere[kind] = dataset
+        return elsewhere
 
     def hits(self, benchmark: Benchmark, protocol: str, split: str) -> "dict[str, np.ndarray]":
         """Recall -> how often each query is a hit, (Q,), the mean over the seeds."""
