@@ -52,12 +52,11 @@ class Column:
     @property
     def trained_elsewhere(self) -> dict[str, str]:
         """What of it was trained on another benchmark than it is measured on, and on which."""
-        elsewhere = {}
+        parts: dict[str, str] = {}
         for result in self.results:
-            for kind, dataset in trained_on(result["training"]).items():
-                if dataset != result["dataset"]:
-                    elsewhere[kind] = dataset
-        return elsewhere
+            parts.update(trained_on(result["training"]))
+        measured_on = self.results[0]["dataset"]
+        return {kind: dataset for kind, dataset in parts.items() if dataset != measured_on}
 
     def hits(self, benchmark: Benchmark, protocol: str, split: str) -> "dict[str, np.ndarray]":
         """Recall -> how often each query is a hit, (Q,), the mean over the seeds."""

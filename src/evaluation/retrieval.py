@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ def evaluate(
     protocol = benchmark.protocols[0]
     rankings = {}
     for frozen_split in frozen:
-        by_protocol = rank(frozen_split, compose, [protocol], block=block, refuses_equal=False)
+        by_protocol = rank(frozen_split, compose, [protocol], block=block, if_equal=_warn_of_equal)
         rankings[frozen_split.split.name] = by_protocol[protocol]
     return benchmark.metrics(rankings)
 
@@ -53,10 +53,22 @@ def rank_all(
     k: int,
     block: int | None,
 ) -> Rankings:
-    """Every split's ranking under every protocol, with the k nearest images and all of the group."""
+    """Every split's ranking under every protocol, with the k nearest images and all of the group.
+
+    Raises:
+        UserError: similarities are not finite, or all are equal.
+    """
     rankings: dict[Protocol, dict[str, Ranking]] = {protocol: {} for protocol in protocols}
     for frozen_split in frozen:
-        by_protocol = rank(frozen_split, compose, protocols, k=k, group_k=None, block=block)
+        by_protocol = rank(
+            frozen_split,
+            compose,
+            protocols,
+            k=k,
+            group_k=None,
+            block=block,
+            if_equal=refuse_equal,
+        )
         for protocol, ranking in by_protocol.items():
             rankings[protocol][frozen_split.split.name] = ranking
     return rankings
@@ -81,17 +93,17 @@ def rank(
     k: int = 0,
     group_k: int | None = 0,
     block: int | None = None,
-    refuses_equal: bool = True,
+    if_equal: Callable[[Split], None] | None = None,
 ) -> dict[Protocol, Ranking]:
     """Rank a split's gallery for every query, under several protocols from one computation of the similarities.
 
     Args:
         k: how many of the nearest images to keep.
         group_k: how many of the nearest within the group to keep; None for all.
-        refuses_equal: whether it is an error, not a warning, if no query is nearer to one image than to another.
+        if_equal: called with the split where no query is nearer to one image than to another.
 
     Raises:
-        UserError: a similarity is not finite, or all are equal.
+        UserError: a similarity is not finite.
     """
     split = frozen.split
     tells_nothing = len(split.names) > FEW
@@ -111,8 +123,8 @@ def rank(
                 allowed = protocol.restrict(whole, frozen.reference_rows[rows], frozen.outside)
                 ranking = _rank_gallery(allowed, targets, most[protocol])
                 blocks[protocol].append(Ranking(**ranking, **group))
-    if tells_nothing:
-        _say_equal(split, refuses=refuses_equal)
+    if tells_nothing and if_equal:
+        if_equal(split)
     return {protocol: joined(parts) for protocol, parts in blocks.items()}
 
 
@@ -126,15 +138,20 @@ def _are_equal(similarity: Tensor) -> bool:
     return True
 
 
-def _say_equal(split: Split, *, refuses: bool) -> None:
-    """Say that ranks would be the order of the gallery's list."""
-    problem = (
-        f"{split.name}: every image is equally near to every query; the weights have collapsed"
+def refuse_equal(split: Split) -> None:
+    """Raise UserError: ranks would be the order of the gallery's list."""
+    raise UserError(
+        f"{split.name}: every image is equally near to every query: the weights have collapsed; name others"
     )
-    if refuses:
-        raise UserError(f"{problem}, so nothing can be ranked: name other weights")
+
+
+def _warn_of_equal(split: Split) -> None:
     if distributed.is_main():
-        logger.warning("warning: %s, so the recalls of this validation mean nothing", problem)
+        logger.warning(
+            "warning: %s: every image is equally near to every query: the weights have collapsed, and the recalls of "
+            "this validation mean nothing",
+            split.name,
+        )
 
 
 def _rank_gallery(similarity: Tensor, targets: Tensor | None, k: int) -> dict[str, Tensor]:
