@@ -30,6 +30,7 @@ class Benchmark(ABC):
         official: "{part}.{split}" -> triplets and images of the official files.
         official_wordless: queries of the official files that have a caption without a word, as reports call them.
         counts_explained: what the official counts look like, and are not; "" where they mislead nobody.
+        group_size: images in a query's group, its reference among them; 0 without groups.
         protocols: the protocols it is measured under, that of the original implementation first.
         selection: metric that selects checkpoints -> suffix of the one that is kept for its best value.
         titles: metric -> its title in a table; the others are not in tables.
@@ -49,6 +50,7 @@ class Benchmark(ABC):
     official: dict[str, tuple[int, int]]
     official_wordless: tuple[str, ...] = ()
     counts_explained: str = ""
+    group_size: int = 0
     protocols: tuple[Protocol, ...]
     selection: dict[str, str]
     titles: dict[str, str]
@@ -154,6 +156,10 @@ class Benchmark(ABC):
         if len(cls.selection) == 1:
             return dict.fromkeys(cls.selection, "combiner")
         return {metric: f"combiner_{suffix}" for metric, suffix in cls.selection.items()}
+
+    def part_names(self, split: str) -> list[str]:
+        """What the parts of a split are called."""
+        return [self._part_name(part, split) for part in self.parts]
 
     @abstractmethod
     def annotation_folder(self) -> Path:

@@ -14,7 +14,6 @@ from benchmarks.splits import Triplet
 if TYPE_CHECKING:
     import numpy as np
 
-GROUP_SIZE = 6  # images in a query's group, its reference among them
 RECALLS = (1, 5, 10, 50)
 GROUP_RECALLS = (1, 2, 3)
 # The seven recalls whose means select checkpoints. A recall that is reported beside them changes no selection.
@@ -35,6 +34,7 @@ class CIRR(Benchmark):
     test_split = "test1"
     official = {"rc2.train": (28225, 16939), "rc2.val": (4181, 2297), "rc2.test1": (4148, 2315)}
     official_wordless = ("pairid 27098",)  # a space
+    group_size = 6
     protocols = (ORIGINAL_REMOVED,)
     selection = {
         "arithmetic_mean": "arithmetic",
@@ -77,7 +77,7 @@ class CIRR(Benchmark):
         if split == self.train_split:
             return triplet
         group = entry.inner("img_set").list("members")
-        are_six = are_texts(group) and len(group) == len(set(group)) == GROUP_SIZE
+        are_six = are_texts(group) and len(group) == len(set(group)) == self.group_size
         entry.check(
             are_six and set(triplet.images) <= set(group),
             "six members, reference and target two of them,",

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import Benchmark
-from evaluation.result_file import Result, read_result, stored_ranks
+from evaluation.contradictions import stored_ranks
+from evaluation.result_file import Result, read_result
 from models.configuration import FREE_FLAGS, Settings, trained_on
 from runtime.choices import named
 from utils import UserError
