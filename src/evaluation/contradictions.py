@@ -140,9 +140,9 @@ def check_queries(file: Path, content: Mapping[str, Any], benchmark: Benchmark) 
     if len(experts) > 1:
         raise fault(file, "queries", "their numbers of experts differ")
     for split, queries in content["queries"].items():
-        pair_ids = {query["pair_id"] for query in queries}
-        if pair_ids != {None} and len(pair_ids - {None}) < len(queries):
-            raise fault(file, f"queries.{split}", "a pair_id is there twice, or is missing")
+        pair_ids = [query["pair_id"] for query in queries if query["pair_id"] is not None]
+        if len(set(pair_ids)) < len(pair_ids):
+            raise fault(file, f"queries.{split}", "a pair_id is there twice")
         for place, query in enumerate(queries):
             for field, problem in _query_problems(
                 query, place, split, content, benchmark=benchmark
@@ -167,6 +167,9 @@ def _query_problems(
     """Fields of a query with what they contradict."""
     if query["query"] != place:
         yield "query", f"it is number {place}"
+    # The benchmark with groups is the one that numbers its queries.
+    if (query["pair_id"] is not None) != bool(benchmark.group_size):
+        yield "pair_id", f"missing, or nothing that {benchmark.name} has"
     if query["protocols"].keys() != content["protocols"].keys():
         yield "protocols", "not those of the file"
         return

@@ -97,7 +97,7 @@ class Query(Schema):
     caption: str
     group: list[str] = []
     protocols: Annotated[dict[str, Found], Field(min_length=1)]
-    in_group: Found | None = None
+    in_group: Found = Field(default=None)  # may be missing, not null
     gate: Share = 0
     experts: Annotated[list[Share], Field(min_length=1)] = [1]
 
