@@ -17,6 +17,7 @@ import torch
 import check_dataset
 import compare
 from benchmarks import BENCHMARKS, CIRR, FashionIQ, Split, Triplet
+from benchmarks.exclusions import read_exclusions
 from benchmarks.protocols import ORIGINAL_KEPT
 from conftest import CASES
 from evaluation.rankings_file import read_rankings
@@ -331,17 +332,21 @@ def test_a_file_may_be_no_link_out_of_the_dataset(kind, part, split, own_drawn, 
     CASES["links in datasets", "tried"] += 4
 
 
-def test_a_dataset_that_is_a_link_is_read(own_drawn, tmp_path):
-    (tmp_path / "link").symlink_to(own_drawn)
-    places_of = {}
-    for root in (own_drawn, tmp_path / "link"):
-        file = id_list(CIRR, own_drawn, "rc2", "val")
-        content = json.loads(file.read_text())
-        full = {name: str(own_drawn / "cirr_dataset" / place) for name, place in content.items()}
-        places_of[root] = len(CIRR(root).val()[0].paths)
-        file.write_text(json.dumps(full))
-        assert len(CIRR(root).val()[0].paths) == places_of[root]
-        file.write_text(json.dumps(content))
+@pytest.mark.parametrize("linked", [False, True])
+def test_full_paths_below_the_data_root_are_good(linked, own_drawn, tmp_path):
+    """Also where the data root is a link, and the paths are those of the folder itself."""
+    root = tmp_path / "link" if linked else own_drawn
+    if linked:
+        root.symlink_to(own_drawn)
+    before = CIRR(root).val()[0].paths
+
+    def in_full(places):
+        for name, place in places.items():
+            places[name] = str(own_drawn / "cirr_dataset" / place)
+
+    change_json(id_list(CIRR, own_drawn, "rc2", "val"), in_full)
+    after = CIRR(root).val()[0].paths
+    assert [path.resolve() for path in after] == [path.resolve() for path in before]
 
 
 @pytest.mark.parametrize("split", [CIRR.train_split, CIRR.val_split, CIRR.test_split])
@@ -351,6 +356,15 @@ def test_a_pair_id_is_one_query(split, own_drawn):
     with pytest.raises(UserError, match=r"entry 2 and entry 5 have the same pairid \d+") as error:
         CIRR(own_drawn).read_part("rc2", split)
     assert str(captions) in str(error.value)
+
+
+@pytest.mark.parametrize("wrong", [None, True, 3, 0.5, [], {}])
+def test_a_reason_that_is_no_text_is_named(wrong, tmp_path):
+    (tmp_path / "list.json").write_text(
+        json.dumps({"dataset": "CIRR", "images": {"good": "missing", "bad": wrong}})
+    )
+    with pytest.raises(UserError, match=r'--exclusions: .*list\.json: expected "bad" \(str\)'):
+        read_exclusions(tmp_path / "list.json", "CIRR")
 
 
 @pytest.fixture
@@ -471,6 +485,41 @@ def test_weights_of_another_benchmark_are_said(dataset, golden, run, tmp_path, c
     out = capsys.readouterr().out
     assert f"r: its combiner was trained on {other}, not on {dataset}" in out
     assert f"r: its clip was trained on {other}" in out
+
+
+def clip_of(drawn: Path, folder: Path, dataset: str | None = None, scale: float = 1) -> list:
+    """Flags for a tiny CLIP whose fine-tuned weights say what they learned; a scale of 0 leaves no features."""
+    state = torch.load(drawn / "tiny_clip_vit.pt", weights_only=True)
+    state["visual.proj"] *= scale
+    config = {} if dataset is None else {"dataset": dataset}
+    torch.save({"CLIP": state, "config": config}, folder / "tuned.pt")
+    return [
+        "--clip-model-name",
+        drawn / "tiny_clip_vit.pt",
+        "--clip-model-path",
+        folder / "tuned.pt",
+    ]
+
+
+def test_a_training_on_weights_of_another_benchmark(stage_2, drawn, tmp_path, caplog):
+    stage_2("CIRR", *clip_of(drawn, tmp_path, "FashionIQ"), "--num-epochs", 1)
+    assert caplog.text.count("was trained on FashionIQ, and this is CIRR") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["validate", "--dataset", "CIRR"],
+        ["validate", "--dataset", "FashionIQ"],
+        ["cirr_test_submission", "--submission-name", "x"],
+        ["fashioniq_test_submission", "--submission-name", "x"],
+    ],
+)
+def test_results_of_collapsed_weights_are_refused(words, drawn, fails, tmp_path):
+    door, *flags = words
+    flags += ["--combining-function", "sum", *clip_of(drawn, tmp_path, scale=0)]
+    assert "every image is equally near to every query" in fails(door, drawn, *flags)
+    assert not (tmp_path / "out").exists()
 
 
 def frozen(images: torch.Tensor) -> FrozenSplit:

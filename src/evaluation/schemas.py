@@ -1,6 +1,6 @@
 """What results and rankings files hold, field by field. A field with a default is one that earlier versions lack."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import Field, Strict
 
@@ -97,7 +97,8 @@ class Query(Schema):
     caption: str
     group: list[str] = []
     protocols: Annotated[dict[str, Found], Field(min_length=1)]
-    in_group: Found = Field(default=None)  # may be missing, not null
+    # May be missing, but not null.
+    in_group: Found = cast("Found", None)
     gate: Share = 0
     experts: Annotated[list[Share], Field(min_length=1)] = [1]
 
