@@ -4,6 +4,7 @@ The cases are made from the rule: every field of a real file, every key that hol
 """
 
 import copy
+import itertools
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ import torch
 import check_dataset
 import compare
 from benchmarks import BENCHMARKS, CIRR, FashionIQ, Split, Triplet
+from benchmarks.dataset_report import lacks_words
 from benchmarks.exclusions import read_exclusions
 from benchmarks.protocols import ORIGINAL_KEPT
 from conftest import CASES
@@ -241,6 +243,14 @@ def test_other_contradictions(kind, whole, read):
         assert read(kind, put(content, path, value)), path
 
 
+def test_a_query_that_is_there_twice(whole, read):
+    """Under the number of another, as when lines were pasted."""
+    content = whole("CIRR")["rankings"]
+    first = content["queries"]["val"][0]["pair_id"]
+    error = read("rankings", put(content, ("queries", "val", 1, "pair_id"), first))
+    assert "queries.val: a pair_id is there twice" in error
+
+
 # Annotations
 
 
@@ -420,24 +430,23 @@ WORDS = ["a", "7", "is red.", "\u7ea2", "\U0001f534", "\u00e9"]
 
 @pytest.mark.parametrize(("kind", "split"), [(k, s) for k, p, s in SPLITS if p == k.parts[0]])
 def test_captions_without_a_word(kind, split, own_drawn, findings):
+    """As many queries at a time as the split has."""
     captions, _ = kind(own_drawn).files(kind.parts[0], split)
-    one = len(json.loads(captions.read_text()))
+    entries = json.loads(captions.read_text())
+    for first in range(0, len(WORDLESS), len(entries)):
+        said = WORDLESS[first : first + len(entries)]
+        for entry, caption in itertools.zip_longest(entries, said, fillvalue="is red"):
+            entry["caption" if "caption" in entry else "captions"] = (
+                caption if "caption" in entry else [caption, caption]
+            )
+        captions.write_text(json.dumps(entries))
+        (found,) = findings(own_drawn, kind.name)
+        assert found.startswith(f"{split}: {len(said)} queries have captions without a word")
 
-    def say(caption):
-        def change(entries):
-            for entry in entries:
-                key = "caption" if "caption" in entry else "captions"
-                entry[key] = caption if key == "caption" else [caption, caption]
 
-        change_json(captions, change)
-
-    for caption in WORDLESS:
-        say(caption)
-        text = " ".join(findings(own_drawn, kind.name))
-        assert f"{split}: {one} queries have captions without a word" in text, repr(caption)
-    for caption in WORDS:
-        say(caption)
-        assert "without a word" not in " ".join(findings(own_drawn, kind.name)), repr(caption)
+@pytest.mark.parametrize("caption", WORDS)
+def test_captions_with_a_word(caption):
+    assert not lacks_words(Triplet(reference="a", captions=(caption, caption)))
 
 
 @pytest.mark.parametrize("captions", [("...", "is red"), ("is red", "?")])

@@ -162,7 +162,7 @@ def _remark_on_captions(
         said = [bool(caption.strip()) for caption in triplet.captions]
         if not all(said):
             empty.append(query)
-        if _lacks_words(triplet):
+        if lacks_words(triplet):
             wordless[NOTE if query in benchmark.official_wordless else FINDING].append(query)
         if len(triplet.captions) > len(set(triplet.captions)):
             same.append(query)
@@ -175,7 +175,7 @@ def _remark_on_captions(
     _say_if(same, NOTE, split, "queries have the same caption twice", report=report)
 
 
-def _lacks_words(triplet: Triplet) -> bool:
+def lacks_words(triplet: Triplet) -> bool:
     """Whether a caption is of punctuation alone, which joining captions strips off, or none says anything."""
     wordless = [caption for caption in triplet.captions if not any(map(_says_something, caption))]
     return len(wordless) == len(triplet.captions) or any(caption.strip() for caption in wordless)

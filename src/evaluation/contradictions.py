@@ -15,7 +15,7 @@ from utils import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-ROUNDED = 0.01  # how far the sum of an expert's rounded weights may be from 1
+ROUNDED = 0.01  # how far the sum of a query's rounded weights of experts may be from 1
 # Field of a result -> whether it may lack splits.
 TABLES = {
     "queries_sha256": False,
@@ -210,8 +210,8 @@ def _found_problems(
         yield "rank", f"{rank} of {most} images"
     if len(set(names)) < len(names):
         yield "nearest", "an image is there twice"
-    if len(names) > most or barred in names:
-        yield "nearest", "more images than can be retrieved, or the reference, which cannot"
+    if barred in names:
+        yield "nearest", "the reference is there, which cannot be retrieved"
     if sorted(similarities, reverse=True) != similarities:
         yield "nearest", "the similarities rise"
     place = names.index(target) if target in names else None
