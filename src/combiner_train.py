@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from benchmarks import Benchmark
 from benchmarks.metrics import mean_and_deviation
 from cli import options, training
-from models.configuration import Settings, plain, read_checkpoint, settle
+from models.configuration import Settings, plain, read_checkpoint, settle, warn_of_transfer
 from reports.tables import text_table
 from runtime.files import read_json, write_text
 from runtime.interruption import StopRequest
@@ -77,6 +77,7 @@ def prepare(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -
     device, tracker = training.start(args)
     tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
     data = read_training_data(benchmark, batch_size=args.batch_size, seed=args.seed)
+    warn_of_transfer(benchmark.name, [tuned])
     clip = settle(options.clip_choice(args), [tuned])
     encoder = load_encoder(clip, tuned, device, workers=args.num_workers, batch_size=args.clip_bs)
     settings = Settings(

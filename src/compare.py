@@ -151,6 +151,9 @@ def main(argv: list[str] | None = None) -> None:
     for protocol in protocols:
         print_protocol(benchmark, columns, protocol, resampling=resampling)
     for column in columns:
+        for kind, dataset in column.trained_elsewhere.items():
+            measured_on = column.results[0]["dataset"]
+            print(f"\n{column.label}: its {kind} was trained on {dataset}, not on {measured_on}")
         if len(column.results) > 1:
             print(f"\n{column.label}: mean ± standard deviation of {len(column.results)} seeds")
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import BENCHMARKS, Benchmark
+from benchmarks import Benchmark
 from benchmarks.protocols import choose_protocols
 from cli import options
 from cli.flag_types import positive_int, usable_path
@@ -77,10 +77,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def stored_records(args: argparse.Namespace) -> tuple[Records, Benchmark]:
     """The records of --rankings, and the benchmark that they are of."""
     content = read_rankings(args.rankings)
-    if content["dataset"] not in BENCHMARKS:
-        raise UserError(
-            f"--rankings {args.rankings} is of {content['dataset']}, which is no benchmark known here"
-        )
     args.dataset = content["dataset"]
     benchmark, _ = open_benchmark(args)
     return content["queries"], benchmark

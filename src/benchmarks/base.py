@@ -1,13 +1,14 @@
 """What a benchmark is: its files, captions, protocols and metrics. Each has a file of its own beside this one."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.annotations import Entry, check, check_known, read
 from benchmarks.metrics import percentage
+from benchmarks.places import locate
 from benchmarks.protocols import Protocol
 from benchmarks.splits import Split, Triplet
 from utils import UserError
@@ -27,7 +28,9 @@ class Benchmark(ABC):
         parts: what its annotation files are of: cap.{part}.{split}.json.
         train_split, val_split, test_split: what the files call them.
         official: "{part}.{split}" -> triplets and images of the official files.
+        official_wordless: queries of the official files that have a caption without a word, as reports call them.
         counts_explained: what the official counts look like, and are not; "" where they mislead nobody.
+        group_size: images in a query's group, its reference among them; 0 without groups.
         protocols: the protocols it is measured under, that of the original implementation first.
         selection: metric that selects checkpoints -> suffix of the one that is kept for its best value.
         titles: metric -> its title in a table; the others are not in tables.
@@ -45,7 +48,9 @@ class Benchmark(ABC):
     val_split: str
     test_split: str
     official: dict[str, tuple[int, int]]
+    official_wordless: tuple[str, ...] = ()
     counts_explained: str = ""
+    group_size: int = 0
     protocols: tuple[Protocol, ...]
     selection: dict[str, str]
     titles: dict[str, str]
@@ -108,7 +113,12 @@ class Benchmark(ABC):
     def read_part(self, part: str, split: str) -> Split:
         """One part of a split, see `read`."""
         captions_file, images_file = self.files(part, split)
-        paths = self._image_paths(part, images_file)
+        paths = locate(
+            self._image_places(images_file),
+            self.image_folders(part),
+            root=self.data_root,
+            listed_in=images_file,
+        )
         triplets = []
         for place, content in enumerate(read(captions_file, list)):
             entry = Entry(content, captions_file, f"entry {place}")
@@ -118,6 +128,7 @@ class Benchmark(ABC):
             entry.check(searchable, "a target other than the reference")
             triplets.append(triplet)
         check(bool(triplets), captions_file, "at least one triplet")
+        _check_pair_ids(triplets, captions_file)
         whole = Split(name=self._part_name(part, split), triplets=triplets, image_paths=paths)
         remaining = whole.without(self.excluded)
         if not remaining.triplets:
@@ -146,6 +157,10 @@ class Benchmark(ABC):
             return dict.fromkeys(cls.selection, "combiner")
         return {metric: f"combiner_{suffix}" for metric, suffix in cls.selection.items()}
 
+    def part_names(self, split: str) -> list[str]:
+        """What the parts of a split are called."""
+        return [self._part_name(part, split) for part in self.parts]
+
     @abstractmethod
     def annotation_folder(self) -> Path:
         """The folder that holds captions/ and image_splits/."""
@@ -159,8 +174,8 @@ class Benchmark(ABC):
         """What a part of a split is called."""
 
     @abstractmethod
-    def _image_paths(self, part: str, images_file: Path) -> dict[str, Path]:
-        """The files of the images that a list names."""
+    def _image_places(self, images_file: Path) -> dict[str, str]:
+        """Image name -> path relative to a folder of images, from a list of a split's images."""
 
     @abstractmethod
     def _triplet(self, entry: Entry, split: str) -> Triplet:
@@ -196,3 +211,14 @@ class Benchmark(ABC):
         What selects checkpoints is made of recalls that are named there, so that one more recall in `hits` changes
         what is reported and nothing that is selected.
         """
+
+
+def _check_pair_ids(triplets: Sequence[Triplet], captions_file: Path) -> None:
+    """Raise UserError where two entries of a file are one query: it would be counted twice."""
+    places: dict[int, int] = {}
+    for place, triplet in enumerate(triplets):
+        if triplet.pair_id is not None and places.setdefault(triplet.pair_id, place) != place:
+            raise UserError(
+                f"{captions_file}: entry {places[triplet.pair_id]} and entry {place} have the same pairid "
+                f"{triplet.pair_id}: download the official annotation file again"
+            )

@@ -9,12 +9,11 @@ from benchmarks.annotations import Entry, are_texts, check, read
 from benchmarks.base import Benchmark
 from benchmarks.metrics import means
 from benchmarks.protocols import ORIGINAL_REMOVED
-from benchmarks.splits import Triplet, locate
+from benchmarks.splits import Triplet
 
 if TYPE_CHECKING:
     import numpy as np
 
-GROUP_SIZE = 6  # images in a query's group, its reference among them
 RECALLS = (1, 5, 10, 50)
 GROUP_RECALLS = (1, 2, 3)
 # The seven recalls whose means select checkpoints. A recall that is reported beside them changes no selection.
@@ -34,6 +33,8 @@ class CIRR(Benchmark):
     val_split = "val"
     test_split = "test1"
     official = {"rc2.train": (28225, 16939), "rc2.val": (4181, 2297), "rc2.test1": (4148, 2315)}
+    official_wordless = ("pairid 27098",)  # a space
+    group_size = 6
     protocols = (ORIGINAL_REMOVED,)
     selection = {
         "arithmetic_mean": "arithmetic",
@@ -61,10 +62,10 @@ class CIRR(Benchmark):
     def _part_name(self, part: str, split: str) -> str:
         return split
 
-    def _image_paths(self, part: str, images_file: Path) -> dict[str, Path]:
+    def _image_places(self, images_file: Path) -> dict[str, str]:
         places = read(images_file, dict)
         check(are_texts(places.values()), images_file, "an object of id -> path")
-        return locate(places, self.image_folders(part))
+        return places
 
     def _triplet(self, entry: Entry, split: str) -> Triplet:
         triplet = Triplet(
@@ -76,7 +77,7 @@ class CIRR(Benchmark):
         if split == self.train_split:
             return triplet
         group = entry.inner("img_set").list("members")
-        are_six = are_texts(group) and len(group) == len(set(group)) == GROUP_SIZE
+        are_six = are_texts(group) and len(group) == len(set(group)) == self.group_size
         entry.check(
             are_six and set(triplet.images) <= set(group),
             "six members, reference and target two of them,",

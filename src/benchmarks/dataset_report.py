@@ -1,5 +1,6 @@
 """What a copy of a benchmark is: its counts beside the official ones, its images by role, what they do to metrics."""
 
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -115,7 +116,7 @@ def _count(
 
 
 def remark_on_annotations(benchmark: Benchmark, parts: Parts, report: Report) -> None:
-    """How the lists overlap, targets that repeat, captions that are empty or the same."""
+    """How the lists overlap, targets and triplets that repeat, captions that are empty, wordless or the same."""
     listed: dict[str, list[str]] = {split: [] for split in benchmark.splits}
     triplets: dict[str, list[Triplet]] = {split: [] for split in benchmark.splits}
     for (_, split), records in parts.items():
@@ -127,19 +128,62 @@ def remark_on_annotations(benchmark: Benchmark, parts: Parts, report: Report) ->
     repeated = [str(name) for name, count in targets.items() if count > 1]
     effect = "targets repeat: in one batch they are each other's negatives, unless --mask-duplicate-targets"
     _say_if(repeated, NOTE, benchmark.train_split, effect, report=report)
+    for (part, split), records in parts.items():
+        _remark_on_asked_twice(f"{part} {split}", records, report)
     for split, of_split in triplets.items():
-        empty = [_query(triplet) for triplet in of_split if _has_empty_caption(triplet)]
-        _say_if(empty, NOTE, split, "queries have an empty caption", report=report)
-        same = [
-            _query(triplet)
-            for triplet in of_split
-            if len(triplet.captions) > len(set(triplet.captions))
-        ]
-        _say_if(same, NOTE, split, "queries have the same caption twice", report=report)
+        _remark_on_captions(benchmark, split, of_split, report)
 
 
-def _has_empty_caption(triplet: Triplet) -> bool:
-    return any(not caption.strip() for caption in triplet.captions)
+def _remark_on_asked_twice(where: str, records: Split, report: Report) -> None:
+    """Triplets that a file has more than once, and so are more of its metrics than others."""
+    first: dict[tuple[str, str | None, tuple[str, ...]], int] = {}
+    again = []
+    for place, triplet in enumerate(records.triplets):
+        asked = (triplet.reference, triplet.target, tuple(sorted(triplet.captions)))
+        if first.setdefault(asked, place) != place:
+            again.append(f"entries {first[asked]} and {place}: {_query(triplet)}")
+    if records.is_secret:
+        _say_if(
+            again, NOTE, where, "queries are asked again; their targets may differ", report=report
+        )
+    else:
+        _say_if(again, FINDING, where, "triplets are there twice: they count twice", report=report)
+
+
+def _remark_on_captions(
+    benchmark: Benchmark, split: str, triplets: Sequence[Triplet], report: Report
+) -> None:
+    """Captions that are empty, or not but say nothing, or the same."""
+    empty = []
+    wordless: dict[str, list[str]] = {NOTE: [], FINDING: []}
+    same = []
+    for triplet in triplets:
+        query = _query(triplet)
+        said = [bool(caption.strip()) for caption in triplet.captions]
+        if not all(said):
+            empty.append(query)
+        if lacks_words(triplet):
+            wordless[NOTE if query in benchmark.official_wordless else FINDING].append(query)
+        if len(triplet.captions) > len(set(triplet.captions)):
+            same.append(query)
+    _say_if(empty, NOTE, split, "queries have an empty caption", report=report)
+    for level, queries in wordless.items():
+        effect = (
+            "queries have captions without a word: of punctuation alone, or none that says anything"
+        )
+        _say_if(queries, level, split, effect, report=report)
+    _say_if(same, NOTE, split, "queries have the same caption twice", report=report)
+
+
+def lacks_words(triplet: Triplet) -> bool:
+    """Whether a caption is of punctuation alone, which joining captions strips off, or none says anything."""
+    wordless = [caption for caption in triplet.captions if not any(map(_says_something, caption))]
+    return len(wordless) == len(triplet.captions) or any(caption.strip() for caption in wordless)
+
+
+def _says_something(character: str) -> bool:
+    """Whether it is a letter, a digit, or a picture such as an emoji; not so punctuation, spaces and marks."""
+    return character.isalnum() or unicodedata.category(character) == "So"
 
 
 def _remark_on_repeats(

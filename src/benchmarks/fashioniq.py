@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from benchmarks.annotations import Entry, are_texts, check, read
 from benchmarks.base import Benchmark
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_KEPT, VAL_REMOVED
-from benchmarks.splits import Triplet, locate
+from benchmarks.splits import Triplet
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +29,7 @@ class FashionIQ(Benchmark):
         "shirt.train": (5988, 19036), "shirt.val": (2038, 6346), "shirt.test": (2038, 6346),
         "toptee.train": (6027, 16121), "toptee.val": (1961, 5373), "toptee.test": (2056, 5374),
     }  # fmt: skip
+    official_wordless = ("B004ECJWVI -> B006MW3CTG",)  # "Darker and not as shiny", "."
     counts_explained = (
         "The nine official lists have 77,683 entries, which papers count as images, but 3,302 of them repeat: the "
         "complete dataset is 74,381 images, and the 3,300 that seem to be missing do not exist"
@@ -63,11 +64,11 @@ class FashionIQ(Benchmark):
     def _part_name(self, part: str, split: str) -> str:
         return part
 
-    def _image_paths(self, part: str, images_file: Path) -> dict[str, Path]:
+    def _image_places(self, images_file: Path) -> dict[str, str]:
         names = read(images_file, list)
         check(are_texts(names), images_file, "a list of image ids")
         check(len(set(names)) == len(names), images_file, "ids that do not repeat")
-        return locate({name: f"{name}.jpg" for name in names}, self.image_folders(part))
+        return {name: f"{name}.jpg" for name in names}
 
     def _triplet(self, entry: Entry, split: str) -> Triplet:
         captions = entry.list("captions")

@@ -1,4 +1,4 @@
-"""The records of a split: its triplets, its gallery, and the image files."""
+"""The records of a split: its triplets, its gallery, and what its files contain."""
 
 import functools
 import hashlib
@@ -142,26 +142,6 @@ class Split:
             excluded_triplets=len(self.triplets) - len(kept),
             smaller_groups=smaller_groups,
         )
-
-
-def locate(places: dict[str, str], folders: list[Path]) -> dict[str, Path]:
-    """The file of each image: its place below the first folder where it is, or below the very first if it is nowhere.
-
-    Args:
-        places: image name -> path relative to a folder.
-    """
-    first, *others = folders
-    others = [folder for folder in others if folder.is_dir()]
-
-    def file(place: str) -> Path:
-        official = first / place
-        if not others or file_size(official) is not None:
-            return official
-        return next(
-            (folder / place for folder in others if file_size(folder / place) is not None), official
-        )
-
-    return {name: file(place) for name, place in places.items()}
 
 
 def split_digest(split: Split) -> str:

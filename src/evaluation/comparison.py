@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import Benchmark
-from evaluation.result_file import Result, read_result, stored_ranks
-from models.configuration import FREE_FLAGS, Settings
+from evaluation.contradictions import stored_ranks
+from evaluation.result_file import Result, read_result
+from models.configuration import FREE_FLAGS, Settings, trained_on
 from runtime.choices import named
 from utils import UserError
 
@@ -48,6 +49,15 @@ class Column:
         for name, value in first.items():
             shared[name] = value if all(other[name] == value for other in others) else None
         return shared
+
+    @property
+    def trained_elsewhere(self) -> dict[str, str]:
+        """What of it was trained on another benchmark than it is measured on, and on which."""
+        parts: dict[str, str] = {}
+        for result in self.results:
+            parts.update(trained_on(result["training"]))
+        measured_on = self.results[0]["dataset"]
+        return {kind: dataset for kind, dataset in parts.items() if dataset != measured_on}
 
     def hits(self, benchmark: Benchmark, protocol: str, split: str) -> "dict[str, np.ndarray]":
         """Recall -> how often each query is a hit, (Q,), the mean over the seeds."""

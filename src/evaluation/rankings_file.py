@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import PROTOCOLS, Benchmark, Split, Triplet
+from benchmarks import Benchmark, Split, Triplet
+from evaluation.contradictions import check_about, check_queries
 from runtime.files import read_json, write_text
-from utils import UserError
 
 if TYPE_CHECKING:
     from benchmarks.ranking import Rankings
@@ -109,52 +109,16 @@ def write_rankings(file: Path, result: Mapping[str, Any], records: Records) -> N
 
 
 def read_rankings(file: Path) -> dict[str, Any]:
-    """A rankings file: a result whose "queries" are records.
+    """A rankings file, held against itself: a result whose "queries" are records.
 
     Raises:
-        UserError: it is none, or not a whole one.
+        UserError: it is none, or contradicts itself, as when a rank is not where the target is.
     """
+    from evaluation.schemas import RankingsFile
+    from runtime.schema import checked
+
     content = read_json(file, "validate.py --rankings")
-    try:
-        whole = isinstance(content["dataset"], str) and _are_records(content["queries"])
-    except (KeyError, TypeError, AttributeError, ValueError):
-        whole = False
-    if not whole:
-        raise UserError(
-            f"{file} is no file of validate.py --rankings, or not a whole one: measure again"
-        )
+    remedy = "no file of validate.py --rankings, or not a whole one; measure again"
+    checked(RankingsFile, content, file=file, remedy=remedy)
+    check_queries(file, content, check_about(file, content))
     return content
-
-
-def _are_records(records: Records) -> bool:
-    """Whether these are the queries of some splits; raises KeyError, TypeError or ValueError if they are not."""
-    if not records or not all(records.values()):
-        return False
-    queries: list[Record] = []
-    for of_split in records.values():
-        queries += of_split
-    return all(map(_is_record, queries)) and len(set(map(_shape, queries))) == 1
-
-
-def _shape(query: Record) -> tuple[frozenset[str], int]:
-    """What all queries of a file have in common: the protocols, and the number of experts."""
-    return frozenset(query["protocols"]), len(query.get("experts", []))
-
-
-def _is_record(query: Record) -> bool:
-    """Whether a query has all that the sheets show of it; raises KeyError, TypeError or ValueError if not."""
-    texts = [query["reference"], query["target"], query["caption"]]
-    numbers = [query["query"], query.get("gate", 0), *query.get("experts", [])]
-    rankings = [ranking for name, ranking in query["protocols"].items() if name in PROTOCOLS]
-    if "in_group" in query:
-        rankings.append(query["in_group"])
-    for ranking in rankings:
-        numbers.append(ranking["rank"])
-        for name, similarity in ranking["nearest"]:
-            texts.append(name)
-            numbers.append(similarity)
-    are_numbers = all(
-        isinstance(number, int | float) and not isinstance(number, bool) for number in numbers
-    )
-    are_texts = all(isinstance(text, str) for text in texts)
-    return bool(query["protocols"]) and "pair_id" in query and are_numbers and are_texts

@@ -1,7 +1,8 @@
 """Compose a benchmark's queries, rank its galleries, evaluate, and see what the Combiner did."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,18 +12,25 @@ from benchmarks import Benchmark, Protocol, Split
 from benchmarks.ranking import NotFiniteError, Ranking, Rankings, joined, nearest, target_ranks
 from combiner import Compose, Composer, Insight
 from models.features import FrozenSplit
+from runtime import distributed
 from utils import UserError
+
+logger = logging.getLogger(__name__)
 
 MOST_VALUES = 2**28  # similarities in memory at one time: 1 GiB
 # On a CPU rather what its caches hold, but at least so many rows that the product stays efficient.
 CACHE_VALUES = 2**18
 CACHE_ROWS = 128
+EQUAL = 1e-6  # apart at most: similarities that are one value but for rounding
+FEW = 2  # images of a gallery that may well be equally near
 
 
 def evaluate(
     benchmark: Benchmark, frozen: Sequence[FrozenSplit], compose: Compose, block: int | None = None
 ) -> dict[str, float]:
-    """All metrics of a benchmark under its first protocol, by the names of the CSV files.
+    """All metrics of a benchmark under its first protocol, by the names of the CSV files; for trainings.
+
+    Weights that tell no image from another are a warning here, for a training may leave such a state again.
 
     Args:
         frozen: its validation splits, from `features.freeze_queries`.
@@ -32,9 +40,8 @@ def evaluate(
     protocol = benchmark.protocols[0]
     rankings = {}
     for frozen_split in frozen:
-        rankings[frozen_split.split.name] = rank(frozen_split, compose, [protocol], block=block)[
-            protocol
-        ]
+        by_protocol = rank(frozen_split, compose, [protocol], block=block, if_equal=_warn_of_equal)
+        rankings[frozen_split.split.name] = by_protocol[protocol]
     return benchmark.metrics(rankings)
 
 
@@ -46,10 +53,22 @@ def rank_all(
     k: int,
     block: int | None,
 ) -> Rankings:
-    """Every split's ranking under every protocol, with the k nearest images and all of the group."""
+    """Every split's ranking under every protocol, with the k nearest images and all of the group.
+
+    Raises:
+        UserError: similarities are not finite, or all are equal.
+    """
     rankings: dict[Protocol, dict[str, Ranking]] = {protocol: {} for protocol in protocols}
     for frozen_split in frozen:
-        by_protocol = rank(frozen_split, compose, protocols, k=k, group_k=None, block=block)
+        by_protocol = rank(
+            frozen_split,
+            compose,
+            protocols,
+            k=k,
+            group_k=None,
+            block=block,
+            if_equal=refuse_equal,
+        )
         for protocol, ranking in by_protocol.items():
             rankings[protocol][frozen_split.split.name] = ranking
     return rankings
@@ -74,21 +93,25 @@ def rank(
     k: int = 0,
     group_k: int | None = 0,
     block: int | None = None,
+    if_equal: Callable[[Split], None] | None = None,
 ) -> dict[Protocol, Ranking]:
     """Rank a split's gallery for every query, under several protocols from one computation of the similarities.
 
     Args:
         k: how many of the nearest images to keep.
         group_k: how many of the nearest within the group to keep; None for all.
+        if_equal: called with the split where no query is nearer to one image than to another.
 
     Raises:
         UserError: a similarity is not finite.
     """
     split = frozen.split
+    tells_nothing = len(split.names) > FEW
     most = {protocol: min(k, protocol.most_answers(split)) for protocol in protocols}
     blocks: dict[Protocol, list[Ranking]] = {protocol: [] for protocol in protocols}
     with _naming(split):
         for rows, similarity in similarity_blocks(frozen, compose, block):
+            tells_nothing = tells_nothing and _are_equal(similarity)
             targets = None if split.is_secret else frozen.target_rows[rows]
             group = (
                 _rank_group(similarity, frozen, rows, targets, group_k=group_k)
@@ -100,7 +123,35 @@ def rank(
                 allowed = protocol.restrict(whole, frozen.reference_rows[rows], frozen.outside)
                 ranking = _rank_gallery(allowed, targets, most[protocol])
                 blocks[protocol].append(Ranking(**ranking, **group))
+    if tells_nothing and if_equal:
+        if_equal(split)
     return {protocol: joined(parts) for protocol, parts in blocks.items()}
+
+
+def _are_equal(similarity: Tensor) -> bool:
+    """Whether each query of a block (b, N) is equally near to all images."""
+    # The first query answers for all blocks, unless it is one of the rare ones.
+    for queries in (similarity[:1], similarity):
+        least, most = queries.aminmax(dim=1)
+        if not (most - least).max() <= EQUAL:
+            return False
+    return True
+
+
+def refuse_equal(split: Split) -> None:
+    """Raise UserError: ranks would be the order of the gallery's list."""
+    raise UserError(
+        f"{split.name}: every image is equally near to every query: the weights have collapsed; name others"
+    )
+
+
+def _warn_of_equal(split: Split) -> None:
+    if distributed.is_main():
+        logger.warning(
+            "warning: %s: every image is equally near to every query: the weights have collapsed, and the recalls of "
+            "this validation mean nothing",
+            split.name,
+        )
 
 
 def _rank_gallery(similarity: Tensor, targets: Tensor | None, k: int) -> dict[str, Tensor]:

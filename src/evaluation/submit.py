@@ -11,7 +11,7 @@ import torch
 from benchmarks import Benchmark, Split
 from benchmarks.ranking import Ranking
 from benchmarks.server_files import Answered, Form, parse_submission
-from evaluation.retrieval import rank
+from evaluation.retrieval import rank, refuse_equal
 from models.pair import load_and_freeze
 from runtime import distributed
 from runtime.choices import PairChoice
@@ -72,6 +72,7 @@ def submit(
             k=form.k,
             group_k=form.group_k,
             block=wanted.block,
+            if_equal=refuse_equal,
         )
         (ranking,) = rankings.values()
         answered.append(_answers(frozen_split.split, ranking))

@@ -152,6 +152,25 @@ def read_checkpoint(flag_name: str, path: Path | None, key: str) -> Checkpoint |
     )
 
 
+def trained_on(training: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The benchmark that each part of a pair was trained on, from their settings; nothing of a part that is silent."""
+    datasets = {
+        kind: Settings.read(config).table.get("dataset") for kind, config in training.items()
+    }
+    return {kind: dataset for kind, dataset in datasets.items() if isinstance(dataset, str)}
+
+
+def warn_of_transfer(dataset: str, checkpoints: Sequence[Checkpoint | None]) -> None:
+    """Say so, in one line, where weights were trained on another benchmark than the one they are used on."""
+    configs = {str(known.path): known.config for known in checkpoints if known is not None}
+    others = []
+    for path, other in trained_on(configs).items():
+        if other.lower() != dataset.lower():
+            others.append(f"{path} was trained on {other}")
+    if others:
+        logger.warning("warning: %s, and this is %s", " and ".join(others), dataset)
+
+
 def settle(choice: ClipChoice, checkpoints: Sequence[Checkpoint | None]) -> ClipChoice:
     """Name, preprocessing and precision: the flag, else what the checkpoints were trained with, else the default.
 

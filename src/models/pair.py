@@ -14,7 +14,13 @@ from benchmarks.exclusions import announce
 from benchmarks.splits import check_images_exist
 from combiner import Composer, Sum, load_combiner
 from models.clip_model import feature_dim
-from models.configuration import Checkpoint, read_checkpoint, settle
+from models.configuration import (
+    Checkpoint,
+    read_checkpoint,
+    settle,
+    trained_on,
+    warn_of_transfer,
+)
 from models.encoder import Encoder, load_encoder, weights_digest
 from models.features import FeatureCache, FrozenSplit, freeze_queries
 from runtime.choices import PairChoice
@@ -49,6 +55,7 @@ class Pair:
             checkpoints["clip"] = self.tuned
         if self.trained:
             checkpoints["combiner"] = self.trained
+        training = {kind: checkpoint.config for kind, checkpoint in checkpoints.items()}
         return {
             "clip_model_name": self.encoder.recipe["clip_model_name"],
             "combining_function": self.compose.combining_function,
@@ -58,7 +65,8 @@ class Pair:
             "weights_sha256": weights,
             "encode_precision": self.encoder.precision,
             "preprocessing": self.encoder.preprocessing,
-            "training": {kind: checkpoint.config for kind, checkpoint in checkpoints.items()},
+            "training": training,
+            "trained_on": trained_on(training),
         }
 
 
@@ -122,6 +130,7 @@ def load_and_freeze(
     announce(benchmark.excluded, splits)
     check_images_exist(splits)
     pair = load_pair(choice, device)
+    warn_of_transfer(benchmark.name, [pair.tuned, pair.trained])
     return pair, freeze_queries(
         FeatureCache(None, pair.encoder), splits, benchmark.caption, benchmark.run_name
     )

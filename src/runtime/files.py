@@ -305,9 +305,10 @@ def find_checkpoint(path: Path) -> Path:
 def file_size(path: Path) -> int | None:
     """Bytes of a file, None where there is none, not even by a name that no file can have."""
     try:
-        return path.stat().st_size if path.is_file() else None
+        found = path.stat()
     except (OSError, ValueError):
         return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def file_identities(paths: list[Path]) -> list[tuple[str, int, int]]:

@@ -1,0 +1,233 @@
+"""What a result or a rankings file says in several places, held against itself: an edited number contradicts others.
+
+The types of the fields and the range of each are in `schemas.py`.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import BENCHMARKS, Benchmark
+from models.configuration import trained_on
+from utils import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ROUNDED = 0.01  # how far the sum of a query's rounded weights of experts may be from 1
+# Field of a result -> whether it may lack splits.
+TABLES = {
+    "queries_sha256": False,
+    "images_sha256": True,
+    "excluded_images": True,
+    "excluded_triplets": True,
+    "smaller_groups": True,
+}
+
+
+def fault(file: Path, field: str, problem: str) -> UserError:
+    """What is wrong with a field."""
+    return UserError(f"{file}: {field}: {problem}: measure again")
+
+
+def check_about(file: Path, result: Mapping[str, Any]) -> Benchmark:
+    """Check what a result or a rankings file says of itself; returns its benchmark, without data.
+
+    Raises:
+        UserError: fields contradict each other or the benchmark.
+    """
+    if result["dataset"] not in BENCHMARKS:
+        raise fault(file, "dataset", f"{result['dataset']} is no benchmark known here")
+    benchmark = BENCHMARKS[result["dataset"]](Path())
+    if result["split"] not in benchmark.splits:
+        raise fault(file, "split", f"{result['split']} is none of {', '.join(benchmark.splits)}")
+    names = benchmark.part_names(result["split"])
+    for table, may_lack in TABLES.items():
+        if table in result or not may_lack:
+            _check_names(file, table, result[table], names, may_lack=may_lack)
+    for name, measured in result["protocols"].items():
+        if name != f"{measured['gallery']}-{measured['reference']}":
+            raise fault(file, f"protocols.{name}", "its gallery and reference are of another")
+        for table in ("gallery_images", "queries"):
+            _check_names(file, f"protocols.{name}.{table}", measured[table], names)
+    own = result.get("protocol", next(iter(result["protocols"])))
+    if own not in result["protocols"]:
+        raise fault(file, "protocol", f"{own} is not among its protocols")
+    if (
+        result.get("metrics", result["protocols"][own]["metrics"])
+        != (result["protocols"][own]["metrics"])
+    ):
+        raise fault(file, "metrics", f"not those of protocols.{own}")
+    if result.get("trained_on", trained_on(result["training"])) != trained_on(result["training"]):
+        raise fault(file, "trained_on", "not what its training says")
+    return benchmark
+
+
+def _check_names(
+    file: Path, field: str, given: Collection[str], names: Sequence[str], *, may_lack: bool = False
+) -> None:
+    """Raise UserError unless a table is of a benchmark's splits."""
+    if not set(given) <= set(names) or (not may_lack and set(given) != set(names)):
+        raise fault(file, field, f"not of {', '.join(names)}")
+
+
+def check_ranks(file: Path, result: Mapping[str, Any], benchmark: Benchmark) -> None:
+    """Check ranks against galleries, and metrics against ranks; metrics that are reported since then are added.
+
+    Raises:
+        UserError: a rank is beyond its gallery, or a metric is not what the ranks give.
+    """
+    names = benchmark.part_names(result["split"])
+    for name, measured in result["protocols"].items():
+        field = f"protocols.{name}"
+        _check_names(file, f"{field}.ranks", measured["ranks"], names)
+        in_groups = names if benchmark.group_size else []
+        _check_names(file, f"{field}.group_ranks", measured["group_ranks"], in_groups)
+        for split in names:
+            places = {"ranks": places_of(measured, split)}
+            if in_groups:
+                places["group_ranks"] = benchmark.group_size - 1
+            for kind, most in places.items():
+                ranks = measured[kind][split]
+                where = f"{field}.{kind}.{split}"
+                if len(ranks) != measured["queries"][split]:
+                    count = measured["queries"][split]
+                    raise fault(file, where, f"{len(ranks)} ranks of {count} queries")
+                if max(ranks) >= most:
+                    worst = ranks.index(max(ranks))
+                    raise fault(file, f"{where}.{worst}", f"rank {max(ranks)} of {most} images")
+        _check_metrics(file, f"{field}.metrics", measured, benchmark)
+
+
+def places_of(measured: Mapping[str, Any], split: str) -> int:
+    """Images that a query can retrieve."""
+    return measured["gallery_images"][split] - (measured["reference"] == "removed")
+
+
+def _check_metrics(file: Path, field: str, measured: dict[str, Any], benchmark: Benchmark) -> None:
+    """Check a protocol's metrics against its ranks, and complete them."""
+    scores = {split: benchmark.score(*stored_ranks(measured, split)) for split in measured["ranks"]}
+    recomputed = benchmark.summary(scores)
+    stated = measured["metrics"]
+    for metric in benchmark.selection:
+        if metric not in stated:
+            raise fault(file, field, f"{metric} is missing, so the file is not a whole one")
+    for metric, value in stated.items():
+        if metric not in recomputed:
+            raise fault(file, f"{field}.{metric}", f"no metric of {benchmark.name}")
+        if not math.isclose(value, recomputed[metric], abs_tol=1e-6):
+            raise fault(file, f"{field}.{metric}", "not what its ranks give")
+    measured["metrics"] = {**recomputed, **stated}
+
+
+def stored_ranks(measured: Mapping[str, Any], split: str) -> "tuple[np.ndarray, np.ndarray | None]":
+    """The ranks (Q,) of a split's targets in the gallery, and in their groups if there are any."""
+    import numpy as np
+
+    in_group = measured["group_ranks"].get(split)
+    return np.array(measured["ranks"][split]), None if in_group is None else np.array(in_group)
+
+
+def check_queries(file: Path, content: Mapping[str, Any], benchmark: Benchmark) -> None:
+    """Check the queries of a rankings file: the answers to each, and that their ranks give its metrics.
+
+    Raises:
+        UserError: the first query and field that contradicts another.
+    """
+    _check_names(file, "queries", content["queries"], benchmark.part_names(content["split"]))
+    experts = {len(query.get("experts", [])) for query in _all(content["queries"])}
+    if len(experts) > 1:
+        raise fault(file, "queries", "their numbers of experts differ")
+    for split, queries in content["queries"].items():
+        pair_ids = [query["pair_id"] for query in queries if query["pair_id"] is not None]
+        if len(set(pair_ids)) < len(pair_ids):
+            raise fault(file, f"queries.{split}", "a pair_id is there twice")
+        for place, query in enumerate(queries):
+            for field, problem in _query_problems(
+                query, place, split, content, benchmark=benchmark
+            ):
+                raise fault(file, f"queries.{split}.{place}.{field}", problem)
+    check_ranks(file, _with_ranks(content), benchmark)
+
+
+def _all(queries: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Mapping[str, Any]]:
+    for of_split in queries.values():
+        yield from of_split
+
+
+def _query_problems(
+    query: Mapping[str, Any],
+    place: int,
+    split: str,
+    content: Mapping[str, Any],
+    *,
+    benchmark: Benchmark,
+) -> Iterator[tuple[str, str]]:
+    """Fields of a query with what they contradict."""
+    if query["query"] != place:
+        yield "query", f"it is number {place}"
+    # The benchmark with groups is the one that numbers its queries.
+    if (query["pair_id"] is not None) != bool(benchmark.group_size):
+        yield "pair_id", f"missing, or nothing that {benchmark.name} has"
+    if query["protocols"].keys() != content["protocols"].keys():
+        yield "protocols", "not those of the file"
+        return
+    for name, found in query["protocols"].items():
+        measured = content["protocols"][name]
+        barred = query["reference"] if measured["reference"] == "removed" else None
+        most = places_of(measured, split)
+        for field, problem in _found_problems(found, query["target"], barred, most=most):
+            yield f"protocols.{name}.{field}", problem
+    if ("in_group" in query) != bool(benchmark.group_size):
+        yield "in_group", f"missing, or nothing that {benchmark.name} has"
+    elif "in_group" in query:
+        most = benchmark.group_size - 1
+        found = query["in_group"]
+        for field, problem in _found_problems(
+            found, query["target"], query["reference"], most=most
+        ):
+            yield f"in_group.{field}", problem
+        if not {name for name, _ in found["nearest"]} <= set(query["group"]):
+            yield "in_group.nearest", "images of another group"
+    if "experts" in query and abs(sum(query["experts"]) - 1) > ROUNDED:
+        yield "experts", f"the weights sum to {sum(query['experts']):.4g}, not to 1"
+
+
+def _found_problems(
+    found: Mapping[str, Any], target: str, barred: str | None, *, most: int
+) -> Iterator[tuple[str, str]]:
+    """Fields of what a query found that contradict each other.
+
+    Args:
+        barred: an image that may not be retrieved.
+        most: images that can be.
+    """
+    names = [name for name, _ in found["nearest"]]
+    similarities = [similarity for _, similarity in found["nearest"]]
+    rank = found["rank"]
+    if rank >= most:
+        yield "rank", f"{rank} of {most} images"
+    if len(set(names)) < len(names):
+        yield "nearest", "an image is there twice"
+    if barred in names:
+        yield "nearest", "the reference is there, which cannot be retrieved"
+    if sorted(similarities, reverse=True) != similarities:
+        yield "nearest", "the similarities rise"
+    place = names.index(target) if target in names else None
+    if place != (rank if rank < len(names) else None):
+        yield "rank", f"{rank} is not where the target is among the nearest"
+
+
+def _with_ranks(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A rankings file as a result, with the ranks of its queries."""
+    protocols = {}
+    for name, measured in content["protocols"].items():
+        ranks = {}
+        group_ranks = {}
+        for split, queries in content["queries"].items():
+            ranks[split] = [query["protocols"][name]["rank"] for query in queries]
+            if "in_group" in queries[0]:
+                group_ranks[split] = [query["in_group"]["rank"] for query in queries]
+        protocols[name] = {**measured, "ranks": ranks, "group_ranks": group_ranks}
+    return {**content, "protocols": protocols}

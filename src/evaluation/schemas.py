@@ -1,0 +1,110 @@
+"""What results and rankings files hold, field by field. A field with a default is one that earlier versions lack."""
+
+from typing import Annotated, Any, cast
+
+from pydantic import Field, Strict
+
+from runtime.schema import Schema
+
+Natural = Annotated[int, Field(ge=0, lt=2**31)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+Percentage = Annotated[float, Field(ge=0, le=100)]
+Share = Annotated[float, Field(ge=0, le=1)]
+# One, and what half precision and TF32 make of it.
+Cosine = Annotated[float, Field(ge=-1.01, le=1.01)]
+# JSON knows lists alone.
+Answer = Annotated[tuple[str, Cosine], Strict(False)]
+
+
+class Header(Schema):
+    """What one protocol gave, without the ranks."""
+
+    gallery: str
+    reference: str
+    gallery_images: dict[str, Positive]
+    queries: dict[str, Positive]
+    metrics: dict[str, Percentage]
+
+
+class Measured(Header):
+    """What one protocol gave."""
+
+    ranks: dict[str, list[Natural]]
+    group_ranks: dict[str, list[Natural]]
+
+
+class Weights(Schema):
+    """Digests of a pair's weights."""
+
+    clip: str
+    combiner: str = ""
+
+
+class Preprocessing(Schema):
+    """How images were preprocessed."""
+
+    transform: str = ""
+    target_ratio: Annotated[float, Field(gt=0)] = 1
+    resolution: Positive = 1
+    decode: str = ""
+
+
+class About(Schema):
+    """What a result says beside its protocols."""
+
+    dataset: str
+    split: str
+    protocol: str = ""
+    metrics: dict[str, Percentage] = {}
+    excluded_images: dict[str, dict[str, str]]
+    excluded_triplets: dict[str, Natural] = {}
+    smaller_groups: dict[str, Natural] = {}
+    images_sha256: dict[str, str]
+    queries_sha256: dict[str, str]
+    clip_model_name: str = ""
+    combining_function: str = ""
+    checkpoints: dict[str, str] = {}
+    weights_sha256: Weights
+    encode_precision: str = ""
+    preprocessing: Preprocessing
+    training: dict[str, dict[str, Any]]
+    trained_on: dict[str, str] = {}
+    versions: dict[str, str] = {}
+    command: str = ""
+    date: str = ""
+
+
+class ResultFile(About):
+    """A file of validate.py --metrics-json."""
+
+    protocols: Annotated[dict[str, Measured], Field(min_length=1)]
+
+
+class Found(Schema):
+    """What a query found in a gallery or in its group."""
+
+    rank: Natural
+    nearest: Annotated[list[Answer], Field(min_length=1)]
+
+
+class Query(Schema):
+    """A query with its answers."""
+
+    query: Natural
+    pair_id: int | None
+    reference: str
+    target: str
+    caption: str
+    group: list[str] = []
+    protocols: Annotated[dict[str, Found], Field(min_length=1)]
+    # May be missing, but not null.
+    in_group: Found = cast("Found", None)
+    gate: Share = 0
+    experts: Annotated[list[Share], Field(min_length=1)] = [1]
+
+
+class RankingsFile(About):
+    """A file of validate.py --rankings."""
+
+    protocols: Annotated[dict[str, Header], Field(min_length=1)]
+    queries: dict[str, Annotated[list[Query], Field(min_length=1)]]

@@ -1,0 +1,580 @@
+"""Numbers that should not be: of edited results and rankings, of queries there twice, of other images and weights.
+
+The cases are made from the rule: every field of a real file, every key that holds an id, every split.
+"""
+
+import copy
+import itertools
+import json
+import logging
+import math
+import shutil
+import string
+from pathlib import Path
+
+import pytest
+import torch
+
+import check_dataset
+import compare
+from benchmarks import BENCHMARKS, CIRR, FashionIQ, Split, Triplet
+from benchmarks.dataset_report import lacks_words
+from benchmarks.exclusions import read_exclusions
+from benchmarks.protocols import ORIGINAL_KEPT
+from conftest import CASES
+from evaluation.rankings_file import read_rankings
+from evaluation.result_file import read_result
+from evaluation.retrieval import evaluate, rank_all
+from models.features import FrozenSplit
+from test_bad_input import change_json
+from utils import UserError
+
+READERS = {"result": read_result, "rankings": read_rankings}
+SPLITS = [
+    (kind, part, split)
+    for kind in BENCHMARKS.values()
+    for part in kind.parts
+    for split in (kind.train_split, kind.val_split, kind.test_split)
+]
+
+
+# Results and rankings
+
+
+@pytest.fixture(scope="module")
+def files() -> dict[str, dict]:
+    """What `whole` has measured for several tests."""
+    return {}
+
+
+@pytest.fixture
+def whole(files, golden, run, tmp_path):
+    """Dataset -> its golden pair's result and rankings, parsed."""
+
+    def whole(dataset: str) -> dict[str, dict]:
+        if dataset not in files:
+            combiner = {"CIRR": "combiner_moe_cirr.pt", "FashionIQ": "combiner_moe_fiq.pt"}[dataset]
+            flags = ["--dataset", dataset, "--combining-function", "combiner"]
+            flags += ["--combiner-path", golden / combiner, "--rankings-k", 4]
+            flags += ["--clip-model-name", golden / "clip_vit.pt"]
+            flags += ["--clip-model-path", golden / "tuned_clip_vit.pt"]
+            paths = {kind: tmp_path / f"whole {kind}.json" for kind in READERS}
+            outputs = ["--metrics-json", paths["result"], "--rankings", paths["rankings"]]
+            run("validate", golden, *flags, *outputs)
+            files[dataset] = {kind: json.loads(path.read_text()) for kind, path in paths.items()}
+        return files[dataset]
+
+    return whole
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Read a result or rankings of some content; returns what it is refused with, or ""."""
+
+    def read(kind: str, content: object) -> str:
+        file = tmp_path / f"{kind}.json"
+        file.write_text(json.dumps(content))
+        try:
+            READERS[kind](file)
+        except UserError as error:
+            assert str(error).startswith(f"{file}: ")
+            assert "measure again" in str(error)
+            assert len(str(error).splitlines()) == 1
+            CASES[f"edited {kind}", "refused"] += 1
+            return str(error)
+        CASES[f"edited {kind}", "read"] += 1
+        return ""
+
+    return read
+
+
+def places(content, path=()):
+    """Paths to every field, of lists to the first entry alone; the settings of a training are not of this file."""
+    keys = list(content) if isinstance(content, dict) else range(min(1, len(content)))
+    for key in keys:
+        yield (*path, key)
+        inner = content[key]
+        if isinstance(inner, dict | list) and path[:1] != ("training",):
+            yield from places(inner, (*path, key))
+
+
+def at(content, path):
+    for key in path:
+        content = content[key]
+    return content
+
+
+def put(content, path, value):
+    """A copy with another value at a path."""
+    content = copy.copy(content)
+    if not path:
+        return value
+    content[path[0]] = put(content[path[0]], path[1:], value)
+    return content
+
+
+def wrong_kinds(value):
+    """Values that cannot stand where this one does."""
+    kinds = [None, True, "x", 3, 0.5, -1, [], {}, [1], {"a": 1}, math.nan, math.inf, 2**40]
+    if value is None:
+        return [kind for kind in kinds if kind is not None]
+    if isinstance(value, str):
+        return [kind for kind in kinds if not isinstance(kind, str)]
+    if isinstance(value, dict | list):
+        return [kind for kind in kinds if not isinstance(kind, type(value))]
+    if isinstance(value, float):
+        return [None, True, "x", [], {}, math.nan, math.inf, -math.inf, -1e9, 1e9]
+    return [kind for kind in kinds if kind != 3]
+
+
+UNLIMITED = {"target_ratio", "pair_id"}  # numbers that a benchmark and a flag leave free
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_every_field_refuses_every_other_kind_of_value(kind, whole, read):
+    """A field of CIRR's files, which have all that there is; the message names it."""
+    content = whole("CIRR")[kind]
+    assert read(kind, content) == ""
+    for path in places(content):
+        value = at(content, path)
+        for wrong in wrong_kinds(value):
+            if path[-1] in UNLIMITED and isinstance(wrong, int | float) and math.isfinite(wrong):
+                continue
+            error = read(kind, put(content, path, wrong))
+            assert error, f"{path} = {wrong!r} was read"
+            assert ".".join(map(str, path)) in error, error
+
+
+@pytest.mark.parametrize("dataset", BENCHMARKS)
+@pytest.mark.parametrize("kind", READERS)
+def test_a_number_that_is_moved_contradicts_another(kind, dataset, whole, read):
+    """But for sizes that nothing else tells."""
+    content = whole(dataset)[kind]
+    free = {"gallery_images", "excluded_triplets", "smaller_groups", "preprocessing", "pair_id"}
+    for path in places(content):
+        value = at(content, path)
+        if type(value) not in (int, float) or free & set(path) or path[0] == "training":
+            continue
+        moved = value + 1
+        if {"ranks", "group_ranks", "rank"} & set(path):
+            # Beyond every gallery: one place further may be no other hit.
+            moved = 5000
+        assert read(kind, put(content, path, moved)), f"{path}: {value} -> {moved}"
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_field_that_earlier_versions_lack_may_be_missing(kind, whole, read):
+    content = whole("CIRR")[kind]
+    newer = {
+        "protocol", "metrics", "excluded_triplets", "smaller_groups", "clip_model_name", "combining_function",
+        "checkpoints", "encode_precision", "trained_on", "versions", "command", "date",
+    }  # fmt: skip
+    for name in content:
+        without = {key: value for key, value in content.items() if key != name}
+        assert (read(kind, without) == "") == (name in newer), name
+
+
+def rankings_edits(query: dict, found: dict) -> dict[str, None]:
+    """What contradicts a list of answers, each on copies."""
+    nearest = found["nearest"]
+    elsewhere = next(place for place in range(len(nearest) + 1) if place != found["rank"])
+    return {
+        "the target is elsewhere": {"rank": elsewhere},
+        "an image twice": {"nearest": [*nearest[:-1], [nearest[0][0], nearest[-1][1]]]},
+        "rising": {"nearest": [[name, -similarity] for name, similarity in nearest]},
+        "in another order": {"nearest": nearest[::-1]},
+        "empty": {"nearest": []},
+        "beyond the gallery": {"rank": 10_000},
+        "its own reference": {"nearest": [[query["reference"], nearest[0][1]], *nearest[1:]]},
+        "no cosine": {"nearest": [[nearest[0][0], 1.5], *nearest[1:]]},
+    }
+
+
+@pytest.mark.parametrize("dataset", BENCHMARKS)
+def test_answers_that_contradict_themselves(dataset, whole, read):
+    """Under each protocol and in groups, of a query whose target is among the nearest and of one whose is not."""
+    content = whole(dataset)["rankings"]
+    split, queries = next(iter(content["queries"].items()))
+    seen = set()
+    for place, query in enumerate(queries):
+        for name, found in (*query["protocols"].items(), ("in_group", query.get("in_group"))):
+            if found is None or (name, found["rank"] < len(found["nearest"])) in seen:
+                continue
+            seen.add((name, found["rank"] < len(found["nearest"])))
+            keeps = name.endswith("-kept")
+            path = ("queries", split, place, *(["protocols"] if name != "in_group" else []), name)
+            for what, change in rankings_edits(query, found).items():
+                if what == "its own reference" and keeps:
+                    continue
+                error = read("rankings", put(content, path, {**found, **change}))
+                assert ".".join(map(str, path)) in error, what
+    assert len(seen) > len(content["protocols"])
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_other_contradictions(kind, whole, read):
+    content = whole("FashionIQ")[kind]
+    name = content["protocol"]
+    measured = content["protocols"][name]
+    dress = {key: value for key, value in content["queries_sha256"].items() if key == "dress"}
+    edits = [
+        (("dataset",), "Fashion200k"),
+        (("dataset",), "CIRR"),
+        (("split",), "holdout"),
+        (("protocol",), "VAL-kept of another"),
+        (("queries_sha256",), dress),
+        (("protocols", name, "gallery"), "VAL"),
+        (("protocols", name, "gallery_images"), dict.fromkeys(measured["gallery_images"], 2)),
+        (("protocols", name, "metrics"), {"average_recall": measured["metrics"]["average_recall"]}),
+        (("protocols", name, "metrics"), {**measured["metrics"], "mean of all": 50.0}),
+        (("trained_on",), {"clip": "Fashion200k"}),
+    ]
+    if kind == "rankings":
+        dress_queries = content["queries"]["dress"]
+        edits += [
+            (("queries", "dress"), dress_queries[1:]),
+            (("queries", "dress"), [*dress_queries, dress_queries[0]]),
+            (("queries",), {"dress": dress_queries}),
+            (("queries", "dress", 0, "protocols"), {name: dress_queries[0]["protocols"][name]}),
+            (("queries", "dress", 0, "experts"), [0.25, 0.25, 0, 0]),
+            (("queries", "dress", 0, "experts"), [1.0]),
+        ]
+    for path, value in edits:
+        assert read(kind, put(content, path, value)), path
+
+
+def test_a_query_that_is_there_twice(whole, read):
+    """Under the number of another, as when lines were pasted."""
+    content = whole("CIRR")["rankings"]
+    first = content["queries"]["val"][0]["pair_id"]
+    error = read("rankings", put(content, ("queries", "val", 1, "pair_id"), first))
+    assert "queries.val: a pair_id is there twice" in error
+
+
+# Annotations
+
+
+LEADING_AWAY = [
+    "../x",
+    "a/../../x",
+    "..",
+    "a/..",
+    "..\\x",
+    "a\\..\\x",
+    "/etc/x",
+    "\\x",
+    "C:x",
+    "a\0",
+]
+
+
+def id_list(kind, root: Path, part: str, split: str) -> Path:
+    return kind(root).files(part, split)[1]
+
+
+@pytest.mark.parametrize(("kind", "part", "split"), SPLITS)
+def test_names_and_places_stay_in_the_dataset(kind, part, split, own_drawn):
+    file = id_list(kind, own_drawn, part, split)
+    content = json.loads(file.read_text())
+    for away in LEADING_AWAY:
+        if isinstance(content, dict):
+            first = next(iter(content))
+            changed = [{**content, first: away}, {**content, away: content[first]}]
+        else:
+            changed = [[away, *content[1:]]]
+        for listed in changed:
+            file.write_text(json.dumps(listed))
+            with pytest.raises(UserError) as error:
+                kind(own_drawn).read_part(part, split)
+            assert str(error.value).startswith(f"{file}: the image ")
+            assert len(str(error.value).splitlines()) == 1
+            CASES["edited annotations", "refused"] += 1
+    file.write_text(json.dumps(content))
+    kind(own_drawn).read_part(part, split)
+    CASES["edited annotations", "read"] += 1
+
+
+def paths_to_ids(entry, known, path=()):
+    """Where an entry of a captions file names images."""
+    for key in entry if isinstance(entry, dict) else range(len(entry)):
+        if isinstance(entry[key], dict | list):
+            yield from paths_to_ids(entry[key], known, (*path, key))
+        elif entry[key] in known:
+            yield (*path, key)
+
+
+@pytest.mark.parametrize(("kind", "part", "split"), SPLITS)
+def test_entries_name_images_of_the_list(kind, part, split, own_drawn):
+    """Wherever an entry names an image; of CIRR's groups those of evaluations, for a training does not read them."""
+    captions, images = kind(own_drawn).files(part, split)
+    content = json.loads(captions.read_text())
+    paths = list(paths_to_ids(content[0], set(json.loads(images.read_text()))))
+    read = [path for path in paths if split != kind.train_split or path[0] != "img_set"]
+    assert read
+    for path in read:
+        for away in LEADING_AWAY:
+            captions.write_text(json.dumps([put(content[0], path, away), *content[1:]]))
+            with pytest.raises(UserError, match="entry 0"):
+                kind(own_drawn).read_part(part, split)
+            CASES["edited annotations", "refused"] += 1
+
+
+@pytest.mark.parametrize(("kind", "part", "split"), SPLITS)
+def test_a_file_may_be_no_link_out_of_the_dataset(kind, part, split, own_drawn, tmp_path):
+    """A link within the dataset is good, whole folders may be links, and what such a folder links within itself."""
+    image = kind(own_drawn).read_part(part, split).paths[0]
+    outside = shutil.move(image, tmp_path / "private.png")
+    image.symlink_to(outside)
+    with pytest.raises(UserError, match="link its whole folder"):
+        kind(own_drawn).read_part(part, split)
+    outside.unlink()
+    with pytest.raises(UserError, match="link its whole folder"):
+        kind(own_drawn).read_part(part, split)
+    image.unlink()
+    image.symlink_to(own_drawn / "elsewhere.png")
+    kind(own_drawn).read_part(part, split)
+    folder = image.parent
+    moved = shutil.move(folder, tmp_path / "photos")
+    folder.symlink_to(moved)
+    image.unlink()
+    image.symlink_to("another.png")
+    kind(own_drawn).read_part(part, split)
+    CASES["links in datasets", "tried"] += 4
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_full_paths_below_the_data_root_are_good(linked, own_drawn, tmp_path):
+    """Also where the data root is a link, and the paths are those of the folder itself."""
+    root = tmp_path / "link" if linked else own_drawn
+    if linked:
+        root.symlink_to(own_drawn)
+    before = CIRR(root).val()[0].paths
+
+    def in_full(places):
+        for name, place in places.items():
+            places[name] = str(own_drawn / "cirr_dataset" / place)
+
+    change_json(id_list(CIRR, own_drawn, "rc2", "val"), in_full)
+    after = CIRR(root).val()[0].paths
+    assert [path.resolve() for path in after] == [path.resolve() for path in before]
+
+
+@pytest.mark.parametrize("split", [CIRR.train_split, CIRR.val_split, CIRR.test_split])
+def test_a_pair_id_is_one_query(split, own_drawn):
+    captions, _ = CIRR(own_drawn).files("rc2", split)
+    change_json(captions, lambda entries: entries[5].update(pairid=entries[2]["pairid"]))
+    with pytest.raises(UserError, match=r"entry 2 and entry 5 have the same pairid \d+") as error:
+        CIRR(own_drawn).read_part("rc2", split)
+    assert str(captions) in str(error.value)
+
+
+@pytest.mark.parametrize("wrong", [None, True, 3, 0.5, [], {}])
+def test_a_reason_that_is_no_text_is_named(wrong, tmp_path):
+    (tmp_path / "list.json").write_text(
+        json.dumps({"dataset": "CIRR", "images": {"good": "missing", "bad": wrong}})
+    )
+    with pytest.raises(UserError, match=r'--exclusions: .*list\.json: expected "bad" \(str\)'):
+        read_exclusions(tmp_path / "list.json", "CIRR")
+
+
+@pytest.fixture
+def findings(capsys):
+    """What check_dataset finds, and what it notes, with the ids."""
+
+    def findings(root: Path, dataset: str, level: str = "finding") -> list[str]:
+        words = ["--data-root", root, "--dataset", dataset, "--unofficial", "--num-workers", 0]
+        capsys.readouterr()
+        try:
+            check_dataset.main(list(map(str, [*words, "--json"])))
+        except SystemExit as stop:
+            assert stop.code == 1
+        (report,) = json.loads(capsys.readouterr().out)
+        of_level = [remark for remark in report["remarks"] if remark["level"] == level]
+        return [f"{r['where']}: {r['text']} {' '.join(r['ids'])}" for r in of_level]
+
+    return findings
+
+
+@pytest.mark.parametrize(("kind", "split"), [(k, s) for k, p, s in SPLITS if p == k.parts[0]])
+def test_a_triplet_that_is_there_twice(kind, split, own_drawn, findings):
+    """A finding where it is counted; a secret target may be another one."""
+    captions, _ = kind(own_drawn).files(kind.parts[0], split)
+
+    def again(entries):
+        entries.append({**entries[3], "pairid": 987_654})
+        if "captions" in entries[-1]:
+            entries[-1]["captions"] = entries[-1]["captions"][::-1]
+
+    change_json(captions, again)
+    number = len(json.loads(captions.read_text())) - 1
+    level = "note" if split == kind.test_split else "finding"
+    (found,) = [text for text in findings(own_drawn, kind.name, level) if "entries 3" in text]
+    assert found.startswith(f"{kind.parts[0]} {split}: 1 ")
+    assert f"entries 3 and {number}" in found
+
+
+WORDLESS = [
+    *string.punctuation,
+    " ",
+    "\t",
+    "\u200b",
+    "\u00a0",
+    "...",
+    "?!",
+    " , .",
+    "\u3002",
+    "\u0301",
+]
+WORDS = ["a", "7", "is red.", "\u7ea2", "\U0001f534", "\u00e9"]
+
+
+@pytest.mark.parametrize(("kind", "split"), [(k, s) for k, p, s in SPLITS if p == k.parts[0]])
+def test_captions_without_a_word(kind, split, own_drawn, findings):
+    """As many queries at a time as the split has."""
+    captions, _ = kind(own_drawn).files(kind.parts[0], split)
+    entries = json.loads(captions.read_text())
+    for first in range(0, len(WORDLESS), len(entries)):
+        said = WORDLESS[first : first + len(entries)]
+        for entry, caption in itertools.zip_longest(entries, said, fillvalue="is red"):
+            entry["caption" if "caption" in entry else "captions"] = (
+                caption if "caption" in entry else [caption, caption]
+            )
+        captions.write_text(json.dumps(entries))
+        (found,) = findings(own_drawn, kind.name)
+        assert found.startswith(f"{split}: {len(said)} queries have captions without a word")
+
+
+@pytest.mark.parametrize("caption", WORDS)
+def test_captions_with_a_word(caption):
+    assert not lacks_words(Triplet(reference="a", captions=(caption, caption)))
+
+
+@pytest.mark.parametrize("captions", [("...", "is red"), ("is red", "?")])
+def test_a_caption_of_punctuation_beside_another(captions, own_drawn, findings):
+    """Half of the query is stripped off. That of the official file is known, and so a note."""
+    file, images = FashionIQ(own_drawn).files("dress", "train")
+    change_json(file, lambda entries: entries[0].update(captions=list(captions)))
+    (found,) = findings(own_drawn, "FashionIQ")
+    assert found.startswith("train: 1 queries have captions without a word")
+    known = {"candidate": "B004ECJWVI", "target": "B006MW3CTG"}
+    folder = own_drawn / "fashionIQ_dataset/images"
+    entry = json.loads(file.read_text())[0]
+    for key, name in known.items():
+        shutil.copy(folder / f"{entry[key]}.jpg", folder / f"{name}.jpg")
+        change_json(images, lambda names, old=entry[key], new=name: names.append(new))
+    change_json(file, lambda entries: entries[0].update(known))
+    assert "without a word" not in " ".join(findings(own_drawn, "FashionIQ"))
+    assert "without a word" in " ".join(findings(own_drawn, "FashionIQ", "note"))
+
+
+# Weights of another benchmark, and weights that tell nothing apart
+
+
+@pytest.mark.parametrize("dataset", BENCHMARKS)
+def test_weights_of_another_benchmark_are_said(dataset, golden, run, tmp_path, caplog, capsys):
+    """Both files in one line, the result says it, and the comparison."""
+    (other,) = BENCHMARKS.keys() - {dataset}
+    flags = ["--dataset", dataset, "--clip-model-name", golden / "clip_vit.pt"]
+    flags += ["--combining-function", "combiner", "--metrics-json", tmp_path / "r.json"]
+    for flag, name in (
+        ("--clip-model-path", "tuned_clip_vit"),
+        ("--combiner-path", "combiner_moe_cirr"),
+    ):
+        content = torch.load(golden / f"{name}.pt", weights_only=True)
+        content["config"] = {"dataset": other}
+        torch.save(content, tmp_path / f"{name}.pt")
+        flags += [flag, tmp_path / f"{name}.pt"]
+    run("validate", golden, *flags)
+    (warning,) = [record.getMessage() for record in caplog.records if other in record.getMessage()]
+    assert warning.count(f"was trained on {other}") == 2
+    assert warning.endswith(f"and this is {dataset}")
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["trained_on"] == {"clip": other, "combiner": other}
+    compare.main([str(tmp_path / "r.json")])
+    out = capsys.readouterr().out
+    assert f"r: its combiner was trained on {other}, not on {dataset}" in out
+    assert f"r: its clip was trained on {other}" in out
+
+
+def clip_of(drawn: Path, folder: Path, dataset: str | None = None, scale: float = 1) -> list:
+    """Flags for a tiny CLIP whose fine-tuned weights say what they learned; a scale of 0 leaves no features."""
+    state = torch.load(drawn / "tiny_clip_vit.pt", weights_only=True)
+    state["visual.proj"] *= scale
+    config = {} if dataset is None else {"dataset": dataset}
+    torch.save({"CLIP": state, "config": config}, folder / "tuned.pt")
+    return [
+        "--clip-model-name",
+        drawn / "tiny_clip_vit.pt",
+        "--clip-model-path",
+        folder / "tuned.pt",
+    ]
+
+
+def test_a_training_on_weights_of_another_benchmark(stage_2, drawn, tmp_path, caplog):
+    stage_2("CIRR", *clip_of(drawn, tmp_path, "FashionIQ"), "--num-epochs", 1)
+    assert caplog.text.count("was trained on FashionIQ, and this is CIRR") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["validate", "--dataset", "CIRR"],
+        ["validate", "--dataset", "FashionIQ"],
+        ["cirr_test_submission", "--submission-name", "x"],
+        ["fashioniq_test_submission", "--submission-name", "x"],
+    ],
+)
+def test_results_of_collapsed_weights_are_refused(words, drawn, fails, tmp_path):
+    door, *flags = words
+    flags += ["--combining-function", "sum", *clip_of(drawn, tmp_path, scale=0)]
+    assert "every image is equally near to every query" in fails(door, drawn, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def frozen(images: torch.Tensor) -> FrozenSplit:
+    """Queries for each of some images, whose texts are the features of the next one."""
+    names = [f"i{number}" for number in range(len(images))]
+    triplets = []
+    for number, name in enumerate(names):
+        triplets.append(Triplet(reference=name, captions=("",), target=names[number - 1]))
+    split = Split(name="dress", triplets=triplets, image_paths=dict.fromkeys(names, Path()))
+    return FrozenSplit(split=split, images=images, captions=images.roll(1, 0)[:, None])
+
+
+def add(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(image + text, dim=-1)
+
+
+NOISE = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+COLLAPSED = {
+    "all features equal": torch.ones(6, 8),
+    "equal but for rounding": torch.ones(6, 8) + 1e-7 * NOISE,
+    "no features": torch.zeros(6, 8),
+    "of other lengths": torch.ones(6, 8) * torch.arange(1, 7)[:, None],
+}
+
+
+@pytest.mark.parametrize("name", COLLAPSED)
+@pytest.mark.parametrize("block", [1, 4, None])
+def test_weights_that_tell_nothing_apart(name, block, caplog):
+    """Refused where it would be a result; a warning in a training, once for each split."""
+    splits = [frozen(COLLAPSED[name])]
+    with pytest.raises(UserError, match="dress: every image is equally near"):
+        rank_all(splits, add, [ORIGINAL_KEPT], k=3, block=block)
+    with caplog.at_level(logging.WARNING):
+        metrics = evaluate(FashionIQ(Path()), splits, add, block=block)
+    assert "average_recall" in metrics
+    assert caplog.text.count("every image is equally near") == 1
+
+
+@pytest.mark.parametrize("block", [1, 4, None])
+def test_ties_are_no_collapse(block, caplog):
+    """Galleries of one and two images, copies, and one query that is equally near to all."""
+    copies = NOISE.clone()
+    copies[1:5] = copies[1]
+    one_flat = NOISE.clone()
+    one_flat[0] = -one_flat[5]
+    for images in (torch.ones(2, 8), copies, one_flat):
+        rank_all([frozen(images)], add, [ORIGINAL_KEPT], k=1, block=block)
+        evaluate(FashionIQ(Path()), [frozen(images)], add, block=block)
+    assert "equally near" not in caplog.text
