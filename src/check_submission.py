@@ -14,7 +14,7 @@ from benchmarks.server_files import Form, form_of, parse_submission
 from cli.flag_types import usable_path
 from cli.options import data_root_flag
 from cli.parsers import ScriptParser
-from utils import command
+from utils import command, printable
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -67,12 +67,12 @@ def main(argv: list[str] | None = None) -> None:
             forms[kind] = open_form(kind, args.data_root, args.split)
         violations = forms[kind].violations(file.name, content, file.stat().st_size)
         for violation in violations:
-            print(f"{file}: {violation}")
+            print(printable(f"{file}: {violation}"))
         if violations:
             all_keep_rules = False
-            print(f"{file}: {len(violations)} violations")
+            print(f"{printable(file)}: {len(violations)} violations")
         else:
-            print(f"{file}: keeps all rules")
+            print(f"{printable(file)}: keeps all rules")
     if not all_keep_rules:
         raise SystemExit(1)
 

@@ -18,7 +18,7 @@ from cli.options import add_protocol, add_seed
 from cli.parsers import ScriptParser
 from evaluation.comparison import Column, intervals, read_columns, unlike
 from reports.tables import text_table
-from utils import UserError, command, two_decimals
+from utils import UserError, command, printable, two_decimals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,7 @@ def print_protocol(
     )
     print(text_table(rows_of(table)))
     for note in notes:
-        print(note)
+        print(printable(note))
 
 
 @command
@@ -155,7 +155,9 @@ def main(argv: list[str] | None = None) -> None:
             measured_on = column.results[0]["dataset"]
             print(f"\n{column.label}: its {kind} was trained on {dataset}, not on {measured_on}")
         if len(column.results) > 1:
-            print(f"\n{column.label}: mean ± standard deviation of {len(column.results)} seeds")
+            print(
+                f"\n{printable(column.label)}: mean ± standard deviation of {len(column.results)} seeds"
+            )
 
 
 if __name__ == "__main__":

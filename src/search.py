@@ -25,7 +25,7 @@ from models.configuration import Checkpoint, read_checkpoint, settle
 from runtime.choices import INDEX_KINDS, ClipChoice, named
 from runtime.files import check_file_writable, check_writable, write_text
 from runtime.interruption import listening
-from utils import Stopped, UserError, command
+from utils import Stopped, UserError, command, printable
 
 if TYPE_CHECKING:
     from image_search.image_index import Update
@@ -168,7 +168,7 @@ def report(folder: Path, update: "Update", images: "FoundImages") -> None:
         )
     left_out = len(update.unreadable) + len(images.left_out)
     print(
-        f"{folder}: {update.added} images added, {update.kept} kept, {update.removed} removed, "
+        f"{printable(folder)}: {update.added} images added, {update.kept} kept, {update.removed} removed, "
         f"{left_out} left out that cannot be read"
     )
     recall = (read_manifest(folder) or {}).get("recall against exact")
@@ -198,7 +198,7 @@ def ask(args: argparse.Namespace) -> None:
         write_page(args.html, args.image, args.text, found)
     else:
         for place, (path, similarity) in enumerate(found.answers, start=1):
-            print(f"{place:4} {similarity:.4f} {path}")
+            print(f"{place:4} {similarity:.4f} {printable(path)}")
 
 
 def write_page(file: Path, reference: Path, text: str, found: "Found") -> None:

@@ -1,5 +1,7 @@
 """Whatever lies at a path that a flag names, each script takes it or refuses it: no traceback, no waiting."""
 
+import contextlib
+import importlib
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import utils
 from conftest import CASES, STAGE_1, STAGE_2
 from test_every_flag import PATH_TYPES, SCRIPTS, parsers
+from utils import printable
 
 CPU = "--device cpu"
 NO_WORKERS = "--num-workers 0"
@@ -108,7 +111,7 @@ def test_every_path_of_every_command(name, flag, drawn, tmp_path, capsys, monkey
         code = 0
         capsys.readouterr()
         try:
-            __import__(script).main(argv)
+            importlib.import_module(script).main(argv)
         except SystemExit as stop:
             code = stop.code or 0
         out, err = capsys.readouterr()
@@ -126,3 +129,47 @@ def test_every_path_of_every_command(name, flag, drawn, tmp_path, capsys, monkey
             assert place.is_fifo(), what
         CASES["odd paths", {0: "taken", 1: "with violations", 2: "refused"}[code]] += 1
         shutil.rmtree(made)
+
+
+ODD_NAMES = (
+    "two\nlines",
+    "\x1b[31mred\x1b[0m",
+    "bell\x07",
+    "right\u202eleft",
+    "back\rspace",
+    "tab\tbed",
+    "é 中",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("odd", ODD_NAMES, ids=ascii)
+def test_names_of_files_stay_in_their_line(odd, drawn, tmp_path, capsys, monkeypatch):
+    """Whatever is printed of a file with such a name: findings, answers, violations, tables, refusals."""
+    root = tmp_path / odd
+    shutil.copytree(drawn, root)
+    (root / "answers.json").write_text('{"version": "rc2", "metric": "recall", "x": [1]}')
+    (root / "cirr_dataset" / "dev" / "dev-0-0-img1.png").write_bytes(b"no image")
+    shown = (root / "cirr_dataset" / "dev" / odd).with_suffix(".png")
+    (root / "cirr_dataset" / "dev" / "dev-0-0-img2.png").rename(shown)
+    monkeypatch.chdir(tmp_path)
+    data = ["--data-root", str(root)]
+    clip = ["--clip-model-name", str(root / "tiny_clip_vit.pt"), *CPU.split()]
+    index = ["--index", str(root / "index"), *CPU.split()]
+    commands = [
+        ["check_dataset", *data, "--dataset", "CIRR", "--unofficial", *NO_WORKERS.split()],
+        ["check_submission", *data, str(root / "answers.json")],
+        ["compare", str(root / "answers.json")],
+        ["validate", *data, *clip, "--dataset", "CIRR", "--combining-function", "sum"],
+        ["search", "index", "--images", str(root / "cirr_dataset"), "--output", index[1], *clip, *NO_WORKERS.split()],
+        ["search", "query", *index, "--image", str(shown), "--text", odd, "--k", "50"],
+        ["search", "query", *index, "--image", str(root / "none.png"), "--text", odd],
+    ]  # fmt: skip
+    for script, *words in commands:
+        capsys.readouterr()
+        with contextlib.suppress(SystemExit):
+            importlib.import_module(script).main(words)
+        out, err = capsys.readouterr()
+        assert printable(odd) in out + err, script
+        for line in [*out.split("\n"), *err.split("\n")]:
+            assert line.isprintable(), f"{script}: {line!a}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.base import Benchmark
 from benchmarks.splits import Split, Triplet
-from utils import UserError
+from utils import UserError, printable
 
 if TYPE_CHECKING:
     from benchmarks.image_check import Inspection
@@ -352,4 +352,4 @@ def as_text(report: Report, examples: int = 3) -> str:
             f"  {remark.level}: {remark.where}: {remark.text}" + (f" ({named})" if named else "")
         )
     verdict = {0: "clean", 1: "usable, with findings", 2: "unusable"}[report.exit_code]
-    return "\n".join([*lines, f"  {verdict}"])
+    return "\n".join(map(printable, [*lines, f"  {verdict}"]))

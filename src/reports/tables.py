@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 
+from utils import printable
+
 
 def text_table(rows: Mapping[str, Mapping[str, str]]) -> str:
     """Rows by their names, with cells by their columns, which all rows share: names to the left, cells to the right."""
     columns = list(next(iter(rows.values())))
-    lines = [["", *columns]]
+    lines = [["", *map(printable, columns)]]
     for name, cells in rows.items():
-        lines.append([name, *(cells[column] for column in columns)])
+        lines.append([printable(name), *(printable(cells[column]) for column in columns)])
     widths = [max(map(len, of_column)) for of_column in zip(*lines, strict=True)]
     printed = []
     for line in lines:
