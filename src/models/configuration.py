@@ -38,6 +38,8 @@ ORIGINAL_DEFAULTS = ClipChoice(
     decode="full",
     encode_precision="fp32",
 )
+# A checkpoint's key for its weights -> the weight that tells them where there is no such key.
+TELLING = {"CLIP": "text_projection", "Combiner": "output_layer.weight"}
 RECIPE = (
     "clip_model_name", "transform", "target_ratio", "decode", "encode_precision", "resolution", "clip_dim",
 )  # fmt: skip
@@ -127,6 +129,9 @@ def named_checkpoint(flag_name: str, path: Path) -> Path:
 def read_checkpoint(flag_name: str, path: Path | None, key: str) -> Checkpoint | None:
     """The checkpoint that a flag names, None where the flag is silent.
 
+    A plain state dict, which is all that a safetensors file can hold, is taken too: the names of its weights say whose
+    they are, and `config` beside them how they were made.
+
     Args:
         key: the checkpoint's key for its weights, "CLIP" or "Combiner".
 
@@ -134,21 +139,30 @@ def read_checkpoint(flag_name: str, path: Path | None, key: str) -> Checkpoint |
         UserError: missing, unreadable, or of another kind.
     """
     from runtime.tensors import load_tensors
+    from runtime.weights import unwrapped
 
     if path is None:
         return None
     path = named_checkpoint(flag_name, path)
+    source = f"{flag_name} {path}"
     try:
         content = load_tensors(path)
     except UserError as error:
         raise UserError(f"{flag_name}: {error}") from None
-    if not isinstance(content.get(key), dict):
-        kinds = {"CLIP": "stage-1 weights", "Combiner": "stage-2 weights"}
-        found = next((name for kind, name in kinds.items() if kind in content), "something else")
-        raise UserError(f"{flag_name}: {path} holds {found}, not {kinds[key]}: name the right file")
     config = content.get("config")
+    states = {kind: content[kind] for kind in TELLING if isinstance(content.get(kind), dict)}
+    if not states:
+        weights = {name: value for name, value in content.items() if name != "config"}
+        weights = unwrapped(weights, source)
+        states = {kind: weights for kind, name in TELLING.items() if name in weights}
+    if key not in states:
+        kinds = {"CLIP": "stage-1 weights", "Combiner": "stage-2 weights"}
+        found = next((name for kind, name in kinds.items() if kind in states), "something else")
+        raise UserError(f"{flag_name}: {path} holds {found}, not {kinds[key]}: name the right file")
     return Checkpoint(
-        path=path, state=content[key], config=config if isinstance(config, dict) else {}
+        path=path,
+        state=unwrapped(states[key], source),
+        config=config if isinstance(config, dict) else {},
     )
 
 
