@@ -174,9 +174,16 @@ def test_weights_twice_or_without_a_name(tmp_path):
     refused(lambda: read_checkpoint("--path", tmp_path, "CLIP"), "a.pt: 3 is no name of a weight")
 
 
+# What tells the sizes of a CLIP, before there is a model to compare with.
+TELLING = {
+    "visual.proj", "visual.conv1.weight", "visual.positional_embedding", "visual.layer1.0.conv1.weight",
+    "visual.attnpool.positional_embedding", "ln_final.weight", "text_projection", "positional_embedding",
+    "token_embedding.weight",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("file", ["tiny_clip_vit.pt", "tiny_clip_resnet.pt"])
 def test_a_model_is_read_in_every_form(file, drawn, tmp_path, monkeypatch):
-    """Where it tells sizes, a weight that is missing or misshapen is named before there is a model to compare with."""
     state = load_tensors(drawn / file)
     whole = load_clip(str(drawn / file), CPU).state_dict()
     safetensors = pytest.importorskip("safetensors.torch")
@@ -187,9 +194,10 @@ def test_a_model_is_read_in_every_form(file, drawn, tmp_path, monkeypatch):
     path = drawn / file
     content: dict = {}
     monkeypatch.setattr(clip_model, "load_tensors", lambda _: dict(content))
-    for name, weight in state.items():
+    for name in [*TELLING & state.keys(), *list(state)[::25]]:
         if name.endswith("num_batches_tracked"):
             continue
+        weight = state[name]
         others = {other: kept for other, kept in state.items() if other != name}
         for changed in ({}, {name: None}, {name: weight[None]}, {name: weight * math.nan}):
             content = {**others, **changed}
