@@ -23,6 +23,8 @@ from benchmarks.dataset_report import (
 )
 from benchmarks.exclusions import write_exclusions
 from cli import options
+from cli.flag_types import usable_path
+from cli.parsers import ScriptParser, Several
 from runtime.files import check_file_writable
 from utils import UserError, command
 
@@ -31,11 +33,15 @@ SPLITS = ("train", "val", "test")
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the check."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], parents=[options.data_root_flag()]
-    )
+    parser = ScriptParser(__doc__, parents=[options.data_root_flag()])
     options.add_dataset(parser, required=False, help="(default: all whose folder is there)")
-    parser.add_argument("--splits", nargs="+", choices=SPLITS, help="(default: all that are there)")
+    parser.add_argument(
+        "--splits",
+        nargs="+",
+        action=Several,
+        choices=SPLITS,
+        help="(default: all that are there)",
+    )
     parser.add_argument(
         "--unofficial", action="store_true", help="do not compare counts with the official ones"
     )
@@ -43,7 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument(
         "--write-exclusions",
-        type=Path,
+        type=usable_path,
         metavar="FILE",
         help="write the images that cannot be decoded, for --exclusions",
     )

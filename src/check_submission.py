@@ -11,16 +11,16 @@ from typing import Any
 
 from benchmarks import Benchmark
 from benchmarks.server_files import Form, form_of, parse_submission
+from cli.flag_types import usable_path
 from cli.options import data_root_flag
+from cli.parsers import ScriptParser
 from utils import command
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the check."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], parents=[data_root_flag()]
-    )
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    parser = ScriptParser(__doc__, parents=[data_root_flag()])
+    parser.add_argument("files", type=usable_path, nargs="+", metavar="FILE")
     parser.add_argument(
         "--split", choices=("val", "test"), default="test", help="what the files answer"
     )

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from benchmarks import BENCHMARKS, PROTOCOLS, Benchmark
 from benchmarks.metrics import mean_and_deviation, shown
-from cli.flag_types import fraction, positive_int
+from cli.flag_types import fraction, positive_int, usable_path
 from cli.options import add_protocol, add_seed
+from cli.parsers import ScriptParser
 from evaluation.comparison import Column, intervals, read_columns, unlike
 from reports.tables import text_table
 from utils import UserError, command, two_decimals
@@ -31,10 +32,10 @@ class Resampling:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of a comparison."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ScriptParser(__doc__)
     parser.add_argument(
         "files",
-        type=Path,
+        type=usable_path,
         nargs="+",
         metavar="RESULT",
         help="written by validate.py --metrics-json",
@@ -46,10 +47,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def shared_protocols(columns: Sequence[Column], wanted: str | None) -> list[str]:
+def shared_protocols(columns: Sequence[Column], wanted: Sequence[str] | None) -> list[str]:
     """The protocols that the first column and another one were measured under, or the first's where it is alone."""
     base, *others = columns
-    known = [name for name in PROTOCOLS if wanted in (None, name) and base.has(name)]
+    known = [name for name in PROTOCOLS if name in (wanted or PROTOCOLS) and base.has(name)]
     shared = []
     for name in known:
         if not others or any(other.has(name) for other in others):
@@ -57,7 +58,7 @@ def shared_protocols(columns: Sequence[Column], wanted: str | None) -> list[str]
     if not shared:
         measured = "; ".join(f"{column.label}: {', '.join(column.protocols)}" for column in columns)
         raise UserError(
-            f"no {wanted or 'protocol'} in common ({measured}): numbers of different ones do not compare"
+            f"no {' or '.join(wanted or ['protocol'])} in common ({measured}): numbers of different ones do not compare"
         )
     return shared
 

@@ -1,11 +1,14 @@
 """Image files to tensors: padding, preprocessing, decoding, batches. It knows no benchmark."""
 
 import functools
+import logging
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,8 +18,15 @@ from torchvision.transforms import functional as F
 
 from runtime import interruption
 from runtime.image_files import decoded
-from utils import UserError, first_line
+from utils import WORKERS_REMEDY, UserError, first_line
 
+logger = logging.getLogger(__name__)
+
+# What PyTorch says where processes die or cannot hand over what they read.
+SIGNS_OF_PROCESSES = (
+    "killed by signal", "exited unexpectedly", "shared memory", "received 0 items of ancdata", "can't start new thread",
+    "Too many open files", "annot allocate memory",
+)  # fmt: skip
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -132,12 +142,16 @@ class ImageDataset(Dataset):
 
 def _start_worker(number: int) -> None:
     interruption.heed_parent_alone()
+    # Errors of reading go to the parent. What is printed beside them is of threads that the parent's end surprises.
+    sys.excepthook = lambda *about: None
 
 
 class ImageLoader:
     """Images in batches on a device, decoded by processes that are kept from one pass to the next.
 
-    The first pass starts the processes. They end when nothing refers to the loader any more.
+    The first pass starts the processes. They end when nothing refers to the loader any more. They hand batches over in
+    shared memory. Where they die of too little of it, or of another limit, others go on that write batches to pipes;
+    where those die too, this process decodes.
 
     Args:
         read: makes what is stacked of an image file: a tensor, or a tensor and a text.
@@ -149,6 +163,7 @@ class ImageLoader:
         self.workers = workers
         self.device = device
         self._files: list[list[Path]] = []  # of the pass that the processes are at
+        self._in_shared_memory = True
         self._kept = self._loader(self._files) if workers else None
         self._in_a_pass = False
 
@@ -163,9 +178,7 @@ class ImageLoader:
             raise RuntimeError("a pass over images has begun inside another")
         self._in_a_pass = self.workers > 0  # without processes, threads may read at once
         try:
-            with interruption.deferred():
-                loaded = self._begin(files)
-            yield from on_device(loaded, self.device)
+            yield from on_device(map(_as_tensors, self._lasting(files)), self.device)
         except UserError as error:
             # A worker process sends its error as a traceback in text, which ends with the message.
             message = re.split(r"\bUserError: ", str(error))[-1].strip()
@@ -173,27 +186,85 @@ class ImageLoader:
         finally:
             self._in_a_pass = False
 
+    def _lasting(self, files: list[list[Path]]) -> Iterator[Any]:
+        """The batches of a pass on the CPU, in another way from where processes die on."""
+        delivered = 0
+        try:
+            with interruption.deferred():
+                loaded = self._begin(files)
+            for batch in loaded:
+                delivered += 1
+                yield batch
+            return
+        except (RuntimeError, OSError, EOFError) as error:
+            if self._kept is None or not _is_of_processes(error):
+                raise
+            self._fall_back(error)
+        yield from self._lasting(files[delivered:])
+
+    def _fall_back(self, error: Exception) -> None:
+        """Have batches made in the way that needs less of the machine."""
+        self._kept = None  # ends what is left of the processes
+        if self._in_shared_memory:
+            self._in_shared_memory = False
+            self._kept = self._loader(self._files)
+        way = "through pipes" if self._kept else "without them, which is slower"
+        logger.warning(
+            "warning: processes that decode images failed (%s): going on %s; %s",
+            first_line(error)[:120],
+            way,
+            WORKERS_REMEDY,
+        )
+
     def _begin(self, files: list[list[Path]]) -> Iterator[Any]:
         """Begin a pass; its batches on the CPU."""
         if self._kept is None:
-            return iter(self._loader(files))
+            return iter(self._loader(files, workers=0))
         self._files[:] = files
         return iter(self._kept)
 
-    def _loader(self, files: list[list[Path]]) -> DataLoader:
+    def _loader(self, files: list[list[Path]], workers: int | None = None) -> DataLoader:
+        """What decodes, in as many processes as the loader has unless `workers` says otherwise."""
+        workers = self.workers if workers is None else workers
         # A loader draws a seed when it starts. With torch's own generator, dropout would depend on
         # how much was decoded before.
         generator = torch.Generator()
         return DataLoader(
             ImageDataset(self.read),
             batch_sampler=files,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=None if self._in_shared_memory else _as_arrays,
             pin_memory=self.device.type == "cuda",
             generator=generator,
             worker_init_fn=_start_worker,
-            multiprocessing_context=interruption.START_METHOD if self.workers else None,
+            multiprocessing_context=interruption.START_METHOD if workers else None,
         )
+
+
+def _is_of_processes(error: Exception) -> bool:
+    """Whether an error is that processes could not be started, died, or could not hand over what they made.
+
+    What an image file has to do with is a UserError; so any other error of input or output is of the processes.
+    """
+    if isinstance(error, RuntimeError):
+        return any(sign in str(error) for sign in SIGNS_OF_PROCESSES)
+    return True
+
+
+def _as_arrays(items: list[Any]) -> Any:
+    """Stack what was read, without shared memory: arrays go through a pipe."""
+    if isinstance(items[0], Tensor):
+        return np.stack([item.numpy() for item in items])
+    pixels, texts = zip(*items, strict=True)
+    return [_as_arrays(list(pixels)), list(texts)]
+
+
+def _as_tensors(batch: Any) -> Any:
+    """A batch whose arrays are tensors."""
+    if isinstance(batch, list):
+        return [_as_tensors(part) for part in batch]
+    return torch.from_numpy(batch) if isinstance(batch, np.ndarray) else batch
 
 
 def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:

@@ -23,7 +23,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks import BENCHMARKS
 from benchmarks.metrics import shown
-from cli.flag_types import seed_int
+from cli.flag_types import seed_int, usable_path
+from cli.parsers import ScriptParser, Several
 from reports.tables import text_table
 from utils import PROJECT_ROOT, UserError, command
 
@@ -211,11 +212,17 @@ def table(results: Mapping[str, Sequence[Mapping[str, float]]], titles: Mapping[
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the demo."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ScriptParser(__doc__)
     parser.add_argument(
-        "--output-dir", type=Path, default=Path("demo"), metavar="DIR", help="(default: demo)"
+        "--output-dir",
+        type=usable_path,
+        default=Path("demo"),
+        metavar="DIR",
+        help="(default: demo)",
     )
-    parser.add_argument("--seeds", type=seed_int, nargs="+", default=[0], help="of stage 2")
+    parser.add_argument(
+        "--seeds", type=seed_int, nargs="+", action=Several, default=[0], help="of stage 2"
+    )
     return parser.parse_args(argv)
 
 

@@ -20,6 +20,7 @@ from PIL.Image import Image
 
 from cli import options
 from cli.flag_types import port
+from cli.parsers import ScriptParser
 from cli.startup import check_files, pick_device
 from image_search.dialogue import MOST_BYTES, Dialogue
 from image_search.manifest import check_index
@@ -65,7 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         options.tuned_clip_flag(),
         options.compute_flags(False),
     ]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
+    parser = ScriptParser(__doc__, parents=parents)
     group = parser.add_argument_group("page")
     group.add_argument(
         "--host", default="127.0.0.1", help="0.0.0.0 for other machines (default: 127.0.0.1)"

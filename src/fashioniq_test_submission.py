@@ -15,7 +15,7 @@ from utils import command
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of a submission."""
-    return submission_parser(__doc__.splitlines()[0], FashionIQForm.kind).parse_args(argv)
+    return submission_parser(__doc__, FashionIQForm.kind).parse_args(argv)
 
 
 @command

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import BENCHMARKS
 from cli import options
-from cli.flag_types import positive_float, positive_int
+from cli.flag_types import positive_float, rows
+from cli.parsers import ScriptParser
 from cli.startup import check_files
 from models.configuration import read_checkpoint, settle
 from runtime.gpus import GPUS, Gpu
@@ -38,7 +39,7 @@ def plan_flags() -> argparse.ArgumentParser:
     for name in ("--triplets", "--images"):
         group.add_argument(
             name,
-            type=positive_int,
+            type=rows,
             nargs=2,
             metavar=("TRAIN", "VAL"),
             help="how many there are, in place of those of --dataset",
@@ -48,7 +49,7 @@ def plan_flags() -> argparse.ArgumentParser:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of a plan: a stage, and those of its training. What only the other stage has is set to what it does."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser: argparse.ArgumentParser = ScriptParser(__doc__)
     stages = parser.add_subparsers(dest="stage", required=True)
     stage_1 = stages.add_parser(
         "stage1",

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli import options
+from cli.flag_types import usable_path
+from cli.parsers import ScriptParser, Several
 from cli.startup import check_files, pick_device
 from image_search.manifest import as_made, check_index, read_manifest
 from models.configuration import Checkpoint, read_checkpoint, settle
@@ -37,7 +39,7 @@ SIDE = 176  # pixels of an image on a page of answers
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of both commands."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser: argparse.ArgumentParser = ScriptParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     clip = [options.clip_flags(), options.tuned_clip_flag()]
     index = commands.add_parser(
@@ -47,17 +49,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     index.add_argument(
         "--images",
-        type=Path,
+        type=usable_path,
         nargs="+",
+        action=Several,
         default=[],
         metavar="DIR",
         help="beside those it has already",
     )
     index.add_argument(
-        "--forget", type=Path, nargs="+", default=[], metavar="DIR", help="folders to drop from it"
+        "--forget",
+        type=usable_path,
+        nargs="+",
+        action=Several,
+        default=[],
+        metavar="DIR",
+        help="folders to drop from it",
     )
     index.add_argument(
-        "--output", type=Path, required=True, metavar="INDEX", help="a folder for the index"
+        "--output", type=usable_path, required=True, metavar="INDEX", help="a folder for the index"
     )
     index.add_argument(
         "--index-type",
@@ -70,12 +79,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parents=[*options.search_flags(), *clip, options.compute_flags(False)],
         help="ask an index",
     )
-    query.add_argument("--image", type=Path, required=True, metavar="REF", help="the reference")
+    query.add_argument(
+        "--image", type=usable_path, required=True, metavar="REF", help="the reference"
+    )
     query.add_argument("--text", required=True, help="what to change")
     options.add_k(query, default=10)
     how = query.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print the answers as JSON")
-    how.add_argument("--html", type=Path, metavar="FILE", help="write a page of them")
+    how.add_argument("--html", type=usable_path, metavar="FILE", help="write a page of them")
     return parser.parse_args(argv)
 
 

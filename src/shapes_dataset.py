@@ -18,8 +18,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from cli.flag_types import positive_int
+from cli.flag_types import positive_int, usable_path
 from cli.options import add_seed
+from cli.parsers import ScriptParser
 from runtime.files import check_writable, write_text
 from utils import UserError, command
 
@@ -368,9 +369,9 @@ def _cirr_entry(
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the drawing."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ScriptParser(__doc__)
     parser.add_argument(
-        "--output-dir", type=Path, required=True, metavar="DIR", help="the data root to be"
+        "--output-dir", type=usable_path, required=True, metavar="DIR", help="the data root to be"
     )
     add_seed(parser)
     parser.add_argument(

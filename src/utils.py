@@ -1,13 +1,56 @@
 """Ground floor: errors for the user, what wraps a script, seed, and how flags and numbers are spelled."""
 
+import contextlib
+import errno
 import functools
+import io
 import logging
+import os
+import platform
 import random
+import select
+import shlex
 import sys
-from collections.abc import Callable
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
+DEBUG = "--debug"  # of every script: a fault is printed in full
+BROKEN_PIPE = 128 + 13  # what shells call a program that ended since nobody reads what it prints
+
+INTERRUPTED = ("interrupted; the files written so far are whole", 130)
+
+WORKERS_REMEDY = (
+    "give a container more shared memory (docker run --shm-size=8g) or lower --num-workers"
+)
+# What the operating system refuses -> how to put it right.
+REMEDIES = {
+    errno.EACCES: "change its permissions or name another",
+    errno.EPERM: "change its permissions or name another",
+    errno.EROFS: "name a place that can be written to",
+    errno.ENOSPC: "free space or name another disk",
+    errno.EDQUOT: "free space or name another disk",
+    errno.EMFILE: "raise the limit of open files (ulimit -n) or lower --num-workers",
+    errno.ENFILE: "close other programs or lower --num-workers",
+    errno.EAGAIN: "raise the limit of processes and threads (ulimit -u) or lower --num-workers",
+    errno.ENOMEM: "lower --batch-size or --num-workers, or use a machine with more memory",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ECHILD: WORKERS_REMEDY,
+    errno.ELOOP: "mend the link that leads back to itself",
+}
+OTHER_REMEDY = "see that it is there and can be used"
+# What PyTorch and Python raise, without a type of its own, where memory or threads are used up -> as if it were.
+SIGNS = {
+    "DataLoader worker": errno.ECHILD,
+    "can't allocate memory": errno.ENOMEM,
+    "Cannot allocate memory": errno.ENOMEM,
+    "can't start new thread": errno.EAGAIN,
+    "Resource temporarily unavailable": errno.EAGAIN,
+    "Too many open files": errno.EMFILE,
+    "No space left on device": errno.ENOSPC,
+}
 
 
 class UserError(Exception):
@@ -17,7 +60,7 @@ class UserError(Exception):
     """
 
     def __init__(self, message: object) -> None:
-        super().__init__(" ".join(str(message).splitlines()))
+        super().__init__(printable(message))
 
 
 class DiskError(UserError):
@@ -43,32 +86,148 @@ class Stopped(BaseException):
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a script's `main`: a UserError becomes one line on stderr and exit code 2, Ctrl-C 130, a stop signal 0."""
+    """Wrap a script's `main`: whatever ends it is one line on stderr, and an exit code.
+
+    0 where a signal stopped it with everything saved, 1 for a fault of ours, 2 for what the user can put right, 130 for
+    Ctrl-C, 141 where nobody reads any more what it prints.
+    """
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         script = Path(main.__code__.co_filename).name
+        words = sys.argv[1:] if argv is None else argv
+        speak_plainly()
         try:
-            main(argv)
-        except UserError as error:
-            print(f"{script}: error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
-        except out_of_memory_errors() as error:
-            remedy = "lower --batch-size, --micro-batch-size or --similarity-block, or use --gradient-checkpointing"
-            print(
-                f"{script}: error: the GPU's memory is full ({first_line(error)[:80]}): {remedy}",
-                file=sys.stderr,
-            )
-            raise SystemExit(2) from None
+            with all_printed():
+                main(argv)
+        except Exception as error:
+            line, code = _last_words(error, script, words)
+            if DEBUG in words:
+                traceback.print_exc()
         except Stopped as stop:
-            print(f"{script}: stopped by {stop.signal}; {stop.remedy}", file=sys.stderr)
-            raise SystemExit(0) from None
+            line, code = f"stopped by {stop.signal}; {stop.remedy}", 0
         except KeyboardInterrupt:
-            print(f"{script}: interrupted; the files written so far are whole", file=sys.stderr)
-            raise SystemExit(130) from None
+            line, code = INTERRUPTED
+        else:
+            return
+        if line:
+            print(f"{script}: {line}", file=sys.stderr)
+        raise SystemExit(code) from None
 
     return run
+
+
+def _last_words(error: Exception, script: str, words: list[str]) -> tuple[str, int]:
+    """What to say of an exception that ends a script, "" for nothing, and the exit code."""
+    if isinstance(error, UserError):
+        return f"error: {error}", 2
+    if _comes_of_ctrl_c(error):
+        return INTERRUPTED
+    if isinstance(error, BrokenPipeError) and _nobody_reads():
+        return "", BROKEN_PIPE
+    if isinstance(error, out_of_memory_errors()):
+        remedy = "lower --batch-size, --micro-batch-size or --similarity-block, or use --gradient-checkpointing"
+        return f"error: the GPU's memory is full ({first_line(error)[:80]}): {remedy}", 2
+    if explained := refusal_of_the_machine(error):
+        return f"error: {explained}", 2
+    reason = f"{type(error).__name__}: {first_line(error)[:200]}"
+    return (
+        f"fault: {printable(reason)}. It is the program's own: please report it with {_report(script, words)}",
+        1,
+    )
+
+
+def refusal_of_the_machine(error: Exception) -> str | None:
+    """One line with a remedy where the operating system refused something; None for any other exception."""
+    reason = first_line(error)
+    if isinstance(error, MemoryError):
+        return printable(f"the memory is full ({reason[:120]}): {REMEDIES[errno.ENOMEM]}")
+    if isinstance(error, OSError) and error.errno is not None:
+        remedy = REMEDIES.get(error.errno, OTHER_REMEDY)
+        reason = error.strerror or reason
+        if error.filename is not None:
+            return printable(f"{os.fsdecode(error.filename)}: {reason}: {remedy}")
+        if remedy != OTHER_REMEDY:
+            return printable(f"{reason}: {remedy}")
+        return None
+    for sign, number in SIGNS.items():
+        if sign in str(error):
+            return printable(f"{reason[:120]}: {REMEDIES[number]}")
+    return None
+
+
+def _comes_of_ctrl_c(error: BaseException | None) -> bool:
+    """Whether Ctrl-C was taken for something else on its way, as by a package that it hit while it was loaded."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _report(script: str, words: list[str]) -> str:
+    """Write the exception being handled in full to a new file of the temporary folder; what to say of it.
+
+    Of what was typed it holds the names of flags alone: values may be secret.
+    """
+    flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+    lines = [
+        shlex.join([script, *flags]),
+        f"Python {platform.python_version()}, {platform.platform()}",
+        traceback.format_exc(),
+    ]
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="clip4cir-fault-", suffix=".txt")
+        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write("\n".join(lines))
+    except OSError:  # no temporary folder, or a full one
+        return f"what it prints with {DEBUG}"
+    return name
+
+
+def speak_plainly() -> None:
+    """Let logs go to stderr, a line each, and print what an encoding lacks as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLine())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+class OneLine(logging.Formatter):
+    """The message alone; a name in it stays in its line, whatever characters it has."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        if isinstance(record.args, tuple):
+            args = [printable(arg) if isinstance(arg, str | Path) else arg for arg in record.args]
+            record = logging.makeLogRecord({**vars(record), "args": tuple(args)})
+        return super().format(record)
+
+
+@contextlib.contextmanager
+def all_printed() -> Iterator[None]:
+    """Let what is printed reach stdout before the context ends, where it can still be said that it did not."""
+    try:
+        yield
+    except SystemExit:
+        print(end="", flush=True)
+        raise
+    print(end="", flush=True)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout or stderr is a pipe whose reader is gone. If so, whatever is still printed there goes nowhere."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    gone = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # not a file, closed, None
+            gone.register(stream.fileno(), 0)
+    broken = [number for number, event in gone.poll(0) if event & select.POLLERR]
+    for number in broken:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return bool(broken)
 
 
 def out_of_memory_errors() -> tuple[type[BaseException], ...]:
@@ -89,6 +248,11 @@ def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def printable(text: object) -> str:
+    """A text in one line: line breaks, escape sequences and half characters as Python spells them in a string."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
 
 
 def flag(name: str) -> str:

@@ -6,12 +6,12 @@
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 
 from benchmarks import Benchmark, Protocol
 from benchmarks.protocols import choose_protocols
 from cli import options
-from cli.flag_types import positive_int
+from cli.flag_types import positive_int, usable_path
+from cli.parsers import ScriptParser
 from cli.startup import check_annotations, check_files, command_line, open_benchmark, pick_device
 from reports.tables import text_table
 from runtime.files import check_file_writable
@@ -21,21 +21,20 @@ from utils import command, two_decimals
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of a validation."""
     parents = [options.dataset_flag(), *options.evaluation_flags()]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
+    parser = ScriptParser(__doc__, parents=parents)
     group = parser.add_argument_group("results")
     options.add_protocol(
         group,
-        nargs="+",
         help="gallery (all of the split, or the references and targets alone) and reference (default: all that apply)",
     )
     group.add_argument(
         "--metrics-json",
-        type=Path,
+        type=usable_path,
         metavar="FILE",
         help="write the metrics and how they came about",
     )
     group.add_argument(
-        "--rankings", type=Path, metavar="FILE", help="write the answers to every query"
+        "--rankings", type=usable_path, metavar="FILE", help="write the answers to every query"
     )
     group.add_argument(
         "--rankings-k", type=positive_int, default=50, help="answers a query (default: 50)"

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from benchmarks import BENCHMARKS, Benchmark
 from benchmarks.protocols import choose_protocols
 from cli import options
-from cli.flag_types import positive_int
+from cli.flag_types import positive_int, usable_path
+from cli.parsers import ScriptParser, Several
 from cli.startup import check_annotations, check_files, open_benchmark, pick_device
 from evaluation.rankings_file import Record, Records, make_records, read_rankings
 from runtime.files import check_writable, write_bytes, write_text
@@ -39,15 +40,16 @@ ORDERS = ("best", "worst", "random")
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of a sheet."""
     parents = [options.dataset_flag(required=False), *options.evaluation_flags(needs_pair=False)]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=parents)
+    parser = ScriptParser(__doc__, parents=parents)
     group = parser.add_argument_group("sheet")
     group.add_argument(
-        "--rankings", type=Path, metavar="FILE", help="of validate.py, in place of a pair"
+        "--rankings", type=usable_path, metavar="FILE", help="of validate.py, in place of a pair"
     )
     options.add_protocol(group, help="(default: the first that there is)")
     group.add_argument(
         "--queries",
         nargs="+",
+        action=Several,
         default=["worst"],
         metavar="Q",
         help="best, worst or random; or pairids of CIRR, or category:number of FashionIQ (default: worst)",
@@ -59,12 +61,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options.add_seed(group, help="of --queries random")
     group.add_argument(
         "--output-dir",
-        type=Path,
+        type=usable_path,
         default=PROJECT_ROOT / "sheets",
         metavar="DIR",
         help="(default: sheets)",
     )
     args = parser.parse_args(argv)
+    if args.protocol and len(args.protocol) > 1:
+        parser.error("--protocol: a sheet shows one: name one")
     if args.rankings is None and not (args.dataset and args.combining_function):
         parser.error("give --rankings FILE, or --dataset and --combining-function of a pair")
     return args
@@ -86,8 +90,7 @@ def measured_records(args: argparse.Namespace) -> tuple[Records, Benchmark]:
     """The records of a pair under one protocol, and the benchmark that they are of."""
     check_files(args)
     benchmark, _ = open_benchmark(args)
-    wanted = None if args.protocol is None else [args.protocol]
-    protocols = choose_protocols(wanted, benchmark.protocols, benchmark.name)[:1]
+    protocols = choose_protocols(args.protocol, benchmark.protocols, benchmark.name)[:1]
     check_annotations(benchmark, [benchmark.val_split])
     val = benchmark.val()
 
@@ -106,16 +109,16 @@ def all_queries(records: Records) -> Iterator[Record]:
     return itertools.chain.from_iterable(records.values())
 
 
-def choose_protocol(records: Records, wanted: str | None, file: Path | None) -> str:
+def choose_protocol(records: Records, wanted: Sequence[str] | None, file: Path | None) -> str:
     """The protocol to show: the one that is wanted, else the first that the records have."""
     known = list(next(iter(records.values()))[0]["protocols"])
     if wanted is None:
         return known[0]
-    if wanted not in known:
+    if wanted[0] not in known:
         raise UserError(
-            f"--protocol {wanted} is not in {file}, which has {', '.join(known)}: measure again"
+            f"--protocol {wanted[0]} is not in {file}, which has {', '.join(known)}: measure again"
         )
-    return wanted
+    return wanted[0]
 
 
 def choose_queries(

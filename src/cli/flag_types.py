@@ -1,66 +1,107 @@
 """Values that flags take: text that is checked and converted, or refused with what would be right."""
 
 import argparse
-import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from runtime.choices import AUTO
+from utils import printable
+
+MILLION = 10**6  # more of anything that a flag counts is a slip of the finger
+LONGEST_SHOWN = 60  # characters of a value that a message repeats
 
 
-def positive_int(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
+def refused(text: str, reason: str) -> argparse.ArgumentTypeError:
+    """What to raise for a value that is no good; the parser names its flag."""
+    shown = text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+    return argparse.ArgumentTypeError(f"{printable(shown) or 'an empty text'} {reason}")
 
 
-def natural_int(text: str) -> int:
-    """A whole number of at least 0."""
-    return 0 if text == "0" else positive_int(text)
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """A type for flags: whole numbers between two, both included."""
+
+    def number(text: str) -> int:
+        digits = re.fullmatch(r"0*([0-9]{1,18})", text)
+        if not digits or not least <= int(digits[1]) <= most:
+            raise refused(text, f"is not a whole number from {least} to {most}")
+        return int(digits[1])
+
+    return number
 
 
-def seed_int(text: str) -> int:
-    """A whole number that fits 32 bits."""
-    if natural_int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not below 2**32")
-    return int(text)
+def number(least: float, most: float) -> Callable[[str], float]:
+    """A type for flags: numbers between two, both included."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value <= most:
+            raise refused(text, f"is not a number from {least:g} to {most:g}")
+        return value
+
+    return number
 
 
-def positive_float(text: str) -> float:
-    """A finite number above 0."""
+positive_int = whole_number(1, MILLION)
+natural_int = whole_number(0, MILLION)
+seed_int = whole_number(0, 2**32 - 1)
+workers = whole_number(0, 1024)
+rows = whole_number(1, 10**9)  # of a table in memory: as many as there are, if fewer
+width = whole_number(1, 100_000)  # of a layer
+expert_count = whole_number(1, 4096)
+port = whole_number(1, 65_535)
+learning_rate = number(1e-12, 100)
+positive_float = number(1e-9, 1e9)
+weight = number(0, MILLION)  # of a part of the loss
+fraction = number(1e-9, 1 - 1e-9)
+side_ratio = number(
+    0.1, 1000
+)  # of an image; below 1 it pads all images, and by more than it needs at most tenfold
+
+
+def usable_path(text: str) -> Path:
+    """A path that a file may have, whether or not one is there; ~ is the home folder.
+
+    It is looked up once, so that a name that no file can have is refused here, and not where it is used.
+    """
     try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
-
-
-def weight(text: str) -> float:
-    """A finite number of at least 0."""
-    return 0.0 if text in ("0", "0.0") else positive_float(text)
-
-
-def fraction(text: str) -> float:
-    """A number between 0 and 1, both excluded."""
-    if positive_float(text) >= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not below 1")
-    return float(text)
-
-
-def file_name(text: str) -> str:
-    """Part of a file's name, which cannot lead out of its folder."""
-    if not re.fullmatch(r"[\w.@+-]+", text) or text in (".", ".."):
-        raise argparse.ArgumentTypeError(f"{text}: use letters, digits and . _ @ + - only")
-    return text
+        found = Path(text).expanduser()
+        if text:
+            os.fsencode(found.absolute()).decode()
+            found.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except UnicodeError:
+        raise refused(text, "is not UTF-8: rename it") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise refused(
+            text, f"cannot be used as a path ({getattr(error, 'strerror', error)})"
+        ) from None
+    if not text:
+        raise refused(text, "is no path: name one, . for this folder")
+    return found
 
 
 def path_or_auto(text: str) -> Path | str:
     """A path, or the word that leaves the choice."""
-    return text if text == AUTO else Path(text)
+    return text if text == AUTO else usable_path(text)
+
+
+def model_name(text: str) -> str:
+    """A name, or a path as text; ~ is the home folder."""
+    found = usable_path(text)
+    return str(found) if text.startswith("~") else text
+
+
+def file_name(text: str) -> str:
+    """Part of a file's name, which cannot lead out of its folder."""
+    if not re.fullmatch(r"[\w.@+-]{1,100}", text) or text in (".", ".."):
+        raise refused(text, "is no name: use up to 100 letters, digits and . _ @ + - only")
+    return text
 
 
 def in_any_case(names: Iterable[str]) -> Callable[[str], str]:
@@ -71,10 +112,3 @@ def in_any_case(names: Iterable[str]) -> Callable[[str], str]:
         return spelled.get(text.lower(), text)
 
     return name
-
-
-def port(text: str) -> int:
-    """A port that a server may listen on."""
-    if not text.isdecimal() or not 1 <= int(text) <= 65_535:
-        raise argparse.ArgumentTypeError(f"{text} is no port: choose one from 1 to 65535")
-    return int(text)

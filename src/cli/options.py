@@ -2,20 +2,27 @@
 
 import argparse
 import os
-from pathlib import Path
-from typing import Any
 
 from benchmarks import BENCHMARKS, PROTOCOLS
 from cli.flag_types import (
+    expert_count,
     fraction,
     in_any_case,
+    learning_rate,
+    model_name,
     natural_int,
     path_or_auto,
     positive_float,
     positive_int,
+    rows,
     seed_int,
+    side_ratio,
+    usable_path,
     weight,
+    width,
+    workers,
 )
+from cli.parsers import Several
 from models.configuration import ORIGINAL_DEFAULTS
 from runtime.choices import (
     AUTO,
@@ -43,10 +50,17 @@ def add_dataset(group: Group, *, required: bool, help: str = "in any case") -> N
     )
 
 
-def add_protocol(group: Group, *, help: str, **more: Any) -> None:
-    """--protocol; several with nargs="+"."""
+def add_protocol(group: Group, *, help: str) -> None:
+    """--protocol, several of them."""
     names = list(PROTOCOLS)
-    group.add_argument("--protocol", type=in_any_case(names), choices=names, help=help, **more)
+    group.add_argument(
+        "--protocol",
+        type=in_any_case(names),
+        choices=names,
+        nargs="+",
+        action=Several,
+        help=help,
+    )
 
 
 def add_seed(group: Group, *, help: str | None = None) -> None:
@@ -68,9 +82,9 @@ def add_clip_batch_size(group: Group, *, help: str) -> None:
 
 def add_workers(group: Group) -> None:
     """--num-workers."""
-    workers = min(8, os.cpu_count() or 1)
+    processes = min(8, os.cpu_count() or 1)
     group.add_argument(
-        "--num-workers", type=natural_int, default=workers, help="processes that decode images"
+        "--num-workers", type=workers, default=processes, help="processes that decode images"
     )
 
 
@@ -86,7 +100,7 @@ def data_root_flag() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument_group("data").add_argument(
         "--data-root",
-        type=Path,
+        type=usable_path,
         default=PROJECT_ROOT,
         metavar="DIR",
         help="holds fashionIQ_dataset/ and cirr_dataset/ (default: the project's root)",
@@ -118,13 +132,13 @@ def machine_flags() -> argparse.ArgumentParser:
     group = parser.add_argument_group("evaluation")
     group.add_argument(
         "--exclusions",
-        type=Path,
+        type=usable_path,
         metavar="FILE",
         help="leave out the images of a list that check_dataset.py wrote",
     )
     group.add_argument(
         "--similarity-block",
-        type=positive_int,
+        type=rows,
         metavar="ROWS",
         help="queries whose similarities to the gallery are in memory at a time (default: at most 1 GiB)",
     )
@@ -139,12 +153,12 @@ def clip_flags() -> argparse.ArgumentParser:
     )
     default = ORIGINAL_DEFAULTS
     names = f"a name or a checkpoint's path (default: {default.clip_model_name})"
-    group.add_argument("--clip-model-name", metavar="NAME", help=names)
+    group.add_argument("--clip-model-name", type=model_name, metavar="NAME", help=names)
     group.add_argument(
         "--transform", choices=TRANSFORMS, help=f"preprocessing (default: {default.transform})"
     )
     ratio = f"of targetpad (default: {default.target_ratio})"
-    group.add_argument("--target-ratio", type=positive_float, help=ratio)
+    group.add_argument("--target-ratio", type=side_ratio, help=ratio)
     precision = (
         "of features that nothing learns from: validations, frozen ones, indexes (default: fp32)"
     )
@@ -162,7 +176,10 @@ def tuned_clip_flag() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("fine-tuned CLIP")
     group.add_argument(
-        "--clip-model-path", type=Path, metavar="PATH", help="stage-1 weights (default: none)"
+        "--clip-model-path",
+        type=usable_path,
+        metavar="PATH",
+        help="stage-1 weights (default: none)",
     )
     return parser
 
@@ -183,13 +200,16 @@ def training_flags(batch_size: int, validation_frequency: int) -> argparse.Argum
     add_seed(group)
     group.add_argument(
         "--output-dir",
-        type=Path,
+        type=usable_path,
         default=PROJECT_ROOT / "models",
         metavar="DIR",
         help="holds the runs",
     )
     group.add_argument(
-        "--resume", type=Path, metavar="RUN_DIR", help="go on with a run; its flags come from it"
+        "--resume",
+        type=usable_path,
+        metavar="RUN_DIR",
+        help="go on with a run; its flags come from it",
     )
     group.add_argument(
         "--checkpoint-every-minutes",
@@ -202,6 +222,13 @@ def training_flags(batch_size: int, validation_frequency: int) -> argparse.Argum
         "--precision", choices=PRECISIONS, default="amp", help="amp: fp16 on CUDA, fp32 on the CPU"
     )
     group.add_argument("--compile", action="store_true", help="torch.compile what is trained")
+    add_beyond_original(parser)
+    add_comet(parser)
+    return parser
+
+
+def add_beyond_original(parser: argparse.ArgumentParser) -> None:
+    """What the original's trainings have not."""
     optional = parser.add_argument_group("training, beyond the original", "all off by default")
     optional.add_argument(
         "--mask-duplicate-targets",
@@ -223,8 +250,6 @@ def training_flags(batch_size: int, validation_frequency: int) -> argparse.Argum
         metavar="DECAY",
         help="evaluate and save a moving average of the weights",
     )
-    add_comet(parser)
-    return parser
 
 
 def add_comet(parser: argparse.ArgumentParser) -> None:
@@ -240,7 +265,7 @@ def encoder_flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("stage 1")
     group.add_argument("--encoder", choices=ENCODERS, default="both", help="what learns")
-    group.add_argument("--learning-rate", type=positive_float, default=2e-6)
+    group.add_argument("--learning-rate", type=learning_rate, default=2e-6)
     group.add_argument(
         "--micro-batch-size",
         type=positive_int,
@@ -278,11 +303,11 @@ def combiner_flags(trains: bool) -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("Combiner", about)
     group.add_argument("--combiner-type", choices=COMBINER_TYPES, default=default("moe"))
-    group.add_argument("--projection-dim", type=positive_int, default=default(2560))
-    group.add_argument("--hidden-dim", type=positive_int, default=default(5120))
-    group.add_argument("--num-experts", type=positive_int, default=default(4), help="of the MoE")
+    group.add_argument("--projection-dim", type=width, default=default(2560))
+    group.add_argument("--hidden-dim", type=width, default=default(5120))
+    group.add_argument("--num-experts", type=expert_count, default=default(4), help="of the MoE")
     group.add_argument(
-        "--top-k", type=positive_int, default=default(2), help="experts a query goes to"
+        "--top-k", type=expert_count, default=default(2), help="experts a query goes to"
     )
     return parser
 
@@ -291,9 +316,13 @@ def frozen_flags() -> argparse.ArgumentParser:
     """What is particular to stage 2."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("stage 2")
-    group.add_argument("--combiner-lr", type=positive_float, default=2e-5, help="learning rate")
+    group.add_argument("--combiner-lr", type=learning_rate, default=2e-5, help="learning rate")
     group.add_argument(
-        "--seeds", type=seed_int, nargs="+", help="train one Combiner with each, in place of --seed"
+        "--seeds",
+        type=seed_int,
+        nargs="+",
+        action=Several,
+        help="train one Combiner with each, in place of --seed",
     )
     group.add_argument(
         "--load-balancing-weight",
@@ -312,7 +341,7 @@ def frozen_flags() -> argparse.ArgumentParser:
     add_clip_batch_size(group, help="batch size of CLIP while features are made")
     group.add_argument(
         "--feature-cache",
-        type=Path,
+        type=usable_path,
         default=PROJECT_ROOT / "features",
         metavar="DIR",
         help="keeps features on disk",
@@ -367,7 +396,7 @@ def pair_flags(required: bool = True, silent: str | None = None) -> argparse.Arg
         help=silent,
     )
     group.add_argument(
-        "--combiner-path", type=Path, metavar="PATH", help="stage-2 weights, for combiner"
+        "--combiner-path", type=usable_path, metavar="PATH", help="stage-2 weights, for combiner"
     )
     return parser
 
@@ -388,7 +417,7 @@ def search_flags() -> list[argparse.ArgumentParser]:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("index")
     group.add_argument(
-        "--index", type=Path, required=True, metavar="INDEX", help="made by search.py index"
+        "--index", type=usable_path, required=True, metavar="INDEX", help="made by search.py index"
     )
     composition = pair_flags(required=False, silent="(default: combiner if its path is given)")
     return [parser, composition, combiner_flags(trains=False)]

@@ -1,21 +1,21 @@
 """What both submission scripts do with their flags."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from benchmarks import Benchmark
 from benchmarks.server_files import Form
-from cli.flag_types import file_name
+from cli.flag_types import file_name, usable_path
 from cli.options import evaluation_flags, pair_choice
+from cli.parsers import ScriptParser
 from cli.startup import check_annotations, check_files, open_benchmark, pick_device
 from runtime.files import check_writable
 from utils import PROJECT_ROOT
 
 
-def submission_parser(description: str, benchmark: type[Benchmark]) -> argparse.ArgumentParser:
+def submission_parser(about: str | None, benchmark: type[Benchmark]) -> argparse.ArgumentParser:
     """All flags of a submission for a benchmark's test server."""
-    parser = argparse.ArgumentParser(description=description, parents=evaluation_flags())
+    parser = ScriptParser(about, parents=evaluation_flags())
     parser.set_defaults(dataset=benchmark.name)
     group = parser.add_argument_group("submission")
     group.add_argument(
@@ -32,7 +32,7 @@ def submission_parser(description: str, benchmark: type[Benchmark]) -> argparse.
     place = f"submission/{benchmark.name}"
     group.add_argument(
         "--output-dir",
-        type=Path,
+        type=usable_path,
         default=PROJECT_ROOT / place,
         metavar="DIR",
         help=f"(default: {place})",

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import Benchmark
+from cli.flag_types import usable_path
+from cli.parsers import ScriptParser
 from cli.startup import check_annotations, check_files, command_line, open_benchmark, pick_device
 from models.configuration import FREE_FLAGS, Settings
 from runtime import torchrun
@@ -33,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 def parse(
     script: str,
-    description: str,
+    about: str | None,
     parents: Sequence[argparse.ArgumentParser],
     argv: list[str] | None,
 ) -> argparse.Namespace:
@@ -43,13 +45,13 @@ def parse(
 
     Args:
         script: its file's name.
-        description: its docstring, of which `--help` shows the first line.
+        about: its docstring, of which `--help` shows the first line.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=description.splitlines()[0], parents=parents)
+    parser = ScriptParser(about, parents=parents)
     parser.set_defaults(script=script)
     only_resume = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    only_resume.add_argument("--resume", type=Path)
+    only_resume.add_argument("--resume", type=usable_path)
     folder = only_resume.parse_known_args(argv)[0].resume
     if folder is None:
         args = parser.parse_args(argv)
@@ -83,6 +85,8 @@ def _as_typed(value: Any) -> Any:
 def check(args: argparse.Namespace) -> Benchmark:
     """The benchmark to train on. Fails now, not after packages are loaded, if a file or a folder is no good."""
     check_files(args)
+    if args.save_best and not args.save_training:
+        logger.warning("warning: --save-best saves nothing without --save-training: add it")
     written = {}
     for name in ("output_dir", "image_cache", "feature_cache"):
         folder = getattr(args, name, None)

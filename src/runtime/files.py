@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,7 @@ def read_json(path: Path, writer: str | None = None) -> Any:
         writer: the command that writes such a file; None for files of a dataset.
     """
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        return parse_json(read_text(path))
     except FileNotFoundError:
         raise missing_file(path, writer) from None
     except (OSError, ValueError) as error:
@@ -33,6 +34,20 @@ def read_json(path: Path, writer: str | None = None) -> Any:
         raise UserError(
             f"{path} is not a readable JSON file ({first_line(error)}): {remedy} again"
         ) from None
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not UTF-8; or a device or a pipe with a name of its own, which may never come to an end.
+    """
+    kind = path.stat().st_mode
+    is_open = str(path).startswith(("/dev/", "/proc/"))  # as the shell's <(...) is
+    if stat.S_ISCHR(kind) or stat.S_ISBLK(kind) or (stat.S_ISFIFO(kind) and not is_open):
+        raise ValueError("it is a device or a pipe, not a file")
+    return path.read_text(encoding="utf-8")
 
 
 def missing_file(path: Path, writer: str | None = None) -> UserError:
@@ -73,16 +88,19 @@ HALF_MADE = ".*.tmp"  # what a process that was killed left under a name of `bes
 
 def beside(path: Path) -> Path:
     """Where this process makes what will take the name `path` when it is whole."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name[:60]}.{os.getpid()}.tmp")
 
 
 @contextlib.contextmanager
 def made_beside(path: Path) -> Iterator[Path]:
     """A file to write, which replaces `path` at the end; until then an earlier `path` stays as it was.
 
+    Where `path` is a link, it replaces what the link points to.
+
     Raises:
         DiskError: it could not be written; nothing is left of it.
     """
+    path = Path(os.path.realpath(path))
     new = beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,9 +108,7 @@ def made_beside(path: Path) -> Iterator[Path]:
         new.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise DiskError(
-            f"could not write {path} ({error.strerror}): free space or choose another folder"
-        ) from None
+        raise _not_written(path, error) from None
     finally:
         # There is none after the replace, nor where the folder is a file.
         with contextlib.suppress(OSError):
@@ -101,11 +117,63 @@ def made_beside(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that replaces `path` only when all of it is on disk, see `made_beside`."""
+    """Open a file that replaces `path` only when all of it is on disk, see `made_beside`.
+
+    A device or a pipe gets what is written at once: it is never replaced by a file.
+    """
+    if (stream := _stream_at(path)) is not None:
+        try:
+            with open(stream, "wb") as file:
+                yield file
+        except OSError as error:
+            raise _not_written(path, error) from None
+        return
     with made_beside(path) as new, open(new, "wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
+
+
+def _stream_at(path: Path) -> int | None:
+    """A descriptor of what has a path and takes bytes as they come; None where a file is there, or nothing.
+
+    That is a device, a pipe, and what stdout or stderr go to, be it a file.
+
+    Raises:
+        DiskError: it is a disk, or a pipe that nobody reads, which would be waited for.
+    """
+    try:
+        there = path.stat()
+        for standard in (1, 2):
+            if _is_open_as(standard, there):
+                print(end="", flush=True)
+                return os.dup(standard)
+        if stat.S_ISREG(there.st_mode) or stat.S_ISDIR(there.st_mode):
+            return None
+    except OSError:
+        return None
+    if stat.S_ISBLK(there.st_mode):
+        raise DiskError(f"{path} is a disk: name a file")
+    try:
+        stream = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        raise _not_written(path, error) from None
+    os.set_blocking(stream, True)
+    return stream
+
+
+def _is_open_as(descriptor: int, there: os.stat_result) -> bool:
+    """Whether a descriptor of this process is open, and what it is open for is something else's too."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), there)
+    except OSError:
+        return False
+
+
+def _not_written(path: Path, error: OSError) -> DiskError:
+    return DiskError(
+        f"could not write {path} ({error.strerror}): free space or choose another place"
+    )
 
 
 def _sync_folder(folder: Path) -> None:
@@ -188,10 +256,18 @@ def free_bytes(folder: Path) -> int:
 
 def check_file_writable(files: dict[str, Path | None]) -> None:
     """The same for files: flag -> the file, None where none is to be written."""
+    folders: dict[str, Path | None] = {}
     for flag, file in files.items():
-        if file is not None and file.is_dir():
+        if file is None:
+            continue
+        if file.is_dir():
             raise UserError(f"{flag} {file} is a folder: name a file")
-    check_writable({flag: file and file.parent for flag, file in files.items()})
+        if file.exists() and not file.is_file():
+            if file.is_block_device() or not os.access(file, os.W_OK):
+                raise UserError(f"{flag} {file} cannot be written to: name a file")
+        else:
+            folders[flag] = Path(os.path.realpath(file)).parent
+    check_writable(folders)
 
 
 CHECKPOINT_ENDINGS = (".pt", ".safetensors")

@@ -1,0 +1,44 @@
+"""What every script parses its flags with."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from utils import DEBUG, printable
+
+
+class ScriptParser(argparse.ArgumentParser):
+    """The parser of a script: it describes it by the first line of its docstring, and knows `--debug`.
+
+    Args:
+        about: the docstring; Python started with -OO has none.
+    """
+
+    def __init__(self, about: str | None = None, **settings: Any) -> None:
+        description = about.strip().splitlines()[0] if about else None
+        super().__init__(description=description, **settings)
+        self.add_argument(
+            DEBUG,
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="where it fails, print all of what Python says too",
+        )
+
+    def error(self, message: str) -> Any:
+        """Print a message in one line, whatever was typed, and end with exit code 2."""
+        self.exit(2, f"{self.prog}: error: {printable(message)} (see --help)\n")
+
+
+class Several(argparse.Action):
+    """Values of a flag that may be given more than once: all of them, in place of the default."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        so_far = getattr(namespace, self.dest)
+        typed = [] if so_far is self.default else so_far
+        setattr(namespace, self.dest, [*typed, *(values or ())])

@@ -1,0 +1,198 @@
+"""Rules for the flags of all scripts, found by walking their parsers: a new flag is held to them too."""
+
+import argparse
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cli import flag_types
+from cli.flag_types import model_name, path_or_auto, usable_path
+from cli.parsers import ScriptParser, Several
+from conftest import CASES, ROOT
+
+SCRIPTS = sorted(
+    file.stem for file in (ROOT / "src").glob("*.py") if "@command" in file.read_text()
+)
+PATH_TYPES = (usable_path, path_or_auto, model_name)
+NUMBER_TYPES = [
+    kind
+    for kind in vars(flag_types).values()
+    if inspect.isfunction(kind) and kind.__name__ == "number" and "<locals>" in kind.__qualname__
+]
+
+
+class Built(Exception):
+    """A parser on its way to what was typed."""
+
+
+def parser_of(script: str) -> argparse.ArgumentParser:
+    """The parser that a script builds."""
+
+    def stop(parser: argparse.ArgumentParser, *_: object) -> None:
+        raise Built(parser)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        with pytest.raises(Built) as built:
+            importlib.import_module(script).parse([])
+    return built.value.args[0]
+
+
+def parsers(script: str) -> Iterator[tuple[list[str], argparse.ArgumentParser]]:
+    """The parser of each command of a script, with the words that choose it."""
+    parser = parser_of(script)
+    commands = [
+        action for action in parser._actions if isinstance(action, argparse._SubParsersAction)
+    ]
+    if not commands:
+        yield [], parser
+    for action in commands:
+        for word, inner in action.choices.items():
+            yield [word], inner
+
+
+def flags_where(chosen: Callable[[argparse.Action], bool]) -> list:
+    """A case for each flag of each command: the parser, and the flag's action."""
+    cases = []
+    for script in SCRIPTS:
+        for words, parser in parsers(script):
+            for action in parser._actions:
+                if chosen(action):
+                    name = action.option_strings[-1] if action.option_strings else action.dest
+                    label = " ".join([script, *words, name])
+                    cases.append(pytest.param(parser, action, id=label))
+    return cases
+
+
+def typed(action: argparse.Action, text: str) -> list[str]:
+    """A flag with a value as it is typed."""
+    if not action.option_strings:
+        return ["--", text]
+    if isinstance(action.nargs, int):
+        return [action.option_strings[-1], *[text] * action.nargs]
+    return [f"{action.option_strings[-1]}={text}"]
+
+
+@pytest.fixture
+def refusal(capsys):
+    """The one line in which a parser refuses a value; None where it takes it."""
+
+    def refusal(parser: argparse.ArgumentParser, action: argparse.Action, text: str) -> str | None:
+        capsys.readouterr()
+        # What else is required is left out: a bad value is found first.
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args(typed(action, text))
+            raise SystemExit(0)
+        lines = capsys.readouterr().err.splitlines()
+        said = [line for line in lines if "required" not in line]
+        if not said:
+            return None
+        assert stop.value.code == 2
+        assert len(lines) == 1, lines
+        assert lines[0].isprintable()
+        return lines[0]
+
+    return refusal
+
+
+NUMBERS = flags_where(lambda action: action.type in NUMBER_TYPES)
+PATHS = flags_where(lambda action: action.type in PATH_TYPES)
+VALUES = flags_where(lambda action: action.nargs != 0 and action.dest != "help")
+NO_NUMBERS = (
+    "", " ", "x", "nan", "-nan", "inf", "-inf", "Infinity", "-1", "-0.5", "1e300", "-1e300", "1e31", "9" * 30,
+    "9" * 5000, "0x10", "1,5", "1;2", "1 2", "１２ ３", "\x1b[31m", "1\n2", "true", "None",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("parser", "action"), NUMBERS)
+def test_every_flag_that_takes_a_number_has_bounds(parser, action, refusal):
+    for text in NO_NUMBERS:
+        line = refusal(parser, action, text)
+        assert line is not None, text
+        assert action.option_strings[-1] in line
+        is_missing = isinstance(action.nargs, int) and text.startswith(
+            "-"
+        )  # taken for another flag
+        assert is_missing or " from " in line  # the bounds
+        CASES["values of flags that take a number", "refused"] += 1
+
+
+def test_no_number_is_taken_without_bounds():
+    """Guards against a flag that Python's own int or float converts, which take anything."""
+    assert len(NUMBERS) > 100
+    for case in VALUES:
+        _, action = case.values
+        assert action.type not in (int, float, complex), case.id
+        is_number = isinstance(action.default, int | float) and not isinstance(action.default, bool)
+        assert not is_number or action.type in NUMBER_TYPES, case.id
+
+
+@pytest.mark.parametrize(("parser", "action"), PATHS)
+def test_every_flag_that_takes_a_path_refuses_what_no_file_can_be_called(
+    parser, action, refusal, tmp_path
+):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    names = (
+        "", "a" * 256, "é" * 128, "a/" * 2500, "nul\0byte", "half\udcff", f"{loop}", f"{loop}/x",
+        f"{tmp_path}/\udcff/x", "~nobody-of-this-name/x",
+    )  # fmt: skip
+    for name in names:
+        line = refusal(parser, action, name)
+        assert line is not None, name
+        assert not action.option_strings or action.option_strings[-1] in line
+        CASES["values of flags that take a path", "refused"] += 1
+
+
+@pytest.mark.parametrize(("parser", "action"), PATHS)
+def test_every_flag_that_takes_a_path_knows_the_home_folder(parser, action, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert str(action.type("~/x")) == str(tmp_path / "x")
+    assert str(action.type("a b/~")) == "a b/~"
+
+
+def test_no_path_is_taken_as_it_is():
+    assert len(PATHS) > 60
+    for case in VALUES:
+        _, action = case.values
+        assert action.type is not Path, case.id
+        is_path = isinstance(action.default, Path) or action.metavar in ("FILE", "DIR", "PATH")
+        assert not is_path or action.type in PATH_TYPES, case.id
+
+
+@pytest.mark.parametrize(
+    ("parser", "action"),
+    flags_where(lambda action: action.nargs == "+" and bool(action.option_strings)),
+)
+def test_every_flag_that_takes_several_values_may_be_given_again(parser, action, tmp_path):
+    """None is dropped, and a default is not among them."""
+    one, other = ["0", "1"] if action.choices is None else list(action.choices)[:2]
+    name = action.option_strings[-1]
+    namespace = argparse.Namespace(**{action.dest: action.default})
+    required = parser._actions
+    try:
+        parser._actions = [action]
+        args = parser.parse_args([name, one, name, other], namespace)
+    finally:
+        parser._actions = required
+    wanted = [one, other] if action.type is None else [action.type(one), action.type(other)]
+    assert getattr(args, action.dest) == wanted
+    assert isinstance(action, Several)
+
+
+@pytest.mark.parametrize(("parser", "action"), VALUES)
+def test_no_value_reaches_the_terminal_as_it_is(parser, action, refusal):
+    """Line breaks and escape sequences of what was typed are spelled out; see `refusal`."""
+    for text in ("\x1b[31mred\x1b[0m", "two\nlines", "\x07", "\u202e", "\udcff", "a\rb"):
+        line = refusal(parser, action, text)
+        CASES["values of any flag", "taken" if line is None else "refused"] += 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_knows_debug(script):
+    for _, parser in parsers(script):
+        assert isinstance(parser, ScriptParser)
+        assert "--debug" in parser.format_help()

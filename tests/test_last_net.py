@@ -1,0 +1,258 @@
+"""However a script ends, it says so in one line, with the exit code that belongs to it; a traceback is for --debug."""
+
+import builtins
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import utils
+from conftest import CASES, DOORS, ROOT
+from test_light_start import SCRIPTS
+from utils import REMEDIES, Stopped, UserError, command, printable
+
+SRC = ROOT / "src"
+
+
+def raised_by_python() -> list[type[BaseException]]:
+    """Every exception of Python's own that can be made of a text alone, but for what ends a program on purpose."""
+    kinds = [UnicodeError]
+    for kind in vars(builtins).values():
+        if isinstance(kind, type) and issubclass(kind, Exception):
+            takes_more = issubclass(kind, UnicodeError) or kind.__name__ == "ExceptionGroup"
+            if not takes_more:
+                kinds.append(kind)
+    return kinds
+
+
+@pytest.fixture
+def ending(capsys, tmp_path, monkeypatch):
+    """Run a script that ends in an exception; returns what it says, and its exit code."""
+    monkeypatch.setattr(utils.tempfile, "tempdir", str(tmp_path))
+
+    def ending(error: BaseException, *words: str) -> tuple[str, int]:
+        @command
+        def main(argv: list[str] | None = None) -> None:
+            raise error
+
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(list(words))
+        return capsys.readouterr().err, stop.value.code
+
+    return ending
+
+
+@pytest.mark.parametrize("kind", raised_by_python())
+@pytest.mark.parametrize("text", ["", "one", "two\nlines", "\x1b[31m", "x" * 10_000])
+def test_any_exception_is_one_line(kind, text, ending):
+    err, code = ending(kind(text))
+    assert len(err.splitlines()) == 1
+    assert err.rstrip("\n").isprintable()
+    assert len(err) < 1000
+    assert code in (1, 2)
+    CASES["exceptions", "told in one line"] += 1
+
+
+@pytest.mark.parametrize("number", sorted(errno.errorcode))
+def test_every_refusal_of_the_operating_system_names_its_file(number, ending):
+    err, code = ending(OSError(number, os.strerror(number), "/some/file"))
+    assert "error: /some/file: " in err
+    assert code == 2
+    assert REMEDIES.get(number, "see that it is there") in err
+    assert len(err.splitlines()) == 1
+    CASES["refusals of the operating system", "told in one line"] += 1
+
+
+MACHINE = [
+    MemoryError(),
+    MemoryError("Unable to allocate 7.45 TiB for an array"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"
+    ),
+    RuntimeError("can't start new thread"),
+    RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+    OSError(errno.EMFILE, "Too many open files"),
+    OSError(errno.ENOSPC, "No space left on device"),
+    BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+]
+
+
+@pytest.mark.parametrize("error", MACHINE, ids=lambda error: f"{type(error).__name__} {error}"[:40])
+def test_a_limit_of_the_machine_has_a_remedy(error, ending):
+    err, code = ending(error)
+    assert code == 2
+    assert any(remedy in err for remedy in REMEDIES.values())
+
+
+def test_a_fault_is_written_down_in_full_without_what_was_typed(ending, tmp_path):
+    err, code = ending(KeyError("lost"), "--api-key", "secret-1", "--api-key=secret-2", "secret-3")
+    assert code == 1
+    (report,) = tmp_path.glob("clip4cir-fault-*.txt")
+    assert str(report) in err
+    assert "KeyError" in err
+    text = report.read_text()
+    assert "Traceback" in text
+    assert "KeyError: 'lost'" in text
+    assert "--api-key" in text
+    assert "secret" not in text
+
+
+def test_debug_shows_the_traceback(ending):
+    assert "Traceback" not in ending(KeyError("lost"))[0]
+    err, code = ending(KeyError("lost"), "--debug")
+    assert "Traceback" in err
+    assert code == 1
+    err, code = ending(UserError("the file"), "--debug")
+    assert "Traceback" in err
+    assert err.splitlines()[-1].endswith("error: the file")
+    assert code == 2
+
+
+def test_without_a_temporary_folder_a_fault_is_still_one_line(ending, monkeypatch):
+    monkeypatch.setattr(utils.tempfile, "tempdir", "/nowhere")
+    err, code = ending(KeyError("lost"))
+    assert len(err.splitlines()) == 1
+    assert "--debug" in err
+    assert code == 1
+
+
+def test_ctrl_c_that_a_package_took_for_something_else(ending):
+    for wrapped in (ImportError("numpy.core.multiarray failed to import"), RuntimeError("x")):
+        wrapped.__context__ = ValueError()
+        wrapped.__context__.__cause__ = KeyboardInterrupt()
+        assert ending(wrapped)[1] == 130
+    assert ending(KeyboardInterrupt())[1] == 130
+    assert ending(Stopped("SIGTERM"))[1] == 0
+
+
+def test_printable_is_what_a_terminal_shows():
+    assert printable("é 中 x") == "é 中 x"
+    assert (
+        printable("a\nb\r\x1b[0m\udcff\u2028\u202e\x00") == r"a\nb\r\x1b[0m\udcff\u2028\u202e\x00"
+    )
+
+
+def test_names_in_logs_stay_in_their_line(capsys, caplog):
+    record = utils.logging.LogRecord("x", 20, "", 0, "read %s, %d", (Path("a\nb\x1b"), 3), None)
+    assert utils.OneLine().format(record) == r"read a\nb\x1b, 3"
+
+
+def run(*words: str, env: dict[str, str] | None = None, **more) -> subprocess.CompletedProcess:
+    """A script in a fresh process."""
+    return subprocess.run(
+        [sys.executable, *words], env=os.environ | (env or {}), capture_output=True, **more
+    )
+
+
+def into_a_closed_pipe(*words: object) -> subprocess.CompletedProcess:
+    """As with `| head`, but closed before the script starts, so that it does not matter which is faster."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    return done
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_that_nobody_reads(script):
+    done = into_a_closed_pipe(SRC / script, "--help")
+    assert done.stderr == ""
+    assert done.returncode in (0, 141)  # argparse itself says nothing of what it cannot print
+
+
+def test_a_reader_that_is_gone_ends_a_script_quietly(drawn, tmp_path):
+    (tmp_path / "empty.json").write_text("{}")
+    check = [SRC / "check_dataset.py", "--data-root", drawn, "--num-workers", 0]
+    submission = [SRC / "check_submission.py", "--data-root", drawn, tmp_path / "empty.json"]
+    for words in (check, submission):
+        done = into_a_closed_pipe(*words)
+        assert done.stderr == ""
+        assert done.returncode == 141
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_docstrings_and_in_ascii(script):
+    done = run("-OO", str(SRC / script), "--help", env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == b""
+    done.stdout.decode("ascii")
+
+
+def test_what_an_encoding_lacks_is_spelled_out(tmp_path):
+    name = str(tmp_path / "größe-中")
+    done = run(str(SRC / "compare.py"), name, env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 2
+    assert rb"gr\xf6\xdfe-\u4e2d" in done.stderr
+    done = run(str(SRC / "compare.py"), name, env={"PYTHONIOENCODING": "latin-1"})
+    assert rb"e-\u4e2d" in done.stderr
+
+
+def test_a_full_device_as_stdout():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, SRC / "validate.py", "--help"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("validate.py: error: No space left on device")
+
+
+@pytest.mark.parametrize("variable", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
+@pytest.mark.parametrize("value", ["two", "", "-1", "1.5", "\x1b"])
+def test_an_environment_that_is_no_torchrun(variable, value, golden, capsys):
+    env = {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
+    words = f"--dataset CIRR --combining-function sum --device cpu --data-root {golden}".split()
+    words += ["--clip-model-name", str(golden / "clip_vit.pt"), "--num-workers", "0"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, text in {**env, variable: value}.items():
+            patch.setenv(name, text)
+        with pytest.raises(SystemExit) as stop:
+            DOORS["validate"](words)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert variable in err
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_packages_load(tmp_path, drawn):
+    """The script tells over a pipe that it begins to load one, and is interrupted there."""
+    finder = tmp_path / "finder.py"
+    finder.write_text(
+        """
+import importlib.abc, os, runpy, sys, time
+class Tell(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print("loading", flush=True)
+            time.sleep(600)
+sys.meta_path.insert(0, Tell())
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    )
+    words = ["--dataset", "CIRR", "--combining-function", "sum", "--data-root", str(drawn)]
+    words += ["--clip-model-name", str(drawn / "tiny_clip_vit.pt")]
+    process = subprocess.Popen(
+        [sys.executable, finder, SRC / "validate.py", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert re.fullmatch(r"validate\.py: interrupted.*\n", err)
