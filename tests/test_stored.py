@@ -4,15 +4,18 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from combiner import build_combiner, load_combiner
 from conftest import CASES
+from image_search import faiss_index, image_index
+from image_search.image_index import open_index
 from models import clip_model
 from models.clip_model import load_clip, load_finetuned
 from models.configuration import read_checkpoint
-from runtime.choices import CombinerChoice
+from runtime.choices import INDEX_KINDS, CombinerChoice
 from runtime.tensors import load_tensors
 from utils import UserError
 
@@ -218,3 +221,244 @@ def test_a_damaged_safetensors_file(tmp_path):
         refused(lambda: load_tensors(path), str(path), "not a readable checkpoint")
     safetensors.save_file({"a": torch.ones(1)}, path, metadata={"config": "{"})
     refused(lambda: load_tensors(path), str(path))
+
+
+# Files of fields
+
+
+WRONG = [
+    None, True, -1, 0, 2**70, 0.5, -0.5, math.nan, math.inf, 1e300, "", "one", "a\0b", "../x", [], [None], ["one"],
+    {}, {"one": None}, {"1": [1]},
+]  # fmt: skip
+
+
+def places(content, steps=()):
+    """Every place in a document, from the outside in, as the keys that lead there."""
+    yield steps
+    if isinstance(content, dict | list | tuple):
+        for key in content if isinstance(content, dict) else range(len(content)):
+            yield from places(content[key], (*steps, key))
+
+
+def with_value(content, steps, value):
+    """A document with another value at a place."""
+    if not steps:
+        return value
+    items = dict(content) if isinstance(content, dict) else dict(enumerate(content))
+    items[steps[0]] = with_value(items[steps[0]], steps[1:], value)
+    return items if isinstance(content, dict) else type(content)(items.values())
+
+
+def at(content, steps):
+    for step in steps:
+        content = content[step]
+    return content
+
+
+def is_of_kind(value, other) -> bool:
+    """Whether a value could stand for another: numbers for numbers, texts for texts."""
+    both = (type(value), type(other))
+    return both in {(int, float), (float, int)} or type(value) is type(other)
+
+
+def refuse_each_wrong_value(kind: str, content, read, *, names=(), nullable=(), free=()) -> None:
+    """Put each wrong value at each place of a document: it is named with its file and field, or it is one like others.
+
+    Args:
+        read: reads a document.
+        names: words of every refusal.
+        nullable: fields that may be None.
+        free: fields that nothing is asked of.
+    """
+    read(content)
+    for steps in places(content):
+        field = str(steps[-1]) if steps else ""
+        if set(steps) & set(free):
+            continue
+        for value in WRONG:
+            changed = with_value(content, steps, value)
+            try:
+                read(changed)
+            except UserError as error:
+                told = str(error)
+                assert len(told.splitlines()) == 1
+                assert all(name in told for name in (*names, str(steps[0]) if steps else "")), told
+                CASES[kind, "refused"] += 1
+            else:
+                kept = value is None and field in nullable
+                assert kept or is_of_kind(value, at(content, steps)), (steps, value)
+                CASES[kind, "read"] += 1
+
+
+# Indexes
+
+
+def write_index(folder: Path, count: int = 40, kind: str = "flat", dim: int = 16) -> None:
+    """An index of images that are nowhere."""
+    features = np.random.default_rng(count).normal(size=(count, dim)).astype(np.float32)
+    files = [(f"/photos/{row}.png", 100 + row, 10**18 + row) for row in range(count)]
+    folder.mkdir(exist_ok=True)
+    recipe = {"transform": "targetpad", "target_ratio": 1.25}
+    about = {
+        "encoder": {"weights": "0" * 64, **recipe, "resolution": 32, "decode": "draft"},
+        "folders": ["/photos"],
+        "pair": {**recipe, "clip_model_name": "RN50x4", "clip_model_path": "/w.pt"},
+        "unreadable": {"/photos/x.png": "it is empty"},
+    }
+    image_index._publish(folder, files, features, kind=kind, about=about)
+
+
+def part(folder: Path, name: str) -> Path:
+    (file,) = folder.glob(f"{name}*")
+    return file
+
+
+def test_each_field_of_an_index(tmp_path):
+    write_index(tmp_path, kind="hnsw")
+    file = tmp_path / "index.json"
+
+    def read(content) -> None:
+        file.write_text(json.dumps(content))
+        open_index(tmp_path)
+
+    content = json.loads(file.read_text())
+    refuse_each_wrong_value(
+        "fields of index.json", content, read, names=[str(tmp_path)], nullable=["clip_model_path"]
+    )
+    for later in ("sha256", "unreadable", "folders", "torch", "recall against exact"):
+        read({name: value for name, value in content.items() if name != later})
+    read({**content, "of a later version": 3})
+
+
+def test_each_field_of_the_files_of_an_index(tmp_path):
+    write_index(tmp_path, count=3)
+    about = json.loads((tmp_path / "index.json").read_text())
+    del about["sha256"]  # else every change is refused by that
+    (tmp_path / "index.json").write_text(json.dumps(about))
+    file = part(tmp_path, "files")
+
+    def read(content) -> None:
+        file.write_text(json.dumps(content))
+        open_index(tmp_path)
+
+    content = json.loads(file.read_text())
+    names = [str(tmp_path)]
+    refuse_each_wrong_value("fields of files-*.json", content, read, names=names)
+    (tmp_path / "index.json").write_text(json.dumps({**about, "sha256": {"files": "0" * 64}}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda rows: with_row(rows, math.nan), "no number"),
+        (lambda rows: with_row(rows, math.inf), "no number"),
+        (lambda rows: rows[::-1], "not those that were written"),
+        (lambda rows: np.roll(rows, 1, axis=0), "not those that were written"),
+        (lambda rows: rows + 1, "not those that were written"),
+        (lambda rows: rows[1:], "features"),
+        (lambda rows: rows[:, 1:], "not those that were written"),
+        (lambda rows: rows.astype(np.float64), "float64"),
+        (lambda rows: rows.astype(np.float16), "float16"),
+        (lambda rows: rows.astype(object), ""),
+        (lambda rows: rows.astype(complex), "complex"),
+        (lambda rows: rows[0], "of shape (16,)"),
+        (lambda rows: rows[:0], "of shape (0, 16)"),
+        (lambda rows: rows[None], "of shape (1, 40, 16)"),
+    ],
+)
+@pytest.mark.parametrize("digests", [True, False])
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_features_that_are_no_index_of_the_files(damage, reason, digests, kind, tmp_path):
+    """An index of an earlier version has no digests: there the vectors tell."""
+    write_index(tmp_path, kind=kind)
+    file = part(tmp_path, "features")
+    np.save(file, damage(np.load(file)), allow_pickle=True)
+    if not digests:
+        manifest = tmp_path / "index.json"
+        about = json.loads(manifest.read_text())
+        del about["sha256"]
+        manifest.write_text(json.dumps(about))
+    message = refused(lambda: open_index(tmp_path), str(tmp_path))
+    if digests:
+        assert reason in message
+    CASES["parts of an index", "refused"] += 1
+
+
+def with_row(rows: np.ndarray, value: float) -> np.ndarray:
+    changed = rows.copy()
+    changed[7, 3] = value
+    return changed
+
+
+@pytest.mark.parametrize("kind", INDEX_KINDS)
+def test_vectors_of_other_features(kind):
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(10_000 if kind == "ivfpq" else 50, 16)).astype(np.float32)
+    index = faiss_index.build(features, kind)
+    assert faiss_index.mismatch(index, features, kind) == ""
+    repeated = np.repeat(features[:10], len(features) // 10, axis=0)  # many images that are equal
+    assert faiss_index.mismatch(faiss_index.build(repeated, kind), repeated, kind) == ""
+    assert "other features" in faiss_index.mismatch(index, rng.permutation(features), kind)
+    assert "vectors of length 16" in faiss_index.mismatch(index, features[1:], kind)
+    for other in set(INDEX_KINDS) - {kind}:
+        assert faiss_index.mismatch(index, features, other) == f"it is not of the kind {other}"
+
+
+def test_files_of_two_indexes(tmp_path):
+    for name, count in (("a", 40), ("b", 40)):
+        write_index(tmp_path / name, count, dim=16 if name == "a" else 8)
+    for name in ("files", "features", "vectors"):
+        file = part(tmp_path / "a", name)
+        whole = file.read_bytes()
+        file.write_bytes(b"")
+        refused(lambda: open_index(tmp_path / "a"), file.name)
+        file.write_bytes(part(tmp_path / "b", name).read_bytes())
+        if name != "files":  # which are the same
+            refused(lambda: open_index(tmp_path / "a"), str(tmp_path / "a"))
+        file.write_bytes(whole)
+    files = part(tmp_path / "a", "files")
+    files.write_text(json.dumps(json.loads(files.read_text())[::-1]))
+    refused(lambda: open_index(tmp_path / "a"), files.name, "not the list that was written")
+
+
+FULL = """
+import json, resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, "{tests}")
+from test_stored import part, write_index
+from image_search.image_index import open_index
+from utils import UserError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+folder = Path(sys.argv[1])
+write_index(folder, 300, kind=sys.argv[2])
+sizes = [part(folder, name).stat().st_size for name in ("index", "files", "features", "vectors")]
+before = sorted((file.name, file.read_bytes()) for file in folder.iterdir())
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+refused = 0
+for size in sizes:
+    for short in (1, 100, 5000, size // 2):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max(size - short, 0), hard))
+        try:
+            write_index(folder, 300, kind=sys.argv[2])
+        except UserError as error:
+            assert "could not write" in str(error), error
+            refused += 1
+        else:
+            continue  # other files are larger than this one
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        assert sorted((file.name, file.read_bytes()) for file in folder.iterdir()) == before
+        open_index(folder)
+print(refused)
+"""
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_a_disk_that_is_full_at_any_byte_leaves_the_earlier_index(kind, start, tmp_path):
+    """The kernel refuses files above a size, as a full disk does. FAISS and NumPy pass over the last bytes."""
+    script = tmp_path / "fills.py"
+    script.write_text(FULL.format(tests=Path(__file__).parent))
+    process = start(script, tmp_path / "index", kind)
+    assert process.wait() == 0, process.stderr
+    assert int(process.stdout) == 16
+    CASES["full disks", "refused"] += 16

@@ -36,7 +36,7 @@ def _path(value: Any) -> str:
     return value
 
 
-def _one_of(names: Collection[str]) -> AfterValidator:
+def one_of(names: Collection[str]) -> AfterValidator:
     """One of some names."""
 
     def check(value: str) -> str:
@@ -63,13 +63,13 @@ Weight = Annotated[float, Field(ge=0, le=10**6)]
 Fraction = Annotated[float, Field(ge=1e-9, le=1 - 1e-9)]
 SideRatio = Annotated[float, Field(ge=0.1, le=1000)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Benchmark = Annotated[str, _one_of(BENCHMARKS)]
-Transform = Annotated[str, _one_of(choices.TRANSFORMS)]
-Decode = Annotated[str, _one_of(choices.DECODINGS)]
-EncodePrecision = Annotated[str, _one_of(choices.ENCODE_PRECISIONS)]
-Precision = Annotated[str, _one_of(choices.PRECISIONS)]
-Encoder = Annotated[str, _one_of(choices.ENCODERS)]
-CombinerType = Annotated[str, _one_of(choices.COMBINER_TYPES)]
+Benchmark = Annotated[str, one_of(BENCHMARKS)]
+Transform = Annotated[str, one_of(choices.TRANSFORMS)]
+Decode = Annotated[str, one_of(choices.DECODINGS)]
+EncodePrecision = Annotated[str, one_of(choices.ENCODE_PRECISIONS)]
+Precision = Annotated[str, one_of(choices.PRECISIONS)]
+Encoder = Annotated[str, one_of(choices.ENCODERS)]
+CombinerType = Annotated[str, one_of(choices.COMBINER_TYPES)]
 Metrics = dict[str, float]
 
 
