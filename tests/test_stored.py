@@ -1,22 +1,44 @@
 """What files say of themselves, field by field, and weights from elsewhere, weight by weight: read, or named."""
 
+import argparse
+import copy
 import json
 import math
+import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import clip_fine_tune
+import combiner_train
+from cli import options
+from cli.flag_types import usable_path
 from combiner import build_combiner, load_combiner
 from conftest import CASES
 from image_search import faiss_index, image_index
 from image_search.image_index import open_index
 from models import clip_model
 from models.clip_model import load_clip, load_finetuned
-from models.configuration import read_checkpoint
+from models.configuration import Settings, plain, read_checkpoint
+from models.schemas import Flags
+from reports.run_page import About
+from runtime import tensors
 from runtime.choices import INDEX_KINDS, CombinerChoice
+from runtime.interruption import StopRequest
+from runtime.schema import checked
 from runtime.tensors import load_tensors
+from training import loop, state
+from training.autosave import Autosave
+from training.checkpoints import Checkpoints
+from training.hyper_parameters import read_hyper_parameters
+from training.loop import MovingAverage
+from training.run import Run, is_complete
+from training.schedule import Schedule
+from training.state import save_state
+from training.tracker import NoTracker
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -282,11 +304,13 @@ def refuse_each_wrong_value(kind: str, content, read, *, names=(), nullable=(), 
             except UserError as error:
                 told = str(error)
                 assert len(told.splitlines()) == 1
-                assert all(name in told for name in (*names, str(steps[0]) if steps else "")), told
+                assert all(name in told for name in names), told
+                assert not steps or any(str(step) in told for step in steps[-2:]), (steps, told)
                 CASES[kind, "refused"] += 1
             else:
-                kept = value is None and field in nullable
-                assert kept or is_of_kind(value, at(content, steps)), (steps, value)
+                earlier = at(content, steps)
+                silent = field in nullable and None in (value, earlier)
+                assert silent or is_of_kind(value, earlier), (steps, value)
                 CASES[kind, "read"] += 1
 
 
@@ -462,3 +486,368 @@ def test_a_disk_that_is_full_at_any_byte_leaves_the_earlier_index(kind, start, t
     assert process.wait() == 0, process.stderr
     assert int(process.stdout) == 16
     CASES["full disks", "refused"] += 16
+
+
+# Settings of checkpoints and runs
+
+
+def settings_of(script) -> Settings:
+    """Settings as a training of a script writes them, with a value for each flag that may be silent."""
+    flags = plain(vars(script.parse(["--dataset", "CIRR", "--clip-model-name", "RN50"])))
+    spoken = {
+        "exclusions": "/list.json", "resume": "/run", "image_cache": "/pixels", "device": "cpu", "similarity_block": 8,
+        "workspace": "w", "experiment_name": "e", "clip_model_path": "/w.pt", "transform": "clip", "target_ratio": 1.5,
+        "decode": "full", "encode_precision": "fp32", "micro_batch_size": 4, "clip_grad_norm": 1.0, "ema_decay": 0.9,
+        "seeds": [1, 2], "feature_cache": "/features",
+    }  # fmt: skip
+    for name, value in flags.items():
+        flags[name] = spoken[name] if value is None else value
+    clip = {"transform": "clip", "target_ratio": 1.5, "decode": "full", "encode_precision": "fp32"}
+    digests = {"data_sha256": "0" * 64, "clip_weights": "1" * 64}
+    return Settings(
+        flags=flags,
+        recipe={"clip_model_name": "RN50", **clip, "resolution": 224, "clip_dim": 1024},
+        data={**digests, "excluded": {"val": {"images": 0}}},
+        versions={"torch": "2.6"},
+    )
+
+
+TRAININGS = {"stage 1": clip_fine_tune, "stage 2": combiner_train}
+SILENT = {
+    "exclusions", "resume", "image_cache", "feature_cache", "device", "similarity_block", "workspace",
+    "experiment_name", "clip_model_name", "clip_model_path", "transform", "target_ratio", "decode",
+    "encode_precision", "micro_batch_size", "clip_grad_norm", "ema_decay", "seeds", "excluded", "versions",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["parts", "table"])
+@pytest.mark.parametrize("script", TRAININGS)
+def test_each_field_of_a_runs_settings(script, form, tmp_path):
+    """What is not refused here reaches the flags of a resumed run, and must be good there too."""
+    settings = settings_of(TRAININGS[script])
+    file = tmp_path / "training_hyperparameters.json"
+
+    def read(content) -> None:
+        file.write_text(json.dumps(content))
+        read_hyper_parameters(tmp_path)
+
+    content = settings.on_disk() if form == "parts" else settings.table
+    names = ["--resume", str(file)]
+    refuse_each_wrong_value(
+        f"settings of runs, {form}", content, read, names=names, nullable=SILENT, free=["excluded"]
+    )
+    read({**content, "of a later version": [math.nan]})
+    table = settings.flags if form == "parts" else content
+    for name in set(table) - {"dataset"}:  # of an earlier version
+        rest = {other: value for other, value in table.items() if other != name}
+        read({**content, "flags": rest} if form == "parts" else rest)
+    refused(lambda: read({}), str(file), "dataset")
+
+
+@pytest.mark.parametrize("form", ["parts", "table"])
+def test_each_field_of_a_checkpoint(form, tmp_path, monkeypatch):
+    settings = settings_of(combiner_train)
+    config = settings.on_disk() if form == "parts" else settings.table
+    weights = {"output_layer.weight": torch.ones(2, 2)}
+    content = {"epoch": 3, "config": config, "metrics": {"recall": 50.0}}
+    path = tmp_path / "combiner.pt"
+    torch.save({"Combiner": weights, **content}, path)
+    assert read_checkpoint("--combiner-path", path, "Combiner").config == config
+
+    def read(beside) -> None:
+        held = {"Combiner": weights, **beside} if isinstance(beside, dict) else {"config": beside}
+        monkeypatch.setattr(tensors, "load_tensors", lambda _: held)
+        read_checkpoint("--combiner-path", path, "Combiner")
+
+    refuse_each_wrong_value(
+        f"settings of checkpoints, {form}",
+        content,
+        read,
+        names=["--combiner-path", str(path)],
+        nullable=SILENT,
+        free=["excluded"],
+    )
+    read({})
+    read({"config": {}})
+    assert read_checkpoint("--combiner-path", path, "Combiner").table["versions"] == {}
+
+
+# Texts that a flag may be given, whatever it is.
+TYPED = [
+    "-1", "0", "1", "2", "7", "512", "1024", "1025", "4096", "4097", "100000", "100001", "1000000", "1000001",
+    "4294967295", "4294967296", "1000000000", "1000000001", "1e-13", "1e-12", "1e-10", "1e-9", "0.05", "0.1", "0.5",
+    "0.999", "1.0", "1.5", "100", "100.5", "1000", "1000.5", "1e9", "1e10", "nan", "inf", "-inf", "x", "", "amp",
+    "fp16", "clip", "full", "both", "moe", "CIRR", "cirr", "fashionIQ", "/somewhere",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("script", TRAININGS)
+def test_the_schema_of_settings_knows_each_flag_as_its_parser_does(script):
+    """A new flag needs an entry, and an entry takes what the flag takes and nothing else."""
+    parents = {"stage 1": options.stage_1_flags, "stage 2": options.stage_2_flags}[script]()
+    for parent in parents:
+        for action in parent._actions:
+            name = action.dest
+            if name == "api_key":  # which is not stored
+                continue
+            assert name in Flags.model_fields, f"src/models/schemas.py has no {name}"
+            assert action.required or keeps(name, stored(action.default)), name
+            if action.nargs == 0:
+                assert keeps(name, action.const)
+                assert action.const is None or not keeps(name, "x")
+                continue
+            for text in TYPED:
+                taken, value = typed(parent, action, text)
+                if taken:
+                    assert keeps(name, stored(value)), (name, text)
+                elif is_number(text) and action.type is not usable_path:
+                    assert not keeps(name, json.loads(text)), (name, text)
+                CASES["flags and their schema", "read" if taken else "refused"] += 1
+
+
+def is_number(text: str) -> bool:
+    try:
+        return math.isfinite(json.loads(text))
+    except (ValueError, TypeError):
+        return False
+
+
+def typed(parser, action, text: str) -> tuple[bool, object]:
+    """Whether a flag takes a text, and the value that it makes of it."""
+    try:
+        value = parser._get_values(action, [text])
+    except argparse.ArgumentError:
+        return False, None
+    return True, value
+
+
+def stored(value):
+    """A flag's value as it is written down."""
+    return json.loads(json.dumps(plain({"flag": value})["flag"]))
+
+
+def keeps(name: str, value) -> bool:
+    try:
+        checked(Flags, {name: value}, file="it", remedy="")
+    except UserError:
+        return False
+    return True
+
+
+# Runs
+
+
+def write_run(folder: Path, epochs: int, trained: int, *, frequency: int = 2) -> dict:
+    """A run's folder after some epochs, as far as records go; returns its best metrics."""
+    folder.mkdir(parents=True)
+    settings = settings_of(combiner_train).with_flags(
+        num_epochs=epochs, validation_frequency=frequency, seeds=None
+    )
+    (folder / "training_hyperparameters.json").write_text(json.dumps(settings.on_disk()))
+    validated = [epoch for epoch in range(trained) if epoch % frequency == 0]
+    rows = [{"epoch": epoch, "recall": 10 * math.sin(epoch) + 1 / 3} for epoch in validated]
+    lines = ["epoch,recall", *(f"{row['epoch']},{row['recall']}" for row in rows)]
+    (folder / "validation_metrics.csv").write_text("\n".join(lines) + "\n")
+    lines = ["epoch,train_epoch_loss", *(f"{epoch},0.5" for epoch in range(trained))]
+    (folder / "train_metrics.csv").write_text("\n".join(lines) + "\n")
+    return {"recall": max(rows, key=lambda row: row["recall"])} if rows else {}
+
+
+@pytest.mark.parametrize("trained", range(6))
+@pytest.mark.parametrize("has_state", [True, False])
+def test_a_run_is_complete_when_its_records_say_so(has_state, trained, tmp_path, caplog):
+    """A file that says so may be of another run, of the same settings even."""
+    whole = write_run(tmp_path / "whole", 5, 5)
+    own = write_run(tmp_path / "run", 5, trained)
+    state = tmp_path / "run" / "state.pt"
+    if has_state:
+        state.write_bytes(b"a state")
+    assert not is_complete(tmp_path / "run")
+    for stray in (
+        own,
+        whole,
+        {"recall": {"epoch": 4, "recall": 99.0}},
+        {},
+        [],
+        {"recall": 5},
+        None,
+    ):
+        (tmp_path / "run" / "best_metrics.json").write_text(json.dumps(stray))
+        fits = trained == 5 and stray in (own, whole)
+        caplog.clear()
+        if has_state or fits:
+            if has_state and not state.exists():
+                state.write_bytes(b"a state")
+            assert is_complete(tmp_path / "run") == fits
+            assert state.exists() == (has_state and not fits)
+            assert bool(caplog.text) == (not fits)
+        else:
+            refused(lambda: is_complete(tmp_path / "run"), "best_metrics.json", "delete")
+        CASES["records of runs", "complete" if fits else "not complete"] += 1
+
+
+def test_each_field_of_best_metrics(tmp_path):
+    best = write_run(tmp_path / "run", 5, 5)
+
+    def read(content) -> None:
+        (tmp_path / "run" / "best_metrics.json").write_text(json.dumps(content))
+        assert is_complete(tmp_path / "run")
+
+    names = [str(tmp_path / "run")]
+    refuse_each_wrong_value("fields of best_metrics.json", best, read, names=names)
+    (tmp_path / "run" / "train_metrics.csv").write_text("epoch,train_epoch_loss\n0,x\n")
+    refused(lambda: read(best), "train_metrics.csv")
+
+
+def test_seeds_are_complete_when_each_is(tmp_path):
+    settings = settings_of(combiner_train).with_flags(seeds=[1, 2])
+    best = {seed: write_run(tmp_path / f"seed_{seed}", 5, 5) for seed in (1, 2)}
+    (tmp_path / "training_hyperparameters.json").write_text(json.dumps(settings.on_disk()))
+    summary = {"chosen_by": "recall", "seeds": {seed: row["recall"] for seed, row in best.items()}}
+    for content, complete in (
+        ({}, False),
+        ([], False),
+        (summary, True),
+        ({**summary, "seeds": 1}, False),
+    ):
+        for seed in best:
+            (tmp_path / f"seed_{seed}" / "best_metrics.json").write_text(json.dumps(best[seed]))
+        (tmp_path / "best_metrics.json").write_text(json.dumps(content))
+        assert is_complete(tmp_path) == complete
+        (tmp_path / "seed_2" / "best_metrics.json").unlink()
+        assert not is_complete(tmp_path)
+
+
+@pytest.fixture
+def resumable(tmp_path, monkeypatch):
+    """A state as a training with all its parts saves it, and a reader that goes on from one."""
+
+    def fresh() -> dict:
+        module = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
+        return {
+            "module": module,
+            "optimizer": optimizer,
+            "schedule": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5),
+            "scaler": torch.amp.GradScaler("cpu"),
+            "average": MovingAverage(module, 0.9),
+        }
+
+    parts = fresh()
+    parts["module"](torch.ones(1, 3)).sum().backward()
+    parts["optimizer"].step()
+    parts["schedule"].step()
+    progress = {
+        "epoch": 1,
+        "losses": [0.5, math.inf],
+        "skipped": [1],
+        "skipped_in_a_row": 1,
+        "rows": {
+            "train": [{"epoch": 0, "train_epoch_loss": 0.5}],
+            "validation": [{"epoch": 0, "recall": 50.0}],
+            "loss_scaling": [{"epoch": 0, "loss_scale": 4.0, "skipped_steps": 1}],
+            "router": [{"epoch": 0, "expert0_share": 0.5}],
+        },
+        "best": {"recall": 50.0},
+    }
+    file = tmp_path / "state.pt"
+    save_state(file, parts, progress, CPU)
+    whole = load_tensors(file)
+
+    def read(content) -> None:
+        monkeypatch.setattr(state, "load_tensors", lambda _: copy.deepcopy(content))
+        parts = fresh()
+        about = About(
+            titles={}, chosen_by=("recall",), hyper_parameters={}, commands={"resume": ""}
+        )
+        kept = {"key": "Combiner", "prefix": "c", "config": {}, "kept": "nothing"}
+        autosave = Autosave(
+            run=Run(tmp_path, NoTracker(), about),
+            checkpoints=Checkpoints(
+                tmp_path, parts["module"], best_names={"recall": "best"}, **kept
+            ),
+            parts=parts,
+            device=CPU,
+            stop=StopRequest(),
+            minutes=1,
+        )
+        schedule = Schedule(num_epochs=5, validation_frequency=1)
+        loop._check_progress(autosave.resume(), SimpleNamespace(steps=2), schedule)
+
+    states = random.getstate()
+    with torch.random.fork_rng():
+        yield whole, read
+    random.setstate(states)
+
+
+@pytest.mark.slow
+def test_each_field_of_a_state(resumable):
+    """Each value is compared with those of the training that goes on with it."""
+    content, read = resumable
+    python = content["random"]["python"]
+    content["random"]["python"] = (python[0], python[1], 0.5)
+    read(content)
+    # Of its 625 numbers three are tried.
+    short = {**content, "random": {**content["random"], "python": (python[0], python[1][-3:], 0.5)}}
+
+    def read_in_full(changed) -> None:
+        if isinstance(changed, dict) and isinstance(changed.get("random"), dict):
+            states = changed["random"]
+            if isinstance(states.get("python"), tuple) and isinstance(states["python"][1], tuple):
+                own = (
+                    states["python"][0],
+                    python[1][:-3] + states["python"][1],
+                    *states["python"][2:],
+                )
+                changed = {**changed, "random": {**states, "python": own}}
+        read(changed)
+
+    refuse_each_wrong_value(
+        "fields of state.pt",
+        short,
+        read_in_full,
+        names=["--resume", "state.pt"],
+        nullable=NO_CHOICE,
+    )
+
+
+# Settings of an optimizer that may be left to torch; and the spare number of Python's generator.
+NO_CHOICE = {
+    "foreach", "fused", "amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay", "2",
+    "_is_initial", "_get_lr_called_within_step", "0",
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_a_flaw_of_any_tensor_of_a_state_is_named(flaw, resumable):
+    content, read = resumable
+    for steps in places(content["parts"]):
+        value = at(content["parts"], steps)
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 0:
+            changed = with_value(content, ("parts", *steps), FLAWS[flaw](value))
+            refused(lambda changed=changed: read(changed), "state.pt", str(steps[-1]))
+            CASES["tensors of state.pt", "refused"] += 1
+
+
+def test_a_state_without_one_of_its_fields(resumable):
+    """What later versions added may be missing; all else is named."""
+    content, read = resumable
+    later = {"losses", "skipped", "skipped_in_a_row", "best", "scaler", "router"}
+    for steps in places(content):
+        if not steps or isinstance(steps[-1], int) or steps[:1] == ("random",):
+            continue
+        outer = at(content, steps[:-1])
+        rest = {key: value for key, value in outer.items() if key != steps[-1]}
+        try:
+            read(with_value(content, steps[:-1], rest))
+        except UserError as error:
+            assert any(str(step) in str(error) for step in steps[-2:])
+            CASES["missing fields of state.pt", "refused"] += 1
+        else:
+            assert (
+                later & set(steps)
+                or not isinstance(outer[steps[-1]], int | float)
+                or isinstance(outer[steps[-1]], bool)
+            )
+            CASES["missing fields of state.pt", "read"] += 1

@@ -61,22 +61,34 @@ def fitted(
     """The weights of a state dict, if a model can take every one of them.
 
     Args:
-        model: the model's own state dict, of which names, shapes and types count; it may have no data.
         source: how a message begins: the flag and its file.
-        remedy: how it ends where names or shapes differ.
-        vital: beginnings of the names of matrices that all features pass, so that zeros there make all alike.
+        remedy: how it ends.
+        model, vital: see `misfit`.
 
     Raises:
-        UserError: the first weight that is missing, extra, misshapen, not of real numbers or not finite is named.
+        UserError: they do not fit.
+    """
+    found = misfit(state, model, vital)
+    if found:
+        raise UserError(f"{source} does not fit the model: {found}: {remedy}")
+    return dict(state)
+
+
+def misfit(state: Mapping[str, Any], model: Mapping[str, Tensor], vital: Sequence[str] = ()) -> str:
+    """The first weight that is missing, extra, misshapen, not of real numbers or not finite; "" for none.
+
+    Args:
+        model: the model's own state dict, of which names, shapes and types count; it may have no data.
+        vital: beginnings of the names of matrices that all features pass, so that zeros there make all alike.
     """
     found = differences(state, model)
     if found:
-        raise UserError(f"{source} does not fit the model: {found}: {remedy}")
+        return found
     for name, weight in state.items():
         flaw = _flaw(weight, model[name], vital=name.startswith(tuple(vital)))
         if flaw:
-            raise UserError(f"{source}: {name} {flaw}: copy the file again, or train it again")
-    return dict(state)
+            return f"{name} {flaw}"
+    return ""
 
 
 def differences(state: Mapping[str, Any], model: Mapping[str, Tensor]) -> str:
@@ -109,12 +121,7 @@ def _shape(weight: Any) -> tuple[int, ...] | None:
     return tuple(weight.shape) if isinstance(weight, Tensor) else None
 
 
-def extremes(weight: Tensor) -> Tensor:
-    """The lowest and the highest of some numbers, (2,), both NaN where one is: a tenth of the time of `isfinite`."""
-    return torch.stack(weight.detach().aminmax())
-
-
-def flaw_of_kind(weight: Tensor) -> str:
+def _flaw_of_kind(weight: Tensor) -> str:
     """Why a tensor holds no numbers that can be computed with as they are, "" if it does."""
     if weight.is_meta:
         return "has no data"
@@ -129,12 +136,13 @@ def flaw_of_kind(weight: Tensor) -> str:
 
 def _flaw(weight: Tensor, own: Tensor, *, vital: bool) -> str:
     """What is wrong with the values of a weight that is to be copied into a model's own, "" for nothing."""
-    flaw = flaw_of_kind(weight)
+    flaw = _flaw_of_kind(weight)
     if flaw or not own.is_floating_point() or weight.numel() == 0:
         return flaw
     if weight.dtype not in FLOATS:
         return f"is of type {str(weight.dtype).removeprefix('torch.')}, not of floating point"
-    ends = extremes(weight).to(own.dtype)
+    # The lowest and the highest, both NaN where a value is: a tenth of the time of `isfinite`.
+    ends = torch.stack(weight.detach().aminmax()).to(own.dtype)
     if not ends.isfinite().all():
         return "is not finite"
     if vital and weight.dim() > 1 and not ends.any():

@@ -26,7 +26,8 @@ def read_hyper_parameters(folder: Path) -> Settings:
     remedy = "copy the run's folder again"
     settings = Settings.checked(content, file=f"--resume {file}", remedy=remedy)
     if "dataset" not in settings.flags:
-        raise UserError(f"--resume {file}: dataset: field required: {remedy}")
+        place = "flags.dataset" if "flags" in content else "dataset"
+        raise UserError(f"--resume {file}: {place}: field required: {remedy}")
     return settings
 
 
