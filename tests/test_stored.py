@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import clip_fine_tune
 import combiner_train
@@ -30,6 +32,7 @@ from runtime.choices import INDEX_KINDS, CombinerChoice
 from runtime.interruption import StopRequest
 from runtime.schema import checked
 from runtime.tensors import load_tensors
+from test_fuzz import QUIET, json_values
 from training import loop, state
 from training.autosave import Autosave
 from training.checkpoints import Checkpoints
@@ -284,7 +287,7 @@ def is_of_kind(value, other) -> bool:
 
 
 def refuse_each_wrong_value(kind: str, content, read, *, names=(), nullable=(), free=()) -> None:
-    """Put each wrong value at each place of a document: it is named with its file and field, or it is one like others.
+    """Put wrong values at each place of a document: they are named with file and field, or are like what was there.
 
     Args:
         read: reads a document.
@@ -292,26 +295,29 @@ def refuse_each_wrong_value(kind: str, content, read, *, names=(), nullable=(), 
         nullable: fields that may be None.
         free: fields that nothing is asked of.
     """
+
+    def attempt(steps, value) -> None:
+        try:
+            read(with_value(content, steps, value))
+        except UserError as error:
+            told = str(error)
+            assert len(told.splitlines()) == 1
+            assert all(name in told for name in names), told
+            assert not steps or any(str(step) in told for step in steps[-2:]), (steps, told)
+            CASES[kind, "refused"] += 1
+        else:
+            earlier = at(content, steps)
+            silent = steps and str(steps[-1]) in nullable and None in (value, earlier)
+            assert silent or is_of_kind(value, earlier), (steps, value)
+            CASES[kind, "read"] += 1
+
     read(content)
-    for steps in places(content):
-        field = str(steps[-1]) if steps else ""
-        if set(steps) & set(free):
-            continue
+    everywhere = [steps for steps in places(content) if not set(steps) & set(free)]
+    for steps in everywhere:
         for value in WRONG:
-            changed = with_value(content, steps, value)
-            try:
-                read(changed)
-            except UserError as error:
-                told = str(error)
-                assert len(told.splitlines()) == 1
-                assert all(name in told for name in names), told
-                assert not steps or any(str(step) in told for step in steps[-2:]), (steps, told)
-                CASES[kind, "refused"] += 1
-            else:
-                earlier = at(content, steps)
-                silent = field in nullable and None in (value, earlier)
-                assert silent or is_of_kind(value, earlier), (steps, value)
-                CASES[kind, "read"] += 1
+            attempt(steps, value)
+    fuzz = given(st.sampled_from(everywhere), json_values)(attempt)
+    settings(QUIET, max_examples=QUIET.max_examples // 3)(fuzz)()
 
 
 # Indexes
@@ -524,20 +530,20 @@ SILENT = {
 @pytest.mark.parametrize("script", TRAININGS)
 def test_each_field_of_a_runs_settings(script, form, tmp_path):
     """What is not refused here reaches the flags of a resumed run, and must be good there too."""
-    settings = settings_of(TRAININGS[script])
+    stored_settings = settings_of(TRAININGS[script])
     file = tmp_path / "training_hyperparameters.json"
 
     def read(content) -> None:
         file.write_text(json.dumps(content))
         read_hyper_parameters(tmp_path)
 
-    content = settings.on_disk() if form == "parts" else settings.table
+    content = stored_settings.on_disk() if form == "parts" else stored_settings.table
     names = ["--resume", str(file)]
     refuse_each_wrong_value(
         f"settings of runs, {form}", content, read, names=names, nullable=SILENT, free=["excluded"]
     )
     read({**content, "of a later version": [math.nan]})
-    table = settings.flags if form == "parts" else content
+    table = stored_settings.flags if form == "parts" else content
     for name in set(table) - {"dataset"}:  # of an earlier version
         rest = {other: value for other, value in table.items() if other != name}
         read({**content, "flags": rest} if form == "parts" else rest)
@@ -546,8 +552,8 @@ def test_each_field_of_a_runs_settings(script, form, tmp_path):
 
 @pytest.mark.parametrize("form", ["parts", "table"])
 def test_each_field_of_a_checkpoint(form, tmp_path, monkeypatch):
-    settings = settings_of(combiner_train)
-    config = settings.on_disk() if form == "parts" else settings.table
+    stored_settings = settings_of(combiner_train)
+    config = stored_settings.on_disk() if form == "parts" else stored_settings.table
     weights = {"output_layer.weight": torch.ones(2, 2)}
     content = {"epoch": 3, "config": config, "metrics": {"recall": 50.0}}
     path = tmp_path / "combiner.pt"
@@ -640,10 +646,10 @@ def keeps(name: str, value) -> bool:
 def write_run(folder: Path, epochs: int, trained: int, *, frequency: int = 2) -> dict:
     """A run's folder after some epochs, as far as records go; returns its best metrics."""
     folder.mkdir(parents=True)
-    settings = settings_of(combiner_train).with_flags(
+    stored_settings = settings_of(combiner_train).with_flags(
         num_epochs=epochs, validation_frequency=frequency, seeds=None
     )
-    (folder / "training_hyperparameters.json").write_text(json.dumps(settings.on_disk()))
+    (folder / "training_hyperparameters.json").write_text(json.dumps(stored_settings.on_disk()))
     validated = [epoch for epoch in range(trained) if epoch % frequency == 0]
     rows = [{"epoch": epoch, "recall": 10 * math.sin(epoch) + 1 / 3} for epoch in validated]
     lines = ["epoch,recall", *(f"{row['epoch']},{row['recall']}" for row in rows)]
@@ -700,9 +706,9 @@ def test_each_field_of_best_metrics(tmp_path):
 
 
 def test_seeds_are_complete_when_each_is(tmp_path):
-    settings = settings_of(combiner_train).with_flags(seeds=[1, 2])
+    stored_settings = settings_of(combiner_train).with_flags(seeds=[1, 2])
     best = {seed: write_run(tmp_path / f"seed_{seed}", 5, 5) for seed in (1, 2)}
-    (tmp_path / "training_hyperparameters.json").write_text(json.dumps(settings.on_disk()))
+    (tmp_path / "training_hyperparameters.json").write_text(json.dumps(stored_settings.on_disk()))
     summary = {"chosen_by": "recall", "seeds": {seed: row["recall"] for seed, row in best.items()}}
     for content, complete in (
         ({}, False),
