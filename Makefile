@@ -3,7 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo app test quick soak bench gpu-check lint types format architecture clean
+# LOCKED=1 installs exactly what requirements.lock names, in files whose hashes stand there.
+install = $(BIN)/python -m pip install --quiet $(if $(LOCKED),--require-hashes -r requirements.lock,-r $(1))
+
+# A process for each core; each takes whole files, so that what a file's tests share is made once.
+IN_PARALLEL = -n auto --dist loadfile
+
+.PHONY: demo app test quick soak bench gpu-check lint types audit lock format architecture clean
 
 demo: $(VENV)/runtime-installed
 	$(BIN)/python src/demo.py
@@ -16,10 +22,10 @@ app: $(VENV)/app-installed
 		--combiner-path $$(ls -d demo/models/FashionIQ_moe/*/seed_0 | tail -1)
 
 test: $(VENV)/dev-installed
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest $(IN_PARALLEL) tests
 
 quick: $(VENV)/dev-installed
-	$(BIN)/python -m pytest -m "not slow" tests
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" tests
 
 soak: $(VENV)/dev-installed
 	SOAK=1 $(BIN)/python -m pytest tests/test_resume.py tests/test_fuzz.py -k "killed_at_any_point or fuzz"
@@ -39,6 +45,20 @@ lint: $(VENV)/dev-installed
 types: $(VENV)/dev-installed
 	$(BIN)/mypy
 
+# Asks PyPI whether faults are known of the locked versions; where it cannot be asked, that is an error and no "none".
+audit: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes -r requirements.lock || \
+		(echo "audit: a fault is known of a version above, or PyPI's advisories could not be reached" >&2; exit 1)
+
+# Newer versions for all that is locked; then run the tests, and say it in the CHANGELOG.
+lock: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet uv
+	head -4 requirements.lock > $(VENV)/lock
+	$(BIN)/uv pip compile --quiet --python-version 3.11 --python-platform x86_64-unknown-linux-gnu --generate-hashes \
+		--no-header --no-annotate requirements-dev.txt >> $(VENV)/lock
+	mv $(VENV)/lock requirements.lock
+
 format: $(VENV)/dev-installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -53,13 +73,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/runtime-installed: requirements.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(call install,requirements.txt)
 	touch $@
 
 $(VENV)/app-installed: requirements-app.txt $(VENV)/runtime-installed
-	$(BIN)/python -m pip install --quiet -r requirements-app.txt
+	$(call install,requirements-app.txt)
 	touch $@
 
 $(VENV)/dev-installed: requirements-dev.txt $(VENV)/app-installed
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(call install,requirements-dev.txt)
 	touch $@

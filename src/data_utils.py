@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 # What PyTorch says where processes die or cannot hand over what they read.
 SIGNS_OF_PROCESSES = (
-    "killed by signal", "exited unexpectedly", "shared memory", "received 0 items of ancdata", "can't start new thread",
-    "Too many open files", "annot allocate memory",
+    "killed by signal", "exited unexpectedly", "shared memory", "</torch_", "received 0 items of ancdata",
+    "can't start new thread", "Too many open files", "annot allocate memory",
 )  # fmt: skip
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -200,11 +200,12 @@ class ImageLoader:
             if self._kept is None or not _is_of_processes(error):
                 raise
             self._fall_back(error)
+        loaded = iter(())  # lets go of the processes that are left
         yield from self._lasting(files[delivered:])
 
     def _fall_back(self, error: Exception) -> None:
         """Have batches made in the way that needs less of the machine."""
-        self._kept = None  # ends what is left of the processes
+        self._kept = None
         if self._in_shared_memory:
             self._in_shared_memory = False
             self._kept = self._loader(self._files)

@@ -37,19 +37,20 @@ REMEDIES = {
     errno.EAGAIN: "raise the limit of processes and threads (ulimit -u) or lower --num-workers",
     errno.ENOMEM: "lower --batch-size or --num-workers, or use a machine with more memory",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ECHILD: WORKERS_REMEDY,
     errno.ELOOP: "mend the link that leads back to itself",
 }
 OTHER_REMEDY = "see that it is there and can be used"
-# What PyTorch and Python raise, without a type of its own, where memory or threads are used up -> as if it were.
+# What is said, without an error number, where the same is refused -> how to put it right.
 SIGNS = {
-    "DataLoader worker": errno.ECHILD,
-    "can't allocate memory": errno.ENOMEM,
-    "Cannot allocate memory": errno.ENOMEM,
-    "can't start new thread": errno.EAGAIN,
-    "Resource temporarily unavailable": errno.EAGAIN,
-    "Too many open files": errno.EMFILE,
-    "No space left on device": errno.ENOSPC,
+    "is killed by signal": WORKERS_REMEDY,
+    "exited unexpectedly": WORKERS_REMEDY,
+    "t allocate memory": REMEDIES[errno.ENOMEM],  # can't, Cannot
+    "failed to map segment": REMEDIES[errno.ENOMEM],
+    "can't start new thread": REMEDIES[errno.EAGAIN],
+    "Resource temporarily unavailable": REMEDIES[errno.EAGAIN],
+    "Too many open files": REMEDIES[errno.EMFILE],
+    "No space left on device": REMEDIES[errno.ENOSPC],
+    "No usable temporary directory": "set TMPDIR to a folder that can be written to",
 }
 
 
@@ -142,17 +143,16 @@ def refusal_of_the_machine(error: Exception) -> str | None:
     reason = first_line(error)
     if isinstance(error, MemoryError):
         return printable(f"the memory is full ({reason[:120]}): {REMEDIES[errno.ENOMEM]}")
-    if isinstance(error, OSError) and error.errno is not None:
-        remedy = REMEDIES.get(error.errno, OTHER_REMEDY)
-        reason = error.strerror or reason
-        if error.filename is not None:
-            return printable(f"{os.fsdecode(error.filename)}: {reason}: {remedy}")
-        if remedy != OTHER_REMEDY:
-            return printable(f"{reason}: {remedy}")
-        return None
-    for sign, number in SIGNS.items():
+    if isinstance(error, OSError) and error.filename is not None:
+        remedy = REMEDIES.get(error.errno or 0, OTHER_REMEDY)
+        name = error.filename
+        file = os.fsdecode(name) if isinstance(name, bytes) else name
+        return printable(f"{file}: {error.strerror}: {remedy}")
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        return printable(f"{error.strerror}: {REMEDIES[error.errno]}")
+    for sign, remedy in SIGNS.items():
         if sign in str(error):
-            return printable(f"{reason[:120]}: {REMEDIES[number]}")
+            return printable(f"{reason[:120]}: {remedy}")
     return None
 
 

@@ -37,6 +37,19 @@ def pytest_unconfigure():
     cool_down()
 
 
+def pytest_sessionfinish(session):
+    """A process among several sends its counts to the one that reports."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["cases"] = list(CASES.items())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Add up the counts of the processes."""
+    for what, cases in getattr(node, "workeroutput", {}).get("cases", []):
+        CASES[tuple(what)] += cases
+
+
 def pytest_terminal_summary(terminalreporter):
     """Say how many damaged files were tried, and how many kills."""
     for (kind, outcome), cases in sorted(CASES.items()):

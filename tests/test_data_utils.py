@@ -226,6 +226,92 @@ def test_without_processes_passes_do_not_disturb_each_other(grey):
     assert found == [([0], [2]), ([1], [3])]
 
 
+def out_of_shared_memory() -> None:
+    raise RuntimeError(
+        "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left"
+    )
+
+
+def no_threads() -> None:
+    raise RuntimeError("can't start new thread")
+
+
+# How a process that decodes fails: by signals of the kernel, by itself, or in an error of PyTorch's.
+DEATHS = {
+    "bus error": lambda: os.kill(os.getpid(), signal.SIGBUS),
+    "killed for memory": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "segmentation fault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+    "exit": lambda: os._exit(3),
+    "shared memory": out_of_shared_memory,
+    "threads": no_threads,
+}
+PASS = [[4, 0], [2, 1], [3], [5, 5], [1]]
+
+
+class Dying:
+    """Reads an image; a process that decodes dies of one of them, each time or the first time alone."""
+
+    def __init__(self, path, death, once):
+        self.path = path
+        self.death = death
+        self.once = once  # a file that is there once a process has died
+
+    def __call__(self, path):
+        is_due = self.once is None or not self.once.exists()
+        if path == self.path and is_due and torch.utils.data.get_worker_info():
+            if self.once is not None:
+                self.once.touch()
+            self.death()
+        return reader()(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", ["once", "always"])
+@pytest.mark.parametrize("death", DEATHS.values(), ids=DEATHS.keys())
+def test_images_come_whole_and_in_order_whatever_processes_die_of(
+    grey, death, dies, tmp_path, caplog, capfd
+):
+    """First others go on through pipes, then this process goes on without any; each is said in a line."""
+    once = tmp_path / "died" if dies == "once" else None
+    loader = ImageLoader(Dying(grey[3], death, once), 2, CPU)
+    before = workers_now()
+    for _ in range(2):
+        batches = list(loader.batches(batches_of(grey, *PASS)))
+        assert [greys(batch) for batch in batches] == PASS
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (1 if dies == "once" else 2)
+    for line in said:
+        assert "--shm-size" in line
+        assert "--num-workers" in line
+        assert len(line.splitlines()) == 1
+    assert len(workers_now() - before) == (2 if dies == "once" else 0)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_an_image_is_to_blame_for_ends_no_process(grey):
+    """Guards against taking any error for the machine's."""
+
+    def read(path):
+        raise RuntimeError("a fault of the program")
+
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        list(ImageLoader(read, 1, CPU).batches([grey]))
+
+
+@pytest.mark.slow
+def test_texts_come_through_pipes_too(grey, tmp_path):
+    read = functools.partial(
+        read_or_explain,
+        read=Dying(grey[3], DEATHS["exit"], tmp_path / "died"),
+        resolution=16,
+    )
+    loader = ImageLoader(read, 2, CPU)
+    for _ in range(2):
+        batches = list(loader.batches(batches_of(grey, *PASS)))
+        assert [greys(pixels) for pixels, _ in batches] == PASS
+        assert all(text == "" for _, texts in batches for text in texts)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_texts_stay_beside_the_images(grey, tmp_path, workers):
     broken = tmp_path / "broken.png"

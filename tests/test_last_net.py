@@ -14,7 +14,7 @@ import pytest
 import utils
 from conftest import CASES, DOORS, ROOT
 from test_light_start import SCRIPTS
-from utils import REMEDIES, Stopped, UserError, command, printable
+from utils import REMEDIES, SIGNS, Stopped, UserError, command, printable
 
 SRC = ROOT / "src"
 
@@ -78,6 +78,7 @@ MACHINE = [
     RuntimeError("can't start new thread"),
     RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
     OSError(errno.EMFILE, "Too many open files"),
+    FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
     OSError(errno.ENOSPC, "No space left on device"),
     BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
 ]
@@ -87,7 +88,7 @@ MACHINE = [
 def test_a_limit_of_the_machine_has_a_remedy(error, ending):
     err, code = ending(error)
     assert code == 2
-    assert any(remedy in err for remedy in REMEDIES.values())
+    assert any(remedy in err for remedy in [*REMEDIES.values(), *SIGNS.values()])
 
 
 def test_a_fault_is_written_down_in_full_without_what_was_typed(ending, tmp_path):

@@ -17,7 +17,7 @@ from benchmarks.base import Benchmark
 from benchmarks.cirr import CIRR
 from benchmarks.fashioniq import FashionIQ
 from benchmarks.splits import Split, Triplet
-from runtime.files import parse_json
+from runtime.files import parse_json, read_text
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def parse_submission(file: Path) -> dict[str, Any] | list[Any]:
         UserError: there is no file, or it is no JSON of these kinds.
     """
     try:
-        content = parse_json(file.read_text(encoding="utf-8"))
+        content = parse_json(read_text(file))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{file} is no JSON file that can be read ({error}): write the submission again"

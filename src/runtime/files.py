@@ -1,6 +1,7 @@
 """Files: JSON read with care, files that are whole or not there, locks, checkpoints found, identities."""
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -103,6 +104,8 @@ def made_beside(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     new = beside(path)
     try:
+        if path.exists() and not path.is_file():
+            raise DiskError(f"{path} is a folder, a device or a pipe: name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         yield new
         new.replace(path)
@@ -119,12 +122,14 @@ def made_beside(path: Path) -> Iterator[Path]:
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that replaces `path` only when all of it is on disk, see `made_beside`.
 
-    A device or a pipe gets what is written at once: it is never replaced by a file.
+    A device or a pipe gets what is written, and is never replaced by a file.
     """
     if (stream := _stream_at(path)) is not None:
+        whole = io.BytesIO()  # who writes may want to go back in it, which a stream cannot
+        yield whole
         try:
             with open(stream, "wb") as file:
-                yield file
+                file.write(whole.getbuffer())
         except OSError as error:
             raise _not_written(path, error) from None
         return

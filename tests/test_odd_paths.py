@@ -1,0 +1,128 @@
+"""Whatever lies at a path that a flag names, each script takes it or refuses it: no traceback, no waiting."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import utils
+from conftest import CASES, STAGE_1, STAGE_2
+from test_every_flag import PATH_TYPES, SCRIPTS, parsers
+
+CPU = "--device cpu"
+NO_WORKERS = "--num-workers 0"
+# What each command needs beside the path that is tried; {drawn} is a data root with two tiny CLIPs.
+DATA = "--data-root {drawn}"
+CLIP = "--clip-model-name {drawn}/tiny_clip_vit.pt"
+PAIR = f"{DATA} {CLIP} --combining-function sum {CPU} {NO_WORKERS}"
+NEEDS = {
+    "check_dataset": f"{DATA} --dataset CIRR --unofficial {NO_WORKERS}",
+    "check_submission": f"{DATA} {{made}}/answers.json",
+    "cirr_test_submission": f"{PAIR} --submission-name x --output-dir {{made}}/out",
+    "clip_fine_tune": f"--dataset CIRR {DATA} {CLIP} {CPU} {NO_WORKERS} {STAGE_1} --output-dir {{made}}/out "
+    "--no-image-cache --num-epochs 1",
+    "combiner_train": f"--dataset CIRR {DATA} {CLIP} {CPU} {NO_WORKERS} {STAGE_2} --output-dir {{made}}/out "
+    "--no-feature-cache --num-epochs 1",
+    "compare": "{made}/answers.json",
+    "demo_app": f"--index {{made}}/index {CPU}",
+    "fashioniq_test_submission": f"{PAIR} --submission-name x --output-dir {{made}}/out",
+    "plan stage1": f"--dataset CIRR --gpu h100 {CLIP}",
+    "plan stage2": f"--dataset CIRR --gpu h100 {CLIP}",
+    "search index": f"--images {{drawn}}/cirr_dataset/dev --output {{made}}/index {CLIP} {CPU} {NO_WORKERS}",
+    "search query": f"--index {{made}}/index --image {{drawn}}/cirr_dataset/dev/dev-0-0-img0.png --text red {CPU}",
+    "shapes_dataset": "--output-dir {made}/out --train-triplets 3 --val-triplets 2 --train-groups 1 --val-groups 1",
+    "validate": f"--dataset CIRR {PAIR}",
+    "visualize": f"--dataset CIRR {PAIR} --num 1 --output-dir {{made}}/out",
+}
+# The demo makes all that it needs, for minutes.
+COMMANDS = {
+    " ".join([script, *words]): parser
+    for script in SCRIPTS
+    if script != "demo"
+    for words, parser in parsers(script)
+}
+
+
+def test_every_command_is_tried():
+    assert COMMANDS.keys() == NEEDS.keys()
+
+
+def pipe(place: Path) -> None:
+    os.mkfifo(place)
+
+
+ODD = {
+    "missing": lambda place: None,
+    "an empty folder": lambda place: place.mkdir(),
+    "a folder of folders": lambda place: (place / "a.pt").mkdir(parents=True),
+    "an empty file": lambda place: place.touch(),
+    "bytes": lambda place: place.write_bytes(b"\xff\xfe\0\x80" * 9),
+    "other JSON": lambda place: place.write_text('{"a": [1, null]}'),
+    "a list": lambda place: place.write_text("[]"),
+    "a number": lambda place: place.write_text("3"),
+    "deep JSON": lambda place: place.write_text("[" * 100_000),
+    "a pipe": pipe,
+    "a device": lambda place: place.symlink_to("/dev/null"),
+    "an endless device": lambda place: place.symlink_to("/dev/zero"),
+    "a link to nothing": lambda place: place.symlink_to(place.parent / "nothing"),
+}  # fmt: skip
+
+
+# Of commands that take seconds where a path is taken.
+TRIED_OF_SLOW = ("missing", "an empty folder", "bytes", "a pipe", "an endless device")
+SLOW = ("clip_fine_tune", "combiner_train", "plan")
+
+CASES_OF_COMMANDS = []
+for name, parser in COMMANDS.items():
+    for action in parser._actions:
+        if action.type in PATH_TYPES:
+            flag = action.option_strings[-1] if action.option_strings else ""
+            CASES_OF_COMMANDS.append(pytest.param(name, flag, id=f"{name} {flag}"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, drawn):
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "answers.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "flag"), CASES_OF_COMMANDS)
+def test_every_path_of_every_command(name, flag, drawn, tmp_path, capsys, monkeypatch):
+    """Where a flag is given twice, the second one holds."""
+    monkeypatch.setattr(utils.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    script, *words = name.split()
+    for what in TRIED_OF_SLOW if script in SLOW else ODD:
+        made = tmp_path / what.replace(" ", "-")
+        made.mkdir()
+        (made / "answers.json").write_text("{}")
+        place = made / "place"
+        ODD[what](place)
+        needs = f"{NEEDS[name]} {flag} {place}"
+        if not flag:
+            needs = NEEDS[name].replace("{made}/answers.json", str(place))
+        argv = [*words, *needs.format(drawn=drawn, made=made).split()]
+        code = 0
+        capsys.readouterr()
+        try:
+            __import__(script).main(argv)
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        assert "fault" not in err, f"{what}: {err}"
+        assert "Traceback" not in err, what
+        assert code in (0, 1, 2), what
+        if code == 2 and name == "check_dataset" and out:
+            continue  # a report, which says what is missing
+        if code == 2:
+            assert err.count("error: ") == 1, f"{what}: {err}"
+            assert err.splitlines()[-1].isprintable()
+        if what in ("a device", "an endless device"):
+            assert place.is_symlink(), what
+        if what == "a pipe":
+            assert place.is_fifo(), what
+        CASES["odd paths", {0: "taken", 1: "with violations", 2: "refused"}[code]] += 1
+        shutil.rmtree(made)
