@@ -61,29 +61,27 @@ def fitted(
     """The weights of a state dict, if a model can take every one of them.
 
     Args:
+        model: the model's own state dict, of which names, shapes and types count; it may have no data.
         source: how a message begins: the flag and its file.
-        remedy: how it ends.
-        model, vital: see `misfit`.
+        remedy: how it ends where names or shapes differ.
+        vital: beginnings of the names of matrices that all features pass, so that zeros there make all alike.
 
     Raises:
-        UserError: they do not fit.
-    """
-    found = misfit(state, model, vital)
-    if found:
-        raise UserError(f"{source} does not fit the model: {found}: {remedy}")
-    return dict(state)
-
-
-def misfit(state: Mapping[str, Any], model: Mapping[str, Tensor], vital: Sequence[str] = ()) -> str:
-    """The first weight that is missing, extra, misshapen, not of real numbers or not finite; "" for none.
-
-    Args:
-        model: the model's own state dict, of which names, shapes and types count; it may have no data.
-        vital: beginnings of the names of matrices that all features pass, so that zeros there make all alike.
+        UserError: the first weight that is missing, extra, misshapen, not of real numbers or not finite is named.
     """
     found = differences(state, model)
     if found:
-        return found
+        raise UserError(f"{source} does not fit the model: {found}: {remedy}")
+    flaw = first_flaw(state, model, vital)
+    if flaw:
+        raise UserError(f"{source}: {flaw}: copy the file again, or train it again")
+    return dict(state)
+
+
+def first_flaw(
+    state: Mapping[str, Any], model: Mapping[str, Tensor], vital: Sequence[str] = ()
+) -> str:
+    """The first weight whose values a model cannot take, and why; "" for none. Names and shapes must be the model's."""
     for name, weight in state.items():
         flaw = _flaw(weight, model[name], vital=name.startswith(tuple(vital)))
         if flaw:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from runtime.tensors import load_tensors, save_tensors
-from runtime.weights import misfit
+from runtime.weights import differences, first_flaw
 from utils import UserError
 
 REMEDY = "delete it to begin the run again"
@@ -93,7 +93,8 @@ def _check_part(place: str, part: Stateful, stored: Any) -> None:
     if not isinstance(stored, dict):
         raise ValueError(f"{place} is missing")
     if isinstance(part, nn.Module):
-        misfitting = misfit(stored, part.state_dict())
+        own = part.state_dict()
+        misfitting = differences(stored, own) or first_flaw(stored, own)
         if misfitting:
             raise ValueError(f"{place}: {misfitting}")
         return
@@ -147,7 +148,7 @@ def _check_moments(place: str, optimizer: Optimizer, stored: Any) -> None:
         parameter = parameters[number]
         own = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
         known = {name: moments[name] for name in own if name in moments}
-        misfitting = misfit(known, own)
+        misfitting = differences(known, own) or first_flaw(known, own)
         if misfitting:
             raise ValueError(f"{place}.{number}: {misfitting}")
         for name in ("step", "exp_avg_sq"):
