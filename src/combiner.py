@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from runtime import distributed
 from runtime.choices import CombinerChoice
 from runtime.precision import product_type
+from runtime.weights import fitted, shape_of
 from utils import UserError, flag
 
 # Image features (B, D), text features (B, D) -> queries (B, D).
@@ -25,6 +26,8 @@ Settings = dict[str, Any]  # kind and sizes of a Combiner, by the names of their
 
 ATTENTION_HEADS = 4
 ORIGINAL_TOP_K = 2
+# What all features pass first; both kinds of Combiner name them so.
+PROJECTIONS = ("text_projection_layer", "image_projection_layer")
 
 
 def compose_sum(image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -336,22 +339,25 @@ def combiner_settings(
     Raises:
         UserError: the weights are those of no Combiner known here.
     """
-    try:
-        is_moe = "moe_layer.router.weight" in state
-        clip_dim, hidden_dim = state["output_layer.weight"].shape
-        joint_dim = state["gate_net.0.weight" if is_moe else "combiner_layer.weight"].shape[1]  # 2P
-        return {
-            "combiner_type": "moe" if is_moe else "clip4cir",
-            "clip_dim": clip_dim,
-            "projection_dim": joint_dim // 2,
-            "hidden_dim": hidden_dim,
-            "num_experts": len(state["moe_layer.router.weight"]) if is_moe else None,
-            "top_k": int(config.get("top_k", ORIGINAL_TOP_K)) if is_moe else None,
-        }
-    except (KeyError, AttributeError, IndexError, TypeError, ValueError):
+    source = f"--combiner-path {path}"
+    is_moe = any(name.startswith("moe_layer.") for name in state)
+
+    def shape(name: str) -> tuple[int, ...]:
+        remedy = "it is of no Combiner known here, name another"
+        return shape_of(state, name, 2, source=source, remedy=remedy)
+
+    clip_dim, hidden_dim = shape("output_layer.weight")
+    joint_dim = shape("gate_net.0.weight" if is_moe else "combiner_layer.weight")[1]  # 2P
+    sizes = {"clip_dim": clip_dim, "projection_dim": joint_dim // 2, "hidden_dim": hidden_dim}
+    if not is_moe:
+        return {"combiner_type": "clip4cir", **sizes, "num_experts": None, "top_k": None}
+    num_experts = shape("moe_layer.router.weight")[0]
+    top_k = config.get("top_k", ORIGINAL_TOP_K)
+    if top_k > num_experts:
         raise UserError(
-            f"--combiner-path {path} holds the weights of no Combiner known here: name another"
-        ) from None
+            f"{source}: top_k is {top_k}, but its weights have {num_experts} experts: name another"
+        )
+    return {"combiner_type": "moe", **sizes, "num_experts": num_experts, "top_k": top_k}
 
 
 def load_combiner(
@@ -386,11 +392,15 @@ def load_combiner(
             f"--combiner-path {path} was trained on features of length {settings['clip_dim']}, but --clip-model-name "
             f"gives {clip_dim}: name the CLIP it was trained with"
         )
-    combiner = build_combiner(settings)
+    source = f"--combiner-path {path}"
     try:
-        combiner.load_state_dict(state)
-    except RuntimeError:
-        raise UserError(
-            f"--combiner-path {path} has missing or misshapen weights: train or copy it again"
-        ) from None
+        with torch.device("meta"):
+            model = build_combiner(settings).state_dict()
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    weights = fitted(
+        state, model, source=source, remedy="train or copy it again", vital=PROJECTIONS
+    )
+    combiner = build_combiner(settings)
+    combiner.load_state_dict(weights)
     return combiner.eval()

@@ -15,14 +15,14 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import Benchmark
 from benchmarks.metrics import mean_and_deviation
 from cli import options, training
 from models.configuration import Settings, plain, read_checkpoint, settle, warn_of_transfer
 from reports.tables import text_table
-from runtime.files import read_json, write_text
+from runtime.files import write_text
 from runtime.interruption import StopRequest
 from training.hyper_parameters import started_with
 from utils import UserError, command, seed_everything, two_decimals
@@ -171,7 +171,7 @@ def flags_to_validate(settings: Settings) -> dict[str, str | None]:
 def train_seeds(args: argparse.Namespace, stage: Stage, folder: Path, stop: StopRequest) -> None:
     """Train a Combiner with each seed in a folder of its own, and report mean and standard deviation."""
     from runtime import distributed
-    from training.run import drop_half_made, is_complete, make_folder
+    from training.run import drop_half_made, is_complete, make_folder, seed_folder
 
     if distributed.is_main():
         drop_half_made(folder)
@@ -189,19 +189,14 @@ def train_seeds(args: argparse.Namespace, stage: Stage, folder: Path, stop: Stop
         report_seeds(folder, args.seeds, stage.data.benchmark)
 
 
-def seed_folder(folder: Path, seed: int) -> Path:
-    """The folder of one seed's run below that of all."""
-    return folder / f"seed_{seed}"
-
-
 def report_seeds(folder: Path, seeds: list[int], benchmark: Benchmark) -> None:
     """Print the best validation of each seed, and mean and standard deviation of several; write them down."""
-    from training.run import BEST_METRICS
+    from training.run import BEST_METRICS, best_validation, seed_folder
 
     chosen_by = next(iter(benchmark.selection))
-    best = {}
+    best: dict[int, dict[str, Any]] = {}
     for seed in seeds:
-        best[seed] = read_json(seed_folder(folder, seed) / BEST_METRICS)[chosen_by]
+        best[seed] = best_validation(seed_folder(folder, seed), chosen_by)
     mean = {}
     deviation = {}
     for metric in best[seeds[0]]:

@@ -13,7 +13,7 @@ from reports.run_page import About
 from runtime import distributed, files
 from runtime.interruption import StopRequest
 from runtime.tensors import load_tensors
-from training import autosave, checkpoints, loop
+from training import autosave, checkpoints, loop, state
 from training.autosave import Autosave
 from training.checkpoints import Checkpoints
 from training.loop import Task, fit
@@ -200,7 +200,7 @@ def slow_disk(monkeypatch, clock) -> list[str]:
         return write
 
     monkeypatch.setattr(checkpoints, "save_tensors", slowly(checkpoints.save_tensors))
-    monkeypatch.setattr(autosave, "save_tensors", slowly(autosave.save_tensors))
+    monkeypatch.setattr(state, "save_tensors", slowly(state.save_tensors))
     step = loop.Stepper.step
 
     def timed(*args):

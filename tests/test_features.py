@@ -15,7 +15,7 @@ from data_utils import ImageLoader, load_image, make_preprocess
 from image_search.image_index import encoder_key
 from models import encoder
 from models.clip_model import load_clip
-from models.configuration import Checkpoint, settle
+from models.configuration import Checkpoint, Settings, settle
 from models.encoder import Encoder
 from models.features import FeatureCache, FrozenSplit
 from runtime.choices import ClipChoice
@@ -241,8 +241,10 @@ def test_images_are_decoded_as_the_weights_were_trained(caplog):
     assert caplog.text == ""
     assert settle(ClipChoice(decode="full"), [draft]).decode == "full"
     assert "weights.pt was trained with --decode draft, not full" in caplog.text
-    with pytest.raises(UserError, match="names the decode half, which is none of"):
-        settle(silent, [trained(decode="half")])
+    with pytest.raises(
+        UserError, match=r"recipe\.decode: it should be one of full, draft, not 'half'"
+    ):
+        Settings.checked(trained(decode="half").config, file="weights.pt", remedy="train again")
 
 
 @pytest.mark.slow

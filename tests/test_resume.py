@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -174,6 +175,17 @@ def test_a_complete_run_has_nothing_to_do(stage_2, resume, caplog):
     assert f"{run} is complete" in caplog.text
     del before[run / "state.pt"]
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
+
+
+def test_another_runs_best_metrics_make_no_run_complete(stage_2, stopped, resume, caplog):
+    """They are written anew at the end; without a state nobody can tell, and nothing is begun over."""
+    whole = stage_2("CIRR", output="whole")
+    run = stopped(3, "CIRR")
+    shutil.copy(whole / "best_metrics.json", run)
+    resume(run)
+    assert "best_metrics.json is not of this run" in caplog.text
+    assert kills.differences(whole, run) == []
+    assert not (run / "state.pt").exists()
 
 
 def test_weights_newer_than_the_state_stay_the_best(tmp_path):

@@ -5,13 +5,13 @@ ranked again by the exact similarities, so only what is missed can differ.
 """
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from runtime.files import written_whole
 from utils import DiskError, UserError, first_line
 
 ADDED_AT_ONCE = 65_536  # vectors
@@ -32,6 +32,11 @@ SUB_VECTOR = 8  # elements that are stored in one code
 CODE_BITS = 8
 LEAST_TRAINED_ON = 10_000  # vectors that the 256 words of a code are learned of
 TRAINED_ON_PER_LIST = 64  # vectors
+
+# Rows that tell whether files are of one index: all of a small one, and few enough for a disk that seeks each.
+SAMPLED = 256
+PROBED_ROWS = 32  # of these, which compressed vectors are searched for
+TOLERANCE = 1e-4  # of an element of a normalised vector
 
 # Of a recall report.
 REPORT_QUERIES = 200
@@ -103,6 +108,32 @@ def _empty_ivfpq(faiss: Any, count: int, dim: int) -> Any:
     return index
 
 
+def sampled_rows(count: int) -> np.ndarray:
+    """Some of so many rows, evenly spaced, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, SAMPLED)).astype(np.int64))
+
+
+def mismatch(index: Any, features: np.ndarray, kind: str) -> str:
+    """Why an index is not one of a kind of these features, as far as sampled rows tell; "" if it is."""
+    faiss = import_faiss()
+    kinds = {"flat": faiss.IndexFlat, "hnsw": faiss.IndexHNSWFlat, "ivfpq": faiss.IndexIVFPQ}
+    if not isinstance(index, kinds[kind]) or index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        return f"it is not of the kind {kind}"
+    if (index.ntotal, index.d) != features.shape:
+        return f"it holds {index.ntotal} vectors of length {index.d}, not {features.shape}"
+    rows = sampled_rows(len(features))
+    if kind == "ivfpq":
+        # What is stored is not the vector, but a search for a vector finds it, or its equal.
+        rows = rows[:: max(1, len(rows) // PROBED_ROWS)]
+        found = search(index, features, normalised(features[rows]), k=1)
+        best = [answers[0][1] if answers else 0.0 for answers in found]
+        agree = bool(np.median(best) > 1 - TOLERANCE)
+    else:
+        stored = np.stack([index.reconstruct(int(row)) for row in rows])
+        agree = np.allclose(stored, normalised(features[rows]), rtol=0, atol=TOLERANCE)
+    return "" if agree else "its vectors are of other features"
+
+
 def search(index: Any, features: np.ndarray, queries: np.ndarray, *, k: int) -> list[Answers]:
     """The k nearest of each query; equally near ones in the order of the rows. An approximate index may find fewer.
 
@@ -117,6 +148,9 @@ def search(index: Any, features: np.ndarray, queries: np.ndarray, *, k: int) -> 
     for query, rows in zip(queries, candidates, strict=True):
         found_rows = np.sort(rows[rows >= 0])  # FAISS fills up with -1
         similarities = normalised(features[found_rows]) @ query
+        if not np.isfinite(similarities).all():
+            row = found_rows[~np.isfinite(similarities)][0]
+            raise UserError(f"the features of row {row} are not finite: build the index again")
         order = np.argsort(-similarities, kind="stable")[:k]
         answers.append(
             list(zip(found_rows[order].tolist(), similarities[order].tolist(), strict=True))
@@ -146,12 +180,12 @@ def recall(found: Sequence[Answers], exact: Sequence[Answers]) -> float:
 
 
 def write(index: Any, file: Path) -> None:
-    """Write an index; its file's name is new, so no earlier one is touched."""
+    """Write an index, whole or not at all. FAISS's own writing passes over a disk that is full at the last bytes."""
+    faiss = import_faiss()
     try:
-        import_faiss().write_index(index, str(file))
-        with open(file, "rb") as stream:
-            os.fsync(stream.fileno())
-    except (RuntimeError, OSError) as error:
+        with written_whole(file) as stream:
+            faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))
+    except RuntimeError as error:  # what some versions of FAISS make of an OSError
         raise DiskError(f"could not write {file} ({first_line(error)[:80]}): free space") from None
 
 
@@ -159,7 +193,7 @@ def read(file: Path) -> Any:
     """Read an index. Raises UserError where it is damaged."""
     try:
         return import_faiss().read_index(str(file))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         raise UserError(
             f"{file} is not a readable FAISS index ({first_line(error)[:80]}): build it again"
         ) from None

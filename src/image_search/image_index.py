@@ -4,6 +4,7 @@ INDEX/index.json names the other files. It is replaced when those it names are w
 deleted. INDEX/partial/ keeps what was encoded until then, so that an interrupted run can go on.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -19,13 +20,21 @@ import numpy as np
 import torch
 
 from image_search import faiss_index
-from image_search.manifest import MANIFEST, check_index, read_manifest
+from image_search.manifest import MANIFEST, REMEDY, check_index, read_manifest
 from models.clip_model import feature_dim
 from models.encoder import Encoder
 from runtime.choices import named
-from runtime.files import file_identities, file_size, locked, write_text, written_whole
+from runtime.files import (
+    file_identities,
+    file_size,
+    locked,
+    parse_json,
+    read_text,
+    write_text,
+    written_whole,
+)
 from runtime.tensors import load_tensors, save_tensors
-from utils import UserError
+from utils import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -94,22 +103,31 @@ def encoder_key(encoder: Encoder) -> dict[str, Any]:
 def open_index(folder: Path) -> ImageIndex:
     """Open an index. Raises UserError where there is none, or where it is damaged."""
     check_index(folder)
-    about = read_manifest(folder) or {}
-    try:
-        files = _files(folder, about)
-        features = np.load(folder / about["features"], mmap_mode="r")
-        fits = len(files) == len(features) == about["images"] and features.ndim == 2
-        vectors = faiss_index.read(folder / about["vectors"])
-        fits = fits and (vectors.ntotal, vectors.d) == features.shape
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise UserError(
-            f"--index {folder} is damaged ({error}): build it again in another folder"
-        ) from None
-    if not fits:
-        raise UserError(
-            f"--index {folder} is damaged (its parts do not fit): build it again in another folder"
+    return _opened(folder, read_manifest(folder) or {})
+
+
+def _opened(folder: Path, about: dict[str, Any]) -> ImageIndex:
+    """An index as its manifest describes it. That its files belong together is told by digests, and by some rows.
+
+    Raises:
+        UserError: a file is missing, damaged or of another index, or a field of the manifest is not true of it.
+    """
+    files = _files(folder, about)
+    features = _features(folder, about)
+    if not len(files) == len(features) == about["images"]:
+        raise _damaged(
+            folder / MANIFEST,
+            f"images is {about['images']}, but there are {len(files)} files and {len(features)} features",
         )
+    vectors = faiss_index.read(folder / about["vectors"])
+    mismatch = faiss_index.mismatch(vectors, features, about.get("kind", "flat"))
+    if mismatch:
+        raise _damaged(folder / about["vectors"], mismatch)
     return ImageIndex(folder=folder, files=files, features=features, vectors=vectors, about=about)
+
+
+def _damaged(file: Path, reason: str) -> UserError:
+    return UserError(f"{file} is damaged or of another index ({reason}): {REMEDY}")
 
 
 def update_index(
@@ -160,7 +178,7 @@ def _update(
         )
 
     files = file_identities([path for path in images if file_size(path) is not None])
-    features = _features_on_disk(folder, earlier, key)
+    features = _features_on_disk(folder, earlier, key, feature_dim(encoder.model))
     new_files = [file for file in files if file not in features]
     unreadable = _encode(folder, new_files, encoder, key=key, features=features)
     readable = [file for file in files if file in features]
@@ -201,12 +219,49 @@ def _says(manifest: dict[str, Any] | None, about: dict[str, Any]) -> bool:
 
 def _files(folder: Path, about: dict[str, Any]) -> list[Identity]:
     """The files of an index, by row."""
-    files = json.loads((folder / about["files"]).read_text())
-    return [(str(path), int(size), int(modified)) for path, size, modified in files]
+    from image_search.schemas import Files
+    from runtime.schema import checked
+
+    file = folder / about["files"]
+    try:
+        text = read_text(file)
+        content = parse_json(text)
+    except (OSError, ValueError) as error:
+        raise _damaged(file, first_line(error)) from None
+    checked(Files, {"files": content}, file=file, remedy=REMEDY)
+    if "sha256" in about and about["sha256"]["files"] != _digest(text.encode()):
+        raise _damaged(file, "it is not the list that was written")
+    return [(path, size, modified) for path, size, modified in content]
+
+
+def _features(folder: Path, about: dict[str, Any]) -> np.ndarray:
+    """The features of an index in a memory map, of which some rows are looked at."""
+    file = folder / about["features"]
+    try:
+        features = np.lib.format.open_memmap(file, mode="r")
+    except (OSError, ValueError, OverflowError) as error:
+        raise _damaged(file, first_line(error)) from None
+    if features.dtype != np.float32 or features.ndim != 2 or 0 in features.shape:
+        raise _damaged(file, f"it holds {features.dtype} of shape {features.shape}")
+    if not np.isfinite(features[faiss_index.sampled_rows(len(features))]).all():
+        raise _damaged(file, "it holds what is no number")
+    if "sha256" in about and about["sha256"]["features"] != _digest_of_rows(features):
+        raise _damaged(file, "its rows are not those that were written")
+    return features
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _digest_of_rows(features: np.ndarray) -> str:
+    """SHA-256 of the shape of features (N, D) and of some of their rows: all would take a minute of a large index."""
+    rows = np.ascontiguousarray(features[faiss_index.sampled_rows(len(features))])
+    return _digest(str(features.shape).encode() + rows.tobytes())
 
 
 def _features_on_disk(
-    folder: Path, earlier: dict[str, Any] | None, key: dict[str, Any]
+    folder: Path, earlier: dict[str, Any] | None, key: dict[str, Any], dim: int
 ) -> dict[Identity, np.ndarray]:
     """What is encoded already: in the index, and by an interrupted run."""
     features: dict[Identity, np.ndarray] = {}
@@ -214,17 +269,19 @@ def _features_on_disk(
         index = open_index(folder)
         features.update(zip(index.files, index.features, strict=True))
     for shard in sorted((folder / PARTIAL).glob("*.pt")):
-        features.update(_read_shard(shard, key))
+        features.update(_read_shard(shard, key, dim))
     return features
 
 
-def _read_shard(file: Path, key: dict[str, Any]) -> dict[Identity, np.ndarray]:
+def _read_shard(file: Path, key: dict[str, Any], dim: int) -> dict[Identity, np.ndarray]:
     """What an interrupted run encoded, if it was with the same encoder."""
     try:
         content = load_tensors(file)
         if content["key"] == json.dumps(key):
-            files = map(tuple, content["files"])
-            return dict(zip(files, content["features"].numpy(), strict=True))
+            files = [(str(path), int(size), int(time)) for path, size, time in content["files"]]
+            features = content["features"].numpy()
+            _check_features(files, features, dim)
+            return dict(zip(files, features, strict=True))
     except (UserError, KeyError, ValueError, TypeError, AttributeError):
         logger.warning("%s is damaged: its images are encoded again", file)
     return {}
@@ -258,8 +315,9 @@ def _encode(
                 unreadable[file[0]] = reason
             else:
                 readable.append(file)
-        features.update(zip(readable, encoded.numpy(), strict=True))
         if readable:
+            _check_features(readable, encoded.numpy(), feature_dim(encoder.model))
+            features.update(zip(readable, encoded.numpy(), strict=True))
             name = hashlib.sha256(json.dumps(shard).encode()).hexdigest()[:16]
             content = {
                 "key": json.dumps(key),
@@ -270,29 +328,58 @@ def _encode(
     return unreadable
 
 
+def _check_features(files: Sequence[Identity], features: np.ndarray, dim: int) -> None:
+    """Raise UserError where there are no finite features of each file, in the type that an index holds."""
+    if features.dtype != np.float32 or features.shape != (len(files), dim):
+        raise UserError(f"features are {features.dtype} of shape {features.shape}: encode again")
+    ends = np.stack([features.min(axis=1), features.max(axis=1)])  # NaN comes through
+    rows = np.flatnonzero(~np.isfinite(ends).all(axis=0))
+    if len(rows):
+        remedy = "choose --encode-precision fp32, or another folder for the index"
+        raise UserError(f"the features of {files[rows[0]][0]} are not finite: {remedy}")
+
+
 def _publish(
     folder: Path, files: list[Identity], features: np.ndarray, *, kind: str, about: dict[str, Any]
 ) -> None:
-    """Write a new generation of the files, then the manifest that names them; then delete the earlier ones."""
+    """Write a new generation of the files, then the manifest that names them; then delete the earlier ones.
+
+    The manifest is written when what it names could be opened again. Else nothing is left of the generation.
+    """
+    _check_features(files, features, features.shape[1])
     generation = uuid.uuid4().hex[:12]
     names = {
         "files": f"files-{generation}.json",
         "features": f"features-{generation}.npy",
         "vectors": f"vectors-{generation}.faiss",
     }
-    write_text(folder / names["files"], json.dumps(files))
-    with written_whole(folder / names["features"]) as features_file:
-        np.save(features_file, features)
-    vectors = faiss_index.build(features, kind)
-    faiss_index.write(vectors, folder / names["vectors"])
-    manifest = {**about, **names}
-    if kind != "flat":
-        manifest["recall against exact"] = faiss_index.recall_report(vectors, features)
-    manifest.update({"kind": kind, "images": len(files), "torch": torch.__version__})
-    write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    with contextlib.ExitStack() as undo:
+        for name in names.values():
+            undo.callback((folder / name).unlink, missing_ok=True)
+        listed = json.dumps(files)
+        digests = {"files": _digest(listed.encode()), "features": _digest_of_rows(features)}
+        manifest = {**about, **names, "kind": kind, "images": len(files), "sha256": digests}
+        manifest["torch"] = torch.__version__
+        write_text(folder / names["files"], listed)
+        _write_features(folder / names["features"], features)
+        faiss_index.write(faiss_index.build(features, kind), folder / names["vectors"])
+        index = _opened(folder, manifest)
+        if kind != "flat":
+            recall = faiss_index.recall_report(index.vectors, features)
+            manifest["recall against exact"] = recall
+        write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        undo.pop_all()
     for file in folder.iterdir():
         if OWN.fullmatch(file.name) and file.name not in names.values():
             file.unlink()
     for file in (folder / PARTIAL).glob("*"):
         if OWN_SHARD.fullmatch(file.name):
             file.unlink()
+
+
+def _write_features(file: Path, features: np.ndarray) -> None:
+    """Write a .npy file. NumPy's own writing passes over a disk that is full at the last bytes."""
+    with written_whole(file) as stream:
+        header = np.lib.format.header_data_from_array_1_0(features)
+        np.lib.format.write_array_header_1_0(stream, header)
+        stream.write(features.data)

@@ -7,21 +7,25 @@ from typing import Any
 
 from runtime.choices import ClipChoice
 from runtime.files import parse_json, read_text
-from utils import UserError
+from utils import UserError, first_line
 
 MANIFEST = "index.json"
+REMEDY = "build the index again in another folder"
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What an index says of itself, None where there is none. Raises UserError where it is damaged."""
+    file = folder / MANIFEST
     try:
-        content = parse_json(read_text(folder / MANIFEST))
+        content = parse_json(read_text(file))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{folder / MANIFEST} is damaged: build the index again in another folder")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged ({first_line(error)}): {REMEDY}") from None
+    from image_search.schemas import Manifest
+    from runtime.schema import checked
+
+    checked(Manifest, content, file=file, remedy=REMEDY)
     return content
 
 
@@ -33,9 +37,7 @@ def as_made(
     Args:
         about: the index's manifest, empty where there is none.
     """
-    pair = about.get("pair")
-    if not isinstance(pair, dict):
-        pair = {}
+    pair = about.get("pair", {})
     settings = {}
     for name, value in dataclasses.asdict(choice).items():
         settings[name] = pair.get(name) if value is None else value

@@ -1,6 +1,9 @@
-"""Sizes of OpenAI's CLIPs by name, so that one can be built without its weights."""
+"""Sizes of OpenAI's CLIPs: by name, so that one can be built without its weights, and as weights tell them."""
 
+from collections.abc import Mapping
 from typing import Any
+
+from runtime.weights import shape_of
 
 # What the clip package's CLIP takes: feature length; pixels, layers, width and patches' side of the image encoder (a
 # ResNet has no patches); tokens, vocabulary, width, heads and layers of the text encoder. From Radford et al. 2021
@@ -16,3 +19,39 @@ ARCHITECTURES: dict[str, tuple[Any, ...]] = {
     "ViT-L/14": (768, 224, 24, 1024, 14, 77, 49408, 768, 12, 12),
     "ViT-L/14@336px": (768, 336, 24, 1024, 14, 77, 49408, 768, 12, 12),
 }
+
+
+def sizes_of(state: Mapping[str, Any], *, source: str, remedy: str) -> tuple[Any, ...]:
+    """The sizes of the CLIP that a state dict is of, as the clip package's `build_model` takes them from it.
+
+    Raises:
+        UserError: a weight that tells one is missing or misshapen.
+    """
+
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
+        return shape_of(state, name, dimensions, source=source, remedy=remedy)
+
+    if "visual.proj" in state or "visual.class_embedding" in state:
+        width, _, _, patch = shape("visual.conv1.weight", 4)
+        cells = shape("visual.positional_embedding", 2)[0] - 1
+        pixels = patch * round(cells**0.5)
+        layers: Any = _blocks(state, "visual.transformer.resblocks.")
+    else:
+        width = shape("visual.layer1.0.conv1.weight", 4)[0]
+        cells = shape("visual.attnpool.positional_embedding", 2)[0] - 1
+        pixels = 32 * round(cells**0.5)
+        patch = None
+        layers = tuple(_blocks(state, f"visual.layer{number}.") for number in (1, 2, 3, 4))
+    (text_width,) = shape("ln_final.weight", 1)
+    embedding = shape("text_projection", 2)[1]
+    tokens = shape("positional_embedding", 2)[0]
+    vocabulary = shape("token_embedding.weight", 2)[0]
+    text_layers = _blocks(state, "transformer.resblocks.")
+    image_sizes = (embedding, pixels, layers, width, patch)
+    return *image_sizes, tokens, vocabulary, text_width, text_width // 64, text_layers
+
+
+def _blocks(state: Mapping[str, Any], beginning: str) -> int:
+    """How many blocks have weights whose names begin so, their number next."""
+    names = [name.removeprefix(beginning) for name in state if name.startswith(beginning)]
+    return len({name.split(".")[0] for name in names})

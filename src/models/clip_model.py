@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.architectures import sizes_of
 from models.clip_package import (
     CLIP,
     Bottleneck,
@@ -17,12 +18,25 @@ from models.clip_package import (
     ResidualAttentionBlock,
     build_model,
     clip,
+    convert_weights,
 )
 from models.configuration import find_clip
 from models.lean_clip import make_lean
 from runtime import distributed
 from runtime.tensors import load_tensors, save_tensors
+from runtime.weights import differences, fitted, unwrapped
 from utils import UserError, first_line, seed_everything
+
+# What OpenAI's archives and safetensors files hold beside weights.
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "config")
+# The first and the last matrices of both encoders.
+VITAL = (
+    "visual.conv1",
+    "visual.proj",
+    "visual.attnpool.c_proj",
+    "token_embedding",
+    "text_projection",
+)
 
 
 def load_clip(name: str, device: torch.device) -> CLIP:
@@ -41,18 +55,22 @@ def load_clip(name: str, device: torch.device) -> CLIP:
     path = find_clip(name)
     if path is None:
         return ready(_download(name), device)
+    source = f"--clip-model-name {path}"
     state = _archived_state(path) if _is_archive(path) else load_tensors(path)
     if "CLIP" in state:
-        raise UserError(
-            f"--clip-model-name {path} holds fine-tuned weights: give it to --clip-model-path instead"
-        )
+        raise UserError(f"{source} holds fine-tuned weights: give it to --clip-model-path instead")
+    weights = unwrapped(state, source)
+    for name in NO_WEIGHTS:
+        weights.pop(name, None)
+    remedy = "name a state dict of OpenAI's CLIP"
     try:
-        model = build_model(dict(state))
-    except (KeyError, RuntimeError, AssertionError, AttributeError, IndexError, ZeroDivisionError):
-        raise UserError(
-            f"--clip-model-name {path} is not a state dict of OpenAI's CLIP: name another file"
-        ) from None
-    return ready(model, device)
+        with torch.device("meta"):
+            model = CLIP(*sizes_of(weights, source=source, remedy=remedy))
+    except (RuntimeError, ValueError, AssertionError, ZeroDivisionError):
+        raise UserError(f"{source} has weights of impossible sizes: {remedy}") from None
+    convert_weights(model)
+    weights = fitted(weights, model.state_dict(), source=source, remedy=remedy, vital=VITAL)
+    return ready(build_model(weights), device)
 
 
 def ready(model: CLIP, device: torch.device) -> CLIP:
@@ -99,19 +117,15 @@ def load_finetuned(model: CLIP, state: dict[str, Any], path: Path) -> None:
     """Copy stage-1 weights into the model, in float32.
 
     Raises:
-        UserError: the weights are of another architecture; both are named.
+        UserError: the weights are of another architecture, both are named; or some are missing, extra or damaged, see
+            `fitted`.
     """
     built = model.state_dict()
-    if _shapes(built) != _shapes(state):
-        raise UserError(
-            f"--clip-model-path {path} was trained on another architecture ({describe(state)}) than --clip-model-name "
-            f"builds ({describe(built)}): name the model it was trained on"
-        )
-    model.load_state_dict(state)
-
-
-def _shapes(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: getattr(weight, "shape", None) for name, weight in state.items()}
+    source = f"--clip-model-path {path}"
+    if describe(state) != describe(built) and differences(state, built):
+        source += f" ({describe(state)}; --clip-model-name builds a {describe(built)})"
+    remedy = "name the model it was trained on"
+    model.load_state_dict(fitted(state, built, source=source, remedy=remedy, vital=VITAL))
 
 
 def describe(state: dict[str, Tensor]) -> str:

@@ -17,6 +17,7 @@ with warnings.catch_warnings(), mock.patch("torch.cuda.is_available", return_val
         ResidualAttentionBlock,
         VisionTransformer,
         build_model,
+        convert_weights,
     )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "VisionTransformer",
     "build_model",
     "clip",
+    "convert_weights",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.choices import DECODINGS, ENCODE_PRECISIONS, OPENAI_CLIPS, TRANSFORMS, ClipChoice
+from runtime.choices import OPENAI_CLIPS, ClipChoice
 from runtime.files import find_checkpoint, is_there
 from utils import UserError, flag
 
@@ -38,6 +38,8 @@ ORIGINAL_DEFAULTS = ClipChoice(
     decode="full",
     encode_precision="fp32",
 )
+# A checkpoint's key for its weights -> the weight that tells them where there is no such key.
+TELLING = {"CLIP": "text_projection", "Combiner": "output_layer.weight"}
 RECIPE = (
     "clip_model_name", "transform", "target_ratio", "decode", "encode_precision", "resolution", "clip_dim",
 )  # fmt: skip
@@ -73,6 +75,24 @@ class Settings:
             data={name: content[name] for name in DIGESTS if name in content},
             versions=versions if isinstance(versions, dict) else {},
         )
+
+    @classmethod
+    def checked(cls, content: Any, *, file: object, remedy: str) -> "Settings":
+        """Settings from disk, each value of the type and in the range that its flag takes.
+
+        Args:
+            file, remedy: see `runtime.schema.checked`.
+
+        Raises:
+            UserError: the first value that is not is named.
+        """
+        from models import schemas
+        from runtime.schema import checked
+
+        in_parts = isinstance(content, dict) and ("flags" in content or "recipe" in content)
+        form = schemas.Parts if in_parts else schemas.Table
+        checked(form, content, file=file, remedy=remedy)
+        return cls.read(content)
 
     @property
     def table(self) -> dict[str, Any]:
@@ -127,29 +147,43 @@ def named_checkpoint(flag_name: str, path: Path) -> Path:
 def read_checkpoint(flag_name: str, path: Path | None, key: str) -> Checkpoint | None:
     """The checkpoint that a flag names, None where the flag is silent.
 
+    A plain state dict, which is all that a safetensors file can hold, is taken too: the names of its weights say whose
+    they are, and `config` beside them how they were made.
+
     Args:
         key: the checkpoint's key for its weights, "CLIP" or "Combiner".
 
     Raises:
-        UserError: missing, unreadable, or of another kind.
+        UserError: missing, unreadable, of another kind, or with settings that no training has.
     """
+    from models.schemas import Beside
+    from runtime.schema import checked
     from runtime.tensors import load_tensors
+    from runtime.weights import unwrapped
 
     if path is None:
         return None
     path = named_checkpoint(flag_name, path)
+    source = f"{flag_name} {path}"
+    remedy = "copy it again, or train it again"
     try:
         content = load_tensors(path)
     except UserError as error:
         raise UserError(f"{flag_name}: {error}") from None
-    if not isinstance(content.get(key), dict):
+    beside = {name: content[name] for name in Beside.model_fields if name in content}
+    checked(Beside, beside, file=source, remedy=remedy)
+    config = beside.get("config", {})
+    Settings.checked(config, file=f"{source}: config", remedy=remedy)
+    states = {kind: content[kind] for kind in TELLING if isinstance(content.get(kind), dict)}
+    if not states:
+        others = {name: value for name, value in content.items() if name not in beside}
+        weights = unwrapped(others, source)
+        states = {kind: weights for kind, name in TELLING.items() if name in weights}
+    if key not in states:
         kinds = {"CLIP": "stage-1 weights", "Combiner": "stage-2 weights"}
-        found = next((name for kind, name in kinds.items() if kind in content), "something else")
+        found = next((name for kind, name in kinds.items() if kind in states), "something else")
         raise UserError(f"{flag_name}: {path} holds {found}, not {kinds[key]}: name the right file")
-    config = content.get("config")
-    return Checkpoint(
-        path=path, state=content[key], config=config if isinstance(config, dict) else {}
-    )
+    return Checkpoint(path=path, state=unwrapped(states[key], source), config=config)
 
 
 def trained_on(training: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -184,7 +218,7 @@ def settle(choice: ClipChoice, checkpoints: Sequence[Checkpoint | None]) -> Clip
     given["clip_model_name"] = _in_full(choice.clip_model_name)
     settled = {}
     for name, default in dataclasses.asdict(ORIGINAL_DEFAULTS).items():
-        trained = _trained_with(name, type(default), checkpoints)
+        trained = _trained_with(name, checkpoints)
         if given[name] is not None:
             settled[name] = given[name]
         elif trained:
@@ -195,29 +229,16 @@ def settle(choice: ClipChoice, checkpoints: Sequence[Checkpoint | None]) -> Clip
             if value != settled[name]:
                 asked = f"{flag(name)} {value}, not {settled[name]}"
                 logger.warning("warning: %s was trained with %s", path, asked)
-    listed = {
-        "transform": TRANSFORMS,
-        "decode": DECODINGS,
-        "encode_precision": ENCODE_PRECISIONS,
-    }
-    for name, known in listed.items():
-        if settled[name] not in known:
-            raise UserError(
-                f"a checkpoint names the {name} {settled[name]}, which is none of {', '.join(known)}: name one with "
-                f"{flag(name)}"
-            )
     return ClipChoice(**settled)
 
 
-def _trained_with(
-    name: str, kind: type, checkpoints: Sequence[Checkpoint | None]
-) -> dict[Path, Any]:
-    """Checkpoint's file -> its value of a setting, for those that have one of the right type."""
+def _trained_with(name: str, checkpoints: Sequence[Checkpoint | None]) -> dict[Path, Any]:
+    """Checkpoint's file -> its value of a setting, for those that have one."""
     values = {}
     for checkpoint in checkpoints:
         if checkpoint is not None:
             value = checkpoint.table.get(name)
-            if isinstance(value, kind):
+            if value is not None:
                 values[checkpoint.path] = value
     return values
 

@@ -275,22 +275,25 @@ def check_file_writable(files: dict[str, Path | None]) -> None:
     check_writable(folders)
 
 
+CHECKPOINT_ENDINGS = (".pt", ".safetensors")
+
+
 def is_there(checkpoint: Path) -> bool:
-    """Whether there is something at the path of a checkpoint, or at the path with `.pt`."""
-    return checkpoint.exists() or Path(f"{checkpoint}.pt").exists()
+    """Whether there is something at the path of a checkpoint, or at the path with one of its endings."""
+    return any(Path(f"{checkpoint}{ending}").exists() for ending in ("", *CHECKPOINT_ENDINGS))
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint file that a path stands for: itself, itself with `.pt`, or the only one in a run folder.
+    """The checkpoint file that a path stands for: itself, itself with its ending, or the only one in a run folder.
 
     Raises:
         UserError: there is none, or a folder holds several.
     """
-    candidates = [path, Path(f"{path}.pt")]
-    for candidate in candidates:
+    for ending in ("", *CHECKPOINT_ENDINGS):
+        candidate = Path(f"{path}{ending}")
         if candidate.is_file():
             return candidate
-    found = sorted(path.glob("*.pt")) or sorted(path.glob("saved_models/*.pt"))
+    found = _checkpoints(path) or _checkpoints(path / "saved_models")
     if len(found) == 1:
         return found[0]
     if found:
@@ -298,8 +301,14 @@ def find_checkpoint(path: Path) -> Path:
             f"{path} holds several checkpoints ({', '.join(f.name for f in found)}): name one of them"
         )
     raise UserError(
-        f"no checkpoint at {path}: looked for it, for {candidates[1].name} and for *.pt in a folder of it"
+        f"no checkpoint at {path}: looked for it, for {path.name}.pt and for *.pt in a folder of it, and the same with "
+        ".safetensors"
     )
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints that lie in a folder; none where there is no such folder."""
+    return sorted(file for file in folder.glob("*") if file.suffix in CHECKPOINT_ENDINGS)
 
 
 def file_size(path: Path) -> int | None:

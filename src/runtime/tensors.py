@@ -1,4 +1,4 @@
-"""Tensors on disk: checkpoints written whole, checked, and read without running code."""
+"""Tensors on disk: checkpoints written whole, checked, and read without running code; safetensors are read too."""
 
 import pickle
 import struct
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from runtime.files import written_whole
+from runtime.files import parse_json, written_whole
 from utils import UserError, first_line
 
 # What reading a damaged checkpoint raises.
@@ -17,6 +17,9 @@ LOADING_ERRORS = (
     OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, OverflowError, MemoryError, NotImplementedError,
     struct.error, zlib.error, zipfile.BadZipFile,
 )  # fmt: skip
+
+
+SAFETENSORS = ".safetensors"
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
@@ -42,9 +45,13 @@ def _check_sums(path: Path) -> None:
 def load_tensors(path: Path) -> dict[str, Any]:
     """`torch.load` on the CPU of a dict of tensors and plain types; code in a pickle is refused, never run.
 
+    Of a safetensors file its tensors by name, and beside them "config" where its metadata have that as JSON.
+
     Raises:
         UserError: the file is missing, truncated, not a checkpoint, or holds more than tensors and plain types.
     """
+    if path.suffix == SAFETENSORS:
+        return _load_safetensors(path)
     try:
         _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -62,3 +69,19 @@ def load_tensors(path: Path) -> dict[str, Any]:
             f"{path} holds a {type(content).__name__}, not a dict: it is not a checkpoint of this project"
         )
     return content
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise UserError(f"{path} needs a package to be read: pip install safetensors") from None
+    try:
+        with safe_open(path, framework="pt") as file:
+            content: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            config = (file.metadata() or {}).get("config")
+        return content if config is None else {**content, "config": parse_json(config)}
+    except (SafetensorError, *LOADING_ERRORS) as error:
+        raise UserError(
+            f"{path} is not a readable checkpoint ({first_line(error)}): copy or train it again"
+        ) from None

@@ -1,22 +1,19 @@
-"""How far a training is, its state in one file, and when that is saved."""
+"""How far a training is, and when its state is saved."""
 
 import logging
 import math
-import random
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 from torch import Tensor
 
 from runtime import distributed
 from runtime.interruption import StopRequest
-from runtime.tensors import load_tensors, save_tensors
 from training.checkpoints import Checkpoints
 from training.run import AnyRun
+from training.state import Stateful, load_state, save_state
 from utils import Stopped, UserError, two_decimals
 
 logger = logging.getLogger(__name__)
@@ -27,56 +24,6 @@ MOST_SKIPPED = 20
 # Of several processes, on whether to stop or to save: seconds from vote to vote, and steps at most.
 VOTE_EVERY = 1.0
 MOST_STEPS = 100
-
-
-class Stateful(Protocol):
-    """What modules, optimizers, schedules and scalers have in common."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> object: ...
-
-
-def save_state(
-    file: Path, parts: Mapping[str, Stateful], progress: dict[str, Any], device: torch.device
-) -> None:
-    """Write the state of some parts, of all random numbers, and how far the training is, whole or not at all."""
-    states = {name: part.state_dict() for name, part in parts.items()}
-    save_tensors(file, {"parts": states, "random": _random_states(device), "progress": progress})
-
-
-def load_state(file: Path, parts: Mapping[str, Stateful], device: torch.device) -> dict[str, Any]:
-    """Put a state back into the parts and the random numbers; returns how far the training was.
-
-    Raises:
-        UserError: the file is damaged, or another training's.
-    """
-    try:
-        content = load_tensors(file)
-        for name, part in parts.items():
-            if name != "scaler" or name in content["parts"]:  # a run that began on a CPU has none
-                part.load_state_dict(content["parts"][name])
-        _set_random_states(content["random"], device)
-        return content["progress"]
-    except (UserError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(
-            f"--resume: {file} cannot be continued from ({error}): delete it to begin the run again"
-        ) from None
-
-
-def _random_states(device: torch.device) -> dict[str, Any]:
-    """Processes draw the same numbers, each for all of the batch, so one's states are those of all."""
-    states = {"python": random.getstate(), "cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _set_random_states(states: dict[str, Any], device: torch.device) -> None:
-    random.setstate(states["python"])
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 @dataclass
@@ -139,9 +86,15 @@ class Autosave:
         self.saved = "the beginning: none was saved yet"
 
     def resume(self) -> Progress:
-        """Put back the state that the run's folder has, if it has one; returns the progress that is saved from now."""
+        """Put back the state that the run's folder has, if it has one; returns the progress that is saved from now.
+
+        Raises:
+            UserError: it is damaged, or another training's.
+        """
         if self.run.state_file.exists():
-            self.progress = Progress(**load_state(self.run.state_file, self.parts, self.device))
+            stored = load_state(self.run.state_file, self.parts, self.device)
+            known = {field.name for field in fields(Progress)}
+            self.progress = Progress(**{name: stored[name] for name in known & stored.keys()})
             self._name_saved()
             logger.info("going on after %s", self.saved)
         self.run.rewind(self.progress.rows)

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from runtime import distributed
 from runtime.files import write_same
 from runtime.tensors import load_tensors, save_tensors
+from training.state import REMEDY
+from utils import UserError
 
 Kept = Literal["nothing", "best", "every epoch"]
 
@@ -130,20 +132,39 @@ class Checkpoints:
 
         Weights that were saved after that state stay the best if they were: training makes them again, on a CPU to the
         last bit, and on a GPU up to its rounding.
+
+        Raises:
+            UserError: the state or best weights are those of other metrics.
         """
+        for metric in best:
+            if metric not in self.best_names:
+                raise UserError(f"--resume: progress.best of state.pt has {metric}: {REMEDY}")
         self.best = dict(best)
         if self.kept != "best":
             return
         for metric, name in self.best_names.items():
             path = self._file(name)
             if path.exists():
-                value = _metrics(load_tensors(path))[metric]
+                value = _metric(path, metric)
                 self.best[metric] = max(value, best.get(metric, value))
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.pt"
 
 
-def _metrics(content: dict[str, Any]) -> dict[str, float]:
-    """The metrics that a checkpoint was saved with; earlier versions had them among its settings."""
-    return content["metrics"] if "metrics" in content else content["config"]["metrics"]
+def _metric(path: Path, name: str) -> float:
+    """One of the metrics that a checkpoint was saved with; earlier versions had them among its settings.
+
+    Raises:
+        UserError: it is not there, or no number.
+    """
+    from runtime.schema import checked
+    from training.schemas import Validated
+
+    content = load_tensors(path)
+    holder = content if "metrics" in content else content.get("config")
+    remedy = "copy the run's folder again"
+    metrics = checked(Validated, holder, file=f"--resume: {path}", remedy=remedy).metrics
+    if name not in metrics:
+        raise UserError(f"--resume: {path}: metrics has no {name}: {remedy}")
+    return metrics[name]

@@ -16,18 +16,19 @@ HYPER_PARAMETERS = "training_hyperparameters.json"
 
 
 def read_hyper_parameters(folder: Path) -> Settings:
-    """The hyper-parameters of a run's folder. Raises UserError where it is none."""
+    """The hyper-parameters of a run's folder. Raises UserError where it is none, or where they are no training's."""
     file = folder / HYPER_PARAMETERS
     if not file.is_file():
         raise UserError(
             f"--resume {folder} is no folder of a run: it has no {HYPER_PARAMETERS}; name another"
         )
     content = read_json(file, "the script that began the training")
-    if not isinstance(content, dict):
-        raise UserError(
-            f"--resume {folder}: {file} is damaged (no JSON object): copy the run's folder again"
-        )
-    return Settings.read(content)
+    remedy = "copy the run's folder again"
+    settings = Settings.checked(content, file=f"--resume {file}", remedy=remedy)
+    if "dataset" not in settings.flags:
+        place = "flags.dataset" if "flags" in content else "dataset"
+        raise UserError(f"--resume {file}: {place}: field required: {remedy}")
+    return settings
 
 
 def started_with(folder: Path, settings: Settings) -> Settings:

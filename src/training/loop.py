@@ -17,10 +17,11 @@ from tqdm import tqdm
 from runtime import distributed
 from runtime.interruption import StopRequest
 from training import contrastive
-from training.autosave import Autosave, Stateful
+from training.autosave import Autosave, Progress
 from training.checkpoints import Checkpoints
 from training.run import AnyRun
 from training.schedule import Precision, Schedule
+from training.state import REMEDY, Stateful
 from utils import DiskError, Stopped, UserError, two_decimals
 
 logger = logging.getLogger(__name__)
@@ -209,6 +210,7 @@ def fit(
     try:
         with run.locked():
             progress = autosave.resume()
+            _check_progress(progress, task, schedule)
             try:
                 while progress.epoch < schedule.num_epochs:
                     run_epoch(task, stepper, autosave)
@@ -224,6 +226,18 @@ def fit(
             "the last saved state is %s; go on with: %s", autosave.saved, run.resume_command
         )
         raise
+
+
+def _check_progress(progress: Progress, task: Task, schedule: Schedule) -> None:
+    """Raise UserError where a state is further than the training goes."""
+    limits = {"epoch": schedule.num_epochs, "losses": task.steps, "skipped": len(progress.losses)}
+    steps = max(progress.skipped, default=-1) + 1
+    reached = {"epoch": progress.epoch, "losses": len(progress.losses), "skipped": steps}
+    for name, most in limits.items():
+        if reached[name] > most:
+            raise UserError(
+                f"--resume: progress.{name} of state.pt is at {reached[name]}, beyond {most}: {REMEDY}"
+            )
 
 
 def run_epoch(task: Task, stepper: Stepper, autosave: Autosave) -> None:

@@ -17,15 +17,17 @@ from typing import Any
 
 from reports.run_page import About, RunPage
 from runtime import distributed
-from runtime.files import HALF_MADE, beside, locked, write_text
-from training.hyper_parameters import HYPER_PARAMETERS
+from runtime.files import HALF_MADE, beside, locked, read_json, write_text
+from training.hyper_parameters import HYPER_PARAMETERS, read_hyper_parameters
+from training.state import REMEDY
 from training.tracker import NoTracker
-from utils import UserError
+from utils import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
 STATE = "state.pt"  # there until the run is complete
 BEST_METRICS = "best_metrics.json"  # there when it is complete
+DELETE = f"delete {BEST_METRICS} to go on with the run, or to begin it again"
 
 Rows = list[dict[str, float]]
 
@@ -75,7 +77,23 @@ class Run:
         self.page.refresh(self.rows, complete=False)
 
     def rewind(self, rows: dict[str, Rows]) -> None:
-        """Go back to the rows that a saved state has; what was written after it will be written again."""
+        """Go back to the rows that a saved state has; what was written after it will be written again.
+
+        Raises:
+            UserError: a row lacks what the run's page shows.
+        """
+        needed = {
+            "train": ["train_epoch_loss"],
+            "loss_scaling": ["loss_scale", "skipped_steps"],
+            "validation": [*self.page.about.titles, *self.page.about.chosen_by],
+            "router": list(next(iter(rows.get("router", [])), {})),
+        }
+        for kind, names in needed.items():
+            for row in rows.get(kind, []):
+                missing = [name for name in names if name not in row]
+                if missing:
+                    place = f"progress.rows.{kind} of {self.state_file}"
+                    raise UserError(f"--resume: {place} lacks {missing[0]}: {REMEDY}")
         for file in self.folder.rglob(HALF_MADE):  # of a process that was killed
             file.unlink()
         self.rows = rows
@@ -190,8 +208,100 @@ def open_run(folder: Path, tracker: NoTracker, about: About) -> AnyRun:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the training in a run's folder came to its end; a state that it could not drop any more goes."""
-    complete = (folder / BEST_METRICS).exists()
-    if complete and distributed.is_main():
+    """Whether the training in a run's folder came to its end; a state that it could not drop any more goes.
+
+    That is told by its records: a file that says so may be of another run.
+
+    Raises:
+        UserError: `best_metrics.json` is of no such end, and there is no state to go on from.
+    """
+    if not (folder / BEST_METRICS).exists():
+        return False
+    flags = read_hyper_parameters(folder).flags
+    if flags.get("seeds"):
+        return _seeds_are_complete(folder, flags["seeds"])
+    try:
+        _check_end(folder, flags)
+    except UserError as error:
+        if not (folder / STATE).exists():
+            raise
+        logger.warning("warning: %s; going on from %s", error, STATE)
+        return False
+    if distributed.is_main():
         (folder / STATE).unlink(missing_ok=True)
-    return complete
+    return True
+
+
+def seed_folder(folder: Path, seed: int) -> Path:
+    """The folder of one seed's run below that of all."""
+    return folder / f"seed_{seed}"
+
+
+def read_best(folder: Path) -> dict[str, dict[str, float]]:
+    """Metric -> the best validation by it, of a run that is complete. Raises UserError where the file is damaged."""
+    from runtime.schema import checked
+    from training.schemas import BestMetrics
+
+    file = folder / BEST_METRICS
+    content = read_json(file, "the training")
+    checked(BestMetrics, content, file=file, remedy=DELETE)
+    return content
+
+
+def best_validation(folder: Path, metric: str) -> dict[str, float]:
+    """The best validation by a metric, of a run that is complete. Raises UserError where it is not written down."""
+    best = read_best(folder)
+    if metric not in best:
+        raise UserError(f"{folder / BEST_METRICS}: {metric}: field required: {DELETE}")
+    return best[metric]
+
+
+def _seeds_are_complete(folder: Path, seeds: list[int]) -> bool:
+    """Whether every seed's training came to its end, and the summary is of these."""
+    folders = {str(seed): seed_folder(folder, seed) for seed in seeds}
+    if not all(is_complete(of_seed) for of_seed in folders.values()):
+        return False
+    summary = read_json(folder / BEST_METRICS, "the training")
+    if not isinstance(summary, dict):
+        return False
+    metric = str(summary.get("chosen_by"))
+    best = {seed: read_best(of_seed).get(metric) for seed, of_seed in folders.items()}
+    return summary.get("seeds") == best
+
+
+def _check_end(folder: Path, flags: Mapping[str, Any]) -> None:
+    """Raise UserError where `best_metrics.json` is not what the records of a whole training say."""
+    file = folder / BEST_METRICS
+    best = read_best(folder)
+    if not best:
+        raise UserError(f"{file} names no metric: {DELETE}")
+    for kind, every in (("train", 1), ("validation", flags.get("validation_frequency", 1))):
+        expected = set(range(0, flags["num_epochs"], every))
+        epochs = {row["epoch"] for row in _read_rows(folder, kind)}
+        if epochs != expected:
+            raise UserError(
+                f"{file} is not of this run: {kind}_metrics.csv has {len(epochs)} of {len(expected)} epochs: {DELETE}"
+            )
+    validations = _read_rows(folder, "validation")
+    for metric, row in best.items():
+        if row != max(validations, key=lambda validation: validation.get(metric, -1)):
+            raise UserError(
+                f"{file} is not of this run: {metric} is not the best of validation_metrics.csv: {DELETE}"
+            )
+
+
+def _read_rows(folder: Path, kind: str) -> Rows:
+    """The rows of a CSV file of a run; none where there is no such file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = folder / f"{kind}_metrics.csv"
+    try:
+        with open(file, newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
+        return [{name: float(text) for name, text in row.items() if text} for row in rows]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"{file} is damaged ({first_line(error)}): {DELETE}") from None

@@ -1,0 +1,85 @@
+"""What an index says of itself and of its images; what an earlier version did not write may be missing."""
+
+from typing import Annotated
+
+from pydantic import Field, PositiveInt, Strict
+
+from models.schemas import (
+    ABSENT,
+    Count,
+    Decode,
+    Digest,
+    EncodePrecision,
+    PathText,
+    SideRatio,
+    Text,
+    Transform,
+    one_of,
+)
+from runtime.choices import INDEX_KINDS
+from runtime.schema import Schema
+
+
+class Recall(Schema):
+    """How much of the exact answer an approximate index finds."""
+
+    queries: Count
+    k: Count
+    recall: Annotated[float, Field(ge=0, le=1)]
+
+
+class Preprocessing(Schema):
+    """How images were preprocessed, and in what precision they were encoded."""
+
+    transform: Transform
+    target_ratio: SideRatio
+    decode: Decode = ABSENT
+    encode_precision: EncodePrecision = ABSENT
+
+
+class EncoderKey(Preprocessing):
+    """What features depend on beside the images."""
+
+    weights: Digest
+    resolution: Count
+
+
+class Pair(Preprocessing):
+    """What a query needs to load the same CLIP."""
+
+    clip_model_name: PathText
+    clip_model_path: PathText | None = ABSENT
+
+
+class Digests(Schema):
+    """Of the list of files in whole, and of some rows of the features."""
+
+    files: Digest
+    features: Digest
+
+
+class Manifest(Schema):
+    """index.json."""
+
+    files: Annotated[str, Field(pattern=r"^files-[0-9a-f]{12}\.json$")]
+    features: Annotated[str, Field(pattern=r"^features-[0-9a-f]{12}\.npy$")]
+    vectors: Annotated[str, Field(pattern=r"^vectors-[0-9a-f]{12}\.faiss$")]
+    images: PositiveInt
+    kind: Annotated[str, one_of(INDEX_KINDS)] = ABSENT
+    encoder: EncoderKey
+    pair: Pair = ABSENT
+    folders: list[PathText] = ABSENT
+    unreadable: dict[str, Text] = ABSENT
+    torch: Text = ABSENT
+    sha256: Digests = ABSENT
+    recall: Recall = Field(ABSENT, alias="recall against exact")
+
+
+# A list in JSON, of an image's path, its bytes and its modification time in ns.
+File = Annotated[tuple[PathText, Annotated[int, Field(ge=0)], int], Strict(False)]
+
+
+class Files(Schema):
+    """files-*.json, whose only content is the list."""
+
+    files: list[File]

@@ -1,0 +1,858 @@
+"""What files say of themselves, field by field, and weights from elsewhere, weight by weight: read, or named."""
+
+import argparse
+import json
+import math
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import clip_fine_tune
+import combiner_train
+from cli import options
+from cli.flag_types import usable_path
+from combiner import build_combiner, load_combiner
+from conftest import CASES
+from image_search import faiss_index, image_index
+from image_search.image_index import open_index
+from models import clip_model
+from models.clip_model import load_clip, load_finetuned
+from models.configuration import Settings, plain, read_checkpoint
+from models.schemas import Flags
+from reports.run_page import About
+from runtime import tensors
+from runtime.choices import INDEX_KINDS, CombinerChoice
+from runtime.interruption import StopRequest
+from runtime.schema import checked
+from runtime.tensors import load_tensors
+from test_fuzz import QUIET, json_values
+from training import loop, state
+from training.autosave import Autosave
+from training.checkpoints import Checkpoints
+from training.hyper_parameters import read_hyper_parameters
+from training.loop import MovingAverage
+from training.run import Run, is_complete
+from training.schedule import Schedule
+from training.state import save_state
+from training.tracker import NoTracker
+from utils import UserError
+
+CPU = torch.device("cpu")
+
+
+def refused(call, *words: str) -> str:
+    """The one line of a UserError, which has some words."""
+    with pytest.raises(UserError) as error:
+        call()
+    message = str(error.value)
+    for word in words:
+        assert word in message
+    return message
+
+
+# Weights
+
+
+@pytest.fixture(scope="module")
+def clip_file(drawn) -> Path:
+    return drawn / "tiny_clip_resnet.pt"  # with counters, which are whole numbers
+
+
+@pytest.fixture(scope="module")
+def clip(clip_file):
+    return load_clip(str(clip_file), CPU)
+
+
+COMBINERS = {
+    "moe": {"combiner_type": "moe", "num_experts": 3, "top_k": 1},
+    "clip4cir": {"combiner_type": "clip4cir", "num_experts": None, "top_k": None},
+}
+
+
+def combiner_of(kind: str):
+    return build_combiner(
+        {"clip_dim": 12, "projection_dim": 8, "hidden_dim": 10, **COMBINERS[kind]}
+    )
+
+
+def load_as(kind: str, state: dict, clip, path: Path = Path("there.pt")) -> dict:
+    """The weights that a state dict gives to a model of a kind: CLIP, or one of COMBINERS."""
+    if kind == "CLIP":
+        load_finetuned(clip, state, path)
+        return clip.state_dict()
+    wanted = CombinerChoice()
+    return load_combiner(state, {"top_k": 1}, path, wanted=wanted, clip_dim=12).state_dict()
+
+
+def weights_of(kind: str, clip) -> dict[str, torch.Tensor]:
+    model = clip if kind == "CLIP" else combiner_of(kind)
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+def with_first(weight: torch.Tensor, value: float) -> torch.Tensor:
+    changed = weight.clone()
+    changed.view(-1)[0] = value
+    return changed
+
+
+FLAWS = {
+    "NaN": lambda weight: with_first(weight, math.nan),
+    "infinite": lambda weight: with_first(weight, math.inf),
+    "infinite below": lambda weight: with_first(weight, -math.inf),
+    "too large for float32": lambda weight: with_first(weight.double(), 1e300),
+    "complex": lambda weight: weight.to(torch.complex64),
+    "whole numbers": lambda weight: weight.long(),
+    "yes and no": lambda weight: weight.bool(),
+    "eight bits": lambda weight: weight.to(torch.float8_e4m3fn),
+    "sparse": lambda weight: weight.to_sparse(),
+    "without data": lambda weight: weight.to("meta"),
+    "one value for all": lambda weight: torch.ones(()).expand(weight.shape),
+    "a list": lambda weight: weight.tolist(),
+    "nothing": lambda weight: None,
+    "one row more": lambda weight: torch.cat([weight.view(-1), torch.ones(1)]),
+    "flat": lambda weight: weight.view(*weight.shape, 1),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("flaw", FLAWS)
+@pytest.mark.parametrize("kind", ["CLIP", *COMBINERS])
+def test_a_flaw_of_any_weight_is_named(kind, flaw, clip):
+    weights = weights_of(kind, clip)
+    for name, weight in weights.items():
+        if not weight.is_floating_point() or (flaw == "one value for all" and weight.numel() == 1):
+            continue
+        damaged = {**weights, name: FLAWS[flaw](weight)}
+        refused(lambda state=damaged: load_as(kind, state, clip), "there.pt", name)
+        CASES["weights", "refused"] += 1
+
+
+@pytest.mark.parametrize("kind", ["CLIP", *COMBINERS])
+def test_any_weight_that_is_missing_or_extra_is_named(kind, clip):
+    weights = weights_of(kind, clip)
+    for name in weights:
+        others = {other: weight for other, weight in weights.items() if other != name}
+        if not name.endswith("num_batches_tracked"):
+            refused(lambda state=others: load_as(kind, state, clip), "there.pt", name)
+    extra = {**weights, "ema.decay": torch.ones(1), "more": torch.ones(1)}
+    refused(lambda: load_as(kind, extra, clip), "ema.decay and 1 more extra")
+
+
+@pytest.mark.parametrize("kind", ["CLIP", *COMBINERS])
+def test_weights_of_zeros(kind, clip):
+    """All of them, or those that every feature passes; a bias may well be zero."""
+    weights = weights_of(kind, clip)
+    zeros = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    refused(lambda: load_as(kind, zeros, clip), "is zero throughout")
+    biases = {name: torch.zeros_like(w) if "bias" in name else w for name, w in weights.items()}
+    load_as(kind, biases, clip)
+    load_as(kind, weights, clip)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"_orig_mod.module.{name}",
+        lambda name: ".".join([*name.split(".")[:1], "_orig_mod", *name.split(".")[1:]]),
+    ],
+)
+@pytest.mark.parametrize("form", [".pt", "plain", ".safetensors"])
+@pytest.mark.parametrize("kind", ["CLIP", *COMBINERS])
+def test_names_of_wrappers_are_taken_off_in_every_form(kind, form, wrapped, clip, tmp_path):
+    weights = weights_of(kind, clip)
+    key = "CLIP" if kind == "CLIP" else "Combiner"
+    path = tmp_path / f"weights{'.pt' if form == 'plain' else form}"
+    save(path, {wrapped(name): weight for name, weight in weights.items()}, form, key)
+    found = read_checkpoint("--path", tmp_path / "weights", key)
+    loaded = load_as(kind, found.state, clip, path)
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+    if kind != "CLIP":
+        assert found.table["top_k"] == 1
+    other = {"CLIP": "Combiner", "Combiner": "CLIP"}[key]
+    refused(lambda: read_checkpoint("--path", path, other), "--path", str(path), "weights, not")
+
+
+def save(path: Path, state: dict, form: str, key: str) -> None:
+    """A checkpoint in one of the forms that are read."""
+    if form == ".pt":
+        torch.save({key: state, "config": {"top_k": 1}}, path)
+    elif form == "plain":
+        torch.save({**state, "config": {"top_k": 1}}, path)
+    else:
+        safetensors = pytest.importorskip("safetensors.torch")
+        metadata = {"config": json.dumps({"top_k": 1})}
+        safetensors.save_file(state, path, metadata=metadata)
+
+
+def test_weights_twice_or_without_a_name(tmp_path):
+    torch.save({"CLIP": {"a": torch.ones(1), "module.a": torch.ones(1)}}, tmp_path / "a.pt")
+    refused(lambda: read_checkpoint("--path", tmp_path, "CLIP"), "a.pt holds a twice", "module.a")
+    torch.save({"CLIP": {3: torch.ones(1)}}, tmp_path / "a.pt")
+    refused(lambda: read_checkpoint("--path", tmp_path, "CLIP"), "a.pt: 3 is no name of a weight")
+
+
+# What tells the sizes of a CLIP, before there is a model to compare with.
+TELLING = {
+    "visual.proj", "visual.conv1.weight", "visual.positional_embedding", "visual.layer1.0.conv1.weight",
+    "visual.attnpool.positional_embedding", "ln_final.weight", "text_projection", "positional_embedding",
+    "token_embedding.weight",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ["tiny_clip_vit.pt", "tiny_clip_resnet.pt"])
+def test_a_model_is_read_in_every_form(file, drawn, tmp_path, monkeypatch):
+    state = load_tensors(drawn / file)
+    whole = load_clip(str(drawn / file), CPU).state_dict()
+    safetensors = pytest.importorskip("safetensors.torch")
+    wrapped = {f"module.{name}": weight for name, weight in state.items()}
+    safetensors.save_file(wrapped, tmp_path / "model.safetensors")
+    loaded = load_clip(str(tmp_path / "model"), CPU).state_dict()
+    assert all(torch.equal(loaded[name], whole[name]) for name in whole)
+    path = drawn / file
+    content: dict = {}
+    monkeypatch.setattr(clip_model, "load_tensors", lambda _: dict(content))
+    for name in [*TELLING & state.keys(), *list(state)[::25]]:
+        if name.endswith("num_batches_tracked"):
+            continue
+        weight = state[name]
+        others = {other: kept for other, kept in state.items() if other != name}
+        for changed in ({}, {name: None}, {name: weight[None]}, {name: weight * math.nan}):
+            content = {**others, **changed}
+            refused(lambda: load_clip(str(path), CPU), f"--clip-model-name {path}", name)
+            CASES["weights", "refused"] += 1
+    # It would be infinite when it is rounded to half precision.
+    content = {**state, "text_projection": with_first(state["text_projection"].float(), 1e5)}
+    refused(lambda: load_clip(str(path), CPU), "text_projection is not finite")
+
+
+def test_a_damaged_safetensors_file(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "a.safetensors"
+    safetensors.save_file({"text_projection": torch.ones(4, 4)}, path)
+    whole = path.read_bytes()
+    for end in range(len(whole)):
+        path.write_bytes(whole[:end])
+        refused(lambda: load_tensors(path), str(path), "not a readable checkpoint")
+    safetensors.save_file({"a": torch.ones(1)}, path, metadata={"config": "{"})
+    refused(lambda: load_tensors(path), str(path))
+
+
+# Files of fields
+
+
+WRONG = [
+    None, True, -1, 0, 2**70, 0.5, -0.5, math.nan, math.inf, 1e300, "", "one", "a\0b", "../x", [], [None], ["one"],
+    {}, {"one": None}, {"1": [1]},
+]  # fmt: skip
+
+
+def places(content, steps=()):
+    """Every place in a document, from the outside in, as the keys that lead there."""
+    yield steps
+    if isinstance(content, dict | list | tuple):
+        for key in content if isinstance(content, dict) else range(len(content)):
+            yield from places(content[key], (*steps, key))
+
+
+def with_value(content, steps, value):
+    """A document with another value at a place."""
+    if not steps:
+        return value
+    items = dict(content) if isinstance(content, dict) else dict(enumerate(content))
+    items[steps[0]] = with_value(items[steps[0]], steps[1:], value)
+    return items if isinstance(content, dict) else type(content)(items.values())
+
+
+def at(content, steps):
+    for step in steps:
+        content = content[step]
+    return content
+
+
+def is_of_kind(value, other) -> bool:
+    """Whether a value could stand for another: numbers for numbers, texts for texts."""
+    both = (type(value), type(other))
+    return both in {(int, float), (float, int)} or type(value) is type(other)
+
+
+def refuse_each_wrong_value(kind: str, content, read, *, names=(), nullable=(), free=()) -> None:
+    """Put wrong values at each place of a document: they are named with file and field, or are like what was there.
+
+    Args:
+        read: reads a document.
+        names: words of every refusal.
+        nullable: fields that may be None.
+        free: fields that nothing is asked of.
+    """
+
+    def attempt(steps, value) -> None:
+        try:
+            read(with_value(content, steps, value))
+        except UserError as error:
+            told = str(error)
+            assert len(told.splitlines()) == 1
+            assert all(name in told for name in names), told
+            assert not steps or any(str(step) in told for step in steps[-2:]), (steps, told)
+            CASES[kind, "refused"] += 1
+        else:
+            earlier = at(content, steps)
+            silent = steps and str(steps[-1]) in nullable and None in (value, earlier)
+            assert silent or is_of_kind(value, earlier), (steps, value)
+            CASES[kind, "read"] += 1
+
+    read(content)
+    everywhere = [steps for steps in places(content) if not set(steps) & set(free)]
+    for steps in everywhere:
+        for value in WRONG:
+            attempt(steps, value)
+    fuzz = given(st.sampled_from(everywhere), json_values)(attempt)
+    settings(QUIET, max_examples=QUIET.max_examples // 3)(fuzz)()
+
+
+# Indexes
+
+
+def write_index(folder: Path, count: int = 40, kind: str = "flat", dim: int = 16) -> None:
+    """An index of images that are nowhere."""
+    features = np.random.default_rng(count).normal(size=(count, dim)).astype(np.float32)
+    files = [(f"/photos/{row}.png", 100 + row, 10**18 + row) for row in range(count)]
+    folder.mkdir(exist_ok=True)
+    recipe = {"transform": "targetpad", "target_ratio": 1.25}
+    about = {
+        "encoder": {"weights": "0" * 64, **recipe, "resolution": 32, "decode": "draft"},
+        "folders": ["/photos"],
+        "pair": {**recipe, "clip_model_name": "RN50x4", "clip_model_path": "/w.pt"},
+        "unreadable": {"/photos/x.png": "it is empty"},
+    }
+    image_index._publish(folder, files, features, kind=kind, about=about)
+
+
+def part(folder: Path, name: str) -> Path:
+    (file,) = folder.glob(f"{name}*")
+    return file
+
+
+def test_each_field_of_an_index(tmp_path):
+    write_index(tmp_path, kind="hnsw")
+    file = tmp_path / "index.json"
+
+    def read(content) -> None:
+        file.write_text(json.dumps(content))
+        open_index(tmp_path)
+
+    content = json.loads(file.read_text())
+    refuse_each_wrong_value(
+        "fields of index.json", content, read, names=[str(tmp_path)], nullable=["clip_model_path"]
+    )
+    for later in ("sha256", "unreadable", "folders", "torch", "recall against exact"):
+        read({name: value for name, value in content.items() if name != later})
+    read({**content, "of a later version": 3})
+
+
+def test_each_field_of_the_files_of_an_index(tmp_path):
+    write_index(tmp_path, count=3)
+    about = json.loads((tmp_path / "index.json").read_text())
+    del about["sha256"]  # else every change is refused by that
+    (tmp_path / "index.json").write_text(json.dumps(about))
+    file = part(tmp_path, "files")
+
+    def read(content) -> None:
+        file.write_text(json.dumps(content))
+        open_index(tmp_path)
+
+    content = json.loads(file.read_text())
+    names = [str(tmp_path)]
+    refuse_each_wrong_value("fields of files-*.json", content, read, names=names)
+    (tmp_path / "index.json").write_text(json.dumps({**about, "sha256": {"files": "0" * 64}}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda rows: with_row(rows, math.nan), "no number"),
+        (lambda rows: with_row(rows, math.inf), "no number"),
+        (lambda rows: rows[::-1], "not those that were written"),
+        (lambda rows: np.roll(rows, 1, axis=0), "not those that were written"),
+        (lambda rows: rows + 1, "not those that were written"),
+        (lambda rows: rows[1:], "features"),
+        (lambda rows: rows[:, 1:], "not those that were written"),
+        (lambda rows: rows.astype(np.float64), "float64"),
+        (lambda rows: rows.astype(np.float16), "float16"),
+        (lambda rows: rows.astype(object), ""),
+        (lambda rows: rows.astype(complex), "complex"),
+        (lambda rows: rows[0], "of shape (16,)"),
+        (lambda rows: rows[:0], "of shape (0, 16)"),
+        (lambda rows: rows[None], "of shape (1, 40, 16)"),
+    ],
+)
+@pytest.mark.parametrize("digests", [True, False])
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_features_that_are_no_index_of_the_files(damage, reason, digests, kind, tmp_path):
+    """An index of an earlier version has no digests: there the vectors tell."""
+    write_index(tmp_path, kind=kind)
+    file = part(tmp_path, "features")
+    np.save(file, damage(np.load(file)), allow_pickle=True)
+    if not digests:
+        manifest = tmp_path / "index.json"
+        about = json.loads(manifest.read_text())
+        del about["sha256"]
+        manifest.write_text(json.dumps(about))
+    message = refused(lambda: open_index(tmp_path), str(tmp_path))
+    if digests:
+        assert reason in message
+    CASES["parts of an index", "refused"] += 1
+
+
+def with_row(rows: np.ndarray, value: float) -> np.ndarray:
+    changed = rows.copy()
+    changed[7, 3] = value
+    return changed
+
+
+@pytest.mark.parametrize("kind", INDEX_KINDS)
+def test_vectors_of_other_features(kind):
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(10_000 if kind == "ivfpq" else 50, 16)).astype(np.float32)
+    index = faiss_index.build(features, kind)
+    assert faiss_index.mismatch(index, features, kind) == ""
+    repeated = np.repeat(features[:10], len(features) // 10, axis=0)  # many images that are equal
+    assert faiss_index.mismatch(faiss_index.build(repeated, kind), repeated, kind) == ""
+    assert "other features" in faiss_index.mismatch(index, rng.permutation(features), kind)
+    assert "vectors of length 16" in faiss_index.mismatch(index, features[1:], kind)
+    for other in set(INDEX_KINDS) - {kind}:
+        assert faiss_index.mismatch(index, features, other) == f"it is not of the kind {other}"
+
+
+def test_files_of_two_indexes(tmp_path):
+    for name, count in (("a", 40), ("b", 40)):
+        write_index(tmp_path / name, count, dim=16 if name == "a" else 8)
+    for name in ("files", "features", "vectors"):
+        file = part(tmp_path / "a", name)
+        whole = file.read_bytes()
+        file.write_bytes(b"")
+        refused(lambda: open_index(tmp_path / "a"), file.name)
+        file.write_bytes(part(tmp_path / "b", name).read_bytes())
+        if name != "files":  # which are the same
+            refused(lambda: open_index(tmp_path / "a"), str(tmp_path / "a"))
+        file.write_bytes(whole)
+    files = part(tmp_path / "a", "files")
+    files.write_text(json.dumps(json.loads(files.read_text())[::-1]))
+    refused(lambda: open_index(tmp_path / "a"), files.name, "not the list that was written")
+
+
+FULL = """
+import json, resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, "{tests}")
+from test_stored import part, write_index
+from image_search.image_index import open_index
+from utils import UserError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+folder = Path(sys.argv[1])
+write_index(folder, 300, kind=sys.argv[2])
+sizes = [part(folder, name).stat().st_size for name in ("index", "files", "features", "vectors")]
+before = sorted((file.name, file.read_bytes()) for file in folder.iterdir())
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+refused = 0
+for size in sizes:
+    for short in (1, 100, 5000, size // 2):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max(size - short, 0), hard))
+        try:
+            write_index(folder, 300, kind=sys.argv[2])
+        except UserError as error:
+            assert "could not write" in str(error), error
+            refused += 1
+        else:
+            continue  # other files are larger than this one
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        assert sorted((file.name, file.read_bytes()) for file in folder.iterdir()) == before
+        open_index(folder)
+print(refused)
+"""
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_a_disk_that_is_full_at_any_byte_leaves_the_earlier_index(kind, start, tmp_path):
+    """The kernel refuses files above a size, as a full disk does. FAISS and NumPy pass over the last bytes."""
+    script = tmp_path / "fills.py"
+    script.write_text(FULL.format(tests=Path(__file__).parent))
+    process = start(script, tmp_path / "index", kind)
+    assert process.wait() == 0, process.stderr
+    assert int(process.stdout) == 16
+    CASES["full disks", "refused"] += 16
+
+
+# Settings of checkpoints and runs
+
+
+def settings_of(script) -> Settings:
+    """Settings as a training of a script writes them, with a value for each flag that may be silent."""
+    flags = plain(vars(script.parse(["--dataset", "CIRR", "--clip-model-name", "RN50"])))
+    spoken = {
+        "exclusions": "/list.json", "resume": "/run", "image_cache": "/pixels", "device": "cpu", "similarity_block": 8,
+        "workspace": "w", "experiment_name": "e", "clip_model_path": "/w.pt", "transform": "clip", "target_ratio": 1.5,
+        "decode": "full", "encode_precision": "fp32", "micro_batch_size": 4, "clip_grad_norm": 1.0, "ema_decay": 0.9,
+        "seeds": [1, 2], "feature_cache": "/features",
+    }  # fmt: skip
+    for name, value in flags.items():
+        flags[name] = spoken[name] if value is None else value
+    clip = {"transform": "clip", "target_ratio": 1.5, "decode": "full", "encode_precision": "fp32"}
+    digests = {"data_sha256": "0" * 64, "clip_weights": "1" * 64}
+    return Settings(
+        flags=flags,
+        recipe={"clip_model_name": "RN50", **clip, "resolution": 224, "clip_dim": 1024},
+        data={**digests, "excluded": {"val": {"images": 0}}},
+        versions={"torch": "2.6"},
+    )
+
+
+TRAININGS = {"stage 1": clip_fine_tune, "stage 2": combiner_train}
+SILENT = {
+    "exclusions", "resume", "image_cache", "feature_cache", "device", "similarity_block", "workspace",
+    "experiment_name", "clip_model_name", "clip_model_path", "transform", "target_ratio", "decode",
+    "encode_precision", "micro_batch_size", "clip_grad_norm", "ema_decay", "seeds", "excluded", "versions",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["parts", "table"])
+@pytest.mark.parametrize("script", TRAININGS)
+def test_each_field_of_a_runs_settings(script, form, tmp_path):
+    """What is not refused here reaches the flags of a resumed run, and must be good there too."""
+    stored_settings = settings_of(TRAININGS[script])
+    file = tmp_path / "training_hyperparameters.json"
+
+    def read(content) -> None:
+        file.write_text(json.dumps(content))
+        read_hyper_parameters(tmp_path)
+
+    content = stored_settings.on_disk() if form == "parts" else stored_settings.table
+    names = ["--resume", str(file)]
+    refuse_each_wrong_value(
+        f"settings of runs, {form}", content, read, names=names, nullable=SILENT, free=["excluded"]
+    )
+    read({**content, "of a later version": [math.nan]})
+    table = stored_settings.flags if form == "parts" else content
+    for name in set(table) - {"dataset"}:  # of an earlier version
+        rest = {other: value for other, value in table.items() if other != name}
+        read({**content, "flags": rest} if form == "parts" else rest)
+    refused(lambda: read({}), str(file), "dataset")
+
+
+@pytest.mark.parametrize("form", ["parts", "table"])
+def test_each_field_of_a_checkpoint(form, tmp_path, monkeypatch):
+    stored_settings = settings_of(combiner_train)
+    config = stored_settings.on_disk() if form == "parts" else stored_settings.table
+    weights = {"output_layer.weight": torch.ones(2, 2)}
+    content = {"epoch": 3, "config": config, "metrics": {"recall": 50.0}}
+    path = tmp_path / "combiner.pt"
+    torch.save({"Combiner": weights, **content}, path)
+    assert read_checkpoint("--combiner-path", path, "Combiner").config == config
+
+    def read(beside) -> None:
+        held = {"Combiner": weights, **beside} if isinstance(beside, dict) else {"config": beside}
+        monkeypatch.setattr(tensors, "load_tensors", lambda _: held)
+        read_checkpoint("--combiner-path", path, "Combiner")
+
+    refuse_each_wrong_value(
+        f"settings of checkpoints, {form}",
+        content,
+        read,
+        names=["--combiner-path", str(path)],
+        nullable=SILENT,
+        free=["excluded"],
+    )
+    read({})
+    read({"config": {}})
+    assert read_checkpoint("--combiner-path", path, "Combiner").table["versions"] == {}
+
+
+# Texts that a flag may be given, whatever it is.
+TYPED = [
+    "-1", "0", "1", "2", "7", "512", "1024", "1025", "4096", "4097", "100000", "100001", "1000000", "1000001",
+    "4294967295", "4294967296", "1000000000", "1000000001", "1e-13", "1e-12", "1e-10", "1e-9", "0.05", "0.1", "0.5",
+    "0.999", "1.0", "1.5", "100", "100.5", "1000", "1000.5", "1e9", "1e10", "nan", "inf", "-inf", "x", "", "amp",
+    "fp16", "clip", "full", "both", "moe", "CIRR", "cirr", "fashionIQ", "/somewhere",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("script", TRAININGS)
+def test_the_schema_of_settings_knows_each_flag_as_its_parser_does(script):
+    """A new flag needs an entry, and an entry takes what the flag takes and nothing else."""
+    parents = {"stage 1": options.stage_1_flags, "stage 2": options.stage_2_flags}[script]()
+    for parent in parents:
+        for action in parent._actions:
+            name = action.dest
+            if name == "api_key":  # which is not stored
+                continue
+            assert name in Flags.model_fields, f"src/models/schemas.py has no {name}"
+            assert action.required or keeps(name, stored(action.default)), name
+            if action.nargs == 0:
+                assert keeps(name, action.const)
+                assert action.const is None or not keeps(name, "x")
+                continue
+            for text in TYPED:
+                taken, value = typed(parent, action, text)
+                if taken:
+                    assert keeps(name, stored(value)), (name, text)
+                elif is_number(text) and action.type is not usable_path:
+                    assert not keeps(name, json.loads(text)), (name, text)
+                CASES["flags and their schema", "read" if taken else "refused"] += 1
+
+
+def is_number(text: str) -> bool:
+    try:
+        return math.isfinite(json.loads(text))
+    except (ValueError, TypeError):
+        return False
+
+
+def typed(parser, action, text: str) -> tuple[bool, object]:
+    """Whether a flag takes a text, and the value that it makes of it."""
+    try:
+        value = parser._get_values(action, [text])
+    except argparse.ArgumentError:
+        return False, None
+    return True, value
+
+
+def stored(value):
+    """A flag's value as it is written down."""
+    return json.loads(json.dumps(plain({"flag": value})["flag"]))
+
+
+def keeps(name: str, value) -> bool:
+    try:
+        checked(Flags, {name: value}, file="it", remedy="")
+    except UserError:
+        return False
+    return True
+
+
+# Runs
+
+
+def write_run(folder: Path, epochs: int, trained: int, *, frequency: int = 2) -> dict:
+    """A run's folder after some epochs, as far as records go; returns its best metrics."""
+    folder.mkdir(parents=True)
+    stored_settings = settings_of(combiner_train).with_flags(
+        num_epochs=epochs, validation_frequency=frequency, seeds=None
+    )
+    (folder / "training_hyperparameters.json").write_text(json.dumps(stored_settings.on_disk()))
+    validated = [epoch for epoch in range(trained) if epoch % frequency == 0]
+    rows = [{"epoch": epoch, "recall": 10 * math.sin(epoch) + 1 / 3} for epoch in validated]
+    lines = ["epoch,recall", *(f"{row['epoch']},{row['recall']}" for row in rows)]
+    (folder / "validation_metrics.csv").write_text("\n".join(lines) + "\n")
+    lines = ["epoch,train_epoch_loss", *(f"{epoch},0.5" for epoch in range(trained))]
+    (folder / "train_metrics.csv").write_text("\n".join(lines) + "\n")
+    return {"recall": max(rows, key=lambda row: row["recall"])} if rows else {}
+
+
+@pytest.mark.parametrize("trained", range(6))
+@pytest.mark.parametrize("has_state", [True, False])
+def test_a_run_is_complete_when_its_records_say_so(has_state, trained, tmp_path, caplog):
+    """A file that says so may be of another run, of the same settings even."""
+    whole = write_run(tmp_path / "whole", 5, 5)
+    own = write_run(tmp_path / "run", 5, trained)
+    state = tmp_path / "run" / "state.pt"
+    if has_state:
+        state.write_bytes(b"a state")
+    assert not is_complete(tmp_path / "run")
+    for stray in (
+        own,
+        whole,
+        {"recall": {"epoch": 4, "recall": 99.0}},
+        {},
+        [],
+        {"recall": 5},
+        None,
+    ):
+        (tmp_path / "run" / "best_metrics.json").write_text(json.dumps(stray))
+        fits = trained == 5 and stray in (own, whole)
+        caplog.clear()
+        if has_state or fits:
+            if has_state and not state.exists():
+                state.write_bytes(b"a state")
+            assert is_complete(tmp_path / "run") == fits
+            assert state.exists() == (has_state and not fits)
+            assert bool(caplog.text) == (not fits)
+        else:
+            refused(lambda: is_complete(tmp_path / "run"), "best_metrics.json", "delete")
+        CASES["records of runs", "complete" if fits else "not complete"] += 1
+
+
+def test_each_field_of_best_metrics(tmp_path):
+    best = write_run(tmp_path / "run", 5, 5)
+
+    def read(content) -> None:
+        (tmp_path / "run" / "best_metrics.json").write_text(json.dumps(content))
+        assert is_complete(tmp_path / "run")
+
+    names = [str(tmp_path / "run")]
+    refuse_each_wrong_value("fields of best_metrics.json", best, read, names=names)
+    (tmp_path / "run" / "train_metrics.csv").write_text("epoch,train_epoch_loss\n0,x\n")
+    refused(lambda: read(best), "train_metrics.csv")
+
+
+def test_seeds_are_complete_when_each_is(tmp_path):
+    stored_settings = settings_of(combiner_train).with_flags(seeds=[1, 2])
+    best = {seed: write_run(tmp_path / f"seed_{seed}", 5, 5) for seed in (1, 2)}
+    (tmp_path / "training_hyperparameters.json").write_text(json.dumps(stored_settings.on_disk()))
+    summary = {"chosen_by": "recall", "seeds": {seed: row["recall"] for seed, row in best.items()}}
+    for content, complete in (
+        ({}, False),
+        ([], False),
+        (summary, True),
+        ({**summary, "seeds": 1}, False),
+    ):
+        for seed in best:
+            (tmp_path / f"seed_{seed}" / "best_metrics.json").write_text(json.dumps(best[seed]))
+        (tmp_path / "best_metrics.json").write_text(json.dumps(content))
+        assert is_complete(tmp_path) == complete
+        (tmp_path / "seed_2" / "best_metrics.json").unlink()
+        assert not is_complete(tmp_path)
+
+
+@pytest.fixture
+def resumable(tmp_path, monkeypatch):
+    """A state as a training with all its parts saves it, and a reader that goes on from one."""
+
+    def fresh() -> dict:
+        module = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
+        return {
+            "module": module,
+            "optimizer": optimizer,
+            "schedule": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5),
+            "scaler": torch.amp.GradScaler("cpu"),
+            "average": MovingAverage(module, 0.9),
+        }
+
+    parts = fresh()
+    parts["module"](torch.ones(1, 3)).sum().backward()
+    parts["optimizer"].step()
+    parts["schedule"].step()
+    progress = {
+        "epoch": 1,
+        "losses": [0.5, math.inf],
+        "skipped": [1],
+        "skipped_in_a_row": 1,
+        "rows": {
+            "train": [{"epoch": 0, "train_epoch_loss": 0.5}],
+            "validation": [{"epoch": 0, "recall": 50.0}],
+            "loss_scaling": [{"epoch": 0, "loss_scale": 4.0, "skipped_steps": 1}],
+            "router": [{"epoch": 0, "expert0_share": 0.5}],
+        },
+        "best": {"recall": 50.0},
+    }
+    file = tmp_path / "state.pt"
+    save_state(file, parts, progress, CPU)
+    whole = load_tensors(file)
+
+    def read(content) -> None:
+        monkeypatch.setattr(state, "load_tensors", lambda _: content)
+        parts = fresh()
+        about = About(
+            titles={}, chosen_by=("recall",), hyper_parameters={}, commands={"resume": ""}
+        )
+        kept = {"key": "Combiner", "prefix": "c", "config": {}, "kept": "nothing"}
+        autosave = Autosave(
+            run=Run(tmp_path, NoTracker(), about),
+            checkpoints=Checkpoints(
+                tmp_path, parts["module"], best_names={"recall": "best"}, **kept
+            ),
+            parts=parts,
+            device=CPU,
+            stop=StopRequest(),
+            minutes=1,
+        )
+        schedule = Schedule(num_epochs=5, validation_frequency=1)
+        loop._check_progress(autosave.resume(), SimpleNamespace(steps=2), schedule)
+
+    states = random.getstate()
+    with torch.random.fork_rng():
+        yield whole, read
+    random.setstate(states)
+
+
+@pytest.mark.slow
+def test_each_field_of_a_state(resumable):
+    """Each value is compared with those of the training that goes on with it."""
+    content, read = resumable
+    python = content["random"]["python"]
+    content["random"]["python"] = (python[0], python[1], 0.5)
+    read(content)
+    # Of its 625 numbers three are tried.
+    short = {**content, "random": {**content["random"], "python": (python[0], python[1][-3:], 0.5)}}
+
+    def read_in_full(changed) -> None:
+        if isinstance(changed, dict) and isinstance(changed.get("random"), dict):
+            states = changed["random"]
+            if isinstance(states.get("python"), tuple) and isinstance(states["python"][1], tuple):
+                own = (
+                    states["python"][0],
+                    python[1][:-3] + states["python"][1],
+                    *states["python"][2:],
+                )
+                changed = {**changed, "random": {**states, "python": own}}
+        read(changed)
+
+    refuse_each_wrong_value(
+        "fields of state.pt",
+        short,
+        read_in_full,
+        names=["--resume", "state.pt"],
+        nullable=NO_CHOICE,
+    )
+
+
+# Settings of an optimizer that may be left to torch; and the spare number of Python's generator.
+NO_CHOICE = {
+    "foreach", "fused", "amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay", "2",
+    "_is_initial", "_get_lr_called_within_step", "0",
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_a_flaw_of_any_tensor_of_a_state_is_named(flaw, resumable):
+    content, read = resumable
+    for steps in places(content["parts"]):
+        value = at(content["parts"], steps)
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 0:
+            changed = with_value(content, ("parts", *steps), FLAWS[flaw](value))
+            refused(lambda changed=changed: read(changed), "state.pt", str(steps[-1]))
+            CASES["tensors of state.pt", "refused"] += 1
+
+
+def test_a_state_without_one_of_its_fields(resumable):
+    """What later versions added may be missing; all else is named."""
+    content, read = resumable
+    later = {"losses", "skipped", "skipped_in_a_row", "best", "scaler", "router"}
+    for steps in places(content):
+        if not steps or isinstance(steps[-1], int) or steps[:1] == ("random",):
+            continue
+        outer = at(content, steps[:-1])
+        rest = {key: value for key, value in outer.items() if key != steps[-1]}
+        try:
+            read(with_value(content, steps[:-1], rest))
+        except UserError as error:
+            assert any(str(step) in str(error) for step in steps[-2:])
+            CASES["missing fields of state.pt", "refused"] += 1
+        else:
+            assert (
+                later & set(steps)
+                or not isinstance(outer[steps[-1]], int | float)
+                or isinstance(outer[steps[-1]], bool)
+            )
+            CASES["missing fields of state.pt", "read"] += 1
