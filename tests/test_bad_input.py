@@ -420,7 +420,8 @@ except UserError as error:
 # Divergence and interruption
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(own_drawn, name, fails):
+def test_a_loss_that_is_not_finite_stops_the_run(own_drawn, name, fails, monkeypatch):
+    monkeypatch.setattr("cli.options.learning_rate", float)  # which has no bounds
     error = fails(
         "clip_fine_tune", own_drawn, *CIRR, *name, *STAGE_1.split(), "--learning-rate", "1e30"
     )
