@@ -17,7 +17,8 @@ from PIL import Image
 import demo_app
 import search
 import visualize
-from forks import HANG, free_port
+from forks import HANG
+from image_search.guard import Hosts
 from image_search.searcher import load_searcher
 from runtime.choices import PairChoice
 from test_dialogue import bad_uploads
@@ -229,11 +230,12 @@ def address(searcher, tmp_path_factory):
     """Where the page is served."""
     pytest.importorskip("gradio", reason="gradio is not installed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-        page, port = demo_app.build(searcher, 8), free_port()
-        demo_app.launch(page, "127.0.0.1", port, prevent_thread_lock=True)
-        yield f"http://127.0.0.1:{port}"
-        page.close()
+        patch.setenv("GRADIO_TEMP_DIR", "")  # put back at the end
+        uploads = tmp_path_factory.mktemp("uploads")
+        page = demo_app.build(searcher, 8, uploads)
+        bound = demo_app.bound_socket("127.0.0.1", 0)
+        with demo_app.served(demo_app.application(page, Hosts("127.0.0.1"), uploads), bound):
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}"
 
 
 @pytest.fixture
