@@ -344,8 +344,8 @@ def test_what_is_shown_is_given_out(visitor, served):
 
 def test_gradio_is_set_by_nothing_in_the_environment(served, monkeypatch):
     harmless = {
-        "BROWSER", "CI", "DISPLAY", "HF_TOKEN", "KAGGLE_KERNEL_RUN_TYPE", "PATH", "PYTEST_CURRENT_TEST", "SSH_CONNECTION",
-        "SSH_TTY", "WAYLAND_DISPLAY", "HF_HUB_DISABLE_TELEMETRY", "OPENAI_API_KEY",
+        "BROWSER", "CI", "DISPLAY", "HF_TOKEN", "KAGGLE_KERNEL_RUN_TYPE", "PATH", "PYTEST_CURRENT_TEST",
+        "SSH_CONNECTION", "SSH_TTY", "WAYLAND_DISPLAY", "HF_HUB_DISABLE_TELEMETRY", "OPENAI_API_KEY",
     }  # fmt: skip
     names = read_of_environment() - harmless
     assert {"GRADIO_ALLOWED_PATHS", "GRADIO_SHARE", "SPACE_ID"} <= names
@@ -479,7 +479,7 @@ def forgeries(whole: dict) -> list[dict]:
 
 
 def test_every_event_is_forged(visitor):
-    assert set(dict((event, 0) for event, _, _ in EVENTS)) == set(visitor.events)
+    assert {event for event, _, _ in EVENTS} == set(visitor.events)
 
 
 @pytest.mark.parametrize(("event", "data", "selected"), EVENTS)

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from image_search.photos import KINDS
+from runtime.files import file_size
 from utils import UserError
 
 
@@ -36,12 +37,12 @@ class Message(Sent):
     fn_index: int
     session_hash: str = Field(pattern=r"^\w{1,64}$")
     trigger_id: int | None = None
-    data: list[None | str | File] = Field(max_length=8)
+    data: list[str | File | None] = Field(max_length=8)
     event_data: Any = None
 
 
 # Types of Gradio's components -> what a browser sends of them. A state stays with the server.
-SENT = {"state": type(None), "textbox": str, "uploadbutton": File}
+SENT: dict[str, type] = {"state": type(None), "textbox": str, "uploadbutton": File}
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def events_of(config: Mapping[str, Any]) -> dict[int, Event]:
 
 def is_in(folder: Path, path: str) -> bool:
     """Whether a path is of a file in a folder, its links followed."""
-    if "\0" in path or not os.path.isfile(path):
+    if file_size(Path(path)) is None:
         return False
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
