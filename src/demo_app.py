@@ -44,6 +44,7 @@ CHOICES = 40  # images to choose a reference from
 SIDE = 320  # pixels of an image on the page
 HISTORY_SIDE = 80  # pixels of an image in the history
 GRACE = 1  # seconds that answers may still take when the page ends
+LONGEST_END = 5  # seconds; a container is killed after ten
 TIDIED_EVERY = 10  # seconds
 LOOKED_EVERY = 0.2  # seconds, for a signal
 TITLE = "Composed image retrieval"
@@ -336,10 +337,12 @@ def served(app: Guard, bound: socket.socket) -> Iterator[threading.Thread]:
     try:
         while thread.is_alive() and not server.started:
             thread.join(0.01)
+        if not server.started:
+            raise RuntimeError("the server did not start: what is above says why")
         yield thread
     finally:
         server.should_exit = True
-        thread.join()
+        thread.join(LONGEST_END)
 
 
 @command
@@ -371,6 +374,8 @@ def main(argv: list[str] | None = None) -> None:
             wait(server, stop, uploads)
     if stop.requested == "SIGINT":
         raise KeyboardInterrupt
+    if not stop.requested:
+        raise RuntimeError("the server ended by itself: what is above says why")
     raise Stopped(stop.requested, "start it again with the same command")
 
 
