@@ -190,7 +190,11 @@ def train_seeds(args: argparse.Namespace, stage: Stage, folder: Path, stop: Stop
 
 
 def report_seeds(folder: Path, seeds: list[int], benchmark: Benchmark) -> None:
-    """Print the best validation of each seed, and mean and standard deviation of several; write them down."""
+    """Print the best validation of each seed, and mean and standard deviation of several; write them down.
+
+    The folder of all seeds gets a page, which leads to those of the seeds.
+    """
+    from reports.run_page import seeds_page
     from training.run import BEST_METRICS, best_validation, seed_folder
 
     chosen_by = next(iter(benchmark.selection))
@@ -215,7 +219,10 @@ def report_seeds(folder: Path, seeds: list[int], benchmark: Benchmark) -> None:
         table[name] = {
             title: two_decimals(row[metric]) for metric, title in benchmark.titles.items()
         }
-    print(f"validations with the best {chosen_by} of each seed\n{text_table(table)}")
+    about = f"validations with the best {chosen_by} of each seed"
+    print(f"{about}\n{text_table(table)}")
+    addresses = {f"seed {seed}": f"{seed_folder(folder, seed).name}/index.html" for seed in seeds}
+    write_text(folder / "index.html", seeds_page(folder.name, about, table, addresses))
     write_text(folder / BEST_METRICS, json.dumps(summary, indent=2) + "\n")
 
 

@@ -32,32 +32,74 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+MOST_PADDED = 60_000_000  # pixels up to which a padded image is made at once, in 180 MB
+STRIP = 4_000_000  # pixels of a part of a larger one
+PREMULTIPLIED = {"LA": "La", "RGBA": "RGBa"}  # in which Pillow scales
+
+
 class SquarePad:
     """Zero-pad an image to a square: a side of n pixels gets int((max(w, h) - n) / 2) on both ends."""
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        width, height = image.size
+    def margins(self, width: int, height: int) -> tuple[int, int]:
+        """Pixels to the left and to the right, and above and below."""
         longest = max(width, height)
-        horizontal = int((longest - width) / 2)
-        vertical = int((longest - height) / 2)
-        return F.pad(image, [horizontal, vertical], 0, padding_mode="constant")
+        return int((longest - width) / 2), int((longest - height) / 2)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """The padded image, in its own mode."""
+        margins = self.margins(*image.size)
+        return F.pad(image, list(margins), 0, padding_mode="constant") if any(margins) else image
 
 
-class TargetPad:
+class TargetPad(SquarePad):
     """Zero-pad an image whose sides' ratio is at least `ratio` until it is about `ratio` (Baldrati et al. 2023)."""
 
     def __init__(self, ratio: float) -> None:
         self.ratio = ratio
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        width, height = image.size
+    def margins(self, width: int, height: int) -> tuple[int, int]:
+        """Pixels to the left and to the right, and above and below."""
         longest = max(width, height)
         if longest / min(width, height) < self.ratio:
-            return image
+            return 0, 0
         wanted = longest / self.ratio
-        horizontal = max(int((wanted - width) / 2), 0)
-        vertical = max(int((wanted - height) / 2), 0)
-        return F.pad(image, [horizontal, vertical], 0, padding_mode="constant")
+        return max(int((wanted - width) / 2), 0), max(int((wanted - height) / 2), 0)
+
+
+class PadAndResize:
+    """Pad an image, then scale its shorter side to a resolution.
+
+    The padding of a long image can have a thousand times its pixels. It is then never made as a whole, and the result
+    is the same to the last bit: Pillow scales every row by itself, which leaves rows of zeros alone, and then columns.
+    """
+
+    def __init__(self, pad: SquarePad, resolution: int) -> None:
+        self.pad = pad
+        self.resize = Resize(resolution, interpolation=InterpolationMode.BICUBIC)
+        self.resolution = resolution
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """The image in its own mode, its shorter side `resolution` pixels long."""
+        across, down = self.pad.margins(*image.size)
+        width = image.width + 2 * across
+        height = image.height + 2 * down
+        if width * height <= MOST_PADDED or image.size == (width, height):
+            return self.resize(self.pad(image))
+        if image.mode in PREMULTIPLIED:
+            return self(image.convert(PREMULTIPLIED[image.mode])).convert(image.mode)
+        short = min(width, height)
+        size = (int(self.resolution * width / short), int(self.resolution * height / short))
+        narrow = Image.new(image.mode, (size[0], height))
+        rows = max(STRIP // width, 1)
+        for top in range(0, image.height, rows):
+            strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+            padded = F.pad(strip, [across, 0], 0, padding_mode="constant")
+            narrow.paste(
+                padded.resize((size[0], strip.height), Image.Resampling.BICUBIC), (0, down + top)
+            )
+        if padded.palette:
+            narrow.putpalette(padded.getpalette())
+        return narrow.resize(size, Image.Resampling.BICUBIC)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -75,17 +117,14 @@ def make_preprocess(transform: str, target_ratio: float, resolution: int) -> Com
         target_ratio: longest to shortest side from which on targetpad pads.
         resolution: of the model's input, in pixels.
     """
-    steps: list[Callable[[Any], Any]] = [
-        Resize(resolution, interpolation=InterpolationMode.BICUBIC),
-        CenterCrop(resolution),
-        to_rgb,
-        PILToTensor(),
-    ]
+    resize: Callable[[Image.Image], Image.Image] = Resize(
+        resolution, interpolation=InterpolationMode.BICUBIC
+    )
     if transform == "squarepad":
-        steps.insert(0, SquarePad())
+        resize = PadAndResize(SquarePad(), resolution)
     elif transform == "targetpad":
-        steps.insert(0, TargetPad(target_ratio))
-    return Compose(steps)
+        resize = PadAndResize(TargetPad(target_ratio), resolution)
+    return Compose([resize, CenterCrop(resolution), to_rgb, PILToTensor()])
 
 
 def normalise(pixels: Tensor) -> Tensor:

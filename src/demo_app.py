@@ -6,12 +6,17 @@ It serves this machine alone unless --host says otherwise. It needs requirements
 """
 
 import argparse
+import contextlib
 import functools
+import importlib.util
 import logging
 import os
 import random
+import socket
 import tempfile
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +28,13 @@ from cli.flag_types import port
 from cli.parsers import ScriptParser
 from cli.startup import check_files, pick_device
 from image_search.dialogue import MOST_BYTES, Dialogue
+from image_search.guard import KEPT_FOR, MOST_KEPT, Guard, Hosts, drop_settings, tidy
 from image_search.manifest import check_index
 from image_search.photos import KINDS, small_image
 from reports import pages
 from reports.sheets import shares
-from utils import UserError, command, first_line
+from runtime import interruption
+from utils import Stopped, UserError, command, first_line
 
 if TYPE_CHECKING:
     from image_search.searcher import Searcher
@@ -37,7 +44,10 @@ logger = logging.getLogger(__name__)
 CHOICES = 40  # images to choose a reference from
 SIDE = 320  # pixels of an image on the page
 HISTORY_SIDE = 80  # pixels of an image in the history
-UPLOADS_KEPT = 3600  # seconds
+GRACE = 1  # seconds that answers may still take when the page ends
+LONGEST_END = 5  # seconds; a container is killed after ten
+TIDIED_EVERY = 10  # seconds
+LOOKED_EVERY = 0.2  # seconds, for a signal
 TITLE = "Composed image retrieval"
 STYLE = """
 #reference img { width: 100%; height: 100%; object-fit: contain; }
@@ -51,7 +61,8 @@ STYLE = """
 #results .caption-label { position: static; max-width: none; border: none; }
 #results .caption-label { white-space: normal; overflow-wrap: anywhere; }
 .steps { padding-left: 1.2rem; overflow-wrap: anywhere; }
-.steps img { display: inline; height: 40px; vertical-align: middle; margin: 2px 6px 2px 0; }
+.steps img { display: inline; width: auto; height: auto; max-height: 40px; max-width: 100%; }
+.steps img { vertical-align: middle; margin: 2px 6px 2px 0; }
 .bars { display: grid; grid-template-columns: auto 1fr auto; gap: 2px 8px; align-items: center; }
 .bars i { display: block; height: 10px; border-radius: 3px; background: var(--primary-500, #2166ac); }
 footer { display: none !important; }
@@ -72,17 +83,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--host", default="127.0.0.1", help="0.0.0.0 for other machines (default: 127.0.0.1)"
     )
     group.add_argument("--port", type=port, default=7860, help="(default: 7860)")
+    group.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name of the page, as of a proxy in front of it; may be repeated",
+    )
     options.add_k(group, default=12)
     return parser.parse_args(argv)
 
 
-def import_gradio() -> Any:
-    """Gradio, which only the page needs."""
-    try:
-        import gradio
-    except ImportError:
-        raise UserError("the page needs Gradio: pip install -r requirements-app.txt") from None
-    return gradio
+def check_gradio() -> None:
+    """Raise UserError where Gradio is not installed, which only the page needs."""
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("the page needs Gradio: pip install -r requirements-app.txt")
 
 
 def history(dialogue: Dialogue) -> str:
@@ -91,7 +106,7 @@ def history(dialogue: Dialogue) -> str:
         return "<p>Choose an image below, or upload one.</p>"
     lines = []
     for step in dialogue.steps:
-        jpeg = pages.jpeg(small_image(step.reference, HISTORY_SIDE), HISTORY_SIDE)
+        jpeg = pages.jpeg(step.picture(HISTORY_SIDE), HISTORY_SIDE)
         url = pages.data_url(jpeg, "image/jpeg")
         asked = pages.text(f"“{step.text}”") if step.found else ""
         lines.append(f'<li><img src="{url}" alt="{pages.text(step.reference.name)}">{asked}</li>')
@@ -109,7 +124,7 @@ def shown(dialogue: Dialogue, unasked: Any) -> tuple:
     step = dialogue.last
     if step is None:
         return dialogue, None, unasked, [], "", "", history(dialogue)
-    reference = small_image(step.reference, SIDE)
+    reference = step.picture(SIDE)
     text = step.text or unasked
     if step.found is None:
         return dialogue, reference, text, [], "", "", history(dialogue)
@@ -225,13 +240,18 @@ def wire(gradio: Any, page: Any, parts: Parts, *, searcher: "Searcher", k: int) 
         return *random_images(), *shown(Dialogue(), "")
 
     def choose(dialogue: Dialogue, rows: list[int], event: gradio.SelectData) -> Dialogue:
-        return dialogue.choose(searcher, rows[event.index])
+        place = event.index
+        return dialogue.choose(searcher, rows[place] if 0 <= place < len(rows) else -1)
 
     def choose_answer(dialogue: Dialogue, event: gradio.SelectData) -> Dialogue:
         return dialogue.choose_answer(searcher, event.index)
 
     def upload(dialogue: Dialogue, name: str) -> Dialogue:
-        return dialogue.upload(Path(name))
+        file = Path(name)
+        try:
+            return dialogue.upload(searcher, file)
+        finally:
+            file.unlink(missing_ok=True)
 
     def ask(dialogue: Dialogue, text: str) -> Dialogue:
         return dialogue.ask(searcher, text, k)
@@ -246,32 +266,84 @@ def wire(gradio: Any, page: Any, parts: Parts, *, searcher: "Searcher", k: int) 
     parts.undo.click(safely(Dialogue.undo), [parts.dialogue], parts.outputs)
 
 
-def build(searcher: "Searcher", k: int) -> Any:
-    """The page, with handlers for a searcher that answers k images."""
-    gradio = import_gradio()
-    delete_cache = (UPLOADS_KEPT, UPLOADS_KEPT)  # how often it is looked at, and the age that goes
-    with gradio.Blocks(title=TITLE, analytics_enabled=False, delete_cache=delete_cache) as page:
+def build(searcher: "Searcher", k: int, uploads: Path) -> Any:
+    """The page, with handlers for a searcher that answers k images.
+
+    Args:
+        uploads: the folder of what is uploaded and of the images that are shown.
+    """
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)  # before it is imported, which makes the folder
+    import gradio
+
+    with gradio.Blocks(title=TITLE, analytics_enabled=False) as page:
         wire(gradio, page, lay_out(gradio), searcher=searcher, k=k)
     return page
 
 
-def launch(page: Any, host: str, port: int, **settings: Any) -> Any:
-    """Serve the page. Its fonts are the system's, so that nothing is requested from other hosts."""
-    theme = import_gradio().themes.Default(
+def application(page: Any, hosts: Hosts, uploads: Path) -> Guard:
+    """The page as an ASGI application. Its fonts are the system's, so that nothing is requested from other hosts."""
+    import gradio
+    from fastapi import FastAPI
+
+    from image_search.messages import events_of
+
+    theme = gradio.themes.Default(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )
-    return page.launch(
-        server_name=host,
-        server_port=port,
+    os.environ["GRADIO_RUN_HISTORY"] = "False"  # browsers would keep all searches
+    bare = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    served = gradio.mount_gradio_app(
+        bare,
+        page,
+        path="/",
         max_file_size=MOST_BYTES,
-        share=False,
+        show_error=False,
+        enable_monitoring=False,
+        ssr_mode=False,
         mcp_server=False,
+        pwa=False,
+        footer_links=[],
         theme=theme,
         css=STYLE,
-        show_error=True,
-        quiet=True,
-        **settings,
     )
+    page.has_launched = True  # from now on Gradio checks the paths that it is sent
+    page.is_running = True
+    return Guard(served, hosts, events=events_of(page.config), uploads=uploads)
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket at an address, which nobody else can take from now on. Raises UserError if somebody has."""
+    try:
+        family, *_, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"--host {host} --port {port}: {reason}; choose another") from None
+    return bound
+
+
+@contextlib.contextmanager
+def served(app: Guard, bound: socket.socket) -> Iterator[threading.Thread]:
+    """Serve in a thread, which listens when the context begins and has answered when it ends."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        app, log_level="warning", ws="none", timeout_graceful_shutdown=GRACE, server_header=False
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive() and not server.started:
+            thread.join(0.01)
+        if not server.started:
+            raise RuntimeError("the server did not start: what is above says why")
+        yield thread
+    finally:
+        server.should_exit = True
+        thread.join(LONGEST_END)
 
 
 @command
@@ -280,20 +352,42 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check_files(args)
     check_index(args.index)
-    import_gradio()
+    if ignored := drop_settings():
+        logger.warning("warning: %s of the environment is ignored here", ", ".join(ignored))
+    check_gradio()
+    bound = bound_socket(args.host, args.port)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio's requests to itself
 
     from image_search.searcher import load_searcher
 
     searcher = load_searcher(args.index, options.pair_choice(args), pick_device(args.device))
-    with tempfile.TemporaryDirectory() as uploads:  # deleted when the page ends
-        os.environ["GRADIO_TEMP_DIR"] = uploads
-        page = build(searcher, args.k)
-        logger.info("%d images; http://%s:%d", len(searcher.index.paths), args.host, args.port)
-        try:
-            launch(page, args.host, args.port)
-        except OSError as error:
-            raise UserError(f"--port {args.port}: {first_line(error)}; choose another") from None
+    hosts = Hosts(args.host, args.allow_host)
+    # All signals that end a process are waited for, so that what is on the disk goes with the page.
+    with (
+        interruption.listening(interruption.heeded_endings()) as stop,
+        tempfile.TemporaryDirectory(prefix="demo_app-", ignore_cleanup_errors=True) as folder,
+    ):
+        uploads = Path(folder)
+        page = build(searcher, args.k, uploads)
+        with served(application(page, hosts, uploads), bound) as server:
+            shown_host = f"[{args.host}]" if ":" in args.host.strip("[]") else args.host
+            logger.info("%d images; http://%s:%d", len(searcher.index.paths), shown_host, args.port)
+            wait(server, stop, uploads)
+    if stop.requested == "SIGINT":
+        raise KeyboardInterrupt
+    if not stop.requested:
+        raise RuntimeError("the server ended by itself: what is above says why")
+    raise Stopped(stop.requested, "start it again with the same command")
+
+
+def wait(server: threading.Thread, stop: interruption.StopRequest, uploads: Path) -> None:
+    """Wait until the server ends or a signal asks for it, and keep the folder of uploads small."""
+    tidied = time.monotonic()
+    while server.is_alive() and not stop.requested:
+        server.join(LOOKED_EVERY)
+        if time.monotonic() - tidied > TIDIED_EVERY:
+            tidy(uploads, MOST_KEPT, KEPT_FOR)
+            tidied = time.monotonic()
 
 
 if __name__ == "__main__":

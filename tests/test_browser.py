@@ -17,8 +17,10 @@ from PIL import Image
 import demo_app
 import search
 import visualize
-from forks import HANG, free_port
+from forks import HANG
+from image_search.guard import Hosts
 from image_search.searcher import load_searcher
+from reports import pages, sheets
 from runtime.choices import PairChoice
 from test_dialogue import bad_uploads
 from test_search import images
@@ -56,6 +58,15 @@ CUT = """selector => [...document.querySelectorAll(selector)].filter(element => 
     }
     return false;
 }).map(element => element.alt || element.innerText || element.src.slice(0, 80))"""
+
+# Images that are shown in another proportion than they have, but for a pixel, and fill what surrounds them.
+SQUEEZED = """selector => [...document.querySelectorAll(selector)].filter(image => {
+    if (image.closest(".thumbnail-item, #reference") && getComputedStyle(image).objectFit === "contain") return false;
+    const box = image.getBoundingClientRect();
+    const [width, height] = [image.naturalWidth, image.naturalHeight];
+    return Math.abs(box.width * height - box.height * width) > Math.max(width, height);
+}).map(image => `${image.alt}: ${image.width} x ${image.height} of ${image.naturalWidth} x ${image.naturalHeight}`)"""
+SHAPES = [(640, 40), (40, 640), (400, 225), (225, 400), (300, 300), (900, 1), (1, 900)]
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +195,34 @@ def test_pages_render_without_errors_on_wide_and_narrow_screens(files, open_page
             )
             assert page.evaluate(broken) == 0, name
             assert page.evaluate(CUT, "img, figcaption") == [], (name, width)
+            assert page.evaluate(SQUEEZED, "img") == [], (name, width)
             assert page.locator("h1").count() == 1
+
+
+def test_images_of_every_shape_keep_their_proportion(open_page, tmp_path):
+    thumbnails = {}
+    for shape in SHAPES:
+        thumbnails[str(shape)] = pages.jpeg(Image.new("RGB", shape), sheets.SIDES[0])
+    answers = [(name, 0.5) for name in thumbnails]
+    cards = []
+    for name in thumbnails:
+        ranking = {"gallery": sheets.Row(answers, 0)}
+        cards.append(
+            sheets.Card(label="1", caption="", reference=name, target=name, rows=ranking, bars={})
+        )
+    first = str(SHAPES[0])
+    written = {
+        "sheet": sheets.sheet("sheet", "", {"all": cards}, thumbnails),
+        "answers": sheets.results_page("x", first, answers, about="", thumbnails=thumbnails),
+    }
+    for name, text in written.items():
+        file = tmp_path / f"{name}.html"
+        file.write_text(text)
+        for width in (1280, 320):
+            page = open_page(file.as_uri(), width)
+            page.evaluate("Promise.all([...document.images].map(i => i.decode()))")
+            assert page.evaluate(SQUEEZED, "img") == [], (name, width)
+            assert page.evaluate(CUT, "img, figcaption") == [], (name, width)
 
 
 # The search page
@@ -229,11 +267,12 @@ def address(searcher, tmp_path_factory):
     """Where the page is served."""
     pytest.importorskip("gradio", reason="gradio is not installed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-        page, port = demo_app.build(searcher, 8), free_port()
-        demo_app.launch(page, "127.0.0.1", port, prevent_thread_lock=True)
-        yield f"http://127.0.0.1:{port}"
-        page.close()
+        patch.setenv("GRADIO_TEMP_DIR", "")  # put back at the end
+        uploads = tmp_path_factory.mktemp("uploads")
+        page = demo_app.build(searcher, 8, uploads)
+        bound = demo_app.bound_socket("127.0.0.1", 0)
+        with demo_app.served(demo_app.application(page, Hosts("127.0.0.1"), uploads), bound):
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}"
 
 
 @pytest.fixture
@@ -341,6 +380,24 @@ def test_upload_and_bad_uploads(app, tmp_path):
         page.wait_for_timeout(100)
     ask(page, "is blue")
     page.wait_for_function("document.querySelector('#history').innerText.includes('is blue')")
+
+
+@pytest.mark.parametrize("width", [1280, 320])
+def test_uploads_of_every_shape_keep_their_proportion(width, app, tmp_path):
+    page = app(width)
+    for number, shape in enumerate(SHAPES, start=1):
+        Image.new("RGB", shape, "teal").save(tmp_path / f"{number}.png")
+        page.set_input_files(
+            "#upload input, input#upload, input[type=file]", str(tmp_path / f"{number}.png")
+        )
+        wait_for_steps(page, number)
+        ask(page, f"is red {number}")
+        page.wait_for_function(
+            f"document.querySelector('#history').innerText.includes('is red {number}')"
+        )
+        assert page.evaluate(SQUEEZED, "img") == [], shape
+        assert page.evaluate(CUT, "#history img") == [], shape
+    assert page.errors == []
 
 
 def test_an_empty_and_a_long_text(app):

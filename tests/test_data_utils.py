@@ -8,8 +8,11 @@ import signal
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+import data_utils
 from benchmarks.image_check import TOO_LARGE, inspect
 from benchmarks.splits import check_images_exist
 from data_utils import (
@@ -26,7 +29,7 @@ from data_utils import (
 )
 from forks import family
 from runtime import interruption
-from runtime.image_files import decoded
+from runtime.image_files import LONGEST_SIDE, decoded
 from utils import UserError
 
 MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"]
@@ -100,6 +103,43 @@ def test_every_mode_becomes_normalised_pixels(mode, transform):
 @pytest.mark.parametrize("size", [(1, 2000), (2000, 1), (1, 1)])
 def test_extreme_aspect_ratios(transform, size):
     assert make_preprocess(transform, 1.25, 32)(picture("RGB", *size)).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(data=st.data())
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_long_image_is_padded_in_strips_to_the_last_bit(mode, data):
+    """Against padding as a whole, which smaller images get."""
+    size = data.draw(st.tuples(st.integers(1, 120), st.integers(1, 120)), label="size")
+    transform = data.draw(st.sampled_from(["squarepad", "targetpad"]), label="transform")
+    resolution = data.draw(st.integers(1, 40), label="resolution")
+    resize = make_preprocess(transform, 1.25, resolution).transforms[0]
+    image = picture(mode, *size)
+    whole = resize(image)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_utils, "MOST_PADDED", 0)
+        patch.setattr(data_utils, "STRIP", data.draw(st.integers(1, 3000), label="strip"))
+        in_strips = resize(image)
+    assert (in_strips.mode, in_strips.size) == (whole.mode, whole.size)
+    assert in_strips.tobytes() == whole.tobytes()
+    assert in_strips.convert("RGB").tobytes() == whole.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("transform", ["squarepad", "targetpad"])
+@pytest.mark.parametrize("size", [(1, LONGEST_SIDE), (LONGEST_SIDE, 1), (16_000, 3000)])
+def test_no_image_takes_more_memory_than_a_few_of_its_size(transform, size, monkeypatch):
+    made = []
+    real = Image.new
+
+    def new(mode, size, *how):
+        made.append(size[0] * size[1])
+        return real(mode, size, *how)
+
+    image = Image.new("L", size)
+    monkeypatch.setattr(Image, "new", new)
+    make_preprocess(transform, 1.25, 32)(image)
+    assert made
+    assert max(made) <= max(data_utils.STRIP, size[0] * size[1])
 
 
 def test_preprocess_is_clips_own_where_nothing_is_padded():

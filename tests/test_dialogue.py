@@ -10,7 +10,7 @@ from PIL import Image
 
 import search
 from demo_app import history, shown
-from image_search.dialogue import MOST_BYTES, Dialogue, check_upload
+from image_search.dialogue import MOST_BYTES, MOST_STEPS, Dialogue, check_upload
 from image_search.searcher import load_searcher
 from reports import pages
 from reports.sheets import shares
@@ -67,6 +67,14 @@ def test_a_dialogue_goes_on_from_an_answer_and_back(searcher):
     assert Dialogue().undo() == Dialogue()
 
 
+def test_a_dialogue_keeps_its_last_steps(searcher):
+    dialogue = Dialogue()
+    for number in range(MOST_STEPS + 3):
+        dialogue = dialogue.choose(searcher, number % 12).ask(searcher, f"step {number}", 1)
+    assert len(dialogue.steps) == MOST_STEPS
+    assert dialogue.last.text == f"step {MOST_STEPS + 2}"
+
+
 def test_a_reference_that_was_not_asked_with_gives_way(searcher):
     dialogue = Dialogue().choose(searcher, 1).choose(searcher, 2)
     assert names(dialogue) == [searcher.index.paths[2].name]
@@ -86,8 +94,11 @@ def test_what_cannot_be_done_is_said(searcher):
         Dialogue().ask(searcher, "is red", 3)
     with pytest.raises(UserError, match="text is empty"):
         Dialogue().choose(searcher, 0).ask(searcher, "  ", 3)
-    with pytest.raises(UserError, match="no such image"):
-        Dialogue().choose(searcher, 12)
+    with pytest.raises(UserError, match=r"2,001 characters: say it in 2,000 at most"):
+        Dialogue().choose(searcher, 0).ask(searcher, "a" * 2001, 3)
+    for row in (12, -1):
+        with pytest.raises(UserError, match="no such image"):
+            Dialogue().choose(searcher, row)
     for dialogue in (Dialogue(), Dialogue().choose(searcher, 0)):
         with pytest.raises(UserError, match="no such answer"):
             dialogue.choose_answer(searcher, 0)
@@ -167,13 +178,20 @@ def test_uploads_that_are_refused(tmp_path):
         with pytest.raises(UserError, match=message) as error:
             check_upload(tmp_path / name)
         assert name in str(error.value)
+        assert str(tmp_path) not in str(error.value)
 
 
 def test_an_upload_is_asked_with(searcher, tmp_path):
     Image.new("RGB", (50, 40), "red").save(tmp_path / "mine.png")
-    asked = Dialogue().upload(tmp_path / "mine.png").ask(searcher, "is blue", 4)
+    uploaded = Dialogue().upload(searcher, tmp_path / "mine.png")
+    whole = searcher.reference_features(tmp_path / "mine.png")
+    (tmp_path / "mine.png").unlink()  # its file is not needed any more
+    asked = uploaded.ask(searcher, "is blue", 4)
     assert asked.last.row is None
-    assert len(asked.last.found.answers) == 4
+    assert asked.last.found == searcher.search(whole, "is blue", 4)
+    assert shown(asked, "")[1].size == (50, 40)
+    assert asked.last.picture(10).size == (10, 8)
+    assert "mine.png" in history(asked)
 
 
 def test_what_the_page_shows(searcher):

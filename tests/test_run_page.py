@@ -62,6 +62,23 @@ def test_without_weights_there_is_nothing_to_validate(run, drawn):
     assert set(commands((folder / "index.html").read_text())) == {"reproduce"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [[7], [0, 3]])
+def test_a_run_of_several_seeds_has_a_page_that_leads_to_theirs(seeds, stage_2):
+    folder = stage_2("CIRR", "--seeds", *seeds)
+    page = (folder / "index.html").read_text()
+    links = re.findall(r'<a href="([^"]*)">(.*?)</a>', page)
+    assert links == [(f"seed_{seed}/index.html", f"seed {seed}") for seed in seeds]
+    for address, _ in links:
+        assert "2 of 2 epochs, complete" in (folder / address).read_text()
+    summary = json.loads((folder / "best_metrics.json").read_text())
+    assert summary["chosen_by"] in page
+    for metrics in (*summary["seeds"].values(), summary["mean"]):
+        assert f">{metrics['recall_at1']:.2f}<" in page
+    assert ("standard deviation" in page) == (len(seeds) > 1)
+    assert not re.search(r"src=\"(?!data:)", page)
+
+
 def about(**changes) -> About:
     return About(
         titles={"r": "R@1"},

@@ -18,6 +18,8 @@ from runtime.choices import PairChoice
 from runtime.files import file_identities, file_size
 from utils import UserError
 
+MOST_CHARACTERS = 2000  # of a text; many times what CLIP reads
+
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
@@ -82,6 +84,10 @@ class Searcher:
         text = text.strip()
         if not text:
             raise UserError("the text is empty: say what to change")
+        if len(text) > MOST_CHARACTERS:
+            raise UserError(
+                f"the text has {len(text):,} characters: say it in {MOST_CHARACTERS:,} at most"
+            )
         note = ""
         if not fits(text):
             note = "the text has more than 77 tokens: what is beyond them was left out"

@@ -122,6 +122,28 @@ def _best(about: About, validations: Rows) -> str:
     return pages.matrix(list(about.titles.values()), lines)
 
 
+def seeds_page(
+    name: str, about: str, table: Mapping[str, Mapping[str, str]], addresses: Mapping[str, str]
+) -> str:
+    """The page of a run with several seeds.
+
+    Args:
+        table: of each seed, and of all together -> title of a metric -> how it is written.
+        addresses: seed -> where its own page lies.
+    """
+    columns = list(next(iter(table.values())))
+    links = []
+    for seed, address in addresses.items():
+        links.append(f'<li><a href="{pages.text(address)}">{pages.text(seed)}</a></li>')
+    parts = [
+        f"<p>{pages.text(about)}</p>",
+        pages.matrix(columns, {row: list(cells.values()) for row, cells in table.items()}),
+        "<h2>Their pages</h2>",
+        f"<ul>{''.join(links)}</ul>",
+    ]
+    return pages.page(name, parts)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Panel:
     """One of the pictures beside each other: columns of a CSV file over the epochs."""

@@ -1,6 +1,7 @@
 """Retrieval sheets: queries with what was retrieved for them, as a self-contained page."""
 
 import base64
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from runtime.image_files import decoded
 from utils import UserError, first_line
 
 MOST_BYTES = 14_000_000  # of thumbnails in a page, which base64 makes a third longer
+PLACE = (180, 110)  # pixels that an image fills on a page, at most in width and height
 SIDES = (176, 144, 112, 88, 64)  # pixels of a thumbnail; the largest is taken that fits
 
 Answers = Sequence[tuple[str, float]]  # (image, similarity), the nearest first
@@ -26,8 +28,8 @@ STYLE = """
 .caption { font-weight: 600; margin: .3rem 0; overflow-wrap: anywhere; }
 .rank, .about { color: #777; font-size: 13px; overflow-wrap: anywhere; }
 .row { display: flex; flex-wrap: wrap; gap: .5rem; padding: 3px 3px .5rem; }
-figure { margin: 0; flex: none; max-width: 180px; }
-figure img { display: block; height: 110px; width: auto; object-fit: contain; border-radius: 4px; }
+figure { margin: 0; flex: none; max-width: min(180px, 100%); } /* as in PLACE */
+figure img { display: block; max-width: 100%; height: auto; border-radius: 4px; }
 figure.target img { outline: 3px solid var(--mark); }
 figcaption { font-size: 12px; color: #777; overflow-wrap: anywhere; }
 figure.target figcaption { color: var(--mark); font-weight: 600; }
@@ -140,45 +142,69 @@ def sheet(
     title: str, about: str, sections: Mapping[str, Sequence[Card]], thumbnails: Mapping[str, bytes]
 ) -> str:
     """A page of queries in sections; each image is in it once."""
-    keys = _keys(thumbnails)
+    pictures = _pictures(thumbnails)
     parts = [f'<p class="about">{pages.text(about)}</p>']
     for name, cards in sections.items():
         parts.append(f"<h2>{pages.text(name)}</h2>")
-        parts += [_query(card, keys) for card in cards]
-    return pages.page(title, parts, style=STYLE, script=_script(keys, thumbnails))
+        parts += [_query(card, pictures) for card in cards]
+    return pages.page(title, parts, style=STYLE, script=_script(pictures, thumbnails))
 
 
-def _keys(thumbnails: Mapping[str, bytes]) -> dict[str, str]:
-    """Image name -> the short key that stands for it in the page."""
-    return {name: str(number) for number, name in enumerate(thumbnails)}
+@dataclass(frozen=True)
+class Picture:
+    """An image as a page shows it.
+
+    Attributes:
+        key: a short one, which stands for it in the page.
+        width: pixels, in the proportion of the image; so is the height.
+    """
+
+    key: str
+    width: int
+    height: int
 
 
-def _query(card: Card, keys: Mapping[str, str]) -> str:
+def _pictures(thumbnails: Mapping[str, bytes]) -> dict[str, Picture]:
+    """Image name -> how it is shown."""
+    pictures = {}
+    for number, (name, jpeg) in enumerate(thumbnails.items()):
+        with Image.open(io.BytesIO(jpeg)) as image:
+            scale = min(PLACE[0] / image.width, PLACE[1] / image.height)
+            size = [max(round(side * scale), 1) for side in image.size]
+        pictures[name] = Picture(str(number), *size)
+    return pictures
+
+
+def _query(card: Card, pictures: Mapping[str, Picture]) -> str:
     """A card in HTML."""
     rows = []
     for title, row in card.rows.items():
         figures = []
         for place, (name, similarity) in enumerate(row.answers, start=1):
             label = f"{place}. {similarity:.3f}"
-            figures.append(_figure(keys, name, label, is_target=name == card.target))
+            figures.append(_figure(pictures, name, label, is_target=name == card.target))
         if card.target not in row.names:
             figures.append(
-                _figure(keys, card.target, f"{row.rank + 1}. the target", is_target=True)
+                _figure(pictures, card.target, f"{row.rank + 1}. the target", is_target=True)
             )
         rows.append(f'<div class="rank">{pages.text(title)}: target at place {row.rank + 1}</div>')
         rows.append(f'<div class="row">{"".join(figures)}</div>')
     return (
-        f'<div class="query"><div>{_figure(keys, card.reference, card.label)}'
+        f'<div class="query"><div>{_figure(pictures, card.reference, card.label)}'
         f'<p class="caption">{pages.text(card.caption)}</p>{pages.bars(card.bars)}</div>'
         f"<div>{''.join(rows)}</div></div>"
     )
 
 
-def _figure(keys: Mapping[str, str], name: str, label: str, *, is_target: bool = False) -> str:
+def _figure(
+    pictures: Mapping[str, Picture], name: str, label: str, *, is_target: bool = False
+) -> str:
     kind = ' class="target"' if is_target else ""
     escaped = pages.text(name)
+    shown = pictures[name]
+    size = f'width="{shown.width}" height="{shown.height}"'
     return (
-        f'<figure{kind} title="{escaped}"><img data-name="{keys[name]}" alt="{escaped}">'
+        f'<figure{kind} title="{escaped}"><img data-name="{shown.key}" {size} alt="{escaped}">'
         f"<figcaption>{pages.text(label)}</figcaption></figure>"
     )
 
@@ -191,19 +217,21 @@ def results_page(
     Args:
         thumbnails: image -> its thumbnail, the reference's too.
     """
-    keys = _keys(thumbnails)
+    pictures = _pictures(thumbnails)
     figures = []
     for place, (name, similarity) in enumerate(answers, start=1):
-        figures.append(_figure(keys, name, f"{place}. {similarity:.3f} {Path(name).name}"))
+        figures.append(_figure(pictures, name, f"{place}. {similarity:.3f} {Path(name).name}"))
     parts = [
         f'<p class="about">{pages.text(about)}</p>',
-        _figure(keys, reference, "reference"),
+        _figure(pictures, reference, "reference"),
         f'<div class="row">{"".join(figures)}</div>',
     ]
-    return pages.page(title, parts, style=STYLE, script=_script(keys, thumbnails))
+    return pages.page(title, parts, style=STYLE, script=_script(pictures, thumbnails))
 
 
-def _script(keys: Mapping[str, str], thumbnails: Mapping[str, bytes]) -> str:
+def _script(pictures: Mapping[str, Picture], thumbnails: Mapping[str, bytes]) -> str:
     """JavaScript that holds each image once and puts it in all its places."""
-    content = {keys[name]: base64.b64encode(jpeg).decode() for name, jpeg in thumbnails.items()}
+    content = {}
+    for name, jpeg in thumbnails.items():
+        content[pictures[name].key] = base64.b64encode(jpeg).decode()
     return f"const pictures = {json.dumps(content)};{SCRIPT}"

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from runtime import torchrun
 from utils import Stopped
@@ -14,6 +14,10 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasa
 # How worker processes are started: where they are forked, their parent is the process that they work for, which
 # `heed_parent_alone` needs. It was Python's own choice on Linux until 3.14.
 START_METHOD = "fork" if sys.platform == "linux" else None
+# What ends a process that saves nothing: a container, a terminal, a terminal that is closed.
+ENDING = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+)
 PATIENCE = 5  # seconds between two looks of a worker at whether its parent is still there
 
 
@@ -51,19 +55,24 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[StopRequest]:
-    """Take the signals as requests until the end of the context, which restores what they did before.
+def listening(signals: Collection[signal.Signals] = SIGNALS) -> Iterator[StopRequest]:
+    """Take signals as requests until the end of the context, which restores what they did before.
 
     Signals reach the main thread alone; in another thread nothing is heard.
     """
     request = StopRequest()
-    heard = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    heard = signals if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, request.handle) for number in heard}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def heeded_endings() -> list[signal.Signals]:
+    """The signals that end this process; those that `nohup` or a shell lets it ignore are not among them."""
+    return [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
 
 
 @contextlib.contextmanager
