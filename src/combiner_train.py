@@ -73,6 +73,7 @@ def prepare(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -
     from models.encoder import load_encoder, versions, weights_digest
     from models.features import FeatureCache, freeze, freeze_queries
     from training.data import read_training_data
+    from training.stage2 import check_memory
 
     device, tracker = training.start(args)
     tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
@@ -87,7 +88,10 @@ def prepare(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -
         versions=versions(),
     )
     with torch.device("meta"):
-        build_combiner(settings.table)  # refuses impossible sizes before anything is encoded
+        combiner = build_combiner(
+            settings.table
+        )  # refuses impossible sizes before anything is encoded
+    check_memory(combiner, device)
     if args.resume:
         settings = started_with(args.resume, settings)
     cache = FeatureCache(args.feature_cache, dataclasses.replace(encoder, between=stop.check))

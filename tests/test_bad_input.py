@@ -361,6 +361,21 @@ def test_a_batch_larger_than_the_training_set(door, drawn, name, fails):
     assert "40 triplets" in error
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ["--hidden-dim", 100_000, "--projection-dim", 100_000],
+        ["--num-experts", 4096, "--hidden-dim", 100_000],
+        ["--combiner-type", "clip4cir", "--hidden-dim", 100_000, "--projection-dim", 100_000],
+    ],
+)
+def test_a_combiner_that_no_memory_holds_is_refused_before_it_takes_any(sizes, drawn, name, fails):
+    flags = [*name, "--no-feature-cache", "--num-epochs", 1, "--batch-size", 12, *sizes]
+    error = fails("combiner_train", drawn, *CIRR, *flags)
+    assert "--hidden-dim" in error
+    assert "GiB" in error
+
+
 def test_submission_names_stay_in_their_folder(drawn, name, fails):
     assert "--submission-name" in fails(
         "cirr_test_submission", drawn, "--submission-name", "../x", *SUM, *name

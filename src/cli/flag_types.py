@@ -49,7 +49,7 @@ def number(least: float, most: float) -> Callable[[str], float]:
 positive_int = whole_number(1, MILLION)
 natural_int = whole_number(0, MILLION)
 seed_int = whole_number(0, 2**32 - 1)
-workers = whole_number(0, 1024)
+workers = whole_number(0, 256)  # a process of some hundred megabytes each
 rows = whole_number(1, 10**9)  # of a table in memory: as many as there are, if fewer
 width = whole_number(1, 100_000)  # of a layer
 expert_count = whole_number(1, 4096)

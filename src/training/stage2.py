@@ -1,5 +1,6 @@
 """What stage 2 learns: a Combiner, on features of a frozen CLIP."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -12,6 +13,9 @@ from models.features import FrozenSplit
 from models.routing import router_statistics
 from training.data import Order
 from training.loop import Batch, Batches, Task, average, measured_weights, trainable
+from utils import UserError
+
+KEPT_PER_WEIGHT = 4  # float32 numbers: itself, its gradient, and the two averages of Adam
 
 
 class ComposedFeatures(nn.Module):
@@ -33,6 +37,30 @@ class ComposedFeatures(nn.Module):
             queries, logits = self.combiner.routed(images, captions)
             return queries, targets, logits
         return self.combiner(images, captions), targets
+
+
+def check_memory(combiner: nn.Module, device: torch.device) -> None:
+    """Refuse a Combiner whose training takes more memory than there is, before it takes what others need.
+
+    Args:
+        combiner: without data.
+
+    Raises:
+        UserError: its weights, their gradients and Adam's two averages alone are more than the machine or GPU has.
+    """
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:  # Windows
+        return
+    parameters = sum(weight.numel() for weight in combiner.parameters())
+    needed = parameters * KEPT_PER_WEIGHT * 4
+    if needed > memory:
+        raise UserError(
+            f"a Combiner of {parameters:,} parameters takes {needed / 2**30:,.0f} GiB to train, and {device} has "
+            f"{memory / 2**30:,.0f}: lower --hidden-dim, --projection-dim or --num-experts"
+        )
 
 
 def combiner_training(
