@@ -496,10 +496,12 @@ def test_weights_of_another_benchmark_are_said(dataset, golden, run, tmp_path, c
     assert f"r: its clip was trained on {other}" in out
 
 
-def clip_of(drawn: Path, folder: Path, dataset: str | None = None, scale: float = 1) -> list:
-    """Flags for a tiny CLIP whose fine-tuned weights say what they learned; a scale of 0 leaves no features."""
+def clip_of(drawn: Path, folder: Path, dataset: str | None = None, collapsed: bool = False) -> list:
+    """Flags for a tiny CLIP whose fine-tuned weights say what they learned; collapsed ones see no image."""
     state = torch.load(drawn / "tiny_clip_vit.pt", weights_only=True)
-    state["visual.proj"] *= scale
+    if collapsed:
+        state["visual.ln_post.weight"] *= 0
+        state["visual.ln_post.bias"] += 1
     config = {} if dataset is None else {"dataset": dataset}
     torch.save({"CLIP": state, "config": config}, folder / "tuned.pt")
     return [
@@ -526,7 +528,7 @@ def test_a_training_on_weights_of_another_benchmark(stage_2, drawn, tmp_path, ca
 )
 def test_results_of_collapsed_weights_are_refused(words, drawn, fails, tmp_path):
     door, *flags = words
-    flags += ["--combining-function", "sum", *clip_of(drawn, tmp_path, scale=0)]
+    flags += ["--combining-function", "sum", *clip_of(drawn, tmp_path, collapsed=True)]
     assert "every image is equally near to every query" in fails(door, drawn, *flags)
     assert not (tmp_path / "out").exists()
 
