@@ -302,7 +302,9 @@ def refuse_each_wrong_value(kind: str, content, read, *, names=(), nullable=(), 
             told = str(error)
             assert len(told.splitlines()) == 1
             assert all(name in told for name in names), told
-            assert not steps or any(str(step) in told for step in steps[-2:]), (steps, told)
+            # The field, what it is in, or the last that has a name and not a number.
+            fields = [*steps[-2:], *[step for step in steps if isinstance(step, str)][-1:]]
+            assert not steps or any(str(step) in told for step in fields), (steps, told)
             CASES[kind, "refused"] += 1
         else:
             earlier = at(content, steps)
