@@ -29,6 +29,7 @@ NEEDS = {
     "--no-feature-cache --num-epochs 1",
     "compare": "{made}/answers.json",
     "demo_app": f"--index {{made}}/index {CPU}",
+    "export": f"{CLIP} --output {{made}}/out",
     "fashioniq_test_submission": f"{PAIR} --submission-name x --output-dir {{made}}/out",
     "plan stage1": f"--dataset CIRR --gpu h100 {CLIP}",
     "plan stage2": f"--dataset CIRR --gpu h100 {CLIP}",
