@@ -11,7 +11,6 @@ from evaluation.comparison import Column, own_intervals
 from evaluation.result_file import Result
 from models.configuration import trained_on
 from models.exported import shared_settings
-from reports.tables import markdown_table
 from runtime.choices import OPENAI_CLIPS
 from utils import UserError, flag, printable, two_decimals
 
@@ -180,7 +179,16 @@ def _table(result: Result) -> str:
             low, high = map(two_decimals, bounds[metric])
             cells[title] = f"{two_decimals(value)} [{low}, {high}]"
         rows[protocol] = cells
-    return markdown_table(rows)
+    return _markdown(rows)
+
+
+def _markdown(rows: Mapping[str, Mapping[str, str]]) -> str:
+    """Rows by their names, with cells by their columns, which all rows share."""
+    columns = list(next(iter(rows.values())))
+    lines = [["", *columns], ["---", *["---:"] * len(columns)]]
+    for name, cells in rows.items():
+        lines.append([name, *(cells[column] for column in columns)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _use(exporting: Exporting, results: Sequence[Result]) -> str:

@@ -148,7 +148,12 @@ def write_exported(
     if combiner := compose.state_dict():
         states["combiner"] = combiner
         sizes["combiner"] = combiner_settings(combiner, {"top_k": compose.top_k}, folder)
-    content: dict[str, Any] = {"form": FORM, "recipe": encoder.recipe, "clip": None, "combiner": None}
+    content: dict[str, Any] = {
+        "form": FORM,
+        "recipe": encoder.recipe,
+        "clip": None,
+        "combiner": None,
+    }
     for part, state in states.items():
         file = folder / FILES[part]
         digests = _write_weights(file, state, shared_settings(training.get(part, {})), half=half)

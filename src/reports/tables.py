@@ -1,4 +1,4 @@
-"""Tables as text, for the terminal and for Markdown."""
+"""Tables as text, for the terminal."""
 
 from collections.abc import Mapping
 
@@ -18,16 +18,3 @@ def text_table(rows: Mapping[str, Mapping[str, str]]) -> str:
         aligned[0] = line[0].ljust(widths[0])
         printed.append("  ".join(aligned))
     return "\n".join(printed)
-
-
-def markdown_table(rows: Mapping[str, Mapping[str, str]]) -> str:
-    """The same table in Markdown."""
-    columns = list(next(iter(rows.values())))
-    lines = [["", *columns], ["---", *["---:"] * len(columns)]]
-    for name, cells in rows.items():
-        lines.append([name, *(cells[column] for column in columns)])
-    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return printable(text).replace("|", "\\|")
