@@ -12,7 +12,7 @@ HUB = "hf-hub:"  # before the name of a repository, where a folder may be named 
 def import_hub() -> Any:
     """The package huggingface_hub, which only the Hub needs."""
     try:
-        import huggingface_hub
+        import huggingface_hub.errors
     except ImportError:
         raise UserError(f"{HUB} and --push need a package: pip install huggingface_hub") from None
     return huggingface_hub
