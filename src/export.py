@@ -101,8 +101,9 @@ def main(argv: list[str] | None = None) -> None:
     """Write the folder; upload it."""
     args = parse(argv)
     check_files(args)
+    args.output = args.output.absolute()  # whose name the card says
     check_new_or_empty("--output", args.output)
-    check_writable({"--output": args.output.absolute().parent})
+    check_writable({"--output": args.output.parent})
     results = {file: read_result(file) for file in args.results}
     if args.push:
         import_hub()  # before the pair is loaded

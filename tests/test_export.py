@@ -124,6 +124,7 @@ def line_of(capsys, call, *argv: object) -> str:
 # The same numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(14))
 def test_golden_numbers(number, golden, expected, tmp_path):
     """Of weights without settings, which flags say in their stead: once, when they are exported."""
@@ -404,6 +405,7 @@ def flip(path: Path, place: int, bit: int) -> None:
 NULLABLE = ("combiner", "num_experts", "top_k", "vision_patch_size")
 
 
+@pytest.mark.slow
 def test_every_field_of_every_wrong_type(own_pair):
     """With the digest of what it then says: who writes a wrong value may write its digest too."""
     path = own_pair / CONFIG
@@ -517,7 +519,7 @@ def test_a_combiner_where_there_is_none(pairs, drawn, capsys):
     assert "--combining-function" in line  # still needed where there is no pair
 
 
-def test_a_folder_that_is_taken(weights, tmp_path, capsys):
+def test_a_folder_that_is_taken(weights, tmp_path, capsys, monkeypatch):
     taken = tmp_path / "taken"
     make(weights["sum"], taken)
     before = {file: file.read_bytes() for file in taken.iterdir()}
@@ -529,6 +531,11 @@ def test_a_folder_that_is_taken(weights, tmp_path, capsys):
     assert before == {file: file.read_bytes() for file in taken.iterdir()}
     (tmp_path / "empty").mkdir()
     read_all(make(weights["sum"], tmp_path / "empty"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    make(weights["sum"], Path())
+    read_all(tmp_path / "here")
+    assert "--pair here" in (tmp_path / "here" / CARD).read_text()
 
 
 @pytest.mark.parametrize("fails_at", range(4))

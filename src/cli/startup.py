@@ -14,6 +14,7 @@ from models.configuration import find_clip, named_checkpoint
 from models.exported import read_exported
 from runtime import torchrun
 from runtime.files import missing_file
+from runtime.hub import import_hub
 from utils import UserError, first_line, flag
 
 if TYPE_CHECKING:
@@ -42,12 +43,17 @@ def check_files(args: argparse.Namespace) -> None:
 
 
 def check_pair(args: argparse.Namespace, exported: Path | str) -> None:
-    """Refuse flags of what an exported pair holds, and a folder that is not whole; a repository is not fetched yet."""
+    """Refuse flags of what an exported pair holds, and a folder that is not whole.
+
+    A repository is fetched later, by the one process that does.
+    """
     for name in ("clip_model_name", "clip_model_path", "combiner_path"):
         if getattr(args, name, None) is not None:
             raise UserError(f"{flag(name)} beside --pair {exported}, which holds it: leave one out")
     if isinstance(exported, Path):
         read_exported(exported)
+    else:
+        import_hub()
 
 
 def check_annotations(benchmark: Benchmark, splits: Sequence[str]) -> None:
