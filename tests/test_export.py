@@ -22,6 +22,7 @@ from evaluation import model_card
 from evaluation.comparison import Column, intervals, own_intervals
 from evaluation.result_file import read_result
 from image_search.dialogue import Dialogue
+from image_search.manifest import read_manifest
 from models import exported
 from models.architectures import SIZES
 from models.clip_model import load_clip
@@ -295,6 +296,19 @@ def test_an_index_of_a_pair_is_asked_with_it(pairs, weights, drawn, tmp_path, ca
     assert "was made with other weights" in line_of(capsys, main, *ask, "--pair", pairs["own"])
 
 
+def test_an_index_whose_pair_is_no_name(pairs, drawn, tmp_path):
+    index(tmp_path / "index", drawn, ["--pair", pairs["moe"]])
+    file = tmp_path / "index" / "index.json"
+    about = json.loads(file.read_text())
+    for value in WRONG:
+        file.write_text(json.dumps(with_value(about, ("pair", "exported"), value)))
+        if isinstance(value, str) and value and "\0" not in value:
+            read_manifest(file.parent)
+        else:
+            refused(lambda: read_manifest(file.parent), str(file), "pair.exported")
+        CASES["fields of an index of a pair", "tried"] += 1
+
+
 @pytest.mark.parametrize("kind", ["moe", "own, ResNet"])
 def test_half_rounds_and_does_nothing_else(kind, weights, pairs, drawn, tmp_path):
     half = make(weights[kind], tmp_path / "half", "--half")
@@ -462,7 +476,7 @@ def test_a_newer_form_and_sizes_that_are_of_no_model(own_pair):
             refused(lambda: read_exported(own_pair), str(path))
 
 
-def test_it_holds_nothing_of_the_machine_it_was_trained_on(pairs, weights):
+def test_it_does_not_say_where_the_files_of_a_training_lay(pairs, weights):
     for kind in ("sum", "moe", "clip4cir"):
         for file in pairs[kind].iterdir():
             assert SECRET.encode() not in file.read_bytes()
@@ -587,6 +601,7 @@ def test_the_card_has_every_number(half, weights, results, tmp_path):
             values = [f"| {measured['metrics'][metric]:.2f} [" for metric in benchmark.titles]
             assert any(all(value in row for value in values) for row in rows)
     assert "CIRR val, combiner" in card
+    assert ("before the weights of its combiner were rounded" in card) is half
     assert "CIRR val, sum" in card
     assert "--learning-rate 2e-06" in card
     assert "--combiner-lr 0.001" in card

@@ -81,7 +81,7 @@ def model_card(exporting: Exporting, results: Sequence[Result]) -> str:
         "## Training",
         *_training(exporting.training),
         "## Numbers",
-        *_numbers(results),
+        *_numbers(exporting.config, results),
         "## Use",
         _use(exporting, results),
         "## Licence",
@@ -121,22 +121,19 @@ def _facts(config: Mapping[str, Any]) -> str:
 
 def _training(training: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What each part was trained on and with, as far as its settings tell."""
-    told = {part: settings for part, settings in training.items() if settings}
-    if not told:
-        return ["Nothing is known of it: the weights say nothing of how they were trained."]
+    told = {part: shared_settings(settings) for part, settings in training.items()}
     paragraphs = []
     for part, dataset in trained_on(told).items():
-        settings = shared_settings(told[part])
         flags = []
-        for name, value in settings["flags"].items():
+        for name, value in told[part]["flags"].items():
             if value not in (None, False) and name not in ("script", "dataset", "clip_model_name"):
                 flags.append(f"{flag(name)} {value}" if value is not True else flag(name))
         paragraphs.append(f"{STAGES[part]}, on {dataset}:")
         paragraphs.append(f"```\n{printable(' '.join(flags))}\n```")
-    return paragraphs
+    return paragraphs or ["The weights do not say how they were trained."]
 
 
-def _numbers(results: Sequence[Result]) -> list[str]:
+def _numbers(config: Mapping[str, Any], results: Sequence[Result]) -> list[str]:
     """A table of every result, protocols by metrics."""
     if not results:
         return ["None were given."]
@@ -146,16 +143,20 @@ def _numbers(results: Sequence[Result]) -> list[str]:
         "is kept in it."
     ]
     for result in results:
-        paragraphs.append(f"### {_heading(result)}")
+        paragraphs.append(f"### {_heading(config, result)}")
         paragraphs.append(_table(result))
     return paragraphs
 
 
-def _heading(result: Result) -> str:
+def _heading(config: Mapping[str, Any], result: Result) -> str:
+    """What a result is of, and what is particular to it."""
     composed = result.get("combining_function") or (
         "combiner" if "combiner" in result["weights_sha256"] else "sum"
     )
     parts = [f"{result['dataset']} {result['split']}", composed]
+    for part, digest in result["weights_sha256"].items():
+        if digest != config[part]["weights_sha256"]:
+            parts.append(f"before the weights of its {part} were rounded")
     precision = result.get("encode_precision", "fp32")
     if precision != "fp32":
         parts.append(f"encoded in {precision}")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from models.configuration import FREE_FLAGS, Checkpoint, Settings, read_checkpoint
 from runtime.files import file_digest, parse_json, read_text, write_text
@@ -61,8 +61,7 @@ class ExportedPair:
             raise UserError(
                 f"--pair {file} is damaged or was edited: {part}.file_sha256 of {CONFIG} is of another file: {REMEDY}"
             )
-        checkpoint = read_checkpoint("--pair", file, KEYS[part])
-        assert checkpoint is not None
+        checkpoint = cast(Checkpoint, read_checkpoint("--pair", file, KEYS[part]))
         return dataclasses.replace(checkpoint, sizes=about["sizes"])
 
 
