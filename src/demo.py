@@ -1,4 +1,4 @@
-"""The whole system on drawn data, in minutes on a CPU: draw, train both stages, validate, write a submission.
+"""The whole system on drawn data, in minutes on a CPU: draw, train both stages, validate, submit, export, search.
 
 python src/demo.py            (or `make demo`)
 python src/demo.py --seeds 0 1 2
@@ -6,6 +6,7 @@ python src/demo.py --seeds 0 1 2
 
 import argparse
 import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -160,6 +161,23 @@ class Demo:
             recalls[f"R_subset@{k}"] = recall(subset, answers, k)
         return recalls
 
+    def hand_on(self, pair: Words) -> None:
+        """Export a pair with its result, and ask an index that is made with it, where FAISS is installed."""
+        run = Path(pair[-1]).parents[2]
+        folder = self.folder / "exported" / run.name
+        weights = [word for word in pair if word not in ("--combining-function", "combiner")]
+        result = self.folder / "metrics" / f"CIRR_moe_{self.seeds[-1]}.json"
+        self.run("export.py", *weights, "--output", folder / "pair", "--results", result)
+        if importlib.util.find_spec("faiss") is None:
+            print("\nTo search with it: pip install -r requirements-app.txt")
+            return
+        exported: Words = ("--pair", folder / "pair")
+        images = self.folder / "data" / "cirr_dataset" / "dev"
+        index: Words = (folder / "index", *exported)
+        self.run("search.py", "index", "--images", images, "--num-workers", "0", "--output", *index)
+        question = ("--image", min(images.glob("*.png")), "--text", "is red", "--k", "5")
+        self.run("search.py", "query", *question, "--index", *index)
+
 
 def start(words: Sequence[str]) -> int | None:
     """Run `python words`; returns its exit code. Forked, it differs in nothing but that its packages are loaded."""
@@ -242,6 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     print("\nCIRR layout, val\n" + cirr)
     print("\nCIRR layout, test1: the MoE Combiner's submission, scored locally")
     print(table({"MoE Combiner": [recalls]}, {name: name for name in recalls}))
+    demo.hand_on(pair)
     print(NEXT)
 
 

@@ -20,9 +20,8 @@ from cli import options
 from cli.flag_types import usable_path
 from cli.parsers import ScriptParser, Several
 from cli.startup import check_files, pick_device
-from image_search.manifest import as_made, check_index, read_manifest
-from models.configuration import Checkpoint, read_checkpoint, settle
-from runtime.choices import INDEX_KINDS, ClipChoice, named
+from image_search.manifest import as_made, check_index, made_with, read_manifest
+from runtime.choices import INDEX_KINDS, PairChoice
 from runtime.files import check_file_writable, check_writable, write_text
 from runtime.interruption import listening
 from utils import Stopped, UserError, command, printable
@@ -44,7 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     clip = [options.clip_flags(), options.tuned_clip_flag()]
     index = commands.add_parser(
         "index",
-        parents=[*clip, options.compute_flags()],
+        parents=[options.exported_flag(), *clip, options.compute_flags()],
         help="encode a folder, or bring its index up to date",
     )
     index.add_argument(
@@ -114,11 +113,17 @@ def make_index(args: argparse.Namespace) -> None:
     earlier = read_manifest(args.output) or {}
     folders = chosen_folders(earlier.get("folders", []), args.images, args.forget, args.output)
     images = find_images(folders)
-    clip, path = as_made(earlier, options.clip_choice(args), args.clip_model_path)
-    tuned = read_checkpoint("--clip-model-path", path, "CLIP")
-    settled = settle(clip, [tuned])
+    # Its CLIP alone is needed.
+    named = PairChoice(
+        combining_function="sum",
+        clip_path=args.clip_model_path,
+        combiner_path=None,
+        exported=args.pair,
+        clip=options.clip_choice(args),
+        workers=args.num_workers,
+    )
     kind = args.index_type or earlier.get("kind", "flat")
-    update = encode_images(args, folders, images, clip=settled, tuned=tuned, kind=kind)
+    update = encode_images(args, folders, images, choice=as_made(earlier, named), kind=kind)
     report(args.output, update, images)
 
 
@@ -127,29 +132,22 @@ def encode_images(
     folders: Sequence[Path],
     images: "FoundImages",
     *,
-    clip: ClipChoice,
-    tuned: Checkpoint | None,
+    choice: PairChoice,
     kind: str,
 ) -> "Update":
-    """Bring the index up to date with a CLIP."""
+    """Bring the index up to date with the CLIP of a pair."""
     from image_search.faiss_index import import_faiss
     from image_search.image_index import update_index
     from image_search.photos import opened
-    from models.encoder import load_encoder
+    from models.pair import load_pair
 
     import_faiss()
-    device = pick_device(args.device)
-    encoder = load_encoder(
-        clip, tuned, device, workers=args.num_workers, batch_size=args.clip_bs, opened=opened
-    )
-    pair = {
-        **named(dataclasses.asdict(clip)),
-        "clip_model_path": str(tuned.path.resolve()) if tuned else None,
-    }
+    pair = load_pair(choice, pick_device(args.device), opened=opened)
+    origin = made_with(choice, pair)
     with listening() as stop:
-        encoder = dataclasses.replace(encoder, between=stop.check)
+        encoder = dataclasses.replace(pair.encoder, batch_size=args.clip_bs, between=stop.check)
         try:
-            return update_index(args.output, folders, images.paths, encoder, kind=kind, pair=pair)
+            return update_index(args.output, folders, images.paths, encoder, kind=kind, pair=origin)
         except Stopped as stopped:
             raise Stopped(
                 stopped.signal, "what was encoded is kept: go on with the same command"

@@ -69,7 +69,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.protocol and len(args.protocol) > 1:
         parser.error("--protocol: a sheet shows one: name one")
-    if args.rankings is None and not (args.dataset and args.combining_function):
+    names_pair = args.combining_function or args.pair
+    if args.rankings is None and not (args.dataset and names_pair):
         parser.error("give --rankings FILE, or --dataset and --combining-function of a pair")
     return args
 

@@ -1,6 +1,7 @@
-"""The demo, from the drawing to the checked submission, for an ordinary user whose source tree is read-only."""
+"""The demo, from the drawing to a query of the exported pair, for an ordinary user whose source tree is read-only."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -56,3 +57,8 @@ def test_an_ordinary_user_with_a_source_tree_that_is_read_only(tmp_path_factory)
     assert "keeps all rules" in done.stdout
     assert "Traceback" not in done.stderr
     assert list(output.glob("models/*_moe/*/seed_0/saved_models/*.pt"))
+    (pair,) = output.glob("exported/*/pair")
+    card = (pair / "README.md").read_text()
+    assert "trained on CIRR" in card
+    assert "CIRR val, combiner" in card
+    assert len(re.findall(r"^   [1-5] [\d.]+ .*\.png$", done.stdout, re.MULTILINE)) == 5

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from cli import flag_types
-from cli.flag_types import model_name, path_or_auto, usable_path
+from cli.flag_types import model_name, pair_place, path_or_auto, usable_path
 from cli.parsers import ScriptParser, Several
 from conftest import CASES, ROOT
 
 SCRIPTS = sorted(
     file.stem for file in (ROOT / "src").glob("*.py") if "@command" in file.read_text()
 )
-PATH_TYPES = (usable_path, path_or_auto, model_name)
+PATH_TYPES = (usable_path, path_or_auto, pair_place, model_name)
 NUMBER_TYPES = [
     kind
     for kind in vars(flag_types).values()

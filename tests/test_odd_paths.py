@@ -29,6 +29,7 @@ NEEDS = {
     "--no-feature-cache --num-epochs 1",
     "compare": "{made}/answers.json",
     "demo_app": f"--index {{made}}/index {CPU}",
+    "export": f"{CLIP} --output {{made}}/out",
     "fashioniq_test_submission": f"{PAIR} --submission-name x --output-dir {{made}}/out",
     "plan stage1": f"--dataset CIRR --gpu h100 {CLIP}",
     "plan stage2": f"--dataset CIRR --gpu h100 {CLIP}",
@@ -104,7 +105,9 @@ def test_every_path_of_every_command(name, flag, drawn, tmp_path, capsys, monkey
         (made / "answers.json").write_text("{}")
         place = made / "place"
         ODD[what](place)
-        needs = f"{NEEDS[name]} {flag} {place}"
+        # A pair stands in CLIP's stead, and is refused beside it.
+        others = NEEDS[name].replace(CLIP, "") if flag == "--pair" else NEEDS[name]
+        needs = f"{others} {flag} {place}"
         if not flag:
             needs = NEEDS[name].replace("{made}/answers.json", str(place))
         argv = [*words, *needs.format(drawn=drawn, made=made).split()]

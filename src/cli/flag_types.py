@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from runtime.choices import AUTO
+from runtime.hub import HUB
 from utils import printable
 
 MILLION = 10**6  # more of anything that a flag counts is a slip of the finger
@@ -95,6 +96,21 @@ def model_name(text: str) -> str:
     """A name, or a path as text; ~ is the home folder."""
     found = usable_path(text)
     return str(found) if text.startswith("~") else text
+
+
+def repository(text: str) -> str:
+    """The name of a repository on the Hugging Face Hub."""
+    part = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+    if len(text) > 96 or not re.fullmatch(f"{part}/{part}", text) or "--" in text or ".." in text:
+        raise refused(text, "is no name of a repository: name one as ORG/REPO")
+    return text
+
+
+def pair_place(text: str) -> Path | str:
+    """The folder of an exported pair, or a repository of the Hugging Face Hub after "hf-hub:"."""
+    if text.startswith(HUB):
+        return HUB + repository(text.removeprefix(HUB))
+    return usable_path(text)
 
 
 def file_name(text: str) -> str:

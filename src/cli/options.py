@@ -11,6 +11,7 @@ from cli.flag_types import (
     learning_rate,
     model_name,
     natural_int,
+    pair_place,
     path_or_auto,
     positive_float,
     positive_int,
@@ -22,7 +23,7 @@ from cli.flag_types import (
     width,
     workers,
 )
-from cli.parsers import Several
+from cli.parsers import InPlaceOf, Several
 from models.configuration import ORIGINAL_DEFAULTS
 from runtime.choices import (
     AUTO,
@@ -182,6 +183,27 @@ def tuned_clip_flag() -> argparse.ArgumentParser:
         help="stage-1 weights (default: none)",
     )
     return parser
+
+
+def exported_flag() -> argparse.ArgumentParser:
+    """--pair."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("exported pair")
+    group.add_argument(
+        "--pair",
+        type=pair_place,
+        action=InPlaceOf,
+        other="combining_function",
+        metavar="DIR",
+        help="a folder of export.py, or hf-hub:ORG/REPO, in place of the flags of weights; composed by its Combiner if "
+        "it has one",
+    )
+    return parser
+
+
+def add_combiner_path(group: Group, *, help: str) -> None:
+    """--combiner-path."""
+    group.add_argument("--combiner-path", type=usable_path, metavar="PATH", help=help)
 
 
 def training_flags(batch_size: int, validation_frequency: int) -> argparse.ArgumentParser:
@@ -395,15 +417,14 @@ def pair_flags(required: bool = True, silent: str | None = None) -> argparse.Arg
         required=required,
         help=silent,
     )
-    group.add_argument(
-        "--combiner-path", type=usable_path, metavar="PATH", help="stage-2 weights, for combiner"
-    )
+    add_combiner_path(group, help="stage-2 weights, for combiner")
     return parser
 
 
 def evaluation_flags(*, needs_pair: bool = True) -> list[argparse.ArgumentParser]:
     """A trained pair, and where and with what it is measured; the benchmark's name is a flag of its own."""
     return [
+        exported_flag(),
         pair_flags(required=needs_pair),
         combiner_flags(trains=False),
         tuned_clip_flag(),
@@ -419,8 +440,8 @@ def search_flags() -> list[argparse.ArgumentParser]:
     group.add_argument(
         "--index", type=usable_path, required=True, metavar="INDEX", help="made by search.py index"
     )
-    composition = pair_flags(required=False, silent="(default: combiner if its path is given)")
-    return [parser, composition, combiner_flags(trains=False)]
+    composition = pair_flags(required=False, silent="(default: combiner if there is one)")
+    return [parser, exported_flag(), composition, combiner_flags(trains=False)]
 
 
 def clip_choice(args: argparse.Namespace) -> ClipChoice:
@@ -451,6 +472,7 @@ def pair_choice(args: argparse.Namespace) -> PairChoice:
         combining_function=args.combining_function,
         clip_path=args.clip_model_path,
         combiner_path=args.combiner_path,
+        exported=args.pair,
         clip=clip_choice(args),
         combiner=combiner_choice(args),
         workers=args.num_workers,

@@ -42,3 +42,27 @@ class Several(argparse.Action):
         so_far = getattr(namespace, self.dest)
         typed = [] if so_far is self.default else so_far
         setattr(namespace, self.dest, [*typed, *(values or ())])
+
+
+class InPlaceOf(argparse.Action):
+    """A flag that says what another one says, which then need not be given.
+
+    Args:
+        other: the other flag's name for its value.
+    """
+
+    def __init__(self, *, other: str, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.other = other
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        for action in parser._actions:
+            if action.dest == self.other:
+                action.required = False

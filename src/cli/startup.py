@@ -5,13 +5,16 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import BENCHMARKS, Benchmark
 from benchmarks.exclusions import read_exclusions
 from models.configuration import find_clip, named_checkpoint
+from models.exported import read_exported
 from runtime import torchrun
 from runtime.files import missing_file
+from runtime.hub import import_hub
 from utils import UserError, first_line, flag
 
 if TYPE_CHECKING:
@@ -27,6 +30,9 @@ def check_files(args: argparse.Namespace) -> None:
     Raises:
         UserError: the file and its flag.
     """
+    exported = getattr(args, "pair", None)
+    if exported is not None:
+        check_pair(args, exported)
     for name in ("clip_model_path", "combiner_path"):
         path = getattr(args, name, None)
         if path is not None:
@@ -34,6 +40,20 @@ def check_files(args: argparse.Namespace) -> None:
     clip = getattr(args, "clip_model_name", None)
     if clip is not None:
         find_clip(clip)
+
+
+def check_pair(args: argparse.Namespace, exported: Path | str) -> None:
+    """Refuse flags of what an exported pair holds, and a folder that is not whole.
+
+    A repository is fetched later, by the one process that does.
+    """
+    for name in ("clip_model_name", "clip_model_path", "combiner_path"):
+        if getattr(args, name, None) is not None:
+            raise UserError(f"{flag(name)} beside --pair {exported}, which holds it: leave one out")
+    if isinstance(exported, Path):
+        read_exported(exported)
+    else:
+        import_hub()
 
 
 def check_annotations(benchmark: Benchmark, splits: Sequence[str]) -> None:

@@ -182,13 +182,45 @@ def intervals(
         drawn = bootstrap(torch.stack(hits, 1), resamples, generator).unbind(1)
         before[split] = dict(zip(ours, drawn[: len(ours)], strict=True))
         after[split] = dict(zip(theirs, drawn[len(ours) :], strict=True))
+    ours_resampled = _resampled_metrics(benchmark, before, resamples)
+    theirs_resampled = _resampled_metrics(benchmark, after, resamples)
+    differences = {}
+    for metric, values in ours_resampled.items():
+        differences[metric] = theirs_resampled[metric] - values
+    return _bounds(differences, confidence)
+
+
+def own_intervals(
+    benchmark: Benchmark,
+    column: Column,
+    protocol: str,
+    *,
+    resamples: int,
+    confidence: float,
+    seed: int,
+) -> dict[str, tuple[float, float]]:
+    """Metric -> bounds of its value, as `intervals` makes those of a difference."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    resampled: dict[str, Recalls] = {}
+    for split in column.results[0]["queries_sha256"]:
+        of_split = column.hits(benchmark, protocol, split)
+        hits = torch.stack([torch.from_numpy(values) for values in of_split.values()], 1)
+        drawn = bootstrap(hits, resamples, generator).unbind(1)
+        resampled[split] = dict(zip(of_split, drawn, strict=True))
+    return _bounds(_resampled_metrics(benchmark, resampled, resamples), confidence)
+
+
+def _bounds(resampled: Recalls, confidence: float) -> dict[str, tuple[float, float]]:
+    """Metric -> the quantiles between which a share of its values lies, (resamples,)."""
+    import torch
+
     tail = (1 - confidence) / 2
     ends = torch.tensor([tail, 1 - tail], dtype=torch.float64)
     bounds = {}
-    ours_resampled = _resampled_metrics(benchmark, before, resamples)
-    theirs_resampled = _resampled_metrics(benchmark, after, resamples)
-    for metric, values in ours_resampled.items():
-        low, high = (theirs_resampled[metric] - values).quantile(ends).tolist()
+    for metric, values in resampled.items():
+        low, high = values.quantile(ends).tolist()
         bounds[metric] = (low, high)
     return bounds
 

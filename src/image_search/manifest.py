@@ -3,11 +3,15 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from runtime.choices import ClipChoice
+from models.exported import exported_place
+from runtime.choices import ClipChoice, PairChoice, named
 from runtime.files import parse_json, read_text
 from utils import UserError, first_line
+
+if TYPE_CHECKING:
+    from models.pair import Pair
 
 MANIFEST = "index.json"
 REMEDY = "build the index again in another folder"
@@ -29,21 +33,36 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return content
 
 
-def as_made(
-    about: Mapping[str, Any], choice: ClipChoice, clip_path: Path | None
-) -> tuple[ClipChoice, Path | None]:
-    """The CLIP that flags name and its fine-tuned weights; where they are silent, an index's own.
+def as_made(about: Mapping[str, Any], choice: PairChoice) -> PairChoice:
+    """The pair that flags name; where they are silent on CLIP, an index's own.
+
+    An index of an exported pair so has the pair's Combiner too, if the flags name none.
 
     Args:
         about: the index's manifest, empty where there is none.
     """
-    pair = about.get("pair", {})
+    made_with = about.get("pair", {})
     settings = {}
-    for name, value in dataclasses.asdict(choice).items():
-        settings[name] = pair.get(name) if value is None else value
-    if clip_path is None and pair.get("clip_model_path"):
-        clip_path = Path(pair["clip_model_path"])
-    return ClipChoice(**settings), clip_path
+    for name, value in dataclasses.asdict(choice.clip).items():
+        settings[name] = made_with.get(name) if value is None else value
+    choice = dataclasses.replace(choice, clip=ClipChoice(**settings))
+    if choice.exported is not None or choice.clip_path is not None:
+        return choice
+    if exported := made_with.get("exported"):
+        return dataclasses.replace(choice, exported=exported_place(exported))
+    clip_path = made_with.get("clip_model_path")
+    return dataclasses.replace(choice, clip_path=Path(clip_path) if clip_path else None)
+
+
+def made_with(choice: PairChoice, pair: "Pair") -> dict[str, Any]:
+    """What a query needs to load the same CLIP, for the manifest."""
+    recipe = pair.encoder.recipe
+    names = [field.name for field in dataclasses.fields(ClipChoice)]
+    clip = named({name: recipe[name] for name in names})
+    if choice.exported is None:
+        return {**clip, "clip_model_path": str(pair.tuned.path.resolve()) if pair.tuned else None}
+    place = choice.exported
+    return {**clip, "exported": str(place.resolve() if isinstance(place, Path) else place)}
 
 
 def check_index(folder: Path) -> None:

@@ -49,6 +49,7 @@ class Pair(Preprocessing):
 
     clip_model_name: PathText
     clip_model_path: PathText | None = ABSENT
+    exported: PathText = ABSENT
 
 
 class Digests(Schema):

@@ -116,8 +116,7 @@ def load_searcher(folder: Path, choice: PairChoice, device: torch.device) -> Sea
         UserError: the index is damaged or of other weights, or whatever is wrong with the checkpoints.
     """
     index = open_index(folder)
-    clip, path = as_made(index.about, choice.clip, choice.clip_path)
+    wanted = as_made(index.about, choice)
     # One query is encoded exactly, whatever a million images were, unless a flag says otherwise.
-    clip = dataclasses.replace(clip, encode_precision=choice.clip.encode_precision)
-    pair = load_pair(dataclasses.replace(choice, clip=clip, clip_path=path), device, opened=opened)
-    return Searcher(index, pair)
+    clip = dataclasses.replace(wanted.clip, encode_precision=choice.clip.encode_precision)
+    return Searcher(index, load_pair(dataclasses.replace(wanted, clip=clip), device, opened=opened))

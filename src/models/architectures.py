@@ -20,6 +20,12 @@ ARCHITECTURES: dict[str, tuple[Any, ...]] = {
     "ViT-L/14@336px": (768, 336, 24, 1024, 14, 77, 49408, 768, 12, 12),
 }
 
+# The same by the names that the clip package gives them.
+SIZES = (
+    "embed_dim", "image_resolution", "vision_layers", "vision_width", "vision_patch_size", "context_length",
+    "vocab_size", "transformer_width", "transformer_heads", "transformer_layers",
+)  # fmt: skip
+
 
 def sizes_of(state: Mapping[str, Any], *, source: str, remedy: str) -> tuple[Any, ...]:
     """The sizes of the CLIP that a state dict is of, as the clip package's `build_model` takes them from it.

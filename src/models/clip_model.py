@@ -3,6 +3,7 @@
 import functools
 import urllib.error
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.architectures import sizes_of
+from models.architectures import SIZES, sizes_of
 from models.clip_package import (
     CLIP,
     Bottleneck,
@@ -63,14 +64,48 @@ def load_clip(name: str, device: torch.device) -> CLIP:
     for name in NO_WEIGHTS:
         weights.pop(name, None)
     remedy = "name a state dict of OpenAI's CLIP"
-    try:
-        with torch.device("meta"):
-            model = CLIP(*sizes_of(weights, source=source, remedy=remedy))
-    except (RuntimeError, ValueError, AssertionError, ZeroDivisionError):
-        raise UserError(f"{source} has weights of impossible sizes: {remedy}") from None
+    sizes = sizes_of(weights, source=source, remedy=remedy)
+    model = _without_data(sizes, f"{source} has weights of impossible sizes: {remedy}")
     convert_weights(model)
     weights = fitted(weights, model.state_dict(), source=source, remedy=remedy, vital=VITAL)
     return ready(build_model(weights), device)
+
+
+def _without_data(sizes: Sequence[Any], refusal: str) -> CLIP:
+    """A CLIP of some sizes whose weights take no memory. Raises UserError where there can be none."""
+    try:
+        with torch.device("meta"):
+            return CLIP(*sizes)
+    except (RuntimeError, ValueError, AssertionError, ZeroDivisionError):
+        raise UserError(refusal) from None
+
+
+def load_sized(
+    sizes: Mapping[str, Any], state: Mapping[str, Any], path: Path, device: torch.device
+) -> CLIP:
+    """A CLIP of some sizes with weights of its own, in float32: nothing is downloaded, and nothing rounded.
+
+    Args:
+        sizes: see `architectures.SIZES`.
+        path: the weights' file, which errors name.
+
+    Raises:
+        UserError: the weights do not fit the sizes, or are damaged, see `fitted`.
+    """
+    source = f"--pair {path}"
+    remedy = "copy the folder again, or export it again"
+    in_order = [sizes[name] for name in SIZES]
+    model = _without_data(in_order, f"{source}: its sizes are impossible: {remedy}")
+    weights = fitted(state, model.state_dict(), source=source, remedy=remedy, vital=VITAL)
+    model = CLIP(*in_order)
+    model.load_state_dict(weights)
+    return ready(model, device)
+
+
+def sizes_by_name(model: CLIP) -> dict[str, Any]:
+    """The sizes that `load_sized` builds a model of."""
+    sizes = sizes_of(model.state_dict(), source="the model", remedy="name another")
+    return dict(zip(SIZES, sizes, strict=True))
 
 
 def ready(model: CLIP, device: torch.device) -> CLIP:

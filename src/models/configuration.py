@@ -125,11 +125,14 @@ class Checkpoint:
         state: the weights.
         config: the settings stored beside them, as they are on disk; {} if there are none.
         table: the same by name, see `Settings.table`.
+        sizes: of the model that an exported pair's weights are of, all that is needed to build it; None where the
+            weights or `--clip-model-name` tell them.
     """
 
     path: Path
     state: dict[str, Any]
     config: dict[str, Any]
+    sizes: Mapping[str, Any] | None = None
 
     @property
     def table(self) -> dict[str, Any]:

@@ -17,7 +17,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_utils import ImageLoader, load_image, make_preprocess, normalise, read_or_explain
-from models.clip_model import CLIP, feature_dim, load_clip, load_finetuned, resolution, tokenize
+from models.clip_model import (
+    CLIP,
+    feature_dim,
+    load_clip,
+    load_finetuned,
+    load_sized,
+    resolution,
+    tokenize,
+)
 from models.configuration import Checkpoint
 from runtime import distributed
 from runtime.choices import ClipChoice, named
@@ -195,9 +203,12 @@ def load_encoder(
     """
     recipe = dataclasses.asdict(settings)
     check_encode_precision(recipe["encode_precision"], device)
-    model = load_clip(recipe["clip_model_name"], device)
-    if tuned:
-        load_finetuned(model, tuned.state, tuned.path)
+    if tuned and tuned.sizes:
+        model = load_sized(tuned.sizes, tuned.state, tuned.path, device)
+    else:
+        model = load_clip(recipe["clip_model_name"], device)
+        if tuned:
+            load_finetuned(model, tuned.state, tuned.path)
     recipe["resolution"] = resolution(model)
     preprocess = make_preprocess(recipe["transform"], recipe["target_ratio"], recipe["resolution"])
     if recipe["decode"] == "draft":

@@ -22,7 +22,9 @@ from models.configuration import (
     warn_of_transfer,
 )
 from models.encoder import Encoder, load_encoder, weights_digest
+from models.exported import ExportedPair, open_exported
 from models.features import FeatureCache, FrozenSplit, freeze_queries
+from runtime import distributed
 from runtime.choices import PairChoice
 from runtime.image_files import decoded
 from utils import UserError
@@ -81,35 +83,69 @@ def load_pair(
     Raises:
         UserError: a combiner without its path, or whatever is wrong with the checkpoints.
     """
-    composes = choice.combining_function == "combiner"
-    if choice.combining_function is None:
-        composes = choice.combiner_path is not None
-    if composes and choice.combiner_path is None:
-        raise UserError(
-            "--combining-function combiner needs --combiner-path: the stage-2 weights to compose with"
-        )
-    if choice.combiner_path and not composes:
-        logger.warning(
-            "warning: --combining-function sum makes no use of --combiner-path %s",
-            choice.combiner_path,
-        )
-    tuned = read_checkpoint("--clip-model-path", choice.clip_path, "CLIP")
-    trained = read_checkpoint(
-        "--combiner-path", choice.combiner_path if composes else None, "Combiner"
-    )
-    settings = settle(choice.clip, [trained, tuned])
+    tuned, trained, told_by = _weights(choice)
+    settings = settle(choice.clip, told_by)
     encoder = load_encoder(settings, tuned, device, workers=choice.workers, opened=opened)
     if trained is None:
         return Pair(encoder=encoder, compose=Sum().eval(), tuned=tuned, trained=None)
-    _warn_of_other_weights(trained, encoder)
+    if trained.sizes is None:
+        _warn_of_other_weights(trained, encoder)
     combiner = load_combiner(
         trained.state,
-        trained.table,
+        {**trained.table, **(trained.sizes or {})},
         trained.path,
         wanted=choice.combiner,
         clip_dim=feature_dim(encoder.model),
     )
     return Pair(encoder=encoder, compose=combiner.to(device), tuned=tuned, trained=trained)
+
+
+def _weights(
+    choice: PairChoice,
+) -> tuple[Checkpoint | None, Checkpoint | None, list[Checkpoint | None]]:
+    """CLIP's fine-tuned weights and the Combiner's, None where there are none, and what tells how both were trained.
+
+    Raises:
+        UserError: see `load_pair`.
+    """
+    exported = None
+    if choice.exported is not None:
+        with distributed.first_on_machine():
+            exported = open_exported(choice.exported)
+    composes = _composes(choice, exported)
+    if exported is None:
+        tuned = read_checkpoint("--clip-model-path", choice.clip_path, "CLIP")
+    else:
+        tuned = exported.weights("clip")
+    if not composes:
+        trained = None
+    elif exported is None or choice.combiner_path:
+        trained = read_checkpoint("--combiner-path", choice.combiner_path, "Combiner")
+    else:
+        trained = exported.weights("combiner")
+    return tuned, trained, [exported.recipe] if exported else [trained, tuned]
+
+
+def _composes(choice: PairChoice, exported: ExportedPair | None) -> bool:
+    """Whether queries are composed by a Combiner: where there is one, unless the flag says otherwise."""
+    has_combiner = exported is not None and exported.has_combiner
+    has_combiner = has_combiner or choice.combiner_path is not None
+    if choice.combining_function is None:
+        return has_combiner
+    if choice.combining_function == "combiner" and not has_combiner:
+        if exported is not None:
+            raise UserError(
+                f"--combining-function combiner: --pair {exported.folder} has no Combiner: leave the flag out"
+            )
+        raise UserError(
+            "--combining-function combiner needs --combiner-path: the stage-2 weights to compose with"
+        )
+    if choice.combining_function == "sum" and choice.combiner_path:
+        logger.warning(
+            "warning: --combining-function sum makes no use of --combiner-path %s",
+            choice.combiner_path,
+        )
+    return choice.combining_function == "combiner"
 
 
 def _warn_of_other_weights(trained: Checkpoint, encoder: Encoder) -> None:

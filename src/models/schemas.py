@@ -55,6 +55,7 @@ Number = Annotated[int, Field(ge=0, le=10**6)]
 Rows = Annotated[int, Field(ge=1, le=10**9)]
 Workers = Annotated[int, Field(ge=0, le=256)]
 Width = Annotated[int, Field(ge=1, le=100_000)]
+Layers = Annotated[int, Field(ge=1, le=1000)]
 Experts = Annotated[int, Field(ge=1, le=4096)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Positive = Annotated[float, Field(ge=1e-9, le=1e9)]
@@ -88,6 +89,63 @@ class Recipe(Measured):
     target_ratio: SideRatio = ABSENT
     decode: Decode = ABSENT
     encode_precision: EncodePrecision = ABSENT
+
+
+class ClipSizes(Schema):
+    """What OpenAI's CLIP is built of, see `architectures.SIZES`."""
+
+    embed_dim: Width
+    image_resolution: Width
+    vision_layers: Layers | Annotated[list[Layers], Field(min_length=4, max_length=4)]
+    vision_width: Width
+    vision_patch_size: Width | None
+    context_length: Width
+    vocab_size: Count
+    transformer_width: Width
+    transformer_heads: Width
+    transformer_layers: Layers
+
+
+class CombinerSizes(Schema):
+    """What a Combiner is built of, see `combiner.build_combiner`."""
+
+    combiner_type: CombinerType
+    clip_dim: Width
+    projection_dim: Width
+    hidden_dim: Width
+    num_experts: Experts | None
+    top_k: Experts | None
+
+
+class ExportedWeights(Schema):
+    """Digests of a part of an exported pair: of its weights as they are loaded, and of its file."""
+
+    weights_sha256: Digest
+    file_sha256: Digest
+
+
+class ExportedClip(ExportedWeights):
+    """The CLIP of an exported pair."""
+
+    sizes: ClipSizes
+
+
+class ExportedCombiner(ExportedWeights):
+    """The Combiner of an exported pair."""
+
+    sizes: CombinerSizes
+
+
+class Exported(Schema):
+    """config.json of an exported pair."""
+
+    form: Count
+    recipe: Recipe
+    clip: ExportedClip
+    combiner: ExportedCombiner | None
+    half: bool
+    versions: dict[str, str]
+    sha256: Digest
 
 
 class Data(Schema):

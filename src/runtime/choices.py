@@ -59,12 +59,14 @@ class PairChoice:
         combining_function: "sum" or "combiner"; None for the combiner where its path is given, else the sum.
         clip_path: stage-1 weights, None for the model's own.
         combiner_path: stage-2 weights.
+        exported: an exported pair, which stands for both paths: its folder, or "hf-hub:" and a repository.
         workers: processes that decode images.
     """
 
     combining_function: str | None
     clip_path: Path | None
     combiner_path: Path | None
+    exported: Path | str | None = None
     clip: ClipChoice = ClipChoice()
     combiner: CombinerChoice = CombinerChoice()
     workers: int = 0

@@ -1,6 +1,7 @@
 """Files: JSON read with care, files that are whole or not there, locks, checkpoints found, identities."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -116,6 +117,30 @@ def made_beside(path: Path) -> Iterator[Path]:
         # There is none after the replace, nor where the folder is a file.
         with contextlib.suppress(OSError):
             new.unlink()
+
+
+@contextlib.contextmanager
+def folder_made_beside(path: Path) -> Iterator[Path]:
+    """A new folder to write files to, which takes the name `path` at the end, of nothing or of an empty folder.
+
+    Raises:
+        DiskError: it could not be written; nothing is left of it.
+    """
+    path = Path(os.path.realpath(path))
+    new = beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.mkdir()
+        yield new
+        _sync_folder(new)
+        if path.exists():
+            path.rmdir()  # Windows renames to no name that is taken
+        new.rename(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _not_written(path, error) from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -259,6 +284,14 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(_nearest(folder)).free
 
 
+def check_new_or_empty(flag: str, folder: Path) -> None:
+    """Refuse what is no folder, and one that holds files, for a folder that is written as a whole."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if os.path.lexists(folder):
+        raise UserError(f"{flag} {folder} is there already: name a new or an empty folder")
+
+
 def check_file_writable(files: dict[str, Path | None]) -> None:
     """The same for files: flag -> the file, None where none is to be written."""
     folders: dict[str, Path | None] = {}
@@ -318,6 +351,15 @@ def file_size(path: Path) -> int | None:
     except (OSError, ValueError):
         return None
     return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def file_identities(paths: list[Path]) -> list[tuple[str, int, int]]:

@@ -1,15 +1,18 @@
-"""Tensors on disk: checkpoints written whole, checked, and read without running code; safetensors are read too."""
+"""Tensors on disk: checkpoints written whole, checked, and read without running code; safetensors too."""
 
+import json
 import pickle
 import struct
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from runtime.files import parse_json, written_whole
+from runtime.files import parse_json, write_bytes, written_whole
 from utils import UserError, first_line
 
 # What reading a damaged checkpoint raises.
@@ -31,6 +34,17 @@ def save_tensors(path: Path, content: dict[str, Any]) -> None:
             if isinstance(error.__context__, KeyboardInterrupt):
                 raise error.__context__ from None
             raise OSError(0, f"the disk refused it: {first_line(error)}") from None
+
+
+def save_safetensors(path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write tensors by name, and beside them their settings, as `load_tensors` reads them; whole or not at all."""
+    from safetensors.torch import save
+
+    metadata = {"format": "pt"}
+    if config:
+        metadata["config"] = json.dumps(config)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    write_bytes(path, save(tensors, metadata))
 
 
 def _check_sums(path: Path) -> None:

@@ -1,0 +1,220 @@
+"""The model card of an exported pair: what it is, how it was trained, what was measured of it, how it is used."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import BENCHMARKS
+from evaluation.comparison import Column, own_intervals
+from evaluation.result_file import Result
+from models.configuration import trained_on
+from models.exported import shared_settings
+from runtime.choices import OPENAI_CLIPS
+from utils import UserError, flag, printable, two_decimals
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+STAGES = {
+    "clip": "CLIP (stage 1, `clip_fine_tune.py`)",
+    "combiner": "Combiner (stage 2, `combiner_train.py`)",
+}
+ABOUT = """\
+A reference image and a sentence that says what to change find the images that are like the one and as the other says.
+`config.json` and the weights are all that is needed: no other model is downloaded. They were written by `export.py` of
+CLIP4Cir-MoE, whose commands load them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exporting:
+    """What a card is of.
+
+    Attributes:
+        config: the content of config.json.
+        training: part -> settings of its training, nothing of a part that has none.
+        place: what `--pair` takes, as the commands of the card are typed.
+    """
+
+    config: Mapping[str, Any]
+    training: Mapping[str, Mapping[str, Any]]
+    place: str
+
+
+def check_results(
+    results: Mapping[Path, Result],
+    weights: Sequence[Mapping[str, str]],
+    preprocessing: Mapping[str, Any],
+) -> None:
+    """Refuse results that do not say what a pair gives.
+
+    Args:
+        results: by their files.
+        weights: digests of its parts, as they are and as they are stored.
+        preprocessing: of its images, see `Encoder.preprocessing`.
+
+    Raises:
+        UserError: one was measured with other weights or another preprocessing.
+    """
+    for file, result in results.items():
+        for part, digest in result["weights_sha256"].items():
+            if digest not in [known.get(part) for known in weights]:
+                raise UserError(
+                    f"--results {file}: weights_sha256.{part} is of other weights than those exported: measure these"
+                )
+        for name, value in result["preprocessing"].items():
+            if value != preprocessing.get(name):
+                raise UserError(
+                    f"--results {file}: preprocessing.{name} is {value}, and the pair's is {preprocessing.get(name)}: "
+                    "measure with the flags of this export"
+                )
+
+
+def model_card(exporting: Exporting, results: Sequence[Result]) -> str:
+    """The card as Markdown, with the front matter that the Hugging Face Hub reads."""
+    parts = [
+        "---\nlicense: other\ntags:\n- composed-image-retrieval\n- clip\n---",
+        f"# Composed image retrieval: {_title(exporting.config)}",
+        ABOUT,
+        "## What it is",
+        _facts(exporting.config),
+        "## Training",
+        *_training(exporting.training),
+        "## Numbers",
+        *_numbers(exporting.config, results),
+        "## Use",
+        _use(exporting, results),
+        "## Licence",
+        _licence(exporting),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _base(config: Mapping[str, Any]) -> str:
+    """The CLIP that the weights began as: its name, or that of its file."""
+    name = config["recipe"]["clip_model_name"]
+    return name if name in OPENAI_CLIPS else printable(Path(name).name)
+
+
+def _title(config: Mapping[str, Any]) -> str:
+    if config["combiner"] is None:
+        return f"{_base(config)} with the sum"
+    return f"{_base(config)} with a Combiner ({config['combiner']['sizes']['combiner_type']})"
+
+
+def _facts(config: Mapping[str, Any]) -> str:
+    """Model, preprocessing, sizes and versions, as a list."""
+    recipe = {**config["recipe"], "clip_model_name": _base(config)}
+    facts = {name.replace("_", " "): value for name, value in recipe.items()}
+    facts["weights"] = "float16" if config["half"] else "float32"
+    lines = [f"- {name}: `{value}`" for name, value in facts.items()]
+    if config["combiner"] is None:
+        lines.append("- queries: the normalised sum of image and text features")
+    else:
+        sizes = config["combiner"]["sizes"]
+        known = [f"{name} {value}" for name, value in sizes.items() if value is not None]
+        lines.append(f"- queries: a Combiner, {', '.join(known).replace('_', ' ')}")
+    versions = [f"{name} {version}" for name, version in config["versions"].items()]
+    lines.append(f"- exported with {', '.join(versions)}")
+    return "\n".join(lines)
+
+
+def _training(training: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What each part was trained on and with, as far as its settings tell."""
+    told = {part: shared_settings(settings) for part, settings in training.items()}
+    paragraphs = []
+    for part, dataset in trained_on(told).items():
+        flags = []
+        for name, value in told[part]["flags"].items():
+            if value not in (None, False) and name not in ("script", "dataset", "clip_model_name"):
+                flags.append(f"{flag(name)} {value}" if value is not True else flag(name))
+        paragraphs.append(f"{STAGES[part]}, on {dataset}:")
+        paragraphs.append(f"```\n{printable(' '.join(flags))}\n```")
+    return paragraphs or ["The weights do not say how they were trained."]
+
+
+def _numbers(config: Mapping[str, Any], results: Sequence[Result]) -> list[str]:
+    """A table of every result, protocols by metrics."""
+    if not results:
+        return ["None were given."]
+    paragraphs = [
+        f"In brackets: {CONFIDENCE:.0%} intervals over other queries of the kind (bootstrap, {RESAMPLES} resamples). "
+        "A protocol is a gallery (all of the split, or the references and targets alone) and whether the reference "
+        "is kept in it."
+    ]
+    for result in results:
+        paragraphs.append(f"### {_heading(config, result)}")
+        paragraphs.append(_table(result))
+    return paragraphs
+
+
+def _heading(config: Mapping[str, Any], result: Result) -> str:
+    """What a result is of, and what is particular to it."""
+    composed = result.get("combining_function") or (
+        "combiner" if "combiner" in result["weights_sha256"] else "sum"
+    )
+    parts = [f"{result['dataset']} {result['split']}", composed]
+    for part, digest in result["weights_sha256"].items():
+        if digest != config[part]["weights_sha256"]:
+            parts.append(f"before the weights of its {part} were rounded")
+    precision = result.get("encode_precision", "fp32")
+    if precision != "fp32":
+        parts.append(f"encoded in {precision}")
+    left_out = sum(map(len, result["excluded_images"].values()))
+    if left_out:
+        parts.append(f"{left_out} images left out")
+    return ", ".join(parts)
+
+
+def _table(result: Result) -> str:
+    benchmark = BENCHMARKS[result["dataset"]](Path())
+    column = Column(label="", results=[result])
+    rows = {}
+    for protocol in column.protocols:
+        bounds = own_intervals(
+            benchmark, column, protocol, resamples=RESAMPLES, confidence=CONFIDENCE, seed=0
+        )
+        cells = {}
+        for metric, title in benchmark.titles.items():
+            (value,) = column.values(protocol, metric)
+            low, high = map(two_decimals, bounds[metric])
+            cells[title] = f"{two_decimals(value)} [{low}, {high}]"
+        rows[protocol] = cells
+    return _markdown(rows)
+
+
+def _markdown(rows: Mapping[str, Mapping[str, str]]) -> str:
+    """Rows by their names, with cells by their columns, which all rows share."""
+    columns = list(next(iter(rows.values())))
+    lines = [["", *columns], ["---", *["---:"] * len(columns)]]
+    for name, cells in rows.items():
+        lines.append([name, *(cells[column] for column in columns)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _use(exporting: Exporting, results: Sequence[Result]) -> str:
+    """Commands that load the pair, for the benchmarks that it has to do with."""
+    datasets = [*trained_on(exporting.training).values(), *(r["dataset"] for r in results)]
+    place = shlex.quote(exporting.place)
+    commands = [
+        f"python src/validate.py --dataset {dataset} --pair {place}"
+        for dataset in dict.fromkeys(datasets)
+    ]
+    commands += [
+        f"python src/search.py index --images photos/ --output photos_index --pair {place}",
+        "python src/search.py query --index photos_index --image photos/shirt.jpg --text 'is red and has no sleeves'",
+    ]
+    listed = "\n".join(commands)
+    return f"```bash\n{listed}\n```"
+
+
+def _licence(exporting: Exporting) -> str:
+    """Whose terms the weights are under."""
+    base = _base(exporting.config)
+    terms = f"The weights began as those of `{base}`, whose terms hold for them."
+    if base in OPENAI_CLIPS:
+        terms = f"The weights began as OpenAI's CLIP `{base}`, which is under the MIT licence."
+    datasets = sorted(set(trained_on(exporting.training).values()))
+    if datasets:
+        terms += f" They were trained on {' and '.join(datasets)}: the terms of its annotations and images hold too."
+    return terms

@@ -1,0 +1,117 @@
+"""Hand a trained pair on: write one folder that others can load, with a model card; upload it where that is asked for.
+
+    python src/export.py --clip-model-path models/THE_RUN --combiner-path models/THE_OTHER_RUN --output my_pair \
+        --results fiq.json
+
+What takes `--clip-model-path` and `--combiner-path` takes `--pair my_pair` instead. Without --combiner-path the pair
+composes by the sum, without --clip-model-path it has CLIP's own weights.
+"""
+
+import argparse
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from cli import options
+from cli.flag_types import repository, usable_path
+from cli.parsers import ScriptParser, Several
+from cli.startup import check_files
+from evaluation.result_file import Result, read_result
+from runtime.choices import PairChoice
+from runtime.files import check_new_or_empty, check_writable, folder_made_beside, write_text
+from runtime.hub import HUB, import_hub, upload
+from utils import command
+
+logger = logging.getLogger(__name__)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags of an export."""
+    parents = [
+        options.tuned_clip_flag(),
+        options.clip_flags(),
+        options.combiner_flags(trains=False),
+    ]
+    parser = ScriptParser(__doc__, parents=parents)
+    options.add_combiner_path(parser, help="stage-2 weights (default: none, which is the sum)")
+    group = parser.add_argument_group("export")
+    group.add_argument(
+        "--output",
+        type=usable_path,
+        required=True,
+        metavar="DIR",
+        help="a new or an empty folder for the pair",
+    )
+    group.add_argument("--half", action="store_true", help="store fp16: half the bytes, rounded")
+    group.add_argument(
+        "--results",
+        type=usable_path,
+        nargs="+",
+        action=Several,
+        default=[],
+        metavar="FILE",
+        help="of validate.py --metrics-json, for the card",
+    )
+    group.add_argument(
+        "--push",
+        type=repository,
+        metavar="ORG/REPO",
+        help="then upload it to the Hugging Face Hub",
+    )
+    return parser.parse_args(argv)
+
+
+def export(args: argparse.Namespace, results: Mapping[Path, Result]) -> None:
+    """Load the pair, and write it with its card.
+
+    Args:
+        results: what was measured of it, by file.
+    """
+    import torch
+
+    from evaluation.model_card import Exporting, check_results, model_card
+    from models.exported import CARD, write_exported
+    from models.pair import load_pair
+
+    choice = PairChoice(
+        combining_function=None,
+        clip_path=args.clip_model_path,
+        combiner_path=args.combiner_path,
+        clip=options.clip_choice(args),
+        combiner=options.combiner_choice(args),
+    )
+    pair = load_pair(choice, torch.device("cpu"))
+    about = pair.describe()
+    with folder_made_beside(args.output) as folder:
+        config = write_exported(
+            folder, pair.encoder, pair.compose, training=about["training"], half=args.half
+        )
+        stored = {part: config[part]["weights_sha256"] for part in about["weights_sha256"]}
+        check_results(results, [about["weights_sha256"], stored], about["preprocessing"])
+        place = f"{HUB}{args.push}" if args.push else args.output.name
+        exporting = Exporting(config=config, training=about["training"], place=place)
+        write_text(folder / CARD, model_card(exporting, list(results.values())))
+    logger.info(
+        "%s: %s", args.output, ", ".join(sorted(file.name for file in args.output.iterdir()))
+    )
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Write the folder; upload it."""
+    args = parse(argv)
+    check_files(args)
+    args.output = args.output.absolute()  # whose name the card says
+    check_new_or_empty("--output", args.output)
+    check_writable({"--output": args.output.parent})
+    results = {file: read_result(file) for file in args.results}
+    if args.push:
+        import_hub()  # before the pair is loaded
+    export(args, results)
+    if args.push:
+        upload(args.output, args.push)
+        logger.info("%s: https://huggingface.co/%s", args.output, args.push)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""A trained pair as one folder that others can load: written, and read as it was written or not at all."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from models.configuration import FREE_FLAGS, Checkpoint, Settings, read_checkpoint
+from runtime.files import file_digest, parse_json, read_text, write_text
+from runtime.hub import HUB, fetched
+from utils import UserError, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from combiner import Composer
+    from models.encoder import Encoder
+
+FORM = 1  # of the folder; what an earlier version cannot read has a higher one
+CONFIG = "config.json"
+CARD = "README.md"
+FILES = {"clip": "clip.safetensors", "combiner": "combiner.safetensors"}
+KEYS = {"clip": "CLIP", "combiner": "Combiner"}  # what `read_checkpoint` calls the parts
+REMEDY = "copy the folder again, or export it again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedPair:
+    """A folder that was found whole. Its weights are read, and held to their digests, when they are asked for.
+
+    Attributes:
+        config: the content of its config.json.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+
+    @property
+    def has_combiner(self) -> bool:
+        """Whether it composes with a Combiner, rather than with the sum."""
+        return self.config["combiner"] is not None
+
+    @property
+    def recipe(self) -> Checkpoint:
+        """What its images and features are made with, as `settle` asks checkpoints for it."""
+        settings = Settings(flags={}, recipe=self.config["recipe"], data={}, versions={})
+        return Checkpoint(path=self.folder / CONFIG, state={}, config=settings.on_disk())
+
+    def weights(self, part: str) -> Checkpoint:
+        """The weights of "clip" or "combiner".
+
+        Raises:
+            UserError: the file is not the one that was exported.
+        """
+        file = self.folder / FILES[part]
+        about = self.config[part]
+        if file_digest(file) != about["file_sha256"]:
+            raise UserError(
+                f"--pair {file} is damaged or was edited: {part}.file_sha256 of {CONFIG} is of another file: {REMEDY}"
+            )
+        checkpoint = cast(Checkpoint, read_checkpoint("--pair", file, KEYS[part]))
+        return dataclasses.replace(checkpoint, sizes=about["sizes"])
+
+
+def exported_place(text: str) -> Path | str:
+    """A place of a pair as a text says it: a folder, or a repository after "hf-hub:"."""
+    return text if text.startswith(HUB) else Path(text)
+
+
+def open_exported(place: Path | str) -> ExportedPair:
+    """The pair at a place: a folder, or a repository after "hf-hub:", which is fetched.
+
+    Raises:
+        UserError: see `read_exported` and `fetched`.
+    """
+    if isinstance(place, Path):
+        return read_exported(place)
+    return read_exported(fetched(place.removeprefix(HUB), [CONFIG, *FILES.values()]))
+
+
+def read_exported(folder: Path) -> ExportedPair:
+    """The pair in a folder, before its weights are read.
+
+    Raises:
+        UserError: a file is missing, or config.json is damaged, edited or of a newer form.
+    """
+    file = folder / CONFIG
+    source = f"--pair {file}"
+    try:
+        content = parse_json(read_text(file))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"--pair {folder} holds no {CONFIG}: name a folder that export.py wrote"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source} is damaged ({first_line(error)}): {REMEDY}") from None
+    form = content.get("form") if isinstance(content, dict) else None
+    if type(form) is int and form > FORM:
+        raise UserError(
+            f"{source}: form is {form}, and this version reads up to {FORM}: use a newer version of this project"
+        )
+
+    from models.schemas import Exported
+    from runtime.schema import checked
+
+    checked(Exported, content, file=source, remedy=REMEDY)
+    if content["sha256"] != _digest(content):
+        raise UserError(f"{source} was edited: sha256 is not that of the other fields: {REMEDY}")
+    for part, name in FILES.items():
+        if content[part] is not None and not (folder / name).is_file():
+            raise UserError(f"--pair {folder} holds no {name}: {REMEDY}")
+    return ExportedPair(folder=folder, config=content)
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    """SHA-256 of all fields but the digest itself, in whatever order and layout they are written."""
+    others = {name: value for name, value in config.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+
+
+def write_exported(
+    folder: Path,
+    encoder: "Encoder",
+    compose: "Composer",
+    *,
+    training: Mapping[str, Mapping[str, Any]],
+    half: bool,
+) -> dict[str, Any]:
+    """Write the files of a pair but for its card; returns the content of config.json.
+
+    Args:
+        training: part -> settings of its training, as they are on disk; nothing of a part that has none.
+        half: store fp16.
+
+    Raises:
+        UserError: a weight is too large for fp16.
+    """
+    from combiner import combiner_settings
+    from models.clip_model import sizes_by_name
+    from models.encoder import versions
+
+    states = {"clip": encoder.model.state_dict()}
+    sizes = {"clip": sizes_by_name(encoder.model)}
+    if combiner := compose.state_dict():
+        states["combiner"] = combiner
+        sizes["combiner"] = combiner_settings(combiner, {"top_k": compose.top_k}, folder)
+    content: dict[str, Any] = {
+        "form": FORM,
+        "recipe": encoder.recipe,
+        "clip": None,
+        "combiner": None,
+    }
+    for part, state in states.items():
+        file = folder / FILES[part]
+        digests = _write_weights(file, state, shared_settings(training.get(part, {})), half=half)
+        content[part] = {"sizes": sizes[part], **digests}
+    content["half"] = half
+    content["versions"] = versions()
+    config = {**content, "sha256": _digest(content)}
+    write_text(folder / CONFIG, json.dumps(config, indent=1) + "\n")
+    return config
+
+
+def _write_weights(
+    file: Path, state: Mapping[str, "Tensor"], settings: Mapping[str, Any], *, half: bool
+) -> dict[str, str]:
+    """Write one part's weights with the settings of its training; returns their digests, as config.json says them."""
+    from models.encoder import weights_digest
+    from runtime.tensors import save_safetensors
+
+    stored = {}
+    loaded = {}
+    for name, weight in state.items():
+        stored[name] = weight.half() if half and weight.is_floating_point() else weight
+        loaded[name] = stored[name].to(weight.dtype)
+        if not loaded[name].isfinite().all():
+            raise UserError(f"--half: {name} is too large for fp16: leave the flag out")
+    save_safetensors(file, stored, settings)
+    return {"weights_sha256": weights_digest(loaded), "file_sha256": file_digest(file)}
+
+
+def shared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a training without what they say of its machine: where files lay, and under whose name it ran."""
+    if not config:
+        return {}
+    settings = Settings.read(config)
+    flags = {name: value for name, value in settings.flags.items() if name not in FREE_FLAGS}
+    return dataclasses.replace(settings, flags=flags).on_disk()
