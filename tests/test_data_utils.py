@@ -202,6 +202,7 @@ def batches_of(paths, *rows):
 
 def workers_now() -> set[int]:
     """The processes that run for this one, among them those that decode."""
+    gc.collect()  # what refers to itself keeps its loader, and the loader its processes
     return set(family(os.getpid())[1:])
 
 
@@ -397,7 +398,6 @@ def test_one_set_of_processes_serves_a_training(stage_1, monkeypatch):
     before = workers_now()
     stage_1("FashionIQ", "--num-workers", 2, "--ema-decay", 0.9)
     assert len(started) == 2
-    gc.collect()  # what refers to itself refers to the loader too, until then
     assert workers_now() == before
 
 

@@ -46,7 +46,7 @@ MISSING = [
     "plan.py stage2 --dataset CIRR --gpu h100 --clip-model-path nowhere",
     "check_dataset.py --data-root nowhere",
     "visualize.py --rankings nowhere",
-    "search.py index --images nowhere --output index",
+    "search.py index --images nowhere --output demo/index",
     "search.py query --index nowhere --image a --text b",
     "demo_app.py --index nowhere",
 ]
