@@ -188,6 +188,7 @@ def test_no_value_reaches_the_terminal_as_it_is(parser, action, refusal):
     """Line breaks and escape sequences of what was typed are spelled out; see `refusal`."""
     for text in ("\x1b[31mred\x1b[0m", "two\nlines", "\x07", "\u202e", "\udcff", "a\rb"):
         line = refusal(parser, action, text)
+        assert line is None or text not in line
         CASES["values of any flag", "taken" if line is None else "refused"] += 1
 
 

@@ -21,6 +21,7 @@ from conftest import CASES, ROOT
 from evaluation import model_card
 from evaluation.comparison import Column, intervals, own_intervals
 from evaluation.result_file import read_result
+from forks import free_port
 from image_search.dialogue import Dialogue
 from image_search.manifest import read_manifest
 from models import exported
@@ -226,11 +227,15 @@ def page(folder: Path, drawn: Path, pair: list, **_: object) -> dict:
     """What the page's searcher answers; the page itself is not served."""
     index(folder, drawn, pair)
     seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_app, "import_gradio", lambda: None)
-        patch.setattr(demo_app, "launch", lambda *_: None)
-        patch.setattr(demo_app, "build", lambda searcher, k: seen.append(searcher))
-        demo_app.main(list(map(str, ["--index", folder, *pair, "--device", "cpu"])))
+
+    def build(searcher, k, uploads):
+        seen.append(searcher)
+        raise KeyboardInterrupt
+
+    flags = ["--index", folder, *pair, "--device", "cpu", "--port", free_port()]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(demo_app, "build", build)
+        demo_app.main(list(map(str, flags)))
     (searcher,) = seen
     found = Dialogue().choose(searcher, 0).ask(searcher, QUESTION, 10).last.found
     return {"answers": found.answers, "gate": found.gate, "experts": found.experts}

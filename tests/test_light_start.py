@@ -41,7 +41,7 @@ MISSING = [
     "compare.py nowhere",
     "validate.py --dataset CIRR --pair nowhere",
     "export.py --output pair --clip-model-path nowhere",
-    "export.py --output pair --results nowhere",
+    "export.py --output demo/pair --results nowhere",
     "plan.py stage1 --dataset CIRR --gpu h100 --clip-model-name nowhere",
     "plan.py stage2 --dataset CIRR --gpu h100 --clip-model-path nowhere",
     "check_dataset.py --data-root nowhere",
