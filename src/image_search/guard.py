@@ -90,7 +90,7 @@ class Hosts:
         self.names = {*LOCAL, host.strip("[]").lower(), *self.proxies}
         self.any_address = host.strip("[]") in ANY_ADDRESS
         if self.any_address:
-            self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
+            self.names.update([socket.gethostname().lower(), socket.getfqdn().lower()])
 
     def holds(self, host: str) -> bool:
         """Whether a Host header names the page."""

@@ -299,8 +299,11 @@ def _read_rows(folder: Path, kind: str) -> Rows:
     file = folder / f"{kind}_metrics.csv"
     try:
         with open(file, newline="", encoding="utf-8") as lines:
-            rows = list(csv.DictReader(lines))
-        return [{name: float(text) for name, text in row.items() if text} for row in rows]
+            texts = list(csv.DictReader(lines))
+        rows = []
+        for row in texts:
+            rows.append({name: float(text) for name, text in row.items() if text})
+        return rows
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, csv.Error) as error:

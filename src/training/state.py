@@ -1,5 +1,6 @@
 """The state of a training in one file: written whole, compared with the training that takes it, and put back."""
 
+import itertools
 import math
 import random
 from collections.abc import Mapping
@@ -139,7 +140,7 @@ def _is_switch(value: Any) -> bool:
 def _check_moments(place: str, optimizer: Optimizer, stored: Any) -> None:
     """The same for what Adam remembers of its parameters; of one that never had a gradient that is nothing."""
     groups = [group["params"] for group in optimizer.param_groups]
-    parameters = dict(enumerate(parameter for group in groups for parameter in group))
+    parameters = dict(enumerate(itertools.chain.from_iterable(groups)))
     if not isinstance(stored, dict):
         raise ValueError(f"{place} is missing")
     for number, moments in stored.items():
