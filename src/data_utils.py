@@ -28,8 +28,6 @@ SIGNS_OF_PROCESSES = (
     "killed by signal", "exited unexpectedly", "shared memory", "</torch_", "received 0 items of ancdata",
     "can't start new thread", "Too many open files", "annot allocate memory",
 )  # fmt: skip
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class SquarePad:
@@ -65,7 +63,31 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def make_preprocess(transform: str, target_ratio: float, resolution: int) -> Compose:
+class FitInside:
+    """Resize an image so that its longer side is `side`, and zero-pad it to a square, as open_clip's `longest` does."""
+
+    def __init__(self, side: int, interpolation: InterpolationMode) -> None:
+        self.side = side
+        self.interpolation = interpolation
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        longest = max(image.size)
+        width, height = (round(pixels * self.side / longest) for pixels in image.size)
+        resized = F.resize(image, [height, width], self.interpolation)
+        left = (self.side - width) // 2
+        top = (self.side - height) // 2
+        margins = [left, top, self.side - width - left, self.side - height - top]
+        return F.pad(resized, margins, 0, padding_mode="constant")
+
+
+def make_preprocess(
+    transform: str,
+    target_ratio: float,
+    resolution: int,
+    *,
+    interpolation: str = "bicubic",
+    resize_mode: str = "shortest",
+) -> Compose:
     """PIL image to bytes (3, resolution, resolution), uint8; `normalise` makes CLIP's input of them.
 
     An image is padded in the mode it was opened in. It becomes RGB after resizing, as in CLIP's pipeline.
@@ -74,32 +96,38 @@ def make_preprocess(transform: str, target_ratio: float, resolution: int) -> Com
         transform: one of TRANSFORMS.
         target_ratio: longest to shortest side from which on targetpad pads.
         resolution: of the model's input, in pixels.
+        interpolation: of the model's own evaluations.
+        resize_mode: of the model's own evaluations, which `clip` alone follows: what is padded keeps its proportions.
     """
-    steps: list[Callable[[Any], Any]] = [
-        Resize(resolution, interpolation=InterpolationMode.BICUBIC),
+    how = InterpolationMode(interpolation)
+    resize: list[Callable[[Any], Any]] = [
+        Resize(resolution, interpolation=how),
         CenterCrop(resolution),
-        to_rgb,
-        PILToTensor(),
     ]
     if transform == "squarepad":
-        steps.insert(0, SquarePad())
+        resize.insert(0, SquarePad())
     elif transform == "targetpad":
-        steps.insert(0, TargetPad(target_ratio))
-    return Compose(steps)
+        resize.insert(0, TargetPad(target_ratio))
+    elif resize_mode == "squash":
+        resize = [Resize((resolution, resolution), interpolation=how)]
+    elif resize_mode == "longest":
+        resize = [FitInside(resolution, how)]
+    return Compose([*resize, to_rgb, PILToTensor()])
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """CLIP's input from bytes, (..., 3, R, R) uint8 -> float32. Bit-equal to ToTensor and Normalize."""
-    mean, std = _mean_and_std(pixels.device)
-    return pixels.float().div_(255).sub_(mean).div_(std)
+Colour = tuple[float, float, float]  # red, green, blue, in 0 to 1
+
+
+def normalise(pixels: Tensor, mean: Colour, std: Colour) -> Tensor:
+    """A CLIP's input from bytes, (..., 3, R, R) uint8 -> float32. Bit-equal to ToTensor and Normalize."""
+    means = _on(pixels.device, mean)
+    return pixels.float().div_(255).sub_(means).div_(_on(pixels.device, std))
 
 
 @functools.lru_cache
-def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """CLIP's constants, (3, 1, 1) each. They are sent to a device once, since sending waits for it."""
-    mean = torch.tensor(CLIP_MEAN, device=device).view(3, 1, 1)
-    std = torch.tensor(CLIP_STD, device=device).view(3, 1, 1)
-    return mean, std
+def _on(device: torch.device, colour: Colour) -> Tensor:
+    """A colour as (3, 1, 1). It is sent to a device once, since sending waits for it."""
+    return torch.tensor(colour, device=device).view(3, 1, 1)
 
 
 Reader = Callable[[Path], Tensor]  # image file -> preprocessed bytes (3, R, R)

@@ -1,4 +1,4 @@
-"""OpenAI's CLIP: load, tokenize, freeze, write a tiny one."""
+"""OpenAI's CLIP: load, tokenize, write a tiny one."""
 
 import functools
 import urllib.error
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.architectures import sizes_of
+from models.backbone import Backbone, Tokenizer
 from models.clip_package import (
     CLIP,
     Bottleneck,
@@ -29,6 +30,8 @@ from utils import UserError, first_line, seed_everything
 
 # What OpenAI's archives and safetensors files hold beside weights.
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "config")
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # The first and the last matrices of both encoders.
 VITAL = (
     "visual.conv1",
@@ -144,20 +147,7 @@ def describe(state: dict[str, Tensor]) -> str:
         return "not a CLIP"
 
 
-def choose_trained(model: CLIP, encoder: str) -> list[nn.Parameter]:
-    """Freeze the parameters that `--encoder` does not name, and return those that learn.
-
-    `image` trains `visual.*`; `text` all but `visual.*`; `both` everything. CLIP's own logit scale is never
-    trained, because the loss does not contain it.
-    """
-    for name, parameter in model.named_parameters():
-        encoder_of_parameter = "image" if name.startswith("visual.") else "text"
-        parameter.requires_grad_(encoder in ("both", encoder_of_parameter))
-    model.logit_scale.requires_grad_(False)
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def checkpoint_gradients(model: CLIP) -> None:
+def checkpoint_gradients(model: nn.Module) -> None:
     """Recompute a block's activations in the backward pass, instead of keeping them (Chen et al. 2016)."""
     for block in model.modules():
         if isinstance(block, Bottleneck | ResidualAttentionBlock):
@@ -174,18 +164,23 @@ def feature_dim(model: CLIP) -> int:
     return model.text_projection.shape[1]
 
 
-def tokenize(captions: list[str]) -> Tensor:
-    """Captions to CLIP tokens (len(captions), 77). Longer captions are truncated here and nowhere else."""
-    return clip.tokenize(captions, truncate=True)
+def tokenize(captions: list[str], columns: int = 77) -> Tensor:
+    """Captions to tokens (len(captions), columns) of the vocabulary that OpenAI's CLIPs share; what is more is cut."""
+    return clip.tokenize(captions, columns, truncate=True)
 
 
-def fits(caption: str) -> bool:
-    """Whether a caption has at most as many tokens as CLIP takes, so that it is not truncated."""
-    try:
-        clip.tokenize([caption])
-    except RuntimeError:
-        return False
-    return True
+def backbone(model: CLIP) -> Backbone:
+    """What code outside needs to know of one of OpenAI's CLIPs."""
+    return Backbone(
+        dim=feature_dim(model),
+        resolution=resolution(model),
+        mean=CLIP_MEAN,
+        std=CLIP_STD,
+        interpolation="bicubic",
+        resize_mode="shortest",
+        tokenizer=Tokenizer(tokenize, model.context_length, vocabulary=model.vocab_size),
+        checkpoint_gradients=checkpoint_gradients,
+    )
 
 
 TINY_VISION: dict[str, dict[str, Any]] = {

@@ -13,7 +13,6 @@ from benchmarks import Benchmark, Split
 from benchmarks.exclusions import announce
 from benchmarks.splits import check_images_exist
 from combiner import Composer, Sum, load_combiner
-from models.clip_model import feature_dim
 from models.configuration import (
     Checkpoint,
     read_checkpoint,
@@ -107,7 +106,7 @@ def load_pair(
         trained.table,
         trained.path,
         wanted=choice.combiner,
-        clip_dim=feature_dim(encoder.model),
+        clip_dim=encoder.backbone.dim,
     )
     return Pair(encoder=encoder, compose=combiner.to(device), tuned=tuned, trained=trained)
 
