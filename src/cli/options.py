@@ -22,7 +22,7 @@ from cli.flag_types import (
     width,
     workers,
 )
-from cli.parsers import Several
+from cli.parsers import ListModels, Several
 from models.configuration import ORIGINAL_DEFAULTS
 from runtime.choices import (
     AUTO,
@@ -154,6 +154,7 @@ def clip_flags() -> argparse.ArgumentParser:
     default = ORIGINAL_DEFAULTS
     names = f"a name or a checkpoint's path (default: {default.clip_model_name})"
     group.add_argument("--clip-model-name", type=model_name, metavar="NAME", help=names)
+    group.add_argument("--list-models", action=ListModels, help="print all names, and end")
     group.add_argument(
         "--transform", choices=TRANSFORMS, help=f"preprocessing (default: {default.transform})"
     )

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from benchmarks import BENCHMARKS, Benchmark
 from benchmarks.exclusions import read_exclusions
-from models.configuration import find_clip, named_checkpoint
+from models.configuration import named_checkpoint
+from models.names import check_clip
 from runtime import torchrun
 from runtime.files import missing_file
 from utils import UserError, first_line, flag
@@ -33,7 +34,7 @@ def check_files(args: argparse.Namespace) -> None:
             named_checkpoint(flag(name), path)
     clip = getattr(args, "clip_model_name", None)
     if clip is not None:
-        find_clip(clip)
+        check_clip(clip)
 
 
 def check_annotations(benchmark: Benchmark, splits: Sequence[str]) -> None:

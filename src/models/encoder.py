@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from models.backbone import Backbone, Tokenizer
 from models.clip_model import backbone as openai_backbone
 from models.clip_model import load_clip, load_finetuned
 from models.configuration import Checkpoint
+from models.names import open_clip_name
 from runtime import distributed
 from runtime.choices import ClipChoice, named
 from runtime.image_files import decoded
@@ -31,6 +33,7 @@ NOT_OF_BYTES = ("mean", "std", "context", "architecture")  # which follow when a
 CAPTIONS_KEPT = 16_384  # whose tokens are remembered, 1 KB each: more than a validation has
 
 Item = TypeVar("Item")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +192,27 @@ def weights_digest(state: dict[str, Tensor]) -> str:
 
 def load_backbone(name: str, device: torch.device) -> tuple[nn.Module, Backbone]:
     """The CLIP that `--clip-model-name` names, in eval mode with float32 weights, and what it is."""
+    other = open_clip_name(name)
+    if other is not None:
+        from models import open_clip_package
+
+        return open_clip_package.load(other, name, device)
     model = load_clip(name, device)
     return model, openai_backbone(model)
+
+
+def _warn_of_changes(tuned: Checkpoint, backbone: Backbone) -> None:
+    """Say so where a model was fine-tuned with another configuration than it has now, as a folder's may be edited."""
+    for name, value in backbone.recipe.items():
+        trained = tuned.table.get(name)
+        if trained not in (None, value):
+            logger.warning(
+                "warning: %s was trained with %s %s, and --clip-model-name has %s now",
+                tuned.path,
+                name,
+                trained,
+                value,
+            )
 
 
 def load_encoder(
@@ -214,6 +236,7 @@ def load_encoder(
     model, backbone = load_backbone(recipe["clip_model_name"], device)
     if tuned:
         load_finetuned(model, tuned.state, tuned.path)
+        _warn_of_changes(tuned, backbone)
     recipe.update(backbone.recipe)
     preprocess = make_preprocess(
         recipe["transform"],

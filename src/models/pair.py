@@ -114,7 +114,8 @@ def load_pair(
 def _warn_of_other_weights(trained: Checkpoint, encoder: Encoder) -> None:
     """Say so where a Combiner was trained on features of other CLIP weights."""
     settings = trained.table
-    if settings.get("clip_weights") not in (None, weights_digest(encoder.model.state_dict())):
+    known = {"clip_weights": weights_digest(encoder.model.state_dict()), **encoder.backbone.recipe}
+    if any(settings.get(name) not in (None, value) for name, value in known.items()):
         logger.warning(
             "warning: %s was trained on features of other CLIP weights (--clip-model-path %s then)",
             trained.path,

@@ -21,13 +21,14 @@ from models.clip_model import (
     load_clip,
     ready,
 )
-from models.configuration import find_clip
+from models.names import find_clip, open_clip_name
 from runtime.choices import CombinerChoice
 from runtime.gpus import Gpu
 from training.contrastive import contrastive_loss
 from training.counting import Counted, NoData
 from training.stage1 import SumFeatures
 from training.stage2 import ComposedFeatures
+from utils import UserError
 
 EFFICIENCY = 0.4  # of a GPU's rate of products is what a whole training reaches, by rule of thumb
 USABLE = (
@@ -133,6 +134,10 @@ class CountedClip:
         self.weights, self.learned = _weights(self.plain)
 
     def _without_data(self) -> CLIP:
+        if open_clip_name(self.name):
+            raise UserError(
+                f"--clip-model-name {self.name}: OpenAI's CLIPs alone can be planned for: name one of like size"
+            )
         if find_clip(self.name) is not None:
             clip = load_clip(self.name, torch.device("cpu"))
         else:
