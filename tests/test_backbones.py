@@ -1,20 +1,28 @@
 """Models of open_clip: what they compute, how images and captions reach them, and what is refused of them."""
 
+import importlib
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
+import clip_fine_tune
+import kills
+import search
 from conftest import CASES
 from data_utils import make_preprocess
-from models.encoder import load_backbone, load_encoder
+from models.encoder import Encoder, load_backbone, load_encoder
 from models.names import check_clip, in_full, open_clip_name
-from runtime.choices import ClipChoice
+from runtime.choices import OPENAI_CLIPS, ClipChoice
+from runtime.tensors import load_tensors
 from utils import UserError
 
 open_clip = pytest.importorskip("open_clip", reason="pip install -r requirements-open-clip.txt")
@@ -262,7 +270,6 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(models_made, tmp_path):
 def openais(golden, tmp_path_factory) -> Path:
     """The golden CLIPs of the original as folders of open_clip, with QuickGELU."""
     from models.architectures import sizes_of
-    from runtime.tensors import load_tensors
 
     root = tmp_path_factory.mktemp("openais")
     for name in ("clip_vit", "clip_rn"):
@@ -447,10 +454,12 @@ def test_a_tag_without_a_network_says_what_to_fetch_and_where_to_put_it(monkeypa
         patch.setattr(open_clip, "get_tokenizer", lambda _: open_clip.SimpleTokenizer())
         with pytest.raises(UserError, match=hub.format("laion/CLIP")):
             load_backbone("hf-hub:laion/CLIP", CPU)
+    only_a_file = {"url": "https://example.org/w.pt"}
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *_: only_a_file)
     with pytest.raises(
-        UserError, match=r"no network.*https://.*\.pt and name open_clip:RN50-quick.*=FILE"
+        UserError, match=r"no network.*https://example.org/w.pt.*open_clip:RN50=FILE"
     ):
-        load_backbone("open_clip:RN50-quickgelu/yfcc15m", CPU)
+        load_backbone("open_clip:RN50/cc12m", CPU)
 
 
 @pytest.fixture
@@ -556,3 +565,241 @@ def test_fine_tuned_weights_are_told_from_a_models_own(folder_of):
     folder, config = folder_of("vit")
     torch.save({"CLIP": {}}, folder / "open_clip_pytorch_model.bin")
     refused(folder, config, "--clip-model-path")
+
+
+# What runs on it
+
+
+def plain_recalls(models_made: Path, form: str, data_root: Path) -> dict[str, float]:
+    """R@1 to R@50 of the sum on CIRR's validation split, by open_clip and nothing of ours."""
+    model, preprocess, tokenizer = theirs(models_made, form)
+    root = data_root / "cirr_dataset"
+    places = json.loads((root / "cirr" / "image_splits" / "split.rc2.val.json").read_text())
+    queries = json.loads((root / "cirr" / "captions" / "cap.rc2.val.json").read_text())
+    names = list(places)
+    with torch.no_grad():
+        pixels = torch.stack([preprocess(Image.open(root / places[name])) for name in names])
+        images = model.encode_image(pixels)
+        texts = model.encode_text(tokenizer([query["caption"] for query in queries]))
+    references = images[[names.index(query["reference"]) for query in queries]]
+    similarities = F.normalize(references + texts, dim=-1) @ F.normalize(images, dim=-1).T
+    ranks = []
+    for query, row in zip(queries, similarities, strict=True):
+        row[names.index(query["reference"])] = -1
+        ranks.append(int((row > row[names.index(query["target_hard"])]).sum()))
+    return {
+        f"recall_at{k}": 100 * sum(rank < k for rank in ranks) / len(ranks) for k in (1, 5, 10, 50)
+    }
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_validation_is_what_a_plain_script_measures(form, models_made, drawn, run, tmp_path):
+    words = ["--dataset", "CIRR", "--combining-function", "sum", "--transform", "clip"]
+    file = tmp_path / "result.json"
+    run(
+        "validate",
+        drawn,
+        *words,
+        "--clip-model-name",
+        named(models_made, form),
+        "--metrics-json",
+        file,
+    )
+    result = json.loads(file.read_text())
+    for name, value in plain_recalls(models_made, form, drawn).items():
+        assert result["metrics"][name] == pytest.approx(value, abs=1e-4)
+    about = result["preprocessing"]
+    assert about["mean"] == FORMS[form][1]["mean"]
+    assert about["resize_mode"] == FORMS[form][1].get("resize_mode", "shortest")
+    assert about["context"] == FORMS[form][0]["text_cfg"].get("context_length", 77)
+
+
+STAGE_1 = {
+    "vit": ["--encoder", "text"],
+    "resnet": ["--encoder", "image", "--gradient-checkpointing"],
+    "custom": [
+        "--micro-batch-size",
+        5,
+        "--ema-decay",
+        0.9,
+        "--gradient-checkpointing",
+        "--clip-grad-norm",
+        1,
+    ],
+    "hf": ["--image-cache", "pixels", "--cosine"],
+}
+
+
+@pytest.mark.parametrize("form", STAGE_1)
+def test_stage_1_trains_what_it_is_asked_to(form, models_made, stage_1, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = stage_1("CIRR", "--clip-model-name", named(models_made, form), *STAGE_1[form])
+    before = torch.load(models_made / form / "open_clip_pytorch_model.bin")
+    trained = load_tensors(folder / "saved_models" / "tuned_clip_1.pt")
+    after = trained["CLIP"]
+    assert list(after) == list(before)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    asked = STAGE_1[form][1] if "--encoder" in STAGE_1[form] else "both"
+    assert not moved & {"logit_scale", "logit_bias"}
+    assert not any("running_" in name for name in moved)
+    assert any(name.startswith("visual.") for name in moved) == (asked != "text")
+    assert any(not name.startswith("visual.") for name in moved) == (asked != "image")
+    recipe = trained["config"]["recipe"]
+    assert recipe["mean"] == FORMS[form][1]["mean"]
+    assert len(recipe["architecture"]) == 64
+    assert bool(list(tmp_path.glob("pixels/*.npy"))) == (form == "hf")
+
+
+def test_gradients_by_checkpoints_are_the_same(models_made):
+    """And blocks are computed twice, in the ResNet too."""
+    for form in FORMS:
+        gradients = []
+        for checkpointed in (False, True):
+            model, backbone = load_backbone(named(models_made, form), CPU)
+            if checkpointed:
+                backbone.checkpoint_gradients(model)
+            side = backbone.resolution
+            pixels = torch.linspace(-1, 1, 2 * 3 * side * side).view(2, 3, side, side)
+            tokens = backbone.tokenizer(["is red", "a dress"])
+            (model.encode_image(pixels).sum() + model.encode_text(tokens).square().sum()).backward()
+            gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        plain, again = gradients
+        assert plain.keys() == again.keys()
+        for name, gradient in plain.items():
+            torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_stopped_training_goes_on_as_if_it_had_not_been(
+    models_made, stage_1, tmp_path, monkeypatch
+):
+    name = ["--clip-model-name", named(models_made, "custom"), "--ema-decay", 0.9]
+    whole = stage_1("CIRR", *name, output="whole")
+    real = Encoder._image_features
+
+    def interrupted(encoder, pixels):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return real(encoder, pixels)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(Encoder, "_image_features", interrupted)
+        stage_1("CIRR", *name, output="stopped")
+    assert stop.value.code == 0
+    (run,) = (tmp_path / "stopped").iterdir()
+    clip_fine_tune.main(["--resume", str(run)])
+    assert kills.differences(whole, run) == []
+
+
+def test_both_stages_a_submission_and_a_search(
+    models_made, drawn, run, stage_1, stage_2, tmp_path, caplog, capsys
+):
+    """The name is given once; what was trained knows it from then on."""
+    name = named(models_made, "custom")
+    clip = stage_1("CIRR", "--clip-model-name", name, "--save-best")
+    tuned = ["--clip-model-path", next((clip / "saved_models").glob("*.pt"))]
+    combiner = stage_2("CIRR", "--clip-model-name", name, *tuned, "--save-best")
+    pair = [*tuned, "--combiner-path", next((combiner / "saved_models").glob("*.pt"))]
+    composed = [*pair, "--combining-function", "combiner"]
+    run("validate", drawn, "--dataset", "CIRR", *composed)
+    written = run("cirr_test_submission", drawn, "--submission-name", "a", *composed)
+    assert len(list(written.glob("*.json"))) == 2
+    assert "more than the 12 tokens" in caplog.text
+    # An index, and a query that finds the reference that it was made with.
+    index = tmp_path / "index"
+    photos = drawn / "cirr_dataset" / "dev"
+    search.main(
+        list(
+            map(
+                str,
+                [
+                    "index",
+                    "--images",
+                    photos,
+                    "--output",
+                    index,
+                    "--clip-model-name",
+                    name,
+                    "--device",
+                    "cpu",
+                ],
+            )
+        )
+    )
+    image = next(photos.rglob("*.png"))
+    ask = ["query", "--index", index, "--image", image, "--device", "cpu", "--text"]
+    capsys.readouterr()
+    search.main(list(map(str, [*ask, "red " * 20, "--json"])))
+    found = json.loads(capsys.readouterr().out)
+    assert found["note"] == "the text has more than 12 tokens: what is beyond them was left out"
+    # Another model with features of the same length is no model of this index, nor of this Combiner.
+    other = ["--clip-model-name", named(models_made, "vit")]
+    assert "was made with other" in exits(
+        lambda: search.main(list(map(str, [*ask, "a", *other]))), capsys
+    )
+    caplog.clear()
+    run("validate", drawn, "--dataset", "CIRR", *composed[2:], *other)
+    assert "features of other CLIP weights" in caplog.text
+
+
+def exits(call, capsys) -> str:
+    with pytest.raises(SystemExit) as stop:
+        call()
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_weights_alone_do_not_tell_a_model(models_made, tmp_path, pictures, capsys):
+    """GELU and QuickGELU have the same weights, and other features."""
+    photos = pictures[0].parent
+    quick = shutil.copytree(models_made / "quick", tmp_path / "quick_of_vit")
+    shutil.copy(models_made / "vit" / "open_clip_pytorch_model.bin", quick)
+    names = [named(models_made, "vit"), f"local-dir:{quick}"]
+    keys = [encoder_of(name).describe() for name in names]
+    assert keys[0]["weights"] == keys[1]["weights"]
+    assert keys[0]["architecture"] != keys[1]["architecture"]
+    index = ["index", "--images", photos, "--output", tmp_path / "index", "--device", "cpu"]
+    search.main(list(map(str, [*index, "--clip-model-name", names[0]])))
+    again = lambda: search.main(list(map(str, [*index, "--clip-model-name", names[1]])))  # noqa: E731
+    assert "index of other weights" in exits(again, capsys)
+
+
+def test_another_tokenizer_is_another_model(folder_of, models_made):
+    folder, _ = folder_of("hf")
+    file = folder / "tokenizer.json"
+    about = json.loads(file.read_text())
+    vocabulary = about["model"]["vocab"]
+    vocabulary["red"], vocabulary["blue"] = vocabulary["blue"], vocabulary["red"]
+    file.write_text(json.dumps(about))
+    architectures = set()
+    for name in (named(models_made, "hf"), named(models_made, "hf"), f"local-dir:{folder}"):
+        encoder = encoder_of(name)
+        encoder.backbone.tokenizer(["is red"] * 3)  # leaves no trace in it
+        architectures.add(encoder.backbone.architecture)
+    assert len(architectures) == 2
+
+
+def test_openais_models_say_nothing_new(drawn):
+    """Keys of caches and indexes, recipes of checkpoints and results are those of earlier versions."""
+    encoder = encoder_of(str(drawn / "tiny_clip_vit.pt"))
+    assert set(encoder.preprocessing) == {"transform", "target_ratio", "resolution"}
+    assert list(encoder.recipe) == [
+        "clip_model_name", "transform", "target_ratio", "decode", "encode_precision", "resolution",
+    ]  # fmt: skip
+
+
+def test_models_are_listed(capsys):
+    """Each name that is printed is one, with the sizes that open_clip has."""
+    for script in ("validate", "clip_fine_tune"):
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module(script).main(["--list-models"])
+        assert stop.value.code == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    listed = {line[0]: line[1:] for line in lines if len(line) == 4}
+    assert {"RN50x4": ["640", "288", "77"]}.items() <= listed.items()
+    assert set(OPENAI_CLIPS) <= set(listed)
+    for name in set(listed) - set(OPENAI_CLIPS):
+        check_clip(name)
+        config = open_clip.get_model_config(open_clip_name(name).model)
+        assert listed[name][0] == str(config["embed_dim"])
+    assert listed["open_clip:ViT-B-16-SigLIP2/webli"] == ["768", "224", "64"]
+    assert listed["open_clip:PE-Core-B-16/meta"] == ["1024", "224", "32"]

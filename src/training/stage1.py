@@ -117,12 +117,17 @@ def sum_validation(
 
     kept = None if images_learn else encode_galleries()
     tables_of_splits: list[dict[str, Tensor]] = [{} for _ in data.val]
+    texts_of_splits: list[list[str]] = []
+    for split in data.val:
+        texts = [data.benchmark.caption(triplet.captions) for triplet in split.triplets]
+        encoder.backbone.tokenizer.warn_of_cuts(texts)
+        texts_of_splits.append(texts)
 
     def validate() -> dict[str, float]:
         galleries = kept if kept is not None else encode_galleries()
         frozen = []
-        for split, images, tables in zip(data.val, galleries, tables_of_splits, strict=True):
-            texts = [data.benchmark.caption(triplet.captions) for triplet in split.triplets]
+        parts = zip(data.val, galleries, texts_of_splits, tables_of_splits, strict=True)
+        for split, images, texts, tables in parts:
             captions = encoder.captions(texts).unsqueeze(1)
             frozen.append(FrozenSplit(split=split, images=images, captions=captions, tables=tables))
         return measure(frozen)
