@@ -1,5 +1,6 @@
 """Models of open_clip: what they compute, how images and captions reach them, and what is refused of them."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -344,6 +345,11 @@ def test_openais_weights_without_quick_gelu_are_refused(scheme, openais, golden,
         load_backbone(name, CPU)
 
 
+def test_a_file_that_may_want_quick_gelu_is_warned_of(openais, golden, caplog):
+    load_backbone(f"open_clip:clip_vit={golden / 'clip_vit.pt'}", CPU)
+    assert "open_clip:clip_vit-quickgelu=FILE" in caplog.text
+
+
 def test_no_tag_lacks_its_activation():
     """A tag has the activation that it was trained with, or names the architecture that has."""
     from models.open_clip_package import _published, known_models
@@ -510,6 +516,8 @@ def test_any_preprocessing_that_is_no_good_is_refused(folder_of):
         for value in ("text", 3, [], ""):
             refused(folder, {**config, "preprocess_cfg": {part: value}}, part)
     refused(folder, {**config, "preprocess_cfg": 7}, "preprocess_cfg")
+    grey = {"resize_mode": "longest", "fill_color": 127}
+    refused(folder, {**config, "preprocess_cfg": grey}, "fill_color")
 
 
 def test_a_tower_that_is_no_square_is_refused(folder_of):
@@ -803,3 +811,16 @@ def test_models_are_listed(capsys):
         assert listed[name][0] == str(config["embed_dim"])
     assert listed["open_clip:ViT-B-16-SigLIP2/webli"] == ["768", "224", "64"]
     assert listed["open_clip:PE-Core-B-16/meta"] == ["1024", "224", "32"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_half_precision_is_near(form, models_made, pictures):
+    """Autocast finds nothing in open_clip's encoders that it cannot compute."""
+    exact = encoder_of(named(models_made, form))
+    half = dataclasses.replace(exact, recipe={**exact.recipe, "encode_precision": "bf16"})
+    for ours, theirs in (
+        (half.images(pictures), exact.images(pictures)),
+        (half.captions(CAPTIONS), exact.captions(CAPTIONS)),
+    ):
+        assert not torch.equal(ours, theirs)
+        assert torch.cosine_similarity(ours, theirs).min() > 0.99

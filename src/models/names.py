@@ -153,9 +153,11 @@ def architectures() -> list[str]:
     """Those that open_clip has. It need not be imported for that, for each has a file; once it is, it is asked."""
     if OPEN_CLIP in sys.modules:
         return sys.modules[OPEN_CLIP].list_models()
-    found = importlib.util.find_spec(OPEN_CLIP)
-    (folder, *_) = (found and found.submodule_search_locations) or [""]
-    return sorted(file.stem for file in Path(folder, "model_configs").glob("*.json"))
+    package = importlib.util.find_spec(OPEN_CLIP)
+    names: list[str] = []
+    for folder in (package and package.submodule_search_locations) or []:
+        names += [file.stem for file in Path(folder, "model_configs").glob("*.json")]
+    return sorted(names)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -42,6 +42,9 @@ try:
     from open_clip.modified_resnet import Bottleneck
     from open_clip.pretrained import download_pretrained_from_hf
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+    if not open_clip.__version__.startswith("3."):
+        raise ImportError(f"here is {open_clip.__version__}")
 except ImportError as error:
     raise UserError(
         f"--clip-model-name needs open_clip_torch from 3.0 on and before 4 ({first_line(error)}): {REQUIREMENTS}"
@@ -224,7 +227,9 @@ def _built(name: OpenClipName, source: str) -> Any:
     make = functools.partial(
         open_clip.create_model, name.for_open_clip, load_weights=False, pretrained_text=False
     )
-    return _tried(make, f"{source}: open_clip cannot build it ({{}}): name another model")
+    return _tried(
+        make, f"{source}: open_clip cannot build it ({{}}): name a model whose parts are all there"
+    )
 
 
 def _side(model: Any, source: str) -> int:
@@ -259,6 +264,10 @@ def _preprocessing(
             raise UserError(
                 f"{source}: its {part} is {preprocess[part]!r}: it should be one of {', '.join(known)}"
             )
+    if preprocess["resize_mode"] == "longest" and preprocess["fill_color"] != 0:
+        raise UserError(
+            f"{source}: its fill_color is {preprocess['fill_color']!r}: only 0 is known"
+        )
     return preprocess
 
 
@@ -385,6 +394,15 @@ def _weights(
             f"name {other}" if name.scheme == OPEN_CLIP else f'set "quick_gelu" in its {CONFIG}'
         )
         raise UserError(f"{source} holds OpenAI's weights, which want QuickGELU: {remedy}")
+    if name.weights and not quick_gelu and f"{name.model}{QUICK_GELU}" in open_clip.list_models():
+        logger.warning(
+            "warning: %s does not say whether it wants QuickGELU, as OpenAI's and DFN's weights do: for those "
+            "name %s:%s%s=FILE",
+            source,
+            OPEN_CLIP,
+            name.model,
+            QUICK_GELU,
+        )
     remedy = "name the architecture that they are of"
     broken = f"{source} cannot be converted ({{}}): {remedy}"
     state = _tried(lambda: _converted(state, model), broken)
