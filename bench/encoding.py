@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from data_utils import ImageLoader, load_image, make_preprocess
-from models.clip_model import ready
+from models.clip_model import backbone, ready
 from models.encoder import Encoder
 from runtime.choices import ENCODE_PRECISIONS
 from stage1 import TIMED, photos, random_batch, random_clip
@@ -29,6 +29,7 @@ def random_encoder(name: str, setting: Setting, workers: int = 0) -> Encoder:
     preprocess = make_preprocess("targetpad", 1.25, resolution)
     return Encoder(
         model=model,
+        backbone=backbone(model),
         loader=ImageLoader(
             functools.partial(load_image, preprocess=preprocess), workers, setting.device
         ),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
 from combiner import Combiner, Composer, PlainCombiner, compose_sum
 from evaluation.retrieval import rank
-from models.clip_model import load_clip, write_tiny_clip
+from models.clip_model import backbone, load_clip, write_tiny_clip
 from models.features import FrozenSplit
 from ranking import random_cirr
 from report import held
@@ -127,7 +127,7 @@ def step_gradients(
         wrap: makes the model parallel.
     """
     model.zero_grad()
-    module = SumFeatures(model)
+    module = SumFeatures(model, backbone(model))
     model.logit_scale.requires_grad_(False)
     chosen = Precision(precision, device)
     # A scale that overflows nothing.

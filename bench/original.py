@@ -18,7 +18,7 @@ import validate
 from benchmarks import CIRR
 from combiner import load_combiner
 from data_utils import ImageLoader, load_image, make_preprocess
-from models.clip_model import load_clip, load_finetuned
+from models.clip_model import backbone, load_clip, load_finetuned
 from models.encoder import Encoder
 from report import held
 from runs import columns
@@ -68,7 +68,13 @@ def golden_encoder(folder: Path, device: torch.device) -> Encoder:
     load_finetuned(model, load_tensors(tuned)["CLIP"], tuned)
     preprocess = make_preprocess("targetpad", 1.25, 64)
     read = functools.partial(load_image, preprocess=preprocess)
-    return Encoder(model=model, loader=ImageLoader(read, 0, device), recipe={}, device=device)
+    return Encoder(
+        model=model,
+        backbone=backbone(model),
+        loader=ImageLoader(read, 0, device),
+        recipe={},
+        device=device,
+    )
 
 
 def feature_differences(folder: Path, device: torch.device) -> dict[str, float]:

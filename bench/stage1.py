@@ -14,7 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 import shapes_dataset
 from data_utils import ImageLoader, Reader, load_image, make_preprocess, normalise
 from models.architectures import ARCHITECTURES
-from models.clip_model import CLIP, load_clip, ready, tokenize, write_tiny_clip
+from models.clip_model import (
+    CLIP,
+    CLIP_MEAN,
+    CLIP_STD,
+    backbone,
+    load_clip,
+    ready,
+    tokenize,
+    write_tiny_clip,
+)
 from runtime.tensors import save_tensors
 from timing import Cost, Row, Setting, Step, cost, in_turns, saved_activations, seconds, typical
 from training.autosave import save_state
@@ -98,7 +107,7 @@ def make_stepper(
     task = Task(
         batches=lambda *_: [],
         steps=1,
-        model=trainable(SumFeatures(model), device, compiled=compiled),
+        model=trainable(SumFeatures(model, backbone(model)), device, compiled=compiled),
         optimizer=optimizer,
         validate=dict,
         module=model,
@@ -128,7 +137,7 @@ def make_plain_step(model: CLIP, batch: int, device: torch.device) -> Step:
     optimizer = AdamW(model.parameters(), lr=1e-6, eps=1e-7)
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
     references, targets, tokens = random_batch(model, batch, device)
-    images = normalise(references), normalise(targets)
+    images = [normalise(part, CLIP_MEAN, CLIP_STD) for part in (references, targets)]
     return lambda: plain_clip_step(model, optimizer, scaler, *images, tokens)
 
 

@@ -100,7 +100,6 @@ def load_clip_and_images(
     args: argparse.Namespace, data: "TrainingData", device: "torch.device", stop: StopRequest
 ) -> "Encoder":
     """CLIP as the flags want it, with its images decoded or from the cache."""
-    from models.clip_model import checkpoint_gradients
     from models.encoder import load_encoder
     from training.stage1 import decodings, with_image_cache
 
@@ -109,7 +108,7 @@ def load_clip_and_images(
     )
     encoder = dataclasses.replace(encoder, between=stop.check)
     if args.gradient_checkpointing:
-        checkpoint_gradients(encoder.model)
+        encoder.backbone.checkpoint_gradients(encoder.model)
     if args.image_cache is None:
         return encoder
     without = decodings(

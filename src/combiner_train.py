@@ -69,7 +69,6 @@ def prepare(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -
     import torch
 
     from combiner import build_combiner
-    from models.clip_model import feature_dim
     from models.encoder import load_encoder, versions, weights_digest
     from models.features import FeatureCache, freeze, freeze_queries
     from training.data import read_training_data
@@ -83,7 +82,7 @@ def prepare(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -
     encoder = load_encoder(clip, tuned, device, workers=args.num_workers, batch_size=args.clip_bs)
     settings = Settings(
         flags=plain(vars(args)),
-        recipe={**encoder.recipe, "clip_dim": feature_dim(encoder.model)},
+        recipe={**encoder.recipe, "clip_dim": encoder.backbone.dim},
         data={**data.describe(), "clip_weights": weights_digest(encoder.model.state_dict())},
         versions=versions(),
     )

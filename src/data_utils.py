@@ -28,8 +28,6 @@ SIGNS_OF_PROCESSES = (
     "killed by signal", "exited unexpectedly", "shared memory", "</torch_", "received 0 items of ancdata",
     "can't start new thread", "Too many open files", "annot allocate memory",
 )  # fmt: skip
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 MOST_PADDED = 60_000_000  # pixels up to which a padded image is made at once, in 180 MB
@@ -73,9 +71,10 @@ class PadAndResize:
     is the same to the last bit: Pillow scales every row by itself, which leaves rows of zeros alone, and then columns.
     """
 
-    def __init__(self, pad: SquarePad, resolution: int) -> None:
+    def __init__(self, pad: SquarePad, resolution: int, interpolation: InterpolationMode) -> None:
         self.pad = pad
-        self.resize = Resize(resolution, interpolation=InterpolationMode.BICUBIC)
+        self.resize = Resize(resolution, interpolation=interpolation)
+        self.sampling = Image.Resampling[interpolation.name]
         self.resolution = resolution
 
     def __call__(self, image: Image.Image) -> Image.Image:
@@ -94,12 +93,10 @@ class PadAndResize:
         for top in range(0, image.height, rows):
             strip = image.crop((0, top, image.width, min(top + rows, image.height)))
             padded = F.pad(strip, [across, 0], 0, padding_mode="constant")
-            narrow.paste(
-                padded.resize((size[0], strip.height), Image.Resampling.BICUBIC), (0, down + top)
-            )
+            narrow.paste(padded.resize((size[0], strip.height), self.sampling), (0, down + top))
         if padded.palette:
             narrow.putpalette(padded.getpalette())
-        return narrow.resize(size, Image.Resampling.BICUBIC)
+        return narrow.resize(size, self.sampling)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -107,7 +104,31 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def make_preprocess(transform: str, target_ratio: float, resolution: int) -> Compose:
+class FitInside:
+    """Resize an image so that its longer side is `side`, and zero-pad it to a square, as open_clip's `longest` does."""
+
+    def __init__(self, side: int, interpolation: InterpolationMode) -> None:
+        self.side = side
+        self.interpolation = interpolation
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        longest = max(image.size)
+        width, height = (round(pixels * self.side / longest) for pixels in image.size)
+        resized = F.resize(image, [height, width], self.interpolation)
+        left = (self.side - width) // 2
+        top = (self.side - height) // 2
+        margins = [left, top, self.side - width - left, self.side - height - top]
+        return F.pad(resized, margins, 0, padding_mode="constant")
+
+
+def make_preprocess(
+    transform: str,
+    target_ratio: float,
+    resolution: int,
+    *,
+    interpolation: str = "bicubic",
+    resize_mode: str = "shortest",
+) -> Compose:
     """PIL image to bytes (3, resolution, resolution), uint8; `normalise` makes CLIP's input of them.
 
     An image is padded in the mode it was opened in. It becomes RGB after resizing, as in CLIP's pipeline.
@@ -116,29 +137,38 @@ def make_preprocess(transform: str, target_ratio: float, resolution: int) -> Com
         transform: one of TRANSFORMS.
         target_ratio: longest to shortest side from which on targetpad pads.
         resolution: of the model's input, in pixels.
+        interpolation: of the model's own evaluations.
+        resize_mode: of the model's own evaluations, which `clip` alone follows: what is padded keeps its proportions.
     """
-    resize: Callable[[Image.Image], Image.Image] = Resize(
-        resolution, interpolation=InterpolationMode.BICUBIC
-    )
+    how = InterpolationMode(interpolation)
+    steps: list[Callable[[Any], Any]] = [
+        Resize(resolution, interpolation=how),
+        CenterCrop(resolution),
+    ]
     if transform == "squarepad":
-        resize = PadAndResize(SquarePad(), resolution)
+        steps[0] = PadAndResize(SquarePad(), resolution, how)
     elif transform == "targetpad":
-        resize = PadAndResize(TargetPad(target_ratio), resolution)
-    return Compose([resize, CenterCrop(resolution), to_rgb, PILToTensor()])
+        steps[0] = PadAndResize(TargetPad(target_ratio), resolution, how)
+    elif resize_mode == "squash":
+        steps = [Resize((resolution, resolution), interpolation=how)]
+    elif resize_mode == "longest":
+        steps = [FitInside(resolution, how)]
+    return Compose([*steps, to_rgb, PILToTensor()])
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """CLIP's input from bytes, (..., 3, R, R) uint8 -> float32. Bit-equal to ToTensor and Normalize."""
-    mean, std = _mean_and_std(pixels.device)
-    return pixels.float().div_(255).sub_(mean).div_(std)
+Colour = tuple[float, float, float]  # red, green, blue, in 0 to 1
+
+
+def normalise(pixels: Tensor, mean: Colour, std: Colour) -> Tensor:
+    """A CLIP's input from bytes, (..., 3, R, R) uint8 -> float32. Bit-equal to ToTensor and Normalize."""
+    means = _on(pixels.device, mean)
+    return pixels.float().div_(255).sub_(means).div_(_on(pixels.device, std))
 
 
 @functools.lru_cache
-def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """CLIP's constants, (3, 1, 1) each. They are sent to a device once, since sending waits for it."""
-    mean = torch.tensor(CLIP_MEAN, device=device).view(3, 1, 1)
-    std = torch.tensor(CLIP_STD, device=device).view(3, 1, 1)
-    return mean, std
+def _on(device: torch.device, colour: Colour) -> Tensor:
+    """A colour as (3, 1, 1). It is sent to a device once, since sending waits for it."""
+    return torch.tensor(colour, device=device).view(3, 1, 1)
 
 
 Reader = Callable[[Path], Tensor]  # image file -> preprocessed bytes (3, R, R)

@@ -217,7 +217,7 @@ def fake_gpu() -> Iterator[None]:
         ):
             stack.enter_context(mock.patch.object(owner, name, stand_in))
         # What is remembered must be neither real in here nor fake outside.
-        for remembered in (data_utils._mean_and_std, encoder._tokens):
+        for remembered in (data_utils._on, encoder._tokens):
             remembered.cache_clear()
             stack.callback(remembered.cache_clear)
         stack.enter_context(FakeTensorMode())

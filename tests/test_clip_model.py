@@ -6,8 +6,8 @@ import clip
 import pytest
 import torch
 
+from models.backbone import choose_trained
 from models.clip_model import (
-    choose_trained,
     describe,
     load_clip,
     load_finetuned,

@@ -14,7 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import read_csv
-from models.clip_model import checkpoint_gradients, choose_trained, load_clip, resolution, tokenize
+from models.backbone import choose_trained
+from models.clip_model import backbone, checkpoint_gradients, load_clip, resolution, tokenize
 from runtime import distributed
 from training.contrastive import backward, contrastive_loss
 from training.data import Order
@@ -54,7 +55,7 @@ def clip_step(
     tokens = tokenize([f"is number {i} and has a color" for i in range(rows)])
     inputs = [images[0], images[1], tokens]
     loss = backward(
-        SumFeatures(model),
+        SumFeatures(model, backbone(model)),
         inputs,
         None,
         micro_batch=micro_batch,
@@ -98,7 +99,14 @@ def test_micro_batches_bound_the_rows_that_have_a_graph(golden):
     )
     images = torch.zeros(2, 8, 3, 64, 64, dtype=torch.uint8)
     inputs = [images[0], images[1], tokenize([str(i) for i in range(8)])]
-    backward(SumFeatures(model), inputs, None, micro_batch=2, precision=FULL, scaler=FULL.scaler())
+    backward(
+        SumFeatures(model, backbone(model)),
+        inputs,
+        None,
+        micro_batch=2,
+        precision=FULL,
+        scaler=FULL.scaler(),
+    )
     assert rows_with_graph == [4, 4, 4, 4]  # reference and target of two triplets
 
 

@@ -17,8 +17,6 @@ import data_utils
 from benchmarks.image_check import TOO_LARGE, inspect
 from benchmarks.splits import check_images_exist
 from data_utils import (
-    CLIP_MEAN,
-    CLIP_STD,
     ImageLoader,
     SquarePad,
     TargetPad,
@@ -29,6 +27,7 @@ from data_utils import (
     read_or_explain,
 )
 from forks import family
+from models.clip_model import CLIP_MEAN, CLIP_STD
 from runtime import interruption
 from runtime.image_files import LONGEST_SIDE, decoded
 from utils import UserError
@@ -89,7 +88,9 @@ def test_padding_is_black_and_centred():
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_becomes_normalised_pixels(mode, transform):
     for size in [(50, 40), (20, 90), (3, 64)]:
-        pixels = normalise(make_preprocess(transform, 1.25, 16)(picture(mode, *size)))
+        pixels = normalise(
+            make_preprocess(transform, 1.25, 16)(picture(mode, *size)), CLIP_MEAN, CLIP_STD
+        )
         assert pixels.shape == (3, 16, 16)
         assert pixels.dtype == torch.float32
         low, high = (
@@ -150,7 +151,8 @@ def test_preprocess_is_clips_own_where_nothing_is_padded():
     image = picture("RGBA", 50, 45)
     for transform in ("clip", "targetpad"):
         assert torch.equal(
-            normalise(make_preprocess(transform, 1.25, 24)(image)), _transform(24)(image)
+            normalise(make_preprocess(transform, 1.25, 24)(image), CLIP_MEAN, CLIP_STD),
+            _transform(24)(image),
         )
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 from benchmarks import CIRR, Split
 from data_utils import ImageLoader, load_image, make_preprocess
 from image_search.image_index import encoder_key
-from models import encoder
-from models.clip_model import load_clip
+from models import clip_model, encoder
+from models.clip_model import backbone, load_clip
 from models.configuration import Checkpoint, Settings, settle
 from models.encoder import Encoder
 from models.features import FeatureCache, FrozenSplit
@@ -58,7 +58,9 @@ def make_encoder(drawn):
         model = load_clip(str(drawn / "tiny_clip_vit.pt"), CPU)
         read = functools.partial(load_image, preprocess=make_preprocess(transform, ratio, 32))
         loader = ImageLoader(read, 0, CPU)
-        return CountingEncoder(model=model, loader=loader, recipe=recipe, device=CPU)
+        return CountingEncoder(
+            model=model, backbone=backbone(model), loader=loader, recipe=recipe, device=CPU
+        )
 
     return make
 
@@ -199,8 +201,13 @@ def test_repeated_captions_are_encoded_once(make_encoder):
 def test_captions_are_tokenised_once(make_encoder, monkeypatch):
     encoder._tokens.cache_clear()
     tokenised = []
-    real = encoder.tokenize
-    monkeypatch.setattr(encoder, "tokenize", lambda texts: tokenised.extend(texts) or real(texts))
+    real = clip_model.tokenize
+
+    def counting(texts, columns):
+        tokenised.extend(texts)
+        return real(texts, columns)
+
+    monkeypatch.setattr(clip_model, "tokenize", counting)
     captions = [f"has {number} stripes" for number in range(600)]
     first = make_encoder().captions([*captions, captions[0]])
     assert tokenised == captions

@@ -15,7 +15,7 @@ from benchmarks.cirr import CIRR
 from combiner import Combiner, compose_sum
 from conftest import read_csv
 from evaluation.retrieval import evaluate
-from models.clip_model import load_clip, resolution, tokenize
+from models.clip_model import backbone, load_clip, resolution, tokenize
 from models.configuration import settle
 from models.encoder import load_encoder
 from models.features import FrozenSplit
@@ -211,7 +211,7 @@ def test_gradient_caching_equals_the_plain_step(golden):
         )
         tokens = tokenize([f"is number {i} and has a color" for i in range(7)])
         backward(
-            SumFeatures(model),
+            SumFeatures(model, backbone(model)),
             [images[0], images[1], tokens],
             None,
             micro_batch=micro_batch,

@@ -11,7 +11,7 @@ from combiner import compose_sum, load_combiner
 from conftest import read_csv
 from data_utils import load_image, make_preprocess, normalise
 from evaluation.retrieval import similarity_blocks
-from models.clip_model import load_clip, tokenize
+from models.clip_model import CLIP_MEAN, CLIP_STD, load_clip, tokenize
 from models.features import FeatureCache, freeze_queries
 from original import arguments, csv_name, feature_differences, golden_encoder
 from runtime.choices import CombinerChoice
@@ -106,7 +106,7 @@ def test_features_equal_the_originals(golden):
     preprocess = make_preprocess("targetpad", 1.25, 64)
     image_paths = CIRR(golden).val()[0].image_paths
     for name, pixels in zip(features["names"], features["pixels"], strict=False):
-        ours = normalise(load_image(image_paths[name], preprocess)).numpy()
+        ours = normalise(load_image(image_paths[name], preprocess), CLIP_MEAN, CLIP_STD).numpy()
         assert np.abs(ours - pixels).max() < 1e-4
     differences = feature_differences(golden, torch.device("cpu"))
     assert max(differences.values()) < 1e-4

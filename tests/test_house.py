@@ -33,6 +33,14 @@ def test_only_one_file_imports_clip():
     assert importers == ["clip_package"]
 
 
+def test_only_one_file_imports_open_clip():
+    importers = []
+    for file in FILES:
+        if any(module.split(".")[0] == "open_clip" for module in imported(file)):
+            importers.append(file.stem)
+    assert importers == ["open_clip_package"]
+
+
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_only_the_benchmarks_know_a_benchmarks_name(file):
     """The drawing and the demo, which make both layouts, may name them too, but compare with neither."""

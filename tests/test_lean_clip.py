@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.clip_model import checkpoint_gradients, choose_trained, load_clip, tokenize
+from models.backbone import choose_trained
+from models.clip_model import checkpoint_gradients, load_clip, tokenize
 from models.lean_clip import make_lean
 from timing import saved_activations
 

@@ -14,10 +14,13 @@ import plan
 from combiner import build_combiner
 from data_utils import normalise
 from models.architectures import ARCHITECTURES
+from models.backbone import choose_trained
 from models.clip_model import (
     CLIP,
+    CLIP_MEAN,
+    CLIP_STD,
+    backbone,
     checkpoint_gradients,
-    choose_trained,
     load_clip,
     tokenize,
     write_tiny_clip,
@@ -123,7 +126,7 @@ def test_what_stage_1_keeps_is_what_autograd_keeps(tiny, micro_batch, checkpoint
         checkpoint_gradients(model)
     images = torch.randint(256, (2, batch, 3, PIXELS, PIXELS), dtype=torch.uint8)
     tokens = tokenize(["has more stripes"] * batch)
-    features = SumFeatures(model)
+    features = SumFeatures(model, backbone(model))
     saved = saved_activations(
         lambda: backward(
             features,
@@ -137,7 +140,7 @@ def test_what_stage_1_keeps_is_what_autograd_keeps(tiny, micro_batch, checkpoint
     )
     rows = micro_batch or batch
     no_data = NoData(CPU)
-    features = SumFeatures(no_data.holding(model))
+    features = SumFeatures(no_data.holding(model), backbone(model))
     pixels = no_data.empty((rows, 3, PIXELS, PIXELS), torch.uint8)
     texts = no_data.empty((rows, 77), torch.long)
     counted = no_data.count(lambda: features(pixels, pixels, texts))
@@ -304,7 +307,11 @@ def test_counting_leaves_no_trace(vit):
     fine_tuning(vit, precision="fp16").passing(Way(batch_size=4))
     assert F.scaled_dot_product_attention is attention
     assert not torch.is_autocast_enabled("cuda")
-    assert normalise(torch.zeros(3, 2, 2, dtype=torch.uint8)).shape == (3, 2, 2)
+    assert normalise(torch.zeros(3, 2, 2, dtype=torch.uint8), CLIP_MEAN, CLIP_STD).shape == (
+        3,
+        2,
+        2,
+    )
 
 
 TINY = "--batch-size 64 --num-epochs 4 --triplets 1000 50 --images 200 100"

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import search
-from data_utils import normalise
 from models.configuration import settle
 from models.encoder import load_encoder
 from runtime import precision
@@ -54,7 +53,7 @@ def test_products_are_made_in_what_was_asked_for(make_encoder):
             lambda *call, made=made: made.append(call[2].dtype)
         )
         encoder._image_features(pixels)
-        encoder.model.encode_image(normalise(pixels))
+        encoder.model.encode_image(encoder.backbone.normalise(pixels))
         assert made == [dtype, torch.float32]
 
 

@@ -22,7 +22,7 @@ from data_utils import ImageLoader
 from evaluation.retrieval import explain_all, rank, rank_all
 from fake_gpu import GPU, Seen, fake_gpu
 from models.architectures import ARCHITECTURES
-from models.clip_model import CLIP, ready
+from models.clip_model import CLIP, backbone, ready
 from models.encoder import Encoder
 from models.features import FrozenSplit
 from models.routing import router_penalty
@@ -128,6 +128,7 @@ def true_encoder(name: str) -> Encoder:
     side = model.visual.input_resolution
     return Encoder(
         model=model,
+        backbone=backbone(model),
         loader=ImageLoader(lambda path: torch.empty(3, side, side, dtype=torch.uint8), 0, GPU),
         recipe={"resolution": side},
         device=GPU,

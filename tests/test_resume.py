@@ -16,8 +16,8 @@ import combiner_train
 import kills
 from conftest import CASES, SOAK, STAGE_1, STAGE_2, read_csv
 from forks import HANG, Script, family, forked, state_of, torchrun, warm_up
-from models import encoder
 from models.configuration import Settings
+from models.encoder import Encoder
 from reports.run_page import About
 from runtime.tensors import load_tensors, save_tensors
 from training.autosave import Autosave, load_state, save_state
@@ -54,13 +54,13 @@ def test_killed_at_any_point_a_run_ends_like_one_that_never_was(number, drawn, t
 
 
 def test_a_signal_before_training_begins(stage_2, monkeypatch, tmp_path, capsys):
-    real = encoder.normalise
+    real = Encoder._image_features
 
-    def interrupted(pixels):
+    def interrupted(encoder, pixels):
         os.kill(os.getpid(), signal.SIGTERM)
-        return real(pixels)
+        return real(encoder, pixels)
 
-    monkeypatch.setattr(encoder, "normalise", interrupted)
+    monkeypatch.setattr(Encoder, "_image_features", interrupted)
     with pytest.raises(SystemExit) as stop:
         stage_2("CIRR")
     assert stop.value.code == 0
@@ -133,16 +133,16 @@ def test_a_stop_in_the_validation_resumes_with_the_validation(
 ):
     """The epoch's row is not lost, and not there twice; a long validation needs not be waited for."""
     whole = stage_1("CIRR", output="whole")
-    real, left = encoder.normalise, [1]
+    real, left = Encoder._image_features, [1]
 
-    def interrupted(pixels):
+    def interrupted(encoder, pixels):
         left[0] -= 1
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return real(pixels)
+        return real(encoder, pixels)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(encoder, "normalise", interrupted)
+        patch.setattr(Encoder, "_image_features", interrupted)
         stage_1("CIRR", output="stopped")
     assert stop.value.code == 0
     (run,) = (tmp_path / "stopped").iterdir()

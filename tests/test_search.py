@@ -16,7 +16,7 @@ import search
 from benchmarks import CIRR, FashionIQ
 from image_search import faiss_index, image_index, photos
 from image_search.image_index import open_index
-from models import encoder
+from models import backbone
 from runtime.choices import INDEX_KINDS
 from utils import UserError
 
@@ -168,9 +168,11 @@ def test_only_new_files_are_encoded(index, tmp_path, monkeypatch):
     images(tmp_path / "photos", 5)
     index(tmp_path / "photos")
     encoded = []
-    real = encoder.normalise
+    real = backbone.normalise
     monkeypatch.setattr(
-        encoder, "normalise", lambda pixels: encoded.append(len(pixels)) or real(pixels)
+        backbone,
+        "normalise",
+        lambda pixels, *colours: encoded.append(len(pixels)) or real(pixels, *colours),
     )
     images(tmp_path / "photos", 3, start=5)
     index(tmp_path / "photos")
@@ -263,16 +265,16 @@ def test_a_file_that_could_not_be_read_is_tried_again(index, tmp_path, monkeypat
 def test_an_interrupted_run_goes_on(index, tmp_path, monkeypatch, capsys):
     images(tmp_path / "photos", 10)
     monkeypatch.setattr(image_index, "SHARD", 4)
-    real, calls = encoder.normalise, []
+    real, calls = backbone.normalise, []
 
-    def interrupted(pixels):
+    def interrupted(pixels, *colours):
         calls.append(len(pixels))
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(pixels)
+        return real(pixels, *colours)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(encoder, "normalise", interrupted)
+        patch.setattr(backbone, "normalise", interrupted)
         index(tmp_path / "photos")
     assert stop.value.code == 0
     assert (
@@ -286,7 +288,9 @@ def test_an_interrupted_run_goes_on(index, tmp_path, monkeypatch, capsys):
         capsys,
     )
     monkeypatch.setattr(
-        encoder, "normalise", lambda pixels: calls.append(len(pixels)) or real(pixels)
+        backbone,
+        "normalise",
+        lambda pixels, *colours: calls.append(len(pixels)) or real(pixels, *colours),
     )
     calls.clear()
     assert "10 images added" in index(tmp_path / "photos")
@@ -320,19 +324,19 @@ def test_all_shards_are_read_in_one_pass(index, tmp_path, monkeypatch):
     images(tmp_path / "photos", 10)
     monkeypatch.setattr(image_index, "SHARD", 4)
     passes, encoded, on_disk = [], [], []
-    real_pass, real = data_utils.ImageLoader.batches, encoder.normalise
+    real_pass, real = data_utils.ImageLoader.batches, backbone.normalise
 
     def batches(loader, files):
         passes.append([len(batch) for batch in files])
         return real_pass(loader, files)
 
-    def normalise(pixels):
+    def normalise(pixels, *colours):
         encoded.append(len(pixels))
         on_disk.append(len(list((tmp_path / "index" / "partial").glob("*.pt"))))
-        return real(pixels)
+        return real(pixels, *colours)
 
     monkeypatch.setattr(data_utils.ImageLoader, "batches", batches)
-    monkeypatch.setattr(encoder, "normalise", normalise)
+    monkeypatch.setattr(backbone, "normalise", normalise)
     assert "10 images added" in index(tmp_path / "photos", flags=["--clip-bs", 3])
     assert passes == [[3, 1, 3, 1, 2]]
     assert encoded == [3, 1, 3, 1, 2]

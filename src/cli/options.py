@@ -23,7 +23,7 @@ from cli.flag_types import (
     width,
     workers,
 )
-from cli.parsers import InPlaceOf, Several
+from cli.parsers import InPlaceOf, ListModels, Several
 from models.configuration import ORIGINAL_DEFAULTS
 from runtime.choices import (
     AUTO,
@@ -153,8 +153,9 @@ def clip_flags() -> argparse.ArgumentParser:
         "CLIP", "where silent: as the weights given were trained, else the default"
     )
     default = ORIGINAL_DEFAULTS
-    names = f"a name or a checkpoint's path (default: {default.clip_model_name})"
+    names = f"a name of --list-models, or a checkpoint's path (default: {default.clip_model_name})"
     group.add_argument("--clip-model-name", type=model_name, metavar="NAME", help=names)
+    group.add_argument("--list-models", action=ListModels, help="print the names, and end")
     group.add_argument(
         "--transform", choices=TRANSFORMS, help=f"preprocessing (default: {default.transform})"
     )

@@ -29,6 +29,26 @@ class ScriptParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {printable(message)} (see --help)\n")
 
 
+class ListModels(argparse.Action):
+    """A flag without a value that prints the models that `--clip-model-name` takes, and ends."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
+        nothing = argparse.SUPPRESS
+        super().__init__(option_strings, nothing, nargs=0, default=nothing, **settings)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        from cli.model_list import model_list
+
+        print(model_list())
+        parser.exit()
+
+
 class Several(argparse.Action):
     """Values of a flag that may be given more than once: all of them, in place of the default."""
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from benchmarks import BENCHMARKS, Benchmark
 from benchmarks.exclusions import read_exclusions
-from models.configuration import find_clip, named_checkpoint
+from models.configuration import named_checkpoint
 from models.exported import read_exported
+from models.names import check_clip
 from runtime import torchrun
 from runtime.files import missing_file
 from runtime.hub import import_hub
@@ -39,7 +40,7 @@ def check_files(args: argparse.Namespace) -> None:
             named_checkpoint(flag(name), path)
     clip = getattr(args, "clip_model_name", None)
     if clip is not None:
-        find_clip(clip)
+        check_clip(clip)
 
 
 def check_pair(args: argparse.Namespace, exported: Path | str) -> None:

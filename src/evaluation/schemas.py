@@ -47,6 +47,12 @@ class Preprocessing(Schema):
     target_ratio: Annotated[float, Field(gt=0)] = 1
     resolution: Positive = 1
     decode: str = ""
+    interpolation: str = ""
+    resize_mode: str = ""
+    mean: list[float] = []
+    std: list[float] = []
+    context: Positive = 1
+    architecture: str = ""
 
 
 class About(Schema):

@@ -21,7 +21,6 @@ import torch
 
 from image_search import faiss_index
 from image_search.manifest import MANIFEST, REMEDY, check_index, read_manifest
-from models.clip_model import feature_dim
 from models.encoder import Encoder
 from runtime.choices import named
 from runtime.files import (
@@ -153,7 +152,7 @@ def update_index(
         UserError: the folder holds other files, the index is of other weights or preprocessing, no image can
             be read, or there are too few for the kind.
     """
-    faiss_index.check(kind, len(images), feature_dim(encoder.model))
+    faiss_index.check(kind, len(images), encoder.backbone.dim)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, f"--output {folder}: another process updates it: wait for that one"):
         origin = {"folders": sorted(str(path.resolve()) for path in folders), "pair": pair}
@@ -178,7 +177,7 @@ def _update(
         )
 
     files = file_identities([path for path in images if file_size(path) is not None])
-    features = _features_on_disk(folder, earlier, key, feature_dim(encoder.model))
+    features = _features_on_disk(folder, earlier, key, encoder.backbone.dim)
     new_files = [file for file in files if file not in features]
     unreadable = _encode(folder, new_files, encoder, key=key, features=features)
     readable = [file for file in files if file in features]
@@ -316,7 +315,7 @@ def _encode(
             else:
                 readable.append(file)
         if readable:
-            _check_features(readable, encoded.numpy(), feature_dim(encoder.model))
+            _check_features(readable, encoded.numpy(), encoder.backbone.dim)
             features.update(zip(readable, encoded.numpy(), strict=True))
             name = hashlib.sha256(json.dumps(shard).encode()).hexdigest()[:16]
             content = {

@@ -10,6 +10,7 @@ from models.schemas import (
     Decode,
     Digest,
     EncodePrecision,
+    Model,
     PathText,
     SideRatio,
     Text,
@@ -37,7 +38,7 @@ class Preprocessing(Schema):
     encode_precision: EncodePrecision = ABSENT
 
 
-class EncoderKey(Preprocessing):
+class EncoderKey(Preprocessing, Model):
     """What features depend on beside the images."""
 
     weights: Digest

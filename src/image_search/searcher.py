@@ -12,7 +12,6 @@ from torch import Tensor
 from image_search.image_index import ImageIndex, encoder_key, open_index
 from image_search.manifest import as_made
 from image_search.photos import opened
-from models.clip_model import fits
 from models.pair import Pair, load_pair
 from runtime.choices import PairChoice
 from runtime.files import file_identities, file_size
@@ -89,8 +88,9 @@ class Searcher:
                 f"the text has {len(text):,} characters: say it in {MOST_CHARACTERS:,} at most"
             )
         note = ""
-        if not fits(text):
-            note = "the text has more than 77 tokens: what is beyond them was left out"
+        tokenizer = self.pair.encoder.backbone.tokenizer
+        if tokenizer.cuts(text):
+            note = f"the text has more than {tokenizer.context} tokens: what is beyond them was left out"
         captions = self.pair.encoder.captions([text])
         query = self.pair.compose(reference, captions).cpu().numpy()  # (1, D)
         (answers,) = self.index.search(query, k)

@@ -1,4 +1,4 @@
-"""OpenAI's CLIP: load, tokenize, freeze, write a tiny one."""
+"""OpenAI's CLIP: load, tokenize, write a tiny one."""
 
 import functools
 import urllib.error
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.architectures import SIZES, sizes_of
+from models.backbone import Backbone, Tokenizer
 from models.clip_package import (
     CLIP,
     Bottleneck,
@@ -21,8 +22,8 @@ from models.clip_package import (
     clip,
     convert_weights,
 )
-from models.configuration import find_clip
 from models.lean_clip import make_lean
+from models.names import find_clip
 from runtime import distributed
 from runtime.tensors import load_tensors, save_tensors
 from runtime.weights import differences, fitted, unwrapped
@@ -30,13 +31,19 @@ from utils import UserError, first_line, seed_everything
 
 # What OpenAI's archives and safetensors files hold beside weights.
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "config")
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # The first and the last matrices of both encoders.
+OF_NO_KNOWN_FORM = "not a CLIP"
 VITAL = (
     "visual.conv1",
     "visual.proj",
     "visual.attnpool.c_proj",
     "token_embedding",
     "text_projection",
+    "text.token_embedding",
+    "text.text_projection",
+    "visual.head.proj",
 )
 
 
@@ -57,7 +64,7 @@ def load_clip(name: str, device: torch.device) -> CLIP:
     if path is None:
         return ready(_download(name), device)
     source = f"--clip-model-name {path}"
-    state = _archived_state(path) if _is_archive(path) else load_tensors(path)
+    state = archived_state(path) if is_archive(path) else load_tensors(path)
     if "CLIP" in state:
         raise UserError(f"{source} holds fine-tuned weights: give it to --clip-model-path instead")
     weights = unwrapped(state, source)
@@ -131,7 +138,7 @@ def _download(name: str) -> CLIP:
         ) from None
 
 
-def _is_archive(path: Path) -> bool:
+def is_archive(path: Path) -> bool:
     """Whether the file is a TorchScript archive, the form in which OpenAI publishes its weights."""
     if not zipfile.is_zipfile(path):
         return False
@@ -139,7 +146,8 @@ def _is_archive(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-def _archived_state(path: Path) -> dict[str, Tensor]:
+def archived_state(path: Path) -> dict[str, Tensor]:
+    """All that a TorchScript archive holds by name. Raises UserError where it is damaged."""
     try:
         return torch.jit.load(path, map_location="cpu").state_dict()
     except RuntimeError as error:
@@ -157,14 +165,15 @@ def load_finetuned(model: CLIP, state: dict[str, Any], path: Path) -> None:
     """
     built = model.state_dict()
     source = f"--clip-model-path {path}"
-    if describe(state) != describe(built) and differences(state, built):
+    known = OF_NO_KNOWN_FORM not in (describe(state), describe(built))
+    if known and describe(state) != describe(built) and differences(state, built):
         source += f" ({describe(state)}; --clip-model-name builds a {describe(built)})"
     remedy = "name the model it was trained on"
     model.load_state_dict(fitted(state, built, source=source, remedy=remedy, vital=VITAL))
 
 
 def describe(state: dict[str, Tensor]) -> str:
-    """An architecture in words, from the shapes of its weights."""
+    """One of OpenAI's architectures in words, from the shapes of its weights."""
     try:
         if "visual.proj" in state:
             kind = "ViT"
@@ -176,26 +185,18 @@ def describe(state: dict[str, Tensor]) -> str:
         embedding = state["text_projection"].shape[1]
         return f"{kind} of width {width}, {len(positions) - 1} patches, embedding {embedding}"
     except (KeyError, AttributeError, IndexError, TypeError):
-        return "not a CLIP"
+        return OF_NO_KNOWN_FORM
 
 
-def choose_trained(model: CLIP, encoder: str) -> list[nn.Parameter]:
-    """Freeze the parameters that `--encoder` does not name, and return those that learn.
-
-    `image` trains `visual.*`; `text` all but `visual.*`; `both` everything. CLIP's own logit scale is never
-    trained, because the loss does not contain it.
-    """
-    for name, parameter in model.named_parameters():
-        encoder_of_parameter = "image" if name.startswith("visual.") else "text"
-        parameter.requires_grad_(encoder in ("both", encoder_of_parameter))
-    model.logit_scale.requires_grad_(False)
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def checkpoint_gradients(model: CLIP) -> None:
+def checkpoint_gradients(model: nn.Module) -> None:
     """Recompute a block's activations in the backward pass, instead of keeping them (Chen et al. 2016)."""
+    checkpoint_blocks(model, Bottleneck, ResidualAttentionBlock)
+
+
+def checkpoint_blocks(model: nn.Module, *kinds: type[nn.Module]) -> None:
+    """The same for blocks of some kinds."""
     for block in model.modules():
-        if isinstance(block, Bottleneck | ResidualAttentionBlock):
+        if isinstance(block, kinds):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
@@ -209,18 +210,23 @@ def feature_dim(model: CLIP) -> int:
     return model.text_projection.shape[1]
 
 
-def tokenize(captions: list[str]) -> Tensor:
-    """Captions to CLIP tokens (len(captions), 77). Longer captions are truncated here and nowhere else."""
-    return clip.tokenize(captions, truncate=True)
+def tokenize(captions: list[str], columns: int = 77) -> Tensor:
+    """Captions to tokens (len(captions), columns) of the vocabulary that OpenAI's CLIPs share; what is more is cut."""
+    return clip.tokenize(captions, columns, truncate=True)
 
 
-def fits(caption: str) -> bool:
-    """Whether a caption has at most as many tokens as CLIP takes, so that it is not truncated."""
-    try:
-        clip.tokenize([caption])
-    except RuntimeError:
-        return False
-    return True
+def backbone(model: CLIP) -> Backbone:
+    """What code outside needs to know of one of OpenAI's CLIPs."""
+    return Backbone(
+        dim=feature_dim(model),
+        resolution=resolution(model),
+        mean=CLIP_MEAN,
+        std=CLIP_STD,
+        interpolation="bicubic",
+        resize_mode="shortest",
+        tokenizer=Tokenizer(tokenize, model.context_length, vocabulary=model.vocab_size),
+        checkpoint_gradients=checkpoint_gradients,
+    )
 
 
 TINY_VISION: dict[str, dict[str, Any]] = {

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.choices import OPENAI_CLIPS, ClipChoice
-from runtime.files import find_checkpoint, is_there
+from models.names import in_full
+from runtime.choices import ClipChoice
+from runtime.files import find_checkpoint
 from utils import UserError, flag
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,8 @@ ORIGINAL_DEFAULTS = ClipChoice(
     decode="full",
     encode_precision="fp32",
 )
-# A checkpoint's key for its weights -> the weight that tells them where there is no such key.
-TELLING = {"CLIP": "text_projection", "Combiner": "output_layer.weight"}
+# A checkpoint's key for its weights -> the weights of which one tells them where there is no such key.
+TELLING = {"CLIP": {"text_projection", "logit_scale"}, "Combiner": {"output_layer.weight"}}
 RECIPE = (
     "clip_model_name", "transform", "target_ratio", "decode", "encode_precision", "resolution", "clip_dim",
 )  # fmt: skip
@@ -181,7 +182,7 @@ def read_checkpoint(flag_name: str, path: Path | None, key: str) -> Checkpoint |
     if not states:
         others = {name: value for name, value in content.items() if name not in beside}
         weights = unwrapped(others, source)
-        states = {kind: weights for kind, name in TELLING.items() if name in weights}
+        states = {kind: weights for kind, names in TELLING.items() if names & weights.keys()}
     if key not in states:
         kinds = {"CLIP": "stage-1 weights", "Combiner": "stage-2 weights"}
         found = next((name for kind, name in kinds.items() if kind in states), "something else")
@@ -218,7 +219,7 @@ def settle(choice: ClipChoice, checkpoints: Sequence[Checkpoint | None]) -> Clip
         checkpoints: those given, the more telling first.
     """
     given = dataclasses.asdict(choice)
-    given["clip_model_name"] = _in_full(choice.clip_model_name)
+    given["clip_model_name"] = choice.clip_model_name and in_full(choice.clip_model_name)
     settled = {}
     for name, default in dataclasses.asdict(ORIGINAL_DEFAULTS).items():
         trained = _trained_with(name, checkpoints)
@@ -244,25 +245,3 @@ def _trained_with(name: str, checkpoints: Sequence[Checkpoint | None]) -> dict[P
             if value is not None:
                 values[checkpoint.path] = value
     return values
-
-
-def _in_full(name: str | None) -> str | None:
-    """A model's name as it is, a checkpoint's path in full: a configuration is read from other folders too."""
-    if name is None or not is_there(Path(name)):
-        return name
-    return str(find_checkpoint(Path(name)).resolve())
-
-
-def find_clip(name: str) -> Path | None:
-    """The checkpoint that `--clip-model-name` names, None for one of OpenAI's names.
-
-    Raises:
-        UserError: it is neither.
-    """
-    if name in OPENAI_CLIPS:
-        return None
-    if not is_there(Path(name)):
-        raise UserError(
-            f"--clip-model-name {name}: neither a file nor one of {', '.join(OPENAI_CLIPS)}"
-        )
-    return named_checkpoint("--clip-model-name", Path(name))

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,29 +14,26 @@ import PIL
 import torch
 import torchvision
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from data_utils import ImageLoader, load_image, make_preprocess, normalise, read_or_explain
-from models.clip_model import (
-    CLIP,
-    feature_dim,
-    load_clip,
-    load_finetuned,
-    load_sized,
-    resolution,
-    tokenize,
-)
+from data_utils import ImageLoader, load_image, make_preprocess, read_or_explain
+from models.backbone import Backbone, Tokenizer
+from models.clip_model import backbone as openai_backbone
+from models.clip_model import load_clip, load_finetuned, load_sized
 from models.configuration import Checkpoint
+from models.names import open_clip_name
 from runtime import distributed
 from runtime.choices import ClipChoice, named
 from runtime.image_files import decoded
 from runtime.precision import check_encode_precision, encoding
 
 CAPTIONS_AT_ONCE = 256  # in a batch: 32, as of images, leave a GPU idle
+NOT_OF_BYTES = ("mean", "std", "context", "architecture")  # which follow when an image is bytes
 CAPTIONS_KEPT = 16_384  # whose tokens are remembered, 1 KB each: more than a validation has
 
 Item = TypeVar("Item")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +41,15 @@ class Encoder:
     """A CLIP with the preprocessing that its features are made with. Features are unnormalised, float32.
 
     Attributes:
+        backbone: what the model is, but for its weights.
         loader: reads preprocessed images. Its processes, if it has some, serve all copies of this encoder.
-        recipe: what `model` and `loader` were made of: model name, transform, target ratio, decode, resolution; and the
-            precision to encode in.
+        recipe: what `model` and `loader` were made of: model name, transform, target ratio, decode, and what `backbone`
+            says of itself; and the precision to encode in.
         between: called between two batches of images; what it raises ends the encoding.
     """
 
-    model: CLIP
+    model: Any  # has encode_image and encode_text
+    backbone: Backbone
     loader: ImageLoader
     recipe: dict[str, Any]
     device: torch.device
@@ -79,8 +79,9 @@ class Encoder:
             Of each shard the features (n, D) of the n files that can be read, on the CPU, in order, and why each of
             all cannot, "" where it can.
         """
-        resolution = self.recipe["resolution"]
-        read = functools.partial(read_or_explain, read=self.loader.read, resolution=resolution)
+        read = functools.partial(
+            read_or_explain, read=self.loader.read, resolution=self.backbone.resolution
+        )
         loader = ImageLoader(read, self.loader.workers, self.device)
         chunks_of_shards = [_chunks(shard, self.batch_size) for shard in shards]
         batches = loader.batches(list(itertools.chain.from_iterable(chunks_of_shards)))
@@ -107,15 +108,15 @@ class Encoder:
     def _image_features(self, pixels: Tensor) -> Tensor:
         """Bytes (b, 3, R, R) to features (b, D)."""
         with encoding(self.precision, self.device):
-            return self.model.encode_image(normalise(pixels)).float()
+            return self.model.encode_image(self.backbone.normalise(pixels)).float()
 
     def _text_features(self, tokens: Tensor) -> Tensor:
-        """Tokens (b, 77) to features (b, D)."""
+        """Tokens (b, context) to features (b, D)."""
         with encoding(self.precision, self.device):
             return self.model.encode_text(tokens).float()
 
     def _no_features(self) -> Tensor:
-        return torch.empty(0, feature_dim(self.model), device=self.device)
+        return torch.empty(0, self.backbone.dim, device=self.device)
 
     @torch.no_grad()
     def captions(self, captions: list[str]) -> Tensor:
@@ -123,7 +124,7 @@ class Encoder:
         unique = list(dict.fromkeys(captions))
         encoded = [self._no_features()]
         for chunk in distributed.shard(_chunks(unique, CAPTIONS_AT_ONCE)):
-            tokens = torch.stack([_tokens(caption) for caption in chunk])
+            tokens = torch.stack([_tokens(self.backbone.tokenizer, caption) for caption in chunk])
             encoded.append(self._text_features(tokens.to(self.device)))
         row_of = {caption: row for row, caption in enumerate(unique)}
         rows = torch.tensor([row_of[caption] for caption in captions], device=self.device)
@@ -131,13 +132,17 @@ class Encoder:
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """How images are preprocessed, as keys and results say it."""
+        """How images and captions are made the model's input, as keys and results say it."""
         names = ("transform", "target_ratio", "resolution", "decode")
-        return named({name: self.recipe[name] for name in names})
+        chosen = {name: self.recipe[name] for name in names}
+        return named({**chosen, **self.backbone.recipe})
 
     def image_recipe(self) -> dict[str, Any]:
         """All that determines the preprocessed images beside the files themselves."""
-        return {**self.preprocessing, "versions": versions()}
+        images = {
+            name: value for name, value in self.preprocessing.items() if name not in NOT_OF_BYTES
+        }
+        return {**images, "versions": versions()}
 
     def describe(self) -> dict[str, Any]:
         """All that determines the features beside the images and captions themselves, in plain types."""
@@ -171,9 +176,9 @@ def _chunks(items: Sequence[Item], size: int) -> list[list[Item]]:
 
 
 @functools.lru_cache(CAPTIONS_KEPT)
-def _tokens(caption: str) -> Tensor:
-    """A caption's tokens (77,). Each validation asks for those of the same captions."""
-    return tokenize([caption])[0]
+def _tokens(tokenizer: Tokenizer, caption: str) -> Tensor:
+    """A caption's tokens (context,). Each validation asks for those of the same captions."""
+    return tokenizer([caption])[0]
 
 
 def weights_digest(state: dict[str, Tensor]) -> str:
@@ -183,6 +188,31 @@ def weights_digest(state: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def load_backbone(name: str, device: torch.device) -> tuple[nn.Module, Backbone]:
+    """The CLIP that `--clip-model-name` names, in eval mode with float32 weights, and what it is."""
+    other = open_clip_name(name)
+    if other is not None:
+        from models import open_clip_package
+
+        return open_clip_package.load(other, name, device)
+    model = load_clip(name, device)
+    return model, openai_backbone(model)
+
+
+def _warn_of_changes(tuned: Checkpoint, backbone: Backbone) -> None:
+    """Say so where a model was fine-tuned with another configuration than it has now, as a folder's may be edited."""
+    for name, value in backbone.recipe.items():
+        trained = tuned.table.get(name)
+        if trained not in (None, value):
+            logger.warning(
+                "warning: %s was trained with %s %s, and --clip-model-name has %s now",
+                tuned.path,
+                name,
+                trained,
+                value,
+            )
 
 
 def load_encoder(
@@ -204,18 +234,27 @@ def load_encoder(
     recipe = dataclasses.asdict(settings)
     check_encode_precision(recipe["encode_precision"], device)
     if tuned and tuned.sizes:
-        model = load_sized(tuned.sizes, tuned.state, tuned.path, device)
+        model: nn.Module = load_sized(tuned.sizes, tuned.state, tuned.path, device)
+        backbone = openai_backbone(model)
     else:
-        model = load_clip(recipe["clip_model_name"], device)
+        model, backbone = load_backbone(recipe["clip_model_name"], device)
         if tuned:
             load_finetuned(model, tuned.state, tuned.path)
-    recipe["resolution"] = resolution(model)
-    preprocess = make_preprocess(recipe["transform"], recipe["target_ratio"], recipe["resolution"])
+            _warn_of_changes(tuned, backbone)
+    recipe.update(backbone.recipe)
+    preprocess = make_preprocess(
+        recipe["transform"],
+        recipe["target_ratio"],
+        backbone.resolution,
+        interpolation=backbone.interpolation,
+        resize_mode=backbone.resize_mode,
+    )
     if recipe["decode"] == "draft":
-        opened = functools.partial(opened, side=recipe["resolution"])
+        opened = functools.partial(opened, side=backbone.resolution)
     read = functools.partial(load_image, preprocess=preprocess, opened=opened)
     return Encoder(
         model=model,
+        backbone=backbone,
         loader=ImageLoader(read, workers, device),
         recipe=recipe,
         device=device,

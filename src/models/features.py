@@ -41,7 +41,11 @@ class FeatureCache:
 
     def captions(self, captions: list[str], label: str) -> Tensor:
         """Features (len(captions), D) of captions; `label` begins the name of the file that keeps them."""
-        return self._get(f"{label}-captions", captions, lambda: self.encoder.captions(captions))
+        return self._get(f"{label}-captions", captions, lambda: self._encode_captions(captions))
+
+    def _encode_captions(self, captions: list[str]) -> Tensor:
+        self.encoder.backbone.tokenizer.warn_of_cuts(captions)
+        return self.encoder.captions(captions)
 
     def _get(self, label: str, inputs: object, compute: Callable[[], Tensor]) -> Tensor:
         if self.folder is None:

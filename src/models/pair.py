@@ -13,7 +13,6 @@ from benchmarks import Benchmark, Split
 from benchmarks.exclusions import announce
 from benchmarks.splits import check_images_exist
 from combiner import Composer, Sum, load_combiner
-from models.clip_model import feature_dim
 from models.configuration import (
     Checkpoint,
     read_checkpoint,
@@ -95,7 +94,7 @@ def load_pair(
         {**trained.table, **(trained.sizes or {})},
         trained.path,
         wanted=choice.combiner,
-        clip_dim=feature_dim(encoder.model),
+        clip_dim=encoder.backbone.dim,
     )
     return Pair(encoder=encoder, compose=combiner.to(device), tuned=tuned, trained=trained)
 
@@ -151,7 +150,8 @@ def _composes(choice: PairChoice, exported: ExportedPair | None) -> bool:
 def _warn_of_other_weights(trained: Checkpoint, encoder: Encoder) -> None:
     """Say so where a Combiner was trained on features of other CLIP weights."""
     settings = trained.table
-    if settings.get("clip_weights") not in (None, weights_digest(encoder.model.state_dict())):
+    known = {"clip_weights": weights_digest(encoder.model.state_dict()), **encoder.backbone.recipe}
+    if any(settings.get(name) not in (None, value) for name, value in known.items()):
         logger.warning(
             "warning: %s was trained on features of other CLIP weights (--clip-model-path %s then)",
             trained.path,

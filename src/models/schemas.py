@@ -72,9 +72,21 @@ Precision = Annotated[str, one_of(choices.PRECISIONS)]
 Encoder = Annotated[str, one_of(choices.ENCODERS)]
 CombinerType = Annotated[str, one_of(choices.COMBINER_TYPES)]
 Metrics = dict[str, float]
+Colour = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
-class Measured(Schema):
+class Model(Schema):
+    """What a CLIP is that is none of OpenAI's, see `models.backbone.Backbone`."""
+
+    interpolation: Annotated[str, one_of(choices.INTERPOLATIONS)] = ABSENT
+    resize_mode: Annotated[str, one_of(choices.RESIZE_MODES)] = ABSENT
+    mean: Colour = ABSENT
+    std: Colour = ABSENT
+    context: Count = ABSENT
+    architecture: Digest = ABSENT
+
+
+class Measured(Model):
     """What was found of a CLIP."""
 
     resolution: Count = ABSENT

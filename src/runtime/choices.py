@@ -7,6 +7,8 @@ from typing import Any
 
 ENCODERS = ("both", "text", "image")  # what stage 1 trains
 TRANSFORMS = ("clip", "squarepad", "targetpad")
+INTERPOLATIONS = ("bicubic", "bilinear")
+RESIZE_MODES = ("shortest", "longest", "squash")  # what makes a square of an image
 DECODINGS = ("full", "draft")  # draft: JPEG files are scaled down while they are decoded
 AUTO = "auto"  # the value of a flag that leaves a decision to what would be gained
 COMBINER_TYPES = ("moe", "clip4cir")

@@ -10,26 +10,25 @@ from torch import nn
 
 from benchmarks import Benchmark
 from combiner import Composer, build_combiner
-from data_utils import normalise
 from models.architectures import ARCHITECTURES
+from models.backbone import choose_trained
 from models.clip_model import (
     CLIP,
     Bottleneck,
     ResidualAttentionBlock,
+    backbone,
     checkpoint_gradients,
-    choose_trained,
-    feature_dim,
     load_clip,
     ready,
-    resolution,
 )
-from models.configuration import find_clip
+from models.names import find_clip, open_clip_name
 from runtime.choices import CombinerChoice
 from runtime.gpus import Gpu
 from training.contrastive import contrastive_loss
 from training.counting import Counted, NoData
 from training.stage1 import SumFeatures
 from training.stage2 import ComposedFeatures
+from utils import UserError
 
 EFFICIENCY = 0.4  # of a GPU's rate of products is what a whole training reaches, by rule of thumb
 USABLE = (
@@ -130,11 +129,15 @@ class CountedClip:
         self.trained = trained
         self.gpu = NoData()
         self.plain = self._without_data()
-        self.dim = feature_dim(self.plain)
-        self.side = resolution(self.plain)
+        self.backbone = backbone(self.plain)
+        self.dim = self.backbone.dim
         self.weights, self.learned = _weights(self.plain)
 
     def _without_data(self) -> CLIP:
+        if open_clip_name(self.name):
+            raise UserError(
+                f"--clip-model-name {self.name}: OpenAI's CLIPs alone can be planned for: name one of like size"
+            )
         if find_clip(self.name) is not None:
             clip = load_clip(self.name, torch.device("cpu"))
         else:
@@ -153,7 +156,7 @@ class CountedClip:
 
     def inputs(self, rows: int) -> list[torch.Tensor]:
         """References, targets and tokens of some triplets."""
-        images = (rows, 3, self.side, self.side)
+        images = (rows, 3, self.backbone.resolution, self.backbone.resolution)
         return [
             self.gpu.empty(images, torch.uint8),
             self.gpu.empty(images, torch.uint8),
@@ -185,7 +188,7 @@ class CountedClip:
 @functools.cache
 def _learning(clip: CountedClip, rows: int, precision: str, *, checkpointed: bool) -> Counted:
     """The forward pass of a step of stage 1."""
-    model = SumFeatures(clip.checkpointed if checkpointed else clip.plain)
+    model = SumFeatures(clip.checkpointed if checkpointed else clip.plain, clip.backbone)
     inputs = clip.inputs(rows)
     blocks = (Bottleneck, ResidualAttentionBlock)
     return clip.gpu.count(lambda: model(*inputs), dtype=_autocast(precision), watched=blocks)
@@ -228,7 +231,9 @@ def _encoded(encoding: Encoding) -> tuple[Counted, Counted]:
     dtype = _autocast(encoding.precision)
     with torch.no_grad():
         return (
-            clip.gpu.count(lambda: clip.plain.encode_image(normalise(images)), dtype=dtype),
+            clip.gpu.count(
+                lambda: clip.plain.encode_image(clip.backbone.normalise(images)), dtype=dtype
+            ),
             clip.gpu.count(lambda: clip.plain.encode_text(tokens), dtype=dtype),
         )
 

@@ -199,11 +199,11 @@ def _autocast(device_type: str, dtype: torch.dtype | None) -> Iterator[None]:
 @contextlib.contextmanager
 def _own_constants() -> Iterator[None]:
     """Let CLIP's constants, which are remembered for each device, be tensors without data here and nowhere else."""
-    data_utils._mean_and_std.cache_clear()
+    data_utils._on.cache_clear()
     try:
         yield
     finally:
-        data_utils._mean_and_std.cache_clear()
+        data_utils._on.cache_clear()
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from models.names import open_clip_name
 from reports.run_page import About, RunPage
 from runtime import distributed
 from runtime.files import HALF_MADE, beside, locked, read_json, write_text
@@ -152,7 +153,10 @@ def run_name(stage: str, benchmark: str, clip_model_name: str) -> str:
     It is that of the original without what file systems or shells trip over: `:` in the time, and `/` in `ViT-B/32` or
     in a path.
     """
+    known = open_clip_name(clip_model_name)
     stem = Path(clip_model_name).stem if clip_model_name.endswith(".pt") else clip_model_name
+    if known is not None:
+        stem = known.short
     model = re.sub(r"[^\w.@-]+", "-", stem)
     return f"{stage}_on_{benchmark}_{model}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
 

@@ -1,8 +1,10 @@
 """What stage 1 learns: CLIP, so that image feature + text feature lies near the target's image feature."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +13,8 @@ from torch.optim import AdamW
 
 from benchmarks.splits import all_paths
 from combiner import compose_sum
-from data_utils import ImageLoader, normalise
-from models.clip_model import CLIP, choose_trained, tokenize
+from data_utils import ImageLoader
+from models.backbone import Backbone, choose_trained
 from models.encoder import Encoder
 from models.features import FrozenSplit
 from runtime.choices import AUTO
@@ -24,17 +26,18 @@ from training.loop import Batch, Batches, Task, average, measured_weights, train
 class SumFeatures(nn.Module):
     """CLIP as stage 1 trains it: reference, target and caption to normalised query and target."""
 
-    def __init__(self, clip_model: CLIP) -> None:
+    def __init__(self, clip_model: Any, backbone: Backbone) -> None:
         super().__init__()
         self.clip_model = clip_model
+        self.normalise = backbone.normalise
 
     def train(self, mode: bool = True) -> "SumFeatures":
-        """Stay in eval mode whatever is asked for: BatchNorm keeps the statistics it was pretrained with."""
+        """Stay in eval mode whatever is asked for: BatchNorm keeps its pretrained statistics, nothing is dropped."""
         return super().train(False)
 
     def forward(self, references: Tensor, targets: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (b, 3, R, R) uint8 twice, tokens (b, 77) -> queries (b, D), targets (b, D); images in one pass."""
-        pixels = normalise(torch.cat([references, targets]))
+        """Images (b, 3, R, R) uint8 twice, tokens (b, L) -> queries (b, D), targets (b, D); images in one pass."""
+        pixels = self.normalise(torch.cat([references, targets]))
         images = self.clip_model.encode_image(pixels)  # (2b, D)
         reference_features, target_features = images.chunk(2)
         queries = compose_sum(reference_features, self.clip_model.encode_text(tokens))
@@ -65,7 +68,7 @@ def fine_tuning(
     task = Task(
         batches=triplet_batches(encoder, data),
         steps=data.order.steps,
-        model=trainable(SumFeatures(model), encoder.device, compiled=compiled),
+        model=trainable(SumFeatures(model, encoder.backbone), encoder.device, compiled=compiled),
         optimizer=AdamW(learned, lr=learning_rate, betas=(0.9, 0.999), eps=1e-7, fused=on_gpu),
         validate=sum_validation(measured, data, images_learn=trained != "text", measure=measure),
         module=model,
@@ -75,24 +78,27 @@ def fine_tuning(
 
 
 def triplet_batches(encoder: Encoder, data: TrainingData) -> Batches:
-    """Batches of reference and target images (b, 3, R, R) uint8 and caption tokens (b, 77), with target ids (b,)."""
+    """Batches of reference and target images (b, 3, R, R) uint8 and caption tokens (b, L), with target ids (b,)."""
     paths = data.train.paths
     reference_rows = torch.tensor(data.train.reference_rows)  # (T,)
     target_rows = torch.tensor(data.train.target_rows)  # (T,)
-    tokens = torch.stack([tokenize(variants) for variants in data.texts])  # (T, V, 77)
+    texts = list(itertools.chain.from_iterable(data.texts))
+    tokens = encoder.backbone.tokenizer(texts)  # (T * V, L)
+    encoder.backbone.tokenizer.warn_of_cuts(texts, tokens)
+    tokens = tokens.unflatten(0, (len(data.texts), -1))
 
     def batches(epoch: int, first_step: int = 0) -> Iterable[Batch]:
         rows, variants = (table[first_step:] for table in data.order.batches(epoch))  # (steps, b)
-        texts = tokens[rows, variants].to(encoder.device)  # (steps, b, 77)
+        captions = tokens[rows, variants].to(encoder.device)  # (steps, b, L)
         ids = target_rows[rows].to(encoder.device)
         images = torch.cat([reference_rows[rows], target_rows[rows]], dim=1)  # (steps, 2b)
         files = []
         for step in images.tolist():
             files.append([paths[row] for row in step])
         pixels = encoder.loader.batches(files)
-        for both, own_texts, own_ids in zip(pixels, texts, ids, strict=True):
+        for both, own_captions, own_ids in zip(pixels, captions, ids, strict=True):
             references, targets = both.chunk(2)
-            yield [references, targets, own_texts], own_ids
+            yield [references, targets, own_captions], own_ids
 
     return batches
 
@@ -111,12 +117,17 @@ def sum_validation(
 
     kept = None if images_learn else encode_galleries()
     tables_of_splits: list[dict[str, Tensor]] = [{} for _ in data.val]
+    texts_of_splits: list[list[str]] = []
+    for split in data.val:
+        texts = [data.benchmark.caption(triplet.captions) for triplet in split.triplets]
+        encoder.backbone.tokenizer.warn_of_cuts(texts)
+        texts_of_splits.append(texts)
 
     def validate() -> dict[str, float]:
         galleries = kept if kept is not None else encode_galleries()
         frozen = []
-        for split, images, tables in zip(data.val, galleries, tables_of_splits, strict=True):
-            texts = [data.benchmark.caption(triplet.captions) for triplet in split.triplets]
+        parts = zip(data.val, galleries, texts_of_splits, tables_of_splits, strict=True)
+        for split, images, texts, tables in parts:
             captions = encoder.captions(texts).unsqueeze(1)
             frozen.append(FrozenSplit(split=split, images=images, captions=captions, tables=tables))
         return measure(frozen)

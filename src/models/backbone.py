@@ -1,0 +1,136 @@
+"""What all code outside needs to know of a CLIP beside its weights, whichever package it is from."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from data_utils import normalise
+from runtime import distributed
+from utils import UserError
+
+logger = logging.getLogger(__name__)
+
+# What the loss does not contain, and so never learns: the loss has a scale of its own.
+NEVER_TRAINED = ("logit_scale", "logit_bias")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Captions to the tokens of one text encoder.
+
+    Attributes:
+        encode: (captions, columns) -> (len(captions), columns); a caption that is too long is cut.
+        context: columns that the text encoder takes.
+        pad: fills the columns that a caption leaves.
+        vocabulary: tokens that the text encoder knows.
+    """
+
+    encode: Callable[[list[str], int], Tensor]
+    context: int
+    pad: int = 0
+    vocabulary: int = 49408
+    _told: list[int] = field(default_factory=list, repr=False, compare=False)
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        """Tokens (len(captions), context). Longer captions are cut here and nowhere else.
+
+        Raises:
+            UserError: a token is beyond the text encoder's vocabulary.
+        """
+        tokens = self.encode(captions, self.context)
+        if len(tokens) and tokens.max() >= self.vocabulary:
+            raise UserError(
+                f"--clip-model-name: its tokenizer makes token {tokens.max()} and its text encoder knows "
+                f"{self.vocabulary}: put the model's own tokenizer beside its weights"
+            )
+        return tokens
+
+    def cuts(self, caption: str) -> bool:
+        """Whether a caption has more tokens than the text encoder takes."""
+        # One column more is one pad more, unless there was something to put there.
+        fitted = self.encode([caption], self.context)
+        wider = self.encode([caption], self.context + 1)
+        return int((wider == self.pad).sum()) != int((fitted == self.pad).sum()) + 1
+
+    def warn_of_cuts(self, captions: list[str], tokens: Tensor | None = None) -> None:
+        """Say how many captions are cut, once in a command.
+
+        Args:
+            tokens: theirs, (len(captions), context), where they are made already.
+        """
+        if self._told or not captions or not distributed.is_main():
+            return
+        tokens = self(captions) if tokens is None else tokens
+        # What fits ends in pads, but for an end that tokenizers put in the last column whatever the caption is.
+        full = (tokens[:, -2] != self.pad).nonzero().flatten().tolist()
+        cut = sum(self.cuts(captions[row]) for row in full)
+        if cut:
+            self._told.append(cut)
+            logger.warning(
+                "warning: %d of %d captions have more than the %d tokens that this CLIP reads: the rest is left out",
+                cut,
+                len(captions),
+                self.context,
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A CLIP, but for its weights.
+
+    Its model has `encode_image` and `encode_text`, whose features are unnormalised; the weights of the image encoder
+    are `visual.*`, all others are the text encoder's.
+
+    Attributes:
+        dim: length D of features.
+        resolution: side R of the input images, in pixels.
+        mean, std: of the colours, in 0 to 1.
+        interpolation: one of INTERPOLATIONS.
+        resize_mode: one of RESIZE_MODES: how its own evaluations make a square of an image.
+        architecture: digest of all else that features depend on beside weights: what is computed, and the tokenizer.
+            Empty for OpenAI's CLIPs, whose weights tell all.
+        checkpoint_gradients: have a model recompute activations in the backward pass.
+    """
+
+    dim: int
+    resolution: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    resize_mode: str
+    tokenizer: Tokenizer
+    checkpoint_gradients: Callable[[nn.Module], None]
+    architecture: str = ""
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """The model's input from bytes, (..., 3, R, R) uint8 -> float32."""
+        return normalise(pixels, self.mean, self.std)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What recipes, keys and results say of it: of OpenAI's CLIPs, once the only ones, the resolution alone."""
+        known: dict[str, Any] = {"resolution": self.resolution}
+        if self.architecture:
+            known["interpolation"] = self.interpolation
+            known["resize_mode"] = self.resize_mode
+            known["mean"] = list(self.mean)
+            known["std"] = list(self.std)
+            known["context"] = self.tokenizer.context
+            known["architecture"] = self.architecture
+        return known
+
+
+def choose_trained(model: nn.Module, encoder: str) -> list[nn.Parameter]:
+    """Freeze the parameters that `--encoder` does not name, and return those that learn.
+
+    `image` trains `visual.*`; `text` all but `visual.*`; `both` everything. CLIP's own logit scale and bias are never
+    trained, because the loss does not contain them.
+    """
+    for name, parameter in model.named_parameters():
+        encoder_of_parameter = "image" if name.startswith("visual.") else "text"
+        learns = encoder in ("both", encoder_of_parameter) and name not in NEVER_TRAINED
+        parameter.requires_grad_(learns)
+    return [p for p in model.parameters() if p.requires_grad]

@@ -1,0 +1,193 @@
+"""Which CLIP `--clip-model-name` names: read and checked before anything heavy is loaded."""
+
+import difflib
+import importlib.util
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.choices import OPENAI_CLIPS
+from runtime.files import find_checkpoint, is_there, read_json
+from utils import UserError
+
+OPEN_CLIP = "open_clip"
+HUB = "hf-hub"
+FOLDER = "local-dir"
+CONFIG = "open_clip_config.json"  # of a folder or repository: architecture and preprocessing
+WEIGHTS = ("*.safetensors", "*.bin", "*.pth")  # which open_clip looks for in a folder
+REQUIREMENTS = "pip install -r requirements-open-clip.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenClipName:
+    """A model of open_clip.
+
+    Attributes:
+        scheme: OPEN_CLIP, HUB or FOLDER.
+        model: an architecture, ORG/REPO, or a folder.
+        tag: which published weights of an architecture.
+        weights: a file of weights in place of a tag.
+    """
+
+    scheme: str
+    model: str
+    tag: str = ""
+    weights: Path | None = None
+
+    @property
+    def for_open_clip(self) -> str:
+        """What open_clip calls it."""
+        return self.model if self.scheme == OPEN_CLIP else f"{self.scheme}:{self.model}"
+
+    @property
+    def short(self) -> str:
+        """It as part of a file's name: without folders."""
+        if self.scheme == FOLDER:
+            return Path(self.model).name
+        parts = (self.model, self.tag, self.weights.stem if self.weights else "")
+        return "-".join(part for part in parts if part)
+
+
+def open_clip_name(name: str) -> OpenClipName | None:
+    """The model of open_clip that a name is of, paths in full; None for OpenAI's names and for paths.
+
+    Raises:
+        UserError: it begins like one and says not all.
+    """
+    scheme, colon, rest = name.partition(":")
+    if not colon or scheme not in (OPEN_CLIP, HUB, FOLDER):
+        return None
+    if scheme == FOLDER:
+        return OpenClipName(scheme=scheme, model=str(_in_full(rest)))
+    if scheme == HUB:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", rest):
+            raise UserError(f"--clip-model-name {name}: name a repository as {HUB}:ORG/REPO")
+        return OpenClipName(scheme=scheme, model=rest)
+    architecture, equals, file = rest.partition("=")
+    tag = ""
+    if not equals:
+        architecture, _, tag = rest.rpartition("/")
+    if not architecture or not (tag or file):
+        raise UserError(
+            f"--clip-model-name {name}: name published weights as {OPEN_CLIP}:ARCH/TAG, or a file of weights as "
+            f"{OPEN_CLIP}:ARCH=FILE; --list-models lists them"
+        )
+    weights = _in_full(file) if file else None
+    # A slash in an architecture's name, as in ViT-B/32, is a dash to open_clip.
+    model = architecture.replace("/", "-")
+    return OpenClipName(scheme=scheme, model=model, tag=tag, weights=weights)
+
+
+def _in_full(path: str) -> Path:
+    return Path(path).expanduser().absolute()
+
+
+def in_full(name: str) -> str:
+    """A model's name with the paths in it in full: a configuration is read from other folders too."""
+    model = open_clip_name(name)
+    if model and model.weights:
+        return f"{OPEN_CLIP}:{model.model}={model.weights}"
+    if model:
+        return model.for_open_clip if model.scheme == FOLDER else name
+    return str(find_checkpoint(Path(name)).resolve()) if is_there(Path(name)) else name
+
+
+def find_clip(name: str) -> Path | None:
+    """The checkpoint in OpenAI's format that `--clip-model-name` names, None for a name of OpenAI's.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if name in OPENAI_CLIPS:
+        return None
+    if not is_there(Path(name)):
+        raise UserError(
+            f"--clip-model-name {name}: neither a file nor one of {', '.join(OPENAI_CLIPS)}, and no "
+            f"{OPEN_CLIP}:ARCH/TAG, {OPEN_CLIP}:ARCH=FILE, {HUB}:ORG/REPO or {FOLDER}:FOLDER"
+        )
+    try:
+        return find_checkpoint(Path(name))
+    except UserError as error:
+        raise UserError(f"--clip-model-name: {error}") from None
+
+
+def check_clip(name: str) -> None:
+    """Fail now where `--clip-model-name` names nothing that there is, as far as can be said before it is loaded."""
+    model = open_clip_name(name)
+    if model is None:
+        find_clip(name)
+        return
+    check_package(name)
+    if model.scheme == FOLDER:
+        read_config(Path(model.model))
+    if model.scheme == OPEN_CLIP:
+        check_architecture(model.model)
+    if model.weights and not model.weights.is_file():
+        raise UserError(f"--clip-model-name {name}: there is no file {model.weights}: name another")
+
+
+def check_package(name: str) -> None:
+    """Raise UserError where a model needs open_clip and it is not there."""
+    if OPEN_CLIP not in sys.modules and importlib.util.find_spec(OPEN_CLIP) is None:
+        raise UserError(f"--clip-model-name {name} needs open_clip: {REQUIREMENTS}")
+
+
+def check_architecture(architecture: str) -> None:
+    """Raise UserError, with the nearest names, where open_clip has no such architecture."""
+    known = architectures()
+    if architecture in known:
+        return
+    spelled = {name.lower(): name for name in known}
+    nearest = difflib.get_close_matches(architecture.lower(), spelled, n=3, cutoff=0.3)
+    names = ", ".join(spelled[name] for name in nearest)
+    hint = f"; the nearest are {names}" if names else ""
+    raise UserError(
+        f"--clip-model-name {OPEN_CLIP}:{architecture}: open_clip has no such architecture{hint}; --list-models lists "
+        "all"
+    )
+
+
+def architectures() -> list[str]:
+    """Those that open_clip has. It need not be imported for that, for each has a file; once it is, it is asked."""
+    if OPEN_CLIP in sys.modules:
+        return sys.modules[OPEN_CLIP].list_models()
+    package = importlib.util.find_spec(OPEN_CLIP)
+    names: list[str] = []
+    for folder in (package and package.submodule_search_locations) or []:
+        names += [file.stem for file in Path(folder, "model_configs").glob("*.json")]
+    return sorted(names)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What a folder says of the model in it.
+
+    Raises:
+        UserError: there is no such folder, no weights in it, or a configuration that says no architecture.
+    """
+    source = f"--clip-model-name {FOLDER}:{folder}"
+    if not folder.is_dir():
+        raise UserError(f"{source}: there is no such folder: name another")
+    if not (folder / CONFIG).is_file():
+        raise UserError(
+            f"{source} has no {CONFIG}: fetch it from where the weights are from, or name {OPEN_CLIP}:ARCH=FILE"
+        )
+    if not any(file for pattern in WEIGHTS for file in folder.glob(pattern)):
+        raise UserError(f"{source} has no weights ({', '.join(WEIGHTS)}): fetch them too")
+    return checked_config(read_json(folder / CONFIG, "open_clip"), folder / CONFIG)
+
+
+def checked_config(content: Any, source: object) -> dict[str, Any]:
+    """A configuration of open_clip that has an architecture; its preprocessing may be missing."""
+    model = content.get("model_cfg") if isinstance(content, dict) else None
+    parts = ("vision_cfg", "text_cfg")
+    if not isinstance(model, dict) or not all(isinstance(model.get(part), dict) for part in parts):
+        raise UserError(
+            f"--clip-model-name: {source} has no model_cfg with embed_dim, vision_cfg and text_cfg: fetch it again"
+        )
+    if not isinstance(content.get("preprocess_cfg", {}), dict):
+        raise UserError(
+            f"--clip-model-name: {source}: preprocess_cfg should be a table: fetch it again"
+        )
+    return content

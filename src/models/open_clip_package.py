@@ -1,0 +1,427 @@
+"""open_clip, which this file alone imports, and only where a model of it is named: load one, and say what it is."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from models.backbone import Backbone, Tokenizer
+from models.clip_model import NO_WEIGHTS, VITAL, archived_state, checkpoint_blocks, is_archive
+from models.names import (
+    CONFIG,
+    FOLDER,
+    HUB,
+    OPEN_CLIP,
+    REQUIREMENTS,
+    OpenClipName,
+    check_architecture,
+    check_clip,
+    checked_config,
+    read_config,
+)
+from runtime import distributed
+from runtime.files import read_json
+from runtime.tensors import load_tensors
+from runtime.weights import fitted, unwrapped
+from utils import UserError, first_line
+
+try:
+    import open_clip
+    from open_clip.convert import convert_state_dict
+    from open_clip.factory import _find_checkpoint_in_dir
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg, convert_to_custom_text_state_dict
+    from open_clip.modified_resnet import Bottleneck
+    from open_clip.pretrained import download_pretrained_from_hf
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+    if not open_clip.__version__.startswith("3."):
+        raise ImportError(f"here is {open_clip.__version__}")
+except ImportError as error:
+    raise UserError(
+        f"--clip-model-name needs open_clip_torch from 3.0 on and before 4 ({first_line(error)}): {REQUIREMENTS}"
+    ) from None
+
+logger = logging.getLogger(__name__)
+
+QUICK_GELU = "-quickgelu"  # how the name of an architecture with it ends
+HUB_PAGE = "https://huggingface.co"
+HUB_WEIGHTS = "open_clip_model.safetensors"
+TOKENIZER_FILES = "tokenizer.json, tokenizer_config.json and special_tokens_map.json"
+ANY = 2**31  # tokens of a text encoder of Hugging Face's, whose own configuration says how many
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
+# What open_clip and the packages below it raise at a configuration, a download or a tokenizer that is no good.
+REFUSALS = (
+    OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError, IndexError,
+    ZeroDivisionError,
+)  # fmt: skip
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownModel:
+    """A published model: what names it, and its sizes."""
+
+    name: str
+    dim: int
+    pixels: int
+    context: int
+
+
+def known_models() -> Iterator[KnownModel]:
+    """The models that can be loaded by a tag."""
+    for architecture in open_clip.list_models():
+        config = open_clip.get_model_config(architecture)
+        for tag in open_clip.list_pretrained_tags_by_model(architecture):
+            if "multimodal_cfg" in config or _lacks_quick_gelu(architecture, tag):
+                continue
+            yield KnownModel(
+                name=f"{OPEN_CLIP}:{architecture}/{tag}",
+                dim=config["embed_dim"],
+                pixels=config["vision_cfg"].get("image_size", CLIPVisionCfg.image_size),
+                context=config["text_cfg"].get("context_length", CLIPTextCfg.context_length),
+            )
+
+
+def load(name: OpenClipName, typed: str, device: torch.device) -> tuple[nn.Module, Backbone]:
+    """A model of open_clip in eval mode with float32 weights, and what it is.
+
+    Args:
+        typed: what `--clip-model-name` says.
+
+    Raises:
+        UserError: the name is of nothing, a download fails, or files do not fit the model.
+    """
+    check_clip(typed)
+    source = f"--clip-model-name {typed}"
+    published = _published(name, source)
+    content = _configuration(name, source)
+    config = content["model_cfg"]
+    if "multimodal_cfg" in config:
+        raise UserError(
+            f"{source} has a decoder, which nothing here uses: name a model of two encoders"
+        )
+    # What may be missing comes first, for a large model takes minutes to build.
+    told = published or content.get("preprocess_cfg")
+    preprocess = _preprocessing(name, told, source)
+    tokenizer, fingerprint = _tokenizer(name, config, source)
+    path = _weights_file(name, published, source)
+    model = _built(name, source)
+    side = _side(model, source)
+    weights = _weights(path, model, source, quick_gelu=bool(config.get("quick_gelu")), name=name)
+    model.load_state_dict(weights)
+    tells = json.dumps({"model": config, "tokenizer": fingerprint}, sort_keys=True)
+    backbone = Backbone(
+        dim=config["embed_dim"],
+        resolution=side,
+        mean=_colour(preprocess, "mean", source),
+        std=_colour(preprocess, "std", source),
+        interpolation="bilinear" if preprocess["interpolation"] == "bilinear" else "bicubic",
+        resize_mode=preprocess["resize_mode"],
+        tokenizer=tokenizer,
+        checkpoint_gradients=checkpoint_gradients,
+        architecture=hashlib.sha256(tells.encode()).hexdigest(),
+    )
+    return _ready(model, device), backbone
+
+
+def _ready(model: Any, device: torch.device) -> nn.Module:
+    model = model.float().eval().to(device)
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.visual.modules())
+    if device.type == "cuda" and convolutions > 1:  # more than the one that makes patches
+        model.visual.to(memory_format=torch.channels_last)
+    return model
+
+
+def checkpoint_gradients(model: Any) -> None:
+    """Recompute activations in the backward pass; in the ResNet, which open_clip leaves out, block by block."""
+    checkpoint_blocks(model, Bottleneck)
+    with _quiet():
+        model.set_grad_checkpointing(True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What open_clip tells the log of all programs, of which a user needs nothing."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _tried(make: Callable[[], Made], message: str) -> Made:
+    """What is made, or a UserError that begins with a message; braces in it are the reason's place."""
+    try:
+        with _quiet():
+            return make()
+    except UserError:
+        raise
+    except REFUSALS as error:
+        raise UserError(message.replace("{}", first_line(error)[:120])) from None
+
+
+def _published(name: OpenClipName, source: str) -> dict[str, Any] | None:
+    """What open_clip knows of the weights that a tag names, None without one."""
+    if not name.tag:
+        return None
+    found = open_clip.get_pretrained_cfg(name.model, name.tag)
+    if not found:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name.model)) or "none"
+        raise UserError(f"{source}: {name.model} has no such tag, but {tags}: name one of them")
+    if _lacks_quick_gelu(name.model, name.tag):
+        raise UserError(
+            f"{source}: these weights want QuickGELU: name {OPEN_CLIP}:{name.model}{QUICK_GELU}/{name.tag}"
+        )
+    return found
+
+
+def _lacks_quick_gelu(architecture: str, tag: str) -> bool:
+    """Whether the weights of a tag were trained with QuickGELU, and the architecture has GELU.
+
+    open_clip only warns of it, and lists such weights under both architectures.
+    """
+    wants = open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu")
+    return bool(wants) and not open_clip.get_model_config(architecture).get("quick_gelu")
+
+
+def _configuration(name: OpenClipName, source: str) -> dict[str, Any]:
+    """`model_cfg`, and `preprocess_cfg` where there is one."""
+    if name.scheme == FOLDER:
+        return read_config(Path(name.model))
+    if name.scheme == HUB:
+        fetch = functools.partial(download_pretrained_from_hf, name.model, filename=CONFIG)
+        file = Path(_fetched(fetch, source, name.model))
+        return checked_config(read_json(file, "open_clip"), file)
+    check_architecture(name.model)
+    return {"model_cfg": open_clip.get_model_config(name.model)}
+
+
+def _fetched(fetch: Callable[[], Made], source: str, repository: str) -> Made:
+    """What is fetched from a repository of the hub, from the cache where it is there."""
+    return _tried(
+        lambda: _first_here(fetch),
+        f"{source} could not be downloaded ({{}}): fetch {CONFIG}, {HUB_WEIGHTS} and, where there are some, "
+        f"{TOKENIZER_FILES} from {HUB_PAGE}/{repository} into a folder and name {FOLDER}:FOLDER",
+    )
+
+
+def _first_here(fetch: Callable[[], Made]) -> Made:
+    with distributed.first_on_machine():
+        return fetch()
+
+
+def _built(name: OpenClipName, source: str) -> Any:
+    """The model with random weights."""
+    make = functools.partial(
+        open_clip.create_model, name.for_open_clip, load_weights=False, pretrained_text=False
+    )
+    return _tried(
+        make, f"{source}: open_clip cannot build it ({{}}): name a model whose parts are all there"
+    )
+
+
+def _side(model: Any, source: str) -> int:
+    """The side of a model's input images, in pixels."""
+    size = model.visual.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise UserError(
+            f"{source} takes images of {height} x {width} pixels: name a model whose input is a square"
+        )
+    return height
+
+
+def _preprocessing(
+    name: OpenClipName, told: Mapping[str, Any] | None, source: str
+) -> dict[str, Any]:
+    """How the model's own evaluations preprocess images.
+
+    Args:
+        told: what a tag, a folder or a repository says of it.
+    """
+    if name.weights:
+        told = _as_tags(name.model, source)
+    elif not told:
+        logger.warning("warning: %s does not say how images are preprocessed: as OpenAI's", source)
+    preprocess = merge_preprocess_dict(PreprocessCfg(), dict(told or {}))
+    for part, known in (
+        ("resize_mode", ("shortest", "longest", "squash")),
+        ("interpolation", ("bicubic", "bilinear", "random")),
+    ):
+        if preprocess[part] not in known:
+            raise UserError(
+                f"{source}: its {part} is {preprocess[part]!r}: it should be one of {', '.join(known)}"
+            )
+    if preprocess["resize_mode"] == "longest" and preprocess["fill_color"] != 0:
+        raise UserError(
+            f"{source}: its fill_color is {preprocess['fill_color']!r}: only 0 is known"
+        )
+    return preprocess
+
+
+def _as_tags(architecture: str, source: str) -> dict[str, Any]:
+    """The preprocessing of a file of weights, which does not tell: that of most tags of its architecture."""
+    ways: dict[str, dict[str, Any]] = {}
+    users: dict[str, list[str]] = {}
+    for tag in open_clip.list_pretrained_tags_by_model(architecture):
+        way = {
+            part: value
+            for part, value in open_clip.get_pretrained_cfg(architecture, tag).items()
+            if part in PREPROCESSING
+        }
+        key = json.dumps(way, sort_keys=True)
+        ways[key] = way
+        users.setdefault(key, []).append(tag)
+    if not ways:
+        logger.warning("warning: %s: nothing says how images are preprocessed: as OpenAI's", source)
+        return {}
+    key = max(users, key=lambda key: len(users[key]))
+    if len(ways) > 1:
+        others = sorted({tag for other, tags in users.items() if other != key for tag in tags})
+        logger.warning(
+            "warning: %s: images are preprocessed as for %s; %s want them otherwise: name a tag, or %s: with a %s, for "
+            "those",
+            source,
+            users[key][0],
+            ", ".join(others),
+            FOLDER,
+            CONFIG,
+        )
+    return ways[key]
+
+
+def _colour(preprocess: Mapping[str, Any], part: str, source: str) -> tuple[float, float, float]:
+    """The mean or the deviation of the colours; one number is all three."""
+    value = preprocess[part]
+    values = [value] * 3 if isinstance(value, int | float) else value
+    fine = isinstance(values, list | tuple) and len(values) == 3
+    if not fine or not all(isinstance(number, int | float) for number in values):
+        raise UserError(f"{source}: its {part} is {value!r}: it should be three numbers")
+    if part == "std" and not all(number > 0 for number in values):
+        raise UserError(f"{source}: its std is {value!r}: it should be three numbers above 0")
+    red, green, blue = map(float, values)
+    return red, green, blue
+
+
+def _tokenizer(name: OpenClipName, config: Mapping[str, Any], source: str) -> tuple[Tokenizer, str]:
+    """open_clip's own tokenizer for a model, which cleans captions as the model was trained, and what it depends on."""
+    text = config["text_cfg"]
+    wanted = text.get("hf_tokenizer_name")
+    where = f"{HUB_PAGE}/{wanted}" if name.scheme == OPEN_CLIP else "where the weights are from"
+    own = _tried(
+        lambda: _first_here(lambda: open_clip.get_tokenizer(name.for_open_clip)),
+        f"{source}: its tokenizer cannot be made ({{}}): pip install transformers[sentencepiece], or fetch "
+        f"{TOKENIZER_FILES} from {where} into the folder of the weights and name {FOLDER}:FOLDER",
+    )
+    made = getattr(own, "tokenizer", None)
+    tokenizer = Tokenizer(
+        lambda captions, columns: own(captions, context_length=columns).long(),
+        context=own.context_length,
+        pad=getattr(made, "pad_token_id", None) or 0,
+        vocabulary=text.get("vocab_size", ANY if "hf_model_name" in text else 49408),
+    )
+    _tried(
+        lambda: tokenizer(["a"]), f"{source}: its tokenizer cannot be used ({{}}): fetch it again"
+    )
+    return tokenizer, _fingerprint(made)
+
+
+def _fingerprint(made: Any) -> str:
+    """Digest of a tokenizer of Hugging Face's; "" for the one that open_clip has in it."""
+    if made is None:
+        return ""
+    backend = getattr(made, "backend_tokenizer", None)
+    content = json.loads(backend.to_str()) if backend else made.get_vocab()
+    # These two are of the last call, not of the tokenizer.
+    known = {part: content[part] for part in content if part not in ("truncation", "padding")}
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def _weights_file(name: OpenClipName, published: Mapping[str, Any] | None, source: str) -> Path:
+    """The file of a model's weights, which is fetched unless it is there."""
+    if name.weights:
+        return name.weights
+    if name.scheme == FOLDER:
+        with _quiet():
+            return Path(_find_checkpoint_in_dir(Path(name.model)))
+    if published is None:
+        fetched = _fetched(lambda: download_pretrained_from_hf(name.model), source, name.model)
+    elif repository := published.get("hf_hub"):
+        fetch = functools.partial(open_clip.download_pretrained, published)
+        fetched = _fetched(fetch, source, "/".join(repository.split("/")[:2]))
+    else:
+        fetched = _tried(
+            lambda: _first_here(lambda: open_clip.download_pretrained(published)),
+            f"{source} could not be downloaded ({{}}): fetch {published.get('url')} and name "
+            f"{OPEN_CLIP}:{name.model}=FILE",
+        )
+    return Path(fetched)
+
+
+def _weights(
+    path: Path, model: Any, source: str, *, quick_gelu: bool, name: OpenClipName
+) -> dict[str, Tensor]:
+    """The weights in a file, by the names that a model gives them.
+
+    Raises:
+        UserError: they are of another architecture, damaged, or OpenAI's for a model without QuickGELU.
+    """
+    if str(path) not in source:
+        source = f"{source}: {path}"
+    content: dict[str, Any] = archived_state(path) if is_archive(path) else load_tensors(path)
+    if "CLIP" in content:
+        raise UserError(f"{source} holds fine-tuned weights: give it to --clip-model-path instead")
+    # open_clip's own trainings keep weights beside other things.
+    state = unwrapped(content.get("state_dict", content), source)
+    is_openais = any(part in state for part in ("input_resolution", "context_length", "vocab_size"))
+    for part in NO_WEIGHTS:
+        state.pop(part, None)
+    if is_openais and not quick_gelu:
+        other = f"{OPEN_CLIP}:{name.model}{QUICK_GELU}={path}"
+        remedy = (
+            f"name {other}" if name.scheme == OPEN_CLIP else f'set "quick_gelu" in its {CONFIG}'
+        )
+        raise UserError(f"{source} holds OpenAI's weights, which want QuickGELU: {remedy}")
+    if name.weights and not quick_gelu and f"{name.model}{QUICK_GELU}" in open_clip.list_models():
+        logger.warning(
+            "warning: %s does not say whether it wants QuickGELU, as OpenAI's and DFN's weights do: for those "
+            "name %s:%s%s=FILE",
+            source,
+            OPEN_CLIP,
+            name.model,
+            QUICK_GELU,
+        )
+    remedy = "name the architecture that they are of"
+    broken = f"{source} cannot be converted ({{}}): {remedy}"
+    state = _tried(lambda: _converted(state, model), broken)
+    return fitted(state, model.state_dict(), source=source, remedy=remedy, vital=VITAL)
+
+
+def _converted(state: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Weights of earlier versions and of other packages by open_clip's names, as open_clip takes them."""
+    state = convert_state_dict(model, state)
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    own = model.state_dict()
+    for part in ("logit_scale", "logit_bias"):
+        # One number, as a table of none or of one dimension.
+        if part in state and part in own and state[part].numel() == own[part].numel():
+            state[part] = state[part].reshape(own[part].shape)
+    if "logit_bias" in own:
+        state.setdefault("logit_bias", torch.zeros_like(own["logit_bias"]))
+    positions = "text.transformer.embeddings.position_ids"
+    if positions not in own:
+        state.pop(positions, None)
+    return state
