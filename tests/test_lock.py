@@ -8,7 +8,12 @@ from packaging.requirements import Requirement
 
 from conftest import ROOT
 
-LISTS = ("requirements.txt", "requirements-app.txt", "requirements-dev.txt")
+LISTS = (
+    "requirements.txt",
+    "requirements-app.txt",
+    "requirements-open-clip.txt",
+    "requirements-dev.txt",
+)
 
 
 def lines(name: str) -> list[str]:
