@@ -28,7 +28,7 @@ from models import exported
 from models.architectures import SIZES
 from models.clip_model import load_clip
 from models.configuration import FREE_FLAGS, read_checkpoint
-from models.exported import CARD, CONFIG, FILES, FORM, KEYS, read_exported
+from models.exported import BUILT_FROM, CARD, CONFIG, FILES, FORM, KEYS, read_exported
 from models.pair import load_pair
 from original import arguments, csv_name
 from runtime import files, hub
@@ -685,7 +685,7 @@ def stub(monkeypatch, tmp_path) -> SimpleNamespace:
         folder = reach(repository)
         if not folder.is_dir():
             raise HubError(f"404: {repository} is not there\nsee the documentation")
-        assert {CONFIG, *FILES.values()} == set(allow_patterns)
+        assert {CONFIG, *FILES.values(), f"{BUILT_FROM}/*"} == set(allow_patterns)
         return str(folder)
 
     package = SimpleNamespace(

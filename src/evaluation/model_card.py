@@ -11,6 +11,7 @@ from evaluation.comparison import Column, own_intervals
 from evaluation.result_file import Result
 from models.configuration import trained_on
 from models.exported import shared_settings
+from models.names import open_clip_name
 from runtime.choices import OPENAI_CLIPS
 from utils import UserError, flag, printable, two_decimals
 
@@ -93,7 +94,10 @@ def model_card(exporting: Exporting, results: Sequence[Result]) -> str:
 def _base(config: Mapping[str, Any]) -> str:
     """The CLIP that the weights began as: its name, or that of its file."""
     name = config["recipe"]["clip_model_name"]
-    return name if name in OPENAI_CLIPS else printable(Path(name).name)
+    if name in OPENAI_CLIPS:
+        return name
+    model = open_clip_name(name)
+    return printable(model.short if model else Path(name).name)
 
 
 def _title(config: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -93,6 +94,7 @@ class Backbone:
         architecture: digest of all else that features depend on beside weights: what is computed, and the tokenizer.
             Empty for OpenAI's CLIPs, whose weights tell all.
         checkpoint_gradients: have a model recompute activations in the backward pass.
+        write: put into a folder the files that it is built from, beside its weights. None for OpenAI's CLIPs.
     """
 
     dim: int
@@ -104,6 +106,7 @@ class Backbone:
     tokenizer: Tokenizer
     checkpoint_gradients: Callable[[nn.Module], None]
     architecture: str = ""
+    write: Callable[[Path], None] | None = None
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """The model's input from bytes, (..., 3, R, R) uint8 -> float32."""

@@ -128,12 +128,14 @@ class Checkpoint:
         table: the same by name, see `Settings.table`.
         sizes: of the model that an exported pair's weights are of, all that is needed to build it; None where the
             weights or `--clip-model-name` tell them.
+        folder: of the files that such a model is built from where sizes do not tell it, as of open_clip's.
     """
 
     path: Path
     state: dict[str, Any]
     config: dict[str, Any]
     sizes: Mapping[str, Any] | None = None
+    folder: Path | None = None
 
     @property
     def table(self) -> dict[str, Any]:

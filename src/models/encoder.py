@@ -236,6 +236,12 @@ def load_encoder(
     if tuned and tuned.sizes:
         model: nn.Module = load_sized(tuned.sizes, tuned.state, tuned.path, device)
         backbone = openai_backbone(model)
+    elif tuned and tuned.folder:
+        from models import open_clip_package
+
+        model, backbone = open_clip_package.load_exported(
+            tuned.folder, tuned.state, tuned.path, device
+        )
     else:
         model, backbone = load_backbone(recipe["clip_model_name"], device)
         if tuned:

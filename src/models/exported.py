@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from combiner import Composer
+    from models.backbone import Backbone
     from models.encoder import Encoder
 
-FORM = 1  # of the folder; what an earlier version cannot read has a higher one
+FORM = 2  # of the folder; what an earlier version cannot read has a higher one
+OF_SIZES = 1  # the form of pairs whose CLIP is OpenAI's, which is built of its sizes
 CONFIG = "config.json"
 CARD = "README.md"
 FILES = {"clip": "clip.safetensors", "combiner": "combiner.safetensors"}
+BUILT_FROM = "clip"  # a folder in it, of the files that another CLIP is built from
 KEYS = {"clip": "CLIP", "combiner": "Combiner"}  # what `read_checkpoint` calls the parts
 REMEDY = "copy the folder again, or export it again"
 
@@ -57,12 +60,21 @@ class ExportedPair:
         """
         file = self.folder / FILES[part]
         about = self.config[part]
-        if file_digest(file) != about["file_sha256"]:
-            raise UserError(
-                f"--pair {file} is damaged or was edited: {part}.file_sha256 of {CONFIG} is of another file: {REMEDY}"
-            )
+        _check_digest(file, about["file_sha256"], f"{part}.file_sha256")
+        folder = None
+        if files := about.get("files"):
+            folder = self.folder / BUILT_FROM
+            for name, digest in files.items():
+                _check_digest(folder / name, digest, f"{part}.files.{name}")
         checkpoint = cast(Checkpoint, read_checkpoint("--pair", file, KEYS[part]))
-        return dataclasses.replace(checkpoint, sizes=about["sizes"])
+        return dataclasses.replace(checkpoint, sizes=about["sizes"], folder=folder)
+
+
+def _check_digest(file: Path, digest: str, field: str) -> None:
+    if file_digest(file) != digest:
+        raise UserError(
+            f"--pair {file} is damaged or was edited: {field} of {CONFIG} is of another file: {REMEDY}"
+        )
 
 
 def exported_place(text: str) -> Path | str:
@@ -78,7 +90,9 @@ def open_exported(place: Path | str) -> ExportedPair:
     """
     if isinstance(place, Path):
         return read_exported(place)
-    return read_exported(fetched(place.removeprefix(HUB), [CONFIG, *FILES.values()]))
+    return read_exported(
+        fetched(place.removeprefix(HUB), [CONFIG, *FILES.values(), f"{BUILT_FROM}/*"])
+    )
 
 
 def read_exported(folder: Path) -> ExportedPair:
@@ -109,10 +123,25 @@ def read_exported(folder: Path) -> ExportedPair:
     checked(Exported, content, file=source, remedy=REMEDY)
     if content["sha256"] != _digest(content):
         raise UserError(f"{source} was edited: sha256 is not that of the other fields: {REMEDY}")
-    for part, name in FILES.items():
-        if content[part] is not None and not (folder / name).is_file():
+    needed = [name for part, name in FILES.items() if content[part] is not None]
+    built_from = content["clip"].get("files") or {}
+    needed += [f"{BUILT_FROM}/{name}" for name in built_from]
+    for name in needed:
+        if not (folder / name).is_file():
             raise UserError(f"--pair {folder} holds no {name}: {REMEDY}")
+    for file in _visible_files(folder / BUILT_FROM):
+        if file.name not in built_from:
+            raise UserError(
+                f"--pair {file} was not exported, and may change what is built: remove it"
+            )
     return ExportedPair(folder=folder, config=content)
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    """The files in a folder, of which there are none where it is not there; the hidden ones are the system's."""
+    if not folder.is_dir():
+        return []
+    return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
 
 
 def _digest(config: Mapping[str, Any]) -> str:
@@ -143,12 +172,13 @@ def write_exported(
     from models.encoder import versions
 
     states = {"clip": encoder.model.state_dict()}
-    sizes = {"clip": sizes_by_name(encoder.model)}
+    built_from = _write_built_from(folder / BUILT_FROM, encoder.backbone)
+    sizes = {"clip": None if built_from else sizes_by_name(encoder.model)}
     if combiner := compose.state_dict():
         states["combiner"] = combiner
         sizes["combiner"] = combiner_settings(combiner, {"top_k": compose.top_k}, folder)
     content: dict[str, Any] = {
-        "form": FORM,
+        "form": FORM if built_from else OF_SIZES,
         "recipe": encoder.recipe,
         "clip": None,
         "combiner": None,
@@ -157,11 +187,22 @@ def write_exported(
         file = folder / FILES[part]
         digests = _write_weights(file, state, shared_settings(training.get(part, {})), half=half)
         content[part] = {"sizes": sizes[part], **digests}
+    if built_from:
+        content["clip"]["files"] = built_from
     content["half"] = half
     content["versions"] = versions()
     config = {**content, "sha256": _digest(content)}
     write_text(folder / CONFIG, json.dumps(config, indent=1) + "\n")
     return config
+
+
+def _write_built_from(folder: Path, backbone: "Backbone") -> dict[str, str]:
+    """Write the files that a CLIP is built from, where sizes do not tell it; returns file's name -> its digest."""
+    if backbone.write is None:
+        return {}
+    folder.mkdir()
+    backbone.write(folder)
+    return {file.name: file_digest(file) for file in _visible_files(folder)}
 
 
 def _write_weights(

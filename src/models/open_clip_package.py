@@ -29,7 +29,7 @@ from models.names import (
     read_config,
 )
 from runtime import distributed
-from runtime.files import read_json
+from runtime.files import read_json, write_text
 from runtime.tensors import load_tensors
 from runtime.weights import fitted, unwrapped
 from utils import UserError, first_line
@@ -47,7 +47,7 @@ try:
         raise ImportError(f"here is {open_clip.__version__}")
 except ImportError as error:
     raise UserError(
-        f"--clip-model-name needs open_clip_torch from 3.0 on and before 4 ({first_line(error)}): {REQUIREMENTS}"
+        f"this CLIP needs open_clip_torch from 3.0 on and before 4 ({first_line(error)}): {REQUIREMENTS}"
     ) from None
 
 logger = logging.getLogger(__name__)
@@ -104,33 +104,78 @@ def load(name: OpenClipName, typed: str, device: torch.device) -> tuple[nn.Modul
     source = f"--clip-model-name {typed}"
     published = _published(name, source)
     content = _configuration(name, source)
+    # What may be missing comes first, for a large model takes minutes to build.
+    describe = _described(name, content, published, source)
+    path = _weights_file(name, published, source)
+    model = _built(name, source)
+    backbone = describe(dim=content["model_cfg"]["embed_dim"], resolution=_side(model, source))
+    quick_gelu = bool(content["model_cfg"].get("quick_gelu"))
+    model.load_state_dict(_weights(path, model, source, quick_gelu=quick_gelu, name=name))
+    return _ready(model, device), backbone
+
+
+def load_exported(
+    folder: Path, state: Mapping[str, Any], path: Path, device: torch.device
+) -> tuple[nn.Module, Backbone]:
+    """The same of an exported pair: nothing is downloaded, for all is in its folder.
+
+    Args:
+        folder: what `Backbone.write` wrote.
+        path: the weights' file, which errors name.
+
+    Raises:
+        UserError: the weights do not fit the model, or a file is none that this version of open_clip reads.
+    """
+    source = f"--pair {path}"
+    name = OpenClipName(scheme=FOLDER, model=str(folder))
+    content = checked_config(read_json(folder / CONFIG, "open_clip"), folder / CONFIG)
+    describe = _described(name, content, None, source)
+    model = _built(name, source)
+    backbone = describe(dim=content["model_cfg"]["embed_dim"], resolution=_side(model, source))
+    remedy = "copy the folder again, or export it again"
+    weights = fitted(state, model.state_dict(), source=source, remedy=remedy, vital=VITAL)
+    model.load_state_dict(weights)
+    return _ready(model, device), backbone
+
+
+def _described(
+    name: OpenClipName,
+    content: Mapping[str, Any],
+    published: Mapping[str, Any] | None,
+    source: str,
+) -> Callable[..., Backbone]:
+    """What a model is, but for its feature length and resolution: those of a model that could be built.
+
+    Raises:
+        UserError: it has a decoder, its tokenizer cannot be had, or its preprocessing is none that is known.
+    """
     config = content["model_cfg"]
     if "multimodal_cfg" in config:
         raise UserError(
             f"{source} has a decoder, which nothing here uses: name a model of two encoders"
         )
-    # What may be missing comes first, for a large model takes minutes to build.
-    told = published or content.get("preprocess_cfg")
-    preprocess = _preprocessing(name, told, source)
-    tokenizer, fingerprint = _tokenizer(name, config, source)
-    path = _weights_file(name, published, source)
-    model = _built(name, source)
-    side = _side(model, source)
-    weights = _weights(path, model, source, quick_gelu=bool(config.get("quick_gelu")), name=name)
-    model.load_state_dict(weights)
-    tells = json.dumps({"model": config, "tokenizer": fingerprint}, sort_keys=True)
-    backbone = Backbone(
-        dim=config["embed_dim"],
-        resolution=side,
+    preprocess = _preprocessing(name, published or content.get("preprocess_cfg"), source)
+    own = _tokenizer(name, config, source)
+    tells = json.dumps({"model": config, "tokenizer": _fingerprint(own)}, sort_keys=True)
+    whole = {"model_cfg": config, "preprocess_cfg": dict(preprocess)}
+    return functools.partial(
+        Backbone,
         mean=_colour(preprocess, "mean", source),
         std=_colour(preprocess, "std", source),
         interpolation="bilinear" if preprocess["interpolation"] == "bilinear" else "bicubic",
         resize_mode=preprocess["resize_mode"],
-        tokenizer=tokenizer,
+        tokenizer=_checked_tokenizer(own, config, source),
         checkpoint_gradients=checkpoint_gradients,
         architecture=hashlib.sha256(tells.encode()).hexdigest(),
+        write=functools.partial(_write, whole, own),
     )
-    return _ready(model, device), backbone
+
+
+def _write(content: Mapping[str, Any], own: Any, folder: Path) -> None:
+    """Write a model's configuration and the files of its tokenizer, as open_clip's `local-dir:` reads them."""
+    write_text(folder / CONFIG, json.dumps(content, indent=1) + "\n")
+    if hasattr(own, "tokenizer"):
+        own.tokenizer.save_pretrained(folder)
 
 
 def _ready(model: Any, device: torch.device) -> nn.Module:
@@ -315,16 +360,20 @@ def _colour(preprocess: Mapping[str, Any], part: str, source: str) -> tuple[floa
     return red, green, blue
 
 
-def _tokenizer(name: OpenClipName, config: Mapping[str, Any], source: str) -> tuple[Tokenizer, str]:
-    """open_clip's own tokenizer for a model, which cleans captions as the model was trained, and what it depends on."""
-    text = config["text_cfg"]
-    wanted = text.get("hf_tokenizer_name")
+def _tokenizer(name: OpenClipName, config: Mapping[str, Any], source: str) -> Any:
+    """open_clip's own tokenizer for a model, which cleans captions as the model was trained."""
+    wanted = config["text_cfg"].get("hf_tokenizer_name")
     where = f"{HUB_PAGE}/{wanted}" if name.scheme == OPEN_CLIP else "where the weights are from"
-    own = _tried(
+    return _tried(
         lambda: _first_here(lambda: open_clip.get_tokenizer(name.for_open_clip)),
         f"{source}: its tokenizer cannot be made ({{}}): pip install transformers[sentencepiece], or fetch "
         f"{TOKENIZER_FILES} from {where} into the folder of the weights and name {FOLDER}:FOLDER",
     )
+
+
+def _checked_tokenizer(own: Any, config: Mapping[str, Any], source: str) -> Tokenizer:
+    """The same as all code outside uses it."""
+    text = config["text_cfg"]
     made = getattr(own, "tokenizer", None)
     tokenizer = Tokenizer(
         lambda captions, columns: own(captions, context_length=columns).long(),
@@ -335,11 +384,12 @@ def _tokenizer(name: OpenClipName, config: Mapping[str, Any], source: str) -> tu
     _tried(
         lambda: tokenizer(["a"]), f"{source}: its tokenizer cannot be used ({{}}): fetch it again"
     )
-    return tokenizer, _fingerprint(made)
+    return tokenizer
 
 
-def _fingerprint(made: Any) -> str:
+def _fingerprint(own: Any) -> str:
     """Digest of a tokenizer of Hugging Face's; "" for the one that open_clip has in it."""
+    made = getattr(own, "tokenizer", None)
     if made is None:
         return ""
     backend = getattr(made, "backend_tokenizer", None)

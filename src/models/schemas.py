@@ -13,6 +13,7 @@ from pydantic import (
     PlainValidator,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -64,6 +65,7 @@ Weight = Annotated[float, Field(ge=0, le=10**6)]
 Fraction = Annotated[float, Field(ge=1e-9, le=1 - 1e-9)]
 SideRatio = Annotated[float, Field(ge=0.1, le=1000)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 Benchmark = Annotated[str, one_of(BENCHMARKS)]
 Transform = Annotated[str, one_of(choices.TRANSFORMS)]
 Decode = Annotated[str, one_of(choices.DECODINGS)]
@@ -137,9 +139,16 @@ class ExportedWeights(Schema):
 
 
 class ExportedClip(ExportedWeights):
-    """The CLIP of an exported pair."""
+    """The CLIP of an exported pair: OpenAI's has sizes, and open_clip's the digests of the files it is built from."""
 
-    sizes: ClipSizes
+    sizes: ClipSizes | None
+    files: dict[FileName, Digest] = ABSENT
+
+    @model_validator(mode="after")
+    def _can_be_built(self) -> "ExportedClip":
+        if bool(self.files) == bool(self.sizes):
+            raise PydanticCustomError("built", "it should have either sizes or files")
+        return self
 
 
 class ExportedCombiner(ExportedWeights):

@@ -1,0 +1,157 @@
+"""Exported pairs of open_clip's models: built from their folder alone, and from nothing that was changed in it."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import export
+import validate
+from combiner import build_combiner
+from conftest import CASES
+from evaluation.result_file import read_result
+from models import exported
+from models.encoder import load_backbone
+from models.exported import BUILT_FROM, CONFIG, FORM, read_exported
+from models.pair import load_pair
+from models.schemas import Exported
+from runtime.choices import PairChoice
+from runtime.schema import checked
+from runtime.tensors import save_tensors
+from test_backbones import FORMS, models_made  # noqa: F401
+from test_export import MACHINE, settings
+from test_stored import WRONG, refused
+
+pytest.importorskip("open_clip", reason="pip install -r requirements-open-clip.txt")
+CPU = torch.device("cpu")
+SIZES = {"clip_dim": 24, "projection_dim": 8, "hidden_dim": 12, "num_experts": 3, "top_k": 1}
+
+
+@pytest.fixture
+def moved(models_made, tmp_path):  # noqa: F811
+    """Form -> the flags of a fine-tuned pair of it, and the pair exported; then nothing is left of its model."""
+
+    def make(form: str, *more: object) -> tuple[dict, Path, Path]:
+        folder = shutil.copytree(models_made / form, tmp_path / form)
+        name = f"local-dir:{folder}"
+        model, backbone = load_backbone(name, CPU)
+        torch.manual_seed(0)
+        state = {
+            key: weight + 0.02 * torch.randn_like(weight) if weight.is_floating_point() else weight
+            for key, weight in model.state_dict().items()
+        }
+        recipe = {"clip_model_name": name, "transform": "squarepad", "target_ratio": 1.5}
+        config = settings({}, **recipe, **backbone.recipe)
+        save_tensors(tmp_path / "clip.pt", {"CLIP": state, "config": config})
+        combiner = build_combiner({**SIZES, "combiner_type": "moe"})
+        config = settings({"top_k": 1})
+        save_tensors(
+            tmp_path / "combiner.pt", {"Combiner": combiner.state_dict(), "config": config}
+        )
+        flags = {
+            "--clip-model-path": tmp_path / "clip.pt",
+            "--combiner-path": tmp_path / "combiner.pt",
+        }
+        pair = tmp_path / f"pair_{form}"
+        words = [word for flag in flags.items() for word in flag]
+        export.main(list(map(str, [*words, "--output", pair, *more])))
+        return flags, pair, folder
+
+    return make
+
+
+def measured(folder: Path, drawn: Path, *pair: object) -> dict:
+    file = folder / "result.json"
+    where = ["--dataset", "CIRR", "--data-root", drawn, *MACHINE, "--metrics-json", file]
+    validate.main(list(map(str, [*where, *pair])))
+    result = read_result(file)
+    apart = ("checkpoints", "command", "date", "training")
+    return {name: value for name, value in result.items() if name not in apart}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pair_needs_nothing_but_its_folder(form, moved, drawn, tmp_path):
+    flags, pair, folder = moved(form)
+    words = [word for flag in flags.items() for word in flag]
+    before = measured(tmp_path, drawn, *words, "--combining-function", "combiner")
+    shutil.rmtree(folder)
+    assert measured(tmp_path, drawn, "--pair", pair) == before
+    names = sorted(file.name for file in (pair / BUILT_FROM).iterdir())
+    assert "open_clip_config.json" in names
+    assert ("tokenizer.json" in names) == (form == "hf")
+
+
+def test_half_precision_and_the_card(moved, drawn, tmp_path):
+    _, pair, _ = moved("custom", "--half")
+    card = (pair / "README.md").read_text()
+    assert "# Composed image retrieval: custom with a Combiner (moe)" in card
+    assert str(tmp_path) not in card
+    measured(tmp_path, drawn, "--pair", pair)
+
+
+def read(pair: Path):
+    read_exported(pair).weights("clip")
+
+
+def test_each_file_that_it_is_built_from_is_there_and_unchanged(moved):
+    _, pair, _ = moved("hf")
+    files = sorted((pair / BUILT_FROM).iterdir())
+    assert len(files) >= 2
+    for file in files:
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1])
+        refused(lambda: read(pair), str(file), "damaged or was edited")
+        file.unlink()
+        refused(lambda: read(pair), f"{BUILT_FROM}/{file.name}")
+        file.write_bytes(whole)
+        CASES["files that an exported pair is built from", "refused"] += 2
+    other = pair / BUILT_FROM / "added_tokens.json"  # which a tokenizer would read
+    other.write_text("{}")
+    refused(lambda: read(pair), str(other), "remove it")
+    other.rename(other.with_name(".hidden"))
+    read(pair)
+
+
+def test_a_clip_has_sizes_or_files(moved):
+    _, pair, _ = moved("vit")
+    config = json.loads((pair / CONFIG).read_text())
+    assert config["form"] == FORM
+    assert config["clip"]["sizes"] is None
+
+    def check(clip: dict) -> None:
+        content = {**config, "clip": {**config["clip"], **clip}}
+        checked(Exported, content, file=pair / CONFIG, remedy="copy it again")
+
+    check({})
+    for files in [{}, {"../x": "0" * 64}, {"/x": "0" * 64}, {"a/b": "0" * 64}, {"x": "0"}, *WRONG]:
+        refused(lambda files=files: check({"files": files}), str(pair / CONFIG), "clip")
+        CASES["files of an exported pair", "refused"] += 1
+
+
+def test_weights_of_another_model(moved):
+    """With digests of their own: who changes a file may change what is said of it."""
+    _, pair, _ = moved("custom")
+    folder = pair / BUILT_FROM
+    config = json.loads((pair / CONFIG).read_text())
+    about = json.loads((folder / "open_clip_config.json").read_text())
+    about["model_cfg"]["vision_cfg"]["width"] = 48
+    (folder / "open_clip_config.json").write_text(json.dumps(about))
+    config["clip"]["files"]["open_clip_config.json"] = exported.file_digest(
+        folder / "open_clip_config.json"
+    )
+    config["sha256"] = exported._digest(config)
+    (pair / CONFIG).write_text(json.dumps(config))
+    choice = PairChoice(combining_function=None, clip_path=None, combiner_path=None, exported=pair)
+    refused(lambda: load_pair(choice, CPU), "--pair", "clip.safetensors")
+
+
+def test_without_the_package_its_requirements_are_named(moved, monkeypatch):
+    _, pair, _ = moved("vit")
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    monkeypatch.delitem(sys.modules, "models.open_clip_package", raising=False)
+    monkeypatch.delattr("models.open_clip_package", raising=False)
+    choice = PairChoice(combining_function=None, clip_path=None, combiner_path=None, exported=pair)
+    refused(lambda: load_pair(choice, CPU), "open_clip", "requirements-open-clip.txt")
