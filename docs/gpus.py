@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 from benchmarks import BENCHMARKS
 from plan import GIB, typed
 from runtime.gpus import GPUS, Gpu
-from training.budget import USABLE, CountedClip, Encoding, FineTuning, Way, seconds, sizes_of
+from training.budget import USABLE, FineTuning, seconds, sizes_of
+from training.counted_clip import CountedClip, Encoding, Way
 
 GUIDE = Path(__file__).with_suffix(".md")
 MARK = "<!-- What follows is written by `python docs/gpus.py`. -->\n"

@@ -23,7 +23,8 @@ from runtime.gpus import GPUS, Gpu
 from utils import UserError, command, flag
 
 if TYPE_CHECKING:
-    from training.budget import Encoding, Sizes, Training, Way, Work
+    from training.budget import Sizes, Training
+    from training.counted_clip import Encoding, Way, Work
 
 GIB = 2**30
 
@@ -126,7 +127,7 @@ def planned_sizes(args: argparse.Namespace) -> "Sizes":
 
 def planned_encoding(args: argparse.Namespace, gpu: Gpu) -> "Encoding":
     """The CLIP that the flags and their checkpoint name, and how it encodes."""
-    from training.budget import CountedClip, Encoding
+    from training.counted_clip import CountedClip, Encoding
 
     tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
     choice: dict[str, Any] = dataclasses.asdict(settle(options.clip_choice(args), [tuned]))
@@ -244,7 +245,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check(args)
 
-    from training.budget import USABLE, Way
+    from training.budget import USABLE
+    from training.counted_clip import Way
 
     gpu = planned_gpu(args)
     training = planned_training(args, gpu)

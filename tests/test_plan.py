@@ -30,15 +30,13 @@ from runtime.gpus import GPUS
 from timing import saved_activations
 from training.budget import (
     CombinerTraining,
-    CountedClip,
-    Encoding,
     FineTuning,
     Sizes,
-    Way,
     combiner_to_count,
     seconds,
 )
 from training.contrastive import backward, contrastive_loss
+from training.counted_clip import CountedClip, Encoding, Way
 from training.counting import NoData
 from training.schedule import Precision
 from training.stage1 import SumFeatures

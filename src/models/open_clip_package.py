@@ -138,6 +138,33 @@ def load_exported(
     return _ready(model, device), backbone
 
 
+def without_weights(name: OpenClipName, typed: str) -> tuple[nn.Module, Backbone]:
+    """A model without data, which is never run but counted: of published ones no weights and no tokenizer are fetched.
+
+    Args:
+        typed: what `--clip-model-name` says.
+
+    Raises:
+        UserError: the name is of nothing, or its configuration cannot be had.
+    """
+    check_clip(typed)
+    source = f"--clip-model-name {typed}"
+    config = _configuration(name, source)["model_cfg"]
+    model = _built(name, source, device="meta")
+    context = config["text_cfg"].get("context_length", CLIPTextCfg.context_length)
+    backbone = Backbone(
+        dim=config["embed_dim"],
+        resolution=_side(model, source),
+        mean=PreprocessCfg.mean,
+        std=PreprocessCfg.std,
+        interpolation="bicubic",
+        resize_mode="shortest",
+        tokenizer=Tokenizer(lambda captions, columns: torch.zeros(len(captions), columns), context),
+        checkpoint_gradients=checkpoint_gradients,
+    )
+    return model.eval(), backbone
+
+
 def _described(
     name: OpenClipName,
     content: Mapping[str, Any],
@@ -267,10 +294,14 @@ def _first_here(fetch: Callable[[], Made]) -> Made:
         return fetch()
 
 
-def _built(name: OpenClipName, source: str) -> Any:
+def _built(name: OpenClipName, source: str, device: str = "cpu") -> Any:
     """The model with random weights."""
     make = functools.partial(
-        open_clip.create_model, name.for_open_clip, load_weights=False, pretrained_text=False
+        open_clip.create_model,
+        name.for_open_clip,
+        load_weights=False,
+        pretrained_text=False,
+        device=device,
     )
     return _tried(
         make, f"{source}: open_clip cannot build it ({{}}): name a model whose parts are all there"

@@ -6,29 +6,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import nn
 
 from benchmarks import Benchmark
 from combiner import Composer, build_combiner
-from models.architectures import ARCHITECTURES
-from models.backbone import choose_trained
-from models.clip_model import (
-    CLIP,
-    Bottleneck,
-    ResidualAttentionBlock,
-    backbone,
-    checkpoint_gradients,
-    load_clip,
-    ready,
-)
-from models.names import find_clip, open_clip_name
 from runtime.choices import CombinerChoice
 from runtime.gpus import Gpu
 from training.contrastive import contrastive_loss
-from training.counting import Counted, NoData
-from training.stage1 import SumFeatures
+from training.counted_clip import CountedClip, Encoding, Way, Work
+from training.counting import Counted, NoData, autocast_dtype, bytes_of, weights_bytes
 from training.stage2 import ComposedFeatures
-from utils import UserError
 
 EFFICIENCY = 0.4  # of a GPU's rate of products is what a whole training reaches, by rule of thumb
 USABLE = (
@@ -88,154 +74,9 @@ def sizes_of(benchmark: Benchmark) -> Sizes:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Way:
-    """How a step is taken; the fields are named as their flags."""
-
-    batch_size: int
-    micro_batch_size: int | None = None
-    gradient_checkpointing: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Triplets whose activations are in memory at a time."""
-        return self.micro_batch_size or self.batch_size
-
-
-@dataclass(frozen=True)
-class Work:
-    """Operations of one kind, and the type of numbers that they are done in, one of a `Gpu`'s rates."""
-
-    part: str
-    operations: float
-    precision: str
-
-
 def seconds(work: Iterable[Work], gpu: Gpu) -> float:
     """How long work takes."""
     return sum(part.operations / gpu.rates[part.precision] for part in work) / (EFFICIENCY * 1e12)
-
-
-class CountedClip:
-    """A CLIP without data: what its activations take while it learns.
-
-    Args:
-        name: one of OpenAI's, whose weights are not wanted, or the path of a checkpoint.
-        trained: one of ENCODERS; None where nothing learns.
-    """
-
-    def __init__(self, name: str, trained: str | None = None) -> None:
-        self.name = name
-        self.trained = trained
-        self.gpu = NoData()
-        self.plain = self._without_data()
-        self.backbone = backbone(self.plain)
-        self.dim = self.backbone.dim
-        self.weights, self.learned = _weights(self.plain)
-
-    def _without_data(self) -> CLIP:
-        if open_clip_name(self.name):
-            raise UserError(
-                f"--clip-model-name {self.name}: OpenAI's CLIPs alone can be planned for: name one of like size"
-            )
-        if find_clip(self.name) is not None:
-            clip = load_clip(self.name, torch.device("cpu"))
-        else:
-            with torch.device("meta") as meta:
-                clip = ready(CLIP(*ARCHITECTURES[self.name]), meta)
-        if self.trained:
-            choose_trained(clip, self.trained)
-        return self.gpu.holding(clip)
-
-    @functools.cached_property
-    def checkpointed(self) -> CLIP:
-        """The same with `--gradient-checkpointing`."""
-        clip = self._without_data()
-        checkpoint_gradients(clip)
-        return clip
-
-    def inputs(self, rows: int) -> list[torch.Tensor]:
-        """References, targets and tokens of some triplets."""
-        images = (rows, 3, self.backbone.resolution, self.backbone.resolution)
-        return [
-            self.gpu.empty(images, torch.uint8),
-            self.gpu.empty(images, torch.uint8),
-            self.gpu.empty((rows, self.plain.context_length), torch.long),
-        ]
-
-    def activations(self, way: Way, precision: str) -> int:
-        """Bytes of the activations of one micro-batch at their peak.
-
-        They are counted for two rows and for the whole batch. Between, they are on a line or below it: a peak is the
-        largest of sums that each grow with the rows.
-        """
-        few = 2
-        many = max(way.batch_size, few + 1)
-        least = self._counted_activations(few, precision, way.gradient_checkpointing)
-        most = self._counted_activations(many, precision, way.gradient_checkpointing)
-        return round(least + (most - least) * (way.rows - few) / (many - few))
-
-    def _counted_activations(self, rows: int, precision: str, checkpointed: bool) -> int:
-        plain = _learning(self, rows, precision, checkpointed=False)
-        if not checkpointed:
-            return plain.peak
-        again = _learning(self, rows, precision, checkpointed=True)
-        # When a block's turn comes in the backward pass: what was kept before it, and its own activations once more.
-        pairs = zip(again.blocks, plain.blocks, strict=True)
-        return max(again.peak, *(kept + own for (kept, _), (_, own) in pairs))
-
-
-@functools.cache
-def _learning(clip: CountedClip, rows: int, precision: str, *, checkpointed: bool) -> Counted:
-    """The forward pass of a step of stage 1."""
-    model = SumFeatures(clip.checkpointed if checkpointed else clip.plain, clip.backbone)
-    inputs = clip.inputs(rows)
-    blocks = (Bottleneck, ResidualAttentionBlock)
-    return clip.gpu.count(lambda: model(*inputs), dtype=_autocast(precision), watched=blocks)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoding:
-    """How images and captions are encoded: a batch at a time, without gradient."""
-
-    clip: CountedClip
-    batch_size: int
-    precision: str
-
-    @property
-    def memory(self) -> int:
-        """Bytes at the peak."""
-        counted = _encoded(self)
-        return max(part.peak for part in counted) + _bytes(self.clip.inputs(self.batch_size))
-
-    @property
-    def operations(self) -> tuple[float, float]:
-        """Of one image and of one caption."""
-        images, captions = _encoded(self)
-        return images.operations / self.batch_size, captions.operations / self.batch_size
-
-    def work(self, images: int, captions: int) -> list[Work]:
-        """Images and captions encoded."""
-        image, caption = self.operations
-        return [
-            Work(f"encoding {images:,} images", images * image, self.precision),
-            Work(f"encoding {captions:,} captions", captions * caption, self.precision),
-        ]
-
-
-@functools.cache
-def _encoded(encoding: Encoding) -> tuple[Counted, Counted]:
-    """A batch of images encoded, and one of captions."""
-    clip = encoding.clip
-    images, _, tokens = clip.inputs(encoding.batch_size)
-    dtype = _autocast(encoding.precision)
-    with torch.no_grad():
-        return (
-            clip.gpu.count(
-                lambda: clip.plain.encode_image(clip.backbone.normalise(images)), dtype=dtype
-            ),
-            clip.gpu.count(lambda: clip.plain.encode_text(tokens), dtype=dtype),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,7 +179,7 @@ class FineTuning(Training):
     def passing(self, way: Way) -> dict[str, int]:
         clip = self.encoding.clip
         return {
-            "this batch and the next": 2 * _bytes(clip.inputs(way.batch_size)),
+            "this batch and the next": 2 * bytes_of(clip.inputs(way.batch_size)),
             f"activations of {way.rows:,} triplets": clip.activations(way, self.precision),
             "loss and its gradients": 2 * self.loss(way).peak,
         }
@@ -398,7 +239,7 @@ class CombinerTraining(Training):
 
     @property
     def weights(self) -> tuple[int, int]:
-        return _weights(self.combiner)
+        return weights_bytes(self.combiner)
 
     def passing(self, way: Way) -> dict[str, int]:
         forward = self._composed(way.batch_size, training=True)
@@ -477,7 +318,7 @@ def _composed(
     with torch.set_grad_enabled(training):
         return clip.gpu.count(
             lambda: model(*features),
-            dtype=_autocast(precision),
+            dtype=autocast_dtype(precision),
             value_read=rows * combiner.top_k // experts,
         )
 
@@ -489,22 +330,7 @@ def combiner_to_count(clip: CountedClip, choice: CombinerChoice) -> Composer:
         return clip.gpu.holding(build_combiner(settings))
 
 
-def _autocast(precision: str | None) -> torch.dtype | None:
-    """What products are counted in, None for float32. Both halves take the same bytes."""
-    return torch.float16 if precision in ("fp16", "bf16") else None
-
-
 def _halves(rows: int, least: int) -> Iterator[int]:
     """Half of some rows, half of that, and so on, but no fewer than `least`."""
     while (rows := rows // 2) >= least:
         yield rows
-
-
-def _weights(module: nn.Module) -> tuple[int, int]:
-    """Bytes of a module's weights and buffers, and of the weights that learn."""
-    learned = [weight for weight in module.parameters() if weight.requires_grad]
-    return _bytes([*module.parameters(), *module.buffers()]), _bytes(learned)
-
-
-def _bytes(tensors: Sequence[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

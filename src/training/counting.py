@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -240,3 +240,19 @@ def _fused_attention(live: _Live) -> Iterator[None]:
         yield
     finally:
         F.scaled_dot_product_attention = chosen_by_torch
+
+
+def autocast_dtype(precision: str | None) -> torch.dtype | None:
+    """What products are counted in, None for float32. Both halves take the same bytes."""
+    return torch.float16 if precision in ("fp16", "bf16") else None
+
+
+def weights_bytes(module: nn.Module) -> tuple[int, int]:
+    """Bytes of a module's weights and buffers, and of the weights that learn."""
+    learned = [weight for weight in module.parameters() if weight.requires_grad]
+    return bytes_of([*module.parameters(), *module.buffers()]), bytes_of(learned)
+
+
+def bytes_of(tensors: Sequence[Tensor]) -> int:
+    """What tensors take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
