@@ -25,8 +25,10 @@ from models.clip_model import (
     tokenize,
     write_tiny_clip,
 )
+from models.encoder import load_backbone
 from runtime.choices import OPENAI_CLIPS, CombinerChoice
 from runtime.gpus import GPUS
+from test_backbones import FORMS, models_made  # noqa: F401
 from timing import saved_activations
 from training.budget import (
     CombinerTraining,
@@ -150,6 +152,31 @@ def test_what_stage_1_keeps_is_what_autograd_keeps(tiny, micro_batch, checkpoint
         assert saved < planned < counted_clip(tiny).activations(whole, "fp32")
     else:
         assert planned == pytest.approx(saved, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_what_other_clips_keep_is_what_autograd_keeps(form, models_made):  # noqa: F811
+    """Counted without their weights."""
+    name = f"local-dir:{models_made / form}"
+    batch = 8
+    model, about = load_backbone(name, CPU)
+    choose_trained(model, "both")
+    images = torch.randint(256, (2, batch, 3, about.resolution, about.resolution)).byte()
+    tokens = about.tokenizer(["has more stripes"] * batch)
+    features = SumFeatures(model, about)
+    inputs = [images[0], images[1], tokens]
+    scaler = FP32.scaler()
+    saved = saved_activations(
+        lambda: backward(features, inputs, None, micro_batch=None, precision=FP32, scaler=scaler),
+        model,
+    )
+    clip = counted_clip(name)
+    assert (clip.dim, clip.backbone.resolution) == (about.dim, about.resolution)
+    planned = clip.activations(Way(batch_size=batch), "fp32")
+    assert planned == pytest.approx(saved, rel=0.15)
+    again = clip.activations(Way(batch_size=batch, gradient_checkpointing=True), "fp32")
+    assert again < planned
 
 
 @pytest.mark.parametrize("kind", ["moe", "clip4cir"])

@@ -216,9 +216,12 @@ class FineTuning(Training):
         return self.encoding.work(self.sizes.gallery, 0) if frozen else []
 
     def ways(self, asked: Way) -> Iterator[Way]:
+        can_checkpoint = bool(self.encoding.clip.blocks)
         if not asked.gradient_checkpointing:
-            for rows in _halves(asked.rows, SMALLEST_MICRO_BATCH):
+            for rows in _halves(asked.rows, SMALLEST_MICRO_BATCH if can_checkpoint else 1):
                 yield replace(asked, micro_batch_size=rows)
+        if not can_checkpoint:
+            return
         checkpointed = replace(asked, gradient_checkpointing=True)
         yield checkpointed
         for rows in _halves(asked.rows, 1):

@@ -17,7 +17,7 @@ from training.stage1 import SumFeatures
 from utils import UserError
 
 # What the packages call the blocks that they check gradients at.
-BLOCKS = ("Block", "Bottleneck", "EvaBlock", "ResidualAttentionBlock")
+BLOCKS = {"Block", "Bottleneck", "EvaBlock", "ResidualAttentionBlock"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,14 @@ class CountedClip:
         return self.gpu.holding(clip), backbone
 
     @functools.cached_property
+    def blocks(self) -> tuple[type[nn.Module], ...]:
+        """The kinds of its blocks, whose activations `--gradient-checkpointing` makes again; none where unknown."""
+        kinds = {type(module) for module in self.plain.modules()}
+        return tuple(
+            kind for kind in kinds if not BLOCKS.isdisjoint(base.__name__ for base in kind.__mro__)
+        )
+
+    @functools.cached_property
     def checkpointed(self) -> nn.Module:
         """The same with `--gradient-checkpointing`."""
         clip, backbone = self._without_data()
@@ -97,6 +105,11 @@ class CountedClip:
         plain = _learning(self, rows, precision, checkpointed=False)
         if not checkpointed:
             return plain.peak
+        if not self.blocks:
+            raise UserError(
+                f"--gradient-checkpointing cannot be planned for {self.name}: leave it out, and take a smaller "
+                "--micro-batch-size"
+            )
         again = _learning(self, rows, precision, checkpointed=True)
         # When a block's turn comes in the backward pass: what was kept before it, and its own activations once more.
         pairs = zip(again.blocks, plain.blocks, strict=True)
@@ -118,29 +131,13 @@ def _unloaded(name: str) -> tuple[nn.Module, Backbone]:
     return clip, openai_backbone(clip)
 
 
-def _blocks(clip: CountedClip) -> tuple[type[nn.Module], ...]:
-    """The kinds of a CLIP's blocks, whose activations `--gradient-checkpointing` makes again.
-
-    Raises:
-        UserError: none is known.
-    """
-    kinds = {type(module) for module in clip.plain.modules()}
-    blocks = tuple(kind for kind in kinds if kind.__name__ in BLOCKS)
-    if not blocks:
-        raise UserError(
-            f"--gradient-checkpointing cannot be planned for {clip.name}: leave it out, and take a smaller "
-            "--micro-batch-size"
-        )
-    return blocks
-
-
 @functools.cache
 def _learning(clip: CountedClip, rows: int, precision: str, *, checkpointed: bool) -> Counted:
     """The forward pass of a step of stage 1."""
     model = SumFeatures(clip.checkpointed if checkpointed else clip.plain, clip.backbone)
     inputs = clip.inputs(rows)
     return clip.gpu.count(
-        lambda: model(*inputs), dtype=autocast_dtype(precision), watched=_blocks(clip)
+        lambda: model(*inputs), dtype=autocast_dtype(precision), watched=clip.blocks
     )
 
 

@@ -1,0 +1,186 @@
+"""What the demo's recipe makes of towers like SigLIP's and EVA's, as small as its CLIP, over several seeds.
+
+    python bench/backbone_study.py       (about 30 minutes on 2 cores; writes bench/results/backbone_study.json)
+
+All begin with random weights. Each seed trains both stages; a value is that of the best validation.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
+
+import open_clip
+import timm
+import torch
+import transformers
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+import clip_fine_tune
+import combiner_train
+import shapes_dataset
+from benchmarks import BENCHMARKS
+from benchmarks.metrics import mean_and_deviation
+from demo import STAGE_1, STAGE_2, best_weights
+from models.encoder import versions
+from utils import seed_everything
+
+SHOWN = {
+    "FashionIQ": ("average_recall", "mean recall"),
+    "CIRR": ("mean(R@5+R_s@1)", "mean(R@5+R_s@1)"),
+}
+SIDE = 32
+TOWER = {"img_size": SIDE, "patch_size": 8, "embed_dim": 64, "depth": 4}
+TEXT = {"width": 64, "heads": 1, "layers": 2}
+
+
+def make_tower(kind: type[torch.nn.Module], **sizes: object) -> Callable[..., torch.nn.Module]:
+    """What timm calls to make a tower of a kind."""
+
+    def tower(**asked: object) -> torch.nn.Module:
+        head = {name: asked[name] for name in ("num_classes", "global_pool") if name in asked}
+        made = kind(**{**TOWER, **sizes, **head})
+        made.pretrained_cfg = made.default_cfg = {"input_size": (3, SIDE, SIDE)}
+        return made
+
+    tower.__module__ = "timm.models.vision_transformer"  # where timm looks for what is registered
+    return tower
+
+
+# A learned query pools SigLIP's patches; EVA-02 has rotary positions, SwiGLU and a class token.
+SIGLIP = make_tower(VisionTransformer, num_heads=1, class_token=False, global_pool="map")
+EVA = make_tower(
+    Eva,
+    num_heads=2,
+    qkv_fused=False,
+    mlp_ratio=4 * 2 / 3,
+    swiglu_mlp=True,
+    scale_mlp=True,
+    use_rot_pos_emb=True,
+    ref_feat_shape=(SIDE // 8, SIDE // 8),
+)
+
+
+def configurations() -> dict[str, dict]:
+    """Name -> how open_clip describes it, as it does SigLIP2 and EVA02-B-16 but for sizes."""
+    siglip = {
+        "embed_dim": 64,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "vision_cfg": vision("tiny_siglip", timm_pool="map", timm_proj="none"),
+        "text_cfg": {
+            **TEXT,
+            "context_length": 64,
+            "vocab_size": 256,
+            "hf_tokenizer_name": "its/own",
+            "tokenizer_kwargs": {"clean": "canonicalize"},
+            "no_causal_mask": True,
+            "proj_bias": True,
+            "pool_type": "last",
+            "norm_kwargs": {"eps": 1e-6},
+            "act_kwargs": {"approximate": "tanh"},
+        },
+    }
+    eva = {
+        "embed_dim": 64,
+        "custom_text": True,
+        "vision_cfg": vision("tiny_eva", timm_pool="token", timm_proj=None),
+        "text_cfg": {**TEXT, "context_length": 77, "vocab_size": 49408},
+    }
+    halves = {
+        "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash",
+    }  # fmt: skip
+    return {
+        "like SigLIP2": {"model_cfg": siglip, "preprocess_cfg": halves},
+        "like EVA02": {"model_cfg": eva, "preprocess_cfg": {"interpolation": "bicubic"}},
+    }
+
+
+def vision(name: str, **head: object) -> dict:
+    """An image encoder of timm's."""
+    return {"image_size": SIDE, "timm_model_name": name, **head}
+
+
+def write_models(folder: Path) -> dict[str, str]:
+    """Write the models with random weights; returns name -> what --clip-model-name calls it."""
+    for name, tower in (("tiny_siglip", SIGLIP), ("tiny_eva", EVA)):
+        tower.__name__ = name
+        setattr(sys.modules["timm.models.vision_transformer"], name, tower)
+        timm.models.register_model(tower)
+    named = {"tiny CLIP": str(folder / "data" / "tiny_clip_vit.pt")}
+    for name, content in configurations().items():
+        place = folder / name.replace(" ", "_")
+        place.mkdir()
+        (place / "open_clip_config.json").write_text(json.dumps(content))
+        if "hf_tokenizer_name" in content["model_cfg"]["text_cfg"]:
+            write_tokenizer(place, folder / "data")
+        seed_everything(0)
+        model = open_clip.create_model(f"local-dir:{place}")
+        torch.save(model.state_dict(), place / "open_clip_pytorch_model.bin")
+        named[name] = f"local-dir:{place}"
+    return named
+
+
+def write_tokenizer(place: Path, data: Path) -> None:
+    """A tokenizer that knows the words of the drawn captions."""
+    words: dict[str, None] = {}
+    for file in sorted(data.rglob("cap.*.json")):
+        for entry in json.loads(file.read_text()):
+            captions = entry["captions"] if "captions" in entry else [entry["caption"]]
+            words.update(dict.fromkeys(" ".join(captions).lower().replace(",", " ").split()))
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(place)
+
+
+def measure(folder: Path, dataset: str, clip: str, seed: int) -> dict[str, float]:
+    """Both stages with a seed; returns what the first validation and each stage's best one give."""
+    output = folder / "runs" / f"{dataset}_{len(list(folder.glob('runs/*')))}"
+    data = ["--dataset", dataset, "--data-root", str(folder / "data"), "--seed", str(seed)]
+    data += ["--num-workers", "0", "--output-dir"]
+    flags = ["--clip-model-name", clip, "--image-cache", str(folder / "pixels")]
+    clip_fine_tune.main([*data, str(output / "clip"), *flags, *STAGE_1.split()])
+    (run,) = (output / "clip").iterdir()
+    weights = best_weights(run, BENCHMARKS[dataset].best_clips())
+    flags = ["--clip-model-path", str(weights), "--clip-model-name", clip]
+    combiner_train.main([*data, str(output / "combiner"), *flags, *STAGE_2.split()])
+    (other,) = (output / "combiner").iterdir()
+    metric = SHOWN[dataset][0]
+    best = [json.loads((made / "best_metrics.json").read_text())[metric] for made in (run, other)]
+    return dict(zip(("stage 1", "stage 2"), best, strict=True))
+
+
+def main() -> None:
+    """Train all, print a table, write it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--datasets", nargs="+", choices=SHOWN, default=list(SHOWN))
+    args = parser.parse_args()
+    output = Path(__file__).parent / "results" / "backbone_study.json"
+    content: dict = {"seeds": args.seeds, "versions": versions(), "rows": []}
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root)
+        shapes_dataset.main(["--output-dir", str(folder / "data")])
+        named = write_models(folder)
+        for dataset in args.datasets:
+            for name, clip in named.items():
+                found = [measure(folder, dataset, clip, seed) for seed in args.seeds]
+                row = {"dataset": dataset, "model": name, "metric": SHOWN[dataset][1]}
+                for stage in found[0]:
+                    row[stage] = mean_and_deviation([of_seed[stage] for of_seed in found])
+                content["rows"].append(row)
+                print(json.dumps(row), flush=True)
+                output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
