@@ -32,7 +32,7 @@ def official_counts(benchmark: Benchmark, split: str) -> str:
     notes = []
     for part, records in zip(benchmark.parts, benchmark.read(split), strict=True):
         here = len(records.triplets)
-        official, _ = benchmark.official[f"{part}.{split}"]
+        official, _ = benchmark.official.get(f"{part}.{split}", (here, None))
         if here != official:
             notes.append(
                 f"{records.name} has {here} queries here, {official} in the official annotations"
@@ -47,7 +47,7 @@ def open_form(kind: type[Form[Any]], data_root: Path, wanted: str) -> Form[Any]:
         wanted: "val" or "test".
     """
     benchmark = kind.kind(data_root)
-    split = benchmark.val_split if wanted == "val" else benchmark.test_split
+    split = benchmark.split_called(wanted)
     form = kind(benchmark, split)
     if note := official_counts(benchmark, split):
         print(f"note: {note}: this says little about what the server takes")

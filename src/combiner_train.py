@@ -220,7 +220,7 @@ def report_seeds(folder: Path, seeds: list[int], benchmark: Benchmark) -> None:
     table = {}
     for name, row in rows.items():
         table[name] = {
-            title: two_decimals(row[metric]) for metric, title in benchmark.titles.items()
+            title: two_decimals(row[metric]) for metric, title in benchmark.titled(row).items()
         }
     about = f"validations with the best {chosen_by} of each seed"
     print(f"{about}\n{text_table(table)}")

@@ -50,7 +50,7 @@ def print_metrics(benchmark: Benchmark, measured: Mapping[Protocol, Mapping[str,
     rows = {}
     for protocol, metrics in measured.items():
         rows[protocol.name] = {
-            title: two_decimals(metrics[name]) for name, title in benchmark.titles.items()
+            title: two_decimals(metrics[name]) for name, title in benchmark.titled(metrics).items()
         }
     print(f"\n{text_table(rows)}")
 
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     if distributed.is_main():
         print_metrics(
             benchmark,
-            {protocol: benchmark.metrics(of_split) for protocol, of_split in rankings.items()},
+            {protocol: benchmark.metrics(val, found) for protocol, found in rankings.items()},
         )
     if distributed.is_main() and (args.metrics_json or args.rankings):
         result = make_result(

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 ABOUT = (
     "Left the reference and the caption, right what was retrieved, the nearest first, with its cosine similarity. "
-    "The target is outlined."
+    "Targets are outlined."
 )
 ORDERS = ("best", "worst", "random")
 

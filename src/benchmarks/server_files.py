@@ -8,20 +8,18 @@ import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from benchmarks.annotations import are_texts, read
 from benchmarks.base import Benchmark
 from benchmarks.cirr import CIRR
 from benchmarks.fashioniq import FashionIQ
+from benchmarks.metrics import NO_RANK, Ranks
 from benchmarks.splits import Split, Triplet
 from runtime.files import parse_json, read_text
 from utils import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 Content = TypeVar("Content", dict[str, Any], list[Any])  # of a file, parsed
 
@@ -149,7 +147,8 @@ class CirrForm(Form[dict[str, Any]]):
         for content in contents.values():
             lists = [content[str(triplet.pair_id)] for triplet in self.whole.triplets]
             ranks[content["metric"]] = listed_ranks(lists, self.whole)
-        recalls = self.benchmark.score(ranks["recall"], ranks["recall_subset"])
+        in_group = ranks["recall_subset"].named
+        recalls = self.benchmark.score(replace(ranks["recall"], in_group=in_group))
         return self.benchmark.summary({self.whole.name: recalls})
 
 
@@ -208,7 +207,7 @@ class FashionIQForm(Form[list[Any]]):
         for file, content in contents.items():
             category = _category(file)
             ranks = listed_ranks([entry["ranking"] for entry in content], self.parts[category])
-            scores[category] = self.benchmark.score(ranks, None)
+            scores[category] = self.benchmark.score(ranks)
         return self.benchmark.summary(scores)
 
 
@@ -240,16 +239,16 @@ def form_of(content: dict[str, Any] | list[Any]) -> type[Form[Any]]:
     return CirrForm if isinstance(content, dict) else FashionIQForm
 
 
-def listed_ranks(lists: Sequence[list[str]], split: Split) -> "np.ndarray":
-    """Ranks (Q,) of the targets in lists of ids; one that is not listed counts as the last of the gallery."""
+def listed_ranks(lists: Sequence[list[str]], split: Split) -> Ranks:
+    """Ranks of the targets in lists of ids; one that is not listed comes behind all of the gallery."""
     import numpy as np
 
-    beyond = len(split.names)
-    ranks = []
-    for ids, triplet in zip(lists, split.triplets, strict=True):
-        target = triplet.known_target
-        ranks.append(ids.index(target) if target in ids else beyond)
-    return np.array(ranks)
+    most = 1 + split.most_other_targets
+    ranks = np.full((len(lists), most), NO_RANK)
+    for row, (ids, triplet) in enumerate(zip(lists, split.triplets, strict=True)):
+        for column, target in enumerate(triplet.targets):
+            ranks[row, column] = ids.index(target) if target in ids else len(split.names)
+    return Ranks(ranks[:, 0], others=ranks[:, 1:], kinds=split.queries_of_kinds)
 
 
 def _are_ids(ids: Any) -> bool:

@@ -104,7 +104,7 @@ def data_root_flag() -> argparse.ArgumentParser:
         type=usable_path,
         default=PROJECT_ROOT,
         metavar="DIR",
-        help="holds fashionIQ_dataset/ and cirr_dataset/ (default: the project's root)",
+        help="holds fashionIQ_dataset/, cirr_dataset/ and the like (default: the project's root)",
     )
     return parser
 

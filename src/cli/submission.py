@@ -25,7 +25,8 @@ def submission_parser(about: str | None, benchmark: type[Benchmark]) -> argparse
         metavar="NAME",
         help="part of the names of what is written",
     )
-    val, test = benchmark.val_split, benchmark.test_split
+    val = benchmark.val_split
+    test = benchmark.test_split
     group.add_argument(
         "--split", choices=(val, test), default=test, help=f"(default: {test}); {val} is scored too"
     )

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from benchmarks.ranking import Rankings
     from combiner import Insight
 
-# Split's name -> its queries. A query has its caption, reference, target and group, under each protocol the rank of its
-# target (0 is the first place) and the nearest images with their cosine similarities, the same in its group if it has
-# one, and what the Combiner did: the mean of the gate, and the experts with their weights.
+# Split's name -> its queries. A query has its caption, reference, targets and group, under each protocol the ranks of
+# its targets (0 is the first place) and the nearest images with their cosine similarities, the same in its group if it
+# has one, and what the Combiner did: the mean of the gate, and the experts with their weights.
 Record = dict[str, Any]
 Records = dict[str, list[Record]]
 
@@ -51,6 +51,7 @@ def _query(row: int, triplet: Triplet, benchmark: Benchmark) -> Record:
         "pair_id": triplet.pair_id,
         "reference": triplet.reference,
         "target": triplet.target,
+        "other_targets": list(triplet.other_targets),
         "caption": benchmark.caption(triplet.captions),
         "group": list(triplet.group),
         "protocols": {},
@@ -62,10 +63,11 @@ def _add_answers(queries: list[Record], split: Split, rankings: "Rankings") -> N
     for protocol, by_split in rankings.items():
         ranking = by_split[split.name]
         answers = _rounded(ranking.answers(split.names))
-        for query, rank, nearest in zip(
-            queries, ranking.known_ranks.tolist(), answers, strict=True
-        ):
-            query["protocols"][protocol.name] = {"rank": rank, "nearest": nearest}
+        ranks = ranking.known_ranks.tolist()
+        columns = zip(queries, ranks, ranking.known_other_ranks, answers, strict=True)
+        for query, rank, others, nearest in columns:
+            found = {"rank": rank, "other_ranks": others, "nearest": nearest}
+            query["protocols"][protocol.name] = found
     in_group = ranking.answers_in_group(split.names)
     if in_group is None or ranking.group_ranks is None:
         return

@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import Benchmark, Protocol, Split
-from benchmarks.ranking import NotFiniteError, Ranking, Rankings, joined, nearest, target_ranks
+from benchmarks.ranking import (
+    NotFiniteError,
+    Ranking,
+    Rankings,
+    joined,
+    nearest,
+    other_target_ranks,
+    target_ranks,
+)
 from combiner import Compose, Composer, Insight
 from models.features import FrozenSplit
 from runtime import distributed
@@ -42,7 +50,7 @@ def evaluate(
     for frozen_split in frozen:
         by_protocol = rank(frozen_split, compose, [protocol], block=block, if_equal=_warn_of_equal)
         rankings[frozen_split.split.name] = by_protocol[protocol]
-    return benchmark.metrics(rankings)
+    return benchmark.metrics([frozen_split.split for frozen_split in frozen], rankings)
 
 
 def rank_all(
@@ -113,6 +121,7 @@ def rank(
         for rows, similarity in similarity_blocks(frozen, compose, block):
             tells_nothing = tells_nothing and _are_equal(similarity)
             targets = None if split.is_secret else frozen.target_rows[rows]
+            others = frozen.other_target_rows[rows] if split.most_other_targets else None
             group = (
                 _rank_group(similarity, frozen, rows, targets, group_k=group_k)
                 if split.has_groups
@@ -121,7 +130,7 @@ def rank(
             for protocol in protocols:
                 whole = similarity.clone() if len(protocols) > 1 else similarity
                 allowed = protocol.restrict(whole, frozen.reference_rows[rows], frozen.outside)
-                ranking = _rank_gallery(allowed, targets, most[protocol])
+                ranking = _rank_gallery(allowed, targets, others, k=most[protocol])
                 blocks[protocol].append(Ranking(**ranking, **group))
     if tells_nothing and if_equal:
         if_equal(split)
@@ -154,12 +163,16 @@ def _warn_of_equal(split: Split) -> None:
         )
 
 
-def _rank_gallery(similarity: Tensor, targets: Tensor | None, k: int) -> dict[str, Tensor]:
+def _rank_gallery(
+    similarity: Tensor, targets: Tensor | None, others: Tensor | None, *, k: int
+) -> dict[str, Tensor]:
     """The parts of a `Ranking` that are of the whole gallery, for a block of queries (b, N)."""
     columns = nearest(similarity, k)
     ranking = {"nearest": columns, "similarities": similarity.gather(1, columns)}
     if targets is not None:
         ranking["ranks"] = target_ranks(similarity, targets)
+    if others is not None:
+        ranking["other_ranks"] = other_target_ranks(similarity, others)
     return ranking
 
 

@@ -107,8 +107,13 @@ class FrozenSplit:
 
     @property
     def target_rows(self) -> Tensor:
-        """Gallery row of each query's target, (Q,). Raises ValueError where they are secret."""
+        """Gallery row of each query's named target, (Q,). Raises ValueError where they are secret."""
         return self._table("target_rows")
+
+    @property
+    def other_target_rows(self) -> Tensor:
+        """Gallery rows of each query's other targets, (Q, T - 1), see `Split.other_target_rows`."""
+        return self._table("other_target_rows")
 
     @property
     def group_rows(self) -> Tensor:
