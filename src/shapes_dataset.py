@@ -367,6 +367,42 @@ def _cirr_entry(
     return entry
 
 
+def draw_triplets(root: Path, groups: int, seed: int) -> None:
+    """Write `triplets_dataset/`: groups as those of CIRR, with two captions and one or two targets a query.
+
+    Args:
+        groups: of each split; the targets of test go to a file apart from the rest.
+    """
+    folder = root / "triplets_dataset"
+    answers = {}
+    for split in ("train", "val", "test"):
+        rng = random.Random(f"{seed} triplets {split}")
+        gallery: list[str] = []
+        lines = []
+        for group in range(groups):
+            scenes, queries = make_group(rng)
+            members = [f"{split}/{group}-{place}.jpg" for place in range(GROUP_SIZE)]
+            copies = [f"{split}/{group}-{place}-again.jpg" for place in range(GROUP_SIZE)]
+            gallery += members + copies
+            for name, scene in zip([*members, *copies], [*scenes, *scenes], strict=True):
+                _save_image(folder / "images" / name, draw(scene, rng))
+            for query in queries:
+                targets = [members[query.target], copies[query.target]][: rng.randint(1, 2)]
+                line = {
+                    "id": len(lines),
+                    "reference": members[query.reference],
+                    "caption": [caption(query.edits, rng), caption(query.edits, rng)],
+                    "target": targets,
+                    "group": members,
+                }
+                if split == "test":
+                    answers[line["id"]] = line.pop("target")
+                lines.append(json.dumps(line))
+        write_text(folder / f"{split}.jsonl", "\n".join(lines) + "\n")
+        write_text(folder / f"gallery.{split}.txt", "\n".join(gallery) + "\n")
+    _write_json(root / "triplets_test_answers.json", answers)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the drawing."""
     parser = ScriptParser(__doc__)
@@ -386,6 +422,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--val-groups", type=positive_int, default=60, help="CIRR val and test1, ten triplets each"
     )
+    parser.add_argument(
+        "--own-groups", type=positive_int, default=12, help="Triplets, ten queries each, a split"
+    )
     return parser.parse_args(argv)
 
 
@@ -398,12 +437,13 @@ def main(argv: list[str] | None = None) -> None:
     draw_fashioniq(args.output_dir, triplets, args.seed)
     groups = {"train": args.train_groups, "val": args.val_groups, "test1": args.val_groups}
     draw_cirr(args.output_dir, groups, args.seed)
+    draw_triplets(args.output_dir, args.own_groups, args.seed)
 
     from models.clip_model import write_tiny_clip
 
     for kind in ("vit", "resnet"):
         write_tiny_clip(args.output_dir / f"tiny_clip_{kind}.pt", kind, args.seed)
-    contents = "fashionIQ_dataset/, cirr_dataset/, test1_answers.json, two tiny CLIPs"
+    contents = "fashionIQ_dataset/, cirr_dataset/, triplets_dataset/, answers of two test splits, two tiny CLIPs"
     logger.info("drawn in %s: %s", args.output_dir, contents)
 
 

@@ -73,7 +73,7 @@ def expected(golden) -> dict:
 def drawn(tmp_path_factory) -> Path:
     """A data root with a small drawn benchmark and two tiny CLIPs. Not to be written to: see `own_drawn`."""
     folder = tmp_path_factory.mktemp("drawn")
-    sizes = "--train-triplets 12 --val-triplets 6 --train-groups 4 --val-groups 3"
+    sizes = "--train-triplets 12 --val-triplets 6 --train-groups 4 --val-groups 3 --own-groups 3"
     DOORS["shapes_dataset"](["--output-dir", str(folder), *sizes.split()])
     return folder
 

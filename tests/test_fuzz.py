@@ -174,7 +174,7 @@ def root(tmp_path_factory):
     import shapes_dataset
 
     folder = tmp_path_factory.mktemp("fuzzed")
-    sizes = "--train-triplets 3 --val-triplets 2 --train-groups 1 --val-groups 1"
+    sizes = "--train-triplets 3 --val-triplets 2 --train-groups 1 --val-groups 1 --own-groups 1"
     shapes_dataset.main(["--output-dir", str(folder), *sizes.split()])
     return folder
 

@@ -5,9 +5,10 @@ from benchmarks.cirr import CIRR
 from benchmarks.fashioniq import FashionIQ
 from benchmarks.protocols import PROTOCOLS, Protocol
 from benchmarks.splits import Split, Triplet
+from benchmarks.triplets import Triplets
 
 BENCHMARKS: dict[str, type[Benchmark]] = {
-    benchmark.name: benchmark for benchmark in (CIRR, FashionIQ)
+    benchmark.name: benchmark for benchmark in (CIRR, FashionIQ, Triplets)
 }
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "Protocol",
     "Split",
     "Triplet",
+    "Triplets",
 ]

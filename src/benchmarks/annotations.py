@@ -80,7 +80,7 @@ def check_known(
     for name in names:
         if name not in known:
             raise UserError(
-                f"{entry.file}: {entry.where} names the image {name}, which is not in {images_file}: get both anew"
+                f"{entry.file}: {entry.where} names the image {name}, which is not in {images_file}: {entry.remedy}"
             )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.annotations import Entry, check, check_known, read
+from benchmarks.annotations import OFFICIAL, Entry, check, check_known, read
 from benchmarks.metrics import Ranks, percentage
 from benchmarks.places import locate
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED, Protocol
@@ -30,6 +30,7 @@ class Benchmark(ABC):
         name: what `--dataset` calls it.
         run_name: what the folders of its runs call it.
         folder: that of its own files, below the data root.
+        remedy: what to do with a file of them that is not as it should be.
         parts: what has files and a gallery of its own, as a category; one that has no name elsewhere.
         train_split, val_split, test_split: what the files call them; None where there is none.
         official: "{part}.{split}" -> triplets and images of the official files; nothing of files that are anybody's.
@@ -51,6 +52,7 @@ class Benchmark(ABC):
     name: str
     run_name: str
     folder: str
+    remedy: str = OFFICIAL
     parts: tuple[str, ...] = ("all",)
     train_split: str | None = "train"
     val_split: str = "val"
@@ -140,6 +142,7 @@ class Benchmark(ABC):
             self.image_folders(part),
             root=self.data_root,
             listed_in=images_file,
+            remedy=self.remedy,
         )
         triplets = []
         place_of_id: dict[int | str, str] = {}
@@ -152,7 +155,7 @@ class Benchmark(ABC):
             entry.check(distinct, "targets that do not repeat")
             self._check_id(triplet, entry, place_of_id)
             triplets.append(triplet)
-        check(bool(triplets), queries_file, "at least one triplet")
+        check(bool(triplets), queries_file, "at least one triplet", remedy=self.remedy)
         whole = Split(name=self.part_name(part, split), triplets=triplets, image_paths=paths)
         remaining = whole.without(self.excluded)
         if not remaining.triplets:
@@ -173,7 +176,7 @@ class Benchmark(ABC):
     def entries(self, queries_file: Path) -> Iterator[Entry]:
         """The queries of a file, in order: those of a JSON list."""
         for place, content in enumerate(read(queries_file, list)):
-            yield Entry(content, queries_file, f"entry {place}")
+            yield Entry(content, queries_file, f"entry {place}", remedy=self.remedy)
 
     def metrics(
         self, splits: Iterable[Split], rankings: Mapping[str, "Ranking"]
