@@ -96,8 +96,8 @@ def prepare(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -
     cache = FeatureCache(args.feature_cache, dataclasses.replace(encoder, between=stop.check))
     return Stage(
         data=data,
-        train=freeze(cache, data.train, data.texts, f"{benchmark.run_name}-train"),
-        val=freeze_queries(cache, data.val, benchmark.caption, f"{benchmark.run_name}-val"),
+        train=freeze(cache, data.train, data.texts, label=f"{benchmark.run_name}-train"),
+        val=freeze_queries(cache, data.val, benchmark, f"{benchmark.run_name}-val"),
         settings=settings,
         device=device,
         tracker=tracker,

@@ -132,8 +132,11 @@ def print_protocol(
             )
     about = PROTOCOLS[protocol]
     result = base.results[0]
+    template = result["protocols"][protocol].get("template")
+    text = f", text {template!r}" if template else ""
     print(
         f"\n{result['dataset']} {result['split']}, {protocol}: gallery {about.gallery}, reference {about.reference}"
+        f"{printable(text)}"
     )
     print(text_table(rows_of(table)))
     for note in notes:

@@ -42,6 +42,8 @@ MISSING = [
     "validate.py --dataset CIRR --combining-function sum --data-root nowhere",
     f"cirr_test_submission.py --submission-name a {COMPOSED} nowhere",
     "fashioniq_test_submission.py --submission-name a --combining-function sum --data-root nowhere",
+    "circo_test_submission.py --submission-name a --combining-function sum --data-root nowhere",
+    "triplets_test_submission.py --submission-name a --combining-function sum --data-root nowhere",
     "check_submission.py nowhere",
     "compare.py nowhere",
     "validate.py --dataset CIRR --pair nowhere",

@@ -155,7 +155,8 @@ def test_a_link_that_leads_out_and_a_folder_that_is_linked(folder, tmp_path):
 
 
 def test_the_gallery_is_its_file_or_what_the_split_names(folder):
-    write_lines(folder, "val", [FULL, {**FULL, "id": 2, "target": ["c/d.jpg", "b.jpg"], "group": ["c//d.jpg"]}])  # fmt: skip
+    other = {"id": 2, "target": ["c/d.jpg", "b.jpg"], "group": ["c//d.jpg"]}
+    write_lines(folder, "val", [FULL, {**FULL, **other}])
     assert read(folder).names == ["a.jpg", "b.jpg", "c/d.jpg"]
     (folder / "gallery.val.txt").write_text("\ufeffe.jpg\r\n./c/d.jpg\n\nb.jpg\na.jpg\nb.jpg\n")
     assert read(folder).names == ["e.jpg", "c/d.jpg", "b.jpg", "a.jpg"]
@@ -166,8 +167,11 @@ def test_the_gallery_is_its_file_or_what_the_split_names(folder):
     assert "gallery.val.txt" in error
 
 
+NO_QUERIES = [b"", b"\n \n", b"\xff\xfe\0", "caption,référence".encode("latin1"), None]
+
+
 @pytest.mark.parametrize("name", ["val.jsonl", "val.csv", "gallery.val.txt"])
-@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfe\0", "caption,référence".encode("latin1"), None])  # fmt: skip
+@pytest.mark.parametrize("content", NO_QUERIES)
 def test_files_without_a_query(name, content, folder):
     if name.startswith("gallery"):
         write_lines(folder, "val", [FULL])

@@ -39,6 +39,9 @@ class Benchmark(ABC):
         id_name: what its files call the id of a query.
         id_types: the types that an id has; that of None where a query may have none.
         group_size: images in a query's group, its reference among them; 0 without groups, None where that differs.
+        texts: the texts that protocols ask with, see `Protocol.text`.
+        concept_template: what protocols with the concept ask, {shared_concept} and {relative_caption} in it; "" where a
+            benchmark has no concepts.
         protocols: the protocols it is measured under, that of the original implementation first.
         selection: metric that selects checkpoints -> suffix of the one that is kept for its best value.
         titles: metric -> its title in a table; the others are not in tables.
@@ -63,6 +66,8 @@ class Benchmark(ABC):
     id_name: str = "id"
     id_types: tuple[type, ...] = (NoneType,)
     group_size: int | None = 0
+    texts: tuple[str, ...] = ("",)
+    concept_template: str = ""
     protocols: tuple[Protocol, ...] = (ORIGINAL_KEPT, ORIGINAL_REMOVED)
     selection: dict[str, str]
     titles: dict[str, str]
@@ -82,7 +87,7 @@ class Benchmark(ABC):
         """What the files call "train", "val" or "test". Raises UserError where there is none."""
         if split not in self.splits:
             raise UserError(
-                f"--dataset {self.name} has no {split} split: it has {' and '.join(self.splits)}"
+                f"--dataset {self.name} has no {split} split, only {' and '.join(self.splits)}: name another benchmark"
             )
         return self.splits[split]
 
@@ -230,6 +235,10 @@ class Benchmark(ABC):
     def caption(self, captions: tuple[str, ...]) -> str:
         """The text of a query at evaluation."""
         return captions[0]
+
+    def evaluation_texts(self, captions: tuple[str, ...]) -> list[str]:
+        """What protocols ask a query with: a text for each of `texts`."""
+        return [self.caption(captions)]
 
     def caption_variants(self, captions: tuple[str, ...]) -> list[str]:
         """The texts of a triplet in training, equally likely; as many for every triplet."""

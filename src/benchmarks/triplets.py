@@ -179,14 +179,10 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
         if not any(map(str.strip, cells)):
             continue
         if len(cells) != len(names):
-            raise UserError(
-                f"{file}: row {number} has {len(cells)} cells, the first row {len(names)}: put cells with {separator!r} "
-                "in quotation marks"
-            )
-        yield (
-            f"row {number}",
-            {name: _cell(name, cells[column]) for name, column in known.items()},
-        )
+            problem = f"row {number} has {len(cells)} cells, the first row {len(names)}"
+            raise UserError(f"{file}: {problem}: put cells with {separator!r} in quotation marks")
+        content = {name: _cell(name, cells[column]) for name, column in known.items()}
+        yield f"row {number}", content
 
 
 def _cell(name: str, text: str) -> str | list[str]:
@@ -203,12 +199,9 @@ def _is_given(entry: Entry, key: str) -> bool:
 def _texts(entry: Entry, key: str) -> tuple[str, ...]:
     """A text or several, none of them empty."""
     value = entry.content.get(key) if isinstance(entry.content, dict) else None
-    values = [value] if isinstance(value, str) else value
-    are_there = isinstance(values, list) and bool(values) and are_texts(values)
-    entry.check(
-        are_there and all(map(str.strip, values)),
-        f'"{key}", a text or a list of texts, none empty,',
-    )
+    values: list[Any] = value if isinstance(value, list) else [value]
+    are_full = bool(values) and are_texts(values) and all(map(str.strip, values))
+    entry.check(are_full, f'"{key}", a text or a list of texts, none empty,')
     return tuple(values)
 
 

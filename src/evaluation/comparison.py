@@ -76,6 +76,7 @@ def _conditions(result: Result, protocol: str) -> dict[str, Any]:
     measured = result["protocols"][protocol]
     return {
         "queries": [result["queries_sha256"], measured["queries"]],
+        "text templates": measured.get("template", ""),
         "galleries": measured["gallery_images"],
         "exclusions": result["excluded_images"],
         "image files": result["images_sha256"],
@@ -215,7 +216,8 @@ def own_intervals(
 def _bounds(resampled: Recalls, confidence: float) -> dict[str, tuple[float, float]]:
     """Metric -> the quantiles between which a share of its values lies, (resamples,).
 
-    Resamples without a query that counts are left out: a metric of a rare kind of query has none there.
+    Resamples without a query that counts are left out: of a rare kind of query there may be none. A metric that no
+    query counts for has no bounds.
     """
     import torch
 
@@ -223,8 +225,9 @@ def _bounds(resampled: Recalls, confidence: float) -> dict[str, tuple[float, flo
     ends = torch.tensor([tail, 1 - tail], dtype=torch.float64)
     bounds = {}
     for metric, values in resampled.items():
-        low, high = values.nanquantile(ends).tolist()
-        bounds[metric] = (low, high)
+        if not values.isnan().all():
+            low, high = values.nanquantile(ends).tolist()
+            bounds[metric] = (low, high)
     return bounds
 
 

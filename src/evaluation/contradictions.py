@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import BENCHMARKS, Benchmark
+from benchmarks import BENCHMARKS, Benchmark, Protocol
 from benchmarks.metrics import NO_RANK, Ranks
 from models.configuration import trained_on
 from utils import UserError
@@ -46,8 +46,9 @@ def check_about(file: Path, result: Mapping[str, Any]) -> Benchmark:
         if table in result or not may_lack:
             _check_names(file, table, result[table], names, may_lack=may_lack)
     for name, measured in result["protocols"].items():
-        if name != f"{measured['gallery']}-{measured['reference']}":
-            raise fault(file, f"protocols.{name}", "its gallery and reference are of another")
+        parts = (measured["gallery"], measured["reference"], measured.get("text", ""))
+        if name != Protocol(*parts).name:
+            raise fault(file, f"protocols.{name}", "its gallery, reference or text are of another")
         for table in ("gallery_images", "queries"):
             _check_names(file, f"protocols.{name}.{table}", measured[table], names)
     own = result.get("protocol", next(iter(result["protocols"])))
@@ -187,7 +188,7 @@ def check_queries(file: Path, content: Mapping[str, Any], benchmark: Benchmark) 
                 query, place, split, content, benchmark=benchmark
             ):
                 raise fault(file, f"queries.{split}.{place}.{field}", problem)
-    check_ranks(file, _with_ranks(content), benchmark)
+    check_ranks(file, with_ranks(content), benchmark)
 
 
 def _all(queries: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Mapping[str, Any]]:
@@ -264,7 +265,7 @@ def _found_problems(
             yield field, f"{rank} is not where the target is among the nearest"
 
 
-def _with_ranks(content: Mapping[str, Any]) -> dict[str, Any]:
+def with_ranks(content: Mapping[str, Any]) -> dict[str, Any]:
     """A rankings file as a result, with the ranks of its queries."""
     protocols = {}
     for name, measured in content["protocols"].items():

@@ -82,6 +82,8 @@ def _measured(
     return {
         "gallery": protocol.gallery,
         "reference": protocol.reference,
+        "text": protocol.text,
+        "template": benchmark.concept_template if protocol.text else "",
         "gallery_images": {split.name: protocol.gallery_size(split) for split in splits},
         "queries": {split.name: len(split.triplets) for split in splits},
         "metrics": benchmark.metrics(splits, of_split),

@@ -21,6 +21,8 @@ class Header(Schema):
 
     gallery: str
     reference: str
+    text: str = ""
+    template: str = ""
     gallery_images: dict[str, Positive]
     queries: dict[str, Positive]
     metrics: dict[str, Percentage]
@@ -93,6 +95,7 @@ class Found(Schema):
 
     rank: Natural
     other_ranks: list[Natural] = []
+    caption: str = ""
     nearest: Annotated[list[Answer], Field(min_length=1)]
 
 

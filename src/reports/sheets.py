@@ -98,13 +98,14 @@ def make_card(label: str, query: dict[str, Any], protocol: str, *, k: int) -> Ca
     """
     found = query["protocols"][protocol]
     others = zip(query.get("other_targets", []), found.get("other_ranks", []), strict=True)
+    caption = found.get("caption", query["caption"])
     rows = {"gallery": Row(found["nearest"][:k], {query["target"]: found["rank"], **dict(others)})}
     if "in_group" in query:
         found = query["in_group"]
         rows["subset"] = Row(found["nearest"], {query["target"]: found["rank"]})
     return Card(
         label=label,
-        caption=query["caption"],
+        caption=caption,
         reference=query["reference"],
         rows=rows,
         bars=shares(query.get("gate"), query.get("experts", [])),
