@@ -46,7 +46,11 @@ def draw(root: Path) -> None:
     for split in ("train", "val"):
         queries = []
         for entry in json.loads((official / f"captions/cap.rc2.{split}.json").read_text()):
-            query = {"from": entry["reference"], "to": entry["target_hard"], "edit": entry["caption"]}
+            query = {
+                "from": entry["reference"],
+                "to": entry["target_hard"],
+                "edit": entry["caption"],
+            }
             queries.append(query)
         (folder / f"{split}.json").write_text(json.dumps(queries))
         images = official / f"image_splits/split.rc2.{split}.json"

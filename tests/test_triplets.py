@@ -194,6 +194,29 @@ def test_a_missing_split_is_named(folder):
         assert f"{split}.jsonl" in refused(folder, split)
 
 
+WRONG_LINES = {
+    "no JSON": "{",
+    "no reference": json.dumps({**FULL, "id": 2, "reference": None}),
+    "an id twice": json.dumps(FULL),
+    "a group without the target": json.dumps({**FULL, "id": 2, "group": ["a.jpg", "c.jpg"]}),
+    "an empty caption": json.dumps({**FULL, "id": 2, "caption": ""}),
+    "a target in no gallery": json.dumps({**FULL, "id": 2, "target": "c.jpg", "group": ["c.jpg"]}),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_LINES)
+@pytest.mark.parametrize("door", ["clip_fine_tune", "combiner_train", "validate"])
+def test_scripts_refuse_in_one_line(what, door, folder, fails):
+    """Exit code 2, the file and the line, before anything is loaded or written."""
+    for split in ("train", "val"):
+        (folder / f"{split}.jsonl").write_text(f"{json.dumps(FULL)}\n{WRONG_LINES[what]}\n")
+        (folder / f"gallery.{split}.txt").write_text("a.jpg\nb.jpg\n")
+    flags = ["--combining-function", "sum"] if door == "validate" else []
+    error = fails(door, folder.parent, "--dataset", "Triplets", *flags)
+    assert ".jsonl" in error
+    assert "line 2" in error
+
+
 # Tables
 
 
