@@ -31,7 +31,7 @@ PHOTOS = ((400, 550), (1024, 768), (4000, 3000))  # width and height in pixels
 RESOLUTIONS = (224, 288, 384)  # of ViT-L/14 and ViT-B/32, RN50x4, RN50x16
 SECONDS = 1.5  # that each figure is looked for
 DRAWN_SIDE = (256, 512)  # pixels of the images whose recalls are measured at 32: drafts are at 1/8
-SIZES = "--train-triplets 200 --val-triplets 200 --train-groups 1 --val-groups 1"
+SIZES = "--train-triplets 200 --val-triplets 200 --train-groups 1 --val-groups 1 --own-groups 1"
 TRAINING = "--num-epochs 13 --learning-rate 1e-3 --batch-size 64 --validation-frequency 12 --save-training --save-best"
 
 

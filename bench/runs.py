@@ -30,7 +30,7 @@ def columns(file: Path) -> dict[str, list[float]]:
 def draw(folder: Path, setting: Setting) -> None:
     """A data root with the drawn benchmarks: 600 triplets of CIRR to learn, 300 queries."""
     train, val = setting.choose(gpu=(60, 30), tiny=(4, 3))
-    sizes = f"--train-groups {train} --val-groups {val} --train-triplets 4 --val-triplets 2"
+    sizes = f"--train-groups {train} --val-groups {val} --train-triplets 4 --val-triplets 2 --own-groups 1"
     shapes_dataset.main(["--output-dir", str(folder), *sizes.split()])
 
 

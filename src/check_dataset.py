@@ -1,4 +1,4 @@
-"""Check a copy of FashionIQ or CIRR: its files, every image, and what is wrong with them.
+"""Check a copy of FashionIQ, CIRR or CIRCO: its files, every image, and what is wrong with them.
 
     python src/check_dataset.py --dataset FashionIQ
     python src/check_dataset.py --dataset CIRR --splits val test --write-exclusions cirr_exclusions.json
@@ -67,12 +67,15 @@ def check(
     Args:
         splits: those to look at, of SPLITS; None for all that are there.
         official: compare counts with those of the official files.
+
+    Raises:
+        UserError: the benchmark has no such split.
     """
     from benchmarks.image_check import inspect_all
 
     report = Report(benchmark.name)
-    names = dict(zip(SPLITS, benchmark.splits, strict=True))
-    wanted = [names[split] for split in SPLITS if splits is None or split in splits]
+    chosen = [split for split in SPLITS if split in (splits or benchmark.splits)]
+    wanted = [benchmark.split_called(split) for split in chosen]
     parts = read_parts(
         benchmark, wanted, official=official, asked_for=splits is not None, report=report
     )
@@ -92,9 +95,8 @@ def chosen_benchmarks(data_root: Path, dataset: str | None) -> list[Benchmark]:
     benchmarks: list[Benchmark] = [kind(data_root) for kind in BENCHMARKS.values()]
     there = [benchmark for benchmark in benchmarks if benchmark.annotation_folder().is_dir()]
     if not there:
-        raise UserError(
-            f"--data-root {data_root} holds neither fashionIQ_dataset nor cirr_dataset: name another"
-        )
+        folders = ", ".join(Path(benchmark.folder).parts[0] for benchmark in benchmarks)
+        raise UserError(f"--data-root {data_root} holds none of {folders}: name another")
     return there
 
 

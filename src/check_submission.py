@@ -1,20 +1,29 @@
-"""Check submission files against every rule of the servers: CIRR's two files, FashionIQ's predictions.
+"""Check submission files against every rule of the servers: CIRR's two files, FashionIQ's predictions, CIRCO's file.
 
     python src/check_submission.py submission/CIRR/*.json
+    python src/check_submission.py submission/FashionIQ/val/mine/*.json --split val --metrics-json mine.json
 
-Exit code 0: all files keep all rules; 1: some break rules, each is printed with its query; 2: a file cannot be read.
+Files of a validation split are scored too, whoever made them, and so are files of validate.py --rankings: metrics have
+the names and values that validate.py gives. Exit code 0: all files keep all rules; 1: some break rules, each is printed
+with its query; 2: a file cannot be read.
 """
 
 import argparse
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import Benchmark
-from benchmarks.server_files import Form, form_of, parse_submission
-from cli.flag_types import usable_path
+from benchmarks import BENCHMARKS, Benchmark
+from benchmarks.server_files import FORMS, Form, form_of, parse_submission
+from cli.flag_types import in_any_case, usable_path
 from cli.options import data_root_flag
 from cli.parsers import ScriptParser
-from utils import command, printable
+from evaluation.rankings_file import is_rankings, read_rankings, rescored, unlike_annotations
+from runtime.files import check_file_writable, write_text
+from utils import UserError, command, printable
+
+Contents = dict[Path, Any]  # file -> its content, parsed
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -24,7 +33,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--split", choices=("val", "test"), default="test", help="what the files answer"
     )
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--dataset",
+        type=in_any_case(FORMS),
+        choices=list(FORMS),
+        help="(default: told by each file's content, but for Triplets)",
+    )
+    parser.add_argument(
+        "--metrics-json", type=usable_path, metavar="FILE", help="write the metrics of --split val"
+    )
+    args = parser.parse_args(argv)
+    if args.metrics_json and args.split != "val":
+        parser.error("--metrics-json: a test split's answers are secret: give --split val")
+    return args
 
 
 def official_counts(benchmark: Benchmark, split: str) -> str:
@@ -32,7 +53,7 @@ def official_counts(benchmark: Benchmark, split: str) -> str:
     notes = []
     for part, records in zip(benchmark.parts, benchmark.read(split), strict=True):
         here = len(records.triplets)
-        official, _ = benchmark.official[f"{part}.{split}"]
+        official, _ = benchmark.official.get(f"{part}.{split}", (here, None))
         if here != official:
             notes.append(
                 f"{records.name} has {here} queries here, {official} in the official annotations"
@@ -47,34 +68,129 @@ def open_form(kind: type[Form[Any]], data_root: Path, wanted: str) -> Form[Any]:
         wanted: "val" or "test".
     """
     benchmark = kind.kind(data_root)
-    split = benchmark.val_split if wanted == "val" else benchmark.test_split
+    split = benchmark.split_called(wanted)
     form = kind(benchmark, split)
     if note := official_counts(benchmark, split):
         print(f"note: {note}: this says little about what the server takes")
     return form
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Print what each file breaks."""
-    args = parse(argv)
-    contents = {file: parse_submission(file) for file in args.files}
+def print_violations(file: Path, violations: list[str]) -> bool:
+    """Print what a file breaks; returns whether it keeps all rules."""
+    for violation in violations:
+        print(printable(f"{file}: {violation}"))
+    verdict = f"{len(violations)} violations" if violations else "keeps all rules"
+    print(f"{printable(file)}: {verdict}")
+    return not violations
+
+
+def check_files(
+    contents: Contents, args: argparse.Namespace
+) -> tuple[bool, dict[Form[Any], Contents]]:
+    """Print what each submission file breaks; returns whether none does, and the files of each form."""
     forms: dict[type[Form[Any]], Form[Any]] = {}
-    all_keep_rules = True
+    files: dict[Form[Any], Contents] = {}
+    keep_rules = True
     for file, content in contents.items():
-        kind = form_of(content)
+        kind = FORMS[args.dataset] if args.dataset else form_of(content)
         if kind not in forms:
             forms[kind] = open_form(kind, args.data_root, args.split)
         violations = forms[kind].violations(file.name, content, file.stat().st_size)
-        for violation in violations:
-            print(printable(f"{file}: {violation}"))
-        if violations:
-            all_keep_rules = False
-            print(f"{printable(file)}: {len(violations)} violations")
-        else:
-            print(f"{printable(file)}: keeps all rules")
-    if not all_keep_rules:
+        keep_rules = print_violations(file, violations) and keep_rules
+        files.setdefault(forms[kind], {})[file] = content
+    return keep_rules, files
+
+
+def check_rankings(file: Path, args: argparse.Namespace) -> dict[str, Any] | None:
+    """Print where a file of validate.py --rankings is not of the annotations; its metrics if it is.
+
+    Raises:
+        UserError: it is of another split than --split, or contradicts itself.
+    """
+    content = read_rankings(file)
+    kind = BENCHMARKS[content["dataset"]]
+    excluded: set[str] = set()
+    for names in content["excluded_images"].values():
+        excluded.update(names)
+    benchmark = kind(args.data_root, excluded)
+    if content["split"] != benchmark.split_called(args.split):
+        raise UserError(f"{file} is of {content['split']}: give --split val")
+    if not print_violations(file, unlike_annotations(content, benchmark)):
+        return None
+    protocols = rescored(content, benchmark)
+    first = protocols[next(iter(protocols))]
+    about = {"dataset": benchmark.name, "split": content["split"]}
+    return {**about, "metrics": first, "protocols": protocols, "files": [str(file)]}
+
+
+def not_whole(form: Form[Any], contents: Contents) -> str:
+    """What keeps files from being scored; "" where they are one submission."""
+    slots = [form.slot(file.name, content) for file, content in contents.items()]
+    if sorted(slots) == sorted(form.slots):
+        return ""
+    wanted = f"a file each of {' and '.join(form.slots)}" if len(form.slots) > 1 else "one file"
+    return f"{next(iter(contents))}: not scored, a submission is {wanted}: name those of one"
+
+
+def scores_of(files: Mapping[Form[Any], Contents], *, must: bool) -> list[dict[str, Any]]:
+    """The metrics of each submission that is whole; a note on files that are none.
+
+    Args:
+        must: whether they are an error, which is raised.
+    """
+    scores = []
+    for form, contents in files.items():
+        problem = not_whole(form, contents)
+        if problem and must:
+            raise UserError(problem)
+        if problem:
+            print(printable(f"note: {problem}"))
+            continue
+        metrics = form.metrics({file.name: content for file, content in contents.items()})
+        about = {"dataset": form.benchmark.name, "split": form.split}
+        scores.append({**about, "metrics": metrics, "files": list(map(str, contents))})
+    return scores
+
+
+def print_scores(scores: list[dict[str, Any]], metrics_json: Path | None) -> None:
+    """Print metrics, one `name = value` a line, and write them down.
+
+    Raises:
+        UserError: they are of several submissions, and one file is to hold them.
+    """
+    for scored in scores:
+        if len(scores) > 1:
+            print(f"{scored['dataset']} {scored['split']}: {printable(scored['files'][0])}")
+        for name, value in scored["metrics"].items():
+            print(f"{name} = {value}")
+    if metrics_json:
+        if len(scores) != 1:
+            raise UserError(
+                f"--metrics-json {metrics_json}: the files are of {len(scores)} submissions: name those of one"
+            )
+        write_text(metrics_json, json.dumps(scores[0], indent=2) + "\n")
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Print what each file breaks, and what those of a validation split score."""
+    args = parse(argv)
+    check_file_writable({"--metrics-json": args.metrics_json})
+    contents = {file: parse_submission(file) for file in args.files}
+    rankings = [file for file, content in contents.items() if is_rankings(content)]
+    scores = []
+    keep_rules = True
+    for file in rankings:
+        del contents[file]
+        scored = check_rankings(file, args)
+        keep_rules = keep_rules and scored is not None
+        scores += [scored] if scored else []
+    files_keep_rules, files = check_files(contents, args)
+    if not (keep_rules and files_keep_rules):
         raise SystemExit(1)
+    if args.split == "val":
+        scores += scores_of(files, must=args.metrics_json is not None)
+        print_scores(scores, args.metrics_json)
 
 
 if __name__ == "__main__":

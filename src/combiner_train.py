@@ -96,8 +96,8 @@ def prepare(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -
     cache = FeatureCache(args.feature_cache, dataclasses.replace(encoder, between=stop.check))
     return Stage(
         data=data,
-        train=freeze(cache, data.train, data.texts, f"{benchmark.run_name}-train"),
-        val=freeze_queries(cache, data.val, benchmark.caption, f"{benchmark.run_name}-val"),
+        train=freeze(cache, data.train, data.texts, label=f"{benchmark.run_name}-train"),
+        val=freeze_queries(cache, data.val, benchmark, f"{benchmark.run_name}-val"),
         settings=settings,
         device=device,
         tracker=tracker,
@@ -220,7 +220,7 @@ def report_seeds(folder: Path, seeds: list[int], benchmark: Benchmark) -> None:
     table = {}
     for name, row in rows.items():
         table[name] = {
-            title: two_decimals(row[metric]) for metric, title in benchmark.titles.items()
+            title: two_decimals(row[metric]) for metric, title in benchmark.titled(row).items()
         }
     about = f"validations with the best {chosen_by} of each seed"
     print(f"{about}\n{text_table(table)}")

@@ -65,9 +65,9 @@ def shared_protocols(columns: Sequence[Column], wanted: Sequence[str] | None) ->
 
 def cells(benchmark: Benchmark, column: Column, protocol: str) -> dict[str, str]:
     """Title -> value, or mean and standard deviation over the seeds."""
-    return {
-        title: shown(column.values(protocol, metric)) for metric, title in benchmark.titles.items()
-    }
+    measured = column.results[0]["protocols"][protocol]["metrics"]
+    titles = benchmark.titled(measured)
+    return {title: shown(column.values(protocol, metric)) for metric, title in titles.items()}
 
 
 def differences(
@@ -84,7 +84,7 @@ def differences(
         seed=resampling.seed,
     )
     table = {}
-    for metric, title in benchmark.titles.items():
+    for metric, title in benchmark.titled(bounds).items():
         before, _ = mean_and_deviation(base.values(protocol, metric))
         after, _ = mean_and_deviation(other.values(protocol, metric))
         low, high = bounds[metric]
@@ -132,8 +132,11 @@ def print_protocol(
             )
     about = PROTOCOLS[protocol]
     result = base.results[0]
+    template = result["protocols"][protocol].get("template")
+    text = f", text {template!r}" if template else ""
     print(
         f"\n{result['dataset']} {result['split']}, {protocol}: gallery {about.gallery}, reference {about.reference}"
+        f"{printable(text)}"
     )
     print(text_table(rows_of(table)))
     for note in notes:

@@ -1,9 +1,10 @@
-"""Draw a composed image retrieval benchmark in the official layouts of FashionIQ and CIRR, deterministic by seed.
+"""Draw a composed image retrieval benchmark in the layouts of FashionIQ, CIRR, CIRCO and your own triplets, by seed.
 
     python src/shapes_dataset.py --output-dir demo/data
 
 An image is a shape on a background; a caption edits its shape, colours or size, absolutely ("is red") or relative to
-the reference ("swap the two colors"). The answers of CIRR's test1 split go to `test1_answers.json` beside the data.
+the reference ("swap the two colors"). The answers of CIRR's test1 split go to `test1_answers.json` beside the data,
+those of the other test splits to `circo_test_answers.json` and `triplets_test_answers.json`.
 """
 
 import argparse
@@ -51,6 +52,14 @@ CATEGORIES = ("dress", "toptee", "shirt")
 # Split -> how the names of its images begin.
 CIRR_PREFIXES = {"train": "train", "val": "dev", "test1": "test1"}
 GROUP_SIZE = 6
+MOST_TARGETS = 5  # of a query of CIRCO
+# What CIRCO calls a query that asks for another value of an attribute.
+ASPECTS = {
+    "shape": "compare_change",
+    "color": "direct_addressing",
+    "background": "spatial_relations_background",
+    "size": "comparative_statement",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,6 +376,102 @@ def _cirr_entry(
     return entry
 
 
+def draw_circo(root: Path, queries: dict[str, int], seed: int) -> None:
+    """Write `circo_dataset/`: queries with one to five targets in one gallery; the test split's targets apart.
+
+    Args:
+        queries: split -> number of queries.
+    """
+    folder = root / "circo_dataset"
+    images: list[dict[str, Any]] = []
+    answers = {}
+    for split, count in queries.items():
+        rng = random.Random(f"{seed} circo {split}")
+        entries = []
+        for number in range(count):
+            entry = _draw_circo_query(folder / "COCO2017_unlabeled/unlabeled2017", images, rng)
+            entry["id"] = number
+            if split == "test":
+                answers[str(number)] = entry.pop("gt_img_ids")
+                del entry["target_img_id"], entry["semantic_aspects"]
+            entries.append(entry)
+        _write_json(folder / "annotations" / f"{split}.json", entries)
+    listed = folder / "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json"
+    _write_json(listed, {"images": images})
+    _write_json(root / "circo_test_answers.json", answers)
+
+
+def _draw_circo_query(
+    folder: Path, images: list[dict[str, Any]], rng: random.Random
+) -> dict[str, Any]:
+    """Draw a query's images, add them to the list of all, and return its entry, but for the id."""
+    scene = random_scene(rng)
+    changed, edits = random_change(scene, rng)
+    scenes = [scene] + [changed] * rng.randint(1, MOST_TARGETS)
+    first = 7 + 4 * len(images)  # no number is that of a place
+    ids = [first + 4 * place for place in range(len(scenes))]
+    for image_id, shown in zip(ids, scenes, strict=True):
+        name = f"{image_id:012d}.jpg"
+        images.append({"id": image_id, "file_name": name})
+        _save_image(folder / name, draw(shown, rng))
+    aspects = [ASPECTS[name] for name in differing_attributes(scene, changed)]
+    if len(edits) > 1:
+        aspects.append("statement_with_conjunction")
+    return {
+        "reference_img_id": ids[0],
+        "target_img_id": ids[1],
+        "relative_caption": caption(edits, rng),
+        "shared_concept": shared_concept(scene, changed),
+        "gt_img_ids": ids[1:],
+        "semantic_aspects": aspects,
+    }
+
+
+def shared_concept(scene: Scene, other: Scene) -> str:
+    """What two scenes have in common, in words."""
+    differing = differing_attributes(scene, other)
+    words = [getattr(scene, name) for name in ("size", "color") if name not in differing]
+    words.append("shape" if "shape" in differing else scene.shape)
+    background = "" if "background" in differing else f" on {scene.background}"
+    return f"a {' '.join(words)}{background}"
+
+
+def draw_triplets(root: Path, groups: int, seed: int) -> None:
+    """Write `triplets_dataset/`: groups as those of CIRR, with two captions and one or two targets a query.
+
+    Args:
+        groups: of each split; the targets of test go to a file apart from the rest.
+    """
+    folder = root / "triplets_dataset"
+    answers = {}
+    for split in ("train", "val", "test"):
+        rng = random.Random(f"{seed} triplets {split}")
+        gallery: list[str] = []
+        lines: list[str] = []
+        for group in range(groups):
+            scenes, queries = make_group(rng)
+            members = [f"{split}/{group}-{place}.jpg" for place in range(GROUP_SIZE)]
+            copies = [f"{split}/{group}-{place}-again.jpg" for place in range(GROUP_SIZE)]
+            gallery += members + copies
+            for name, scene in zip([*members, *copies], [*scenes, *scenes], strict=True):
+                _save_image(folder / "images" / name, draw(scene, rng))
+            for query in queries:
+                targets = [members[query.target], copies[query.target]][: rng.randint(1, 2)]
+                line = {
+                    "id": len(lines),
+                    "reference": members[query.reference],
+                    "caption": [caption(query.edits, rng), caption(query.edits, rng)],
+                    "target": targets,
+                    "group": members,
+                }
+                if split == "test":
+                    answers[line["id"]] = line.pop("target")
+                lines.append(json.dumps(line))
+        write_text(folder / f"{split}.jsonl", "\n".join(lines) + "\n")
+        write_text(folder / f"gallery.{split}.txt", "\n".join(gallery) + "\n")
+    _write_json(root / "triplets_test_answers.json", answers)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the drawing."""
     parser = ScriptParser(__doc__)
@@ -386,24 +491,34 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--val-groups", type=positive_int, default=60, help="CIRR val and test1, ten triplets each"
     )
+    parser.add_argument(
+        "--circo-queries", type=positive_int, default=60, help="CIRCO val and test, each"
+    )
+    parser.add_argument(
+        "--own-groups", type=positive_int, default=12, help="Triplets, ten queries each, a split"
+    )
     return parser.parse_args(argv)
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Draw both benchmarks, and write two tiny CLIPs with random weights."""
+    """Draw the benchmarks, and write two tiny CLIPs with random weights."""
     args = parse(argv)
     check_writable({"--output-dir": args.output_dir})
     triplets = {"train": args.train_triplets, "val": args.val_triplets, "test": args.val_triplets}
     draw_fashioniq(args.output_dir, triplets, args.seed)
     groups = {"train": args.train_groups, "val": args.val_groups, "test1": args.val_groups}
     draw_cirr(args.output_dir, groups, args.seed)
+    queries = {"val": args.circo_queries, "test": args.circo_queries}
+    draw_circo(args.output_dir, queries, args.seed)
+    draw_triplets(args.output_dir, args.own_groups, args.seed)
 
     from models.clip_model import write_tiny_clip
 
     for kind in ("vit", "resnet"):
         write_tiny_clip(args.output_dir / f"tiny_clip_{kind}.pt", kind, args.seed)
-    contents = "fashionIQ_dataset/, cirr_dataset/, test1_answers.json, two tiny CLIPs"
+    folders = "fashionIQ_dataset/, cirr_dataset/, circo_dataset/, triplets_dataset/"
+    contents = f"{folders}, answers of three test splits, two tiny CLIPs"
     logger.info("drawn in %s: %s", args.output_dir, contents)
 
 

@@ -1,4 +1,4 @@
-"""Measure a trained pair on the validation split of FashionIQ or CIRR, under every protocol in use.
+"""Measure a trained pair on the validation split of a benchmark, under every protocol in use.
 
     python src/validate.py --dataset FashionIQ --combining-function combiner \
         --combiner-path models_final/moe_combiner_trained_on_fiq --clip-model-path models_final/clip_finetuned_on_fiq
@@ -14,7 +14,7 @@ from cli.flag_types import positive_int, usable_path
 from cli.parsers import ScriptParser
 from cli.startup import check_annotations, check_files, command_line, open_benchmark, pick_device
 from reports.tables import text_table
-from runtime.files import check_file_writable
+from runtime.files import check_file_writable, check_writable
 from utils import command, two_decimals
 
 
@@ -25,7 +25,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("results")
     options.add_protocol(
         group,
-        help="gallery (all of the split, or the references and targets alone) and reference (default: all that apply)",
+        help="gallery (all of the split, or the references and targets alone), reference, text of CIRCO (default: all "
+        "that apply)",
     )
     group.add_argument(
         "--metrics-json",
@@ -50,7 +51,7 @@ def print_metrics(benchmark: Benchmark, measured: Mapping[Protocol, Mapping[str,
     rows = {}
     for protocol, metrics in measured.items():
         rows[protocol.name] = {
-            title: two_decimals(metrics[name]) for name, title in benchmark.titles.items()
+            title: two_decimals(metrics[name]) for name, title in benchmark.titled(metrics).items()
         }
     print(f"\n{text_table(rows)}")
 
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print, and write what the flags ask for."""
     args = parse(argv)
     check_files(args)
+    check_writable({"--feature-cache": args.feature_cache})
     check_file_writable({"--metrics-json": args.metrics_json, "--rankings": args.rankings})
     benchmark, reasons = open_benchmark(args)
     protocols = choose_protocols(args.protocol, benchmark.protocols, benchmark.name)
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     if distributed.is_main():
         print_metrics(
             benchmark,
-            {protocol: benchmark.metrics(of_split) for protocol, of_split in rankings.items()},
+            {protocol: benchmark.metrics(val, found) for protocol, found in rankings.items()},
         )
     if distributed.is_main() and (args.metrics_json or args.rankings):
         result = make_result(
@@ -95,7 +97,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.metrics_json:
             write_result(args.metrics_json, result)
         if args.rankings:
-            records = make_records(benchmark, val, rankings, explain_all(frozen, pair.compose))
+            insights = explain_all(frozen, pair.compose, protocols[0].text)
+            records = make_records(benchmark, val, rankings, insights)
             write_rankings(args.rankings, result, records)
     distributed.stop()
 

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 ABOUT = (
     "Left the reference and the caption, right what was retrieved, the nearest first, with its cosine similarity. "
-    "The target is outlined."
+    "Targets are outlined."
 )
 ORDERS = ("best", "worst", "random")
 
@@ -52,7 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action=Several,
         default=["worst"],
         metavar="Q",
-        help="best, worst or random; or pairids of CIRR, or category:number of FashionIQ (default: worst)",
+        help="best, worst or random; or ids of CIRR and CIRCO, or category:number of FashionIQ (default: worst)",
     )
     group.add_argument(
         "--num", type=positive_int, default=20, help="queries of each split (default: 20)"
@@ -98,7 +98,8 @@ def measured_records(args: argparse.Namespace) -> tuple[Records, Benchmark]:
         benchmark, val, pick_device(args.device), options.pair_choice(args)
     )
     rankings = rank_all(frozen, pair.compose, protocols, k=args.k, block=args.similarity_block)
-    return make_records(benchmark, val, rankings, explain_all(frozen, pair.compose)), benchmark
+    insights = explain_all(frozen, pair.compose, protocols[0].text)
+    return make_records(benchmark, val, rankings, insights), benchmark
 
 
 def all_queries(records: Records) -> Iterator[Record]:
@@ -208,7 +209,7 @@ def write_expert_report(folder: Path, benchmark: Benchmark, records: Records) ->
 def main(argv: list[str] | None = None) -> None:
     """Write sheet.html, sheet.png and, of a mixture, experts.html."""
     args = parse(argv)
-    check_writable({"--output-dir": args.output_dir})
+    check_writable({"--output-dir": args.output_dir, "--feature-cache": args.feature_cache})
     records, benchmark = stored_records(args) if args.rankings else measured_records(args)
     protocol = choose_protocol(records, args.protocol, args.rankings)
     chosen = choose_queries(records, args.queries, protocol, num=args.num, seed=args.seed)

@@ -29,7 +29,11 @@ def door(script: str) -> Callable[[list[str]], None]:
     return lambda argv: importlib.import_module(script).main(argv)
 
 
-SCRIPTS = "clip_fine_tune combiner_train validate cirr_test_submission fashioniq_test_submission shapes_dataset"
+SCRIPTS = (
+    "clip_fine_tune combiner_train validate cirr_test_submission fashioniq_test_submission circo_test_submission "
+    "triplets_test_submission "
+    "shapes_dataset"
+)
 DOORS = {script: door(script) for script in SCRIPTS.split()}
 
 
@@ -73,7 +77,10 @@ def expected(golden) -> dict:
 def drawn(tmp_path_factory) -> Path:
     """A data root with a small drawn benchmark and two tiny CLIPs. Not to be written to: see `own_drawn`."""
     folder = tmp_path_factory.mktemp("drawn")
-    sizes = "--train-triplets 12 --val-triplets 6 --train-groups 4 --val-groups 3"
+    sizes = (
+        "--train-triplets 12 --val-triplets 6 --train-groups 4 --val-groups 3 --circo-queries 8 "
+    )
+    sizes += "--own-groups 3"
     DOORS["shapes_dataset"](["--output-dir", str(folder), *sizes.split()])
     return folder
 

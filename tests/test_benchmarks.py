@@ -1,11 +1,13 @@
 """What is read from the annotation files, captions, and how scores become metrics."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import CIRR, FashionIQ, Split, Triplet
+from benchmarks.metrics import Ranks
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
 from evaluation.retrieval import evaluate, rank
 from models.features import FrozenSplit
@@ -166,9 +168,9 @@ def test_fashioniq_summary_by_hand():
 
 
 def test_cirr_summary_by_hand():
-    ranks, group_ranks = torch.tensor([0, 4, 7, 60]), torch.tensor([0, 0, 1, 3])
+    ranks = Ranks(np.array([0, 4, 7, 60]), in_group=np.array([0, 0, 1, 3]))
     benchmark = CIRR(None)
-    metrics = benchmark.summary({"val": benchmark.score(ranks, group_ranks)})
+    metrics = benchmark.summary({"val": benchmark.score(ranks)})
     recalls = {"group_recall_at1": 50, "group_recall_at2": 75, "group_recall_at3": 75}
     recalls |= {"recall_at1": 25, "recall_at5": 50, "recall_at10": 75, "recall_at50": 75}
     assert {name: metrics[name] for name in recalls} == recalls
@@ -179,16 +181,15 @@ def test_cirr_summary_by_hand():
 class WiderCIRR(CIRR):
     """CIRR with one more recall in its report."""
 
-    def hits(self, ranks, group_ranks):
-        return {**super().hits(ranks, group_ranks), "recall_at100": ranks < 100}
+    def hits(self, ranks):
+        return {**super().hits(ranks), "recall_at100": ranks.named < 100}
 
 
 def test_a_recall_that_is_added_changes_no_selection():
     """Guards against what is reported deciding which checkpoint is the best."""
-    ranks, group_ranks = torch.tensor([0, 4, 7, 60]), torch.tensor([0, 0, 1, 3])
+    ranks = Ranks(np.array([0, 4, 7, 60]), in_group=np.array([0, 0, 1, 3]))
     before, after = [
-        kind(None).summary({"val": kind(None).score(ranks, group_ranks)})
-        for kind in (CIRR, WiderCIRR)
+        kind(None).summary({"val": kind(None).score(ranks)}) for kind in (CIRR, WiderCIRR)
     ]
     assert after.pop("recall_at100") == 100
     assert after == before

@@ -206,10 +206,8 @@ def test_images_of_every_shape_keep_their_proportion(open_page, tmp_path):
     answers = [(name, 0.5) for name in thumbnails]
     cards = []
     for name in thumbnails:
-        ranking = {"gallery": sheets.Row(answers, 0)}
-        cards.append(
-            sheets.Card(label="1", caption="", reference=name, target=name, rows=ranking, bars={})
-        )
+        ranking = {"gallery": sheets.Row(answers, {name: 0})}
+        cards.append(sheets.Card(label="1", caption="", reference=name, rows=ranking, bars={}))
     first = str(SHAPES[0])
     written = {
         "sheet": sheets.sheet("sheet", "", {"all": cards}, thumbnails),

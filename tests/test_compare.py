@@ -3,11 +3,13 @@
 import json
 import statistics
 
+import numpy as np
 import pytest
 import torch
 
 import compare
 from benchmarks import FashionIQ
+from benchmarks.metrics import Ranks
 from evaluation.comparison import read_columns
 from evaluation.result_file import read_result, write_result
 from utils import UserError
@@ -30,9 +32,7 @@ def result(tmp_path):
             of_split = {
                 split: ranks(first + place, shift) for place, split in enumerate(benchmark.parts)
             }
-            scores = {
-                split: benchmark.score(torch.tensor(r), None) for split, r in of_split.items()
-            }
+            scores = {split: benchmark.score(Ranks(np.array(r))) for split, r in of_split.items()}
             gallery, reference = protocol.split("-")
             measured[protocol] = {
                 "gallery": gallery,

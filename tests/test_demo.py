@@ -18,7 +18,7 @@ import sys
 sys.path.insert(0, "src")
 import demo
 SMALL = {
-    "shapes_dataset.py": "--train-triplets 12 --val-triplets 6 --train-groups 4 --val-groups 3",
+    "shapes_dataset.py": "--train-triplets 12 --val-triplets 6 --train-groups 4 --val-groups 3 --own-groups 1",
     "clip_fine_tune.py": "--num-epochs 1 --batch-size 12 --validation-frequency 1",
     "combiner_train.py": "--num-epochs 1 --batch-size 12 --validation-frequency 1 --projection-dim 8 --hidden-dim 8",
 }

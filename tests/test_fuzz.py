@@ -5,9 +5,11 @@ A file either is refused with a UserError or is read in whole: as many entries a
 
 import contextlib
 import copy
+import csv
 import io
 import json
-from pathlib import Path
+import shutil
+from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from PIL import Image
 
 import check_submission
 import compare
-from benchmarks import BENCHMARKS
+from benchmarks import BENCHMARKS, Triplets
 from benchmarks.exclusions import read_exclusions
 from benchmarks.image_check import inspect
 from combiner import load_combiner
@@ -28,6 +30,7 @@ from models.clip_model import load_clip
 from models.configuration import read_checkpoint
 from runtime.choices import CombinerChoice
 from runtime.tensors import load_tensors
+from test_triplets import as_table
 from training.autosave import load_state, save_state
 from utils import UserError
 
@@ -174,9 +177,56 @@ def root(tmp_path_factory):
     import shapes_dataset
 
     folder = tmp_path_factory.mktemp("fuzzed")
-    sizes = "--train-triplets 3 --val-triplets 2 --train-groups 1 --val-groups 1"
+    sizes = "--train-triplets 3 --val-triplets 2 --train-groups 1 --val-groups 1 --own-groups 1"
     shapes_dataset.main(["--output-dir", str(folder), *sizes.split()])
     return folder
+
+
+def read_triplets(root: Path, split: str) -> None:
+    """What is read of your own triplets must be all that their file holds."""
+    part = Triplets(root).read_part("all", split)
+    queries, _ = Triplets(root).files("all", split)
+    rows = queries.read_text(encoding="utf-8-sig").split("\n")
+    if queries.suffix == ".csv":
+        _, *rows = csv.reader(io.StringIO("\n".join(rows)))
+    else:
+        rows = [json.loads(row) for row in rows if row.strip()]
+        assert [triplet.reference for triplet in part.triplets] == [
+            str(PurePosixPath(entry["reference"].strip())) for entry in rows
+        ]
+    assert len(part.triplets) == sum(map(any, rows))
+
+
+OWN = [("jsonl", "{}.jsonl"), ("jsonl", "gallery.{}.txt"), ("csv", "{}.csv")]
+
+
+@pytest.mark.parametrize(("form", "name"), OWN)
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_files_of_your_own_triplets(form, name, split, root, tmp_path):
+    shutil.copytree(root / "triplets_dataset", tmp_path / "triplets_dataset")
+    lines = tmp_path / "triplets_dataset" / f"{split}.jsonl"
+    entries = list(map(json.loads, lines.read_text().splitlines()))
+    if form == "csv":
+        lines.unlink()
+        lines.with_suffix(".csv").write_text(as_table(entries, ","))
+    file = tmp_path / "triplets_dataset" / name.format(split)
+    whole = file.read_bytes()
+
+    @QUIET
+    @example(UNEDITED)
+    @given(edits() | damages() if name == "{}.jsonl" else damages())
+    def fuzz(change):
+        if not isinstance(change, list):
+            content = damaged(whole, change)
+        elif name == "{}.jsonl":
+            content = "\n".join(map(json.dumps, json.loads(edited(entries, change)))).encode()
+        else:
+            content = whole
+        file.write_bytes(content)
+        with counted("files of your own triplets"):
+            read_triplets(tmp_path, split)
+
+    fuzz()
 
 
 @pytest.mark.parametrize(("dataset", "name", "splits"), ANNOTATIONS)

@@ -78,7 +78,7 @@ def golden_split_similarity(golden, split, benchmark, combiner: str | None) -> t
             wanted=CombinerChoice(),
             clip_dim=64,
         )
-    (frozen,) = freeze_queries(FeatureCache(None, encoder), [split], benchmark.caption, "split")
+    (frozen,) = freeze_queries(FeatureCache(None, encoder), [split], benchmark, "split")
     return torch.cat([block for _, block in similarity_blocks(frozen, compose)])
 
 

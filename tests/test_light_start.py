@@ -42,6 +42,8 @@ MISSING = [
     "validate.py --dataset CIRR --combining-function sum --data-root nowhere",
     f"cirr_test_submission.py --submission-name a {COMPOSED} nowhere",
     "fashioniq_test_submission.py --submission-name a --combining-function sum --data-root nowhere",
+    "circo_test_submission.py --submission-name a --combining-function sum --data-root nowhere",
+    "triplets_test_submission.py --submission-name a --combining-function sum --data-root nowhere",
     "check_submission.py nowhere",
     "compare.py nowhere",
     "validate.py --dataset CIRR --pair nowhere",
@@ -97,12 +99,13 @@ def test_checks_and_single_results_need_no_torch(drawn, tmp_path, run_script=run
     """What reads and counts runs without it; a comparison of two results resamples, and needs it."""
     ranks = {"dress": [0, 20], "toptee": [3, 7], "shirt": [60, 1]}
     from benchmarks import FashionIQ
+    from benchmarks.metrics import Ranks
 
     benchmark = FashionIQ(tmp_path)
     import numpy as np
 
     metrics = benchmark.summary(
-        {name: benchmark.score(np.array(of), None) for name, of in ranks.items()}
+        {name: benchmark.score(Ranks(np.array(of))) for name, of in ranks.items()}
     )
     measured = {
         "gallery_images": dict.fromkeys(ranks, 99),

@@ -22,6 +22,8 @@ PAIR = f"{DATA} {CLIP} --combining-function sum {CPU} {NO_WORKERS}"
 NEEDS = {
     "check_dataset": f"{DATA} --dataset CIRR --unofficial {NO_WORKERS}",
     "check_submission": f"{DATA} {{made}}/answers.json",
+    "circo_test_submission": f"{PAIR} --submission-name x --output-dir {{made}}/out",
+    "triplets_test_submission": f"{PAIR} --submission-name x --output-dir {{made}}/out",
     "cirr_test_submission": f"{PAIR} --submission-name x --output-dir {{made}}/out",
     "clip_fine_tune": f"--dataset CIRR {DATA} {CLIP} {CPU} {NO_WORKERS} {STAGE_1} --output-dir {{made}}/out "
     "--no-image-cache --num-epochs 1",
@@ -35,7 +37,8 @@ NEEDS = {
     "plan stage2": f"--dataset CIRR --gpu h100 {CLIP}",
     "search index": f"--images {{drawn}}/cirr_dataset/dev --output {{made}}/index {CLIP} {CPU} {NO_WORKERS}",
     "search query": f"--index {{made}}/index --image {{drawn}}/cirr_dataset/dev/dev-0-0-img0.png --text red {CPU}",
-    "shapes_dataset": "--output-dir {made}/out --train-triplets 3 --val-triplets 2 --train-groups 1 --val-groups 1",
+    "shapes_dataset": "--output-dir {made}/out --train-triplets 3 --val-triplets 2 --train-groups 1 --val-groups 1 "
+    "--circo-queries 1 --own-groups 1",
     "validate": f"--dataset CIRR {PAIR}",
     "visualize": f"--dataset CIRR {PAIR} --num 1 --output-dir {{made}}/out",
 }

@@ -21,7 +21,11 @@ from shapes_dataset import (
 
 
 def digests(folder) -> dict[str, str]:
-    files = sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".jpg", ".png"))
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix in (".json", ".jsonl", ".txt", ".jpg", ".png")
+    )
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in files
@@ -37,6 +41,8 @@ def test_one_seed_draws_the_same_files(drawn, tmp_path):
         "--train-groups",
         "4",
         "--val-groups",
+        "3",
+        "--own-groups",
         "3",
     ]
     shapes_dataset.main(["--output-dir", str(tmp_path / "same"), *sizes])

@@ -212,14 +212,13 @@ def test_two_hundred_queries_stay_below_20_megabytes(tmp_path):
         for name in names:
             paths[name] = tmp_path / f"{len(paths) % 40}.jpg"
         rows = {
-            "gallery": sheets.Row([(name, 0.5) for name in names[1:11]], 3),
-            "subset": sheets.Row([(name, 0.5) for name in names[11:16]], 2),
+            "gallery": sheets.Row([(name, 0.5) for name in names[1:11]], {names[16]: 3}),
+            "subset": sheets.Row([(name, 0.5) for name in names[11:16]], {names[16]: 2}),
         }
         card = sheets.Card(
             label=str(number),
             caption="is noisy",
             reference=names[0],
-            target=names[16],
             rows=rows,
             bars={"text in the gate": 0.5},
         )

@@ -1,17 +1,20 @@
 """Every fact of a benchmark: annotations, splits, protocols, metrics, the files of test servers, checks of a copy."""
 
 from benchmarks.base import Benchmark
+from benchmarks.circo import CIRCO
 from benchmarks.cirr import CIRR
 from benchmarks.fashioniq import FashionIQ
 from benchmarks.protocols import PROTOCOLS, Protocol
 from benchmarks.splits import Split, Triplet
+from benchmarks.triplets import Triplets
 
 BENCHMARKS: dict[str, type[Benchmark]] = {
-    benchmark.name: benchmark for benchmark in (CIRR, FashionIQ)
+    benchmark.name: benchmark for benchmark in (CIRR, FashionIQ, CIRCO, Triplets)
 }
 
 __all__ = [
     "BENCHMARKS",
+    "CIRCO",
     "CIRR",
     "PROTOCOLS",
     "Benchmark",
@@ -19,4 +22,5 @@ __all__ = [
     "Protocol",
     "Split",
     "Triplet",
+    "Triplets",
 ]

@@ -1,18 +1,21 @@
 """Values of annotation files, checked; what is wrong is a UserError that names file and entry."""
 
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from runtime.files import read_json
 from utils import UserError
 
+# What to do with a file that nobody should edit.
+OFFICIAL = "download the official annotation file again"
 
-def check(holds: bool, file: Path, expected: str) -> None:
+
+def check(holds: bool, file: Path, expected: str, *, remedy: str = OFFICIAL) -> None:
     """Raise UserError unless the file is as expected."""
     if not holds:
-        raise UserError(f"{file}: expected {expected}; download the official annotation file again")
+        raise UserError(f"{file}: expected {expected}; {remedy}")
 
 
 def read(file: Path, kind: type) -> Any:
@@ -29,11 +32,13 @@ class Entry:
     Attributes:
         content: any JSON.
         where: what an error calls it.
+        remedy: what an error says to do.
     """
 
     content: Any
     file: Path
     where: str
+    remedy: str = OFFICIAL
 
     def text(self, key: str) -> str:
         """A string."""
@@ -53,11 +58,12 @@ class Entry:
 
     def inner(self, key: str) -> "Entry":
         """An object in it, as an entry."""
-        return Entry(self.table(key), self.file, self.where)
+        return replace(self, content=self.table(key))
 
     def check(self, holds: bool, expected: str) -> None:
         """Raise UserError unless the entry is as expected."""
-        check(holds, self.file, f"{expected} in {self.where}" if self.where else expected)
+        expectation = f"{expected} in {self.where}" if self.where else expected
+        check(holds, self.file, expectation, remedy=self.remedy)
 
     def _value(self, key: str, kind: type) -> Any:
         value = self.content.get(key) if isinstance(self.content, dict) else None
@@ -74,7 +80,7 @@ def check_known(
     for name in names:
         if name not in known:
             raise UserError(
-                f"{entry.file}: {entry.where} names the image {name}, which is not in {images_file}: get both anew"
+                f"{entry.file}: {entry.where} names the image {name}, which is not in {images_file}: {entry.remedy}"
             )
 
 

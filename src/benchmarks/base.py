@@ -1,15 +1,16 @@
 """What a benchmark is: its files, captions, protocols and metrics. Each has a file of its own beside this one."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.annotations import Entry, check, check_known, read
-from benchmarks.metrics import percentage
+from benchmarks.annotations import OFFICIAL, Entry, check, check_known, read
+from benchmarks.metrics import Ranks, percentage
 from benchmarks.places import locate
-from benchmarks.protocols import Protocol
+from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED, Protocol
 from benchmarks.splits import Split, Triplet
 from utils import UserError
 
@@ -20,17 +21,27 @@ if TYPE_CHECKING:
 
 
 class Benchmark(ABC):
-    """A composed image retrieval benchmark read from its official files.
+    """A composed image retrieval benchmark read from its files.
+
+    One with a gallery and a JSON list of queries needs its names, `folder`, `files`, `image_folders`, `image_places`,
+    `triplet` and `hits`; all else has a default, which is that of the simplest case.
 
     Attributes:
         name: what `--dataset` calls it.
         run_name: what the folders of its runs call it.
-        parts: what its annotation files are of: cap.{part}.{split}.json.
-        train_split, val_split, test_split: what the files call them.
-        official: "{part}.{split}" -> triplets and images of the official files.
+        folder: that of its own files, below the data root.
+        remedy: what to do with a file of them that is not as it should be.
+        parts: what has files and a gallery of its own, as a category; one that has no name elsewhere.
+        train_split, val_split, test_split: what the files call them; None where there is none.
+        official: "{part}.{split}" -> triplets and images of the official files; nothing of files that are anybody's.
         official_wordless: queries of the official files that have a caption without a word, as reports call them.
         counts_explained: what the official counts look like, and are not; "" where they mislead nobody.
-        group_size: images in a query's group, its reference among them; 0 without groups.
+        id_name: what its files call the id of a query.
+        id_types: the types that an id has; that of None where a query may have none.
+        group_size: images in a query's group, its reference among them; 0 without groups, None where that differs.
+        texts: the texts that protocols ask with, see `Protocol.text`.
+        concept_template: what protocols with the concept ask, {shared_concept} and {relative_caption} in it; "" where a
+            benchmark has no concepts.
         protocols: the protocols it is measured under, that of the original implementation first.
         selection: metric that selects checkpoints -> suffix of the one that is kept for its best value.
         titles: metric -> its title in a table; the others are not in tables.
@@ -43,15 +54,21 @@ class Benchmark(ABC):
 
     name: str
     run_name: str
-    parts: tuple[str, ...]
-    train_split: str
-    val_split: str
-    test_split: str
-    official: dict[str, tuple[int, int]]
+    folder: str
+    remedy: str = OFFICIAL
+    parts: tuple[str, ...] = ("all",)
+    train_split: str | None = "train"
+    val_split: str = "val"
+    test_split: str | None = "test"
+    official: Mapping[str, tuple[int, int]] = MappingProxyType({})
     official_wordless: tuple[str, ...] = ()
     counts_explained: str = ""
-    group_size: int = 0
-    protocols: tuple[Protocol, ...]
+    id_name: str = "id"
+    id_types: tuple[type, ...] = (NoneType,)
+    group_size: int | None = 0
+    texts: tuple[str, ...] = ("",)
+    concept_template: str = ""
+    protocols: tuple[Protocol, ...] = (ORIGINAL_KEPT, ORIGINAL_REMOVED)
     selection: dict[str, str]
     titles: dict[str, str]
     hyper_parameters: Mapping[str, Any] = MappingProxyType({})
@@ -61,18 +78,33 @@ class Benchmark(ABC):
         self.excluded = excluded
 
     @property
-    def splits(self) -> tuple[str, str, str]:
-        """Training, validation and test, as the files call them."""
-        return self.train_split, self.val_split, self.test_split
+    def splits(self) -> dict[str, str]:
+        """Those that there are of "train", "val" and "test", as the files call them."""
+        all_three = {"train": self.train_split, "val": self.val_split, "test": self.test_split}
+        return {split: called for split, called in all_three.items() if called is not None}
+
+    def split_called(self, split: str) -> str:
+        """What the files call "train", "val" or "test". Raises UserError where there is none."""
+        if split not in self.splits:
+            raise UserError(
+                f"--dataset {self.name} has no {split} split, only {' and '.join(self.splits)}: name another benchmark"
+            )
+        return self.splits[split]
 
     def train(self) -> Split:
-        """The training triplets of all parts and the images that they use."""
+        """The training triplets of all parts and the images that they use; one with several targets is several.
+
+        Raises:
+            UserError: there is no training split, or see `read`.
+        """
         triplets: list[Triplet] = []
         paths: dict[str, Path] = {}
         excluded_images: list[str] = []
         excluded_triplets = 0
-        for split in self.read(self.train_split):
-            triplets += split.triplets
+        for split in self.read(self.split_called("train")):
+            for triplet in split.triplets:
+                for target in triplet.targets:
+                    triplets.append(replace(triplet, target=target, other_targets=()))
             paths.update(split.image_paths)
             excluded_images += split.excluded_images
             excluded_triplets += split.excluded_triplets
@@ -93,7 +125,7 @@ class Benchmark(ABC):
 
     def test(self) -> list[Split]:
         """The test splits, whose targets are secret."""
-        return self.read(self.test_split)
+        return self.read(self.split_called("test"))
 
     def read(self, split: str) -> list[Split]:
         """The parts of a split, each with all images of its list, without what is excluded.
@@ -103,47 +135,66 @@ class Benchmark(ABC):
         """
         return [self.read_part(part, split) for part in self.parts]
 
-    def files(self, part: str, split: str) -> tuple[Path, Path]:
-        """The files of a split's captions and of its list of images."""
-        folder = self.annotation_folder()
-        captions = folder / "captions" / f"cap.{part}.{split}.json"
-        images = folder / "image_splits" / f"split.{part}.{split}.json"
-        return captions, images
+    def annotation_folder(self) -> Path:
+        """The folder of the benchmark's own files."""
+        return self.data_root / self.folder
 
     def read_part(self, part: str, split: str) -> Split:
         """One part of a split, see `read`."""
-        captions_file, images_file = self.files(part, split)
+        queries_file, images_file = self.files(part, split)
         paths = locate(
-            self._image_places(images_file),
+            self.image_places(images_file),
             self.image_folders(part),
             root=self.data_root,
             listed_in=images_file,
+            remedy=self.remedy,
         )
         triplets = []
-        for place, content in enumerate(read(captions_file, list)):
-            entry = Entry(content, captions_file, f"entry {place}")
-            triplet = self._triplet(entry, split)
+        place_of_id: dict[int | str, str] = {}
+        for entry in self.entries(queries_file):
+            triplet = self.triplet(entry, split)
             check_known([*triplet.images, *triplet.group], paths, entry, images_file)
-            searchable = split == self.train_split or triplet.reference != triplet.target
+            searchable = split == self.train_split or triplet.reference not in triplet.targets
             entry.check(searchable, "a target other than the reference")
+            distinct = len(set(triplet.targets)) == len(triplet.targets)
+            entry.check(distinct, "targets that do not repeat")
+            self._check_id(triplet, entry, place_of_id)
             triplets.append(triplet)
-        check(bool(triplets), captions_file, "at least one triplet")
-        _check_pair_ids(triplets, captions_file)
-        whole = Split(name=self._part_name(part, split), triplets=triplets, image_paths=paths)
+        check(bool(triplets), queries_file, "at least one triplet", remedy=self.remedy)
+        whole = Split(name=self.part_name(part, split), triplets=triplets, image_paths=paths)
         remaining = whole.without(self.excluded)
         if not remaining.triplets:
             raise UserError(
-                f"--exclusions leaves none of the triplets of {captions_file}: exclude fewer images"
+                f"--exclusions leaves none of the triplets of {queries_file}: exclude fewer images"
             )
         return remaining
 
-    def metrics(self, rankings: Mapping[str, "Ranking"]) -> dict[str, float]:
+    def _check_id(self, triplet: Triplet, entry: Entry, place_of_id: dict[int | str, str]) -> None:
+        """Raise UserError where an earlier entry has the same id: the query would be counted twice."""
+        own = triplet.pair_id
+        if own is not None and place_of_id.setdefault(own, entry.where) != entry.where:
+            raise UserError(
+                f"{entry.file}: {place_of_id[own]} and {entry.where} have the same {self.id_name} {own}: "
+                f"{entry.remedy}"
+            )
+
+    def entries(self, queries_file: Path) -> Iterator[Entry]:
+        """The queries of a file, in order: those of a JSON list."""
+        for place, content in enumerate(read(queries_file, list)):
+            yield Entry(content, queries_file, f"entry {place}", remedy=self.remedy)
+
+    def metrics(
+        self, splits: Iterable[Split], rankings: Mapping[str, "Ranking"]
+    ) -> dict[str, float]:
         """All metrics, by the names of the CSV files, from the validation splits ranked under one protocol."""
         scores = {}
-        for split, ranking in rankings.items():
-            in_group = None if ranking.group_ranks is None else ranking.group_ranks.numpy()
-            scores[split] = self.score(ranking.known_ranks.numpy(), in_group)
+        for split in splits:
+            scores[split.name] = self.score(rankings[split.name].ranks_in(split))
         return self.summary(scores)
+
+    def titled(self, metrics: Container[str]) -> dict[str, str]:
+        """Metric -> its title in a table, of those that were measured."""
+        return {metric: title for metric, title in self.titles.items() if metric in metrics}
 
     @classmethod
     def best_clips(cls) -> dict[str, str]:
@@ -159,66 +210,68 @@ class Benchmark(ABC):
 
     def part_names(self, split: str) -> list[str]:
         """What the parts of a split are called."""
-        return [self._part_name(part, split) for part in self.parts]
+        return [self.part_name(part, split) for part in self.parts]
+
+    def part_name(self, part: str, split: str) -> str:
+        """What a part of a split is called: as the split, where there is one part."""
+        return split
 
     @abstractmethod
-    def annotation_folder(self) -> Path:
-        """The folder that holds captions/ and image_splits/."""
+    def files(self, part: str, split: str) -> tuple[Path, Path]:
+        """The files of a split's queries and of its list of images. One file may be both."""
 
     @abstractmethod
     def image_folders(self, part: str) -> list[Path]:
         """The folders that may hold a part's images, the official one first."""
 
     @abstractmethod
-    def _part_name(self, part: str, split: str) -> str:
-        """What a part of a split is called."""
-
-    @abstractmethod
-    def _image_places(self, images_file: Path) -> dict[str, str]:
+    def image_places(self, images_file: Path) -> dict[str, str]:
         """Image name -> path relative to a folder of images, from a list of a split's images."""
 
     @abstractmethod
-    def _triplet(self, entry: Entry, split: str) -> Triplet:
-        """The query of an entry of a captions file."""
+    def triplet(self, entry: Entry, split: str) -> Triplet:
+        """The query of an entry."""
 
-    @abstractmethod
     def caption(self, captions: tuple[str, ...]) -> str:
         """The text of a query at evaluation."""
+        return captions[0]
 
-    @abstractmethod
+    def evaluation_texts(self, captions: tuple[str, ...]) -> list[str]:
+        """What protocols ask a query with: a text for each of `texts`."""
+        return [self.caption(captions)]
+
     def caption_variants(self, captions: tuple[str, ...]) -> list[str]:
         """The texts of a triplet in training, equally likely; as many for every triplet."""
+        return [self.caption(captions)]
 
-    def score(self, ranks: "np.ndarray", group_ranks: "np.ndarray | None") -> dict[str, float]:
-        """Recalls of one split, in percent, from what `hits` takes."""
-        return {name: percentage(hit) for name, hit in self.hits(ranks, group_ranks).items()}
+    def score(self, ranks: Ranks) -> dict[str, float]:
+        """Means over one split's queries, in percent, of all that some of them count for."""
+        scores = {}
+        for name, values in self.hits(ranks).items():
+            mean = percentage(values)
+            if mean is not None:
+                scores[name] = mean
+        return scores
 
     @abstractmethod
-    def hits(
-        self, ranks: "np.ndarray", group_ranks: "np.ndarray | None"
-    ) -> "dict[str, np.ndarray]":
-        """Recall -> which queries it counts, (Q,) bool.
+    def hits(self, ranks: Ranks) -> "dict[str, np.ndarray]":
+        """Score -> what each query of a split adds to it, (Q,): a recall true or false, a precision 0 to 1.
 
-        Args:
-            ranks: (Q,) of the targets in the gallery, 0 for the first place.
-            group_ranks: (Q,) of the targets in their groups, None without groups.
+        NaN of a query that does not count for a score, see `metrics.only`.
         """
 
-    @abstractmethod
     def summary(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        """All metrics, by the names of the CSV files, from the recalls of each split.
+        """All metrics, by the names of the CSV files, from the scores of each split: those of the only one.
 
         What selects checkpoints is made of recalls that are named there, so that one more recall in `hits` changes
         what is reported and nothing that is selected.
         """
+        (of_split,) = scores.values()
+        return dict(of_split)
 
 
-def _check_pair_ids(triplets: Sequence[Triplet], captions_file: Path) -> None:
-    """Raise UserError where two entries of a file are one query: it would be counted twice."""
-    places: dict[int, int] = {}
-    for place, triplet in enumerate(triplets):
-        if triplet.pair_id is not None and places.setdefault(triplet.pair_id, place) != place:
-            raise UserError(
-                f"{captions_file}: entry {places[triplet.pair_id]} and entry {place} have the same pairid "
-                f"{triplet.pair_id}: download the official annotation file again"
-            )
+def official_files(folder: Path, part: str, split: str) -> tuple[Path, Path]:
+    """The files of a split's captions and of its list of images, as FashionIQ and CIRR call them."""
+    captions = folder / "captions" / f"cap.{part}.{split}.json"
+    images = folder / "image_splits" / f"split.{part}.{split}.json"
+    return captions, images

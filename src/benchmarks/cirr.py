@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.annotations import Entry, are_texts, check, read
-from benchmarks.base import Benchmark
-from benchmarks.metrics import means
+from benchmarks.base import Benchmark, official_files
+from benchmarks.metrics import Ranks, means
 from benchmarks.protocols import ORIGINAL_REMOVED
 from benchmarks.splits import Triplet
 
@@ -28,12 +28,13 @@ class CIRR(Benchmark):
 
     name = "CIRR"
     run_name = "cirr"
+    folder = "cirr_dataset/cirr"
     parts = ("rc2",)
-    train_split = "train"
-    val_split = "val"
     test_split = "test1"
     official = {"rc2.train": (28225, 16939), "rc2.val": (4181, 2297), "rc2.test1": (4148, 2315)}
     official_wordless = ("pairid 27098",)  # a space
+    id_name = "pairid"
+    id_types = (int,)
     group_size = 6
     protocols = (ORIGINAL_REMOVED,)
     selection = {
@@ -52,22 +53,19 @@ class CIRR(Benchmark):
         "mean(R@5+R_s@1)": "mean(R@5+R_s@1)",
     }
 
-    def annotation_folder(self) -> Path:
-        return self.data_root / "cirr_dataset" / "cirr"
+    def files(self, part: str, split: str) -> tuple[Path, Path]:
+        return official_files(self.annotation_folder(), part, split)
 
     def image_folders(self, part: str) -> list[Path]:
         root = self.data_root / "cirr_dataset"
         return [root, root / "img_raw", root / "images"]
 
-    def _part_name(self, part: str, split: str) -> str:
-        return split
-
-    def _image_places(self, images_file: Path) -> dict[str, str]:
+    def image_places(self, images_file: Path) -> dict[str, str]:
         places = read(images_file, dict)
         check(are_texts(places.values()), images_file, "an object of id -> path")
         return places
 
-    def _triplet(self, entry: Entry, split: str) -> Triplet:
+    def triplet(self, entry: Entry, split: str) -> Triplet:
         triplet = Triplet(
             reference=entry.text("reference"),
             captions=(entry.text("caption"),),
@@ -84,20 +82,12 @@ class CIRR(Benchmark):
         )
         return replace(triplet, group=tuple(group))
 
-    def caption(self, captions: tuple[str, ...]) -> str:
-        return captions[0]
-
-    def caption_variants(self, captions: tuple[str, ...]) -> list[str]:
-        return [captions[0]]
-
-    def hits(
-        self, ranks: "np.ndarray", group_ranks: "np.ndarray | None"
-    ) -> "dict[str, np.ndarray]":
-        if group_ranks is None:
+    def hits(self, ranks: Ranks) -> "dict[str, np.ndarray]":
+        if ranks.in_group is None:
             raise ValueError("CIRR is measured in the groups of its queries too")
-        hits = {f"group_recall_at{k}": group_ranks < k for k in GROUP_RECALLS}
+        hits = {f"group_recall_at{k}": ranks.in_group < k for k in GROUP_RECALLS}
         for k in RECALLS:
-            hits[f"recall_at{k}"] = ranks < k
+            hits[f"recall_at{k}"] = ranks.named < k
         return hits
 
     def summary(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

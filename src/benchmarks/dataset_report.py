@@ -104,9 +104,9 @@ def read_parts(
 def _count(
     benchmark: Benchmark, part: str, split: str, records: Split, *, official: bool, report: Report
 ) -> None:
-    """The entries of a part's two files beside those of the official ones."""
+    """The entries of a part's two files beside those of the official ones, where there are any."""
     counts = (len(records.triplets), len(records.names))
-    official_counts = benchmark.official[f"{part}.{split}"]
+    official_counts = benchmark.official.get(f"{part}.{split}", counts)
     for file, count, expected in zip(
         benchmark.files(part, split), counts, official_counts, strict=True
     ):
@@ -117,31 +117,30 @@ def _count(
 
 def remark_on_annotations(benchmark: Benchmark, parts: Parts, report: Report) -> None:
     """How the lists overlap, targets and triplets that repeat, captions that are empty, wordless or the same."""
-    listed: dict[str, list[str]] = {split: [] for split in benchmark.splits}
-    triplets: dict[str, list[Triplet]] = {split: [] for split in benchmark.splits}
+    listed: dict[str, list[str]] = {split: [] for split in benchmark.splits.values()}
+    triplets: dict[str, list[Triplet]] = {split: [] for split in benchmark.splits.values()}
     for (_, split), records in parts.items():
         listed[split] += records.names
         triplets[split] += records.triplets
     _remark_on_repeats(benchmark, listed, report)
-    _remark_on_leaks(benchmark, listed, triplets, report)
-    targets = Counter(triplet.target for triplet in triplets[benchmark.train_split])
-    repeated = [str(name) for name, count in targets.items() if count > 1]
-    effect = "targets repeat: in one batch they are each other's negatives, unless --mask-duplicate-targets"
-    _say_if(repeated, NOTE, benchmark.train_split, effect, report=report)
+    if benchmark.train_split is not None:
+        _remark_on_training(benchmark.train_split, listed, triplets, report)
     for (part, split), records in parts.items():
-        _remark_on_asked_twice(f"{part} {split}", records, report)
+        _remark_on_asked_twice(benchmark, f"{part} {split}", records, report)
     for split, of_split in triplets.items():
         _remark_on_captions(benchmark, split, of_split, report)
 
 
-def _remark_on_asked_twice(where: str, records: Split, report: Report) -> None:
+def _remark_on_asked_twice(
+    benchmark: Benchmark, where: str, records: Split, report: Report
+) -> None:
     """Triplets that a file has more than once, and so are more of its metrics than others."""
-    first: dict[tuple[str, str | None, tuple[str, ...]], int] = {}
+    first: dict[tuple[str, tuple[str, ...], tuple[str, ...]], int] = {}
     again = []
     for place, triplet in enumerate(records.triplets):
-        asked = (triplet.reference, triplet.target, tuple(sorted(triplet.captions)))
+        asked = (triplet.reference, triplet.targets, tuple(sorted(triplet.captions)))
         if first.setdefault(asked, place) != place:
-            again.append(f"entries {first[asked]} and {place}: {_query(triplet)}")
+            again.append(f"entries {first[asked]} and {place}: {_query(benchmark, triplet)}")
     if records.is_secret:
         _say_if(
             again, NOTE, where, "queries are asked again; their targets may differ", report=report
@@ -158,7 +157,7 @@ def _remark_on_captions(
     wordless: dict[str, list[str]] = {NOTE: [], FINDING: []}
     same = []
     for triplet in triplets:
-        query = _query(triplet)
+        query = _query(benchmark, triplet)
         said = [bool(caption.strip()) for caption in triplet.captions]
         if not all(said):
             empty.append(query)
@@ -196,18 +195,23 @@ def _remark_on_repeats(
     report.say(NOTE, "image lists", f"{counts}. {benchmark.counts_explained}".rstrip())
 
 
-def _remark_on_leaks(
-    benchmark: Benchmark,
+def _remark_on_training(
+    train: str,
     listed: Mapping[str, list[str]],
     triplets: Mapping[str, list[Triplet]],
     report: Report,
 ) -> None:
-    """Images of training that validation or test have too."""
-    train = benchmark.train_split
+    """Targets that repeat, and images of training that validation or test have too."""
+    targets: Counter[str] = Counter()
+    for triplet in triplets[train]:
+        targets.update(triplet.targets)
+    repeated = [name for name, count in targets.items() if count > 1]
+    effect = "targets repeat: in one batch they are each other's negatives, unless --mask-duplicate-targets"
+    _say_if(repeated, NOTE, train, effect, report=report)
     trained_on: set[str] = set()
     for triplet in triplets[train]:
         trained_on.update(triplet.images)
-    for other in (benchmark.val_split, benchmark.test_split):
+    for other in [split for split in triplets if split != train]:
         where = f"{train} and {other}"
         shared = sorted(set(listed[train]) & set(listed[other]))
         _say_if(
@@ -217,8 +221,10 @@ def _remark_on_leaks(
             "images are in lists of both: splits are apart only within a part",
             report=report,
         )
-        targets = {triplet.target for triplet in triplets[other] if triplet.target is not None}
-        seen = sorted(targets & trained_on)
+        sought: set[str] = set()
+        for triplet in triplets[other]:
+            sought.update(triplet.targets)
+        seen = sorted(sought & trained_on)
         _say_if(seen, NOTE, where, f"targets of {other} are in training triplets", report=report)
 
 
@@ -228,9 +234,9 @@ def _say_if(ids: Sequence[str], level: str, where: str, text: str, *, report: Re
         report.say(level, where, f"{len(ids):,} {text}", ids)
 
 
-def _query(triplet: Triplet) -> str:
+def _query(benchmark: Benchmark, triplet: Triplet) -> str:
     if triplet.pair_id is not None:
-        return f"pairid {triplet.pair_id}"
+        return f"{benchmark.id_name} {triplet.pair_id}"
     return f"{triplet.reference} -> {triplet.target or '?'}"
 
 
@@ -282,7 +288,9 @@ def _layouts(benchmark: Benchmark, paths: Iterable[Path]) -> dict[str, int]:
 def _roles(records: Split) -> dict[str, set[str]]:
     """What a part's images are: references of queries, targets, and distractors, which are neither."""
     references = {triplet.reference for triplet in records.triplets}
-    targets = {triplet.target for triplet in records.triplets if triplet.target is not None}
+    targets: set[str] = set()
+    for triplet in records.triplets:
+        targets.update(triplet.targets)
     distractors = records.image_paths.keys() - references - targets
     return {"query": references, "target": targets, "distractor": distractors}
 

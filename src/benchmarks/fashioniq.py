@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.annotations import Entry, are_texts, check, read
-from benchmarks.base import Benchmark
+from benchmarks.base import Benchmark, official_files
+from benchmarks.metrics import Ranks
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_KEPT, VAL_REMOVED
 from benchmarks.splits import Triplet
 
@@ -20,10 +21,8 @@ class FashionIQ(Benchmark):
 
     name = "FashionIQ"
     run_name = "fiq"
+    folder = "fashionIQ_dataset"
     parts = ("dress", "toptee", "shirt")
-    train_split = "train"
-    val_split = "val"
-    test_split = "test"
     official = {
         "dress.train": (5985, 11452), "dress.val": (2017, 3817), "dress.test": (2024, 3818),
         "shirt.train": (5988, 19036), "shirt.val": (2038, 6346), "shirt.test": (2038, 6346),
@@ -49,8 +48,8 @@ class FashionIQ(Benchmark):
     }
     hyper_parameters = {"train_dress_types": list(parts), "val_dress_types": list(parts)}
 
-    def annotation_folder(self) -> Path:
-        return self.data_root / "fashionIQ_dataset"
+    def files(self, part: str, split: str) -> tuple[Path, Path]:
+        return official_files(self.annotation_folder(), part, split)
 
     def image_folders(self, part: str) -> list[Path]:
         """images/ as in the official layout, or by category; an id of two categories may lie under the other one."""
@@ -61,16 +60,16 @@ class FashionIQ(Benchmark):
             folders += [root / kind / category for category in own_first]
         return folders
 
-    def _part_name(self, part: str, split: str) -> str:
+    def part_name(self, part: str, split: str) -> str:
         return part
 
-    def _image_places(self, images_file: Path) -> dict[str, str]:
+    def image_places(self, images_file: Path) -> dict[str, str]:
         names = read(images_file, list)
         check(are_texts(names), images_file, "a list of image ids")
         check(len(set(names)) == len(names), images_file, "ids that do not repeat")
         return {name: f"{name}.jpg" for name in names}
 
-    def _triplet(self, entry: Entry, split: str) -> Triplet:
+    def triplet(self, entry: Entry, split: str) -> Triplet:
         captions = entry.list("captions")
         entry.check(len(captions) == 2 and are_texts(captions), "two captions")
         return Triplet(
@@ -91,10 +90,8 @@ class FashionIQ(Benchmark):
             second.capitalize(),
         ]
 
-    def hits(
-        self, ranks: "np.ndarray", group_ranks: "np.ndarray | None"
-    ) -> "dict[str, np.ndarray]":
-        return {f"recall_at{k}": ranks < k for k in RECALLS}
+    def hits(self, ranks: Ranks) -> "dict[str, np.ndarray]":
+        return {f"recall_at{k}": ranks.named < k for k in RECALLS}
 
     def summary(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         metrics = {}

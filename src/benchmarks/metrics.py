@@ -1,7 +1,8 @@
-"""Arithmetic on hits and metrics: recall, means, seeds together."""
+"""Arithmetic on ranks and metrics: recall, average precision, means, seeds together."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from utils import two_decimals
@@ -10,9 +11,73 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def percentage(hits: "np.ndarray") -> float:
-    """Percentage of the queries that are hits, (Q,) bool: the recall at k of the hits `ranks < k`."""
-    return 100 * int(hits.sum()) / len(hits)
+NO_RANK = 2**31 - 1  # behind every gallery: of a target that a query does not have
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where the targets of a split's queries are found, 0 for the first place: all that metrics are made of.
+
+    Attributes:
+        named: (Q,) of each query's named target in the gallery.
+        others: (Q, T - 1) of its other targets, NO_RANK where it has fewer; None where no query has any.
+        in_group: (Q,) of the named target in the query's group; None without groups.
+        kinds: kind of query -> the queries that are of it, by their numbers.
+    """
+
+    named: "np.ndarray"
+    others: "np.ndarray | None" = None
+    in_group: "np.ndarray | None" = None
+    kinds: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    @property
+    def of_all(self) -> "np.ndarray":
+        """(Q, T) of all targets, the named one first."""
+        import numpy as np
+
+        return np.column_stack([self.named] if self.others is None else [self.named, self.others])
+
+
+def average_precision(ranks: "np.ndarray", k: int) -> "np.ndarray":
+    """AP at k of each query, (Q,): sum of the precisions at its targets within k / min(number of targets, k).
+
+    As the evaluation code of CIRCO (Baldrati et al., ICCV 2023) has it.
+
+    Args:
+        ranks: (Q, T) of the targets in any order, NO_RANK where a query has fewer.
+
+    Example:
+        >>> average_precision(np.array([[4, 0, NO_RANK]]), 10)  # precisions 1/1 and 2/5
+        array([0.7])
+    """
+    import numpy as np
+
+    places = np.sort(ranks, axis=1) + 1
+    found = np.arange(1, ranks.shape[1] + 1)  # targets up to each place
+    precisions = np.where(places <= k, found / places, 0)
+    targets = (ranks < NO_RANK).sum(axis=1)
+    return precisions.sum(axis=1) / np.minimum(targets, k)
+
+
+def only(queries: Sequence[int], values: "np.ndarray") -> "np.ndarray":
+    """Values (Q,) of some queries, NaN of the others, which do not count."""
+    import numpy as np
+
+    rows = np.array(queries, dtype=int)
+    kept = np.full(len(values), np.nan)
+    kept[rows] = values[rows]
+    return kept
+
+
+def percentage(values: "np.ndarray") -> float | None:
+    """Mean over the queries in percent, from (Q,), 0 to 1 or NaN of a query that does not count; None where none does.
+
+    The recall at k is that of `ranks < k`.
+    """
+    import numpy as np
+
+    counted = values[~np.isnan(values)]
+    return 100 * float(counted.sum()) / len(counted) if len(counted) else None
 
 
 def means(values: Sequence[float]) -> dict[str, float]:

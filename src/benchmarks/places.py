@@ -19,7 +19,7 @@ _ODD = re.compile(r"\.\.|^/|[\\:\0]", re.MULTILINE)
 
 
 def locate(
-    places: Mapping[str, str], folders: list[Path], *, root: Path, listed_in: Path
+    places: Mapping[str, str], folders: list[Path], *, root: Path, listed_in: Path, remedy: str
 ) -> dict[str, Path]:
     """The file of each image: its place below the first folder where it is, or below the very first if it is nowhere.
 
@@ -27,6 +27,7 @@ def locate(
         places: image name -> path relative to a folder, or a full one below the root.
         root: the data root.
         listed_in: the file that says it.
+        remedy: what to do with it where it is wrong.
 
     Raises:
         UserError: a name or a place leads out of the root, or a file there is a link that does.
@@ -35,7 +36,7 @@ def locate(
         for name, place in places.items():
             if _LEADS_AWAY.search(name) or not _is_below(root, place):
                 raise UserError(
-                    f"{listed_in}: the image {name!r} at {place!r} leads out of the dataset: get the official file anew"
+                    f"{listed_in}: the image {name!r} at {place!r} leads out of the dataset: {remedy}"
                 )
     first, *others = folders
     others = [folder for folder in others if folder.is_dir()]

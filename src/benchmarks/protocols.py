@@ -1,4 +1,7 @@
-"""Evaluation protocols: which images of a split a query may retrieve. Published tables mix four of them."""
+"""Evaluation protocols: which images of a split a query may retrieve, and with which text it asks.
+
+Published tables of FashionIQ mix four of them, those of CIRCO four others.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,15 +23,17 @@ class Protocol:
     Attributes:
         gallery: "original", all images of the split's list, or "VAL", the references and targets of its triplets.
         reference: "kept" or "removed".
+        text: "" for the caption of the change alone, or what a benchmark asks with instead, as "concept".
     """
 
     gallery: str
     reference: str
+    text: str = ""
 
     @property
     def name(self) -> str:
         """What `--protocol` and the results call it."""
-        return f"{self.gallery}-{self.reference}"
+        return "-".join(filter(None, (self.gallery, self.reference, self.text)))
 
     def gallery_size(self, split: Split) -> int:
         """Images that a query searches, its own reference counted in."""
@@ -54,17 +59,20 @@ class Protocol:
         return similarity
 
 
-# The start kit, CLIP4Cir, SPRC, CaLa, SEARLE, LinCIR, Pic2Word.
+# FashionIQ: the start kit, CLIP4Cir, SPRC, CaLa, SEARLE, LinCIR, Pic2Word. CIRCO: SEARLE, LinCIR.
 ORIGINAL_KEPT = Protocol("original", "kept")
-# SPN4CIR, CoVR, HABIT, INTENT, ARTEMIS; CIRR's own.
+# FashionIQ: SPN4CIR, CoVR, HABIT, INTENT, ARTEMIS. CIRR: its own. CIRCO: CoVR.
 ORIGINAL_REMOVED = Protocol("original", "removed")
 # TG-CIR, COMBINER, DQU-CIR, ENCODER and OFFSET by default.
 VAL_REMOVED = Protocol("VAL", "removed")
 # CoSMo.
 VAL_KEPT = Protocol("VAL", "kept")
-PROTOCOLS = {
-    protocol.name: protocol for protocol in (ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_REMOVED, VAL_KEPT)
-}
+# CIRCO, with what reference and targets share in the text: ConText-CIR; MagicLens and BGE-VL ask so too.
+CONCEPT_KEPT = Protocol("original", "kept", "concept")
+# CIRCO: nobody that we know of; the counterpart of CoVR's.
+CONCEPT_REMOVED = Protocol("original", "removed", "concept")
+_ALL = (ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_REMOVED, VAL_KEPT, CONCEPT_KEPT, CONCEPT_REMOVED)
+PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
 
 
 def choose_protocols(

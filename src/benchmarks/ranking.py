@@ -1,4 +1,4 @@
-"""Queries ranked: ranks of the targets by counting, the k nearest, and the record of both for a split."""
+"""Queries ranked: ranks of their targets by counting, the k nearest, and the record of both for a split."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -6,7 +6,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from benchmarks.metrics import NO_RANK, Ranks
 from benchmarks.protocols import Protocol
+from benchmarks.splits import NO_ROW, Split
 
 
 class NotFiniteError(ValueError):
@@ -55,6 +57,23 @@ def target_ranks(similarity: Tensor, targets: Tensor) -> Tensor:
     return before.long()
 
 
+def other_target_ranks(similarity: Tensor, targets: Tensor) -> Tensor:
+    """Ranks of several targets of each query, see `target_ranks`.
+
+    Args:
+        similarity: (Q, N).
+        targets: (Q, T) columns; NO_ROW where a query has fewer.
+
+    Returns:
+        (Q, T) ranks; NO_RANK where there is no target.
+    """
+    ranks = torch.full_like(targets, NO_RANK)
+    for place, column in enumerate(targets.unbind(1)):
+        there = (column != NO_ROW).nonzero().flatten()
+        ranks[there, place] = target_ranks(similarity[there], column[there])
+    return ranks
+
+
 def nearest(similarity: Tensor, k: int) -> Tensor:
     """Columns of the k largest similarities of each row, the largest first; equal ones in the order of the columns.
 
@@ -84,8 +103,9 @@ class Ranking:
     Attributes:
         nearest: (Q, k) gallery rows, the nearest first.
         similarities: (Q, k) of those; -inf marks what could not be retrieved and is no answer.
-        ranks: (Q,) of the targets; None where they are secret.
-        group_ranks: (Q,) of the targets among the others of their group; None without groups or where secret.
+        ranks: (Q,) of the named targets; None where they are secret.
+        other_ranks: (Q, T - 1) of the other targets, NO_RANK where a query has fewer; None where no query has any.
+        group_ranks: (Q,) of the named targets among the others of their group; None without groups or where secret.
         nearest_in_group: (Q, g) gallery rows of the nearest in the group; None without groups.
         group_similarities: (Q, g) of those.
     """
@@ -93,16 +113,36 @@ class Ranking:
     nearest: Tensor
     similarities: Tensor
     ranks: Tensor | None = None
+    other_ranks: Tensor | None = None
     group_ranks: Tensor | None = None
     nearest_in_group: Tensor | None = None
     group_similarities: Tensor | None = None
 
     @property
     def known_ranks(self) -> Tensor:
-        """The ranks. Raises ValueError where the targets are secret."""
+        """The ranks of the named targets. Raises ValueError where they are secret."""
         if self.ranks is None:
             raise ValueError("the targets are secret: nothing has a rank")
         return self.ranks
+
+    @property
+    def known_other_ranks(self) -> list[list[int]]:
+        """The ranks of each query's other targets, as many as it has."""
+        if self.other_ranks is None:
+            return [[] for _ in self.known_ranks]
+        ranks = []
+        for row in self.other_ranks.tolist():
+            ranks.append([rank for rank in row if rank != NO_RANK])
+        return ranks
+
+    def ranks_in(self, split: Split) -> Ranks:
+        """What metrics are made of, from the split that was ranked. Raises ValueError where the targets are secret."""
+        return Ranks(
+            self.known_ranks.numpy(),
+            others=None if self.other_ranks is None else self.other_ranks.numpy(),
+            in_group=None if self.group_ranks is None else self.group_ranks.numpy(),
+            kinds=split.queries_of_kinds,
+        )
 
     def answers(self, names: Sequence[str]) -> list[list[tuple[str, float]]]:
         """Names and similarities of what each query retrieved, from the names of the gallery."""

@@ -1,28 +1,29 @@
 """The files that test servers take: their content, the rules they must keep, their metrics where answers are known.
 
 CIRR: two objects pair id -> ranked ids, one of the whole gallery and one of the query's group. FashionIQ: for each
-category the list of captions with a ranking in each entry.
+category the list of captions with a ranking in each entry. CIRCO: one object query id -> ranked ids.
 """
 
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from benchmarks.annotations import are_texts, read
 from benchmarks.base import Benchmark
+from benchmarks.circo import CIRCO
 from benchmarks.cirr import CIRR
 from benchmarks.fashioniq import FashionIQ
+from benchmarks.metrics import NO_RANK, Ranks
 from benchmarks.splits import Split, Triplet
+from benchmarks.triplets import Triplets
 from runtime.files import parse_json, read_text
 from utils import UserError
 
-if TYPE_CHECKING:
-    import numpy as np
-
+ID_DIGITS = 12  # of an image of COCO, as its file is called
 Content = TypeVar("Content", dict[str, Any], list[Any])  # of a file, parsed
 
 
@@ -45,6 +46,7 @@ class Form(ABC, Generic[Content]):
     Attributes:
         kind: the benchmark it is for.
         k, group_k: answers a query, in the gallery and in its group.
+        slots: what the files of a submission are called by `slot`, each there once.
 
     Args:
         benchmark: without exclusions: files must keep the rules of the whole.
@@ -53,12 +55,23 @@ class Form(ABC, Generic[Content]):
 
     kind: type[Benchmark]
     k: int
-    group_k: int
+    group_k: int = 0
+    slots: tuple[str, ...] = ("",)
 
     def __init__(self, benchmark: Benchmark, split: str) -> None:
         self.benchmark = benchmark
         self.split = split
         self.parts = {part.name: part for part in benchmark.read(split)}
+
+    @property
+    def whole(self) -> Split:
+        """The split's only part."""
+        (part,) = self.parts.values()
+        return part
+
+    def slot(self, file: str, content: Content) -> str:
+        """Which of a submission's files one of that name and content is, if it keeps the rules."""
+        return ""
 
     @abstractmethod
     def files(self, name: str, answered: Sequence[Answered]) -> dict[str, str]:
@@ -74,7 +87,11 @@ class Form(ABC, Generic[Content]):
 
     @abstractmethod
     def metrics(self, contents: Mapping[str, Content]) -> dict[str, float]:
-        """The metrics of files that keep the rules, by file name, for a split whose answers are known."""
+        """The metrics of files that keep the rules, by file name, for a split whose answers are known.
+
+        Args:
+            contents: one file for each slot.
+        """
 
 
 class CirrForm(Form[dict[str, Any]]):
@@ -84,14 +101,12 @@ class CirrForm(Form[dict[str, Any]]):
     k = 50
     group_k = 3
     lengths = {"recall": k, "recall_subset": group_k}
+    slots = ("recall", "recall_subset")
     version = "rc2"
     most_bytes = 5_000_000
 
-    @property
-    def whole(self) -> Split:
-        """The split's only part."""
-        (part,) = self.parts.values()
-        return part
+    def slot(self, file: str, content: dict[str, Any]) -> str:
+        return content["metric"]
 
     def files(self, name: str, answered: Sequence[Answered]) -> dict[str, str]:
         (answers,) = answered
@@ -149,7 +164,8 @@ class CirrForm(Form[dict[str, Any]]):
         for content in contents.values():
             lists = [content[str(triplet.pair_id)] for triplet in self.whole.triplets]
             ranks[content["metric"]] = listed_ranks(lists, self.whole)
-        recalls = self.benchmark.score(ranks["recall"], ranks["recall_subset"])
+        in_group = ranks["recall_subset"].named
+        recalls = self.benchmark.score(replace(ranks["recall"], in_group=in_group))
         return self.benchmark.summary({self.whole.name: recalls})
 
 
@@ -158,7 +174,10 @@ class FashionIQForm(Form[list[Any]]):
 
     kind = FashionIQ
     k = 50
-    group_k = 0
+    slots = FashionIQ.parts
+
+    def slot(self, file: str, content: list[Any]) -> str:
+        return _category(file)
 
     def files(self, name: str, answered: Sequence[Answered]) -> dict[str, str]:
         files = {}
@@ -208,7 +227,7 @@ class FashionIQForm(Form[list[Any]]):
         for file, content in contents.items():
             category = _category(file)
             ranks = listed_ranks([entry["ranking"] for entry in content], self.parts[category])
-            scores[category] = self.benchmark.score(ranks, None)
+            scores[category] = self.benchmark.score(ranks)
         return self.benchmark.summary(scores)
 
 
@@ -216,8 +235,89 @@ def _category(file: str) -> str:
     return Path(file).name.split(".")[0]
 
 
+class ListsForm(Form[dict[str, Any]]):
+    """{name}.json: an object query's id -> the images that it retrieved, for a benchmark of one part."""
+
+    def image(self, value: Any) -> str | None:
+        """What the benchmark calls an image of a file; None where it can be none."""
+        return value if isinstance(value, str) else None
+
+    def written(self, image: str) -> Any:
+        """What a file calls an image of the benchmark."""
+        return image
+
+    def files(self, name: str, answered: Sequence[Answered]) -> dict[str, str]:
+        (answers,) = answered
+        content = {}
+        for key, images in zip(_keys(answers.split), answers.nearest, strict=True):
+            content[key] = [self.written(image) for image in images]
+        return {f"{name}.json": json.dumps(content)}
+
+    def violations(self, file: str, content: dict[str, Any], size: int) -> list[str]:
+        keys = _keys(self.whole)
+        violations = [f"id {key}: no query" for key in sorted(content.keys() - set(keys))]
+        for key in keys:
+            problems = self._problems(content[key]) if key in content else ["missing"]
+            violations += [f"id {key}: {problem}" for problem in problems]
+        return violations
+
+    def _problems(self, listed: Any) -> list[str]:
+        """What is wrong with the images of one query."""
+        images = [self.image(value) for value in listed] if isinstance(listed, list) else [None]
+        if not are_texts(images):
+            return ["not a list of image ids"]
+        problems = _foreign([str(image) for image in images], self.whole)
+        fewest = min(self.k, len(self.whole.names) - 1)  # of a small gallery, without the reference
+        if not fewest <= len(images) <= self.k:
+            problems.append(f"{len(images)} ids instead of {fewest}")
+        return problems
+
+    def metrics(self, contents: Mapping[str, dict[str, Any]]) -> dict[str, float]:
+        (content,) = contents.values()
+        lists = []
+        for key in _keys(self.whole):
+            lists.append([str(self.image(value)) for value in content[key]])
+        scores = self.benchmark.score(listed_ranks(lists, self.whole))
+        return self.benchmark.summary({self.whole.name: scores})
+
+
+def _keys(split: Split) -> list[str]:
+    """What a file calls each query: its id, or its number where it has none."""
+    keys = []
+    for number, triplet in enumerate(split.triplets):
+        keys.append(str(number if triplet.pair_id is None else triplet.pair_id))
+    return keys
+
+
+class CircoForm(ListsForm):
+    """CIRCO: ids are whole numbers; the server casts texts to them."""
+
+    kind = CIRCO
+    k = 50
+
+    def image(self, value: Any) -> str | None:
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        is_digits = isinstance(value, str) and value.isascii() and value.isdigit()
+        return str(int(value)) if is_number or (is_digits and len(value) <= ID_DIGITS) else None
+
+    def written(self, image: str) -> Any:
+        return int(image)
+
+
+class TripletsForm(ListsForm):
+    """Your own triplets: for nobody's server, and so without rules but those of a list."""
+
+    kind = Triplets
+    k = 50
+
+
+FORMS: dict[str, type[Form[Any]]] = {
+    form.kind.name: form for form in (CirrForm, FashionIQForm, CircoForm, TripletsForm)
+}
+
+
 def parse_submission(file: Path) -> dict[str, Any] | list[Any]:
-    """The content of a submission file: an object for CIRR, a list for FashionIQ.
+    """The content of a submission file: an object for CIRR and CIRCO, a list for FashionIQ.
 
     Raises:
         UserError: there is no file, or it is no JSON of these kinds.
@@ -230,26 +330,32 @@ def parse_submission(file: Path) -> dict[str, Any] | list[Any]:
         ) from None
     if not isinstance(content, dict | list):
         raise UserError(
-            f"{file} holds a {type(content).__name__}, neither an object (CIRR) nor a list (FashionIQ)"
+            f"{file} holds a {type(content).__name__}, neither an object (CIRR, CIRCO) nor a list (FashionIQ)"
         )
     return content
 
 
 def form_of(content: dict[str, Any] | list[Any]) -> type[Form[Any]]:
-    """The form that a file's content has."""
-    return CirrForm if isinstance(content, dict) else FashionIQForm
+    """The form that a file's content has: that of CIRR says its version and its metric.
+
+    Answers to your own triplets look like those to CIRCO, so nothing but --dataset tells them.
+    """
+    if isinstance(content, list):
+        return FashionIQForm
+    return CirrForm if content.keys() & {"version", "metric"} else CircoForm
 
 
-def listed_ranks(lists: Sequence[list[str]], split: Split) -> "np.ndarray":
-    """Ranks (Q,) of the targets in lists of ids; one that is not listed counts as the last of the gallery."""
+def listed_ranks(lists: Sequence[list[str]], split: Split) -> Ranks:
+    """Ranks of the targets in lists of ids; one that is not listed comes behind all of the gallery."""
     import numpy as np
 
-    beyond = len(split.names)
-    ranks = []
-    for ids, triplet in zip(lists, split.triplets, strict=True):
-        target = triplet.known_target
-        ranks.append(ids.index(target) if target in ids else beyond)
-    return np.array(ranks)
+    most = 1 + split.most_other_targets
+    ranks = np.full((len(lists), most), NO_RANK)
+    for row, (ids, triplet) in enumerate(zip(lists, split.triplets, strict=True)):
+        for column, target in enumerate(triplet.targets):
+            ranks[row, column] = ids.index(target) if target in ids else len(split.names)
+    others = ranks[:, 1:] if most > 1 else None
+    return Ranks(ranks[:, 0], others=others, kinds=split.queries_of_kinds)
 
 
 def _are_ids(ids: Any) -> bool:

@@ -11,22 +11,28 @@ from pathlib import Path
 from runtime.files import file_size
 from utils import UserError
 
+NO_ROW = -1  # in place of a gallery row
+
 
 @dataclass(frozen=True, kw_only=True)
 class Triplet:
     """One composed query, whichever benchmark it came from.
 
     Attributes:
-        target: None where the answer is secret.
+        target: the one that the query was written for; None where the answer is secret.
+        other_targets: further images that answer it, where a benchmark knows some.
         group: CIRR's subset of similar images, the reference among them.
-        pair_id: CIRR's number of the query.
+        pair_id: what its file calls the query: a number as CIRR's, or a text.
+        kinds: what is asked for, where a benchmark also measures kinds of queries apart.
     """
 
     reference: str
     captions: tuple[str, ...]
     target: str | None = None
+    other_targets: tuple[str, ...] = ()
     group: tuple[str, ...] = ()
-    pair_id: int | None = None
+    pair_id: int | str | None = None
+    kinds: tuple[str, ...] = ()
 
     @property
     def known_target(self) -> str:
@@ -36,9 +42,14 @@ class Triplet:
         return self.target
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """All targets, the named one first; none where they are secret."""
+        return () if self.target is None else (self.target, *self.other_targets)
+
+    @property
     def images(self) -> list[str]:
-        """The reference, and the target if it is known."""
-        return [self.reference] if self.target is None else [self.reference, self.target]
+        """The reference, and the targets if they are known."""
+        return [self.reference, *self.targets]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +101,31 @@ class Split:
 
     @property
     def target_rows(self) -> list[int]:
-        """Gallery row of each query's target, Q of them."""
+        """Gallery row of each query's named target, Q of them."""
         return [self.row_of[triplet.known_target] for triplet in self.triplets]
+
+    @functools.cached_property
+    def most_other_targets(self) -> int:
+        """The largest number of targets beside the named one that a query has."""
+        return max(len(triplet.other_targets) for triplet in self.triplets)
+
+    @property
+    def other_target_rows(self) -> list[list[int]]:
+        """Gallery rows of each query's other targets, Q lists; NO_ROW fills up those of queries that have fewer."""
+        rows = []
+        for triplet in self.triplets:
+            own = [self.row_of[name] for name in triplet.other_targets]
+            rows.append(own + [NO_ROW] * (self.most_other_targets - len(own)))
+        return rows
+
+    @property
+    def queries_of_kinds(self) -> dict[str, list[int]]:
+        """Kind of query -> the numbers of those that are of it, in order."""
+        queries: dict[str, list[int]] = {}
+        for number, triplet in enumerate(self.triplets):
+            for kind in triplet.kinds:
+                queries.setdefault(kind, []).append(number)
+        return queries
 
     @property
     def group_rows(self) -> list[list[int]]:
@@ -146,7 +180,10 @@ class Split:
 
 def split_digest(split: Split) -> str:
     """SHA-256 of a split's queries, their answers and the names of its gallery, in order."""
-    queries = [[t.reference, t.captions, t.target, t.group] for t in split.triplets]
+    queries = []
+    for t in split.triplets:
+        answer = t.targets if t.other_targets else t.target
+        queries.append([t.reference, t.captions, answer, t.group])
     return hashlib.sha256(json.dumps([split.names, queries]).encode()).hexdigest()
 
 

@@ -128,3 +128,11 @@ def in_any_case(names: Iterable[str]) -> Callable[[str], str]:
         return spelled.get(text.lower(), text)
 
     return name
+
+
+def concept_template(text: str) -> str:
+    """A type for flags: a text with {shared_concept} and {relative_caption} in it, and nothing else in braces."""
+    fields = re.findall(r"\{[^{}]*\}|[{}]", text)
+    if sorted(fields) != ["{relative_caption}", "{shared_concept}"]:
+        raise refused(text, "is no text with one {shared_concept} and one {relative_caption} in it")
+    return text

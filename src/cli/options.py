@@ -3,8 +3,9 @@
 import argparse
 import os
 
-from benchmarks import BENCHMARKS, PROTOCOLS
+from benchmarks import BENCHMARKS, CIRCO, PROTOCOLS
 from cli.flag_types import (
+    concept_template,
     expert_count,
     fraction,
     in_any_case,
@@ -104,7 +105,7 @@ def data_root_flag() -> argparse.ArgumentParser:
         type=usable_path,
         default=PROJECT_ROOT,
         metavar="DIR",
-        help="holds fashionIQ_dataset/ and cirr_dataset/ (default: the project's root)",
+        help="holds fashionIQ_dataset/, cirr_dataset/ and the like (default: the project's root)",
     )
     return parser
 
@@ -422,6 +423,25 @@ def pair_flags(required: bool = True, silent: str | None = None) -> argparse.Arg
     return parser
 
 
+def measuring_flags() -> argparse.ArgumentParser:
+    """How a benchmark is measured with a pair."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("measuring")
+    group.add_argument(
+        "--feature-cache",
+        type=usable_path,
+        metavar="DIR",
+        help="keep features on disk, with which an interrupted encoding goes on (default: keep none)",
+    )
+    group.add_argument(
+        "--concept-template",
+        type=concept_template,
+        metavar="TEXT",
+        help=f"text of CIRCO's protocols with the concept (default: {CIRCO.concept_template})",
+    )
+    return parser
+
+
 def evaluation_flags(*, needs_pair: bool = True) -> list[argparse.ArgumentParser]:
     """A trained pair, and where and with what it is measured; the benchmark's name is a flag of its own."""
     return [
@@ -430,6 +450,7 @@ def evaluation_flags(*, needs_pair: bool = True) -> list[argparse.ArgumentParser
         combiner_flags(trains=False),
         tuned_clip_flag(),
         clip_flags(),
+        measuring_flags(),
         machine_flags(),
     ]
 
@@ -477,4 +498,5 @@ def pair_choice(args: argparse.Namespace) -> PairChoice:
         clip=clip_choice(args),
         combiner=combiner_choice(args),
         workers=args.num_workers,
+        feature_cache=getattr(args, "feature_cache", None),
     )

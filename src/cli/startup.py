@@ -102,7 +102,15 @@ def pick_device(name: str | None) -> "torch.device":
 def open_benchmark(args: argparse.Namespace) -> tuple[Benchmark, dict[str, str]]:
     """The benchmark that the flags name, without the images that they exclude, and why those are."""
     reasons = read_exclusions(args.exclusions, args.dataset)
-    return BENCHMARKS[args.dataset](args.data_root, reasons), reasons
+    benchmark = BENCHMARKS[args.dataset](args.data_root, reasons)
+    template = getattr(args, "concept_template", None)
+    if template is not None:
+        if not benchmark.concept_template:
+            raise UserError(
+                f"--concept-template: queries of {benchmark.name} have no shared concept: leave it out"
+            )
+        benchmark.concept_template = template
+    return benchmark, reasons
 
 
 def command_line(script: str, argv: Sequence[str] | None, secret: str | None = None) -> str:

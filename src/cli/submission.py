@@ -1,9 +1,10 @@
-"""What both submission scripts do with their flags."""
+"""What the submission scripts do with their flags."""
 
 import argparse
 from typing import Any
 
 from benchmarks import Benchmark
+from benchmarks.protocols import choose_protocols
 from benchmarks.server_files import Form
 from cli.flag_types import file_name, usable_path
 from cli.options import evaluation_flags, pair_choice
@@ -25,7 +26,8 @@ def submission_parser(about: str | None, benchmark: type[Benchmark]) -> argparse
         metavar="NAME",
         help="part of the names of what is written",
     )
-    val, test = benchmark.val_split, benchmark.test_split
+    val = benchmark.val_split
+    test = benchmark.test_split
     group.add_argument(
         "--split", choices=(val, test), default=test, help=f"(default: {test}); {val} is scored too"
     )
@@ -43,9 +45,11 @@ def submission_parser(about: str | None, benchmark: type[Benchmark]) -> argparse
 def submit_as_asked(form: type[Form[Any]], args: argparse.Namespace) -> None:
     """What a form's script does with its flags (see `submission_parser`); exit code 1 if a rule is broken."""
     check_files(args)
-    check_writable({"--output-dir": args.output_dir})
+    check_writable({"--output-dir": args.output_dir, "--feature-cache": args.feature_cache})
     benchmark, _ = open_benchmark(args)
     check_annotations(benchmark, [args.split])
+    wanted_names = getattr(args, "protocol", None)
+    protocols = choose_protocols(wanted_names, benchmark.protocols, benchmark.name)
 
     from evaluation.submit import Submission, submit
     from runtime import distributed
@@ -53,6 +57,7 @@ def submit_as_asked(form: type[Form[Any]], args: argparse.Namespace) -> None:
     wanted = Submission(
         name=args.submission_name,
         split=args.split,
+        protocol=protocols[0],
         folder=args.output_dir,
         block=args.similarity_block,
     )

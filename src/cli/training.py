@@ -93,7 +93,7 @@ def check(args: argparse.Namespace) -> Benchmark:
         written[flag(name)] = None if folder == AUTO else folder
     check_writable(written)
     benchmark, _ = open_benchmark(args)
-    check_annotations(benchmark, [benchmark.train_split, benchmark.val_split])
+    check_annotations(benchmark, [benchmark.split_called("train"), benchmark.val_split])
     return benchmark
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 RESAMPLED_AT_ONCE = 500
-Recalls = dict[str, "Tensor"]  # recall -> its value in each resample, (resamples,)
+Recalls = dict[str, "Tensor"]  # score -> its value in each resample, (resamples,)
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Column:
         return {kind: dataset for kind, dataset in parts.items() if dataset != measured_on}
 
     def hits(self, benchmark: Benchmark, protocol: str, split: str) -> "dict[str, np.ndarray]":
-        """Recall -> how often each query is a hit, (Q,), the mean over the seeds."""
+        """Score -> what each query adds to it, (Q,), see `Benchmark.hits`, the mean over the seeds."""
         import numpy as np
 
         of_seeds = []
         for result in self.results:
-            of_seeds.append(benchmark.hits(*stored_ranks(result["protocols"][protocol], split)))
+            of_seeds.append(benchmark.hits(stored_ranks(result, protocol, split)))
         means = {}
         for recall in of_seeds[0]:
             means[recall] = np.mean([hits[recall] for hits in of_seeds], axis=0)
@@ -76,6 +76,7 @@ def _conditions(result: Result, protocol: str) -> dict[str, Any]:
     measured = result["protocols"][protocol]
     return {
         "queries": [result["queries_sha256"], measured["queries"]],
+        "text templates": measured.get("template", ""),
         "galleries": measured["gallery_images"],
         "exclusions": result["excluded_images"],
         "image files": result["images_sha256"],
@@ -213,15 +214,20 @@ def own_intervals(
 
 
 def _bounds(resampled: Recalls, confidence: float) -> dict[str, tuple[float, float]]:
-    """Metric -> the quantiles between which a share of its values lies, (resamples,)."""
+    """Metric -> the quantiles between which a share of its values lies, (resamples,).
+
+    Resamples without a query that counts are left out: of a rare kind of query there may be none. A metric that no
+    query counts for has no bounds.
+    """
     import torch
 
     tail = (1 - confidence) / 2
     ends = torch.tensor([tail, 1 - tail], dtype=torch.float64)
     bounds = {}
     for metric, values in resampled.items():
-        low, high = values.quantile(ends).tolist()
-        bounds[metric] = (low, high)
+        if not values.isnan().all():
+            low, high = values.nanquantile(ends).tolist()
+            bounds[metric] = (low, high)
     return bounds
 
 
@@ -245,22 +251,24 @@ def _resampled_metrics(
 
 
 def bootstrap(hits: "Tensor", resamples: int, generator: "Generator") -> "Tensor":
-    """Percentages of hits in resamples of the queries, drawn with replacement (Efron 1979); queries are rows.
+    """Means in percent over resamples of the queries, drawn with replacement (Efron 1979); queries are rows.
 
     Several systems' hits beside each other are resampled together, so that differences between columns are paired.
 
     Args:
-        hits: (Q, M), 0 to 1.
+        hits: (Q, M), 0 to 1, or NaN of a query that does not count.
 
     Returns:
-        (resamples, M)
+        (resamples, M), NaN of a resample in which no query counts.
     """
     import torch
 
     queries = len(hits)
+    counted = (~hits.isnan()).float()
+    values = hits.nan_to_num().float()
     percentages = []
     for chunk in torch.arange(resamples).split(RESAMPLED_AT_ONCE):
         drawn = torch.randint(queries, (len(chunk), queries), generator=generator)
         counts = torch.zeros(len(chunk), queries).scatter_add_(1, drawn, torch.ones(drawn.shape))
-        percentages.append(100 * (counts @ hits.float()) / queries)
+        percentages.append(100 * (counts @ values) / (counts @ counted))
     return torch.cat(percentages)

@@ -6,14 +6,12 @@ The types of the fields and the range of each are in `schemas.py`.
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarks import BENCHMARKS, Benchmark
+from benchmarks import BENCHMARKS, Benchmark, Protocol
+from benchmarks.metrics import NO_RANK, Ranks
 from models.configuration import trained_on
 from utils import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 ROUNDED = 0.01  # how far the sum of a query's rounded weights of experts may be from 1
 # Field of a result -> whether it may lack splits.
@@ -23,6 +21,7 @@ TABLES = {
     "excluded_images": True,
     "excluded_triplets": True,
     "smaller_groups": True,
+    "kinds": True,
 }
 
 
@@ -47,8 +46,9 @@ def check_about(file: Path, result: Mapping[str, Any]) -> Benchmark:
         if table in result or not may_lack:
             _check_names(file, table, result[table], names, may_lack=may_lack)
     for name, measured in result["protocols"].items():
-        if name != f"{measured['gallery']}-{measured['reference']}":
-            raise fault(file, f"protocols.{name}", "its gallery and reference are of another")
+        parts = (measured["gallery"], measured["reference"], measured.get("text", ""))
+        if name != Protocol(*parts).name:
+            raise fault(file, f"protocols.{name}", "its gallery, reference or text are of another")
         for table in ("gallery_images", "queries"):
             _check_names(file, f"protocols.{name}.{table}", measured[table], names)
     own = result.get("protocol", next(iter(result["protocols"])))
@@ -79,25 +79,21 @@ def check_ranks(file: Path, result: Mapping[str, Any], benchmark: Benchmark) -> 
         UserError: a rank is beyond its gallery, or a metric is not what the ranks give.
     """
     names = benchmark.part_names(result["split"])
+    may_lack_groups = benchmark.group_size is None
+    in_groups = [] if benchmark.group_size == 0 else names
     for name, measured in result["protocols"].items():
         field = f"protocols.{name}"
+        others = measured.get("other_ranks", {})
+        groups = measured["group_ranks"]
         _check_names(file, f"{field}.ranks", measured["ranks"], names)
-        in_groups = names if benchmark.group_size else []
-        _check_names(file, f"{field}.group_ranks", measured["group_ranks"], in_groups)
+        _check_names(file, f"{field}.other_ranks", others, names, may_lack=True)
+        _check_names(file, f"{field}.group_ranks", groups, in_groups, may_lack=may_lack_groups)
         for split in names:
-            places = {"ranks": places_of(measured, split)}
-            if in_groups:
-                places["group_ranks"] = benchmark.group_size - 1
-            for kind, most in places.items():
-                ranks = measured[kind][split]
-                where = f"{field}.{kind}.{split}"
-                if len(ranks) != measured["queries"][split]:
-                    count = measured["queries"][split]
-                    raise fault(file, where, f"{len(ranks)} ranks of {count} queries")
-                if max(ranks) >= most:
-                    worst = ranks.index(max(ranks))
-                    raise fault(file, f"{where}.{worst}", f"rank {max(ranks)} of {most} images")
-        _check_metrics(file, f"{field}.metrics", measured, benchmark)
+            for where, problem in _rank_problems(measured, split, benchmark.group_size):
+                raise fault(file, f"{field}.{where}", problem)
+            for kind, queries in result.get("kinds", {}).get(split, {}).items():
+                _check_kind(file, f"kinds.{split}.{kind}", queries, measured["queries"][split])
+        _check_metrics(file, result, name, benchmark)
 
 
 def places_of(measured: Mapping[str, Any], split: str) -> int:
@@ -105,9 +101,43 @@ def places_of(measured: Mapping[str, Any], split: str) -> int:
     return measured["gallery_images"][split] - (measured["reference"] == "removed")
 
 
-def _check_metrics(file: Path, field: str, measured: dict[str, Any], benchmark: Benchmark) -> None:
+def _rank_problems(
+    measured: Mapping[str, Any], split: str, group_size: int | None
+) -> Iterator[tuple[str, str]]:
+    """Fields of the ranks of one protocol and split with what they contradict."""
+    places = places_of(measured, split)
+    in_group = (group_size or measured["gallery_images"][split]) - 1
+    count = measured["queries"][split]
+    most = {"ranks": places, "other_ranks": places, "group_ranks": in_group}
+    for kind, images in most.items():
+        ranks = measured.get(kind, {}).get(split)
+        if ranks is None:
+            continue
+        if len(ranks) != count:
+            yield f"{kind}.{split}", f"{len(ranks)} ranks of {count} queries"
+        for query, found in enumerate(ranks):
+            worst = max(found, default=0) if kind == "other_ranks" else found
+            if worst >= images:
+                yield f"{kind}.{split}.{query}", f"rank {worst} of {images} images"
+    others = measured.get("other_ranks", {}).get(split, [])
+    for query, (named, further) in enumerate(zip(measured["ranks"][split], others, strict=False)):
+        if len({named, *further}) <= len(further):
+            yield f"other_ranks.{split}.{query}", "two targets in one place"
+
+
+def _check_kind(file: Path, field: str, queries: Sequence[int], count: int) -> None:
+    """Raise UserError unless the numbers of some of a split's queries are in order, each once."""
+    if sorted(set(queries)) != list(queries) or not queries or queries[-1] >= count:
+        raise fault(file, field, f"no numbers of {count} queries in order")
+
+
+def _check_metrics(file: Path, result: Mapping[str, Any], name: str, benchmark: Benchmark) -> None:
     """Check a protocol's metrics against its ranks, and complete them."""
-    scores = {split: benchmark.score(*stored_ranks(measured, split)) for split in measured["ranks"]}
+    measured = result["protocols"][name]
+    field = f"protocols.{name}.metrics"
+    scores = {}
+    for split in measured["ranks"]:
+        scores[split] = benchmark.score(stored_ranks(result, name, split))
     recomputed = benchmark.summary(scores)
     stated = measured["metrics"]
     for metric in benchmark.selection:
@@ -121,12 +151,22 @@ def _check_metrics(file: Path, field: str, measured: dict[str, Any], benchmark: 
     measured["metrics"] = {**recomputed, **stated}
 
 
-def stored_ranks(measured: Mapping[str, Any], split: str) -> "tuple[np.ndarray, np.ndarray | None]":
-    """The ranks (Q,) of a split's targets in the gallery, and in their groups if there are any."""
+def stored_ranks(result: Mapping[str, Any], protocol: str, split: str) -> Ranks:
+    """What the metrics of a protocol and a split are made of."""
     import numpy as np
 
+    measured = result["protocols"][protocol]
     in_group = measured["group_ranks"].get(split)
-    return np.array(measured["ranks"][split]), None if in_group is None else np.array(in_group)
+    others = measured.get("other_ranks", {}).get(split)
+    if others is not None:
+        most = max(map(len, others))
+        others = np.array([found + [NO_RANK] * (most - len(found)) for found in others])
+    return Ranks(
+        np.array(measured["ranks"][split]),
+        others=others,
+        in_group=None if in_group is None else np.array(in_group),
+        kinds=result.get("kinds", {}).get(split, {}),
+    )
 
 
 def check_queries(file: Path, content: Mapping[str, Any], benchmark: Benchmark) -> None:
@@ -148,7 +188,7 @@ def check_queries(file: Path, content: Mapping[str, Any], benchmark: Benchmark) 
                 query, place, split, content, benchmark=benchmark
             ):
                 raise fault(file, f"queries.{split}.{place}.{field}", problem)
-    check_ranks(file, _with_ranks(content), benchmark)
+    check_ranks(file, with_ranks(content), benchmark)
 
 
 def _all(queries: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Mapping[str, Any]]:
@@ -167,26 +207,27 @@ def _query_problems(
     """Fields of a query with what they contradict."""
     if query["query"] != place:
         yield "query", f"it is number {place}"
-    # The benchmark with groups is the one that numbers its queries.
-    if (query["pair_id"] is not None) != bool(benchmark.group_size):
+    if not isinstance(query["pair_id"], benchmark.id_types):
         yield "pair_id", f"missing, or nothing that {benchmark.name} has"
     if query["protocols"].keys() != content["protocols"].keys():
         yield "protocols", "not those of the file"
         return
+    targets = [query["target"], *query.get("other_targets", [])]
+    if len(set(targets)) < len(targets):
+        yield "other_targets", "a target is there twice"
     for name, found in query["protocols"].items():
         measured = content["protocols"][name]
         barred = query["reference"] if measured["reference"] == "removed" else None
         most = places_of(measured, split)
-        for field, problem in _found_problems(found, query["target"], barred, most=most):
+        for field, problem in _found_problems(found, targets, barred, most=most):
             yield f"protocols.{name}.{field}", problem
-    if ("in_group" in query) != bool(benchmark.group_size):
+    has_groups = "in_group" in query if benchmark.group_size is None else benchmark.group_size > 0
+    if ("in_group" in query) != has_groups:
         yield "in_group", f"missing, or nothing that {benchmark.name} has"
     elif "in_group" in query:
-        most = benchmark.group_size - 1
+        most = (benchmark.group_size or len(query["group"])) - 1
         found = query["in_group"]
-        for field, problem in _found_problems(
-            found, query["target"], query["reference"], most=most
-        ):
+        for field, problem in _found_problems(found, targets[:1], query["reference"], most=most):
             yield f"in_group.{field}", problem
         if not {name for name, _ in found["nearest"]} <= set(query["group"]):
             yield "in_group.nearest", "images of another group"
@@ -195,39 +236,50 @@ def _query_problems(
 
 
 def _found_problems(
-    found: Mapping[str, Any], target: str, barred: str | None, *, most: int
+    found: Mapping[str, Any], targets: Sequence[str], barred: str | None, *, most: int
 ) -> Iterator[tuple[str, str]]:
     """Fields of what a query found that contradict each other.
 
     Args:
+        targets: whose ranks it has, the named one first.
         barred: an image that may not be retrieved.
         most: images that can be.
     """
     names = [name for name, _ in found["nearest"]]
     similarities = [similarity for _, similarity in found["nearest"]]
-    rank = found["rank"]
-    if rank >= most:
-        yield "rank", f"{rank} of {most} images"
+    ranks = [found["rank"], *found.get("other_ranks", [])]
+    if len(ranks) != len(targets):
+        yield "other_ranks", f"{len(ranks) - 1} ranks of {len(targets) - 1} other targets"
     if len(set(names)) < len(names):
         yield "nearest", "an image is there twice"
     if barred in names:
         yield "nearest", "the reference is there, which cannot be retrieved"
     if sorted(similarities, reverse=True) != similarities:
         yield "nearest", "the similarities rise"
-    place = names.index(target) if target in names else None
-    if place != (rank if rank < len(names) else None):
-        yield "rank", f"{rank} is not where the target is among the nearest"
+    for target, rank in zip(targets, ranks, strict=False):
+        field = "rank" if target == targets[0] else "other_ranks"
+        if rank >= most:
+            yield field, f"{rank} of {most} images"
+        place = names.index(target) if target in names else None
+        if place != (rank if rank < len(names) else None):
+            yield field, f"{rank} is not where the target is among the nearest"
 
 
-def _with_ranks(content: Mapping[str, Any]) -> dict[str, Any]:
+def with_ranks(content: Mapping[str, Any]) -> dict[str, Any]:
     """A rankings file as a result, with the ranks of its queries."""
     protocols = {}
     for name, measured in content["protocols"].items():
         ranks = {}
+        other_ranks = {}
         group_ranks = {}
         for split, queries in content["queries"].items():
-            ranks[split] = [query["protocols"][name]["rank"] for query in queries]
-            if "in_group" in queries[0]:
+            found = [query["protocols"][name] for query in queries]
+            ranks[split] = [of_query["rank"] for of_query in found]
+            others = [of_query.get("other_ranks", []) for of_query in found]
+            if any(others):
+                other_ranks[split] = others
+            if all("in_group" in query for query in queries):
                 group_ranks[split] = [query["in_group"]["rank"] for query in queries]
-        protocols[name] = {**measured, "ranks": ranks, "group_ranks": group_ranks}
+        by_kind = {"ranks": ranks, "other_ranks": other_ranks, "group_ranks": group_ranks}
+        protocols[name] = {**measured, **by_kind}
     return {**content, "protocols": protocols}

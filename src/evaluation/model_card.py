@@ -179,7 +179,7 @@ def _table(result: Result) -> str:
             benchmark, column, protocol, resamples=RESAMPLES, confidence=CONFIDENCE, seed=0
         )
         cells = {}
-        for metric, title in benchmark.titles.items():
+        for metric, title in benchmark.titled(bounds).items():
             (value,) = column.values(protocol, metric)
             low, high = map(two_decimals, bounds[metric])
             cells[title] = f"{two_decimals(value)} [{low}, {high}]"

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import Benchmark, Split, Triplet
-from evaluation.contradictions import check_about, check_queries
+from evaluation.contradictions import check_about, check_queries, stored_ranks, with_ranks
 from runtime.files import read_json, write_text
 
 if TYPE_CHECKING:
     from benchmarks.ranking import Rankings
     from combiner import Insight
 
-# Split's name -> its queries. A query has its caption, reference, target and group, under each protocol the rank of its
-# target (0 is the first place) and the nearest images with their cosine similarities, the same in its group if it has
-# one, and what the Combiner did: the mean of the gate, and the experts with their weights.
+# Split's name -> its queries. A query has its caption, reference, targets and group, under each protocol the ranks of
+# its targets (0 is the first place) and the nearest images with their cosine similarities, the same in its group if it
+# has one, and what the Combiner did: the mean of the gate, and the experts with their weights.
 Record = dict[str, Any]
 Records = dict[str, list[Record]]
 
@@ -37,7 +37,7 @@ def make_records(
     records = {}
     for split in splits:
         queries = [_query(row, triplet, benchmark) for row, triplet in enumerate(split.triplets)]
-        _add_answers(queries, split, rankings)
+        _add_answers(queries, split, rankings, benchmark)
         insight = insights[split.name]
         if insight is not None:
             _add_insight(queries, insight)
@@ -51,21 +51,31 @@ def _query(row: int, triplet: Triplet, benchmark: Benchmark) -> Record:
         "pair_id": triplet.pair_id,
         "reference": triplet.reference,
         "target": triplet.target,
+        "other_targets": list(triplet.other_targets),
         "caption": benchmark.caption(triplet.captions),
         "group": list(triplet.group),
         "protocols": {},
     }
 
 
-def _add_answers(queries: list[Record], split: Split, rankings: "Rankings") -> None:
+def _add_answers(
+    queries: list[Record], split: Split, rankings: "Rankings", benchmark: Benchmark
+) -> None:
     """What each query retrieved under each protocol, and in its group, where every protocol gives the same."""
     for protocol, by_split in rankings.items():
         ranking = by_split[split.name]
         answers = _rounded(ranking.answers(split.names))
-        for query, rank, nearest in zip(
-            queries, ranking.known_ranks.tolist(), answers, strict=True
-        ):
-            query["protocols"][protocol.name] = {"rank": rank, "nearest": nearest}
+        ranks = ranking.known_ranks.tolist()
+        columns = zip(queries, ranks, ranking.known_other_ranks, answers, strict=True)
+        for query, rank, others, nearest in columns:
+            found = {"rank": rank, "other_ranks": others, "nearest": nearest}
+            query["protocols"][protocol.name] = found
+        if protocol.text:
+            for query, triplet in zip(queries, split.triplets, strict=True):
+                asked = dict(
+                    zip(benchmark.texts, benchmark.evaluation_texts(triplet.captions), strict=True)
+                )
+                query["protocols"][protocol.name]["caption"] = asked[protocol.text]
     in_group = ranking.answers_in_group(split.names)
     if in_group is None or ranking.group_ranks is None:
         return
@@ -122,3 +132,48 @@ def read_rankings(file: Path) -> dict[str, Any]:
     checked(RankingsFile, content, file=file, remedy=remedy)
     check_queries(file, content, check_about(file, content))
     return content
+
+
+def is_rankings(content: Any) -> bool:
+    """Whether parsed JSON is meant to be a rankings file."""
+    return isinstance(content, dict) and {"protocols", "queries"} <= content.keys()
+
+
+def rescored(content: Mapping[str, Any], benchmark: Benchmark) -> dict[str, dict[str, float]]:
+    """Protocol -> all metrics, from the ranks in a rankings file."""
+    ranked = with_ranks(content)
+    protocols = {}
+    for name in content["protocols"]:
+        scores = {}
+        for split in content["queries"]:
+            scores[split] = benchmark.score(stored_ranks(ranked, name, split))
+        protocols[name] = benchmark.summary(scores)
+    return protocols
+
+
+def unlike_annotations(content: Mapping[str, Any], benchmark: Benchmark) -> list[str]:
+    """Where the queries and answers of a rankings file are not those of a benchmark's annotations.
+
+    Args:
+        benchmark: without the images that the file says were excluded.
+    """
+    problems = []
+    for split in benchmark.read(content["split"]):
+        queries = content["queries"][split.name]
+        if len(queries) != len(split.triplets):
+            problems.append(
+                f"{split.name}: {len(queries)} queries instead of {len(split.triplets)}"
+            )
+            continue
+        if content.get("kinds", {}).get(split.name, {}) != split.queries_of_kinds:
+            problems.append(f"{split.name}: kinds of queries are not as in the annotations")
+        for number, (query, triplet) in enumerate(zip(queries, split.triplets, strict=True)):
+            where = f"{split.name} query {number}"
+            annotated = _query(number, triplet, benchmark)
+            for field in ("pair_id", "reference", "target", "other_targets", "caption", "group"):
+                if query.get(field, []) != annotated[field]:
+                    problems.append(f"{where}: {field} is not as in the annotations")
+            for found in query["protocols"].values():
+                unknown = [name for name, _ in found["nearest"] if name not in split.row_of]
+                problems += [f"{where}: {name} is no image of the split" for name in unknown]
+    return problems

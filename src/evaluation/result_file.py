@@ -57,6 +57,7 @@ def make_result(
         "smaller_groups": {split.name: split.smaller_groups for split in splits},
         "images_sha256": {split.name: images_digest(split) for split in splits},
         "queries_sha256": {split.name: split_digest(split) for split in splits},
+        "kinds": {split.name: split.queries_of_kinds for split in splits if split.queries_of_kinds},
         **pair,
         "versions": {"python": platform.python_version(), **versions},
         "command": command,
@@ -71,17 +72,23 @@ def _measured(
     of_split: "Mapping[str, Ranking]",
 ) -> dict[str, Any]:
     """One protocol's part of a result."""
+    other_ranks = {}
     group_ranks = {}
     for name, ranking in of_split.items():
+        if ranking.other_ranks is not None:
+            other_ranks[name] = ranking.known_other_ranks
         if ranking.group_ranks is not None:
             group_ranks[name] = ranking.group_ranks.tolist()
     return {
         "gallery": protocol.gallery,
         "reference": protocol.reference,
+        "text": protocol.text,
+        "template": benchmark.concept_template if protocol.text else "",
         "gallery_images": {split.name: protocol.gallery_size(split) for split in splits},
         "queries": {split.name: len(split.triplets) for split in splits},
-        "metrics": benchmark.metrics(of_split),
+        "metrics": benchmark.metrics(splits, of_split),
         "ranks": {name: ranking.known_ranks.tolist() for name, ranking in of_split.items()},
+        "other_ranks": other_ranks,
         "group_ranks": group_ranks,
     }
 

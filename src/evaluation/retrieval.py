@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import Benchmark, Protocol, Split
-from benchmarks.ranking import NotFiniteError, Ranking, Rankings, joined, nearest, target_ranks
+from benchmarks.ranking import (
+    NotFiniteError,
+    Ranking,
+    Rankings,
+    joined,
+    nearest,
+    other_target_ranks,
+    target_ranks,
+)
 from combiner import Compose, Composer, Insight
 from models.features import FrozenSplit
 from runtime import distributed
@@ -42,7 +50,7 @@ def evaluate(
     for frozen_split in frozen:
         by_protocol = rank(frozen_split, compose, [protocol], block=block, if_equal=_warn_of_equal)
         rankings[frozen_split.split.name] = by_protocol[protocol]
-    return benchmark.metrics(rankings)
+    return benchmark.metrics([frozen_split.split for frozen_split in frozen], rankings)
 
 
 def rank_all(
@@ -75,11 +83,17 @@ def rank_all(
 
 
 @torch.no_grad()
-def explain_all(frozen: Sequence[FrozenSplit], compose: Composer) -> dict[str, Insight | None]:
-    """Split's name -> what the way to compose does with its queries, on the CPU; None where there is nothing to see."""
+def explain_all(
+    frozen: Sequence[FrozenSplit], compose: Composer, text: str = ""
+) -> dict[str, Insight | None]:
+    """Split's name -> what the way to compose does with its queries, on the CPU; None where there is nothing to see.
+
+    Args:
+        text: of the protocol that they are asked under.
+    """
     insights = {}
     for frozen_split in frozen:
-        insight = compose.insight(frozen_split.references, frozen_split.captions[:, 0])
+        insight = compose.insight(frozen_split.references, frozen_split.captions_of(text))
         insights[frozen_split.split.name] = insight and insight.cpu()
     return insights
 
@@ -95,7 +109,7 @@ def rank(
     block: int | None = None,
     if_equal: Callable[[Split], None] | None = None,
 ) -> dict[Protocol, Ranking]:
-    """Rank a split's gallery for every query, under several protocols from one computation of the similarities.
+    """Rank a split's gallery for every query, under several protocols from one computation of each text's similarities.
 
     Args:
         k: how many of the nearest images to keep.
@@ -105,14 +119,45 @@ def rank(
     Raises:
         UserError: a similarity is not finite.
     """
+    by_protocol = {}
+    for text in dict.fromkeys(protocol.text for protocol in protocols):
+        with_text = [protocol for protocol in protocols if protocol.text == text]
+        by_protocol.update(
+            _rank_asked(
+                frozen,
+                compose,
+                with_text,
+                text=text,
+                k=k,
+                group_k=group_k,
+                block=block,
+                if_equal=if_equal,
+            )
+        )
+    return {protocol: by_protocol[protocol] for protocol in protocols}
+
+
+def _rank_asked(
+    frozen: FrozenSplit,
+    compose: Compose,
+    protocols: Sequence[Protocol],
+    *,
+    text: str,
+    k: int,
+    group_k: int | None,
+    block: int | None,
+    if_equal: Callable[[Split], None] | None,
+) -> dict[Protocol, Ranking]:
+    """Rank a split's gallery under protocols that ask with one text, see `rank`."""
     split = frozen.split
     tells_nothing = len(split.names) > FEW
     most = {protocol: min(k, protocol.most_answers(split)) for protocol in protocols}
     blocks: dict[Protocol, list[Ranking]] = {protocol: [] for protocol in protocols}
     with _naming(split):
-        for rows, similarity in similarity_blocks(frozen, compose, block):
+        for rows, similarity in similarity_blocks(frozen, compose, block, text=text):
             tells_nothing = tells_nothing and _are_equal(similarity)
             targets = None if split.is_secret else frozen.target_rows[rows]
+            others = frozen.other_target_rows[rows] if split.most_other_targets else None
             group = (
                 _rank_group(similarity, frozen, rows, targets, group_k=group_k)
                 if split.has_groups
@@ -121,7 +166,7 @@ def rank(
             for protocol in protocols:
                 whole = similarity.clone() if len(protocols) > 1 else similarity
                 allowed = protocol.restrict(whole, frozen.reference_rows[rows], frozen.outside)
-                ranking = _rank_gallery(allowed, targets, most[protocol])
+                ranking = _rank_gallery(allowed, targets, others, k=most[protocol])
                 blocks[protocol].append(Ranking(**ranking, **group))
     if tells_nothing and if_equal:
         if_equal(split)
@@ -154,12 +199,16 @@ def _warn_of_equal(split: Split) -> None:
         )
 
 
-def _rank_gallery(similarity: Tensor, targets: Tensor | None, k: int) -> dict[str, Tensor]:
+def _rank_gallery(
+    similarity: Tensor, targets: Tensor | None, others: Tensor | None, *, k: int
+) -> dict[str, Tensor]:
     """The parts of a `Ranking` that are of the whole gallery, for a block of queries (b, N)."""
     columns = nearest(similarity, k)
     ranking = {"nearest": columns, "similarities": similarity.gather(1, columns)}
     if targets is not None:
         ranking["ranks"] = target_ranks(similarity, targets)
+    if others is not None:
+        ranking["other_ranks"] = other_target_ranks(similarity, others)
     return ranking
 
 
@@ -203,18 +252,22 @@ def _naming(split: Split) -> Iterator[None]:
 
 @torch.no_grad()
 def similarity_blocks(
-    frozen: FrozenSplit, compose: Compose, block: int | None = None
+    frozen: FrozenSplit, compose: Compose, block: int | None = None, *, text: str = ""
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Cosine similarities of a block of queries to the whole gallery, block by block.
+
+    Args:
+        text: of the protocol that they are asked under.
 
     Yields:
         The block's rows (b,) and its similarities (b, N).
     """
     gallery = F.normalize(frozen.images, dim=-1)  # (N, D)
     references = frozen.reference_rows  # (Q,)
+    captions = frozen.captions_of(text)  # (Q, D)
     block = block or default_block(len(gallery), gallery.device)
     for rows in torch.arange(len(references), device=gallery.device).split(block):
-        queries = compose(frozen.images[references[rows]], frozen.captions[rows, 0])  # (b, D)
+        queries = compose(frozen.images[references[rows]], captions[rows])  # (b, D)
         yield rows, queries @ gallery.T  # (b, N)
 
 

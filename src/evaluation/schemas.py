@@ -21,6 +21,8 @@ class Header(Schema):
 
     gallery: str
     reference: str
+    text: str = ""
+    template: str = ""
     gallery_images: dict[str, Positive]
     queries: dict[str, Positive]
     metrics: dict[str, Percentage]
@@ -30,6 +32,7 @@ class Measured(Header):
     """What one protocol gave."""
 
     ranks: dict[str, list[Natural]]
+    other_ranks: dict[str, list[list[Natural]]] = {}
     group_ranks: dict[str, list[Natural]]
 
 
@@ -67,6 +70,7 @@ class About(Schema):
     smaller_groups: dict[str, Natural] = {}
     images_sha256: dict[str, str]
     queries_sha256: dict[str, str]
+    kinds: dict[str, dict[str, list[Natural]]] = {}
     clip_model_name: str = ""
     combining_function: str = ""
     checkpoints: dict[str, str] = {}
@@ -90,6 +94,8 @@ class Found(Schema):
     """What a query found in a gallery or in its group."""
 
     rank: Natural
+    other_ranks: list[Natural] = []
+    caption: str = ""
     nearest: Annotated[list[Answer], Field(min_length=1)]
 
 
@@ -97,9 +103,10 @@ class Query(Schema):
     """A query with its answers."""
 
     query: Natural
-    pair_id: int | None
+    pair_id: int | str | None
     reference: str
     target: str
+    other_targets: list[str] = []
     caption: str
     group: list[str] = []
     protocols: Annotated[dict[str, Found], Field(min_length=1)]

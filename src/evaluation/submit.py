@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import Benchmark, Split
+from benchmarks import Benchmark, Protocol, Split
 from benchmarks.ranking import Ranking
 from benchmarks.server_files import Answered, Form, parse_submission
 from evaluation.retrieval import rank, refuse_equal
@@ -29,12 +29,14 @@ class Submission:
         name: part of the files' names.
         split: as the benchmark calls it.
         folder: receives the files; those of a split with answers go to a folder of its name below.
+        protocol: that it is ranked under; None for the benchmark's first.
         block: see `rank`.
     """
 
     name: str
     split: str
     folder: Path
+    protocol: Protocol | None = None
     block: int | None = None
 
 
@@ -68,7 +70,7 @@ def submit(
         rankings = rank(
             frozen_split,
             pair.compose,
-            benchmark.protocols[:1],
+            [wanted.protocol or benchmark.protocols[0]],
             k=form.k,
             group_k=form.group_k,
             block=wanted.block,

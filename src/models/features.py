@@ -1,17 +1,18 @@
 """Features kept: a cache on disk with an honest key, and a split as tensors on the device."""
 
+import functools
 import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks import Split
+from benchmarks import Benchmark, Split
 from models.encoder import Encoder, weights_digest
 from runtime import distributed
 from runtime.files import file_identities
@@ -19,12 +20,14 @@ from runtime.tensors import load_tensors, save_tensors
 from utils import UserError
 
 logger = logging.getLogger(__name__)
+PIECE = 4096  # images: a minute of a GPU, and few files
 
 
 class FeatureCache:
     """Features on disk, one file for each key; without a folder nothing is kept.
 
-    A file that is truncated, damaged or another's is noticed and made anew.
+    A file that is truncated, damaged or another's is noticed and made anew. While many images are encoded, what is done
+    lies in files of PIECE images each, with which an interrupted encoding goes on.
     """
 
     def __init__(self, folder: Path | None, encoder: Encoder) -> None:
@@ -34,10 +37,35 @@ class FeatureCache:
 
     def images(self, paths: list[Path], label: str) -> Tensor:
         """Features (len(paths), D) of image files; `label` begins the name of the file that keeps them."""
-        identities = file_identities(paths) if self.folder else None
-        return self._get(
-            f"{label}-images", identities, lambda: self.encoder.images(paths, f"{label} images")
-        )
+        if self.folder is None:
+            return self.encoder.images(paths, f"{label} images")
+        identities = file_identities(paths)
+        if len(paths) <= PIECE:
+            encode = functools.partial(self.encoder.images, paths, f"{label} images")
+            return self._get(f"{label}-images", identities, encode)
+        encode = functools.partial(self._in_pieces, paths, identities, label)
+        features = self._get(f"{label}-images", identities, encode)
+        if distributed.is_main():
+            self._drop_pieces(identities, label)
+        return features
+
+    def _in_pieces(self, paths: list[Path], identities: Sequence[object], label: str) -> Tensor:
+        """Encode images, some at a time, which are kept until all are there."""
+        features = []
+        for start in range(0, len(paths), PIECE):
+            end = min(start + PIECE, len(paths))
+            what = f"{label} images up to {end} of {len(paths)}"
+            encode = functools.partial(self.encoder.images, paths[start:end], what)
+            features.append(self._get(f"{label}-piece", identities[start:end], encode))
+        return torch.cat(features)
+
+    def _drop_pieces(self, identities: Sequence[object], label: str) -> None:
+        """Delete what `_in_pieces` kept, if the whole is on the disk."""
+        whole, _ = self._place(f"{label}-images", identities)
+        if whole.exists():
+            for start in range(0, len(identities), PIECE):
+                piece, _ = self._place(f"{label}-piece", identities[start : start + PIECE])
+                piece.unlink(missing_ok=True)
 
     def captions(self, captions: list[str], label: str) -> Tensor:
         """Features (len(captions), D) of captions; `label` begins the name of the file that keeps them."""
@@ -50,8 +78,7 @@ class FeatureCache:
     def _get(self, label: str, inputs: object, compute: Callable[[], Tensor]) -> Tensor:
         if self.folder is None:
             return compute()
-        key = hashlib.sha256(json.dumps([label, self.encoder_key, inputs]).encode()).hexdigest()
-        path = self.folder / f"{label}-{key[:16]}.pt"
+        path, key = self._place(label, inputs)
         # The main rank reads and writes; the others get what it has, so that all agree whether to encode.
         kept = self._read(path, key) if distributed.is_main() else None
         features = distributed.from_main(kept, self.encoder.device)
@@ -60,6 +87,11 @@ class FeatureCache:
             if distributed.is_main():
                 self._write(path, key, features)
         return features
+
+    def _place(self, label: str, inputs: object) -> tuple[Path, str]:
+        """The file that keeps features of some inputs, and its key."""
+        key = hashlib.sha256(json.dumps([label, self.encoder_key, inputs]).encode()).hexdigest()
+        return (self.folder or Path()) / f"{label}-{key[:16]}.pt", key
 
     def _read(self, path: Path, key: str) -> Tensor | None:
         if not path.exists():
@@ -92,12 +124,14 @@ class FrozenSplit:
     Attributes:
         images: (N, D) in gallery order.
         captions: (Q, V, D), V texts a triplet.
+        texts: what protocols call the V texts of an evaluation.
         tables: what follows from the split alone, made when it is first asked for; validations share it.
     """
 
     split: Split
     images: Tensor
     captions: Tensor
+    texts: tuple[str, ...] = ("",)
     tables: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -107,8 +141,13 @@ class FrozenSplit:
 
     @property
     def target_rows(self) -> Tensor:
-        """Gallery row of each query's target, (Q,). Raises ValueError where they are secret."""
+        """Gallery row of each query's named target, (Q,). Raises ValueError where they are secret."""
         return self._table("target_rows")
+
+    @property
+    def other_target_rows(self) -> Tensor:
+        """Gallery rows of each query's other targets, (Q, T - 1), see `Split.other_target_rows`."""
+        return self._table("other_target_rows")
 
     @property
     def group_rows(self) -> Tensor:
@@ -132,29 +171,40 @@ class FrozenSplit:
         """Features (Q, D) of each query's reference."""
         return self.images[self.reference_rows]
 
+    def captions_of(self, text: str) -> Tensor:
+        """Features (Q, D) of what a protocol with this text asks each query with."""
+        return self.captions[:, self.texts.index(text)]
 
-def freeze(cache: FeatureCache, split: Split, texts: list[list[str]], label: str) -> FrozenSplit:
+
+def freeze(
+    cache: FeatureCache,
+    split: Split,
+    texts: list[list[str]],
+    *,
+    label: str,
+    names: tuple[str, ...] = ("",),
+) -> FrozenSplit:
     """Encode a split's images and the texts of its triplets, or take them from the cache.
 
     Args:
         texts: V texts for each triplet.
         label: beginning of the names of the cache's files.
+        names: what protocols call the V texts.
     """
     images = cache.images(split.paths, label)
     captions = cache.captions(list(itertools.chain.from_iterable(texts)), label)
-    return FrozenSplit(split=split, images=images, captions=captions.unflatten(0, (len(texts), -1)))
+    return FrozenSplit(
+        split=split, images=images, captions=captions.unflatten(0, (len(texts), -1)), texts=names
+    )
 
 
 def freeze_queries(
-    cache: FeatureCache, splits: list[Split], caption: Callable[[tuple[str, ...]], str], label: str
+    cache: FeatureCache, splits: list[Split], benchmark: Benchmark, label: str
 ) -> list[FrozenSplit]:
-    """Each split's gallery and its evaluation captions as features, V = 1.
-
-    Args:
-        caption: the text of a triplet's captions at evaluation.
-    """
+    """Each split's gallery, and what the benchmark's protocols ask with, as features."""
     frozen = []
     for split in splits:
-        texts = [[caption(triplet.captions)] for triplet in split.triplets]
-        frozen.append(freeze(cache, split, texts, f"{label}-{split.name}"))
+        texts = [benchmark.evaluation_texts(triplet.captions) for triplet in split.triplets]
+        own_label = f"{label}-{split.name}"
+        frozen.append(freeze(cache, split, texts, label=own_label, names=benchmark.texts))
     return frozen

@@ -167,6 +167,5 @@ def load_and_freeze(
     check_images_exist(splits)
     pair = load_pair(choice, device)
     warn_of_transfer(benchmark.name, [pair.tuned, pair.trained])
-    return pair, freeze_queries(
-        FeatureCache(None, pair.encoder), splits, benchmark.caption, benchmark.run_name
-    )
+    cache = FeatureCache(choice.feature_cache, pair.encoder)
+    return pair, freeze_queries(cache, splits, benchmark, benchmark.run_name)

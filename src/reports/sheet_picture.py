@@ -40,11 +40,10 @@ def picture(
     Args:
         side: pixels of a place for an image.
     """
-    most_answers = 0
+    places = 0
     for card in cards:
         for row in card.rows.values():
-            most_answers = max(most_answers, len(row.answers))
-    places = most_answers + 1  # one for a target that is not among the answers
+            places = max(places, len(row.answers) + len(row.ranks))
     width = LEFT_WIDTH + places * (side + GAP)
     strips: list[Image.Image] = []
     height = 0
@@ -74,7 +73,7 @@ def _strip(card: Card, thumbnails: Mapping[str, bytes], *, side: int, width: int
     _draw_text(strip, lines, card.bars, left=MARGIN + side + TEXT_GAP)
     for number, row in enumerate(card.rows.values()):
         top = MARGIN + number * (side + LABEL_HEIGHT)
-        _draw_row(strip, row, card.target, thumbnails, side=side, top=top)
+        _draw_row(strip, row, thumbnails, side=side, top=top)
     return strip
 
 
@@ -100,24 +99,24 @@ def _draw_text(
 def _draw_row(
     strip: Image.Image,
     row: Row,
-    target: str,
     thumbnails: Mapping[str, bytes],
     *,
     side: int,
     top: int,
 ) -> None:
-    """A ranking from left to right, the target outlined, or added at the end if it is not among the answers."""
+    """A ranking from left to right, the targets outlined, and added at the end if they are not among the answers."""
     pen = ImageDraw.Draw(strip)
     font = ImageFont.load_default(FONT_SIZE)
     labels = {}
     for place, (name, similarity) in enumerate(row.answers, start=1):
         labels[name] = f"{place}. {similarity:.3f}"
-    labels.setdefault(target, f"{row.rank + 1}.")
+    for name, rank in row.not_shown.items():
+        labels[name] = f"{rank + 1}."
     left = LEFT_WIDTH
     for name, label in labels.items():
         right, bottom = _paste(strip, thumbnails[name], (left, top), side)
         color = GREY
-        if name == target:
+        if name in row.ranks:
             color = GREEN
             outline = (left - FRAME, top - FRAME, right + FRAME - 1, bottom + FRAME - 1)
             pen.rectangle(outline, outline=GREEN, width=FRAME)

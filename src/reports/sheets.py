@@ -48,16 +48,21 @@ class Row:
 
     Attributes:
         answers: what was retrieved.
-        rank: of the target in the ranking, 0 is the first place.
+        ranks: target -> its rank, 0 is the first place; the target that the query was written for is the first.
     """
 
     answers: Answers
-    rank: int
+    ranks: Mapping[str, int]
 
     @property
     def names(self) -> list[str]:
         """The images that were retrieved."""
         return [name for name, _ in self.answers]
+
+    @property
+    def not_shown(self) -> dict[str, int]:
+        """The targets that are not among the answers, with their ranks."""
+        return {name: rank for name, rank in self.ranks.items() if name not in self.names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,16 +78,15 @@ class Card:
     label: str
     caption: str
     reference: str
-    target: str
     rows: Mapping[str, Row]
     bars: Mapping[str, float]
 
     @property
     def images(self) -> set[str]:
         """All images that it shows."""
-        names = {self.reference, self.target}
+        names = {self.reference}
         for row in self.rows.values():
-            names.update(row.names)
+            names.update(row.names, row.ranks)
         return names
 
 
@@ -92,15 +96,17 @@ def make_card(label: str, query: dict[str, Any], protocol: str, *, k: int) -> Ca
     Args:
         k: images to show of the gallery's ranking.
     """
-    in_gallery = query["protocols"][protocol]
-    rows = {"gallery": Row(in_gallery["nearest"][:k], in_gallery["rank"])}
+    found = query["protocols"][protocol]
+    others = zip(query.get("other_targets", []), found.get("other_ranks", []), strict=True)
+    caption = found.get("caption", query["caption"])
+    rows = {"gallery": Row(found["nearest"][:k], {query["target"]: found["rank"], **dict(others)})}
     if "in_group" in query:
-        rows["subset"] = Row(query["in_group"]["nearest"], query["in_group"]["rank"])
+        found = query["in_group"]
+        rows["subset"] = Row(found["nearest"], {query["target"]: found["rank"]})
     return Card(
         label=label,
-        caption=query["caption"],
+        caption=caption,
         reference=query["reference"],
-        target=query["target"],
         rows=rows,
         bars=shares(query.get("gate"), query.get("experts", [])),
     )
@@ -182,12 +188,14 @@ def _query(card: Card, pictures: Mapping[str, Picture]) -> str:
         figures = []
         for place, (name, similarity) in enumerate(row.answers, start=1):
             label = f"{place}. {similarity:.3f}"
-            figures.append(_figure(pictures, name, label, is_target=name == card.target))
-        if card.target not in row.names:
-            figures.append(
-                _figure(pictures, card.target, f"{row.rank + 1}. the target", is_target=True)
-            )
-        rows.append(f'<div class="rank">{pages.text(title)}: target at place {row.rank + 1}</div>')
+            figures.append(_figure(pictures, name, label, is_target=name in row.ranks))
+        named = next(iter(row.ranks))
+        for name, rank in row.not_shown.items():
+            label = f"{rank + 1}. {'the' if name == named else 'another'} target"
+            figures.append(_figure(pictures, name, label, is_target=True))
+        places = ", ".join(str(rank + 1) for rank in row.ranks.values())
+        told = "target at place" if len(row.ranks) == 1 else "targets at places"
+        rows.append(f'<div class="rank">{pages.text(title)}: {told} {places}</div>')
         rows.append(f'<div class="row">{"".join(figures)}</div>')
     return (
         f'<div class="query"><div>{_figure(pictures, card.reference, card.label)}'

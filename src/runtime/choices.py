@@ -63,6 +63,7 @@ class PairChoice:
         combiner_path: stage-2 weights.
         exported: an exported pair, which stands for both paths: its folder, or "hf-hub:" and a repository.
         workers: processes that decode images.
+        feature_cache: keeps the features of what is measured; None for none.
     """
 
     combining_function: str | None
@@ -72,3 +73,4 @@ class PairChoice:
     clip: ClipChoice = ClipChoice()
     combiner: CombinerChoice = CombinerChoice()
     workers: int = 0
+    feature_cache: Path | None = None

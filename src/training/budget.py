@@ -59,12 +59,17 @@ class Sizes:
 
 
 def sizes_of(benchmark: Benchmark) -> Sizes:
-    """Those of the official files."""
+    """Those of the official files. Raises UserError where there is nothing to train on, or no official size."""
 
     def counts(split: str) -> list[tuple[int, int]]:
         return [benchmark.official[f"{part}.{split}"] for part in benchmark.parts]
 
-    train = counts(benchmark.train_split)
+    train_split = benchmark.split_called("train")
+    if not benchmark.official:
+        raise UserError(
+            f"--dataset {benchmark.name} has no size of its own: give --triplets and --images"
+        )
+    train = counts(train_split)
     return Sizes(
         name=benchmark.name,
         triplets=sum(triplets for triplets, _ in train),

@@ -1,0 +1,112 @@
+"""CIRCO: its files, captions, protocols and metrics."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.annotations import Entry, are_texts, check, read
+from benchmarks.base import Benchmark
+from benchmarks.metrics import Ranks, average_precision, only
+from benchmarks.protocols import CONCEPT_KEPT, CONCEPT_REMOVED, ORIGINAL_KEPT, ORIGINAL_REMOVED
+from benchmarks.splits import Triplet
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PLACES = (5, 10, 25, 50)
+ASPECTS = (
+    "cardinality", "addition", "negation", "direct_addressing", "compare_change", "comparative_statement",
+    "statement_with_conjunction", "spatial_relations_background", "viewpoint",
+)  # fmt: skip
+ASPECT_PLACES = 10
+
+
+class CIRCO(Benchmark):
+    """CIRCO (Baldrati et al., ICCV 2023): several targets a query, in the unlabeled images of COCO 2017.
+
+    A query has two captions: the relative one, and what reference and targets share.
+    """
+
+    name = "CIRCO"
+    run_name = "circo"
+    folder = "circo_dataset"
+    parts = ("unlabeled2017",)
+    train_split = None
+    official = {"unlabeled2017.val": (220, 123_403), "unlabeled2017.test": (800, 123_403)}
+    counts_explained = "Both splits search one gallery"
+    id_types = (int,)
+    texts = ("", "concept")
+    concept_template = "Find a picture that also {shared_concept}, but {relative_caption}"
+    protocols = (ORIGINAL_KEPT, ORIGINAL_REMOVED, CONCEPT_KEPT, CONCEPT_REMOVED)
+    selection = {}
+    titles = {
+        **{f"map_at{k}": f"mAP@{k}" for k in PLACES},
+        **{f"recall_at{k}": f"R@{k}" for k in PLACES},
+        **{f"{aspect}_map_at10": f"{aspect.replace('_', ' ')} @10" for aspect in ASPECTS},
+    }
+
+    def files(self, part: str, split: str) -> tuple[Path, Path]:
+        folder = self.annotation_folder()
+        images = folder / "COCO2017_unlabeled" / "annotations" / f"image_info_{part}.json"
+        return folder / "annotations" / f"{split}.json", images
+
+    def image_folders(self, part: str) -> list[Path]:
+        return [self.annotation_folder() / "COCO2017_unlabeled" / part]
+
+    def part_name(self, part: str, split: str) -> str:
+        return part
+
+    def image_places(self, images_file: Path) -> dict[str, str]:
+        listed = Entry(read(images_file, dict), images_file, "it").list("images")
+        places = {}
+        for number, content in enumerate(listed):
+            image = Entry(content, images_file, f"image {number}")
+            places[_name(image.number("id"))] = image.text("file_name")
+        check(len(places) == len(listed), images_file, "ids that do not repeat")
+        return places
+
+    def triplet(self, entry: Entry, split: str) -> Triplet:
+        captions = (entry.text("relative_caption"), entry.text("shared_concept"))
+        reference = _name(entry.number("reference_img_id"))
+        pair_id = entry.number("id")
+        if split == self.test_split:
+            return Triplet(reference=reference, captions=captions, pair_id=pair_id)
+        target = entry.number("target_img_id")
+        targets = entry.list("gt_img_ids")
+        are_numbers = all(map(_is_number, targets))
+        entry.check(are_numbers and target in targets, 'numbers in "gt_img_ids", its target among')
+        aspects = entry.list("semantic_aspects")
+        known = are_texts(aspects) and len(set(aspects)) == len(aspects)
+        entry.check(known and set(aspects) <= set(ASPECTS), '"semantic_aspects" that are known')
+        return Triplet(
+            reference=reference,
+            captions=captions,
+            target=_name(target),
+            other_targets=tuple(_name(image) for image in targets if image != target),
+            pair_id=pair_id,
+            kinds=tuple(aspects),
+        )
+
+    def evaluation_texts(self, captions: tuple[str, ...]) -> list[str]:
+        relative_caption, shared_concept = captions
+        with_concept = self.concept_template.format(
+            shared_concept=shared_concept, relative_caption=relative_caption
+        )
+        return [relative_caption, with_concept]
+
+    def hits(self, ranks: Ranks) -> "dict[str, np.ndarray]":
+        hits = {f"map_at{k}": average_precision(ranks.of_all, k) for k in PLACES}
+        for k in PLACES:
+            hits[f"recall_at{k}"] = ranks.named < k
+        precisions = average_precision(ranks.of_all, ASPECT_PLACES)
+        for aspect in ASPECTS:
+            hits[f"{aspect}_map_at10"] = only(ranks.kinds.get(aspect, ()), precisions)
+        return hits
+
+
+def _name(image: int) -> str:
+    """What an image is called: its id, as the server takes it."""
+    return str(image)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,222 @@
+"""Your own triplets: a file of queries for each split, and a folder of images. docs/own-data.md says how to make them.
+
+A line of `{split}.jsonl` is an object with "reference", "caption" and "target", and if you like "id" and "group"; in
+`{split}.csv` these are columns. Captions and targets may be several: a list, in a cell of a CSV file `one | another`.
+"""
+
+import csv
+import io
+import itertools
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from types import NoneType
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.annotations import Entry, are_texts, check
+from benchmarks.base import Benchmark
+from benchmarks.metrics import Ranks, average_precision
+from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
+from benchmarks.splits import Split, Triplet
+from runtime.files import missing_file, parse_json, read_text
+from utils import UserError, first_line
+
+if TYPE_CHECKING:
+    import numpy as np
+
+COLUMNS = ("reference", "caption", "target", "id", "group")
+OF_ALL_OR_NONE = ("id", "group")
+SEVERAL = "|"  # between the values of a cell
+RECALLS = (1, 5, 10, 50)
+GROUP_RECALLS = (1, 2, 3)
+PRECISION_PLACES = 10
+
+
+class Triplets(Benchmark):
+    """A benchmark of your own: one gallery, any number of captions and targets a query, groups where you have some.
+
+    A query's first caption is its text at evaluation, its first target the one of the recalls.
+    """
+
+    name = "Triplets"
+    run_name = "triplets"
+    folder = "triplets_dataset"
+    remedy = "mend it as docs/own-data.md says"
+    id_types = (NoneType, str)
+    group_size = None
+    # The picture that a search begins with is no answer to anybody, so this is what checkpoints are chosen by.
+    protocols = (ORIGINAL_REMOVED, ORIGINAL_KEPT)
+    selection = {"average_recall": "best"}
+    titles = {
+        **{f"recall_at{k}": f"R@{k}" for k in RECALLS},
+        f"map_at{PRECISION_PLACES}": f"mAP@{PRECISION_PLACES}",
+        **{f"group_recall_at{k}": f"R_subset@{k}" for k in GROUP_RECALLS},
+        "average_recall": "mean R",
+    }
+
+    def files(self, part: str, split: str) -> tuple[Path, Path]:
+        """The queries, and the gallery: where no file lists it, all images that the queries name."""
+        folder = self.annotation_folder()
+        lines = folder / f"{split}.jsonl"
+        table = folder / f"{split}.csv"
+        if lines.exists() and table.exists():
+            raise UserError(f"{lines} and {table.name} beside it are one split: keep one of them")
+        queries = table if table.exists() else lines
+        gallery = folder / f"gallery.{split}.txt"
+        return queries, gallery if gallery.exists() else queries
+
+    def image_folders(self, part: str) -> list[Path]:
+        return [self.annotation_folder() / "images"]
+
+    def image_places(self, images_file: Path) -> dict[str, str]:
+        names: list[str] = []
+        if images_file.suffix == ".txt":
+            names += map(_image, filter(str.strip, _text(images_file).split("\n")))
+        else:
+            for entry in self.entries(images_file):
+                for key in ("reference", "target", "group"):
+                    names += _images(entry, key) if _is_given(entry, key) else []
+        return {name: name for name in names}
+
+    def entries(self, queries_file: Path) -> Iterator[Entry]:
+        rows = _rows(queries_file) if queries_file.suffix == ".csv" else _lines(queries_file)
+        of_first: list[str] | None = None
+        for where, content in rows:
+            entry = Entry(content, queries_file, where, remedy=self.remedy)
+            given = [key for key in OF_ALL_OR_NONE if _is_given(entry, key)]
+            of_first = given if of_first is None else of_first
+            entry.check(given == of_first, '"id" and "group" in all lines or in none, so as before')
+            yield entry
+
+    def triplet(self, entry: Entry, split: str) -> Triplet:
+        references = _images(entry, "reference")
+        entry.check(len(references) == 1, '"reference", one path,')
+        targets = () if split == self.test_split else _images(entry, "target")
+        group = _images(entry, "group") if _is_given(entry, "group") else ()
+        entry.check(not group or set(targets[:1]) <= set(group), 'the target in its "group"')
+        return Triplet(
+            reference=references[0],
+            captions=_texts(entry, "caption"),
+            target=targets[0] if targets else None,
+            other_targets=targets[1:],
+            group=tuple(dict.fromkeys([*references, *group])) if group else (),
+            pair_id=_id(entry) if _is_given(entry, "id") else None,
+        )
+
+    def train(self) -> Split:
+        """The training triplets, one for each target; those with fewer captions than another have theirs again."""
+        split = super().train()
+        most = max(len(triplet.captions) for triplet in split.triplets)
+        triplets = []
+        for triplet in split.triplets:
+            captions = itertools.islice(itertools.cycle(triplet.captions), most)
+            triplets.append(replace(triplet, captions=tuple(captions)))
+        return replace(split, triplets=triplets)
+
+    def caption_variants(self, captions: tuple[str, ...]) -> list[str]:
+        return list(captions)
+
+    def hits(self, ranks: Ranks) -> "dict[str, np.ndarray]":
+        hits = {f"recall_at{k}": ranks.named < k for k in RECALLS}
+        if ranks.others is not None:
+            precision = average_precision(ranks.of_all, PRECISION_PLACES)
+            hits[f"map_at{PRECISION_PLACES}"] = precision
+        if ranks.in_group is not None:
+            for k in GROUP_RECALLS:
+                hits[f"group_recall_at{k}"] = ranks.in_group < k
+        return hits
+
+    def summary(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        (measured,) = scores.values()
+        average = statistics.fmean(measured[f"recall_at{k}"] for k in RECALLS)
+        return {**measured, "average_recall": average}
+
+
+def _text(file: Path) -> str:
+    """The text of a file, without the mark that spreadsheets put before it."""
+    try:
+        return read_text(file).removeprefix("\ufeff")
+    except FileNotFoundError:
+        raise missing_file(file) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({first_line(error)}): save it as UTF-8") from None
+
+
+def _lines(file: Path) -> Iterator[tuple[str, Any]]:
+    """What an error calls each line, and its content."""
+    for number, line in enumerate(_text(file).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            content = parse_json(line)
+        except ValueError as error:
+            problem, _, _ = first_line(error).partition(": line 1")
+            raise UserError(
+                f"{file}: line {number} is no JSON ({problem}): write an object on each line"
+            ) from None
+        yield f"line {number}", content
+
+
+def _rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """What an error calls each row, as spreadsheets number them, and its cells as a line of JSON would have them."""
+    text = _text(file)
+    header, _, _ = text.partition("\n")
+    separator = max(",;\t", key=header.count)  # that of spreadsheets, which differs by country
+    try:
+        names, *rows = csv.reader(io.StringIO(text), delimiter=separator, strict=True)
+    except (csv.Error, ValueError) as error:
+        raise UserError(f"{file} is no table ({error}): save it as CSV again") from None
+    names = [name.strip().lower() for name in names]
+    known = {name: names.index(name) for name in COLUMNS if names.count(name) == 1}
+    check(
+        {"reference", "caption"} <= known.keys() and len(known) == len(set(names) & set(COLUMNS)),
+        file,
+        f"a first row that names the columns {', '.join(COLUMNS[:3])}, each once",
+        remedy=Triplets.remedy,
+    )
+    for number, cells in enumerate(rows, start=2):
+        if not any(map(str.strip, cells)):
+            continue
+        if len(cells) != len(names):
+            problem = f"row {number} has {len(cells)} cells, the first row {len(names)}"
+            raise UserError(f"{file}: {problem}: put cells with {separator!r} in quotation marks")
+        content = {name: _cell(name, cells[column]) for name, column in known.items()}
+        yield f"row {number}", content
+
+
+def _cell(name: str, text: str) -> str | list[str]:
+    """A cell's value, or its values."""
+    values = [value.strip() for value in text.split(SEVERAL)]
+    return text.strip() if name == "id" or len(values) == 1 else values
+
+
+def _is_given(entry: Entry, key: str) -> bool:
+    """Whether an entry has something that it may lack."""
+    return isinstance(entry.content, dict) and entry.content.get(key) not in (None, "", [])
+
+
+def _texts(entry: Entry, key: str) -> tuple[str, ...]:
+    """A text or several, none of them empty."""
+    value = entry.content.get(key) if isinstance(entry.content, dict) else None
+    values: list[Any] = value if isinstance(value, list) else [value]
+    are_full = bool(values) and are_texts(values) and all(map(str.strip, values))
+    entry.check(are_full, f'"{key}", a text or a list of texts, none empty,')
+    return tuple(values)
+
+
+def _images(entry: Entry, key: str) -> tuple[str, ...]:
+    return tuple(map(_image, _texts(entry, key)))
+
+
+def _image(path: str) -> str:
+    """What an image is called, however its path is spelled: `./a//b.jpg` is `a/b.jpg`."""
+    return str(PurePosixPath(path.strip()))
+
+
+def _id(entry: Entry) -> str:
+    """A query's id as a text, as the predictions name it."""
+    value = entry.content["id"]
+    is_name = isinstance(value, str | int) and not isinstance(value, bool)
+    entry.check(is_name, '"id", a text or a whole number,')
+    return str(value)

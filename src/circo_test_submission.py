@@ -1,0 +1,34 @@
+"""Write the file that CIRCO's evaluation server takes, from the test split, and check it.
+
+    python src/circo_test_submission.py --submission-name my_submission --combining-function combiner \
+        --combiner-path models_final/combiner_trained_on_cirr --clip-model-path models_final/clip_finetuned_on_cirr
+
+With `--split val` it writes the same file for the validation split, whose answers are known, and scores it.
+"""
+
+import argparse
+
+from benchmarks.server_files import CircoForm
+from cli.options import add_protocol
+from cli.submission import submission_parser, submit_as_asked
+from utils import command
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags of a submission."""
+    parser = submission_parser(__doc__, CircoForm.kind)
+    add_protocol(parser, help="text of the queries, and whether their references may be retrieved")
+    args = parser.parse_args(argv)
+    if args.protocol and len(args.protocol) > 1:
+        parser.error("--protocol: a submission is of one: name one")
+    return args
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Rank the split's gallery for every query; exit code 1 if the file breaks a rule."""
+    submit_as_asked(CircoForm, parse(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,394 @@
+"""Your own triplets: both forms of the file say the same, every wrong value is named with its line, metrics by hand."""
+
+import csv
+import io
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import Triplets
+from benchmarks.metrics import NO_RANK, Ranks
+from benchmarks.splits import split_digest
+from benchmarks.triplets import COLUMNS
+from combiner import Sum
+from conftest import CASES
+from evaluation.rankings_file import make_records, read_rankings, write_rankings
+from evaluation.result_file import make_result, read_result, write_result
+from evaluation.retrieval import rank_all
+from models.features import FrozenSplit
+from utils import UserError
+
+SPLITS = ("train", "val", "test")
+FULL = {"id": 1, "reference": "a.jpg", "caption": "is red", "target": "b.jpg", "group": ["a.jpg", "b.jpg"]}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Where a test writes its files."""
+    (tmp_path / "triplets_dataset" / "images").mkdir(parents=True)
+    return tmp_path / "triplets_dataset"
+
+
+def write_lines(folder: Path, split: str, lines: list) -> Path:
+    file = folder / f"{split}.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return file
+
+
+def read(folder: Path, split: str = "val"):
+    """The only part of a split."""
+    (part,) = Triplets(folder.parent).read(split)
+    return part
+
+
+def refused(folder: Path, split: str = "val") -> str:
+    with pytest.raises(UserError) as error:
+        read(folder, split)
+    assert len(str(error.value).splitlines()) == 1
+    assert str(folder) in str(error.value)
+    return str(error.value)
+
+
+# Lines
+
+
+# Of a value whose rule is to be there, to be texts, and none of them empty.
+NO_TEXTS = [3, True, 1.5, {}, {"a": "b"}, [3], [None], [["a.jpg"]], " ", ["a.jpg", ""]]
+NOTHING = [None, "", []]
+WRONG = {
+    "reference": [*NOTHING, *NO_TEXTS, ["a.jpg", "b.jpg"], "b.jpg"],
+    "caption": [*NOTHING, *NO_TEXTS],
+    "target": [*NOTHING, *NO_TEXTS, "a.jpg", ["b.jpg", "b.jpg"], ["b.jpg", "./b.jpg"], "c.jpg"],
+    "id": [True, 1.5, {}, [1], 2, "2", *NOTHING],
+    "group": [*NO_TEXTS, ["a.jpg"], "a.jpg", *NOTHING],
+}
+CASES_OF_LINES = []
+for key, values in WRONG.items():
+    for value in values:
+        CASES_OF_LINES.append(pytest.param(key, value, id=f"{key} {json.dumps(value)}"))
+    CASES_OF_LINES.append(pytest.param(key, ..., id=f"{key} missing"))
+
+
+CASES_OF_CELLS = []
+for case in CASES_OF_LINES:
+    _, value = case.values
+    if value in (None, "", []) or all(isinstance(one, str) for one in np.atleast_1d(value)):
+        CASES_OF_CELLS.append(case)
+
+
+def test_every_key_is_tried():
+    assert WRONG.keys() == set(COLUMNS) == FULL.keys()
+
+
+@pytest.mark.parametrize(("key", "value"), CASES_OF_LINES)
+def test_a_wrong_value_is_named_with_its_line(key, value, folder):
+    """In the third line, of which the second is blank."""
+    wrong = {**FULL, "id": 3, key: value}
+    if value is ...:
+        del wrong[key]
+    file = folder / "val.jsonl"
+    lines = [{**FULL, "id": 2}, wrong, {**FULL, "id": 4}]
+    file.write_text("\n\n".join(map(json.dumps, lines)))
+    error = refused(folder)
+    assert str(file) in error
+    assert "line 3" in error
+    CASES["lines of your own triplets", "refused"] += 1
+
+
+@pytest.mark.parametrize("key", ["target", "group"])
+@pytest.mark.parametrize("value", NOTHING)
+def test_a_test_query_may_lack_its_answer(key, value, folder):
+    write_lines(folder, "test", [{**FULL, "group": [], key: value}])
+    assert read(folder, "test").is_secret
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[" * 9999, "3", "null", '"a"', "[]", '{"id": 1, "id": 2}', '{"caption": "\\ud800"}']
+)  # fmt: skip
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_line_that_is_no_object(line, split, folder):
+    (folder / f"{split}.jsonl").write_text(f"{json.dumps(FULL)}\n{line}\n")
+    error = refused(folder, split)
+    assert f"{split}.jsonl" in error
+    assert "line 2" in error
+    assert "line 1" not in error
+
+
+AWAY = ["../a.jpg", "/etc/passwd", "a/../../b.jpg", "C:/a.jpg", "..\\a.jpg", "a\0.jpg"]
+
+
+@pytest.mark.parametrize("path", AWAY)
+@pytest.mark.parametrize("key", ["reference", "target", "group"])
+def test_a_path_that_leads_out(path, key, folder):
+    wrong = [*FULL["group"], path] if key == "group" else path
+    write_lines(folder, "val", [{**FULL, "group": [*FULL["group"], path], key: wrong}])
+    assert "leads out of the dataset" in refused(folder)
+
+
+@pytest.mark.parametrize("path", AWAY)
+def test_a_gallery_that_leads_out(path, folder):
+    write_lines(folder, "val", [FULL])
+    (folder / "gallery.val.txt").write_text(f"a.jpg\nb.jpg\n{path}\n")
+    assert "leads out of the dataset" in refused(folder)
+
+
+def test_a_link_that_leads_out_and_a_folder_that_is_linked(folder, tmp_path):
+    write_lines(folder, "val", [FULL])
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "a.jpg").touch()
+    (folder / "images" / "a.jpg").symlink_to(tmp_path / "a.jpg")
+    assert read(folder).names == ["a.jpg", "b.jpg"]  # below the data root
+    (folder / "images" / "a.jpg").unlink()
+    (folder / "images" / "a.jpg").symlink_to("/etc/hostname")
+    assert "out of the dataset" in refused(folder)
+    shutil.rmtree(folder / "images")
+    (folder / "images").symlink_to(tmp_path / "photos")
+    assert read(folder).paths == [folder / "images" / "a.jpg", folder / "images" / "b.jpg"]
+
+
+# Files
+
+
+def test_the_gallery_is_its_file_or_what_the_split_names(folder):
+    other = {"id": 2, "target": ["c/d.jpg", "b.jpg"], "group": ["c//d.jpg"]}
+    write_lines(folder, "val", [FULL, {**FULL, **other}])
+    assert read(folder).names == ["a.jpg", "b.jpg", "c/d.jpg"]
+    (folder / "gallery.val.txt").write_text("\ufeffe.jpg\r\n./c/d.jpg\n\nb.jpg\na.jpg\nb.jpg\n")
+    assert read(folder).names == ["e.jpg", "c/d.jpg", "b.jpg", "a.jpg"]
+    (folder / "gallery.val.txt").write_text("a.jpg\nb.jpg\n")
+    error = refused(folder)
+    assert "line 2" in error
+    assert "c/d.jpg" in error
+    assert "gallery.val.txt" in error
+
+
+NO_QUERIES = [b"", b"\n \n", b"\xff\xfe\0", "caption,référence".encode("latin1"), None]
+
+
+@pytest.mark.parametrize("name", ["val.jsonl", "val.csv", "gallery.val.txt"])
+@pytest.mark.parametrize("content", NO_QUERIES)
+def test_files_without_a_query(name, content, folder):
+    if name.startswith("gallery"):
+        write_lines(folder, "val", [FULL])
+    file = folder / name
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    assert name in refused(folder)
+
+
+def test_a_split_in_both_forms(folder):
+    write_lines(folder, "val", [FULL])
+    (folder / "val.csv").write_text("reference,caption,target\na.jpg,is red,b.jpg\n")
+    assert "keep one" in refused(folder)
+
+
+def test_a_missing_split_is_named(folder):
+    for split in SPLITS:
+        assert f"{split}.jsonl" in refused(folder, split)
+
+
+WRONG_LINES = {
+    "no JSON": "{",
+    "no reference": json.dumps({**FULL, "id": 2, "reference": None}),
+    "an id twice": json.dumps(FULL),
+    "a group without the target": json.dumps({**FULL, "id": 2, "group": ["a.jpg", "c.jpg"]}),
+    "an empty caption": json.dumps({**FULL, "id": 2, "caption": ""}),
+    "a target in no gallery": json.dumps({**FULL, "id": 2, "target": "c.jpg", "group": ["c.jpg"]}),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_LINES)
+@pytest.mark.parametrize("door", ["clip_fine_tune", "combiner_train", "validate"])
+def test_scripts_refuse_in_one_line(what, door, folder, fails):
+    """Exit code 2, the file and the line, before anything is loaded or written."""
+    for split in ("train", "val"):
+        (folder / f"{split}.jsonl").write_text(f"{json.dumps(FULL)}\n{WRONG_LINES[what]}\n")
+        (folder / f"gallery.{split}.txt").write_text("a.jpg\nb.jpg\n")
+    flags = ["--combining-function", "sum"] if door == "validate" else []
+    error = fails(door, folder.parent, "--dataset", "Triplets", *flags)
+    assert ".jsonl" in error
+    assert "line 2" in error
+
+
+# Tables
+
+
+def as_table(lines: list[dict], separator: str) -> str:
+    """Lines of JSON as a spreadsheet would save them, with a column of its own."""
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=separator)
+    writer.writerow(["Price", *[name.title() for name in reversed(COLUMNS)], ""])
+    for line in lines:
+        cells = []
+        for name in reversed(COLUMNS):
+            value = line.get(name, "")
+            cells.append(" | ".join(value) if isinstance(value, list) else value)
+        writer.writerow([9, *cells, ""])
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_table_says_the_same(split, separator, own_drawn):
+    folder = own_drawn / "triplets_dataset"
+    whole = read(folder, split)
+    file = folder / f"{split}.jsonl"
+    lines = list(map(json.loads, file.read_text().splitlines()))
+    lines[1]["caption"] = ["with a comma, and a ; too", 'a "quotation" and\na break\tin it']
+    write_lines(folder, split, lines)
+    changed = split_digest(read(folder, split))
+    assert changed != split_digest(whole)
+    file.unlink()
+    table = as_table(lines, separator)
+    (folder / f"{split}.csv").write_bytes(b"\xef\xbb\xbf" + table.encode())
+    again = read(folder, split)
+    assert split_digest(again) == changed
+    assert [t.pair_id for t in again.triplets] == [t.pair_id for t in whole.triplets]
+
+
+@pytest.mark.parametrize(("key", "value"), CASES_OF_CELLS)
+def test_a_wrong_cell_is_named_with_its_row(key, value, folder):
+    """In the fourth row, of which the third is blank."""
+    lines = [{**FULL, "id": 2}, {}, {**FULL, "id": 3, key: value or ""}]
+    table = as_table(lines, ",").replace("9,,,,,,", ",,,,,,")
+    (folder / "val.csv").write_text(table)
+    assert "row 4" in refused(folder)
+    CASES["cells of your own triplets", "refused"] += 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.jpg,is red,b.jpg\n", "names the columns"),
+        ("reference,caption,caption,target\na.jpg,red,red,b.jpg\n", "each once"),
+        ("reference,target\na.jpg,b.jpg\n", "names the columns"),
+        ("reference,caption,target\na.jpg,red, with dots,b.jpg\n", "row 2 has 4 cells"),
+        ("reference,caption,target\na.jpg,red\n", "row 2 has 2 cells"),
+        ('reference,caption,target\na.jpg,"red" dots,b.jpg\n', "no table"),
+        ("reference,caption,target\n", "at least one triplet"),
+        ("reference,caption\na.jpg,red\n", '"target"'),
+    ],
+)
+def test_tables_that_are_none(text, expected, folder):
+    (folder / "val.csv").write_text(text)
+    assert expected in refused(folder)
+
+
+# Training
+
+
+def test_training_has_a_triplet_for_each_target_and_as_many_captions_for_all(folder):
+    several = {"reference": "a.jpg", "caption": ["is red", "more red"], "target": ["b.jpg", "c.jpg"]}  # fmt: skip
+    write_lines(
+        folder,
+        "train",
+        [
+            several,
+            {"reference": "c.jpg", "caption": "x", "target": "a.jpg"},
+            {"reference": "c.jpg", "caption": ["1", "2", "3"], "target": "b.jpg"},
+        ],
+    )
+    benchmark = Triplets(folder.parent)
+    split = benchmark.train()
+    asked = [(t.reference, t.target, t.captions) for t in split.triplets]
+    assert asked == [
+        ("a.jpg", "b.jpg", ("is red", "more red", "is red")),
+        ("a.jpg", "c.jpg", ("is red", "more red", "is red")),
+        ("c.jpg", "a.jpg", ("x", "x", "x")),
+        ("c.jpg", "b.jpg", ("1", "2", "3")),
+    ]
+    assert benchmark.caption_variants(asked[3][2]) == ["1", "2", "3"]
+    assert benchmark.caption(asked[3][2]) == "1"
+
+
+# Metrics
+
+
+def test_metrics_by_hand():
+    ranks = Ranks(
+        np.array([0, 4, 7, 60]),
+        others=np.array([[NO_RANK], [0], [NO_RANK], [3]]),
+        in_group=np.array([0, 0, 1, 3]),
+    )
+    benchmark = Triplets(Path())
+    metrics = benchmark.summary({"val": benchmark.score(ranks)})
+    assert metrics == {
+        "recall_at1": 25,
+        "recall_at5": 50,
+        "recall_at10": 75,
+        "recall_at50": 75,
+        "map_at10": pytest.approx(100 * (1 + (1 + 2 / 5) / 2 + 1 / 8 + (1 / 4) / 2) / 4),
+        "group_recall_at1": 50,
+        "group_recall_at2": 75,
+        "group_recall_at3": 75,
+        "average_recall": 56.25,
+    }
+    assert metrics.keys() == benchmark.titles.keys()
+    bare = benchmark.summary({"val": benchmark.score(Ranks(ranks.named))})
+    assert bare == {name: metrics[name] for name in bare}
+    assert bare.keys() == {
+        "recall_at1",
+        "recall_at5",
+        "recall_at10",
+        "recall_at50",
+        "average_recall",
+    }
+
+
+@pytest.mark.parametrize("given", list(itertools.product((True, False), repeat=3)), ids=str)
+def test_every_kind_of_data_is_measured_and_read_again(given, own_drawn, tmp_path):
+    """With and without ids, groups and several targets; groups of several sizes, with and without their reference."""
+    has_id, has_group, has_several = given
+    folder = own_drawn / "triplets_dataset"
+    lines = list(map(json.loads, (folder / "val.jsonl").read_text().splitlines()))
+    for number, line in enumerate(lines):
+        target, *_ = line["target"]
+        line["target"] = line["target"] if has_several else target
+        others = [name for name in line["group"] if name not in (target, line["reference"])]
+        line["group"] = [target, *others[: number % 4], *[line["reference"]][: number % 2]]
+        for key, is_given in (("id", has_id), ("group", has_group)):
+            if not is_given:
+                del line[key]
+    write_lines(folder, "val", lines)
+    result, rankings = measured(Triplets(own_drawn), tmp_path)
+    assert list(result["protocols"]) == ["original-removed", "original-kept"]
+    for name, of_protocol in result["protocols"].items():
+        metrics = of_protocol["metrics"]
+        assert ("map_at10" in metrics) == has_several
+        assert ("group_recall_at1" in metrics) == has_group
+        hits = []
+        for query, line in zip(rankings["queries"]["val"], lines, strict=True):
+            nearest = [image for image, _ in query["protocols"][name]["nearest"]]
+            target = line["target"][0] if has_several else line["target"]
+            hits.append(target in nearest[:5])
+            assert query["pair_id"] == (str(line["id"]) if has_id else None)
+        assert metrics["recall_at5"] == pytest.approx(100 * np.mean(hits))
+
+
+def measured(benchmark: Triplets, folder: Path) -> tuple[dict, dict]:
+    """A result and rankings of features that are drawn, written and read again."""
+    val = benchmark.val()
+    generator = torch.Generator().manual_seed(0)
+    frozen = []
+    for split in val:
+        images = torch.randn(len(split.names), 8, generator=generator)
+        captions = torch.randn(len(split.triplets), 1, 8, generator=generator)
+        frozen.append(FrozenSplit(split=split, images=images, captions=captions))
+    rankings = rank_all(frozen, Sum(), benchmark.protocols, k=99, block=None)
+    pair = {"weights_sha256": {"clip": "c"}, "preprocessing": {}, "training": {}}
+    about = {"pair": pair, "reasons": {}, "command": "", "versions": {}}
+    result = make_result(benchmark, val, rankings, **about)
+    write_result(folder / "m.json", result)
+    write_rankings(
+        folder / "r.json",
+        result,
+        make_records(benchmark, val, rankings, {split.name: None for split in val}),
+    )
+    return read_result(folder / "m.json"), read_rankings(folder / "r.json")
