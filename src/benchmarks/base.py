@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -122,7 +123,7 @@ class Benchmark(ABC):
         triplets = []
         for place, content in enumerate(read(captions_file, list)):
             entry = Entry(content, captions_file, f"entry {place}")
-            triplet = self._triplet(entry, split)
+            triplet = replace(self._triplet(entry, split), place=place)
             check_known([*triplet.images, *triplet.group], paths, entry, images_file)
             searchable = split == self.train_split or triplet.reference != triplet.target
             entry.check(searchable, "a target other than the reference")
