@@ -56,6 +56,7 @@ CASES = {
     "stage1-vit": Case(run=stage1.figures_of_vit),
     "stage1-large-batch": Case(run=stage1.large_batch, seconds=40),
     "stage2-full-size": Case(run=stage2.full_size, seconds=30),
+    "stage2-bank": Case(run=stage2.bank, seconds=20, on=BOTH, unasked=False),
     "encoding": Case(run=encoding.figures, seconds=40),
     "moe": Case(run=moe.figures, seconds=30, on=BOTH),
     "stage1-variants": Case(run=stage1.variants, seconds=40),

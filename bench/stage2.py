@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch.optim import Adam
 
 import shapes_dataset
@@ -19,14 +20,15 @@ from ranking import random_cirr
 from reports.run_page import About
 from runtime.choices import ClipChoice
 from runtime.interruption import StopRequest
-from timing import GIB, Row, Setting, in_turns, peak_memory, typical
+from timing import GIB, Row, Setting, extra_memory, in_turns, peak_memory, typical
 from training.autosave import Autosave
 from training.checkpoints import Checkpoints
+from training.contrastive import backward
 from training.data import Order
 from training.loop import Stepper, train_one_epoch
 from training.run import Run
 from training.schedule import Precision, Schedule
-from training.stage2 import combiner_training
+from training.stage2 import ComposedFeatures, combiner_training
 from training.tracker import NoTracker
 from twins import re_encoding_epoch
 
@@ -136,6 +138,49 @@ def full_size_epoch(setting: Setting) -> Callable[[], None]:
         Order(triplets=triplets, variants=1, batch_size=batch, seed=0),
         device,
     )
+
+
+def bank(setting: Setting) -> Iterator[Row]:
+    """A step against all of 28,225 targets and one against those of its batch, D 768, P 2560, H 5120."""
+    device = setting.device
+    targets = setting.choose(gpu=28_225, cpu=28_225, tiny=40)
+    d, p, h = setting.choose(gpu=(768, 2560, 5120), cpu=(768, 2560, 5120), tiny=(8, 16, 24))
+    features = F.normalize(torch.randn(targets, d, device=device), dim=-1)
+    combiner = Combiner(d, p, h).to(device)
+    model = ComposedFeatures(combiner, with_router=False).train()
+    optimizer = Adam(combiner.parameters(), lr=2e-5, fused=setting.on_gpu)
+    precision = Precision("amp", device)
+    scaler = precision.scaler()
+    for batch in setting.choose(gpu=(64, 512, 4096), cpu=(64, 256, 1024), tiny=(8,)):
+        images = torch.randn(batch, d, device=device)
+        rows = torch.randint(targets, (batch,), device=device)
+
+        def step(
+            bank: torch.Tensor | None, images: torch.Tensor = images, rows: torch.Tensor = rows
+        ) -> None:
+            optimizer.zero_grad(set_to_none=True)
+            backward(
+                model,
+                [images, images, features[rows]],
+                None if bank is None else rows,
+                micro_batch=None,
+                precision=precision,
+                scaler=scaler,
+                bank=bank,
+            )
+            scaler.step(optimizer)
+            scaler.update()
+
+        ours, twin = in_turns(lambda: step(features), lambda: step(None), device, 3, 3)
+        memory = [extra_memory(lambda own=own: step(own), device) / GIB for own in (features, None)]
+        yield {
+            "figure": f"stage-2 step against a bank of {targets:,} targets / its batch, batch {batch:,}",
+            "ours": ours,
+            "twin": twin,
+            "ours / twin": ours / twin,
+            "must": "at most 1.33 of it",
+            "note": f"{memory[0]:.2f} GiB for {memory[1]:.2f}",
+        }
 
 
 def full_size(setting: Setting) -> Iterator[Row]:

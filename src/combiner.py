@@ -1,4 +1,4 @@
-"""Ways to compose a query: the sum, the MoE Combiner, the plain CLIP4Cir Combiner; build one from a checkpoint.
+"""Ways to compose a query: image or text alone, the sum, two Combiners; build a Combiner from a checkpoint.
 
 Shapes: B queries, D = CLIP's feature length, P = projection_dim, H = hidden_dim, E experts, k of them per query.
 """
@@ -72,9 +72,9 @@ class Composer(nn.Module, ABC):
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Unnormalised CLIP features (B, D), (B, D) -> normalised query (B, D)."""
 
-    @abstractmethod
     def insight(self, image_features: Tensor, text_features: Tensor) -> Insight | None:
         """What it does with queries (B, D), (B, D); None where there is nothing to see."""
+        return None
 
     def routed(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         """The queries (B, D) and the router's logits (B, E); E is 0 without a mixture."""
@@ -90,8 +90,27 @@ class Sum(Composer):
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         return compose_sum(image_features, text_features)
 
-    def insight(self, image_features: Tensor, text_features: Tensor) -> None:
-        return None
+
+class ImageAlone(Composer):
+    """The normalised image, whatever is asked for."""
+
+    combining_function = "image"
+
+    def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        return F.normalize(image_features, dim=-1)
+
+
+class TextAlone(Composer):
+    """The normalised text, whatever it is said of."""
+
+    combining_function = "text"
+
+    def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        return F.normalize(text_features, dim=-1)
+
+
+# What composes without weights of its own, by the names of `--combining-function`.
+UNLEARNED = {kind.combining_function: kind for kind in (ImageAlone, TextAlone, Sum)}
 
 
 class RowDropout(nn.Dropout):

@@ -42,7 +42,8 @@ SHOWN = {
     "CIRR": ("recall_at1", "recall_at5", "group_recall_at1", "mean(R@5+R_s@1)"),
 }
 COMBINERS = {"plain Combiner": "clip4cir", "MoE Combiner": "moe"}
-BY_SUM = ("--combining-function", "sum")
+# With the CLIP of stage 1: what a query is worth without its text, without its image, and with both.
+UNLEARNED = {"stage-1 image alone": "image", "stage-1 text alone": "text", "stage-1 sum": "sum"}
 STAGE_1 = "--num-epochs 7 --learning-rate 1e-3 --batch-size 128 --validation-frequency 3 --save-training --save-best"
 STAGE_2 = (
     "--num-epochs 41 --combiner-lr 1e-3 --batch-size 512 --validation-frequency 10 --save-training --save-best "
@@ -95,10 +96,9 @@ class Demo:
         """Train and validate all methods on a benchmark; returns the table, and the flags of the last MoE pair."""
         clip_name: Words = ("--clip-model-name", self.folder / "data" / "tiny_clip_vit.pt")
         clip = self.fine_tune(dataset, clip_name)
-        results = {
-            "zero-shot sum": [self.validate(dataset, "zero-shot", *BY_SUM, *clip_name)],
-            "stage-1 sum": [self.validate(dataset, "stage-1", *BY_SUM, *clip)],
-        }
+        results = {"zero-shot sum": [self.validate(dataset, "zero-shot", *by("sum"), *clip_name)]}
+        for method, function in UNLEARNED.items():
+            results[method] = [self.validate(dataset, f"stage-1_{function}", *by(function), *clip)]
         for method, kind in COMBINERS.items():
             pairs = self.train_combiners(dataset, kind, clip)
             results[method] = []
@@ -177,6 +177,11 @@ class Demo:
         self.run("search.py", "index", "--images", images, "--num-workers", "0", "--output", *index)
         question = ("--image", min(images.glob("*.png")), "--text", "is red", "--k", "5")
         self.run("search.py", "query", *question, "--index", *index)
+
+
+def by(function: str) -> Words:
+    """The flags of a way to compose that needs no weights."""
+    return "--combining-function", function
 
 
 def start(words: Sequence[str]) -> int | None:

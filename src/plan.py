@@ -57,7 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="flags of clip_fine_tune.py",
         parents=[plan_flags(), *options.stage_1_flags(dataset_required=False)],
     )
-    stage_1.set_defaults(clip_model_path=None, clip_bs=32, seeds=None)
+    stage_1.set_defaults(clip_model_path=None, clip_bs=32, seeds=None, negatives="batch")
     stage_2 = stages.add_parser(
         "stage2",
         help="flags of combiner_train.py",
@@ -157,7 +157,7 @@ def planned_training(args: argparse.Namespace, gpu: Gpu) -> "Training":
         return FineTuning(**shared)
     combiner = combiner_to_count(encoding.clip, options.combiner_choice(args))
     experts = args.num_experts if combiner.has_router else 0
-    return CombinerTraining(**shared, combiner=combiner, experts=experts)
+    return CombinerTraining(**shared, combiner=combiner, experts=experts, negatives=args.negatives)
 
 
 def memory_lines(training: "Training", way: "Way", gpu: Gpu) -> Iterator[str]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from benchmarks import Benchmark, Protocol
 from benchmarks.protocols import choose_protocols
+from benchmarks.query_lists import read_query_list, restricted
 from cli import options
 from cli.flag_types import positive_int, usable_path
 from cli.parsers import ScriptParser
@@ -23,6 +24,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parents = [options.dataset_flag(), *options.evaluation_flags()]
     parser = ScriptParser(__doc__, parents=parents)
     group = parser.add_argument_group("results")
+    group.add_argument(
+        "--queries",
+        type=usable_path,
+        metavar="FILE",
+        help="measure the queries of a list alone, as audit.py writes it; galleries stay whole",
+    )
     options.add_protocol(
         group,
         help="gallery (all of the split, or the references and targets alone), reference, text of CIRCO (default: all "
@@ -65,8 +72,11 @@ def main(argv: list[str] | None = None) -> None:
     check_file_writable({"--metrics-json": args.metrics_json, "--rankings": args.rankings})
     benchmark, reasons = open_benchmark(args)
     protocols = choose_protocols(args.protocol, benchmark.protocols, benchmark.name)
+    listed = read_query_list(args.queries, benchmark.name, benchmark.val_split)
     check_annotations(benchmark, [benchmark.val_split])
     val = benchmark.val()
+    if listed:
+        val = restricted(benchmark, val, listed)
 
     from evaluation.rankings_file import make_records, write_rankings
     from evaluation.result_file import make_result, write_result
@@ -93,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
             reasons=reasons,
             command=command_line("validate.py", argv),
             versions=versions(),
+            query_list=listed.describe() if listed else None,
         )
         if args.metrics_json:
             write_result(args.metrics_json, result)

@@ -13,11 +13,13 @@ from torch.optim import SGD, AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import combiner_train
 from conftest import read_csv
 from models.backbone import choose_trained
 from models.clip_model import backbone, checkpoint_gradients, load_clip, resolution, tokenize
 from runtime import distributed
-from training.contrastive import backward, contrastive_loss
+from training import contrastive
+from training.contrastive import backward, bank_loss, contrastive_loss
 from training.data import Order
 from training.loop import Stepper, Task, average
 from training.schedule import Precision, Schedule
@@ -128,9 +130,12 @@ def test_the_loss_is_exact_in_mixed_precision():
     """Guards against logits in bf16, whose steps at 100 are a half."""
     torch.manual_seed(0)
     queries, targets = nn.functional.normalize(torch.randn(2, 64, 8), dim=-1)
+    rows = torch.arange(64)
     with Precision("bf16", CPU).autocast():
         mixed = contrastive_loss(queries, targets)
+        mixed_bank = bank_loss(queries, targets, rows)
     assert mixed.item() == contrastive_loss(queries, targets).item()
+    assert mixed_bank.item() == bank_loss(queries, targets, rows).item()
 
 
 def test_schedule():
@@ -333,6 +338,7 @@ def test_the_options_of_stage_1_run(flags, stage_1):
             "0.9",
         ],
         ["--compile"],
+        ["--negatives", "bank", "--precision", "bf16", "--ema-decay", "0.9"],
     ],
     ids=" ".join,
 )
@@ -366,3 +372,115 @@ def test_steps_skip_weights_without_a_gradient(golden):
     optimizer = AdamW(choose_trained(model, "text"), lr=0.1)
     optimizer.step()
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+def bank_case() -> tuple[Line, torch.Tensor, torch.Tensor]:
+    """A model to learn, a bank of 9 targets, and 7 queries' rows in it, two of them the same."""
+    generator = torch.Generator().manual_seed(0)
+    bank = torch.randn(9, 2, generator=generator, dtype=torch.float64)
+    bank = nn.functional.normalize(bank, dim=-1)
+    return Line().double(), bank, torch.tensor([3, 8, 3, 0, 5, 1, 2])
+
+
+@pytest.mark.parametrize("most", [1, 20, 9 * 7, 2**24])
+def test_with_a_bank_every_other_target_is_a_negative_once(most, monkeypatch):
+    """Loss and gradient as by the definition, a query after another, in whatever blocks it is computed."""
+    monkeypatch.setattr(contrastive, "MOST_LOGITS", most)
+    _, bank, rows = bank_case()
+    queries = nn.functional.normalize(bank[rows] + 0.3, dim=-1).requires_grad_()
+    losses = []
+    for query, row in zip(queries, rows, strict=True):
+        losses.append(torch.logsumexp(100 * (bank @ query), 0) - 100 * (bank[row] @ query))
+    expected = torch.stack(losses).mean()
+    loss = bank_loss(queries, bank, rows)
+    torch.testing.assert_close(loss, expected)
+    (ours,) = torch.autograd.grad(2 * loss, queries)
+    (theirs,) = torch.autograd.grad(2 * expected, queries)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_bank_of_the_batchs_own_targets_is_the_batch():
+    model, bank, rows = bank_case()
+    rows = rows.unique()
+    queries, targets = model(bank[rows])
+    expected = contrastive_loss(queries, targets)
+    torch.testing.assert_close(bank_loss(queries, targets, torch.arange(len(rows))), expected)
+
+
+def gradient_with_bank(**way) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and gradient of a step with a bank."""
+    model, bank, rows = bank_case()
+    precision = way.pop("precision", FULL)
+    loss = backward(
+        model,
+        [bank[rows] + 0.3],
+        rows,
+        **{"micro_batch": None, **way},
+        precision=precision,
+        scaler=precision.scaler(),
+        bank=bank,
+    )
+    return loss, model.weight.grad
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 6])
+def test_micro_batches_with_a_bank_give_the_plain_steps_gradient(micro_batch):
+    plain_loss, plain = gradient_with_bank()
+    loss, gradient = gradient_with_bank(micro_batch=micro_batch)
+    torch.testing.assert_close(loss, plain_loss)
+    torch.testing.assert_close(gradient, plain)
+    assert gradient.abs().max() > 0.1
+
+
+def test_the_shares_of_several_processes_make_up_the_whole_gradient(monkeypatch):
+    """Each weighs its share as if all were averaged, as parallel modules do, which then gives the whole."""
+    whole_loss, whole = gradient_with_bank()
+    model, bank, rows = bank_case()
+    world = 7
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
+    own_losses = []
+
+    def gather(own):
+        """Of losses of other processes only the number matters for the gradient of one's own."""
+        own_losses.append(own.detach())
+        return torch.cat([own, own.detach().expand(world - 1)])
+
+    monkeypatch.setattr(distributed, "gather_rows", gather)
+    for row in rows:
+        backward(
+            model,
+            [bank[row][None] + 0.3],
+            row[None],
+            micro_batch=None,
+            precision=FULL,
+            scaler=FULL.scaler(),
+            bank=bank,
+        )
+    torch.testing.assert_close(torch.cat(own_losses).mean(), whole_loss)
+    torch.testing.assert_close(model.weight.grad / world, whole)
+
+
+def test_a_bank_needs_to_know_the_targets():
+    _, bank, _ = bank_case()
+    with pytest.raises(ValueError, match="which rows"):
+        contrastive.global_loss(bank, bank, None, bank)
+
+
+def test_a_bank_is_each_target_once_and_the_batches_know_which(stage_2, monkeypatch, capsys):
+    """Of a run by the script: what its batches learn towards are the bank's rows that they name."""
+    banks = []
+
+    def seen(model, inputs, target_ids, *, bank, **how):
+        assert torch.equal(bank[target_ids], inputs[2])
+        banks.append(bank)
+        return backward(model, inputs, target_ids, bank=bank, **how)
+
+    monkeypatch.setattr(contrastive, "backward", seen)
+    folder = stage_2("CIRR", "--negatives", "bank")
+    assert len(banks[0].unique(dim=0)) == len(banks[0]) < 40  # triplets
+    settings = json.loads((folder / "training_hyperparameters.json").read_text())
+    assert settings["flags"]["negatives"] == "bank"
+    (folder / "best_metrics.json").unlink()
+    with pytest.raises(SystemExit):
+        combiner_train.main(["--resume", str(folder), "--negatives", "batch"])
+    assert "--negatives is batch, but the run was started with bank" in capsys.readouterr().err

@@ -55,6 +55,8 @@ def test_an_ordinary_user_with_a_source_tree_that_is_read_only(tmp_path_factory)
         for path in [tree, *before]:
             path.chmod(0o755)
     assert "keeps all rules" in done.stdout
+    for method in ("image alone", "text alone", "sum"):
+        assert len(re.findall(rf"^stage-1 {method}  +[\d.]+ ", done.stdout, re.MULTILINE)) == 2
     assert "Traceback" not in done.stderr
     assert list(output.glob("models/*_moe/*/seed_0/saved_models/*.pt"))
     (pair,) = output.glob("exported/*/pair")

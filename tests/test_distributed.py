@@ -110,6 +110,15 @@ def test_stage_2_with_dropout_and_experts(golden, train, tmp_path):
     assert_same_run(one, again, "Combiner")
 
 
+def test_stage_2_with_a_bank(golden, train, tmp_path):
+    flags = ["--dataset", "CIRR", "--clip-model-name", golden / "clip_vit.pt"]
+    flags += ["--data-root", golden, *STAGE_2.split(), "--negatives", "bank"]
+    flags += ["--feature-cache", tmp_path / "cache"]
+    one = train(1, "combiner_train", tmp_path / "one", *flags)
+    two = train(2, "combiner_train", tmp_path / "two", *flags)
+    assert_same_run(one, two, "Combiner")
+
+
 def test_validation_and_submission(golden, launch, tmp_path):
     pair = [
         "--clip-model-name",

@@ -20,6 +20,7 @@ DATA = "--data-root {drawn}"
 CLIP = "--clip-model-name {drawn}/tiny_clip_vit.pt"
 PAIR = f"{DATA} {CLIP} --combining-function sum {CPU} {NO_WORKERS}"
 NEEDS = {
+    "audit": f"--dataset CIRR {PAIR} --resamples 20",
     "check_dataset": f"{DATA} --dataset CIRR --unofficial {NO_WORKERS}",
     "check_submission": f"{DATA} {{made}}/answers.json",
     "circo_test_submission": f"{PAIR} --submission-name x --output-dir {{made}}/out",

@@ -13,8 +13,8 @@ from runtime.choices import OPENAI_CLIPS
 COMPUTING = {
     clip_fine_tune: {"encoder", "gradient_checkpointing", "learning_rate", "micro_batch_size"},
     combiner_train: {
-        "clip_bs", "combiner_lr", "combiner_type", "hidden_dim", "load_balancing_weight", "num_experts",
-        "projection_dim", "router_z_weight", "seeds", "top_k",
+        "clip_bs", "combiner_lr", "combiner_type", "hidden_dim", "load_balancing_weight", "negatives",
+        "num_experts", "projection_dim", "router_z_weight", "seeds", "top_k",
     },
 }  # fmt: skip
 COMPUTING_IN_BOTH = {

@@ -30,6 +30,7 @@ from runtime.choices import OPENAI_CLIPS, CombinerChoice
 from runtime.gpus import GPUS
 from test_backbones import FORMS, models_made  # noqa: F401
 from timing import saved_activations
+from training import budget, contrastive
 from training.budget import (
     CombinerTraining,
     FineTuning,
@@ -253,6 +254,23 @@ def test_operations_of_the_combiners_grow_with_the_rows_of_their_experts(vit):
     moe = joint * 4 + 2 * joint * hidden
     gate = joint * hidden + hidden * dim
     assert one == 2 * 64 * (projections + attention + moe + gate + hidden * dim)
+
+
+def test_a_bank_is_counted_by_its_targets_and_in_blocks(vit, monkeypatch):
+    """Two products of all queries with all targets, and no more logits in memory than a block's."""
+    way = Way(batch_size=64)
+    batch = combiner_training(vit)
+    bank = dataclasses.replace(batch, negatives="bank")
+    product = 2 * 64 * SIZES.images * 64
+    assert work(bank.step(way))["loss"] == work(bank.step(way))["loss's gradients"] == product
+    assert [part.precision for part in bank.step(way)] == ["fp16", "fp16", "fp32", "fp16"]
+    kept = {name: size for name, size in batch.passing(way).items() if name[:4] != "loss"}
+    assert kept.items() <= bank.passing(way).items()
+    of_one_block = bank.passing(way)["loss and its gradients"]
+    monkeypatch.setattr(contrastive, "MOST_LOGITS", 8 * SIZES.images)
+    budget._bank_loss.cache_clear()
+    assert bank.passing(way)["loss and its gradients"] < of_one_block
+    budget._bank_loss.cache_clear()
 
 
 def test_memory_of_weights_gradients_optimizer_and_average(vit):

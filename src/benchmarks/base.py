@@ -8,7 +8,7 @@ from types import MappingProxyType, NoneType
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.annotations import OFFICIAL, Entry, check, check_known, read
-from benchmarks.metrics import Ranks, percentage
+from benchmarks.metrics import Ranks, means_of
 from benchmarks.places import locate
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED, Protocol
 from benchmarks.splits import Split, Triplet
@@ -151,8 +151,8 @@ class Benchmark(ABC):
         )
         triplets = []
         place_of_id: dict[int | str, str] = {}
-        for entry in self.entries(queries_file):
-            triplet = self.triplet(entry, split)
+        for place, entry in enumerate(self.entries(queries_file)):
+            triplet = replace(self.triplet(entry, split), place=place)
             check_known([*triplet.images, *triplet.group], paths, entry, images_file)
             searchable = split == self.train_split or triplet.reference not in triplet.targets
             entry.check(searchable, "a target other than the reference")
@@ -246,12 +246,7 @@ class Benchmark(ABC):
 
     def score(self, ranks: Ranks) -> dict[str, float]:
         """Means over one split's queries, in percent, of all that some of them count for."""
-        scores = {}
-        for name, values in self.hits(ranks).items():
-            mean = percentage(values)
-            if mean is not None:
-                scores[name] = mean
-        return scores
+        return means_of(self.hits(ranks))
 
     @abstractmethod
     def hits(self, ranks: Ranks) -> "dict[str, np.ndarray]":

@@ -80,6 +80,16 @@ def percentage(values: "np.ndarray") -> float | None:
     return 100 * float(counted.sum()) / len(counted) if len(counted) else None
 
 
+def means_of(hits: "Mapping[str, np.ndarray]") -> dict[str, float]:
+    """Score -> its mean over a split's queries, in percent, of all that some of them count for.
+
+    Args:
+        hits: score -> what each query adds to it (Q,), see `Benchmark.hits`.
+    """
+    found = {name: percentage(values) for name, values in hits.items()}
+    return {name: mean for name, mean in found.items() if mean is not None}
+
+
 def means(values: Sequence[float]) -> dict[str, float]:
     """Arithmetic, harmonic and geometric mean; the latter two are 0 where a value is 0."""
     return {

@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runtime.files import file_size
@@ -24,6 +24,7 @@ class Triplet:
         group: CIRR's subset of similar images, the reference among them.
         pair_id: what its file calls the query: a number as CIRR's, or a text.
         kinds: what is asked for, where a benchmark also measures kinds of queries apart.
+        place: the number of its entry in the file.
     """
 
     reference: str
@@ -33,6 +34,7 @@ class Triplet:
     group: tuple[str, ...] = ()
     pair_id: int | str | None = None
     kinds: tuple[str, ...] = ()
+    place: int = field(default=0, compare=False)
 
     @property
     def known_target(self) -> str:
@@ -60,6 +62,7 @@ class Split:
         excluded_images: what was left out of the gallery on request, in its order.
         excluded_triplets: how many triplets went with them.
         smaller_groups: how many of the remaining triplets have a smaller group for it.
+        asked_elsewhere: references and targets of triplets that were left out, while their images were not.
     """
 
     name: str
@@ -68,6 +71,16 @@ class Split:
     excluded_images: tuple[str, ...] = ()
     excluded_triplets: int = 0
     smaller_groups: int = 0
+    asked_elsewhere: frozenset[str] = frozenset()
+
+    @property
+    def query_names(self) -> list[str]:
+        """What each query is called: its pairid, or its split and its place in the annotation file."""
+        names = []
+        for triplet in self.triplets:
+            place = f"{self.name}:{triplet.place}"
+            names.append(place if triplet.pair_id is None else str(triplet.pair_id))
+        return names
 
     @property
     def names(self) -> list[str]:
@@ -144,8 +157,8 @@ class Split:
 
     @property
     def members(self) -> set[str]:
-        """The references and targets of the triplets."""
-        members: set[str] = set()
+        """The references and targets of the triplets, those that were left out among them (see `only`)."""
+        members = set(self.asked_elsewhere)
         for triplet in self.triplets:
             members.update(triplet.images)
         return members
@@ -155,6 +168,12 @@ class Split:
         """Whether each image of the gallery is neither reference nor target of any triplet, N of them."""
         members = self.members
         return [name not in members for name in self.image_paths]
+
+    def only(self, queries: Container[str]) -> "Split":
+        """The split with some queries alone, by their names. All galleries stay as they are."""
+        named = zip(self.query_names, self.triplets, strict=True)
+        kept = [triplet for name, triplet in named if name in queries]
+        return replace(self, triplets=kept, asked_elsewhere=frozenset(self.members))
 
     def without(self, excluded: Container[str]) -> "Split":
         """The split without some images, without the triplets that ask with or for them, and with smaller groups."""

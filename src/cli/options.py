@@ -33,6 +33,7 @@ from runtime.choices import (
     DECODINGS,
     ENCODE_PRECISIONS,
     ENCODERS,
+    NEGATIVES,
     PRECISIONS,
     TRANSFORMS,
     ClipChoice,
@@ -347,6 +348,12 @@ def frozen_flags() -> argparse.ArgumentParser:
         nargs="+",
         action=Several,
         help="train one Combiner with each, in place of --seed",
+    )
+    group.add_argument(
+        "--negatives",
+        choices=NEGATIVES,
+        default="batch",
+        help="bank: all training targets are negatives of every query, not those of its batch alone (default: batch)",
     )
     group.add_argument(
         "--load-balancing-weight",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import Benchmark
 from evaluation.contradictions import stored_ranks
-from evaluation.result_file import Result, read_result
+from evaluation.result_file import Result, composed_by, read_result
 from models.configuration import FREE_FLAGS, Settings, trained_on
 from runtime.choices import named
 from utils import UserError
@@ -77,6 +77,7 @@ def _conditions(result: Result, protocol: str) -> dict[str, Any]:
     return {
         "queries": [result["queries_sha256"], measured["queries"]],
         "text templates": measured.get("template", ""),
+        "lists of queries": (result.get("query_list") or {}).get("sha256", "all"),
         "galleries": measured["gallery_images"],
         "exclusions": result["excluded_images"],
         "image files": result["images_sha256"],
@@ -135,7 +136,8 @@ def _method(result: Result) -> str | None:
     clip_weights = None if clip_tells else result["weights_sha256"]["clip"]
     # Results of earlier versions are all of fp32, and do not say so.
     precision = result.get("encode_precision", "fp32")
-    return json.dumps([methods, result["preprocessing"], precision, clip_weights], sort_keys=True)
+    told = [methods, composed_by(result), result["preprocessing"], precision, clip_weights]
+    return json.dumps(told, sort_keys=True)
 
 
 def _without_seed(settings: Settings) -> dict[str, Any]:
@@ -188,7 +190,7 @@ def intervals(
     differences = {}
     for metric, values in ours_resampled.items():
         differences[metric] = theirs_resampled[metric] - values
-    return _bounds(differences, confidence)
+    return bounds(differences, confidence)
 
 
 def own_intervals(
@@ -201,19 +203,37 @@ def own_intervals(
     seed: int,
 ) -> dict[str, tuple[float, float]]:
     """Metric -> bounds of its value, as `intervals` makes those of a difference."""
+    hits = {}
+    for split in column.results[0]["queries_sha256"]:
+        hits[split] = column.hits(benchmark, protocol, split)
+    return intervals_of(benchmark, hits, resamples=resamples, confidence=confidence, seed=seed)
+
+
+def intervals_of(
+    benchmark: Benchmark,
+    hits: "Mapping[str, Mapping[str, np.ndarray]]",
+    *,
+    resamples: int,
+    confidence: float,
+    seed: int,
+) -> dict[str, tuple[float, float]]:
+    """Metric -> bounds of its value.
+
+    Args:
+        hits: split's name -> recall -> how often each query is a hit, (Q,).
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     resampled: dict[str, Recalls] = {}
-    for split in column.results[0]["queries_sha256"]:
-        of_split = column.hits(benchmark, protocol, split)
-        hits = torch.stack([torch.from_numpy(values) for values in of_split.values()], 1)
-        drawn = bootstrap(hits, resamples, generator).unbind(1)
+    for split, of_split in hits.items():
+        stacked = torch.stack([torch.from_numpy(values) for values in of_split.values()], 1)
+        drawn = bootstrap(stacked, resamples, generator).unbind(1)
         resampled[split] = dict(zip(of_split, drawn, strict=True))
-    return _bounds(_resampled_metrics(benchmark, resampled, resamples), confidence)
+    return bounds(_resampled_metrics(benchmark, resampled, resamples), confidence)
 
 
-def _bounds(resampled: Recalls, confidence: float) -> dict[str, tuple[float, float]]:
+def bounds(resampled: Recalls, confidence: float) -> dict[str, tuple[float, float]]:
     """Metric -> the quantiles between which a share of its values lies, (resamples,).
 
     Resamples without a query that counts are left out: of a rare kind of query there may be none. A metric that no

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import BENCHMARKS
 from evaluation.comparison import Column, own_intervals
-from evaluation.result_file import Result
+from evaluation.result_file import Result, composed_by
 from models.configuration import trained_on
 from models.exported import shared_settings
 from models.names import open_clip_name
@@ -154,10 +154,7 @@ def _numbers(config: Mapping[str, Any], results: Sequence[Result]) -> list[str]:
 
 def _heading(config: Mapping[str, Any], result: Result) -> str:
     """What a result is of, and what is particular to it."""
-    composed = result.get("combining_function") or (
-        "combiner" if "combiner" in result["weights_sha256"] else "sum"
-    )
-    parts = [f"{result['dataset']} {result['split']}", composed]
+    parts = [f"{result['dataset']} {result['split']}", composed_by(result)]
     for part, digest in result["weights_sha256"].items():
         if digest != config[part]["weights_sha256"]:
             parts.append(f"before the weights of its {part} were rounded")
@@ -167,6 +164,9 @@ def _heading(config: Mapping[str, Any], result: Result) -> str:
     left_out = sum(map(len, result["excluded_images"].values()))
     if left_out:
         parts.append(f"{left_out} images left out")
+    if result.get("query_list"):
+        asked = sum(result["protocols"][result["protocol"]]["queries"].values())
+        parts.append(f"on a list of {asked} queries")
     return ", ".join(parts)
 
 

@@ -28,6 +28,7 @@ def make_result(
     reasons: Mapping[str, str],
     command: str,
     versions: Mapping[str, str],
+    query_list: Mapping[str, Any] | None = None,
 ) -> Result:
     """All of a measurement in plain types.
 
@@ -38,6 +39,7 @@ def make_result(
         reasons: why images were excluded.
         command: what was typed.
         versions: of the packages that numbers pass through.
+        query_list: `QueryList.describe` of the queries that alone were measured; None where all were.
     """
     protocols = {}
     for protocol, of_split in rankings.items():
@@ -58,6 +60,7 @@ def make_result(
         "images_sha256": {split.name: images_digest(split) for split in splits},
         "queries_sha256": {split.name: split_digest(split) for split in splits},
         "kinds": {split.name: split.queries_of_kinds for split in splits if split.queries_of_kinds},
+        "query_list": query_list,
         **pair,
         "versions": {"python": platform.python_version(), **versions},
         "command": command,
@@ -91,6 +94,12 @@ def _measured(
         "other_ranks": other_ranks,
         "group_ranks": group_ranks,
     }
+
+
+def composed_by(result: Mapping[str, Any]) -> str:
+    """The combining function of a result; earlier versions had two, and did not always name it."""
+    has_combiner = "combiner" in result["weights_sha256"]
+    return result.get("combining_function") or ("combiner" if has_combiner else "sum")
 
 
 def write_result(file: Path, result: Result) -> None:

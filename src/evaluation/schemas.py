@@ -58,6 +58,13 @@ class Preprocessing(Schema):
     architecture: str = ""
 
 
+class QueryList(Schema):
+    """The list of queries that alone were measured, see `benchmarks.query_lists.QueryList.describe`."""
+
+    file: str
+    sha256: str
+
+
 class About(Schema):
     """What a result says beside its protocols."""
 
@@ -71,6 +78,7 @@ class About(Schema):
     images_sha256: dict[str, str]
     queries_sha256: dict[str, str]
     kinds: dict[str, dict[str, list[Natural]]] = {}
+    query_list: QueryList | None = None
     clip_model_name: str = ""
     combining_function: str = ""
     checkpoints: dict[str, str] = {}

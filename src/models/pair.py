@@ -12,7 +12,7 @@ from PIL.Image import Image
 from benchmarks import Benchmark, Split
 from benchmarks.exclusions import announce
 from benchmarks.splits import check_images_exist
-from combiner import Composer, Sum, load_combiner
+from combiner import UNLEARNED, Composer, load_combiner
 from models.configuration import (
     Checkpoint,
     read_checkpoint,
@@ -38,7 +38,7 @@ class Pair:
     Attributes:
         compose: in eval mode.
         tuned: the stage-1 checkpoint of CLIP's weights, None for the model's own.
-        trained: the Combiner's checkpoint, None for the sum.
+        trained: the Combiner's checkpoint, None for what learns nothing.
     """
 
     encoder: Encoder
@@ -82,11 +82,12 @@ def load_pair(
     Raises:
         UserError: a combiner without its path, or whatever is wrong with the checkpoints.
     """
-    tuned, trained, told_by = _weights(choice)
+    composed_by, tuned, trained, told_by = _weights(choice)
     settings = settle(choice.clip, told_by)
     encoder = load_encoder(settings, tuned, device, workers=choice.workers, opened=opened)
     if trained is None:
-        return Pair(encoder=encoder, compose=Sum().eval(), tuned=tuned, trained=None)
+        unlearned = UNLEARNED[composed_by]()
+        return Pair(encoder=encoder, compose=unlearned.eval(), tuned=tuned, trained=None)
     if trained.sizes is None:
         _warn_of_other_weights(trained, encoder)
     combiner = load_combiner(
@@ -101,8 +102,8 @@ def load_pair(
 
 def _weights(
     choice: PairChoice,
-) -> tuple[Checkpoint | None, Checkpoint | None, list[Checkpoint | None]]:
-    """CLIP's fine-tuned weights and the Combiner's, None where there are none, and what tells how both were trained.
+) -> tuple[str, Checkpoint | None, Checkpoint | None, list[Checkpoint | None]]:
+    """What composes, CLIP's fine-tuned weights and the Combiner's, None where there are none, and what tells of both.
 
     Raises:
         UserError: see `load_pair`.
@@ -111,26 +112,26 @@ def _weights(
     if choice.exported is not None:
         with distributed.first_on_machine():
             exported = open_exported(choice.exported)
-    composes = _composes(choice, exported)
+    composed_by = _composed_by(choice, exported)
     if exported is None:
         tuned = read_checkpoint("--clip-model-path", choice.clip_path, "CLIP")
     else:
         tuned = exported.weights("clip")
-    if not composes:
+    if composed_by != "combiner":
         trained = None
     elif exported is None or choice.combiner_path:
         trained = read_checkpoint("--combiner-path", choice.combiner_path, "Combiner")
     else:
         trained = exported.weights("combiner")
-    return tuned, trained, [exported.recipe] if exported else [trained, tuned]
+    return composed_by, tuned, trained, [exported.recipe] if exported else [trained, tuned]
 
 
-def _composes(choice: PairChoice, exported: ExportedPair | None) -> bool:
-    """Whether queries are composed by a Combiner: where there is one, unless the flag says otherwise."""
+def _composed_by(choice: PairChoice, exported: ExportedPair | None) -> str:
+    """What composes queries: what the flag says; where it is silent, a Combiner if there is one, else the sum."""
     has_combiner = exported is not None and exported.has_combiner
     has_combiner = has_combiner or choice.combiner_path is not None
     if choice.combining_function is None:
-        return has_combiner
+        return "combiner" if has_combiner else "sum"
     if choice.combining_function == "combiner" and not has_combiner:
         if exported is not None:
             raise UserError(
@@ -139,12 +140,13 @@ def _composes(choice: PairChoice, exported: ExportedPair | None) -> bool:
         raise UserError(
             "--combining-function combiner needs --combiner-path: the stage-2 weights to compose with"
         )
-    if choice.combining_function == "sum" and choice.combiner_path:
+    if choice.combining_function != "combiner" and choice.combiner_path:
         logger.warning(
-            "warning: --combining-function sum makes no use of --combiner-path %s",
+            "warning: --combining-function %s makes no use of --combiner-path %s",
+            choice.combining_function,
             choice.combiner_path,
         )
-    return choice.combining_function == "combiner"
+    return choice.combining_function
 
 
 def _warn_of_other_weights(trained: Checkpoint, encoder: Encoder) -> None:

@@ -72,6 +72,7 @@ Decode = Annotated[str, one_of(choices.DECODINGS)]
 EncodePrecision = Annotated[str, one_of(choices.ENCODE_PRECISIONS)]
 Precision = Annotated[str, one_of(choices.PRECISIONS)]
 Encoder = Annotated[str, one_of(choices.ENCODERS)]
+Negatives = Annotated[str, one_of(choices.NEGATIVES)]
 CombinerType = Annotated[str, one_of(choices.COMBINER_TYPES)]
 Metrics = dict[str, float]
 Colour = Annotated[list[float], Field(min_length=3, max_length=3)]
@@ -230,6 +231,7 @@ class Flags(Schema):
     top_k: Experts = ABSENT
     combiner_lr: LearningRate = ABSENT
     seeds: Annotated[list[Seed], Field(min_length=1)] | None = ABSENT
+    negatives: Negatives = ABSENT
     load_balancing_weight: Weight = ABSENT
     router_z_weight: Weight = ABSENT
     clip_bs: Count = ABSENT

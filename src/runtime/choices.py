@@ -12,7 +12,8 @@ RESIZE_MODES = ("shortest", "longest", "squash")  # what makes a square of an im
 DECODINGS = ("full", "draft")  # draft: JPEG files are scaled down while they are decoded
 AUTO = "auto"  # the value of a flag that leaves a decision to what would be gained
 COMBINER_TYPES = ("moe", "clip4cir")
-COMBINING_FUNCTIONS = ("sum", "combiner")
+NEGATIVES = ("batch", "bank")  # of a query in stage 2: the other targets of its batch, or all
+COMBINING_FUNCTIONS = ("sum", "combiner", "image", "text")
 ENCODE_PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 PRECISIONS = ("amp", "fp16", "bf16", "fp32")
 INDEX_KINDS = ("flat", "hnsw", "ivfpq")
@@ -34,7 +35,7 @@ class ClipChoice:
 
 
 # What was the only way before there was a choice. Keys, results and indexes of then do not name it, and stay valid.
-UNNAMED = {"decode": "full", "encode_precision": "fp32"}
+UNNAMED = {"decode": "full", "encode_precision": "fp32", "negatives": "batch"}
 
 
 def named(choices: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +59,7 @@ class PairChoice:
     """The trained pair that an evaluation asks for.
 
     Attributes:
-        combining_function: "sum" or "combiner"; None for the combiner where its path is given, else the sum.
+        combining_function: one of COMBINING_FUNCTIONS; None for the combiner where its path is given, else the sum.
         clip_path: stage-1 weights, None for the model's own.
         combiner_path: stage-2 weights.
         exported: an exported pair, which stands for both paths: its folder, or "hf-hub:" and a repository.

@@ -11,10 +11,11 @@ from benchmarks import Benchmark
 from combiner import Composer, build_combiner
 from runtime.choices import CombinerChoice
 from runtime.gpus import Gpu
-from training.contrastive import contrastive_loss
+from training.contrastive import bank_loss, contrastive_loss
 from training.counted_clip import CountedClip, Encoding, Way, Work
 from training.counting import Counted, NoData, autocast_dtype, bytes_of, weights_bytes
 from training.stage2 import ComposedFeatures
+from utils import UserError
 
 EFFICIENCY = 0.4  # of a GPU's rate of products is what a whole training reaches, by rule of thumb
 USABLE = (
@@ -154,10 +155,11 @@ class Training(ABC):
         steps = self.sizes.triplets // way.batch_size
         return [replace(part, operations=steps * part.operations) for part in self.step(way)]
 
-    def loss(self, way: Way) -> Counted:
-        """The loss from the features of a whole batch, forward."""
+    def loss(self, way: Way) -> tuple[int, list[Work]]:
+        """Bytes and work of the loss from the features of a whole batch, with its gradients."""
         clip = self.encoding.clip
-        return _loss(clip.gpu, way.batch_size, clip.dim, masked=self.masked)
+        forward = _loss(clip.gpu, way.batch_size, clip.dim, masked=self.masked)
+        return 2 * forward.peak, [Work("loss", 3 * forward.operations, "fp32")]
 
     def comparing(self) -> Work:
         """Similarities of all validation queries to their galleries."""
@@ -173,6 +175,14 @@ def _loss(gpu: NoData, batch_size: int, dim: int, *, masked: bool) -> Counted:
     return gpu.count(lambda: contrastive_loss(queries, targets, ids))
 
 
+@functools.cache
+def _bank_loss(gpu: NoData, batch_size: int, targets: int, *, dim: int, precision: str) -> Counted:
+    queries = gpu.empty((batch_size, dim)).requires_grad_()
+    bank = gpu.empty((targets, dim))
+    columns = gpu.empty((batch_size,), torch.long)
+    return gpu.count(lambda: bank_loss(queries, bank, columns), dtype=autocast_dtype(precision))
+
+
 @dataclass(frozen=True, kw_only=True)
 class FineTuning(Training):
     """Stage 1: the CLIP of the encoding learns."""
@@ -186,7 +196,7 @@ class FineTuning(Training):
         return {
             "this batch and the next": 2 * bytes_of(clip.inputs(way.batch_size)),
             f"activations of {way.rows:,} triplets": clip.activations(way, self.precision),
-            "loss and its gradients": 2 * self.loss(way).peak,
+            "loss and its gradients": self.loss(way)[0],
         }
 
     def other_peaks(self) -> dict[str, int]:
@@ -208,7 +218,7 @@ class FineTuning(Training):
             work["forward again, for checkpointing"] = learned
         return [
             *(Work(part, operations, self.precision) for part, operations in work.items()),
-            Work("loss", 3 * self.loss(way).operations, "fp32"),
+            *self.loss(way)[1],
         ]
 
     def validation(self) -> list[Work]:
@@ -240,10 +250,12 @@ class CombinerTraining(Training):
     Attributes:
         combiner: without data, see `combiner_to_count`.
         experts: how many it has; 0 without a mixture.
+        negatives: of a query, one of NEGATIVES.
     """
 
     combiner: Composer
     experts: int
+    negatives: str = "batch"
 
     @property
     def weights(self) -> tuple[int, int]:
@@ -256,7 +268,7 @@ class CombinerTraining(Training):
             "this batch and the next": 2 * 3 * way.batch_size * self.encoding.clip.dim * FLOAT,
             f"activations of {way.batch_size:,} triplets": forward.peak,
             "attention's workspace": forward.workspace,
-            "loss and its gradients": 2 * self.loss(way).peak,
+            "loss and its gradients": self.loss(way)[0],
         }
 
     def other_peaks(self) -> dict[str, int]:
@@ -272,7 +284,21 @@ class CombinerTraining(Training):
         return [
             Work("forward", forward, self.precision),
             Work("backward", 2 * forward, self.precision),
-            Work("loss", 3 * self.loss(way).operations, "fp32"),
+            *self.loss(way)[1],
+        ]
+
+    def loss(self, way: Way) -> tuple[int, list[Work]]:
+        """That of a bank makes its gradients beside itself, by a product as large as the other."""
+        if self.negatives == "batch":
+            return super().loss(way)
+        clip = self.encoding.clip
+        whole = _bank_loss(
+            clip.gpu, way.batch_size, self._targets, dim=clip.dim, precision=self.precision
+        )
+        product = whole.operations / 2
+        return whole.peak, [
+            Work("loss", product, "fp32"),
+            Work("loss's gradients", product, self.precision),
         ]
 
     def epoch(self, way: Way) -> list[Work]:
@@ -291,9 +317,15 @@ class CombinerTraining(Training):
         for batch_size in _halves(asked.batch_size, 1):
             yield replace(asked, batch_size=batch_size)
 
+    @property
+    def _targets(self) -> int:
+        """Images that are a target of some training triplet, at the most."""
+        return min(self.sizes.triplets, self.sizes.images)
+
     def _features(self) -> int:
         """Bytes of the frozen features of training and validation, and of the targets' normalised ones."""
-        training = 2 * self.sizes.images + self.sizes.variants * self.sizes.triplets
+        captions = self.sizes.variants * self.sizes.triplets
+        training = self.sizes.images + self._targets + captions
         validation = self.sizes.gallery + self.sizes.queries
         return (training + validation) * self.encoding.clip.dim * FLOAT
 

@@ -68,6 +68,7 @@ class Task:
         validate: metrics of the weights as they are.
         module: the weights that learn.
         averaged: their exponential moving average; None without averaging.
+        bank: all targets (T, D), of which the targets' ids are rows; None where those of a batch are its negatives.
         penalty: what is added to the loss; None for nothing.
         router: statistics of the mixture's router; None without a mixture.
     """
@@ -79,6 +80,7 @@ class Task:
     validate: Callable[[], dict[str, float]]
     module: nn.Module
     averaged: MovingAverage | None = None
+    bank: Tensor | None = None
     penalty: Callable[[Tensor], Tensor] | None = None
     router: Callable[[], dict[str, float]] | None = None
 
@@ -138,13 +140,16 @@ class Stepper:
         """Learn from a batch; returns its loss without the penalty, still on the device."""
         optimizer = self.task.optimizer
         optimizer.zero_grad(set_to_none=True)
+        bank = self.task.bank
+        compares_ids = bank is not None or self.schedule.mask_duplicate_targets
         loss = contrastive.backward(
             self.task.model,
             inputs,
-            target_ids if self.schedule.mask_duplicate_targets else None,
+            target_ids if compares_ids else None,
             micro_batch=self.schedule.micro_batch_size,
             precision=self.precision,
             scaler=self.scaler,
+            bank=bank,
             penalty=self.task.penalty,
         )
         if self.schedule.clip_grad_norm is not None:

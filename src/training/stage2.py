@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -74,47 +75,67 @@ def combiner_training(
     compiled: bool,
     penalty: Callable[[Tensor], Tensor] | None,
     measure: Callable[[Composer], dict[str, float]],
+    negatives: str = "batch",
 ) -> tuple[Task, Composer]:
     """The task of stage 2, and the Combiner that is measured and kept: itself or its moving average.
 
     Args:
         penalty: what is added to the loss, from the router's logits (B, E); None for nothing.
         measure: metrics of a Combiner on the validation splits.
+        negatives: of a query, one of NEGATIVES: the other targets of its batch, or of the whole training.
     """
     averaged = average(combiner, ema_decay)
     measured = measured_weights(combiner, averaged)
     device = train.images.device
+    targets = Targets.of(train)
     model = ComposedFeatures(combiner, with_router=penalty is not None)
     task = Task(
-        batches=feature_batches(train, order),
+        batches=feature_batches(train, targets, order),
         steps=order.steps,
         model=trainable(model, device, compiled=compiled, some_unused=combiner.has_router),
         optimizer=Adam(combiner.parameters(), lr=learning_rate, fused=device.type == "cuda"),
         validate=lambda: measure(measured.eval()),
         module=combiner,
         averaged=averaged,
+        bank=targets.features if negatives == "bank" else None,
         penalty=penalty,
         router=router_report(measured, val) if combiner.has_router else None,
     )
     return task, measured
 
 
-def feature_batches(frozen: FrozenSplit, order: Order) -> Batches:
-    """Batches of reference, caption and normalised target features (b, D), with target ids (b,).
+@dataclass(frozen=True)
+class Targets:
+    """The images that are a target of some training triplet.
+
+    Attributes:
+        features: (T, D), normalised, each image once.
+        rows: (Q,) which of them is each triplet's.
+    """
+
+    features: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, frozen: FrozenSplit) -> "Targets":
+        """Those of a split."""
+        images, rows = frozen.target_rows.unique(return_inverse=True)
+        return cls(F.normalize(frozen.images[images], dim=-1), rows)
+
+
+def feature_batches(frozen: FrozenSplit, targets: Targets, order: Order) -> Batches:
+    """Batches of reference, caption and normalised target features (b, D), with target ids (b,), rows of `targets`.
 
     All of it by index on the device: an epoch sends it two tables of numbers, and nothing waits.
     """
-    normalised = F.normalize(frozen.images, dim=-1)
 
     def batches(epoch: int, first_step: int = 0) -> Iterable[Batch]:
-        tables = (table[first_step:].to(normalised.device) for table in order.batches(epoch))
+        device = frozen.images.device
+        tables = (table[first_step:].to(device) for table in order.batches(epoch))
         for rows, variants in zip(*tables, strict=True):
             references = frozen.images[frozen.reference_rows[rows]]
-            target_rows = frozen.target_rows[rows]
-            yield (
-                [references, frozen.captions[rows, variants], normalised[target_rows]],
-                target_rows,
-            )
+            ids = targets.rows[rows]
+            yield [references, frozen.captions[rows, variants], targets.features[ids]], ids
 
     return batches
 

@@ -1,0 +1,163 @@
+"""Audit a benchmark with a pair: what image and text alone solve, what composition adds, which queries need both.
+
+    python src/audit.py --dataset CIRR --clip-model-path models/THE_RUN --combiner-path models/THE_OTHER_RUN \
+        --write-queries need_both.json
+    python src/validate.py --dataset CIRR --combining-function sum --queries need_both.json
+
+A query needs both where neither its image nor its text alone has the target among its first k (after arXiv 2605.14787).
+"""
+
+import argparse
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import Benchmark, Protocol
+from benchmarks.protocols import choose_protocols
+from benchmarks.query_lists import write_query_list
+from cli import options
+from cli.flag_types import fraction, positive_int, usable_path
+from cli.parsers import ScriptParser
+from cli.startup import check_annotations, check_files, command_line, open_benchmark, pick_device
+from reports.tables import text_table
+from runtime.files import check_file_writable, write_text
+from utils import command, two_decimals
+
+if TYPE_CHECKING:
+    from benchmarks.ranking import Rankings
+    from models.features import FrozenSplit
+    from models.pair import Pair
+
+logger = logging.getLogger(__name__)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags of an audit."""
+    parents = [options.dataset_flag(), *options.evaluation_flags(needs_pair=False)]
+    parser = ScriptParser(__doc__, parents=parents)
+    group = parser.add_argument_group("audit")
+    options.add_protocol(group, help="(default: all that apply)")
+    options.add_k(group, default=10, help="a query is solved where its target is among so many")
+    group.add_argument(
+        "--write-queries",
+        type=usable_path,
+        metavar="FILE",
+        help="write the queries that need both, under the first protocol, for validate.py --queries",
+    )
+    group.add_argument(
+        "--metrics-json", type=usable_path, metavar="FILE", help="write all numbers of the audit"
+    )
+    group.add_argument("--confidence", type=fraction, default=0.95, help="(default: 0.95)")
+    group.add_argument("--resamples", type=positive_int, default=2000, help="(default: 2000)")
+    options.add_seed(group, help="of the resampling")
+    return parser.parse_args(argv)
+
+
+def with_interval(value: float, interval: tuple[float, float], sign: str = "") -> str:
+    """A number as the tables show it."""
+    low, high = (two_decimals(end, sign) for end in interval)
+    return f"{two_decimals(value, sign)} [{low}, {high}]"
+
+
+def print_audit(benchmark: Benchmark, protocol: str, numbers: Mapping[str, Any]) -> None:
+    """Two tables: who solves what, and every metric where both are needed."""
+    queries = sum(numbers["queries"].values())
+    print(
+        f"\n{benchmark.name} {benchmark.val_split}, {protocol}: of {queries} queries are solved, and in %"
+    )
+    rows: dict[str, dict[str, str]] = {}
+    for name, of_recall in numbers["recalls"].items():
+        rows[name] = {}
+        for column, found in of_recall["solved"].items():
+            share = with_interval(found["value"], found["interval"])
+            rows[name][column] = f"{found['queries']}: {share}"
+        for function, gap in of_recall["gap"].items():
+            rows[name][f"gap of {function}"] = with_interval(**gap, sign="+")
+    print(text_table(rows))
+    needed = sum(numbers["need_both"].values())
+    print(f"\n{needed} of them need both, at {numbers['solved_by']}")
+    lacking = [split for split, own in numbers["need_both"].items() if not own]
+    if lacking:
+        print(f"without any of {', '.join(lacking)} there are no metrics of those alone")
+        return
+    rows = {}
+    for function, metrics in numbers["metrics_where_both_are_needed"].items():
+        for name, title in benchmark.titled(metrics).items():
+            rows.setdefault(title, {})[function] = with_interval(**metrics[name])
+    print(text_table(rows))
+
+
+def ranked(
+    pair: "Pair", frozen: "Sequence[FrozenSplit]", protocols: Sequence[Protocol], block: int | None
+) -> "dict[str, Rankings]":
+    """Combining function -> the rankings: image and text alone, their sum, and the pair's own."""
+    from combiner import UNLEARNED, Composer
+    from evaluation.retrieval import rank_all
+
+    composers: dict[str, Composer] = {name: kind().eval() for name, kind in UNLEARNED.items()}
+    composers[pair.compose.combining_function] = pair.compose
+    rankings = {}
+    for name, compose in composers.items():
+        rankings[name] = rank_all(frozen, compose, protocols, k=0, block=block)
+    return rankings
+
+
+def write_queries(
+    file: Path, benchmark: Benchmark, names: Sequence[str], recall: str, protocol: Protocol
+) -> None:
+    """Write the queries that need both; nothing where there are none."""
+    if not names:
+        logger.warning("warning: no query needs both: %s is not written", file)
+        return
+    reason = f"neither image nor text alone has a {recall} under {protocol.name}"
+    write_query_list(file, benchmark, names, chosen_by=reason)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Audit, print, and write what the flags ask for."""
+    args = parse(argv)
+    check_files(args)
+    outputs = {"--metrics-json": args.metrics_json, "--write-queries": args.write_queries}
+    check_file_writable(outputs)
+    benchmark, _ = open_benchmark(args)
+    protocols = choose_protocols(args.protocol, benchmark.protocols, benchmark.name)
+    check_annotations(benchmark, [benchmark.val_split])
+    val = benchmark.val()
+
+    from evaluation.auditing import Resampling, audit, hits_of, names_of, need_both, solving
+    from models.encoder import versions
+    from models.pair import load_and_freeze
+    from runtime import distributed
+
+    recall = solving(benchmark, args.k)
+    device = pick_device(args.device)
+    pair, frozen = load_and_freeze(benchmark, val, device, options.pair_choice(args))
+    rankings = ranked(pair, frozen, protocols, args.similarity_block)
+    resampling = Resampling(resamples=args.resamples, confidence=args.confidence, seed=args.seed)
+    if distributed.is_main():
+        numbers = {}
+        for protocol in protocols:
+            hits = {name: hits_of(benchmark, val, own[protocol]) for name, own in rankings.items()}
+            numbers[protocol.name] = audit(benchmark, hits, recall, resampling)
+            print_audit(benchmark, protocol.name, numbers[protocol.name])
+            if args.write_queries and protocol == protocols[0]:
+                names = names_of(val, need_both(hits, recall))
+                write_queries(args.write_queries, benchmark, names, recall, protocol)
+        if args.metrics_json:
+            content = {
+                "dataset": benchmark.name,
+                "split": benchmark.val_split,
+                "protocols": numbers,
+                **pair.describe(),
+                "versions": versions(),
+                "command": command_line("audit.py", argv),
+            }
+            write_text(args.metrics_json, json.dumps(content, indent=1) + "\n")
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

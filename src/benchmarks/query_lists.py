@@ -1,0 +1,113 @@
+"""Lists of queries that a validation is restricted to, such as those that image or text alone cannot solve."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.base import Benchmark
+from benchmarks.splits import Split
+from runtime.files import read_json, write_text
+from utils import UserError
+
+logger = logging.getLogger(__name__)
+
+WRITER = "audit.py --write-queries"
+
+
+@dataclass(frozen=True)
+class QueryList:
+    """Some validation queries of a benchmark, by their names (see `Split.query_names`).
+
+    Attributes:
+        file: where the list was read.
+    """
+
+    file: Path
+    names: frozenset[str]
+
+    def describe(self) -> dict[str, Any]:
+        """What a result says of it; the digest is of the names, in whatever order and file they are."""
+        digest = hashlib.sha256("\n".join(sorted(self.names)).encode()).hexdigest()
+        return {"file": str(self.file.absolute()), "sha256": digest}
+
+
+def write_query_list(
+    file: Path, benchmark: Benchmark, names: Iterable[str], *, chosen_by: str
+) -> None:
+    """Write names of validation queries.
+
+    Args:
+        chosen_by: says which they are.
+    """
+    content = {
+        "dataset": benchmark.name,
+        "split": benchmark.val_split,
+        "chosen_by": chosen_by,
+        "queries": list(names),
+    }
+    write_text(file, json.dumps(content, indent=1) + "\n")
+
+
+def read_query_list(file: Path | None, dataset: str, split: str) -> QueryList | None:
+    """A list of queries; pairids may be numbers. None where there is no file.
+
+    Raises:
+        UserError: the file is none, is empty, or is of another dataset or split.
+    """
+    if file is None:
+        return None
+    try:
+        content = read_json(file, WRITER)
+    except UserError as error:
+        raise UserError(f"--queries: {error}") from None
+    names = content.get("queries") if isinstance(content, dict) else None
+    if not isinstance(names, list):
+        raise UserError(f"--queries {file} has no list of queries: write it with {WRITER}")
+    for name in names:
+        if isinstance(name, bool) or not isinstance(name, str | int):
+            raise UserError(
+                f"--queries {file}: {json.dumps(name)[:60]} names no query: write it with {WRITER}"
+            )
+    if not names:
+        raise UserError(f"--queries {file} is empty: nothing would be measured; leave the flag out")
+    found = content.get("dataset"), content.get("split")
+    if found != (dataset, split):
+        raise UserError(
+            f"--queries {file} is for {found[0]} {found[1]}, not {dataset} {split}: name the right file"
+        )
+    return QueryList(file, frozenset(map(str, names)))
+
+
+def restricted(benchmark: Benchmark, splits: Sequence[Split], wanted: QueryList) -> list[Split]:
+    """Validation splits with the queries of a list alone; their galleries stay whole.
+
+    Args:
+        splits: the benchmark's, without what is excluded.
+
+    Raises:
+        UserError: a name is of no query, or none is of a split.
+    """
+    whole = type(benchmark)(benchmark.data_root).val() if benchmark.excluded else splits
+    known: set[str] = set()
+    for split in whole:
+        known.update(split.query_names)
+    unknown = sorted(wanted.names - known)
+    if unknown:
+        raise UserError(
+            f"--queries {wanted.file}: {len(unknown)} of {len(wanted.names)} are no queries of {benchmark.name} "
+            f"{benchmark.val_split}, the first is {unknown[0]}: take it out"
+        )
+    kept = [split.only(wanted.names) for split in splits]
+    for split in kept:
+        if not split.triplets:
+            raise UserError(
+                f"--queries {wanted.file} has no query of {split.name}, without which there are no metrics of "
+                f"{benchmark.name}: add some"
+            )
+    asked = sum(len(split.triplets) for split in kept)
+    logger.info("--queries %s: %d queries are measured", wanted.file, asked)
+    return kept
