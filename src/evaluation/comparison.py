@@ -246,7 +246,7 @@ def bounds(resampled: Recalls, confidence: float) -> dict[str, tuple[float, floa
     bounds = {}
     for metric, values in resampled.items():
         if not values.isnan().all():
-            low, high = values.nanquantile(ends).tolist()
+            low, high = values.double().nanquantile(ends).tolist()
             bounds[metric] = (low, high)
     return bounds
 
