@@ -46,6 +46,7 @@ class Form(ABC, Generic[Content]):
     Attributes:
         kind: the benchmark it is for.
         k, group_k: answers a query, in the gallery and in its group.
+        whose: whose rules they are, as messages say it.
         slots: what the files of a submission are called by `slot`, each there once.
 
     Args:
@@ -56,6 +57,7 @@ class Form(ABC, Generic[Content]):
     kind: type[Benchmark]
     k: int
     group_k: int = 0
+    whose: str = " of the server"
     slots: tuple[str, ...] = ("",)
 
     def __init__(self, benchmark: Benchmark, split: str) -> None:
@@ -305,10 +307,11 @@ class CircoForm(ListsForm):
 
 
 class TripletsForm(ListsForm):
-    """Your own triplets: for nobody's server, and so without rules but those of a list."""
+    """Your own triplets: for no server, with no rules but those of a list."""
 
     kind = Triplets
     k = 50
+    whose = ""
 
 
 FORMS: dict[str, type[Form[Any]]] = {
