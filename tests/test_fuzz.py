@@ -186,7 +186,7 @@ def root(tmp_path_factory):
     import shapes_dataset
 
     folder = tmp_path_factory.mktemp("fuzzed")
-    sizes = "--train-triplets 3 --val-triplets 2 --train-groups 1 --val-groups 1 --circo-queries 2"
+    sizes = "--train-triplets 3 --val-triplets 2 --train-groups 1 --val-groups 1 --circo-queries 9"
     shapes_dataset.main(["--output-dir", str(folder), *sizes.split()])
     return folder
 
