@@ -41,9 +41,9 @@ def test_every_script_that_takes_a_benchmark_is_run():
     taking = set()
     for script in SCRIPTS:
         for _, parser in parsers(script):
-            if any("--dataset" in action.option_strings for action in parser._actions):
+            if any("Triplets" in (action.choices or ()) for action in parser._actions):
                 taking.add(script)
-    assert taking <= {line.split()[0] for line in COMMANDS}
+    assert taking < {line.split()[0] for line in COMMANDS}
 
 
 def run(line: str, **places: object) -> None:

@@ -258,20 +258,21 @@ class ListsForm(Form[dict[str, Any]]):
     def violations(self, file: str, content: dict[str, Any], size: int) -> list[str]:
         keys = _keys(self.whole)
         violations = [f"id {key}: no query" for key in sorted(content.keys() - set(keys))]
-        for key in keys:
-            problems = self._problems(content[key]) if key in content else ["missing"]
+        for key, triplet in zip(keys, self.whole.triplets, strict=True):
+            problems = self._problems(content[key], triplet) if key in content else ["missing"]
             violations += [f"id {key}: {problem}" for problem in problems]
         return violations
 
-    def _problems(self, listed: Any) -> list[str]:
+    def _problems(self, listed: Any, triplet: Triplet) -> list[str]:
         """What is wrong with the images of one query."""
         images = [self.image(value) for value in listed] if isinstance(listed, list) else [None]
         if not are_texts(images):
             return ["not a list of image ids"]
         problems = _foreign([str(image) for image in images], self.whole)
-        fewest = min(self.k, len(self.whole.names) - 1)  # of a small gallery, without the reference
-        if not fewest <= len(images) <= self.k:
-            problems.append(f"{len(images)} ids instead of {fewest}")
+        # Of a gallery smaller than that, all, but for a reference that is not to be retrieved.
+        length = min(self.k, len(self.whole.names) - (triplet.reference not in images))
+        if len(images) != length:
+            problems.append(f"{len(images)} ids instead of {length}")
         return problems
 
     def metrics(self, contents: Mapping[str, dict[str, Any]]) -> dict[str, float]:
