@@ -86,7 +86,7 @@ def train(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -> 
         args,
         task,
         checkpoints,
-        benchmark=benchmark,
+        data=data,
         settings=settings,
         precision=precision,
         tracker=tracker,

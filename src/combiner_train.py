@@ -155,7 +155,7 @@ def train(
         ),
         folder=folder,
         resumed_by=resumed_by,
-        benchmark=benchmark,
+        data=stage.data,
         settings=settings,
         to_validate=flags_to_validate(settings),
         precision=Precision(args.precision, stage.device),

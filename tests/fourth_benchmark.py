@@ -1,57 +1,54 @@
-"""A benchmark of one file, as an extension would add it: a JSON file for each split, with its images and queries."""
+"""A benchmark in one file: a table of queries and a list of images, with one to five targets a query."""
 
-import json
+import csv
+from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import Benchmark, Triplet
-from benchmarks.annotations import read
-from benchmarks.protocols import ORIGINAL_REMOVED, VAL_REMOVED
+import numpy as np
+
+from benchmarks.annotations import Entry
+from benchmarks.base import Benchmark
+from benchmarks.metrics import Ranks, average_precision
+from benchmarks.splits import Triplet
 
 
 class Fourth(Benchmark):
-    """Queries with one caption and one target each, and no test split."""
+    """Rows "reference,caption,targets", the targets parted by spaces; no test split, no ids, no groups."""
 
     name = "Fourth"
     run_name = "fourth"
     folder = "fourth_dataset"
     test_split = None
-    protocols = (VAL_REMOVED, ORIGINAL_REMOVED)
-    selection = {"recall_at3": "best"}
-    titles = {"recall_at3": "R@3", "recall_at9": "R@9"}
+    selection = {"map_at10": "best"}
+    titles = {"map_at10": "mAP@10", "recall_at1": "R@1", "recall_at10": "R@10"}
 
-    def files(self, part, split):
-        file = self.annotation_folder() / f"{split}.json"
-        return file, self.annotation_folder() / f"{split}_images.json"
+    def files(self, part: str, split: str) -> tuple[Path, Path]:
+        folder = self.annotation_folder()
+        return folder / f"{split}.csv", folder / "gallery.txt"
 
-    def image_folders(self, part):
-        return [self.data_root / "cirr_dataset"]
+    def image_folders(self, part: str) -> list[Path]:
+        return [self.annotation_folder() / "images"]
 
-    def image_places(self, images_file):
-        return read(images_file, dict)
+    def image_places(self, images_file: Path) -> dict[str, str]:
+        return {name: f"{name}.jpg" for name in images_file.read_text().split()}
 
-    def triplet(self, entry, split):
+    def entries(self, queries_file: Path) -> Iterator[Entry]:
+        with queries_file.open(newline="") as lines:
+            for number, row in enumerate(csv.DictReader(lines), start=2):
+                yield Entry(row, queries_file, f"line {number}", "correct it")
+
+    def triplet(self, entry: Entry, split: str) -> Triplet:
+        target, *others = entry.text("targets").split()
         return Triplet(
-            reference=entry.text("from"), captions=(entry.text("edit"),), target=entry.text("to")
+            reference=entry.text("reference"),
+            captions=(entry.text("caption"),),
+            target=target,
+            other_targets=tuple(others),
         )
 
-    def hits(self, ranks):
-        return {f"recall_at{k}": ranks.named < k for k in (3, 9)}
-
-
-def draw(root: Path) -> None:
-    """Its files, in a data root with a drawn CIRR, on whose images they are."""
-    official = root / "cirr_dataset" / "cirr"
-    folder = root / Fourth.folder
-    folder.mkdir()
-    for split in ("train", "val"):
-        queries = []
-        for entry in json.loads((official / f"captions/cap.rc2.{split}.json").read_text()):
-            query = {
-                "from": entry["reference"],
-                "to": entry["target_hard"],
-                "edit": entry["caption"],
-            }
-            queries.append(query)
-        (folder / f"{split}.json").write_text(json.dumps(queries))
-        images = official / f"image_splits/split.rc2.{split}.json"
-        (folder / f"{split}_images.json").write_text(images.read_text())
+    def hits(self, ranks: Ranks) -> dict[str, np.ndarray]:
+        return {
+            "map_at10": average_precision(ranks.of_all, 10),
+            "recall_at1": ranks.named < 1,
+            "recall_at10": ranks.named < 10,
+        }

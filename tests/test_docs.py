@@ -61,6 +61,7 @@ def wings() -> set[str]:
 
 def test_guides_have_commands():
     fewest = {"README.md": 11, "docs/guide.md": 15, "docs/scaling.md": 2, "docs/tutorial.md": 19}
+    fewest["docs/own-data.md"] = 10
     for guide, number in fewest.items():
         assert len(commands(ROOT / guide)) >= number, guide
 

@@ -13,7 +13,7 @@ from PIL import Image
 from benchmarks import CIRR, Split
 from data_utils import ImageLoader, load_image, make_preprocess
 from image_search.image_index import encoder_key
-from models import clip_model, encoder
+from models import clip_model, encoder, features
 from models.clip_model import backbone, load_clip
 from models.configuration import Checkpoint, Settings, settle
 from models.encoder import Encoder
@@ -82,6 +82,41 @@ def test_a_second_encoding_is_read_from_the_disk(make_encoder, paths, tmp_path):
     assert (made, read) == ((3, 2), (0, 0))
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
+
+
+@pytest.mark.parametrize("done", range(4))
+def test_an_interrupted_encoding_goes_on(done, make_encoder, tmp_path, monkeypatch):
+    """After each number of pieces: those are not encoded again, a damaged one is, and none is left at the end."""
+    monkeypatch.setattr(features, "PIECE", 2)
+    paths = [tmp_path / f"{number}.png" for number in range(7)]
+    for level, file in enumerate(paths):
+        Image.new("RGB", (20, 24), (level * 30, 30, 200)).save(file)
+    (whole, _), _ = encode(make_encoder(), None, paths)
+    interrupted = make_encoder()
+    remaining = iter(range(done))
+
+    def images(encoder, paths, what):
+        if next(remaining, None) is None:
+            raise KeyboardInterrupt
+        return Encoder.images(encoder, paths, what)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(CountingEncoder, "images", images)
+        encode(interrupted, tmp_path / "cache", paths)
+    pieces = sorted((tmp_path / "cache").glob("train-piece-*.pt")) if done else []
+    assert len(pieces) == done
+    for piece in pieces[:1]:
+        piece.write_bytes(piece.read_bytes()[:-9])
+    (found, _), counts = encode(make_encoder(), tmp_path / "cache", paths)
+    assert counts == (7 - 2 * max(done - 1, 0), 2)
+    torch.testing.assert_close(found, whole)
+    assert sorted(file.name.rsplit("-", 1)[0] for file in (tmp_path / "cache").iterdir()) == [
+        "train-captions",
+        "train-images",
+    ]
+    (again, _), counts = encode(make_encoder(), tmp_path / "cache", paths)
+    assert counts == (0, 0)
+    assert torch.equal(again, found)
 
 
 def test_without_a_folder_nothing_is_kept(make_encoder, paths):

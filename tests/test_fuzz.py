@@ -153,7 +153,14 @@ ANNOTATIONS = [
     ("FashionIQ", "fashionIQ_dataset/image_splits/split.dress.{}.json", ("train", "val", "test")),
     ("CIRR", "cirr_dataset/cirr/captions/cap.rc2.{}.json", ("train", "val", "test1")),
     ("CIRR", "cirr_dataset/cirr/image_splits/split.rc2.{}.json", ("train", "val", "test1")),
+    ("CIRCO", "circo_dataset/annotations/{}.json", ("val", "test", "val")),
+    (
+        "CIRCO",
+        "circo_dataset/COCO2017_unlabeled/annotations/image_info_unlabeled2017.json",
+        ("val", "test", "val"),
+    ),
 ]
+CAPTIONS = {"FashionIQ": "captions", "CIRR": "caption", "CIRCO": "relative_caption"}
 
 
 def read_annotations(dataset: str, root: Path, split: str, text: str) -> None:
@@ -164,12 +171,17 @@ def read_annotations(dataset: str, root: Path, split: str, text: str) -> None:
         json.loads(f.read_text()) for f in benchmark.files(benchmark.parts[0], split)
     )
     assert len(part.triplets) == len(captions)
+    if dataset == "CIRCO":
+        images = [str(image["id"]) for image in images["images"]]
     assert part.names == list(images)
     for triplet, entry in zip(part.triplets, captions, strict=True):
-        assert triplet.reference == entry.get("candidate", entry.get("reference"))
-        assert list(triplet.captions) == (
-            entry["captions"] if dataset == "FashionIQ" else [entry["caption"]]
-        )
+        references = [entry.get(key) for key in ("candidate", "reference", "reference_img_id")]
+        assert triplet.reference in map(str, references)
+        said = entry[CAPTIONS[dataset]]
+        said = said if dataset == "FashionIQ" else [said]
+        assert list(triplet.captions[: len(said)]) == said
+        if "gt_img_ids" in entry:
+            assert sorted(map(int, triplet.targets)) == sorted(entry["gt_img_ids"])
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +189,8 @@ def root(tmp_path_factory):
     import shapes_dataset
 
     folder = tmp_path_factory.mktemp("fuzzed")
-    sizes = "--train-triplets 3 --val-triplets 2 --train-groups 1 --val-groups 1 --own-groups 1"
+    sizes = "--train-triplets 3 --val-triplets 2 --train-groups 1 --val-groups 1 --circo-queries 9 "
+    sizes += "--own-groups 1"
     shapes_dataset.main(["--output-dir", str(folder), *sizes.split()])
     return folder
 
@@ -254,6 +267,7 @@ def test_annotation_files(dataset, name, splits, number, root):
 @pytest.fixture(scope="module")
 def submissions(root, tmp_path_factory):
     """Files that keep all rules."""
+    import circo_test_submission
     import cirr_test_submission
     import fashioniq_test_submission
 
@@ -276,12 +290,12 @@ def submissions(root, tmp_path_factory):
         "--device",
         "cpu",
     ]
-    for door in (cirr_test_submission, fashioniq_test_submission):
+    for door in (cirr_test_submission, fashioniq_test_submission, circo_test_submission):
         door.main(list(map(str, flags)))
     return sorted(folder.rglob("*.json"))
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(6))
 def test_submission_files(number, root, submissions, tmp_path):
     """Exit code 0 only for what answers every query with known, distinct ids; else 1 or 2 and no traceback."""
     whole = submissions[number].read_bytes()

@@ -48,6 +48,8 @@ MISSING = [
     "triplets_test_submission.py --submission-name a --combining-function sum --data-root nowhere",
     "check_submission.py nowhere",
     "compare.py nowhere",
+    "convert.py --dataset CIRR --data-root nowhere --output-dir demo/converted",
+    "convert.py --dataset Shoes --data-root nowhere --output-dir demo/converted",
     "validate.py --dataset CIRR --pair nowhere",
     "export.py --output pair --clip-model-path nowhere",
     "export.py --output demo/pair --results nowhere",

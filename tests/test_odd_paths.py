@@ -31,6 +31,7 @@ NEEDS = {
     "combiner_train": f"--dataset CIRR {DATA} {CLIP} {CPU} {NO_WORKERS} {STAGE_2} --output-dir {{made}}/out "
     "--no-feature-cache --num-epochs 1",
     "compare": "{made}/answers.json",
+    "convert": f"--dataset CIRR {DATA} --output-dir {{made}}/out",
     "demo_app": f"--index {{made}}/index {CPU}",
     "export": f"{CLIP} --output {{made}}/out",
     "fashioniq_test_submission": f"{PAIR} --submission-name x --output-dir {{made}}/out",

@@ -1,6 +1,7 @@
 """The servers' rules, locally: each broken one by its query; files for val score as validate.py measures."""
 
 import json
+import shutil
 
 import pytest
 
@@ -167,7 +168,23 @@ def test_val_files_score_as_validate_measures(kind, run, golden, tmp_path, capsy
         metrics = json.loads((tmp_path / "m.json").read_text())["metrics"]
         assert {name: float(value) for name, value in printed.items()} == metrics
         files = list(folder.rglob("*.json"))
-        assert check(*files, "--split", "val", root=golden)[0] == 0
+        code, out = check(
+            *files, "--split", "val", "--metrics-json", tmp_path / "s.json", root=golden
+        )
+        assert code == 0
+        scored = [line.split(" = ") for line in out.splitlines() if " = " in line]
+        assert {name: float(value) for name, value in scored} == metrics
+        assert json.loads((tmp_path / "s.json").read_text())["metrics"] == metrics
+        code, out = check(files[0], "--split", "val", root=golden)
+        assert code == 0  # keeps all rules, but is not all that is scored
+        assert "note: " in out
+        assert "not scored" in out
+        flags = ["--split", "val", "--metrics-json", tmp_path / "none.json"]
+        (tmp_path / dataset / "again").mkdir()
+        again = shutil.copy(files[0], tmp_path / dataset / "again" / files[0].name)
+        for some in (files[:1], [*files, again]):
+            assert check(*some, *flags, root=golden)[0] == 2
+        assert not (tmp_path / "none.json").exists()
 
 
 def test_a_submission_answers_all_queries(cirr, fails, drawn, own_drawn, name, tmp_path, caplog):

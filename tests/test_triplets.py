@@ -361,6 +361,7 @@ def test_every_kind_of_data_is_measured_and_read_again(given, own_drawn, tmp_pat
     assert list(result["protocols"]) == ["original-removed", "original-kept"]
     for name, of_protocol in result["protocols"].items():
         metrics = of_protocol["metrics"]
+        assert Triplets(own_drawn).titles_in(Triplets(own_drawn).val()).keys() == metrics.keys()
         assert ("map_at10" in metrics) == has_several
         assert ("group_recall_at1" in metrics) == has_group
         hits = []

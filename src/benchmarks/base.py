@@ -196,6 +196,22 @@ class Benchmark(ABC):
         """Metric -> its title in a table, of those that were measured."""
         return {metric: title for metric, title in self.titles.items() if metric in metrics}
 
+    def titles_in(self, splits: Iterable[Split]) -> dict[str, str]:
+        """Metric -> its title in a table, of those that the queries of some splits have: groups, several targets."""
+        import numpy as np
+
+        scores = {}
+        for split in splits:
+            first = np.zeros(len(split.triplets), dtype=int)
+            ranks = Ranks(
+                first,
+                others=first[:, None] if split.most_other_targets else None,
+                in_group=first if split.has_groups else None,
+                kinds=split.queries_of_kinds,
+            )
+            scores[split.name] = self.score(ranks)
+        return self.titled(self.summary(scores))
+
     @classmethod
     def best_clips(cls) -> dict[str, str]:
         """Metric -> name of stage 1's checkpoint for its best value."""

@@ -72,8 +72,11 @@ class CIRCO(Benchmark):
             return Triplet(reference=reference, captions=captions, pair_id=pair_id)
         target = entry.number("target_img_id")
         targets = entry.list("gt_img_ids")
-        are_numbers = all(map(_is_number, targets))
-        entry.check(are_numbers and target in targets, 'numbers in "gt_img_ids", its target among')
+        are_numbers = all(map(_is_number, targets)) and len(set(targets)) == len(targets)
+        entry.check(
+            are_numbers and target in targets,
+            'numbers that do not repeat in "gt_img_ids", its target among them,',
+        )
         aspects = entry.list("semantic_aspects")
         known = are_texts(aspects) and len(set(aspects)) == len(aspects)
         entry.check(known and set(aspects) <= set(ASPECTS), '"semantic_aspects" that are known')

@@ -84,7 +84,8 @@ def read_parts(
     parts: Parts = {}
     for split in splits:
         for part in benchmark.parts:
-            missing = [file for file in benchmark.files(part, split) if not file.exists()]
+            files = dict.fromkeys(benchmark.files(part, split))
+            missing = [file for file in files if not file.exists()]
             for file in missing:
                 level = UNUSABLE if asked_for else FINDING
                 report.say(level, str(file), f"missing: nothing can be done with {part} {split}")
@@ -104,12 +105,15 @@ def read_parts(
 def _count(
     benchmark: Benchmark, part: str, split: str, records: Split, *, official: bool, report: Report
 ) -> None:
-    """The entries of a part's two files beside those of the official ones, where there are any."""
+    """The entries of a part's two files beside those of the official ones, where there are any.
+
+    Where queries are their own list of images, they are what is counted.
+    """
     counts = (len(records.triplets), len(records.names))
     official_counts = benchmark.official.get(f"{part}.{split}", counts)
-    for file, count, expected in zip(
-        benchmark.files(part, split), counts, official_counts, strict=True
-    ):
+    counted = list(zip(benchmark.files(part, split), counts, official_counts, strict=True))
+    queries_file, images_file = benchmark.files(part, split)
+    for file, count, expected in counted[:1] if queries_file == images_file else counted:
         report.files.append((str(file), count, expected))
         if official and count != expected:
             report.say(FINDING, str(file), f"{count:,} entries, the official file has {expected:,}")

@@ -46,6 +46,7 @@ class Form(ABC, Generic[Content]):
     Attributes:
         kind: the benchmark it is for.
         k, group_k: answers a query, in the gallery and in its group.
+        whose: whose rules they are, as messages say it.
         slots: what the files of a submission are called by `slot`, each there once.
 
     Args:
@@ -56,6 +57,7 @@ class Form(ABC, Generic[Content]):
     kind: type[Benchmark]
     k: int
     group_k: int = 0
+    whose: str = " of the server"
     slots: tuple[str, ...] = ("",)
 
     def __init__(self, benchmark: Benchmark, split: str) -> None:
@@ -256,20 +258,21 @@ class ListsForm(Form[dict[str, Any]]):
     def violations(self, file: str, content: dict[str, Any], size: int) -> list[str]:
         keys = _keys(self.whole)
         violations = [f"id {key}: no query" for key in sorted(content.keys() - set(keys))]
-        for key in keys:
-            problems = self._problems(content[key]) if key in content else ["missing"]
+        for key, triplet in zip(keys, self.whole.triplets, strict=True):
+            problems = self._problems(content[key], triplet) if key in content else ["missing"]
             violations += [f"id {key}: {problem}" for problem in problems]
         return violations
 
-    def _problems(self, listed: Any) -> list[str]:
+    def _problems(self, listed: Any, triplet: Triplet) -> list[str]:
         """What is wrong with the images of one query."""
         images = [self.image(value) for value in listed] if isinstance(listed, list) else [None]
         if not are_texts(images):
             return ["not a list of image ids"]
         problems = _foreign([str(image) for image in images], self.whole)
-        fewest = min(self.k, len(self.whole.names) - 1)  # of a small gallery, without the reference
-        if not fewest <= len(images) <= self.k:
-            problems.append(f"{len(images)} ids instead of {fewest}")
+        # Of a gallery smaller than that, all, but for a reference that is not to be retrieved.
+        length = min(self.k, len(self.whole.names) - (triplet.reference not in images))
+        if len(images) != length:
+            problems.append(f"{len(images)} ids instead of {length}")
         return problems
 
     def metrics(self, contents: Mapping[str, dict[str, Any]]) -> dict[str, float]:
@@ -305,10 +308,11 @@ class CircoForm(ListsForm):
 
 
 class TripletsForm(ListsForm):
-    """Your own triplets: for nobody's server, and so without rules but those of a list."""
+    """Your own triplets: for no server, with no rules but those of a list."""
 
     kind = Triplets
     k = 50
+    whose = ""
 
 
 FORMS: dict[str, type[Form[Any]]] = {

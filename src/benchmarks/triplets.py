@@ -72,7 +72,7 @@ class Triplets(Benchmark):
     def image_places(self, images_file: Path) -> dict[str, str]:
         names: list[str] = []
         if images_file.suffix == ".txt":
-            names += map(_image, filter(str.strip, _text(images_file).split("\n")))
+            names += image_list(images_file)
         else:
             for entry in self.entries(images_file):
                 for key in ("reference", "target", "group"):
@@ -131,6 +131,11 @@ class Triplets(Benchmark):
         (measured,) = scores.values()
         average = statistics.fmean(measured[f"recall_at{k}"] for k in RECALLS)
         return {**measured, "average_recall": average}
+
+
+def image_list(file: Path) -> list[str]:
+    """The images of a text file that has one on each line."""
+    return [_image(line) for line in _text(file).split("\n") if line.strip()]
 
 
 def _text(file: Path) -> str:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from reports.run_page import About
     from training.checkpoints import Checkpoints, Kept
+    from training.data import TrainingData
     from training.loop import Task
     from training.schedule import Precision, Schedule
     from training.tracker import NoTracker
@@ -152,7 +153,7 @@ def fit_as_asked(
     task: "Task",
     checkpoints: "Checkpoints",
     *,
-    benchmark: Benchmark,
+    data: "TrainingData",
     settings: Settings,
     precision: "Precision",
     tracker: "NoTracker",
@@ -177,7 +178,7 @@ def fit_as_asked(
         task,
         schedule=schedule,
         precision=precision,
-        run=open_run(folder, tracker, about_run(benchmark, settings, resumed_by or folder, flags)),
+        run=open_run(folder, tracker, about_run(data, settings, resumed_by or folder, flags)),
         checkpoints=checkpoints,
         stop=stop,
         minutes=args.checkpoint_every_minutes,
@@ -185,7 +186,7 @@ def fit_as_asked(
 
 
 def about_run(
-    benchmark: Benchmark, settings: Settings, folder: Path, validated: Mapping[str, Any]
+    data: "TrainingData", settings: Settings, folder: Path, validated: Mapping[str, Any]
 ) -> "About":
     """What the page of a run says, and how it is resumed.
 
@@ -203,7 +204,7 @@ def about_run(
             "python",
             "src/validate.py",
             "--dataset",
-            benchmark.name,
+            data.benchmark.name,
             "--data-root",
             flags["data_root"],
         ]
@@ -212,8 +213,8 @@ def about_run(
         commands["validate"] = shlex.join(words)
     commands["reproduce"] = flags["command"]
     return About(
-        titles=benchmark.titles,
-        chosen_by=tuple(benchmark.selection),
+        titles=data.benchmark.titles_in(data.val),
+        chosen_by=tuple(data.benchmark.selection),
         hyper_parameters=settings.table,
         commands=commands,
     )

@@ -250,6 +250,8 @@ def _found_problems(
     ranks = [found["rank"], *found.get("other_ranks", [])]
     if len(ranks) != len(targets):
         yield "other_ranks", f"{len(ranks) - 1} ranks of {len(targets) - 1} other targets"
+    if len(set(ranks)) < len(ranks):
+        yield "other_ranks", "two targets in one place"
     if len(set(names)) < len(names):
         yield "nearest", "an image is there twice"
     if barred in names:

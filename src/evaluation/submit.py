@@ -116,9 +116,9 @@ def _write(
             logger.warning("%s: %s", path, violation)
         if violations:
             keeps_rules = False
-            logger.warning("%s: breaks rules of the server", path)
+            logger.warning("%s: breaks rules%s", path, form.whose)
         else:
-            logger.info("%s: keeps all rules of the server", path)
+            logger.info("%s: keeps all rules%s", path, form.whose)
     if is_scored and keeps_rules:
         for metric, value in form.metrics(contents).items():
             print(f"{metric} = {value}")
