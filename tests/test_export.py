@@ -192,6 +192,13 @@ def sheet(folder: Path, drawn: Path, pair: list, **_: object) -> dict:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+def audited(folder: Path, drawn: Path, pair: list, **_: object) -> dict:
+    where = ["--dataset", "CIRR", "--data-root", drawn, "--resamples", 20, *MACHINE]
+    words = [*pair, *where, "--metrics-json", folder / "audit.json"]
+    importlib.import_module("audit").main(list(map(str, words)))
+    return json.loads((folder / "audit.json").read_text())["protocols"]
+
+
 def clip_alone(pair: list) -> list:
     """The flags of a pair without those of composing."""
     words = map(str, pair)
@@ -242,6 +249,7 @@ def page(folder: Path, drawn: Path, pair: list, **_: object) -> dict:
 
 
 OUTCOMES = {
+    "audit": audited,
     "cirr_test_submission": submitted("cirr_test_submission"),
     "demo_app": page,
     "fashioniq_test_submission": submitted("fashioniq_test_submission"),
