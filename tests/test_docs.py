@@ -98,7 +98,7 @@ def test_readmes_trees_name_every_script_and_wing(readme):
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: str(guide.relative_to(ROOT)))
 def test_files_that_guides_name_exist(guide):
     text = re.sub(r"```.*?```", "", guide.read_text(), flags=re.DOTALL)
-    for name in re.findall(r"\b((?:src|bench|tests|docs)/[\w./]*\w)", text):
+    for name in re.findall(r"\b((?:src|bench|tests|docs)/[\w./-]*\w)", text):
         assert (ROOT / name).exists() or (guide.parent / name).exists(), name
 
 
