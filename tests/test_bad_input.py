@@ -27,10 +27,27 @@ def train(name):
     return [*name, *STAGE_2.split(), "--no-feature-cache"]
 
 
+def load(file: Path):
+    """The content of an annotation file: JSON, or a list of its lines."""
+    if file.suffix == ".json":
+        return json.loads(file.read_text())
+    lines = file.read_text().splitlines()
+    return lines if file.suffix == ".txt" else list(map(json.loads, lines))
+
+
+def dump(file: Path, content) -> None:
+    """Write what `load` reads."""
+    if file.suffix == ".json":
+        file.write_text(json.dumps(content))
+    else:
+        lines = content if file.suffix == ".txt" else map(json.dumps, content)
+        file.write_text("\n".join(lines))
+
+
 def change_json(file: Path, change) -> Path:
-    content = json.loads(file.read_text())
+    content = load(file)
     change(content)
-    file.write_text(json.dumps(content))
+    dump(file, content)
     return file
 
 
