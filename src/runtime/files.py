@@ -362,7 +362,10 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def file_identities(paths: list[Path]) -> list[tuple[str, int, int]]:
-    """(absolute path, bytes, modification time in ns) of each file: another image, another identity."""
+Identity = tuple[str, int, int]  # of a file: absolute path, bytes, modification time in ns
+
+
+def file_identities(paths: list[Path]) -> list[Identity]:
+    """What each file is: another image, another identity."""
     stats = [(path.resolve(), path.stat()) for path in paths]
     return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
