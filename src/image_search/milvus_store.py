@@ -133,7 +133,7 @@ class Table:
     def create(self, kind: str, dim: int) -> None:
         """Make the collection."""
         types = self._milvus.DataType
-        schema = self._milvus.MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
+        schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field("row", types.INT64, is_primary=True)
         for name in ("file", "path", "category"):
             schema.add_field(name, types.VARCHAR, max_length=LONGEST)
@@ -146,7 +146,7 @@ class Table:
         )
 
     def _index_params(self, kind: str) -> Any:
-        params = self._milvus.MilvusClient.prepare_index_params()
+        params = self._client.prepare_index_params()
         params.add_index(
             "features", index_type=KINDS[kind], metric_type="COSINE", params=BUILT[kind]
         )
