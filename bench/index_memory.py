@@ -56,15 +56,16 @@ class DrawnEncoder:
             yield torch.from_numpy(np.tanh(places) @ SURFACE + noise), [""] * len(shard)
 
 
-def apart(work: Callable[[], Any]) -> tuple[Any, float, float]:
-    """What a call returns in a process of its own, its seconds, and the GiB of that process at its peak."""
+def apart(work: Callable[[], Any]) -> tuple[Any, float, float, float]:
+    """What a call returns in a process of its own, its seconds, those of processors, and the GiB at its peak."""
     ours, theirs = FORK.Pipe(duplex=False)
 
     def run() -> None:
         start = time.perf_counter()
         made = work()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-        theirs.send((made, time.perf_counter() - start, peak))
+        taken = time.perf_counter() - start
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        theirs.send((made, taken, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / GIB))
 
     process = FORK.Process(target=run)
     process.start()
@@ -95,6 +96,11 @@ def brought_up_to_date(root: Path, keeping: Keeping) -> Update:
     return update
 
 
+def told(update: Update) -> str:
+    """What an update did."""
+    return f"{update.counts.added:,} added, {update.counts.kept:,} kept"
+
+
 def updates(setting: Setting) -> Iterator[Row]:
     """Rows of indexes of a million images."""
     with tempfile.TemporaryDirectory() as name:
@@ -102,7 +108,7 @@ def updates(setting: Setting) -> Iterator[Row]:
         touch(root / "images", range(COUNT))
         for keeping in (Keeping(), Keeping(kind="ivfpq", on_disk=True)):
             what = f"{keeping.kind}{' on disk' if keeping.on_disk else ''}"
-            publish = lambda keeping=keeping: brought_up_to_date(root, keeping).counts  # noqa: E731
+            publish = lambda keeping=keeping: told(brought_up_to_date(root, keeping))  # noqa: E731
             yield figure(f"{COUNT:,} images published, D {DIM}, {what}", publish)
             yield figure(f"the same, nothing new, {what}", publish)
         touch(root / "images", range(COUNT, COUNT + MORE))
@@ -111,8 +117,9 @@ def updates(setting: Setting) -> Iterator[Row]:
 
 def figure(what: str, work: Callable[[], Any]) -> Row:
     """The row of a call."""
-    made, seconds, peak = apart(work)
-    return {"figure": what, "ours": seconds, "GiB": peak, "note": f"{peak:.2f} GiB in all; {made}"}
+    made, seconds, processors, peak = apart(work)
+    note = f"{processors:.0f} s of processors, {peak:.2f} GiB in all; {made}"
+    return {"figure": what, "ours": seconds, "GiB": peak, "note": note}
 
 
 def on_disk(setting: Setting) -> Iterator[Row]:

@@ -231,9 +231,8 @@ def wire(gradio: Any, page: Any, parts: Parts, *, searcher: "Searcher", k: int) 
         return handler
 
     def random_images() -> tuple[list[int], list[Image]]:
-        rows = searcher.some(CHOICES)
-        images = [image for image in map(searcher.image, rows) if image is not None]
-        return rows, [small_image(image, SIDE) for image in images]
+        images = {row: searcher.image(row) for row in searcher.some(CHOICES)}
+        return list(images), [small_image(image or Path(), SIDE) for image in images.values()]
 
     def start() -> tuple:
         return *random_images(), *shown(Dialogue(), "")

@@ -194,6 +194,15 @@ def test_the_page_goes_on_from_an_answer(store, index, tmp_path, drawn):
 
 # Interruptions
 
+
+def same_answers(ours: str, theirs: str) -> None:
+    """The same images; batches of other images round their features otherwise."""
+    found, expected = json.loads(ours)["answers"], json.loads(theirs)["answers"]
+    assert [answer["image"] for answer in found] == [answer["image"] for answer in expected]
+    similarities = [answer["similarity"] for answer in expected]
+    assert [answer["similarity"] for answer in found] == pytest.approx(similarities, abs=2e-6)
+
+
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {source!r})
@@ -232,8 +241,9 @@ def test_an_insert_that_is_killed_goes_on(store, start, index, ask, tmp_path, dr
     there = [row["file"] for row in open_index(tmp_path / "index").table.rows()]
     assert sorted(there) == sorted(map(str, files))
     for image in files[:2]:
-        theirs = ask(image, "is red", "--json", of=tmp_path / "files")
-        assert ask(image, "is red", "--json") == theirs
+        same_answers(
+            ask(image, "is red", "--json"), ask(image, "is red", "--json", of=tmp_path / "files")
+        )
     CASES["inserts that were killed", "gone on"] += 1
 
 
@@ -249,7 +259,7 @@ def test_two_processes_insert_into_a_server(server, start, index, ask, tmp_path,
     assert done.stdout.count("10 images added, 0 kept, 0 removed") == 1
     index(tmp_path / "photos", output=tmp_path / "files")
     theirs = ask(files[0], "is red", "--json", "--k", 10, of=tmp_path / "files")
-    assert ask(files[0], "is red", "--json", "--k", 10) == theirs
+    same_answers(ask(files[0], "is red", "--json", "--k", 10), theirs)
 
 
 def test_a_file_is_for_one_process(tmp_path, monkeypatch):
@@ -270,7 +280,14 @@ def test_a_server_that_is_gone(index, ask, tmp_path, capsys):
             assert f"--store {own.store}: " in refused(attempt, capsys)
             CASES["servers that are gone", "refused"] += 1
         own.start()
-        assert ask(files[0], "is red", "--json") == before
+        deadline = time.monotonic() + HANG
+        while True:  # a page goes on asking; its connection is tried again after a while
+            try:
+                assert ask(files[0], "is red", "--json") == before
+                break
+            except SystemExit:
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
     finally:
         own.stop()
 

@@ -76,8 +76,7 @@ def update_index(
     origin = {"folders": sorted(str(path.resolve()) for path in folders), "pair": pair}
     shelf = _shelf(folder, encoder, keeping, origin)
     if not distributed.is_main():
-        with _together(encoder):
-            _encode(distributed.same_object(None), encoder, shelf)
+        _encode(None, encoder, shelf)
         return None
     faiss_index.check(keeping.kind, len(images), encoder.backbone.dim)
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,8 +90,7 @@ def update_index(
         held = shelf.held()
         missing = [file for file in images if file not in held]
         del held
-        with _together(encoder):
-            unreadable = _encode(distributed.same_object(missing), encoder, shelf)
+        unreadable = _encode(missing, encoder, shelf)
         readable = [file for file in images if file[0] not in unreadable]
         if not readable:
             raise UserError(
@@ -116,7 +114,7 @@ def _shelf(folder: Path, encoder: Encoder, keeping: Keeping, origin: dict[str, A
 
 @contextlib.contextmanager
 def _together(encoder: Encoder) -> Iterator[None]:
-    """Work in which processes wait for each other; one that waits for another that has ended says so."""
+    """Let processes wait for each other; one that waits for another that has ended says so."""
     try:
         yield
     except RuntimeError as error:
@@ -130,14 +128,19 @@ def _together(encoder: Encoder) -> Iterator[None]:
         ) from None
 
 
-def _encode(files: list[Identity], encoder: Encoder, shelf: Shelf) -> dict[str, str]:
+def _encode(missing: list[Identity] | None, encoder: Encoder, shelf: Shelf) -> dict[str, str]:
     """Encode this process's part of files, shard by shard, each of which is kept before the next is begun.
 
     Shards are the same for any number of processes, so that batches are too, and the features to the last bit.
 
+    Args:
+        missing: the files of all processes, which the first one has.
+
     Returns:
         path -> why it cannot be read, of all processes.
     """
+    with _together(encoder):
+        files = distributed.same_object(missing)
     all_shards = [files[start : start + SHARD] for start in range(0, len(files), SHARD)]
     shards = distributed.shard(all_shards)
     paths = []
@@ -153,4 +156,6 @@ def _encode(files: list[Identity], encoder: Encoder, shelf: Shelf) -> dict[str, 
                 readable.append(file)
         if readable:
             shelf.keep(readable, encoded.numpy())
-    return dict(json.loads(line) for line in distributed.gathered_lines(unreadable))
+    with _together(encoder):
+        lines = distributed.gathered_lines(unreadable)
+    return dict(json.loads(line) for line in lines)

@@ -128,12 +128,13 @@ def same_object(value: Any) -> Any:
 
 
 def gathered_lines(lines: list[str]) -> list[str]:
-    """The texts of all ranks in order, each without line breaks; sent between CPUs."""
+    """The texts of all ranks in order, none of them empty or with line breaks; sent between CPUs."""
     if world_size() == 1:
         return lines
-    local = "".join(f"{line}\n" for line in lines).encode()
-    sent = torch.tensor(list(local), dtype=torch.uint8)
-    return gather_shards(sent).numpy().tobytes().decode().splitlines()
+    local = "".join(f"{line}\n" for line in ["", *lines])  # of each rank something
+    sent = torch.frombuffer(bytearray(local.encode()), dtype=torch.uint8)
+    text = gather_shards(sent).numpy().tobytes().decode()
+    return [line for line in text.split("\n") if line]
 
 
 def highest(*numbers: int) -> tuple[int, ...]:
