@@ -135,6 +135,7 @@ def test_what_was_encoded_is_there_the_next_time(
     images(tmp_path / "photos", 12)
     done = index_together(tmp_path / "index", then)
     assert not (tmp_path / "index" / "index.json").exists(), done.stderr
+    assert done.returncode != 0 or then != DIES
     shards = list((tmp_path / "index" / "partial").glob("*.pt"))
     assert shards
     assert ("what was encoded is kept" in done.stderr) or then == DIES

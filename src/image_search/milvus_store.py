@@ -36,6 +36,8 @@ from utils import UserError, first_line
 
 TOKEN = "MILVUS_TOKEN"  # of the environment: user:password, or a key
 PATIENCE = 60  # seconds for an answer
+# What takes as long as the collection is large.
+LASTING = ("create_index", "flush", "load_collection")
 MOST_CANDIDATES = 16_384  # that Milvus gives at once; rows of a page too
 DELETED_AT_ONCE = 1024
 LONGEST = 65_535  # bytes of a text
@@ -123,8 +125,9 @@ class Table:
         Args:
             condition: of the user, who is told where Milvus refuses it.
         """
+        patience = None if question in LASTING else PATIENCE
         with self._explained(condition):
-            return getattr(self._client, question)(self.name, timeout=PATIENCE, **about)
+            return getattr(self._client, question)(self.name, timeout=patience, **about)
 
     def exists(self) -> bool:
         """Whether the collection is there."""
