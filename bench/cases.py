@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import attention
 import encoding
 import equality
+import index_memory
 import moe
 import original
 import parallel
@@ -74,4 +75,6 @@ CASES = {
     "processes": Case(run=processes.figures, on=CPU),
     "search": Case(run=vector_search.figures, on=CPU),
     "search-hnsw": Case(run=vector_search.figures_of_graph, on=CPU, unasked=False),
+    "search-on-disk": Case(run=index_memory.on_disk, on=CPU),
+    "index-million": Case(run=index_memory.updates, on=CPU, unasked=False),
 }

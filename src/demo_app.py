@@ -11,7 +11,6 @@ import functools
 import importlib.util
 import logging
 import os
-import random
 import socket
 import tempfile
 import threading
@@ -232,9 +231,8 @@ def wire(gradio: Any, page: Any, parts: Parts, *, searcher: "Searcher", k: int) 
         return handler
 
     def random_images() -> tuple[list[int], list[Image]]:
-        paths = searcher.index.paths
-        rows = random.sample(range(len(paths)), min(CHOICES, len(paths)))
-        return rows, [small_image(paths[row], SIDE) for row in rows]
+        images = {row: searcher.image(row) for row in searcher.some(CHOICES)}
+        return list(images), [small_image(image or Path(), SIDE) for image in images.values()]
 
     def start() -> tuple:
         return *random_images(), *shown(Dialogue(), "")
@@ -371,7 +369,7 @@ def main(argv: list[str] | None = None) -> None:
         page = build(searcher, args.k, uploads)
         with served(application(page, hosts, uploads), bound) as server:
             shown_host = f"[{args.host}]" if ":" in args.host.strip("[]") else args.host
-            logger.info("%d images; http://%s:%d", len(searcher.index.paths), shown_host, args.port)
+            logger.info("%d images; http://%s:%d", len(searcher), shown_host, args.port)
             wait(server, stop, uploads)
     if stop.requested == "SIGINT":
         raise KeyboardInterrupt

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli import options
-from cli.flag_types import usable_path
+from cli.flag_types import store_address, usable_path
 from cli.parsers import ScriptParser, Several
 from cli.startup import check_files, pick_device
 from image_search.manifest import as_made, check_index, made_with, read_manifest
-from runtime.choices import INDEX_KINDS, PairChoice
+from runtime import torchrun
+from runtime.choices import INDEX_KINDS, MILVUS_KINDS, PairChoice
 from runtime.files import check_file_writable, check_writable, write_text
 from runtime.interruption import listening
 from utils import Stopped, UserError, command, printable
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from image_search.image_index import Update
     from image_search.photos import FoundImages
     from image_search.searcher import Found
+    from image_search.stores import Keeping
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     index.add_argument(
         "--output", type=usable_path, required=True, metavar="INDEX", help="a folder for the index"
     )
-    index.add_argument(
-        "--index-type",
-        choices=INDEX_KINDS,
-        help="flat is exact, the others are for large galleries (default: as it is, flat for a new one)",
-    )
+    add_keeping(index)
     options.add_clip_batch_size(index, help="batch size of CLIP (default: 32)")
     query = commands.add_parser(
         "query",
@@ -83,10 +81,37 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     query.add_argument("--text", required=True, help="what to change")
     options.add_k(query, default=10)
+    query.add_argument(
+        "--filter",
+        default="",
+        metavar="CONDITION",
+        help="of an index in Milvus, in its language over path, category, size and time: 'path like \"shoes/%%\"'",
+    )
     how = query.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print the answers as JSON")
     how.add_argument("--html", type=usable_path, metavar="FILE", help="write a page of them")
     return parser.parse_args(argv)
+
+
+def add_keeping(index: argparse.ArgumentParser) -> None:
+    """How and where the index is kept."""
+    index.add_argument(
+        "--index-type",
+        choices=dict.fromkeys([*INDEX_KINDS, *MILVUS_KINDS]),
+        help="flat is exact, the others are for large galleries (default: as it is, flat for a new one)",
+    )
+    index.add_argument(
+        "--store",
+        type=store_address,
+        metavar="WHERE",
+        help="faiss: files; milvus:FILE.db; milvus:http://HOST:19530, with MILVUS_TOKEN of the environment where the "
+        "server wants one (default: as it is, faiss for a new one)",
+    )
+    index.add_argument(
+        "--on-disk",
+        action=argparse.BooleanOptionalAction,
+        help="leave the lists of ivfpq in a file (default: as it is, in memory for a new one)",
+    )
 
 
 def chosen_folders(
@@ -106,13 +131,16 @@ def chosen_folders(
 
 def make_index(args: argparse.Namespace) -> None:
     """Encode what is new, and say what was done."""
-    from image_search.photos import find_images
+    from image_search.photos import FoundImages, find_images
+    from image_search.stores import chosen_keeping
 
     check_files(args)
     check_writable({"--output": args.output})
     earlier = read_manifest(args.output) or {}
     folders = chosen_folders(earlier.get("folders", []), args.images, args.forget, args.output)
-    images = find_images(folders)
+    keeping = chosen_keeping(earlier, args.store, args.index_type, args.on_disk)
+    # One process looks; the others are told what to encode.
+    images = find_images(folders) if torchrun.is_first() else FoundImages()
     # Its CLIP alone is needed.
     named = PairChoice(
         combining_function="sum",
@@ -122,9 +150,10 @@ def make_index(args: argparse.Namespace) -> None:
         clip=options.clip_choice(args),
         workers=args.num_workers,
     )
-    kind = args.index_type or earlier.get("kind", "flat")
-    update = encode_images(args, folders, images, choice=as_made(earlier, named), kind=kind)
-    report(args.output, update, images)
+    choice = as_made(earlier, named)
+    update = encode_images(args, folders, images, choice=choice, keeping=keeping)
+    if update is not None:
+        report(args.output, update, images)
 
 
 def encode_images(
@@ -133,21 +162,33 @@ def encode_images(
     images: "FoundImages",
     *,
     choice: PairChoice,
-    kind: str,
-) -> "Update":
-    """Bring the index up to date with the CLIP of a pair."""
+    keeping: "Keeping",
+) -> "Update | None":
+    """Bring the index up to date with the CLIP of a pair. One of several processes knows what was done."""
     from image_search.faiss_index import import_faiss
     from image_search.image_index import update_index
     from image_search.photos import opened
     from models.pair import load_pair
+    from runtime import distributed
 
     import_faiss()
     pair = load_pair(choice, pick_device(args.device), opened=opened)
-    origin = made_with(choice, pair)
     with listening() as stop:
-        encoder = dataclasses.replace(pair.encoder, batch_size=args.clip_bs, between=stop.check)
+        # None waits for another while it encodes, so that each can stop by itself.
+        encoder = dataclasses.replace(
+            pair.encoder, batch_size=args.clip_bs, between=stop.check_alone
+        )
         try:
-            return update_index(args.output, folders, images.paths, encoder, kind=kind, pair=origin)
+            update = update_index(
+                args.output,
+                images.files,
+                encoder,
+                folders=folders,
+                keeping=keeping,
+                pair=made_with(choice, pair),
+            )
+            distributed.stop()
+            return update
         except Stopped as stopped:
             raise Stopped(
                 stopped.signal, "what was encoded is kept: go on with the same command"
@@ -164,10 +205,11 @@ def report(folder: Path, update: "Update", images: "FoundImages") -> None:
         logger.warning(
             "left out: %d files %s, which are not read: convert them to .jpg or .png", count, ending
         )
+    added, kept, removed = update.counts
     left_out = len(update.unreadable) + len(images.left_out)
     print(
-        f"{printable(folder)}: {update.added} images added, {update.kept} kept, {update.removed} removed, "
-        f"{left_out} left out that cannot be read"
+        f"{printable(folder)}: {added} images added, {kept} kept, {removed} removed, {left_out} left out "
+        "that cannot be read"
     )
     recall = (read_manifest(folder) or {}).get("recall against exact")
     if recall:
@@ -187,7 +229,8 @@ def ask(args: argparse.Namespace) -> None:
     from image_search.searcher import load_searcher
 
     searcher = load_searcher(args.index, options.pair_choice(args), pick_device(args.device))
-    found = searcher.search(searcher.reference_features(args.image), args.text, args.k)
+    reference = searcher.reference_features(args.image)
+    found = searcher.search(reference, args.text, args.k, args.filter)
     if found.note:
         logger.warning("note: %s", found.note)
     if args.json:

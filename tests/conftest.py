@@ -132,6 +132,45 @@ def fails(run, capsys):
 
 
 @pytest.fixture
+def index(drawn, tmp_path, capsys):
+    """Bring an index up to date; returns what was printed."""
+
+    def index(
+        *folders, output=tmp_path / "index", name=drawn / "tiny_clip_vit.pt", flags=()
+    ) -> str:
+        words = [
+            "index",
+            "--images",
+            *folders,
+            "--output",
+            output,
+            "--clip-model-name",
+            name,
+            *flags,
+        ]
+        capsys.readouterr()
+        importlib.import_module("search").main(
+            list(map(str, [*words, "--num-workers", 0, "--device", "cpu"]))
+        )
+        return capsys.readouterr().out
+
+    return index
+
+
+@pytest.fixture
+def ask(tmp_path, capsys):
+    """Ask an index; returns what was printed."""
+
+    def ask(image, text, *flags, of=tmp_path / "index") -> str:
+        words = ["query", "--index", of, "--image", image, "--text", text, "--device", "cpu"]
+        capsys.readouterr()
+        importlib.import_module("search").main(list(map(str, [*words, *flags])))
+        return capsys.readouterr().out
+
+    return ask
+
+
+@pytest.fixture
 def start(tmp_path_factory):
     """Start Python with arguments as a process (see `Script`), which is gone after the test however that ends."""
     started = []

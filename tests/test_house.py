@@ -41,6 +41,11 @@ def test_only_one_file_imports_open_clip():
     assert importers == ["open_clip_package"]
 
 
+def test_only_one_file_imports_pymilvus():
+    importers = [file.stem for file in FILES if "pymilvus" in imported(file)]
+    assert importers == ["milvus_store"]
+
+
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_only_the_benchmarks_know_a_benchmarks_name(file):
     """The drawing and the demo, which make both layouts, may name them too, but compare with neither."""

@@ -1,6 +1,7 @@
 """A user's own image files: which are found, and how they are opened."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,11 +20,15 @@ def folder(tmp_path):
     return tmp_path / "photos"
 
 
+def names(found) -> list[str]:
+    return [Path(path).name for path, _, _ in found.files]
+
+
 def test_endings_in_any_case_and_hidden_folders(folder):
     (folder / ".thumbnails").mkdir()
     (folder / ".thumbnails" / "a.png").write_bytes(b"")
     (folder / "notes.txt").write_text("")
-    assert [path.name for path in find_images([folder]).paths] == ["a.JPG", "b.png"]
+    assert names(find_images([folder])) == ["a.JPG", "b.png"]
 
 
 def test_links_are_followed_once(folder, tmp_path):
@@ -34,7 +39,7 @@ def test_links_are_followed_once(folder, tmp_path):
     (folder / "nowhere.png").symlink_to(tmp_path / "gone.png")
     (folder / "itself.png").symlink_to(folder / "itself.png")
     found = find_images([folder])
-    assert [path.name for path in found.paths] == ["c.png", "a.JPG", "b.png"]
+    assert names(found) == ["c.png", "a.JPG", "b.png"]
     assert list(found.left_out.values()) == ["a link that leads nowhere"] * 2
 
 
@@ -47,7 +52,7 @@ def test_images_of_other_kinds_are_counted(folder):
 def test_a_name_that_is_not_utf_8_is_left_out(folder):
     (folder / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"x")
     found = find_images([folder])
-    assert len(found.paths) == 2
+    assert len(found.files) == 2
     ((name, reason),) = found.left_out.items()
     name.encode()
     assert reason == "its name is not UTF-8: rename it"

@@ -32,43 +32,6 @@ def images(folder: Path, count: int, start: int = 0) -> list[Path]:
     return files
 
 
-@pytest.fixture
-def index(drawn, tmp_path, capsys):
-    """Bring an index up to date; returns what was printed."""
-
-    def index(
-        *folders, output=tmp_path / "index", name=drawn / "tiny_clip_vit.pt", flags=()
-    ) -> str:
-        words = [
-            "index",
-            "--images",
-            *folders,
-            "--output",
-            output,
-            "--clip-model-name",
-            name,
-            *flags,
-        ]
-        capsys.readouterr()
-        search.main(list(map(str, [*words, "--num-workers", 0, "--device", "cpu"])))
-        return capsys.readouterr().out
-
-    return index
-
-
-@pytest.fixture
-def ask(tmp_path, capsys):
-    """Ask an index; returns what was printed."""
-
-    def ask(image, text, *flags, of=tmp_path / "index") -> str:
-        words = ["query", "--index", of, "--image", image, "--text", text, "--device", "cpu"]
-        capsys.readouterr()
-        search.main(list(map(str, [*words, *flags])))
-        return capsys.readouterr().out
-
-    return ask
-
-
 def refused(call, capsys) -> str:
     with pytest.raises(SystemExit) as stop:
         call()

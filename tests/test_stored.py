@@ -19,7 +19,7 @@ from cli import options
 from cli.flag_types import usable_path
 from combiner import build_combiner, load_combiner
 from conftest import CASES
-from image_search import faiss_index, image_index
+from image_search import faiss_index, index_folder
 from image_search.image_index import open_index
 from models import clip_model
 from models.clip_model import load_clip, load_finetuned
@@ -336,7 +336,8 @@ def write_index(folder: Path, count: int = 40, kind: str = "flat", dim: int = 16
         "pair": {**recipe, "clip_model_name": "RN50x4", "clip_model_path": "/w.pt"},
         "unreadable": {"/photos/x.png": "it is empty"},
     }
-    image_index._publish(folder, files, features, kind=kind, about=about)
+    rows = lambda start, stop: features[start:stop]  # noqa: E731
+    index_folder.publish(folder, files, rows, about={**about, "kind": kind}, dim=dim)
 
 
 def part(folder: Path, name: str) -> Path:

@@ -75,9 +75,10 @@ class Dialogue:
 
     def choose(self, searcher: "Searcher", row: int) -> "Dialogue":
         """Take an image of the index as the next reference."""
-        if not 0 <= row < len(searcher.index.paths):
+        image = searcher.image(row)
+        if image is None:
             raise UserError("there is no such image: choose one that is shown")
-        return self._next(Step(reference=searcher.index.paths[row], row=row))
+        return self._next(Step(reference=image, row=row))
 
     def choose_answer(self, searcher: "Searcher", place: int) -> "Dialogue":
         """Take an answer of the last step as the next reference."""
@@ -86,8 +87,7 @@ class Dialogue:
             raise UserError(
                 "there is no such answer: search first, then choose one of what is shown"
             )
-        path, _ = found.answers[place]
-        return self.choose(searcher, searcher.index.paths.index(path))
+        return self.choose(searcher, found.rows[place])
 
     def upload(self, searcher: "Searcher", file: Path) -> "Dialogue":
         """Take a user's own image as the next reference. The file is not needed any more.

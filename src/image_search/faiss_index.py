@@ -4,8 +4,10 @@ Vectors are normalised features, so that inner products are cosine similarities.
 ranked again by the exact similarities, so only what is missed can differ.
 """
 
+import contextlib
 import logging
-from collections.abc import Sequence
+import mmap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,9 @@ SUB_VECTOR = 8  # elements that are stored in one code
 CODE_BITS = 8
 LEAST_TRAINED_ON = 10_000  # vectors that the 256 words of a code are learned of
 TRAINED_ON_PER_LIST = 64  # vectors
+GROWN_AT_MOST = (
+    4  # times as many vectors as it was trained for, so that lists are twice as long as new ones
+)
 
 # Rows that tell whether files are of one index: all of a small one, and few enough for a disk that seeks each.
 SAMPLED = 256
@@ -70,8 +75,28 @@ def check(kind: str, count: int, dim: int) -> None:
         )
 
 
+def let_go(features: np.ndarray) -> None:
+    """Give back the memory that rows of a memory map took when they were read; they stay on the disk."""
+    if isinstance(features.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        features.base.madvise(mmap.MADV_DONTNEED)
+
+
+def blocks(features: np.ndarray, start: int = 0) -> Iterator[np.ndarray]:
+    """The rows of features (N, D) from one on, normalised, so many at a time that memory does not grow with N."""
+    for row in range(start, len(features), ADDED_AT_ONCE):
+        yield normalised(features[row : row + ADDED_AT_ONCE])
+        let_go(features)
+
+
 def build(features: np.ndarray, kind: str) -> Any:
-    """An index of features (N, D), which need not be normalised.
+    """An index of features (N, D), see `trained`."""
+    index = trained(features, kind)
+    add(index, features)
+    return index
+
+
+def trained(features: np.ndarray, kind: str) -> Any:
+    """An index without vectors for features (N, D), which need not be normalised. It is trained on some of them.
 
     Args:
         kind: "flat", exact; "hnsw", a graph; "ivfpq", lists of compressed vectors.
@@ -83,19 +108,36 @@ def build(features: np.ndarray, kind: str) -> Any:
     count, dim = features.shape
     check(kind, count, dim)
     if kind == "flat":
-        index = faiss.IndexFlatIP(dim)
-    elif kind == "hnsw":
+        return faiss.IndexFlatIP(dim)
+    if kind == "hnsw":
         index = faiss.IndexHNSWFlat(dim, NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = BUILD_EFFORT
         index.hnsw.efSearch = SEARCH_EFFORT
-    else:
-        index = _empty_ivfpq(faiss, count, dim)
-        shuffled = np.random.default_rng(0).permutation(count)
-        sample = np.sort(shuffled[: TRAINED_ON_PER_LIST * index.nlist])
-        index.train(normalised(features[sample]))
-    for start in range(0, count, ADDED_AT_ONCE):
-        index.add(normalised(features[start : start + ADDED_AT_ONCE]))
+        return index
+    index = _empty_ivfpq(faiss, count, dim)
+    shuffled = np.random.default_rng(0).permutation(count)
+    sample = np.sort(shuffled[: TRAINED_ON_PER_LIST * index.nlist])
+    index.train(normalised(features[sample]))
+    let_go(features)
     return index
+
+
+def add(index: Any, features: np.ndarray) -> None:
+    """Add the features that an index lacks: all rows (N, D) but for its first, which it has."""
+    faiss = import_faiss()
+    whole = faiss.downcast_index(index.storage) if hasattr(index, "storage") else index
+    if isinstance(whole, faiss.IndexFlat):
+        # Room for all at once. Grown step by step it takes up to three times as much.
+        held = whole.codes.size()
+        whole.codes.resize(len(features) * whole.code_size)
+        whole.codes.resize(held)
+    for block in blocks(features, index.ntotal):
+        index.add(block)
+
+
+def can_grow(index: Any, count: int) -> bool:
+    """Whether an index is as good with so many vectors as one that is built of them anew."""
+    return not hasattr(index, "nlist") or count <= GROWN_AT_MOST * index.nlist**2
 
 
 def _empty_ivfpq(faiss: Any, count: int, dim: int) -> Any:
@@ -123,9 +165,12 @@ def mismatch(index: Any, features: np.ndarray, kind: str) -> str:
         return f"it holds {index.ntotal} vectors of length {index.d}, not {features.shape}"
     rows = sampled_rows(len(features))
     if kind == "ivfpq":
-        # What is stored is not the vector, but a search for a vector finds it, or its equal.
+        # What is stored is not the vector, but a search for a vector finds it, or its equal, in the nearest list.
         rows = rows[:: max(1, len(rows) // PROBED_ROWS)]
+        probed = index.nprobe
+        index.nprobe = 1
         found = search(index, features, normalised(features[rows]), k=1)
+        index.nprobe = probed
         best = [answers[0][1] if answers else 0.0 for answers in found]
         agree = bool(np.median(best) > 1 - TOLERANCE)
     else:
@@ -144,9 +189,18 @@ def search(index: Any, features: np.ndarray, queries: np.ndarray, *, k: int) -> 
     k = min(k, len(features))
     proposed = min(len(features), max(LEAST_CANDIDATES, CANDIDATES_PER_ANSWER * k))
     _, candidates = index.search(np.ascontiguousarray(queries, dtype=np.float32), proposed)
+    return _ranked(candidates, features, queries, k)
+
+
+def _ranked(
+    candidates: np.ndarray, features: np.ndarray, queries: np.ndarray, k: int
+) -> list[Answers]:
+    """The k nearest among the candidate rows (Q, C) of each query, by their exact similarities."""
     answers = []
     for query, rows in zip(queries, candidates, strict=True):
         found_rows = np.sort(rows[rows >= 0])  # FAISS fills up with -1
+        if len(found_rows) and found_rows[-1] >= len(features):
+            raise UserError(f"the vectors name row {found_rows[-1]}: build the index again")
         similarities = normalised(features[found_rows]) @ query
         if not np.isfinite(similarities).all():
             row = found_rows[~np.isfinite(similarities)][0]
@@ -155,7 +209,29 @@ def search(index: Any, features: np.ndarray, queries: np.ndarray, *, k: int) -> 
         answers.append(
             list(zip(found_rows[order].tolist(), similarities[order].tolist(), strict=True))
         )
+    let_go(features)
     return answers
+
+
+def exact_search(features: np.ndarray, queries: np.ndarray, *, k: int) -> list[Answers]:
+    """What `search` finds in a flat index, without one: a block of features at a time.
+
+    Args:
+        queries: (Q, D), normalised.
+    """
+    rows = np.empty((len(queries), 0), np.int64)
+    best = np.empty((len(queries), 0), np.float32)
+    for number, block in enumerate(blocks(features)):
+        similarities = queries @ block.T
+        last = min(max(LEAST_CANDIDATES, k), len(block)) - 1
+        nearest_here = np.argpartition(-similarities, last, axis=1)[:, : last + 1]
+        rows = np.concatenate([rows, nearest_here + number * ADDED_AT_ONCE], axis=1)
+        here = np.take_along_axis(similarities, nearest_here, axis=1)
+        best = np.concatenate([best, here], axis=1)
+        order = np.argsort(-best, axis=1)[:, : max(LEAST_CANDIDATES, k)]
+        rows = np.take_along_axis(rows, order, axis=1)
+        best = np.take_along_axis(best, order, axis=1)
+    return _ranked(rows, features, queries, min(k, len(features)))
 
 
 def recall_report(index: Any, features: np.ndarray) -> dict[str, float | int]:
@@ -164,7 +240,7 @@ def recall_report(index: Any, features: np.ndarray) -> dict[str, float | int]:
     first = normalised(features[rng.integers(len(features), size=REPORT_QUERIES)])
     second = normalised(features[rng.integers(len(features), size=REPORT_QUERIES)])
     queries = normalised(first + second)
-    exact = search(build(features, "flat"), features, queries, k=REPORT_K)
+    exact = exact_search(features, queries, k=REPORT_K)
     found = search(index, features, queries, k=REPORT_K)
     return {"queries": REPORT_QUERIES, "k": REPORT_K, "recall": recall(found, exact)}
 
@@ -189,10 +265,27 @@ def write(index: Any, file: Path) -> None:
         raise DiskError(f"could not write {file} ({first_line(error)[:80]}): free space") from None
 
 
-def read(file: Path) -> Any:
-    """Read an index. Raises UserError where it is damaged."""
+def read(file: Path, *, to_grow: bool = False) -> Any:
+    """Read an index. Its vectors stay on the disk until they are looked at, where FAISS can do that.
+
+    Args:
+        to_grow: whether vectors will be added, which then are in memory.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    faiss = import_faiss()
+    # A memory map, which FAISS has since 1.11.
+    how = 0 if to_grow else getattr(faiss, "IO_FLAG_MMAP_IFC", 0)
+    with readable(file):
+        return faiss.read_index(str(file), how)
+
+
+@contextlib.contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """What FAISS says of a damaged file, as a UserError."""
     try:
-        return import_faiss().read_index(str(file))
+        yield
     except (RuntimeError, MemoryError) as error:
         raise UserError(
             f"{file} is not a readable FAISS index ({first_line(error)[:80]}): build it again"

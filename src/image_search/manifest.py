@@ -1,13 +1,14 @@
 """What an index on disk says of itself."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.exported import exported_place
 from runtime.choices import ClipChoice, PairChoice, named
-from runtime.files import parse_json, read_text
+from runtime.files import parse_json, read_text, write_text
 from utils import UserError, first_line
 
 if TYPE_CHECKING:
@@ -26,11 +27,18 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is damaged ({first_line(error)}): {REMEDY}") from None
-    from image_search.schemas import Manifest
+    from image_search import schemas
     from runtime.schema import checked
 
-    checked(Manifest, content, file=file, remedy=REMEDY)
+    in_milvus = isinstance(content, dict) and "store" in content
+    schema = schemas.MilvusManifest if in_milvus else schemas.FilesManifest
+    checked(schema, content, file=file, remedy=REMEDY)
     return content
+
+
+def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write what an index says of itself, whole or not at all."""
+    write_text(folder / MANIFEST, json.dumps(about, indent=1) + "\n")
 
 
 def as_made(about: Mapping[str, Any], choice: PairChoice) -> PairChoice:
@@ -67,5 +75,10 @@ def made_with(choice: PairChoice, pair: "Pair") -> dict[str, Any]:
 
 def check_index(folder: Path) -> None:
     """Raise UserError where there is no index, before anything else is loaded."""
-    if read_manifest(folder) is None:
+    about = read_manifest(folder)
+    if about is None:
         raise UserError(f"--index {folder} holds no {MANIFEST}: make one with search.py index")
+    if "images" not in about:
+        raise UserError(
+            f"--index {folder} is not whole yet: go on with search.py index --output {folder}"
+        )

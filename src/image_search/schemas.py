@@ -17,7 +17,7 @@ from models.schemas import (
     Transform,
     one_of,
 )
-from runtime.choices import INDEX_KINDS
+from runtime.choices import INDEX_KINDS, MILVUS_KINDS
 from runtime.schema import Schema
 
 
@@ -60,21 +60,44 @@ class Digests(Schema):
     features: Digest
 
 
-class Manifest(Schema):
-    """index.json."""
+class Sizes(Schema):
+    """Bytes of files that an update does not read."""
 
-    files: Annotated[str, Field(pattern=r"^files-[0-9a-f]{12}\.json$")]
-    features: Annotated[str, Field(pattern=r"^features-[0-9a-f]{12}\.npy$")]
-    vectors: Annotated[str, Field(pattern=r"^vectors-[0-9a-f]{12}\.faiss$")]
+    vectors: PositiveInt
+    lists: PositiveInt = ABSENT
+
+
+class Manifest(Schema):
+    """index.json, wherever the features live."""
+
     images: PositiveInt
-    kind: Annotated[str, one_of(INDEX_KINDS)] = ABSENT
     encoder: EncoderKey
     pair: Pair = ABSENT
     folders: list[PathText] = ABSENT
     unreadable: dict[str, Text] = ABSENT
+
+
+class FilesManifest(Manifest):
+    """The same of an index in files."""
+
+    files: Annotated[str, Field(pattern=r"^files-[0-9a-f]{12}\.json$")]
+    features: Annotated[str, Field(pattern=r"^features-[0-9a-f]{12}\.npy$")]
+    vectors: Annotated[str, Field(pattern=r"^vectors-[0-9a-f]{12}\.faiss$")]
+    lists: Annotated[str, Field(pattern=r"^lists-[0-9a-f]{12}\.bin$")] = ABSENT
+    kind: Annotated[str, one_of(INDEX_KINDS)] = ABSENT
     torch: Text = ABSENT
     sha256: Digests = ABSENT
+    sizes: Sizes = ABSENT
     recall: Recall = Field(ABSENT, alias="recall against exact")
+
+
+class MilvusManifest(Manifest):
+    """The same of an index in Milvus, where `images` is absent until an update has come to its end."""
+
+    store: Annotated[str, Field(pattern=r"^milvus:\S")]
+    collection: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
+    kind: Annotated[str, one_of(MILVUS_KINDS)]
+    images: PositiveInt = ABSENT
 
 
 # A list in JSON, of an image's path, its bytes and its modification time in ns.

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from image_search.image_index import ImageIndex, encoder_key, open_index
+from image_search.image_index import encoder_key, open_index
 from image_search.manifest import as_made
 from image_search.photos import opened
+from image_search.stores import ImageIndex
 from models.pair import Pair, load_pair
 from runtime.choices import PairChoice
 from runtime.files import file_identities, file_size
@@ -26,19 +26,21 @@ class Found:
 
     Attributes:
         answers: (image file, cosine similarity), the nearest first.
+        rows: of the answers in the index.
         gate: how much of the residual is text; None for the sum.
         experts: weight of each expert; empty without a mixture.
         note: what the user should know, "" for nothing.
     """
 
     answers: list[tuple[Path, float]]
+    rows: list[int]
     gate: float | None
     experts: list[float]
     note: str
 
 
 class Searcher:
-    """An index and the pair that composes queries for it.
+    """An index, wherever it lives, and the pair that composes queries for it: all that scripts and the page ask.
 
     Raises:
         UserError: the index was made with other weights or preprocessing than the pair has.
@@ -57,28 +59,39 @@ class Searcher:
         self.index = index
         self.pair = pair
 
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def image(self, row: int) -> Path | None:
+        """The image file of a row of the index, None where there is no such row."""
+        file = self.index.file(row)
+        return None if file is None else Path(file[0])
+
+    def some(self, count: int) -> list[int]:
+        """So many rows at random, or all there are."""
+        return self.index.some(count)
+
     def reference_features(self, image: Path) -> Tensor:
         """Unnormalised features (1, D) of an image file.
 
         They come from the index if it holds the file as it is now, or if the file is gone.
         """
-        if file_size(image) is None:
-            row = self.index.row_of_path.get(str(image.resolve()))
-            if row is None:
-                raise UserError(f"there is no image {image}: name another")
-        else:
-            row = self.index.row_of.get(file_identities([image])[0])
-        if row is None:
-            return self.pair.encoder.images([image])
-        features = np.array(self.index.features[row : row + 1])
+        row = self.index.row(str(image.resolve()))
+        if file_size(image) is not None:
+            if row is None or self.index.file(row) != file_identities([image])[0]:
+                return self.pair.encoder.images([image])
+        elif row is None:
+            raise UserError(f"there is no image {image}: name another")
+        features = self.index.features_of(row)
         return torch.from_numpy(features).to(self.pair.encoder.device)
 
     @torch.no_grad()
-    def search(self, reference: Tensor, text: str, k: int) -> Found:
+    def search(self, reference: Tensor, text: str, k: int, condition: str = "") -> Found:
         """The images nearest to a reference that is changed as a text says.
 
         Args:
             reference: unnormalised features (1, D).
+            condition: what images have to be, see `ImageIndex.search`.
         """
         text = text.strip()
         if not text:
@@ -93,10 +106,11 @@ class Searcher:
             note = f"the text has more than {tokenizer.context} tokens: what is beyond them was left out"
         captions = self.pair.encoder.captions([text])
         query = self.pair.compose(reference, captions).cpu().numpy()  # (1, D)
-        (answers,) = self.index.search(query, k)
+        hits = self.index.search(query[0], k, condition)
         insight = self.pair.compose.insight(reference, captions)
         return Found(
-            answers=[(self.index.paths[row], similarity) for row, similarity in answers],
+            answers=[(hit.path, hit.similarity) for hit in hits],
+            rows=[hit.row for hit in hits],
             gate=None if insight is None else float(insight.gate),
             experts=[] if insight is None else insight.experts[0].tolist(),
             note=note,

@@ -16,7 +16,8 @@ NEGATIVES = ("batch", "bank")  # of a query in stage 2: the other targets of its
 COMBINING_FUNCTIONS = ("sum", "combiner", "image", "text")
 ENCODE_PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 PRECISIONS = ("amp", "fp16", "bf16", "fp32")
-INDEX_KINDS = ("flat", "hnsw", "ivfpq")
+INDEX_KINDS = ("flat", "hnsw", "ivfpq")  # of FAISS
+MILVUS_KINDS = ("flat", "hnsw", "ivfflat")
 # Those of `clip.available_models()`, which only the clip package tells, and importing that takes seconds.
 OPENAI_CLIPS = (
     "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px",

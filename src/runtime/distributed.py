@@ -102,7 +102,7 @@ def from_main(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     """The main rank's tensor, on every rank's device."""
     if world_size() == 1:
         return tensor if tensor is None else tensor.to(device)
-    kind = _same_object(None if tensor is None else (tensor.shape, tensor.dtype))
+    kind = same_object(None if tensor is None else (tensor.shape, tensor.dtype))
     if kind is None:
         return None
     shape, dtype = kind
@@ -115,14 +115,26 @@ def from_main(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 
 def same_text(text: str) -> str:
     """The main rank's text, on every rank."""
-    return text if world_size() == 1 else _same_object(text)
+    return same_object(text)
 
 
-def _same_object(value: Any) -> Any:
+def same_object(value: Any) -> Any:
     """The main rank's plain object, on every rank; sent between CPUs, so that none waits for a GPU."""
+    if world_size() == 1:
+        return value
     values = [value]
     dist.broadcast_object_list(values, device=torch.device("cpu"))
     return values[0]
+
+
+def gathered_lines(lines: list[str]) -> list[str]:
+    """The texts of all ranks in order, none of them empty or with line breaks; sent between CPUs."""
+    if world_size() == 1:
+        return lines
+    local = "".join(f"{line}\n" for line in ["", *lines])  # of each rank something
+    sent = torch.frombuffer(bytearray(local.encode()), dtype=torch.uint8)
+    text = gather_shards(sent).numpy().tobytes().decode()
+    return [line for line in text.split("\n") if line]
 
 
 def highest(*numbers: int) -> tuple[int, ...]:

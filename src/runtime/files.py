@@ -363,11 +363,13 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def file_identities(paths: list[Path]) -> list[tuple[str, int, int]]:
-    """(absolute path, bytes, modification time in ns) of each file: another image, another identity."""
-    resolved = functools.cache(
-        Path.resolve
-    )  # a folder once: resolving it again takes as long as all else
+Identity = tuple[str, int, int]  # of a file: absolute path, bytes, modification time in ns
+
+
+def file_identities(paths: list[Path]) -> list[Identity]:
+    """What each file is: another image, another identity."""
+    # A folder once: resolving it again for each file takes as long as all else.
+    resolved = functools.cache(Path.resolve)
     identities = []
     for path in paths:
         real = path.resolve() if path.is_symlink() else resolved(path.parent) / path.name

@@ -50,7 +50,12 @@ class StopRequest:
 
         Several processes wait for each other's results, so they stop together, between two steps, and not here.
         """
-        if self.requested and self.torchrun is None:
+        if self.torchrun is None:
+            self.check_alone()
+
+    def check_alone(self) -> None:
+        """The same where no process waits for another's results."""
+        if self.signal_name():
             raise Stopped(self.requested)
 
 

@@ -22,6 +22,11 @@ def world_size() -> int:
     return _number("WORLD_SIZE", 1)
 
 
+def is_first() -> bool:
+    """Whether this process is the first of those that it started, or the only one."""
+    return not launched() or _number("RANK", 0) == 0
+
+
 def local_rank() -> int:
     """This process's number among those of its machine."""
     return _number("LOCAL_RANK", 0)

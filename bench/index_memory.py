@@ -1,0 +1,180 @@
+"""Memory and time of indexes in files: a million images published and brought up to date, ten million vectors asked.
+
+Images are empty files, since an update looks at them and opens none; features are drawn. What is measured runs in a
+process of its own, forked for it, and its memory is all of it, mapped files included.
+"""
+
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from image_search import faiss_index, list_file
+from image_search.image_index import Update, update_index
+from image_search.index_folder import FaissImages
+from image_search.photos import find_images
+from image_search.stores import Keeping
+from timing import GIB, Row, Setting
+from vector_search import DIM, INTRINSIC
+
+COUNT = 1_000_000
+MORE = 10_000  # images that come later
+ASKED_OF = 10_000_000
+QUESTIONS = 30
+FORK = multiprocessing.get_context("fork")
+SURFACE = np.random.default_rng(0).standard_normal((INTRINSIC, DIM), dtype=np.float32)
+
+
+class DrawnEncoder:
+    """What an update needs of an encoder; a shard's features are drawn, near a surface as those of a network are."""
+
+    backbone = SimpleNamespace(dim=DIM)
+    precision = "fp32"
+    preprocessing = {"transform": "targetpad", "target_ratio": 1.25, "resolution": 224}
+
+    def describe(self) -> dict[str, str]:
+        """No weights have this digest."""
+        return {"weights": "0" * 64}
+
+    def between(self) -> None:
+        """Nothing stops it."""
+
+    def readable_images(self, shards: list[list[Path]]) -> Iterator[tuple[torch.Tensor, list[str]]]:
+        """Features of each shard, and that all files can be read."""
+        rng = np.random.default_rng(len(shards))
+        for shard in shards:
+            places = rng.standard_normal((len(shard), INTRINSIC), dtype=np.float32)
+            noise = 0.3 * rng.standard_normal((len(shard), DIM), dtype=np.float32)
+            yield torch.from_numpy(np.tanh(places) @ SURFACE + noise), [""] * len(shard)
+
+
+def apart(work: Callable[[], Any]) -> tuple[Any, float, float, float]:
+    """What a call returns in a process of its own, its seconds, those of processors, and the GiB at its peak."""
+    ours, theirs = FORK.Pipe(duplex=False)
+
+    def run() -> None:
+        start = time.perf_counter()
+        made = work()
+        taken = time.perf_counter() - start
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        theirs.send((made, taken, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / GIB))
+
+    process = FORK.Process(target=run)
+    process.start()
+    theirs.close()
+    answer = ours.recv()
+    process.join()
+    return answer
+
+
+def touch(folder: Path, numbers: range) -> None:
+    """Empty files, a thousand to a folder."""
+    for number in numbers:
+        file = folder / f"{number // 1000:05}" / f"{number:08}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+def brought_up_to_date(root: Path, keeping: Keeping) -> Update:
+    """What search.py index does, but for loading a model."""
+    folders = [root / "images"]
+    files = find_images(folders).files
+    pair = {**DrawnEncoder.preprocessing, "clip_model_name": "drawn"}
+    output = root / keeping.kind
+    update = update_index(
+        output, files, DrawnEncoder(), folders=folders, keeping=keeping, pair=pair
+    )
+    assert update is not None
+    return update
+
+
+def told(update: Update) -> str:
+    """What an update did."""
+    return f"{update.counts.added:,} added, {update.counts.kept:,} kept"
+
+
+def updates(setting: Setting) -> Iterator[Row]:
+    """Rows of indexes of a million images."""
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        touch(root / "images", range(COUNT))
+        for keeping in (Keeping(), Keeping(kind="ivfpq", on_disk=True)):
+            what = f"{keeping.kind}{' on disk' if keeping.on_disk else ''}"
+            publish = lambda keeping=keeping: told(brought_up_to_date(root, keeping))  # noqa: E731
+            yield figure(f"{COUNT:,} images published, D {DIM}, {what}", publish)
+            yield figure(f"the same, nothing new, {what}", publish)
+        touch(root / "images", range(COUNT, COUNT + MORE))
+        yield figure(f"{MORE:,} images more, {what}", publish)
+
+
+def figure(what: str, work: Callable[[], Any]) -> Row:
+    """The row of a call."""
+    made, seconds, processors, peak = apart(work)
+    note = f"{processors:.0f} s of processors, {peak:.2f} GiB in all; {made}"
+    return {"figure": what, "ours": seconds, "GiB": peak, "note": note}
+
+
+def on_disk(setting: Setting) -> Iterator[Row]:
+    """Rows of lists in a file. Codes are drawn: what a search reads, and how long that takes, is as with true ones."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for count in (COUNT, ASKED_OF):
+            apart(lambda count=count: drawn_lists(folder, count))
+            answered = lambda count=count: questions(folder, count)  # noqa: E731
+            row = figure(
+                f"{QUESTIONS} questions to {count:,} vectors, D {DIM}, ivfpq on disk", answered
+            )
+            yield {**row, "must": "at most 4 GiB", "passed": row["GiB"] <= 4}
+
+
+def drawn_lists(folder: Path, count: int) -> None:
+    """An index of so many vectors whose lists are equally long, and a file of features that takes no room."""
+    rng = np.random.default_rng(0)
+    faiss = faiss_index.import_faiss()
+    full = faiss_index._empty_ivfpq(faiss, count, DIM)
+    full.quantizer.add(faiss_index.normalised(rng.standard_normal((full.nlist, DIM))))
+    words = rng.standard_normal(full.pq.centroids.size(), dtype=np.float32)
+    faiss.copy_array_to_vector(words, full.pq.centroids)
+    full.is_trained = True
+    sizes = np.diff(np.linspace(0, count, full.nlist + 1).astype(np.int64))
+    ids = iter(np.array_split(rng.permutation(count), np.cumsum(sizes)[:-1]))
+    with open(folder / "lists.bin", "wb") as file:
+        for size in sizes.tolist():
+            file.write(rng.bytes(size * full.code_size))
+            file.write(next(ids).astype(np.int64).data)
+    lists = list_file._on_disk(full, sizes, folder / "lists.bin")
+    full.replace_invlists(lists, True)
+    lists.this.disown()
+    full.ntotal = count
+    full.nprobe = max(faiss_index.LEAST_PROBED, round(full.nlist * faiss_index.PROBED_SHARE))
+    faiss_index.write(full, folder / "vectors.faiss")
+    header = {"descr": "<f4", "fortran_order": False, "shape": (count, DIM)}
+    with open(folder / "features.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + count * DIM * 4)
+
+
+def questions(folder: Path, count: int) -> str:
+    """Open an index and ask it; the median time of an answer."""
+    index = FaissImages(
+        folder=folder,
+        files=[("/drawn.jpg", 0, 0)] * count,
+        features=np.lib.format.open_memmap(folder / "features.npy", mode="r"),
+        vectors=list_file.read(folder / "vectors.faiss", folder / "lists.bin"),
+        about={},
+    )
+    rng = np.random.default_rng(1)
+    times = []
+    for query in rng.standard_normal((QUESTIONS, DIM)):
+        start = time.perf_counter()
+        index.search(faiss_index.normalised(query[None])[0], 10)
+        times.append(time.perf_counter() - start)
+    return f"{1000 * statistics.median(times):.0f} ms each"

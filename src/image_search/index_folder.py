@@ -1,0 +1,417 @@
+"""An index in files: images, features and vectors, never half-written, made and read in bounded memory.
+
+INDEX/index.json names the other files. It is replaced when those it names are whole; then the earlier ones are
+deleted. INDEX/partial/ keeps what was encoded until then, so that an interrupted run can go on.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import random
+import re
+import uuid
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from image_search import faiss_index, list_file
+from image_search.manifest import MANIFEST, REMEDY, read_manifest, write_manifest
+from image_search.stores import Counts, Hit, Keeping
+from runtime.files import (
+    Identity,
+    file_size,
+    parse_json,
+    read_text,
+    write_text,
+    written_whole,
+)
+from runtime.tensors import load_tensors, save_tensors
+from utils import UserError, first_line
+
+logger = logging.getLogger(__name__)
+
+# The names of an index's own files, beside the manifest. All others in its folder are the user's.
+OWN = re.compile(r"(files|features|vectors|lists)-[0-9a-f]{12}\.(json|npy|faiss|bin)|\..*\.tmp")
+PARTIAL = "partial"
+OWN_SHARD = re.compile(r"[0-9a-f]{16}\.pt|\..*\.tmp")
+EARLIER = -1  # the number of the earlier index among the shards
+
+Rows = Callable[[int, int], np.ndarray]  # features of the files from one place to another
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaissImages:
+    """An index in files that can be searched, see `stores.ImageIndex`.
+
+    Attributes:
+        files: the images by row.
+        features: (N, D), unnormalised, in a memory map.
+        vectors: the FAISS index of the normalised features.
+        about: the manifest.
+    """
+
+    folder: Path
+    files: list[Identity]
+    features: np.ndarray
+    vectors: Any
+    about: dict[str, Any]
+
+    @property
+    def paths(self) -> list[Path]:
+        """The image files by row."""
+        return [Path(path) for path, _, _ in self.files]
+
+    @functools.cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {path: row for row, (path, _, _) in enumerate(self.files)}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def row(self, path: str) -> int | None:
+        """The row of an image file by its absolute path."""
+        return self._row_of.get(path)
+
+    def file(self, row: int) -> Identity | None:
+        """The file of a row."""
+        return self.files[row] if 0 <= row < len(self.files) else None
+
+    def features_of(self, row: int) -> np.ndarray:
+        """Unnormalised features (1, D)."""
+        return np.array(self.features[row : row + 1])
+
+    def some(self, count: int) -> list[int]:
+        """So many rows at random, or all there are."""
+        return random.sample(range(len(self)), min(count, len(self)))
+
+    def search(self, query: np.ndarray, k: int, condition: str = "") -> list[Hit]:
+        """The k nearest images of a normalised query (D,)."""
+        if condition:
+            raise UserError(
+                "--filter: an index in files knows no conditions: make one with --store milvus:..."
+            )
+        (answers,) = faiss_index.search(self.vectors, self.features, query[None], k=k)
+        return [Hit(row, Path(self.files[row][0]), similarity) for row, similarity in answers]
+
+
+def opened(folder: Path, about: dict[str, Any]) -> FaissImages:
+    """An index as its manifest describes it. That its files belong together is told by digests, and by some rows.
+
+    Raises:
+        UserError: a file is missing, damaged or of another index, or a field of the manifest is not true of it.
+    """
+    files = _files(folder, about)
+    features = _features(folder, about, len(files))
+    vectors = _vectors(folder, about)
+    mismatch = faiss_index.mismatch(vectors, features, about.get("kind", "flat"))
+    if mismatch:
+        raise _damaged(folder / about["vectors"], mismatch)
+    faiss_index.let_go(features)
+    return FaissImages(folder=folder, files=files, features=features, vectors=vectors, about=about)
+
+
+def _vectors(folder: Path, about: dict[str, Any], *, to_grow: bool = False) -> Any:
+    """The FAISS index that a manifest names."""
+    if "lists" in about:
+        return list_file.read(folder / about["vectors"], folder / about["lists"])
+    return faiss_index.read(folder / about["vectors"], to_grow=to_grow)
+
+
+def _damaged(file: Path, reason: str) -> UserError:
+    return UserError(f"{file} is damaged or of another index ({reason}): {REMEDY}")
+
+
+def _files(folder: Path, about: dict[str, Any]) -> list[Identity]:
+    """The files of an index, by row."""
+    from image_search.schemas import Files
+    from runtime.schema import checked
+
+    file = folder / about["files"]
+    try:
+        text = read_text(file)
+        content = parse_json(text)
+    except (OSError, ValueError) as error:
+        raise _damaged(file, first_line(error)) from None
+    if "sha256" in about and about["sha256"]["files"] != _digest(text.encode()):
+        raise _damaged(file, "it is not the list that was written")
+    del text
+    return checked(Files, {"files": content}, file=file, remedy=REMEDY).files
+
+
+def _features(folder: Path, about: dict[str, Any], count: int) -> np.ndarray:
+    """The features of an index of so many files in a memory map, of which some rows are looked at."""
+    file = folder / about["features"]
+    try:
+        features = np.lib.format.open_memmap(file, mode="r")
+    except (OSError, ValueError, OverflowError) as error:
+        raise _damaged(file, first_line(error)) from None
+    if features.dtype != np.float32 or features.ndim != 2 or 0 in features.shape:
+        raise _damaged(file, f"it holds {features.dtype} of shape {features.shape}")
+    if not np.isfinite(features[faiss_index.sampled_rows(len(features))]).all():
+        raise _damaged(file, "it holds what is no number")
+    if "sha256" in about and about["sha256"]["features"] != _digest_of_rows(features):
+        raise _damaged(file, "its rows are not those that were written")
+    if not count == len(features) == about["images"]:
+        raise _damaged(
+            folder / MANIFEST,
+            f"images is {about['images']}, but there are {count} files and {len(features)} features",
+        )
+    return features
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _digest_of_rows(features: np.ndarray) -> str:
+    """SHA-256 of the shape of features (N, D) and of some of their rows: all would take a minute of a large index."""
+    rows = np.ascontiguousarray(features[faiss_index.sampled_rows(len(features))])
+    return _digest(str(features.shape).encode() + rows.tobytes())
+
+
+def _sizes(folder: Path, about: dict[str, Any]) -> dict[str, int | None]:
+    """Bytes of the files that an update does not read."""
+    return {name: file_size(folder / about[name]) for name in ("vectors", "lists") if name in about}
+
+
+class IndexFolder:
+    """An index in files that is brought up to date, see `stores.Shelf`.
+
+    Args:
+        key: what its features depend on beside the images, see `image_index.encoder_key`.
+        dim: the length of a feature.
+    """
+
+    def __init__(self, folder: Path, key: dict[str, Any], dim: int, keeping: Keeping) -> None:
+        self.folder = folder
+        self.key = key
+        self.dim = dim
+        self.keeping = keeping
+        self._earlier: dict[str, Any] = {}
+        self._published: list[Identity] = []
+        self._shards: list[Path] = []
+        # Where the features of a file are: the number of a shard, or EARLIER, and a row in it.
+        self._where: dict[Identity, tuple[int, int]] = {}
+
+    def open(self) -> None:
+        """Read which files have features already: in the index, and by an interrupted run. No vectors are read."""
+        self._earlier = read_manifest(self.folder) or {}
+        if not self._earlier:
+            check_own(self.folder)
+            return
+        self._published = _files(self.folder, self._earlier)
+        _features(self.folder, self._earlier, len(self._published))
+        sizes = _sizes(self.folder, self._earlier)
+        for name, size in sizes.items():
+            if size is None or size != self._earlier.get("sizes", sizes)[name]:
+                raise _damaged(self.folder / self._earlier[name], f"it has {size or 0} bytes")
+
+    def held(self) -> Collection[Identity]:
+        """The files whose features are there."""
+        self._where = {file: (EARLIER, row) for row, file in enumerate(self._published)}
+        self._shards = sorted((self.folder / PARTIAL).glob("*.pt"))
+        for number, shard in enumerate(self._shards):
+            for row, file in enumerate(self._read(shard)[0]):
+                self._where[file] = (number, row)
+        return self._where.keys()
+
+    def keep(self, files: Sequence[Identity], features: np.ndarray) -> None:
+        """Write a shard."""
+        check_features(files, features, self.dim)
+        listed = [list(file) for file in files]
+        name = _digest(json.dumps(listed).encode())[:16]
+        content = {
+            "key": json.dumps(self.key),
+            "files": listed,
+            "features": torch.from_numpy(features),
+        }
+        save_tensors(self.folder / PARTIAL / f"{name}.pt", content)
+
+    def _read(self, shard: Path) -> tuple[list[Identity], np.ndarray]:
+        """What an interrupted run encoded, if it was with the same encoder."""
+        try:
+            content = load_tensors(shard)
+            if content["key"] == json.dumps(self.key):
+                files = [(str(path), int(size), int(time)) for path, size, time in content["files"]]
+                features = content["features"].numpy()
+                check_features(files, features, self.dim)
+                return files, features
+        except (UserError, KeyError, ValueError, TypeError, AttributeError):
+            logger.warning("%s is damaged: its images are encoded again", shard)
+        return [], np.empty((0, self.dim), np.float32)
+
+    def publish(self, files: Sequence[Identity], about: dict[str, Any]) -> Counts:
+        """Make the files of an index and the manifest that names them, unless these are as they should be."""
+        before, now = set(self._published), set(files)
+        kept = len(before & now)
+        counts = Counts(added=len(now) - kept, kept=kept, removed=len(before) - kept)
+        kind, on_disk = self.keeping.kind, self.keeping.on_disk
+        about = {**about, "encoder": self.key, "kind": kind}
+        as_before = on_disk == ("lists" in self._earlier) and _says(self._earlier, about)
+        if before == now and as_before:
+            return counts
+        self.held()  # the shards of all processes
+        grown = None
+        if before and not counts.removed:
+            grown = self._vectors_to_grow(len(now))
+        if grown is not None:
+            files = [*self._published, *(file for file in files if file not in before)]
+        lost = next((file for file in files if file not in self._where), None)
+        if lost:
+            raise UserError(
+                f"what was encoded of {lost[0]} is gone: start again with the same command"
+            )
+        rows = functools.partial(self._rows, files)
+        publish(self.folder, files, rows, about=about, on_disk=on_disk, dim=self.dim, grown=grown)
+        return counts
+
+    def _vectors_to_grow(self, count: int) -> Any:
+        """The vectors of the earlier index, if so many are as good added to them as built anew; else None."""
+        kind = self.keeping.kind
+        same = self._earlier.get("kind", "flat") == kind
+        if kind == "flat" or not same or ("lists" in self._earlier) != self.keeping.on_disk:
+            return None
+        vectors = _vectors(self.folder, self._earlier, to_grow=True)
+        return vectors if faiss_index.can_grow(vectors, count) else None
+
+    def _rows(self, files: Sequence[Identity], start: int, stop: int) -> np.ndarray:
+        """The features of some of the files, wherever they are."""
+        places = np.array([self._where[file] for file in files[start:stop]])
+        rows = np.empty((len(places), self.dim), np.float32)
+        for number in np.unique(places[:, 0]):
+            here = places[:, 0] == number
+            wanted = places[here, 1]
+            if number == EARLIER:
+                features = np.lib.format.open_memmap(
+                    self.folder / self._earlier["features"], mode="r"
+                )
+                rows[here] = features[wanted]
+            else:
+                rows[here] = self._read(self._shards[number])[1][wanted]
+        return rows
+
+
+def check_own(folder: Path) -> None:
+    """Refuse a folder that holds other files, since an index is to have a folder of its own."""
+    for file in folder.iterdir():
+        if not (OWN.fullmatch(file.name) or file.name == PARTIAL):
+            raise UserError(
+                f"--output {folder} holds {file.name}, which is of no index: name an empty or a new folder"
+            )
+
+
+def _says(manifest: dict[str, Any], about: dict[str, Any]) -> bool:
+    """Whether a manifest has all of some entries already."""
+    return all(manifest.get(name) == value for name, value in about.items())
+
+
+def check_features(files: Sequence[Identity], features: np.ndarray, dim: int) -> None:
+    """Raise UserError where there are no finite features of each file, in the type that an index holds."""
+    if features.dtype != np.float32 or features.shape != (len(files), dim):
+        raise UserError(f"features are {features.dtype} of shape {features.shape}: encode again")
+    ends = np.stack([features.min(axis=1), features.max(axis=1)])  # NaN comes through
+    rows = np.flatnonzero(~np.isfinite(ends).all(axis=0))
+    if len(rows):
+        remedy = "choose --encode-precision fp32, or another folder for the index"
+        raise UserError(f"the features of {files[rows[0]][0]} are not finite: {remedy}")
+
+
+def publish(
+    folder: Path,
+    files: Sequence[Identity],
+    rows: Rows,
+    *,
+    about: dict[str, Any],
+    dim: int,
+    on_disk: bool = False,
+    grown: Any = None,
+) -> None:
+    """Write a new generation of the files, then the manifest that names them; then delete the earlier ones.
+
+    The manifest is written when what it names could be opened again. Else nothing is left of the generation.
+
+    Args:
+        about: the manifest but for what is written here; it has the kind.
+        on_disk: whether lists have a file of their own.
+        grown: vectors of the first files, to which those of the others are added; None to build all.
+    """
+    names = _new_names(on_disk)
+    with contextlib.ExitStack() as undo:
+        for name in names.values():
+            undo.callback((folder / name).unlink, missing_ok=True)
+        listed = json.dumps(files).encode()
+        manifest = {**about, **names, "images": len(files), "torch": torch.__version__}
+        write_text(folder / names["files"], listed.decode())
+        features = _written_features(folder / names["features"], files, rows, dim=dim)
+        digests = {"files": _digest(listed), "features": _digest_of_rows(features)}
+        manifest["sha256"] = digests
+        del listed
+        _write_vectors(folder, manifest, features, grown)
+        manifest["sizes"] = _sizes(folder, manifest)
+        index = opened(folder, manifest)
+        if about["kind"] != "flat":
+            recall = faiss_index.recall_report(index.vectors, features)
+            manifest["recall against exact"] = recall
+        write_manifest(folder, manifest)
+        undo.pop_all()
+    _delete_all_but(names.values(), folder)
+
+
+def _new_names(on_disk: bool) -> dict[str, str]:
+    """The names of the files of a generation."""
+    generation = uuid.uuid4().hex[:12]
+    names = {
+        "files": f"files-{generation}.json",
+        "features": f"features-{generation}.npy",
+        "vectors": f"vectors-{generation}.faiss",
+    }
+    return {**names, "lists": f"lists-{generation}.bin"} if on_disk else names
+
+
+def _write_vectors(folder: Path, about: dict[str, Any], features: np.ndarray, grown: Any) -> None:
+    """Build the vectors that a manifest names, or add to earlier ones."""
+    if "lists" in about:
+        index = grown or faiss_index.trained(features, about["kind"])
+        list_file.fill(index, features, folder / about["lists"])
+    elif grown is None:
+        index = faiss_index.build(features, about["kind"])
+    else:
+        index = grown
+        faiss_index.add(index, features)
+    faiss_index.write(index, folder / about["vectors"])
+
+
+def _delete_all_but(names: Collection[str], folder: Path) -> None:
+    """Delete earlier generations, and what was encoded for this one."""
+    for file in folder.iterdir():
+        if OWN.fullmatch(file.name) and file.name not in names:
+            file.unlink()
+    for file in (folder / PARTIAL).glob("*"):
+        if OWN_SHARD.fullmatch(file.name):
+            file.unlink()
+
+
+def _written_features(file: Path, files: Sequence[Identity], rows: Rows, *, dim: int) -> np.ndarray:
+    """Write features to a .npy file, a block at a time; they come back in a memory map.
+
+    NumPy's own writing passes over a disk that is full at the last bytes; a memory map would end the process there.
+    """
+    header = {
+        "descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)),
+        "fortran_order": False,
+        "shape": (len(files), dim),
+    }
+    with written_whole(file) as stream:
+        np.lib.format.write_array_header_1_0(stream, header)
+        for start in range(0, len(files), faiss_index.ADDED_AT_ONCE):
+            stop = min(start + faiss_index.ADDED_AT_ONCE, len(files))
+            block = np.ascontiguousarray(rows(start, stop))
+            check_features(files[start:stop], block, dim)
+            stream.write(block.data)
+    return np.lib.format.open_memmap(file, mode="r")

@@ -1,0 +1,129 @@
+"""The lists of an IVF index in a file of their own, which a search maps, as FAISS's OnDiskInvertedLists lay it out.
+
+They are written list by list from parts that fit into memory. FAISS's own merging prints to stdout, and ends the
+process where the disk is full.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from image_search.faiss_index import blocks, import_faiss, readable, write
+from runtime.files import beside, written_whole
+from utils import UserError
+
+IN_MEMORY = 2**22  # vectors of a part: at 72 bytes of each, 300 MB
+ID_BYTES = 8
+
+
+def fill(index: Any, features: np.ndarray, file: Path) -> None:
+    """Add the features that an index lacks, as `faiss_index.add`, and write all its lists to a file.
+
+    Args:
+        index: trained; its lists may be those of `read`, which stay as they are.
+    """
+    with contextlib.ExitStack() as undo:
+        parts = [index.invlists] if index.ntotal else []
+        _fresh_lists(index)
+        start = sum(part.compute_ntotal() for part in parts)
+        for block in blocks(features, start):
+            index.add_with_ids(block, np.arange(start, start + len(block)))
+            start += len(block)
+            if index.ntotal >= IN_MEMORY:
+                part_file = beside(file.with_name(f"{len(parts)}.{file.name}"))
+                undo.callback(part_file.unlink, missing_ok=True)
+                parts.append(_moved_to(index, part_file))
+        parts.append(index.invlists)
+        index.own_invlists = False
+        sizes = [_sizes(index, part) for part in parts]
+        with written_whole(file) as stream:
+            for number in range(index.nlist):
+                for part, size in zip(parts, sizes, strict=True):
+                    codes = _array(part.get_codes(number), int(size[number]) * index.code_size)
+                    stream.write(codes.data)
+                for part, size in zip(parts, sizes, strict=True):
+                    stream.write(_array(part.get_ids(number), int(size[number])).data)
+        lists = _on_disk(index, np.sum(sizes, axis=0), file)
+    index.replace_invlists(lists, True)
+    lists.this.disown()
+    index.ntotal = start
+
+
+def _fresh_lists(index: Any) -> None:
+    """Give an index empty lists in memory. What it had before is left to whoever holds it."""
+    fresh = import_faiss().ArrayInvertedLists(index.nlist, index.code_size)
+    index.own_invlists = False
+    index.replace_invlists(fresh, True)
+    fresh.this.disown()
+    index.ntotal = 0
+
+
+def _moved_to(index: Any, file: Path) -> Any:
+    """Write an index's lists to a part's file and empty them; the lists as they lie in the file."""
+    faiss = import_faiss()
+    write(index, file)
+    index.reset()
+    part = faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
+    part.own_invlists = False
+    return part.invlists
+
+
+def _sizes(index: Any, lists: Any) -> np.ndarray:
+    """How many vectors each list has."""
+    return np.array([lists.list_size(number) for number in range(index.nlist)])
+
+
+def _array(pointer: Any, length: int) -> np.ndarray:
+    """Bytes or ids at a pointer of FAISS, which is none where there is nothing."""
+    return import_faiss().rev_swig_ptr(pointer, length) if length else np.empty(0, np.uint8)
+
+
+def _on_disk(index: Any, sizes: np.ndarray, file: Path) -> Any:
+    """Lists that lie one after the other in a file: the codes of one, then its ids."""
+    faiss = import_faiss()
+    lists = faiss.OnDiskInvertedLists(index.nlist, index.code_size, str(file))
+    lists.read_only = True
+    lists.lists.clear()
+    offset = 0
+    for size in sizes.tolist():
+        one = faiss.OnDiskOneList()
+        one.size = size
+        one.capacity = size
+        one.offset = offset
+        lists.lists.push_back(one)
+        offset += size * (index.code_size + ID_BYTES)
+    lists.totsize = offset
+    return lists
+
+
+def read(file: Path, lists_file: Path) -> Any:
+    """Read an index whose lists are in a file, wherever that was when it was written.
+
+    Raises:
+        UserError: one of the files is damaged.
+    """
+    faiss = import_faiss()
+    with readable(file):
+        index = faiss.read_index(str(file), faiss.IO_FLAG_SKIP_IVF_DATA)
+    lists = faiss.downcast_InvertedLists(getattr(index, "invlists", None))
+    if not isinstance(lists, faiss.OnDiskInvertedLists) or not _fit(lists, lists_file):
+        raise UserError(f"{lists_file} is damaged or not of {file.name}: build the index again")
+    lists.filename = str(lists_file)
+    lists.read_only = True
+    with readable(lists_file):
+        lists.do_mmap()
+    return index
+
+
+def _fit(lists: Any, file: Path) -> bool:
+    """Whether lists lie inside a file, and the file has nothing else."""
+    if not file.is_file() or file.stat().st_size != lists.totsize:
+        return False
+    for number in range(lists.lists.size()):
+        one = lists.lists.at(number)
+        end = one.offset + one.capacity * (lists.code_size + ID_BYTES)
+        if one.size > one.capacity or (one.size and end > lists.totsize):
+            return False
+    return True

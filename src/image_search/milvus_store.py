@@ -1,0 +1,395 @@
+"""An index in Milvus: in the process with Milvus Lite, on a server or on a cluster, by one client.
+
+INDEX/index.json says where. A row there is an image: its file, size and modification time, where it lies below the
+folder that was indexed, and its unnormalised features. Its number follows from its file's name, so that what is
+inserted again replaces itself. The collection's name ends with a digest of the encoder.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import uuid
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from image_search.faiss_index import (
+    CANDIDATES_PER_ANSWER,
+    LEAST_CANDIDATES,
+    PROBED_SHARE,
+    SEARCH_EFFORT,
+    normalised,
+)
+from image_search.index_folder import check_features, check_own
+from image_search.manifest import MANIFEST, REMEDY, read_manifest, write_manifest
+from image_search.stores import Counts, Hit, Keeping
+from runtime import distributed
+from runtime.files import Identity
+from utils import UserError, first_line
+
+TOKEN = "MILVUS_TOKEN"  # of the environment: user:password, or a key
+PATIENCE = 60  # seconds for an answer
+# What takes as long as the collection is large.
+LASTING = ("create_index", "flush", "load_collection")
+MOST_CANDIDATES = 16_384  # that Milvus gives at once; rows of a page too
+DELETED_AT_ONCE = 1024
+LONGEST = 65_535  # bytes of a text
+HIGHEST_ROW = 2**63 - 1
+
+LISTS = 1024  # of ivfflat
+KINDS = {"flat": "FLAT", "hnsw": "HNSW", "ivfflat": "IVF_FLAT"}
+BUILT = {"flat": {}, "hnsw": {"M": 32, "efConstruction": 80}, "ivfflat": {"nlist": LISTS}}
+FIELDS = ["file", "size", "time", "path"]
+
+
+def import_pymilvus() -> Any:
+    """pymilvus, which an index in Milvus needs."""
+    try:
+        import pymilvus
+    except ImportError:
+        raise UserError(
+            "--store milvus:... needs pymilvus: pip install -r requirements-milvus.txt"
+        ) from None
+    # Errors are said in a line of our own.
+    for name in ("pymilvus", "milvus_lite", "grpc._server", "faiss.loader"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return pymilvus
+
+
+def row_of(path: str) -> int:
+    """The row of an image file: 63 bits of a digest of its absolute path."""
+    digest = hashlib.sha256(os.fsencode(path)).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def place_of(path: str, folders: Sequence[str]) -> str:
+    """Where an image file lies below the first folder that holds it; its whole path where none does."""
+    for folder in folders:
+        if path.startswith(folder.rstrip("/") + "/"):
+            return path[len(folder.rstrip("/")) + 1 :]
+    return path
+
+
+def digest_of(key: dict[str, Any]) -> str:
+    """What a collection's name says of its encoder."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class Table:
+    """A collection, asked one question at a time; every refusal is one line.
+
+    Raises:
+        UserError: the store cannot be reached or opened.
+    """
+
+    def __init__(self, store: str, name: str) -> None:
+        self.name = name
+        self.store = store
+        self._milvus = import_pymilvus()
+        address = store.partition(":")[2]
+        if not address.startswith("http"):
+            Path(address).parent.mkdir(parents=True, exist_ok=True)
+        with self._explained():
+            token = os.environ.get(TOKEN, "")
+            self._client = self._milvus.MilvusClient(uri=address, token=token, timeout=PATIENCE)
+
+    @contextlib.contextmanager
+    def _explained(self, condition: str = "") -> Iterator[None]:
+        try:
+            yield
+        except self._milvus.MilvusException as error:
+            reason = str(error.message).strip().split("\n")[0][:160]
+        except OSError as error:
+            reason = first_line(error)[:160]
+        else:
+            return
+        if condition and "connect" not in reason:
+            raise UserError(
+                f"--filter {condition}: Milvus refuses it ({reason}): conditions are over path, category, size and time"
+            )
+        raise UserError(
+            f"--store {self.store}: {reason}: see that it is up, that no other process has its file, and that {TOKEN} "
+            "is right"
+        )
+
+    def ask(self, question: str, *, condition: str = "", **about: Any) -> Any:
+        """What the client's method of that name answers about the collection.
+
+        Args:
+            condition: of the user, who is told where Milvus refuses it.
+        """
+        patience = None if question in LASTING else PATIENCE
+        with self._explained(condition):
+            return getattr(self._client, question)(self.name, timeout=patience, **about)
+
+    def exists(self) -> bool:
+        """Whether the collection is there."""
+        return bool(self.ask("has_collection"))
+
+    def create(self, kind: str, dim: int) -> None:
+        """Make the collection."""
+        types = self._milvus.DataType
+        schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
+        schema.add_field("row", types.INT64, is_primary=True)
+        for name in ("file", "path", "category"):
+            schema.add_field(name, types.VARCHAR, max_length=LONGEST)
+        for name in ("size", "time"):
+            schema.add_field(name, types.INT64)
+        schema.add_field("features", types.FLOAT_VECTOR, dim=dim)
+        params = self._index_params(kind)
+        self.ask(
+            "create_collection", schema=schema, index_params=params, consistency_level="Strong"
+        )
+
+    def _index_params(self, kind: str) -> Any:
+        params = self._client.prepare_index_params()
+        params.add_index(
+            "features", index_type=KINDS[kind], metric_type="COSINE", params=BUILT[kind]
+        )
+        return params
+
+    def load(self, kind: str) -> None:
+        """Let the collection be searched, by an index of a kind."""
+        about = self.ask("describe_index", index_name="features")
+        if (about or {}).get("index_type") != KINDS[kind]:
+            self.ask("release_collection")
+            if about:
+                self.ask("drop_index", index_name="features")
+            self.ask("create_index", index_params=self._index_params(kind))
+        self.ask("load_collection")
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """FIELDS of all rows."""
+        with self._explained():
+            pages = self._client.query_iterator(
+                self.name, batch_size=MOST_CANDIDATES, output_fields=FIELDS, timeout=PATIENCE
+            )
+            try:
+                while page := pages.next():
+                    yield from page
+            finally:
+                pages.close()
+
+
+def _checked_table(folder: Path, about: dict[str, Any]) -> Table:
+    """The collection that a manifest names, if it is of its encoder."""
+    name = about["collection"]
+    if not name.endswith(f"_{digest_of(about['encoder'])}"):
+        raise UserError(
+            f"{folder / MANIFEST}: the collection {name} is of another encoder than the manifest: {REMEDY}"
+        )
+    return Table(about["store"], name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MilvusImages:
+    """An index in Milvus that can be searched, see `stores.ImageIndex`."""
+
+    folder: Path
+    about: dict[str, Any]
+    table: Table
+
+    def __len__(self) -> int:
+        return self.about["images"]
+
+    def row(self, path: str) -> int | None:
+        """The row of an image file by its absolute path."""
+        row = row_of(path)
+        file = self.file(row)
+        return row if file is not None and file[0] == path else None
+
+    def file(self, row: int) -> Identity | None:
+        """The file of a row."""
+        if not 0 <= row <= HIGHEST_ROW:
+            return None
+        for found in self.table.ask("get", ids=[row], output_fields=FIELDS):
+            return _identity(found)
+        return None
+
+    def features_of(self, row: int) -> np.ndarray:
+        """Unnormalised features (1, D)."""
+        found = self.table.ask("get", ids=[row], output_fields=["features"])
+        return np.array([found[0]["features"]], dtype=np.float32)
+
+    def some(self, count: int) -> list[int]:
+        """So many rows at random, or all there are. Rows are digests: those above a random one are a random choice."""
+        least = random.randrange(HIGHEST_ROW)
+        rows: list[int] = []
+        for condition in (f"row >= {least}", f"row < {least}"):
+            if len(rows) < count:
+                limit = min(count, MOST_CANDIDATES) - len(rows)
+                found = self.table.ask(
+                    "query", filter=condition, limit=limit, output_fields=["row"]
+                )
+                rows += [one["row"] for one in found]
+        return rows
+
+    def search(self, query: np.ndarray, k: int, condition: str = "") -> list[Hit]:
+        """The k nearest images of a normalised query (D,), of which Milvus proposes many, ranked exactly."""
+        if k > MOST_CANDIDATES:
+            raise UserError(f"--k {k}: Milvus finds {MOST_CANDIDATES:,} at most: ask for fewer")
+        proposed = min(max(LEAST_CANDIDATES, CANDIDATES_PER_ANSWER * k), MOST_CANDIDATES)
+        effort = {"ef": max(SEARCH_EFFORT, proposed), "nprobe": round(LISTS * PROBED_SHARE)}
+        wanted = {"hnsw": "ef", "ivfflat": "nprobe"}.get(self.about["kind"])
+        (found,) = self.table.ask(
+            "search",
+            condition=condition,
+            data=[query.tolist()],
+            filter=condition,
+            limit=proposed,
+            output_fields=["file", "features"],
+            search_params={"params": {wanted: effort[wanted]} if wanted else {}},
+        )
+        if not found:
+            return []
+        found = sorted(found, key=lambda hit: hit["entity"]["file"])
+        features = np.array([hit["entity"]["features"] for hit in found], dtype=np.float32)
+        similarities = normalised(features) @ query
+        order = np.argsort(-similarities, kind="stable")[:k]
+        return [
+            Hit(
+                found[place]["row"],
+                Path(found[place]["entity"]["file"]),
+                float(similarities[place]),
+            )
+            for place in order
+        ]
+
+
+def opened(folder: Path, about: dict[str, Any]) -> MilvusImages:
+    """An index as its manifest describes it.
+
+    Raises:
+        UserError: Milvus cannot be reached or lacks the collection, or that is of another encoder.
+    """
+    table = _checked_table(folder, about)
+    if not table.exists():
+        raise UserError(
+            f"--index {folder}: {about['store']} has no collection {table.name}: index into another folder"
+        )
+    table.load(about["kind"])
+    return MilvusImages(folder=folder, about=about, table=table)
+
+
+def _identity(row: dict[str, Any]) -> Identity:
+    return row["file"], row["size"], row["time"]
+
+
+class MilvusShelf:
+    """An index in Milvus that is brought up to date, see `stores.Shelf`.
+
+    Args:
+        key: what its features depend on beside the images.
+        dim: the length of a feature.
+        origin: of the manifest, from where images and encoder are.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        key: dict[str, Any],
+        dim: int,
+        *,
+        keeping: Keeping,
+        origin: dict[str, Any],
+    ) -> None:
+        self.folder = folder
+        self.key = key
+        self.dim = dim
+        self.keeping = keeping
+        self.origin = origin
+        self._found: set[Identity] = set()
+        self._opened: Table | None = None
+        if "://" not in keeping.store and distributed.world_size() > 1:
+            raise UserError(
+                f"--store {keeping.store}: one process at a time can have the file: start milvus-lite server and name "
+                "its address, or leave torchrun out"
+            )
+        import_pymilvus()
+
+    def open(self) -> None:
+        """Write where the index will be, so that an interrupted run is gone on with, and make the collection."""
+        about = read_manifest(self.folder)
+        if about is None:
+            check_own(self.folder)
+            about = {
+                "store": self.keeping.store,
+                "collection": _new_name(self.folder, self.key),
+                "kind": self.keeping.kind,
+                "encoder": self.key,
+                **self.origin,
+            }
+            write_manifest(self.folder, about)
+        table = self._table()
+        if not table.exists():
+            if "images" in about:
+                raise UserError(
+                    f"--output {self.folder}: {about['store']} has no collection {table.name} any more: name another "
+                    "folder"
+                )
+            table.create(self.keeping.kind, self.dim)
+        table.load(self.keeping.kind)
+
+    def _table(self) -> Table:
+        """The collection, which each process opens for itself."""
+        if self._opened is None:
+            self._opened = _checked_table(self.folder, read_manifest(self.folder) or {})
+        return self._opened
+
+    def held(self) -> Collection[Identity]:
+        """The files whose features are there, in the place that conditions ask for."""
+        folders = self.origin["folders"]
+        there = set()
+        for row in self._table().rows():
+            self._found.add(_identity(row))
+            if row["path"] == place_of(row["file"], folders):
+                there.add(_identity(row))
+        return there
+
+    def keep(self, files: Sequence[Identity], features: np.ndarray) -> None:
+        """Insert images; those that are there already are replaced."""
+        check_features(files, features, self.dim)
+        rows = []
+        for (path, size, time), values in zip(files, features, strict=True):
+            place = place_of(path, self.origin["folders"])
+            rows.append(
+                {
+                    "row": row_of(path),
+                    "file": path,
+                    "path": place,
+                    "category": place.partition("/")[0] if "/" in place else "",
+                    "size": size,
+                    "time": time,
+                    "features": values,
+                }
+            )
+        self._table().ask("upsert", data=rows)
+
+    def publish(self, files: Sequence[Identity], about: dict[str, Any]) -> Counts:
+        """Delete what is gone, and write the manifest."""
+        table = self._table()
+        now = {path for path, _, _ in files}
+        gone = [row_of(path) for path, _, _ in self._found if path not in now]
+        for start in range(0, len(gone), DELETED_AT_ONCE):
+            table.ask("delete", ids=gone[start : start + DELETED_AT_ONCE])
+        kept = len(self._found.intersection(files))
+        counts = Counts(added=len(files) - kept, kept=kept, removed=len(self._found) - kept)
+        if counts.added or gone:
+            table.ask("flush")
+        earlier = read_manifest(self.folder) or {}
+        changed = {**about, "kind": self.keeping.kind, "images": len(files)}
+        write_manifest(self.folder, {**earlier, **changed})
+        return counts
+
+
+def _new_name(folder: Path, key: dict[str, Any]) -> str:
+    """A collection's name: nobody else's, with the folder's name for people and the encoder's digest."""
+    shown = re.sub(r"\W", "_", folder.resolve().name, flags=re.ASCII)[:60]
+    return f"clip4cir_{shown}_{uuid.uuid4().hex[:12]}_{digest_of(key)}"

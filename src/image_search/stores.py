@@ -1,0 +1,131 @@
+"""What a search and an update ask of the place where features live: files with FAISS, or Milvus."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from runtime.choices import INDEX_KINDS, MILVUS_KINDS
+from runtime.files import Identity
+from utils import UserError
+
+FAISS = "faiss"
+# Kinds of vectors by the beginning of a store's address.
+KINDS_OF = {FAISS: INDEX_KINDS, "milvus": MILVUS_KINDS}
+
+
+class Hit(NamedTuple):
+    """An image that a search found, with its cosine similarity."""
+
+    row: int
+    path: Path
+    similarity: float
+
+
+class ImageIndex(Protocol):
+    """Images that can be searched. A row is a number that stays an image's own until the next update.
+
+    Attributes:
+        folder: holds the manifest.
+        about: the manifest.
+    """
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def about(self) -> dict[str, Any]: ...
+
+    def __len__(self) -> int:
+        """How many images there are."""
+
+    def row(self, path: str) -> int | None:
+        """The row of an image file by its absolute path."""
+
+    def file(self, row: int) -> Identity | None:
+        """The file of a row, as it was when it was encoded."""
+
+    def features_of(self, row: int) -> np.ndarray:
+        """Unnormalised features (1, D)."""
+
+    def some(self, count: int) -> list[int]:
+        """So many rows at random, or all there are."""
+
+    def search(self, query: np.ndarray, k: int, condition: str = "") -> list[Hit]:
+        """The k nearest images of a normalised query (D,), equally near ones by path.
+
+        Args:
+            condition: what images have to be, in the store's own language.
+
+        Raises:
+            UserError: the condition is none, or the store cannot be asked.
+        """
+
+
+class Shelf(Protocol):
+    """Where an update puts features. `keep` is called by all processes, the rest by one of them, `open` first."""
+
+    def open(self) -> None:
+        """See that it is as the last update left it, and of the same encoder. Raises UserError where it is not."""
+
+    def held(self) -> Collection[Identity]:
+        """The files whose features are there."""
+
+    def keep(self, files: Sequence[Identity], features: np.ndarray) -> None:
+        """Put features (n, D) there, on disk when this returns."""
+
+    def publish(self, files: Sequence[Identity], about: dict[str, Any]) -> "Counts":
+        """Let searches find these files and no others.
+
+        Args:
+            about: of the manifest, what does not depend on the store.
+        """
+
+
+class Counts(NamedTuple):
+    """Images that searches find since a `publish`, found before too, and do not find any more."""
+
+    added: int
+    kept: int
+    removed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeping:
+    """How features are kept.
+
+    Attributes:
+        store: "faiss" or an address of Milvus.
+        kind: of the vectors.
+        on_disk: whether FAISS leaves its lists in a file.
+    """
+
+    store: str = FAISS
+    kind: str = "flat"
+    on_disk: bool = False
+
+
+def chosen_keeping(
+    earlier: dict[str, Any], store: str | None, kind: str | None, on_disk: bool | None
+) -> Keeping:
+    """How an index is to be kept: as flags say, and where they are silent as it was.
+
+    Args:
+        earlier: its manifest, empty for a new one.
+
+    Raises:
+        UserError: it lives elsewhere already, or the store has no such kind.
+    """
+    lives = earlier.get("store", FAISS if earlier else store or FAISS)
+    if store not in (None, lives):
+        raise UserError(f"--store {store}: this index lives in {lives}: name another --output")
+    kind = kind or earlier.get("kind", "flat")
+    kinds = KINDS_OF[lives.partition(":")[0]]
+    if kind not in kinds:
+        raise UserError(f"--index-type {kind}: --store {lives} has {', '.join(kinds)}: choose one")
+    if on_disk is None:
+        on_disk = kind == "ivfpq" and "lists" in earlier
+    if on_disk and kind != "ivfpq":
+        raise UserError(f"--on-disk is for --index-type ivfpq, not for {kind}: leave one out")
+    return Keeping(store=lives, kind=kind, on_disk=on_disk)

@@ -1,0 +1,329 @@
+"""Indexes that outgrow a process: made by several, in bounded memory, grown instead of built anew, lists in a file."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import CASES, ROOT
+from forks import torchrun
+from image_search import faiss_index, image_index, index_folder, list_file
+from image_search.image_index import open_index
+from image_search.index_folder import IndexFolder
+from image_search.stores import Keeping, chosen_keeping
+from models import backbone
+from test_search import images, refused
+from utils import UserError
+
+DIM = 16
+KEY = {"weights": "0" * 64, "transform": "targetpad", "target_ratio": 1.25, "resolution": 32}
+LARGE = [("flat", False), ("hnsw", False), ("ivfpq", False), ("ivfpq", True)]
+
+
+def identities(count: int) -> list:
+    return [(f"/photos/{number:06}.png", 100, 10**18) for number in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def few_are_enough_to_compress(monkeypatch):
+    monkeypatch.setattr(faiss_index, "LEAST_TRAINED_ON", 1000)
+
+
+def drawn_features() -> np.ndarray:
+    """Near few centres."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(50, DIM))
+    rows = centres[np.arange(1500) % 50] + 0.3 * rng.normal(size=(1500, DIM))
+    return rows.astype(np.float32)
+
+
+FEATURES = drawn_features()
+
+
+def features_of(files: list) -> np.ndarray:
+    """Features that follow from a file."""
+    return FEATURES[[int(Path(path).stem) for path, _, _ in files]]
+
+
+def published(folder: Path, files: list, kind: str, on_disk: bool = False):
+    """Bring an index of drawn features up to date, and open it."""
+    folder.mkdir(exist_ok=True)
+    shelf = IndexFolder(folder, KEY, DIM, Keeping(kind=kind, on_disk=on_disk))
+    shelf.open()
+    held = shelf.held()
+    missing = [file for file in files if file not in held]
+    for start in range(0, len(missing), 300):
+        part = missing[start : start + 300]
+        shelf.keep(part, features_of(part))
+    return shelf.publish(sorted(files), {"folders": ["/photos"], "unreadable": {}})
+
+
+# Several processes
+
+SHARDED = """
+import os, signal, sys
+sys.path.insert(0, {source!r})
+import search
+from image_search import image_index
+from image_search.index_folder import IndexFolder
+image_index.SHARD = 3
+keep = IndexFolder.keep
+def kept(self, *features):
+    keep(self, *features)
+    {then}
+IndexFolder.keep = kept
+search.main(sys.argv[1:])
+"""
+DIES = 'os.environ["RANK"] == "1" and os.kill(os.getpid(), signal.SIGKILL)'
+TOLD = 'os.environ["RANK"] == "1" and os.kill(os.getppid(), signal.SIGTERM)'
+
+
+@pytest.fixture
+def index_together(start, drawn, tmp_path):
+    """Index tmp_path/photos in two processes, each of which does something after a shard."""
+
+    def index_together(output: Path, then: str = "pass"):
+        script = tmp_path / "sharded.py"
+        script.write_text(SHARDED.format(source=str(ROOT / "src"), then=then))
+        words = ["index", "--images", tmp_path / "photos", "--output", output]
+        words += ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--num-workers", 0]
+        process = start(*torchrun(2), script, *words, "--device", "cpu")
+        process.wait()
+        return process
+
+    return index_together
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """The bytes of an index's files by what they are; of the manifest what does not name them."""
+    parts = {}
+    for file in folder.iterdir():
+        if file.is_file() and file.name != "index.json":
+            parts[file.name.partition("-")[0]] = file.read_bytes()
+    about = json.loads((folder / "index.json").read_text())
+    parts["about"] = {name: about[name] for name in sorted(set(about) - set(parts))}
+    return parts
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_index_of_one(index, index_together, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_index, "SHARD", 3)
+    files = images(tmp_path / "photos", 11)
+    files[0].write_bytes(b"none")  # in the first's part
+    files[9].write_bytes(b"none")  # in the second's
+    done = index_together(tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("9 images added, 0 kept, 0 removed, 2 left out") == 1
+    index(tmp_path / "photos", output=tmp_path / "one")
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    again = index_together(tmp_path / "two")
+    assert "0 images added, 9 kept, 0 removed, 2 left out" in again.stdout, again.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", [DIES, TOLD], ids=["dies", "is told to stop"])
+def test_what_was_encoded_is_there_the_next_time(
+    then,
+    index,
+    index_together,
+    tmp_path,
+    monkeypatch,
+):
+    images(tmp_path / "photos", 12)
+    done = index_together(tmp_path / "index", then)
+    assert not (tmp_path / "index" / "index.json").exists(), done.stderr
+    assert done.returncode != 0 or then != DIES
+    shards = list((tmp_path / "index" / "partial").glob("*.pt"))
+    assert shards
+    assert ("what was encoded is kept" in done.stderr) or then == DIES
+    encoded = []
+    real = backbone.normalise
+    monkeypatch.setattr(
+        backbone,
+        "normalise",
+        lambda pixels, *colours: encoded.append(len(pixels)) or real(pixels, *colours),
+    )
+    assert "12 images added" in index(tmp_path / "photos")
+    assert sum(encoded) == 12 - 3 * len(shards)
+
+
+# Nothing more than needed
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_an_update_with_nothing_new_looks_at_each_file_once_and_reads_no_vectors(
+    kind,
+    index,
+    tmp_path,
+    monkeypatch,
+):
+    files = images(tmp_path / "photos", 6)
+    index(tmp_path / "photos", flags=["--index-type", kind])
+    looked_at = []
+    real = os.lstat
+    monkeypatch.setattr(
+        os, "lstat", lambda path, **how: looked_at.append(Path(path)) or real(path, **how)
+    )
+    for module, name in [(faiss_index, "read"), (list_file, "read"), (index_folder, "publish")]:
+        monkeypatch.setattr(module, name, None)
+    assert "0 images added, 6 kept" in index(tmp_path / "photos")
+    assert sorted(path for path in looked_at if path in files) == sorted(files)
+
+
+@pytest.mark.parametrize("part", ["files", "features", "vectors"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "longer"])
+def test_an_update_with_nothing_new_refuses_a_damaged_index(
+    part,
+    damage,
+    index,
+    tmp_path,
+    capsys,
+):
+    images(tmp_path / "photos", 3)
+    index(tmp_path / "photos")
+    (file,) = (tmp_path / "index").glob(f"{part}*")
+    whole = file.read_bytes()
+    file.unlink()
+    if damage != "gone":
+        file.write_bytes(whole[: len(whole) // 2] if damage == "cut" else whole + b"\0")
+    if (part, damage) == ("features", "longer"):
+        return  # what follows a table in a file of NumPy's is not read
+    assert file.name in refused(lambda: index(tmp_path / "photos"), capsys)
+    CASES["updates of a damaged index", "refused"] += 1
+
+
+def test_an_index_whose_manifest_is_of_an_earlier_version_is_brought_up_to_date(tmp_path):
+    published(tmp_path, identities(30), "hnsw")
+    manifest = tmp_path / "index.json"
+    about = json.loads(manifest.read_text())
+    for later in ("sizes", "sha256", "kind"):
+        del about[later]
+    manifest.write_text(json.dumps(about))
+    counts = published(tmp_path, identities(40), "hnsw")
+    assert counts == (10, 30, 0)
+    assert len(open_index(tmp_path)) == 40
+
+
+@pytest.mark.parametrize(("kind", "on_disk"), LARGE)
+def test_features_pass_in_blocks(kind, on_disk, tmp_path, monkeypatch):
+    """However many images there are, so many rows are in memory at once; more only to train on."""
+    monkeypatch.setattr(faiss_index, "ADDED_AT_ONCE", 300)
+    monkeypatch.setattr(list_file, "IN_MEMORY", 500)
+    monkeypatch.setattr(faiss_index, "TRAINED_ON_PER_LIST", 16)
+    sizes = []
+    real = faiss_index.normalised
+    monkeypatch.setattr(
+        faiss_index, "normalised", lambda rows: sizes.append(len(rows)) or real(rows)
+    )
+    gathered = []
+    real_rows = IndexFolder._rows
+    monkeypatch.setattr(
+        IndexFolder,
+        "_rows",
+        lambda self, files, start, stop: (
+            gathered.append(stop - start) or real_rows(self, files, start, stop)
+        ),
+    )
+    files = identities(1200)
+    published(tmp_path, files, kind, on_disk)
+    published(tmp_path, files[1:] + [("/photos/000000.png", 7, 7)], kind, on_disk)
+    assert max(gathered) == 300
+    trained_on = {round(1200**0.5) * 16} if kind == "ivfpq" else set()
+    assert {size for size in sizes if size > 300} == trained_on
+    opened = open_index(tmp_path)
+    np.testing.assert_array_equal(opened.features, features_of(opened.files))
+
+
+# Growth
+
+
+@pytest.mark.parametrize(("kind", "on_disk"), LARGE)
+def test_new_images_are_added_and_removed_ones_build_it_anew(kind, on_disk, tmp_path, monkeypatch):
+    files = identities(1100)
+    first = [file for file in files if int(Path(file[0]).stem) % 11]
+    published(tmp_path, first, kind, on_disk)
+    built = []
+    real = faiss_index.trained
+    monkeypatch.setattr(faiss_index, "trained", lambda *about: built.append(1) or real(*about))
+    assert published(tmp_path, files, kind, on_disk) == (100, 1000, 0)
+    assert len(built) == (kind == "flat")
+    grown = open_index(tmp_path)
+    assert sorted(grown.files) == files
+    assert grown.files[:1000] == first or kind == "flat"
+    assert faiss_index.recall_report(grown.vectors, grown.features)["recall"] > 0.8
+    for row in (3, 1050):
+        (hit,) = grown.search(faiss_index.normalised(grown.features_of(row))[0], 1)
+        assert (hit.row, str(hit.path)) == (row, grown.files[row][0])
+    built.clear()
+    assert published(tmp_path, files[:-1], kind, on_disk) == (0, 1099, 1)
+    assert built
+    assert open_index(tmp_path).files == files[:-1]
+    assert len(list(tmp_path.glob("lists-*"))) == on_disk
+
+
+def test_an_index_that_outgrew_its_lists_is_built_anew():
+    index = faiss_index.trained(features_of(identities(1000)), "ivfpq")
+    assert faiss_index.can_grow(index, 4 * 32**2)
+    assert not faiss_index.can_grow(index, 4 * 32**2 + 1)
+
+
+# Lists in a file
+
+
+def test_lists_in_a_file_give_the_answers_of_lists_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(list_file, "IN_MEMORY", 400)
+    files = identities(1000)
+    published(tmp_path / "memory", files, "ivfpq")
+    published(tmp_path / "disk", files, "ivfpq", True)
+    (tmp_path / "disk").rename(tmp_path / "moved")
+    memory, moved = open_index(tmp_path / "memory"), open_index(tmp_path / "moved")
+    for query in faiss_index.normalised(features_of(files[:20]) + features_of(files[20:40])):
+        assert memory.search(query, 10) == moved.search(query, 10)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "longer", "other"])
+def test_a_damaged_file_of_lists_is_named(damage, tmp_path):
+    published(tmp_path / "a", identities(1000), "ivfpq", True)
+    (file,) = (tmp_path / "a").glob("lists-*")
+    whole = file.read_bytes()
+    file.unlink()
+    if damage == "other":
+        published(tmp_path / "b", identities(1001), "ivfpq", True)
+        shutil.copy(next((tmp_path / "b").glob("lists-*")), file)
+    elif damage != "gone":
+        file.write_bytes(whole[:-1] if damage == "cut" else whole + b"\0")
+    with pytest.raises(UserError, match=file.name):
+        open_index(tmp_path / "a")
+    with pytest.raises(UserError, match=file.name):
+        published(tmp_path / "a", identities(1000), "ivfpq", True)
+    CASES["parts of an index", "refused"] += 2
+
+
+def test_ids_that_no_row_has(tmp_path):
+    published(tmp_path, identities(1000), "ivfpq", True)
+    index = open_index(tmp_path)
+    (file,) = tmp_path.glob("lists-*")
+    np.full(file.stat().st_size // 8, 10**9).tofile(file)
+    with pytest.raises(UserError, match="build the index again"):
+        index.search(faiss_index.normalised(index.features_of(0))[0], 1)
+    with pytest.raises(UserError, match="build the index again"):
+        open_index(tmp_path)
+
+
+@pytest.mark.parametrize("earlier", [{}, {"kind": "flat"}, {"kind": "ivfpq", "lists": "x"}])
+@pytest.mark.parametrize("kind", [None, "flat", "hnsw", "ivfpq", "ivfflat"])
+@pytest.mark.parametrize("on_disk", [None, True, False])
+def test_an_index_is_kept_as_flags_say_and_else_as_it_was(earlier, kind, on_disk):
+    expected_kind = kind or earlier.get("kind", "flat")
+    if expected_kind == "ivfflat" or (on_disk and expected_kind != "ivfpq"):
+        with pytest.raises(UserError, match=r"choose one|leave one out"):
+            chosen_keeping(earlier, None, kind, on_disk)
+        CASES["ways to keep an index", "refused"] += 1
+        return
+    keeping = chosen_keeping(earlier, None, kind, on_disk)
+    stays = expected_kind == "ivfpq" and "lists" in earlier
+    assert keeping == Keeping(kind=expected_kind, on_disk=stays if on_disk is None else on_disk)
+    CASES["ways to keep an index", "taken"] += 1

@@ -1,0 +1,451 @@
+"""An index in Milvus, on a server that the tests start and in a file: it answers as an index in files does."""
+
+import json
+import logging
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import search
+from cli.flag_types import store_address
+from conftest import CASES, ROOT
+from forks import HANG, torchrun
+from image_search import milvus_store, stores
+from image_search.dialogue import Dialogue
+from image_search.image_index import open_index
+from image_search.manifest import read_manifest
+from image_search.searcher import load_searcher
+from models import backbone
+from runtime import distributed
+from runtime.choices import MILVUS_KINDS, PairChoice
+from test_search import images, refused
+from test_stored import refuse_each_wrong_value
+from utils import UserError
+
+pytest.importorskip("pymilvus", reason="pip install -r requirements-milvus.txt")
+pytest.importorskip("milvus_lite", reason="pip install -r requirements-milvus.txt")
+
+
+class Server:
+    """`milvus-lite server` on the loopback interface."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.store = f"milvus:{self.address}"
+        self.start()
+
+    def start(self) -> None:
+        words = ["server", "--data-dir", self.folder, "--host", "127.0.0.1", "--port", self.port]
+        with open(self.folder.with_suffix(".log"), "ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "milvus_lite", *map(str, words)], stdout=log, stderr=log
+            )
+        deadline = time.monotonic() + HANG
+        while not self._answers():
+            assert self._process.poll() is None, self.folder.with_suffix(".log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    def _answers(self) -> bool:
+        with socket.socket() as asked:
+            return asked.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    started = Server(tmp_path_factory.mktemp("milvus") / "data")
+    yield started
+    started.stop()
+
+
+@pytest.fixture(params=["server", "file"])
+def store(request, tmp_path) -> str:
+    """An address of Milvus, of both kinds."""
+    if request.param == "file":
+        return f"milvus:{tmp_path / 'lite.db'}"
+    return request.getfixturevalue("server").store
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[int]:
+    """How many images each batch had."""
+    sizes: list[int] = []
+    real = backbone.normalise
+
+    def normalise(pixels, *colours):
+        sizes.append(len(pixels))
+        return real(pixels, *colours)
+
+    monkeypatch.setattr(backbone, "normalise", normalise)
+    return sizes
+
+
+# Answers
+
+
+@pytest.mark.parametrize("kind", MILVUS_KINDS)
+def test_answers_are_those_of_an_index_in_files(kind, server, index, ask, tmp_path):
+    files = images(tmp_path / "photos", 24)
+    index(tmp_path / "photos", output=tmp_path / "files")
+    flags = ["--store", server.store, "--index-type", kind]
+    assert "24 images added, 0 kept" in index(tmp_path / "photos", flags=flags)
+    for image in files[:3]:
+        theirs = ask(image, "is red", "--json", "--k", 9, of=tmp_path / "files")
+        assert json.loads(ask(image, "is red", "--json", "--k", 9)) == json.loads(theirs)
+    CASES["stores that answer alike", "read"] += 1
+
+
+def test_new_changed_and_vanished_files(store, index, ask, tmp_path, encoded, caplog):
+    files = images(tmp_path / "photos", 6)
+    broken = tmp_path / "photos" / "broken.png"
+    broken.write_bytes(b"none")
+    flags = ["--store", store]
+    assert "6 images added, 0 kept, 0 removed, 1 left out" in index(
+        tmp_path / "photos", flags=flags
+    )
+    encoded.clear()
+    assert "0 images added, 6 kept, 0 removed" in index(tmp_path / "photos")  # where it was made
+    assert sum(encoded) == 0
+    files[1].unlink()
+    images(tmp_path / "photos", 2, start=6)
+    Image.new("RGB", (30, 31), "white").save(files[2])
+    assert "3 images added, 4 kept, 2 removed, 1 left out" in index(tmp_path / "photos")
+    assert sum(encoded) == 3
+    there = sorted(row["file"] for row in open_index(tmp_path / "index").table.rows())
+    assert there == sorted(map(str, (tmp_path / "photos").rglob("*g")))[:-1] or len(there) == 7
+    assert str(files[1]) not in ask(files[0], "is red", "--k", 20)
+
+
+def test_a_kind_is_changed_without_encoding_again(server, index, ask, tmp_path, encoded):
+    files = images(tmp_path / "photos", 5)
+    index(tmp_path / "photos", flags=["--store", server.store])
+    before = ask(files[0], "is red", "--json")
+    for kind in ("hnsw", "ivfflat", "flat"):
+        encoded.clear()
+        assert "0 images added, 5 kept" in index(tmp_path / "photos", flags=["--index-type", kind])
+        assert sum(encoded) == 0
+        about = open_index(tmp_path / "index").table.ask("describe_index", index_name="features")
+        assert about["index_type"] == milvus_store.KINDS[kind]
+        assert ask(files[0], "is red", "--json") == before
+
+
+def test_conditions(store, index, ask, tmp_path, capsys):
+    files = images(tmp_path / "photos", 8)
+    (tmp_path / "photos" / 'a "b"').mkdir()
+    shutil.copy(files[1], tmp_path / "photos" / 'a "b"' / "quoted.png")
+    index(tmp_path / "photos", flags=["--store", store])
+    below = {str(file) for file in files if file.parent.name == "below"}
+    size = files[3].stat().st_size
+    for condition, wanted in [
+        ('path like "below/%"', below),
+        ('category == "below"', below),
+        ('category == ""', {str(file) for file in files} - below),
+        (f"size == {size}", {str(file) for file in files if file.stat().st_size == size}),
+        (f"time > {10**19 - 1 - 10**18}", set()),
+    ]:
+        out = json.loads(ask(files[0], "is red", "--json", "--k", 20, "--filter", condition))
+        found = {answer["image"] for answer in out["answers"]}
+        assert found & {str(file) for file in files} == wanted, condition
+        CASES["conditions", "taken"] += 1
+    for condition in ("path like", "nothing == 3", "path == 'a", "size > 'x'", "DROP", "1 +"):
+        said = refused(lambda c=condition: ask(files[0], "is red", "--filter", c), capsys)
+        assert f"--filter {condition}: Milvus refuses it" in said
+        CASES["conditions", "refused"] += 1
+
+
+def test_conditions_are_for_milvus(index, ask, tmp_path, capsys):
+    files = images(tmp_path / "photos", 2)
+    index(tmp_path / "photos")
+    assert "--filter" in refused(lambda: ask(files[0], "is red", "--filter", "size > 3"), capsys)
+
+
+def test_the_page_goes_on_from_an_answer(store, index, tmp_path, drawn):
+    files = images(tmp_path / "photos", 6)
+    index(tmp_path / "photos", flags=["--store", store])
+    searcher = load_searcher(
+        tmp_path / "index", PairChoice(combining_function=None, clip_path=None, combiner_path=None),
+        distributed.torch.device("cpu"),
+    )  # fmt: skip
+    assert len(searcher) == 6
+    rows = searcher.some(4)
+    assert len(set(rows)) == 4
+    assert {searcher.image(row) for row in searcher.some(50)} == set(files)
+    for row in (-1, 7, milvus_store.HIGHEST_ROW, 2**64):
+        with pytest.raises(UserError, match="no such image"):
+            Dialogue().choose(searcher, row)
+    asked = Dialogue().choose(searcher, rows[0]).ask(searcher, "is red", 3)
+    second = asked.choose_answer(searcher, 1)
+    assert second.last.reference == asked.last.found.answers[1][0]
+
+
+# Interruptions
+
+
+def same_answers(ours: str, theirs: str) -> None:
+    """The same images; batches of other images round their features otherwise."""
+    found, expected = json.loads(ours)["answers"], json.loads(theirs)["answers"]
+    assert [answer["image"] for answer in found] == [answer["image"] for answer in expected]
+    similarities = [answer["similarity"] for answer in expected]
+    assert [answer["similarity"] for answer in found] == pytest.approx(similarities, abs=2e-6)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {source!r})
+import search
+from image_search import image_index, milvus_store
+image_index.SHARD = 3
+ask = milvus_store.Table.ask
+def asked(self, question, **about):
+    if question == "upsert" and {when}:
+        {how}
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ask(self, question, **about)
+asked.upserts = 0
+milvus_store.Table.ask = asked
+search.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_an_insert_that_is_killed_goes_on(store, start, index, ask, tmp_path, drawn, encoded):
+    """The process dies when two batches are there and a part of the third."""
+    files = images(tmp_path / "photos", 10)
+    script = tmp_path / "killed.py"
+    when = "(setattr(asked, 'upserts', asked.upserts + 1) or asked.upserts == 3)"
+    how = 'ask(self, question, data=about["data"][:1])'
+    script.write_text(KILLED.format(source=str(ROOT / "src"), when=when, how=how))
+    words = ["index", "--images", tmp_path / "photos", "--output", tmp_path / "index"]
+    words += ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--num-workers", 0]
+    process = start(script, *words, "--device", "cpu", "--store", store, fresh=True)
+    assert process.wait() == -9, process.stderr
+    with pytest.raises(UserError, match="is not whole yet"):
+        open_index(tmp_path / "index")
+    assert "3 images added, 7 kept" in index(tmp_path / "photos", flags=["--store", store])
+    assert sum(encoded) == 3
+    index(tmp_path / "photos", output=tmp_path / "files")
+    there = [row["file"] for row in open_index(tmp_path / "index").table.rows()]
+    assert sorted(there) == sorted(map(str, files))
+    for image in files[:2]:
+        same_answers(
+            ask(image, "is red", "--json"), ask(image, "is red", "--json", of=tmp_path / "files")
+        )
+    CASES["inserts that were killed", "gone on"] += 1
+
+
+@pytest.mark.slow
+def test_two_processes_insert_into_a_server(server, start, index, ask, tmp_path, drawn):
+    files = images(tmp_path / "photos", 10)
+    script = tmp_path / "two.py"
+    script.write_text(KILLED.format(source=str(ROOT / "src"), when="False", how="pass"))
+    words = ["index", "--images", tmp_path / "photos", "--output", tmp_path / "index"]
+    words += ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--num-workers", 0]
+    done = start(*torchrun(2), script, *words, "--device", "cpu", "--store", server.store)
+    assert done.wait() == 0, done.stderr
+    assert done.stdout.count("10 images added, 0 kept, 0 removed") == 1
+    index(tmp_path / "photos", output=tmp_path / "files")
+    theirs = ask(files[0], "is red", "--json", "--k", 10, of=tmp_path / "files")
+    same_answers(ask(files[0], "is red", "--json", "--k", 10), theirs)
+
+
+def test_a_file_is_for_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    keeping = stores.Keeping(store=f"milvus:{tmp_path / 'x.db'}")
+    with pytest.raises(UserError, match="one process at a time"):
+        milvus_store.MilvusShelf(tmp_path, {}, 8, keeping=keeping, origin={"folders": []})
+
+
+def test_a_server_that_is_gone(index, ask, tmp_path, capsys):
+    own = Server(tmp_path / "data")
+    try:
+        files = images(tmp_path / "photos", 3)
+        index(tmp_path / "photos", flags=["--store", own.store])
+        before = ask(files[0], "is red", "--json")
+        own.stop()
+        for attempt in (lambda: ask(files[0], "is red"), lambda: index(tmp_path / "photos")):
+            assert f"--store {own.store}: " in refused(attempt, capsys)
+            CASES["servers that are gone", "refused"] += 1
+        own.start()
+        deadline = time.monotonic() + HANG
+        while True:  # a page goes on asking; its connection is tried again after a while
+            try:
+                assert ask(files[0], "is red", "--json") == before
+                break
+            except SystemExit:
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+    finally:
+        own.stop()
+
+
+def test_a_file_that_another_process_has_or_that_is_none(index, tmp_path, capsys):
+    images(tmp_path / "photos", 2)
+    (tmp_path / "taken.db").write_text("mine")
+    said = refused(
+        lambda: index(tmp_path / "photos", flags=["--store", f"milvus:{tmp_path / 'taken.db'}"]),
+        capsys,
+    )
+    assert "taken.db" in said
+    assert (tmp_path / "taken.db").read_text() == "mine"
+
+
+# What is refused
+
+
+def test_a_collection_of_another_encoder(server, index, ask, tmp_path, drawn, capsys):
+    files = images(tmp_path / "photos", 3)
+    index(tmp_path / "photos", flags=["--store", server.store])
+    other = lambda: index(tmp_path / "photos", name=drawn / "tiny_clip_resnet.pt")  # noqa: E731
+    assert "is an index of other weights" in refused(other, capsys)
+    manifest = tmp_path / "index" / "index.json"
+    about = json.loads(manifest.read_text())
+    for field, value in [("weights", "1" * 64), ("transform", "clip"), ("resolution", 64)]:
+        wrong = {**about, "encoder": {**about["encoder"], field: value}}
+        manifest.write_text(json.dumps(wrong))
+        assert "is of another encoder" in refused(lambda: ask(files[0], "x"), capsys)
+        CASES["collections of another encoder", "refused"] += 1
+    manifest.write_text(json.dumps({**about, "collection": f"gone_{about['collection']}"}))
+    assert "has no collection gone_" in refused(lambda: ask(files[0], "x"), capsys)
+    assert "has no collection gone_" in refused(lambda: index(tmp_path / "photos"), capsys)
+
+
+def test_an_index_stays_where_it_is(server, index, tmp_path, capsys):
+    images(tmp_path / "photos", 2)
+    index(tmp_path / "photos", flags=["--store", server.store])
+    for flags, words in [
+        (["--store", "faiss"], "this index lives in milvus:"),
+        (["--store", f"milvus:{tmp_path / 'x.db'}"], "this index lives in milvus:"),
+        (["--index-type", "ivfpq"], "choose one"),
+        (["--on-disk"], "leave one out"),
+    ]:
+        assert words in refused(lambda f=flags: index(tmp_path / "photos", flags=f), capsys)
+    index(tmp_path / "photos", output=tmp_path / "files")
+    to_milvus = ["--store", server.store]
+    said = refused(
+        lambda: index(tmp_path / "photos", output=tmp_path / "files", flags=to_milvus), capsys
+    )
+    assert "this index lives in faiss" in said
+
+
+def test_each_field_of_a_manifest(tmp_path):
+    about = {
+        "store": "milvus:http://127.0.0.1:19530",
+        "collection": "clip4cir_x_0",
+        "kind": "hnsw",
+        "encoder": {"weights": "0" * 64, "transform": "clip", "target_ratio": 1.25, "resolution": 32},
+        "folders": ["/photos"],
+        "unreadable": {"/photos/x.png": "it is empty"},
+        "images": 3,
+    }  # fmt: skip
+    file = tmp_path / "index.json"
+
+    def read(content) -> None:
+        file.write_text(json.dumps(content))
+        read_manifest(tmp_path)
+
+    refuse_each_wrong_value("fields of Milvus's index.json", about, read, names=[str(tmp_path)])
+
+
+def test_a_token_comes_from_the_environment_and_goes_nowhere(
+    server, index, ask, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level(logging.DEBUG)
+    given = []
+    pymilvus = milvus_store.import_pymilvus()
+    real = pymilvus.MilvusClient
+
+    def client(**how):
+        given.append(how["token"])
+        return real(**how)
+
+    monkeypatch.setattr(pymilvus, "MilvusClient", client)
+    monkeypatch.setenv("MILVUS_TOKEN", "root:S3cret")
+    files = images(tmp_path / "photos", 2)
+    out = index(tmp_path / "photos", flags=["--store", server.store])
+    out += ask(files[0], "is red", "--json")
+    assert set(given) == {"root:S3cret"}
+    written = [file.read_bytes() for file in (tmp_path / "index").rglob("*") if file.is_file()]
+    assert b"S3cret" not in b"".join(written)
+    assert "S3cret" not in out + caplog.text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "milvus", "milvus:", "milvus:x", "milvus:ftp://h:1", "milvus:http://", "milvus:http://a b", "faiss:x",
+        "milvus:http://root:S3cret@host:19530", "milvus:http://host/path?token=S3cret", "milvus:http://h#S3cret",
+        "qdrant:http://h", "http://h:19530",
+    ],
+)  # fmt: skip
+def test_addresses_that_are_none(text):
+    with pytest.raises(search.argparse.ArgumentTypeError) as error:
+        store_address(text)
+    assert "S3cret" not in str(error.value)
+    CASES["addresses of stores", "refused"] += 1
+
+
+def test_addresses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert store_address("faiss") == "faiss"
+    assert store_address("milvus:x.db") == f"milvus:{tmp_path / 'x.db'}"
+    assert store_address("milvus:http://h:19530/") == "milvus:http://h:19530"
+    assert store_address("milvus:https://h") == "milvus:https://h"
+    CASES["addresses of stores", "taken"] += 4
+
+
+def test_pymilvus_is_asked_for_where_it_is_needed(index, tmp_path, monkeypatch, capsys):
+    images(tmp_path / "photos", 2)
+    monkeypatch.setitem(sys.modules, "pymilvus", None)
+    flags = ["--store", f"milvus:{tmp_path / 'x.db'}"]
+    said = refused(lambda: index(tmp_path / "photos", flags=flags), capsys)
+    assert "requirements-milvus.txt" in said
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_row_is_a_files_own():
+    names = [f"/photos/{number}.jpg" for number in range(5000)]
+    rows = {milvus_store.row_of(name) for name in names}
+    assert len(rows) == len(names)
+    assert all(0 <= row <= milvus_store.HIGHEST_ROW for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("file", "folders", "place"),
+    [
+        ("/a/b/c.png", ["/a"], "b/c.png"),
+        ("/a/b/c.png", ["/a", "/a/b"], "b/c.png"),
+        ("/a/b/c.png", ["/a/", "/z"], "b/c.png"),
+        ("/ab/c.png", ["/a"], "/ab/c.png"),
+        ("/c.png", ["/"], "c.png"),
+    ],
+)
+def test_where_an_image_lies(file, folders, place):
+    assert milvus_store.place_of(file, folders) == place
+
+
+def test_an_image_that_lies_elsewhere_for_conditions_now_is_found_there(
+    server, index, ask, tmp_path
+):
+    """Its folder was indexed as a part of another, and is one of its own now."""
+    files = images(tmp_path / "photos", 4)
+    index(tmp_path / "photos", flags=["--store", server.store])
+    search.main(
+        ["index", "--output", str(tmp_path / "index"), "--images", str(tmp_path / "photos/below")]
+        + ["--forget", str(tmp_path / "photos"), "--num-workers", "0"]
+    )
+    out = json.loads(ask(files[0], "is red", "--json", "--filter", 'path == "0.jpg"'))
+    assert [Path(answer["image"]).name for answer in out["answers"]] == ["0.jpg"]
