@@ -36,6 +36,8 @@ from utils import UserError, first_line
 
 TOKEN = "MILVUS_TOKEN"  # of the environment: user:password, or a key
 PATIENCE = 60  # seconds for an answer
+# The client's own 10 seconds are too many pings for a server that nobody asks for a while: it hangs up.
+SELDOM_PINGED = {"grpc.keepalive_time_ms": 600_000, "grpc.keepalive_permit_without_calls": False}
 # What takes as long as the collection is large.
 LASTING = ("create_index", "flush", "load_collection")
 MOST_CANDIDATES = 16_384  # that Milvus gives at once; rows of a page too
@@ -98,7 +100,9 @@ class Table:
             Path(address).parent.mkdir(parents=True, exist_ok=True)
         with self._explained():
             token = os.environ.get(TOKEN, "")
-            self._client = self._milvus.MilvusClient(uri=address, token=token, timeout=PATIENCE)
+            self._client = self._milvus.MilvusClient(
+                uri=address, token=token, timeout=PATIENCE, grpc_options=SELDOM_PINGED
+            )
 
     @contextlib.contextmanager
     def _explained(self, condition: str = "") -> Iterator[None]:
