@@ -1,6 +1,7 @@
 """Files: JSON read with care, files that are whole or not there, locks, checkpoints found, identities."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -364,5 +365,12 @@ def file_digest(path: Path) -> str:
 
 def file_identities(paths: list[Path]) -> list[tuple[str, int, int]]:
     """(absolute path, bytes, modification time in ns) of each file: another image, another identity."""
-    stats = [(path.resolve(), path.stat()) for path in paths]
-    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    resolved = functools.cache(
+        Path.resolve
+    )  # a folder once: resolving it again takes as long as all else
+    identities = []
+    for path in paths:
+        real = path.resolve() if path.is_symlink() else resolved(path.parent) / path.name
+        status = path.stat()
+        identities.append((str(real), status.st_size, status.st_mtime_ns))
+    return identities
