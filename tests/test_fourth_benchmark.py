@@ -13,7 +13,7 @@ import export
 import plan
 import visualize
 from benchmarks import BENCHMARKS
-from conftest import read_csv
+from conftest import ROOT, read_csv
 from demo import best_weights
 from evaluation.result_file import read_result
 from fourth_benchmark import Fourth
@@ -100,3 +100,8 @@ def test_a_line_that_is_no_good_is_named(line, message, root, fails, drawn):
         file.write(line.format(first=first, second=second) + "\n")
     pair = ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--combining-function", "sum"]
     assert message in fails("validate", root, "--dataset", "Fourth", *pair)
+
+
+def test_it_is_one_file_of_sixty_lines_at_most():
+    """What a new benchmark has to say; one that needs more shows that the base class lacks a default."""
+    assert len((ROOT / "tests" / "fourth_benchmark.py").read_text().splitlines()) <= 60
