@@ -1,12 +1,15 @@
 """Search an image index with a reference image and a sentence."""
 
 import dataclasses
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from image_search.image_index import ImageIndex, encoder_key, open_index
@@ -20,18 +23,42 @@ from utils import UserError
 MOST_CHARACTERS = 2000  # of a text; many times what CLIP reads
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Question:
+    """What is asked of an index: an image, and what to change of it.
+
+    Attributes:
+        image: an image file; what the encoder's loader read of one, bytes (3, R, R); or its features (1, D),
+            unnormalised. None for the text alone.
+        text: "" for the image alone.
+        k: answers.
+        mix: share of the text in the sum that is asked with, 0 to 1; None asks with what the pair composes.
+        without: a row that is no answer; None for none.
+        condition: what images have to be, in the language of the index's store.
+    """
+
+    image: Path | Tensor | None
+    text: str
+    k: int
+    mix: float | None = None
+    without: int | None = None
+    condition: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """What a query retrieved.
 
     Attributes:
         answers: (image file, cosine similarity), the nearest first.
+        rows: of the answers in the index.
         gate: how much of the residual is text; None for the sum.
         experts: weight of each expert; empty without a mixture.
         note: what the user should know, "" for nothing.
     """
 
     answers: list[tuple[Path, float]]
+    rows: list[int]
     gate: float | None
     experts: list[float]
     note: str
@@ -73,34 +100,114 @@ class Searcher:
         features = np.array(self.index.features[row : row + 1])
         return torch.from_numpy(features).to(self.pair.encoder.device)
 
-    @torch.no_grad()
-    def search(self, reference: Tensor, text: str, k: int) -> Found:
-        """The images nearest to a reference that is changed as a text says.
+    def __len__(self) -> int:
+        return len(self.index.paths)
 
-        Args:
-            reference: unnormalised features (1, D).
+    def image(self, row: int) -> Path | None:
+        """The image file of a row of the index, None where there is no such row."""
+        return self.index.paths[row] if 0 <= row < len(self) else None
+
+    def some(self, count: int) -> list[int]:
+        """So many rows at random, or all there are."""
+        return random.sample(range(len(self)), min(count, len(self)))
+
+    @property
+    def knows_conditions(self) -> bool:
+        """Whether the index lives in a store that takes a question's condition."""
+        return self.index.about.get("store", "faiss") != "faiss"
+
+    def search(self, reference: Tensor, text: str, k: int, condition: str = "") -> Found:
+        """The images nearest to a reference (1, D), unnormalised, that is changed as a text says."""
+        question = Question(image=reference, text=text, k=k, condition=condition)
+        (found,) = self.answer([question])
+        return found
+
+    @torch.no_grad()
+    def answer(self, questions: Sequence[Question]) -> list[Found]:
+        """What each question finds. All texts and all images are encoded together.
+
+        Raises:
+            UserError: one of the questions cannot be asked, see `check`.
         """
-        text = text.strip()
-        if not text:
+        for question in questions:
+            self.check(question)
+        encoder = self.pair.encoder
+        texts = [question.text.strip() for question in questions]
+        captions = encoder.captions(texts)  # (Q, D)
+        references = self._references(questions)
+        composed = self.pair.compose(references, captions)
+        insight = self.pair.compose.insight(references, captions)
+        found = []
+        for number, question in enumerate(questions):
+            query = composed[number]
+            if question.mix is not None:
+                image_part = (1 - question.mix) * references[number]
+                query = F.normalize(image_part + question.mix * captions[number], dim=-1)
+            seen = None if question.mix is not None or insight is None else insight
+            rows, answers = self._nearest(query.cpu().numpy(), question)
+            found.append(
+                Found(
+                    answers=answers,
+                    rows=rows,
+                    gate=None if seen is None else float(seen.gate[number]),
+                    experts=[] if seen is None else seen.experts[number].tolist(),
+                    note=self._note(texts[number]),
+                )
+            )
+        return found
+
+    def check(self, question: Question) -> None:
+        """Raise UserError where a question has no text, no image, or too long a text."""
+        text = question.text.strip()
+        if question.image is None and question.mix != 1:
+            raise UserError("there is no reference yet: choose an image or upload one")
+        if not text and question.mix != 0:
             raise UserError("the text is empty: say what to change")
         if len(text) > MOST_CHARACTERS:
             raise UserError(
                 f"the text has {len(text):,} characters: say it in {MOST_CHARACTERS:,} at most"
             )
-        note = ""
+
+    def _references(self, questions: Sequence[Question]) -> Tensor:
+        """Features (Q, D) of the images that are asked with; zeros where there is none."""
+        encoder = self.pair.encoder
+        features = torch.zeros(len(questions), encoder.backbone.dim, device=encoder.device)
+        read = {}
+        for number, question in enumerate(questions):
+            image = question.image
+            if isinstance(image, Path):
+                image = self.reference_features(image)
+            if image is None:
+                continue
+            if image.dtype == torch.uint8:
+                read[number] = image
+            else:
+                features[number] = image[0]
+        if read:
+            features[list(read)] = encoder.read_images(torch.stack(list(read.values())))
+        return features
+
+    def _nearest(
+        self, query: np.ndarray, question: Question
+    ) -> tuple[list[int], list[tuple[Path, float]]]:
+        """Rows and answers of a normalised query (D,), without the row that is to be none of them."""
+        if question.condition:
+            raise UserError(
+                "an index in files knows no filter: leave it out, or keep the index in a store that does"
+            )
+        left_out = question.without is not None
+        (nearest,) = self.index.search(query[None], question.k + left_out)
+        kept = [(row, similarity) for row, similarity in nearest if row != question.without]
+        kept = kept[: question.k]
+        rows = [row for row, _ in kept]
+        return rows, [(self.index.paths[row], similarity) for row, similarity in kept]
+
+    def _note(self, text: str) -> str:
+        """What a user should know of how a text was read."""
         tokenizer = self.pair.encoder.backbone.tokenizer
         if tokenizer.cuts(text):
-            note = f"the text has more than {tokenizer.context} tokens: what is beyond them was left out"
-        captions = self.pair.encoder.captions([text])
-        query = self.pair.compose(reference, captions).cpu().numpy()  # (1, D)
-        (answers,) = self.index.search(query, k)
-        insight = self.pair.compose.insight(reference, captions)
-        return Found(
-            answers=[(self.index.paths[row], similarity) for row, similarity in answers],
-            gate=None if insight is None else float(insight.gate),
-            experts=[] if insight is None else insight.experts[0].tolist(),
-            note=note,
-        )
+            return f"the text has more than {tokenizer.context} tokens: what is beyond them was left out"
+        return ""
 
 
 def _but_precision(key: Any) -> dict[str, Any]:
