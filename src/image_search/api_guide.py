@@ -4,9 +4,8 @@ FastAPI's own page loads its script from another host, which this server keeps b
 """
 
 from collections.abc import Mapping
+from html import escape
 from typing import Any
-
-from reports.pages import text
 
 
 def guide(described: Mapping[str, Any]) -> str:
@@ -15,13 +14,13 @@ def guide(described: Mapping[str, Any]) -> str:
     Args:
         described: OpenAPI, as FastAPI makes it.
     """
-    parts = [f"<h1>{text(described['info']['title'])}</h1>"]
-    parts.append(f"<p>{text(described['info']['description'])}</p>")
+    parts = [f"<h1>{escape(described['info']['title'])}</h1>"]
+    parts.append(f"<p>{escape(described['info']['description'])}</p>")
     parts.append('<p>For programs: <a href="openapi.json">openapi.json</a></p>')
     for path, methods in described["paths"].items():
         for method, operation in methods.items():
-            parts.append(f"<h2><code>{method.upper()} {text(path)}</code></h2>")
-            parts.append(f"<p>{text(operation.get('description', ''))}</p>")
+            parts.append(f"<h2><code>{method.upper()} {escape(path)}</code></h2>")
+            parts.append(f"<p>{escape(operation.get('description', ''))}</p>")
             parts.append(_table(_taken(operation)))
             answered = operation["responses"]["200"].get("content", {}).get("application/json", {})
             name = answered.get("schema", {}).get("$ref", "").rpartition("/")[2]
@@ -36,7 +35,7 @@ def guide(described: Mapping[str, Any]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
 <link rel="stylesheet" href="page.css">
-<title>{text(described["info"]["title"])}: HTTP</title>
+<title>{escape(described["info"]["title"])}: HTTP</title>
 </head>
 <body class="guide"><main>
 {body}
@@ -59,6 +58,6 @@ def _table(fields: Mapping[str, Any]) -> str:
     for name, field in fields.items():
         kinds = [kind.get("type", "") for kind in field.get("anyOf", [field])]
         kind = " or ".join(filter(None, kinds)) or "object"
-        about = text(field.get("description", ""))
-        rows.append(f"<tr><th>{text(name)}</th><td>{text(kind)}</td><td>{about}</td></tr>")
+        about = escape(field.get("description", ""))
+        rows.append(f"<tr><th>{escape(name)}</th><td>{escape(kind)}</td><td>{about}</td></tr>")
     return f"<table>{''.join(rows)}</table>" if rows else ""

@@ -28,7 +28,7 @@ from image_search.photos import KINDS, small_image
 from image_search.searcher import Found, Question, Searcher
 from image_search.thumbnails import SIDES, Thumbnails
 from image_search.uploads import Upload, checked_upload
-from reports.pages import jpeg
+from runtime.image_files import jpeg
 from utils import UserError
 
 PAGE = Path(__file__).parent / "page"

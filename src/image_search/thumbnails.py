@@ -5,8 +5,8 @@ from collections import OrderedDict
 from pathlib import Path
 
 from image_search.photos import small_image
-from reports.pages import jpeg
 from runtime.files import file_size
+from runtime.image_files import jpeg
 
 SIDES = {"small": 320, "large": 1280}  # pixels of the longer side
 MOST_KEPT = 64 * 2**20  # bytes

@@ -301,6 +301,8 @@ function showNote(text) {
 
 function showSkeletons(lists) {
   $("answers").hidden = false;
+  const { top } = $("answers").getBoundingClientRect();
+  if (top < 0 || top > innerHeight / 2) $("answers").scrollIntoView();
   $("note").textContent = "";
   $("experts").replaceChildren();
   const made = lists.map((list, place) => {
@@ -550,6 +552,7 @@ async function linked() {
 
 async function begin() {
   listen();
+  $("options").open = matchMedia("(min-width: 761px)").matches;
   health = await json("health");
   $("file").accept = health.kinds.join(",");
   $("filtering").hidden = !health.filters;
