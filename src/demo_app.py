@@ -10,10 +10,14 @@ import argparse
 import contextlib
 import importlib.util
 import logging
+import os
 import socket
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+# Threads that wait for others sleep: they share the cores with those that read requests. Torch reads it once.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from cli import options
 from cli.flag_types import port

@@ -135,7 +135,7 @@ class Service:
         self.server = uuid.uuid4().hex[:12]
         self.decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decoder")
 
-    async def search(self, request: Request) -> Answers:
+    async def search(self, request: Request) -> Response:
         """The images nearest to an image that is changed as a text says."""
         asked, upload = await read_question(request)
         image: Path | torch.Tensor | None = None
@@ -161,13 +161,14 @@ class Service:
                 "no answer in time: try again",
                 {"retry-after": RETRY_AFTER},
             ) from None
-        return Answers(
+        answers = Answers(
             answers=[self._answer(*hit) for hit in zip(found.rows, found.answers, strict=True)],
             gate=found.gate,
             experts=found.experts,
             note=found.note,
             server=self.server,
         )
+        return Response(answers.model_dump_json(), media_type="application/json")
 
     async def preview(self, request: Request) -> Response:
         """A small JPEG of an image that is sent, or why it cannot be asked with. Nothing of it is kept."""
@@ -341,7 +342,12 @@ def build(service: Service, documented: bool) -> FastAPI:
     }
     form = {"requestBody": {"content": {"multipart/form-data": {"schema": asked}}}}
     app.add_api_route(
-        "/search", service.search, methods=["POST"], responses=REFUSALS, openapi_extra=form
+        "/search",
+        service.search,
+        methods=["POST"],
+        response_model=Answers,
+        responses=REFUSALS,
+        openapi_extra=form,
     )
     app.add_api_route("/preview", service.preview, methods=["POST"], include_in_schema=False)
     picture: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}}}}

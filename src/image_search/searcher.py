@@ -137,18 +137,20 @@ class Searcher:
         references = self._references(questions)
         composed = self.pair.compose(references, captions)
         insight = self.pair.compose.insight(references, captions)
-        found = []
+        queries = composed.clone()
         for number, question in enumerate(questions):
-            query = composed[number]
             if question.mix is not None:
                 image_part = (1 - question.mix) * references[number]
-                query = F.normalize(image_part + question.mix * captions[number], dim=-1)
+                mixed = image_part + question.mix * captions[number]
+                queries[number] = F.normalize(mixed, dim=-1)
+        hits = self._nearest(queries.cpu().numpy(), questions)
+        found = []
+        for number, question in enumerate(questions):
             seen = None if question.mix is not None or insight is None else insight
-            rows, answers = self._nearest(query.cpu().numpy(), question)
             found.append(
                 Found(
-                    answers=answers,
-                    rows=rows,
+                    answers=[(path, similarity) for _, path, similarity in hits[number]],
+                    rows=[row for row, _, _ in hits[number]],
                     gate=None if seen is None else float(seen.gate[number]),
                     experts=[] if seen is None else seen.experts[number].tolist(),
                     note=self._note(texts[number]),
@@ -188,19 +190,23 @@ class Searcher:
         return features
 
     def _nearest(
-        self, query: np.ndarray, question: Question
-    ) -> tuple[list[int], list[tuple[Path, float]]]:
-        """Rows and answers of a normalised query (D,), without the row that is to be none of them."""
-        if question.condition:
+        self, queries: np.ndarray, questions: Sequence[Question]
+    ) -> list[list[tuple[int, Path, float]]]:
+        """Row, file and similarity of the images nearest to normalised queries (Q, D), without rows left out."""
+        if any(question.condition for question in questions):
             raise UserError(
                 "an index in files knows no filter: leave it out, or keep the index in a store that does"
             )
-        left_out = question.without is not None
-        (nearest,) = self.index.search(query[None], question.k + left_out)
-        kept = [(row, similarity) for row, similarity in nearest if row != question.without]
-        kept = kept[: question.k]
-        rows = [row for row, _ in kept]
-        return rows, [(self.index.paths[row], similarity) for row, similarity in kept]
+        most = max(question.k + (question.without is not None) for question in questions)
+        hits = []
+        for question, nearest in zip(questions, self.index.search(queries, most), strict=True):
+            kept = [
+                (row, self.index.paths[row], similarity)
+                for row, similarity in nearest
+                if row != question.without
+            ]
+            hits.append(kept[: question.k])
+        return hits
 
     def _note(self, text: str) -> str:
         """What a user should know of how a text was read."""
