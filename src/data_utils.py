@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -176,7 +176,9 @@ Item = TypeVar("Item")
 
 
 def load_image(
-    path: Path, preprocess: Compose, opened: Callable[[Path], Image.Image] = decoded
+    path: Path | BinaryIO,
+    preprocess: Compose,
+    opened: Callable[[Any], Image.Image] = decoded,
 ) -> Tensor:
     """Open and preprocess one image, (3, R, R) uint8.
 
@@ -228,7 +230,7 @@ class ImageLoader:
         workers: processes that decode; with 0, this process does.
     """
 
-    def __init__(self, read: Callable[[Path], Any], workers: int, device: torch.device) -> None:
+    def __init__(self, read: Callable[[Any], Any], workers: int, device: torch.device) -> None:
         self.read = read
         self.workers = workers
         self.device = device

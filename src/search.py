@@ -245,8 +245,8 @@ def ask(args: argparse.Namespace) -> None:
 def write_page(file: Path, reference: Path, text: str, found: "Found") -> None:
     """Write the answers as a page of its own."""
     from image_search.photos import small_image
-    from reports.pages import jpeg
     from reports.sheets import results_page
+    from runtime.image_files import jpeg
 
     answers = [(str(path), similarity) for path, similarity in found.answers]
     names = [str(reference), *(name for name, _ in answers)]

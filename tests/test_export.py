@@ -22,8 +22,8 @@ from evaluation import model_card
 from evaluation.comparison import Column, intervals, own_intervals
 from evaluation.result_file import read_result
 from forks import free_port
-from image_search.dialogue import Dialogue
 from image_search.manifest import read_manifest
+from image_search.searcher import Question
 from models import exported
 from models.architectures import SIZES
 from models.clip_model import load_clip
@@ -235,16 +235,16 @@ def page(folder: Path, drawn: Path, pair: list, **_: object) -> dict:
     index(folder, drawn, pair)
     seen = []
 
-    def build(searcher, k, uploads):
+    def application(searcher, k, **_):
         seen.append(searcher)
         raise KeyboardInterrupt
 
     flags = ["--index", folder, *pair, "--device", "cpu", "--port", free_port()]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(demo_app, "build", build)
+        patch.setattr(demo_app, "application", application)
         demo_app.main(list(map(str, flags)))
     (searcher,) = seen
-    found = Dialogue().choose(searcher, 0).ask(searcher, QUESTION, 10).last.found
+    (found,) = searcher.answer([Question(image=searcher.image(0), text=QUESTION, k=10)])
     return {"answers": found.answers, "gate": found.gate, "experts": found.experts}
 
 

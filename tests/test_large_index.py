@@ -255,7 +255,7 @@ def test_new_images_are_added_and_removed_ones_build_it_anew(kind, on_disk, tmp_
     assert grown.files[:1000] == first or kind == "flat"
     assert faiss_index.recall_report(grown.vectors, grown.features)["recall"] > 0.8
     for row in (3, 1050):
-        (hit,) = grown.search(faiss_index.normalised(grown.features_of(row))[0], 1)
+        ((hit,),) = grown.search(faiss_index.normalised(grown.features_of(row)), 1)
         assert (hit.row, str(hit.path)) == (row, grown.files[row][0])
     built.clear()
     assert published(tmp_path, files[:-1], kind, on_disk) == (0, 1099, 1)
@@ -280,8 +280,8 @@ def test_lists_in_a_file_give_the_answers_of_lists_in_memory(tmp_path, monkeypat
     published(tmp_path / "disk", files, "ivfpq", True)
     (tmp_path / "disk").rename(tmp_path / "moved")
     memory, moved = open_index(tmp_path / "memory"), open_index(tmp_path / "moved")
-    for query in faiss_index.normalised(features_of(files[:20]) + features_of(files[20:40])):
-        assert memory.search(query, 10) == moved.search(query, 10)
+    queries = faiss_index.normalised(features_of(files[:20]) + features_of(files[20:40]))
+    assert memory.search(queries, 10) == moved.search(queries, 10)
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "longer", "other"])
@@ -308,7 +308,7 @@ def test_ids_that_no_row_has(tmp_path):
     (file,) = tmp_path.glob("lists-*")
     np.full(file.stat().st_size // 8, 10**9).tofile(file)
     with pytest.raises(UserError, match="build the index again"):
-        index.search(faiss_index.normalised(index.features_of(0))[0], 1)
+        index.search(faiss_index.normalised(index.features_of(0)), 1)
     with pytest.raises(UserError, match="build the index again"):
         open_index(tmp_path)
 

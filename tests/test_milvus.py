@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from image_search.dialogue import Dialogue
 from PIL import Image
 
 import search
@@ -17,7 +18,6 @@ from cli.flag_types import store_address
 from conftest import CASES, ROOT
 from forks import HANG, torchrun
 from image_search import milvus_store, stores
-from image_search.dialogue import Dialogue
 from image_search.image_index import open_index
 from image_search.manifest import read_manifest
 from image_search.searcher import load_searcher

@@ -1,6 +1,6 @@
 """The search page as a server, over HTTP: whom it answers, what it takes and gives out, and what stays on the disk.
 
-One page is launched for the whole file as a user launches it, in an environment that is set against it.
+One page is launched for the whole file as a user launches it.
 """
 
 import contextlib
@@ -11,70 +11,47 @@ import re
 import signal
 import socket
 import sys
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 
 import search
 from conftest import CASES, ROOT
 from forks import HANG, Script, free_port
 from image_search import guard
-from image_search.dialogue import MOST_BYTES
-from image_search.guard import Hosts, drop_settings, tidy
+from image_search.guard import Hosts
 from image_search.searcher import MOST_CHARACTERS
-from test_dialogue import bad_uploads
+from image_search.uploads import MOST_BYTES
 from test_search import images
+from test_uploads import bad_uploads
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed"),
+    pytest.mark.skipif(find_spec("fastapi") is None, reason="FastAPI is not installed"),
     pytest.mark.skipif(sys.platform == "win32", reason="signals"),
 ]
 SHORT = 500  # characters of an answer that refuses
 KIND = "requests to the page"
-LEAKS = re.compile(r"Traceback|File \"|/tmp/|site-packages|Error\(|<_io")
-
-
-def gradio_sources() -> str:
-    folder = Path(find_spec("gradio").origin).parent
-    return "\n".join(file.read_text(errors="replace") for file in folder.rglob("*.py"))
-
-
-def read_of_environment() -> set[str]:
-    """The names that Gradio reads from the environment, found in its code."""
-    return set(re.findall(r"(?:environ(?:\.get\(|\[)|getenv\()\s*\"(\w+)\"", gradio_sources()))
-
-
-HOSTILE = {
-    "GRADIO_ALLOWED_PATHS": "/,/etc,/tmp",
-    "GRADIO_SHARE": "True",
-    "GRADIO_MCP_SERVER": "True",
-    "GRADIO_SSR_MODE": "True",
-    "GRADIO_SERVER_NAME": "0.0.0.0",
-    "GRADIO_ROOT_PATH": "http://evil.example",
-    "GRADIO_NUM_WORKERS": "2",
-    "GRADIO_TEMP_DIR": "/",
-    "GRADIO_ANALYTICS_ENABLED": "True",
-}
+LEAKS = re.compile(r"Traceback|File \"|/tmp/|site-packages|Error\(|<_io| object at 0x")
+PHOTOS = 12
 
 
 class Served:
     """A page that runs as a process."""
 
-    def __init__(self, index: Path, folder: Path, script: Path = ROOT / "src" / "demo_app.py"):
+    def __init__(self, index: Path, folder: Path, *flags: str):
         self.port = free_port()
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
-        words = [script, "--index", index, "--port", self.port, "--device", "cpu"]
+        script = ROOT / "src" / "demo_app.py"
+        words = [script, "--index", index, "--port", self.port, "--device", "cpu", *flags]
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TMPDIR", str(self.temporary))
-            for name in read_of_environment():
-                if guard.SETTINGS.fullmatch(name):
-                    patch.setenv(name, HOSTILE.get(name, "1"))
             self.process = Script(words, folder)
         self.process.wait_for(lambda: f"http://127.0.0.1:{self.port}" in self.process.stderr)
 
@@ -85,6 +62,11 @@ class Served:
 
     def request(self, method: str, path: str, body=None, headers=(), host=None):
         """(status, text) of an answer. A header may be given twice."""
+        status, _, content = self.answer(method, path, body, headers, host=host)
+        return status, content.decode(errors="replace")
+
+    def answer(self, method: str, path: str, body=None, headers=(), *, host=None):
+        """(status, headers, content) of an answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG)
         with contextlib.closing(connection):
             connection.putrequest(method, path, skip_host=True)
@@ -97,101 +79,64 @@ class Served:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.endheaders(body)
             answer = connection.getresponse()
-            return answer.status, answer.read().decode(errors="replace")
+            return answer.status, dict(answer.getheaders()), answer.read()
 
     def refuses(self, *words, **how) -> str:
-        """A request that is answered by an error, which is short and tells nothing of the machine."""
+        """A request that is answered by an error, which is one short sentence and tells nothing of the machine."""
         status, text = self.request(*words, **how)
         assert 400 <= status < 500, (words, how, status, text[:SHORT])
         assert len(text) <= SHORT
         assert not LEAKS.search(text), text
+        if text != "Invalid HTTP request received.":  # which uvicorn says itself
+            assert set(json.loads(text)) == {"error"}
         CASES[KIND, "refused"] += 1
         return text
 
-
-class Visitor:
-    """What a browser with the page does."""
-
-    def __init__(self, served: Served, session: str = "visitor") -> None:
-        self.served = served
-        self.session = session
-        config = json.loads(served.request("GET", "/config")[1])
-        names = {c["id"]: c["props"].get("elem_id") or c["type"] for c in config["components"]}
-        self.events = {}
-        for event in config["dependencies"]:
-            ((component, action),) = event["targets"]
-            self.events[names.get(component, "page"), action] = event["id"]
-
-    def message(self, event: tuple[str, str], data: list, selected: int | None = None) -> dict:
-        said = {"data": data, "fn_index": self.events[event], "session_hash": self.session}
-        if selected is not None:
-            said["event_data"] = {"index": selected, "value": None}
-        return said
-
-    def send(self, message) -> tuple[int, str]:
-        body = message if isinstance(message, bytes) else json.dumps(message).encode()
-        return self.served.request(
-            "POST", "/gradio_api/queue/join", body, {"Content-Type": "application/json"}
-        )
-
-    def results(self) -> list[dict]:
-        """What the server says until the event is over."""
-        text = self.served.request("GET", f"/gradio_api/queue/data?session_hash={self.session}")[1]
-        return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
-
-    def does(self, *words, **how) -> dict:
-        status, text = self.send(self.message(*words, **how))
+    def ask(self, upload: tuple[str, bytes] | None = None, **fields: object) -> dict:
+        """An answer to a question."""
+        status, text = self.request("POST", "/search", *form(upload, **fields))
         assert status == 200, text
-        output = next(m["output"] for m in self.results() if m["msg"] == "process_completed")
-        assert "data" in output, output
         CASES[KIND, "answered"] += 1
-        return output
+        return json.loads(text)
 
-    def note(self, *words, **how) -> str:
-        """The message that the page shows of what cannot be done."""
-        return self.does(*words, **how)["data"][5]
-
-    def load(self) -> None:
-        self.does(("page", "load"), [])
-
-    def choose(self, number: int = 0) -> dict:
-        return self.does(("choice", "select"), [None, None], number)
-
-    def ask(self, text: str) -> dict:
-        return self.does(("search", "click"), [None, text])
-
-    def upload(self, name: str, content: bytes) -> str:
-        """Where the server put a file."""
-        status, text = self.served.request("POST", "/gradio_api/upload", *form([(name, content)]))
-        assert status == 200, text
-        (path,) = json.loads(text)
-        return path
-
-    def use(self, path: str) -> dict:
-        file = {"path": path, "orig_name": "x", "meta": {"_type": "gradio.FileData"}}
-        return self.does(("upload", "upload"), [None, file])
+    def refuses_to_ask(self, upload: tuple[str, bytes] | None = None, **fields: object) -> str:
+        """What is said of a question that cannot be asked."""
+        return self.refuses("POST", "/search", *form(upload, **fields))
 
 
-def form(files: list[tuple[str, bytes]]) -> tuple[bytes, dict[str, str]]:
-    """The body and the headers of an upload."""
+def form(upload: tuple[str, bytes] | None = None, **fields: object) -> tuple[bytes, dict[str, str]]:
+    """The body and the headers of a form."""
     parts = []
-    for name, content in files:
-        head = f'--edge\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
-        parts.append(head.encode() + content + b"\r\n")
+    for name, value in fields.items():
+        parts.append(part(f'name="{name}"', str(value).encode()))
+    if upload is not None:
+        parts.append(part(f'name="image"; filename="{upload[0]}"', upload[1]))
+    return joined(parts)
+
+
+def part(about: str, content: bytes) -> bytes:
+    return f"--edge\r\nContent-Disposition: form-data; {about}\r\n\r\n".encode() + content + b"\r\n"
+
+
+def joined(parts: list[bytes]) -> tuple[bytes, dict[str, str]]:
     body = b"".join(parts) + b"--edge--\r\n"
     return body, {"Content-Type": "multipart/form-data; boundary=edge"}
 
 
 def png(size: tuple[int, int], mode: str = "RGB") -> bytes:
+    return encoded(Image.new(mode, size, 200 if mode == "L" else "teal"), "PNG")
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
     buffer = io.BytesIO()
-    Image.new(mode, size, 200 if mode == "L" else "teal").save(buffer, "PNG")
+    image.save(buffer, kind)
     return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
 def index(drawn, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("served")
-    images(folder / "photos", 12)
+    images(folder / "photos", PHOTOS)
     words = ["index", "--images", folder / "photos", "--output", folder / "index"]
     words += ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--num-workers", 0]
     search.main(list(map(str, [*words, "--device", "cpu"])))
@@ -200,16 +145,9 @@ def index(drawn, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(index, tmp_path_factory):
-    served = Served(index, tmp_path_factory.mktemp("page"))
+    served = Served(index, tmp_path_factory.mktemp("page"), "--api")
     yield served
     served.process.end()
-
-
-@pytest.fixture
-def visitor(served) -> Visitor:
-    visitor = Visitor(served)
-    visitor.load()
-    return visitor
 
 
 # Whom it answers
@@ -219,12 +157,12 @@ FOREIGN = [
     "evil@127.0.0.1", "127.0.0.1#evil", "127.0.0.1/evil", "10.1.2.3", "[::2]", "[::1", "2130706433", "0x7f000001",
     "127.1", "localhost:x", "local host", "",
 ]  # fmt: skip
-PLACES = [("GET", "/"), ("GET", "/config"), ("POST", "/gradio_api/queue/join")]
+PLACES = [("GET", "/"), ("GET", "/health"), ("GET", "/image/0"), ("POST", "/search")]
 
 
 @pytest.mark.parametrize("host", sorted(set(FOREIGN) - {"127.0.0.1."}))
 def test_a_foreign_host_is_refused_everywhere(host, served):
-    for method, place in [*PLACES, ("POST", "/gradio_api/upload"), ("OPTIONS", "/")]:
+    for method, place in [*PLACES, ("POST", "/preview"), ("OPTIONS", "/")]:
         served.refuses(method, place, host=[host])
 
 
@@ -236,7 +174,7 @@ def test_a_request_has_one_host(served):
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST.", "127.0.0.1", "[::1]"])
 def test_the_pages_own_names_are_answered(host, served):
     for port in ("", f":{served.port}"):
-        assert served.request("GET", "/config", host=[host + port])[0] == 200
+        assert served.request("GET", "/health", host=[host + port])[0] == 200
 
 
 @given(st.text() | st.from_regex(r"[a-z0-9.\[\]:-]{1,20}", fullmatch=True))
@@ -273,45 +211,82 @@ def test_a_page_for_other_machines_is_known_by_every_address_and_few_names(host)
     ],
 )
 def test_a_request_of_another_page_is_refused(origin, served):
-    for method, place in [*PLACES, ("POST", "/gradio_api/upload")]:
+    for method, place in [*PLACES, ("POST", "/preview")]:
         served.refuses(method, place, headers={"Origin": origin})
 
 
 def test_requests_of_the_page_itself_and_of_a_proxys_are_taken(served):
     own = {"Origin": f"http://127.0.0.1:{served.port}"}
-    assert served.request("GET", "/config", headers=own)[0] == 200
+    assert served.request("GET", "/health", headers=own)[0] == 200
     hosts = Hosts("127.0.0.1", ["photos.example"])
     assert hosts.is_own_origin("https://photos.example", "127.0.0.1:7860")
     assert not hosts.is_own_origin("https://localhost", "127.0.0.1:7860")
 
 
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_another_page_shows_no_image_of_this_one(site, served):
+    """An image on a page is asked for without an origin; where it is of another site, browsers say so."""
+    shown = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "no-cors"}
+    for method, place in PLACES:
+        served.refuses(method, place, headers=shown)
+    link = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "navigate"}
+    assert served.request("GET", "/?row=1&text=x", headers=link)[0] == 200
+    _, headers, _ = served.answer("GET", "/image/0")
+    assert headers["cross-origin-resource-policy"] == "same-origin"
+
+
 # What it gives out
 
+KNOWN = [
+    "/",
+    "/page.css",
+    "/page.js",
+    "/health",
+    "/some",
+    "/photo/0",
+    "/image/0",
+    "/image/0?size=large",
+]
+EXPLAINED = ["/docs", "/openapi.json"]
 
-def addresses_of_gradio() -> list[str]:
-    found = re.findall(r"@(?:app|router)\.\w+\(\s*f?\"(/[^\"]*)\"", gradio_sources())
-    assert len(found) > 40
-    filled = {re.sub(r"{[^}]*}", "x", path) for path in found}
-    return sorted(filled | {f"/gradio_api{path}" for path in filled})
+
+def test_every_answer_keeps_the_browser_from_other_hosts(served):
+    for path in [*KNOWN, *EXPLAINED, "/nothing"]:
+        _, headers, _ = served.answer("GET", path)
+        policy = headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "http" not in policy and "*" not in policy and "unsafe" not in policy
+    for name in ("/", "/page.css", "/page.js", "/docs"):
+        assert "://" not in served.request("GET", name)[1].replace("http://www.w3.org", "")
 
 
-def test_only_what_the_page_needs_is_there(served):
-    for path in addresses_of_gradio():
-        for method in ("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"):
-            known = {"GET": guard.GETS, "POST": guard.POSTS}.get(method)
-            if known is None or not known.fullmatch(path) or "file=" in path:
-                served.refuses(method, path)
+def test_only_what_is_known_is_there(served):
+    for path in [*KNOWN, *EXPLAINED]:
+        assert served.request("GET", path)[0] == 200
+        for method in ("PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"):
+            served.refuses(method, path)
     for path in (
-        "/docs",
-        "/openapi.json",
+        "/config",
         "/gradio_api/info",
-        "/monitoring",
-        "/gradio_api/call/ask",
+        "/file=/etc/passwd",
+        "/redoc",
+        "/search",
+        "/preview",
     ):
         served.refuses("GET", path)
+    paths = json.loads(served.request("GET", "/openapi.json")[1])["paths"]
+    assert set(paths) == {"/search", "/image/{row}", "/photo/{row}", "/some", "/health"}
 
 
-@pytest.mark.parametrize("way", ["/gradio_api/file=", "/static/", "/assets/", "/file=", "/"])
+def test_without_api_nothing_is_explained(index, tmp_path):
+    served = Served(index, tmp_path)
+    for path in EXPLAINED:
+        served.refuses("GET", path)
+    assert served.request("GET", "/health")[0] == 200
+    served.process.end()
+
+
+@pytest.mark.parametrize("way", ["/image/", "/photo/", "/page.css/", "/page/", "/"])
 def test_no_file_is_given_out_but_what_is_shown(way, served, index, tmp_path):
     (tmp_path / "secret.png").write_bytes(png((9, 9)))
     photo = sorted(index.parent.glob("photos/*.png"))[0]
@@ -336,83 +311,171 @@ def test_no_file_is_given_out_but_what_is_shown(way, served, index, tmp_path):
         served.refuses("GET", way + path)
 
 
-def test_what_is_shown_is_given_out(visitor, served):
-    output = visitor.does(("more", "click"), [])
-    for shown in output["data"][1]:
-        assert served.request("GET", f"/gradio_api/file={shown['image']['path']}")[0] == 200
+@pytest.mark.parametrize(
+    "row", [-1, PHOTOS, 2**31, 2**63, 10**300, "1.5", "nan", "0x1", "", " ", "1/..", "٣٣"]
+)
+def test_only_rows_of_the_index_are_shown(row, served):
+    quoted = str(row).replace(" ", "%20").encode("utf-8").decode("latin-1")
+    for way in ("/image/", "/photo/"):
+        served.refuses("GET", f"{way}{quoted}".encode("latin-1").decode("ascii", "ignore") or way)
+    served.refuses_to_ask(row=row, text="is red")
 
 
-def test_gradio_is_set_by_nothing_in_the_environment(served, monkeypatch):
-    harmless = {
-        "BROWSER", "CI", "DISPLAY", "HF_TOKEN", "KAGGLE_KERNEL_RUN_TYPE", "PATH", "PYTEST_CURRENT_TEST",
-        "SSH_CONNECTION", "SSH_TTY", "WAYLAND_DISPLAY", "HF_HUB_DISABLE_TELEMETRY", "OPENAI_API_KEY",
-    }  # fmt: skip
-    names = read_of_environment() - harmless
-    assert {"GRADIO_ALLOWED_PATHS", "GRADIO_SHARE", "SPACE_ID"} <= names
-    for name in names:
-        monkeypatch.setenv(name, "1")
-    assert names <= set(drop_settings())
-    ignored = [line for line in served.process.stderr.splitlines() if "warning" in line]
-    assert len(ignored) == 1
-    assert "GRADIO_ALLOWED_PATHS" in ignored[0]
+def test_images_are_small_jpegs_that_are_kept(served):
+    _, headers, content = served.answer("GET", "/image/3")
+    assert headers["content-type"] == "image/jpeg"
+    assert Image.open(io.BytesIO(content)).format == "JPEG"
+    assert served.answer("GET", "/image/3")[2] == content
+
+
+# What it answers
+
+
+def test_an_answer_is_the_searchs(served, index, capsys):
+    """The page and search.py ask through the same code."""
+    for row in (0, 5):
+        found = served.ask(row=row, text="is red", k=4)
+        photo = json.loads(served.request("GET", f"/photo/{row}")[1])
+        words = ["query", "--index", index, "--image", index.parent / photo["path"], "--json"]
+        search.main(list(map(str, [*words, "--text", "is red", "--k", 4, "--device", "cpu"])))
+        expected = json.loads(capsys.readouterr().out)
+        for mine, theirs in zip(found["answers"], expected["answers"], strict=True):
+            assert mine["similarity"] == pytest.approx(theirs["similarity"], abs=2e-6)
+            assert index.parent / mine["path"] == Path(theirs["image"])
+            assert mine["name"] == Path(theirs["image"]).name
+        assert {name: found[name] for name in ("gate", "experts", "note")} == {
+            name: expected[name] for name in ("gate", "experts", "note")
+        }
+
+
+def rows(found: dict) -> list[int]:
+    return [int(answer["row"]) for answer in found["answers"]]
+
+
+def test_a_mixture_goes_from_the_image_to_the_text(served):
+    image = served.ask(row=3, mix=0)
+    assert rows(image)[0] == 3
+    assert image["answers"][0]["similarity"] == pytest.approx(1, abs=1e-5)
+    assert served.ask(row=3, text="is red", mix=0)["answers"] == image["answers"]
+    text = served.ask(text="is red", mix=1)
+    assert served.ask(row=3, text="is red", mix=1)["answers"] == text["answers"]
+    assert (
+        served.ask(row=3, text="is red", mix=0.5)["answers"]
+        == served.ask(row=3, text="is red")["answers"]
+    )
+
+
+@pytest.mark.parametrize("k", [1, 4, PHOTOS, 100])
+def test_the_reference_is_left_out_and_nothing_else(k, served):
+    whole = rows(served.ask(row=3, mix=0, k=min(k + 1, 100)))
+    assert 3 in whole
+    without = rows(served.ask(row=3, mix=0, k=k, without_reference=True))
+    assert without == [row for row in whole if row != 3][:k]
+
+
+def test_an_upload_is_the_row_of_the_same_file(served, index):
+    photo = json.loads(served.request("GET", "/photo/3")[1])
+    upload = (photo["name"], (index.parent / photo["path"]).read_bytes())
+    by_row, by_file = served.ask(row=3, text="is red"), served.ask(upload, text="is red")
+    assert rows(by_row) == rows(by_file)
+
+
+def test_questions_that_come_together_are_answered_each(served):
+    alone = {row: rows(served.ask(row=row, text=f"is red {row}")) for row in range(PHOTOS)}
+    together = {}
+
+    def ask(row: int) -> None:
+        together[row] = rows(served.ask(row=row, text=f"is red {row}"))
+
+    threads = [threading.Thread(target=ask, args=[row]) for row in alone]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(HANG)
+    assert together == alone
 
 
 # What it takes
 
 
-def test_an_upload_is_used_and_gone(visitor, served):
-    path = visitor.upload("mine.png", png((60, 50)))
-    assert Path(path) in served.files
-    visitor.use(path)
-    assert Path(path) not in served.files
-    assert len(visitor.ask("is red")["data"][3]) == 12
-    refused = visitor.send(visitor.message(("upload", "upload"), [None, {"path": path}]))
-    assert refused == (400, "there is no such upload: upload it again")
+def test_uploads_of_new_kinds_are_read(served):
+    kinds = {"a.png": "PNG", "a.webp": "WEBP", "a.jpg": "JPEG"}
+    if features.check("avif"):
+        kinds["a.avif"] = "AVIF"
+    for name, kind in kinds.items():
+        content = encoded(Image.new("RGB", (60, 50), "teal"), kind)
+        status, headers, small = served.answer("POST", "/preview", *form((name, content)))
+        assert (status, headers["content-type"]) == (200, "image/jpeg")
+        assert Image.open(io.BytesIO(small)).size == (60, 50)
+        assert len(rows(served.ask((name, content), text="is red"))) == PHOTOS
 
 
-def test_uploads_are_limited_before_they_reach_the_disk(served):
-    before = sorted(served.files)
-    small, nine = png((9, 9)), b"\0" * (9 * 2**20)
-    too_many = [
-        [(f"{number}.png", nine) for number in range(30)],
-        [(f"{number}.png", small) for number in range(2)],
-        [(f"{number}.png", small) for number in range(500)],
-        [("large.png", b"\0" * (MOST_BYTES + guard.FRAME))],
-        [],
-    ]
-    for files in too_many:
-        body, headers = form(files)
-        served.refuses("POST", "/gradio_api/upload", body, headers)
-    body, headers = form([("a.png", small)])
-    for kind in ("", "text/plain", "multipart/form-data", "multipart/form-data; boundary="):
-        served.refuses("POST", "/gradio_api/upload", body, {"Content-Type": kind})
-    served.refuses("POST", "/gradio_api/upload", body[: len(body) // 2], headers)
-    assert sorted(served.files) == before
+def test_bad_uploads_are_named_as_their_user_calls_them(served, tmp_path):
+    for name, message in bad_uploads(tmp_path).items():
+        body, headers = form((name, (tmp_path / name).read_bytes()), text="is red")
+        for place in ("/search", "/preview"):
+            text = served.refuses("POST", place, body, headers)
+            if name == "large.jpg":
+                assert "larger than 10 MiB" in text or "more than 10 MiB" in text
+            else:
+                assert message in text
+                assert name in text
+    assert served.files == []
+
+
+def test_uploads_are_limited(served):
+    small = png((9, 9))
+    image = part('name="image"; filename="a.png"', small)
+    for parts in ([image] * 2, [image] * 500, [image, part('name="row"', b"1")]):
+        served.refuses("POST", "/search", *joined([*parts, part('name="text"', b"x")]))
+    served.refuses_to_ask(("large.png", b"\0" * (MOST_BYTES + guard.FRAME)), text="x")
+    served.refuses("POST", "/preview", *joined([]))
+    body, headers = form(("a.png", small), text="x")
+    for kind in (
+        "",
+        "text/plain",
+        "multipart/form-data",
+        "multipart/form-data; boundary=",
+        "application/json",
+    ):
+        served.refuses("POST", "/search", body, {"Content-Type": kind})
+    served.refuses("POST", "/search", body[: len(body) // 2], headers)
+    assert served.files == []
+
+
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:1/x.png", "file:///etc/passwd", "/etc/passwd", "data:,x"]
+)
+def test_no_address_is_fetched_and_no_path_is_read(address, served):
+    assert "nothing is fetched" in served.refuses_to_ask(image=address, text="is red")
+    served.refuses_to_ask((address, b""), text="is red")
+    served.refuses_to_ask(row=address, text="is red")
 
 
 def test_an_upload_that_breaks_off_leaves_nothing(served):
-    before = sorted(served.files)
-    body, headers = form([("a.png", b"\0" * 2**20)])
+    body, headers = form(("a.png", b"\0" * 2**20))
     with socket.create_connection(("127.0.0.1", served.port)) as link:
-        head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
+        head = f"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
         head += f"Content-Type: {headers['Content-Type']}\r\n\r\n"
         link.sendall(head.encode() + body[: 2**19])
-    assert served.request("GET", "/config")[0] == 200
-    assert sorted(served.files) == before
+    assert served.request("GET", "/health")[0] == 200
+    assert served.files == []
 
 
-def test_bad_uploads_are_named_as_their_user_calls_them(visitor, served, tmp_path):
-    names = bad_uploads(tmp_path)
-    for name in sorted(set(names) - {"large.jpg"}):  # which does not arrive
-        path = visitor.upload(name, (tmp_path / name).read_bytes())
-        status, text = visitor.send(visitor.message(("upload", "upload"), [None, {"path": path}]))
-        if status == 200:
-            text = json.dumps(visitor.results())
-            assert name in text
-            assert not Path(path).exists()
-        assert names[name].removeprefix("is ") in text
-        assert not LEAKS.search(text), text
-        CASES[KIND, "refused"] += 1
+def test_too_many_at_once_are_told_to_come_again(served):
+    """Requests whose bodies never arrive take places; the next one is refused at once, and later taken."""
+    head = f"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {MOST_BYTES}\r\n"
+    head += "Content-Type: multipart/form-data; boundary=edge\r\n\r\n--edge"
+    with contextlib.ExitStack() as links:
+        for _ in range(guard.MOST_UPLOADS):
+            link = links.enter_context(socket.create_connection(("127.0.0.1", served.port)))
+            link.sendall(head.encode())
+        upload = form(("a.png", png((300, 300)) + b"\0" * guard.FRAME), text="is red")
+        served.process.wait_for(lambda: served.answer("POST", "/search", *upload)[0] == 429)
+        status, headers, _ = served.answer("POST", "/search", *upload)
+        assert (status, headers["retry-after"]) == (429, guard.RETRY_AFTER)
+        assert rows(served.ask(row=1, text="is red"))  # questions without uploads still pass
+    served.process.wait_for(lambda: served.request("POST", "/search", *upload)[0] == 200)
 
 
 def peak(process: int) -> int:
@@ -423,109 +486,99 @@ def peak(process: int) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 @pytest.mark.parametrize("size", [(1, 17_999), (17_999, 1), (3, 17_999)])
-def test_a_long_image_takes_little_memory(size, visitor, served):
+def test_a_long_image_takes_little_memory(size, served):
     before = peak(served.process.pid)
-    visitor.use(visitor.upload("long.png", png(size)))
-    assert len(visitor.ask("is red")["data"][3]) == 12
+    assert len(rows(served.ask(("long.png", png(size)), text="is red"))) == PHOTOS
     assert peak(served.process.pid) - before < 150 * 2**20
 
 
 @pytest.mark.parametrize("length", [MOST_CHARACTERS + 1, 100_000, 5_000_000])
-def test_a_long_text_is_refused_shortly(length, visitor):
-    visitor.choose()
-    said = visitor.message(("search", "click"), [None, "a" * length])
-    status, text = visitor.send(said)
-    if status == 200:
-        text = json.dumps(visitor.results())
-        assert f"{MOST_CHARACTERS:,} at most" in text
-        assert text.count("aaaa") == 0
-    else:
-        assert (status, "send less" in text) == (413, True)
-        assert length > guard.MOST_MESSAGE
-    CASES[KIND, "refused"] += 1
+def test_a_long_text_is_refused_shortly(length, served):
+    text = served.refuses_to_ask(row=1, text="a" * length)
+    assert f"{MOST_CHARACTERS:,} at most" in text or "maximum size" in text
+    assert "aaaa" not in text
+
+
+def test_what_cannot_be_asked_is_said(served):
+    assert "no reference yet" in served.refuses_to_ask(text="is red")
+    assert "the text is empty" in served.refuses_to_ask(row=1, text="  ")
+    assert "knows no filter" in served.refuses_to_ask(row=1, text="x", filter='path like "a%"')
+    note = served.ask(row=1, text="red " * 100)["note"]
+    assert "more than 77 tokens" in note
 
 
 NONSENSE = [
-    None, True, -1, -(2**70), 2**31, 2**70, 10**300, 1.5, float("nan"), float("inf"), "", "x", "0", "\0", "é" * 9000,
-    [], [[]], [1], [0] * 999, {}, {"index": 0}, {"path": "/etc/passwd"}, {"path": "http://127.0.0.1:1/x.png"},
-    {"path": 3}, {"path": "\0"}, {"path": "a" * 5000}, {"path": ".."}, {"path": "/"}, {"__type__": "update"},
-    {"path": "/etc/passwd", "is_stream": True, "meta": {"_type": "gradio.FileData"}},
+    "None", "-1", str(-(2**70)), str(2**31), str(2**70), "1" * 5000, "1.5", "nan", "inf", "", "x", "\0", "é" * 9000,
+    "[]", "{}", "[1", "true", "/etc/passwd", "http://127.0.0.1:1/x.png", "..", "<b>", "' or 1=1", "%00", "\r\nx: y",
 ]  # fmt: skip
-EVENTS = [
-    (("page", "load"), [], None),
-    (("more", "click"), [], None),
-    (("choice", "select"), [None, None], 0),
-    (("results", "select"), [None], 0),
-    (("upload", "upload"), [None, {"path": "none"}], None),
-    (("search", "click"), [None, "is red"], None),
-    (("text", "submit"), [None, "is red"], None),
-    (("undo", "click"), [None], None),
+FIELDS = [
+    "row",
+    "text",
+    "k",
+    "mix",
+    "without_reference",
+    "filter",
+    "image",
+    "server",
+    "__class__",
+    "",
 ]
 
 
-def forgeries(whole: dict) -> list[dict]:
-    """A message with each of its fields, and each part of its data, replaced by nonsense, dropped or doubled."""
-    forged = []
-    for value in NONSENSE:
-        forged += [{**whole, name: value} for name in (*whole, "event_data", "trigger_id")]
-        for place in range(len(whole["data"])):
-            data = [*whole["data"]]
-            data[place] = value
-            forged.append({**whole, "data": data})
-        forged.append({**whole, "data": [*whole["data"], value]})
-        if "event_data" in whole:
-            forged.append({**whole, "event_data": {"index": value, "value": value}})
-    return forged + [{key: whole[key] for key in whole if key != name} for name in whole]
-
-
-def test_every_event_is_forged(visitor):
-    assert {event for event, _, _ in EVENTS} == set(visitor.events)
-
-
-@pytest.mark.parametrize(("event", "data", "selected"), EVENTS)
-def test_forged_messages_end_in_one_sentence(event, data, selected, visitor, served):
+@pytest.mark.parametrize("name", FIELDS)
+def test_forged_fields_end_in_an_answer_or_in_one_sentence(name, served):
     said = served.process.stderr
-    for message in forgeries(visitor.message(event, data, selected)):
-        status, text = visitor.send(message)
-        if status == 200:  # what it says is possible, as another text
-            session = message["session_hash"]
-            text = json.dumps(
-                Visitor.results(visitor if session == visitor.session else other(visitor, session))
-            )
-            assert '"process_completed"' in text
-            assert '"error"' not in text or "Invalid file type" in text
-        else:
-            assert status in (400, 413), (message, text)
-            assert len(text) <= SHORT
-        assert not LEAKS.search(re.sub(r"/tmp/[^\"]*\.webp", "", text)), (message, text[:SHORT])
-        CASES[KIND, "answered" if status == 200 else "refused"] += 1
+    whole = {"row": 1, "text": "is red", "k": 3}
+    for value in NONSENSE:
+        parts = [
+            part(f'name="{field}"', str(whole[field]).encode()) for field in whole if field != name
+        ]
+        forged = part(f'name="{name}"', value.encode())
+        for fields in ([*parts, forged], [forged, forged, *parts], [forged]):
+            status, text = served.request("POST", "/search", *joined(fields))
+            assert status in (200, 400, 404), (value, status, text[:SHORT])
+            if status == 200:
+                assert len(json.loads(text)["answers"]) <= PHOTOS
+            else:
+                assert len(text) <= SHORT
+            assert not LEAKS.search(text), text[:SHORT]
+            CASES[KIND, "answered" if status == 200 else "refused"] += 1
     assert served.process.stderr == said  # no report in the terminal either
 
 
-def other(visitor: Visitor, session: str) -> Visitor:
-    return Visitor(visitor.served, session)
+BODIES = [
+    b"",
+    b"[",
+    b"[" * 100_000,
+    b"null",
+    b"\xff\xfe",
+    b"--edge",
+    b"--edge--",
+    b"--edge\r\n\r\n",
+    b"a=b&" * 9000,
+]
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"[", b"[" * 100_000, b"null", b"\xff\xfe", b'{"a":' * 50_000, b"NaN"]
+    "kind", ["multipart/form-data; boundary=edge", "application/x-www-form-urlencoded"]
 )
-def test_what_is_no_message_is_refused(body, visitor):
-    assert visitor.send(body)[0] == 400
-    CASES[KIND, "refused"] += 1
+def test_what_is_no_form_is_refused(kind, served):
+    for body in BODIES:
+        served.refuses("POST", "/search", body, {"Content-Type": kind})
 
 
-def test_the_page_still_serves(visitor, served):
+def test_the_page_still_serves(served):
     """After all that was tried on it."""
-    visitor.choose(3)
-    assert len(visitor.ask("is red")["data"][3]) == 12
+    assert len(rows(served.ask(row=3, text="is red"))) == PHOTOS
     assert "Traceback" not in served.process.stderr
     assert served.process.stdout == ""
+    assert served.files == []
 
 
 # The end
 
 
-def test_a_port_in_use_is_said_before_an_address(served, index, tmp_path, start):
+def test_a_port_in_use_is_said_before_an_address(served, index, start):
     words = ["--index", index, "--port", served.port, "--device", "cpu"]
     process = start(ROOT / "src" / "demo_app.py", *words)
     assert process.wait() == 2
@@ -535,26 +588,11 @@ def test_a_port_in_use_is_said_before_an_address(served, index, tmp_path, start)
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 0), ("SIGINT", 130), ("SIGHUP", 0)])
 def test_nothing_stays_on_the_disk(name, code, index, tmp_path):
-    """Uploads and thumbnails go after use, beyond a size, and at every end."""
-    bounded = tmp_path / "bounded.py"
-    bounded.write_text(
-        "import demo_app\n"
-        "demo_app.MOST_KEPT, demo_app.TIDIED_EVERY = 200_000, 0.05\n"
-        "demo_app.main()\n"
-    )
-    served = Served(index, tmp_path, script=bounded)
+    """Uploads are never there, whatever ends the page."""
+    served = Served(index, tmp_path)
     try:
-        visitor = Visitor(served)
-        visitor.load()
-        visitor.choose()
-        for number in range(4):
-            visitor.ask(f"is red {number}")
-            visitor.does(("undo", "click"), [None])
-        visitor.upload("never_used.png", png((50, 50)))
-        served.process.wait_for(
-            lambda: sum(guard.EMPTY_FILE + file.stat().st_size for file in served.files) <= 200_000
-        )
-        assert served.files
+        served.ask(("mine.png", png((900, 900)) + b"\0" * 2**21), text="is red")
+        assert served.files == []
         served.process.send_signal(getattr(signal, name))
         assert served.process.wait() == code
         assert list(served.temporary.iterdir()) == []
@@ -562,22 +600,3 @@ def test_nothing_stays_on_the_disk(name, code, index, tmp_path):
         assert served.process.stderr.count("\n") <= 3
     finally:
         served.process.end()
-
-
-def test_the_oldest_files_go_first(tmp_path, monkeypatch):
-    (tmp_path / "empty").mkdir()
-    for number in range(5):
-        file = tmp_path / str(number) / "image.webp"
-        file.parent.mkdir()
-        file.write_bytes(b"\0" * 10_000)
-        while file.stat().st_ctime_ns == max(
-            (f.stat().st_ctime_ns for f in tmp_path.glob("*/*") if f != file), default=0
-        ):
-            file.touch()
-    tidy(tmp_path, 2 * (10_000 + guard.EMPTY_FILE), 3600)
-    assert sorted(f.parent.name for f in tmp_path.glob("*/*")) == ["3", "4"]
-    monkeypatch.setattr(guard, "NEW", -1)
-    tidy(tmp_path, 2**30, 3600)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["3", "4"]
-    tidy(tmp_path, 2**30, -1)
-    assert list(tmp_path.glob("*/*")) == []

@@ -1,63 +1,42 @@
-"""What the page's server lets in and gives out: hosts, addresses, sizes; and what stays of it on the disk.
+"""What the page's server lets in: its own hosts and origins, bodies of a size, so many requests at once.
 
-Gradio is made to be shared and called by programs. This page serves private photos to one person's browser, so all that
-it does not need is closed here, in front of Gradio.
+The server gives out a person's photos, so whatever is not asked by that person's browser or programs is closed here,
+before anything is read of it.
 """
 
 import asyncio
 import ipaddress
 import json
-import os
 import re
 import socket
-import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from http import HTTPStatus
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
-from image_search.dialogue import MOST_BYTES
-from utils import UserError
+from image_search.uploads import MOST_BYTES
 
-if TYPE_CHECKING:
-    from image_search.messages import Event
-
-# What Gradio's servers, links and identities are set by; the page has flags for what may be set.
-SETTINGS = re.compile(r"GRADIO_.*|SPACES?_.*|SYSTEM|OAUTH_.*|OPENID_.*")
 LOCAL = {"localhost", "127.0.0.1", "::1"}
 ANY_ADDRESS = {"0.0.0.0", "::"}
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:/@]+))(?::\d+)?", re.IGNORECASE)
-UPLOAD = "/gradio_api/upload"
-# All that a browser asks for; Gradio has some eighty addresses.
-SHOWN_FILE = "/gradio_api/file="
-GETS = re.compile(
-    r"/|/(config|theme\.css|favicon\.ico|manifest\.json)|/(assets|static|svelte)/[\w./@-]{1,200}"
-    rf"|/gradio_api/(queue/data|heartbeat/\w{{1,64}}|upload_progress)|{SHOWN_FILE}.+"
-)
-POSTS = re.compile(rf"{UPLOAD}|/gradio_api/queue/join")
-FRAME = 2**16  # bytes around an uploaded file in its request
-MOST_MESSAGE = 2**18  # bytes of any other request
-MOST_UPLOADS = 4  # at once
-# Of the folder of uploads and thumbnails.
-MOST_KEPT = 64 * 2**20  # bytes
-KEPT_FOR = 3600  # seconds
-EMPTY_FILE = 4096  # bytes that a file takes beside its content
-NEW = 60  # seconds in which an empty folder may be about to be filled
+FRAME = 2**16  # bytes around an uploaded file in its request, and of a request without one
+MOST_ASKING = 64  # requests with a body at once
+MOST_UPLOADS = 8  # of these, which are larger than FRAME
+MOST_SECONDS = 30  # until a body has arrived, and until it is answered
+RETRY_AFTER = "1"  # seconds
+# Of every answer. The policy keeps the browser from any other host and from any script that is not the page's file.
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' blob: data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-
-def drop_settings() -> list[str]:
-    """Take out of the environment what would change whom Gradio serves and what; the names of what was there."""
-    names = sorted(filter(SETTINGS.fullmatch, os.environ))
-    for name in names:
-        del os.environ[name]
-    return names
 
 
 class Refusal(Exception):
@@ -119,38 +98,30 @@ def is_address(name: str) -> bool:
 
 
 class Guard:
-    """An ASGI application in front of Gradio's, which gets only the requests that the page makes.
+    """An ASGI application in front of another, which gets only what is let in, with bodies that have arrived whole."""
 
-    Args:
-        events: of the page, see `messages.events_of`.
-        uploads: the folder of uploads and thumbnails.
-    """
-
-    def __init__(
-        self, app: App, hosts: Hosts, *, events: "Mapping[int, Event]", uploads: Path
-    ) -> None:
+    def __init__(self, app: App, hosts: Hosts) -> None:
         self.app = app
-        self.events = events
         self.hosts = hosts
-        self.uploads = uploads
+        self.asking = 0
         self.uploading = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or let Gradio answer it."""
+        """Answer a request, or let the application answer it."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
         try:
             self._check(scope)
             if scope["method"] == "POST":
-                receive = await self._checked_body(scope, receive)
+                await self._posted(scope, receive, send)
+            else:
+                await self.app(scope, receive, with_headers(send))
         except Refusal as refusal:
             await answer(send, refusal.status, refusal.message)
-        else:
-            await self.app(scope, receive, with_short_errors(send))
 
     def _check(self, scope: Scope) -> None:
-        """Refuse what can be refused before the body is read."""
+        """Refuse what another page sends, and what asks for another host."""
         if scope["type"] != "http":
             raise Refusal(HTTPStatus.NOT_FOUND, "not found")
         hosts = headers_of(scope, b"host")
@@ -161,43 +132,29 @@ class Guard:
         for origin in headers_of(scope, b"origin"):
             if not self.hosts.is_own_origin(origin, hosts[0]):
                 raise Refusal(HTTPStatus.FORBIDDEN, "another page sent this request")
-        known = {"GET": GETS, "HEAD": GETS, "POST": POSTS}.get(scope["method"])
-        if known is None:
-            raise Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "method not allowed")
-        path = scope["path"]
-        shown_file = path.removeprefix(SHOWN_FILE)
-        if not known.fullmatch(path) or not (shown_file == path or self._is_ours(shown_file)):
-            raise Refusal(HTTPStatus.NOT_FOUND, "not found")
+        # Images and scripts are asked for without an origin. A link that leads here may be anybody's.
+        sites = headers_of(scope, b"sec-fetch-site")
+        is_link = headers_of(scope, b"sec-fetch-mode") == ["navigate"]
+        if not is_link and {"cross-site", "same-site"} & set(sites):
+            raise Refusal(HTTPStatus.FORBIDDEN, "another page sent this request")
 
-    async def _checked_body(self, scope: Scope, receive: Receive) -> Receive:
-        """A body that is read already and can be received again. Nothing of it is on the disk before it is checked."""
-        if scope["path"] != UPLOAD:
-            return received(self._cleaned(await read(receive, MOST_MESSAGE)), receive)
-        if self.uploading >= MOST_UPLOADS:
-            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too many uploads at once: try again")
-        self.uploading += 1
+    async def _posted(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the application answer a request whose body has arrived, unless there are too many at once."""
+        lengths = headers_of(scope, b"content-length")
+        is_upload = not (lengths and lengths[0].isdecimal() and int(lengths[0]) <= FRAME)
+        if self.asking >= MOST_ASKING or (is_upload and self.uploading >= MOST_UPLOADS):
+            raise Refusal(HTTPStatus.TOO_MANY_REQUESTS, "too many requests at once: try again")
+        self.asking += 1
+        self.uploading += is_upload
         try:
-            body = await read(receive, MOST_BYTES + FRAME)
-            check_one_file(scope, body)
-            await asyncio.to_thread(tidy, self.uploads, MOST_KEPT, KEPT_FOR)
+            try:
+                body = await asyncio.wait_for(read(receive, MOST_BYTES + FRAME), MOST_SECONDS)
+            except asyncio.TimeoutError:
+                raise Refusal(HTTPStatus.REQUEST_TIMEOUT, "the request came too slowly") from None
+            await self.app(scope, received(body, receive), with_headers(send))
         finally:
-            self.uploading -= 1
-        return received(body, receive)
-
-    def _cleaned(self, body: bytes) -> bytes:
-        """A message of the page with what Gradio needs of it."""
-        from image_search.messages import cleaned
-
-        try:
-            return json.dumps(cleaned(body, self.events, self.uploads)).encode()
-        except UserError as error:
-            raise Refusal(HTTPStatus.BAD_REQUEST, str(error)) from None
-
-    def _is_ours(self, path: str) -> bool:
-        """Whether a path is of a file that the page shows."""
-        from image_search.messages import is_in
-
-        return is_in(self.uploads, path)
+            self.asking -= 1
+            self.uploading -= is_upload
 
 
 def headers_of(scope: Scope, name: bytes) -> list[str]:
@@ -241,59 +198,24 @@ def received(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-def check_one_file(scope: Scope, body: bytes) -> None:
-    """Refuse an upload with more parts than one."""
-    kind = ";".join(headers_of(scope, b"content-type"))
-    boundary = re.search(r'boundary="?([^";,\s]+)', kind)
-    # No part can hold the boundary, which stands before each part and after the last one.
-    if boundary is None or body.count(b"--" + boundary[1].encode("latin-1")) != 2:
-        raise Refusal(HTTPStatus.BAD_REQUEST, "upload one file at a time")
+def with_headers(send: Send) -> Send:
+    """A `send` that adds HEADERS to an answer."""
+    added = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+
+    async def sent(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message["headers"], *added]}
+        await send(message)
+
+    return sent
 
 
 async def answer(send: Send, status: int, message: str) -> None:
-    """Send a short answer."""
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": message.encode()})
-
-
-def with_short_errors(send: Send) -> Send:
-    """A `send` that makes one sentence of every error, whatever Gradio says: paths, inputs, reports."""
-    failed = False
-
-    async def short(message: MutableMapping[str, Any]) -> None:
-        nonlocal failed
-        if message["type"] == "http.response.start" and message["status"] >= 400:
-            failed = True
-            await answer(send, message["status"], HTTPStatus(message["status"]).phrase.lower())
-        elif not failed:
-            await send(message)
-
-    return short
-
-
-def tidy(folder: Path, most: int, oldest: float) -> None:
-    """Delete the oldest files of a folder until they take at most some bytes, and those that are old.
-
-    Args:
-        oldest: age in seconds.
-    """
-    now = time.time()
-    files = []
-    for place, folders, names in os.walk(folder):
-        for name in names:
-            with suppress(OSError):  # it is gone already
-                file = Path(place) / name
-                about = file.stat()
-                files.append((about.st_ctime, about.st_size + EMPTY_FILE, file))
-        for name in folders:
-            with suppress(OSError):  # it is not empty, or gone
-                inner = Path(place) / name
-                if now - inner.stat().st_ctime > NEW:
-                    inner.rmdir()
-    taken = 0
-    for changed, taken_by_file, file in sorted(files, reverse=True):
-        taken += taken_by_file
-        if taken > most or now - changed > oldest:
-            with suppress(OSError):
-                file.unlink()
+    """Send a short answer, as the application's own errors are."""
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        headers.append((b"retry-after", RETRY_AFTER.encode()))
+    start = {"type": "http.response.start", "status": status, "headers": headers}
+    await with_headers(send)(start)
+    body = json.dumps({"error": message}).encode()
+    await send({"type": "http.response.body", "body": body})

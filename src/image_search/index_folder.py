@@ -90,14 +90,17 @@ class FaissImages:
         """So many rows at random, or all there are."""
         return random.sample(range(len(self)), min(count, len(self)))
 
-    def search(self, query: np.ndarray, k: int, condition: str = "") -> list[Hit]:
-        """The k nearest images of a normalised query (D,)."""
+    def search(self, queries: np.ndarray, k: int, condition: str = "") -> list[list[Hit]]:
+        """The k nearest images of each normalised query (Q, D)."""
         if condition:
             raise UserError(
-                "--filter: an index in files knows no conditions: make one with --store milvus:..."
+                "an index in files knows no filter: leave it out, or make an index with --store milvus:..."
             )
-        (answers,) = faiss_index.search(self.vectors, self.features, query[None], k=k)
-        return [Hit(row, Path(self.files[row][0]), similarity) for row, similarity in answers]
+        found = faiss_index.search(self.vectors, self.features, queries, k=k)
+        return [[self._hit(*answer) for answer in answers] for answers in found]
+
+    def _hit(self, row: int, similarity: float) -> Hit:
+        return Hit(row, Path(self.files[row][0]), similarity)
 
 
 def opened(folder: Path, about: dict[str, Any]) -> FaissImages:

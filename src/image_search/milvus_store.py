@@ -13,7 +13,7 @@ import os
 import random
 import re
 import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,36 +235,37 @@ class MilvusImages:
                 rows += [one["row"] for one in found]
         return rows
 
-    def search(self, query: np.ndarray, k: int, condition: str = "") -> list[Hit]:
-        """The k nearest images of a normalised query (D,), of which Milvus proposes many, ranked exactly."""
+    def search(self, queries: np.ndarray, k: int, condition: str = "") -> list[list[Hit]]:
+        """The k nearest images of each normalised query (Q, D), of which Milvus proposes many, ranked exactly."""
         if k > MOST_CANDIDATES:
             raise UserError(f"--k {k}: Milvus finds {MOST_CANDIDATES:,} at most: ask for fewer")
         proposed = min(max(LEAST_CANDIDATES, CANDIDATES_PER_ANSWER * k), MOST_CANDIDATES)
         effort = {"ef": max(SEARCH_EFFORT, proposed), "nprobe": round(LISTS * PROBED_SHARE)}
         wanted = {"hnsw": "ef", "ivfflat": "nprobe"}.get(self.about["kind"])
-        (found,) = self.table.ask(
+        proposals = self.table.ask(
             "search",
             condition=condition,
-            data=[query.tolist()],
+            data=queries.tolist(),
             filter=condition,
             limit=proposed,
             output_fields=["file", "features"],
             search_params={"params": {wanted: effort[wanted]} if wanted else {}},
         )
-        if not found:
-            return []
-        found = sorted(found, key=lambda hit: hit["entity"]["file"])
-        features = np.array([hit["entity"]["features"] for hit in found], dtype=np.float32)
-        similarities = normalised(features) @ query
-        order = np.argsort(-similarities, kind="stable")[:k]
-        return [
-            Hit(
-                found[place]["row"],
-                Path(found[place]["entity"]["file"]),
-                float(similarities[place]),
-            )
-            for place in order
-        ]
+        return [_ranked(found, query, k) for found, query in zip(proposals, queries, strict=True)]
+
+
+def _ranked(found: Sequence[Mapping[str, Any]], query: np.ndarray, k: int) -> list[Hit]:
+    """The k nearest of what Milvus proposes for a normalised query (D,), equally near ones by path."""
+    if not found:
+        return []
+    found = sorted(found, key=lambda hit: hit["entity"]["file"])
+    features = np.array([hit["entity"]["features"] for hit in found], dtype=np.float32)
+    similarities = normalised(features) @ query
+    hits = []
+    for place in np.argsort(-similarities, kind="stable")[:k]:
+        file = Path(found[place]["entity"]["file"])
+        hits.append(Hit(found[place]["row"], file, float(similarities[place])))
+    return hits
 
 
 def opened(folder: Path, about: dict[str, Any]) -> MilvusImages:

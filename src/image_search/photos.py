@@ -6,19 +6,35 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from runtime.files import Identity
 from runtime.image_files import DECODING_ERRORS, decoded
 from utils import UserError
 
-KINDS = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+try:
+    import pillow_heif
+except ImportError:
+    HEIF_KINDS: set[str] = set()
+else:
+    pillow_heif.register_heif_opener()
+    HEIF_KINDS = {".heic", ".heif"}
+AVIF_KINDS = {".avif"} if features.check("avif") else set()
+
+KINDS = {
+    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", *AVIF_KINDS, *HEIF_KINDS,
+}  # fmt: skip
 # Decoders of other formats are old, or start programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+if AVIF_KINDS:
+    FORMATS += ("AVIF",)
+if HEIF_KINDS:
+    FORMATS += ("HEIF",)
 CAMERA_KINDS = {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
-OTHER_KINDS = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", *CAMERA_KINDS}
+OTHER_KINDS = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", *CAMERA_KINDS} - KINDS
 WHITES = (1, 255, 65_535)  # possible values of white in images of more than 8 bits
 
 
@@ -115,7 +131,7 @@ def _identity(file: str) -> Identity:
     return file, there.st_size, there.st_mtime_ns
 
 
-def opened(file: Path, side: int | None = None) -> Image.Image:
+def opened(file: Path | BinaryIO, side: int | None = None) -> Image.Image:
     """An image as a viewer shows it: turned as its EXIF data says, with 8 bits.
 
     Images of benchmarks are read as they are saved, as the original reads them.
@@ -146,7 +162,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(scaled.round().astype(np.uint8))
 
 
-def small_image(file: Path, side: int) -> Image.Image:
+def small_image(file: Path | BinaryIO, side: int) -> Image.Image:
     """An RGB image of a file, at most `side` pixels wide and high; a grey square where it is gone or damaged."""
     try:
         image = opened(file, side).convert("RGB")

@@ -1,23 +1,47 @@
 """Search an image index with a reference image and a sentence."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from image_search.image_index import encoder_key, open_index
 from image_search.manifest import as_made
 from image_search.photos import opened
-from image_search.stores import ImageIndex
+from image_search.stores import Hit, ImageIndex
 from models.pair import Pair, load_pair
 from runtime.choices import PairChoice
 from runtime.files import file_identities, file_size
 from utils import UserError
 
 MOST_CHARACTERS = 2000  # of a text; many times what CLIP reads
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Question:
+    """What is asked of an index: an image, and what to change of it.
+
+    Attributes:
+        image: an image file; what the encoder's loader read of one, bytes (3, R, R); or its features (1, D),
+            unnormalised. None for the text alone.
+        text: "" for the image alone.
+        k: answers.
+        mix: share of the text in the sum that is asked with, 0 to 1; None asks with what the pair composes.
+        without: a row that is no answer; None for none.
+        condition: what images have to be, in the language of the index's store.
+    """
+
+    image: Path | Tensor | None
+    text: str
+    k: int
+    mix: float | None = None
+    without: int | None = None
+    condition: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,36 +109,108 @@ class Searcher:
         features = self.index.features_of(row)
         return torch.from_numpy(features).to(self.pair.encoder.device)
 
-    @torch.no_grad()
-    def search(self, reference: Tensor, text: str, k: int, condition: str = "") -> Found:
-        """The images nearest to a reference that is changed as a text says.
+    @property
+    def knows_conditions(self) -> bool:
+        """Whether the index lives in a store that takes a question's condition."""
+        return self.index.about.get("store", "faiss") != "faiss"
 
-        Args:
-            reference: unnormalised features (1, D).
-            condition: what images have to be, see `ImageIndex.search`.
+    def search(self, reference: Tensor, text: str, k: int, condition: str = "") -> Found:
+        """The images nearest to a reference (1, D), unnormalised, that is changed as a text says."""
+        question = Question(image=reference, text=text, k=k, condition=condition)
+        (found,) = self.answer([question])
+        return found
+
+    @torch.no_grad()
+    def answer(self, questions: Sequence[Question]) -> list[Found]:
+        """What each question finds. All texts and all images are encoded together.
+
+        Raises:
+            UserError: one of the questions cannot be asked, see `check`.
         """
-        text = text.strip()
-        if not text:
+        for question in questions:
+            self.check(question)
+        encoder = self.pair.encoder
+        texts = [question.text.strip() for question in questions]
+        captions = encoder.captions(texts)  # (Q, D)
+        references = self._references(questions)
+        composed = self.pair.compose(references, captions)
+        insight = self.pair.compose.insight(references, captions)
+        queries = composed.clone()
+        for number, question in enumerate(questions):
+            if question.mix is not None:
+                image_part = (1 - question.mix) * references[number]
+                mixed = image_part + question.mix * captions[number]
+                queries[number] = F.normalize(mixed, dim=-1)
+        hits = self._nearest(queries.cpu(), questions)
+        found = []
+        for number, question in enumerate(questions):
+            seen = None if question.mix is not None or insight is None else insight
+            found.append(
+                Found(
+                    answers=[(hit.path, hit.similarity) for hit in hits[number]],
+                    rows=[hit.row for hit in hits[number]],
+                    gate=None if seen is None else float(seen.gate[number]),
+                    experts=[] if seen is None else seen.experts[number].tolist(),
+                    note=self._note(texts[number]),
+                )
+            )
+        return found
+
+    def check(self, question: Question) -> None:
+        """Raise UserError where a question has no text, no image, or too long a text."""
+        text = question.text.strip()
+        if question.image is None and question.mix != 1:
+            raise UserError("there is no reference yet: choose an image or upload one")
+        if not text and question.mix != 0:
             raise UserError("the text is empty: say what to change")
         if len(text) > MOST_CHARACTERS:
             raise UserError(
                 f"the text has {len(text):,} characters: say it in {MOST_CHARACTERS:,} at most"
             )
-        note = ""
+
+    def _references(self, questions: Sequence[Question]) -> Tensor:
+        """Features (Q, D) of the images that are asked with; zeros where there is none."""
+        encoder = self.pair.encoder
+        features = torch.zeros(len(questions), encoder.backbone.dim, device=encoder.device)
+        read = {}
+        for number, question in enumerate(questions):
+            image = question.image
+            if isinstance(image, Path):
+                image = self.reference_features(image)
+            if image is None:
+                continue
+            if image.dtype == torch.uint8:
+                read[number] = image
+            else:
+                features[number] = image[0]
+        if read:
+            features[list(read)] = encoder.read_images(torch.stack(list(read.values())))
+        return features
+
+    def _nearest(self, queries: Tensor, questions: Sequence[Question]) -> list[list[Hit]]:
+        """The images nearest to normalised queries (Q, D), without rows left out. One search for each condition."""
+        hits: dict[int, list[Hit]] = {}
+        for condition in dict.fromkeys(question.condition for question in questions):
+            alike = [
+                number
+                for number, question in enumerate(questions)
+                if question.condition == condition
+            ]
+            # One more than is wanted, where one of them may be left out.
+            most = max(questions[n].k + (questions[n].without is not None) for n in alike)
+            nearest = self.index.search(queries[alike].numpy(), most, condition)
+            for number, found in zip(alike, nearest, strict=True):
+                question = questions[number]
+                kept = [hit for hit in found if hit.row != question.without]
+                hits[number] = kept[: question.k]
+        return [hits[number] for number in range(len(questions))]
+
+    def _note(self, text: str) -> str:
+        """What a user should know of how a text was read."""
         tokenizer = self.pair.encoder.backbone.tokenizer
         if tokenizer.cuts(text):
-            note = f"the text has more than {tokenizer.context} tokens: what is beyond them was left out"
-        captions = self.pair.encoder.captions([text])
-        query = self.pair.compose(reference, captions).cpu().numpy()  # (1, D)
-        hits = self.index.search(query[0], k, condition)
-        insight = self.pair.compose.insight(reference, captions)
-        return Found(
-            answers=[(hit.path, hit.similarity) for hit in hits],
-            rows=[hit.row for hit in hits],
-            gate=None if insight is None else float(insight.gate),
-            experts=[] if insight is None else insight.experts[0].tolist(),
-            note=note,
-        )
+            return f"the text has more than {tokenizer.context} tokens: what is beyond them was left out"
+        return ""
 
 
 def _but_precision(key: Any) -> dict[str, Any]:

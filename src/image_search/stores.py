@@ -52,8 +52,8 @@ class ImageIndex(Protocol):
     def some(self, count: int) -> list[int]:
         """So many rows at random, or all there are."""
 
-    def search(self, query: np.ndarray, k: int, condition: str = "") -> list[Hit]:
-        """The k nearest images of a normalised query (D,), equally near ones by path.
+    def search(self, queries: np.ndarray, k: int, condition: str = "") -> list[list[Hit]]:
+        """The k nearest images of each normalised query (Q, D), equally near ones by path.
 
         Args:
             condition: what images have to be, in the store's own language.

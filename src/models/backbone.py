@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 NEVER_TRAINED = ("logit_scale", "logit_bias")
 
 
+AROUND = 4  # tokens at most that stand before and after those of a caption
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """Captions to the tokens of one text encoder.
@@ -51,6 +54,9 @@ class Tokenizer:
 
     def cuts(self, caption: str) -> bool:
         """Whether a caption has more tokens than the text encoder takes."""
+        # A token takes a letter at least, and few stand around them: most captions need no look.
+        if caption.isascii() and len(caption) <= self.context - AROUND:
+            return False
         # One column more is one pad more, unless there was something to put there.
         fitted = self.encode([caption], self.context)
         wider = self.encode([caption], self.context + 1)

@@ -72,6 +72,11 @@ class Encoder:
         return distributed.gather_shards(torch.cat(encoded))
 
     @torch.no_grad()
+    def read_images(self, pixels: Tensor) -> Tensor:
+        """Images that `loader.read` has read, bytes (b, 3, R, R), to features (b, D) on the device."""
+        return self._image_features(pixels.to(self.device))
+
+    @torch.no_grad()
     def readable_images(self, shards: list[list[Path]]) -> Iterator[tuple[Tensor, list[str]]]:
         """Encode image files of which some may be damaged, in this process alone.
 

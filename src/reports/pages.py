@@ -2,14 +2,11 @@
 
 import base64
 import html
-import io
 from collections.abc import Iterable, Mapping, Sequence
 
-from PIL import Image
-
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --mark: #1a9850; --soft: #8881; --link: #2166ac; }
-@media (prefers-color-scheme: dark) { :root { --link: #92c5de; --mark: #66bd63; } }
+:root { color-scheme: light dark; --line: #8884; --mark: #1a9850; --soft: #8881; --link: #2166ac; --quiet: #595f66; }
+@media (prefers-color-scheme: dark) { :root { --link: #92c5de; --mark: #66bd63; --quiet: #adb3ba; } }
 * { box-sizing: border-box; }
 body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 1280px; }
 h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2rem; }
@@ -88,12 +85,3 @@ def command(line: str) -> str:
 def data_url(content: bytes, kind: str) -> str:
     """Bytes as a URL that holds them; kind as in "image/png"."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def jpeg(image: Image.Image, side: int, quality: int = 80) -> bytes:
-    """A JPEG of an image, at most `side` pixels wide and high."""
-    copy = image.convert("RGB")
-    copy.thumbnail((side, side))
-    buffer = io.BytesIO()
-    copy.save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()

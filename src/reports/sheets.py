@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from reports import pages
-from runtime.image_files import decoded
+from runtime.image_files import decoded, jpeg
 from utils import UserError, first_line
 
 MOST_BYTES = 14_000_000  # of thumbnails in a page, which base64 makes a third longer
@@ -26,12 +26,12 @@ STYLE = """
 @media (max-width: 640px) { .query { grid-template-columns: 1fr; } }
 .query > * { min-width: 0; }
 .caption { font-weight: 600; margin: .3rem 0; overflow-wrap: anywhere; }
-.rank, .about { color: #777; font-size: 13px; overflow-wrap: anywhere; }
+.rank, .about { color: var(--quiet); font-size: 13px; overflow-wrap: anywhere; }
 .row { display: flex; flex-wrap: wrap; gap: .5rem; padding: 3px 3px .5rem; }
 figure { margin: 0; flex: none; max-width: min(180px, 100%); } /* as in PLACE */
 figure img { display: block; max-width: 100%; height: auto; border-radius: 4px; }
 figure.target img { outline: 3px solid var(--mark); }
-figcaption { font-size: 12px; color: #777; overflow-wrap: anywhere; }
+figcaption { font-size: 12px; color: var(--quiet); overflow-wrap: anywhere; }
 figure.target figcaption { color: var(--mark); font-weight: 600; }
 .bars { display: grid; grid-template-columns: auto 1fr auto; gap: 1px .4rem; font-size: 12px; align-items: center; }
 .bars i { display: block; height: 8px; background: var(--link); border-radius: 2px; }
@@ -138,7 +138,7 @@ def load_thumbnails(paths: Mapping[str, Path]) -> dict[str, bytes]:
             ) from None
         images[name].thumbnail((SIDES[0], SIDES[0]))
     for side in SIDES:
-        thumbnails = {name: pages.jpeg(image, side) for name, image in images.items()}
+        thumbnails = {name: jpeg(image, side) for name, image in images.items()}
         if sum(map(len, thumbnails.values())) <= MOST_BYTES:
             break
     return thumbnails
@@ -173,8 +173,8 @@ class Picture:
 def _pictures(thumbnails: Mapping[str, bytes]) -> dict[str, Picture]:
     """Image name -> how it is shown."""
     pictures = {}
-    for number, (name, jpeg) in enumerate(thumbnails.items()):
-        with Image.open(io.BytesIO(jpeg)) as image:
+    for number, (name, thumbnail) in enumerate(thumbnails.items()):
+        with Image.open(io.BytesIO(thumbnail)) as image:
             scale = min(PLACE[0] / image.width, PLACE[1] / image.height)
             size = [max(round(side * scale), 1) for side in image.size]
         pictures[name] = Picture(str(number), *size)
@@ -240,6 +240,6 @@ def results_page(
 def _script(pictures: Mapping[str, Picture], thumbnails: Mapping[str, bytes]) -> str:
     """JavaScript that holds each image once and puts it in all its places."""
     content = {}
-    for name, jpeg in thumbnails.items():
-        content[pictures[name].key] = base64.b64encode(jpeg).decode()
+    for name, thumbnail in thumbnails.items():
+        content[pictures[name].key] = base64.b64encode(thumbnail).decode()
     return f"const pictures = {json.dumps(content)};{SCRIPT}"

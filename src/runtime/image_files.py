@@ -1,5 +1,6 @@
-"""Image files decoded by Pillow alone: one that is damaged or too large is an error that says so."""
+"""Image files decoded by Pillow alone: one that is damaged or too large is an error that says so. And JPEGs made."""
 
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -45,3 +46,12 @@ def decoded(
         raise
     except DECODING_ERRORS as error:
         raise OSError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def jpeg(image: Image.Image, side: int, quality: int = 80) -> bytes:
+    """A JPEG of an image, at most `side` pixels wide and high."""
+    copy = image.convert("RGB")
+    copy.thumbnail((side, side))
+    buffer = io.BytesIO()
+    copy.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()

@@ -1,0 +1,82 @@
+"""Questions of many users, answered by one model: those that come together are answered together."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Generic, TypeVar
+
+Question = TypeVar("Question")
+Answer = TypeVar("Answer")
+
+MOST_TOGETHER = 32  # questions of a batch
+WAIT = 0.01  # seconds that the first question of a batch waits for others
+
+
+class Together(Generic[Question, Answer]):
+    """A thread that answers questions in the order in which they come, those of a few milliseconds in one batch.
+
+    While it answers a batch, the next one gathers.
+
+    Args:
+        answer: answers several questions; what it raises is for all of them.
+        most: questions of a batch.
+        wait: seconds that a batch is waited for.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[Sequence[Question]], Sequence[Answer]],
+        most: int = MOST_TOGETHER,
+        wait: float = WAIT,
+    ) -> None:
+        self._answer = answer
+        self._most = most
+        self._wait = wait
+        self._asked: queue.Queue[tuple[Question, Future[Answer]] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="answers", daemon=True)
+        self._thread.start()
+
+    def ask(self, question: Question) -> "Future[Answer]":
+        """The answer, when it is there."""
+        future: Future[Answer] = Future()
+        self._asked.put((question, future))
+        return future
+
+    def close(self) -> None:
+        """Answer what was asked until now, and end."""
+        self._asked.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (first := self._asked.get()) is not None:
+            batch = [first]
+            until = time.monotonic() + self._wait
+            ends = False
+            while len(batch) < self._most and not ends:
+                try:
+                    following = self._asked.get(timeout=max(0, until - time.monotonic()))
+                except queue.Empty:
+                    break
+                ends = following is None
+                if following is not None:
+                    batch.append(following)
+            # A question that nobody waits for any more is left out.
+            self._settle([asked for asked in batch if asked[1].set_running_or_notify_cancel()])
+            if ends:
+                return
+
+    def _settle(self, batch: list[tuple[Question, "Future[Answer]"]]) -> None:
+        """Answer a batch. Where that fails, each question is asked alone, so that it fails for its own faults only."""
+        try:
+            answers = self._answer([question for question, _ in batch])
+        except BaseException as error:  # it is raised where the question was asked
+            if len(batch) == 1:
+                batch[0][1].set_exception(error)
+                return
+            for asked in batch:
+                self._settle([asked])
+            return
+        for (_, future), answered in zip(batch, answers, strict=True):
+            future.set_result(answered)
