@@ -1,5 +1,6 @@
 """An index in Milvus, on a server that the tests start and in a file: it answers as an index in files does."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -10,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-from image_search.dialogue import Dialogue
 from PIL import Image
 
 import search
@@ -20,7 +20,7 @@ from forks import HANG, torchrun
 from image_search import milvus_store, stores
 from image_search.image_index import open_index
 from image_search.manifest import read_manifest
-from image_search.searcher import load_searcher
+from image_search.searcher import Question, load_searcher
 from models import backbone
 from runtime import distributed
 from runtime.choices import MILVUS_KINDS, PairChoice
@@ -185,11 +185,14 @@ def test_the_page_goes_on_from_an_answer(store, index, tmp_path, drawn):
     assert len(set(rows)) == 4
     assert {searcher.image(row) for row in searcher.some(50)} == set(files)
     for row in (-1, 7, milvus_store.HIGHEST_ROW, 2**64):
-        with pytest.raises(UserError, match="no such image"):
-            Dialogue().choose(searcher, row)
-    asked = Dialogue().choose(searcher, rows[0]).ask(searcher, "is red", 3)
-    second = asked.choose_answer(searcher, 1)
-    assert second.last.reference == asked.last.found.answers[1][0]
+        assert searcher.image(row) is None
+    plain = Question(image=searcher.image(rows[0]), text="is red", k=3)
+    without = dataclasses.replace(plain, without=rows[0])
+    only = dataclasses.replace(plain, condition="size < 0")
+    together = searcher.answer([plain, only, without])
+    assert together == [searcher.answer([question])[0] for question in (plain, only, without)]
+    assert [len(found.rows) for found in together] == [3, 0, 3]
+    assert rows[0] not in together[2].rows
 
 
 # Interruptions

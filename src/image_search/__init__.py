@@ -1,1 +1,1 @@
-"""A user's own images: files, index, vectors, searcher, dialogue."""
+"""A user's own images: files, index, stores, searcher, the page."""

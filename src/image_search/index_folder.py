@@ -94,7 +94,7 @@ class FaissImages:
         """The k nearest images of each normalised query (Q, D)."""
         if condition:
             raise UserError(
-                "an index in files knows no filter: leave it out, or make an index with --store milvus:..."
+                "an index in files knows no filter (--filter): leave it out, or make an index with --store milvus:..."
             )
         found = faiss_index.search(self.vectors, self.features, queries, k=k)
         return [[self._hit(*answer) for answer in answers] for answers in found]
