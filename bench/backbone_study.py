@@ -154,9 +154,13 @@ def measure(folder: Path, dataset: str, clip: str, seed: int) -> dict[str, float
     flags = ["--clip-model-path", str(weights), "--clip-model-name", clip]
     combiner_train.main([*data, str(output / "combiner"), *flags, *STAGE_2.split()])
     (other,) = (output / "combiner").iterdir()
+    first = next(iter(BENCHMARKS[dataset].selection))
     metric = SHOWN[dataset][0]
-    best = [json.loads((made / "best_metrics.json").read_text())[metric] for made in (run, other)]
-    return dict(zip(("stage 1", "stage 2"), best, strict=True))
+    found = {}
+    for stage, made in (("stage 1", run), ("stage 2", other)):
+        best = json.loads((made / "best_metrics.json").read_text())
+        found[stage] = best[first][metric]
+    return found
 
 
 def main() -> None:
