@@ -18,7 +18,11 @@ GUIDE = Path(__file__).with_suffix(".md")
 MARK = "<!-- What follows is written by `python docs/gpus.py`. -->\n"
 CLIPS = ("RN50x4", "RN50x16", "ViT-B/32", "ViT-L/14")
 BATCHES = (128, 1024)  # the original's, and a large one
-SIZES = [sizes_of(benchmark(Path())) for benchmark in BENCHMARKS.values() if benchmark.train_split]
+SIZES = [
+    sizes_of(benchmark(Path()))
+    for benchmark in BENCHMARKS.values()
+    if benchmark.official and benchmark.train_split
+]
 
 
 def table(name: str) -> str:

@@ -186,7 +186,9 @@ def backward(outputs: Tensor | Sequence[Tensor], gradients: Any = None, *_, **__
     return give_gradients(outputs)
 
 
-def grad(output: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def grad(
+    output: Tensor, inputs: Sequence[Tensor], *, materialize_grads: bool = False
+) -> tuple[Tensor, ...]:
     """In place of `torch.autograd.grad`."""
     assert output.requires_grad
     return tuple(torch.empty_like(tensor) for tensor in inputs)

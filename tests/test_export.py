@@ -251,10 +251,12 @@ def page(folder: Path, drawn: Path, pair: list, **_: object) -> dict:
 OUTCOMES = {
     "audit": audited,
     "cirr_test_submission": submitted("cirr_test_submission"),
+    "circo_test_submission": submitted("circo_test_submission"),
     "demo_app": page,
     "fashioniq_test_submission": submitted("fashioniq_test_submission"),
     "search index": index,
     "search query": query,
+    "triplets_test_submission": submitted("triplets_test_submission"),
     "validate": lambda folder, drawn, pair, **_: measure(folder, drawn, pair),
     "visualize": sheet,
 }

@@ -25,6 +25,7 @@ COMMANDS = [
     f"combiner_train {DATA} {TUNED} {CPU} {STAGE_2} {TRAINED.format('feature')} --output-dir {{out}}/combiner",
     f"validate {DATA} {PAIR} {CPU} --combining-function combiner --metrics-json {{out}}/m.json "
     "--rankings {out}/r.json --exclusions {out}/none.json",
+    f"audit {DATA} {PAIR} {CPU} --k 1 --resamples 20",
     "compare {out}/m.json",
     "check_submission --data-root {root} {out}/r.json --split val --metrics-json {out}/again.json",
     f"visualize {DATA} --rankings {{out}}/r.json --output-dir {{out}}/sheets {CPU}",

@@ -6,6 +6,7 @@ on the CPU and with numbers: here every weight gets one, so that the rest of a s
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from data_utils import ImageLoader
 from evaluation.retrieval import explain_all, rank, rank_all
 from fake_gpu import GPU, Seen, fake_gpu
 from models.architectures import ARCHITECTURES
+from models.backbone import Tokenizer
 from models.clip_model import CLIP, backbone, ready
 from models.encoder import Encoder
 from models.features import FrozenSplit
@@ -34,10 +36,10 @@ from training.stage1 import fine_tuning
 from training.stage2 import combiner_training
 
 # What waits for the GPU, "file function: what for" -> how often. A wait that is added, or taken away, is changed here.
-FIRST_IMAGES = {"data_utils.py _mean_and_std: to the GPU": 2}
+FIRST_IMAGES = {"data_utils.py _on: to the GPU": 2}
 STAGE_1_BATCH = {"stage1.py batches: to the GPU": 2}  # a whole epoch's tokens and ids
 STAGE_2_BATCH = {
-    "features.py _table: to the GPU": 2,  # references and targets, once a training
+    "features.py _table: to the GPU": 1,  # references, once a training
     "stage2.py batches: to the GPU": 2,  # a whole epoch's rows and variants
 }
 MIXTURE = {"combiner.py run_experts: read": 1}
@@ -122,13 +124,23 @@ def frozen_split(queries: int, gallery: int, *, grouped: bool = True) -> FrozenS
     )
 
 
+class Unread(Tokenizer):
+    """A tokenizer whose tokens have no values here, so that nothing can be said of them."""
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        return self.encode(captions, self.context)
+
+    def warn_of_cuts(self, captions: list[str], tokens: Tensor | None = None) -> None: ...
+
+
 def true_encoder(name: str) -> Encoder:
     """CLIP at true size, and images that are there."""
     model = ready(CLIP(*ARCHITECTURES[name]), GPU)
     side = model.visual.input_resolution
+    about = backbone(model)
     return Encoder(
         model=model,
-        backbone=backbone(model),
+        backbone=replace(about, tokenizer=Unread(about.tokenizer.encode, about.tokenizer.context)),
         loader=ImageLoader(lambda path: torch.empty(3, side, side, dtype=torch.uint8), 0, GPU),
         recipe={"resolution": side},
         device=GPU,

@@ -44,6 +44,8 @@ def test_one_seed_draws_the_same_files(drawn, tmp_path):
         "3",
         "--own-groups",
         "3",
+        "--circo-queries",
+        "8",
     ]
     shapes_dataset.main(["--output-dir", str(tmp_path / "same"), *sizes])
     shapes_dataset.main(["--output-dir", str(tmp_path / "other"), *sizes, "--seed", "1"])

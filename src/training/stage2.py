@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -119,8 +120,10 @@ class Targets:
     @classmethod
     def of(cls, frozen: FrozenSplit) -> "Targets":
         """Those of a split."""
-        images, rows = frozen.target_rows.unique(return_inverse=True)
-        return cls(F.normalize(frozen.images[images], dim=-1), rows)
+        images, rows = np.unique(frozen.split.target_rows, return_inverse=True)
+        device = frozen.images.device
+        features = frozen.images[torch.tensor(images, device=device)]
+        return cls(F.normalize(features, dim=-1), torch.tensor(rows, device=device))
 
 
 def feature_batches(frozen: FrozenSplit, targets: Targets, order: Order) -> Batches:
