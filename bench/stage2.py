@@ -101,7 +101,7 @@ def drawn(setting: Setting) -> Iterator[Row]:
         captions = [benchmark.caption(t.captions) for t in train.triplets]
         cache = FeatureCache(None, encoder)
         frozen_val = freeze_queries(cache, val, benchmark, "val")
-        frozen_train = freeze(cache, train, [[caption] for caption in captions], "train")
+        frozen_train = freeze(cache, train, [[caption] for caption in captions], label="train")
         order = Order(triplets=len(captions), variants=1, batch_size=batch, seed=0)
         combiner = Combiner(64, p, h).to(device)
         ours = epoch(combiner, frozen_train, frozen_val, order, device)
