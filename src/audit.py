@@ -18,12 +18,13 @@ from benchmarks import Benchmark, Protocol
 from benchmarks.protocols import choose_protocols
 from benchmarks.query_lists import write_query_list
 from cli import options
-from cli.flag_types import fraction, positive_int, usable_path
+from cli.flag_types import usable_path
 from cli.parsers import ScriptParser
 from cli.startup import check_annotations, check_files, command_line, open_benchmark, pick_device
+from evaluation.comparison import Resampling, with_interval
 from reports.tables import text_table
 from runtime.files import check_file_writable, write_text
-from utils import command, two_decimals
+from utils import command
 
 if TYPE_CHECKING:
     from benchmarks.ranking import Rankings
@@ -49,16 +50,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--metrics-json", type=usable_path, metavar="FILE", help="write all numbers of the audit"
     )
-    group.add_argument("--confidence", type=fraction, default=0.95, help="(default: 0.95)")
-    group.add_argument("--resamples", type=positive_int, default=2000, help="(default: 2000)")
-    options.add_seed(group, help="of the resampling")
+    options.add_resampling(group, resamples=2000)
     return parser.parse_args(argv)
-
-
-def with_interval(value: float, interval: tuple[float, float], sign: str = "") -> str:
-    """A number as the tables show it."""
-    low, high = (two_decimals(end, sign) for end in interval)
-    return f"{two_decimals(value, sign)} [{low}, {high}]"
 
 
 def print_audit(benchmark: Benchmark, protocol: str, numbers: Mapping[str, Any]) -> None:
@@ -105,14 +98,13 @@ def ranked(
 
 
 def write_queries(
-    file: Path, benchmark: Benchmark, names: Sequence[str], recall: str, protocol: Protocol
+    file: Path, benchmark: Benchmark, names: Sequence[str], *, chosen_by: str
 ) -> None:
     """Write the queries that need both; nothing where there are none."""
     if not names:
         logger.warning("warning: no query needs both: %s is not written", file)
         return
-    reason = f"neither image nor text alone has a {recall} under {protocol.name}"
-    write_query_list(file, benchmark, names, chosen_by=reason)
+    write_query_list(file, benchmark, names, chosen_by=chosen_by)
 
 
 @command
@@ -127,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     check_annotations(benchmark, [benchmark.val_split])
     val = benchmark.val()
 
-    from evaluation.auditing import Resampling, audit, hits_of, names_of, need_both, solving
+    from evaluation.auditing import audit, hits_of, names_of, need_both, solving
     from models.encoder import versions
     from models.pair import load_and_freeze
     from runtime import distributed
@@ -145,7 +137,8 @@ def main(argv: list[str] | None = None) -> None:
             print_audit(benchmark, protocol.name, numbers[protocol.name])
             if args.write_queries and protocol == protocols[0]:
                 names = names_of(val, need_both(hits, recall))
-                write_queries(args.write_queries, benchmark, names, recall, protocol)
+                reason = f"neither image nor text alone has a {recall} under {protocol.name}"
+                write_queries(args.write_queries, benchmark, names, chosen_by=reason)
         if args.metrics_json:
             content = {
                 "dataset": benchmark.name,

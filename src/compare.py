@@ -8,26 +8,23 @@ and standard deviation. Intervals are paired bootstrap intervals over the querie
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import BENCHMARKS, PROTOCOLS, Benchmark
 from benchmarks.metrics import mean_and_deviation, shown
-from cli.flag_types import fraction, positive_int, usable_path
-from cli.options import add_protocol, add_seed
+from cli.flag_types import usable_path
+from cli.options import add_protocol, add_resampling
 from cli.parsers import ScriptParser
-from evaluation.comparison import Column, intervals, read_columns, unlike
+from evaluation.comparison import (
+    Column,
+    Resampling,
+    intervals,
+    read_columns,
+    unlike,
+    with_interval,
+)
 from reports.tables import text_table
-from utils import UserError, command, printable, two_decimals
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resampling:
-    """How intervals are made."""
-
-    resamples: int
-    confidence: float
-    seed: int
+from utils import UserError, command, printable
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -41,9 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="written by validate.py --metrics-json",
     )
     add_protocol(parser, help="(default: all)")
-    parser.add_argument("--confidence", type=fraction, default=0.95, help="(default: 0.95)")
-    parser.add_argument("--resamples", type=positive_int, default=10_000, help="(default: 10000)")
-    add_seed(parser, help="of the resampling")
+    add_resampling(parser, resamples=10_000)
     return parser.parse_args(argv)
 
 
@@ -74,24 +69,12 @@ def differences(
     benchmark: Benchmark, base: Column, other: Column, protocol: str, *, resampling: Resampling
 ) -> dict[str, str]:
     """Title -> difference of the means with its interval."""
-    bounds = intervals(
-        benchmark,
-        base,
-        other,
-        protocol,
-        resamples=resampling.resamples,
-        confidence=resampling.confidence,
-        seed=resampling.seed,
-    )
+    bounds = intervals(benchmark, base, other, protocol, resampling=resampling)
     table = {}
     for metric, title in benchmark.titled(bounds).items():
         before, _ = mean_and_deviation(base.values(protocol, metric))
         after, _ = mean_and_deviation(other.values(protocol, metric))
-        low, high = bounds[metric]
-        difference, lowest, highest = (
-            two_decimals(value, "+") for value in (after - before, low, high)
-        )
-        table[title] = f"{difference} [{lowest}, {highest}]"
+        table[title] = with_interval(after - before, bounds[metric], sign="+")
     return table
 
 

@@ -251,3 +251,19 @@ def read_csv(file: Path) -> dict[str, list[float]]:
     from runs import columns
 
     return columns(file)
+
+
+@pytest.fixture
+def check(drawn, capsys):
+    """Check files of submissions; returns exit code and output."""
+    import check_submission
+
+    def check(*words, root=drawn) -> tuple[int, str]:
+        capsys.readouterr()
+        try:
+            check_submission.main(["--data-root", str(root), *map(str, words)])
+        except SystemExit as stop:
+            return stop.code, "".join(capsys.readouterr())
+        return 0, capsys.readouterr().out
+
+    return check

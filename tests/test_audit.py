@@ -15,7 +15,8 @@ from benchmarks.protocols import PROTOCOLS
 from benchmarks.query_lists import read_query_list, restricted
 from combiner import UNLEARNED, Combiner
 from conftest import CASES
-from evaluation.auditing import Resampling, hits_of, metrics_on, names_of, need_both, solved
+from evaluation.auditing import hits_of, metrics_on, names_of, need_both, solved
+from evaluation.comparison import Resampling
 from evaluation.retrieval import rank_all
 from models.features import FrozenSplit
 

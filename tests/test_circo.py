@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import check_submission
 import compare
 import visualize
 from benchmarks import CIRCO, Split, Triplet
@@ -244,21 +243,6 @@ def test_comparisons_have_intervals_of_every_metric(measured, drawn, pair, run, 
             lines = [line for line in table.splitlines() if line.startswith(f"{title} ")]
             assert len(lines) == (metric in metrics)
             assert all("nan" not in line and "[" in line for line in lines)
-
-
-@pytest.fixture
-def check(drawn, capsys):
-    """Check files; returns exit code and output."""
-
-    def check(*words, root=drawn) -> tuple[int, str]:
-        capsys.readouterr()
-        try:
-            check_submission.main(["--data-root", str(root), *map(str, words)])
-        except SystemExit as stop:
-            return stop.code, "".join(capsys.readouterr())
-        return 0, capsys.readouterr().out
-
-    return check
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from benchmarks import BENCHMARKS
 from combiner import build_combiner
 from conftest import CASES, ROOT
 from evaluation import model_card
-from evaluation.comparison import Column, intervals, own_intervals
+from evaluation.comparison import Column, Resampling, intervals, own_intervals
 from evaluation.result_file import read_result
 from forks import free_port
 from image_search.manifest import read_manifest
@@ -662,11 +662,11 @@ def test_own_intervals_are_those_of_the_difference_from_nothing(results):
         for kind in ("ranks", "group_ranks"):
             measured[kind] = {split: [10**6] * len(of) for split, of in measured[kind].items()}
     benchmark = BENCHMARKS["CIRR"](Path())
-    how = {"resamples": 300, "confidence": 0.9, "seed": 5}
+    how = Resampling(resamples=300, confidence=0.9, seed=5)
     for protocol in result["protocols"]:
-        own = own_intervals(benchmark, Column("", [result]), protocol, **how)
+        own = own_intervals(benchmark, Column("", [result]), protocol, resampling=how)
         difference = intervals(
-            benchmark, Column("", [nothing]), Column("", [result]), protocol, **how
+            benchmark, Column("", [nothing]), Column("", [result]), protocol, resampling=how
         )
         assert own == difference
         for metric, (low, high) in own.items():

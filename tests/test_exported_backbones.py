@@ -9,10 +9,8 @@ import pytest
 import torch
 
 import export
-import validate
 from combiner import build_combiner
 from conftest import CASES
-from evaluation.result_file import read_result
 from models import exported
 from models.encoder import load_backbone
 from models.exported import BUILT_FROM, CONFIG, FORM, read_exported
@@ -22,7 +20,7 @@ from runtime.choices import PairChoice
 from runtime.schema import checked
 from runtime.tensors import save_tensors
 from test_backbones import FORMS, models_made  # noqa: F401
-from test_export import MACHINE, settings
+from test_export import measure, settings
 from test_stored import WRONG, refused
 
 pytest.importorskip("open_clip", reason="pip install -r requirements-open-clip.txt")
@@ -63,22 +61,13 @@ def moved(models_made, tmp_path):  # noqa: F811
     return make
 
 
-def measured(folder: Path, drawn: Path, *pair: object) -> dict:
-    file = folder / "result.json"
-    where = ["--dataset", "CIRR", "--data-root", drawn, *MACHINE, "--metrics-json", file]
-    validate.main(list(map(str, [*where, *pair])))
-    result = read_result(file)
-    apart = ("checkpoints", "command", "date", "training")
-    return {name: value for name, value in result.items() if name not in apart}
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_a_pair_needs_nothing_but_its_folder(form, moved, drawn, tmp_path):
     flags, pair, folder = moved(form)
     words = [word for flag in flags.items() for word in flag]
-    before = measured(tmp_path, drawn, *words, "--combining-function", "combiner")
+    before = measure(tmp_path, drawn, [*words, "--combining-function", "combiner"])
     shutil.rmtree(folder)
-    assert measured(tmp_path, drawn, "--pair", pair) == before
+    assert measure(tmp_path, drawn, ["--pair", pair]) == before
     names = sorted(file.name for file in (pair / BUILT_FROM).iterdir())
     assert "open_clip_config.json" in names
     assert ("tokenizer.json" in names) == (form == "hf")
@@ -89,7 +78,7 @@ def test_half_precision_and_the_card(moved, drawn, tmp_path):
     card = (pair / "README.md").read_text()
     assert "# Composed image retrieval: custom with a Combiner (moe)" in card
     assert str(tmp_path) not in card
-    measured(tmp_path, drawn, "--pair", pair)
+    measure(tmp_path, drawn, ["--pair", pair])
 
 
 def read(pair: Path):

@@ -25,7 +25,7 @@ from benchmarks.image_check import inspect
 from combiner import load_combiner
 from conftest import CASES, SOAK
 from data_utils import load_image, make_preprocess
-from evaluation.comparison import read_columns
+from evaluation.comparison import Resampling, read_columns
 from models.clip_model import load_clip
 from models.configuration import read_checkpoint
 from runtime.choices import CombinerChoice
@@ -201,7 +201,8 @@ def read_triplets(root: Path, split: str) -> None:
     queries, _ = Triplets(root).files("all", split)
     rows = queries.read_text(encoding="utf-8-sig").split("\n")
     if queries.suffix == ".csv":
-        _, *rows = csv.reader(io.StringIO("\n".join(rows)))
+        _, *table = csv.reader(io.StringIO("\n".join(rows)))
+        rows = [list(map(str.strip, cells)) for cells in table]  # blanks are no content, as in lines
     else:
         rows = [json.loads(row) for row in rows if row.strip()]
         assert [triplet.reference for triplet in part.triplets] == [
@@ -454,7 +455,7 @@ def test_results_and_exclusions(root, tmp_path):
     validate.main(list(map(str, flags)))
     whole, base = json.loads(file.read_text()), tmp_path / "base.json"
     file.rename(base)
-    resampling = compare.Resampling(resamples=5, confidence=0.9, seed=0)
+    resampling = Resampling(resamples=5, confidence=0.9, seed=0)
     exclusions = {"dataset": "CIRR", "images": {"a": "missing", "b": "empty"}}
 
     @QUIET

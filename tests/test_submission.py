@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 
-import check_submission
 from benchmarks import CIRR, FashionIQ
 
 SUM = ["--combining-function", "sum"]
@@ -28,19 +27,6 @@ def cirr(run, drawn, name):
         return where / "recall_submission_x.json", where / "recall_subset_submission_x.json"
 
     return cirr
-
-
-@pytest.fixture
-def check(drawn, capsys):
-    def check(*words, root=drawn) -> tuple[int, str]:
-        capsys.readouterr()
-        try:
-            check_submission.main(["--data-root", str(root), *map(str, words)])
-        except SystemExit as stop:
-            return stop.code, "".join(capsys.readouterr())
-        return 0, capsys.readouterr().out
-
-    return check
 
 
 def test_what_is_written_keeps_all_rules(cirr, check, caplog):

@@ -71,6 +71,15 @@ def add_seed(group: Group, *, help: str | None = None) -> None:
     group.add_argument("--seed", type=seed_int, default=0, help=help)
 
 
+def add_resampling(group: Group, *, resamples: int) -> None:
+    """--confidence, --resamples, --seed: how intervals are made."""
+    group.add_argument("--confidence", type=fraction, default=0.95, help="(default: 0.95)")
+    group.add_argument(
+        "--resamples", type=positive_int, default=resamples, help=f"(default: {resamples})"
+    )
+    add_seed(group, help="of the resampling")
+
+
 def add_k(group: Group, *, default: int, help: str = "answers") -> None:
     """--k."""
     group.add_argument(

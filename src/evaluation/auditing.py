@@ -5,7 +5,6 @@ modality alone.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,21 +14,12 @@ from torch import Tensor
 from benchmarks import Benchmark, Split
 from benchmarks.metrics import Ranks, means_of
 from benchmarks.ranking import Ranking
-from evaluation.comparison import bootstrap, bounds, intervals_of
+from evaluation.comparison import Resampling, bootstrap, bounds, intervals_of
 from utils import UserError
 
 ALONE = ("image", "text")  # combining functions of one modality
 # Split's name -> score -> what each query adds to it (Q,), see `Benchmark.hits`; of a recall it is true or false.
 Hits = dict[str, dict[str, np.ndarray]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resampling:
-    """How intervals are made, see `evaluation.comparison.bootstrap`."""
-
-    resamples: int
-    confidence: float
-    seed: int
 
 
 def solving(benchmark: Benchmark, k: int) -> str:
@@ -65,10 +55,8 @@ def need_both(hits: Mapping[str, Hits], recall: str) -> dict[str, np.ndarray]:
         hits: combining function -> its hits.
         recall: what solving means, such as recall_at10.
     """
-    alone = [hits[function] for function in ALONE]
-    return {
-        split: ~np.any([of_one[split][recall] for of_one in alone], axis=0) for split in alone[0]
-    }
+    image, text = (hits[function] for function in ALONE)
+    return {split: ~(image[split][recall] | text[split][recall]) for split in image}
 
 
 def names_of(splits: Sequence[Split], chosen: Mapping[str, np.ndarray]) -> list[str]:
@@ -143,13 +131,7 @@ def metrics_on(
     for split, of_split in hits.items():
         kept[split] = {name: own[chosen[split]] for name, own in of_split.items()}
     scores = {split: means_of(of_split) for split, of_split in kept.items()}
-    intervals = intervals_of(
-        benchmark,
-        kept,
-        resamples=resampling.resamples,
-        confidence=resampling.confidence,
-        seed=resampling.seed,
-    )
+    intervals = intervals_of(benchmark, kept, resampling=resampling)
     values = benchmark.summary(scores)
     return {name: {"value": values[name], "interval": intervals[name]} for name in values}
 

@@ -12,7 +12,7 @@ from evaluation.contradictions import stored_ranks
 from evaluation.result_file import Result, composed_by, read_result
 from models.configuration import FREE_FLAGS, Settings, trained_on
 from runtime.choices import named
-from utils import UserError
+from utils import UserError, two_decimals
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 
 RESAMPLED_AT_ONCE = 500
 Recalls = dict[str, "Tensor"]  # score -> its value in each resample, (resamples,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resampling:
+    """How intervals are made, see `bootstrap`."""
+
+    resamples: int
+    confidence: float
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -164,9 +173,7 @@ def intervals(
     other: Column,
     protocol: str,
     *,
-    resamples: int,
-    confidence: float,
-    seed: int,
+    resampling: Resampling,
 ) -> dict[str, tuple[float, float]]:
     """Metric -> bounds of the difference other - base: quantiles over resamples of each split's queries.
 
@@ -175,22 +182,22 @@ def intervals(
     """
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(resampling.seed)
     before: dict[str, Recalls] = {}
     after: dict[str, Recalls] = {}
     for split in base.results[0]["queries_sha256"]:
         ours = base.hits(benchmark, protocol, split)
         theirs = other.hits(benchmark, protocol, split)
         hits = [torch.from_numpy(column) for column in [*ours.values(), *theirs.values()]]
-        drawn = bootstrap(torch.stack(hits, 1), resamples, generator).unbind(1)
+        drawn = bootstrap(torch.stack(hits, 1), resampling.resamples, generator).unbind(1)
         before[split] = dict(zip(ours, drawn[: len(ours)], strict=True))
         after[split] = dict(zip(theirs, drawn[len(ours) :], strict=True))
-    ours_resampled = _resampled_metrics(benchmark, before, resamples)
-    theirs_resampled = _resampled_metrics(benchmark, after, resamples)
+    ours_resampled = _resampled_metrics(benchmark, before, resampling.resamples)
+    theirs_resampled = _resampled_metrics(benchmark, after, resampling.resamples)
     differences = {}
     for metric, values in ours_resampled.items():
         differences[metric] = theirs_resampled[metric] - values
-    return bounds(differences, confidence)
+    return bounds(differences, resampling.confidence)
 
 
 def own_intervals(
@@ -198,24 +205,20 @@ def own_intervals(
     column: Column,
     protocol: str,
     *,
-    resamples: int,
-    confidence: float,
-    seed: int,
+    resampling: Resampling,
 ) -> dict[str, tuple[float, float]]:
     """Metric -> bounds of its value, as `intervals` makes those of a difference."""
     hits = {}
     for split in column.results[0]["queries_sha256"]:
         hits[split] = column.hits(benchmark, protocol, split)
-    return intervals_of(benchmark, hits, resamples=resamples, confidence=confidence, seed=seed)
+    return intervals_of(benchmark, hits, resampling=resampling)
 
 
 def intervals_of(
     benchmark: Benchmark,
     hits: "Mapping[str, Mapping[str, np.ndarray]]",
     *,
-    resamples: int,
-    confidence: float,
-    seed: int,
+    resampling: Resampling,
 ) -> dict[str, tuple[float, float]]:
     """Metric -> bounds of its value.
 
@@ -224,13 +227,20 @@ def intervals_of(
     """
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(resampling.seed)
     resampled: dict[str, Recalls] = {}
     for split, of_split in hits.items():
         stacked = torch.stack([torch.from_numpy(values) for values in of_split.values()], 1)
-        drawn = bootstrap(stacked, resamples, generator).unbind(1)
+        drawn = bootstrap(stacked, resampling.resamples, generator).unbind(1)
         resampled[split] = dict(zip(of_split, drawn, strict=True))
-    return bounds(_resampled_metrics(benchmark, resampled, resamples), confidence)
+    metrics = _resampled_metrics(benchmark, resampled, resampling.resamples)
+    return bounds(metrics, resampling.confidence)
+
+
+def with_interval(value: float, interval: tuple[float, float], sign: str = "") -> str:
+    """A number with its bounds, as tables show it."""
+    low, high = (two_decimals(end, sign) for end in interval)
+    return f"{two_decimals(value, sign)} [{low}, {high}]"
 
 
 def bounds(resampled: Recalls, confidence: float) -> dict[str, tuple[float, float]]:

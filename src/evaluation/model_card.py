@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import BENCHMARKS
-from evaluation.comparison import Column, own_intervals
+from evaluation.comparison import Column, Resampling, own_intervals, with_interval
 from evaluation.result_file import Result, composed_by
 from models.configuration import trained_on
 from models.exported import shared_settings
 from models.names import open_clip_name
 from runtime.choices import OPENAI_CLIPS
-from utils import UserError, flag, printable, two_decimals
+from utils import UserError, flag, printable
 
-RESAMPLES = 2000
-CONFIDENCE = 0.95
+RESAMPLING = Resampling(resamples=2000, confidence=0.95, seed=0)
 STAGES = {
     "clip": "CLIP (stage 1, `clip_fine_tune.py`)",
     "combiner": "Combiner (stage 2, `combiner_train.py`)",
@@ -142,7 +141,8 @@ def _numbers(config: Mapping[str, Any], results: Sequence[Result]) -> list[str]:
     if not results:
         return ["None were given."]
     paragraphs = [
-        f"In brackets: {CONFIDENCE:.0%} intervals over other queries of the kind (bootstrap, {RESAMPLES} resamples). "
+        f"In brackets: {RESAMPLING.confidence:.0%} intervals over other queries of the kind (bootstrap, "
+        f"{RESAMPLING.resamples} resamples). "
         "A protocol is a gallery (all of the split, or the references and targets alone) and whether the reference "
         "is kept in it."
     ]
@@ -175,14 +175,11 @@ def _table(result: Result) -> str:
     column = Column(label="", results=[result])
     rows = {}
     for protocol in column.protocols:
-        bounds = own_intervals(
-            benchmark, column, protocol, resamples=RESAMPLES, confidence=CONFIDENCE, seed=0
-        )
+        bounds = own_intervals(benchmark, column, protocol, resampling=RESAMPLING)
         cells = {}
         for metric, title in benchmark.titled(bounds).items():
             (value,) = column.values(protocol, metric)
-            low, high = map(two_decimals, bounds[metric])
-            cells[title] = f"{two_decimals(value)} [{low}, {high}]"
+            cells[title] = with_interval(value, bounds[metric])
         rows[protocol] = cells
     return _markdown(rows)
 

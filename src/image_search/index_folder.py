@@ -62,11 +62,6 @@ class FaissImages:
     vectors: Any
     about: dict[str, Any]
 
-    @property
-    def paths(self) -> list[Path]:
-        """The image files by row."""
-        return [Path(path) for path, _, _ in self.files]
-
     @functools.cached_property
     def _row_of(self) -> dict[str, int]:
         return {path: row for row, (path, _, _) in enumerate(self.files)}
@@ -97,10 +92,10 @@ class FaissImages:
                 "an index in files knows no filter (--filter): leave it out, or make an index with --store milvus:..."
             )
         found = faiss_index.search(self.vectors, self.features, queries, k=k)
-        return [[self._hit(*answer) for answer in answers] for answers in found]
+        return [self._hits(answers) for answers in found]
 
-    def _hit(self, row: int, similarity: float) -> Hit:
-        return Hit(row, Path(self.files[row][0]), similarity)
+    def _hits(self, answers: Sequence[tuple[int, float]]) -> list[Hit]:
+        return [Hit(row, Path(self.files[row][0]), similarity) for row, similarity in answers]
 
 
 def opened(folder: Path, about: dict[str, Any]) -> FaissImages:

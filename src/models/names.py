@@ -173,7 +173,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{source} has no {CONFIG}: fetch it from where the weights are from, or name {OPEN_CLIP}:ARCH=FILE"
         )
-    if not any(file for pattern in WEIGHTS for file in folder.glob(pattern)):
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         raise UserError(f"{source} has no weights ({', '.join(WEIGHTS)}): fetch them too")
     return checked_config(read_json(folder / CONFIG, "open_clip"), folder / CONFIG)
 

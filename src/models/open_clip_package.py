@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import warnings
@@ -365,7 +366,7 @@ def _as_tags(architecture: str, source: str) -> dict[str, Any]:
         return {}
     key = max(users, key=lambda key: len(users[key]))
     if len(ways) > 1:
-        others = sorted({tag for other, tags in users.items() if other != key for tag in tags})
+        others = sorted(itertools.chain(*(tags for other, tags in users.items() if other != key)))
         logger.warning(
             "warning: %s: images are preprocessed as for %s; %s want them otherwise: name a tag, or %s: with a %s, for "
             "those",

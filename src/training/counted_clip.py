@@ -69,9 +69,7 @@ class CountedClip:
     def blocks(self) -> tuple[type[nn.Module], ...]:
         """The kinds of its blocks, whose activations `--gradient-checkpointing` makes again; none where unknown."""
         kinds = {type(module) for module in self.plain.modules()}
-        return tuple(
-            kind for kind in kinds if not BLOCKS.isdisjoint(base.__name__ for base in kind.__mro__)
-        )
+        return tuple(kind for kind in kinds if BLOCKS & {base.__name__ for base in kind.__mro__})
 
     @functools.cached_property
     def checkpointed(self) -> nn.Module:
