@@ -140,10 +140,11 @@ def _download(name: str) -> CLIP:
 
 def is_archive(path: Path) -> bool:
     """Whether the file is a TorchScript archive, the form in which OpenAI publishes its weights."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:  # which `zipfile.is_zipfile` does not tell of every damaged one
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def archived_state(path: Path) -> dict[str, Tensor]:
