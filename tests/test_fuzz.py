@@ -202,7 +202,9 @@ def read_triplets(root: Path, split: str) -> None:
     rows = queries.read_text(encoding="utf-8-sig").split("\n")
     if queries.suffix == ".csv":
         _, *table = csv.reader(io.StringIO("\n".join(rows)))
-        rows = [list(map(str.strip, cells)) for cells in table]  # blanks are no content, as in lines
+        rows = [
+            list(map(str.strip, cells)) for cells in table
+        ]  # blanks are no content, as in lines
     else:
         rows = [json.loads(row) for row in rows if row.strip()]
         assert [triplet.reference for triplet in part.triplets] == [
