@@ -39,7 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parents = [options.dataset_flag(), *options.evaluation_flags(needs_pair=False)]
     parser = ScriptParser(__doc__, parents=parents)
     group = parser.add_argument_group("audit")
-    options.add_protocol(group, help="(default: all that apply)")
+    options.add_protocol(group, help="that are audited (default: all that apply)")
     options.add_k(group, default=10, help="a query is solved where its target is among so many")
     group.add_argument(
         "--write-queries",

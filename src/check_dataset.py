@@ -34,13 +34,15 @@ SPLITS = ("train", "val", "test")
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the check."""
     parser = ScriptParser(__doc__, parents=[options.data_root_flag()])
-    options.add_dataset(parser, required=False, help="(default: all whose folder is there)")
+    options.add_dataset(
+        parser, required=False, help="in any case (default: all whose folder is there)"
+    )
     parser.add_argument(
         "--splits",
         nargs="+",
         action=Several,
         choices=SPLITS,
-        help="(default: all that are there)",
+        help="which (default: all that are there)",
     )
     parser.add_argument(
         "--unofficial", action="store_true", help="do not compare counts with the official ones"

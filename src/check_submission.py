@@ -29,7 +29,9 @@ Contents = dict[Path, Any]  # file -> its content, parsed
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the check."""
     parser = ScriptParser(__doc__, parents=[data_root_flag()])
-    parser.add_argument("files", type=usable_path, nargs="+", metavar="FILE")
+    parser.add_argument(
+        "files", type=usable_path, nargs="+", metavar="FILE", help="what would be uploaded"
+    )
     parser.add_argument(
         "--split", choices=("val", "test"), default="test", help="what the files answer"
     )
@@ -37,7 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--dataset",
         type=in_any_case(FORMS),
         choices=list(FORMS),
-        help="(default: told by each file's content, but for Triplets)",
+        help="that they are of (default: told by each file's content, but for Triplets)",
     )
     parser.add_argument(
         "--metrics-json", type=usable_path, metavar="FILE", help="write the metrics of --split val"

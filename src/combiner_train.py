@@ -13,12 +13,13 @@ import dataclasses
 import functools
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import Benchmark
-from benchmarks.metrics import mean_and_deviation
+from benchmarks.metrics import mean_and_deviation, shown
 from cli import options, training
 from models.configuration import Settings, plain, read_checkpoint, settle, warn_of_transfer
 from reports.tables import text_table
@@ -190,17 +191,14 @@ def train_seeds(args: argparse.Namespace, stage: Stage, folder: Path, stop: Stop
             train(args, stage, seed, folder=run, resumed_by=folder, stop=stop)
     distributed.wait_for_all()
     if distributed.is_main():
-        report_seeds(folder, args.seeds, stage.data.benchmark)
+        report_seeds(folder, args.seeds, stage)
 
 
-def report_seeds(folder: Path, seeds: list[int], benchmark: Benchmark) -> None:
-    """Print the best validation of each seed, and mean and standard deviation of several; write them down.
-
-    The folder of all seeds gets a page, which leads to those of the seeds.
-    """
-    from reports.run_page import seeds_page
+def report_seeds(folder: Path, seeds: list[int], stage: Stage) -> None:
+    """Print the best validation of each seed, and mean and standard deviation of several; write them down."""
     from training.run import BEST_METRICS, best_validation, seed_folder
 
+    benchmark = stage.data.benchmark
     chosen_by = next(iter(benchmark.selection))
     best: dict[int, dict[str, Any]] = {}
     for seed in seeds:
@@ -225,9 +223,42 @@ def report_seeds(folder: Path, seeds: list[int], benchmark: Benchmark) -> None:
         }
     about = f"validations with the best {chosen_by} of each seed"
     print(f"{about}\n{text_table(table)}")
-    addresses = {f"seed {seed}": f"{seed_folder(folder, seed).name}/index.html" for seed in seeds}
-    write_text(folder / "index.html", seeds_page(folder.name, about, table, addresses))
+    write_text(folder / "index.html", page_of_seeds(folder, best, stage))
     write_text(folder / BEST_METRICS, json.dumps(summary, indent=2) + "\n")
+
+
+def page_of_seeds(folder: Path, best: Mapping[int, dict[str, Any]], stage: Stage) -> str:
+    """The page of a run with several seeds.
+
+    Args:
+        best: seed -> its best validation.
+    """
+    from reports.curves import Panel
+    from reports.run_page import seeds_page
+    from training.run import read_rows, seed_folder
+
+    about = training.about_run(stage.data, stage.settings, folder, {"combiner-path": None})
+    chosen_by = about.chosen_by[0]
+    names = {seed: f"seed {seed}" for seed in best}
+    epochs: dict[float, dict[str, float]] = {}
+    lines = {}
+    for seed, row in best.items():
+        lines[names[seed]] = [two_decimals(row[metric]) for metric in about.titles]
+        for validation in read_rows(seed_folder(folder, seed), "validation"):
+            of_seeds = epochs.setdefault(validation["epoch"], {"epoch": validation["epoch"]})
+            of_seeds[names[seed]] = validation[chosen_by]
+    if len(best) > 1:
+        lines["mean ± standard deviation"] = [
+            shown([row[metric] for row in best.values()]) for metric in about.titles
+        ]
+    titles = {name: name for name in names.values()}
+    return seeds_page(
+        about,
+        folder,
+        lines,
+        validations=Panel(label=chosen_by, rows=list(epochs.values()), titles=titles),
+        addresses={names[seed]: f"{seed_folder(folder, seed).name}/index.html" for seed in best},
+    )
 
 
 def train_all(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -> None:

@@ -37,7 +37,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="RESULT",
         help="written by validate.py --metrics-json",
     )
-    add_protocol(parser, help="(default: all)")
+    add_protocol(parser, help="that are compared (default: all)")
     add_resampling(parser, resamples=10_000)
     return parser.parse_args(argv)
 

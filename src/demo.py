@@ -241,7 +241,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=usable_path,
         default=Path("demo"),
         metavar="DIR",
-        help="(default: demo)",
+        help="holds all that it makes",
     )
     parser.add_argument(
         "--seeds", type=seed_int, nargs="+", action=Several, default=[0], help="of stage 2"

@@ -49,10 +49,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     ]
     parser = ScriptParser(__doc__, parents=parents)
     group = parser.add_argument_group("page")
-    group.add_argument(
-        "--host", default="127.0.0.1", help="0.0.0.0 for other machines (default: 127.0.0.1)"
-    )
-    group.add_argument("--port", type=port, default=7860, help="(default: 7860)")
+    group.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for other machines")
+    group.add_argument("--port", type=port, default=7860, help="that it listens at")
     group.add_argument(
         "--allow-host",
         action="append",

@@ -70,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--output", type=usable_path, required=True, metavar="INDEX", help="a folder for the index"
     )
     add_keeping(index)
-    options.add_clip_batch_size(index, help="batch size of CLIP (default: 32)")
+    options.add_clip_batch_size(index, help="batch size of CLIP")
     query = commands.add_parser(
         "query",
         parents=[*options.search_flags(), *clip, options.compute_flags(False)],

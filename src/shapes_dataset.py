@@ -478,7 +478,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output-dir", type=usable_path, required=True, metavar="DIR", help="the data root to be"
     )
-    add_seed(parser)
+    add_seed(parser, help="of all that is drawn")
     parser.add_argument(
         "--train-triplets", type=positive_int, default=1200, help="FashionIQ, a category"
     )

@@ -44,9 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--rankings", type=usable_path, metavar="FILE", help="write the answers to every query"
     )
-    group.add_argument(
-        "--rankings-k", type=positive_int, default=50, help="answers a query (default: 50)"
-    )
+    group.add_argument("--rankings-k", type=positive_int, default=50, help="answers a query")
     return parser.parse_args(argv)
 
 

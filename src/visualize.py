@@ -45,18 +45,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--rankings", type=usable_path, metavar="FILE", help="of validate.py, in place of a pair"
     )
-    options.add_protocol(group, help="(default: the first that there is)")
+    options.add_protocol(group, help="that is shown (default: the first that there is)")
     group.add_argument(
         "--queries",
         nargs="+",
         action=Several,
         default=["worst"],
         metavar="Q",
-        help="best, worst or random; or ids of CIRR and CIRCO, or category:number of FashionIQ (default: worst)",
+        help="best, worst or random; or ids of CIRR and CIRCO, or category:number of FashionIQ",
     )
-    group.add_argument(
-        "--num", type=positive_int, default=20, help="queries of each split (default: 20)"
-    )
+    group.add_argument("--num", type=positive_int, default=20, help="queries of each split")
     options.add_k(group, default=10, help="images a query")
     options.add_seed(group, help="of --queries random")
     group.add_argument(
@@ -64,7 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=usable_path,
         default=PROJECT_ROOT / "sheets",
         metavar="DIR",
-        help="(default: sheets)",
+        help="holds the sheet",
     )
     args = parser.parse_args(argv)
     if args.protocol and len(args.protocol) > 1:

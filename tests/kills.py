@@ -168,7 +168,7 @@ def same(one: object, other: object) -> bool:
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
-        free = {"output_dir", "checkpoint_every_minutes", "command"}
+        free = {"output_dir", "checkpoint_every_minutes", "command", "started_in"}
         keys = one.keys() - free
         return keys == other.keys() - free and all(same(one[k], other[k]) for k in keys)
     return one == other

@@ -157,7 +157,13 @@ def improving(epochs_before_failure: int = 1000) -> Task:
 
 def run_of(folder: Path) -> NoRun:
     """A run whose state and weights are written, and nothing else."""
-    about = About(titles={}, chosen_by=(), hyper_parameters={}, commands={"resume": "python again"})
+    about = About(
+        title="a run",
+        titles={},
+        chosen_by=(),
+        hyper_parameters={},
+        commands={"resume": "python again"},
+    )
     return NoRun(folder, about)
 
 

@@ -70,6 +70,8 @@ SQUEEZED = """selector => [...document.querySelectorAll(selector)].filter(image 
     const [width, height] = [image.naturalWidth, image.naturalHeight];
     return Math.abs(box.width * height - box.height * width) > Math.max(width, height);
 }).map(image => `${image.alt}: ${image.width} x ${image.height} of ${image.naturalWidth} x ${image.naturalHeight}`)"""
+# Sheets show images as they come near the screen, and all of them when they are printed.
+ALL_SHOWN = "dispatchEvent(new Event('beforeprint'))"
 SHAPES = [(640, 40), (40, 640), (400, 225), (225, 400), (300, 300), (900, 1), (1, 900)]
 
 
@@ -190,6 +192,7 @@ def test_pages_render_without_errors_on_wide_and_narrow_screens(files, open_page
     for name, file in files.items():
         for width in WIDTHS:
             page = open_page(file.as_uri(), width)
+            page.evaluate(ALL_SHOWN)
             assert page.errors == [], name
             assert page.evaluate("document.documentElement.scrollWidth") <= width, name
             broken = "[...document.images].filter(i => !i.complete || !i.naturalWidth).length"
@@ -224,9 +227,83 @@ def test_images_of_every_shape_keep_their_proportion(open_page, tmp_path):
         file.write_text(text)
         for width in (1280, 320):
             page = open_page(file.as_uri(), width)
+            page.evaluate(ALL_SHOWN)
             page.evaluate("Promise.all([...document.images].map(i => i.decode()))")
             assert page.evaluate(SQUEEZED, "img") == [], (name, width)
             assert page.evaluate(CUT, "img, figcaption") == [], (name, width)
+
+
+def test_a_command_is_copied_by_its_button(files, open_page):
+    page = open_page(files["run"].as_uri())
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    for number in range(page.locator(".command").count()):
+        page.locator(".command button").nth(number).click()
+        page.wait_for_function(
+            "number => document.querySelectorAll('.command button')[number].innerText == 'Copied'",
+            arg=number,
+        )
+        copied = page.evaluate("navigator.clipboard.readText()")
+        assert copied == page.locator(".command pre").nth(number).inner_text()
+    assert number == 1
+    assert page.errors == []
+
+
+def test_a_command_that_cannot_be_copied_is_marked(files, open_page):
+    page = open_page(files["run"].as_uri())
+    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject('closed'); }")
+    button = page.locator(".command button").first
+    button.click()
+    page.wait_for_function("document.querySelector('.command button').innerText != 'Copy'")
+    assert button.inner_text() == "Press Ctrl+C"
+    assert page.evaluate("getSelection().toString()") == page.locator("pre").first.inner_text()
+
+
+def test_curves_stack_on_a_phone_and_follow_the_system_colours(files, open_page, tmp_path):
+    page = open_page(files["run"].as_uri(), 1280)
+    tops = "[...document.querySelectorAll('.curves img')].map(i => i.getBoundingClientRect().top)"
+    wide = page.evaluate(tops)
+    narrow = open_page(files["run"].as_uri(), 390).evaluate(tops)
+    assert len(wide) == 3
+    assert len(set(wide)) == 1
+    assert narrow == sorted(set(narrow))
+    shades = {}
+    for scheme in ("light", "dark"):
+        page = open_page(files["run"].as_uri(), 390, color_scheme=scheme)
+        page.evaluate("Promise.all([...document.images].map(i => i.decode()))")
+        file = tmp_path / f"{scheme}.png"
+        page.locator(".curves img").first.screenshot(path=str(file))
+        with Image.open(file) as picture:
+            counts = picture.convert("L").getcolors()
+        shades[scheme] = {shade for count, shade in counts if count >= 3}
+        background = max(counts)[1]
+        assert (background > 200) == (scheme == "light")
+    assert min(shades["light"]) < 80  # text and axes stand out against what they are on
+    assert max(shades["dark"]) > 180
+
+
+def test_a_long_sheet_shows_images_as_they_come_near(open_page, tmp_path):
+    names = [f"image {number}" for number in range(400)]
+    thumbnails = {name: image_files.jpeg(Image.new("RGB", (90, 60)), 90) for name in names}
+    cards = []
+    for name in names:
+        ranking = {"gallery": sheets.Row([(name, 0.5)], {name: 0})}
+        cards.append(sheets.Card(label="1", caption="x", reference=name, rows=ranking, bars={}))
+    file = tmp_path / "sheet.html"
+    file.write_text(sheets.sheet("a long sheet", "", {"all": cards}, thumbnails))
+    page = open_page(file.as_uri())
+    shown = "[...document.images].filter(image => image.complete && image.naturalWidth).length"
+    page.wait_for_function(f"{shown} > 0")
+    height = page.evaluate("document.documentElement.scrollHeight")
+    assert page.evaluate(shown) < 80 < 800 == page.evaluate("document.images.length")
+    last = page.locator("img").last
+    assert last.get_attribute("src") is None
+    last.scroll_into_view_if_needed()
+    page.wait_for_function("[...document.images].at(-1).naturalWidth > 0")
+    assert page.evaluate(shown) < 160  # those between were passed by
+    page.evaluate(ALL_SHOWN)
+    page.wait_for_function(f"{shown} == 800")
+    assert page.evaluate("document.documentElement.scrollHeight") == height  # nothing moved
+    assert page.errors == []
 
 
 # The search page

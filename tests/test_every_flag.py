@@ -197,3 +197,31 @@ def test_every_script_knows_debug(script):
     for _, parser in parsers(script):
         assert isinstance(parser, ScriptParser)
         assert "--debug" in parser.format_help()
+
+
+@pytest.mark.parametrize(("parser", "action"), flags_where(lambda action: True))
+def test_help_says_of_every_flag_what_it_is_and_its_default(parser, action):
+    told = parser._get_formatter()._expand_help(action)
+    assert action.help and not told.startswith("(default")
+    says_nothing = action.required or (action.nargs == 0 and action.default is not False)
+    assert told.count("(default: ") == 1 or says_nothing, told
+    assert told.count("(default: ") <= 1
+
+
+def test_a_default_that_nobody_wrote_down_is_said(capsys):
+    for typed_help in ("", "half of %% "):
+        parser = ScriptParser("A script.")
+        parser.add_argument("--share", default=2e-6, help=f"{typed_help}a share")
+        parser.add_argument("--places", nargs="+", default=["100%", "b"], help="places")
+        parser.add_argument("--file", help="a file")
+        parser.add_argument("--fast", action="store_true", help="be fast")
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--help"])
+        told = " ".join(capsys.readouterr().out.split())
+        for end in (
+            "a share (default: 2e-06)",
+            "places (default: 100% b)",
+            "a file (default: none)",
+        ):
+            assert end in told
+        assert "be fast (default: off)" in told

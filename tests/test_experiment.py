@@ -55,6 +55,7 @@ def toy_task(validate, steps=1, bad_step=None) -> Task:
 
 def new_run(folder, tracker=None, config=None) -> Run:
     about = About(
+        title="a run",
         titles={},
         chosen_by=(),
         hyper_parameters={"num_epochs": 3, **(config or {})},

@@ -45,7 +45,12 @@ SECRET = "/home/somebody"
 
 def settings(flags: dict, **recipe) -> dict:
     """Settings of a training on a machine of somebody's."""
-    free = {"data_root": SECRET, "output_dir": f"{SECRET}/models", "command": f"python {SECRET}"}
+    free = {
+        "data_root": SECRET,
+        "output_dir": f"{SECRET}/models",
+        "command": f"python {SECRET}",
+        "started_in": SECRET,
+    }
     return {
         "flags": {"dataset": "CIRR", "seed": 3, **free, **flags},
         "recipe": {"transform": "squarepad", "target_ratio": 1.5, "decode": "full", **recipe},

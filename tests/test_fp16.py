@@ -231,7 +231,9 @@ def test_gradient_caching_equals_the_plain_step(golden):
 
 
 def autosave_of(steps: Stepper, folder) -> Autosave:
-    about = About(titles={}, chosen_by=(), hyper_parameters={}, commands={"resume": ""})
+    about = About(
+        title="a run", titles={}, chosen_by=(), hyper_parameters={}, commands={"resume": ""}
+    )
     checkpoints = Checkpoints(
         folder, nn.Linear(1, 1), key="C", prefix="c", best_names={}, config={}, kept="nothing"
     )

@@ -18,7 +18,7 @@ from floors import OURS, SRC
 from forks import HANG, state_of
 from isolated import OUT_OF_TIME, attempt
 from report import held, line
-from reports import run_page
+from reports import curves, run_page
 from reports.tables import text_table
 from timing import Setting, cost
 
@@ -102,9 +102,13 @@ def test_a_run_needs_no_pandas_and_says_that_it_has_no_curves(bare, drawn, tmp_p
 
 def test_a_page_has_no_curves_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(run_page, "can_draw", run_page.can_draw.__wrapped__)
+    monkeypatch.setattr(run_page, "can_draw", curves.can_draw.__wrapped__)
     about = run_page.About(
-        titles={"r": "R@1"}, chosen_by=("r",), hyper_parameters={"num_epochs": 1}, commands={}
+        title="a run",
+        titles={"r": "R@1"},
+        chosen_by=("r",),
+        hyper_parameters={"num_epochs": 1},
+        commands={},
     )
     run_page.RunPage(tmp_path, about).refresh(
         {"train": [{"epoch": 0, "train_epoch_loss": 1.5}]}, complete=True

@@ -418,7 +418,7 @@ def test_two_processes_cannot_train_in_one_folder(stopped, refuses, resume):
     with Run(
         run,
         NoTracker(),
-        About(titles={}, chosen_by=(), hyper_parameters={}, commands={"resume": ""}),
+        About(title="a run", titles={}, chosen_by=(), hyper_parameters={}, commands={"resume": ""}),
     ).locked():
         assert "another process trains in it" in refuses(run)
     resume(run)

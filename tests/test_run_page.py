@@ -1,24 +1,36 @@
 """The pictures of a run: drawn at validations, self-contained, with commands that work as they stand."""
 
+import base64
 import html
 import io
 import json
 import re
 import shlex
+import statistics
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
 
 import validate
-from reports import run_page
+from cli import training
+from conftest import ROOT
+from reports import curves, run_page
 from reports.run_page import About, RunPage
 
+TITLES = {
+    "stage_1": "<h1>CIRR: tiny_clip_vit fine-tuned, both encoders</h1>",
+    "stage_2": "<h1>CIRR: MoE Combiner on tiny_clip_vit, seed 0</h1>",
+}
 ROWS = {"train": [{"epoch": 0, "train_epoch_loss": 1.5}]}
 
 
 def commands(page: str) -> dict[str, str]:
     """Purpose -> the command that a page gives for it."""
-    found = re.findall(r"<h2>To (.*?)</h2>\s*<pre>(.*?)</pre>", page, re.DOTALL)
+    found = re.findall(
+        r'<h2>To (.*?)</h2>\s*<div class="command"><pre>(.*?)</pre>', page, re.DOTALL
+    )
     return {purpose: html.unescape(line) for purpose, line in found}
 
 
@@ -32,14 +44,21 @@ def test_a_run_has_its_curves_and_its_page(stage, best, request, tmp_path, drawn
     page = (folder / "index.html").read_text()
     assert "2 of 2 epochs, complete" in page
     assert not re.search(r"(src|href)=\"(?!data:)", page)  # self-contained
+    assert page.count('src="data:image/svg+xml;base64,') == (3 if stage == "stage_2" else 2)
+    assert re.search(r"<h1>CIRR: .*</h1>", page)[0] == TITLES[stage]
+    assert f"<code>{folder}</code>" in page
     assert "learning_rate" in page or "combiner_lr" in page
     best_of = json.loads((folder / "best_metrics.json").read_text())["arithmetic_mean"]
     assert f"best arithmetic_mean, epoch {best_of['epoch']}" in page
     found = commands(page)
     assert set(found) == {"validate", "reproduce"}  # nothing to resume
-    assert found["reproduce"].startswith("python src/")
+    script = {"stage_1": "clip_fine_tune", "stage_2": "combiner_train"}[stage]
+    here = shlex.quote(str(Path.cwd()))
+    assert found["reproduce"].startswith(f"cd {here} && python {ROOT}/src/{script}.py --")
     script, *words = shlex.split(found["validate"])[1:]
-    assert script == "src/validate.py"
+    assert script == f"{ROOT}/src/validate.py"
+    paths = [word for word in words if "/" in word]
+    assert paths and all(Path(path).is_absolute() for path in paths)
     validate.main(
         [
             *words,
@@ -73,14 +92,22 @@ def test_a_run_of_several_seeds_has_a_page_that_leads_to_theirs(seeds, stage_2):
         assert "2 of 2 epochs, complete" in (folder / address).read_text()
     summary = json.loads((folder / "best_metrics.json").read_text())
     assert summary["chosen_by"] in page
-    for metrics in (*summary["seeds"].values(), summary["mean"]):
+    for metrics in summary["seeds"].values():
         assert f">{metrics['recall_at1']:.2f}<" in page
-    assert ("standard deviation" in page) == (len(seeds) > 1)
+    recalls = [best["recall_at1"] for best in summary["seeds"].values()]
+    if len(seeds) > 1:
+        told = f"{statistics.fmean(recalls):.2f} ± {statistics.stdev(recalls):.2f}"
+        assert f">{told}<" in page
+    assert ("mean ± standard deviation" in page) == (len(seeds) > 1)
+    assert f"<h1>CIRR: MoE Combiner on tiny_clip_vit, {len(seeds)} seeds</h1>" in page
+    assert page.count('src="data:image/svg+xml;base64,') == 1
+    assert set(commands(page)) == {"reproduce"}
     assert not re.search(r"src=\"(?!data:)", page)
 
 
 def about(**changes) -> About:
     return About(
+        title="a run",
         titles={"r": "R@1"},
         chosen_by=("r",),
         hyper_parameters={"num_epochs": 3, **changes},
@@ -94,7 +121,7 @@ def test_a_run_that_is_not_complete_says_how_to_go_on(tmp_path):
     text = (tmp_path / "index.html").read_text()
     assert commands(text) == {"resume": "python src/x.py --resume 'a b'"}
     assert "1 of 3 epochs, not complete" in text
-    assert "<script>" not in text
+    assert "<script>alert" not in text
 
 
 def test_drawing_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
@@ -102,7 +129,7 @@ def test_drawing_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
     clock, drawn = [0.0], []
     monkeypatch.setattr(run_page.time, "monotonic", lambda: clock[0])
 
-    def draw(rows, titles):
+    def draw(panels):
         drawn.append(clock[0])
         clock[0] += 1.0
         return b""
@@ -122,5 +149,25 @@ def test_curves_of_every_kind(router):
     rows = ROWS | (
         {"router": [{"epoch": 0, "expert0_share": 1.0, "load_entropy": 0.0}]} if router else {}
     )
-    with Image.open(io.BytesIO(run_page.training_curves(rows, {"r": "R@1"}))) as picture:
+    panels = curves.panels_of(rows, {"r": "R@1"})
+    with Image.open(io.BytesIO(curves.training_curves(panels))) as picture:
         assert picture.width == (1650 if router else 1100)
+    for panel in panels:
+        kind, content = curves.drawing(panel).split(",")
+        assert kind == "data:image/svg+xml;base64"
+        drawn = base64.b64decode(content).decode()
+        ElementTree.fromstring(drawn)
+        assert panel.label in drawn  # text stays text
+        assert drawn.count("currentColor") > 5
+        assert curves.INK not in drawn
+        assert "prefers-color-scheme:dark" in drawn
+
+
+def test_reproducing_a_run_of_an_earlier_version_says_what_was_typed():
+    flags = {
+        "command": "python src/combiner_train.py --dataset CIRR",
+        "script": "combiner_train.py",
+    }
+    assert training.reproducing(flags) == flags["command"]
+    from_there = training.reproducing({**flags, "started_in": "/a b"})
+    assert from_there == f"cd '/a b' && python {ROOT}/src/combiner_train.py --dataset CIRR"

@@ -766,7 +766,11 @@ def resumable(tmp_path, monkeypatch):
         monkeypatch.setattr(state, "load_tensors", lambda _: content)
         parts = fresh()
         about = About(
-            titles={}, chosen_by=("recall",), hyper_parameters={}, commands={"resume": ""}
+            title="a run",
+            titles={},
+            chosen_by=("recall",),
+            hyper_parameters={},
+            commands={"resume": ""},
         )
         kept = {"key": "Combiner", "prefix": "c", "config": {}, "kept": "nothing"}
         autosave = Autosave(

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
 from runtime import interruption
 from runtime.files import file_size
 from runtime.image_files import decoded
+from runtime.progress import Counter
 
 MISSING = "missing"
 EMPTY = "empty"
@@ -70,7 +70,7 @@ def _problem(content: bytes) -> str:
 
 
 def inspect_all(paths: list[Path], workers: int) -> dict[Path, Inspection]:
-    """Inspect files, with a progress bar.
+    """Inspect files, showing how far it is.
 
     Args:
         workers: processes, 0 for this one.
@@ -78,11 +78,11 @@ def inspect_all(paths: list[Path], workers: int) -> dict[Path, Inspection]:
     inspections = {}
     with (
         _mapped(workers) as mapped,
-        tqdm(total=len(paths), desc="decoding images", unit="img", disable=None) as bar,
+        Counter(len(paths), "decoding images") as counter,
     ):
         for path, inspection in zip(paths, mapped(paths), strict=True):
             inspections[path] = inspection
-            bar.update()
+            counter.update()
     return inspections
 
 

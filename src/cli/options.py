@@ -66,25 +66,23 @@ def add_protocol(group: Group, *, help: str) -> None:
     )
 
 
-def add_seed(group: Group, *, help: str | None = None) -> None:
+def add_seed(group: Group, *, help: str) -> None:
     """--seed."""
     group.add_argument("--seed", type=seed_int, default=0, help=help)
 
 
 def add_resampling(group: Group, *, resamples: int) -> None:
     """--confidence, --resamples, --seed: how intervals are made."""
-    group.add_argument("--confidence", type=fraction, default=0.95, help="(default: 0.95)")
+    group.add_argument("--confidence", type=fraction, default=0.95, help="of the intervals")
     group.add_argument(
-        "--resamples", type=positive_int, default=resamples, help=f"(default: {resamples})"
+        "--resamples", type=positive_int, default=resamples, help="draws of the queries"
     )
     add_seed(group, help="of the resampling")
 
 
 def add_k(group: Group, *, default: int, help: str = "answers") -> None:
     """--k."""
-    group.add_argument(
-        "--k", type=positive_int, default=default, help=f"{help} (default: {default})"
-    )
+    group.add_argument("--k", type=positive_int, default=default, help=help)
 
 
 def add_clip_batch_size(group: Group, *, help: str) -> None:
@@ -222,8 +220,15 @@ def training_flags(batch_size: int, validation_frequency: int) -> argparse.Argum
     """What both stages of training share, with the defaults of one."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("training")
-    group.add_argument("--num-epochs", type=positive_int, default=300)
-    group.add_argument("--batch-size", type=positive_int, default=batch_size)
+    group.add_argument(
+        "--num-epochs", type=positive_int, default=300, help="passes over the triplets"
+    )
+    group.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=batch_size,
+        help="triplets, of all processes together",
+    )
     group.add_argument(
         "--validation-frequency", type=positive_int, default=validation_frequency, help="in epochs"
     )
@@ -231,7 +236,7 @@ def training_flags(batch_size: int, validation_frequency: int) -> argparse.Argum
     group.add_argument(
         "--save-best", action="store_true", help="save only the best instead of each"
     )
-    add_seed(group)
+    add_seed(group, help="of new weights, of the order of triplets and of what is dropped")
     group.add_argument(
         "--output-dir",
         type=usable_path,
@@ -250,7 +255,7 @@ def training_flags(batch_size: int, validation_frequency: int) -> argparse.Argum
         type=positive_float,
         default=10.0,
         metavar="M",
-        help="what a crash may cost at most: the state is saved within epochs too (default: 10)",
+        help="what a crash may cost at most: the state is saved within epochs too",
     )
     group.add_argument(
         "--precision", choices=PRECISIONS, default="amp", help="amp: fp16 on CUDA, fp32 on the CPU"
@@ -289,9 +294,9 @@ def add_beyond_original(parser: argparse.ArgumentParser) -> None:
 def add_comet(parser: argparse.ArgumentParser) -> None:
     """The flags of tracking."""
     comet = parser.add_argument_group("Comet", "tracking, when key and workspace are given")
-    comet.add_argument("--api-key")
-    comet.add_argument("--workspace")
-    comet.add_argument("--experiment-name")
+    comet.add_argument("--api-key", help="of your account; no file keeps it")
+    comet.add_argument("--workspace", help="that the run appears in")
+    comet.add_argument("--experiment-name", help="what the run is called there")
 
 
 def encoder_flags() -> argparse.ArgumentParser:
@@ -299,7 +304,7 @@ def encoder_flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("stage 1")
     group.add_argument("--encoder", choices=ENCODERS, default="both", help="what learns")
-    group.add_argument("--learning-rate", type=learning_rate, default=2e-6)
+    group.add_argument("--learning-rate", type=learning_rate, default=2e-6, help="of AdamW")
     group.add_argument(
         "--micro-batch-size",
         type=positive_int,
@@ -330,18 +335,29 @@ def combiner_flags(trains: bool) -> argparse.ArgumentParser:
     """Kind and sizes of the Combiner: the defaults of training, or None where they are read from a checkpoint."""
     parser = argparse.ArgumentParser(add_help=False)
     default = (lambda value: value) if trains else (lambda value: None)
-    about = (
-        ""
-        if trains
-        else "where silent: read from the checkpoint; a flag that disagrees with it is an error"
-    )
+    about = "" if trains else "a flag that disagrees with the checkpoint is an error"
+    silent = "" if trains else " (default: the checkpoint's)"
     group = parser.add_argument_group("Combiner", about)
-    group.add_argument("--combiner-type", choices=COMBINER_TYPES, default=default("moe"))
-    group.add_argument("--projection-dim", type=width, default=default(2560))
-    group.add_argument("--hidden-dim", type=width, default=default(5120))
-    group.add_argument("--num-experts", type=expert_count, default=default(4), help="of the MoE")
     group.add_argument(
-        "--top-k", type=expert_count, default=default(2), help="experts a query goes to"
+        "--combiner-type",
+        choices=COMBINER_TYPES,
+        default=default("moe"),
+        help=f"moe: with experts; clip4cir: that of CLIP4Cir{silent}",
+    )
+    group.add_argument(
+        "--projection-dim",
+        type=width,
+        default=default(2560),
+        help=f"width that either feature is projected to{silent}",
+    )
+    group.add_argument(
+        "--hidden-dim", type=width, default=default(5120), help=f"of the hidden layers{silent}"
+    )
+    group.add_argument(
+        "--num-experts", type=expert_count, default=default(4), help=f"of the MoE{silent}"
+    )
+    group.add_argument(
+        "--top-k", type=expert_count, default=default(2), help=f"experts a query goes to{silent}"
     )
     return parser
 
@@ -350,7 +366,9 @@ def frozen_flags() -> argparse.ArgumentParser:
     """What is particular to stage 2."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("stage 2")
-    group.add_argument("--combiner-lr", type=learning_rate, default=2e-5, help="learning rate")
+    group.add_argument(
+        "--combiner-lr", type=learning_rate, default=2e-5, help="learning rate of Adam"
+    )
     group.add_argument(
         "--seeds",
         type=seed_int,
@@ -362,21 +380,21 @@ def frozen_flags() -> argparse.ArgumentParser:
         "--negatives",
         choices=NEGATIVES,
         default="batch",
-        help="bank: all training targets are negatives of every query, not those of its batch alone (default: batch)",
+        help="bank: all training targets are negatives of every query, not those of its batch alone",
     )
     group.add_argument(
         "--load-balancing-weight",
         type=weight,
         default=0.0,
         metavar="W",
-        help="of the loss that spreads queries over the experts (Fedus et al. 2021; default: 0, as in the original)",
+        help="of the loss that spreads queries over the experts (Fedus et al. 2021), 0 in the original",
     )
     group.add_argument(
         "--router-z-weight",
         type=weight,
         default=0.0,
         metavar="W",
-        help="of the loss that keeps the router's logits small (Zoph et al. 2022; default: 0, as in the original)",
+        help="of the loss that keeps the router's logits small (Zoph et al. 2022), 0 in the original",
     )
     add_clip_batch_size(group, help="batch size of CLIP while features are made")
     group.add_argument(
@@ -420,11 +438,11 @@ def stage_2_flags(*, dataset_required: bool = True) -> list[argparse.ArgumentPar
     ]
 
 
-def pair_flags(required: bool = True, silent: str | None = None) -> argparse.ArgumentParser:
+def pair_flags(required: bool = True, silent: str = "") -> argparse.ArgumentParser:
     """How queries are composed.
 
     Args:
-        silent: says what holds without --combining-function.
+        silent: says what holds without --combining-function, where that is something.
     """
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("composition")
@@ -433,7 +451,7 @@ def pair_flags(required: bool = True, silent: str | None = None) -> argparse.Arg
         type=in_any_case(COMBINING_FUNCTIONS),
         choices=COMBINING_FUNCTIONS,
         required=required,
-        help=silent,
+        help=f"what makes a query of the two features, or one of them alone{silent}",
     )
     add_combiner_path(group, help="stage-2 weights, for combiner")
     return parser
@@ -478,7 +496,7 @@ def search_flags() -> list[argparse.ArgumentParser]:
     group.add_argument(
         "--index", type=usable_path, required=True, metavar="INDEX", help="made by search.py index"
     )
-    composition = pair_flags(required=False, silent="(default: combiner if there is one)")
+    composition = pair_flags(required=False, silent=" (default: combiner if there is one)")
     return [parser, exported_flag(), composition, combiner_flags(trains=False)]
 
 

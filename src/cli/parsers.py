@@ -7,6 +7,30 @@ from typing import Any
 from utils import DEBUG, printable
 
 
+class WithDefaults(argparse.HelpFormatter):
+    """Ends the help of a flag with its default, unless the help says what that is."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        about = action.help or ""
+        default = action.default
+        is_switch = isinstance(action, argparse._StoreConstAction)
+        has_none = default is argparse.SUPPRESS or (is_switch and default is not False)
+        if has_none or action.required or not action.option_strings or "(default:" in about:
+            return about
+        return f"{about} (default: {in_words(default).replace('%', '%%')})".lstrip()
+
+
+def in_words(default: Any) -> str:
+    """A default as `--help` says it."""
+    if default is None or default == []:
+        return "none"
+    if default is False:
+        return "off"
+    if isinstance(default, list):
+        return " ".join(map(str, default))
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
 class ScriptParser(argparse.ArgumentParser):
     """The parser of a script: it describes it by the first line of its docstring, and knows `--debug`.
 
@@ -16,7 +40,7 @@ class ScriptParser(argparse.ArgumentParser):
 
     def __init__(self, about: str | None = None, **settings: Any) -> None:
         description = about.strip().splitlines()[0] if about else None
-        super().__init__(description=description, **settings)
+        super().__init__(description=description, formatter_class=WithDefaults, **settings)
         self.add_argument(
             DEBUG,
             action="store_true",

@@ -29,15 +29,14 @@ def submission_parser(about: str | None, benchmark: type[Benchmark]) -> argparse
     val = benchmark.val_split
     test = benchmark.test_split
     group.add_argument(
-        "--split", choices=(val, test), default=test, help=f"(default: {test}); {val} is scored too"
+        "--split", choices=(val, test), default=test, help=f"which queries; {val} is scored too"
     )
-    place = f"submission/{benchmark.name}"
     group.add_argument(
         "--output-dir",
         type=usable_path,
-        default=PROJECT_ROOT / place,
+        default=PROJECT_ROOT / "submission" / benchmark.name,
         metavar="DIR",
-        help=f"(default: {place})",
+        help="holds the files",
     )
     return parser
 

@@ -18,7 +18,7 @@ from runtime.choices import AUTO
 from runtime.files import check_writable
 from runtime.interruption import StopRequest, listening
 from training.hyper_parameters import read_hyper_parameters
-from utils import UserError, flag, seed_everything
+from utils import PROJECT_ROOT, UserError, flag, seed_everything
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +57,7 @@ def parse(
     if folder is None:
         args = parser.parse_args(argv)
         args.command = command_line(script, argv, args.api_key)
+        args.started_in = Path.cwd()
         return args
     stored = read_hyper_parameters(folder).table
     if stored.get("script", script) != script:
@@ -170,8 +171,19 @@ def fit_as_asked(
     """
     from training.loop import fit
     from training.run import open_run
+    from training.terminal import opening
 
     schedule = schedule_of(args)
+    told = opening(
+        data,
+        task.module,
+        schedule,
+        learning_rate=task.optimizer.defaults["lr"],
+        precision=precision,
+        folder=folder,
+    )
+    for name, words in told.items():
+        logger.info("%s: %s", name, words)
     weights = checkpoints.first_choice(schedule.last_validation)
     flags = {name: weights if value is None else value for name, value in to_validate.items()}
     fit(
@@ -195,26 +207,37 @@ def about_run(
         validated: flags of the weights to validate, without their dashes; None where there are none.
     """
     from reports.run_page import About
+    from training.run import run_title
 
     flags = settings.flags
-    resume = f"{torchrun.command()} src/{flags['script']} --resume {shlex.quote(str(folder))}"
-    commands = {"resume": resume}
+    scripts = PROJECT_ROOT / "src"
+    resume = shlex.join([str(scripts / flags["script"]), "--resume", str(folder.absolute())])
+    commands = {"resume": f"{torchrun.command()} {resume}"}
     if None not in validated.values():
-        words = [
-            "python",
-            "src/validate.py",
-            "--dataset",
-            data.benchmark.name,
-            "--data-root",
-            flags["data_root"],
-        ]
+        words = ["python", str(scripts / "validate.py"), "--dataset", data.benchmark.name]
+        words += ["--data-root", flags["data_root"]]
         for name, value in validated.items():
-            words += [f"--{name}", str(value)]
+            absolute = value.absolute() if isinstance(value, Path) else value
+            words += [f"--{name}", str(absolute)]
         commands["validate"] = shlex.join(words)
-    commands["reproduce"] = flags["command"]
+    commands["reproduce"] = reproducing(flags)
     return About(
+        title=run_title(data.benchmark.name, settings),
         titles=data.benchmark.titles_in(data.val),
         chosen_by=tuple(data.benchmark.selection),
         hyper_parameters=settings.table,
         commands=commands,
     )
+
+
+def reproducing(flags: Mapping[str, Any]) -> str:
+    """The command that began a run, from any folder: what it names is found from where it was typed.
+
+    Args:
+        flags: of the run; those of earlier versions do not say where that was.
+    """
+    python, script, rest = flags["command"].partition(f"src/{flags['script']}")
+    if "started_in" not in flags or not script:
+        return flags["command"]
+    at = shlex.quote(str(PROJECT_ROOT / script))
+    return f"cd {shlex.quote(flags['started_in'])} && {python}{at}{rest}"

@@ -15,7 +15,6 @@ import torch
 import torchvision
 from PIL.Image import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from data_utils import ImageLoader, load_image, make_preprocess, read_or_explain
 from models.backbone import Backbone, Tokenizer
@@ -27,6 +26,7 @@ from runtime import distributed
 from runtime.choices import ClipChoice, named
 from runtime.image_files import decoded
 from runtime.precision import check_encode_precision, encoding
+from runtime.progress import Counter
 
 CAPTIONS_AT_ONCE = 256  # in a batch: 32, as of images, leave a GPU idle
 NOT_OF_BYTES = ("mean", "std", "context", "architecture")  # which follow when an image is bytes
@@ -58,16 +58,17 @@ class Encoder:
 
     @torch.no_grad()
     def images(self, paths: list[Path], what: str = "images") -> Tensor:
-        """Image files to features (len(paths), D) on the device, in order, with a progress bar that names `what`.
+        """Image files to features (len(paths), D) on the device, in order.
 
-        Several processes share the work; each gets all features.
+        Several processes share the work; each gets all features. Meanwhile it is shown how far the encoding of `what`
+        is.
         """
         chunks = distributed.shard(_chunks(paths, self.batch_size))
         encoded = [self._no_features()]
-        with _progress(sum(map(len, chunks)), what) as bar:
+        with _counter(sum(map(len, chunks)), what) as counter:
             for pixels in self.loader.batches(chunks):
                 encoded.append(self._image_features(pixels))
-                bar.update(len(pixels))
+                counter.update(len(pixels))
                 self.between()
         return distributed.gather_shards(torch.cat(encoded))
 
@@ -90,7 +91,7 @@ class Encoder:
         loader = ImageLoader(read, self.loader.workers, self.device)
         chunks_of_shards = [_chunks(shard, self.batch_size) for shard in shards]
         batches = loader.batches(list(itertools.chain.from_iterable(chunks_of_shards)))
-        with _progress(sum(map(len, shards)), "images") as bar:
+        with _counter(sum(map(len, shards)), "images") as counter:
             for chunks in chunks_of_shards:
                 encoded = [self._no_features()]
                 reasons: list[str] = []
@@ -101,7 +102,7 @@ class Encoder:
                     if readable:
                         encoded.append(self._image_features(pixels))
                     reasons += problems
-                    bar.update(len(problems))
+                    counter.update(len(problems))
                     self.between()
                 yield torch.cat(encoded).cpu(), reasons
 
@@ -163,10 +164,9 @@ class Encoder:
         }
 
 
-def _progress(total: int, what: str) -> tqdm:
-    """A progress bar of the one process that has the terminal; none where the output is no terminal."""
-    hidden = None if distributed.is_main() else True
-    return tqdm(total=total, desc=f"encoding {what}", unit="img", leave=False, disable=hidden)
+def _counter(total: int, what: str) -> Counter:
+    """What the one process that writes shows of an encoding."""
+    return Counter(total, f"encoding {what}", shown=distributed.is_main())
 
 
 def versions() -> dict[str, str]:

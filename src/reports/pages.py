@@ -12,13 +12,26 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max
 h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 a { color: var(--link); }
 img { max-width: 100%; height: auto; }
-pre, code { font: 13px/1.5 ui-monospace, monospace; }
+pre, code { font: 13px/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
 pre { background: var(--soft); padding: .6rem .8rem; overflow-x: auto; border-radius: 6px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; }
 th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.value { overflow-wrap: anywhere; }
+.command { display: flex; gap: .5rem; align-items: start; }
+.command pre { flex: 1; min-width: 0; margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+button { font: inherit; padding: .35rem .8rem; border: 1px solid var(--line); border-radius: 6px; cursor: pointer; }
+"""
+# What the buttons of commands do; a page whose clipboard is closed leaves the command marked, to be copied by hand.
+COPYING = """
+for (const button of document.querySelectorAll(".command button"))
+  button.addEventListener("click", async () => {
+    getSelection().selectAllChildren(button.previousElementSibling);
+    const done = () => { button.textContent = "Copied"; };
+    const refused = () => { button.textContent = "Press Ctrl+C"; };
+    await navigator.clipboard.writeText(getSelection().toString()).then(done, refused);
+  });
 """
 
 
@@ -78,8 +91,8 @@ def bars(shares: Mapping[str, float]) -> str:
 
 
 def command(line: str) -> str:
-    """A command to copy."""
-    return f"<pre>{text(line)}</pre>"
+    """A command, and a button that copies it by `COPYING`."""
+    return f'<div class="command"><pre>{text(line)}</pre><button type="button">Copy</button></div>'
 
 
 def data_url(content: bytes, kind: str) -> str:

@@ -36,9 +36,18 @@ figure.target figcaption { color: var(--mark); font-weight: 600; }
 .bars { display: grid; grid-template-columns: auto 1fr auto; gap: 1px .4rem; font-size: 12px; align-items: center; }
 .bars i { display: block; height: 8px; background: var(--link); border-radius: 2px; }
 """
+# Images are decoded as they come near the screen: a long sheet would else hold all of them at once.
 SCRIPT = """
-for (const image of document.querySelectorAll("img[data-name]"))
-  image.src = "data:image/jpeg;base64," + pictures[image.dataset.name];
+const show = image => { image.src = "data:image/jpeg;base64," + pictures[image.dataset.name]; };
+const near = new IntersectionObserver(entries => {
+  for (const entry of entries.filter(entry => entry.isIntersecting)) {
+    near.unobserve(entry.target);
+    show(entry.target);
+  }
+}, { rootMargin: "1200px" });
+const images = document.querySelectorAll("img[data-name]");
+for (const image of images) near.observe(image);
+addEventListener("beforeprint", () => images.forEach(show));
 """
 
 

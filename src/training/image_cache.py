@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data_utils import ImageLoader, Reader
 from runtime import distributed
 from runtime.files import file_identities, free_bytes, made_beside
+from runtime.progress import Counter
 from utils import PROJECT_ROOT, DiskError, UserError
 
 logger = logging.getLogger(__name__)
@@ -179,17 +179,12 @@ class ImageCache:
                 unfinished, mode="w+", dtype=np.uint8, shape=self.shape
             )
             _reserve(unfinished)
-            with _progress(len(self.paths)) as bar:
+            with Counter(len(self.paths), "decoding images") as counter:
                 for start, batch in zip(starts, loader.batches(chunks), strict=True):
                     pixels[start : start + len(batch)] = batch.numpy()
-                    bar.update(len(batch))
+                    counter.update(len(batch))
                     self.between()
             pixels.flush()
-
-
-def _progress(total: int) -> tqdm:
-    """A progress bar, which hides itself where the output is no terminal."""
-    return tqdm(total=total, desc="decoding images", unit="img", leave=False, disable=None)
 
 
 def _reserve(file: Path) -> None:

@@ -22,6 +22,7 @@ from training.checkpoints import Checkpoints
 from training.run import AnyRun
 from training.schedule import Precision, Schedule
 from training.state import REMEDY, Stateful
+from training.terminal import Pace
 from utils import DiskError, Stopped, UserError, two_decimals
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class Task:
         optimizer: of the parameters that learn.
         validate: metrics of the weights as they are.
         module: the weights that learn.
+        images_each: images that a step reads for a triplet; 0 where it has their features.
         averaged: their exponential moving average; None without averaging.
         bank: all targets (T, D), of which the targets' ids are rows; None where those of a batch are its negatives.
         penalty: what is added to the loss; None for nothing.
@@ -79,6 +81,7 @@ class Task:
     optimizer: Optimizer
     validate: Callable[[], dict[str, float]]
     module: nn.Module
+    images_each: int = 0
     averaged: MovingAverage | None = None
     bank: Tensor | None = None
     penalty: Callable[[Tensor], Tensor] | None = None
@@ -110,6 +113,7 @@ class Stepper:
 
     Attributes:
         skipped: whether the last step moved nothing, because its gradients overflowed under loss scaling.
+        pace: how fast steps follow each other.
     """
 
     def __init__(self, task: Task, schedule: Schedule, precision: Precision) -> None:
@@ -120,6 +124,7 @@ class Stepper:
         self.skipped = False
         steps = task.steps * schedule.num_epochs
         self.learning_rate = LambdaLR(task.optimizer, lambda step: schedule.factor(step, steps))
+        self.pace = Pace(schedule, precision.device, steps=task.steps, images_each=task.images_each)
 
     @property
     def parts(self) -> dict[str, Stateful]:
@@ -163,6 +168,11 @@ class Stepper:
             if self.task.averaged is not None:
                 self.task.averaged.update_parameters(self.task.module)
         return loss
+
+    def status(self, epoch: int, done: int) -> str:
+        """How fast it goes, see `Pace.status`."""
+        rate = float(self.learning_rate.get_last_lr()[0])
+        return self.pace.status(rate, epoch=epoch, done=done)
 
     def _move(self) -> bool:
         """Move the weights; False if loss scaling skipped that, which costs a wait for the device to know.
@@ -262,14 +272,16 @@ def run_epoch(task: Task, stepper: Stepper, autosave: Autosave) -> None:
     if task.router:
         run.record("router", epoch, task.router())
     if epoch % stepper.schedule.validation_frequency == 0:
-        metrics = _validate(task, autosave)
+        with stepper.pace.validating():
+            metrics = _validate(task, autosave)
         run.record("validation", epoch, metrics)
         autosave.checkpoints.update(epoch, metrics)
         run.draw()
         best = _best_so_far(metrics, autosave.checkpoints.best)
-        logger.info(
-            "epoch %d: %s", epoch, f"loss {loss:.4f}, {best}, {time.monotonic() - start:.1f} s"
-        )
+        taken = f"{time.monotonic() - start:.1f} s"
+        status = stepper.status(epoch + 1, 0)
+        logger.info("epoch %d: %s", epoch, f"loss {loss:.4f}, {best}, {taken}; {status}")
+        stepper.pace.clock.restart()
     progress.epoch = epoch + 1
     progress.losses = []
     progress.skipped = []
@@ -288,16 +300,26 @@ def train_one_epoch(task: Task, stepper: Stepper, autosave: Autosave) -> float:
     done = len(autosave.progress.losses)
     hidden = None if distributed.is_main() else True
     batches = task.batches(epoch, done)
-    with tqdm(
-        batches, f"epoch {epoch}", task.steps, initial=done, leave=False, disable=hidden
-    ) as bar:
+    pace = stepper.pace
+    with (
+        pace.stepping(),
+        tqdm(
+            batches, f"epoch {epoch}", task.steps, initial=done, leave=False, disable=hidden
+        ) as bar,
+    ):
         for step, (inputs, target_ids) in enumerate(bar, start=done + 1):
             loss = stepper.step(inputs, target_ids)
             autosave.count_step(loss, skipped=stepper.skipped)
-            if step % READ_EVERY == 0:
-                bar.set_postfix(loss=f"{autosave.read_losses():.4f}")
+            pace.count_step(len(target_ids))
+            if step % READ_EVERY == 0 or pace.clock.is_due():
+                status = f"loss {autosave.read_losses():.4f}, {stepper.status(epoch, step)}"
+                bar.set_postfix_str(status)
+                if pace.clock.is_due():
+                    if bar.disable:
+                        logger.info("epoch %d, step %d of %d: %s", epoch, step, task.steps, status)
+                    pace.clock.restart()
             autosave.save_if_due()
-    return autosave.read_losses()
+        return autosave.read_losses()
 
 
 def _validate(task: Task, autosave: Autosave) -> dict[str, float]:

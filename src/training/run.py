@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from models.configuration import Settings
 from models.names import open_clip_name
 from reports.run_page import About, RunPage
 from runtime import distributed
@@ -153,12 +154,29 @@ def run_name(stage: str, benchmark: str, clip_model_name: str) -> str:
     It is that of the original without what file systems or shells trip over: `:` in the time, and `/` in `ViT-B/32` or
     in a path.
     """
-    known = open_clip_name(clip_model_name)
-    stem = Path(clip_model_name).stem if clip_model_name.endswith(".pt") else clip_model_name
-    if known is not None:
-        stem = known.short
-    model = re.sub(r"[^\w.@-]+", "-", stem)
+    model = re.sub(r"[^\w.@-]+", "-", short_name(clip_model_name))
     return f"{stage}_on_{benchmark}_{model}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+
+
+def short_name(clip_model_name: str) -> str:
+    """What a CLIP is called where there is little room: without its folder, or without its weights."""
+    known = open_clip_name(clip_model_name)
+    if known is not None:
+        return known.short
+    return Path(clip_model_name).stem if clip_model_name.endswith(".pt") else clip_model_name
+
+
+def run_title(benchmark: str, settings: Settings) -> str:
+    """What a run is to a reader: dataset and method."""
+    flags = settings.flags
+    clip = short_name(settings.recipe["clip_model_name"])
+    if "combiner_type" not in flags:
+        encoders = "both encoders" if flags["encoder"] == "both" else f"{flags['encoder']} encoder"
+        return f"{benchmark}: {clip} fine-tuned, {encoders}"
+    kind = {"moe": "MoE Combiner", "clip4cir": "CLIP4Cir's Combiner"}[flags["combiner_type"]]
+    tuned = "fine-tuned " if flags["clip_model_path"] else ""
+    seeds = f"{len(flags['seeds'])} seeds" if flags.get("seeds") else f"seed {flags['seed']}"
+    return f"{benchmark}: {kind} on {tuned}{clip}, {seeds}"
 
 
 def make_folder(parent: Path, name: str, config: Mapping[str, Any]) -> Path:
@@ -281,12 +299,12 @@ def _check_end(folder: Path, flags: Mapping[str, Any]) -> None:
         raise UserError(f"{file} names no metric: {DELETE}")
     for kind, every in (("train", 1), ("validation", flags.get("validation_frequency", 1))):
         expected = set(range(0, flags["num_epochs"], every))
-        epochs = {row["epoch"] for row in _read_rows(folder, kind)}
+        epochs = {row["epoch"] for row in read_rows(folder, kind)}
         if epochs != expected:
             raise UserError(
                 f"{file} is not of this run: {kind}_metrics.csv has {len(epochs)} of {len(expected)} epochs: {DELETE}"
             )
-    validations = _read_rows(folder, "validation")
+    validations = read_rows(folder, "validation")
     for metric, row in best.items():
         if row != max(validations, key=lambda validation: validation.get(metric, -1)):
             raise UserError(
@@ -294,7 +312,7 @@ def _check_end(folder: Path, flags: Mapping[str, Any]) -> None:
             )
 
 
-def _read_rows(folder: Path, kind: str) -> Rows:
+def read_rows(folder: Path, kind: str) -> Rows:
     """The rows of a CSV file of a run; none where there is no such file.
 
     Raises:

@@ -72,6 +72,7 @@ def fine_tuning(
         optimizer=AdamW(learned, lr=learning_rate, betas=(0.9, 0.999), eps=1e-7, fused=on_gpu),
         validate=sum_validation(measured, data, images_learn=trained != "text", measure=measure),
         module=model,
+        images_each=2,
         averaged=averaged,
     )
     return task, measured

@@ -1,0 +1,167 @@
+"""What a training says of itself: what it is when it begins, then how fast it goes and how long it still takes."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.splits import all_paths
+from runtime import distributed
+from runtime.progress import Clock, duration, rate
+from training.data import TrainingData
+from training.schedule import Precision, Schedule
+
+GIB = 2**30
+
+
+def opening(
+    data: TrainingData,
+    model: nn.Module,
+    schedule: Schedule,
+    *,
+    learning_rate: float,
+    precision: Precision,
+    folder: Path,
+) -> dict[str, str]:
+    """What a training is, in four lines: what each is about -> what it says.
+
+    Args:
+        model: the weights that learn, and those of their model that do not.
+    """
+    order = data.order
+    triplets = len(data.train.triplets)
+    images = len(all_paths(data.splits))
+    queries = sum(len(split.triplets) for split in data.val)
+    weights = list(model.parameters())
+    learning = sum(weight.numel() for weight in weights if weight.requires_grad)
+    there = sum(weight.numel() for weight in weights)
+    epochs = (
+        f"{schedule.num_epochs:,} epochs of {order.steps:,} steps of {order.batch_size:,} triplets"
+    )
+    return {
+        data.benchmark.name: f"{triplets:,} triplets to train, {queries:,} to validate, {images:,} images",
+        "learning": f"{learning:,} of {there:,} parameters, rate {learning_rate:g}, {epochs}",
+        "on": f"{_machine(precision.device)}, {_arithmetic(precision)}",
+        "run": str(folder),
+    }
+
+
+def _machine(device: torch.device) -> str:
+    """What computes, in words."""
+    name = "the CPU"
+    if device.type == "cuda":
+        name = f"{torch.cuda.get_device_name(device)} ({device})"
+    processes = distributed.world_size()
+    return name if processes == 1 else f"{processes} processes, the first on {name}"
+
+
+def _arithmetic(precision: Precision) -> str:
+    """What matrix products are computed in, in words."""
+    computed_in = str(precision.dtype or torch.float32).removeprefix("torch.")
+    return f"precision {precision.name} ({computed_in})"
+
+
+class Pace:
+    """How fast a training goes, by what this process has seen of it.
+
+    The first step is left out: it loads kernels and compiles.
+
+    Args:
+        steps: in an epoch.
+        images_each: of a triplet, see `Task`.
+
+    Attributes:
+        clock: says when a file that the output goes to gets its next line.
+    """
+
+    def __init__(
+        self, schedule: Schedule, device: torch.device, *, steps: int, images_each: int
+    ) -> None:
+        self.schedule = schedule
+        self.device = device
+        self.steps_each = steps
+        self.images_each = images_each
+        self.clock = Clock()
+        self.warm = False  # whether the first step is done
+        self.since = 0.0  # where the seconds end that are counted
+        self.steps = 0
+        self.triplets = 0
+        self.seconds = 0.0
+        self.validations = 0
+        self.validation_seconds = 0.0
+
+    @contextlib.contextmanager
+    def stepping(self) -> Iterator[None]:
+        """The context in which steps are taken, and their end is waited for."""
+        self.since = time.monotonic()
+        yield
+        self._count_seconds()
+
+    def count_step(self, triplets: int) -> None:
+        """Count a step that is done.
+
+        Args:
+            triplets: of this process.
+        """
+        self._count_seconds()
+        if self.warm:
+            self.steps += 1
+            self.triplets += triplets * distributed.world_size()
+        self.warm = True
+
+    def _count_seconds(self) -> None:
+        now = time.monotonic()
+        if self.warm:
+            self.seconds += now - self.since
+        self.since = now
+
+    @contextlib.contextmanager
+    def validating(self) -> Iterator[None]:
+        """The context of a validation."""
+        start = time.monotonic()
+        yield
+        self.validations += 1
+        self.validation_seconds += time.monotonic() - start
+
+    def status(self, learning_rate: float, *, epoch: int, done: int) -> str:
+        """Images a second, learning rate, the most memory so far, and the time that is left of the run.
+
+        Args:
+            epoch, done: how many epochs are over, and how many steps of the next one.
+        """
+        parts = [f"learning rate {learning_rate:.3g}"]
+        memory = most_memory(self.device)
+        if memory is not None:
+            parts.append(f"{memory / GIB:.1f} GiB")
+        if self.steps:
+            unit = "images/s" if self.images_each else "triplets/s"
+            speed = self.triplets * (self.images_each or 1) / self.seconds
+            parts.insert(0, f"{rate(speed)} {unit}")
+            parts.append(f"{duration(self.seconds_left(epoch, done))} left")
+        return ", ".join(parts)
+
+    def seconds_left(self, epoch: int, done: int) -> float:
+        """How long the rest of the run takes at this pace; validations count once there was one."""
+        schedule = self.schedule
+        steps = self.steps_each * (schedule.num_epochs - epoch) - done
+        validations = len(range(0, schedule.num_epochs, schedule.validation_frequency))
+        validations -= len(range(0, epoch, schedule.validation_frequency))
+        each_step = self.seconds / self.steps
+        each_validation = self.validation_seconds / max(self.validations, 1)
+        return steps * each_step + validations * each_validation
+
+
+def most_memory(device: torch.device) -> int | None:
+    """The most bytes that this process has held so far, of the GPU or else of the machine; None where none can tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024  # Linux counts in KiB
