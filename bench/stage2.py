@@ -64,7 +64,9 @@ def epoch(
         config={},
         kept="nothing",
     )
-    about = About(title="a run", titles={}, chosen_by=(), hyper_parameters={}, commands={"resume": ""})
+    about = About(
+        title="a run", titles={}, chosen_by=(), hyper_parameters={}, commands={"resume": ""}
+    )
     autosave = functools.partial(
         Autosave,
         run=Run(Path(), NoTracker(), about),

@@ -585,12 +585,36 @@ def test_an_answer_is_opened_large(app, address):
     page.locator("#results .enlarge").nth(1).click()
     page.click("#target")
     assert page.inner_text(".place") == "What you look for is at place 2"
+    assert page.locator(".card.target").count() == 1
     page.locator("#results .enlarge").nth(1).click()
     page.click("#alike")
     page.wait_for_function(
         "document.querySelector('#history').innerText.includes('more like this')"
     )
     assert page.get_attribute("#reference img", "alt") == f"Reference: {second}"
+    assert page.errors == []
+
+
+def test_the_place_of_what_is_looked_for_is_told_where_it_is_not_shown(app):
+    page = app()
+    choose(page, 0)
+    ask(page, "is red")
+    answers(page)
+    (nearest, *_) = names(page)
+    page.locator("#results .enlarge").first.click()
+    page.click("#target")
+    page.wait_for_selector(".card.target")
+    choose(page, 20)  # other questions place it elsewhere, mostly beyond what is shown
+    for text in ("is blue and round", "is very large", "has stripes"):
+        ask(page, text)
+        answers(page, asked=text)
+        place = page.inner_text(".place")
+        shown = names(page)
+        expected = shown.index(nearest) + 1 if nearest in shown else None
+        if expected:
+            assert place == f"What you look for is at place {expected}"
+        else:
+            assert int(place.rsplit(" ", 1)[1]) > len(shown)
     assert page.errors == []
 
 

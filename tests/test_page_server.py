@@ -373,6 +373,24 @@ def test_the_reference_is_left_out_and_nothing_else(k, served):
     assert without == [row for row in whole if row != 3][:k]
 
 
+def test_a_photo_of_a_phone_is_asked_with(served):
+    pytest.importorskip("pi_heif", reason="pi-heif is not installed")
+    upload = ("phone.heic", (Path(__file__).parent / "phone.heic").read_bytes())
+    assert len(served.ask(upload, text="is red", k=3)["answers"]) == 3
+
+
+@pytest.mark.parametrize("without", [False, True])
+def test_the_place_of_a_target_is_told_beyond_the_answers(without, served):
+    asked = {"row": 3, "mix": 0, "without_reference": without}
+    whole = rows(served.ask(k=100, **asked))
+    for target in range(PHOTOS):
+        said = served.ask(k=1, target=target, **asked)
+        assert rows(said) == whole[:1]
+        assert said["place"] == (whole.index(target) + 1 if target in whole else None)
+    assert served.ask(k=1, target=PHOTOS, **asked)["place"] is None
+    assert served.ask(k=1, **asked)["place"] is None
+
+
 def test_an_upload_is_the_row_of_the_same_file(served, index):
     photo = json.loads(served.request("GET", "/photo/3")[1])
     upload = (photo["name"], (index.parent / photo["path"]).read_bytes())
@@ -517,6 +535,7 @@ FIELDS = [
     "k",
     "mix",
     "without_reference",
+    "target",
     "filter",
     "image",
     "server",

@@ -25,7 +25,7 @@ from image_search.api_guide import guide
 from image_search.batching import Together
 from image_search.guard import MOST_SECONDS, RETRY_AFTER
 from image_search.photos import KINDS, small_image
-from image_search.searcher import Found, Question, Searcher
+from image_search.searcher import PLACES, Found, Question, Searcher
 from image_search.thumbnails import SIDES, Thumbnails
 from image_search.uploads import Upload, checked_upload
 from runtime.image_files import jpeg
@@ -64,6 +64,9 @@ class Asked(BaseModel):
     without_reference: bool = Field(
         False, description="Leave the reference out of the answers, if it is a row."
     )
+    target: int | None = Field(
+        None, ge=0, le=LARGEST_ROW, description="An image whose place is asked for, as a row."
+    )
     filter: str = Field(
         "",
         max_length=1000,
@@ -91,6 +94,9 @@ class Answers(BaseModel):
     """The nearest images first, and what the Combiner did: see docs/moe.md."""
 
     answers: list[Answer]
+    place: int | None = Field(
+        description=f"Of the target, from 1; null where it is not among {PLACES:,}, or none was named."
+    )
     gate: float | None = Field(description="How much of the residual is text; null for a sum.")
     experts: list[float] = Field(description="The weights of the experts; empty without any.")
     note: str = Field(description="What to know of how the question was read.")
@@ -104,6 +110,7 @@ class Health(BaseModel):
     images: int
     composes: str = Field(description="sum or combiner.")
     k: int
+    places: int = Field(description="Among how many a target's place is looked for.")
     kinds: list[str] = Field(description="Endings of files that may be uploaded.")
     filters: bool = Field(description="Whether the index's store takes a filter.")
     server: str
@@ -151,6 +158,7 @@ class Service:
             k=asked.k or self.k,
             mix=asked.mix,
             without=asked.row if asked.without_reference else None,
+            target=asked.target,
             condition=asked.filter.strip(),
         )
         self.searcher.check(question)
@@ -165,6 +173,7 @@ class Service:
             ) from None
         answers = Answers(
             answers=[self._answer(*hit) for hit in zip(found.rows, found.answers, strict=True)],
+            place=found.place,
             gate=found.gate,
             experts=found.experts,
             note=found.note,
@@ -200,6 +209,7 @@ class Service:
             images=len(self.searcher),
             composes=self.searcher.pair.compose.combining_function,
             k=self.k,
+            places=min(PLACES, len(self.searcher)),
             kinds=sorted(KINDS),
             filters=self.searcher.knows_conditions,
             server=self.server,

@@ -16,11 +16,11 @@ from runtime.image_files import DECODING_ERRORS, decoded
 from utils import UserError
 
 try:
-    import pillow_heif
+    import pi_heif
 except ImportError:
     HEIF_KINDS: set[str] = set()
 else:
-    pillow_heif.register_heif_opener()
+    pi_heif.register_heif_opener()
     HEIF_KINDS = {".heic", ".heif"}
 AVIF_KINDS = {".avif"} if features.check("avif") else set()
 

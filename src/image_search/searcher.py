@@ -20,6 +20,7 @@ from runtime.files import file_identities, file_size
 from utils import UserError
 
 MOST_CHARACTERS = 2000  # of a text; many times what CLIP reads
+PLACES = 1000  # among which a target's place is looked for
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,6 +34,7 @@ class Question:
         k: answers.
         mix: share of the text in the sum that is asked with, 0 to 1; None asks with what the pair composes.
         without: a row that is no answer; None for none.
+        target: a row whose place is asked for; None for none.
         condition: what images have to be, in the language of the index's store.
     """
 
@@ -41,7 +43,14 @@ class Question:
     k: int
     mix: float | None = None
     without: int | None = None
+    target: int | None = None
     condition: str = ""
+
+    @property
+    def depth(self) -> int:
+        """How many of the nearest images it takes to answer it."""
+        wanted = self.k if self.target is None else max(self.k, PLACES)
+        return wanted + (self.without is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +60,7 @@ class Found:
     Attributes:
         answers: (image file, cosine similarity), the nearest first.
         rows: of the answers in the index.
+        place: of the target, from 1; None where it is not among PLACES, or none was named.
         gate: how much of the residual is text; None for the sum.
         experts: weight of each expert; empty without a mixture.
         note: what the user should know, "" for nothing.
@@ -58,6 +68,7 @@ class Found:
 
     answers: list[tuple[Path, float]]
     rows: list[int]
+    place: int | None
     gate: float | None
     experts: list[float]
     note: str
@@ -141,14 +152,17 @@ class Searcher:
                 image_part = (1 - question.mix) * references[number]
                 mixed = image_part + question.mix * captions[number]
                 queries[number] = F.normalize(mixed, dim=-1)
-        hits = self._nearest(queries.cpu(), questions)
+        nearest = self._nearest(queries.cpu(), questions)
         found = []
         for number, question in enumerate(questions):
+            rows = [hit.row for hit in nearest[number]]
+            hits = nearest[number][: question.k]
             seen = None if question.mix is not None or insight is None else insight
             found.append(
                 Found(
-                    answers=[(hit.path, hit.similarity) for hit in hits[number]],
-                    rows=[hit.row for hit in hits[number]],
+                    answers=[(hit.path, hit.similarity) for hit in hits],
+                    rows=rows[: question.k],
+                    place=rows.index(question.target) + 1 if question.target in rows else None,
                     gate=None if seen is None else float(seen.gate[number]),
                     experts=[] if seen is None else seen.experts[number].tolist(),
                     note=self._note(texts[number]),
@@ -196,13 +210,11 @@ class Searcher:
                 for number, question in enumerate(questions)
                 if question.condition == condition
             ]
-            # One more than is wanted, where one of them may be left out.
-            most = max(questions[n].k + (questions[n].without is not None) for n in alike)
+            most = max(questions[number].depth for number in alike)
             nearest = self.index.search(queries[alike].numpy(), most, condition)
             for number, found in zip(alike, nearest, strict=True):
-                question = questions[number]
-                kept = [hit for hit in found if hit.row != question.without]
-                hits[number] = kept[: question.k]
+                without = questions[number].without
+                hits[number] = [hit for hit in found if hit.row != without]
         return [hits[number] for number in range(len(questions))]
 
     def _note(self, text: str) -> str:

@@ -184,7 +184,7 @@ async function ask(text = $("text").value, how = chosenHow()) {
     if (last() && !last().how) {
       history.replaceState({ ...state, steps: [...state.steps.slice(0, -1), { ...step, text: typed }] }, "");
     }
-    shownKey = JSON.stringify(asked);
+    shownKey = keyOf(asked);
     showAnswers(lists);
     go(next);
   } catch (error) {
@@ -218,12 +218,15 @@ function formOf(step, mix) {
   if (mix !== null) form.append("mix", mix);
   if (step.how.without && mix !== 1 && step.row !== null) form.append("without_reference", "true");
   if (step.how.filter) form.append("filter", step.how.filter);
+  if (state.target !== null) form.append("target", state.target);
   return form;
 }
 
 // The server answers the lists of one question together.
+const keyOf = (step) => JSON.stringify([step, state.target]);
+
 async function answersTo(step) {
-  const key = JSON.stringify(step);
+  const key = keyOf(step);
   if (answersOf.has(key)) return answersOf.get(key);
   const lists = listsOf(step.how);
   showSkeletons(lists);
@@ -250,8 +253,8 @@ async function show() {
   const asked = lastAsked(state);
   $("answers").hidden = !asked;
   document.title = asked?.text ? `${asked.text} · Composed image retrieval` : "Composed image retrieval";
-  const key = asked ? JSON.stringify(asked) : "";
-  if (key === shownKey) return markTarget();
+  const key = asked ? keyOf(asked) : "";
+  if (key === shownKey) return;
   shownKey = key;
   if (!asked) return showAnswers([]);
   const number = (asking += 1);
@@ -331,7 +334,7 @@ function showAnswers(lists) {
   $("lists").replaceChildren(...made);
   $("note").textContent = lists.find((list) => list.note)?.note || "";
   showExperts(lists[0]);
-  markTarget();
+  markTarget(lists);
   if (lists.length) say(lists.map((list) => `${list.answers.length} answers, ${list.title}`).join("; "));
 }
 
@@ -373,17 +376,16 @@ function showExperts(list) {
 }
 
 // Where the image that is looked for stands in each list, once a visitor has said which it is.
-function markTarget() {
-  const lists = [...document.querySelectorAll(".list")];
-  for (const list of lists) {
-    list.querySelector(".place")?.remove();
-    const cards = [...list.querySelectorAll(".card")];
-    const place = cards.findIndex((card) => card.dataset.row === state.target) + 1;
-    cards.forEach((card, row) => card.classList.toggle("target", row + 1 === place));
-    if (state.target === null || !cards.length) continue;
-    const text = place ? `What you look for is at place ${place}` : `What you look for is not among ${cards.length}`;
-    list.querySelector(".grid").before(element("p", { className: "place", textContent: text }));
-  }
+function markTarget(lists) {
+  if (state.target === null) return;
+  document.querySelectorAll(".list").forEach((section, number) => {
+    const { place } = lists[number];
+    const card = section.querySelectorAll(".card")[place - 1];
+    card?.classList.add("target");
+    const where = place ? `at place ${place}` : `not among the first ${health.places}`;
+    const text = `What you look for is ${where}`;
+    section.querySelector(".grid").before(element("p", { className: "place", textContent: text }));
+  });
 }
 
 function openLarge(answer, place, list) {
