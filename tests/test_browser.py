@@ -618,6 +618,31 @@ def test_the_place_of_what_is_looked_for_is_told_where_it_is_not_shown(app):
     assert page.errors == []
 
 
+def test_answers_are_narrowed_by_their_paths(app):
+    page = app()
+    choose(page, 0)
+    ask(page, "is red")
+    answers(page)
+    everything = names(page)
+    wanted = Path(everything[2]).stem
+    page.fill("#within", f" {wanted.upper()} ")
+    expected = [name for name in everything if wanted in name]
+    visible = page.locator("#results .card:visible .caption").all_inner_texts()
+    assert [text.split(" ", 2)[2] for text in visible] == expected
+    assert page.locator("#kept").inner_text() == f"{len(expected)} of 8"
+    page.locator("#results .pick:visible").first.focus()
+    page.keyboard.press("ArrowRight")  # among those that are shown
+    assert page.evaluate("document.activeElement.closest('.card').hidden") is False
+    page.fill("#within", "")
+    assert page.locator("#results .card:visible").count() == 8
+    page.fill("#within", "no such path")
+    ask(page, "is blue")  # holds for the next answers too
+    answers(page, asked="is blue")
+    assert page.locator("#results .card:visible").count() == 0
+    assert page.locator("#kept").inner_text() == "0 of 8"
+    assert page.errors == []
+
+
 def test_everything_is_done_by_keyboard(app):
     page = app()
     page.locator("#choice .pick").first.focus()

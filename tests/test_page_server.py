@@ -3,6 +3,7 @@
 One page is launched for the whole file as a user launches it.
 """
 
+import asyncio
 import contextlib
 import http.client
 import io
@@ -12,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+from concurrent.futures import Future
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -619,3 +621,94 @@ def test_nothing_stays_on_the_disk(name, code, index, tmp_path):
         assert served.process.stderr.count("\n") <= 3
     finally:
         served.process.end()
+
+
+# Limits, without a server: requests that wait as long as the test wants
+
+
+POST = {"type": "http", "method": "POST", "path": "/search", "headers": [(b"host", b"a")]}
+
+
+async def never() -> dict:
+    """What a sender says that stays silent."""
+    await asyncio.Event().wait()
+
+
+async def empty() -> dict:
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
+async def sent(app, scope, receive) -> tuple[int, dict[bytes, bytes], str]:
+    """What an application answers: status, headers, text."""
+    messages = []
+
+    async def send(message) -> None:
+        messages.append(message)
+
+    await app(scope, receive, send)
+    start, body = messages
+    return start["status"], dict(start["headers"]), body["body"].decode()
+
+
+def test_more_requests_at_once_than_there_is_room_for_are_told_when_to_come_back():
+    async def run() -> None:
+        gate = asyncio.Event()
+
+        async def slow(scope, receive, send) -> None:
+            await gate.wait()
+            await guard.answer(send, 200, "done")
+
+        small = {**POST, "headers": [*POST["headers"], (b"content-length", b"9")]}
+        app = guard.Guard(slow, Hosts("a"))
+        waiting = [asyncio.create_task(sent(app, small, empty)) for _ in range(guard.MOST_ASKING)]
+        while app.asking < guard.MOST_ASKING:
+            await asyncio.sleep(0)
+        for _ in range(3):
+            status, headers, text = await sent(app, small, empty)
+            assert (status, headers[b"retry-after"]) == (429, guard.RETRY_AFTER.encode())
+            assert "too many requests at once" in text
+        gate.set()
+        assert {status for status, *_ in await asyncio.gather(*waiting)} == {200}
+        assert (await sent(app, small, empty))[0] == 200
+        assert app.asking == app.uploading == 0
+
+    asyncio.run(run())
+
+
+def test_a_request_that_comes_too_slowly_is_given_up(monkeypatch):
+    monkeypatch.setattr(guard, "MOST_SECONDS", 0.01)
+    app = guard.Guard(never, Hosts("a"))
+    status, _, text = asyncio.run(sent(app, POST, never))
+    assert status == 408
+    assert "came too slowly" in text
+    assert app.asking == app.uploading == 0
+
+
+def test_a_question_that_takes_too_long_is_given_up(monkeypatch):
+    """The answer that never comes is dropped, and its request told to try again."""
+    from types import SimpleNamespace
+
+    from image_search import http_api
+
+    monkeypatch.setattr(http_api, "MOST_SECONDS", 0.01)
+    searcher = SimpleNamespace(check=lambda question: None)
+    asked = []
+
+    def ask(question) -> Future:
+        asked.append((question.text, Future()))
+        return asked[-1][1]
+
+    service = http_api.Service(searcher, 12, SimpleNamespace(ask=ask))
+
+    async def form_of_a_text() -> dict:
+        return {"type": "http.request", "body": b"text=is+red", "more_body": False}
+
+    kind = (b"content-type", b"application/x-www-form-urlencoded")
+    scope = {**POST, "headers": [kind], "query_string": b"", "root_path": "", "scheme": "http"}
+    app = http_api.build(service, documented=False)
+    status, headers, text = asyncio.run(sent(app, scope, form_of_a_text))
+    assert (status, headers[b"retry-after"]) == (503, guard.RETRY_AFTER.encode())
+    assert "no answer in time" in text
+    ((words, future),) = asked
+    assert words == "is red"
+    assert future.cancelled()

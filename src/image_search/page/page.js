@@ -335,6 +335,7 @@ function showAnswers(lists) {
   $("note").textContent = lists.find((list) => list.note)?.note || "";
   showExperts(lists[0]);
   markTarget(lists);
+  narrow();
   if (lists.length) say(lists.map((list) => `${list.answers.length} answers, ${list.title}`).join("; "));
 }
 
@@ -351,8 +352,16 @@ function cardOf(answer, place, list, count) {
   const number = element("span", { className: "quiet", textContent: `${place}. ${answer.similarity.toFixed(3)} ` });
   about.append(number, answer.name);
   const card = element("li", { className: "card" }, pick, enlarge, about);
-  card.dataset.row = answer.row;
+  card.dataset.path = answer.path.toLowerCase();
   return card;
+}
+
+// Hides the answers whose path has not what is typed.
+function narrow() {
+  const wanted = $("within").value.trim().toLowerCase();
+  const cards = [...document.querySelectorAll("#lists .card")];
+  for (const card of cards) card.hidden = !card.dataset.path.includes(wanted);
+  $("kept").value = wanted ? `${cards.filter((card) => !card.hidden).length} of ${cards.length}` : "";
 }
 
 // Why these answers: what the gate and the experts did, in bars and in a sentence.
@@ -451,7 +460,7 @@ function offerExamples(photos) {
 function moveInGrid(event) {
   const pick = event.target.closest?.(".pick");
   if (!pick) return;
-  const picks = [...pick.closest(".grid").querySelectorAll(".pick")];
+  const picks = [...pick.closest(".grid").querySelectorAll(".card:not([hidden]) .pick")];
   const top = picks[0].getBoundingClientRect().top;
   const columns = picks.filter((other) => Math.abs(other.getBoundingClientRect().top - top) < 2).length;
   const by = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns }[event.key];
@@ -494,6 +503,7 @@ function listen() {
     if (file) tell(takeFile(file));
   };
   for (const id of ["method", "mix", "without", "filter"]) $(id).onchange = askAgain;
+  $("within").oninput = narrow;
   $("mix").oninput = () => showHow(null);
   $("more").onclick = () => tell(offer());
   $("use").onclick = () => {
