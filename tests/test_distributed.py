@@ -8,6 +8,7 @@ import torch
 
 from conftest import ROOT, STAGE_2, read_csv
 from forks import Script, torchrun
+from test_backbones import models_made  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -80,6 +81,22 @@ def test_stage_1(micro, golden, train, tmp_path):
         2, "clip_fine_tune", tmp_path / "two", *flags, *micro, "--image-cache", tmp_path / "images"
     )
     assert_same_run(one, two, "CLIP")
+
+
+@pytest.mark.parametrize("form", ["custom", "timm"])
+def test_both_stages_on_a_model_of_open_clip(form, models_made, golden, train, tmp_path):  # noqa: F811
+    name = ["--clip-model-name", f"local-dir:{models_made / form}"]
+    flags = ["--dataset", "CIRR", "--data-root", golden, *name]
+    one = train(1, "clip_fine_tune", tmp_path / "one", *flags, *STAGE_1.split())
+    two = train(2, "clip_fine_tune", tmp_path / "two", *flags, *STAGE_1.split())
+    assert_same_run(one, two, "CLIP")
+    tuned = sorted((one / "saved_models").iterdir())[-1]
+    flags += ["--clip-model-path", tuned, "--no-feature-cache", *STAGE_2.split()]
+    runs = [
+        train(processes, "combiner_train", tmp_path / f"stage_2_{processes}", *flags)
+        for processes in (1, 2)
+    ]
+    assert_same_run(*runs, "Combiner")
 
 
 def test_stage_2_with_dropout_and_experts(golden, train, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 
 import utils
 from conftest import CASES, DOORS, ROOT
+from forks import hear_ctrl_c
 from test_light_start import SCRIPTS
 from utils import REMEDIES, SIGNS, Stopped, UserError, command, printable
 
@@ -250,6 +251,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hear_ctrl_c,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "loading\n"

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import io
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,10 @@ INK_STYLE = (
     "<style>svg{color:#1b1f23}@media (prefers-color-scheme:dark){svg{color:#d5dae0}}</style>"
 )
 MOST_MARKED = 60  # epochs, up to which each has a mark
+# Of a panel, in inches.
+WIDTH = 5.0
+HEIGHT = 3.6
+LEGEND_COLUMNS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +97,18 @@ def _drawn(panels: Sequence[Panel], **file: Any) -> bytes:
     with matplotlib.rc_context(
         {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     ):
-        figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
+        figure = Figure(figsize=(WIDTH * len(panels), HEIGHT))
         places = figure.subplots(1, len(panels), squeeze=False)[0]
+        # A layout of matplotlib's own takes longer than all else.
+        lines = max(len(panel.titles) for panel in panels) / LEGEND_COLUMNS
+        legend = 0.2 * math.ceil(lines)  # inches
+        figure.subplots_adjust(
+            left=0.6 / WIDTH / len(panels),
+            right=1 - 0.15 / WIDTH / len(panels),
+            bottom=0.5 / HEIGHT,
+            top=1 - (0.1 + legend) / HEIGHT,
+            wspace=0.2,
+        )
         for axes, panel in zip(places, panels, strict=True):
             _draw(axes, panel)
         buffer = io.BytesIO()
@@ -110,5 +125,9 @@ def _draw(axes: Any, panel: Panel) -> None:
     axes.grid(alpha=0.3)
     if len(panel.titles) > 1:
         axes.legend(
-            loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=7, ncols=3, frameon=False
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1.0),
+            fontsize=7,
+            ncols=LEGEND_COLUMNS,
+            frameon=False,
         )
