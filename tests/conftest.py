@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 
 from forks import ROOT as ROOT
 from forks import Script, cool_down
+from reports import run_page
 
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # before torch is loaded: two threads wait for each other at tensors so small
@@ -58,6 +59,13 @@ def pytest_terminal_summary(terminalreporter):
     """Say how many damaged files were tried, and how many kills."""
     for (kind, outcome), cases in sorted(CASES.items()):
         terminalreporter.write_line(f"{kind}: {cases} {outcome}")
+
+
+@pytest.fixture(autouse=True)
+def curves_where_they_matter(request, monkeypatch):
+    """Runs of other tests have pages without curves: drawing takes longer than all else of so small a training."""
+    if request.node.get_closest_marker("draws") is None:
+        monkeypatch.setattr(run_page, "can_draw", lambda: False)
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
 
+from reports import run_page
+
 ROOT = Path(__file__).parent.parent
 SOURCES = [str(ROOT / "tests"), str(ROOT / "src")]
 HANG = (
@@ -179,6 +181,7 @@ def become(words: list[str], environment: dict[str, str]) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    run_page.can_draw = lambda: False  # as in tests that run in process, see conftest.py
     sys.stdout.reconfigure(line_buffering=True)  # torchrun wants its workers' output unbuffered
     if HOLD in environment:
         hold_at(int(environment[HOLD]))

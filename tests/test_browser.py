@@ -33,6 +33,7 @@ CHROMIUM = (
 )
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.draws,
     pytest.mark.skipif(
         CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)"
     ),

@@ -166,6 +166,7 @@ def test_workers_do_not_change_the_numbers(stage_1, drawn):
     assert (first / "train_metrics.csv").read_bytes() == (second / "train_metrics.csv").read_bytes()
 
 
+@pytest.mark.draws
 def test_nothing_is_saved_without_save_training(run, drawn, tmp_path):
     flags = "--num-epochs 1 --batch-size 12 --projection-dim 16 --hidden-dim 24 --no-feature-cache"
     name = ["--clip-model-name", drawn / "tiny_clip_vit.pt"]

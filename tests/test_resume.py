@@ -14,7 +14,7 @@ import torch
 import clip_fine_tune
 import combiner_train
 import kills
-from conftest import CASES, SOAK, STAGE_1, STAGE_2, read_csv
+from conftest import CASES, ROOT, SOAK, STAGE_1, STAGE_2, read_csv
 from forks import HANG, Script, family, forked, state_of, torchrun, warm_up
 from models.configuration import Settings
 from models.encoder import Encoder
@@ -529,7 +529,7 @@ def test_a_signal_saves_and_ends_with_the_command_to_resume(
     last = stderr.strip().splitlines()[-1]
     assert (
         last
-        == f"{door}.py: stopped by {number.name}; go on with: python src/{door}.py --resume {run}"
+        == f"{door}.py: stopped by {number.name}; go on with: python {ROOT}/src/{door}.py --resume {run}"
     )
     progress = load_tensors(run / "state.pt")["progress"]
     assert progress["epoch"] >= 1
@@ -572,7 +572,10 @@ def test_torchrun_killed_and_told_to_stop(door, settings, drawn, tmp_path, start
     wait_for_epochs(process, tmp_path / "killed", 3)
     process.send_signal(signal.SIGTERM)  # which torchrun passes on
     process.wait()
-    assert f"go on with: torchrun --nproc-per-node 2 src/{door}.py --resume {run}" in process.stderr
+    assert (
+        f"go on with: torchrun --nproc-per-node 2 {ROOT}/src/{door}.py --resume {run}"
+        in process.stderr
+    )
     process = start(*torchrun(2), *resumption)
     assert process.wait() == 0, process.stderr
     assert kills.differences(kills.the_run(tmp_path / "whole"), run) == []
@@ -597,10 +600,8 @@ def test_torchrun_ended_by_a_signal_that_it_does_not_pass_on(drawn, tmp_path, re
     process.send_signal(signal.SIGUSR1)
     process.wait()
     wait_until_gone(processes)
-    assert (
-        f"stopped by the end of torchrun; go on with: torchrun --nproc-per-node 2 src/combiner_train.py --resume {run}"
-        in process.stderr
-    )
+    resumption = f"torchrun --nproc-per-node 2 {ROOT}/src/combiner_train.py --resume {run}"
+    assert f"stopped by the end of torchrun; go on with: {resumption}" in process.stderr
     assert load_tensors(run / "state.pt")["progress"]["epoch"] >= 1
 
 
@@ -636,7 +637,7 @@ combiner_train.main(sys.argv[1:])
     last = done.stderr.strip().splitlines()[-1]
     assert "error: could not write" in last
     assert (
-        f"the last good state is epoch 2, step 0; go on with: python src/combiner_train.py --resume {run}"
+        f"the last good state is epoch 2, step 0; go on with: python {ROOT}/src/combiner_train.py --resume {run}"
         in last
     )
     assert not list(run.rglob("*.tmp"))

@@ -23,6 +23,7 @@ TITLES = {
     "stage_1": "<h1>CIRR: tiny_clip_vit fine-tuned, both encoders</h1>",
     "stage_2": "<h1>CIRR: MoE Combiner on tiny_clip_vit, seed 0</h1>",
 }
+pytestmark = pytest.mark.draws
 ROWS = {"train": [{"epoch": 0, "train_epoch_loss": 1.5}]}
 
 

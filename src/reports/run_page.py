@@ -13,6 +13,7 @@ from runtime.files import write_bytes, write_text
 from utils import two_decimals
 
 DRAWING_SHARE = 0.05  # of the time, which drawing may take
+FIRST_COST = 2.0  # seconds, for it loads matplotlib
 
 STYLE = """
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); gap: 1rem; }
@@ -49,7 +50,7 @@ class RunPage:
         self.folder = folder
         self.about = about
         self.drawn_at = time.monotonic()
-        self.cost = 0.0  # seconds that the last drawing took
+        self.cost = FIRST_COST  # seconds that the last drawing took
 
     def refresh(self, rows: Mapping[str, Rows], *, complete: bool) -> None:
         """Draw, if it is due.
