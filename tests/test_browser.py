@@ -22,6 +22,7 @@ import visualize
 from forks import HANG
 from image_search.searcher import load_searcher
 from reports import sheets
+from reports.run_page import About, RunPage
 from runtime import image_files
 from runtime.choices import PairChoice
 from test_search import images
@@ -234,8 +235,28 @@ def test_images_of_every_shape_keep_their_proportion(open_page, tmp_path):
             assert page.evaluate(CUT, "img, figcaption") == [], (name, width)
 
 
-def test_a_command_is_copied_by_its_button(files, open_page):
-    page = open_page(files["run"].as_uri())
+@pytest.fixture
+def run_folder(tmp_path):
+    """The folder of a run whose page has all that there is."""
+    epochs = range(3)
+    rows = {
+        "train": [{"epoch": epoch, "train_epoch_loss": 3.0 - epoch} for epoch in epochs],
+        "validation": [{"epoch": epoch, "r": 10.0 * epoch} for epoch in epochs],
+        "router": [{"epoch": epoch, "expert0_share": 0.5} for epoch in epochs],
+    }
+    about = About(
+        title="CIRR: a run",
+        titles={"r": "R@1"},
+        chosen_by=("r",),
+        hyper_parameters={"num_epochs": 3},
+        commands={"validate": "python 'a b' --x", "reproduce": "cd / && python c.py " + "d" * 200},
+    )
+    RunPage(tmp_path, about).refresh(rows, complete=True)
+    return tmp_path
+
+
+def test_a_command_is_copied_by_its_button(run_folder, open_page):
+    page = open_page((run_folder / "index.html").as_uri())
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     for number in range(page.locator(".command").count()):
         page.locator(".command button").nth(number).click()
@@ -249,8 +270,8 @@ def test_a_command_is_copied_by_its_button(files, open_page):
     assert page.errors == []
 
 
-def test_a_command_that_cannot_be_copied_is_marked(files, open_page):
-    page = open_page(files["run"].as_uri())
+def test_a_command_that_cannot_be_copied_is_marked(run_folder, open_page):
+    page = open_page((run_folder / "index.html").as_uri())
     page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject('closed'); }")
     button = page.locator(".command button").first
     button.click()
@@ -259,17 +280,18 @@ def test_a_command_that_cannot_be_copied_is_marked(files, open_page):
     assert page.evaluate("getSelection().toString()") == page.locator("pre").first.inner_text()
 
 
-def test_curves_stack_on_a_phone_and_follow_the_system_colours(files, open_page, tmp_path):
-    page = open_page(files["run"].as_uri(), 1280)
+def test_curves_stack_on_a_phone_and_follow_the_system_colours(run_folder, open_page, tmp_path):
+    address = (run_folder / "index.html").as_uri()
+    page = open_page(address, 1280)
     tops = "[...document.querySelectorAll('.curves img')].map(i => i.getBoundingClientRect().top)"
     wide = page.evaluate(tops)
-    narrow = open_page(files["run"].as_uri(), 390).evaluate(tops)
+    narrow = open_page(address, 390).evaluate(tops)
     assert len(wide) == 3
     assert len(set(wide)) == 1
     assert narrow == sorted(set(narrow))
     shades = {}
     for scheme in ("light", "dark"):
-        page = open_page(files["run"].as_uri(), 390, color_scheme=scheme)
+        page = open_page(address, 390, color_scheme=scheme)
         page.evaluate("Promise.all([...document.images].map(i => i.decode()))")
         file = tmp_path / f"{scheme}.png"
         page.locator(".curves img").first.screenshot(path=str(file))
