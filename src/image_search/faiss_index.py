@@ -34,6 +34,7 @@ SUB_VECTOR = 8  # elements that are stored in one code
 CODE_BITS = 8
 LEAST_TRAINED_ON = 10_000  # vectors that the 256 words of a code are learned of
 TRAINED_ON_PER_LIST = 64  # vectors
+PICKED_AT_ONCE = 1024  # rows here and there of a memory map; of each, 64 KiB may be mapped
 GROWN_AT_MOST = (
     4  # times as many vectors as it was trained for, so that lists are twice as long as new ones
 )
@@ -88,6 +89,16 @@ def blocks(features: np.ndarray, start: int = 0) -> Iterator[np.ndarray]:
         let_go(features)
 
 
+def picked(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Some rows of features (N, D), normalised. A system maps what surrounds a row too, so few are read at a time."""
+    taken = np.empty((len(rows), features.shape[1]), np.float32)
+    for start in range(0, len(rows), PICKED_AT_ONCE):
+        some = slice(start, start + PICKED_AT_ONCE)
+        taken[some] = normalised(features[rows[some]])
+        let_go(features)
+    return taken
+
+
 def build(features: np.ndarray, kind: str) -> Any:
     """An index of features (N, D), see `trained`."""
     index = trained(features, kind)
@@ -117,8 +128,7 @@ def trained(features: np.ndarray, kind: str) -> Any:
     index = _empty_ivfpq(faiss, count, dim)
     shuffled = np.random.default_rng(0).permutation(count)
     sample = np.sort(shuffled[: TRAINED_ON_PER_LIST * index.nlist])
-    index.train(normalised(features[sample]))
-    let_go(features)
+    index.train(picked(features, sample))
     return index
 
 
