@@ -8,11 +8,15 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import demo_app
 import search
 from cli.flag_types import store_address
 from conftest import CASES, ROOT
@@ -193,6 +197,41 @@ def test_the_page_goes_on_from_an_answer(store, index, tmp_path, drawn):
     assert together == [searcher.answer([question])[0] for question in (plain, only, without)]
     assert [len(found.rows) for found in together] == [3, 0, 3]
     assert rows[0] not in together[2].rows
+
+
+def test_the_page_passes_conditions_on(store, index, tmp_path):
+    pytest.importorskip("fastapi", reason="pip install -r requirements-app.txt")
+    files = images(tmp_path / "photos", 8)
+    index(tmp_path / "photos", flags=["--store", store])
+    choice = PairChoice(combining_function=None, clip_path=None, combiner_path=None)
+    searcher = load_searcher(tmp_path / "index", choice, distributed.torch.device("cpu"))
+    bound = demo_app.bound_socket("127.0.0.1", 0)
+    address = f"http://127.0.0.1:{bound.getsockname()[1]}"
+    with (
+        demo_app.application(searcher, 8, host="127.0.0.1", names=[], documented=False) as app,
+        demo_app.served(app, bound),
+    ):
+
+        def asked(**fields: object) -> dict:
+            body = urllib.parse.urlencode(fields).encode()
+            with urllib.request.urlopen(f"{address}/search", body, HANG) as answer:
+                return json.load(answer)
+
+        with urllib.request.urlopen(f"{address}/health") as answer:
+            assert json.load(answer)["filters"] is True
+        row = searcher.some(1)[0]
+        everything = asked(row=row, text="is red", k=20)["answers"]
+        assert {answer["name"] for answer in everything} == {file.name for file in files}
+        below = [answer for answer in everything if "/below/" in answer["path"]]
+        assert 0 < len(below) < len(everything)
+        said = asked(row=row, text="is red", k=20, filter='path like "below/%"')
+        assert said["answers"] == below
+        target = below[-1]["row"]
+        assert asked(row=row, text="is red", k=1, target=target)["place"] > 1
+        with pytest.raises(urllib.error.HTTPError) as error:
+            asked(row=row, text="is red", filter="path like")
+        assert error.value.code == 400
+        assert "Milvus refuses it" in json.load(error.value)["error"]
 
 
 # Interruptions
