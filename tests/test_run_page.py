@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import os
 import re
 import shlex
 import statistics
@@ -13,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
+import combiner_train
 import validate
 from cli import training
 from conftest import ROOT
@@ -172,3 +174,15 @@ def test_reproducing_a_run_of_an_earlier_version_says_what_was_typed():
     assert training.reproducing(flags) == flags["command"]
     from_there = training.reproducing({**flags, "started_in": "/a b"})
     assert from_there == f"cd '/a b' && python {ROOT}/src/combiner_train.py --dataset CIRR"
+
+
+def test_a_folder_without_a_name_that_files_can_hold_is_not_said(tmp_path, monkeypatch):
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff"))
+    odd.mkdir()
+    for folder, said in ((tmp_path, str(tmp_path)), (odd, None)):
+        monkeypatch.chdir(folder)
+        assert combiner_train.parse(["--dataset", "CIRR"]).started_in == said
+    odd.rmdir()
+    assert combiner_train.parse(["--dataset", "CIRR"]).started_in is None
+    flags = {"command": "python src/x.py", "script": "x.py", "started_in": None}
+    assert training.reproducing(flags) == flags["command"]

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -57,7 +58,7 @@ def parse(
     if folder is None:
         args = parser.parse_args(argv)
         args.command = command_line(script, argv, args.api_key)
-        args.started_in = Path.cwd()
+        args.started_in = working_folder()
         return args
     stored = read_hyper_parameters(folder).table
     if stored.get("script", script) != script:
@@ -76,6 +77,16 @@ def parse(
                 f"--resume {folder}: the run was started without {flag(name)}: leave it out"
             )
     return args
+
+
+def working_folder() -> str | None:
+    """The folder that a script is started in; None where it is gone, or has a name that no file can hold."""
+    try:
+        here = os.getcwd()
+        here.encode()
+    except (OSError, UnicodeError):
+        return None
+    return here
 
 
 def _as_typed(value: Any) -> Any:
@@ -237,7 +248,8 @@ def reproducing(flags: Mapping[str, Any]) -> str:
         flags: of the run; those of earlier versions do not say where that was.
     """
     python, script, rest = flags["command"].partition(f"src/{flags['script']}")
-    if "started_in" not in flags or not script:
+    started_in = flags.get("started_in")
+    if started_in is None or not script:
         return flags["command"]
     at = shlex.quote(str(PROJECT_ROOT / script))
-    return f"cd {shlex.quote(flags['started_in'])} && {python}{at}{rest}"
+    return f"cd {shlex.quote(started_in)} && {python}{at}{rest}"

@@ -184,7 +184,7 @@ class Flags(Schema):
     # What is trained on, and where.
     script: Text = ABSENT
     command: Text = ABSENT
-    started_in: Text = ABSENT
+    started_in: Text | None = ABSENT
     dataset: Benchmark = ABSENT
     data_root: PathText = ABSENT
     exclusions: PathText | None = ABSENT
