@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -82,7 +81,7 @@ def parse(
 def working_folder() -> str | None:
     """The folder that a script is started in; None where it is gone, or has a name that no file can hold."""
     try:
-        here = os.getcwd()
+        here = str(Path.cwd())
         here.encode()
     except (OSError, UnicodeError):
         return None
