@@ -219,7 +219,7 @@ def _ranked(
         answers.append(
             list(zip(found_rows[order].tolist(), similarities[order].tolist(), strict=True))
         )
-    let_go(features)
+        let_go(features)
     return answers
 
 
