@@ -1,6 +1,6 @@
 """What the demo's recipe makes of towers like SigLIP's and EVA's, as small as its CLIP, over several seeds.
 
-    python bench/backbone_study.py       (about 30 minutes on 2 cores; writes bench/results/backbone_study.json)
+    python bench/backbone_study.py       (about 45 minutes of a core; writes bench/results/backbone_study.json)
 
 All begin with random weights. Each seed trains both stages; a value is that of the best validation.
 """
@@ -35,6 +35,7 @@ SHOWN = {
     "FashionIQ": ("average_recall", "mean recall"),
     "CIRR": ("mean(R@5+R_s@1)", "mean(R@5+R_s@1)"),
 }
+RESULTS = Path(__file__).parent / "results" / "backbone_study.json"
 SIDE = 32
 TOWER = {"img_size": SIDE, "patch_size": 8, "embed_dim": 64, "depth": 4}
 TEXT = {"width": 64, "heads": 1, "layers": 2}
@@ -102,13 +103,43 @@ def configurations() -> dict[str, dict]:
     }
 
 
+# Of each model's image encoder, the layers that end in features.
+LAST = {
+    "like SigLIP2": ("trunk.attn_pool.proj", "trunk.attn_pool.mlp.fc2"),
+    "like EVA02": ("trunk.head",),
+}
+
+
+@torch.no_grad()
+def even_out(model: torch.nn.Module, layers: tuple[str, ...]) -> None:
+    """Let the features of images be as long as those of texts, by a factor on the layers that end in them.
+
+    As they are made, random towers like SigLIP's and EVA's give images features of a thousandth to a thirtieth of that
+    length, and the sum of both is the text's alone.
+    """
+    images = torch.randn(8, 3, SIDE, SIDE)
+    words = torch.randint(1, 100, (8, model.context_length))
+    lengths = [
+        features.norm(dim=-1).mean()
+        for features in (model.encode_image(images), model.encode_text(words))
+    ]
+    for name in layers:
+        layer = model.visual.get_submodule(name)
+        for weight in layer.parameters():
+            weight.mul_(lengths[1] / lengths[0])
+
+
 def vision(name: str, **head: object) -> dict:
     """An image encoder of timm's."""
     return {"image_size": SIDE, "timm_model_name": name, **head}
 
 
-def write_models(folder: Path) -> dict[str, str]:
-    """Write the models with random weights; returns name -> what --clip-model-name calls it."""
+def write_models(folder: Path, *, evened: bool) -> dict[str, str]:
+    """Write the models with random weights; returns name -> what --clip-model-name calls it.
+
+    Args:
+        evened: see `even_out`.
+    """
     for name, tower in (("tiny_siglip", SIGLIP), ("tiny_eva", EVA)):
         tower.__name__ = name
         setattr(sys.modules["timm.models.vision_transformer"], name, tower)
@@ -122,6 +153,8 @@ def write_models(folder: Path) -> dict[str, str]:
             write_tokenizer(place, folder / "data")
         seed_everything(0)
         model = open_clip.create_model(f"local-dir:{place}")
+        if evened:
+            even_out(model, LAST[name])
         torch.save(model.state_dict(), place / "open_clip_pytorch_model.bin")
         named[name] = f"local-dir:{place}"
     return named
@@ -142,13 +175,19 @@ def write_tokenizer(place: Path, data: Path) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(place)
 
 
-def measure(folder: Path, dataset: str, clip: str, seed: int) -> dict[str, float]:
-    """Both stages with a seed; returns what the first validation and each stage's best one give."""
+def measure(
+    folder: Path, dataset: str, clip: str, *, seed: int, learning_rate: list[str]
+) -> dict[str, float]:
+    """Both stages with a seed; returns what each stage's best validation gives.
+
+    Args:
+        learning_rate: flags of stage 1 in place of the recipe's; none for that.
+    """
     output = folder / "runs" / f"{dataset}_{len(list(folder.glob('runs/*')))}"
     data = ["--dataset", dataset, "--data-root", str(folder / "data"), "--seed", str(seed)]
     data += ["--num-workers", "0", "--output-dir"]
     flags = ["--clip-model-name", clip, "--image-cache", str(folder / "pixels")]
-    clip_fine_tune.main([*data, str(output / "clip"), *flags, *STAGE_1.split()])
+    clip_fine_tune.main([*data, str(output / "clip"), *flags, *STAGE_1.split(), *learning_rate])
     (run,) = (output / "clip").iterdir()
     weights = best_weights(run, BENCHMARKS[dataset].best_clips())
     flags = ["--clip-model-path", str(weights), "--clip-model-name", clip]
@@ -167,23 +206,30 @@ def main() -> None:
     """Train all, print a table, write it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--datasets", nargs="+", choices=SHOWN, default=list(SHOWN))
+    parser.add_argument("--datasets", nargs="+", choices=SHOWN, default=["FashionIQ"])
+    parser.add_argument("--models", nargs="+", help="of the three (default: all)")
+    parser.add_argument("--learning-rate", help="of stage 1 (default: the demo's)")
+    parser.add_argument("--as-made", action="store_true", help="do not even out, see `even_out`")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
-    output = Path(__file__).parent / "results" / "backbone_study.json"
+    learning_rate = ["--learning-rate", args.learning_rate] if args.learning_rate else []
     content: dict = {"seeds": args.seeds, "versions": versions(), "rows": []}
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
         shapes_dataset.main(["--output-dir", str(folder / "data")])
-        named = write_models(folder)
+        named = write_models(folder, evened=not args.as_made)
         for dataset in args.datasets:
-            for name, clip in named.items():
-                found = [measure(folder, dataset, clip, seed) for seed in args.seeds]
+            for name in args.models or named:
+                found = [
+                    measure(folder, dataset, named[name], seed=seed, learning_rate=learning_rate)
+                    for seed in args.seeds
+                ]
                 row = {"dataset": dataset, "model": name, "metric": SHOWN[dataset][1]}
                 for stage in found[0]:
                     row[stage] = mean_and_deviation([of_seed[stage] for of_seed in found])
                 content["rows"].append(row)
                 print(json.dumps(row), flush=True)
-                output.write_text(json.dumps(content, indent=1) + "\n")
+                args.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
