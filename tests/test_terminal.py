@@ -138,7 +138,7 @@ def test_a_training_says_what_it_is_and_how_fast_it_goes(
     assert re.search(
         r"^CIRR: [\d,]+ triplets to train, [\d,]+ to validate, [\d,]+ images$", told, re.M
     )
-    found = re.search(rf"^learning: {learning}, 2 epochs of \d+ steps of 12 triplets$", told, re.M)
+    found = re.search(rf"^learning: {learning}, 2 x \d+ steps of 12 triplets$", told, re.M)
     assert script == "combiner_train" or found[1] != found[2]
     assert re.search(r"^on: the CPU, precision amp \(float32\)$", told, re.M)
     epochs = re.findall(rf"^epoch (\d+): loss .*, \d+\.\d s; {SPEED}$", told, re.M)

@@ -39,12 +39,10 @@ def opening(
     weights = list(model.parameters())
     learning = sum(weight.numel() for weight in weights if weight.requires_grad)
     there = sum(weight.numel() for weight in weights)
-    epochs = (
-        f"{schedule.num_epochs:,} epochs of {order.steps:,} steps of {order.batch_size:,} triplets"
-    )
+    steps = f"{schedule.num_epochs:,} x {order.steps:,} steps of {order.batch_size:,} triplets"
     return {
         data.benchmark.name: f"{triplets:,} triplets to train, {queries:,} to validate, {images:,} images",
-        "learning": f"{learning:,} of {there:,} parameters, rate {learning_rate:g}, {epochs}",
+        "learning": f"{learning:,} of {there:,} parameters, rate {learning_rate:g}, {steps}",
         "on": f"{_machine(precision.device)}, {_arithmetic(precision)}",
         "run": str(folder),
     }
