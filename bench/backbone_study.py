@@ -225,6 +225,7 @@ def main() -> None:
                     for seed in args.seeds
                 ]
                 row = {"dataset": dataset, "model": name, "metric": SHOWN[dataset][1]}
+                row["lengths"] = "as made" if args.as_made else "evened out"
                 for stage in found[0]:
                     row[stage] = mean_and_deviation([of_seed[stage] for of_seed in found])
                 content["rows"].append(row)

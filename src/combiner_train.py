@@ -248,9 +248,10 @@ def page_of_seeds(folder: Path, best: Mapping[int, dict[str, Any]], stage: Stage
             of_seeds = epochs.setdefault(validation["epoch"], {"epoch": validation["epoch"]})
             of_seeds[names[seed]] = validation[chosen_by]
     if len(best) > 1:
-        lines["mean ± standard deviation"] = [
-            shown([row[metric] for row in best.values()]) for metric in about.titles
-        ]
+        together = []
+        for metric in about.titles:
+            together.append(shown([row[metric] for row in best.values()]))
+        lines["mean ± standard deviation"] = together
     titles = {name: name for name in names.values()}
     return seeds_page(
         about,
