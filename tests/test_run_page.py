@@ -18,8 +18,10 @@ import combiner_train
 import validate
 from cli import training
 from conftest import ROOT
+from models.configuration import Settings
 from reports import curves, run_page
 from reports.run_page import About, RunPage
+from training.run import run_title
 
 TITLES = {
     "stage_1": "<h1>CIRR: tiny_clip_vit fine-tuned, both encoders</h1>",
@@ -102,7 +104,8 @@ def test_a_run_of_several_seeds_has_a_page_that_leads_to_theirs(seeds, stage_2):
         told = f"{statistics.fmean(recalls):.2f} ± {statistics.stdev(recalls):.2f}"
         assert f">{told}<" in page
     assert ("mean ± standard deviation" in page) == (len(seeds) > 1)
-    assert f"<h1>CIRR: MoE Combiner on tiny_clip_vit, {len(seeds)} seeds</h1>" in page
+    named = {1: "seed 7", 2: "seeds 0, 3"}[len(seeds)]
+    assert f"<h1>CIRR: MoE Combiner on tiny_clip_vit, {named}</h1>" in page
     assert page.count('src="data:image/svg+xml;base64,') == 1
     assert set(commands(page)) == {"reproduce"}
     assert not re.search(r"src=\"(?!data:)", page)
@@ -186,3 +189,24 @@ def test_a_folder_without_a_name_that_files_can_hold_is_not_said(tmp_path, monke
     assert combiner_train.parse(["--dataset", "CIRR"]).started_in is None
     flags = {"command": "python src/x.py", "script": "x.py", "started_in": None}
     assert training.reproducing(flags) == flags["command"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "title"),
+    [
+        ({"script": "combiner_train.py"}, "CIRR: MoE Combiner on RN50x4, seed 0"),
+        ({"script": "clip_fine_tune.py"}, "CIRR: RN50x4 fine-tuned, both encoders"),
+        (
+            {"script": "clip_fine_tune.py", "encoder": "text"},
+            "CIRR: RN50x4 fine-tuned, text encoder",
+        ),
+        (
+            {"script": "combiner_train.py", "combiner_type": "clip4cir", "clip_model_path": "a", "seeds": [1, 4]},
+            "CIRR: CLIP4Cir's Combiner on fine-tuned RN50x4, seeds 1, 4",
+        ),
+    ],
+)  # fmt: skip
+def test_titles_say_dataset_and_method(flags, title):
+    """Runs of earlier versions lack most flags."""
+    settings = Settings(flags=flags, recipe={"clip_model_name": "RN50x4"}, data={}, versions={})
+    assert run_title("CIRR", settings) == title

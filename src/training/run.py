@@ -167,16 +167,19 @@ def short_name(clip_model_name: str) -> str:
 
 
 def run_title(benchmark: str, settings: Settings) -> str:
-    """What a run is to a reader: dataset and method."""
+    """What a run is to a reader: dataset and method. A run of an earlier version may lack flags that came later."""
     flags = settings.flags
     clip = short_name(settings.recipe["clip_model_name"])
-    if "combiner_type" not in flags:
-        encoders = "both encoders" if flags["encoder"] == "both" else f"{flags['encoder']} encoder"
+    if flags["script"] == "clip_fine_tune.py":
+        encoder = flags.get("encoder", "both")
+        encoders = "both encoders" if encoder == "both" else f"{encoder} encoder"
         return f"{benchmark}: {clip} fine-tuned, {encoders}"
-    kind = {"moe": "MoE Combiner", "clip4cir": "CLIP4Cir's Combiner"}[flags["combiner_type"]]
-    tuned = "fine-tuned " if flags["clip_model_path"] else ""
-    seeds = f"{len(flags['seeds'])} seeds" if flags.get("seeds") else f"seed {flags['seed']}"
-    return f"{benchmark}: {kind} on {tuned}{clip}, {seeds}"
+    is_plain = flags.get("combiner_type") == "clip4cir"
+    kind = "CLIP4Cir's Combiner" if is_plain else "MoE Combiner"
+    tuned = "fine-tuned " if flags.get("clip_model_path") else ""
+    seeds = flags.get("seeds") or [flags.get("seed", 0)]
+    named = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    return f"{benchmark}: {kind} on {tuned}{clip}, {named}"
 
 
 def make_folder(parent: Path, name: str, config: Mapping[str, Any]) -> Path:
