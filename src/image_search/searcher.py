@@ -202,14 +202,15 @@ class Searcher:
         return features
 
     def _nearest(self, queries: Tensor, questions: Sequence[Question]) -> list[list[Hit]]:
-        """The images nearest to normalised queries (Q, D), without rows left out. One search for each condition."""
+        """The images nearest to normalised queries (Q, D), without rows left out.
+
+        One search for each condition, and one for those that look deep for a target, which others need not wait for.
+        """
         hits: dict[int, list[Hit]] = {}
-        for condition in dict.fromkeys(question.condition for question in questions):
-            alike = [
-                number
-                for number, question in enumerate(questions)
-                if question.condition == condition
-            ]
+        groups: dict[tuple[str, bool], list[int]] = {}
+        for number, question in enumerate(questions):
+            groups.setdefault((question.condition, question.target is not None), []).append(number)
+        for (condition, _), alike in groups.items():
             most = max(questions[number].depth for number in alike)
             nearest = self.index.search(queries[alike].numpy(), most, condition)
             for number, found in zip(alike, nearest, strict=True):

@@ -27,22 +27,20 @@ class Clock:
 
 
 class Counter:
-    """A context that counts what is done of some work, and shows it.
+    """A context that counts the images that some work is done with, and shows it.
 
     Args:
-        total: how much there is to do.
+        total: how many there are.
         doing: what is done, as "decoding images".
-        unit: what is counted.
         shown: False for a process that leaves the output to another.
     """
 
-    def __init__(self, total: int, doing: str, *, unit: str = "images", shown: bool = True) -> None:
+    def __init__(self, total: int, doing: str, *, shown: bool = True) -> None:
         self.total = total
         self.doing = doing
-        self.unit = unit
         # None: hidden where the output is no terminal.
         hidden = None if shown else True
-        self.bar = tqdm(total=total, desc=doing, unit=f" {unit}", leave=False, disable=hidden)
+        self.bar = tqdm(total=total, desc=doing, unit=" images", leave=False, disable=hidden)
         self.writes_lines = shown and self.bar.disable
         self.clock = Clock()
         self.start = time.monotonic()
@@ -64,7 +62,7 @@ class Counter:
             logger.info(
                 "%s: %s",
                 self.doing,
-                f"{self.done:,} of {self.total:,}, {rate(1 / each)} {self.unit}/s, {left} left",
+                f"{self.done:,} of {self.total:,}, {rate(1 / each)} images/s, {left} left",
             )
             self.clock.restart()
 
