@@ -73,6 +73,50 @@ def test_a_pair_needs_nothing_but_its_folder(form, moved, drawn, tmp_path):
     assert ("tokenizer.json" in names) == (form == "hf")
 
 
+def test_a_text_encoder_of_hugging_faces_is_in_the_pair_too(models_made, drawn, tmp_path):  # noqa: F811
+    """Its configuration is a repository's, which a pair does not open."""
+    transformers = pytest.importorskip("transformers")
+    import open_clip
+
+    folder = shutil.copytree(models_made / "hf", tmp_path / "bert")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 16, "vocab_size": 40, "max_position_embeddings": 12}
+    transformers.BertConfig(**sizes).save_pretrained(folder)
+    file = folder / "open_clip_config.json"
+    about = json.loads(file.read_text())
+    about["model_cfg"]["text_cfg"] = {
+        "hf_model_name": "its/own",
+        "hf_tokenizer_name": "its/own",
+        "hf_proj_type": "mlp",
+        "hf_pooler_type": "mean_pooler",
+        "context_length": 9,
+    }
+    file.write_text(json.dumps(about))
+    (folder / "open_clip_pytorch_model.bin").unlink()
+    named = {**about["model_cfg"]["text_cfg"], "hf_model_name": str(folder)}
+    named["hf_model_pretrained"] = False
+    model = open_clip.create_model(f"local-dir:{folder}", text_cfg=named)
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    pair = tmp_path / "pair"
+    words = ["--clip-model-name", f"local-dir:{folder}"]
+    export.main(list(map(str, [*words, "--output", pair])))
+    before = measure(tmp_path, drawn, [*words, "--combining-function", "sum"])
+    shutil.rmtree(folder)
+    assert measure(tmp_path, drawn, ["--pair", pair]) == before
+    (pair / BUILT_FROM / "config.json").unlink()
+    config = json.loads((pair / CONFIG).read_text())
+    del config["clip"]["files"]["config.json"]
+    config["sha256"] = exported._digest(config)
+    (pair / CONFIG).write_text(json.dumps(config))
+    refused(
+        lambda: load_pair(
+            PairChoice(combining_function="sum", clip_path=None, combiner_path=None, exported=pair),
+            CPU,
+        ),
+        "has no config.json of its/own",
+    )
+
+
 def test_half_precision_and_the_card(moved, drawn, tmp_path):
     _, pair, _ = moved("custom", "--half")
     card = (pair / "README.md").read_text()

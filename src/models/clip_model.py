@@ -2,7 +2,6 @@
 
 import functools
 import urllib.error
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from models.lean_clip import make_lean
 from models.names import find_clip
 from runtime import distributed
 from runtime.tensors import load_tensors, save_tensors
+from runtime.torchscript import archived_state, is_archive
 from runtime.weights import differences, fitted, unwrapped
 from utils import UserError, first_line, seed_everything
 
@@ -135,25 +135,6 @@ def _download(name: str) -> CLIP:
         raise UserError(
             f"--clip-model-name {name} could not be downloaded ({first_line(error)}): fetch {url} elsewhere and put "
             f"it at {cached}"
-        ) from None
-
-
-def is_archive(path: Path) -> bool:
-    """Whether the file is a TorchScript archive, the form in which OpenAI publishes its weights."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except zipfile.BadZipFile:  # which `zipfile.is_zipfile` does not tell of every damaged one
-        return False
-
-
-def archived_state(path: Path) -> dict[str, Tensor]:
-    """All that a TorchScript archive holds by name. Raises UserError where it is damaged."""
-    try:
-        return torch.jit.load(path, map_location="cpu").state_dict()
-    except RuntimeError as error:
-        raise UserError(
-            f"{path} is not a readable TorchScript archive ({first_line(error)}): fetch it again"
         ) from None
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone, Tokenizer
-from models.clip_model import NO_WEIGHTS, VITAL, archived_state, checkpoint_blocks, is_archive
+from models.clip_model import NO_WEIGHTS, VITAL, checkpoint_blocks
 from models.names import (
     CONFIG,
     FOLDER,
@@ -32,6 +32,7 @@ from models.names import (
 from runtime import distributed
 from runtime.files import read_json, write_text
 from runtime.tensors import load_tensors
+from runtime.torchscript import archived_state, is_archive
 from runtime.weights import fitted, unwrapped
 from utils import UserError, first_line
 
@@ -42,6 +43,7 @@ try:
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg, convert_to_custom_text_state_dict
     from open_clip.modified_resnet import Bottleneck
     from open_clip.pretrained import download_pretrained_from_hf
+    from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
     if not open_clip.__version__.startswith("3."):
@@ -57,6 +59,9 @@ QUICK_GELU = "-quickgelu"  # how the name of an architecture with it ends
 HUB_PAGE = "https://huggingface.co"
 HUB_WEIGHTS = "open_clip_model.safetensors"
 TOKENIZER_FILES = "tokenizer.json, tokenizer_config.json and special_tokens_map.json"
+TEXT_CONFIG = "config.json"  # of a text encoder of Hugging Face's
+# How it may compute attention and experts; any other way is code that is fetched and run.
+OWN_WAYS = (None, "eager", "sdpa")
 ANY = 2**31  # tokens of a text encoder of Hugging Face's, whose own configuration says how many
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 # What open_clip and the packages below it raise at a configuration, a download or a tokenizer that is no good.
@@ -101,14 +106,13 @@ def load(name: OpenClipName, typed: str, device: torch.device) -> tuple[nn.Modul
     Raises:
         UserError: the name is of nothing, a download fails, or files do not fit the model.
     """
-    check_clip(typed)
-    source = f"--clip-model-name {typed}"
+    source = _checked_name(name, typed)
     published = _published(name, source)
     content = _configuration(name, source)
     # What may be missing comes first, for a large model takes minutes to build.
     describe = _described(name, content, published, source)
     path = _weights_file(name, published, source)
-    model = _built(name, source)
+    model = _built(name, content["model_cfg"], source)
     backbone = describe(dim=content["model_cfg"]["embed_dim"], resolution=_side(model, source))
     quick_gelu = bool(content["model_cfg"].get("quick_gelu"))
     model.load_state_dict(_weights(path, model, source, quick_gelu=quick_gelu, name=name))
@@ -130,10 +134,13 @@ def load_exported(
     source = f"--pair {path}"
     name = OpenClipName(scheme=FOLDER, model=str(folder))
     content = checked_config(read_json(folder / CONFIG, "open_clip"), folder / CONFIG)
-    describe = _described(name, content, None, source)
-    model = _built(name, source)
-    backbone = describe(dim=content["model_cfg"]["embed_dim"], resolution=_side(model, source))
     remedy = "copy the folder again, or export it again"
+    text_files = _text_files(name, content["model_cfg"]["text_cfg"])
+    if text_files and text_files != name.model:
+        raise UserError(f"{source}: {folder} has no {TEXT_CONFIG} of {text_files}: {remedy}")
+    describe = _described(name, content, None, source)
+    model = _built(name, content["model_cfg"], source)
+    backbone = describe(dim=content["model_cfg"]["embed_dim"], resolution=_side(model, source))
     weights = fitted(state, model.state_dict(), source=source, remedy=remedy, vital=VITAL)
     model.load_state_dict(weights)
     return _ready(model, device), backbone
@@ -148,10 +155,9 @@ def without_weights(name: OpenClipName, typed: str) -> tuple[nn.Module, Backbone
     Raises:
         UserError: the name is of nothing, or its configuration cannot be had.
     """
-    check_clip(typed)
-    source = f"--clip-model-name {typed}"
+    source = _checked_name(name, typed)
     config = _configuration(name, source)["model_cfg"]
-    model = _built(name, source, device="meta")
+    model = _built(name, config, source, device="meta")
     context = config["text_cfg"].get("context_length", CLIPTextCfg.context_length)
     backbone = Backbone(
         dim=config["embed_dim"],
@@ -164,6 +170,14 @@ def without_weights(name: OpenClipName, typed: str) -> tuple[nn.Module, Backbone
         checkpoint_gradients=checkpoint_gradients,
     )
     return model.eval(), backbone
+
+
+def _checked_name(name: OpenClipName, typed: str) -> str:
+    """How messages call a model; a folder or repository is said before it is opened, for a file may have named it."""
+    if name.scheme != OPEN_CLIP and distributed.is_main():
+        logger.info("opening %s", name.for_open_clip)
+    check_clip(typed)
+    return f"--clip-model-name {typed}"
 
 
 def _described(
@@ -195,15 +209,23 @@ def _described(
         tokenizer=_checked_tokenizer(own, config, source),
         checkpoint_gradients=checkpoint_gradients,
         architecture=hashlib.sha256(tells.encode()).hexdigest(),
-        write=functools.partial(_write, whole, own),
+        write=functools.partial(_write, whole, own, _text_files(name, config["text_cfg"])),
     )
 
 
-def _write(content: Mapping[str, Any], own: Any, folder: Path) -> None:
-    """Write a model's configuration and the files of its tokenizer, as open_clip's `local-dir:` reads them."""
+def _write(content: Mapping[str, Any], own: Any, text_files: str, folder: Path) -> None:
+    """Write what a model is built from beside its weights, as open_clip's `local-dir:` reads it.
+
+    That is its configuration, the files of its tokenizer, and the configuration of a text encoder of Hugging Face's.
+    """
     write_text(folder / CONFIG, json.dumps(content, indent=1) + "\n")
     if hasattr(own, "tokenizer"):
         own.tokenizer.save_pretrained(folder)
+    if text_files:
+        from transformers import PretrainedConfig
+
+        text_config, _ = PretrainedConfig.get_config_dict(text_files)
+        write_text(folder / TEXT_CONFIG, json.dumps(text_config, indent=1) + "\n")
 
 
 def _ready(model: Any, device: torch.device) -> nn.Module:
@@ -295,18 +317,49 @@ def _first_here(fetch: Callable[[], Made]) -> Made:
         return fetch()
 
 
-def _built(name: OpenClipName, source: str, device: str = "cpu") -> Any:
-    """The model with random weights."""
-    make = functools.partial(
-        open_clip.create_model,
-        name.for_open_clip,
-        load_weights=False,
-        pretrained_text=False,
-        device=device,
-    )
+def _built(name: OpenClipName, config: Mapping[str, Any], source: str, device: str = "cpu") -> Any:
+    """The model with random weights.
+
+    Args:
+        config: its `model_cfg`, as it was checked.
+    """
+    # All weights are one file's: nothing is fetched for a part of the model.
+    text = {**config["text_cfg"], "hf_model_pretrained": False}
+    vision = {**config["vision_cfg"], "timm_model_pretrained": False}
+    if files := _text_files(name, text):
+        text["hf_model_name"] = files
+        if name.scheme == HUB:
+            logger.info("opening %s, which %s names as its text encoder", files, name.model)
+
+    def make() -> Any:
+        if files:
+            _check_no_code(files, source)
+        return open_clip.create_model(
+            name.for_open_clip,
+            load_weights=False,
+            pretrained_text=False,
+            device=device,
+            vision_cfg=vision,
+            text_cfg=text,
+        )
+
     return _tried(
         make, f"{source}: open_clip cannot build it ({{}}): name a model whose parts are all there"
     )
+
+
+def _text_files(name: OpenClipName, text: Mapping[str, Any]) -> str:
+    """Where the configuration of a text encoder of Hugging Face's is: beside the model's own, or in a repository.
+
+    "" for another text encoder.
+    """
+    if (
+        text.get("hf_model_name")
+        and name.scheme == FOLDER
+        and Path(name.model, TEXT_CONFIG).is_file()
+    ):
+        return name.model
+    return text.get("hf_model_name") or ""
 
 
 def _side(model: Any, source: str) -> int:
@@ -396,11 +449,64 @@ def _tokenizer(name: OpenClipName, config: Mapping[str, Any], source: str) -> An
     """open_clip's own tokenizer for a model, which cleans captions as the model was trained."""
     wanted = config["text_cfg"].get("hf_tokenizer_name")
     where = f"{HUB_PAGE}/{wanted}" if name.scheme == OPEN_CLIP else "where the weights are from"
+    if wanted and name.scheme == HUB:
+        logger.info("opening %s, which %s names as its tokenizer", wanted, name.model)
     return _tried(
-        lambda: _first_here(lambda: open_clip.get_tokenizer(name.for_open_clip)),
+        lambda: _first_here(lambda: _own_tokenizer(name, config["text_cfg"], source)),
         f"{source}: its tokenizer cannot be made ({{}}): pip install transformers[sentencepiece], or fetch "
         f"{TOKENIZER_FILES} from {where} into the folder of the weights and name {FOLDER}:FOLDER",
     )
+
+
+def _own_tokenizer(name: OpenClipName, text: Mapping[str, Any], source: str) -> Any:
+    """The same as open_clip makes it, but for code: it would tell transformers whatever the configuration says."""
+    if not text.get("hf_tokenizer_name"):
+        return open_clip.get_tokenizer(name.for_open_clip)
+    files = name.model if name.scheme == FOLDER else text["hf_tokenizer_name"]
+    _check_no_code(files, source)
+    return HFTokenizer(
+        files,
+        context_length=text.get("context_length", DEFAULT_CONTEXT_LENGTH),
+        tokenizer_mode=text.get("tokenizer_mode"),
+        trust_remote_code=False,
+        **text.get("tokenizer_kwargs", {}),
+    )
+
+
+def _check_no_code(files: str, source: str) -> None:
+    """Raise UserError where a folder or repository of Hugging Face's wants code of its own to be run."""
+    from transformers import PretrainedConfig, dynamic_module_utils
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    # transformers asks on stdin whether to run what it finds, unless it may wait no time for an answer.
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    for read in (
+        lambda: PretrainedConfig.get_config_dict(files)[0],
+        lambda: get_tokenizer_config(files),
+    ):
+        try:
+            content = read()
+        except (OSError, ValueError):  # it is not there: who needs it says so
+            continue
+        if found := _wanted_code(content):
+            raise UserError(
+                f"{source}: {files} wants code of its own to be run ({found}), and none is: name another model"
+            )
+
+
+def _wanted_code(content: Any) -> str:
+    """The field of a configuration, at any depth, that would have code fetched and run; "" for none."""
+    if isinstance(content, list):
+        return next(filter(None, map(_wanted_code, content)), "")
+    if not isinstance(content, dict):
+        return ""
+    for field, value in content.items():
+        is_way = field.endswith("_implementation") and not isinstance(value, dict)
+        if (field == "auto_map" and value) or (is_way and value not in OWN_WAYS):
+            return field
+        if found := _wanted_code(value):
+            return found
+    return ""
 
 
 def _checked_tokenizer(own: Any, config: Mapping[str, Any], source: str) -> Tokenizer:
