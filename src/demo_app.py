@@ -146,7 +146,9 @@ def main(argv: list[str] | None = None) -> None:
 
     from image_search.searcher import load_searcher
 
-    searcher = load_searcher(args.index, options.pair_choice(args), pick_device(args.device))
+    searcher = load_searcher(
+        args.index, options.pair_choice(args), pick_device(args.device), args.store
+    )
     # All signals that end a process are waited for, so that answers that are on their way arrive.
     with (
         interruption.listening(interruption.heeded_endings()) as stop,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli import options
-from cli.flag_types import store_address, usable_path
+from cli.flag_types import usable_path
 from cli.parsers import ScriptParser, Several
 from cli.startup import check_files, pick_device
 from image_search.manifest import as_made, check_index, made_with, read_manifest
@@ -100,10 +100,8 @@ def add_keeping(index: argparse.ArgumentParser) -> None:
         choices=dict.fromkeys([*INDEX_KINDS, *MILVUS_KINDS]),
         help="flat is exact, the others are for large galleries (default: as it is, flat for a new one)",
     )
-    index.add_argument(
-        "--store",
-        type=store_address,
-        metavar="WHERE",
+    options.add_store(
+        index,
         help="faiss: files; milvus:FILE.db; milvus:http://HOST:19530, with MILVUS_TOKEN of the environment where the "
         "server wants one (default: as it is, faiss for a new one)",
     )
@@ -150,7 +148,7 @@ def make_index(args: argparse.Namespace) -> None:
         clip=options.clip_choice(args),
         workers=args.num_workers,
     )
-    choice = as_made(earlier, named)
+    choice = as_made(args.output, earlier, named)
     update = encode_images(args, folders, images, choice=choice, keeping=keeping)
     if update is not None:
         report(args.output, update, images)
@@ -228,7 +226,9 @@ def ask(args: argparse.Namespace) -> None:
 
     from image_search.searcher import load_searcher
 
-    searcher = load_searcher(args.index, options.pair_choice(args), pick_device(args.device))
+    searcher = load_searcher(
+        args.index, options.pair_choice(args), pick_device(args.device), args.store
+    )
     reference = searcher.reference_features(args.image)
     found = searcher.search(reference, args.text, args.k, args.filter)
     if found.note:

@@ -425,6 +425,32 @@ def test_a_token_comes_from_the_environment_and_goes_nowhere(
     assert "S3cret" not in out + caplog.text
 
 
+def test_a_token_goes_to_no_address_that_only_a_file_names(
+    server, index, ask, tmp_path, monkeypatch, caplog
+):
+    given = []
+    pymilvus = milvus_store.import_pymilvus()
+    real = pymilvus.MilvusClient
+
+    def client(**how):
+        given.append(how["token"])
+        return real(**how)
+
+    monkeypatch.setattr(pymilvus, "MilvusClient", client)
+    files = images(tmp_path / "photos", 2)
+    index(tmp_path / "photos", flags=["--store", server.store])
+    here = shutil.move(tmp_path / "index", tmp_path / "made")
+    shutil.copytree(here, tmp_path / "index")  # as from elsewhere
+    monkeypatch.setenv("MILVUS_TOKEN", "root:S3cret")
+    given.clear()
+    answers = ask(files[0], "is red")
+    assert set(given) == {""}
+    assert f"MILVUS_TOKEN is not sent to {server.store} unless you name it" in caplog.text
+    given.clear()
+    assert ask(files[0], "is red", "--store", server.store) == answers
+    assert set(given) == {"root:S3cret"}
+
+
 @pytest.mark.parametrize(
     "text",
     [

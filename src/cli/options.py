@@ -19,6 +19,7 @@ from cli.flag_types import (
     rows,
     seed_int,
     side_ratio,
+    store_address,
     usable_path,
     weight,
     width,
@@ -83,6 +84,11 @@ def add_resampling(group: Group, *, resamples: int) -> None:
 def add_k(group: Group, *, default: int, help: str = "answers") -> None:
     """--k."""
     group.add_argument("--k", type=positive_int, default=default, help=help)
+
+
+def add_store(group: Group, *, help: str) -> None:
+    """--store."""
+    group.add_argument("--store", type=store_address, metavar="WHERE", help=help)
 
 
 def add_clip_batch_size(group: Group, *, help: str) -> None:
@@ -495,6 +501,11 @@ def search_flags() -> list[argparse.ArgumentParser]:
     group = parser.add_argument_group("index")
     group.add_argument(
         "--index", type=usable_path, required=True, metavar="INDEX", help="made by search.py index"
+    )
+    add_store(
+        group,
+        help="where the index lives, as it says too: a Milvus that only the index names gets no MILVUS_TOKEN, unless "
+        "the index was made here",
     )
     composition = pair_flags(required=False, silent=" (default: combiner if there is one)")
     return [parser, exported_flag(), composition, combiner_flags(trains=False)]

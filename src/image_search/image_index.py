@@ -10,7 +10,7 @@ from typing import Any
 
 from image_search import faiss_index, index_folder
 from image_search.manifest import check_index, read_manifest
-from image_search.stores import FAISS, Counts, ImageIndex, Keeping, Shelf
+from image_search.stores import FAISS, Counts, ImageIndex, Keeping, Shelf, chosen_keeping
 from models.encoder import Encoder
 from runtime import distributed
 from runtime.choices import named
@@ -36,14 +36,22 @@ def encoder_key(encoder: Encoder) -> dict[str, Any]:
     return {"weights": encoder.describe()["weights"], **encoder.preprocessing, **precision}
 
 
-def open_index(folder: Path) -> ImageIndex:
-    """Open an index. Raises UserError where there is none, or where it is damaged."""
+def open_index(folder: Path, store: str | None = None) -> ImageIndex:
+    """Open an index.
+
+    Args:
+        store: where a flag says that it lives, None where flags are silent.
+
+    Raises:
+        UserError: there is none, it is damaged, or it lives elsewhere.
+    """
     check_index(folder)
     about = read_manifest(folder) or {}
+    keeping = chosen_keeping(about, store, kind=None, on_disk=None)
     if "store" in about:
         from image_search import milvus_store
 
-        return milvus_store.opened(folder, about)
+        return milvus_store.opened(folder, about, keeping.typed)
     return index_folder.opened(folder, about)
 
 

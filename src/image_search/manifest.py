@@ -1,18 +1,23 @@
 """What an index on disk says of itself."""
 
 import dataclasses
+import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.exported import exported_place
+from models.names import FOLDER, HUB
 from runtime.choices import ClipChoice, PairChoice, named
 from runtime.files import parse_json, read_text, write_text
 from utils import UserError, first_line
 
 if TYPE_CHECKING:
     from models.pair import Pair
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "index.json"
 REMEDY = "build the index again in another folder"
@@ -38,26 +43,67 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
     """Write what an index says of itself, whole or not at all."""
-    write_text(folder / MANIFEST, json.dumps(about, indent=1) + "\n")
+    content = {**about, "made_here": _seal(folder, about)}
+    write_text(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
-def as_made(about: Mapping[str, Any], choice: PairChoice) -> PairChoice:
+def is_own(folder: Path, about: Mapping[str, Any]) -> bool:
+    """Whether an index was made in this very folder of this machine, and names what it named then.
+
+    One that was copied, fetched or edited was not: what it names outside its folder was typed by somebody else.
+    """
+    return about.get("made_here") == _seal(folder, about)
+
+
+def _seal(folder: Path, about: Mapping[str, Any]) -> str:
+    """Digest of what an index names outside its folder, and of what nobody elsewhere knows of the folder."""
+    machine = Path("/etc/machine-id")
+    known = [
+        machine.read_text() if machine.is_file() else "",
+        folder.stat().st_ino,
+        about.get("store"),
+        about.get("pair"),
+    ]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def _check_named(folder: Path, about: Mapping[str, Any], flag: str, name: str) -> None:
+    """Let a folder or repository be opened that only an index names: one that was made here, and with a line."""
+    if not is_own(folder, about):
+        raise UserError(
+            f"{folder / MANIFEST} was made elsewhere and names {name}: name it too, as {flag} {name}, if you trust it"
+        )
+    logger.info("opening %s, which %s names", name, folder / MANIFEST)
+
+
+def as_made(folder: Path, about: Mapping[str, Any], choice: PairChoice) -> PairChoice:
     """The pair that flags name; where they are silent on CLIP, an index's own.
 
     An index of an exported pair so has the pair's Combiner too, if the flags name none.
 
     Args:
         about: the index's manifest, empty where there is none.
+
+    Raises:
+        UserError: the index was made elsewhere, and only it names a folder or a repository that the pair is in.
     """
     made_with = about.get("pair", {})
     settings = {}
     for name, value in dataclasses.asdict(choice.clip).items():
         settings[name] = made_with.get(name) if value is None else value
+    asked = choice.clip.clip_model_name
     choice = dataclasses.replace(choice, clip=ClipChoice(**settings))
-    if choice.exported is not None or choice.clip_path is not None:
+    if choice.exported is not None:
         return choice
-    if exported := made_with.get("exported"):
+    exported = made_with.get("exported")
+    if exported and choice.clip_path is None:
+        _check_named(folder, about, "--pair", exported)
         return dataclasses.replace(choice, exported=exported_place(exported))
+    name = choice.clip.clip_model_name or ""
+    if asked is None and name.startswith((f"{FOLDER}:", f"{HUB}:")):
+        _check_named(folder, about, "--clip-model-name", name)
+    if choice.clip_path is not None:
+        return choice
     clip_path = made_with.get("clip_model_path")
     return dataclasses.replace(choice, clip_path=Path(clip_path) if clip_path else None)
 

@@ -28,11 +28,13 @@ from image_search.faiss_index import (
     normalised,
 )
 from image_search.index_folder import check_features, check_own
-from image_search.manifest import MANIFEST, REMEDY, read_manifest, write_manifest
+from image_search.manifest import MANIFEST, REMEDY, is_own, read_manifest, write_manifest
 from image_search.stores import Counts, Hit, Keeping
 from runtime import distributed
 from runtime.files import Identity
 from utils import UserError, first_line
+
+logger = logging.getLogger(__name__)
 
 TOKEN = "MILVUS_TOKEN"  # of the environment: user:password, or a key
 PATIENCE = 60  # seconds for an answer
@@ -91,7 +93,7 @@ class Table:
         UserError: the store cannot be reached or opened.
     """
 
-    def __init__(self, store: str, name: str) -> None:
+    def __init__(self, store: str, name: str, token: str) -> None:
         self.name = name
         self.store = store
         self._milvus = import_pymilvus()
@@ -99,7 +101,6 @@ class Table:
         if not address.startswith("http"):
             Path(address).parent.mkdir(parents=True, exist_ok=True)
         with self._explained():
-            token = os.environ.get(TOKEN, "")
             self._client = self._milvus.MilvusClient(
                 uri=address, token=token, timeout=PATIENCE, grpc_options=SELDOM_PINGED
             )
@@ -182,14 +183,34 @@ class Table:
                 pages.close()
 
 
-def _checked_table(folder: Path, about: dict[str, Any]) -> Table:
+def _token(folder: Path, about: dict[str, Any], typed: bool) -> str:
+    """The token of the environment, "" for an address that nobody typed here.
+
+    Args:
+        typed: whether a flag names the store.
+    """
+    token = os.environ.get(TOKEN, "")
+    if not token or typed or is_own(folder, about):
+        return token
+    store = about["store"]
+    logger.warning(
+        "warning: %s was made elsewhere: %s is not sent to %s unless you name it, --store %s",
+        folder / MANIFEST,
+        TOKEN,
+        store,
+        store,
+    )
+    return ""
+
+
+def _checked_table(folder: Path, about: dict[str, Any], typed: bool) -> Table:
     """The collection that a manifest names, if it is of its encoder."""
     name = about["collection"]
     if not name.endswith(f"_{digest_of(about['encoder'])}"):
         raise UserError(
             f"{folder / MANIFEST}: the collection {name} is of another encoder than the manifest: {REMEDY}"
         )
-    return Table(about["store"], name)
+    return Table(about["store"], name, _token(folder, about, typed))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,13 +289,16 @@ def _ranked(found: Sequence[Mapping[str, Any]], query: np.ndarray, k: int) -> li
     return hits
 
 
-def opened(folder: Path, about: dict[str, Any]) -> MilvusImages:
+def opened(folder: Path, about: dict[str, Any], typed: bool) -> MilvusImages:
     """An index as its manifest describes it.
+
+    Args:
+        typed: whether a flag names the store.
 
     Raises:
         UserError: Milvus cannot be reached or lacks the collection, or that is of another encoder.
     """
-    table = _checked_table(folder, about)
+    table = _checked_table(folder, about, typed)
     if not table.exists():
         raise UserError(
             f"--index {folder}: {about['store']} has no collection {table.name}: index into another folder"
@@ -332,6 +356,11 @@ class MilvusShelf:
                 **self.origin,
             }
             write_manifest(self.folder, about)
+        elif not (self.keeping.typed or is_own(self.folder, about)):
+            raise UserError(
+                f"{self.folder / MANIFEST} was made elsewhere and names {about['store']}: name it too, as --store "
+                f"{about['store']}, if you trust it"
+            )
         table = self._table()
         if not table.exists():
             if "images" in about:
@@ -345,7 +374,8 @@ class MilvusShelf:
     def _table(self) -> Table:
         """The collection, which each process opens for itself."""
         if self._opened is None:
-            self._opened = _checked_table(self.folder, read_manifest(self.folder) or {})
+            about = read_manifest(self.folder) or {}
+            self._opened = _checked_table(self.folder, about, self.keeping.typed)
         return self._opened
 
     def held(self) -> Collection[Identity]:

@@ -75,6 +75,7 @@ class Manifest(Schema):
     pair: Pair = ABSENT
     folders: list[PathText] = ABSENT
     unreadable: dict[str, Text] = ABSENT
+    made_here: Digest = ABSENT
 
 
 class FilesManifest(Manifest):

@@ -232,14 +232,19 @@ def _but_precision(key: Any) -> dict[str, Any]:
     return {name: value for name, value in known.items() if name != "encode_precision"}
 
 
-def load_searcher(folder: Path, choice: PairChoice, device: torch.device) -> Searcher:
+def load_searcher(
+    folder: Path, choice: PairChoice, device: torch.device, store: str | None = None
+) -> Searcher:
     """An index and a pair for it. Where the flags name no CLIP, the pair has the one that the index was made with.
+
+    Args:
+        store: where a flag says that the index lives, None where flags are silent.
 
     Raises:
         UserError: the index is damaged or of other weights, or whatever is wrong with the checkpoints.
     """
-    index = open_index(folder)
-    wanted = as_made(index.about, choice)
+    index = open_index(folder, store)
+    wanted = as_made(folder, index.about, choice)
     # One query is encoded exactly, whatever a million images were, unless a flag says otherwise.
     clip = dataclasses.replace(wanted.clip, encode_precision=choice.clip.encode_precision)
     return Searcher(index, load_pair(dataclasses.replace(wanted, clip=clip), device, opened=opened))

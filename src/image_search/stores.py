@@ -99,11 +99,13 @@ class Keeping:
         store: "faiss" or an address of Milvus.
         kind: of the vectors.
         on_disk: whether FAISS leaves its lists in a file.
+        typed: whether a flag names the store, not the index alone.
     """
 
     store: str = FAISS
     kind: str = "flat"
     on_disk: bool = False
+    typed: bool = False
 
 
 def chosen_keeping(
@@ -119,7 +121,9 @@ def chosen_keeping(
     """
     lives = earlier.get("store", FAISS if earlier else store or FAISS)
     if store not in (None, lives):
-        raise UserError(f"--store {store}: this index lives in {lives}: name another --output")
+        raise UserError(
+            f"--store {store}: this index lives in {lives}: leave the flag out, or name another index"
+        )
     kind = kind or earlier.get("kind", "flat")
     kinds = KINDS_OF[lives.partition(":")[0]]
     if kind not in kinds:
@@ -128,4 +132,4 @@ def chosen_keeping(
         on_disk = kind == "ivfpq" and "lists" in earlier
     if on_disk and kind != "ivfpq":
         raise UserError(f"--on-disk is for --index-type ivfpq, not for {kind}: leave one out")
-    return Keeping(store=lives, kind=kind, on_disk=on_disk)
+    return Keeping(store=lives, kind=kind, on_disk=on_disk, typed=store is not None)
