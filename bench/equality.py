@@ -20,9 +20,10 @@ from report import held
 from runtime.precision import exact_float32
 from stage1 import random_batch
 from timing import Row, Setting
-from training.contrastive import backward
+from training.losses import ContrastiveLoss
 from training.schedule import Precision
 from training.stage1 import SumFeatures
+from training.step import Gradient
 from twins import DefinedCombiner, DefinedPlainCombiner
 
 # Of queries and of gradients. In half precision some of a ReLU's inputs round to the other side of zero, which turns
@@ -134,14 +135,14 @@ def step_gradients(
     scaler = torch.amp.GradScaler(
         device.type, init_scale=SCALE, enabled=chosen.scaler().is_enabled()
     )
-    backward(
-        wrap(module) if wrap else module,
-        list(inputs),
-        None,
-        micro_batch=micro_batch,
+    gradient = Gradient(
+        model=wrap(module) if wrap else module,
+        loss=ContrastiveLoss(),
         precision=chosen,
         scaler=scaler,
+        micro_batch=micro_batch,
     )
+    gradient.add(list(inputs), torch.arange(len(inputs[0]), device=device))
     return gradients(model)
 
 

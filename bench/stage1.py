@@ -29,6 +29,7 @@ from timing import Cost, Row, Setting, Step, cost, in_turns, saved_activations, 
 from training.autosave import save_state
 from training.image_cache import ImageCache
 from training.loop import Stepper, Task, trainable
+from training.losses import ContrastiveLoss
 from training.schedule import Precision, Schedule
 from training.stage1 import SumFeatures
 from twins import plain_clip_step
@@ -108,6 +109,7 @@ def make_stepper(
         batches=lambda *_: [],
         steps=1,
         model=trainable(SumFeatures(model, backbone(model)), device, compiled=compiled),
+        loss=ContrastiveLoss(),
         optimizer=optimizer,
         validate=dict,
         module=model,

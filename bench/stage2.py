@@ -23,12 +23,13 @@ from runtime.interruption import StopRequest
 from timing import GIB, Row, Setting, extra_memory, in_turns, peak_memory, typical
 from training.autosave import Autosave
 from training.checkpoints import Checkpoints
-from training.contrastive import backward
 from training.data import Order
 from training.loop import Stepper, train_one_epoch
+from training.losses import BankLoss, ContrastiveLoss, Loss
 from training.run import Run
 from training.schedule import Precision, Schedule
 from training.stage2 import ComposedFeatures, combiner_training
+from training.step import Gradient
 from training.tracker import NoTracker
 from twins import re_encoding_epoch
 
@@ -49,6 +50,7 @@ def epoch(
         learning_rate=2e-5,
         ema_decay=None,
         compiled=False,
+        loss=lambda bank: ContrastiveLoss(),
         penalty=None,
         measure=functools.partial(evaluate, CIRR(Path()), frozen_val),
     )
@@ -153,28 +155,23 @@ def bank(setting: Setting) -> Iterator[Row]:
     optimizer = Adam(combiner.parameters(), lr=2e-5, fused=setting.on_gpu)
     precision = Precision("amp", device)
     scaler = precision.scaler()
+    bank = BankLoss(features)
+    own_batch = ContrastiveLoss()
     for batch in setting.choose(gpu=(64, 512, 4096), cpu=(64, 256, 1024), tiny=(8,)):
         images = torch.randn(batch, d, device=device)
         rows = torch.randint(targets, (batch,), device=device)
 
-        def step(
-            bank: torch.Tensor | None, images: torch.Tensor = images, rows: torch.Tensor = rows
-        ) -> None:
+        def step(loss: Loss, images: torch.Tensor = images, rows: torch.Tensor = rows) -> None:
             optimizer.zero_grad(set_to_none=True)
-            backward(
-                model,
-                [images, images, features[rows]],
-                None if bank is None else rows,
-                micro_batch=None,
-                precision=precision,
-                scaler=scaler,
-                bank=bank,
-            )
+            gradient = Gradient(model=model, loss=loss, precision=precision, scaler=scaler)
+            gradient.add([images, images, features[rows]], rows)
             scaler.step(optimizer)
             scaler.update()
 
-        ours, twin = in_turns(lambda: step(features), lambda: step(None), device, 3, 3)
-        memory = [extra_memory(lambda own=own: step(own), device) / GIB for own in (features, None)]
+        ours, twin = in_turns(lambda: step(bank), lambda: step(own_batch), device, 3, 3)
+        memory = [
+            extra_memory(lambda loss=loss: step(loss), device) / GIB for loss in (bank, own_batch)
+        ]
         yield {
             "figure": f"stage-2 step against a bank of {targets:,} targets / its batch, batch {batch:,}",
             "ours": ours,

@@ -67,6 +67,7 @@ def train(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -> 
         learning_rate=args.learning_rate,
         ema_decay=args.ema_decay,
         compiled=args.compile,
+        loss=training.loss_of(args),
         measure=functools.partial(
             evaluate, benchmark, compose=compose_sum, block=args.similarity_block
         ),

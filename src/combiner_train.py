@@ -138,6 +138,7 @@ def train(
         learning_rate=args.combiner_lr,
         ema_decay=args.ema_decay,
         compiled=args.compile,
+        loss=functools.partial(training.loss_of, args),
         negatives=args.negatives,
         penalty=router_penalty(args.load_balancing_weight, args.router_z_weight, combiner.top_k),
         measure=functools.partial(evaluate, benchmark, stage.val, block=args.similarity_block),

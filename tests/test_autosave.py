@@ -17,6 +17,7 @@ from training import autosave, checkpoints, loop, state
 from training.autosave import Autosave
 from training.checkpoints import Checkpoints
 from training.loop import Task, fit
+from training.losses import ContrastiveLoss
 from training.run import NoRun
 from training.schedule import Precision, Schedule
 from utils import DiskError, Stopped, UserError
@@ -149,6 +150,7 @@ def improving(epochs_before_failure: int = 1000) -> Task:
         batches=batches,
         steps=2,
         model=model,
+        loss=ContrastiveLoss(),
         optimizer=SGD(model.parameters(), 0.1),
         validate=validate,
         module=model,

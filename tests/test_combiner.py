@@ -22,9 +22,10 @@ from combiner import (
 )
 from models.routing import router_penalty
 from runtime.choices import CombinerChoice
-from training.contrastive import backward, contrastive_loss
+from training.losses import ContrastiveLoss
 from training.schedule import Precision
 from training.stage2 import ComposedFeatures
+from training.step import Gradient
 from twins import DefinedCombiner, DefinedPlainCombiner, RowLoopMoE
 from utils import UserError
 
@@ -199,15 +200,16 @@ def test_a_compiled_combiner_learns_the_same(kind, precision, backend, batches, 
     def learn(learned, rows: int) -> tuple:
         torch.manual_seed(rows)
         model.zero_grad()
-        loss = backward(
-            learned,
-            [torch.randn(rows, 12), torch.randn(rows, 12), F.normalize(torch.randn(rows, 12))],
-            None,
-            micro_batch=None,
+        gradient = Gradient(
+            model=learned,
+            loss=ContrastiveLoss(),
             precision=chosen,
             scaler=chosen.scaler(),
             penalty=router_penalty(0.1, 0.1, composer.top_k),
         )
+        inputs = [torch.randn(rows, 12), torch.randn(rows, 12)]
+        inputs.append(F.normalize(torch.randn(rows, 12)))
+        loss = gradient.add(inputs, torch.arange(rows))
         return loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     for rows in batches:
@@ -274,7 +276,8 @@ def test_sum_and_loss():
     torch.testing.assert_close(compose_sum(image, text), torch.tensor([[0.6, 0.8]]))
     queries, targets = torch.eye(3), torch.eye(3)[[0, 2, 1]]
     row_losses = -(100 * queries @ targets.T).log_softmax(1).diagonal()
-    torch.testing.assert_close(contrastive_loss(queries, targets), row_losses.mean())
+    loss = ContrastiveLoss()(queries, targets, torch.arange(len(queries)))
+    torch.testing.assert_close(loss, row_losses.mean())
 
 
 @pytest.mark.parametrize("kind", ["moe", "clip4cir"])

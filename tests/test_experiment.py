@@ -20,6 +20,7 @@ from training.autosave import Autosave
 from training.checkpoints import Checkpoints
 from training.data import Order
 from training.loop import Stepper, Task, fit, train_one_epoch
+from training.losses import ContrastiveLoss
 from training.run import Run, make_folder, run_name
 from training.schedule import Precision, Schedule
 from training.tracker import NoTracker, make_tracker
@@ -47,6 +48,7 @@ def toy_task(validate, steps=1, bad_step=None) -> Task:
         batches=lambda epoch, first: batches[first:],
         steps=steps,
         model=model,
+        loss=ContrastiveLoss(),
         optimizer=SGD(model.parameters(), 0.1),
         validate=validate,
         module=model,

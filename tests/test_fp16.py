@@ -24,13 +24,14 @@ from runtime.choices import ClipChoice
 from runtime.interruption import StopRequest
 from training.autosave import MOST_SKIPPED, Autosave
 from training.checkpoints import Checkpoints
-from training.contrastive import backward
 from training.data import Order, TrainingData
 from training.loop import Stepper, Task, average, train_one_epoch
+from training.losses import ContrastiveLoss
 from training.run import Run
 from training.schedule import Precision, Schedule
 from training.stage1 import SumFeatures, fine_tuning
 from training.stage2 import combiner_training
+from training.step import Gradient
 from training.tracker import NoTracker
 from utils import UserError
 
@@ -74,6 +75,7 @@ def stepper(model, scale: float, *, schedule=ONCE, optimizer=None, batches=()) -
         batches=lambda epoch, first: batches[first:],
         steps=max(1, len(batches)),
         model=model,
+        loss=ContrastiveLoss(),
         optimizer=optimizer or SGD(model.parameters(), lr=0.1),
         validate=dict,
         module=model,
@@ -149,6 +151,7 @@ def test_only_scaling_waits_and_once_a_step(precision, waits):
         batches=lambda epoch, first: [],
         steps=1,
         model=model,
+        loss=ContrastiveLoss(),
         optimizer=Adam(model.parameters(), lr=0.1, fused=True),  # as on a GPU
         validate=dict,
         module=model,
@@ -210,14 +213,14 @@ def test_gradient_caching_equals_the_plain_step(golden):
             256, (2, 7, 3, pixels, pixels), dtype=torch.uint8, generator=generator
         )
         tokens = tokenize([f"is number {i} and has a color" for i in range(7)])
-        backward(
-            SumFeatures(model, backbone(model)),
-            [images[0], images[1], tokens],
-            None,
-            micro_batch=micro_batch,
+        gradient = Gradient(
+            model=SumFeatures(model, backbone(model)),
+            loss=ContrastiveLoss(),
             precision=FP16,
             scaler=scaler_of(2.0**8),
+            micro_batch=micro_batch,
         )
+        gradient.add([images[0], images[1], tokens], torch.arange(len(tokens)))
         named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         gradients.append(named)
     plain, cached = gradients
@@ -370,6 +373,7 @@ def test_stage_2_learns_as_in_full_precision(drawn):
             learning_rate=3e-3,
             ema_decay=None,
             compiled=False,
+            loss=lambda bank: ContrastiveLoss(),
             penalty=None,
             measure=functools.partial(evaluate, benchmark, [frozen]),
         )
@@ -400,6 +404,7 @@ def test_stage_1_learns_as_in_full_precision(drawn):
             learning_rate=1e-4,
             ema_decay=None,
             compiled=False,
+            loss=ContrastiveLoss(),
             measure=functools.partial(evaluate, benchmark, compose=compose_sum),
         )
         return task

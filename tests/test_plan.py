@@ -30,7 +30,7 @@ from runtime.choices import OPENAI_CLIPS, CombinerChoice
 from runtime.gpus import GPUS
 from test_backbones import FORMS, models_made  # noqa: F401
 from timing import saved_activations
-from training import budget, contrastive
+from training import budget, losses
 from training.budget import (
     CombinerTraining,
     FineTuning,
@@ -38,12 +38,13 @@ from training.budget import (
     combiner_to_count,
     seconds,
 )
-from training.contrastive import backward, contrastive_loss
 from training.counted_clip import CountedClip, Encoding, Way
 from training.counting import NoData
+from training.losses import ContrastiveLoss
 from training.schedule import Precision
 from training.stage1 import SumFeatures
 from training.stage2 import ComposedFeatures
+from training.step import Gradient
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", CPU)
@@ -83,6 +84,17 @@ def vit(tmp_path_factory) -> str:
 def counted_clip(name: str, trained: str | None = "both") -> CountedClip:
     """One for all tests, as it remembers what it counted."""
     return CountedClip(name, trained)
+
+
+def exact_step(model, micro_batch: int | None = None) -> Gradient:
+    """A step of a training in float32."""
+    return Gradient(
+        model=model,
+        loss=ContrastiveLoss(),
+        precision=FP32,
+        scaler=FP32.scaler(),
+        micro_batch=micro_batch,
+    )
 
 
 def fine_tuning(name: str, trained: str = "both", **changes) -> FineTuning:
@@ -128,17 +140,9 @@ def test_what_stage_1_keeps_is_what_autograd_keeps(tiny, micro_batch, checkpoint
     images = torch.randint(256, (2, batch, 3, PIXELS, PIXELS), dtype=torch.uint8)
     tokens = tokenize(["has more stripes"] * batch)
     features = SumFeatures(model, backbone(model))
-    saved = saved_activations(
-        lambda: backward(
-            features,
-            [images[0], images[1], tokens],
-            None,
-            micro_batch=micro_batch,
-            precision=FP32,
-            scaler=FP32.scaler(),
-        ),
-        model,
-    )
+    inputs = [images[0], images[1], tokens]
+    gradient = exact_step(features, micro_batch)
+    saved = saved_activations(lambda: gradient.add(inputs, torch.arange(batch)), model)
     rows = micro_batch or batch
     no_data = NoData(CPU)
     features = SumFeatures(no_data.holding(model), backbone(model))
@@ -167,11 +171,8 @@ def test_what_other_clips_keep_is_what_autograd_keeps(form, models_made):  # noq
     tokens = about.tokenizer(["has more stripes"] * batch)
     features = SumFeatures(model, about)
     inputs = [images[0], images[1], tokens]
-    scaler = FP32.scaler()
-    saved = saved_activations(
-        lambda: backward(features, inputs, None, micro_batch=None, precision=FP32, scaler=scaler),
-        model,
-    )
+    gradient = exact_step(features)
+    saved = saved_activations(lambda: gradient.add(inputs, torch.arange(batch)), model)
     clip = counted_clip(name)
     assert (clip.dim, clip.backbone.resolution) == (about.dim, about.resolution)
     planned = clip.activations(Way(batch_size=batch), "fp32")
@@ -195,17 +196,17 @@ def test_what_stage_2_keeps_is_what_autograd_keeps(kind):
     )
     model = ComposedFeatures(combiner, with_router=False).train()
     inputs = list(F.normalize(torch.randn(3, batch, dim), dim=-1))
+    gradient = exact_step(model)
     saved = saved_activations(
-        lambda: backward(
-            model, inputs, None, micro_batch=None, precision=FP32, scaler=FP32.scaler()
-        ),
+        lambda: gradient.add(inputs, torch.arange(batch)),
         model,
     )
     no_data = NoData(CPU)
     no_data.holding(model)
     features = [no_data.empty((batch, dim)) for _ in range(3)]
+    ids = no_data.empty((batch,), torch.long)
     counted = no_data.count(
-        lambda: contrastive_loss(*model(*features)), value_read=batch * combiner.top_k // 4
+        lambda: ContrastiveLoss()(*model(*features), ids), value_read=batch * combiner.top_k // 4
     )
     assert counted.kept == pytest.approx(saved, rel=0.1)
 
@@ -267,7 +268,7 @@ def test_a_bank_is_counted_by_its_targets_and_in_blocks(vit, monkeypatch):
     kept = {name: size for name, size in batch.passing(way).items() if name[:4] != "loss"}
     assert kept.items() <= bank.passing(way).items()
     of_one_block = bank.passing(way)["loss and its gradients"]
-    monkeypatch.setattr(contrastive, "MOST_LOGITS", 8 * SIZES.images)
+    monkeypatch.setattr(losses, "MOST_LOGITS", 8 * SIZES.images)
     budget._bank_loss.cache_clear()
     assert bank.passing(way)["loss and its gradients"] < of_one_block
     budget._bank_loss.cache_clear()

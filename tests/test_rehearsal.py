@@ -31,6 +31,7 @@ from models.routing import router_penalty
 from ranking import random_cirr
 from training.data import Order, TrainingData
 from training.loop import Stepper
+from training.losses import ContrastiveLoss
 from training.schedule import Precision, Schedule
 from training.stage1 import fine_tuning
 from training.stage2 import combiner_training
@@ -60,7 +61,7 @@ NEAREST = {"ranking.py _check: read": 1, "ranking.py nearest: nonzero": 1}
 ON_THE_CPU = {"ranking.py joined: to the CPU": 6}  # the columns of a ranking
 
 # Where matrix products are exact, whatever the precision.
-EXACT = {"contrastive.py contrastive_loss", "combiner.py route", "retrieval.py similarity_blocks"}
+EXACT = {"losses.py forward", "combiner.py route", "retrieval.py similarity_blocks"}
 ATTENTION = "_scaled_dot_product_efficient_attention"
 PRODUCTS = ("convolution", "addmm", "mm", "bmm", "baddbmm", "_grouped_mm", ATTENTION)
 # What takes halves, and computes in float32 inside: the means and variances of CLIP's blocks.
@@ -181,6 +182,7 @@ def test_steps_and_a_validation_of_stage_1(name, ema_decay, steps, gpu):
         learning_rate=1e-6,
         ema_decay=ema_decay,
         compiled=False,
+        loss=ContrastiveLoss(mask_duplicate_targets=True),
         measure=lambda splits: measured.extend(splits) or {},
     )
     with Seen() as loading:
@@ -192,7 +194,6 @@ def test_steps_and_a_validation_of_stage_1(name, ema_decay, steps, gpu):
             num_epochs=1,
             validation_frequency=1,
             micro_batch_size=micro_batch,
-            mask_duplicate_targets=True,
             clip_grad_norm=1.0,
         )
         stepper = Stepper(task, schedule, Precision("amp", gpu))
@@ -221,6 +222,7 @@ def combiner_stepper(composer, train: FrozenSplit, precision: str, **schedule) -
         learning_rate=2e-5,
         ema_decay=0.99,
         compiled=False,
+        loss=lambda bank: ContrastiveLoss(),
         penalty=router_penalty(0.1, 0.1, composer.top_k) if not schedule else None,
         measure=lambda _: {},
     )

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from combiner import Combiner
 from conftest import read_csv
 from models.routing import load_balancing_loss, router_penalty, router_statistics, router_z_loss
-from training.contrastive import backward, contrastive_loss
+from training.losses import ContrastiveLoss
 from training.schedule import Precision
 from training.stage2 import ComposedFeatures
+from training.step import Gradient
 
 LOGITS = torch.tensor(
     [[2.0, 1.0, 0.0], [2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [1.0, 0.0, 2.0]]
@@ -83,14 +84,18 @@ def test_the_penalty_adds_its_gradient_and_not_its_value():
     ]
     penalty = router_penalty(0.3, 0.2, 2)
     precision = Precision("fp32", torch.device("cpu"))
-    scaler = precision.scaler()
-    loss = backward(
-        model, inputs, None, micro_batch=None, precision=precision, scaler=scaler, penalty=penalty
+    gradient = Gradient(
+        model=model,
+        loss=ContrastiveLoss(),
+        precision=precision,
+        scaler=precision.scaler(),
+        penalty=penalty,
     )
+    loss = gradient.add(inputs, torch.arange(5))
     ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     queries, targets, logits = model(*inputs)
-    plain = contrastive_loss(queries, targets)
+    plain = ContrastiveLoss()(queries, targets, torch.arange(5))
     (plain + penalty(logits)).backward()
     assert loss.item() == pytest.approx(plain.item())
     for name, gradient in ours.items():

@@ -34,6 +34,7 @@ from runtime.choices import (
     DECODINGS,
     ENCODE_PRECISIONS,
     ENCODERS,
+    LOSSES,
     NEGATIVES,
     PRECISIONS,
     TRANSFORMS,
@@ -279,6 +280,17 @@ def add_beyond_original(parser: argparse.ArgumentParser) -> None:
         "--mask-duplicate-targets",
         action="store_true",
         help="rows with one target are not each other's negatives",
+    )
+    optional.add_argument(
+        "--loss",
+        choices=LOSSES,
+        default="contrastive",
+        help="symmetric: targets look for their queries too",
+    )
+    optional.add_argument(
+        "--learn-temperature",
+        action="store_true",
+        help="of the loss, from the original's 1/100 on and never below",
     )
     optional.add_argument(
         "--warmup-steps", type=natural_int, default=0, help="linear rise of the learning rate"

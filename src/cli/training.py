@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from training.checkpoints import Checkpoints, Kept
     from training.data import TrainingData
     from training.loop import Task
+    from training.losses import Loss
     from training.schedule import Precision, Schedule
     from training.tracker import NoTracker
 
@@ -154,8 +155,23 @@ def schedule_of(args: argparse.Namespace) -> "Schedule":
         warmup_steps=args.warmup_steps,
         cosine=args.cosine,
         micro_batch_size=getattr(args, "micro_batch_size", None),
-        mask_duplicate_targets=args.mask_duplicate_targets,
         clip_grad_norm=args.clip_grad_norm,
+    )
+
+
+def loss_of(args: argparse.Namespace, bank: "torch.Tensor | None" = None) -> "Loss":
+    """The loss that the flags want.
+
+    Args:
+        bank: see `make_loss`.
+    """
+    from training.losses import make_loss
+
+    return make_loss(
+        args.loss,
+        mask_duplicate_targets=args.mask_duplicate_targets,
+        learn_temperature=args.learn_temperature,
+        bank=bank,
     )
 
 

@@ -215,6 +215,8 @@ class Flags(Schema):
     precision: Precision = ABSENT
     compile: bool = ABSENT
     mask_duplicate_targets: bool = ABSENT
+    loss: Annotated[str, one_of(choices.LOSSES)] = ABSENT
+    learn_temperature: bool = ABSENT
     warmup_steps: Number = ABSENT
     cosine: bool = ABSENT
     clip_grad_norm: Positive | None = ABSENT

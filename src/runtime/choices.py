@@ -12,6 +12,7 @@ RESIZE_MODES = ("shortest", "longest", "squash")  # what makes a square of an im
 DECODINGS = ("full", "draft")  # draft: JPEG files are scaled down while they are decoded
 AUTO = "auto"  # the value of a flag that leaves a decision to what would be gained
 COMBINER_TYPES = ("moe", "clip4cir")
+LOSSES = ("contrastive", "symmetric")
 NEGATIVES = ("batch", "bank")  # of a query in stage 2: the other targets of its batch, or all
 COMBINING_FUNCTIONS = ("sum", "combiner", "image", "text")
 ENCODE_PRECISIONS = ("fp32", "tf32", "bf16", "fp16")

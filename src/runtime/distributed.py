@@ -75,6 +75,23 @@ def gather_rows(local: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def in_equal_parts(value: Tensor | float) -> Tensor | float:
+    """The value; a gradient of it is divided by the number of ranks, each of which computes all that comes of it."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        value.register_hook(lambda gradient: gradient / world_size())
+    return value
+
+
+def average_gradients(module: nn.Module) -> None:
+    """Average the gradients of a module that is not wrapped by `parallel` over the ranks."""
+    if world_size() == 1:
+        return
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world_size()
+
+
 def shard(items: list) -> list:
     """This rank's contiguous part of a list; ranks take equal parts, the last ones one less or none."""
     each = -(-len(items) // world_size())

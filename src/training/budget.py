@@ -11,9 +11,9 @@ from benchmarks import Benchmark
 from combiner import Composer, build_combiner
 from runtime.choices import CombinerChoice
 from runtime.gpus import Gpu
-from training.contrastive import bank_loss, contrastive_loss
 from training.counted_clip import CountedClip, Encoding, Way, Work
 from training.counting import Counted, NoData, autocast_dtype, bytes_of, weights_bytes
+from training.losses import BankLoss, ContrastiveLoss
 from training.stage2 import ComposedFeatures
 from utils import UserError
 
@@ -171,8 +171,9 @@ class Training(ABC):
 def _loss(gpu: NoData, batch_size: int, dim: int, *, masked: bool) -> Counted:
     queries = gpu.empty((batch_size, dim)).requires_grad_()
     targets = gpu.empty((batch_size, dim)).requires_grad_()
-    ids = gpu.empty((batch_size,), torch.long) if masked else None
-    return gpu.count(lambda: contrastive_loss(queries, targets, ids))
+    ids = gpu.empty((batch_size,), torch.long)
+    loss = ContrastiveLoss(mask_duplicate_targets=masked)
+    return gpu.count(lambda: loss(queries, targets, ids))
 
 
 @functools.cache
@@ -180,7 +181,8 @@ def _bank_loss(gpu: NoData, batch_size: int, targets: int, *, dim: int, precisio
     queries = gpu.empty((batch_size, dim)).requires_grad_()
     bank = gpu.empty((targets, dim))
     columns = gpu.empty((batch_size,), torch.long)
-    return gpu.count(lambda: bank_loss(queries, bank, columns), dtype=autocast_dtype(precision))
+    loss = BankLoss(bank)
+    return gpu.count(lambda: loss(queries, queries, columns), dtype=autocast_dtype(precision))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from runtime import distributed
 from runtime.interruption import StopRequest
-from training import contrastive
 from training.autosave import Autosave, Progress
 from training.checkpoints import Checkpoints
+from training.losses import Loss
 from training.run import AnyRun
 from training.schedule import Precision, Schedule
 from training.state import REMEDY, Stateful
+from training.step import Gradient
 from training.terminal import Pace
 from utils import DiskError, Stopped, UserError, two_decimals
 
@@ -65,12 +66,12 @@ class Task:
     Attributes:
         steps: batches in an epoch.
         model: inputs -> normalised queries (b, D), targets (b, D), and whatever `penalty` takes.
-        optimizer: of the parameters that learn.
+        optimizer: of the parameters that learn, those of the loss too.
+        loss: of queries, targets and the targets' ids.
         validate: metrics of the weights as they are.
         module: the weights that learn.
         images_each: images that a step reads for a triplet; 0 where it has their features.
         averaged: their exponential moving average; None without averaging.
-        bank: all targets (T, D), of which the targets' ids are rows; None where those of a batch are its negatives.
         penalty: what is added to the loss; None for nothing.
         router: statistics of the mixture's router; None without a mixture.
     """
@@ -78,12 +79,12 @@ class Task:
     batches: Batches
     steps: int
     model: nn.Module
+    loss: Loss
     optimizer: Optimizer
     validate: Callable[[], dict[str, float]]
     module: nn.Module
     images_each: int = 0
     averaged: MovingAverage | None = None
-    bank: Tensor | None = None
     penalty: Callable[[Tensor], Tensor] | None = None
     router: Callable[[], dict[str, float]] | None = None
 
@@ -139,24 +140,23 @@ class Stepper:
             parts["scaler"] = self.scaler
         if task.averaged is not None:
             parts["average"] = task.averaged
+        if task.loss.state_dict():
+            parts["loss"] = task.loss
         return parts
 
     def step(self, inputs: list[Tensor], target_ids: Tensor) -> Tensor:
         """Learn from a batch; returns its loss without the penalty, still on the device."""
         optimizer = self.task.optimizer
         optimizer.zero_grad(set_to_none=True)
-        bank = self.task.bank
-        compares_ids = bank is not None or self.schedule.mask_duplicate_targets
-        loss = contrastive.backward(
-            self.task.model,
-            inputs,
-            target_ids if compares_ids else None,
-            micro_batch=self.schedule.micro_batch_size,
+        gradient = Gradient(
+            model=self.task.model,
+            loss=self.task.loss,
             precision=self.precision,
             scaler=self.scaler,
-            bank=bank,
+            micro_batch=self.schedule.micro_batch_size,
             penalty=self.task.penalty,
         )
+        loss = gradient.add(inputs, target_ids)
         if self.schedule.clip_grad_norm is not None:
             self.scaler.unscale_(optimizer)
             groups = [group["params"] for group in optimizer.param_groups]
@@ -262,7 +262,7 @@ def run_epoch(task: Task, stepper: Stepper, autosave: Autosave) -> None:
     progress = autosave.progress
     epoch = progress.epoch
     loss = train_one_epoch(task, stepper, autosave)
-    run.record("train", epoch, {"train_epoch_loss": loss})
+    run.record("train", epoch, {"train_epoch_loss": loss, **task.loss.report()})
     if stepper.scaler.is_enabled():
         scaling = {
             "loss_scale": stepper.scaler.get_scale(),

@@ -53,7 +53,6 @@ class Schedule:
         warmup_steps: steps over which the learning rate rises linearly.
         cosine: let it fall to 0 along half a cosine afterwards (Loshchilov and Hutter 2017, arXiv 1608.03983).
         micro_batch_size: rows in memory at a time, None for all.
-        mask_duplicate_targets: rows of one target are not each other's negatives.
         clip_grad_norm: the largest norm of the gradient, None for any.
     """
 
@@ -62,7 +61,6 @@ class Schedule:
     warmup_steps: int = 0
     cosine: bool = False
     micro_batch_size: int | None = None
-    mask_duplicate_targets: bool = False
     clip_grad_norm: float | None = None
 
     @property

@@ -21,6 +21,7 @@ from runtime.choices import AUTO
 from training.data import TrainingData
 from training.image_cache import PIXELS, ImageCache
 from training.loop import Batch, Batches, Task, average, measured_weights, trainable
+from training.losses import Loss, learned_groups
 
 
 class SumFeatures(nn.Module):
@@ -52,6 +53,7 @@ def fine_tuning(
     learning_rate: float,
     ema_decay: float | None,
     compiled: bool,
+    loss: Loss,
     measure: Callable[[list[FrozenSplit]], dict[str, float]],
 ) -> tuple[Task, Encoder]:
     """The task of stage 1, and the encoder whose weights are measured and kept: itself or its moving average.
@@ -61,7 +63,7 @@ def fine_tuning(
         measure: metrics of the sum from the features of the validation splits.
     """
     model = encoder.model
-    learned = choose_trained(model, trained)
+    learned = learned_groups(choose_trained(model, trained), loss.to(encoder.device))
     averaged = average(model, ema_decay)
     measured = dataclasses.replace(encoder, model=measured_weights(model, averaged))
     on_gpu = encoder.device.type == "cuda"
@@ -69,6 +71,7 @@ def fine_tuning(
         batches=triplet_batches(encoder, data),
         steps=data.order.steps,
         model=trainable(SumFeatures(model, encoder.backbone), encoder.device, compiled=compiled),
+        loss=loss,
         optimizer=AdamW(learned, lr=learning_rate, betas=(0.9, 0.999), eps=1e-7, fused=on_gpu),
         validate=sum_validation(measured, data, images_learn=trained != "text", measure=measure),
         module=model,

@@ -15,6 +15,7 @@ from models.features import FrozenSplit
 from models.routing import router_statistics
 from training.data import Order
 from training.loop import Batch, Batches, Task, average, measured_weights, trainable
+from training.losses import Loss, learned_groups
 from utils import UserError
 
 KEPT_PER_WEIGHT = 4  # float32 numbers: itself, its gradient, and the two averages of Adam
@@ -75,6 +76,7 @@ def combiner_training(
     ema_decay: float | None,
     compiled: bool,
     penalty: Callable[[Tensor], Tensor] | None,
+    loss: Callable[[Tensor | None], Loss],
     measure: Callable[[Composer], dict[str, float]],
     negatives: str = "batch",
 ) -> tuple[Task, Composer]:
@@ -82,6 +84,7 @@ def combiner_training(
 
     Args:
         penalty: what is added to the loss, from the router's logits (B, E); None for nothing.
+        loss: makes the loss over a bank (T, D), or over batches without one.
         measure: metrics of a Combiner on the validation splits.
         negatives: of a query, one of NEGATIVES: the other targets of its batch, or of the whole training.
     """
@@ -90,15 +93,17 @@ def combiner_training(
     device = train.images.device
     targets = Targets.of(train)
     model = ComposedFeatures(combiner, with_router=penalty is not None)
+    made = loss(targets.features if negatives == "bank" else None).to(device)
+    learned = learned_groups(combiner.parameters(), made)
     task = Task(
         batches=feature_batches(train, targets, order),
         steps=order.steps,
         model=trainable(model, device, compiled=compiled, some_unused=combiner.has_router),
-        optimizer=Adam(combiner.parameters(), lr=learning_rate, fused=device.type == "cuda"),
+        loss=made,
+        optimizer=Adam(learned, lr=learning_rate, fused=device.type == "cuda"),
         validate=lambda: measure(measured.eval()),
         module=combiner,
         averaged=averaged,
-        bank=targets.features if negatives == "bank" else None,
         penalty=penalty,
         router=router_report(measured, val) if combiner.has_router else None,
     )

@@ -4,6 +4,9 @@ import copy
 import functools
 import json
 import math
+import os
+import signal
+from pathlib import Path
 
 import clip
 import pytest
@@ -18,16 +21,34 @@ from conftest import read_csv
 from models.backbone import choose_trained
 from models.clip_model import backbone, checkpoint_gradients, load_clip, resolution, tokenize
 from runtime import distributed
-from training import contrastive
-from training.contrastive import backward, bank_loss, contrastive_loss
+from runtime.choices import LOSSES
+from training import losses
 from training.data import Order
 from training.loop import Stepper, Task, average
+from training.losses import BankLoss, ContrastiveLoss, Loss, learned_groups, make_loss
 from training.schedule import Precision, Schedule
 from training.stage1 import SumFeatures
+from training.step import Gradient
 from utils import UserError
 
 CPU = torch.device("cpu")
 FULL = Precision("fp32", CPU)
+
+
+def gradient_of(model: nn.Module, loss: Loss | None = None, precision=FULL, **how) -> Gradient:
+    """A step's, of the original's loss unless another is given."""
+    loss = loss or ContrastiveLoss()
+    return Gradient(model=model, loss=loss, precision=precision, scaler=precision.scaler(), **how)
+
+
+def contrastive_loss(queries, targets, ids=None, **which) -> torch.Tensor:
+    """Of a batch, whose duplicates are masked where the ids of its targets are given."""
+    loss = ContrastiveLoss(mask_duplicate_targets=ids is not None, **which)
+    return loss(queries, targets, torch.arange(len(queries)) if ids is None else ids)
+
+
+def bank_loss(queries, bank, rows) -> torch.Tensor:
+    return BankLoss(bank)(queries, queries, rows)
 
 
 @pytest.fixture
@@ -56,13 +77,8 @@ def clip_step(
     )
     tokens = tokenize([f"is number {i} and has a color" for i in range(rows)])
     inputs = [images[0], images[1], tokens]
-    loss = backward(
-        SumFeatures(model, backbone(model)),
-        inputs,
-        None,
-        micro_batch=micro_batch,
-        precision=FULL,
-        scaler=FULL.scaler(),
+    loss = gradient_of(SumFeatures(model, backbone(model)), micro_batch=micro_batch).add(
+        inputs, torch.arange(rows)
     )
     return loss, {name: p.grad for name, p in model.named_parameters()}
 
@@ -101,14 +117,7 @@ def test_micro_batches_bound_the_rows_that_have_a_graph(golden):
     )
     images = torch.zeros(2, 8, 3, 64, 64, dtype=torch.uint8)
     inputs = [images[0], images[1], tokenize([str(i) for i in range(8)])]
-    backward(
-        SumFeatures(model, backbone(model)),
-        inputs,
-        None,
-        micro_batch=2,
-        precision=FULL,
-        scaler=FULL.scaler(),
-    )
+    gradient_of(SumFeatures(model, backbone(model)), micro_batch=2).add(inputs, torch.arange(8))
     assert rows_with_graph == [4, 4, 4, 4]  # reference and target of two triplets
 
 
@@ -116,12 +125,12 @@ def test_duplicate_targets_are_not_each_others_negatives():
     torch.manual_seed(0)
     queries, targets = nn.functional.normalize(torch.randn(2, 5, 4), dim=-1)
     ids = torch.tensor([7, 8, 7, 9, 8])
-    losses = []
+    of_rows = []
     for row in range(5):
         columns = [c for c in range(5) if c == row or ids[c] != ids[row]]
         logits = 100 * (targets[columns] @ queries[row])
-        losses.append(torch.logsumexp(logits, 0) - logits[columns.index(row)])
-    torch.testing.assert_close(contrastive_loss(queries, targets, ids), torch.stack(losses).mean())
+        of_rows.append(torch.logsumexp(logits, 0) - logits[columns.index(row)])
+    torch.testing.assert_close(contrastive_loss(queries, targets, ids), torch.stack(of_rows).mean())
     distinct = contrastive_loss(queries, targets, torch.arange(5))
     torch.testing.assert_close(distinct, contrastive_loss(queries, targets))
 
@@ -169,6 +178,7 @@ def stepper(model, regime=None, steps=5, averaged=None):
         batches=lambda epoch, first: [],
         steps=steps,
         model=model,
+        loss=ContrastiveLoss(),
         optimizer=optimizer,
         validate=dict,
         module=model,
@@ -385,13 +395,13 @@ def bank_case() -> tuple[Line, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("most", [1, 20, 9 * 7, 2**24])
 def test_with_a_bank_every_other_target_is_a_negative_once(most, monkeypatch):
     """Loss and gradient as by the definition, a query after another, in whatever blocks it is computed."""
-    monkeypatch.setattr(contrastive, "MOST_LOGITS", most)
+    monkeypatch.setattr(losses, "MOST_LOGITS", most)
     _, bank, rows = bank_case()
     queries = nn.functional.normalize(bank[rows] + 0.3, dim=-1).requires_grad_()
-    losses = []
+    of_rows = []
     for query, row in zip(queries, rows, strict=True):
-        losses.append(torch.logsumexp(100 * (bank @ query), 0) - 100 * (bank[row] @ query))
-    expected = torch.stack(losses).mean()
+        of_rows.append(torch.logsumexp(100 * (bank @ query), 0) - 100 * (bank[row] @ query))
+    expected = torch.stack(of_rows).mean()
     loss = bank_loss(queries, bank, rows)
     torch.testing.assert_close(loss, expected)
     (ours,) = torch.autograd.grad(2 * loss, queries)
@@ -410,16 +420,7 @@ def test_a_bank_of_the_batchs_own_targets_is_the_batch():
 def gradient_with_bank(**way) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and gradient of a step with a bank."""
     model, bank, rows = bank_case()
-    precision = way.pop("precision", FULL)
-    loss = backward(
-        model,
-        [bank[rows] + 0.3],
-        rows,
-        **{"micro_batch": None, **way},
-        precision=precision,
-        scaler=precision.scaler(),
-        bank=bank,
-    )
+    loss = gradient_of(model, BankLoss(bank), **way).add([bank[rows] + 0.3], rows)
     return loss, model.weight.grad
 
 
@@ -447,35 +448,24 @@ def test_the_shares_of_several_processes_make_up_the_whole_gradient(monkeypatch)
 
     monkeypatch.setattr(distributed, "gather_rows", gather)
     for row in rows:
-        backward(
-            model,
-            [bank[row][None] + 0.3],
-            row[None],
-            micro_batch=None,
-            precision=FULL,
-            scaler=FULL.scaler(),
-            bank=bank,
-        )
+        gradient_of(model, BankLoss(bank)).add([bank[row][None] + 0.3], row[None])
     torch.testing.assert_close(torch.cat(own_losses).mean(), whole_loss)
     torch.testing.assert_close(model.weight.grad / world, whole)
-
-
-def test_a_bank_needs_to_know_the_targets():
-    _, bank, _ = bank_case()
-    with pytest.raises(ValueError, match="which rows"):
-        contrastive.global_loss(bank, bank, None, bank)
 
 
 def test_a_bank_is_each_target_once_and_the_batches_know_which(stage_2, monkeypatch, capsys):
     """Of a run by the script: what its batches learn towards are the bank's rows that they name."""
     banks = []
 
-    def seen(model, inputs, target_ids, *, bank, **how):
+    real = Gradient.add
+
+    def seen(gradient, inputs, target_ids):
+        bank = gradient.loss.bank
         assert torch.equal(bank[target_ids], inputs[2])
         banks.append(bank)
-        return backward(model, inputs, target_ids, bank=bank, **how)
+        return real(gradient, inputs, target_ids)
 
-    monkeypatch.setattr(contrastive, "backward", seen)
+    monkeypatch.setattr(Gradient, "add", seen)
     folder = stage_2("CIRR", "--negatives", "bank")
     assert len(banks[0].unique(dim=0)) == len(banks[0]) < 40  # triplets
     settings = json.loads((folder / "training_hyperparameters.json").read_text())
@@ -484,3 +474,139 @@ def test_a_bank_is_each_target_once_and_the_batches_know_which(stage_2, monkeypa
     with pytest.raises(SystemExit):
         combiner_train.main(["--resume", str(folder), "--negatives", "batch"])
     assert "--negatives is batch, but the run was started with bank" in capsys.readouterr().err
+
+
+# Losses with parameters of their own
+
+
+def defined(queries, targets, scale, symmetric):
+    """The loss a row after another."""
+    logits = scale * queries @ targets.T
+    rows = range(len(logits))
+    forth = torch.stack([logits[row].logsumexp(0) - logits[row, row] for row in rows]).mean()
+    back = torch.stack([logits[:, row].logsumexp(0) - logits[row, row] for row in rows]).mean()
+    return (forth + back) / 2 if symmetric else forth
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_equal_their_definition(name):
+    torch.manual_seed(0)
+    queries, targets = nn.functional.normalize(torch.randn(2, 9, 4).double(), dim=-1)
+    loss = make_loss(name, mask_duplicate_targets=False, learn_temperature=True).double()
+    loss.log_scale.data -= 1
+    scale = 100 / math.e
+    expected = defined(queries, targets, scale, name == "symmetric")
+    torch.testing.assert_close(loss(queries, targets, torch.arange(9)), expected)
+    assert loss.report()["logit_scale"] == pytest.approx(scale)
+
+
+def learned_with(loss: Loss, inputs, ids, **way) -> list[torch.Tensor]:
+    """Loss, and the gradients of the model and of the loss's own parameters."""
+    model = Line().double()
+    value = gradient_of(model, loss, **way).add(inputs, ids)
+    return [value, model.weight.grad, *(parameter.grad for parameter in loss.parameters())]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 6])
+@pytest.mark.parametrize("form", ["contrastive", "symmetric", "bank"])
+def test_a_losss_own_parameters_have_their_gradient_in_micro_batches(form, micro_batch):
+    """Guards against a temperature that silently learns nothing."""
+    _, bank, rows = bank_case()
+    name = "contrastive" if form == "bank" else form
+
+    def loss() -> Loss:
+        made = make_loss(
+            name,
+            mask_duplicate_targets=True,
+            learn_temperature=True,
+            bank=bank if form == "bank" else None,
+        ).double()
+        made.log_scale.data -= 2
+        return made
+
+    inputs = [bank[rows] + 0.3]
+    plain = learned_with(loss(), inputs, rows)
+    cached = learned_with(loss(), inputs, rows, micro_batch=micro_batch)
+    assert plain[2].abs() > 1e-3
+    torch.testing.assert_close(cached, plain)
+
+
+def test_the_banks_temperature_has_the_gradient_of_autograd():
+    _, bank, rows = bank_case()
+    queries = nn.functional.normalize(bank[rows] + 0.3, dim=-1)
+    ours = BankLoss(bank, learn_temperature=True).double()
+    ours(queries, queries, rows).backward()
+    log_scale = torch.tensor(math.log(100), dtype=torch.float64, requires_grad=True)
+    nn.functional.cross_entropy(log_scale.exp() * queries @ bank.T, rows).backward()
+    torch.testing.assert_close(ours.log_scale.grad, log_scale.grad)
+
+
+def test_shares_of_several_processes_make_up_the_temperatures_gradient(monkeypatch):
+    """Each computes the loss of all rows, and all of them are averaged."""
+    _, bank, rows = bank_case()
+    queries = nn.functional.normalize(bank[rows] + 0.3, dim=-1)
+    targets = bank[rows]
+
+    def of_process(world: int, first: int) -> torch.Tensor:
+        loss = ContrastiveLoss(learn_temperature=True).double()
+        own = slice(first, first + len(rows) // world)
+        monkeypatch.setattr(distributed, "world_size", lambda: world)
+        monkeypatch.setattr(
+            distributed, "gather_rows", lambda part: queries if part is ours else targets
+        )
+        ours, theirs = queries[own], targets[own]
+        (world * loss(ours, theirs, rows[own])).backward()
+        return loss.log_scale.grad
+
+    whole = of_process(1, 0)
+    shares = [of_process(7, row) for row in range(7)]
+    torch.testing.assert_close(torch.stack(shares).mean(0), whole)
+
+
+def test_the_temperature_stays_within_clips_bound():
+    loss = ContrastiveLoss(learn_temperature=True)
+    loss.log_scale.data += 1
+    assert loss.report() == {"logit_scale": pytest.approx(100)}
+    assert loss.log_scale.item() == pytest.approx(math.log(100))
+    groups = learned_groups(Line().parameters(), loss)
+    assert groups[1] == {"params": [loss.log_scale], "weight_decay": 0.0}
+    assert len(learned_groups(Line().parameters(), ContrastiveLoss())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("negatives", ["batch", "bank"])
+def test_a_learned_temperature_is_recorded_and_resumed(negatives, stage_2, monkeypatch, tmp_path):
+    loss = ["--loss", "symmetric"] if negatives == "batch" else []
+    flags = [*loss, "--learn-temperature", "--negatives", negatives, "--combiner-lr", 0.01]
+    whole = stage_2("CIRR", *flags, "--num-epochs", 4, output="whole")
+    scales = read_csv(whole / "train_metrics.csv")["logit_scale"]
+    assert 0 < scales[-1] < 100
+    assert len(set(scales)) == 4
+    cut = stopped(stage_2, monkeypatch, tmp_path, *flags, "--num-epochs", 4)
+    combiner_train.main(["--resume", str(cut)])
+    assert (cut / "train_metrics.csv").read_text() == (whole / "train_metrics.csv").read_text()
+
+
+def stopped(stage_2, monkeypatch, tmp_path, *flags) -> Path:
+    """The folder of a run that a signal stopped in its third epoch."""
+    real = Stepper.step
+    steps = []
+
+    def step(stepper, inputs, target_ids):
+        steps.append(1)
+        if len(steps) == 2 * stepper.task.steps + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(stepper, inputs, target_ids)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Stepper, "step", step)
+        stage_2("CIRR", *flags, output="cut")
+    (folder,) = (tmp_path / "cut").iterdir()
+    return folder
+
+
+def test_a_symmetric_loss_has_no_bank(fails, drawn):
+    flags = ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--batch-size", 4]
+    flags += ["--negatives", "bank", "--loss", "symmetric"]
+    error = fails("combiner_train", drawn, "--dataset", "CIRR", *flags)
+    assert "--loss symmetric is over a batch" in error
