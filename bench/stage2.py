@@ -30,8 +30,10 @@ from training.run import Run
 from training.schedule import Precision, Schedule
 from training.stage2 import ComposedFeatures, combiner_training
 from training.step import Gradient
-from training.tracker import NoTracker
+from training.trackers import Account, Trackers
 from twins import re_encoding_epoch
+
+NO_TRACKERS = Trackers([], Account(folder=Path(), name="none"))
 
 
 def epoch(
@@ -71,7 +73,7 @@ def epoch(
     )
     autosave = functools.partial(
         Autosave,
-        run=Run(Path(), NoTracker(), about),
+        run=Run(Path(), NO_TRACKERS, about),
         checkpoints=checkpoints,
         parts=stepper.parts,
         device=device,

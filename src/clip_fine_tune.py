@@ -45,7 +45,7 @@ def train(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -> 
     from training.schedule import Precision
     from training.stage1 import fine_tuning
 
-    device, tracker = training.start(args)
+    device = training.start(args)
     precision = Precision(args.precision, device)
     data = read_training_data(
         benchmark,
@@ -90,7 +90,6 @@ def train(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -> 
         data=data,
         settings=settings,
         precision=precision,
-        tracker=tracker,
         stop=stop,
         folder=folder,
         to_validate={"combining-function": "sum", "clip-model-path": None},

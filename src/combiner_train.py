@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from models.features import FrozenSplit
     from training.data import TrainingData
-    from training.tracker import NoTracker
 
 SCRIPT = "combiner_train.py"
 logger = logging.getLogger(__name__)
@@ -58,7 +57,6 @@ class Stage:
     val: "list[FrozenSplit]"
     settings: Settings
     device: "torch.device"
-    tracker: "NoTracker"
 
     def settings_of(self, seed: int) -> Settings:
         """The settings of one seed's run."""
@@ -75,7 +73,7 @@ def prepare(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -
     from training.data import read_training_data
     from training.stage2 import check_memory
 
-    device, tracker = training.start(args)
+    device = training.start(args)
     tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
     data = read_training_data(benchmark, batch_size=args.batch_size, seed=args.seed)
     warn_of_transfer(benchmark.name, [tuned])
@@ -101,7 +99,6 @@ def prepare(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -
         val=freeze_queries(cache, data.val, benchmark, f"{benchmark.run_name}-val"),
         settings=settings,
         device=device,
-        tracker=tracker,
     )
 
 
@@ -161,7 +158,6 @@ def train(
         settings=settings,
         to_validate=flags_to_validate(settings),
         precision=Precision(args.precision, stage.device),
-        tracker=stage.tracker,
         stop=stop,
     )
 

@@ -52,6 +52,8 @@ def assert_same_run(one: Path, two: Path, key: str) -> None:
     assert read_csv(two / "train_metrics.csv")["train_epoch_loss"] == pytest.approx(
         losses, rel=1e-5
     )
+    scales = [read_csv(run / "train_metrics.csv").get("logit_scale") for run in (one, two)]
+    assert scales[0] == scales[1] or scales[1] == pytest.approx(scales[0], rel=1e-6)
     assert read_csv(one / "validation_metrics.csv") == read_csv(two / "validation_metrics.csv")
     last = sorted((one / "saved_models").iterdir())[-1]
     ours, theirs = (torch.load(run / "saved_models" / last.name)[key] for run in (one, two))
@@ -75,7 +77,7 @@ def without_key_bias(name: str, shape: torch.Size) -> torch.Tensor:
 @pytest.mark.parametrize("micro", [[], ["--micro-batch-size", 2]], ids=["plain", "micro-batches"])
 def test_stage_1(micro, golden, train, tmp_path):
     name = ["--clip-model-name", golden / "clip_vit.pt", "--data-root", golden]
-    flags = ["--dataset", "CIRR", *name, *STAGE_1.split()]
+    flags = ["--dataset", "CIRR", *name, *STAGE_1.split(), "--learn-temperature"]
     one = train(1, "clip_fine_tune", tmp_path / "one", *flags)
     two = train(
         2, "clip_fine_tune", tmp_path / "two", *flags, *micro, "--image-cache", tmp_path / "images"
@@ -129,7 +131,7 @@ def test_stage_2_with_dropout_and_experts(golden, train, tmp_path):
 
 def test_stage_2_with_a_bank(golden, train, tmp_path):
     flags = ["--dataset", "CIRR", "--clip-model-name", golden / "clip_vit.pt"]
-    flags += ["--data-root", golden, *STAGE_2.split(), "--negatives", "bank"]
+    flags += ["--data-root", golden, *STAGE_2.split(), "--negatives", "bank", "--learn-temperature"]
     flags += ["--feature-cache", tmp_path / "cache"]
     one = train(1, "combiner_train", tmp_path / "one", *flags)
     two = train(2, "combiner_train", tmp_path / "two", *flags)

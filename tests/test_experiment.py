@@ -2,8 +2,7 @@
 
 import contextlib
 import io
-import sys
-import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,9 +22,10 @@ from training.loop import Stepper, Task, fit, train_one_epoch
 from training.losses import ContrastiveLoss
 from training.run import Run, make_folder, run_name
 from training.schedule import Precision, Schedule
-from training.tracker import NoTracker, make_tracker
+from training.trackers import Account, Trackers
 from utils import UserError
 
+NO_TRACKERS = Trackers([], Account(folder=Path(), name="none"))
 CPU = torch.device("cpu")
 
 
@@ -55,7 +55,7 @@ def toy_task(validate, steps=1, bad_step=None) -> Task:
     )
 
 
-def new_run(folder, tracker=None, config=None) -> Run:
+def new_run(folder, trackers=None, config=None) -> Run:
     about = About(
         title="a run",
         titles={},
@@ -63,7 +63,7 @@ def new_run(folder, tracker=None, config=None) -> Run:
         hyper_parameters={"num_epochs": 3, **(config or {})},
         commands={"resume": "python again"},
     )
-    return Run(folder, tracker or NoTracker(), about)
+    return Run(folder, trackers or NO_TRACKERS, about)
 
 
 def checkpoints(folder, kept="best") -> Checkpoints:
@@ -158,65 +158,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise KeyboardInterrupt
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def fake_comet(monkeypatch, fails_in: set[str]) -> list[str]:
-    """A stand-in for comet_ml that records calls and fails in some of them."""
-    calls = []
-
-    class CometException(Exception):
-        pass
-
-    class Experiment:
-        def __init__(self, **_):
-            self.called("init", CometException)
-
-        def called(self, name, error=ConnectionError):
-            calls.append(name)
-            if name in fails_in:
-                raise error(f"{name} failed")
-
-        def set_name(self, name):
-            self.called("set_name")
-
-        def log_parameters(self, parameters):
-            assert "api_key" not in parameters
-            self.called("log_parameters")
-
-        def log_metrics(self, metrics, epoch):
-            self.called("log_metrics")
-
-    comet = types.ModuleType("comet_ml")
-    comet.Experiment = Experiment
-    comet.exceptions = types.ModuleType("comet_ml.exceptions")
-    comet.exceptions.CometException = CometException
-    monkeypatch.setitem(sys.modules, "comet_ml", comet)
-    monkeypatch.setitem(sys.modules, "comet_ml.exceptions", comet.exceptions)
-    return calls
-
-
-def test_comet_mirrors_a_run(monkeypatch, tmp_path):
-    calls = fake_comet(monkeypatch, set())
-    run = new_run(tmp_path, make_tracker("key", "workspace", "name"), {"seed": 0})
-    run.record("validation", 0, {"recall": 1.0})
-    assert calls == ["init", "set_name", "log_parameters", "log_metrics"]
-
-
-@pytest.mark.parametrize("fails_in", ["init", "set_name", "log_parameters", "log_metrics"])
-def test_an_outage_of_comet_never_stops_a_training(fails_in, monkeypatch, tmp_path, caplog):
-    fake_comet(monkeypatch, {fails_in})
-    run = new_run(tmp_path, make_tracker("key", "workspace", "name"), {"seed": 0})
-    for epoch in range(3):
-        run.record("validation", epoch, {"recall": 1.0})
-    assert caplog.text.count("going on without it") == 1
-    assert len(read_csv(tmp_path / "validation_metrics.csv")["epoch"]) == 3
-
-
-def test_comet_asked_for_but_not_installed(monkeypatch):
-    monkeypatch.setitem(sys.modules, "comet_ml", None)
-    with pytest.raises(UserError, match="pip install comet-ml"):
-        make_tracker("key", "workspace", None)
-    assert type(make_tracker(None, None, "name")) is NoTracker
 
 
 def test_an_error_in_a_validation_names_the_epoch(tmp_path):

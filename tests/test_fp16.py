@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,9 +33,10 @@ from training.schedule import Precision, Schedule
 from training.stage1 import SumFeatures, fine_tuning
 from training.stage2 import combiner_training
 from training.step import Gradient
-from training.tracker import NoTracker
+from training.trackers import Account, Trackers
 from utils import UserError
 
+NO_TRACKERS = Trackers([], Account(folder=Path(), name="none"))
 CPU = torch.device("cpu")
 FP16 = Precision("fp16", CPU)
 ONCE = Schedule(num_epochs=1, validation_frequency=1)
@@ -241,7 +243,7 @@ def autosave_of(steps: Stepper, folder) -> Autosave:
         folder, nn.Linear(1, 1), key="C", prefix="c", best_names={}, config={}, kept="nothing"
     )
     return Autosave(
-        run=Run(folder, NoTracker(), about),
+        run=Run(folder, NO_TRACKERS, about),
         checkpoints=checkpoints,
         parts=steps.parts,
         device=CPU,

@@ -13,6 +13,7 @@ LISTS = (
     "requirements-app.txt",
     "requirements-milvus.txt",
     "requirements-open-clip.txt",
+    "requirements-trackers.txt",
     "requirements-dev.txt",
 )
 

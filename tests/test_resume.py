@@ -24,9 +24,12 @@ from training.autosave import Autosave, load_state, save_state
 from training.checkpoints import Checkpoints
 from training.run import Run, make_folder
 from training.schedule import Precision
-from training.tracker import NoTracker
+from training.trackers import Account, Trackers
 
 pytestmark = pytest.mark.slow
+
+
+NO_TRACKERS = Trackers([], Account(folder=Path(), name="none"))
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -417,7 +420,7 @@ def test_two_processes_cannot_train_in_one_folder(stopped, refuses, resume):
     run = stopped(2, "CIRR")
     with Run(
         run,
-        NoTracker(),
+        NO_TRACKERS,
         About(title="a run", titles={}, chosen_by=(), hyper_parameters={}, commands={"resume": ""}),
     ).locked():
         assert "another process trains in it" in refuses(run)

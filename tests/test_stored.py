@@ -40,9 +40,10 @@ from training.loop import MovingAverage
 from training.run import Run, is_complete
 from training.schedule import Schedule
 from training.state import save_state
-from training.tracker import NoTracker
+from training.trackers import Account, Trackers
 from utils import UserError
 
+NO_TRACKERS = Trackers([], Account(folder=Path(), name="none"))
 CPU = torch.device("cpu")
 
 
@@ -775,7 +776,7 @@ def resumable(tmp_path, monkeypatch):
         )
         kept = {"key": "Combiner", "prefix": "c", "config": {}, "kept": "nothing"}
         autosave = Autosave(
-            run=Run(tmp_path, NoTracker(), about),
+            run=Run(tmp_path, NO_TRACKERS, about),
             checkpoints=Checkpoints(
                 tmp_path, parts["module"], best_names={"recall": "best"}, **kept
             ),

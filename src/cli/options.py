@@ -42,6 +42,7 @@ from runtime.choices import (
     CombinerChoice,
     PairChoice,
 )
+from training.trackers import TRACKERS
 from utils import PROJECT_ROOT
 
 Group = argparse._ArgumentGroup | argparse.ArgumentParser  # what a flag is added to
@@ -269,7 +270,7 @@ def training_flags(batch_size: int, validation_frequency: int) -> argparse.Argum
     )
     group.add_argument("--compile", action="store_true", help="torch.compile what is trained")
     add_beyond_original(parser)
-    add_comet(parser)
+    add_trackers(parser)
     return parser
 
 
@@ -309,12 +310,22 @@ def add_beyond_original(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_comet(parser: argparse.ArgumentParser) -> None:
+def add_trackers(parser: argparse.ArgumentParser) -> None:
     """The flags of tracking."""
-    comet = parser.add_argument_group("Comet", "tracking, when key and workspace are given")
-    comet.add_argument("--api-key", help="of your account; no file keeps it")
-    comet.add_argument("--workspace", help="that the run appears in")
-    comet.add_argument("--experiment-name", help="what the run is called there")
+    group = parser.add_argument_group("tracking", "beside the CSV files of the run")
+    group.add_argument(
+        "--tracker",
+        choices=TRACKERS,
+        nargs="+",
+        action=Several,
+        default=[],
+        help="what mirrors the run, several too; TensorBoard's files are in the run's folder",
+    )
+    group.add_argument("--api-key", help="of Comet, which it asks for too; no file keeps it")
+    group.add_argument("--workspace", help="of Comet, that the run appears in")
+    group.add_argument(
+        "--experiment-name", help="what trackers call the run (default: its folder's name)"
+    )
 
 
 def encoder_flags() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""What both trainings do with their flags: those of a resumed run, folders, seed, tracker, the page of the run."""
+"""What both trainings do with their flags: those of a resumed run, folders, seed, trackers, the page of the run."""
 
 import argparse
 import logging
@@ -18,6 +18,7 @@ from runtime.choices import AUTO
 from runtime.files import check_writable
 from runtime.interruption import StopRequest, listening
 from training.hyper_parameters import read_hyper_parameters
+from training.trackers import check_trackers
 from utils import PROJECT_ROOT, UserError, flag, seed_everything
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from training.loop import Task
     from training.losses import Loss
     from training.schedule import Precision, Schedule
-    from training.tracker import NoTracker
 
 
 logger = logging.getLogger(__name__)
@@ -98,6 +98,7 @@ def _as_typed(value: Any) -> Any:
 def check(args: argparse.Namespace) -> Benchmark:
     """The benchmark to train on. Fails now, not after packages are loaded, if a file or a folder is no good."""
     check_files(args)
+    args.tracker = check_trackers(args.tracker, args.api_key, args.workspace)
     if args.save_best and not args.save_training:
         logger.warning("warning: --save-best saves nothing without --save-training: add it")
     written = {}
@@ -129,13 +130,10 @@ def carry_out(
     distributed.stop()
 
 
-def start(args: argparse.Namespace) -> "tuple[torch.device, NoTracker]":
-    """Seed everything; device and tracker."""
-    from training.tracker import make_tracker
-
+def start(args: argparse.Namespace) -> "torch.device":
+    """Seed everything, and return the device."""
     seed_everything(args.seed)
-    device = pick_device(args.device)
-    return device, make_tracker(args.api_key, args.workspace, args.experiment_name)
+    return pick_device(args.device)
 
 
 def kept_weights(args: argparse.Namespace) -> "Kept":
@@ -183,7 +181,6 @@ def fit_as_asked(
     data: "TrainingData",
     settings: Settings,
     precision: "Precision",
-    tracker: "NoTracker",
     stop: StopRequest,
     folder: Path,
     to_validate: Mapping[str, Any],
@@ -198,6 +195,7 @@ def fit_as_asked(
     from training.loop import fit
     from training.run import open_run
     from training.terminal import opening
+    from training.trackers import Account
 
     schedule = schedule_of(args)
     told = opening(
@@ -216,7 +214,16 @@ def fit_as_asked(
         task,
         schedule=schedule,
         precision=precision,
-        run=open_run(folder, tracker, about_run(data, settings, resumed_by or folder, flags)),
+        run=open_run(
+            Account(
+                folder=folder,
+                name=args.experiment_name or folder.name,
+                api_key=args.api_key,
+                workspace=args.workspace,
+            ),
+            args.tracker,
+            about_run(data, settings, resumed_by or folder, flags),
+        ),
         checkpoints=checkpoints,
         stop=stop,
         minutes=args.checkpoint_every_minutes,

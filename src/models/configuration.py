@@ -20,7 +20,7 @@ FREE_FLAGS = frozenset(
     {
         "api_key", "checkpoint_every_minutes", "clip_model_path", "command", "data_root", "device", "exclusions",
         "experiment_name", "feature_cache", "image_cache", "num_workers", "output_dir", "resume", "similarity_block",
-        "started_in", "workspace",
+        "started_in", "tracker", "workspace",
     }
 )  # fmt: skip
 # Of these, what names files whose content is computed with. They may lie elsewhere when a run is resumed; that their

@@ -195,6 +195,7 @@ class Flags(Schema):
     device: Text | None = ABSENT
     num_workers: Workers = ABSENT
     similarity_block: Rows | None = ABSENT
+    tracker: list[Text] = ABSENT
     workspace: Text | None = ABSENT
     experiment_name: Text | None = ABSENT
     # CLIP.

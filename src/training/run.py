@@ -11,7 +11,7 @@ import operator
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from runtime import distributed
 from runtime.files import HALF_MADE, beside, locked, read_json, write_text
 from training.hyper_parameters import HYPER_PARAMETERS, read_hyper_parameters
 from training.state import REMEDY
-from training.tracker import NoTracker
+from training.trackers import Account, Trackers
 from utils import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ Rows = list[dict[str, float]]
 
 
 class Run:
-    """The folder of a training, and the tracker that mirrors it.
+    """The folder of a training, and the trackers that mirror it.
 
     Every file is written whole at each change, so an interrupted run leaves all that it had.
 
@@ -47,13 +47,13 @@ class Run:
         about: what its page says of it; a command "resume" is among its commands.
     """
 
-    def __init__(self, folder: Path, tracker: NoTracker, about: About) -> None:
+    def __init__(self, folder: Path, trackers: Trackers, about: About) -> None:
         self.folder = folder
-        self.tracker = tracker
+        self.trackers = trackers
         self.resume_command = about.commands["resume"]
         self.page = RunPage(folder, about)
         self.rows: dict[str, Rows] = {}
-        tracker.log_parameters(about.hyper_parameters)
+        trackers.log_parameters(about.hyper_parameters)
 
     @property
     def state_file(self) -> Path:
@@ -72,7 +72,7 @@ class Run:
         others = [row for row in self.rows.get(kind, []) if row["epoch"] != epoch]
         self.rows[kind] = [*others, {"epoch": epoch, **metrics}]
         self._write(kind)
-        self.tracker.log_metrics(metrics, epoch)
+        self.trackers.log_metrics(metrics, epoch)
 
     def draw(self) -> None:
         """Refresh the pictures, if they are due (see `RunPage`)."""
@@ -113,6 +113,7 @@ class Run:
         best = {name: max(rows, key=operator.itemgetter(name)) for name in metrics}
         write_text(self.folder / BEST_METRICS, json.dumps(best, indent=2) + "\n")
         self.state_file.unlink(missing_ok=True)
+        self.trackers.finish()
 
     def _write(self, kind: str) -> None:
         rows = self.rows[kind]
@@ -227,9 +228,15 @@ def claim_folder(parent: Path, name: str, config: Mapping[str, Any], resumed: Pa
     return Path(distributed.same_text(made))
 
 
-def open_run(folder: Path, tracker: NoTracker, about: About) -> AnyRun:
-    """The run in a claimed folder: the one process that writes gets it."""
-    return Run(folder, tracker, about) if distributed.is_main() else NoRun(folder, about)
+def open_run(account: Account, trackers: Sequence[str], about: About) -> AnyRun:
+    """The run in a claimed folder: the one process that writes gets it.
+
+    Args:
+        trackers: names of those that mirror it.
+    """
+    if not distributed.is_main():
+        return NoRun(account.folder, about)
+    return Run(account.folder, Trackers(trackers, account), about)
 
 
 def is_complete(folder: Path) -> bool:

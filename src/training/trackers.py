@@ -1,0 +1,233 @@
+"""Where a run is mirrored beside its CSV files: Comet, TensorBoard and Weights & Biases, several at once.
+
+A new tracker is a class here and its line in TRACKERS. Nothing is imported before it is asked for.
+"""
+
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.hyper_parameters import HYPER_PARAMETERS
+from utils import UserError, first_line
+
+logger = logging.getLogger(__name__)
+
+PROJECT = "CLIP4Cir-MoE"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """What a tracker knows of a run when it begins.
+
+    Attributes:
+        folder: of the run.
+        name: what the run is called.
+        api_key, workspace: of Comet, where flags and not its own settings say them.
+    """
+
+    folder: Path
+    name: str
+    api_key: str | None = None
+    workspace: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Letters and digits that stay the run's own when it is resumed or its folder is moved."""
+        started = (self.folder / HYPER_PARAMETERS).read_bytes()
+        return hashlib.sha256(self.folder.name.encode() + started).hexdigest()[:40]
+
+
+class Tracker:
+    """A mirror of a run.
+
+    Attributes:
+        module, package: what is imported, and what pip installs for it.
+    """
+
+    module: str
+    package: str
+
+    def __init__(self, account: Account) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def failures() -> tuple[type[Exception], ...]:
+        """Return what it raises where it cannot be reached or refuses."""
+        return OSError, ValueError, RuntimeError
+
+    def log_parameters(self, parameters: Mapping[str, Any]) -> None:
+        """Log a run's hyper-parameters."""
+
+    def log_metrics(self, metrics: Mapping[str, float], epoch: int) -> None:
+        """Log metrics of an epoch."""
+
+    def finish(self) -> None:
+        """Send what is still to be sent: the run is complete."""
+
+
+class Comet(Tracker):
+    """Comet. A resumed run goes on in the same experiment."""
+
+    module = "comet_ml"
+    package = "comet-ml"
+
+    def __init__(self, account: Account) -> None:
+        import comet_ml
+
+        self.experiment = comet_ml.start(
+            api_key=account.api_key,
+            workspace=account.workspace,
+            project_name=PROJECT,
+            experiment_key=account.key,
+            mode="get_or_create",
+        )
+        self.experiment.set_name(account.name)
+
+    @staticmethod
+    def failures() -> tuple[type[Exception], ...]:
+        import comet_ml.exceptions
+
+        return comet_ml.exceptions.CometException, *Tracker.failures()
+
+    def log_parameters(self, parameters: Mapping[str, Any]) -> None:
+        self.experiment.log_parameters(dict(parameters))
+
+    def log_metrics(self, metrics: Mapping[str, float], epoch: int) -> None:
+        self.experiment.log_metrics(dict(metrics), epoch=epoch)
+
+    def finish(self) -> None:
+        self.experiment.end()
+
+
+class TensorBoard(Tracker):
+    """TensorBoard, in a folder of the run's own. What a resumed run does again takes the place of what it did."""
+
+    module = "tensorboard"
+    package = "tensorboard"
+
+    def __init__(self, account: Account) -> None:
+        self.folder = account.folder / "tensorboard"
+        self.writer: Any = None
+        self.parameters = ""
+
+    def log_parameters(self, parameters: Mapping[str, Any]) -> None:
+        rows = (f"| {name} | {value} |" for name, value in sorted(parameters.items()))
+        self.parameters = "\n".join(["| flag | value |", "|---|---|", *rows])
+
+    def log_metrics(self, metrics: Mapping[str, float], epoch: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self.writer is None:
+            self.writer = SummaryWriter(str(self.folder), purge_step=epoch)
+            self.writer.add_text("hyper-parameters", self.parameters, epoch)
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, epoch)
+        self.writer.flush()
+
+    def finish(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+class Wandb(Tracker):
+    """Weights & Biases. A resumed run goes on in the same run."""
+
+    module = "wandb"
+    package = "wandb"
+
+    def __init__(self, account: Account) -> None:
+        import wandb
+
+        self.run = wandb.init(
+            project=PROJECT,
+            name=account.name,
+            id=account.key,
+            resume="allow",
+            dir=str(account.folder),
+        )
+        self.run.define_metric("*", step_metric="epoch")
+
+    @staticmethod
+    def failures() -> tuple[type[Exception], ...]:
+        import wandb.errors
+
+        return wandb.errors.Error, *Tracker.failures()
+
+    def log_parameters(self, parameters: Mapping[str, Any]) -> None:
+        self.run.config.update(dict(parameters), allow_val_change=True)
+
+    def log_metrics(self, metrics: Mapping[str, float], epoch: int) -> None:
+        self.run.log({**metrics, "epoch": epoch})
+
+    def finish(self) -> None:
+        self.run.finish()
+
+
+TRACKERS: dict[str, type[Tracker]] = {"comet": Comet, "tensorboard": TensorBoard, "wandb": Wandb}
+
+
+class Trackers:
+    """Several trackers as one, none too. One that fails is left out from then on, with a warning: no training stops."""
+
+    def __init__(self, names: Sequence[str], account: Account) -> None:
+        self._trackers: dict[str, Tracker] = {}
+        for name in names:
+            self._begin(name, account)
+
+    def _begin(self, name: str, account: Account) -> None:
+        tracker = TRACKERS[name]
+        try:
+            self._trackers[name] = tracker(account)
+        except tracker.failures() as error:
+            self._leave_out(name, error)
+
+    def log_parameters(self, parameters: Mapping[str, Any]) -> None:
+        """Log a run's hyper-parameters."""
+        self._each(lambda tracker: tracker.log_parameters(parameters))
+
+    def log_metrics(self, metrics: Mapping[str, float], epoch: int) -> None:
+        """Log metrics of an epoch."""
+        self._each(lambda tracker: tracker.log_metrics(metrics, epoch))
+
+    def finish(self) -> None:
+        """Send what is still to be sent: the run is complete."""
+        self._each(lambda tracker: tracker.finish())
+
+    def _each(self, log: Callable[[Tracker], None]) -> None:
+        for name in list(self._trackers):
+            self._tell(name, log)
+
+    def _tell(self, name: str, log: Callable[[Tracker], None]) -> None:
+        tracker = self._trackers[name]
+        try:
+            log(tracker)
+        except tracker.failures() as error:
+            self._leave_out(name, error)
+
+    def _leave_out(self, name: str, error: Exception) -> None:
+        self._trackers.pop(name, None)
+        logger.warning("warning: --tracker %s: %s: going on without it", name, first_line(error))
+
+
+def check_trackers(names: Sequence[str], api_key: str | None, workspace: str | None) -> list[str]:
+    """Return the names of the trackers that flags ask for; as in the original, Comet's key and workspace do too.
+
+    Raises:
+        UserError: a package is missing, or a key is without its workspace.
+    """
+    if bool(api_key) != bool(workspace):
+        raise UserError(
+            "--api-key and --workspace go together: give both to track with Comet, or neither"
+        )
+    asked = list(dict.fromkeys([*(["comet"] if api_key else []), *names]))
+    for name in asked:
+        tracker = TRACKERS[name]
+        if importlib.util.find_spec(tracker.module) is None:
+            raise UserError(
+                f"--tracker {name} needs a package: pip install {tracker.package}, or leave it out"
+            )
+    return asked
