@@ -6,18 +6,28 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.annotations import Entry
 from benchmarks.base import Benchmark
 from benchmarks.metrics import Ranks, average_precision
+from benchmarks.schemas import Entry
 from benchmarks.splits import Triplet
+from runtime.schema import checked
+
+
+class Row(Entry):
+    """A query with one to five targets, parted by spaces."""
+
+    reference: str
+    caption: str
+    targets: str
 
 
 class Fourth(Benchmark):
-    """Rows "reference,caption,targets", the targets parted by spaces; no test split, no ids, no groups."""
+    """Rows "reference,caption,targets"; no test split, no ids, no groups."""
 
     name = "Fourth"
     run_name = "fourth"
     folder = "fourth_dataset"
+    remedy = "correct it"
     test_split = None
     selection = {"map_at10": "best"}
     titles = {"map_at10": "mAP@10", "recall_at1": "R@1", "recall_at10": "R@10"}
@@ -32,19 +42,21 @@ class Fourth(Benchmark):
     def image_places(self, images_file: Path) -> dict[str, str]:
         return {name: f"{name}.jpg" for name in images_file.read_text().split()}
 
-    def entries(self, queries_file: Path) -> Iterator[Entry]:
+    def queries(self, queries_file: Path, split: str) -> Iterator[tuple[str, Triplet]]:
         with queries_file.open(newline="") as lines:
-            for number, row in enumerate(csv.DictReader(lines), start=2):
-                yield Entry(row, queries_file, f"line {number}", "correct it")
-
-    def triplet(self, entry: Entry, split: str) -> Triplet:
-        target, *others = entry.text("targets").split()
-        return Triplet(
-            reference=entry.text("reference"),
-            captions=(entry.text("caption"),),
-            target=target,
-            other_targets=tuple(others),
-        )
+            for number, cells in enumerate(csv.DictReader(lines), start=2):
+                place = f"{queries_file}: line {number}"
+                row = checked(Row, cells, file=place, remedy=self.remedy)
+                target, *others = row.targets.split()
+                yield (
+                    f"line {number}",
+                    Triplet(
+                        reference=row.reference,
+                        captions=(row.caption,),
+                        target=target,
+                        other_targets=tuple(others),
+                    ),
+                )
 
     def hits(self, ranks: Ranks) -> dict[str, np.ndarray]:
         return {

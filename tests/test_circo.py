@@ -418,13 +418,13 @@ def check_refused(root, split: str, expected: str) -> None:
 EDITS = [
     (
         lambda entries: entries[4].update(id=entries[1]["id"]),
-        "entry 1 and entry 4 have the same id",
+        "entry 4: its id 1 is also that of entry 1",
     ),
-    (lambda entries: entries[4]["gt_img_ids"].append(entries[4]["gt_img_ids"][0]), "do not repeat"),
-    (lambda entries: entries[4]["gt_img_ids"].append(entries[4]["reference_img_id"]), "other than"),
-    (lambda entries: entries[4].update(target_img_id=entries[5]["target_img_id"]), "its target"),
-    (lambda entries: entries[4]["semantic_aspects"].append("mood"), "known"),
-    (lambda entries: entries.clear(), "at least one triplet"),
+    (lambda entries: entries[4]["gt_img_ids"].append(entries[4]["gt_img_ids"][0]), "should not repeat"),
+    (lambda entries: entries[4]["gt_img_ids"].append(entries[4]["reference_img_id"]), "its target is its reference"),
+    (lambda entries: entries[4].update(target_img_id=entries[5]["target_img_id"]), "target_img_id among them"),
+    (lambda entries: entries[4]["semantic_aspects"].append("mood"), "of a kind that CIRCO does not have"),
+    (lambda entries: entries.clear(), "no triplets"),
 ]
 
 

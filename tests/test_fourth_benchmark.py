@@ -89,9 +89,9 @@ def test_what_it_lacks_is_said(root, capsys):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("nowhere,is red,{first}", "line 10 names the image nowhere"),
-        ("{first},is red,{first}", "a target other than the reference in line 10; correct it"),
-        ("{first},is red,{second} {second}", "targets that do not repeat in line 10; correct it"),
+        ("nowhere,is red,{first}", "line 10: the image nowhere is not in"),
+        ("{first},is red,{first}", "line 10: its target is its reference: correct it"),
+        ("{first},is red,{second} {second}", "line 10: a target is there twice: correct it"),
     ],
 )
 def test_a_line_that_is_no_good_is_named(line, message, root, fails, drawn):

@@ -266,14 +266,14 @@ def test_a_wrong_cell_is_named_with_its_row(key, value, folder):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("a.jpg,is red,b.jpg\n", "names the columns"),
+        ("a.jpg,is red,b.jpg\n", "should name the columns"),
         ("reference,caption,caption,target\na.jpg,red,red,b.jpg\n", "each once"),
-        ("reference,target\na.jpg,b.jpg\n", "names the columns"),
+        ("reference,target\na.jpg,b.jpg\n", "should name the columns"),
         ("reference,caption,target\na.jpg,red, with dots,b.jpg\n", "row 2 has 4 cells"),
         ("reference,caption,target\na.jpg,red\n", "row 2 has 2 cells"),
         ('reference,caption,target\na.jpg,"red" dots,b.jpg\n', "no table"),
-        ("reference,caption,target\n", "at least one triplet"),
-        ("reference,caption\na.jpg,red\n", '"target"'),
+        ("reference,caption,target\n", "no triplets"),
+        ("reference,caption\na.jpg,red\n", 'row 2: target'),
     ],
 )
 def test_tables_that_are_none(text, expected, folder):

@@ -1,13 +1,12 @@
 """What a benchmark is: its files, captions, protocols and metrics. Each has a file of its own beside this one."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.annotations import OFFICIAL, Entry, check, check_known, read
 from benchmarks.metrics import Ranks, means_of
 from benchmarks.places import locate
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED, Protocol
@@ -19,12 +18,15 @@ if TYPE_CHECKING:
 
     from benchmarks.ranking import Ranking
 
+# What to do with a file that nobody should edit.
+OFFICIAL = "download the official annotation file again"
+
 
 class Benchmark(ABC):
     """A composed image retrieval benchmark read from its files.
 
     One with a gallery and a JSON list of queries needs its names, `folder`, `files`, `image_folders`, `image_places`,
-    `triplet` and `hits`; all else has a default, which is that of the simplest case.
+    `queries` and `hits`; all else has a default, which is that of the simplest case.
 
     Attributes:
         name: what `--dataset` calls it.
@@ -39,7 +41,7 @@ class Benchmark(ABC):
         id_name: what its files call the id of a query.
         id_types: the types that an id has; that of None where a query may have none.
         group_size: images in a query's group, its reference among them; 0 without groups, None where that differs.
-        texts: the texts that protocols ask with, see `Protocol.text`.
+        kinds: of queries that are measured apart.
         concept_template: what protocols with the concept ask, {shared_concept} and {relative_caption} in it; "" where a
             benchmark has no concepts.
         protocols: the protocols it is measured under, that of the original implementation first.
@@ -66,7 +68,7 @@ class Benchmark(ABC):
     id_name: str = "id"
     id_types: tuple[type, ...] = (NoneType,)
     group_size: int | None = 0
-    texts: tuple[str, ...] = ("",)
+    kinds: tuple[str, ...] = ()
     concept_template: str = ""
     protocols: tuple[Protocol, ...] = (ORIGINAL_KEPT, ORIGINAL_REMOVED)
     selection: dict[str, str]
@@ -76,6 +78,11 @@ class Benchmark(ABC):
     def __init__(self, data_root: Path, excluded: Collection[str] = ()) -> None:
         self.data_root = data_root
         self.excluded = excluded
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts that protocols ask with, see `Protocol.text`."""
+        return tuple(dict.fromkeys(protocol.text for protocol in self.protocols))
 
     @property
     def splits(self) -> dict[str, str]:
@@ -149,39 +156,43 @@ class Benchmark(ABC):
             listed_in=images_file,
             remedy=self.remedy,
         )
-        triplets = []
-        place_of_id: dict[int | str, str] = {}
-        for place, entry in enumerate(self.entries(queries_file)):
-            triplet = replace(self.triplet(entry, split), place=place)
-            check_known([*triplet.images, *triplet.group], paths, entry, images_file)
-            searchable = split == self.train_split or triplet.reference not in triplet.targets
-            entry.check(searchable, "a target other than the reference")
-            distinct = len(set(triplet.targets)) == len(triplet.targets)
-            entry.check(distinct, "targets that do not repeat")
-            self._check_id(triplet, entry, place_of_id)
-            triplets.append(triplet)
-        check(bool(triplets), queries_file, "at least one triplet", remedy=self.remedy)
+        triplets: list[Triplet] = []
+        first_with: dict[int | str, str] = {}
+        for where, triplet in self.queries(queries_file, split):
+            faults = self._faults(triplet, split, paths, images_file)
+            own = triplet.pair_id
+            if own is not None and first_with.setdefault(own, where) != where:
+                faults.append(f"its {self.id_name} {own} is also that of {first_with[own]}")
+            if faults:
+                raise UserError(f"{queries_file}: {where}: {faults[0]}: {self.remedy}")
+            triplets.append(replace(triplet, place=len(triplets)))
+        if not triplets:
+            raise UserError(f"{queries_file}: no triplets: {self.remedy}")
         whole = Split(name=self.part_name(part, split), triplets=triplets, image_paths=paths)
-        remaining = whole.without(self.excluded)
+        remaining = whole.without(self.excluded) if self.excluded else whole
         if not remaining.triplets:
             raise UserError(
                 f"--exclusions leaves none of the triplets of {queries_file}: exclude fewer images"
             )
         return remaining
 
-    def _check_id(self, triplet: Triplet, entry: Entry, place_of_id: dict[int | str, str]) -> None:
-        """Raise UserError where an earlier entry has the same id: the query would be counted twice."""
-        own = triplet.pair_id
-        if own is not None and place_of_id.setdefault(own, entry.where) != entry.where:
-            raise UserError(
-                f"{entry.file}: {place_of_id[own]} and {entry.where} have the same {self.id_name} {own}: "
-                f"{entry.remedy}"
-            )
-
-    def entries(self, queries_file: Path) -> Iterator[Entry]:
-        """The queries of a file, in order: those of a JSON list."""
-        for place, content in enumerate(read(queries_file, list)):
-            yield Entry(content, queries_file, f"entry {place}", remedy=self.remedy)
+    def _faults(
+        self, triplet: Triplet, split: str, known: Container[str], images_file: Path
+    ) -> list[str]:
+        """What is wrong with a query beyond its own fields."""
+        faults = []
+        for name in (*triplet.images, *triplet.group):
+            if name not in known:
+                faults.append(f"the image {name} is not in {images_file}")
+        if split != self.train_split and triplet.reference in triplet.targets:
+            faults.append("its target is its reference")
+        if len(set(triplet.targets)) < len(triplet.targets):
+            faults.append("a target is there twice")
+        if triplet.group and not set(triplet.images[:2]) <= set(triplet.group):
+            faults.append("its group lacks its reference or target")
+        if not set(triplet.kinds) <= set(self.kinds):
+            faults.append(f"it is of a kind that {self.name} does not have")
+        return faults
 
     def metrics(
         self, splits: Iterable[Split], rankings: Mapping[str, "Ranking"]
@@ -245,8 +256,12 @@ class Benchmark(ABC):
         """Image name -> path relative to a folder of images, from a list of a split's images."""
 
     @abstractmethod
-    def triplet(self, entry: Entry, split: str) -> Triplet:
-        """The query of an entry."""
+    def queries(self, queries_file: Path, split: str) -> Iterable[tuple[str, Triplet]]:
+        """Read the queries of a file, in order: what an error calls each, and the query.
+
+        Raises:
+            UserError: the file is missing or malformed; it names the entry and the field.
+        """
 
     def caption(self, captions: tuple[str, ...]) -> str:
         """The text of a query at evaluation."""

@@ -1,9 +1,9 @@
 """CIRCO: its files, captions, protocols and metrics."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from benchmarks.annotations import Entry, are_texts, check, read
 from benchmarks.base import Benchmark
 from benchmarks.metrics import Ranks, average_precision, only
 from benchmarks.protocols import CONCEPT_KEPT, CONCEPT_REMOVED, ORIGINAL_KEPT, ORIGINAL_REMOVED
@@ -34,7 +34,7 @@ class CIRCO(Benchmark):
     official = {"unlabeled2017.val": (220, 123_403), "unlabeled2017.test": (800, 123_403)}
     counts_explained = "Both splits search one gallery"
     id_types = (int,)
-    texts = ("", "concept")
+    kinds = ASPECTS
     concept_template = "Find a picture that also {shared_concept}, but {relative_caption}"
     protocols = (ORIGINAL_KEPT, ORIGINAL_REMOVED, CONCEPT_KEPT, CONCEPT_REMOVED)
     selection = {}
@@ -56,38 +56,17 @@ class CIRCO(Benchmark):
         return part
 
     def image_places(self, images_file: Path) -> dict[str, str]:
-        listed = Entry(read(images_file, dict), images_file, "it").list("images")
-        places = {}
-        for number, content in enumerate(listed):
-            image = Entry(content, images_file, f"image {number}")
-            places[_name(image.number("id"))] = image.text("file_name")
-        check(len(places) == len(listed), images_file, "ids that do not repeat")
-        return places
+        from benchmarks.schemas import CocoImages
+        from runtime.schema import read_checked
 
-    def triplet(self, entry: Entry, split: str) -> Triplet:
-        captions = (entry.text("relative_caption"), entry.text("shared_concept"))
-        reference = _name(entry.number("reference_img_id"))
-        pair_id = entry.number("id")
-        if split == self.test_split:
-            return Triplet(reference=reference, captions=captions, pair_id=pair_id)
-        target = entry.number("target_img_id")
-        targets = entry.list("gt_img_ids")
-        are_numbers = all(map(_is_number, targets)) and len(set(targets)) == len(targets)
-        entry.check(
-            are_numbers and target in targets,
-            'numbers that do not repeat in "gt_img_ids", its target among them,',
-        )
-        aspects = entry.list("semantic_aspects")
-        known = are_texts(aspects) and len(set(aspects)) == len(aspects)
-        entry.check(known and set(aspects) <= set(ASPECTS), '"semantic_aspects" that are known')
-        return Triplet(
-            reference=reference,
-            captions=captions,
-            target=_name(target),
-            other_targets=tuple(_name(image) for image in targets if image != target),
-            pair_id=pair_id,
-            kinds=tuple(aspects),
-        )
+        listed = read_checked(CocoImages, images_file, remedy=self.remedy).images
+        return {str(image.id): image.file_name for image in listed}
+
+    def queries(self, queries_file: Path, split: str) -> Iterable[tuple[str, Triplet]]:
+        from benchmarks.schemas import CircoQuery, CircoTestQuery, read_queries
+
+        schema = CircoTestQuery if split == self.test_split else CircoQuery
+        return read_queries(schema, queries_file, remedy=self.remedy)
 
     def evaluation_texts(self, captions: tuple[str, ...]) -> list[str]:
         relative_caption, shared_concept = captions
@@ -104,12 +83,3 @@ class CIRCO(Benchmark):
         for aspect in ASPECTS:
             hits[f"{aspect}_map_at10"] = only(ranks.kinds.get(aspect, ()), precisions)
         return hits
-
-
-def _name(image: int) -> str:
-    """What an image is called: its id, as the server takes it."""
-    return str(image)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

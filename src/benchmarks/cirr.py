@@ -1,11 +1,9 @@
 """CIRR: its files, captions, protocol and metrics."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.annotations import Entry, are_texts, check, read
 from benchmarks.base import Benchmark, official_files
 from benchmarks.metrics import Ranks, means
 from benchmarks.protocols import ORIGINAL_REMOVED
@@ -61,26 +59,18 @@ class CIRR(Benchmark):
         return [root, root / "img_raw", root / "images"]
 
     def image_places(self, images_file: Path) -> dict[str, str]:
-        places = read(images_file, dict)
-        check(are_texts(places.values()), images_file, "an object of id -> path")
-        return places
+        from benchmarks.schemas import ImagePaths
+        from runtime.schema import read_checked
 
-    def triplet(self, entry: Entry, split: str) -> Triplet:
-        triplet = Triplet(
-            reference=entry.text("reference"),
-            captions=(entry.text("caption"),),
-            target=None if split == self.test_split else entry.text("target_hard"),
-            pair_id=entry.number("pairid"),
-        )
+        return read_checked(ImagePaths, images_file, remedy=self.remedy).root
+
+    def queries(self, queries_file: Path, split: str) -> Iterable[tuple[str, Triplet]]:
+        from benchmarks.schemas import CirrQuery, CirrTestQuery, CirrTrainQuery, read_queries
+
+        schema = CirrTestQuery if split == self.test_split else CirrQuery
         if split == self.train_split:
-            return triplet
-        group = entry.inner("img_set").list("members")
-        are_six = are_texts(group) and len(group) == len(set(group)) == self.group_size
-        entry.check(
-            are_six and set(triplet.images) <= set(group),
-            "six members, reference and target two of them,",
-        )
-        return replace(triplet, group=tuple(group))
+            return read_queries(CirrTrainQuery, queries_file, remedy=self.remedy)
+        return read_queries(schema, queries_file, remedy=self.remedy)
 
     def hits(self, ranks: Ranks) -> "dict[str, np.ndarray]":
         if ranks.in_group is None:

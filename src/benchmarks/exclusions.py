@@ -6,13 +6,13 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import annotations
 from benchmarks.splits import Split
 from runtime.files import write_text
 from utils import UserError
 
 logger = logging.getLogger(__name__)
 
+WRITER = "check_dataset.py --write-exclusions"
 EXAMPLES = 3  # names in a message
 
 
@@ -29,21 +29,18 @@ def read_exclusions(file: Path | None, dataset: str) -> dict[str, str]:
     """
     if file is None:
         return {}
+    from benchmarks.schemas import Exclusions
+    from runtime.schema import read_checked
+
     try:
-        content = annotations.read(file, dict)
-        images = annotations.Entry(content, file, "it").table("images")
-        reasons = annotations.Entry(images, file, 'its "images", a reason for each id')
-        for name in images:
-            reasons.text(name)
+        listed = read_checked(Exclusions, file, remedy=f"write it with {WRITER}", writer=WRITER)
     except UserError as error:
+        raise UserError(f"--exclusions: {error}") from None
+    if listed.dataset != dataset:
         raise UserError(
-            f"--exclusions: {str(error).split(': download', 1)[0]}: write it with check_dataset.py"
-        ) from None
-    if content.get("dataset") != dataset:
-        raise UserError(
-            f"--exclusions {file} is for {content.get('dataset')}, not {dataset}: name the right file"
+            f"--exclusions {file} is for {listed.dataset}, not {dataset}: name the right file"
         )
-    return images
+    return listed.images
 
 
 def excluded(splits: Iterable[Split]) -> dict[str, dict[str, Any]]:

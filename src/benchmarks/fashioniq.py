@@ -1,10 +1,9 @@
 """FashionIQ: its files, captions, protocols and metrics."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.annotations import Entry, are_texts, check, read
 from benchmarks.base import Benchmark, official_files
 from benchmarks.metrics import Ranks
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_KEPT, VAL_REMOVED
@@ -64,19 +63,17 @@ class FashionIQ(Benchmark):
         return part
 
     def image_places(self, images_file: Path) -> dict[str, str]:
-        names = read(images_file, list)
-        check(are_texts(names), images_file, "a list of image ids")
-        check(len(set(names)) == len(names), images_file, "ids that do not repeat")
+        from benchmarks.schemas import ImageNames
+        from runtime.schema import read_checked
+
+        names = read_checked(ImageNames, images_file, remedy=self.remedy).root
         return {name: f"{name}.jpg" for name in names}
 
-    def triplet(self, entry: Entry, split: str) -> Triplet:
-        captions = entry.list("captions")
-        entry.check(len(captions) == 2 and are_texts(captions), "two captions")
-        return Triplet(
-            reference=entry.text("candidate"),
-            captions=tuple(captions),
-            target=None if split == self.test_split else entry.text("target"),
-        )
+    def queries(self, queries_file: Path, split: str) -> Iterable[tuple[str, Triplet]]:
+        from benchmarks.schemas import FashionIQQuery, FashionIQTestQuery, read_queries
+
+        schema = FashionIQTestQuery if split == self.test_split else FashionIQQuery
+        return read_queries(schema, queries_file, remedy=self.remedy)
 
     def caption(self, captions: tuple[str, ...]) -> str:
         return self.caption_variants(captions)[0]

@@ -7,7 +7,7 @@ import functools
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from runtime.files import file_size
 from utils import UserError
@@ -16,6 +16,11 @@ from utils import UserError
 _LEADS_AWAY = re.compile(r"(^|[/\\])\.\.([/\\]|$)|^([/\\]|[A-Za-z]:)|\0")
 # What all of these have, searched for in all lines at once: there are tens of thousands.
 _ODD = re.compile(r"\.\.|^/|[\\:\0]", re.MULTILINE)
+
+
+def image_name(path: str) -> str:
+    """What an image that is called by its path is called, however that is spelled: `./a//b.jpg` is `a/b.jpg`."""
+    return str(PurePosixPath(path.strip()))
 
 
 def locate(

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.annotations import Entry, check, read
-from benchmarks.base import Benchmark
+from benchmarks.base import OFFICIAL, Benchmark
 from benchmarks.cirr import CIRR
 from benchmarks.fashioniq import FashionIQ
 from benchmarks.splits import Triplet
 from benchmarks.triplets import image_list
+from utils import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -77,42 +77,37 @@ def lasco(folder: Path) -> dict[str, Converted]:
 
     Its "qid" is that of a question of VQA, which may have several queries, and so is no id.
     """
+    from benchmarks.schemas import LascoImage, LascoQuery
+    from runtime.schema import read_checked
+
     splits = {}
     for split in ("train", "val"):
         file = folder / f"lasco_{split}.json"
         if not file.exists():
             continue
         lines = []
-        for number, content in enumerate(read(file, list)):
-            entry = Entry(content, file, f"entry {number}")
+        for query in read_checked(list[LascoQuery], file, remedy=OFFICIAL):
             line = {
-                "reference": _path_of_lasco(entry, "query-image"),
-                "caption": entry.text("query-text"),
-                "target": _path_of_lasco(entry, "target-image"),
+                "reference": query.query_image[1],
+                "caption": query.query_text,
+                "target": query.target_image[1],
             }
             lines.append(line)
-        gallery = _corpus_of_lasco(folder / "lasco_val_corpus.json") if split == "val" else []
+        gallery = []
+        if split == "val":
+            corpus = folder / "lasco_val_corpus.json"
+            # Its paths begin with the split, those of the queries do not.
+            for image in read_checked(list[LascoImage], corpus, remedy=OFFICIAL):
+                gallery.append(image.path.removeprefix("val/"))
         splits[split] = Converted(lines=lines, gallery=gallery)
     return splits
 
 
-def _path_of_lasco(entry: Entry, key: str) -> str:
-    """The path of an image that is given by its id and path."""
-    image = entry.list(key)
-    entry.check(len(image) == 2 and isinstance(image[1], str), f'an id and a path in "{key}"')
-    return image[1]
-
-
-def _corpus_of_lasco(file: Path) -> list[str]:
-    """The gallery. Its paths begin with the split, those of the queries do not."""
-    paths = []
-    for number, content in enumerate(read(file, list)):
-        paths.append(Entry(content, file, f"entry {number}").text("path").removeprefix("val/"))
-    return paths
-
-
 def shoes(folder: Path) -> dict[str, Converted]:
     """Shoes (Guo et al., NeurIPS 2018), as in github.com/XiaoxiaoGuo/fashion-retrieval: images in womens_*/."""
+    from benchmarks.schemas import ShoesQuery
+    from runtime.schema import read_checked
+
     places = {}
     for path in sorted(folder.glob("womens_*/**/*.jpg")):
         places[path.name] = path.relative_to(folder).as_posix()
@@ -121,24 +116,24 @@ def shoes(folder: Path) -> dict[str, Converted]:
     split_of = {}
     for split, file in lists.items():
         names = image_list(file)
-        check(set(names) <= places.keys(), file, "names of images that are in womens_*/")
+        for name in names:
+            if name not in places:
+                raise UserError(f"{file}: {name} is not in womens_*/: {OFFICIAL}")
         splits[split] = Converted(lines=[], gallery=[places[name] for name in names])
         split_of.update(dict.fromkeys(names, split))
     file = folder / "relative_captions_shoes.json"
-    for number, content in enumerate(read(file, list)):
-        entry = Entry(content, file, f"entry {number}")
-        reference = entry.text("ReferenceImageName")
-        target = entry.text("ImageName")
-        are_known = reference in split_of and target in places
-        entry.check(
-            are_known, f"images of womens_*/ and of {' or '.join(map(str, lists.values()))}"
-        )
+    for number, query in enumerate(read_checked(list[ShoesQuery], file, remedy=OFFICIAL)):
+        if query.reference not in split_of or query.target not in places:
+            listed = " or ".join(map(str, lists.values()))
+            raise UserError(
+                f"{file}: entry {number}: its images are not of womens_*/ and of {listed}: {OFFICIAL}"
+            )
         line = {
-            "reference": places[reference],
-            "caption": entry.text("RelativeCaption"),
-            "target": places[target],
+            "reference": places[query.reference],
+            "caption": query.caption,
+            "target": places[query.target],
         }
-        splits[split_of[reference]].lines.append(line)
+        splits[split_of[query.reference]].lines.append(line)
     return splits
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.base import Benchmark
 from benchmarks.splits import Split
-from runtime.files import read_json, write_text
+from runtime.files import write_text
 from utils import UserError
 
 logger = logging.getLogger(__name__)
@@ -60,26 +60,20 @@ def read_query_list(file: Path | None, dataset: str, split: str) -> QueryList | 
     """
     if file is None:
         return None
+    from benchmarks.schemas import QueryNames
+    from runtime.schema import read_checked
+
     try:
-        content = read_json(file, WRITER)
+        listed = read_checked(QueryNames, file, remedy=f"write it with {WRITER}", writer=WRITER)
     except UserError as error:
         raise UserError(f"--queries: {error}") from None
-    names = content.get("queries") if isinstance(content, dict) else None
-    if not isinstance(names, list):
-        raise UserError(f"--queries {file} has no list of queries: write it with {WRITER}")
-    for name in names:
-        if isinstance(name, bool) or not isinstance(name, str | int):
-            raise UserError(
-                f"--queries {file}: {json.dumps(name)[:60]} names no query: write it with {WRITER}"
-            )
-    if not names:
+    if not listed.queries:
         raise UserError(f"--queries {file} is empty: nothing would be measured; leave the flag out")
-    found = content.get("dataset"), content.get("split")
-    if found != (dataset, split):
+    if (listed.dataset, listed.split) != (dataset, split):
         raise UserError(
-            f"--queries {file} is for {found[0]} {found[1]}, not {dataset} {split}: name the right file"
+            f"--queries {file} is for {listed.dataset} {listed.split}, not {dataset} {split}: name the right file"
         )
-    return QueryList(file, frozenset(map(str, names)))
+    return QueryList(file, frozenset(map(str, listed.queries)))
 
 
 def restricted(benchmark: Benchmark, splits: Sequence[Split], wanted: QueryList) -> list[Split]:

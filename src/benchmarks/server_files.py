@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from benchmarks.annotations import are_texts, read
 from benchmarks.base import Benchmark
 from benchmarks.circo import CIRCO
 from benchmarks.cirr import CIRR
@@ -20,7 +19,7 @@ from benchmarks.fashioniq import FashionIQ
 from benchmarks.metrics import NO_RANK, Ranks
 from benchmarks.splits import Split, Triplet
 from benchmarks.triplets import Triplets
-from runtime.files import parse_json, read_text
+from runtime.files import parse_json, read_json, read_text
 from utils import UserError
 
 ID_DIGITS = 12  # of an image of COCO, as its file is called
@@ -186,7 +185,7 @@ class FashionIQForm(Form[list[Any]]):
         for answers in answered:
             category = answers.split.name
             captions_file, _ = self.benchmark.files(category, self.split)
-            entries = read(captions_file, list)
+            entries = read_json(captions_file)
             content = [
                 {**entry, "ranking": ids}
                 for entry, ids in zip(entries, answers.nearest, strict=True)
@@ -265,8 +264,8 @@ class ListsForm(Form[dict[str, Any]]):
 
     def _problems(self, listed: Any, triplet: Triplet) -> list[str]:
         """What is wrong with the images of one query."""
-        images = [self.image(value) for value in listed] if isinstance(listed, list) else [None]
-        if not are_texts(images):
+        images = list(map(self.image, listed)) if isinstance(listed, list) else [None]
+        if None in images:
             return ["not a list of image ids"]
         problems = _foreign([str(image) for image in images], self.whole)
         # Of a gallery smaller than that, all, but for a reference that is not to be retrieved.
@@ -363,7 +362,7 @@ def listed_ranks(lists: Sequence[list[str]], split: Split) -> Ranks:
 
 
 def _are_ids(ids: Any) -> bool:
-    return isinstance(ids, list) and are_texts(ids)
+    return isinstance(ids, list) and all(isinstance(name, str) for name in ids)
 
 
 def _foreign(ids: list[str], split: Split) -> list[str]:

@@ -10,13 +10,13 @@ import itertools
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.annotations import Entry, are_texts, check
 from benchmarks.base import Benchmark
 from benchmarks.metrics import Ranks, average_precision
+from benchmarks.places import image_name
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
 from benchmarks.splits import Split, Triplet
 from runtime.files import missing_file, parse_json, read_text
@@ -25,8 +25,10 @@ from utils import UserError, first_line
 if TYPE_CHECKING:
     import numpy as np
 
+    from benchmarks.schemas import OwnTestQuery
+
 COLUMNS = ("reference", "caption", "target", "id", "group")
-OF_ALL_OR_NONE = ("id", "group")
+OF_ALL_OR_NONE = {"id", "group"}
 SEVERAL = "|"  # between the values of a cell
 RECALLS = (1, 5, 10, 50)
 GROUP_RECALLS = (1, 2, 3)
@@ -70,39 +72,29 @@ class Triplets(Benchmark):
         return [self.annotation_folder() / "images"]
 
     def image_places(self, images_file: Path) -> dict[str, str]:
+        from benchmarks.schemas import OwnTestQuery
+
         names: list[str] = []
         if images_file.suffix == ".txt":
             names += image_list(images_file)
         else:
-            for entry in self.entries(images_file):
-                for key in ("reference", "target", "group"):
-                    names += _images(entry, key) if _is_given(entry, key) else []
+            for _, query in _entries(OwnTestQuery, images_file):
+                names += [*query.reference, *query.target, *query.group]
         return {name: name for name in names}
 
-    def entries(self, queries_file: Path) -> Iterator[Entry]:
-        rows = _rows(queries_file) if queries_file.suffix == ".csv" else _lines(queries_file)
-        of_first: list[str] | None = None
-        for where, content in rows:
-            entry = Entry(content, queries_file, where, remedy=self.remedy)
-            given = [key for key in OF_ALL_OR_NONE if _is_given(entry, key)]
-            of_first = given if of_first is None else of_first
-            entry.check(given == of_first, '"id" and "group" in all lines or in none, so as before')
-            yield entry
+    def queries(self, queries_file: Path, split: str) -> Iterator[tuple[str, Triplet]]:
+        from benchmarks.schemas import OwnQuery, OwnTestQuery
 
-    def triplet(self, entry: Entry, split: str) -> Triplet:
-        references = _images(entry, "reference")
-        entry.check(len(references) == 1, '"reference", one path,')
-        targets = () if split == self.test_split else _images(entry, "target")
-        group = _images(entry, "group") if _is_given(entry, "group") else ()
-        entry.check(not group or set(targets[:1]) <= set(group), 'the target in its "group"')
-        return Triplet(
-            reference=references[0],
-            captions=_texts(entry, "caption"),
-            target=targets[0] if targets else None,
-            other_targets=targets[1:],
-            group=tuple(dict.fromkeys([*references, *group])) if group else (),
-            pair_id=_id(entry) if _is_given(entry, "id") else None,
-        )
+        schema = OwnTestQuery if split == self.test_split else OwnQuery
+        of_first: set[str] | None = None
+        for where, query in _entries(schema, queries_file):
+            given = query.model_fields_set & OF_ALL_OR_NONE
+            of_first = given if of_first is None else of_first
+            if given != of_first:
+                raise UserError(
+                    f'{queries_file}: {where}: "id" and "group" are in all lines or in none: {self.remedy}'
+                )
+            yield where, query.triplet()
 
     def train(self) -> Split:
         """The training triplets, one for each target; those with fewer captions than another have theirs again."""
@@ -133,9 +125,17 @@ class Triplets(Benchmark):
         return {**measured, "average_recall": average}
 
 
+def _entries(schema: "type[OwnTestQuery]", file: Path) -> "Iterator[tuple[str, OwnTestQuery]]":
+    """What an error calls each line or row of a file, and what it holds."""
+    from runtime.schema import checked
+
+    for where, content in _rows(file) if file.suffix == ".csv" else _lines(file):
+        yield where, checked(schema, content, file=f"{file}: {where}", remedy=Triplets.remedy)
+
+
 def image_list(file: Path) -> list[str]:
     """The images of a text file that has one on each line."""
-    return [_image(line) for line in _text(file).split("\n") if line.strip()]
+    return [image_name(line) for line in _text(file).split("\n") if line.strip()]
 
 
 def _text(file: Path) -> str:
@@ -174,12 +174,10 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{file} is no table ({error}): save it as CSV again") from None
     names = [name.strip().lower() for name in names]
     known = {name: names.index(name) for name in COLUMNS if names.count(name) == 1}
-    check(
-        {"reference", "caption"} <= known.keys() and len(known) == len(set(names) & set(COLUMNS)),
-        file,
-        f"a first row that names the columns {', '.join(COLUMNS[:3])}, each once",
-        remedy=Triplets.remedy,
-    )
+    if not {"reference", "caption"} <= known.keys() or len(known) < len(set(names) & set(COLUMNS)):
+        raise UserError(
+            f"{file}: its first row should name the columns {', '.join(COLUMNS[:3])}, each once: {Triplets.remedy}"
+        )
     for number, cells in enumerate(rows, start=2):
         if not any(map(str.strip, cells)):
             continue
@@ -194,34 +192,3 @@ def _cell(name: str, text: str) -> str | list[str]:
     """A cell's value, or its values."""
     values = [value.strip() for value in text.split(SEVERAL)]
     return text.strip() if name == "id" or len(values) == 1 else values
-
-
-def _is_given(entry: Entry, key: str) -> bool:
-    """Whether an entry has something that it may lack."""
-    return isinstance(entry.content, dict) and entry.content.get(key) not in (None, "", [])
-
-
-def _texts(entry: Entry, key: str) -> tuple[str, ...]:
-    """A text or several, none of them empty."""
-    value = entry.content.get(key) if isinstance(entry.content, dict) else None
-    values: list[Any] = value if isinstance(value, list) else [value]
-    are_full = bool(values) and are_texts(values) and all(map(str.strip, values))
-    entry.check(are_full, f'"{key}", a text or a list of texts, none empty,')
-    return tuple(values)
-
-
-def _images(entry: Entry, key: str) -> tuple[str, ...]:
-    return tuple(map(_image, _texts(entry, key)))
-
-
-def _image(path: str) -> str:
-    """What an image is called, however its path is spelled: `./a//b.jpg` is `a/b.jpg`."""
-    return str(PurePosixPath(path.strip()))
-
-
-def _id(entry: Entry) -> str:
-    """A query's id as a text, as the predictions name it."""
-    value = entry.content["id"]
-    is_name = isinstance(value, str | int) and not isinstance(value, bool)
-    entry.check(is_name, '"id", a text or a whole number,')
-    return str(value)

@@ -3,10 +3,12 @@
 Schemas lie beside what reads them, in files that are imported when something is read: pydantic takes half a second.
 """
 
+from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from runtime.files import read_json
 from utils import UserError
 
 SHOWN = 60  # characters of a value that is refused
@@ -18,24 +20,25 @@ class Schema(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, extra="allow")
 
 
-AnySchema = TypeVar("AnySchema", bound=Schema)
+Checked = TypeVar("Checked")
 
 
-def checked(schema: type[AnySchema], content: Any, *, file: object, remedy: str) -> AnySchema:
+def checked(schema: type[Checked], content: Any, *, file: object, remedy: str) -> Checked:
     """The content of a file as its schema has it.
 
     Args:
-        file: how the message begins: the file, after its flag where there is one.
+        schema: a Schema, or a list of one.
+        file: how the message begins: the file, after its flag where there is one, and before the line.
         remedy: how the message ends, such as "measure again".
 
     Raises:
         UserError: the first field that is missing, of another type or out of range is named, with its value.
     """
     try:
-        return schema.model_validate(content)
+        return TypeAdapter(schema).validate_python(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-    field = ".".join(map(str, first["loc"])) or "the content"
+    field = _field(first["loc"]) or "the content"
     found = ""
     if first["type"] != "missing":
         found = f", not {shortened(first['input'])}"
@@ -43,6 +46,28 @@ def checked(schema: type[AnySchema], content: Any, *, file: object, remedy: str)
     if first["type"] == "model_type":
         reason = "it should be a table"
     raise UserError(f"{file}: {field}: {reason}{found}: {remedy}")
+
+
+def read_checked(
+    schema: type[Checked], file: Path, *, remedy: str, writer: str | None = None
+) -> Checked:
+    """The content of a JSON file as its schema has it.
+
+    Args:
+        writer: see `read_json`.
+
+    Raises:
+        UserError: it is not there or no JSON, or see `checked`.
+    """
+    return checked(schema, read_json(file, writer), file=file, remedy=remedy)
+
+
+def _field(place: tuple[int | str, ...]) -> str:
+    """What a message calls a place in a file: `preprocessing.mean`, or `entry 3: captions.0` of a list."""
+    parts = list(map(str, place))
+    if place and isinstance(place[0], int):
+        return ": ".join(filter(None, [f"entry {place[0]}", ".".join(parts[1:])]))
+    return ".".join(parts)
 
 
 def shortened(value: object) -> str:
