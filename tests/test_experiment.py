@@ -15,6 +15,7 @@ from reports.run_page import About
 from runtime import tensors
 from runtime.files import written_whole
 from runtime.interruption import StopRequest
+from runtime.trackers import Account, Trackers
 from training.autosave import Autosave
 from training.checkpoints import Checkpoints
 from training.data import Order
@@ -22,7 +23,6 @@ from training.loop import Stepper, Task, fit, train_one_epoch
 from training.losses import ContrastiveLoss
 from training.run import Run, make_folder, run_name
 from training.schedule import Precision, Schedule
-from training.trackers import Account, Trackers
 from utils import UserError
 
 NO_TRACKERS = Trackers([], Account(folder=Path(), name="none"))

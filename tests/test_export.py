@@ -27,13 +27,13 @@ from image_search.searcher import Question
 from models import exported
 from models.architectures import SIZES
 from models.clip_model import load_clip
-from models.configuration import FREE_FLAGS, read_checkpoint
+from models.configuration import read_checkpoint
 from models.exported import BUILT_FROM, CARD, CONFIG, FILES, FORM, KEYS, read_exported
 from models.pair import load_pair
 from original import arguments, csv_name
 from runtime import files, hub
-from runtime.choices import PairChoice
 from runtime.tensors import load_tensors, save_tensors
+from settings.groups import FREE_FLAGS, PairChoice
 from test_every_flag import SCRIPTS, parsers
 from test_stored import WRONG, at, places, refuse_each_wrong_value, refused, with_value
 from utils import printable

@@ -20,11 +20,11 @@ from models.configuration import Settings
 from models.encoder import Encoder
 from reports.run_page import About
 from runtime.tensors import load_tensors, save_tensors
+from runtime.trackers import Account, Trackers
 from training.autosave import Autosave, load_state, save_state
 from training.checkpoints import Checkpoints
 from training.run import Run, make_folder
 from training.schedule import Precision
-from training.trackers import Account, Trackers
 
 pytestmark = pytest.mark.slow
 

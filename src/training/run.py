@@ -20,9 +20,9 @@ from models.names import open_clip_name
 from reports.run_page import About, RunPage
 from runtime import distributed
 from runtime.files import HALF_MADE, beside, locked, read_json, write_text
+from runtime.trackers import Account, Trackers
 from training.hyper_parameters import HYPER_PARAMETERS, read_hyper_parameters
 from training.state import REMEDY
-from training.trackers import Account, Trackers
 from utils import UserError, first_line
 
 logger = logging.getLogger(__name__)
