@@ -184,7 +184,9 @@ def _replacement(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _not_written(path, error) from None
     finally:
-        discard(new)  # nothing, after the replace
+        # There is none after the replace, nor where the folder is a file.
+        with contextlib.suppress(OSError):
+            new.unlink()
 
 
 @contextlib.contextmanager

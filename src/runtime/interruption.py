@@ -1,7 +1,9 @@
 """Requests to stop: the signals that schedulers send before they kill, SIGTERM and SIGUSR1."""
 
 import contextlib
+import multiprocessing.util
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -114,6 +116,10 @@ def heed_parent_alone() -> None:
         while sender != parent and os.getppid() == parent:
             taken = signal.sigtimedwait(SIGNALS, PATIENCE)
             sender = taken.si_pid if taken else None
-        os._exit(0)
+        try:
+            # Where batches are handed over, which Python deletes only at an end of its own.
+            shutil.rmtree(multiprocessing.util.get_temp_dir(), ignore_errors=True)
+        finally:
+            os._exit(0)
 
     threading.Thread(target=take, daemon=True).start()
