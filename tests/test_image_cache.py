@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -15,8 +17,9 @@ import torch
 
 import clip_fine_tune
 from benchmarks import CIRR
-from conftest import read_csv
+from conftest import ROOT, read_csv
 from data_utils import load_image, make_preprocess
+from forks import HANG
 from runtime.image_files import decoded
 from test_data_utils import MODES, picture
 from training import image_cache, stage1
@@ -377,3 +380,52 @@ def test_training_from_the_cache_gives_the_same_numbers(stage_1, tmp_path, fails
     file.write_bytes(b"")
     name = ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--batch-size", 12]
     assert "truncated" in fails("clip_fine_tune", drawn, "--dataset", "CIRR", *name, *flags)
+
+
+# Two trainings that fill one cache, in containers whose processes have equal numbers.
+
+FILLS = """
+import os, sys, time
+from pathlib import Path
+import torch
+from training.image_cache import ImageCache
+images, cache, own, other = map(Path, sys.argv[1:])
+if os.getpid() != 1:
+    os.getpid = lambda: 1
+paths = sorted(images.iterdir())
+def read(path):
+    if path == paths[100]:
+        own.touch()
+        while not other.exists():  # in the middle of theirs
+            time.sleep(0.01)
+    return torch.full((3, 24, 24), int(path.name), dtype=torch.uint8)
+cached = ImageCache(folder=cache, paths=paths, read=read, recipe={"resolution": 24}).open()
+assert all((cached(path) == int(path.name)).all() for path in paths)
+print("right as process", os.getpid())
+"""
+NAMESPACE = ["unshare", "--pid", "--fork", "--mount-proc"]
+
+
+@pytest.mark.parametrize("own_namespace", [True, False])
+def test_two_containers_fill_one_cache(own_namespace, tmp_path):
+    prefix = NAMESPACE if own_namespace else []
+    if own_namespace and (
+        shutil.which("unshare") is None or subprocess.run([*NAMESPACE, "true"]).returncode
+    ):
+        pytest.skip("no process namespaces may be made here")
+    (tmp_path / "images").mkdir()
+    for number in range(150):
+        (tmp_path / "images" / f"{number:03}").touch()
+    signs = [tmp_path / "one", tmp_path / "two"]
+    processes = [
+        subprocess.Popen(
+            [*prefix, sys.executable, "-c", FILLS, tmp_path / "images", tmp_path / "cache", *pair],
+            env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for pair in (signs, signs[::-1])
+    ]
+    said = [process.communicate(timeout=HANG)[0] for process in processes]
+    assert said == ["right as process 1\n"] * 2
+    assert len(list((tmp_path / "cache").iterdir())) == 1
