@@ -205,11 +205,18 @@ def made_beside(path: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
-    """Make a new folder next to `path`, to be renamed when it is whole; else nothing is left of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent)
+    """Make a new folder next to `path`, to be renamed when it is whole; else nothing is left of it.
+
+    Raises:
+        DiskError: it could not be made.
+    """
     new = beside(path)
-    new.mkdir()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
+        new.mkdir()
+    except OSError as error:
+        raise _not_written(path, error) from None
     try:
         with _held(new):
             yield new
