@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from safetensors import safe_open
 
 import demo_app
 import export
+import kills
 import validate
 from benchmarks import BENCHMARKS
 from combiner import build_combiner
@@ -21,7 +24,7 @@ from conftest import CASES, ROOT
 from evaluation import model_card
 from evaluation.comparison import Column, Resampling, intervals, own_intervals
 from evaluation.result_file import read_result
-from forks import free_port
+from forks import forked, free_port
 from image_search.manifest import read_manifest
 from image_search.searcher import Question
 from models import exported
@@ -789,3 +792,28 @@ def test_only_one_file_imports_the_hub():
         f.stem for f in (ROOT / "src").rglob("*.py") if "import huggingface_hub." in f.read_text()
     ]
     assert importers == ["hub"]
+
+
+# A kill
+
+
+@pytest.mark.parametrize("door", ["export", "convert"])
+def test_what_makes_a_folder_goes_on_after_a_kill(door, weights, drawn, tmp_path, monkeypatch):
+    """In a container, where the process that goes on has the number of the one that was killed."""
+    words = {
+        "export": [*weights["moe"], "--output", tmp_path / "pair"],
+        "convert": ["--dataset", "CIRR", "--data-root", drawn, "--output-dir", tmp_path],
+    }
+    argv = list(map(str, words[door]))
+    process = forked(kills.work, door, argv, tmp_path / "log", 0)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    (left,) = tmp_path.glob(".*")
+    assert any(left.iterdir())
+    os.utime(left, (1, 1))
+    monkeypatch.setattr(os, "getpid", lambda: process.pid)
+    importlib.import_module(door).main(argv)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "log",
+        {"export": "pair", "convert": "triplets_dataset"}[door],
+    ]
