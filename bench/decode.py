@@ -24,8 +24,9 @@ from benchmarks import FashionIQ
 from data_utils import load_image, make_preprocess
 from models.configuration import read_checkpoint, settle
 from models.encoder import load_encoder
-from runtime.choices import DECODINGS, ClipChoice
+from runtime.choices import DECODINGS
 from runtime.image_files import decoded
+from settings.groups import Clip
 
 PHOTOS = ((400, 550), (1024, 768), (4000, 3000))  # width and height in pixels
 RESOLUTIONS = (224, 288, 384)  # of ViT-L/14 and ViT-B/32, RN50x4, RN50x16
@@ -92,7 +93,7 @@ def effect(folder: Path) -> None:
         validate.main([*words, *pair, "--metrics-json", str(file)])
         print(decode, json.loads(file.read_text())["metrics"])
         checkpoint = read_checkpoint("", tuned, "CLIP")
-        choice = settle(ClipChoice(decode=decode), [checkpoint])
+        choice = settle(Clip(decode=decode), [checkpoint])
         encoder = load_encoder(choice, checkpoint, torch.device("cpu"), workers=0)
         features.append(encoder.images(split.paths))
     cosines = F.cosine_similarity(*features)

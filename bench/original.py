@@ -22,7 +22,6 @@ from models.clip_model import backbone, load_clip, load_finetuned
 from models.encoder import Encoder
 from report import held
 from runs import columns
-from runtime.choices import CombinerChoice
 from runtime.precision import exact_float32
 from runtime.tensors import load_tensors
 from timing import Row, Setting
@@ -84,7 +83,7 @@ def feature_differences(folder: Path, device: torch.device) -> dict[str, float]:
     encoder = golden_encoder(folder, device)
     path = folder / "combiner_moe_cirr.pt"
     state = load_tensors(path)["Combiner"]
-    combiner = load_combiner(state, {}, path, wanted=CombinerChoice(), clip_dim=64).to(device)
+    combiner = load_combiner(state, {}, path, wanted={}, clip_dim=64).to(device)
     images = encoder.images([image_paths[name] for name in features["names"]])
     texts = encoder.captions(list(features["captions"]))
     with torch.no_grad():

@@ -18,8 +18,9 @@ from models.encoder import load_encoder
 from models.features import FeatureCache, FrozenSplit, freeze, freeze_queries
 from ranking import random_cirr
 from reports.run_page import About
-from runtime.choices import ClipChoice
 from runtime.interruption import StopRequest
+from runtime.trackers import Account, Trackers
+from settings.groups import Clip
 from timing import GIB, Row, Setting, extra_memory, in_turns, peak_memory, typical
 from training.autosave import Autosave
 from training.checkpoints import Checkpoints
@@ -30,7 +31,6 @@ from training.run import Run
 from training.schedule import Precision, Schedule
 from training.stage2 import ComposedFeatures, combiner_training
 from training.step import Gradient
-from training.trackers import Account, Trackers
 from twins import re_encoding_epoch
 
 NO_TRACKERS = Trackers([], Account(folder=Path(), name="none"))
@@ -100,7 +100,7 @@ def drawn(setting: Setting) -> Iterator[Row]:
         sizes = f"--train-groups {train_groups} --val-groups {val_groups}"
         sizes += " --train-triplets 1 --val-triplets 1"
         shapes_dataset.main(["--output-dir", folder, *sizes.split()])
-        choice = settle(ClipChoice(clip_model_name=str(root / "tiny_clip_vit.pt")), [])
+        choice = settle(Clip(clip_model_name=str(root / "tiny_clip_vit.pt")), [])
         encoder = load_encoder(choice, None, device, workers=2)
         benchmark = CIRR(root)
         train, val = benchmark.train(), benchmark.val()

@@ -18,12 +18,14 @@ from benchmarks import Benchmark, Protocol
 from benchmarks.protocols import choose_protocols
 from benchmarks.query_lists import write_query_list
 from cli import options
-from cli.flag_types import usable_path
 from cli.parsers import ScriptParser
 from cli.startup import check_annotations, check_files, command_line, open_benchmark, pick_device
 from evaluation.comparison import Resampling, with_interval
 from reports.tables import text_table
 from runtime.files import check_file_writable, write_text
+from settings import groups
+from settings.declaring import parent
+from settings.flag_types import usable_path
 from utils import command
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of an audit."""
-    parents = [options.dataset_flag(), *options.evaluation_flags(needs_pair=False)]
+    parents = [parent(groups.Dataset), *options.evaluation_flags(needs_pair=False)]
     parser = ScriptParser(__doc__, parents=parents)
     group = parser.add_argument_group("audit")
     options.add_protocol(group, help="that are audited (default: all that apply)")

@@ -23,9 +23,11 @@ from benchmarks.dataset_report import (
 )
 from benchmarks.exclusions import write_exclusions
 from cli import options
-from cli.flag_types import usable_path
-from cli.parsers import ScriptParser, Several
+from cli.parsers import ScriptParser
 from runtime.files import check_file_writable
+from settings import groups
+from settings.declaring import parent
+from settings.flag_types import Several, usable_path
 from utils import UserError, command
 
 SPLITS = ("train", "val", "test")
@@ -33,7 +35,7 @@ SPLITS = ("train", "val", "test")
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the check."""
-    parser = ScriptParser(__doc__, parents=[options.data_root_flag()])
+    parser = ScriptParser(__doc__, parents=[parent(groups.Data)])
     options.add_dataset(
         parser, required=False, help="in any case (default: all whose folder is there)"
     )

@@ -16,11 +16,12 @@ from typing import Any
 
 from benchmarks import BENCHMARKS, Benchmark
 from benchmarks.server_files import FORMS, Form, form_of, parse_submission
-from cli.flag_types import in_any_case, usable_path
-from cli.options import data_root_flag
 from cli.parsers import ScriptParser
 from evaluation.rankings_file import is_rankings, read_rankings, rescored, unlike_annotations
 from runtime.files import check_file_writable, write_text
+from settings import groups
+from settings.declaring import parent
+from settings.flag_types import in_any_case, usable_path
 from utils import UserError, command, printable
 
 Contents = dict[Path, Any]  # file -> its content, parsed
@@ -28,7 +29,7 @@ Contents = dict[Path, Any]  # file -> its content, parsed
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the check."""
-    parser = ScriptParser(__doc__, parents=[data_root_flag()])
+    parser = ScriptParser(__doc__, parents=[parent(groups.Data)])
     parser.add_argument(
         "files", type=usable_path, nargs="+", metavar="FILE", help="what would be uploaded"
     )

@@ -8,15 +8,16 @@ On a GPU:
 On a laptop, with drawn data: see `make demo`.
 """
 
-import argparse
 import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
 from benchmarks import Benchmark
-from cli import options, training
-from models.configuration import Settings, plain, settle
+from cli import training
+from models.configuration import Settings, settle
 from runtime.interruption import StopRequest
+from settings.declaring import stored
+from settings.groups import Stage1
 from training.hyper_parameters import started_with
 from utils import command
 
@@ -29,12 +30,12 @@ if TYPE_CHECKING:
 SCRIPT = "clip_fine_tune.py"
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> Stage1:
     """The flags of stage 1."""
-    return training.parse(SCRIPT, __doc__, options.stage_1_flags(), argv)
+    return training.parse(Stage1, SCRIPT, __doc__, argv)
 
 
-def train(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -> None:
+def train(args: Stage1, benchmark: Benchmark, stop: StopRequest) -> None:
     """Fine-tune CLIP in a run folder."""
     from combiner import compose_sum
     from evaluation.retrieval import evaluate
@@ -55,7 +56,7 @@ def train(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -> 
     )
     encoder = load_clip_and_images(args, data, device, stop)
     settings = Settings(
-        flags=plain(vars(args)), recipe=encoder.recipe, data=data.describe(), versions=versions()
+        flags=stored(args), recipe=encoder.recipe, data=data.describe(), versions=versions()
     )
     if args.resume:
         settings = started_with(args.resume, settings)
@@ -97,15 +98,13 @@ def train(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -> 
 
 
 def load_clip_and_images(
-    args: argparse.Namespace, data: "TrainingData", device: "torch.device", stop: StopRequest
+    args: Stage1, data: "TrainingData", device: "torch.device", stop: StopRequest
 ) -> "Encoder":
     """CLIP as the flags want it, with its images decoded or from the cache."""
     from models.encoder import load_encoder
     from training.stage1 import decodings, with_image_cache
 
-    encoder = load_encoder(
-        settle(options.clip_choice(args), []), None, device, workers=args.num_workers
-    )
+    encoder = load_encoder(settle(args, []), None, device, workers=args.num_workers)
     encoder = dataclasses.replace(encoder, between=stop.check)
     if args.gradient_checkpointing:
         encoder.backbone.checkpoint_gradients(encoder.model)

@@ -3,7 +3,6 @@
 Shapes: B queries, D = CLIP's feature length, P = projection_dim, H = hidden_dim, E experts, k of them per query.
 """
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime import distributed
-from runtime.choices import CombinerChoice
 from runtime.precision import product_type
 from runtime.weights import fitted, shape_of
 from utils import UserError, flag
@@ -384,7 +382,7 @@ def load_combiner(
     config: Mapping[str, Any],
     path: Path,
     *,
-    wanted: CombinerChoice,
+    wanted: Mapping[str, Any],
     clip_dim: int,
 ) -> Composer:
     """The Combiner of a checkpoint, in eval mode.
@@ -393,14 +391,14 @@ def load_combiner(
         state: its weights.
         config: see `combiner_settings`.
         path: the checkpoint's file, which errors name.
-        wanted: what flags say of it.
+        wanted: what flags say of it, None where they are silent.
         clip_dim: feature length D of the CLIP beside it.
 
     Raises:
         UserError: a wanted value, or the CLIP, disagrees with the checkpoint; both values are named.
     """
     settings = combiner_settings(state, config, path)
-    for name, value in dataclasses.asdict(wanted).items():
+    for name, value in wanted.items():
         if value is not None and value != settings[name]:
             has = "none" if settings[name] is None else settings[name]
             raise UserError(

@@ -8,7 +8,6 @@ On a GPU:
 `make demo` runs it on a laptop, on drawn data.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -20,13 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import Benchmark
 from benchmarks.metrics import mean_and_deviation, shown
-from cli import options, training
-from models.configuration import Settings, plain, read_checkpoint, settle, warn_of_transfer
+from cli import training
+from models.configuration import Settings, read_checkpoint, settle, warn_of_transfer
 from reports.tables import text_table
 from runtime.files import write_text
 from runtime.interruption import StopRequest
+from settings.declaring import stored
+from settings.groups import Stage2
 from training.hyper_parameters import started_with
-from utils import UserError, command, seed_everything, two_decimals
+from utils import command, seed_everything, two_decimals
 
 if TYPE_CHECKING:
     import torch
@@ -38,14 +39,9 @@ SCRIPT = "combiner_train.py"
 logger = logging.getLogger(__name__)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> Stage2:
     """The flags of stage 2."""
-    args = training.parse(SCRIPT, __doc__, options.stage_2_flags(), argv)
-    if args.seeds and len(set(args.seeds)) < len(args.seeds):
-        raise UserError(
-            f"--seeds {' '.join(map(str, args.seeds))} names a seed twice: name each once"
-        )
-    return args
+    return training.parse(Stage2, SCRIPT, __doc__, argv)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +59,7 @@ class Stage:
         return self.settings.with_flags(seed=seed, seeds=None)
 
 
-def prepare(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -> Stage:
+def prepare(args: Stage2, benchmark: Benchmark, stop: StopRequest) -> Stage:
     """Read the benchmark and make its features, or take them from the cache."""
     import torch
 
@@ -77,10 +73,10 @@ def prepare(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -
     tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
     data = read_training_data(benchmark, batch_size=args.batch_size, seed=args.seed)
     warn_of_transfer(benchmark.name, [tuned])
-    clip = settle(options.clip_choice(args), [tuned])
+    clip = settle(args, [tuned])
     encoder = load_encoder(clip, tuned, device, workers=args.num_workers, batch_size=args.clip_bs)
     settings = Settings(
-        flags=plain(vars(args)),
+        flags=stored(args),
         recipe={**encoder.recipe, "clip_dim": encoder.backbone.dim},
         data={**data.describe(), "clip_weights": weights_digest(encoder.model.state_dict())},
         versions=versions(),
@@ -103,7 +99,7 @@ def prepare(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -
 
 
 def train(
-    args: argparse.Namespace,
+    args: Stage2,
     stage: Stage,
     seed: int,
     *,
@@ -170,14 +166,15 @@ def flags_to_validate(settings: Settings) -> dict[str, str | None]:
     return flags
 
 
-def train_seeds(args: argparse.Namespace, stage: Stage, folder: Path, stop: StopRequest) -> None:
+def train_seeds(args: Stage2, stage: Stage, folder: Path, stop: StopRequest) -> None:
     """Train a Combiner with each seed in a folder of its own, and report mean and standard deviation."""
     from runtime import distributed
     from training.run import drop_half_made, is_complete, make_folder, seed_folder
 
+    seeds = args.seeds or []
     if distributed.is_main():
         drop_half_made(folder)
-    for seed in args.seeds:
+    for seed in seeds:
         run = seed_folder(folder, seed)
         if distributed.is_main() and not run.exists():
             make_folder(folder, run.name, stage.settings_of(seed).on_disk())
@@ -188,7 +185,7 @@ def train_seeds(args: argparse.Namespace, stage: Stage, folder: Path, stop: Stop
             train(args, stage, seed, folder=run, resumed_by=folder, stop=stop)
     distributed.wait_for_all()
     if distributed.is_main():
-        report_seeds(folder, args.seeds, stage)
+        report_seeds(folder, seeds, stage)
 
 
 def report_seeds(folder: Path, seeds: list[int], stage: Stage) -> None:
@@ -259,7 +256,7 @@ def page_of_seeds(folder: Path, best: Mapping[int, dict[str, Any]], stage: Stage
     )
 
 
-def train_all(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -> None:
+def train_all(args: Stage2, benchmark: Benchmark, stop: StopRequest) -> None:
     """Train a Combiner, or one with each of several seeds, in a run folder."""
     from training.run import claim_folder, run_name
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from benchmarks import BENCHMARKS, PROTOCOLS, Benchmark
 from benchmarks.metrics import mean_and_deviation, shown
-from cli.flag_types import usable_path
 from cli.options import add_protocol, add_resampling
 from cli.parsers import ScriptParser
 from evaluation.comparison import (
@@ -24,6 +23,7 @@ from evaluation.comparison import (
     with_interval,
 )
 from reports.tables import text_table
+from settings.flag_types import usable_path
 from utils import UserError, command, printable
 
 

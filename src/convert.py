@@ -15,10 +15,11 @@ import logging
 
 from benchmarks import Triplets
 from benchmarks.published import SOURCES, usable
-from cli.flag_types import in_any_case, usable_path
-from cli.options import data_root_flag
 from cli.parsers import ScriptParser
 from runtime.files import check_new_or_empty, check_writable, folder_made_beside, write_text
+from settings import groups
+from settings.declaring import parent
+from settings.flag_types import in_any_case, usable_path
 from utils import UserError, command
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the conversion."""
-    parser = ScriptParser(__doc__, parents=[data_root_flag()])
+    parser = ScriptParser(__doc__, parents=[parent(groups.Data)])
     parser.add_argument(
         "--dataset", type=in_any_case(SOURCES), choices=list(SOURCES), required=True, help="to read"
     )

@@ -24,9 +24,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks import BENCHMARKS
 from benchmarks.metrics import shown
-from cli.flag_types import seed_int, usable_path
-from cli.parsers import ScriptParser, Several
+from cli.parsers import ScriptParser
 from reports.tables import text_table
+from settings.flag_types import Several, seed_int, usable_path
 from utils import PROJECT_ROOT, UserError, command
 
 Word = str | Path

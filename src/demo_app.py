@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from cli import options
-from cli.flag_types import port
 from cli.parsers import ScriptParser
 from cli.startup import check_files, pick_device
 from image_search.manifest import check_index
 from runtime import interruption
+from settings import groups
+from settings.declaring import parent
+from settings.flag_types import port
 from utils import Stopped, UserError, command, first_line
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parents = [
         *options.search_flags(),
         options.clip_flags(),
-        options.tuned_clip_flag(),
+        parent(groups.TunedClip),
         options.compute_flags(False),
     ]
     parser = ScriptParser(__doc__, parents=parents)

@@ -13,13 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cli import options
-from cli.flag_types import repository, usable_path
-from cli.parsers import ScriptParser, Several
+from cli.parsers import ScriptParser
 from cli.startup import check_files
 from evaluation.result_file import Result, read_result
-from runtime.choices import PairChoice
 from runtime.files import check_new_or_empty, check_writable, folder_made_beside, write_text
 from runtime.hub import HUB, import_hub, upload
+from settings import groups
+from settings.declaring import parent
+from settings.flag_types import Several, repository, usable_path
+from settings.groups import PairChoice
 from utils import command
 
 logger = logging.getLogger(__name__)
@@ -28,9 +30,9 @@ logger = logging.getLogger(__name__)
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of an export."""
     parents = [
-        options.tuned_clip_flag(),
+        parent(groups.TunedClip),
         options.clip_flags(),
-        options.combiner_flags(trains=False),
+        parent(groups.WantedCombiner),
     ]
     parser = ScriptParser(__doc__, parents=parents)
     options.add_combiner_path(parser, help="stage-2 weights (default: none, which is the sum)")
@@ -77,8 +79,8 @@ def export(args: argparse.Namespace, results: Mapping[Path, Result]) -> None:
         combining_function=None,
         clip_path=args.clip_model_path,
         combiner_path=args.combiner_path,
-        clip=options.clip_choice(args),
-        combiner=options.combiner_choice(args),
+        clip=groups.Clip.of(args),
+        combiner=groups.WantedCombiner.of(args),
     )
     pair = load_pair(choice, torch.device("cpu"))
     about = pair.describe()

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import BENCHMARKS
 from cli import options
-from cli.flag_types import positive_float, rows
 from cli.parsers import ScriptParser
 from cli.startup import check_files
 from models.configuration import read_checkpoint, settle
 from runtime.gpus import GPUS, Gpu
+from settings import groups
+from settings.declaring import changed
+from settings.flag_types import positive_float, rows
 from utils import UserError, command, flag
 
 if TYPE_CHECKING:
@@ -48,6 +50,18 @@ def plan_flags() -> argparse.ArgumentParser:
     return parser
 
 
+class Planned1(groups.Stage1):
+    """Stage 1 as it is planned, of data that need not be there."""
+
+    dataset: groups.BenchmarkName | None = changed(groups.Stage1, "dataset", None)  # type: ignore[assignment]
+
+
+class Planned2(groups.Stage2):
+    """The same of stage 2."""
+
+    dataset: groups.BenchmarkName | None = changed(groups.Stage2, "dataset", None)  # type: ignore[assignment]
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of a plan: a stage, and those of its training. What only the other stage has is set to what it does."""
     parser: argparse.ArgumentParser = ScriptParser(__doc__)
@@ -55,13 +69,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     stage_1 = stages.add_parser(
         "stage1",
         help="flags of clip_fine_tune.py",
-        parents=[plan_flags(), *options.stage_1_flags(dataset_required=False)],
+        parents=[plan_flags(), *options.training_flags(Planned1)],
     )
     stage_1.set_defaults(clip_model_path=None, clip_bs=32, seeds=None, negatives="batch")
     stage_2 = stages.add_parser(
         "stage2",
         help="flags of combiner_train.py",
-        parents=[plan_flags(), *options.stage_2_flags(dataset_required=False)],
+        parents=[plan_flags(), *options.training_flags(Planned2)],
     )
     stage_2.set_defaults(encoder=None, micro_batch_size=None, gradient_checkpointing=False)
     return parser.parse_args(argv)
@@ -130,7 +144,7 @@ def planned_encoding(args: argparse.Namespace, gpu: Gpu) -> "Encoding":
     from training.counted_clip import CountedClip, Encoding
 
     tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
-    choice: dict[str, Any] = dataclasses.asdict(settle(options.clip_choice(args), [tuned]))
+    choice: dict[str, Any] = settle(groups.Clip.of(args), [tuned]).model_dump()
     check_precision(gpu, "encode_precision", choice["encode_precision"])
     return Encoding(
         clip=CountedClip(choice["clip_model_name"], args.encoder),
@@ -155,7 +169,7 @@ def planned_training(args: argparse.Namespace, gpu: Gpu) -> "Training":
     }
     if args.stage == "stage1":
         return FineTuning(**shared)
-    combiner = combiner_to_count(encoding.clip, options.combiner_choice(args))
+    combiner = combiner_to_count(encoding.clip, groups.WantedCombiner.of(args))
     experts = args.num_experts if combiner.has_router else 0
     return CombinerTraining(**shared, combiner=combiner, experts=experts, negatives=args.negatives)
 

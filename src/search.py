@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli import options
-from cli.flag_types import usable_path
-from cli.parsers import ScriptParser, Several
+from cli.parsers import ScriptParser
 from cli.startup import check_files, pick_device
 from image_search.manifest import as_made, check_index, made_with, read_manifest
 from runtime import torchrun
-from runtime.choices import INDEX_KINDS, MILVUS_KINDS, PairChoice
+from runtime.choices import INDEX_KINDS, MILVUS_KINDS
 from runtime.files import check_file_writable, check_writable, write_text
 from runtime.interruption import listening
+from settings import groups
+from settings.declaring import parent
+from settings.flag_types import Several, usable_path
+from settings.groups import PairChoice
 from utils import Stopped, UserError, command, printable
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of both commands."""
     parser: argparse.ArgumentParser = ScriptParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    clip = [options.clip_flags(), options.tuned_clip_flag()]
+    clip = [options.clip_flags(), parent(groups.TunedClip)]
     index = commands.add_parser(
         "index",
         parents=[options.exported_flag(), *clip, options.compute_flags()],
@@ -145,7 +148,7 @@ def make_index(args: argparse.Namespace) -> None:
         clip_path=args.clip_model_path,
         combiner_path=None,
         exported=args.pair,
-        clip=options.clip_choice(args),
+        clip=groups.Clip.of(args),
         workers=args.num_workers,
     )
     choice = as_made(args.output, earlier, named)

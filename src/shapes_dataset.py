@@ -19,10 +19,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from cli.flag_types import positive_int, usable_path
 from cli.options import add_seed
 from cli.parsers import ScriptParser
 from runtime.files import check_writable, write_text
+from settings.flag_types import positive_int, usable_path
 from utils import UserError, command
 
 logger = logging.getLogger(__name__)

@@ -11,17 +11,19 @@ from benchmarks import Benchmark, Protocol
 from benchmarks.protocols import choose_protocols
 from benchmarks.query_lists import read_query_list, restricted
 from cli import options
-from cli.flag_types import positive_int, usable_path
 from cli.parsers import ScriptParser
 from cli.startup import check_annotations, check_files, command_line, open_benchmark, pick_device
 from reports.tables import text_table
 from runtime.files import check_file_writable, check_writable
+from settings import groups
+from settings.declaring import parent
+from settings.flag_types import positive_int, usable_path
 from utils import command, two_decimals
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of a validation."""
-    parents = [options.dataset_flag(), *options.evaluation_flags()]
+    parents = [parent(groups.Dataset), *options.evaluation_flags()]
     parser = ScriptParser(__doc__, parents=parents)
     group = parser.add_argument_group("results")
     group.add_argument(

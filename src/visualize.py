@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING
 from benchmarks import Benchmark
 from benchmarks.protocols import choose_protocols
 from cli import options
-from cli.flag_types import positive_int, usable_path
-from cli.parsers import ScriptParser, Several
+from cli.parsers import ScriptParser
 from cli.startup import check_annotations, check_files, open_benchmark, pick_device
 from evaluation.rankings_file import Record, Records, make_records, read_rankings
 from runtime.files import check_writable, write_bytes, write_text
+from settings import groups
+from settings.declaring import parent
+from settings.flag_types import Several, positive_int, usable_path
 from utils import PROJECT_ROOT, UserError, command
 
 if TYPE_CHECKING:
@@ -39,7 +41,10 @@ ORDERS = ("best", "worst", "random")
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of a sheet."""
-    parents = [options.dataset_flag(required=False), *options.evaluation_flags(needs_pair=False)]
+    parents = [
+        parent(groups.Dataset, groups.AnyTraining),
+        *options.evaluation_flags(needs_pair=False),
+    ]
     parser = ScriptParser(__doc__, parents=parents)
     group = parser.add_argument_group("sheet")
     group.add_argument(

@@ -22,8 +22,9 @@ from conftest import CASES
 from data_utils import make_preprocess
 from models.encoder import Encoder, load_backbone, load_encoder
 from models.names import check_clip, in_full, open_clip_name
-from runtime.choices import OPENAI_CLIPS, ClipChoice
+from runtime.choices import OPENAI_CLIPS
 from runtime.tensors import load_tensors
+from settings.groups import Clip
 from utils import UserError
 
 open_clip = pytest.importorskip("open_clip", reason="pip install -r requirements-open-clip.txt")
@@ -129,7 +130,7 @@ def named(models_made: Path, form: str) -> str:
 
 
 def encoder_of(name: str, transform: str = "clip"):
-    choice = ClipChoice(
+    choice = Clip(
         clip_model_name=name,
         transform=transform,
         target_ratio=1.25,

@@ -24,7 +24,7 @@ from image_search.searcher import load_searcher
 from reports import sheets
 from reports.run_page import About, RunPage
 from runtime import image_files
-from runtime.choices import PairChoice
+from settings.groups import PairChoice
 from test_search import images
 from test_uploads import bad_uploads
 

@@ -21,7 +21,6 @@ from combiner import (
     load_combiner,
 )
 from models.routing import router_penalty
-from runtime.choices import CombinerChoice
 from training.losses import ContrastiveLoss
 from training.schedule import Precision
 from training.stage2 import ComposedFeatures
@@ -296,7 +295,7 @@ def test_a_checkpoint_tells_its_own_sizes(kind, tmp_path):
         checkpoint["Combiner"],
         checkpoint.get("config", {}),
         tmp_path,
-        wanted=CombinerChoice(),
+        wanted={},
         clip_dim=12,
     )
     image, text = torch.randn(2, 4, 12)

@@ -5,6 +5,9 @@ import gc
 import multiprocessing
 import os
 import signal
+import tempfile
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +29,7 @@ from data_utils import (
     one_ahead,
     read_or_explain,
 )
-from forks import family
+from forks import HANG, family, forked
 from models.clip_model import CLIP_MEAN, CLIP_STD
 from runtime import interruption
 from runtime.image_files import LONGEST_SIDE, decoded
@@ -483,6 +486,27 @@ def test_a_worker_survives_a_signal_while_it_starts(tmp_path, monkeypatch):
     loader = ImageLoader(reader(), 2, CPU)
     assert len(list(loader.batches([[tmp_path / "0.png"]] * 2))) == 2
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []).isdisjoint(interruption.SIGNALS)
+
+
+def decode_until_killed(paths: list[Path], temporary: Path) -> None:
+    """Decode in two processes, in another temporary directory, and be killed."""
+    tempfile.tempdir = str(temporary)
+    multiprocessing.current_process()._config.pop("tempdir", None)  # that of the tests
+    for number, _ in enumerate(ImageLoader(reader(), 2, CPU).batches([[path] for path in paths])):
+        if number == 3 and list(temporary.rglob("listener-*")):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_whose_parent_is_killed_leave_nothing(grey):
+    """In a folder of a short name, as sockets have room for."""
+    with tempfile.TemporaryDirectory(prefix="w") as name:
+        process = forked(decode_until_killed, grey, Path(name))
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        give_up = time.monotonic() + HANG
+        while list(Path(name).iterdir()) and time.monotonic() < give_up:
+            time.sleep(0.1)  # they look every few seconds whether it is there
+        assert list(Path(name).iterdir()) == []
 
 
 def test_missing_and_empty_images_are_counted(golden):

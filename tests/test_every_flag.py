@@ -2,26 +2,25 @@
 
 import argparse
 import importlib
-import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from cli import flag_types
-from cli.flag_types import model_name, pair_place, path_or_auto, usable_path
-from cli.parsers import ScriptParser, Several
+from cli.parsers import ScriptParser
 from conftest import CASES, ROOT
+from settings.flag_types import Several, model_name, pair_place, path_or_auto, usable_path
 
 SCRIPTS = sorted(
     file.stem for file in (ROOT / "src").glob("*.py") if "@command" in file.read_text()
 )
 PATH_TYPES = (usable_path, path_or_auto, pair_place, model_name)
-NUMBER_TYPES = [
-    kind
-    for kind in vars(flag_types).values()
-    if inspect.isfunction(kind) and kind.__name__ == "number" and "<locals>" in kind.__qualname__
-]
+
+
+def takes_number(action: argparse.Action) -> bool:
+    """Whether a flag is of a type that `number` or `whole_number` made."""
+    name = getattr(action.type, "__qualname__", "")
+    return name in ("whole_number.<locals>.number", "number.<locals>.number")
 
 
 class Built(Exception):
@@ -98,7 +97,7 @@ def refusal(capsys):
     return refusal
 
 
-NUMBERS = flags_where(lambda action: action.type in NUMBER_TYPES)
+NUMBERS = flags_where(takes_number)
 PATHS = flags_where(lambda action: action.type in PATH_TYPES)
 VALUES = flags_where(lambda action: action.nargs != 0 and action.dest != "help")
 NO_NUMBERS = (
@@ -127,7 +126,7 @@ def test_no_number_is_taken_without_bounds():
         _, action = case.values
         assert action.type not in (int, float, complex), case.id
         is_number = isinstance(action.default, int | float) and not isinstance(action.default, bool)
-        assert not is_number or action.type in NUMBER_TYPES, case.id
+        assert not is_number or takes_number(action), case.id
 
 
 @pytest.mark.parametrize(("parser", "action"), PATHS)

@@ -10,11 +10,11 @@ from torch import nn
 from torch.optim import SGD
 
 from conftest import read_csv
-from models.configuration import plain
 from reports.run_page import About
 from runtime import tensors
 from runtime.files import written_whole
 from runtime.interruption import StopRequest
+from runtime.trackers import Account, Trackers
 from training.autosave import Autosave
 from training.checkpoints import Checkpoints
 from training.data import Order
@@ -22,7 +22,6 @@ from training.loop import Stepper, Task, fit, train_one_epoch
 from training.losses import ContrastiveLoss
 from training.run import Run, make_folder, run_name
 from training.schedule import Precision, Schedule
-from training.trackers import Account, Trackers
 from utils import UserError
 
 NO_TRACKERS = Trackers([], Account(folder=Path(), name="none"))
@@ -141,13 +140,6 @@ def test_folder_names_are_flat_and_without_colons(name, part, tmp_path):
     assert folder.parent == tmp_path
     assert folder.name.startswith(f"clip_finetuned_on_fiq_{part}_")
     assert ":" not in folder.name
-
-
-def test_plain_flags_are_without_the_key(tmp_path):
-    assert plain({"api_key": "x", "data_root": tmp_path, "seed": 1}) == {
-        "data_root": str(tmp_path),
-        "seed": 1,
-    }
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from safetensors import safe_open
 
 import demo_app
 import export
+import kills
 import validate
 from benchmarks import BENCHMARKS
 from combiner import build_combiner
@@ -21,19 +24,19 @@ from conftest import CASES, ROOT
 from evaluation import model_card
 from evaluation.comparison import Column, Resampling, intervals, own_intervals
 from evaluation.result_file import read_result
-from forks import free_port
+from forks import forked, free_port
 from image_search.manifest import read_manifest
 from image_search.searcher import Question
 from models import exported
 from models.architectures import SIZES
 from models.clip_model import load_clip
-from models.configuration import FREE_FLAGS, read_checkpoint
+from models.configuration import read_checkpoint
 from models.exported import BUILT_FROM, CARD, CONFIG, FILES, FORM, KEYS, read_exported
 from models.pair import load_pair
 from original import arguments, csv_name
 from runtime import files, hub
-from runtime.choices import PairChoice
 from runtime.tensors import load_tensors, save_tensors
+from settings.groups import FREE_FLAGS, PairChoice
 from test_every_flag import SCRIPTS, parsers
 from test_stored import WRONG, at, places, refuse_each_wrong_value, refused, with_value
 from utils import printable
@@ -789,3 +792,28 @@ def test_only_one_file_imports_the_hub():
         f.stem for f in (ROOT / "src").rglob("*.py") if "import huggingface_hub." in f.read_text()
     ]
     assert importers == ["hub"]
+
+
+# A kill
+
+
+@pytest.mark.parametrize("door", ["export", "convert"])
+def test_what_makes_a_folder_goes_on_after_a_kill(door, weights, drawn, tmp_path, monkeypatch):
+    """In a container, where the process that goes on has the number of the one that was killed."""
+    words = {
+        "export": [*weights["moe"], "--output", tmp_path / "pair"],
+        "convert": ["--dataset", "CIRR", "--data-root", drawn, "--output-dir", tmp_path],
+    }
+    argv = list(map(str, words[door]))
+    process = forked(kills.work, door, argv, tmp_path / "log", 0)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    (left,) = tmp_path.glob(".*")
+    assert any(left.iterdir())
+    os.utime(left, (1, 1))
+    monkeypatch.setattr(os, "getpid", lambda: process.pid)
+    importlib.import_module(door).main(argv)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "log",
+        {"export": "pair", "convert": "triplets_dataset"}[door],
+    ]

@@ -16,9 +16,9 @@ from models.encoder import load_backbone
 from models.exported import BUILT_FROM, CONFIG, FORM, read_exported
 from models.pair import load_pair
 from models.schemas import Exported
-from runtime.choices import PairChoice
 from runtime.schema import checked
 from runtime.tensors import save_tensors
+from settings.groups import PairChoice
 from test_backbones import FORMS, models_made  # noqa: F401
 from test_export import measure, settings
 from test_stored import WRONG, refused

@@ -18,8 +18,8 @@ from models.clip_model import backbone, load_clip
 from models.configuration import Checkpoint, Settings, settle
 from models.encoder import Encoder
 from models.features import FeatureCache, FrozenSplit
-from runtime.choices import ClipChoice
 from runtime.tensors import load_tensors
+from settings.groups import Clip
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -276,12 +276,12 @@ def trained(**recipe) -> Checkpoint:
 
 
 def test_images_are_decoded_as_the_weights_were_trained(caplog):
-    silent, draft = ClipChoice(), trained(transform="clip", decode="draft")
+    silent, draft = Clip(), trained(transform="clip", decode="draft")
     assert settle(silent, []).decode == "full"
     assert settle(silent, [trained(transform="clip")]).decode == "full"  # of an earlier version
     assert settle(silent, [draft]).decode == "draft"
     assert caplog.text == ""
-    assert settle(ClipChoice(decode="full"), [draft]).decode == "full"
+    assert settle(Clip(decode="full"), [draft]).decode == "full"
     assert "weights.pt was trained with --decode draft, not full" in caplog.text
     with pytest.raises(
         UserError, match=r"recipe\.decode: it should be one of full, draft, not 'half'"

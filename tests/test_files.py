@@ -1,9 +1,13 @@
 """What is written goes to what a path names, whatever that is, and never takes its place unless it is a file."""
 
+import contextlib
 import os
+import secrets
+import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +16,13 @@ import torch
 
 from conftest import CASES, ROOT
 from evaluation.result_file import write_result
+from forks import forked
 from runtime.files import (
     check_file_writable,
+    discard,
+    folder_made_beside,
     read_json,
+    sweep,
     write_bytes,
     write_same,
     write_text,
@@ -143,6 +151,174 @@ def test_a_long_name(writer, tmp_path):
     with pytest.raises(DiskError, match="name"):
         writer(tmp_path / ("a" * 256))
     assert left_over(tmp_path) == []
+
+
+# What is being made has a name of its own, is never somebody else's, and goes when nobody makes it any more.
+
+
+def half_made(folder: Path) -> list[Path]:
+    return sorted(folder.glob(".*.tmp"))
+
+
+def make_folder(path: Path) -> None:
+    with folder_made_beside(path) as folder:
+        write_text(folder / "file", "text")
+
+
+MAKERS = WRITERS | {"folder": make_folder}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_nothing_is_made_at_a_name_that_is_there_already(maker, tmp_path, monkeypatch):
+    """Not at one that can be foreseen, and not even at one that is known."""
+    (tmp_path / "original").write_bytes(ORIGINAL)
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    planted = [tmp_path / f".made.{number}.tmp" for number in (1, os.getpid())]
+    for link in planted:
+        link.symlink_to(victim)
+    MAKERS[maker](tmp_path / "made")
+    assert all(link.is_symlink() for link in planted)
+
+    monkeypatch.setattr(secrets, "token_hex", lambda size: "0" * 16)
+    for plant in (Path.symlink_to, Path.hardlink_to):
+        known = tmp_path / f".other.clip4cir-{'0' * 16}.tmp"
+        discard(known)
+        plant(known, victim)
+        with contextlib.suppress(DiskError):  # a copy is made where no link can be
+            MAKERS[maker](tmp_path / "other")
+            assert maker == "same"
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_names_differ_each_time(maker, tmp_path, monkeypatch):
+    (tmp_path / "original").write_bytes(ORIGINAL)
+    seen = []
+    for name in ("replace", "rename"):
+        real = getattr(Path, name)
+        monkeypatch.setattr(
+            Path, name, lambda new, path, real=real: seen.append(new.name) or real(new, path)
+        )
+    for number in range(3):
+        MAKERS[maker](tmp_path / str(number))
+    assert len(set(seen)) == len(seen) >= 3
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_what_is_made_is_for_those_that_the_umask_says(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        write_text(tmp_path / "file", "text")
+        make_folder(tmp_path / "folder")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~mask
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o777 & ~mask
+
+
+def killed_while_making(maker: str, path: Path) -> None:
+    """Make something, and be killed where it is about to take its name."""
+    os.rename = os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
+    MAKERS[maker](path)
+
+
+def left_by_a_kill(maker: str, folder: Path) -> Path:
+    """What a process that is killed leaves half-made in a folder."""
+    (folder / "original").write_bytes(ORIGINAL)
+    before = set(half_made(folder))
+    process = forked(killed_while_making, maker, folder / "made")
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (left,) = set(half_made(folder)) - before
+    return left
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_what_a_kill_left_goes_when_it_is_old(maker, tmp_path):
+    left = left_by_a_kill(maker, tmp_path)
+    sweep(tmp_path)
+    assert left.exists()
+    assert not (tmp_path / "made").exists()
+    os.utime(left, (1, 1))
+    sweep(tmp_path)
+    assert half_made(tmp_path) == []
+    assert (tmp_path / "original").read_bytes() == ORIGINAL
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_whatever_is_made_first_sweeps(maker, tmp_path):
+    for left in (left_by_a_kill("text", tmp_path), left_by_a_kill("folder", tmp_path)):
+        os.utime(left, (1, 1))
+    MAKERS[maker](tmp_path / "made")
+    assert half_made(tmp_path) == []
+
+
+def test_the_age_is_that_of_the_last_writing(tmp_path):
+    left = left_by_a_kill("folder", tmp_path)
+    os.utime(left, (time.time() - 100, time.time() - 100))
+    sweep(tmp_path, age=200)
+    assert left.exists()
+    sweep(tmp_path, age=50)
+    assert not left.exists()
+
+
+def test_what_somebody_makes_stays_however_old_it_is(tmp_path):
+    original = tmp_path / "original"
+    original.write_bytes(ORIGINAL)
+    os.utime(original, (1, 1))
+
+    def is_kept() -> bool:
+        (new,) = half_made(tmp_path)
+        os.utime(new, (1, 1))
+        sweep(tmp_path, age=0)
+        return half_made(tmp_path) == [new]
+
+    with written_whole(tmp_path / "file") as file:
+        file.write(b"some")
+        assert is_kept()
+    with folder_made_beside(tmp_path / "folder"):
+        assert is_kept()
+    kept = []
+    real = Path.hardlink_to
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Path, "hardlink_to", lambda new, old: real(new, old) or kept.append(is_kept())
+        )
+        write_same(tmp_path / "same", original)
+    assert kept == [True]
+    assert (tmp_path / "same").samefile(original)
+    assert half_made(tmp_path) == []
+
+
+def test_what_is_not_surely_ours_stays(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "precious").touch()
+    others = tmp_path / "others"
+    others.mkdir()
+    token = f"clip4cir-{'0' * 16}"
+    for name in (".notes.tmp", ".notes.123.tmp", "notes.tmp", f"notes.{token}.tmp", f".a.{token}"):
+        (others / name).touch()
+        os.utime(others / name, (1, 1))
+    (others / f".link.{token}.tmp").symlink_to(tmp_path / "elsewhere")
+    (others / f".folder.{token}.tmp").mkdir()
+    (others / f".folder.{token}.tmp" / "link").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(others / f".pipe.{token}.tmp")
+    before = sorted(others.iterdir())
+    before.remove(others / f".folder.{token}.tmp")
+    sweep(others, age=-1)
+    assert sorted(others.iterdir()) == before
+    assert (tmp_path / "elsewhere" / "precious").exists()
+
+
+def test_where_there_are_no_locks_age_tells(tmp_path, monkeypatch):
+    monkeypatch.setattr("runtime.files.fcntl", None)
+    with folder_made_beside(tmp_path / "folder") as new:
+        sweep(tmp_path)
+        assert new.exists()
+        sweep(tmp_path, age=0)
+        assert not new.exists()
+        new.mkdir()
 
 
 def test_where_a_file_may_be_written_is_known_before_the_work(tmp_path):

@@ -21,8 +21,9 @@ from models.configuration import settle
 from models.encoder import load_encoder
 from models.features import FrozenSplit
 from reports.run_page import About
-from runtime.choices import ClipChoice
 from runtime.interruption import StopRequest
+from runtime.trackers import Account, Trackers
+from settings.groups import Clip
 from training.autosave import MOST_SKIPPED, Autosave
 from training.checkpoints import Checkpoints
 from training.data import Order, TrainingData
@@ -33,7 +34,6 @@ from training.schedule import Precision, Schedule
 from training.stage1 import SumFeatures, fine_tuning
 from training.stage2 import combiner_training
 from training.step import Gradient
-from training.trackers import Account, Trackers
 from utils import UserError
 
 NO_TRACKERS = Trackers([], Account(folder=Path(), name="none"))
@@ -398,7 +398,7 @@ def test_stage_1_learns_as_in_full_precision(drawn):
 
     def task_of(seed: int) -> Task:
         order = Order(triplets=len(texts), variants=1, batch_size=10, seed=seed)
-        encoder = load_encoder(settle(ClipChoice(clip_model_name=name), []), None, CPU, workers=0)
+        encoder = load_encoder(settle(Clip(clip_model_name=name), []), None, CPU, workers=0)
         task, _ = fine_tuning(
             encoder,
             TrainingData(benchmark=benchmark, train=val[0], val=val, texts=texts, order=order),

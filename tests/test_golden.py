@@ -14,7 +14,6 @@ from evaluation.retrieval import similarity_blocks
 from models.clip_model import CLIP_MEAN, CLIP_STD, load_clip, tokenize
 from models.features import FeatureCache, freeze_queries
 from original import arguments, csv_name, feature_differences, golden_encoder
-from runtime.choices import CombinerChoice
 from runtime.tensors import load_tensors
 
 CPU = torch.device("cpu")
@@ -75,7 +74,7 @@ def golden_split_similarity(golden, split, benchmark, combiner: str | None) -> t
             load_tensors(golden / combiner)["Combiner"],
             {},
             golden / combiner,
-            wanted=CombinerChoice(),
+            wanted={},
             clip_dim=64,
         )
     (frozen,) = freeze_queries(FeatureCache(None, encoder), [split], benchmark, "split")

@@ -6,16 +6,20 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import clip_fine_tune
 from benchmarks import CIRR
-from conftest import read_csv
+from conftest import ROOT, read_csv
 from data_utils import load_image, make_preprocess
+from forks import HANG
 from runtime.image_files import decoded
 from test_data_utils import MODES, picture
 from training import image_cache, stage1
@@ -127,15 +131,102 @@ def test_a_truncated_cache(keep, paths, tmp_path):
         open_image_cache(tmp_path / "cache", paths, read, recipe=RECIPE, workers=0)
 
 
-def test_a_cache_of_another_shape(paths, tmp_path):
-    import numpy as np
+def header(shape: str) -> bytes:
+    """What an array's file begins with, whatever the shape says."""
+    about = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(about).to_bytes(2, "little") + about.encode()
 
-    read = reader_that_counts()[0]
-    open_image_cache(tmp_path / "cache", paths, read, recipe=RECIPE, workers=0)
-    (file,) = (tmp_path / "cache").iterdir()
-    np.save(file, np.zeros((2, 3, 24, 24), np.uint8))
-    with pytest.raises(UserError, match=r"has shape \(2, 3, 24, 24\)"):
-        open_image_cache(tmp_path / "cache", paths, read, recipe=RECIPE, workers=0)
+
+def as_npz(file: Path) -> None:
+    with open(file, "wb") as stream:  # NumPy adds an ending to a name that lacks it
+        np.savez(stream, pixels=np.zeros((2, 3, 24, 24), np.uint8))
+
+
+def as_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def as_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def changed_at(place: float, by: bytes):
+    """A change of some bytes, at a part of the file's length."""
+
+    def change(file: Path) -> None:
+        content = bytearray(file.read_bytes())
+        start = int(len(content) * place)
+        content[start : start + len(by)] = by
+        file.write_bytes(content)
+
+    return change
+
+
+# What the file of a cache may have become.
+DAMAGES = {
+    "another shape": lambda file: np.save(file, np.zeros((2, 3, 24, 24), np.uint8)),
+    "another type": lambda file: np.save(file, np.zeros((2, 3, 24, 24))),
+    "npz": as_npz,
+    "pipe": as_pipe,
+    "folder": as_folder,
+    "longer": lambda file: file.write_bytes(file.read_bytes() + b"more"),
+    "of earlier versions": lambda file: np.save(file, np.load(file)),
+    "zeroed": changed_at(0.3, bytes(5000)),
+    "zeroed digests": changed_at(0.9995, bytes(10)),
+    "a bit": changed_at(0.6, b"\x01\xfe\x55"),
+    **{
+        f"shape {shape}": changed_at(0, header(shape))
+        for shape in ("(-1,)", "(-5, 3, 24, 24)", f"({2**62}, 3, 24, 24)", f"({10**30},)", "()", "0", "x(", "[" * 50)
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_damaged_cache_is_a_line_and_never_pixels(damage, asked, paths, tmp_path):
+    cache = ImageCache(
+        folder=tmp_path / "cache", paths=paths, read=reader_that_counts()[0], recipe=RECIPE
+    )
+    cache.open()
+    DAMAGES[damage](cache.file)
+    with pytest.raises(
+        UserError, match=rf"^--image-cache: {cache.file} is .*damaged \(.*\): delete it$"
+    ):
+        cache.open() if asked else cache.open_if_it_repays(0)
+
+
+def test_every_block_of_a_cache_is_checked(paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_cache, "BLOCK", 4)
+    cache = ImageCache(
+        folder=tmp_path / "cache", paths=paths, read=reader_that_counts()[0], recipe=RECIPE
+    )
+    cache.open()
+    whole = cache.file.read_bytes()
+    start = len(whole) - cache.size - 32 * -(-len(paths) // 4)
+    for row in range(len(paths)):
+        at = start + row * 3 * 24 * 24 + row
+        cache.file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        first = row // 4 * 4
+        last = min(first + 3, len(paths) - 1)
+        with pytest.raises(UserError, match=f"images {first} to {last} are not"):
+            cache.open()
+    cache.file.write_bytes(whole)
+    cache.open()
+
+
+def test_a_cache_under_the_name_of_another_is_noticed(paths, tmp_path):
+    """As many images of the same size, which only the key tells apart."""
+    caches = [
+        ImageCache(folder=tmp_path, paths=files, read=reader_that_counts()[0], recipe=RECIPE)
+        for files in (paths[:2], paths[2:4])
+    ]
+    for cache in caches:
+        cache.open()
+    caches[0].file.replace(caches[1].file)
+    with pytest.raises(UserError, match="images 0 to 1 are not those that were written"):
+        caches[1].open()
 
 
 def test_an_image_that_fails_to_decode_leaves_no_cache(paths, tmp_path):
@@ -289,3 +380,52 @@ def test_training_from_the_cache_gives_the_same_numbers(stage_1, tmp_path, fails
     file.write_bytes(b"")
     name = ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--batch-size", 12]
     assert "truncated" in fails("clip_fine_tune", drawn, "--dataset", "CIRR", *name, *flags)
+
+
+# Two trainings that fill one cache, in containers whose processes have equal numbers.
+
+FILLS = """
+import os, sys, time
+from pathlib import Path
+import torch
+from training.image_cache import ImageCache
+images, cache, own, other = map(Path, sys.argv[1:])
+if os.getpid() != 1:
+    os.getpid = lambda: 1
+paths = sorted(images.iterdir())
+def read(path):
+    if path == paths[100]:
+        own.touch()
+        while not other.exists():  # in the middle of theirs
+            time.sleep(0.01)
+    return torch.full((3, 24, 24), int(path.name), dtype=torch.uint8)
+cached = ImageCache(folder=cache, paths=paths, read=read, recipe={"resolution": 24}).open()
+assert all((cached(path) == int(path.name)).all() for path in paths)
+print("right as process", os.getpid())
+"""
+NAMESPACE = ["unshare", "--pid", "--fork", "--mount-proc"]
+
+
+@pytest.mark.parametrize("own_namespace", [True, False])
+def test_two_containers_fill_one_cache(own_namespace, tmp_path):
+    prefix = NAMESPACE if own_namespace else []
+    if own_namespace and (
+        shutil.which("unshare") is None or subprocess.run([*NAMESPACE, "true"]).returncode
+    ):
+        pytest.skip("no process namespaces may be made here")
+    (tmp_path / "images").mkdir()
+    for number in range(150):
+        (tmp_path / "images" / f"{number:03}").touch()
+    signs = [tmp_path / "one", tmp_path / "two"]
+    processes = [
+        subprocess.Popen(
+            [*prefix, sys.executable, "-c", FILLS, tmp_path / "images", tmp_path / "cache", *pair],
+            env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for pair in (signs, signs[::-1])
+    ]
+    said = [process.communicate(timeout=HANG)[0] for process in processes]
+    assert said == ["right as process 1\n"] * 2
+    assert len(list((tmp_path / "cache").iterdir())) == 1

@@ -327,3 +327,40 @@ def test_an_index_is_kept_as_flags_say_and_else_as_it_was(earlier, kind, on_disk
     stays = expected_kind == "ivfpq" and "lists" in earlier
     assert keeping == Keeping(kind=expected_kind, on_disk=stays if on_disk is None else on_disk)
     CASES["ways to keep an index", "taken"] += 1
+
+
+@pytest.mark.parametrize("kind, on_disk", LARGE)
+def test_what_kills_left_in_an_index_goes_and_what_links_point_to_stays(kind, on_disk, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "0123456789abcdef.pt").write_text("precious")
+    folder = tmp_path / "index"
+    published(folder, identities(1000), kind, on_disk)
+    (folder / ".lists.clip4cir-0.tmp").mkdir()
+    (folder / ".lists.clip4cir-0.tmp" / "link").symlink_to(outside)
+    (folder / ".link.1.tmp").symlink_to(outside)
+    (folder / "partial" / "fedcba9876543210.pt").symlink_to(outside / "0123456789abcdef.pt")
+    published(folder, identities(1100), kind, on_disk)
+    assert not list(folder.rglob(".*.tmp"))
+    assert not list((folder / "partial").iterdir())
+    assert (outside / "0123456789abcdef.pt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_partial_as_a_link_is_refused(is_new, index, tmp_path, capsys):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    names = ["0123456789abcdef.pt", ".half.1.tmp"]
+    for name in names:
+        (outside / name).write_text("precious")
+    images(tmp_path / "photos", 3)
+    if not is_new:
+        index(tmp_path / "photos")
+        shutil.rmtree(tmp_path / "index" / "partial")
+        images(tmp_path / "photos", 4)
+    (tmp_path / "index").mkdir(exist_ok=True)
+    (tmp_path / "index" / "partial").symlink_to(outside)
+    assert "partial is a link" in refused(lambda: index(tmp_path / "photos"), capsys)
+    assert sorted(file.name for file in outside.iterdir()) == sorted(names)
+    with pytest.raises(UserError, match="partial is a link"):
+        published(tmp_path / "index", identities(10), "flat")

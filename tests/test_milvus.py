@@ -18,7 +18,6 @@ from PIL import Image
 
 import demo_app
 import search
-from cli.flag_types import store_address
 from conftest import CASES, ROOT
 from forks import HANG, torchrun
 from image_search import milvus_store, stores
@@ -27,7 +26,9 @@ from image_search.manifest import read_manifest
 from image_search.searcher import Question, load_searcher
 from models import backbone
 from runtime import distributed
-from runtime.choices import MILVUS_KINDS, PairChoice
+from runtime.choices import MILVUS_KINDS
+from settings.flag_types import store_address
+from settings.groups import PairChoice
 from test_search import images, refused
 from test_stored import refuse_each_wrong_value
 from utils import UserError

@@ -26,8 +26,9 @@ from models.clip_model import (
     write_tiny_clip,
 )
 from models.encoder import load_backbone
-from runtime.choices import OPENAI_CLIPS, CombinerChoice
+from runtime.choices import OPENAI_CLIPS
 from runtime.gpus import GPUS
+from settings.groups import WantedCombiner
 from test_backbones import FORMS, models_made  # noqa: F401
 from timing import saved_activations
 from training import budget, losses
@@ -104,7 +105,7 @@ def fine_tuning(name: str, trained: str = "both", **changes) -> FineTuning:
 
 def combiner_training(name: str, kind: str = "moe", projection_dim: int = 64) -> CombinerTraining:
     encoding = Encoding(clip=counted_clip(name, None), batch_size=8, precision="fp32")
-    choice = CombinerChoice(
+    choice = WantedCombiner(
         combiner_type=kind, projection_dim=projection_dim, hidden_dim=96, num_experts=4, top_k=2
     )
     return CombinerTraining(

@@ -9,8 +9,9 @@ import search
 from models.configuration import settle
 from models.encoder import load_encoder
 from runtime import precision
-from runtime.choices import ENCODE_PRECISIONS, ClipChoice
+from runtime.choices import ENCODE_PRECISIONS
 from runtime.precision import check_encode_precision, encoding, exact_float32
+from settings.groups import Clip
 from utils import UserError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -20,9 +21,7 @@ HALF = ("bf16", "fp16")
 @pytest.fixture
 def make_encoder(golden):
     def make(precision: str | None = None, name: str = "vit"):
-        choice = ClipChoice(
-            clip_model_name=str(golden / f"clip_{name}.pt"), encode_precision=precision
-        )
+        choice = Clip(clip_model_name=str(golden / f"clip_{name}.pt"), encode_precision=precision)
         return load_encoder(settle(choice, []), None, CPU, workers=0)
 
     return make

@@ -20,11 +20,11 @@ from models.configuration import Settings
 from models.encoder import Encoder
 from reports.run_page import About
 from runtime.tensors import load_tensors, save_tensors
+from runtime.trackers import Account, Trackers
 from training.autosave import Autosave, load_state, save_state
 from training.checkpoints import Checkpoints
 from training.run import Run, make_folder
 from training.schedule import Precision
-from training.trackers import Account, Trackers
 
 pytestmark = pytest.mark.slow
 
@@ -425,6 +425,29 @@ def test_two_processes_cannot_train_in_one_folder(stopped, refuses, resume):
     ).locked():
         assert "another process trains in it" in refuses(run)
     resume(run)
+
+
+def test_resuming_drops_what_was_half_made_and_nothing_else(stage_2, stopped, resume, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / ".precious.tmp").touch()
+    flags = ["CIRR", "--seeds", 4]
+    run = stopped(2, *flags)
+    seed = run / "seed_4"
+    for folder in (run, seed, seed / "saved_models"):
+        folder.mkdir(exist_ok=True)
+        (folder / ".file.1.tmp").touch()
+        (folder / ".folder.clip4cir-0.tmp").mkdir()
+        (folder / ".folder.clip4cir-0.tmp" / ".nested.1.tmp").touch()
+        (folder / ".folder.clip4cir-0.tmp" / "link").symlink_to(outside)
+        (folder / ".link.1.tmp").symlink_to(outside)
+        (folder / "link").symlink_to(outside)
+    resume(run)
+    assert [path.name for path in run.rglob(".*.tmp")] == []
+    assert (outside / ".precious.tmp").exists()
+    for folder in (run, seed, seed / "saved_models"):
+        (folder / "link").unlink()
+    assert kills.differences(stage_2(*flags, output="whole"), run) == []
 
 
 def test_runs_of_one_second_share_no_folder(tmp_path):

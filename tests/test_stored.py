@@ -1,6 +1,5 @@
 """What files say of themselves, field by field, and weights from elsewhere, weight by weight: read, or named."""
 
-import argparse
 import json
 import math
 import random
@@ -15,22 +14,20 @@ from hypothesis import strategies as st
 
 import clip_fine_tune
 import combiner_train
-from cli import options
-from cli.flag_types import usable_path
 from combiner import build_combiner, load_combiner
 from conftest import CASES
 from image_search import faiss_index, index_folder
 from image_search.image_index import open_index
 from models import clip_model
 from models.clip_model import load_clip, load_finetuned
-from models.configuration import Settings, plain, read_checkpoint
-from models.schemas import Flags
+from models.configuration import Settings, read_checkpoint
 from reports.run_page import About
 from runtime import tensors
-from runtime.choices import INDEX_KINDS, CombinerChoice
+from runtime.choices import INDEX_KINDS
 from runtime.interruption import StopRequest
-from runtime.schema import checked
 from runtime.tensors import load_tensors
+from runtime.trackers import Account, Trackers
+from settings.declaring import stored
 from test_fuzz import QUIET, json_values
 from training import loop, state
 from training.autosave import Autosave
@@ -40,7 +37,6 @@ from training.loop import MovingAverage
 from training.run import Run, is_complete
 from training.schedule import Schedule
 from training.state import save_state
-from training.trackers import Account, Trackers
 from utils import UserError
 
 NO_TRACKERS = Trackers([], Account(folder=Path(), name="none"))
@@ -87,7 +83,7 @@ def load_as(kind: str, state: dict, clip, path: Path = Path("there.pt")) -> dict
     if kind == "CLIP":
         load_finetuned(clip, state, path)
         return clip.state_dict()
-    wanted = CombinerChoice()
+    wanted = {}
     return load_combiner(state, {"top_k": 1}, path, wanted=wanted, clip_dim=12).state_dict()
 
 
@@ -185,13 +181,14 @@ def test_names_of_wrappers_are_taken_off_in_every_form(kind, form, wrapped, clip
 
 def save(path: Path, state: dict, form: str, key: str) -> None:
     """A checkpoint in one of the forms that are read."""
+    config = {"flags": {"top_k": 1}, "recipe": {}, "data": {}, "versions": {}}
     if form == ".pt":
-        torch.save({key: state, "config": {"top_k": 1}}, path)
+        torch.save({key: state, "config": config}, path)
     elif form == "plain":
-        torch.save({**state, "config": {"top_k": 1}}, path)
+        torch.save({**state, "config": config}, path)
     else:
         safetensors = pytest.importorskip("safetensors.torch")
-        metadata = {"config": json.dumps({"top_k": 1})}
+        metadata = {"config": json.dumps(config)}
         safetensors.save_file(state, path, metadata=metadata)
 
 
@@ -460,6 +457,7 @@ from pathlib import Path
 sys.path.insert(0, "{tests}")
 from test_stored import part, write_index
 from image_search.image_index import open_index
+from settings.declaring import stored
 from utils import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 folder = Path(sys.argv[1])
@@ -502,7 +500,9 @@ def test_a_disk_that_is_full_at_any_byte_leaves_the_earlier_index(kind, start, t
 
 def settings_of(script) -> Settings:
     """Settings as a training of a script writes them, with a value for each flag that may be silent."""
-    flags = plain(vars(script.parse(["--dataset", "CIRR", "--clip-model-name", "RN50"])))
+    flags = json.loads(
+        json.dumps(stored(script.parse(["--dataset", "CIRR", "--clip-model-name", "RN50"])))
+    )
     spoken = {
         "exclusions": "/list.json", "resume": "/run", "image_cache": "/pixels", "device": "cpu", "similarity_block": 8,
         "workspace": "w", "experiment_name": "e", "clip_model_path": "/w.pt", "transform": "clip", "target_ratio": 1.5,
@@ -530,34 +530,33 @@ SILENT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["parts", "table"])
 @pytest.mark.parametrize("script", TRAININGS)
-def test_each_field_of_a_runs_settings(script, form, tmp_path):
+def test_each_field_of_a_runs_settings(script, tmp_path):
     """What is not refused here reaches the flags of a resumed run, and must be good there too."""
-    stored_settings = settings_of(TRAININGS[script])
+    content = settings_of(TRAININGS[script]).on_disk()
     file = tmp_path / "training_hyperparameters.json"
 
     def read(content) -> None:
         file.write_text(json.dumps(content))
         read_hyper_parameters(tmp_path)
 
-    content = stored_settings.on_disk() if form == "parts" else stored_settings.table
-    names = ["--resume", str(file)]
     refuse_each_wrong_value(
-        f"settings of runs, {form}", content, read, names=names, nullable=SILENT, free=["excluded"]
+        "settings of runs",
+        content,
+        read,
+        names=["--resume", str(file)],
+        nullable=SILENT,
+        free=["excluded"],
     )
     read({**content, "of a later version": [math.nan]})
-    table = stored_settings.flags if form == "parts" else content
-    for name in set(table) - {"dataset"}:  # of an earlier version
-        rest = {other: value for other, value in table.items() if other != name}
-        read({**content, "flags": rest} if form == "parts" else rest)
-    refused(lambda: read({}), str(file), "dataset")
+    for name in set(content["flags"]) - {"dataset", "script"}:  # of a later version
+        rest = {other: value for other, value in content["flags"].items() if other != name}
+        read({**content, "flags": rest})
+    refused(lambda: read({}), str(file), "flags")
 
 
-@pytest.mark.parametrize("form", ["parts", "table"])
-def test_each_field_of_a_checkpoint(form, tmp_path, monkeypatch):
-    stored_settings = settings_of(combiner_train)
-    config = stored_settings.on_disk() if form == "parts" else stored_settings.table
+def test_each_field_of_a_checkpoint(tmp_path, monkeypatch):
+    config = settings_of(combiner_train).on_disk()
     weights = {"output_layer.weight": torch.ones(2, 2)}
     content = {"epoch": 3, "config": config, "metrics": {"recall": 50.0}}
     path = tmp_path / "combiner.pt"
@@ -570,7 +569,7 @@ def test_each_field_of_a_checkpoint(form, tmp_path, monkeypatch):
         read_checkpoint("--combiner-path", path, "Combiner")
 
     refuse_each_wrong_value(
-        f"settings of checkpoints, {form}",
+        "settings of checkpoints",
         content,
         read,
         names=["--combiner-path", str(path)],
@@ -580,68 +579,6 @@ def test_each_field_of_a_checkpoint(form, tmp_path, monkeypatch):
     read({})
     read({"config": {}})
     assert read_checkpoint("--combiner-path", path, "Combiner").table["versions"] == {}
-
-
-# Texts that a flag may be given, whatever it is.
-TYPED = [
-    "-1", "0", "1", "2", "7", "512", "1024", "1025", "4096", "4097", "100000", "100001", "1000000", "1000001",
-    "4294967295", "4294967296", "1000000000", "1000000001", "1e-13", "1e-12", "1e-10", "1e-9", "0.05", "0.1", "0.5",
-    "0.999", "1.0", "1.5", "100", "100.5", "1000", "1000.5", "1e9", "1e10", "nan", "inf", "-inf", "x", "", "amp",
-    "fp16", "clip", "full", "both", "moe", "CIRR", "cirr", "fashionIQ", "/somewhere",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("script", TRAININGS)
-def test_the_schema_of_settings_knows_each_flag_as_its_parser_does(script):
-    """A new flag needs an entry, and an entry takes what the flag takes and nothing else."""
-    parents = {"stage 1": options.stage_1_flags, "stage 2": options.stage_2_flags}[script]()
-    for parent in parents:
-        for action in parent._actions:
-            name = action.dest
-            if name in ("api_key", argparse.SUPPRESS):  # which are not stored
-                continue
-            assert name in Flags.model_fields, f"src/models/schemas.py has no {name}"
-            assert action.required or keeps(name, stored(action.default)), name
-            if action.nargs == 0:
-                assert keeps(name, action.const)
-                assert action.const is None or not keeps(name, "x")
-                continue
-            for text in TYPED:
-                taken, value = typed(parent, action, text)
-                if taken:
-                    assert keeps(name, stored(value)), (name, text)
-                elif is_number(text) and action.type is not usable_path:
-                    assert not keeps(name, json.loads(text)), (name, text)
-                CASES["flags and their schema", "read" if taken else "refused"] += 1
-
-
-def is_number(text: str) -> bool:
-    try:
-        return math.isfinite(json.loads(text))
-    except (ValueError, TypeError):
-        return False
-
-
-def typed(parser, action, text: str) -> tuple[bool, object]:
-    """Whether a flag takes a text, and the value that it makes of it."""
-    try:
-        value = parser._get_values(action, [text])
-    except argparse.ArgumentError:
-        return False, None
-    return True, value
-
-
-def stored(value):
-    """A flag's value as it is written down."""
-    return json.loads(json.dumps(plain({"flag": value})["flag"]))
-
-
-def keeps(name: str, value) -> bool:
-    try:
-        checked(Flags, {name: value}, file="it", remedy="")
-    except UserError:
-        return False
-    return True
 
 
 # Runs

@@ -10,9 +10,9 @@ import pytest
 import combiner_train
 from conftest import read_csv
 from reports.run_page import About
-from training import trackers
+from runtime import trackers
+from runtime.trackers import Account, Tracker, Trackers, check_trackers
 from training.run import Run
-from training.trackers import Account, Tracker, Trackers, check_trackers
 from utils import UserError
 
 ROWS = [("train", {"train_epoch_loss": 1.5}), ("validation", {"recall": 40.0})]

@@ -73,21 +73,6 @@ class ListModels(argparse.Action):
         parser.exit()
 
 
-class Several(argparse.Action):
-    """Values of a flag that may be given more than once: all of them, in place of the default."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> None:
-        so_far = getattr(namespace, self.dest)
-        typed = [] if so_far is self.default else so_far
-        setattr(namespace, self.dest, [*typed, *(values or ())])
-
-
 class InPlaceOf(argparse.Action):
     """A flag that says what another one says, which then need not be given.
 

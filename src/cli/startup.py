@@ -1,12 +1,11 @@
 """What scripts do before their own work: check what flags name, device, benchmark."""
 
-import argparse
 import logging
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import BENCHMARKS, Benchmark
 from benchmarks.exclusions import read_exclusions
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def check_files(args: argparse.Namespace) -> None:
+def check_files(args: Any) -> None:
     """Fail now, before packages and weights are loaded, where a file that a flag names is missing.
 
     Args:
@@ -43,7 +42,7 @@ def check_files(args: argparse.Namespace) -> None:
         check_clip(clip)
 
 
-def check_pair(args: argparse.Namespace, exported: Path | str) -> None:
+def check_pair(args: Any, exported: Path | str) -> None:
     """Refuse flags of what an exported pair holds, and a folder that is not whole.
 
     A repository is fetched later, by the one process that does.
@@ -99,7 +98,7 @@ def pick_device(name: str | None) -> "torch.device":
     return device
 
 
-def open_benchmark(args: argparse.Namespace) -> tuple[Benchmark, dict[str, str]]:
+def open_benchmark(args: Any) -> tuple[Benchmark, dict[str, str]]:
     """The benchmark that the flags name, without the images that they exclude, and why those are."""
     reasons = read_exclusions(args.exclusions, args.dataset)
     benchmark = BENCHMARKS[args.dataset](args.data_root, reasons)

@@ -6,11 +6,11 @@ from typing import Any
 from benchmarks import Benchmark
 from benchmarks.protocols import choose_protocols
 from benchmarks.server_files import Form
-from cli.flag_types import file_name, usable_path
 from cli.options import evaluation_flags, pair_choice
 from cli.parsers import ScriptParser
 from cli.startup import check_annotations, check_files, open_benchmark, pick_device
 from runtime.files import check_writable
+from settings.flag_types import file_name, usable_path
 from utils import PROJECT_ROOT
 
 

@@ -4,21 +4,25 @@ import argparse
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from benchmarks import Benchmark
-from cli.flag_types import usable_path
+from cli import options
 from cli.parsers import ScriptParser
 from cli.startup import check_annotations, check_files, command_line, open_benchmark, pick_device
-from models.configuration import FREE_FLAGS, Settings
+from models.configuration import Settings
 from runtime import torchrun
 from runtime.choices import AUTO
 from runtime.files import check_writable
 from runtime.interruption import StopRequest, listening
+from runtime.trackers import check_trackers
+from settings import groups
+from settings.declaring import parsed
+from settings.flag_types import usable_path
+from settings.groups import FREE_FLAGS
 from training.hyper_parameters import read_hyper_parameters
-from training.trackers import check_trackers
 from utils import PROJECT_ROOT, UserError, flag, seed_everything
 
 if TYPE_CHECKING:
@@ -34,14 +38,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+AnyStage = TypeVar("AnyStage", bound=groups.BothStages)
+
 
 def parse(
-    script: str,
-    about: str | None,
-    parents: Sequence[argparse.ArgumentParser],
-    argv: list[str] | None,
-) -> argparse.Namespace:
-    """The flags of a training; with `--resume` those of the run, and what is typed beside it laid over them.
+    stage: type[AnyStage], script: str, about: str | None, argv: list[str] | None
+) -> AnyStage:
+    """The settings of a training; with `--resume` those of the run, and what is typed beside it laid over them.
 
     What is typed must not contradict the run: `started_with` compares what comes out with the run's hyper-parameters.
 
@@ -50,33 +53,32 @@ def parse(
         about: its docstring, of which `--help` shows the first line.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = ScriptParser(about, parents=parents)
-    parser.set_defaults(script=script)
+    parser = ScriptParser(about, parents=options.training_flags(stage))
     only_resume = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     only_resume.add_argument("--resume", type=usable_path)
     folder = only_resume.parse_known_args(argv)[0].resume
     if folder is None:
-        args = parser.parse_args(argv)
-        args.command = command_line(script, argv, args.api_key)
-        args.started_in = working_folder()
-        return args
+        typed = parser.parse_args(argv)
+        parser.set_defaults(
+            script=script,
+            command=command_line(script, argv, typed.api_key),
+            started_in=working_folder(),
+        )
+        return parsed(parser, stage, parser.parse_args(argv))
     stored = read_hyper_parameters(folder).table
-    if stored.get("script", script) != script:
+    if stored["script"] != script:
         raise UserError(
             f"--resume {folder} was started by {stored['script']}: resume it with that script"
         )
-    dataset = ["--dataset", str(stored.get("dataset"))]
-    known = vars(parser.parse_args(dataset)).keys() - {"workspace", "script", "resume"}
-    parser.set_defaults(
-        **{name: _as_typed(value) for name, value in stored.items() if name in known}
-    )
-    args = parser.parse_args([*dataset, *argv])
+    known = stage.model_fields.keys() - {"workspace", "resume"}
+    parser.set_defaults(**{name: value for name, value in stored.items() if name in known})
+    args = parser.parse_args(["--dataset", stored["dataset"], *argv])
     for name in known - stored.keys() - FREE_FLAGS:  # of a later version than the run's
         if getattr(args, name) != parser.get_default(name):
             raise UserError(
                 f"--resume {folder}: the run was started without {flag(name)}: leave it out"
             )
-    return args
+    return parsed(parser, stage, args)
 
 
 def working_folder() -> str | None:
@@ -89,16 +91,13 @@ def working_folder() -> str | None:
     return here
 
 
-def _as_typed(value: Any) -> Any:
-    """A stored number as text, so that argparse checks and converts it like a typed one."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return str(value) if is_number else value
+def checked(args: AnyStage) -> tuple[AnyStage, Benchmark]:
+    """The settings and the benchmark to train on.
 
-
-def check(args: argparse.Namespace) -> Benchmark:
-    """The benchmark to train on. Fails now, not after packages are loaded, if a file or a folder is no good."""
+    Fails now, not after packages are loaded, if a file or a folder is no good or a tracker's package is missing.
+    """
     check_files(args)
-    args.tracker = check_trackers(args.tracker, args.api_key, args.workspace)
+    trackers = check_trackers(args.tracker, args.api_key, args.workspace)
     if args.save_best and not args.save_training:
         logger.warning("warning: --save-best saves nothing without --save-training: add it")
     written = {}
@@ -108,12 +107,10 @@ def check(args: argparse.Namespace) -> Benchmark:
     check_writable(written)
     benchmark, _ = open_benchmark(args)
     check_annotations(benchmark, [benchmark.split_called("train"), benchmark.val_split])
-    return benchmark
+    return args.model_copy(update={"tracker": trackers}), benchmark
 
 
-def carry_out(
-    args: argparse.Namespace, train: Callable[[argparse.Namespace, Benchmark, StopRequest], None]
-) -> None:
+def carry_out(args: AnyStage, train: Callable[[Any, Benchmark, StopRequest], None]) -> None:
     """Train as the flags ask, with the signals that ask for a stop heard; nothing where the run is complete."""
     if args.resume:
         from training.run import is_complete
@@ -121,7 +118,7 @@ def carry_out(
         if is_complete(args.resume):
             logger.info("%s is complete", args.resume)
             return
-    benchmark = check(args)
+    args, benchmark = checked(args)
 
     from runtime import distributed
 
@@ -130,20 +127,20 @@ def carry_out(
     distributed.stop()
 
 
-def start(args: argparse.Namespace) -> "torch.device":
+def start(args: groups.BothStages) -> "torch.device":
     """Seed everything, and return the device."""
     seed_everything(args.seed)
     return pick_device(args.device)
 
 
-def kept_weights(args: argparse.Namespace) -> "Kept":
+def kept_weights(args: groups.BothStages) -> "Kept":
     """What of the weights the flags want kept."""
     if not args.save_training:
         return "nothing"
     return "best" if args.save_best else "every epoch"
 
 
-def schedule_of(args: argparse.Namespace) -> "Schedule":
+def schedule_of(args: groups.BothStages) -> "Schedule":
     """How long and how fast the flags want it to learn. Micro-batches are flags of stage 1 alone."""
     from training.schedule import Schedule
 
@@ -157,7 +154,7 @@ def schedule_of(args: argparse.Namespace) -> "Schedule":
     )
 
 
-def loss_of(args: argparse.Namespace, bank: "torch.Tensor | None" = None) -> "Loss":
+def loss_of(args: groups.BothStages, bank: "torch.Tensor | None" = None) -> "Loss":
     """The loss that the flags want.
 
     Args:
@@ -174,7 +171,7 @@ def loss_of(args: argparse.Namespace, bank: "torch.Tensor | None" = None) -> "Lo
 
 
 def fit_as_asked(
-    args: argparse.Namespace,
+    args: groups.BothStages,
     task: "Task",
     checkpoints: "Checkpoints",
     *,
@@ -192,10 +189,10 @@ def fit_as_asked(
         resumed_by: what `--resume` takes, if that is not the folder itself but that of all seeds.
         to_validate: flags of `validate.py` for the weights that will be kept; the one whose value is None names them.
     """
+    from runtime.trackers import Account
     from training.loop import fit
     from training.run import open_run
     from training.terminal import opening
-    from training.trackers import Account
 
     schedule = schedule_of(args)
     told = opening(

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import Benchmark
 from evaluation.contradictions import stored_ranks
 from evaluation.result_file import Result, composed_by, read_result
-from models.configuration import FREE_FLAGS, Settings, trained_on
+from models.configuration import Settings, trained_on
 from runtime.choices import named
+from settings.groups import FREE_FLAGS
 from utils import UserError, two_decimals
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from benchmarks.server_files import Answered, Form, parse_submission
 from evaluation.retrieval import rank, refuse_equal
 from models.pair import load_and_freeze
 from runtime import distributed
-from runtime.choices import PairChoice
 from runtime.files import write_text
+from settings.groups import PairChoice
 from utils import UserError
 
 logger = logging.getLogger(__name__)

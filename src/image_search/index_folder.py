@@ -25,6 +25,7 @@ from image_search.manifest import MANIFEST, REMEDY, read_manifest, write_manifes
 from image_search.stores import Counts, Hit, Keeping
 from runtime.files import (
     Identity,
+    discard,
     file_size,
     parse_json,
     read_text,
@@ -213,7 +214,7 @@ class IndexFolder:
     def held(self) -> Collection[Identity]:
         """The files whose features are there."""
         self._where = {file: (EARLIER, row) for row, file in enumerate(self._published)}
-        self._shards = sorted((self.folder / PARTIAL).glob("*.pt"))
+        self._shards = sorted(_partial(self.folder).glob("*.pt"))
         for number, shard in enumerate(self._shards):
             for row, file in enumerate(self._read(shard)[0]):
                 self._where[file] = (number, row)
@@ -229,7 +230,7 @@ class IndexFolder:
             "files": listed,
             "features": torch.from_numpy(features),
         }
-        save_tensors(self.folder / PARTIAL / f"{name}.pt", content)
+        save_tensors(_partial(self.folder) / f"{name}.pt", content)
 
     def _read(self, shard: Path) -> tuple[list[Identity], np.ndarray]:
         """What an interrupted run encoded, if it was with the same encoder."""
@@ -293,6 +294,16 @@ class IndexFolder:
             else:
                 rows[here] = self._read(self._shards[number])[1][wanted]
         return rows
+
+
+def _partial(folder: Path) -> Path:
+    """Return where an index keeps what was encoded until then. Raises UserError where that is not in its folder."""
+    partial = folder / PARTIAL
+    if partial.is_symlink():
+        raise UserError(
+            f"{partial} is a link, and files in it would be deleted: remove it, or choose another folder"
+        )
+    return partial
 
 
 def check_own(folder: Path) -> None:
@@ -389,10 +400,10 @@ def _delete_all_but(names: Collection[str], folder: Path) -> None:
     """Delete earlier generations, and what was encoded for this one."""
     for file in folder.iterdir():
         if OWN.fullmatch(file.name) and file.name not in names:
-            file.unlink()
-    for file in (folder / PARTIAL).glob("*"):
+            discard(file)
+    for file in _partial(folder).glob("*"):
         if OWN_SHARD.fullmatch(file.name):
-            file.unlink()
+            discard(file)
 
 
 def _written_features(file: Path, files: Sequence[Identity], rows: Rows, *, dim: int) -> np.ndarray:

@@ -4,14 +4,13 @@ They are written list by list from parts that fit into memory. FAISS's own mergi
 process where the disk is full.
 """
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from image_search.faiss_index import blocks, import_faiss, readable, write
-from runtime.files import beside, written_whole
+from runtime.files import folder_beside, written_whole
 from utils import UserError
 
 IN_MEMORY = 2**22  # vectors of a part: at 72 bytes of each, 300 MB
@@ -24,7 +23,7 @@ def fill(index: Any, features: np.ndarray, file: Path) -> None:
     Args:
         index: trained; its lists may be those of `read`, which stay as they are.
     """
-    with contextlib.ExitStack() as undo:
+    with folder_beside(file) as folder:
         parts = [index.invlists] if index.ntotal else []
         _fresh_lists(index)
         start = sum(part.compute_ntotal() for part in parts)
@@ -32,9 +31,7 @@ def fill(index: Any, features: np.ndarray, file: Path) -> None:
             index.add_with_ids(block, np.arange(start, start + len(block)))
             start += len(block)
             if index.ntotal >= IN_MEMORY:
-                part_file = beside(file.with_name(f"{len(parts)}.{file.name}"))
-                undo.callback(part_file.unlink, missing_ok=True)
-                parts.append(_moved_to(index, part_file))
+                parts.append(_moved_to(index, folder / str(len(parts))))
         parts.append(index.invlists)
         index.own_invlists = False
         sizes = [_sizes(index, part) for part in parts]

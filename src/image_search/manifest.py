@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from models.exported import exported_place
 from models.names import FOLDER, HUB
-from runtime.choices import ClipChoice, PairChoice, named
+from runtime.choices import named
 from runtime.files import parse_json, read_text, write_text
+from settings.groups import Clip, PairChoice
 from utils import UserError, first_line
 
 if TYPE_CHECKING:
@@ -89,10 +90,10 @@ def as_made(folder: Path, about: Mapping[str, Any], choice: PairChoice) -> PairC
     """
     made_with = about.get("pair", {})
     settings = {}
-    for name, value in dataclasses.asdict(choice.clip).items():
+    for name, value in choice.clip.model_dump().items():
         settings[name] = made_with.get(name) if value is None else value
     asked = choice.clip.clip_model_name
-    choice = dataclasses.replace(choice, clip=ClipChoice(**settings))
+    choice = dataclasses.replace(choice, clip=Clip(**settings))
     if choice.exported is not None:
         return choice
     exported = made_with.get("exported")
@@ -111,7 +112,7 @@ def as_made(folder: Path, about: Mapping[str, Any], choice: PairChoice) -> PairC
 def made_with(choice: PairChoice, pair: "Pair") -> dict[str, Any]:
     """What a query needs to load the same CLIP, for the manifest."""
     recipe = pair.encoder.recipe
-    names = [field.name for field in dataclasses.fields(ClipChoice)]
+    names = list(Clip.model_fields)
     clip = named({name: recipe[name] for name in names})
     if choice.exported is None:
         return {**clip, "clip_model_path": str(pair.tuned.path.resolve()) if pair.tuned else None}

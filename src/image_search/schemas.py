@@ -15,10 +15,10 @@ from models.schemas import (
     SideRatio,
     Text,
     Transform,
-    one_of,
 )
 from runtime.choices import INDEX_KINDS, MILVUS_KINDS
 from runtime.schema import Schema
+from settings.declaring import OneOf
 
 
 class Recall(Schema):
@@ -85,7 +85,7 @@ class FilesManifest(Manifest):
     features: Annotated[str, Field(pattern=r"^features-[0-9a-f]{12}\.npy$")]
     vectors: Annotated[str, Field(pattern=r"^vectors-[0-9a-f]{12}\.faiss$")]
     lists: Annotated[str, Field(pattern=r"^lists-[0-9a-f]{12}\.bin$")] = ABSENT
-    kind: Annotated[str, one_of(INDEX_KINDS)] = ABSENT
+    kind: Annotated[str, OneOf(INDEX_KINDS)] = ABSENT
     torch: Text = ABSENT
     sha256: Digests = ABSENT
     sizes: Sizes = ABSENT
@@ -97,7 +97,7 @@ class MilvusManifest(Manifest):
 
     store: Annotated[str, Field(pattern=r"^milvus:\S")]
     collection: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
-    kind: Annotated[str, one_of(MILVUS_KINDS)]
+    kind: Annotated[str, OneOf(MILVUS_KINDS)]
     images: PositiveInt = ABSENT
 
 

@@ -15,8 +15,8 @@ from image_search.manifest import as_made
 from image_search.photos import opened
 from image_search.stores import FAISS, Hit, ImageIndex
 from models.pair import Pair, load_pair
-from runtime.choices import PairChoice
 from runtime.files import file_identities, file_size
+from settings.groups import PairChoice
 from utils import UserError
 
 MOST_CHARACTERS = 2000  # of a text; many times what CLIP reads
@@ -246,5 +246,5 @@ def load_searcher(
     index = open_index(folder, store)
     wanted = as_made(folder, index.about, choice)
     # One query is encoded exactly, whatever a million images were, unless a flag says otherwise.
-    clip = dataclasses.replace(wanted.clip, encode_precision=choice.clip.encode_precision)
+    clip = wanted.clip.model_copy(update={"encode_precision": choice.clip.encode_precision})
     return Searcher(index, load_pair(dataclasses.replace(wanted, clip=clip), device, opened=opened))

@@ -8,31 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from models.names import in_full
-from runtime.choices import ClipChoice
 from runtime.files import find_checkpoint
+from settings.groups import STAGES, AnyTraining, Clip
 from utils import UserError, flag
 
 logger = logging.getLogger(__name__)
 
-# Flags that change where or how fast a run goes on, not what it computes. A test holds that each flag of a training
-# is either one of these or known to compute.
-FREE_FLAGS = frozenset(
-    {
-        "api_key", "checkpoint_every_minutes", "clip_model_path", "command", "data_root", "device", "exclusions",
-        "experiment_name", "feature_cache", "image_cache", "num_workers", "output_dir", "resume", "similarity_block",
-        "started_in", "tracker", "workspace",
-    }
-)  # fmt: skip
-# Of these, what names files whose content is computed with. They may lie elsewhere when a run is resumed; that their
-# content is the same is told by the digests in `data`.
-MOVABLE_FLAGS = frozenset({"clip_model_path", "exclusions"})
 # What a resumed run must find as it was -> what to say if it does not.
 DIGESTS = {
     "data_sha256": "the annotations are others",
     "clip_weights": "the CLIP weights are others",
     "excluded": "other images are left out",
 }
-ORIGINAL_DEFAULTS = ClipChoice(
+ORIGINAL_DEFAULTS = Clip(
     clip_model_name="RN50x4",
     transform="targetpad",
     target_ratio=1.25,
@@ -41,9 +29,6 @@ ORIGINAL_DEFAULTS = ClipChoice(
 )
 # A checkpoint's key for its weights -> the weights of which one tells them where there is no such key.
 TELLING = {"CLIP": {"text_projection", "logit_scale"}, "Combiner": {"output_layer.weight"}}
-RECIPE = (
-    "clip_model_name", "transform", "target_ratio", "decode", "encode_precision", "resolution", "clip_dim",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,18 +49,8 @@ class Settings:
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> "Settings":
-        """Settings from disk: in four parts, or in one table as earlier versions wrote them."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        if all(isinstance(content.get(name), dict) for name in names):
-            return cls(**{name: content[name] for name in names})
-        versions = content.get("versions")
-        apart = {*RECIPE, *DIGESTS, "versions", "metrics"}
-        return cls(
-            flags={name: value for name, value in content.items() if name not in apart},
-            recipe={name: content[name] for name in RECIPE if name in content},
-            data={name: content[name] for name in DIGESTS if name in content},
-            versions=versions if isinstance(versions, dict) else {},
-        )
+        """Settings from disk; of a checkpoint that has none, as the original's, all parts are empty."""
+        return cls(**{field.name: content.get(field.name, {}) for field in dataclasses.fields(cls)})
 
     @classmethod
     def checked(cls, content: Any, *, file: object, remedy: str) -> "Settings":
@@ -90,9 +65,10 @@ class Settings:
         from models import schemas
         from runtime.schema import checked
 
-        in_parts = isinstance(content, dict) and ("flags" in content or "recipe" in content)
-        form = schemas.Parts if in_parts else schemas.Table
-        checked(form, content, file=file, remedy=remedy)
+        flags = content.get("flags") if isinstance(content, dict) else None
+        script = flags.get("script") if isinstance(flags, dict) else None
+        stage = STAGES.get(script, AnyTraining) if isinstance(script, str) else AnyTraining
+        checked(schemas.Parts[stage], content, file=file, remedy=remedy)  # type: ignore[valid-type]
         return cls.read(content)
 
     @property
@@ -107,15 +83,6 @@ class Settings:
     def on_disk(self) -> dict[str, Any]:
         """The four parts as a checkpoint and a run's file hold them."""
         return dataclasses.asdict(self)
-
-
-def plain(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags as plain types that JSON and a checkpoint hold, paths in full; the secret one is left out."""
-    values = {}
-    for name, value in flags.items():
-        if name != "api_key":
-            values[name] = str(value.absolute()) if isinstance(value, Path) else value
-    return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +146,8 @@ def read_checkpoint(flag_name: str, path: Path | None, key: str) -> Checkpoint |
     beside = {name: content[name] for name in Beside.model_fields if name in content}
     checked(Beside, beside, file=source, remedy=remedy)
     config = beside.get("config", {})
-    Settings.checked(config, file=f"{source}: config", remedy=remedy)
+    if config:
+        Settings.checked(config, file=f"{source}: config", remedy=remedy)
     states = {kind: content[kind] for kind in TELLING if isinstance(content.get(kind), dict)}
     if not states:
         others = {name: value for name, value in content.items() if name not in beside}
@@ -211,7 +179,7 @@ def warn_of_transfer(dataset: str, checkpoints: Sequence[Checkpoint | None]) -> 
         logger.warning("warning: %s, and this is %s", " and ".join(others), dataset)
 
 
-def settle(choice: ClipChoice, checkpoints: Sequence[Checkpoint | None]) -> ClipChoice:
+def settle(choice: Clip, checkpoints: Sequence[Checkpoint | None]) -> Clip:
     """Name, preprocessing and precision: the flag, else what the checkpoints were trained with, else the default.
 
     A flag that contradicts how weights were trained is obeyed, with a warning.
@@ -220,10 +188,10 @@ def settle(choice: ClipChoice, checkpoints: Sequence[Checkpoint | None]) -> Clip
         choice: what the flags say.
         checkpoints: those given, the more telling first.
     """
-    given = dataclasses.asdict(choice)
+    given = Clip.of(choice).model_dump()
     given["clip_model_name"] = choice.clip_model_name and in_full(choice.clip_model_name)
     settled = {}
-    for name, default in dataclasses.asdict(ORIGINAL_DEFAULTS).items():
+    for name, default in ORIGINAL_DEFAULTS.model_dump().items():
         trained = _trained_with(name, checkpoints)
         if given[name] is not None:
             settled[name] = given[name]
@@ -235,7 +203,7 @@ def settle(choice: ClipChoice, checkpoints: Sequence[Checkpoint | None]) -> Clip
             if value != settled[name]:
                 asked = f"{flag(name)} {value}, not {settled[name]}"
                 logger.warning("warning: %s was trained with %s", path, asked)
-    return ClipChoice(**settled)
+    return Clip(**settled)
 
 
 def _trained_with(name: str, checkpoints: Sequence[Checkpoint | None]) -> dict[Path, Any]:

@@ -1,6 +1,5 @@
 """Images and captions to features: a CLIP with the preprocessing that its features are made with."""
 
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -23,10 +22,11 @@ from models.clip_model import load_clip, load_finetuned, load_sized
 from models.configuration import Checkpoint
 from models.names import open_clip_name
 from runtime import distributed
-from runtime.choices import ClipChoice, named
+from runtime.choices import named
 from runtime.image_files import decoded
 from runtime.precision import check_encode_precision, encoding
 from runtime.progress import Counter
+from settings.groups import Clip
 
 CAPTIONS_AT_ONCE = 256  # in a batch: 32, as of images, leave a GPU idle
 NOT_OF_BYTES = ("mean", "std", "context", "architecture")  # which follow when an image is bytes
@@ -221,7 +221,7 @@ def _warn_of_changes(tuned: Checkpoint, backbone: Backbone) -> None:
 
 
 def load_encoder(
-    settings: ClipChoice,
+    settings: Clip,
     tuned: Checkpoint | None,
     device: torch.device,
     *,
@@ -236,7 +236,7 @@ def load_encoder(
         tuned: stage-1 weights that replace the model's own.
         opened: opens an image file; `side` are the pixels that its shorter side needs.
     """
-    recipe = dataclasses.asdict(settings)
+    recipe = settings.model_dump()
     check_encode_precision(recipe["encode_precision"], device)
     if tuned and tuned.sizes:
         model: nn.Module = load_sized(tuned.sizes, tuned.state, tuned.path, device)

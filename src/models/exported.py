@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from models.configuration import FREE_FLAGS, Checkpoint, Settings, read_checkpoint
+from models.configuration import Checkpoint, Settings, read_checkpoint
 from runtime.files import file_digest, parse_json, read_text, write_text
 from runtime.hub import HUB, fetched
+from settings.groups import FREE_FLAGS
 from utils import UserError, first_line
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from models.encoder import Encoder, load_encoder, weights_digest
 from models.exported import ExportedPair, open_exported
 from models.features import FeatureCache, FrozenSplit, freeze_queries
 from runtime import distributed
-from runtime.choices import PairChoice
 from runtime.image_files import decoded
+from settings.groups import PairChoice
 from utils import UserError
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def load_pair(
         trained.state,
         {**trained.table, **(trained.sizes or {})},
         trained.path,
-        wanted=choice.combiner,
+        wanted=choice.combiner.model_dump(),
         clip_dim=encoder.backbone.dim,
     )
     return Pair(encoder=encoder, compose=combiner.to(device), tuned=tuned, trained=trained)

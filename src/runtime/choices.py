@@ -1,10 +1,9 @@
 """What flags choose from, and what they chose: names and plain records that importing costs nothing for."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+HYPER_PARAMETERS = "training_hyperparameters.json"  # of a run: how it was started
 ENCODERS = ("both", "text", "image")  # what stage 1 trains
 TRANSFORMS = ("clip", "squarepad", "targetpad")
 INTERPOLATIONS = ("bicubic", "bilinear")
@@ -25,17 +24,6 @@ OPENAI_CLIPS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClipChoice:
-    """Which CLIP, how its images are preprocessed and in what precision it encodes; None where the flags are silent."""
-
-    clip_model_name: str | None = None
-    transform: str | None = None
-    target_ratio: float | None = None
-    decode: str | None = None
-    encode_precision: str | None = None
-
-
 # What was the only way before there was a choice. Keys, results and indexes of then do not name it, and stay valid.
 UNNAMED = {"decode": "full", "encode_precision": "fp32", "negatives": "batch"}
 
@@ -43,37 +31,3 @@ UNNAMED = {"decode": "full", "encode_precision": "fp32", "negatives": "batch"}
 def named(choices: Mapping[str, Any]) -> dict[str, Any]:
     """Choices as keys, results and indexes say them."""
     return {name: value for name, value in choices.items() if (name, value) not in UNNAMED.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CombinerChoice:
-    """What a Combiner is wanted to be; None where the flags are silent."""
-
-    combiner_type: str | None = None
-    projection_dim: int | None = None
-    hidden_dim: int | None = None
-    num_experts: int | None = None
-    top_k: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairChoice:
-    """The trained pair that an evaluation asks for.
-
-    Attributes:
-        combining_function: one of COMBINING_FUNCTIONS; None for the combiner where its path is given, else the sum.
-        clip_path: stage-1 weights, None for the model's own.
-        combiner_path: stage-2 weights.
-        exported: an exported pair, which stands for both paths: its folder, or "hf-hub:" and a repository.
-        workers: processes that decode images.
-        feature_cache: keeps the features of what is measured; None for none.
-    """
-
-    combining_function: str | None
-    clip_path: Path | None
-    combiner_path: Path | None
-    exported: Path | str | None = None
-    clip: ClipChoice = ClipChoice()
-    combiner: CombinerChoice = CombinerChoice()
-    workers: int = 0
-    feature_cache: Path | None = None

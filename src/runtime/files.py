@@ -6,8 +6,10 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -86,17 +88,83 @@ def parse_json(text: str) -> Any:
     return content
 
 
-HALF_MADE = ".*.tmp"  # what a process that was killed left under a name of `beside`
+HALF_MADE = ".*.tmp"  # the names of `beside`, those of earlier versions among them
+SURELY_OURS = ".*.clip4cir-*.tmp"  # the same, in folders where others may have hidden files too
+ABANDONED = 86_400  # seconds since something half-made was last written to
 
 
 def beside(path: Path) -> Path:
-    """Where this process makes what will take the name `path` when it is whole."""
-    return path.with_name(f".{path.name[:60]}.{os.getpid()}.tmp")
+    """Return a name next to `path` for what will take its place; it differs each time, and nobody can foresee it."""
+    return path.with_name(f".{path.name[:40]}.clip4cir-{secrets.token_hex(8)}.tmp")
 
 
 @contextlib.contextmanager
-def made_beside(path: Path) -> Iterator[Path]:
-    """A file to write, which replaces `path` at the end; until then an earlier `path` stays as it was.
+def _held(path: Path) -> Iterator[None]:
+    """Let `sweep` see that a file or a folder is being made, for as long as the process lives at most."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder: Path, names: str = SURELY_OURS, age: float = ABANDONED) -> None:
+    """Delete what killed processes left half-made in a folder, by these names and so many seconds ago.
+
+    A process that is alive holds what it makes, which other containers see too, though not its number. On Windows, and
+    on file systems without locks, age alone tells.
+    """
+    for path in folder.glob(names):
+        if _is_abandoned(path, age):
+            discard(path)
+
+
+@functools.cache
+def _sweep_once(folder: Path) -> None:
+    """`sweep` where files are made one after the other."""
+    sweep(folder)
+
+
+def _is_abandoned(path: Path, age: float) -> bool:
+    """Whether nobody makes a file or a folder any more. Links are not followed, and never are abandoned."""
+    try:
+        status = path.lstat()
+        is_ours = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+        if not is_ours or time.time() - status.st_mtime < age:
+            return False
+        if fcntl is None:
+            return True
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # it took its name just now, or is another user's
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def discard(path: Path) -> None:
+    """Delete a file, a link, or a folder with all that is in it. What a link points to stays."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def _replacement(path: Path) -> Iterator[Path]:
+    """Yield a name at which nothing is yet; the file that is made there replaces `path` at the end.
 
     Where `path` is a link, it replaces what the link points to.
 
@@ -109,6 +177,7 @@ def made_beside(path: Path) -> Iterator[Path]:
         if path.exists() and not path.is_file():
             raise DiskError(f"{path} is a folder, a device or a pipe: name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_once(path.parent)
         yield new
         new.replace(path)
         _sync_folder(path.parent)
@@ -121,6 +190,41 @@ def made_beside(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def made_beside(path: Path) -> Iterator[IO[bytes]]:
+    """Open a new file that replaces `path` when all of it is on disk; until then an earlier `path` stays as it was.
+
+    Raises:
+        DiskError: it could not be written; nothing is left of it.
+    """
+    # "x": never a file or a link that is there already.
+    with _replacement(path) as new, open(new, "x+b") as file, _held(new):
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """Make a new folder next to `path`, to be renamed when it is whole; else nothing is left of it.
+
+    Raises:
+        DiskError: it could not be made.
+    """
+    new = beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
+        new.mkdir()
+    except OSError as error:
+        raise _not_written(path, error) from None
+    try:
+        with _held(new):
+            yield new
+    finally:
+        discard(new)
+
+
+@contextlib.contextmanager
 def folder_made_beside(path: Path) -> Iterator[Path]:
     """A new folder to write files to, which takes the name `path` at the end, of nothing or of an empty folder.
 
@@ -128,20 +232,16 @@ def folder_made_beside(path: Path) -> Iterator[Path]:
         DiskError: it could not be written; nothing is left of it.
     """
     path = Path(os.path.realpath(path))
-    new = beside(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new.mkdir()
-        yield new
-        _sync_folder(new)
-        if path.exists():
-            path.rmdir()  # Windows renames to no name that is taken
-        new.rename(path)
-        _sync_folder(path.parent)
+        with folder_beside(path) as new:
+            yield new
+            _sync_folder(new)
+            if path.exists():
+                path.rmdir()  # Windows renames to no name that is taken
+            new.rename(path)
+            _sync_folder(path.parent)
     except OSError as error:
         raise _not_written(path, error) from None
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -159,10 +259,8 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
         except OSError as error:
             raise _not_written(path, error) from None
         return
-    with made_beside(path) as new, open(new, "wb") as file:
+    with made_beside(path) as file:
         yield file
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _stream_at(path: Path) -> int | None:
@@ -226,9 +324,10 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_same(path: Path, original: Path) -> None:
     """Make `path` the file `original`, whole or not at all: a hard link, or a copy where there are no links."""
     try:
-        with made_beside(path) as new:
+        # Held from before it has the second name, since it may be old.
+        with _held(original), _replacement(path) as new:
             new.hardlink_to(original)
-    except DiskError:
+    except (DiskError, OSError):
         with written_whole(path) as file, open(original, "rb") as content:
             shutil.copyfileobj(content, file)
 

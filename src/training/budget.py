@@ -3,14 +3,14 @@
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from benchmarks import Benchmark
 from combiner import Composer, build_combiner
-from runtime.choices import CombinerChoice
 from runtime.gpus import Gpu
+from settings.groups import WantedCombiner
 from training.counted_clip import CountedClip, Encoding, Way, Work
 from training.counting import Counted, NoData, autocast_dtype, bytes_of, weights_bytes
 from training.losses import BankLoss, ContrastiveLoss
@@ -365,9 +365,9 @@ def _composed(
         )
 
 
-def combiner_to_count(clip: CountedClip, choice: CombinerChoice) -> Composer:
+def combiner_to_count(clip: CountedClip, choice: WantedCombiner) -> Composer:
     """A Combiner without data for features of a CLIP."""
-    settings = {"clip_dim": clip.dim, **asdict(choice)}
+    settings = {"clip_dim": clip.dim, **choice.model_dump()}
     with torch.device("meta"):
         return clip.gpu.holding(build_combiner(settings))
 

@@ -6,13 +6,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from models.configuration import DIGESTS, FREE_FLAGS, MOVABLE_FLAGS, Settings
+from models.configuration import DIGESTS, Settings
+from runtime.choices import HYPER_PARAMETERS
 from runtime.files import read_json
+from settings.groups import FREE_FLAGS, MOVABLE_FLAGS
 from utils import UserError, flag
 
 logger = logging.getLogger(__name__)
-
-HYPER_PARAMETERS = "training_hyperparameters.json"
 
 
 def read_hyper_parameters(folder: Path) -> Settings:
@@ -25,9 +25,9 @@ def read_hyper_parameters(folder: Path) -> Settings:
     content = read_json(file, "the script that began the training")
     remedy = "copy the run's folder again"
     settings = Settings.checked(content, file=f"--resume {file}", remedy=remedy)
-    if "dataset" not in settings.flags:
-        place = "flags.dataset" if "flags" in content else "dataset"
-        raise UserError(f"--resume {file}: {place}: field required: {remedy}")
+    for name in ("dataset", "script"):
+        if not settings.flags.get(name):
+            raise UserError(f"--resume {file}: flags.{name}: field required: {remedy}")
     return settings
 
 

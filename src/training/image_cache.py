@@ -1,20 +1,21 @@
 """Images that are decoded once: preprocessed bytes in a memory-mapped file.
 
-Its name has a digest of all that the bytes depend on.
+Its name has a digest of all that the bytes depend on. The file is an array of NumPy's, and after it a digest of each
+block of images, which are checked when a training opens it.
 """
 
-import contextlib
 import functools
 import hashlib
+import io
 import json
 import logging
 import math
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -22,34 +23,45 @@ from torch import Tensor
 
 from data_utils import ImageLoader, Reader
 from runtime import distributed
-from runtime.files import file_identities, free_bytes, made_beside
+from runtime.files import file_identities, file_size, free_bytes, made_beside, sweep
 from runtime.progress import Counter
-from utils import PROJECT_ROOT, DiskError, UserError
+from utils import PROJECT_ROOT, DiskError, UserError, first_line
 
 logger = logging.getLogger(__name__)
 
 PIXELS = PROJECT_ROOT / "pixels"  # holds the caches that are made unasked
 DECODED_AT_ONCE = 64  # images
 REPAYS = 20_000  # decodings saved, from which on a cache is made unasked: minutes of a core
-ABANDONED = 86_400  # seconds since a half-made file was written to; filling one takes minutes
+FORM = 2  # of the file; one of another form has another name
+BLOCK = DECODED_AT_ONCE  # images that share a digest
+DIGEST = 32  # bytes of SHA-256
+READ_AT_ONCE = 2**20  # bytes
+MOST_THREADS = 8  # that check digests
 
 
 class CachedImages:
-    """Reads from the cache what would be decoded: image file -> its preprocessed bytes (3, R, R)."""
+    """Reads from the cache what would be decoded: image file -> its preprocessed bytes (3, R, R).
+
+    Raises:
+        UserError: the file is not what a filled cache of this shape is, by its header and its size.
+    """
 
     def __init__(self, file: Path, paths: list[Path], shape: tuple[int, ...]) -> None:
         self.arguments = (file, paths, shape)
         self.row_of = {path: row for row, path in enumerate(paths)}
+        header = _header(shape)
+        self.end = len(header) + math.prod(shape)
+        size = self.end + DIGEST * len(_blocks(shape))
+        found = file_size(file)
+        if found != size:
+            raise _damaged(file, f"{found or 0:,} bytes instead of {size:,}")
         try:
-            self.pixels = np.load(file, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(
-                f"--image-cache: {file} is truncated or damaged ({error}): delete it"
-            ) from None
-        if self.pixels.shape != shape or self.pixels.dtype != np.uint8:
-            raise UserError(
-                f"--image-cache: {file} has shape {self.pixels.shape}, expected {shape}: delete it"
-            )
+            with open(file, "rb") as stream:
+                if stream.read(len(header)) != header:
+                    raise _damaged(file, f"its header is not that of the shape {shape}")
+            self.pixels = np.memmap(file, np.uint8, mode="r", offset=len(header), shape=shape)
+        except OSError as error:
+            raise _damaged(file, first_line(error)) from None
 
     def __reduce__(self) -> tuple:
         """Let worker processes open the file again; pickled, a memory map is a copy of all of it."""
@@ -57,6 +69,66 @@ class CachedImages:
 
     def __call__(self, path: Path) -> Tensor:
         return torch.from_numpy(self.pixels[self.row_of[path]].copy())
+
+    def check(self, key: str) -> Iterator[int]:
+        """Compare the images of a cache with their digests; yields how many were compared, block after block.
+
+        Raises:
+            UserError: some are not those that were written under this key, or cannot be read.
+        """
+        file, _, shape = self.arguments
+        blocks = _blocks(shape)
+        offset = self.end - math.prod(shape)
+        digest = functools.partial(_digest_on_disk, file, offset, math.prod(shape[1:]), key)
+        threads = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
+        try:
+            with open(file, "rb") as stream:
+                stream.seek(self.end)
+                written = [stream.read(DIGEST) for _ in blocks]
+            for block, now, then in zip(blocks, threads.map(digest, blocks), written, strict=True):
+                if now != then:
+                    images = f"images {block.start:,} to {block.stop - 1:,}"
+                    raise _damaged(file, f"{images} are not those that were written")
+                yield len(block)
+        except OSError as error:
+            raise _damaged(file, first_line(error)) from None
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+
+def _blocks(shape: tuple[int, ...]) -> list[range]:
+    """The rows of an array that share a digest."""
+    count = shape[0]
+    return [range(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
+
+
+def _digest(key: str, parts: Iterable[bytes | memoryview]) -> bytes:
+    """SHA-256 of a cache's key and some of its images: images under the name of other ones differ too."""
+    digest = hashlib.sha256(key.encode())
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
+
+
+def _digest_on_disk(file: Path, offset: int, each: int, key: str, block: range) -> bytes:
+    """The digest of images of `each` bytes, which begin at an offset in a file."""
+    with open(file, "rb") as stream:
+        stream.seek(offset + each * block.start)
+        size = each * len(block)
+        sizes = [min(READ_AT_ONCE, size - done) for done in range(0, size, READ_AT_ONCE)]
+        return _digest(key, map(stream.read, sizes))
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    """What a file of NumPy's begins with that holds bytes of this shape."""
+    stream = io.BytesIO()
+    about = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, about)
+    return stream.getvalue()
+
+
+def _damaged(file: Path, reason: str) -> UserError:
+    return UserError(f"--image-cache: {file} is truncated or damaged ({reason}): delete it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +151,15 @@ class ImageCache:
     between: Callable[[], None] = lambda: None
 
     @functools.cached_property
+    def key(self) -> str:
+        """A digest of all that the bytes depend on: recipe, files with size and modification time."""
+        content = json.dumps([FORM, self.recipe, file_identities(self.paths)])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
     def file(self) -> Path:
-        """The file of these images: another recipe, file size or modification time, another name."""
-        content = json.dumps([self.recipe, file_identities(self.paths)])
-        key = hashlib.sha256(content.encode()).hexdigest()
-        return self.folder / f"images-{self.recipe['resolution']}px-{key[:16]}.npy"
+        """The file of these images, named by their key."""
+        return self.folder / f"images-{self.recipe['resolution']}px-{self.key[:16]}.npy"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -102,9 +178,9 @@ class ImageCache:
         """The images from the file, which is filled now unless it exists; its size is announced before.
 
         Raises:
-            UserError: the disk lacks room, or the file is truncated or of another shape.
+            UserError: the disk lacks room, or the file is truncated or damaged.
         """
-        if distributed.is_main() and not self.file.exists():
+        if distributed.is_main() and not self._is_kept():
             logger.info("image cache: %s", self)
             free = free_bytes(self.folder)
             if self.size > free:
@@ -126,7 +202,7 @@ class ImageCache:
             decodings: how often a training decodes an image if it has no cache.
 
         Raises:
-            UserError: the file is truncated or of another shape.
+            UserError: the file is truncated or damaged.
         """
         if distributed.is_main():
             self._fill_if_it_repays(decodings)
@@ -136,7 +212,7 @@ class ImageCache:
         return CachedImages(self.file, self.paths, self.shape)
 
     def _fill_if_it_repays(self, decodings: int) -> None:
-        if self.file.exists():
+        if self._is_kept():
             logger.info("image cache: %s, from before; --no-image-cache decodes instead", self)
             return
         saved = max(0, decodings - len(self.paths))
@@ -170,36 +246,42 @@ class ImageCache:
         Raises:
             DiskError: it cannot be written; nothing is left of it.
         """
-        starts = range(0, len(self.paths), DECODED_AT_ONCE)
-        chunks = [self.paths[start : start + DECODED_AT_ONCE] for start in starts]
+        blocks = _blocks(self.shape)
+        chunks = [self.paths[block.start : block.stop] for block in blocks]
         loader = ImageLoader(self.read, self.workers, torch.device("cpu"))
-        with made_beside(self.file) as unfinished:
-            _drop_abandoned(self.folder)
-            pixels = np.lib.format.open_memmap(
-                unfinished, mode="w+", dtype=np.uint8, shape=self.shape
-            )
-            _reserve(unfinished)
+        digests = []
+        with made_beside(self.file) as file:
+            _reserve(file, self.size)
+            file.write(_header(self.shape))
             with Counter(len(self.paths), "decoding images") as counter:
-                for start, batch in zip(starts, loader.batches(chunks), strict=True):
-                    pixels[start : start + len(batch)] = batch.numpy()
+                for batch in loader.batches(chunks):
+                    pixels = np.ascontiguousarray(batch.numpy()).data
+                    file.write(pixels)
+                    digests.append(_digest(self.key, [pixels]))
                     counter.update(len(batch))
                     self.between()
-            pixels.flush()
+            file.write(b"".join(digests))
+
+    def _is_kept(self) -> bool:
+        """Whether the file is there. It is checked, and what killed trainings left half-made beside it goes.
+
+        Raises:
+            UserError: it is truncated or damaged.
+        """
+        sweep(self.folder, ".images-*.tmp")
+        if not self.file.exists():
+            return False
+        with Counter(len(self.paths), "checking the image cache") as counter:
+            for count in CachedImages(self.file, self.paths, self.shape).check(self.key):
+                counter.update(count)
+                self.between()
+        return True
 
 
-def _reserve(file: Path) -> None:
-    """Take a file's room on the disk now: a disk that fills up under a memory map kills the process."""
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Take a file's room on the disk now: a full disk is told before anything is decoded."""
     if hasattr(os, "posix_fallocate"):
-        with open(file, "r+b") as stream:
-            os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
-
-
-def _drop_abandoned(folder: Path) -> None:
-    """Delete what processes that were killed left half-made, gigabytes each."""
-    for file in folder.glob(".images-*.tmp"):
-        with contextlib.suppress(FileNotFoundError):  # its process is alive, and has renamed it
-            if time.time() - file.stat().st_mtime > ABANDONED:
-                file.unlink()
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _gib(size: int) -> str:

@@ -9,7 +9,6 @@ import json
 import logging
 import operator
 import re
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +18,10 @@ from models.configuration import Settings
 from models.names import open_clip_name
 from reports.run_page import About, RunPage
 from runtime import distributed
-from runtime.files import HALF_MADE, beside, locked, read_json, write_text
+from runtime.files import HALF_MADE, discard, folder_beside, locked, read_json, write_text
+from runtime.trackers import Account, Trackers
 from training.hyper_parameters import HYPER_PARAMETERS, read_hyper_parameters
 from training.state import REMEDY
-from training.trackers import Account, Trackers
 from utils import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -96,8 +95,8 @@ class Run:
                 if missing:
                     place = f"progress.rows.{kind} of {self.state_file}"
                     raise UserError(f"--resume: {place} lacks {missing[0]}: {REMEDY}")
-        for file in self.folder.rglob(HALF_MADE):  # of a process that was killed
-            file.unlink()
+        for half_made in list(self.folder.rglob(HALF_MADE)):  # of a process that was killed
+            discard(half_made)
         self.rows = rows
         for file in self.folder.glob("*_metrics.csv"):
             kind = file.name.removesuffix("_metrics.csv")
@@ -188,23 +187,20 @@ def make_folder(parent: Path, name: str, config: Mapping[str, Any]) -> Path:
 
     It is made beside and renamed, which fails where a folder with files is, so two runs of one second share none.
     """
-    new = beside(parent / name)
     numbered = (f"{name}_{number}" for number in itertools.count(2))
     candidates = itertools.chain([name], numbered)
-    try:
+    with folder_beside(parent / name) as new:
         write_text(new / HYPER_PARAMETERS, json.dumps(config, indent=4, sort_keys=True))
         while True:
             folder = parent / next(candidates)
             with contextlib.suppress(FileExistsError, NotADirectoryError):
                 return _renamed(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def drop_half_made(parent: Path) -> None:
-    """Drop what `make_folder` left in a folder where it was killed."""
+    """Drop what `make_folder` left where it was killed, in a folder that nobody else makes folders in."""
     for folder in parent.glob(HALF_MADE):
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder)
 
 
 def _renamed(new: Path, folder: Path) -> Path:

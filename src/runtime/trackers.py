@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.hyper_parameters import HYPER_PARAMETERS
+from runtime.choices import HYPER_PARAMETERS
 from utils import UserError, first_line
 
 logger = logging.getLogger(__name__)

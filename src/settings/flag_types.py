@@ -3,8 +3,9 @@
 import argparse
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from runtime.choices import AUTO
 from runtime.hub import HUB
@@ -154,3 +155,18 @@ def concept_template(text: str) -> str:
     if sorted(fields) != ["{relative_caption}", "{shared_concept}"]:
         raise refused(text, "is no text with one {shared_concept} and one {relative_caption} in it")
     return text
+
+
+class Several(argparse.Action):
+    """Values of a flag that may be given more than once: all of them, in place of the default."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        so_far = getattr(namespace, self.dest)
+        typed = [] if so_far is self.default else so_far
+        setattr(namespace, self.dest, [*typed, *(values or ())])

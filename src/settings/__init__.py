@@ -1,0 +1,1 @@
+"""What flags may be, each declared once."""

@@ -1,0 +1,373 @@
+"""Every setting of a training, and those that other scripts share with it, by subject."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from benchmarks import BENCHMARKS
+from runtime.choices import (
+    AUTO,
+    COMBINER_TYPES,
+    DECODINGS,
+    ENCODE_PRECISIONS,
+    ENCODERS,
+    LOSSES,
+    NEGATIVES,
+    PRECISIONS,
+    TRANSFORMS,
+)
+from runtime.trackers import TRACKERS
+from settings.declaring import (
+    AnyText,
+    Flags,
+    OneOf,
+    Typed,
+    UsablePath,
+    changed,
+    names_where,
+    setting,
+)
+from settings.flag_types import in_any_case, model_name, path_or_auto
+from utils import PROJECT_ROOT
+
+MILLION = 10**6  # more of anything that a flag counts is a slip of the finger
+
+Count = Annotated[int, Field(ge=1, le=MILLION)]
+Number = Annotated[int, Field(ge=0, le=MILLION)]
+Rows = Annotated[int, Field(ge=1, le=10**9)]  # of a table in memory: as many as there are, if fewer
+Workers = Annotated[int, Field(ge=0, le=256)]  # a process of some hundred megabytes each
+Width = Annotated[int, Field(ge=1, le=100_000)]  # of a layer
+Experts = Annotated[int, Field(ge=1, le=4096)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Positive = Annotated[float, Field(ge=1e-9, le=1e9)]
+LearningRate = Annotated[float, Field(ge=1e-12, le=100)]
+Weight = Annotated[float, Field(ge=0, le=MILLION)]  # of a part of the loss
+Fraction = Annotated[float, Field(ge=1e-9, le=1 - 1e-9)]
+# Of an image; below 1 it pads all images, and by more than it needs at most tenfold.
+SideRatio = Annotated[float, Field(ge=0.1, le=1000)]
+BenchmarkName = Annotated[str, Typed(in_any_case(list(BENCHMARKS))), OneOf(list(BENCHMARKS))]
+ClipName = Annotated[str, Typed(model_name)]
+CachePlace = Annotated[
+    Path | str, Typed(path_or_auto, lambda text: text if text == AUTO else Path(text))
+]
+
+
+class Origin(Flags):
+    """How a training was started."""
+
+    script: AnyText = setting("", where="computes")
+    command: AnyText = setting("", where="free")
+    started_in: AnyText | None = setting(None, where="free")
+
+
+class Dataset(Flags):
+    """Which benchmark."""
+
+    title = "benchmark"
+    dataset: BenchmarkName = setting(..., "in any case")
+
+
+class Data(Flags):
+    """Where benchmarks are."""
+
+    title = "data"
+    data_root: UsablePath = setting(
+        PROJECT_ROOT,
+        "holds fashionIQ_dataset/, cirr_dataset/ and the like (default: the project's root)",
+        metavar="DIR",
+        where="free",
+    )
+
+
+class Device(Flags):
+    """What computes."""
+
+    title = "machine"
+    device: AnyText | None = setting(
+        None,
+        "such as cuda:1 or cpu (default: cuda where there is one)",
+        metavar="DEV",
+        where="free",
+    )
+
+
+class Decoding(Flags):
+    """Processes, which pay where many images are decoded."""
+
+    title = "machine"
+    num_workers: Workers = setting(
+        min(8, os.cpu_count() or 1), "processes that decode images", where="free"
+    )
+
+
+class Evaluation(Flags):
+    """What is left out of the data, and how much of it is ranked at a time."""
+
+    title = "evaluation"
+    exclusions: UsablePath | None = setting(
+        None,
+        "leave out the images of a list that check_dataset.py wrote",
+        metavar="FILE",
+        where="moves",
+    )
+    similarity_block: Rows | None = setting(
+        None,
+        "queries whose similarities to the gallery are in memory at a time (default: at most 1 GiB)",
+        metavar="ROWS",
+        where="free",
+    )
+
+
+class Clip(Flags):
+    """Which CLIP, how its images are preprocessed and in what precision it encodes; None where the flags are silent."""
+
+    title = "CLIP"
+    about = "where silent: as the weights given were trained, else the default"
+    clip_model_name: ClipName | None = setting(
+        None,
+        "a name of --list-models, or a checkpoint's path (default: RN50x4)",
+        metavar="NAME",
+    )
+    transform: Annotated[str, OneOf(TRANSFORMS)] | None = setting(
+        None, "preprocessing (default: targetpad)"
+    )
+    target_ratio: SideRatio | None = setting(None, "of targetpad (default: 1.25)")
+    encode_precision: Annotated[str, OneOf(ENCODE_PRECISIONS)] | None = setting(
+        None,
+        "of features that nothing learns from: validations, frozen ones, indexes (default: fp32)",
+    )
+    decode: Annotated[str, OneOf(DECODINGS)] | None = setting(
+        None,
+        "draft: large JPEG files at 1/2, 1/4 or 1/8: faster, other pixels (default: full)",
+    )
+
+
+class TunedClip(Flags):
+    """Weights of stage 1."""
+
+    title = "fine-tuned CLIP"
+    clip_model_path: UsablePath | None = setting(
+        None, "stage-1 weights (default: none)", metavar="PATH", where="moves"
+    )
+
+
+class Training(Flags):
+    """What both stages of training share."""
+
+    title = "training"
+    num_epochs: Count = setting(300, "passes over the triplets")
+    batch_size: Count = setting(512, "triplets, of all processes together")
+    validation_frequency: Count = setting(1, "in epochs")
+    save_training: bool = setting(False, "save weights at validations")
+    save_best: bool = setting(False, "save only the best instead of each")
+    seed: Seed = setting(0, "of new weights, of the order of triplets and of what is dropped")
+    output_dir: UsablePath = setting(
+        PROJECT_ROOT / "models", "holds the runs", metavar="DIR", where="free"
+    )
+    resume: UsablePath | None = setting(
+        None, "go on with a run; its flags come from it", metavar="RUN_DIR", where="free"
+    )
+    checkpoint_every_minutes: Positive = setting(
+        10.0,
+        "what a crash may cost at most: the state is saved within epochs too",
+        metavar="M",
+        where="free",
+    )
+    precision: Annotated[str, OneOf(PRECISIONS)] = setting(
+        "amp", "amp: fp16 on CUDA, fp32 on the CPU"
+    )
+    compile: bool = setting(False, "torch.compile what is trained")
+
+
+class BeyondOriginal(Flags):
+    """What the original's trainings have not."""
+
+    title = "training, beyond the original"
+    about = "all off by default"
+    mask_duplicate_targets: bool = setting(
+        False, "rows with one target are not each other's negatives"
+    )
+    loss: Annotated[str, OneOf(LOSSES)] = setting(
+        "contrastive", "symmetric: targets look for their queries too"
+    )
+    learn_temperature: bool = setting(
+        False, "of the loss, from the original's 1/100 on and never below"
+    )
+    warmup_steps: Number = setting(0, "linear rise of the learning rate")
+    cosine: bool = setting(False, "then its fall to 0 along half a cosine")
+    clip_grad_norm: Positive | None = setting(None, "clip the gradient to a norm", metavar="NORM")
+    ema_decay: Fraction | None = setting(
+        None, "evaluate and save a moving average of the weights", metavar="DECAY"
+    )
+
+
+class Tracking(Flags):
+    """What mirrors a run."""
+
+    title = "tracking"
+    about = "beside the CSV files of the run"
+    tracker: list[Annotated[str, OneOf(TRACKERS)]] = setting(
+        [],
+        "what mirrors the run, several too; TensorBoard's files are in the run's folder",
+        where="free",
+    )
+    api_key: AnyText | None = setting(
+        None, "of Comet, which it asks for too; no file keeps it", where="secret"
+    )
+    workspace: AnyText | None = setting(None, "of Comet, that the run appears in", where="free")
+    experiment_name: AnyText | None = setting(
+        None, "what trackers call the run (default: its folder's name)", where="free"
+    )
+
+
+class FineTuning(Flags):
+    """What learns in stage 1, and how fast."""
+
+    title = "stage 1"
+    encoder: Annotated[str, OneOf(ENCODERS)] = setting("both", "what learns")
+    learning_rate: LearningRate = setting(2e-6, "of AdamW")
+    micro_batch_size: Count | None = setting(
+        None, "rows in memory at a time; the gradient stays exact", metavar="N"
+    )
+    gradient_checkpointing: bool = setting(False, "less memory, more time")
+    image_cache: CachePlace | None = setting(
+        AUTO,
+        "keep preprocessed images on disk (default: in pixels/ of the project, if it has room and repays)",
+        metavar="DIR",
+        where="free",
+        off="decode images each time",
+    )
+
+
+class Combiner(Flags):
+    """Kind and sizes of a Combiner that is trained."""
+
+    title = "Combiner"
+    combiner_type: Annotated[str, OneOf(COMBINER_TYPES)] = setting(
+        "moe", "moe: with experts; clip4cir: that of CLIP4Cir"
+    )
+    projection_dim: Width = setting(2560, "width that either feature is projected to")
+    hidden_dim: Width = setting(5120, "of the hidden layers")
+    num_experts: Experts = setting(4, "of the MoE")
+    top_k: Experts = setting(2, "experts a query goes to")
+
+    @field_validator("top_k")
+    @classmethod
+    def no_more_than_experts(cls, top_k: int, info: ValidationInfo) -> int:
+        """A query goes to at most all experts of a mixture."""
+        experts = info.data.get("num_experts")
+        if experts and top_k > experts and info.data.get("combiner_type") != "clip4cir":
+            raise PydanticCustomError(
+                "top_k", "it should be at most num_experts, {experts}", {"experts": experts}
+            )
+        return top_k
+
+
+class WantedCombiner(Flags):
+    """What a Combiner of a checkpoint is wanted to be; None where the flags are silent."""
+
+    title = "Combiner"
+    about = "a flag that disagrees with the checkpoint is an error"
+    silent: ClassVar[str] = " (default: the checkpoint's)"
+    combiner_type: Annotated[str, OneOf(COMBINER_TYPES)] | None = changed(
+        Combiner, "combiner_type", None, silent
+    )
+    projection_dim: Width | None = changed(Combiner, "projection_dim", None, silent)
+    hidden_dim: Width | None = changed(Combiner, "hidden_dim", None, silent)
+    num_experts: Experts | None = changed(Combiner, "num_experts", None, silent)
+    top_k: Experts | None = changed(Combiner, "top_k", None, silent)
+
+
+class Frozen(Flags):
+    """What is particular to stage 2."""
+
+    title = "stage 2"
+    combiner_lr: LearningRate = setting(2e-5, "learning rate of Adam")
+    seeds: list[Seed] | None = setting(None, "train one Combiner with each, in place of --seed")
+    negatives: Annotated[str, OneOf(NEGATIVES)] = setting(
+        "batch",
+        "bank: all training targets are negatives of every query, not those of its batch alone",
+    )
+    load_balancing_weight: Weight = setting(
+        0.0,
+        "of the loss that spreads queries over the experts (Fedus et al. 2021), 0 in the original",
+        metavar="W",
+    )
+    router_z_weight: Weight = setting(
+        0.0,
+        "of the loss that keeps the router's logits small (Zoph et al. 2022), 0 in the original",
+        metavar="W",
+    )
+    clip_bs: Count = setting(32, "batch size of CLIP while features are made")
+    feature_cache: UsablePath | None = setting(
+        PROJECT_ROOT / "features",
+        "keeps features on disk",
+        metavar="DIR",
+        where="free",
+        off="keep none on disk",
+    )
+
+    @field_validator("seeds")
+    @classmethod
+    def each_seed_once(cls, seeds: list[int] | None) -> list[int] | None:
+        """Each seed has a folder."""
+        if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
+            raise PydanticCustomError("seeds", "it names a seed twice: name each once")
+        return seeds
+
+
+class BothStages(
+    Origin, Dataset, Clip, Training, BeyondOriginal, Tracking, Data, Decoding, Device, Evaluation
+):
+    """What both trainings take."""
+
+
+class Stage1(FineTuning, BothStages):
+    """All that fine-tuning CLIP takes."""
+
+
+class Stage2(Frozen, Combiner, TunedClip, BothStages):
+    """All that training a Combiner takes."""
+
+    batch_size: Count = changed(Training, "batch_size", 1024)
+    validation_frequency: Count = changed(Training, "validation_frequency", 3)
+
+
+class AnyTraining(Stage1, Stage2):
+    """What a run or a checkpoint may say of its training, whichever it was."""
+
+    dataset: BenchmarkName | None = setting(None, "in any case")  # type: ignore[assignment]
+
+
+# The script of a training -> its settings.
+STAGES: dict[str, type[BothStages]] = {"clip_fine_tune.py": Stage1, "combiner_train.py": Stage2}
+# What may be another when a run is resumed, and of that what names files whose content is computed with.
+FREE_FLAGS = names_where(AnyTraining, "free", "moves", "secret")
+MOVABLE_FLAGS = names_where(AnyTraining, "moves")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairChoice:
+    """The trained pair that an evaluation asks for.
+
+    Attributes:
+        combining_function: one of COMBINING_FUNCTIONS; None for the combiner where its path is given, else the sum.
+        clip_path: stage-1 weights, None for the model's own.
+        combiner_path: stage-2 weights.
+        exported: an exported pair, which stands for both paths: its folder, or "hf-hub:" and a repository.
+        workers: processes that decode images.
+        feature_cache: keeps the features of what is measured; None for none.
+    """
+
+    combining_function: str | None
+    clip_path: Path | None
+    combiner_path: Path | None
+    exported: Path | str | None = None
+    clip: Clip = field(default_factory=Clip)
+    combiner: WantedCombiner = field(default_factory=WantedCombiner)
+    workers: int = 0
+    feature_cache: Path | None = None
