@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.base import Benchmark
+from benchmarks.entries import Entry
 from benchmarks.metrics import Ranks, average_precision
-from benchmarks.schemas import Entry
 from benchmarks.splits import Triplet
 from runtime.schema import checked
 

@@ -420,10 +420,22 @@ EDITS = [
         lambda entries: entries[4].update(id=entries[1]["id"]),
         "entry 4: its id 1 is also that of entry 1",
     ),
-    (lambda entries: entries[4]["gt_img_ids"].append(entries[4]["gt_img_ids"][0]), "should not repeat"),
-    (lambda entries: entries[4]["gt_img_ids"].append(entries[4]["reference_img_id"]), "its target is its reference"),
-    (lambda entries: entries[4].update(target_img_id=entries[5]["target_img_id"]), "target_img_id among them"),
-    (lambda entries: entries[4]["semantic_aspects"].append("mood"), "of a kind that CIRCO does not have"),
+    (
+        lambda entries: entries[4]["gt_img_ids"].append(entries[4]["gt_img_ids"][0]),
+        "should not repeat",
+    ),
+    (
+        lambda entries: entries[4]["gt_img_ids"].append(entries[4]["reference_img_id"]),
+        "its target is its reference",
+    ),
+    (
+        lambda entries: entries[4].update(target_img_id=entries[5]["target_img_id"]),
+        "target_img_id among them",
+    ),
+    (
+        lambda entries: entries[4]["semantic_aspects"].append("mood"),
+        "semantic_aspects.",
+    ),
     (lambda entries: entries.clear(), "no triplets"),
 ]
 

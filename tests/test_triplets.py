@@ -273,7 +273,7 @@ def test_a_wrong_cell_is_named_with_its_row(key, value, folder):
         ("reference,caption,target\na.jpg,red\n", "row 2 has 2 cells"),
         ('reference,caption,target\na.jpg,"red" dots,b.jpg\n', "no table"),
         ("reference,caption,target\n", "no triplets"),
-        ("reference,caption\na.jpg,red\n", 'row 2: target'),
+        ("reference,caption\na.jpg,red\n", "row 2: target"),
     ],
 )
 def test_tables_that_are_none(text, expected, folder):

@@ -375,7 +375,9 @@ def test_full_paths_below_the_data_root_are_good(linked, own_drawn, tmp_path):
 def test_a_pair_id_is_one_query(split, own_drawn):
     captions, _ = CIRR(own_drawn).files("rc2", split)
     change_json(captions, lambda entries: entries[5].update(pairid=entries[2]["pairid"]))
-    with pytest.raises(UserError, match=r"entry 5: its pairid \d+ is also that of entry 2") as error:
+    with pytest.raises(
+        UserError, match=r"entry 5: its pairid \d+ is also that of entry 2"
+    ) as error:
         CIRR(own_drawn).read_part("rc2", split)
     assert str(captions) in str(error.value)
 
@@ -385,7 +387,10 @@ def test_a_reason_that_is_no_text_is_named(wrong, tmp_path):
     (tmp_path / "list.json").write_text(
         json.dumps({"dataset": "CIRR", "images": {"good": "missing", "bad": wrong}})
     )
-    with pytest.raises(UserError, match=r"--exclusions: .*list\.json: images\.bad: .*write it with check_dataset\.py"):
+    with pytest.raises(
+        UserError,
+        match=r"--exclusions: .*list\.json: images\.bad: .*write it with check_dataset\.py",
+    ):
         read_exclusions(tmp_path / "list.json", "CIRR")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.entries import OFFICIAL
 from benchmarks.metrics import Ranks, means_of
 from benchmarks.places import locate
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED, Protocol
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from benchmarks.ranking import Ranking
-
-# What to do with a file that nobody should edit.
-OFFICIAL = "download the official annotation file again"
 
 
 class Benchmark(ABC):
@@ -41,7 +39,6 @@ class Benchmark(ABC):
         id_name: what its files call the id of a query.
         id_types: the types that an id has; that of None where a query may have none.
         group_size: images in a query's group, its reference among them; 0 without groups, None where that differs.
-        kinds: of queries that are measured apart.
         concept_template: what protocols with the concept ask, {shared_concept} and {relative_caption} in it; "" where a
             benchmark has no concepts.
         protocols: the protocols it is measured under, that of the original implementation first.
@@ -68,7 +65,6 @@ class Benchmark(ABC):
     id_name: str = "id"
     id_types: tuple[type, ...] = (NoneType,)
     group_size: int | None = 0
-    kinds: tuple[str, ...] = ()
     concept_template: str = ""
     protocols: tuple[Protocol, ...] = (ORIGINAL_KEPT, ORIGINAL_REMOVED)
     selection: dict[str, str]
@@ -190,8 +186,6 @@ class Benchmark(ABC):
             faults.append("a target is there twice")
         if triplet.group and not set(triplet.images[:2]) <= set(triplet.group):
             faults.append("its group lacks its reference or target")
-        if not set(triplet.kinds) <= set(self.kinds):
-            faults.append(f"it is of a kind that {self.name} does not have")
         return faults
 
     def metrics(

@@ -1,23 +1,90 @@
 """CIRCO: its files, captions, protocols and metrics."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
+
+from pydantic import field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from benchmarks.base import Benchmark
+from benchmarks.entries import Distinct, Entry, FromList, Query, distinct, read_queries
 from benchmarks.metrics import Ranks, average_precision, only
 from benchmarks.protocols import CONCEPT_KEPT, CONCEPT_REMOVED, ORIGINAL_KEPT, ORIGINAL_REMOVED
 from benchmarks.splits import Triplet
+from runtime.schema import read_checked
 
 if TYPE_CHECKING:
     import numpy as np
 
 PLACES = (5, 10, 25, 50)
-ASPECTS = (
+Aspect = Literal[
     "cardinality", "addition", "negation", "direct_addressing", "compare_change", "comparative_statement",
     "statement_with_conjunction", "spatial_relations_background", "viewpoint",
-)  # fmt: skip
+]  # fmt: skip
+ASPECTS: tuple[Aspect, ...] = get_args(Aspect)
 ASPECT_PLACES = 10
+
+
+class CocoImage(Entry):
+    """An image of COCO."""
+
+    id: int
+    file_name: str
+
+
+class CocoImages(Entry):
+    """`image_info_{part}.json`."""
+
+    images: list[CocoImage]
+
+    @field_validator("images")
+    @classmethod
+    def once(cls, images: list[CocoImage]) -> list[CocoImage]:
+        """Each id once."""
+        distinct([image.id for image in images])
+        return images
+
+
+class CircoTestQuery(Query):
+    """An entry of `test.json`."""
+
+    id: int
+    reference_img_id: int
+    relative_caption: str
+    shared_concept: str
+
+    def triplet(self) -> Triplet:
+        return Triplet(
+            reference=str(self.reference_img_id),
+            captions=(self.relative_caption, self.shared_concept),
+            pair_id=self.id,
+        )
+
+
+class CircoQuery(CircoTestQuery):
+    """An entry of `val.json`."""
+
+    target_img_id: int
+    gt_img_ids: Annotated[list[int], Distinct]
+    semantic_aspects: Annotated[tuple[Aspect, ...], FromList, Distinct]
+
+    @model_validator(mode="after")
+    def named(self) -> "CircoQuery":
+        """The target is one of all."""
+        if self.target_img_id not in self.gt_img_ids:
+            raise PydanticCustomError("named", "gt_img_ids should have target_img_id among them")
+        return self
+
+    def triplet(self) -> Triplet:
+        others = [str(image) for image in self.gt_img_ids if image != self.target_img_id]
+        return replace(
+            super().triplet(),
+            target=str(self.target_img_id),
+            other_targets=tuple(others),
+            kinds=self.semantic_aspects,
+        )
 
 
 class CIRCO(Benchmark):
@@ -34,7 +101,6 @@ class CIRCO(Benchmark):
     official = {"unlabeled2017.val": (220, 123_403), "unlabeled2017.test": (800, 123_403)}
     counts_explained = "Both splits search one gallery"
     id_types = (int,)
-    kinds = ASPECTS
     concept_template = "Find a picture that also {shared_concept}, but {relative_caption}"
     protocols = (ORIGINAL_KEPT, ORIGINAL_REMOVED, CONCEPT_KEPT, CONCEPT_REMOVED)
     selection = {}
@@ -56,15 +122,10 @@ class CIRCO(Benchmark):
         return part
 
     def image_places(self, images_file: Path) -> dict[str, str]:
-        from benchmarks.schemas import CocoImages
-        from runtime.schema import read_checked
-
         listed = read_checked(CocoImages, images_file, remedy=self.remedy).images
         return {str(image.id): image.file_name for image in listed}
 
     def queries(self, queries_file: Path, split: str) -> Iterable[tuple[str, Triplet]]:
-        from benchmarks.schemas import CircoQuery, CircoTestQuery, read_queries
-
         schema = CircoTestQuery if split == self.test_split else CircoQuery
         return read_queries(schema, queries_file, remedy=self.remedy)
 

@@ -1,13 +1,18 @@
 """CIRR: its files, captions, protocol and metrics."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
 
 from benchmarks.base import Benchmark, official_files
+from benchmarks.entries import Distinct, Entry, FromList, Query, read_queries
 from benchmarks.metrics import Ranks, means
 from benchmarks.protocols import ORIGINAL_REMOVED
 from benchmarks.splits import Triplet
+from runtime.schema import read_checked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +24,55 @@ SELECTING = (
     "group_recall_at1", "group_recall_at2", "group_recall_at3",
     "recall_at1", "recall_at5", "recall_at10", "recall_at50",
 )  # fmt: skip
+
+
+class CirrTrainQuery(Query):
+    """An entry of `cap.rc2.train.json`, whose group no training reads."""
+
+    pairid: int
+    reference: str
+    caption: str
+    target_hard: str
+
+    def triplet(self) -> Triplet:
+        return Triplet(
+            reference=self.reference,
+            captions=(self.caption,),
+            target=self.target_hard,
+            pair_id=self.pairid,
+        )
+
+
+class CirrGroup(Entry):
+    """Six images like each other, the query's reference and its target among them."""
+
+    members: Annotated[tuple[str, ...], FromList, Field(min_length=6, max_length=6), Distinct]
+
+
+class CirrTestQuery(Query):
+    """An entry of `cap.rc2.test1.json`."""
+
+    pairid: int
+    reference: str
+    caption: str
+    img_set: CirrGroup
+
+    def triplet(self) -> Triplet:
+        return Triplet(
+            reference=self.reference,
+            captions=(self.caption,),
+            pair_id=self.pairid,
+            group=self.img_set.members,
+        )
+
+
+class CirrQuery(CirrTestQuery):
+    """An entry of `cap.rc2.val.json`."""
+
+    target_hard: str
+
+    def triplet(self) -> Triplet:
+        return replace(super().triplet(), target=self.target_hard)
 
 
 class CIRR(Benchmark):
@@ -59,14 +113,9 @@ class CIRR(Benchmark):
         return [root, root / "img_raw", root / "images"]
 
     def image_places(self, images_file: Path) -> dict[str, str]:
-        from benchmarks.schemas import ImagePaths
-        from runtime.schema import read_checked
-
-        return read_checked(ImagePaths, images_file, remedy=self.remedy).root
+        return read_checked(dict[str, str], images_file, remedy=self.remedy)
 
     def queries(self, queries_file: Path, split: str) -> Iterable[tuple[str, Triplet]]:
-        from benchmarks.schemas import CirrQuery, CirrTestQuery, CirrTrainQuery, read_queries
-
         schema = CirrTestQuery if split == self.test_split else CirrQuery
         if split == self.train_split:
             return read_queries(CirrTrainQuery, queries_file, remedy=self.remedy)

@@ -6,14 +6,23 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.entries import Entry
 from benchmarks.splits import Split
 from runtime.files import write_text
+from runtime.schema import read_checked
 from utils import UserError
 
 logger = logging.getLogger(__name__)
 
 WRITER = "check_dataset.py --write-exclusions"
 EXAMPLES = 3  # names in a message
+
+
+class Exclusions(Entry):
+    """A file of `check_dataset.py --write-exclusions`: image id -> the reason to leave it out."""
+
+    dataset: str
+    images: dict[str, str]
 
 
 def write_exclusions(file: Path, dataset: str, reasons: Mapping[str, str]) -> None:
@@ -29,9 +38,6 @@ def read_exclusions(file: Path | None, dataset: str) -> dict[str, str]:
     """
     if file is None:
         return {}
-    from benchmarks.schemas import Exclusions
-    from runtime.schema import read_checked
-
     try:
         listed = read_checked(Exclusions, file, remedy=f"write it with {WRITER}", writer=WRITER)
     except UserError as error:

@@ -1,18 +1,41 @@
 """FashionIQ: its files, captions, protocols and metrics."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from benchmarks.base import Benchmark, official_files
+from benchmarks.entries import FromList, Query, read_queries
 from benchmarks.metrics import Ranks
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_KEPT, VAL_REMOVED
 from benchmarks.splits import Triplet
+from runtime.schema import read_checked
+from utils import UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
 RECALLS = (10, 50)
+
+
+class FashionIQTestQuery(Query):
+    """An entry of `cap.{category}.test.json`."""
+
+    candidate: str
+    captions: Annotated[tuple[str, str], FromList]
+
+    def triplet(self) -> Triplet:
+        return Triplet(reference=self.candidate, captions=self.captions)
+
+
+class FashionIQQuery(FashionIQTestQuery):
+    """An entry of the other splits."""
+
+    target: str
+
+    def triplet(self) -> Triplet:
+        return replace(super().triplet(), target=self.target)
 
 
 class FashionIQ(Benchmark):
@@ -63,15 +86,12 @@ class FashionIQ(Benchmark):
         return part
 
     def image_places(self, images_file: Path) -> dict[str, str]:
-        from benchmarks.schemas import ImageNames
-        from runtime.schema import read_checked
-
-        names = read_checked(ImageNames, images_file, remedy=self.remedy).root
+        names = read_checked(list[str], images_file, remedy=self.remedy)
+        if len(set(names)) < len(names):
+            raise UserError(f"{images_file}: an image is there twice: {self.remedy}")
         return {name: f"{name}.jpg" for name in names}
 
     def queries(self, queries_file: Path, split: str) -> Iterable[tuple[str, Triplet]]:
-        from benchmarks.schemas import FashionIQQuery, FashionIQTestQuery, read_queries
-
         schema = FashionIQTestQuery if split == self.test_split else FashionIQQuery
         return read_queries(schema, queries_file, remedy=self.remedy)
 

@@ -5,13 +5,17 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from benchmarks.base import OFFICIAL, Benchmark
+from pydantic import Field
+
+from benchmarks.base import Benchmark
 from benchmarks.cirr import CIRR
+from benchmarks.entries import OFFICIAL, Entry, FromList
 from benchmarks.fashioniq import FashionIQ
 from benchmarks.splits import Triplet
 from benchmarks.triplets import image_list
+from runtime.schema import read_checked
 from utils import UserError
 
 logger = logging.getLogger(__name__)
@@ -28,6 +32,28 @@ class Converted:
 
     lines: list[dict[str, Any]]
     gallery: list[str]
+
+
+class LascoQuery(Entry):
+    """An entry of `lasco_{split}.json`: an image is an id and a path."""
+
+    query_image: Annotated[tuple[Any, str], FromList, Field(alias="query-image")]
+    query_text: Annotated[str, Field(alias="query-text")]
+    target_image: Annotated[tuple[Any, str], FromList, Field(alias="target-image")]
+
+
+class LascoImage(Entry):
+    """An entry of `lasco_val_corpus.json`."""
+
+    path: str
+
+
+class ShoesQuery(Entry):
+    """An entry of `relative_captions_shoes.json`."""
+
+    reference: Annotated[str, Field(alias="ReferenceImageName")]
+    target: Annotated[str, Field(alias="ImageName")]
+    caption: Annotated[str, Field(alias="RelativeCaption")]
 
 
 def of_benchmark(kind: type[Benchmark], folder: Path) -> dict[str, Converted]:
@@ -77,9 +103,6 @@ def lasco(folder: Path) -> dict[str, Converted]:
 
     Its "qid" is that of a question of VQA, which may have several queries, and so is no id.
     """
-    from benchmarks.schemas import LascoImage, LascoQuery
-    from runtime.schema import read_checked
-
     splits = {}
     for split in ("train", "val"):
         file = folder / f"lasco_{split}.json"
@@ -105,9 +128,6 @@ def lasco(folder: Path) -> dict[str, Converted]:
 
 def shoes(folder: Path) -> dict[str, Converted]:
     """Shoes (Guo et al., NeurIPS 2018), as in github.com/XiaoxiaoGuo/fashion-retrieval: images in womens_*/."""
-    from benchmarks.schemas import ShoesQuery
-    from runtime.schema import read_checked
-
     places = {}
     for path in sorted(folder.glob("womens_*/**/*.jpg")):
         places[path.name] = path.relative_to(folder).as_posix()

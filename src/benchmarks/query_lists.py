@@ -9,13 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.base import Benchmark
+from benchmarks.entries import Entry
 from benchmarks.splits import Split
 from runtime.files import write_text
+from runtime.schema import read_checked
 from utils import UserError
 
 logger = logging.getLogger(__name__)
 
 WRITER = "audit.py --write-queries"
+
+
+class QueryNames(Entry):
+    """A file of `audit.py --write-queries`: names of queries, pairids among them as numbers too."""
+
+    dataset: str
+    split: str
+    queries: list[int | str]
 
 
 @dataclass(frozen=True)
@@ -60,9 +70,6 @@ def read_query_list(file: Path | None, dataset: str, split: str) -> QueryList | 
     """
     if file is None:
         return None
-    from benchmarks.schemas import QueryNames
-    from runtime.schema import read_checked
-
     try:
         listed = read_checked(QueryNames, file, remedy=f"write it with {WRITER}", writer=WRITER)
     except UserError as error:

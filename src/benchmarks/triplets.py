@@ -12,20 +12,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from benchmarks.base import Benchmark
+from benchmarks.entries import FromList, Query
 from benchmarks.metrics import Ranks, average_precision
 from benchmarks.places import image_name
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
 from benchmarks.splits import Split, Triplet
 from runtime.files import missing_file, parse_json, read_text
+from runtime.schema import checked
 from utils import UserError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from benchmarks.schemas import OwnTestQuery
 
 COLUMNS = ("reference", "caption", "target", "id", "group")
 OF_ALL_OR_NONE = {"id", "group"}
@@ -33,6 +36,60 @@ SEVERAL = "|"  # between the values of a cell
 RECALLS = (1, 5, 10, 50)
 GROUP_RECALLS = (1, 2, 3)
 PRECISION_PLACES = 10
+
+
+def _listed(value: object) -> object:
+    """Values as a list, of which one alone needs none."""
+    return value if isinstance(value, list) else [value]
+
+
+def _full(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("full", "it should not be empty")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_full)]
+Image = Annotated[Text, AfterValidator(image_name)]
+Texts = Annotated[tuple[Text, ...], BeforeValidator(_listed), FromList]
+Images = Annotated[tuple[Image, ...], BeforeValidator(_listed), FromList]
+
+
+class OwnTestQuery(Query):
+    """A line of `test.jsonl` or a row of `test.csv`."""
+
+    reference: Annotated[Images, Field(max_length=1)]
+    caption: Texts
+    target: Images = ()
+    id: int | str | None = None
+    group: Images = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def given(cls, content: object) -> object:
+        """What is there: an empty cell or list says nothing."""
+        if not isinstance(content, dict):
+            return content
+        return {name: value for name, value in content.items() if value not in (None, "", [])}
+
+    def triplet(self) -> Triplet:
+        group = dict.fromkeys([*self.reference, *self.group]) if self.group else ()
+        return Triplet(
+            reference=self.reference[0],
+            captions=self.caption,
+            group=tuple(group),
+            pair_id=None if self.id is None else str(self.id),
+        )
+
+
+class OwnQuery(OwnTestQuery):
+    """A line or a row of the other splits."""
+
+    target: Images
+
+    def triplet(self) -> Triplet:
+        target, *others = self.target
+        return replace(super().triplet(), target=target, other_targets=tuple(others))
 
 
 class Triplets(Benchmark):
@@ -72,8 +129,6 @@ class Triplets(Benchmark):
         return [self.annotation_folder() / "images"]
 
     def image_places(self, images_file: Path) -> dict[str, str]:
-        from benchmarks.schemas import OwnTestQuery
-
         names: list[str] = []
         if images_file.suffix == ".txt":
             names += image_list(images_file)
@@ -83,8 +138,6 @@ class Triplets(Benchmark):
         return {name: name for name in names}
 
     def queries(self, queries_file: Path, split: str) -> Iterator[tuple[str, Triplet]]:
-        from benchmarks.schemas import OwnQuery, OwnTestQuery
-
         schema = OwnTestQuery if split == self.test_split else OwnQuery
         of_first: set[str] | None = None
         for where, query in _entries(schema, queries_file):
@@ -125,10 +178,8 @@ class Triplets(Benchmark):
         return {**measured, "average_recall": average}
 
 
-def _entries(schema: "type[OwnTestQuery]", file: Path) -> "Iterator[tuple[str, OwnTestQuery]]":
+def _entries(schema: type[OwnTestQuery], file: Path) -> Iterator[tuple[str, OwnTestQuery]]:
     """What an error calls each line or row of a file, and what it holds."""
-    from runtime.schema import checked
-
     for where, content in _rows(file) if file.suffix == ".csv" else _lines(file):
         yield where, checked(schema, content, file=f"{file}: {where}", remedy=Triplets.remedy)
 

@@ -27,7 +27,7 @@ def checked(schema: type[Checked], content: Any, *, file: object, remedy: str) -
     """The content of a file as its schema has it.
 
     Args:
-        schema: a Schema, or a list of one.
+        schema: a Schema, a list of one, or a list or an object of strings.
         file: how the message begins: the file, after its flag where there is one, and before the line.
         remedy: how the message ends, such as "measure again".
 

@@ -1,0 +1,53 @@
+"""Entries of annotation files: what the schemas of all benchmarks share, and how a list of queries is read."""
+
+from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
+
+from pydantic import AfterValidator, ConfigDict, Strict
+from pydantic_core import PydanticCustomError
+
+from benchmarks.splits import Triplet
+from runtime.schema import Schema, read_checked
+
+# What to do with a file that nobody should edit.
+OFFICIAL = "download the official annotation file again"
+
+
+def distinct(values: Sequence[Hashable]) -> Sequence[Hashable]:
+    """The values, each there once."""
+    if len(set(values)) < len(values):
+        raise PydanticCustomError("distinct", "its values should not repeat")
+    return values
+
+
+Distinct = AfterValidator(distinct)
+FromList = Strict(False)  # JSON knows lists alone
+
+
+class Entry(Schema):
+    """An entry of a file, of which some fields are read."""
+
+    model_config = ConfigDict(extra="ignore", defer_build=True)
+
+
+class Query(Entry):
+    """An entry that is a query."""
+
+    def triplet(self) -> Triplet:
+        """The query as every benchmark has it."""
+        raise NotImplementedError
+
+
+def read_queries(schema: type[Query], file: Path, *, remedy: str) -> Iterator[tuple[str, Triplet]]:
+    """The queries of a JSON list, in order: what an error calls each, and the query.
+
+    Raises:
+        UserError: see `read_checked`.
+    """
+    entries: list[Query] = read_checked(
+        list[schema],  # type: ignore[valid-type]
+        file,
+        remedy=remedy,
+    )
+    for place, entry in enumerate(entries):
+        yield f"entry {place}", entry.triplet()
