@@ -245,16 +245,15 @@ def test_results_of_other_lists_and_other_functions_are_told_apart(
 
 
 REFUSED = {
-    "[]": "has no list of queries",
-    "{}": "has no list of queries",
-    '{"queries": 3}': "has no list of queries",
+    "[]": "it should be a table",
+    "{}": "dataset: field required",
+    '{"dataset": "CIRR", "split": "val", "queries": 3}': "queries: input should be a valid list",
     '{"dataset": "CIRR", "split": "val", "queries": []}': "is empty",
-    '{"dataset": "CIRR", "split": "val", "queries": [null]}': "null names no query",
-    '{"dataset": "CIRR", "split": "val", "queries": [true]}': "true names no query",
-    '{"dataset": "CIRR", "split": "val", "queries": [["1"]]}': '["1"] names no query',
+    '{"dataset": "CIRR", "split": "val", "queries": [null]}': "queries.0: input should be a valid string, not None",
+    '{"dataset": "CIRR", "split": "val", "queries": [true]}': "queries.0: input should be a valid string, not True",
+    '{"dataset": "CIRR", "split": "val", "queries": [["1"]]}': "queries.0: input should be a valid string, not ['1']",
     '{"dataset": "FashionIQ", "split": "val", "queries": ["dress:1"]}': "is for FashionIQ val",
     '{"dataset": "CIRR", "split": "test1", "queries": [1]}': "is for CIRR test1",
-    '{"queries": [1]}': "is for None None",
     '{"dataset": "CIRR", "split": "val", "queries": [-7, "x"]}': "2 of 2 are no queries of CIRR",
     "{": "is not a readable JSON file",
 }

@@ -1,5 +1,6 @@
 """What a benchmark is: its files, captions, protocols and metrics. Each has a file of its own beside this one."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import replace
@@ -8,7 +9,7 @@ from types import MappingProxyType, NoneType
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.entries import OFFICIAL
-from benchmarks.metrics import Ranks, means_of
+from benchmarks.metrics import Metric, Ranks, Statistic, percentage
 from benchmarks.places import locate
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED, Protocol
 from benchmarks.splits import Split, Triplet
@@ -42,8 +43,9 @@ class Benchmark(ABC):
         concept_template: what protocols with the concept ask, {shared_concept} and {relative_caption} in it; "" where a
             benchmark has no concepts.
         protocols: the protocols it is measured under, that of the original implementation first.
-        selection: metric that selects checkpoints -> suffix of the one that is kept for its best value.
-        titles: metric -> its title in a table; the others are not in tables.
+        reported: metric -> what it is, in the order of the tables. One that is not named here is a percentage.
+        statistics: score -> how it is made of the hits of a split's queries; the others are their means in percent.
+        selection, titles: those of `reported` that choose checkpoints, and those of tables; see `Metric`.
         hyper_parameters: what the original's runs write down of it beside the flags.
 
     Args:
@@ -67,9 +69,17 @@ class Benchmark(ABC):
     group_size: int | None = 0
     concept_template: str = ""
     protocols: tuple[Protocol, ...] = (ORIGINAL_KEPT, ORIGINAL_REMOVED)
-    selection: dict[str, str]
-    titles: dict[str, str]
+    reported: Mapping[str, Metric]
+    statistics: Mapping[str, Statistic] = MappingProxyType({})
+    selection: Mapping[str, str]
+    titles: Mapping[str, str]
     hyper_parameters: Mapping[str, Any] = MappingProxyType({})
+
+    def __init_subclass__(cls) -> None:
+        """Sort what a benchmark reports by what it is for."""
+        super().__init_subclass__()
+        cls.selection = {name: m.checkpoint for name, m in cls.reported.items() if m.checkpoint}
+        cls.titles = {name: m.title for name, m in cls.reported.items() if m.title}
 
     def __init__(self, data_root: Path, excluded: Collection[str] = ()) -> None:
         self.data_root = data_root
@@ -270,14 +280,19 @@ class Benchmark(ABC):
         return [self.caption(captions)]
 
     def score(self, ranks: Ranks) -> dict[str, float]:
-        """Means over one split's queries, in percent, of all that some of them count for."""
-        return means_of(self.hits(ranks))
+        """The scores of one split's queries, of all that some of them count for."""
+        return self.scores(self.hits(ranks))
+
+    def scores(self, hits: "Mapping[str, np.ndarray]") -> dict[str, float]:
+        """The scores that hits make, see `score`."""
+        scores = {name: self.statistics.get(name, percentage)(hits[name]) for name in hits}
+        return {name: score for name, score in scores.items() if not math.isnan(score)}
 
     @abstractmethod
     def hits(self, ranks: Ranks) -> "dict[str, np.ndarray]":
         """Score -> what each query of a split adds to it, (Q,): a recall true or false, a precision 0 to 1.
 
-        NaN of a query that does not count for a score, see `metrics.only`.
+        What one of `statistics` takes may be any number. NaN of a query that does not count, see `metrics.only`.
         """
 
     def summary(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

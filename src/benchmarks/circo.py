@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from benchmarks.base import Benchmark
 from benchmarks.entries import Distinct, Entry, FromList, Query, distinct, read_queries
-from benchmarks.metrics import Ranks, average_precision, only
+from benchmarks.metrics import Metric, Ranks, average_precision, only
 from benchmarks.protocols import CONCEPT_KEPT, CONCEPT_REMOVED, ORIGINAL_KEPT, ORIGINAL_REMOVED
 from benchmarks.splits import Triplet
 from runtime.schema import read_checked
@@ -103,11 +103,10 @@ class CIRCO(Benchmark):
     id_types = (int,)
     concept_template = "Find a picture that also {shared_concept}, but {relative_caption}"
     protocols = (ORIGINAL_KEPT, ORIGINAL_REMOVED, CONCEPT_KEPT, CONCEPT_REMOVED)
-    selection = {}
-    titles = {
-        **{f"map_at{k}": f"mAP@{k}" for k in PLACES},
-        **{f"recall_at{k}": f"R@{k}" for k in PLACES},
-        **{f"{aspect}_map_at10": f"{aspect.replace('_', ' ')} @10" for aspect in ASPECTS},
+    reported = {
+        **{f"map_at{k}": Metric(f"mAP@{k}") for k in PLACES},
+        **{f"recall_at{k}": Metric(f"R@{k}") for k in PLACES},
+        **{f"{aspect}_map_at10": Metric(f"{aspect.replace('_', ' ')} @10") for aspect in ASPECTS},
     }
 
     def files(self, part: str, split: str) -> tuple[Path, Path]:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from benchmarks.base import Benchmark, official_files
 from benchmarks.entries import Distinct, Entry, FromList, Query, read_queries
-from benchmarks.metrics import Ranks, means
+from benchmarks.metrics import Metric, Ranks, means
 from benchmarks.protocols import ORIGINAL_REMOVED
 from benchmarks.splits import Triplet
 from runtime.schema import read_checked
@@ -89,20 +89,13 @@ class CIRR(Benchmark):
     id_types = (int,)
     group_size = 6
     protocols = (ORIGINAL_REMOVED,)
-    selection = {
-        "arithmetic_mean": "arithmetic",
-        "harmonic_mean": "harmonic",
-        "geometric_mean": "geometric",
-    }
-    titles = {
-        "recall_at1": "R@1",
-        "recall_at5": "R@5",
-        "recall_at10": "R@10",
-        "recall_at50": "R@50",
-        "group_recall_at1": "R_subset@1",
-        "group_recall_at2": "R_subset@2",
-        "group_recall_at3": "R_subset@3",
-        "mean(R@5+R_s@1)": "mean(R@5+R_s@1)",
+    reported = {
+        **{f"recall_at{k}": Metric(f"R@{k}") for k in RECALLS},
+        **{f"group_recall_at{k}": Metric(f"R_subset@{k}") for k in GROUP_RECALLS},
+        "mean(R@5+R_s@1)": Metric("mean(R@5+R_s@1)"),
+        "arithmetic_mean": Metric(checkpoint="arithmetic"),
+        "harmonic_mean": Metric(checkpoint="harmonic"),
+        "geometric_mean": Metric(checkpoint="geometric"),
     }
 
     def files(self, part: str, split: str) -> tuple[Path, Path]:

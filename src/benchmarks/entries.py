@@ -2,8 +2,9 @@
 
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import AfterValidator, ConfigDict, Strict
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Strict
 from pydantic_core import PydanticCustomError
 
 from benchmarks.splits import Triplet
@@ -20,8 +21,14 @@ def distinct(values: Sequence[Hashable]) -> Sequence[Hashable]:
     return values
 
 
+def _as_text(value: object) -> object:
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return str(value) if is_number else value
+
+
 Distinct = AfterValidator(distinct)
 FromList = Strict(False)  # JSON knows lists alone
+Name = Annotated[str, BeforeValidator(_as_text)]  # of a query: a text, or a whole number as one
 
 
 class Entry(Schema):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from benchmarks.base import Benchmark, official_files
 from benchmarks.entries import FromList, Query, read_queries
-from benchmarks.metrics import Ranks
+from benchmarks.metrics import Metric, Ranks
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_KEPT, VAL_REMOVED
 from benchmarks.splits import Triplet
 from runtime.schema import read_checked
@@ -56,17 +56,10 @@ class FashionIQ(Benchmark):
         "complete dataset is 74,381 images, and the 3,300 that seem to be missing do not exist"
     )
     protocols = (ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_REMOVED, VAL_KEPT)
-    selection = {"average_recall": "best"}
-    titles = {
-        "dress_recall_at10": "dress R@10",
-        "dress_recall_at50": "dress R@50",
-        "toptee_recall_at10": "toptee R@10",
-        "toptee_recall_at50": "toptee R@50",
-        "shirt_recall_at10": "shirt R@10",
-        "shirt_recall_at50": "shirt R@50",
-        "average_recall_at10": "mean R@10",
-        "average_recall_at50": "mean R@50",
-        "average_recall": "mean",
+    reported = {
+        **{f"{part}_recall_at{k}": Metric(f"{part} R@{k}") for part in parts for k in RECALLS},
+        **{f"average_recall_at{k}": Metric(f"mean R@{k}") for k in RECALLS},
+        "average_recall": Metric("mean", checkpoint="best"),
     }
     hyper_parameters = {"train_dress_types": list(parts), "val_dress_types": list(parts)}
 

@@ -1,7 +1,8 @@
 """Arithmetic on ranks and metrics: recall, average precision, means, seeds together."""
 
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,27 @@ if TYPE_CHECKING:
 
 
 NO_RANK = 2**31 - 1  # behind every gallery: of a target that a query does not have
+
+
+# Makes one number of what each query adds to it, (Q,), with NaN of those that do not count; NaN where none does.
+Statistic = Callable[["np.ndarray"], float]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that a benchmark reports.
+
+    Attributes:
+        title: what tables and curves call it; "" of one that is in none.
+        unit: "%", or what it is measured in instead, such as "rank".
+        lower_is_better: as of a rank.
+        checkpoint: suffix of the checkpoint that is kept for its best value; "" where none is.
+    """
+
+    title: str = ""
+    unit: str = "%"
+    lower_is_better: bool = False
+    checkpoint: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,25 +91,15 @@ def only(queries: Sequence[int], values: "np.ndarray") -> "np.ndarray":
     return kept
 
 
-def percentage(values: "np.ndarray") -> float | None:
-    """Mean over the queries in percent, from (Q,), 0 to 1 or NaN of a query that does not count; None where none does.
+def percentage(values: "np.ndarray") -> float:
+    """Mean over the queries in percent, from (Q,), 0 to 1 or NaN of a query that does not count; NaN where none does.
 
     The recall at k is that of `ranks < k`.
     """
     import numpy as np
 
     counted = values[~np.isnan(values)]
-    return 100 * float(counted.sum()) / len(counted) if len(counted) else None
-
-
-def means_of(hits: "Mapping[str, np.ndarray]") -> dict[str, float]:
-    """Score -> its mean over a split's queries, in percent, of all that some of them count for.
-
-    Args:
-        hits: score -> what each query adds to it (Q,), see `Benchmark.hits`.
-    """
-    found = {name: percentage(values) for name, values in hits.items()}
-    return {name: mean for name, mean in found.items() if mean is not None}
+    return 100 * float(counted.sum()) / len(counted) if len(counted) else math.nan
 
 
 def means(values: Sequence[float]) -> dict[str, float]:

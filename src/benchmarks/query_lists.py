@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.base import Benchmark
-from benchmarks.entries import Entry
+from benchmarks.entries import Entry, Name
 from benchmarks.splits import Split
 from runtime.files import write_text
 from runtime.schema import read_checked
@@ -25,7 +25,7 @@ class QueryNames(Entry):
 
     dataset: str
     split: str
-    queries: list[int | str]
+    queries: list[Name]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def read_query_list(file: Path | None, dataset: str, split: str) -> QueryList | 
         raise UserError(
             f"--queries {file} is for {listed.dataset} {listed.split}, not {dataset} {split}: name the right file"
         )
-    return QueryList(file, frozenset(map(str, listed.queries)))
+    return QueryList(file, frozenset(listed.queries))
 
 
 def restricted(benchmark: Benchmark, splits: Sequence[Split], wanted: QueryList) -> list[Split]:

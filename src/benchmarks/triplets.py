@@ -18,8 +18,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from benchmarks.base import Benchmark
-from benchmarks.entries import FromList, Query
-from benchmarks.metrics import Ranks, average_precision
+from benchmarks.entries import FromList, Name, Query
+from benchmarks.metrics import Metric, Ranks, average_precision
 from benchmarks.places import image_name
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
 from benchmarks.splits import Split, Triplet
@@ -61,7 +61,7 @@ class OwnTestQuery(Query):
     reference: Annotated[Images, Field(max_length=1)]
     caption: Texts
     target: Images = ()
-    id: int | str | None = None
+    id: Name | None = None
     group: Images = ()
 
     @model_validator(mode="before")
@@ -78,7 +78,7 @@ class OwnTestQuery(Query):
             reference=self.reference[0],
             captions=self.caption,
             group=tuple(group),
-            pair_id=None if self.id is None else str(self.id),
+            pair_id=self.id,
         )
 
 
@@ -106,12 +106,11 @@ class Triplets(Benchmark):
     group_size = None
     # The picture that a search begins with is no answer to anybody, so this is what checkpoints are chosen by.
     protocols = (ORIGINAL_REMOVED, ORIGINAL_KEPT)
-    selection = {"average_recall": "best"}
-    titles = {
-        **{f"recall_at{k}": f"R@{k}" for k in RECALLS},
-        f"map_at{PRECISION_PLACES}": f"mAP@{PRECISION_PLACES}",
-        **{f"group_recall_at{k}": f"R_subset@{k}" for k in GROUP_RECALLS},
-        "average_recall": "mean R",
+    reported = {
+        **{f"recall_at{k}": Metric(f"R@{k}") for k in RECALLS},
+        f"map_at{PRECISION_PLACES}": Metric(f"mAP@{PRECISION_PLACES}"),
+        **{f"group_recall_at{k}": Metric(f"R_subset@{k}") for k in GROUP_RECALLS},
+        "average_recall": Metric("mean R", checkpoint="best"),
     }
 
     def files(self, part: str, split: str) -> tuple[Path, Path]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import Benchmark, Split
-from benchmarks.metrics import Ranks, means_of
+from benchmarks.metrics import Ranks
 from benchmarks.ranking import Ranking
 from evaluation.comparison import Resampling, bootstrap, bounds, intervals_of
 from utils import UserError
@@ -130,7 +130,7 @@ def metrics_on(
     kept = {}
     for split, of_split in hits.items():
         kept[split] = {name: own[chosen[split]] for name, own in of_split.items()}
-    scores = {split: means_of(of_split) for split, of_split in kept.items()}
+    scores = {split: benchmark.scores(of_split) for split, of_split in kept.items()}
     intervals = intervals_of(benchmark, kept, resampling=resampling)
     values = benchmark.summary(scores)
     return {name: {"value": values[name], "interval": intervals[name]} for name in values}

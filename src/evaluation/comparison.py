@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import Benchmark
+from benchmarks.metrics import Statistic
 from evaluation.contradictions import stored_ranks
 from evaluation.result_file import Result, composed_by, read_result
 from models.configuration import Settings, trained_on
@@ -70,16 +71,23 @@ class Column:
         return {kind: dataset for kind, dataset in parts.items() if dataset != measured_on}
 
     def hits(self, benchmark: Benchmark, protocol: str, split: str) -> "dict[str, np.ndarray]":
-        """Score -> what each query adds to it, (Q,), see `Benchmark.hits`, the mean over the seeds."""
+        """Score -> what each query adds to it, see `Benchmark.hits`.
+
+        Returns:
+            (Q, 1), the mean over the seeds; (Q, number of seeds) of a score that is no mean.
+        """
         import numpy as np
 
         of_seeds = []
         for result in self.results:
             of_seeds.append(benchmark.hits(stored_ranks(result, protocol, split)))
-        means = {}
-        for recall in of_seeds[0]:
-            means[recall] = np.mean([hits[recall] for hits in of_seeds], axis=0)
-        return means
+        hits = {}
+        for score in of_seeds[0]:
+            columns = [of_seed[score] for of_seed in of_seeds]
+            if score not in benchmark.statistics:
+                columns = [np.mean(columns, axis=0)]
+            hits[score] = np.stack(columns, axis=1)
+        return hits
 
 
 def _conditions(result: Result, protocol: str) -> dict[str, Any]:
@@ -181,23 +189,15 @@ def intervals(
     Every query is drawn for both columns at once (paired bootstrap), within its split. Several seeds count as the mean
     of their hits: the interval is about other queries, not about other seeds.
     """
-    import torch
-
-    generator = torch.Generator().manual_seed(resampling.seed)
     before: dict[str, Recalls] = {}
     after: dict[str, Recalls] = {}
+    generator = _generator(resampling)
     for split in base.results[0]["queries_sha256"]:
-        ours = base.hits(benchmark, protocol, split)
-        theirs = other.hits(benchmark, protocol, split)
-        hits = [torch.from_numpy(column) for column in [*ours.values(), *theirs.values()]]
-        drawn = bootstrap(torch.stack(hits, 1), resampling.resamples, generator).unbind(1)
-        before[split] = dict(zip(ours, drawn[: len(ours)], strict=True))
-        after[split] = dict(zip(theirs, drawn[len(ours) :], strict=True))
-    ours_resampled = _resampled_metrics(benchmark, before, resampling.resamples)
-    theirs_resampled = _resampled_metrics(benchmark, after, resampling.resamples)
-    differences = {}
-    for metric, values in ours_resampled.items():
-        differences[metric] = theirs_resampled[metric] - values
+        hits = [column.hits(benchmark, protocol, split) for column in (base, other)]
+        before[split], after[split] = _drawn(benchmark, hits, resampling, generator)
+    ours = _resampled_metrics(benchmark, before, resampling.resamples)
+    theirs = _resampled_metrics(benchmark, after, resampling.resamples)
+    differences = {metric: theirs[metric] - values for metric, values in ours.items()}
     return bounds(differences, resampling.confidence)
 
 
@@ -224,18 +224,44 @@ def intervals_of(
     """Metric -> bounds of its value.
 
     Args:
-        hits: split's name -> recall -> how often each query is a hit, (Q,).
+        hits: split's name -> score -> what each query adds to it, (Q,), or of several seeds as `Column.hits` has it.
+    """
+    generator = _generator(resampling)
+    resampled: dict[str, Recalls] = {}
+    for split, of_split in hits.items():
+        (resampled[split],) = _drawn(benchmark, [of_split], resampling, generator)
+    metrics = _resampled_metrics(benchmark, resampled, resampling.resamples)
+    return bounds(metrics, resampling.confidence)
+
+
+def _generator(resampling: Resampling) -> "Generator":
+    import torch
+
+    return torch.Generator().manual_seed(resampling.seed)
+
+
+def _drawn(
+    benchmark: Benchmark,
+    methods: "Sequence[Mapping[str, np.ndarray]]",
+    resampling: Resampling,
+    generator: "Generator",
+) -> list[Recalls]:
+    """The scores of a split over resamples of its queries, which are the same for several methods.
+
+    Args:
+        methods: the hits of each, see `Column.hits`.
     """
     import torch
 
-    generator = torch.Generator().manual_seed(resampling.seed)
-    resampled: dict[str, Recalls] = {}
-    for split, of_split in hits.items():
-        stacked = torch.stack([torch.from_numpy(values) for values in of_split.values()], 1)
-        drawn = bootstrap(stacked, resampling.resamples, generator).unbind(1)
-        resampled[split] = dict(zip(of_split, drawn, strict=True))
-    metrics = _resampled_metrics(benchmark, resampled, resampling.resamples)
-    return bounds(metrics, resampling.confidence)
+    columns = []
+    statistics: list[Statistic | None] = []
+    for hits in methods:
+        for score, values in hits.items():
+            columns.append(torch.from_numpy(values).reshape(len(values), -1))
+            statistics += [benchmark.statistics.get(score)] * columns[-1].shape[1]
+    drawn = bootstrap(torch.cat(columns, 1), resampling.resamples, generator, statistics)
+    parts = iter(drawn.split([column.shape[1] for column in columns], dim=1))
+    return [{score: next(parts).mean(1) for score in hits} for hits in methods]
 
 
 def with_interval(value: float, interval: tuple[float, float], sign: str = "") -> str:
@@ -281,13 +307,19 @@ def _resampled_metrics(
     return {metric: torch.tensor(values, dtype=torch.float64) for metric, values in metrics.items()}
 
 
-def bootstrap(hits: "Tensor", resamples: int, generator: "Generator") -> "Tensor":
-    """Means in percent over resamples of the queries, drawn with replacement (Efron 1979); queries are rows.
+def bootstrap(
+    hits: "Tensor",
+    resamples: int,
+    generator: "Generator",
+    statistics: "Sequence[Statistic | None]" = (),
+) -> "Tensor":
+    """Scores over resamples of the queries, drawn with replacement (Efron 1979); queries are rows.
 
     Several systems' hits beside each other are resampled together, so that differences between columns are paired.
 
     Args:
         hits: (Q, M), 0 to 1, or NaN of a query that does not count.
+        statistics: of each column; None, and of all where there are none, of a mean in percent.
 
     Returns:
         (resamples, M), NaN of a resample in which no query counts.
@@ -297,9 +329,13 @@ def bootstrap(hits: "Tensor", resamples: int, generator: "Generator") -> "Tensor
     queries = len(hits)
     counted = (~hits.isnan()).float()
     values = hits.nan_to_num().float()
-    percentages = []
+    others = [(m, statistic) for m, statistic in enumerate(statistics) if statistic]
+    scores = []
     for chunk in torch.arange(resamples).split(RESAMPLED_AT_ONCE):
         drawn = torch.randint(queries, (len(chunk), queries), generator=generator)
         counts = torch.zeros(len(chunk), queries).scatter_add_(1, drawn, torch.ones(drawn.shape))
-        percentages.append(100 * (counts @ values) / (counts @ counted))
-    return torch.cat(percentages)
+        scores.append(100 * (counts @ values) / (counts @ counted))
+        for column, statistic in others:
+            of_column = [statistic(resample) for resample in hits[:, column][drawn].numpy()]
+            scores[-1][:, column] = torch.tensor(of_column, dtype=torch.float64)
+    return torch.cat(scores)

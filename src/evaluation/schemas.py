@@ -8,7 +8,6 @@ from runtime.schema import Schema
 
 Natural = Annotated[int, Field(ge=0, lt=2**31)]
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
-Percentage = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(ge=0, le=1)]
 # One, and what half precision and TF32 make of it.
 Cosine = Annotated[float, Field(ge=-1.01, le=1.01)]
@@ -25,7 +24,7 @@ class Header(Schema):
     template: str = ""
     gallery_images: dict[str, Positive]
     queries: dict[str, Positive]
-    metrics: dict[str, Percentage]
+    metrics: dict[str, float]
 
 
 class Measured(Header):
@@ -71,7 +70,7 @@ class About(Schema):
     dataset: str
     split: str
     protocol: str = ""
-    metrics: dict[str, Percentage] = {}
+    metrics: dict[str, float] = {}
     excluded_images: dict[str, dict[str, str]]
     excluded_triplets: dict[str, Natural] = {}
     smaller_groups: dict[str, Natural] = {}
