@@ -360,25 +360,6 @@ def test_annotations_that_changed(stopped, own_drawn, refuses):
     assert "the annotations are others than when the run was started" in refuses(run)
 
 
-def test_a_run_with_settings_in_one_table_goes_on(stopped, resume, refuses):
-    """Earlier versions wrote them so."""
-    run = stopped(3, "CIRR")
-    file = run / "training_hyperparameters.json"
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps(Settings.read(content).table))
-    state = load_tensors(run / "state.pt")
-    for later in ("skipped", "skipped_in_a_row"):
-        del state["progress"][later]
-    save_tensors(run / "state.pt", state)
-    assert "--combiner-lr is 0.5, but the run was started with 0.001" in refuses(
-        run, "--combiner-lr", 0.5
-    )
-    resume(run)
-    assert (run / "best_metrics.json").exists()
-    config = load_tensors(next((run / "saved_models").glob("*.pt")))["config"]
-    assert set(config) == {"flags", "recipe", "data", "versions"}
-    assert config["data"]["data_sha256"] == content["data"]["data_sha256"]
-
 
 def test_a_run_of_an_earlier_version_lacks_later_flags(stopped, resume, refuses):
     """They have their defaults; another value would contradict how the run began."""
