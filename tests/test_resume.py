@@ -16,7 +16,6 @@ import combiner_train
 import kills
 from conftest import CASES, ROOT, SOAK, STAGE_1, STAGE_2, read_csv
 from forks import HANG, Script, family, forked, state_of, torchrun, warm_up
-from models.configuration import Settings
 from models.encoder import Encoder
 from reports.run_page import About
 from runtime.tensors import load_tensors, save_tensors
