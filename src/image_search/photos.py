@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps, features
 
 from runtime.files import Identity
-from runtime.image_files import DECODING_ERRORS, decoded
+from runtime.image_files import DECODING_ERRORS, decoded, has_more_bits
 from utils import UserError
 
 try:
@@ -152,8 +152,7 @@ def opened(file: Path | BinaryIO, side: int | None = None) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """An image of more than 8 bits scaled to 8; Pillow's own conversion would make it white."""
-    has_more_bits = image.mode in ("I", "F") or image.mode.startswith("I;16")
-    if not has_more_bits:
+    if not has_more_bits(image):
         return image
     values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     largest = max(values.max(), 0)
