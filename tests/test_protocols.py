@@ -1,13 +1,15 @@
 """Four protocols from one ranking, and results that say what they are."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import CIRR, PROTOCOLS, FashionIQ, Split, Triplet
+from benchmarks import CIRR, PROTOCOLS, FashionIQ, Split, Triplet, Triplets
 from benchmarks.protocols import VAL_REMOVED
 from conftest import read_csv
 from evaluation.result_file import read_result
@@ -133,6 +135,39 @@ def test_protocols_equal_brute_force_on_any_dataset(dataset, k, block):
             protocol
         ]  # the block is not copied then
         assert torch.equal(alone.ranks, ranking.ranks)
+
+
+@given(datasets(), st.integers(1, 6))
+def test_what_is_certain_is_what_no_ranking_changes(dataset, group_size):
+    """Each recall is certain just where the target is found even when it is the farthest of all images."""
+    split, _ = dataset
+    triplets = []
+    for triplet in split.triplets:
+        others = [name for name in split.names if name not in triplet.images][:group_size]
+        triplets.append(dataclasses.replace(triplet, group=(*triplet.images, *others)))
+    split = dataclasses.replace(split, triplets=triplets)
+    similarity = torch.zeros(len(triplets), len(split.names))
+    similarity[range(len(triplets)), split.target_rows] = -1
+    frozen = FrozenSplit(
+        split=split, images=torch.eye(len(split.names)), captions=similarity[:, None]
+    )
+    for protocol in Triplets.protocols:
+        last = rank(frozen, lambda image, text: text, [protocol])[protocol]
+        scores = Triplets(Path()).score(last.ranks_in(split))
+        certain = [name for name, score in scores.items() if score == 100]
+        assert Triplets(Path()).certain([split], protocol) == {"val": certain}
+
+
+def test_a_recall_of_a_gallery_that_is_too_small_is_said(drawn, run, tmp_path, caplog):
+    """The drawn CIRR has 18 images; its references are no answers."""
+    flags = ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--combining-function", "sum"]
+    result = tmp_path / "r.json"
+    run("validate", drawn, "--dataset", "CIRR", *flags, "--metrics-json", result)
+    (said,) = [line for line in caplog.messages if "100 whatever is retrieved" in line]
+    assert "recall_at50 of val under original-removed" in said
+    measured = read_result(result)["protocols"]["original-removed"]
+    assert measured["certain"] == {"val": ["recall_at50"]}
+    assert measured["metrics"]["recall_at50"] == 100
 
 
 def test_cirr_has_its_own_protocol_and_its_groups(golden, measured):

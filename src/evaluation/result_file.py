@@ -90,6 +90,7 @@ def _measured(
         "gallery_images": {split.name: protocol.gallery_size(split) for split in splits},
         "queries": {split.name: len(split.triplets) for split in splits},
         "metrics": benchmark.metrics(splits, of_split),
+        "certain": benchmark.certain(splits, protocol),
         "ranks": {name: ranking.known_ranks.tolist() for name, ranking in of_split.items()},
         "other_ranks": other_ranks,
         "group_ranks": group_ranks,

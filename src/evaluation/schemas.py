@@ -26,6 +26,7 @@ class Header(Schema):
     gallery_images: dict[str, Positive]
     queries: dict[str, Positive]
     metrics: dict[str, Percentage]
+    certain: dict[str, list[str]] = {}
 
 
 class Measured(Header):

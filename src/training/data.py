@@ -110,4 +110,5 @@ def read_training_data(
         )
     announce(benchmark.excluded, [train, *val])
     check_images_exist([train, *val])
+    benchmark.note_certain(val, benchmark.protocols[:1])
     return TrainingData(benchmark=benchmark, train=train, val=val, texts=texts, order=order)
