@@ -1,6 +1,7 @@
 """The feature cache: a hit, each kind of miss, and damaged files."""
 
 import dataclasses
+import importlib.metadata
 import functools
 import json
 import os
@@ -180,6 +181,29 @@ def test_resolution_and_precision_are_part_of_the_key(make_encoder):
     assert about["precision"] == "float32 on cpu"
     on_gpu = dataclasses.replace(encoder, device=torch.device("cuda"))
     assert on_gpu.describe()["precision"] == "fp32 on cuda"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "packages"),
+    [("", ["clip", "clip-anytorch"]), ("a", ["open_clip_torch", "transformers"])],
+)
+def test_another_version_of_a_package_is_another_key(
+    architecture, packages, make_encoder, paths, tmp_path, monkeypatch
+):
+    """Of each package that computes features. They are told without being imported."""
+    encoder = make_encoder()
+    known = dataclasses.replace(encoder.backbone, architecture=architecture)
+    encoder = dataclasses.replace(encoder, backbone=known)
+    encode(encoder, tmp_path / "cache", paths)
+    for name in packages:
+        with monkeypatch.context() as patched:
+            real = importlib.metadata.version
+            patched.setattr(
+                importlib.metadata, "version", lambda of, name=name: "9" if of == name else real(of)
+            )
+            assert encoder.describe()["versions"][name] == "9"
+            assert encode(encoder, tmp_path / "cache", paths)[1] == (3, 2)
+    assert encode(encoder, tmp_path / "cache", paths)[1] == (0, 0)
 
 
 def truncate(file):

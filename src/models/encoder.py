@@ -1,8 +1,10 @@
 """Images and captions to features: a CLIP with the preprocessing that its features are made with."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -160,7 +162,7 @@ class Encoder:
             **self.preprocessing,
             "weights": weights_digest(self.model.state_dict()),
             "precision": precision,
-            "versions": versions(),
+            "versions": {**versions(), **_installed(self.backbone.packages)},
         }
 
 
@@ -173,6 +175,15 @@ def versions() -> dict[str, str]:
     """Versions of the packages that images and features pass through."""
     packages = {"torch": torch, "torchvision": torchvision, "pillow": PIL}
     return {name: str(package.__version__) for name, package in packages.items()}
+
+
+def _installed(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of those of some packages that are installed, none of which is imported."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _chunks(items: Sequence[Item], size: int) -> list[list[Item]]:
