@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
+# Lengths of features from which a direction can be told: float32 loses the squares of shorter and of longer ones.
+SHORTEST = 1e-6
+LONGEST = 1e18
 DEBUG = "--debug"  # of every script: a fault is printed in full
 BROKEN_PIPE = 128 + 13  # what shells call a program that ended since nobody reads what it prints
 

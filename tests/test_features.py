@@ -1,19 +1,22 @@
 """The feature cache: a hit, each kind of miss, and damaged files."""
 
 import dataclasses
-import importlib.metadata
 import functools
+import importlib.metadata
 import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from benchmarks import CIRR, Split
 from data_utils import ImageLoader, load_image, make_preprocess
+from image_search.faiss_index import normalised
 from image_search.image_index import encoder_key
+from image_search.index_folder import check_features
 from models import clip_model, encoder, features
 from models.clip_model import backbone, load_clip
 from models.configuration import Checkpoint, Settings, settle
@@ -204,6 +207,29 @@ def test_another_version_of_a_package_is_another_key(
             assert encoder.describe()["versions"][name] == "9"
             assert encode(encoder, tmp_path / "cache", paths)[1] == (3, 2)
     assert encode(encoder, tmp_path / "cache", paths)[1] == (0, 0)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-13, 1e25])
+def test_features_whose_direction_is_lost_are_refused(factor, make_encoder, paths):
+    """They would be ranked by what is left of them; the first image or caption is named. A thousandth is good."""
+    encoder = make_encoder()
+    with torch.no_grad():
+        for projection in (encoder.model.visual.proj, encoder.model.text_projection):
+            projection *= 1e-3
+        encode(encoder, None, paths)
+        encoder.model.visual.proj *= factor
+        with pytest.raises(UserError, match=f"features of {paths[0]} have length"):
+            encoder.images(paths)
+        with pytest.raises(UserError, match=f"features of {paths[0]} have length"):
+            for features, _ in encoder.readable_images([paths]):
+                check_features([(str(path), 1, 1) for path in paths], features.numpy(), 64)
+        with pytest.raises(UserError, match="features of the reference image have length"):
+            encoder.read_images(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+        encoder.model.text_projection *= factor
+        with pytest.raises(UserError, match="features of the caption 'is red' have length"):
+            encoder.captions(CAPTIONS)
+    with pytest.raises(UserError, match="make the index again"):
+        normalised(factor * np.eye(3))
 
 
 def truncate(file):

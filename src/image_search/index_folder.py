@@ -23,6 +23,7 @@ import torch
 from image_search import faiss_index, list_file
 from image_search.manifest import MANIFEST, REMEDY, read_manifest, write_manifest
 from image_search.stores import Counts, Hit, Keeping
+from models.encoder import check_lengths
 from runtime.files import (
     Identity,
     file_size,
@@ -310,7 +311,7 @@ def _says(manifest: dict[str, Any], about: dict[str, Any]) -> bool:
 
 
 def check_features(files: Sequence[Identity], features: np.ndarray, dim: int) -> None:
-    """Raise UserError where there are no finite features of each file, in the type that an index holds."""
+    """Raise UserError where there are no features of each file that can be ranked, in the type that an index holds."""
     if features.dtype != np.float32 or features.shape != (len(files), dim):
         raise UserError(f"features are {features.dtype} of shape {features.shape}: encode again")
     ends = np.stack([features.min(axis=1), features.max(axis=1)])  # NaN comes through
@@ -318,6 +319,7 @@ def check_features(files: Sequence[Identity], features: np.ndarray, dim: int) ->
     if len(rows):
         remedy = "choose --encode-precision fp32, or another folder for the index"
         raise UserError(f"the features of {files[rows[0]][0]} are not finite: {remedy}")
+    check_lengths(torch.from_numpy(features), [file[0] for file in files])
 
 
 def publish(
