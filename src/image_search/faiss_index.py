@@ -68,7 +68,8 @@ def normalised(features: np.ndarray) -> np.ndarray:
         UserError: a row is too short or too long, see `models.encoder.check_lengths`.
     """
     rows = np.asarray(features, dtype=np.float32)
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    with np.errstate(over="ignore"):
+        lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     if ((lengths < SHORTEST) | (lengths > LONGEST)).any():
         raise UserError(
             f"features of the index have lengths from {lengths.min():.1g} to {lengths.max():.1g}, which cannot be "
