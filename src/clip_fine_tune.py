@@ -52,6 +52,7 @@ def train(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -> 
         batch_size=args.batch_size,
         seed=args.seed,
         micro_batch_size=args.micro_batch_size,
+        verify=args.verify,
     )
     encoder = load_clip_and_images(args, data, device, stop)
     settings = Settings(

@@ -77,7 +77,9 @@ def prepare(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -
 
     device, tracker = training.start(args)
     tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
-    data = read_training_data(benchmark, batch_size=args.batch_size, seed=args.seed)
+    data = read_training_data(
+        benchmark, batch_size=args.batch_size, seed=args.seed, verify=args.verify
+    )
     warn_of_transfer(benchmark.name, [tuned])
     clip = settle(options.clip_choice(args), [tuned])
     encoder = load_encoder(clip, tuned, device, workers=args.num_workers, batch_size=args.clip_bs)
@@ -94,7 +96,11 @@ def prepare(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -
     check_memory(combiner, device)
     if args.resume:
         settings = started_with(args.resume, settings)
-    cache = FeatureCache(args.feature_cache, dataclasses.replace(encoder, between=stop.check))
+    cache = FeatureCache(
+        args.feature_cache,
+        dataclasses.replace(encoder, between=stop.check),
+        told_by=options.told_by(args),
+    )
     return Stage(
         data=data,
         train=freeze(cache, data.train, data.texts, label=f"{benchmark.run_name}-train"),

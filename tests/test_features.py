@@ -198,11 +198,12 @@ def test_another_version_of_a_package_is_another_key(
     known = dataclasses.replace(encoder.backbone, architecture=architecture)
     encoder = dataclasses.replace(encoder, backbone=known)
     encode(encoder, tmp_path / "cache", paths)
+    real = importlib.metadata.version
     for name in packages:
         with monkeypatch.context() as patched:
-            real = importlib.metadata.version
+            versions = {name: "9"}
             patched.setattr(
-                importlib.metadata, "version", lambda of, name=name: "9" if of == name else real(of)
+                importlib.metadata, "version", lambda of, known=versions: known.get(of) or real(of)
             )
             assert encoder.describe()["versions"][name] == "9"
             assert encode(encoder, tmp_path / "cache", paths)[1] == (3, 2)

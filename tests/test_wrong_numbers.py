@@ -169,6 +169,7 @@ def test_a_field_that_earlier_versions_lack_may_be_missing(kind, whole, read):
     newer = {
         "protocol", "metrics", "excluded_triplets", "smaller_groups", "kinds", "clip_model_name", "combining_function",
         "checkpoints", "encode_precision", "trained_on", "versions", "command", "date", "query_list",
+        "images_sampled",
     }  # fmt: skip
     for name in content:
         without = {key: value for key, value in content.items() if key != name}

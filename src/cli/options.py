@@ -250,6 +250,11 @@ def training_flags(batch_size: int, validation_frequency: int) -> argparse.Argum
         metavar="RUN_DIR",
         help="go on with a run; its flags come from it",
     )
+    add_verify(
+        group,
+        help="tell changed images by all of their bytes, in caches and when the run is resumed (default: by size, "
+        "modification time and the first, middle and last 4 KiB)",
+    )
     group.add_argument(
         "--checkpoint-every-minutes",
         type=positive_float,
@@ -467,6 +472,11 @@ def measuring_flags() -> argparse.ArgumentParser:
         metavar="DIR",
         help="keep features on disk, with which an interrupted encoding goes on (default: keep none)",
     )
+    add_verify(
+        group,
+        help="tell changed images by all of their bytes (default: by size, modification time and the first, middle and "
+        "last 4 KiB)",
+    )
     group.add_argument(
         "--concept-template",
         type=concept_template,
@@ -498,6 +508,11 @@ def search_flags() -> list[argparse.ArgumentParser]:
     )
     composition = pair_flags(required=False, silent=" (default: combiner if there is one)")
     return [parser, exported_flag(), composition, combiner_flags(trains=False)]
+
+
+def add_verify(group: Group, *, help: str) -> None:
+    """--verify."""
+    group.add_argument("--verify", action="store_true", help=help)
 
 
 def clip_choice(args: argparse.Namespace) -> ClipChoice:
@@ -533,4 +548,10 @@ def pair_choice(args: argparse.Namespace) -> PairChoice:
         combiner=combiner_choice(args),
         workers=args.num_workers,
         feature_cache=getattr(args, "feature_cache", None),
+        told_by=told_by(args),
     )
+
+
+def told_by(args: argparse.Namespace) -> str:
+    """How caches tell a changed image, see `runtime.files.stamp`; by a sample where a script has no --verify."""
+    return "content" if getattr(args, "verify", False) else "sample"

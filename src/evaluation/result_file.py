@@ -58,6 +58,7 @@ def make_result(
         "excluded_triplets": {split.name: split.excluded_triplets for split in splits},
         "smaller_groups": {split.name: split.smaller_groups for split in splits},
         "images_sha256": {split.name: images_digest(split) for split in splits},
+        "images_sampled": {split.name: images_digest(split, sampled=True) for split in splits},
         "queries_sha256": {split.name: split_digest(split) for split in splits},
         "kinds": {split.name: split.queries_of_kinds for split in splits if split.queries_of_kinds},
         "query_list": query_list,

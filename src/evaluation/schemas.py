@@ -77,6 +77,7 @@ class About(Schema):
     excluded_triplets: dict[str, Natural] = {}
     smaller_groups: dict[str, Natural] = {}
     images_sha256: dict[str, str]
+    images_sampled: dict[str, str] = {}
     queries_sha256: dict[str, str]
     kinds: dict[str, dict[str, list[Natural]]] = {}
     query_list: QueryList | None = None

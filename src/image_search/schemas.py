@@ -17,7 +17,7 @@ from models.schemas import (
     Transform,
     one_of,
 )
-from runtime.choices import INDEX_KINDS, MILVUS_KINDS
+from runtime.choices import INDEX_KINDS, MILVUS_KINDS, TOLD_BY
 from runtime.schema import Schema
 
 
@@ -88,6 +88,7 @@ class FilesManifest(Manifest):
     torch: Text = ABSENT
     sha256: Digests = ABSENT
     sizes: Sizes = ABSENT
+    told_by: Annotated[str, one_of(TOLD_BY)] = ABSENT
     recall: Recall = Field(ABSENT, alias="recall against exact")
 
 
@@ -100,7 +101,7 @@ class MilvusManifest(Manifest):
     images: PositiveInt = ABSENT
 
 
-# A list in JSON, of an image's path, its bytes and its modification time in ns.
+# A list in JSON, an image's `runtime.files.Identity`.
 File = Annotated[tuple[PathText, Annotated[int, Field(ge=0)], int], Strict(False)]
 
 

@@ -12,6 +12,7 @@ from runtime.files import Identity
 from utils import UserError
 
 FAISS = "faiss"
+TIME = "time"  # how images are told where nothing else is said, see `runtime.files.stamp`
 # Kinds of vectors by the beginning of a store's address.
 KINDS_OF = {FAISS: INDEX_KINDS, "milvus": MILVUS_KINDS}
 
@@ -99,23 +100,31 @@ class Keeping:
         store: "faiss" or an address of Milvus.
         kind: of the vectors.
         on_disk: whether FAISS leaves its lists in a file.
+        told_by: how a changed image is told, see `runtime.files.stamp`.
     """
 
     store: str = FAISS
     kind: str = "flat"
     on_disk: bool = False
+    told_by: str = TIME
 
 
 def chosen_keeping(
-    earlier: dict[str, Any], store: str | None, kind: str | None, on_disk: bool | None
+    earlier: dict[str, Any],
+    store: str | None,
+    kind: str | None,
+    on_disk: bool | None,
+    *,
+    verify: bool = False,
 ) -> Keeping:
     """How an index is to be kept: as flags say, and where they are silent as it was.
 
     Args:
         earlier: its manifest, empty for a new one.
+        verify: tell changed images by all of their bytes.
 
     Raises:
-        UserError: it lives elsewhere already, or the store has no such kind.
+        UserError: it lives elsewhere already, or the store has no such kind or knows nothing of content.
     """
     lives = earlier.get("store", FAISS if earlier else store or FAISS)
     if store not in (None, lives):
@@ -128,4 +137,19 @@ def chosen_keeping(
         on_disk = kind == "ivfpq" and "lists" in earlier
     if on_disk and kind != "ivfpq":
         raise UserError(f"--on-disk is for --index-type ivfpq, not for {kind}: leave one out")
-    return Keeping(store=lives, kind=kind, on_disk=on_disk)
+    if verify and lives != FAISS:
+        raise UserError(
+            f"--verify: --store {lives} tells changed images by size and time alone: leave it out"
+        )
+    return Keeping(
+        store=lives, kind=kind, on_disk=on_disk, told_by=_told_by(earlier, lives, verify)
+    )
+
+
+def _told_by(earlier: dict[str, Any], lives: str, verify: bool) -> str:
+    """How an index tells changed images: in Milvus, and in files of an earlier version, by size and time alone."""
+    if verify:
+        return "content"
+    if lives != FAISS:
+        return TIME
+    return earlier.get("told_by", TIME if earlier else "sample")

@@ -31,7 +31,9 @@ DIGESTS = {
     "data_sha256": "the annotations are others",
     "clip_weights": "the CLIP weights are others",
     "excluded": "other images are left out",
+    "images": "the images are others",
 }
+LATER_DIGESTS = frozenset({"images"})  # which runs of earlier versions lack
 ORIGINAL_DEFAULTS = ClipChoice(
     clip_model_name="RN50x4",
     transform="targetpad",

@@ -186,8 +186,8 @@ def check_lengths(features: Tensor, names: Sequence[object]) -> None:
     rows = ((lengths < SHORTEST) | (lengths > LONGEST)).nonzero().flatten().tolist()
     if rows:
         raise UserError(
-            f"the features of {names[rows[0]]} have length {lengths[rows[0]]:.1g}, which cannot be ranked: choose other "
-            "weights, or --encode-precision fp32"
+            f"the features of {names[rows[0]]} have length {lengths[rows[0]]:.1g}, which cannot be ranked: choose "
+            "other weights, or --encode-precision fp32"
         )
 
 

@@ -169,5 +169,5 @@ def load_and_freeze(
     check_images_exist(splits)
     pair = load_pair(choice, device)
     warn_of_transfer(benchmark.name, [pair.tuned, pair.trained])
-    cache = FeatureCache(choice.feature_cache, pair.encoder)
+    cache = FeatureCache(choice.feature_cache, pair.encoder, told_by=choice.told_by)
     return pair, freeze_queries(cache, splits, benchmark, benchmark.run_name)

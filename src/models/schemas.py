@@ -176,6 +176,7 @@ class Data(Schema):
     data_sha256: Digest = ABSENT
     clip_weights: Digest = ABSENT
     excluded: dict[str, Any] | None = ABSENT
+    images: Digest = ABSENT
 
 
 class Flags(Schema):
@@ -214,6 +215,7 @@ class Flags(Schema):
     checkpoint_every_minutes: Positive = ABSENT
     precision: Precision = ABSENT
     compile: bool = ABSENT
+    verify: bool = ABSENT
     mask_duplicate_targets: bool = ABSENT
     warmup_steps: Number = ABSENT
     cosine: bool = ABSENT

@@ -16,6 +16,7 @@ NEGATIVES = ("batch", "bank")  # of a query in stage 2: the other targets of its
 COMBINING_FUNCTIONS = ("sum", "combiner", "image", "text")
 ENCODE_PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 PRECISIONS = ("amp", "fp16", "bf16", "fp32")
+TOLD_BY = ("time", "sample", "content")  # how a changed image is told, see `runtime.files.stamp`
 INDEX_KINDS = ("flat", "hnsw", "ivfpq")  # of FAISS
 MILVUS_KINDS = ("flat", "hnsw", "ivfflat")
 # Those of `clip.available_models()`, which only the clip package tells, and importing that takes seconds.
@@ -66,6 +67,7 @@ class PairChoice:
         exported: an exported pair, which stands for both paths: its folder, or "hf-hub:" and a repository.
         workers: processes that decode images.
         feature_cache: keeps the features of what is measured; None for none.
+        told_by: how it tells a changed image, see `runtime.files.stamp`.
     """
 
     combining_function: str | None
@@ -76,3 +78,4 @@ class PairChoice:
     combiner: CombinerChoice = CombinerChoice()
     workers: int = 0
     feature_cache: Path | None = None
+    told_by: str = "sample"

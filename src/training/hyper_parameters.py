@@ -6,7 +6,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from models.configuration import DIGESTS, FREE_FLAGS, MOVABLE_FLAGS, Settings
+from models.configuration import (
+    DIGESTS,
+    FREE_FLAGS,
+    LATER_DIGESTS,
+    MOVABLE_FLAGS,
+    Settings,
+)
 from runtime.files import read_json
 from utils import UserError, flag
 
@@ -51,7 +57,10 @@ def started_with(folder: Path, settings: Settings) -> Settings:
                 "leave it so"
             )
     for name, reason in DIGESTS.items():
-        if started.data.get(name) != now.data.get(name):
+        known = started.data.get(name)
+        if known is None and name in LATER_DIGESTS:
+            continue
+        if known != now.data.get(name):
             raise UserError(
                 f"--resume {folder}: {reason} than when the run was started: put those back"
             )

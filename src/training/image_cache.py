@@ -69,6 +69,7 @@ class ImageCache:
         recipe: what the bytes depend on beside the files: transform, ratio, resolution R, versions.
         workers: processes that decode.
         between: called between two batches; what it raises ends the decoding, and nothing is left.
+        told_by: how a changed image is told, see `runtime.files.stamp`.
     """
 
     folder: Path
@@ -77,11 +78,12 @@ class ImageCache:
     recipe: Mapping[str, Any]
     workers: int = 0
     between: Callable[[], None] = lambda: None
+    told_by: str = "sample"
 
     @functools.cached_property
     def file(self) -> Path:
-        """The file of these images: another recipe, file size or modification time, another name."""
-        content = json.dumps([self.recipe, file_identities(self.paths)])
+        """The file of these images: another recipe or identity of an image, another name."""
+        content = json.dumps([self.recipe, file_identities(self.paths, self.told_by)])
         key = hashlib.sha256(content.encode()).hexdigest()
         return self.folder / f"images-{self.recipe['resolution']}px-{key[:16]}.npy"
 
