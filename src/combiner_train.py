@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import Benchmark
 from benchmarks.metrics import mean_and_deviation, shown
 from cli import options, training
-from models.configuration import Settings, plain, read_checkpoint, settle, warn_of_transfer
+from models.configuration import (
+    Settings,
+    assumed,
+    plain,
+    read_checkpoint,
+    say_assumed,
+    settle,
+    warn_of_transfer,
+)
 from reports.tables import text_table
 from runtime.files import write_text
 from runtime.interruption import StopRequest
@@ -82,6 +90,7 @@ def prepare(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -
     )
     warn_of_transfer(benchmark.name, [tuned])
     clip = settle(options.clip_choice(args), [tuned])
+    say_assumed(assumed(options.clip_choice(args), clip, [tuned]), [tuned])
     encoder = load_encoder(clip, tuned, device, workers=args.num_workers, batch_size=args.clip_bs)
     settings = Settings(
         flags=plain(vars(args)),

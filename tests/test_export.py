@@ -157,7 +157,7 @@ def measure(folder: Path, drawn: Path, pair: list) -> dict:
     where = ["--dataset", "CIRR", "--data-root", drawn, *MACHINE, "--metrics-json", file]
     validate.main(list(map(str, [*where, *pair])))
     result = read_result(file)
-    apart = ("checkpoints", "command", "date", "training")
+    apart = ("checkpoints", "command", "date", "training", "assumed")
     return {name: value for name, value in result.items() if name not in apart}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from models.names import in_full
-from runtime.choices import ClipChoice
+from runtime.choices import UNNAMED, ClipChoice
 from runtime.files import find_checkpoint
 from utils import UserError, flag
 
@@ -238,6 +238,44 @@ def settle(choice: ClipChoice, checkpoints: Sequence[Checkpoint | None]) -> Clip
                 asked = f"{flag(name)} {value}, not {settled[name]}"
                 logger.warning("warning: %s was trained with %s", path, asked)
     return ClipChoice(**settled)
+
+
+def assumed(
+    choice: ClipChoice, settled: ClipChoice, checkpoints: Sequence[Checkpoint | None]
+) -> dict[str, Any]:
+    """What was taken by default for weights that say nothing of it: setting -> value; {} without weights.
+
+    What there was no choice of when earlier versions wrote their settings is not assumed, but known.
+
+    Args:
+        settled: what `settle` makes of the others.
+    """
+    given = [checkpoint for checkpoint in checkpoints if checkpoint is not None]
+    if not given:
+        return {}
+    have_settings = any(checkpoint.config for checkpoint in given)
+    values = {}
+    for name, value in dataclasses.asdict(settled).items():
+        told = getattr(choice, name) is not None or _trained_with(name, given)
+        if not told and not (have_settings and name in UNNAMED):
+            values[name] = value
+    if settled.transform != "targetpad":
+        values.pop("target_ratio", None)
+    return values
+
+
+def say_assumed(values: Mapping[str, Any], checkpoints: Sequence[Checkpoint | None]) -> None:
+    """Say in one line what is assumed of weights that say nothing of it, if anything is."""
+    if values:
+        files = [str(checkpoint.path) for checkpoint in checkpoints if checkpoint is not None]
+        taken = ", ".join(f"{name} {value}" for name, value in values.items())
+        flags = ", ".join(map(flag, values))
+        logger.warning(
+            "note: what %s was trained with is not in it: assumed %s; say otherwise with %s",
+            " and ".join(files),
+            taken,
+            flags,
+        )
 
 
 def _trained_with(name: str, checkpoints: Sequence[Checkpoint | None]) -> dict[Path, Any]:
