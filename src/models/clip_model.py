@@ -25,7 +25,7 @@ from models.clip_package import (
 from models.lean_clip import make_lean
 from models.names import find_clip
 from runtime import distributed
-from runtime.tensors import load_tensors, save_tensors
+from runtime.tensors import ARCHIVE_ERRORS, check_archive, load_tensors, save_tensors
 from runtime.weights import differences, fitted, unwrapped
 from utils import UserError, first_line, seed_everything
 
@@ -150,8 +150,9 @@ def is_archive(path: Path) -> bool:
 def archived_state(path: Path) -> dict[str, Tensor]:
     """All that a TorchScript archive holds by name. Raises UserError where it is damaged."""
     try:
+        check_archive(path)
         return torch.jit.load(path, map_location="cpu").state_dict()
-    except RuntimeError as error:
+    except (RuntimeError, *ARCHIVE_ERRORS) as error:
         raise UserError(
             f"{path} is not a readable TorchScript archive ({first_line(error)}): fetch it again"
         ) from None
