@@ -32,7 +32,7 @@ from runtime.files import (
     write_text,
     written_whole,
 )
-from runtime.tensors import load_tensors, save_tensors
+from runtime.tensors import load_tensors, mapped_array, save_tensors
 from utils import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -147,8 +147,8 @@ def _features(folder: Path, about: dict[str, Any], count: int) -> np.ndarray:
     """The features of an index of so many files in a memory map, of which some rows are looked at."""
     file = folder / about["features"]
     try:
-        features = np.lib.format.open_memmap(file, mode="r")
-    except (OSError, ValueError, OverflowError) as error:
+        features = mapped_array(file)
+    except ValueError as error:
         raise _damaged(file, first_line(error)) from None
     if features.dtype != np.float32 or features.ndim != 2 or 0 in features.shape:
         raise _damaged(file, f"it holds {features.dtype} of shape {features.shape}")

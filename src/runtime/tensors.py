@@ -4,12 +4,14 @@ import json
 import pickle
 import re
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +36,19 @@ MOST_PARTS = 10**7  # of a dict with all that is in it; those of a training's st
 # What a pickle calls to make bytes, of which a short one may make any number; `torch.load` lets it.
 MAKES_BYTES = re.compile(rb"c(__builtin__|builtins)\nbytearray\n|c_codecs\nencode\n")
 ZIP = b"PK\3\4"  # by which torch knows what it reads
+
+
+def mapped_array(path: Path) -> np.ndarray:
+    """The array of a .npy file in a memory map, to be read.
+
+    Raises:
+        ValueError: it is none, is damaged, or is longer than its file. NumPy's own errors are of a dozen kinds.
+    """
+    try:
+        with np.errstate(over="ignore"):  # of a shape beyond all files
+            return np.lib.format.open_memmap(path, mode="r")
+    except (*LOADING_ERRORS, SyntaxError, TypeError, tokenize.TokenError) as error:
+        raise ValueError(first_line(error)) from None
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
