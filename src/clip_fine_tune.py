@@ -60,7 +60,6 @@ def train(args: argparse.Namespace, benchmark: Benchmark, stop: StopRequest) -> 
     )
     if args.resume:
         settings = started_with(args.resume, settings)
-
     task, measured = fine_tuning(
         encoder,
         data,
