@@ -21,7 +21,7 @@ COMPUTING_IN_BOTH = {
     "batch_size", "clip_grad_norm", "clip_model_name", "compile", "cosine", "dataset", "decode", "ema_decay",
     "encode_precision",
     "mask_duplicate_targets", "num_epochs", "precision", "save_best", "save_training", "script", "seed",
-    "target_ratio", "transform", "validation_frequency", "warmup_steps",
+    "target_ratio", "transform", "validation_frequency", "verify", "warmup_steps",
 }  # fmt: skip
 
 
