@@ -139,7 +139,6 @@ def test_combiners_on_clips_that_do_not_tell_their_training_are_apart(result, co
     assert "±" not in compared(*files)
 
 
-
 def test_seeds_measured_on_other_images_are_no_mean(result, compared):
     files = [result("a", seed=0), result("b", seed=1, images_sha256={"dress": "other"})]
     assert "the seeds of a have different image files: no fair mean" in compared(*files)

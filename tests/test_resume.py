@@ -359,7 +359,6 @@ def test_annotations_that_changed(stopped, own_drawn, refuses):
     assert "the annotations are others than when the run was started" in refuses(run)
 
 
-
 def test_a_run_of_an_earlier_version_lacks_later_flags(stopped, resume, refuses):
     """They have their defaults; another value would contradict how the run began."""
     run = stopped(3, "CIRR")

@@ -11,8 +11,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, features
 
-from runtime.files import Identity
-from runtime.image_files import DECODING_ERRORS, decoded
+from runtime.files import Identity, stamp
+from runtime.image_files import DECODING_ERRORS, decoded, has_more_bits
 from utils import UserError
 
 try:
@@ -53,8 +53,11 @@ class FoundImages:
     skipped: Counter[str] = field(default_factory=Counter)
 
 
-def find_images(folders: Sequence[Path]) -> FoundImages:
+def find_images(folders: Sequence[Path], told_by: str = "time") -> FoundImages:
     """All image files below some folders; links are followed, hidden folders are left alone.
+
+    Args:
+        told_by: how a changed image is told, see `runtime.files.stamp`.
 
     Raises:
         UserError: a folder is none or cannot be read, or there is no image.
@@ -69,7 +72,7 @@ def find_images(folders: Sequence[Path]) -> FoundImages:
                 found.skipped[kind] += 1
             elif kind in KINDS:
                 try:
-                    files.add(_identity(file))
+                    files.add(_identity(file, told_by))
                 except ValueError as error:
                     found.left_out[ascii(file)[1:-1]] = str(error)
     if not files:
@@ -110,7 +113,7 @@ def _files(folder: Path) -> Iterator[str]:
         yield from (f"{place}{os.sep}{name}" for name in names)
 
 
-def _identity(file: str) -> Identity:
+def _identity(file: str, told_by: str) -> Identity:
     """What a file is, its links followed.
 
     Raises:
@@ -128,7 +131,10 @@ def _identity(file: str) -> Identity:
         raise ValueError("a link that leads nowhere") from None
     if not stat.S_ISREG(there.st_mode):
         raise ValueError("a link that leads nowhere")
-    return file, there.st_size, there.st_mtime_ns
+    try:
+        return file, there.st_size, stamp(file, there, told_by)
+    except OSError as error:
+        raise ValueError(f"it cannot be read ({error.strerror})") from None
 
 
 def opened(file: Path | BinaryIO, side: int | None = None) -> Image.Image:
@@ -152,8 +158,7 @@ def opened(file: Path | BinaryIO, side: int | None = None) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """An image of more than 8 bits scaled to 8; Pillow's own conversion would make it white."""
-    has_more_bits = image.mode in ("I", "F") or image.mode.startswith("I;16")
-    if not has_more_bits:
+    if not has_more_bits(image):
         return image
     values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     largest = max(values.max(), 0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from image_search.image_index import encoder_key, open_index
 from image_search.manifest import as_made
 from image_search.photos import opened
-from image_search.stores import FAISS, Hit, ImageIndex
+from image_search.stores import FAISS, TIME, Hit, ImageIndex
 from models.pair import Pair, load_pair
 from runtime.files import file_identities, file_size
 from settings.groups import PairChoice
@@ -113,7 +113,8 @@ class Searcher:
         """
         row = self.index.row(str(image.resolve()))
         if file_size(image) is not None:
-            if row is None or self.index.file(row) != file_identities([image])[0]:
+            told_by = self.index.about.get("told_by", TIME)
+            if row is None or self.index.file(row) != file_identities([image], told_by)[0]:
                 return self.pair.encoder.images([image])
         elif row is None:
             raise UserError(f"there is no image {image}: name another")

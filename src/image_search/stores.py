@@ -12,6 +12,7 @@ from runtime.files import Identity
 from utils import UserError
 
 FAISS = "faiss"
+TIME = "time"  # how images are told where nothing else is said, see `runtime.files.stamp`
 # Kinds of vectors by the beginning of a store's address.
 KINDS_OF = {FAISS: INDEX_KINDS, "milvus": MILVUS_KINDS}
 
@@ -100,24 +101,32 @@ class Keeping:
         kind: of the vectors.
         on_disk: whether FAISS leaves its lists in a file.
         typed: whether a flag names the store, not the index alone.
+        told_by: how a changed image is told, see `runtime.files.stamp`.
     """
 
     store: str = FAISS
     kind: str = "flat"
     on_disk: bool = False
     typed: bool = False
+    told_by: str = TIME
 
 
 def chosen_keeping(
-    earlier: dict[str, Any], store: str | None, kind: str | None, on_disk: bool | None
+    earlier: dict[str, Any],
+    store: str | None,
+    kind: str | None,
+    on_disk: bool | None,
+    *,
+    verify: bool = False,
 ) -> Keeping:
     """How an index is to be kept: as flags say, and where they are silent as it was.
 
     Args:
         earlier: its manifest, empty for a new one.
+        verify: tell changed images by all of their bytes.
 
     Raises:
-        UserError: it lives elsewhere already, or the store has no such kind.
+        UserError: it lives elsewhere already, or the store has no such kind or knows nothing of content.
     """
     lives = earlier.get("store", FAISS if earlier else store or FAISS)
     if store not in (None, lives):
@@ -132,4 +141,21 @@ def chosen_keeping(
         on_disk = kind == "ivfpq" and "lists" in earlier
     if on_disk and kind != "ivfpq":
         raise UserError(f"--on-disk is for --index-type ivfpq, not for {kind}: leave one out")
-    return Keeping(store=lives, kind=kind, on_disk=on_disk, typed=store is not None)
+    if verify and lives != FAISS:
+        raise UserError(
+            f"--verify: --store {lives} tells changed images by size and time alone: leave it out"
+        )
+    return Keeping(
+        store=lives,
+        kind=kind,
+        on_disk=on_disk,
+        typed=store is not None,
+        told_by=_told_by(earlier, lives, verify),
+    )
+
+
+def _told_by(earlier: dict[str, Any], lives: str, verify: bool) -> str:
+    """How an index tells changed images: in Milvus by size and time alone."""
+    if verify:
+        return "content"
+    return TIME if lives != FAISS else earlier.get("told_by", "sample")

@@ -48,6 +48,11 @@ def decoded(
         raise OSError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
+def has_more_bits(image: Image.Image) -> bool:
+    """Whether an image has more than 8 bits a channel, of which Pillow's conversion to RGB makes white above 255."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
 def jpeg(image: Image.Image, side: int, quality: int = 80) -> bytes:
     """A JPEG of an image, at most `side` pixels wide and high."""
     copy = image.convert("RGB")
