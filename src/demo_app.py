@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = {"fastapi": "FastAPI", "uvicorn": "uvicorn", "python_multipart": "python-multipart"}
+PACKAGES = {"fastapi": "FastAPI", "uvicorn": "uvicorn"}
 GRACE = 1  # seconds that answers may still take when the page ends
 LONGEST_END = 5  # seconds; a container is killed after ten
 LOOKED_EVERY = 0.2  # seconds, for a signal
@@ -76,7 +76,13 @@ def check_packages() -> None:
 
 @contextlib.contextmanager
 def application(
-    searcher: "Searcher", k: int, *, host: str, names: list[str], documented: bool
+    searcher: "Searcher",
+    k: int,
+    *,
+    host: str,
+    names: list[str],
+    documented: bool,
+    seconds: float = 10,
 ) -> "Iterator[Guard]":
     """The page and its answers, for as long as the context lasts.
 
@@ -85,13 +91,17 @@ def application(
         host: the address that is served.
         names: further names of the page.
         documented: whether it explains itself to programs.
+        seconds: that decoding an image may take.
     """
     from image_search.batching import Together
     from image_search.guard import Guard, Hosts
     from image_search.http_api import Service, build
 
-    with contextlib.closing(Together(searcher.answer)) as together:
-        yield Guard(build(Service(searcher, k, together), documented), Hosts(host, names))
+    with (
+        contextlib.closing(Together(searcher.answer)) as together,
+        contextlib.closing(Service(searcher, k, together, seconds=seconds)) as service,
+    ):
+        yield Guard(build(service, documented), Hosts(host, names))
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
@@ -108,12 +118,19 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def served(app: "Guard", bound: socket.socket) -> Iterator[threading.Thread]:
-    """Serve in a thread, which listens when the context begins and has answered when it ends."""
+def served(app: "Guard", bound: socket.socket, seconds: float = 30) -> Iterator[threading.Thread]:
+    """Serve in a thread, which listens when the context begins and has answered when it ends.
+
+    Args:
+        seconds: that a request may take to arrive.
+    """
     import uvicorn
+
+    from image_search.connections import protocol
 
     config = uvicorn.Config(
         app,
+        http=protocol(seconds),
         log_level="warning",
         access_log=False,
         ws="none",

@@ -13,7 +13,7 @@ from torch import Tensor
 from image_search.image_index import encoder_key, open_index
 from image_search.manifest import as_made
 from image_search.photos import opened
-from image_search.stores import FAISS, Hit, ImageIndex
+from image_search.stores import FAISS, Hit, ImageIndex, QuestionError
 from models.pair import Pair, load_pair
 from runtime.choices import PairChoice
 from runtime.files import file_identities, file_size
@@ -111,10 +111,15 @@ class Searcher:
 
         They come from the index if it holds the file as it is now, or if the file is gone.
         """
+        features = self.kept_features(image)
+        return self.pair.encoder.images([image]) if features is None else features
+
+    def kept_features(self, image: Path) -> Tensor | None:
+        """The same from the index alone, None where the file has to be read."""
         row = self.index.row(str(image.resolve()))
         if file_size(image) is not None:
             if row is None or self.index.file(row) != file_identities([image])[0]:
-                return self.pair.encoder.images([image])
+                return None
         elif row is None:
             raise UserError(f"there is no image {image}: name another")
         features = self.index.features_of(row)
@@ -136,7 +141,7 @@ class Searcher:
         """What each question finds. All texts and all images are encoded together.
 
         Raises:
-            UserError: one of the questions cannot be asked, see `check`.
+            QuestionError: one of the questions cannot be asked, see `check`.
         """
         for question in questions:
             self.check(question)
@@ -171,14 +176,14 @@ class Searcher:
         return found
 
     def check(self, question: Question) -> None:
-        """Raise UserError where a question has no text, no image, or too long a text."""
+        """Raise QuestionError where a question has no text, no image, or too long a text."""
         text = question.text.strip()
         if question.image is None and question.mix != 1:
-            raise UserError("there is no reference yet: choose an image or upload one")
+            raise QuestionError("there is no reference yet: choose an image or upload one")
         if not text and question.mix != 0:
-            raise UserError("the text is empty: say what to change")
+            raise QuestionError("the text is empty: say what to change")
         if len(text) > MOST_CHARACTERS:
-            raise UserError(
+            raise QuestionError(
                 f"the text has {len(text):,} characters: say it in {MOST_CHARACTERS:,} at most"
             )
 

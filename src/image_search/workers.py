@@ -255,7 +255,7 @@ def source_of_workers(modules: Sequence[str]) -> Source:
 
 
 async def in_thread(function: Callable[..., Made], *arguments: Any) -> Made:
-    """What a function returns that may wait for long. It does so in a thread that the end of the page does not wait for."""
+    """What a function returns that may wait for long, in a thread that the end of the page does not wait for."""
     future: Future[Made] = Future()
     future.set_running_or_notify_cancel()
 

@@ -1,0 +1,97 @@
+"""Connections to the page: so many of a visitor, closed when a request does not arrive or an answer is not taken."""
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from image_search.guard import MOST_SECONDS, visitor_of
+
+MOST_CONNECTIONS = 256  # of a visitor; of all together twice as many
+ARRIVING = (h11.IDLE, h11.SEND_BODY)  # states of a sender whose request is not there yet
+
+
+class Connection(H11Protocol):
+    """A connection over HTTP/1.1.
+
+    The head of a request has so many seconds to arrive, and then its body, whether the page reads that or not. An
+    answer has as many from when the visitor stops taking it. What is idle between two requests is closed by uvicorn.
+
+    Args:
+        seconds: for each of them.
+        connected: how many connections each visitor has, which all connections share.
+        most: connections of a visitor.
+    """
+
+    def __init__(
+        self, *args: Any, seconds: float, connected: Counter[str], most: int, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._seconds = seconds
+        self._connected = connected
+        self._most = most
+        self._visitor = ""
+        self._arrival: asyncio.TimerHandle | None = None
+        self._taking: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for a request, if the visitor has not too many connections."""
+        super().connection_made(transport)
+        self._visitor = visitor_of({"client": self.client})
+        self._connected[self._visitor] += 1
+        if self._connected[self._visitor] > self._most or self._connected.total() > 2 * self._most:
+            transport.abort()
+            return
+        self._arrival = self._closing(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._connected[self._visitor] -= 1
+        if not self._connected[self._visitor]:
+            del self._connected[self._visitor]
+        self._arrival = cancelled(self._arrival)
+        self._taking = cancelled(self._taking)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Take a part of a request."""
+        if self._arrival is None:
+            self._arrival = self._closing(self.transport)
+        had_head = self.conn.their_state is h11.SEND_BODY
+        super().data_received(data)
+        if self.conn.their_state not in ARRIVING:
+            self._arrival = cancelled(self._arrival)
+        elif self.conn.their_state is h11.SEND_BODY and not had_head:
+            cancelled(self._arrival)
+            self._arrival = self._closing(self.transport, 1)  # after the answer that it is too slow
+
+    def pause_writing(self) -> None:
+        """Begin to wait for the visitor to take more of an answer."""
+        super().pause_writing()
+        self._taking = self._closing(self.transport)
+
+    def resume_writing(self) -> None:
+        """Write on."""
+        super().resume_writing()
+        self._taking = cancelled(self._taking)
+
+    def _closing(self, transport: asyncio.Transport, later: float = 0) -> asyncio.TimerHandle:
+        return self.loop.call_later(self._seconds + later, transport.abort)
+
+
+def cancelled(timer: asyncio.TimerHandle | None) -> None:
+    """Stop a timer, if there is one. Returns None, for what holds it."""
+    if timer is not None:
+        timer.cancel()
+
+
+def protocol(seconds: float = MOST_SECONDS, most: int = MOST_CONNECTIONS) -> Any:
+    """What uvicorn makes a connection of, see `Connection`."""
+    connected: Counter[str] = Counter()
+
+    def made(*args: Any, **kwargs: Any) -> Connection:
+        return Connection(*args, seconds=seconds, connected=connected, most=most, **kwargs)
+
+    return made
