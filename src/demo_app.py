@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 
 PACKAGES = {"fastapi": "FastAPI", "uvicorn": "uvicorn"}
 GRACE = 1  # seconds that answers may still take when the page ends
-LONGEST_END = 5  # seconds; a container is killed after ten
+LONGEST_END = 5  # seconds for that
+LAST_SECONDS = 8  # until the page ends whatever is under way; a container is killed after ten
 LOOKED_EVERY = 0.2  # seconds, for a signal
 
 
@@ -152,6 +153,13 @@ def served(app: "Guard", bound: socket.socket, seconds: float = 30) -> Iterator[
         thread.join(LONGEST_END)
 
 
+def end_within(seconds: float, code: int) -> None:
+    """End this process after so many seconds, if it is still there by then. Threads may wait for a store for longer."""
+    last = threading.Timer(seconds, os._exit, [code])
+    last.daemon = True
+    last.start()
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     """Serve the page until it is stopped."""
@@ -178,6 +186,8 @@ def main(argv: list[str] | None = None) -> None:
             logger.info("for programs: http://%s:%d/docs", shown_host, args.port)
         while server.is_alive() and not stop.requested:
             server.join(LOOKED_EVERY)
+        if stop.requested:
+            end_within(LAST_SECONDS, 130 if stop.requested == "SIGINT" else 0)
     if stop.requested == "SIGINT":
         raise KeyboardInterrupt
     if not stop.requested:

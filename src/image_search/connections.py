@@ -51,8 +51,9 @@ class Connection(H11Protocol):
         self._connected[self._visitor] -= 1
         if not self._connected[self._visitor]:
             del self._connected[self._visitor]
-        self._arrival = cancelled(self._arrival)
-        self._taking = cancelled(self._taking)
+        for timer in (self._arrival, self._taking):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -61,11 +62,13 @@ class Connection(H11Protocol):
             self._arrival = self._closing(self.transport)
         had_head = self.conn.their_state is h11.SEND_BODY
         super().data_received(data)
-        if self.conn.their_state not in ARRIVING:
-            self._arrival = cancelled(self._arrival)
-        elif self.conn.their_state is h11.SEND_BODY and not had_head:
-            cancelled(self._arrival)
-            self._arrival = self._closing(self.transport, 1)  # after the answer that it is too slow
+        has_head = self.conn.their_state is h11.SEND_BODY
+        if self.conn.their_state not in ARRIVING or (has_head and not had_head):
+            self._arrival.cancel()
+            self._arrival = None
+        if has_head and not had_head:
+            # The page itself says that a body is too slow, and then this is the end.
+            self._arrival = self._closing(self.transport, 1)
 
     def pause_writing(self) -> None:
         """Begin to wait for the visitor to take more of an answer."""
@@ -75,16 +78,11 @@ class Connection(H11Protocol):
     def resume_writing(self) -> None:
         """Write on."""
         super().resume_writing()
-        self._taking = cancelled(self._taking)
+        if self._taking is not None:
+            self._taking.cancel()
 
     def _closing(self, transport: asyncio.Transport, later: float = 0) -> asyncio.TimerHandle:
         return self.loop.call_later(self._seconds + later, transport.abort)
-
-
-def cancelled(timer: asyncio.TimerHandle | None) -> None:
-    """Stop a timer, if there is one. Returns None, for what holds it."""
-    if timer is not None:
-        timer.cancel()
 
 
 def protocol(seconds: float = MOST_SECONDS, most: int = MOST_CONNECTIONS) -> Any:

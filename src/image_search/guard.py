@@ -271,7 +271,7 @@ async def left(receive: Receive) -> None:
         await asyncio.sleep(0)
 
 
-def received(body: bytes, leaving: Awaitable[None]) -> Receive:
+def received(body: bytes, leaving: "asyncio.Future[None]") -> Receive:
     """What receives a body that was read, and then that its sender has left."""
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 

@@ -233,17 +233,19 @@ class Service:
     ) -> Response:
         """A JPEG of an image of the index."""
         file = await in_thread(self._file, row)
-        picture = self.thumbnails.get((file, size))
-        if picture is None:
-            visitor = visitor_of(request.scope)
-            try:
-                picture, is_there = await self.photos.run(visitor, thumbnail, file, size)
-            except Overrun:
-                raise HTTPException(
-                    HTTPStatus.SERVICE_UNAVAILABLE, "this image takes too long: try another"
-                ) from None
-            if is_there:
-                self.thumbnails.keep((file, size), picture)
+        kept = self.thumbnails.get((file, size))
+        if kept is not None:
+            return jpeg_response(kept, age=600)
+        try:
+            picture, is_there = await self.photos.run(
+                visitor_of(request.scope), thumbnail, file, size
+            )
+        except Overrun:
+            raise HTTPException(
+                HTTPStatus.SERVICE_UNAVAILABLE, "this image takes too long: try another"
+            ) from None
+        if is_there:
+            self.thumbnails.keep((file, size), picture)
         return jpeg_response(picture, age=600)
 
     @in_time
@@ -407,7 +409,7 @@ def add_errors(app: FastAPI) -> None:
     app.add_exception_handler(Exception, fault)
 
 
-def page_file(name: str, kind: str) -> Callable[[], Response]:
+def page_file(name: str, kind: str) -> Callable[[], Awaitable[Response]]:
     """An address that answers with a file of the page."""
     content = (PAGE / name).read_bytes()
 

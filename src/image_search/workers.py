@@ -166,7 +166,7 @@ def fork_on_demand(descriptor: int, modules: Sequence[str]) -> None:
         signal.signal(number, signal.SIG_IGN)
     gc.collect()
     gc.freeze()  # what is not looked at stays shared
-    children = set()
+    children: set[int] = set()
     with contextlib.suppress(EOFError, OSError):
         while True:
             memory, niceness, ended = line.recv()
@@ -219,11 +219,12 @@ def work(line: Connection) -> None:
     """Do the jobs that come over a line. What the user can put right is an answer, any other error ends the worker."""
     while True:
         function, arguments = line.recv()
+        made = refused = None
         try:
-            outcome = function(*arguments), None
+            made = function(*arguments)
         except UserError as error:
-            outcome = None, error
-        line.send(outcome)
+            refused = error
+        line.send((made, refused))
 
 
 class Spawned:
