@@ -166,14 +166,19 @@ class Guard:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
+        sending = Sending(send)
         try:
             self._check(scope)
             if scope["method"] == "POST":
-                await self._posted(scope, receive, send)
+                await self._posted(scope, receive, sending)
             else:
-                await self._answered(scope, b"", receive, send=send)
+                await self._answered(scope, b"", receive, sending=sending)
         except Refusal as refusal:
             await answer(send, refusal.status, refusal.message)
+        except asyncio.CancelledError:
+            if sending.is_begun:
+                raise
+            await answer(send, HTTPStatus.SERVICE_UNAVAILABLE, "the page ends: try again later")
 
     def _check(self, scope: Scope) -> None:
         """Refuse what another page sends, and what asks for another host."""
@@ -193,7 +198,7 @@ class Guard:
         if not is_link and {"cross-site", "same-site"} & set(sites):
             raise Refusal(HTTPStatus.FORBIDDEN, "another page sent this request")
 
-    async def _posted(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _posted(self, scope: Scope, receive: Receive, sending: "Sending") -> None:
         """Let the application answer a request whose body has arrived, unless there are too many at once."""
         lengths = headers_of(scope, b"content-length")
         is_upload = not (lengths and lengths[0].isdecimal() and int(lengths[0]) <= FRAME)
@@ -211,27 +216,38 @@ class Guard:
                 body = await asyncio.wait_for(read(receive, MOST_BYTES + FRAME), MOST_SECONDS)
             except asyncio.TimeoutError:
                 raise Refusal(HTTPStatus.REQUEST_TIMEOUT, "the request came too slowly") from None
-            await self._answered(scope, body, receive, send=send)
+            await self._answered(scope, body, receive, sending=sending)
 
-    async def _answered(self, scope: Scope, body: bytes, receive: Receive, *, send: Send) -> None:
+    async def _answered(
+        self, scope: Scope, body: bytes, receive: Receive, *, sending: "Sending"
+    ) -> None:
         """Let the application answer for as long as somebody waits for that."""
-        is_sent = False
-
-        async def noted(message: MutableMapping[str, Any]) -> None:
-            nonlocal is_sent
-            await send(message)
-            is_sent = message["type"] == "http.response.body" and not message.get("more_body")
-
         leaving = asyncio.ensure_future(left(receive))
         request = received(body, leaving)
-        answering = asyncio.ensure_future(self.app(scope, request, with_headers(noted)))
+        answering = asyncio.ensure_future(self.app(scope, request, with_headers(sending)))
         try:
             await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if answering.done() or is_sent:
+            if answering.done() or sending.is_whole:
                 await answering
         finally:
             answering.cancel()
             leaving.cancel()
+
+
+class Sending:
+    """A `send` that knows how far an answer is."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.is_begun = False
+        self.is_whole = False
+
+    async def __call__(self, message: MutableMapping[str, Any]) -> None:
+        """Send a part of an answer."""
+        self.is_begun = True
+        await self._send(message)
+        is_body = message["type"] == "http.response.body"
+        self.is_whole = is_body and not message.get("more_body")
 
 
 def headers_of(scope: Scope, name: bytes) -> list[str]:

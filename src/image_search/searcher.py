@@ -1,6 +1,7 @@
 """Search an image index with a reference image and a sentence."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from runtime.files import file_identities, file_size
 from utils import UserError
 
 MOST_CHARACTERS = 2000  # of a text; many times what CLIP reads
+# The time of CLIP's tokenizer grows with the square of a word, which to it are letters or signs in a row.
+LONGEST_WORD = 100
+LONG_WORD = re.compile(rf"[^\W\d_]{{{LONGEST_WORD + 1}}}|[^\w\s]{{{LONGEST_WORD + 1}}}")
 PLACES = 1000  # among which a target's place is looked for
 
 
@@ -185,6 +189,10 @@ class Searcher:
         if len(text) > MOST_CHARACTERS:
             raise QuestionError(
                 f"the text has {len(text):,} characters: say it in {MOST_CHARACTERS:,} at most"
+            )
+        if LONG_WORD.search(text):
+            raise QuestionError(
+                f"a word of the text has more than {LONGEST_WORD} letters: part it by spaces"
             )
 
     def _references(self, questions: Sequence[Question]) -> Tensor:
