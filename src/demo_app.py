@@ -83,7 +83,6 @@ def application(
     host: str,
     names: list[str],
     documented: bool,
-    seconds: float = 10,
 ) -> "Iterator[Guard]":
     """The page and its answers, for as long as the context lasts.
 
@@ -92,7 +91,6 @@ def application(
         host: the address that is served.
         names: further names of the page.
         documented: whether it explains itself to programs.
-        seconds: that decoding an image may take.
     """
     from image_search.batching import Together
     from image_search.guard import Guard, Hosts
@@ -100,7 +98,7 @@ def application(
 
     with (
         contextlib.closing(Together(searcher.answer)) as together,
-        contextlib.closing(Service(searcher, k, together, seconds=seconds)) as service,
+        contextlib.closing(Service(searcher, k, together)) as service,
     ):
         yield Guard(build(service, documented), Hosts(host, names))
 
@@ -119,19 +117,22 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def served(app: "Guard", bound: socket.socket, seconds: float = 30) -> Iterator[threading.Thread]:
+def served(
+    app: "Guard", bound: socket.socket, seconds: float | None = None
+) -> Iterator[threading.Thread]:
     """Serve in a thread, which listens when the context begins and has answered when it ends.
 
     Args:
-        seconds: that a request may take to arrive.
+        seconds: that a request may take to arrive; None for those of an answer too.
     """
     import uvicorn
 
     from image_search.connections import protocol
+    from image_search.guard import MOST_SECONDS
 
     config = uvicorn.Config(
         app,
-        http=protocol(seconds),
+        http=protocol(MOST_SECONDS if seconds is None else seconds),
         log_level="warning",
         access_log=False,
         ws="none",

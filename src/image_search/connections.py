@@ -7,7 +7,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from image_search.guard import MOST_SECONDS, visitor_of
+from image_search.guard import visitor_of
 
 MOST_CONNECTIONS = 256  # of a visitor; of all together twice as many
 ARRIVING = (h11.IDLE, h11.SEND_BODY)  # states of a sender whose request is not there yet
@@ -85,8 +85,9 @@ class Connection(H11Protocol):
         return self.loop.call_later(self._seconds + later, transport.abort)
 
 
-def protocol(seconds: float = MOST_SECONDS, most: int = MOST_CONNECTIONS) -> Any:
+def protocol(seconds: float) -> Any:
     """What uvicorn makes a connection of, see `Connection`."""
+    most = MOST_CONNECTIONS
     connected: Counter[str] = Counter()
 
     def made(*args: Any, **kwargs: Any) -> Connection:
