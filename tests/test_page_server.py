@@ -884,7 +884,7 @@ def test_a_word_has_a_length(length, letters, served):
     """The time of a tokenizer grows with its square, in the thread that answers everybody."""
     text = letters * (length // 2) + letters[0] * (length % 2)
     assert "100 letters" in served.refuses_to_ask(row=1, text=f"is {text}")
-    assert rows(served.ask(row=1, text="是红色的" * 20 + "，" + letters * 50))
+    assert rows(served.ask(row=1, text="是红色的" * 20 + "， " + letters * 50))
 
 
 # What it tells of the machine

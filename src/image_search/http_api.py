@@ -290,7 +290,7 @@ class Service:
     async def _reference(self, request: Request, row: int) -> torch.Tensor:
         """Features (1, D) of an image of the index; where its file has changed, what a worker reads of that."""
         file = await in_thread(self._file, row)
-        features = await in_thread(self.searcher.kept_features, file)
+        features = await in_thread(self.searcher.kept_features, row, file)
         if features is not None:
             return features
         try:

@@ -115,17 +115,16 @@ class Searcher:
 
         They come from the index if it holds the file as it is now, or if the file is gone.
         """
-        features = self.kept_features(image)
+        row = self.index.row(str(image.resolve()))
+        if row is None and file_size(image) is None:
+            raise UserError(f"there is no image {image}: name another")
+        features = None if row is None else self.kept_features(row, image)
         return self.pair.encoder.images([image]) if features is None else features
 
-    def kept_features(self, image: Path) -> Tensor | None:
-        """The same from the index alone, None where the file has to be read."""
-        row = self.index.row(str(image.resolve()))
-        if file_size(image) is not None:
-            if row is None or self.index.file(row) != file_identities([image])[0]:
-                return None
-        elif row is None:
-            raise UserError(f"there is no image {image}: name another")
+    def kept_features(self, row: int, image: Path) -> Tensor | None:
+        """Those of a row from the index, None where its image file is there and is not what was encoded any more."""
+        if file_size(image) is not None and self.index.file(row) != file_identities([image])[0]:
+            return None
         features = self.index.features_of(row)
         return torch.from_numpy(features).to(self.pair.encoder.device)
 
