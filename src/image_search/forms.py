@@ -140,7 +140,7 @@ def _of_parts(body: bytes, boundary: str) -> Form:
 
 def _parts(body: bytes, delimiter: bytes) -> Iterator[tuple[bytes, bytes]]:
     """The head and the content of each part."""
-    pieces = (b"\r\n" + body).split(delimiter, MOST_FIELDS + 2)
+    pieces = (b"\r\n" + body).split(delimiter, MOST_FIELDS + 1)
     if not pieces[-1].startswith(b"--"):  # which closes a form
         raise QuestionError(
             f"{MALFORMED}, with at most {MOST_FIELDS} fields" if len(pieces) > 2 else MALFORMED
