@@ -829,6 +829,39 @@ def test_a_request_that_never_ends_is_closed(half, is_trickling, searcher):
         assert page.request("GET", "/health")[0] == 200
 
 
+CROWDS = {
+    "headers": b"A:b\r\n" * 11_000 + b"\r\n",
+    "bare lines": b"A:b\n" * 11_000 + b"\n",
+    "long header": b"A: " + b"b" * 200_000 + b"\r\n\r\n",
+    "chunks": b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\na\r\n" * 100_000,
+    "chunks at the end": b"Transfer-Encoding: gzip, chunked\r\n\r\n" + b"1\r\na\r\n" * 100_000,
+}
+
+
+@pytest.mark.parametrize("is_second", [False, True])
+@pytest.mark.parametrize("crowd", CROWDS)
+def test_what_arrives_in_many_pieces_is_refused_before_they_are_taken(crowd, is_second, served):
+    """Each takes its time of the loop that answers everybody, so that a hundred kilobytes took seconds."""
+    first = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" if is_second else b""
+    with contextlib.ExitStack() as links:
+        link = served.link(links)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            link.sendall(first + b"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\n" + CROWDS[crowd])
+        heard = b""
+        with contextlib.suppress(ConnectionResetError):
+            while more := link.recv(2**16):
+                heard += more
+        # Where more is on its way, what is said may be lost.
+        said = re.findall(rb"HTTP/1.1 (\d+)", heard)
+        assert said in ([], [b"200"], [b"400"], [b"200", b"400"])
+        assert (b"200" in said) <= is_second
+    assert served.request("GET", "/health")[0] == 200
+
+
+def test_a_query_has_few_fields(served):
+    assert "fields" in served.refuses("GET", "/some?" + "a&" * 2000)
+
+
 def test_an_answer_that_nobody_takes_is_closed(searcher):
     with Within(searcher, arriving=0.3) as page, contextlib.ExitStack() as links:
         link = page.link(links)

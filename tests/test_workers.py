@@ -183,7 +183,7 @@ def test_closing_is_not_held_up_by_a_template_that_loads():
     source = Template(["torch"])
 
     async def run() -> None:
-        start = asyncio.create_task(in_thread(source.worker, MUCH, 0))
+        start = asyncio.create_task(in_thread(source.worker, MUCH))
         while source._process is None:
             await asyncio.sleep(0.01)
         start.cancel()

@@ -10,7 +10,30 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from image_search.guard import visitor_of
 
 MOST_CONNECTIONS = 256  # of a visitor; of all together twice as many
+LONGEST_HEAD = 2**15  # bytes of a request's line and headers; a link holds a text, percent-encoded
+MOST_LINES = 100  # of them
 ARRIVING = (h11.IDLE, h11.SEND_BODY)  # states of a sender whose request is not there yet
+
+
+class Requests(h11.Connection):
+    """What a visitor sends, as events of h11, which has no limits of its own for what arrives at once."""
+
+    def next_event(self) -> Any:
+        """The next event. Raises RemoteProtocolError at a head of many lines or bytes, and at a body in chunks.
+
+        Each line and each chunk takes its time, however small it is; a body whose length is said is one piece.
+        """
+        if self.their_state is h11.IDLE:
+            received, _ = self.trailing_data
+            ends = [received.find(blank) for blank in (b"\n\r\n", b"\n\n")]
+            length = min((end for end in ends if end >= 0), default=len(received))
+            if length > LONGEST_HEAD or received.count(b"\n", 0, length) > MOST_LINES:
+                raise h11.RemoteProtocolError("the head is too large", 431)
+        event = super().next_event()
+        headers = event.headers if isinstance(event, h11.Request) else []
+        if any(name == b"transfer-encoding" for name, _ in headers):
+            raise h11.RemoteProtocolError("the length of the body is not said", 411)
+        return event
 
 
 class Connection(H11Protocol):
@@ -29,6 +52,7 @@ class Connection(H11Protocol):
         self, *args: Any, seconds: float, connected: Counter[str], most: int, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.conn = Requests(h11.SERVER)
         self._seconds = seconds
         self._connected = connected
         self._most = most

@@ -17,6 +17,7 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
+from image_search.forms import MOST_FIELDS
 from image_search.uploads import MOST_BYTES
 
 LOCAL = {"localhost", "127.0.0.1", "::1"}
@@ -192,6 +193,8 @@ class Guard:
         for origin in headers_of(scope, b"origin"):
             if not self.hosts.is_own_origin(origin, hosts[0]):
                 raise Refusal(HTTPStatus.FORBIDDEN, "another page sent this request")
+        if scope.get("query_string", b"").count(b"&") >= MOST_FIELDS:
+            raise Refusal(HTTPStatus.BAD_REQUEST, f"more than {MOST_FIELDS} fields: send fewer")
         # Images and scripts are asked for without an origin. A link that leads here may be anybody's.
         sites = headers_of(scope, b"sec-fetch-site")
         is_link = headers_of(scope, b"sec-fetch-mode") == ["navigate"]

@@ -42,7 +42,7 @@ MOST_ANSWERS = 100
 MOST_SHOWN = 100  # images to choose from
 LARGEST_ROW = 2**63 - 1
 # Workers, of which one visitor has half. An upload has few pixels, an image of the index what Pillow decodes at most.
-UPLOADS = {"workers": 4, "memory": 2**30, "niceness": 10}
+UPLOADS = {"workers": 4, "memory": 2**30}
 PHOTOS = {"workers": 8, "memory": 2**31}
 LOADED = ("data_utils", "image_search.thumbnails", "image_search.uploads")  # in workers
 TITLE = "Composed image retrieval"
@@ -232,7 +232,7 @@ class Service:
         self, request: Request, row: int, size: Literal["small", "large"] = "small"
     ) -> Response:
         """A JPEG of an image of the index."""
-        file = await in_thread(self._file, row)
+        file = await self._from_index(self._file, row)
         kept = self.thumbnails.get((file, size))
         if kept is not None:
             return jpeg_response(kept, age=600)
@@ -251,12 +251,12 @@ class Service:
     @in_time
     async def photo(self, row: int) -> Photo:
         """The name of an image of the index."""
-        return await in_thread(self._photo, row)
+        return await self._from_index(self._photo, row)
 
     @in_time
     async def some(self, count: int = Query(40, ge=1, le=MOST_SHOWN)) -> list[Photo]:
         """Images of the index, at random."""
-        return await in_thread(self._some, count)
+        return await self._from_index(self._some, count)
 
     async def health(self) -> Health:
         """That the server answers, and what it is."""
@@ -289,8 +289,7 @@ class Service:
 
     async def _reference(self, request: Request, row: int) -> torch.Tensor:
         """Features (1, D) of an image of the index; where its file has changed, what a worker reads of that."""
-        file = await in_thread(self._file, row)
-        features = await in_thread(self.searcher.kept_features, row, file)
+        file, features = await in_thread(self._kept, row)
         if features is not None:
             return features
         try:
@@ -300,6 +299,16 @@ class Service:
                 "this image has changed and cannot be decoded any more: choose another"
             ) from None
         return torch.from_numpy(pixels)
+
+    async def _from_index(self, look_up: Callable[..., Made], *about: int) -> Made:
+        """What is looked up in the index, which is in memory, or in a store that may take its time."""
+        if self.searcher.knows_conditions:
+            return await in_thread(look_up, *about)
+        return look_up(*about)
+
+    def _kept(self, row: int) -> tuple[Path, torch.Tensor | None]:
+        file = self._file(row)
+        return file, self.searcher.kept_features(row, file)
 
     def _file(self, row: int) -> Path:
         file = self.searcher.image(row) if row <= LARGEST_ROW else None

@@ -77,12 +77,11 @@ class Worker:
 class Source(Protocol):
     """Where workers come from."""
 
-    def worker(self, memory: int, niceness: int) -> Worker:
+    def worker(self, memory: int) -> Worker:
         """A new worker; this may wait for packages to be loaded.
 
         Args:
             memory: bytes that it may have beyond what it starts with.
-            niceness: how far it stands back where cores are scarce.
         """
 
     def close(self) -> None:
@@ -99,7 +98,7 @@ class Template:
         self._ended: list[int] = []
         self._is_closed = False
 
-    def worker(self, memory: int, niceness: int) -> Worker:
+    def worker(self, memory: int) -> Worker:
         """A new worker; the first one waits until the modules are loaded. See `Source`."""
         with self._lock:
             if self._is_closed:
@@ -110,7 +109,7 @@ class Template:
             # process can have its number.
             ended = self._ended[:]
             del self._ended[: len(ended)]
-            self._line.send((memory, niceness, ended))
+            self._line.send((memory, ended))
             if not self._line.poll(LOADING):
                 raise RuntimeError("the processes that decode images do not start")
             pid = self._line.recv()
@@ -169,7 +168,7 @@ def fork_on_demand(descriptor: int, modules: Sequence[str]) -> None:
     children: set[int] = set()
     with contextlib.suppress(EOFError, OSError):
         while True:
-            memory, niceness, ended = line.recv()
+            memory, ended = line.recv()
             for pid in ended:
                 os.waitpid(pid, 0)
                 children.remove(pid)
@@ -178,7 +177,7 @@ def fork_on_demand(descriptor: int, modules: Sequence[str]) -> None:
             if pid == 0:
                 line.close()
                 theirs.close()
-                _be_a_worker(mine, memory, niceness)
+                _be_a_worker(mine, memory)
             children.add(pid)
             mine.close()
             line.send(pid)
@@ -188,11 +187,10 @@ def fork_on_demand(descriptor: int, modules: Sequence[str]) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _be_a_worker(line: Connection, memory: int, niceness: int) -> None:
+def _be_a_worker(line: Connection, memory: int) -> None:
     """Do jobs and end this process, with a traceback where a job has a fault."""
     try:
         interruption.heed_parent_alone()
-        os.nice(niceness)
         _limit(memory)
         work(line)
     except (EOFError, OSError, MemoryError):
@@ -233,7 +231,7 @@ class Spawned:
     def __init__(self) -> None:
         self._processes: list[Any] = []
 
-    def worker(self, memory: int, niceness: int) -> Worker:
+    def worker(self, memory: int) -> Worker:
         """A new worker, see `Source`."""
         mine, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("spawn").Process(
@@ -280,7 +278,6 @@ class Pool:
         workers: at most.
         seconds: of a job, from when a worker has it.
         memory: bytes of a worker, beyond those that it starts with.
-        niceness: see `Source`.
     """
 
     def __init__(
@@ -290,13 +287,11 @@ class Pool:
         workers: int,
         seconds: float = SECONDS,
         memory: int,
-        niceness: int = 0,
     ) -> None:
         self._source = source
         self.workers = workers
         self.seconds = seconds
         self.memory = memory
-        self.niceness = niceness
         self._idle: list[Worker] = []
         self._working: Counter[str] = Counter()
         self._waiting: list[tuple[str, asyncio.Future[None]]] = []
@@ -367,4 +362,4 @@ class Pool:
             await in_thread(self._start_worker)
 
     def _start_worker(self) -> None:
-        self._idle.append(self._source.worker(self.memory, self.niceness))
+        self._idle.append(self._source.worker(self.memory))
