@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from typing import Any
 
 from benchmarks import BENCHMARKS, CIRCO, PROTOCOLS
 from cli.parsers import InPlaceOf, ListModels
@@ -236,6 +237,6 @@ def pair_choice(args: argparse.Namespace) -> PairChoice:
     )
 
 
-def told_by(args: argparse.Namespace) -> str:
+def told_by(args: Any) -> str:
     """How caches tell a changed image, see `runtime.files.stamp`; by a sample where a script has no --verify."""
     return "content" if getattr(args, "verify", False) else "sample"

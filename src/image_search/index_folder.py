@@ -22,7 +22,7 @@ import torch
 
 from image_search import faiss_index, list_file
 from image_search.manifest import MANIFEST, REMEDY, read_manifest, write_manifest
-from image_search.stores import Counts, Hit, Keeping
+from image_search.stores import Counts, Hit, Keeping, QuestionError
 from models.encoder import check_lengths
 from runtime.files import (
     Identity,
@@ -90,7 +90,7 @@ class FaissImages:
     def search(self, queries: np.ndarray, k: int, condition: str = "") -> list[list[Hit]]:
         """The k nearest images of each normalised query (Q, D)."""
         if condition:
-            raise UserError(
+            raise QuestionError(
                 "an index in files knows no filter (--filter): leave it out, or make an index with --store milvus:..."
             )
         found = faiss_index.search(self.vectors, self.features, queries, k=k)

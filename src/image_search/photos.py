@@ -37,6 +37,8 @@ CAMERA_KINDS = {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
 OTHER_KINDS = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", *CAMERA_KINDS} - KINDS
 WHITES = (1, 255, 65_535)  # possible values of white in images of more than 8 bits
 
+ROWS = 256  # of an image of more than 8 bits that are scaled at once
+
 
 @dataclass
 class FoundImages:
@@ -130,7 +132,7 @@ def _identity(file: str, told_by: str) -> Identity:
     except OSError:
         raise ValueError("a link that leads nowhere") from None
     if not stat.S_ISREG(there.st_mode):
-        raise ValueError("a link that leads nowhere")
+        raise ValueError("a pipe, a device or a socket, not a file")
     try:
         return file, there.st_size, stamp(file, there, told_by)
     except OSError as error:
@@ -160,11 +162,21 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """An image of more than 8 bits scaled to 8; Pillow's own conversion would make it white."""
     if not has_more_bits(image):
         return image
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    largest = max(values.max(), 0)
+    values = np.asarray(image)
+    # A part at a time: as float64 a large image has a gigabyte.
+    parts = [slice(top, top + ROWS) for top in range(0, image.height, ROWS)]
+    largest = max(_finite(values[part]).max() for part in parts)
+    largest = max(largest, 0)
     white = next((value for value in WHITES if largest <= value), largest)
-    scaled = values.clip(0) * 255 / white
-    return Image.fromarray(scaled.round().astype(np.uint8))
+    eight = np.empty(values.shape, np.uint8)
+    for part in parts:
+        scaled = _finite(values[part]).clip(0) * 255 / white
+        eight[part] = scaled.round()
+    return Image.fromarray(eight)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(values.astype(np.float64))
 
 
 def small_image(file: Path | BinaryIO, side: int) -> Image.Image:

@@ -9,12 +9,26 @@ import numpy as np
 
 from runtime.choices import INDEX_KINDS, MILVUS_KINDS
 from runtime.files import Identity
-from utils import UserError
+from utils import UserError, printable
 
 FAISS = "faiss"
 TIME = "time"  # how images are told where nothing else is said, see `runtime.files.stamp`
 # Kinds of vectors by the beginning of a store's address.
 KINDS_OF = {FAISS: INDEX_KINDS, "milvus": MILVUS_KINDS}
+
+
+class QuestionError(UserError):
+    """A question that cannot be asked, or an image that cannot be asked with: its sender can put that right.
+
+    The page tells it to visitors. Any other UserError is for who runs the page, since it names files and addresses.
+
+    Attributes:
+        told: what visitors are told, which names nothing of the machine.
+    """
+
+    def __init__(self, message: object, told: str | None = None) -> None:
+        super().__init__(message)
+        self.told = printable(message if told is None else told)
 
 
 class Hit(NamedTuple):
@@ -60,7 +74,8 @@ class ImageIndex(Protocol):
             condition: what images have to be, in the store's own language.
 
         Raises:
-            UserError: the condition is none, or the store cannot be asked.
+            QuestionError: the condition is none.
+            UserError: the store cannot be asked.
         """
 
 
