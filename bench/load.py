@@ -147,8 +147,11 @@ def serve(how: str, flags: list[str]) -> None:
     searcher = load_searcher(args.index, options.pair_choice(args), pick_device(args.device))
     most, wait = SERVERS[how]
     bound = demo_app.bound_socket("127.0.0.1", 0)
-    with contextlib.closing(Together(searcher.answer, most, wait)) as together:
-        app = Guard(build(Service(searcher, args.k, together), False), Hosts("127.0.0.1"))
+    with (
+        contextlib.closing(Together(searcher.answer, most, wait)) as together,
+        contextlib.closing(Service(searcher, args.k, together)) as service,
+    ):
+        app = Guard(build(service, False), Hosts("127.0.0.1"))
         with demo_app.served(app, bound):
             print(bound.getsockname()[1], len(searcher), flush=True)
             sys.stdin.read()

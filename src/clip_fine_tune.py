@@ -53,6 +53,7 @@ def train(args: Stage1, benchmark: Benchmark, stop: StopRequest) -> None:
         batch_size=args.batch_size,
         seed=args.seed,
         micro_batch_size=args.micro_batch_size,
+        verify=args.verify,
     )
     encoder = load_clip_and_images(args, data, device, stop)
     settings = Settings(
@@ -60,7 +61,6 @@ def train(args: Stage1, benchmark: Benchmark, stop: StopRequest) -> None:
     )
     if args.resume:
         settings = started_with(args.resume, settings)
-
     task, measured = fine_tuning(
         encoder,
         data,

@@ -372,9 +372,18 @@ def combiner_settings(
     top_k = config.get("top_k", ORIGINAL_TOP_K)
     if top_k > num_experts:
         raise UserError(
-            f"{source}: top_k is {top_k}, but its weights have {num_experts} experts: name another"
+            f"{source}: top_k is {top_k}, but its weights have {num_experts} experts: name another, or --top-k"
         )
     return {"combiner_type": "moe", **sizes, "num_experts": num_experts, "top_k": top_k}
+
+
+def assumed_top_k(
+    state: Mapping[str, Tensor], config: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> dict[str, int]:
+    """k of a mixture, by its name, where neither its configuration nor a flag says it: `load_combiner` takes this."""
+    is_moe = any(name.startswith("moe_layer.") for name in state)
+    known = not is_moe or "top_k" in config or wanted.get("top_k") is not None
+    return {} if known else {"top_k": ORIGINAL_TOP_K}
 
 
 def load_combiner(
@@ -391,12 +400,14 @@ def load_combiner(
         state: its weights.
         config: see `combiner_settings`.
         path: the checkpoint's file, which errors name.
-        wanted: what flags say of it, None where they are silent.
+        wanted: what flags say of it, None where they are silent; its k holds where the configuration says none.
         clip_dim: feature length D of the CLIP beside it.
 
     Raises:
         UserError: a wanted value, or the CLIP, disagrees with the checkpoint; both values are named.
     """
+    if wanted.get("top_k") is not None:
+        config = {"top_k": wanted["top_k"], **config}
     settings = combiner_settings(state, config, path)
     for name, value in wanted.items():
         if value is not None and value != settings[name]:

@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import Benchmark
 from benchmarks.metrics import mean_and_deviation, shown
 from cli import training
-from models.configuration import Settings, read_checkpoint, settle, warn_of_transfer
+from cli.options import told_by
+from models.configuration import (
+    Settings,
+    assumed,
+    read_checkpoint,
+    say_assumed,
+    settle,
+    warn_of_transfer,
+)
 from reports.tables import text_table
 from runtime.files import write_text
 from runtime.interruption import StopRequest
@@ -71,9 +79,12 @@ def prepare(args: Stage2, benchmark: Benchmark, stop: StopRequest) -> Stage:
 
     device = training.start(args)
     tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
-    data = read_training_data(benchmark, batch_size=args.batch_size, seed=args.seed)
+    data = read_training_data(
+        benchmark, batch_size=args.batch_size, seed=args.seed, verify=args.verify
+    )
     warn_of_transfer(benchmark.name, [tuned])
     clip = settle(args, [tuned])
+    say_assumed(assumed(args, clip, [tuned]), [tuned])
     encoder = load_encoder(clip, tuned, device, workers=args.num_workers, batch_size=args.clip_bs)
     settings = Settings(
         flags=stored(args),
@@ -88,7 +99,11 @@ def prepare(args: Stage2, benchmark: Benchmark, stop: StopRequest) -> Stage:
     check_memory(combiner, device)
     if args.resume:
         settings = started_with(args.resume, settings)
-    cache = FeatureCache(args.feature_cache, dataclasses.replace(encoder, between=stop.check))
+    cache = FeatureCache(
+        args.feature_cache,
+        dataclasses.replace(encoder, between=stop.check),
+        told_by=told_by(args),
+    )
     return Stage(
         data=data,
         train=freeze(cache, data.train, data.texts, label=f"{benchmark.run_name}-train"),

@@ -35,9 +35,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = {"fastapi": "FastAPI", "uvicorn": "uvicorn", "python_multipart": "python-multipart"}
+PACKAGES = {"fastapi": "FastAPI", "uvicorn": "uvicorn"}
 GRACE = 1  # seconds that answers may still take when the page ends
-LONGEST_END = 5  # seconds; a container is killed after ten
+LONGEST_END = 5  # seconds for that
+LAST_SECONDS = 8  # until the page ends whatever is under way; a container is killed after ten
 LOOKED_EVERY = 0.2  # seconds, for a signal
 
 
@@ -78,7 +79,12 @@ def check_packages() -> None:
 
 @contextlib.contextmanager
 def application(
-    searcher: "Searcher", k: int, *, host: str, names: list[str], documented: bool
+    searcher: "Searcher",
+    k: int,
+    *,
+    host: str,
+    names: list[str],
+    documented: bool,
 ) -> "Iterator[Guard]":
     """The page and its answers, for as long as the context lasts.
 
@@ -92,8 +98,11 @@ def application(
     from image_search.guard import Guard, Hosts
     from image_search.http_api import Service, build
 
-    with contextlib.closing(Together(searcher.answer)) as together:
-        yield Guard(build(Service(searcher, k, together), documented), Hosts(host, names))
+    with (
+        contextlib.closing(Together(searcher.answer)) as together,
+        contextlib.closing(Service(searcher, k, together)) as service,
+    ):
+        yield Guard(build(service, documented), Hosts(host, names))
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
@@ -110,12 +119,22 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def served(app: "Guard", bound: socket.socket) -> Iterator[threading.Thread]:
-    """Serve in a thread, which listens when the context begins and has answered when it ends."""
+def served(
+    app: "Guard", bound: socket.socket, seconds: float | None = None
+) -> Iterator[threading.Thread]:
+    """Serve in a thread, which listens when the context begins and has answered when it ends.
+
+    Args:
+        seconds: that a request may take to arrive; None for those of an answer too.
+    """
     import uvicorn
+
+    from image_search.connections import protocol
+    from image_search.guard import MOST_SECONDS
 
     config = uvicorn.Config(
         app,
+        http=protocol(MOST_SECONDS if seconds is None else seconds),
         log_level="warning",
         access_log=False,
         ws="none",
@@ -135,6 +154,13 @@ def served(app: "Guard", bound: socket.socket) -> Iterator[threading.Thread]:
     finally:
         server.should_exit = True
         thread.join(LONGEST_END)
+
+
+def end_within(seconds: float, code: int) -> None:
+    """End this process after so many seconds, if it is still there by then. Threads may wait for a store for longer."""
+    last = threading.Timer(seconds, os._exit, [code])
+    last.daemon = True
+    last.start()
 
 
 @command
@@ -165,6 +191,8 @@ def main(argv: list[str] | None = None) -> None:
             logger.info("for programs: http://%s:%d/docs", shown_host, args.port)
         while server.is_alive() and not stop.requested:
             server.join(LOOKED_EVERY)
+        if stop.requested:
+            end_within(LAST_SECONDS, 130 if stop.requested == "SIGINT" else 0)
     if stop.requested == "SIGINT":
         raise KeyboardInterrupt
     if not stop.requested:

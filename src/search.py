@@ -73,6 +73,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--output", type=usable_path, required=True, metavar="INDEX", help="a folder for the index"
     )
     add_keeping(index)
+    options.add_verify(
+        index,
+        help="tell changed images by all of their bytes; an index that told them otherwise is encoded anew (default: "
+        "as it is; a new one by size, modification time and the first, middle and last 4 KiB, in Milvus by size and "
+        "time)",
+    )
     options.add_clip_batch_size(index, help="batch size of CLIP")
     query = commands.add_parser(
         "query",
@@ -139,9 +145,10 @@ def make_index(args: argparse.Namespace) -> None:
     check_writable({"--output": args.output})
     earlier = read_manifest(args.output) or {}
     folders = chosen_folders(earlier.get("folders", []), args.images, args.forget, args.output)
-    keeping = chosen_keeping(earlier, args.store, args.index_type, args.on_disk)
+    keeping = chosen_keeping(earlier, args.store, args.index_type, args.on_disk, verify=args.verify)
     # One process looks; the others are told what to encode.
-    images = find_images(folders) if torchrun.is_first() else FoundImages()
+    told_by = keeping.told_by
+    images = find_images(folders, told_by) if torchrun.is_first() else FoundImages()
     # Its CLIP alone is needed.
     named = PairChoice(
         combining_function="sum",

@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
+# Lengths of features from which a direction can be told: float32 loses the squares of shorter and of longer ones.
+SHORTEST = 1e-6
+LONGEST = 1e18
 DEBUG = "--debug"  # of every script: a fault is printed in full
 BROKEN_PIPE = 128 + 13  # what shells call a program that ended since nobody reads what it prints
 
@@ -38,6 +41,7 @@ REMEDIES = {
     errno.ENOMEM: "lower --batch-size or --num-workers, or use a machine with more memory",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "mend the link that leads back to itself",
+    errno.EBADF: "let stdout and stderr go where they can be written to",
 }
 OTHER_REMEDY = "see that it is there and can be used"
 # What is said, without an error number, where the same is refused -> how to put it right.
@@ -97,6 +101,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     def run(argv: list[str] | None = None) -> None:
         script = Path(main.__code__.co_filename).name
         words = sys.argv[1:] if argv is None else argv
+        open_closed_streams()
         speak_plainly()
         try:
             with all_printed():
@@ -112,7 +117,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         else:
             return
         if line:
-            print(f"{script}: {line}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # nobody can be told that it cannot be printed
+                print(f"{script}: {line}", file=sys.stderr)
         raise SystemExit(code) from None
 
     return run
@@ -183,6 +189,19 @@ def _report(script: str, words: list[str]) -> str:
     except OSError:  # no temporary folder, or a full one
         return f"what it prints with {DEBUG}"
     return name
+
+
+def open_closed_streams() -> None:
+    """Let what is read from or printed to a stream that a shell has closed (`2>&-`) come from and go to nowhere.
+
+    Otherwise the next file that is opened gets the stream's number, and what packages print.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # It gets the lowest number that is free, which is that of the closed stream.
+            nowhere = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 - as long as the process
+            os.set_inheritable(nowhere.fileno(), True)
+            setattr(sys, name, nowhere)
 
 
 def speak_plainly() -> None:

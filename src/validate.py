@@ -94,6 +94,7 @@ def main(argv: list[str] | None = None) -> None:
             benchmark,
             {protocol: benchmark.metrics(val, found) for protocol, found in rankings.items()},
         )
+        benchmark.note_certain(val, protocols)
     if distributed.is_main() and (args.metrics_json or args.rankings):
         result = make_result(
             benchmark,

@@ -13,10 +13,11 @@ import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from benchmarks import Benchmark
+from benchmarks import BENCHMARKS, Benchmark
 from benchmarks.protocols import choose_protocols
+from benchmarks.splits import check_images_exist, images_digest
 from cli import options
 from cli.parsers import ScriptParser
 from cli.startup import check_annotations, check_files, open_benchmark, pick_device
@@ -83,7 +84,31 @@ def stored_records(args: argparse.Namespace) -> tuple[Records, Benchmark]:
     content = read_rankings(args.rankings)
     args.dataset = content["dataset"]
     benchmark, _ = open_benchmark(args)
+    check_same_images(args, content)
     return content["queries"], benchmark
+
+
+def check_same_images(args: argparse.Namespace, content: Mapping[str, Any]) -> None:
+    """Refuse a gallery whose images are not those that were ranked, told by a sample of each, or by all of it.
+
+    Args:
+        content: of --rankings.
+    """
+    excluded: set[str] = set()
+    for names in content["excluded_images"].values():
+        excluded.update(names)
+    ranked = BENCHMARKS[content["dataset"]](args.data_root, excluded)
+    for split in ranked.read(content["split"]):
+        sampled = not args.verify and split.name in content.get("images_sampled", {})
+        known = content["images_sampled" if sampled else "images_sha256"].get(split.name)
+        if known is None:
+            continue
+        check_images_exist([split])
+        if images_digest(split, sampled=sampled) != known:
+            raise UserError(
+                f"--rankings {args.rankings}: the images of {split.name} under --data-root are not those that were "
+                "ranked: put those back, or measure again"
+            )
 
 
 def measured_records(args: argparse.Namespace) -> tuple[Records, Benchmark]:

@@ -89,3 +89,13 @@ def test_what_was_asked_is_answered_before_the_end(doubling):
     futures = [together.ask(number) for number in range(3)]
     together.close()
     assert [future.result(0) for future in futures] == [0, 2, 4]
+
+
+def test_the_end_waits_for_no_answer_that_takes_long(doubling):
+    """A store may be asked for a minute."""
+    together = Together(doubling, wait=0, grace=0.1)
+    answer = together.ask(1)
+    assert doubling.begun.wait(HANG)
+    together.close()
+    assert not answer.done()
+    doubling.go.set()

@@ -12,6 +12,7 @@ import check_dataset
 from benchmarks import BENCHMARKS, CIRR, FashionIQ, Split, Triplet
 from benchmarks.protocols import ORIGINAL_REMOVED
 from conftest import read_csv
+from data_utils import load_image, make_preprocess
 from evaluation.retrieval import rank
 from models.features import FrozenSplit
 from test_bad_input import change_json
@@ -121,6 +122,21 @@ def test_bad_files_by_role_and_what_they_do(problem, own_drawn, check):
         found[2]
         == f"rc2 val: 1 files {problem}, role distractor: a gallery of 18 instead of 19: recalls rise"
     )
+
+
+def test_images_of_more_than_8_bits_are_read_as_white_and_said(own_drawn, check):
+    modes = {"I;16": "PNG", "I": "PNG", "F": "TIFF", "L": "PNG", "RGB": "PNG", "1": "PNG"}
+    paths = CIRR(own_drawn).val()[0].image_paths
+    deep = set()
+    for (mode, kind), (name, path) in zip(modes.items(), paths.items(), strict=False):
+        Image.new(mode, (64, 64), 40_000 if mode[0] in "IF" else 1).save(path, kind)
+        if mode[0] in "IF":
+            deep.add(name)
+            assert load_image(path, make_preprocess("clip", 1.25, 8)).min() == 255
+    report = checked(check, own_drawn, "CIRR", "--splits", "val")
+    (found,) = [r for r in report["remarks"] if "more than 8 bits" in r["text"]]
+    assert (found["level"], set(found["ids"])) == ("finding", deep)
+    assert not report["bad"]
 
 
 def test_a_copy_without_images_is_unusable(own_drawn, check):

@@ -139,17 +139,6 @@ def test_combiners_on_clips_that_do_not_tell_their_training_are_apart(result, co
     assert "±" not in compared(*files)
 
 
-def test_seeds_of_an_earlier_version_are_of_the_same_method(result, compared):
-    """It had one way to decode, and did not name it."""
-    files = [result("earlier", seed=0)]
-    for seed, decode in ((1, "full"), (2, "draft")):
-        config = {"seed": seed, "combiner_type": "moe", "decode": decode}
-        files.append(result(decode, shift=seed, seed=seed, training={"combiner": config}))
-    out = compared(*files)
-    assert "earlier: mean ± standard deviation of 2 seeds" in out
-    assert "draft" in out
-
-
 def test_seeds_measured_on_other_images_are_no_mean(result, compared):
     files = [result("a", seed=0), result("b", seed=1, images_sha256={"dress": "other"})]
     assert "the seeds of a have different image files: no fair mean" in compared(*files)

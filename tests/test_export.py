@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import string
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,7 +161,7 @@ def measure(folder: Path, drawn: Path, pair: list) -> dict:
     where = ["--dataset", "CIRR", "--data-root", drawn, *MACHINE, "--metrics-json", file]
     validate.main(list(map(str, [*where, *pair])))
     result = read_result(file)
-    apart = ("checkpoints", "command", "date", "training")
+    apart = ("checkpoints", "command", "date", "training", "assumed")
     return {name: value for name, value in result.items() if name not in apart}
 
 
@@ -631,6 +632,34 @@ def test_the_card_has_every_number(half, weights, results, tmp_path):
     assert "trained on CIRR" in card
     assert "python src/validate.py --dataset CIRR --pair pair" in card
     assert all(printable(line) == line for line in card.splitlines())
+
+
+HOSTILE = "<img src=x onerror=alert(1)> [a](http://b) `c` ``d`` **e** _f_ | &amp; # ~g~ \\ \n\n# h\n```\n<b>"
+
+
+def test_what_files_say_is_no_markup_in_a_card(pairs, results):
+    """Names of files and folders, versions, fields of results and settings: text, whatever characters they have."""
+    markdown = pytest.importorskip("markdown_it").MarkdownIt().enable("table")
+
+    def kinds(said: str) -> list[str]:
+        config = dict(read_exported(pairs["own"]).config)
+        config["recipe"] = {**config["recipe"], "clip_model_name": f"{said}.pt", "transform": said}
+        config["versions"] = {said: said}
+        measured = {**read_result(results["own"]), "combining_function": said}
+        measured["encode_precision"] = said
+        flags = {"dataset": said, said: said}
+        training = {"clip": {"flags": flags, "recipe": {}, "data": {}, "versions": {}}}
+        exporting = model_card.Exporting(config=config, training=training, place=said)
+        card = model_card.model_card(exporting, [measured])
+        assert all(printable(line) == line for line in card.splitlines())
+        found = []
+        for token in markdown.parse(card):
+            found += [token.type, *(inner.type for inner in token.children or ())]
+        return found
+
+    assert kinds(HOSTILE) == kinds("plain")
+    for character in string.punctuation:
+        assert kinds(f"a{character}b {character}c{character} d") == kinds("plain")
 
 
 def test_openais_licence_is_named_where_the_weights_are_openais(pairs):

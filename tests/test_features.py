@@ -2,17 +2,21 @@
 
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from benchmarks import CIRR, Split
 from data_utils import ImageLoader, load_image, make_preprocess
+from image_search.faiss_index import normalised
 from image_search.image_index import encoder_key
+from image_search.index_folder import check_features
 from models import clip_model, encoder, features
 from models.clip_model import backbone, load_clip
 from models.configuration import Checkpoint, Settings, settle
@@ -180,6 +184,53 @@ def test_resolution_and_precision_are_part_of_the_key(make_encoder):
     assert about["precision"] == "float32 on cpu"
     on_gpu = dataclasses.replace(encoder, device=torch.device("cuda"))
     assert on_gpu.describe()["precision"] == "fp32 on cuda"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "packages"),
+    [("", ["clip", "clip-anytorch"]), ("a", ["open_clip_torch", "transformers"])],
+)
+def test_another_version_of_a_package_is_another_key(
+    architecture, packages, make_encoder, paths, tmp_path, monkeypatch
+):
+    """Of each package that computes features. They are told without being imported."""
+    encoder = make_encoder()
+    known = dataclasses.replace(encoder.backbone, architecture=architecture)
+    encoder = dataclasses.replace(encoder, backbone=known)
+    encode(encoder, tmp_path / "cache", paths)
+    real = importlib.metadata.version
+    for name in packages:
+        with monkeypatch.context() as patched:
+            versions = {name: "9"}
+            patched.setattr(
+                importlib.metadata, "version", lambda of, known=versions: known.get(of) or real(of)
+            )
+            assert encoder.describe()["versions"][name] == "9"
+            assert encode(encoder, tmp_path / "cache", paths)[1] == (3, 2)
+    assert encode(encoder, tmp_path / "cache", paths)[1] == (0, 0)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-13, 1e25])
+def test_features_whose_direction_is_lost_are_refused(factor, make_encoder, paths):
+    """They would be ranked by what is left of them; the first image or caption is named. A thousandth is good."""
+    encoder = make_encoder()
+    with torch.no_grad():
+        for projection in (encoder.model.visual.proj, encoder.model.text_projection):
+            projection *= 1e-3
+        encode(encoder, None, paths)
+        encoder.model.visual.proj *= factor
+        with pytest.raises(UserError, match=f"features of {paths[0]} have length"):
+            encoder.images(paths)
+        with pytest.raises(UserError, match=f"features of {paths[0]} have length"):
+            for features, _ in encoder.readable_images([paths]):
+                check_features([(str(path), 1, 1) for path in paths], features.numpy(), 64)
+        with pytest.raises(UserError, match="features of the reference image have length"):
+            encoder.read_images(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+        encoder.model.text_projection *= factor
+        with pytest.raises(UserError, match="features of the caption 'is red' have length"):
+            encoder.captions(CAPTIONS)
+    with pytest.raises(UserError, match="make the index again"):
+        normalised(factor * np.eye(3))
 
 
 def truncate(file):

@@ -325,7 +325,12 @@ def test_an_index_is_kept_as_flags_say_and_else_as_it_was(earlier, kind, on_disk
         return
     keeping = chosen_keeping(earlier, None, kind, on_disk)
     stays = expected_kind == "ivfpq" and "lists" in earlier
-    assert keeping == Keeping(kind=expected_kind, on_disk=stays if on_disk is None else on_disk)
+    expected = Keeping(
+        kind=expected_kind,
+        on_disk=stays if on_disk is None else on_disk,
+        told_by="time" if earlier else "sample",
+    )
+    assert keeping == expected
     CASES["ways to keep an index", "taken"] += 1
 
 

@@ -14,7 +14,7 @@ import pytest
 import utils
 from conftest import CASES, DOORS, ROOT
 from forks import hear_ctrl_c
-from test_light_start import SCRIPTS
+from test_light_start import MISSING, SCRIPTS
 from utils import REMEDIES, SIGNS, Stopped, UserError, command, printable
 
 SRC = ROOT / "src"
@@ -207,6 +207,38 @@ def test_a_full_device_as_stdout():
         )
     assert done.returncode == 2
     assert done.stderr.startswith("validate.py: error: No space left on device")
+
+
+def closed(streams: str, *words: object, **more) -> subprocess.CompletedProcess:
+    """A script started by a shell that closes some streams or opens them for nothing (`2>&-`, `2>/dev/full`)."""
+    line = f'exec "$@" {streams}'
+    return subprocess.run(
+        ["bash", "-c", line, "-", sys.executable, *map(str, words)], capture_output=True, **more
+    )
+
+
+CLOSED = ["2>&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full", "2</dev/null"]
+
+
+@pytest.mark.parametrize("script", {line.split()[0]: line for line in MISSING})
+def test_a_closed_stderr_changes_no_refusal(script, tmp_path):
+    line = next(line for line in MISSING if line.startswith(script))
+    refused = closed("2>&-", SRC / script, *line.split()[1:], cwd=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stdout == b""  # never among what a script gives
+
+
+@pytest.mark.parametrize("streams", CLOSED)
+def test_closed_streams_change_nothing_that_is_done(streams, drawn, tmp_path):
+    check = [SRC / "check_dataset.py", "--data-root", drawn, "--num-workers", "1"]
+    check += ["--dataset", "CIRR", "--unofficial", "--write-exclusions"]
+    known = subprocess.run([sys.executable, *check, tmp_path / "open.json"], capture_output=True)
+    done = closed(streams, *check, tmp_path / "closed.json")
+    assert done.returncode == known.returncode
+    assert (tmp_path / "closed.json").read_bytes() == (tmp_path / "open.json").read_bytes()
+    missing = closed(streams, SRC / "compare.py", "nowhere", cwd=tmp_path)
+    assert missing.returncode == 2
+    assert missing.stdout == b""
 
 
 @pytest.mark.parametrize("variable", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])

@@ -5,32 +5,46 @@ One page is launched for the whole file as a user launches it.
 
 import asyncio
 import contextlib
+import functools
 import http.client
 import io
 import json
+import os
 import re
 import signal
 import socket
+import struct
 import sys
 import threading
+import time
+import zlib
 from concurrent.futures import Future
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, features
+from PIL import Image, ImageCms, features
+from PIL.PngImagePlugin import PngInfo
 
+import demo_app
 import search
 from conftest import CASES, ROOT
-from forks import HANG, Script, free_port
+from forks import HANG, Script, family, free_port, state_of
 from image_search import guard
+from image_search.batching import Together
 from image_search.guard import Hosts
-from image_search.searcher import MOST_CHARACTERS
+from image_search.searcher import MOST_CHARACTERS, load_searcher
 from image_search.uploads import MOST_BYTES
+from settings.groups import PairChoice
 from test_search import images
 from test_uploads import bad_uploads
+
+http_api = pytest.importorskip("image_search.http_api", reason="FastAPI is not installed")
+connections = pytest.importorskip("image_search.connections", reason="uvicorn is not installed")
 
 pytestmark = [
     pytest.mark.slow,
@@ -41,35 +55,25 @@ SHORT = 500  # characters of an answer that refuses
 KIND = "requests to the page"
 LEAKS = re.compile(r"Traceback|File \"|/tmp/|site-packages|Error\(|<_io| object at 0x")
 PHOTOS = 12
+VISITOR = "127.0.0.1"
+OTHER = "127.0.0.2"
 
 
-class Served:
-    """A page that runs as a process."""
+class Page:
+    """A page that runs somewhere."""
 
-    def __init__(self, index: Path, folder: Path, *flags: str):
-        self.port = free_port()
-        self.temporary = folder / "tmp"
-        self.temporary.mkdir()
-        script = ROOT / "src" / "demo_app.py"
-        words = [script, "--index", index, "--port", self.port, "--device", "cpu", *flags]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TMPDIR", str(self.temporary))
-            self.process = Script(words, folder)
-        self.process.wait_for(lambda: f"http://127.0.0.1:{self.port}" in self.process.stderr)
+    port: int
 
-    @property
-    def files(self) -> list[Path]:
-        """Those that the page has on the disk."""
-        return [file for file in self.temporary.rglob("*") if file.is_file()]
-
-    def request(self, method: str, path: str, body=None, headers=(), host=None):
+    def request(self, method: str, path: str, body=None, headers=(), host=None, source=VISITOR):
         """(status, text) of an answer. A header may be given twice."""
-        status, _, content = self.answer(method, path, body, headers, host=host)
+        status, _, content = self.answer(method, path, body, headers, host=host, source=source)
         return status, content.decode(errors="replace")
 
-    def answer(self, method: str, path: str, body=None, headers=(), *, host=None):
-        """(status, headers, content) of an answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG)
+    def answer(self, method: str, path: str, body=None, headers=(), *, host=None, source=VISITOR):
+        """(status, headers, content) of an answer to an address."""
+        connection = http.client.HTTPConnection(
+            "127.0.0.1", self.port, timeout=HANG, source_address=(source, 0)
+        )
         with contextlib.closing(connection):
             connection.putrequest(method, path, skip_host=True)
             for value in [f"127.0.0.1:{self.port}"] if host is None else host:
@@ -94,9 +98,11 @@ class Served:
         CASES[KIND, "refused"] += 1
         return text
 
-    def ask(self, upload: tuple[str, bytes] | None = None, **fields: object) -> dict:
+    def ask(
+        self, upload: tuple[str, bytes] | None = None, source: str = VISITOR, **fields: object
+    ) -> dict:
         """An answer to a question."""
-        status, text = self.request("POST", "/search", *form(upload, **fields))
+        status, text = self.request("POST", "/search", *form(upload, **fields), source=source)
         assert status == 200, text
         CASES[KIND, "answered"] += 1
         return json.loads(text)
@@ -104,6 +110,33 @@ class Served:
     def refuses_to_ask(self, upload: tuple[str, bytes] | None = None, **fields: object) -> str:
         """What is said of a question that cannot be asked."""
         return self.refuses("POST", "/search", *form(upload, **fields))
+
+    def link(self, stack: contextlib.ExitStack, sent: bytes = b"", source: str = VISITOR):
+        """A connection on which something was sent, which lasts as long as the stack."""
+        address = ("127.0.0.1", self.port)
+        link = stack.enter_context(socket.create_connection(address, HANG, (source, 0)))
+        link.sendall(sent)
+        return link
+
+
+class Served(Page):
+    """A page that runs as a process."""
+
+    def __init__(self, index: Path, folder: Path, *flags: str):
+        self.port = free_port()
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
+        script = ROOT / "src" / "demo_app.py"
+        words = [script, "--index", index, "--port", self.port, "--device", "cpu", *flags]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TMPDIR", str(self.temporary))
+            self.process = Script(words, folder)
+        self.process.wait_for(lambda: f"http://127.0.0.1:{self.port}" in self.process.stderr)
+
+    @property
+    def files(self) -> list[Path]:
+        """Those that the page has on the disk."""
+        return [file for file in self.temporary.rglob("*") if file.is_file()]
 
 
 def form(upload: tuple[str, bytes] | None = None, **fields: object) -> tuple[bytes, dict[str, str]]:
@@ -129,9 +162,9 @@ def png(size: tuple[int, int], mode: str = "RGB") -> bytes:
     return encoded(Image.new(mode, size, 200 if mode == "L" else "teal"), "PNG")
 
 
-def encoded(image: Image.Image, kind: str) -> bytes:
+def encoded(image: Image.Image, kind: str, **about) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, kind)
+    image.save(buffer, kind, **about)
     return buffer.getvalue()
 
 
@@ -596,7 +629,469 @@ def test_the_page_still_serves(served):
     assert served.files == []
 
 
+# What it withstands
+
+
+class Within(Page):
+    """A page in this process, whose limits a test chooses.
+
+    Args:
+        decoding: seconds of an image.
+        arriving: seconds of a request.
+        connections: of a visitor.
+    """
+
+    def __init__(
+        self, searcher, decoding: float = HANG, arriving: float = HANG, connections: int = 256
+    ) -> None:
+        self.searcher = searcher
+        self.decoding = decoding
+        self.arriving = arriving
+        self.connections = connections
+
+    def __enter__(self) -> "Within":
+        with contextlib.ExitStack() as stack:
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            patch.setattr(http_api, "MOST_SECONDS", HANG)
+            patch.setattr(guard, "MOST_SECONDS", HANG)
+            patch.setattr(connections, "MOST_CONNECTIONS", self.connections)
+            together = stack.enter_context(contextlib.closing(Together(self.searcher.answer)))
+            made = http_api.Service(self.searcher, 12, together, seconds=self.decoding)
+            self.service = stack.enter_context(contextlib.closing(made))
+            bound = demo_app.bound_socket("127.0.0.1", 0)
+            self.port = bound.getsockname()[1]
+            app = guard.Guard(http_api.build(self.service, True), Hosts("127.0.0.1"))
+            stack.enter_context(demo_app.served(app, bound, self.arriving))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *about) -> None:
+        self._stack.close()
+
+
+@pytest.fixture(scope="module")
+def searcher(index):
+    choice = PairChoice(combining_function=None, clip_path=None, combiner_path=None)
+    return load_searcher(index, choice, torch.device("cpu"))
+
+
+def scans(side: int, count: int) -> bytes:
+    """A grey JPEG of side x side pixels whose last scan is there `count` times; each is decoded over all pixels."""
+    whole = io.BytesIO()
+    Image.new("L", (side, side), 128).save(whole, "JPEG", progressive=True)
+    image = whole.getvalue()
+    last = image[image.rindex(b"\xff\xda") : -2]
+    return image[:-2] + last * count + image[-2:]
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """A chunk of a PNG."""
+    checked = kind + content
+    return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+
+def with_chunks(*chunks: bytes) -> bytes:
+    """A PNG with further chunks after its header."""
+    image = png((9, 9))
+    return image[:33] + b"".join(chunks) + image[33:]
+
+
+@functools.cache
+def endless() -> bytes:
+    """A JPEG of 250 KB that takes minutes to decode."""
+    return scans(6000, 2500)
+
+
+def fields_in(charset: str) -> tuple[bytes, dict[str, str]]:
+    """A form whose text takes minutes to decode in an encoding that takes time."""
+    body, headers = form(row=1, text="a" * 2 * 2**20)
+    return body, {"Content-Type": f"{headers['Content-Type']}; charset={charset}"}
+
+
+PLAIN = {"Content-Type": "application/x-www-form-urlencoded"}
+HEAVY = {
+    "scans": lambda: form(("a.jpg", endless())),
+    "padding": lambda: form(("a.jpg", b"\xff\xd8" + b"\xff" * 9_900_000)),
+    "punycode": lambda: fields_in("punycode"),
+    "undefined": lambda: fields_in("undefined"),
+    "idna": lambda: fields_in("idna"),
+    "ampersands": lambda: (b"&" * 9_000_000, PLAIN),
+    "pairs": lambda: (b"a=&" * 3_000_000, PLAIN),
+    "half boundaries": lambda: form(("a.png", b"\r\n--edg" * 1_400_000)),
+    "parts": lambda: joined([part('name="a"', b"")] * 150_000),
+    "head": lambda: joined([part('name="a"\r\nX: ' + "y" * 9_000_000, b"")]),
+    "heads": lambda: joined([b"--edge\r\n" + b"A: b\r\n" * 1_500_000 + b"\r\n\r\n"]),
+    "quotes": lambda: joined([part('name="' + '\\"' * 2_000_000 + '"', b"")]),
+    "texts of a PNG": lambda: form(
+        ("a.png", with_chunks(*[chunk(b"zTXt", b"a\0\0" + zlib.compress(b"a" * 10**7))] * 200))
+    ),
+    "profile": lambda: form(
+        ("a.png", with_chunks(chunk(b"iCCP", b"a\0\0" + zlib.compress(b"a" * 10**8))))
+    ),
+}
+
+
+@contextlib.contextmanager
+def attacked(page: Within, body: bytes, headers: dict[str, str], times: int = 5):
+    """Let one visitor send the same several times at once; yields the answers that have come so far."""
+    answers = []
+
+    def attack() -> None:
+        with contextlib.suppress(OSError):  # the page ends before
+            answers.append(page.request("POST", "/preview", body, headers))
+
+    threads = [threading.Thread(target=attack, daemon=True) for _ in range(times)]
+    for thread in threads:
+        thread.start()
+    yield answers
+    for thread in threads:
+        thread.join(HANG)
+
+
+def assert_others_are_answered(page: Page, number: int) -> None:
+    """Of every kind, with what was not asked for before."""
+    assert page.request("GET", "/health", source=OTHER)[0] == 200
+    assert page.request("GET", f"/image/{number}?size=large", source=OTHER)[0] == 200
+    assert rows(page.ask(row=number, text=f"is red {number}", source=OTHER))
+    assert rows(page.ask(("a.png", png((30, 20))), text="is red", source=OTHER))
+
+
+@pytest.mark.parametrize("kind", HEAVY)
+def test_what_takes_long_is_refused(kind, searcher):
+    """The refusals come though nothing else would end what takes minutes."""
+    body, headers = HEAVY[kind]()
+    with Within(searcher, decoding=0.5) as page:
+        with attacked(page, body, headers) as answers:
+            assert page.request("GET", "/health", source=OTHER)[0] == 200
+        assert {status for status, _ in answers} <= {400, 413}
+        assert len(answers) == 5
+        for _, text in answers:
+            assert len(text) <= SHORT
+            assert not LEAKS.search(text)
+            CASES[KIND, "refused"] += 1
+
+
+def test_others_are_answered_while_an_image_that_never_ends_is_decoded(searcher):
+    with Within(searcher) as page, attacked(page, *form(("a.jpg", endless()))) as answers:
+        while page.service.uploads._working != {VISITOR: 2}:
+            time.sleep(0.01)
+        for number in range(3):
+            assert_others_are_answered(page, number)
+        assert answers == []
+        page.service.close()
+
+
+def test_a_sender_who_has_left_costs_nothing_more(searcher):
+    body, headers = form(("a.jpg", endless()))
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    head = f"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\n{head}Content-Length: {len(body)}\r\n\r\n"
+    with Within(searcher) as page:
+        with contextlib.ExitStack() as links:
+            for _ in range(3):
+                page.link(links, head.encode() + body)
+            while page.service.uploads._working != {VISITOR: 2}:
+                time.sleep(0.01)
+        while page.service.uploads._working or page.service.uploads._waiting:
+            time.sleep(0.01)
+        assert rows(page.ask(("a.png", png((30, 20))), text="is red"))
+
+
+LONG = "POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n1234"
+HALVES = {
+    "nothing": "",
+    "line": "GET /hea",
+    "headers": "GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nA: ",
+    "body of a question": LONG,
+    "body that nobody reads": LONG.replace("POST /search", "GET /health"),
+    "body of what is not there": LONG.replace("POST /search", "PUT /nothing"),
+    "chunks": LONG.replace("Content-Length: 9", "Transfer-Encoding: chunked"),
+    "promise": LONG.replace("\r\n\r\n1234", "\r\nExpect: 100-continue\r\n\r\n"),
+    "second request": "GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /hea",
+}
+
+
+@pytest.mark.parametrize("is_trickling", [False, True])
+@pytest.mark.parametrize("half", HALVES)
+def test_a_request_that_never_ends_is_closed(half, is_trickling, searcher):
+    """Whether its sender is silent, or sends a byte now and then."""
+    with Within(searcher, arriving=0.3) as page, contextlib.ExitStack() as links:
+        link = page.link(links, HALVES[half].encode())
+        link.settimeout(0.05 if is_trickling else HANG)
+        deadline = time.monotonic() + HANG
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while True:
+                try:
+                    if not link.recv(2**16):
+                        break
+                except TimeoutError:
+                    assert time.monotonic() < deadline
+                    link.send(b"a" if half == "headers" else b"")
+        assert page.request("GET", "/health")[0] == 200
+
+
+CROWDS = {
+    "headers": b"A:b\r\n" * 11_000 + b"\r\n",
+    "bare lines": b"A:b\n" * 11_000 + b"\n",
+    "long header": b"A: " + b"b" * 200_000 + b"\r\n\r\n",
+    "chunks": b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\na\r\n" * 100_000,
+    "chunks at the end": b"Transfer-Encoding: gzip, chunked\r\n\r\n" + b"1\r\na\r\n" * 100_000,
+}
+
+
+@pytest.mark.parametrize("is_second", [False, True])
+@pytest.mark.parametrize("crowd", CROWDS)
+def test_what_arrives_in_many_pieces_is_refused_before_they_are_taken(crowd, is_second, served):
+    """Each takes its time of the loop that answers everybody, so that a hundred kilobytes took seconds."""
+    first = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" if is_second else b""
+    with contextlib.ExitStack() as links:
+        link = served.link(links)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            link.sendall(first + b"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\n" + CROWDS[crowd])
+        heard = b""
+        with contextlib.suppress(ConnectionResetError):
+            while more := link.recv(2**16):
+                heard += more
+        # Where more is on its way, what is said may be lost.
+        said = re.findall(rb"HTTP/1.1 (\d+)", heard)
+        assert said in ([], [b"200"], [b"400"], [b"200", b"400"])
+        assert (b"200" in said) <= is_second
+    assert served.request("GET", "/health")[0] == 200
+
+
+def test_a_query_has_few_fields(served):
+    assert "fields" in served.refuses("GET", "/some?" + "a&" * 2000)
+
+
+def test_an_answer_that_nobody_takes_is_closed(searcher):
+    with Within(searcher, arriving=0.3) as page, contextlib.ExitStack() as links:
+        link = page.link(links)
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        asked = b"GET /page.js HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 500
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            while True:
+                link.sendall(asked)
+
+
+def test_a_visitor_has_so_many_connections(searcher):
+    with Within(searcher, connections=3) as page, contextlib.ExitStack() as links:
+        his = [page.link(links) for _ in range(3)]
+        fourth = page.link(links)
+        with contextlib.suppress(ConnectionResetError):
+            assert fourth.recv(1) == b""
+        assert page.request("GET", "/health", source=OTHER)[0] == 200
+        his[0].close()
+        while True:  # until the page has seen that
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                assert page.request("GET", "/health")[0] == 200
+                break
+
+
+def test_slow_questions_of_one_visitor_lock_nobody_out(served):
+    """He has as many places as before, and others have theirs."""
+    with contextlib.ExitStack() as links:
+        for _ in range(guard.MOST_ASKING):
+            served.link(links, LONG.encode())
+        served.process.wait_for(lambda: served.request("POST", "/search", *form(row=1))[0] == 429)
+        assert_others_are_answered(served, 5)
+    served.process.wait_for(lambda: served.request("POST", "/search", *form(row=1))[0] == 400)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "are_one"),
+    [
+        ("1.2.3.4", "1.2.3.5", False),
+        ("::ffff:1.2.3.4", "1.2.3.4", True),
+        ("2001:db8::1", "2001:db8::ffff:1", True),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+        ("fe80::1%eth0", "fe80::2%eth0", True),
+    ],
+)
+def test_who_is_one_visitor(one, other, are_one):
+    first, second = (guard.visitor_of({"client": (host, 1)}) for host in (one, other))
+    assert (first == second) == are_one
+
+
+@pytest.mark.parametrize("length", [101, 500, 1997])
+@pytest.mark.parametrize("letters", ["ab", "!?", "äö"])
+def test_a_word_has_a_length(length, letters, served):
+    """The time of a tokenizer grows with its square, in the thread that answers everybody."""
+    text = letters * (length // 2) + letters[0] * (length % 2)
+    assert "100 letters" in served.refuses_to_ask(row=1, text=f"is {text}")
+    assert rows(served.ask(row=1, text="是红色的" * 20 + "， " + letters * 50))
+
+
+# What it tells of the machine
+
+
+def with_notes(note: str) -> dict[str, bytes]:
+    """Images that hold a note, by their names."""
+    image = Image.new("RGB", (40, 30), "teal")
+    info = PngInfo()
+    info.add_text("Comment", note)
+    exif = Image.Exif()
+    exif[0x9286] = exif[0x010E] = note
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() + note.encode()
+    every = {"exif": exif, "icc_profile": profile, "xmp": note.encode(), "comment": note.encode()}
+    return {
+        "a.jpg": encoded(image, "JPEG", **every),
+        "a.gif": encoded(image, "GIF", comment=note.encode()),
+        "a.png": encoded(image, "PNG", pnginfo=info, exif=exif, icc_profile=profile),
+        "a.webp": encoded(image, "WEBP", **every),
+        "a.tif": encoded(image, "TIFF", tiffinfo={270: note}, icc_profile=profile),
+    }
+
+
+NOTE = "taken at home in the garden"
+
+
+def test_small_pictures_hold_pixels_alone(served):
+    for name, content in with_notes(NOTE).items():
+        assert NOTE.encode() in content
+        status, _, small = served.answer("POST", "/preview", *form((name, content)))
+        assert status == 200
+        with Image.open(io.BytesIO(small)) as image:
+            assert set(image.info) <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
+        assert NOTE.encode() not in small
+
+
+@pytest.fixture(scope="module")
+def worn(drawn, tmp_path_factory):
+    """A page whose images have changed since they were indexed: damaged, gone, pipes, folders, with notes."""
+    folder = tmp_path_factory.mktemp("worn")
+    files = images(folder / "photos", PHOTOS)
+    words = ["index", "--images", folder / "photos", "--output", folder / "index"]
+    words += ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--num-workers", 0]
+    search.main(list(map(str, [*words, "--device", "cpu"])))
+    for file in files:
+        file.unlink()
+    files[0].write_bytes(b"no image")
+    files[1].write_bytes(png((9, 9))[:50])
+    os.mkfifo(files[2])
+    files[3].mkdir()
+    files[4].symlink_to("/dev/zero")
+    files[5].write_bytes(with_notes(NOTE)["a.jpg"])
+    files[6].write_bytes(scans(300, 2))
+    files[6].chmod(0)
+    with socket.socket(socket.AF_UNIX) as there:
+        link = folder / "s"
+        there.bind(str(link))
+        link.rename(files[7])
+    served = Served(folder / "index", folder, "--api")
+    yield served
+    served.process.end()
+
+
+ODD = [
+    "0",
+    "-1",
+    "99",
+    "a",
+    "",
+    "%00",
+    "../..",
+    "[]",
+    "1e9",
+    "' or 1",
+    "{0}",
+    "$HOME",
+    "~",
+    "%s",
+    "é",
+]
+
+
+def test_no_answer_tells_of_the_machine(worn, index):
+    """Every address with odd values, and questions with each image as it is now."""
+    secrets = [str(Path(worn.temporary.parent)), "/tmp", "/home/", str(ROOT), NOTE, "site-packages"]
+    answers = []
+    for row in range(PHOTOS):
+        for path in (f"/image/{row}", f"/image/{row}?size=large", f"/photo/{row}"):
+            answers.append(worn.answer("GET", path))
+        for fields in ({"text": "is red"}, {"mix": 0}, {"text": "x", "filter": "connect == 1"}):
+            answers.append(worn.answer("POST", "/search", *form(row=row, **fields)))
+    for value in ODD:
+        quoted = quote(value)
+        for way in (
+            "/image/",
+            "/photo/",
+            "/some?count=",
+            "/image/0?size=",
+            "/",
+            "/docs?x=",
+            "/search?row=",
+        ):
+            for method in ("GET", "POST", "HEAD", "PUT"):
+                answers.append(worn.answer(method, way + quoted))
+        for name in (*FIELDS, "_charset_"):
+            answers.append(worn.answer("POST", "/search", *form(**{name: value})))
+        for name in (f"{value}.png", f"{value}.jpg", value):
+            for content in (b"", b"x", png((9, 9))[:40], png((9, 9))):
+                answers.append(worn.answer("POST", "/preview", *form((name, content))))
+    for path in ("/", "/docs", "/openapi.json", "/health", "/some?count=100", "/page.js"):
+        answers.append(worn.answer("GET", path))
+    for status, headers, content in answers:
+        assert status < 500 or status == 503, content
+        told = content.decode(errors="replace") + str(headers)
+        for secret in secrets:
+            assert secret not in told, told[:SHORT]
+        assert "server" not in {name.lower() for name in headers}
+        CASES[KIND, "refused" if status >= 400 else "answered"] += 1
+    assert "Traceback" not in worn.process.stderr
+
+
+def test_an_image_that_is_no_file_any_more_is_asked_with_by_its_features(worn):
+    """A pipe is never opened, which would wait for ever; what is damaged cannot be asked with."""
+    for row, photo in (
+        (row, json.loads(worn.request("GET", f"/photo/{row}")[1])) for row in range(PHOTOS)
+    ):
+        number = int(Path(photo["name"]).stem)
+        if number in (0, 1):
+            assert "cannot be decoded any more" in worn.refuses_to_ask(row=row, text="is red")
+        elif number != 6:
+            assert rows(worn.ask(row=row, text="is red"))
+
+
 # The end
+
+
+def test_the_page_ends_whatever_is_under_way(index, tmp_path):
+    """Images that take minutes, requests that never end, connections that say nothing; and no process is left."""
+    served = Served(index, tmp_path)
+    body = form(("a.jpg", endless()))
+    threads = []
+    with contextlib.ExitStack() as links:
+        for _ in range(10):
+            served.link(links)
+            served.link(links, LONG.encode())
+        for _ in range(4):
+            threads.append(threading.Thread(target=attack_until_the_end, args=[served, *body]))
+            threads[-1].start()
+        served.process.wait_for(lambda: busy(served.process.pid) >= 2)
+        family_of_it = family(served.process.pid)
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait() == 0
+        for thread in threads:
+            thread.join(HANG)
+    while any(state_of(member) != "Z" for member in family_of_it):
+        time.sleep(0.01)
+    assert list(served.temporary.iterdir()) == []
+    assert "Traceback" not in served.process.stderr
+    assert served.process.stderr.endswith("start it again with the same command\n")
+
+
+def attack_until_the_end(page: Page, body: bytes, headers: dict[str, str]) -> None:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        page.request("POST", "/search", body, headers)
+
+
+def busy(process: int) -> int:
+    """How many processes below one have computed for half a second."""
+    ticks = []
+    for member in family(process)[2:]:
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{member}/stat").read_text().rsplit(")", 1)[1].split()
+            ticks.append(int(fields[11]))
+    return sum(tick > 50 for tick in ticks)
 
 
 def test_a_port_in_use_is_said_before_an_address(served, index, start):
@@ -687,8 +1182,6 @@ def test_a_request_that_comes_too_slowly_is_given_up(monkeypatch):
 def test_a_question_that_takes_too_long_is_given_up(monkeypatch):
     """The answer that never comes is dropped, and its request told to try again."""
     from types import SimpleNamespace
-
-    from image_search import http_api
 
     monkeypatch.setattr(http_api, "MOST_SECONDS", 0.01)
     searcher = SimpleNamespace(check=lambda question: None)

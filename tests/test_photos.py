@@ -1,13 +1,16 @@
 """A user's own image files: which are found, and how they are opened."""
 
 import os
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from image_search import photos
 from image_search.photos import AVIF_KINDS, HEIF_KINDS, find_images, opened, small_image
+from runtime import image_files
 from utils import UserError
 
 
@@ -118,6 +121,39 @@ def test_more_than_8_bits_do_not_become_white(kind, white, tmp_path):
     Image.fromarray(values).save(tmp_path / "a.tiff")
     found = np.asarray(opened(tmp_path / "a.tiff").convert("RGB"))[..., 0]
     assert np.abs(found.astype(int) - np.arange(256).reshape(16, 16)).max() <= 1
+
+
+def test_a_part_of_16_bits_at_a_time_is_the_whole(tmp_path, monkeypatch):
+    values = np.random.default_rng(0).integers(0, 60_000, (50, 7)).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    whole = np.asarray(opened(tmp_path / "a.png"))
+    monkeypatch.setattr(photos, "ROWS", 3)
+    assert np.array_equal(np.asarray(opened(tmp_path / "a.png")), whole)
+    assert np.array_equal(whole, (values * 255.0 / 65_535).round())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes")
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket", "link"])
+def test_what_is_no_file_is_never_opened(kind, folder):
+    """A pipe would wait for ever for somebody who writes to it."""
+    file = folder / "a.png"
+    pipe = folder / "pipe"
+    os.mkfifo(pipe)
+    if kind == "pipe":
+        pipe.rename(file)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as there:
+            there.bind(str(folder / "s"))
+            (folder / "s").rename(file)
+    else:
+        file.symlink_to("/dev/zero" if kind == "device" else pipe)
+    for read in (opened, image_files.decoded):
+        with pytest.raises(OSError, match="not a file"):
+            read(file)
+    assert small_image(file, 40).getcolors() == [(1600, (211, 211, 211))]
+    found = find_images([folder])
+    assert names(found) == ["a.JPG", "b.png"]
+    assert list(found.left_out.values()) == ["a pipe, a device or a socket, not a file"]
 
 
 def test_a_small_image_of_what_is_gone_or_damaged_is_grey(tmp_path):

@@ -1,21 +1,26 @@
 """Four protocols from one ranking, and results that say what they are."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import CIRR, PROTOCOLS, FashionIQ, Split, Triplet
+from benchmarks import CIRR, PROTOCOLS, FashionIQ, Split, Triplet, Triplets
 from benchmarks.protocols import VAL_REMOVED
 from conftest import read_csv
 from evaluation.result_file import read_result
 from evaluation.retrieval import rank
+from models.configuration import Settings
 from models.features import FrozenSplit
+from runtime.files import find_checkpoint
+from runtime.tensors import load_tensors
 from test_golden import golden_split_similarity
 from twins import protocol_rankings, ranked_names
-from utils import UserError
+from utils import UserError, flag
 
 ORDER = ["original-kept", "original-removed", "VAL-removed", "VAL-kept"]
 
@@ -133,6 +138,74 @@ def test_protocols_equal_brute_force_on_any_dataset(dataset, k, block):
             protocol
         ]  # the block is not copied then
         assert torch.equal(alone.ranks, ranking.ranks)
+
+
+@given(datasets(), st.integers(1, 6))
+def test_what_is_certain_is_what_no_ranking_changes(dataset, group_size):
+    """Each recall is certain just where the target is found even when it is the farthest of all images."""
+    split, _ = dataset
+    triplets = []
+    for triplet in split.triplets:
+        others = [name for name in split.names if name not in triplet.images][:group_size]
+        triplets.append(dataclasses.replace(triplet, group=(*triplet.images, *others)))
+    split = dataclasses.replace(split, triplets=triplets)
+    similarity = torch.zeros(len(triplets), len(split.names))
+    similarity[range(len(triplets)), split.target_rows] = -1
+    frozen = FrozenSplit(
+        split=split, images=torch.eye(len(split.names)), captions=similarity[:, None]
+    )
+    for protocol in Triplets.protocols:
+        last = rank(frozen, lambda image, text: text, [protocol])[protocol]
+        scores = Triplets(Path()).score(last.ranks_in(split))
+        certain = [name for name, score in scores.items() if score == 100]
+        assert Triplets(Path()).certain([split], protocol) == {"val": certain}
+
+
+@pytest.mark.parametrize("says", [(), ("top_k",), ("top_k", "transform", "clip_model_name")])
+@pytest.mark.parametrize("flags", [[], ["--top-k", 1], ["--top-k", 1, "--transform", "squarepad"]])
+def test_what_is_assumed_of_weights_is_said(says, flags, drawn, stage_2, run, tmp_path, caplog):
+    """In one line, and in the result; where weights or flags tell all, with the numbers of what they tell."""
+    folder = stage_2("CIRR", "--top-k", 1, "--transform", "squarepad", "--save-best")
+    trained = find_checkpoint(folder / "saved_models/combiner_arithmetic")
+    content = load_tensors(trained)
+    table = Settings.read(content["config"]).table
+    bare = {"Combiner": content["Combiner"]}
+    if says:
+        bare["config"] = {name: table[name] for name in says}
+    torch.save(bare, tmp_path / "bare.pt")
+    words = ["--combining-function", "combiner", "--combiner-path", tmp_path / "bare.pt", *flags]
+    words += ["--clip-model-name", drawn / "tiny_clip_vit.pt"]
+    caplog.clear()
+    run("validate", drawn, "--dataset", "CIRR", *words, "--metrics-json", tmp_path / "r.json")
+    said = [line for line in caplog.messages if "assumed" in line]
+    assumed = read_result(tmp_path / "r.json")["assumed"]
+    typed = {str(word).removeprefix("--").replace("-", "_") for word in flags}
+    of_old = {} if says else {"decode": "full", "encode_precision": "fp32"}
+    defaults = {"top_k": 2, "transform": "targetpad", "target_ratio": 1.25, **of_old}
+    told = {*typed, *says, *({"target_ratio"} if "transform" in {*typed, *says} else ())}
+    assert assumed == {name: value for name, value in defaults.items() if name not in told}
+    assert len(said) == bool(assumed)
+    for name in assumed:
+        assert f"{name} {assumed[name]}" in said[0]
+        assert flag(name) in said[0]
+    if not {"top_k", "transform"} & assumed.keys():
+        run("validate", drawn, "--dataset", "CIRR", *words[:2], "--combiner-path", trained,
+            "--metrics-json", tmp_path / "own.json")  # fmt: skip
+        own = read_result(tmp_path / "own.json")
+        assert own["assumed"] == {}
+        assert own["protocols"] == read_result(tmp_path / "r.json")["protocols"]
+
+
+def test_a_recall_of_a_gallery_that_is_too_small_is_said(drawn, run, tmp_path, caplog):
+    """The drawn CIRR has 18 images; its references are no answers."""
+    flags = ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--combining-function", "sum"]
+    result = tmp_path / "r.json"
+    run("validate", drawn, "--dataset", "CIRR", *flags, "--metrics-json", result)
+    (said,) = [line for line in caplog.messages if "100 whatever is retrieved" in line]
+    assert "recall_at50 of val under original-removed" in said
+    measured = read_result(result)["protocols"]["original-removed"]
+    assert measured["certain"] == {"val": ["recall_at50"]}
+    assert measured["metrics"]["recall_at50"] == 100
 
 
 def test_cirr_has_its_own_protocol_and_its_groups(golden, measured):

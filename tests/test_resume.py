@@ -16,7 +16,6 @@ import combiner_train
 import kills
 from conftest import CASES, ROOT, SOAK, STAGE_1, STAGE_2, read_csv
 from forks import HANG, Script, family, forked, state_of, torchrun, warm_up
-from models.configuration import Settings
 from models.encoder import Encoder
 from reports.run_page import About
 from runtime.tensors import load_tensors, save_tensors
@@ -358,26 +357,6 @@ def test_annotations_that_changed(stopped, own_drawn, refuses):
     content[0]["caption"] += " now"
     file.write_text(json.dumps(content))
     assert "the annotations are others than when the run was started" in refuses(run)
-
-
-def test_a_run_with_settings_in_one_table_goes_on(stopped, resume, refuses):
-    """Earlier versions wrote them so."""
-    run = stopped(3, "CIRR")
-    file = run / "training_hyperparameters.json"
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps(Settings.read(content).table))
-    state = load_tensors(run / "state.pt")
-    for later in ("skipped", "skipped_in_a_row"):
-        del state["progress"][later]
-    save_tensors(run / "state.pt", state)
-    assert "--combiner-lr is 0.5, but the run was started with 0.001" in refuses(
-        run, "--combiner-lr", 0.5
-    )
-    resume(run)
-    assert (run / "best_metrics.json").exists()
-    config = load_tensors(next((run / "saved_models").glob("*.pt")))["config"]
-    assert set(config) == {"flags", "recipe", "data", "versions"}
-    assert config["data"]["data_sha256"] == content["data"]["data_sha256"]
 
 
 def test_a_run_of_an_earlier_version_lacks_later_flags(stopped, resume, refuses):

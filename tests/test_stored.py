@@ -414,6 +414,37 @@ def test_features_that_are_no_index_of_the_files(damage, reason, digests, kind, 
     CASES["parts of an index", "refused"] += 1
 
 
+NPY = "{{'descr': {}, 'fortran_order': {}, 'shape': {}}}"
+
+
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{", "'", '\"\"\"', "x", "(" * 200, "-" * 9000 + "1", "{'descr': 1, 2: 3}", "{**1}", "\0", " \n  a\n b", "007",
+        *(NPY.format("'<f4'", False, shape) for shape in ("(-40, 16)", "(40, -16)", "(2**9, 1)", "(40.0, 16)", "None")),
+        *(NPY.format("'<f4'", False, shape) for shape in (f"({2**64}, 16)", f"({2**62}, 4)", f"({10**13}, 16)")),
+        *(NPY.format(kind, False, "(40, 16)") for kind in ("'|O'", "None", "5", "('<f4', (2,))", "'x'", "b'<f4'")),
+        NPY.format("'<f4'", 5, "(40, 16)"),
+    ],
+)  # fmt: skip
+def test_features_with_a_damaged_header(header, version, tmp_path):
+    write_index(tmp_path, kind="flat")
+    file = part(tmp_path, "features")
+    size = len(header).to_bytes(2 if version == 1 else 4, "little")
+    file.write_bytes(b"\x93NUMPY" + bytes([version, 0]) + size + header.encode() + bytes(40 * 64))
+    assert str(file) in refused(lambda: open_index(tmp_path), str(tmp_path))
+
+
+def test_features_that_are_an_archive(tmp_path):
+    write_index(tmp_path, kind="flat")
+    file = part(tmp_path, "features")
+    rows = np.load(file)
+    with open(file, "wb") as stream:
+        np.savez(stream, rows=rows)
+    assert str(file) in refused(lambda: open_index(tmp_path), str(tmp_path))
+
+
 def with_row(rows: np.ndarray, value: float) -> np.ndarray:
     changed = rows.copy()
     changed[7, 3] = value

@@ -151,7 +151,14 @@ def test_every_field_refuses_every_other_kind_of_value(kind, whole, read):
 def test_a_number_that_is_moved_contradicts_another(kind, dataset, whole, read):
     """But for sizes that nothing else tells."""
     content = whole(dataset)[kind]
-    free = {"gallery_images", "excluded_triplets", "smaller_groups", "preprocessing", "pair_id"}
+    free = {
+        "gallery_images",
+        "excluded_triplets",
+        "smaller_groups",
+        "preprocessing",
+        "pair_id",
+        "assumed",
+    }
     for path in places(content):
         value = at(content, path)
         if type(value) not in (int, float) or free & set(path) or path[0] == "training":
@@ -169,6 +176,7 @@ def test_a_field_that_earlier_versions_lack_may_be_missing(kind, whole, read):
     newer = {
         "protocol", "metrics", "excluded_triplets", "smaller_groups", "kinds", "clip_model_name", "combining_function",
         "checkpoints", "encode_precision", "trained_on", "versions", "command", "date", "query_list",
+        "images_sampled", "assumed",
     }  # fmt: skip
     for name in content:
         without = {key: value for key, value in content.items() if key != name}

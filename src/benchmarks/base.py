@@ -1,15 +1,16 @@
 """What a benchmark is: its files, captions, protocols and metrics. Each has a file of its own beside this one."""
 
+import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.entries import OFFICIAL
-from benchmarks.metrics import Metric, Ranks, Statistic, percentage
+from benchmarks.metrics import NO_RANK, Metric, Ranks, Statistic, percentage
 from benchmarks.places import locate
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED, Protocol
 from benchmarks.splits import Split, Triplet
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from benchmarks.ranking import Ranking
+
+logger = logging.getLogger(__name__)
 
 
 class Benchmark(ABC):
@@ -226,6 +229,39 @@ class Benchmark(ABC):
             )
             scores[split.name] = self.score(ranks)
         return self.titled(self.summary(scores))
+
+    def certain(self, splits: Iterable[Split], protocol: Protocol) -> dict[str, list[str]]:
+        """Split's name -> its scores that are 100 even of targets that come last: recalls at as many as there are."""
+        import numpy as np
+
+        scores = {}
+        for split in splits:
+            last = np.full(len(split.triplets), protocol.most_answers(split) - 1)
+            candidates = max(len(triplet.group) for triplet in split.triplets) - 1
+            ranks = Ranks(
+                last,
+                others=np.full((len(last), 1), NO_RANK) if split.most_other_targets else None,
+                in_group=np.full(len(last), candidates - 1) if split.has_groups else None,
+                kinds=split.queries_of_kinds,
+            )
+            means = {
+                name: score
+                for name, score in self.score(ranks).items()
+                if name not in self.statistics
+            }
+            scores[split.name] = [name for name, mean in means.items() if mean >= 100]
+        return scores
+
+    def note_certain(self, splits: Sequence[Split], protocols: Iterable[Protocol]) -> None:
+        """Say which scores of some splits are certain under some protocols, in a line, if there are any."""
+        found = []
+        for protocol in protocols:
+            for split, names in self.certain(splits, protocol).items():
+                if names:
+                    found.append(f"{', '.join(names)} of {split} under {protocol.name}")
+        if found:
+            reason = "there are no more images to choose from"
+            logger.warning("note: 100 whatever is retrieved, for %s: %s", reason, "; ".join(found))
 
     @classmethod
     def best_clips(cls) -> dict[str, str]:

@@ -266,15 +266,20 @@ def remark_on_images(
     for (part, split), records in parts.items():
         bad = {}
         digests = {}
+        deep = []
         for name, path in needed_images(benchmark, split, records).items():
             if inspections[path].problem:
                 bad[name] = inspections[path].problem
             else:
                 digests[name] = inspections[path].digest
+            if inspections[path].is_deep:
+                deep.append(name)
         report.bad.update(bad)
         where = f"{part} {split}"
         _remark_on_bad(where, records, bad, trains=split == benchmark.train_split, report=report)
         _remark_on_copies(where, records, digests, report)
+        effect = "files have more than 8 bits a channel, of which all above 255 is read as white, as the original does"
+        _say_if(deep, FINDING, where, effect, report=report)
 
 
 def _layouts(benchmark: Benchmark, paths: Iterable[Path]) -> dict[str, int]:

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from runtime import interruption
 from runtime.files import file_size
-from runtime.image_files import decoded
+from runtime.image_files import decoded, has_more_bits
 from runtime.progress import Counter
 
 MISSING = "missing"
@@ -31,10 +31,12 @@ class Inspection:
     Attributes:
         problem: why it cannot be decoded, "" where it can.
         digest: SHA-256 of its content, "" where there is none.
+        is_deep: it has more than 8 bits a channel, see `has_more_bits`.
     """
 
     problem: str
     digest: str
+    is_deep: bool = False
 
     @property
     def is_missing(self) -> bool:
@@ -51,22 +53,25 @@ def inspect(path: Path) -> Inspection:
         return Inspection(DAMAGED, "")
     if not content:
         return Inspection(EMPTY, "")
-    return Inspection(_problem(content), hashlib.sha256(content).hexdigest())
-
-
-def _problem(content: bytes) -> str:
+    digest = hashlib.sha256(content).hexdigest()
     try:
-        with warnings.catch_warnings():
-            # Of metadata that is odd, which decoding does not look at.
-            warnings.simplefilter("ignore")
-            decoded(io.BytesIO(content)).convert("RGB")
+        return Inspection("", digest, has_more_bits(_decoded(content)))
     except UnidentifiedImageError:
-        return NO_IMAGE
+        return Inspection(NO_IMAGE, digest)
     except Image.DecompressionBombError:
-        return TOO_LARGE
+        return Inspection(TOO_LARGE, digest)
     except (OSError, ValueError, MemoryError):
-        return DAMAGED
-    return ""
+        return Inspection(DAMAGED, digest)
+
+
+def _decoded(content: bytes) -> Image.Image:
+    """The image of a file's content, which can be made RGB; errors as of `runtime.image_files.decoded`."""
+    with warnings.catch_warnings():
+        # Of metadata that is odd, which decoding does not look at.
+        warnings.simplefilter("ignore")
+        image = decoded(io.BytesIO(content))
+        image.convert("RGB")
+    return image
 
 
 def inspect_all(paths: list[Path], workers: int) -> dict[Path, Inspection]:

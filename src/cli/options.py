@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from typing import Any
 
 from benchmarks import BENCHMARKS, CIRCO, PROTOCOLS
 from cli.parsers import InPlaceOf, ListModels
@@ -173,6 +174,11 @@ def measuring_flags() -> argparse.ArgumentParser:
         metavar="DIR",
         help="keep features on disk, with which an interrupted encoding goes on (default: keep none)",
     )
+    add_verify(
+        group,
+        help="tell changed images by all of their bytes (default: by size, modification time and the first, middle and "
+        "last 4 KiB)",
+    )
     group.add_argument(
         "--concept-template",
         type=concept_template,
@@ -211,6 +217,11 @@ def search_flags() -> list[argparse.ArgumentParser]:
     return [parser, exported_flag(), composition, parent(groups.WantedCombiner)]
 
 
+def add_verify(group: Group, *, help: str) -> None:
+    """--verify."""
+    group.add_argument("--verify", action="store_true", help=help)
+
+
 def pair_choice(args: argparse.Namespace) -> PairChoice:
     """The pair that `pair_flags` and the flags beside them ask for."""
     return PairChoice(
@@ -222,4 +233,10 @@ def pair_choice(args: argparse.Namespace) -> PairChoice:
         combiner=groups.WantedCombiner.of(args),
         workers=args.num_workers,
         feature_cache=getattr(args, "feature_cache", None),
+        told_by=told_by(args),
     )
+
+
+def told_by(args: Any) -> str:
+    """How caches tell a changed image, see `runtime.files.stamp`; by a sample where a script has no --verify."""
+    return "content" if getattr(args, "verify", False) else "sample"

@@ -160,7 +160,7 @@ def _method(result: Result) -> str | None:
 
 def _without_seed(settings: Settings) -> dict[str, Any]:
     """What a training computes beside its seed. The CLIP weights under a Combiner have a seed of their own."""
-    not_the_method = {*FREE_FLAGS, "seed", "seeds"}
+    not_the_method = {*FREE_FLAGS, "seed", "seeds", "verify"}
     flags = {name: value for name, value in settings.flags.items() if name not in not_the_method}
     return {
         **named({**flags, **settings.recipe}),

@@ -18,6 +18,7 @@ ROUNDED = 0.01  # how far the sum of a query's rounded weights of experts may be
 TABLES = {
     "queries_sha256": False,
     "images_sha256": True,
+    "images_sampled": True,
     "excluded_images": True,
     "excluded_triplets": True,
     "smaller_groups": True,

@@ -1,5 +1,6 @@
 """The model card of an exported pair: what it is, how it was trained, what was measured of it, how it is used."""
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ STAGES = {
     "clip": "CLIP (stage 1, `clip_fine_tune.py`)",
     "combiner": "Combiner (stage 2, `combiner_train.py`)",
 }
+MARKUP = re.compile(
+    r"[\\`*_{}\[\]<>()#!|&~$]"
+)  # what Markdown, of the Hub too, takes for more than text
 ABOUT = """\
 A reference image and a sentence that says what to change find the images that are like the one and as the other says.
 `config.json` and the weights are all that is needed: no other model is downloaded. They were written by `export.py` of
@@ -90,19 +94,32 @@ def model_card(exporting: Exporting, results: Sequence[Result]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def plain(text: object) -> str:
+    """Any text as it stands in Markdown, in one line: nothing in it is markup or HTML."""
+    return MARKUP.sub(r"\\\g<0>", printable(text))
+
+
+def code(text: object) -> str:
+    """Any text as code in Markdown, in one line, fenced by more backticks than it has in a row."""
+    line = printable(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence}{line}{fence}" if len(fence) == 1 else f"{fence} {line} {fence}"
+
+
 def _base(config: Mapping[str, Any]) -> str:
     """The CLIP that the weights began as: its name, or that of its file."""
     name = config["recipe"]["clip_model_name"]
     if name in OPENAI_CLIPS:
         return name
     model = open_clip_name(name)
-    return printable(model.short if model else Path(name).name)
+    return model.short if model else Path(name).name
 
 
 def _title(config: Mapping[str, Any]) -> str:
     if config["combiner"] is None:
-        return f"{_base(config)} with the sum"
-    return f"{_base(config)} with a Combiner ({config['combiner']['sizes']['combiner_type']})"
+        return f"{plain(_base(config))} with the sum"
+    kind = config["combiner"]["sizes"]["combiner_type"]
+    return f"{plain(_base(config))} with a Combiner ({kind})"
 
 
 def _facts(config: Mapping[str, Any]) -> str:
@@ -110,7 +127,7 @@ def _facts(config: Mapping[str, Any]) -> str:
     recipe = {**config["recipe"], "clip_model_name": _base(config)}
     facts = {name.replace("_", " "): value for name, value in recipe.items()}
     facts["weights"] = "float16" if config["half"] else "float32"
-    lines = [f"- {name}: `{value}`" for name, value in facts.items()]
+    lines = [f"- {plain(name)}: {code(value)}" for name, value in facts.items()]
     if config["combiner"] is None:
         lines.append("- queries: the normalised sum of image and text features")
     else:
@@ -118,7 +135,7 @@ def _facts(config: Mapping[str, Any]) -> str:
         known = [f"{name} {value}" for name, value in sizes.items() if value is not None]
         lines.append(f"- queries: a Combiner, {', '.join(known).replace('_', ' ')}")
     versions = [f"{name} {version}" for name, version in config["versions"].items()]
-    lines.append(f"- exported with {', '.join(versions)}")
+    lines.append(f"- exported with {plain(', '.join(versions))}")
     return "\n".join(lines)
 
 
@@ -131,7 +148,7 @@ def _training(training: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for name, value in told[part]["flags"].items():
             if value not in (None, False) and name not in ("script", "dataset", "clip_model_name"):
                 flags.append(f"{flag(name)} {value}" if value is not True else flag(name))
-        paragraphs.append(f"{STAGES[part]}, on {dataset}:")
+        paragraphs.append(f"{STAGES[part]}, on {plain(dataset)}:")
         paragraphs.append(f"```\n{printable(' '.join(flags))}\n```")
     return paragraphs or ["The weights do not say how they were trained."]
 
@@ -147,7 +164,7 @@ def _numbers(config: Mapping[str, Any], results: Sequence[Result]) -> list[str]:
         "is kept in it."
     ]
     for result in results:
-        paragraphs.append(f"### {_heading(config, result)}")
+        paragraphs.append(f"### {plain(_heading(config, result))}")
         paragraphs.append(_table(result))
     return paragraphs
 
@@ -189,7 +206,7 @@ def _markdown(rows: Mapping[str, Mapping[str, str]]) -> str:
     columns = list(next(iter(rows.values())))
     lines = [["", *columns], ["---", *["---:"] * len(columns)]]
     for name, cells in rows.items():
-        lines.append([name, *(cells[column] for column in columns)])
+        lines.append([plain(name), *(cells[column] for column in columns)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -205,17 +222,18 @@ def _use(exporting: Exporting, results: Sequence[Result]) -> str:
         f"python src/search.py index --images photos/ --output photos_index --pair {place}",
         "python src/search.py query --index photos_index --image photos/shirt.jpg --text 'is red and has no sleeves'",
     ]
-    listed = "\n".join(commands)
+    listed = "\n".join(map(printable, commands))
     return f"```bash\n{listed}\n```"
 
 
 def _licence(exporting: Exporting) -> str:
     """Whose terms the weights are under."""
     base = _base(exporting.config)
-    terms = f"The weights began as those of `{base}`, whose terms hold for them."
+    terms = f"The weights began as those of {code(base)}, whose terms hold for them."
     if base in OPENAI_CLIPS:
         terms = f"The weights began as OpenAI's CLIP `{base}`, which is under the MIT licence."
     datasets = sorted(set(trained_on(exporting.training).values()))
     if datasets:
-        terms += f" They were trained on {' and '.join(datasets)}: the terms of its annotations and images hold too."
+        named = plain(" and ".join(datasets))
+        terms += f" They were trained on {named}: the terms of its annotations and images hold too."
     return terms

@@ -25,6 +25,7 @@ class Header(Schema):
     gallery_images: dict[str, Positive]
     queries: dict[str, Positive]
     metrics: dict[str, float]
+    certain: dict[str, list[str]] = {}
 
 
 class Measured(Header):
@@ -57,6 +58,17 @@ class Preprocessing(Schema):
     architecture: str = ""
 
 
+class Assumed(Schema):
+    """Settings that neither flags nor weights told; one that was told is not among them."""
+
+    clip_model_name: str = ""
+    transform: str = ""
+    target_ratio: Annotated[float, Field(gt=0)] = 1
+    decode: str = ""
+    encode_precision: str = ""
+    top_k: Positive = 1
+
+
 class QueryList(Schema):
     """The list of queries that alone were measured, see `benchmarks.query_lists.QueryList.describe`."""
 
@@ -75,6 +87,7 @@ class About(Schema):
     excluded_triplets: dict[str, Natural] = {}
     smaller_groups: dict[str, Natural] = {}
     images_sha256: dict[str, str]
+    images_sampled: dict[str, str] = {}
     queries_sha256: dict[str, str]
     kinds: dict[str, dict[str, list[Natural]]] = {}
     query_list: QueryList | None = None
@@ -86,6 +99,7 @@ class About(Schema):
     preprocessing: Preprocessing
     training: dict[str, dict[str, Any]]
     trained_on: dict[str, str] = {}
+    assumed: Assumed = Assumed()
     versions: dict[str, str] = {}
     command: str = ""
     date: str = ""

@@ -12,6 +12,7 @@ Answer = TypeVar("Answer")
 
 MOST_TOGETHER = 32  # questions of a batch
 WAIT = 0.01  # seconds that the first question of a batch waits for others
+GRACE = 2  # seconds that answers may take when the page ends
 
 
 class Together(Generic[Question, Answer]):
@@ -23,6 +24,7 @@ class Together(Generic[Question, Answer]):
         answer: answers several questions; what it raises is for all of them.
         most: questions of a batch.
         wait: seconds that a batch is waited for.
+        grace: seconds that `close` waits for answers.
     """
 
     def __init__(
@@ -30,10 +32,12 @@ class Together(Generic[Question, Answer]):
         answer: Callable[[Sequence[Question]], Sequence[Answer]],
         most: int = MOST_TOGETHER,
         wait: float = WAIT,
+        grace: float = GRACE,
     ) -> None:
         self._answer = answer
         self._most = most
         self._wait = wait
+        self._grace = grace
         self._asked: queue.Queue[tuple[Question, Future[Answer]] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="answers", daemon=True)
         self._thread.start()
@@ -45,9 +49,9 @@ class Together(Generic[Question, Answer]):
         return future
 
     def close(self) -> None:
-        """Answer what was asked until now, and end."""
+        """Answer what was asked until now, as far as the time goes, and end."""
         self._asked.put(None)
-        self._thread.join()
+        self._thread.join(self._grace)
 
     def _work(self) -> None:
         while (first := self._asked.get()) is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from runtime.files import written_whole
-from utils import DiskError, UserError, first_line
+from utils import LONGEST, SHORTEST, DiskError, UserError, first_line
 
 ADDED_AT_ONCE = 65_536  # vectors
 
@@ -62,9 +62,20 @@ def import_faiss() -> Any:
 
 
 def normalised(features: np.ndarray) -> np.ndarray:
-    """Rows (N, D) of length 1, float32."""
+    """Rows (N, D) of length 1, float32.
+
+    Raises:
+        UserError: a row is too short or too long, see `models.encoder.check_lengths`.
+    """
     rows = np.asarray(features, dtype=np.float32)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    with np.errstate(over="ignore"):
+        lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    if ((lengths < SHORTEST) | (lengths > LONGEST)).any():
+        raise UserError(
+            f"features of the index have lengths from {lengths.min():.1g} to {lengths.max():.1g}, which cannot be "
+            "ranked: make the index again with other weights"
+        )
+    return rows / lengths
 
 
 def check(kind: str, count: int, dim: int) -> None:

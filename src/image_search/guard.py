@@ -1,26 +1,30 @@
-"""What the page's server lets in: its own hosts and origins, bodies of a size, so many requests at once.
+"""What the page's server lets in: its own hosts and origins, bodies of a size, so many requests of a visitor at once.
 
 The server gives out a person's photos, so whatever is not asked by that person's browser or programs is closed here,
-before anything is read of it.
+before anything is read of it. A visitor is an address: one alone takes no more than half of the places, so that others
+find room whatever it sends. Behind a proxy, all are one.
 """
 
 import asyncio
+import contextlib
 import ipaddress
 import json
 import re
 import socket
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Iterator, MutableMapping
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
+from image_search.forms import MOST_FIELDS
 from image_search.uploads import MOST_BYTES
 
 LOCAL = {"localhost", "127.0.0.1", "::1"}
 ANY_ADDRESS = {"0.0.0.0", "::"}
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:/@]+))(?::\d+)?", re.IGNORECASE)
 FRAME = 2**16  # bytes around an uploaded file in its request, and of a request without one
-MOST_ASKING = 64  # requests with a body at once
+MOST_ASKING = 64  # requests with a body at once, of a visitor; of all together twice as many
 MOST_UPLOADS = 8  # of these, which are larger than FRAME
 MOST_SECONDS = 30  # until a body has arrived, and until it is answered
 RETRY_AFTER = "1"  # seconds
@@ -97,28 +101,85 @@ def is_address(name: str) -> bool:
     return True
 
 
+def visitor_of(scope: Scope) -> str:
+    """Whom a request or a connection is of: an IPv4 address, or a network of IPv6, of which one person has 2**64."""
+    host = (scope.get("client") or ("",))[0]
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((address, 64), strict=False))
+
+
+class Places:
+    """So many places, of which a visitor takes at most half.
+
+    Attributes:
+        taken: by each visitor.
+    """
+
+    def __init__(self) -> None:
+        self.taken: Counter[str] = Counter()
+
+    def has_room(self, visitor: str, each: int) -> bool:
+        """Whether there is a place, if a visitor may have `each` and all together twice as many."""
+        return self.taken[visitor] < each and self.taken.total() < 2 * each
+
+    @contextlib.contextmanager
+    def place(self, visitor: str) -> Iterator[None]:
+        """A place that is taken for as long as the context lasts."""
+        self.taken[visitor] += 1
+        try:
+            yield
+        finally:
+            self.taken[visitor] -= 1
+            self.taken += Counter()  # forgets who has none
+
+
 class Guard:
-    """An ASGI application in front of another, which gets only what is let in, with bodies that have arrived whole."""
+    """An ASGI application in front of another, which gets only what is let in, with bodies that have arrived whole.
+
+    Work for a visitor who has left is given up.
+    """
 
     def __init__(self, app: App, hosts: Hosts) -> None:
         self.app = app
         self.hosts = hosts
-        self.asking = 0
-        self.uploading = 0
+        self._asking = Places()
+        self._uploading = Places()
+
+    @property
+    def asking(self) -> int:
+        """Requests with a body that are there."""
+        return self._asking.taken.total()
+
+    @property
+    def uploading(self) -> int:
+        """Those of them that are larger than FRAME."""
+        return self._uploading.taken.total()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or let the application answer it."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
+        sending = Sending(send)
         try:
             self._check(scope)
             if scope["method"] == "POST":
-                await self._posted(scope, receive, send)
+                await self._posted(scope, receive, sending)
             else:
-                await self.app(scope, receive, with_headers(send))
+                await self._answered(scope, b"", receive, sending=sending)
         except Refusal as refusal:
             await answer(send, refusal.status, refusal.message)
+        except asyncio.CancelledError:
+            if sending.is_begun:
+                raise
+            await answer(send, HTTPStatus.SERVICE_UNAVAILABLE, "the page ends: try again later")
 
     def _check(self, scope: Scope) -> None:
         """Refuse what another page sends, and what asks for another host."""
@@ -132,29 +193,64 @@ class Guard:
         for origin in headers_of(scope, b"origin"):
             if not self.hosts.is_own_origin(origin, hosts[0]):
                 raise Refusal(HTTPStatus.FORBIDDEN, "another page sent this request")
+        if scope.get("query_string", b"").count(b"&") >= MOST_FIELDS:
+            raise Refusal(HTTPStatus.BAD_REQUEST, f"more than {MOST_FIELDS} fields: send fewer")
         # Images and scripts are asked for without an origin. A link that leads here may be anybody's.
         sites = headers_of(scope, b"sec-fetch-site")
         is_link = headers_of(scope, b"sec-fetch-mode") == ["navigate"]
         if not is_link and {"cross-site", "same-site"} & set(sites):
             raise Refusal(HTTPStatus.FORBIDDEN, "another page sent this request")
 
-    async def _posted(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _posted(self, scope: Scope, receive: Receive, sending: "Sending") -> None:
         """Let the application answer a request whose body has arrived, unless there are too many at once."""
         lengths = headers_of(scope, b"content-length")
         is_upload = not (lengths and lengths[0].isdecimal() and int(lengths[0]) <= FRAME)
-        if self.asking >= MOST_ASKING or (is_upload and self.uploading >= MOST_UPLOADS):
+        visitor = visitor_of(scope)
+        has_room = self._asking.has_room(visitor, MOST_ASKING)
+        if is_upload:
+            has_room = has_room and self._uploading.has_room(visitor, MOST_UPLOADS)
+        if not has_room:
             raise Refusal(HTTPStatus.TOO_MANY_REQUESTS, "too many requests at once: try again")
-        self.asking += 1
-        self.uploading += is_upload
-        try:
+        with contextlib.ExitStack() as places:
+            places.enter_context(self._asking.place(visitor))
+            if is_upload:
+                places.enter_context(self._uploading.place(visitor))
             try:
                 body = await asyncio.wait_for(read(receive, MOST_BYTES + FRAME), MOST_SECONDS)
             except asyncio.TimeoutError:
                 raise Refusal(HTTPStatus.REQUEST_TIMEOUT, "the request came too slowly") from None
-            await self.app(scope, received(body, receive), with_headers(send))
+            await self._answered(scope, body, receive, sending=sending)
+
+    async def _answered(
+        self, scope: Scope, body: bytes, receive: Receive, *, sending: "Sending"
+    ) -> None:
+        """Let the application answer for as long as somebody waits for that."""
+        leaving = asyncio.ensure_future(left(receive))
+        request = received(body, leaving)
+        answering = asyncio.ensure_future(self.app(scope, request, with_headers(sending)))
+        try:
+            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if answering.done() or sending.is_whole:
+                await answering
         finally:
-            self.asking -= 1
-            self.uploading -= is_upload
+            answering.cancel()
+            leaving.cancel()
+
+
+class Sending:
+    """A `send` that knows how far an answer is."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.is_begun = False
+        self.is_whole = False
+
+    async def __call__(self, message: MutableMapping[str, Any]) -> None:
+        """Send a part of an answer."""
+        self.is_begun = True
+        await self._send(message)
+        is_body = message["type"] == "http.response.body"
+        self.is_whole = is_body and not message.get("more_body")
 
 
 def headers_of(scope: Scope, name: bytes) -> list[str]:
@@ -188,12 +284,21 @@ def size(most: int) -> str:
     return f"{most // 2**20} MiB" if most >= 2**20 else f"{most // 2**10} KiB"
 
 
-def received(body: bytes, receive: Receive) -> Receive:
-    """What receives a body that was read, and then whatever follows."""
+async def left(receive: Receive) -> None:
+    """Wait until the sender of a request has left."""
+    while (await receive())["type"] != "http.disconnect":
+        await asyncio.sleep(0)
+
+
+def received(body: bytes, leaving: "asyncio.Future[None]") -> Receive:
+    """What receives a body that was read, and then that its sender has left."""
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> MutableMapping[str, Any]:
-        return messages.pop() if messages else await receive()
+        if not messages:
+            await asyncio.wait({leaving})
+            return {"type": "http.disconnect"}
+        return messages.pop()
 
     return again
 

@@ -1,43 +1,50 @@
 """Answers over HTTP: questions as forms, answers as JSON, thumbnails, and the page that asks for them.
 
 A request names images of the index by row alone, or brings one along, so none makes the server read another file.
-Uploads stay in memory, and nothing is kept of them.
+Uploads stay in memory, and nothing is kept of them. Workers decode images, threads wait for the index, so that the loop
+is free for the next request.
 """
 
 import asyncio
 import functools
+import logging
 import uuid
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
+import numpy as np
 import torch
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from image_search.api_guide import guide
 from image_search.batching import Together
-from image_search.guard import MOST_SECONDS, RETRY_AFTER
-from image_search.photos import KINDS, small_image
+from image_search.forms import File, NoForm, read_form
+from image_search.guard import MOST_SECONDS, RETRY_AFTER, visitor_of
+from image_search.photos import KINDS
 from image_search.searcher import PLACES, Found, Question, Searcher
-from image_search.thumbnails import SIDES, Thumbnails
-from image_search.uploads import Upload, checked_upload
-from runtime.image_files import jpeg
+from image_search.stores import QuestionError
+from image_search.thumbnails import SIDES, Thumbnails, thumbnail
+from image_search.uploads import preview, read_upload
+from image_search.workers import SECONDS, Overrun, Pool, in_thread, source_of_workers
 from utils import UserError
+
+logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
 FILES = {"/": "text/html", "/page.css": "text/css", "/page.js": "text/javascript"}
 MOST_ANSWERS = 100
-MOST_FIELDS = 16
 MOST_SHOWN = 100  # images to choose from
 LARGEST_ROW = 2**63 - 1
-DECODERS = 4  # threads: each may hold an image of MOST_PIXELS
+# Workers, of which one visitor has half. An upload has few pixels, an image of the index what Pillow decodes at most.
+UPLOADS = {"workers": 4, "memory": 2**30}
+PHOTOS = {"workers": 8, "memory": 2**31}
+LOADED = ("data_utils", "image_search.thumbnails", "image_search.uploads")  # in workers
 TITLE = "Composed image retrieval"
 SUMMARY = "Search an index of images by an image and what to change of it."
 
@@ -128,30 +135,68 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 
+Answering = TypeVar("Answering", bound=Callable[..., Awaitable[Any]])
+
+
+def in_time(answer: Answering) -> Answering:
+    """An answer that is given up when it takes too long."""
+
+    @functools.wraps(answer)
+    async def limited(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return await asyncio.wait_for(answer(*args, **kwargs), MOST_SECONDS)
+        except asyncio.TimeoutError:
+            raise HTTPException(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "no answer in time: try again",
+                {"retry-after": RETRY_AFTER},
+            ) from None
+
+    return cast(Answering, limited)
+
+
 class Service:
-    """What the addresses answer. All users share one searcher, one thread that asks it, and the thumbnails.
+    """What the addresses answer. All users share one searcher, one thread that asks it, the workers and the thumbnails.
+
+    Uploads have workers of their own, so that what they cost holds nobody up who looks at the index.
 
     Args:
         k: answers where a question does not say.
         together: answers the questions; see `Together`.
+        seconds: that a worker has for an image.
     """
 
-    def __init__(self, searcher: Searcher, k: int, together: "Together[Question, Found]") -> None:
+    def __init__(
+        self,
+        searcher: Searcher,
+        k: int,
+        together: "Together[Question, Found]",
+        *,
+        seconds: float = SECONDS,
+    ) -> None:
         self.searcher = searcher
         self.k = min(k, MOST_ANSWERS)
         self.together = together
         self.thumbnails = Thumbnails()
         self.server = uuid.uuid4().hex[:12]
-        self.decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decoder")
+        self.workers = source_of_workers(LOADED)
+        self.uploads = Pool(self.workers, seconds=seconds, **UPLOADS)
+        self.photos = Pool(self.workers, seconds=seconds, **PHOTOS)
 
+    def close(self) -> None:
+        """End the workers."""
+        self.workers.close()
+
+    @in_time
     async def search(self, request: Request) -> Response:
         """The images nearest to an image that is changed as a text says."""
         asked, upload = await read_question(request)
-        image: Path | torch.Tensor | None = None
+        image: torch.Tensor | None = None
         if upload is not None:
-            image = await self._decode(functools.partial(self._read, upload))
+            pixels = await self._of_upload(request, read_upload, upload, self._read)
+            image = torch.from_numpy(pixels)
         elif asked.row is not None:
-            image = self._file(asked.row)
+            image = await self._reference(request, asked.row)
         question = Question(
             image=image,
             text=asked.text,
@@ -162,15 +207,7 @@ class Service:
             condition=asked.filter.strip(),
         )
         self.searcher.check(question)
-        answer = asyncio.wrap_future(self.together.ask(question))
-        try:
-            found = await asyncio.wait_for(answer, MOST_SECONDS)
-        except asyncio.TimeoutError:
-            raise HTTPException(
-                HTTPStatus.SERVICE_UNAVAILABLE,
-                "no answer in time: try again",
-                {"retry-after": RETRY_AFTER},
-            ) from None
+        found = await asyncio.wrap_future(self.together.ask(question))
         answers = Answers(
             answers=[self._answer(*hit) for hit in zip(found.rows, found.answers, strict=True)],
             place=found.place,
@@ -181,29 +218,47 @@ class Service:
         )
         return Response(answers.model_dump_json(), media_type="application/json")
 
+    @in_time
     async def preview(self, request: Request) -> Response:
         """A small JPEG of an image that is sent, or why it cannot be asked with. Nothing of it is kept."""
         _, upload = await read_question(request)
         if upload is None:
-            raise UserError("there is no image: send one")
-        return jpeg_response(await self._decode(functools.partial(self._preview, upload)))
+            raise QuestionError("there is no image: send one")
+        side = SIDES["small"]
+        return jpeg_response(await self._of_upload(request, preview, upload, self._read, side))
 
-    async def image(self, row: int, size: Literal["small", "large"] = "small") -> Response:
+    @in_time
+    async def image(
+        self, request: Request, row: int, size: Literal["small", "large"] = "small"
+    ) -> Response:
         """A JPEG of an image of the index."""
-        file = self._file(row)
-        return jpeg_response(
-            await self._decode(functools.partial(self.thumbnails.get, file, size)), age=600
-        )
+        file = await self._from_index(self._file, row)
+        kept = self.thumbnails.get((file, size))
+        if kept is not None:
+            return jpeg_response(kept, age=600)
+        try:
+            picture, is_there = await self.photos.run(
+                visitor_of(request.scope), thumbnail, file, size
+            )
+        except Overrun:
+            raise HTTPException(
+                HTTPStatus.SERVICE_UNAVAILABLE, "this image takes too long: try another"
+            ) from None
+        if is_there:
+            self.thumbnails.keep((file, size), picture)
+        return jpeg_response(picture, age=600)
 
-    def photo(self, row: int) -> Photo:
+    @in_time
+    async def photo(self, row: int) -> Photo:
         """The name of an image of the index."""
-        return self._photo(row, self._file(row))
+        return await self._from_index(self._photo, row)
 
-    def some(self, count: int = Query(40, ge=1, le=MOST_SHOWN)) -> list[Photo]:
+    @in_time
+    async def some(self, count: int = Query(40, ge=1, le=MOST_SHOWN)) -> list[Photo]:
         """Images of the index, at random."""
-        return [self._photo(row, self._file(row)) for row in self.searcher.some(count)]
+        return await self._from_index(self._some, count)
 
-    def health(self) -> Health:
+    async def health(self) -> Health:
         """That the server answers, and what it is."""
         return Health(
             images=len(self.searcher),
@@ -215,18 +270,45 @@ class Service:
             server=self.server,
         )
 
-    async def _decode(self, work: Callable[[], Made]) -> Made:
-        """What some work with pixels makes, in one of a few threads."""
-        return await asyncio.get_running_loop().run_in_executor(self.decoders, work)
+    @property
+    def _read(self) -> Callable[[Any], torch.Tensor]:
+        """What makes bytes (3, R, R) of an image, as CLIP's preprocessing does."""
+        return self.searcher.pair.encoder.loader.read
 
-    def _read(self, upload: Upload) -> torch.Tensor:
-        """Bytes (3, R, R), as CLIP's preprocessing makes them."""
-        encoder = self.searcher.pair.encoder
-        return encoder.loader.read(upload.stream())
+    async def _of_upload(
+        self, request: Request, function: Callable[..., Made], upload: File, *arguments: Any
+    ) -> Made:
+        """What a worker makes of an upload."""
+        try:
+            return await self.uploads.run(visitor_of(request.scope), function, upload, *arguments)
+        except Overrun:
+            raise QuestionError(
+                f"the image takes more than {self.uploads.seconds:g} seconds or {self.uploads.memory // 2**20} MiB to "
+                "decode: upload a smaller or simpler copy"
+            ) from None
 
-    def _preview(self, upload: Upload) -> bytes:
-        self._read(upload)  # says why it cannot be asked with
-        return jpeg(small_image(upload.stream(), SIDES["small"]), SIDES["small"])
+    async def _reference(self, request: Request, row: int) -> torch.Tensor:
+        """Features (1, D) of an image of the index; where its file has changed, what a worker reads of that."""
+        file, features = await in_thread(self._kept, row)
+        if features is not None:
+            return features
+        try:
+            pixels = await self.photos.run(visitor_of(request.scope), read_photo, file, self._read)
+        except (UserError, Overrun):
+            raise QuestionError(
+                "this image has changed and cannot be decoded any more: choose another"
+            ) from None
+        return torch.from_numpy(pixels)
+
+    async def _from_index(self, look_up: Callable[..., Made], *about: int) -> Made:
+        """What is looked up in the index, which is in memory, or in a store that may take its time."""
+        if self.searcher.knows_conditions:
+            return await in_thread(look_up, *about)
+        return look_up(*about)
+
+    def _kept(self, row: int) -> tuple[Path, torch.Tensor | None]:
+        file = self._file(row)
+        return file, self.searcher.kept_features(row, file)
 
     def _file(self, row: int) -> Path:
         file = self.searcher.image(row) if row <= LARGEST_ROW else None
@@ -236,7 +318,11 @@ class Service:
             )
         return file
 
-    def _photo(self, row: int, file: Path) -> Photo:
+    def _some(self, count: int) -> list[Photo]:
+        return [self._photo(row) for row in self.searcher.some(count)]
+
+    def _photo(self, row: int) -> Photo:
+        file = self._file(row)
         return Photo(row=str(row), name=file.name, path=self._shown_path(file))
 
     def _answer(self, row: int, answer: tuple[Path, float]) -> Answer:
@@ -256,31 +342,32 @@ class Service:
         return file.name
 
 
-async def read_question(request: Request) -> tuple[Asked, Upload | None]:
+def read_photo(file: Path, read: Callable[[Path], torch.Tensor]) -> np.ndarray:
+    """An image of the index as the encoder's loader reads it, bytes (3, R, R)."""
+    return read(file).numpy()
+
+
+async def read_question(request: Request) -> tuple[Asked, File | None]:
     """The fields of a form and its image.
 
     Raises:
-        UserError: a field is unknown, twice there or of another type, or the image is none.
+        QuestionError: a field is unknown, twice there or of another type.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        raise HTTPException(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send the question as a form")
-    upload = None
-    async with request.form(max_files=1, max_fields=MOST_FIELDS) as form:
-        fields = dict(form)
-        if len(form.multi_items()) != len(fields):
-            raise UserError("a field is there twice: send it once")
-        image = fields.pop("image", None)
-        if isinstance(image, UploadFile):
-            upload = checked_upload(image.filename or "", await image.read())
-        elif image is not None:
-            raise UserError("image: send a file, no text; nothing is fetched from an address")
-        try:
-            asked = Asked.model_validate(fields)
-        except ValidationError as error:
-            raise UserError(first_fault(error.errors()[0])) from None
+    try:
+        form = read_form(request.headers.get("content-type", ""), await request.body())
+    except NoForm as error:
+        raise HTTPException(error.status, str(error)) from None
+    if "image" in form.fields:
+        raise QuestionError("image: send a file, no text; nothing is fetched from an address")
+    upload = form.files.pop("image", None)
+    if form.files:
+        raise QuestionError("image is the only field that may be a file")
+    try:
+        asked = Asked.model_validate(form.fields)
+    except ValidationError as error:
+        raise QuestionError(first_fault(error.errors()[0])) from None
     if upload is not None and asked.row is not None:
-        raise UserError("there are two references: send an image or a row")
+        raise QuestionError("there are two references: send an image or a row")
     return asked, upload
 
 
@@ -304,31 +391,38 @@ def failed(status: int, message: str, headers: Any = None) -> JSONResponse:
 def add_errors(app: FastAPI) -> None:
     """Let every error be one sentence."""
 
-    def refused(_: Request, error: Any) -> JSONResponse:
-        return failed(HTTPStatus.BAD_REQUEST, str(error))
+    async def refused(_: Request, error: Any) -> JSONResponse:
+        return failed(HTTPStatus.BAD_REQUEST, error.told)
 
-    def malformed(_: Request, error: Any) -> JSONResponse:
+    async def broken(_: Request, error: Any) -> JSONResponse:
+        logger.error("error: %s", error)
+        return failed(
+            HTTPStatus.SERVICE_UNAVAILABLE, "the page cannot answer now: its terminal says why"
+        )
+
+    async def malformed(_: Request, error: Any) -> JSONResponse:
         return failed(HTTPStatus.BAD_REQUEST, first_fault(error.errors()[0]))
 
-    def unknown(_: Request, error: Any) -> JSONResponse:
+    async def unknown(_: Request, error: Any) -> JSONResponse:
         return failed(error.status_code, str(error.detail).lower(), error.headers)
 
-    def fault(_: Request, error: Any) -> JSONResponse:
+    async def fault(_: Request, error: Any) -> JSONResponse:
         return failed(
             HTTPStatus.INTERNAL_SERVER_ERROR, "a fault of the server: its terminal says more"
         )
 
-    app.add_exception_handler(UserError, refused)
+    app.add_exception_handler(QuestionError, refused)
+    app.add_exception_handler(UserError, broken)
     app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(HTTPException, unknown)
     app.add_exception_handler(Exception, fault)
 
 
-def page_file(name: str, kind: str) -> Callable[[], Response]:
+def page_file(name: str, kind: str) -> Callable[[], Awaitable[Response]]:
     """An address that answers with a file of the page."""
     content = (PAGE / name).read_bytes()
 
-    def file() -> Response:
+    async def file() -> Response:
         headers = {"cache-control": "no-cache"}
         return Response(content, media_type=f"{kind}; charset=utf-8", headers=headers)
 
@@ -372,7 +466,9 @@ def build(service: Service, documented: bool) -> FastAPI:
     app.add_api_route("/health", service.health)
     if documented:
         written = functools.cache(lambda: guide(app.openapi()))
-        app.add_api_route(
-            "/docs", lambda: HTMLResponse(written()), include_in_schema=False, methods=["GET"]
-        )
+
+        async def explained() -> HTMLResponse:
+            return HTMLResponse(written())
+
+        app.add_api_route("/docs", explained, include_in_schema=False, methods=["GET"])
     return app

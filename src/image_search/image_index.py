@@ -10,7 +10,7 @@ from typing import Any
 
 from image_search import faiss_index, index_folder
 from image_search.manifest import check_index, read_manifest
-from image_search.stores import FAISS, Counts, ImageIndex, Keeping, Shelf, chosen_keeping
+from image_search.stores import FAISS, TIME, Counts, ImageIndex, Keeping, Shelf, chosen_keeping
 from models.encoder import Encoder
 from runtime import distributed
 from runtime.choices import named
@@ -82,6 +82,8 @@ def update_index(
             be read, or there are too few for the kind.
     """
     origin = {"folders": sorted(str(path.resolve()) for path in folders), "pair": pair}
+    if keeping.told_by != TIME:  # as in indexes of earlier versions, which do not say it
+        origin["told_by"] = keeping.told_by
     shelf = _shelf(folder, encoder, keeping, origin)
     if not distributed.is_main():
         _encode(None, encoder, shelf)

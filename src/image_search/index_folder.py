@@ -22,7 +22,8 @@ import torch
 
 from image_search import faiss_index, list_file
 from image_search.manifest import MANIFEST, REMEDY, read_manifest, write_manifest
-from image_search.stores import Counts, Hit, Keeping
+from image_search.stores import Counts, Hit, Keeping, QuestionError
+from models.encoder import check_lengths
 from runtime.files import (
     Identity,
     discard,
@@ -32,7 +33,7 @@ from runtime.files import (
     write_text,
     written_whole,
 )
-from runtime.tensors import load_tensors, save_tensors
+from runtime.tensors import load_tensors, mapped_array, save_tensors
 from utils import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class FaissImages:
     def search(self, queries: np.ndarray, k: int, condition: str = "") -> list[list[Hit]]:
         """The k nearest images of each normalised query (Q, D)."""
         if condition:
-            raise UserError(
+            raise QuestionError(
                 "an index in files knows no filter (--filter): leave it out, or make an index with --store milvus:..."
             )
         found = faiss_index.search(self.vectors, self.features, queries, k=k)
@@ -147,8 +148,8 @@ def _features(folder: Path, about: dict[str, Any], count: int) -> np.ndarray:
     """The features of an index of so many files in a memory map, of which some rows are looked at."""
     file = folder / about["features"]
     try:
-        features = np.lib.format.open_memmap(file, mode="r")
-    except (OSError, ValueError, OverflowError) as error:
+        features = mapped_array(file)
+    except ValueError as error:
         raise _damaged(file, first_line(error)) from None
     if features.dtype != np.float32 or features.ndim != 2 or 0 in features.shape:
         raise _damaged(file, f"it holds {features.dtype} of shape {features.shape}")
@@ -321,7 +322,7 @@ def _says(manifest: dict[str, Any], about: dict[str, Any]) -> bool:
 
 
 def check_features(files: Sequence[Identity], features: np.ndarray, dim: int) -> None:
-    """Raise UserError where there are no finite features of each file, in the type that an index holds."""
+    """Raise UserError where there are no features of each file that can be ranked, in the type that an index holds."""
     if features.dtype != np.float32 or features.shape != (len(files), dim):
         raise UserError(f"features are {features.dtype} of shape {features.shape}: encode again")
     ends = np.stack([features.min(axis=1), features.max(axis=1)])  # NaN comes through
@@ -329,6 +330,7 @@ def check_features(files: Sequence[Identity], features: np.ndarray, dim: int) ->
     if len(rows):
         remedy = "choose --encode-precision fp32, or another folder for the index"
         raise UserError(f"the features of {files[rows[0]][0]} are not finite: {remedy}")
+    check_lengths(torch.from_numpy(features), [file[0] for file in files])
 
 
 def publish(

@@ -29,7 +29,7 @@ from image_search.faiss_index import (
 )
 from image_search.index_folder import check_features, check_own
 from image_search.manifest import MANIFEST, REMEDY, is_own, read_manifest, write_manifest
-from image_search.stores import Counts, Hit, Keeping
+from image_search.stores import Counts, Hit, Keeping, QuestionError
 from runtime import distributed
 from runtime.files import Identity
 from utils import UserError, first_line
@@ -51,6 +51,29 @@ LISTS = 1024  # of ivfflat
 KINDS = {"flat": "FLAT", "hnsw": "HNSW", "ivfflat": "IVF_FLAT"}
 BUILT = {"flat": {}, "hnsw": {"M": 32, "efConstruction": 80}, "ivfflat": {"nlist": LISTS}}
 FIELDS = ["file", "size", "time", "path"]
+CONDITION_FIELDS = ("path", "category", "size", "time")
+WORDS = (
+    "and",
+    "or",
+    "not",
+    "in",
+    "like",
+    "is",
+    "null",
+    "exists",
+    "true",
+    "false",
+    "text_match",
+    "phrase_match",
+)
+CONDITION_NAMES = {*CONDITION_FIELDS, *WORDS}
+CONDITION = re.compile(
+    r"""\s+|(?P<name>[A-Za-z_$][\w$]*)|"""
+    r"""(?:0[xX][\da-fA-F]+|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)(?![\w.])|"""
+    r""""[^"\\\n]*"|'[^'\\\n]*'|[-+*%/<>=!&|^~(),\[\]]""",
+    re.ASCII,
+)
+CONDITIONS = "conditions are over path, category, size and time"
 
 
 def import_pymilvus() -> Any:
@@ -74,16 +97,38 @@ def row_of(path: str) -> int:
 
 
 def place_of(path: str, folders: Sequence[str]) -> str:
-    """Where an image file lies below the first folder that holds it; its whole path where none does."""
+    """Where an image file lies below the first folder that holds it; its name where none does.
+
+    Conditions of the page's visitors are over it, so it tells nothing of what is above.
+    """
     for folder in folders:
         if path.startswith(folder.rstrip("/") + "/"):
             return path[len(folder.rstrip("/")) + 1 :]
-    return path
+    return path.rpartition("/")[2]
 
 
 def digest_of(key: dict[str, Any]) -> str:
     """What a collection's name says of its encoder."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def check_condition(condition: str) -> None:
+    """Raise QuestionError where a condition names anything but CONDITION_FIELDS: `file` is a path of the machine.
+
+    Milvus alone knows whether the rest is its language. A text ends at its next quotation mark, so it holds none and
+    no backslash: what is outside of it here is outside of it for Milvus.
+    """
+    place = 0
+    while place < len(condition):
+        found = CONDITION.match(condition, place)
+        if found is None:
+            said = f"it has a {condition[place]!r} that is not understood"
+        elif found["name"] and found["name"].lower() not in CONDITION_NAMES:
+            said = f"there is no {found['name']}"
+        else:
+            place = found.end()
+            continue
+        raise QuestionError(f"--filter {condition}: {said}: {CONDITIONS}")
 
 
 class Table:
@@ -115,14 +160,21 @@ class Table:
             reason = first_line(error)[:160]
         else:
             return
-        if condition and "connect" not in reason:
-            raise UserError(
-                f"--filter {condition}: Milvus refuses it ({reason}): conditions are over path, category, size and time"
-            )
+        if condition and not self._is_lost():
+            told = f"--filter {condition}: Milvus refuses it"
+            raise QuestionError(f"{told} ({reason}): {CONDITIONS}", f"{told}: {CONDITIONS}")
         raise UserError(
             f"--store {self.store}: {reason}: see that it is up, that no other process has its file, and that {TOKEN} "
             "is right"
         )
+
+    def _is_lost(self) -> bool:
+        """Whether the store does not answer any question now."""
+        try:
+            self._client.list_collections(timeout=PATIENCE)
+        except (self._milvus.MilvusException, OSError):
+            return True
+        return False
 
     def ask(self, question: str, *, condition: str = "", **about: Any) -> Any:
         """What the client's method of that name answers about the collection.
@@ -258,6 +310,7 @@ class MilvusImages:
 
     def search(self, queries: np.ndarray, k: int, condition: str = "") -> list[list[Hit]]:
         """The k nearest images of each normalised query (Q, D), of which Milvus proposes many, ranked exactly."""
+        check_condition(condition)
         if k > MOST_CANDIDATES:
             raise UserError(f"--k {k}: Milvus finds {MOST_CANDIDATES:,} at most: ask for fewer")
         proposed = min(max(LEAST_CANDIDATES, CANDIDATES_PER_ANSWER * k), MOST_CANDIDATES)

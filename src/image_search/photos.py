@@ -11,8 +11,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, features
 
-from runtime.files import Identity
-from runtime.image_files import DECODING_ERRORS, decoded
+from runtime.files import Identity, stamp
+from runtime.image_files import DECODING_ERRORS, decoded, has_more_bits
 from utils import UserError
 
 try:
@@ -37,6 +37,8 @@ CAMERA_KINDS = {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
 OTHER_KINDS = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", *CAMERA_KINDS} - KINDS
 WHITES = (1, 255, 65_535)  # possible values of white in images of more than 8 bits
 
+ROWS = 256  # of an image of more than 8 bits that are scaled at once
+
 
 @dataclass
 class FoundImages:
@@ -53,8 +55,11 @@ class FoundImages:
     skipped: Counter[str] = field(default_factory=Counter)
 
 
-def find_images(folders: Sequence[Path]) -> FoundImages:
+def find_images(folders: Sequence[Path], told_by: str = "time") -> FoundImages:
     """All image files below some folders; links are followed, hidden folders are left alone.
+
+    Args:
+        told_by: how a changed image is told, see `runtime.files.stamp`.
 
     Raises:
         UserError: a folder is none or cannot be read, or there is no image.
@@ -69,7 +74,7 @@ def find_images(folders: Sequence[Path]) -> FoundImages:
                 found.skipped[kind] += 1
             elif kind in KINDS:
                 try:
-                    files.add(_identity(file))
+                    files.add(_identity(file, told_by))
                 except ValueError as error:
                     found.left_out[ascii(file)[1:-1]] = str(error)
     if not files:
@@ -110,7 +115,7 @@ def _files(folder: Path) -> Iterator[str]:
         yield from (f"{place}{os.sep}{name}" for name in names)
 
 
-def _identity(file: str) -> Identity:
+def _identity(file: str, told_by: str) -> Identity:
     """What a file is, its links followed.
 
     Raises:
@@ -127,8 +132,11 @@ def _identity(file: str) -> Identity:
     except OSError:
         raise ValueError("a link that leads nowhere") from None
     if not stat.S_ISREG(there.st_mode):
-        raise ValueError("a link that leads nowhere")
-    return file, there.st_size, there.st_mtime_ns
+        raise ValueError("a pipe, a device or a socket, not a file")
+    try:
+        return file, there.st_size, stamp(file, there, told_by)
+    except OSError as error:
+        raise ValueError(f"it cannot be read ({error.strerror})") from None
 
 
 def opened(file: Path | BinaryIO, side: int | None = None) -> Image.Image:
@@ -152,14 +160,23 @@ def opened(file: Path | BinaryIO, side: int | None = None) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """An image of more than 8 bits scaled to 8; Pillow's own conversion would make it white."""
-    has_more_bits = image.mode in ("I", "F") or image.mode.startswith("I;16")
-    if not has_more_bits:
+    if not has_more_bits(image):
         return image
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    largest = max(values.max(), 0)
+    values = np.asarray(image)
+    # A part at a time: as float64 a large image has a gigabyte.
+    parts = [slice(top, top + ROWS) for top in range(0, image.height, ROWS)]
+    largest = max(_finite(values[part]).max() for part in parts)
+    largest = max(largest, 0)
     white = next((value for value in WHITES if largest <= value), largest)
-    scaled = values.clip(0) * 255 / white
-    return Image.fromarray(scaled.round().astype(np.uint8))
+    eight = np.empty(values.shape, np.uint8)
+    for part in parts:
+        scaled = _finite(values[part]).clip(0) * 255 / white
+        eight[part] = scaled.round()
+    return Image.fromarray(eight)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(values.astype(np.float64))
 
 
 def small_image(file: Path | BinaryIO, side: int) -> Image.Image:

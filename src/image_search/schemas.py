@@ -16,7 +16,7 @@ from models.schemas import (
     Text,
     Transform,
 )
-from runtime.choices import INDEX_KINDS, MILVUS_KINDS
+from runtime.choices import INDEX_KINDS, MILVUS_KINDS, TOLD_BY
 from runtime.schema import Schema
 from settings.declaring import OneOf
 
@@ -89,6 +89,7 @@ class FilesManifest(Manifest):
     torch: Text = ABSENT
     sha256: Digests = ABSENT
     sizes: Sizes = ABSENT
+    told_by: Annotated[str, OneOf(TOLD_BY)] = ABSENT
     recall: Recall = Field(ABSENT, alias="recall against exact")
 
 
@@ -101,7 +102,7 @@ class MilvusManifest(Manifest):
     images: PositiveInt = ABSENT
 
 
-# A list in JSON, of an image's path, its bytes and its modification time in ns.
+# A list in JSON, an image's `runtime.files.Identity`.
 File = Annotated[tuple[PathText, Annotated[int, Field(ge=0)], int], Strict(False)]
 
 

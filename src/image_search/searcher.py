@@ -1,6 +1,7 @@
 """Search an image index with a reference image and a sentence."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,16 @@ from torch import Tensor
 from image_search.image_index import encoder_key, open_index
 from image_search.manifest import as_made
 from image_search.photos import opened
-from image_search.stores import FAISS, Hit, ImageIndex
+from image_search.stores import FAISS, TIME, Hit, ImageIndex, QuestionError
 from models.pair import Pair, load_pair
 from runtime.files import file_identities, file_size
 from settings.groups import PairChoice
 from utils import UserError
 
 MOST_CHARACTERS = 2000  # of a text; many times what CLIP reads
+# The time of CLIP's tokenizer grows with the square of a word, which to it are letters or signs in a row.
+LONGEST_WORD = 100
+LONG_WORD = re.compile(rf"[^\W\d_]{{{LONGEST_WORD + 1}}}|[^\w\s]{{{LONGEST_WORD + 1}}}")
 PLACES = 1000  # among which a target's place is looked for
 
 
@@ -112,11 +116,17 @@ class Searcher:
         They come from the index if it holds the file as it is now, or if the file is gone.
         """
         row = self.index.row(str(image.resolve()))
-        if file_size(image) is not None:
-            if row is None or self.index.file(row) != file_identities([image])[0]:
-                return self.pair.encoder.images([image])
-        elif row is None:
+        if row is None and file_size(image) is None:
             raise UserError(f"there is no image {image}: name another")
+        features = None if row is None else self.kept_features(row, image)
+        return self.pair.encoder.images([image]) if features is None else features
+
+    def kept_features(self, row: int, image: Path) -> Tensor | None:
+        """Those of a row from the index, None where its image file is there and is not what was encoded any more."""
+        told_by = self.index.about.get("told_by", TIME)
+        is_there = file_size(image) is not None
+        if is_there and self.index.file(row) != file_identities([image], told_by)[0]:
+            return None
         features = self.index.features_of(row)
         return torch.from_numpy(features).to(self.pair.encoder.device)
 
@@ -136,7 +146,7 @@ class Searcher:
         """What each question finds. All texts and all images are encoded together.
 
         Raises:
-            UserError: one of the questions cannot be asked, see `check`.
+            QuestionError: one of the questions cannot be asked, see `check`.
         """
         for question in questions:
             self.check(question)
@@ -171,15 +181,19 @@ class Searcher:
         return found
 
     def check(self, question: Question) -> None:
-        """Raise UserError where a question has no text, no image, or too long a text."""
+        """Raise QuestionError where a question has no text, no image, or too long a text."""
         text = question.text.strip()
         if question.image is None and question.mix != 1:
-            raise UserError("there is no reference yet: choose an image or upload one")
+            raise QuestionError("there is no reference yet: choose an image or upload one")
         if not text and question.mix != 0:
-            raise UserError("the text is empty: say what to change")
+            raise QuestionError("the text is empty: say what to change")
         if len(text) > MOST_CHARACTERS:
-            raise UserError(
+            raise QuestionError(
                 f"the text has {len(text):,} characters: say it in {MOST_CHARACTERS:,} at most"
+            )
+        if LONG_WORD.search(text):
+            raise QuestionError(
+                f"a word of the text has more than {LONGEST_WORD} letters: part it by spaces"
             )
 
     def _references(self, questions: Sequence[Question]) -> Tensor:

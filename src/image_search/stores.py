@@ -9,11 +9,26 @@ import numpy as np
 
 from runtime.choices import INDEX_KINDS, MILVUS_KINDS
 from runtime.files import Identity
-from utils import UserError
+from utils import UserError, printable
 
 FAISS = "faiss"
+TIME = "time"  # how images are told where nothing else is said, see `runtime.files.stamp`
 # Kinds of vectors by the beginning of a store's address.
 KINDS_OF = {FAISS: INDEX_KINDS, "milvus": MILVUS_KINDS}
+
+
+class QuestionError(UserError):
+    """A question that cannot be asked, or an image that cannot be asked with: its sender can put that right.
+
+    The page tells it to visitors. Any other UserError is for who runs the page, since it names files and addresses.
+
+    Attributes:
+        told: what visitors are told, which names nothing of the machine.
+    """
+
+    def __init__(self, message: object, told: str | None = None) -> None:
+        super().__init__(message)
+        self.told = printable(message if told is None else told)
 
 
 class Hit(NamedTuple):
@@ -59,7 +74,8 @@ class ImageIndex(Protocol):
             condition: what images have to be, in the store's own language.
 
         Raises:
-            UserError: the condition is none, or the store cannot be asked.
+            QuestionError: the condition is none.
+            UserError: the store cannot be asked.
         """
 
 
@@ -100,24 +116,32 @@ class Keeping:
         kind: of the vectors.
         on_disk: whether FAISS leaves its lists in a file.
         typed: whether a flag names the store, not the index alone.
+        told_by: how a changed image is told, see `runtime.files.stamp`.
     """
 
     store: str = FAISS
     kind: str = "flat"
     on_disk: bool = False
     typed: bool = False
+    told_by: str = TIME
 
 
 def chosen_keeping(
-    earlier: dict[str, Any], store: str | None, kind: str | None, on_disk: bool | None
+    earlier: dict[str, Any],
+    store: str | None,
+    kind: str | None,
+    on_disk: bool | None,
+    *,
+    verify: bool = False,
 ) -> Keeping:
     """How an index is to be kept: as flags say, and where they are silent as it was.
 
     Args:
         earlier: its manifest, empty for a new one.
+        verify: tell changed images by all of their bytes.
 
     Raises:
-        UserError: it lives elsewhere already, or the store has no such kind.
+        UserError: it lives elsewhere already, or the store has no such kind or knows nothing of content.
     """
     lives = earlier.get("store", FAISS if earlier else store or FAISS)
     if store not in (None, lives):
@@ -132,4 +156,21 @@ def chosen_keeping(
         on_disk = kind == "ivfpq" and "lists" in earlier
     if on_disk and kind != "ivfpq":
         raise UserError(f"--on-disk is for --index-type ivfpq, not for {kind}: leave one out")
-    return Keeping(store=lives, kind=kind, on_disk=on_disk, typed=store is not None)
+    if verify and lives != FAISS:
+        raise UserError(
+            f"--verify: --store {lives} tells changed images by size and time alone: leave it out"
+        )
+    return Keeping(
+        store=lives,
+        kind=kind,
+        on_disk=on_disk,
+        typed=store is not None,
+        told_by=_told_by(earlier, lives, verify),
+    )
+
+
+def _told_by(earlier: dict[str, Any], lives: str, verify: bool) -> str:
+    """How an index tells changed images: in Milvus by size and time alone."""
+    if verify:
+        return "content"
+    return TIME if lives != FAISS else earlier.get("told_by", "sample")

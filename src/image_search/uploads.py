@@ -1,13 +1,21 @@
-"""Images that visitors send: refused where they are too large or no images, and never written to the disk."""
+"""Images that visitors send: refused where they are too large or no images, and never written to the disk.
+
+All of this is done by workers, see workers.py.
+"""
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Any
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from image_search.photos import FORMATS, KINDS
-from runtime.image_files import DECODING_ERRORS, LONGEST_SIDE
+from image_search.forms import File
+from image_search.photos import FORMATS, KINDS, small_image
+from image_search.stores import QuestionError
+from runtime.image_files import DECODING_ERRORS, LONGEST_SIDE, jpeg
 from utils import UserError, first_line
 
 MOST_BYTES = 10 * 2**20
@@ -38,27 +46,49 @@ class _Named(io.BytesIO):
         return self.called
 
 
+def read_upload(file: File, read: Callable[[io.BytesIO], Any]) -> np.ndarray:
+    """An upload as the encoder's loader reads it, bytes (3, R, R).
+
+    Raises:
+        QuestionError: it cannot be asked with.
+    """
+    upload = checked_upload(file.name, file.content)
+    try:
+        return read(upload.stream()).numpy()
+    except UserError as error:  # which calls it by its name
+        raise QuestionError(error) from None
+
+
+def preview(file: File, read: Callable[[io.BytesIO], Any], side: int) -> bytes:
+    """A JPEG of an upload, at most `side` pixels wide and high. Raises QuestionError where it cannot be asked with."""
+    read_upload(file, read)
+    upload = checked_upload(file.name, file.content)
+    return jpeg(small_image(upload.stream(), side), side)
+
+
 def checked_upload(name: str, content: bytes) -> Upload:
     """An upload that may be decoded. Its pixels are counted before.
 
     Raises:
-        UserError: it is too large, of another kind, or no image.
+        QuestionError: it is too large, of another kind, or no image.
     """
     name = PurePath(name.replace("\\", "/")).name[-LONGEST_NAME:]
     if Path(name).suffix.lower() not in KINDS:
-        raise UserError(f"{name} is not an image: upload one of {' '.join(sorted(KINDS))}")
+        raise QuestionError(f"{name} is not an image: upload one of {' '.join(sorted(KINDS))}")
     if len(content) > MOST_BYTES:
-        raise UserError(f"{name} is larger than {MOST_BYTES // 2**20} MiB: upload a smaller copy")
+        raise QuestionError(
+            f"{name} is larger than {MOST_BYTES // 2**20} MiB: upload a smaller copy"
+        )
     upload = Upload(name, content)
     limits = f"{MOST_PIXELS // 10**6} million pixels, or a side of more than {LONGEST_SIDE:,}"
-    too_large = UserError(f"{name} has more than {limits}: upload a smaller copy")
+    too_large = QuestionError(f"{name} has more than {limits}: upload a smaller copy")
     try:
         with Image.open(upload.stream(), formats=FORMATS) as image:
             size = image.size
     except Image.DecompressionBombError:
         raise too_large from None
     except DECODING_ERRORS as error:
-        raise UserError(
+        raise QuestionError(
             f"{name} cannot be decoded ({_reason(error)}): upload a whole image"
         ) from None
     if size[0] * size[1] > MOST_PIXELS or max(size) > LONGEST_SIDE:

@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 # What the loss does not contain, and so never learns: the loss has a scale of its own.
 NEVER_TRAINED = ("logit_scale", "logit_bias")
+# What the features of models are computed by, beside torch: of OpenAI's, by either name of its package, and of others.
+OPENAI_PACKAGES = ("clip", "clip-anytorch")
+OTHER_PACKAGES = ("open_clip_torch", "timm", "transformers", "tokenizers")
 
 
 AROUND = 4  # tokens at most that stand before and after those of a caption
@@ -113,6 +116,11 @@ class Backbone:
     checkpoint_gradients: Callable[[nn.Module], None]
     architecture: str = ""
     write: Callable[[Path], None] | None = None
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """The packages, as they are installed, that compute its features; not all need be there."""
+        return OTHER_PACKAGES if self.architecture else OPENAI_PACKAGES
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """The model's input from bytes, (..., 3, R, R) uint8 -> float32."""

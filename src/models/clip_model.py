@@ -192,9 +192,16 @@ def feature_dim(model: CLIP) -> int:
     return model.text_projection.shape[1]
 
 
+WORDS_KEPT = 100_000  # whose tokens are remembered: more than the captions of a benchmark have
+
+
 def tokenize(captions: list[str], columns: int = 77) -> Tensor:
     """Captions to tokens (len(captions), columns) of the vocabulary that OpenAI's CLIPs share; what is more is cut."""
-    return clip.tokenize(captions, columns, truncate=True)
+    tokens = clip.tokenize(captions, columns, truncate=True)
+    words = clip.clip._tokenizer.cache  # which keeps every word that it has met
+    while len(words) > WORDS_KEPT:
+        words.popitem()
+    return tokens
 
 
 def backbone(model: CLIP) -> Backbone:

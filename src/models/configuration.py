@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from models.names import in_full
+from runtime.choices import UNNAMED
 from runtime.files import find_checkpoint
 from settings.groups import STAGES, AnyTraining, Clip
 from utils import UserError, flag
@@ -19,6 +20,7 @@ DIGESTS = {
     "data_sha256": "the annotations are others",
     "clip_weights": "the CLIP weights are others",
     "excluded": "other images are left out",
+    "images": "the images are others",
 }
 ORIGINAL_DEFAULTS = Clip(
     clip_model_name="RN50x4",
@@ -204,6 +206,44 @@ def settle(choice: Clip, checkpoints: Sequence[Checkpoint | None]) -> Clip:
                 asked = f"{flag(name)} {value}, not {settled[name]}"
                 logger.warning("warning: %s was trained with %s", path, asked)
     return Clip(**settled)
+
+
+def assumed(
+    choice: Clip, settled: Clip, checkpoints: Sequence[Checkpoint | None]
+) -> dict[str, Any]:
+    """What was taken by default for weights that say nothing of it: setting -> value; {} without weights.
+
+    What there was no choice of when earlier versions wrote their settings is not assumed, but known.
+
+    Args:
+        settled: what `settle` makes of the others.
+    """
+    given = [checkpoint for checkpoint in checkpoints if checkpoint is not None]
+    if not given:
+        return {}
+    have_settings = any(checkpoint.config for checkpoint in given)
+    values = {}
+    for name, value in settled.model_dump().items():
+        told = getattr(choice, name) is not None or _trained_with(name, given)
+        if not told and not (have_settings and name in UNNAMED):
+            values[name] = value
+    if settled.transform != "targetpad":
+        values.pop("target_ratio", None)
+    return values
+
+
+def say_assumed(values: Mapping[str, Any], checkpoints: Sequence[Checkpoint | None]) -> None:
+    """Say in one line what is assumed of weights that say nothing of it, if anything is."""
+    if values:
+        files = [str(checkpoint.path) for checkpoint in checkpoints if checkpoint is not None]
+        taken = ", ".join(f"{name} {value}" for name, value in values.items())
+        flags = ", ".join(map(flag, values))
+        logger.warning(
+            "note: what %s was trained with is not in it: assumed %s; say otherwise with %s",
+            " and ".join(files),
+            taken,
+            flags,
+        )
 
 
 def _trained_with(name: str, checkpoints: Sequence[Checkpoint | None]) -> dict[Path, Any]:

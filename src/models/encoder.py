@@ -1,7 +1,9 @@
 """Images and captions to features: a CLIP with the preprocessing that its features are made with."""
 
+import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +29,7 @@ from runtime.image_files import decoded
 from runtime.precision import check_encode_precision, encoding
 from runtime.progress import Counter
 from settings.groups import Clip
+from utils import LONGEST, SHORTEST, UserError
 
 CAPTIONS_AT_ONCE = 256  # in a batch: 32, as of images, leave a GPU idle
 NOT_OF_BYTES = ("mean", "std", "context", "architecture")  # which follow when an image is bytes
@@ -70,12 +73,16 @@ class Encoder:
                 encoded.append(self._image_features(pixels))
                 counter.update(len(pixels))
                 self.between()
-        return distributed.gather_shards(torch.cat(encoded))
+        features = distributed.gather_shards(torch.cat(encoded))
+        check_lengths(features, paths)
+        return features
 
     @torch.no_grad()
     def read_images(self, pixels: Tensor) -> Tensor:
         """Images that `loader.read` has read, bytes (b, 3, R, R), to features (b, D) on the device."""
-        return self._image_features(pixels.to(self.device))
+        features = self._image_features(pixels.to(self.device))
+        check_lengths(features, ["the reference image"] * len(features))
+        return features
 
     @torch.no_grad()
     def readable_images(self, shards: list[list[Path]]) -> Iterator[tuple[Tensor, list[str]]]:
@@ -134,7 +141,9 @@ class Encoder:
             encoded.append(self._text_features(tokens.to(self.device)))
         row_of = {caption: row for row, caption in enumerate(unique)}
         rows = torch.tensor([row_of[caption] for caption in captions], device=self.device)
-        return distributed.gather_shards(torch.cat(encoded))[rows]
+        features = distributed.gather_shards(torch.cat(encoded))
+        check_lengths(features, [f"the caption {caption!r}" for caption in unique])
+        return features[rows]
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -160,8 +169,26 @@ class Encoder:
             **self.preprocessing,
             "weights": weights_digest(self.model.state_dict()),
             "precision": precision,
-            "versions": versions(),
+            "versions": {**versions(), **_installed(self.backbone.packages)},
         }
+
+
+def check_lengths(features: Tensor, names: Sequence[object]) -> None:
+    """Refuse features (n, D) whose direction is lost in rounding: similarities to them would be no cosines.
+
+    Args:
+        names: of what was encoded, n of them.
+
+    Raises:
+        UserError: some are shorter than SHORTEST or longer than LONGEST; the first is named.
+    """
+    lengths = features.norm(dim=-1)
+    rows = ((lengths < SHORTEST) | (lengths > LONGEST)).nonzero().flatten().tolist()
+    if rows:
+        raise UserError(
+            f"the features of {names[rows[0]]} have length {lengths[rows[0]]:.1g}, which cannot be ranked: choose "
+            "other weights, or --encode-precision fp32"
+        )
 
 
 def _counter(total: int, what: str) -> Counter:
@@ -173,6 +200,15 @@ def versions() -> dict[str, str]:
     """Versions of the packages that images and features pass through."""
     packages = {"torch": torch, "torchvision": torchvision, "pillow": PIL}
     return {name: str(package.__version__) for name, package in packages.items()}
+
+
+def _installed(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of those of some packages that are installed, none of which is imported."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _chunks(items: Sequence[Item], size: int) -> list[list[Item]]:

@@ -28,18 +28,22 @@ class FeatureCache:
 
     A file that is truncated, damaged or another's is noticed and made anew. While many images are encoded, what is done
     lies in files of PIECE images each, with which an interrupted encoding goes on.
+
+    Args:
+        told_by: how a changed image is told, see `runtime.files.stamp`.
     """
 
-    def __init__(self, folder: Path | None, encoder: Encoder) -> None:
+    def __init__(self, folder: Path | None, encoder: Encoder, *, told_by: str = "sample") -> None:
         self.folder = folder
         self.encoder = encoder
+        self.told_by = told_by
         self.encoder_key = encoder.describe() if folder else None
 
     def images(self, paths: list[Path], label: str) -> Tensor:
         """Features (len(paths), D) of image files; `label` begins the name of the file that keeps them."""
         if self.folder is None:
             return self.encoder.images(paths, f"{label} images")
-        identities = file_identities(paths)
+        identities = file_identities(paths, self.told_by)
         if len(paths) <= PIECE:
             encode = functools.partial(self.encoder.images, paths, f"{label} images")
             return self._get(f"{label}-images", identities, encode)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ from PIL.Image import Image
 from benchmarks import Benchmark, Split
 from benchmarks.exclusions import announce
 from benchmarks.splits import check_images_exist
-from combiner import UNLEARNED, Composer, load_combiner
+from combiner import UNLEARNED, Composer, assumed_top_k, load_combiner
 from models.configuration import (
     Checkpoint,
+    assumed,
     read_checkpoint,
+    say_assumed,
     settle,
     trained_on,
     warn_of_transfer,
@@ -39,12 +41,14 @@ class Pair:
         compose: in eval mode.
         tuned: the stage-1 checkpoint of CLIP's weights, None for the model's own.
         trained: the Combiner's checkpoint, None for what learns nothing.
+        assumed: settings that neither flags nor weights told, with the values that were taken.
     """
 
     encoder: Encoder
     compose: Composer
     tuned: Checkpoint | None
     trained: Checkpoint | None
+    assumed: dict[str, Any] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         """Weights, preprocessing and training of the pair in plain types, for a result that says what it is of."""
@@ -68,6 +72,7 @@ class Pair:
             "preprocessing": self.encoder.preprocessing,
             "training": training,
             "trained_on": trained_on(training),
+            "assumed": self.assumed,
         }
 
 
@@ -84,20 +89,33 @@ def load_pair(
     """
     composed_by, tuned, trained, told_by = _weights(choice)
     settings = settle(choice.clip, told_by)
+    taken = assumed(choice.clip, settings, told_by)
+    if trained is not None:
+        known = {**trained.table, **(trained.sizes or {})}
+        taken |= assumed_top_k(trained.state, known, choice.combiner.model_dump())
+    say_assumed(taken, told_by)
     encoder = load_encoder(settings, tuned, device, workers=choice.workers, opened=opened)
     if trained is None:
         unlearned = UNLEARNED[composed_by]()
-        return Pair(encoder=encoder, compose=unlearned.eval(), tuned=tuned, trained=None)
+        return Pair(
+            encoder=encoder, compose=unlearned.eval(), tuned=tuned, trained=None, assumed=taken
+        )
     if trained.sizes is None:
         _warn_of_other_weights(trained, encoder)
     combiner = load_combiner(
         trained.state,
-        {**trained.table, **(trained.sizes or {})},
+        known,
         trained.path,
         wanted=choice.combiner.model_dump(),
         clip_dim=encoder.backbone.dim,
     )
-    return Pair(encoder=encoder, compose=combiner.to(device), tuned=tuned, trained=trained)
+    return Pair(
+        encoder=encoder,
+        compose=combiner.to(device),
+        tuned=tuned,
+        trained=trained,
+        assumed=taken,
+    )
 
 
 def _weights(
@@ -169,5 +187,5 @@ def load_and_freeze(
     check_images_exist(splits)
     pair = load_pair(choice, device)
     warn_of_transfer(benchmark.name, [pair.tuned, pair.trained])
-    cache = FeatureCache(choice.feature_cache, pair.encoder)
+    cache = FeatureCache(choice.feature_cache, pair.encoder, told_by=choice.told_by)
     return pair, freeze_queries(cache, splits, benchmark, benchmark.run_name)

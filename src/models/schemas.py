@@ -124,6 +124,7 @@ class Data(Schema):
     data_sha256: Digest = ABSENT
     clip_weights: Digest = ABSENT
     excluded: dict[str, Any] | None = ABSENT
+    images: Digest = ABSENT
 
 
 class Parts(Schema, Generic[Stage]):

@@ -16,6 +16,7 @@ NEGATIVES = ("batch", "bank")  # of a query in stage 2: the other targets of its
 COMBINING_FUNCTIONS = ("sum", "combiner", "image", "text")
 ENCODE_PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 PRECISIONS = ("amp", "fp16", "bf16", "fp32")
+TOLD_BY = ("time", "sample", "content")  # how a changed image is told, see `runtime.files.stamp`
 INDEX_KINDS = ("flat", "hnsw", "ivfpq")  # of FAISS
 MILVUS_KINDS = ("flat", "hnsw", "ivfflat")
 # Those of `clip.available_models()`, which only the clip package tells, and importing that takes seconds.

@@ -2,20 +2,26 @@
 
 import json
 import pickle
+import re
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from runtime.files import parse_json, write_bytes, written_whole
 from utils import UserError, first_line
 
-# What reading a damaged checkpoint raises.
+# What a damaged archive raises when it is looked at, and a damaged checkpoint when it is read.
+ARCHIVE_ERRORS = (
+    OSError, EOFError, NotImplementedError, pickle.UnpicklingError, struct.error, zlib.error, zipfile.BadZipFile,
+)  # fmt: skip
 LOADING_ERRORS = (
     OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, OverflowError, MemoryError, NotImplementedError,
     struct.error, zlib.error, zipfile.BadZipFile,
@@ -23,6 +29,26 @@ LOADING_ERRORS = (
 
 
 SAFETENSORS = ".safetensors"
+# A file of weights may take this many times its bytes when it is read, and so many bytes at least: some are zipped.
+MOST_TIMES = 4
+LEAST_BOUND = 2**26
+MOST_PARTS = 10**7  # of a dict with all that is in it; those of a training's state are thousands
+# What a pickle calls to make bytes, of which a short one may make any number; `torch.load` lets it.
+MAKES_BYTES = re.compile(rb"c(__builtin__|builtins)\nbytearray\n|c_codecs\nencode\n")
+ZIP = b"PK\3\4"  # by which torch knows what it reads
+
+
+def mapped_array(path: Path) -> np.ndarray:
+    """The array of a .npy file in a memory map, to be read.
+
+    Raises:
+        ValueError: it is none, is damaged, or is longer than its file. NumPy's own errors are of a dozen kinds.
+    """
+    try:
+        with np.errstate(over="ignore"):  # of a shape beyond all files
+            return np.lib.format.open_memmap(path, mode="r")
+    except (*LOADING_ERRORS, SyntaxError, TypeError, tokenize.TokenError) as error:
+        raise ValueError(first_line(error)) from None
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
@@ -47,13 +73,60 @@ def save_safetensors(path: Path, state: Mapping[str, Tensor], config: Mapping[st
     write_bytes(path, save(tensors, metadata))
 
 
-def _check_sums(path: Path) -> None:
-    """Raise BadZipFile where a checkpoint's parts are not what was written, which `torch.load` does not look at."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+def check_archive(path: Path) -> None:
+    """Look at a file before torch reads it: its parts are what was written, and take no more memory than they should.
+
+    Raises:
+        BadZipFile: a checksum is wrong, or parts are packed so that they unpack to many times the file's bytes.
+        UnpicklingError: a pickle in it makes bytes of its own.
+    """
+    with open(path, "rb") as file:
+        if file.read(len(ZIP)) != ZIP:  # of an earlier version of torch: pickles, then bytes
+            file.seek(0)
+            _check_pickle(file.read())
+            return
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(part.file_size for part in archive.infolist())
+        if unpacked > _bound(path):
+            raise zipfile.BadZipFile(f"its parts unpack to {unpacked:,} bytes")
+        damaged = archive.testzip()
         if damaged:
             raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+        for name in archive.namelist():
+            if name.endswith("data.pkl"):
+                _check_pickle(archive.read(name))
+
+
+def _bound(path: Path) -> int:
+    """Bytes of memory that the content of a file may take."""
+    return max(MOST_TIMES * path.stat().st_size, LEAST_BOUND)
+
+
+def _check_pickle(content: bytes) -> None:
+    if MAKES_BYTES.search(content):
+        raise pickle.UnpicklingError("it makes bytes")
+
+
+def _check_size(path: Path, content: Any) -> None:
+    """Raise ValueError where tensors share their bytes, or parts are in each other, so that all is far above the file.
+
+    A copy of such content, and any loop over it, would take what the file does not tell.
+    """
+    bound = _bound(path)
+    left = min(path.stat().st_size, MOST_PARTS)
+    size = 0
+    parts = [content]
+    while parts:
+        part = parts.pop()
+        left -= 1
+        if isinstance(part, Tensor) and part.layout == torch.strided and not part.is_meta:
+            size += part.numel() * part.itemsize
+        elif isinstance(part, dict):
+            parts += part.values()
+        elif isinstance(part, list | tuple | set):
+            parts += part
+        if left < 0 or size > bound:
+            raise ValueError("its parts repeat to many times the size of the file")
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
@@ -67,8 +140,9 @@ def load_tensors(path: Path) -> dict[str, Any]:
     if path.suffix == SAFETENSORS:
         return _load_safetensors(path)
     try:
-        _check_sums(path)
+        check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_size(path, content)
     except LOADING_ERRORS as error:
         raise UserError(
             f"{path} is not a readable checkpoint ({first_line(error)}): copy or train it again"

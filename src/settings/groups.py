@@ -49,7 +49,7 @@ Weight = Annotated[float, Field(ge=0, le=MILLION)]  # of a part of the loss
 Fraction = Annotated[float, Field(ge=1e-9, le=1 - 1e-9)]
 # Of an image; below 1 it pads all images, and by more than it needs at most tenfold.
 SideRatio = Annotated[float, Field(ge=0.1, le=1000)]
-BenchmarkName = Annotated[str, Typed(in_any_case(list(BENCHMARKS))), OneOf(list(BENCHMARKS))]
+BenchmarkName = Annotated[str, Typed(in_any_case(list(BENCHMARKS))), OneOf(BENCHMARKS)]
 ClipName = Annotated[str, Typed(model_name)]
 CachePlace = Annotated[
     Path | str, Typed(path_or_auto, lambda text: text if text == AUTO else Path(text))
@@ -170,6 +170,11 @@ class Training(Flags):
     )
     resume: UsablePath | None = setting(
         None, "go on with a run; its flags come from it", metavar="RUN_DIR", where="free"
+    )
+    verify: bool = setting(
+        False,
+        "tell changed images by all of their bytes, in caches and when the run is resumed (default: by size, "
+        "modification time and the first, middle and last 4 KiB)",
     )
     checkpoint_every_minutes: Positive = setting(
         10.0,
@@ -361,6 +366,7 @@ class PairChoice:
         exported: an exported pair, which stands for both paths: its folder, or "hf-hub:" and a repository.
         workers: processes that decode images.
         feature_cache: keeps the features of what is measured; None for none.
+        told_by: how it tells a changed image, see `runtime.files.stamp`.
     """
 
     combining_function: str | None
@@ -371,3 +377,4 @@ class PairChoice:
     combiner: WantedCombiner = field(default_factory=WantedCombiner)
     workers: int = 0
     feature_cache: Path | None = None
+    told_by: str = "sample"

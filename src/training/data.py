@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks import Benchmark, Split
 from benchmarks.exclusions import announce, excluded
-from benchmarks.splits import check_images_exist, split_digest
+from benchmarks.splits import check_images_exist, images_digest, split_digest
 from runtime import distributed
 from utils import UserError
 
@@ -66,6 +66,7 @@ class TrainingData:
     Attributes:
         benchmark: its captions and metrics.
         texts: the V caption variants of each training triplet.
+        verify: whether all bytes of the images are held against those of a resumed run, not a sample of each.
     """
 
     benchmark: Benchmark
@@ -73,6 +74,7 @@ class TrainingData:
     val: list[Split]
     texts: list[list[str]]
     order: Order
+    verify: bool = False
 
     @property
     def splits(self) -> list[Split]:
@@ -86,11 +88,24 @@ class TrainingData:
             **self.benchmark.hyper_parameters,
             "data_sha256": hashlib.sha256(" ".join(digests).encode()).hexdigest(),
             "excluded": excluded(self.splits),
+            "images": self._images(),
         }
+
+    def _images(self) -> str:
+        """A digest of all images by their names, which the first process makes."""
+        found = []
+        if distributed.is_main():
+            found = [images_digest(split, sampled=not self.verify) for split in self.splits]
+        return distributed.same_text(hashlib.sha256(" ".join(found).encode()).hexdigest())
 
 
 def read_training_data(
-    benchmark: Benchmark, *, batch_size: int, seed: int, micro_batch_size: int | None = None
+    benchmark: Benchmark,
+    *,
+    batch_size: int,
+    seed: int,
+    micro_batch_size: int | None = None,
+    verify: bool = False,
 ) -> TrainingData:
     """Read a benchmark's splits, and check before anything is trained that all it takes is there.
 
@@ -110,4 +125,7 @@ def read_training_data(
         )
     announce(benchmark.excluded, [train, *val])
     check_images_exist([train, *val])
-    return TrainingData(benchmark=benchmark, train=train, val=val, texts=texts, order=order)
+    benchmark.note_certain(val, benchmark.protocols[:1])
+    return TrainingData(
+        benchmark=benchmark, train=train, val=val, texts=texts, order=order, verify=verify
+    )

@@ -141,6 +141,7 @@ class ImageCache:
         recipe: what the bytes depend on beside the files: transform, ratio, resolution R, versions.
         workers: processes that decode.
         between: called between two batches; what it raises ends the decoding, and nothing is left.
+        told_by: how a changed image is told, see `runtime.files.stamp`.
     """
 
     folder: Path
@@ -149,11 +150,12 @@ class ImageCache:
     recipe: Mapping[str, Any]
     workers: int = 0
     between: Callable[[], None] = lambda: None
+    told_by: str = "sample"
 
     @functools.cached_property
     def key(self) -> str:
-        """A digest of all that the bytes depend on: recipe, files with size and modification time."""
-        content = json.dumps([FORM, self.recipe, file_identities(self.paths)])
+        """A digest of all that the bytes depend on: the recipe, and which images these are."""
+        content = json.dumps([FORM, self.recipe, file_identities(self.paths, self.told_by)])
         return hashlib.sha256(content.encode()).hexdigest()
 
     @property

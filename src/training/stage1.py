@@ -164,6 +164,7 @@ def with_image_cache(
         recipe=encoder.image_recipe(),
         workers=encoder.loader.workers,
         between=encoder.between,
+        told_by="content" if data.verify else "sample",
     )
     cached = cache.open_if_it_repays(decodings) if folder == AUTO else cache.open()
     if cached is None:
