@@ -59,7 +59,7 @@ def check_about(file: Path, result: Mapping[str, Any]) -> Benchmark:
     stated = result.get("metrics", metrics)
     for metric in {**metrics, **stated}:
         if stated.get(metric) != metrics.get(metric):
-            raise fault(file, f"metrics.{metric}", f"not that of protocols.{own}")
+            raise fault(file, f"metrics.{metric}", f"not protocols.{own}.metrics.{metric}")
     if result.get("trained_on", trained_on(result["training"])) != trained_on(result["training"]):
         raise fault(file, "trained_on", "not what its training says")
     return benchmark
