@@ -29,6 +29,7 @@ Contents = dict[Path, Any]  # file -> its content, parsed
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the check."""
+    datasets = list(dict.fromkeys(form.kind.name for form in FORMS))
     parser = ScriptParser(__doc__, parents=[parent(groups.Data)])
     parser.add_argument(
         "files", type=usable_path, nargs="+", metavar="FILE", help="what would be uploaded"
@@ -38,8 +39,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--dataset",
-        type=in_any_case(FORMS),
-        choices=list(FORMS),
+        type=in_any_case(datasets),
+        choices=datasets,
         help="that they are of (default: told by each file's content, but for Triplets)",
     )
     parser.add_argument(
@@ -95,7 +96,7 @@ def check_files(
     files: dict[Form[Any], Contents] = {}
     keep_rules = True
     for file, content in contents.items():
-        kind = FORMS[args.dataset] if args.dataset else form_of(content)
+        kind = form_of(file, content, args.dataset)
         if kind not in forms:
             forms[kind] = open_form(kind, args.data_root, args.split)
         violations = forms[kind].violations(file.name, content, file.stat().st_size)

@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
-from benchmarks import CIRR, FashionIQ
+from benchmarks import CIRR, FashionIQ, server_files
 
 SUM = ["--combining-function", "sum"]
 
@@ -124,6 +125,37 @@ def test_files_that_cannot_be_read(text, check, cirr, tmp_path):
     assert code == 2
     assert f"error: {file}" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "dataset"), [("[]", "CIRR"), ("{}", "FashionIQ"), ("[]", "CIRCO")]
+)
+def test_a_file_that_no_server_of_a_benchmark_takes(text, dataset, check, tmp_path):
+    (tmp_path / "x.json").write_text(text)
+    code, out = check(tmp_path / "x.json", "--dataset", dataset)
+    assert code == 2
+    assert f"no submission to {dataset}" in out
+
+
+def test_a_second_form_of_a_benchmark(monkeypatch):
+    """A class and its name among the forms; files are told apart by what they hold."""
+
+    class Newer(server_files.CirrForm):
+        version = "rc3"
+
+        @classmethod
+        def fits(cls, content):
+            return super().fits(content) and content.get("version") == cls.version
+
+    monkeypatch.setattr(server_files, "FORMS", (Newer, *server_files.FORMS))
+    for version, form in (
+        ("rc3", Newer),
+        ("rc2", server_files.CirrForm),
+        ("rc1", server_files.CirrForm),
+    ):
+        content = {"version": version, "metric": "recall"}
+        for dataset in (None, "CIRR"):
+            assert server_files.form_of(Path("x.json"), content, dataset) is form
 
 
 @pytest.mark.slow

@@ -44,6 +44,7 @@ class Form(ABC, Generic[Content]):
 
     Attributes:
         kind: the benchmark it is for.
+        container: what a file of it is in JSON, an object (dict) or a list.
         k, group_k: answers a query, in the gallery and in its group.
         whose: whose rules they are, as messages say it.
         slots: what the files of a submission are called by `slot`, each there once.
@@ -54,6 +55,7 @@ class Form(ABC, Generic[Content]):
     """
 
     kind: type[Benchmark]
+    container: type = dict
     k: int
     group_k: int = 0
     whose: str = " of the server"
@@ -69,6 +71,11 @@ class Form(ABC, Generic[Content]):
         """The split's only part."""
         (part,) = self.parts.values()
         return part
+
+    @classmethod
+    def fits(cls, content: dict[str, Any] | list[Any]) -> bool:
+        """Whether a file's content looks like one of this form."""
+        return isinstance(content, cls.container)
 
     def slot(self, file: str, content: Content) -> str:
         """Which of a submission's files one of that name and content is, if it keeps the rules."""
@@ -105,6 +112,10 @@ class CirrForm(Form[dict[str, Any]]):
     slots = ("recall", "recall_subset")
     version = "rc2"
     most_bytes = 5_000_000
+
+    @classmethod
+    def fits(cls, content: dict[str, Any] | list[Any]) -> bool:
+        return isinstance(content, dict) and bool(content.keys() & {"version", "metric"})
 
     def slot(self, file: str, content: dict[str, Any]) -> str:
         return content["metric"]
@@ -174,6 +185,7 @@ class FashionIQForm(Form[list[Any]]):
     """FashionIQ: {category}.{split}.pred.json."""
 
     kind = FashionIQ
+    container = list
     k = 50
     slots = FashionIQ.parts
 
@@ -314,9 +326,8 @@ class TripletsForm(ListsForm):
     whose = ""
 
 
-FORMS: dict[str, type[Form[Any]]] = {
-    form.kind.name: form for form in (CirrForm, FashionIQForm, CircoForm, TripletsForm)
-}
+# A file is of the first that it fits. Answers to your own triplets look like those to CIRCO: only --dataset tells them.
+FORMS: tuple[type[Form[Any]], ...] = (CirrForm, FashionIQForm, CircoForm, TripletsForm)
 
 
 def parse_submission(file: Path) -> dict[str, Any] | list[Any]:
@@ -338,14 +349,24 @@ def parse_submission(file: Path) -> dict[str, Any] | list[Any]:
     return content
 
 
-def form_of(content: dict[str, Any] | list[Any]) -> type[Form[Any]]:
-    """The form that a file's content has: that of CIRR says its version and its metric.
+def form_of(
+    file: Path, content: dict[str, Any] | list[Any], dataset: str | None = None
+) -> type[Form[Any]]:
+    """The form of a submission file, by its content.
 
-    Answers to your own triplets look like those to CIRCO, so nothing but --dataset tells them.
+    Args:
+        dataset: the benchmark that it is for, where it is known.
+
+    Raises:
+        UserError: no form of the benchmark is a file of this kind.
     """
-    if isinstance(content, list):
-        return FashionIQForm
-    return CirrForm if content.keys() & {"version", "metric"} else CircoForm
+    forms = [form for form in FORMS if dataset in (None, form.kind.name)]
+    alike = [form for form in forms if isinstance(content, form.container)]
+    if not alike:
+        raise UserError(
+            f"{file} holds a {type(content).__name__}, as no submission to {dataset} does: name its own --dataset"
+        )
+    return next((form for form in alike if form.fits(content)), alike[0])
 
 
 def listed_ranks(lists: Sequence[list[str]], split: Split) -> Ranks:
