@@ -43,7 +43,7 @@ STAGE_2_BATCH = {
     "stage2.py batches: to the GPU": 2,  # a whole epoch's rows and variants
 }
 MIXTURE = {"combiner.py run_experts: read": 1}
-SCALED = {"loop.py _move: read": 1}  # whether loss scaling skipped a step
+SCALED = {"step.py _move: read": 1}  # whether loss scaling skipped a step
 CAPTIONS = {"encoder.py captions: to the GPU": 2}  # tokens, in each batch, and their order
 SCALER_STATE = {"grad_scaler.py get_scale: read": 1, "grad_scaler.py _get_growth_tracker: read": 1}
 ROUTER_REPORT = {"routing.py router_statistics: read": 3, "routing.py _entropy: read": 2}
@@ -75,8 +75,8 @@ QUERIES = 4096
 ANSWERS = {
     "combiner.py run_experts": [QUERIES // 2] * 4,
     "ranking.py _check": True,
-    "loop.py update_parameters": True,
-    "loop.py _move": True,
+    "step.py update_parameters": True,
+    "step.py _move": True,
 }
 
 
