@@ -15,7 +15,7 @@ import torch.distributed as dist
 import shapes_dataset
 from isolated import FORK, SHOWN, write_to
 from timing import Setting
-from training.autosave import Autosave
+from training.trainer import Trainer
 
 SKIPPED = "skipped steps: "
 
@@ -96,14 +96,14 @@ def _work(
 
 def die_in(epoch: int) -> None:
     """Let this process kill itself after a step of an epoch."""
-    real = Autosave.save_if_due
+    real = Trainer.save_if_due
 
-    def save_if_due(autosave: Autosave, *args: object, **kwargs: object) -> None:
-        real(autosave, *args, **kwargs)
-        if autosave.progress.epoch >= epoch and autosave.progress.losses:
+    def save_if_due(trainer: Trainer, **kwargs: bool) -> None:
+        real(trainer, **kwargs)
+        if trainer.progress.epoch >= epoch and trainer.progress.losses:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Autosave.save_if_due = save_if_due
+    Trainer.save_if_due = save_if_due
 
 
 def count_skipped_steps() -> list[float]:

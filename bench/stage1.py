@@ -26,12 +26,13 @@ from models.clip_model import (
 )
 from runtime.tensors import save_tensors
 from timing import Cost, Row, Setting, Step, cost, in_turns, saved_activations, seconds, typical
-from training.autosave import save_state
+from trainers import stage_1_flags
 from training.image_cache import ImageCache
-from training.loop import Stepper, Task, trainable
 from training.losses import ContrastiveLoss
-from training.schedule import Precision, Schedule
+from training.saving import Progress, save_state
+from training.schedule import Precision
 from training.stage1 import SumFeatures
+from training.step import Stepper, Task
 from twins import plain_clip_step
 
 FUSED = (
@@ -108,14 +109,15 @@ def make_stepper(
     task = Task(
         batches=lambda *_: [],
         steps=1,
-        model=trainable(SumFeatures(model, backbone(model)), device, compiled=compiled),
+        model=SumFeatures(model, backbone(model)),
+        module=model,
         loss=ContrastiveLoss(),
         optimizer=optimizer,
-        validate=dict,
-        module=model,
+        validate=lambda measured: {},
+        micro_batch=micro_batch,
     )
-    schedule = Schedule(num_epochs=1, validation_frequency=1, micro_batch_size=micro_batch)
-    return Stepper(task, schedule, Precision("amp", device))
+    flags = stage_1_flags(*["--compile"] * compiled)
+    return Stepper(task, flags, Precision("amp", device))
 
 
 def random_batch(model: CLIP, batch: int, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -334,7 +336,7 @@ def saving(setting: Setting) -> Iterator[Row]:
             inputs = random_batch(model, 2, setting.device)
             stepper.step(list(inputs), torch.arange(2, device=setting.device))
             file = Path(folder) / "saved.pt"
-            state = functools.partial(save_state, file, stepper.parts, {}, setting.device)
+            state = functools.partial(save_state, file, stepper.parts, Progress(), setting.device)
             weights = functools.partial(save_tensors, file, {"CLIP": model.state_dict()})
             for what, save in (("state", state), ("weights", weights)):
                 taken = seconds(save, setting.device)

@@ -17,23 +17,16 @@ from models.configuration import settle
 from models.encoder import load_encoder
 from models.features import FeatureCache, FrozenSplit, freeze, freeze_queries
 from ranking import random_cirr
-from reports.run_page import About
-from runtime.interruption import StopRequest
-from runtime.trackers import Account, Trackers
 from settings.groups import Clip
 from timing import GIB, Row, Setting, extra_memory, in_turns, peak_memory, typical
-from training.autosave import Autosave
-from training.checkpoints import Checkpoints
+from trainers import stage_2_flags, trainer_in
 from training.data import Order
-from training.loop import Stepper, train_one_epoch
 from training.losses import BankLoss, ContrastiveLoss, Loss
-from training.run import Run
-from training.schedule import Precision, Schedule
+from training.saving import Progress
+from training.schedule import Precision
 from training.stage2 import ComposedFeatures, combiner_training
 from training.step import Gradient
 from twins import re_encoding_epoch
-
-NO_TRACKERS = Trackers([], Account(folder=Path(), name="none"))
 
 
 def epoch(
@@ -44,47 +37,22 @@ def epoch(
     device: torch.device,
 ):
     """A function that trains an epoch and validates."""
-    task, _ = combiner_training(
+    flags = stage_2_flags("--checkpoint-every-minutes", 1000)
+    task = combiner_training(
         combiner,
         frozen_train,
         frozen_val,
         order=order,
-        learning_rate=2e-5,
-        ema_decay=None,
-        compiled=False,
-        loss=lambda bank: ContrastiveLoss(),
-        penalty=None,
+        flags=flags,
         measure=functools.partial(evaluate, CIRR(Path()), frozen_val),
     )
-    stepper = Stepper(
-        task, Schedule(num_epochs=1, validation_frequency=1), Precision("amp", device)
-    )
-    checkpoints = Checkpoints(
-        Path(),
-        combiner,
-        key="Combiner",
-        prefix="combiner",
-        best_names={},
-        config={},
-        kept="nothing",
-    )
-    about = About(
-        title="a run", titles={}, chosen_by=(), hyper_parameters={}, commands={"resume": ""}
-    )
-    autosave = functools.partial(
-        Autosave,
-        run=Run(Path(), NO_TRACKERS, about),
-        checkpoints=checkpoints,
-        parts=stepper.parts,
-        device=device,
-        stop=StopRequest(),
-        minutes=1000,
-    )
+    trainer = trainer_in(Path(), task, flags, precision=Precision("amp", device))
 
     def run() -> None:
-        train_one_epoch(task, stepper, autosave())
-        task.validate()
-        task.router()
+        trainer.progress = Progress()
+        trainer.train_one_epoch()
+        task.validate(combiner)
+        task.router(combiner)
 
     return run
 

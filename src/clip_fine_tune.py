@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING
 
 from benchmarks import Benchmark
 from cli import training
+from cli.startup import pick_device
 from models.configuration import Settings, settle
-from runtime.interruption import StopRequest
+from runtime.interruption import StopRequest, listening
 from settings.declaring import stored
 from settings.groups import Stage1
 from training.hyper_parameters import started_with
-from utils import command
+from utils import command, seed_everything
 
 if TYPE_CHECKING:
     import torch
 
     from models.encoder import Encoder
-    from training.data import TrainingData
 
 SCRIPT = "clip_fine_tune.py"
 
@@ -40,14 +40,19 @@ def train(args: Stage1, benchmark: Benchmark, stop: StopRequest) -> None:
     from combiner import compose_sum
     from evaluation.retrieval import evaluate
     from models.encoder import versions
-    from training.checkpoints import Checkpoints
     from training.data import read_training_data
-    from training.run import claim_folder, run_name
+    from training.run_folder import about_run, claim_folder, open_run, run_name
+    from training.saving import CheckpointNames, Checkpoints
     from training.schedule import Precision
-    from training.stage1 import fine_tuning
+    from training.stage1 import fine_tuning, with_image_cache
+    from training.terminal import log_opening
+    from training.trainer import Trainer
 
-    device = training.start(args)
+    seed_everything(args.seed)
+    device = pick_device(args.device)
     precision = Precision(args.precision, device)
+
+    # What it learns from: the benchmark, CLIP, and the images, decoded or from the cache.
     data = read_training_data(
         benchmark,
         batch_size=args.batch_size,
@@ -55,74 +60,55 @@ def train(args: Stage1, benchmark: Benchmark, stop: StopRequest) -> None:
         micro_batch_size=args.micro_batch_size,
         verify=args.verify,
     )
-    encoder = load_clip_and_images(args, data, device, stop)
+    encoder = with_image_cache(load_clip(args, device, stop), data, args)
     settings = Settings(
         flags=stored(args), recipe=encoder.recipe, data=data.describe(), versions=versions()
     )
     if args.resume:
         settings = started_with(args.resume, settings)
-    task, measured = fine_tuning(
-        encoder,
-        data,
-        trained=args.encoder,
-        learning_rate=args.learning_rate,
-        ema_decay=args.ema_decay,
-        compiled=args.compile,
-        loss=training.loss_of(args),
-        measure=functools.partial(
-            evaluate, benchmark, compose=compose_sum, block=args.similarity_block
-        ),
+
+    # What it learns, and what is measured of it.
+    measure = functools.partial(
+        evaluate, benchmark, compose=compose_sum, block=args.similarity_block
     )
+    task = fine_tuning(encoder, data, args, measure)
+
+    # Where it is written.
     name = run_name("clip_finetuned", benchmark.run_name, settings.recipe["clip_model_name"])
     folder = claim_folder(args.output_dir, name, settings.on_disk(), args.resume)
-    checkpoints = Checkpoints(
-        folder,
-        measured.model,
-        key="CLIP",
-        prefix="tuned_clip",
-        best_names=benchmark.best_clips(),
-        config=settings.on_disk(),
-        kept=training.kept_weights(args),
-    )
-    training.fit_as_asked(
-        args,
-        task,
-        checkpoints,
-        data=data,
-        settings=settings,
-        precision=precision,
-        stop=stop,
-        folder=folder,
-        to_validate={"combining-function": "sum", "clip-model-path": None},
-    )
+    names = CheckpointNames(key="CLIP", prefix="tuned_clip", best=benchmark.best_clips())
+    checkpoints = Checkpoints(folder, names, settings.on_disk(), args)
+    log_opening(data, task, args, precision=precision, folder=folder)
+    validated = {"combining-function": "sum", "clip-model-path": checkpoints.first_choice()}
+    run = open_run(folder, about_run(data, settings, folder, validated), args)
+
+    trainer = Trainer(task, args, run, checkpoints=checkpoints, precision=precision, stop=stop)
+    trainer.fit()
 
 
-def load_clip_and_images(
-    args: Stage1, data: "TrainingData", device: "torch.device", stop: StopRequest
-) -> "Encoder":
-    """CLIP as the flags want it, with its images decoded or from the cache."""
+def load_clip(args: Stage1, device: "torch.device", stop: StopRequest) -> "Encoder":
+    """CLIP as the flags want it; it stops between two batches of images."""
     from models.encoder import load_encoder
-    from training.stage1 import decodings, with_image_cache
 
     encoder = load_encoder(settle(args, []), None, device, workers=args.num_workers)
-    encoder = dataclasses.replace(encoder, between=stop.check)
     if args.gradient_checkpointing:
         encoder.backbone.checkpoint_gradients(encoder.model)
-    if args.image_cache is None:
-        return encoder
-    without = decodings(
-        data,
-        epochs=args.num_epochs,
-        validation_frequency=args.validation_frequency,
-        images_learn=args.encoder != "text",
-    )
-    return with_image_cache(encoder, args.image_cache, data, without)
+    return dataclasses.replace(encoder, between=stop.check)
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     """Fine-tune CLIP; writes a run folder under --output-dir."""
-    training.carry_out(parse(argv), train)
+    args = parse(argv)
+    if training.is_complete(args):
+        return
+    args, benchmark = training.checked(args)
+
+    from runtime import distributed
+
+    with listening() as stop:
+        train(args, benchmark, stop)
+    distributed.stop()
 
 
 if __name__ == "__main__":

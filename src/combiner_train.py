@@ -10,17 +10,15 @@ On a GPU:
 
 import dataclasses
 import functools
-import json
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from benchmarks import Benchmark
-from benchmarks.metrics import mean_and_deviation, shown
 from cli import training
 from cli.options import told_by
+from cli.startup import pick_device
 from models.configuration import (
     Settings,
     assumed,
@@ -29,13 +27,11 @@ from models.configuration import (
     settle,
     warn_of_transfer,
 )
-from reports.tables import text_table
-from runtime.files import write_text
-from runtime.interruption import StopRequest
+from runtime.interruption import StopRequest, listening
 from settings.declaring import stored
 from settings.groups import Stage2
 from training.hyper_parameters import started_with
-from utils import command, seed_everything, two_decimals
+from utils import command, seed_everything
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +73,8 @@ def prepare(args: Stage2, benchmark: Benchmark, stop: StopRequest) -> Stage:
     from training.data import read_training_data
     from training.stage2 import check_memory
 
-    device = training.start(args)
+    seed_everything(args.seed)
+    device = pick_device(args.device)
     tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
     data = read_training_data(
         benchmark, batch_size=args.batch_size, seed=args.seed, verify=args.verify
@@ -129,62 +126,46 @@ def train(
     """
     from combiner import build_combiner
     from evaluation.retrieval import evaluate
-    from models.routing import router_penalty
-    from training.checkpoints import Checkpoints
+    from training.run_folder import about_run, open_run
+    from training.saving import CheckpointNames, Checkpoints
     from training.schedule import Precision
     from training.stage2 import combiner_training
+    from training.terminal import log_opening
+    from training.trainer import Trainer
 
     seed_everything(seed)
     benchmark = stage.data.benchmark
     settings = stage.settings_of(seed)
-    combiner = build_combiner(settings.table).to(stage.device)
-    task, measured = combiner_training(
-        combiner,
+    precision = Precision(args.precision, stage.device)
+
+    # What it learns, and what is measured of it.
+    task = combiner_training(
+        build_combiner(settings.table).to(stage.device),
         stage.train,
         stage.val,
         order=dataclasses.replace(stage.data.order, seed=seed),
-        learning_rate=args.combiner_lr,
-        ema_decay=args.ema_decay,
-        compiled=args.compile,
-        loss=functools.partial(training.loss_of, args),
-        negatives=args.negatives,
-        penalty=router_penalty(args.load_balancing_weight, args.router_z_weight, combiner.top_k),
+        flags=args,
         measure=functools.partial(evaluate, benchmark, stage.val, block=args.similarity_block),
     )
-    training.fit_as_asked(
-        args,
-        task,
-        Checkpoints(
-            folder,
-            measured,
-            key="Combiner",
-            prefix="combiner",
-            best_names=benchmark.best_combiners(),
-            config=settings.on_disk(),
-            kept=training.kept_weights(args),
-        ),
-        folder=folder,
-        resumed_by=resumed_by,
-        data=stage.data,
-        settings=settings,
-        to_validate=flags_to_validate(settings),
-        precision=Precision(args.precision, stage.device),
-        stop=stop,
-    )
 
-
-def flags_to_validate(settings: Settings) -> dict[str, str | None]:
-    """Flags of `validate.py` for a Combiner, whose own path is None."""
-    flags = {"combining-function": "combiner", "combiner-path": None}
+    # Where it is written.
+    names = CheckpointNames(key="Combiner", prefix="combiner", best=benchmark.best_combiners())
+    checkpoints = Checkpoints(folder, names, settings.on_disk(), args)
+    log_opening(stage.data, task, args, precision=precision, folder=folder)
+    validated = {"combining-function": "combiner", "combiner-path": checkpoints.first_choice()}
     if settings.flags["clip_model_path"]:
-        flags["clip-model-path"] = settings.flags["clip_model_path"]
-    return flags
+        validated["clip-model-path"] = settings.flags["clip_model_path"]
+    run = open_run(folder, about_run(stage.data, settings, resumed_by, validated), args)
+
+    trainer = Trainer(task, args, run, checkpoints=checkpoints, precision=precision, stop=stop)
+    trainer.fit()
 
 
 def train_seeds(args: Stage2, stage: Stage, folder: Path, stop: StopRequest) -> None:
     """Train a Combiner with each seed in a folder of its own, and report mean and standard deviation."""
     from runtime import distributed
-    from training.run import drop_half_made, is_complete, make_folder, seed_folder
+    from training.run_folder import drop_half_made, is_complete, make_folder, seed_folder
+    from training.seeds import report_seeds
 
     seeds = args.seeds or []
     if distributed.is_main():
@@ -200,80 +181,12 @@ def train_seeds(args: Stage2, stage: Stage, folder: Path, stop: StopRequest) -> 
             train(args, stage, seed, folder=run, resumed_by=folder, stop=stop)
     distributed.wait_for_all()
     if distributed.is_main():
-        report_seeds(folder, seeds, stage)
-
-
-def report_seeds(folder: Path, seeds: list[int], stage: Stage) -> None:
-    """Print the best validation of each seed, and mean and standard deviation of several; write them down."""
-    from training.run import BEST_METRICS, best_validation, seed_folder
-
-    benchmark = stage.data.benchmark
-    chosen_by = next(iter(benchmark.selection))
-    best: dict[int, dict[str, Any]] = {}
-    for seed in seeds:
-        best[seed] = best_validation(seed_folder(folder, seed), chosen_by)
-    mean = {}
-    deviation = {}
-    for metric in best[seeds[0]]:
-        if metric != "epoch":
-            mean[metric], deviation[metric] = mean_and_deviation(
-                [row[metric] for row in best.values()]
-            )
-    rows = {f"seed {seed}": row for seed, row in best.items()}
-    summary = {"chosen_by": chosen_by, "seeds": best, "mean": mean}
-    if len(seeds) > 1:
-        rows["mean"] = mean
-        rows["standard deviation"] = deviation
-        summary["standard_deviation"] = deviation
-    table = {}
-    for name, row in rows.items():
-        table[name] = {
-            title: two_decimals(row[metric]) for metric, title in benchmark.titled(row).items()
-        }
-    about = f"validations with the best {chosen_by} of each seed"
-    print(f"{about}\n{text_table(table)}")
-    write_text(folder / "index.html", page_of_seeds(folder, best, stage))
-    write_text(folder / BEST_METRICS, json.dumps(summary, indent=2) + "\n")
-
-
-def page_of_seeds(folder: Path, best: Mapping[int, dict[str, Any]], stage: Stage) -> str:
-    """The page of a run with several seeds.
-
-    Args:
-        best: seed -> its best validation.
-    """
-    from reports.curves import Panel
-    from reports.run_page import seeds_page
-    from training.run import read_rows, seed_folder
-
-    about = training.about_run(stage.data, stage.settings, folder, {"combiner-path": None})
-    chosen_by = about.chosen_by[0]
-    names = {seed: f"seed {seed}" for seed in best}
-    epochs: dict[float, dict[str, float]] = {}
-    lines = {}
-    for seed, row in best.items():
-        lines[names[seed]] = [two_decimals(row[metric]) for metric in about.titles]
-        for validation in read_rows(seed_folder(folder, seed), "validation"):
-            of_seeds = epochs.setdefault(validation["epoch"], {"epoch": validation["epoch"]})
-            of_seeds[names[seed]] = validation[chosen_by]
-    if len(best) > 1:
-        together = []
-        for metric in about.titles:
-            together.append(shown([row[metric] for row in best.values()]))
-        lines["mean ± standard deviation"] = together
-    titles = {name: name for name in names.values()}
-    return seeds_page(
-        about,
-        folder,
-        lines,
-        validations=Panel(label=chosen_by, rows=list(epochs.values()), titles=titles),
-        addresses={names[seed]: f"{seed_folder(folder, seed).name}/index.html" for seed in best},
-    )
+        report_seeds(folder, seeds, stage.data, stage.settings)
 
 
 def train_all(args: Stage2, benchmark: Benchmark, stop: StopRequest) -> None:
     """Train a Combiner, or one with each of several seeds, in a run folder."""
-    from training.run import claim_folder, run_name
+    from training.run_folder import claim_folder, run_name
 
     stage = prepare(args, benchmark, stop)
     name = run_name(
@@ -289,7 +202,16 @@ def train_all(args: Stage2, benchmark: Benchmark, stop: StopRequest) -> None:
 @command
 def main(argv: list[str] | None = None) -> None:
     """Train a Combiner, or one with each of several seeds; writes a run folder under --output-dir."""
-    training.carry_out(parse(argv), train_all)
+    args = parse(argv)
+    if training.is_complete(args):
+        return
+    args, benchmark = training.checked(args)
+
+    from runtime import distributed
+
+    with listening() as stop:
+        train_all(args, benchmark, stop)
+    distributed.stop()
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ Words = Sequence[Word]
 # What commands take seconds to load. Where a process can be forked safely, it is loaded once and for all of them.
 PACKAGES = (
     "evaluation.retrieval", "matplotlib.figure", "models.pair", "training.stage1", "training.stage2",
+    "training.trainer",
 )  # fmt: skip
 CAN_FORK = sys.platform == "linux"
 SHOWN = {

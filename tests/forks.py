@@ -28,7 +28,7 @@ HANG = (
 )
 PACKAGES = ["torch", "torchvision", "clip", "pandas", "matplotlib.pyplot", "torch.distributed.run"]
 SCRIPTS = ["clip_fine_tune", "combiner_train", "validate", "cirr_test_submission"]
-LOADED_BY_SCRIPTS = ["evaluation.submit", "training.run", "training.stage1", "training.stage2"]
+LOADED_BY_SCRIPTS = ["evaluation.submit", "training.stage1", "training.stage2", "training.trainer"]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([*PACKAGES, *SCRIPTS, *LOADED_BY_SCRIPTS, "kills"])
 
@@ -196,16 +196,16 @@ def become(words: list[str], environment: dict[str, str]) -> None:
 
 def hold_at(epoch: int) -> None:
     """A training waits at an epoch until it is killed or told to stop, however late that comes."""
-    from training.autosave import Autosave
+    from training.trainer import Trainer
 
-    real = Autosave.save_if_due
+    real = Trainer.save_if_due
 
-    def save_if_due(autosave, *args, **kwargs):
-        while autosave.progress.epoch >= epoch and not autosave.stop.signal_name():
+    def save_if_due(trainer, **kwargs):
+        while trainer.progress.epoch >= epoch and not trainer.autosave.stop.signal_name():
             time.sleep(0.02)
-        return real(autosave, *args, **kwargs)
+        return real(trainer, **kwargs)
 
-    Autosave.save_if_due = save_if_due
+    Trainer.save_if_due = save_if_due
 
 
 def fork_workers() -> None:

@@ -1,5 +1,6 @@
 """When a training saves: the best weights with its state, and votes of several processes once in a while."""
 
+import dataclasses
 import itertools
 import os
 from pathlib import Path
@@ -9,18 +10,16 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from reports.run_page import About
 from runtime import distributed, files
 from runtime.interruption import StopRequest
 from runtime.tensors import load_tensors
-from training import autosave, checkpoints, loop, state
-from training.autosave import Autosave
-from training.checkpoints import Checkpoints
-from training.loop import Task, fit
+from trainers import stage_1_flags, trainer_in
+from training import saving, trainer
 from training.losses import ContrastiveLoss
-from training.run import NoRun
-from training.schedule import Precision, Schedule
-from utils import DiskError, Stopped, UserError
+from training.saving import Autosave, CheckpointNames, Checkpoints
+from training.step import Stepper, Task
+from training.trainer import Trainer
+from utils import DiskError, UserError
 
 CPU = torch.device("cpu")
 NAMES = {"recall": "best_recall", "mean": "best_mean", "ratio": "best_ratio"}
@@ -37,10 +36,12 @@ class Turned(nn.Module):
         return nn.functional.normalize(rows @ self.weight, dim=-1), rows
 
 
-def kept_of(folder: Path, model: nn.Module, kept="best") -> Checkpoints:
-    return Checkpoints(
-        folder, model, key="C", prefix="c", best_names=NAMES, config={"seed": 1}, kept=kept
-    )
+BEST = ("--save-training", "--save-best")
+
+
+def kept_of(folder: Path, kept: tuple[str, ...] = BEST) -> Checkpoints:
+    names = CheckpointNames(key="C", prefix="c", best=NAMES)
+    return Checkpoints(folder, names, {"seed": 1}, stage_1_flags(*kept))
 
 
 def files_of(folder: Path) -> dict[str, dict]:
@@ -58,13 +59,13 @@ FIRST = {"recall": 1.0, "mean": 1.0, "ratio": 1.0}
 def test_held_weights_are_those_of_their_validation(tmp_path):
     """Two epochs' bests at once, while steps go on and the module's own weights change."""
     model = Turned()
-    kept = kept_of(tmp_path, model)
+    kept = kept_of(tmp_path)
     seen = []
     for epoch, metrics in enumerate([FIRST, FIRST | {"mean": 2.0}, FIRST | {"ratio": 0.5}]):
         kept.hold()
         with torch.no_grad():
             model.weight += 1
-        kept.update(epoch, metrics)
+        kept.update(epoch, metrics, model)
         seen.append(model.weight.detach().clone())
     kept.hold()
     with torch.no_grad():
@@ -85,33 +86,35 @@ def test_weights_are_copied_only_if_a_step_comes_before_they_are_written(tmp_pat
     monkeypatch.setattr(
         torch.Tensor, "to", lambda *args, **more: copied.append(args) or real(*args, **more)
     )
-    kept = kept_of(tmp_path, Turned())
-    kept.update(0, FIRST)
+    model = Turned()
+    kept = kept_of(tmp_path)
+    kept.update(0, FIRST, model)
     kept.write()
     kept.hold()
-    kept.update(1, FIRST)  # no better
+    kept.update(1, FIRST, model)  # no better
     kept.hold()
     assert copied == []
-    kept.update(2, FIRST | {"mean": 2.0})
+    kept.update(2, FIRST | {"mean": 2.0}, model)
     kept.hold()
     kept.hold()
     assert len(copied) == 1
 
 
 def test_an_epoch_is_written_once_under_all_its_names(tmp_path):
-    kept = kept_of(tmp_path, Turned())
-    kept.update(0, FIRST)
+    model = Turned()
+    kept = kept_of(tmp_path)
+    kept.update(0, FIRST, model)
     kept.write()
     folder = tmp_path / "saved_models"
     paths = [folder / f"{name}.pt" for name in NAMES.values()]
     assert all(path.samefile(paths[0]) for path in paths)
-    kept.update(1, FIRST | {"mean": 2.0, "ratio": 2.0})
+    kept.update(1, FIRST | {"mean": 2.0, "ratio": 2.0}, model)
     kept.write()
     assert {name: content["epoch"] for name, content in files_of(tmp_path).items()} == {
         "best_mean": 1, "best_ratio": 1, "best_recall": 0,
     }  # fmt: skip
     assert paths[1].samefile(paths[2])
-    kept.update(2, dict.fromkeys(NAMES, 3.0))  # from two names of one file to another
+    kept.update(2, dict.fromkeys(NAMES, 3.0), model)  # from two names of one file to another
     kept.write()
     assert all(path.samefile(paths[0]) for path in paths)
     assert len(list(folder.iterdir())) == 3
@@ -122,8 +125,9 @@ def test_where_there_are_no_links_names_are_copies(tmp_path, monkeypatch):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(Path, "hardlink_to", refuse)
-    kept = kept_of(tmp_path, Turned())
-    kept.update(0, FIRST)
+    model = Turned()
+    kept = kept_of(tmp_path)
+    kept.update(0, FIRST, model)
     kept.write()
     paths = [tmp_path / "saved_models" / f"{name}.pt" for name in NAMES.values()]
     assert len({path.stat().st_ino for path in paths}) == 3
@@ -137,7 +141,7 @@ def improving(epochs_before_failure: int = 1000) -> Task:
     validations = iter(range(1000))
     names = list(NAMES)
 
-    def validate() -> dict[str, float]:
+    def validate(measured: nn.Module) -> dict[str, float]:
         number = next(validations)
         better = {names[number % 3]: float(number)}
         return dict.fromkeys(names, 0.0) | better
@@ -150,35 +154,19 @@ def improving(epochs_before_failure: int = 1000) -> Task:
         batches=batches,
         steps=2,
         model=model,
+        module=model,
         loss=ContrastiveLoss(),
         optimizer=SGD(model.parameters(), 0.1),
         validate=validate,
-        module=model,
     )
 
 
-def run_of(folder: Path) -> NoRun:
-    """A run whose state and weights are written, and nothing else."""
-    about = About(
-        title="a run",
-        titles={},
-        chosen_by=(),
-        hyper_parameters={},
-        commands={"resume": "python again"},
-    )
-    return NoRun(folder, about)
+def trainer_of(folder: Path, task: Task, *flags: object, kept: tuple[str, ...] = BEST) -> Trainer:
+    return trainer_in(folder, task, stage_1_flags(*kept, "--num-epochs", 9, *flags), best=NAMES)
 
 
-def train(folder: Path, task: Task, kept="best", minutes: float = 10, epochs: int = 9) -> None:
-    fit(
-        task,
-        schedule=Schedule(num_epochs=epochs, validation_frequency=1),
-        precision=Precision("fp32", CPU),
-        run=run_of(folder),
-        checkpoints=kept_of(folder, task.module, kept),
-        stop=StopRequest(),
-        minutes=minutes,
-    )
+def train(folder: Path, task: Task, *flags: object, kept: tuple[str, ...] = BEST) -> None:
+    trainer_of(folder, task, *flags, kept=kept).fit()
 
 
 class Clock:
@@ -186,7 +174,7 @@ class Clock:
 
     def __init__(self, monkeypatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr(autosave.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(saving.time, "monotonic", lambda: self.now)
 
 
 @pytest.fixture
@@ -207,21 +195,20 @@ def slow_disk(monkeypatch, clock) -> list[str]:
 
         return write
 
-    monkeypatch.setattr(checkpoints, "save_tensors", slowly(checkpoints.save_tensors))
-    monkeypatch.setattr(state, "save_tensors", slowly(state.save_tensors))
-    step = loop.Stepper.step
+    monkeypatch.setattr(saving, "save_tensors", slowly(saving.save_tensors))
+    step = Stepper.step
 
     def timed(*args):
         clock.now += 1.0
         return step(*args)
 
-    monkeypatch.setattr(loop.Stepper, "step", timed)
+    monkeypatch.setattr(Stepper, "step", timed)
     return written
 
 
 def test_saving_the_best_takes_a_small_share_of_the_time(slow_disk, tmp_path):
     """Guards against epochs of a moment that are followed by files of a second."""
-    train(tmp_path, improving(), epochs=90)
+    train(tmp_path, improving(), "--num-epochs", 90)
     assert len(slow_disk) <= 15  # of 90 bests and as many states, in 180 seconds of steps
     assert {name: content["epoch"] for name, content in files_of(tmp_path).items()} == {
         "best_mean": 88, "best_ratio": 89, "best_recall": 87,
@@ -230,23 +217,24 @@ def test_saving_the_best_takes_a_small_share_of_the_time(slow_disk, tmp_path):
 
 def test_a_state_names_no_best_that_is_not_on_disk(tmp_path, monkeypatch):
     states = []
-    real = autosave.save_state
+    real = saving.save_state
 
     def save_state(file, parts, progress, device):
         on_disk = files_of(tmp_path)
-        for metric, value in progress["best"].items():
+        for metric, value in progress.best.items():
             assert on_disk[NAMES[metric]]["metrics"][metric] == value
-        states.append(len(progress["best"]))
+        states.append(len(progress.best))
         real(file, parts, progress, device)
 
-    monkeypatch.setattr(autosave, "save_state", save_state)
-    train(tmp_path, improving(), minutes=1e-9)
+    monkeypatch.setattr(trainer, "save_state", save_state)
+    train(tmp_path, improving(), "--checkpoint-every-minutes", 1e-9)
     assert states[-1] == 3
 
 
 def test_every_epoch_is_written_at_once(slow_disk, tmp_path):
-    train(tmp_path, improving(), kept="every epoch", epochs=5)
-    assert [name for name in slow_disk if name != "state.pt"] == [f"c_{n}.pt" for n in range(5)]
+    train(tmp_path, improving(), "--num-epochs", 5, kept=("--save-training",))
+    weights = [name for name in slow_disk if name != "state.pt"]
+    assert weights == [f"combiner_{epoch}.pt" for epoch in range(5)]
 
 
 def test_the_best_of_a_run_that_fails_are_written(slow_disk, tmp_path):
@@ -260,14 +248,14 @@ def test_the_best_of_an_interrupted_run_are_written(slow_disk, tmp_path):
     task = improving()
     real = task.validate
 
-    def validate():
-        metrics = real()
+    def validate(measured):
+        metrics = real(measured)
         if max(metrics.values()) == 8:
             raise KeyboardInterrupt
         return metrics
 
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, Task(**{**vars(task), "validate": validate}))
+        train(tmp_path, dataclasses.replace(task, validate=validate))
     assert {content["epoch"] for content in files_of(tmp_path).values()} == {5, 6, 7}
 
 
@@ -283,17 +271,10 @@ def test_a_disk_without_room_for_the_best(tmp_path, monkeypatch):
         real(descriptor)
 
     monkeypatch.setattr(files.os, "fsync", full)
-    kept = kept_of(tmp_path, task.module)
+    full_one = trainer_of(tmp_path, task, "--checkpoint-every-minutes", 1e-9)
+    kept = full_one.checkpoints
     with pytest.raises(UserError) as error:
-        fit(
-            task,
-            schedule=Schedule(num_epochs=9, validation_frequency=1),
-            precision=Precision("fp32", CPU),
-            run=run_of(tmp_path),
-            checkpoints=kept,
-            stop=StopRequest(),
-            minutes=1e-9,
-        )
+        full_one.fit()
     assert not isinstance(error.value, DiskError)
     assert "best_recall.pt (No space left on device): free space" in str(error.value)
     assert "the last good state is epoch 3, step 2; go on with: python again" in str(error.value)
@@ -306,20 +287,14 @@ def test_a_disk_without_room_for_the_best(tmp_path, monkeypatch):
 class Ballot:
     """Several processes of which this one is the main: counts the votes, in which another may want to stop."""
 
-    def __init__(self, monkeypatch, clock: Clock, folder: Path) -> None:
+    def __init__(self, monkeypatch, clock: Clock) -> None:
         self.clock = clock
         self.votes = []
         self.other_stops = 0
+        self.stopping = False
         monkeypatch.setattr(distributed, "world_size", lambda: 2)
         monkeypatch.setattr(distributed, "highest", self.highest)
-        self.autosave = Autosave(
-            run=run_of(folder),
-            checkpoints=kept_of(folder, nn.Linear(1, 1), kept="nothing"),
-            parts={},
-            device=CPU,
-            stop=StopRequest(),
-            minutes=1000,
-        )
+        self.autosave = Autosave(StopRequest(), minutes=1000)
 
     def highest(self, stopping: int, saving: int, next_vote: int) -> tuple[int, ...]:
         self.votes.append(self.clock.now)
@@ -330,19 +305,19 @@ class Ballot:
         before = len(self.votes)
         for _ in range(number):
             self.clock.now += seconds
-            self.autosave.save_if_due()
+            self.stopping |= self.autosave.vote()[0]
         times = self.votes[max(0, before - 1) :]
         return [later - earlier for earlier, later in itertools.pairwise(times)]
 
 
 @pytest.fixture
-def ballot(monkeypatch, clock, tmp_path) -> Ballot:
-    return Ballot(monkeypatch, clock, tmp_path)
+def ballot(monkeypatch, clock) -> Ballot:
+    return Ballot(monkeypatch, clock)
 
 
 def test_fast_steps_vote_seldom(ballot):
     ballot.steps(1000, 0.002)
-    assert len(ballot.votes) <= 1000 / autosave.MOST_STEPS + 7
+    assert len(ballot.votes) <= 1000 / saving.MOST_STEPS + 7
 
 
 @pytest.mark.parametrize("seconds", [0.013, 0.3, 0.9, 5.0])
@@ -365,9 +340,9 @@ def test_an_epochs_end_votes_and_changes_no_pace(ballot):
     ballot.steps(105, 0.1)
     pace = ballot.autosave.next_vote
     assert pace > 5
-    ballot.autosave.save_if_due(epoch_ends=True)
+    ballot.autosave.vote(epoch_ends=True)
     ballot.clock.now += 30.0  # a validation
-    ballot.autosave.save_if_due(epoch_ends=True)
+    ballot.autosave.vote(epoch_ends=True)
     assert ballot.votes[-1] - ballot.votes[-2] == 30
     ballot.steps(pace - 1, 0.1)
     assert ballot.votes[-1] - ballot.votes[-2] == 30
@@ -377,13 +352,13 @@ def test_an_epochs_end_votes_and_changes_no_pace(ballot):
 
 def test_another_process_that_stops_is_heard(ballot):
     ballot.steps(100, 0.1)
+    assert not ballot.stopping
     ballot.other_stops = 1
-    with pytest.raises(Stopped):
-        ballot.steps(10, 0.1)
+    ballot.steps(10, 0.1)
+    assert ballot.stopping
 
 
-def test_one_process_alone_looks_at_every_step(monkeypatch, clock, tmp_path):
-    ballot = Ballot(monkeypatch, clock, tmp_path)
+def test_one_process_alone_looks_at_every_step(monkeypatch, ballot):
     monkeypatch.setattr(distributed, "world_size", lambda: 1)
     ballot.steps(50, 0.001)
     assert len(ballot.votes) == 50

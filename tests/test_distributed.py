@@ -193,7 +193,7 @@ def test_a_process_that_dies_ends_all(golden, start, tmp_path):
 import os, signal, sys
 sys.path.insert(0, {str(ROOT / "src")!r})
 import clip_fine_tune
-from training.loop import Stepper
+from training.step import Stepper
 real = Stepper.step
 def step(self, *batch):
     if os.environ["RANK"] == "1":

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,22 +9,15 @@ from torch import nn
 from torch.optim import SGD
 
 from conftest import read_csv
-from reports.run_page import About
 from runtime import tensors
 from runtime.files import written_whole
-from runtime.interruption import StopRequest
-from runtime.trackers import Account, Trackers
-from training.autosave import Autosave
-from training.checkpoints import Checkpoints
+from trainers import checkpoints_in, run_in, stage_1_flags, trainer_in
 from training.data import Order
-from training.loop import Stepper, Task, fit, train_one_epoch
 from training.losses import ContrastiveLoss
-from training.run import Run, make_folder, run_name
-from training.schedule import Precision, Schedule
+from training.run_folder import make_folder, run_name
+from training.saving import Checkpoints
+from training.step import Task
 from utils import UserError
-
-NO_TRACKERS = Trackers([], Account(folder=Path(), name="none"))
-CPU = torch.device("cpu")
 
 
 class Toy(nn.Module):
@@ -47,35 +39,19 @@ def toy_task(validate, steps=1, bad_step=None) -> Task:
         batches=lambda epoch, first: batches[first:],
         steps=steps,
         model=model,
+        module=model,
         loss=ContrastiveLoss(),
         optimizer=SGD(model.parameters(), 0.1),
         validate=validate,
-        module=model,
     )
 
 
-def new_run(folder, trackers=None, config=None) -> Run:
-    about = About(
-        title="a run",
-        titles={},
-        chosen_by=(),
-        hyper_parameters={"num_epochs": 3, **(config or {})},
-        commands={"resume": "python again"},
-    )
-    return Run(folder, trackers or NO_TRACKERS, about)
+NAMES = {"recall": "best_recall", "mean": "best_mean"}
+MODEL = nn.Linear(2, 2)
 
 
-def checkpoints(folder, kept="best") -> Checkpoints:
-    names = {"recall": "best_recall", "mean": "best_mean"}
-    return Checkpoints(
-        folder,
-        nn.Linear(2, 2),
-        key="Combiner",
-        prefix="combiner",
-        best_names=names,
-        config={"seed": 1},
-        kept=kept,
-    )
+def checkpoints(folder, *kept: str) -> Checkpoints:
+    return checkpoints_in(folder, stage_1_flags(*kept), NAMES)
 
 
 def files(folder) -> list[str]:
@@ -83,10 +59,10 @@ def files(folder) -> list[str]:
 
 
 def test_the_best_of_each_metric_is_kept(tmp_path):
-    kept = checkpoints(tmp_path)
+    kept = checkpoints(tmp_path, "--save-training", "--save-best")
     history = [(10, 5), (9, 6), (12, 6), (12, 7)]
     for epoch, (recall, mean) in enumerate(history):
-        kept.update(epoch, {"recall": recall, "mean": mean})
+        kept.update(epoch, {"recall": recall, "mean": mean}, MODEL)
         kept.write()
     assert files(tmp_path) == ["best_mean.pt", "best_recall.pt"]
     by_recall, by_mean = (
@@ -99,29 +75,29 @@ def test_the_best_of_each_metric_is_kept(tmp_path):
 
 
 def test_every_validated_epoch_is_kept_without_best_only(tmp_path):
-    kept = checkpoints(tmp_path, kept="every epoch")
+    kept = checkpoints(tmp_path, "--save-training")
     for epoch in (0, 3):
-        kept.update(epoch, {"recall": 1, "mean": 1})
+        kept.update(epoch, {"recall": 1, "mean": 1}, MODEL)
     assert files(tmp_path) == ["combiner_0.pt", "combiner_3.pt"]
 
 
 def test_a_recall_of_zero_can_be_the_best(tmp_path):
-    kept = checkpoints(tmp_path)
-    kept.update(0, {"recall": 0.0, "mean": 0.0})
+    kept = checkpoints(tmp_path, "--save-training", "--save-best")
+    kept.update(0, {"recall": 0.0, "mean": 0.0}, MODEL)
     kept.write()
     assert len(files(tmp_path)) == 2
 
 
 def test_nothing_is_kept_unless_asked_for(tmp_path):
-    kept = checkpoints(tmp_path, kept="nothing")
-    kept.update(0, {"recall": 3, "mean": 4})
+    kept = checkpoints(tmp_path)
+    kept.update(0, {"recall": 3, "mean": 4}, MODEL)
     kept.write()
     assert files(tmp_path) == []
     assert kept.best == {"recall": 3, "mean": 4}
 
 
 def test_csv_files(tmp_path):
-    run = new_run(tmp_path)
+    run = run_in(tmp_path)
     run.record("train", 0, {"train_epoch_loss": 0.1})
     run.record("train", 1, {"train_epoch_loss": 1 / 3})
     assert (
@@ -153,37 +129,21 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_an_error_in_a_validation_names_the_epoch(tmp_path):
-    def validate():
+    def validate(measured):
         raise UserError("similarities that are not finite")
 
-    task = toy_task(validate)
+    trainer = trainer_in(tmp_path, toy_task(validate), stage_1_flags())
     with pytest.raises(UserError, match="after epoch 0: similarities"):
-        fit(
-            task,
-            schedule=Schedule(num_epochs=3, validation_frequency=1),
-            precision=Precision("fp32", CPU),
-            run=new_run(tmp_path),
-            checkpoints=checkpoints(tmp_path),
-            stop=StopRequest(),
-            minutes=10,
-        )
+        trainer.fit()
 
 
 def test_a_loss_that_is_not_finite_names_epoch_and_step(tmp_path):
     """Losses are read every few steps, but the step named is the one that failed."""
-    task = toy_task(lambda: {}, steps=17, bad_step=13)
-    stepper = Stepper(task, Schedule(num_epochs=1, validation_frequency=1), Precision("fp32", CPU))
-    autosave = Autosave(
-        run=new_run(tmp_path),
-        checkpoints=checkpoints(tmp_path),
-        parts=stepper.parts,
-        device=CPU,
-        stop=StopRequest(),
-        minutes=10,
-    )
-    autosave.progress.epoch = 4
+    task = toy_task(lambda measured: {}, steps=17, bad_step=13)
+    trainer = trainer_in(tmp_path, task, stage_1_flags())
+    trainer.progress.epoch = 4
     with pytest.raises(UserError, match="the loss is nan at epoch 4, step 13"):
-        train_one_epoch(task, stepper, autosave)
+        trainer.train_one_epoch()
 
 
 def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():

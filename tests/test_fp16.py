@@ -1,10 +1,10 @@
 """fp16 with loss scaling, on the CPU as on a GPU: it learns as float32 does, and a skipped step moves nothing."""
 
 import copy
+import dataclasses
 import functools
 import math
 import statistics
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,26 +20,19 @@ from models.clip_model import backbone, load_clip, resolution, tokenize
 from models.configuration import settle
 from models.encoder import load_encoder
 from models.features import FrozenSplit
-from reports.run_page import About
-from runtime.interruption import StopRequest
-from runtime.trackers import Account, Trackers
 from settings.groups import Clip
-from training.autosave import MOST_SKIPPED, Autosave
-from training.checkpoints import Checkpoints
+from trainers import stage_1_flags, stage_2_flags, trainer_in
 from training.data import Order, TrainingData
-from training.loop import Stepper, Task, average, train_one_epoch
 from training.losses import ContrastiveLoss
-from training.run import Run
-from training.schedule import Precision, Schedule
+from training.schedule import Precision
 from training.stage1 import SumFeatures, fine_tuning
 from training.stage2 import combiner_training
-from training.step import Gradient
+from training.step import Gradient, Stepper, Task
+from training.trainer import MOST_SKIPPED, Trainer
 from utils import UserError
 
-NO_TRACKERS = Trackers([], Account(folder=Path(), name="none"))
 CPU = torch.device("cpu")
 FP16 = Precision("fp16", CPU)
-ONCE = Schedule(num_epochs=1, validation_frequency=1)
 
 
 def scaler_of(scale: float, **more: float) -> torch.amp.GradScaler:
@@ -72,18 +65,21 @@ ROWS = [torch.tensor([[1.0, 0.0], [0.6, 0.8]])]
 IDS = torch.arange(2)
 
 
-def stepper(model, scale: float, *, schedule=ONCE, optimizer=None, batches=()) -> Stepper:
-    task = Task(
+def task_of(model, optimizer=None, batches=()) -> Task:
+    return Task(
         batches=lambda epoch, first: batches[first:],
         steps=max(1, len(batches)),
         model=model,
+        module=model,
         loss=ContrastiveLoss(),
         optimizer=optimizer or SGD(model.parameters(), lr=0.1),
-        validate=dict,
-        module=model,
-        averaged=average(model, 0.9),
+        validate=lambda measured: {},
     )
-    steps = Stepper(task, schedule, FP16)
+
+
+def stepper(model, scale: float, *flags: object, optimizer=None) -> Stepper:
+    asked = stage_1_flags("--num-epochs", 9, "--ema-decay", 0.9, *flags)
+    steps = Stepper(task_of(model, optimizer), asked, FP16)
     steps.scaler = scaler_of(scale)
     return steps
 
@@ -112,11 +108,9 @@ def test_fp16_is_scaled_on_any_device():
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_skipped_steps_move_nothing(clip):
     model = Turned()
-    schedule = Schedule(
-        num_epochs=9, validation_frequency=1, warmup_steps=2, cosine=True, clip_grad_norm=clip
-    )
+    flags = ["--warmup-steps", 2, "--cosine", *([] if clip is None else ["--clip-grad-norm", clip])]
     optimizer = Adam(model.parameters(), lr=0.1)
-    steps = stepper(model, 2.0**6, schedule=schedule, optimizer=optimizer)
+    steps = stepper(model, 2.0**6, *flags, optimizer=optimizer)
     steps.step(ROWS, IDS)
     assert not steps.skipped
     before = state(steps)
@@ -148,17 +142,9 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize(("precision", "waits"), [("fp32", 0), ("bf16", 0), ("fp16", 1)])
 def test_only_scaling_waits_and_once_a_step(precision, waits):
     model = Turned()
-    schedule = Schedule(num_epochs=9, validation_frequency=1, cosine=True, clip_grad_norm=1.0)
-    task = Task(
-        batches=lambda epoch, first: [],
-        steps=1,
-        model=model,
-        loss=ContrastiveLoss(),
-        optimizer=Adam(model.parameters(), lr=0.1, fused=True),  # as on a GPU
-        validate=dict,
-        module=model,
-    )
-    steps = Stepper(task, schedule, Precision(precision, CPU))
+    optimizer = Adam(model.parameters(), lr=0.1, fused=True)  # as on a GPU
+    flags = stage_1_flags("--num-epochs", 9, "--cosine", "--clip-grad-norm", 1)
+    steps = Stepper(task_of(model, optimizer), flags, Precision(precision, CPU))
     steps.step(ROWS, IDS)
     with Waits() as seen:
         steps.step(ROWS, IDS)
@@ -193,8 +179,8 @@ def test_the_norm_that_is_clipped_is_that_of_unscaled_gradients():
     for clip, scale in ((None, 2.0**6), (None, 2.0**2), (0.5, 2.0**6), (0.5, 2.0**2)):
         model = Turned()
         before = model.weight.detach().clone()
-        schedule = Schedule(num_epochs=1, validation_frequency=1, clip_grad_norm=clip)
-        stepper(model, scale, schedule=schedule).step(ROWS, IDS)
+        flags = [] if clip is None else ["--clip-grad-norm", clip]
+        stepper(model, scale, *flags).step(ROWS, IDS)
         moved.append(before - model.weight.detach())
     free, free_again, clipped, clipped_again = moved
     assert free.norm() > 2 * 0.1 * 0.5  # the learning rate times the norm
@@ -235,45 +221,30 @@ def test_gradient_caching_equals_the_plain_step(golden):
 # An epoch
 
 
-def autosave_of(steps: Stepper, folder) -> Autosave:
-    about = About(
-        title="a run", titles={}, chosen_by=(), hyper_parameters={}, commands={"resume": ""}
-    )
-    checkpoints = Checkpoints(
-        folder, nn.Linear(1, 1), key="C", prefix="c", best_names={}, config={}, kept="nothing"
-    )
-    return Autosave(
-        run=Run(folder, NO_TRACKERS, about),
-        checkpoints=checkpoints,
-        parts=steps.parts,
-        device=CPU,
-        stop=StopRequest(),
-        minutes=1000,
-    )
+def trainer_of(task: Task, scale: float, folder) -> Trainer:
+    flags = stage_1_flags("--ema-decay", 0.9, "--checkpoint-every-minutes", 1000)
+    trainer = trainer_in(folder, task, flags, precision=FP16)
+    trainer.stepper.scaler = scaler_of(scale)
+    return trainer
 
 
-def epoch_with(bad_steps: set[int], steps: int, folder) -> tuple[Autosave, float]:
-    """An epoch with some batches that are not numbers; returns its records and its mean loss."""
+def epoch_with(bad_steps: set[int], steps: int, folder) -> tuple[Trainer, float]:
+    """An epoch with some batches that are not numbers; returns its trainer and its mean loss."""
     rows = [ROWS[0] * (math.nan if step in bad_steps else 1) for step in range(steps)]
     # Without a learning rate, so that all good steps have the same loss.
     model = Turned()
-    learner = stepper(
-        model,
-        2.0**8,
-        batches=[([row], IDS) for row in rows],
-        optimizer=SGD(model.parameters(), lr=0.0),
-    )
-    autosave = autosave_of(learner, folder)
-    return autosave, train_one_epoch(learner.task, learner, autosave)
+    task = task_of(model, SGD(model.parameters(), lr=0.0), [([row], IDS) for row in rows])
+    trainer = trainer_of(task, 2.0**8, folder)
+    return trainer, trainer.train_one_epoch()
 
 
 def test_the_loss_of_a_skipped_step_is_left_out_of_the_mean(tmp_path):
     _, undisturbed = epoch_with(set(), 1, tmp_path)
-    autosave, loss = epoch_with({0, 13}, 17, tmp_path)
+    trainer, loss = epoch_with({0, 13}, 17, tmp_path)
     assert loss == pytest.approx(undisturbed)
-    assert len(autosave.progress.losses) == 17  # a skipped step is a step that was done
-    assert autosave.progress.skipped == [0, 13]
-    assert autosave.progress.skipped_in_a_row == 0
+    assert len(trainer.progress.losses) == 17  # a skipped step is a step that was done
+    assert trainer.progress.skipped == [0, 13]
+    assert trainer.progress.skipped_in_a_row == 0
 
 
 def test_steps_that_are_all_skipped_stop_the_run(tmp_path):
@@ -285,10 +256,10 @@ def test_steps_that_are_all_skipped_stop_the_run(tmp_path):
 
 
 def test_what_is_skipped_is_counted_over_epochs_and_interruptions(tmp_path):
-    autosave, loss = epoch_with(set(range(MOST_SKIPPED - 1)), MOST_SKIPPED - 1, tmp_path)
+    trainer, loss = epoch_with(set(range(MOST_SKIPPED - 1)), MOST_SKIPPED - 1, tmp_path)
     assert math.isnan(loss)
-    autosave.save()
-    resumed = autosave_of(stepper(Turned(), 1.0), tmp_path)
+    trainer.save()
+    resumed = trainer_of(dataclasses.replace(trainer.task), 1.0, tmp_path)
     resumed.resume()
     assert resumed.progress.skipped == list(range(MOST_SKIPPED - 1))
     resumed.count_step(torch.tensor(1.0), skipped=False)  # which ends the row
@@ -332,16 +303,20 @@ def test_twenty_skipped_steps_in_a_row_end_the_command(fails, drawn, scales):
 
 def learned(task: Task, precision: str, epochs: int) -> float:
     """The mean of a benchmark's recalls after some epochs, with a scale that skips no step."""
-    schedule = Schedule(num_epochs=epochs, validation_frequency=1)
-    steps = Stepper(task, schedule, Precision(precision, CPU))
+    steps = Stepper(task, stage_1_flags("--num-epochs", epochs), Precision(precision, CPU))
     if precision == "fp16":
         steps.scaler = scaler_of(2.0**8)
     for epoch in range(epochs):
-        task.model.train()
+        steps.model.train()
         for inputs, target_ids in task.batches(epoch, 0):
             steps.step(inputs, target_ids)
             assert not steps.skipped
-    return task.validate()["arithmetic_mean"]
+    return task.validate(steps.measured)["arithmetic_mean"]
+
+
+def untrained_mean(task: Task) -> float:
+    """The same before the first step."""
+    return task.validate(task.module)["arithmetic_mean"]
 
 
 def assert_learns_alike(full: list[float], half: list[float], untrained: float) -> None:
@@ -367,24 +342,19 @@ def test_stage_2_learns_as_in_full_precision(drawn):
 
     def task_of(seed: int) -> Task:
         torch.manual_seed(seed)
-        task, _ = combiner_training(
+        return combiner_training(
             Combiner(64, 32, 64),
             frozen,
             [frozen],
             order=Order(triplets=len(split.triplets), variants=1, batch_size=10, seed=seed),
-            learning_rate=3e-3,
-            ema_decay=None,
-            compiled=False,
-            loss=lambda bank: ContrastiveLoss(),
-            penalty=None,
+            flags=stage_2_flags("--combiner-lr", 3e-3),
             measure=functools.partial(evaluate, benchmark, [frozen]),
         )
-        return task
 
     with torch.random.fork_rng():
         full = [learned(task_of(seed), "fp32", 16) for seed in range(3)]
         half = [learned(task_of(seed), "fp16", 16) for seed in range(3)]
-        untrained = task_of(0).validate()["arithmetic_mean"]
+        untrained = untrained_mean(task_of(0))
     assert_learns_alike(full, half, untrained)
 
 
@@ -399,18 +369,13 @@ def test_stage_1_learns_as_in_full_precision(drawn):
     def task_of(seed: int) -> Task:
         order = Order(triplets=len(texts), variants=1, batch_size=10, seed=seed)
         encoder = load_encoder(settle(Clip(clip_model_name=name), []), None, CPU, workers=0)
-        task, _ = fine_tuning(
+        return fine_tuning(
             encoder,
             TrainingData(benchmark=benchmark, train=val[0], val=val, texts=texts, order=order),
-            trained="both",
-            learning_rate=1e-4,
-            ema_decay=None,
-            compiled=False,
-            loss=ContrastiveLoss(),
-            measure=functools.partial(evaluate, benchmark, compose=compose_sum),
+            stage_1_flags("--learning-rate", 1e-4),
+            functools.partial(evaluate, benchmark, compose=compose_sum),
         )
-        return task
 
     full = [learned(task_of(seed), "fp32", 3) for seed in range(3)]
     half = [learned(task_of(0), "fp16", 3)]
-    assert_learns_alike(full, half, task_of(0).validate()["arithmetic_mean"])
+    assert_learns_alike(full, half, untrained_mean(task_of(0)))

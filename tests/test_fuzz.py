@@ -30,7 +30,7 @@ from models.clip_model import load_clip
 from models.configuration import read_checkpoint
 from runtime.tensors import load_tensors
 from test_triplets import as_table
-from training.autosave import load_state, save_state
+from training.saving import Progress, load_state, save_state
 from utils import UserError
 
 pytestmark = pytest.mark.slow
@@ -369,7 +369,8 @@ def test_checkpoints(name, golden, tmp_path):
 def test_states_of_runs(tmp_path):
     """A state is put back in whole or not at all."""
     module = torch.nn.Linear(3, 2)
-    save_state(tmp_path / "state.pt", {"module": module}, {"epoch": 3, "losses": [0.1]}, CPU)
+    progress = Progress(epoch=3, losses=[0.1])
+    save_state(tmp_path / "state.pt", {"module": module}, progress, CPU)
     whole = (tmp_path / "state.pt").read_bytes()
     weight = module.weight.detach().clone()
 
@@ -380,10 +381,7 @@ def test_states_of_runs(tmp_path):
         (tmp_path / "state.pt").write_bytes(damaged(whole, damage))
         torch.nn.init.zeros_(module.weight)
         with counted("states of runs"):
-            assert load_state(tmp_path / "state.pt", {"module": module}, CPU) == {
-                "epoch": 3,
-                "losses": [0.1],
-            }
+            assert load_state(tmp_path / "state.pt", {"module": module}, CPU) == progress
             assert torch.equal(module.weight, weight)
 
     with torch.random.fork_rng():

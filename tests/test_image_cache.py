@@ -22,6 +22,7 @@ from data_utils import load_image, make_preprocess
 from forks import HANG
 from runtime.image_files import decoded
 from test_data_utils import MODES, picture
+from trainers import stage_1_flags
 from training import image_cache, stage1
 from training.data import read_training_data
 from training.image_cache import REPAYS, CachedImages, ImageCache
@@ -335,9 +336,11 @@ def test_how_often_a_training_reads_an_image(drawn):
     gallery = len(data.val[0].paths)
     steps = data.order.steps
     assert steps > 1
-    count = functools.partial(decodings, data, epochs=5, validation_frequency=2)
-    assert count(images_learn=True) == 5 * steps * 24 + 3 * gallery  # epochs 0, 2 and 4
-    assert count(images_learn=False) == 5 * steps * 24 + gallery
+    words = ["--num-epochs", 5, "--validation-frequency", 2]
+    learning = stage_1_flags(*words)
+    frozen = stage_1_flags(*words, "--encoder", "text")
+    assert decodings(data, learning) == 5 * steps * 24 + 3 * gallery  # epochs 0, 2 and 4
+    assert decodings(data, frozen) == 5 * steps * 24 + gallery
 
 
 @pytest.mark.slow

@@ -22,13 +22,13 @@ from models.backbone import choose_trained
 from models.clip_model import backbone, checkpoint_gradients, load_clip, resolution, tokenize
 from runtime import distributed
 from runtime.choices import LOSSES
+from trainers import stage_1_flags
 from training import losses
 from training.data import Order
-from training.loop import Stepper, Task, average
 from training.losses import BankLoss, ContrastiveLoss, Loss, learned_groups, make_loss
-from training.schedule import Precision, Schedule
+from training.schedule import Precision, learning_rate_factor
 from training.stage1 import SumFeatures
-from training.step import Gradient
+from training.step import Gradient, MovingAverage, Stepper, Task
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -147,16 +147,21 @@ def test_the_loss_is_exact_in_mixed_precision():
     assert mixed_bank.item() == bank_loss(queries, targets, rows).item()
 
 
+def factors(steps: int, *, warmup_steps: int = 0, cosine: bool = False) -> list[float]:
+    """What the learning rate is multiplied with at each of some steps, and after the last."""
+    found = []
+    for step in range(steps + 1):
+        found.append(learning_rate_factor(step, steps, warmup_steps=warmup_steps, cosine=cosine))
+    return found
+
+
 def test_schedule():
-    schedule = Schedule(num_epochs=1, validation_frequency=1, warmup_steps=4, cosine=True)
-    assert [schedule.factor(step, 12) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
-    assert schedule.factor(4, 12) == 1.0
-    assert schedule.factor(8, 12) == pytest.approx(0.5)
-    assert schedule.factor(10, 12) == pytest.approx(0.5 * (1 + math.cos(0.75 * math.pi)))
-    assert schedule.factor(12, 12) == 0.0
-    assert {
-        Schedule(num_epochs=1, validation_frequency=1).factor(step, 9) for step in range(9)
-    } == {1.0}
+    found = factors(12, warmup_steps=4, cosine=True)
+    assert found[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert found[8] == pytest.approx(0.5)
+    assert found[10] == pytest.approx(0.5 * (1 + math.cos(0.75 * math.pi)))
+    assert found[12] == 0.0
+    assert set(factors(9)) == {1.0}
 
 
 class Line(nn.Module):
@@ -172,54 +177,51 @@ class Line(nn.Module):
         )
 
 
-def stepper(model, regime=None, steps=5, averaged=None):
-    optimizer = SGD(model.parameters(), lr=0.1)
+def stepper(model, *flags: object, steps=5) -> Stepper:
     task = Task(
         batches=lambda epoch, first: [],
         steps=steps,
         model=model,
-        loss=ContrastiveLoss(),
-        optimizer=optimizer,
-        validate=dict,
         module=model,
-        averaged=averaged,
+        loss=ContrastiveLoss(),
+        optimizer=SGD(model.parameters(), lr=0.1),
+        validate=lambda measured: {},
     )
-    return Stepper(
-        task, regime or Schedule(num_epochs=1, validation_frequency=1), Precision("fp32", CPU)
-    )
+    asked = stage_1_flags("--num-epochs", 1, *flags)
+    return Stepper(task, asked, Precision("fp32", CPU))
 
 
 ROWS = [torch.tensor([[1.0, 0.0], [0.6, 0.8]])]
 
 
 def test_the_learning_rate_follows_the_schedule():
-    schedule = Schedule(num_epochs=1, validation_frequency=1, warmup_steps=2, cosine=True)
-    steps = stepper(Line(), schedule, steps=6)
+    steps = stepper(Line(), "--warmup-steps", 2, "--cosine", steps=6)
     rates = []
     for _ in range(6):
         rates.append(steps.task.optimizer.param_groups[0]["lr"])
         steps.step(ROWS, torch.arange(2))
-    assert rates == pytest.approx([0.1 * schedule.factor(step, 6) for step in range(6)])
+    assert rates == pytest.approx(
+        [0.1 * factor for factor in factors(6, warmup_steps=2, cosine=True)[:6]]
+    )
 
 
 def test_moving_average_follows_its_formula():
     model = Line()
-    averaged = average(model, 0.9)
-    steps = stepper(model, averaged=averaged)
+    steps = stepper(model, "--ema-decay", 0.9)
     expected = None
     for _ in range(4):
         steps.step(ROWS, torch.arange(2))
         now = model.weight.detach().clone()
         expected = now if expected is None else 0.9 * expected + 0.1 * now
-    torch.testing.assert_close(averaged.module.weight, expected)
-    assert list(averaged.module.state_dict()) == list(model.state_dict())
-    assert average(model, None) is None
+    torch.testing.assert_close(steps.measured.weight, expected)
+    assert list(steps.measured.state_dict()) == list(model.state_dict())
+    assert stepper(model).measured is model
 
 
 def test_the_moving_average_is_torchs_own_without_its_copies(golden):
     """To the last bit, from states of either; a copy of the count or of a buffer would wait for a GPU."""
     model = load_clip(str(golden / "clip_rn.pt"), CPU)
-    ours = average(model, 0.9)
+    ours = MovingAverage(model, 0.9)
     theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
@@ -232,7 +234,7 @@ def test_the_moving_average_is_torchs_own_without_its_copies(golden):
     assert list(ours.state_dict()) == list(theirs.state_dict())
     for name, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value), name
-    again = average(model, 0.9)
+    again = MovingAverage(model, 0.9)
     again.load_state_dict(theirs.state_dict())
     again.update_parameters(model)
     theirs.update_parameters(model)
@@ -258,9 +260,7 @@ def test_gradient_clipping():
     before = plain.weight.detach().clone()
     stepper(plain).step(ROWS, torch.arange(2))
     norm = plain.weight.grad.norm()
-    stepper(
-        clipped, Schedule(num_epochs=1, validation_frequency=1, clip_grad_norm=float(norm) / 4)
-    ).step(ROWS, torch.arange(2))
+    stepper(clipped, "--clip-grad-norm", float(norm) / 4).step(ROWS, torch.arange(2))
     torch.testing.assert_close(
         before - clipped.weight, (before - plain.weight) / 4, rtol=1e-4, atol=1e-7
     )

@@ -27,14 +27,13 @@ from models.backbone import Tokenizer
 from models.clip_model import CLIP, backbone, ready
 from models.encoder import Encoder
 from models.features import FrozenSplit
-from models.routing import router_penalty
 from ranking import random_cirr
+from trainers import stage_1_flags, stage_2_flags
 from training.data import Order, TrainingData
-from training.loop import Stepper
-from training.losses import ContrastiveLoss
-from training.schedule import Precision, Schedule
+from training.schedule import Precision
 from training.stage1 import fine_tuning
 from training.stage2 import combiner_training
+from training.step import Stepper
 
 # What waits for the GPU, "file function: what for" -> how often. A wait that is added, or taken away, is changed here.
 FIRST_IMAGES = {"data_utils.py _on: to the GPU": 2}
@@ -44,7 +43,7 @@ STAGE_2_BATCH = {
     "stage2.py batches: to the GPU": 2,  # a whole epoch's rows and variants
 }
 MIXTURE = {"combiner.py run_experts: read": 1}
-SCALED = {"loop.py _move: read": 1}  # whether loss scaling skipped a step
+SCALED = {"step.py _move: read": 1}  # whether loss scaling skipped a step
 CAPTIONS = {"encoder.py captions: to the GPU": 2}  # tokens, in each batch, and their order
 SCALER_STATE = {"grad_scaler.py get_scale: read": 1, "grad_scaler.py _get_growth_tracker: read": 1}
 ROUTER_REPORT = {"routing.py router_statistics: read": 3, "routing.py _entropy: read": 2}
@@ -76,8 +75,8 @@ QUERIES = 4096
 ANSWERS = {
     "combiner.py run_experts": [QUERIES // 2] * 4,
     "ranking.py _check": True,
-    "loop.py update_parameters": True,
-    "loop.py _move": True,
+    "step.py update_parameters": True,
+    "step.py _move": True,
 }
 
 
@@ -175,28 +174,18 @@ def test_steps_and_a_validation_of_stage_1(name, ema_decay, steps, gpu):
         order=Order(triplets=32, variants=1, batch_size=16, seed=0),
     )
     measured: list[FrozenSplit] = []
-    task, _ = fine_tuning(
-        encoder,
-        data,
-        trained="both",
-        learning_rate=1e-6,
-        ema_decay=ema_decay,
-        compiled=False,
-        loss=ContrastiveLoss(mask_duplicate_targets=True),
-        measure=lambda splits: measured.extend(splits) or {},
-    )
+    words = ["--num-epochs", 1, "--learning-rate", 1e-6, "--mask-duplicate-targets"]
+    words += ["--clip-grad-norm", 1]
+    if ema_decay is not None:
+        words += ["--ema-decay", ema_decay]
+    flags = stage_1_flags(*words)
+    task = fine_tuning(encoder, data, flags, lambda splits: measured.extend(splits) or {})
     with Seen() as loading:
         inputs, ids = next(iter(task.batches(0, 0)))
     assert loading.waits == waits(STAGE_1_BATCH)
 
     for micro_batch, expected in steps.items():
-        schedule = Schedule(
-            num_epochs=1,
-            validation_frequency=1,
-            micro_batch_size=micro_batch,
-            clip_grad_norm=1.0,
-        )
-        stepper = Stepper(task, schedule, Precision("amp", gpu))
+        stepper = Stepper(replace(task, micro_batch=micro_batch), flags, Precision("amp", gpu))
         with Seen(ANSWERS) as step:
             loss = stepper.step(inputs, ids)
         assert step.waits == expected
@@ -206,28 +195,30 @@ def test_steps_and_a_validation_of_stage_1(name, ema_decay, steps, gpu):
         others = "native_layer_norm _log_softmax masked_fill"
         assert_types(step, torch.float16, f"convolution addmm mm {ATTENTION} {others}")
     with Seen() as validation:
-        task.validate()
+        task.validate(stepper.measured)
     assert validation.waits == waits(CAPTIONS)
     assert_types(validation, torch.float32, f"convolution addmm {ATTENTION}")
     assert {(of.images.dtype, of.captions.dtype) for of in measured} == {(torch.float32,) * 2}
 
 
-def combiner_stepper(composer, train: FrozenSplit, precision: str, **schedule) -> Stepper:
+def combiner_stepper(
+    composer, train: FrozenSplit, precision: str, micro_batch: int | None = None
+) -> Stepper:
     """Stage 2 at its real size, with all that a step can have: penalties only without micro-batches."""
-    task, _ = combiner_training(
+    words = ["--num-epochs", 1, "--ema-decay", 0.99, "--clip-grad-norm", 1]
+    if micro_batch is None:
+        words += ["--load-balancing-weight", 0.1, "--router-z-weight", 0.1]
+    flags = stage_2_flags(*words)
+    task = combiner_training(
         composer,
         train,
         [frozen_split(QUERIES, 2297)],
         order=Order(triplets=QUERIES, variants=1, batch_size=QUERIES, seed=0),
-        learning_rate=2e-5,
-        ema_decay=0.99,
-        compiled=False,
-        loss=lambda bank: ContrastiveLoss(),
-        penalty=router_penalty(0.1, 0.1, composer.top_k) if not schedule else None,
+        flags=flags,
         measure=lambda _: {},
     )
-    schedule = Schedule(num_epochs=1, validation_frequency=1, clip_grad_norm=1.0, **schedule)
-    return Stepper(task, schedule, Precision(precision, GPU))
+    task = replace(task, micro_batch=micro_batch)
+    return Stepper(task, flags, Precision(precision, GPU))
 
 
 @pytest.mark.slow
@@ -266,7 +257,7 @@ def test_a_step_of_stage_2(kind, precision, capability, waiting, products, gpu, 
 def test_micro_batches_of_stage_2(gpu):
     composer = Combiner(768, 2560, 5120).to(gpu)
     train = frozen_split(QUERIES, 2297, grouped=False)
-    stepper = combiner_stepper(composer, train, "amp", micro_batch_size=QUERIES // 4)
+    stepper = combiner_stepper(composer, train, "amp", micro_batch=QUERIES // 4)
     inputs, ids = next(iter(stepper.task.batches(0, 0)))
     with Seen(ANSWERS | {"combiner.py run_experts": [QUERIES // 8] * 4}) as step:
         stepper.step(inputs, ids)
@@ -319,7 +310,7 @@ def test_what_is_said_of_the_experts(gpu):
     composer = Combiner(768, 2560, 5120).to(gpu)
     stepper = combiner_stepper(composer, frozen_split(QUERIES, 2297, grouped=False), "amp")
     with Seen(ANSWERS) as report:
-        stepper.task.router()
+        stepper.task.router(stepper.measured)
     tables = {"features.py _table: to the GPU": 1}
     assert report.waits == waits(MIXTURE, tables, ROUTER_REPORT)
     with Seen(ANSWERS) as insight:

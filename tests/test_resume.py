@@ -1,6 +1,5 @@
 """Runs that survive: killed at any point, told to stop, on a full disk, contradicted."""
 
-import functools
 import json
 import os
 import shutil
@@ -17,18 +16,14 @@ import kills
 from conftest import CASES, ROOT, SOAK, STAGE_1, STAGE_2, read_csv
 from forks import HANG, Script, family, forked, state_of, torchrun, warm_up
 from models.encoder import Encoder
-from reports.run_page import About
 from runtime.tensors import load_tensors, save_tensors
-from runtime.trackers import Account, Trackers
-from training.autosave import Autosave, load_state, save_state
-from training.checkpoints import Checkpoints
-from training.run import Run, make_folder
+from trainers import checkpoints_in, run_in, stage_1_flags
+from training.run_folder import make_folder
+from training.saving import Progress, load_state, save_state
 from training.schedule import Precision
+from training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
-
-
-NO_TRACKERS = Trackers([], Account(folder=Path(), name="none"))
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -82,16 +77,16 @@ def stopped(stage_2, monkeypatch, tmp_path):
     """A run that was told to stop at its n-th look, of which each step has one."""
 
     def stopped(look: int, *flags: object, output="stopped", **kwargs) -> Path:
-        real, left = Autosave.save_if_due, [look]
+        real, left = Trainer.save_if_due, [look]
 
-        def stopping(autosave, epoch_ends=False):
+        def stopping(trainer, **kwargs):
             left[0] -= 1
             if left[0] == 0:
-                autosave.stop.requested = "SIGTERM"
-            return real(autosave, epoch_ends)
+                trainer.autosave.stop.requested = "SIGTERM"
+            return real(trainer, **kwargs)
 
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-            patch.setattr(Autosave, "save_if_due", stopping)
+            patch.setattr(Trainer, "save_if_due", stopping)
             stage_2(*flags, output=output, **kwargs)
         assert stop.value.code == 0
         (run,) = (tmp_path / output).iterdir()
@@ -193,26 +188,17 @@ def test_another_runs_best_metrics_make_no_run_complete(stage_2, stopped, resume
 def test_weights_newer_than_the_state_stay_the_best(tmp_path):
     """A GPU may not give them again to the last bit."""
     model = torch.nn.Linear(2, 2)
-    make = functools.partial(
-        Checkpoints,
-        tmp_path,
-        model,
-        key="Combiner",
-        prefix="c",
-        best_names={"recall": "best"},
-        config={},
-        kept="best",
-    )
-    kept = make()
-    kept.update(0, {"recall": 1.0})
-    kept.update(1, {"recall": 3.0})
+    flags = stage_1_flags("--save-training", "--save-best")
+    kept = checkpoints_in(tmp_path, flags, {"recall": "best"})
+    kept.update(0, {"recall": 1.0}, model)
+    kept.update(1, {"recall": 3.0}, model)
     kept.write()
-    resumed = make()
+    resumed = checkpoints_in(tmp_path, flags, {"recall": "best"})
     resumed.rewind({"recall": 1.0})
-    resumed.update(1, {"recall": 2.9})
+    resumed.update(1, {"recall": 2.9}, model)
     resumed.write()
     assert load_tensors(tmp_path / "saved_models" / "best.pt")["metrics"] == {"recall": 3.0}
-    resumed.update(2, {"recall": 3.1})
+    resumed.update(2, {"recall": 3.1}, model)
     resumed.write()
     assert load_tensors(tmp_path / "saved_models" / "best.pt")["epoch"] == 2
 
@@ -259,18 +245,20 @@ def test_weights_that_lie_elsewhere_now(stage_1, stopped, refuses, resume, tmp_p
 def test_a_state_from_a_cpu_has_no_scalers(tmp_path):
     """A run that began on a CPU goes on where losses are scaled."""
     linear = torch.nn.Linear(2, 2)
-    save_state(tmp_path / "state.pt", {"module": linear}, {"epoch": 1}, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    progress = Progress(epoch=1)
+    save_state(tmp_path / "state.pt", {"module": linear}, progress, cpu)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     parts = {"module": torch.nn.Linear(2, 2), "scaler": scaler}
     with torch.random.fork_rng():
-        assert load_state(tmp_path / "state.pt", parts, torch.device("cpu")) == {"epoch": 1}
+        assert load_state(tmp_path / "state.pt", parts, cpu) == progress
     assert torch.equal(parts["module"].weight, linear.weight)
     assert scaler.get_scale() == 4
     scaler.load_state_dict(scaler.state_dict() | {"_growth_tracker": 7})
-    save_state(tmp_path / "state.pt", parts, {"epoch": 1}, torch.device("cpu"))
+    save_state(tmp_path / "state.pt", parts, progress, cpu)
     other = torch.amp.GradScaler("cpu")
     with torch.random.fork_rng():
-        load_state(tmp_path / "state.pt", parts | {"scaler": other}, torch.device("cpu"))
+        load_state(tmp_path / "state.pt", parts | {"scaler": other}, cpu)
     assert other.state_dict() == scaler.state_dict()
 
 
@@ -397,11 +385,7 @@ def test_a_damaged_state(damage, stopped, refuses):
 
 def test_two_processes_cannot_train_in_one_folder(stopped, refuses, resume):
     run = stopped(2, "CIRR")
-    with Run(
-        run,
-        NO_TRACKERS,
-        About(title="a run", titles={}, chosen_by=(), hyper_parameters={}, commands={"resume": ""}),
-    ).locked():
+    with run_in(run).locked():
         assert "another process trains in it" in refuses(run)
     resume(run)
 
@@ -615,13 +599,13 @@ def test_a_full_disk_stops_with_the_last_good_state(drawn, tmp_path, resume, sta
     code = """
 import resource, sys
 import combiner_train
-from training import loop
-real = loop.run_epoch
-def run_epoch(task, stepper, autosave):
-    if autosave.progress.epoch == 2:
+from training.trainer import Trainer
+real = Trainer.run_epoch
+def run_epoch(trainer):
+    if trainer.progress.epoch == 2:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    real(task, stepper, autosave)
-loop.run_epoch = run_epoch
+    real(trainer)
+Trainer.run_epoch = run_epoch
 combiner_train.main(sys.argv[1:])
 """
     (tmp_path / "fills.py").write_text(code)

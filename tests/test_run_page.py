@@ -14,14 +14,14 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
+import clip_fine_tune
 import combiner_train
 import validate
-from cli import training
 from conftest import ROOT
 from models.configuration import Settings
 from reports import curves, run_page
 from reports.run_page import About, RunPage
-from training.run import run_title
+from training.run_folder import reproducing, run_title
 
 TITLES = {
     "stage_1": "<h1>CIRR: tiny_clip_vit fine-tuned, both encoders</h1>",
@@ -171,14 +171,13 @@ def test_curves_of_every_kind(router):
         assert "prefers-color-scheme:dark" in drawn
 
 
-def test_reproducing_a_run_of_an_earlier_version_says_what_was_typed():
+def test_a_run_is_reproduced_from_where_it_was_started():
     flags = {
         "command": "python src/combiner_train.py --dataset CIRR",
         "script": "combiner_train.py",
+        "started_in": "/a b",
     }
-    assert training.reproducing(flags) == flags["command"]
-    from_there = training.reproducing({**flags, "started_in": "/a b"})
-    assert from_there == f"cd '/a b' && python {ROOT}/src/combiner_train.py --dataset CIRR"
+    assert reproducing(flags) == f"cd '/a b' && python {ROOT}/src/combiner_train.py --dataset CIRR"
 
 
 def test_a_folder_without_a_name_that_files_can_hold_is_not_said(tmp_path, monkeypatch):
@@ -190,25 +189,23 @@ def test_a_folder_without_a_name_that_files_can_hold_is_not_said(tmp_path, monke
     odd.rmdir()
     assert combiner_train.parse(["--dataset", "CIRR"]).started_in is None
     flags = {"command": "python src/x.py", "script": "x.py", "started_in": None}
-    assert training.reproducing(flags) == flags["command"]
+    assert reproducing(flags) == flags["command"]
 
 
 @pytest.mark.parametrize(
-    ("flags", "title"),
+    ("script", "words", "title"),
     [
-        ({"script": "combiner_train.py"}, "CIRR: MoE Combiner on RN50x4, seed 0"),
-        ({"script": "clip_fine_tune.py"}, "CIRR: RN50x4 fine-tuned, both encoders"),
+        (combiner_train, "", "CIRR: MoE Combiner on RN50x4, seed 0"),
+        (clip_fine_tune, "", "CIRR: RN50x4 fine-tuned, both encoders"),
+        (clip_fine_tune, "--encoder text", "CIRR: RN50x4 fine-tuned, text encoder"),
         (
-            {"script": "clip_fine_tune.py", "encoder": "text"},
-            "CIRR: RN50x4 fine-tuned, text encoder",
-        ),
-        (
-            {"script": "combiner_train.py", "combiner_type": "clip4cir", "clip_model_path": "a", "seeds": [1, 4]},
+            combiner_train,
+            "--combiner-type clip4cir --clip-model-path a --seeds 1 4",
             "CIRR: CLIP4Cir's Combiner on fine-tuned RN50x4, seeds 1, 4",
         ),
     ],
-)  # fmt: skip
-def test_titles_say_dataset_and_method(flags, title):
-    """Runs of earlier versions lack most flags."""
+)
+def test_titles_say_dataset_and_method(script, words, title):
+    flags = vars(script.parse(["--dataset", "CIRR", *words.split()]))
     settings = Settings(flags=flags, recipe={"clip_model_name": "RN50x4"}, data={}, versions={})
     assert run_title("CIRR", settings) == title

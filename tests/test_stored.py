@@ -4,7 +4,6 @@ import json
 import math
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 import clip_fine_tune
 import combiner_train
+import kills
 from combiner import build_combiner, load_combiner
 from conftest import CASES
 from image_search import faiss_index, index_folder
@@ -21,25 +21,20 @@ from image_search.image_index import open_index
 from models import clip_model
 from models.clip_model import load_clip, load_finetuned
 from models.configuration import Settings, read_checkpoint
-from reports.run_page import About
 from runtime import tensors
 from runtime.choices import INDEX_KINDS
-from runtime.interruption import StopRequest
 from runtime.tensors import load_tensors
-from runtime.trackers import Account, Trackers
 from settings.declaring import stored
 from test_fuzz import QUIET, json_values
-from training import loop, state
-from training.autosave import Autosave
-from training.checkpoints import Checkpoints
+from trainers import stage_1_flags, trainer_in
+from training import saving
 from training.hyper_parameters import read_hyper_parameters
-from training.loop import MovingAverage
-from training.run import Run, is_complete
-from training.schedule import Schedule
-from training.state import save_state
+from training.losses import ContrastiveLoss
+from training.run_folder import is_complete
+from training.saving import Progress, load_state, save_state
+from training.step import MovingAverage, Task
 from utils import UserError
 
-NO_TRACKERS = Trackers([], Account(folder=Path(), name="none"))
 CPU = torch.device("cpu")
 
 
@@ -696,140 +691,113 @@ def test_seeds_are_complete_when_each_is(tmp_path):
         assert not is_complete(tmp_path)
 
 
+# States
+
+
+def parts_of(module: torch.nn.Module) -> dict:
+    """All that a training can have, of a module."""
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
+    return {
+        "module": module,
+        "optimizer": optimizer,
+        "schedule": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5),
+        "scaler": torch.amp.GradScaler("cpu"),
+        "average": MovingAverage(module, 0.9),
+    }
+
+
+PROGRESS = {
+    "epoch": 1,
+    "losses": [0.5, math.inf],
+    "skipped": [1],
+    "skipped_in_a_row": 1,
+    "rows": {
+        "train": [{"epoch": 0, "train_epoch_loss": 0.5}],
+        "loss_scaling": [{"epoch": 0, "loss_scale": 4.0, "skipped_steps": 1}],
+    },
+    "best": {"recall": 50.0},
+}
+
+
 @pytest.fixture
-def resumable(tmp_path, monkeypatch):
-    """A state as a training with all its parts saves it, and a reader that goes on from one."""
-
-    def fresh() -> dict:
-        module = torch.nn.Linear(3, 2)
-        optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
-        return {
-            "module": module,
-            "optimizer": optimizer,
-            "schedule": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5),
-            "scaler": torch.amp.GradScaler("cpu"),
-            "average": MovingAverage(module, 0.9),
-        }
-
-    parts = fresh()
+def state(tmp_path):
+    """A state after a step, in a file."""
+    parts = parts_of(torch.nn.Linear(3, 2))
     parts["module"](torch.ones(1, 3)).sum().backward()
     parts["optimizer"].step()
     parts["schedule"].step()
-    progress = {
-        "epoch": 1,
-        "losses": [0.5, math.inf],
-        "skipped": [1],
-        "skipped_in_a_row": 1,
-        "rows": {
-            "train": [{"epoch": 0, "train_epoch_loss": 0.5}],
-            "validation": [{"epoch": 0, "recall": 50.0}],
-            "loss_scaling": [{"epoch": 0, "loss_scale": 4.0, "skipped_steps": 1}],
-            "router": [{"epoch": 0, "expert0_share": 0.5}],
-        },
-        "best": {"recall": 50.0},
-    }
-    file = tmp_path / "state.pt"
-    save_state(file, parts, progress, CPU)
-    whole = load_tensors(file)
-
-    def read(content) -> None:
-        monkeypatch.setattr(state, "load_tensors", lambda _: content)
-        parts = fresh()
-        about = About(
-            title="a run",
-            titles={},
-            chosen_by=("recall",),
-            hyper_parameters={},
-            commands={"resume": ""},
-        )
-        kept = {"key": "Combiner", "prefix": "c", "config": {}, "kept": "nothing"}
-        autosave = Autosave(
-            run=Run(tmp_path, NO_TRACKERS, about),
-            checkpoints=Checkpoints(
-                tmp_path, parts["module"], best_names={"recall": "best"}, **kept
-            ),
-            parts=parts,
-            device=CPU,
-            stop=StopRequest(),
-            minutes=1,
-        )
-        schedule = Schedule(num_epochs=5, validation_frequency=1)
-        loop._check_progress(autosave.resume(), SimpleNamespace(steps=2), schedule)
-
-    states = random.getstate()
+    save_state(tmp_path / "state.pt", parts, Progress(**PROGRESS), CPU)
+    numbers = random.getstate()
     with torch.random.fork_rng():
-        yield whole, read
-    random.setstate(states)
+        yield tmp_path / "state.pt"
+    random.setstate(numbers)
 
 
-@pytest.mark.slow
-def test_each_field_of_a_state(resumable):
-    """Each value is compared with those of the training that goes on with it."""
-    content, read = resumable
-    python = content["random"]["python"]
-    content["random"]["python"] = (python[0], python[1], 0.5)
-    read(content)
-    # Of its 625 numbers three are tried.
-    short = {**content, "random": {**content["random"], "python": (python[0], python[1][-3:], 0.5)}}
+def test_each_field_of_the_progress_of_a_state(state, monkeypatch):
+    content = load_tensors(state)
+    parts = parts_of(torch.nn.Linear(3, 2))
 
-    def read_in_full(changed) -> None:
-        if isinstance(changed, dict) and isinstance(changed.get("random"), dict):
-            states = changed["random"]
-            if isinstance(states.get("python"), tuple) and isinstance(states["python"][1], tuple):
-                own = (
-                    states["python"][0],
-                    python[1][:-3] + states["python"][1],
-                    *states["python"][2:],
-                )
-                changed = {**changed, "random": {**states, "python": own}}
-        read(changed)
+    def read(progress) -> None:
+        monkeypatch.setattr(saving, "load_tensors", lambda _: {**content, "progress": progress})
+        assert load_state(state, parts, CPU) == Progress(**progress)
 
+    assert content["progress"] == PROGRESS
     refuse_each_wrong_value(
-        "fields of state.pt",
-        short,
-        read_in_full,
-        names=["--resume", "state.pt"],
-        nullable=NO_CHOICE,
+        "fields of state.pt", PROGRESS, read, names=["--resume", str(state), "delete it"]
     )
 
 
-# Settings of an optimizer that may be left to torch; and the spare number of Python's generator.
-NO_CHOICE = {
-    "foreach", "fused", "amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay", "2",
-    "_is_initial", "_get_lr_called_within_step", "0",
-}  # fmt: skip
+def test_a_state_puts_everything_back(state):
+    """Types too, of which the bytes of CSV files are made."""
+    parts = parts_of(torch.nn.Linear(3, 2))
+    progress = load_state(state, parts, CPU)
+    assert repr(progress.model_dump()) == repr(PROGRESS)
+    save_state(state.with_name("again.pt"), parts, progress, CPU)
+    assert kills.same(load_tensors(state.with_name("again.pt")), load_tensors(state))
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("flaw", FLAWS)
-def test_a_flaw_of_any_tensor_of_a_state_is_named(flaw, resumable):
-    content, read = resumable
-    for steps in places(content["parts"]):
-        value = at(content["parts"], steps)
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 0:
-            changed = with_value(content, ("parts", *steps), FLAWS[flaw](value))
-            refused(lambda changed=changed: read(changed), "state.pt", str(steps[-1]))
-            CASES["tensors of state.pt", "refused"] += 1
+OTHERS = {
+    "of another size": parts_of(torch.nn.Linear(4, 2)),
+    "with other names": parts_of(torch.nn.Sequential(torch.nn.Linear(3, 2))),
+    "with fewer weights that learn": {
+        **parts_of(torch.nn.Linear(3, 2)),
+        "optimizer": torch.optim.Adam([torch.nn.Parameter(torch.ones(2, 3))]),
+    },
+    "with a loss that learns": {**parts_of(torch.nn.Linear(3, 2)), "loss": torch.nn.Linear(1, 1)},
+}
 
 
-def test_a_state_without_one_of_its_fields(resumable):
-    """What later versions added may be missing; all else is named."""
-    content, read = resumable
-    later = {"losses", "skipped", "skipped_in_a_row", "best", "scaler", "router"}
-    for steps in places(content):
-        if not steps or isinstance(steps[-1], int) or steps[:1] == ("random",):
-            continue
-        outer = at(content, steps[:-1])
-        rest = {key: value for key, value in outer.items() if key != steps[-1]}
-        try:
-            read(with_value(content, steps[:-1], rest))
-        except UserError as error:
-            assert any(str(step) in str(error) for step in steps[-2:])
-            CASES["missing fields of state.pt", "refused"] += 1
-        else:
-            assert (
-                later & set(steps)
-                or not isinstance(outer[steps[-1]], int | float)
-                or isinstance(outer[steps[-1]], bool)
-            )
-            CASES["missing fields of state.pt", "read"] += 1
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_state_of_another_training_is_refused(other, state):
+    refused(
+        lambda: load_state(state, OTHERS[other], CPU), "--resume", f"{state} cannot be", "delete it"
+    )
+
+
+@pytest.mark.parametrize("missing", ["parts", "random", "progress"])
+def test_a_state_without_a_part_is_refused(missing, state):
+    content = load_tensors(state)
+    del content[missing]
+    torch.save(content, state)
+    parts = parts_of(torch.nn.Linear(3, 2))
+    refused(lambda: load_state(state, parts, CPU), f"{missing}' is missing", "delete it")
+
+
+@pytest.mark.parametrize(
+    "progress", [{"epoch": 10}, {"losses": [0.5] * 4}, {"best": {"another": 1.0}}]
+)
+def test_a_state_of_a_longer_or_another_training_is_refused(progress, tmp_path):
+    """As the trainer knows it."""
+    model = torch.nn.Linear(3, 2)
+    task = Task(
+        batches=lambda epoch, first: [],
+        steps=3,
+        model=model,
+        module=model,
+        loss=ContrastiveLoss(),
+        optimizer=torch.optim.SGD(model.parameters()),
+        validate=lambda measured: {},
+    )
+    trainer = trainer_in(tmp_path, task, stage_1_flags("--num-epochs", 9), best={"recall": "best"})
+    save_state(tmp_path / "state.pt", trainer.stepper.parts, Progress(**progress), CPU)
+    refused(trainer.resume, "--resume", "state.pt", "delete it")

@@ -4,14 +4,15 @@ import io
 import logging
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from runtime import progress
 from runtime.progress import Counter, duration, rate
+from trainers import stage_1_flags
 from training import terminal
-from training.schedule import Schedule
 from training.terminal import Pace
 
 CPU = torch.device("cpu")
@@ -78,9 +79,9 @@ def test_a_terminal_gets_a_bar_and_no_lines(shown, clock, caplog, monkeypatch):
     assert caplog.messages == []
 
 
-def pace(**schedule) -> Pace:
-    settings = {"num_epochs": 10, "validation_frequency": 2, **schedule}
-    return Pace(Schedule(**settings), CPU, steps=5, images_each=2)
+def pace() -> Pace:
+    flags = stage_1_flags("--num-epochs", 10, "--validation-frequency", 2)
+    return Pace(SimpleNamespace(steps=5, images_each=2), flags, CPU)
 
 
 def take(of: Pace, clock: list[float], *, steps: int, seconds: float) -> None:

@@ -9,10 +9,10 @@ import pytest
 
 import combiner_train
 from conftest import read_csv
-from reports.run_page import About
 from runtime import trackers
 from runtime.trackers import Account, Tracker, Trackers, check_trackers
-from training.run import Run
+from trainers import run_in
+from training.run_folder import Run
 from utils import UserError
 
 ROWS = [("train", {"train_epoch_loss": 1.5}), ("validation", {"recall": 40.0})]
@@ -26,14 +26,7 @@ def account(folder: Path, name: str = "a run") -> Account:
 
 def record(folder: Path, names: list[str], epochs: range) -> Run:
     """A run of some epochs, mirrored by trackers."""
-    about = About(
-        title="a run",
-        titles={},
-        chosen_by=(),
-        hyper_parameters={"num_epochs": 3},
-        commands={"resume": "python again"},
-    )
-    run = Run(folder, Trackers(names, account(folder)), about)
+    run = run_in(folder, Trackers(names, account(folder)))
     for epoch in epochs:
         for kind, metrics in ROWS:
             run.record(kind, epoch, metrics)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.tensors import LOADING_ERRORS
+from runtime.tensors import ARCHIVE_ERRORS, LOADING_ERRORS, check_archive
 from utils import UserError, first_line
 
 OWN_TYPES = "__torch__"  # the module of all classes that an archive defines
@@ -99,6 +99,7 @@ def archived_state(path: Path) -> dict[str, Tensor]:
         UserError: it is damaged, or holds more than modules of tensors and plain values.
     """
     try:
+        check_archive(path)
         with zipfile.ZipFile(path) as archive:
             stored = sum(
                 member.file_size for member in archive.infolist() if "/data/" in member.filename
@@ -112,7 +113,7 @@ def archived_state(path: Path) -> dict[str, Tensor]:
                 raise ValueError("it holds no module")
             is_weight = _weights_of(archive, root)
             return dict(_named_weights(module, "", is_weight))
-    except (*LOADING_ERRORS, pickle.UnpicklingError, AttributeError, TypeError) as error:
+    except (*LOADING_ERRORS, *ARCHIVE_ERRORS, AttributeError, TypeError) as error:
         raise UserError(
             f"{path} is not a readable TorchScript archive ({first_line(error)}): fetch it again"
         ) from None

@@ -1,4 +1,4 @@
-"""How a training goes on, apart from what it learns: mixed precision, epochs, and the learning rate over the steps."""
+"""How a training goes on, apart from what it learns: mixed precision, and the learning rate over the steps."""
 
 import contextlib
 import math
@@ -44,35 +44,16 @@ class Precision:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How long and how fast a training learns; the fields are named as their flags.
+def learning_rate_factor(step: int, steps: int, *, warmup_steps: int, cosine: bool) -> float:
+    """Return what the learning rate is multiplied with at a step of all `steps`.
 
-    Attributes:
-        validation_frequency: epochs; validations follow the epochs 0, f, 2f, ...
-        warmup_steps: steps over which the learning rate rises linearly.
+    Args:
+        warmup_steps: steps over which it rises linearly.
         cosine: let it fall to 0 along half a cosine afterwards (Loshchilov and Hutter 2017, arXiv 1608.03983).
-        micro_batch_size: rows in memory at a time, None for all.
-        clip_grad_norm: the largest norm of the gradient, None for any.
     """
-
-    num_epochs: int
-    validation_frequency: int
-    warmup_steps: int = 0
-    cosine: bool = False
-    micro_batch_size: int | None = None
-    clip_grad_norm: float | None = None
-
-    @property
-    def last_validation(self) -> int:
-        """The last epoch that is validated."""
-        return (self.num_epochs - 1) // self.validation_frequency * self.validation_frequency
-
-    def factor(self, step: int, steps: int) -> float:
-        """What the learning rate is multiplied with at a step of all `steps`."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        if not self.cosine:
-            return 1.0
-        progress = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * progress))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if not cosine:
+        return 1.0
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,4 +1,4 @@
-"""What stage 1 learns: CLIP, so that image feature + text feature lies near the target's image feature."""
+"""What stage 1 gives the trainer: CLIP, so that image feature + text feature lies near the target's image feature."""
 
 import dataclasses
 import itertools
@@ -20,8 +20,8 @@ from models.features import FrozenSplit
 from runtime.choices import AUTO
 from training.data import TrainingData
 from training.image_cache import PIXELS, ImageCache
-from training.loop import Batch, Batches, Task, average, measured_weights, trainable
-from training.losses import Loss, learned_groups
+from training.losses import learned_groups, make_loss
+from training.step import Batch, Batches, Task
 
 
 class SumFeatures(nn.Module):
@@ -48,37 +48,38 @@ class SumFeatures(nn.Module):
 def fine_tuning(
     encoder: Encoder,
     data: TrainingData,
-    *,
-    trained: str,
-    learning_rate: float,
-    ema_decay: float | None,
-    compiled: bool,
-    loss: Loss,
+    flags: Any,
     measure: Callable[[list[FrozenSplit]], dict[str, float]],
-) -> tuple[Task, Encoder]:
-    """The task of stage 1, and the encoder whose weights are measured and kept: itself or its moving average.
+) -> Task:
+    """Return the task of stage 1.
 
     Args:
-        trained: one of ENCODERS.
+        flags: of stage 1.
         measure: metrics of the sum from the features of the validation splits.
     """
     model = encoder.model
-    learned = learned_groups(choose_trained(model, trained), loss.to(encoder.device))
-    averaged = average(model, ema_decay)
-    measured = dataclasses.replace(encoder, model=measured_weights(model, averaged))
+    loss = make_loss(
+        flags.loss,
+        mask_duplicate_targets=flags.mask_duplicate_targets,
+        learn_temperature=flags.learn_temperature,
+    ).to(encoder.device)
+    learned = learned_groups(choose_trained(model, flags.encoder), loss)
     on_gpu = encoder.device.type == "cuda"
-    task = Task(
+    return Task(
         batches=triplet_batches(encoder, data),
         steps=data.order.steps,
-        model=trainable(SumFeatures(model, encoder.backbone), encoder.device, compiled=compiled),
-        loss=loss,
-        optimizer=AdamW(learned, lr=learning_rate, betas=(0.9, 0.999), eps=1e-7, fused=on_gpu),
-        validate=sum_validation(measured, data, images_learn=trained != "text", measure=measure),
+        model=SumFeatures(model, encoder.backbone),
         module=model,
+        loss=loss,
+        optimizer=AdamW(
+            learned, lr=flags.learning_rate, betas=(0.9, 0.999), eps=1e-7, fused=on_gpu
+        ),
+        validate=sum_validation(
+            encoder, data, images_learn=flags.encoder != "text", measure=measure
+        ),
+        micro_batch=flags.micro_batch_size,
         images_each=2,
-        averaged=averaged,
     )
-    return task, measured
 
 
 def triplet_batches(encoder: Encoder, data: TrainingData) -> Batches:
@@ -113,13 +114,13 @@ def sum_validation(
     *,
     images_learn: bool,
     measure: Callable[[list[FrozenSplit]], dict[str, float]],
-) -> Callable[[], dict[str, float]]:
-    """() -> metrics of the sum. Galleries are encoded anew each time, or once, now, if the image encoder is frozen."""
+) -> Callable[[nn.Module], dict[str, float]]:
+    """CLIP -> metrics of the sum. Galleries are encoded each time, or once, now, if the image encoder is frozen."""
 
-    def encode_galleries() -> list[Tensor]:
+    def galleries_of(encoder: Encoder) -> list[Tensor]:
         return [encoder.images(split.paths, f"{split.name} images") for split in data.val]
 
-    kept = None if images_learn else encode_galleries()
+    kept = None if images_learn else galleries_of(encoder)
     tables_of_splits: list[dict[str, Tensor]] = [{} for _ in data.val]
     texts_of_splits: list[list[str]] = []
     for split in data.val:
@@ -127,36 +128,36 @@ def sum_validation(
         encoder.backbone.tokenizer.warn_of_cuts(texts)
         texts_of_splits.append(texts)
 
-    def validate() -> dict[str, float]:
-        galleries = kept if kept is not None else encode_galleries()
+    def validate(model: nn.Module) -> dict[str, float]:
+        measured = dataclasses.replace(encoder, model=model)
+        galleries = kept if kept is not None else galleries_of(measured)
         frozen = []
         parts = zip(data.val, galleries, texts_of_splits, tables_of_splits, strict=True)
         for split, images, texts, tables in parts:
-            captions = encoder.captions(texts).unsqueeze(1)
+            captions = measured.captions(texts).unsqueeze(1)
             frozen.append(FrozenSplit(split=split, images=images, captions=captions, tables=tables))
         return measure(frozen)
 
     return validate
 
 
-def decodings(
-    data: TrainingData, *, epochs: int, validation_frequency: int, images_learn: bool
-) -> int:
+def decodings(data: TrainingData, flags: Any) -> int:
     """How often a training reads an image, in its steps and its validations."""
-    in_steps = epochs * data.order.steps * data.order.batch_size * 2  # reference and target
-    validations = -(-epochs // validation_frequency) if images_learn else 1
+    in_steps = flags.num_epochs * data.order.steps * data.order.batch_size * 2  # reference, target
+    images_learn = flags.encoder != "text"
+    validations = -(-flags.num_epochs // flags.validation_frequency) if images_learn else 1
     return in_steps + validations * sum(len(split.paths) for split in data.val)
 
 
-def with_image_cache(
-    encoder: Encoder, folder: Path | str, data: TrainingData, decodings: int
-) -> Encoder:
+def with_image_cache(encoder: Encoder, data: TrainingData, flags: Any) -> Encoder:
     """The encoder with images from a cache instead of decoded ones; the cache is filled now unless it is there.
 
     Args:
-        folder: AUTO for that of the project, and for a cache only where it is worth it.
-        decodings: see `ImageCache.open_if_it_repays`.
+        flags: `image_cache` is AUTO for that of the project, and for a cache only where it is worth it.
     """
+    folder = flags.image_cache
+    if folder is None:
+        return encoder
     cache = ImageCache(
         folder=PIXELS if folder == AUTO else Path(folder),
         paths=all_paths(data.splits),
@@ -166,7 +167,7 @@ def with_image_cache(
         between=encoder.between,
         told_by="content" if data.verify else "sample",
     )
-    cached = cache.open_if_it_repays(decodings) if folder == AUTO else cache.open()
+    cached = cache.open_if_it_repays(decodings(data, flags)) if folder == AUTO else cache.open()
     if cached is None:
         return encoder
     loader = ImageLoader(cached, encoder.loader.workers, encoder.device)

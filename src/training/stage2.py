@@ -1,8 +1,9 @@
-"""What stage 2 learns: a Combiner, on features of a frozen CLIP."""
+"""What stage 2 gives the trainer: a Combiner, on features of a frozen CLIP."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +13,10 @@ from torch.optim import Adam
 
 from combiner import Composer
 from models.features import FrozenSplit
-from models.routing import router_statistics
+from models.routing import router_penalty, router_statistics
 from training.data import Order
-from training.loop import Batch, Batches, Task, average, measured_weights, trainable
-from training.losses import Loss, learned_groups
+from training.losses import learned_groups, make_loss
+from training.step import Batch, Batches, Task
 from utils import UserError
 
 KEPT_PER_WEIGHT = 4  # float32 numbers: itself, its gradient, and the two averages of Adam
@@ -72,42 +73,36 @@ def combiner_training(
     val: Sequence[FrozenSplit],
     *,
     order: Order,
-    learning_rate: float,
-    ema_decay: float | None,
-    compiled: bool,
-    penalty: Callable[[Tensor], Tensor] | None,
-    loss: Callable[[Tensor | None], Loss],
+    flags: Any,
     measure: Callable[[Composer], dict[str, float]],
-    negatives: str = "batch",
-) -> tuple[Task, Composer]:
-    """The task of stage 2, and the Combiner that is measured and kept: itself or its moving average.
+) -> Task:
+    """Return the task of stage 2.
 
     Args:
-        penalty: what is added to the loss, from the router's logits (B, E); None for nothing.
-        loss: makes the loss over a bank (T, D), or over batches without one.
+        flags: of stage 2. `negatives` of a query are the other targets of its batch, or of the whole training.
         measure: metrics of a Combiner on the validation splits.
-        negatives: of a query, one of NEGATIVES: the other targets of its batch, or of the whole training.
     """
-    averaged = average(combiner, ema_decay)
-    measured = measured_weights(combiner, averaged)
     device = train.images.device
     targets = Targets.of(train)
-    model = ComposedFeatures(combiner, with_router=penalty is not None)
-    made = loss(targets.features if negatives == "bank" else None).to(device)
-    learned = learned_groups(combiner.parameters(), made)
-    task = Task(
+    penalty = router_penalty(flags.load_balancing_weight, flags.router_z_weight, combiner.top_k)
+    loss = make_loss(
+        flags.loss,
+        mask_duplicate_targets=flags.mask_duplicate_targets,
+        learn_temperature=flags.learn_temperature,
+        bank=targets.features if flags.negatives == "bank" else None,
+    ).to(device)
+    learned = learned_groups(combiner.parameters(), loss)
+    return Task(
         batches=feature_batches(train, targets, order),
         steps=order.steps,
-        model=trainable(model, device, compiled=compiled, some_unused=combiner.has_router),
-        loss=made,
-        optimizer=Adam(learned, lr=learning_rate, fused=device.type == "cuda"),
-        validate=lambda: measure(measured.eval()),
+        model=ComposedFeatures(combiner, with_router=penalty is not None),
         module=combiner,
-        averaged=averaged,
+        loss=loss,
+        optimizer=Adam(learned, lr=flags.combiner_lr, fused=device.type == "cuda"),
+        validate=lambda measured: measure(measured.eval()),
         penalty=penalty,
-        router=router_report(measured, val) if combiner.has_router else None,
+        router=router_report(val) if combiner.has_router else None,
     )
-    return task, measured
 
 
 @dataclass(frozen=True)
@@ -148,13 +143,11 @@ def feature_batches(frozen: FrozenSplit, targets: Targets, order: Order) -> Batc
     return batches
 
 
-def router_report(
-    combiner: Composer, frozen: Sequence[FrozenSplit]
-) -> Callable[[], dict[str, float]]:
-    """() -> what the router does with the validation queries of all splits, dropout off."""
+def router_report(frozen: Sequence[FrozenSplit]) -> Callable[[Composer], dict[str, float]]:
+    """Combiner -> what its router does with the validation queries of all splits, dropout off."""
 
     @torch.no_grad()
-    def report() -> dict[str, float]:
+    def report(combiner: Composer) -> dict[str, float]:
         combiner.eval()
         logits = [combiner.routed(split.references, split.captions[:, 0])[1] for split in frozen]
         return router_statistics(torch.cat(logits), combiner.top_k)

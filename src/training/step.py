@@ -1,16 +1,56 @@
-"""One exact step of learning: the gradient of the global batch's loss, in as little memory as asked for."""
+"""One exact step of learning: the global batch's gradient, in as little memory as asked for, and the move along it."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 
 from runtime import distributed
 from training.losses import Loss
-from training.schedule import Precision
+from training.saving import Stateful
+from training.schedule import Precision, learning_rate_factor
+
+Batch = tuple[list[Tensor], Tensor]  # the model's inputs (b, ...) each, and the targets' ids (b,)
+# Epoch, first step -> the epoch's batches from there on.
+Batches = Callable[[int, int], Iterable[Batch]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a stage gives the trainer.
+
+    Attributes:
+        batches, steps: an epoch's batches, and how many.
+        model: inputs -> normalised queries (b, D), targets (b, D), and whatever `penalty` takes.
+        module: the weights that learn, a part of the model; they or their moving average are validated and kept.
+        loss: of queries, targets and the targets' ids.
+        optimizer: of the parameters that learn, those of the loss too.
+        validate: metrics of such weights.
+        micro_batch: rows in memory at a time, None for all.
+        penalty: what is added to the loss; None for nothing.
+        router: statistics of a mixture's router; None without a mixture.
+        images_each: images that a step reads for a triplet; 0 where it has their features.
+    """
+
+    batches: Batches
+    steps: int
+    model: nn.Module
+    module: nn.Module
+    loss: Loss
+    optimizer: Optimizer
+    validate: Callable[[Any], dict[str, float]]
+    micro_batch: int | None = None
+    penalty: Callable[[Tensor], Tensor] | None = None
+    router: Callable[[Any], dict[str, float]] | None = None
+    images_each: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,3 +137,123 @@ def _backward_from(features: Sequence[Tensor], gradients: Sequence[Tensor]) -> N
             learned.append(feature)
             learned_gradients.append(gradient)
     torch.autograd.backward(learned, learned_gradients)
+
+
+class MovingAverage(AveragedModel):
+    """An exponential moving average of a module's parameters, which follows them without a wait for the device.
+
+    `AveragedModel` copies its count of updates to the device at every one, and all buffers. Here buffers stay as they
+    are: no training changes any (BatchNorm keeps its statistics).
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        super().__init__(module)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Go a step towards the module's parameters; the first time, take them over."""
+        ours: list[Tensor] = list(self.module.parameters())
+        theirs: list[Tensor] = list(model.parameters())
+        if self.n_averaged:
+            torch._foreach_lerp_(ours, theirs, 1 - self.decay)
+        else:
+            torch._foreach_copy_(ours, theirs)
+        self.n_averaged += 1
+
+
+class Stepper:
+    """One optimizer step after another, with all that surrounds it: scaling, clipping, learning rate, moving average.
+
+    Args:
+        flags: of a training.
+
+    Attributes:
+        model: the task's, compiled if asked for, and parallel if there are several processes.
+        measured: the weights to validate and keep: those that learn, or their moving average.
+        skipped: whether the last step moved nothing, because its gradients overflowed under loss scaling.
+    """
+
+    def __init__(self, task: Task, flags: Any, precision: Precision) -> None:
+        self.task = task
+        self.flags = flags
+        self.precision = precision
+        self.averaged = None
+        self.measured = task.module
+        if flags.ema_decay is not None:
+            self.averaged = MovingAverage(task.module, flags.ema_decay)
+            self.measured = self.averaged.module
+        # A module again, which its types do not say.
+        model = cast(nn.Module, torch.compile(task.model)) if flags.compile else task.model
+        # Experts without rows have no gradient.
+        self.model = distributed.parallel(model, precision.device, task.router is not None)
+        self.scaler = precision.scaler()
+        # A function, of which a state holds nothing.
+        self.learning_rate = LambdaLR(task.optimizer, lambda step: self._factor(step))
+        self.skipped = False
+
+    @property
+    def parts(self) -> dict[str, Stateful]:
+        """All that steps change."""
+        parts: dict[str, Stateful] = {
+            "module": self.task.module,
+            "optimizer": self.task.optimizer,
+            "schedule": self.learning_rate,
+        }
+        if self.scaler.is_enabled():
+            parts["scaler"] = self.scaler
+        if self.averaged is not None:
+            parts["average"] = self.averaged
+        if self.task.loss.state_dict():
+            parts["loss"] = self.task.loss
+        return parts
+
+    def step(self, inputs: list[Tensor], target_ids: Tensor) -> Tensor:
+        """Learn from a batch; return its loss without the penalty, still on the device."""
+        optimizer = self.task.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        gradient = Gradient(
+            model=self.model,
+            loss=self.task.loss,
+            precision=self.precision,
+            scaler=self.scaler,
+            micro_batch=self.task.micro_batch,
+            penalty=self.task.penalty,
+        )
+        loss = gradient.add(inputs, target_ids)
+        if self.flags.clip_grad_norm is not None:
+            self.scaler.unscale_(optimizer)
+            groups = [group["params"] for group in optimizer.param_groups]
+            learned = list(itertools.chain.from_iterable(groups))
+            nn.utils.clip_grad_norm_(learned, self.flags.clip_grad_norm)
+        self.skipped = not self._move()
+        if not self.skipped:
+            self.learning_rate.step()
+            if self.averaged is not None:
+                self.averaged.update_parameters(self.task.module)
+        return loss
+
+    def _factor(self, step: int) -> float:
+        """What the learning rate is multiplied with at a step."""
+        return learning_rate_factor(
+            step,
+            self.task.steps * self.flags.num_epochs,
+            warmup_steps=self.flags.warmup_steps,
+            cosine=self.flags.cosine,
+        )
+
+    def _move(self) -> bool:
+        """Move the weights; False if loss scaling skipped that, which costs a wait for the device to know.
+
+        All processes have the same gradients by now, so they skip the same steps.
+        """
+        scaler = self.scaler
+        if not scaler.is_enabled():
+            self.task.optimizer.step()
+            return True
+        one = torch.ones((), device=self.precision.device)
+        before = scaler.scale(one)
+        scaler.step(self.task.optimizer)
+        scaler.update()
+        # A skipped step halves the scale, or leaves it 0.
+        return bool(scaler.scale(one) > before / 2)

@@ -1,51 +1,48 @@
 """What a training says of itself: what it is when it begins, then how fast it goes and how long it still takes."""
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks.splits import all_paths
 from runtime import distributed
 from runtime.progress import Clock, duration, rate
 from training.data import TrainingData
-from training.schedule import Precision, Schedule
+from training.schedule import Precision
+from training.step import Task
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 
 
-def opening(
-    data: TrainingData,
-    model: nn.Module,
-    schedule: Schedule,
-    *,
-    learning_rate: float,
-    precision: Precision,
-    folder: Path,
-) -> dict[str, str]:
-    """What a training is, in four lines: what each is about -> what it says.
-
-    Args:
-        model: the weights that learn, and those of their model that do not.
-    """
+def log_opening(
+    data: TrainingData, task: Task, flags: Any, *, precision: Precision, folder: Path
+) -> None:
+    """Log what a training is, in four lines."""
     order = data.order
     triplets = len(data.train.triplets)
     images = len(all_paths(data.splits))
     queries = sum(len(split.triplets) for split in data.val)
-    weights = list(model.parameters())
+    weights = list(task.module.parameters())
     learning = sum(weight.numel() for weight in weights if weight.requires_grad)
     there = sum(weight.numel() for weight in weights)
-    steps = f"{schedule.num_epochs:,} x {order.steps:,} steps of {order.batch_size:,} triplets"
-    return {
+    steps = f"{flags.num_epochs:,} x {order.steps:,} steps of {order.batch_size:,} triplets"
+    learning_rate = task.optimizer.defaults["lr"]
+    lines = {
         data.benchmark.name: f"{triplets:,} triplets to train, {queries:,} to validate, {images:,} images",
         "learning": f"{learning:,} of {there:,} parameters, rate {learning_rate:g}, {steps}",
         "on": f"{_machine(precision.device)}, {_arithmetic(precision)}",
         "run": str(folder),
     }
+    for name, words in lines.items():
+        logger.info("%s: %s", name, words)
 
 
 def _machine(device: torch.device) -> str:
@@ -69,20 +66,16 @@ class Pace:
     The first step is left out: it loads kernels and compiles.
 
     Args:
-        steps: in an epoch.
-        images_each: of a triplet, see `Task`.
+        flags: of the training.
 
     Attributes:
         clock: says when a file that the output goes to gets its next line.
     """
 
-    def __init__(
-        self, schedule: Schedule, device: torch.device, *, steps: int, images_each: int
-    ) -> None:
-        self.schedule = schedule
+    def __init__(self, task: Task, flags: Any, device: torch.device) -> None:
+        self.task = task
+        self.flags = flags
         self.device = device
-        self.steps_each = steps
-        self.images_each = images_each
         self.clock = Clock()
         self.warm = False  # whether the first step is done
         self.since = 0.0  # where the seconds end that are counted
@@ -136,18 +129,18 @@ class Pace:
         if memory is not None:
             parts.append(f"{memory / GIB:.1f} GiB")
         if self.steps:
-            unit = "images/s" if self.images_each else "triplets/s"
-            speed = self.triplets * (self.images_each or 1) / self.seconds
+            unit = "images/s" if self.task.images_each else "triplets/s"
+            speed = self.triplets * (self.task.images_each or 1) / self.seconds
             parts.insert(0, f"{rate(speed)} {unit}")
             parts.append(f"{duration(self.seconds_left(epoch, done))} left")
         return ", ".join(parts)
 
     def seconds_left(self, epoch: int, done: int) -> float:
         """How long the rest of the run takes at this pace; validations count once there was one."""
-        schedule = self.schedule
-        steps = self.steps_each * (schedule.num_epochs - epoch) - done
-        validations = len(range(0, schedule.num_epochs, schedule.validation_frequency))
-        validations -= len(range(0, epoch, schedule.validation_frequency))
+        flags = self.flags
+        steps = self.task.steps * (flags.num_epochs - epoch) - done
+        validations = len(range(0, flags.num_epochs, flags.validation_frequency))
+        validations -= len(range(0, epoch, flags.validation_frequency))
         each_step = self.seconds / self.steps
         each_validation = self.validation_seconds / max(self.validations, 1)
         return steps * each_step + validations * each_validation

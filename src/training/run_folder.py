@@ -1,4 +1,4 @@
-"""One run on disk: its folder and CSV files, its page, and what mirrors it."""
+"""The folder of a run: its name, CSV files and page, who may write to it, and whether it is complete."""
 
 import contextlib
 import csv
@@ -9,20 +9,24 @@ import json
 import logging
 import operator
 import re
+import shlex
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from models.configuration import Settings
 from models.names import open_clip_name
 from reports.run_page import About, RunPage
-from runtime import distributed
+from runtime import distributed, torchrun
 from runtime.files import HALF_MADE, discard, folder_beside, locked, read_json, write_text
+from runtime.schema import Schema, checked
 from runtime.trackers import Account, Trackers
+from training.data import TrainingData
 from training.hyper_parameters import HYPER_PARAMETERS, read_hyper_parameters
-from training.state import REMEDY
-from utils import UserError, first_line
+from utils import PROJECT_ROOT, UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +37,21 @@ DELETE = f"delete {BEST_METRICS} to go on with the run, or to begin it again"
 Rows = list[dict[str, float]]
 
 
+class BestRow(Schema):
+    """A validation."""
+
+    __pydantic_extra__: dict[str, float]
+    epoch: Annotated[int, Field(ge=0)]
+
+
+class BestMetrics(Schema):
+    """best_metrics.json of a run: the best validation by each of some metrics."""
+
+    __pydantic_extra__: dict[str, BestRow]
+
+
 class Run:
-    """The folder of a training, and the trackers that mirror it.
+    """The folder of a training, and the trackers that mirror it. Of several processes the main one alone writes.
 
     Every file is written whole at each change, so an interrupted run leaves all that it had.
 
@@ -49,6 +66,7 @@ class Run:
     def __init__(self, folder: Path, trackers: Trackers, about: About) -> None:
         self.folder = folder
         self.trackers = trackers
+        self.writes = distributed.is_main()
         self.resume_command = about.commands["resume"]
         self.page = RunPage(folder, about)
         self.rows: dict[str, Rows] = {}
@@ -60,7 +78,9 @@ class Run:
         return self.folder / STATE
 
     def locked(self) -> contextlib.AbstractContextManager:
-        """Keep other processes out of the folder while this one trains in it."""
+        """Keep other trainings out of the folder while this one trains in it."""
+        if not self.writes:
+            return contextlib.nullcontext()
         return locked(
             self.folder,
             f"--resume {self.folder}: another process trains in it: stop that one first",
@@ -75,38 +95,26 @@ class Run:
 
     def draw(self) -> None:
         """Refresh the pictures, if they are due (see `RunPage`)."""
-        self.page.refresh(self.rows, complete=False)
+        if self.writes:
+            self.page.refresh(self.rows, complete=False)
 
     def rewind(self, rows: dict[str, Rows]) -> None:
-        """Go back to the rows that a saved state has; what was written after it will be written again.
-
-        Raises:
-            UserError: a row lacks what the run's page shows.
-        """
-        needed = {
-            "train": ["train_epoch_loss"],
-            "loss_scaling": ["loss_scale", "skipped_steps"],
-            "validation": [*self.page.about.titles, *self.page.about.chosen_by],
-            "router": list(next(iter(rows.get("router", [])), {})),
-        }
-        for kind, names in needed.items():
-            for row in rows.get(kind, []):
-                missing = [name for name in names if name not in row]
-                if missing:
-                    place = f"progress.rows.{kind} of {self.state_file}"
-                    raise UserError(f"--resume: {place} lacks {missing[0]}: {REMEDY}")
+        """Go back to the rows that a saved state has; what was written after it will be written again."""
+        self.rows = rows
+        if not self.writes:
+            return
         for half_made in list(self.folder.rglob(HALF_MADE)):  # of a process that was killed
             discard(half_made)
-        self.rows = rows
         for file in self.folder.glob("*_metrics.csv"):
-            kind = file.name.removesuffix("_metrics.csv")
-            if kind not in rows:
+            if file.name.removesuffix("_metrics.csv") not in rows:
                 file.unlink()
         for kind in rows:
             self._write(kind)
 
     def complete(self, metrics: Iterable[str]) -> None:
         """Draw, write down the best validation by each of some metrics, the first of equals, and drop the state."""
+        if not self.writes:
+            return
         self.page.refresh(self.rows, complete=True)
         rows = self.rows.get("validation", [])
         best = {name: max(rows, key=operator.itemgetter(name)) for name in metrics}
@@ -115,6 +123,8 @@ class Run:
         self.trackers.finish()
 
     def _write(self, kind: str) -> None:
+        if not self.writes:
+            return
         rows = self.rows[kind]
         names = dict.fromkeys(itertools.chain.from_iterable(rows))
         table = io.StringIO()
@@ -122,30 +132,6 @@ class Run:
         writer.writeheader()
         writer.writerows(rows)
         write_text(self.folder / f"{kind}_metrics.csv", table.getvalue())
-
-
-class NoRun:
-    """A run as the processes see it that leave the writing to another; it has the methods of the real one."""
-
-    def __init__(self, folder: Path, about: About) -> None:
-        self.folder = folder
-        self.state_file = folder / STATE
-        self.resume_command = about.commands["resume"]
-        self.rows: dict[str, Rows] = {}
-
-    def locked(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext()
-
-    def record(self, kind: str, epoch: int, metrics: dict[str, float]) -> None: ...
-
-    def draw(self) -> None: ...
-
-    def rewind(self, rows: dict[str, Rows]) -> None: ...
-
-    def complete(self, metrics: Iterable[str]) -> None: ...
-
-
-AnyRun = Run | NoRun
 
 
 def run_name(stage: str, benchmark: str, clip_model_name: str) -> str:
@@ -167,17 +153,17 @@ def short_name(clip_model_name: str) -> str:
 
 
 def run_title(benchmark: str, settings: Settings) -> str:
-    """What a run is to a reader: dataset and method. A run of an earlier version may lack flags that came later."""
+    """What a run is to a reader: dataset and method."""
     flags = settings.flags
     clip = short_name(settings.recipe["clip_model_name"])
     if flags["script"] == "clip_fine_tune.py":
-        encoder = flags.get("encoder", "both")
+        encoder = flags["encoder"]
         encoders = "both encoders" if encoder == "both" else f"{encoder} encoder"
         return f"{benchmark}: {clip} fine-tuned, {encoders}"
-    is_plain = flags.get("combiner_type") == "clip4cir"
+    is_plain = flags["combiner_type"] == "clip4cir"
     kind = "CLIP4Cir's Combiner" if is_plain else "MoE Combiner"
-    tuned = "fine-tuned " if flags.get("clip_model_path") else ""
-    seeds = flags.get("seeds") or [flags.get("seed", 0)]
+    tuned = "fine-tuned " if flags["clip_model_path"] else ""
+    seeds = flags["seeds"] or [flags["seed"]]
     named = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
     return f"{benchmark}: {kind} on {tuned}{clip}, {named}"
 
@@ -224,15 +210,58 @@ def claim_folder(parent: Path, name: str, config: Mapping[str, Any], resumed: Pa
     return Path(distributed.same_text(made))
 
 
-def open_run(account: Account, trackers: Sequence[str], about: About) -> AnyRun:
-    """The run in a claimed folder: the one process that writes gets it.
+def open_run(folder: Path, about: About, flags: Any) -> Run:
+    """Return the run in a claimed folder, mirrored by the trackers that its flags name."""
+    account = Account(
+        folder=folder,
+        name=flags.experiment_name or folder.name,
+        api_key=flags.api_key,
+        workspace=flags.workspace,
+    )
+    return Run(folder, Trackers(flags.tracker if distributed.is_main() else [], account), about)
+
+
+def about_run(
+    data: TrainingData, settings: Settings, folder: Path, validated: Mapping[str, Any]
+) -> About:
+    """Return what the page of a run says, and how it is resumed.
 
     Args:
-        trackers: names of those that mirror it.
+        folder: what `--resume` takes.
+        validated: flags of `validate.py` for the weights to look at, without their dashes; None where there are none.
     """
-    if not distributed.is_main():
-        return NoRun(account.folder, about)
-    return Run(account.folder, Trackers(trackers, account), about)
+    flags = settings.flags
+    scripts = PROJECT_ROOT / "src"
+    resume = shlex.join([str(scripts / flags["script"]), "--resume", str(folder.absolute())])
+    commands = {"resume": f"{torchrun.command()} {resume}"}
+    if None not in validated.values():
+        words = ["python", str(scripts / "validate.py"), "--dataset", data.benchmark.name]
+        words += ["--data-root", flags["data_root"]]
+        for name, value in validated.items():
+            absolute = value.absolute() if isinstance(value, Path) else value
+            words += [f"--{name}", str(absolute)]
+        commands["validate"] = shlex.join(words)
+    commands["reproduce"] = reproducing(flags)
+    return About(
+        title=run_title(data.benchmark.name, settings),
+        titles=data.benchmark.titles_in(data.val),
+        chosen_by=tuple(data.benchmark.selection),
+        hyper_parameters=settings.table,
+        commands=commands,
+    )
+
+
+def reproducing(flags: Mapping[str, Any]) -> str:
+    """Return the command that began a run, from any folder: what it names is found from where it was typed.
+
+    Args:
+        flags: of the run; `started_in` is None where no file can hold the name of that folder.
+    """
+    python, script, rest = flags["command"].partition(f"src/{flags['script']}")
+    if flags["started_in"] is None or not script:
+        return flags["command"]
+    at = shlex.quote(str(PROJECT_ROOT / script))
+    return f"cd {shlex.quote(flags['started_in'])} && {python}{at}{rest}"
 
 
 def is_complete(folder: Path) -> bool:
@@ -246,7 +275,7 @@ def is_complete(folder: Path) -> bool:
     if not (folder / BEST_METRICS).exists():
         return False
     flags = read_hyper_parameters(folder).flags
-    if flags.get("seeds"):
+    if flags.get("seeds"):  # of stage 2
         return _seeds_are_complete(folder, flags["seeds"])
     try:
         _check_end(folder, flags)
@@ -267,9 +296,6 @@ def seed_folder(folder: Path, seed: int) -> Path:
 
 def read_best(folder: Path) -> dict[str, dict[str, float]]:
     """Metric -> the best validation by it, of a run that is complete. Raises UserError where the file is damaged."""
-    from runtime.schema import checked
-    from training.schemas import BestMetrics
-
     file = folder / BEST_METRICS
     content = read_json(file, "the training")
     checked(BestMetrics, content, file=file, remedy=DELETE)
@@ -303,7 +329,7 @@ def _check_end(folder: Path, flags: Mapping[str, Any]) -> None:
     best = read_best(folder)
     if not best:
         raise UserError(f"{file} names no metric: {DELETE}")
-    for kind, every in (("train", 1), ("validation", flags.get("validation_frequency", 1))):
+    for kind, every in (("train", 1), ("validation", flags["validation_frequency"])):
         expected = set(range(0, flags["num_epochs"], every))
         epochs = {row["epoch"] for row in read_rows(folder, kind)}
         if epochs != expected:

@@ -1,0 +1,341 @@
+"""What of a training is saved, and when: its weights, and the state that a run goes on from."""
+
+import random
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import torch
+from pydantic import AllowInfNan, ConfigDict, Field
+from torch import Tensor, nn
+
+from runtime import distributed
+from runtime.files import write_same
+from runtime.interruption import StopRequest
+from runtime.schema import Schema, checked
+from runtime.tensors import load_tensors, save_tensors
+from utils import UserError
+
+SAVING_SHARE = 0.05  # of the time, which saving at the end of epochs may take
+# Of several processes, on whether to stop or to save: seconds from vote to vote, and steps at most.
+VOTE_EVERY = 1.0
+MOST_STEPS = 100
+REMEDY = "delete it to begin the run again"
+
+Number = Annotated[int, Field(ge=0)]
+AnyFloat = Annotated[float, AllowInfNan(True)]  # of skipped steps, which have no loss
+Metrics = dict[str, float]
+
+
+# The weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointNames:
+    """What checkpoints of a stage are called.
+
+    Attributes:
+        key: the key of the weights in them, "CLIP" or "Combiner".
+        prefix: beginning of the file names of every epoch: `{prefix}_{epoch}.pt`.
+        best: metric -> file name for its best value.
+    """
+
+    key: str
+    prefix: str
+    best: Mapping[str, str]
+
+
+class Snapshot:
+    """The weights of a validated epoch: the module's own until `hold` copies them."""
+
+    def __init__(self, epoch: int, weights: dict[str, Tensor], metrics: Metrics) -> None:
+        self.epoch = epoch
+        self.weights = weights
+        self.metrics = metrics
+        self.held = False
+
+    def hold(self) -> None:
+        """Copy the weights off the device, before a step changes them."""
+        if not self.held:
+            for name, weight in self.weights.items():
+                self.weights[name] = weight.to("cpu", copy=True)
+            self.held = True
+
+
+class Validated(Schema):
+    """A checkpoint with the metrics of its validation."""
+
+    metrics: Metrics
+
+
+class Checkpoints:
+    """What of a run's weights is kept: the best by each of some metrics, or every validated epoch, or nothing.
+
+    Writing may take longer than an epoch, so the best ones are written with the state of the training, and before it:
+    a state names no best that is not on disk. Until then they wait in the memory of the one process that writes, off
+    the device: a copy of the weights for each epoch that is the best by some metric.
+
+    Attributes:
+        best: metric -> its best value; kept without weights too.
+
+    Args:
+        folder: of the run.
+        config: settings in plain types that say how the weights were made.
+        flags: of the training.
+    """
+
+    def __init__(
+        self, folder: Path, names: CheckpointNames, config: dict[str, Any], flags: Any
+    ) -> None:
+        self.folder = folder / "saved_models"
+        self.names = names
+        self.config = config
+        self.flags = flags
+        self.best: Metrics = {}
+        self._unwritten: dict[str, Snapshot] = {}  # metric -> its best that is not on disk yet
+
+    @property
+    def saved(self) -> list[Path]:
+        """The files of weights that are there."""
+        return sorted(self.folder.glob("*.pt"))
+
+    def first_choice(self) -> Path | None:
+        """The weights to look at first when the training is complete, None where none are kept."""
+        flags = self.flags
+        if not flags.save_training:
+            return None
+        if flags.save_best:
+            return self._file(next(iter(self.names.best.values())))
+        last = flags.num_epochs - 1
+        return self._file_of_epoch(last - last % flags.validation_frequency)
+
+    def update(self, epoch: int, metrics: Metrics, module: nn.Module) -> None:
+        """Remember what this validation made the best, or save every epoch's weights where all are kept."""
+        improved = []
+        for metric in self.names.best:
+            if metrics[metric] > self.best.get(metric, float("-inf")):
+                self.best[metric] = metrics[metric]
+                improved.append(metric)
+        if not distributed.is_main() or not self.flags.save_training:
+            return
+        chosen_by = {metric: metrics[metric] for metric in self.names.best}
+        snapshot = Snapshot(epoch, module.state_dict(), chosen_by)
+        if self.flags.save_best:
+            self._unwritten |= dict.fromkeys(improved, snapshot)
+        else:
+            self._save(self._file_of_epoch(epoch), snapshot)
+
+    def hold(self) -> None:
+        """Copy the best weights that are not on disk yet, before a step changes them."""
+        for snapshot in self._unwritten.values():
+            snapshot.hold()
+
+    def write(self) -> None:
+        """Write the best weights that are not on disk yet, once for all metrics of an epoch.
+
+        Raises:
+            DiskError: a file could not be written.
+        """
+        files: dict[int, Path] = {}
+        for metric, snapshot in self._unwritten.items():
+            file = self._file(self.names.best[metric])
+            if snapshot.epoch in files:
+                write_same(file, files[snapshot.epoch])
+            else:
+                self._save(file, snapshot)
+                files[snapshot.epoch] = file
+        self._unwritten = {}
+
+    def rewind(self, best: Metrics) -> None:
+        """Go back to the best values that a saved state has.
+
+        Weights that were saved after that state stay the best if they were: training makes them again, on a CPU to the
+        last bit, and on a GPU up to its rounding.
+
+        Raises:
+            UserError: the state or best weights are those of other metrics.
+        """
+        for metric in best:
+            if metric not in self.names.best:
+                raise UserError(f"--resume: progress.best of state.pt has {metric}: {REMEDY}")
+        self.best = dict(best)
+        if not (self.flags.save_training and self.flags.save_best):
+            return
+        for metric, name in self.names.best.items():
+            path = self._file(name)
+            if path.exists():
+                value = _metric(path, metric)
+                self.best[metric] = max(value, best.get(metric, value))
+
+    def _save(self, file: Path, snapshot: Snapshot) -> None:
+        content = {
+            "epoch": snapshot.epoch,
+            self.names.key: snapshot.weights,
+            "config": self.config,
+            "metrics": snapshot.metrics,
+        }
+        save_tensors(file, content)
+
+    def _file_of_epoch(self, epoch: int) -> Path:
+        return self._file(f"{self.names.prefix}_{epoch}")
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.pt"
+
+
+def _metric(path: Path, name: str) -> float:
+    """One of the metrics that a checkpoint was saved with. Raises UserError where it is not there, or no number."""
+    remedy = "copy the run's folder again"
+    content = load_tensors(path)
+    metrics = checked(Validated, content, file=f"--resume: {path}", remedy=remedy).metrics
+    if name not in metrics:
+        raise UserError(f"--resume: {path}: metrics has no {name}: {remedy}")
+    return metrics[name]
+
+
+# The state
+
+
+class Stateful(Protocol):
+    """What modules, optimizers, schedules and scalers have in common."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> object: ...
+
+
+class Progress(Schema):
+    """How far a training is.
+
+    Attributes:
+        epoch: the one that is trained or, if `losses` has all of its steps, to be validated.
+        losses: of the steps that the epoch has had; only those of skipped steps may be infinite or NaN.
+        skipped: the steps of the epoch that loss scaling skipped, from 0.
+        skipped_in_a_row: how many were skipped since the last one that was not, earlier epochs included.
+        rows, best: see `Run` and `Checkpoints`.
+    """
+
+    model_config = ConfigDict(frozen=False)
+
+    epoch: Number = 0
+    losses: list[AnyFloat] = []
+    skipped: list[Number] = []
+    skipped_in_a_row: Number = 0
+    rows: dict[str, list[dict[str, int | AnyFloat]]] = {}
+    best: Metrics = {}
+
+    @property
+    def words(self) -> str:
+        """How far that is, for messages."""
+        return f"epoch {self.epoch}, step {len(self.losses)}"
+
+
+def save_state(
+    file: Path, parts: Mapping[str, Stateful], progress: Progress, device: torch.device
+) -> None:
+    """Write the state of some parts, of all random numbers, and how far the training is, whole or not at all."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    content = {
+        "parts": states,
+        "random": _random_states(device),
+        "progress": progress.model_dump(),
+    }
+    save_tensors(file, content)
+
+
+def load_state(file: Path, parts: Mapping[str, Stateful], device: torch.device) -> Progress:
+    """Put a state back into the parts and the random numbers; return how far the training was.
+
+    Raises:
+        UserError: the file is damaged, or another training's.
+    """
+    try:
+        content = load_tensors(file)
+        stored = content["parts"]
+        _set_random_states(content["random"], device)
+        for name, part in parts.items():
+            if name in stored or name != "scaler":  # a run that began on a CPU has no scaler
+                part.load_state_dict(stored[name])
+        return checked(Progress, content["progress"], file="progress", remedy="it is damaged")
+    except (UserError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, KeyError):
+            reason = f"{reason} is missing"
+        raise UserError(
+            f"--resume: {file} cannot be continued from ({reason[:200]}): {REMEDY}"
+        ) from None
+
+
+def _random_states(device: torch.device) -> dict[str, Any]:
+    """Processes draw the same numbers, each for all of the batch, so one's states are those of all."""
+    states = {"python": random.getstate(), "cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    random.setstate(states["python"])
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+# When
+
+
+class Autosave:
+    """Says when the state of a training is to be saved, and whether a stop was asked for.
+
+    It is due after some minutes, between any two steps, and at the end of an epoch as long as saving takes no more than
+    a small share of the time.
+
+    Args:
+        minutes: the longest time that a crash may cost.
+    """
+
+    def __init__(self, stop: StopRequest, minutes: float) -> None:
+        self.stop = stop
+        self.seconds = 60 * minutes
+        self.voted_at = time.monotonic()
+        self.steps = 0  # since the last vote
+        self.next_vote = 1  # how many steps after the last vote, the same on all processes
+        self.saved_at = time.monotonic()
+        self.cost = 0.0  # seconds that the last saving took
+
+    def vote(self, *, epoch_ends: bool = False) -> tuple[bool, bool]:
+        """Return whether to stop and whether to save, the same on all processes.
+
+        Called after each step, and where an epoch ends. Several processes have to agree, which takes a wait for the
+        slowest: at the end of epochs, and about once a second.
+        """
+        if not epoch_ends:
+            self.steps += 1
+            if distributed.world_size() > 1 and self.steps < self.next_vote:
+                return False, False
+        now = time.monotonic()
+        since = now - self.saved_at
+        due = since >= self.seconds or (epoch_ends and since * SAVING_SHARE >= self.cost)
+        next_vote = self.next_vote
+        if self.steps:
+            in_time = int(VOTE_EVERY * self.steps / max(now - self.voted_at, 1e-9))
+            # A GPU is handed its first steps before it has taken the time for them: no more than twice as many.
+            next_vote = max(1, min(in_time, 2 * next_vote, MOST_STEPS))
+        is_main = distributed.is_main()
+        stopping, saving, self.next_vote = distributed.highest(
+            bool(self.stop.signal_name()), is_main and due, is_main and next_vote
+        )
+        self.voted_at = now
+        self.steps = 0
+        return bool(stopping), bool(saving)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """The context of saving, whose time is taken."""
+        start = time.monotonic()
+        yield
+        self.saved_at = time.monotonic()
+        self.cost = self.saved_at - start

@@ -1,0 +1,267 @@
+"""The training loop: step, log, validate, keep the best, save, and go on after any interruption."""
+
+import logging
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from runtime import distributed
+from runtime.interruption import StopRequest
+from training.run_folder import Run
+from training.saving import REMEDY, Autosave, Checkpoints, Progress, load_state, save_state
+from training.schedule import Precision
+from training.step import Stepper, Task
+from training.terminal import Pace
+from utils import DiskError, Stopped, UserError, two_decimals
+
+logger = logging.getLogger(__name__)
+
+READ_EVERY = 10  # steps between two looks at the losses: each look waits for the device
+# Steps in a row, after which the scale of the loss is a millionth of what it was, and of no help.
+MOST_SKIPPED = 20
+
+
+class Trainer:
+    """Trains what a stage gives it, as its flags ask.
+
+    A run whose folder has a state goes on from there; with the same machine and packages it ends as if it had never
+    been interrupted.
+
+    Args:
+        flags: of the training, by their names.
+        run: its claimed folder.
+        stop: asks it to stop, between two steps.
+
+    Attributes:
+        progress: how far it is; what a state is saved of.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        flags: Any,
+        run: Run,
+        *,
+        checkpoints: Checkpoints,
+        precision: Precision,
+        stop: StopRequest,
+    ) -> None:
+        self.task = task
+        self.flags = flags
+        self.run = run
+        self.checkpoints = checkpoints
+        self.stepper = Stepper(task, flags, precision)
+        self.device = precision.device
+        self.pace = Pace(task, flags, precision.device)
+        self.autosave = Autosave(stop, flags.checkpoint_every_minutes)
+        self.progress = Progress()
+        self.unread: list[Tensor] = []  # losses that are still on the device
+        self.saved = "the beginning: none was saved yet"
+
+    def fit(self) -> None:
+        """Train to the end, and say where the files are and what was best.
+
+        Raises:
+            UserError: the loss or a similarity is not finite, every step is skipped, or the disk is full.
+            Stopped: a signal asked for it; the state is saved.
+        """
+        try:
+            with self.run.locked():
+                self.resume()
+                try:
+                    while self.progress.epoch < self.flags.num_epochs:
+                        self.run_epoch()
+                finally:
+                    self.checkpoints.write()
+                self.finish()
+        except DiskError as error:
+            raise UserError(
+                f"{error}; the last good state is {self.saved}; go on with: {self.run.resume_command}"
+            ) from None
+        except KeyboardInterrupt:
+            logger.warning(
+                "the last saved state is %s; go on with: %s", self.saved, self.run.resume_command
+            )
+            raise
+
+    def run_epoch(self) -> None:
+        """Train an epoch, or what is left of it, and record it."""
+        start = time.monotonic()
+        progress = self.progress
+        epoch = progress.epoch
+        loss = self.train_one_epoch()
+        self.run.record("train", epoch, {"train_epoch_loss": loss, **self.task.loss.report()})
+        if self.stepper.scaler.is_enabled():
+            scale = self.stepper.scaler.get_scale()
+            scaling = {"loss_scale": scale, "skipped_steps": len(progress.skipped)}
+            self.run.record("loss_scaling", epoch, scaling)
+        if self.task.router:
+            self.run.record("router", epoch, self.task.router(self.stepper.measured))
+        if epoch % self.flags.validation_frequency == 0:
+            with self.pace.validating():
+                metrics = self.validate()
+            self.run.record("validation", epoch, metrics)
+            self.checkpoints.update(epoch, metrics, self.stepper.measured)
+            self.run.draw()
+            taken = f"{time.monotonic() - start:.1f} s; {self.status(epoch + 1, 0)}"
+            logger.info(
+                "epoch %d: loss %.4f, %s, %s", epoch, loss, self.best_so_far(metrics), taken
+            )
+            self.pace.clock.restart()
+        progress.epoch = epoch + 1
+        progress.losses = []
+        progress.skipped = []
+        self.save_if_due(epoch_ends=True)
+
+    def train_one_epoch(self) -> float:
+        """Take the steps that are left of an epoch; return the mean loss of all triplets seen.
+
+        Raises:
+            UserError: a loss that is not finite, or too many skipped steps in a row; the message names epoch and step.
+        """
+        self.checkpoints.hold()
+        self.stepper.model.train()
+        epoch = self.progress.epoch
+        done = len(self.progress.losses)
+        steps = self.task.steps
+        batches = self.task.batches(epoch, done)
+        pace = self.pace
+        hidden = None if distributed.is_main() else True
+        bar = tqdm(batches, f"epoch {epoch}", steps, initial=done, leave=False, disable=hidden)
+        with pace.stepping(), bar:
+            for step, (inputs, target_ids) in enumerate(bar, start=done + 1):
+                loss = self.stepper.step(inputs, target_ids)
+                self.count_step(loss, skipped=self.stepper.skipped)
+                pace.count_step(len(target_ids))
+                if step % READ_EVERY == 0 or pace.clock.is_due():
+                    status = f"loss {self.read_losses():.4f}, {self.status(epoch, step)}"
+                    bar.set_postfix_str(status)
+                    if pace.clock.is_due():
+                        if bar.disable:
+                            logger.info("epoch %d, step %d of %d: %s", epoch, step, steps, status)
+                        pace.clock.restart()
+                self.save_if_due()
+            return self.read_losses()
+
+    def validate(self) -> dict[str, float]:
+        """Metrics after an epoch. An error says after which; one process alone can be stopped while it validates."""
+        if distributed.world_size() > 1:
+            # Several cannot, and torchrun waits for half a minute before it kills: the state is saved now.
+            self.save_if_due(epoch_ends=True)
+        try:
+            return self.task.validate(self.stepper.measured)
+        except Stopped:
+            self.save_if_due()  # the state before the validation
+            raise
+        except UserError as error:
+            raise UserError(f"validation after epoch {self.progress.epoch}: {error}") from None
+
+    def count_step(self, loss: Tensor, *, skipped: bool) -> None:
+        """Count a step that is done. Its loss stays on the device until `read_losses`.
+
+        Raises:
+            UserError: loss scaling has skipped too many in a row.
+        """
+        progress = self.progress
+        step = len(progress.losses) + len(self.unread)
+        self.unread.append(loss)
+        if not skipped:
+            progress.skipped_in_a_row = 0
+            return
+        progress.skipped.append(step)
+        progress.skipped_in_a_row += 1
+        if progress.skipped_in_a_row == MOST_SKIPPED:
+            raise UserError(
+                f"{MOST_SKIPPED} steps in a row were skipped because their gradients are not finite, the last at "
+                f"epoch {progress.epoch}, step {step}: {self.remedy}"
+            )
+
+    def read_losses(self) -> float:
+        """Take the losses off the device; return the mean so far, NaN where there is none.
+
+        A loss that is not finite is left out of the mean if its step was skipped.
+
+        Raises:
+            UserError: such a loss of another step.
+        """
+        progress = self.progress
+        for value in torch.stack(self.unread).tolist() if self.unread else []:
+            step = len(progress.losses)
+            if not math.isfinite(value) and step not in progress.skipped:
+                raise UserError(
+                    f"the loss is {value} at epoch {progress.epoch}, step {step}: {self.remedy}"
+                )
+            progress.losses.append(value)
+        self.unread.clear()
+        finite = [value for value in progress.losses if math.isfinite(value)]
+        return sum(finite) / len(finite) if finite else math.nan
+
+    @property
+    def remedy(self) -> str:
+        """What to do where losses or gradients are not finite."""
+        scales = self.stepper.scaler.is_enabled()
+        return "lower the learning rate" + (" or choose --precision bf16" if scales else "")
+
+    def status(self, epoch: int, done: int) -> str:
+        """How fast it goes, see `Pace.status`."""
+        rate = float(self.stepper.learning_rate.get_last_lr()[0])
+        return self.pace.status(rate, epoch=epoch, done=done)
+
+    def best_so_far(self, metrics: dict[str, float]) -> str:
+        """The metrics that select checkpoints, each with its best value so far."""
+        parts = []
+        for name, value in self.checkpoints.best.items():
+            parts.append(f"{name} {two_decimals(metrics[name])} (best {two_decimals(value)})")
+        return ", ".join(parts)
+
+    def save_if_due(self, *, epoch_ends: bool = False) -> None:
+        """Save the state if it is due. If a stop was asked for, save it and raise Stopped."""
+        stopping, due = self.autosave.vote(epoch_ends=epoch_ends)
+        if stopping or due:
+            self.save()
+        if stopping:
+            requested = self.autosave.stop.requested or "another process"
+            raise Stopped(requested, f"go on with: {self.run.resume_command}")
+
+    def save(self) -> None:
+        """Save the best weights that are not on disk yet, then the state, which names them."""
+        with self.autosave.saving():
+            self.read_losses()
+            self.checkpoints.write()
+            self.progress.rows = self.run.rows
+            self.progress.best = self.checkpoints.best
+            if distributed.is_main():
+                save_state(self.run.state_file, self.stepper.parts, self.progress, self.device)
+        self.saved = self.progress.words
+
+    def resume(self) -> None:
+        """Put back the state that the run's folder has, if it has one.
+
+        Raises:
+            UserError: it is damaged, or another training's.
+        """
+        file = self.run.state_file
+        if file.exists():
+            self.progress = load_state(file, self.stepper.parts, self.device)
+            if (
+                self.progress.epoch > self.flags.num_epochs
+                or len(self.progress.losses) > self.task.steps
+            ):
+                raise UserError(f"--resume: {file} is of a longer training: {REMEDY}")
+            self.saved = self.progress.words
+            logger.info("going on after %s", self.saved)
+        self.run.rewind(self.progress.rows)
+        self.checkpoints.rewind(self.progress.best)
+
+    def finish(self) -> None:
+        """Complete the run, and say where its files are and what was best."""
+        self.run.complete(self.checkpoints.best)
+        logger.info("\nrun: %s", self.run.folder)
+        for path in self.checkpoints.saved:
+            logger.info("saved: %s", path)
+        for name, value in self.checkpoints.best.items():
+            logger.info("best %s = %s", name, two_decimals(value))
