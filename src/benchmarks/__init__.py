@@ -1,5 +1,8 @@
 """Every fact of a benchmark: annotations, splits, protocols, metrics, the files of test servers, checks of a copy."""
 
+from collections.abc import Callable
+from typing import Any
+
 from benchmarks.base import Benchmark
 from benchmarks.circo import CIRCO
 from benchmarks.cirr import CIRR
@@ -12,6 +15,13 @@ BENCHMARKS: dict[str, type[Benchmark]] = {
     benchmark.name: benchmark for benchmark in (CIRR, FashionIQ, CIRCO, Triplets)
 }
 
+
+def best_of(metric: str) -> Callable[..., Any]:
+    """What finds the best value of a metric: `max`, or `min` where a benchmark reports that lower is better."""
+    known = [kind.reported[metric] for kind in BENCHMARKS.values() if metric in kind.reported]
+    return min if any(reported.lower_is_better for reported in known) else max
+
+
 __all__ = [
     "BENCHMARKS",
     "CIRCO",
@@ -23,4 +33,5 @@ __all__ = [
     "Split",
     "Triplet",
     "Triplets",
+    "best_of",
 ]

@@ -45,17 +45,23 @@ def can_draw() -> bool:
     return there
 
 
-def panels_of(rows: Mapping[str, Rows], titles: Mapping[str, str]) -> list[Panel]:
-    """What is drawn of a run so far: loss, recalls, and the load of the experts.
+def panels_of(
+    rows: Mapping[str, Rows], titles: Mapping[str, str], units: Mapping[str, str] | None = None
+) -> list[Panel]:
+    """What is drawn of a run so far: loss, metrics of each unit, and the load of the experts.
 
     Args:
         rows: "train", "validation", "router" -> the rows of the CSV files, see `Run`.
         titles: metrics to draw -> what they are called.
+        units: what they are measured in, where that is not %.
     """
-    panels = [
-        Panel(label="loss", rows=rows["train"], titles={"train_epoch_loss": "training"}),
-        Panel(label="recall, %", rows=rows.get("validation", []), titles=titles),
-    ]
+    panels = [Panel(label="loss", rows=rows["train"], titles={"train_epoch_loss": "training"})]
+    by_unit: dict[str, dict[str, str]] = {}
+    for metric, title in titles.items():
+        by_unit.setdefault((units or {}).get(metric, "%"), {})[metric] = title
+    for unit, of_unit in by_unit.items():
+        label = "recall, %" if unit == "%" else unit
+        panels.append(Panel(label=label, rows=rows.get("validation", []), titles=of_unit))
     if routed := rows.get("router"):
         shares = {name: name.split("_")[0] for name in routed[0] if name.endswith("_share")}
         panels.append(Panel(label="share of queries", rows=routed, titles=shares))

@@ -3,7 +3,7 @@
 import operator
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class About:
     Attributes:
         title: dataset and method.
         titles: metrics to show -> what they are called.
+        units: metrics -> what they are measured in; those that are not named, in %.
         chosen_by: the metrics that select checkpoints.
         hyper_parameters: of the run.
         commands: what for -> a command: to resume, to validate, to reproduce.
@@ -38,6 +39,7 @@ class About:
     chosen_by: tuple[str, ...]
     hyper_parameters: Mapping[str, Any]
     commands: Mapping[str, str]
+    units: Mapping[str, str] = field(default_factory=dict)
 
 
 class RunPage:
@@ -62,7 +64,7 @@ class RunPage:
         start = time.monotonic()
         if not complete and (start - self.drawn_at) * DRAWING_SHARE < self.cost:
             return
-        panels = panels_of(rows, self.about.titles) if can_draw() else []
+        panels = panels_of(rows, self.about.titles, self.about.units) if can_draw() else []
         page = run_page(self.folder, self.about, rows, panels=panels, complete=complete)
         if panels:
             write_bytes(self.folder / "training_curves.png", training_curves(panels))

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from benchmarks import best_of
 from models.configuration import Settings
 from models.names import open_clip_name
 from reports.run_page import About, RunPage
@@ -117,7 +118,7 @@ class Run:
             return
         self.page.refresh(self.rows, complete=True)
         rows = self.rows.get("validation", [])
-        best = {name: max(rows, key=operator.itemgetter(name)) for name in metrics}
+        best = {name: best_of(name)(rows, key=operator.itemgetter(name)) for name in metrics}
         write_text(self.folder / BEST_METRICS, json.dumps(best, indent=2) + "\n")
         self.state_file.unlink(missing_ok=True)
         self.trackers.finish()
@@ -231,6 +232,7 @@ def about_run(
         validated: flags of `validate.py` for the weights to look at, without their dashes; None where there are none.
     """
     flags = settings.flags
+    titles = data.benchmark.titles_in(data.val)
     scripts = PROJECT_ROOT / "src"
     resume = shlex.join([str(scripts / flags["script"]), "--resume", str(folder.absolute())])
     commands = {"resume": f"{torchrun.command()} {resume}"}
@@ -244,7 +246,8 @@ def about_run(
     commands["reproduce"] = reproducing(flags)
     return About(
         title=run_title(data.benchmark.name, settings),
-        titles=data.benchmark.titles_in(data.val),
+        titles=titles,
+        units={metric: data.benchmark.reported[metric].unit for metric in titles},
         chosen_by=tuple(data.benchmark.selection),
         hyper_parameters=settings.table,
         commands=commands,
@@ -338,7 +341,8 @@ def _check_end(folder: Path, flags: Mapping[str, Any]) -> None:
             )
     validations = read_rows(folder, "validation")
     for metric, row in best.items():
-        if row != max(validations, key=lambda validation: validation.get(metric, -1)):
+        measured = [validation for validation in validations if metric in validation]
+        if not measured or row != best_of(metric)(measured, key=operator.itemgetter(metric)):
             raise UserError(
                 f"{file} is not of this run: {metric} is not the best of validation_metrics.csv: {DELETE}"
             )

@@ -12,6 +12,7 @@ import torch
 from pydantic import AllowInfNan, ConfigDict, Field
 from torch import Tensor, nn
 
+from benchmarks import best_of
 from runtime import distributed
 from runtime.files import write_same
 from runtime.interruption import StopRequest
@@ -116,7 +117,8 @@ class Checkpoints:
         """Remember what this validation made the best, or save every epoch's weights where all are kept."""
         improved = []
         for metric in self.names.best:
-            if metrics[metric] > self.best.get(metric, float("-inf")):
+            before = self.best.get(metric)
+            if before is None or best_of(metric)(before, metrics[metric]) != before:
                 self.best[metric] = metrics[metric]
                 improved.append(metric)
         if not distributed.is_main() or not self.flags.save_training:
@@ -168,7 +170,7 @@ class Checkpoints:
             path = self._file(name)
             if path.exists():
                 value = _metric(path, metric)
-                self.best[metric] = max(value, best.get(metric, value))
+                self.best[metric] = best_of(metric)(value, best.get(metric, value))
 
     def _save(self, file: Path, snapshot: Snapshot) -> None:
         content = {
