@@ -1,16 +1,26 @@
 """What is read from the annotation files, captions, and how scores become metrics."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import CIRR, FashionIQ, Split, Triplet
-from benchmarks.metrics import Ranks
+import audit
+import check_submission
+import compare
+from benchmarks import BENCHMARKS, CIRR, FashionIQ, Split, Triplet
+from benchmarks.metrics import Metric, Ranks
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
+from conftest import read_csv
+from evaluation.comparison import bootstrap
+from evaluation.result_file import read_result
 from evaluation.retrieval import evaluate, rank
 from models.features import FrozenSplit
+from training.run_folder import is_complete
 from twins import ranks_by_sorting
 
 CPU = torch.device("cpu")
@@ -194,3 +204,80 @@ def test_a_recall_that_is_added_changes_no_selection():
     assert after.pop("recall_at100") == 100
     assert after == before
     assert set(CIRR.selection) <= set(before)
+
+
+def median(ranks: np.ndarray) -> float:
+    return float(np.median(ranks))
+
+
+class MedianFashionIQ(FashionIQ):
+    """FashionIQ with the median rank (1 is the first) of dresses, which chooses a checkpoint too."""
+
+    reported = {
+        **FashionIQ.reported,
+        "dress_median_rank": Metric(
+            "dress MedR", unit="rank", lower_is_better=True, checkpoint="median"
+        ),
+    }
+    statistics = {"median_rank": median}
+
+    def hits(self, ranks):
+        return {**super().hits(ranks), "median_rank": ranks.named + 1}
+
+
+@pytest.fixture
+def with_medians(monkeypatch):
+    monkeypatch.setitem(BENCHMARKS, "FashionIQ", MedianFashionIQ)
+
+
+def test_a_metric_that_is_no_percentage_is_measured_and_compared(
+    with_medians, golden, run, tmp_path, capsys
+):
+    """The benchmark's own file is all that it takes. Ranks over 100 are none of a percentage."""
+    clip = ["--dataset", "FashionIQ", "--clip-model-name", golden / "clip_vit.pt"]
+    files = [tmp_path / "result.json", tmp_path / "rankings.json"]
+    flags = [*clip, "--combining-function", "sum", "--metrics-json", files[0]]
+    run("validate", golden, *flags, "--rankings", files[1], "--rankings-k", 4)
+    result = read_result(files[0])
+    measured = result["protocols"]["original-kept"]
+    median_rank = measured["metrics"]["dress_median_rank"]
+    assert median_rank == np.median(measured["ranks"]["dress"]) + 1
+    assert measured["certain"]["dress"] == []
+    far = [rank + 1000 for rank in measured["ranks"]["dress"]]
+    assert MedianFashionIQ(golden).score(Ranks(np.array(far)))["median_rank"] == median_rank + 1000
+    capsys.readouterr()
+    compare.main([str(files[0]), str(files[0]), "--resamples", "20"])
+    (row,) = re.findall(r"dress MedR .*", capsys.readouterr().out.partition("original-removed")[0])
+    assert row.split()[2:4] == [f"{median_rank:.2f}"] * 2
+    where = ["--data-root", str(golden)]
+    check_submission.main([str(files[1]), "--split", "val", *where])
+    assert f"dress_median_rank = {median_rank}" in capsys.readouterr().out
+    machine = ["--device", "cpu", "--num-workers", 0, "--resamples", 20]
+    audited = tmp_path / "audit.json"
+    audit.main(list(map(str, [*clip, *where, *machine, "--metrics-json", audited])))
+    assert "dress_median_rank" in json.dumps(json.loads(audited.read_text()))
+
+
+def test_the_checkpoint_of_a_rank_is_that_of_the_lowest(with_medians, stage_2):
+    folder = stage_2("FashionIQ", "--save-best", "--num-epochs", 6, "--combiner-lr", 0.01)
+    ranks = read_csv(folder / "validation_metrics.csv")["dress_median_rank"]
+    best = json.loads((folder / "best_metrics.json").read_text())["dress_median_rank"]
+    assert len(set(ranks)) > 1
+    assert best["epoch"] == ranks.index(min(ranks))
+    weights = torch.load(folder / "saved_models/combiner_median.pt", weights_only=True)
+    assert weights["epoch"] == best["epoch"]
+    assert is_complete(folder)
+
+
+def test_intervals_of_a_median_are_those_of_medians():
+    """Over the same resamples as the percentages beside it, against resamples drawn by hand."""
+    ranks = torch.tensor([3.0, 1.0, 40.0, 7.0, 7.0, 900.0])
+    hits = torch.stack([ranks, (ranks < 10).float()], 1)
+    medians, recalls = bootstrap(
+        hits, 600, torch.Generator().manual_seed(0), [median, None]
+    ).unbind(1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randint(6, (rows, 6), generator=generator) for rows in (500, 100)]
+    resampled = ranks[torch.cat(drawn)]
+    assert medians.tolist() == [median(row) for row in resampled.numpy()]
+    assert torch.allclose(recalls, 100 * (resampled < 10).float().mean(1))
