@@ -30,17 +30,20 @@ from runtime.choices import OPENAI_CLIPS, CombinerChoice
 from runtime.gpus import GPUS
 from test_backbones import FORMS, models_made  # noqa: F401
 from timing import saved_activations
-from training import budget, losses
-from training.budget import (
+from training import losses, planning
+from training.losses import ContrastiveLoss
+from training.planning import (
     CombinerTraining,
+    CountedClip,
     FineTuning,
     Sizes,
+    Way,
     combiner_to_count,
+    count,
+    empty,
     seconds,
+    without_data,
 )
-from training.counted_clip import CountedClip, Encoding, Way
-from training.counting import NoData
-from training.losses import ContrastiveLoss
 from training.schedule import Precision
 from training.stage1 import SumFeatures
 from training.stage2 import ComposedFeatures
@@ -83,7 +86,7 @@ def vit(tmp_path_factory) -> str:
 @functools.cache
 def counted_clip(name: str, trained: str | None = "both") -> CountedClip:
     """One for all tests, as it remembers what it counted."""
-    return CountedClip(name, trained)
+    return CountedClip(name, trained, batch_size=8)
 
 
 def exact_step(model, micro_batch: int | None = None) -> Gradient:
@@ -98,20 +101,20 @@ def exact_step(model, micro_batch: int | None = None) -> Gradient:
 
 
 def fine_tuning(name: str, trained: str = "both", **changes) -> FineTuning:
-    encoding = Encoding(clip=counted_clip(name, trained), batch_size=8, precision="fp32")
-    return FineTuning(**{"encoding": encoding, "sizes": SIZES, "precision": "fp32", **changes})
+    clip = counted_clip(name, trained)
+    return FineTuning(**{"clip": clip, "sizes": SIZES, "precision": "fp32", **changes})
 
 
 def combiner_training(name: str, kind: str = "moe", projection_dim: int = 64) -> CombinerTraining:
-    encoding = Encoding(clip=counted_clip(name, None), batch_size=8, precision="fp32")
+    clip = counted_clip(name, None)
     choice = CombinerChoice(
         combiner_type=kind, projection_dim=projection_dim, hidden_dim=96, num_experts=4, top_k=2
     )
     return CombinerTraining(
-        encoding=encoding,
+        clip=clip,
         sizes=SIZES,
         precision="fp16",
-        combiner=combiner_to_count(encoding.clip, choice),
+        combiner=combiner_to_count(clip, choice),
         experts=4 if kind == "moe" else 0,
     )
 
@@ -143,13 +146,6 @@ def test_what_stage_1_keeps_is_what_autograd_keeps(tiny, micro_batch, checkpoint
     inputs = [images[0], images[1], tokens]
     gradient = exact_step(features, micro_batch)
     saved = saved_activations(lambda: gradient.add(inputs, torch.arange(batch)), model)
-    rows = micro_batch or batch
-    no_data = NoData(CPU)
-    features = SumFeatures(no_data.holding(model), backbone(model))
-    pixels = no_data.empty((rows, 3, PIXELS, PIXELS), torch.uint8)
-    texts = no_data.empty((rows, 77), torch.long)
-    counted = no_data.count(lambda: features(pixels, pixels, texts))
-    assert counted.kept == pytest.approx(saved, rel=0.1)
     way = Way(batch_size=batch, micro_batch_size=micro_batch, gradient_checkpointing=checkpointed)
     planned = counted_clip(tiny).activations(way, "fp32")
     if checkpointed:  # and one block's again
@@ -201,14 +197,16 @@ def test_what_stage_2_keeps_is_what_autograd_keeps(kind):
         lambda: gradient.add(inputs, torch.arange(batch)),
         model,
     )
-    no_data = NoData(CPU)
-    no_data.holding(model)
-    features = [no_data.empty((batch, dim)) for _ in range(3)]
-    ids = no_data.empty((batch,), torch.long)
-    counted = no_data.count(
-        lambda: ContrastiveLoss()(*model(*features), ids), value_read=batch * combiner.top_k // 4
+    features = [empty(batch, dim) for _ in range(3)]
+    ids = empty(batch, dtype=torch.long)
+    counted = count(
+        lambda: [ContrastiveLoss()(*model(*features), ids)],
+        given=[without_data(model), *features, ids],
+        backward=True,
+        value_read=batch * combiner.top_k // 4,
     )
-    assert counted.kept == pytest.approx(saved, rel=0.1)
+    print(counted.peak / saved)
+    assert counted.peak == pytest.approx(saved, rel=0.1)
 
 
 @pytest.mark.slow
@@ -269,9 +267,9 @@ def test_a_bank_is_counted_by_its_targets_and_in_blocks(vit, monkeypatch):
     assert kept.items() <= bank.passing(way).items()
     of_one_block = bank.passing(way)["loss and its gradients"]
     monkeypatch.setattr(losses, "MOST_LOGITS", 8 * SIZES.images)
-    budget._bank_loss.cache_clear()
+    planning._lost.cache_clear()
     assert bank.passing(way)["loss and its gradients"] < of_one_block
-    budget._bank_loss.cache_clear()
+    planning._lost.cache_clear()
 
 
 def test_memory_of_weights_gradients_optimizer_and_average(vit):
@@ -347,10 +345,10 @@ def test_sizes_are_those_of_the_official_files():
 
 
 def test_counting_leaves_no_trace(vit):
-    attention = F.scaled_dot_product_attention
+    resized = torch.UntypedStorage.resize_
     fine_tuning(vit, precision="fp16").passing(Way(batch_size=4))
-    assert F.scaled_dot_product_attention is attention
-    assert not torch.is_autocast_enabled("cuda")
+    assert torch.UntypedStorage.resize_ is resized
+    assert not torch.is_autocast_enabled("cpu")
     assert normalise(torch.zeros(3, 2, 2, dtype=torch.uint8), CLIP_MEAN, CLIP_STD).shape == (
         3,
         2,
