@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import clip_fine_tune
 import combiner_train
+import data_utils
 import gpus
 import plan
 from combiner import build_combiner
@@ -100,15 +101,26 @@ def exact_step(model, micro_batch: int | None = None) -> Gradient:
     )
 
 
+def largest_gradient(model) -> int:
+    """Bytes of a gradient before it is added to that of earlier rows, at the most."""
+    return max(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
 def fine_tuning(name: str, trained: str = "both", **changes) -> FineTuning:
     clip = counted_clip(name, trained)
     return FineTuning(**{"clip": clip, "sizes": SIZES, "precision": "fp32", **changes})
 
 
-def combiner_training(name: str, kind: str = "moe", projection_dim: int = 64) -> CombinerTraining:
+def combiner_training(
+    name: str, kind: str = "moe", projection_dim: int = 64, hidden_dim: int = 96
+) -> CombinerTraining:
     clip = counted_clip(name, None)
     choice = CombinerChoice(
-        combiner_type=kind, projection_dim=projection_dim, hidden_dim=96, num_experts=4, top_k=2
+        combiner_type=kind,
+        projection_dim=projection_dim,
+        hidden_dim=hidden_dim,
+        num_experts=4,
+        top_k=2,
     )
     return CombinerTraining(
         clip=clip,
@@ -150,7 +162,8 @@ def test_what_stage_1_keeps_is_what_autograd_keeps(tiny, micro_batch, checkpoint
     planned = counted_clip(tiny).activations(way, "fp32")
     if checkpointed:  # and one block's again
         whole = Way(batch_size=batch, micro_batch_size=micro_batch)
-        assert saved < planned < counted_clip(tiny).activations(whole, "fp32")
+        kept = counted_clip(tiny).activations(whole, "fp32")
+        assert saved < planned < kept + largest_gradient(model)
     else:
         assert planned == pytest.approx(saved, rel=0.1)
 
@@ -174,7 +187,7 @@ def test_what_other_clips_keep_is_what_autograd_keeps(form, models_made):  # noq
     planned = clip.activations(Way(batch_size=batch), "fp32")
     assert planned == pytest.approx(saved, rel=0.15)
     again = clip.activations(Way(batch_size=batch, gradient_checkpointing=True), "fp32")
-    assert again < planned
+    assert again < planned + largest_gradient(model)
 
 
 @pytest.mark.parametrize("kind", ["moe", "clip4cir"])
@@ -205,7 +218,6 @@ def test_what_stage_2_keeps_is_what_autograd_keeps(kind):
         backward=True,
         value_read=batch * combiner.top_k // 4,
     )
-    print(counted.peak / saved)
     assert counted.peak == pytest.approx(saved, rel=0.1)
 
 
@@ -253,6 +265,8 @@ def test_operations_of_the_combiners_grow_with_the_rows_of_their_experts(vit):
     moe = joint * 4 + 2 * joint * hidden
     gate = joint * hidden + hidden * dim
     assert one == 2 * 64 * (projections + attention + moe + gate + hidden * dim)
+    composed = work(combiner_training(vit).validation())[f"composing {SIZES.queries} queries"]
+    assert composed == one * SIZES.queries / 64
 
 
 def test_a_bank_is_counted_by_its_targets_and_in_blocks(vit, monkeypatch):
@@ -284,6 +298,29 @@ def test_memory_of_weights_gradients_optimizer_and_average(vit):
     alone = fine_tuning(vit, "image").lasting()
     assert alone["gradients"] == 4 * image
     assert alone["moving average"] == 0
+
+
+# GiB of a training step that torch allocated for CUDA, on a driver that computes nothing.
+ALLOCATED = {
+    ("RN50x4", Way(batch_size=128)): 20.93,
+    ("ViT-B/32", Way(batch_size=128)): 6.75,
+    ("ViT-B/32", Way(batch_size=128, micro_batch_size=16, gradient_checkpointing=True)): 2.52,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, way", ALLOCATED)
+def test_a_step_takes_what_torch_allocates(name, way):
+    planned = fine_tuning(name, precision="fp16").needed(way)
+    assert planned / plan.GIB == pytest.approx(ALLOCATED[name, way], rel=0.1)
+
+
+@pytest.mark.slow
+def test_an_epoch_of_stage_2_takes_what_torch_allocates():
+    training = combiner_training("RN50x4", projection_dim=2560, hidden_dim=5120)
+    (sizes,) = (sizes for sizes in gpus.SIZES if sizes.name == "CIRR")
+    training = dataclasses.replace(training, sizes=sizes)
+    assert training.needed(Way(batch_size=4096)) / plan.GIB == pytest.approx(13.36, rel=0.1)
 
 
 def test_long_heads_take_a_workspace_and_short_ones_do_not(vit):
@@ -346,7 +383,10 @@ def test_sizes_are_those_of_the_official_files():
 
 def test_counting_leaves_no_trace(vit):
     resized = torch.UntypedStorage.resize_
-    fine_tuning(vit, precision="fp16").passing(Way(batch_size=4))
+    data_utils._on.cache_clear()
+    clip = CountedClip(vit, "both")
+    clip.activations(Way(batch_size=4), "fp16")
+    clip.encoding(1, 1)
     assert torch.UntypedStorage.resize_ is resized
     assert not torch.is_autocast_enabled("cpu")
     assert normalise(torch.zeros(3, 2, 2, dtype=torch.uint8), CLIP_MEAN, CLIP_STD).shape == (

@@ -1,8 +1,8 @@
 """What a training takes of a GPU that need not be at hand: memory and work, counted by torch's own tools.
 
-Forward and backward passes run on tensors without data (`FakeTensorMode`): `MemTracker` sees how long each tensor
-lives, `FlopCounterMode` counts products. They run as on a CPU, whose attention keeps as much as a GPU's: a backward
-pass on CUDA's tensors would ask for a driver.
+The true models run on tensors without data (`FakeTensorMode`): `MemTracker` sees how long each tensor lives, and
+`FlopCounterMode` counts products. They run as on a CPU, whose attention keeps as much as a GPU's flash attention: a
+backward pass on CUDA's tensors would ask for a driver.
 """
 
 import functools
@@ -72,13 +72,13 @@ def count(
         value_read: what a number is taken for that is read from a tensor.
     """
     memory = MemTracker()
-    work = FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: _attention_operations})
+    work = FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: _operations_of_attention})
     half = torch.autocast("cpu", torch.bfloat16, enabled=precision in ("fp16", "bf16"))
     with NO_DATA:
         memory.track_external(*given)
         before = _bytes_tracked(memory, "current")
         with memory, _ValueRead(value_read):
-            # Its statistics by module take most of its time, and it can make none of frozen weights.
+            # Its statistics by module take most of the time, and it fails to make them of frozen weights.
             memory._mod_tracker.__exit__()
             with work, half:
                 outputs = forward()
@@ -87,7 +87,7 @@ def count(
     return Counted(_bytes_tracked(memory, "peak") - before, work.get_total_flops())
 
 
-def _attention_operations(query: Any, key: Any, value: Any, *others: Any, **named: Any) -> int:
+def _operations_of_attention(query: Any, key: Any, value: Any, *others: Any, **named: Any) -> int:
     return sdpa_flop_count(query, key, value)
 
 
@@ -255,7 +255,7 @@ class CountedClip:
         return [*images, empty(rows, context, dtype=torch.long)]
 
     def activations(self, way: Way, precision: str) -> int:
-        """Bytes of one micro-batch at the peak of its two passes, in a training in some precision.
+        """Bytes of one micro-batch at the peak, in a training in some precision.
 
         Those of a part of the batch are on a line between two rows and all, or below it: a peak is the largest of sums
         that each grow with the rows.
@@ -473,7 +473,10 @@ class FineTuning(Training):
         encoding = self.clip.encoding(2 * way.batch_size, way.batch_size)
         image, text = (part.operations for part in encoding)
         forward = image + text
-        learned = {"image": image, "text": text, "both": forward}[self.clip.trained]
+        trained = self.clip.trained
+        learned = sum(
+            own for part, own in (("image", image), ("text", text)) if trained in (part, "both")
+        )
         work = {"forward": forward, "backward": 2 * learned}
         if way.rows < way.batch_size:
             work["forward again, for micro-batches"] = forward
