@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from runtime.files import file_size
+from runtime.image_source import IMAGES
 from utils import UserError
 
 NO_ROW = -1  # in place of a gallery row
@@ -208,9 +208,14 @@ def split_digest(split: Split) -> str:
 
 def images_digest(split: Split) -> str:
     """SHA-256 of a gallery: of the names and contents of its files, in order. Other copies of a dataset have others."""
+
+    def content_digest(path: Path) -> bytes:
+        with IMAGES.open(path) as image:
+            return hashlib.sha256(image.read()).digest()
+
     digest = hashlib.sha256()
     with ThreadPoolExecutor() as pool:
-        contents = pool.map(lambda path: hashlib.sha256(path.read_bytes()).digest(), split.paths)
+        contents = pool.map(content_digest, split.paths)
         for name, content in zip(split.names, contents, strict=True):
             digest.update(name.encode() + b"\0" + content)
     return digest.hexdigest()
@@ -227,7 +232,7 @@ def all_paths(splits: Iterable[Split]) -> list[Path]:
 def check_images_exist(splits: Iterable[Split]) -> None:
     """Raise UserError unless every image file of the splits is there and not empty."""
     paths = all_paths(splits)
-    bad = [path for path in paths if not file_size(path)]
+    bad = [path for path in paths if not IMAGES.size(path)]
     if bad:
         raise UserError(
             f"{len(bad)} of {len(paths)} image files are missing or empty, the first is {bad[0]}: put them there, for "

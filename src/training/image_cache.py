@@ -22,7 +22,8 @@ from torch import Tensor
 
 from data_utils import ImageLoader, Reader
 from runtime import distributed
-from runtime.files import file_identities, free_bytes, made_beside
+from runtime.files import free_bytes, made_beside
+from runtime.image_source import IMAGES
 from runtime.progress import Counter
 from utils import PROJECT_ROOT, DiskError, UserError
 
@@ -81,7 +82,7 @@ class ImageCache:
     @functools.cached_property
     def file(self) -> Path:
         """The file of these images: another recipe, file size or modification time, another name."""
-        content = json.dumps([self.recipe, file_identities(self.paths)])
+        content = json.dumps([self.recipe, IMAGES.identities(self.paths)])
         key = hashlib.sha256(content.encode()).hexdigest()
         return self.folder / f"images-{self.recipe['resolution']}px-{key[:16]}.npy"
 
