@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 import data_utils
 from forks import ROOT
 from models import encoder
+from runtime import prefetch
 
 GPU = torch.device("cuda:0")
 # Whose functions are named: of those that an operation comes from, the innermost.
@@ -207,9 +208,9 @@ def grad(
 
 
 def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """In place of that of `data_utils`, whose streams ask for the driver."""
+    """In place of that of `runtime.prefetch`, whose streams ask for the driver."""
     for batch in batches:
-        yield data_utils._each_tensor(batch, lambda part: part.to(device, non_blocking=True))
+        yield prefetch._each_tensor(batch, lambda part: part.to(device, non_blocking=True))
 
 
 @contextlib.contextmanager
