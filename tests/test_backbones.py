@@ -792,7 +792,7 @@ def test_openais_models_say_nothing_new(drawn):
     encoder = encoder_of(str(drawn / "tiny_clip_vit.pt"))
     assert set(encoder.preprocessing) == {"transform", "target_ratio", "resolution"}
     assert list(encoder.recipe) == [
-        "clip_model_name", "transform", "target_ratio", "decode", "encode_precision", "resolution",
+        "clip_model_name", "transform", "target_ratio", "encode_precision", "decode", "resolution",
     ]  # fmt: skip
 
 

@@ -296,7 +296,8 @@ def test_checkpoints_of_the_wrong_kind(golden, fails):
 def test_flags_that_disagree_with_the_checkpoint(flag, value, has, golden, fails, tmp_path):
     """Its k is in its settings alone; the original's has none, and takes the flag's."""
     content = torch.load(golden / "combiner_moe_cirr.pt")
-    torch.save({**content, "config": {"top_k": 2}}, tmp_path / "moe.pt")
+    config = {"flags": {"top_k": 2}, "recipe": {}, "data": {}, "versions": {}}
+    torch.save({**content, "config": config}, tmp_path / "moe.pt")
     pair = ["--combining-function", "combiner", "--combiner-path", tmp_path / "moe.pt"]
     name = ["--clip-model-name", golden / "clip_vit.pt"]
     for door, flags in (("validate", CIRR), ("cirr_test_submission", ["--submission-name", "x"])):

@@ -511,7 +511,7 @@ def test_weights_of_another_benchmark_are_said(
         ("--combiner-path", "combiner_moe_cirr"),
     ):
         content = torch.load(golden / f"{name}.pt", weights_only=True)
-        content["config"] = {"dataset": other}
+        content["config"] = trained_on(other)
         torch.save(content, tmp_path / f"{name}.pt")
         flags += [flag, tmp_path / f"{name}.pt"]
     run("validate", golden if dataset in ("CIRR", "FashionIQ") else drawn, *flags)
@@ -526,13 +526,18 @@ def test_weights_of_another_benchmark_are_said(
     assert f"r: its clip was trained on {other}" in out
 
 
+def trained_on(dataset: str) -> dict:
+    """Settings of a training on a dataset."""
+    return {"flags": {"dataset": dataset}, "recipe": {}, "data": {}, "versions": {}}
+
+
 def clip_of(drawn: Path, folder: Path, dataset: str | None = None, collapsed: bool = False) -> list:
     """Flags for a tiny CLIP whose fine-tuned weights say what they learned; collapsed ones see no image."""
     state = torch.load(drawn / "tiny_clip_vit.pt", weights_only=True)
     if collapsed:
         state["visual.ln_post.weight"] *= 0
         state["visual.ln_post.bias"] += 1
-    config = {} if dataset is None else {"dataset": dataset}
+    config = {} if dataset is None else trained_on(dataset)
     torch.save({"CLIP": state, "config": config}, folder / "tuned.pt")
     return [
         "--clip-model-name",
