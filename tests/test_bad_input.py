@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim import AdamW
 
 from conftest import DOORS, STAGE_1, STAGE_2
 
@@ -456,10 +457,12 @@ except UserError as error:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(own_drawn, name, fails, monkeypatch):
-    monkeypatch.setattr("cli.options.learning_rate", float)  # which has no bounds
-    error = fails(
-        "clip_fine_tune", own_drawn, *CIRR, *name, *STAGE_1.split(), "--learning-rate", "1e30"
-    )
+    from training import stage1
+
+    # Beyond the bounds of --learning-rate.
+    beyond = lambda learned, lr, **how: AdamW(learned, lr=1e30, **how)  # noqa: E731
+    monkeypatch.setattr(stage1, "AdamW", beyond)
+    error = fails("clip_fine_tune", own_drawn, *CIRR, *name, *STAGE_1.split())
     assert "nan at epoch" in error
     assert "step" in error
 
