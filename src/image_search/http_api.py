@@ -28,7 +28,7 @@ from image_search.forms import File, NoForm, read_form
 from image_search.guard import MOST_SECONDS, RETRY_AFTER, visitor_of
 from image_search.photos import KINDS
 from image_search.searcher import PLACES, Found, Question, Searcher
-from image_search.stores import QuestionError
+from image_search.stores.base import QuestionError
 from image_search.thumbnails import SIDES, Thumbnails, thumbnail
 from image_search.uploads import preview, read_upload
 from image_search.workers import SECONDS, Overrun, Pool, in_thread, source_of_workers
