@@ -134,18 +134,24 @@ def chosen_folders(
     chosen = sorted({*map(Path, held), *(path.resolve() for path in named)} - gone)
     if not chosen:
         raise UserError("--images: name a folder that holds images")
+    for folder in chosen:
+        if not folder.is_dir():
+            raise UserError(
+                f"--images {folder} is no folder: name one that holds images, or drop it from the index with --forget"
+            )
     return chosen
 
 
 def make_index(args: argparse.Namespace) -> None:
     """Encode what is new, and say what was done."""
-    from image_search.photos import FoundImages, find_images
-
     check_files(args)
     check_writable({"--output": args.output})
     earlier = read_manifest(args.output) or {}
     folders = chosen_folders(earlier.get("folders", []), args.images, args.forget, args.output)
     keeping = chosen_keeping(earlier, args.store, args.index_type, args.on_disk, verify=args.verify)
+
+    from image_search.photos import FoundImages, find_images
+
     # One process looks; the others are told what to encode.
     told_by = keeping.told_by
     images = find_images(folders, told_by) if torchrun.is_first() else FoundImages()

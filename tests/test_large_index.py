@@ -105,7 +105,8 @@ def content(folder: Path) -> dict[str, bytes]:
         if file.is_file() and file.name != "index.json":
             parts[file.name.partition("-")[0]] = file.read_bytes()
     about = json.loads((folder / "index.json").read_text())
-    parts["about"] = {name: about[name] for name in sorted(set(about) - set(parts))}
+    # The seal is of the folder itself.
+    parts["about"] = {name: about[name] for name in sorted(set(about) - set(parts) - {"made_here"})}
     return parts
 
 
