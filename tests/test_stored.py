@@ -16,13 +16,14 @@ import combiner_train
 import kills
 from combiner import build_combiner, load_combiner
 from conftest import CASES
-from image_search import faiss_index, index_folder
+from image_search import faiss_index
 from image_search.image_index import open_index
+from image_search.stores import faiss
+from image_search.stores.faiss import KINDS
 from models import clip_model
 from models.clip_model import load_clip, load_finetuned
 from models.configuration import Settings, read_checkpoint
 from runtime import tensors
-from runtime.choices import INDEX_KINDS
 from runtime.tensors import load_tensors
 from settings.declaring import stored
 from test_fuzz import QUIET, json_values
@@ -330,7 +331,7 @@ def write_index(folder: Path, count: int = 40, kind: str = "flat", dim: int = 16
         "unreadable": {"/photos/x.png": "it is empty"},
     }
     rows = lambda start, stop: features[start:stop]  # noqa: E731
-    index_folder.publish(folder, files, rows, about={**about, "kind": kind}, dim=dim)
+    faiss.publish(folder, files, rows, about={**about, "kind": kind}, dim=dim)
 
 
 def part(folder: Path, name: str) -> Path:
@@ -446,7 +447,7 @@ def with_row(rows: np.ndarray, value: float) -> np.ndarray:
     return changed
 
 
-@pytest.mark.parametrize("kind", INDEX_KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_vectors_of_other_features(kind):
     rng = np.random.default_rng(0)
     features = rng.normal(size=(10_000 if kind == "ivfpq" else 50, 16)).astype(np.float32)
@@ -456,7 +457,7 @@ def test_vectors_of_other_features(kind):
     assert faiss_index.mismatch(faiss_index.build(repeated, kind), repeated, kind) == ""
     assert "other features" in faiss_index.mismatch(index, rng.permutation(features), kind)
     assert "vectors of length 16" in faiss_index.mismatch(index, features[1:], kind)
-    for other in set(INDEX_KINDS) - {kind}:
+    for other in set(KINDS) - {kind}:
         assert faiss_index.mismatch(index, features, other) == f"it is not of the kind {other}"
 
 
