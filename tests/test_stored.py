@@ -1,4 +1,7 @@
-"""What files say of themselves, field by field, and weights from elsewhere, weight by weight: read, or named."""
+"""What files say of themselves, field by field, and weights from elsewhere, weight by weight: read, or named.
+
+One field of each type, and one weight of each kind; `make soak` takes all of them.
+"""
 
 import json
 import math
@@ -15,7 +18,7 @@ import clip_fine_tune
 import combiner_train
 import kills
 from combiner import build_combiner, load_combiner
-from conftest import CASES
+from conftest import CASES, one_of_each_kind
 from image_search import faiss_index, index_folder
 from image_search.image_index import open_index
 from models import clip_model
@@ -87,6 +90,12 @@ def weights_of(kind: str, clip) -> dict[str, torch.Tensor]:
     return {name: weight.clone() for name, weight in model.state_dict().items()}
 
 
+def kind_of_weight(item: tuple[str, torch.Tensor]) -> tuple[str, int]:
+    """The last part of a weight's name, and its dimensions."""
+    name, weight = item
+    return name.rpartition(".")[2], weight.dim()
+
+
 def with_first(weight: torch.Tensor, value: float) -> torch.Tensor:
     changed = weight.clone()
     changed.view(-1)[0] = value
@@ -117,7 +126,7 @@ FLAWS = {
 @pytest.mark.parametrize("kind", ["CLIP", *COMBINERS])
 def test_a_flaw_of_any_weight_is_named(kind, flaw, clip):
     weights = weights_of(kind, clip)
-    for name, weight in weights.items():
+    for name, weight in one_of_each_kind(weights.items(), kind_of_weight):
         if not weight.is_floating_point() or (flaw == "one value for all" and weight.numel() == 1):
             continue
         damaged = {**weights, name: FLAWS[flaw](weight)}
@@ -128,7 +137,7 @@ def test_a_flaw_of_any_weight_is_named(kind, flaw, clip):
 @pytest.mark.parametrize("kind", ["CLIP", *COMBINERS])
 def test_any_weight_that_is_missing_or_extra_is_named(kind, clip):
     weights = weights_of(kind, clip)
-    for name in weights:
+    for name, _ in one_of_each_kind(weights.items(), kind_of_weight):
         others = {other: weight for other, weight in weights.items() if other != name}
         if not name.endswith("num_batches_tracked"):
             refused(lambda state=others: load_as(kind, state, clip), "there.pt", name)
@@ -307,7 +316,14 @@ def refuse_each_wrong_value(kind: str, content, read, *, names=(), nullable=(), 
 
     read(content)
     everywhere = [steps for steps in places(content) if not set(steps) & set(free)]
-    for steps in everywhere:
+
+    def kind_of_place(steps: tuple) -> tuple:
+        """What a field is in, its type, and whether it may be None."""
+        around = tuple(step if isinstance(step, str) else "*" for step in steps[:-1])
+        may_be_none = bool(steps) and str(steps[-1]) in nullable
+        return around, type(at(content, steps)), may_be_none
+
+    for steps in one_of_each_kind(everywhere, kind_of_place):
         for value in WRONG:
             attempt(steps, value)
     fuzz = given(st.sampled_from(everywhere), json_values)(attempt)
