@@ -70,10 +70,16 @@ def flags_where(chosen: Callable[[argparse.Action], bool]) -> list:
 
 
 def kind_of(case) -> tuple:
-    """What decides how a flag takes a value."""
+    """What decides how a flag takes a value: its type but for its bounds, and how many values there are."""
     _, action = case.values
-    choices = None if action.choices is None else tuple(action.choices)
-    return action.type, action.nargs, type(action), choices, bool(action.option_strings)
+    type_of_value = getattr(action.type, "__qualname__", None)
+    return (
+        type_of_value,
+        action.nargs,
+        type(action),
+        action.choices is None,
+        not action.option_strings,
+    )
 
 
 def typed(action: argparse.Action, text: str) -> list[str]:

@@ -3,9 +3,12 @@
 One field of each type, and one weight of each kind; `make soak` takes all of them.
 """
 
+import contextlib
 import json
 import math
 import random
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -493,48 +496,30 @@ def test_files_of_two_indexes(tmp_path):
     refused(lambda: open_index(tmp_path / "a"), files.name, "not the list that was written")
 
 
-FULL = """
-import json, resource, signal, sys
-from pathlib import Path
-sys.path.insert(0, "{tests}")
-from test_stored import part, write_index
-from image_search.image_index import open_index
-from settings.declaring import stored
-from utils import UserError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-folder = Path(sys.argv[1])
-write_index(folder, 300, kind=sys.argv[2])
-sizes = [part(folder, name).stat().st_size for name in ("index", "files", "features", "vectors")]
-before = sorted((file.name, file.read_bytes()) for file in folder.iterdir())
-_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-refused = 0
-for size in sizes:
-    for short in (1, 100, 5000, size // 2):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (max(size - short, 0), hard))
-        try:
-            write_index(folder, 300, kind=sys.argv[2])
-        except UserError as error:
-            assert "could not write" in str(error), error
-            refused += 1
-        else:
-            continue  # other files are larger than this one
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        assert sorted((file.name, file.read_bytes()) for file in folder.iterdir()) == before
-        open_index(folder)
-print(refused)
-"""
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The kernel refuses files above a size in bytes, as a full disk does; Python ignores its signal SIGXFSZ."""
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
 
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw"])
-def test_a_disk_that_is_full_at_any_byte_leaves_the_earlier_index(kind, start, tmp_path):
-    """The kernel refuses files above a size, as a full disk does. FAISS and NumPy pass over the last bytes."""
-    script = tmp_path / "fills.py"
-    script.write_text(FULL.format(tests=Path(__file__).parent))
-    process = start(script, tmp_path / "index", kind)
-    assert process.wait() == 0, process.stderr
-    assert int(process.stdout) == 16
-    CASES["full disks", "refused"] += 16
+def test_a_disk_that_is_full_at_any_byte_leaves_the_earlier_index(kind, tmp_path):
+    """FAISS and NumPy pass over the last bytes."""
+    write_index(tmp_path, 300, kind=kind)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    for name in ("index", "files", "features", "vectors"):
+        size = part(tmp_path, name).stat().st_size
+        for short in (1, 100, 5000, size // 2):
+            with files_of_at_most(max(size - short, 0)):
+                refused(lambda: write_index(tmp_path, 300, kind=kind), "could not write")
+            assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+            open_index(tmp_path)
+            CASES["full disks", "refused"] += 1
 
 
 # Settings of checkpoints and runs
