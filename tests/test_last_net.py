@@ -55,7 +55,7 @@ EXCEPTIONS = [(kind, text) for kind in raised_by_python() for text in TEXTS]
 
 def is_told_as(case: tuple[type[BaseException], str]) -> object:
     """Of one kind, ValueError, every text; of each other kind one."""
-    kind, text = case
+    kind, _ = case
     return case if kind is ValueError else kind
 
 
