@@ -659,7 +659,7 @@ def test_what_files_say_is_no_markup_in_a_card(pairs, results):
         return found
 
     assert kinds(HOSTILE) == kinds("plain")
-    for character in string.punctuation:
+    for character in string.punctuation if SOAK else "*`|<[\\":
         assert kinds(f"a{character}b {character}c{character} d") == kinds("plain")
 
 
