@@ -11,8 +11,7 @@ import compare
 from benchmarks import FashionIQ
 from benchmarks.metrics import Ranks
 from evaluation.comparison import read_columns
-from evaluation.result_file import read_result, write_result
-from utils import UserError
+from evaluation.result_file import write_result
 
 
 def ranks(seed: int, shift: int = 0, queries: int = 200) -> list[int]:
@@ -269,21 +268,6 @@ def test_one_seed_has_no_standard_deviation(stage_2, capsys):
     assert "deviation" not in capsys.readouterr().out
     summary = json.loads((folder / "best_metrics.json").read_text())
     assert set(summary) == {"chosen_by", "seeds", "mean"}
-
-
-def test_a_result_from_before_a_metric_was_added_is_read(result, tmp_path):
-    """What selects checkpoints must be in it; what is reported since then is made of its ranks."""
-    file = result("older")
-    content = json.loads(file.read_text())
-    metrics = content["protocols"]["original-kept"]["metrics"]
-    whole = dict(metrics)
-    del metrics["dress_recall_at50"]
-    file.write_text(json.dumps(content))
-    assert read_result(file)["protocols"]["original-kept"]["metrics"] == whole
-    del metrics["average_recall"]
-    file.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="not a whole one"):
-        read_result(file)
 
 
 def test_runs_of_earlier_versions_are_one_method_with_those_of_now(result):
