@@ -53,7 +53,7 @@ class Collate:
 
     def _stack(self, tensors: Sequence[Tensor]) -> Any:
         if len(tensors) * tensors[0].nbytes <= self.room:
-            return default_collate(tensors)
+            return default_collate(list(tensors))
         return TensorInFile(torch.stack(list(tensors)))
 
 
