@@ -181,6 +181,16 @@ def test_images(split, damage, workers, own_drawn, train, fails, tmp_path):
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.csv"))
 
 
+def test_a_process_that_dies_while_it_decodes(golden, name, fails, monkeypatch):
+    def killed(path, **how):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("models.encoder.load_image", killed)
+    error = fails("validate", golden, *CIRR, *SUM, *name, "--num-workers", 1)
+    assert "--shm-size" in error
+    assert "--num-workers 0" in error
+
+
 def test_images_are_checked_before_stage_1_trains(own_drawn, name, fails, tmp_path):
     (own_drawn / "cirr_dataset/dev/dev-1-0-img2.png").unlink()
     error = fails("clip_fine_tune", own_drawn, *CIRR, *name, *STAGE_1.split())
