@@ -33,9 +33,7 @@ from training.stage2 import ComposedFeatures
 from utils import UserError
 
 EFFICIENCY = 0.4  # of a GPU's rate of products is what a whole training reaches, by rule of thumb
-USABLE = (
-    0.9  # of its memory; the rest is for CUDA, the libraries' workspaces and gaps between tensors
-)
+USABLE = 0.9  # of its memory; the rest is for CUDA, libraries' workspaces and gaps between tensors
 FLOAT = 4  # bytes
 SMALLEST_MICRO_BATCH = 16  # triplets; with fewer a GPU waits for its next kernel
 MOST_SIMILARITIES = 2**28  # in memory at a time, see `evaluation/retrieval.py`
@@ -327,7 +325,7 @@ def _step(clip: CountedClip, precision: str, checkpointed: bool, rows: int) -> C
 def _composed(
     combiner: Composer, rows: int, dim: int, experts: int, precision: str | None
 ) -> Counted:
-    """A Combiner's forward pass, its rows spread evenly over the experts; that of evaluation without a precision."""
+    """A Combiner's forward pass in a precision of training, or in evaluation; each expert gets as many rows."""
     experts = max(1, experts)
     rows = -(-rows // experts) * experts
     training = precision is not None
@@ -471,12 +469,9 @@ class FineTuning(Training):
 
     def step(self, way: Way) -> list[Work]:
         encoding = self.clip.encoding(2 * way.batch_size, way.batch_size)
-        image, text = (part.operations for part in encoding)
-        forward = image + text
-        trained = self.clip.trained
-        learned = sum(
-            own for part, own in (("image", image), ("text", text)) if trained in (part, "both")
-        )
+        parts = dict(zip(("image", "text"), (work.operations for work in encoding), strict=True))
+        learned = sum(parts[part] for part in parts if self.clip.trained in (part, "both"))
+        forward = sum(parts.values())
         work = {"forward": forward, "backward": 2 * learned}
         if way.rows < way.batch_size:
             work["forward again, for micro-batches"] = forward
@@ -525,12 +520,11 @@ class CombinerTraining(Training):
         return self.combiner
 
     def passing(self, way: Way) -> dict[str, int]:
+        forward = self._composed(way.batch_size, self.precision)
         return {
             "frozen features": self._features(),
             "this batch and the next": 2 * 3 * way.batch_size * self.clip.dim * FLOAT,
-            f"activations of {way.batch_size:,} triplets": self._composed(
-                way.batch_size, self.precision
-            ).peak,
+            f"activations of {way.batch_size:,} triplets": forward.peak,
             "attention's workspace": self._workspace(way.batch_size),
             "loss and its gradients": self.loss(way)[0],
         }
@@ -597,13 +591,11 @@ class CombinerTraining(Training):
         In half precision the memory-efficient kernel adds up the gradients of heads longer than 128 in float32, 256
         rows of a head for each head of each sequence (torch's mem_eff_attention/kernel_backward.h).
         """
-        attention = [
-            own for own in self.combiner.modules() if isinstance(own, nn.MultiheadAttention)
-        ]
-        if self.precision == "fp32":
-            return 0
-        long = (own.num_heads * own.head_dim for own in attention if own.head_dim > 128)
-        return rows * 256 * FLOAT * max(long, default=0)
+        most = 0
+        for module in self.combiner.modules():
+            if isinstance(module, nn.MultiheadAttention) and module.head_dim > 128:
+                most = max(most, module.num_heads * module.head_dim)
+        return 0 if self.precision == "fp32" else rows * 256 * most * FLOAT
 
     def _composing(self) -> Work:
         """All validation queries composed, as in training: torch knows no operations of evaluation's attention."""
