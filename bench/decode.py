@@ -22,7 +22,7 @@ import shapes_dataset
 import validate
 from benchmarks import FashionIQ
 from data_utils import load_image, make_preprocess
-from models.configuration import read_checkpoint, settle
+from models.configuration import read_checkpoint, resolve_clip_options
 from models.encoder import load_encoder
 from runtime.choices import DECODINGS
 from runtime.image_files import decoded
@@ -93,7 +93,7 @@ def effect(folder: Path) -> None:
         validate.main([*words, *pair, "--metrics-json", str(file)])
         print(decode, json.loads(file.read_text())["metrics"])
         checkpoint = read_checkpoint("", tuned, "CLIP")
-        choice = settle(Clip(decode=decode), [checkpoint])
+        choice = resolve_clip_options(Clip(decode=decode), [checkpoint])
         encoder = load_encoder(choice, checkpoint, torch.device("cpu"), workers=0)
         features.append(encoder.images(split.paths))
     cosines = F.cosine_similarity(*features)

@@ -13,7 +13,7 @@ import shapes_dataset
 from benchmarks import CIRR
 from combiner import Combiner
 from evaluation.retrieval import evaluate
-from models.configuration import settle
+from models.configuration import resolve_clip_options
 from models.encoder import load_encoder
 from models.features import FeatureCache, FrozenSplit, freeze, freeze_queries
 from ranking import random_cirr
@@ -68,7 +68,7 @@ def drawn(setting: Setting) -> Iterator[Row]:
         sizes = f"--train-groups {train_groups} --val-groups {val_groups}"
         sizes += " --train-triplets 1 --val-triplets 1"
         shapes_dataset.main(["--output-dir", folder, *sizes.split()])
-        choice = settle(Clip(clip_model_name=str(root / "tiny_clip_vit.pt")), [])
+        choice = resolve_clip_options(Clip(clip_model_name=str(root / "tiny_clip_vit.pt")), [])
         encoder = load_encoder(choice, None, device, workers=2)
         benchmark = CIRR(root)
         train, val = benchmark.train(), benchmark.val()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from benchmarks import Benchmark
 from cli import training
 from cli.startup import pick_device
-from models.configuration import Settings, settle
+from models.configuration import Settings, resolve_clip_options
 from runtime.interruption import StopRequest, listening
 from settings.declaring import stored
 from settings.groups import Stage1
@@ -90,7 +90,7 @@ def load_clip(args: Stage1, device: "torch.device", stop: StopRequest) -> "Encod
     """CLIP as the flags want it; it stops between two batches of images."""
     from models.encoder import load_encoder
 
-    encoder = load_encoder(settle(args, []), None, device, workers=args.num_workers)
+    encoder = load_encoder(resolve_clip_options(args, []), None, device, workers=args.num_workers)
     if args.gradient_checkpointing:
         encoder.backbone.checkpoint_gradients(encoder.model)
     return dataclasses.replace(encoder, between=stop.check)

@@ -23,8 +23,8 @@ from models.configuration import (
     Settings,
     assumed,
     read_checkpoint,
+    resolve_clip_options,
     say_assumed,
-    settle,
     warn_of_transfer,
 )
 from runtime.interruption import StopRequest, listening
@@ -80,7 +80,7 @@ def prepare(args: Stage2, benchmark: Benchmark, stop: StopRequest) -> Stage:
         benchmark, batch_size=args.batch_size, seed=args.seed, verify=args.verify
     )
     warn_of_transfer(benchmark.name, [tuned])
-    clip = settle(args, [tuned])
+    clip = resolve_clip_options(args, [tuned])
     say_assumed(assumed(args, clip, [tuned]), [tuned])
     encoder = load_encoder(clip, tuned, device, workers=args.num_workers, batch_size=args.clip_bs)
     settings = Settings(

@@ -17,7 +17,7 @@ from benchmarks import BENCHMARKS
 from cli import options
 from cli.parsers import ScriptParser
 from cli.startup import check_files
-from models.configuration import read_checkpoint, settle
+from models.configuration import read_checkpoint, resolve_clip_options
 from runtime.gpus import GPUS, Gpu
 from settings import groups
 from settings.declaring import changed
@@ -143,7 +143,7 @@ def planned_clip(args: argparse.Namespace, gpu: Gpu) -> "CountedClip":
     from training.planning import CountedClip
 
     tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
-    choice: dict[str, Any] = settle(groups.Clip.of(args), [tuned]).model_dump()
+    choice: dict[str, Any] = resolve_clip_options(groups.Clip.of(args), [tuned]).model_dump()
     check_precision(gpu, "encode_precision", choice["encode_precision"])
     return CountedClip(
         choice["clip_model_name"],

@@ -285,6 +285,6 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def two_decimals(value: float, sign: str = "") -> str:
+def format_metric(value: float, sign: str = "") -> str:
     """A metric as every table, log and page shows it; a difference of metrics with the sign "+"."""
     return f"{value:{sign}.2f}"

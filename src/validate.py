@@ -18,7 +18,7 @@ from runtime.files import check_file_writable, check_writable
 from settings import groups
 from settings.declaring import parent
 from settings.flag_types import positive_int, usable_path
-from utils import command, two_decimals
+from utils import command, format_metric
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -58,7 +58,7 @@ def print_metrics(benchmark: Benchmark, measured: Mapping[Protocol, Mapping[str,
     rows = {}
     for protocol, metrics in measured.items():
         rows[protocol.name] = {
-            title: two_decimals(metrics[name]) for name, title in benchmark.titled(metrics).items()
+            title: format_metric(metrics[name]) for name, title in benchmark.titled(metrics).items()
         }
     print(f"\n{text_table(rows)}")
 

@@ -19,7 +19,7 @@ from image_search.image_index import encoder_key
 from image_search.stores.base import check_features
 from models import clip_model, encoder, features
 from models.clip_model import backbone, load_clip
-from models.configuration import Checkpoint, Settings, settle
+from models.configuration import Checkpoint, Settings, resolve_clip_options
 from models.encoder import Encoder
 from models.features import FeatureCache, FrozenSplit
 from runtime.tensors import load_tensors
@@ -328,11 +328,13 @@ def trained(**recipe) -> Checkpoint:
 
 def test_images_are_decoded_as_the_weights_were_trained(caplog):
     silent, draft = Clip(), trained(transform="clip", decode="draft")
-    assert settle(silent, []).decode == "full"
-    assert settle(silent, [trained(transform="clip")]).decode == "full"  # of an earlier version
-    assert settle(silent, [draft]).decode == "draft"
+    assert resolve_clip_options(silent, []).decode == "full"
+    assert (
+        resolve_clip_options(silent, [trained(transform="clip")]).decode == "full"
+    )  # of an earlier version
+    assert resolve_clip_options(silent, [draft]).decode == "draft"
     assert caplog.text == ""
-    assert settle(Clip(decode="full"), [draft]).decode == "full"
+    assert resolve_clip_options(Clip(decode="full"), [draft]).decode == "full"
     assert "weights.pt was trained with --decode draft, not full" in caplog.text
     with pytest.raises(
         UserError, match=r"recipe\.decode: it should be one of full, draft, not 'half'"

@@ -17,7 +17,7 @@ from combiner import Combiner, compose_sum
 from conftest import read_csv
 from evaluation.retrieval import evaluate
 from models.clip_model import backbone, load_clip, resolution, tokenize
-from models.configuration import settle
+from models.configuration import resolve_clip_options
 from models.encoder import load_encoder
 from models.features import FrozenSplit
 from settings.groups import Clip
@@ -368,7 +368,9 @@ def test_stage_1_learns_as_in_full_precision(drawn):
 
     def task_of(seed: int) -> Task:
         order = Order(triplets=len(texts), variants=1, batch_size=10, seed=seed)
-        encoder = load_encoder(settle(Clip(clip_model_name=name), []), None, CPU, workers=0)
+        encoder = load_encoder(
+            resolve_clip_options(Clip(clip_model_name=name), []), None, CPU, workers=0
+        )
         return fine_tuning(
             encoder,
             TrainingData(benchmark=benchmark, train=val[0], val=val, texts=texts, order=order),

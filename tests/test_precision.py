@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import search
-from models.configuration import settle
+from models.configuration import resolve_clip_options
 from models.encoder import load_encoder
 from runtime import precision
 from runtime.choices import ENCODE_PRECISIONS
@@ -22,7 +22,7 @@ HALF = ("bf16", "fp16")
 def make_encoder(golden):
     def make(precision: str | None = None, name: str = "vit"):
         choice = Clip(clip_model_name=str(golden / f"clip_{name}.pt"), encode_precision=precision)
-        return load_encoder(settle(choice, []), None, CPU, workers=0)
+        return load_encoder(resolve_clip_options(choice, []), None, CPU, workers=0)
 
     return make
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from utils import two_decimals
+from utils import format_metric
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,7 +121,7 @@ def shown(values: Sequence[float]) -> str:
     """A value as tables show it, or mean ± standard deviation of several."""
     mean, deviation = mean_and_deviation(values)
     return (
-        two_decimals(mean)
+        format_metric(mean)
         if deviation is None
-        else f"{two_decimals(mean)} ± {two_decimals(deviation)}"
+        else f"{format_metric(mean)} ± {format_metric(deviation)}"
     )

@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from benchmarks import BENCHMARKS, CIRCO, PROTOCOLS
-from cli.parsers import InPlaceOf, ListModels
+from cli.parsers import Alias, ListModels
 from image_search.stores.base import store_address
 from runtime.choices import (
     COMBINING_FUNCTIONS,
@@ -108,7 +108,7 @@ def machine_flags() -> argparse.ArgumentParser:
 
 
 def clip_flags() -> argparse.ArgumentParser:
-    """Which CLIP, and how images are preprocessed. None where silent: `configuration.settle` fills in."""
+    """Which CLIP, and how images are preprocessed. None where silent: `configuration.resolve_clip_options` fills in."""
     parser = parent(groups.Clip)
     parser._action_groups[-1].add_argument(
         "--list-models", action=ListModels, help="print the names, and end"
@@ -123,7 +123,7 @@ def exported_flag() -> argparse.ArgumentParser:
     group.add_argument(
         "--pair",
         type=pair_place,
-        action=InPlaceOf,
+        action=Alias,
         other="combining_function",
         metavar="DIR",
         help="a folder of export.py, or hf-hub:ORG/REPO, in place of the flags of weights; composed by its Combiner if "

@@ -73,7 +73,7 @@ class ListModels(argparse.Action):
         parser.exit()
 
 
-class InPlaceOf(argparse.Action):
+class Alias(argparse.Action):
     """A flag that says what another one says, which then need not be given.
 
     Args:

@@ -13,7 +13,7 @@ from evaluation.result_file import Result, composed_by, read_result, stored_rank
 from models.configuration import Settings, trained_on
 from runtime.choices import named
 from settings.groups import FREE_FLAGS
-from utils import UserError, two_decimals
+from utils import UserError, format_metric
 
 if TYPE_CHECKING:
     import numpy as np
@@ -265,8 +265,8 @@ def _drawn(
 
 def with_interval(value: float, interval: tuple[float, float], sign: str = "") -> str:
     """A number with its bounds, as tables show it."""
-    low, high = (two_decimals(end, sign) for end in interval)
-    return f"{two_decimals(value, sign)} [{low}, {high}]"
+    low, high = (format_metric(end, sign) for end in interval)
+    return f"{format_metric(value, sign)} [{low}, {high}]"
 
 
 def bounds(resampled: Recalls, confidence: float) -> dict[str, tuple[float, float]]:

@@ -181,7 +181,7 @@ def warn_of_transfer(dataset: str, checkpoints: Sequence[Checkpoint | None]) -> 
         logger.warning("warning: %s, and this is %s", " and ".join(others), dataset)
 
 
-def settle(choice: Clip, checkpoints: Sequence[Checkpoint | None]) -> Clip:
+def resolve_clip_options(choice: Clip, checkpoints: Sequence[Checkpoint | None]) -> Clip:
     """Name, preprocessing and precision: the flag, else what the checkpoints were trained with, else the default.
 
     A flag that contradicts how weights were trained is obeyed, with a warning.
@@ -216,7 +216,7 @@ def assumed(
     What there was no choice of when earlier versions wrote their settings is not assumed, but known.
 
     Args:
-        settled: what `settle` makes of the others.
+        settled: what `resolve_clip_options` makes of the others.
     """
     given = [checkpoint for checkpoint in checkpoints if checkpoint is not None]
     if not given:

@@ -269,7 +269,7 @@ def load_encoder(
     """CLIP in eval mode with its preprocessing.
 
     Args:
-        settings: from `configuration.settle`: nothing in it is None.
+        settings: from `configuration.resolve_clip_options`: nothing in it is None.
         tuned: stage-1 weights that replace the model's own.
         opened: opens an image file; `side` are the pixels that its shorter side needs.
     """

@@ -49,7 +49,7 @@ class ExportedPair:
 
     @property
     def recipe(self) -> Checkpoint:
-        """What its images and features are made with, as `settle` asks checkpoints for it."""
+        """What its images and features are made with, as `resolve_clip_options` asks checkpoints for it."""
         settings = Settings(flags={}, recipe=self.config["recipe"], data={}, versions={})
         return Checkpoint(path=self.folder / CONFIG, state={}, config=settings.on_disk())
 

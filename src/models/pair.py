@@ -17,8 +17,8 @@ from models.configuration import (
     Checkpoint,
     assumed,
     read_checkpoint,
+    resolve_clip_options,
     say_assumed,
-    settle,
     trained_on,
     warn_of_transfer,
 )
@@ -88,7 +88,7 @@ def load_pair(
         UserError: a combiner without its path, or whatever is wrong with the checkpoints.
     """
     composed_by, tuned, trained, told_by = _weights(choice)
-    settings = settle(choice.clip, told_by)
+    settings = resolve_clip_options(choice.clip, told_by)
     taken = assumed(choice.clip, settings, told_by)
     if trained is not None:
         known = {**trained.table, **(trained.sizes or {})}

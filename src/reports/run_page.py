@@ -10,7 +10,7 @@ from typing import Any
 from reports import pages
 from reports.curves import Panel, Rows, can_draw, drawing, panels_of, training_curves
 from runtime.files import write_bytes, write_text
-from utils import two_decimals
+from utils import format_metric
 
 DRAWING_SHARE = 0.05  # of the time, which drawing may take
 FIRST_COST = 2.0  # seconds, for it loads matplotlib
@@ -130,7 +130,7 @@ def _best(about: About, validations: Rows) -> str:
     lines = {}
     for name, row in named.items():
         lines[f"{name}, epoch {row['epoch']}"] = [
-            two_decimals(row[metric]) for metric in about.titles
+            format_metric(row[metric]) for metric in about.titles
         ]
     return pages.matrix(list(about.titles.values()), lines)
 

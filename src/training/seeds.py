@@ -13,7 +13,7 @@ from reports.tables import text_table
 from runtime.files import write_text
 from training.data import TrainingData
 from training.run_folder import BEST_METRICS, about_run, best_validation, read_rows, seed_folder
-from utils import two_decimals
+from utils import format_metric
 
 
 def report_seeds(folder: Path, seeds: list[int], data: TrainingData, settings: Settings) -> None:
@@ -39,7 +39,7 @@ def report_seeds(folder: Path, seeds: list[int], data: TrainingData, settings: S
     table = {}
     for name, row in rows.items():
         table[name] = {
-            title: two_decimals(row[metric]) for metric, title in benchmark.titled(row).items()
+            title: format_metric(row[metric]) for metric, title in benchmark.titled(row).items()
         }
     about = f"validations with the best {chosen_by} of each seed"
     print(f"{about}\n{text_table(table)}")
@@ -61,7 +61,7 @@ def page_of_seeds(
     epochs: dict[float, dict[str, float]] = {}
     lines = {}
     for seed, row in best.items():
-        lines[names[seed]] = [two_decimals(row[metric]) for metric in about.titles]
+        lines[names[seed]] = [format_metric(row[metric]) for metric in about.titles]
         for validation in read_rows(seed_folder(folder, seed), "validation"):
             of_seeds = epochs.setdefault(validation["epoch"], {"epoch": validation["epoch"]})
             of_seeds[names[seed]] = validation[chosen_by]

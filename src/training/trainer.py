@@ -16,7 +16,7 @@ from training.saving import REMEDY, Autosave, Checkpoints, Progress, load_state,
 from training.schedule import Precision
 from training.step import Stepper, Task
 from training.terminal import Pace
-from utils import DiskError, Stopped, UserError, two_decimals
+from utils import DiskError, Stopped, UserError, format_metric
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +215,7 @@ class Trainer:
         """The metrics that select checkpoints, each with its best value so far."""
         parts = []
         for name, value in self.checkpoints.best.items():
-            parts.append(f"{name} {two_decimals(metrics[name])} (best {two_decimals(value)})")
+            parts.append(f"{name} {format_metric(metrics[name])} (best {format_metric(value)})")
         return ", ".join(parts)
 
     def save_if_due(self, *, epoch_ends: bool = False) -> None:
@@ -264,4 +264,4 @@ class Trainer:
         for path in self.checkpoints.saved:
             logger.info("saved: %s", path)
         for name, value in self.checkpoints.best.items():
-            logger.info("best %s = %s", name, two_decimals(value))
+            logger.info("best %s = %s", name, format_metric(value))
