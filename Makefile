@@ -33,6 +33,7 @@ quick: $(VENV)/dev-installed
 
 soak: $(VENV)/dev-installed
 	SOAK=1 $(BIN)/python -m pytest tests/test_resume.py tests/test_fuzz.py -k "killed_at_any_point or fuzz"
+	SOAK=1 $(BIN)/python -m pytest $(IN_PARALLEL) tests/test_wrong_numbers.py tests/test_circo.py
 
 bench: $(VENV)/app-installed
 	$(BIN)/python bench/run.py

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,13 @@ os.environ["OMP_NUM_THREADS"] = (
     "1"  # before torch is loaded: two threads wait for each other at tensors so small
 )
 SOAK = os.environ.get("SOAK") == "1"  # `make soak`: many more cases
+
+
+def in_turn(cases: Sequence, number: int) -> Sequence:
+    """All of some cases in `make soak`, else one: the next for each number, so that every kind of case comes up."""
+    return cases if SOAK or not cases else [cases[number % len(cases)]]
+
+
 CASES: Counter[tuple[str, str]] = Counter()  # (what was tried, outcome) -> cases
 # A busy machine fails no test.
 settings.register_profile("anywhere", deadline=None, suppress_health_check=[HealthCheck.too_slow])
