@@ -19,9 +19,9 @@ import torch
 
 from image_search import faiss_index, list_file
 from image_search.image_index import Update, update_index
-from image_search.index_folder import FaissImages
 from image_search.photos import find_images
-from image_search.stores import Keeping
+from image_search.stores.base import Keeping
+from image_search.stores.faiss import FaissImages
 from timing import GIB, Row, Setting
 from vector_search import DIM, INTRINSIC
 

@@ -138,7 +138,7 @@ def serve(how: str, flags: list[str]) -> None:
     import demo_app
     from cli import options
     from cli.startup import pick_device
-    from image_search.batching import Together
+    from image_search.batching import Batcher
     from image_search.guard import Guard, Hosts
     from image_search.http_api import Service, build
     from image_search.searcher import load_searcher
@@ -148,8 +148,8 @@ def serve(how: str, flags: list[str]) -> None:
     most, wait = SERVERS[how]
     bound = demo_app.bound_socket("127.0.0.1", 0)
     with (
-        contextlib.closing(Together(searcher.answer, most, wait)) as together,
-        contextlib.closing(Service(searcher, args.k, together)) as service,
+        contextlib.closing(Batcher(searcher.answer, most, wait)) as batcher,
+        contextlib.closing(Service(searcher, args.k, batcher)) as service,
     ):
         app = Guard(build(service, False), Hosts("127.0.0.1"))
         with demo_app.served(app, bound):

@@ -11,8 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 from benchmarks import BENCHMARKS
 from plan import GIB, typed
 from runtime.gpus import GPUS, Gpu
-from training.budget import USABLE, FineTuning, seconds, sizes_of
-from training.counted_clip import CountedClip, Encoding, Way
+from training.planning import USABLE, CountedClip, FineTuning, Way, seconds, sizes_of
 
 GUIDE = Path(__file__).with_suffix(".md")
 MARK = "<!-- What follows is written by `python docs/gpus.py`. -->\n"
@@ -27,8 +26,8 @@ SIZES = [
 
 def table(name: str) -> str:
     """The table of one CLIP, in Markdown."""
-    encoding = Encoding(clip=CountedClip(name, "both"), batch_size=32, precision="fp32")
-    trainings = [FineTuning(encoding=encoding, sizes=sizes, precision="fp16") for sizes in SIZES]
+    clip = CountedClip(name, "both")
+    trainings = [FineTuning(clip=clip, sizes=sizes, precision="fp16") for sizes in SIZES]
     titles = ["batch", "GPU", "flags", "GiB", *(f"{sizes.name}, s" for sizes in SIZES)]
     lines = [f"### {name}", "", row(titles), row(["---"] * len(titles))]
     for batch in BATCHES:

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import BENCHMARKS, Benchmark
 from benchmarks.server_files import FORMS, Form, form_of, parse_submission
 from cli.parsers import ScriptParser
-from evaluation.rankings_file import is_rankings, read_rankings, rescored, unlike_annotations
+from evaluation.rankings_file import is_rankings, read_rankings, unlike_annotations
 from runtime.files import check_file_writable, write_text
 from settings import groups
 from settings.declaring import parent
@@ -109,7 +109,7 @@ def check_rankings(file: Path, args: argparse.Namespace) -> dict[str, Any] | Non
     """Print where a file of validate.py --rankings is not of the annotations; its metrics if it is.
 
     Raises:
-        UserError: it is of another split than --split, or contradicts itself.
+        UserError: it is of another split than --split, or see `read_rankings`.
     """
     content = read_rankings(file)
     kind = BENCHMARKS[content["dataset"]]
@@ -121,7 +121,7 @@ def check_rankings(file: Path, args: argparse.Namespace) -> dict[str, Any] | Non
         raise UserError(f"{file} is of {content['split']}: give --split val")
     if not print_violations(file, unlike_annotations(content, benchmark)):
         return None
-    protocols = rescored(content, benchmark)
+    protocols = {name: found["metrics"] for name, found in content["protocols"].items()}
     first = protocols[next(iter(protocols))]
     about = {"dataset": benchmark.name, "split": content["split"]}
     return {**about, "metrics": first, "protocols": protocols, "files": [str(file)]}

@@ -7,7 +7,7 @@ and standard deviation. Intervals are paired bootstrap intervals over the querie
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import BENCHMARKS, PROTOCOLS, Benchmark
@@ -78,19 +78,12 @@ def differences(
     return table
 
 
-def rows_of(columns: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
-    """The rows of a table from its columns, which have all the same rows."""
-    rows: dict[str, dict[str, str]] = {}
-    for label, column in columns.items():
-        for title, cell in column.items():
-            rows.setdefault(title, {})[label] = cell
-    return rows
-
-
 def print_protocol(
     benchmark: Benchmark, columns: Sequence[Column], protocol: str, *, resampling: Resampling
 ) -> None:
     """One table: metrics by columns, and beside each column its difference from the first; notes below."""
+    import pandas as pd
+
     base, *others = columns
     table = {base.label: cells(benchmark, base, protocol)}
     notes = []
@@ -121,7 +114,7 @@ def print_protocol(
         f"\n{result['dataset']} {result['split']}, {protocol}: gallery {about.gallery}, reference {about.reference}"
         f"{printable(text)}"
     )
-    print(text_table(rows_of(table)))
+    print(text_table(pd.DataFrame(table).fillna("").to_dict("index")))
     for note in notes:
         print(printable(note))
 

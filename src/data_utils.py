@@ -1,15 +1,14 @@
 """Image files to tensors: padding, preprocessing, decoding, batches. It knows no benchmark."""
 
 import functools
-import gc
-import logging
+import multiprocessing
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing import connection
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,21 +17,10 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILTo
 from torchvision.transforms import functional as F
 
 from runtime import interruption
+from runtime.collate import Collate, batch_room
 from runtime.image_files import decoded
+from runtime.prefetch import on_device
 from utils import WORKERS_REMEDY, UserError, first_line
-
-logger = logging.getLogger(__name__)
-
-# What PyTorch says where processes die or cannot hand over what they read.
-SIGNS_OF_PROCESSES = (
-    "killed by signal", "exited unexpectedly", "shared memory", "</torch_", "received 0 items of ancdata",
-    "can't start new thread", "Too many open files", "annot allocate memory",
-)  # fmt: skip
-
-
-MOST_PADDED = 60_000_000  # pixels up to which a padded image is made at once, in 180 MB
-STRIP = 4_000_000  # pixels of a part of a larger one
-PREMULTIPLIED = {"LA": "La", "RGBA": "RGBa"}  # in which Pillow scales
 
 
 class SquarePad:
@@ -62,41 +50,6 @@ class TargetPad(SquarePad):
             return 0, 0
         wanted = longest / self.ratio
         return max(int((wanted - width) / 2), 0), max(int((wanted - height) / 2), 0)
-
-
-class PadAndResize:
-    """Pad an image, then scale its shorter side to a resolution.
-
-    The padding of a long image can have a thousand times its pixels. It is then never made as a whole, and the result
-    is the same to the last bit: Pillow scales every row by itself, which leaves rows of zeros alone, and then columns.
-    """
-
-    def __init__(self, pad: SquarePad, resolution: int, interpolation: InterpolationMode) -> None:
-        self.pad = pad
-        self.resize = Resize(resolution, interpolation=interpolation)
-        self.sampling = Image.Resampling[interpolation.name]
-        self.resolution = resolution
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        """The image in its own mode, its shorter side `resolution` pixels long."""
-        across, down = self.pad.margins(*image.size)
-        width = image.width + 2 * across
-        height = image.height + 2 * down
-        if width * height <= MOST_PADDED or image.size == (width, height):
-            return self.resize(self.pad(image))
-        if image.mode in PREMULTIPLIED:
-            return self(image.convert(PREMULTIPLIED[image.mode])).convert(image.mode)
-        short = min(width, height)
-        size = (int(self.resolution * width / short), int(self.resolution * height / short))
-        narrow = Image.new(image.mode, (size[0], height))
-        rows = max(STRIP // width, 1)
-        for top in range(0, image.height, rows):
-            strip = image.crop((0, top, image.width, min(top + rows, image.height)))
-            padded = F.pad(strip, [across, 0], 0, padding_mode="constant")
-            narrow.paste(padded.resize((size[0], strip.height), self.sampling), (0, down + top))
-        if padded.palette:
-            narrow.putpalette(padded.getpalette())
-        return narrow.resize(size, self.sampling)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -146,9 +99,9 @@ def make_preprocess(
         CenterCrop(resolution),
     ]
     if transform == "squarepad":
-        steps[0] = PadAndResize(SquarePad(), resolution, how)
+        steps.insert(0, SquarePad())
     elif transform == "targetpad":
-        steps[0] = PadAndResize(TargetPad(target_ratio), resolution, how)
+        steps.insert(0, TargetPad(target_ratio))
     elif resize_mode == "squash":
         steps = [Resize((resolution, resolution), interpolation=how)]
     elif resize_mode == "longest":
@@ -172,7 +125,6 @@ def _on(device: torch.device, colour: Colour) -> Tensor:
 
 
 Reader = Callable[[Path], Tensor]  # image file -> preprocessed bytes (3, R, R)
-Item = TypeVar("Item")
 
 
 def load_image(
@@ -183,15 +135,17 @@ def load_image(
     """Open and preprocess one image, (3, R, R) uint8.
 
     Raises:
-        UserError: it cannot be decoded; its file is named.
+        UserError: it cannot be decoded, or is too large; its file is named.
     """
     try:
         return preprocess(opened(path))
-    except (OSError, ValueError, MemoryError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
         reason = first_line(error)
-    raise UserError(
-        f"image {path} cannot be decoded ({reason}): replace the file with a whole copy of the image"
-    )
+        remedy = "scale it down, for example with ImageMagick: magick FILE -resize 12000x12000 FILE"
+    except (OSError, ValueError, MemoryError) as error:
+        reason = first_line(error)
+        remedy = "replace the file with a whole copy of the image"
+    raise UserError(f"image {path} cannot be decoded ({reason}): {remedy}")
 
 
 def read_or_explain(path: Path, read: Reader, resolution: int) -> tuple[Tensor, str]:
@@ -219,11 +173,10 @@ def _start_worker(number: int) -> None:
 
 
 class ImageLoader:
-    """Images in batches on a device, decoded by processes that are kept from one pass to the next.
+    """Load images in batches onto a device, decoded by processes that are kept from one pass to the next.
 
     The first pass starts the processes. They end when nothing refers to the loader any more. They hand batches over in
-    shared memory. Where they die of too little of it, or of another limit, others go on that write batches to pipes;
-    where those die too, this process decodes.
+    shared memory, or in files if it is too small.
 
     Args:
         read: makes what is stacked of an image file: a tensor, or a tensor and a text.
@@ -235,22 +188,21 @@ class ImageLoader:
         self.workers = workers
         self.device = device
         self._files: list[list[Path]] = []  # of the pass that the processes are at
-        self._in_shared_memory = True
         self._kept = self._loader(self._files) if workers else None
         self._in_a_pass = False
 
     def batches(self, files: list[list[Path]]) -> Iterator[Any]:
-        """One pass: what is read from each list of files, stacked, on the device.
+        """Load, in one pass, what is read from each list of files, stacked, on the device.
 
         Raises:
-            UserError: an image cannot be decoded.
-            RuntimeError: a pass has begun inside another, whose processes cannot serve both.
+            UserError: an image cannot be decoded, or the processes cannot start.
+            RuntimeError: a process died, or a pass has begun inside another, whose processes cannot serve both.
         """
         if self._in_a_pass:
             raise RuntimeError("a pass over images has begun inside another")
         self._in_a_pass = self.workers > 0  # without processes, threads may read at once
         try:
-            yield from on_device(map(_as_tensors, self._lasting(files)), self.device)
+            yield from on_device(self._begin(files), self.device)
         except UserError as error:
             # A worker process sends its error as a traceback in text, which ends with the message.
             message = re.split(r"\bUserError: ", str(error))[-1].strip()
@@ -258,126 +210,36 @@ class ImageLoader:
         finally:
             self._in_a_pass = False
 
-    def _lasting(self, files: list[list[Path]]) -> Iterator[Any]:
-        """The batches of a pass on the CPU, in another way from where processes die on."""
-        delivered = 0
+    def _begin(self, files: list[list[Path]]) -> Iterator[Any]:
+        """Begin a pass over the batches on the CPU."""
+        if self._kept is None:
+            return iter(self._loader(files))
+        self._files[:] = files
+        # What a process needs is tried here first, because PyTorch would wait for ever if a socket's path is too long
+        # (TMPDIR), and print a traceback if there is no room for a lock (/dev/shm).
+        connection.Listener().close()
         try:
+            multiprocessing.get_context(interruption.START_METHOD).Lock()
             with interruption.deferred():
-                loaded = self._begin(files)
-            for batch in loaded:
-                delivered += 1
-                yield batch
-            return
-        except (RuntimeError, OSError, EOFError) as error:
-            if self._kept is None or not _is_of_processes(error):
-                raise
-            self._fall_back(error)
-        # What is left of the processes ends now: nothing holds the pass but the error, which holds itself.
-        loaded = iter(())
-        gc.collect()
-        yield from self._lasting(files[delivered:])
-
-    def _fall_back(self, error: Exception) -> None:
-        """Have batches made in the way that needs less of the machine."""
-        self._kept = None
-        if self._in_shared_memory:
-            self._in_shared_memory = False
-            self._kept = self._loader(self._files)
-        way = "through pipes" if self._kept else "without them, which is slower"
-        logger.warning(
-            "warning: processes that decode images failed (%s): going on %s; %s",
-            first_line(error)[:120],
-            way,
-            WORKERS_REMEDY,
+                return iter(self._kept)
+        except OSError as error:
+            reason = first_line(error)
+        raise UserError(
+            f"the processes that decode images cannot start ({reason}): {WORKERS_REMEDY}"
         )
 
-    def _begin(self, files: list[list[Path]]) -> Iterator[Any]:
-        """Begin a pass; its batches on the CPU."""
-        if self._kept is None:
-            return iter(self._loader(files, workers=0))
-        self._files[:] = files
-        return iter(self._kept)
-
-    def _loader(self, files: list[list[Path]], workers: int | None = None) -> DataLoader:
-        """What decodes, in as many processes as the loader has unless `workers` says otherwise."""
-        workers = self.workers if workers is None else workers
+    def _loader(self, files: list[list[Path]]) -> DataLoader:
         # A loader draws a seed when it starts. With torch's own generator, dropout would depend on
         # how much was decoded before.
         generator = torch.Generator()
         return DataLoader(
             ImageDataset(self.read),
             batch_sampler=files,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            collate_fn=None if self._in_shared_memory else _as_arrays,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            collate_fn=Collate(batch_room(self.workers)),
             pin_memory=self.device.type == "cuda",
             generator=generator,
             worker_init_fn=_start_worker,
-            multiprocessing_context=interruption.START_METHOD if workers else None,
+            multiprocessing_context=interruption.START_METHOD if self.workers else None,
         )
-
-
-def _is_of_processes(error: Exception) -> bool:
-    """Whether an error is that processes could not be started, died, or could not hand over what they made.
-
-    What an image file has to do with is a UserError; so any other error of input or output is of the processes.
-    """
-    if isinstance(error, RuntimeError):
-        return any(sign in str(error) for sign in SIGNS_OF_PROCESSES)
-    return True
-
-
-def _as_arrays(items: list[Any]) -> Any:
-    """Stack what was read, without shared memory: arrays go through a pipe."""
-    if isinstance(items[0], Tensor):
-        return np.stack([item.numpy() for item in items])
-    pixels, texts = zip(*items, strict=True)
-    return [_as_arrays(list(pixels)), list(texts)]
-
-
-def _as_tensors(batch: Any) -> Any:
-    """A batch whose arrays are tensors."""
-    if isinstance(batch, list):
-        return [_as_tensors(part) for part in batch]
-    return torch.from_numpy(batch) if isinstance(batch, np.ndarray) else batch
-
-
-def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """The batches with their tensors on a device. To a GPU the next one is sent while it works with the one before."""
-    if device.type != "cuda":
-        for batch in batches:
-            yield _each_tensor(batch, lambda tensor: tensor.to(device))
-        return
-    sending = torch.cuda.Stream(device)
-    working = torch.cuda.current_stream(device)
-
-    def to_gpu(tensor: Tensor) -> Tensor:
-        sent = tensor.to(device, non_blocking=True)
-        # Its memory, which is of the stream that sends, is in use until this one's work is done.
-        sent.record_stream(working)
-        return sent
-
-    def send(batch: Any) -> tuple[Any, torch.cuda.Event]:
-        with torch.cuda.stream(sending):
-            return _each_tensor(batch, to_gpu), sending.record_event()
-
-    for batch, arrival in one_ahead(map(send, batches)):
-        working.wait_event(arrival)
-        yield batch
-
-
-def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The items in order, each when the one after it has been taken too."""
-    taken: list[Item] = []
-    for item in items:
-        taken.append(item)
-        if len(taken) > 1:
-            yield taken.pop(0)
-    yield from taken
-
-
-def _each_tensor(batch: Any, change: Callable[[Tensor], Any]) -> Any:
-    """A batch, which is a tensor or a list of tensors and texts, with its tensors changed."""
-    if isinstance(batch, Tensor):
-        return change(batch)
-    return [change(part) if isinstance(part, Tensor) else part for part in batch]

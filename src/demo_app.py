@@ -94,13 +94,13 @@ def application(
         names: further names of the page.
         documented: whether it explains itself to programs.
     """
-    from image_search.batching import Together
+    from image_search.batching import Batcher
     from image_search.guard import Guard, Hosts
     from image_search.http_api import Service, build
 
     with (
-        contextlib.closing(Together(searcher.answer)) as together,
-        contextlib.closing(Service(searcher, k, together)) as service,
+        contextlib.closing(Batcher(searcher.answer)) as batcher,
+        contextlib.closing(Service(searcher, k, batcher)) as service,
     ):
         yield Guard(build(service, documented), Hosts(host, names))
 

@@ -25,8 +25,7 @@ from settings.flag_types import positive_float, rows
 from utils import UserError, command, flag
 
 if TYPE_CHECKING:
-    from training.budget import Sizes, Training
-    from training.counted_clip import Encoding, Way, Work
+    from training.planning import CountedClip, Sizes, Training, Way, Work
 
 GIB = 2**30
 
@@ -117,7 +116,7 @@ def check_precision(gpu: Gpu, name: str, precision: str) -> None:
 
 def planned_sizes(args: argparse.Namespace) -> "Sizes":
     """The sizes of the benchmark, or those that are typed."""
-    from training.budget import Sizes, sizes_of
+    from training.planning import Sizes, sizes_of
 
     if args.triplets:
         triplets, queries = args.triplets
@@ -139,15 +138,16 @@ def planned_sizes(args: argparse.Namespace) -> "Sizes":
     return sizes
 
 
-def planned_encoding(args: argparse.Namespace, gpu: Gpu) -> "Encoding":
+def planned_clip(args: argparse.Namespace, gpu: Gpu) -> "CountedClip":
     """The CLIP that the flags and their checkpoint name, and how it encodes."""
-    from training.counted_clip import CountedClip, Encoding
+    from training.planning import CountedClip
 
     tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
     choice: dict[str, Any] = settle(groups.Clip.of(args), [tuned]).model_dump()
     check_precision(gpu, "encode_precision", choice["encode_precision"])
-    return Encoding(
-        clip=CountedClip(choice["clip_model_name"], args.encoder),
+    return CountedClip(
+        choice["clip_model_name"],
+        args.encoder,
         batch_size=args.clip_bs,
         precision=choice["encode_precision"],
     )
@@ -155,13 +155,13 @@ def planned_encoding(args: argparse.Namespace, gpu: Gpu) -> "Encoding":
 
 def planned_training(args: argparse.Namespace, gpu: Gpu) -> "Training":
     """The stage that the flags ask for."""
-    from training.budget import CombinerTraining, FineTuning, combiner_to_count
+    from training.planning import CombinerTraining, FineTuning, combiner_to_count
 
     precision = "fp16" if args.precision == "amp" else args.precision
     check_precision(gpu, "precision", precision)
-    encoding = planned_encoding(args, gpu)
+    clip = planned_clip(args, gpu)
     shared: dict[str, Any] = {
-        "encoding": encoding,
+        "clip": clip,
         "sizes": planned_sizes(args),
         "precision": precision,
         "averaged": args.ema_decay is not None,
@@ -169,14 +169,14 @@ def planned_training(args: argparse.Namespace, gpu: Gpu) -> "Training":
     }
     if args.stage == "stage1":
         return FineTuning(**shared)
-    combiner = combiner_to_count(encoding.clip, groups.WantedCombiner.of(args))
+    combiner = combiner_to_count(clip, groups.WantedCombiner.of(args))
     experts = args.num_experts if combiner.has_router else 0
     return CombinerTraining(**shared, combiner=combiner, experts=experts, negatives=args.negatives)
 
 
 def memory_lines(training: "Training", way: "Way", gpu: Gpu) -> Iterator[str]:
     """The memory of a way by part, and what there is."""
-    from training.budget import USABLE
+    from training.planning import USABLE
 
     step = {**training.lasting(), **training.passing(way)}
     totals = {"a step": sum(step.values()), **training.other_peaks()}
@@ -212,7 +212,7 @@ def typed(way: "Way", asked: "Way") -> str:
 
 def work_line(part: str, work: "Sequence[Work]", gpu: Gpu) -> str:
     """Operations and seconds of some work; seconds only where the GPU's rates are known."""
-    from training.budget import seconds
+    from training.planning import seconds
 
     operations = sum(own.operations for own in work) / 1e12
     duration = f"{seconds(work, gpu):11.3f}" if gpu.rates else ""
@@ -231,7 +231,7 @@ def time_lines(
     training: "Training", way: "Way", gpu: Gpu, args: argparse.Namespace
 ) -> Iterator[str]:
     """The time of a way by part."""
-    from training.budget import EFFICIENCY, seconds
+    from training.planning import EFFICIENCY, seconds
 
     once = training.once()
     epoch = training.epoch(way)
@@ -259,8 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check(args)
 
-    from training.budget import USABLE
-    from training.counted_clip import Way
+    from training.planning import USABLE, Way
 
     gpu = planned_gpu(args)
     training = planned_training(args, gpu)
@@ -270,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
         gradient_checkpointing=args.gradient_checkpointing,
     )
     fitting = training.first_that_fits(asked, USABLE * gpu.memory * GIB)
-    print(f"{args.stage} with {training.encoding.clip.name}: all of it computed, none measured\n")
+    print(f"{args.stage} with {training.clip.name}: all of it computed, none measured\n")
     print("\n".join(memory_lines(training, asked, gpu)))
     print(verdict(training, asked, fitting), end="\n\n")
     print("\n".join(time_lines(training, fitting or asked, gpu, args)))

@@ -20,8 +20,8 @@ from cli import options
 from cli.parsers import ScriptParser
 from cli.startup import check_files, pick_device
 from image_search.manifest import as_made, check_index, made_with, read_manifest
+from image_search.stores.base import all_addresses, all_stores, chosen_keeping, store_of
 from runtime import torchrun
-from runtime.choices import INDEX_KINDS, MILVUS_KINDS
 from runtime.files import check_file_writable, check_writable, write_text
 from runtime.interruption import listening
 from settings import groups
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from image_search.image_index import Update
     from image_search.photos import FoundImages
     from image_search.searcher import Found
-    from image_search.stores import Keeping
+    from image_search.stores.base import Keeping
 
 logger = logging.getLogger(__name__)
 
@@ -104,15 +104,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def add_keeping(index: argparse.ArgumentParser) -> None:
     """How and where the index is kept."""
+    kinds = [kind for store in all_stores() for kind in store.kinds]
     index.add_argument(
         "--index-type",
-        choices=dict.fromkeys([*INDEX_KINDS, *MILVUS_KINDS]),
+        choices=dict.fromkeys(kinds),
         help="flat is exact, the others are for large galleries (default: as it is, flat for a new one)",
     )
     options.add_store(
         index,
-        help="faiss: files; milvus:FILE.db; milvus:http://HOST:19530, with MILVUS_TOKEN of the environment where the "
-        "server wants one (default: as it is, faiss for a new one)",
+        help=f"{all_addresses()}; faiss are files, and a server of Milvus gets MILVUS_TOKEN of the environment "
+        "(default: as it is, faiss for a new one)",
     )
     index.add_argument(
         "--on-disk",
@@ -133,19 +134,24 @@ def chosen_folders(
     chosen = sorted({*map(Path, held), *(path.resolve() for path in named)} - gone)
     if not chosen:
         raise UserError("--images: name a folder that holds images")
+    for folder in chosen:
+        if not folder.is_dir():
+            raise UserError(
+                f"--images {folder} is no folder: name one that holds images, or drop it from the index with --forget"
+            )
     return chosen
 
 
 def make_index(args: argparse.Namespace) -> None:
     """Encode what is new, and say what was done."""
-    from image_search.photos import FoundImages, find_images
-    from image_search.stores import chosen_keeping
-
     check_files(args)
     check_writable({"--output": args.output})
     earlier = read_manifest(args.output) or {}
     folders = chosen_folders(earlier.get("folders", []), args.images, args.forget, args.output)
     keeping = chosen_keeping(earlier, args.store, args.index_type, args.on_disk, verify=args.verify)
+
+    from image_search.photos import FoundImages, find_images
+
     # One process looks; the others are told what to encode.
     told_by = keeping.told_by
     images = find_images(folders, told_by) if torchrun.is_first() else FoundImages()
@@ -173,13 +179,12 @@ def encode_images(
     keeping: "Keeping",
 ) -> "Update | None":
     """Bring the index up to date with the CLIP of a pair. One of several processes knows what was done."""
-    from image_search.faiss_index import import_faiss
     from image_search.image_index import update_index
     from image_search.photos import opened
     from models.pair import load_pair
     from runtime import distributed
 
-    import_faiss()
+    store_of(keeping.store).require()
     pair = load_pair(choice, pick_device(args.device), opened=opened)
     with listening() as stop:
         # None waits for another while it encodes, so that each can stop by itself.

@@ -26,7 +26,8 @@ BROKEN_PIPE = 128 + 13  # what shells call a program that ended since nobody rea
 INTERRUPTED = ("interrupted; the files written so far are whole", 130)
 
 WORKERS_REMEDY = (
-    "give a container more shared memory (docker run --shm-size=8g) or lower --num-workers"
+    "give a container more shared memory (docker run --shm-size=8g), or decode without worker processes: "
+    "--num-workers 0"
 )
 # What the operating system refuses -> how to put it right.
 REMEDIES = {
@@ -48,12 +49,15 @@ OTHER_REMEDY = "see that it is there and can be used"
 SIGNS = {
     "is killed by signal": WORKERS_REMEDY,
     "exited unexpectedly": WORKERS_REMEDY,
+    "unable to allocate shared memory": WORKERS_REMEDY,
+    "received 0 items of ancdata": REMEDIES[errno.EMFILE],
     "t allocate memory": REMEDIES[errno.ENOMEM],  # can't, Cannot
     "failed to map segment": REMEDIES[errno.ENOMEM],
     "can't start new thread": REMEDIES[errno.EAGAIN],
     "Resource temporarily unavailable": REMEDIES[errno.EAGAIN],
     "Too many open files": REMEDIES[errno.EMFILE],
     "No space left on device": REMEDIES[errno.ENOSPC],
+    "AF_UNIX path too long": "set TMPDIR to a folder with a shorter path",
     "No usable temporary directory": "set TMPDIR to a folder that can be written to",
 }
 
@@ -146,8 +150,8 @@ def _last_words(error: Exception, script: str, words: list[str]) -> tuple[str, i
 
 def refusal_of_the_machine(error: Exception) -> str | None:
     """One line with a remedy where the operating system refused something; None for any other exception."""
-    reason = first_line(error)
     if isinstance(error, MemoryError):
+        reason = first_line(error)
         return printable(f"the memory is full ({reason[:120]}): {REMEDIES[errno.ENOMEM]}")
     if isinstance(error, OSError) and error.filename is not None:
         remedy = REMEDIES.get(error.errno or 0, OTHER_REMEDY)
@@ -157,8 +161,10 @@ def refusal_of_the_machine(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in REMEDIES:
         return printable(f"{error.strerror}: {REMEDIES[error.errno]}")
     for sign, remedy in SIGNS.items():
-        if sign in str(error):
-            return printable(f"{reason[:120]}: {remedy}")
+        # A worker process sends its error as a traceback in text.
+        for line in str(error).splitlines():
+            if sign in line:
+                return printable(f"{line.strip()[:120]}: {remedy}")
     return None
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 
 import pytest
@@ -19,17 +19,20 @@ os.environ["OMP_NUM_THREADS"] = (
     "1"  # before torch is loaded: two threads wait for each other at tensors so small
 )
 SOAK = os.environ.get("SOAK") == "1"  # `make soak`: many more cases
-
-
-def in_turn(cases: Sequence, number: int) -> Sequence:
-    """All of some cases in `make soak`, else one: the next for each number, so that every kind of case comes up."""
-    return cases if SOAK or not cases else [cases[number % len(cases)]]
-
-
 CASES: Counter[tuple[str, str]] = Counter()  # (what was tried, outcome) -> cases
 # A busy machine fails no test.
 settings.register_profile("anywhere", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("anywhere")
+
+
+def one_of_each_kind(cases: Iterable, kind: Callable[..., Hashable]) -> list:
+    """The first case of each kind; `make soak` takes all of them."""
+    if SOAK:
+        return list(cases)
+    first: dict[Hashable, object] = {}
+    for case in cases:
+        first.setdefault(kind(case), case)
+    return list(first.values())
 
 
 def door(script: str) -> Callable[[list[str]], None]:

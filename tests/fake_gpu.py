@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 import data_utils
 from forks import ROOT
 from models import encoder
-from training.counting import unfused
+from runtime import prefetch
 
 GPU = torch.device("cuda:0")
 # Whose functions are named: of those that an operation comes from, the innermost.
@@ -49,6 +49,19 @@ def place() -> str:
             return f"{name} {function}"
         frame = frame.f_back
     return "elsewhere"
+
+
+def unfused(func: Any, args: Any) -> tuple[Any, Any]:
+    """The plain convolution in place of one that cuDNN fuses with what follows, whose shapes torch cannot tell."""
+    aten = torch.ops.aten
+    if func is aten.cudnn_convolution_relu.default:
+        images, weight, bias, *shape = args
+    elif func is aten.cudnn_convolution_add_relu.default:
+        images, weight, _, _, bias, *shape = args
+    else:
+        return func, args
+    *shape, groups = shape
+    return aten.convolution.default, (images, weight, bias, *shape, False, [0, 0], groups)
 
 
 class Seen(TorchDispatchMode):
@@ -195,9 +208,9 @@ def grad(
 
 
 def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """In place of that of `data_utils`, whose streams ask for the driver."""
+    """In place of that of `runtime.prefetch`, whose streams ask for the driver."""
     for batch in batches:
-        yield data_utils._each_tensor(batch, lambda part: part.to(device, non_blocking=True))
+        yield prefetch._each_tensor(batch, lambda part: part.to(device, non_blocking=True))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim import AdamW
 
 from conftest import DOORS, STAGE_1, STAGE_2
 
@@ -296,7 +297,8 @@ def test_checkpoints_of_the_wrong_kind(golden, fails):
 def test_flags_that_disagree_with_the_checkpoint(flag, value, has, golden, fails, tmp_path):
     """Its k is in its settings alone; the original's has none, and takes the flag's."""
     content = torch.load(golden / "combiner_moe_cirr.pt")
-    torch.save({**content, "config": {"top_k": 2}}, tmp_path / "moe.pt")
+    config = {"flags": {"top_k": 2}, "recipe": {}, "data": {}, "versions": {}}
+    torch.save({**content, "config": config}, tmp_path / "moe.pt")
     pair = ["--combining-function", "combiner", "--combiner-path", tmp_path / "moe.pt"]
     name = ["--clip-model-name", golden / "clip_vit.pt"]
     for door, flags in (("validate", CIRR), ("cirr_test_submission", ["--submission-name", "x"])):
@@ -455,10 +457,12 @@ except UserError as error:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(own_drawn, name, fails, monkeypatch):
-    monkeypatch.setattr("cli.options.learning_rate", float)  # which has no bounds
-    error = fails(
-        "clip_fine_tune", own_drawn, *CIRR, *name, *STAGE_1.split(), "--learning-rate", "1e30"
-    )
+    from training import stage1
+
+    # Beyond the bounds of --learning-rate.
+    beyond = lambda learned, lr, **how: AdamW(learned, lr=1e30, **how)  # noqa: E731
+    monkeypatch.setattr(stage1, "AdamW", beyond)
+    error = fails("clip_fine_tune", own_drawn, *CIRR, *name, *STAGE_1.split())
     assert "nan at epoch" in error
     assert "step" in error
 

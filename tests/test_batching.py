@@ -6,7 +6,7 @@ from concurrent.futures import CancelledError, wait
 import pytest
 
 from forks import HANG
-from image_search.batching import Together
+from image_search.batching import Batcher
 
 
 class Doubling:
@@ -32,31 +32,31 @@ def doubling():
 
 
 @pytest.fixture
-def together(doubling):
-    together = Together(doubling, most=4, wait=0)
-    yield together
+def batcher(doubling):
+    batcher = Batcher(doubling, most=4, wait=0)
+    yield batcher
     doubling.go.set()
-    together.close()
+    batcher.close()
 
 
-def asked_while_busy(together, doubling, numbers):
+def asked_while_busy(batcher, doubling, numbers):
     """The answers of questions that came while another was answered."""
-    first = together.ask(0)
+    first = batcher.ask(0)
     assert doubling.begun.wait(HANG)
-    futures = [together.ask(number) for number in numbers]
+    futures = [batcher.ask(number) for number in numbers]
     return first, futures
 
 
-def test_what_came_meanwhile_is_one_batch_of_at_most_so_many(together, doubling):
-    first, futures = asked_while_busy(together, doubling, range(1, 7))
+def test_what_came_meanwhile_is_one_batch_of_at_most_so_many(batcher, doubling):
+    first, futures = asked_while_busy(batcher, doubling, range(1, 7))
     doubling.go.set()
     assert first.result(HANG) == 0
     assert [future.result(HANG) for future in futures] == [2, 4, 6, 8, 10, 12]
     assert doubling.batches == [[0], [1, 2, 3, 4], [5, 6]]
 
 
-def test_an_error_is_of_the_question_that_caused_it(together, doubling):
-    _, futures = asked_while_busy(together, doubling, [1, -2, 3])
+def test_an_error_is_of_the_question_that_caused_it(batcher, doubling):
+    _, futures = asked_while_busy(batcher, doubling, [1, -2, 3])
     doubling.go.set()
     assert futures[0].result(HANG) == 2
     assert futures[2].result(HANG) == 6
@@ -64,8 +64,8 @@ def test_an_error_is_of_the_question_that_caused_it(together, doubling):
         futures[1].result(HANG)
 
 
-def test_a_question_that_nobody_waits_for_is_left_out(together, doubling):
-    _, futures = asked_while_busy(together, doubling, [1, 2])
+def test_a_question_that_nobody_waits_for_is_left_out(batcher, doubling):
+    _, futures = asked_while_busy(batcher, doubling, [1, 2])
     futures[0].cancel()
     doubling.go.set()
     assert futures[1].result(HANG) == 4
@@ -76,26 +76,26 @@ def test_a_question_that_nobody_waits_for_is_left_out(together, doubling):
 
 def test_a_first_question_waits_for_others_a_moment(doubling):
     doubling.go.set()
-    together = Together(doubling, most=2, wait=HANG)
-    futures = [together.ask(1), together.ask(2)]
+    batcher = Batcher(doubling, most=2, wait=HANG)
+    futures = [batcher.ask(1), batcher.ask(2)]
     assert not wait(futures, HANG).not_done
     assert doubling.batches == [[1, 2]]
-    together.close()
+    batcher.close()
 
 
 def test_what_was_asked_is_answered_before_the_end(doubling):
     doubling.go.set()
-    together = Together(doubling, most=100, wait=HANG)
-    futures = [together.ask(number) for number in range(3)]
-    together.close()
+    batcher = Batcher(doubling, most=100, wait=HANG)
+    futures = [batcher.ask(number) for number in range(3)]
+    batcher.close()
     assert [future.result(0) for future in futures] == [0, 2, 4]
 
 
 def test_the_end_waits_for_no_answer_that_takes_long(doubling):
     """A store may be asked for a minute."""
-    together = Together(doubling, wait=0, grace=0.1)
-    answer = together.ask(1)
+    batcher = Batcher(doubling, wait=0, grace=0.1)
+    answer = batcher.ask(1)
     assert doubling.begun.wait(HANG)
-    together.close()
+    batcher.close()
     assert not answer.done()
     doubling.go.set()

@@ -10,14 +10,17 @@ import torch
 import compare
 from benchmarks import FashionIQ
 from benchmarks.metrics import Ranks
-from evaluation.comparison import read_columns
-from evaluation.result_file import read_result, write_result
-from utils import UserError
+from evaluation.result_file import write_result
 
 
 def ranks(seed: int, shift: int = 0, queries: int = 200) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return (torch.randint(0, 120, (queries,), generator=generator) - shift).clamp(min=0).tolist()
+
+
+def settings(data: dict | None = None, **flags) -> dict:
+    """Settings of a training with some flags."""
+    return {"flags": flags, "recipe": {}, "data": data or {}, "versions": {}}
 
 
 @pytest.fixture
@@ -54,7 +57,7 @@ def result(tmp_path):
             "weights_sha256": {"clip": "c"},
             "training": {}
             if seed is None
-            else {"combiner": {"seed": seed, "combiner_type": "moe", "data_root": name}},
+            else {"combiner": settings(seed=seed, combiner_type="moe", data_root=name)},
         }
         write_result(tmp_path / f"{name}.json", content | changes)
         return tmp_path / f"{name}.json"
@@ -120,13 +123,11 @@ def test_seeds_are_one_column(result, compared):
 
 
 def test_seeds_of_stage_1_and_of_both_stages_are_one_column(result, compared):
-    sums = [
-        result(f"sum{s}", shift=s, training={"clip": {"seed": s, "metrics": {"a": s}}})
-        for s in (0, 1)
-    ]
+    sums = [result(f"sum{s}", shift=s, training={"clip": settings(seed=s)}) for s in (0, 1)]
     pairs = []
     for seed in (0, 1):
-        training = {"clip": {"seed": seed}, "combiner": {"seed": seed, "clip_weights": str(seed)}}
+        combiner = settings({"clip_weights": str(seed)}, seed=seed)
+        training = {"clip": settings(seed=seed), "combiner": combiner}
         weights = {"clip": str(seed), "combiner": str(seed)}
         pairs.append(result(f"pair{seed}", shift=seed, training=training, weights_sha256=weights))
     out = compared(*sums, *pairs)
@@ -182,7 +183,7 @@ def test_one_seed_twice_is_not_two_seeds(result, compared):
 
 
 def test_other_trainings_are_other_columns(result, compared):
-    other = {"combiner": {"seed": 1, "combiner_type": "clip4cir"}}
+    other = {"combiner": settings(seed=1, combiner_type="clip4cir")}
     out = compared(result("a", seed=0), result("b", seed=1, training=other))
     assert "±" not in out
 
@@ -269,34 +270,3 @@ def test_one_seed_has_no_standard_deviation(stage_2, capsys):
     assert "deviation" not in capsys.readouterr().out
     summary = json.loads((folder / "best_metrics.json").read_text())
     assert set(summary) == {"chosen_by", "seeds", "mean"}
-
-
-def test_a_result_from_before_a_metric_was_added_is_read(result, tmp_path):
-    """What selects checkpoints must be in it; what is reported since then is made of its ranks."""
-    file = result("older")
-    content = json.loads(file.read_text())
-    metrics = content["protocols"]["original-kept"]["metrics"]
-    whole = dict(metrics)
-    del metrics["dress_recall_at50"]
-    file.write_text(json.dumps(content))
-    assert read_result(file)["protocols"]["original-kept"]["metrics"] == whole
-    del metrics["average_recall"]
-    file.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="not a whole one"):
-        read_result(file)
-
-
-def test_runs_of_earlier_versions_are_one_method_with_those_of_now(result):
-    """Settings in one table and in four parts are the same settings."""
-    flat = {"seed": 0, "combiner_type": "moe", "transform": "clip", "versions": {"torch": "2"}}
-    parts = {
-        "flags": {"seed": 1, "combiner_type": "moe", "transform": None},
-        "recipe": {"transform": "clip"},
-        "data": {"train_dress_types": ["dress"]},
-        "versions": {"torch": "2"},
-    }
-    files = [
-        result(f"v{number}", training={"combiner": config})
-        for number, config in enumerate((flat, parts))
-    ]
-    assert [len(column.results) for column in read_columns(files)] == [2]

@@ -1,9 +1,12 @@
 """Padding, preprocessing on every image mode, broken images, and batches in order."""
 
+import errno
 import functools
 import gc
+import math
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -12,13 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-import data_utils
 from benchmarks.image_check import TOO_LARGE, inspect
 from benchmarks.splits import check_images_exist
+from conftest import SOAK
 from data_utils import (
     ImageLoader,
     SquarePad,
@@ -26,14 +27,14 @@ from data_utils import (
     load_image,
     make_preprocess,
     normalise,
-    one_ahead,
     read_or_explain,
 )
 from forks import HANG, family, forked
 from models.clip_model import CLIP_MEAN, CLIP_STD
-from runtime import interruption
+from runtime import collate, interruption
 from runtime.image_files import LONGEST_SIDE, decoded
-from utils import UserError
+from runtime.prefetch import one_ahead
+from utils import WORKERS_REMEDY, UserError, refusal_of_the_machine
 
 MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"]
 CPU = torch.device("cpu")
@@ -110,43 +111,6 @@ def test_extreme_aspect_ratios(transform, size):
     assert make_preprocess(transform, 1.25, 32)(picture("RGB", *size)).shape == (3, 32, 32)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@given(data=st.data())
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_long_image_is_padded_in_strips_to_the_last_bit(mode, data):
-    """Against padding as a whole, which smaller images get."""
-    size = data.draw(st.tuples(st.integers(1, 120), st.integers(1, 120)), label="size")
-    transform = data.draw(st.sampled_from(["squarepad", "targetpad"]), label="transform")
-    resolution = data.draw(st.integers(1, 40), label="resolution")
-    resize = make_preprocess(transform, 1.25, resolution).transforms[0]
-    image = picture(mode, *size)
-    whole = resize(image)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_utils, "MOST_PADDED", 0)
-        patch.setattr(data_utils, "STRIP", data.draw(st.integers(1, 3000), label="strip"))
-        in_strips = resize(image)
-    assert (in_strips.mode, in_strips.size) == (whole.mode, whole.size)
-    assert in_strips.tobytes() == whole.tobytes()
-    assert in_strips.convert("RGB").tobytes() == whole.convert("RGB").tobytes()
-
-
-@pytest.mark.parametrize("transform", ["squarepad", "targetpad"])
-@pytest.mark.parametrize("size", [(1, LONGEST_SIDE), (LONGEST_SIDE, 1), (16_000, 3000)])
-def test_no_image_takes_more_memory_than_a_few_of_its_size(transform, size, monkeypatch):
-    made = []
-    real = Image.new
-
-    def new(mode, size, *how):
-        made.append(size[0] * size[1])
-        return real(mode, size, *how)
-
-    image = Image.new("L", size)
-    monkeypatch.setattr(Image, "new", new)
-    make_preprocess(transform, 1.25, 32)(image)
-    assert made
-    assert max(made) <= max(data_utils.STRIP, size[0] * size[1])
-
-
 def test_preprocess_is_clips_own_where_nothing_is_padded():
     """Against the clip package's transform."""
     from clip.clip import _transform
@@ -211,8 +175,17 @@ def workers_now() -> set[int]:
     return set(family(os.getpid())[1:])
 
 
+@pytest.fixture(params=["shared memory", "files"])
+def way(request, monkeypatch):
+    """How processes hand over what they read."""
+    if request.param == "files":
+        monkeypatch.setattr("data_utils.batch_room", lambda workers: 0 if workers else math.inf)
+        monkeypatch.setattr(torch.UntypedStorage, "_new_shared", out_of_shared_memory)
+    return request.param
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_keep_the_order_of_files(grey, workers):
+def test_batches_keep_the_order_of_files(grey, workers, way):
     loader = ImageLoader(reader(), workers, CPU)
     for rows in (
         [[4, 0], [2, 1], [3]],
@@ -240,7 +213,7 @@ def test_processes_are_kept_from_pass_to_pass_and_end_with_the_loader(grey):
     assert workers_now() == before
 
 
-def test_a_pass_that_breaks_off_leaves_nothing_to_the_next(grey, tmp_path):
+def test_a_pass_that_breaks_off_leaves_nothing_to_the_next(grey, tmp_path, way):
     """Batches that were on their way are not taken for those of the next pass."""
     (tmp_path / "broken.png").write_bytes(b"no image")
     loader = ImageLoader(reader(), 2, CPU)
@@ -273,96 +246,95 @@ def test_without_processes_passes_do_not_disturb_each_other(grey):
     assert found == [([0], [2]), ([1], [3])]
 
 
-def out_of_shared_memory() -> None:
+def test_a_batch_takes_its_share_of_free_shared_memory(tmp_path, monkeypatch):
+    """Each of two processes on a machine has workers of its own, and all of them share the memory."""
+    free = shutil.disk_usage(tmp_path)._replace(free=64_000_000)
+    monkeypatch.setattr(collate.shutil, "disk_usage", lambda folder: free)
+    monkeypatch.setattr(collate, "SHARED_MEMORY", tmp_path)
+    assert collate.batch_room(0) == math.inf
+    assert collate.batch_room(7) == 2_000_000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert collate.batch_room(7) == 1_000_000
+    monkeypatch.setattr(collate, "SHARED_MEMORY", tmp_path / "none")
+    assert collate.batch_room(7) == 0
+
+
+def out_of_shared_memory(*size) -> None:
     raise RuntimeError(
-        "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left"
+        "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device"
     )
 
 
-def no_threads() -> None:
-    raise RuntimeError("can't start new thread")
-
-
-# How a process that decodes fails: by signals of the kernel, by itself, or in an error of PyTorch's.
+# How a process that decodes fails: by a signal of the kernel, by itself, or in an error of PyTorch's.
 DEATHS = {
     "bus error": lambda: os.kill(os.getpid(), signal.SIGBUS),
-    "killed for memory": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "segmentation fault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
     "exit": lambda: os._exit(3),
     "shared memory": out_of_shared_memory,
-    "threads": no_threads,
 }
-PASS = [[4, 0], [2, 1], [3], [5, 5], [1]]
+if SOAK:
+    DEATHS["killed for memory"] = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    DEATHS["segmentation fault"] = lambda: os.kill(os.getpid(), signal.SIGSEGV)
 
 
-class Dying:
-    """Reads an image; a process that decodes dies of one of them, each time or the first time alone."""
+def dying_reader(deadly, death):
+    """Read images; a process that decodes dies of one of them."""
 
-    def __init__(self, path, death, once):
-        self.path = path
-        self.death = death
-        self.once = once  # a file that is there once a process has died
-
-    def __call__(self, path):
-        is_due = self.once is None or not self.once.exists()
-        if path == self.path and is_due and torch.utils.data.get_worker_info():
-            if self.once is not None:
-                self.once.touch()
-            self.death()
+    def read(path):
+        if path == deadly and torch.utils.data.get_worker_info():
+            death()
         return reader()(path)
 
+    return read
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "dies"),
-    [*((name, "always") for name in DEATHS), ("bus error", "once"), ("shared memory", "once")],
-)
-def test_images_come_whole_and_in_order_whatever_processes_die_of(
-    grey, name, dies, tmp_path, caplog, capfd
-):
-    """First others go on through pipes, then this process goes on without any; each is said in a line."""
-    once = tmp_path / "died" if dies == "once" else None
-    loader = ImageLoader(Dying(grey[3], DEATHS[name], once), 2, CPU)
-    before = workers_now()
-    for _ in range(2):
-        batches = list(loader.batches(batches_of(grey, *PASS)))
-        assert [greys(batch) for batch in batches] == PASS
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == (1 if dies == "once" else 2)
-    for line in said:
-        assert "--shm-size" in line
-        assert "--num-workers" in line
-        assert len(line.splitlines()) == 1
-    assert len(workers_now() - before) == (2 if dies == "once" else 0)
+
+@pytest.mark.parametrize("name", DEATHS)
+def test_a_worker_that_dies_has_a_remedy(grey, name, way, capfd):
+    loader = ImageLoader(dying_reader(grey[5], DEATHS[name]), 2, CPU)
+    for _ in range(2):  # it does not hang when it is asked again
+        with pytest.raises(RuntimeError) as error:
+            list(loader.batches([grey[:3], grey[3:]]))
+        told = refusal_of_the_machine(error.value)
+        assert told.endswith(WORKERS_REMEDY)
+        assert len(told.splitlines()) == 1
+    assert "--shm-size" in WORKERS_REMEDY
+    assert "--num-workers 0" in WORKERS_REMEDY
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_what_an_image_is_to_blame_for_ends_no_process(grey):
+def test_a_long_temporary_directory_has_a_remedy(grey, tmp_path, monkeypatch):
+    """Processes listen at sockets in it, whose paths have 107 bytes at most; PyTorch would wait for ever."""
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(folder))
+    with pytest.raises(OSError, match="path too long") as error:
+        list(ImageLoader(reader(), 2, CPU).batches([grey]))
+    assert "TMPDIR" in refusal_of_the_machine(error.value)
+
+
+def test_workers_that_cannot_start_have_a_remedy(grey, monkeypatch):
+    """As without /dev/shm, in which Python has its semaphores."""
+
+    def refused(*arguments, **more):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refused)
+    with pytest.raises(UserError, match=r"cannot start .*--shm-size.*--num-workers 0"):
+        list(ImageLoader(reader(), 2, CPU).batches([grey]))
+
+
+def test_what_an_image_is_to_blame_for_is_no_death(grey):
     """Guards against taking any error for the machine's."""
 
     def read(path):
         raise RuntimeError("a fault of the program")
 
-    with pytest.raises(RuntimeError, match="a fault of the program"):
+    with pytest.raises(RuntimeError, match="a fault of the program") as error:
         list(ImageLoader(read, 1, CPU).batches([grey]))
-
-
-@pytest.mark.slow
-def test_texts_come_through_pipes_too(grey, tmp_path):
-    read = functools.partial(
-        read_or_explain,
-        read=Dying(grey[3], DEATHS["exit"], tmp_path / "died"),
-        resolution=16,
-    )
-    loader = ImageLoader(read, 2, CPU)
-    for _ in range(2):
-        batches = list(loader.batches(batches_of(grey, *PASS)))
-        assert [greys(pixels) for pixels, _ in batches] == PASS
-        assert all(text == "" for _, texts in batches for text in texts)
+    assert refusal_of_the_machine(error.value) is None
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_texts_stay_beside_the_images(grey, tmp_path, workers):
+def test_texts_stay_beside_the_images(grey, tmp_path, workers, way):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     read = functools.partial(read_or_explain, read=reader(), resolution=16)
@@ -464,14 +436,21 @@ def test_a_draft_has_at_least_the_pixels_that_are_needed(mode, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Image size")
 @pytest.mark.parametrize("transform", ["clip", "squarepad", "targetpad"])
-@pytest.mark.parametrize("size", [(1, 18_001), (40, 4_194_334)])
-def test_a_side_that_padding_would_square_is_refused(transform, size, tmp_path):
+@pytest.mark.parametrize("size", [(1, LONGEST_SIDE + 1), (40, 4_194_334), (14_000, 14_000)])
+def test_an_image_that_padding_makes_too_large_is_refused(transform, size, tmp_path):
     Image.new("1", size).save(tmp_path / "long.png")
-    with pytest.raises(
-        UserError, match=r"long\.png cannot be decoded .*a side above 18,000 pixels"
-    ):
+    limit = "a side above 18,000 pixels" if max(size) > LONGEST_SIDE else "limit of 178956970"
+    with pytest.raises(UserError, match=rf"long\.png cannot be decoded .*{limit}.*: scale it down"):
         load_image(tmp_path / "long.png", make_preprocess(transform, 1.25, 16))
     assert inspect(tmp_path / "long.png").problem == TOO_LARGE
+
+
+@pytest.mark.parametrize("size", [(1, LONGEST_SIDE), (LONGEST_SIDE, 1)])
+def test_an_image_at_the_limit_is_padded(size, tmp_path):
+    Image.new("1", size, 1).save(tmp_path / "long.png")
+    pixels = load_image(tmp_path / "long.png", make_preprocess("targetpad", 1.25, 8))
+    assert pixels.shape == (3, 8, 8)
+    assert inspect(tmp_path / "long.png").problem == ""
 
 
 def start_as_a_signal_comes(number: int) -> None:

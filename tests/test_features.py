@@ -16,7 +16,7 @@ from benchmarks import CIRR, Split
 from data_utils import ImageLoader, load_image, make_preprocess
 from image_search.faiss_index import normalised
 from image_search.image_index import encoder_key
-from image_search.index_folder import check_features
+from image_search.stores.base import check_features
 from models import clip_model, encoder, features
 from models.clip_model import backbone, load_clip
 from models.configuration import Checkpoint, Settings, settle

@@ -90,40 +90,37 @@ def test_a_link_to_nothing_makes_what_it_points_to(writer, tmp_path):
     assert (tmp_path / "link").is_symlink()
 
 
-def test_a_pipe_gets_what_is_written(writer, tmp_path):
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    descriptor = os.open(pipe, os.O_RDWR)  # a reader, and what is written fits into the pipe
-    writer(pipe)
-    got = os.read(descriptor, 2**16)
-    os.close(descriptor)
-    assert len(got) == len(written(writer, tmp_path))
-    assert got[:4] == written(writer, tmp_path)[:4]
-    assert pipe.is_fifo()
-
-
-def test_a_pipe_that_nobody_reads_is_refused_and_not_waited_for(writer, tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DiskError, match="pipe"):
-        writer(tmp_path / "pipe")
-    assert (tmp_path / "pipe").is_fifo()
-
-
-@pytest.mark.parametrize("device", ["/dev/null", "/dev/zero", "/dev/full"])
-def test_a_device_stays_a_device(writer, device, tmp_path):
+@pytest.mark.parametrize("device", ["/dev/null", "/dev/zero", "/dev/full", None])
+def test_devices_and_pipes_are_refused(writer, device, tmp_path):
     """By a link, so that an error here costs no device of the machine."""
-    link = tmp_path / "link"
-    link.symlink_to(device)
-    if device == "/dev/full":
-        with pytest.raises(DiskError, match="space"):
-            writer(link)
+    place = tmp_path / "place"
+    if device is None:
+        os.mkfifo(place)
     else:
-        writer(link)
-    assert link.is_symlink()
-    assert stat.S_ISCHR(Path(device).stat().st_mode)
+        place.symlink_to(device)
+    with pytest.raises(DiskError, match=r"place is a folder, a device or a pipe: name a file"):
+        writer(place)
+    with pytest.raises(UserError, match=r"--flag .*place is a device or a pipe: name a file"):
+        check_file_writable({"--flag": place})
+    assert place.is_symlink() or place.is_fifo()
+    assert device is None or stat.S_ISCHR(Path(device).stat().st_mode)
+    assert left_over(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+def test_a_full_device_as_stdout_is_said(tmp_path):
+    program = "from pathlib import Path; from runtime.files import write_text; write_text(Path('/dev/stdout'), 'x')"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        )
+    assert "DiskError: could not write /dev/stdout (No space left on device)" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1"])
 @pytest.mark.parametrize("into", ["a pipe", "a file"])
 def test_stdout_is_written_to_among_what_is_printed(name, into, tmp_path):
     program = (
@@ -324,11 +321,10 @@ def test_where_there_are_no_locks_age_tells(tmp_path, monkeypatch):
 def test_where_a_file_may_be_written_is_known_before_the_work(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "missing" / "file")
-    os.mkfifo(tmp_path / "pipe")
-    good = ["file", "new", "link", "pipe", "missing/too/new"]
+    good = ["file", "new", "link", "missing/too/new"]
     for name in good:
         check_file_writable({"--flag": tmp_path / name})
-    check_file_writable({"--flag": Path("/dev/null"), "--other": None})
+    check_file_writable({"--flag": Path("/dev/stdout"), "--other": None})
     for path in (tmp_path, tmp_path / "file" / "below"):
         with pytest.raises(UserError, match="--flag"):
             check_file_writable({"--flag": path})

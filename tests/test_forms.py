@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from image_search.forms import LONGEST_FIELD, MOST_FIELDS, File, Form, NoForm, read_form
-from image_search.stores import QuestionError
+from image_search.stores.base import QuestionError
 
 KIND = "multipart/form-data; boundary=edge"
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters='"\\\r\n'), max_size=20)

@@ -24,7 +24,7 @@ from timing import Setting, cost
 
 CPU = Setting(torch.device("cpu"), rehearses=True)
 # What a machine with a GPU need not have. A package whose entry is None cannot be imported.
-ABSENT = ["pandas", "matplotlib", "comet_ml", "faiss", "gradio", "pytest", "hypothesis"]
+ABSENT = ["matplotlib", "comet_ml", "faiss", "gradio", "pytest", "hypothesis"]
 BLOCKER = f"import sys\nsys.modules.update(dict.fromkeys({ABSENT!r}))\n"
 
 
@@ -83,7 +83,7 @@ def test_the_check_runs_to_its_end_without_a_gpu(bare, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_needs_no_pandas_and_says_that_it_has_no_curves(bare, drawn, tmp_path):
+def test_a_run_without_matplotlib_says_that_it_has_no_curves(bare, drawn, tmp_path):
     flags = "--dataset CIRR --num-epochs 1 --batch-size 12 --projection-dim 16 --hidden-dim 24 --seeds 0 1"
     where = ["--data-root", drawn, "--output-dir", tmp_path / "runs", "--device", "cpu"]
     where += ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--no-feature-cache"]

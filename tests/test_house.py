@@ -43,7 +43,7 @@ def test_only_one_file_imports_open_clip():
 
 def test_only_one_file_imports_pymilvus():
     importers = [file.stem for file in FILES if "pymilvus" in imported(file)]
-    assert importers == ["milvus_store"]
+    assert importers == ["milvus"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)

@@ -14,20 +14,20 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import demo_app
 import search
 from conftest import CASES, ROOT
 from forks import HANG, torchrun
-from image_search import milvus_store, stores
 from image_search.image_index import open_index
 from image_search.manifest import read_manifest
 from image_search.searcher import Question, load_searcher
+from image_search.stores import milvus
+from image_search.stores.base import Keeping, store_address
 from models import backbone
-from runtime import distributed
-from runtime.choices import MILVUS_KINDS
-from settings.flag_types import store_address
+from runtime import torchrun as launcher
 from settings.groups import PairChoice
 from test_search import images, refused
 from test_stored import refuse_each_wrong_value
@@ -102,7 +102,7 @@ def encoded(monkeypatch) -> list[int]:
 # Answers
 
 
-@pytest.mark.parametrize("kind", MILVUS_KINDS)
+@pytest.mark.parametrize("kind", milvus.KINDS)
 def test_answers_are_those_of_an_index_in_files(kind, server, index, ask, tmp_path):
     files = images(tmp_path / "photos", 24)
     index(tmp_path / "photos", output=tmp_path / "files")
@@ -144,7 +144,7 @@ def test_a_kind_is_changed_without_encoding_again(server, index, ask, tmp_path, 
         assert "0 images added, 5 kept" in index(tmp_path / "photos", flags=["--index-type", kind])
         assert sum(encoded) == 0
         about = open_index(tmp_path / "index").table.ask("describe_index", index_name="features")
-        assert about["index_type"] == milvus_store.KINDS[kind]
+        assert about["index_type"] == milvus.KINDS[kind]
         assert ask(files[0], "is red", "--json") == before
 
 
@@ -205,12 +205,12 @@ TAKEN = [
 def test_a_condition_names_few_fields_alone(condition, name):
     """Visitors of the page ask with them, and would find the paths of the machine letter by letter."""
     with pytest.raises(UserError, match="conditions are over path, category, size and time"):
-        milvus_store.check_condition(condition.replace("{}", name))
+        milvus.check_condition(condition.replace("{}", name))
 
 
 @pytest.mark.parametrize("condition", TAKEN)
 def test_what_a_condition_may_say(condition):
-    milvus_store.check_condition(condition)
+    milvus.check_condition(condition)
 
 
 def test_conditions_are_for_milvus(index, ask, tmp_path, capsys):
@@ -224,13 +224,13 @@ def test_the_page_goes_on_from_an_answer(store, index, tmp_path, drawn):
     index(tmp_path / "photos", flags=["--store", store])
     searcher = load_searcher(
         tmp_path / "index", PairChoice(combining_function=None, clip_path=None, combiner_path=None),
-        distributed.torch.device("cpu"),
+        torch.device("cpu"),
     )  # fmt: skip
     assert len(searcher) == 6
     rows = searcher.some(4)
     assert len(set(rows)) == 4
     assert {searcher.image(row) for row in searcher.some(50)} == set(files)
-    for row in (-1, 7, milvus_store.HIGHEST_ROW, 2**64):
+    for row in (-1, 7, milvus.HIGHEST_ROW, 2**64):
         assert searcher.image(row) is None
     plain = Question(image=searcher.image(rows[0]), text="is red", k=3)
     without = dataclasses.replace(plain, without=rows[0])
@@ -246,7 +246,7 @@ def test_the_page_passes_conditions_on(store, index, tmp_path):
     files = images(tmp_path / "photos", 8)
     index(tmp_path / "photos", flags=["--store", store])
     choice = PairChoice(combining_function=None, clip_path=None, combiner_path=None)
-    searcher = load_searcher(tmp_path / "index", choice, distributed.torch.device("cpu"))
+    searcher = load_searcher(tmp_path / "index", choice, torch.device("cpu"))
     bound = demo_app.bound_socket("127.0.0.1", 0)
     address = f"http://127.0.0.1:{bound.getsockname()[1]}"
     with (
@@ -274,7 +274,7 @@ def test_the_page_passes_conditions_on(store, index, tmp_path):
             asked(row=row, text="is red", filter="path like")
         assert error.value.code == 400
         told = json.load(error.value)["error"]
-        assert told == f"--filter path like: Milvus refuses it: {milvus_store.CONDITIONS}"
+        assert told == f"--filter path like: Milvus refuses it: {milvus.CONDITIONS}"
 
 
 # Interruptions
@@ -292,16 +292,17 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {source!r})
 import search
-from image_search import image_index, milvus_store
+from image_search import image_index
+from image_search.stores import milvus
 image_index.SHARD = 3
-ask = milvus_store.Table.ask
+ask = milvus.Table.ask
 def asked(self, question, **about):
     if question == "upsert" and {when}:
         {how}
         os.kill(os.getpid(), signal.SIGKILL)
     return ask(self, question, **about)
 asked.upserts = 0
-milvus_store.Table.ask = asked
+milvus.Table.ask = asked
 search.main(sys.argv[1:])
 """
 
@@ -348,10 +349,10 @@ def test_two_processes_insert_into_a_server(server, start, index, ask, tmp_path,
 
 
 def test_a_file_is_for_one_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    keeping = stores.Keeping(store=f"milvus:{tmp_path / 'x.db'}")
+    monkeypatch.setattr(launcher, "launched", lambda: True)
+    keeping = Keeping(store=f"milvus:{tmp_path / 'x.db'}")
     with pytest.raises(UserError, match="one process at a time"):
-        milvus_store.MilvusShelf(tmp_path, {}, 8, keeping=keeping, origin={"folders": []})
+        milvus.MilvusWriter(tmp_path, {}, 8, keeping=keeping, origin={"folders": []})
 
 
 def test_a_server_that_is_gone(index, ask, tmp_path, capsys):
@@ -450,7 +451,7 @@ def test_a_token_comes_from_the_environment_and_goes_nowhere(
 ):
     caplog.set_level(logging.DEBUG)
     given = []
-    pymilvus = milvus_store.import_pymilvus()
+    pymilvus = milvus.import_pymilvus()
     real = pymilvus.MilvusClient
 
     def client(**how):
@@ -472,7 +473,7 @@ def test_a_token_goes_to_no_address_that_only_a_file_names(
     server, index, ask, tmp_path, monkeypatch, caplog
 ):
     given = []
-    pymilvus = milvus_store.import_pymilvus()
+    pymilvus = milvus.import_pymilvus()
     real = pymilvus.MilvusClient
 
     def client(**how):
@@ -529,9 +530,9 @@ def test_pymilvus_is_asked_for_where_it_is_needed(index, tmp_path, monkeypatch, 
 
 def test_a_row_is_a_files_own():
     names = [f"/photos/{number}.jpg" for number in range(5000)]
-    rows = {milvus_store.row_of(name) for name in names}
+    rows = {milvus.row_of(name) for name in names}
     assert len(rows) == len(names)
-    assert all(0 <= row <= milvus_store.HIGHEST_ROW for row in rows)
+    assert all(0 <= row <= milvus.HIGHEST_ROW for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -545,7 +546,7 @@ def test_a_row_is_a_files_own():
     ],
 )
 def test_where_an_image_lies(file, folders, place):
-    assert milvus_store.place_of(file, folders) == place
+    assert milvus.place_of(file, folders) == place
 
 
 def test_an_image_that_lies_elsewhere_for_conditions_now_is_found_there(

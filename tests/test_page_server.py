@@ -35,7 +35,7 @@ import search
 from conftest import CASES, ROOT
 from forks import HANG, Script, family, free_port, state_of
 from image_search import guard
-from image_search.batching import Together
+from image_search.batching import Batcher
 from image_search.guard import Hosts
 from image_search.searcher import MOST_CHARACTERS, load_searcher
 from image_search.uploads import MOST_BYTES
@@ -655,8 +655,8 @@ class Within(Page):
             patch.setattr(http_api, "MOST_SECONDS", HANG)
             patch.setattr(guard, "MOST_SECONDS", HANG)
             patch.setattr(connections, "MOST_CONNECTIONS", self.connections)
-            together = stack.enter_context(contextlib.closing(Together(self.searcher.answer)))
-            made = http_api.Service(self.searcher, 12, together, seconds=self.decoding)
+            batcher = stack.enter_context(contextlib.closing(Batcher(self.searcher.answer)))
+            made = http_api.Service(self.searcher, 12, batcher, seconds=self.decoding)
             self.service = stack.enter_context(contextlib.closing(made))
             bound = demo_app.bound_socket("127.0.0.1", 0)
             self.port = bound.getsockname()[1]

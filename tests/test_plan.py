@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import clip_fine_tune
 import combiner_train
+import data_utils
 import gpus
 import plan
 from combiner import build_combiner
@@ -31,17 +32,20 @@ from runtime.gpus import GPUS
 from settings.groups import WantedCombiner
 from test_backbones import FORMS, models_made  # noqa: F401
 from timing import saved_activations
-from training import budget, losses
-from training.budget import (
+from training import losses, planning
+from training.losses import ContrastiveLoss
+from training.planning import (
     CombinerTraining,
+    CountedClip,
     FineTuning,
     Sizes,
+    Way,
     combiner_to_count,
+    count,
+    empty,
     seconds,
+    without_data,
 )
-from training.counted_clip import CountedClip, Encoding, Way
-from training.counting import NoData
-from training.losses import ContrastiveLoss
 from training.schedule import Precision
 from training.stage1 import SumFeatures
 from training.stage2 import ComposedFeatures
@@ -84,7 +88,7 @@ def vit(tmp_path_factory) -> str:
 @functools.cache
 def counted_clip(name: str, trained: str | None = "both") -> CountedClip:
     """One for all tests, as it remembers what it counted."""
-    return CountedClip(name, trained)
+    return CountedClip(name, trained, batch_size=8)
 
 
 def exact_step(model, micro_batch: int | None = None) -> Gradient:
@@ -98,21 +102,32 @@ def exact_step(model, micro_batch: int | None = None) -> Gradient:
     )
 
 
+def largest_gradient(model) -> int:
+    """Bytes of a gradient before it is added to that of earlier rows, at the most."""
+    return max(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
 def fine_tuning(name: str, trained: str = "both", **changes) -> FineTuning:
-    encoding = Encoding(clip=counted_clip(name, trained), batch_size=8, precision="fp32")
-    return FineTuning(**{"encoding": encoding, "sizes": SIZES, "precision": "fp32", **changes})
+    clip = counted_clip(name, trained)
+    return FineTuning(**{"clip": clip, "sizes": SIZES, "precision": "fp32", **changes})
 
 
-def combiner_training(name: str, kind: str = "moe", projection_dim: int = 64) -> CombinerTraining:
-    encoding = Encoding(clip=counted_clip(name, None), batch_size=8, precision="fp32")
+def combiner_training(
+    name: str, kind: str = "moe", projection_dim: int = 64, hidden_dim: int = 96
+) -> CombinerTraining:
+    clip = counted_clip(name, None)
     choice = WantedCombiner(
-        combiner_type=kind, projection_dim=projection_dim, hidden_dim=96, num_experts=4, top_k=2
+        combiner_type=kind,
+        projection_dim=projection_dim,
+        hidden_dim=hidden_dim,
+        num_experts=4,
+        top_k=2,
     )
     return CombinerTraining(
-        encoding=encoding,
+        clip=clip,
         sizes=SIZES,
         precision="fp16",
-        combiner=combiner_to_count(encoding.clip, choice),
+        combiner=combiner_to_count(clip, choice),
         experts=4 if kind == "moe" else 0,
     )
 
@@ -144,18 +159,12 @@ def test_what_stage_1_keeps_is_what_autograd_keeps(tiny, micro_batch, checkpoint
     inputs = [images[0], images[1], tokens]
     gradient = exact_step(features, micro_batch)
     saved = saved_activations(lambda: gradient.add(inputs, torch.arange(batch)), model)
-    rows = micro_batch or batch
-    no_data = NoData(CPU)
-    features = SumFeatures(no_data.holding(model), backbone(model))
-    pixels = no_data.empty((rows, 3, PIXELS, PIXELS), torch.uint8)
-    texts = no_data.empty((rows, 77), torch.long)
-    counted = no_data.count(lambda: features(pixels, pixels, texts))
-    assert counted.kept == pytest.approx(saved, rel=0.1)
     way = Way(batch_size=batch, micro_batch_size=micro_batch, gradient_checkpointing=checkpointed)
     planned = counted_clip(tiny).activations(way, "fp32")
     if checkpointed:  # and one block's again
         whole = Way(batch_size=batch, micro_batch_size=micro_batch)
-        assert saved < planned < counted_clip(tiny).activations(whole, "fp32")
+        kept = counted_clip(tiny).activations(whole, "fp32")
+        assert saved < planned < kept + largest_gradient(model)
     else:
         assert planned == pytest.approx(saved, rel=0.1)
 
@@ -179,7 +188,7 @@ def test_what_other_clips_keep_is_what_autograd_keeps(form, models_made):  # noq
     planned = clip.activations(Way(batch_size=batch), "fp32")
     assert planned == pytest.approx(saved, rel=0.15)
     again = clip.activations(Way(batch_size=batch, gradient_checkpointing=True), "fp32")
-    assert again < planned
+    assert again < planned + largest_gradient(model)
 
 
 @pytest.mark.parametrize("kind", ["moe", "clip4cir"])
@@ -202,14 +211,15 @@ def test_what_stage_2_keeps_is_what_autograd_keeps(kind):
         lambda: gradient.add(inputs, torch.arange(batch)),
         model,
     )
-    no_data = NoData(CPU)
-    no_data.holding(model)
-    features = [no_data.empty((batch, dim)) for _ in range(3)]
-    ids = no_data.empty((batch,), torch.long)
-    counted = no_data.count(
-        lambda: ContrastiveLoss()(*model(*features), ids), value_read=batch * combiner.top_k // 4
+    features = [empty(batch, dim) for _ in range(3)]
+    ids = empty(batch, dtype=torch.long)
+    counted = count(
+        lambda: [ContrastiveLoss()(*model(*features), ids)],
+        given=[without_data(model), *features, ids],
+        backward=True,
+        value_read=batch * combiner.top_k // 4,
     )
-    assert counted.kept == pytest.approx(saved, rel=0.1)
+    assert counted.peak == pytest.approx(saved, rel=0.1)
 
 
 @pytest.mark.slow
@@ -256,6 +266,8 @@ def test_operations_of_the_combiners_grow_with_the_rows_of_their_experts(vit):
     moe = joint * 4 + 2 * joint * hidden
     gate = joint * hidden + hidden * dim
     assert one == 2 * 64 * (projections + attention + moe + gate + hidden * dim)
+    composed = work(combiner_training(vit).validation())[f"composing {SIZES.queries} queries"]
+    assert composed == one * SIZES.queries / 64
 
 
 def test_a_bank_is_counted_by_its_targets_and_in_blocks(vit, monkeypatch):
@@ -270,9 +282,9 @@ def test_a_bank_is_counted_by_its_targets_and_in_blocks(vit, monkeypatch):
     assert kept.items() <= bank.passing(way).items()
     of_one_block = bank.passing(way)["loss and its gradients"]
     monkeypatch.setattr(losses, "MOST_LOGITS", 8 * SIZES.images)
-    budget._bank_loss.cache_clear()
+    planning._lost.cache_clear()
     assert bank.passing(way)["loss and its gradients"] < of_one_block
-    budget._bank_loss.cache_clear()
+    planning._lost.cache_clear()
 
 
 def test_memory_of_weights_gradients_optimizer_and_average(vit):
@@ -287,6 +299,29 @@ def test_memory_of_weights_gradients_optimizer_and_average(vit):
     alone = fine_tuning(vit, "image").lasting()
     assert alone["gradients"] == 4 * image
     assert alone["moving average"] == 0
+
+
+# GiB of a training step that torch allocated for CUDA, on a driver that computes nothing.
+ALLOCATED = {
+    ("RN50x4", Way(batch_size=128)): 20.93,
+    ("ViT-B/32", Way(batch_size=128)): 6.75,
+    ("ViT-B/32", Way(batch_size=128, micro_batch_size=16, gradient_checkpointing=True)): 2.52,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, way", ALLOCATED)
+def test_a_step_takes_what_torch_allocates(name, way):
+    planned = fine_tuning(name, precision="fp16").needed(way)
+    assert planned / plan.GIB == pytest.approx(ALLOCATED[name, way], rel=0.1)
+
+
+@pytest.mark.slow
+def test_an_epoch_of_stage_2_takes_what_torch_allocates():
+    training = combiner_training("RN50x4", projection_dim=2560, hidden_dim=5120)
+    (sizes,) = (sizes for sizes in gpus.SIZES if sizes.name == "CIRR")
+    training = dataclasses.replace(training, sizes=sizes)
+    assert training.needed(Way(batch_size=4096)) / plan.GIB == pytest.approx(13.36, rel=0.1)
 
 
 def test_long_heads_take_a_workspace_and_short_ones_do_not(vit):
@@ -348,10 +383,13 @@ def test_sizes_are_those_of_the_official_files():
 
 
 def test_counting_leaves_no_trace(vit):
-    attention = F.scaled_dot_product_attention
-    fine_tuning(vit, precision="fp16").passing(Way(batch_size=4))
-    assert F.scaled_dot_product_attention is attention
-    assert not torch.is_autocast_enabled("cuda")
+    resized = torch.UntypedStorage.resize_
+    data_utils._on.cache_clear()
+    clip = CountedClip(vit, "both")
+    clip.activations(Way(batch_size=4), "fp16")
+    clip.encoding(1, 1)
+    assert torch.UntypedStorage.resize_ is resized
+    assert not torch.is_autocast_enabled("cpu")
     assert normalise(torch.zeros(3, 2, 2, dtype=torch.uint8), CLIP_MEAN, CLIP_STD).shape == (
         3,
         2,

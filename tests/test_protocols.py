@@ -171,7 +171,9 @@ def test_what_is_assumed_of_weights_is_said(says, flags, drawn, stage_2, run, tm
     table = Settings.read(content["config"]).table
     bare = {"Combiner": content["Combiner"]}
     if says:
-        bare["config"] = {name: table[name] for name in says}
+        told = {name: table[name] for name in says}
+        flags_told = {name: told.pop(name) for name in says if name == "top_k"}
+        bare["config"] = {"flags": flags_told, "recipe": told, "data": {}, "versions": {}}
     torch.save(bare, tmp_path / "bare.pt")
     words = ["--combining-function", "combiner", "--combiner-path", tmp_path / "bare.pt", *flags]
     words += ["--clip-model-name", drawn / "tiny_clip_vit.pt"]

@@ -44,6 +44,7 @@ STAGE_2_BATCH = {
 }
 MIXTURE = {"combiner.py run_experts: read": 1}
 SCALED = {"step.py _move: read": 1}  # whether loss scaling skipped a step
+LENGTHS = {"encoder.py check_lengths: read": 2}  # of images and of captions, once each
 CAPTIONS = {"encoder.py captions: to the GPU": 2}  # tokens, in each batch, and their order
 SCALER_STATE = {"grad_scaler.py get_scale: read": 1, "grad_scaler.py _get_growth_tracker: read": 1}
 ROUTER_REPORT = {"routing.py router_statistics: read": 3, "routing.py _entropy: read": 2}
@@ -196,7 +197,7 @@ def test_steps_and_a_validation_of_stage_1(name, ema_decay, steps, gpu):
         assert_types(step, torch.float16, f"convolution addmm mm {ATTENTION} {others}")
     with Seen() as validation:
         task.validate(stepper.measured)
-    assert validation.waits == waits(CAPTIONS)
+    assert validation.waits == waits(CAPTIONS, LENGTHS)
     assert_types(validation, torch.float32, f"convolution addmm {ATTENTION}")
     assert {(of.images.dtype, of.captions.dtype) for of in measured} == {(torch.float32,) * 2}
 

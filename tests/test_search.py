@@ -16,8 +16,8 @@ import search
 from benchmarks import CIRR, FashionIQ
 from image_search import faiss_index, image_index, photos
 from image_search.image_index import open_index
+from image_search.stores.faiss import KINDS
 from models import backbone
-from runtime.choices import INDEX_KINDS
 from utils import UserError
 
 
@@ -52,7 +52,7 @@ def clustered(count: int, dim: int = 32, seed: int = 0) -> np.ndarray:
     )
 
 
-@pytest.mark.parametrize("kind", INDEX_KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_found_is_in_the_exact_order(kind):
     gallery, queries = clustered(10_000), faiss_index.normalised(clustered(20, seed=1))
     found = faiss_index.search(faiss_index.build(gallery, kind), gallery, queries, k=10)

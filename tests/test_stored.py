@@ -1,8 +1,14 @@
-"""What files say of themselves, field by field, and weights from elsewhere, weight by weight: read, or named."""
+"""What files say of themselves, field by field, and weights from elsewhere, weight by weight: read, or named.
 
+One field of each type, and one weight of each kind; `make soak` takes all of them.
+"""
+
+import contextlib
 import json
 import math
 import random
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +21,15 @@ import clip_fine_tune
 import combiner_train
 import kills
 from combiner import build_combiner, load_combiner
-from conftest import CASES
-from image_search import faiss_index, index_folder
+from conftest import CASES, one_of_each_kind
+from image_search import faiss_index
 from image_search.image_index import open_index
+from image_search.stores import faiss
+from image_search.stores.faiss import KINDS
 from models import clip_model
 from models.clip_model import load_clip, load_finetuned
 from models.configuration import Settings, read_checkpoint
 from runtime import tensors
-from runtime.choices import INDEX_KINDS
 from runtime.tensors import load_tensors
 from settings.declaring import stored
 from test_fuzz import QUIET, json_values
@@ -87,6 +94,12 @@ def weights_of(kind: str, clip) -> dict[str, torch.Tensor]:
     return {name: weight.clone() for name, weight in model.state_dict().items()}
 
 
+def kind_of_weight(item: tuple[str, torch.Tensor]) -> tuple[str, int]:
+    """The last part of a weight's name, and its dimensions."""
+    name, weight = item
+    return name.rpartition(".")[2], weight.dim()
+
+
 def with_first(weight: torch.Tensor, value: float) -> torch.Tensor:
     changed = weight.clone()
     changed.view(-1)[0] = value
@@ -117,7 +130,7 @@ FLAWS = {
 @pytest.mark.parametrize("kind", ["CLIP", *COMBINERS])
 def test_a_flaw_of_any_weight_is_named(kind, flaw, clip):
     weights = weights_of(kind, clip)
-    for name, weight in weights.items():
+    for name, weight in one_of_each_kind(weights.items(), kind_of_weight):
         if not weight.is_floating_point() or (flaw == "one value for all" and weight.numel() == 1):
             continue
         damaged = {**weights, name: FLAWS[flaw](weight)}
@@ -128,7 +141,7 @@ def test_a_flaw_of_any_weight_is_named(kind, flaw, clip):
 @pytest.mark.parametrize("kind", ["CLIP", *COMBINERS])
 def test_any_weight_that_is_missing_or_extra_is_named(kind, clip):
     weights = weights_of(kind, clip)
-    for name in weights:
+    for name, _ in one_of_each_kind(weights.items(), kind_of_weight):
         others = {other: weight for other, weight in weights.items() if other != name}
         if not name.endswith("num_batches_tracked"):
             refused(lambda state=others: load_as(kind, state, clip), "there.pt", name)
@@ -307,7 +320,14 @@ def refuse_each_wrong_value(kind: str, content, read, *, names=(), nullable=(), 
 
     read(content)
     everywhere = [steps for steps in places(content) if not set(steps) & set(free)]
-    for steps in everywhere:
+
+    def kind_of_place(steps: tuple) -> tuple:
+        """What a field is in, its type, and whether it may be None."""
+        around = tuple(step if isinstance(step, str) else "*" for step in steps[:-1])
+        may_be_none = bool(steps) and str(steps[-1]) in nullable
+        return around, type(at(content, steps)), may_be_none
+
+    for steps in one_of_each_kind(everywhere, kind_of_place):
         for value in WRONG:
             attempt(steps, value)
     fuzz = given(st.sampled_from(everywhere), json_values)(attempt)
@@ -330,7 +350,7 @@ def write_index(folder: Path, count: int = 40, kind: str = "flat", dim: int = 16
         "unreadable": {"/photos/x.png": "it is empty"},
     }
     rows = lambda start, stop: features[start:stop]  # noqa: E731
-    index_folder.publish(folder, files, rows, about={**about, "kind": kind}, dim=dim)
+    faiss.publish(folder, files, rows, about={**about, "kind": kind}, dim=dim)
 
 
 def part(folder: Path, name: str) -> Path:
@@ -446,7 +466,7 @@ def with_row(rows: np.ndarray, value: float) -> np.ndarray:
     return changed
 
 
-@pytest.mark.parametrize("kind", INDEX_KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_vectors_of_other_features(kind):
     rng = np.random.default_rng(0)
     features = rng.normal(size=(10_000 if kind == "ivfpq" else 50, 16)).astype(np.float32)
@@ -456,7 +476,7 @@ def test_vectors_of_other_features(kind):
     assert faiss_index.mismatch(faiss_index.build(repeated, kind), repeated, kind) == ""
     assert "other features" in faiss_index.mismatch(index, rng.permutation(features), kind)
     assert "vectors of length 16" in faiss_index.mismatch(index, features[1:], kind)
-    for other in set(INDEX_KINDS) - {kind}:
+    for other in set(KINDS) - {kind}:
         assert faiss_index.mismatch(index, features, other) == f"it is not of the kind {other}"
 
 
@@ -477,48 +497,30 @@ def test_files_of_two_indexes(tmp_path):
     refused(lambda: open_index(tmp_path / "a"), files.name, "not the list that was written")
 
 
-FULL = """
-import json, resource, signal, sys
-from pathlib import Path
-sys.path.insert(0, "{tests}")
-from test_stored import part, write_index
-from image_search.image_index import open_index
-from settings.declaring import stored
-from utils import UserError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-folder = Path(sys.argv[1])
-write_index(folder, 300, kind=sys.argv[2])
-sizes = [part(folder, name).stat().st_size for name in ("index", "files", "features", "vectors")]
-before = sorted((file.name, file.read_bytes()) for file in folder.iterdir())
-_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-refused = 0
-for size in sizes:
-    for short in (1, 100, 5000, size // 2):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (max(size - short, 0), hard))
-        try:
-            write_index(folder, 300, kind=sys.argv[2])
-        except UserError as error:
-            assert "could not write" in str(error), error
-            refused += 1
-        else:
-            continue  # other files are larger than this one
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        assert sorted((file.name, file.read_bytes()) for file in folder.iterdir()) == before
-        open_index(folder)
-print(refused)
-"""
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The kernel refuses files above a size in bytes, as a full disk does; Python ignores its signal SIGXFSZ."""
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
 
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw"])
-def test_a_disk_that_is_full_at_any_byte_leaves_the_earlier_index(kind, start, tmp_path):
-    """The kernel refuses files above a size, as a full disk does. FAISS and NumPy pass over the last bytes."""
-    script = tmp_path / "fills.py"
-    script.write_text(FULL.format(tests=Path(__file__).parent))
-    process = start(script, tmp_path / "index", kind)
-    assert process.wait() == 0, process.stderr
-    assert int(process.stdout) == 16
-    CASES["full disks", "refused"] += 16
+def test_a_disk_that_is_full_at_any_byte_leaves_the_earlier_index(kind, tmp_path):
+    """FAISS and NumPy pass over the last bytes."""
+    write_index(tmp_path, 300, kind=kind)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    for name in ("index", "files", "features", "vectors"):
+        size = part(tmp_path, name).stat().st_size
+        for short in (1, 100, 5000, size // 2):
+            with files_of_at_most(max(size - short, 0)):
+                refused(lambda: write_index(tmp_path, 300, kind=kind), "could not write")
+            assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+            open_index(tmp_path)
+            CASES["full disks", "refused"] += 1
 
 
 # Settings of checkpoints and runs

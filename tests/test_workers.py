@@ -14,7 +14,7 @@ import pytest
 
 from conftest import ROOT
 from forks import HANG, state_of
-from image_search.stores import QuestionError
+from image_search.stores.base import QuestionError
 from image_search.uploads import checked_upload
 from image_search.workers import Overrun, Pool, Spawned, Template, in_thread
 

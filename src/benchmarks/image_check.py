@@ -13,8 +13,8 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from runtime import interruption
-from runtime.files import file_size
 from runtime.image_files import decoded, has_more_bits
+from runtime.image_source import IMAGES
 from runtime.progress import Counter
 
 MISSING = "missing"
@@ -45,10 +45,11 @@ class Inspection:
 
 def inspect(path: Path) -> Inspection:
     """Read and decode an image file as training and evaluation do."""
-    if file_size(path) is None:
+    if IMAGES.size(path) is None:
         return Inspection(MISSING, "")
     try:
-        content = path.read_bytes()
+        with IMAGES.open(path) as stream:
+            content = stream.read()
     except OSError:
         return Inspection(DAMAGED, "")
     if not content:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from runtime.files import file_size
+from runtime.image_source import IMAGES
 from utils import UserError
 
 # A part `..`, a beginning at the root or at a drive, half a string in C. On Windows backslashes part folders too.
@@ -48,10 +48,11 @@ def locate(
 
     def file(place: str) -> Path:
         official = first / place
-        if not others or file_size(official) is not None:
+        if not others or IMAGES.size(official) is not None:
             return official
         return next(
-            (folder / place for folder in others if file_size(folder / place) is not None), official
+            (folder / place for folder in others if IMAGES.size(folder / place) is not None),
+            official,
         )
 
     paths = {name: file(place) for name, place in places.items()}

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from runtime.files import file_digest, file_size, sample_digest
+from runtime.image_source import IMAGES
 from utils import UserError
 
 NO_ROW = -1  # in place of a gallery row
@@ -214,7 +214,7 @@ def images_digest(split: Split, *, sampled: bool = False) -> str:
     """
     digest = hashlib.sha256()
     with ThreadPoolExecutor() as pool:
-        contents = pool.map(sample_digest if sampled else file_digest, split.paths)
+        contents = pool.map(functools.partial(IMAGES.digest, sampled=sampled), split.paths)
         for name, content in zip(split.names, contents, strict=True):
             digest.update(name.encode() + b"\0" + bytes.fromhex(content))
     return digest.hexdigest()
@@ -231,7 +231,7 @@ def all_paths(splits: Iterable[Split]) -> list[Path]:
 def check_images_exist(splits: Iterable[Split]) -> None:
     """Raise UserError unless every image file of the splits is there and not empty."""
     paths = all_paths(splits)
-    bad = [path for path in paths if not file_size(path)]
+    bad = [path for path in paths if not IMAGES.size(path)]
     if bad:
         raise UserError(
             f"{len(bad)} of {len(paths)} image files are missing or empty, the first is {bad[0]}: put them there, for "

@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks import BENCHMARKS, CIRCO, PROTOCOLS
 from cli.parsers import InPlaceOf, ListModels
+from image_search.stores.base import store_address
 from runtime.choices import (
     COMBINING_FUNCTIONS,
 )
@@ -19,7 +20,6 @@ from settings.flag_types import (
     pair_place,
     positive_int,
     seed_int,
-    store_address,
     usable_path,
     workers,
 )

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import Benchmark
 from benchmarks.metrics import Statistic
-from evaluation.contradictions import stored_ranks
-from evaluation.result_file import Result, composed_by, read_result
+from evaluation.result_file import Result, composed_by, read_result, stored_ranks
 from models.configuration import Settings, trained_on
 from runtime.choices import named
 from settings.groups import FREE_FLAGS

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import Benchmark, Split, Triplet
-from evaluation.contradictions import check_about, check_queries, stored_ranks, with_ranks
+from evaluation.result_file import check_metrics
 from runtime.files import read_json, write_text
+from utils import UserError
 
 if TYPE_CHECKING:
     from benchmarks.ranking import Rankings
@@ -119,10 +120,10 @@ def write_rankings(file: Path, result: Mapping[str, Any], records: Records) -> N
 
 
 def read_rankings(file: Path) -> dict[str, Any]:
-    """A rankings file, held against itself: a result whose "queries" are records.
+    """Read a rankings file: a result whose "queries" are records, with the metrics that their ranks give.
 
     Raises:
-        UserError: it is none, or contradicts itself, as when a rank is not where the target is.
+        UserError: it is none, a metric is not what the ranks give, or a rank is not where the target is.
     """
     from evaluation.schemas import RankingsFile
     from runtime.schema import checked
@@ -130,25 +131,55 @@ def read_rankings(file: Path) -> dict[str, Any]:
     content = read_json(file, "validate.py --rankings")
     remedy = "no file of validate.py --rankings, or not a whole one; measure again"
     checked(RankingsFile, content, file=file, remedy=remedy)
-    check_queries(file, content, check_about(file, content))
+    for split, queries in content["queries"].items():
+        for number, query in enumerate(queries):
+            _check_query(f"{file}: queries.{split}.{number}", query, content["protocols"])
+    check_metrics(file, _with_ranks(content))
     return content
+
+
+def _check_query(where: str, query: Record, protocols: Mapping[str, Any]) -> None:
+    """Raise UserError where a query was not asked under some protocols, or a rank is not the target's place."""
+    if query["protocols"].keys() != protocols.keys():
+        raise UserError(f"{where}.protocols: not those of the file: measure again")
+    lists = {f"protocols.{name}": found for name, found in query["protocols"].items()}
+    if "in_group" in query:
+        lists["in_group"] = query["in_group"]
+    targets = [query["target"], *query.get("other_targets", [])]
+    for name, found in lists.items():
+        names = [image for image, _ in found["nearest"]]
+        ranks = [found["rank"], *found.get("other_ranks", [])]
+        for target, rank in zip(targets, ranks, strict=False):
+            place = names.index(target) if target in names else None
+            if place != (rank if rank < len(names) else None):
+                raise UserError(
+                    f"{where}.{name}: {target} has rank {rank}, and is not there among the nearest: measure again"
+                )
+
+
+def _with_ranks(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A rankings file as a result, with the ranks of its queries."""
+    protocols = {}
+    for name, measured in content["protocols"].items():
+        ranks = {}
+        other_ranks = {}
+        group_ranks = {}
+        for split, queries in content["queries"].items():
+            found = [query["protocols"][name] for query in queries]
+            ranks[split] = [of_query["rank"] for of_query in found]
+            others = [of_query.get("other_ranks", []) for of_query in found]
+            if any(others):
+                other_ranks[split] = others
+            if all("in_group" in query for query in queries):
+                group_ranks[split] = [query["in_group"]["rank"] for query in queries]
+        by_kind = {"ranks": ranks, "other_ranks": other_ranks, "group_ranks": group_ranks}
+        protocols[name] = {**measured, **by_kind}
+    return {**content, "protocols": protocols}
 
 
 def is_rankings(content: Any) -> bool:
     """Whether parsed JSON is meant to be a rankings file."""
     return isinstance(content, dict) and {"protocols", "queries"} <= content.keys()
-
-
-def rescored(content: Mapping[str, Any], benchmark: Benchmark) -> dict[str, dict[str, float]]:
-    """Protocol -> all metrics, from the ranks in a rankings file."""
-    ranked = with_ranks(content)
-    protocols = {}
-    for name in content["protocols"]:
-        scores = {}
-        for split in content["queries"]:
-            scores[split] = benchmark.score(stored_ranks(ranked, name, split))
-        protocols[name] = benchmark.summary(scores)
-    return protocols
 
 
 def unlike_annotations(content: Mapping[str, Any], benchmark: Benchmark) -> list[str]:

@@ -1,6 +1,7 @@
 """Results that say what they are: metrics under each protocol with all that they were measured on."""
 
 import json
+import math
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -8,10 +9,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import Benchmark, Protocol, Split
+from benchmarks import BENCHMARKS, Benchmark, Protocol, Split
+from benchmarks.metrics import NO_RANK, Ranks
 from benchmarks.splits import images_digest, split_digest
-from evaluation.contradictions import check_about, check_ranks
 from runtime.files import read_json, write_text
+from utils import UserError, first_line
 
 if TYPE_CHECKING:
     from benchmarks.ranking import Ranking, Rankings
@@ -111,12 +113,10 @@ def write_result(file: Path, result: Result) -> None:
 
 
 def read_result(file: Path) -> Result:
-    """A result that says how it was measured, held against itself.
-
-    A metric that is reported now and was not when the file was written is added from its ranks.
+    """Read a result, whose metrics are those of its ranks.
 
     Raises:
-        UserError: the file is none, or contradicts itself, as when its metrics are not those of its ranks.
+        UserError: the file is no result, or a metric is not what the ranks give.
     """
     from evaluation.schemas import ResultFile
     from runtime.schema import checked
@@ -124,5 +124,66 @@ def read_result(file: Path) -> Result:
     result = read_json(file, "validate.py --metrics-json")
     remedy = "no result of validate.py --metrics-json, or not a whole one; measure again"
     checked(ResultFile, result, file=file, remedy=remedy)
-    check_ranks(file, result, check_about(file, result))
+    check_metrics(file, result)
     return result
+
+
+def check_metrics(file: Path, result: Result) -> None:
+    """Recompute the metrics of a result from its ranks, and compare.
+
+    Raises:
+        UserError: the first metric that differs is named with both values.
+    """
+    if result["dataset"] not in BENCHMARKS:
+        raise UserError(
+            f"{file}: dataset: {result['dataset']} is no benchmark known here: measure again"
+        )
+    benchmark = BENCHMARKS[result["dataset"]](Path())
+    for protocol, measured in result["protocols"].items():
+        scores = {}
+        try:
+            for split in benchmark.part_names(result["split"]):
+                scores[split] = benchmark.score(stored_ranks(result, protocol, split))
+            recomputed = benchmark.summary(scores)
+        except (LookupError, ValueError) as error:
+            raise UserError(
+                f"{file}: protocols.{protocol}: no whole ranks of {benchmark.name} {result['split']} "
+                f"({first_line(error)}): measure again"
+            ) from None
+        _compare(file, f"protocols.{protocol}.metrics", measured["metrics"], recomputed)
+        if protocol == result.get("protocol"):
+            _compare(file, "metrics", result.get("metrics", {}), recomputed)
+
+
+def _compare(
+    file: Path, field: str, stated: Mapping[str, float], recomputed: Mapping[str, float]
+) -> None:
+    """Raise UserError where metrics are not the recomputed ones."""
+    for metric in {**recomputed, **stated}:
+        there, due = stated.get(metric), recomputed.get(metric)
+        if there is None or due is None or not math.isclose(there, due, abs_tol=1e-6):
+            raise UserError(
+                f"{file}: {field}.{metric}: {there} in the file, {due} from its ranks: measure again"
+            )
+
+
+def stored_ranks(result: Mapping[str, Any], protocol: str, split: str) -> Ranks:
+    """The ranks of a split's queries under a protocol.
+
+    Raises:
+        LookupError: there are none.
+    """
+    import numpy as np
+
+    measured = result["protocols"][protocol]
+    in_group = measured["group_ranks"].get(split)
+    others = measured.get("other_ranks", {}).get(split)
+    if others is not None:
+        most = max(map(len, others))
+        others = np.array([found + [NO_RANK] * (most - len(found)) for found in others])
+    return Ranks(
+        np.array(measured["ranks"][split]),
+        others=others,
+        in_group=None if in_group is None else np.array(in_group),
+        kinds=result.get("kinds", {}).get(split, {}),
+    )

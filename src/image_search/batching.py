@@ -15,7 +15,7 @@ WAIT = 0.01  # seconds that the first question of a batch waits for others
 GRACE = 2  # seconds that answers may take when the page ends
 
 
-class Together(Generic[Question, Answer]):
+class Batcher(Generic[Question, Answer]):
     """A thread that answers questions in the order in which they come, those of a few milliseconds in one batch.
 
     While it answers a batch, the next one gathers.

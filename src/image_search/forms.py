@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from urllib.parse import parse_qsl
 
-from image_search.stores import QuestionError
+from image_search.stores.base import QuestionError
 
 MOST_FIELDS = 16
 LONGEST_FIELD = 2**16  # bytes, and of a form that holds no file

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
+from cachetools import LRUCache
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -23,13 +24,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 
 from image_search.api_guide import guide
-from image_search.batching import Together
+from image_search.batching import Batcher
 from image_search.forms import File, NoForm, read_form
 from image_search.guard import MOST_SECONDS, RETRY_AFTER, visitor_of
 from image_search.photos import KINDS
 from image_search.searcher import PLACES, Found, Question, Searcher
-from image_search.stores import QuestionError
-from image_search.thumbnails import SIDES, Thumbnails, thumbnail
+from image_search.stores.base import QuestionError
+from image_search.thumbnails import SIDES, thumbnail
 from image_search.uploads import preview, read_upload
 from image_search.workers import SECONDS, Overrun, Pool, in_thread, source_of_workers
 from utils import UserError
@@ -44,6 +45,7 @@ LARGEST_ROW = 2**63 - 1
 # Workers, of which one visitor has half. An upload has few pixels, an image of the index what Pillow decodes at most.
 UPLOADS = {"workers": 4, "memory": 2**30}
 PHOTOS = {"workers": 8, "memory": 2**31}
+MOST_KEPT = 64 * 2**20  # bytes of thumbnails
 LOADED = ("data_utils", "image_search.thumbnails", "image_search.uploads")  # in workers
 TITLE = "Composed image retrieval"
 SUMMARY = "Search an index of images by an image and what to change of it."
@@ -162,7 +164,7 @@ class Service:
 
     Args:
         k: answers where a question does not say.
-        together: answers the questions; see `Together`.
+        batcher: answers the questions; see `Batcher`.
         seconds: that a worker has for an image.
     """
 
@@ -170,14 +172,15 @@ class Service:
         self,
         searcher: Searcher,
         k: int,
-        together: "Together[Question, Found]",
+        batcher: "Batcher[Question, Found]",
         *,
         seconds: float = SECONDS,
     ) -> None:
         self.searcher = searcher
         self.k = min(k, MOST_ANSWERS)
-        self.together = together
-        self.thumbnails = Thumbnails()
+        self.batcher = batcher
+        # JPEGs of image files by side, those that were asked for last.
+        self.thumbnails: LRUCache[tuple[Path, str], bytes] = LRUCache(MOST_KEPT, getsizeof=len)
         self.server = uuid.uuid4().hex[:12]
         self.workers = source_of_workers(LOADED)
         self.uploads = Pool(self.workers, seconds=seconds, **UPLOADS)
@@ -207,7 +210,7 @@ class Service:
             condition=asked.filter.strip(),
         )
         self.searcher.check(question)
-        found = await asyncio.wrap_future(self.together.ask(question))
+        found = await asyncio.wrap_future(self.batcher.ask(question))
         answers = Answers(
             answers=[self._answer(*hit) for hit in zip(found.rows, found.answers, strict=True)],
             place=found.place,
@@ -245,7 +248,7 @@ class Service:
                 HTTPStatus.SERVICE_UNAVAILABLE, "this image takes too long: try another"
             ) from None
         if is_there:
-            self.thumbnails.keep((file, size), picture)
+            self.thumbnails[file, size] = picture
         return jpeg_response(picture, age=600)
 
     @in_time

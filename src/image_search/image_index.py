@@ -8,9 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from image_search import faiss_index, index_folder
-from image_search.manifest import check_index, read_manifest
-from image_search.stores import FAISS, TIME, Counts, ImageIndex, Keeping, Shelf, chosen_keeping
+from image_search.manifest import MANIFEST, check_index, is_own, read_manifest
+from image_search.stores.base import (
+    TIME,
+    Counts,
+    ImageIndex,
+    IndexWriter,
+    Keeping,
+    all_stores,
+    chosen_keeping,
+    store_of,
+)
 from models.encoder import Encoder
 from runtime import distributed
 from runtime.choices import named
@@ -48,11 +56,7 @@ def open_index(folder: Path, store: str | None = None) -> ImageIndex:
     check_index(folder)
     about = read_manifest(folder) or {}
     keeping = chosen_keeping(about, store, kind=None, on_disk=None)
-    if "store" in about:
-        from image_search import milvus_store
-
-        return milvus_store.opened(folder, about, keeping.typed)
-    return index_folder.opened(folder, about)
+    return store_of(keeping.store).open(folder, about, typed=keeping.typed)
 
 
 def update_index(
@@ -84,11 +88,13 @@ def update_index(
     origin = {"folders": sorted(str(path.resolve()) for path in folders), "pair": pair}
     if keeping.told_by != TIME:  # as in indexes of earlier versions, which do not say it
         origin["told_by"] = keeping.told_by
-    shelf = _shelf(folder, encoder, keeping, origin)
+    dim = encoder.backbone.dim
+    store = store_of(keeping.store)
+    writer = store.writer(folder, encoder_key(encoder), dim, keeping=keeping, origin=origin)
     if not distributed.is_main():
-        _encode(None, encoder, shelf)
+        _encode(None, encoder, writer)
         return None
-    faiss_index.check(keeping.kind, len(images), encoder.backbone.dim)
+    store.check(keeping.kind, len(images), dim)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, f"--output {folder}: another process updates it: wait for that one"):
         earlier = read_manifest(folder)
@@ -96,30 +102,40 @@ def update_index(
             raise UserError(
                 f"--output {folder} is an index of other weights, preprocessing or precision: choose another folder"
             )
-        shelf.open()
-        held = shelf.held()
+        if earlier is None:
+            _check_own_folder(folder)
+        else:
+            _check_trusted(folder, earlier, keeping)
+        writer.open()
+        held = writer.held()
         missing = [file for file in images if file not in held]
         del held
-        unreadable = _encode(missing, encoder, shelf)
+        unreadable = _encode(missing, encoder, writer)
         readable = [file for file in images if file[0] not in unreadable]
         if not readable:
             raise UserError(
                 f"--images: none of the {len(images)} images can be read, the first is {images[0][0]}"
             )
-        counts = shelf.publish(readable, {**origin, "unreadable": unreadable})
+        counts = writer.publish(readable, {**origin, "unreadable": unreadable})
     return Update(counts=counts, unreadable=unreadable)
 
 
-def _shelf(folder: Path, encoder: Encoder, keeping: Keeping, origin: dict[str, Any]) -> Shelf:
-    """Where features are to be kept. Nothing is read yet."""
-    key = encoder_key(encoder)
-    if keeping.store == FAISS:
-        return index_folder.IndexFolder(folder, key, encoder.backbone.dim, keeping)
-    from image_search import milvus_store
+def _check_own_folder(folder: Path) -> None:
+    """Refuse a folder that holds other files, since an index is to have a folder of its own."""
+    for file in folder.iterdir():
+        if not any(store.files.fullmatch(file.name) for store in all_stores()):
+            raise UserError(
+                f"--output {folder} holds {file.name}, which is of no index: name an empty or a new folder"
+            )
 
-    return milvus_store.MilvusShelf(
-        folder, key, encoder.backbone.dim, keeping=keeping, origin=origin
-    )
+
+def _check_trusted(folder: Path, about: dict[str, Any], keeping: Keeping) -> None:
+    """Refuse to write where only an index says, and one that was made elsewhere."""
+    if "store" in about and not (keeping.typed or is_own(folder, about)):
+        raise UserError(
+            f"{folder / MANIFEST} was made elsewhere and names {about['store']}: name it too, as --store "
+            f"{about['store']}, if you trust it"
+        )
 
 
 @contextlib.contextmanager
@@ -138,7 +154,9 @@ def _together(encoder: Encoder) -> Iterator[None]:
         ) from None
 
 
-def _encode(missing: list[Identity] | None, encoder: Encoder, shelf: Shelf) -> dict[str, str]:
+def _encode(
+    missing: list[Identity] | None, encoder: Encoder, writer: IndexWriter
+) -> dict[str, str]:
     """Encode this process's part of files, shard by shard, each of which is kept before the next is begun.
 
     Shards are the same for any number of processes, so that batches are too, and the features to the last bit.
@@ -165,7 +183,7 @@ def _encode(missing: list[Identity] | None, encoder: Encoder, shelf: Shelf) -> d
             else:
                 readable.append(file)
         if readable:
-            shelf.keep(readable, encoded.numpy())
+            writer.keep(readable, encoded.numpy())
     with _together(encoder):
         lines = distributed.gathered_lines(unreadable)
     return dict(json.loads(line) for line in lines)

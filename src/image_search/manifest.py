@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from image_search.schemas import StoreManifest
+from image_search.stores.base import FAISS, STORES, store_of
 from models.exported import exported_place
 from models.names import FOLDER, HUB
 from runtime.choices import named
 from runtime.files import parse_json, read_text, write_text
+from runtime.schema import checked
 from settings.groups import Clip, PairChoice
-from utils import UserError, first_line
+from utils import UserError, first_line, printable
 
 if TYPE_CHECKING:
     from models.pair import Pair
@@ -33,12 +36,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is damaged ({first_line(error)}): {REMEDY}") from None
-    from image_search import schemas
-    from runtime.schema import checked
-
-    in_milvus = isinstance(content, dict) and "store" in content
-    schema = schemas.MilvusManifest if in_milvus else schemas.FilesManifest
-    checked(schema, content, file=file, remedy=REMEDY)
+    address = FAISS
+    if isinstance(content, dict) and "store" in content:
+        address = checked(StoreManifest, content, file=file, remedy=REMEDY).store
+        if address.partition(":")[0] not in STORES:
+            raise UserError(f"{file}: store: {printable(address)} is of no store: {REMEDY}")
+    checked(store_of(address).manifest, content, file=file, remedy=REMEDY)
     return content
 
 

@@ -96,10 +96,6 @@ def _files(folder: Path) -> Iterator[str]:
             f"--images {folder}: {error.filename} cannot be read ({error.strerror}): allow it, or wait"
         )
 
-    if not folder.is_dir():
-        raise UserError(
-            f"--images {folder} is no folder: name one that holds images, or drop it from the index with --forget"
-        )
     visited = {folder.resolve()}
     for root, inner, names in os.walk(folder, onerror=refuse, followlinks=True):
         to_visit = {}

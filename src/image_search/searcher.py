@@ -14,7 +14,7 @@ from torch import Tensor
 from image_search.image_index import encoder_key, open_index
 from image_search.manifest import as_made
 from image_search.photos import opened
-from image_search.stores import FAISS, TIME, Hit, ImageIndex, QuestionError
+from image_search.stores.base import FAISS, TIME, Hit, ImageIndex, QuestionError, store_of
 from models.pair import Pair, load_pair
 from runtime.files import file_identities, file_size
 from settings.groups import PairChoice
@@ -133,7 +133,7 @@ class Searcher:
     @property
     def knows_conditions(self) -> bool:
         """Whether the index lives in a store that takes a question's condition."""
-        return self.index.about.get("store", FAISS) != FAISS
+        return store_of(self.index.about.get("store", FAISS)).filters
 
     def search(self, reference: Tensor, text: str, k: int, condition: str = "") -> Found:
         """The images nearest to a reference (1, D), unnormalised, that is changed as a text says."""

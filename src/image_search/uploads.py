@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from image_search.forms import File
 from image_search.photos import FORMATS, KINDS, small_image
-from image_search.stores import QuestionError
+from image_search.stores.base import QuestionError
 from runtime.image_files import DECODING_ERRORS, LONGEST_SIDE, jpeg
 from utils import UserError, first_line
 

@@ -183,10 +183,11 @@ def check_lengths(features: Tensor, names: Sequence[object]) -> None:
         UserError: some are shorter than SHORTEST or longer than LONGEST; the first is named.
     """
     lengths = features.norm(dim=-1)
-    rows = ((lengths < SHORTEST) | (lengths > LONGEST)).nonzero().flatten().tolist()
-    if rows:
+    is_lost = (lengths < SHORTEST) | (lengths > LONGEST)
+    if is_lost.any():  # one wait for the device
+        row = int(is_lost.nonzero()[0])
         raise UserError(
-            f"the features of {names[rows[0]]} have length {lengths[rows[0]]:.1g}, which cannot be ranked: choose "
+            f"the features of {names[row]} have length {lengths[row]:.1g}, which cannot be ranked: choose "
             "other weights, or --encode-precision fp32"
         )
 

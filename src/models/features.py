@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks import Benchmark, Split
 from models.encoder import Encoder, weights_digest
 from runtime import distributed
-from runtime.files import file_identities
+from runtime.image_source import IMAGES
 from runtime.tensors import load_tensors, save_tensors
 from utils import UserError
 
@@ -43,7 +43,7 @@ class FeatureCache:
         """Features (len(paths), D) of image files; `label` begins the name of the file that keeps them."""
         if self.folder is None:
             return self.encoder.images(paths, f"{label} images")
-        identities = file_identities(paths, self.told_by)
+        identities = IMAGES.identities(paths, self.told_by)
         if len(paths) <= PIECE:
             encode = functools.partial(self.encoder.images, paths, f"{label} images")
             return self._get(f"{label}-images", identities, encode)

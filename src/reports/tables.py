@@ -7,14 +7,9 @@ from utils import printable
 
 def text_table(rows: Mapping[str, Mapping[str, str]]) -> str:
     """Rows by their names, with cells by their columns, which all rows share: names to the left, cells to the right."""
+    import pandas as pd
+
     columns = list(next(iter(rows.values())))
-    lines = [["", *map(printable, columns)]]
-    for name, cells in rows.items():
-        lines.append([printable(name), *(printable(cells[column]) for column in columns)])
-    widths = [max(map(len, of_column)) for of_column in zip(*lines, strict=True)]
-    printed = []
-    for line in lines:
-        aligned = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
-        aligned[0] = line[0].ljust(widths[0])
-        printed.append("  ".join(aligned))
-    return "\n".join(printed)
+    cells = [[printable(row[column]) for column in columns] for row in rows.values()]
+    names = map(printable, rows)
+    return pd.DataFrame(cells, index=names, columns=map(printable, columns)).to_string()

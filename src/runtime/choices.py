@@ -17,8 +17,6 @@ COMBINING_FUNCTIONS = ("sum", "combiner", "image", "text")
 ENCODE_PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 PRECISIONS = ("amp", "fp16", "bf16", "fp32")
 TOLD_BY = ("time", "sample", "content")  # how a changed image is told, see `runtime.files.stamp`
-INDEX_KINDS = ("flat", "hnsw", "ivfpq")  # of FAISS
-MILVUS_KINDS = ("flat", "hnsw", "ivfflat")
 # Those of `clip.available_models()`, which only the clip package tells, and importing that takes seconds.
 OPENAI_CLIPS = (
     "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px",

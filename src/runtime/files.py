@@ -171,11 +171,11 @@ def _replacement(path: Path) -> Iterator[Path]:
     Raises:
         DiskError: it could not be written; nothing is left of it.
     """
-    path = Path(os.path.realpath(path))
+    named, path = path, Path(os.path.realpath(path))
     new = beside(path)
     try:
-        if path.exists() and not path.is_file():
-            raise DiskError(f"{path} is a folder, a device or a pipe: name a file")
+        if named.exists() and not named.is_file():  # a pipe of the shell has no other path
+            raise DiskError(f"{named} is a folder, a device or a pipe: name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep_once(path.parent)
         yield new
@@ -244,59 +244,29 @@ def folder_made_beside(path: Path) -> Iterator[Path]:
         raise _not_written(path, error) from None
 
 
+# What is written to these goes where stdout and stderr go, be it a pipe, a device or a file.
+STREAMS = {"/dev/stdout": 1, "/dev/fd/1": 1, "/dev/stderr": 2, "/dev/fd/2": 2}
+
+
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that replaces `path` only when all of it is on disk, see `made_beside`.
-
-    A device or a pipe gets what is written, and is never replaced by a file.
-    """
-    if (stream := _stream_at(path)) is not None:
-        whole = io.BytesIO()  # who writes may want to go back in it, which a stream cannot
-        yield whole
-        try:
-            with open(stream, "wb") as file:
-                file.write(whole.getbuffer())
-        except OSError as error:
-            raise _not_written(path, error) from None
-        return
-    with made_beside(path) as file:
-        yield file
-
-
-def _stream_at(path: Path) -> int | None:
-    """A descriptor of what has a path and takes bytes as they come; None where a file is there, or nothing.
-
-    That is a device, a pipe, and what stdout or stderr go to, be it a file.
+    """Open a file that replaces `path` only when all of it is on disk, see `made_beside`, or one of `STREAMS`.
 
     Raises:
-        DiskError: it is a disk, or a pipe that nobody reads, which would be waited for.
+        DiskError: it could not be written, or is another device or a pipe.
     """
+    if str(path) not in STREAMS:
+        with made_beside(path) as file:
+            yield file
+        return
+    whole = io.BytesIO()  # who writes may want to go back in it, which a stream cannot
+    yield whole
     try:
-        there = path.stat()
-        for standard in (1, 2):
-            if _is_open_as(standard, there):
-                print(end="", flush=True)
-                return os.dup(standard)
-        if stat.S_ISREG(there.st_mode) or stat.S_ISDIR(there.st_mode):
-            return None
-    except OSError:
-        return None
-    if stat.S_ISBLK(there.st_mode):
-        raise DiskError(f"{path} is a disk: name a file")
-    try:
-        stream = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        print(end="", flush=True)
+        with open(os.dup(STREAMS[str(path)]), "wb") as stream:
+            stream.write(whole.getbuffer())
     except OSError as error:
         raise _not_written(path, error) from None
-    os.set_blocking(stream, True)
-    return stream
-
-
-def _is_open_as(descriptor: int, there: os.stat_result) -> bool:
-    """Whether a descriptor of this process is open, and what it is open for is something else's too."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), there)
-    except OSError:
-        return False
 
 
 def _not_written(path: Path, error: OSError) -> DiskError:
@@ -396,15 +366,12 @@ def check_file_writable(files: dict[str, Path | None]) -> None:
     """The same for files: flag -> the file, None where none is to be written."""
     folders: dict[str, Path | None] = {}
     for flag, file in files.items():
-        if file is None:
+        if file is None or str(file) in STREAMS:
             continue
-        if file.is_dir():
-            raise UserError(f"{flag} {file} is a folder: name a file")
         if file.exists() and not file.is_file():
-            if file.is_block_device() or not os.access(file, os.W_OK):
-                raise UserError(f"{flag} {file} cannot be written to: name a file")
-        else:
-            folders[flag] = Path(os.path.realpath(file)).parent
+            kind = "a folder" if file.is_dir() else "a device or a pipe"
+            raise UserError(f"{flag} {file} is {kind}: name a file")
+        folders[flag] = Path(os.path.realpath(file)).parent
     check_writable(folders)
 
 

@@ -2,14 +2,14 @@
 
 import io
 import os
-import stat
 import struct
 import zlib
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from runtime.image_source import IMAGES
 from utils import first_line
 
 # What Pillow's decoders raise on damaged files.
@@ -17,21 +17,14 @@ DECODING_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError, TypeError, LookupError, AttributeError,
     ArithmeticError, AssertionError, RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
-LONGEST_SIDE = 18_000  # pixels of an image; squared it is about twice what Pillow decodes
-
-
-def check_regular(file: Path | BinaryIO) -> None:
-    """Raise OSError where a path is a pipe, a device or a socket: to open one may wait for ever, or do something."""
-    if isinstance(file, str | os.PathLike):
-        kind = Path(file).stat().st_mode
-        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # opening a folder fails by itself
-            raise OSError("it is a pipe, a device or a socket, not a file")
+# Pixels. Padded to a square, an image of this side takes 1.3 GB in RGB, and 2.5 GB with transparency.
+LONGEST_SIDE = 18_000
 
 
 def decoded(
     file: Path | BinaryIO, formats: tuple[str, ...] | None = None, side: int | None = None
 ) -> Image.Image:
-    """An image with its pixels, as it was saved.
+    """Decode an image, as it was saved.
 
     Args:
         formats: those of Pillow that it may have; None for all.
@@ -42,7 +35,9 @@ def decoded(
         PIL.Image.DecompressionBombError: it has too many pixels, or so long a side that padding takes gigabytes.
         OSError: it is damaged, or no file.
     """
-    check_regular(file)
+    if isinstance(file, str | os.PathLike):
+        with IMAGES.open(Path(file)) as stream:
+            return decoded(stream, formats, side)
     try:
         with Image.open(file, formats=formats) as image:
             if max(image.size) > LONGEST_SIDE:
@@ -53,6 +48,8 @@ def decoded(
                 image.draft("RGB", (side, side))
             image.load()
             return image
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError("not an image of a known format") from None
     except OSError:
         raise
     except DECODING_ERRORS as error:

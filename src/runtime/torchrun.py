@@ -32,11 +32,16 @@ def local_rank() -> int:
     return _number("LOCAL_RANK", 0)
 
 
+def local_world_size() -> int:
+    """How many processes it started on this machine."""
+    return _number("LOCAL_WORLD_SIZE", world_size())
+
+
 def command() -> str:
     """What stands before a script in a command that starts as many processes as there are."""
     if not launched():
         return "python"
-    here = _number("LOCAL_WORLD_SIZE", world_size())
+    here = local_world_size()
     nodes = f"--nnodes {world_size() // here} ... " if world_size() > here else ""
     return f"torchrun {nodes}--nproc-per-node {here}"
 

@@ -88,24 +88,6 @@ def usable_path(text: str) -> Path:
     return found
 
 
-def store_address(text: str) -> str:
-    """Where an index lives: "faiss", or Milvus in a file or on a server. A file's name is made absolute."""
-    kind, _, place = text.partition(":")
-    if text == "faiss":
-        return text
-    if kind != "milvus" or not place:
-        raise refused(text, "is no store: choose faiss, milvus:FILE.db or milvus:http://HOST:19530")
-    if re.match(r"https?://", place):
-        if not re.fullmatch(r"https?://[^\s/@?#]+/?", place):
-            raise refused(
-                "the address", "is not http://HOST:PORT alone; a token goes into MILVUS_TOKEN"
-            )
-        return f"milvus:{place.rstrip('/')}"
-    if not place.endswith(".db"):
-        raise refused(text, "is no file of Milvus Lite: let its name end with .db")
-    return f"milvus:{usable_path(place).resolve()}"
-
-
 def path_or_auto(text: str) -> Path | str:
     """A path, or the word that leaves the choice."""
     return text if text == AUTO else usable_path(text)

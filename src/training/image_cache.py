@@ -23,7 +23,8 @@ from torch import Tensor
 
 from data_utils import ImageLoader, Reader
 from runtime import distributed
-from runtime.files import file_identities, file_size, free_bytes, made_beside, sweep
+from runtime.files import file_size, free_bytes, made_beside, sweep
+from runtime.image_source import IMAGES
 from runtime.progress import Counter
 from utils import PROJECT_ROOT, DiskError, UserError, first_line
 
@@ -155,7 +156,7 @@ class ImageCache:
     @functools.cached_property
     def key(self) -> str:
         """A digest of all that the bytes depend on: the recipe, and which images these are."""
-        content = json.dumps([FORM, self.recipe, file_identities(self.paths, self.told_by)])
+        content = json.dumps([FORM, self.recipe, IMAGES.identities(self.paths, self.told_by)])
         return hashlib.sha256(content.encode()).hexdigest()
 
     @property

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import errno
-import io
 import itertools
 import json
 import logging
@@ -126,13 +125,14 @@ class Run:
     def _write(self, kind: str) -> None:
         if not self.writes:
             return
-        rows = self.rows[kind]
-        names = dict.fromkeys(itertools.chain.from_iterable(rows))
-        table = io.StringIO()
-        writer = csv.DictWriter(table, list(names), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(self.folder / f"{kind}_metrics.csv", table.getvalue())
+        import pandas as pd
+
+        # As texts: a column with gaps keeps its whole numbers, and NaN is no gap.
+        spelled = []
+        for row in self.rows[kind]:
+            spelled.append({name: str(value) for name, value in row.items()})
+        table = pd.DataFrame(spelled).to_csv(index=False, lineterminator="\n")
+        write_text(self.folder / f"{kind}_metrics.csv", table)
 
 
 def run_name(stage: str, benchmark: str, clip_model_name: str) -> str:

@@ -1,4 +1,4 @@
-"""An index in files: images, features and vectors, never half-written, made and read in bounded memory.
+"""An index in files, with vectors of FAISS: never half-written, made and read in bounded memory.
 
 INDEX/index.json names the other files. It is replaced when those it names are whole; then the earlier ones are
 deleted. INDEX/partial/ keeps what was encoded until then, so that an interrupted run can go on.
@@ -15,15 +15,28 @@ import uuid
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-import torch
+from pydantic import Field, PositiveInt, Strict
 
 from image_search import faiss_index, list_file
 from image_search.manifest import MANIFEST, REMEDY, read_manifest, write_manifest
-from image_search.stores import Counts, Hit, Keeping, QuestionError
-from models.encoder import check_lengths
+from image_search.schemas import Manifest
+from image_search.stores.base import (
+    FAISS,
+    TEMPORARY,
+    Counts,
+    Hit,
+    IndexWriter,
+    Keeping,
+    QuestionError,
+    VectorStore,
+    check_features,
+    no_store,
+)
+from models.schemas import ABSENT, Count, Digest, PathText, Text
+from runtime.choices import TOLD_BY
 from runtime.files import (
     Identity,
     discard,
@@ -33,23 +46,74 @@ from runtime.files import (
     write_text,
     written_whole,
 )
-from runtime.tensors import load_tensors, mapped_array, save_tensors
+from runtime.schema import Schema, checked
+from settings.declaring import OneOf
 from utils import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
 # The names of an index's own files, beside the manifest. All others in its folder are the user's.
-OWN = re.compile(r"(files|features|vectors|lists)-[0-9a-f]{12}\.(json|npy|faiss|bin)|\..*\.tmp")
+OWN = re.compile(
+    rf"(files|features|vectors|lists)-[0-9a-f]{{12}}\.(json|npy|faiss|bin)|{TEMPORARY}"
+)
 PARTIAL = "partial"
-OWN_SHARD = re.compile(r"[0-9a-f]{16}\.pt|\..*\.tmp")
+KINDS = ("flat", "hnsw", "ivfpq")
+OWN_SHARD = re.compile(rf"[0-9a-f]{{16}}\.pt|{TEMPORARY}")
 EARLIER = -1  # the number of the earlier index among the shards
 
 Rows = Callable[[int, int], np.ndarray]  # features of the files from one place to another
 
 
+class Recall(Schema):
+    """How much of the exact answer an approximate index finds."""
+
+    queries: Count
+    k: Count
+    recall: Annotated[float, Field(ge=0, le=1)]
+
+
+class Digests(Schema):
+    """Of the list of files in whole, and of some rows of the features."""
+
+    files: Digest
+    features: Digest
+
+
+class Sizes(Schema):
+    """Bytes of files that an update does not read."""
+
+    vectors: PositiveInt
+    lists: PositiveInt = ABSENT
+
+
+class FilesManifest(Manifest):
+    """index.json of an index in files."""
+
+    files: Annotated[str, Field(pattern=r"^files-[0-9a-f]{12}\.json$")]
+    features: Annotated[str, Field(pattern=r"^features-[0-9a-f]{12}\.npy$")]
+    vectors: Annotated[str, Field(pattern=r"^vectors-[0-9a-f]{12}\.faiss$")]
+    lists: Annotated[str, Field(pattern=r"^lists-[0-9a-f]{12}\.bin$")] = ABSENT
+    kind: Annotated[str, OneOf(KINDS)] = ABSENT
+    torch: Text = ABSENT
+    sha256: Digests = ABSENT
+    sizes: Sizes = ABSENT
+    told_by: Annotated[str, OneOf(TOLD_BY)] = ABSENT
+    recall: Recall = Field(ABSENT, alias="recall against exact")
+
+
+# A list in JSON, an image's `runtime.files.Identity`.
+File = Annotated[tuple[PathText, Annotated[int, Field(ge=0)], int], Strict(False)]
+
+
+class Files(Schema):
+    """files-*.json, whose only content is the list."""
+
+    files: list[File]
+
+
 @dataclass(frozen=True, kw_only=True)
 class FaissImages:
-    """An index in files that can be searched, see `stores.ImageIndex`.
+    """An index in files that can be searched, see `base.ImageIndex`.
 
     Attributes:
         files: the images by row.
@@ -100,22 +164,6 @@ class FaissImages:
         return [Hit(row, Path(self.files[row][0]), similarity) for row, similarity in answers]
 
 
-def opened(folder: Path, about: dict[str, Any]) -> FaissImages:
-    """An index as its manifest describes it. That its files belong together is told by digests, and by some rows.
-
-    Raises:
-        UserError: a file is missing, damaged or of another index, or a field of the manifest is not true of it.
-    """
-    files = _files(folder, about)
-    features = _features(folder, about, len(files))
-    vectors = _vectors(folder, about)
-    mismatch = faiss_index.mismatch(vectors, features, about.get("kind", "flat"))
-    if mismatch:
-        raise _damaged(folder / about["vectors"], mismatch)
-    faiss_index.let_go(features)
-    return FaissImages(folder=folder, files=files, features=features, vectors=vectors, about=about)
-
-
 def _vectors(folder: Path, about: dict[str, Any], *, to_grow: bool = False) -> Any:
     """The FAISS index that a manifest names."""
     if "lists" in about:
@@ -129,9 +177,6 @@ def _damaged(file: Path, reason: str) -> UserError:
 
 def _files(folder: Path, about: dict[str, Any]) -> list[Identity]:
     """The files of an index, by row."""
-    from image_search.schemas import Files
-    from runtime.schema import checked
-
     file = folder / about["files"]
     try:
         text = read_text(file)
@@ -146,6 +191,8 @@ def _files(folder: Path, about: dict[str, Any]) -> list[Identity]:
 
 def _features(folder: Path, about: dict[str, Any], count: int) -> np.ndarray:
     """The features of an index of so many files in a memory map, of which some rows are looked at."""
+    from runtime.tensors import mapped_array
+
     file = folder / about["features"]
     try:
         features = mapped_array(file)
@@ -180,8 +227,8 @@ def _sizes(folder: Path, about: dict[str, Any]) -> dict[str, int | None]:
     return {name: file_size(folder / about[name]) for name in ("vectors", "lists") if name in about}
 
 
-class IndexFolder:
-    """An index in files that is brought up to date, see `stores.Shelf`.
+class FaissWriter:
+    """An index in files that is brought up to date, see `base.IndexWriter`.
 
     Args:
         key: what its features depend on beside the images, see `image_index.encoder_key`.
@@ -203,7 +250,6 @@ class IndexFolder:
         """Read which files have features already: in the index, and by an interrupted run. No vectors are read."""
         self._earlier = read_manifest(self.folder) or {}
         if not self._earlier:
-            check_own(self.folder)
             return
         self._published = _files(self.folder, self._earlier)
         _features(self.folder, self._earlier, len(self._published))
@@ -223,6 +269,10 @@ class IndexFolder:
 
     def keep(self, files: Sequence[Identity], features: np.ndarray) -> None:
         """Write a shard."""
+        import torch
+
+        from runtime.tensors import save_tensors
+
         check_features(files, features, self.dim)
         listed = [list(file) for file in files]
         name = _digest(json.dumps(listed).encode())[:16]
@@ -235,6 +285,8 @@ class IndexFolder:
 
     def _read(self, shard: Path) -> tuple[list[Identity], np.ndarray]:
         """What an interrupted run encoded, if it was with the same encoder."""
+        from runtime.tensors import load_tensors
+
         try:
             content = load_tensors(shard)
             if content["key"] == json.dumps(self.key):
@@ -307,30 +359,9 @@ def _partial(folder: Path) -> Path:
     return partial
 
 
-def check_own(folder: Path) -> None:
-    """Refuse a folder that holds other files, since an index is to have a folder of its own."""
-    for file in folder.iterdir():
-        if not (OWN.fullmatch(file.name) or file.name == PARTIAL):
-            raise UserError(
-                f"--output {folder} holds {file.name}, which is of no index: name an empty or a new folder"
-            )
-
-
 def _says(manifest: dict[str, Any], about: dict[str, Any]) -> bool:
     """Whether a manifest has all of some entries already."""
     return all(manifest.get(name) == value for name, value in about.items())
-
-
-def check_features(files: Sequence[Identity], features: np.ndarray, dim: int) -> None:
-    """Raise UserError where there are no features of each file that can be ranked, in the type that an index holds."""
-    if features.dtype != np.float32 or features.shape != (len(files), dim):
-        raise UserError(f"features are {features.dtype} of shape {features.shape}: encode again")
-    ends = np.stack([features.min(axis=1), features.max(axis=1)])  # NaN comes through
-    rows = np.flatnonzero(~np.isfinite(ends).all(axis=0))
-    if len(rows):
-        remedy = "choose --encode-precision fp32, or another folder for the index"
-        raise UserError(f"the features of {files[rows[0]][0]} are not finite: {remedy}")
-    check_lengths(torch.from_numpy(features), [file[0] for file in files])
 
 
 def publish(
@@ -352,6 +383,8 @@ def publish(
         on_disk: whether lists have a file of their own.
         grown: vectors of the first files, to which those of the others are added; None to build all.
     """
+    import torch
+
     names = _new_names(on_disk)
     with contextlib.ExitStack() as undo:
         for name in names.values():
@@ -365,7 +398,7 @@ def publish(
         del listed
         _write_vectors(folder, manifest, features, grown)
         manifest["sizes"] = _sizes(folder, manifest)
-        index = opened(folder, manifest)
+        index = FaissStore.open(folder, manifest)
         if about["kind"] != "flat":
             recall = faiss_index.recall_report(index.vectors, features)
             manifest["recall against exact"] = recall
@@ -426,3 +459,61 @@ def _written_features(file: Path, files: Sequence[Identity], rows: Rows, *, dim:
             check_features(files[start:stop], block, dim)
             stream.write(block.data)
     return np.lib.format.open_memmap(file, mode="r")
+
+
+class FaissStore(VectorStore):
+    """Files in the index's folder, with vectors of FAISS."""
+
+    addresses = (FAISS,)
+    kinds = KINDS
+    verifies = True
+    manifest = FilesManifest
+    files = re.compile(f"{OWN.pattern}|{PARTIAL}")
+
+    @classmethod
+    def resolve(cls, text: str) -> str:
+        """Return the only address that there is."""
+        if text != FAISS:
+            raise no_store(text)
+        return text
+
+    @classmethod
+    def require(cls) -> None:
+        """Raise UserError where FAISS is not installed."""
+        faiss_index.import_faiss()
+
+    @classmethod
+    def check(cls, kind: str, count: int, dim: int) -> None:
+        """Raise UserError where there are too few vectors, or vectors that cannot be split, for a kind."""
+        faiss_index.check(kind, count, dim)
+
+    @classmethod
+    def open(cls, folder: Path, about: dict[str, Any], *, typed: bool = False) -> FaissImages:
+        """Open an index. That its files belong together is told by digests, and by some rows.
+
+        Raises:
+            UserError: a file is missing, damaged or of another index, or a field of the manifest is not true of it.
+        """
+        files = _files(folder, about)
+        features = _features(folder, about, len(files))
+        vectors = _vectors(folder, about)
+        mismatch = faiss_index.mismatch(vectors, features, about.get("kind", "flat"))
+        if mismatch:
+            raise _damaged(folder / about["vectors"], mismatch)
+        faiss_index.let_go(features)
+        return FaissImages(
+            folder=folder, files=files, features=features, vectors=vectors, about=about
+        )
+
+    @classmethod
+    def writer(
+        cls,
+        folder: Path,
+        key: dict[str, Any],
+        dim: int,
+        *,
+        keeping: Keeping,
+        origin: dict[str, Any],
+    ) -> IndexWriter:
+        """Return what brings an index up to date."""
+        return FaissWriter(folder, key, dim, keeping)

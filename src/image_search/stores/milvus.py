@@ -16,9 +16,10 @@ import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from image_search.faiss_index import (
     CANDIDATES_PER_ANSWER,
@@ -27,11 +28,21 @@ from image_search.faiss_index import (
     SEARCH_EFFORT,
     normalised,
 )
-from image_search.index_folder import check_features, check_own
 from image_search.manifest import MANIFEST, REMEDY, is_own, read_manifest, write_manifest
-from image_search.stores import Counts, Hit, Keeping, QuestionError
-from runtime import distributed
+from image_search.schemas import StoreManifest
+from image_search.stores.base import (
+    Counts,
+    Hit,
+    IndexWriter,
+    Keeping,
+    QuestionError,
+    VectorStore,
+    check_features,
+)
+from runtime import torchrun
 from runtime.files import Identity
+from settings.declaring import OneOf
+from settings.flag_types import refused, usable_path
 from utils import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -265,9 +276,17 @@ def _checked_table(folder: Path, about: dict[str, Any], typed: bool) -> Table:
     return Table(about["store"], name, _token(folder, about, typed))
 
 
+class MilvusManifest(StoreManifest):
+    """index.json of an index in Milvus."""
+
+    store: Annotated[str, Field(pattern=r"^milvus:\S")]
+    collection: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
+    kind: Annotated[str, OneOf(tuple(KINDS))]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MilvusImages:
-    """An index in Milvus that can be searched, see `stores.ImageIndex`."""
+    """An index in Milvus that can be searched, see `base.ImageIndex`."""
 
     folder: Path
     about: dict[str, Any]
@@ -342,30 +361,12 @@ def _ranked(found: Sequence[Mapping[str, Any]], query: np.ndarray, k: int) -> li
     return hits
 
 
-def opened(folder: Path, about: dict[str, Any], typed: bool) -> MilvusImages:
-    """An index as its manifest describes it.
-
-    Args:
-        typed: whether a flag names the store.
-
-    Raises:
-        UserError: Milvus cannot be reached or lacks the collection, or that is of another encoder.
-    """
-    table = _checked_table(folder, about, typed)
-    if not table.exists():
-        raise UserError(
-            f"--index {folder}: {about['store']} has no collection {table.name}: index into another folder"
-        )
-    table.load(about["kind"])
-    return MilvusImages(folder=folder, about=about, table=table)
-
-
 def _identity(row: dict[str, Any]) -> Identity:
     return row["file"], row["size"], row["time"]
 
 
-class MilvusShelf:
-    """An index in Milvus that is brought up to date, see `stores.Shelf`.
+class MilvusWriter:
+    """An index in Milvus that is brought up to date, see `base.IndexWriter`.
 
     Args:
         key: what its features depend on beside the images.
@@ -389,18 +390,16 @@ class MilvusShelf:
         self.origin = origin
         self._found: set[Identity] = set()
         self._opened: Table | None = None
-        if "://" not in keeping.store and distributed.world_size() > 1:
+        if "://" not in keeping.store and torchrun.launched():
             raise UserError(
                 f"--store {keeping.store}: one process at a time can have the file: start milvus-lite server and name "
                 "its address, or leave torchrun out"
             )
-        import_pymilvus()
 
     def open(self) -> None:
         """Write where the index will be, so that an interrupted run is gone on with, and make the collection."""
         about = read_manifest(self.folder)
         if about is None:
-            check_own(self.folder)
             about = {
                 "store": self.keeping.store,
                 "collection": _new_name(self.folder, self.key),
@@ -409,11 +408,6 @@ class MilvusShelf:
                 **self.origin,
             }
             write_manifest(self.folder, about)
-        elif not (self.keeping.typed or is_own(self.folder, about)):
-            raise UserError(
-                f"{self.folder / MANIFEST} was made elsewhere and names {about['store']}: name it too, as --store "
-                f"{about['store']}, if you trust it"
-            )
         table = self._table()
         if not table.exists():
             if "images" in about:
@@ -481,3 +475,59 @@ def _new_name(folder: Path, key: dict[str, Any]) -> str:
     """A collection's name: nobody else's, with the folder's name for people and the encoder's digest."""
     shown = re.sub(r"\W", "_", folder.resolve().name, flags=re.ASCII)[:60]
     return f"clip4cir_{shown}_{uuid.uuid4().hex[:12]}_{digest_of(key)}"
+
+
+class MilvusStore(VectorStore):
+    """A collection of Milvus, in a file by Milvus Lite or on a server."""
+
+    addresses = ("milvus:FILE.db", "milvus:http://HOST:19530")
+    kinds = tuple(KINDS)
+    filters = True
+    manifest = MilvusManifest
+
+    @classmethod
+    def resolve(cls, text: str) -> str:
+        """Return an address with a file's name made absolute. It is repeated in no message: a secret may be in it."""
+        place = super().resolve(text).partition(":")[2]
+        if re.match(r"https?://", place):
+            if not re.fullmatch(r"https?://[^\s/@?#]+/?", place):
+                raise refused(
+                    "the address", f"is not http://HOST:PORT alone; a token goes into {TOKEN}"
+                )
+            return f"milvus:{place.rstrip('/')}"
+        if not place.endswith(".db"):
+            raise refused(text, "is no file of Milvus Lite: let its name end with .db")
+        return f"milvus:{usable_path(place).resolve()}"
+
+    @classmethod
+    def require(cls) -> None:
+        """Raise UserError where pymilvus is not installed."""
+        import_pymilvus()
+
+    @classmethod
+    def open(cls, folder: Path, about: dict[str, Any], *, typed: bool = False) -> MilvusImages:
+        """Open an index.
+
+        Raises:
+            UserError: Milvus cannot be reached or lacks the collection, or that is of another encoder.
+        """
+        table = _checked_table(folder, about, typed)
+        if not table.exists():
+            raise UserError(
+                f"--index {folder}: {about['store']} has no collection {table.name}: index into another folder"
+            )
+        table.load(about["kind"])
+        return MilvusImages(folder=folder, about=about, table=table)
+
+    @classmethod
+    def writer(
+        cls,
+        folder: Path,
+        key: dict[str, Any],
+        dim: int,
+        *,
+        keeping: Keeping,
+        origin: dict[str, Any],
+    ) -> IndexWriter:
+        """Return what brings an index up to date. Raises UserError where several processes would share a file."""
+        return MilvusWriter(folder, key, dim, keeping=keeping, origin=origin)

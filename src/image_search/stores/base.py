@@ -1,0 +1,298 @@
+"""What a search and an update ask of the place where features live, and the table of such places.
+
+A new store is a file here with a `VectorStore`, and its name in STORES.
+"""
+
+import argparse
+import importlib
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+from image_search.schemas import Manifest, StoreManifest
+from runtime.files import Identity
+from settings.flag_types import refused
+from utils import UserError, printable
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FAISS = "faiss"
+# How an address begins, which is the name of a file here -> the class in it, imported when it is asked for.
+STORES = {FAISS: "FaissStore", "milvus": "MilvusStore"}
+TIME = "time"  # how images are told where nothing else is said, see `runtime.files.stamp`
+TEMPORARY = r"\..*\.tmp"  # files that are not whole yet
+
+
+class QuestionError(UserError):
+    """A question that cannot be asked, or an image that cannot be asked with: its sender can put that right.
+
+    The page tells it to visitors. Any other UserError is for who runs the page, since it names files and addresses.
+
+    Attributes:
+        told: what visitors are told, which names nothing of the machine.
+    """
+
+    def __init__(self, message: object, told: str | None = None) -> None:
+        super().__init__(message)
+        self.told = printable(message if told is None else told)
+
+
+class Hit(NamedTuple):
+    """An image that a search found, with its cosine similarity."""
+
+    row: int
+    path: Path
+    similarity: float
+
+
+class ImageIndex(Protocol):
+    """Images that can be searched. A row is a number that stays an image's own until the next update.
+
+    Attributes:
+        folder: holds the manifest.
+        about: the manifest.
+    """
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def about(self) -> dict[str, Any]: ...
+
+    def __len__(self) -> int:
+        """How many images there are."""
+
+    def row(self, path: str) -> int | None:
+        """The row of an image file by its absolute path."""
+
+    def file(self, row: int) -> Identity | None:
+        """The file of a row, as it was when it was encoded."""
+
+    def features_of(self, row: int) -> "np.ndarray":
+        """Unnormalised features (1, D)."""
+
+    def some(self, count: int) -> list[int]:
+        """So many rows at random, or all there are."""
+
+    def search(self, queries: "np.ndarray", k: int, condition: str = "") -> list[list[Hit]]:
+        """The k nearest images of each normalised query (Q, D), equally near ones by path.
+
+        Args:
+            condition: what images have to be, in the store's own language.
+
+        Raises:
+            QuestionError: the condition is none.
+            UserError: the store cannot be asked.
+        """
+
+
+class IndexWriter(Protocol):
+    """Where an update puts features. `keep` is called by all processes, the rest by one of them, `open` first."""
+
+    def open(self) -> None:
+        """See that it is as the last update left it, and of the same encoder. Raises UserError where it is not."""
+
+    def held(self) -> Collection[Identity]:
+        """The files whose features are there."""
+
+    def keep(self, files: Sequence[Identity], features: "np.ndarray") -> None:
+        """Put features (n, D) there, on disk when this returns."""
+
+    def publish(self, files: Sequence[Identity], about: dict[str, Any]) -> "Counts":
+        """Let searches find these files and no others.
+
+        Args:
+            about: of the manifest, what does not depend on the store.
+        """
+
+
+class Counts(NamedTuple):
+    """Images that searches find since a `publish`, found before too, and do not find any more."""
+
+    added: int
+    kept: int
+    removed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeping:
+    """How features are kept.
+
+    Attributes:
+        store: its address, see `VectorStore`.
+        kind: of the vectors.
+        on_disk: whether FAISS leaves its lists in a file.
+        typed: whether a flag names the store, not the index alone.
+        told_by: how a changed image is told, see `runtime.files.stamp`.
+    """
+
+    store: str = FAISS
+    kind: str = "flat"
+    on_disk: bool = False
+    typed: bool = False
+    told_by: str = TIME
+
+
+class VectorStore:
+    """A sort of place where features live. It keeps nothing itself: an address, as "milvus:FILE.db", says which place.
+
+    Attributes:
+        addresses: what flags may say, as people are told it.
+        kinds: of vectors, the first of which is what an index has that asked for none.
+        filters: whether a search takes conditions.
+        verifies: whether images may be told by their bytes; if not, they are by size and time alone.
+        manifest: the fields of an index's manifest.
+        files: names of what it keeps in the index's folder beside the manifest.
+    """
+
+    addresses: ClassVar[tuple[str, ...]]
+    kinds: ClassVar[tuple[str, ...]] = ("flat",)
+    filters: ClassVar[bool] = False
+    verifies: ClassVar[bool] = False
+    manifest: ClassVar[type[Manifest]] = StoreManifest
+    files: ClassVar[re.Pattern[str]] = re.compile(TEMPORARY)
+
+    @classmethod
+    def resolve(cls, text: str) -> str:
+        """Return an address that was typed as manifests have it. Raises ArgumentTypeError where it is none."""
+        if not text.partition(":")[2]:
+            raise no_store(text)
+        return text
+
+    @classmethod
+    def require(cls) -> None:
+        """Raise UserError where a package that it needs is not installed."""
+
+    @classmethod
+    def check(cls, kind: str, count: int, dim: int) -> None:
+        """Raise UserError where a kind cannot be made of so many vectors of a length."""
+
+    @classmethod
+    def open(cls, folder: Path, about: dict[str, Any], *, typed: bool = False) -> ImageIndex:
+        """Open an index for searches.
+
+        Args:
+            about: its manifest.
+            typed: whether a flag names the store; if not, secrets go only where `manifest.is_own` lets them.
+
+        Raises:
+            UserError: it cannot be reached, is damaged, or is not what the manifest says.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def writer(
+        cls,
+        folder: Path,
+        key: dict[str, Any],
+        dim: int,
+        *,
+        keeping: Keeping,
+        origin: dict[str, Any],
+    ) -> IndexWriter:
+        """Return what brings an index up to date. Nothing is read yet.
+
+        Args:
+            key: what features depend on beside the images, see `image_index.encoder_key`.
+            dim: the length of a feature.
+            origin: of the manifest, from where images and encoder are.
+        """
+        raise NotImplementedError
+
+
+def check_features(files: Sequence[Identity], features: "np.ndarray", dim: int) -> None:
+    """Raise UserError where there are no features of each file that can be ranked, in the type that an index holds."""
+    import numpy as np
+    import torch
+
+    from models.encoder import check_lengths
+
+    if features.dtype != np.float32 or features.shape != (len(files), dim):
+        raise UserError(f"features are {features.dtype} of shape {features.shape}: encode again")
+    ends = np.stack([features.min(axis=1), features.max(axis=1)])  # NaN comes through
+    rows = np.flatnonzero(~np.isfinite(ends).all(axis=0))
+    if len(rows):
+        remedy = "choose --encode-precision fp32, or another folder for the index"
+        raise UserError(f"the features of {files[rows[0]][0]} are not finite: {remedy}")
+    check_lengths(torch.from_numpy(features), [file[0] for file in files])
+
+
+def store_of(address: str) -> type[VectorStore]:
+    """Return the store of an address."""
+    scheme = address.partition(":")[0]
+    module = importlib.import_module(f"image_search.stores.{scheme}")
+    found: type[VectorStore] = getattr(module, STORES[scheme])
+    return found
+
+
+def all_stores() -> list[type[VectorStore]]:
+    """Return the stores of the table."""
+    return [store_of(scheme) for scheme in STORES]
+
+
+def all_addresses() -> str:
+    """Return what flags may say, in words."""
+    *others, last = [address for store in all_stores() for address in store.addresses]
+    return f"{', '.join(others)} or {last}"
+
+
+def no_store(text: str) -> argparse.ArgumentTypeError:
+    """What to raise for a text that is no address."""
+    return refused(text, f"is no store: choose {all_addresses()}")
+
+
+def store_address(text: str) -> str:
+    """Return an address that was typed as manifests have it. Raises ArgumentTypeError where it is none."""
+    if text.partition(":")[0] not in STORES:
+        raise no_store(text)
+    return store_of(text).resolve(text)
+
+
+def chosen_keeping(
+    earlier: dict[str, Any],
+    store: str | None,
+    kind: str | None,
+    on_disk: bool | None,
+    *,
+    verify: bool = False,
+) -> Keeping:
+    """How an index is to be kept: as flags say, and where they are silent as it was.
+
+    Args:
+        earlier: its manifest, empty for a new one.
+        verify: tell changed images by all of their bytes.
+
+    Raises:
+        UserError: it lives elsewhere already, or the store has no such kind or knows nothing of content.
+    """
+    lives = earlier.get("store", FAISS if earlier else store or FAISS)
+    if store not in (None, lives):
+        raise UserError(
+            f"--store {store}: this index lives in {lives}: leave the flag out, or name another index"
+        )
+    place = store_of(lives)
+    kind = kind or earlier.get("kind", place.kinds[0])
+    if kind not in place.kinds:
+        raise UserError(
+            f"--index-type {kind}: --store {lives} has {', '.join(place.kinds)}: choose one"
+        )
+    if on_disk is None:
+        on_disk = kind == "ivfpq" and "lists" in earlier
+    if on_disk and kind != "ivfpq":
+        raise UserError(f"--on-disk is for --index-type ivfpq, not for {kind}: leave one out")
+    if verify and not place.verifies:
+        raise UserError(
+            f"--verify: --store {lives} tells changed images by size and time alone: leave it out"
+        )
+    told_by = TIME
+    if place.verifies:
+        told_by = "content" if verify else earlier.get("told_by", "sample")
+    return Keeping(
+        store=lives,
+        kind=kind,
+        on_disk=on_disk,
+        typed=store is not None,
+        told_by=told_by,
+    )
