@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 QUIET = settings(
-    max_examples=3000 if SOAK else 150,
+    max_examples=3000 if SOAK else 50,
     suppress_health_check=[
         HealthCheck.function_scoped_fixture,
         HealthCheck.too_slow,
