@@ -1,6 +1,7 @@
 """The check for a GPU, rehearsed on the CPU, and what it does about cases that fail, break or hang."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from report import held, line
 from reports import curves, run_page
 from reports.tables import text_table
 from timing import Setting, cost
+from training.run_folder import Run
 
 CPU = Setting(torch.device("cpu"), rehearses=True)
 # What a machine with a GPU need not have. A package whose entry is None cannot be imported.
@@ -123,6 +125,22 @@ def test_a_table_of_text():
         "seed 0  10.67   4.00",
         "mean     9.00  40.50",
     ]
+
+
+def test_a_table_of_numbers_has_them_as_python_spells_them(tmp_path):
+    """Whole numbers stay so in a column with gaps, and NaN is no gap."""
+    run = Run.__new__(Run)
+    run.folder, run.writes = tmp_path, True
+    run.rows = {
+        "train": [
+            {"epoch": 0, "a": 0.1 + 0.2},
+            {"epoch": 1, "b,c": 3, "a": math.nan},
+            {"epoch": 2, "a": 1e-7},
+        ]
+    }
+    run._write("train")
+    written = (tmp_path / "train_metrics.csv").read_bytes()
+    assert written == b'epoch,a,"b,c"\n0,0.30000000000000004,\n1,nan,3\n2,1e-07,\n'
 
 
 # Cases that go wrong
