@@ -31,8 +31,9 @@ test: $(VENV)/dev-installed
 quick: $(VENV)/dev-installed
 	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" tests
 
+# All cases of every file that `make test` tries one of each kind of.
 soak: $(VENV)/dev-installed
-	SOAK=1 $(BIN)/python -m pytest tests/test_resume.py tests/test_fuzz.py -k "killed_at_any_point or fuzz"
+	SOAK=1 $(BIN)/python -m pytest $(IN_PARALLEL) $$(grep -lE "SOAK|one_of_each_kind" tests/test_*.py)
 
 bench: $(VENV)/app-installed
 	$(BIN)/python bench/run.py

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,16 @@ CASES: Counter[tuple[str, str]] = Counter()  # (what was tried, outcome) -> case
 # A busy machine fails no test.
 settings.register_profile("anywhere", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("anywhere")
+
+
+def one_of_each_kind(cases: Iterable, kind: Callable[..., Hashable]) -> list:
+    """The first case of each kind; `make soak` takes all of them."""
+    if SOAK:
+        return list(cases)
+    first: dict[Hashable, object] = {}
+    for case in cases:
+        first.setdefault(kind(case), case)
+    return list(first.values())
 
 
 def door(script: str) -> Callable[[list[str]], None]:

@@ -1,4 +1,7 @@
-"""Rules for the flags of all scripts, found by walking their parsers: a new flag is held to them too."""
+"""Rules for the flags of all scripts, found by walking their parsers: a new flag is held to them too.
+
+What decides about a flag's values is its type: values are tried on one flag of each, and on all in `make soak`.
+"""
 
 import argparse
 import importlib
@@ -8,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cli.parsers import ScriptParser
-from conftest import CASES, ROOT
+from conftest import CASES, ROOT, one_of_each_kind
 from settings.flag_types import Several, model_name, pair_place, path_or_auto, usable_path
 
 SCRIPTS = sorted(
@@ -66,6 +69,19 @@ def flags_where(chosen: Callable[[argparse.Action], bool]) -> list:
     return cases
 
 
+def kind_of(case) -> tuple:
+    """What decides how a flag takes a value: its type but for its bounds, and how many values there are."""
+    _, action = case.values
+    type_of_value = getattr(action.type, "__qualname__", None)
+    return (
+        type_of_value,
+        action.nargs,
+        type(action),
+        action.choices is None,
+        not action.option_strings,
+    )
+
+
 def typed(action: argparse.Action, text: str) -> list[str]:
     """A flag with a value as it is typed."""
     if not action.option_strings:
@@ -106,7 +122,7 @@ NO_NUMBERS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("parser", "action"), NUMBERS)
+@pytest.mark.parametrize(("parser", "action"), one_of_each_kind(NUMBERS, kind_of))
 def test_every_flag_that_takes_a_number_has_bounds(parser, action, refusal):
     for text in NO_NUMBERS:
         line = refusal(parser, action, text)
@@ -129,7 +145,7 @@ def test_no_number_is_taken_without_bounds():
         assert not is_number or takes_number(action), case.id
 
 
-@pytest.mark.parametrize(("parser", "action"), PATHS)
+@pytest.mark.parametrize(("parser", "action"), one_of_each_kind(PATHS, kind_of))
 def test_every_flag_that_takes_a_path_refuses_what_no_file_can_be_called(
     parser, action, refusal, tmp_path
 ):
@@ -146,7 +162,7 @@ def test_every_flag_that_takes_a_path_refuses_what_no_file_can_be_called(
         CASES["values of flags that take a path", "refused"] += 1
 
 
-@pytest.mark.parametrize(("parser", "action"), PATHS)
+@pytest.mark.parametrize(("parser", "action"), one_of_each_kind(PATHS, kind_of))
 def test_every_flag_that_takes_a_path_knows_the_home_folder(parser, action, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert str(action.type("~/x")) == str(tmp_path / "x")
@@ -162,10 +178,10 @@ def test_no_path_is_taken_as_it_is():
         assert not is_path or action.type in PATH_TYPES, case.id
 
 
-@pytest.mark.parametrize(
-    ("parser", "action"),
-    flags_where(lambda action: action.nargs == "+" and bool(action.option_strings)),
-)
+SEVERAL = flags_where(lambda action: action.nargs == "+" and bool(action.option_strings))
+
+
+@pytest.mark.parametrize(("parser", "action"), one_of_each_kind(SEVERAL, kind_of))
 def test_every_flag_that_takes_several_values_may_be_given_again(parser, action, tmp_path):
     """None is dropped, and a default is not among them."""
     one, other = ["0", "1"] if action.choices is None else list(action.choices)[:2]
@@ -179,10 +195,16 @@ def test_every_flag_that_takes_several_values_may_be_given_again(parser, action,
         parser._actions = required
     wanted = [one, other] if action.type is None else [action.type(one), action.type(other)]
     assert getattr(args, action.dest) == wanted
-    assert isinstance(action, Several)
 
 
-@pytest.mark.parametrize(("parser", "action"), VALUES)
+def test_no_flag_that_takes_several_values_forgets_the_earlier():
+    assert SEVERAL
+    for case in SEVERAL:
+        _, action = case.values
+        assert isinstance(action, Several), case.id
+
+
+@pytest.mark.parametrize(("parser", "action"), one_of_each_kind(VALUES, kind_of))
 def test_no_value_reaches_the_terminal_as_it_is(parser, action, refusal):
     """Line breaks and escape sequences of what was typed are spelled out; see `refusal`."""
     for text in ("\x1b[31mred\x1b[0m", "two\nlines", "\x07", "\u202e", "\udcff", "a\rb"):
@@ -198,13 +220,14 @@ def test_every_script_knows_debug(script):
         assert "--debug" in parser.format_help()
 
 
-@pytest.mark.parametrize(("parser", "action"), flags_where(lambda action: True))
-def test_help_says_of_every_flag_what_it_is_and_its_default(parser, action):
-    told = parser._get_formatter()._expand_help(action)
-    assert action.help and not told.startswith("(default")
-    says_nothing = action.required or (action.nargs == 0 and action.default is not False)
-    assert told.count("(default: ") == 1 or says_nothing, told
-    assert told.count("(default: ") <= 1
+def test_help_says_of_every_flag_what_it_is_and_its_default():
+    for case in flags_where(lambda action: True):
+        parser, action = case.values
+        told = parser._get_formatter()._expand_help(action)
+        assert action.help and not told.startswith("(default"), case.id
+        says_nothing = action.required or (action.nargs == 0 and action.default is not False)
+        assert told.count("(default: ") == 1 or says_nothing, (case.id, told)
+        assert told.count("(default: ") <= 1, (case.id, told)
 
 
 def test_a_default_that_nobody_wrote_down_is_said(capsys):

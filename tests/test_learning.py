@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import combiner_train
-from conftest import read_csv
+from conftest import SOAK, read_csv
 from models.backbone import choose_trained
 from models.clip_model import backbone, checkpoint_gradients, load_clip, resolution, tokenize
 from runtime import distributed
@@ -83,12 +84,17 @@ def clip_step(
     return loss, {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("encoder", ["both", "text", "image"])
-@pytest.mark.parametrize("name", ["clip_vit.pt", "clip_rn.pt"])
-@pytest.mark.parametrize(
-    "way", [{"micro_batch": 3}, {"micro_batch": 1}, {"micro_batch": 2, "checkpointed": True}]
+ENCODERS = ("both", "text", "image")
+WAYS = ({"micro_batch": 2, "checkpointed": True}, {"micro_batch": 3}, {"micro_batch": 1})
+# Each way and each encoder once for both models; `make soak` tries every way of every encoder.
+WAYS_OF_ENCODERS = (
+    list(itertools.product(WAYS, ENCODERS)) if SOAK else list(zip(WAYS, ENCODERS, strict=True))
 )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "encoder"), WAYS_OF_ENCODERS)
+@pytest.mark.parametrize("name", ["clip_vit.pt", "clip_rn.pt"])
 def test_gradients_in_bounded_memory_equal_the_plain_steps(way, name, encoder, golden, in_double):
     plain_loss, plain = clip_step(golden, name, encoder, None)
     loss, gradients = clip_step(golden, name, encoder, **way)

@@ -4,6 +4,8 @@ import ast
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,14 +17,35 @@ SCRIPTS = sorted(file.name for file in SRC.glob("*.py") if "@command" in file.re
 HEAVY = (
     "torch", "torchvision", "clip", "pandas", "matplotlib", "gradio", "faiss", "open_clip", "timm", "transformers",
 )  # fmt: skip
-# What a fresh Python does, and what it then says of itself: heavy packages that it loaded, and how many modules in all.
+# Scripts in forks of one fresh Python that has loaded what all of them load. Each says of itself at its end: the heavy
+# packages that it loaded, and how many modules in all.
 PROBE = """
-import atexit, json, runpy, sys
-heavy = json.loads(sys.argv.pop(1))
-report = lambda: print(json.dumps([[name for name in heavy if name in sys.modules], len(sys.modules)]))
+import atexit, json, os, runpy, sys
+source, heavy, lines = json.loads(sys.argv[1])
+sys.path.insert(0, source)
+import cli.options
+
+folder = os.getcwd()
+
+def lines_to_run():
+    codes = []
+    for number, words in enumerate(lines):
+        if not os.fork():
+            for descriptor, name in ((1, "stdout"), (2, "stderr")):
+                os.dup2(os.open(f"{number}.{name}", os.O_CREAT | os.O_WRONLY), descriptor)
+            return number, words
+        codes.append(os.waitstatus_to_exitcode(os.wait()[1]))
+    print(json.dumps(codes))
+    sys.exit()
+
+def report():
+    loaded = [name for name in heavy if name in sys.modules]
+    with open(f"{folder}/{number}.loaded", "w") as file:
+        json.dump([loaded, len(sys.modules)], file)
+
+number, (script, *flags) = lines_to_run()
 atexit.register(report)
-sys.path.insert(0, sys.argv[1].rsplit("/", 1)[0])
-sys.argv = sys.argv[1:]
+sys.argv = [os.path.join(source, script), *flags]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 # Modules, Python's own included: few are loaded in a tenth of a second, however busy the machine is. Most of them
@@ -63,35 +86,54 @@ MISSING = [
 ]
 
 
-def run(*words: str) -> tuple[subprocess.CompletedProcess, list[str], int]:
-    """What a script says, the heavy packages that it loaded, and how many modules in all."""
-    script, *flags = words
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE, json.dumps(HEAVY), str(SRC / script), *flags],
-        capture_output=True,
-        text=True,
-    )
-    loaded, modules = json.loads(done.stdout.splitlines()[-1])
-    return done, loaded, modules
+@dataclass(frozen=True)
+class Ended:
+    """What came of a script: its exit code and output, the heavy packages that it loaded, and how many modules."""
+
+    code: int
+    stdout: str
+    stderr: str
+    loaded: list[str]
+    modules: int
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_and_mistyped_flags_load_nothing_heavy(script):
-    for flag, code in (("--help", 0), ("--no-such-flag", 2)):
-        done, loaded, modules = run(script, flag)
-        assert done.returncode == code
-        assert loaded == []
-        assert modules < MOST_MODULES
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Callable[..., list[Ended]]:
+    """Run some command lines of scripts, one after the other."""
+
+    def run(*lines: list[str]) -> list[Ended]:
+        folder = tmp_path_factory.mktemp("started")
+        told = json.dumps([str(SRC), HEAVY, lines])
+        codes = subprocess.check_output([sys.executable, "-c", PROBE, told], cwd=folder)
+        ended = []
+        for number, code in enumerate(json.loads(codes)):
+            stdout, stderr = (
+                (folder / f"{number}.{name}").read_text() for name in ("stdout", "stderr")
+            )
+            loaded, modules = json.loads((folder / f"{number}.loaded").read_text())
+            ended.append(Ended(code, stdout, stderr, loaded, modules))
+        return ended
+
+    return run
 
 
-@pytest.mark.parametrize("line", MISSING)
-def test_a_missing_file_is_said_before_anything_heavy_is_loaded(line):
-    done, loaded, modules = run(*line.split())
-    assert done.returncode == 2
-    assert loaded == []
-    assert "nowhere" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert modules < MOST_MODULES
+@pytest.mark.parametrize(("flag", "code"), [("--help", 0), ("--no-such-flag", 2)])
+def test_help_and_mistyped_flags_load_nothing_heavy(flag, code, run):
+    found = run(*([script, flag] for script in SCRIPTS))
+    for script, ended in zip(SCRIPTS, found, strict=True):
+        assert ended.code == code, (script, ended.stderr)
+        assert ended.loaded == [], script
+        assert ended.modules < MOST_MODULES, script
+
+
+def test_a_missing_file_is_said_before_anything_heavy_is_loaded(run):
+    found = run(*(line.split() for line in MISSING))
+    for line, ended in zip(MISSING, found, strict=True):
+        assert ended.code == 2, line
+        assert ended.loaded == [], line
+        assert "nowhere" in ended.stderr, line
+        assert "Traceback" not in ended.stderr, line
+        assert ended.modules < MOST_MODULES, line
 
 
 def test_every_script_is_tried_with_a_missing_file():
@@ -99,7 +141,7 @@ def test_every_script_is_tried_with_a_missing_file():
     assert {line.split()[0] for line in MISSING} == set(SCRIPTS) - takes_no_file
 
 
-def test_checks_and_single_results_need_no_torch(drawn, tmp_path, run_script=run):
+def test_checks_and_single_results_need_no_torch(drawn, tmp_path, run):
     """What reads and counts runs without it; a comparison of two results resamples, and needs it."""
     ranks = {"dress": [0, 20], "toptee": [3, 7], "shirt": [60, 1]}
     from benchmarks import FashionIQ
@@ -130,17 +172,17 @@ def test_checks_and_single_results_need_no_torch(drawn, tmp_path, run_script=run
     (tmp_path / "result.json").write_text(json.dumps(result))
     (tmp_path / "submission.json").write_text("{}")
     heavy = {"torch", "torchvision", "clip", "matplotlib"}
-    for words in (
+    lines = [
         ["compare.py", str(tmp_path / "result.json")],
         ["check_submission.py", str(tmp_path / "submission.json"), "--data-root", str(drawn)],
         ["check_dataset.py", "--unofficial", "--data-root", str(drawn), "--num-workers", "0"],
-    ):
-        done, loaded, _ = run_script(*words)
-        assert "Traceback" not in done.stderr
-        assert not heavy & set(loaded), words
+    ]
+    for words, ended in zip(lines, run(*lines), strict=True):
+        assert "Traceback" not in ended.stderr
+        assert not heavy & set(ended.loaded), words
 
 
-def test_a_validation_loads_no_plots(golden, tmp_path):
+def test_a_validation_loads_no_plots(golden, tmp_path, run):
     flags = [
         "--clip-model-name",
         str(golden / "clip_vit.pt"),
@@ -149,12 +191,11 @@ def test_a_validation_loads_no_plots(golden, tmp_path):
         "--num-workers",
         "0",
     ]
-    done, loaded, _ = run(
-        "validate.py", "--dataset", "CIRR", "--data-root", str(golden), "--device", "cpu", *flags
-    )
-    assert done.returncode == 0, done.stderr
-    assert not {"matplotlib", "open_clip", "timm", "transformers"} & set(loaded)
-    assert "torch" in loaded
+    where = ["--dataset", "CIRR", "--data-root", str(golden), "--device", "cpu"]
+    (ended,) = run(["validate.py", *where, *flags])
+    assert ended.code == 0, ended.stderr
+    assert not {"matplotlib", "open_clip", "timm", "transformers"} & set(ended.loaded)
+    assert "torch" in ended.loaded
 
 
 def test_heavy_imports_stand_where_they_are_used():

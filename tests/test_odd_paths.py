@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import utils
-from conftest import CASES, STAGE_1, STAGE_2
+from conftest import CASES, SOAK, STAGE_1, STAGE_2
 from test_every_flag import PATH_TYPES, SCRIPTS, parsers
 from utils import printable
 
@@ -82,12 +82,20 @@ ODD = {
 TRIED_OF_SLOW = ("missing", "an empty folder", "bytes", "a pipe", "an endless device")
 SLOW = ("clip_fine_tune", "combiner_train", "plan")
 
+
+def tried_at(number: int, script: str) -> list[str]:
+    """What lies at a path in turns: a pipe, which who reads it waits for, and one more; `make soak` tries all."""
+    kinds = list(TRIED_OF_SLOW if script in SLOW else ODD)
+    return kinds if SOAK else sorted({"a pipe", kinds[number % len(kinds)]})
+
+
 CASES_OF_COMMANDS = []
 for name, parser in COMMANDS.items():
     for action in parser._actions:
         if action.type in PATH_TYPES:
             flag = action.option_strings[-1] if action.option_strings else ""
-            CASES_OF_COMMANDS.append(pytest.param(name, flag, id=f"{name} {flag}"))
+            tried = tried_at(len(CASES_OF_COMMANDS), name.split()[0])
+            CASES_OF_COMMANDS.append(pytest.param(name, flag, tried, id=f"{name} {flag}"))
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +106,13 @@ def made(tmp_path_factory, drawn):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "flag"), CASES_OF_COMMANDS)
-def test_every_path_of_every_command(name, flag, drawn, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("name", "flag", "tried"), CASES_OF_COMMANDS)
+def test_every_path_of_every_command(name, flag, tried, drawn, tmp_path, capsys, monkeypatch):
     """Where a flag is given twice, the second one holds."""
     monkeypatch.setattr(utils.tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     script, *words = name.split()
-    for what in TRIED_OF_SLOW if script in SLOW else ODD:
+    for what in tried:
         made = tmp_path / what.replace(" ", "-")
         made.mkdir()
         (made / "answers.json").write_text("{}")
@@ -151,7 +159,8 @@ ODD_NAMES = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("odd", ODD_NAMES, ids=ascii)
+# All in one name; `make soak` tries each alone.
+@pytest.mark.parametrize("odd", ODD_NAMES if SOAK else [" ".join(ODD_NAMES)], ids=ascii)
 def test_names_of_files_stay_in_their_line(odd, drawn, tmp_path, capsys, monkeypatch):
     """Whatever is printed of a file with such a name: findings, answers, violations, tables, refusals."""
     root = tmp_path / odd

@@ -26,9 +26,9 @@ from training.trainer import Trainer
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(4) if SOAK else [0, 3])
 def test_killed_at_any_point_a_run_ends_like_one_that_never_was(number, drawn, tmp_path):
-    """A dozen kills of both stages on both layouts; `make soak` does a hundred."""
+    """Three kills of each stage, each on a layout of its own; `make soak` does a hundred on both."""
     name, door, argv = kills.scenarios(drawn, long=SOAK)[number]
     warm_up()
     start = time.monotonic()
@@ -95,8 +95,10 @@ def stopped(stage_2, monkeypatch, tmp_path):
     return stopped
 
 
-@pytest.mark.parametrize("look", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("kind", ["moe", "clip4cir"])
+LOOKS = [(look, kind) for kind in ("moe", "clip4cir") for look in (1, 2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize(("look", "kind"), LOOKS if SOAK else [*LOOKS[:5], (2, "clip4cir")])
 def test_every_step_can_be_gone_on_from(look, kind, stage_2, stopped, resume):
     """Within an epoch, at its last step with the validation still to come, and after it."""
     flags = ["CIRR", "--combiner-type", kind, "--clip-grad-norm", 1, "--precision", "bf16"]
@@ -499,17 +501,18 @@ def kill_all(processes: list[int]) -> None:
     wait_until_gone(processes)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize(
-    ("door", "settings"), [("combiner_train", STAGE_2), ("clip_fine_tune", STAGE_1)]
-)
-def test_a_signal_saves_and_ends_with_the_command_to_resume(
-    number, door, settings, drawn, tmp_path, start
-):
+STAGES = {"combiner_train": STAGE_2, "clip_fine_tune": STAGE_1}
+SIGNALS = [(number, door) for number in (signal.SIGTERM, signal.SIGUSR1) for door in STAGES]
+
+
+# Each signal, and each stage, once; `make soak` sends both to both.
+@pytest.mark.parametrize(("number", "door"), SIGNALS if SOAK else [SIGNALS[0], SIGNALS[3]])
+def test_a_signal_saves_and_ends_with_the_command_to_resume(number, door, drawn, tmp_path, start):
     """Sent to the whole group, the processes that load images too, as schedulers do."""
     flags = ["--num-epochs", 4000, "--num-workers", 2, "--checkpoint-every-minutes", 1000]
     fresh = number == signal.SIGTERM
-    process = start(*command(drawn, tmp_path, *flags, door=door, settings=settings), fresh=fresh)
+    words = command(drawn, tmp_path, *flags, door=door, settings=STAGES[door])
+    process = start(*words, fresh=fresh)
     run = wait_for_epochs(process, tmp_path, 2)
     os.killpg(process.pid, number)
     assert process.wait() == 0, process.stderr

@@ -1,8 +1,14 @@
-"""What files say of themselves, field by field, and weights from elsewhere, weight by weight: read, or named."""
+"""What files say of themselves, field by field, and weights from elsewhere, weight by weight: read, or named.
 
+One field of each type, and one weight of each kind; `make soak` takes all of them.
+"""
+
+import contextlib
 import json
 import math
 import random
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +21,7 @@ import clip_fine_tune
 import combiner_train
 import kills
 from combiner import build_combiner, load_combiner
-from conftest import CASES
+from conftest import CASES, one_of_each_kind
 from image_search import faiss_index, index_folder
 from image_search.image_index import open_index
 from models import clip_model
@@ -87,6 +93,12 @@ def weights_of(kind: str, clip) -> dict[str, torch.Tensor]:
     return {name: weight.clone() for name, weight in model.state_dict().items()}
 
 
+def kind_of_weight(item: tuple[str, torch.Tensor]) -> tuple[str, int]:
+    """The last part of a weight's name, and its dimensions."""
+    name, weight = item
+    return name.rpartition(".")[2], weight.dim()
+
+
 def with_first(weight: torch.Tensor, value: float) -> torch.Tensor:
     changed = weight.clone()
     changed.view(-1)[0] = value
@@ -117,7 +129,7 @@ FLAWS = {
 @pytest.mark.parametrize("kind", ["CLIP", *COMBINERS])
 def test_a_flaw_of_any_weight_is_named(kind, flaw, clip):
     weights = weights_of(kind, clip)
-    for name, weight in weights.items():
+    for name, weight in one_of_each_kind(weights.items(), kind_of_weight):
         if not weight.is_floating_point() or (flaw == "one value for all" and weight.numel() == 1):
             continue
         damaged = {**weights, name: FLAWS[flaw](weight)}
@@ -128,7 +140,7 @@ def test_a_flaw_of_any_weight_is_named(kind, flaw, clip):
 @pytest.mark.parametrize("kind", ["CLIP", *COMBINERS])
 def test_any_weight_that_is_missing_or_extra_is_named(kind, clip):
     weights = weights_of(kind, clip)
-    for name in weights:
+    for name, _ in one_of_each_kind(weights.items(), kind_of_weight):
         others = {other: weight for other, weight in weights.items() if other != name}
         if not name.endswith("num_batches_tracked"):
             refused(lambda state=others: load_as(kind, state, clip), "there.pt", name)
@@ -307,7 +319,14 @@ def refuse_each_wrong_value(kind: str, content, read, *, names=(), nullable=(), 
 
     read(content)
     everywhere = [steps for steps in places(content) if not set(steps) & set(free)]
-    for steps in everywhere:
+
+    def kind_of_place(steps: tuple) -> tuple:
+        """What a field is in, its type, and whether it may be None."""
+        around = tuple(step if isinstance(step, str) else "*" for step in steps[:-1])
+        may_be_none = bool(steps) and str(steps[-1]) in nullable
+        return around, type(at(content, steps)), may_be_none
+
+    for steps in one_of_each_kind(everywhere, kind_of_place):
         for value in WRONG:
             attempt(steps, value)
     fuzz = given(st.sampled_from(everywhere), json_values)(attempt)
@@ -477,48 +496,30 @@ def test_files_of_two_indexes(tmp_path):
     refused(lambda: open_index(tmp_path / "a"), files.name, "not the list that was written")
 
 
-FULL = """
-import json, resource, signal, sys
-from pathlib import Path
-sys.path.insert(0, "{tests}")
-from test_stored import part, write_index
-from image_search.image_index import open_index
-from settings.declaring import stored
-from utils import UserError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-folder = Path(sys.argv[1])
-write_index(folder, 300, kind=sys.argv[2])
-sizes = [part(folder, name).stat().st_size for name in ("index", "files", "features", "vectors")]
-before = sorted((file.name, file.read_bytes()) for file in folder.iterdir())
-_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-refused = 0
-for size in sizes:
-    for short in (1, 100, 5000, size // 2):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (max(size - short, 0), hard))
-        try:
-            write_index(folder, 300, kind=sys.argv[2])
-        except UserError as error:
-            assert "could not write" in str(error), error
-            refused += 1
-        else:
-            continue  # other files are larger than this one
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        assert sorted((file.name, file.read_bytes()) for file in folder.iterdir()) == before
-        open_index(folder)
-print(refused)
-"""
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The kernel refuses files above a size in bytes, as a full disk does; Python ignores its signal SIGXFSZ."""
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
 
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw"])
-def test_a_disk_that_is_full_at_any_byte_leaves_the_earlier_index(kind, start, tmp_path):
-    """The kernel refuses files above a size, as a full disk does. FAISS and NumPy pass over the last bytes."""
-    script = tmp_path / "fills.py"
-    script.write_text(FULL.format(tests=Path(__file__).parent))
-    process = start(script, tmp_path / "index", kind)
-    assert process.wait() == 0, process.stderr
-    assert int(process.stdout) == 16
-    CASES["full disks", "refused"] += 16
+def test_a_disk_that_is_full_at_any_byte_leaves_the_earlier_index(kind, tmp_path):
+    """FAISS and NumPy pass over the last bytes."""
+    write_index(tmp_path, 300, kind=kind)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    for name in ("index", "files", "features", "vectors"):
+        size = part(tmp_path, name).stat().st_size
+        for short in (1, 100, 5000, size // 2):
+            with files_of_at_most(max(size - short, 0)):
+                refused(lambda: write_index(tmp_path, 300, kind=kind), "could not write")
+            assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+            open_index(tmp_path)
+            CASES["full disks", "refused"] += 1
 
 
 # Settings of checkpoints and runs
