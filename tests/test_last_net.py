@@ -247,7 +247,10 @@ def closed(streams: str, *words: object, **more) -> subprocess.CompletedProcess:
 CLOSED = ["2>&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full", "2</dev/null"]
 
 
-@pytest.mark.parametrize("script", SOME)
+TAKE_FILES = {line.split()[0] for line in MISSING}
+
+
+@pytest.mark.parametrize("script", [script for script in SOME if script in TAKE_FILES])
 def test_a_closed_stderr_changes_no_refusal(script, tmp_path):
     line = next(line for line in MISSING if line.startswith(script))
     refused = closed("2>&-", SRC / script, *line.split()[1:], cwd=tmp_path)
