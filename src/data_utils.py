@@ -3,9 +3,10 @@
 import functools
 import multiprocessing
 import re
+import socket
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -172,6 +173,17 @@ def _start_worker(number: int) -> None:
     sys.excepthook = lambda *about: None
 
 
+def _try_socket() -> None:
+    """Raise OSError where a worker could make no socket to hand a batch over by, such as for too long a TMPDIR."""
+    if not hasattr(socket, "AF_UNIX"):  # Windows
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="pymp-") as folder,
+        socket.socket(socket.AF_UNIX) as listener,
+    ):
+        listener.bind(str(Path(folder, "listener-12345678")))  # as Python calls them
+
+
 class ImageLoader:
     """Load images in batches onto a device, decoded by processes that are kept from one pass to the next.
 
@@ -217,8 +229,9 @@ class ImageLoader:
         self._files[:] = files
         # What a process needs is tried here first, because PyTorch would wait for ever if a socket's path is too long
         # (TMPDIR), and print a traceback if there is no room for a lock (/dev/shm).
-        connection.Listener().close()
+        # A folder of this process's own for sockets would be the workers' too, and stay if all of them are killed.
         try:
+            _try_socket()
             multiprocessing.get_context(interruption.START_METHOD).Lock()
             with interruption.deferred():
                 return iter(self._kept)

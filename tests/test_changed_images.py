@@ -14,8 +14,6 @@ import combiner_train
 import visualize
 from benchmarks import CIRR
 from benchmarks.splits import images_digest
-from image_search.image_index import open_index
-from image_search.manifest import MANIFEST
 from runtime.files import SAMPLE, file_identities
 from test_resume import stopped as stopped
 from training.image_cache import ImageCache
@@ -104,20 +102,6 @@ def test_an_index(flags, own_drawn, index, tmp_path):
         assert f"0 images added, {count} kept" in index(folder)
 
 
-def test_an_index_of_an_earlier_version_goes_on(own_drawn, index, tmp_path):
-    """It knows sizes and times alone, and is not encoded anew."""
-    folder = drawn_images(own_drawn)[0].parent
-    index(folder)
-    opened = open_index(tmp_path / "index")
-    about = json.loads((tmp_path / "index" / MANIFEST).read_text())
-    assert about.pop("told_by") == "sample"
-    files = file_identities([Path(path) for path, _, _ in opened.files], "time")
-    (tmp_path / "index" / about["files"]).write_text(json.dumps(files))
-    del about["sha256"]
-    (tmp_path / "index" / MANIFEST).write_text(json.dumps(about))
-    assert f"0 images added, {len(files)} kept, 0 removed" in index(folder)
-
-
 @pytest.mark.parametrize("flags", [[], ["--verify"]])
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_a_resumed_run(part, flags, stopped, own_drawn, tmp_path, capsys):
@@ -137,16 +121,6 @@ def test_a_resumed_run(part, flags, stopped, own_drawn, tmp_path, capsys):
     assert "the images are others than when the run was started" in capsys.readouterr().err
     path.write_bytes(kept)
     combiner_train.main(words)
-    assert (run / "best_metrics.json").exists()
-
-
-def test_a_run_of_an_earlier_version_knows_no_images(stopped, own_drawn):
-    run = stopped(2, "CIRR", data_root=own_drawn)
-    file = run / "training_hyperparameters.json"
-    content = json.loads(file.read_text())
-    del content["data"]["images"], content["flags"]["verify"]
-    file.write_text(json.dumps(content))
-    combiner_train.main(["--resume", str(run)])
     assert (run / "best_metrics.json").exists()
 
 
