@@ -2,6 +2,7 @@
 
 import functools
 import multiprocessing
+import os
 import re
 import socket
 import sys
@@ -177,11 +178,10 @@ def _try_socket() -> None:
     """Raise OSError where a worker could make no socket to hand a batch over by, such as for too long a TMPDIR."""
     if not hasattr(socket, "AF_UNIX"):  # Windows
         return
-    with (
-        tempfile.TemporaryDirectory(prefix="pymp-") as folder,
-        socket.socket(socket.AF_UNIX) as listener,
-    ):
-        listener.bind(str(Path(folder, "listener-12345678")))  # as Python calls them
+    with tempfile.TemporaryDirectory(prefix="pymp-") as own, socket.socket(socket.AF_UNIX) as tried:
+        place = Path(interruption.socket_folder() or own, f"listener-{os.getpid():08}")
+        tried.bind(str(place))  # of the length that Python's own have
+        place.unlink()
 
 
 class ImageLoader:
@@ -230,8 +230,8 @@ class ImageLoader:
         # What a process needs is tried here first, because PyTorch would wait for ever if a socket's path is too long
         # (TMPDIR), and print a traceback if there is no room for a lock (/dev/shm).
         # A folder of this process's own for sockets would be the workers' too, and stay if all of them are killed.
+        _try_socket()
         try:
-            _try_socket()
             multiprocessing.get_context(interruption.START_METHOD).Lock()
             with interruption.deferred():
                 return iter(self._kept)

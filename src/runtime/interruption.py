@@ -109,7 +109,7 @@ def heed_parent_alone() -> None:
     if not hasattr(signal, "sigtimedwait"):  # macOS, where no scheduler signals
         return
     parent = os.getppid()
-    of_parent = _socket_folder()
+    of_parent = socket_folder()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
     def take() -> None:
@@ -117,7 +117,7 @@ def heed_parent_alone() -> None:
         while sender != parent and os.getppid() == parent:
             taken = signal.sigtimedwait(SIGNALS, PATIENCE)
             sender = taken.si_pid if taken else None
-        own = _socket_folder()
+        own = socket_folder()
         if own and own != of_parent:
             shutil.rmtree(own, ignore_errors=True)
         os._exit(0)
@@ -125,7 +125,7 @@ def heed_parent_alone() -> None:
     threading.Thread(target=take, daemon=True).start()
 
 
-def _socket_folder() -> str | None:
+def socket_folder() -> str | None:
     """Return this process's folder in the temporary directory, which Python makes where batches are handed over.
 
     Python deletes it at an end of its own alone, and `os._exit` is none.
