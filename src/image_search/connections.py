@@ -1,13 +1,13 @@
 """Connections to the page: so many of a visitor, closed when a request does not arrive or an answer is not taken."""
 
 import asyncio
-from collections import Counter
+import functools
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from image_search.guard import visitor_of
+from image_search.guard import Places, visitor_of
 
 MOST_CONNECTIONS = 256  # of a visitor; of all together twice as many
 LONGEST_HEAD = 2**15  # bytes of a request's line and headers; a link holds a text, percent-encoded
@@ -44,18 +44,14 @@ class Connection(H11Protocol):
 
     Args:
         seconds: for each of them.
-        connected: how many connections each visitor has, which all connections share.
-        most: connections of a visitor.
+        places: of connections, which all of them share.
     """
 
-    def __init__(
-        self, *args: Any, seconds: float, connected: Counter[str], most: int, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, seconds: float, places: Places, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.conn = Requests(h11.SERVER)
         self._seconds = seconds
-        self._connected = connected
-        self._most = most
+        self._places = places
         self._visitor = ""
         self._arrival: asyncio.TimerHandle | None = None
         self._taking: asyncio.TimerHandle | None = None
@@ -64,17 +60,16 @@ class Connection(H11Protocol):
         """Begin to wait for a request, if the visitor has not too many connections."""
         super().connection_made(transport)
         self._visitor = visitor_of({"client": self.client})
-        self._connected[self._visitor] += 1
-        if self._connected[self._visitor] > self._most or self._connected.total() > 2 * self._most:
+        has_room = self._places.has_room(self._visitor)
+        self._places.take(self._visitor)  # until it is lost, as one that is closed here is, too
+        if not has_room:
             transport.abort()
             return
         self._arrival = self._closing(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
-        self._connected[self._visitor] -= 1
-        if not self._connected[self._visitor]:
-            del self._connected[self._visitor]
+        self._places.leave(self._visitor)
         for timer in (self._arrival, self._taking):
             if timer is not None:
                 timer.cancel()
@@ -111,10 +106,4 @@ class Connection(H11Protocol):
 
 def protocol(seconds: float) -> Any:
     """What uvicorn makes a connection of, see `Connection`."""
-    most = MOST_CONNECTIONS
-    connected: Counter[str] = Counter()
-
-    def made(*args: Any, **kwargs: Any) -> Connection:
-        return Connection(*args, seconds=seconds, connected=connected, most=most, **kwargs)
-
-    return made
+    return functools.partial(Connection, seconds=seconds, places=Places(MOST_CONNECTIONS))

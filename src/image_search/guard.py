@@ -118,26 +118,38 @@ def visitor_of(scope: Scope) -> str:
 class Places:
     """So many places, of which a visitor takes at most half.
 
+    Args:
+        each: what a visitor may have; all together may have twice as many.
+
     Attributes:
         taken: by each visitor.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, each: int) -> None:
         self.taken: Counter[str] = Counter()
+        self._each = each
 
-    def has_room(self, visitor: str, each: int) -> bool:
-        """Whether there is a place, if a visitor may have `each` and all together twice as many."""
-        return self.taken[visitor] < each and self.taken.total() < 2 * each
+    def has_room(self, visitor: str) -> bool:
+        """Whether there is a place for a visitor."""
+        return self.taken[visitor] < self._each and self.taken.total() < 2 * self._each
+
+    def take(self, visitor: str) -> None:
+        """Count a place as taken, whether or not there is room."""
+        self.taken[visitor] += 1
+
+    def leave(self, visitor: str) -> None:
+        """Give a place back."""
+        self.taken[visitor] -= 1
+        self.taken += Counter()  # forgets who has none
 
     @contextlib.contextmanager
     def place(self, visitor: str) -> Iterator[None]:
         """A place that is taken for as long as the context lasts."""
-        self.taken[visitor] += 1
+        self.take(visitor)
         try:
             yield
         finally:
-            self.taken[visitor] -= 1
-            self.taken += Counter()  # forgets who has none
+            self.leave(visitor)
 
 
 class Guard:
@@ -149,8 +161,8 @@ class Guard:
     def __init__(self, app: App, hosts: Hosts) -> None:
         self.app = app
         self.hosts = hosts
-        self._asking = Places()
-        self._uploading = Places()
+        self._asking = Places(MOST_ASKING)
+        self._uploading = Places(MOST_UPLOADS)
 
     @property
     def asking(self) -> int:
@@ -206,9 +218,9 @@ class Guard:
         lengths = headers_of(scope, b"content-length")
         is_upload = not (lengths and lengths[0].isdecimal() and int(lengths[0]) <= FRAME)
         visitor = visitor_of(scope)
-        has_room = self._asking.has_room(visitor, MOST_ASKING)
+        has_room = self._asking.has_room(visitor)
         if is_upload:
-            has_room = has_room and self._uploading.has_room(visitor, MOST_UPLOADS)
+            has_room = has_room and self._uploading.has_room(visitor)
         if not has_room:
             raise Refusal(HTTPStatus.TOO_MANY_REQUESTS, "too many requests at once: try again")
         with contextlib.ExitStack() as places:

@@ -52,7 +52,10 @@ def read_upload(file: File, read: Callable[[io.BytesIO], Any]) -> np.ndarray:
     Raises:
         QuestionError: it cannot be asked with.
     """
-    upload = checked_upload(file.name, file.content)
+    return _read(checked_upload(file.name, file.content), read)
+
+
+def _read(upload: Upload, read: Callable[[io.BytesIO], Any]) -> np.ndarray:
     try:
         return read(upload.stream()).numpy()
     except UserError as error:  # which calls it by its name
@@ -61,8 +64,8 @@ def read_upload(file: File, read: Callable[[io.BytesIO], Any]) -> np.ndarray:
 
 def preview(file: File, read: Callable[[io.BytesIO], Any], side: int) -> bytes:
     """A JPEG of an upload, at most `side` pixels wide and high. Raises QuestionError where it cannot be asked with."""
-    read_upload(file, read)
     upload = checked_upload(file.name, file.content)
+    _read(upload, read)  # refused now, and not when it is asked with
     return jpeg(small_image(upload.stream(), side), side)
 
 
