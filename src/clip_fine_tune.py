@@ -16,7 +16,7 @@ from benchmarks import Benchmark
 from cli import training
 from cli.startup import pick_device
 from models.configuration import Settings, resolve_clip_options
-from runtime.interruption import StopRequest, listening
+from runtime.interruption import StopRequest
 from settings.declaring import stored
 from settings.groups import Stage1
 from training.hyper_parameters import started_with
@@ -99,16 +99,7 @@ def load_clip(args: Stage1, device: "torch.device", stop: StopRequest) -> "Encod
 @command
 def main(argv: list[str] | None = None) -> None:
     """Fine-tune CLIP; writes a run folder under --output-dir."""
-    args = parse(argv)
-    if training.is_complete(args):
-        return
-    args, benchmark = training.checked(args)
-
-    from runtime import distributed
-
-    with listening() as stop:
-        train(args, benchmark, stop)
-    distributed.stop()
+    training.run(parse(argv), train)
 
 
 if __name__ == "__main__":

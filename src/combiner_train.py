@@ -27,7 +27,7 @@ from models.configuration import (
     say_assumed,
     warn_of_transfer,
 )
-from runtime.interruption import StopRequest, listening
+from runtime.interruption import StopRequest
 from settings.declaring import stored
 from settings.groups import Stage2
 from training.hyper_parameters import started_with
@@ -202,16 +202,7 @@ def train_all(args: Stage2, benchmark: Benchmark, stop: StopRequest) -> None:
 @command
 def main(argv: list[str] | None = None) -> None:
     """Train a Combiner, or one with each of several seeds; writes a run folder under --output-dir."""
-    args = parse(argv)
-    if training.is_complete(args):
-        return
-    args, benchmark = training.checked(args)
-
-    from runtime import distributed
-
-    with listening() as stop:
-        train_all(args, benchmark, stop)
-    distributed.stop()
+    training.run(parse(argv), train_all)
 
 
 if __name__ == "__main__":

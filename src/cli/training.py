@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ from cli.parsers import ScriptParser
 from cli.startup import check_annotations, check_files, command_line, open_benchmark
 from runtime.choices import AUTO
 from runtime.files import check_writable
+from runtime.interruption import StopRequest, listening
 from runtime.trackers import check_trackers
 from settings import groups
 from settings.declaring import parsed
@@ -92,6 +94,19 @@ def checked(args: AnyStage) -> tuple[AnyStage, Benchmark]:
     benchmark, _ = open_benchmark(args)
     check_annotations(benchmark, [benchmark.split_called("train"), benchmark.val_split])
     return args.model_copy(update={"tracker": trackers}), benchmark
+
+
+def run(args: AnyStage, train: Callable[[AnyStage, Benchmark, StopRequest], None]) -> None:
+    """Train as flags say, unless the run that `--resume` names is complete. A signal stops it between two steps."""
+    if is_complete(args):
+        return
+    args, benchmark = checked(args)
+
+    from runtime import distributed
+
+    with listening() as stop:
+        train(args, benchmark, stop)
+    distributed.stop()
 
 
 def is_complete(args: groups.BothStages) -> bool:
