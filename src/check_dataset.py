@@ -35,7 +35,7 @@ SPLITS = ("train", "val", "test")
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the check."""
-    parser = ScriptParser(__doc__, parents=[parent(groups.Data)])
+    parser = ScriptParser(__doc__, parents=[parent(groups.Data), parent(groups.Decoding)])
     options.add_dataset(
         parser, required=False, help="in any case (default: all whose folder is there)"
     )
@@ -49,7 +49,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--unofficial", action="store_true", help="do not compare counts with the official ones"
     )
-    options.add_workers(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument(
         "--write-exclusions",

@@ -1,15 +1,12 @@
 """Every flag that scripts share, spelled once: alone, as argparse parents in titled groups, and what they ask for."""
 
 import argparse
-import os
 from typing import Any
 
 from benchmarks import BENCHMARKS, CIRCO, PROTOCOLS
 from cli.parsers import Alias, ListModels
 from image_search.stores.base import store_address
-from runtime.choices import (
-    COMBINING_FUNCTIONS,
-)
+from runtime.choices import COMBINING_FUNCTIONS
 from settings import groups
 from settings.declaring import parent, subjects
 from settings.flag_types import (
@@ -21,7 +18,6 @@ from settings.flag_types import (
     positive_int,
     seed_int,
     usable_path,
-    workers,
 )
 from settings.groups import PairChoice
 
@@ -76,14 +72,6 @@ def add_store(group: Group, *, help: str) -> None:
 def add_clip_batch_size(group: Group, *, help: str) -> None:
     """--clip-bs."""
     group.add_argument("--clip-bs", type=positive_int, default=32, help=help)
-
-
-def add_workers(group: Group) -> None:
-    """--num-workers."""
-    processes = min(8, os.cpu_count() or 1)
-    group.add_argument(
-        "--num-workers", type=workers, default=processes, help="processes that decode images"
-    )
 
 
 def compute_flags(decodes: bool = True) -> argparse.ArgumentParser:

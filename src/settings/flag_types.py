@@ -49,20 +49,11 @@ def number(least: float, most: float) -> Callable[[str], float]:
 
 
 positive_int = whole_number(1, MILLION)
-natural_int = whole_number(0, MILLION)
 seed_int = whole_number(0, 2**32 - 1)
-workers = whole_number(0, 256)  # a process of some hundred megabytes each
 rows = whole_number(1, 10**9)  # of a table in memory: as many as there are, if fewer
-width = whole_number(1, 100_000)  # of a layer
-expert_count = whole_number(1, 4096)
 port = whole_number(1, 65_535)
-learning_rate = number(1e-12, 100)
 positive_float = number(1e-9, 1e9)
-weight = number(0, MILLION)  # of a part of the loss
 fraction = number(1e-9, 1 - 1e-9)
-side_ratio = number(
-    0.1, 1000
-)  # of an image; below 1 it pads all images, and by more than it needs at most tenfold
 
 
 def usable_path(text: str) -> Path:

@@ -31,10 +31,8 @@ from settings.declaring import (
     names_where,
     setting,
 )
-from settings.flag_types import in_any_case, model_name, path_or_auto
+from settings.flag_types import MILLION, in_any_case, model_name, path_or_auto
 from utils import PROJECT_ROOT
-
-MILLION = 10**6  # more of anything that a flag counts is a slip of the finger
 
 Count = Annotated[int, Field(ge=1, le=MILLION)]
 Number = Annotated[int, Field(ge=0, le=MILLION)]
