@@ -1030,7 +1030,7 @@ def test_no_answer_tells_of_the_machine(worn, index):
     for path in ("/", "/docs", "/openapi.json", "/health", "/some?count=100", "/page.js"):
         answers.append(worn.answer("GET", path))
     for status, headers, content in answers:
-        assert status < 500 or status == 503, content
+        assert status < 500 or status == 503, worn.process.stderr
         told = content.decode(errors="replace") + str(headers)
         for secret in secrets:
             assert secret not in told, told[:SHORT]

@@ -122,11 +122,18 @@ class Searcher:
         return self.pair.encoder.images([image]) if features is None else features
 
     def kept_features(self, row: int, image: Path) -> Tensor | None:
-        """Those of a row from the index, None where its image file is there and is not what was encoded any more."""
+        """Those of a row from the index, None where its image file is there and is not what was encoded any more.
+
+        A file that may not be read any more has changed, too.
+        """
         told_by = self.index.about.get("told_by", TIME)
-        is_there = file_size(image) is not None
-        if is_there and self.index.file(row) != file_identities([image], told_by)[0]:
-            return None
+        if file_size(image) is not None:
+            try:
+                is_same = self.index.file(row) == file_identities([image], told_by)[0]
+            except OSError:
+                is_same = False
+            if not is_same:
+                return None
         features = self.index.features_of(row)
         return torch.from_numpy(features).to(self.pair.encoder.device)
 
