@@ -19,7 +19,9 @@ from timing import Row, Setting, seconds, typical
 
 def encoding_in(precision: str, encoder: Encoder) -> Encoder:
     """The encoder in another precision."""
-    return dataclasses.replace(encoder, recipe={**encoder.recipe, "encode_precision": precision})
+    return dataclasses.replace(
+        encoder, preprocessing={**encoder.preprocessing, "encode_precision": precision}
+    )
 
 
 def random_encoder(name: str, setting: Setting, workers: int = 0) -> Encoder:
@@ -33,7 +35,7 @@ def random_encoder(name: str, setting: Setting, workers: int = 0) -> Encoder:
         loader=ImageLoader(
             functools.partial(load_image, preprocess=preprocess), workers, setting.device
         ),
-        recipe={"resolution": resolution},
+        preprocessing={"resolution": resolution},
         device=setting.device,
     )
 

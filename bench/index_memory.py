@@ -38,7 +38,7 @@ class DrawnEncoder:
 
     backbone = SimpleNamespace(dim=DIM)
     precision = "fp32"
-    preprocessing = {"transform": "targetpad", "target_ratio": 1.25, "resolution": 224}
+    reported_preprocessing = {"transform": "targetpad", "target_ratio": 1.25, "resolution": 224}
 
     def describe(self) -> dict[str, str]:
         """No weights have this digest."""
@@ -87,7 +87,7 @@ def brought_up_to_date(root: Path, keeping: Keeping) -> Update:
     """What search.py index does, but for loading a model."""
     folders = [root / "images"]
     files = find_images(folders).files
-    pair = {**DrawnEncoder.preprocessing, "clip_model_name": "drawn"}
+    pair = {**DrawnEncoder.reported_preprocessing, "clip_model_name": "drawn"}
     output = root / keeping.kind
     update = update_index(
         output, files, DrawnEncoder(), folders=folders, keeping=keeping, pair=pair

@@ -71,7 +71,7 @@ def golden_encoder(folder: Path, device: torch.device) -> Encoder:
         model=model,
         backbone=backbone(model),
         loader=ImageLoader(read, 0, device),
-        recipe={},
+        preprocessing={},
         device=device,
     )
 

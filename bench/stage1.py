@@ -77,7 +77,9 @@ def loader(setting: Setting) -> Iterator[Row]:
         paths = photos(Path(folder), count)
         read = functools.partial(load_image, preprocess=make_preprocess("targetpad", 1.25, 384))
         cache = Path(folder) / "cache"
-        cached = ImageCache(folder=cache, paths=paths, read=read, recipe={"resolution": 384}).open()
+        cached = ImageCache(
+            folder=cache, paths=paths, read=read, preprocessing={"resolution": 384}
+        ).open()
         quick, slow = loading(paths, cached, 0, device), loading(paths, read, 0, device)
         ours, twin = in_turns(quick, slow, device, rounds=rounds, twin_rounds=rounds)
         what = f"stage-1 loader, {count} images, 384 px, warm image cache / decoding"

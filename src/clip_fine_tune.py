@@ -62,7 +62,10 @@ def train(args: Stage1, benchmark: Benchmark, stop: StopRequest) -> None:
     )
     encoder = with_image_cache(load_clip(args, device, stop), data, args)
     settings = Settings(
-        flags=stored(args), recipe=encoder.recipe, data=data.describe(), versions=versions()
+        flags=stored(args),
+        preprocessing=encoder.preprocessing,
+        data=data.describe(),
+        versions=versions(),
     )
     if args.resume:
         settings = started_with(args.resume, settings)
@@ -74,7 +77,7 @@ def train(args: Stage1, benchmark: Benchmark, stop: StopRequest) -> None:
     task = fine_tuning(encoder, data, args, measure)
 
     # Where it is written.
-    name = run_name("clip_finetuned", benchmark.run_name, settings.recipe["clip_model_name"])
+    name = run_name("clip_finetuned", benchmark.run_name, settings.preprocessing["clip_model_name"])
     folder = claim_folder(args.output_dir, name, settings.on_disk(), args.resume)
     names = CheckpointNames(key="CLIP", prefix="tuned_clip", best=benchmark.best_clips())
     checkpoints = Checkpoints(folder, names, settings.on_disk(), args)

@@ -85,7 +85,7 @@ def prepare(args: Stage2, benchmark: Benchmark, stop: StopRequest) -> Stage:
     encoder = load_encoder(clip, tuned, device, workers=args.num_workers, batch_size=args.clip_bs)
     settings = Settings(
         flags=stored(args),
-        recipe={**encoder.recipe, "clip_dim": encoder.backbone.dim},
+        preprocessing={**encoder.preprocessing, "clip_dim": encoder.backbone.dim},
         data={**data.describe(), "clip_weights": weights_digest(encoder.model.state_dict())},
         versions=versions(),
     )
@@ -190,7 +190,7 @@ def train_all(args: Stage2, benchmark: Benchmark, stop: StopRequest) -> None:
 
     stage = prepare(args, benchmark, stop)
     name = run_name(
-        "combiner_trained", benchmark.run_name, stage.settings.recipe["clip_model_name"]
+        "combiner_trained", benchmark.run_name, stage.settings.preprocessing["clip_model_name"]
     )
     folder = claim_folder(args.output_dir, name, stage.settings.on_disk(), args.resume)
     if args.seeds:

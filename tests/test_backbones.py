@@ -654,9 +654,9 @@ def test_stage_1_trains_what_it_is_asked_to(form, models_made, stage_1, tmp_path
     assert not any("running_" in name for name in moved)
     assert any(name.startswith("visual.") for name in moved) == (asked != "text")
     assert any(not name.startswith("visual.") for name in moved) == (asked != "image")
-    recipe = trained["config"]["recipe"]
-    assert recipe["mean"] == FORMS[form][1]["mean"]
-    assert len(recipe["architecture"]) == 64
+    preprocessing = trained["config"]["recipe"]
+    assert preprocessing["mean"] == FORMS[form][1]["mean"]
+    assert len(preprocessing["architecture"]) == 64
     assert bool(list(tmp_path.glob("pixels/*.npy"))) == (form == "hf")
 
 
@@ -789,10 +789,10 @@ def test_another_tokenizer_is_another_model(folder_of, models_made):
 
 
 def test_openais_models_say_nothing_new(drawn):
-    """Keys of caches and indexes, recipes of checkpoints and results are those of earlier versions."""
+    """Keys of caches and indexes, preprocessings of checkpoints and results are those of earlier versions."""
     encoder = encoder_of(str(drawn / "tiny_clip_vit.pt"))
-    assert set(encoder.preprocessing) == {"transform", "target_ratio", "resolution"}
-    assert list(encoder.recipe) == [
+    assert set(encoder.reported_preprocessing) == {"transform", "target_ratio", "resolution"}
+    assert list(encoder.preprocessing) == [
         "clip_model_name", "transform", "target_ratio", "encode_precision", "decode", "resolution",
     ]  # fmt: skip
 
@@ -819,7 +819,9 @@ def test_models_are_listed(capsys):
 def test_half_precision_is_near(form, models_made, pictures):
     """Autocast finds nothing in open_clip's encoders that it cannot compute."""
     exact = encoder_of(named(models_made, form))
-    half = dataclasses.replace(exact, recipe={**exact.recipe, "encode_precision": "bf16"})
+    half = dataclasses.replace(
+        exact, preprocessing={**exact.preprocessing, "encode_precision": "bf16"}
+    )
     for ours, theirs in (
         (half.images(pictures), exact.images(pictures)),
         (half.captions(CAPTIONS), exact.captions(CAPTIONS)),

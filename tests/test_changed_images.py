@@ -63,8 +63,10 @@ def test_the_image_cache(own_drawn, tmp_path):
     paths = drawn_images(own_drawn)
 
     def file() -> Path:
-        recipe = {"resolution": 8}
-        return ImageCache(folder=tmp_path, paths=paths, read=torch.tensor, recipe=recipe).file
+        preprocessing = {"resolution": 8}
+        return ImageCache(
+            folder=tmp_path, paths=paths, read=torch.tensor, preprocessing=preprocessing
+        ).file
 
     before = file()
     assert file() == before

@@ -224,8 +224,8 @@ def test_checkpoints_carry_a_plain_configuration(stage_1, stage_2):
         clip["config"]["flags"].items()
         >= {"dataset": "FashionIQ", "seed": 0, "transform": None}.items()
     )
-    recipe = {"transform": "targetpad", "target_ratio": 1.25, "resolution": 32}
-    assert clip["config"]["recipe"].items() >= recipe.items()
+    preprocessing = {"transform": "targetpad", "target_ratio": 1.25, "resolution": 32}
+    assert clip["config"]["recipe"].items() >= preprocessing.items()
     assert clip["config"]["data"]["train_dress_types"] == ["dress", "toptee", "shirt"]
     assert {"torch", "torchvision", "pillow"} <= set(clip["config"]["versions"])
     assert set(clip["metrics"]) == {"average_recall"}

@@ -47,7 +47,7 @@ MACHINE = ["--device", "cpu", "--num-workers", "0"]
 SECRET = "/home/somebody"
 
 
-def settings(flags: dict, **recipe) -> dict:
+def settings(flags: dict, **preprocessing) -> dict:
     """Settings of a training on a machine of somebody's."""
     free = {
         "data_root": SECRET,
@@ -57,7 +57,12 @@ def settings(flags: dict, **recipe) -> dict:
     }
     return {
         "flags": {"dataset": "CIRR", "seed": 3, **free, **flags},
-        "recipe": {"transform": "squarepad", "target_ratio": 1.5, "decode": "full", **recipe},
+        "recipe": {
+            "transform": "squarepad",
+            "target_ratio": 1.5,
+            "decode": "full",
+            **preprocessing,
+        },
         "data": {},
         "versions": {"torch": "2.6"},
     }
@@ -81,14 +86,14 @@ def weights(drawn, tmp_path_factory) -> dict[str, list]:
         save_tensors(folder / f"{kind}.pt", content)
     tuned = ["--clip-model-path", folder / "clip.pt"]
     own = ["--clip-model-name", name]
-    recipe = ["--transform", "squarepad", "--target-ratio", "1.5"]
+    preprocessing = ["--transform", "squarepad", "--target-ratio", "1.5"]
     return {
         "sum": tuned,
         "own": own,
         "own, ResNet": ["--clip-model-name", drawn / "tiny_clip_resnet.pt"],
         "moe": [*tuned, "--combiner-path", folder / "moe.pt"],
         "clip4cir": [*tuned, "--combiner-path", folder / "clip4cir.pt"],
-        "own, moe": [*own, *recipe, "--combiner-path", folder / "moe.pt"],
+        "own, moe": [*own, *preprocessing, "--combiner-path", folder / "moe.pt"],
     }
 
 
@@ -390,7 +395,7 @@ def test_the_folder_says_what_it_is(kind, weights, pairs):
     read_all(pair)
     loaded = load_pair(choose(pair), CPU)
     config = read_exported(pair).config
-    assert config["recipe"] == loaded.encoder.recipe
+    assert config["recipe"] == loaded.encoder.preprocessing
     digests = loaded.describe()["weights_sha256"]
     assert {part: config[part]["weights_sha256"] for part in digests} == digests
 
@@ -516,7 +521,7 @@ def test_it_does_not_say_where_the_files_of_a_training_lay(pairs, weights):
 
 @pytest.mark.parametrize("part", FILES)
 def test_a_part_is_a_checkpoint_of_its_own(part, pairs, weights):
-    """So stage 2 trains on the CLIP of a pair, with the recipe of its training."""
+    """So stage 2 trains on the CLIP of a pair, with the preprocessing of its training."""
     file = pairs["moe"] / FILES[part]
     flag = {"clip": "--clip-model-path", "combiner": "--combiner-path"}[part]
     found = read_checkpoint(flag, file, KEYS[part])

@@ -41,8 +41,8 @@ def moved(models_made, tmp_path):  # noqa: F811
             key: weight + 0.02 * torch.randn_like(weight) if weight.is_floating_point() else weight
             for key, weight in model.state_dict().items()
         }
-        recipe = {"clip_model_name": name, "transform": "squarepad", "target_ratio": 1.5}
-        config = settings({}, **recipe, **backbone.recipe)
+        preprocessing = {"clip_model_name": name, "transform": "squarepad", "target_ratio": 1.5}
+        config = settings({}, **preprocessing, **backbone.preprocessing)
         save_tensors(tmp_path / "clip.pt", {"CLIP": state, "config": config})
         combiner = build_combiner({**SIZES, "combiner_type": "moe"})
         config = settings({"top_k": 1})

@@ -33,11 +33,11 @@ class CountingEncoder(Encoder):
     """An encoder that counts what it encodes."""
 
     def images(self, paths, what="images"):
-        self.recipe["images"] = self.recipe.get("images", 0) + len(paths)
+        self.preprocessing["images"] = self.preprocessing.get("images", 0) + len(paths)
         return super().images(paths, what)
 
     def captions(self, captions):
-        self.recipe["captions"] = self.recipe.get("captions", 0) + len(captions)
+        self.preprocessing["captions"] = self.preprocessing.get("captions", 0) + len(captions)
         return super().captions(captions)
 
 
@@ -52,7 +52,7 @@ def paths(tmp_path):
 @pytest.fixture
 def make_encoder(drawn):
     def make(transform="targetpad", ratio=1.25, decode="full"):
-        recipe = {
+        preprocessing = {
             "clip_model_name": "tiny",
             "transform": transform,
             "target_ratio": ratio,
@@ -63,7 +63,11 @@ def make_encoder(drawn):
         read = functools.partial(load_image, preprocess=make_preprocess(transform, ratio, 32))
         loader = ImageLoader(read, 0, CPU)
         return CountingEncoder(
-            model=model, backbone=backbone(model), loader=loader, recipe=recipe, device=CPU
+            model=model,
+            backbone=backbone(model),
+            loader=loader,
+            preprocessing=preprocessing,
+            device=CPU,
         )
 
     return make
@@ -74,10 +78,10 @@ CAPTIONS = ["is red", "is blue"]
 
 def encode(encoder, folder, paths, captions=CAPTIONS):
     """What a cache with a fresh start gives, and how many images and captions were encoded for it."""
-    encoder.recipe.update(images=0, captions=0)
+    encoder.preprocessing.update(images=0, captions=0)
     cache = FeatureCache(folder, encoder)
     result = cache.images(paths, "train"), cache.captions(captions, "train")
-    return result, (encoder.recipe["images"], encoder.recipe["captions"])
+    return result, (encoder.preprocessing["images"], encoder.preprocessing["captions"])
 
 
 def test_a_second_encoding_is_read_from_the_disk(make_encoder, paths, tmp_path):
@@ -157,23 +161,23 @@ def test_another_weight_is_another_encoder(make_encoder, paths, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "recipe", [("squarepad", 1.25), ("targetpad", 1.5), ("targetpad", 1.25, "draft")]
+    "preprocessing", [("squarepad", 1.25), ("targetpad", 1.5), ("targetpad", 1.25, "draft")]
 )
-def test_another_preprocessing_is_another_encoder(recipe, make_encoder, paths, tmp_path):
+def test_another_preprocessing_is_another_encoder(preprocessing, make_encoder, paths, tmp_path):
     encode(make_encoder(), tmp_path / "cache", paths)
-    assert encode(make_encoder(*recipe), tmp_path / "cache", paths)[1] == (3, 2)
+    assert encode(make_encoder(*preprocessing), tmp_path / "cache", paths)[1] == (3, 2)
 
 
 def test_what_earlier_versions_wrote_is_still_found(make_encoder):
     """Keys are digests of these, in this order; a choice that there was not then is named where it is another's."""
     encoder = make_encoder()
     then = {"transform": "targetpad", "target_ratio": 1.25, "resolution": 32}
-    assert list(encoder.image_recipe().items())[:3] == list(then.items())
+    assert list(encoder.image_preprocessing().items())[:3] == list(then.items())
     names = ["clip_model_name", *then, "weights", "precision", "versions"]
     assert list(encoder.describe()) == names
     assert list(encoder_key(encoder).items())[1:] == list(then.items())
     draft = make_encoder(decode="draft")
-    for about in (draft.image_recipe(), draft.describe(), encoder_key(draft)):
+    for about in (draft.image_preprocessing(), draft.describe(), encoder_key(draft)):
         assert about["decode"] == "draft"
 
 
@@ -321,8 +325,8 @@ def test_tables_of_rows_are_made_once(golden, monkeypatch):
     assert torch.equal(alone.outside, frozen.outside)
 
 
-def trained(**recipe) -> Checkpoint:
-    parts = {"flags": {}, "recipe": recipe, "data": {}, "versions": {}}
+def trained(**preprocessing) -> Checkpoint:
+    parts = {"flags": {}, "recipe": preprocessing, "data": {}, "versions": {}}
     return Checkpoint(path=Path("weights.pt"), state={}, config=parts)
 
 

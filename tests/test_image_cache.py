@@ -29,11 +29,13 @@ from training.image_cache import REPAYS, CachedImages, ImageCache
 from training.stage1 import decodings
 from utils import Stopped, UserError
 
-RECIPE = {"transform": "targetpad", "target_ratio": 1.25, "resolution": 24}
+PREPROCESSING = {"transform": "targetpad", "target_ratio": 1.25, "resolution": 24}
 
 
-def open_image_cache(folder, paths, read, *, recipe, workers) -> CachedImages:
-    cache = ImageCache(folder=folder, paths=paths, read=read, recipe=recipe, workers=workers)
+def open_image_cache(folder, paths, read, *, preprocessing, workers) -> CachedImages:
+    cache = ImageCache(
+        folder=folder, paths=paths, read=read, preprocessing=preprocessing, workers=workers
+    )
     return cache.open()
 
 
@@ -61,7 +63,11 @@ def paths(tmp_path):
 def test_cached_images_equal_decoded_ones_bit_for_bit(transform, workers, paths, tmp_path):
     read = functools.partial(load_image, preprocess=make_preprocess(transform, 1.25, 24))
     cached = open_image_cache(
-        tmp_path / "cache", paths, read, recipe=RECIPE | {"transform": transform}, workers=workers
+        tmp_path / "cache",
+        paths,
+        read,
+        preprocessing=PREPROCESSING | {"transform": transform},
+        workers=workers,
     )
     for path in reversed(paths):
         assert torch.equal(cached(path), read(path))
@@ -70,8 +76,10 @@ def test_cached_images_equal_decoded_ones_bit_for_bit(transform, workers, paths,
 def test_a_cache_is_small_when_sent_to_a_worker(paths, tmp_path):
     """Guards against a pickled memory map, which is a copy of every image."""
     read = functools.partial(load_image, preprocess=make_preprocess("clip", 1.25, 224))
-    recipe = RECIPE | {"resolution": 224}
-    cached = open_image_cache(tmp_path / "cache", paths, read, recipe=recipe, workers=0)
+    preprocessing = PREPROCESSING | {"resolution": 224}
+    cached = open_image_cache(
+        tmp_path / "cache", paths, read, preprocessing=preprocessing, workers=0
+    )
     pickled = pickle.dumps(cached)
     assert len(pickled) < 10_000
     assert torch.equal(pickle.loads(pickled)(paths[3]), cached(paths[3]))
@@ -85,30 +93,32 @@ def reader_that_counts():
 
 def test_a_warm_cache_decodes_nothing(paths, tmp_path):
     read, calls = reader_that_counts()
-    open_image_cache(tmp_path / "cache", paths, read, recipe=RECIPE, workers=0)
+    open_image_cache(tmp_path / "cache", paths, read, preprocessing=PREPROCESSING, workers=0)
     assert calls == paths
     calls.clear()
-    open_image_cache(tmp_path / "cache", paths, read, recipe=RECIPE, workers=0)
+    open_image_cache(tmp_path / "cache", paths, read, preprocessing=PREPROCESSING, workers=0)
     assert calls == []
 
 
 def test_another_image_or_recipe_is_another_cache(paths, tmp_path):
     read, calls = reader_that_counts()
-    for recipe, change in (
-        (RECIPE, None),
-        (RECIPE | {"target_ratio": 1.5}, None),
-        (RECIPE, paths[0]),
+    for preprocessing, change in (
+        (PREPROCESSING, None),
+        (PREPROCESSING | {"target_ratio": 1.5}, None),
+        (PREPROCESSING, paths[0]),
     ):
         if change:
             picture("RGB", 30, 30).save(change)
         calls.clear()
-        open_image_cache(tmp_path / "cache", paths, read, recipe=recipe, workers=0)
+        open_image_cache(tmp_path / "cache", paths, read, preprocessing=preprocessing, workers=0)
         assert calls == paths
 
 
 def test_the_size_is_announced(paths, tmp_path, caplog):
     caplog.set_level("INFO")
-    open_image_cache(tmp_path / "cache", paths, reader_that_counts()[0], recipe=RECIPE, workers=0)
+    open_image_cache(
+        tmp_path / "cache", paths, reader_that_counts()[0], preprocessing=PREPROCESSING, workers=0
+    )
     assert f"image cache: {len(paths)} images, 0.00 GiB, in {tmp_path / 'cache'}" in caplog.text
 
 
@@ -117,7 +127,11 @@ def test_no_room_on_the_disk(paths, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10, 9, 1))
     with pytest.raises(UserError, match=r"--image-cache .* are needed .* are free"):
         open_image_cache(
-            tmp_path / "cache", paths, reader_that_counts()[0], recipe=RECIPE, workers=0
+            tmp_path / "cache",
+            paths,
+            reader_that_counts()[0],
+            preprocessing=PREPROCESSING,
+            workers=0,
         )
     assert not (tmp_path / "cache").exists()
 
@@ -125,11 +139,11 @@ def test_no_room_on_the_disk(paths, tmp_path, monkeypatch):
 @pytest.mark.parametrize("keep", [0, 60, -100])
 def test_a_truncated_cache(keep, paths, tmp_path):
     read = reader_that_counts()[0]
-    open_image_cache(tmp_path / "cache", paths, read, recipe=RECIPE, workers=0)
+    open_image_cache(tmp_path / "cache", paths, read, preprocessing=PREPROCESSING, workers=0)
     (file,) = (tmp_path / "cache").iterdir()
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(UserError, match=f"--image-cache: {file} is truncated .* delete it"):
-        open_image_cache(tmp_path / "cache", paths, read, recipe=RECIPE, workers=0)
+        open_image_cache(tmp_path / "cache", paths, read, preprocessing=PREPROCESSING, workers=0)
 
 
 def header(shape: str) -> bytes:
@@ -188,7 +202,10 @@ DAMAGES = {
 @pytest.mark.parametrize("asked", [True, False])
 def test_a_damaged_cache_is_a_line_and_never_pixels(damage, asked, paths, tmp_path):
     cache = ImageCache(
-        folder=tmp_path / "cache", paths=paths, read=reader_that_counts()[0], recipe=RECIPE
+        folder=tmp_path / "cache",
+        paths=paths,
+        read=reader_that_counts()[0],
+        preprocessing=PREPROCESSING,
     )
     cache.open()
     DAMAGES[damage](cache.file)
@@ -201,7 +218,10 @@ def test_a_damaged_cache_is_a_line_and_never_pixels(damage, asked, paths, tmp_pa
 def test_every_block_of_a_cache_is_checked(paths, tmp_path, monkeypatch):
     monkeypatch.setattr(image_cache, "BLOCK", 4)
     cache = ImageCache(
-        folder=tmp_path / "cache", paths=paths, read=reader_that_counts()[0], recipe=RECIPE
+        folder=tmp_path / "cache",
+        paths=paths,
+        read=reader_that_counts()[0],
+        preprocessing=PREPROCESSING,
     )
     cache.open()
     whole = cache.file.read_bytes()
@@ -220,7 +240,9 @@ def test_every_block_of_a_cache_is_checked(paths, tmp_path, monkeypatch):
 def test_a_cache_under_the_name_of_another_is_noticed(paths, tmp_path):
     """As many images of the same size, which only the key tells apart."""
     caches = [
-        ImageCache(folder=tmp_path, paths=files, read=reader_that_counts()[0], recipe=RECIPE)
+        ImageCache(
+            folder=tmp_path, paths=files, read=reader_that_counts()[0], preprocessing=PREPROCESSING
+        )
         for files in (paths[:2], paths[2:4])
     ]
     for cache in caches:
@@ -234,7 +256,11 @@ def test_an_image_that_fails_to_decode_leaves_no_cache(paths, tmp_path):
     paths[3].write_bytes(b"no image")
     with pytest.raises(UserError, match=paths[3].name):
         open_image_cache(
-            tmp_path / "cache", paths, reader_that_counts()[0], recipe=RECIPE, workers=0
+            tmp_path / "cache",
+            paths,
+            reader_that_counts()[0],
+            preprocessing=PREPROCESSING,
+            workers=0,
         )
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -250,7 +276,12 @@ def automatic(paths, tmp_path, caplog):
         caplog.set_level("INFO")
         caplog.clear()
         read, _ = reader_that_counts()
-        given = {"folder": tmp_path / "pixels", "paths": paths, "read": read, "recipe": RECIPE}
+        given = {
+            "folder": tmp_path / "pixels",
+            "paths": paths,
+            "read": read,
+            "preprocessing": PREPROCESSING,
+        }
         cached = ImageCache(**given | changes).open_if_it_repays(decodings)
         return cached, caplog.messages
 
@@ -402,7 +433,7 @@ def read(path):
         while not other.exists():  # in the middle of theirs
             time.sleep(0.01)
     return torch.full((3, 24, 24), int(path.name), dtype=torch.uint8)
-cached = ImageCache(folder=cache, paths=paths, read=read, recipe={"resolution": 24}).open()
+cached = ImageCache(folder=cache, paths=paths, read=read, preprocessing={"resolution": 24}).open()
 assert all((cached(path) == int(path.name)).all() for path in paths)
 print("right as process", os.getpid())
 """

@@ -100,7 +100,7 @@ def test_caches_of_earlier_versions_stay_good(make_encoder):
     }  # fmt: skip
     half = make_encoder("fp16")
     assert half.describe() == {**about, "precision": "fp16 on cpu"}
-    assert half.image_recipe() == make_encoder().image_recipe()
+    assert half.image_preprocessing() == make_encoder().image_preprocessing()
 
 
 @pytest.mark.slow
@@ -108,8 +108,8 @@ def test_the_precision_of_training_is_that_of_validating(stage_2, run, drawn, tm
     """A Combiner that was trained on fp16 features is measured on such, unless a flag says otherwise."""
     folder = stage_2("CIRR", "--encode-precision", "fp16")
     weights = folder / "saved_models" / "combiner_1.pt"
-    recipe = torch.load(weights)["config"]["recipe"]
-    assert recipe["encode_precision"] == "fp16"
+    preprocessing = torch.load(weights)["config"]["recipe"]
+    assert preprocessing["encode_precision"] == "fp16"
     flags = ["--dataset", "CIRR", "--combining-function", "combiner", "--combiner-path", weights]
     for more, expected in (([], "fp16"), (["--encode-precision", "fp32"], "fp32")):
         caplog.clear()

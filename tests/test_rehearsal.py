@@ -143,7 +143,7 @@ def true_encoder(name: str) -> Encoder:
         model=model,
         backbone=replace(about, tokenizer=Unread(about.tokenizer.encode, about.tokenizer.context)),
         loader=ImageLoader(lambda path: torch.empty(3, side, side, dtype=torch.uint8), 0, GPU),
-        recipe={"resolution": side},
+        preprocessing={"resolution": side},
         device=GPU,
     )
 

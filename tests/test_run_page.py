@@ -207,5 +207,7 @@ def test_a_folder_without_a_name_that_files_can_hold_is_not_said(tmp_path, monke
 )
 def test_titles_say_dataset_and_method(script, words, title):
     flags = vars(script.parse(["--dataset", "CIRR", *words.split()]))
-    settings = Settings(flags=flags, recipe={"clip_model_name": "RN50x4"}, data={}, versions={})
+    settings = Settings(
+        flags=flags, preprocessing={"clip_model_name": "RN50x4"}, data={}, versions={}
+    )
     assert run_title("CIRR", settings) == title

@@ -342,11 +342,11 @@ def write_index(folder: Path, count: int = 40, kind: str = "flat", dim: int = 16
     features = np.random.default_rng(count).normal(size=(count, dim)).astype(np.float32)
     files = [(f"/photos/{row}.png", 100 + row, 10**18 + row) for row in range(count)]
     folder.mkdir(exist_ok=True)
-    recipe = {"transform": "targetpad", "target_ratio": 1.25}
+    preprocessing = {"transform": "targetpad", "target_ratio": 1.25}
     about = {
-        "encoder": {"weights": "0" * 64, **recipe, "resolution": 32, "decode": "draft"},
+        "encoder": {"weights": "0" * 64, **preprocessing, "resolution": 32, "decode": "draft"},
         "folders": ["/photos"],
-        "pair": {**recipe, "clip_model_name": "RN50x4", "clip_model_path": "/w.pt"},
+        "pair": {**preprocessing, "clip_model_name": "RN50x4", "clip_model_path": "/w.pt"},
         "unreadable": {"/photos/x.png": "it is empty"},
     }
     rows = lambda start, stop: features[start:stop]  # noqa: E731
@@ -543,7 +543,7 @@ def settings_of(script) -> Settings:
     digests = {"data_sha256": "0" * 64, "clip_weights": "1" * 64}
     return Settings(
         flags=flags,
-        recipe={"clip_model_name": "RN50", **clip, "resolution": 224, "clip_dim": 1024},
+        preprocessing={"clip_model_name": "RN50", **clip, "resolution": 224, "clip_dim": 1024},
         data={**digests, "excluded": {"val": {"images": 0}}},
         versions={"torch": "2.6"},
     )

@@ -131,11 +131,11 @@ def test_a_name_in_weights_is_said_and_has_no_code_run(
     name = f"local-dir:{tmp_path / 'planted'}"
     file = tmp_path / f"clip{ending}"
     state = load_backbone(f"local-dir:{models_made / 'hf'}", CPU)[0].state_dict()
-    recipe = settings({}, clip_model_name=name)
+    preprocessing = settings({}, clip_model_name=name)
     if ending == ".pt":
-        save_tensors(file, {"CLIP": state, "config": recipe})
+        save_tensors(file, {"CLIP": state, "config": preprocessing})
     else:
-        save_safetensors(file, state, recipe)
+        save_safetensors(file, state, preprocessing)
     words = ["--dataset", "CIRR", "--combining-function", "sum", "--clip-model-path", file]
     with pytest.raises(SystemExit) as stop:
         validate.main(list(map(str, [*words, "--data-root", drawn, "--device", "cpu"])))

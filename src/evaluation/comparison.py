@@ -162,7 +162,7 @@ def _without_seed(settings: Settings) -> dict[str, Any]:
     not_the_method = {*FREE_FLAGS, "seed", "seeds", "verify"}
     flags = {name: value for name, value in settings.flags.items() if name not in not_the_method}
     return {
-        **named({**flags, **settings.recipe}),
+        **named({**flags, **settings.preprocessing}),
         "data": settings.data.get("data_sha256"),
         "versions": settings.versions,
     }

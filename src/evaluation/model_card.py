@@ -55,7 +55,7 @@ def check_results(
     Args:
         results: by their files.
         weights: digests of its parts, as they are and as they are stored.
-        preprocessing: of its images, see `Encoder.preprocessing`.
+        preprocessing: of its images, see `Encoder.reported_preprocessing`.
 
     Raises:
         UserError: one was measured with other weights or another preprocessing.
@@ -124,8 +124,8 @@ def _title(config: Mapping[str, Any]) -> str:
 
 def _facts(config: Mapping[str, Any]) -> str:
     """Model, preprocessing, sizes and versions, as a list."""
-    recipe = {**config["recipe"], "clip_model_name": _base(config)}
-    facts = {name.replace("_", " "): value for name, value in recipe.items()}
+    preprocessing = {**config["recipe"], "clip_model_name": _base(config)}
+    facts = {name.replace("_", " "): value for name, value in preprocessing.items()}
     facts["weights"] = "float16" if config["half"] else "float32"
     lines = [f"- {plain(name)}: {code(value)}" for name, value in facts.items()]
     if config["combiner"] is None:

@@ -41,7 +41,7 @@ class Update:
 def encoder_key(encoder: Encoder) -> dict[str, Any]:
     """What features depend on beside the images: weights, preprocessing and precision, but no device."""
     precision = named({"encode_precision": encoder.precision})
-    return {"weights": encoder.describe()["weights"], **encoder.preprocessing, **precision}
+    return {"weights": encoder.describe()["weights"], **encoder.reported_preprocessing, **precision}
 
 
 def open_index(folder: Path, store: str | None = None) -> ImageIndex:

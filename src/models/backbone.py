@@ -127,8 +127,8 @@ class Backbone:
         return normalise(pixels, self.mean, self.std)
 
     @property
-    def recipe(self) -> dict[str, Any]:
-        """What recipes, keys and results say of it: of OpenAI's CLIPs, once the only ones, the resolution alone."""
+    def preprocessing(self) -> dict[str, Any]:
+        """What stored settings, keys and results say of it: of OpenAI's CLIPs the resolution alone."""
         known: dict[str, Any] = {"resolution": self.resolution}
         if self.architecture:
             known["interpolation"] = self.interpolation

@@ -39,20 +39,21 @@ class Settings:
 
     Attributes:
         flags: as they were typed, or their defaults; None where one was silent and a checkpoint spoke.
-        recipe: what images and features are made with, as flags and checkpoints agreed on it.
+        preprocessing: what images and features are made with, as flags and checkpoints agreed on it.
         data: digests of what was read, and what was left out of it.
         versions: of the packages that numbers pass through.
     """
 
     flags: dict[str, Any]
-    recipe: dict[str, Any]
+    preprocessing: dict[str, Any]
     data: dict[str, Any]
     versions: dict[str, str]
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> "Settings":
         """Settings from disk; of a checkpoint that has none, as the original's, all parts are empty."""
-        return cls(**{field.name: content.get(field.name, {}) for field in dataclasses.fields(cls)})
+        parts = {name: content.get(name, {}) for name in ("flags", "data", "versions")}
+        return cls(preprocessing=content.get("recipe", {}), **parts)
 
     @classmethod
     def checked(cls, content: Any, *, file: object, remedy: str) -> "Settings":
@@ -76,7 +77,7 @@ class Settings:
     @property
     def table(self) -> dict[str, Any]:
         """All values by name; what was agreed on stands for the flag that asked for it."""
-        return {**self.flags, **self.recipe, **self.data, "versions": self.versions}
+        return {**self.flags, **self.preprocessing, **self.data, "versions": self.versions}
 
     def with_flags(self, **flags: Any) -> "Settings":
         """The same with other values of some flags."""
@@ -84,7 +85,8 @@ class Settings:
 
     def on_disk(self) -> dict[str, Any]:
         """The four parts as a checkpoint and a run's file hold them."""
-        return dataclasses.asdict(self)
+        parts = dataclasses.asdict(self)
+        return {"recipe" if name == "preprocessing" else name: part for name, part in parts.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,15 +46,15 @@ class Encoder:
     Attributes:
         backbone: what the model is, but for its weights.
         loader: reads preprocessed images. Its processes, if it has some, serve all copies of this encoder.
-        recipe: what `model` and `loader` were made of: model name, transform, target ratio, decode, and what `backbone`
-            says of itself; and the precision to encode in.
+        preprocessing: what `model` and `loader` were made of: model name, transform, target ratio, decode, and what
+            `backbone` says of itself; and the precision to encode in.
         between: called between two batches of images; what it raises ends the encoding.
     """
 
     model: Any  # has encode_image and encode_text
     backbone: Backbone
     loader: ImageLoader
-    recipe: dict[str, Any]
+    preprocessing: dict[str, Any]
     device: torch.device
     batch_size: int = 32
     between: Callable[[], None] = lambda: None
@@ -116,7 +116,7 @@ class Encoder:
     @property
     def precision(self) -> str:
         """In what it encodes, one of ENCODE_PRECISIONS."""
-        return self.recipe.get("encode_precision", "fp32")
+        return self.preprocessing.get("encode_precision", "fp32")
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         """Bytes (b, 3, R, R) to features (b, D)."""
@@ -146,16 +146,18 @@ class Encoder:
         return features[rows]
 
     @property
-    def preprocessing(self) -> dict[str, Any]:
+    def reported_preprocessing(self) -> dict[str, Any]:
         """How images and captions are made the model's input, as keys and results say it."""
         names = ("transform", "target_ratio", "resolution", "decode")
-        chosen = {name: self.recipe[name] for name in names}
-        return named({**chosen, **self.backbone.recipe})
+        chosen = {name: self.preprocessing[name] for name in names}
+        return named({**chosen, **self.backbone.preprocessing})
 
-    def image_recipe(self) -> dict[str, Any]:
+    def image_preprocessing(self) -> dict[str, Any]:
         """All that determines the preprocessed images beside the files themselves."""
         images = {
-            name: value for name, value in self.preprocessing.items() if name not in NOT_OF_BYTES
+            name: value
+            for name, value in self.reported_preprocessing.items()
+            if name not in NOT_OF_BYTES
         }
         return {**images, "versions": versions()}
 
@@ -165,8 +167,8 @@ class Encoder:
         if self.precision == "fp32" and self.device.type == "cpu":
             precision = "float32 on cpu"  # as earlier versions said it, whose caches are still good
         return {
-            "clip_model_name": self.recipe["clip_model_name"],
-            **self.preprocessing,
+            "clip_model_name": self.preprocessing["clip_model_name"],
+            **self.reported_preprocessing,
             "weights": weights_digest(self.model.state_dict()),
             "precision": precision,
             "versions": {**versions(), **_installed(self.backbone.packages)},
@@ -245,7 +247,7 @@ def load_backbone(name: str, device: torch.device) -> tuple[nn.Module, Backbone]
 
 def _warn_of_changes(tuned: Checkpoint, backbone: Backbone) -> None:
     """Say so where a model was fine-tuned with another configuration than it has now, as a folder's may be edited."""
-    for name, value in backbone.recipe.items():
+    for name, value in backbone.preprocessing.items():
         trained = tuned.table.get(name)
         if trained not in (None, value):
             logger.warning(
@@ -273,8 +275,8 @@ def load_encoder(
         tuned: stage-1 weights that replace the model's own.
         opened: opens an image file; `side` are the pixels that its shorter side needs.
     """
-    recipe = settings.model_dump()
-    check_encode_precision(recipe["encode_precision"], device)
+    preprocessing = settings.model_dump()
+    check_encode_precision(preprocessing["encode_precision"], device)
     if tuned and tuned.sizes:
         model: nn.Module = load_sized(tuned.sizes, tuned.state, tuned.path, device)
         backbone = openai_backbone(model)
@@ -285,26 +287,26 @@ def load_encoder(
             tuned.folder, tuned.state, tuned.path, device
         )
     else:
-        model, backbone = load_backbone(recipe["clip_model_name"], device)
+        model, backbone = load_backbone(preprocessing["clip_model_name"], device)
         if tuned:
             load_finetuned(model, tuned.state, tuned.path)
             _warn_of_changes(tuned, backbone)
-    recipe.update(backbone.recipe)
+    preprocessing.update(backbone.preprocessing)
     preprocess = make_preprocess(
-        recipe["transform"],
-        recipe["target_ratio"],
+        preprocessing["transform"],
+        preprocessing["target_ratio"],
         backbone.resolution,
         interpolation=backbone.interpolation,
         resize_mode=backbone.resize_mode,
     )
-    if recipe["decode"] == "draft":
+    if preprocessing["decode"] == "draft":
         opened = functools.partial(opened, side=backbone.resolution)
     read = functools.partial(load_image, preprocess=preprocess, opened=opened)
     return Encoder(
         model=model,
         backbone=backbone,
         loader=ImageLoader(read, workers, device),
-        recipe=recipe,
+        preprocessing=preprocessing,
         device=device,
         batch_size=batch_size,
     )

@@ -48,9 +48,9 @@ class ExportedPair:
         return self.config["combiner"] is not None
 
     @property
-    def recipe(self) -> Checkpoint:
+    def as_checkpoint(self) -> Checkpoint:
         """What its images and features are made with, as `resolve_clip_options` asks checkpoints for it."""
-        settings = Settings(flags={}, recipe=self.config["recipe"], data={}, versions={})
+        settings = Settings(flags={}, preprocessing=self.config["recipe"], data={}, versions={})
         return Checkpoint(path=self.folder / CONFIG, state={}, config=settings.on_disk())
 
     def weights(self, part: str) -> Checkpoint:
@@ -180,7 +180,7 @@ def write_exported(
         sizes["combiner"] = combiner_settings(combiner, {"top_k": compose.top_k}, folder)
     content: dict[str, Any] = {
         "form": FORM if built_from else OF_SIZES,
-        "recipe": encoder.recipe,
+        "recipe": encoder.preprocessing,
         "clip": None,
         "combiner": None,
     }

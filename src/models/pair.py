@@ -62,14 +62,14 @@ class Pair:
             checkpoints["combiner"] = self.trained
         training = {kind: checkpoint.config for kind, checkpoint in checkpoints.items()}
         return {
-            "clip_model_name": self.encoder.recipe["clip_model_name"],
+            "clip_model_name": self.encoder.preprocessing["clip_model_name"],
             "combining_function": self.compose.combining_function,
             "checkpoints": {
                 kind: str(checkpoint.path.resolve()) for kind, checkpoint in checkpoints.items()
             },
             "weights_sha256": weights,
             "encode_precision": self.encoder.precision,
-            "preprocessing": self.encoder.preprocessing,
+            "preprocessing": self.encoder.reported_preprocessing,
             "training": training,
             "trained_on": trained_on(training),
             "assumed": self.assumed,
@@ -141,7 +141,7 @@ def _weights(
         trained = read_checkpoint("--combiner-path", choice.combiner_path, "Combiner")
     else:
         trained = exported.weights("combiner")
-    return composed_by, tuned, trained, [exported.recipe] if exported else [trained, tuned]
+    return composed_by, tuned, trained, [exported.as_checkpoint] if exported else [trained, tuned]
 
 
 def _composed_by(choice: PairChoice, exported: ExportedPair | None) -> str:
@@ -170,7 +170,10 @@ def _composed_by(choice: PairChoice, exported: ExportedPair | None) -> str:
 def _warn_of_other_weights(trained: Checkpoint, encoder: Encoder) -> None:
     """Say so where a Combiner was trained on features of other CLIP weights."""
     settings = trained.table
-    known = {"clip_weights": weights_digest(encoder.model.state_dict()), **encoder.backbone.recipe}
+    known = {
+        "clip_weights": weights_digest(encoder.model.state_dict()),
+        **encoder.backbone.preprocessing,
+    }
     if any(settings.get(name) not in (None, value) for name, value in known.items()):
         logger.warning(
             "warning: %s was trained on features of other CLIP weights (--clip-model-path %s then)",

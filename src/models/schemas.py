@@ -44,7 +44,7 @@ class Measured(Model):
     clip_dim: Count = ABSENT
 
 
-class Recipe(Measured):
+class Preprocessing(Measured):
     """What images and features are made with."""
 
     clip_model_name: PathText = ABSENT
@@ -110,7 +110,7 @@ class Exported(Schema):
     """config.json of an exported pair."""
 
     form: Count
-    recipe: Recipe
+    recipe: Preprocessing
     clip: ExportedClip
     combiner: ExportedCombiner | None
     half: bool
@@ -131,7 +131,7 @@ class Parts(Schema, Generic[Stage]):
     """Settings as a stage writes them."""
 
     flags: Stage
-    recipe: Recipe
+    recipe: Preprocessing
     data: Data
     versions: dict[str, str]
 

@@ -67,6 +67,6 @@ def started_with(folder: Path, settings: Settings) -> Settings:
 
 
 def _computing(settings: Settings) -> dict[str, Any]:
-    """The flags and the recipe that change what is computed."""
-    values = {**settings.flags, **settings.recipe}
+    """The flags and the preprocessing that change what is computed."""
+    values = {**settings.flags, **settings.preprocessing}
     return {name: value for name, value in values.items() if name not in FREE_FLAGS}

@@ -139,7 +139,7 @@ class ImageCache:
     Attributes:
         paths: files without repeats, N of them.
         read: decodes one, to (3, R, R) uint8.
-        recipe: what the bytes depend on beside the files: transform, ratio, resolution R, versions.
+        preprocessing: what the bytes depend on beside the files: transform, ratio, resolution R, versions.
         workers: processes that decode.
         between: called between two batches; what it raises ends the decoding, and nothing is left.
         told_by: how a changed image is told, see `runtime.files.stamp`.
@@ -148,26 +148,33 @@ class ImageCache:
     folder: Path
     paths: list[Path]
     read: Reader
-    recipe: Mapping[str, Any]
+    preprocessing: Mapping[str, Any]
     workers: int = 0
     between: Callable[[], None] = lambda: None
     told_by: str = "sample"
 
     @functools.cached_property
     def key(self) -> str:
-        """A digest of all that the bytes depend on: the recipe, and which images these are."""
-        content = json.dumps([FORM, self.recipe, IMAGES.identities(self.paths, self.told_by)])
+        """A digest of all that the bytes depend on: the preprocessing, and which images these are."""
+        content = json.dumps(
+            [FORM, self.preprocessing, IMAGES.identities(self.paths, self.told_by)]
+        )
         return hashlib.sha256(content.encode()).hexdigest()
 
     @property
     def file(self) -> Path:
         """The file of these images, named by their key."""
-        return self.folder / f"images-{self.recipe['resolution']}px-{self.key[:16]}.npy"
+        return self.folder / f"images-{self.preprocessing['resolution']}px-{self.key[:16]}.npy"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(N, 3, R, R)."""
-        return len(self.paths), 3, self.recipe["resolution"], self.recipe["resolution"]
+        return (
+            len(self.paths),
+            3,
+            self.preprocessing["resolution"],
+            self.preprocessing["resolution"],
+        )
 
     @property
     def size(self) -> int:

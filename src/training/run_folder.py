@@ -156,7 +156,7 @@ def short_name(clip_model_name: str) -> str:
 def run_title(benchmark: str, settings: Settings) -> str:
     """What a run is to a reader: dataset and method."""
     flags = settings.flags
-    clip = short_name(settings.recipe["clip_model_name"])
+    clip = short_name(settings.preprocessing["clip_model_name"])
     if flags["script"] == "clip_fine_tune.py":
         encoder = flags["encoder"]
         encoders = "both encoders" if encoder == "both" else f"{encoder} encoder"

@@ -162,7 +162,7 @@ def with_image_cache(encoder: Encoder, data: TrainingData, flags: Any) -> Encode
         folder=PIXELS if folder == AUTO else Path(folder),
         paths=all_paths(data.splits),
         read=encoder.loader.read,
-        recipe=encoder.image_recipe(),
+        preprocessing=encoder.image_preprocessing(),
         workers=encoder.loader.workers,
         between=encoder.between,
         told_by="content" if data.verify else "sample",
