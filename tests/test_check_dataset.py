@@ -370,9 +370,7 @@ def test_a_group_that_lost_a_member_is_ranked_among_the_others():
         [[9, 8, 7, 6, 5, 4, 3], [1, 9, 8, 2, 3, 4, 5]]
     ).float()  # a b c d f g h
     frozen = FrozenSplit(split=split, images=torch.eye(7), captions=similarity[:, None])
-    ranking = rank(frozen, lambda image, text: text, [ORIGINAL_REMOVED], k=7, group_k=5)[
-        ORIGINAL_REMOVED
-    ]
+    ranking = rank(frozen, lambda image, text: text, [ORIGINAL_REMOVED], k=7)[ORIGINAL_REMOVED]
     assert ranking.group_ranks.tolist() == [1, 1]
     found = ranking.answers_in_group(split.names)
     assert [[name for name, _ in row] for row in found] == [list("bcdf"), list("chgfd")]

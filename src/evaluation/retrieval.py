@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,6 @@ def rank_all(
             compose,
             protocols,
             k=k,
-            group_k=None,
             block=block,
             if_equal=refuse_equal,
         )
@@ -105,72 +104,39 @@ def rank(
     protocols: Sequence[Protocol],
     *,
     k: int = 0,
-    group_k: int | None = 0,
     block: int | None = None,
     if_equal: Callable[[Split], None] | None = None,
 ) -> dict[Protocol, Ranking]:
-    """Rank a split's gallery for every query, under several protocols from one computation of each text's similarities.
+    """Rank a split's gallery for every query, and its whole group.
+
+    Protocols that ask with one text share one computation of the similarities.
 
     Args:
         k: how many of the nearest images to keep.
-        group_k: how many of the nearest within the group to keep; None for all.
         if_equal: called with the split where no query is nearer to one image than to another.
 
     Raises:
         UserError: a similarity is not finite.
     """
-    by_protocol = {}
-    for text in dict.fromkeys(protocol.text for protocol in protocols):
-        with_text = [protocol for protocol in protocols if protocol.text == text]
-        by_protocol.update(
-            _rank_asked(
-                frozen,
-                compose,
-                with_text,
-                text=text,
-                k=k,
-                group_k=group_k,
-                block=block,
-                if_equal=if_equal,
-            )
-        )
-    return {protocol: by_protocol[protocol] for protocol in protocols}
-
-
-def _rank_asked(
-    frozen: FrozenSplit,
-    compose: Compose,
-    protocols: Sequence[Protocol],
-    *,
-    text: str,
-    k: int,
-    group_k: int | None,
-    block: int | None,
-    if_equal: Callable[[Split], None] | None,
-) -> dict[Protocol, Ranking]:
-    """Rank a split's gallery under protocols that ask with one text, see `rank`."""
-    split = frozen.split
-    tells_nothing = len(split.names) > FEW
-    most = {protocol: min(k, protocol.most_answers(split)) for protocol in protocols}
-    blocks: dict[Protocol, list[Ranking]] = {protocol: [] for protocol in protocols}
-    with _naming(split):
-        for rows, similarity in similarity_blocks(frozen, compose, block, text=text):
-            tells_nothing = tells_nothing and _are_equal(similarity)
-            targets = None if split.is_secret else frozen.target_rows[rows]
-            others = frozen.other_target_rows[rows] if split.most_other_targets else None
-            group = (
-                _rank_group(similarity, frozen, rows, targets, group_k=group_k)
-                if split.has_groups
-                else {}
-            )
-            for protocol in protocols:
-                whole = similarity.clone() if len(protocols) > 1 else similarity
-                allowed = protocol.restrict(whole, frozen.reference_rows[rows], frozen.outside)
-                ranking = _rank_gallery(allowed, targets, others, k=most[protocol])
-                blocks[protocol].append(Ranking(**ranking, **group))
-    if tells_nothing and if_equal:
-        if_equal(split)
-    return {protocol: joined(parts) for protocol, parts in blocks.items()}
+    by_text: dict[str, dict[Protocol, list[Ranking]]] = {}
+    for protocol in protocols:
+        by_text.setdefault(protocol.text, {})[protocol] = []
+    ranked = {}
+    for text, blocks in by_text.items():
+        tells_nothing = len(frozen.split.names) > FEW
+        with _naming(frozen.split):
+            for rows, similarity in similarity_blocks(frozen, compose, block, text=text):
+                tells_nothing = tells_nothing and _are_equal(similarity)
+                group = _rank_group(similarity, frozen, rows)
+                for protocol, parts in blocks.items():
+                    whole = similarity.clone() if len(blocks) > 1 else similarity
+                    allowed = protocol.restrict(whole, frozen.reference_rows[rows], frozen.outside)
+                    most = min(k, protocol.most_answers(frozen.split))
+                    parts.append(_rank_gallery(allowed, frozen, rows, group=group, k=most))
+        if tells_nothing and if_equal:
+            if_equal(frozen.split)
+        ranked.update({protocol: joined(parts) for protocol, parts in blocks.items()})
+    return {protocol: ranked[protocol] for protocol in protocols}
 
 
 def _are_equal(similarity: Tensor) -> bool:
@@ -200,42 +166,53 @@ def _warn_of_equal(split: Split) -> None:
 
 
 def _rank_gallery(
-    similarity: Tensor, targets: Tensor | None, others: Tensor | None, *, k: int
-) -> dict[str, Tensor]:
-    """The parts of a `Ranking` that are of the whole gallery, for a block of queries (b, N)."""
-    columns = nearest(similarity, k)
-    ranking = {"nearest": columns, "similarities": similarity.gather(1, columns)}
-    if targets is not None:
-        ranking["ranks"] = target_ranks(similarity, targets)
-    if others is not None:
-        ranking["other_ranks"] = other_target_ranks(similarity, others)
-    return ranking
-
-
-def _rank_group(
     similarity: Tensor,
     frozen: FrozenSplit,
     rows: Tensor,
-    targets: Tensor | None,
     *,
-    group_k: int | None,
-) -> dict[str, Tensor]:
-    """The parts of a `Ranking` that are of each query's group, for a block of queries (b, N).
+    group: Mapping[str, Tensor],
+    k: int,
+) -> Ranking:
+    """Rank the whole gallery for a block of queries (b, N).
 
-    They are the same under every protocol.
+    Args:
+        group: see `_rank_group`.
     """
+    columns = nearest(similarity, k)
+    split = frozen.split
+    ranks = None
+    others = None
+    if not split.is_secret:
+        ranks = target_ranks(similarity, frozen.target_rows[rows])
+    if split.most_other_targets:
+        others = other_target_ranks(similarity, frozen.other_target_rows[rows])
+    return Ranking(
+        nearest=columns,
+        similarities=similarity.gather(1, columns),
+        ranks=ranks,
+        other_ranks=others,
+        **group,
+    )
+
+
+def _rank_group(similarity: Tensor, frozen: FrozenSplit, rows: Tensor) -> dict[str, Tensor]:
+    """Return the parts of a `Ranking` that are of each query's group, for a block of queries (b, N).
+
+    They are the same under every protocol; without groups there are none.
+    """
+    if not frozen.split.has_groups:
+        return {}
     groups = frozen.group_rows[rows]  # (b, G - 1)
     is_filler = groups == frozen.reference_rows[rows][:, None]  # in a group that lost members
     candidates = similarity.gather(1, groups).masked_fill_(is_filler, float("-inf"))
-    size = groups.shape[1]
-    columns = nearest(candidates, size if group_k is None else min(group_k, size))
+    columns = nearest(candidates, groups.shape[1])
     ranking = {
         "nearest_in_group": groups.gather(1, columns),
         "group_similarities": candidates.gather(1, columns),
     }
-    if targets is not None:
-        own_column = (groups == targets[:, None]).int().argmax(1)  # the target's within its group
-        ranking["group_ranks"] = target_ranks(candidates, own_column)
+    if not frozen.split.is_secret:
+        is_target = groups == frozen.target_rows[rows][:, None]
+        ranking["group_ranks"] = target_ranks(candidates, is_target.int().argmax(1))
     return ranking
 
 

@@ -72,12 +72,11 @@ def submit(
             pair.compose,
             [wanted.protocol or benchmark.protocols[0]],
             k=form.k,
-            group_k=form.group_k,
             block=wanted.block,
             if_equal=refuse_equal,
         )
         (ranking,) = rankings.values()
-        answered.append(_answers(frozen_split.split, ranking))
+        answered.append(_answers(frozen_split.split, ranking, form.group_k))
     if not distributed.is_main():
         return True
     is_scored = wanted.split != benchmark.test_split
@@ -85,14 +84,14 @@ def submit(
     return _write(whole, wanted.name, folder, answered, is_scored=is_scored)
 
 
-def _answers(split: Split, ranking: Ranking) -> Answered:
-    """The ids that each query of a split retrieved."""
+def _answers(split: Split, ranking: Ranking, group_k: int) -> Answered:
+    """Return the ids that each query of a split retrieved, the first few of its group."""
     nearest = ranking.answers(split.names)
     in_group = ranking.answers_in_group(split.names) or []
     return Answered(
         split=split,
         nearest=[_ids(row) for row in nearest],
-        in_group=[_ids(row) for row in in_group],
+        in_group=[_ids(row)[:group_k] for row in in_group],
     )
 
 
