@@ -121,34 +121,40 @@ def main(argv: list[str] | None = None) -> None:
     check_annotations(benchmark, [benchmark.val_split])
     val = benchmark.val()
 
-    from evaluation.auditing import audit, hits_of, names_of, need_both, solving
-    from models.encoder import versions
+    from evaluation.auditing import Audit, hits_of, names_of, solving
+    from evaluation.result_file import provenance
     from models.pair import load_and_freeze
     from runtime import distributed
 
     recall = solving(benchmark, args.k)
+    resampling = Resampling(
+        resamples=args.resamples,
+        confidence=args.confidence,
+        seed=args.seed,
+        by=args.resample_by,
+    )
+    clusters = resampling.clusters({split.name: split.clusters for split in val})
     device = pick_device(args.device)
     pair, frozen = load_and_freeze(benchmark, val, device, options.pair_choice(args))
     rankings = ranked(pair, frozen, protocols, args.similarity_block)
-    resampling = Resampling(resamples=args.resamples, confidence=args.confidence, seed=args.seed)
     if distributed.is_main():
         numbers = {}
         for protocol in protocols:
             hits = {name: hits_of(benchmark, val, own[protocol]) for name, own in rankings.items()}
-            numbers[protocol.name] = audit(benchmark, hits, recall, resampling)
+            audit = Audit(benchmark=benchmark, hits=hits, clusters=clusters, resampling=resampling)
+            numbers[protocol.name] = audit.numbers(recall)
             print_audit(benchmark, protocol.name, numbers[protocol.name])
             if args.write_queries and protocol == protocols[0]:
-                names = names_of(val, need_both(hits, recall))
+                names = names_of(val, audit.need_both(recall))
                 reason = f"neither image nor text alone has a {recall} under {protocol.name}"
                 write_queries(args.write_queries, benchmark, names, chosen_by=reason)
+        print(f"\n{resampling.told(clusters)}")
         if args.metrics_json:
             content = {
                 "dataset": benchmark.name,
                 "split": benchmark.val_split,
                 "protocols": numbers,
-                **pair.describe(),
-                "versions": versions(),
-                "command": command_line("audit.py", argv),
+                **provenance(pair, command_line("audit.py", argv)),
             }
             write_text(args.metrics_json, json.dumps(content, indent=1) + "\n")
     distributed.stop()

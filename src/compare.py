@@ -3,7 +3,8 @@
     python src/compare.py baseline.json ours_seed0.json ours_seed1.json ours_seed2.json
 
 The first file is what the others are compared with. Files of one training with different seeds become one column, mean
-and standard deviation. Intervals are paired bootstrap intervals over the queries, which both columns must share.
+and standard deviation. Intervals are paired bootstrap intervals over the queries, which both columns must share. Those
+of one reference image are not independent of each other, so they are drawn together.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import BENCHMARKS, PROTOCOLS, Benchmark
-from benchmarks.metrics import mean_and_deviation, shown
+from benchmarks.metrics import shown
 from cli.options import add_protocol, add_resampling
 from cli.parsers import ScriptParser
 from evaluation.comparison import (
@@ -58,35 +59,14 @@ def shared_protocols(columns: Sequence[Column], wanted: Sequence[str] | None) ->
     return shared
 
 
-def cells(benchmark: Benchmark, column: Column, protocol: str) -> dict[str, str]:
-    """Title -> value, or mean and standard deviation over the seeds."""
-    measured = column.results[0]["protocols"][protocol]["metrics"]
-    titles = benchmark.titled(measured)
-    return {title: shown(column.values(protocol, metric)) for metric, title in titles.items()}
-
-
-def differences(
-    benchmark: Benchmark, base: Column, other: Column, protocol: str, *, resampling: Resampling
-) -> dict[str, str]:
-    """Title -> difference of the means with its interval."""
-    bounds = intervals(benchmark, base, other, protocol, resampling=resampling)
-    table = {}
-    for metric, title in benchmark.titled(bounds).items():
-        before, _ = mean_and_deviation(base.values(protocol, metric))
-        after, _ = mean_and_deviation(other.values(protocol, metric))
-        table[title] = with_interval(after - before, bounds[metric], sign="+")
-    return table
-
-
 def print_protocol(
     benchmark: Benchmark, columns: Sequence[Column], protocol: str, *, resampling: Resampling
 ) -> None:
-    """One table: metrics by columns, and beside each column its difference from the first; notes below."""
-    import pandas as pd
-
+    """Print one table: metrics by columns, and beside each column its difference from the first; notes below."""
     base, *others = columns
-    table = {base.label: cells(benchmark, base, protocol)}
+    rows: dict[str, dict[str, str]] = {}
     notes = []
+    add_values(rows, benchmark, base, protocol=protocol, label=base.label)
     if mixed := unlike(base, base, protocol):
         notes.append(
             f"the seeds of {base.label} have different {', different '.join(mixed)}: no fair mean"
@@ -97,15 +77,17 @@ def print_protocol(
             continue
         reasons = unlike(base, other, protocol)
         label = other.label + ("*" if reasons else "")
-        table[label] = cells(benchmark, other, protocol)
+        add_values(rows, benchmark, other, protocol=protocol, label=label)
         if reasons:
             notes.append(
                 f"* {other.label} has other {', other '.join(reasons)} than {base.label}: no fair comparison"
             )
-        if "queries" not in reasons:
-            table[f"{label} - {base.label}"] = differences(
-                benchmark, base, other, protocol, resampling=resampling
-            )
+        if "queries" in reasons:
+            continue
+        bounds = intervals(benchmark, base, other, protocol, resampling=resampling)
+        for metric, title in benchmark.titled(bounds).items():
+            gain = other.mean(protocol, metric) - base.mean(protocol, metric)
+            rows[title][f"{label} - {base.label}"] = with_interval(gain, bounds[metric], sign="+")
     about = PROTOCOLS[protocol]
     result = base.results[0]
     template = result["protocols"][protocol].get("template")
@@ -114,9 +96,23 @@ def print_protocol(
         f"\n{result['dataset']} {result['split']}, {protocol}: gallery {about.gallery}, reference {about.reference}"
         f"{printable(text)}"
     )
-    print(text_table(pd.DataFrame(table).fillna("").to_dict("index")))
+    print(text_table(rows))
     for note in notes:
         print(printable(note))
+
+
+def add_values(
+    rows: dict[str, dict[str, str]],
+    benchmark: Benchmark,
+    column: Column,
+    *,
+    protocol: str,
+    label: str,
+) -> None:
+    """Add a column to a table: each metric, or its mean and standard deviation over the seeds."""
+    metrics = column.results[0]["protocols"][protocol]["metrics"]
+    for metric, title in benchmark.titled(metrics).items():
+        rows.setdefault(title, {})[label] = shown(column.values(protocol, metric))
 
 
 @command
@@ -126,9 +122,17 @@ def main(argv: list[str] | None = None) -> None:
     columns = read_columns(args.files)
     protocols = shared_protocols(columns, args.protocol)
     benchmark = BENCHMARKS[columns[0].results[0]["dataset"]](Path())
-    resampling = Resampling(resamples=args.resamples, confidence=args.confidence, seed=args.seed)
+    resampling = Resampling(
+        resamples=args.resamples,
+        confidence=args.confidence,
+        seed=args.seed,
+        by=args.resample_by,
+    )
     for protocol in protocols:
         print_protocol(benchmark, columns, protocol, resampling=resampling)
+    if len(columns) > 1:
+        clusters = columns[0].clusters(resampling)
+        print(f"\n{printable(resampling.told(clusters))}")
     for column in columns:
         for kind, dataset in column.trained_elsewhere.items():
             measured_on = column.results[0]["dataset"]

@@ -79,9 +79,8 @@ def main(argv: list[str] | None = None) -> None:
         val = restricted(benchmark, val, listed)
 
     from evaluation.rankings_file import make_records, write_rankings
-    from evaluation.result_file import make_result, write_result
+    from evaluation.result_file import make_result, provenance, write_result
     from evaluation.retrieval import explain_all, rank_all
-    from models.encoder import versions
     from models.pair import load_and_freeze
     from runtime import distributed
 
@@ -100,11 +99,8 @@ def main(argv: list[str] | None = None) -> None:
             benchmark,
             val,
             rankings,
-            pair=pair.describe(),
             reasons=reasons,
-            command=command_line("validate.py", argv),
-            versions=versions(),
-            query_list=listed.describe() if listed else None,
+            made_by=provenance(pair, command_line("validate.py", argv), listed),
         )
         if args.metrics_json:
             write_result(args.metrics_json, result)

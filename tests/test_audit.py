@@ -15,7 +15,7 @@ from benchmarks.protocols import PROTOCOLS
 from benchmarks.query_lists import read_query_list, restricted
 from combiner import UNLEARNED, Combiner
 from conftest import CASES
-from evaluation.auditing import hits_of, metrics_on, names_of, need_both, solved
+from evaluation.auditing import Audit, hits_of, names_of
 from evaluation.comparison import Resampling
 from evaluation.retrieval import rank_all
 from models.features import FrozenSplit
@@ -25,7 +25,7 @@ RESAMPLING = Resampling(resamples=200, confidence=0.9, seed=0)
 
 @pytest.fixture(scope="module")
 def case(drawn):
-    """Dataset -> its benchmark, its validation splits, and the hits of each way to compose, on drawn features."""
+    """Dataset -> its validation splits, their features, which are drawn, and the audit of each way to compose."""
     made = {}
 
     def case(dataset: str):
@@ -47,7 +47,9 @@ def case(drawn):
             for name, kind in UNLEARNED.items():
                 rankings = rank_all(frozen, kind(), [protocol], k=0, block=None)
                 hits[name] = hits_of(benchmark, val, rankings[protocol])
-            made[dataset] = benchmark, val, frozen, hits
+            clusters = RESAMPLING.clusters({split.name: split.clusters for split in val})
+            audit = Audit(benchmark=benchmark, hits=hits, clusters=clusters, resampling=RESAMPLING)
+            made[dataset] = val, frozen, audit
         return made[dataset]
 
     return case
@@ -66,23 +68,24 @@ def test_each_modality_alone_is_its_normalised_features(name):
 
 def test_image_alone_finds_its_own_reference_where_that_is_kept(case):
     """By hand: the rank of a target is the number of images that are nearer to the reference alone."""
-    _, _, frozen, hits = case("FashionIQ")
+    _, frozen, audit = case("FashionIQ")
     for split in frozen:
         gallery = F.normalize(split.images, dim=-1)
         similarity = F.normalize(split.references, dim=-1) @ gallery.T
         targets = split.target_rows
         own = similarity.gather(1, targets[:, None])
         ranks = (similarity > own).sum(1)
-        found = hits["image"][split.split.name]["recall_at10"]
+        found = audit.hits["image"][split.split.name]["recall_at10"]
         assert found.tolist() == (ranks < 10).tolist()
 
 
 @pytest.mark.parametrize("dataset", BENCHMARKS)
 def test_who_solves_what_equals_a_count_by_hand(case, dataset):
-    _, val, _, hits = case(dataset)
+    val, _, audit = case(dataset)
+    hits = audit.hits
     some = next(iter(hits["sum"].values()))
     for recall in [name for name, values in some.items() if values.dtype == bool]:
-        found = solved(hits, recall, RESAMPLING)
+        found = audit.solved(recall)
         rows = []
         for split in val:
             columns = [hits[name][split.name][recall] for name in ("image", "text", "sum")]
@@ -97,7 +100,7 @@ def test_who_solves_what_equals_a_count_by_hand(case, dataset):
         for value in (*found["solved"].values(), *found["gap"].values()):
             low, high = value["interval"]
             assert low <= value["value"] <= high
-        neither = need_both(hits, recall)
+        neither = audit.need_both(recall)
         names = names_of(val, neither)
         assert len(names) == len(set(names)) == len(rows) - either
 
@@ -107,7 +110,13 @@ def test_the_interval_of_a_gap_is_of_paired_queries():
     generator = np.random.default_rng(0)
     image = {"a": {"r": generator.random(40) < 0.5}, "b": {"r": generator.random(60) < 0.5}}
     nothing = {split: {"r": np.zeros_like(own["r"])} for split, own in image.items()}
-    found = solved({"image": image, "text": nothing, "sum": image}, "r", RESAMPLING)
+    audit = Audit(
+        benchmark=CIRR(None),
+        hits={"image": image, "text": nothing, "sum": image},
+        clusters={"a": np.arange(40), "b": np.arange(60)},
+        resampling=RESAMPLING,
+    )
+    found = audit.solved("r")
     assert found["gap"]["sum"] == {"value": 0.0, "interval": (0.0, 0.0)}
     low, high = found["solved"]["sum"]["interval"]
     assert high - low > 5
@@ -115,14 +124,37 @@ def test_the_interval_of_a_gap_is_of_paired_queries():
 
 @pytest.mark.parametrize("dataset", BENCHMARKS)
 def test_metrics_on_all_queries_are_the_benchmarks_own(case, dataset):
-    benchmark, val, frozen, hits = case(dataset)
+    val, frozen, audit = case(dataset)
+    benchmark = audit.benchmark
     everything = {split.name: np.ones(len(split.triplets), dtype=bool) for split in val}
-    found = metrics_on(benchmark, hits["sum"], everything, RESAMPLING)
+    found = audit.metrics_on(everything)["sum"]
     rankings = rank_all(frozen, UNLEARNED["sum"](), benchmark.protocols[:1], k=0, block=None)
     expected = benchmark.metrics(val, rankings[benchmark.protocols[0]])
     assert {name: own["value"] for name, own in found.items()} == pytest.approx(expected)
     nothing = {name: ~own for name, own in everything.items()}
-    assert metrics_on(benchmark, hits["sum"], nothing, RESAMPLING) == {}
+    assert audit.metrics_on(nothing) == {}
+
+
+def test_queries_that_agree_within_a_reference_make_wide_intervals():
+    """By about the root of how many ask with one reference, of all numbers of an audit."""
+    solves = np.random.default_rng(1).random((3, 100)) < [[0.3], [0.2], [0.6]]
+    rows = {"recall_at1": np.repeat(solves, 9, axis=1)}
+    hits = {}
+    for place, function in enumerate(("image", "text", "sum")):
+        hits[function] = {"val": {name: own[place] for name, own in rows.items()}}
+    widths = []
+    for clusters in (np.repeat(np.arange(100), 9), np.arange(900)):
+        audit = Audit(
+            benchmark=CIRR(None),
+            hits=hits,
+            clusters={"val": clusters},
+            resampling=Resampling(resamples=2000, confidence=0.95, seed=0),
+        )
+        found = audit.solved("recall_at1")
+        ends = [found["solved"]["sum"]["interval"], found["gap"]["sum"]["interval"]]
+        widths.append([high - low for low, high in ends])
+    by_reference, by_query = np.array(widths)
+    assert (by_reference / by_query).tolist() == pytest.approx([3, 3], rel=0.1)
 
 
 @pytest.mark.parametrize("dataset", BENCHMARKS)
@@ -202,6 +234,9 @@ def test_an_audits_numbers_are_those_of_validations(dataset, larger, pair, run, 
     names = json.loads(listed.read_text())["queries"]
     assert len(names) == sum(found["need_both"].values()) > 0
     assert f"{len(names)} of them need both, at recall_at{k}" in said
+    split, number = next(iter(found["clusters"].items()))
+    assert f"95% intervals, resampled by reference: {split} has {number}" in said
+    assert found["resampled_by"] == "reference"
     on_those = found["metrics_where_both_are_needed"]
     assert on_those.keys() == {"image", "text", "sum", "combiner"}
     for function in on_those:

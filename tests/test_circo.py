@@ -124,8 +124,9 @@ def test_queries_that_do_not_count_are_in_no_mean():
     assert math.isnan(percentage(only([], values)))
     drawn = bootstrap(
         torch.from_numpy(np.column_stack([only([0, 2], values), values])),
+        torch.arange(3),
         2000,
-        torch.Generator().manual_seed(3),
+        generator=torch.Generator().manual_seed(3),
     )
     kind = drawn[:, 0]
     assert bool(kind.isnan().any())  # queries 0 and 2 are in no place

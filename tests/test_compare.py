@@ -1,6 +1,7 @@
 """Results side by side: which compare, seeds, intervals."""
 
 import json
+import operator
 import statistics
 
 import numpy as np
@@ -28,20 +29,27 @@ def result(tmp_path):
     """Write a FashionIQ result with some ranks; returns its file."""
 
     def result(
-        name: str, shift: int = 0, seed=None, protocols=("original-kept",), first=0, **changes
+        name: str,
+        shift: int = 0,
+        seed=None,
+        protocols=("original-kept",),
+        found=None,
+        clusters=None,
+        **changes,
     ):
         benchmark, measured = FashionIQ(tmp_path), {}
+        columns = clusters or {"reference": list(range(200))}
         for protocol in protocols:
-            of_split = {
-                split: ranks(first + place, shift) for place, split in enumerate(benchmark.parts)
-            }
+            of_split = {}
+            for place, split in enumerate(benchmark.parts):
+                of_split[split] = found or ranks(place, shift)
             scores = {split: benchmark.score(Ranks(np.array(r))) for split, r in of_split.items()}
             gallery, reference = protocol.split("-")
             measured[protocol] = {
                 "gallery": gallery,
                 "reference": reference,
                 "gallery_images": dict.fromkeys(of_split, 300),
-                "queries": dict.fromkeys(of_split, 200),
+                "queries": dict.fromkeys(of_split, len(columns["reference"])),
                 "metrics": benchmark.summary(scores),
                 "ranks": of_split,
                 "group_ranks": {},
@@ -53,6 +61,7 @@ def result(tmp_path):
             "excluded_images": {},
             "images_sha256": {"dress": "i"},
             "queries_sha256": dict.fromkeys(benchmark.parts, "q"),
+            "clusters": dict.fromkeys(benchmark.parts, columns),
             "preprocessing": {},
             "weights_sha256": {"clip": "c"},
             "training": {}
@@ -103,6 +112,63 @@ def test_a_difference_has_the_interval_of_the_paired_bootstrap(result, compared)
     assert float(difference) == pytest.approx(float(cells[3]) - float(cells[2]))
     ours = [float(end) for end in interval.strip("[]").split(", ")]
     assert ours == pytest.approx([low, high], abs=0.6)
+
+
+REFERENCES = 90
+CLUSTER = 9  # queries of each
+
+
+def bounds_of(out: str, title: str) -> tuple[float, float]:
+    low, high = row(out, title).rsplit("[", 1)[1].rstrip("]").split(", ")
+    return float(low), float(high)
+
+
+def test_queries_of_one_reference_are_drawn_together(result, compared):
+    """Queries that agree wholly within a reference tell nothing new: the interval is sqrt(CLUSTER) times as wide.
+
+    Against a twin that draws references one by one and takes all queries of each.
+    """
+    references = [number // CLUSTER for number in range(REFERENCES * CLUSTER)]
+    files = []
+    for name, seed in (("a", 1), ("b", 2)):
+        generator = torch.Generator().manual_seed(seed)
+        found = torch.randint(0, 20, (REFERENCES,), generator=generator)[references].tolist()
+        files.append(result(name, found=found, clusters={"reference": references}))
+    hits = []
+    for file in files:
+        measured = json.loads(file.read_text())["protocols"]["original-kept"]
+        hits.append([rank < 10 for rank in measured["ranks"]["dress"]])
+    generator = torch.Generator().manual_seed(5)
+    differences = []
+    for _ in range(2000):
+        gains = []
+        for reference in torch.randint(REFERENCES, (REFERENCES,), generator=generator).tolist():
+            queries = slice(reference * CLUSTER, (reference + 1) * CLUSTER)
+            gains += map(operator.sub, hits[1][queries], hits[0][queries])
+        differences.append(100 * statistics.fmean(gains))
+    quantiles = statistics.quantiles(differences, n=40)
+    words = [*files, "--resamples", 2000]
+    by_reference = compared(*words)
+    assert bounds_of(by_reference, "dress R@10") == pytest.approx(
+        (quantiles[0], quantiles[-1]), abs=1.7
+    )
+    assert f"95% intervals, resampled by reference: dress has {REFERENCES}" in by_reference
+    by_query = compared(*words, "--resample-by", "query")
+    assert f"resampled by query: dress has {REFERENCES * CLUSTER}" in by_query
+    widths = []
+    for out in (by_reference, by_query):
+        low, high = bounds_of(out, "dress R@10")
+        widths.append(high - low)
+    assert widths[0] / widths[1] == pytest.approx(CLUSTER**0.5, rel=0.1)
+
+
+def test_a_column_that_queries_lack_is_named(result, compared, capsys):
+    with pytest.raises(SystemExit) as stop:
+        compared(result("a"), result("b"), "--resample-by", "concept")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "--resample-by concept" in error
+    assert "choose from query, reference" in error
 
 
 def test_equal_results_differ_by_nothing(result, compared):
@@ -191,7 +257,7 @@ def test_other_trainings_are_other_columns(result, compared):
 def test_protocols_that_are_not_shared(result, compared, capsys):
     both = ("original-kept", "VAL-removed")
     out = compared(result("a", protocols=both), result("b", protocols=both), result("c"))
-    first, second = out.strip().split("\n\n")
+    first, second, _ = out.strip().split("\n\n")
     assert first.startswith("FashionIQ val, original-kept: gallery original, reference kept")
     assert "c - a" in first
     assert "c was not measured under VAL-removed" in second

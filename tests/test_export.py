@@ -23,7 +23,7 @@ from benchmarks import BENCHMARKS
 from combiner import build_combiner
 from conftest import CASES, ROOT, SOAK
 from evaluation import model_card
-from evaluation.comparison import Column, Resampling, intervals, own_intervals
+from evaluation.comparison import Column, Resampling, bounds, intervals, resampled_metrics
 from evaluation.result_file import read_result
 from forks import forked, free_port
 from image_search.manifest import read_manifest
@@ -707,7 +707,10 @@ def test_own_intervals_are_those_of_the_difference_from_nothing(results):
     benchmark = BENCHMARKS["CIRR"](Path())
     how = Resampling(resamples=300, confidence=0.9, seed=5)
     for protocol in result["protocols"]:
-        own = own_intervals(benchmark, Column("", [result]), protocol, resampling=how)
+        column = Column("", [result])
+        hits = column.hits(benchmark, protocol)
+        (drawn,) = resampled_metrics(benchmark, [hits], column.clusters(how), how)
+        own = bounds(drawn, how.confidence)
         difference = intervals(
             benchmark, Column("", [nothing]), Column("", [result]), protocol, resampling=how
         )

@@ -1,5 +1,7 @@
 """Ranks by counting against ranks by sorting; recalls and means by hand."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -89,7 +91,8 @@ def test_the_bootstrap_has_the_spread_of_the_binomial():
     hits = torch.zeros(400, 2)
     hits[:100, 0] = 1
     hits[:300, 1] = 1
-    drawn = bootstrap(hits, 4000, torch.Generator().manual_seed(0))
+    each = torch.arange(400)
+    drawn = bootstrap(hits, each, 4000, generator=torch.Generator().manual_seed(0))
     assert drawn.shape == (4000, 2)
     assert drawn.mean(0).tolist() == pytest.approx([25, 75], abs=0.2)
     deviation = 100 * (0.25 * 0.75 / 400) ** 0.5
@@ -99,9 +102,28 @@ def test_the_bootstrap_has_the_spread_of_the_binomial():
 def test_the_bootstrap_is_paired():
     """Two columns of the same hits never differ; unpaired ones would."""
     hits = (torch.arange(50) % 3 == 0).float()[:, None].repeat(1, 2)
-    drawn = bootstrap(hits, 300, torch.Generator().manual_seed(1))
+    drawn = bootstrap(hits, torch.arange(50), 300, generator=torch.Generator().manual_seed(1))
     assert torch.equal(drawn[:, 0], drawn[:, 1])
     assert drawn[:, 0].std() > 1
+
+
+def test_a_cluster_is_drawn_with_all_of_its_queries():
+    """Clusters of several sizes, against scores of resamples that are put together query by query."""
+    clusters = torch.tensor([2, 0, 1, 0, 2, 0])
+    hits = torch.tensor([1.0, 0, 1, 1, math.nan, 0])
+    drawn = bootstrap(
+        torch.stack([hits, hits], 1),
+        clusters,
+        700,
+        generator=torch.Generator().manual_seed(3),
+        statistics=[None, lambda values: float(np.nanmedian(values))],
+    )
+    generator = torch.Generator().manual_seed(3)
+    rounds = [torch.randint(3, (rows, 3), generator=generator) for rows in (500, 200)]
+    for chosen, (mean, middle) in zip(torch.cat(rounds).tolist(), drawn.tolist(), strict=True):
+        queries = np.concatenate([hits[clusters == cluster].numpy() for cluster in chosen])
+        assert mean == pytest.approx(100 * np.nanmean(queries))
+        assert middle == np.nanmedian(queries)
 
 
 def test_mean_and_deviation():

@@ -308,6 +308,32 @@ def test_training_has_a_triplet_for_each_target_and_as_many_captions_for_all(fol
     assert benchmark.caption(asked[3][2]) == "1"
 
 
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_any_column_of_own_triplets_is_one_to_resample_by(form, tmp_path):
+    """Where all queries have a value in it; equal values have equal numbers."""
+    folder = tmp_path / "triplets_dataset"
+    folder.mkdir()
+    rows = [
+        {"reference": "a.jpg", "caption": "x", "target": "b.jpg", "Concept": "hat", "note": "n"},
+        {"reference": "c.jpg", "caption": "y", "target": "b.jpg", "Concept": "coat|s", "note": ""},
+        {"reference": "a.jpg", "caption": "z", "target": "d.jpg", "Concept": "hat", "note": "n"},
+    ]
+    with (folder / f"val.{form}").open("w") as file:
+        if form == "csv":
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    (folder / "images").mkdir()
+    for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg"):
+        (folder / "images" / name).write_bytes(b"not decoded here")
+    (split,) = Triplets(tmp_path).val()
+    assert split.clusters == {"reference": [0, 1, 0], "target": [0, 0, 1], "concept": [0, 1, 0]}
+    result, _ = measured(Triplets(tmp_path), tmp_path)
+    assert result["clusters"] == {"val": split.clusters}
+
+
 # Metrics
 
 
@@ -383,9 +409,8 @@ def measured(benchmark: Triplets, folder: Path) -> tuple[dict, dict]:
         captions = torch.randn(len(split.triplets), 1, 8, generator=generator)
         frozen.append(FrozenSplit(split=split, images=images, captions=captions))
     rankings = rank_all(frozen, Sum(), benchmark.protocols, k=99, block=None)
-    pair = {"weights_sha256": {"clip": "c"}, "preprocessing": {}, "training": {}}
-    about = {"pair": pair, "reasons": {}, "command": "", "versions": {}}
-    result = make_result(benchmark, val, rankings, **about)
+    made_by = {"weights_sha256": {"clip": "c"}, "preprocessing": {}, "training": {}}
+    result = make_result(benchmark, val, rankings, reasons={}, made_by=made_by)
     write_result(folder / "m.json", result)
     write_rankings(
         folder / "r.json",

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Container, Iterable
+from collections.abc import Container, Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ class Triplet:
         group: CIRR's subset of similar images, the reference among them.
         pair_id: what its file calls the query: a number as CIRR's, or a text.
         kinds: what is asked for, where a benchmark also measures kinds of queries apart.
+        columns: what its file says of it besides, by column, as own triplets may.
         place: the number of its entry in the file.
     """
 
@@ -34,6 +35,7 @@ class Triplet:
     group: tuple[str, ...] = ()
     pair_id: int | str | None = None
     kinds: tuple[str, ...] = ()
+    columns: Mapping[str, str] = field(default_factory=dict, compare=False)
     place: int = field(default=0, compare=False)
 
     @property
@@ -139,6 +141,28 @@ class Split:
             for kind in triplet.kinds:
                 queries.setdefault(kind, []).append(number)
         return queries
+
+    @property
+    def clusters(self) -> dict[str, list[int]]:
+        """Number the values of each column that all queries have: column -> (Q,), equal where queries share a value.
+
+        Queries that share their reference, target or another column are not independent of each other.
+        """
+        rows = []
+        for triplet in self.triplets:
+            named = {
+                "reference": triplet.reference,
+                "target": triplet.target,
+                "kind": triplet.kinds,
+                **triplet.columns,
+            }
+            rows.append({column: value for column, value in named.items() if value})
+        clusters = {}
+        for column in rows[0]:
+            numbers: dict[Hashable, int] = {}
+            if all(column in row for row in rows):
+                clusters[column] = [numbers.setdefault(row[column], len(numbers)) for row in rows]
+        return clusters
 
     @property
     def group_rows(self) -> list[list[int]]:

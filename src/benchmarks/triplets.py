@@ -2,6 +2,7 @@
 
 A line of `{split}.jsonl` is an object with "reference", "caption" and "target", and if you like "id" and "group"; in
 `{split}.csv` these are columns. Captions and targets may be several: a list, in a cell of a CSV file `one | another`.
+Intervals can be resampled by any further field or column, such as the product that an image shows.
 """
 
 import csv
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from benchmarks.base import Benchmark
@@ -58,6 +59,8 @@ Images = Annotated[tuple[Image, ...], BeforeValidator(_listed), FromList]
 class OwnTestQuery(Query):
     """A line of `test.jsonl` or a row of `test.csv`."""
 
+    model_config = ConfigDict(extra="allow")
+
     reference: Annotated[Images, Field(max_length=1)]
     caption: Texts
     target: Images = ()
@@ -79,6 +82,7 @@ class OwnTestQuery(Query):
             captions=self.caption,
             group=tuple(group),
             pair_id=self.id,
+            columns={name.lower(): str(value) for name, value in (self.model_extra or {}).items()},
         )
 
 
@@ -223,8 +227,8 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
     except (csv.Error, ValueError) as error:
         raise UserError(f"{file} is no table ({error}): save it as CSV again") from None
     names = [name.strip().lower() for name in names]
-    known = {name: names.index(name) for name in COLUMNS if names.count(name) == 1}
-    if not {"reference", "caption"} <= known.keys() or len(known) < len(set(names) & set(COLUMNS)):
+    known = {name: names.index(name) for name in names if names.count(name) == 1}
+    if not {"reference", "caption"} <= known.keys() or set(COLUMNS) & (set(names) - known.keys()):
         raise UserError(
             f"{file}: its first row should name the columns {', '.join(COLUMNS[:3])}, each once: {Triplets.remedy}"
         )
@@ -239,6 +243,7 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _cell(name: str, text: str) -> str | list[str]:
-    """A cell's value, or its values."""
+    """A cell's value, or its values where a query may have several."""
     values = [value.strip() for value in text.split(SEVERAL)]
-    return text.strip() if name == "id" or len(values) == 1 else values
+    may_be_several = name in COLUMNS and name != "id"
+    return values if may_be_several and len(values) > 1 else text.strip()

@@ -51,7 +51,15 @@ def add_seed(group: Group, *, help: str) -> None:
 
 
 def add_resampling(group: Group, *, resamples: int) -> None:
-    """--confidence, --resamples, --seed: how intervals are made."""
+    """--resample-by, --confidence, --resamples, --seed: how intervals are made."""
+    group.add_argument(
+        "--resample-by",
+        type=str.lower,
+        default="reference",
+        metavar="COLUMN",
+        help="draw queries together that share it: reference, target or a column of your own triplets; query: each by "
+        "itself",
+    )
     group.add_argument("--confidence", type=fraction, default=0.95, help="of the intervals")
     group.add_argument(
         "--resamples", type=positive_int, default=resamples, help="draws of the queries"

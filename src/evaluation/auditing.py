@@ -5,25 +5,30 @@ modality alone.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks import Benchmark, Split
 from benchmarks.metrics import Ranks
 from benchmarks.ranking import Ranking
-from evaluation.comparison import Resampling, bootstrap, bounds, intervals_of
+from evaluation.comparison import (
+    Clusters,
+    Hits,
+    Resampling,
+    bootstrap,
+    bounds,
+    resampled_metrics,
+)
 from utils import UserError
 
 ALONE = ("image", "text")  # combining functions of one modality
-# Split's name -> score -> what each query adds to it (Q,), see `Benchmark.hits`; of a recall it is true or false.
-Hits = dict[str, dict[str, np.ndarray]]
 
 
 def solving(benchmark: Benchmark, k: int) -> str:
-    """The recall by which a query is solved.
+    """Name the recall by which a query is solved.
 
     Raises:
         UserError: the benchmark has none at k.
@@ -39,28 +44,17 @@ def solving(benchmark: Benchmark, k: int) -> str:
 
 
 def _recalls(of_split: Mapping[str, np.ndarray]) -> list[str]:
-    """The scores that a query counts for or not: no precisions, and none that some queries do not count for."""
+    """Name the scores that a query counts for or not: no precisions, and none that some queries do not count for."""
     return [name for name, values in of_split.items() if values.dtype == bool]
 
 
 def hits_of(benchmark: Benchmark, splits: Sequence[Split], rankings: Mapping[str, Ranking]) -> Hits:
-    """The hits of each split's queries."""
+    """Return the hits of each split's queries."""
     return {split.name: benchmark.hits(rankings[split.name].ranks_in(split)) for split in splits}
 
 
-def need_both(hits: Mapping[str, Hits], recall: str) -> dict[str, np.ndarray]:
-    """Split's name -> which queries neither image nor text alone solves, (Q,) bool.
-
-    Args:
-        hits: combining function -> its hits.
-        recall: what solving means, such as recall_at10.
-    """
-    image, text = (hits[function] for function in ALONE)
-    return {split: ~(image[split][recall] | text[split][recall]) for split in image}
-
-
 def names_of(splits: Sequence[Split], chosen: Mapping[str, np.ndarray]) -> list[str]:
-    """The names of some queries, in the order of the splits.
+    """Name some queries, in the order of the splits.
 
     Args:
         chosen: split's name -> which of its queries, (Q,) bool.
@@ -72,88 +66,124 @@ def names_of(splits: Sequence[Split], chosen: Mapping[str, np.ndarray]) -> list[
     return names
 
 
-def solved(hits: Mapping[str, Hits], recall: str, resampling: Resampling) -> dict[str, Any]:
-    """How many queries of all splits each combining function solves, what needs both, and what composition adds.
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """What a benchmark's queries retrieved under one protocol, by each way to compose them.
 
-    The composition gap of a function that composes is its recall less that of the better of image and text alone, in
-    points. All are resampled together and within their splits, so that differences are paired.
-
-    Returns:
-        "solved": function, or "either alone" -> number of queries, their percentage and its interval.
-        "gap": function that composes -> points and their interval.
+    Attributes:
+        hits: combining function -> its hits; of a recall they are true or false.
+        clusters: what is drawn together where `resampling` makes intervals.
     """
-    neither = need_both(hits, recall)
-    columns = {}
-    for function, of_function in hits.items():
-        columns[function] = {split: of_function[split][recall] for split in neither}
-    columns["either alone"] = {split: ~own for split, own in neither.items()}
-    drawn = dict(zip(columns, _resampled(columns, resampling).unbind(1), strict=True))
-    queries = sum(map(len, neither.values()))
-    table = {}
-    recalls = {}
-    for name, interval in bounds(drawn, resampling.confidence).items():
-        number = sum(int(own.sum()) for own in columns[name].values())
-        recalls[name] = 100 * number / queries
-        table[name] = {"queries": number, "value": recalls[name], "interval": interval}
-    composed = [function for function in hits if function not in ALONE]
-    best_drawn = torch.maximum(*(drawn[function] for function in ALONE))
-    best = max(recalls[function] for function in ALONE)
-    gaps = bounds({name: drawn[name] - best_drawn for name in composed}, resampling.confidence)
-    gap = {name: {"value": recalls[name] - best, "interval": gaps[name]} for name in composed}
-    return {"solved": table, "gap": gap}
 
+    benchmark: Benchmark
+    hits: Mapping[str, Hits]
+    clusters: Clusters
+    resampling: Resampling
 
-def _resampled(columns: Mapping[str, Mapping[str, np.ndarray]], resampling: Resampling) -> Tensor:
-    """Percentages of all splits' queries together, (resamples, number of columns)."""
-    generator = torch.Generator().manual_seed(resampling.seed)
-    weighed = []
-    queries = 0
-    for split in next(iter(columns.values())):
-        own = torch.stack([torch.from_numpy(column[split]) for column in columns.values()], 1)
-        weighed.append(len(own) * bootstrap(own, resampling.resamples, generator))
-        queries += len(own)
-    return torch.stack(weighed).sum(0) / queries
+    def need_both(self, recall: str) -> dict[str, np.ndarray]:
+        """Find the queries that neither image nor text alone solves: split's name -> (Q,) bool.
 
+        Args:
+            recall: what solving means, such as recall_at10.
+        """
+        image, text = (self.hits[function] for function in ALONE)
+        return {split: ~(image[split][recall] | text[split][recall]) for split in image}
 
-def metrics_on(
-    benchmark: Benchmark, hits: Hits, chosen: Mapping[str, np.ndarray], resampling: Resampling
-) -> dict[str, dict[str, Any]]:
-    """Metric -> its value on some queries alone, and its interval; nothing where a split has none of them.
+    def solved(self, recall: str) -> dict[str, Any]:
+        """Count the queries of all splits that each combining function solves, and what composition adds.
 
-    A metric of a kind of query that none of them is of is left out.
+        The composition gap of a function that composes is its recall less that of the better of image and text alone,
+        in points. All are resampled together and within their splits, so that differences are paired.
 
-    Args:
-        chosen: split's name -> which of its queries, (Q,) bool.
-    """
-    if not all(own.any() for own in chosen.values()):
-        return {}
-    kept = {}
-    for split, of_split in hits.items():
-        kept[split] = {name: own[chosen[split]] for name, own in of_split.items()}
-    scores = {split: benchmark.scores(of_split) for split, of_split in kept.items()}
-    intervals = intervals_of(benchmark, kept, resampling=resampling)
-    values = benchmark.summary(scores)
-    return {name: {"value": values[name], "interval": intervals[name]} for name in values}
+        Returns:
+            "solved": function, or "either alone" -> number of queries, their percentage and its interval.
+            "gap": function that composes -> points and their interval.
+        """
+        solvers = {}
+        for function, of_function in self.hits.items():
+            solvers[function] = {split: own[recall] for split, own in of_function.items()}
+        neither = self.need_both(recall)
+        solvers["either alone"] = {split: ~own for split, own in neither.items()}
+        queries = sum(map(len, neither.values()))
+        drawn = self._resampled_shares(solvers)
+        shares = {}
+        table = {}
+        for name, interval in bounds(drawn, self.resampling.confidence).items():
+            number = sum(int(own.sum()) for own in solvers[name].values())
+            shares[name] = 100 * number / queries
+            table[name] = {"queries": number, "value": shares[name], "interval": interval}
+        best_drawn = torch.maximum(*(drawn[function] for function in ALONE))
+        best = max(shares[function] for function in ALONE)
+        gaps = {name: drawn[name] - best_drawn for name in self.hits if name not in ALONE}
+        gap = {}
+        for name, interval in bounds(gaps, self.resampling.confidence).items():
+            gap[name] = {"value": shares[name] - best, "interval": interval}
+        return {"solved": table, "gap": gap}
 
+    def _resampled_shares(
+        self, solvers: Mapping[str, Mapping[str, np.ndarray]]
+    ) -> dict[str, torch.Tensor]:
+        """Return the percentage of all splits' queries that each solves, over resamples: solver -> (resamples,).
 
-def audit(
-    benchmark: Benchmark, hits: Mapping[str, Hits], recall: str, resampling: Resampling
-) -> dict[str, Any]:
-    """All numbers under one protocol, in plain types.
+        Args:
+            solvers: name -> split's name -> which queries it solves, (Q,) bool.
+        """
+        generator = torch.Generator().manual_seed(self.resampling.seed)
+        weighed = []
+        queries = 0
+        for split, own in self.clusters.items():
+            solves = torch.from_numpy(np.stack([found[split] for found in solvers.values()], 1))
+            drawn = bootstrap(
+                solves, torch.from_numpy(own), self.resampling.resamples, generator=generator
+            )
+            weighed.append(len(own) * drawn)
+            queries += len(own)
+        shares = torch.stack(weighed).sum(0) / queries
+        return dict(zip(solvers, shares.unbind(1), strict=True))
 
-    Args:
-        hits: combining function -> its hits.
-        recall: by which queries need both.
-    """
-    chosen = need_both(hits, recall)
-    recalls = _recalls(next(iter(hits["sum"].values())))
-    on_those = {}
-    for function, of_function in hits.items():
-        on_those[function] = metrics_on(benchmark, of_function, chosen, resampling)
-    return {
-        "queries": {split: len(own) for split, own in chosen.items()},
-        "solved_by": recall,
-        "need_both": {split: int(own.sum()) for split, own in chosen.items()},
-        "recalls": {name: solved(hits, name, resampling) for name in recalls},
-        "metrics_where_both_are_needed": on_those,
-    }
+    def metrics_on(self, chosen: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+        """Measure some queries alone: function -> metric -> value and interval; nothing if a split has none of them.
+
+        A metric of a kind of query that none of them is of is left out.
+
+        Args:
+            chosen: split's name -> which of its queries, (Q,) bool.
+        """
+        if not all(own.any() for own in chosen.values()):
+            return {}
+        clusters = {}
+        for split, own in self.clusters.items():
+            _, clusters[split] = np.unique(own[chosen[split]], return_inverse=True)
+        kept = []
+        for of_function in self.hits.values():
+            of_chosen = {}
+            for split, of_split in of_function.items():
+                of_chosen[split] = {name: own[chosen[split]] for name, own in of_split.items()}
+            kept.append(of_chosen)
+        resampled = resampled_metrics(self.benchmark, kept, clusters, self.resampling)
+        metrics: dict[str, dict[str, Any]] = {}
+        for function, hits, drawn in zip(self.hits, kept, resampled, strict=True):
+            scores = {split: self.benchmark.scores(own) for split, own in hits.items()}
+            intervals = bounds(drawn, self.resampling.confidence)
+            metrics[function] = {}
+            for name, value in self.benchmark.summary(scores).items():
+                metrics[function][name] = {"value": value, "interval": intervals[name]}
+        return metrics
+
+    def numbers(self, recall: str) -> dict[str, Any]:
+        """Return all numbers in plain types.
+
+        Args:
+            recall: by which queries need both.
+        """
+        chosen = self.need_both(recall)
+        first_split = next(iter(self.hits["sum"].values()))
+        return {
+            "queries": {split: len(own) for split, own in chosen.items()},
+            "solved_by": recall,
+            "need_both": {split: int(own.sum()) for split, own in chosen.items()},
+            "recalls": {name: self.solved(name) for name in _recalls(first_split)},
+            "metrics_where_both_are_needed": self.metrics_on(chosen),
+            "resampled_by": self.resampling.by,
+            "clusters": {split: int(own.max()) + 1 for split, own in self.clusters.items()},
+        }

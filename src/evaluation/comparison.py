@@ -1,6 +1,7 @@
 """Results side by side: methods with their seeds, whether they compare, and how sure their differences are."""
 
 import json
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import Benchmark
-from benchmarks.metrics import Statistic
 from evaluation.result_file import Result, composed_by, read_result, stored_ranks
 from models.configuration import Settings, trained_on
 from runtime.choices import named
@@ -19,17 +19,55 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Generator, Tensor
 
+    from benchmarks.metrics import Statistic
+
 RESAMPLED_AT_ONCE = 500
-Recalls = dict[str, "Tensor"]  # score -> its value in each resample, (resamples,)
+BY_QUERY = "query"  # of --resample-by: each query is drawn by itself
+# Split's name -> score -> what each query adds to it (Q,), see `Benchmark.hits`; (Q, S) of a score of S seeds.
+Hits = Mapping[str, "Mapping[str, np.ndarray]"]
+Clusters = Mapping[str, "np.ndarray"]  # split's name -> the number of each query's cluster, (Q,)
+Resamples = dict[str, "Tensor"]  # metric or score -> its value in each resample, (resamples,)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resampling:
-    """How intervals are made, see `bootstrap`."""
+    """How intervals are made, see `bootstrap`.
+
+    Attributes:
+        by: what queries that are drawn together share: reference, target, a column of own triplets; or `BY_QUERY`.
+    """
 
     resamples: int
     confidence: float
     seed: int
+    by: str = "reference"
+
+    def clusters(self, columns: Mapping[str, Mapping[str, Sequence[int]]]) -> Clusters:
+        """Number the cluster of each query of some splits.
+
+        Args:
+            columns: split's name -> its `Split.clusters`.
+
+        Raises:
+            UserError: a split has no such column.
+        """
+        import numpy as np
+
+        clusters = {}
+        for split, own in columns.items():
+            if self.by != BY_QUERY and self.by not in own:
+                raise UserError(
+                    f"--resample-by {self.by}: no column that all queries of {split} have: choose from "
+                    f"{', '.join([BY_QUERY, *own])}"
+                )
+            queries = len(next(iter(own.values())))
+            clusters[split] = np.array(own.get(self.by, range(queries)))
+        return clusters
+
+    def told(self, clusters: Clusters) -> str:
+        """Say by what resamples are drawn, and how many clusters there are of it."""
+        numbers = [f"{split} has {1 + own.max()}" for split, own in clusters.items()]
+        return f"{self.confidence:.0%} intervals, resampled by {self.by}: {', '.join(numbers)}"
 
 
 @dataclass(frozen=True)
@@ -52,6 +90,10 @@ class Column:
         """A metric of each seed."""
         return [result["protocols"][protocol]["metrics"][metric] for result in self.results]
 
+    def mean(self, protocol: str, metric: str) -> float:
+        """Average a metric over the seeds."""
+        return statistics.fmean(self.values(protocol, metric))
+
     def conditions(self, protocol: str) -> dict[str, Any]:
         """What must be equal for numbers to compare beside the protocol; None where the seeds differ in it."""
         first, *others = [_conditions(result, protocol) for result in self.results]
@@ -69,24 +111,26 @@ class Column:
         measured_on = self.results[0]["dataset"]
         return {kind: dataset for kind, dataset in parts.items() if dataset != measured_on}
 
-    def hits(self, benchmark: Benchmark, protocol: str, split: str) -> "dict[str, np.ndarray]":
-        """Score -> what each query adds to it, see `Benchmark.hits`.
-
-        Returns:
-            (Q, 1), the mean over the seeds; (Q, number of seeds) of a score that is no mean.
-        """
+    def hits(self, benchmark: Benchmark, protocol: str) -> Hits:
+        """Return what each query adds to a score, the mean over the seeds; of each seed, if the score is no mean."""
         import numpy as np
 
-        of_seeds = []
-        for result in self.results:
-            of_seeds.append(benchmark.hits(stored_ranks(result, protocol, split)))
-        hits = {}
-        for score in of_seeds[0]:
-            columns = [of_seed[score] for of_seed in of_seeds]
-            if score not in benchmark.statistics:
-                columns = [np.mean(columns, axis=0)]
-            hits[score] = np.stack(columns, axis=1)
+        hits: dict[str, dict[str, np.ndarray]] = {}
+        for split in self.results[0]["queries_sha256"]:
+            of_seeds = []
+            for result in self.results:
+                of_seeds.append(benchmark.hits(stored_ranks(result, protocol, split)))
+            hits[split] = {}
+            for score in of_seeds[0]:
+                columns = [of_seed[score] for of_seed in of_seeds]
+                if score not in benchmark.statistics:
+                    columns = [np.mean(columns, axis=0)]
+                hits[split][score] = np.stack(columns, axis=1)
         return hits
+
+    def clusters(self, resampling: Resampling) -> Clusters:
+        """Number the cluster of each query, see `Resampling.clusters`."""
+        return resampling.clusters(self.results[0]["clusters"])
 
 
 def _conditions(result: Result, protocol: str) -> dict[str, Any]:
@@ -175,102 +219,71 @@ def unlike(base: Column, other: Column, protocol: str) -> list[str]:
     return [name for name, value in theirs.items() if value is None or value != ours[name]]
 
 
-def intervals(
-    benchmark: Benchmark,
-    base: Column,
-    other: Column,
-    protocol: str,
-    *,
-    resampling: Resampling,
-) -> dict[str, tuple[float, float]]:
-    """Metric -> bounds of the difference other - base: quantiles over resamples of each split's queries.
-
-    Every query is drawn for both columns at once (paired bootstrap), within its split. Several seeds count as the mean
-    of their hits: the interval is about other queries, not about other seeds.
-    """
-    before: dict[str, Recalls] = {}
-    after: dict[str, Recalls] = {}
-    generator = _generator(resampling)
-    for split in base.results[0]["queries_sha256"]:
-        hits = [column.hits(benchmark, protocol, split) for column in (base, other)]
-        before[split], after[split] = _drawn(benchmark, hits, resampling, generator)
-    ours = _resampled_metrics(benchmark, before, resampling.resamples)
-    theirs = _resampled_metrics(benchmark, after, resampling.resamples)
-    differences = {metric: theirs[metric] - values for metric, values in ours.items()}
-    return bounds(differences, resampling.confidence)
-
-
-def own_intervals(
-    benchmark: Benchmark,
-    column: Column,
-    protocol: str,
-    *,
-    resampling: Resampling,
-) -> dict[str, tuple[float, float]]:
-    """Metric -> bounds of its value, as `intervals` makes those of a difference."""
-    hits = {}
-    for split in column.results[0]["queries_sha256"]:
-        hits[split] = column.hits(benchmark, protocol, split)
-    return intervals_of(benchmark, hits, resampling=resampling)
-
-
-def intervals_of(
-    benchmark: Benchmark,
-    hits: "Mapping[str, Mapping[str, np.ndarray]]",
-    *,
-    resampling: Resampling,
-) -> dict[str, tuple[float, float]]:
-    """Metric -> bounds of its value.
-
-    Args:
-        hits: split's name -> score -> what each query adds to it, (Q,), or of several seeds as `Column.hits` has it.
-    """
-    generator = _generator(resampling)
-    resampled: dict[str, Recalls] = {}
-    for split, of_split in hits.items():
-        (resampled[split],) = _drawn(benchmark, [of_split], resampling, generator)
-    metrics = _resampled_metrics(benchmark, resampled, resampling.resamples)
-    return bounds(metrics, resampling.confidence)
-
-
-def _generator(resampling: Resampling) -> "Generator":
-    import torch
-
-    return torch.Generator().manual_seed(resampling.seed)
-
-
-def _drawn(
-    benchmark: Benchmark,
-    methods: "Sequence[Mapping[str, np.ndarray]]",
-    resampling: Resampling,
-    generator: "Generator",
-) -> list[Recalls]:
-    """The scores of a split over resamples of its queries, which are the same for several methods.
-
-    Args:
-        methods: the hits of each, see `Column.hits`.
-    """
-    import torch
-
-    columns = []
-    statistics: list[Statistic | None] = []
-    for hits in methods:
-        for score, values in hits.items():
-            columns.append(torch.from_numpy(values).reshape(len(values), -1))
-            statistics += [benchmark.statistics.get(score)] * columns[-1].shape[1]
-    drawn = bootstrap(torch.cat(columns, 1), resampling.resamples, generator, statistics)
-    parts = iter(drawn.split([column.shape[1] for column in columns], dim=1))
-    return [{score: next(parts).mean(1) for score in hits} for hits in methods]
-
-
 def with_interval(value: float, interval: tuple[float, float], sign: str = "") -> str:
-    """A number with its bounds, as tables show it."""
+    """Format a number with its bounds, as tables show it."""
     low, high = (format_metric(end, sign) for end in interval)
     return f"{format_metric(value, sign)} [{low}, {high}]"
 
 
-def bounds(resampled: Recalls, confidence: float) -> dict[str, tuple[float, float]]:
-    """Metric -> the quantiles between which a share of its values lies, (resamples,).
+def intervals(
+    benchmark: Benchmark, base: Column, other: Column, protocol: str, *, resampling: Resampling
+) -> dict[str, tuple[float, float]]:
+    """Return metric -> bounds of the difference other - base.
+
+    Every cluster of queries is drawn for both columns at once (paired bootstrap), within its split. Several seeds count
+    as the mean of their hits: the interval is about other queries, not about other seeds.
+    """
+    methods = [column.hits(benchmark, protocol) for column in (base, other)]
+    before, after = resampled_metrics(benchmark, methods, base.clusters(resampling), resampling)
+    differences = {metric: after[metric] - values for metric, values in before.items()}
+    return bounds(differences, resampling.confidence)
+
+
+def resampled_metrics(
+    benchmark: Benchmark, methods: Sequence[Hits], clusters: Clusters, resampling: Resampling
+) -> list[Resamples]:
+    """Return the metrics of some methods over resamples, which are the same for all of them."""
+    import torch
+
+    generator = torch.Generator().manual_seed(resampling.seed)
+    scores: list[dict[str, Resamples]] = [{} for _ in methods]
+    for split, own_clusters in clusters.items():
+        columns = []
+        kinds: list[Statistic | None] = []
+        for method in methods:
+            for score, values in method[split].items():
+                columns.append(torch.from_numpy(values).reshape(len(values), -1))
+                kinds += [benchmark.statistics.get(score)] * columns[-1].shape[1]
+        drawn = bootstrap(
+            torch.cat(columns, 1),
+            torch.from_numpy(own_clusters),
+            resampling.resamples,
+            generator=generator,
+            statistics=kinds,
+        )
+        parts = iter(drawn.split([column.shape[1] for column in columns], dim=1))
+        for method, of_splits in zip(methods, scores, strict=True):
+            of_splits[split] = {score: next(parts).mean(1) for score in method[split]}
+    return [_summaries(benchmark, of_splits) for of_splits in scores]
+
+
+def _summaries(benchmark: Benchmark, splits: Mapping[str, Resamples]) -> Resamples:
+    """Return the metrics of each resample, from the scores of the splits."""
+    import torch
+
+    drawn = {}
+    for split, scores in splits.items():
+        rows = zip(*(values.tolist() for values in scores.values()), strict=True)
+        drawn[split] = [dict(zip(scores, row, strict=True)) for row in rows]
+    metrics: dict[str, list[float]] = {}
+    for of_splits in zip(*drawn.values(), strict=True):
+        for metric, value in benchmark.summary(dict(zip(drawn, of_splits, strict=True))).items():
+            metrics.setdefault(metric, []).append(value)
+    return {metric: torch.tensor(values, dtype=torch.float64) for metric, values in metrics.items()}
+
+
+def bounds(resampled: Resamples, confidence: float) -> dict[str, tuple[float, float]]:
+    """Return metric -> the quantiles between which a share of its values lies.
 
     Resamples without a query that counts are left out: of a rare kind of query there may be none. A metric that no
     query counts for has no bounds.
@@ -287,37 +300,23 @@ def bounds(resampled: Recalls, confidence: float) -> dict[str, tuple[float, floa
     return bounds
 
 
-def _resampled_metrics(
-    benchmark: Benchmark, splits: Mapping[str, Recalls], resamples: int
-) -> Recalls:
-    """Metric -> its value in each resample (resamples,), from the recalls of the splits."""
-    import torch
-
-    lists = {}
-    for split, recalls in splits.items():
-        lists[split] = {recall: values.tolist() for recall, values in recalls.items()}
-    metrics: dict[str, list[float]] = {}
-    for number in range(resamples):
-        scores = {}
-        for split, recalls_of_split in lists.items():
-            scores[split] = {recall: values[number] for recall, values in recalls_of_split.items()}
-        for metric, value in benchmark.summary(scores).items():
-            metrics.setdefault(metric, []).append(value)
-    return {metric: torch.tensor(values, dtype=torch.float64) for metric, values in metrics.items()}
-
-
 def bootstrap(
     hits: "Tensor",
+    clusters: "Tensor",
     resamples: int,
+    *,
     generator: "Generator",
     statistics: "Sequence[Statistic | None]" = (),
 ) -> "Tensor":
-    """Scores over resamples of the queries, drawn with replacement (Efron 1979); queries are rows.
+    """Draw clusters of queries with replacement, as many as there are, and score each resample.
 
-    Several systems' hits beside each other are resampled together, so that differences between columns are paired.
+    A cluster comes with all of its queries (Field and Welsh 2007, JRSS B 69); where each query is its own, this is
+    Efron's bootstrap (1979). Several systems' hits in columns are resampled together, so that their differences are
+    paired.
 
     Args:
         hits: (Q, M), 0 to 1, or NaN of a query that does not count.
+        clusters: (Q,), numbers of the queries' clusters, of which each has a query.
         statistics: of each column; None, and of all where there are none, of a mean in percent.
 
     Returns:
@@ -325,16 +324,17 @@ def bootstrap(
     """
     import torch
 
-    queries = len(hits)
-    counted = (~hits.isnan()).float()
-    values = hits.nan_to_num().float()
+    number = int(clusters.max()) + 1
+    counted = torch.zeros(number, hits.shape[1]).index_add_(0, clusters, (~hits.isnan()).float())
+    sums = torch.zeros(number, hits.shape[1]).index_add_(0, clusters, hits.nan_to_num().float())
     others = [(m, statistic) for m, statistic in enumerate(statistics) if statistic]
     scores = []
     for chunk in torch.arange(resamples).split(RESAMPLED_AT_ONCE):
-        drawn = torch.randint(queries, (len(chunk), queries), generator=generator)
-        counts = torch.zeros(len(chunk), queries).scatter_add_(1, drawn, torch.ones(drawn.shape))
-        scores.append(100 * (counts @ values) / (counts @ counted))
+        drawn = torch.randint(number, (len(chunk), number), generator=generator)
+        times = torch.zeros(len(chunk), number).scatter_add_(1, drawn, torch.ones(drawn.shape))
+        scores.append(100 * (times @ sums) / (times @ counted))
         for column, statistic in others:
-            of_column = [statistic(resample) for resample in hits[:, column][drawn].numpy()]
-            scores[-1][:, column] = torch.tensor(of_column, dtype=torch.float64)
+            for row, own in enumerate(times[:, clusters].long()):
+                resample = hits[:, column].repeat_interleave(own)
+                scores[-1][row, column] = statistic(resample.numpy())
     return torch.cat(scores)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import BENCHMARKS
-from evaluation.comparison import Column, Resampling, own_intervals, with_interval
+from evaluation.comparison import Column, Resampling, bounds, resampled_metrics, with_interval
 from evaluation.result_file import Result, composed_by
 from models.configuration import trained_on
 from models.exported import shared_settings
@@ -17,14 +17,14 @@ from runtime.choices import OPENAI_CLIPS
 from utils import UserError, flag, printable
 
 RESAMPLING = Resampling(resamples=2000, confidence=0.95, seed=0)
-STAGES = {
+PARTS = {
     "clip": "CLIP (stage 1, `clip_fine_tune.py`)",
     "combiner": "Combiner (stage 2, `combiner_train.py`)",
 }
 MARKUP = re.compile(
     r"[\\`*_{}\[\]<>()#!|&~$]"
 )  # what Markdown, of the Hub too, takes for more than text
-ABOUT = """\
+INTRODUCTION = """\
 A reference image and a sentence that says what to change find the images that are like the one and as the other says.
 `config.json` and the weights are all that is needed: no other model is downloaded. They were written by `export.py` of
 CLIP4Cir-MoE, whose commands load them."""
@@ -79,7 +79,7 @@ def model_card(exporting: Exporting, results: Sequence[Result]) -> str:
     parts = [
         "---\nlicense: other\ntags:\n- composed-image-retrieval\n- clip\n---",
         f"# Composed image retrieval: {_title(exporting.config)}",
-        ABOUT,
+        INTRODUCTION,
         "## What it is",
         _facts(exporting.config),
         "## Training",
@@ -148,7 +148,7 @@ def _training(training: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for name, value in told[part]["flags"].items():
             if value not in (None, False) and name not in ("script", "dataset", "clip_model_name"):
                 flags.append(f"{flag(name)} {value}" if value is not True else flag(name))
-        paragraphs.append(f"{STAGES[part]}, on {plain(dataset)}:")
+        paragraphs.append(f"{PARTS[part]}, on {plain(dataset)}:")
         paragraphs.append(f"```\n{printable(' '.join(flags))}\n```")
     return paragraphs or ["The weights do not say how they were trained."]
 
@@ -158,8 +158,8 @@ def _numbers(config: Mapping[str, Any], results: Sequence[Result]) -> list[str]:
     if not results:
         return ["None were given."]
     paragraphs = [
-        f"In brackets: {RESAMPLING.confidence:.0%} intervals over other queries of the kind (bootstrap, "
-        f"{RESAMPLING.resamples} resamples). "
+        f"In brackets: {RESAMPLING.confidence:.0%} intervals over other queries of the kind (bootstrap by "
+        f"{RESAMPLING.by} image, {RESAMPLING.resamples} resamples). "
         "A protocol is a gallery (all of the split, or the references and targets alone) and whether the reference "
         "is kept in it."
     ]
@@ -190,13 +190,16 @@ def _heading(config: Mapping[str, Any], result: Result) -> str:
 def _table(result: Result) -> str:
     benchmark = BENCHMARKS[result["dataset"]](Path())
     column = Column(label="", results=[result])
+    clusters = column.clusters(RESAMPLING)
     rows = {}
     for protocol in column.protocols:
-        bounds = own_intervals(benchmark, column, protocol, resampling=RESAMPLING)
+        hits = column.hits(benchmark, protocol)
+        (resampled,) = resampled_metrics(benchmark, [hits], clusters, RESAMPLING)
+        intervals = bounds(resampled, RESAMPLING.confidence)
         cells = {}
-        for metric, title in benchmark.titled(bounds).items():
+        for metric, title in benchmark.titled(intervals).items():
             (value,) = column.values(protocol, metric)
-            cells[title] = with_interval(value, bounds[metric])
+            cells[title] = with_interval(value, intervals[metric])
         rows[protocol] = cells
     return _markdown(rows)
 

@@ -108,6 +108,7 @@ def write_rankings(file: Path, result: Mapping[str, Any], records: Records) -> N
     for name, measured in result["protocols"].items():
         protocols[name] = {key: value for key, value in measured.items() if "ranks" not in key}
     about = {**result, "protocols": protocols}
+    del about["clusters"]  # the queries have their references and targets
     splits = []
     for name, queries in records.items():
         lines = ",\n".join(map(json.dumps, queries))

@@ -16,7 +16,9 @@ from runtime.files import read_json, write_text
 from utils import UserError, first_line
 
 if TYPE_CHECKING:
+    from benchmarks.query_lists import QueryList
     from benchmarks.ranking import Ranking, Rankings
+    from models.pair import Pair
 
 Result = dict[str, Any]
 
@@ -26,22 +28,16 @@ def make_result(
     splits: Sequence[Split],
     rankings: "Rankings",
     *,
-    pair: Mapping[str, Any],
     reasons: Mapping[str, str],
-    command: str,
-    versions: Mapping[str, str],
-    query_list: Mapping[str, Any] | None = None,
+    made_by: Mapping[str, Any],
 ) -> Result:
-    """All of a measurement in plain types.
+    """Return all of a measurement in plain types.
 
     Args:
         splits: the validation splits, as they were searched.
         rankings: of each split under each protocol; the metrics of the first are the result's own.
-        pair: `Pair.describe` of what was measured.
         reasons: why images were excluded.
-        command: what was typed.
-        versions: of the packages that numbers pass through.
-        query_list: `QueryList.describe` of the queries that alone were measured; None where all were.
+        made_by: what measured and how, see `provenance`.
     """
     protocols = {}
     for protocol, of_split in rankings.items():
@@ -63,9 +59,24 @@ def make_result(
         "images_sampled": {split.name: images_digest(split, sampled=True) for split in splits},
         "queries_sha256": {split.name: split_digest(split) for split in splits},
         "kinds": {split.name: split.queries_of_kinds for split in splits if split.queries_of_kinds},
-        "query_list": query_list,
-        **pair,
-        "versions": {"python": platform.python_version(), **versions},
+        "clusters": {split.name: split.clusters for split in splits},
+        **made_by,
+    }
+
+
+def provenance(pair: "Pair", command: str, query_list: "QueryList | None" = None) -> dict[str, Any]:
+    """Return what a measurement was made with, in plain types.
+
+    Args:
+        command: what was typed.
+        query_list: the queries that alone were measured; None where all were.
+    """
+    from models.encoder import versions
+
+    return {
+        "query_list": query_list.describe() if query_list else None,
+        **pair.describe(),
+        "versions": {"python": platform.python_version(), **versions()},
         "command": command,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
     }

@@ -7,28 +7,28 @@ from pydantic import Field, Strict
 from runtime.schema import Schema
 
 Natural = Annotated[int, Field(ge=0, lt=2**31)]
-Positive = Annotated[int, Field(ge=1, lt=2**31)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 Share = Annotated[float, Field(ge=0, le=1)]
 # One, and what half precision and TF32 make of it.
 Cosine = Annotated[float, Field(ge=-1.01, le=1.01)]
 # JSON knows lists alone.
-Answer = Annotated[tuple[str, Cosine], Strict(False)]
+Retrieved = Annotated[tuple[str, Cosine], Strict(False)]
 
 
-class Header(Schema):
+class ProtocolHeader(Schema):
     """What one protocol gave, without the ranks."""
 
     gallery: str
     reference: str
     text: str = ""
     template: str = ""
-    gallery_images: dict[str, Positive]
-    queries: dict[str, Positive]
+    gallery_images: dict[str, Count]
+    queries: dict[str, Count]
     metrics: dict[str, float]
     certain: dict[str, list[str]] = {}
 
 
-class Measured(Header):
+class ProtocolResult(ProtocolHeader):
     """What one protocol gave."""
 
     ranks: dict[str, list[Natural]]
@@ -43,18 +43,18 @@ class Weights(Schema):
     combiner: str = ""
 
 
-class Preprocessing(Schema):
+class MeasuredPreprocessing(Schema):
     """How images were preprocessed."""
 
     transform: str = ""
     target_ratio: Annotated[float, Field(gt=0)] = 1
-    resolution: Positive = 1
+    resolution: Count = 1
     decode: str = ""
     interpolation: str = ""
     resize_mode: str = ""
     mean: list[float] = []
     std: list[float] = []
-    context: Positive = 1
+    context: Count = 1
     architecture: str = ""
 
 
@@ -66,18 +66,18 @@ class Assumed(Schema):
     target_ratio: Annotated[float, Field(gt=0)] = 1
     decode: str = ""
     encode_precision: str = ""
-    top_k: Positive = 1
+    top_k: Count = 1
 
 
-class QueryList(Schema):
+class MeasuredList(Schema):
     """The list of queries that alone were measured, see `benchmarks.query_lists.QueryList.describe`."""
 
     file: str
     sha256: str
 
 
-class About(Schema):
-    """What a result says beside its protocols."""
+class Measurement(Schema):
+    """What a result holds besides its protocols."""
 
     dataset: str
     split: str
@@ -90,13 +90,13 @@ class About(Schema):
     images_sampled: dict[str, str] = {}
     queries_sha256: dict[str, str]
     kinds: dict[str, dict[str, list[Natural]]] = {}
-    query_list: QueryList | None = None
+    query_list: MeasuredList | None = None
     clip_model_name: str = ""
     combining_function: str = ""
     checkpoints: dict[str, str] = {}
     weights_sha256: Weights
     encode_precision: str = ""
-    preprocessing: Preprocessing
+    preprocessing: MeasuredPreprocessing
     training: dict[str, dict[str, Any]]
     trained_on: dict[str, str] = {}
     assumed: Assumed = Assumed()
@@ -105,22 +105,23 @@ class About(Schema):
     date: str = ""
 
 
-class ResultFile(About):
+class ResultFile(Measurement):
     """A file of validate.py --metrics-json."""
 
-    protocols: Annotated[dict[str, Measured], Field(min_length=1)]
+    clusters: dict[str, dict[str, list[Natural]]]
+    protocols: Annotated[dict[str, ProtocolResult], Field(min_length=1)]
 
 
-class Found(Schema):
+class Ranked(Schema):
     """What a query found in a gallery or in its group."""
 
     rank: Natural
     other_ranks: list[Natural] = []
     caption: str = ""
-    nearest: Annotated[list[Answer], Field(min_length=1)]
+    nearest: Annotated[list[Retrieved], Field(min_length=1)]
 
 
-class Query(Schema):
+class RankedQuery(Schema):
     """A query with its answers."""
 
     query: Natural
@@ -130,15 +131,15 @@ class Query(Schema):
     other_targets: list[str] = []
     caption: str
     group: list[str] = []
-    protocols: Annotated[dict[str, Found], Field(min_length=1)]
+    protocols: Annotated[dict[str, Ranked], Field(min_length=1)]
     # May be missing, but not null.
-    in_group: Found = cast("Found", None)
+    in_group: Ranked = cast("Ranked", None)
     gate: Share = 0
     experts: Annotated[list[Share], Field(min_length=1)] = [1]
 
 
-class RankingsFile(About):
+class RankingsFile(Measurement):
     """A file of validate.py --rankings."""
 
-    protocols: Annotated[dict[str, Header], Field(min_length=1)]
-    queries: dict[str, Annotated[list[Query], Field(min_length=1)]]
+    protocols: Annotated[dict[str, ProtocolHeader], Field(min_length=1)]
+    queries: dict[str, Annotated[list[RankedQuery], Field(min_length=1)]]

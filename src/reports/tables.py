@@ -6,10 +6,11 @@ from utils import printable
 
 
 def text_table(rows: Mapping[str, Mapping[str, str]]) -> str:
-    """Rows by their names, with cells by their columns, which all rows share: names to the left, cells to the right."""
+    """Format rows by their names, with cells by their columns: names to the left, cells to the right.
+
+    A cell that a row lacks is left empty.
+    """
     import pandas as pd
 
-    columns = list(next(iter(rows.values())))
-    cells = [[printable(row[column]) for column in columns] for row in rows.values()]
-    names = map(printable, rows)
-    return pd.DataFrame(cells, index=names, columns=map(printable, columns)).to_string()
+    table = pd.DataFrame(list(rows.values()), index=list(rows)).fillna("").map(printable)
+    return table.rename(index=printable, columns=printable).to_string()
