@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ABOUT = (
+SHEET_LEGEND = (
     "Left the reference and the caption, right what was retrieved, the nearest first, with its cosine similarity. "
     "Targets are outlined."
 )
@@ -216,7 +216,7 @@ def write_sheet(
     for of_split in sections.values():
         cards += of_split
     thumbnails = load_thumbnails(find_images(benchmark, cards))
-    write_text(folder / "sheet.html", sheet(title, ABOUT, sections, thumbnails))
+    write_text(folder / "sheet.html", sheet(title, SHEET_LEGEND, sections, thumbnails))
     png, number_drawn = picture(cards, thumbnails)
     write_bytes(folder / "sheet.png", png)
     logger.info("%s: %d queries", folder / "sheet.html", len(cards))

@@ -223,7 +223,9 @@ def test_pages_render_without_errors_on_wide_and_narrow_screens(files, open_page
 def test_images_of_every_shape_keep_their_proportion(open_page, tmp_path):
     thumbnails = {}
     for shape in SHAPES:
-        thumbnails[str(shape)] = image_files.jpeg(Image.new("RGB", shape), sheets.SIDES[0])
+        thumbnails[str(shape)] = image_files.jpeg(
+            Image.new("RGB", shape), sheets.THUMBNAIL_SIDES[0]
+        )
     answers = [(name, 0.5) for name in thumbnails]
     cards = []
     for name in thumbnails:

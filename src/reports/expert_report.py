@@ -8,19 +8,19 @@ from typing import Any
 from reports import pages
 
 LEAST_OCCURRENCES = 3  # of a word that is called typical of an expert
-SHOWN = 8  # words and captions of an expert
+MOST_LISTED = 8  # words and captions of an expert
 
-STYLE = """
+HEAT_STYLE = """
 td.heat { text-align: center; font-variant-numeric: tabular-nums; padding: .35rem .8rem; }
 .expert { border-top: 1px solid var(--line); padding: .5rem 0; }
 """
 
-Record = dict[str, Any]  # of a query of a mixture, see `evaluation.rankings_file`
+RoutedQuery = dict[str, Any]  # of a query of a mixture, see `evaluation.rankings_file`
 
 
-def expert_report(title: str, records: Mapping[str, Sequence[Record]]) -> str:
+def expert_report(title: str, records: Mapping[str, Sequence[RoutedQuery]]) -> str:
     """The page, from split's name -> its queries."""
-    everything: list[Record] = []
+    everything: list[RoutedQuery] = []
     for queries in records.values():
         everything += queries
     experts = range(len(everything[0]["experts"]))
@@ -29,10 +29,10 @@ def expert_report(title: str, records: Mapping[str, Sequence[Record]]) -> str:
         _heat_map({**records, "all": everything}, experts),
     ]
     parts += [_expert(expert, everything) for expert in experts]
-    return pages.page(title, parts, style=STYLE)
+    return pages.page(title, parts, style=HEAT_STYLE)
 
 
-def _heat_map(columns: Mapping[str, Sequence[Record]], experts: Iterable[int]) -> str:
+def _heat_map(columns: Mapping[str, Sequence[RoutedQuery]], experts: Iterable[int]) -> str:
     """Mean weights as a table, the heavier the darker."""
     head = "".join(f"<th>{pages.text(name)}</th>" for name in columns)
     rows = []
@@ -46,13 +46,13 @@ def _heat_map(columns: Mapping[str, Sequence[Record]], experts: Iterable[int]) -
     return f'<div class="wide"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
 
 
-def _expert(expert: int, queries: Sequence[Record]) -> str:
+def _expert(expert: int, queries: Sequence[RoutedQuery]) -> str:
     """The queries in which one expert weighs most: their number, typical words and captions."""
     experts_queries = []
     for query in queries:
         if query["experts"][expert] == max(query["experts"]) > 0:
             experts_queries.append(query)
-    heaviest = sorted(experts_queries, key=lambda query: -query["experts"][expert])[:SHOWN]
+    heaviest = sorted(experts_queries, key=lambda query: -query["experts"][expert])[:MOST_LISTED]
     captions = []
     for query in heaviest:
         captions.append(f"<li>{query['experts'][expert]:.2f} {pages.text(query['caption'])}</li>")
@@ -66,7 +66,7 @@ def _expert(expert: int, queries: Sequence[Record]) -> str:
 
 
 def typical_words(
-    experts_queries: Sequence[Record], queries: Sequence[Record]
+    experts_queries: Sequence[RoutedQuery], queries: Sequence[RoutedQuery]
 ) -> list[tuple[str, float]]:
     """Words that are more frequent in an expert's captions than in all, and how many times so."""
     everywhere = _captions_with(queries)
@@ -75,10 +75,10 @@ def typical_words(
         ratio = (count / len(experts_queries)) / (everywhere[word] / len(queries))
         if count >= LEAST_OCCURRENCES and ratio > 1:
             ratios[word] = ratio
-    return sorted(ratios.items(), key=lambda pair: -pair[1])[:SHOWN]
+    return sorted(ratios.items(), key=lambda pair: -pair[1])[:MOST_LISTED]
 
 
-def _captions_with(queries: Sequence[Record]) -> Counter[str]:
+def _captions_with(queries: Sequence[RoutedQuery]) -> Counter[str]:
     """Word -> how many captions have it."""
     counts: Counter[str] = Counter()
     for query in queries:

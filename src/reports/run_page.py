@@ -15,7 +15,7 @@ from utils import format_metric
 DRAWING_SHARE = 0.05  # of the time, which drawing may take
 FIRST_COST = 2.0  # seconds, for it loads matplotlib
 
-STYLE = """
+CURVES_STYLE = """
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); gap: 1rem; }
 .curves img { width: 100%; }
 """
@@ -102,7 +102,7 @@ def run_page(
         "<h2>Hyper-parameters</h2>",
         pages.table(dict(sorted(about.hyper_parameters.items()))),
     ]
-    return pages.page(about.title, parts, style=STYLE, script=pages.COPYING)
+    return pages.page(about.title, parts, style=CURVES_STYLE, script=pages.COPYING)
 
 
 def _place(folder: Path) -> str:
@@ -164,4 +164,4 @@ def seeds_page(
     ]
     reproduce = pages.command(about.commands["reproduce"])
     parts += ["<h2>To reproduce</h2>", reproduce]
-    return pages.page(about.title, parts, style=STYLE, script=pages.COPYING)
+    return pages.page(about.title, parts, style=CURVES_STYLE, script=pages.COPYING)

@@ -18,7 +18,7 @@ TEXT_GAP = 8  # between the reference and the text beside it
 LABEL_GAP = 3  # between an image and its label
 LABEL_HEIGHT = 22  # with the gaps around it
 BOTTOM = 14  # of a strip, together with the margin above
-FRAME = 3  # width of a target's outline
+OUTLINE = 3  # width of a target's outline
 FONT_SIZE = 12
 BAR_LEFT = 122  # from the beginning of the name
 BAR_WIDTH = 80  # of a share of 1
@@ -118,8 +118,8 @@ def _draw_row(
         color = GREY
         if name in row.ranks:
             color = GREEN
-            outline = (left - FRAME, top - FRAME, right + FRAME - 1, bottom + FRAME - 1)
-            pen.rectangle(outline, outline=GREEN, width=FRAME)
+            outline = (left - OUTLINE, top - OUTLINE, right + OUTLINE - 1, bottom + OUTLINE - 1)
+            pen.rectangle(outline, outline=GREEN, width=OUTLINE)
         pen.text((left, top + side + LABEL_GAP), label, color, font)
         left += side + GAP
 

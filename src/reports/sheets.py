@@ -14,13 +14,13 @@ from reports import pages
 from runtime.image_files import decoded, jpeg
 from utils import UserError, first_line
 
-MOST_BYTES = 14_000_000  # of thumbnails in a page, which base64 makes a third longer
+MOST_THUMBNAIL_BYTES = 14_000_000  # of thumbnails in a page, which base64 makes a third longer
 PLACE = (180, 110)  # pixels that an image fills on a page, at most in width and height
-SIDES = (176, 144, 112, 88, 64)  # pixels of a thumbnail; the largest is taken that fits
+THUMBNAIL_SIDES = (176, 144, 112, 88, 64)  # pixels of a thumbnail; the largest is taken that fits
 
-Answers = Sequence[tuple[str, float]]  # (image, similarity), the nearest first
+Nearest = Sequence[tuple[str, float]]  # (image, similarity), the nearest first
 
-STYLE = """
+SHEET_STYLE = """
 .query { border-top: 1px solid var(--line); padding: 1rem 0; }
 .query { display: grid; grid-template-columns: 190px 1fr; gap: 1rem; }
 @media (max-width: 640px) { .query { grid-template-columns: 1fr; } }
@@ -37,7 +37,7 @@ figure.target figcaption { color: var(--mark); font-weight: 600; }
 .bars i { display: block; height: 8px; background: var(--link); border-radius: 2px; }
 """
 # Images are decoded as they come near the screen: a long sheet would else hold all of them at once.
-SCRIPT = """
+SHOW_WHEN_NEAR = """
 const show = image => { image.src = "data:image/jpeg;base64," + pictures[image.dataset.name]; };
 const near = new IntersectionObserver(entries => {
   for (const entry of entries.filter(entry => entry.isIntersecting)) {
@@ -60,7 +60,7 @@ class Row:
         ranks: target -> its rank, 0 is the first place; the target that the query was written for is the first.
     """
 
-    answers: Answers
+    answers: Nearest
     ranks: Mapping[str, int]
 
     @property
@@ -145,10 +145,10 @@ def load_thumbnails(paths: Mapping[str, Path]) -> dict[str, bytes]:
             raise UserError(
                 f"image {path} cannot be decoded ({first_line(error)}): see check_dataset.py"
             ) from None
-        images[name].thumbnail((SIDES[0], SIDES[0]))
-    for side in SIDES:
+        images[name].thumbnail((THUMBNAIL_SIDES[0], THUMBNAIL_SIDES[0]))
+    for side in THUMBNAIL_SIDES:
         thumbnails = {name: jpeg(image, side) for name, image in images.items()}
-        if sum(map(len, thumbnails.values())) <= MOST_BYTES:
+        if sum(map(len, thumbnails.values())) <= MOST_THUMBNAIL_BYTES:
             break
     return thumbnails
 
@@ -162,7 +162,7 @@ def sheet(
     for name, cards in sections.items():
         parts.append(f"<h2>{pages.text(name)}</h2>")
         parts += [_query(card, pictures) for card in cards]
-    return pages.page(title, parts, style=STYLE, script=_script(pictures, thumbnails))
+    return pages.page(title, parts, style=SHEET_STYLE, script=_script(pictures, thumbnails))
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def _figure(
 
 
 def results_page(
-    title: str, reference: str, answers: Answers, *, about: str, thumbnails: Mapping[str, bytes]
+    title: str, reference: str, answers: Nearest, *, about: str, thumbnails: Mapping[str, bytes]
 ) -> str:
     """A page of what was retrieved for one query.
 
@@ -243,7 +243,7 @@ def results_page(
         _figure(pictures, reference, "reference"),
         f'<div class="row">{"".join(figures)}</div>',
     ]
-    return pages.page(title, parts, style=STYLE, script=_script(pictures, thumbnails))
+    return pages.page(title, parts, style=SHEET_STYLE, script=_script(pictures, thumbnails))
 
 
 def _script(pictures: Mapping[str, Picture], thumbnails: Mapping[str, bytes]) -> str:
@@ -251,4 +251,4 @@ def _script(pictures: Mapping[str, Picture], thumbnails: Mapping[str, bytes]) ->
     content = {}
     for name, thumbnail in thumbnails.items():
         content[pictures[name].key] = base64.b64encode(thumbnail).decode()
-    return f"const pictures = {json.dumps(content)};{SCRIPT}"
+    return f"const pictures = {json.dumps(content)};{SHOW_WHEN_NEAR}"
