@@ -5,6 +5,9 @@ From a trained pair:
 
 From a file of validate.py --rankings:
     python src/visualize.py --rankings rankings.json --queries dress:12 shirt:7
+
+What a pair answers to test queries, whose targets nobody knows:
+    python src/visualize.py --dataset CIRR --combining-function sum --clip-model-path models/THE_RUN --split test
 """
 
 import argparse
@@ -34,9 +37,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHEET_LEGEND = (
-    "Left the reference and the caption, right what was retrieved, the nearest first, with its cosine similarity. "
-    "Targets are outlined."
+    "Left the reference and the caption, right the nearest images first, with cosine similarities."
 )
+OUTLINED = "Targets are outlined."
 ORDERS = ("best", "worst", "random")
 
 
@@ -51,14 +54,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--rankings", type=usable_path, metavar="FILE", help="of validate.py, in place of a pair"
     )
+    group.add_argument(
+        "--split",
+        choices=("val", "test"),
+        default="val",
+        help="which queries; the targets of test are not known",
+    )
     options.add_protocol(group, help="that is shown (default: the first that there is)")
     group.add_argument(
         "--queries",
         nargs="+",
         action=Several,
-        default=["worst"],
         metavar="Q",
-        help="best, worst or random; or ids of CIRR and CIRCO, or category:number of FashionIQ",
+        help="best, worst or random; or ids of CIRR and CIRCO, or category:number of FashionIQ (default: worst; random "
+        "of test)",
     )
     group.add_argument("--num", type=positive_int, default=20, help="queries of each split")
     options.add_k(group, default=10, help="images a query")
@@ -73,6 +82,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.protocol and len(args.protocol) > 1:
         parser.error("--protocol: a sheet shows one: name one")
+    is_test = args.split == "test"
+    args.queries = args.queries or ["random" if is_test else "worst"]
+    if is_test and (args.rankings or args.queries in (["best"], ["worst"])):
+        parser.error(
+            "--split test has no known targets: name a pair, and --queries random or their ids"
+        )
     names_pair = args.combining_function or args.pair
     if args.rankings is None and not (args.dataset and names_pair):
         parser.error("give --rankings FILE, or --dataset and --combining-function of a pair")
@@ -112,22 +127,23 @@ def check_same_images(args: argparse.Namespace, content: Mapping[str, Any]) -> N
 
 
 def measured_records(args: argparse.Namespace) -> tuple[Records, Benchmark]:
-    """The records of a pair under one protocol, and the benchmark that they are of."""
+    """Return the records of a pair on --split under one protocol, and the benchmark that they are of."""
     check_files(args)
     benchmark, _ = open_benchmark(args)
     protocols = choose_protocols(args.protocol, benchmark.protocols, benchmark.name)[:1]
-    check_annotations(benchmark, [benchmark.val_split])
-    val = benchmark.val()
+    split = benchmark.split_called(args.split)
+    check_annotations(benchmark, [split])
+    splits = benchmark.read(split)
 
     from evaluation.retrieval import explain_all, rank_all
     from models.pair import load_and_freeze
 
     pair, frozen = load_and_freeze(
-        benchmark, val, pick_device(args.device), options.pair_choice(args)
+        benchmark, splits, pick_device(args.device), options.pair_choice(args)
     )
     rankings = rank_all(frozen, pair.compose, protocols, k=args.k, block=args.similarity_block)
     insights = explain_all(frozen, pair.compose, protocols[0].text)
-    return make_records(benchmark, val, rankings, insights), benchmark
+    return make_records(benchmark, splits, rankings, insights), benchmark
 
 
 def all_queries(records: Records) -> Iterator[Record]:
@@ -188,11 +204,11 @@ def label(split: str, query: Record) -> str:
     return f"{split}:{query['query']}" if query["pair_id"] is None else str(query["pair_id"])
 
 
-def find_images(benchmark: Benchmark, cards: "Iterable[Card]") -> dict[str, Path]:
-    """The files of all images that cards show."""
+def find_images(benchmark: Benchmark, split: str, cards: "Iterable[Card]") -> dict[str, Path]:
+    """Find the files of all images that cards of a split show."""
     paths: dict[str, Path] = {}
-    for split in benchmark.val():
-        paths.update(split.image_paths)
+    for part in benchmark.read(split):
+        paths.update(part.image_paths)
     shown: set[str] = set()
     for card in cards:
         shown.update(card.images)
@@ -206,7 +222,10 @@ def find_images(benchmark: Benchmark, cards: "Iterable[Card]") -> dict[str, Path
 
 
 def write_sheet(
-    folder: Path, title: str, sections: "Mapping[str, Sequence[Card]]", benchmark: Benchmark
+    args: argparse.Namespace,
+    title: str,
+    sections: "Mapping[str, Sequence[Card]]",
+    benchmark: Benchmark,
 ) -> None:
     """Write sheet.html and sheet.png."""
     from reports.sheet_picture import picture
@@ -215,20 +234,24 @@ def write_sheet(
     cards: list[Card] = []
     for of_split in sections.values():
         cards += of_split
-    thumbnails = load_thumbnails(find_images(benchmark, cards))
-    write_text(folder / "sheet.html", sheet(title, SHEET_LEGEND, sections, thumbnails))
+    split = benchmark.split_called(args.split)
+    thumbnails = load_thumbnails(find_images(benchmark, split, cards))
+    legend = SHEET_LEGEND if args.split == "test" else f"{SHEET_LEGEND} {OUTLINED}"
+    page = sheet(title, sections, thumbnails, about=legend)
+    folder = args.output_dir
+    write_text(folder / "sheet.html", page)
     png, number_drawn = picture(cards, thumbnails)
     write_bytes(folder / "sheet.png", png)
     logger.info("%s: %d queries", folder / "sheet.html", len(cards))
     logger.info("%s: %d queries", folder / "sheet.png", number_drawn)
 
 
-def write_expert_report(folder: Path, benchmark: Benchmark, records: Records) -> None:
-    """Write experts.html, if the records are of a mixture."""
+def write_expert_report(folder: Path, about: str, records: Records) -> None:
+    """Write experts.html of benchmark and split, if the records are of a mixture."""
     from reports.expert_report import expert_report
 
     if all(query.get("experts") for query in all_queries(records)):
-        report = expert_report(f"Experts on {benchmark.name} {benchmark.val_split}", records)
+        report = expert_report(f"Experts on {about}", records)
         write_text(folder / "experts.html", report)
         logger.info("%s: what each expert takes", folder / "experts.html")
 
@@ -254,9 +277,10 @@ def main(argv: list[str] | None = None) -> None:
         sections[name] = [
             make_card(label(name, query), query, protocol, k=args.k) for query in queries
         ]
-    title = f"{benchmark.name} {benchmark.val_split}, protocol {protocol}, {' '.join(args.queries)}"
-    write_sheet(args.output_dir, title, sections, benchmark)
-    write_expert_report(args.output_dir, benchmark, records)
+    about = f"{benchmark.name} {benchmark.split_called(args.split)}"
+    title = f"{about}, protocol {protocol}, {' '.join(args.queries)}"
+    write_sheet(args, title, sections, benchmark)
+    write_expert_report(args.output_dir, about, records)
 
 
 if __name__ == "__main__":

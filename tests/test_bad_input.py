@@ -390,6 +390,14 @@ def test_flags(flags, drawn, train, fails):
     assert flags[0] in error
 
 
+@pytest.mark.parametrize("blank", [" ", "\t "])
+def test_a_blank_behind_a_backslash(blank, drawn, fails):
+    """As of `\\ ` at the end of a line that is copied: the shell passes the blank as a word."""
+    error = fails("validate", drawn, *CIRR, blank, *SUM)
+    assert "unrecognized arguments" in error
+    assert "delete the blank" in error
+
+
 @pytest.mark.parametrize("door", ["clip_fine_tune", "combiner_train"])
 def test_a_batch_larger_than_the_training_set(door, drawn, name, fails):
     error = fails(door, drawn, *CIRR, *name, "--batch-size", 41)

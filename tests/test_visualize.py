@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import visualize
+from benchmarks import BENCHMARKS
 from reports import sheet_picture, sheets
 from reports.expert_report import typical_words
 from test_bad_input import change_json
@@ -227,7 +228,7 @@ def test_two_hundred_queries_stay_below_20_megabytes(tmp_path):
     for path in set(paths.values()):
         noise.rotate(len(path.stem) * 7).save(path, quality=95)
     small = sheets.load_thumbnails(paths)
-    page = sheets.sheet("noise", "", {"val": cards}, small)
+    page = sheets.sheet("noise", {"val": cards}, small, about="")
     assert len(queries(page)) == 200
     assert 4_000_000 < len(page) < 20_000_000
     picture, shown = sheet_picture.picture(cards, small)
@@ -262,3 +263,39 @@ def test_the_sum_has_no_experts(look, golden):
     flags = ["--clip-model-name", golden / "clip_vit.pt", "--combining-function", "sum"]
     folder = look("--dataset", "CIRR", *flags)
     assert sorted(file.name for file in folder.iterdir()) == ["sheet.html", "sheet.png"]
+
+
+def test_answers_to_test_queries_are_those_of_a_submission(look, pair, golden, run):
+    """In its order, the group's too, under each query's id, and without a word of targets."""
+    flags = pair["CIRR"]
+    page = (look(*flags, "--split", "test", "--k", 4, "--num", 3) / "sheet.html").read_text()
+    assert "<h2>test1</h2>" in page
+    assert len(queries(page)) == 3
+    folder = run("cirr_test_submission", golden, *flags[2:], "--submission-name", "same")
+    for query in queries(page):
+        label = re.search("<figcaption>(.*?)</figcaption>", query)[1]
+        names = re.findall(r'<figure title="(.*?)"', query)
+        expected = []
+        for metric, number in (("recall", 4), ("recall_subset", 3)):
+            submitted = json.loads((folder / f"{metric}_submission_same.json").read_text())
+            expected.append(submitted[label][:number])
+        assert names[1:5] == expected[0]
+        assert names[5:8] == expected[1]
+    assert "target" not in page.split("</style>")[1].split("<script>")[0]
+
+
+@pytest.mark.parametrize("dataset", ["FashionIQ", "CIRCO", "Triplets"])
+def test_every_benchmarks_test_split_can_be_looked_at(dataset, look, drawn):
+    flags = ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--combining-function", "sum"]
+    flags += ["--dataset", dataset, "--split", "test", "--num", 2]
+    page = (look(*flags, root=drawn) / "sheet.html").read_text()
+    splits = BENCHMARKS[dataset](drawn).test()
+    assert re.findall("<h2>(.*?)</h2>", page) == [split.name for split in splits]
+    assert len(queries(page)) == 2 * len(splits)
+
+
+def test_the_worst_of_a_test_split_are_not_known(look, pair, capsys):
+    with pytest.raises(SystemExit) as stop:
+        look(*pair["CIRR"], "--split", "test", "--queries", "worst")
+    assert stop.value.code == 2
+    assert "--split test has no known targets" in capsys.readouterr().err

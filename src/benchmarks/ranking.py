@@ -129,7 +129,7 @@ class Ranking:
     def known_other_ranks(self) -> list[list[int]]:
         """The ranks of each query's other targets, as many as it has."""
         if self.other_ranks is None:
-            return [[] for _ in self.known_ranks]
+            return [[] for _ in self.nearest]
         ranks = []
         for row in self.other_ranks.tolist():
             ranks.append([rank for rank in row if rank != NO_RANK])

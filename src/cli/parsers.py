@@ -1,6 +1,7 @@
 """What every script parses its flags with."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,9 +49,19 @@ class ScriptParser(argparse.ArgumentParser):
             help="where it fails, print all of what Python says too",
         )
 
+    typed: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, and keep what was typed for the message if that fails."""
+        self.typed = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> Any:
         """Print a message in one line, whatever was typed, and end with exit code 2."""
-        self.exit(2, f"{self.prog}: error: {printable(message)} (see --help)\n")
+        reason = printable(message)
+        if any(word.isspace() for word in self.typed):
+            reason += "; a blank behind the \\ at the end of a line is a word of its own: delete the blank"
+        self.exit(2, f"{self.prog}: error: {reason} (see --help)\n")
 
 
 class ListModels(argparse.Action):

@@ -11,6 +11,8 @@ from runtime.files import read_json, write_text
 from utils import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from benchmarks.ranking import Rankings
     from combiner import Insight
 
@@ -30,7 +32,9 @@ def make_records(
     rankings: "Rankings",
     insights: "Mapping[str, Insight | None]",
 ) -> Records:
-    """The queries of some splits with their answers. Similarities are rounded to 6 digits, weights to 4.
+    """Return the queries of some splits with their answers. Similarities are rounded to 6 digits, weights to 4.
+
+    Targets and ranks of a test split are None.
 
     Args:
         insights: what the Combiner did with each split's queries; None for the sum.
@@ -66,7 +70,7 @@ def _add_answers(
     for protocol, by_split in rankings.items():
         ranking = by_split[split.name]
         answers = _rounded(ranking.answers(split.names))
-        ranks = ranking.known_ranks.tolist()
+        ranks = _as_list(ranking.ranks, len(queries))
         columns = zip(queries, ranks, ranking.known_other_ranks, answers, strict=True)
         for query, rank, others, nearest in columns:
             found = {"rank": rank, "other_ranks": others, "nearest": nearest}
@@ -78,12 +82,16 @@ def _add_answers(
                 )
                 query["protocols"][protocol.name]["caption"] = asked[protocol.text]
     in_group = ranking.answers_in_group(split.names)
-    if in_group is None or ranking.group_ranks is None:
+    if in_group is None:
         return
-    for query, rank, nearest in zip(
-        queries, ranking.group_ranks.tolist(), _rounded(in_group), strict=True
-    ):
+    ranks = _as_list(ranking.group_ranks, len(queries))
+    for query, rank, nearest in zip(queries, ranks, _rounded(in_group), strict=True):
         query["in_group"] = {"rank": rank, "nearest": nearest}
+
+
+def _as_list(ranks: "Tensor | None", queries: int) -> list[int] | list[None]:
+    """Return the rank of each query's target, or None for each if the targets are secret."""
+    return [None] * queries if ranks is None else ranks.tolist()
 
 
 def _add_insight(queries: list[Record], insight: "Insight") -> None:

@@ -100,18 +100,16 @@ class Card:
 
 
 def make_card(label: str, query: dict[str, Any], protocol: str, *, k: int) -> Card:
-    """A card from a record of a rankings file.
+    """Make a card from a record of a rankings file.
 
     Args:
         k: images to show of the gallery's ranking.
     """
     found = query["protocols"][protocol]
-    others = zip(query.get("other_targets", []), found.get("other_ranks", []), strict=True)
     caption = found.get("caption", query["caption"])
-    rows = {"gallery": Row(found["nearest"][:k], {query["target"]: found["rank"], **dict(others)})}
+    rows = {"gallery": Row(found["nearest"][:k], _target_ranks(query, found))}
     if "in_group" in query:
-        found = query["in_group"]
-        rows["subset"] = Row(found["nearest"], {query["target"]: found["rank"]})
+        rows["subset"] = Row(query["in_group"]["nearest"], _target_ranks(query, query["in_group"]))
     return Card(
         label=label,
         caption=caption,
@@ -119,6 +117,14 @@ def make_card(label: str, query: dict[str, Any], protocol: str, *, k: int) -> Ca
         rows=rows,
         bars=shares(query.get("gate"), query.get("experts", [])),
     )
+
+
+def _target_ranks(query: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, int]:
+    """Return target -> its rank, the named target first; nothing of a test query."""
+    if query["target"] is None:
+        return {}
+    others = dict(zip(query.get("other_targets", []), found.get("other_ranks", []), strict=False))
+    return {query["target"]: found["rank"], **others}
 
 
 def shares(gate: float | None, experts: Sequence[float]) -> dict[str, float]:
@@ -154,9 +160,13 @@ def load_thumbnails(paths: Mapping[str, Path]) -> dict[str, bytes]:
 
 
 def sheet(
-    title: str, about: str, sections: Mapping[str, Sequence[Card]], thumbnails: Mapping[str, bytes]
+    title: str,
+    sections: Mapping[str, Sequence[Card]],
+    thumbnails: Mapping[str, bytes],
+    *,
+    about: str,
 ) -> str:
-    """A page of queries in sections; each image is in it once."""
+    """Make a page of queries in sections; each image is in it once."""
     pictures = _pictures(thumbnails)
     parts = [f'<p class="about">{pages.text(about)}</p>']
     for name, cards in sections.items():
@@ -198,13 +208,13 @@ def _query(card: Card, pictures: Mapping[str, Picture]) -> str:
         for place, (name, similarity) in enumerate(row.answers, start=1):
             label = f"{place}. {similarity:.3f}"
             figures.append(_figure(pictures, name, label, is_target=name in row.ranks))
-        named = next(iter(row.ranks))
         for name, rank in row.not_shown.items():
-            label = f"{rank + 1}. {'the' if name == named else 'another'} target"
+            label = f"{rank + 1}. {'the' if name == next(iter(row.ranks)) else 'another'} target"
             figures.append(_figure(pictures, name, label, is_target=True))
         places = ", ".join(str(rank + 1) for rank in row.ranks.values())
         told = "target at place" if len(row.ranks) == 1 else "targets at places"
-        rows.append(f'<div class="rank">{pages.text(title)}: {told} {places}</div>')
+        ranks = f": {told} {places}" if row.ranks else ""
+        rows.append(f'<div class="rank">{pages.text(title)}{ranks}</div>')
         rows.append(f'<div class="row">{"".join(figures)}</div>')
     return (
         f'<div class="query"><div>{_figure(pictures, card.reference, card.label)}'
