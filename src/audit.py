@@ -85,7 +85,11 @@ def print_audit(benchmark: Benchmark, protocol: str, numbers: Mapping[str, Any])
 
 
 def ranked(
-    pair: "Pair", frozen: "Sequence[FrozenSplit]", protocols: Sequence[Protocol], block: int | None
+    pair: "Pair",
+    frozen: "Sequence[FrozenSplit]",
+    protocols: Sequence[Protocol],
+    *,
+    block: int | None,
 ) -> "dict[str, Rankings]":
     """Combining function -> the rankings: image and text alone, their sum, and the pair's own."""
     from combiner import UNLEARNED, Composer
@@ -136,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     clusters = resampling.clusters({split.name: split.clusters for split in val})
     device = pick_device(args.device)
     pair, frozen = load_and_freeze(benchmark, val, device, options.pair_choice(args))
-    rankings = ranked(pair, frozen, protocols, args.similarity_block)
+    rankings = ranked(pair, frozen, protocols, block=args.similarity_block)
     if distributed.is_main():
         numbers = {}
         for protocol in protocols:

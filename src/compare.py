@@ -84,7 +84,7 @@ def print_protocol(
             )
         if "queries" in reasons:
             continue
-        bounds = intervals(benchmark, base, other, protocol, resampling=resampling)
+        bounds = intervals(benchmark, base, other, protocol=protocol, resampling=resampling)
         for metric, title in benchmark.titled(bounds).items():
             gain = other.mean(protocol, metric) - base.mean(protocol, metric)
             rows[title][f"{label} - {base.label}"] = with_interval(gain, bounds[metric], sign="+")

@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
             write_result(args.metrics_json, result)
         if args.rankings:
             insights = explain_all(frozen, pair.compose, protocols[0].text)
-            records = make_records(benchmark, val, rankings, insights)
+            records = make_records(benchmark, val, rankings, insights=insights)
             write_rankings(args.rankings, result, records)
     distributed.stop()
 

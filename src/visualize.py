@@ -143,7 +143,7 @@ def measured_records(args: argparse.Namespace) -> tuple[Records, Benchmark]:
     )
     rankings = rank_all(frozen, pair.compose, protocols, k=args.k, block=args.similarity_block)
     insights = explain_all(frozen, pair.compose, protocols[0].text)
-    return make_records(benchmark, splits, rankings, insights), benchmark
+    return make_records(benchmark, splits, rankings, insights=insights), benchmark
 
 
 def all_queries(records: Records) -> Iterator[Record]:
@@ -225,6 +225,7 @@ def write_sheet(
     args: argparse.Namespace,
     title: str,
     sections: "Mapping[str, Sequence[Card]]",
+    *,
     benchmark: Benchmark,
 ) -> None:
     """Write sheet.html and sheet.png."""
@@ -279,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
         ]
     about = f"{benchmark.name} {benchmark.split_called(args.split)}"
     title = f"{about}, protocol {protocol}, {' '.join(args.queries)}"
-    write_sheet(args, title, sections, benchmark)
+    write_sheet(args, title, sections, benchmark=benchmark)
     write_expert_report(args.output_dir, about, records)
 
 

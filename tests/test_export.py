@@ -709,10 +709,10 @@ def test_own_intervals_are_those_of_the_difference_from_nothing(results):
     for protocol in result["protocols"]:
         column = Column("", [result])
         hits = column.hits(benchmark, protocol)
-        (drawn,) = resampled_metrics(benchmark, [hits], column.clusters(how), how)
+        (drawn,) = resampled_metrics(benchmark, [hits], column.clusters(how), resampling=how)
         own = bounds(drawn, how.confidence)
         difference = intervals(
-            benchmark, Column("", [nothing]), Column("", [result]), protocol, resampling=how
+            benchmark, Column("", [nothing]), column, protocol=protocol, resampling=how
         )
         assert own == difference
         for metric, (low, high) in own.items():

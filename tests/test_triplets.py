@@ -415,6 +415,6 @@ def measured(benchmark: Triplets, folder: Path) -> tuple[dict, dict]:
     write_rankings(
         folder / "r.json",
         result,
-        make_records(benchmark, val, rankings, {split.name: None for split in val}),
+        make_records(benchmark, val, rankings, insights={split.name: None for split in val}),
     )
     return read_result(folder / "m.json"), read_rankings(folder / "r.json")

@@ -160,7 +160,7 @@ class Audit:
             for split, of_split in of_function.items():
                 of_chosen[split] = {name: own[chosen[split]] for name, own in of_split.items()}
             kept.append(of_chosen)
-        resampled = resampled_metrics(self.benchmark, kept, clusters, self.resampling)
+        resampled = resampled_metrics(self.benchmark, kept, clusters, resampling=self.resampling)
         metrics: dict[str, dict[str, Any]] = {}
         for function, hits, drawn in zip(self.hits, kept, resampled, strict=True):
             scores = {split: self.benchmark.scores(own) for split, own in hits.items()}

@@ -226,7 +226,7 @@ def with_interval(value: float, interval: tuple[float, float], sign: str = "") -
 
 
 def intervals(
-    benchmark: Benchmark, base: Column, other: Column, protocol: str, *, resampling: Resampling
+    benchmark: Benchmark, base: Column, other: Column, *, protocol: str, resampling: Resampling
 ) -> dict[str, tuple[float, float]]:
     """Return metric -> bounds of the difference other - base.
 
@@ -234,13 +234,14 @@ def intervals(
     as the mean of their hits: the interval is about other queries, not about other seeds.
     """
     methods = [column.hits(benchmark, protocol) for column in (base, other)]
-    before, after = resampled_metrics(benchmark, methods, base.clusters(resampling), resampling)
+    clusters = base.clusters(resampling)
+    before, after = resampled_metrics(benchmark, methods, clusters, resampling=resampling)
     differences = {metric: after[metric] - values for metric, values in before.items()}
     return bounds(differences, resampling.confidence)
 
 
 def resampled_metrics(
-    benchmark: Benchmark, methods: Sequence[Hits], clusters: Clusters, resampling: Resampling
+    benchmark: Benchmark, methods: Sequence[Hits], clusters: Clusters, *, resampling: Resampling
 ) -> list[Resamples]:
     """Return the metrics of some methods over resamples, which are the same for all of them."""
     import torch

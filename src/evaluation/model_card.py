@@ -194,7 +194,7 @@ def _table(result: Result) -> str:
     rows = {}
     for protocol in column.protocols:
         hits = column.hits(benchmark, protocol)
-        (resampled,) = resampled_metrics(benchmark, [hits], clusters, RESAMPLING)
+        (resampled,) = resampled_metrics(benchmark, [hits], clusters, resampling=RESAMPLING)
         intervals = bounds(resampled, RESAMPLING.confidence)
         cells = {}
         for metric, title in benchmark.titled(intervals).items():

@@ -30,6 +30,7 @@ def make_records(
     benchmark: Benchmark,
     splits: Sequence[Split],
     rankings: "Rankings",
+    *,
     insights: "Mapping[str, Insight | None]",
 ) -> Records:
     """Return the queries of some splits with their answers. Similarities are rounded to 6 digits, weights to 4.
@@ -42,7 +43,7 @@ def make_records(
     records = {}
     for split in splits:
         queries = [_query(row, triplet, benchmark) for row, triplet in enumerate(split.triplets)]
-        _add_answers(queries, split, rankings, benchmark)
+        _add_answers(benchmark, split, queries, rankings=rankings)
         insight = insights[split.name]
         if insight is not None:
             _add_insight(queries, insight)
@@ -64,7 +65,7 @@ def _query(row: int, triplet: Triplet, benchmark: Benchmark) -> Record:
 
 
 def _add_answers(
-    queries: list[Record], split: Split, rankings: "Rankings", benchmark: Benchmark
+    benchmark: Benchmark, split: Split, queries: list[Record], *, rankings: "Rankings"
 ) -> None:
     """What each query retrieved under each protocol, and in its group, where every protocol gives the same."""
     for protocol, by_split in rankings.items():

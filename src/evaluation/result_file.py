@@ -41,7 +41,7 @@ def make_result(
     """
     protocols = {}
     for protocol, of_split in rankings.items():
-        protocols[protocol.name] = _measured(benchmark, splits, protocol, of_split)
+        protocols[protocol.name] = _measured(benchmark, splits, protocol, rankings=of_split)
     first = next(iter(protocols))
     excluded_images = {}
     for split in splits:
@@ -86,12 +86,13 @@ def _measured(
     benchmark: Benchmark,
     splits: Sequence[Split],
     protocol: Protocol,
-    of_split: "Mapping[str, Ranking]",
+    *,
+    rankings: "Mapping[str, Ranking]",
 ) -> dict[str, Any]:
     """One protocol's part of a result."""
     other_ranks = {}
     group_ranks = {}
-    for name, ranking in of_split.items():
+    for name, ranking in rankings.items():
         if ranking.other_ranks is not None:
             other_ranks[name] = ranking.known_other_ranks
         if ranking.group_ranks is not None:
@@ -103,9 +104,9 @@ def _measured(
         "template": benchmark.concept_template if protocol.text else "",
         "gallery_images": {split.name: protocol.gallery_size(split) for split in splits},
         "queries": {split.name: len(split.triplets) for split in splits},
-        "metrics": benchmark.metrics(splits, of_split),
+        "metrics": benchmark.metrics(splits, rankings),
         "certain": benchmark.certain(splits, protocol),
-        "ranks": {name: ranking.known_ranks.tolist() for name, ranking in of_split.items()},
+        "ranks": {name: ranking.known_ranks.tolist() for name, ranking in rankings.items()},
         "other_ranks": other_ranks,
         "group_ranks": group_ranks,
     }
@@ -161,13 +162,13 @@ def check_metrics(file: Path, result: Result) -> None:
                 f"{file}: protocols.{protocol}: no whole ranks of {benchmark.name} {result['split']} "
                 f"({first_line(error)}): measure again"
             ) from None
-        _compare(file, f"protocols.{protocol}.metrics", measured["metrics"], recomputed)
+        _compare(file, f"protocols.{protocol}.metrics", measured["metrics"], recomputed=recomputed)
         if protocol == result.get("protocol"):
-            _compare(file, "metrics", result.get("metrics", {}), recomputed)
+            _compare(file, "metrics", result.get("metrics", {}), recomputed=recomputed)
 
 
 def _compare(
-    file: Path, field: str, stated: Mapping[str, float], recomputed: Mapping[str, float]
+    file: Path, field: str, stated: Mapping[str, float], *, recomputed: Mapping[str, float]
 ) -> None:
     """Raise UserError where metrics are not the recomputed ones."""
     for metric in {**recomputed, **stated}:

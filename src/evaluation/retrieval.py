@@ -34,7 +34,11 @@ FEW = 2  # images of a gallery that may well be equally near
 
 
 def evaluate(
-    benchmark: Benchmark, frozen: Sequence[FrozenSplit], compose: Compose, block: int | None = None
+    benchmark: Benchmark,
+    frozen: Sequence[FrozenSplit],
+    compose: Compose,
+    *,
+    block: int | None = None,
 ) -> dict[str, float]:
     """All metrics of a benchmark under its first protocol, by the names of the CSV files; for trainings.
 

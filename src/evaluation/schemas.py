@@ -7,7 +7,7 @@ from pydantic import Field, Strict
 from runtime.schema import Schema
 
 Natural = Annotated[int, Field(ge=0, lt=2**31)]
-Count = Annotated[int, Field(ge=1, lt=2**31)]
+AtLeastOne = Annotated[int, Field(ge=1, lt=2**31)]
 Share = Annotated[float, Field(ge=0, le=1)]
 # One, and what half precision and TF32 make of it.
 Cosine = Annotated[float, Field(ge=-1.01, le=1.01)]
@@ -22,8 +22,8 @@ class ProtocolHeader(Schema):
     reference: str
     text: str = ""
     template: str = ""
-    gallery_images: dict[str, Count]
-    queries: dict[str, Count]
+    gallery_images: dict[str, AtLeastOne]
+    queries: dict[str, AtLeastOne]
     metrics: dict[str, float]
     certain: dict[str, list[str]] = {}
 
@@ -48,13 +48,13 @@ class MeasuredPreprocessing(Schema):
 
     transform: str = ""
     target_ratio: Annotated[float, Field(gt=0)] = 1
-    resolution: Count = 1
+    resolution: AtLeastOne = 1
     decode: str = ""
     interpolation: str = ""
     resize_mode: str = ""
     mean: list[float] = []
     std: list[float] = []
-    context: Count = 1
+    context: AtLeastOne = 1
     architecture: str = ""
 
 
@@ -66,7 +66,7 @@ class Assumed(Schema):
     target_ratio: Annotated[float, Field(gt=0)] = 1
     decode: str = ""
     encode_precision: str = ""
-    top_k: Count = 1
+    top_k: AtLeastOne = 1
 
 
 class MeasuredList(Schema):

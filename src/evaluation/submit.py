@@ -81,7 +81,7 @@ def submit(
         return True
     is_scored = wanted.split != benchmark.test_split
     folder = wanted.folder / wanted.split if is_scored else wanted.folder
-    return _write(whole, wanted.name, folder, answered, is_scored=is_scored)
+    return _write(whole, wanted.name, folder, answered=answered, is_scored=is_scored)
 
 
 def _answers(split: Split, ranking: Ranking, group_k: int) -> Answered:
@@ -100,7 +100,7 @@ def _ids(answers: Sequence[tuple[str, float]]) -> list[str]:
 
 
 def _write(
-    form: Form[Any], name: str, folder: Path, answered: Sequence[Answered], *, is_scored: bool
+    form: Form[Any], name: str, folder: Path, *, answered: Sequence[Answered], is_scored: bool
 ) -> bool:
     """Write, read again, check, score."""
     contents = {}

@@ -13,7 +13,7 @@ from reports import pages
 
 logger = logging.getLogger(__name__)
 
-Rows = Sequence[dict[str, float]]  # of a run's CSV file
+EpochRows = Sequence[dict[str, float]]  # of a run's CSV file
 
 INK = "#0a0b0c"  # stands in a drawing for the colour of its text and axes
 # A drawing's own style: as a picture of a page, it is not reached by the page's.
@@ -32,7 +32,7 @@ class Panel:
     """One of the pictures: columns of a table over the epochs."""
 
     label: str
-    rows: Rows
+    rows: EpochRows
     titles: Mapping[str, str]  # column -> what it is called
 
 
@@ -46,7 +46,7 @@ def can_draw() -> bool:
 
 
 def panels_of(
-    rows: Mapping[str, Rows], titles: Mapping[str, str], units: Mapping[str, str] | None = None
+    rows: Mapping[str, EpochRows], titles: Mapping[str, str], units: Mapping[str, str] | None = None
 ) -> list[Panel]:
     """What is drawn of a run so far: loss, metrics of each unit, and the load of the experts.
 

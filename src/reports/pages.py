@@ -35,7 +35,7 @@ for (const button of document.querySelectorAll(".command button"))
 """
 
 
-def page(title: str, parts: Iterable[str], style: str = "", script: str = "") -> str:
+def page(title: str, parts: Iterable[str], *, style: str = "", script: str = "") -> str:
     """A whole page. Parts are HTML already; the title is text."""
     body = "\n".join(parts)
     code = f"<script>{script}</script>\n" if script else ""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reports import pages
-from reports.curves import Panel, Rows, can_draw, drawing, panels_of, training_curves
+from reports.curves import EpochRows, Panel, can_draw, drawing, panels_of, training_curves
 from runtime.files import write_bytes, write_text
 from utils import format_metric
 
@@ -54,7 +54,7 @@ class RunPage:
         self.drawn_at = time.monotonic()
         self.cost = FIRST_COST  # seconds that the last drawing took
 
-    def refresh(self, rows: Mapping[str, Rows], *, complete: bool) -> None:
+    def refresh(self, rows: Mapping[str, EpochRows], *, complete: bool) -> None:
         """Draw, if it is due.
 
         Args:
@@ -76,7 +76,7 @@ class RunPage:
 def run_page(
     folder: Path,
     about: About,
-    rows: Mapping[str, Rows],
+    rows: Mapping[str, EpochRows],
     *,
     panels: Sequence[Panel],
     complete: bool,
@@ -118,7 +118,7 @@ def _curves(panels: Sequence[Panel]) -> str:
     return f'<div class="curves">{"".join(images)}</div>'
 
 
-def _best(about: About, validations: Rows) -> str:
+def _best(about: About, validations: EpochRows) -> str:
     """The best validation by each metric that selects checkpoints, and the last one."""
     if not validations:
         return "<p>none yet</p>"

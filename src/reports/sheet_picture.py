@@ -69,7 +69,7 @@ def _strip(card: Card, thumbnails: Mapping[str, bytes], *, side: int, width: int
     text_height = LINE * (len(lines) + len(card.bars))
     rows_height = len(card.rows) * (side + LABEL_HEIGHT)
     strip = Image.new("RGB", (width, max(rows_height, text_height, side) + BOTTOM), "white")
-    _paste(strip, thumbnails[card.reference], (MARGIN, MARGIN), side)
+    _paste(strip, thumbnails[card.reference], (MARGIN, MARGIN), side=side)
     _draw_text(strip, lines, card.bars, left=MARGIN + side + TEXT_GAP)
     for number, row in enumerate(card.rows.values()):
         top = MARGIN + number * (side + LABEL_HEIGHT)
@@ -114,7 +114,7 @@ def _draw_row(
         labels[name] = f"{rank + 1}."
     left = LEFT_WIDTH
     for name, label in labels.items():
-        right, bottom = _paste(strip, thumbnails[name], (left, top), side)
+        right, bottom = _paste(strip, thumbnails[name], (left, top), side=side)
         color = GREY
         if name in row.ranks:
             color = GREEN
@@ -124,7 +124,9 @@ def _draw_row(
         left += side + GAP
 
 
-def _paste(strip: Image.Image, jpeg: bytes, corner: tuple[int, int], side: int) -> tuple[int, int]:
+def _paste(
+    strip: Image.Image, jpeg: bytes, corner: tuple[int, int], *, side: int
+) -> tuple[int, int]:
     """Put an image at a place, at most `side` wide and high; returns its lower right corner."""
     image = ImageOps.contain(Image.open(io.BytesIO(jpeg)), (side, side))
     strip.paste(image, corner)
