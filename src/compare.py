@@ -90,7 +90,7 @@ def print_protocol(
             rows[title][f"{label} - {base.label}"] = with_interval(gain, bounds[metric], sign="+")
     about = PROTOCOLS[protocol]
     result = base.results[0]
-    template = result["protocols"][protocol].get("template")
+    template = result["protocols"][protocol]["template"]
     text = f", text {template!r}" if template else ""
     print(
         f"\n{result['dataset']} {result['split']}, {protocol}: gallery {about.gallery}, reference {about.reference}"

@@ -114,12 +114,9 @@ def check_same_images(args: argparse.Namespace, content: Mapping[str, Any]) -> N
         excluded.update(names)
     ranked = BENCHMARKS[content["dataset"]](args.data_root, excluded)
     for split in ranked.read(content["split"]):
-        sampled = not args.verify and split.name in content.get("images_sampled", {})
-        known = content["images_sampled" if sampled else "images_sha256"].get(split.name)
-        if known is None:
-            continue
         check_images_exist([split])
-        if images_digest(split, sampled=sampled) != known:
+        known = content["images_sha256" if args.verify else "images_sampled"]
+        if images_digest(split, sampled=not args.verify) != known.get(split.name):
             raise UserError(
                 f"--rankings {args.rankings}: the images of {split.name} under --data-root are not those that were "
                 "ranked: put those back, or measure again"

@@ -19,6 +19,23 @@ def ranks(seed: int, shift: int = 0, queries: int = 200) -> list[int]:
     return (torch.randint(0, 120, (queries,), generator=generator) - shift).clamp(min=0).tolist()
 
 
+MADE_BY = {
+    "query_list": None,
+    "clip_model_name": "RN50",
+    "combining_function": "combiner",
+    "checkpoints": {},
+    "weights_sha256": {"clip": "c"},
+    "encode_precision": "fp32",
+    "preprocessing": {},
+    "training": {},
+    "trained_on": {},
+    "assumed": {},
+    "versions": {},
+    "command": "",
+    "date": "",
+}
+
+
 def settings(data: dict | None = None, **flags) -> dict:
     """Settings of a training with some flags."""
     return {"flags": flags, "recipe": {}, "data": data or {}, "versions": {}}
@@ -48,6 +65,10 @@ def result(tmp_path):
             measured[protocol] = {
                 "gallery": gallery,
                 "reference": reference,
+                "text": "",
+                "template": "",
+                "certain": {},
+                "other_ranks": {},
                 "gallery_images": dict.fromkeys(of_split, 300),
                 "queries": dict.fromkeys(of_split, len(columns["reference"])),
                 "metrics": benchmark.summary(scores),
@@ -57,13 +78,18 @@ def result(tmp_path):
         content = {
             "dataset": "FashionIQ",
             "split": "val",
+            "protocol": protocols[0],
+            "metrics": measured[protocols[0]]["metrics"],
             "protocols": measured,
             "excluded_images": {},
+            "excluded_triplets": {},
+            "smaller_groups": {},
             "images_sha256": {"dress": "i"},
+            "images_sampled": {"dress": "i"},
+            "kinds": {},
+            **MADE_BY,
             "queries_sha256": dict.fromkeys(benchmark.parts, "q"),
             "clusters": dict.fromkeys(benchmark.parts, columns),
-            "preprocessing": {},
-            "weights_sha256": {"clip": "c"},
             "training": {}
             if seed is None
             else {"combiner": settings(seed=seed, combiner_type="moe", data_root=name)},

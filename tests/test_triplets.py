@@ -21,6 +21,7 @@ from evaluation.rankings_file import make_records, read_rankings, write_rankings
 from evaluation.result_file import make_result, read_result, write_result
 from evaluation.retrieval import rank_all
 from models.features import FrozenSplit
+from test_compare import MADE_BY
 from utils import UserError
 
 SPLITS = ("train", "val", "test")
@@ -409,8 +410,7 @@ def measured(benchmark: Triplets, folder: Path) -> tuple[dict, dict]:
         captions = torch.randn(len(split.triplets), 1, 8, generator=generator)
         frozen.append(FrozenSplit(split=split, images=images, captions=captions))
     rankings = rank_all(frozen, Sum(), benchmark.protocols, k=99, block=None)
-    made_by = {"weights_sha256": {"clip": "c"}, "preprocessing": {}, "training": {}}
-    result = make_result(benchmark, val, rankings, reasons={}, made_by=made_by)
+    result = make_result(benchmark, val, rankings, reasons={}, made_by=MADE_BY)
     write_result(folder / "m.json", result)
     write_rankings(
         folder / "r.json",

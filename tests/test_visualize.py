@@ -11,6 +11,7 @@ from PIL import Image
 
 import visualize
 from benchmarks import BENCHMARKS
+from benchmarks.splits import images_digest
 from reports import sheet_picture, sheets
 from reports.expert_report import typical_words
 from test_bad_input import change_json
@@ -182,7 +183,9 @@ def test_damaged_rankings_and_images(look, rankings, golden, tmp_path, capsys):
     pair_id = content["queries"]["val"][0]["pair_id"]
     path = next((root / "cirr_dataset").rglob(f"{reference}.png"))
     path.write_bytes(path.read_bytes()[:80])
-    change_json(file, lambda c: (c["images_sha256"].clear(), c["images_sampled"].clear()))
+    (split,) = BENCHMARKS["CIRR"](root).val()
+    sampled = images_digest(split, sampled=True)
+    change_json(file, lambda c: c["images_sampled"].update(val=sampled))
     with pytest.raises(SystemExit):
         look("--rankings", file, "--queries", pair_id, root=root)
     assert f"{reference}.png cannot be decoded" in capsys.readouterr().err

@@ -169,16 +169,19 @@ def test_metrics_are_those_of_the_ranks(kind, dataset, whole, read):
 
 
 @pytest.mark.parametrize("kind", READERS)
-def test_a_field_that_earlier_versions_lack_may_be_missing(kind, whole, read):
+def test_no_field_may_be_missing(kind, whole, read):
     content = whole("CIRR")[kind]
-    newer = {
-        "protocol", "excluded_triplets", "smaller_groups", "kinds", "clip_model_name", "combining_function",
-        "checkpoints", "encode_precision", "trained_on", "versions", "command", "date", "query_list",
-        "images_sampled", "assumed",
-    }  # fmt: skip
     for name in content:
         without = {key: value for key, value in content.items() if key != name}
-        assert (read(kind, without) == "") == (name in newer), name
+        assert f"{name}: field required" in read(kind, without)
+
+
+def test_every_query_has_a_cluster(whole, read):
+    content = whole("FashionIQ")["result"]
+    numbers = content["clusters"]["dress"]["reference"]
+    for edited in ({}, {"reference": numbers[1:]}, {"reference": numbers, "kind": [0]}):
+        error = read("result", put(content, ("clusters", "dress"), edited))
+        assert "clusters.dress: not a number for each query" in error
 
 
 @pytest.mark.parametrize("dataset", BENCHMARKS)

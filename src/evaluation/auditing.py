@@ -151,9 +151,7 @@ class Audit:
         """
         if not all(own.any() for own in chosen.values()):
             return {}
-        clusters = {}
-        for split, own in self.clusters.items():
-            _, clusters[split] = np.unique(own[chosen[split]], return_inverse=True)
+        clusters = {split: own[chosen[split]] for split, own in self.clusters.items()}
         kept = []
         for of_function in self.hits.values():
             of_chosen = {}
@@ -185,5 +183,5 @@ class Audit:
             "recalls": {name: self.solved(name) for name in _recalls(first_split)},
             "metrics_where_both_are_needed": self.metrics_on(chosen),
             "resampled_by": self.resampling.by,
-            "clusters": {split: int(own.max()) + 1 for split, own in self.clusters.items()},
+            "clusters": {split: len(np.unique(own)) for split, own in self.clusters.items()},
         }

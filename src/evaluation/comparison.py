@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import Benchmark
-from evaluation.result_file import Result, composed_by, read_result, stored_ranks
+from evaluation.result_file import Result, read_result, stored_ranks
 from models.configuration import Settings, trained_on
 from runtime.choices import named
 from settings.groups import FREE_FLAGS
@@ -66,7 +66,7 @@ class Resampling:
 
     def told(self, clusters: Clusters) -> str:
         """Say by what resamples are drawn, and how many clusters there are of it."""
-        numbers = [f"{split} has {1 + own.max()}" for split, own in clusters.items()]
+        numbers = [f"{split} has {len(set(own.tolist()))}" for split, own in clusters.items()]
         return f"{self.confidence:.0%} intervals, resampled by {self.by}: {', '.join(numbers)}"
 
 
@@ -137,8 +137,8 @@ def _conditions(result: Result, protocol: str) -> dict[str, Any]:
     measured = result["protocols"][protocol]
     return {
         "queries": [result["queries_sha256"], measured["queries"]],
-        "text templates": measured.get("template", ""),
-        "lists of queries": (result.get("query_list") or {}).get("sha256", "all"),
+        "text templates": measured["template"],
+        "lists of queries": (result["query_list"] or {"sha256": "all"})["sha256"],
         "galleries": measured["gallery_images"],
         "exclusions": result["excluded_images"],
         "image files": result["images_sha256"],
@@ -195,10 +195,8 @@ def _method(result: Result) -> str | None:
     methods = {kind: _without_seed(settings) for kind, settings in training.items()}
     clip_tells = "clip" in training and "seed" in training["clip"].flags
     clip_weights = None if clip_tells else result["weights_sha256"]["clip"]
-    # Results of earlier versions are all of fp32, and do not say so.
-    precision = result.get("encode_precision", "fp32")
-    told = [methods, composed_by(result), result["preprocessing"], precision, clip_weights]
-    return json.dumps(told, sort_keys=True)
+    shared = [result[name] for name in ("combining_function", "preprocessing", "encode_precision")]
+    return json.dumps([methods, *shared, clip_weights], sort_keys=True)
 
 
 def _without_seed(settings: Settings) -> dict[str, Any]:
@@ -317,7 +315,7 @@ def bootstrap(
 
     Args:
         hits: (Q, M), 0 to 1, or NaN of a query that does not count.
-        clusters: (Q,), numbers of the queries' clusters, of which each has a query.
+        clusters: (Q,), equal numbers of queries that are drawn together.
         statistics: of each column; None, and of all where there are none, of a mean in percent.
 
     Returns:
@@ -325,7 +323,8 @@ def bootstrap(
     """
     import torch
 
-    number = int(clusters.max()) + 1
+    names, clusters = clusters.unique(return_inverse=True)
+    number = len(names)
     counted = torch.zeros(number, hits.shape[1]).index_add_(0, clusters, (~hits.isnan()).float())
     sums = torch.zeros(number, hits.shape[1]).index_add_(0, clusters, hits.nan_to_num().float())
     others = [(m, statistic) for m, statistic in enumerate(statistics) if statistic]

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import BENCHMARKS
 from evaluation.comparison import Column, Resampling, bounds, resampled_metrics, with_interval
-from evaluation.result_file import Result, composed_by
+from evaluation.result_file import Result
 from models.configuration import trained_on
 from models.exported import shared_settings
 from models.names import open_clip_name
@@ -171,17 +171,16 @@ def _numbers(config: Mapping[str, Any], results: Sequence[Result]) -> list[str]:
 
 def _heading(config: Mapping[str, Any], result: Result) -> str:
     """What a result is of, and what is particular to it."""
-    parts = [f"{result['dataset']} {result['split']}", composed_by(result)]
+    parts = [f"{result['dataset']} {result['split']}", result["combining_function"]]
     for part, digest in result["weights_sha256"].items():
         if digest != config[part]["weights_sha256"]:
             parts.append(f"before the weights of its {part} were rounded")
-    precision = result.get("encode_precision", "fp32")
-    if precision != "fp32":
-        parts.append(f"encoded in {precision}")
+    if result["encode_precision"] != "fp32":
+        parts.append(f"encoded in {result['encode_precision']}")
     left_out = sum(map(len, result["excluded_images"].values()))
     if left_out:
         parts.append(f"{left_out} images left out")
-    if result.get("query_list"):
+    if result["query_list"]:
         asked = sum(result["protocols"][result["protocol"]]["queries"].values())
         parts.append(f"on a list of {asked} queries")
     return ", ".join(parts)

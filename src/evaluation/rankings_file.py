@@ -155,7 +155,7 @@ def _check_query(where: str, query: Record, protocols: Mapping[str, Any]) -> Non
     lists = {f"protocols.{name}": found for name, found in query["protocols"].items()}
     if "in_group" in query:
         lists["in_group"] = query["in_group"]
-    targets = [query["target"], *query.get("other_targets", [])]
+    targets = [query["target"], *query["other_targets"]]
     for name, found in lists.items():
         names = [image for image, _ in found["nearest"]]
         ranks = [found["rank"], *found.get("other_ranks", [])]
@@ -206,13 +206,13 @@ def unlike_annotations(content: Mapping[str, Any], benchmark: Benchmark) -> list
                 f"{split.name}: {len(queries)} queries instead of {len(split.triplets)}"
             )
             continue
-        if content.get("kinds", {}).get(split.name, {}) != split.queries_of_kinds:
+        if content["kinds"].get(split.name, {}) != split.queries_of_kinds:
             problems.append(f"{split.name}: kinds of queries are not as in the annotations")
         for number, (query, triplet) in enumerate(zip(queries, split.triplets, strict=True)):
             where = f"{split.name} query {number}"
             annotated = _query(number, triplet, benchmark)
             for field in ("pair_id", "reference", "target", "other_targets", "caption", "group"):
-                if query.get(field, []) != annotated[field]:
+                if query[field] != annotated[field]:
                     problems.append(f"{where}: {field} is not as in the annotations")
             for found in query["protocols"].values():
                 unknown = [name for name, _ in found["nearest"] if name not in split.row_of]

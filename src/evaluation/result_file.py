@@ -112,12 +112,6 @@ def _measured(
     }
 
 
-def composed_by(result: Mapping[str, Any]) -> str:
-    """The combining function of a result; earlier versions had two, and did not always name it."""
-    has_combiner = "combiner" in result["weights_sha256"]
-    return result.get("combining_function") or ("combiner" if has_combiner else "sum")
-
-
 def write_result(file: Path, result: Result) -> None:
     """Write a result as JSON, indented, each list of numbers on one line."""
     text = json.dumps(result, indent=2)
@@ -137,6 +131,11 @@ def read_result(file: Path) -> Result:
     remedy = "no result of validate.py --metrics-json, or not a whole one; measure again"
     checked(ResultFile, result, file=file, remedy=remedy)
     check_metrics(file, result)
+    ranks = next(iter(result["protocols"].values()))["ranks"]
+    for split in ranks.keys() | result["clusters"].keys():
+        lengths = {len(own) for own in result["clusters"].get(split, {}).values()}
+        if lengths != {len(ranks.get(split, []))}:
+            raise UserError(f"{file}: clusters.{split}: not a number for each query: measure again")
     return result
 
 
@@ -163,8 +162,8 @@ def check_metrics(file: Path, result: Result) -> None:
                 f"({first_line(error)}): measure again"
             ) from None
         _compare(file, f"protocols.{protocol}.metrics", measured["metrics"], recomputed=recomputed)
-        if protocol == result.get("protocol"):
-            _compare(file, "metrics", result.get("metrics", {}), recomputed=recomputed)
+        if protocol == result["protocol"]:
+            _compare(file, "metrics", result["metrics"], recomputed=recomputed)
 
 
 def _compare(
@@ -189,7 +188,7 @@ def stored_ranks(result: Mapping[str, Any], protocol: str, split: str) -> Ranks:
 
     measured = result["protocols"][protocol]
     in_group = measured["group_ranks"].get(split)
-    others = measured.get("other_ranks", {}).get(split)
+    others = measured["other_ranks"].get(split)
     if others is not None:
         most = max(map(len, others))
         others = np.array([found + [NO_RANK] * (most - len(found)) for found in others])
@@ -197,5 +196,5 @@ def stored_ranks(result: Mapping[str, Any], protocol: str, split: str) -> Ranks:
         np.array(measured["ranks"][split]),
         others=others,
         in_group=None if in_group is None else np.array(in_group),
-        kinds=result.get("kinds", {}).get(split, {}),
+        kinds=result["kinds"].get(split, {}),
     )

@@ -1,4 +1,4 @@
-"""What results and rankings files hold, field by field. A field with a default is one that earlier versions lack."""
+"""What results and rankings files hold, field by field. A field with a default is one that some measurements lack."""
 
 from typing import Annotated, Any, cast
 
@@ -20,19 +20,19 @@ class ProtocolHeader(Schema):
 
     gallery: str
     reference: str
-    text: str = ""
-    template: str = ""
+    text: str
+    template: str
     gallery_images: dict[str, AtLeastOne]
     queries: dict[str, AtLeastOne]
     metrics: dict[str, float]
-    certain: dict[str, list[str]] = {}
+    certain: dict[str, list[str]]
 
 
 class ProtocolResult(ProtocolHeader):
     """What one protocol gave."""
 
     ranks: dict[str, list[Natural]]
-    other_ranks: dict[str, list[list[Natural]]] = {}
+    other_ranks: dict[str, list[list[Natural]]]
     group_ranks: dict[str, list[Natural]]
 
 
@@ -81,28 +81,28 @@ class Measurement(Schema):
 
     dataset: str
     split: str
-    protocol: str = ""
-    metrics: dict[str, float] = {}
+    protocol: str
+    metrics: dict[str, float]
     excluded_images: dict[str, dict[str, str]]
-    excluded_triplets: dict[str, Natural] = {}
-    smaller_groups: dict[str, Natural] = {}
+    excluded_triplets: dict[str, Natural]
+    smaller_groups: dict[str, Natural]
     images_sha256: dict[str, str]
-    images_sampled: dict[str, str] = {}
+    images_sampled: dict[str, str]
     queries_sha256: dict[str, str]
-    kinds: dict[str, dict[str, list[Natural]]] = {}
-    query_list: MeasuredList | None = None
-    clip_model_name: str = ""
-    combining_function: str = ""
-    checkpoints: dict[str, str] = {}
+    kinds: dict[str, dict[str, list[Natural]]]
+    query_list: MeasuredList | None
+    clip_model_name: str
+    combining_function: str
+    checkpoints: dict[str, str]
     weights_sha256: Weights
-    encode_precision: str = ""
+    encode_precision: str
     preprocessing: MeasuredPreprocessing
     training: dict[str, dict[str, Any]]
-    trained_on: dict[str, str] = {}
-    assumed: Assumed = Assumed()
-    versions: dict[str, str] = {}
-    command: str = ""
-    date: str = ""
+    trained_on: dict[str, str]
+    assumed: Assumed
+    versions: dict[str, str]
+    command: str
+    date: str
 
 
 class ResultFile(Measurement):
@@ -128,9 +128,9 @@ class RankedQuery(Schema):
     pair_id: int | str | None
     reference: str
     target: str
-    other_targets: list[str] = []
+    other_targets: list[str]
     caption: str
-    group: list[str] = []
+    group: list[str]
     protocols: Annotated[dict[str, Ranked], Field(min_length=1)]
     # May be missing, but not null.
     in_group: Ranked = cast("Ranked", None)

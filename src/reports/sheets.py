@@ -123,7 +123,7 @@ def _target_ranks(query: Mapping[str, Any], found: Mapping[str, Any]) -> dict[st
     """Return target -> its rank, the named target first; nothing of a test query."""
     if query["target"] is None:
         return {}
-    others = dict(zip(query.get("other_targets", []), found.get("other_ranks", []), strict=False))
+    others = dict(zip(query["other_targets"], found.get("other_ranks", []), strict=False))
     return {query["target"]: found["rank"], **others}
 
 
