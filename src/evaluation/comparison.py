@@ -67,7 +67,7 @@ class Resampling:
     def told(self, clusters: Clusters) -> str:
         """Say by what resamples are drawn, and how many clusters there are of it."""
         numbers = [f"{split} has {len(set(own.tolist()))}" for split, own in clusters.items()]
-        return f"{self.confidence:.0%} intervals, resampled by {self.by}: {', '.join(numbers)}"
+        return f"{100 * self.confidence:g}% intervals, resampled by {self.by}: {', '.join(numbers)}"
 
 
 @dataclass(frozen=True)
