@@ -24,7 +24,10 @@ from models.features import FrozenSplit
 from utils import UserError
 
 SPLITS = ("train", "val", "test")
-FULL = {"id": 1, "reference": "a.jpg", "caption": "is red", "target": "b.jpg", "group": ["a.jpg", "b.jpg"]}  # fmt: skip
+FULL = {
+    "id": 1, "reference": "a.jpg", "caption": "is red", "target": "b.jpg", "group": ["a.jpg", "b.jpg"],
+    "kind": "color",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -66,12 +69,14 @@ WRONG = {
     "target": [*NOTHING, *NO_TEXTS, "a.jpg", ["b.jpg", "b.jpg"], ["b.jpg", "./b.jpg"], "c.jpg"],
     "id": [True, 1.5, {}, [1], 2, "2", *NOTHING],
     "group": [*NO_TEXTS, ["a.jpg"], "a.jpg", *NOTHING],
+    "kind": [True, 1.5, {}, [None], ["a", ""]],
 }
 CASES_OF_LINES = []
 for key, values in WRONG.items():
     for value in values:
         CASES_OF_LINES.append(pytest.param(key, value, id=f"{key} {json.dumps(value)}"))
-    CASES_OF_LINES.append(pytest.param(key, ..., id=f"{key} missing"))
+    if key != "kind":
+        CASES_OF_LINES.append(pytest.param(key, ..., id=f"{key} missing"))
 
 
 CASES_OF_CELLS = []

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.base import Benchmark
 from benchmarks.splits import Split, Triplet
+from runtime.spelling import hint_of_file, missing_folder
 from utils import UserError, printable
 
 if TYPE_CHECKING:
@@ -17,9 +18,8 @@ if TYPE_CHECKING:
 FINDING = "finding"
 NOTE = "note"
 UNUSABLE = "unusable"
-PLACEHOLDER = (
-    3  # files of one content; more look like a picture that stands for images that are gone
-)
+PLACEHOLDER = 3  # files of one content; more look like one that stands for images that are gone
+EXAMPLES = 3  # ids that people are shown of a remark
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,8 @@ def remark_on_images(
         bad = {}
         digests = {}
         deep = []
-        for name, path in needed_images(benchmark, split, records).items():
+        needed = needed_images(benchmark, split, records)
+        for name, path in needed.items():
             if inspections[path].problem:
                 bad[name] = inspections[path].problem
             else:
@@ -276,7 +277,11 @@ def remark_on_images(
                 deep.append(name)
         report.bad.update(bad)
         where = f"{part} {split}"
-        _remark_on_bad(where, records, bad, trains=split == benchmark.train_split, report=report)
+        missing = {name: path for name, path in needed.items() if inspections[path].is_missing}
+        gone = _remark_on_missing(where, missing, report)
+        _remark_on_bad(
+            where, records, bad, gone=gone, trains=split == benchmark.train_split, report=report
+        )
         _remark_on_copies(where, records, digests, report)
         effect = "files have more than 8 bits a channel, of which all above 255 is read as white, as the original does"
         _say_if(deep, FINDING, where, effect, report=report)
@@ -304,17 +309,47 @@ def _roles(records: Split) -> dict[str, set[str]]:
     return {"query": references, "target": targets, "distractor": distractors}
 
 
+def _remark_on_missing(where: str, missing: Mapping[str, Path], report: Report) -> set[str]:
+    """Folders of a part that are missing, and files that may be there under another name.
+
+    Returns:
+        The images in the folders that are missing.
+    """
+    hints = [name + hint_of_file(path) for name, path in list(missing.items())[:EXAMPLES]]
+    if any("did you mean" in hint for hint in hints):
+        report.say(
+            FINDING, where, f"other files are there instead of missing ones: {', '.join(hints)}"
+        )
+    folders = {name: missing_folder(path) for name, path in missing.items()}
+    gone = {name for name, folder in folders.items() if folder}
+    there = sorted({str(folder) for folder in folders.values() if folder})
+    _say_if(
+        there,
+        FINDING,
+        where,
+        f"folders are missing, and {len(gone):,} images with them",
+        report=report,
+    )
+    return gone
+
+
 def _remark_on_bad(
-    where: str, records: Split, bad: Mapping[str, str], *, trains: bool, report: Report
+    where: str,
+    records: Split,
+    bad: Mapping[str, str],
+    *,
+    gone: Container[str],
+    trains: bool,
+    report: Report,
 ) -> None:
-    """Files of a part that cannot be decoded, by problem and role."""
+    """Files of a part that cannot be decoded, by problem and role, but for those that are gone with their folders."""
     if all(_asks_for(triplet, bad) for triplet in records.triplets):
         report.say(UNUSABLE, where, "every query has an image that cannot be decoded")
     queries = len(records.triplets)
     gallery = len(records.names)
     for role, names in _roles(records).items():
         for problem in dict.fromkeys(bad.values()):
-            ids = [name for name in bad if name in names and bad[name] == problem]
+            ids = [n for n in bad if n in names and n not in gone and bad[n] == problem]
             lost = sum(_asks_for(triplet, set(ids)) for triplet in records.triplets)
             effects = {
                 "query": f"{lost} of {queries} queries cannot be asked; left out, the recalls are of the others",
@@ -356,7 +391,7 @@ def _remark_on_copies(
         _say_if([name for name in copies if name in names], FINDING, where, text, report=report)
 
 
-def as_text(report: Report, examples: int = 3) -> str:
+def as_text(report: Report) -> str:
     """The report for people."""
     lines = [report.dataset, "  entries   official  file"]
     lines += [f"  {count:7,}   {official:8,}  {file}" for file, count, official in report.files]
@@ -364,7 +399,7 @@ def as_text(report: Report, examples: int = 3) -> str:
     if report.images:
         lines.append(f"  {report.images:7,} needed, {report.images - len(report.bad):,} decoded")
     for remark in report.remarks:
-        named = ", ".join(remark.ids[:examples]) + (", ..." if len(remark.ids) > examples else "")
+        named = ", ".join(remark.ids[:EXAMPLES]) + (", ..." if len(remark.ids) > EXAMPLES else "")
         lines.append(
             f"  {remark.level}: {remark.where}: {remark.text}" + (f" ({named})" if named else "")
         )

@@ -47,6 +47,7 @@ def make_records(
 
 
 def _query(row: int, triplet: Triplet, benchmark: Benchmark) -> Record:
+    kinds = {"kinds": list(triplet.kinds)} if triplet.kinds else {}
     return {
         "query": row,
         "pair_id": triplet.pair_id,
@@ -55,6 +56,7 @@ def _query(row: int, triplet: Triplet, benchmark: Benchmark) -> Record:
         "other_targets": list(triplet.other_targets),
         "caption": benchmark.caption(triplet.captions),
         "group": list(triplet.group),
+        **kinds,
         "protocols": {},
     }
 

@@ -130,6 +130,7 @@ class Query(Schema):
     other_targets: list[str] = []
     caption: str
     group: list[str] = []
+    kinds: list[str] = []
     protocols: Annotated[dict[str, Found], Field(min_length=1)]
     # May be missing, but not null.
     in_group: Found = cast("Found", None)
