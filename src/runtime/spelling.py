@@ -2,11 +2,13 @@
 
 import functools
 import itertools
+import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 MOST_FILES = 100_000  # that are looked through for the sake of a hint
+_ENDING = re.compile(r"(?<=[^/])\.[^./]+$")
 
 
 def nfc(name: str) -> str:
@@ -20,10 +22,10 @@ def as_stored(path: Path) -> Path:
         return path
     parent = as_stored(path.parent)
     try:
-        stored = _stored_names(parent, parent.stat().st_mtime_ns).get(nfc(path.name))
+        names = _stored_names(parent, parent.stat().st_mtime_ns)
     except OSError:  # there is no such folder
         return path
-    return parent / stored if stored else path
+    return parent / names.get(nfc(path.name), path.name)
 
 
 @functools.lru_cache(maxsize=64)
@@ -35,8 +37,8 @@ def _stored_names(folder: Path, changed: int) -> dict[str, str]:
 class Spellings:
     """Known names, and which of them an unknown one is but for a slip.
 
-    A slip is another Unicode form, another case, backslashes, folders in front that are too many or missing, an ending
-    where ids have none.
+    A slip is another Unicode form, another case, backslashes, folders in front that are too many or missing, another
+    ending or none.
     """
 
     def __init__(self, known: Iterable[str]) -> None:
@@ -44,7 +46,7 @@ class Spellings:
 
     @functools.cached_property
     def _by_end(self) -> dict[str, list[str]]:
-        """Each name and what is left of it without its first folders -> the names that end so."""
+        """What is left of a name, see `_ends` -> the names of which it is left."""
         found: dict[str, list[str]] = {}
         for name in self.names:
             for end in _ends(name):
@@ -54,16 +56,19 @@ class Spellings:
     def hint(self, name: str) -> str:
         """What a message says behind an unknown name: the known one that was meant, "" where that is not certain."""
         for end in _ends(name):
-            for wanted in (end, end.rpartition(".")[0]):
-                if len(meant := self._by_end.get(wanted, [])) == 1:
-                    return f" (did you mean {meant[0]}?)"
+            if len(meant := self._by_end.get(end, [])) == 1:
+                return f" (did you mean {meant[0]}?)"
         return ""
 
 
 def _ends(name: str) -> list[str]:
-    """A name without regard to its spelling, and what is left of it without the first folder, the first two, ..."""
-    parts = nfc(str(PurePosixPath(name.replace("\\", "/")))).casefold().split("/")
-    return ["/".join(parts[number:]) for number in range(len(parts))]
+    """A name without regard to its spelling, without its ending, without the first folder, the first two, and so on."""
+    parts = PurePosixPath(nfc(name.replace("\\", "/")).casefold()).parts
+    ends = []
+    for number in range(len(parts)):
+        end = "/".join(parts[number:])
+        ends += [end, _ENDING.sub("", end)]
+    return list(dict.fromkeys(ends))
 
 
 def missing_folder(path: Path) -> Path | None:
