@@ -218,41 +218,37 @@ class Benchmark(ABC):
 
     def titles_in(self, splits: Iterable[Split]) -> dict[str, str]:
         """Metric -> its title in a table, of those that the queries of some splits have: groups, several targets."""
-        import numpy as np
-
-        scores = {}
-        for split in splits:
-            first = np.zeros(len(split.triplets), dtype=int)
-            ranks = Ranks(
-                first,
-                others=first[:, None] if split.most_other_targets else None,
-                in_group=first if split.has_groups else None,
-                kinds=split.queries_of_kinds,
-            )
-            scores[split.name] = self.score(ranks)
+        scores = {split.name: self._score_all(split, 0, others=0, in_group=0) for split in splits}
         return self.titled(self.summary(scores))
 
     def certain(self, splits: Iterable[Split], protocol: Protocol) -> dict[str, list[str]]:
         """Split's name -> its scores that are 100 even of targets that come last: recalls at as many as there are."""
+        certain = {}
+        for split in splits:
+            last = protocol.most_answers(split) - 1
+            in_group = max(len(triplet.group) for triplet in split.triplets) - 2
+            scores = self._score_all(split, last, others=NO_RANK, in_group=in_group)
+            certain[split.name] = [
+                name
+                for name, score in scores.items()
+                if name not in self.statistics and score >= 100
+            ]
+        return certain
+
+    def _score_all(
+        self, split: Split, named: int, *, others: int, in_group: int
+    ) -> dict[str, float]:
+        """The scores of a split whose queries all have the same ranks: of the named target, the others, in groups."""
         import numpy as np
 
-        scores = {}
-        for split in splits:
-            last = np.full(len(split.triplets), protocol.most_answers(split) - 1)
-            candidates = max(len(triplet.group) for triplet in split.triplets) - 1
-            ranks = Ranks(
-                last,
-                others=np.full((len(last), 1), NO_RANK) if split.most_other_targets else None,
-                in_group=np.full(len(last), candidates - 1) if split.has_groups else None,
-                kinds=split.queries_of_kinds,
-            )
-            means = {
-                name: score
-                for name, score in self.score(ranks).items()
-                if name not in self.statistics
-            }
-            scores[split.name] = [name for name, mean in means.items() if mean >= 100]
-        return scores
+        ones = np.ones(len(split.triplets), dtype=int)
+        ranks = Ranks(
+            named * ones,
+            others=others * ones[:, None] if split.most_other_targets else None,
+            in_group=in_group * ones if split.has_groups else None,
+            kinds=split.queries_of_kinds,
+        )
+        return self.score(ranks)
 
     def note_certain(self, splits: Sequence[Split], protocols: Iterable[Protocol]) -> None:
         """Say which scores of some splits are certain under some protocols, in a line, if there are any."""

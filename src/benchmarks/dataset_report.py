@@ -1,8 +1,9 @@
 """What a copy of a benchmark is: its counts beside the official ones, its images by role, what they do to metrics."""
 
+import itertools
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,6 +60,11 @@ class Report:
     def say(self, level: str, where: str, text: str, ids: Iterable[str] = ()) -> None:
         """Add a remark."""
         self.remarks.append(Remark(level, where, text, list(ids)))
+
+    def count(self, level: str, where: str, text: str, ids: Sequence[str]) -> None:
+        """Add a remark on ids, their number first, if there are any."""
+        if ids:
+            self.say(level, where, f"{len(ids):,} {text}", ids)
 
     @property
     def exit_code(self) -> int:
@@ -146,11 +152,9 @@ def _remark_on_asked_twice(
         if first.setdefault(asked, place) != place:
             again.append(f"entries {first[asked]} and {place}: {_query(benchmark, triplet)}")
     if records.is_secret:
-        _say_if(
-            again, NOTE, where, "queries are asked again; their targets may differ", report=report
-        )
+        report.count(NOTE, where, "queries are asked again; their targets may differ", again)
     else:
-        _say_if(again, FINDING, where, "triplets are there twice: they count twice", report=report)
+        report.count(FINDING, where, "triplets are there twice: they count twice", again)
 
 
 def _remark_on_captions(
@@ -169,13 +173,13 @@ def _remark_on_captions(
             wordless[NOTE if query in benchmark.official_wordless else FINDING].append(query)
         if len(triplet.captions) > len(set(triplet.captions)):
             same.append(query)
-    _say_if(empty, NOTE, split, "queries have an empty caption", report=report)
+    report.count(NOTE, split, "queries have an empty caption", empty)
     for level, queries in wordless.items():
         effect = (
             "queries have captions without a word: of punctuation alone, or none that says anything"
         )
-        _say_if(queries, level, split, effect, report=report)
-    _say_if(same, NOTE, split, "queries have the same caption twice", report=report)
+        report.count(level, split, effect, queries)
+    report.count(NOTE, split, "queries have the same caption twice", same)
 
 
 def lacks_words(triplet: Triplet) -> bool:
@@ -206,36 +210,24 @@ def _remark_on_training(
     report: Report,
 ) -> None:
     """Targets that repeat, and images of training that validation or test have too."""
-    targets: Counter[str] = Counter()
-    for triplet in triplets[train]:
-        targets.update(triplet.targets)
+    targets = Counter(_targets(triplets[train]))
     repeated = [name for name, count in targets.items() if count > 1]
     effect = "targets repeat: in one batch they are each other's negatives, unless --mask-duplicate-targets"
-    _say_if(repeated, NOTE, train, effect, report=report)
-    trained_on: set[str] = set()
-    for triplet in triplets[train]:
-        trained_on.update(triplet.images)
+    report.count(NOTE, train, effect, repeated)
+    trained_on = {*targets, *(triplet.reference for triplet in triplets[train])}
     for other in [split for split in triplets if split != train]:
         where = f"{train} and {other}"
         shared = sorted(set(listed[train]) & set(listed[other]))
-        _say_if(
-            shared,
-            NOTE,
-            where,
-            "images are in lists of both: splits are apart only within a part",
-            report=report,
+        report.count(
+            NOTE, where, "images are in lists of both: splits are apart only within a part", shared
         )
-        sought: set[str] = set()
-        for triplet in triplets[other]:
-            sought.update(triplet.targets)
-        seen = sorted(sought & trained_on)
-        _say_if(seen, NOTE, where, f"targets of {other} are in training triplets", report=report)
+        seen = sorted(trained_on.intersection(_targets(triplets[other])))
+        report.count(NOTE, where, f"targets of {other} are in training triplets", seen)
 
 
-def _say_if(ids: Sequence[str], level: str, where: str, text: str, *, report: Report) -> None:
-    """Remark on ids, their number first, if there are any."""
-    if ids:
-        report.say(level, where, f"{len(ids):,} {text}", ids)
+def _targets(triplets: Iterable[Triplet]) -> Iterator[str]:
+    """All targets of some triplets, as often as they are one."""
+    return itertools.chain.from_iterable(triplet.targets for triplet in triplets)
 
 
 def _query(benchmark: Benchmark, triplet: Triplet) -> str:
@@ -277,14 +269,16 @@ def remark_on_images(
                 deep.append(name)
         report.bad.update(bad)
         where = f"{part} {split}"
+        if all(_asks_for(triplet, bad) for triplet in records.triplets):
+            report.say(UNUSABLE, where, "every query has an image that cannot be decoded")
         missing = {name: path for name, path in needed.items() if inspections[path].is_missing}
         gone = _remark_on_missing(where, missing, report)
-        _remark_on_bad(
-            where, records, bad, gone=gone, trains=split == benchmark.train_split, report=report
-        )
+        others = {name: problem for name, problem in bad.items() if name not in gone}
+        trains = split == benchmark.train_split
+        _remark_on_bad(where, records, others, trains=trains, report=report)
         _remark_on_copies(where, records, digests, report)
         effect = "files have more than 8 bits a channel, of which all above 255 is read as white, as the original does"
-        _say_if(deep, FINDING, where, effect, report=report)
+        report.count(FINDING, where, effect, deep)
 
 
 def _layouts(benchmark: Benchmark, paths: Iterable[Path]) -> dict[str, int]:
@@ -302,9 +296,7 @@ def _layouts(benchmark: Benchmark, paths: Iterable[Path]) -> dict[str, int]:
 def _roles(records: Split) -> dict[str, set[str]]:
     """What a part's images are: references of queries, targets, and distractors, which are neither."""
     references = {triplet.reference for triplet in records.triplets}
-    targets: set[str] = set()
-    for triplet in records.triplets:
-        targets.update(triplet.targets)
+    targets = set(_targets(records.triplets))
     distractors = records.image_paths.keys() - references - targets
     return {"query": references, "target": targets, "distractor": distractors}
 
@@ -323,33 +315,19 @@ def _remark_on_missing(where: str, missing: Mapping[str, Path], report: Report) 
     folders = {name: missing_folder(path) for name, path in missing.items()}
     gone = {name for name, folder in folders.items() if folder}
     there = sorted({str(folder) for folder in folders.values() if folder})
-    _say_if(
-        there,
-        FINDING,
-        where,
-        f"folders are missing, and {len(gone):,} images with them",
-        report=report,
-    )
+    report.count(FINDING, where, f"folders are missing, and {len(gone):,} images with them", there)
     return gone
 
 
 def _remark_on_bad(
-    where: str,
-    records: Split,
-    bad: Mapping[str, str],
-    *,
-    gone: Container[str],
-    trains: bool,
-    report: Report,
+    where: str, records: Split, bad: Mapping[str, str], *, trains: bool, report: Report
 ) -> None:
-    """Files of a part that cannot be decoded, by problem and role, but for those that are gone with their folders."""
-    if all(_asks_for(triplet, bad) for triplet in records.triplets):
-        report.say(UNUSABLE, where, "every query has an image that cannot be decoded")
+    """Files of a part that cannot be decoded, by problem and role."""
     queries = len(records.triplets)
     gallery = len(records.names)
     for role, names in _roles(records).items():
         for problem in dict.fromkeys(bad.values()):
-            ids = [n for n in bad if n in names and n not in gone and bad[n] == problem]
+            ids = [name for name in bad if name in names and bad[name] == problem]
             lost = sum(_asks_for(triplet, set(ids)) for triplet in records.triplets)
             effects = {
                 "query": f"{lost} of {queries} queries cannot be asked; left out, the recalls are of the others",
@@ -359,7 +337,7 @@ def _remark_on_bad(
             effect = (
                 f"{lost} of {queries} triplets cannot be trained on" if trains else effects[role]
             )
-            _say_if(ids, FINDING, where, f"files {problem}, role {role}: {effect}", report=report)
+            report.count(FINDING, where, f"files {problem}, role {role}: {effect}", ids)
 
 
 def _asks_for(triplet: Triplet, names: Container[str]) -> bool:
@@ -388,7 +366,7 @@ def _remark_on_copies(
         text = f"files have the same content as another, role {role}: {effects[role]}"
         if largest > PLACEHOLDER:
             text += f"; up to {largest} are one picture, as a placeholder would be"
-        _say_if([name for name in copies if name in names], FINDING, where, text, report=report)
+        report.count(FINDING, where, text, [name for name in copies if name in names])
 
 
 def as_text(report: Report) -> str:
