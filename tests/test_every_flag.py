@@ -5,6 +5,7 @@ What decides about a flag's values is its type: values are tried on one flag of 
 
 import argparse
 import importlib
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -247,3 +248,30 @@ def test_a_default_that_nobody_wrote_down_is_said(capsys):
         ):
             assert end in told
         assert "be fast (default: off)" in told
+
+
+@pytest.mark.parametrize(
+    ("parser", "action"),
+    one_of_each_kind(
+        flags_where(lambda action: action.choices is not None and action.option_strings), kind_of
+    ),
+)
+def test_a_slip_in_a_choice_is_told(parser, action, refusal):
+    for choice in action.choices:
+        if isinstance(choice, str) and len(choice) > 4:
+            slip = choice[:3].lower() + choice[4:]
+            assert f"did you mean {choice}?" in refusal(parser, action, slip)
+            break
+    else:
+        pytest.skip("its choices are too short to be told by a slip")
+
+
+def test_a_path_is_found_in_both_forms_of_an_accent(tmp_path):
+    composed, apart = (
+        tmp_path / unicodedata.normalize(form, "ảnh/áo.jpg") for form in ("NFC", "NFD")
+    )
+    apart.parent.mkdir()
+    apart.touch()
+    assert usable_path(str(composed)) == apart
+    assert usable_path(str(apart)) == apart
+    assert usable_path(str(composed.with_name("khác"))) == apart.with_name("khác")

@@ -4,16 +4,21 @@ import csv
 import io
 import itertools
 import json
+import re
 import shutil
+import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import check_dataset
 from benchmarks import Triplets
+from benchmarks.exclusions import read_exclusions
 from benchmarks.metrics import NO_RANK, Ranks
-from benchmarks.splits import split_digest
+from benchmarks.splits import check_images_exist, split_digest
 from benchmarks.triplets import COLUMNS
 from combiner import Sum
 from conftest import CASES
@@ -21,11 +26,15 @@ from evaluation.rankings_file import make_records, read_rankings, write_rankings
 from evaluation.result_file import make_result, read_result, write_result
 from evaluation.retrieval import rank_all
 from models.features import FrozenSplit
+from reports.sheets import make_card
 from test_compare import MADE_BY
 from utils import UserError
 
 SPLITS = ("train", "val", "test")
-FULL = {"id": 1, "reference": "a.jpg", "caption": "is red", "target": "b.jpg", "group": ["a.jpg", "b.jpg"]}  # fmt: skip
+FULL = {
+    "id": 1, "reference": "a.jpg", "caption": "is red", "target": "b.jpg", "group": ["a.jpg", "b.jpg"],
+    "kind": "color",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -67,12 +76,14 @@ WRONG = {
     "target": [*NOTHING, *NO_TEXTS, "a.jpg", ["b.jpg", "b.jpg"], ["b.jpg", "./b.jpg"], "c.jpg"],
     "id": [True, 1.5, {}, [1], 2, "2", *NOTHING],
     "group": [*NO_TEXTS, ["a.jpg"], "a.jpg", *NOTHING],
+    "kind": [True, 1.5, {}, [None], ["a", ""]],
 }
 CASES_OF_LINES = []
 for key, values in WRONG.items():
     for value in values:
         CASES_OF_LINES.append(pytest.param(key, value, id=f"{key} {json.dumps(value)}"))
-    CASES_OF_LINES.append(pytest.param(key, ..., id=f"{key} missing"))
+    if key != "kind":
+        CASES_OF_LINES.append(pytest.param(key, ..., id=f"{key} missing"))
 
 
 CASES_OF_CELLS = []
@@ -195,22 +206,14 @@ def test_a_missing_split_is_named(folder):
         assert f"{split}.jsonl" in refused(folder, split)
 
 
-WRONG_LINES = {
-    "no JSON": "{",
-    "no reference": json.dumps({**FULL, "id": 2, "reference": None}),
-    "an id twice": json.dumps(FULL),
-    "a group without the target": json.dumps({**FULL, "id": 2, "group": ["a.jpg", "c.jpg"]}),
-    "an empty caption": json.dumps({**FULL, "id": 2, "caption": ""}),
-    "a target in no gallery": json.dumps({**FULL, "id": 2, "target": "c.jpg", "group": ["c.jpg"]}),
-}
-
-
-@pytest.mark.parametrize("what", WRONG_LINES)
+@pytest.mark.parametrize(
+    "line", ["{", json.dumps({**FULL, "target": "c.jpg"})], ids=["no JSON", "in no gallery"]
+)
 @pytest.mark.parametrize("door", ["clip_fine_tune", "combiner_train", "validate"])
-def test_scripts_refuse_in_one_line(what, door, folder, fails):
+def test_scripts_refuse_in_one_line(line, door, folder, fails):
     """Exit code 2, the file and the line, before anything is loaded or written."""
     for split in ("train", "val"):
-        (folder / f"{split}.jsonl").write_text(f"{json.dumps(FULL)}\n{WRONG_LINES[what]}\n")
+        (folder / f"{split}.jsonl").write_text(f"{json.dumps(FULL)}\n{line}\n")
         (folder / f"gallery.{split}.txt").write_text("a.jpg\nb.jpg\n")
     flags = ["--combining-function", "sum"] if door == "validate" else []
     error = fails(door, folder.parent, "--dataset", "Triplets", *flags)
@@ -235,9 +238,31 @@ def as_table(lines: list[dict], separator: str) -> str:
     return text.getvalue()
 
 
-@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def as_workbook(table: str) -> bytes:
+    """What Excel would save of a table with commas; a number is one, and the second sheet has notes."""
+    openpyxl = pytest.importorskip("openpyxl", reason="workbooks need openpyxl")
+    book = openpyxl.Workbook()
+    for row in csv.reader(io.StringIO(table)):
+        book.active.append([int(cell) if cell.isdigit() else cell or None for cell in row])
+    book.create_sheet("notes").append(["not read"])
+    content = io.BytesIO()
+    book.save(content)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("ending", "separator", "told"),
+    [
+        (".csv", ",", ""),
+        (".CSV", ";", ""),
+        (".csv", "\t", ""),
+        (".csv", "|", "sep=|\r\n"),
+        (".tsv", "\t", ""),
+        (".xlsx", ",", ""),
+    ],
+)
 @pytest.mark.parametrize("split", SPLITS)
-def test_a_table_says_the_same(split, separator, own_drawn):
+def test_a_table_says_the_same(split, ending, separator, told, own_drawn):
     folder = own_drawn / "triplets_dataset"
     whole = read(folder, split)
     file = folder / f"{split}.jsonl"
@@ -248,7 +273,9 @@ def test_a_table_says_the_same(split, separator, own_drawn):
     assert changed != split_digest(whole)
     file.unlink()
     table = as_table(lines, separator)
-    (folder / f"{split}.csv").write_bytes(b"\xef\xbb\xbf" + table.encode())
+    content = b"\xef\xbb\xbf" + (told + table).encode()
+    is_workbook = ending == ".xlsx"
+    (folder / f"{split}{ending}").write_bytes(as_workbook(table) if is_workbook else content)
     again = read(folder, split)
     assert split_digest(again) == changed
     assert [t.pair_id for t in again.triplets] == [t.pair_id for t in whole.triplets]
@@ -272,7 +299,10 @@ def test_a_wrong_cell_is_named_with_its_row(key, value, folder):
         ("reference,target\na.jpg,b.jpg\n", "should name the columns"),
         ("reference,caption,target\na.jpg,red, with dots,b.jpg\n", "row 2 has 4 cells"),
         ("reference,caption,target\na.jpg,red\n", "row 2 has 2 cells"),
-        ('reference,caption,target\na.jpg,"red" dots,b.jpg\n', "no table"),
+        ("reference,caption,target\na.jpg,red,b.jpg" + 999 * ",", "row 2"),
+        ('reference,caption,target\n\na.jpg,"red" dots,b.jpg\n', "no table: row 3"),
+        ('reference,caption,target\na.jpg,"x\ny",b.jpg\na.jpg,"red,b.jpg\n', "no table: row 3"),
+        ("", "is empty"),
         ("reference,caption,target\n", "no triplets"),
         ("reference,caption\na.jpg,red\n", "row 2: target"),
     ],
@@ -280,6 +310,139 @@ def test_a_wrong_cell_is_named_with_its_row(key, value, folder):
 def test_tables_that_are_none(text, expected, folder):
     (folder / "val.csv").write_text(text)
     assert expected in refused(folder)
+
+
+BAD_TABLES = {
+    "no zip": b"reference,caption",
+    "half": None,
+    "a zip of nothing": b"PK\5\6" + bytes(18),
+}
+
+
+@pytest.mark.parametrize("what", BAD_TABLES)
+def test_workbooks_that_are_none(what, folder):
+    whole = as_workbook(as_table([FULL], ","))
+    (folder / "val.xlsx").write_bytes(BAD_TABLES[what] or whole[: len(whole) // 2])
+    assert "no workbook" in refused(folder)
+
+
+def test_workbooks_need_openpyxl(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    (folder / "val.xlsx").write_bytes(b"")
+    assert "pip install openpyxl" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("cell", "captions"),
+    [
+        ("black|white striped", ["black|white striped"]),
+        ("is red | red", ["is red", "red"]),
+        ("is red| red |x", ["is red", "red", "x"]),
+        ("['is red', \"it's\"]", ["is red", "it's"]),
+        ("[sic] red", ["[sic] red"]),
+    ],
+)
+def test_a_cell_holds_what_its_writer_meant(cell, captions, folder, caplog):
+    rows = [
+        ("reference", "caption", "target"),
+        ("a.jpg", cell, "b.jpg|c.jpg"),
+        ("a.jpg", "x", "['d.jpg']"),
+    ]
+    with (folder / "val.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    first, second = read(folder).triplets
+    assert list(first.captions) == captions
+    assert (first.targets, second.targets) == (("b.jpg", "c.jpg"), ("d.jpg",))
+    assert ("without spaces" in caplog.text) == ("|" in captions[0])
+
+
+@pytest.mark.parametrize("cell", ["nan", " NaN ", "None", "<NA>", "#N/A", "['is red' 'red']"])
+@pytest.mark.parametrize("column", ["caption", "id"])
+def test_a_cell_that_stands_for_nothing(cell, column, folder):
+    row = {"reference": "a.jpg", "caption": "is red", "target": "b.jpg", "id": "1", "kind": "color"}
+    (folder / "val.csv").write_text(
+        f"{','.join(row)}\n{','.join({**row, column: cell}.values())}\n"
+    )
+    error = refused(folder)
+    assert f"row 2 has the {column} " in error
+    assert cell.strip() in error
+
+
+@pytest.mark.parametrize("name", ["val.csv", "val.jsonl"])
+def test_all_that_is_wrong_is_told_at_once(name, folder):
+    """What a row holds, and then what it names; twenty of them, and the number of the others."""
+    rows = ["a.jpg,is red,b.jpg", *["a.jpg,,b.jpg"] * 12, "a.jpg", *["a.jpg,x,"] * 12]
+    lines = [dict(zip(("reference", "caption", "target"), row.split(","), strict=False)) for row in rows]  # fmt: skip
+    table = "\n".join(["reference,caption,target", *rows])
+    text = table if name.endswith("csv") else "\n".join(map(json.dumps, lines))
+    (folder / name).write_text(text)
+    where, first = ("row", 3) if name.endswith("csv") else ("line", 2)
+    error = refused(folder)
+    assert [f"{where} {number}" in error for number in range(first, first + 21)] == [True] * 20 + [False]  # fmt: skip
+    assert "and 5 more" in error
+    (folder / name).unlink()
+    write_lines(folder, "val", [{**FULL, "id": str(number), "target": "a.jpg"} for number in range(3)])  # fmt: skip
+    error = refused(folder)
+    assert [f"line {number}: its target is its reference" in error for number in (1, 2, 3)] == [True] * 3  # fmt: skip
+
+
+# Names
+
+
+COMPOSED, APART = (unicodedata.normalize(form, "áo/ghế.jpg") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize(("written", "stored"), [(COMPOSED, APART), (APART, COMPOSED)])
+def test_both_forms_of_an_accent_are_one_name(written, stored, folder):
+    """In queries, in the gallery and on the disk, as macOS and Windows write them."""
+    (folder / "images" / stored).parent.mkdir()
+    for name in (stored, "a.jpg"):
+        (folder / "images" / name).write_bytes(b"x")
+    lines = [{"reference": "a.jpg", "caption": "x", "target": name} for name in (written, stored)]
+    write_lines(folder, "val", lines)
+    for gallery in (None, f"a.jpg\n{stored}\n", f"{written}\na.jpg\n"):
+        if gallery:
+            (folder / "gallery.val.txt").write_text(gallery)
+        split = read(folder)
+        check_images_exist([split])
+        assert sorted(split.names) == ["a.jpg", COMPOSED]
+        assert split.image_paths[COMPOSED] == folder / "images" / stored
+    exclusions = folder / "exclusions.json"
+    exclusions.write_text(json.dumps({"dataset": "Triplets", "images": {APART: "damaged"}}))
+    assert read_exclusions(exclusions, "Triplets") == {COMPOSED: "damaged"}
+
+
+@pytest.mark.parametrize(
+    "written", ["Boots/17.JPG", "boots\\17.jpg", "images/boots/17.jpg", "17.jpg", "boots/17"]
+)
+def test_a_near_name_is_told(written, folder):
+    """Where the folder says what there is, and where a list of the gallery does."""
+    (folder / "images" / "boots").mkdir()
+    for name in ("a.jpg", "b.jpg", "boots/17.jpg", "boots/171.jpg"):
+        (folder / "images" / name).write_bytes(b"x")
+    write_lines(folder, "val", [{"reference": "a.jpg", "caption": "x", "target": written}])
+    with pytest.raises(UserError, match=r"\(did you mean (boots/)?17\.jpg\?\)"):
+        check_images_exist([read(folder)])
+    (folder / "gallery.val.txt").write_text("a.jpg\nboots/17.jpg\nboots/171.jpg\n")
+    assert "(did you mean boots/17.jpg?)" in refused(folder)
+
+
+def test_a_near_file_is_told(folder):
+    (folder / "val.xls").touch()
+    assert "val.jsonl is missing (did you mean val.xls?): " in refused(folder)
+
+
+def test_a_missing_folder_is_one_line(folder):
+    write_lines(folder, "val", [FULL])
+    (folder / "images").rmdir()
+    with pytest.raises(UserError, match=re.escape(f"there is no {folder / 'images'}:")):
+        check_images_exist([read(folder)])
+    report = check_dataset.check(Triplets(folder.parent), ["val"], official=True, workers=0)
+    about_files = [r for r in report.remarks if "missing" in r.text]
+    assert [(r.text, r.ids) for r in about_files] == [
+        ("1 folders are missing, and 2 images with them", [str(folder / "images")])
+    ]
+    assert report.exit_code == 2
 
 
 # Training
@@ -398,6 +561,28 @@ def test_every_kind_of_data_is_measured_and_read_again(given, own_drawn, tmp_pat
             hits.append(target in nearest[:5])
             assert query["pair_id"] == (str(line["id"]) if has_id else None)
         assert metrics["recall_at5"] == pytest.approx(100 * np.mean(hits))
+
+
+def test_recall_by_kind(own_drawn, tmp_path):
+    """Of the queries of each kind, in what is printed, stored and read again; a query may have none, or two."""
+    folder = own_drawn / "triplets_dataset"
+    lines = list(map(json.loads, (folder / "val.jsonl").read_text().splitlines()))
+    kinds = [("color",), ("color", "shape"), (), ("shape  of\nit",)]
+    for number, line in enumerate(lines):
+        line["kind"] = list(kinds[number % 4])
+    write_lines(folder, "val", lines)
+    benchmark = Triplets(own_drawn)
+    assert {"R@10 color", "R@10 shape of it"} < set(benchmark.titles_in(benchmark.val()).values())
+    result, rankings = measured(benchmark, tmp_path)
+    expected = {"color": (0, 1), "shape": (1,), "shape of it": (3,)}
+    for name, of_protocol in result["protocols"].items():
+        found = [query["protocols"][name]["rank"] < 10 for query in rankings["queries"]["val"]]
+        for kind, places in expected.items():
+            of_kind = [hit for number, hit in enumerate(found) if number % 4 in places]
+            metric = of_protocol["metrics"][f"recall_at10_of_{kind}"]
+            assert metric == pytest.approx(100 * np.mean(of_kind))
+    card = make_card("val:1", rankings["queries"]["val"][1], "original-kept", k=1)
+    assert list(card.kinds) == ["color", "shape"]
 
 
 def measured(benchmark: Triplets, folder: Path) -> tuple[dict, dict]:

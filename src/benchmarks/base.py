@@ -3,17 +3,18 @@
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType, NoneType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.entries import OFFICIAL
+from benchmarks.entries import OFFICIAL, refuse_all
 from benchmarks.metrics import NO_RANK, Metric, Ranks, Statistic, percentage
 from benchmarks.places import locate
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED, Protocol
 from benchmarks.splits import Split, Triplet
+from runtime.spelling import Spellings
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -41,8 +42,6 @@ class Benchmark(ABC):
         official_wordless: queries of the official files that have a caption without a word, as reports call them.
         counts_explained: what the official counts look like, and are not; "" where they mislead nobody.
         id_name: what its files call the id of a query.
-        id_types: the types that an id has; that of None where a query may have none.
-        group_size: images in a query's group, its reference among them; 0 without groups, None where that differs.
         concept_template: what protocols with the concept ask, {shared_concept} and {relative_caption} in it; "" where a
             benchmark has no concepts.
         protocols: the protocols it is measured under, that of the original implementation first.
@@ -68,8 +67,6 @@ class Benchmark(ABC):
     official_wordless: tuple[str, ...] = ()
     counts_explained: str = ""
     id_name: str = "id"
-    id_types: tuple[type, ...] = (NoneType,)
-    group_size: int | None = 0
     concept_template: str = ""
     protocols: tuple[Protocol, ...] = (ORIGINAL_KEPT, ORIGINAL_REMOVED)
     reported: Mapping[str, Metric]
@@ -167,14 +164,19 @@ class Benchmark(ABC):
         )
         triplets: list[Triplet] = []
         first_with: dict[int | str, str] = {}
+        faults: list[str] = []
+        known = Spellings(paths)
         for where, triplet in self.queries(queries_file, split):
-            faults = self._faults(triplet, split, paths, images_file)
+            faults += [
+                f"{where}: {fault}" for fault in self._faults(triplet, split, known, images_file)
+            ]
             own = triplet.pair_id
             if own is not None and first_with.setdefault(own, where) != where:
-                faults.append(f"its {self.id_name} {own} is also that of {first_with[own]}")
-            if faults:
-                raise UserError(f"{queries_file}: {where}: {faults[0]}: {self.remedy}")
+                faults.append(
+                    f"{where}: its {self.id_name} {own} is also that of {first_with[own]}"
+                )
             triplets.append(replace(triplet, place=len(triplets)))
+        refuse_all(queries_file, faults, self.remedy)
         if not triplets:
             raise UserError(f"{queries_file}: no triplets: {self.remedy}")
         whole = Split(name=self.part_name(part, split), triplets=triplets, image_paths=paths)
@@ -186,13 +188,13 @@ class Benchmark(ABC):
         return remaining
 
     def _faults(
-        self, triplet: Triplet, split: str, known: Container[str], images_file: Path
+        self, triplet: Triplet, split: str, known: Spellings, images_file: Path
     ) -> list[str]:
         """What is wrong with a query beyond its own fields."""
         faults = []
         for name in (*triplet.images, *triplet.group):
-            if name not in known:
-                faults.append(f"the image {name} is not in {images_file}")
+            if name not in known.names:
+                faults.append(f"the image {name} is not in {images_file}{known.hint(name)}")
         if split != self.train_split and triplet.reference in triplet.targets:
             faults.append("its target is its reference")
         if len(set(triplet.targets)) < len(triplet.targets):
@@ -210,47 +212,43 @@ class Benchmark(ABC):
             scores[split.name] = self.score(rankings[split.name].ranks_in(split))
         return self.summary(scores)
 
-    def titled(self, metrics: Container[str]) -> dict[str, str]:
+    def titled(self, metrics: Collection[str]) -> dict[str, str]:
         """Metric -> its title in a table, of those that were measured."""
         return {metric: title for metric, title in self.titles.items() if metric in metrics}
 
     def titles_in(self, splits: Iterable[Split]) -> dict[str, str]:
         """Metric -> its title in a table, of those that the queries of some splits have: groups, several targets."""
-        import numpy as np
-
-        scores = {}
-        for split in splits:
-            first = np.zeros(len(split.triplets), dtype=int)
-            ranks = Ranks(
-                first,
-                others=first[:, None] if split.most_other_targets else None,
-                in_group=first if split.has_groups else None,
-                kinds=split.queries_of_kinds,
-            )
-            scores[split.name] = self.score(ranks)
+        scores = {split.name: self._score_all(split, 0, others=0, in_group=0) for split in splits}
         return self.titled(self.summary(scores))
 
     def certain(self, splits: Iterable[Split], protocol: Protocol) -> dict[str, list[str]]:
         """Split's name -> its scores that are 100 even of targets that come last: recalls at as many as there are."""
+        certain = {}
+        for split in splits:
+            last = protocol.most_answers(split) - 1
+            in_group = max(len(triplet.group) for triplet in split.triplets) - 2
+            scores = self._score_all(split, last, others=NO_RANK, in_group=in_group)
+            certain[split.name] = [
+                name
+                for name, score in scores.items()
+                if name not in self.statistics and score >= 100
+            ]
+        return certain
+
+    def _score_all(
+        self, split: Split, named: int, *, others: int, in_group: int
+    ) -> dict[str, float]:
+        """The scores of a split whose queries all have the same ranks: of the named target, the others, in groups."""
         import numpy as np
 
-        scores = {}
-        for split in splits:
-            last = np.full(len(split.triplets), protocol.most_answers(split) - 1)
-            candidates = max(len(triplet.group) for triplet in split.triplets) - 1
-            ranks = Ranks(
-                last,
-                others=np.full((len(last), 1), NO_RANK) if split.most_other_targets else None,
-                in_group=np.full(len(last), candidates - 1) if split.has_groups else None,
-                kinds=split.queries_of_kinds,
-            )
-            means = {
-                name: score
-                for name, score in self.score(ranks).items()
-                if name not in self.statistics
-            }
-            scores[split.name] = [name for name, mean in means.items() if mean >= 100]
-        return scores
+        ones = np.ones(len(split.triplets), dtype=int)
+        ranks = Ranks(
+            named * ones,
+            others=others * ones[:, None] if split.most_other_targets else None,
+            in_group=in_group * ones if split.has_groups else None,
+            kinds=split.queries_of_kinds,
+        )
+        return self.score(ranks)
 
     def note_certain(self, splits: Sequence[Split], protocols: Iterable[Protocol]) -> None:
         """Say which scores of some splits are certain under some protocols, in a line, if there are any."""

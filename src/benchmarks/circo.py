@@ -100,7 +100,6 @@ class CIRCO(Benchmark):
     train_split = None
     official = {"unlabeled2017.val": (220, 123_403), "unlabeled2017.test": (800, 123_403)}
     counts_explained = "Both splits search one gallery"
-    id_types = (int,)
     concept_template = "Find a picture that also {shared_concept}, but {relative_caption}"
     protocols = (ORIGINAL_KEPT, ORIGINAL_REMOVED, CONCEPT_KEPT, CONCEPT_REMOVED)
     reported = {

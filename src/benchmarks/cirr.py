@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from benchmarks.base import Benchmark, official_files
-from benchmarks.entries import Distinct, Entry, FromList, Query, read_queries
+from benchmarks.entries import Distinct, Entry, FromList, ImageName, Query, read_queries
 from benchmarks.metrics import Metric, Ranks, means
 from benchmarks.protocols import ORIGINAL_REMOVED
 from benchmarks.splits import Triplet
@@ -30,9 +30,9 @@ class CirrTrainQuery(Query):
     """An entry of `cap.rc2.train.json`, whose group no training reads."""
 
     pairid: int
-    reference: str
+    reference: ImageName
     caption: str
-    target_hard: str
+    target_hard: ImageName
 
     def triplet(self) -> Triplet:
         return Triplet(
@@ -46,14 +46,14 @@ class CirrTrainQuery(Query):
 class CirrGroup(Entry):
     """Six images like each other, the query's reference and its target among them."""
 
-    members: Annotated[tuple[str, ...], FromList, Field(min_length=6, max_length=6), Distinct]
+    members: Annotated[tuple[ImageName, ...], FromList, Field(min_length=6, max_length=6), Distinct]
 
 
 class CirrTestQuery(Query):
     """An entry of `cap.rc2.test1.json`."""
 
     pairid: int
-    reference: str
+    reference: ImageName
     caption: str
     img_set: CirrGroup
 
@@ -69,7 +69,7 @@ class CirrTestQuery(Query):
 class CirrQuery(CirrTestQuery):
     """An entry of `cap.rc2.val.json`."""
 
-    target_hard: str
+    target_hard: ImageName
 
     def triplet(self) -> Triplet:
         return replace(super().triplet(), target=self.target_hard)
@@ -86,8 +86,6 @@ class CIRR(Benchmark):
     official = {"rc2.train": (28225, 16939), "rc2.val": (4181, 2297), "rc2.test1": (4148, 2315)}
     official_wordless = ("pairid 27098",)  # a space
     id_name = "pairid"
-    id_types = (int,)
-    group_size = 6
     protocols = (ORIGINAL_REMOVED,)
     reported = {
         **{f"recall_at{k}": Metric(f"R@{k}") for k in RECALLS},
@@ -106,7 +104,7 @@ class CIRR(Benchmark):
         return [root, root / "img_raw", root / "images"]
 
     def image_places(self, images_file: Path) -> dict[str, str]:
-        return read_checked(dict[str, str], images_file, remedy=self.remedy)
+        return read_checked(dict[ImageName, str], images_file, remedy=self.remedy)
 
     def queries(self, queries_file: Path, split: str) -> Iterable[tuple[str, Triplet]]:
         schema = CirrTestQuery if split == self.test_split else CirrQuery

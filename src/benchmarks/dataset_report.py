@@ -1,14 +1,16 @@
 """What a copy of a benchmark is: its counts beside the official ones, its images by role, what they do to metrics."""
 
+import itertools
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.base import Benchmark
 from benchmarks.splits import Split, Triplet
+from runtime.spelling import hint_of_file, missing_folder
 from utils import UserError, printable
 
 if TYPE_CHECKING:
@@ -17,9 +19,8 @@ if TYPE_CHECKING:
 FINDING = "finding"
 NOTE = "note"
 UNUSABLE = "unusable"
-PLACEHOLDER = (
-    3  # files of one content; more look like a picture that stands for images that are gone
-)
+PLACEHOLDER = 3  # files of one content; more look like one that stands for images that are gone
+EXAMPLES = 3  # ids that people are shown of a remark
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Report:
     def say(self, level: str, where: str, text: str, ids: Iterable[str] = ()) -> None:
         """Add a remark."""
         self.remarks.append(Remark(level, where, text, list(ids)))
+
+    def count(self, level: str, where: str, text: str, ids: Sequence[str]) -> None:
+        """Add a remark on ids, their number first, if there are any."""
+        if ids:
+            self.say(level, where, f"{len(ids):,} {text}", ids)
 
     @property
     def exit_code(self) -> int:
@@ -146,11 +152,9 @@ def _remark_on_asked_twice(
         if first.setdefault(asked, place) != place:
             again.append(f"entries {first[asked]} and {place}: {_query(benchmark, triplet)}")
     if records.is_secret:
-        _say_if(
-            again, NOTE, where, "queries are asked again; their targets may differ", report=report
-        )
+        report.count(NOTE, where, "queries are asked again; their targets may differ", again)
     else:
-        _say_if(again, FINDING, where, "triplets are there twice: they count twice", report=report)
+        report.count(FINDING, where, "triplets are there twice: they count twice", again)
 
 
 def _remark_on_captions(
@@ -169,13 +173,13 @@ def _remark_on_captions(
             wordless[NOTE if query in benchmark.official_wordless else FINDING].append(query)
         if len(triplet.captions) > len(set(triplet.captions)):
             same.append(query)
-    _say_if(empty, NOTE, split, "queries have an empty caption", report=report)
+    report.count(NOTE, split, "queries have an empty caption", empty)
     for level, queries in wordless.items():
         effect = (
             "queries have captions without a word: of punctuation alone, or none that says anything"
         )
-        _say_if(queries, level, split, effect, report=report)
-    _say_if(same, NOTE, split, "queries have the same caption twice", report=report)
+        report.count(level, split, effect, queries)
+    report.count(NOTE, split, "queries have the same caption twice", same)
 
 
 def lacks_words(triplet: Triplet) -> bool:
@@ -206,36 +210,24 @@ def _remark_on_training(
     report: Report,
 ) -> None:
     """Targets that repeat, and images of training that validation or test have too."""
-    targets: Counter[str] = Counter()
-    for triplet in triplets[train]:
-        targets.update(triplet.targets)
+    targets = Counter(_targets(triplets[train]))
     repeated = [name for name, count in targets.items() if count > 1]
     effect = "targets repeat: in one batch they are each other's negatives, unless --mask-duplicate-targets"
-    _say_if(repeated, NOTE, train, effect, report=report)
-    trained_on: set[str] = set()
-    for triplet in triplets[train]:
-        trained_on.update(triplet.images)
+    report.count(NOTE, train, effect, repeated)
+    trained_on = {*targets, *(triplet.reference for triplet in triplets[train])}
     for other in [split for split in triplets if split != train]:
         where = f"{train} and {other}"
         shared = sorted(set(listed[train]) & set(listed[other]))
-        _say_if(
-            shared,
-            NOTE,
-            where,
-            "images are in lists of both: splits are apart only within a part",
-            report=report,
+        report.count(
+            NOTE, where, "images are in lists of both: splits are apart only within a part", shared
         )
-        sought: set[str] = set()
-        for triplet in triplets[other]:
-            sought.update(triplet.targets)
-        seen = sorted(sought & trained_on)
-        _say_if(seen, NOTE, where, f"targets of {other} are in training triplets", report=report)
+        seen = sorted(trained_on.intersection(_targets(triplets[other])))
+        report.count(NOTE, where, f"targets of {other} are in training triplets", seen)
 
 
-def _say_if(ids: Sequence[str], level: str, where: str, text: str, *, report: Report) -> None:
-    """Remark on ids, their number first, if there are any."""
-    if ids:
-        report.say(level, where, f"{len(ids):,} {text}", ids)
+def _targets(triplets: Iterable[Triplet]) -> Iterator[str]:
+    """All targets of some triplets, as often as they are one."""
+    return itertools.chain.from_iterable(triplet.targets for triplet in triplets)
 
 
 def _query(benchmark: Benchmark, triplet: Triplet) -> str:
@@ -267,7 +259,8 @@ def remark_on_images(
         bad = {}
         digests = {}
         deep = []
-        for name, path in needed_images(benchmark, split, records).items():
+        needed = needed_images(benchmark, split, records)
+        for name, path in needed.items():
             if inspections[path].problem:
                 bad[name] = inspections[path].problem
             else:
@@ -276,10 +269,16 @@ def remark_on_images(
                 deep.append(name)
         report.bad.update(bad)
         where = f"{part} {split}"
-        _remark_on_bad(where, records, bad, trains=split == benchmark.train_split, report=report)
+        if all(_asks_for(triplet, bad) for triplet in records.triplets):
+            report.say(UNUSABLE, where, "every query has an image that cannot be decoded")
+        missing = {name: path for name, path in needed.items() if inspections[path].is_missing}
+        gone = _remark_on_missing(where, missing, report)
+        others = {name: problem for name, problem in bad.items() if name not in gone}
+        trains = split == benchmark.train_split
+        _remark_on_bad(where, records, others, trains=trains, report=report)
         _remark_on_copies(where, records, digests, report)
         effect = "files have more than 8 bits a channel, of which all above 255 is read as white, as the original does"
-        _say_if(deep, FINDING, where, effect, report=report)
+        report.count(FINDING, where, effect, deep)
 
 
 def _layouts(benchmark: Benchmark, paths: Iterable[Path]) -> dict[str, int]:
@@ -297,19 +296,33 @@ def _layouts(benchmark: Benchmark, paths: Iterable[Path]) -> dict[str, int]:
 def _roles(records: Split) -> dict[str, set[str]]:
     """What a part's images are: references of queries, targets, and distractors, which are neither."""
     references = {triplet.reference for triplet in records.triplets}
-    targets: set[str] = set()
-    for triplet in records.triplets:
-        targets.update(triplet.targets)
+    targets = set(_targets(records.triplets))
     distractors = records.image_paths.keys() - references - targets
     return {"query": references, "target": targets, "distractor": distractors}
+
+
+def _remark_on_missing(where: str, missing: Mapping[str, Path], report: Report) -> set[str]:
+    """Folders of a part that are missing, and files that may be there under another name.
+
+    Returns:
+        The images in the folders that are missing.
+    """
+    hints = [name + hint_of_file(path) for name, path in list(missing.items())[:EXAMPLES]]
+    if any("did you mean" in hint for hint in hints):
+        report.say(
+            FINDING, where, f"other files are there instead of missing ones: {', '.join(hints)}"
+        )
+    folders = {name: missing_folder(path) for name, path in missing.items()}
+    gone = {name for name, folder in folders.items() if folder}
+    there = sorted({str(folder) for folder in folders.values() if folder})
+    report.count(FINDING, where, f"folders are missing, and {len(gone):,} images with them", there)
+    return gone
 
 
 def _remark_on_bad(
     where: str, records: Split, bad: Mapping[str, str], *, trains: bool, report: Report
 ) -> None:
     """Files of a part that cannot be decoded, by problem and role."""
-    if all(_asks_for(triplet, bad) for triplet in records.triplets):
-        report.say(UNUSABLE, where, "every query has an image that cannot be decoded")
     queries = len(records.triplets)
     gallery = len(records.names)
     for role, names in _roles(records).items():
@@ -324,7 +337,7 @@ def _remark_on_bad(
             effect = (
                 f"{lost} of {queries} triplets cannot be trained on" if trains else effects[role]
             )
-            _say_if(ids, FINDING, where, f"files {problem}, role {role}: {effect}", report=report)
+            report.count(FINDING, where, f"files {problem}, role {role}: {effect}", ids)
 
 
 def _asks_for(triplet: Triplet, names: Container[str]) -> bool:
@@ -353,10 +366,10 @@ def _remark_on_copies(
         text = f"files have the same content as another, role {role}: {effects[role]}"
         if largest > PLACEHOLDER:
             text += f"; up to {largest} are one picture, as a placeholder would be"
-        _say_if([name for name in copies if name in names], FINDING, where, text, report=report)
+        report.count(FINDING, where, text, [name for name in copies if name in names])
 
 
-def as_text(report: Report, examples: int = 3) -> str:
+def as_text(report: Report) -> str:
     """The report for people."""
     lines = [report.dataset, "  entries   official  file"]
     lines += [f"  {count:7,}   {official:8,}  {file}" for file, count, official in report.files]
@@ -364,7 +377,7 @@ def as_text(report: Report, examples: int = 3) -> str:
     if report.images:
         lines.append(f"  {report.images:7,} needed, {report.images - len(report.bad):,} decoded")
     for remark in report.remarks:
-        named = ", ".join(remark.ids[:examples]) + (", ..." if len(remark.ids) > examples else "")
+        named = ", ".join(remark.ids[:EXAMPLES]) + (", ..." if len(remark.ids) > EXAMPLES else "")
         lines.append(
             f"  {remark.level}: {remark.where}: {remark.text}" + (f" ({named})" if named else "")
         )

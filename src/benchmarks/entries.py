@@ -9,9 +9,12 @@ from pydantic_core import PydanticCustomError
 
 from benchmarks.splits import Triplet
 from runtime.schema import Schema, read_checked
+from runtime.spelling import nfc
+from utils import UserError
 
 # What to do with a file that nobody should edit.
 OFFICIAL = "download the official annotation file again"
+SHOWN = 20  # faults of a file that a message names
 
 
 def distinct(values: Sequence[Hashable]) -> Sequence[Hashable]:
@@ -21,6 +24,13 @@ def distinct(values: Sequence[Hashable]) -> Sequence[Hashable]:
     return values
 
 
+def refuse_all(file: Path, faults: Sequence[str], remedy: str) -> None:
+    """Raise UserError where a file has faults: the first of them, and how many more."""
+    if faults:
+        more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        raise UserError(f"{file}: {'; '.join(faults[:SHOWN])}{more}: {remedy}")
+
+
 def _as_text(value: object) -> object:
     is_number = isinstance(value, int) and not isinstance(value, bool)
     return str(value) if is_number else value
@@ -28,7 +38,9 @@ def _as_text(value: object) -> object:
 
 Distinct = AfterValidator(distinct)
 FromList = Strict(False)  # JSON knows lists alone
-Name = Annotated[str, BeforeValidator(_as_text)]  # of a query: a text, or a whole number as one
+ImageName = Annotated[str, AfterValidator(nfc)]
+# Of a query: a text, or a whole number as one.
+Name = Annotated[str, BeforeValidator(_as_text), AfterValidator(nfc)]
 
 
 class Entry(Schema):

@@ -6,10 +6,11 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.entries import Entry
+from benchmarks.entries import Entry, ImageName
 from benchmarks.splits import Split
 from runtime.files import write_text
 from runtime.schema import read_checked
+from runtime.spelling import Spellings
 from utils import UserError
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ class Exclusions(Entry):
     """A file of `check_dataset.py --write-exclusions`: image id -> the reason to leave it out."""
 
     dataset: str
-    images: dict[str, str]
+    images: dict[ImageName, str]
 
 
 def write_exclusions(file: Path, dataset: str, reasons: Mapping[str, str]) -> None:
@@ -63,8 +64,10 @@ def excluded(splits: Iterable[Split]) -> dict[str, dict[str, Any]]:
 def announce(wanted: Collection[str], splits: Iterable[Split]) -> None:
     """Log what was left out of each split, and how many of the images to leave out are in none of them."""
     left_out: set[str] = set()
+    known: set[str] = set()
     for split in splits:
         left_out.update(split.excluded_images)
+        known.update(split.names)
         if split.excluded_images:
             images = len(split.excluded_images)
             lost = f"{images} images and the {split.excluded_triplets} triplets that ask with or for them"
@@ -77,7 +80,9 @@ def announce(wanted: Collection[str], splits: Iterable[Split]) -> None:
                 split.smaller_groups,
             )
     if others := [name for name in wanted if name not in left_out]:
-        shown = ", ".join([*others[:EXAMPLES], "..."] if len(others) > EXAMPLES else others)
+        spellings = Spellings(known)
+        named = [name + spellings.hint(name) for name in others[:EXAMPLES]]
+        shown = ", ".join([*named, "..."] if len(others) > EXAMPLES else named)
         logger.warning(
             "%d images of --exclusions are in no split that is used here: %s", len(others), shown
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from benchmarks.base import Benchmark, official_files
-from benchmarks.entries import FromList, Query, read_queries
+from benchmarks.entries import FromList, ImageName, Query, read_queries
 from benchmarks.metrics import Metric, Ranks
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_KEPT, VAL_REMOVED
 from benchmarks.splits import Triplet
@@ -22,7 +22,7 @@ RECALLS = (10, 50)
 class FashionIQTestQuery(Query):
     """An entry of `cap.{category}.test.json`."""
 
-    candidate: str
+    candidate: ImageName
     captions: Annotated[tuple[str, str], FromList]
 
     def triplet(self) -> Triplet:
@@ -32,7 +32,7 @@ class FashionIQTestQuery(Query):
 class FashionIQQuery(FashionIQTestQuery):
     """An entry of the other splits."""
 
-    target: str
+    target: ImageName
 
     def triplet(self) -> Triplet:
         return replace(super().triplet(), target=self.target)
@@ -79,7 +79,7 @@ class FashionIQ(Benchmark):
         return part
 
     def image_places(self, images_file: Path) -> dict[str, str]:
-        names = read_checked(list[str], images_file, remedy=self.remedy)
+        names = read_checked(list[ImageName], images_file, remedy=self.remedy)
         if len(set(names)) < len(names):
             raise UserError(f"{images_file}: an image is there twice: {self.remedy}")
         return {name: f"{name}.jpg" for name in names}

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from runtime.image_source import IMAGES
+from runtime.spelling import as_stored, nfc
 from utils import UserError
 
 # A part `..`, a beginning at the root or at a drive, half a string in C. On Windows backslashes part folders too.
@@ -20,7 +21,7 @@ _ODD = re.compile(r"\.\.|^/|[\\:\0]", re.MULTILINE)
 
 def image_name(path: str) -> str:
     """What an image that is called by its path is called, however that is spelled: `./a//b.jpg` is `a/b.jpg`."""
-    return str(PurePosixPath(path.strip()))
+    return nfc(str(PurePosixPath(path.strip())))
 
 
 def locate(
@@ -47,13 +48,11 @@ def locate(
     others = [folder for folder in others if folder.is_dir()]
 
     def file(place: str) -> Path:
-        official = first / place
+        official = as_stored(first / place)
         if not others or IMAGES.size(official) is not None:
             return official
-        return next(
-            (folder / place for folder in others if IMAGES.size(folder / place) is not None),
-            official,
-        )
+        elsewhere = [as_stored(folder / place) for folder in others]
+        return next((path for path in elsewhere if IMAGES.size(path) is not None), official)
 
     paths = {name: file(place) for name, place in places.items()}
     _check_links(paths, root)

@@ -13,6 +13,7 @@ from benchmarks.entries import Entry, Name
 from benchmarks.splits import Split
 from runtime.files import write_text
 from runtime.schema import read_checked
+from runtime.spelling import Spellings
 from utils import UserError
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def restricted(benchmark: Benchmark, splits: Sequence[Split], wanted: QueryList)
     if unknown:
         raise UserError(
             f"--queries {wanted.file}: {len(unknown)} of {len(wanted.names)} are no queries of {benchmark.name} "
-            f"{benchmark.val_split}, the first is {unknown[0]}: take it out"
+            f"{benchmark.val_split}, the first is {unknown[0]}{Spellings(known).hint(unknown[0])}: take it out"
         )
     kept = [split.only(wanted.names) for split in splits]
     for split in kept:

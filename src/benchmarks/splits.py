@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runtime.image_source import IMAGES
+from runtime.spelling import hint_of_file, missing_folder
 from utils import UserError
 
 NO_ROW = -1  # in place of a gallery row
@@ -256,8 +257,13 @@ def check_images_exist(splits: Iterable[Split]) -> None:
     """Raise UserError unless every image file of the splits is there and not empty."""
     paths = all_paths(splits)
     bad = [path for path in paths if not IMAGES.size(path)]
-    if bad:
-        raise UserError(
-            f"{len(bad)} of {len(paths)} image files are missing or empty, the first is {bad[0]}: put them there, for "
-            "without them every recall would be wrong; or leave them out openly, see src/check_dataset.py"
-        )
+    if not bad:
+        return
+    first = bad[0]
+    hint = "" if first.exists() else hint_of_file(first)
+    if not hint and (folder := missing_folder(first)):
+        hint = f": there is no {folder}"
+    raise UserError(
+        f"{len(bad)} of {len(paths)} image files are missing or empty, the first is {first}{hint}: put them there, for "
+        "without them every recall would be wrong; or leave them out openly, see src/check_dataset.py"
+    )

@@ -1,42 +1,61 @@
 """Your own triplets: a file of queries for each split, and a folder of images. docs/own-data.md says how to make them.
 
-A line of `{split}.jsonl` is an object with "reference", "caption" and "target", and if you like "id" and "group"; in
-`{split}.csv` these are columns. Captions and targets may be several: a list, in a cell of a CSV file `one | another`.
-Intervals can be resampled by any further field or column, such as the product that an image shows.
+A line of `{split}.jsonl` is an object with "reference", "caption" and "target", and if you like "id", "group" and
+"kind"; in a table these are columns. Captions and targets may be several: a list, in a cell `one | another`. Intervals
+can be resampled by any further field or column, such as the product that an image shows.
 """
 
-import csv
-import io
+import functools
 import itertools
+import logging
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from benchmarks.base import Benchmark
-from benchmarks.entries import FromList, Name, Query
-from benchmarks.metrics import Metric, Ranks, average_precision
+from benchmarks.entries import FromList, Name, Query, refuse_all
+from benchmarks.metrics import Metric, Ranks, average_precision, only
 from benchmarks.places import image_name
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
 from benchmarks.splits import Split, Triplet
-from runtime.files import missing_file, parse_json, read_text
-from runtime.schema import checked
+from benchmarks.tables import TABLES, cell_values, table_rows, unmarked_text
+from runtime.files import parse_json
+from runtime.schema import first_fault
 from utils import UserError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
 
-COLUMNS = ("reference", "caption", "target", "id", "group")
+logger = logging.getLogger(__name__)
+
+# Column -> what parts the values of a cell, as a regular expression. A sentence may have a bare | in it.
+BAR = r"\|"
+COLUMNS = {
+    "reference": BAR,
+    "caption": r"\s+\|\s*|\|\s+",
+    "target": BAR,
+    "id": r"(?!)",  # nothing
+    "group": BAR,
+    "kind": BAR,
+}
 OF_ALL_OR_NONE = {"id", "group"}
-SEVERAL = "|"  # between the values of a cell
 RECALLS = (1, 5, 10, 50)
 GROUP_RECALLS = (1, 2, 3)
 PRECISION_PLACES = 10
+KIND_PLACES = 10
+OF_KIND = f"recall_at{KIND_PLACES}_of_"
 
 
 def _listed(value: object) -> object:
@@ -50,14 +69,20 @@ def _full(text: str) -> str:
     return text
 
 
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 Text = Annotated[str, AfterValidator(_full)]
 Image = Annotated[Text, AfterValidator(image_name)]
 Texts = Annotated[tuple[Text, ...], BeforeValidator(_listed), FromList]
 Images = Annotated[tuple[Image, ...], BeforeValidator(_listed), FromList]
+Kind = Annotated[Name, AfterValidator(_full), AfterValidator(_one_line)]
+Kinds = Annotated[tuple[Kind, ...], BeforeValidator(_listed), FromList]
 
 
 class OwnTestQuery(Query):
-    """A line of `test.jsonl` or a row of `test.csv`."""
+    """A line or a row of the file of the test queries."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -66,6 +91,7 @@ class OwnTestQuery(Query):
     target: Images = ()
     id: Name | None = None
     group: Images = ()
+    kind: Kinds = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -82,6 +108,7 @@ class OwnTestQuery(Query):
             captions=self.caption,
             group=tuple(group),
             pair_id=self.id,
+            kinds=tuple(dict.fromkeys(self.kind)),
             columns={name.lower(): str(value) for name, value in (self.model_extra or {}).items()},
         )
 
@@ -106,8 +133,6 @@ class Triplets(Benchmark):
     run_name = "triplets"
     folder = "triplets_dataset"
     remedy = "mend it as docs/own-data.md says"
-    id_types = (NoneType, str)
-    group_size = None
     # The picture that a search begins with is no answer to anybody, so this is what checkpoints are chosen by.
     protocols = (ORIGINAL_REMOVED, ORIGINAL_KEPT)
     reported = {
@@ -120,11 +145,12 @@ class Triplets(Benchmark):
     def files(self, part: str, split: str) -> tuple[Path, Path]:
         """The queries, and the gallery: where no file lists it, all images that the queries name."""
         folder = self.annotation_folder()
-        lines = folder / f"{split}.jsonl"
-        table = folder / f"{split}.csv"
-        if lines.exists() and table.exists():
-            raise UserError(f"{lines} and {table.name} beside it are one split: keep one of them")
-        queries = table if table.exists() else lines
+        names = {f"{split}{ending}" for ending in (".jsonl", *TABLES)}
+        there = sorted(file for file in folder.glob("*") if file.name.lower() in names)
+        if len(there) > 1:
+            others = " and ".join(file.name for file in there[1:])
+            raise UserError(f"{there[0]} and {others} beside it are one split: keep one of them")
+        queries = there[0] if there else folder / f"{split}.jsonl"
         gallery = folder / f"gallery.{split}.txt"
         return queries, gallery if gallery.exists() else queries
 
@@ -136,20 +162,27 @@ class Triplets(Benchmark):
         if images_file.suffix == ".txt":
             names += image_list(images_file)
         else:
-            for _, query in _entries(OwnTestQuery, images_file):
+            for _, query in _entries(images_file):
                 names += [*query.reference, *query.target, *query.group]
         return {name: name for name in names}
 
     def queries(self, queries_file: Path, split: str) -> Iterator[tuple[str, Triplet]]:
-        schema = OwnTestQuery if split == self.test_split else OwnQuery
-        of_first: set[str] | None = None
-        for where, query in _entries(schema, queries_file):
-            given = query.model_fields_set & OF_ALL_OR_NONE
-            of_first = given if of_first is None else of_first
-            if given != of_first:
-                raise UserError(
-                    f'{queries_file}: {where}: "id" and "group" are in all lines or in none: {self.remedy}'
-                )
+        entries = _entries(queries_file)
+        of_first = entries[0][1].model_fields_set & OF_ALL_OR_NONE if entries else set()
+        faults = []
+        bare = 0
+        for where, query in entries:
+            if query.model_fields_set & OF_ALL_OR_NONE != of_first:
+                faults.append(f'{where}: "id" and "group" are in all lines or in none')
+            bare += any("|" in caption for caption in query.caption)
+        refuse_all(queries_file, faults, self.remedy)
+        if bare and queries_file.suffix.lower() in TABLES:
+            logger.warning(
+                "note: %s: %d captions have a | without spaces, which is read as it stands: ' | ' parts several",
+                queries_file,
+                bare,
+            )
+        for where, query in entries:
             yield where, query.triplet()
 
     def train(self) -> Split:
@@ -173,7 +206,17 @@ class Triplets(Benchmark):
         if ranks.in_group is not None:
             for k in GROUP_RECALLS:
                 hits[f"group_recall_at{k}"] = ranks.in_group < k
+        for kind, queries in ranks.kinds.items():
+            hits[OF_KIND + kind] = only(queries, ranks.named < KIND_PLACES)
         return hits
+
+    def titled(self, metrics: Collection[str]) -> dict[str, str]:
+        """Metric -> its title in a table; a kind's recall is called by the kind."""
+        titles = super().titled(metrics)
+        for metric in metrics:
+            if metric.startswith(OF_KIND):
+                titles[metric] = f"R@{KIND_PLACES} {metric.removeprefix(OF_KIND)}"
+        return titles
 
     def summary(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         (measured,) = scores.values()
@@ -181,69 +224,88 @@ class Triplets(Benchmark):
         return {**measured, "average_recall": average}
 
 
-def _entries(schema: type[OwnTestQuery], file: Path) -> Iterator[tuple[str, OwnTestQuery]]:
-    """What an error calls each line or row of a file, and what it holds."""
-    for where, content in _rows(file) if file.suffix == ".csv" else _lines(file):
-        yield where, checked(schema, content, file=f"{file}: {where}", remedy=Triplets.remedy)
+def _entries(file: Path) -> list[tuple[str, OwnTestQuery]]:
+    """What an error calls each line or row of a file, and what it holds.
+
+    Raises:
+        UserError: the lines or rows that are no good are named, all of them.
+    """
+    schema = OwnTestQuery if file.stem.lower() == Triplets.test_split else OwnQuery
+    contents = _rows(file) if file.suffix.lower() in TABLES else _lines(file)
+    entries = []
+    faults = []
+    for where, content in contents:
+        entry = _entry(schema, where, content)
+        if isinstance(entry, str):
+            faults.append(entry)
+        else:
+            entries.append((where, entry))
+    refuse_all(file, faults, Triplets.remedy)
+    return entries
+
+
+def _entry(schema: type[OwnTestQuery], where: str, content: "Reading") -> OwnTestQuery | str:
+    """What a line or a row holds, or what is wrong with it."""
+    try:
+        return schema.model_validate(content())
+    except ValidationError as error:
+        return f"{where}: {first_fault(error)}"
+    except ValueError as error:
+        return f"{where} {first_line(error)}"
 
 
 def image_list(file: Path) -> list[str]:
     """The images of a text file that has one on each line."""
-    return [image_name(line) for line in _text(file).split("\n") if line.strip()]
+    return [image_name(line) for line in unmarked_text(file).split("\n") if line.strip()]
 
 
-def _text(file: Path) -> str:
-    """The text of a file, without the mark that spreadsheets put before it."""
-    try:
-        return read_text(file).removeprefix("\ufeff")
-    except FileNotFoundError:
-        raise missing_file(file) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({first_line(error)}): save it as UTF-8") from None
+# Reads a line or a row as an object. Raises ValueError, which says what it is or has instead.
+Reading = Callable[[], Any]
 
 
-def _lines(file: Path) -> Iterator[tuple[str, Any]]:
+def _lines(file: Path) -> Iterator[tuple[str, Reading]]:
     """What an error calls each line, and its content."""
-    for number, line in enumerate(_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            content = parse_json(line)
-        except ValueError as error:
-            problem, _, _ = first_line(error).partition(": line 1")
-            raise UserError(
-                f"{file}: line {number} is no JSON ({problem}): write an object on each line"
-            ) from None
-        yield f"line {number}", content
+    for number, line in enumerate(unmarked_text(file).split("\n"), start=1):
+        if line.strip():
+            yield f"line {number}", functools.partial(_object, line)
 
 
-def _rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """What an error calls each row, as spreadsheets number them, and its cells as a line of JSON would have them."""
-    text = _text(file)
-    header, _, _ = text.partition("\n")
-    separator = max(",;\t", key=header.count)  # that of spreadsheets, which differs by country
+def _object(line: str) -> Any:
     try:
-        names, *rows = csv.reader(io.StringIO(text), delimiter=separator, strict=True)
-    except (csv.Error, ValueError) as error:
-        raise UserError(f"{file} is no table ({error}): save it as CSV again") from None
-    names = [name.strip().lower() for name in names]
-    known = {name: names.index(name) for name in names if names.count(name) == 1}
-    if not {"reference", "caption"} <= known.keys() or set(COLUMNS) & (set(names) - known.keys()):
+        return parse_json(line)
+    except ValueError as error:
+        problem, _, _ = first_line(error).partition(": line 1")
+        raise ValueError(f"is no JSON ({problem}): write an object on each line") from None
+
+
+def _rows(file: Path) -> Iterator[tuple[str, Reading]]:
+    """What an error calls each row, and its cells as a line of JSON would have them."""
+    rows = table_rows(file)
+    names = [name.strip().lower() for name in next(rows, (1, []))[1]]
+    known = [name for name in COLUMNS if names.count(name) == 1]
+    if not {"reference", "caption"} <= set(known) or len(known) < len(set(names) & set(COLUMNS)):
+        found = "is empty" if not names else "names other columns"
         raise UserError(
-            f"{file}: its first row should name the columns {', '.join(COLUMNS[:3])}, each once: {Triplets.remedy}"
+            f"{file} {found}: its first row should name the columns reference, caption, target, each once: "
+            f"{Triplets.remedy}"
         )
-    for number, cells in enumerate(rows, start=2):
-        if not any(map(str.strip, cells)):
-            continue
-        if len(cells) != len(names):
-            problem = f"row {number} has {len(cells)} cells, the first row {len(names)}"
-            raise UserError(f"{file}: {problem}: put cells with {separator!r} in quotation marks")
-        content = {name: _cell(name, cells[column]) for name, column in known.items()}
-        yield f"row {number}", content
+    for number, cells in rows:
+        yield f"row {number}", functools.partial(_cells, names, known, cells)
 
 
-def _cell(name: str, text: str) -> str | list[str]:
-    """A cell's value, or its values where a query may have several."""
-    values = [value.strip() for value in text.split(SEVERAL)]
-    may_be_several = name in COLUMNS and name != "id"
-    return values if may_be_several and len(values) > 1 else text.strip()
+def _cells(names: Sequence[str], known: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
+    """The values of a row by the names of the columns that are known."""
+    if len(cells) != len(names):
+        raise ValueError(
+            f"has {len(cells)} cells, the first row {len(names)}: put cells with a separator in quotation marks"
+        )
+    content: dict[str, Any] = {}
+    for name in known:
+        try:
+            values = cell_values(cells[names.index(name)], COLUMNS[name])
+        except ValueError as error:
+            raise ValueError(f"has the {name} {error}") from None
+        content[name] = values[0] if len(values) == 1 else values
+    others = zip(names, cells, strict=True)
+    content.update((name, cell.strip()) for name, cell in others if name and name not in COLUMNS)
+    return content

@@ -1,6 +1,7 @@
 """What every script parses its flags with."""
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -55,6 +56,16 @@ class ScriptParser(argparse.ArgumentParser):
         """Parse as argparse does, and keep what was typed for the message if that fails."""
         self.typed = sys.argv[1:] if args is None else args
         return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse a value that is none of a flag's choices, and name the one that was meant."""
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            known = {str(choice).casefold(): choice for choice in action.choices or ()}
+            for likely in difflib.get_close_matches(str(value).casefold(), known, n=1):
+                error.message += f": did you mean {known[likely]}?"
+            raise
 
     def error(self, message: str) -> Any:
         """Print a message in one line, whatever was typed, and end with exit code 2."""

@@ -52,6 +52,7 @@ def make_records(
 
 
 def _query(row: int, triplet: Triplet, benchmark: Benchmark) -> Record:
+    kinds = {"kinds": list(triplet.kinds)} if triplet.kinds else {}
     return {
         "query": row,
         "pair_id": triplet.pair_id,
@@ -60,6 +61,7 @@ def _query(row: int, triplet: Triplet, benchmark: Benchmark) -> Record:
         "other_targets": list(triplet.other_targets),
         "caption": benchmark.caption(triplet.captions),
         "group": list(triplet.group),
+        **kinds,
         "protocols": {},
     }
 

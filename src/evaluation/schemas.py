@@ -131,6 +131,7 @@ class RankedQuery(Schema):
     other_targets: list[str]
     caption: str
     group: list[str]
+    kinds: list[str] = []
     protocols: Annotated[dict[str, Ranked], Field(min_length=1)]
     # May be missing, but not null.
     in_group: Ranked = cast("Ranked", None)

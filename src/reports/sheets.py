@@ -80,6 +80,7 @@ class Card:
 
     Attributes:
         label: what it is called, as "dress 12" or "pairid 12060".
+        kinds: what it asks for, where its benchmark says so.
         rows: title -> a ranking, of the gallery or of the query's group.
         bars: name -> share: how much of the residual is text, and the weights of the experts.
     """
@@ -89,6 +90,7 @@ class Card:
     reference: str
     rows: Mapping[str, Row]
     bars: Mapping[str, float]
+    kinds: Sequence[str] = ()
 
     @property
     def images(self) -> set[str]:
@@ -116,6 +118,7 @@ def make_card(label: str, query: dict[str, Any], protocol: str, *, k: int) -> Ca
         reference=query["reference"],
         rows=rows,
         bars=shares(query.get("gate"), query.get("experts", [])),
+        kinds=query.get("kinds", []),
     )
 
 
@@ -216,8 +219,9 @@ def _query(card: Card, pictures: Mapping[str, Picture]) -> str:
         ranks = f": {told} {places}" if row.ranks else ""
         rows.append(f'<div class="rank">{pages.text(title)}{ranks}</div>')
         rows.append(f'<div class="row">{"".join(figures)}</div>')
+    label = ", ".join([card.label, *card.kinds])
     return (
-        f'<div class="query"><div>{_figure(pictures, card.reference, card.label)}'
+        f'<div class="query"><div>{_figure(pictures, card.reference, label)}'
         f'<p class="caption">{pages.text(card.caption)}</p>{pages.bars(card.bars)}</div>'
         f"<div>{''.join(rows)}</div></div>"
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
+from runtime.spelling import Spellings
 from utils import DiskError, UserError, first_line
 
 fcntl: ModuleType | None
@@ -60,7 +61,8 @@ def missing_file(path: Path, writer: str | None = None) -> UserError:
     remedy = "put the file there, or point --data-root at its dataset"
     if writer:
         remedy = f"write it with {writer}"
-    return UserError(f"{path} is missing: {remedy}")
+    hint = Spellings(entry.name for entry in path.parent.glob("*")).hint(path.name)
+    return UserError(f"{path} is missing{hint}: {remedy}")
 
 
 def parse_json(text: str) -> Any:

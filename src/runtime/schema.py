@@ -37,7 +37,12 @@ def checked(schema: type[Checked], content: Any, *, file: object, remedy: str) -
     try:
         return TypeAdapter(schema).validate_python(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
+        raise UserError(f"{file}: {first_fault(error)}: {remedy}") from None
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first field that breaks a schema, why, and its value."""
+    first = error.errors(include_url=False, include_context=False)[0]
     field = _field(first["loc"]) or "the content"
     found = ""
     if first["type"] != "missing":
@@ -45,7 +50,7 @@ def checked(schema: type[Checked], content: Any, *, file: object, remedy: str) -
     reason = first["msg"][:1].lower() + first["msg"][1:]
     if first["type"] == "model_type":
         reason = "it should be a table"
-    raise UserError(f"{file}: {field}: {reason}{found}: {remedy}")
+    return f"{field}: {reason}{found}"
 
 
 def read_checked(

@@ -9,6 +9,7 @@ from typing import Any
 
 from runtime.choices import AUTO
 from runtime.hub import HUB
+from runtime.spelling import as_stored
 from utils import printable
 
 MILLION = 10**6  # more of anything that a flag counts is a slip of the finger
@@ -67,7 +68,7 @@ def usable_path(text: str) -> Path:
             os.fsencode(found.absolute()).decode()
             found.stat()
     except (FileNotFoundError, NotADirectoryError):
-        pass
+        found = as_stored(found)
     except UnicodeError:
         raise refused(text, "is not UTF-8: rename it") from None
     except (OSError, RuntimeError, ValueError) as error:

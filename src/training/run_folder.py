@@ -247,7 +247,7 @@ def about_run(
     return About(
         title=run_title(data.benchmark.name, settings),
         titles=titles,
-        units={metric: data.benchmark.reported[metric].unit for metric in titles},
+        units={metric: known.unit for metric, known in data.benchmark.reported.items()},
         chosen_by=tuple(data.benchmark.selection),
         hyper_parameters=settings.table,
         commands=commands,

@@ -1,0 +1,141 @@
+"""Tables as spreadsheets and pandas save them: the rows of .csv, .tsv and .xlsx, and the values of a cell."""
+
+import ast
+import contextlib
+import csv
+import io
+import logging
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+from zipfile import BadZipFile
+
+from runtime.files import missing_file, read_text
+from utils import UserError, first_line
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+logger = logging.getLogger(__name__)
+
+WORKBOOK = ".xlsx"
+TABLES = (".csv", ".tsv", WORKBOOK)
+SEPARATORS = ",;\t"  # those of spreadsheets, which differ by country
+SPARE = 100  # cells that a row may have more than the first, and is named for
+# What pandas and spreadsheets write where there is nothing, or nothing that could be computed.
+NOTHING = {"nan", "none", "nat", "<na>", "null", "#n/a", "#ref!", "#name?", "#value!"}
+_STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_LIST = re.compile(rf"\[\s*(?:{_STRING}(?:\s*,\s*{_STRING})*\s*,?\s*)?\]", re.DOTALL)
+
+
+def table_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a table that are not blank, with their numbers as spreadsheets count them, their cells as text.
+
+    Raises:
+        UserError: the file is missing or no table; a quotation that is not closed is named with its row.
+    """
+    is_workbook = file.suffix.lower() == WORKBOOK
+    table = _first_sheet(file) if is_workbook else _separated(file)
+    for number, row in enumerate(table.itertuples(index=False), start=1):
+        cells = [
+            cell for cell in row if isinstance(cell, str)
+        ]  # a cell that a row lacks is a number, NaN
+        if any(map(str.strip, cells)):
+            yield number, cells
+
+
+def _first_sheet(file: Path) -> "pd.DataFrame":
+    import pandas as pd
+
+    if not file.exists():
+        raise missing_file(file)
+    try:
+        sheets = pd.read_excel(
+            file, sheet_name=None, header=None, dtype=str, na_filter=False, engine="openpyxl"
+        )
+    except ImportError:
+        raise UserError(
+            f"{file}: workbooks are read with openpyxl: pip install openpyxl, or save it as CSV"
+        ) from None
+    except (BadZipFile, KeyError, OSError, SyntaxError, TypeError, ValueError, zlib.error) as error:
+        raise UserError(f"{file} is no workbook ({first_line(error)}): save it again") from None
+    name, table = next(iter(sheets.items()))
+    if len(sheets) > 1:
+        logger.warning("note: %s: of its %d sheets %s is read, the first", file, len(sheets), name)
+    return table
+
+
+def _separated(file: Path) -> "pd.DataFrame":
+    """A table of text. Its first line may be Excel's, that says what parts the cells."""
+    import pandas as pd
+
+    text = unmarked_text(file)
+    header, _, rest = text.partition("\n")
+    told = re.fullmatch(r'"?sep=(.)"?\s*', header, re.IGNORECASE)
+    if told:
+        text = rest
+    separator = told[1] if told else max(SEPARATORS, key=header.count)
+    most = header.count(separator) + SPARE
+    try:
+        return pd.read_csv(
+            io.StringIO(text),
+            sep=separator,
+            header=None,
+            names=range(most),
+            dtype=str,
+            na_filter=False,
+            skip_blank_lines=False,
+            engine="python",  # it alone refuses a quotation that goes on behind its end
+        )
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame()
+    except (pd.errors.ParserError, ValueError) as error:
+        row = _broken_row(text, separator, most)
+        raise UserError(
+            f"{file} is no table: row {row} ({first_line(error)}): see to its quotation marks, of which one within a "
+            "cell is written twice"
+        ) from None
+
+
+def _broken_row(text: str, separator: str, most: int) -> int:
+    """The first row that cannot be read or has too many cells, which pandas does not tell."""
+    number = 1
+    with contextlib.suppress(csv.Error):
+        for cells in csv.reader(io.StringIO(text), delimiter=separator, strict=True):
+            if len(cells) > most:
+                break
+            number += 1
+    return number
+
+
+def unmarked_text(file: Path) -> str:
+    """The text of a file, without the mark that spreadsheets put before it."""
+    try:
+        return read_text(file).removeprefix("\ufeff")
+    except FileNotFoundError:
+        raise missing_file(file) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({first_line(error)}): save it as UTF-8") from None
+
+
+def cell_values(cell: str, separator: str) -> list[str]:
+    """The values of a cell: one, several with a separator between them, or a list as pandas writes it.
+
+    Args:
+        separator: a regular expression.
+
+    Raises:
+        ValueError: it is what is written where there is nothing, or a list of another kind.
+    """
+    cell = cell.strip()
+    if cell.lower() in NOTHING:
+        raise ValueError(f"{cell!r}, which stands for nothing: fill the cell, or leave it empty")
+    if _LIST.fullmatch(cell):
+        values: list[str] = ast.literal_eval(cell)
+    elif re.match(r"""\[\s*['"]""", cell):
+        raise ValueError(f"{cell!r}, which is no list: part several values by ' | '")
+    else:
+        values = re.split(separator, cell)
+    return [value.strip() for value in values]
