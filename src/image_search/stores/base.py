@@ -6,7 +6,7 @@ A new store is a file here with a `VectorStore`, and its name in STORES.
 import argparse
 import importlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
@@ -94,11 +94,20 @@ class IndexWriter(Protocol):
     def open(self) -> None:
         """See that it is as the last update left it, and of the same encoder. Raises UserError where it is not."""
 
-    def held(self) -> Collection[Identity]:
-        """The files whose features are there."""
+    def held(self) -> Mapping[Identity, int]:
+        """The files whose features are there, and the content of each, see `image_index.content_of`."""
 
-    def keep(self, files: Sequence[Identity], features: "np.ndarray") -> None:
-        """Put features (n, D) there, on disk when this returns."""
+    def keep(
+        self, files: Sequence[Identity], features: "np.ndarray", contents: Sequence[int]
+    ) -> None:
+        """Put features (n, D) there, on disk when this returns.
+
+        Args:
+            contents: of the files.
+        """
+
+    def carry(self, sources: Mapping[Identity, Identity]) -> None:
+        """Give files the features of other files, which are there, and their content."""
 
     def publish(self, files: Sequence[Identity], about: dict[str, Any]) -> "Counts":
         """Let searches find these files and no others.
@@ -109,11 +118,35 @@ class IndexWriter(Protocol):
 
 
 class Counts(NamedTuple):
-    """Images that searches find since a `publish`, found before too, and do not find any more."""
+    """Images that searches find since a `publish`, found before too, and do not find any more.
+
+    Attributes:
+        moved: how many of those that are kept had another path before.
+    """
 
     added: int
     kept: int
     removed: int
+    moved: int = 0
+
+
+def counted(
+    before: Collection[Identity],
+    now: Collection[Identity],
+    sources: Mapping[Identity, Identity],
+) -> Counts:
+    """Count what an update did to the files that searches find.
+
+    Args:
+        sources: file -> the file that its features are of, where it was not encoded.
+    """
+    gone = set(before).difference(now)
+    new = set(now).difference(before)
+    kept = len(set(now)) - len(new)
+    origins = {sources[file]: file for file in new if sources.get(file) in gone}
+    moved = sum(source[0] != file[0] for source, file in origins.items())
+    found = len(origins)
+    return Counts(len(new) - found, kept + found, len(gone) - found, moved)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +220,7 @@ class VectorStore:
         cls,
         folder: Path,
         key: dict[str, Any],
-        dim: int,
+        dim: int | None,
         *,
         keeping: Keeping,
         origin: dict[str, Any],
@@ -196,7 +229,7 @@ class VectorStore:
 
         Args:
             key: what features depend on beside the images, see `image_index.encoder_key`.
-            dim: the length of a feature.
+            dim: the length of a feature; None for that of the index.
             origin: of the manifest, from where images and encoder are.
         """
         raise NotImplementedError

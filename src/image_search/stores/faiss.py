@@ -12,13 +12,13 @@ import logging
 import random
 import re
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field, PositiveInt, Strict
+from pydantic import BeforeValidator, Field, PositiveInt, Strict
 
 from image_search import faiss_index, list_file
 from image_search.manifest import MANIFEST, REMEDY, read_manifest, write_manifest
@@ -33,6 +33,7 @@ from image_search.stores.base import (
     QuestionError,
     VectorStore,
     check_features,
+    counted,
     no_store,
 )
 from models.schemas import ABSENT, Count, Digest, PathText, Text
@@ -101,8 +102,17 @@ class FilesManifest(Manifest):
     recall: Recall = Field(ABSENT, alias="recall against exact")
 
 
-# A list in JSON, an image's `runtime.files.Identity`.
-File = Annotated[tuple[PathText, Annotated[int, Field(ge=0)], int], Strict(False)]
+def _with_content(row: Any) -> Any:
+    """A row of the list of files; those of earlier versions do not say what the content was."""
+    return [*row, 0] if isinstance(row, list) and len(row) == 3 else row
+
+
+# A list in JSON, an image's `runtime.files.Identity` and its content, see `image_index.content_of`.
+File = Annotated[
+    tuple[PathText, Annotated[int, Field(ge=0)], int, Annotated[int, Field(ge=0)]],
+    Strict(False),
+    BeforeValidator(_with_content),
+]
 
 
 class Files(Schema):
@@ -175,8 +185,8 @@ def _damaged(file: Path, reason: str) -> UserError:
     return UserError(f"{file} is damaged or of another index ({reason}): {REMEDY}")
 
 
-def _files(folder: Path, about: dict[str, Any]) -> list[Identity]:
-    """The files of an index, by row."""
+def _files(folder: Path, about: dict[str, Any]) -> dict[Identity, int]:
+    """The files of an index in the order of the rows, and their content."""
     file = folder / about["files"]
     try:
         text = read_text(file)
@@ -186,7 +196,8 @@ def _files(folder: Path, about: dict[str, Any]) -> list[Identity]:
     if "sha256" in about and about["sha256"]["files"] != _digest(text.encode()):
         raise _damaged(file, "it is not the list that was written")
     del text
-    return checked(Files, {"files": content}, file=file, remedy=REMEDY).files
+    rows = checked(Files, {"files": content}, file=file, remedy=REMEDY).files
+    return {row[:3]: row[3] for row in rows}
 
 
 def _features(folder: Path, about: dict[str, Any], count: int) -> np.ndarray:
@@ -232,17 +243,21 @@ class FaissWriter:
 
     Args:
         key: what its features depend on beside the images, see `image_index.encoder_key`.
-        dim: the length of a feature.
+        dim: the length of a feature; None for that of the index.
     """
 
-    def __init__(self, folder: Path, key: dict[str, Any], dim: int, keeping: Keeping) -> None:
+    def __init__(
+        self, folder: Path, key: dict[str, Any], dim: int | None, keeping: Keeping
+    ) -> None:
         self.folder = folder
         self.key = key
-        self.dim = dim
+        self.dim = dim or 0
         self.keeping = keeping
         self._earlier: dict[str, Any] = {}
-        self._published: list[Identity] = []
+        self._published: dict[Identity, int] = {}
         self._shards: list[Path] = []
+        self._contents: dict[Identity, int] = {}
+        self._sources: dict[Identity, Identity] = {}
         # Where the features of a file are: the number of a shard, or EARLIER, and a row in it.
         self._where: dict[Identity, tuple[int, int]] = {}
 
@@ -252,22 +267,32 @@ class FaissWriter:
         if not self._earlier:
             return
         self._published = _files(self.folder, self._earlier)
-        _features(self.folder, self._earlier, len(self._published))
+        features = _features(self.folder, self._earlier, len(self._published))
+        self.dim = features.shape[1]
         sizes = _sizes(self.folder, self._earlier)
         for name, size in sizes.items():
             if size is None or size != self._earlier.get("sizes", sizes)[name]:
                 raise _damaged(self.folder / self._earlier[name], f"it has {size or 0} bytes")
 
-    def held(self) -> Collection[Identity]:
-        """The files whose features are there."""
+    def held(self) -> Mapping[Identity, int]:
+        """The files whose features are there, and their content."""
         self._where = {file: (EARLIER, row) for row, file in enumerate(self._published)}
+        self._contents = dict(self._published)
         self._shards = sorted(_partial(self.folder).glob("*.pt"))
         for number, shard in enumerate(self._shards):
-            for row, file in enumerate(self._read(shard)[0]):
+            contents, _ = self._read(shard)
+            self._contents.update(contents)
+            for row, file in enumerate(contents):
                 self._where[file] = (number, row)
-        return self._where.keys()
+        return self._contents
 
-    def keep(self, files: Sequence[Identity], features: np.ndarray) -> None:
+    def carry(self, sources: Mapping[Identity, Identity]) -> None:
+        """Note whose features files have. They stay where they are until `publish`."""
+        self._sources.update(sources)
+
+    def keep(
+        self, files: Sequence[Identity], features: np.ndarray, contents: Sequence[int]
+    ) -> None:
         """Write a shard."""
         import torch
 
@@ -279,11 +304,12 @@ class FaissWriter:
         content = {
             "key": json.dumps(self.key),
             "files": listed,
+            "contents": list(contents),
             "features": torch.from_numpy(features),
         }
         save_tensors(_partial(self.folder) / f"{name}.pt", content)
 
-    def _read(self, shard: Path) -> tuple[list[Identity], np.ndarray]:
+    def _read(self, shard: Path) -> tuple[dict[Identity, int], np.ndarray]:
         """What an interrupted run encoded, if it was with the same encoder."""
         from runtime.tensors import load_tensors
 
@@ -293,41 +319,63 @@ class FaissWriter:
                 files = [(str(path), int(size), int(time)) for path, size, time in content["files"]]
                 features = content["features"].numpy()
                 check_features(files, features, self.dim)
-                return files, features
+                contents = content.get("contents", [0] * len(files))  # of earlier versions
+                return dict(zip(files, map(int, contents), strict=True)), features
         except (UserError, KeyError, ValueError, TypeError, AttributeError):
             logger.warning("%s is damaged: its images are encoded again", shard)
-        return [], np.empty((0, self.dim), np.float32)
+        return {}, np.empty((0, self.dim), np.float32)
 
     def publish(self, files: Sequence[Identity], about: dict[str, Any]) -> Counts:
         """Make the files of an index and the manifest that names them, unless these are as they should be."""
-        before, now = set(self._published), set(files)
-        kept = len(before & now)
-        counts = Counts(added=len(now) - kept, kept=kept, removed=len(before) - kept)
+        counts = counted(self._published, files, self._sources)
         kind, on_disk = self.keeping.kind, self.keeping.on_disk
         about = {**about, "encoder": self.key, "kind": kind}
-        as_before = on_disk == ("lists" in self._earlier) and _says(self._earlier, about)
-        if before == now and as_before:
+        is_alike = (self._earlier.get("kind", "flat"), "lists" in self._earlier) == (kind, on_disk)
+        if self._published.keys() == set(files) and is_alike and _says(self._earlier, about):
             return counts
         self.held()  # the shards of all processes
-        grown = None
-        if before and not counts.removed:
-            grown = self._vectors_to_grow(len(now))
-        if grown is not None:
-            files = [*self._published, *(file for file in files if file not in before)]
+        for file, source in self._sources.items():
+            self._where[file] = self._where[source]
+            self._contents[file] = self._contents[source]
         lost = next((file for file in files if file not in self._where), None)
         if lost:
             raise UserError(
                 f"what was encoded of {lost[0]} is gone: start again with the same command"
             )
+        grown = None
+        if is_alike:
+            # First whoever has the rows of the earlier index, under the names of now.
+            by_row = {self._where[file]: file for file in files}
+            rows_before = [(EARLIER, row) for row in range(len(self._published))]
+            if rows_before and all(place in by_row for place in rows_before):
+                first = [by_row[place] for place in rows_before]
+                are_first = set(first)
+                others = [file for file in files if file not in are_first]
+                if not others:
+                    self._rename(first, about)
+                    return counts
+                grown = self._vectors_to_grow(len(files))
+                files = files if grown is None else [*first, *others]
         rows = functools.partial(self._rows, files)
-        publish(self.folder, files, rows, about=about, on_disk=on_disk, dim=self.dim, grown=grown)
+        listed = {file: self._contents[file] for file in files}
+        publish(self.folder, listed, rows, about=about, on_disk=on_disk, dim=self.dim, grown=grown)
         return counts
+
+    def _rename(self, files: Sequence[Identity], about: dict[str, Any]) -> None:
+        """Publish the same rows under other names: neither features nor vectors are read or written."""
+        text = _listed({file: self._contents[file] for file in files})
+        names = {**_names(self._earlier), "files": _new_names(False)["files"]}
+        manifest = {**self._earlier, **about, **names}
+        if "sha256" in manifest:
+            manifest["sha256"] = {**manifest["sha256"], "files": _digest(text.encode())}
+        with _undone(self.folder, [names["files"]]):
+            write_text(self.folder / names["files"], text)
+            write_manifest(self.folder, manifest)
+        _delete_all_but(names.values(), self.folder)
 
     def _vectors_to_grow(self, count: int) -> Any:
         """The vectors of the earlier index, if so many are as good added to them as built anew; else None."""
-        kind = self.keeping.kind
-        same = self._earlier.get("kind", "flat") == kind
-        if kind == "flat" or not same or ("lists" in self._earlier) != self.keeping.on_disk:
+        if self.keeping.kind == "flat":
             return None
         vectors = _vectors(self.folder, self._earlier, to_grow=True)
         return vectors if faiss_index.can_grow(vectors, count) else None
@@ -366,7 +414,7 @@ def _says(manifest: dict[str, Any], about: dict[str, Any]) -> bool:
 
 def publish(
     folder: Path,
-    files: Sequence[Identity],
+    files: Mapping[Identity, int],
     rows: Rows,
     *,
     about: dict[str, Any],
@@ -379,6 +427,7 @@ def publish(
     The manifest is written when what it names could be opened again. Else nothing is left of the generation.
 
     Args:
+        files: in the order of the rows, and their content.
         about: the manifest but for what is written here; it has the kind.
         on_disk: whether lists have a file of their own.
         grown: vectors of the first files, to which those of the others are added; None to build all.
@@ -386,14 +435,12 @@ def publish(
     import torch
 
     names = _new_names(on_disk)
-    with contextlib.ExitStack() as undo:
-        for name in names.values():
-            undo.callback((folder / name).unlink, missing_ok=True)
-        listed = json.dumps(files).encode()
+    with _undone(folder, names.values()):
+        listed = _listed(files)
         manifest = {**about, **names, "images": len(files), "torch": torch.__version__}
-        write_text(folder / names["files"], listed.decode())
-        features = _written_features(folder / names["features"], files, rows, dim=dim)
-        digests = {"files": _digest(listed), "features": _digest_of_rows(features)}
+        write_text(folder / names["files"], listed)
+        features = _written_features(folder / names["features"], list(files), rows, dim=dim)
+        digests = {"files": _digest(listed.encode()), "features": _digest_of_rows(features)}
         manifest["sha256"] = digests
         del listed
         _write_vectors(folder, manifest, features, grown)
@@ -403,8 +450,29 @@ def publish(
             recall = faiss_index.recall_report(index.vectors, features)
             manifest["recall against exact"] = recall
         write_manifest(folder, manifest)
-        undo.pop_all()
     _delete_all_but(names.values(), folder)
+
+
+@contextlib.contextmanager
+def _undone(folder: Path, names: Iterable[str]) -> Iterator[None]:
+    """Delete new files of an index where what writes them fails."""
+    try:
+        yield
+    except BaseException:
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        raise
+
+
+def _listed(files: Mapping[Identity, int]) -> str:
+    """The list of files, as files-*.json has it."""
+    return json.dumps([[*file, content] for file, content in files.items()])
+
+
+def _names(about: dict[str, Any]) -> dict[str, str]:
+    """The names of the files of an index."""
+    parts = ("files", "features", "vectors", "lists")
+    return {part: about[part] for part in parts if part in about}
 
 
 def _new_names(on_disk: bool) -> dict[str, str]:
@@ -494,7 +562,7 @@ class FaissStore(VectorStore):
         Raises:
             UserError: a file is missing, damaged or of another index, or a field of the manifest is not true of it.
         """
-        files = _files(folder, about)
+        files = list(_files(folder, about))
         features = _features(folder, about, len(files))
         vectors = _vectors(folder, about)
         mismatch = faiss_index.mismatch(vectors, features, about.get("kind", "flat"))
@@ -510,7 +578,7 @@ class FaissStore(VectorStore):
         cls,
         folder: Path,
         key: dict[str, Any],
-        dim: int,
+        dim: int | None,
         *,
         keeping: Keeping,
         origin: dict[str, Any],

@@ -6,6 +6,7 @@ inserted again replaces itself. The collection's name ends with a digest of the 
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -16,7 +17,7 @@ import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -38,6 +39,7 @@ from image_search.stores.base import (
     QuestionError,
     VectorStore,
     check_features,
+    counted,
 )
 from runtime import torchrun
 from runtime.files import Identity
@@ -54,14 +56,20 @@ SELDOM_PINGED = {"grpc.keepalive_time_ms": 600_000, "grpc.keepalive_permit_witho
 # What takes as long as the collection is large.
 LASTING = ("create_index", "flush", "load_collection")
 MOST_CANDIDATES = 16_384  # that Milvus gives at once; rows of a page too
-DELETED_AT_ONCE = 1024
+AT_ONCE = 1024  # rows that are deleted or carried
 LONGEST = 65_535  # bytes of a text
 HIGHEST_ROW = 2**63 - 1
 
 LISTS = 1024  # of ivfflat
 KINDS = {"flat": "FLAT", "hnsw": "HNSW", "ivfflat": "IVF_FLAT"}
 BUILT = {"flat": {}, "hnsw": {"M": 32, "efConstruction": 80}, "ivfflat": {"nlist": LISTS}}
-FIELDS = ["file", "size", "time", "path"]
+FIELDS = (
+    "file",
+    "size",
+    "time",
+    "path",
+    "content",
+)  # collections of earlier versions have no content
 CONDITION_FIELDS = ("path", "category", "size", "time")
 WORDS = (
     "and",
@@ -85,6 +93,8 @@ CONDITION = re.compile(
     re.ASCII,
 )
 CONDITIONS = "conditions are over path, category, size and time"
+
+Row = TypeVar("Row")
 
 
 def import_pymilvus() -> Any:
@@ -145,17 +155,27 @@ def check_condition(condition: str) -> None:
 class Table:
     """A collection, asked one question at a time; every refusal is one line.
 
+    Args:
+        is_new: make the file of Milvus Lite where there is none, as an index does that is not whole yet.
+
     Raises:
         UserError: the store cannot be reached or opened.
     """
 
-    def __init__(self, store: str, name: str, token: str) -> None:
+    def __init__(self, store: str, name: str, token: str, *, is_new: bool) -> None:
         self.name = name
         self.store = store
         self._milvus = import_pymilvus()
         address = store.partition(":")[2]
         if not address.startswith("http"):
-            Path(address).parent.mkdir(parents=True, exist_ok=True)
+            file = Path(address)
+            is_there = any(file.iterdir()) if file.is_dir() else file.exists()
+            if not (is_there or is_new):
+                raise UserError(
+                    f"{address} is missing, which holds the features of the index: put it back there, or index into "
+                    "another folder"
+                )
+            file.parent.mkdir(parents=True, exist_ok=True)
         with self._explained():
             self._client = self._milvus.MilvusClient(
                 uri=address, token=token, timeout=PATIENCE, grpc_options=SELDOM_PINGED
@@ -208,7 +228,7 @@ class Table:
         schema.add_field("row", types.INT64, is_primary=True)
         for name in ("file", "path", "category"):
             schema.add_field(name, types.VARCHAR, max_length=LONGEST)
-        for name in ("size", "time"):
+        for name in ("size", "time", "content"):
             schema.add_field(name, types.INT64)
         schema.add_field("features", types.FLOAT_VECTOR, dim=dim)
         params = self._index_params(kind)
@@ -233,11 +253,26 @@ class Table:
             self.ask("create_index", index_params=self._index_params(kind))
         self.ask("load_collection")
 
+    @functools.cached_property
+    def _schema(self) -> dict[str, dict[str, Any]]:
+        described = self.ask("describe_collection")["fields"]
+        return {field["name"]: field["params"] for field in described}
+
+    @property
+    def fields(self) -> list[str]:
+        """Those of FIELDS that the collection has."""
+        return [name for name in FIELDS if name in self._schema]
+
+    @property
+    def dim(self) -> int:
+        """The length of a feature."""
+        return int(self._schema["features"]["dim"])
+
     def rows(self) -> Iterator[dict[str, Any]]:
         """FIELDS of all rows."""
         with self._explained():
             pages = self._client.query_iterator(
-                self.name, batch_size=MOST_CANDIDATES, output_fields=FIELDS, timeout=PATIENCE
+                self.name, batch_size=MOST_CANDIDATES, output_fields=self.fields, timeout=PATIENCE
             )
             try:
                 while page := pages.next():
@@ -273,7 +308,8 @@ def _checked_table(folder: Path, about: dict[str, Any], typed: bool) -> Table:
         raise UserError(
             f"{folder / MANIFEST}: the collection {name} is of another encoder than the manifest: {REMEDY}"
         )
-    return Table(about["store"], name, _token(folder, about, typed))
+    token = _token(folder, about, typed)
+    return Table(about["store"], name, token, is_new="images" not in about)
 
 
 class MilvusManifest(StoreManifest):
@@ -305,7 +341,7 @@ class MilvusImages:
         """The file of a row."""
         if not 0 <= row <= HIGHEST_ROW:
             return None
-        for found in self.table.ask("get", ids=[row], output_fields=FIELDS):
+        for found in self.table.ask("get", ids=[row], output_fields=self.table.fields):
             return _identity(found)
         return None
 
@@ -370,7 +406,7 @@ class MilvusWriter:
 
     Args:
         key: what its features depend on beside the images.
-        dim: the length of a feature.
+        dim: the length of a feature; None for that of the index.
         origin: of the manifest, from where images and encoder are.
     """
 
@@ -378,17 +414,19 @@ class MilvusWriter:
         self,
         folder: Path,
         key: dict[str, Any],
-        dim: int,
+        dim: int | None,
         *,
         keeping: Keeping,
         origin: dict[str, Any],
     ) -> None:
         self.folder = folder
         self.key = key
-        self.dim = dim
+        self.dim = dim or 0
         self.keeping = keeping
         self.origin = origin
-        self._found: set[Identity] = set()
+        self._found: dict[Identity, int] = {}
+        self._misplaced: set[Identity] = set()  # for conditions
+        self._sources: dict[Identity, Identity] = {}
         self._opened: Table | None = None
         if "://" not in keeping.store and torchrun.launched():
             raise UserError(
@@ -416,6 +454,7 @@ class MilvusWriter:
                     "folder"
                 )
             table.create(self.keeping.kind, self.dim)
+        self.dim = table.dim
         table.load(self.keeping.kind)
 
     def _table(self) -> Table:
@@ -425,50 +464,79 @@ class MilvusWriter:
             self._opened = _checked_table(self.folder, about, self.keeping.typed)
         return self._opened
 
-    def held(self) -> Collection[Identity]:
-        """The files whose features are there, in the place that conditions ask for."""
-        folders = self.origin["folders"]
-        there = set()
+    def held(self) -> Mapping[Identity, int]:
+        """The files whose features are there, and their content."""
         for row in self._table().rows():
-            self._found.add(_identity(row))
-            if row["path"] == place_of(row["file"], folders):
-                there.add(_identity(row))
-        return there
+            file = _identity(row)
+            self._found[file] = row.get("content", 0)
+            if row["path"] != place_of(row["file"], self.origin["folders"]):
+                self._misplaced.add(file)
+        return self._found
 
-    def keep(self, files: Sequence[Identity], features: np.ndarray) -> None:
+    def keep(
+        self, files: Sequence[Identity], features: np.ndarray, contents: Sequence[int]
+    ) -> None:
         """Insert images; those that are there already are replaced."""
         check_features(files, features, self.dim)
+        table = self._table()
         rows = []
-        for (path, size, time), values in zip(files, features, strict=True):
+        for (path, size, time), values, content in zip(files, features, contents, strict=True):
             place = place_of(path, self.origin["folders"])
-            rows.append(
-                {
-                    "row": row_of(path),
-                    "file": path,
-                    "path": place,
-                    "category": place.partition("/")[0] if "/" in place else "",
-                    "size": size,
-                    "time": time,
-                    "features": values,
-                }
-            )
-        self._table().ask("upsert", data=rows)
+            row = {
+                "row": row_of(path),
+                "file": path,
+                "path": place,
+                "category": place.partition("/")[0] if "/" in place else "",
+                "size": size,
+                "time": time,
+                "features": values,
+            }
+            rows.append({**row, "content": content} if "content" in table.fields else row)
+        table.ask("upsert", data=rows)
+
+    def carry(self, sources: Mapping[Identity, Identity]) -> None:
+        """Insert files with the features of others. Rows that are replaced on the way are read before."""
+        self._sources.update(sources)
+        pairs = [(file, row_of(source[0])) for file, source in sources.items()]
+        replaced = {row_of(path) for path, _, _ in sources}
+        ahead = self._read({row for _, row in pairs if row in replaced})
+        for some in _parts(pairs):
+            read = ahead | self._read({row for _, row in some} - ahead.keys())
+            rows = [read[row] for _, row in some]
+            features = np.array([row["features"] for row in rows], dtype=np.float32)
+            contents = [row.get("content", 0) for row in rows]
+            self.keep([file for file, _ in some], features, contents)
+
+    def _read(self, rows: Collection[int]) -> dict[int, dict[str, Any]]:
+        """Row -> its features and content."""
+        table = self._table()
+        fields = [*{"content"}.intersection(table.fields), "row", "features"]
+        read = {}
+        for some in _parts(list(rows)):
+            for found in table.ask("get", ids=some, output_fields=fields):
+                read[found["row"]] = found
+        return read
 
     def publish(self, files: Sequence[Identity], about: dict[str, Any]) -> Counts:
         """Delete what is gone, and write the manifest."""
         table = self._table()
+        self.carry({file: file for file in self._misplaced.intersection(files)})
         now = {path for path, _, _ in files}
         gone = [row_of(path) for path, _, _ in self._found if path not in now]
-        for start in range(0, len(gone), DELETED_AT_ONCE):
-            table.ask("delete", ids=gone[start : start + DELETED_AT_ONCE])
-        kept = len(self._found.intersection(files))
-        counts = Counts(added=len(files) - kept, kept=kept, removed=len(self._found) - kept)
-        if counts.added or gone:
+        for some in _parts(gone):
+            table.ask("delete", ids=some)
+        counts = counted(self._found, files, self._sources)
+        if counts.added or self._sources or gone:
             table.ask("flush")
         earlier = read_manifest(self.folder) or {}
         changed = {**about, "kind": self.keeping.kind, "images": len(files)}
         write_manifest(self.folder, {**earlier, **changed})
         return counts
+
+
+def _parts(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    for start in range(0, len(rows), AT_ONCE):
+        yield rows[start : start + AT_ONCE]
 
 
 def _new_name(folder: Path, key: dict[str, Any]) -> str:
@@ -524,7 +592,7 @@ class MilvusStore(VectorStore):
         cls,
         folder: Path,
         key: dict[str, Any],
-        dim: int,
+        dim: int | None,
         *,
         keeping: Keeping,
         origin: dict[str, Any],
