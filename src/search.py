@@ -52,6 +52,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parents=[options.exported_flag(), *clip, options.compute_flags()],
         help="encode a folder, or bring its index up to date",
     )
+    add_folders(index)
+    add_keeping(index)
+    options.add_clip_batch_size(index, help="batch size of CLIP")
+    query = commands.add_parser(
+        "query",
+        parents=[*options.search_flags(), *clip, options.compute_flags(False)],
+        help="ask an index",
+    )
+    add_question(query)
+    return parser.parse_args(argv)
+
+
+def add_folders(index: argparse.ArgumentParser) -> None:
+    """What an index holds."""
     index.add_argument(
         "--images",
         type=usable_path,
@@ -80,19 +94,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     index.add_argument(
         "--output", type=usable_path, required=True, metavar="INDEX", help="a folder for the index"
     )
-    add_keeping(index)
-    options.add_verify(
-        index,
-        help="tell changed images by all of their bytes; an index that told them otherwise is encoded anew (default: "
-        "as it is; a new one by size, modification time and the first, middle and last 4 KiB, in Milvus by size and "
-        "time)",
-    )
-    options.add_clip_batch_size(index, help="batch size of CLIP")
-    query = commands.add_parser(
-        "query",
-        parents=[*options.search_flags(), *clip, options.compute_flags(False)],
-        help="ask an index",
-    )
+
+
+def add_question(query: argparse.ArgumentParser) -> None:
+    """What is asked of an index, and where the answers go."""
     query.add_argument(
         "--image",
         type=usable_path,
@@ -121,7 +126,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     how = query.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print the answers as JSON")
     how.add_argument("--html", type=usable_path, metavar="FILE", help="write a page of them")
-    return parser.parse_args(argv)
 
 
 def add_keeping(index: argparse.ArgumentParser) -> None:
@@ -141,6 +145,12 @@ def add_keeping(index: argparse.ArgumentParser) -> None:
         "--on-disk",
         action=argparse.BooleanOptionalAction,
         help="leave the lists of ivfpq in a file (default: as it is, in memory for a new one)",
+    )
+    options.add_verify(
+        index,
+        help="tell changed images by all of their bytes (default: "
+        "as it is; a new one by size, modification time and the first, middle and last 4 KiB, in Milvus by size and "
+        "time)",
     )
 
 

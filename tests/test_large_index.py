@@ -52,7 +52,7 @@ def features_of(files: list) -> np.ndarray:
 def published(folder: Path, files: list, kind: str, on_disk: bool = False):
     """Bring an index of drawn features up to date, and open it."""
     folder.mkdir(exist_ok=True)
-    writer = FaissWriter(folder, KEY, DIM, Keeping(kind=kind, on_disk=on_disk))
+    writer = FaissWriter(folder, KEY, DIM, keeping=Keeping(kind=kind, on_disk=on_disk), origin={})
     writer.open()
     held = writer.held()
     missing = [file for file in files if file not in held]

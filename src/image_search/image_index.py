@@ -32,6 +32,7 @@ from utils import UserError
 logger = logging.getLogger(__name__)
 
 SHARD = 1024  # images that an interruption can cost a process at most
+IN_USE = "--output {}: another process updates it: wait for that one"
 NEVER = -1  # stamp of no file, see `runtime.files.stamp`
 READERS = 4  # files that are read at once for their digests
 
@@ -101,35 +102,14 @@ def update_index(
     store = store_of(keeping.store)
     writer = store.writer(folder, encoder_key(encoder), dim, keeping=keeping, origin=origin)
     if not distributed.is_main():
-        _encode(None, encoder, writer, keeping.told_by)
+        _encode(None, encoder, writer)
         return None
     store.check(keeping.kind, len(images), dim)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, f"--output {folder}: another process updates it: wait for that one"):
-        earlier = read_manifest(folder)
-        if earlier and earlier.get("encoder") != encoder_key(encoder):
-            raise UserError(
-                f"--output {folder} is an index of other weights, preprocessing or precision: choose another folder"
-            )
-        if earlier is None:
-            _check_own_folder(folder)
-        else:
-            _check_trusted(folder, earlier, keeping)
+    with locked(folder, IN_USE.format(folder)):
+        _check_may_be_updated(folder, encoder_key(encoder), keeping)
         writer.open()
-        held = writer.held()
-        missing = [file for file in images if file not in held]
-        sources = _of_same_content(missing, held, images, keeping.told_by)
-        _check_found(gone, held, sources)
-        carried = {file: source for file, source in sources.items() if source in held}
-        writer.carry(carried)
-        del held
-        alone = [file for file in missing if file not in sources]
-        unreadable = _encode(alone, encoder, writer, keeping.told_by)
-        copies = {file: source for file, source in sources.items() if file not in carried}
-        for (path, _, _), (source, _, _) in copies.items():
-            if source in unreadable:
-                unreadable[path] = unreadable[source].replace(source, path)
-        writer.carry({file: copies[file] for file in copies if file[0] not in unreadable})
+        unreadable = _complete(images, encoder, writer, gone)
         readable = [file for file in images if file[0] not in unreadable]
         if not readable:
             raise UserError(
@@ -137,6 +117,43 @@ def update_index(
             )
         counts = writer.publish(readable, {**origin, "unreadable": unreadable})
     return Update(counts=counts, unreadable=unreadable)
+
+
+def _complete(
+    images: Sequence[Identity], encoder: Encoder, writer: IndexWriter, gone: Sequence[Path]
+) -> dict[str, str]:
+    """Put the features of all images there: carry those of known content, and encode the others, each content once.
+
+    Returns:
+        path -> why it cannot be read.
+    """
+    held = writer.held()
+    missing = [file for file in images if file not in held]
+    sources = _of_same_content(missing, held, images, writer.keeping.told_by)
+    _check_found(gone, held, sources)
+    copies = {file: source for file, source in sources.items() if source not in held}
+    writer.carry({file: source for file, source in sources.items() if source in held})
+    del held
+    unreadable = _encode([file for file in missing if file not in sources], encoder, writer)
+    for file, source in [*copies.items()]:
+        if source[0] in unreadable:
+            unreadable[file[0]] = unreadable[source[0]].replace(source[0], file[0])
+            del copies[file]
+    writer.carry(copies)
+    return unreadable
+
+
+def _check_may_be_updated(folder: Path, key: dict[str, Any], keeping: Keeping) -> None:
+    """Refuse a folder with other files, and an index of another encoder or of somebody else."""
+    earlier = read_manifest(folder)
+    if earlier is None:
+        _check_own_folder(folder)
+        return
+    if earlier.get("encoder") != key:
+        raise UserError(
+            f"--output {folder} is an index of other weights, preprocessing or precision: choose another folder"
+        )
+    _check_trusted(folder, earlier, keeping)
 
 
 def _check_own_folder(folder: Path) -> None:
@@ -271,9 +288,9 @@ def relocate(folder: Path, old: Path, new: Path, *, store: str | None) -> Reloca
     origin: dict[str, Any] = {"folders": folders, "unreadable": unreadable}
     origin |= {name: about[name] for name in ("pair", "told_by") if name in about}
     writer = store_of(keeping.store).writer(
-        folder, about["encoder"], None, keeping=keeping, origin=origin
+        folder, about["encoder"], 0, keeping=keeping, origin=origin
     )
-    with locked(folder, f"--output {folder}: another process updates it: wait for that one"):
+    with locked(folder, IN_USE.format(folder)):
         writer.open()
         held = writer.held()
         staying = [file for file in held if _moved(file[0], old, new) == file[0]]
@@ -343,7 +360,7 @@ def _together(encoder: Encoder) -> Iterator[None]:
 
 
 def _encode(
-    missing: list[Identity] | None, encoder: Encoder, writer: IndexWriter, told_by: str
+    missing: list[Identity] | None, encoder: Encoder, writer: IndexWriter
 ) -> dict[str, str]:
     """Encode this process's part of files, shard by shard, each of which is kept before the next is begun.
 
@@ -371,7 +388,7 @@ def _encode(
             else:
                 readable.append(file)
         if readable:
-            writer.keep(readable, encoded.numpy(), _contents(readable, told_by))
+            writer.keep(readable, encoded.numpy(), _contents(readable, writer.keeping.told_by))
     with _together(encoder):
         lines = distributed.gathered_lines(unreadable)
     return dict(json.loads(line) for line in lines)

@@ -6,10 +6,11 @@ A new store is a file here with a `VectorStore`, and its name in STORES.
 import argparse
 import importlib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from image_search.schemas import Manifest, StoreManifest
 from runtime.files import Identity
@@ -48,7 +49,27 @@ class Hit(NamedTuple):
     similarity: float
 
 
-class ImageIndex(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Keeping:
+    """How features are kept.
+
+    Attributes:
+        store: its address, see `VectorStore`.
+        kind: of the vectors.
+        on_disk: whether FAISS leaves its lists in a file.
+        typed: whether a flag names the store, not the index alone.
+        told_by: how a changed image is told, see `runtime.files.stamp`.
+    """
+
+    store: str = FAISS
+    kind: str = "flat"
+    on_disk: bool = False
+    typed: bool = False
+    told_by: str = TIME
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageIndex(ABC):
     """Images that can be searched. A row is a number that stays an image's own until the next update.
 
     Attributes:
@@ -56,26 +77,30 @@ class ImageIndex(Protocol):
         about: the manifest.
     """
 
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def about(self) -> dict[str, Any]: ...
+    folder: Path
+    about: dict[str, Any]
 
+    @abstractmethod
     def __len__(self) -> int:
         """How many images there are."""
 
+    @abstractmethod
     def row(self, path: str) -> int | None:
         """The row of an image file by its absolute path."""
 
+    @abstractmethod
     def file(self, row: int) -> Identity | None:
         """The file of a row, as it was when it was encoded."""
 
+    @abstractmethod
     def features_of(self, row: int) -> "np.ndarray":
         """Unnormalised features (1, D)."""
 
+    @abstractmethod
     def some(self, count: int) -> list[int]:
         """So many rows at random, or all there are."""
 
+    @abstractmethod
     def search(self, queries: "np.ndarray", k: int, condition: str = "") -> list[list[Hit]]:
         """The k nearest images of each normalised query (Q, D), equally near ones by path.
 
@@ -88,15 +113,33 @@ class ImageIndex(Protocol):
         """
 
 
-class IndexWriter(Protocol):
-    """Where an update puts features. `keep` is called by all processes, the rest by one of them, `open` first."""
+@dataclass
+class IndexWriter(ABC):
+    """Where an update puts features. `keep` is called by all processes, the rest by one of them, `open` first.
 
+    Attributes:
+        key: what features depend on beside the images, see `image_index.encoder_key`.
+        dim: the length of a feature; 0 for that of the index.
+        origin: of the manifest, from where images and encoder are.
+        sources: file -> the file whose features it was given.
+    """
+
+    folder: Path
+    key: dict[str, Any]
+    dim: int
+    keeping: Keeping = field(kw_only=True)
+    origin: dict[str, Any] = field(kw_only=True)
+    sources: dict[Identity, Identity] = field(init=False, default_factory=dict)
+
+    @abstractmethod
     def open(self) -> None:
         """See that it is as the last update left it, and of the same encoder. Raises UserError where it is not."""
 
+    @abstractmethod
     def held(self) -> Mapping[Identity, int]:
         """The files whose features are there, and the content of each, see `image_index.content_of`."""
 
+    @abstractmethod
     def keep(
         self, files: Sequence[Identity], features: "np.ndarray", contents: Sequence[int]
     ) -> None:
@@ -106,9 +149,11 @@ class IndexWriter(Protocol):
             contents: of the files.
         """
 
+    @abstractmethod
     def carry(self, sources: Mapping[Identity, Identity]) -> None:
         """Give files the features of other files, which are there, and their content."""
 
+    @abstractmethod
     def publish(self, files: Sequence[Identity], about: dict[str, Any]) -> "Counts":
         """Let searches find these files and no others.
 
@@ -149,25 +194,6 @@ def counted(
     return Counts(len(new) - found, kept + found, len(gone) - found, moved)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Keeping:
-    """How features are kept.
-
-    Attributes:
-        store: its address, see `VectorStore`.
-        kind: of the vectors.
-        on_disk: whether FAISS leaves its lists in a file.
-        typed: whether a flag names the store, not the index alone.
-        told_by: how a changed image is told, see `runtime.files.stamp`.
-    """
-
-    store: str = FAISS
-    kind: str = "flat"
-    on_disk: bool = False
-    typed: bool = False
-    told_by: str = TIME
-
-
 class VectorStore:
     """A sort of place where features live. It keeps nothing itself: an address, as "milvus:FILE.db", says which place.
 
@@ -177,6 +203,7 @@ class VectorStore:
         filters: whether a search takes conditions.
         verifies: whether images may be told by their bytes; if not, they are by size and time alone.
         manifest: the fields of an index's manifest.
+        writer: what brings an index up to date.
         files: names of what it keeps in the index's folder beside the manifest.
     """
 
@@ -185,6 +212,7 @@ class VectorStore:
     filters: ClassVar[bool] = False
     verifies: ClassVar[bool] = False
     manifest: ClassVar[type[Manifest]] = StoreManifest
+    writer: ClassVar[type[IndexWriter]]
     files: ClassVar[re.Pattern[str]] = re.compile(TEMPORARY)
 
     @classmethod
@@ -212,25 +240,6 @@ class VectorStore:
 
         Raises:
             UserError: it cannot be reached, is damaged, or is not what the manifest says.
-        """
-        raise NotImplementedError
-
-    @classmethod
-    def writer(
-        cls,
-        folder: Path,
-        key: dict[str, Any],
-        dim: int | None,
-        *,
-        keeping: Keeping,
-        origin: dict[str, Any],
-    ) -> IndexWriter:
-        """Return what brings an index up to date. Nothing is read yet.
-
-        Args:
-            key: what features depend on beside the images, see `image_index.encoder_key`.
-            dim: the length of a feature; None for that of the index.
-            origin: of the manifest, from where images and encoder are.
         """
         raise NotImplementedError
 

@@ -28,8 +28,8 @@ from image_search.stores.base import (
     TEMPORARY,
     Counts,
     Hit,
+    ImageIndex,
     IndexWriter,
-    Keeping,
     QuestionError,
     VectorStore,
     check_features,
@@ -122,21 +122,18 @@ class Files(Schema):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FaissImages:
-    """An index in files that can be searched, see `base.ImageIndex`.
+class FaissImages(ImageIndex):
+    """An index in files that can be searched.
 
     Attributes:
         files: the images by row.
         features: (N, D), unnormalised, in a memory map.
         vectors: the FAISS index of the normalised features.
-        about: the manifest.
     """
 
-    folder: Path
     files: list[Identity]
     features: np.ndarray
     vectors: Any
-    about: dict[str, Any]
 
     @functools.cached_property
     def _row_of(self) -> dict[str, int]:
@@ -146,32 +143,27 @@ class FaissImages:
         return len(self.files)
 
     def row(self, path: str) -> int | None:
-        """The row of an image file by its absolute path."""
         return self._row_of.get(path)
 
     def file(self, row: int) -> Identity | None:
-        """The file of a row."""
         return self.files[row] if 0 <= row < len(self.files) else None
 
     def features_of(self, row: int) -> np.ndarray:
-        """Unnormalised features (1, D)."""
         return np.array(self.features[row : row + 1])
 
     def some(self, count: int) -> list[int]:
-        """So many rows at random, or all there are."""
         return random.sample(range(len(self)), min(count, len(self)))
 
     def search(self, queries: np.ndarray, k: int, condition: str = "") -> list[list[Hit]]:
-        """The k nearest images of each normalised query (Q, D)."""
         if condition:
             raise QuestionError(
                 "an index in files knows no filter (--filter): leave it out, or make an index with --store milvus:..."
             )
         found = faiss_index.search(self.vectors, self.features, queries, k=k)
-        return [self._hits(answers) for answers in found]
-
-    def _hits(self, answers: Sequence[tuple[int, float]]) -> list[Hit]:
-        return [Hit(row, Path(self.files[row][0]), similarity) for row, similarity in answers]
+        hits = []
+        for answers in found:
+            hits.append([Hit(row, Path(self.files[row][0]), near) for row, near in answers])
+        return hits
 
 
 def _vectors(folder: Path, about: dict[str, Any], *, to_grow: bool = False) -> Any:
@@ -238,32 +230,13 @@ def _sizes(folder: Path, about: dict[str, Any]) -> dict[str, int | None]:
     return {name: file_size(folder / about[name]) for name in ("vectors", "lists") if name in about}
 
 
-class FaissWriter:
-    """An index in files that is brought up to date, see `base.IndexWriter`.
-
-    Args:
-        key: what its features depend on beside the images, see `image_index.encoder_key`.
-        dim: the length of a feature; None for that of the index.
-    """
-
-    def __init__(
-        self, folder: Path, key: dict[str, Any], dim: int | None, keeping: Keeping
-    ) -> None:
-        self.folder = folder
-        self.key = key
-        self.dim = dim or 0
-        self.keeping = keeping
-        self._earlier: dict[str, Any] = {}
-        self._published: dict[Identity, int] = {}
-        self._shards: list[Path] = []
-        self._contents: dict[Identity, int] = {}
-        self._sources: dict[Identity, Identity] = {}
-        # Where the features of a file are: the number of a shard, or EARLIER, and a row in it.
-        self._where: dict[Identity, tuple[int, int]] = {}
+class FaissWriter(IndexWriter):
+    """An index in files that is brought up to date."""
 
     def open(self) -> None:
-        """Read which files have features already: in the index, and by an interrupted run. No vectors are read."""
+        # Nothing is read of features and vectors but some rows and their size.
         self._earlier = read_manifest(self.folder) or {}
+        self._published: dict[Identity, int] = {}
         if not self._earlier:
             return
         self._published = _files(self.folder, self._earlier)
@@ -275,7 +248,7 @@ class FaissWriter:
                 raise _damaged(self.folder / self._earlier[name], f"it has {size or 0} bytes")
 
     def held(self) -> Mapping[Identity, int]:
-        """The files whose features are there, and their content."""
+        # Where the features of a file are: the number of a shard, or EARLIER, and a row in it.
         self._where = {file: (EARLIER, row) for row, file in enumerate(self._published)}
         self._contents = dict(self._published)
         self._shards = sorted(_partial(self.folder).glob("*.pt"))
@@ -287,13 +260,11 @@ class FaissWriter:
         return self._contents
 
     def carry(self, sources: Mapping[Identity, Identity]) -> None:
-        """Note whose features files have. They stay where they are until `publish`."""
-        self._sources.update(sources)
+        self.sources.update(sources)  # until `publish`, features stay where they are
 
     def keep(
         self, files: Sequence[Identity], features: np.ndarray, contents: Sequence[int]
     ) -> None:
-        """Write a shard."""
         import torch
 
         from runtime.tensors import save_tensors
@@ -326,15 +297,14 @@ class FaissWriter:
         return {}, np.empty((0, self.dim), np.float32)
 
     def publish(self, files: Sequence[Identity], about: dict[str, Any]) -> Counts:
-        """Make the files of an index and the manifest that names them, unless these are as they should be."""
-        counts = counted(self._published, files, self._sources)
+        counts = counted(self._published, files, self.sources)
         kind, on_disk = self.keeping.kind, self.keeping.on_disk
         about = {**about, "encoder": self.key, "kind": kind}
         is_alike = (self._earlier.get("kind", "flat"), "lists" in self._earlier) == (kind, on_disk)
         if self._published.keys() == set(files) and is_alike and _says(self._earlier, about):
             return counts
         self.held()  # the shards of all processes
-        for file, source in self._sources.items():
+        for file, source in self.sources.items():
             self._where[file] = self._where[source]
             self._contents[file] = self._contents[source]
         lost = next((file for file in files if file not in self._where), None)
@@ -536,23 +506,21 @@ class FaissStore(VectorStore):
     kinds = KINDS
     verifies = True
     manifest = FilesManifest
+    writer = FaissWriter
     files = re.compile(f"{OWN.pattern}|{PARTIAL}")
 
     @classmethod
     def resolve(cls, text: str) -> str:
-        """Return the only address that there is."""
         if text != FAISS:
             raise no_store(text)
         return text
 
     @classmethod
     def require(cls) -> None:
-        """Raise UserError where FAISS is not installed."""
         faiss_index.import_faiss()
 
     @classmethod
     def check(cls, kind: str, count: int, dim: int) -> None:
-        """Raise UserError where there are too few vectors, or vectors that cannot be split, for a kind."""
         faiss_index.check(kind, count, dim)
 
     @classmethod
@@ -572,16 +540,3 @@ class FaissStore(VectorStore):
         return FaissImages(
             folder=folder, files=files, features=features, vectors=vectors, about=about
         )
-
-    @classmethod
-    def writer(
-        cls,
-        folder: Path,
-        key: dict[str, Any],
-        dim: int | None,
-        *,
-        keeping: Keeping,
-        origin: dict[str, Any],
-    ) -> IndexWriter:
-        """Return what brings an index up to date."""
-        return FaissWriter(folder, key, dim, keeping)

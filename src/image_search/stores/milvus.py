@@ -15,7 +15,7 @@ import random
 import re
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -34,8 +34,8 @@ from image_search.schemas import StoreManifest
 from image_search.stores.base import (
     Counts,
     Hit,
+    ImageIndex,
     IndexWriter,
-    Keeping,
     QuestionError,
     VectorStore,
     check_features,
@@ -321,24 +321,20 @@ class MilvusManifest(StoreManifest):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MilvusImages:
-    """An index in Milvus that can be searched, see `base.ImageIndex`."""
+class MilvusImages(ImageIndex):
+    """An index in Milvus that can be searched."""
 
-    folder: Path
-    about: dict[str, Any]
     table: Table
 
     def __len__(self) -> int:
         return self.about["images"]
 
     def row(self, path: str) -> int | None:
-        """The row of an image file by its absolute path."""
         row = row_of(path)
         file = self.file(row)
         return row if file is not None and file[0] == path else None
 
     def file(self, row: int) -> Identity | None:
-        """The file of a row."""
         if not 0 <= row <= HIGHEST_ROW:
             return None
         for found in self.table.ask("get", ids=[row], output_fields=self.table.fields):
@@ -346,12 +342,11 @@ class MilvusImages:
         return None
 
     def features_of(self, row: int) -> np.ndarray:
-        """Unnormalised features (1, D)."""
         found = self.table.ask("get", ids=[row], output_fields=["features"])
         return np.array([found[0]["features"]], dtype=np.float32)
 
     def some(self, count: int) -> list[int]:
-        """So many rows at random, or all there are. Rows are digests: those above a random one are a random choice."""
+        # Rows are digests: those above a random one are a random choice.
         least = random.randrange(HIGHEST_ROW)
         rows: list[int] = []
         for condition in (f"row >= {least}", f"row < {least}"):
@@ -364,7 +359,7 @@ class MilvusImages:
         return rows
 
     def search(self, queries: np.ndarray, k: int, condition: str = "") -> list[list[Hit]]:
-        """The k nearest images of each normalised query (Q, D), of which Milvus proposes many, ranked exactly."""
+        # Milvus proposes many, which are ranked exactly.
         check_condition(condition)
         if k > MOST_CANDIDATES:
             raise UserError(f"--k {k}: Milvus finds {MOST_CANDIDATES:,} at most: ask for fewer")
@@ -401,41 +396,22 @@ def _identity(row: dict[str, Any]) -> Identity:
     return row["file"], row["size"], row["time"]
 
 
-class MilvusWriter:
-    """An index in Milvus that is brought up to date, see `base.IndexWriter`.
+@dataclass
+class MilvusWriter(IndexWriter):
+    """An index in Milvus that is brought up to date."""
 
-    Args:
-        key: what its features depend on beside the images.
-        dim: the length of a feature; None for that of the index.
-        origin: of the manifest, from where images and encoder are.
-    """
+    _found: dict[Identity, int] = field(init=False, default_factory=dict)
+    _misplaced: set[Identity] = field(init=False, default_factory=set)  # for conditions
 
-    def __init__(
-        self,
-        folder: Path,
-        key: dict[str, Any],
-        dim: int | None,
-        *,
-        keeping: Keeping,
-        origin: dict[str, Any],
-    ) -> None:
-        self.folder = folder
-        self.key = key
-        self.dim = dim or 0
-        self.keeping = keeping
-        self.origin = origin
-        self._found: dict[Identity, int] = {}
-        self._misplaced: set[Identity] = set()  # for conditions
-        self._sources: dict[Identity, Identity] = {}
-        self._opened: Table | None = None
-        if "://" not in keeping.store and torchrun.launched():
+    def __post_init__(self) -> None:
+        if "://" not in self.keeping.store and torchrun.launched():
             raise UserError(
-                f"--store {keeping.store}: one process at a time can have the file: start milvus-lite server and name "
-                "its address, or leave torchrun out"
+                f"--store {self.keeping.store}: one process at a time can have the file: start milvus-lite server and "
+                "name its address, or leave torchrun out"
             )
 
     def open(self) -> None:
-        """Write where the index will be, so that an interrupted run is gone on with, and make the collection."""
+        # Where the index will be is written first, so that an interrupted run is gone on with.
         about = read_manifest(self.folder)
         if about is None:
             about = {
@@ -446,7 +422,7 @@ class MilvusWriter:
                 **self.origin,
             }
             write_manifest(self.folder, about)
-        table = self._table()
+        table = self._table
         if not table.exists():
             if "images" in about:
                 raise UserError(
@@ -457,16 +433,14 @@ class MilvusWriter:
         self.dim = table.dim
         table.load(self.keeping.kind)
 
+    @functools.cached_property
     def _table(self) -> Table:
         """The collection, which each process opens for itself."""
-        if self._opened is None:
-            about = read_manifest(self.folder) or {}
-            self._opened = _checked_table(self.folder, about, self.keeping.typed)
-        return self._opened
+        about = read_manifest(self.folder) or {}
+        return _checked_table(self.folder, about, self.keeping.typed)
 
     def held(self) -> Mapping[Identity, int]:
-        """The files whose features are there, and their content."""
-        for row in self._table().rows():
+        for row in self._table.rows():
             file = _identity(row)
             self._found[file] = row.get("content", 0)
             if row["path"] != place_of(row["file"], self.origin["folders"]):
@@ -476,9 +450,8 @@ class MilvusWriter:
     def keep(
         self, files: Sequence[Identity], features: np.ndarray, contents: Sequence[int]
     ) -> None:
-        """Insert images; those that are there already are replaced."""
         check_features(files, features, self.dim)
-        table = self._table()
+        table = self._table
         rows = []
         for (path, size, time), values, content in zip(files, features, contents, strict=True):
             place = place_of(path, self.origin["folders"])
@@ -495,8 +468,8 @@ class MilvusWriter:
         table.ask("upsert", data=rows)
 
     def carry(self, sources: Mapping[Identity, Identity]) -> None:
-        """Insert files with the features of others. Rows that are replaced on the way are read before."""
-        self._sources.update(sources)
+        # Rows that are replaced on the way are read before.
+        self.sources.update(sources)
         pairs = [(file, row_of(source[0])) for file, source in sources.items()]
         replaced = {row_of(path) for path, _, _ in sources}
         ahead = self._read({row for _, row in pairs if row in replaced})
@@ -509,7 +482,7 @@ class MilvusWriter:
 
     def _read(self, rows: Collection[int]) -> dict[int, dict[str, Any]]:
         """Row -> its features and content."""
-        table = self._table()
+        table = self._table
         fields = [*{"content"}.intersection(table.fields), "row", "features"]
         read = {}
         for some in _parts(list(rows)):
@@ -518,15 +491,14 @@ class MilvusWriter:
         return read
 
     def publish(self, files: Sequence[Identity], about: dict[str, Any]) -> Counts:
-        """Delete what is gone, and write the manifest."""
-        table = self._table()
+        table = self._table
         self.carry({file: file for file in self._misplaced.intersection(files)})
         now = {path for path, _, _ in files}
         gone = [row_of(path) for path, _, _ in self._found if path not in now]
         for some in _parts(gone):
             table.ask("delete", ids=some)
-        counts = counted(self._found, files, self._sources)
-        if counts.added or self._sources or gone:
+        counts = counted(self._found, files, self.sources)
+        if counts.added or self.sources or gone:
             table.ask("flush")
         earlier = read_manifest(self.folder) or {}
         changed = {**about, "kind": self.keeping.kind, "images": len(files)}
@@ -552,6 +524,7 @@ class MilvusStore(VectorStore):
     kinds = tuple(KINDS)
     filters = True
     manifest = MilvusManifest
+    writer = MilvusWriter
 
     @classmethod
     def resolve(cls, text: str) -> str:
@@ -569,7 +542,6 @@ class MilvusStore(VectorStore):
 
     @classmethod
     def require(cls) -> None:
-        """Raise UserError where pymilvus is not installed."""
         import_pymilvus()
 
     @classmethod
@@ -586,16 +558,3 @@ class MilvusStore(VectorStore):
             )
         table.load(about["kind"])
         return MilvusImages(folder=folder, about=about, table=table)
-
-    @classmethod
-    def writer(
-        cls,
-        folder: Path,
-        key: dict[str, Any],
-        dim: int | None,
-        *,
-        keeping: Keeping,
-        origin: dict[str, Any],
-    ) -> IndexWriter:
-        """Return what brings an index up to date. Raises UserError where several processes would share a file."""
-        return MilvusWriter(folder, key, dim, keeping=keeping, origin=origin)
