@@ -102,7 +102,7 @@ class ImageIndex(ABC):
 
     @abstractmethod
     def search(self, queries: "np.ndarray", k: int, condition: str = "") -> list[list[Hit]]:
-        """The k nearest images of each normalised query (Q, D), equally near ones by path.
+        """The k nearest images of each normalised query (Q, D), equally near ones by the path they were first found at.
 
         Args:
             condition: what images have to be, in the store's own language.
@@ -222,12 +222,12 @@ class VectorStore:
             raise no_store(text)
         return text
 
-    @classmethod
-    def require(cls) -> None:
+    @staticmethod
+    def require() -> Any:
         """Raise UserError where a package that it needs is not installed."""
 
-    @classmethod
-    def check(cls, kind: str, count: int, dim: int) -> None:
+    @staticmethod
+    def check(kind: str, count: int, dim: int) -> None:
         """Raise UserError where a kind cannot be made of so many vectors of a length."""
 
     @classmethod

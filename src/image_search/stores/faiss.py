@@ -305,31 +305,37 @@ class FaissWriter(IndexWriter):
             return counts
         self.held()  # the shards of all processes
         for file, source in self.sources.items():
-            self._where[file] = self._where[source]
-            self._contents[file] = self._contents[source]
+            if source in self._where:
+                self._where[file] = self._where[source]
+                self._contents[file] = self._contents[source]
         lost = next((file for file in files if file not in self._where), None)
         if lost:
             raise UserError(
                 f"what was encoded of {lost[0]} is gone: start again with the same command"
             )
         grown = None
-        if is_alike:
-            # First whoever has the rows of the earlier index, under the names of now.
-            by_row = {self._where[file]: file for file in files}
-            rows_before = [(EARLIER, row) for row in range(len(self._published))]
-            if rows_before and all(place in by_row for place in rows_before):
-                first = [by_row[place] for place in rows_before]
-                are_first = set(first)
-                others = [file for file in files if file not in are_first]
-                if not others:
-                    self._rename(first, about)
-                    return counts
-                grown = self._vectors_to_grow(len(files))
-                files = files if grown is None else [*first, *others]
+        in_place = self._in_place(files) if is_alike else None
+        if in_place is not None:
+            if len(files) == len(self._published):
+                self._rename(in_place, about)
+                return counts
+            grown = self._vectors_to_grow(len(files))
+            files = files if grown is None else in_place
         rows = functools.partial(self._rows, files)
         listed = {file: self._contents[file] for file in files}
         publish(self.folder, listed, rows, about=about, on_disk=on_disk, dim=self.dim, grown=grown)
         return counts
+
+    def _in_place(self, files: Sequence[Identity]) -> list[Identity] | None:
+        """Files so that the first have the rows of the earlier index, in its order; None where one of these is lost."""
+        places = np.array([self._where[file] for file in files])
+        earlier = np.flatnonzero(places[:, 0] == EARLIER)
+        order = np.full(len(self._published), -1)
+        order[places[earlier, 1]] = earlier
+        if not len(order) or (order < 0).any():
+            return None
+        others = np.setdiff1d(np.arange(len(files)), order)
+        return [files[number] for number in (*order, *others)]
 
     def _rename(self, files: Sequence[Identity], about: dict[str, Any]) -> None:
         """Publish the same rows under other names: neither features nor vectors are read or written."""
@@ -507,6 +513,8 @@ class FaissStore(VectorStore):
     verifies = True
     manifest = FilesManifest
     writer = FaissWriter
+    require = staticmethod(faiss_index.import_faiss)
+    check = staticmethod(faiss_index.check)
     files = re.compile(f"{OWN.pattern}|{PARTIAL}")
 
     @classmethod
@@ -514,14 +522,6 @@ class FaissStore(VectorStore):
         if text != FAISS:
             raise no_store(text)
         return text
-
-    @classmethod
-    def require(cls) -> None:
-        faiss_index.import_faiss()
-
-    @classmethod
-    def check(cls, kind: str, count: int, dim: int) -> None:
-        faiss_index.check(kind, count, dim)
 
     @classmethod
     def open(cls, folder: Path, about: dict[str, Any], *, typed: bool = False) -> FaissImages:

@@ -525,6 +525,7 @@ class MilvusStore(VectorStore):
     filters = True
     manifest = MilvusManifest
     writer = MilvusWriter
+    require = staticmethod(import_pymilvus)
 
     @classmethod
     def resolve(cls, text: str) -> str:
@@ -539,10 +540,6 @@ class MilvusStore(VectorStore):
         if not place.endswith(".db"):
             raise refused(text, "is no file of Milvus Lite: let its name end with .db")
         return f"milvus:{usable_path(place).resolve()}"
-
-    @classmethod
-    def require(cls) -> None:
-        import_pymilvus()
 
     @classmethod
     def open(cls, folder: Path, about: dict[str, Any], *, typed: bool = False) -> MilvusImages:
