@@ -3,15 +3,22 @@
 import json
 import os
 import shutil
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import demo_app
 import search
+from forks import HANG
 from image_search.image_index import open_index
+from image_search.searcher import load_searcher
 from models import backbone
+from settings.groups import PairChoice
 from test_search import images, refused
 
 
@@ -64,11 +71,14 @@ def test_a_renamed_folder_is_not_encoded_again(store, index, tmp_path, encoded):
     images(tmp_path / "photos", 6)
     index(tmp_path / "photos", flags=["--store", store])
     encoded.clear()
+    vectors = {file.name for file in (tmp_path / "index").glob("*-*") if "files" not in file.name}
     moved_to(tmp_path / "pictures", tmp_path / "photos")
     out = index(tmp_path / "pictures")
     assert "0 images added, 6 kept, 0 removed" in out
     assert "6 of those kept have moved" in out
     assert encoded == []
+    kept = {file.name for file in (tmp_path / "index").glob("*-*") if "files" not in file.name}
+    assert kept == vectors  # of an index in files, which are not written again
     assert open_index(tmp_path / "index").about["folders"] == [str(tmp_path / "pictures")]
     check_features(tmp_path / "index", index, tmp_path / "anew")
 
@@ -214,6 +224,29 @@ def test_a_page_of_answers_says_it_too(index, ask, tmp_path):
     ask(files[1], "is red", "--html", tmp_path / "answers.html")
     page = (tmp_path / "answers.html").read_text()
     assert page.count("(gone)") == page.count("(copy of ") == 1
+
+
+def test_programs_are_told_it_too(index, tmp_path):
+    pytest.importorskip("fastapi", reason="pip install -r requirements-app.txt")
+    files = images(tmp_path / "photos", 3)
+    shutil.copy(files[1], tmp_path / "photos" / "copy.png")
+    index(tmp_path / "photos")
+    files[0].unlink()
+    choice = PairChoice(combining_function=None, clip_path=None, combiner_path=None)
+    searcher = load_searcher(tmp_path / "index", choice, torch.device("cpu"))
+    bound = demo_app.bound_socket("127.0.0.1", 0)
+    address = f"http://127.0.0.1:{bound.getsockname()[1]}/search"
+    body = urllib.parse.urlencode({"row": searcher.index.row(str(files[1])), "text": "is red"})
+    with (
+        demo_app.application(searcher, 8, host="127.0.0.1", names=[], documented=False) as app,
+        demo_app.served(app, bound),
+        urllib.request.urlopen(address, body.encode(), HANG) as answered,
+    ):
+        answers = json.load(answered)["answers"]
+    assert [answer["name"] for answer in answers if answer["is_gone"]] == [files[0].name]
+    (copy,) = [answer for answer in answers if answer["copy_of"] is not None]
+    (original,) = [answer for answer in answers if answer["row"] == copy["copy_of"]]
+    assert {copy["name"], original["name"]} == {"copy.png", files[1].name}
 
 
 # A reader makes nothing
