@@ -280,6 +280,7 @@ def relocate(folder: Path, old: Path, new: Path, *, store: str | None) -> Reloca
     old, new = old.parent.resolve() / old.name, new.resolve()
     keeping = chosen_keeping(about, store, kind=None, on_disk=None)
     _check_trusted(folder, about, keeping)
+    told_by = about.get("told_by", TIME)
     folders = sorted({_moved(name, old, new) for name in about.get("folders", [])})
     unreadable = {
         _moved(path, old, new): reason.replace(path, _moved(path, old, new))
@@ -301,11 +302,11 @@ def relocate(folder: Path, old: Path, new: Path, *, store: str | None) -> Reloca
             path, size, stamped = _moved(file[0], old, new), *file[1:]
             if path in paths:  # it stays, or the index holds what it would become
                 continue
-            now = _identity_now(path, keeping.told_by)
+            now = _identity_now(path, told_by)
             if now is None:
                 missing.append(path)
                 sources[path, size, stamped] = file
-            elif now[1] == size and _is_same(now, stamped, content, keeping.told_by):
+            elif now[1] == size and _is_same(now, stamped, content, told_by):
                 sources[now] = file
             else:
                 changed.append(path)
@@ -313,7 +314,7 @@ def relocate(folder: Path, old: Path, new: Path, *, store: str | None) -> Reloca
         if len(missing) == len(sources):
             reason = "the new folder has none of its images" if sources else "it has no image there"
             raise UserError(
-                f"--relocate {old} {new}: {reason}, {folder} holds {', '.join(about['folders'])}"
+                f"--relocate {old} {new}: {reason}, {folder} holds {', '.join(about.get('folders', []))}"
             )
         writer.carry(sources)
         writer.publish(sorted([*staying, *sources]), origin)
