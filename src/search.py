@@ -4,8 +4,8 @@
     python src/search.py query --index photos_index --image photos/shirt.jpg --text "is red and has no sleeves" \\
         --combiner-path models_final/combiner_trained
 
-`index --output photos_index` brings it up to date: it adds what is new and drops what is gone. Interrupted, it goes on
-where it was.
+`index --output photos_index` brings it up to date: it adds what is new and drops what is gone. What was moved is told
+by its content and not encoded again. Interrupted, it goes on where it was.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from runtime.files import check_file_writable, check_writable, write_text
 from runtime.interruption import listening
 from settings import groups
 from settings.declaring import parent
-from settings.flag_types import Several, usable_path
+from settings.flag_types import Several, number, usable_path
 from settings.groups import PairChoice
-from utils import Stopped, UserError, command, printable
+from utils import Stopped, UserError, command, flag, printable
 
 if TYPE_CHECKING:
     from image_search.image_index import Update
@@ -38,19 +38,34 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MOST_NAMED = 20  # images of a sort that a move names
 SIDE = 176  # pixels of an image on a page of answers
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of both commands."""
     parser: argparse.ArgumentParser = ScriptParser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="{index,query}", required=True)
     clip = [options.clip_flags(), parent(groups.TunedClip)]
     index = commands.add_parser(
         "index",
         parents=[options.exported_flag(), *clip, options.compute_flags()],
         help="encode a folder, or bring its index up to date",
     )
+    add_folders(index)
+    add_keeping(index)
+    options.add_clip_batch_size(index, help="batch size of CLIP")
+    query = commands.add_parser(
+        "query",
+        parents=[*options.search_flags(), *clip, options.compute_flags(False)],
+        help="ask an index",
+    )
+    add_question(query)
+    return parser.parse_args(argv)
+
+
+def add_folders(index: argparse.ArgumentParser) -> None:
+    """What an index holds."""
     index.add_argument(
         "--images",
         type=usable_path,
@@ -70,26 +85,38 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="folders to drop from it",
     )
     index.add_argument(
+        "--relocate",
+        type=usable_path,
+        nargs=2,
+        metavar=("OLD", "NEW"),
+        help="the images below a folder are below another one now: rewrite their paths, and do nothing else",
+    )
+    index.add_argument(
         "--output", type=usable_path, required=True, metavar="INDEX", help="a folder for the index"
     )
-    add_keeping(index)
-    options.add_verify(
-        index,
-        help="tell changed images by all of their bytes; an index that told them otherwise is encoded anew (default: "
-        "as it is; a new one by size, modification time and the first, middle and last 4 KiB, in Milvus by size and "
-        "time)",
+
+
+def add_question(query: argparse.ArgumentParser) -> None:
+    """What is asked of an index, and where the answers go."""
+    query.add_argument(
+        "--image",
+        type=usable_path,
+        metavar="REF",
+        help="the reference (default: none, the text alone)",
     )
-    options.add_clip_batch_size(index, help="batch size of CLIP")
-    query = commands.add_parser(
-        "query",
-        parents=[*options.search_flags(), *clip, options.compute_flags(False)],
-        help="ask an index",
+    query.add_argument("--text", help="what to change (default: nothing, the image alone)")
+    options.add_k(query, default=10)
+    query.add_argument(
+        "--min-similarity",
+        type=number(-1, 1),
+        metavar="X",
+        help="cosine similarity that an answer has at least (default: any)",
     )
     query.add_argument(
-        "--image", type=usable_path, required=True, metavar="REF", help="the reference"
+        "--distinct",
+        action="store_true",
+        help="of images that are the same, show the first alone (default: show all, and say which are copies)",
     )
-    query.add_argument("--text", required=True, help="what to change")
-    options.add_k(query, default=10)
     query.add_argument(
         "--filter",
         default="",
@@ -99,7 +126,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     how = query.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print the answers as JSON")
     how.add_argument("--html", type=usable_path, metavar="FILE", help="write a page of them")
-    return parser.parse_args(argv)
 
 
 def add_keeping(index: argparse.ArgumentParser) -> None:
@@ -120,26 +146,39 @@ def add_keeping(index: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="leave the lists of ivfpq in a file (default: as it is, in memory for a new one)",
     )
+    options.add_verify(
+        index,
+        help="tell changed images by all of their bytes (default: "
+        "as it is; a new one by size, modification time and the first, middle and last 4 KiB, in Milvus by size and "
+        "time)",
+    )
 
 
 def chosen_folders(
     held: Sequence[str], named: Sequence[Path], forgotten: Sequence[Path], output: Path
-) -> list[Path]:
-    """The folders that an index is to hold: those it has already and those that are named, but for forgotten ones."""
+) -> tuple[list[Path], list[Path]]:
+    """The folders that an index is to hold: those it has already and those that are named, but for forgotten ones.
+
+    Returns:
+        Them, and those that the index has but the disk has not any more: their images may be in the named ones.
+    """
+    typed = {path.resolve() for path in named}
     gone = {path.resolve() for path in forgotten}
     for path in sorted(gone - set(map(Path, held))):
         raise UserError(
             f"--forget {path}: {output} does not hold it, but {', '.join(held) or 'nothing'}: name one of it"
         )
-    chosen = sorted({*map(Path, held), *(path.resolve() for path in named)} - gone)
+    chosen = sorted({*map(Path, held), *typed} - gone)
     if not chosen:
         raise UserError("--images: name a folder that holds images")
-    for folder in chosen:
-        if not folder.is_dir():
+    missing = [folder for folder in chosen if not folder.is_dir()]
+    for folder in missing:
+        if folder in typed or not typed:
             raise UserError(
-                f"--images {folder} is no folder: name one that holds images, or drop it from the index with --forget"
+                f"--images {folder} is no folder: name one that holds images, say where it is now with --relocate, or "
+                "drop it from the index with --forget"
             )
-    return chosen
+    return [folder for folder in chosen if folder not in missing], missing
 
 
 def make_index(args: argparse.Namespace) -> None:
@@ -147,14 +186,6 @@ def make_index(args: argparse.Namespace) -> None:
     check_files(args)
     check_writable({"--output": args.output})
     earlier = read_manifest(args.output) or {}
-    folders = chosen_folders(earlier.get("folders", []), args.images, args.forget, args.output)
-    keeping = chosen_keeping(earlier, args.store, args.index_type, args.on_disk, verify=args.verify)
-
-    from image_search.photos import FoundImages, find_images
-
-    # One process looks; the others are told what to encode.
-    told_by = keeping.told_by
-    images = find_images(folders, told_by) if torchrun.is_first() else FoundImages()
     # Its CLIP alone is needed.
     named = PairChoice(
         combining_function="sum",
@@ -164,15 +195,50 @@ def make_index(args: argparse.Namespace) -> None:
         clip=groups.Clip.of(args),
         workers=args.num_workers,
     )
+    if args.relocate:
+        as_made(args.output, earlier, named)  # what only a foreign index names is not taken over
+        move_images(args)
+        return
+    held = earlier.get("folders", [])
+    folders, gone = chosen_folders(held, args.images, args.forget, args.output)
+    keeping = chosen_keeping(earlier, args.store, args.index_type, args.on_disk, verify=args.verify)
+
+    from image_search.photos import FoundImages, find_images
+
+    # One process looks; the others are told what to encode.
+    told_by = keeping.told_by
+    images = find_images(folders, told_by) if torchrun.is_first() else FoundImages()
     choice = as_made(args.output, earlier, named)
-    update = encode_images(args, folders, images, choice=choice, keeping=keeping)
+    update = encode_images(args, folders, gone, images, choice=choice, keeping=keeping)
     if update is not None:
         report(args.output, update, images)
+
+
+def move_images(args: argparse.Namespace) -> None:
+    """Rewrite the paths of an index, and say what is not where it should be."""
+    for name in ("images", "forget", "index_type", "on_disk", "verify"):
+        if getattr(args, name):
+            raise UserError(
+                f"{flag(name)} beside --relocate, which only rewrites paths: leave one out"
+            )
+
+    from image_search.image_index import relocate
+
+    moved = relocate(args.output, *args.relocate, store=args.store)
+    for path in moved.changed[:MOST_NAMED]:
+        logger.warning("%s is not what was indexed: the next update encodes it", path)
+    for path in moved.missing[:MOST_NAMED]:
+        logger.warning("%s is missing: the next update drops it", path)
+    print(
+        f"{printable(args.output)}: {moved.count} paths rewritten, {len(moved.changed)} of them of images with other "
+        f"content, {len(moved.missing)} of images that are missing"
+    )
 
 
 def encode_images(
     args: argparse.Namespace,
     folders: Sequence[Path],
+    gone: Sequence[Path],
     images: "FoundImages",
     *,
     choice: PairChoice,
@@ -197,6 +263,7 @@ def encode_images(
                 images.files,
                 encoder,
                 folders=folders,
+                gone=gone,
                 keeping=keeping,
                 pair=made_with(choice, pair),
             )
@@ -218,12 +285,14 @@ def report(folder: Path, update: "Update", images: "FoundImages") -> None:
         logger.warning(
             "left out: %d files %s, which are not read: convert them to .jpg or .png", count, ending
         )
-    added, kept, removed = update.counts
+    added, kept, removed, moved = update.counts
     left_out = len(update.unreadable) + len(images.left_out)
     print(
         f"{printable(folder)}: {added} images added, {kept} kept, {removed} removed, {left_out} left out "
         "that cannot be read"
     )
+    if moved:
+        print(f"{moved} of those kept have moved, and were told by their content")
     recall = (read_manifest(folder) or {}).get("recall against exact")
     if recall:
         print(
@@ -236,48 +305,95 @@ def ask(args: argparse.Namespace) -> None:
     check_files(args)
     check_file_writable({"--html": args.html})
     check_index(args.index)
-    if not args.text.strip():
-        raise UserError("--text is empty: say what to change")
+    choose_composition(args)
 
-    from image_search.searcher import load_searcher
+    from image_search.searcher import Question, load_searcher
 
     searcher = load_searcher(
         args.index, options.pair_choice(args), pick_device(args.device), args.store
     )
-    reference = searcher.reference_features(args.image)
-    found = searcher.search(reference, args.text, args.k, args.filter)
+    question = Question(
+        image=args.image,
+        text=args.text or "",
+        k=args.k,
+        condition=args.filter,
+        distinct=args.distinct,
+        min_similarity=args.min_similarity,
+    )
+    (found,) = searcher.answer([question])
     if found.note:
         logger.warning("note: %s", found.note)
     if args.json:
         print(json.dumps(as_json(found), indent=1))
     elif args.html:
-        write_page(args.html, args.image, args.text, found)
+        write_page(args.html, args.image, args.text or "", found)
     else:
-        for place, (path, similarity) in enumerate(found.answers, start=1):
-            print(f"{place:4} {similarity:.4f} {printable(path)}")
+        said = marks(found)
+        for place, answer in enumerate(found.answers, start=1):
+            path = printable(answer.path)
+            print(f"{place:4} {answer.similarity:.4f} {path}{said[str(answer.path)]}")
 
 
-def write_page(file: Path, reference: Path, text: str, found: "Found") -> None:
+def choose_composition(args: argparse.Namespace) -> None:
+    """Ask with the text or the image alone where only that is given. Raises UserError where something is missing."""
+    if args.combining_function is None and args.combiner_path is None:
+        if args.image is None and args.text is not None:
+            args.combining_function = "text"
+        elif args.text is None and args.image is not None:
+            args.combining_function = "image"
+    alone = args.combining_function
+    if args.image is None and alone != "text":
+        raise UserError(
+            "--image is missing: name the reference, or ask with the text alone, --combining-function text"
+        )
+    if not (args.text or "").strip() and alone != "image":
+        said = "missing" if args.text is None else "empty"
+        raise UserError(
+            f"--text is {said}: say what to change, or ask with the image alone, --combining-function image"
+        )
+
+
+def marks(found: "Found") -> dict[str, str]:
+    """Image -> what is said of it beside its name: that it is gone, and of which answer it is a copy."""
+    places = {answer.row: place for place, answer in enumerate(found.answers, start=1)}
+    said = {}
+    for answer in found.answers:
+        copy = "" if answer.copy_of is None else f" (copy of {places[answer.copy_of]})"
+        said[str(answer.path)] = copy + (" (gone)" if answer.is_gone else "")
+    return said
+
+
+def write_page(file: Path, reference: Path | None, text: str, found: "Found") -> None:
     """Write the answers as a page of its own."""
     from image_search.photos import small_image
     from reports.sheets import results_page
     from runtime.image_files import jpeg
 
-    answers = [(str(path), similarity) for path, similarity in found.answers]
-    names = [str(reference), *(name for name, _ in answers)]
+    answers = [(str(answer.path), answer.similarity) for answer in found.answers]
+    shown = None if reference is None else str(reference)
+    names = [name for name, _ in answers] + ([shown] if shown else [])
     thumbnails = {name: jpeg(small_image(Path(name), SIDE), SIDE) for name in names}
-    write_text(
-        file, results_page(text, str(reference), answers, about=about(found), thumbnails=thumbnails)
+    page = results_page(
+        text, shown, answers, about=about(found), thumbnails=thumbnails, marks=marks(found)
     )
+    write_text(file, page)
     logger.info("%s: %d images", file, len(answers))
 
 
 def as_json(found: "Found") -> dict[str, Any]:
     """What was found, in plain types."""
-    answers = [
-        {"image": str(path), "similarity": round(similarity, 6)}
-        for path, similarity in found.answers
-    ]
+    paths = {answer.row: str(answer.path) for answer in found.answers}
+    answers = []
+    for answer in found.answers:
+        copy_of = None if answer.copy_of is None else paths[answer.copy_of]
+        answers.append(
+            {
+                "image": str(answer.path),
+                "similarity": round(answer.similarity, 6),
+                "is_gone": answer.is_gone,
+                "copy_of": copy_of,
+            }
+        )
     return {"answers": answers, "gate": found.gate, "experts": found.experts, "note": found.note}
 
 

@@ -234,7 +234,9 @@ def test_images_of_every_shape_keep_their_proportion(open_page, tmp_path):
     first = str(SHAPES[0])
     written = {
         "sheet": sheets.sheet("sheet", "", {"all": cards}, thumbnails),
-        "answers": sheets.results_page("x", first, answers, about="", thumbnails=thumbnails),
+        "answers": sheets.results_page(
+            "x", first, answers, about="", thumbnails=thumbnails, marks={}
+        ),
     }
     for name, text in written.items():
         file = tmp_path / f"{name}.html"

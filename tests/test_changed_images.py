@@ -14,6 +14,7 @@ import combiner_train
 import visualize
 from benchmarks import CIRR
 from benchmarks.splits import images_digest
+from image_search.image_index import open_index
 from runtime.files import SAMPLE, file_identities
 from test_resume import stopped as stopped
 from training.image_cache import ImageCache
@@ -100,7 +101,8 @@ def test_an_index(flags, own_drawn, index, tmp_path):
     replace(next(folder.iterdir()))
     assert f"1 images added, {count - 1} kept, 1 removed" in index(folder)
     if not flags:  # from then on it is told so, without the flag too
-        assert f"{count} images added, 0 kept" in index(folder, flags=["--verify"])
+        assert f"0 images added, {count} kept" in index(folder, flags=["--verify"])
+        assert open_index(tmp_path / "index").about["told_by"] == "content"
         assert f"0 images added, {count} kept" in index(folder)
 
 

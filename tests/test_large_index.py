@@ -52,13 +52,13 @@ def features_of(files: list) -> np.ndarray:
 def published(folder: Path, files: list, kind: str, on_disk: bool = False):
     """Bring an index of drawn features up to date, and open it."""
     folder.mkdir(exist_ok=True)
-    writer = FaissWriter(folder, KEY, DIM, Keeping(kind=kind, on_disk=on_disk))
+    writer = FaissWriter(folder, KEY, DIM, keeping=Keeping(kind=kind, on_disk=on_disk), origin={})
     writer.open()
     held = writer.held()
     missing = [file for file in files if file not in held]
     for start in range(0, len(missing), 300):
         part = missing[start : start + 300]
-        writer.keep(part, features_of(part))
+        writer.keep(part, features_of(part), [0] * len(part))
     return writer.publish(sorted(files), {"folders": ["/photos"], "unreadable": {}})
 
 
@@ -205,7 +205,7 @@ def test_an_index_whose_manifest_is_of_an_earlier_version_is_brought_up_to_date(
         del about[later]
     manifest.write_text(json.dumps(about))
     counts = published(tmp_path, identities(40), "hnsw")
-    assert counts == (10, 30, 0)
+    assert counts == (10, 30, 0, 0)
     assert len(open_index(tmp_path)) == 40
 
 
@@ -250,7 +250,7 @@ def test_new_images_are_added_and_removed_ones_build_it_anew(kind, on_disk, tmp_
     built = []
     real = faiss_index.trained
     monkeypatch.setattr(faiss_index, "trained", lambda *about: built.append(1) or real(*about))
-    assert published(tmp_path, files, kind, on_disk) == (100, 1000, 0)
+    assert published(tmp_path, files, kind, on_disk) == (100, 1000, 0, 0)
     assert len(built) == (kind == "flat")
     grown = open_index(tmp_path)
     assert sorted(grown.files) == files
@@ -260,7 +260,7 @@ def test_new_images_are_added_and_removed_ones_build_it_anew(kind, on_disk, tmp_
         ((hit,),) = grown.search(faiss_index.normalised(grown.features_of(row)), 1)
         assert (hit.row, str(hit.path)) == (row, grown.files[row][0])
     built.clear()
-    assert published(tmp_path, files[:-1], kind, on_disk) == (0, 1099, 1)
+    assert published(tmp_path, files[:-1], kind, on_disk) == (0, 1099, 1, 0)
     assert built
     assert open_index(tmp_path).files == files[:-1]
     assert len(list(tmp_path.glob("lists-*"))) == on_disk

@@ -237,8 +237,8 @@ def test_the_page_goes_on_from_an_answer(store, index, tmp_path, drawn):
     only = dataclasses.replace(plain, condition="size < 0")
     together = searcher.answer([plain, only, without])
     assert together == [searcher.answer([question])[0] for question in (plain, only, without)]
-    assert [len(found.rows) for found in together] == [3, 0, 3]
-    assert rows[0] not in together[2].rows
+    assert [len(found.answers) for found in together] == [3, 0, 3]
+    assert rows[0] not in [answer.row for answer in together[2].answers]
 
 
 def test_the_page_passes_conditions_on(store, index, tmp_path):

@@ -350,7 +350,8 @@ def write_index(folder: Path, count: int = 40, kind: str = "flat", dim: int = 16
         "unreadable": {"/photos/x.png": "it is empty"},
     }
     rows = lambda start, stop: features[start:stop]  # noqa: E731
-    faiss.publish(folder, files, rows, about={**about, "kind": kind}, dim=dim)
+    listed = dict.fromkeys(files, 0)
+    faiss.publish(folder, listed, rows, about={**about, "kind": kind}, dim=dim)
 
 
 def part(folder: Path, name: str) -> Path:

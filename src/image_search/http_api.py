@@ -28,7 +28,7 @@ from image_search.batching import Batcher
 from image_search.forms import File, NoForm, read_form
 from image_search.guard import MOST_SECONDS, RETRY_AFTER, visitor_of
 from image_search.photos import KINDS
-from image_search.searcher import PLACES, Found, Question, Searcher
+from image_search.searcher import PLACES, Found, Question, Retrieved, Searcher
 from image_search.stores.base import QuestionError
 from image_search.thumbnails import SIDES, thumbnail
 from image_search.uploads import preview, read_upload
@@ -97,6 +97,10 @@ class Answer(Photo):
     """An image with its cosine similarity to the question."""
 
     similarity: float
+    is_gone: bool = Field(description="Whether its file is not there any more.")
+    copy_of: str | None = Field(
+        description="The row of an answer above that is the same image; null where there is none."
+    )
 
 
 class Answers(BaseModel):
@@ -212,7 +216,7 @@ class Service:
         self.searcher.check(question)
         found = await asyncio.wrap_future(self.batcher.ask(question))
         answers = Answers(
-            answers=[self._answer(*hit) for hit in zip(found.rows, found.answers, strict=True)],
+            answers=[self._answer(answer) for answer in found.answers],
             place=found.place,
             gate=found.gate,
             experts=found.experts,
@@ -328,13 +332,15 @@ class Service:
         file = self._file(row)
         return Photo(row=str(row), name=file.name, path=self._shown_path(file))
 
-    def _answer(self, row: int, answer: tuple[Path, float]) -> Answer:
-        file, similarity = answer
+    def _answer(self, found: Retrieved) -> Answer:
+        copy_of = None if found.copy_of is None else str(found.copy_of)
         return Answer(
-            row=str(row),
-            name=file.name,
-            path=self._shown_path(file),
-            similarity=round(similarity, 6),
+            row=str(found.row),
+            name=found.path.name,
+            path=self._shown_path(found.path),
+            similarity=round(found.similarity, 6),
+            is_gone=found.is_gone,
+            copy_of=copy_of,
         )
 
     def _shown_path(self, file: Path) -> str:

@@ -1,9 +1,13 @@
 """An index of any images on disk: brought up to date by one process or by several, and opened, wherever it lives."""
 
 import contextlib
+import itertools
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +26,15 @@ from image_search.stores.base import (
 from models.encoder import Encoder
 from runtime import distributed
 from runtime.choices import named
-from runtime.files import Identity, locked
+from runtime.files import Identity, file_digest, file_identities, file_size, locked
 from utils import UserError
 
 logger = logging.getLogger(__name__)
 
 SHARD = 1024  # images that an interruption can cost a process at most
+IN_USE = "--output {}: another process updates it: wait for that one"
+NEVER = -1  # stamp of no file, see `runtime.files.stamp`
+READERS = 4  # files that are read at once for their digests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,17 +72,20 @@ def update_index(
     encoder: Encoder,
     *,
     folders: Sequence[Path],
+    gone: Sequence[Path] = (),
     keeping: Keeping,
     pair: dict[str, Any],
 ) -> Update | None:
     """Make an index of images, or bring one up to date: encode new and changed files, drop vanished ones.
 
-    Several processes share the work. Files that could not be read are tried again. What the encoder's `between`
-    raises ends the work; the next update goes on from the last whole shard.
+    A file whose content is there under another name takes its features. Several processes share the work. Files that
+    could not be read are tried again. What the encoder's `between` raises ends the work; the next update goes on from
+    the last whole shard.
 
     Args:
         images: of the first process; others are told by it.
         folders: where the images were found.
+        gone: folders of the index that are no more, whose images have to be among those that were found.
         pair: what a query needs to load the same CLIP, for the manifest.
 
     Returns:
@@ -83,7 +93,7 @@ def update_index(
 
     Raises:
         UserError: the folder holds other files, the index is of other weights or preprocessing, no image can
-            be read, or there are too few for the kind.
+            be read, images of a folder that is gone are found nowhere, or there are too few for the kind.
     """
     origin = {"folders": sorted(str(path.resolve()) for path in folders), "pair": pair}
     if keeping.told_by != TIME:  # as in indexes of earlier versions, which do not say it
@@ -96,21 +106,10 @@ def update_index(
         return None
     store.check(keeping.kind, len(images), dim)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, f"--output {folder}: another process updates it: wait for that one"):
-        earlier = read_manifest(folder)
-        if earlier and earlier.get("encoder") != encoder_key(encoder):
-            raise UserError(
-                f"--output {folder} is an index of other weights, preprocessing or precision: choose another folder"
-            )
-        if earlier is None:
-            _check_own_folder(folder)
-        else:
-            _check_trusted(folder, earlier, keeping)
+    with locked(folder, IN_USE.format(folder)):
+        _check_may_be_updated(folder, encoder_key(encoder), keeping)
         writer.open()
-        held = writer.held()
-        missing = [file for file in images if file not in held]
-        del held
-        unreadable = _encode(missing, encoder, writer)
+        unreadable = _complete(images, encoder, writer, gone)
         readable = [file for file in images if file[0] not in unreadable]
         if not readable:
             raise UserError(
@@ -118,6 +117,43 @@ def update_index(
             )
         counts = writer.publish(readable, {**origin, "unreadable": unreadable})
     return Update(counts=counts, unreadable=unreadable)
+
+
+def _complete(
+    images: Sequence[Identity], encoder: Encoder, writer: IndexWriter, gone: Sequence[Path]
+) -> dict[str, str]:
+    """Put the features of all images there: carry those of known content, and encode the others, each content once.
+
+    Returns:
+        path -> why it cannot be read.
+    """
+    held = writer.held()
+    missing = [file for file in images if file not in held]
+    sources = _of_same_content(missing, held, images, writer.keeping.told_by)
+    _check_found(gone, held, sources)
+    copies = {file: source for file, source in sources.items() if source not in held}
+    writer.carry({file: source for file, source in sources.items() if source in held})
+    del held
+    unreadable = _encode([file for file in missing if file not in sources], encoder, writer)
+    for file, source in [*copies.items()]:
+        if source[0] in unreadable:
+            unreadable[file[0]] = unreadable[source[0]].replace(source[0], file[0])
+            del copies[file]
+    writer.carry(copies)
+    return unreadable
+
+
+def _check_may_be_updated(folder: Path, key: dict[str, Any], keeping: Keeping) -> None:
+    """Refuse a folder with other files, and an index of another encoder or of somebody else."""
+    earlier = read_manifest(folder)
+    if earlier is None:
+        _check_own_folder(folder)
+        return
+    if earlier.get("encoder") != key:
+        raise UserError(
+            f"--output {folder} is an index of other weights, preprocessing or precision: choose another folder"
+        )
+    _check_trusted(folder, earlier, keeping)
 
 
 def _check_own_folder(folder: Path) -> None:
@@ -136,6 +172,176 @@ def _check_trusted(folder: Path, about: dict[str, Any], keeping: Keeping) -> Non
             f"{folder / MANIFEST} was made elsewhere and names {about['store']}: name it too, as --store "
             f"{about['store']}, if you trust it"
         )
+
+
+def _of_same_content(
+    missing: Sequence[Identity],
+    held: Mapping[Identity, int],
+    images: Sequence[Identity],
+    told_by: str,
+) -> dict[Identity, Identity]:
+    """File without features -> a file of the same size and content that has them, or will have.
+
+    Those whose file is gone come first, so that each is found again once. Of indexes of earlier versions, which do not
+    know contents, a file is told by its stamp, unless that is the time alone.
+    """
+    sizes = Counter(size for _, size, _ in missing)
+    if not sizes:
+        return {}
+    there = set(images)
+    vanished: dict[tuple[int, int], dict[str, Identity]] = {}
+    of_content: dict[tuple[int, int], Identity] = {}
+    for file, content in held.items():
+        path, size, stamped = file
+        if size in sizes and (content or told_by != TIME):
+            sizes[size] += 1
+            key = (size, content or -stamped)
+            of_content.setdefault(key, file)
+            if file not in there:
+                vanished.setdefault(key, {})[path] = file
+    alike = [file for file in missing if sizes[file[1]] > 1]
+    sources = {}
+    for file, content in zip(alike, _contents(alike, told_by), strict=True):
+        path, size, stamped = file
+        keys = [(size, content)] if content else []
+        for key in (*keys, (size, -stamped)):
+            again = vanished.get(key, {})
+            if again:
+                sources[file] = again.pop(path) if path in again else again.popitem()[1]
+                break
+            if key in of_content:
+                sources[file] = of_content[key]
+                break
+        else:
+            for key in keys:
+                of_content[key] = file
+    return sources
+
+
+def _check_found(
+    gone: Sequence[Path], held: Mapping[Identity, int], sources: Mapping[Identity, Identity]
+) -> None:
+    """Refuse to drop a folder that is no more while images of it are found nowhere: its disk may not be there today."""
+    found = set(sources.values())
+    for folder in gone:
+        lost = [
+            path
+            for path, size, stamped in held
+            if Path(path).is_relative_to(folder) and (path, size, stamped) not in found
+        ]
+        if lost:
+            raise UserError(
+                f"--images {folder} is no folder any more, and {len(lost)} of its images are found nowhere, such as "
+                f"{lost[0]}: bring it back, or drop it from the index with --forget {folder}"
+            )
+
+
+def content_of(file: Identity, told_by: str) -> int:
+    """63 bits of the digest of a file's bytes, 0 where it cannot be read or is not the file any more that was found."""
+    try:
+        digest = file_digest(Path(file[0]))
+    except OSError:
+        return 0
+    return int(digest[:16], 16) >> 1 if _identity_now(file[0], told_by) == file else 0
+
+
+def _contents(files: Sequence[Identity], told_by: str) -> list[int]:
+    with ThreadPoolExecutor(READERS) as threads:
+        return list(threads.map(content_of, files, itertools.repeat(told_by)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relocated:
+    """What a move of images did: how many paths it rewrote, and which of the new ones are not what was indexed."""
+
+    count: int
+    changed: list[str]
+    missing: list[str]
+
+
+def relocate(folder: Path, old: Path, new: Path, *, store: str | None) -> Relocated:
+    """Rewrite the paths of an index whose images were below one folder and are below another now. Nothing is encoded.
+
+    Images that are missing or not what was indexed are rewritten too: the next update drops or encodes them.
+
+    Args:
+        store: where a flag says that the index lives, None where flags are silent.
+
+    Raises:
+        UserError: there is no index, it has no image below the old folder, or the new one has none of them.
+    """
+    about = read_manifest(folder) or {}
+    if "images" not in about:
+        raise UserError(f"--output {folder} holds no whole index: name one")
+    if not new.is_dir():
+        raise UserError(
+            f"--relocate {old} {new}: {new} is no folder: name the one that holds the images now"
+        )
+    old, new = old.parent.resolve() / old.name, new.resolve()
+    keeping = chosen_keeping(about, store, kind=None, on_disk=None)
+    _check_trusted(folder, about, keeping)
+    told_by = about.get("told_by", TIME)
+    folders = sorted({_moved(name, old, new) for name in about.get("folders", [])})
+    unreadable = {
+        _moved(path, old, new): reason.replace(path, _moved(path, old, new))
+        for path, reason in about.get("unreadable", {}).items()
+    }
+    origin: dict[str, Any] = {"folders": folders, "unreadable": unreadable}
+    origin |= {name: about[name] for name in ("pair", "told_by") if name in about}
+    writer = store_of(keeping.store).writer(
+        folder, about["encoder"], 0, keeping=keeping, origin=origin
+    )
+    with locked(folder, IN_USE.format(folder)):
+        writer.open()
+        held = writer.held()
+        staying = [file for file in held if _moved(file[0], old, new) == file[0]]
+        paths = {path for path, _, _ in staying}
+        sources: dict[Identity, Identity] = {}
+        changed, missing = [], []
+        for file, content in held.items():
+            path, size, stamped = _moved(file[0], old, new), *file[1:]
+            if path in paths:  # it stays, or the index holds what it would become
+                continue
+            now = _identity_now(path, told_by)
+            if now is None:
+                missing.append(path)
+                sources[path, size, stamped] = file
+            elif now[1] == size and _is_same(now, stamped, content, told_by):
+                sources[now] = file
+            else:
+                changed.append(path)
+                sources[path, size, NEVER] = file
+        if len(missing) == len(sources):
+            reason = "the new folder has none of its images" if sources else "it has no image there"
+            raise UserError(
+                f"--relocate {old} {new}: {reason}, {folder} holds {', '.join(about.get('folders', []))}"
+            )
+        writer.carry(sources)
+        writer.publish(sorted([*staying, *sources]), origin)
+    return Relocated(count=len(sources), changed=changed, missing=missing)
+
+
+def _identity_now(path: str, told_by: str) -> Identity | None:
+    """What a file is, None where it is none or cannot be read."""
+    try:
+        return None if file_size(Path(path)) is None else file_identities([Path(path)], told_by)[0]
+    except OSError:
+        return None
+
+
+def _is_same(file: Identity, stamped: int, content: int, told_by: str) -> bool:
+    """Whether a file has the content of one of the same size; where that is not known, its stamp."""
+    return content_of(file, told_by) == content if content else file[2] == stamped
+
+
+def _moved(path: str, old: Path, new: Path) -> str:
+    """The path of what was at a path below an old folder, or was that folder."""
+    if path == str(old):
+        return str(new)
+    below = str(old).rstrip(os.sep) + os.sep
+    return (
+        f"{str(new).rstrip(os.sep)}{os.sep}{path[len(below) :]}" if path.startswith(below) else path
+    )
 
 
 @contextlib.contextmanager
@@ -183,7 +389,7 @@ def _encode(
             else:
                 readable.append(file)
         if readable:
-            writer.keep(readable, encoded.numpy())
+            writer.keep(readable, encoded.numpy(), _contents(readable, writer.keeping.told_by))
     with _together(encoder):
         lines = distributed.gathered_lines(unreadable)
     return dict(json.loads(line) for line in lines)

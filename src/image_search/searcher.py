@@ -1,16 +1,19 @@
 """Search an image index with a reference image and a sentence."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from image_search.faiss_index import normalised
 from image_search.image_index import encoder_key, open_index
 from image_search.manifest import as_made
 from image_search.photos import opened
@@ -25,6 +28,10 @@ MOST_CHARACTERS = 2000  # of a text; many times what CLIP reads
 LONGEST_WORD = 100
 LONG_WORD = re.compile(rf"[^\W\d_]{{{LONGEST_WORD + 1}}}|[^\w\s]{{{LONGEST_WORD + 1}}}")
 PLACES = 1000  # among which a target's place is looked for
+DEEPEST = 10_000  # images among which distinct ones are looked for
+SAME = (
+    1e-5  # difference of an element, or of a similarity, of normalised features of the same pixels
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,6 +47,8 @@ class Question:
         without: a row that is no answer; None for none.
         target: a row whose place is asked for; None for none.
         condition: what images have to be, in the language of the index's store.
+        distinct: leave copies of other answers out.
+        min_similarity: that an answer has at least; None for any.
     """
 
     image: Path | Tensor | None
@@ -49,6 +58,8 @@ class Question:
     without: int | None = None
     target: int | None = None
     condition: str = ""
+    distinct: bool = False
+    min_similarity: float | None = None
 
     @property
     def depth(self) -> int:
@@ -57,21 +68,36 @@ class Question:
         return wanted + (self.without is not None)
 
 
+class Retrieved(NamedTuple):
+    """An image that a query retrieved.
+
+    Attributes:
+        row: in the index.
+        similarity: cosine similarity to the query.
+        is_gone: whether there is no such file any more.
+        copy_of: the row of an answer above with the same features, None where there is none.
+    """
+
+    row: int
+    path: Path
+    similarity: float
+    is_gone: bool
+    copy_of: int | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """What a query retrieved.
 
     Attributes:
-        answers: (image file, cosine similarity), the nearest first.
-        rows: of the answers in the index.
+        answers: the nearest first.
         place: of the target, from 1; None where it is not among PLACES, or none was named.
         gate: how much of the residual is text; None for the sum.
         experts: weight of each expert; empty without a mixture.
         note: what the user should know, "" for nothing.
     """
 
-    answers: list[tuple[Path, float]]
-    rows: list[int]
+    answers: list[Retrieved]
     place: int | None
     gate: float | None
     experts: list[float]
@@ -142,12 +168,6 @@ class Searcher:
         """Whether the index lives in a store that takes a question's condition."""
         return store_of(self.index.about.get("store", FAISS)).filters
 
-    def search(self, reference: Tensor, text: str, k: int, condition: str = "") -> Found:
-        """The images nearest to a reference (1, D), unnormalised, that is changed as a text says."""
-        question = Question(image=reference, text=text, k=k, condition=condition)
-        (found,) = self.answer([question])
-        return found
-
     @torch.no_grad()
     def answer(self, questions: Sequence[Question]) -> list[Found]:
         """What each question finds. All texts and all images are encoded together.
@@ -172,27 +192,76 @@ class Searcher:
         nearest = self._nearest(queries.cpu(), questions)
         found = []
         for number, question in enumerate(questions):
-            rows = [hit.row for hit in nearest[number]]
-            hits = nearest[number][: question.k]
+            hits = nearest[number]
+            notes = [self._note(texts[number])]
+            if question.distinct:
+                hits = self._distinct(queries[[number]].cpu(), question, hits)
+            rows = [hit.row for hit in hits]
+            near = hits[: question.k]
+            if near and question.min_similarity is not None:
+                near = [hit for hit in near if hit.similarity >= question.min_similarity]
+                if not near:
+                    notes.append(f"the nearest image has a similarity of {hits[0].similarity:.4f}")
             seen = None if question.mix is not None or insight is None else insight
             found.append(
                 Found(
-                    answers=[(hit.path, hit.similarity) for hit in hits],
-                    rows=rows[: question.k],
+                    answers=self._answers(near),
                     place=rows.index(question.target) + 1 if question.target in rows else None,
                     gate=None if seen is None else float(seen.gate[number]),
                     experts=[] if seen is None else seen.experts[number].tolist(),
-                    note=self._note(texts[number]),
+                    note="; ".join(filter(None, notes)),
                 )
             )
         return found
 
+    def _answers(self, hits: Sequence[Hit]) -> list[Retrieved]:
+        copies = self._copies(hits)
+        answers = []
+        for row, path, similarity in hits:
+            is_gone = file_size(path) is None
+            answers.append(Retrieved(row, path, similarity, is_gone, copy_of=copies.get(row)))
+        return answers
+
+    def _copies(self, hits: Sequence[Hit]) -> dict[int, int]:
+        """Row of a hit -> row of the first hit with the same features; only rows that have such a one.
+
+        Images of the same bytes have the same features to the last bit, those of the same pixels nearly.
+        """
+        features = functools.cache(lambda row: normalised(self.index.features_of(row)))
+        copies: dict[int, int] = {}
+        firsts: list[Hit] = []
+        for hit in hits:
+            for other in reversed(firsts):
+                if abs(other.similarity - hit.similarity) > SAME:
+                    break
+                if np.abs(features(other.row) - features(hit.row)).max() <= SAME:
+                    copies[hit.row] = other.row
+                    break
+            if hit.row not in copies:
+                firsts.append(hit)
+        return copies
+
+    def _distinct(self, query: Tensor, question: Question, hits: list[Hit]) -> list[Hit]:
+        """Hits of a query (1, D) without copies of other hits, as many as are asked for where there are so many."""
+        depth = question.depth
+        while True:
+            copies = self._copies(hits)
+            distinct = [hit for hit in hits if hit.row not in copies]
+            is_all = len(hits) < depth - (question.without is not None) or depth >= DEEPEST
+            if len(distinct) >= question.k or is_all:
+                return distinct
+            depth = min(2 * depth, DEEPEST)
+            (hits,) = self._nearest(query, [dataclasses.replace(question, k=depth)])
+
     def check(self, question: Question) -> None:
-        """Raise QuestionError where a question has no text, no image, or too long a text."""
+        """Raise QuestionError where a question lacks the text or the image that it needs, or its text is too long."""
         text = question.text.strip()
-        if question.image is None and question.mix != 1:
+        composes = self.pair.compose.combining_function
+        is_text = composes == "text" if question.mix is None else question.mix == 1
+        is_image = composes == "image" if question.mix is None else question.mix == 0
+        if question.image is None and not is_text:
             raise QuestionError("there is no reference yet: choose an image or upload one")
-        if not text and question.mix != 0:
+        if not text and not is_image:
             raise QuestionError("the text is empty: say what to change")
         if len(text) > MOST_CHARACTERS:
             raise QuestionError(

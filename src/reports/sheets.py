@@ -241,20 +241,29 @@ def _figure(
 
 
 def results_page(
-    title: str, reference: str, answers: Nearest, *, about: str, thumbnails: Mapping[str, bytes]
+    title: str,
+    reference: str | None,
+    answers: Nearest,
+    *,
+    about: str,
+    thumbnails: Mapping[str, bytes],
+    marks: Mapping[str, str],
 ) -> str:
     """A page of what was retrieved for one query.
 
     Args:
+        reference: None for a query of the text alone.
+        marks: image -> what is said of it beside its name.
         thumbnails: image -> its thumbnail, the reference's too.
     """
     pictures = _pictures(thumbnails)
     figures = []
     for place, (name, similarity) in enumerate(answers, start=1):
-        figures.append(_figure(pictures, name, f"{place}. {similarity:.3f} {Path(name).name}"))
+        label = f"{place}. {similarity:.3f} {Path(name).name}{marks.get(name, '')}"
+        figures.append(_figure(pictures, name, label))
     parts = [
         f'<p class="about">{pages.text(about)}</p>',
-        _figure(pictures, reference, "reference"),
+        "" if reference is None else _figure(pictures, reference, "reference"),
         f'<div class="row">{"".join(figures)}</div>',
     ]
     return pages.page(title, parts, style=SHEET_STYLE, script=_script(pictures, thumbnails))

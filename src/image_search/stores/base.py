@@ -6,10 +6,11 @@ A new store is a file here with a `VectorStore`, and its name in STORES.
 import argparse
 import importlib
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from image_search.schemas import Manifest, StoreManifest
 from runtime.files import Identity
@@ -48,74 +49,6 @@ class Hit(NamedTuple):
     similarity: float
 
 
-class ImageIndex(Protocol):
-    """Images that can be searched. A row is a number that stays an image's own until the next update.
-
-    Attributes:
-        folder: holds the manifest.
-        about: the manifest.
-    """
-
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def about(self) -> dict[str, Any]: ...
-
-    def __len__(self) -> int:
-        """How many images there are."""
-
-    def row(self, path: str) -> int | None:
-        """The row of an image file by its absolute path."""
-
-    def file(self, row: int) -> Identity | None:
-        """The file of a row, as it was when it was encoded."""
-
-    def features_of(self, row: int) -> "np.ndarray":
-        """Unnormalised features (1, D)."""
-
-    def some(self, count: int) -> list[int]:
-        """So many rows at random, or all there are."""
-
-    def search(self, queries: "np.ndarray", k: int, condition: str = "") -> list[list[Hit]]:
-        """The k nearest images of each normalised query (Q, D), equally near ones by path.
-
-        Args:
-            condition: what images have to be, in the store's own language.
-
-        Raises:
-            QuestionError: the condition is none.
-            UserError: the store cannot be asked.
-        """
-
-
-class IndexWriter(Protocol):
-    """Where an update puts features. `keep` is called by all processes, the rest by one of them, `open` first."""
-
-    def open(self) -> None:
-        """See that it is as the last update left it, and of the same encoder. Raises UserError where it is not."""
-
-    def held(self) -> Collection[Identity]:
-        """The files whose features are there."""
-
-    def keep(self, files: Sequence[Identity], features: "np.ndarray") -> None:
-        """Put features (n, D) there, on disk when this returns."""
-
-    def publish(self, files: Sequence[Identity], about: dict[str, Any]) -> "Counts":
-        """Let searches find these files and no others.
-
-        Args:
-            about: of the manifest, what does not depend on the store.
-        """
-
-
-class Counts(NamedTuple):
-    """Images that searches find since a `publish`, found before too, and do not find any more."""
-
-    added: int
-    kept: int
-    removed: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class Keeping:
     """How features are kept.
@@ -135,6 +68,132 @@ class Keeping:
     told_by: str = TIME
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImageIndex(ABC):
+    """Images that can be searched. A row is a number that stays an image's own until the next update.
+
+    Attributes:
+        folder: holds the manifest.
+        about: the manifest.
+    """
+
+    folder: Path
+    about: dict[str, Any]
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many images there are."""
+
+    @abstractmethod
+    def row(self, path: str) -> int | None:
+        """The row of an image file by its absolute path."""
+
+    @abstractmethod
+    def file(self, row: int) -> Identity | None:
+        """The file of a row, as it was when it was encoded."""
+
+    @abstractmethod
+    def features_of(self, row: int) -> "np.ndarray":
+        """Unnormalised features (1, D)."""
+
+    @abstractmethod
+    def some(self, count: int) -> list[int]:
+        """So many rows at random, or all there are."""
+
+    @abstractmethod
+    def search(self, queries: "np.ndarray", k: int, condition: str = "") -> list[list[Hit]]:
+        """The k nearest images of each normalised query (Q, D), equally near ones by the path they were first found at.
+
+        Args:
+            condition: what images have to be, in the store's own language.
+
+        Raises:
+            QuestionError: the condition is none.
+            UserError: the store cannot be asked.
+        """
+
+
+@dataclass
+class IndexWriter(ABC):
+    """Where an update puts features. `keep` is called by all processes, the rest by one of them, `open` first.
+
+    Attributes:
+        key: what features depend on beside the images, see `image_index.encoder_key`.
+        dim: the length of a feature; 0 for that of the index.
+        origin: of the manifest, from where images and encoder are.
+        sources: file -> the file whose features it was given.
+    """
+
+    folder: Path
+    key: dict[str, Any]
+    dim: int
+    keeping: Keeping = field(kw_only=True)
+    origin: dict[str, Any] = field(kw_only=True)
+    sources: dict[Identity, Identity] = field(init=False, default_factory=dict)
+
+    @abstractmethod
+    def open(self) -> None:
+        """See that it is as the last update left it, and of the same encoder. Raises UserError where it is not."""
+
+    @abstractmethod
+    def held(self) -> Mapping[Identity, int]:
+        """The files whose features are there, and the content of each, see `image_index.content_of`."""
+
+    @abstractmethod
+    def keep(
+        self, files: Sequence[Identity], features: "np.ndarray", contents: Sequence[int]
+    ) -> None:
+        """Put features (n, D) there, on disk when this returns.
+
+        Args:
+            contents: of the files.
+        """
+
+    @abstractmethod
+    def carry(self, sources: Mapping[Identity, Identity]) -> None:
+        """Give files the features of other files, which are there, and their content."""
+
+    @abstractmethod
+    def publish(self, files: Sequence[Identity], about: dict[str, Any]) -> "Counts":
+        """Let searches find these files and no others.
+
+        Args:
+            about: of the manifest, what does not depend on the store.
+        """
+
+
+class Counts(NamedTuple):
+    """Images that searches find since a `publish`, found before too, and do not find any more.
+
+    Attributes:
+        moved: how many of those that are kept had another path before.
+    """
+
+    added: int
+    kept: int
+    removed: int
+    moved: int = 0
+
+
+def counted(
+    before: Collection[Identity],
+    now: Collection[Identity],
+    sources: Mapping[Identity, Identity],
+) -> Counts:
+    """Count what an update did to the files that searches find.
+
+    Args:
+        sources: file -> the file that its features are of, where it was not encoded.
+    """
+    gone = set(before).difference(now)
+    new = set(now).difference(before)
+    kept = len(set(now)) - len(new)
+    origins = {sources[file]: file for file in new if sources.get(file) in gone}
+    moved = sum(source[0] != file[0] for source, file in origins.items())
+    found = len(origins)
+    return Counts(len(new) - found, kept + found, len(gone) - found, moved)
+
+
 class VectorStore:
     """A sort of place where features live. It keeps nothing itself: an address, as "milvus:FILE.db", says which place.
 
@@ -144,6 +203,7 @@ class VectorStore:
         filters: whether a search takes conditions.
         verifies: whether images may be told by their bytes; if not, they are by size and time alone.
         manifest: the fields of an index's manifest.
+        writer: what brings an index up to date.
         files: names of what it keeps in the index's folder beside the manifest.
     """
 
@@ -152,6 +212,7 @@ class VectorStore:
     filters: ClassVar[bool] = False
     verifies: ClassVar[bool] = False
     manifest: ClassVar[type[Manifest]] = StoreManifest
+    writer: ClassVar[type[IndexWriter]]
     files: ClassVar[re.Pattern[str]] = re.compile(TEMPORARY)
 
     @classmethod
@@ -161,12 +222,12 @@ class VectorStore:
             raise no_store(text)
         return text
 
-    @classmethod
-    def require(cls) -> None:
+    @staticmethod
+    def require() -> Any:
         """Raise UserError where a package that it needs is not installed."""
 
-    @classmethod
-    def check(cls, kind: str, count: int, dim: int) -> None:
+    @staticmethod
+    def check(kind: str, count: int, dim: int) -> None:
         """Raise UserError where a kind cannot be made of so many vectors of a length."""
 
     @classmethod
@@ -179,25 +240,6 @@ class VectorStore:
 
         Raises:
             UserError: it cannot be reached, is damaged, or is not what the manifest says.
-        """
-        raise NotImplementedError
-
-    @classmethod
-    def writer(
-        cls,
-        folder: Path,
-        key: dict[str, Any],
-        dim: int,
-        *,
-        keeping: Keeping,
-        origin: dict[str, Any],
-    ) -> IndexWriter:
-        """Return what brings an index up to date. Nothing is read yet.
-
-        Args:
-            key: what features depend on beside the images, see `image_index.encoder_key`.
-            dim: the length of a feature.
-            origin: of the manifest, from where images and encoder are.
         """
         raise NotImplementedError
 

@@ -12,13 +12,13 @@ import logging
 import random
 import re
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field, PositiveInt, Strict
+from pydantic import BeforeValidator, Field, PositiveInt, Strict
 
 from image_search import faiss_index, list_file
 from image_search.manifest import MANIFEST, REMEDY, read_manifest, write_manifest
@@ -28,11 +28,12 @@ from image_search.stores.base import (
     TEMPORARY,
     Counts,
     Hit,
+    ImageIndex,
     IndexWriter,
-    Keeping,
     QuestionError,
     VectorStore,
     check_features,
+    counted,
     no_store,
 )
 from models.schemas import ABSENT, Count, Digest, PathText, Text
@@ -101,8 +102,17 @@ class FilesManifest(Manifest):
     recall: Recall = Field(ABSENT, alias="recall against exact")
 
 
-# A list in JSON, an image's `runtime.files.Identity`.
-File = Annotated[tuple[PathText, Annotated[int, Field(ge=0)], int], Strict(False)]
+def _with_content(row: Any) -> Any:
+    """A row of the list of files; those of earlier versions do not say what the content was."""
+    return [*row, 0] if isinstance(row, list) and len(row) == 3 else row
+
+
+# A list in JSON, an image's `runtime.files.Identity` and its content, see `image_index.content_of`.
+File = Annotated[
+    tuple[PathText, Annotated[int, Field(ge=0)], int, Annotated[int, Field(ge=0)]],
+    Strict(False),
+    BeforeValidator(_with_content),
+]
 
 
 class Files(Schema):
@@ -112,21 +122,18 @@ class Files(Schema):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FaissImages:
-    """An index in files that can be searched, see `base.ImageIndex`.
+class FaissImages(ImageIndex):
+    """An index in files that can be searched.
 
     Attributes:
         files: the images by row.
         features: (N, D), unnormalised, in a memory map.
         vectors: the FAISS index of the normalised features.
-        about: the manifest.
     """
 
-    folder: Path
     files: list[Identity]
     features: np.ndarray
     vectors: Any
-    about: dict[str, Any]
 
     @functools.cached_property
     def _row_of(self) -> dict[str, int]:
@@ -136,32 +143,27 @@ class FaissImages:
         return len(self.files)
 
     def row(self, path: str) -> int | None:
-        """The row of an image file by its absolute path."""
         return self._row_of.get(path)
 
     def file(self, row: int) -> Identity | None:
-        """The file of a row."""
         return self.files[row] if 0 <= row < len(self.files) else None
 
     def features_of(self, row: int) -> np.ndarray:
-        """Unnormalised features (1, D)."""
         return np.array(self.features[row : row + 1])
 
     def some(self, count: int) -> list[int]:
-        """So many rows at random, or all there are."""
         return random.sample(range(len(self)), min(count, len(self)))
 
     def search(self, queries: np.ndarray, k: int, condition: str = "") -> list[list[Hit]]:
-        """The k nearest images of each normalised query (Q, D)."""
         if condition:
             raise QuestionError(
                 "an index in files knows no filter (--filter): leave it out, or make an index with --store milvus:..."
             )
         found = faiss_index.search(self.vectors, self.features, queries, k=k)
-        return [self._hits(answers) for answers in found]
-
-    def _hits(self, answers: Sequence[tuple[int, float]]) -> list[Hit]:
-        return [Hit(row, Path(self.files[row][0]), similarity) for row, similarity in answers]
+        hits = []
+        for answers in found:
+            hits.append([Hit(row, Path(self.files[row][0]), near) for row, near in answers])
+        return hits
 
 
 def _vectors(folder: Path, about: dict[str, Any], *, to_grow: bool = False) -> Any:
@@ -175,8 +177,8 @@ def _damaged(file: Path, reason: str) -> UserError:
     return UserError(f"{file} is damaged or of another index ({reason}): {REMEDY}")
 
 
-def _files(folder: Path, about: dict[str, Any]) -> list[Identity]:
-    """The files of an index, by row."""
+def _files(folder: Path, about: dict[str, Any]) -> dict[Identity, int]:
+    """The files of an index in the order of the rows, and their content."""
     file = folder / about["files"]
     try:
         text = read_text(file)
@@ -186,7 +188,8 @@ def _files(folder: Path, about: dict[str, Any]) -> list[Identity]:
     if "sha256" in about and about["sha256"]["files"] != _digest(text.encode()):
         raise _damaged(file, "it is not the list that was written")
     del text
-    return checked(Files, {"files": content}, file=file, remedy=REMEDY).files
+    rows = checked(Files, {"files": content}, file=file, remedy=REMEDY).files
+    return {row[:3]: row[3] for row in rows}
 
 
 def _features(folder: Path, about: dict[str, Any], count: int) -> np.ndarray:
@@ -227,48 +230,41 @@ def _sizes(folder: Path, about: dict[str, Any]) -> dict[str, int | None]:
     return {name: file_size(folder / about[name]) for name in ("vectors", "lists") if name in about}
 
 
-class FaissWriter:
-    """An index in files that is brought up to date, see `base.IndexWriter`.
-
-    Args:
-        key: what its features depend on beside the images, see `image_index.encoder_key`.
-        dim: the length of a feature.
-    """
-
-    def __init__(self, folder: Path, key: dict[str, Any], dim: int, keeping: Keeping) -> None:
-        self.folder = folder
-        self.key = key
-        self.dim = dim
-        self.keeping = keeping
-        self._earlier: dict[str, Any] = {}
-        self._published: list[Identity] = []
-        self._shards: list[Path] = []
-        # Where the features of a file are: the number of a shard, or EARLIER, and a row in it.
-        self._where: dict[Identity, tuple[int, int]] = {}
+class FaissWriter(IndexWriter):
+    """An index in files that is brought up to date."""
 
     def open(self) -> None:
-        """Read which files have features already: in the index, and by an interrupted run. No vectors are read."""
+        # Nothing is read of features and vectors but some rows and their size.
         self._earlier = read_manifest(self.folder) or {}
+        self._published: dict[Identity, int] = {}
         if not self._earlier:
             return
         self._published = _files(self.folder, self._earlier)
-        _features(self.folder, self._earlier, len(self._published))
+        features = _features(self.folder, self._earlier, len(self._published))
+        self.dim = features.shape[1]
         sizes = _sizes(self.folder, self._earlier)
         for name, size in sizes.items():
             if size is None or size != self._earlier.get("sizes", sizes)[name]:
                 raise _damaged(self.folder / self._earlier[name], f"it has {size or 0} bytes")
 
-    def held(self) -> Collection[Identity]:
-        """The files whose features are there."""
+    def held(self) -> Mapping[Identity, int]:
+        # Where the features of a file are: the number of a shard, or EARLIER, and a row in it.
         self._where = {file: (EARLIER, row) for row, file in enumerate(self._published)}
+        self._contents = dict(self._published)
         self._shards = sorted(_partial(self.folder).glob("*.pt"))
         for number, shard in enumerate(self._shards):
-            for row, file in enumerate(self._read(shard)[0]):
+            contents, _ = self._read(shard)
+            self._contents.update(contents)
+            for row, file in enumerate(contents):
                 self._where[file] = (number, row)
-        return self._where.keys()
+        return self._contents
 
-    def keep(self, files: Sequence[Identity], features: np.ndarray) -> None:
-        """Write a shard."""
+    def carry(self, sources: Mapping[Identity, Identity]) -> None:
+        self.sources.update(sources)  # until `publish`, features stay where they are
+
+    def keep(
+        self, files: Sequence[Identity], features: np.ndarray, contents: Sequence[int]
+    ) -> None:
         import torch
 
         from runtime.tensors import save_tensors
@@ -279,11 +275,12 @@ class FaissWriter:
         content = {
             "key": json.dumps(self.key),
             "files": listed,
+            "contents": list(contents),
             "features": torch.from_numpy(features),
         }
         save_tensors(_partial(self.folder) / f"{name}.pt", content)
 
-    def _read(self, shard: Path) -> tuple[list[Identity], np.ndarray]:
+    def _read(self, shard: Path) -> tuple[dict[Identity, int], np.ndarray]:
         """What an interrupted run encoded, if it was with the same encoder."""
         from runtime.tensors import load_tensors
 
@@ -293,41 +290,68 @@ class FaissWriter:
                 files = [(str(path), int(size), int(time)) for path, size, time in content["files"]]
                 features = content["features"].numpy()
                 check_features(files, features, self.dim)
-                return files, features
+                contents = content.get("contents", [0] * len(files))  # of earlier versions
+                return dict(zip(files, map(int, contents), strict=True)), features
         except (UserError, KeyError, ValueError, TypeError, AttributeError):
             logger.warning("%s is damaged: its images are encoded again", shard)
-        return [], np.empty((0, self.dim), np.float32)
+        return {}, np.empty((0, self.dim), np.float32)
 
     def publish(self, files: Sequence[Identity], about: dict[str, Any]) -> Counts:
-        """Make the files of an index and the manifest that names them, unless these are as they should be."""
-        before, now = set(self._published), set(files)
-        kept = len(before & now)
-        counts = Counts(added=len(now) - kept, kept=kept, removed=len(before) - kept)
+        counts = counted(self._published, files, self.sources)
         kind, on_disk = self.keeping.kind, self.keeping.on_disk
         about = {**about, "encoder": self.key, "kind": kind}
-        as_before = on_disk == ("lists" in self._earlier) and _says(self._earlier, about)
-        if before == now and as_before:
+        is_alike = (self._earlier.get("kind", "flat"), "lists" in self._earlier) == (kind, on_disk)
+        if self._published.keys() == set(files) and is_alike and _says(self._earlier, about):
             return counts
         self.held()  # the shards of all processes
-        grown = None
-        if before and not counts.removed:
-            grown = self._vectors_to_grow(len(now))
-        if grown is not None:
-            files = [*self._published, *(file for file in files if file not in before)]
+        for file, source in self.sources.items():
+            if source in self._where:
+                self._where[file] = self._where[source]
+                self._contents[file] = self._contents[source]
         lost = next((file for file in files if file not in self._where), None)
         if lost:
             raise UserError(
                 f"what was encoded of {lost[0]} is gone: start again with the same command"
             )
+        grown = None
+        in_place = self._in_place(files) if is_alike else None
+        if in_place is not None:
+            if len(files) == len(self._published):
+                self._rename(in_place, about)
+                return counts
+            grown = self._vectors_to_grow(len(files))
+            files = files if grown is None else in_place
         rows = functools.partial(self._rows, files)
-        publish(self.folder, files, rows, about=about, on_disk=on_disk, dim=self.dim, grown=grown)
+        listed = {file: self._contents[file] for file in files}
+        publish(self.folder, listed, rows, about=about, on_disk=on_disk, dim=self.dim, grown=grown)
         return counts
+
+    def _in_place(self, files: Sequence[Identity]) -> list[Identity] | None:
+        """Files so that the first have the rows of the earlier index, in its order; None where one of these is lost."""
+        places = np.array([self._where[file] for file in files])
+        earlier = np.flatnonzero(places[:, 0] == EARLIER)
+        order = np.full(len(self._published), -1)
+        order[places[earlier, 1]] = earlier
+        if not len(order) or (order < 0).any():
+            return None
+        others = np.setdiff1d(np.arange(len(files)), order)
+        return [files[number] for number in (*order, *others)]
+
+    def _rename(self, files: Sequence[Identity], about: dict[str, Any]) -> None:
+        """Publish the same rows under other names: neither features nor vectors are read or written."""
+        text = _listed({file: self._contents[file] for file in files})
+        names = {**_names(self._earlier), "files": _new_names(False)["files"]}
+        manifest = {**self._earlier, **about, **names}
+        if "sha256" in manifest:
+            manifest["sha256"] = {**manifest["sha256"], "files": _digest(text.encode())}
+        with _undone(self.folder, [names["files"]]):
+            write_text(self.folder / names["files"], text)
+            write_manifest(self.folder, manifest)
+        _delete_all_but(names.values(), self.folder)
 
     def _vectors_to_grow(self, count: int) -> Any:
         """The vectors of the earlier index, if so many are as good added to them as built anew; else None."""
-        kind = self.keeping.kind
-        same = self._earlier.get("kind", "flat") == kind
-        if kind == "flat" or not same or ("lists" in self._earlier) != self.keeping.on_disk:
+        if self.keeping.kind == "flat":
             return None
         vectors = _vectors(self.folder, self._earlier, to_grow=True)
         return vectors if faiss_index.can_grow(vectors, count) else None
@@ -366,7 +390,7 @@ def _says(manifest: dict[str, Any], about: dict[str, Any]) -> bool:
 
 def publish(
     folder: Path,
-    files: Sequence[Identity],
+    files: Mapping[Identity, int],
     rows: Rows,
     *,
     about: dict[str, Any],
@@ -379,6 +403,7 @@ def publish(
     The manifest is written when what it names could be opened again. Else nothing is left of the generation.
 
     Args:
+        files: in the order of the rows, and their content.
         about: the manifest but for what is written here; it has the kind.
         on_disk: whether lists have a file of their own.
         grown: vectors of the first files, to which those of the others are added; None to build all.
@@ -386,14 +411,12 @@ def publish(
     import torch
 
     names = _new_names(on_disk)
-    with contextlib.ExitStack() as undo:
-        for name in names.values():
-            undo.callback((folder / name).unlink, missing_ok=True)
-        listed = json.dumps(files).encode()
+    with _undone(folder, names.values()):
+        listed = _listed(files)
         manifest = {**about, **names, "images": len(files), "torch": torch.__version__}
-        write_text(folder / names["files"], listed.decode())
-        features = _written_features(folder / names["features"], files, rows, dim=dim)
-        digests = {"files": _digest(listed), "features": _digest_of_rows(features)}
+        write_text(folder / names["files"], listed)
+        features = _written_features(folder / names["features"], list(files), rows, dim=dim)
+        digests = {"files": _digest(listed.encode()), "features": _digest_of_rows(features)}
         manifest["sha256"] = digests
         del listed
         _write_vectors(folder, manifest, features, grown)
@@ -403,8 +426,29 @@ def publish(
             recall = faiss_index.recall_report(index.vectors, features)
             manifest["recall against exact"] = recall
         write_manifest(folder, manifest)
-        undo.pop_all()
     _delete_all_but(names.values(), folder)
+
+
+@contextlib.contextmanager
+def _undone(folder: Path, names: Iterable[str]) -> Iterator[None]:
+    """Delete new files of an index where what writes them fails."""
+    try:
+        yield
+    except BaseException:
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        raise
+
+
+def _listed(files: Mapping[Identity, int]) -> str:
+    """The list of files, as files-*.json has it."""
+    return json.dumps([[*file, content] for file, content in files.items()])
+
+
+def _names(about: dict[str, Any]) -> dict[str, str]:
+    """The names of the files of an index."""
+    parts = ("files", "features", "vectors", "lists")
+    return {part: about[part] for part in parts if part in about}
 
 
 def _new_names(on_disk: bool) -> dict[str, str]:
@@ -468,24 +512,16 @@ class FaissStore(VectorStore):
     kinds = KINDS
     verifies = True
     manifest = FilesManifest
+    writer = FaissWriter
+    require = staticmethod(faiss_index.import_faiss)
+    check = staticmethod(faiss_index.check)
     files = re.compile(f"{OWN.pattern}|{PARTIAL}")
 
     @classmethod
     def resolve(cls, text: str) -> str:
-        """Return the only address that there is."""
         if text != FAISS:
             raise no_store(text)
         return text
-
-    @classmethod
-    def require(cls) -> None:
-        """Raise UserError where FAISS is not installed."""
-        faiss_index.import_faiss()
-
-    @classmethod
-    def check(cls, kind: str, count: int, dim: int) -> None:
-        """Raise UserError where there are too few vectors, or vectors that cannot be split, for a kind."""
-        faiss_index.check(kind, count, dim)
 
     @classmethod
     def open(cls, folder: Path, about: dict[str, Any], *, typed: bool = False) -> FaissImages:
@@ -494,7 +530,7 @@ class FaissStore(VectorStore):
         Raises:
             UserError: a file is missing, damaged or of another index, or a field of the manifest is not true of it.
         """
-        files = _files(folder, about)
+        files = list(_files(folder, about))
         features = _features(folder, about, len(files))
         vectors = _vectors(folder, about)
         mismatch = faiss_index.mismatch(vectors, features, about.get("kind", "flat"))
@@ -504,16 +540,3 @@ class FaissStore(VectorStore):
         return FaissImages(
             folder=folder, files=files, features=features, vectors=vectors, about=about
         )
-
-    @classmethod
-    def writer(
-        cls,
-        folder: Path,
-        key: dict[str, Any],
-        dim: int,
-        *,
-        keeping: Keeping,
-        origin: dict[str, Any],
-    ) -> IndexWriter:
-        """Return what brings an index up to date."""
-        return FaissWriter(folder, key, dim, keeping)

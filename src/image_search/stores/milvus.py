@@ -6,6 +6,7 @@ inserted again replaces itself. The collection's name ends with a digest of the 
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -14,9 +15,9 @@ import random
 import re
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -33,11 +34,12 @@ from image_search.schemas import StoreManifest
 from image_search.stores.base import (
     Counts,
     Hit,
+    ImageIndex,
     IndexWriter,
-    Keeping,
     QuestionError,
     VectorStore,
     check_features,
+    counted,
 )
 from runtime import torchrun
 from runtime.files import Identity
@@ -54,14 +56,20 @@ SELDOM_PINGED = {"grpc.keepalive_time_ms": 600_000, "grpc.keepalive_permit_witho
 # What takes as long as the collection is large.
 LASTING = ("create_index", "flush", "load_collection")
 MOST_CANDIDATES = 16_384  # that Milvus gives at once; rows of a page too
-DELETED_AT_ONCE = 1024
+AT_ONCE = 1024  # rows that are deleted or carried
 LONGEST = 65_535  # bytes of a text
 HIGHEST_ROW = 2**63 - 1
 
 LISTS = 1024  # of ivfflat
 KINDS = {"flat": "FLAT", "hnsw": "HNSW", "ivfflat": "IVF_FLAT"}
 BUILT = {"flat": {}, "hnsw": {"M": 32, "efConstruction": 80}, "ivfflat": {"nlist": LISTS}}
-FIELDS = ["file", "size", "time", "path"]
+FIELDS = (
+    "file",
+    "size",
+    "time",
+    "path",
+    "content",
+)  # collections of earlier versions have no content
 CONDITION_FIELDS = ("path", "category", "size", "time")
 WORDS = (
     "and",
@@ -85,6 +93,8 @@ CONDITION = re.compile(
     re.ASCII,
 )
 CONDITIONS = "conditions are over path, category, size and time"
+
+Row = TypeVar("Row")
 
 
 def import_pymilvus() -> Any:
@@ -145,17 +155,27 @@ def check_condition(condition: str) -> None:
 class Table:
     """A collection, asked one question at a time; every refusal is one line.
 
+    Args:
+        is_new: make the file of Milvus Lite where there is none, as an index does that is not whole yet.
+
     Raises:
         UserError: the store cannot be reached or opened.
     """
 
-    def __init__(self, store: str, name: str, token: str) -> None:
+    def __init__(self, store: str, name: str, token: str, *, is_new: bool) -> None:
         self.name = name
         self.store = store
         self._milvus = import_pymilvus()
         address = store.partition(":")[2]
         if not address.startswith("http"):
-            Path(address).parent.mkdir(parents=True, exist_ok=True)
+            file = Path(address)
+            is_there = any(file.iterdir()) if file.is_dir() else file.exists()
+            if not (is_there or is_new):
+                raise UserError(
+                    f"{address} is missing, which holds the features of the index: put it back there, or index into "
+                    "another folder"
+                )
+            file.parent.mkdir(parents=True, exist_ok=True)
         with self._explained():
             self._client = self._milvus.MilvusClient(
                 uri=address, token=token, timeout=PATIENCE, grpc_options=SELDOM_PINGED
@@ -208,7 +228,7 @@ class Table:
         schema.add_field("row", types.INT64, is_primary=True)
         for name in ("file", "path", "category"):
             schema.add_field(name, types.VARCHAR, max_length=LONGEST)
-        for name in ("size", "time"):
+        for name in ("size", "time", "content"):
             schema.add_field(name, types.INT64)
         schema.add_field("features", types.FLOAT_VECTOR, dim=dim)
         params = self._index_params(kind)
@@ -233,11 +253,26 @@ class Table:
             self.ask("create_index", index_params=self._index_params(kind))
         self.ask("load_collection")
 
+    @functools.cached_property
+    def _schema(self) -> dict[str, dict[str, Any]]:
+        described = self.ask("describe_collection")["fields"]
+        return {field["name"]: field["params"] for field in described}
+
+    @property
+    def fields(self) -> list[str]:
+        """Those of FIELDS that the collection has."""
+        return [name for name in FIELDS if name in self._schema]
+
+    @property
+    def dim(self) -> int:
+        """The length of a feature."""
+        return int(self._schema["features"]["dim"])
+
     def rows(self) -> Iterator[dict[str, Any]]:
         """FIELDS of all rows."""
         with self._explained():
             pages = self._client.query_iterator(
-                self.name, batch_size=MOST_CANDIDATES, output_fields=FIELDS, timeout=PATIENCE
+                self.name, batch_size=MOST_CANDIDATES, output_fields=self.fields, timeout=PATIENCE
             )
             try:
                 while page := pages.next():
@@ -273,7 +308,8 @@ def _checked_table(folder: Path, about: dict[str, Any], typed: bool) -> Table:
         raise UserError(
             f"{folder / MANIFEST}: the collection {name} is of another encoder than the manifest: {REMEDY}"
         )
-    return Table(about["store"], name, _token(folder, about, typed))
+    token = _token(folder, about, typed)
+    return Table(about["store"], name, token, is_new="images" not in about)
 
 
 class MilvusManifest(StoreManifest):
@@ -285,37 +321,32 @@ class MilvusManifest(StoreManifest):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MilvusImages:
-    """An index in Milvus that can be searched, see `base.ImageIndex`."""
+class MilvusImages(ImageIndex):
+    """An index in Milvus that can be searched."""
 
-    folder: Path
-    about: dict[str, Any]
     table: Table
 
     def __len__(self) -> int:
         return self.about["images"]
 
     def row(self, path: str) -> int | None:
-        """The row of an image file by its absolute path."""
         row = row_of(path)
         file = self.file(row)
         return row if file is not None and file[0] == path else None
 
     def file(self, row: int) -> Identity | None:
-        """The file of a row."""
         if not 0 <= row <= HIGHEST_ROW:
             return None
-        for found in self.table.ask("get", ids=[row], output_fields=FIELDS):
+        for found in self.table.ask("get", ids=[row], output_fields=self.table.fields):
             return _identity(found)
         return None
 
     def features_of(self, row: int) -> np.ndarray:
-        """Unnormalised features (1, D)."""
         found = self.table.ask("get", ids=[row], output_fields=["features"])
         return np.array([found[0]["features"]], dtype=np.float32)
 
     def some(self, count: int) -> list[int]:
-        """So many rows at random, or all there are. Rows are digests: those above a random one are a random choice."""
+        # Rows are digests: those above a random one are a random choice.
         least = random.randrange(HIGHEST_ROW)
         rows: list[int] = []
         for condition in (f"row >= {least}", f"row < {least}"):
@@ -328,7 +359,7 @@ class MilvusImages:
         return rows
 
     def search(self, queries: np.ndarray, k: int, condition: str = "") -> list[list[Hit]]:
-        """The k nearest images of each normalised query (Q, D), of which Milvus proposes many, ranked exactly."""
+        # Milvus proposes many, which are ranked exactly.
         check_condition(condition)
         if k > MOST_CANDIDATES:
             raise UserError(f"--k {k}: Milvus finds {MOST_CANDIDATES:,} at most: ask for fewer")
@@ -365,39 +396,22 @@ def _identity(row: dict[str, Any]) -> Identity:
     return row["file"], row["size"], row["time"]
 
 
-class MilvusWriter:
-    """An index in Milvus that is brought up to date, see `base.IndexWriter`.
+@dataclass
+class MilvusWriter(IndexWriter):
+    """An index in Milvus that is brought up to date."""
 
-    Args:
-        key: what its features depend on beside the images.
-        dim: the length of a feature.
-        origin: of the manifest, from where images and encoder are.
-    """
+    _found: dict[Identity, int] = field(init=False, default_factory=dict)
+    _misplaced: set[Identity] = field(init=False, default_factory=set)  # for conditions
 
-    def __init__(
-        self,
-        folder: Path,
-        key: dict[str, Any],
-        dim: int,
-        *,
-        keeping: Keeping,
-        origin: dict[str, Any],
-    ) -> None:
-        self.folder = folder
-        self.key = key
-        self.dim = dim
-        self.keeping = keeping
-        self.origin = origin
-        self._found: set[Identity] = set()
-        self._opened: Table | None = None
-        if "://" not in keeping.store and torchrun.launched():
+    def __post_init__(self) -> None:
+        if "://" not in self.keeping.store and torchrun.launched():
             raise UserError(
-                f"--store {keeping.store}: one process at a time can have the file: start milvus-lite server and name "
-                "its address, or leave torchrun out"
+                f"--store {self.keeping.store}: one process at a time can have the file: start milvus-lite server and "
+                "name its address, or leave torchrun out"
             )
 
     def open(self) -> None:
-        """Write where the index will be, so that an interrupted run is gone on with, and make the collection."""
+        # Where the index will be is written first, so that an interrupted run is gone on with.
         about = read_manifest(self.folder)
         if about is None:
             about = {
@@ -408,7 +422,7 @@ class MilvusWriter:
                 **self.origin,
             }
             write_manifest(self.folder, about)
-        table = self._table()
+        table = self._table
         if not table.exists():
             if "images" in about:
                 raise UserError(
@@ -416,59 +430,85 @@ class MilvusWriter:
                     "folder"
                 )
             table.create(self.keeping.kind, self.dim)
+        self.dim = table.dim
         table.load(self.keeping.kind)
 
+    @functools.cached_property
     def _table(self) -> Table:
         """The collection, which each process opens for itself."""
-        if self._opened is None:
-            about = read_manifest(self.folder) or {}
-            self._opened = _checked_table(self.folder, about, self.keeping.typed)
-        return self._opened
+        about = read_manifest(self.folder) or {}
+        return _checked_table(self.folder, about, self.keeping.typed)
 
-    def held(self) -> Collection[Identity]:
-        """The files whose features are there, in the place that conditions ask for."""
-        folders = self.origin["folders"]
-        there = set()
-        for row in self._table().rows():
-            self._found.add(_identity(row))
-            if row["path"] == place_of(row["file"], folders):
-                there.add(_identity(row))
-        return there
+    def held(self) -> Mapping[Identity, int]:
+        for row in self._table.rows():
+            file = _identity(row)
+            self._found[file] = row.get("content", 0)
+            if row["path"] != place_of(row["file"], self.origin["folders"]):
+                self._misplaced.add(file)
+        return self._found
 
-    def keep(self, files: Sequence[Identity], features: np.ndarray) -> None:
-        """Insert images; those that are there already are replaced."""
+    def keep(
+        self, files: Sequence[Identity], features: np.ndarray, contents: Sequence[int]
+    ) -> None:
         check_features(files, features, self.dim)
+        table = self._table
         rows = []
-        for (path, size, time), values in zip(files, features, strict=True):
+        for (path, size, time), values, content in zip(files, features, contents, strict=True):
             place = place_of(path, self.origin["folders"])
-            rows.append(
-                {
-                    "row": row_of(path),
-                    "file": path,
-                    "path": place,
-                    "category": place.partition("/")[0] if "/" in place else "",
-                    "size": size,
-                    "time": time,
-                    "features": values,
-                }
-            )
-        self._table().ask("upsert", data=rows)
+            row = {
+                "row": row_of(path),
+                "file": path,
+                "path": place,
+                "category": place.partition("/")[0] if "/" in place else "",
+                "size": size,
+                "time": time,
+                "features": values,
+            }
+            rows.append({**row, "content": content} if "content" in table.fields else row)
+        table.ask("upsert", data=rows)
+
+    def carry(self, sources: Mapping[Identity, Identity]) -> None:
+        # Rows that are replaced on the way are read before.
+        self.sources.update(sources)
+        pairs = [(file, row_of(source[0])) for file, source in sources.items()]
+        replaced = {row_of(path) for path, _, _ in sources}
+        ahead = self._read({row for _, row in pairs if row in replaced})
+        for some in _parts(pairs):
+            read = ahead | self._read({row for _, row in some} - ahead.keys())
+            rows = [read[row] for _, row in some]
+            features = np.array([row["features"] for row in rows], dtype=np.float32)
+            contents = [row.get("content", 0) for row in rows]
+            self.keep([file for file, _ in some], features, contents)
+
+    def _read(self, rows: Collection[int]) -> dict[int, dict[str, Any]]:
+        """Row -> its features and content."""
+        table = self._table
+        fields = [*{"content"}.intersection(table.fields), "row", "features"]
+        read = {}
+        for some in _parts(list(rows)):
+            for found in table.ask("get", ids=some, output_fields=fields):
+                read[found["row"]] = found
+        return read
 
     def publish(self, files: Sequence[Identity], about: dict[str, Any]) -> Counts:
-        """Delete what is gone, and write the manifest."""
-        table = self._table()
+        table = self._table
+        self.carry({file: file for file in self._misplaced.intersection(files)})
         now = {path for path, _, _ in files}
         gone = [row_of(path) for path, _, _ in self._found if path not in now]
-        for start in range(0, len(gone), DELETED_AT_ONCE):
-            table.ask("delete", ids=gone[start : start + DELETED_AT_ONCE])
-        kept = len(self._found.intersection(files))
-        counts = Counts(added=len(files) - kept, kept=kept, removed=len(self._found) - kept)
-        if counts.added or gone:
+        for some in _parts(gone):
+            table.ask("delete", ids=some)
+        counts = counted(self._found, files, self.sources)
+        if counts.added or self.sources or gone:
             table.ask("flush")
         earlier = read_manifest(self.folder) or {}
         changed = {**about, "kind": self.keeping.kind, "images": len(files)}
         write_manifest(self.folder, {**earlier, **changed})
         return counts
+
+
+def _parts(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    for start in range(0, len(rows), AT_ONCE):
+        yield rows[start : start + AT_ONCE]
 
 
 def _new_name(folder: Path, key: dict[str, Any]) -> str:
@@ -484,6 +524,8 @@ class MilvusStore(VectorStore):
     kinds = tuple(KINDS)
     filters = True
     manifest = MilvusManifest
+    writer = MilvusWriter
+    require = staticmethod(import_pymilvus)
 
     @classmethod
     def resolve(cls, text: str) -> str:
@@ -500,11 +542,6 @@ class MilvusStore(VectorStore):
         return f"milvus:{usable_path(place).resolve()}"
 
     @classmethod
-    def require(cls) -> None:
-        """Raise UserError where pymilvus is not installed."""
-        import_pymilvus()
-
-    @classmethod
     def open(cls, folder: Path, about: dict[str, Any], *, typed: bool = False) -> MilvusImages:
         """Open an index.
 
@@ -518,16 +555,3 @@ class MilvusStore(VectorStore):
             )
         table.load(about["kind"])
         return MilvusImages(folder=folder, about=about, table=table)
-
-    @classmethod
-    def writer(
-        cls,
-        folder: Path,
-        key: dict[str, Any],
-        dim: int,
-        *,
-        keeping: Keeping,
-        origin: dict[str, Any],
-    ) -> IndexWriter:
-        """Return what brings an index up to date. Raises UserError where several processes would share a file."""
-        return MilvusWriter(folder, key, dim, keeping=keeping, origin=origin)
