@@ -101,11 +101,10 @@ class Trainer:
             self.run.record("loss_scaling", epoch, scaling)
         if self.task.router:
             self.run.record("router", epoch, self.task.router(self.stepper.measured))
-        if epoch % self.flags.validation_frequency == 0:
-            with self.pace.validating():
-                metrics = self.validate()
-            self.run.record("validation", epoch, metrics)
-            self.checkpoints.update(epoch, metrics, self.stepper.measured)
+        validated = epoch in self.flags.validated_epochs
+        metrics = self.validate() if validated else {}
+        self.checkpoints.update(epoch, metrics, self.stepper.measured)
+        if validated:
             self.run.draw()
             taken = f"{time.monotonic() - start:.1f} s; {self.status(epoch + 1, 0)}"
             logger.info(
@@ -148,17 +147,21 @@ class Trainer:
             return self.read_losses()
 
     def validate(self) -> dict[str, float]:
-        """Metrics after an epoch. An error says after which; one process alone can be stopped while it validates."""
+        """Record the metrics after an epoch. An error says after which; one process alone can be stopped meanwhile."""
+        epoch = self.progress.epoch
         if distributed.world_size() > 1:
             # Several cannot, and torchrun waits for half a minute before it kills: the state is saved now.
             self.save_if_due(epoch_ends=True)
         try:
-            return self.task.validate(self.stepper.measured)
+            with self.pace.validating():
+                metrics = self.task.validate(self.stepper.measured)
         except Stopped:
             self.save_if_due()  # the state before the validation
             raise
         except UserError as error:
-            raise UserError(f"validation after epoch {self.progress.epoch}: {error}") from None
+            raise UserError(f"validation after epoch {epoch}: {error}") from None
+        self.run.record("validation", epoch, metrics)
+        return metrics
 
     def count_step(self, loss: Tensor, *, skipped: bool) -> None:
         """Count a step that is done. Its loss stays on the device until `read_losses`.
