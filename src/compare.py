@@ -3,7 +3,8 @@
     python src/compare.py baseline.json ours_seed0.json ours_seed1.json ours_seed2.json
 
 The first file is what the others are compared with. Files of one training with different seeds become one column, mean
-and standard deviation. Intervals are paired bootstrap intervals over the queries, which both columns must share.
+and standard deviation; the folder of a training with --seeds stands for its files. Intervals are paired bootstrap
+intervals over the queries, which both columns must share.
 """
 
 import argparse
@@ -17,8 +18,10 @@ from cli.parsers import ScriptParser
 from evaluation.comparison import (
     Column,
     Resampling,
+    by_both_seeds,
     intervals,
     read_columns,
+    result_files,
     unlike,
     with_interval,
 )
@@ -35,7 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=usable_path,
         nargs="+",
         metavar="RESULT",
-        help="written by validate.py --metrics-json",
+        help="written by validate.py --metrics-json, or the run folder of a training with --seeds",
     )
     add_protocol(parser, help="that are compared (default: all)")
     add_resampling(parser, resamples=10_000)
@@ -123,12 +126,13 @@ def print_protocol(
 def main(argv: list[str] | None = None) -> None:
     """Print a table for each protocol that the results share."""
     args = parse(argv)
-    columns = read_columns(args.files)
+    columns = read_columns(result_files(args.files))
     protocols = shared_protocols(columns, args.protocol)
     benchmark = BENCHMARKS[columns[0].results[0]["dataset"]](Path())
     resampling = Resampling(resamples=args.resamples, confidence=args.confidence, seed=args.seed)
     for protocol in protocols:
         print_protocol(benchmark, columns, protocol, resampling=resampling)
+    metric = next(iter(benchmark.selection))
     for column in columns:
         for kind, dataset in column.trained_elsewhere.items():
             measured_on = column.results[0]["dataset"]
@@ -137,6 +141,9 @@ def main(argv: list[str] | None = None) -> None:
             print(
                 f"\n{printable(column.label)}: mean ± standard deviation of {len(column.results)} seeds"
             )
+        if table := by_both_seeds(column, protocols[0], metric):
+            print(f"\n{printable(column.label)}: {metric} by the seeds of both stages")
+            print(text_table(table))
 
 
 if __name__ == "__main__":
