@@ -28,9 +28,8 @@ if TYPE_CHECKING:
 
     from models.encoder import Encoder
     from training.data import TrainingData
-    from training.run_folder import Place
-    from training.saving import CheckpointNames
     from training.schedule import Precision
+    from training.step import Task
 
 SCRIPT = "clip_fine_tune.py"
 
@@ -47,6 +46,7 @@ def train(args: Stage1, benchmark: Benchmark, stop: StopRequest) -> None:
     from training.run_folder import claim_place, places_to_train
     from training.schedule import Precision
     from training.stage1 import with_image_cache
+    from training.trainer import train_in
 
     precision = Precision(args.precision, pick_device(args.device))
     data = read_training_data(benchmark, args)
@@ -63,54 +63,29 @@ def train(args: Stage1, benchmark: Benchmark, stop: StopRequest) -> None:
     if args.seeds:
         encoder.model.cpu()  # each seed trains a copy
     for place in places_to_train(whole):
-        model = copy.deepcopy(encoder.model) if args.seeds else encoder.model
-        own = dataclasses.replace(encoder, model=model.to(precision.device))
-        train_in(place, args, data.with_seed(place.seed), own, precision=precision, stop=stop)
+        seed_everything(place.seed)
+        own = data.with_seed(place.seed)
+        train_in(
+            place, task_of(args, own, encoder, precision), own, args, precision=precision, stop=stop
+        )
     if args.seeds:
-        names = checkpoint_names(benchmark)
-        training.report_seeds(args, data, whole, names=names, device=precision.device)
+        training.report_seeds(args, data, whole, precision.device)
 
 
-def train_in(
-    place: "Place",
-    args: Stage1,
-    data: "TrainingData",
-    encoder: "Encoder",
-    *,
-    precision: "Precision",
-    stop: StopRequest,
-) -> None:
-    """Fine-tune the CLIP of an encoder once, with the seed of a place."""
+def task_of(
+    args: Stage1, data: "TrainingData", encoder: "Encoder", precision: "Precision"
+) -> "Task":
+    """What CLIP learns, and what is measured of it; of several seeds each trains a copy."""
     from combiner import compose_sum
     from evaluation.retrieval import evaluate
-    from training.run_folder import open_run
-    from training.saving import Checkpoints
     from training.stage1 import fine_tuning
-    from training.terminal import log_opening
-    from training.trainer import Trainer
 
-    seed_everything(place.seed)
-
-    # What it learns, and what is measured of it.
+    model = copy.deepcopy(encoder.model) if args.seeds else encoder.model
+    own = dataclasses.replace(encoder, model=model.to(precision.device))
     measure = functools.partial(
         evaluate, data.benchmark, compose=compose_sum, block=args.similarity_block
     )
-    task = fine_tuning(encoder, data, args, measure)
-
-    # Where it is written.
-    names = checkpoint_names(data.benchmark)
-    checkpoints = Checkpoints(place.folder, names, place.settings.on_disk(), args)
-    log_opening(data, task, args, precision=precision, folder=place.folder)
-    run = open_run(place, data, args, weights=checkpoints.first_choice())
-
-    Trainer(task, args, run, checkpoints=checkpoints, precision=precision, stop=stop).fit()
-
-
-def checkpoint_names(benchmark: Benchmark) -> "CheckpointNames":
-    """What the checkpoints are called."""
-    from training.saving import CheckpointNames
-
-    return CheckpointNames(key="CLIP", prefix="tuned_clip", best=benchmark.best_clips())
+    return fine_tuning(own, data, args, measure)
 
 
 def load_clip(args: Stage1, device: "torch.device", stop: StopRequest) -> "Encoder":

@@ -36,9 +36,7 @@ if TYPE_CHECKING:
     from models.encoder import Encoder
     from models.features import FrozenSplit
     from training.data import TrainingData
-    from training.run_folder import Place
-    from training.saving import CheckpointNames
-    from training.schedule import Precision
+    from training.step import Task
 
     Features = tuple[FrozenSplit, list[FrozenSplit]]  # of the training, of each validation split
 
@@ -55,6 +53,7 @@ def train(args: Stage2, benchmark: Benchmark, stop: StopRequest) -> None:
     from training.data import read_training_data
     from training.run_folder import claim_place, places_to_train
     from training.schedule import Precision
+    from training.trainer import train_in
 
     precision = Precision(args.precision, pick_device(args.device))
     data = read_training_data(benchmark, args)
@@ -64,58 +63,35 @@ def train(args: Stage2, benchmark: Benchmark, stop: StopRequest) -> None:
     del encoder  # its memory is the Combiner's now
     whole = claim_place("combiner_trained", benchmark.run_name, settings, args)
     for place in places_to_train(whole):
+        seed_everything(place.seed)
         own = data.with_seed(place.seed)
-        train_in(place, args, own, features, precision=precision, stop=stop)
+        train_in(
+            place,
+            task_of(args, own, features, place.settings),
+            own,
+            args,
+            precision=precision,
+            stop=stop,
+        )
     if args.seeds:
-        names = checkpoint_names(benchmark)
-        training.report_seeds(args, data, whole, names=names, device=precision.device)
+        training.report_seeds(args, data, whole, precision.device)
 
 
-def train_in(
-    place: "Place",
-    args: Stage2,
-    data: "TrainingData",
-    features: "Features",
-    *,
-    precision: "Precision",
-    stop: StopRequest,
-) -> None:
-    """Train one Combiner, with the seed of a place."""
+def task_of(args: Stage2, data: "TrainingData", features: "Features", settings: Settings) -> "Task":
+    """What a new Combiner learns, and what is measured of it."""
     from combiner import build_combiner
     from evaluation.retrieval import evaluate
-    from training.run_folder import open_run
-    from training.saving import Checkpoints
     from training.stage2 import combiner_training
-    from training.terminal import log_opening
-    from training.trainer import Trainer
 
-    seed_everything(place.seed)
-
-    # What it learns, and what is measured of it.
     train, val = features
-    task = combiner_training(
-        build_combiner(place.settings.table).to(precision.device),
+    return combiner_training(
+        build_combiner(settings.table).to(train.images.device),
         train,
         val,
         order=data.order,
         flags=args,
         measure=functools.partial(evaluate, data.benchmark, val, block=args.similarity_block),
     )
-
-    # Where it is written.
-    names = checkpoint_names(data.benchmark)
-    checkpoints = Checkpoints(place.folder, names, place.settings.on_disk(), args)
-    log_opening(data, task, args, precision=precision, folder=place.folder)
-    run = open_run(place, data, args, weights=checkpoints.first_choice())
-
-    Trainer(task, args, run, checkpoints=checkpoints, precision=precision, stop=stop).fit()
-
-
-def checkpoint_names(benchmark: Benchmark) -> "CheckpointNames":
-    """What the checkpoints are called."""
-    from training.saving import CheckpointNames
-
-    return CheckpointNames(key="Combiner", prefix="combiner", best=benchmark.best_combiners())
 
 
 def load_clip(

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from training.data import TrainingData
     from training.run_folder import Place
-    from training.saving import CheckpointNames
 
 logger = logging.getLogger(__name__)
 
@@ -144,20 +143,15 @@ def report_seeds(
     args: groups.BothStages,
     data: "TrainingData",
     whole: "Place",
-    *,
-    names: "CheckpointNames",
     device: "torch.device",
 ) -> None:
-    """Measure the best weights of each seed, and report all of them together.
-
-    Args:
-        names: of the checkpoints.
-    """
+    """Measure the best weights of each seed, and report all of them together."""
     from runtime import distributed
     from training import seeds
     from training.run_folder import best_validation, seed_places
-    from training.saving import Checkpoints
+    from training.saving import CheckpointNames, Checkpoints
 
+    names = CheckpointNames.of(args.script, data.benchmark)
     for place in seed_places(whole):
         best = best_validation(place.folder, next(iter(names.best)))
         weights = Checkpoints(place.folder, names, {}, args).first_choice(int(best["epoch"]))

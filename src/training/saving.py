@@ -12,7 +12,7 @@ import torch
 from pydantic import AllowInfNan, ConfigDict, Field
 from torch import Tensor, nn
 
-from benchmarks import best_of
+from benchmarks import Benchmark, best_of
 from runtime import distributed
 from runtime.files import write_same
 from runtime.interruption import StopRequest
@@ -47,6 +47,13 @@ class CheckpointNames:
     key: str
     prefix: str
     best: Mapping[str, str]
+
+    @classmethod
+    def of(cls, script: str, benchmark: Benchmark) -> "CheckpointNames":
+        """Those of the stage that a script trains."""
+        if script == "clip_fine_tune.py":
+            return cls(key="CLIP", prefix="tuned_clip", best=benchmark.best_clips())
+        return cls(key="Combiner", prefix="combiner", best=benchmark.best_combiners())
 
 
 class Snapshot:

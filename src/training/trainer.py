@@ -11,11 +11,20 @@ from tqdm import tqdm
 
 from runtime import distributed
 from runtime.interruption import StopRequest
-from training.run_folder import Run
-from training.saving import REMEDY, Autosave, Checkpoints, Progress, load_state, save_state
+from training.data import TrainingData
+from training.run_folder import Place, Run, open_run
+from training.saving import (
+    REMEDY,
+    Autosave,
+    CheckpointNames,
+    Checkpoints,
+    Progress,
+    load_state,
+    save_state,
+)
 from training.schedule import Precision
 from training.step import Stepper, Task
-from training.terminal import Pace
+from training.terminal import Pace, log_opening
 from utils import DiskError, Stopped, UserError, format_metric
 
 logger = logging.getLogger(__name__)
@@ -23,6 +32,23 @@ logger = logging.getLogger(__name__)
 READ_EVERY = 10  # steps between two looks at the losses: each look waits for the device
 # Steps in a row, after which the scale of the loss is a millionth of what it was, and of no help.
 MOST_SKIPPED = 20
+
+
+def train_in(
+    place: Place,
+    task: Task,
+    data: TrainingData,
+    flags: Any,
+    *,
+    precision: Precision,
+    stop: StopRequest,
+) -> None:
+    """Train in a place: open its run, and let a `Trainer` go through the epochs."""
+    names = CheckpointNames.of(flags.script, data.benchmark)
+    checkpoints = Checkpoints(place.folder, names, place.settings.on_disk(), flags)
+    log_opening(data, task, flags, precision=precision, folder=place.folder)
+    run = open_run(place, data, flags, weights=checkpoints.first_choice())
+    Trainer(task, flags, run, checkpoints=checkpoints, precision=precision, stop=stop).fit()
 
 
 class Trainer:
