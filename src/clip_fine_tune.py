@@ -8,6 +8,7 @@ On a GPU:
 On a laptop, with drawn data: see `make demo`.
 """
 
+import copy
 import dataclasses
 import functools
 from typing import TYPE_CHECKING
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     import torch
 
     from models.encoder import Encoder
+    from training.data import TrainingData
+    from training.schedule import Precision
+    from training.step import Task
 
 SCRIPT = "clip_fine_tune.py"
 
@@ -36,31 +40,17 @@ def parse(argv: list[str] | None) -> Stage1:
 
 
 def train(args: Stage1, benchmark: Benchmark, stop: StopRequest) -> None:
-    """Fine-tune CLIP in a run folder."""
-    from combiner import compose_sum
-    from evaluation.retrieval import evaluate
+    """Fine-tune CLIP in a run folder, or anew with each of several seeds."""
     from models.encoder import versions
     from training.data import read_training_data
-    from training.run_folder import about_run, claim_folder, open_run, run_name
-    from training.saving import CheckpointNames, Checkpoints
+    from training.run_folder import claim_place, places_to_train
     from training.schedule import Precision
-    from training.stage1 import fine_tuning, with_image_cache
-    from training.terminal import log_opening
-    from training.trainer import Trainer
+    from training.stage1 import with_image_cache
+    from training.trainer import train_in
 
-    seed_everything(args.seed)
-    device = pick_device(args.device)
-    precision = Precision(args.precision, device)
-
-    # What it learns from: the benchmark, CLIP, and the images, decoded or from the cache.
-    data = read_training_data(
-        benchmark,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        micro_batch_size=args.micro_batch_size,
-        verify=args.verify,
-    )
-    encoder = with_image_cache(load_clip(args, device, stop), data, args)
+    precision = Precision(args.precision, pick_device(args.device))
+    data = read_training_data(benchmark, args)
+    encoder = with_image_cache(load_clip(args, precision.device, stop), data, args)
     settings = Settings(
         flags=stored(args),
         preprocessing=encoder.preprocessing,
@@ -69,24 +59,33 @@ def train(args: Stage1, benchmark: Benchmark, stop: StopRequest) -> None:
     )
     if args.resume:
         settings = started_with(args.resume, settings)
+    whole = claim_place("clip_finetuned", benchmark.run_name, settings, args)
+    if args.seeds:
+        encoder.model.cpu()  # each seed trains a copy
+    for place in places_to_train(whole):
+        seed_everything(place.seed)
+        own = data.with_seed(place.seed)
+        train_in(
+            place, task_of(args, own, encoder, precision), own, args, precision=precision, stop=stop
+        )
+    if args.seeds:
+        training.report_seeds(args, data, whole, precision.device)
 
-    # What it learns, and what is measured of it.
+
+def task_of(
+    args: Stage1, data: "TrainingData", encoder: "Encoder", precision: "Precision"
+) -> "Task":
+    """What CLIP learns, and what is measured of it; of several seeds each trains a copy."""
+    from combiner import compose_sum
+    from evaluation.retrieval import evaluate
+    from training.stage1 import fine_tuning
+
+    model = copy.deepcopy(encoder.model) if args.seeds else encoder.model
+    own = dataclasses.replace(encoder, model=model.to(precision.device))
     measure = functools.partial(
-        evaluate, benchmark, compose=compose_sum, block=args.similarity_block
+        evaluate, data.benchmark, compose=compose_sum, block=args.similarity_block
     )
-    task = fine_tuning(encoder, data, args, measure)
-
-    # Where it is written.
-    name = run_name("clip_finetuned", benchmark.run_name, settings.preprocessing["clip_model_name"])
-    folder = claim_folder(args.output_dir, name, settings.on_disk(), args.resume)
-    names = CheckpointNames(key="CLIP", prefix="tuned_clip", best=benchmark.best_clips())
-    checkpoints = Checkpoints(folder, names, settings.on_disk(), args)
-    log_opening(data, task, args, precision=precision, folder=folder)
-    validated = {"combining-function": "sum", "clip-model-path": checkpoints.first_choice()}
-    run = open_run(folder, about_run(data, settings, folder, validated), args)
-
-    trainer = Trainer(task, args, run, checkpoints=checkpoints, precision=precision, stop=stop)
-    trainer.fit()
+    return fine_tuning(own, data, args, measure)
 
 
 def load_clip(args: Stage1, device: "torch.device", stop: StopRequest) -> "Encoder":

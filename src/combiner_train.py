@@ -10,9 +10,6 @@ On a GPU:
 
 import dataclasses
 import functools
-import logging
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import Benchmark
@@ -36,11 +33,14 @@ from utils import command, seed_everything
 if TYPE_CHECKING:
     import torch
 
+    from models.encoder import Encoder
     from models.features import FrozenSplit
     from training.data import TrainingData
+    from training.step import Task
+
+    Features = tuple[FrozenSplit, list[FrozenSplit]]  # of the training, of each validation split
 
 SCRIPT = "combiner_train.py"
-logger = logging.getLogger(__name__)
 
 
 def parse(argv: list[str] | None) -> Stage2:
@@ -48,161 +48,105 @@ def parse(argv: list[str] | None) -> Stage2:
     return training.parse(Stage2, SCRIPT, __doc__, argv)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """What the Combiners of all seeds are trained on and with."""
-
-    data: "TrainingData"
-    train: "FrozenSplit"
-    val: "list[FrozenSplit]"
-    settings: Settings
-    device: "torch.device"
-
-    def settings_of(self, seed: int) -> Settings:
-        """The settings of one seed's run."""
-        return self.settings.with_flags(seed=seed, seeds=None)
-
-
-def prepare(args: Stage2, benchmark: Benchmark, stop: StopRequest) -> Stage:
-    """Read the benchmark and make its features, or take them from the cache."""
-    import torch
-
-    from combiner import build_combiner
-    from models.encoder import load_encoder, versions, weights_digest
-    from models.features import FeatureCache, freeze, freeze_queries
+def train(args: Stage2, benchmark: Benchmark, stop: StopRequest) -> None:
+    """Train a Combiner in a run folder, or one with each of several seeds."""
     from training.data import read_training_data
-    from training.stage2 import check_memory
+    from training.run_folder import claim_place, places_to_train
+    from training.schedule import Precision
+    from training.trainer import train_in
 
-    seed_everything(args.seed)
-    device = pick_device(args.device)
-    tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
-    data = read_training_data(
-        benchmark, batch_size=args.batch_size, seed=args.seed, verify=args.verify
+    precision = Precision(args.precision, pick_device(args.device))
+    data = read_training_data(benchmark, args)
+    encoder = load_clip(args, benchmark, precision.device, stop)
+    settings = settings_of(args, data, encoder)
+    features = features_of(args, data, encoder)
+    del encoder  # its memory is the Combiner's now
+    whole = claim_place("combiner_trained", benchmark.run_name, settings, args)
+    for place in places_to_train(whole):
+        seed_everything(place.seed)
+        own = data.with_seed(place.seed)
+        train_in(
+            place,
+            task_of(args, own, features, place.settings),
+            own,
+            args,
+            precision=precision,
+            stop=stop,
+        )
+    if args.seeds:
+        training.report_seeds(args, data, whole, precision.device)
+
+
+def task_of(args: Stage2, data: "TrainingData", features: "Features", settings: Settings) -> "Task":
+    """What a new Combiner learns, and what is measured of it."""
+    from combiner import build_combiner
+    from evaluation.retrieval import evaluate
+    from training.stage2 import combiner_training
+
+    train, val = features
+    return combiner_training(
+        build_combiner(settings.table).to(train.images.device),
+        train,
+        val,
+        order=data.order,
+        flags=args,
+        measure=functools.partial(evaluate, data.benchmark, val, block=args.similarity_block),
     )
+
+
+def load_clip(
+    args: Stage2, benchmark: Benchmark, device: "torch.device", stop: StopRequest
+) -> "Encoder":
+    """CLIP as the flags and its weights want it; it stops between two batches of images."""
+    from models.encoder import load_encoder
+
+    tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
     warn_of_transfer(benchmark.name, [tuned])
     clip = resolve_clip_options(args, [tuned])
     say_assumed(assumed(args, clip, [tuned]), [tuned])
     encoder = load_encoder(clip, tuned, device, workers=args.num_workers, batch_size=args.clip_bs)
+    return dataclasses.replace(encoder, between=stop.check)
+
+
+def settings_of(args: Stage2, data: "TrainingData", encoder: "Encoder") -> Settings:
+    """The settings of the training, those of its start where it is resumed.
+
+    Raises:
+        UserError: they contradict the resumed run, or the Combiner is larger than the memory.
+    """
+    import torch
+
+    from combiner import build_combiner
+    from models.encoder import versions, weights_digest
+    from training.stage2 import check_memory
+
     settings = Settings(
         flags=stored(args),
         preprocessing={**encoder.preprocessing, "clip_dim": encoder.backbone.dim},
         data={**data.describe(), "clip_weights": weights_digest(encoder.model.state_dict())},
         versions=versions(),
     )
-    with torch.device("meta"):
-        combiner = build_combiner(
-            settings.table
-        )  # refuses impossible sizes before anything is encoded
-    check_memory(combiner, device)
-    if args.resume:
-        settings = started_with(args.resume, settings)
-    cache = FeatureCache(
-        args.feature_cache,
-        dataclasses.replace(encoder, between=stop.check),
-        told_by=told_by(args),
+    with torch.device("meta"):  # refuses impossible sizes before anything is encoded
+        check_memory(build_combiner(settings.table), encoder.device)
+    return started_with(args.resume, settings) if args.resume else settings
+
+
+def features_of(args: Stage2, data: "TrainingData", encoder: "Encoder") -> "Features":
+    """The features of the training triplets and of each validation split, from the cache where it has them."""
+    from models.features import FeatureCache, freeze, freeze_queries
+
+    cache = FeatureCache(args.feature_cache, encoder, told_by=told_by(args))
+    name = data.benchmark.run_name
+    return (
+        freeze(cache, data.train, data.texts, label=f"{name}-train"),
+        freeze_queries(cache, data.val, data.benchmark, f"{name}-val"),
     )
-    return Stage(
-        data=data,
-        train=freeze(cache, data.train, data.texts, label=f"{benchmark.run_name}-train"),
-        val=freeze_queries(cache, data.val, benchmark, f"{benchmark.run_name}-val"),
-        settings=settings,
-        device=device,
-    )
-
-
-def train(
-    args: Stage2,
-    stage: Stage,
-    seed: int,
-    *,
-    folder: Path,
-    resumed_by: Path,
-    stop: StopRequest,
-) -> None:
-    """Train one Combiner in its folder.
-
-    Args:
-        resumed_by: the folder that `--resume` takes: its own, or that of all seeds.
-    """
-    from combiner import build_combiner
-    from evaluation.retrieval import evaluate
-    from training.run_folder import about_run, open_run
-    from training.saving import CheckpointNames, Checkpoints
-    from training.schedule import Precision
-    from training.stage2 import combiner_training
-    from training.terminal import log_opening
-    from training.trainer import Trainer
-
-    seed_everything(seed)
-    benchmark = stage.data.benchmark
-    settings = stage.settings_of(seed)
-    precision = Precision(args.precision, stage.device)
-
-    # What it learns, and what is measured of it.
-    task = combiner_training(
-        build_combiner(settings.table).to(stage.device),
-        stage.train,
-        stage.val,
-        order=dataclasses.replace(stage.data.order, seed=seed),
-        flags=args,
-        measure=functools.partial(evaluate, benchmark, stage.val, block=args.similarity_block),
-    )
-
-    # Where it is written.
-    names = CheckpointNames(key="Combiner", prefix="combiner", best=benchmark.best_combiners())
-    checkpoints = Checkpoints(folder, names, settings.on_disk(), args)
-    log_opening(stage.data, task, args, precision=precision, folder=folder)
-    validated = {"combining-function": "combiner", "combiner-path": checkpoints.first_choice()}
-    if settings.flags["clip_model_path"]:
-        validated["clip-model-path"] = settings.flags["clip_model_path"]
-    run = open_run(folder, about_run(stage.data, settings, resumed_by, validated), args)
-
-    trainer = Trainer(task, args, run, checkpoints=checkpoints, precision=precision, stop=stop)
-    trainer.fit()
-
-
-def train_seeds(args: Stage2, stage: Stage, folder: Path, stop: StopRequest) -> None:
-    """Train a Combiner with each seed in a folder of its own, and report mean and standard deviation."""
-    from runtime import distributed
-    from training.run_folder import drop_half_made, is_complete, make_folder, seed_folder
-    from training.seeds import report_seeds
-
-    seeds = args.seeds or []
-    if distributed.is_main():
-        drop_half_made(folder)
-    for seed in seeds:
-        run = seed_folder(folder, seed)
-        if distributed.is_main() and not run.exists():
-            make_folder(folder, run.name, stage.settings_of(seed).on_disk())
-        distributed.wait_for_all()
-        if is_complete(run):
-            logger.info("seed %d is complete", seed)
-        else:
-            train(args, stage, seed, folder=run, resumed_by=folder, stop=stop)
-    distributed.wait_for_all()
-    if distributed.is_main():
-        report_seeds(folder, seeds, stage.data, stage.settings)
-
-
-def train_all(args: Stage2, benchmark: Benchmark, stop: StopRequest) -> None:
-    """Train a Combiner, or one with each of several seeds, in a run folder."""
-    from training.run_folder import claim_folder, run_name
-
-    stage = prepare(args, benchmark, stop)
-    name = run_name(
-        "combiner_trained", benchmark.run_name, stage.settings.preprocessing["clip_model_name"]
-    )
-    folder = claim_folder(args.output_dir, name, stage.settings.on_disk(), args.resume)
-    if args.seeds:
-        train_seeds(args, stage, folder, stop)
-    else:
-        train(args, stage, args.seed, folder=folder, resumed_by=folder, stop=stop)
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     """Train a Combiner, or one with each of several seeds; writes a run folder under --output-dir."""
-    training.run(parse(argv), train_all)
+    training.run(parse(argv), train)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python src/compare.py baseline.json ours_seed0.json ours_seed1.json ours_seed2.json
 
 The first file is what the others are compared with. Files of one training with different seeds become one column, mean
-and standard deviation. Intervals are paired bootstrap intervals over the queries, which both columns must share. Those
-of one reference image are not independent of each other, so they are drawn together.
+and standard deviation; the folder of a training with --seeds stands for its files. Intervals are paired bootstrap
+intervals over the queries, which both columns must share. Those of one reference image are not independent of each
+other, so they are drawn together.
 """
 
 import argparse
@@ -18,8 +19,10 @@ from cli.parsers import ScriptParser
 from evaluation.comparison import (
     Column,
     Resampling,
+    by_both_seeds,
     intervals,
     read_columns,
+    result_files,
     unlike,
     with_interval,
 )
@@ -36,7 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=usable_path,
         nargs="+",
         metavar="RESULT",
-        help="written by validate.py --metrics-json",
+        help="written by validate.py --metrics-json, or the run folder of a training with --seeds",
     )
     add_protocol(parser, help="that are compared (default: all)")
     add_resampling(parser, resamples=10_000)
@@ -119,7 +122,7 @@ def add_values(
 def main(argv: list[str] | None = None) -> None:
     """Print a table for each protocol that the results share."""
     args = parse(argv)
-    columns = read_columns(args.files)
+    columns = read_columns(result_files(args.files))
     protocols = shared_protocols(columns, args.protocol)
     benchmark = BENCHMARKS[columns[0].results[0]["dataset"]](Path())
     resampling = Resampling(
@@ -133,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(columns) > 1:
         clusters = columns[0].clusters(resampling)
         print(f"\n{printable(resampling.told(clusters))}")
+    metric = next(iter(benchmark.selection))
     for column in columns:
         for kind, dataset in column.trained_elsewhere.items():
             measured_on = column.results[0]["dataset"]
@@ -141,6 +145,9 @@ def main(argv: list[str] | None = None) -> None:
             print(
                 f"\n{printable(column.label)}: mean ± standard deviation of {len(column.results)} seeds"
             )
+        if table := by_both_seeds(column, protocols[0], metric):
+            print(f"\n{printable(column.label)}: {metric} by the seeds of both stages")
+            print(text_table(table))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="flags of clip_fine_tune.py",
         parents=[plan_flags(), *options.training_flags(Planned1)],
     )
-    stage_1.set_defaults(clip_model_path=None, clip_bs=32, seeds=None, negatives="batch")
+    stage_1.set_defaults(clip_model_path=None, clip_bs=32, negatives="batch")
     stage_2 = stages.add_parser(
         "stage2",
         help="flags of combiner_train.py",
@@ -245,7 +245,7 @@ def time_lines(
     yield work_line(f"an epoch of {training.sizes.name}, {steps} steps", epoch, gpu)
     yield from work_lines("a validation", validation, gpu)
     if gpu.rates:
-        validations = -(-args.num_epochs // args.validation_frequency)
+        validations = len(groups.Training.of(args).validated_epochs)
         run = args.num_epochs * seconds(epoch, gpu) + validations * seconds(validation, gpu)
         seeds = len(args.seeds or [args.seed])
         whole = datetime.timedelta(seconds=round(seconds(once, gpu) + seeds * run))

@@ -405,6 +405,12 @@ def test_a_batch_larger_than_the_training_set(door, drawn, name, fails):
     assert "40 triplets" in error
 
 
+@pytest.mark.parametrize("door", ["clip_fine_tune", "combiner_train"])
+def test_a_batch_of_one_teaches_nothing(door, drawn, name, fails):
+    error = fails(door, drawn, *CIRR, *name, "--batch-size", 1)
+    assert "--batch-size 1: no query has a negative in its batch" in error
+
+
 @pytest.mark.parametrize(
     "sizes",
     [

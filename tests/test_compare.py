@@ -2,6 +2,7 @@
 
 import json
 import operator
+import re
 import statistics
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import compare
+import kills
 from benchmarks import FashionIQ
 from benchmarks.metrics import Ranks
 from evaluation.result_file import write_result
@@ -322,38 +324,63 @@ def test_other_datasets_and_other_files_are_refused(result, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_several_seeds_in_one_command(stage_2, run, drawn, compared, capsys, tmp_path):
-    """--seeds trains what as many commands would, and its report is theirs."""
-    folder = stage_2("CIRR", "--seeds", 0, 3, "--save-best")
+@pytest.mark.parametrize("stage", ["stage_1", "stage_2"])
+def test_several_seeds_in_one_command(stage, request, run, drawn, compared, capsys, tmp_path):
+    """--seeds trains what as many commands would, and its report and files of metrics are theirs."""
+    train = request.getfixturevalue(stage)
+    folder = train("CIRR", "--seeds", 0, 3, "--save-best")
     out = capsys.readouterr().out
     assert out.startswith("validations with the best arithmetic_mean of each seed")
-    single = stage_2("CIRR", "--seed", 3, "--save-best", output="single")
-    for name in (
-        "train_metrics.csv",
-        "validation_metrics.csv",
-        "router_metrics.csv",
-        "best_metrics.json",
-    ):
-        assert (folder / "seed_3" / name).read_bytes() == (single / name).read_bytes()
+    single = train("CIRR", "--seed", 3, "--save-best", output="single")
+    assert kills.differences(single, folder / "seed_3") == []
     summary = json.loads((folder / "best_metrics.json").read_text())
     values = [summary["seeds"][seed]["recall_at1"] for seed in ("0", "3")]
     assert summary["mean"]["recall_at1"] == statistics.fmean(values)
     assert summary["standard_deviation"]["recall_at1"] == pytest.approx(statistics.stdev(values))
-    files = []
+    flags = {
+        "stage_1": ["--combining-function", "sum", "--clip-model-path"],
+        "stage_2": ["--combining-function", "combiner", "--combiner-path"],
+    }[stage]
     for seed in (0, 3):
-        files.append(tmp_path / f"seed{seed}.json")
-        weights = folder / f"seed_{seed}" / "saved_models" / "combiner_arithmetic.pt"
-        flags = [
-            "--combining-function",
-            "combiner",
-            "--combiner-path",
-            weights,
-            "--metrics-json",
-            files[-1],
-        ]
-        run("validate", drawn, "--dataset", "CIRR", *flags)
+        weights = next((folder / f"seed_{seed}" / "saved_models").glob("*_arithmetic.pt"))
+        file = tmp_path / f"seed{seed}.json"
+        run("validate", drawn, "--dataset", "CIRR", *flags, weights, "--metrics-json", file)
+        ours, theirs = (json.loads(of.read_text()) for of in (folder / f"seed_{seed}.json", file))
+        assert ours.keys() == theirs.keys()
+        assert {name for name in ours if ours[name] != theirs[name]} <= {"command", "date"}
+        best = summary["seeds"][str(seed)]
+        assert ours["metrics"] == {name: best[name] for name in ours["metrics"]}
     capsys.readouterr()
-    assert "seed0: mean ± standard deviation of 2 seeds" in compared(*files)
+    assert "seed_0: mean ± standard deviation of 2 seeds" in compared(folder)
+
+
+@pytest.mark.slow
+def test_seeds_of_both_stages_in_a_table(stage_1, stage_2, compared, capsys):
+    """Stage 2 over the weights of each seed of stage 1: three commands, and their folders."""
+    tuned = stage_1("CIRR", "--seeds", 1, 2, "--save-best")
+    folders = []
+    for seed in (1, 2):
+        weights = tuned / f"seed_{seed}" / "saved_models" / "tuned_clip_arithmetic.pt"
+        flags = ["--clip-model-path", weights, "--seeds", 0, 3, "--save-best"]
+        folders.append(stage_2("CIRR", *flags, output=f"combiner_{seed}"))
+    out = compared(*folders)
+    assert "mean ± standard deviation of 4 seeds" in out
+    table = out.partition("arithmetic_mean by the seeds of both stages")[2]
+    means = []
+    for seed, folder in zip((1, 2), folders, strict=True):
+        files = [json.loads((folder / f"seed_{of}.json").read_text()) for of in (0, 3)]
+        values = [file["metrics"]["arithmetic_mean"] for file in files]
+        means.append(statistics.fmean(values))
+        told = f"{values[0]:.2f} +{values[1]:.2f} +{means[-1]:.2f} ± {statistics.stdev(values):.2f}"
+        assert re.search(f"stage 1, seed {seed} +{told}", table)
+    both = f"{statistics.fmean(means):.2f} ± {statistics.stdev(means):.2f}"
+    assert table.rstrip().splitlines()[-1].endswith(both)
+
+
+def test_a_folder_without_metrics_of_seeds_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        compare.main([str(tmp_path)])
+    assert f"{tmp_path} has no seed_*.json" in capsys.readouterr().err
 
 
 def test_one_seed_has_no_standard_deviation(stage_2, capsys):

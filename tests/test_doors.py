@@ -13,7 +13,10 @@ import validate
 from cli import training
 from conftest import DOORS, read_csv
 from data_utils import ImageDataset
+from kills import same
 from models.clip_model import load_clip
+from runtime.tensors import load_tensors
+from trainers import stage_1_flags
 from twins import DefinedCombiner
 
 pytestmark = pytest.mark.slow
@@ -186,6 +189,45 @@ def test_validation_frequency(stage_2):
     assert read_csv(folder / "validation_metrics.csv")["epoch"] == [0, 2, 4]
     assert read_csv(folder / "train_metrics.csv")["epoch"] == [0, 1, 2, 3, 4]
     assert saved(folder) == ["combiner_0", "combiner_2", "combiner_4"]
+
+
+@pytest.mark.parametrize("stage", ["stage_1", "stage_2"])
+def test_the_last_epoch_is_validated_and_epochs_are_saved_if_asked_for(stage, request):
+    """What is saved without a validation is what a validation of that epoch would save."""
+    train = request.getfixturevalue(stage)
+    key, prefix = {"stage_1": ("CLIP", "tuned_clip"), "stage_2": ("Combiner", "combiner")}[stage]
+    few = train(
+        *("CIRR", "--num-epochs", 6, "--validation-frequency", 4, "--validate-last"),
+        *("--save-best", "--save-every", 2),
+    )
+    all_of_them = train("CIRR", "--num-epochs", 6, output="all")
+    assert read_csv(few / "validation_metrics.csv")["epoch"] == [0, 4, 5]
+    every = [f"{prefix}_{epoch}" for epoch in (1, 3, 5)]
+    best = [f"{prefix}_{mean}" for mean in ("arithmetic", "geometric", "harmonic")]
+    assert saved(few) == sorted([*every, *best])
+    for name in every:
+        of_few, of_all = (
+            load_tensors(run / "saved_models" / f"{name}.pt") for run in (few, all_of_them)
+        )
+        assert of_few["epoch"] == of_all["epoch"]
+        assert same(of_few[key], of_all[key])
+        assert of_few["metrics"] == (of_all["metrics"] if name.endswith("5") else {})
+
+
+@pytest.mark.parametrize(
+    ("flags", "lost"),
+    [
+        (["--num-epochs", 4, "--validation-frequency", 10], "epochs 1 to 3 are"),
+        (["--num-epochs", 4, "--validation-frequency", 2], "epoch 3 is"),
+        (["--num-epochs", 4, "--validation-frequency", 2, "--validate-last"], None),
+        (["--num-epochs", 7, "--validation-frequency", 10, "--save-every", 3], "epoch 6 is"),
+        (["--num-epochs", 4, "--validation-frequency", 3], None),
+    ],
+)
+def test_epochs_that_are_neither_validated_nor_saved_are_named(flags, lost, caplog):
+    training.warn_of_lost_epochs(stage_1_flags(*flags))
+    said = f"warning: {lost} neither validated nor saved: add --validate-last, or --save-every"
+    assert caplog.messages == ([said] if lost else [])
 
 
 def test_epochs_of_stage_2_open_no_image_and_run_no_clip(stage_2, monkeypatch):

@@ -363,7 +363,7 @@ def test_what_a_killed_process_left_half_made_goes(automatic, tmp_path):
 
 
 def test_how_often_a_training_reads_an_image(drawn):
-    data = read_training_data(CIRR(drawn), batch_size=12, seed=0)
+    data = read_training_data(CIRR(drawn), stage_1_flags("--batch-size", 12))
     gallery = len(data.val[0].paths)
     steps = data.order.steps
     assert steps > 1

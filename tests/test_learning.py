@@ -1,6 +1,7 @@
 """Steps in bounded memory against the plain step; the optional parts of training against their formulas."""
 
 import copy
+import dataclasses
 import functools
 import itertools
 import json
@@ -8,6 +9,7 @@ import math
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import clip
 import pytest
@@ -23,9 +25,9 @@ from models.backbone import choose_trained
 from models.clip_model import backbone, checkpoint_gradients, load_clip, resolution, tokenize
 from runtime import distributed
 from runtime.choices import LOSSES
-from trainers import stage_1_flags
+from trainers import stage_1_flags, stage_2_flags
 from training import losses
-from training.data import Order
+from training.data import Order, check_learning
 from training.losses import BankLoss, ContrastiveLoss, Loss, learned_groups, make_loss
 from training.schedule import Precision, learning_rate_factor
 from training.stage1 import SumFeatures
@@ -50,6 +52,61 @@ def contrastive_loss(queries, targets, ids=None, **which) -> torch.Tensor:
 
 def bank_loss(queries, bank, rows) -> torch.Tensor:
     return BankLoss(bank)(queries, queries, rows)
+
+
+def split_of(targets: list[int]) -> SimpleNamespace:
+    """Training triplets as far as their targets go."""
+    triplets = [SimpleNamespace(target=target) for target in targets]
+    return SimpleNamespace(triplets=triplets, target_rows=targets)
+
+
+@pytest.mark.parametrize("flags_of", [stage_1_flags, stage_2_flags])
+def test_steps_without_negatives_are_counted_before_the_first(flags_of, caplog):
+    """Against their losses, which are 0; there is no such step without the mask."""
+    targets = torch.tensor([0, 0, 0, 0, 0, 1, 2])
+    order = Order(triplets=len(targets), variants=1, batch_size=2, seed=3)
+    lost = 0
+    for rows in torch.cat([order.batches(epoch)[0] for epoch in range(4)]):
+        rows = targets[rows]
+        features = nn.functional.normalize(torch.randn(2, 8), dim=-1)
+        lost += contrastive_loss(features, features.flip(0), rows).item() == 0
+    assert 0 < lost < 12
+    words = ["--num-epochs", 4, "--batch-size", 2, "--seed", 3]
+    check_learning(split_of(targets.tolist()), order, flags_of(*words))
+    assert caplog.messages == []
+    check_learning(split_of(targets.tolist()), order, flags_of(*words, "--mask-duplicate-targets"))
+    (line,) = caplog.messages
+    assert line.startswith(f"warning: in {lost} of 12 steps of seed 3 all rows have one target")
+
+
+def test_a_training_without_any_negative_is_refused():
+    mask = "--mask-duplicate-targets"
+    order = Order(triplets=4, variants=1, batch_size=2, seed=0)
+    for words in ([], [mask], ["--negatives", "bank"]):
+        with pytest.raises(UserError, match="all training triplets have one target"):
+            check_learning(split_of([5] * 4), order, stage_2_flags(*words))
+    pairs = split_of([0, 1, 0, 1])  # which fall together in the first epoch of seed 4
+    seed = next(s for s in range(99) if len({r % 2 for r in replaced(order, s)}) == 1)
+    with pytest.raises(UserError, match=f"in 2 of 2 steps of seed {seed} all rows have one target"):
+        flags = stage_2_flags(mask, "--num-epochs", 1, "--seed", seed)
+        check_learning(pairs, order, flags)
+    one = Order(triplets=4, variants=1, batch_size=1, seed=0)
+    check_learning(pairs, one, stage_2_flags("--negatives", "bank"))
+
+
+def replaced(order: Order, seed: int) -> list[int]:
+    """The first batch of an order with another seed."""
+    return dataclasses.replace(order, seed=seed).batches(0)[0][0].tolist()
+
+
+def test_a_learning_rate_that_never_rises_to_its_value_is_told(caplog):
+    order = Order(triplets=4, variants=1, batch_size=2, seed=0)
+    for steps in (6, 7):
+        check_learning(
+            split_of([0, 1, 2, 3]), order, stage_1_flags("--num-epochs", 3, "--warmup-steps", steps)
+        )
+    (line,) = caplog.messages
+    assert line.startswith("warning: --warmup-steps 7 is more than all 6 steps")
 
 
 @pytest.fixture

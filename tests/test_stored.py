@@ -37,7 +37,7 @@ from trainers import stage_1_flags, trainer_in
 from training import saving
 from training.hyper_parameters import read_hyper_parameters
 from training.losses import ContrastiveLoss
-from training.run_folder import is_complete
+from training.run_folder import best_validation
 from training.saving import Progress, load_state, save_state
 from training.step import MovingAverage, Task
 from utils import UserError
@@ -536,7 +536,7 @@ def settings_of(script) -> Settings:
         "exclusions": "/list.json", "resume": "/run", "image_cache": "/pixels", "device": "cpu", "similarity_block": 8,
         "workspace": "w", "experiment_name": "e", "clip_model_path": "/w.pt", "transform": "clip", "target_ratio": 1.5,
         "decode": "full", "encode_precision": "fp32", "micro_batch_size": 4, "clip_grad_norm": 1.0, "ema_decay": 0.9,
-        "seeds": [1, 2], "feature_cache": "/features",
+        "seeds": [1, 2], "feature_cache": "/features", "save_every": 5,
     }  # fmt: skip
     for name, value in flags.items():
         flags[name] = spoken[name] if value is None else value
@@ -554,8 +554,8 @@ TRAININGS = {"stage 1": clip_fine_tune, "stage 2": combiner_train}
 SILENT = {
     "exclusions", "resume", "image_cache", "feature_cache", "device", "similarity_block", "workspace",
     "experiment_name", "clip_model_name", "clip_model_path", "transform", "target_ratio", "decode",
-    "encode_precision", "micro_batch_size", "clip_grad_norm", "ema_decay", "seeds", "excluded", "versions",
-    "started_in",
+    "encode_precision", "micro_batch_size", "clip_grad_norm", "ema_decay", "seeds", "save_every", "excluded",
+    "versions", "started_in",
 }  # fmt: skip
 
 
@@ -613,85 +613,10 @@ def test_each_field_of_a_checkpoint(tmp_path, monkeypatch):
 # Runs
 
 
-def write_run(folder: Path, epochs: int, trained: int, *, frequency: int = 2) -> dict:
-    """A run's folder after some epochs, as far as records go; returns its best metrics."""
-    folder.mkdir(parents=True)
-    stored_settings = settings_of(combiner_train).with_flags(
-        num_epochs=epochs, validation_frequency=frequency, seeds=None
-    )
-    (folder / "training_hyperparameters.json").write_text(json.dumps(stored_settings.on_disk()))
-    validated = [epoch for epoch in range(trained) if epoch % frequency == 0]
-    rows = [{"epoch": epoch, "recall": 10 * math.sin(epoch) + 1 / 3} for epoch in validated]
-    lines = ["epoch,recall", *(f"{row['epoch']},{row['recall']}" for row in rows)]
-    (folder / "validation_metrics.csv").write_text("\n".join(lines) + "\n")
-    lines = ["epoch,train_epoch_loss", *(f"{epoch},0.5" for epoch in range(trained))]
-    (folder / "train_metrics.csv").write_text("\n".join(lines) + "\n")
-    return {"recall": max(rows, key=lambda row: row["recall"])} if rows else {}
-
-
-@pytest.mark.parametrize("trained", range(6))
-@pytest.mark.parametrize("has_state", [True, False])
-def test_a_run_is_complete_when_its_records_say_so(has_state, trained, tmp_path, caplog):
-    """A file that says so may be of another run, of the same settings even."""
-    whole = write_run(tmp_path / "whole", 5, 5)
-    own = write_run(tmp_path / "run", 5, trained)
-    state = tmp_path / "run" / "state.pt"
-    if has_state:
-        state.write_bytes(b"a state")
-    assert not is_complete(tmp_path / "run")
-    for stray in (
-        own,
-        whole,
-        {"recall": {"epoch": 4, "recall": 99.0}},
-        {},
-        [],
-        {"recall": 5},
-        None,
-    ):
-        (tmp_path / "run" / "best_metrics.json").write_text(json.dumps(stray))
-        fits = trained == 5 and stray in (own, whole)
-        caplog.clear()
-        if has_state or fits:
-            if has_state and not state.exists():
-                state.write_bytes(b"a state")
-            assert is_complete(tmp_path / "run") == fits
-            assert state.exists() == (has_state and not fits)
-            assert bool(caplog.text) == (not fits)
-        else:
-            refused(lambda: is_complete(tmp_path / "run"), "best_metrics.json", "delete")
-        CASES["records of runs", "complete" if fits else "not complete"] += 1
-
-
-def test_each_field_of_best_metrics(tmp_path):
-    best = write_run(tmp_path / "run", 5, 5)
-
-    def read(content) -> None:
-        (tmp_path / "run" / "best_metrics.json").write_text(json.dumps(content))
-        assert is_complete(tmp_path / "run")
-
-    names = [str(tmp_path / "run")]
-    refuse_each_wrong_value("fields of best_metrics.json", best, read, names=names)
-    (tmp_path / "run" / "train_metrics.csv").write_text("epoch,train_epoch_loss\n0,x\n")
-    refused(lambda: read(best), "train_metrics.csv")
-
-
-def test_seeds_are_complete_when_each_is(tmp_path):
-    stored_settings = settings_of(combiner_train).with_flags(seeds=[1, 2])
-    best = {seed: write_run(tmp_path / f"seed_{seed}", 5, 5) for seed in (1, 2)}
-    (tmp_path / "training_hyperparameters.json").write_text(json.dumps(stored_settings.on_disk()))
-    summary = {"chosen_by": "recall", "seeds": {seed: row["recall"] for seed, row in best.items()}}
-    for content, complete in (
-        ({}, False),
-        ([], False),
-        (summary, True),
-        ({**summary, "seeds": 1}, False),
-    ):
-        for seed in best:
-            (tmp_path / f"seed_{seed}" / "best_metrics.json").write_text(json.dumps(best[seed]))
-        (tmp_path / "best_metrics.json").write_text(json.dumps(content))
-        assert is_complete(tmp_path) == complete
-        (tmp_path / "seed_2" / "best_metrics.json").unlink()
-        assert not is_complete(tmp_path)
+def test_damaged_records_of_a_run_are_named(tmp_path):
+    for text in ("epoch,recall\n0,x\n", "epoch,loss\n0,1\n", ""):
+        (tmp_path / "validation_metrics.csv").write_text(text)
+        refused(lambda: best_validation(tmp_path, "recall"), "validation_metrics.csv", "delete")
 
 
 # States

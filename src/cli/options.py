@@ -97,12 +97,6 @@ def compute_flags(decodes: bool = True) -> argparse.ArgumentParser:
     return parser
 
 
-def machine_flags() -> argparse.ArgumentParser:
-    """Where the data are, what is left out of them, and what computes."""
-    parts = [parent(groups.Data), compute_flags(), parent(groups.Evaluation)]
-    return argparse.ArgumentParser(add_help=False, parents=parts)
-
-
 def clip_flags() -> argparse.ArgumentParser:
     """Which CLIP, and how images are preprocessed. None where silent: `configuration.resolve_clip_options` fills in."""
     parser = parent(groups.Clip)
@@ -193,7 +187,9 @@ def evaluation_flags(*, needs_pair: bool = True) -> list[argparse.ArgumentParser
         parent(groups.TunedClip),
         clip_flags(),
         measuring_flags(),
-        machine_flags(),
+        parent(groups.Data),
+        compute_flags(),
+        parent(groups.Evaluation),
     ]
 
 

@@ -5,9 +5,10 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from benchmarks import Benchmark
+from benchmarks.exclusions import read_exclusions
 from cli import options
 from cli.parsers import ScriptParser
 from cli.startup import check_annotations, check_files, command_line, open_benchmark
@@ -18,9 +19,15 @@ from runtime.trackers import check_trackers
 from settings import groups
 from settings.declaring import parsed
 from settings.flag_types import usable_path
-from settings.groups import FREE_FLAGS
+from settings.groups import FREE_FLAGS, PairChoice
 from training.hyper_parameters import read_hyper_parameters
 from utils import UserError, flag
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.data import TrainingData
+    from training.run_folder import Place
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +93,11 @@ def checked(args: AnyStage) -> tuple[AnyStage, Benchmark]:
     trackers = check_trackers(args.tracker, args.api_key, args.workspace)
     if args.save_best and not args.save_training:
         logger.warning("warning: --save-best saves nothing without --save-training: add it")
+    if args.seeds and not args.save_training:
+        logger.warning(
+            "warning: --seeds writes no metrics for compare.py without --save-training: add it"
+        )
+    warn_of_lost_epochs(args)
     written = {}
     for name in ("output_dir", "image_cache", "feature_cache"):
         folder = getattr(args, name, None)
@@ -96,10 +108,28 @@ def checked(args: AnyStage) -> tuple[AnyStage, Benchmark]:
     return args.model_copy(update={"tracker": trackers}), benchmark
 
 
+def warn_of_lost_epochs(args: groups.BothStages) -> None:
+    """Name the last epochs of a training, where they are neither validated nor saved."""
+    last = max([*args.validated_epochs, *args.saved_epochs])
+    first_lost = last + 1
+    if first_lost < args.num_epochs:
+        is_one = first_lost == args.num_epochs - 1
+        logger.warning(
+            "warning: %s neither validated nor saved: add --validate-last, or --save-every",
+            f"epoch {first_lost} is"
+            if is_one
+            else f"epochs {first_lost} to {args.num_epochs - 1} are",
+        )
+
+
 def run(args: AnyStage, train: Callable[[AnyStage, Benchmark, StopRequest], None]) -> None:
     """Train as flags say, unless the run that `--resume` names is complete. A signal stops it between two steps."""
-    if is_complete(args):
-        return
+    if args.resume:
+        from training.run_folder import is_complete
+
+        if is_complete(args.resume):
+            logger.info("%s is complete", args.resume)
+            return
     args, benchmark = checked(args)
 
     from runtime import distributed
@@ -109,14 +139,66 @@ def run(args: AnyStage, train: Callable[[AnyStage, Benchmark, StopRequest], None
     distributed.stop()
 
 
-def is_complete(args: groups.BothStages) -> bool:
-    """Whether the run that `--resume` names has nothing left to do, which is said."""
-    if args.resume is None:
-        return False
+def report_seeds(
+    args: groups.BothStages,
+    data: "TrainingData",
+    whole: "Place",
+    device: "torch.device",
+) -> None:
+    """Measure the best weights of each seed, and report all of them together."""
+    from runtime import distributed
+    from training import seeds
+    from training.run_folder import best_validation, seed_places
+    from training.saving import CheckpointNames, Checkpoints
 
-    from training.run_folder import is_complete
+    names = CheckpointNames.of(args.script, data.benchmark)
+    for place in seed_places(whole):
+        best = best_validation(place.folder, next(iter(names.best)))
+        weights = Checkpoints(place.folder, names, {}, args).first_choice(int(best["epoch"]))
+        if weights is not None:
+            try:
+                write_metrics(args, data, place, weights=weights, device=device)
+            except UserError as error:  # the training is done all the same
+                logger.warning("warning: seed %d has no file of metrics: %s", place.seed, error)
+    if distributed.is_main():
+        seeds.report_seeds(whole, data)
 
-    done = is_complete(args.resume)
-    if done:
-        logger.info("%s is complete", args.resume)
-    return done
+
+def write_metrics(
+    args: groups.BothStages,
+    data: "TrainingData",
+    place: "Place",
+    *,
+    weights: Path,
+    device: "torch.device",
+) -> None:
+    """Measure weights of a seed as validate.py does, and write the file that compare.py reads, beside its folder."""
+    from evaluation.result_file import make_result, provenance, write_result
+    from evaluation.retrieval import rank_all
+    from models.pair import load_and_freeze
+    from runtime import distributed
+    from training.run_folder import pair_with
+
+    pair_flags = pair_with(weights, place.settings.flags)
+    choice = PairChoice(
+        combining_function=pair_flags["combining_function"],
+        clip_path=pair_flags.get("clip_model_path"),
+        combiner_path=pair_flags.get("combiner_path"),
+        workers=args.num_workers,
+        feature_cache=getattr(args, "feature_cache", None),
+        told_by=options.told_by(args),
+    )
+    benchmark = data.benchmark
+    pair, frozen = load_and_freeze(benchmark, data.val, device, choice)
+    rankings = rank_all(frozen, pair.compose, benchmark.protocols, k=0, block=args.similarity_block)
+    if distributed.is_main():
+        result = make_result(
+            benchmark,
+            data.val,
+            rankings,
+            reasons=read_exclusions(args.exclusions, benchmark.name),
+            made_by=provenance(pair, place.settings.flags["command"]),
+        )
+        file = place.folder.with_name(f"{place.folder.name}.json")
+        write_result(file, result)
+        logger.info("metrics of seed %d: %s", place.seed, file)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import Benchmark
+from benchmarks.metrics import Statistic, shown
 from evaluation.result_file import Result, read_result, stored_ranks
 from models.configuration import Settings, trained_on
 from runtime.choices import named
@@ -145,6 +146,25 @@ def _conditions(result: Result, protocol: str) -> dict[str, Any]:
     }
 
 
+def result_files(places: Sequence[Path]) -> list[Path]:
+    """Files of results; a folder stands for those that a training with several seeds wrote into it.
+
+    Raises:
+        UserError: a folder has none.
+    """
+    files = []
+    for place in places:
+        found = [place]
+        if place.is_dir():
+            found = sorted(place.glob("seed_*.json"), key=lambda file: (len(file.name), file.name))
+        if not found:
+            raise UserError(
+                f"{place} has no seed_*.json: name the folder of a training with --seeds and --save-training, or files"
+            )
+        files += found
+    return files
+
+
 def read_columns(files: list[Path]) -> list[Column]:
     """The results in the order of the files, those of one method with different seeds together.
 
@@ -178,9 +198,35 @@ def labels(files: Sequence[Path]) -> list[str]:
     return names
 
 
-def _seeds(result: Result) -> list[Any]:
-    """The seeds of the trainings that a result is of."""
-    return [Settings.read(config).table.get("seed") for config in result["training"].values()]
+def _seeds(result: Result) -> dict[str, Any]:
+    """The seeds of the trainings that a result is of: "clip" and "combiner" -> its own."""
+    configs = result["training"].items()
+    return {kind: Settings.read(config).table.get("seed") for kind, config in configs}
+
+
+def by_both_seeds(column: Column, protocol: str, metric: str) -> dict[str, dict[str, str]]:
+    """A metric by the seeds of stage 1, rows, and of stage 2, with the mean and deviation of either.
+
+    The last cell of the last row is of the rows' means: how far apart stage 1 alone makes them. {} where only one stage
+    has several seeds.
+    """
+    import pandas as pd
+
+    values: dict[tuple[Any, Any], float] = {}
+    for result, value in zip(column.results, column.values(protocol, metric), strict=True):
+        seeds = _seeds(result)
+        values[seeds.get("clip"), seeds.get("combiner")] = value
+    if any(len(set(seeds)) == 1 for seeds in zip(*values, strict=True)):
+        return {}
+    grid = pd.Series(values).unstack()
+    table = grid.map(format_metric).where(grid.notna(), "")
+    table.columns = [f"stage 2, seed {seed}" for seed in grid.columns]
+    table.index = [f"stage 1, seed {seed}" for seed in grid.index]
+    summary = "mean ± deviation"
+    table[summary] = [shown(row.dropna().tolist()) for _, row in grid.iterrows()]
+    of_columns = [shown(column.dropna().tolist()) for _, column in grid.items()]
+    table.loc[summary] = [*of_columns, shown(grid.mean(axis=1).tolist())]
+    return table.to_dict("index")
 
 
 def _method(result: Result) -> str | None:

@@ -160,9 +160,14 @@ class Training(Flags):
     num_epochs: Count = setting(300, "passes over the triplets")
     batch_size: Count = setting(512, "triplets, of all processes together")
     validation_frequency: Count = setting(1, "in epochs")
+    validate_last: bool = setting(False, "validate after the last epoch too")
     save_training: bool = setting(False, "save weights at validations")
     save_best: bool = setting(False, "save only the best instead of each")
+    save_every: Count | None = setting(
+        None, "save weights after every N epochs too, validated or not", metavar="N", where="free"
+    )
     seed: Seed = setting(0, "of new weights, of the order of triplets and of what is dropped")
+    seeds: list[Seed] | None = setting(None, "train once with each, in place of --seed")
     output_dir: UsablePath = setting(
         PROJECT_ROOT / "models", "holds the runs", metavar="DIR", where="free"
     )
@@ -184,6 +189,31 @@ class Training(Flags):
         "amp", "amp: fp16 on CUDA, fp32 on the CPU"
     )
     compile: bool = setting(False, "torch.compile what is trained")
+
+    @field_validator("seeds")
+    @classmethod
+    def each_seed_once(cls, seeds: list[int] | None) -> list[int] | None:
+        """Each seed has a folder."""
+        if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
+            raise PydanticCustomError("seeds", "it names a seed twice: name each once")
+        return seeds
+
+    @property
+    def validated_epochs(self) -> list[int]:
+        """The epochs that a validation follows: the first, and so on as the original; if asked for, the last."""
+        epochs = list(range(0, self.num_epochs, self.validation_frequency))
+        last = self.num_epochs - 1
+        return [*epochs, last] if self.validate_last and epochs[-1] != last else epochs
+
+    @property
+    def saved_epochs(self) -> list[int]:
+        """The epochs whose weights are saved whatever the validations say."""
+        epochs = set()
+        if self.save_training and not self.save_best:
+            epochs.update(self.validated_epochs)
+        if self.save_every:
+            epochs.update(range(self.save_every - 1, self.num_epochs, self.save_every))
+        return sorted(epochs)
 
 
 class BeyondOriginal(Flags):
@@ -290,7 +320,6 @@ class Frozen(Flags):
 
     title = "stage 2"
     combiner_lr: LearningRate = setting(2e-5, "learning rate of Adam")
-    seeds: list[Seed] | None = setting(None, "train one Combiner with each, in place of --seed")
     negatives: Annotated[str, OneOf(NEGATIVES)] = setting(
         "batch",
         "bank: all training targets are negatives of every query, not those of its batch alone",
@@ -313,14 +342,6 @@ class Frozen(Flags):
         where="free",
         off="keep none on disk",
     )
-
-    @field_validator("seeds")
-    @classmethod
-    def each_seed_once(cls, seeds: list[int] | None) -> list[int] | None:
-        """Each seed has a folder."""
-        if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
-            raise PydanticCustomError("seeds", "it names a seed twice: name each once")
-        return seeds
 
 
 class BothStages(

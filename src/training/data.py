@@ -1,7 +1,9 @@
 """What an epoch is made of: a benchmark's triplets and caption variants, and the order of its batches."""
 
 import hashlib
-from dataclasses import dataclass
+import logging
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from benchmarks.exclusions import announce, excluded
 from benchmarks.splits import check_images_exist, images_digest, split_digest
 from runtime import distributed
 from utils import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +52,19 @@ class Order:
 
     def batches(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Rows and caption variants of each step, (steps, b) each: this process's equal share of every batch."""
+        parts = [
+            batches.view(self.steps, distributed.world_size(), -1)[:, distributed.rank()]
+            for batches in self.whole_batches(epoch)
+        ]
+        return parts[0], parts[1]
+
+    def whole_batches(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """The same of all processes together, (steps, batch size) each."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         rows = torch.randperm(self.triplets, generator=generator)
         variants = torch.randint(self.variants, (self.triplets,), generator=generator)
-        return self._share(rows), self._share(variants)
-
-    def _share(self, values: Tensor) -> Tensor:
-        """This process's part of each full batch, (triplets,) -> (steps, b)."""
-        full = values[: self.steps * self.batch_size]
-        return full.view(self.steps, distributed.world_size(), -1)[:, distributed.rank()]
+        full = self.steps * self.batch_size
+        return rows[:full].view(self.steps, -1), variants[:full].view(self.steps, -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +89,10 @@ class TrainingData:
         """All that a training reads."""
         return [self.train, *self.val]
 
+    def with_seed(self, seed: int) -> "TrainingData":
+        """The same in the order of another seed."""
+        return replace(self, order=replace(self.order, seed=seed))
+
     def describe(self) -> dict[str, Any]:
         """What was read, for the hyper-parameters: a resumed run must find the same."""
         digests = [split_digest(split) for split in self.splits]
@@ -99,15 +111,11 @@ class TrainingData:
         return distributed.same_text(hashlib.sha256(" ".join(found).encode()).hexdigest())
 
 
-def read_training_data(
-    benchmark: Benchmark,
-    *,
-    batch_size: int,
-    seed: int,
-    micro_batch_size: int | None = None,
-    verify: bool = False,
-) -> TrainingData:
+def read_training_data(benchmark: Benchmark, flags: Any) -> TrainingData:
     """Read a benchmark's splits, and check before anything is trained that all it takes is there.
+
+    Args:
+        flags: of either stage.
 
     Raises:
         UserError: files missing or malformed, or batches that the data or the processes do not allow.
@@ -116,16 +124,66 @@ def read_training_data(
     val = benchmark.val()
     texts = [benchmark.caption_variants(triplet.captions) for triplet in train.triplets]
     order = Order(
-        triplets=len(train.triplets), variants=len(texts[0]), batch_size=batch_size, seed=seed
+        triplets=len(train.triplets),
+        variants=len(texts[0]),
+        batch_size=flags.batch_size,
+        seed=flags.seed,
     )
-    share = batch_size // distributed.world_size()
+    share = order.batch_size // distributed.world_size()
+    micro_batch_size = getattr(flags, "micro_batch_size", None)  # stage 1 has it
     if micro_batch_size is not None and micro_batch_size > share:
         raise UserError(
             f"--micro-batch-size {micro_batch_size} is larger than a process's batch of {share}: lower it"
         )
+    check_learning(train, order, flags)
     announce(benchmark.excluded, [train, *val])
     check_images_exist([train, *val])
     benchmark.note_certain(val, benchmark.protocols[:1])
     return TrainingData(
-        benchmark=benchmark, train=train, val=val, texts=texts, order=order, verify=verify
+        benchmark=benchmark, train=train, val=val, texts=texts, order=order, verify=flags.verify
     )
+
+
+def check_learning(train: Split, order: Order, flags: Any) -> None:
+    """Refuse a training that learns nothing, for no query has a negative; warn where a part of it is lost.
+
+    Raises:
+        UserError: what is missing, and how to have it.
+    """
+    steps = flags.num_epochs * order.steps
+    if flags.warmup_steps > steps:
+        logger.warning(
+            "warning: --warmup-steps %d is more than all %d steps: the learning rate never comes to its value",
+            flags.warmup_steps,
+            steps,
+        )
+    repeats = Counter(triplet.target for triplet in train.triplets)
+    if len(repeats) == 1:
+        raise UserError(
+            "all training triplets have one target, so no query has a negative, and nothing can be learned: add "
+            "triplets with other targets"
+        )
+    if (
+        getattr(flags, "negatives", "batch") == "bank"
+    ):  # of stage 2: all targets, whatever the batch
+        return
+    if order.batch_size == 1:
+        raise UserError(
+            "--batch-size 1: no query has a negative in its batch, and nothing can be learned; choose at least 2"
+        )
+    if not flags.mask_duplicate_targets or max(repeats.values()) < order.batch_size:
+        return
+    targets = torch.tensor(train.target_rows)
+    for seed in flags.seeds or [flags.seed]:
+        lost = 0
+        for epoch in range(flags.num_epochs):
+            rows, _ = replace(order, seed=seed).whole_batches(epoch)
+            lost += int((targets[rows] == targets[rows[:, :1]]).all(dim=1).sum())
+        told = (
+            f"in {lost} of {steps} steps of seed {seed} all rows have one target, which teaches nothing under "
+            "--mask-duplicate-targets: raise --batch-size, or leave the flag out"
+        )
+        if lost == steps:
+            raise UserError(told)
+        if lost:
+            logger.warning("warning: %s", told)

@@ -570,7 +570,8 @@ class CombinerTraining(Training):
         return self.clip.encoding(self.sizes.images + self.sizes.gallery, captions)
 
     def ways(self, asked: Way) -> Iterator[Way]:
-        for batch_size in _halves(asked.batch_size, 1):
+        least = 1 if self.negatives == "bank" else 2  # without a negative nothing is learned
+        for batch_size in _halves(asked.batch_size, least):
             yield replace(asked, batch_size=batch_size)
 
     @property

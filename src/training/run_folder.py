@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import errno
+import gc
 import itertools
 import json
 import logging
@@ -10,23 +11,21 @@ import operator
 import re
 import shlex
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from benchmarks import best_of
 from models.configuration import Settings
 from models.names import open_clip_name
 from reports.run_page import About, RunPage
 from runtime import distributed, torchrun
-from runtime.files import HALF_MADE, discard, folder_beside, locked, read_json, write_text
-from runtime.schema import Schema, checked
+from runtime.files import HALF_MADE, discard, folder_beside, locked, write_text
 from runtime.trackers import Account, Trackers
 from training.data import TrainingData
-from training.hyper_parameters import HYPER_PARAMETERS, read_hyper_parameters
-from utils import PROJECT_ROOT, UserError, first_line
+from training.hyper_parameters import HYPER_PARAMETERS
+from utils import PROJECT_ROOT, UserError, first_line, flag
 
 logger = logging.getLogger(__name__)
 
@@ -37,17 +36,24 @@ DELETE = f"delete {BEST_METRICS} to go on with the run, or to begin it again"
 Rows = list[dict[str, float]]
 
 
-class BestRow(Schema):
-    """A validation."""
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where one training is written.
 
-    __pydantic_extra__: dict[str, float]
-    epoch: Annotated[int, Field(ge=0)]
+    Attributes:
+        folder: claimed, with its hyper-parameters in it.
+        resumed_by: what `--resume` takes: the same, or the folder of all seeds.
+        settings: of the training.
+    """
 
+    folder: Path
+    resumed_by: Path
+    settings: Settings
 
-class BestMetrics(Schema):
-    """best_metrics.json of a run: the best validation by each of some metrics."""
-
-    __pydantic_extra__: dict[str, BestRow]
+    @property
+    def seed(self) -> int:
+        """The seed that it is trained with."""
+        return int(self.settings.flags["seed"])
 
 
 class Run:
@@ -157,15 +163,16 @@ def run_title(benchmark: str, settings: Settings) -> str:
     """What a run is to a reader: dataset and method."""
     flags = settings.flags
     clip = short_name(settings.preprocessing["clip_model_name"])
+    seeds = flags.get("seeds") or [flags["seed"]]
+    named = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
     if flags["script"] == "clip_fine_tune.py":
         encoder = flags["encoder"]
         encoders = "both encoders" if encoder == "both" else f"{encoder} encoder"
-        return f"{benchmark}: {clip} fine-tuned, {encoders}"
+        by_seed = f", {named}" if flags.get("seeds") else ""
+        return f"{benchmark}: {clip} fine-tuned, {encoders}{by_seed}"
     is_plain = flags["combiner_type"] == "clip4cir"
     kind = "CLIP4Cir's Combiner" if is_plain else "MoE Combiner"
     tuned = "fine-tuned " if flags["clip_model_path"] else ""
-    seeds = flags["seeds"] or [flags["seed"]]
-    named = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
     return f"{benchmark}: {kind} on {tuned}{clip}, {named}"
 
 
@@ -184,12 +191,6 @@ def make_folder(parent: Path, name: str, config: Mapping[str, Any]) -> Path:
                 return _renamed(new, folder)
 
 
-def drop_half_made(parent: Path) -> None:
-    """Drop what `make_folder` left where it was killed, in a folder that nobody else makes folders in."""
-    for folder in parent.glob(HALF_MADE):
-        discard(folder)
-
-
 def _renamed(new: Path, folder: Path) -> Path:
     try:
         return new.rename(folder)
@@ -203,55 +204,102 @@ def _renamed(new: Path, folder: Path) -> Path:
         ) from None
 
 
-def claim_folder(parent: Path, name: str, config: Mapping[str, Any], resumed: Path | None) -> Path:
-    """The folder of a run, on every process: the one that is resumed, else a new one (see `make_folder`)."""
-    if resumed:
-        return resumed
-    made = str(make_folder(parent, name, config)) if distributed.is_main() else ""
-    return Path(distributed.same_text(made))
+def claim_place(stage: str, benchmark: str, settings: Settings, flags: Any) -> Place:
+    """Where a training is written, on every process: the run that is resumed, else a new folder, see `make_folder`.
+
+    Args:
+        stage, benchmark: see `run_name`.
+    """
+    folder = flags.resume
+    if not folder:
+        name = run_name(stage, benchmark, settings.preprocessing["clip_model_name"])
+        made = ""
+        if distributed.is_main():
+            made = str(make_folder(flags.output_dir, name, settings.on_disk()))
+        folder = Path(distributed.same_text(made))
+    return Place(folder=folder, resumed_by=folder, settings=settings)
 
 
-def open_run(folder: Path, about: About, flags: Any) -> Run:
-    """Return the run in a claimed folder, mirrored by the trackers that its flags name."""
+def seed_places(whole: Place) -> list[Place]:
+    """Where the trainings of several seeds are written, below that of all; none where no seeds were asked for."""
+    places = []
+    for seed in whole.settings.flags.get("seeds") or []:
+        settings = whole.settings.with_flags(seed=seed, seeds=None)
+        folder = whole.folder / f"seed_{seed}"
+        places.append(Place(folder=folder, resumed_by=whole.folder, settings=settings))
+    return places
+
+
+def places_to_train(whole: Place) -> Iterator[Place]:
+    """The one place, or those of the seeds that are not complete, each with its folder made when its turn comes."""
+    places = seed_places(whole)
+    if not places:
+        yield whole
+        return
+    if distributed.is_main():
+        for folder in whole.folder.glob(HALF_MADE):  # a seed's folder, where a process was killed
+            discard(folder)
+    for place in places:
+        if distributed.is_main() and not place.folder.exists():
+            make_folder(whole.folder, place.folder.name, place.settings.on_disk())
+        distributed.wait_for_all()
+        if is_complete(place.folder):
+            logger.info("seed %d is complete", place.seed)
+        else:
+            yield place
+            gc.collect()  # its optimizer, before the next one takes as much
+    distributed.wait_for_all()
+
+
+def open_run(place: Place, data: TrainingData, flags: Any, *, weights: Path | None) -> Run:
+    """Return the run in a place, mirrored by the trackers that its flags name.
+
+    Args:
+        weights: to look at first when it is complete; None where none are kept.
+    """
     account = Account(
-        folder=folder,
-        name=flags.experiment_name or folder.name,
+        folder=place.folder,
+        name=flags.experiment_name or place.folder.name,
         api_key=flags.api_key,
         workspace=flags.workspace,
     )
-    return Run(folder, Trackers(flags.tracker if distributed.is_main() else [], account), about)
+    trackers = Trackers(flags.tracker if distributed.is_main() else [], account)
+    return Run(place.folder, trackers, about_run(place, data, weights))
 
 
-def about_run(
-    data: TrainingData, settings: Settings, folder: Path, validated: Mapping[str, Any]
-) -> About:
-    """Return what the page of a run says, and how it is resumed.
-
-    Args:
-        folder: what `--resume` takes.
-        validated: flags of `validate.py` for the weights to look at, without their dashes; None where there are none.
-    """
-    flags = settings.flags
-    titles = data.benchmark.titles_in(data.val)
+def about_run(place: Place, data: TrainingData, weights: Path | None) -> About:
+    """Return what the page of a run says, and how it is resumed."""
+    flags = place.settings.flags
+    benchmark = data.benchmark
+    titles = benchmark.titles_in(data.val)
     scripts = PROJECT_ROOT / "src"
-    resume = shlex.join([str(scripts / flags["script"]), "--resume", str(folder.absolute())])
-    commands = {"resume": f"{torchrun.command()} {resume}"}
-    if None not in validated.values():
-        words = ["python", str(scripts / "validate.py"), "--dataset", data.benchmark.name]
+    resume = [str(scripts / flags["script"]), "--resume", str(place.resumed_by.absolute())]
+    commands = {"resume": f"{torchrun.command()} {shlex.join(resume)}"}
+    if weights:
+        words = ["python", str(scripts / "validate.py"), "--dataset", benchmark.name]
         words += ["--data-root", flags["data_root"]]
-        for name, value in validated.items():
-            absolute = value.absolute() if isinstance(value, Path) else value
-            words += [f"--{name}", str(absolute)]
+        for name, value in pair_with(weights.absolute(), flags).items():
+            words += [flag(name), str(value)]
         commands["validate"] = shlex.join(words)
     commands["reproduce"] = reproducing(flags)
     return About(
-        title=run_title(data.benchmark.name, settings),
+        title=run_title(benchmark.name, place.settings),
         titles=titles,
-        units={metric: known.unit for metric, known in data.benchmark.reported.items()},
-        chosen_by=tuple(data.benchmark.selection),
-        hyper_parameters=settings.table,
+        units={metric: known.unit for metric, known in benchmark.reported.items()},
+        chosen_by=tuple(benchmark.selection),
+        hyper_parameters=place.settings.table,
         commands=commands,
     )
+
+
+def pair_with(weights: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of validate.py, by name, that measure weights of a training."""
+    if flags["script"] == "clip_fine_tune.py":
+        return {"combining_function": "sum", "clip_model_path": weights}
+    pair = {"combining_function": "combiner", "combiner_path": weights}
+    if flags["clip_model_path"]:
+        pair["clip_model_path"] = flags["clip_model_path"]
+    return pair
 
 
 def reproducing(flags: Mapping[str, Any]) -> str:
@@ -268,84 +316,17 @@ def reproducing(flags: Mapping[str, Any]) -> str:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the training in a run's folder came to its end; a state that it could not drop any more goes.
-
-    That is told by its records: a file that says so may be of another run.
-
-    Raises:
-        UserError: `best_metrics.json` is of no such end, and there is no state to go on from.
-    """
-    if not (folder / BEST_METRICS).exists():
-        return False
-    flags = read_hyper_parameters(folder).flags
-    if flags.get("seeds"):  # of stage 2
-        return _seeds_are_complete(folder, flags["seeds"])
-    try:
-        _check_end(folder, flags)
-    except UserError as error:
-        if not (folder / STATE).exists():
-            raise
-        logger.warning("warning: %s; going on from %s", error, STATE)
-        return False
-    if distributed.is_main():
-        (folder / STATE).unlink(missing_ok=True)
-    return True
-
-
-def seed_folder(folder: Path, seed: int) -> Path:
-    """The folder of one seed's run below that of all."""
-    return folder / f"seed_{seed}"
-
-
-def read_best(folder: Path) -> dict[str, dict[str, float]]:
-    """Metric -> the best validation by it, of a run that is complete. Raises UserError where the file is damaged."""
-    file = folder / BEST_METRICS
-    content = read_json(file, "the training")
-    checked(BestMetrics, content, file=file, remedy=DELETE)
-    return content
+    """Whether the training in a run's folder came to its end: its best is written down, and there is no state left."""
+    return (folder / BEST_METRICS).exists() and not (folder / STATE).exists()
 
 
 def best_validation(folder: Path, metric: str) -> dict[str, float]:
-    """The best validation by a metric, of a run that is complete. Raises UserError where it is not written down."""
-    best = read_best(folder)
-    if metric not in best:
-        raise UserError(f"{folder / BEST_METRICS}: {metric}: field required: {DELETE}")
-    return best[metric]
-
-
-def _seeds_are_complete(folder: Path, seeds: list[int]) -> bool:
-    """Whether every seed's training came to its end, and the summary is of these."""
-    folders = {str(seed): seed_folder(folder, seed) for seed in seeds}
-    if not all(is_complete(of_seed) for of_seed in folders.values()):
-        return False
-    summary = read_json(folder / BEST_METRICS, "the training")
-    if not isinstance(summary, dict):
-        return False
-    metric = str(summary.get("chosen_by"))
-    best = {seed: read_best(of_seed).get(metric) for seed, of_seed in folders.items()}
-    return summary.get("seeds") == best
-
-
-def _check_end(folder: Path, flags: Mapping[str, Any]) -> None:
-    """Raise UserError where `best_metrics.json` is not what the records of a whole training say."""
-    file = folder / BEST_METRICS
-    best = read_best(folder)
-    if not best:
-        raise UserError(f"{file} names no metric: {DELETE}")
-    for kind, every in (("train", 1), ("validation", flags["validation_frequency"])):
-        expected = set(range(0, flags["num_epochs"], every))
-        epochs = {row["epoch"] for row in read_rows(folder, kind)}
-        if epochs != expected:
-            raise UserError(
-                f"{file} is not of this run: {kind}_metrics.csv has {len(epochs)} of {len(expected)} epochs: {DELETE}"
-            )
-    validations = read_rows(folder, "validation")
-    for metric, row in best.items():
-        measured = [validation for validation in validations if metric in validation]
-        if not measured or row != best_of(metric)(measured, key=operator.itemgetter(metric)):
-            raise UserError(
-                f"{file} is not of this run: {metric} is not the best of validation_metrics.csv: {DELETE}"
-            )
+    """The best validation of a run by a metric, the first of equals. Raises UserError where the records are damaged."""
+    rows = [row for row in read_rows(folder, "validation") if metric in row]
+    if not rows:
+        raise UserError(f"{folder}: no validation in validation_metrics.csv has {metric}: {DELETE}")
+    best = best_of(metric)(rows, key=operator.itemgetter(metric))
+    return {**best, "epoch": int(best["epoch"])}
 
 
 def read_rows(folder: Path, kind: str) -> Rows:

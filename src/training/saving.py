@@ -12,7 +12,7 @@ import torch
 from pydantic import AllowInfNan, ConfigDict, Field
 from torch import Tensor, nn
 
-from benchmarks import best_of
+from benchmarks import Benchmark, best_of
 from runtime import distributed
 from runtime.files import write_same
 from runtime.interruption import StopRequest
@@ -48,6 +48,13 @@ class CheckpointNames:
     prefix: str
     best: Mapping[str, str]
 
+    @classmethod
+    def of(cls, script: str, benchmark: Benchmark) -> "CheckpointNames":
+        """Those of the stage that a script trains."""
+        if script == "clip_fine_tune.py":
+            return cls(key="CLIP", prefix="tuned_clip", best=benchmark.best_clips())
+        return cls(key="Combiner", prefix="combiner", best=benchmark.best_combiners())
+
 
 class Snapshot:
     """The weights of a validated epoch: the module's own until `hold` copies them."""
@@ -73,7 +80,7 @@ class Validated(Schema):
 
 
 class Checkpoints:
-    """What of a run's weights is kept: the best by each of some metrics, or every validated epoch, or nothing.
+    """What of a run's weights is kept: the best by each of some metrics, those of some epochs, or nothing.
 
     Writing may take longer than an epoch, so the best ones are written with the state of the training, and before it:
     a state names no best that is not on disk. Until then they wait in the memory of the one process that writes, off
@@ -103,31 +110,35 @@ class Checkpoints:
         """The files of weights that are there."""
         return sorted(self.folder.glob("*.pt"))
 
-    def first_choice(self) -> Path | None:
-        """The weights to look at first when the training is complete, None where none are kept."""
-        flags = self.flags
-        if not flags.save_training:
-            return None
-        if flags.save_best:
+    def first_choice(self, epoch: int | None = None) -> Path | None:
+        """The weights to look at first when the training is complete, None where none are kept.
+
+        Args:
+            epoch: the one to look at where no best is kept; None for the last that is.
+        """
+        if self.flags.save_training and self.flags.save_best:
             return self._file(next(iter(self.names.best.values())))
-        last = flags.num_epochs - 1
-        return self._file_of_epoch(last - last % flags.validation_frequency)
+        kept = [own for own in self.flags.saved_epochs if epoch in (None, own)]
+        return self._file_of_epoch(kept[-1]) if kept else None
 
     def update(self, epoch: int, metrics: Metrics, module: nn.Module) -> None:
-        """Remember what this validation made the best, or save every epoch's weights where all are kept."""
+        """Remember what this validation made the best; metrics are {} after an epoch without one.
+
+        The weights of an epoch that is kept whatever the validations say are saved now.
+        """
         improved = []
-        for metric in self.names.best:
+        chosen_by = {metric: metrics[metric] for metric in self.names.best} if metrics else {}
+        for metric, value in chosen_by.items():
             before = self.best.get(metric)
-            if before is None or best_of(metric)(before, metrics[metric]) != before:
-                self.best[metric] = metrics[metric]
+            if before is None or best_of(metric)(before, value) != before:
+                self.best[metric] = value
                 improved.append(metric)
-        if not distributed.is_main() or not self.flags.save_training:
+        if not distributed.is_main():
             return
-        chosen_by = {metric: metrics[metric] for metric in self.names.best}
         snapshot = Snapshot(epoch, module.state_dict(), chosen_by)
-        if self.flags.save_best:
+        if self.flags.save_training and self.flags.save_best:
             self._unwritten |= dict.fromkeys(improved, snapshot)
-        else:
+        if epoch in self.flags.saved_epochs:
             self._save(self._file_of_epoch(epoch), snapshot)
 
     def hold(self) -> None:

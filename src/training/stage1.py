@@ -145,7 +145,7 @@ def decodings(data: TrainingData, flags: Any) -> int:
     """How often a training reads an image, in its steps and its validations."""
     in_steps = flags.num_epochs * data.order.steps * data.order.batch_size * 2  # reference, target
     images_learn = flags.encoder != "text"
-    validations = -(-flags.num_epochs // flags.validation_frequency) if images_learn else 1
+    validations = len(flags.validated_epochs) if images_learn else 1
     return in_steps + validations * sum(len(split.paths) for split in data.val)
 
 

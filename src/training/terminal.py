@@ -139,8 +139,7 @@ class Pace:
         """How long the rest of the run takes at this pace; validations count once there was one."""
         flags = self.flags
         steps = self.task.steps * (flags.num_epochs - epoch) - done
-        validations = len(range(0, flags.num_epochs, flags.validation_frequency))
-        validations -= len(range(0, epoch, flags.validation_frequency))
+        validations = sum(validated >= epoch for validated in flags.validated_epochs)
         each_step = self.seconds / self.steps
         each_validation = self.validation_seconds / max(self.validations, 1)
         return steps * each_step + validations * each_validation

@@ -11,11 +11,20 @@ from tqdm import tqdm
 
 from runtime import distributed
 from runtime.interruption import StopRequest
-from training.run_folder import Run
-from training.saving import REMEDY, Autosave, Checkpoints, Progress, load_state, save_state
+from training.data import TrainingData
+from training.run_folder import Place, Run, open_run
+from training.saving import (
+    REMEDY,
+    Autosave,
+    CheckpointNames,
+    Checkpoints,
+    Progress,
+    load_state,
+    save_state,
+)
 from training.schedule import Precision
 from training.step import Stepper, Task
-from training.terminal import Pace
+from training.terminal import Pace, log_opening
 from utils import DiskError, Stopped, UserError, format_metric
 
 logger = logging.getLogger(__name__)
@@ -23,6 +32,23 @@ logger = logging.getLogger(__name__)
 READ_EVERY = 10  # steps between two looks at the losses: each look waits for the device
 # Steps in a row, after which the scale of the loss is a millionth of what it was, and of no help.
 MOST_SKIPPED = 20
+
+
+def train_in(
+    place: Place,
+    task: Task,
+    data: TrainingData,
+    flags: Any,
+    *,
+    precision: Precision,
+    stop: StopRequest,
+) -> None:
+    """Train in a place: open its run, and let a `Trainer` go through the epochs."""
+    names = CheckpointNames.of(flags.script, data.benchmark)
+    checkpoints = Checkpoints(place.folder, names, place.settings.on_disk(), flags)
+    log_opening(data, task, flags, precision=precision, folder=place.folder)
+    run = open_run(place, data, flags, weights=checkpoints.first_choice())
+    Trainer(task, flags, run, checkpoints=checkpoints, precision=precision, stop=stop).fit()
 
 
 class Trainer:
@@ -101,11 +127,10 @@ class Trainer:
             self.run.record("loss_scaling", epoch, scaling)
         if self.task.router:
             self.run.record("router", epoch, self.task.router(self.stepper.measured))
-        if epoch % self.flags.validation_frequency == 0:
-            with self.pace.validating():
-                metrics = self.validate()
-            self.run.record("validation", epoch, metrics)
-            self.checkpoints.update(epoch, metrics, self.stepper.measured)
+        validated = epoch in self.flags.validated_epochs
+        metrics = self.validate() if validated else {}
+        self.checkpoints.update(epoch, metrics, self.stepper.measured)
+        if validated:
             self.run.draw()
             taken = f"{time.monotonic() - start:.1f} s; {self.status(epoch + 1, 0)}"
             logger.info(
@@ -148,17 +173,21 @@ class Trainer:
             return self.read_losses()
 
     def validate(self) -> dict[str, float]:
-        """Metrics after an epoch. An error says after which; one process alone can be stopped while it validates."""
+        """Record the metrics after an epoch. An error says after which; one process alone can be stopped meanwhile."""
+        epoch = self.progress.epoch
         if distributed.world_size() > 1:
             # Several cannot, and torchrun waits for half a minute before it kills: the state is saved now.
             self.save_if_due(epoch_ends=True)
         try:
-            return self.task.validate(self.stepper.measured)
+            with self.pace.validating():
+                metrics = self.task.validate(self.stepper.measured)
         except Stopped:
             self.save_if_due()  # the state before the validation
             raise
         except UserError as error:
-            raise UserError(f"validation after epoch {self.progress.epoch}: {error}") from None
+            raise UserError(f"validation after epoch {epoch}: {error}") from None
+        self.run.record("validation", epoch, metrics)
+        return metrics
 
     def count_step(self, loss: Tensor, *, skipped: bool) -> None:
         """Count a step that is done. Its loss stays on the device until `read_losses`.
