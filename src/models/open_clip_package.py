@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone, Tokenizer
-from models.clip_model import NO_WEIGHTS, VITAL, checkpoint_blocks
+from models.clip_model import VITAL, checkpoint_blocks
 from models.names import (
     CONFIG,
     FOLDER,
@@ -29,11 +29,10 @@ from models.names import (
     checked_config,
     read_config,
 )
+from models.weights_file import read_clip
 from runtime import distributed
 from runtime.files import read_json, write_text
-from runtime.tensors import load_tensors
-from runtime.torchscript import archived_state, is_archive
-from runtime.weights import fitted, unwrapped
+from runtime.weights import fitted
 from utils import UserError, first_line
 
 try:
@@ -566,23 +565,22 @@ def _weights(
     Raises:
         UserError: they are of another architecture, damaged, or OpenAI's for a model without QuickGELU.
     """
+    found = read_clip(path)
     if str(path) not in source:
         source = f"{source}: {path}"
-    content: dict[str, Any] = archived_state(path) if is_archive(path) else load_tensors(path)
-    if "CLIP" in content:
-        raise UserError(f"{source} holds fine-tuned weights: give it to --clip-model-path instead")
-    # open_clip's own trainings keep weights beside other things.
-    state = unwrapped(content.get("state_dict", content), source)
-    is_openais = any(part in state for part in ("input_resolution", "context_length", "vocab_size"))
-    for part in NO_WEIGHTS:
-        state.pop(part, None)
-    if is_openais and not quick_gelu:
-        other = f"{OPEN_CLIP}:{name.model}{QUICK_GELU}={path}"
+    wants_it = found.activation == "quick_gelu"
+    if found.activation and wants_it != quick_gelu:
+        plain = name.model.removesuffix(QUICK_GELU)
+        other = f"{OPEN_CLIP}:{plain}{QUICK_GELU if wants_it else ''}={path}"
         remedy = (
-            f"name {other}" if name.scheme == OPEN_CLIP else f'set "quick_gelu" in its {CONFIG}'
+            f"name {other}"
+            if name.scheme == OPEN_CLIP
+            else f'set "quick_gelu" to {json.dumps(wants_it)} in its {CONFIG}'
         )
-        raise UserError(f"{source} holds OpenAI's weights, which want QuickGELU: {remedy}")
-    if name.weights and not quick_gelu and f"{name.model}{QUICK_GELU}" in open_clip.list_models():
+        wanted = "QuickGELU" if wants_it else "GELU"
+        raise UserError(f"{source} holds weights that want {wanted}: {remedy}")
+    has_other = f"{name.model}{QUICK_GELU}" in open_clip.list_models()
+    if name.weights and not found.activation and not quick_gelu and has_other:
         logger.warning(
             "warning: %s does not say whether it wants QuickGELU, as OpenAI's and DFN's weights do: for those "
             "name %s:%s%s=FILE",
@@ -593,7 +591,7 @@ def _weights(
         )
     remedy = "name the architecture that they are of"
     broken = f"{source} cannot be converted ({{}}): {remedy}"
-    state = _tried(lambda: _converted(state, model), broken)
+    state = _tried(lambda: _converted(found.state, model), broken)
     return fitted(state, model.state_dict(), source=source, remedy=remedy, vital=VITAL)
 
 
