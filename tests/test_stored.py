@@ -29,7 +29,6 @@ from image_search.stores.faiss import KINDS
 from models import weights_file
 from models.clip_model import load_clip, load_finetuned
 from models.configuration import Settings, read_checkpoint
-from runtime import tensors
 from runtime.tensors import load_tensors
 from settings.declaring import stored
 from test_fuzz import QUIET, json_values

@@ -1,5 +1,6 @@
 """Tensors on disk: checkpoints written whole, checked, and read without running code; safetensors too."""
 
+import io
 import json
 import pickle
 import re
@@ -157,7 +158,9 @@ def load_tensors(path: Path) -> dict[str, Any]:
         if _is_safetensors(path):
             return _load_safetensors(path)
         check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # torch goes by this one ending.
+        held = io.BytesIO(path.read_bytes()) if path.suffix == SAFETENSORS else path
+        content = torch.load(held, map_location="cpu", weights_only=True)
         _check_size(path, content)
     except LOADING_ERRORS as error:
         raise UserError(
@@ -165,9 +168,9 @@ def load_tensors(path: Path) -> dict[str, Any]:
         ) from None
     except (pickle.UnpicklingError, AttributeError, TypeError) as error:
         named = UNKNOWN_OBJECT.search(str(error))
-        held = f"holds {named[1]}" if named else "is damaged or holds objects"
+        found = f"holds {named[1]}" if named else "is damaged or holds objects"
         raise UserError(
-            f"{path} {held}, no tensor or plain type, which could run code: refused; where it was "
+            f"{path} {found}, no tensor or plain type, which could run code: refused; where it was "
             "trained, save the model's state dict alone"
         ) from None
     if not isinstance(content, dict):
