@@ -201,8 +201,8 @@ def _described(
     whole = {"model_cfg": config, "preprocess_cfg": dict(preprocess)}
     return functools.partial(
         Backbone,
-        mean=_colour(preprocess, "mean", source),
-        std=_colour(preprocess, "std", source),
+        mean=_colour(preprocess["mean"]),
+        std=_colour(preprocess["std"]),
         interpolation="bilinear" if preprocess["interpolation"] == "bilinear" else "bicubic",
         resize_mode=preprocess["resize_mode"],
         tokenizer=_checked_tokenizer(own, config, source),
@@ -384,20 +384,7 @@ def _preprocessing(
         told = _as_tags(name.model, source)
     elif not told:
         logger.warning("warning: %s does not say how images are preprocessed: as OpenAI's", source)
-    preprocess = merge_preprocess_dict(PreprocessCfg(), dict(told or {}))
-    for part, known in (
-        ("resize_mode", ("shortest", "longest", "squash")),
-        ("interpolation", ("bicubic", "bilinear", "random")),
-    ):
-        if preprocess[part] not in known:
-            raise UserError(
-                f"{source}: its {part} is {preprocess[part]!r}: it should be one of {', '.join(known)}"
-            )
-    if preprocess["resize_mode"] == "longest" and preprocess["fill_color"] != 0:
-        raise UserError(
-            f"{source}: its fill_color is {preprocess['fill_color']!r}: only 0 is known"
-        )
-    return preprocess
+    return merge_preprocess_dict(PreprocessCfg(), dict(told or {}))
 
 
 def _as_tags(architecture: str, source: str) -> dict[str, Any]:
@@ -431,17 +418,10 @@ def _as_tags(architecture: str, source: str) -> dict[str, Any]:
     return ways[key]
 
 
-def _colour(preprocess: Mapping[str, Any], part: str, source: str) -> tuple[float, float, float]:
+def _colour(value: Any) -> tuple[float, float, float]:
     """The mean or the deviation of the colours; one number is all three."""
-    value = preprocess[part]
-    values = [value] * 3 if isinstance(value, int | float) else value
-    fine = isinstance(values, list | tuple) and len(values) == 3
-    if not fine or not all(isinstance(number, int | float) for number in values):
-        raise UserError(f"{source}: its {part} is {value!r}: it should be three numbers")
-    if part == "std" and not all(number > 0 for number in values):
-        raise UserError(f"{source}: its std is {value!r}: it should be three numbers above 0")
-    red, green, blue = map(float, values)
-    return red, green, blue
+    red, green, blue = [value] * 3 if isinstance(value, int | float) else value
+    return float(red), float(green), float(blue)
 
 
 def _tokenizer(name: OpenClipName, config: Mapping[str, Any], source: str) -> Any:
