@@ -94,7 +94,7 @@ def _without_data(sizes: Sequence[Any], refusal: str) -> CLIP:
 
 
 def load_sized(
-    sizes: Mapping[str, Any], state: Mapping[str, Any], path: Path, device: torch.device
+    sizes: Mapping[str, Any], state: Mapping[str, Any], path: Path, *, device: torch.device
 ) -> CLIP:
     """A CLIP of some sizes with weights of its own, in float32: nothing is downloaded, and nothing rounded.
 

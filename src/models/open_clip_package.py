@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import warnings
@@ -109,7 +108,7 @@ def load(name: OpenClipName, typed: str, device: torch.device) -> tuple[nn.Modul
     published = _published(name, source)
     content = _configuration(name, source)
     # What may be missing comes first, for a large model takes minutes to build.
-    describe = _described(name, content, published, source)
+    describe = _described(name, content, source, published=published)
     path = _weights_file(name, published, source)
     model = _built(name, content["model_cfg"], source)
     backbone = describe(dim=content["model_cfg"]["embed_dim"], resolution=_side(model, source))
@@ -119,7 +118,7 @@ def load(name: OpenClipName, typed: str, device: torch.device) -> tuple[nn.Modul
 
 
 def load_exported(
-    folder: Path, state: Mapping[str, Any], path: Path, device: torch.device
+    folder: Path, state: Mapping[str, Any], path: Path, *, device: torch.device
 ) -> tuple[nn.Module, Backbone]:
     """The same of an exported pair: nothing is downloaded, for all is in its folder.
 
@@ -137,7 +136,7 @@ def load_exported(
     text_files = _text_files(name, content["model_cfg"]["text_cfg"])
     if text_files and text_files != name.model:
         raise UserError(f"{source}: {folder} has no {TEXT_CONFIG} of {text_files}: {remedy}")
-    describe = _described(name, content, None, source)
+    describe = _described(name, content, source)
     model = _built(name, content["model_cfg"], source)
     backbone = describe(dim=content["model_cfg"]["embed_dim"], resolution=_side(model, source))
     weights = fitted(state, model.state_dict(), source=source, remedy=remedy, vital=VITAL)
@@ -182,8 +181,9 @@ def _checked_name(name: OpenClipName, typed: str) -> str:
 def _described(
     name: OpenClipName,
     content: Mapping[str, Any],
-    published: Mapping[str, Any] | None,
     source: str,
+    *,
+    published: Mapping[str, Any] | None = None,
 ) -> Callable[..., Backbone]:
     """What a model is, but for its feature length and resolution: those of a model that could be built.
 
@@ -208,11 +208,13 @@ def _described(
         tokenizer=_checked_tokenizer(own, config, source),
         checkpoint_gradients=checkpoint_gradients,
         architecture=hashlib.sha256(tells.encode()).hexdigest(),
-        write=functools.partial(_write, whole, own, _text_files(name, config["text_cfg"])),
+        write=functools.partial(
+            _write, content=whole, own=own, text_files=_text_files(name, config["text_cfg"])
+        ),
     )
 
 
-def _write(content: Mapping[str, Any], own: Any, text_files: str, folder: Path) -> None:
+def _write(folder: Path, *, content: Mapping[str, Any], own: Any, text_files: str) -> None:
     """Write what a model is built from beside its weights, as open_clip's `local-dir:` reads it.
 
     That is its configuration, the files of its tokenizer, and the configuration of a text encoder of Hugging Face's.
@@ -316,7 +318,9 @@ def _first_here(fetch: Callable[[], Made]) -> Made:
         return fetch()
 
 
-def _built(name: OpenClipName, config: Mapping[str, Any], source: str, device: str = "cpu") -> Any:
+def _built(
+    name: OpenClipName, config: Mapping[str, Any], source: str, *, device: str = "cpu"
+) -> Any:
     """The model with random weights.
 
     Args:
@@ -389,33 +393,26 @@ def _preprocessing(
 
 def _as_tags(architecture: str, source: str) -> dict[str, Any]:
     """The preprocessing of a file of weights, which does not tell: that of most tags of its architecture."""
-    ways: dict[str, dict[str, Any]] = {}
-    users: dict[str, list[str]] = {}
+    ways = {}
     for tag in open_clip.list_pretrained_tags_by_model(architecture):
-        way = {
-            part: value
-            for part, value in open_clip.get_pretrained_cfg(architecture, tag).items()
-            if part in PREPROCESSING
-        }
-        key = json.dumps(way, sort_keys=True)
-        ways[key] = way
-        users.setdefault(key, []).append(tag)
+        published = open_clip.get_pretrained_cfg(architecture, tag)
+        ways[tag] = [published.get(part) for part in PREPROCESSING]
     if not ways:
         logger.warning("warning: %s: nothing says how images are preprocessed: as OpenAI's", source)
         return {}
-    key = max(users, key=lambda key: len(users[key]))
-    if len(ways) > 1:
-        others = sorted(itertools.chain(*(tags for other, tags in users.items() if other != key)))
+    usual = max(ways.values(), key=list(ways.values()).count)
+    others = sorted(tag for tag, way in ways.items() if way != usual)
+    if others:
         logger.warning(
             "warning: %s: images are preprocessed as for %s; %s want them otherwise: name a tag, or %s: with a %s, for "
             "those",
             source,
-            users[key][0],
+            next(tag for tag, way in ways.items() if way == usual),
             ", ".join(others),
             FOLDER,
             CONFIG,
         )
-    return ways[key]
+    return dict(zip(PREPROCESSING, usual, strict=True))
 
 
 def _colour(value: Any) -> tuple[float, float, float]:
