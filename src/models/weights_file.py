@@ -6,7 +6,7 @@ names. What a file was found to be is said in one line, with what was left out o
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from runtime.files import parse_json, read_text
 from runtime.tensors import load_tensors
 from runtime.torchscript import archived_state, is_archive
-from runtime.weights import unwrapped
+from runtime.weights import counted, unwrapped
 from utils import UserError
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,8 @@ def read_weights(flag_name: str, path: Path, kind: str) -> WeightsFile:
         state = unwrapped(_tensors(content[key] if key else content), source)
         kinds = {name for name in TELLING if _places(state, name)}
     if kind not in kinds:
-        found = next((STAGES[name] for name in kinds), f"something else ({_listed(content)})")
+        names = counted(list(map(str, content)), SHOWN)
+        found = next((STAGES[name] for name in kinds), f"something else ({names})")
         raise UserError(f"{source} holds {found}, not {STAGES[kind]}: name the right file")
     weights, prefix = _without_prefix(state, kind, source)
     activation = QUICK_GELU if OF_OPENAI & weights.keys() else ""
@@ -113,18 +114,17 @@ def read_weights(flag_name: str, path: Path, kind: str) -> WeightsFile:
         weights = _renamed(weights, source)
         activation = _told_activation(path)
     beside = {} if key else {name: content[name] for name in BESIDE if name in content}
-    if not own:
-        forms = {
-            "a TorchScript archive": is_script,
-            _training(content, key): key,
-            f"a model called {prefix}": prefix,
-            "Hugging Face's CLIP": is_hugging_face,
-        }
-        kept = {*beside, key, *(name for name in content if isinstance(content[name], Tensor))}
-        left = [name for name in content if name not in kept]
-        left += [name for name in state if not name.startswith(prefix)]
-        left += [name for name in weights if _is_no_weight(name)]
-        _say(source, [form for form, found in forms.items() if found], left)
+    forms = {
+        "a TorchScript archive": is_script,
+        _training(content, key): key,
+        f"a model called {prefix}": prefix,
+        "Hugging Face's CLIP": is_hugging_face,
+    }
+    kept = {*beside, *own, key, *_tensors(content)}
+    left = [str(name) for name in content if name not in kept]
+    left += [name for name in state if not name.startswith(prefix)]
+    left += [name for name in weights if _is_no_weight(name)]
+    _say(source, [form for form, is_so in forms.items() if is_so], left)
     return WeightsFile(
         state={name: weight for name, weight in weights.items() if not _is_no_weight(name)},
         is_tuned=bool(own),
@@ -148,7 +148,7 @@ def _say(source: str, forms: list[str], left: list[str]) -> None:
     """Say what a file was found to be, where that is not plain, and what is left out of it."""
     found = [", ".join(forms)] if forms else []
     if left:
-        found.append(f"left out: {_listed(left)}")
+        found.append(f"left out: {counted(left, SHOWN)}")
     if found:
         logger.info("%s: %s", source, "; ".join(found))
 
@@ -160,13 +160,6 @@ def _training(content: Mapping[str, Any], key: str) -> str:
     if key == "state_dict" and {"epoch", "name"} <= content.keys():
         return f"a checkpoint of an OpenCLIP training ({key})"
     return f"a checkpoint of another training ({key})"
-
-
-def _listed(names: Iterable[str]) -> str:
-    """The first of some names, and how many more there are."""
-    listed = list(map(str, names))
-    more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
-    return ", ".join(listed[:SHOWN]) + more
 
 
 def _tensors(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,7 +190,7 @@ def _without_prefix(state: Mapping[str, Any], kind: str, source: str) -> tuple[d
         return dict(state), ""
     if len(places) > 1:
         raise UserError(
-            f"{source} holds several models ({_listed(sorted(places))}): save the weights of one"
+            f"{source} holds several models ({counted(sorted(places), SHOWN)}): save the weights of one"
         )
     (prefix,) = places
     names = [name for name in state if name.startswith(prefix)]
