@@ -31,6 +31,7 @@ from models.names import (
 from models.weights_file import read_clip
 from runtime import distributed
 from runtime.files import read_json, write_text
+from runtime.tensors import LOADING_ERRORS
 from runtime.weights import fitted
 from utils import UserError, first_line
 
@@ -64,9 +65,13 @@ ANY = 2**31  # tokens of a text encoder of Hugging Face's, whose own configurati
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 # What open_clip and the packages below it raise at a configuration, a download or a tokenizer that is no good.
 REFUSALS = (
-    OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError, IndexError,
+    *LOADING_ERRORS,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    TypeError,
     ZeroDivisionError,
-)  # fmt: skip
+)
 Made = TypeVar("Made")
 
 
@@ -257,13 +262,12 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _tried(make: Callable[[], Made], message: str) -> Made:
-    """What is made, or a UserError that begins with a message; braces in it are the reason's place."""
+@contextlib.contextmanager
+def _refusing(message: str) -> Iterator[None]:
+    """Make a UserError of what the packages raise inside; braces in its message are the reason's place."""
     try:
         with _quiet():
-            return make()
-    except UserError:
-        raise
+            yield
     except REFUSALS as error:
         raise UserError(message.replace("{}", first_line(error)[:120])) from None
 
@@ -306,15 +310,11 @@ def _configuration(name: OpenClipName, source: str) -> dict[str, Any]:
 
 def _fetched(fetch: Callable[[], Made], source: str, repository: str) -> Made:
     """What is fetched from a repository of the hub, from the cache where it is there."""
-    return _tried(
-        lambda: _first_here(fetch),
+    refusing = _refusing(
         f"{source} could not be downloaded ({{}}): fetch {CONFIG}, {HUB_WEIGHTS} and, where there are some, "
-        f"{TOKENIZER_FILES} from {HUB_PAGE}/{repository} into a folder and name {FOLDER}:FOLDER",
+        f"{TOKENIZER_FILES} from {HUB_PAGE}/{repository} into a folder and name {FOLDER}:FOLDER"
     )
-
-
-def _first_here(fetch: Callable[[], Made]) -> Made:
-    with distributed.first_on_machine():
+    with refusing, distributed.first_on_machine():
         return fetch()
 
 
@@ -334,7 +334,10 @@ def _built(
         if name.scheme == HUB:
             logger.info("opening %s, which %s names as its text encoder", files, name.model)
 
-    def make() -> Any:
+    refusing = _refusing(
+        f"{source}: open_clip cannot build it ({{}}): name a model whose parts are all there"
+    )
+    with refusing:
         if files:
             _check_no_code(files, source)
         return open_clip.create_model(
@@ -345,10 +348,6 @@ def _built(
             vision_cfg=vision,
             text_cfg=text,
         )
-
-    return _tried(
-        make, f"{source}: open_clip cannot build it ({{}}): name a model whose parts are all there"
-    )
 
 
 def _text_files(name: OpenClipName, text: Mapping[str, Any]) -> str:
@@ -427,11 +426,12 @@ def _tokenizer(name: OpenClipName, config: Mapping[str, Any], source: str) -> An
     where = f"{HUB_PAGE}/{wanted}" if name.scheme == OPEN_CLIP else "where the weights are from"
     if wanted and name.scheme == HUB:
         logger.info("opening %s, which %s names as its tokenizer", wanted, name.model)
-    return _tried(
-        lambda: _first_here(lambda: _own_tokenizer(name, config["text_cfg"], source)),
+    refusing = _refusing(
         f"{source}: its tokenizer cannot be made ({{}}): pip install transformers[sentencepiece], or fetch "
-        f"{TOKENIZER_FILES} from {where} into the folder of the weights and name {FOLDER}:FOLDER",
+        f"{TOKENIZER_FILES} from {where} into the folder of the weights and name {FOLDER}:FOLDER"
     )
+    with refusing, distributed.first_on_machine():
+        return _own_tokenizer(name, config["text_cfg"], source)
 
 
 def _own_tokenizer(name: OpenClipName, text: Mapping[str, Any], source: str) -> Any:
@@ -495,9 +495,8 @@ def _checked_tokenizer(own: Any, config: Mapping[str, Any], source: str) -> Toke
         pad=getattr(made, "pad_token_id", None) or 0,
         vocabulary=text.get("vocab_size", ANY if "hf_model_name" in text else 49408),
     )
-    _tried(
-        lambda: tokenizer(["a"]), f"{source}: its tokenizer cannot be used ({{}}): fetch it again"
-    )
+    with _refusing(f"{source}: its tokenizer cannot be used ({{}}): fetch it again"):
+        tokenizer(["a"])
     return tokenizer
 
 
@@ -526,11 +525,12 @@ def _weights_file(name: OpenClipName, published: Mapping[str, Any] | None, sourc
         fetch = functools.partial(open_clip.download_pretrained, published)
         fetched = _fetched(fetch, source, "/".join(repository.split("/")[:2]))
     else:
-        fetched = _tried(
-            lambda: _first_here(lambda: open_clip.download_pretrained(published)),
+        refusing = _refusing(
             f"{source} could not be downloaded ({{}}): fetch {published.get('url')} and name "
-            f"{OPEN_CLIP}:{name.model}=FILE",
+            f"{OPEN_CLIP}:{name.model}=FILE"
         )
+        with refusing, distributed.first_on_machine():
+            fetched = open_clip.download_pretrained(published)
     return Path(fetched)
 
 
@@ -567,8 +567,8 @@ def _weights(
             QUICK_GELU,
         )
     remedy = "name the architecture that they are of"
-    broken = f"{source} cannot be converted ({{}}): {remedy}"
-    state = _tried(lambda: _converted(found.state, model), broken)
+    with _refusing(f"{source} cannot be converted ({{}}): {remedy}"):
+        state = _converted(found.state, model)
     return fitted(state, model.state_dict(), source=source, remedy=remedy, vital=VITAL)
 
 
