@@ -167,7 +167,7 @@ def refusal_of_the_machine(error: Exception) -> str | None:
         # A worker process sends its error as a traceback in text.
         for line in str(error).splitlines():
             if sign in line:
-                return printable(f"{line.strip()[:120]}: {remedy}")
+                return printable(f"{line.strip().rstrip('.')[:120]}: {remedy}")
     return None
 
 

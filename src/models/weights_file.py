@@ -25,11 +25,8 @@ logger = logging.getLogger(__name__)
 # A checkpoint's key for its weights -> weights that tell them without it; what stands before one is a prefix of all.
 TELLING = {"CLIP": ("logit_scale", "text_projection"), "Combiner": ("output_layer.weight",)}
 STAGES = {"CLIP": "stage-1 weights", "Combiner": "stage-2 weights"}
-BESIDE = (
-    "epoch",
-    "metrics",
-    "config",
-)  # what a checkpoint of this project holds beside its weights
+# What a checkpoint of this project holds beside its weights.
+BESIDE = ("epoch", "metrics", "config")
 NESTED = ("state_dict", "model_state_dict", "model", "module")  # keys of other trainings
 # What lies among the weights and is none; of OpenAI's archives, three numbers.
 OF_OPENAI = {"input_resolution", "context_length", "vocab_size"}
