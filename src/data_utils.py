@@ -1,5 +1,6 @@
 """Image files to tensors: padding, preprocessing, decoding, batches. It knows no benchmark."""
 
+import errno
 import functools
 import multiprocessing
 import os
@@ -22,7 +23,10 @@ from runtime import interruption
 from runtime.collate import Collate, batch_room
 from runtime.image_files import decoded
 from runtime.prefetch import on_device
-from utils import WORKERS_REMEDY, UserError, first_line
+from utils import REMEDIES, WORKERS_REMEDY, UserError, first_line
+
+# Of open files, processes and memory, which shared memory has nothing to do with.
+LIMITS = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
 
 
 class SquarePad:
@@ -231,15 +235,20 @@ class ImageLoader:
         # (TMPDIR), and print a traceback if there is no room for a lock (/dev/shm).
         # A folder of this process's own for sockets would be the workers' too, and stay if all of them are killed.
         _try_socket()
+        before = sys.unraisablehook
+        sys.unraisablehook = lambda _: (
+            None
+        )  # of a loader that is half made, which torch cannot undo
         try:
             multiprocessing.get_context(interruption.START_METHOD).Lock()
             with interruption.deferred():
                 return iter(self._kept)
         except OSError as error:
             reason = first_line(error)
-        raise UserError(
-            f"the processes that decode images cannot start ({reason}): {WORKERS_REMEDY}"
-        )
+            remedy = REMEDIES[error.errno] if error.errno in LIMITS else WORKERS_REMEDY
+        finally:
+            sys.unraisablehook = before
+        raise UserError(f"the processes that decode images cannot start ({reason}): {remedy}")
 
     def _loader(self, files: list[list[Path]]) -> DataLoader:
         # A loader draws a seed when it starts. With torch's own generator, dropout would depend on

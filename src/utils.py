@@ -29,6 +29,7 @@ WORKERS_REMEDY = (
     "give a container more shared memory (docker run --shm-size=8g), or decode without worker processes: "
     "--num-workers 0"
 )
+HOME_REMEDY = "set HOME to a folder that can be written to, and USER to any name"
 # What the operating system refuses -> how to put it right.
 REMEDIES = {
     errno.EACCES: "change its permissions or name another",
@@ -57,6 +58,8 @@ SIGNS = {
     "Resource temporarily unavailable": REMEDIES[errno.EAGAIN],
     "Too many open files": REMEDIES[errno.EMFILE],
     "No space left on device": REMEDIES[errno.ENOSPC],
+    "Could not determine home directory": HOME_REMEDY,
+    "uid not found": HOME_REMEDY,  # of who runs it, where there is no list of users
     "AF_UNIX path too long": "set TMPDIR to a folder with a shorter path",
     "No usable temporary directory": "set TMPDIR to a folder that can be written to",
 }
@@ -164,7 +167,7 @@ def refusal_of_the_machine(error: Exception) -> str | None:
         # A worker process sends its error as a traceback in text.
         for line in str(error).splitlines():
             if sign in line:
-                return printable(f"{line.strip()[:120]}: {remedy}")
+                return printable(f"{line.strip().rstrip('.')[:120]}: {remedy}")
     return None
 
 

@@ -1,11 +1,13 @@
 """Padding, preprocessing on every image mode, broken images, and batches in order."""
 
+import contextlib
 import errno
 import functools
 import gc
 import math
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import tempfile
@@ -298,6 +300,29 @@ def test_a_worker_that_dies_has_a_remedy(grey, name, way, capfd):
         assert len(told.splitlines()) == 1
     assert "--shm-size" in WORKERS_REMEDY
     assert "--num-workers 0" in WORKERS_REMEDY
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_too_few_open_files_are_one_line(grey, capfd):
+    """Nothing is printed of the processes that started, nor told of shared memory."""
+    last = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    loader = ImageLoader(reader(), 4, CPU)
+    taken = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (last + 9, limits[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(8):
+            os.close(taken.pop())
+        with pytest.raises(UserError, match=r"cannot start .*ulimit -n"):
+            list(loader.batches([grey[:3], grey[3:]]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for descriptor in taken:
+            os.close(descriptor)
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -91,6 +91,8 @@ MACHINE = [
     FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
     OSError(errno.ENOSPC, "No space left on device"),
     BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+    RuntimeError("Could not determine home directory."),
+    KeyError("getpwuid(): uid not found: 54321"),
 ]
 
 

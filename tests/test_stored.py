@@ -26,10 +26,9 @@ from image_search import faiss_index
 from image_search.image_index import open_index
 from image_search.stores import faiss
 from image_search.stores.faiss import KINDS
-from models import clip_model
+from models import weights_file
 from models.clip_model import load_clip, load_finetuned
 from models.configuration import Settings, read_checkpoint
-from runtime import tensors
 from runtime.tensors import load_tensors
 from settings.declaring import stored
 from test_fuzz import QUIET, json_values
@@ -226,7 +225,7 @@ def test_a_model_is_read_in_every_form(file, drawn, tmp_path, monkeypatch):
     assert all(torch.equal(loaded[name], whole[name]) for name in whole)
     path = drawn / file
     content: dict = {}
-    monkeypatch.setattr(clip_model, "load_tensors", lambda _: dict(content))
+    monkeypatch.setattr(weights_file, "load_tensors", lambda _: dict(content))
     for name in [*TELLING & state.keys(), *list(state)[::25]]:
         if name.endswith("num_batches_tracked"):
             continue
@@ -594,7 +593,7 @@ def test_each_field_of_a_checkpoint(tmp_path, monkeypatch):
 
     def read(beside) -> None:
         held = {"Combiner": weights, **beside} if isinstance(beside, dict) else {"config": beside}
-        monkeypatch.setattr(tensors, "load_tensors", lambda _: held)
+        monkeypatch.setattr(weights_file, "load_tensors", lambda _: held)
         read_checkpoint("--combiner-path", path, "Combiner")
 
     refuse_each_wrong_value(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from runtime.weights import shape_of
+from utils import UserError
 
 # What the clip package's CLIP takes: feature length; pixels, layers, width and patches' side of the image encoder (a
 # ResNet has no patches); tokens, vocabulary, width, heads and layers of the text encoder. From Radford et al. 2021
@@ -26,6 +27,9 @@ SIZES = (
     "vocab_size", "transformer_width", "transformer_heads", "transformer_layers",
 )  # fmt: skip
 
+WIDEST = 1024  # of image encoders whose heads are of 64 numbers each; those of wider ones are not
+OTHER_CLIP = "name open_clip:ARCH=FILE, of the architecture that it is of"
+
 
 def sizes_of(state: Mapping[str, Any], *, source: str, remedy: str) -> tuple[Any, ...]:
     """The sizes of the CLIP that a state dict is of, as the clip package's `build_model` takes them from it.
@@ -37,11 +41,18 @@ def sizes_of(state: Mapping[str, Any], *, source: str, remedy: str) -> tuple[Any
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
         return shape_of(state, name, dimensions, source=source, remedy=remedy)
 
-    if "visual.proj" in state or "visual.class_embedding" in state:
+    if any(name.startswith(("text.", "visual.trunk.")) for name in state):
+        raise UserError(f"{source} holds a CLIP of open_clip's, none of OpenAI's: {OTHER_CLIP}")
+    if not any(name.startswith(("visual.layer", "visual.attnpool.")) for name in state):
         width, _, _, patch = shape("visual.conv1.weight", 4)
         cells = shape("visual.positional_embedding", 2)[0] - 1
         pixels = patch * round(cells**0.5)
         layers: Any = _blocks(state, "visual.transformer.resblocks.")
+        if width > WIDEST:
+            raise UserError(
+                f"{source} has an image encoder of width {width}, wider than OpenAI's, whose number of heads its "
+                f"weights do not tell: {OTHER_CLIP}"
+            )
     else:
         width = shape("visual.layer1.0.conv1.weight", 4)[0]
         cells = shape("visual.attnpool.positional_embedding", 2)[0] - 1

@@ -1,6 +1,7 @@
 """OpenAI's CLIP: load, tokenize, write a tiny one."""
 
 import functools
+import logging
 import urllib.error
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.architectures import SIZES, sizes_of
+from models.architectures import OTHER_CLIP, SIZES, sizes_of
 from models.backbone import Backbone, Tokenizer
 from models.clip_package import (
     CLIP,
@@ -23,18 +24,18 @@ from models.clip_package import (
 )
 from models.lean_clip import make_lean
 from models.names import find_clip
+from models.weights_file import read_clip
 from runtime import distributed
-from runtime.tensors import load_tensors, save_tensors
-from runtime.torchscript import archived_state, is_archive
-from runtime.weights import differences, fitted, unwrapped
+from runtime.tensors import save_tensors
+from runtime.weights import differences, fitted
 from utils import UserError, first_line, seed_everything
 
-# What OpenAI's archives and safetensors files hold beside weights.
-NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "config")
+logger = logging.getLogger(__name__)
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# The first and the last matrices of both encoders.
 OF_NO_KNOWN_FORM = "not a CLIP"
+# The first and the last matrices of both encoders.
 VITAL = (
     "visual.conv1",
     "visual.proj",
@@ -64,17 +65,22 @@ def load_clip(name: str, device: torch.device) -> CLIP:
     if path is None:
         return ready(_download(name), device)
     source = f"--clip-model-name {path}"
-    state = archived_state(path) if is_archive(path) else load_tensors(path)
-    if "CLIP" in state:
-        raise UserError(f"{source} holds fine-tuned weights: give it to --clip-model-path instead")
-    weights = unwrapped(state, source)
-    for name in NO_WEIGHTS:
-        weights.pop(name, None)
+    found = read_clip(path)
+    if found.activation == "gelu":
+        raise UserError(
+            f"{source} was trained with GELU, and OpenAI's CLIPs have QuickGELU: {OTHER_CLIP}"
+        )
+    if found.is_foreign and not found.activation:
+        logger.warning(
+            "warning: %s does not say its activation: QuickGELU, as OpenAI's; if it is GELU, %s",
+            source,
+            OTHER_CLIP,
+        )
     remedy = "name a state dict of OpenAI's CLIP"
-    sizes = sizes_of(weights, source=source, remedy=remedy)
+    sizes = sizes_of(found.state, source=source, remedy=remedy)
     model = _without_data(sizes, f"{source} has weights of impossible sizes: {remedy}")
     convert_weights(model)
-    weights = fitted(weights, model.state_dict(), source=source, remedy=remedy, vital=VITAL)
+    weights = fitted(found.state, model.state_dict(), source=source, remedy=remedy, vital=VITAL)
     return ready(build_model(weights), device)
 
 
@@ -88,7 +94,7 @@ def _without_data(sizes: Sequence[Any], refusal: str) -> CLIP:
 
 
 def load_sized(
-    sizes: Mapping[str, Any], state: Mapping[str, Any], path: Path, device: torch.device
+    sizes: Mapping[str, Any], state: Mapping[str, Any], path: Path, *, device: torch.device
 ) -> CLIP:
     """A CLIP of some sizes with weights of its own, in float32: nothing is downloaded, and nothing rounded.
 

@@ -29,8 +29,6 @@ ORIGINAL_DEFAULTS = Clip(
     decode="full",
     encode_precision="fp32",
 )
-# A checkpoint's key for its weights -> the weights of which one tells them where there is no such key.
-TELLING = {"CLIP": {"text_projection", "logit_scale"}, "Combiner": {"output_layer.weight"}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +122,8 @@ def named_checkpoint(flag_name: str, path: Path) -> Path:
 def read_checkpoint(flag_name: str, path: Path | None, key: str) -> Checkpoint | None:
     """The checkpoint that a flag names, None where the flag is silent.
 
-    A plain state dict, which is all that a safetensors file can hold, is taken too: the names of its weights say whose
-    they are, and `config` beside them how they were made.
+    A plain state dict, which is all that a safetensors file can hold, is taken too, with `config` beside its weights,
+    and checkpoints of other code, see `weights_file.read_weights`.
 
     Args:
         key: the checkpoint's key for its weights, "CLIP" or "Combiner".
@@ -134,34 +132,20 @@ def read_checkpoint(flag_name: str, path: Path | None, key: str) -> Checkpoint |
         UserError: missing, unreadable, of another kind, or with settings that no training has.
     """
     from models.schemas import Beside
+    from models.weights_file import read_weights
     from runtime.schema import checked
-    from runtime.tensors import load_tensors
-    from runtime.weights import unwrapped
 
     if path is None:
         return None
     path = named_checkpoint(flag_name, path)
     source = f"{flag_name} {path}"
     remedy = "copy it again, or train it again"
-    try:
-        content = load_tensors(path)
-    except UserError as error:
-        raise UserError(f"{flag_name}: {error}") from None
-    beside = {name: content[name] for name in Beside.model_fields if name in content}
-    checked(Beside, beside, file=source, remedy=remedy)
-    config = beside.get("config", {})
+    found = read_weights(flag_name, path, key)
+    checked(Beside, found.beside, file=source, remedy=remedy)
+    config = found.beside.get("config", {})
     if config:
         Settings.checked(config, file=f"{source}: config", remedy=remedy)
-    states = {kind: content[kind] for kind in TELLING if isinstance(content.get(kind), dict)}
-    if not states:
-        others = {name: value for name, value in content.items() if name not in beside}
-        weights = unwrapped(others, source)
-        states = {kind: weights for kind, names in TELLING.items() if names & weights.keys()}
-    if key not in states:
-        kinds = {"CLIP": "stage-1 weights", "Combiner": "stage-2 weights"}
-        found = next((name for kind, name in kinds.items() if kind in states), "something else")
-        raise UserError(f"{flag_name}: {path} holds {found}, not {kinds[key]}: name the right file")
-    return Checkpoint(path=path, state=unwrapped(states[key], source), config=config)
+    return Checkpoint(path=path, state=found.state, config=config)
 
 
 def trained_on(training: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -278,13 +278,13 @@ def load_encoder(
     preprocessing = settings.model_dump()
     check_encode_precision(preprocessing["encode_precision"], device)
     if tuned and tuned.sizes:
-        model: nn.Module = load_sized(tuned.sizes, tuned.state, tuned.path, device)
+        model: nn.Module = load_sized(tuned.sizes, tuned.state, tuned.path, device=device)
         backbone = openai_backbone(model)
     elif tuned and tuned.folder:
         from models import open_clip_package
 
         model, backbone = open_clip_package.load_exported(
-            tuned.folder, tuned.state, tuned.path, device
+            tuned.folder, tuned.state, tuned.path, device=device
         )
     else:
         model, backbone = load_backbone(preprocessing["clip_model_name"], device)

@@ -14,6 +14,8 @@ products. Here
 All of it is exact but for rounding.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,19 +69,19 @@ class LeanBlock(ResidualAttentionBlock):
     def forward(self, x: Tensor) -> Tensor:
         """(b, L, W) -> (b, L, W)."""
         attn, up, down = self.attn, self.mlp.c_fc, self.mlp.c_proj
-        joint = _after_norm(x, self.ln_1, attn.in_proj_weight, attn.in_proj_bias)  # (b, L, 3W)
+        joint = _after_norm(x, self.ln_1, attn.in_proj_weight, bias=attn.in_proj_bias)  # (b, L, 3W)
         parts = joint.unflatten(-1, (3, attn.num_heads, -1)).transpose(1, 3)  # (b, heads, 3, L, d)
         query, key, value = parts.unbind(2)
         causal = self.attn_mask is not None
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
         x = x + attn.out_proj(mixed.transpose(1, 2).flatten(2))
         hidden = _after_norm(
-            x, self.ln_2, QUICK_GELU * up.weight, QUICK_GELU * up.bias
+            x, self.ln_2, QUICK_GELU * up.weight, bias=QUICK_GELU * up.bias
         )  # (b, L, 4W)
         return x + silu_then_linear(hidden, down.weight / QUICK_GELU, down.bias)
 
 
-def _after_norm(x: Tensor, norm: LayerNorm, weight: Tensor, bias: Tensor) -> Tensor:
+def _after_norm(x: Tensor, norm: LayerNorm, weight: Tensor, *, bias: Tensor) -> Tensor:
     """`linear(norm(x), weight, bias)`. Means and variances are taken in float32, whatever the type of x."""
     with torch.autocast(x.device.type, enabled=False):
         normalised = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
@@ -173,7 +175,7 @@ def convolution_then_relu(
 ) -> Tensor:
     """`relu(conv2d(x, weight, bias) + added)`, which keeps `x` and its own output for the backward pass alone."""
     if torch.compiler.is_compiling():
-        out = F.conv2d(x, weight, bias, stride, padding)
+        out = F.conv2d(x, weight, bias, stride=stride, padding=padding)
         return F.relu(out if added is None else out + added)
     return _ConvolutionThenReLU.apply(*_in_half(x, weight, bias, added), stride, padding)
 
@@ -181,14 +183,21 @@ def convolution_then_relu(
 class _ConvolutionThenReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, added, stride, padding):
-        shape = [stride, stride], [padding, padding], [1, 1]
+        shape: dict[str, Any] = {
+            "stride": [stride, stride],
+            "padding": [padding, padding],
+            "dilation": [1, 1],
+            "groups": 1,
+        }
         if x.is_cuda and x.dtype != torch.float32:  # cuDNN does all of it in one kernel
             if added is None:
-                out = torch.cudnn_convolution_relu(x, weight, bias, *shape, 1)
+                out = torch.cudnn_convolution_relu(x, weight, bias, **shape)
             else:
-                out = torch.cudnn_convolution_add_relu(x, weight, added, 1.0, bias, *shape, 1)
+                out = torch.cudnn_convolution_add_relu(
+                    x, weight, added, alpha=1.0, bias=bias, **shape
+                )
         else:
-            out = F.conv2d(x, weight, bias, stride, padding)
+            out = F.conv2d(x, weight, bias, stride=stride, padding=padding)
             out = (out if added is None else out.add_(added)).relu_()
         ctx.save_for_backward(x, weight, out)
         ctx.shape = shape
@@ -202,11 +211,10 @@ class _ConvolutionThenReLU(torch.autograd.Function):
             gradient,
             x,
             weight,
-            [len(weight)],
-            *ctx.shape,
-            False,
-            [0, 0],
-            1,
-            ctx.needs_input_grad[:3],
+            bias_sizes=[len(weight)],
+            transposed=False,
+            output_padding=[0, 0],
+            output_mask=ctx.needs_input_grad[:3],
+            **ctx.shape,
         )
         return *gradients, gradient if ctx.needs_input_grad[3] else None, None, None

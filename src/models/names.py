@@ -17,19 +17,6 @@ HUB = "hf-hub"
 FOLDER = "local-dir"
 CONFIG = "open_clip_config.json"  # of a folder or repository: architecture and preprocessing
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth")  # which open_clip looks for in a folder
-# What a configuration may say to its tokenizer. All else reaches transformers, which runs code where it is told to.
-TOKENIZER_ARGUMENTS = {
-    "clean": str,
-    "strip_sep_token": bool,
-    "language": str,
-    "reduction_mask": str,
-}
-# What it may name: a repository, or an architecture of timm's. A folder or a file is named by a flag alone.
-NAMES_IN_CONFIG = {
-    ("text_cfg", "hf_model_name"): r"\w[\w.-]*(/\w[\w.-]*)?",
-    ("text_cfg", "hf_tokenizer_name"): r"\w[\w.-]*(/\w[\w.-]*)?",
-    ("vision_cfg", "timm_model_name"): r"\w[\w.-]*",
-}
 REQUIREMENTS = "pip install -r requirements-open-clip.txt"
 
 
@@ -192,45 +179,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def checked_config(content: Any, source: object) -> dict[str, Any]:
-    """A configuration of open_clip that has an architecture and opens nothing else than what it should.
-
-    Its preprocessing may be missing.
+    """A configuration of open_clip as `schemas.OpenClipConfig` has it: it opens nothing else than what it should.
 
     Raises:
-        UserError: a part is missing or of another kind, names a folder or a file, or speaks to the tokenizer beyond
-            TOKENIZER_ARGUMENTS.
+        UserError: the first field that is not as it should be is named.
     """
-    model = content.get("model_cfg") if isinstance(content, dict) else None
-    parts = ("vision_cfg", "text_cfg")
-    if not isinstance(model, dict) or not all(isinstance(model.get(part), dict) for part in parts):
-        raise UserError(
-            f"--clip-model-name: {source} has no model_cfg with embed_dim, vision_cfg and text_cfg: fetch it again"
-        )
-    if not isinstance(content.get("preprocess_cfg", {}), dict):
-        raise UserError(
-            f"--clip-model-name: {source}: preprocess_cfg should be a table: fetch it again"
-        )
-    for (part, field), form in NAMES_IN_CONFIG.items():
-        name = model[part].get(field)
-        if name and not (isinstance(name, str) and re.fullmatch(form, name)):
-            raise UserError(
-                f"--clip-model-name: {source}: {part}.{field} is {name!r}: it should be a published name, for a "
-                "configuration may name no folder and no file"
-            )
-    _check_tokenizer_arguments(model["text_cfg"].get("tokenizer_kwargs", {}), source)
+    from models.schemas import OpenClipConfig
+    from runtime.schema import checked
+
+    remedy = "fetch it again; it should have model_cfg with embed_dim, vision_cfg and text_cfg"
+    checked(OpenClipConfig, content, file=f"--clip-model-name: {source}", remedy=remedy)
     return content
-
-
-def _check_tokenizer_arguments(arguments: Any, source: object) -> None:
-    """Raise UserError where a tokenizer would be told more than TOKENIZER_ARGUMENTS, in values of their types."""
-    field = f"--clip-model-name: {source}: text_cfg.tokenizer_kwargs"
-    if not isinstance(arguments, dict):
-        raise UserError(f"{field} should be a table: fetch it again")
-    for name, value in arguments.items():
-        if name not in TOKENIZER_ARGUMENTS or type(value) is not TOKENIZER_ARGUMENTS[name]:
-            known = ", ".join(
-                f"{name} ({kind.__name__})" for name, kind in TOKENIZER_ARGUMENTS.items()
-            )
-            raise UserError(
-                f"{field} has {name}, {value!r}: it may have {known} alone; remove it if you trust the rest"
-            )

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import warnings
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone, Tokenizer
-from models.clip_model import NO_WEIGHTS, VITAL, checkpoint_blocks
+from models.clip_model import VITAL, checkpoint_blocks
 from models.names import (
     CONFIG,
     FOLDER,
@@ -29,11 +28,11 @@ from models.names import (
     checked_config,
     read_config,
 )
+from models.weights_file import read_clip
 from runtime import distributed
 from runtime.files import read_json, write_text
-from runtime.tensors import load_tensors
-from runtime.torchscript import archived_state, is_archive
-from runtime.weights import fitted, unwrapped
+from runtime.tensors import LOADING_ERRORS
+from runtime.weights import fitted
 from utils import UserError, first_line
 
 try:
@@ -66,9 +65,13 @@ ANY = 2**31  # tokens of a text encoder of Hugging Face's, whose own configurati
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 # What open_clip and the packages below it raise at a configuration, a download or a tokenizer that is no good.
 REFUSALS = (
-    OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError, IndexError,
+    *LOADING_ERRORS,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    TypeError,
     ZeroDivisionError,
-)  # fmt: skip
+)
 Made = TypeVar("Made")
 
 
@@ -110,7 +113,7 @@ def load(name: OpenClipName, typed: str, device: torch.device) -> tuple[nn.Modul
     published = _published(name, source)
     content = _configuration(name, source)
     # What may be missing comes first, for a large model takes minutes to build.
-    describe = _described(name, content, published, source)
+    describe = _described(name, content, source, published=published)
     path = _weights_file(name, published, source)
     model = _built(name, content["model_cfg"], source)
     backbone = describe(dim=content["model_cfg"]["embed_dim"], resolution=_side(model, source))
@@ -120,7 +123,7 @@ def load(name: OpenClipName, typed: str, device: torch.device) -> tuple[nn.Modul
 
 
 def load_exported(
-    folder: Path, state: Mapping[str, Any], path: Path, device: torch.device
+    folder: Path, state: Mapping[str, Any], path: Path, *, device: torch.device
 ) -> tuple[nn.Module, Backbone]:
     """The same of an exported pair: nothing is downloaded, for all is in its folder.
 
@@ -138,7 +141,7 @@ def load_exported(
     text_files = _text_files(name, content["model_cfg"]["text_cfg"])
     if text_files and text_files != name.model:
         raise UserError(f"{source}: {folder} has no {TEXT_CONFIG} of {text_files}: {remedy}")
-    describe = _described(name, content, None, source)
+    describe = _described(name, content, source)
     model = _built(name, content["model_cfg"], source)
     backbone = describe(dim=content["model_cfg"]["embed_dim"], resolution=_side(model, source))
     weights = fitted(state, model.state_dict(), source=source, remedy=remedy, vital=VITAL)
@@ -183,8 +186,9 @@ def _checked_name(name: OpenClipName, typed: str) -> str:
 def _described(
     name: OpenClipName,
     content: Mapping[str, Any],
-    published: Mapping[str, Any] | None,
     source: str,
+    *,
+    published: Mapping[str, Any] | None = None,
 ) -> Callable[..., Backbone]:
     """What a model is, but for its feature length and resolution: those of a model that could be built.
 
@@ -202,18 +206,20 @@ def _described(
     whole = {"model_cfg": config, "preprocess_cfg": dict(preprocess)}
     return functools.partial(
         Backbone,
-        mean=_colour(preprocess, "mean", source),
-        std=_colour(preprocess, "std", source),
+        mean=_colour(preprocess["mean"]),
+        std=_colour(preprocess["std"]),
         interpolation="bilinear" if preprocess["interpolation"] == "bilinear" else "bicubic",
         resize_mode=preprocess["resize_mode"],
         tokenizer=_checked_tokenizer(own, config, source),
         checkpoint_gradients=checkpoint_gradients,
         architecture=hashlib.sha256(tells.encode()).hexdigest(),
-        write=functools.partial(_write, whole, own, _text_files(name, config["text_cfg"])),
+        write=functools.partial(
+            _write, content=whole, own=own, text_files=_text_files(name, config["text_cfg"])
+        ),
     )
 
 
-def _write(content: Mapping[str, Any], own: Any, text_files: str, folder: Path) -> None:
+def _write(folder: Path, *, content: Mapping[str, Any], own: Any, text_files: str) -> None:
     """Write what a model is built from beside its weights, as open_clip's `local-dir:` reads it.
 
     That is its configuration, the files of its tokenizer, and the configuration of a text encoder of Hugging Face's.
@@ -256,13 +262,12 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _tried(make: Callable[[], Made], message: str) -> Made:
-    """What is made, or a UserError that begins with a message; braces in it are the reason's place."""
+@contextlib.contextmanager
+def _refusing(message: str) -> Iterator[None]:
+    """Make a UserError of what the packages raise inside; braces in its message are the reason's place."""
     try:
         with _quiet():
-            return make()
-    except UserError:
-        raise
+            yield
     except REFUSALS as error:
         raise UserError(message.replace("{}", first_line(error)[:120])) from None
 
@@ -305,19 +310,17 @@ def _configuration(name: OpenClipName, source: str) -> dict[str, Any]:
 
 def _fetched(fetch: Callable[[], Made], source: str, repository: str) -> Made:
     """What is fetched from a repository of the hub, from the cache where it is there."""
-    return _tried(
-        lambda: _first_here(fetch),
+    refusing = _refusing(
         f"{source} could not be downloaded ({{}}): fetch {CONFIG}, {HUB_WEIGHTS} and, where there are some, "
-        f"{TOKENIZER_FILES} from {HUB_PAGE}/{repository} into a folder and name {FOLDER}:FOLDER",
+        f"{TOKENIZER_FILES} from {HUB_PAGE}/{repository} into a folder and name {FOLDER}:FOLDER"
     )
-
-
-def _first_here(fetch: Callable[[], Made]) -> Made:
-    with distributed.first_on_machine():
+    with refusing, distributed.first_on_machine():
         return fetch()
 
 
-def _built(name: OpenClipName, config: Mapping[str, Any], source: str, device: str = "cpu") -> Any:
+def _built(
+    name: OpenClipName, config: Mapping[str, Any], source: str, *, device: str = "cpu"
+) -> Any:
     """The model with random weights.
 
     Args:
@@ -331,7 +334,10 @@ def _built(name: OpenClipName, config: Mapping[str, Any], source: str, device: s
         if name.scheme == HUB:
             logger.info("opening %s, which %s names as its text encoder", files, name.model)
 
-    def make() -> Any:
+    refusing = _refusing(
+        f"{source}: open_clip cannot build it ({{}}): name a model whose parts are all there"
+    )
+    with refusing:
         if files:
             _check_no_code(files, source)
         return open_clip.create_model(
@@ -342,10 +348,6 @@ def _built(name: OpenClipName, config: Mapping[str, Any], source: str, device: s
             vision_cfg=vision,
             text_cfg=text,
         )
-
-    return _tried(
-        make, f"{source}: open_clip cannot build it ({{}}): name a model whose parts are all there"
-    )
 
 
 def _text_files(name: OpenClipName, text: Mapping[str, Any]) -> str:
@@ -385,64 +387,37 @@ def _preprocessing(
         told = _as_tags(name.model, source)
     elif not told:
         logger.warning("warning: %s does not say how images are preprocessed: as OpenAI's", source)
-    preprocess = merge_preprocess_dict(PreprocessCfg(), dict(told or {}))
-    for part, known in (
-        ("resize_mode", ("shortest", "longest", "squash")),
-        ("interpolation", ("bicubic", "bilinear", "random")),
-    ):
-        if preprocess[part] not in known:
-            raise UserError(
-                f"{source}: its {part} is {preprocess[part]!r}: it should be one of {', '.join(known)}"
-            )
-    if preprocess["resize_mode"] == "longest" and preprocess["fill_color"] != 0:
-        raise UserError(
-            f"{source}: its fill_color is {preprocess['fill_color']!r}: only 0 is known"
-        )
-    return preprocess
+    return merge_preprocess_dict(PreprocessCfg(), dict(told or {}))
 
 
 def _as_tags(architecture: str, source: str) -> dict[str, Any]:
     """The preprocessing of a file of weights, which does not tell: that of most tags of its architecture."""
-    ways: dict[str, dict[str, Any]] = {}
-    users: dict[str, list[str]] = {}
+    ways = {}
     for tag in open_clip.list_pretrained_tags_by_model(architecture):
-        way = {
-            part: value
-            for part, value in open_clip.get_pretrained_cfg(architecture, tag).items()
-            if part in PREPROCESSING
-        }
-        key = json.dumps(way, sort_keys=True)
-        ways[key] = way
-        users.setdefault(key, []).append(tag)
+        published = open_clip.get_pretrained_cfg(architecture, tag)
+        ways[tag] = [published.get(part) for part in PREPROCESSING]
     if not ways:
         logger.warning("warning: %s: nothing says how images are preprocessed: as OpenAI's", source)
         return {}
-    key = max(users, key=lambda key: len(users[key]))
-    if len(ways) > 1:
-        others = sorted(itertools.chain(*(tags for other, tags in users.items() if other != key)))
+    usual = max(ways.values(), key=list(ways.values()).count)
+    others = sorted(tag for tag, way in ways.items() if way != usual)
+    if others:
         logger.warning(
             "warning: %s: images are preprocessed as for %s; %s want them otherwise: name a tag, or %s: with a %s, for "
             "those",
             source,
-            users[key][0],
+            next(tag for tag, way in ways.items() if way == usual),
             ", ".join(others),
             FOLDER,
             CONFIG,
         )
-    return ways[key]
+    return dict(zip(PREPROCESSING, usual, strict=True))
 
 
-def _colour(preprocess: Mapping[str, Any], part: str, source: str) -> tuple[float, float, float]:
+def _colour(value: Any) -> tuple[float, float, float]:
     """The mean or the deviation of the colours; one number is all three."""
-    value = preprocess[part]
-    values = [value] * 3 if isinstance(value, int | float) else value
-    fine = isinstance(values, list | tuple) and len(values) == 3
-    if not fine or not all(isinstance(number, int | float) for number in values):
-        raise UserError(f"{source}: its {part} is {value!r}: it should be three numbers")
-    if part == "std" and not all(number > 0 for number in values):
-        raise UserError(f"{source}: its std is {value!r}: it should be three numbers above 0")
-    red, green, blue = map(float, values)
-    return red, green, blue
+    red, green, blue = [value] * 3 if isinstance(value, int | float) else value
+    return float(red), float(green), float(blue)
 
 
 def _tokenizer(name: OpenClipName, config: Mapping[str, Any], source: str) -> Any:
@@ -451,11 +426,12 @@ def _tokenizer(name: OpenClipName, config: Mapping[str, Any], source: str) -> An
     where = f"{HUB_PAGE}/{wanted}" if name.scheme == OPEN_CLIP else "where the weights are from"
     if wanted and name.scheme == HUB:
         logger.info("opening %s, which %s names as its tokenizer", wanted, name.model)
-    return _tried(
-        lambda: _first_here(lambda: _own_tokenizer(name, config["text_cfg"], source)),
+    refusing = _refusing(
         f"{source}: its tokenizer cannot be made ({{}}): pip install transformers[sentencepiece], or fetch "
-        f"{TOKENIZER_FILES} from {where} into the folder of the weights and name {FOLDER}:FOLDER",
+        f"{TOKENIZER_FILES} from {where} into the folder of the weights and name {FOLDER}:FOLDER"
     )
+    with refusing, distributed.first_on_machine():
+        return _own_tokenizer(name, config["text_cfg"], source)
 
 
 def _own_tokenizer(name: OpenClipName, text: Mapping[str, Any], source: str) -> Any:
@@ -519,9 +495,8 @@ def _checked_tokenizer(own: Any, config: Mapping[str, Any], source: str) -> Toke
         pad=getattr(made, "pad_token_id", None) or 0,
         vocabulary=text.get("vocab_size", ANY if "hf_model_name" in text else 49408),
     )
-    _tried(
-        lambda: tokenizer(["a"]), f"{source}: its tokenizer cannot be used ({{}}): fetch it again"
-    )
+    with _refusing(f"{source}: its tokenizer cannot be used ({{}}): fetch it again"):
+        tokenizer(["a"])
     return tokenizer
 
 
@@ -550,11 +525,12 @@ def _weights_file(name: OpenClipName, published: Mapping[str, Any] | None, sourc
         fetch = functools.partial(open_clip.download_pretrained, published)
         fetched = _fetched(fetch, source, "/".join(repository.split("/")[:2]))
     else:
-        fetched = _tried(
-            lambda: _first_here(lambda: open_clip.download_pretrained(published)),
+        refusing = _refusing(
             f"{source} could not be downloaded ({{}}): fetch {published.get('url')} and name "
-            f"{OPEN_CLIP}:{name.model}=FILE",
+            f"{OPEN_CLIP}:{name.model}=FILE"
         )
+        with refusing, distributed.first_on_machine():
+            fetched = open_clip.download_pretrained(published)
     return Path(fetched)
 
 
@@ -566,23 +542,22 @@ def _weights(
     Raises:
         UserError: they are of another architecture, damaged, or OpenAI's for a model without QuickGELU.
     """
+    found = read_clip(path)
     if str(path) not in source:
         source = f"{source}: {path}"
-    content: dict[str, Any] = archived_state(path) if is_archive(path) else load_tensors(path)
-    if "CLIP" in content:
-        raise UserError(f"{source} holds fine-tuned weights: give it to --clip-model-path instead")
-    # open_clip's own trainings keep weights beside other things.
-    state = unwrapped(content.get("state_dict", content), source)
-    is_openais = any(part in state for part in ("input_resolution", "context_length", "vocab_size"))
-    for part in NO_WEIGHTS:
-        state.pop(part, None)
-    if is_openais and not quick_gelu:
-        other = f"{OPEN_CLIP}:{name.model}{QUICK_GELU}={path}"
+    wants_it = found.activation == "quick_gelu"
+    if found.activation and wants_it != quick_gelu:
+        plain = name.model.removesuffix(QUICK_GELU)
+        other = f"{OPEN_CLIP}:{plain}{QUICK_GELU if wants_it else ''}={path}"
         remedy = (
-            f"name {other}" if name.scheme == OPEN_CLIP else f'set "quick_gelu" in its {CONFIG}'
+            f"name {other}"
+            if name.scheme == OPEN_CLIP
+            else f'set "quick_gelu" to {json.dumps(wants_it)} in its {CONFIG}'
         )
-        raise UserError(f"{source} holds OpenAI's weights, which want QuickGELU: {remedy}")
-    if name.weights and not quick_gelu and f"{name.model}{QUICK_GELU}" in open_clip.list_models():
+        wanted = "QuickGELU" if wants_it else "GELU"
+        raise UserError(f"{source} holds weights that want {wanted}: {remedy}")
+    has_other = f"{name.model}{QUICK_GELU}" in open_clip.list_models()
+    if name.weights and not found.activation and not quick_gelu and has_other:
         logger.warning(
             "warning: %s does not say whether it wants QuickGELU, as OpenAI's and DFN's weights do: for those "
             "name %s:%s%s=FILE",
@@ -592,8 +567,8 @@ def _weights(
             QUICK_GELU,
         )
     remedy = "name the architecture that they are of"
-    broken = f"{source} cannot be converted ({{}}): {remedy}"
-    state = _tried(lambda: _converted(state, model), broken)
+    with _refusing(f"{source} cannot be converted ({{}}): {remedy}"):
+        state = _converted(found.state, model)
     return fitted(state, model.state_dict(), source=source, remedy=remedy, vital=VITAL)
 
 

@@ -1,8 +1,9 @@
 """What settings on disk may hold, beside the flags of a training, which `settings.groups` declares."""
 
+import re
 from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from runtime import choices
@@ -23,6 +24,7 @@ PathText = Annotated[str, Typed(str)]
 Text = AnyText
 Layers = Annotated[int, Field(ge=1, le=1000)]
 Metrics = dict[str, float]
+Deviation = Annotated[float, Field(gt=0)]
 Colour = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
@@ -116,6 +118,77 @@ class Exported(Schema):
     half: bool
     versions: dict[str, str]
     sha256: Digest
+
+
+def published(form: str) -> AfterValidator:
+    """A name of a form, or none. A folder or a file is named by a flag alone."""
+
+    def check(name: str | None) -> str | None:
+        if name and not re.fullmatch(form, name):
+            raise PydanticCustomError(
+                "name",
+                "it should be a published name, for a configuration may name no folder and no file",
+            )
+        return name
+
+    return AfterValidator(check)
+
+
+Repository = Annotated[str | None, published(r"\w[\w.-]*(/\w[\w.-]*)?")]
+Architecture = Annotated[str | None, published(r"\w[\w.-]*")]
+
+
+class TokenizerArguments(Schema, extra="forbid"):
+    """What a tokenizer may be told. All else reaches transformers, which runs code where it is told to."""
+
+    clean: str = ABSENT
+    strip_sep_token: bool = ABSENT
+    language: str = ABSENT
+    reduction_mask: str = ABSENT
+
+
+class TextTower(Schema):
+    """text_cfg of a model of open_clip."""
+
+    hf_model_name: Repository = ABSENT
+    hf_tokenizer_name: Repository = ABSENT
+    tokenizer_kwargs: TokenizerArguments = ABSENT
+
+
+class ImageTower(Schema):
+    """vision_cfg of a model of open_clip."""
+
+    timm_model_name: Architecture = ABSENT
+
+
+class Towers(Schema):
+    """model_cfg of open_clip; what the towers are of is for the package to say."""
+
+    vision_cfg: ImageTower
+    text_cfg: TextTower
+
+
+class OpenClipPreprocessing(Schema):
+    """preprocess_cfg of a model of open_clip; one number is that of all three colours."""
+
+    mean: float | Colour = ABSENT
+    std: Deviation | Annotated[list[Deviation], Field(min_length=3, max_length=3)] = ABSENT
+    interpolation: Annotated[str, OneOf((*choices.INTERPOLATIONS, "random"))] = ABSENT
+    resize_mode: Annotated[str, OneOf(choices.RESIZE_MODES)] = ABSENT
+    fill_color: Any = ABSENT
+
+    @model_validator(mode="after")
+    def _is_padded_with_black(self) -> "OpenClipPreprocessing":
+        if self.resize_mode == "longest" and self.fill_color not in (None, 0):
+            raise PydanticCustomError("colour", "of fill_color 0 alone is known")
+        return self
+
+
+class OpenClipConfig(Schema):
+    """open_clip_config.json."""
+
+    model_cfg: Towers
+    preprocess_cfg: OpenClipPreprocessing = ABSENT
 
 
 class Data(Schema):

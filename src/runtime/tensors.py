@@ -1,5 +1,6 @@
 """Tensors on disk: checkpoints written whole, checked, and read without running code; safetensors too."""
 
+import io
 import json
 import pickle
 import re
@@ -35,7 +36,22 @@ LEAST_BOUND = 2**26
 MOST_PARTS = 10**7  # of a dict with all that is in it; those of a training's state are thousands
 # What a pickle calls to make bytes, of which a short one may make any number; `torch.load` lets it.
 MAKES_BYTES = re.compile(rb"c(__builtin__|builtins)\nbytearray\n|c_codecs\nencode\n")
+UNKNOWN_OBJECT = re.compile(r"Unsupported global: GLOBAL (\S+)")
 ZIP = b"PK\3\4"  # by which torch knows what it reads
+WEB_PAGE = (
+    "a web page",
+    "its download asked to log in or to confirm: do that in a browser, and download it again",
+)
+# How a file begins that is no weights -> what it is, and how to get what was meant.
+NO_WEIGHTS = {
+    b"version https://git-lfs": (
+        "a pointer of Git LFS",
+        "run `git lfs pull` where it was cloned, or download the file itself",
+    ),
+    b"<!doctype html": WEB_PAGE,
+    b"<html": WEB_PAGE,
+    b"\x1f\x8b": ("packed by gzip", "unpack it, and name what was in it"),
+}
 
 
 def mapped_array(path: Path) -> np.ndarray:
@@ -132,25 +148,30 @@ def _check_size(path: Path, content: Any) -> None:
 def load_tensors(path: Path) -> dict[str, Any]:
     """`torch.load` on the CPU of a dict of tensors and plain types; code in a pickle is refused, never run.
 
-    Of a safetensors file its tensors by name, and beside them "config" where its metadata have that as JSON.
+    Safetensors are told by their content, whatever the file is called; beside the tensors is "config" where the
+    metadata have that as JSON.
 
     Raises:
         UserError: the file is missing, truncated, not a checkpoint, or holds more than tensors and plain types.
     """
-    if path.suffix == SAFETENSORS:
-        return _load_safetensors(path)
     try:
+        if _is_safetensors(path):
+            return _load_safetensors(path)
         check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # torch goes by this one ending.
+        held = io.BytesIO(path.read_bytes()) if path.suffix == SAFETENSORS else path
+        content = torch.load(held, map_location="cpu", weights_only=True)
         _check_size(path, content)
     except LOADING_ERRORS as error:
         raise UserError(
             f"{path} is not a readable checkpoint ({first_line(error)}): copy or train it again"
         ) from None
-    except (pickle.UnpicklingError, AttributeError, TypeError):
+    except (pickle.UnpicklingError, AttributeError, TypeError) as error:
+        named = UNKNOWN_OBJECT.search(str(error))
+        found = f"holds {named[1]}" if named else "is damaged or holds objects"
         raise UserError(
-            f"{path} is damaged or holds objects other than tensors and plain types, which could run code: refused; "
-            "save it again as a dict of tensors"
+            f"{path} {found}, no tensor or plain type, which could run code: refused; where it was "
+            "trained, save the model's state dict alone"
         ) from None
     if not isinstance(content, dict):
         raise UserError(
@@ -159,7 +180,25 @@ def load_tensors(path: Path) -> dict[str, Any]:
     return content
 
 
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file is one of safetensors, whatever it is called.
+
+    Raises:
+        OSError: it cannot be read.
+        UserError: it is something else than weights.
+    """
+    with open(path, "rb") as file:
+        start = file.read(64)
+    for beginning, (what, remedy) in NO_WEIGHTS.items():
+        if start.lstrip(b"\xef\xbb\xbf \r\n").lower().startswith(beginning):
+            raise UserError(f"{path} is {what}, not weights: {remedy}")
+    header = int.from_bytes(start[:8], "little")
+    is_header = start[8:9] == b"{" and header < path.stat().st_size
+    return is_header or (path.suffix == SAFETENSORS and not start.startswith(ZIP))
+
+
 def _load_safetensors(path: Path) -> dict[str, Any]:
+    """The tensors of a file of safetensors, and "config". Raises LOADING_ERRORS, and UserError without the package."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
@@ -168,8 +207,6 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             content: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             config = (file.metadata() or {}).get("config")
-        return content if config is None else {**content, "config": parse_json(config)}
-    except (SafetensorError, *LOADING_ERRORS) as error:
-        raise UserError(
-            f"{path} is not a readable checkpoint ({first_line(error)}): copy or train it again"
-        ) from None
+    except SafetensorError as error:
+        raise ValueError(first_line(error)) from None
+    return content if config is None else {**content, "config": parse_json(config)}

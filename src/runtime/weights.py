@@ -99,20 +99,20 @@ def differences(state: Mapping[str, Any], model: Mapping[str, Tensor]) -> str:
             misshapen.append(name)
     parts = []
     if missing:
-        parts.append(f"{_counted(missing)} missing")
+        parts.append(f"{counted(missing)} missing")
     if extra:
-        parts.append(f"{_counted(extra)} extra")
+        parts.append(f"{counted(extra)} extra")
     if misshapen:
         first = misshapen[0]
         shapes = f"{_shape(state[first]) or 'no tensor'}, not {tuple(model[first].shape)}"
-        parts.append(f"{_counted(misshapen)} of another shape ({shapes})")
+        parts.append(f"{counted(misshapen)} of another shape ({shapes})")
     return "; ".join(parts)
 
 
-def _counted(names: Sequence[str]) -> str:
+def counted(names: Sequence[str], shown: int = 1) -> str:
     """The first of some names, and how many more there are."""
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{names[0]}{more}"
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def _shape(weight: Any) -> tuple[int, ...] | None:

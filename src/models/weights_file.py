@@ -1,0 +1,235 @@
+"""Files of weights, whoever wrote them: the model's own weights, by the names of OpenAI's and of open_clip's CLIPs.
+
+Trainings of others put them under a key beside an optimizer, put a prefix before their names, or have Hugging Face's
+names. What a file was found to be is said in one line, with what was left out of it.
+"""
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.files import parse_json, read_text
+from runtime.tensors import load_tensors
+from runtime.torchscript import archived_state, is_archive
+from runtime.weights import counted, unwrapped
+from utils import UserError
+
+logger = logging.getLogger(__name__)
+
+# A checkpoint's key for its weights -> weights that tell them without it; what stands before one is a prefix of all.
+TELLING = {"CLIP": ("logit_scale", "text_projection"), "Combiner": ("output_layer.weight",)}
+STAGES = {"CLIP": "stage-1 weights", "Combiner": "stage-2 weights"}
+# What a checkpoint of this project holds beside its weights.
+BESIDE = ("epoch", "metrics", "config")
+NESTED = ("state_dict", "model_state_dict", "model", "module")  # keys of other trainings
+# What lies among the weights and is none; of OpenAI's archives, three numbers.
+OF_OPENAI = {"input_resolution", "context_length", "vocab_size"}
+NO_WEIGHTS = OF_OPENAI | {"attn_mask"}
+QUICK_GELU = "quick_gelu"
+SHOWN = 4  # names in a line
+
+# Hugging Face's names of a CLIP whose image encoder is a ViT -> OpenAI's.
+HUGGING_FACE = "text_model.embeddings.token_embedding.weight"
+RENAMED = {
+    "visual_projection.weight": "visual.proj",
+    "text_projection.weight": "text_projection",
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding": "visual.conv1",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.pre_layrnorm": "visual.ln_pre",
+    "vision_model.post_layernorm": "visual.ln_post",
+    "vision_model.encoder.layers": "visual.transformer.resblocks",
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.encoder.layers": "transformer.resblocks",
+    "text_model.final_layer_norm": "ln_final",
+    ".self_attn.out_proj.": ".attn.out_proj.",
+    ".layer_norm1.": ".ln_1.",
+    ".layer_norm2.": ".ln_2.",
+    ".mlp.fc1.": ".mlp.c_fc.",
+    ".mlp.fc2.": ".mlp.c_proj.",
+}
+JOINED = re.compile(r"\.self_attn\.([qkv])_proj\.")
+POSITIONS = ".embeddings.position_ids"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsFile:
+    """The weights in a file.
+
+    Attributes:
+        is_tuned: whether a training of this project, or of the original, wrote them under their key.
+        beside: what it wrote beside them.
+        is_foreign: whether another training's form was taken off.
+        activation: "quick_gelu" or "gelu", "" where nothing tells.
+    """
+
+    state: dict[str, Any]
+    is_tuned: bool
+    beside: dict[str, Any]
+    is_foreign: bool
+    activation: str
+
+
+def read_weights(flag_name: str, path: Path, kind: str) -> WeightsFile:
+    """The weights of one kind in a file, without what a training or a publisher put around them.
+
+    Args:
+        kind: "CLIP" or "Combiner".
+
+    Raises:
+        UserError: the file cannot be read, or holds another kind or the weights of several models.
+    """
+    source = f"{flag_name} {path}"
+    is_script = is_archive(path)
+    try:
+        content: dict[str, Any] = archived_state(path) if is_script else load_tensors(path)
+    except UserError as error:
+        raise UserError(f"{flag_name}: {error}") from None
+    own = {name: content[name] for name in TELLING if isinstance(content.get(name), dict)}
+    key = "" if own else next((key for key in NESTED if isinstance(content.get(key), dict)), "")
+    if own:
+        kinds = set(own)
+        state = unwrapped(own.get(kind, {}), source)
+    else:
+        state = unwrapped(_tensors(content[key] if key else content), source)
+        kinds = {name for name in TELLING if _places(state, name)}
+    if kind not in kinds:
+        names = counted(list(map(str, content)), SHOWN)
+        found = next((STAGES[name] for name in kinds), f"something else ({names})")
+        raise UserError(f"{source} holds {found}, not {STAGES[kind]}: name the right file")
+    weights, prefix = _without_prefix(state, kind, source)
+    activation = QUICK_GELU if OF_OPENAI & weights.keys() else ""
+    is_hugging_face = HUGGING_FACE in weights
+    if is_hugging_face:
+        weights = _renamed(weights, source)
+        activation = _told_activation(path)
+    beside = {} if key else {name: content[name] for name in BESIDE if name in content}
+    forms = {
+        "a TorchScript archive": is_script,
+        _training(content, key): key,
+        f"a model called {prefix}": prefix,
+        "Hugging Face's CLIP": is_hugging_face,
+    }
+    kept = {*beside, *own, key, *_tensors(content)}
+    left = [str(name) for name in content if name not in kept]
+    left += [name for name in state if not name.startswith(prefix)]
+    left += [name for name in weights if _is_no_weight(name)]
+    _say(source, [form for form, is_so in forms.items() if is_so], left)
+    return WeightsFile(
+        state={name: weight for name, weight in weights.items() if not _is_no_weight(name)},
+        is_tuned=bool(own),
+        beside=beside,
+        is_foreign=bool(key or prefix or is_hugging_face),
+        activation=activation,
+    )
+
+
+def read_clip(path: Path) -> WeightsFile:
+    """The weights of a CLIP that `--clip-model-name` names a file of. Raises UserError also where they are tuned."""
+    found = read_weights("--clip-model-name", path, "CLIP")
+    if found.is_tuned:
+        raise UserError(
+            f"--clip-model-name {path} holds fine-tuned weights: give it to --clip-model-path instead"
+        )
+    return found
+
+
+def _say(source: str, forms: list[str], left: list[str]) -> None:
+    """Say what a file was found to be, where that is not plain, and what is left out of it."""
+    found = [", ".join(forms)] if forms else []
+    if left:
+        found.append(f"left out: {counted(left, SHOWN)}")
+    if found:
+        logger.info("%s: %s", source, "; ".join(found))
+
+
+def _training(content: Mapping[str, Any], key: str) -> str:
+    """Whose training keeps weights under a key."""
+    if "pytorch-lightning_version" in content:
+        return f"a checkpoint of Lightning ({key})"
+    if key == "state_dict" and {"epoch", "name"} <= content.keys():
+        return f"a checkpoint of an OpenCLIP training ({key})"
+    return f"a checkpoint of another training ({key})"
+
+
+def _tensors(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _is_no_weight(name: str) -> bool:
+    return name.split(".")[-1] in NO_WEIGHTS
+
+
+def _places(state: Mapping[str, Any], kind: str) -> set[str]:
+    """What stands before the names of models of a kind, "" for nothing; empty where there is no such model."""
+    for telling in TELLING[kind]:
+        found = {name for name in state if f".{name}".endswith(f".{telling}")}
+        if found:
+            return {name.removesuffix(telling) for name in found}
+    return set()
+
+
+def _without_prefix(state: Mapping[str, Any], kind: str, source: str) -> tuple[dict[str, Any], str]:
+    """The weights of the one model of a kind by its own names, and what stood before them.
+
+    Raises:
+        UserError: there are several.
+    """
+    places = _places(state, kind) or {""}
+    if "" in places:
+        return dict(state), ""
+    if len(places) > 1:
+        raise UserError(
+            f"{source} holds several models ({counted(sorted(places), SHOWN)}): save the weights of one"
+        )
+    (prefix,) = places
+    names = [name for name in state if name.startswith(prefix)]
+    return {name.removeprefix(prefix): state[name] for name in names}, prefix
+
+
+def _renamed(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Hugging Face's weights of a CLIP by OpenAI's names, which has queries, keys and values in one table.
+
+    Raises:
+        UserError: they are of another model, as SigLIP.
+    """
+    renamed = {}
+    joined: dict[str, dict[str, Tensor]] = {}
+    for name, weight in state.items():
+        own = name
+        for theirs, ours in RENAMED.items():
+            own = own.replace(theirs, ours)
+        if own.startswith(("text_model.", "vision_model.")) and not name.endswith(POSITIONS):
+            raise UserError(
+                f"{source} holds Hugging Face's weights of another model than CLIP with a ViT ({name}): name the model "
+                "as open_clip has it, see --list-models"
+            )
+        if part := JOINED.search(own):
+            joined.setdefault(JOINED.sub(".attn.in_proj_", own), {})[part[1]] = weight
+        elif not name.endswith(POSITIONS):
+            renamed[own] = weight.t().contiguous() if "_projection." in name else weight
+    for name, parts in joined.items():
+        if parts.keys() != {"q", "k", "v"} or len({part.shape for part in parts.values()}) > 1:
+            raise UserError(f"{source} lacks a part of {name}: copy the file again")
+        renamed[name] = torch.cat([parts[part] for part in "qkv"])
+    return renamed
+
+
+def _told_activation(path: Path) -> str:
+    """The activation of Hugging Face's weights by the config.json beside them, "" where it tells nothing."""
+    try:
+        about = parse_json(read_text(path.with_name("config.json")))
+    except (OSError, ValueError):
+        return ""
+    if not isinstance(about, dict) or about.get("model_type") != "clip":
+        return ""
+    encoders = [about.get("text_config"), about.get("vision_config")]
+    told = [part.get("hidden_act", QUICK_GELU) for part in encoders if isinstance(part, dict)]
+    return QUICK_GELU if all(activation == QUICK_GELU for activation in told) else "gelu"
