@@ -80,7 +80,7 @@ def prepare(args: Stage2, benchmark: Benchmark, stop: StopRequest) -> Stage:
         benchmark, batch_size=args.batch_size, seed=args.seed, verify=args.verify
     )
     warn_of_transfer(benchmark.name, [tuned])
-    clip = resolve_clip_options(args, [tuned])
+    clip = resolve_clip_options(args, [tuned], benchmark.background)
     say_assumed(assumed(args, clip, [tuned]), [tuned])
     encoder = load_encoder(clip, tuned, device, workers=args.num_workers, batch_size=args.clip_bs)
     settings = Settings(

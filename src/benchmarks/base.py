@@ -14,6 +14,7 @@ from benchmarks.metrics import NO_RANK, Metric, Ranks, Statistic, percentage
 from benchmarks.places import locate
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED, Protocol
 from benchmarks.splits import Split, Triplet
+from runtime.choices import ORIGINAL
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Benchmark(ABC):
         id_name: what its files call the id of a query.
         id_types: the types that an id has; that of None where a query may have none.
         group_size: images in a query's group, its reference among them; 0 without groups, None where that differs.
+        background: what transparent images are read on where nothing is said, one of BACKGROUNDS.
         concept_template: what protocols with the concept ask, {shared_concept} and {relative_caption} in it; "" where a
             benchmark has no concepts.
         protocols: the protocols it is measured under, that of the original implementation first.
@@ -70,6 +72,7 @@ class Benchmark(ABC):
     id_name: str = "id"
     id_types: tuple[type, ...] = (NoneType,)
     group_size: int | None = 0
+    background: str = ORIGINAL
     concept_template: str = ""
     protocols: tuple[Protocol, ...] = (ORIGINAL_KEPT, ORIGINAL_REMOVED)
     reported: Mapping[str, Metric]

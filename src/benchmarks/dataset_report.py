@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.base import Benchmark
 from benchmarks.splits import Split, Triplet
+from runtime.choices import ORIGINAL, WHITE
 from utils import UserError, printable
 
 if TYPE_CHECKING:
@@ -20,6 +21,22 @@ UNUSABLE = "unusable"
 PLACEHOLDER = (
     3  # files of one content; more look like a picture that stands for images that are gone
 )
+
+DEEP = "more than 8 bits a channel"
+# What files may have -> what is done to them; of other modes under "". Where they are read as the original does:
+AS_ORIGINAL = {
+    DEEP: "all above 255 is read as white, as the original does",
+    "transparency": "transparent is black, or the colour that is hidden there, as for the original",
+    "an orientation in their EXIF data": "they are read as they lie, as the original does",
+    "": "they are padded and resized in it, as the original does",
+}
+# And where they are read as a viewer shows them:
+AS_SHOWN = {
+    DEEP: "they are scaled to 8",
+    "transparency": f"they are read on {WHITE}, or what --background says",
+    "an orientation in their EXIF data": "they are turned upright",
+    "": "they become RGB before they are padded and resized",
+}
 
 
 @dataclass(frozen=True)
@@ -266,20 +283,24 @@ def remark_on_images(
     for (part, split), records in parts.items():
         bad = {}
         digests = {}
-        deep = []
+        having = defaultdict(list)
         for name, path in needed_images(benchmark, split, records).items():
             if inspections[path].problem:
                 bad[name] = inspections[path].problem
             else:
                 digests[name] = inspections[path].digest
-            if inspections[path].is_deep:
-                deep.append(name)
+            for trait in inspections[path].traits:
+                having[trait].append(name)
         report.bad.update(bad)
         where = f"{part} {split}"
         _remark_on_bad(where, records, bad, trains=split == benchmark.train_split, report=report)
         _remark_on_copies(where, records, digests, report)
-        effect = "files have more than 8 bits a channel, of which all above 255 is read as white, as the original does"
-        _say_if(deep, FINDING, where, effect, report=report)
+        is_original = benchmark.background == ORIGINAL
+        effects = AS_ORIGINAL if is_original else AS_SHOWN
+        for trait, names in sorted(having.items()):
+            level = FINDING if is_original and trait == DEEP else NOTE
+            text = f"files have {trait}: {effects.get(trait, effects[''])}"
+            _say_if(names, level, where, text, report=report)
 
 
 def _layouts(benchmark: Benchmark, paths: Iterable[Path]) -> dict[str, int]:

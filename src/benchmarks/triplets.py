@@ -23,6 +23,7 @@ from benchmarks.metrics import Metric, Ranks, average_precision
 from benchmarks.places import image_name
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
 from benchmarks.splits import Split, Triplet
+from runtime.choices import WHITE
 from runtime.files import missing_file, parse_json, read_text
 from runtime.schema import checked
 from utils import UserError, first_line
@@ -104,6 +105,7 @@ class Triplets(Benchmark):
     remedy = "mend it as docs/own-data.md says"
     id_types = (NoneType, str)
     group_size = None
+    background = WHITE
     # The picture that a search begins with is no answer to anybody, so this is what checkpoints are chosen by.
     protocols = (ORIGINAL_REMOVED, ORIGINAL_KEPT)
     reported = {
