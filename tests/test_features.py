@@ -51,12 +51,13 @@ def paths(tmp_path):
 
 @pytest.fixture
 def make_encoder(drawn):
-    def make(transform="targetpad", ratio=1.25, decode="full"):
+    def make(transform="targetpad", ratio=1.25, decode="full", background="original"):
         preprocessing = {
             "clip_model_name": "tiny",
             "transform": transform,
             "target_ratio": ratio,
             "decode": decode,
+            "background": background,
             "resolution": 32,
         }
         model = load_clip(str(drawn / "tiny_clip_vit.pt"), CPU)
@@ -175,10 +176,10 @@ def test_what_earlier_versions_wrote_is_still_found(make_encoder):
     assert list(encoder.image_preprocessing().items())[:3] == list(then.items())
     names = ["clip_model_name", *then, "weights", "precision", "versions"]
     assert list(encoder.describe()) == names
-    assert list(encoder_key(encoder).items())[1:] == list(then.items())
-    draft = make_encoder(decode="draft")
-    for about in (draft.image_preprocessing(), draft.describe(), encoder_key(draft)):
-        assert about["decode"] == "draft"
+    assert list(encoder_key(encoder).items())[1:] == [*then.items(), ("background", "original")]
+    other = make_encoder(decode="draft", background="white")
+    for about in (other.image_preprocessing(), other.describe(), encoder_key(other)):
+        assert (about["decode"], about["background"]) == ("draft", "white")
 
 
 def test_resolution_and_precision_are_part_of_the_key(make_encoder):

@@ -14,10 +14,11 @@ from PIL import Image
 import data_utils
 import search
 from benchmarks import CIRR, FashionIQ
-from image_search import faiss_index, image_index, photos
+from image_search import faiss_index, image_index
 from image_search.image_index import open_index
 from image_search.stores.faiss import KINDS
 from models import backbone
+from runtime import image_files
 from utils import UserError
 
 
@@ -217,7 +218,7 @@ def test_a_folder_with_other_files_is_not_taken_for_an_index(index, tmp_path, ca
 
 def test_a_file_that_could_not_be_read_is_tried_again(index, tmp_path, monkeypatch):
     files = images(tmp_path / "photos", 3)
-    real = photos.decoded
+    real = image_files.decoded
 
     def failing(file, *how):
         if file == files[1]:
@@ -225,7 +226,7 @@ def test_a_file_that_could_not_be_read_is_tried_again(index, tmp_path, monkeypat
         return real(file, *how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(photos, "decoded", failing)
+        patch.setattr(image_files, "decoded", failing)
         assert "2 images added, 0 kept, 0 removed, 1 left out" in index(tmp_path / "photos")
     assert "1 images added, 2 kept, 0 removed, 0 left out" in index(tmp_path / "photos")
 

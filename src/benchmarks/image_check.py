@@ -12,7 +12,6 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from benchmarks.dataset_report import DEEP
 from runtime import interruption
 from runtime.image_files import DECODING_ERRORS, LONGEST_SIDE, SHRINK, decoded, has_more_bits
 from runtime.image_source import IMAGES
@@ -83,7 +82,7 @@ def _traits(content: bytes) -> list[str]:
     if image.has_transparency_data:
         traits.append("transparency")
     if has_more_bits(image):
-        traits.append(DEEP)
+        traits.append("more than 8 bits a channel")
     elif image.mode not in PLAIN_MODES:
         traits.append(f"the mode {image.mode}")
     return traits

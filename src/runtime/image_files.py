@@ -27,7 +27,7 @@ else:
 AVIF_KINDS = {".avif"} if features.check("avif") else set()
 
 # Decoders of other formats are old, or start programs.
-FORMATS: tuple[str, ...] = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 if AVIF_KINDS:
     FORMATS += ("AVIF",)
 if HEIF_KINDS:
