@@ -19,7 +19,7 @@ from image_search.image_index import encoder_key
 from image_search.stores.base import check_features
 from models import clip_model, encoder, features
 from models.clip_model import backbone, load_clip
-from models.configuration import Checkpoint, Settings, resolve_clip_options
+from models.configuration import Checkpoint, Settings, assumed, resolve_clip_options
 from models.encoder import Encoder
 from models.features import FeatureCache, FrozenSplit
 from runtime.tensors import load_tensors
@@ -329,6 +329,26 @@ def test_tables_of_rows_are_made_once(golden, monkeypatch):
 def trained(**preprocessing) -> Checkpoint:
     parts = {"flags": {}, "recipe": preprocessing, "data": {}, "versions": {}}
     return Checkpoint(path=Path("weights.pt"), state={}, config=parts)
+
+
+def test_own_photos_are_read_on_what_the_weights_say_else_on_white(caplog):
+    own, of_before = trained(background="grey"), trained(transform="clip")
+    read_as_original = trained(transform="clip", background="original")
+    silent = Clip()
+    for weights in ([], [of_before], [read_as_original]):
+        assert resolve_clip_options(silent, weights).background == "original"
+        settled = resolve_clip_options(silent, weights, "white")
+        assert settled.background == "white"
+        assert ("background" in assumed(silent, settled, weights)) == bool(weights)
+        typed = Clip(background="original")
+        assert resolve_clip_options(typed, weights, "white").background == "original"
+    for default in ("original", "white"):
+        settled = resolve_clip_options(silent, [own], default)
+        assert settled.background == "grey"
+        assert "background" not in assumed(silent, settled, [own])
+    assert caplog.text == ""
+    assert resolve_clip_options(Clip(background="white"), [own]).background == "white"
+    assert "was trained with --background grey, not white" in caplog.text
 
 
 def test_images_are_decoded_as_the_weights_were_trained(caplog):

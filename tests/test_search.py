@@ -312,6 +312,20 @@ def test_all_shards_are_read_in_one_pass(index, tmp_path, monkeypatch):
     assert on_disk == [0, 0, 1, 1, 2]
 
 
+def test_an_index_of_an_earlier_version_is_asked_with_a_note(index, ask, tmp_path, capsys, caplog):
+    """It names no background. New images are not added, which would be read otherwise."""
+    (file,) = images(tmp_path / "photos", 1)
+    index(tmp_path / "photos")
+    manifest = tmp_path / "index" / "index.json"
+    about = json.loads(manifest.read_text())
+    for part in ("encoder", "pair"):
+        assert about[part].pop("background") == "white"
+    manifest.write_text(json.dumps(about))
+    assert str(file) in ask(file, "is red")
+    assert "is of an earlier version" in caplog.text
+    assert "other weights, preprocessing" in refused(lambda: index(tmp_path / "photos"), capsys)
+
+
 def test_an_index_of_drafts_stays_one(index, ask, tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     turned = Image.Exif()

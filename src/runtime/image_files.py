@@ -211,8 +211,11 @@ def _finite(values: np.ndarray) -> np.ndarray:
 
 def unreadable(file: object, error: Exception) -> UserError:
     """Say that an image cannot be decoded, why, and what to do: to scale it down where it is too large."""
-    is_too_large = isinstance(error, Image.DecompressionBombError)
-    remedy = SHRINK if is_too_large else "replace the file with a whole copy of the image"
+    remedy = "replace the file with a whole copy of the image"
+    if isinstance(error, Image.DecompressionBombError):
+        remedy = SHRINK
+    elif Path(str(file)).suffix.lower() in {".heic", ".heif"} - HEIF_KINDS:
+        remedy = "pip install pi-heif, or convert it to JPEG"
     return UserError(f"image {file} cannot be decoded ({first_line(error)}): {remedy}")
 
 
