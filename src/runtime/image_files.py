@@ -147,7 +147,10 @@ def read_photo(
         ImageOps.exif_transpose(image, in_place=True)
     profile = image.info.get("icc_profile")
     image = _eight_bits(image)
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    alpha = None
+    if image.has_transparency_data:
+        has_channel = "A" in image.getbands()
+        alpha = (image if has_channel else image.convert("RGBA")).getchannel("A")
     if image.mode in ("1", "LA"):
         image = image.convert("L")
     elif image.mode not in ("L", "RGB", "CMYK"):
