@@ -246,9 +246,9 @@ def say_assumed(values: Mapping[str, Any], checkpoints: Sequence[Checkpoint | No
         taken = ", ".join(f"{name} {value}" for name, value in values.items())
         flags = ", ".join(map(flag, values))
         logger.warning(
-            "note: what %s was trained with is not in it: assumed %s; say otherwise with %s",
-            " and ".join(files),
+            "note: assumed %s, of which nothing is said in %s; say otherwise with %s",
             taken,
+            " and ".join(files),
             flags,
         )
 
