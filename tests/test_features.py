@@ -20,7 +20,7 @@ from image_search.stores.base import check_features
 from models import clip_model, encoder, features
 from models.clip_model import backbone, load_clip
 from models.configuration import Checkpoint, Settings, assumed, resolve_clip_options
-from models.encoder import Encoder
+from models.encoder import Encoder, load_encoder
 from models.features import FeatureCache, FrozenSplit
 from runtime.tensors import load_tensors
 from settings.groups import Clip
@@ -162,7 +162,13 @@ def test_another_weight_is_another_encoder(make_encoder, paths, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "preprocessing", [("squarepad", 1.25), ("targetpad", 1.5), ("targetpad", 1.25, "draft")]
+    "preprocessing",
+    [
+        ("squarepad", 1.25),
+        ("targetpad", 1.5),
+        ("targetpad", 1.25, "draft"),
+        ("targetpad", 1.25, "full", "white"),
+    ],
 )
 def test_another_preprocessing_is_another_encoder(preprocessing, make_encoder, paths, tmp_path):
     encode(make_encoder(), tmp_path / "cache", paths)
@@ -329,6 +335,22 @@ def test_tables_of_rows_are_made_once(golden, monkeypatch):
 def trained(**preprocessing) -> Checkpoint:
     parts = {"flags": {}, "recipe": preprocessing, "data": {}, "versions": {}}
     return Checkpoint(path=Path("weights.pt"), state={}, config=parts)
+
+
+@pytest.mark.parametrize("decode", ["full", "draft"])
+def test_an_encoder_reads_on_its_background(decode, drawn, tmp_path):
+    """Without one as the original does, to the bit."""
+    file = tmp_path / "a.png"
+    Image.new("RGBA", (32, 32), (0, 255, 0, 0)).save(file)
+    name = str(drawn / "tiny_clip_vit.pt")
+    read = {}
+    for background in ("original", "white", "black"):
+        chosen = Clip(clip_model_name=name, decode=decode, background=background)
+        encoder = load_encoder(resolve_clip_options(chosen, []), None, CPU, workers=0)
+        read[background] = encoder.loader.read(file)
+    assert torch.equal(read["original"], load_image(file, make_preprocess("targetpad", 1.25, 32)))
+    assert read["original"][1].min() == 255 > read["original"][0].max()
+    assert (read["white"].min(), read["black"].max()) == (255, 0)
 
 
 def test_own_photos_are_read_on_what_the_weights_say_else_on_white(caplog):
