@@ -75,8 +75,8 @@ def test_a_name_is_a_name_and_no_path(name):
     assert not {"/", "\\"} & set(upload.name)
     assert upload.name.endswith(".png")
     assert len(upload.name) <= LONGEST_NAME
-    assert Image.open(upload.stream()).size == (9, 9)
-    assert repr(upload.stream()) == upload.name
+    assert Image.open(upload).size == (9, 9)
+    assert repr(upload) == upload.name
 
 
 def png() -> bytes:

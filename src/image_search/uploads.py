@@ -5,7 +5,6 @@ All of this is done by workers, see workers.py.
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
@@ -22,27 +21,15 @@ MOST_PIXELS = 40_000_000
 LONGEST_NAME = 100  # characters that are repeated of a name
 
 
-@dataclass(frozen=True)
-class Upload:
+class Upload(io.BytesIO):
     """An image in memory, read as an image file is; a message calls it by its name."""
 
-    name: str
-    content: bytes
-
-    def stream(self) -> io.BytesIO:
-        """Its content, to be decoded."""
-        return _Named(self.content, self.name)
-
-
-class _Named(io.BytesIO):
-    """Bytes that are called by a name where an error names what cannot be read."""
-
-    def __init__(self, content: bytes, name: str) -> None:
+    def __init__(self, name: str, content: bytes) -> None:
         super().__init__(content)
-        self.called = name
+        self.name = name
 
     def __repr__(self) -> str:
-        return self.called
+        return self.name
 
 
 def read_upload(file: File, read: Callable[[io.BytesIO], Any]) -> np.ndarray:
@@ -56,7 +43,7 @@ def read_upload(file: File, read: Callable[[io.BytesIO], Any]) -> np.ndarray:
 
 def _read(upload: Upload, read: Callable[[io.BytesIO], Any]) -> np.ndarray:
     try:
-        return read(upload.stream()).numpy()
+        return read(upload).numpy()
     except UserError as error:  # which calls it by its name
         raise QuestionError(error) from None
 
@@ -65,7 +52,7 @@ def preview(file: File, read: Callable[[io.BytesIO], Any], side: int, background
     """A JPEG of an upload, see `thumbnail`. Raises QuestionError where it cannot be asked with."""
     upload = checked_upload(file.name, file.content)
     _read(upload, read)  # refused now, and not when it is asked with
-    return thumbnail(upload.stream(), side, background)
+    return thumbnail(upload, side, background)
 
 
 def checked_upload(name: str, content: bytes) -> Upload:
@@ -74,7 +61,7 @@ def checked_upload(name: str, content: bytes) -> Upload:
     Raises:
         QuestionError: it is too large, of another kind, or no image.
     """
-    name = PurePath(name.replace("\\", "/")).name[-LONGEST_NAME:]
+    name = PurePath(name.replace("\\", "/")).name[-LONGEST_NAME:] or "the image"
     if len(content) > MOST_BYTES:
         raise QuestionError(
             f"{name} is larger than {MOST_BYTES // 2**20} MiB: upload a smaller copy"
@@ -83,7 +70,7 @@ def checked_upload(name: str, content: bytes) -> Upload:
     limits = f"{MOST_PIXELS // 10**6} million pixels, or a side of more than {LONGEST_SIDE:,}"
     too_large = QuestionError(f"{name} has more than {limits}: upload a smaller copy")
     try:
-        width, height = image_size(upload.stream(), FORMATS)
+        width, height = image_size(upload, FORMATS)
     except Image.DecompressionBombError:
         raise too_large from None
     except UnidentifiedImageError:
