@@ -50,7 +50,7 @@ def train(args: Stage1, benchmark: Benchmark, stop: StopRequest) -> None:
 
     precision = Precision(args.precision, pick_device(args.device))
     data = read_training_data(benchmark, args)
-    encoder = with_image_cache(load_clip(args, precision.device, stop), data, args)
+    encoder = with_image_cache(load_clip(args, benchmark, precision.device, stop), data, args)
     settings = Settings(
         flags=stored(args),
         preprocessing=encoder.preprocessing,
@@ -88,11 +88,14 @@ def task_of(
     return fine_tuning(own, data, args, measure)
 
 
-def load_clip(args: Stage1, device: "torch.device", stop: StopRequest) -> "Encoder":
+def load_clip(
+    args: Stage1, benchmark: Benchmark, device: "torch.device", stop: StopRequest
+) -> "Encoder":
     """CLIP as the flags want it; it stops between two batches of images."""
     from models.encoder import load_encoder
 
-    encoder = load_encoder(resolve_clip_options(args, []), None, device, workers=args.num_workers)
+    clip = resolve_clip_options(args, [], benchmark.background)
+    encoder = load_encoder(clip, None, device, workers=args.num_workers)
     if args.gradient_checkpointing:
         encoder.backbone.checkpoint_gradients(encoder.model)
     return dataclasses.replace(encoder, between=stop.check)

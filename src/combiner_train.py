@@ -102,7 +102,7 @@ def load_clip(
 
     tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
     warn_of_transfer(benchmark.name, [tuned])
-    clip = resolve_clip_options(args, [tuned])
+    clip = resolve_clip_options(args, [tuned], benchmark.background)
     say_assumed(assumed(args, clip, [tuned]), [tuned])
     encoder = load_encoder(clip, tuned, device, workers=args.num_workers, batch_size=args.clip_bs)
     return dataclasses.replace(encoder, between=stop.check)

@@ -21,7 +21,7 @@ from torchvision.transforms import functional as F
 
 from runtime import interruption
 from runtime.collate import Collate, batch_room
-from runtime.image_files import decoded
+from runtime.image_files import decoded, unreadable
 from runtime.prefetch import on_device
 from utils import REMEDIES, WORKERS_REMEDY, UserError, first_line
 
@@ -145,13 +145,8 @@ def load_image(
     """
     try:
         return preprocess(opened(path))
-    except Image.DecompressionBombError as error:
-        reason = first_line(error)
-        remedy = "scale it down, for example with ImageMagick: magick FILE -resize 12000x12000 FILE"
-    except (OSError, ValueError, MemoryError) as error:
-        reason = first_line(error)
-        remedy = "replace the file with a whole copy of the image"
-    raise UserError(f"image {path} cannot be decoded ({reason}): {remedy}")
+    except (OSError, ValueError, MemoryError, Image.DecompressionBombError) as error:
+        raise unreadable(path, error) from None
 
 
 def read_or_explain(path: Path, read: Reader, resolution: int) -> tuple[Tensor, str]:

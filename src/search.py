@@ -22,6 +22,7 @@ from cli.startup import check_files, pick_device
 from image_search.manifest import as_made, check_index, made_with, read_manifest
 from image_search.stores.base import all_addresses, all_stores, chosen_keeping, store_of
 from runtime import torchrun
+from runtime.choices import WHITE
 from runtime.files import check_file_writable, check_writable, write_text
 from runtime.interruption import listening
 from settings import groups
@@ -246,12 +247,12 @@ def encode_images(
 ) -> "Update | None":
     """Bring the index up to date with the CLIP of a pair. One of several processes knows what was done."""
     from image_search.image_index import update_index
-    from image_search.photos import opened
     from models.pair import load_pair
     from runtime import distributed
+    from runtime.image_files import FORMATS
 
     store_of(keeping.store).require()
-    pair = load_pair(choice, pick_device(args.device), opened=opened)
+    pair = load_pair(choice, pick_device(args.device), WHITE, FORMATS)
     with listening() as stop:
         # None waits for another while it encodes, so that each can stop by itself.
         encoder = dataclasses.replace(
@@ -326,7 +327,8 @@ def ask(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(as_json(found), indent=1))
     elif args.html:
-        write_page(args.html, args.image, args.text or "", found)
+        background = searcher.pair.encoder.preprocessing["background"]
+        write_page(args.html, args.image, args.text or "", found, background=background)
     else:
         said = marks(found)
         for place, answer in enumerate(found.answers, start=1):
@@ -363,16 +365,17 @@ def marks(found: "Found") -> dict[str, str]:
     return said
 
 
-def write_page(file: Path, reference: Path | None, text: str, found: "Found") -> None:
-    """Write the answers as a page of its own."""
-    from image_search.photos import small_image
+def write_page(
+    file: Path, reference: Path | None, text: str, found: "Found", *, background: str
+) -> None:
+    """Write the answers as a page of its own, transparent images on a background."""
     from reports.sheets import results_page
-    from runtime.image_files import jpeg
+    from runtime.image_files import thumbnail
 
     answers = [(str(answer.path), answer.similarity) for answer in found.answers]
     shown = None if reference is None else str(reference)
     names = [name for name, _ in answers] + ([shown] if shown else [])
-    thumbnails = {name: jpeg(small_image(Path(name), SIDE), SIDE) for name in names}
+    thumbnails = {name: thumbnail(Path(name), SIDE, background) for name in names}
     page = results_page(
         text, shown, answers, about=about(found), thumbnails=thumbnails, marks=marks(found)
     )

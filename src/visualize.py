@@ -25,6 +25,7 @@ from cli import options
 from cli.parsers import ScriptParser
 from cli.startup import check_annotations, check_files, open_benchmark, pick_device
 from evaluation.rankings_file import Record, Records, make_records, read_rankings
+from runtime.choices import ORIGINAL
 from runtime.files import check_writable, write_bytes, write_text
 from settings import groups
 from settings.declaring import parent
@@ -94,13 +95,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def stored_records(args: argparse.Namespace) -> tuple[Records, Benchmark]:
-    """The records of --rankings, and the benchmark that they are of."""
+def stored_records(args: argparse.Namespace) -> tuple[Records, Benchmark, str]:
+    """The records of --rankings, the benchmark that they are of, and what its images were read on."""
     content = read_rankings(args.rankings)
     args.dataset = content["dataset"]
     benchmark, _ = open_benchmark(args)
     check_same_images(args, content)
-    return content["queries"], benchmark
+    return content["queries"], benchmark, content["preprocessing"].get("background", ORIGINAL)
 
 
 def check_same_images(args: argparse.Namespace, content: Mapping[str, Any]) -> None:
@@ -123,8 +124,8 @@ def check_same_images(args: argparse.Namespace, content: Mapping[str, Any]) -> N
             )
 
 
-def measured_records(args: argparse.Namespace) -> tuple[Records, Benchmark]:
-    """Return the records of a pair on --split under one protocol, and the benchmark that they are of."""
+def measured_records(args: argparse.Namespace) -> tuple[Records, Benchmark, str]:
+    """Return the records of a pair on --split under one protocol, and the others of `stored_records`."""
     check_files(args)
     benchmark, _ = open_benchmark(args)
     protocols = choose_protocols(args.protocol, benchmark.protocols, benchmark.name)[:1]
@@ -140,7 +141,8 @@ def measured_records(args: argparse.Namespace) -> tuple[Records, Benchmark]:
     )
     rankings = rank_all(frozen, pair.compose, protocols, k=args.k, block=args.similarity_block)
     insights = explain_all(frozen, pair.compose, protocols[0].text)
-    return make_records(benchmark, splits, rankings, insights=insights), benchmark
+    records = make_records(benchmark, splits, rankings, insights=insights)
+    return records, benchmark, pair.encoder.preprocessing["background"]
 
 
 def all_queries(records: Records) -> Iterator[Record]:
@@ -224,8 +226,9 @@ def write_sheet(
     sections: "Mapping[str, Sequence[Card]]",
     *,
     benchmark: Benchmark,
+    background: str,
 ) -> None:
-    """Write sheet.html and sheet.png."""
+    """Write sheet.html and sheet.png, transparent images on a background."""
     from reports.sheet_picture import picture
     from reports.sheets import load_thumbnails, sheet
 
@@ -233,7 +236,7 @@ def write_sheet(
     for of_split in sections.values():
         cards += of_split
     split = benchmark.split_called(args.split)
-    thumbnails = load_thumbnails(find_images(benchmark, split, cards))
+    thumbnails = load_thumbnails(find_images(benchmark, split, cards), background)
     legend = SHEET_LEGEND if args.split == "test" else f"{SHEET_LEGEND} {OUTLINED}"
     page = sheet(title, sections, thumbnails, about=legend)
     folder = args.output_dir
@@ -259,7 +262,8 @@ def main(argv: list[str] | None = None) -> None:
     """Write sheet.html, sheet.png and, of a mixture, experts.html."""
     args = parse(argv)
     check_writable({"--output-dir": args.output_dir, "--feature-cache": args.feature_cache})
-    records, benchmark = stored_records(args) if args.rankings else measured_records(args)
+    find = stored_records if args.rankings else measured_records
+    records, benchmark, background = find(args)
     protocol = choose_protocol(records, args.protocol, args.rankings)
     chosen = choose_queries(records, args.queries, protocol, num=args.num, seed=args.seed)
     held = max(len(query["protocols"][protocol]["nearest"]) for query in all_queries(records))
@@ -277,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
         ]
     about = f"{benchmark.name} {benchmark.split_called(args.split)}"
     title = f"{about}, protocol {protocol}, {' '.join(args.queries)}"
-    write_sheet(args, title, sections, benchmark=benchmark)
+    write_sheet(args, title, sections, benchmark=benchmark, background=background)
     write_expert_report(args.output_dir, about, records)
 
 

@@ -136,6 +136,7 @@ def encoder_of(name: str, transform: str = "clip"):
         target_ratio=1.25,
         decode="full",
         encode_precision="fp32",
+        background="original",
     )
     return load_encoder(choice, None, CPU, workers=0)
 
@@ -793,7 +794,8 @@ def test_openais_models_say_nothing_new(drawn):
     encoder = encoder_of(str(drawn / "tiny_clip_vit.pt"))
     assert set(encoder.reported_preprocessing) == {"transform", "target_ratio", "resolution"}
     assert list(encoder.preprocessing) == [
-        "clip_model_name", "transform", "target_ratio", "encode_precision", "decode", "resolution",
+        "clip_model_name", "transform", "target_ratio", "encode_precision", "decode", "background",
+        "resolution",
     ]  # fmt: skip
 
 

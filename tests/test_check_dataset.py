@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 
 import check_dataset
-from benchmarks import BENCHMARKS, CIRR, FashionIQ, Split, Triplet
+from benchmarks import BENCHMARKS, CIRR, FashionIQ, Split, Triplet, Triplets
 from benchmarks.protocols import ORIGINAL_REMOVED
 from conftest import read_csv
 from data_utils import load_image, make_preprocess
 from evaluation.retrieval import rank
 from models.features import FrozenSplit
+from runtime.image_files import decoded, read_photo
 from test_bad_input import change_json
 
 SUM = ["--combining-function", "sum"]
@@ -124,19 +125,40 @@ def test_bad_files_by_role_and_what_they_do(problem, own_drawn, check):
     )
 
 
-def test_images_of_more_than_8_bits_are_read_as_white_and_said(own_drawn, check):
-    modes = {"I;16": "PNG", "I": "PNG", "F": "TIFF", "L": "PNG", "RGB": "PNG", "1": "PNG"}
-    paths = CIRR(own_drawn).val()[0].image_paths
-    deep = set()
-    for (mode, kind), (name, path) in zip(modes.items(), paths.items(), strict=False):
-        Image.new(mode, (64, 64), 40_000 if mode[0] in "IF" else 1).save(path, kind)
-        if mode[0] in "IF":
-            deep.add(name)
-            assert load_image(path, make_preprocess("clip", 1.25, 8)).min() == 255
-    report = checked(check, own_drawn, "CIRR", "--splits", "val")
-    (found,) = [r for r in report["remarks"] if "more than 8 bits" in r["text"]]
-    assert (found["level"], set(found["ids"])) == ("finding", deep)
+TRAITS = {
+    "16 bits": ("I;16", {}, "more than 8 bits a channel"),
+    "32 bits": ("I", {}, "more than 8 bits a channel"),
+    "transparent": ("RGBA", {}, "transparency"),
+    "transparent colour": ("P", {"transparency": 1}, "transparency"),
+    "turned": ("RGB", {"exif": b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"}, "an orientation"),
+    "1 bit": ("1", {}, "the mode 1"),
+    "palette": ("P", {}, "the mode P"),
+    "grey": ("L", {}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("benchmark", [CIRR, Triplets])
+def test_what_files_have_is_said_and_what_is_done_to_them(benchmark, own_drawn, check):
+    paths = benchmark(own_drawn).val()[0].image_paths
+    names = dict(zip(TRAITS, paths, strict=False))
+    for kind, name in names.items():
+        mode, more, _ = TRAITS[kind]
+        white = 40_000 if mode[0] == "I" else 1
+        Image.new(mode, (64, 64), white).save(paths[name], "PNG", **more)
+    report = checked(check, own_drawn, benchmark.name, "--splits", "val")
     assert not report["bad"]
+    is_own = benchmark is Triplets
+    for trait in {trait for _, _, trait in TRAITS.values()} - {""}:
+        (found,) = [r for r in report["remarks"] if f"files have {trait}" in r["text"]]
+        having = {name for kind, name in names.items() if TRAITS[kind][2] == trait}
+        having |= {names["transparent colour"]} if trait == "the mode P" else set()
+        assert set(found["ids"]) == having
+        is_lost = trait.startswith("more than") and not is_own
+        assert found["level"] == ("finding" if is_lost else "note")
+        assert ("original" in found["text"]) == (not is_own)
+    read = read_photo if is_own else decoded
+    pixels = load_image(paths[names["16 bits"]], make_preprocess("clip", 1.25, 8), read)
+    assert (pixels.min() == 255) == (not is_own)
 
 
 def test_a_copy_without_images_is_unusable(own_drawn, check):

@@ -19,8 +19,8 @@ from image_search.image_index import encoder_key
 from image_search.stores.base import check_features
 from models import clip_model, encoder, features
 from models.clip_model import backbone, load_clip
-from models.configuration import Checkpoint, Settings, resolve_clip_options
-from models.encoder import Encoder
+from models.configuration import Checkpoint, Settings, assumed, resolve_clip_options
+from models.encoder import Encoder, load_encoder
 from models.features import FeatureCache, FrozenSplit
 from runtime.tensors import load_tensors
 from settings.groups import Clip
@@ -51,12 +51,13 @@ def paths(tmp_path):
 
 @pytest.fixture
 def make_encoder(drawn):
-    def make(transform="targetpad", ratio=1.25, decode="full"):
+    def make(transform="targetpad", ratio=1.25, decode="full", background="original"):
         preprocessing = {
             "clip_model_name": "tiny",
             "transform": transform,
             "target_ratio": ratio,
             "decode": decode,
+            "background": background,
             "resolution": 32,
         }
         model = load_clip(str(drawn / "tiny_clip_vit.pt"), CPU)
@@ -161,7 +162,13 @@ def test_another_weight_is_another_encoder(make_encoder, paths, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "preprocessing", [("squarepad", 1.25), ("targetpad", 1.5), ("targetpad", 1.25, "draft")]
+    "preprocessing",
+    [
+        ("squarepad", 1.25),
+        ("targetpad", 1.5),
+        ("targetpad", 1.25, "draft"),
+        ("targetpad", 1.25, "full", "white"),
+    ],
 )
 def test_another_preprocessing_is_another_encoder(preprocessing, make_encoder, paths, tmp_path):
     encode(make_encoder(), tmp_path / "cache", paths)
@@ -175,10 +182,10 @@ def test_what_earlier_versions_wrote_is_still_found(make_encoder):
     assert list(encoder.image_preprocessing().items())[:3] == list(then.items())
     names = ["clip_model_name", *then, "weights", "precision", "versions"]
     assert list(encoder.describe()) == names
-    assert list(encoder_key(encoder).items())[1:] == list(then.items())
-    draft = make_encoder(decode="draft")
-    for about in (draft.image_preprocessing(), draft.describe(), encoder_key(draft)):
-        assert about["decode"] == "draft"
+    assert list(encoder_key(encoder).items())[1:] == [*then.items(), ("background", "original")]
+    other = make_encoder(decode="draft", background="white")
+    for about in (other.image_preprocessing(), other.describe(), encoder_key(other)):
+        assert (about["decode"], about["background"]) == ("draft", "white")
 
 
 def test_resolution_and_precision_are_part_of_the_key(make_encoder):
@@ -328,6 +335,42 @@ def test_tables_of_rows_are_made_once(golden, monkeypatch):
 def trained(**preprocessing) -> Checkpoint:
     parts = {"flags": {}, "recipe": preprocessing, "data": {}, "versions": {}}
     return Checkpoint(path=Path("weights.pt"), state={}, config=parts)
+
+
+@pytest.mark.parametrize("decode", ["full", "draft"])
+def test_an_encoder_reads_on_its_background(decode, drawn, tmp_path):
+    """Without one as the original does, to the bit."""
+    file = tmp_path / "a.png"
+    Image.new("RGBA", (32, 32), (0, 255, 0, 0)).save(file)
+    name = str(drawn / "tiny_clip_vit.pt")
+    read = {}
+    for background in ("original", "white", "black"):
+        chosen = Clip(clip_model_name=name, decode=decode, background=background)
+        encoder = load_encoder(resolve_clip_options(chosen, []), None, CPU, workers=0)
+        read[background] = encoder.loader.read(file)
+    assert torch.equal(read["original"], load_image(file, make_preprocess("targetpad", 1.25, 32)))
+    assert read["original"][1].min() == 255 > read["original"][0].max()
+    assert (read["white"].min(), read["black"].max()) == (255, 0)
+
+
+def test_own_photos_are_read_on_what_the_weights_say_else_on_white(caplog):
+    own, of_before = trained(background="grey"), trained(transform="clip")
+    read_as_original = trained(transform="clip", background="original")
+    silent = Clip()
+    for weights in ([], [of_before], [read_as_original]):
+        assert resolve_clip_options(silent, weights).background == "original"
+        settled = resolve_clip_options(silent, weights, "white")
+        assert settled.background == "white"
+        assert ("background" in assumed(silent, settled, weights)) == bool(weights)
+        typed = Clip(background="original")
+        assert resolve_clip_options(typed, weights, "white").background == "original"
+    for default in ("original", "white"):
+        settled = resolve_clip_options(silent, [own], default)
+        assert settled.background == "grey"
+        assert "background" not in assumed(silent, settled, [own])
+    assert caplog.text == ""
+    assert resolve_clip_options(Clip(background="white"), [own]).background == "white"
+    assert "was trained with --background grey, not white" in caplog.text
 
 
 def test_images_are_decoded_as_the_weights_were_trained(caplog):

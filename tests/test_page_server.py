@@ -13,11 +13,9 @@ import os
 import re
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
-import zlib
 from concurrent.futures import Future
 from importlib.util import find_spec
 from pathlib import Path
@@ -684,18 +682,6 @@ def scans(side: int, count: int) -> bytes:
     return image[:-2] + last * count + image[-2:]
 
 
-def chunk(kind: bytes, content: bytes) -> bytes:
-    """A chunk of a PNG."""
-    checked = kind + content
-    return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
-
-
-def with_chunks(*chunks: bytes) -> bytes:
-    """A PNG with further chunks after its header."""
-    image = png((9, 9))
-    return image[:33] + b"".join(chunks) + image[33:]
-
-
 @functools.cache
 def endless() -> bytes:
     """A JPEG of 250 KB that takes minutes to decode."""
@@ -722,12 +708,6 @@ HEAVY = {
     "head": lambda: joined([part('name="a"\r\nX: ' + "y" * 9_000_000, b"")]),
     "heads": lambda: joined([b"--edge\r\n" + b"A: b\r\n" * 1_500_000 + b"\r\n\r\n"]),
     "quotes": lambda: joined([part('name="' + '\\"' * 2_000_000 + '"', b"")]),
-    "texts of a PNG": lambda: form(
-        ("a.png", with_chunks(*[chunk(b"zTXt", b"a\0\0" + zlib.compress(b"a" * 10**7))] * 200))
-    ),
-    "profile": lambda: form(
-        ("a.png", with_chunks(chunk(b"iCCP", b"a\0\0" + zlib.compress(b"a" * 10**8))))
-    ),
 }
 
 

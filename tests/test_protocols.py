@@ -182,7 +182,8 @@ def test_what_is_assumed_of_weights_is_said(says, flags, drawn, stage_2, run, tm
     said = [line for line in caplog.messages if "assumed" in line]
     assumed = read_result(tmp_path / "r.json")["assumed"]
     typed = {str(word).removeprefix("--").replace("-", "_") for word in flags}
-    of_old = {} if says else {"decode": "full", "encode_precision": "fp32"}
+    of_old = {"decode": "full", "encode_precision": "fp32", "background": "original"}
+    of_old = {} if says else of_old
     defaults = {"top_k": 2, "transform": "targetpad", "target_ratio": 1.25, **of_old}
     told = {*typed, *says, *({"target_ratio"} if "transform" in {*typed, *says} else ())}
     assert assumed == {name: value for name, value in defaults.items() if name not in told}

@@ -373,6 +373,19 @@ def test_a_run_of_an_earlier_version_lacks_later_flags(stopped, resume, refuses)
     assert (run / "best_metrics.json").exists()
 
 
+def test_a_run_of_an_earlier_version_reads_own_photos_as_it_began(stopped, resume, refuses):
+    """Which was as the original does, without a word of it on the disk."""
+    run = stopped(2, "Triplets", "--background", "original")
+    file = run / "training_hyperparameters.json"
+    content = json.loads(file.read_text())
+    del content["flags"]["background"], content["recipe"]["background"]
+    file.write_text(json.dumps(content))
+    told = "--background is white, but the run was started with original"
+    assert told in refuses(run, "--background", "white")
+    resume(run)
+    assert (run / "best_metrics.json").exists()
+
+
 def test_folders_that_are_no_runs(refuses, stage_1, tmp_path, drawn):
     assert "no folder of a run" in refuses(tmp_path / "nowhere")
     assert "no folder of a run" in refuses(drawn)

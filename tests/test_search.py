@@ -14,10 +14,11 @@ from PIL import Image
 import data_utils
 import search
 from benchmarks import CIRR, FashionIQ
-from image_search import faiss_index, image_index, photos
+from image_search import faiss_index, image_index
 from image_search.image_index import open_index
 from image_search.stores.faiss import KINDS
 from models import backbone
+from runtime import image_files
 from utils import UserError
 
 
@@ -217,7 +218,7 @@ def test_a_folder_with_other_files_is_not_taken_for_an_index(index, tmp_path, ca
 
 def test_a_file_that_could_not_be_read_is_tried_again(index, tmp_path, monkeypatch):
     files = images(tmp_path / "photos", 3)
-    real = photos.decoded
+    real = image_files.decoded
 
     def failing(file, *how):
         if file == files[1]:
@@ -225,7 +226,7 @@ def test_a_file_that_could_not_be_read_is_tried_again(index, tmp_path, monkeypat
         return real(file, *how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(photos, "decoded", failing)
+        patch.setattr(image_files, "decoded", failing)
         assert "2 images added, 0 kept, 0 removed, 1 left out" in index(tmp_path / "photos")
     assert "1 images added, 2 kept, 0 removed, 0 left out" in index(tmp_path / "photos")
 
@@ -309,6 +310,20 @@ def test_all_shards_are_read_in_one_pass(index, tmp_path, monkeypatch):
     assert passes == [[3, 1, 3, 1, 2]]
     assert encoded == [3, 1, 3, 1, 2]
     assert on_disk == [0, 0, 1, 1, 2]
+
+
+def test_an_index_of_an_earlier_version_is_asked_with_a_note(index, ask, tmp_path, capsys, caplog):
+    """It names no background. New images are not added, which would be read otherwise."""
+    (file,) = images(tmp_path / "photos", 1)
+    index(tmp_path / "photos")
+    manifest = tmp_path / "index" / "index.json"
+    about = json.loads(manifest.read_text())
+    for part in ("encoder", "pair"):
+        assert about[part].pop("background") == "white"
+    manifest.write_text(json.dumps(about))
+    assert str(file) in ask(file, "is red")
+    assert "is of an earlier version" in caplog.text
+    assert "other weights, preprocessing" in refused(lambda: index(tmp_path / "photos"), capsys)
 
 
 def test_an_index_of_drafts_stays_one(index, ask, tmp_path, capsys):

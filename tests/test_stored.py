@@ -534,12 +534,18 @@ def settings_of(script) -> Settings:
     spoken = {
         "exclusions": "/list.json", "resume": "/run", "image_cache": "/pixels", "device": "cpu", "similarity_block": 8,
         "workspace": "w", "experiment_name": "e", "clip_model_path": "/w.pt", "transform": "clip", "target_ratio": 1.5,
-        "decode": "full", "encode_precision": "fp32", "micro_batch_size": 4, "clip_grad_norm": 1.0, "ema_decay": 0.9,
-        "seeds": [1, 2], "feature_cache": "/features", "save_every": 5,
+        "decode": "full", "encode_precision": "fp32", "background": "white", "micro_batch_size": 4,
+        "clip_grad_norm": 1.0, "ema_decay": 0.9, "seeds": [1, 2], "feature_cache": "/features", "save_every": 5,
     }  # fmt: skip
     for name, value in flags.items():
         flags[name] = spoken[name] if value is None else value
-    clip = {"transform": "clip", "target_ratio": 1.5, "decode": "full", "encode_precision": "fp32"}
+    clip = {
+        "transform": "clip",
+        "target_ratio": 1.5,
+        "decode": "full",
+        "encode_precision": "fp32",
+        "background": "white",
+    }
     digests = {"data_sha256": "0" * 64, "clip_weights": "1" * 64}
     return Settings(
         flags=flags,
@@ -553,7 +559,8 @@ TRAININGS = {"stage 1": clip_fine_tune, "stage 2": combiner_train}
 SILENT = {
     "exclusions", "resume", "image_cache", "feature_cache", "device", "similarity_block", "workspace",
     "experiment_name", "clip_model_name", "clip_model_path", "transform", "target_ratio", "decode",
-    "encode_precision", "micro_batch_size", "clip_grad_norm", "ema_decay", "seeds", "save_every", "excluded",
+    "background", "encode_precision", "micro_batch_size", "clip_grad_norm", "ema_decay", "seeds", "save_every",
+    "excluded",
     "versions", "started_in",
 }  # fmt: skip
 

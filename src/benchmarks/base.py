@@ -14,6 +14,7 @@ from benchmarks.metrics import NO_RANK, Metric, Ranks, Statistic, percentage
 from benchmarks.places import locate
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED, Protocol
 from benchmarks.splits import Split, Triplet
+from runtime.choices import ORIGINAL
 from runtime.spelling import Spellings
 from utils import UserError
 
@@ -42,6 +43,7 @@ class Benchmark(ABC):
         official_wordless: queries of the official files that have a caption without a word, as reports call them.
         counts_explained: what the official counts look like, and are not; "" where they mislead nobody.
         id_name: what its files call the id of a query.
+        background: what transparent images are read on where nothing is said, one of BACKGROUNDS.
         concept_template: what protocols with the concept ask, {shared_concept} and {relative_caption} in it; "" where a
             benchmark has no concepts.
         protocols: the protocols it is measured under, that of the original implementation first.
@@ -67,6 +69,7 @@ class Benchmark(ABC):
     official_wordless: tuple[str, ...] = ()
     counts_explained: str = ""
     id_name: str = "id"
+    background: str = ORIGINAL
     concept_template: str = ""
     protocols: tuple[Protocol, ...] = (ORIGINAL_KEPT, ORIGINAL_REMOVED)
     reported: Mapping[str, Metric]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.base import Benchmark
 from benchmarks.splits import Split, Triplet
+from runtime.choices import ORIGINAL, WHITE
 from runtime.spelling import hint_of_file, missing_folder
 from utils import UserError, printable
 
@@ -21,6 +22,22 @@ NOTE = "note"
 UNUSABLE = "unusable"
 PLACEHOLDER = 3  # files of one content; more look like one that stands for images that are gone
 EXAMPLES = 3  # ids that people are shown of a remark
+
+DEEP = "more than 8 bits a channel"
+# What files may have -> what is done to them; of other modes under "". Where they are read as the original does:
+AS_ORIGINAL = {
+    DEEP: "all above 255 is read as white, as the original does",
+    "transparency": "transparent is black, or the colour that is hidden there, as for the original",
+    "an orientation in their EXIF data": "they are read as they lie, as the original does",
+    "": "they are padded and resized in it, as the original does",
+}
+# And where they are read as a viewer shows them:
+AS_SHOWN = {
+    DEEP: "they are scaled to 8",
+    "transparency": f"they are read on {WHITE}, or what --background says",
+    "an orientation in their EXIF data": "they are turned upright",
+    "": "they become RGB before they are padded and resized",
+}
 
 
 @dataclass(frozen=True)
@@ -258,15 +275,15 @@ def remark_on_images(
     for (part, split), records in parts.items():
         bad = {}
         digests = {}
-        deep = []
+        having = defaultdict(list)
         needed = needed_images(benchmark, split, records)
         for name, path in needed.items():
             if inspections[path].problem:
                 bad[name] = inspections[path].problem
             else:
                 digests[name] = inspections[path].digest
-            if inspections[path].is_deep:
-                deep.append(name)
+            for trait in inspections[path].traits:
+                having[trait].append(name)
         report.bad.update(bad)
         where = f"{part} {split}"
         if all(_asks_for(triplet, bad) for triplet in records.triplets):
@@ -277,8 +294,12 @@ def remark_on_images(
         trains = split == benchmark.train_split
         _remark_on_bad(where, records, others, trains=trains, report=report)
         _remark_on_copies(where, records, digests, report)
-        effect = "files have more than 8 bits a channel, of which all above 255 is read as white, as the original does"
-        report.count(FINDING, where, effect, deep)
+        is_original = benchmark.background == ORIGINAL
+        effects = AS_ORIGINAL if is_original else AS_SHOWN
+        for trait, names in sorted(having.items()):
+            level = FINDING if is_original and trait == DEEP else NOTE
+            text = f"files have {trait}: {effects.get(trait, effects[''])}"
+            report.count(level, where, text, names)
 
 
 def _layouts(benchmark: Benchmark, paths: Iterable[Path]) -> dict[str, int]:

@@ -7,13 +7,13 @@ import multiprocessing
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
 from runtime import interruption
-from runtime.image_files import decoded, has_more_bits
+from runtime.image_files import DECODING_ERRORS, LONGEST_SIDE, SHRINK, decoded, has_more_bits
 from runtime.image_source import IMAGES
 from runtime.progress import Counter
 
@@ -21,7 +21,10 @@ MISSING = "missing"
 EMPTY = "empty"
 NO_IMAGE = "not an image"
 DAMAGED = "truncated or damaged"
-TOO_LARGE = "too large"
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # from which on Pillow opens none
+TOO_LARGE = f"too large (above {LONGEST_SIDE:,} pixels a side or {MOST_PIXELS:,} pixels: {SHRINK})"
+ORIENTATION = 0x0112  # of EXIF
+PLAIN_MODES = ("L", "LA", "RGB", "RGBA")
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,12 @@ class Inspection:
     Attributes:
         problem: why it cannot be decoded, "" where it can.
         digest: SHA-256 of its content, "" where there is none.
-        is_deep: it has more than 8 bits a channel, see `has_more_bits`.
+        traits: what it has of `dataset_report.AS_SHOWN`, and its mode if it is none of PLAIN_MODES.
     """
 
     problem: str
     digest: str
-    is_deep: bool = False
+    traits: list[str] = field(default_factory=list)
 
     @property
     def is_missing(self) -> bool:
@@ -56,7 +59,7 @@ def inspect(path: Path) -> Inspection:
         return Inspection(EMPTY, "")
     digest = hashlib.sha256(content).hexdigest()
     try:
-        return Inspection("", digest, has_more_bits(_decoded(content)))
+        return Inspection("", digest, _traits(content))
     except UnidentifiedImageError:
         return Inspection(NO_IMAGE, digest)
     except Image.DecompressionBombError:
@@ -65,14 +68,24 @@ def inspect(path: Path) -> Inspection:
         return Inspection(DAMAGED, digest)
 
 
-def _decoded(content: bytes) -> Image.Image:
-    """The image of a file's content, which can be made RGB; errors as of `runtime.image_files.decoded`."""
+def _traits(content: bytes) -> list[str]:
+    """The traits of an image that can be made RGB; errors as of `runtime.image_files.decoded`."""
+    traits = []
     with warnings.catch_warnings():
         # Of metadata that is odd, which decoding does not look at.
         warnings.simplefilter("ignore")
         image = decoded(io.BytesIO(content))
         image.convert("RGB")
-    return image
+        with contextlib.suppress(*DECODING_ERRORS):
+            if image.getexif().get(ORIENTATION, 1) != 1:
+                traits.append("an orientation in their EXIF data")
+    if image.has_transparency_data:
+        traits.append("transparency")
+    if has_more_bits(image):
+        traits.append("more than 8 bits a channel")
+    elif image.mode not in PLAIN_MODES:
+        traits.append(f"the mode {image.mode}")
+    return traits
 
 
 def inspect_all(paths: list[Path], workers: int) -> dict[Path, Inspection]:

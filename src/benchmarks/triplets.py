@@ -31,6 +31,7 @@ from benchmarks.places import image_name
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
 from benchmarks.splits import Split, Triplet
 from benchmarks.tables import TABLES, cell_values, table_rows, unmarked_text
+from runtime.choices import WHITE
 from runtime.files import parse_json
 from runtime.schema import first_fault
 from utils import UserError, first_line
@@ -133,6 +134,7 @@ class Triplets(Benchmark):
     run_name = "triplets"
     folder = "triplets_dataset"
     remedy = "mend it as docs/own-data.md says"
+    background = WHITE
     # The picture that a search begins with is no answer to anybody, so this is what checkpoints are chosen by.
     protocols = (ORIGINAL_REMOVED, ORIGINAL_KEPT)
     reported = {

@@ -12,7 +12,7 @@ from benchmarks.exclusions import read_exclusions
 from cli import options
 from cli.parsers import ScriptParser
 from cli.startup import check_annotations, check_files, command_line, open_benchmark
-from runtime.choices import AUTO
+from runtime.choices import AUTO, UNNAMED
 from runtime.files import check_writable
 from runtime.interruption import StopRequest, listening
 from runtime.trackers import check_trackers
@@ -58,7 +58,7 @@ def parse(
             started_in=working_folder(),
         )
         return parsed(parser, stage, parser.parse_args(argv))
-    stored = read_hyper_parameters(folder).table
+    stored = {**UNNAMED, **read_hyper_parameters(folder).table}
     if stored["script"] != script:
         raise UserError(
             f"--resume {folder} was started by {stored['script']}: resume it with that script"

@@ -66,6 +66,7 @@ class Assumed(Schema):
     target_ratio: Annotated[float, Field(gt=0)] = 1
     decode: str = ""
     encode_precision: str = ""
+    background: str = ""
     top_k: AtLeastOne = 1
 
 

@@ -30,9 +30,10 @@ from image_search.guard import MOST_SECONDS, RETRY_AFTER, visitor_of
 from image_search.photos import KINDS
 from image_search.searcher import PLACES, Found, Question, Retrieved, Searcher
 from image_search.stores.base import QuestionError
-from image_search.thumbnails import SIDES, thumbnail
 from image_search.uploads import preview, read_upload
 from image_search.workers import SECONDS, Overrun, Pool, in_thread, source_of_workers
+from runtime.files import file_size
+from runtime.image_files import thumbnail
 from utils import UserError
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ LARGEST_ROW = 2**63 - 1
 UPLOADS = {"workers": 4, "memory": 2**30}
 PHOTOS = {"workers": 8, "memory": 2**31}
 MOST_KEPT = 64 * 2**20  # bytes of thumbnails
-LOADED = ("data_utils", "image_search.thumbnails", "image_search.uploads")  # in workers
+LOADED = ("data_utils", "image_search.uploads")  # in workers
+SIDES = {"small": 320, "large": 1280}  # pixels of the longer side of a thumbnail
 TITLE = "Composed image retrieval"
 SUMMARY = "Search an index of images by an image and what to change of it."
 
@@ -231,8 +233,8 @@ class Service:
         _, upload = await read_question(request)
         if upload is None:
             raise QuestionError("there is no image: send one")
-        side = SIDES["small"]
-        return jpeg_response(await self._of_upload(request, preview, upload, self._read, side))
+        shown = (self._read, SIDES["small"], self._background)
+        return jpeg_response(await self._of_upload(request, preview, upload, *shown))
 
     @in_time
     async def image(
@@ -244,14 +246,14 @@ class Service:
         if kept is not None:
             return jpeg_response(kept, age=600)
         try:
-            picture, is_there = await self.photos.run(
-                visitor_of(request.scope), thumbnail, file, size
+            picture = await self.photos.run(
+                visitor_of(request.scope), thumbnail, file, SIDES[size], self._background
             )
         except Overrun:
             raise HTTPException(
                 HTTPStatus.SERVICE_UNAVAILABLE, "this image takes too long: try another"
             ) from None
-        if is_there:
+        if await in_thread(file_size, file) is not None:
             self.thumbnails[file, size] = picture
         return jpeg_response(picture, age=600)
 
@@ -281,6 +283,11 @@ class Service:
     def _read(self) -> Callable[[Any], torch.Tensor]:
         """What makes bytes (3, R, R) of an image, as CLIP's preprocessing does."""
         return self.searcher.pair.encoder.loader.read
+
+    @property
+    def _background(self) -> str:
+        """What transparent images are shown on, as they are read."""
+        return self.searcher.pair.encoder.preprocessing["background"]
 
     async def _of_upload(
         self, request: Request, function: Callable[..., Made], upload: File, *arguments: Any

@@ -25,7 +25,7 @@ from image_search.stores.base import (
 )
 from models.encoder import Encoder
 from runtime import distributed
-from runtime.choices import named
+from runtime.choices import ORIGINAL, named
 from runtime.files import Identity, file_digest, file_identities, file_size, locked
 from utils import UserError
 
@@ -47,8 +47,9 @@ class Update:
 
 def encoder_key(encoder: Encoder) -> dict[str, Any]:
     """What features depend on beside the images: weights, preprocessing and precision, but no device."""
-    precision = named({"encode_precision": encoder.precision})
-    return {"weights": encoder.describe()["weights"], **encoder.reported_preprocessing, **precision}
+    known = {"weights": encoder.describe()["weights"], **encoder.reported_preprocessing}
+    known.setdefault("background", ORIGINAL)  # which indexes of earlier versions do not name
+    return {**known, **named({"encode_precision": encoder.precision})}
 
 
 def open_index(folder: Path, store: str | None = None) -> ImageIndex:

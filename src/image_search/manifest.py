@@ -115,8 +115,8 @@ def as_made(folder: Path, about: Mapping[str, Any], choice: PairChoice) -> PairC
 def made_with(choice: PairChoice, pair: "Pair") -> dict[str, Any]:
     """What a query needs to load the same CLIP, for the manifest."""
     preprocessing = pair.encoder.preprocessing
-    names = list(Clip.model_fields)
-    clip = named({name: preprocessing[name] for name in names})
+    clip = named({name: preprocessing[name] for name in Clip.model_fields})
+    clip["background"] = preprocessing["background"]  # named always, as in `encoder_key`
     if choice.exported is None:
         return {**clip, "clip_model_path": str(pair.tuned.path.resolve()) if pair.tuned else None}
     place = choice.exported

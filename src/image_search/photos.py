@@ -1,43 +1,27 @@
-"""A user's own image files: found in folders, and opened as a viewer shows them."""
+"""A user's own image files, found in folders."""
 
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
-from PIL import Image, ImageOps, features
+from PIL import Image
 
 from runtime.files import Identity, stamp
-from runtime.image_files import DECODING_ERRORS, decoded, has_more_bits
+from runtime.image_files import AVIF_KINDS, FORMATS, HEIF_KINDS, image_size
+from runtime.image_source import IMAGES
 from utils import UserError
 
-try:
-    import pi_heif
-except ImportError:
-    HEIF_KINDS: set[str] = set()
-else:
-    pi_heif.register_heif_opener()
-    HEIF_KINDS = {".heic", ".heif"}
-AVIF_KINDS = {".avif"} if features.check("avif") else set()
-
 KINDS = {
-    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", *AVIF_KINDS, *HEIF_KINDS,
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", *AVIF_KINDS,
+    *HEIF_KINDS,
 }  # fmt: skip
-# Decoders of other formats are old, or start programs.
-FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-if AVIF_KINDS:
-    FORMATS += ("AVIF",)
-if HEIF_KINDS:
-    FORMATS += ("HEIF",)
 CAMERA_KINDS = {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
 OTHER_KINDS = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", *CAMERA_KINDS} - KINDS
-WHITES = (1, 255, 65_535)  # possible values of white in images of more than 8 bits
-
-ROWS = 256  # of an image of more than 8 bits that are scaled at once
+ENDING = re.compile(r"\.[a-z]\w*", re.IGNORECASE)  # what else follows a dot says nothing of a kind
 
 
 @dataclass
@@ -72,7 +56,7 @@ def find_images(folders: Sequence[Path], told_by: str = "time") -> FoundImages:
             kind = dot + ending.lower() if stem else ""
             if kind in OTHER_KINDS:
                 found.skipped[kind] += 1
-            elif kind in KINDS:
+            elif kind in KINDS or (not ENDING.fullmatch(kind) and _is_image(file)):
                 try:
                     files.add(_identity(file, told_by))
                 except ValueError as error:
@@ -111,6 +95,21 @@ def _files(folder: Path) -> Iterator[str]:
         yield from (f"{place}{os.sep}{name}" for name in names)
 
 
+def _is_image(file: str) -> bool:
+    """Whether a file that is visible is an image by its bytes, which tell it where its name does not."""
+    path = Path(file)
+    if path.name.startswith("."):
+        return False
+    try:
+        with IMAGES.open(path) as stream:
+            image_size(stream, FORMATS)
+    except Image.DecompressionBombError:
+        return True  # which is said where it is decoded
+    except OSError:
+        return False
+    return True
+
+
 def _identity(file: str, told_by: str) -> Identity:
     """What a file is, its links followed.
 
@@ -133,53 +132,3 @@ def _identity(file: str, told_by: str) -> Identity:
         return file, there.st_size, stamp(file, there, told_by)
     except OSError as error:
         raise ValueError(f"it cannot be read ({error.strerror})") from None
-
-
-def opened(file: Path | BinaryIO, side: int | None = None) -> Image.Image:
-    """An image as a viewer shows it: turned as its EXIF data says, with 8 bits.
-
-    Images of benchmarks are read as they are saved, as the original reads them.
-
-    Args:
-        side: pixels that the shorter side needs at least; a smaller image is decoded faster.
-
-    Raises:
-        OSError: it is none of FORMATS, or damaged.
-        PIL.Image.DecompressionBombError: it has too many pixels.
-    """
-    image = decoded(file, FORMATS, side)
-    try:
-        return _eight_bits(ImageOps.exif_transpose(image))
-    except DECODING_ERRORS as error:  # the EXIF data are damaged
-        raise OSError(f"{type(error).__name__}: {error}") from error
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """An image of more than 8 bits scaled to 8; Pillow's own conversion would make it white."""
-    if not has_more_bits(image):
-        return image
-    values = np.asarray(image)
-    # A part at a time: as float64 a large image has a gigabyte.
-    parts = [slice(top, top + ROWS) for top in range(0, image.height, ROWS)]
-    largest = max(_finite(values[part]).max() for part in parts)
-    largest = max(largest, 0)
-    white = next((value for value in WHITES if largest <= value), largest)
-    eight = np.empty(values.shape, np.uint8)
-    for part in parts:
-        scaled = _finite(values[part]).clip(0) * 255 / white
-        eight[part] = scaled.round()
-    return Image.fromarray(eight)
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
-    return np.nan_to_num(values.astype(np.float64))
-
-
-def small_image(file: Path | BinaryIO, side: int) -> Image.Image:
-    """An RGB image of a file, at most `side` pixels wide and high; a grey square where it is gone or damaged."""
-    try:
-        image = opened(file, side).convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return Image.new("RGB", (side, side), "lightgrey")
-    image.thumbnail((side, side))
-    return image

@@ -6,6 +6,7 @@ from pydantic import Field, PositiveInt
 
 from models.schemas import (
     ABSENT,
+    Background,
     Count,
     Decode,
     Digest,
@@ -25,6 +26,7 @@ class Preprocessing(Schema):
     transform: Transform
     target_ratio: SideRatio
     decode: Decode = ABSENT
+    background: Background = ABSENT
     encode_precision: EncodePrecision = ABSENT
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +17,15 @@ from torch import Tensor
 from image_search.faiss_index import normalised
 from image_search.image_index import encoder_key, open_index
 from image_search.manifest import as_made
-from image_search.photos import opened
 from image_search.stores.base import FAISS, TIME, Hit, ImageIndex, QuestionError, store_of
 from models.pair import Pair, load_pair
+from runtime.choices import WHITE
 from runtime.files import file_identities, file_size
+from runtime.image_files import FORMATS
 from settings.groups import PairChoice
 from utils import UserError
+
+logger = logging.getLogger(__name__)
 
 MOST_CHARACTERS = 2000  # of a text; many times what CLIP reads
 # The time of CLIP's tokenizer grows with the square of a word, which to it are letters or signs in a row.
@@ -114,6 +118,13 @@ class Searcher:
     def __init__(self, index: ImageIndex, pair: Pair) -> None:
         query_key = _but_precision(encoder_key(pair.encoder))
         index_key = _but_precision(index.about.get("encoder"))
+        if "background" not in index_key:
+            logger.warning(
+                "note: --index %s is of an earlier version, which read transparent images otherwise than they are "
+                "shown: make another index",
+                index.folder,
+            )
+            del query_key["background"]
         if index_key != query_key:
             names = {**query_key, **index_key}
             differing = [name for name in names if index_key.get(name) != query_key.get(name)]
@@ -337,4 +348,5 @@ def load_searcher(
     wanted = as_made(folder, index.about, choice)
     # One query is encoded exactly, whatever a million images were, unless a flag says otherwise.
     clip = wanted.clip.model_copy(update={"encode_precision": choice.clip.encode_precision})
-    return Searcher(index, load_pair(dataclasses.replace(wanted, clip=clip), device, opened=opened))
+    pair = load_pair(dataclasses.replace(wanted, clip=clip), device, WHITE, FORMATS)
+    return Searcher(index, pair)

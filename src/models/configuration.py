@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from models.names import in_full
-from runtime.choices import UNNAMED
+from runtime.choices import ORIGINAL, UNNAMED
 from runtime.files import find_checkpoint
 from settings.groups import STAGES, AnyTraining, Clip
 from utils import UserError, flag
@@ -28,6 +28,7 @@ ORIGINAL_DEFAULTS = Clip(
     target_ratio=1.25,
     decode="full",
     encode_precision="fp32",
+    background=ORIGINAL,
 )
 
 
@@ -167,7 +168,9 @@ def warn_of_transfer(dataset: str, checkpoints: Sequence[Checkpoint | None]) -> 
         logger.warning("warning: %s, and this is %s", " and ".join(others), dataset)
 
 
-def resolve_clip_options(choice: Clip, checkpoints: Sequence[Checkpoint | None]) -> Clip:
+def resolve_clip_options(
+    choice: Clip, checkpoints: Sequence[Checkpoint | None], background: str = ORIGINAL
+) -> Clip:
     """Name, preprocessing and precision: the flag, else what the checkpoints were trained with, else the default.
 
     A flag that contradicts how weights were trained is obeyed, with a warning.
@@ -175,11 +178,13 @@ def resolve_clip_options(choice: Clip, checkpoints: Sequence[Checkpoint | None])
     Args:
         choice: what the flags say.
         checkpoints: those given, the more telling first.
+        background: the default of the images that are read.
     """
     given = Clip.of(choice).model_dump()
     given["clip_model_name"] = choice.clip_model_name and in_full(choice.clip_model_name)
     settled = {}
-    for name, default in ORIGINAL_DEFAULTS.model_dump().items():
+    defaults = {**ORIGINAL_DEFAULTS.model_dump(), "background": background}
+    for name, default in defaults.items():
         trained = _trained_with(name, checkpoints)
         if given[name] is not None:
             settled[name] = given[name]
@@ -211,7 +216,7 @@ def assumed(
     values = {}
     for name, value in settled.model_dump().items():
         told = getattr(choice, name) is not None or _trained_with(name, given)
-        if not told and not (have_settings and name in UNNAMED):
+        if not told and not (have_settings and UNNAMED.get(name) == value):
             values[name] = value
     if settled.transform != "targetpad":
         values.pop("target_ratio", None)
@@ -225,9 +230,9 @@ def say_assumed(values: Mapping[str, Any], checkpoints: Sequence[Checkpoint | No
         taken = ", ".join(f"{name} {value}" for name, value in values.items())
         flags = ", ".join(map(flag, values))
         logger.warning(
-            "note: what %s was trained with is not in it: assumed %s; say otherwise with %s",
-            " and ".join(files),
+            "note: assumed %s, of which nothing is said in %s; say otherwise with %s",
             taken,
+            " and ".join(files),
             flags,
         )
 
@@ -238,6 +243,7 @@ def _trained_with(name: str, checkpoints: Sequence[Checkpoint | None]) -> dict[P
     for checkpoint in checkpoints:
         if checkpoint is not None:
             value = checkpoint.table.get(name)
-            if value is not None:
+            # What was trained as the original reads images says nothing of other images.
+            if value is not None and (name, value) != ("background", ORIGINAL):
                 values[checkpoint.path] = value
     return values

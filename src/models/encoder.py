@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import PIL
 import torch
 import torchvision
-from PIL.Image import Image
 from torch import Tensor, nn
 
 from data_utils import ImageLoader, load_image, make_preprocess, read_or_explain
@@ -24,8 +23,8 @@ from models.clip_model import load_clip, load_finetuned, load_sized
 from models.configuration import Checkpoint
 from models.names import open_clip_name
 from runtime import distributed
-from runtime.choices import named
-from runtime.image_files import decoded
+from runtime.choices import ORIGINAL, named
+from runtime.image_files import decoded, read_photo
 from runtime.precision import check_encode_precision, encoding
 from runtime.progress import Counter
 from settings.groups import Clip
@@ -46,8 +45,8 @@ class Encoder:
     Attributes:
         backbone: what the model is, but for its weights.
         loader: reads preprocessed images. Its processes, if it has some, serve all copies of this encoder.
-        preprocessing: what `model` and `loader` were made of: model name, transform, target ratio, decode, and what
-            `backbone` says of itself; and the precision to encode in.
+        preprocessing: what `model` and `loader` were made of: model name, transform, target ratio, decode, background,
+            and what `backbone` says of itself; and the precision to encode in.
         between: called between two batches of images; what it raises ends the encoding.
     """
 
@@ -148,7 +147,7 @@ class Encoder:
     @property
     def reported_preprocessing(self) -> dict[str, Any]:
         """How images and captions are made the model's input, as keys and results say it."""
-        names = ("transform", "target_ratio", "resolution", "decode")
+        names = ("transform", "target_ratio", "resolution", "decode", "background")
         chosen = {name: self.preprocessing[name] for name in names}
         return named({**chosen, **self.backbone.preprocessing})
 
@@ -266,14 +265,14 @@ def load_encoder(
     *,
     workers: int,
     batch_size: int = 32,
-    opened: Callable[..., Image] = decoded,
+    formats: tuple[str, ...] | None = None,
 ) -> Encoder:
     """CLIP in eval mode with its preprocessing.
 
     Args:
         settings: from `configuration.resolve_clip_options`: nothing in it is None.
         tuned: stage-1 weights that replace the model's own.
-        opened: opens an image file; `side` are the pixels that its shorter side needs.
+        formats: those of Pillow that images may have; None for all.
     """
     preprocessing = settings.model_dump()
     check_encode_precision(preprocessing["encode_precision"], device)
@@ -299,6 +298,10 @@ def load_encoder(
         interpolation=backbone.interpolation,
         resize_mode=backbone.resize_mode,
     )
+    opened = functools.partial(decoded, formats=formats)
+    if preprocessing["background"] != ORIGINAL:
+        background = preprocessing["background"]
+        opened = functools.partial(read_photo, background=background, formats=formats)
     if preprocessing["decode"] == "draft":
         opened = functools.partial(opened, side=backbone.resolution)
     read = functools.partial(load_image, preprocess=preprocess, opened=opened)

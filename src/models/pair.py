@@ -1,13 +1,10 @@
 """A trained pair from flags and checkpoints: CLIP with its preprocessing, and the way to compose a query."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image
 
 from benchmarks import Benchmark, Split
 from benchmarks.exclusions import announce
@@ -26,7 +23,7 @@ from models.encoder import Encoder, load_encoder, weights_digest
 from models.exported import ExportedPair, open_exported
 from models.features import FeatureCache, FrozenSplit, freeze_queries
 from runtime import distributed
-from runtime.image_files import decoded
+from runtime.choices import ORIGINAL
 from settings.groups import PairChoice
 from utils import UserError
 
@@ -77,24 +74,28 @@ class Pair:
 
 
 def load_pair(
-    choice: PairChoice, device: torch.device, opened: Callable[[Path], Image] = decoded
+    choice: PairChoice,
+    device: torch.device,
+    background: str = ORIGINAL,
+    formats: tuple[str, ...] | None = None,
 ) -> Pair:
     """The pair that an evaluation asks for.
 
     Args:
-        opened: opens an image file.
+        background: what images are read on where neither flags nor weights say it.
+        formats: see `load_encoder`.
 
     Raises:
         UserError: a combiner without its path, or whatever is wrong with the checkpoints.
     """
     composed_by, tuned, trained, told_by = _weights(choice)
-    settings = resolve_clip_options(choice.clip, told_by)
+    settings = resolve_clip_options(choice.clip, told_by, background)
     taken = assumed(choice.clip, settings, told_by)
     if trained is not None:
         known = {**trained.table, **(trained.sizes or {})}
         taken |= assumed_top_k(trained.state, known, choice.combiner.model_dump())
     say_assumed(taken, told_by)
-    encoder = load_encoder(settings, tuned, device, workers=choice.workers, opened=opened)
+    encoder = load_encoder(settings, tuned, device, workers=choice.workers, formats=formats)
     if trained is None:
         unlearned = UNLEARNED[composed_by]()
         return Pair(
@@ -188,7 +189,7 @@ def load_and_freeze(
     """A trained pair and the features that it makes of some splits, whose images must all be there."""
     announce(benchmark.excluded, splits)
     check_images_exist(splits)
-    pair = load_pair(choice, device)
+    pair = load_pair(choice, device, benchmark.background)
     warn_of_transfer(benchmark.name, [pair.tuned, pair.trained])
     cache = FeatureCache(choice.feature_cache, pair.encoder, told_by=choice.told_by)
     return pair, freeze_queries(cache, splits, benchmark, benchmark.run_name)

@@ -18,6 +18,7 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 Transform = Annotated[str, OneOf(choices.TRANSFORMS)]
 Decode = Annotated[str, OneOf(choices.DECODINGS)]
+Background = Annotated[str, OneOf(choices.BACKGROUNDS)]
 EncodePrecision = Annotated[str, OneOf(choices.ENCODE_PRECISIONS)]
 CombinerType = Annotated[str, OneOf(choices.COMBINER_TYPES)]
 PathText = Annotated[str, Typed(str)]
@@ -53,6 +54,7 @@ class Preprocessing(Measured):
     transform: Transform = ABSENT
     target_ratio: SideRatio = ABSENT
     decode: Decode = ABSENT
+    background: Background = ABSENT
     encode_precision: EncodePrecision = ABSENT
 
 

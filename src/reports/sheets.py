@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image
 
 from reports import pages
-from runtime.image_files import decoded, jpeg
-from utils import UserError, first_line
+from runtime.choices import WHITE
+from runtime.image_files import jpeg, read_photo, unreadable
 
 MOST_THUMBNAIL_BYTES = 14_000_000  # of thumbnails in a page, which base64 makes a third longer
 PLACE = (180, 110)  # pixels that an image fills on a page, at most in width and height
@@ -140,8 +140,11 @@ def shares(gate: float | None, experts: Sequence[float]) -> dict[str, float]:
     return named
 
 
-def load_thumbnails(paths: Mapping[str, Path]) -> dict[str, bytes]:
+def load_thumbnails(paths: Mapping[str, Path], background: str = WHITE) -> dict[str, bytes]:
     """Image name -> a JPEG, of the largest side with which all of them together fit in a page.
+
+    Args:
+        background: of transparent images, see `read_photo`.
 
     Raises:
         UserError: an image cannot be decoded.
@@ -149,11 +152,9 @@ def load_thumbnails(paths: Mapping[str, Path]) -> dict[str, bytes]:
     images = {}
     for name, path in paths.items():
         try:
-            images[name] = decoded(path).convert("RGB")
+            images[name] = read_photo(path, background, formats=None)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(
-                f"image {path} cannot be decoded ({first_line(error)}): see check_dataset.py"
-            ) from None
+            raise unreadable(path, error) from None
         images[name].thumbnail((THUMBNAIL_SIDES[0], THUMBNAIL_SIDES[0]))
     for side in THUMBNAIL_SIDES:
         thumbnails = {name: jpeg(image, side) for name, image in images.items()}

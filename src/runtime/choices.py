@@ -9,6 +9,9 @@ TRANSFORMS = ("clip", "squarepad", "targetpad")
 INTERPOLATIONS = ("bicubic", "bilinear")
 RESIZE_MODES = ("shortest", "longest", "squash")  # what makes a square of an image
 DECODINGS = ("full", "draft")  # draft: JPEG files are scaled down while they are decoded
+ORIGINAL = "original"  # no background: images are read as the original reads them
+WHITE = "white"
+BACKGROUNDS = (ORIGINAL, WHITE, "black", "grey")  # seen where a photo is transparent
 AUTO = "auto"  # the value of a flag that leaves a decision to what would be gained
 COMBINER_TYPES = ("moe", "clip4cir")
 LOSSES = ("contrastive", "symmetric")
@@ -24,7 +27,12 @@ OPENAI_CLIPS = (
 
 
 # What was the only way before there was a choice. Keys, results and indexes of then do not name it, and stay valid.
-UNNAMED = {"decode": "full", "encode_precision": "fp32", "negatives": "batch"}
+UNNAMED = {
+    "decode": "full",
+    "encode_precision": "fp32",
+    "negatives": "batch",
+    "background": ORIGINAL,
+}
 
 
 def named(choices: Mapping[str, Any]) -> dict[str, Any]:

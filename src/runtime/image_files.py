@@ -1,16 +1,37 @@
-"""Image files decoded by Pillow alone: one that is damaged or too large is an error that says so. And JPEGs made."""
+"""Image files to pictures: as they were saved, or as a viewer shows a user's own photos. And small JPEGs of them."""
 
+import contextlib
+import functools
 import io
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, features
 
+from runtime.choices import ORIGINAL, WHITE
 from runtime.image_source import IMAGES
-from utils import first_line
+from utils import UserError, first_line
+
+try:
+    import pi_heif
+except ImportError:
+    HEIF_KINDS: set[str] = set()
+else:
+    pi_heif.register_heif_opener()
+    HEIF_KINDS = {".heic", ".heif"}
+AVIF_KINDS = {".avif"} if features.check("avif") else set()
+
+# Decoders of other formats are old, or start programs.
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+if AVIF_KINDS:
+    FORMATS += ("AVIF",)
+if HEIF_KINDS:
+    FORMATS += ("HEIF",)
 
 # What Pillow's decoders raise on damaged files.
 DECODING_ERRORS = (
@@ -19,6 +40,16 @@ DECODING_ERRORS = (
 )  # fmt: skip
 # Pixels. Padded to a square, an image of this side takes 1.3 GB in RGB, and 2.5 GB with transparency.
 LONGEST_SIDE = 18_000
+SHRINK = "scale it down, for example with ImageMagick: magick FILE -resize 12000x12000 FILE"
+
+PNG = b"\x89PNG\r\n\x1a\n"
+PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}  # all other chunks are metadata
+
+WHITES = (1, 255, 65_535)  # possible values of white in images of more than 8 bits
+ROWS = 256  # of an image of more than 8 bits that are scaled at once
+SAME_COLOUR = 2  # of 255: a profile that changes none by more is sRGB by another name
+
+Made = TypeVar("Made")
 
 
 def decoded(
@@ -35,19 +66,42 @@ def decoded(
         PIL.Image.DecompressionBombError: it has too many pixels, or so long a side that padding takes gigabytes.
         OSError: it is damaged, or no file.
     """
+
+    def decode(image: Image.Image) -> Image.Image:
+        if max(image.size) > LONGEST_SIDE:
+            raise Image.DecompressionBombError(
+                f"{image.width} x {image.height}, a side above {LONGEST_SIDE:,} pixels"
+            )
+        if side:
+            image.draft("RGB", (side, side))
+        image.load()
+        return image
+
     if isinstance(file, str | os.PathLike):
         with IMAGES.open(Path(file)) as stream:
-            return decoded(stream, formats, side)
+            return _opened(stream, formats, decode)
+    return _opened(file, formats, decode)
+
+
+def image_size(file: BinaryIO, formats: tuple[str, ...]) -> tuple[int, int]:
+    """Tell the pixels of an image, of which none is decoded: width and height. Raises what `decoded` raises."""
+    return _opened(file, formats, lambda image: image.size)
+
+
+def _opened(
+    file: BinaryIO, formats: tuple[str, ...] | None, use: Callable[[Image.Image], Made]
+) -> Made:
+    """What is made of an image before it is closed; where the metadata of a PNG are damaged, of one without."""
     try:
-        with Image.open(file, formats=formats) as image:
-            if max(image.size) > LONGEST_SIDE:
-                raise Image.DecompressionBombError(
-                    f"{image.width} x {image.height}, a side above {LONGEST_SIDE:,} pixels"
-                )
-            if side:
-                image.draft("RGB", (side, side))
-            image.load()
-            return image
+        try:
+            with Image.open(file, formats=formats) as image:
+                return use(image)
+        except DECODING_ERRORS:
+            bare = _without_metadata(file)
+            if not bare:
+                raise
+        with Image.open(io.BytesIO(bare), formats=formats) as image:
+            return use(image)
     except UnidentifiedImageError:
         raise UnidentifiedImageError("not an image of a known format") from None
     except OSError:
@@ -56,14 +110,130 @@ def decoded(
         raise OSError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
+def _without_metadata(file: BinaryIO) -> bytes:
+    """A PNG without what its pixels do not need, but for whole EXIF data; nothing of another file."""
+    file.seek(0)
+    if file.read(len(PNG)) != PNG:
+        return b""
+    content = file.read()
+    kept = [PNG]
+    start = 0
+    while start < len(content):
+        length = int.from_bytes(content[start : start + 4], "big")
+        chunk = content[start : start + length + 12]
+        kind = chunk[4:8]
+        is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        if kind in PNG_PIXELS or (kind == b"eXIf" and is_whole):
+            kept.append(chunk)
+        start += length + 12
+    return b"".join(kept)
+
+
+def read_photo(
+    file: Path | BinaryIO,
+    background: str = WHITE,
+    *,
+    side: int | None = None,
+    formats: tuple[str, ...] | None = FORMATS,
+) -> Image.Image:
+    """Read a user's own photo as a viewer shows it, in RGB: upright, with 8 bits, in sRGB, on a background.
+
+    Args:
+        background: one of BACKGROUNDS, seen where the photo is transparent; ORIGINAL, which is none, is white here.
+        side, formats: see `decoded`, which says what is raised, too.
+    """
+    image = decoded(file, formats, side)
+    with contextlib.suppress(*DECODING_ERRORS):  # damaged EXIF data cost the orientation alone
+        ImageOps.exif_transpose(image, in_place=True)
+    profile = image.info.get("icc_profile")
+    image = _eight_bits(image)
+    alpha = None
+    if image.has_transparency_data:
+        has_channel = "A" in image.getbands()
+        alpha = (image if has_channel else image.convert("RGBA")).getchannel("A")
+    if image.mode in ("1", "LA"):
+        image = image.convert("L")
+    elif image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("RGB")
+    transform = _to_srgb(profile, image.mode) if profile else None
+    if transform is not None:
+        image = transform.apply(image)
+    elif image.mode != "RGB":
+        image = image.convert("RGB")
+    if alpha is None:
+        return image
+    ground = Image.new("RGB", image.size, WHITE if background == ORIGINAL else background)
+    ground.paste(image, mask=alpha)
+    return ground
+
+
+@functools.lru_cache(maxsize=8)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """What makes sRGB of a profile's colours; None where they are, or where it is damaged or of another mode."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return None
+    if mode != "RGB":
+        return transform
+    steps = np.arange(0, 256, 15, dtype=np.uint8)
+    colours = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(len(steps), -1, 3)
+    seen = np.asarray(transform.apply(Image.fromarray(colours)))
+    return transform if np.abs(seen.astype(int) - colours).max() > SAME_COLOUR else None
+
+
 def has_more_bits(image: Image.Image) -> bool:
     """Whether an image has more than 8 bits a channel, of which Pillow's conversion to RGB makes white above 255."""
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """An image of more than 8 bits scaled to 8; Pillow's own conversion would make it white."""
+    if not has_more_bits(image):
+        return image
+    values = np.asarray(image)
+    # A part at a time: as float64 a large image has a gigabyte.
+    parts = [slice(top, top + ROWS) for top in range(0, image.height, ROWS)]
+    largest = max(_finite(values[part]).max() for part in parts)
+    largest = max(largest, 0)
+    white = next((value for value in WHITES if largest <= value), largest)
+    eight = np.empty(values.shape, np.uint8)
+    for part in parts:
+        scaled = _finite(values[part]).clip(0) * 255 / white
+        eight[part] = scaled.round()
+    grey = Image.fromarray(eight)
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray(values != image.info["transparency"]))
+    return grey
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(values.astype(np.float64))
+
+
+def unreadable(file: object, error: Exception) -> UserError:
+    """Say that an image cannot be decoded, why, and what to do: to scale it down where it is too large."""
+    remedy = "replace the file with a whole copy of the image"
+    if isinstance(error, Image.DecompressionBombError):
+        remedy = SHRINK
+    elif Path(str(file)).suffix.lower() in {".heic", ".heif"} - HEIF_KINDS:
+        remedy = "pip install pi-heif, or convert it to JPEG"
+    return UserError(f"image {file} cannot be decoded ({first_line(error)}): {remedy}")
+
+
+def thumbnail(file: Path | BinaryIO, side: int, background: str = WHITE) -> bytes:
+    """Make a JPEG of a photo, at most `side` pixels wide and high; of a grey square where it is gone or damaged."""
+    try:
+        image = read_photo(file, background, side=side)
+    except (OSError, ValueError, Image.DecompressionBombError):
+        image = Image.new("RGB", (side, side), "lightgrey")
+    return jpeg(image, side)
+
+
 def jpeg(image: Image.Image, side: int, quality: int = 80) -> bytes:
-    """A JPEG of an image, at most `side` pixels wide and high: its pixels alone, without comments, place or profile."""
-    copy = image.convert("RGB")
+    """A JPEG of an RGB image, at most `side` pixels wide and high: its pixels alone, without comments or profile."""
+    copy = image.copy()
     copy.info.clear()  # Pillow would write what it says
     copy.thumbnail((side, side))
     buffer = io.BytesIO()

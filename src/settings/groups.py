@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from benchmarks import BENCHMARKS
 from runtime.choices import (
     AUTO,
+    BACKGROUNDS,
     COMBINER_TYPES,
     DECODINGS,
     ENCODE_PRECISIONS,
@@ -141,6 +142,11 @@ class Clip(Flags):
     decode: Annotated[str, OneOf(DECODINGS)] | None = setting(
         None,
         "draft: large JPEG files at 1/2, 1/4 or 1/8: faster, other pixels (default: full)",
+    )
+    background: Annotated[str, OneOf(BACKGROUNDS)] | None = setting(
+        None,
+        "of transparent images, which with one are read upright, scaled to 8 bits and in sRGB; original: as the "
+        "original reads them (default: white, but original for FashionIQ, CIRR and CIRCO)",
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from models.configuration import DIGESTS, Settings
-from runtime.choices import HYPER_PARAMETERS
+from runtime.choices import HYPER_PARAMETERS, UNNAMED
 from runtime.files import read_json
 from settings.groups import FREE_FLAGS, MOVABLE_FLAGS
 from utils import UserError, flag
@@ -67,6 +67,6 @@ def started_with(folder: Path, settings: Settings) -> Settings:
 
 
 def _computing(settings: Settings) -> dict[str, Any]:
-    """The flags and the preprocessing that change what is computed."""
-    values = {**settings.flags, **settings.preprocessing}
+    """The flags and the preprocessing that change what is computed, and what was the only way in earlier versions."""
+    values = {**UNNAMED, **settings.flags, **settings.preprocessing}
     return {name: value for name, value in values.items() if name not in FREE_FLAGS}
