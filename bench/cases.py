@@ -47,6 +47,7 @@ CASES = {
     "golden": Case(run=original.validations, checks=True),
     "golden-losses": Case(run=original.full_batch_losses, checks=True),
     "combiners": Case(run=equality.combiners, seconds=30, checks=True),
+    "clip-package": Case(run=equality.clip_package, checks=True),
     "micro-batches": Case(run=equality.micro_batches, seconds=30, checks=True),
     "ranks": Case(run=equality.ranking, seconds=30, checks=True),
     "learning": Case(run=trainings.learning, seconds=120, checks=True),

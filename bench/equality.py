@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED
 from combiner import Combiner, Composer, PlainCombiner, compose_sum
 from evaluation.retrieval import rank
-from models.clip_model import backbone, load_clip, write_tiny_clip
+from models.clip_model import backbone, load_clip, ready, write_tiny_clip
 from models.features import FrozenSplit
 from ranking import random_cirr
 from report import held
 from runtime.precision import exact_float32
-from stage1 import random_batch
+from stage1 import random_batch, random_clip
 from timing import Row, Setting
 from training.losses import ContrastiveLoss
 from training.schedule import Precision
@@ -31,6 +31,8 @@ from twins import DefinedCombiner, DefinedPlainCombiner
 LIMITS = {"fp32": (1e-5, 1e-5), "amp": (1e-2, 3e-2)}
 TIE = 1e-5  # a difference of cosines that is rounding
 SCALE = 2.0**10  # of losses in half precision
+# The same for a whole CLIP in float32. In half precision it may be twice as far off as the clip package itself.
+PACKAGE_LIMITS = (1e-4, 1e-3)
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
@@ -94,6 +96,59 @@ def is_sure(combiner: Composer, images: Tensor, captions: Tensor) -> Tensor:
         return torch.ones(len(images), dtype=torch.bool)
     values = logits.sort(dim=1, descending=True).values
     return values[:, combiner.top_k - 1] - values[:, combiner.top_k] > 0.02
+
+
+def clip_package(setting: Setting) -> Iterator[Row]:
+    """Features and gradients of the lean passes against the clip package's own, at true size.
+
+    Memory that was freed is full of NaN: a kernel that reads what nobody has written shows it.
+    """
+    exact_float32()
+    batch = setting.choose(gpu=16, tiny=3)
+    for name in ("RN50x16", "ViT-L/14"):
+        package = random_clip(name, setting)
+        references, targets, tokens = random_batch(package, batch, setting.device)
+        lean = ready(copy.deepcopy(package), setting.device)
+        exact = outputs_and_gradients(package, (references, targets, tokens), "fp32")
+        for precision in LIMITS:
+            theirs = outputs_and_gradients(package, (references, targets, tokens), precision)
+            poison(setting)
+            found = outputs_and_gradients(lean, (references, targets, tokens), precision)
+            parts = zip(
+                ("features", "gradients"), found, theirs, exact, PACKAGE_LIMITS, strict=True
+            )
+            for what, mine, other, true, most in parts:
+                named = f"{name}, {precision}, {what}"
+                wrong = int((~mine.isfinite()).sum())
+                yield held(f"{named} that are not finite", wrong, 0)
+                own = apart(other, true)
+                note = f"the package's own is {own:.3g} off"
+                what = f"{named} against the clip package's in float32"
+                yield held(what, apart(mine, true), max(most, 2 * own), note)
+
+
+def outputs_and_gradients(
+    model: nn.Module, inputs: tuple[Tensor, ...], precision: str
+) -> tuple[Tensor, Tensor]:
+    """Queries and targets of stage 1, and the gradients of all parameters, each in one row."""
+    model.zero_grad()
+    model.logit_scale.requires_grad_(False)
+    chosen = Precision(precision, inputs[0].device)
+    with chosen.autocast():
+        features = torch.cat(SumFeatures(model, backbone(model))(*inputs))
+    torch.manual_seed(0)
+    direction = torch.randn(features.shape).to(features)
+    (SCALE * (features.float() * direction.float()).sum()).backward()
+    return features.detach(), gradients(model)
+
+
+def poison(setting: Setting) -> None:
+    """Leave NaN in the memory that is handed out next."""
+    if setting.on_gpu:
+        torch.cuda.empty_cache()
+    blocks = setting.choose(gpu=16, tiny=1)
+    held_here = [torch.full((2**26,), torch.nan, device=setting.device) for _ in range(blocks)]
+    del held_here  # 256 MiB each
 
 
 def micro_batches(setting: Setting) -> Iterator[Row]:

@@ -5,10 +5,13 @@ python bench/gpu_check.py --rehearse           (on a CPU, as small as it goes: w
 python bench/gpu_check.py --only golden moe
 
 Each case runs in a process of its own and has its share of the time; one that fails, breaks or hangs costs no other.
-Results are written after every case. The exit code is 0 if all checks passed and no case broke; where the time is up,
+A package that is missing is named before anything starts; one that lies as a wheel in the folder bench/wheels is
+installed from there for this run, since a machine with a GPU is often without a network. Results are written after
+every case. The exit code is 0 if all checks passed and no case broke; where the time is up,
 figures are left over.
 """
 
+# ruff: noqa: E402  (what is missing is named before it is imported)
 import argparse
 import json
 import sys
@@ -17,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
+import needed
+
+needed.install_or_leave()
 
 import torch
 

@@ -6,6 +6,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.optim import AdamW
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import shapes_dataset
 from data_utils import ImageLoader, Reader, load_image, make_preprocess, normalise
+from models import lean_clip
 from models.architectures import ARCHITECTURES
 from models.clip_model import (
     CLIP,
@@ -272,7 +274,7 @@ def memory(setting: Setting) -> Iterator[Row]:
 
 
 def variants(setting: Setting) -> Iterator[Row]:
-    """RN50x16 with its weights channels last or first, and with cuDNN's choice of algorithms timed or not."""
+    """RN50x16 with its weights channels last or first, with cuDNN's choice of algorithms timed or not, and unfused."""
     name, device = "RN50x16", setting.device
     batch = setting.choose(gpu=32, tiny=2)
     ours = costs(name, batch, setting)
@@ -287,7 +289,13 @@ def variants(setting: Setting) -> Iterator[Row]:
     torch.backends.cudnn.benchmark = True
     timed = costs(name, batch, setting)
     torch.backends.cudnn.benchmark = False
-    for what, other in (("channels first", first), ("cudnn.benchmark", timed)):
+    with mock.patch.object(lean_clip, "has_fused_kernel", lambda _: False):
+        unfused = costs(name, batch, setting)
+    for what, other in (
+        ("channels first", first),
+        ("cudnn.benchmark", timed),
+        ("convolution, sum and ReLU apart", unfused),
+    ):
         yield beside(f"stage-1 step of {name}, batch {batch} / {what}", ours, other)
 
 

@@ -152,15 +152,16 @@ class Reordered(torch.autograd.Function):
 def has_grouped_product(rows: Tensor, columns: int) -> bool:
     """Whether one kernel multiplies all groups of rows (n, m) to (n, columns), and reads their bounds on the device.
 
-    torch has it from 2.10 on, for bfloat16 on GPUs of compute capability 9 and 10, in steps of 16 bytes. For all else
-    `grouped_mm` is a loop over the groups that waits for the device, or refuses.
+    torch has it from 2.10 on, for bfloat16 on GPUs of compute capability 9, in steps of 16 bytes. For all else
+    `grouped_mm` is a loop over the groups that waits for the device, or refuses; on capability 10 its gradient is not
+    zero for an expert without rows (pytorch issue 172439).
     """
     return (
         hasattr(F, "grouped_mm")
         and rows.device.type == "cuda"
         and rows.dtype == torch.bfloat16
         and rows.shape[1] % 8 == columns % 8 == 0
-        and torch.cuda.get_device_properties(rows.device).major in (9, 10)
+        and torch.cuda.get_device_properties(rows.device).major == 9
     )
 
 

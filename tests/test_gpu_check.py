@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 import torch
 
 import gpu_check
+import needed
 import run as bench_run
 from cases import CASES, Case
 from conftest import ROOT, read_csv
@@ -44,6 +46,34 @@ def test_the_blocker_blocks(bare):
             [sys.executable, "-c", f"import {package}"], env=bare, capture_output=True
         )
         assert b"ModuleNotFoundError" in done.stderr
+
+
+def test_what_is_missing_is_named_before_anything_starts(tmp_path):
+    blocker = "import sys\nsys.modules.update(dict.fromkeys(['pydantic', 'clip']))\n"
+    (tmp_path / "sitecustomize.py").write_text(blocker)
+    words = [sys.executable, ROOT / "bench" / "gpu_check.py", "--rehearse"]
+    done = subprocess.run(
+        words, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"missing: clip-anytorch pydantic: pip install them, or put their wheels into {needed.WHEELS}"
+    ]
+
+
+def test_a_package_is_installed_from_a_folder_of_wheels(tmp_path, monkeypatch):
+    about = "onlyhere-1.0.dist-info"
+    with zipfile.ZipFile(tmp_path / "onlyhere-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("onlyhere.py", "")
+        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: onlyhere\nVersion: 1.0\n")
+        wheel.writestr(
+            f"{about}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\nRoot-Is-Purelib: true\n"
+        )
+        wheel.writestr(f"{about}/RECORD", "")
+    monkeypatch.setattr(needed, "NEEDED", {"onlyhere": "onlyhere"})
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    needed.install_or_leave(tmp_path)
+    assert needed.missing() == []
 
 
 def test_importing_all_modules_asks_for_no_gpu():

@@ -5,12 +5,15 @@ import copy
 import clip
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from models import lean_clip
 from models.backbone import choose_trained
+from models.clip_model import backbone as clip_backbone
 from models.clip_model import checkpoint_gradients, load_clip, tokenize
-from models.lean_clip import make_lean
+from models.lean_clip import LeanBlock, convolution_then_relu, folded, make_lean
 from timing import saved_activations
 
 CPU = torch.device("cpu")
@@ -133,3 +136,67 @@ def test_a_step_keeps_less(name, golden):
 
     before = kept(plain)
     assert kept(make_lean(plain)) < 0.75 * before
+
+
+@pytest.mark.parametrize("name", ["vit", "rn"])
+def test_columns_behind_the_longest_caption_change_nothing(name, pair):
+    _, lean = pair(name)
+    columns = clip_backbone(lean).tokenizer.columns(TOKENS)
+    assert columns == 16  # of 11 that are used
+    found = []
+    for tokens in (TOKENS, TOKENS[:, :columns]):
+        lean.zero_grad(set_to_none=True)
+        features = lean.encode_text(tokens)
+        features.square().sum().backward()
+        found.append((features.detach(), lean.token_embedding.weight.grad))
+    for all_columns, few in zip(*found, strict=True):
+        torch.testing.assert_close(few, all_columns, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["vit", "rn"])
+def test_weights_that_are_folded_once_encode_the_same(name, pair):
+    _, lean = pair(name)
+    with torch.no_grad():
+        before = lean.encode_text(TOKENS)
+        with folded(lean), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LeanBlock, "fold", None)  # is not asked for again
+            torch.testing.assert_close(lean.encode_text(TOKENS), before, rtol=0, atol=0)
+        lean.transformer.resblocks[0].attn.in_proj_weight.mul_(2)
+        assert not torch.equal(lean.encode_text(TOKENS), before)
+
+
+def relu_of_sum(x, weight, added, scale, bias, *shape) -> torch.Tensor:
+    """What cuDNN's fused operation is."""
+    return F.relu(F.conv2d(x, weight, bias, *shape[:2]) + scale * added)
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_fused_convolution_reads_nothing_unwritten_and_is_replaced_where_there_is_none(
+    is_known, monkeypatch
+):
+    def refuses(*_: object) -> None:
+        raise RuntimeError("GET was unable to find an engine to execute this computation")
+
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 3, 9, 9), torch.randn(4, 3, 3, 3), torch.randn(4)
+    added = torch.randn(2, 4, 5, 5)
+    monkeypatch.setattr(lean_clip, "has_fused_kernel", lambda _: True)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", relu_of_sum if is_known else refuses)
+    # Memory that nobody wrote to, at its worst.
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **how: empty(*a, **how).fill_(torch.nan))
+    for other in (None, added):
+        expected = F.conv2d(x, weight, bias, 2, 1)
+        expected = F.relu(expected if other is None else expected + other)
+        found = convolution_then_relu(x, weight, bias, added=other, stride=2, padding=1)
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_lack_of_memory_is_no_lack_of_an_engine(monkeypatch):
+    def is_full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(lean_clip, "has_fused_kernel", lambda _: True)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", is_full)
+    with pytest.raises(torch.OutOfMemoryError):
+        convolution_then_relu(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 1, 1), torch.ones(1))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import search
+from cli.startup import pick_device
 from models.configuration import resolve_clip_options
 from models.encoder import load_encoder
 from runtime import precision
@@ -163,3 +164,11 @@ def test_an_index_keeps_to_its_precision_and_a_query_is_exact(drawn, golden, tmp
             ]
         )
     assert set(seen) == {"fp32"}
+
+
+def test_attention_is_never_cudnns():
+    """Its gradients have been NaN on GPUs of compute capability 9, where torch takes it first."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    pick_device("cpu")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()

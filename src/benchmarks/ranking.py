@@ -1,6 +1,6 @@
 """Queries ranked: ranks of their targets by counting, the k nearest, and the record of both for a split."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor
 from benchmarks.metrics import NO_RANK, Ranks
 from benchmarks.protocols import Protocol
 from benchmarks.splits import NO_ROW, Split
+
+COLUMNS = 2048  # that are compared at once on a CPU
 
 
 class NotFiniteError(ValueError):
@@ -22,6 +24,21 @@ def _check(similarity: Tensor) -> None:
     """
     if not (similarity.sum(1) < float("inf")).all():
         raise NotFiniteError("similarities that are not finite")
+
+
+def _count(
+    similarity: Tensor, compare: Callable[[Tensor, Tensor], Tensor], bound: Tensor
+) -> Tensor:
+    """How many of each row's similarities (Q, N) compare so with its bound (Q, 1), as (Q,) int32.
+
+    Columns are compared a part at a time on the CPU, in whose cache the outcome then stays. Counting in 32 bits is
+    twice as fast as in 64.
+    """
+    width = COLUMNS if similarity.device.type == "cpu" else max(similarity.shape[1], 1)
+    counts = torch.zeros(len(similarity), dtype=torch.int32, device=similarity.device)
+    for part in similarity.split(width, dim=1):
+        counts += compare(part, bound).sum(1, dtype=torch.int32)
+    return counts
 
 
 def target_ranks(similarity: Tensor, targets: Tensor) -> Tensor:
@@ -48,10 +65,8 @@ def target_ranks(similarity: Tensor, targets: Tensor) -> Tensor:
     of_target = similarity.gather(1, targets.unsqueeze(1))  # (Q, 1)
     if torch.isinf(of_target).any():
         raise ValueError("a target that was excluded has no rank")
-    # Counting in 32 bits is twice as fast as in 64.
-    before = (similarity > of_target).sum(1, dtype=torch.int32)
-    equal = (similarity == of_target).sum(1, dtype=torch.int32)
-    tied = (equal > 1).nonzero().flatten()
+    before = _count(similarity, torch.gt, of_target)
+    tied = (_count(similarity, torch.eq, of_target) > 1).nonzero().flatten()
     for row in tied.tolist():  # ties are rare: looked at one by one
         before[row] += (similarity[row, : targets[row]] == of_target[row]).sum()
     return before.long()
@@ -88,7 +103,7 @@ def nearest(similarity: Tensor, k: int) -> Tensor:
     _check(similarity)
     values, columns = similarity.topk(k, dim=1)
     # topk takes any of equal values: rows that have more of the last one than it took are sorted out in full.
-    torn = ((similarity >= values[:, -1:]).sum(1, dtype=torch.int32) > k).nonzero().flatten()
+    torn = (_count(similarity, torch.ge, values[:, -1:]) > k).nonzero().flatten()
     if len(torn):
         columns[torn] = similarity[torn].argsort(dim=1, descending=True, stable=True)[:, :k]
     columns = columns.sort(dim=1).values

@@ -71,7 +71,7 @@ def pick_device(name: str | None) -> "torch.device":
     import torch
 
     from runtime import distributed
-    from runtime.precision import exact_float32
+    from runtime.precision import choose_kernels
 
     try:
         own_gpu = name == "cuda" and torch.cuda.is_available()  # not everybody's first one
@@ -91,7 +91,7 @@ def pick_device(name: str | None) -> "torch.device":
     if device.type == "cuda":
         # Else pinned memory opens a context on the first GPU, whichever this is.
         torch.cuda.set_device(device)
-    exact_float32()
+    choose_kernels()
     distributed.start(device)
     if not distributed.is_main():
         logging.getLogger().setLevel(logging.WARNING)

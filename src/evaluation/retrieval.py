@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 MOST_VALUES = 2**28  # similarities in memory at one time: 1 GiB
 # On a CPU rather what its caches hold, but at least so many rows that the product stays efficient.
 CACHE_VALUES = 2**18
-CACHE_ROWS = 128
+CACHE_ROWS = 512
 EQUAL = 1e-6  # apart at most: similarities that are one value but for rounding
 FEW = 2  # images of a gallery that may well be equally near
 

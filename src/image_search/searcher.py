@@ -134,6 +134,7 @@ class Searcher:
             )
         self.index = index
         self.pair = pair
+        pair.encoder.fold()
 
     def __len__(self) -> int:
         return len(self.index)

@@ -21,6 +21,7 @@ OPENAI_PACKAGES = ("clip", "clip-anytorch")
 OTHER_PACKAGES = ("open_clip_torch", "timm", "transformers", "tokenizers")
 
 
+COLUMNS = 8  # of tokens come together: kernels are made for multiples
 AROUND = 4  # tokens at most that stand before and after those of a caption
 
 
@@ -33,12 +34,15 @@ class Tokenizer:
         context: columns that the text encoder takes.
         pad: fills the columns that a caption leaves.
         vocabulary: tokens that the text encoder knows.
+        is_trimmed: whether the text encoder takes fewer columns, and those behind a caption's end change nothing of its
+            features: its attention is causal, and its features are those of the end.
     """
 
     encode: Callable[[list[str], int], Tensor]
     context: int
     pad: int = 0
     vocabulary: int = 49408
+    is_trimmed: bool = False
     _told: list[int] = field(default_factory=list, repr=False, compare=False)
 
     def __call__(self, captions: list[str]) -> Tensor:
@@ -54,6 +58,14 @@ class Tokenizer:
                 f"{self.vocabulary}: put the model's own tokenizer beside its weights"
             )
         return tokens
+
+    def columns(self, tokens: Tensor) -> int:
+        """How many columns have to be encoded of tokens (context,) or (n, context) that are on the CPU."""
+        if not self.is_trimmed:
+            return self.context
+        used = (tokens != self.pad).view(-1, self.context).any(0).nonzero()
+        needed = int(used[-1]) + 1 if len(used) else 1
+        return min(self.context, -(-needed // COLUMNS) * COLUMNS)
 
     def cuts(self, caption: str) -> bool:
         """Whether a caption has more tokens than the text encoder takes."""

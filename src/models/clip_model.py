@@ -219,7 +219,9 @@ def backbone(model: CLIP) -> Backbone:
         std=CLIP_STD,
         interpolation="bicubic",
         resize_mode="shortest",
-        tokenizer=Tokenizer(tokenize, model.context_length, vocabulary=model.vocab_size),
+        tokenizer=Tokenizer(
+            tokenize, model.context_length, vocabulary=model.vocab_size, is_trimmed=True
+        ),
         checkpoint_gradients=checkpoint_gradients,
     )
 

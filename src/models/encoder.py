@@ -21,11 +21,12 @@ from models.backbone import Backbone, Tokenizer
 from models.clip_model import backbone as openai_backbone
 from models.clip_model import load_clip, load_finetuned, load_sized
 from models.configuration import Checkpoint
+from models.lean_clip import fold, folded
 from models.names import open_clip_name
 from runtime import distributed
 from runtime.choices import ORIGINAL, named
 from runtime.image_files import decoded, read_photo
-from runtime.precision import check_encode_precision, encoding
+from runtime.precision import HALF, check_encode_precision, encoding
 from runtime.progress import Counter
 from settings.groups import Clip
 from utils import LONGEST, SHORTEST, UserError
@@ -67,7 +68,7 @@ class Encoder:
         """
         chunks = distributed.shard(_chunks(paths, self.batch_size))
         encoded = [self._no_features()]
-        with _counter(sum(map(len, chunks)), what) as counter:
+        with _counter(sum(map(len, chunks)), what) as counter, self._folded():
             for pixels in self.loader.batches(chunks):
                 encoded.append(self._image_features(pixels))
                 counter.update(len(pixels))
@@ -97,7 +98,7 @@ class Encoder:
         loader = ImageLoader(read, self.loader.workers, self.device)
         chunks_of_shards = [_chunks(shard, self.batch_size) for shard in shards]
         batches = loader.batches(list(itertools.chain.from_iterable(chunks_of_shards)))
-        with _counter(sum(map(len, shards)), "images") as counter:
+        with _counter(sum(map(len, shards)), "images") as counter, self._folded():
             for chunks in chunks_of_shards:
                 encoded = [self._no_features()]
                 reasons: list[str] = []
@@ -127,17 +128,30 @@ class Encoder:
         with encoding(self.precision, self.device):
             return self.model.encode_text(tokens).float()
 
+    def _folded(self) -> contextlib.AbstractContextManager[None]:
+        """Make once, for many batches, the weights of the model that carry others, see `lean_clip`."""
+        return folded(self.model, HALF.get(self.precision))
+
+    def fold(self) -> None:
+        """The same for good: no weight of this encoder changes from now on, as where questions are answered."""
+        fold(self.model, HALF.get(self.precision))
+
     def _no_features(self) -> Tensor:
         return torch.empty(0, self.backbone.dim, device=self.device)
 
     @torch.no_grad()
     def captions(self, captions: list[str]) -> Tensor:
         """Captions to features (len(captions), D) on the device, in order; a repeated one is encoded once."""
-        unique = list(dict.fromkeys(captions))
+        tokenizer = self.backbone.tokenizer
+        tokens_of = {caption: _tokens(tokenizer, caption) for caption in captions}
+        # Captions of a length side by side, so that few of them are padded for a longer one.
+        unique = sorted(tokens_of, key=lambda caption: tokenizer.columns(tokens_of[caption]))
         encoded = [self._no_features()]
-        for chunk in distributed.shard(_chunks(unique, CAPTIONS_AT_ONCE)):
-            tokens = torch.stack([_tokens(self.backbone.tokenizer, caption) for caption in chunk])
-            encoded.append(self._text_features(tokens.to(self.device)))
+        with self._folded():
+            for chunk in distributed.shard(_chunks(unique, CAPTIONS_AT_ONCE)):
+                tokens = torch.stack([tokens_of[caption] for caption in chunk])
+                tokens = tokens[:, : tokenizer.columns(tokens)]
+                encoded.append(self._text_features(tokens.to(self.device)))
         row_of = {caption: row for row, caption in enumerate(unique)}
         rows = torch.tensor([row_of[caption] for caption in captions], device=self.device)
         features = distributed.gather_shards(torch.cat(encoded))

@@ -4,17 +4,19 @@ What a GPU loses most time and memory to in the clip package is not arithmetic b
 products. Here
 
 - a BatchNorm whose statistics are frozen is carried by the convolution before it, which the ReLU after it follows in
-  one operation; the BatchNorm's weight and bias go on learning (`Bottleneck`, `ModifiedResNet`);
+  one operation; the BatchNorm's weight and bias go on learning (`LeanBottleneck`, `LeanResNet`);
 - the weight and bias of a LayerNorm are carried by the linear layer after it, and QuickGELU's factors by the linear
   layers around it; what remains are the fused operations `layer_norm` and `silu`, which keep their input alone
-  (`ResidualAttentionBlock`);
+  (`LeanBlock`);
 - attention takes batches first, so that heads are views instead of copies, and texts are masked by the kernel instead
   of by a table that is copied to the device in each block.
 
-All of it is exact but for rounding.
+All of it is exact but for rounding. Weights that carry others are made in each pass, through which the others learn;
+where nothing learns, `folded` makes them once.
 """
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +42,51 @@ def make_lean(model: CLIP) -> CLIP:
     return model
 
 
+class Folding:
+    """A module whose products are with weights that carry other weights."""
+
+    folded: tuple[Tensor, ...] = ()
+
+    def fold(self) -> tuple[Tensor, ...]:
+        """Make the weights that carry others."""
+        raise NotImplementedError
+
+    def carrying(self) -> tuple[Tensor, ...]:
+        """Return those that `folded` has made, or make them."""
+        return self.folded or self.fold()
+
+
+@torch.no_grad()
+def fold(model: nn.Module, dtype: torch.dtype | None = None) -> list[Folding]:
+    """Make the weights of a model that carry others, for all passes from now on; none of its weights may change.
+
+    They take as much memory again as those that they are made of. Other models stay as they are.
+
+    Args:
+        dtype: that products are computed in under autocast, None without it.
+
+    Returns:
+        The modules that were not folded before.
+    """
+    modules: list[Folding] = []
+    for module in model.modules():
+        if isinstance(module, Folding) and not module.folded:
+            module.folded = tuple(weight.to(dtype or weight.dtype) for weight in module.fold())
+            modules.append(module)
+    return modules
+
+
+@contextlib.contextmanager
+def folded(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """The same for the passes of a context."""
+    modules = fold(model, dtype)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.folded = ()
+
+
 class LeanCLIP(CLIP):
     """CLIP whose text encoder takes batches first and waits for nothing."""
 
@@ -63,56 +110,78 @@ class LeanVisionTransformer(VisionTransformer):
         return self.ln_post(x[:, 0]) @ self.proj
 
 
-class LeanBlock(ResidualAttentionBlock):
+class LeanBlock(Folding, ResidualAttentionBlock):
     """A block of either transformer, batches first. A block with a mask is one of the text encoder, and causal."""
+
+    def fold(self) -> tuple[Tensor, ...]:
+        """Weight and bias of the projection to query, key and value, and of the layers around QuickGELU."""
+        attn, up, down = self.attn, self.mlp.c_fc, self.mlp.c_proj
+        return (
+            *_carry_norm(self.ln_1, attn.in_proj_weight, attn.in_proj_bias),
+            *_carry_norm(self.ln_2, QUICK_GELU * up.weight, QUICK_GELU * up.bias),
+            down.weight / QUICK_GELU,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, L, W) -> (b, L, W)."""
-        attn, up, down = self.attn, self.mlp.c_fc, self.mlp.c_proj
-        joint = _after_norm(x, self.ln_1, attn.in_proj_weight, bias=attn.in_proj_bias)  # (b, L, 3W)
+        attn = self.attn
+        in_weight, in_bias, up_weight, up_bias, down_weight = self.carrying()
+        joint = F.linear(_normalised(x, self.ln_1), in_weight, in_bias)  # (b, L, 3W)
         parts = joint.unflatten(-1, (3, attn.num_heads, -1)).transpose(1, 3)  # (b, heads, 3, L, d)
         query, key, value = parts.unbind(2)
         causal = self.attn_mask is not None
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
         x = x + attn.out_proj(mixed.transpose(1, 2).flatten(2))
-        hidden = _after_norm(
-            x, self.ln_2, QUICK_GELU * up.weight, bias=QUICK_GELU * up.bias
-        )  # (b, L, 4W)
-        return x + silu_then_linear(hidden, down.weight / QUICK_GELU, down.bias)
+        hidden = F.linear(_normalised(x, self.ln_2), up_weight, up_bias)  # (b, L, 4W)
+        return x + silu_then_linear(hidden, down_weight, self.mlp.c_proj.bias)
 
 
-def _after_norm(x: Tensor, norm: LayerNorm, weight: Tensor, *, bias: Tensor) -> Tensor:
-    """`linear(norm(x), weight, bias)`. Means and variances are taken in float32, whatever the type of x."""
+def _carry_norm(norm: LayerNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of one linear layer that does what a LayerNorm's own and a linear layer do."""
+    with torch.autocast(weight.device.type, enabled=False):
+        return weight * norm.weight, bias + weight @ norm.bias
+
+
+def _normalised(x: Tensor, norm: LayerNorm) -> Tensor:
+    """A LayerNorm without its weight and bias. Means and variances are taken in float32, whatever the type of x."""
     with torch.autocast(x.device.type, enabled=False):
-        normalised = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
-        bias = bias + weight @ norm.bias
-    return F.linear(normalised, weight * norm.weight, bias)
+        return F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
 
 
-class LeanBottleneck(Bottleneck):
+class LeanBottleneck(Folding, Bottleneck):
     """A residual block whose BatchNorms are carried by its convolutions."""
+
+    def fold(self) -> tuple[Tensor, ...]:
+        """Weight and bias of three convolutions, and of that of the way past them where there is one."""
+        own = ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
+        past = () if self.downsample is None else (tuple(self.downsample)[1:],)
+        return _carry_norms(*own, *past)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, C, h, w) -> (b, 4 planes, h / stride, w / stride)."""
+        carrying = self.carrying()
         identity = x
         if self.downsample is not None:
-            pool, convolution, norm = self.downsample
-            identity = F.conv2d(pool(x), *_carried(convolution, norm))
-        out = convolution_then_relu(x, *_carried(self.conv1, self.bn1))
-        out = convolution_then_relu(out, *_carried(self.conv2, self.bn2), padding=1)
-        return convolution_then_relu(
-            self.avgpool(out), *_carried(self.conv3, self.bn3), added=identity
-        )
+            weight, bias = carrying[6:]
+            identity = F.conv2d(self.downsample[0](x), weight, bias)
+        out = convolution_then_relu(x, *carrying[:2])
+        out = convolution_then_relu(out, *carrying[2:4], padding=1)
+        return convolution_then_relu(self.avgpool(out), *carrying[4:6], added=identity)
 
 
-class LeanResNet(ModifiedResNet):
+class LeanResNet(Folding, ModifiedResNet):
     """The ResNet whose BatchNorms are carried by its convolutions."""
+
+    def fold(self) -> tuple[Tensor, ...]:
+        """Weight and bias of the three convolutions before the blocks."""
+        return _carry_norms((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (b, 3, R, R) -> features (b, D)."""
-        x = convolution_then_relu(x, *_carried(self.conv1, self.bn1), stride=2, padding=1)
-        x = convolution_then_relu(x, *_carried(self.conv2, self.bn2), padding=1)
-        x = convolution_then_relu(x, *_carried(self.conv3, self.bn3), padding=1)
+        carrying = self.carrying()
+        x = convolution_then_relu(x, *carrying[:2], stride=2, padding=1)
+        x = convolution_then_relu(x, *carrying[2:4], padding=1)
+        x = convolution_then_relu(x, *carrying[4:], padding=1)
         x = self.avgpool(x)
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = layer(x)
@@ -128,11 +197,14 @@ LEAN = {
 }
 
 
-def _carried(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of one convolution that does what a convolution and its frozen BatchNorm do."""
-    scale = norm.weight * (norm.get_buffer("running_var") + norm.eps).rsqrt()  # (channels,)
-    weight = convolution.weight * scale[:, None, None, None]
-    return weight, norm.bias - norm.get_buffer("running_mean") * scale
+def _carry_norms(*pairs: tuple[nn.Conv2d, nn.BatchNorm2d]) -> tuple[Tensor, ...]:
+    """Weight and bias of one convolution for each pair: it does what the convolution and its frozen BatchNorm do."""
+    carrying: list[Tensor] = []
+    for convolution, norm in pairs:
+        scale = norm.weight * (norm.get_buffer("running_var") + norm.eps).rsqrt()  # (channels,)
+        carrying.append(convolution.weight * scale[:, None, None, None])
+        carrying.append(norm.bias - norm.get_buffer("running_mean") * scale)
+    return tuple(carrying)
 
 
 def _in_half(x: Tensor, *weights: Tensor | None) -> list[Tensor | None]:
@@ -175,32 +247,51 @@ def convolution_then_relu(
 ) -> Tensor:
     """`relu(conv2d(x, weight, bias) + added)`, which keeps `x` and its own output for the backward pass alone."""
     if torch.compiler.is_compiling():
-        out = F.conv2d(x, weight, bias, stride=stride, padding=padding)
+        out = F.conv2d(x, weight, bias, stride, padding)
         return F.relu(out if added is None else out + added)
     return _ConvolutionThenReLU.apply(*_in_half(x, weight, bias, added), stride, padding)
+
+
+def has_fused_kernel(x: Tensor) -> bool:
+    """Whether cuDNN may have one kernel for a convolution of x, a sum and a ReLU."""
+    return x.is_cuda and x.dtype != torch.float32
+
+
+def _in_one_kernel(
+    x: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None, *, stride: int, padding: int
+) -> Tensor | None:
+    """`relu(conv2d(x, weight, bias) + added)`, None where cuDNN has no such kernel for this GPU and these sizes."""
+    scale = 1.0
+    if added is None:
+        # The kernel adds something whatever is asked for, and `cudnn_convolution_relu` hands it memory that nobody has
+        # written to: 0 * NaN is NaN.
+        scale = 0.0
+        sides = [(side + 2 * padding - weight.shape[2]) // stride + 1 for side in x.shape[2:]]
+        shape_out = (len(x), len(weight), *sides)
+        added = torch.empty(
+            shape_out, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+        ).zero_()
+    try:
+        return torch.cudnn_convolution_add_relu(
+            x, weight, added, scale, bias, [stride] * 2, [padding] * 2, [1, 1], 1
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # cuDNN's "unable to find an engine"
+        return None
 
 
 class _ConvolutionThenReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, added, stride, padding):
-        shape: dict[str, Any] = {
-            "stride": [stride, stride],
-            "padding": [padding, padding],
-            "dilation": [1, 1],
-            "groups": 1,
-        }
-        if x.is_cuda and x.dtype != torch.float32:  # cuDNN does all of it in one kernel
-            if added is None:
-                out = torch.cudnn_convolution_relu(x, weight, bias, **shape)
-            else:
-                out = torch.cudnn_convolution_add_relu(
-                    x, weight, added, alpha=1.0, bias=bias, **shape
-                )
-        else:
-            out = F.conv2d(x, weight, bias, stride=stride, padding=padding)
+        out = None
+        if has_fused_kernel(x):
+            out = _in_one_kernel(x, weight, bias, added, stride=stride, padding=padding)
+        if out is None:
+            out = F.conv2d(x, weight, bias, stride, padding)
             out = (out if added is None else out.add_(added)).relu_()
         ctx.save_for_backward(x, weight, out)
-        ctx.shape = shape
+        ctx.shape = [stride, stride], [padding, padding], [1, 1]
         return out
 
     @staticmethod
@@ -211,10 +302,11 @@ class _ConvolutionThenReLU(torch.autograd.Function):
             gradient,
             x,
             weight,
-            bias_sizes=[len(weight)],
-            transposed=False,
-            output_padding=[0, 0],
-            output_mask=ctx.needs_input_grad[:3],
-            **ctx.shape,
+            [len(weight)],
+            *ctx.shape,
+            False,
+            [0, 0],
+            1,
+            ctx.needs_input_grad[:3],
         )
         return *gradients, gradient if ctx.needs_input_grad[3] else None, None, None

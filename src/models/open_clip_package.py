@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbone import Backbone, Tokenizer
@@ -44,6 +45,7 @@ try:
     from open_clip.pretrained import download_pretrained_from_hf
     from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+    from open_clip.transformer import TextTransformer, text_global_pool
 
     if not open_clip.__version__.startswith("3."):
         raise ImportError(f"here is {open_clip.__version__}")
@@ -236,6 +238,7 @@ def _write(folder: Path, *, content: Mapping[str, Any], own: Any, text_files: st
 
 def _ready(model: Any, device: torch.device) -> nn.Module:
     model = model.float().eval().to(device)
+    take_any_columns(model)
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.visual.modules())
     if device.type == "cuda" and convolutions > 1:  # more than the one that makes patches
         model.visual.to(memory_format=torch.channels_last)
@@ -494,6 +497,7 @@ def _checked_tokenizer(own: Any, config: Mapping[str, Any], source: str) -> Toke
         context=own.context_length,
         pad=getattr(made, "pad_token_id", None) or 0,
         vocabulary=text.get("vocab_size", ANY if "hf_model_name" in text else 49408),
+        is_trimmed=is_trimmed(text),
     )
     with _refusing(f"{source}: its tokenizer cannot be used ({{}}): fetch it again"):
         tokenizer(["a"])
@@ -588,3 +592,54 @@ def _converted(state: dict[str, Any], model: Any) -> dict[str, Any]:
     if positions not in own:
         state.pop(positions, None)
     return state
+
+
+def is_trimmed(text: Mapping[str, Any]) -> bool:
+    """Whether a text encoder's features are those of the end of a caption, and nothing behind it counts.
+
+    Args:
+        text: its part of a model's configuration.
+    """
+    looks_back = not text.get("no_causal_mask") and not text.get("embed_cls")
+    at_the_end = text.get("pool_type", "argmax") in ("argmax", "eos")
+    return looks_back and at_the_end and not text.get("hf_model_name")
+
+
+def take_any_columns(model: nn.Module) -> None:
+    """Let the text encoders in a model take any number of columns: open_clip's own want all that they know."""
+    for module in model.modules():
+        if type(module) in ANY_COLUMNS:
+            module.__class__ = ANY_COLUMNS[type(module)]
+
+
+class TrimmedCLIP(open_clip.CLIP):
+    """open_clip's own form of CLIP, whose text encoder is a part of itself."""
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """Tokens (b, L) -> features (b, D)."""
+        columns = text.shape[1]
+        x = self.token_embedding(text) + self.positional_embedding[:columns]
+        mask = None if self.attn_mask is None else self.attn_mask[:columns, :columns]
+        x = self.ln_final(self.transformer(x, attn_mask=mask))  # (b, L, W)
+        end = getattr(self, "text_eos_id", None)
+        x = text_global_pool(x, text, self.text_pool_type, eos_token_id=end)
+        if isinstance(self.text_projection, nn.Linear):
+            x = self.text_projection(x)
+        elif self.text_projection is not None:
+            x = x @ self.text_projection
+        return F.normalize(x, dim=-1) if normalize else x
+
+
+class TrimmedTextTransformer(TextTransformer):
+    """open_clip's text encoder of the models whose encoders are two modules."""
+
+    def _embeds(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, mask = super()._embeds(text)
+        columns = x.shape[1]
+        return x, None if mask is None else mask[..., :columns, :columns]
+
+
+ANY_COLUMNS: dict[type, Any] = {
+    open_clip.CLIP: TrimmedCLIP,
+    TextTransformer: TrimmedTextTransformer,
+}

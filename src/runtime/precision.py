@@ -1,4 +1,4 @@
-"""In what precision a device multiplies: stated here, and left to no default of torch.
+"""In what precision a device multiplies, and by which kernels: stated here, and left to no default of torch.
 
 On a GPU torch rounds the inputs of float32 convolutions to TF32 (10 bits of mantissa) unless it is told not to, and
 those of matrix products not. Here float32 means float32, and TF32 is used where it is asked for.
@@ -13,6 +13,16 @@ from torch import Tensor
 from utils import UserError
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_kernels() -> None:
+    """Let no float32 product round its inputs, and no attention be cuDNN's.
+
+    On GPUs of compute capability 9 gradients of cuDNN's attention have been NaN (pytorch issues 139298 and 196678).
+    torch's own kernels are as exact, and what it takes there without this line is cuDNN's.
+    """
+    exact_float32()
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def exact_float32() -> None:

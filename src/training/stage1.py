@@ -66,7 +66,8 @@ def fine_tuning(
     learned = learned_groups(choose_trained(model, flags.encoder), loss)
     on_gpu = encoder.device.type == "cuda"
     return Task(
-        batches=triplet_batches(encoder, data),
+        # A compiled step is compiled anew for each number of columns.
+        batches=triplet_batches(encoder, data, trim=not flags.compile),
         steps=data.order.steps,
         model=SumFeatures(model, encoder.backbone),
         module=model,
@@ -82,28 +83,36 @@ def fine_tuning(
     )
 
 
-def triplet_batches(encoder: Encoder, data: TrainingData) -> Batches:
-    """Batches of reference and target images (b, 3, R, R) uint8 and caption tokens (b, L), with target ids (b,)."""
+def triplet_batches(encoder: Encoder, data: TrainingData, *, trim: bool = True) -> Batches:
+    """Batches of reference and target images (b, 3, R, R) uint8 and caption tokens (b, L), with target ids (b,).
+
+    Args:
+        trim: leave out the columns behind a batch's longest caption, where they change nothing.
+    """
     paths = data.train.paths
     reference_rows = torch.tensor(data.train.reference_rows)  # (T,)
     target_rows = torch.tensor(data.train.target_rows)  # (T,)
     texts = list(itertools.chain.from_iterable(data.texts))
-    tokens = encoder.backbone.tokenizer(texts)  # (T * V, L)
-    encoder.backbone.tokenizer.warn_of_cuts(texts, tokens)
+    tokenizer = encoder.backbone.tokenizer
+    tokens = tokenizer(texts)  # (T * V, L)
+    tokenizer.warn_of_cuts(texts, tokens)
     tokens = tokens.unflatten(0, (len(data.texts), -1))
 
     def batches(epoch: int, first_step: int = 0) -> Iterable[Batch]:
         rows, variants = (table[first_step:] for table in data.order.batches(epoch))  # (steps, b)
-        captions = tokens[rows, variants].to(encoder.device)  # (steps, b, L)
+        captions = tokens[rows, variants]  # (steps, b, L)
+        columns = [tokenizer.columns(own) if trim else tokenizer.context for own in captions]
+        captions = captions.to(encoder.device)
         ids = target_rows[rows].to(encoder.device)
         images = torch.cat([reference_rows[rows], target_rows[rows]], dim=1)  # (steps, 2b)
         files = []
         for step in images.tolist():
             files.append([paths[row] for row in step])
         pixels = encoder.loader.batches(files)
-        for both, own_captions, own_ids in zip(pixels, captions, ids, strict=True):
+        steps = zip(pixels, captions, columns, ids, strict=True)
+        for both, own_captions, own_columns, own_ids in steps:
             references, targets = both.chunk(2)
-            yield [references, targets, own_captions], own_ids
+            yield [references, targets, own_captions[:, :own_columns]], own_ids
 
     return batches
 
