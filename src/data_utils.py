@@ -9,15 +9,15 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
-from torchvision.transforms import functional as F
 
 from runtime import interruption
 from runtime.collate import Collate, batch_room
@@ -27,6 +27,61 @@ from utils import REMEDIES, WORKERS_REMEDY, UserError, first_line
 
 # Of open files, processes and memory, which shared memory has nothing to do with.
 LIMITS = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
+
+
+# torchvision does the same to the same bits; to import it takes a second, for its models bring torch's compiler.
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+Step = Callable[[Image.Image], Image.Image]
+
+
+def pad(image: Image.Image, margins: tuple[int, ...]) -> Image.Image:
+    """Add margins of value 0 in the image's own mode.
+
+    Args:
+        margins: pixels to the left and right, above and below; or left, above, right, below.
+    """
+    bands = len(image.getbands())
+    padded = ImageOps.expand(image, margins, fill=(0,) * bands if bands > 1 else 0)
+    if image.mode == "P":
+        padded.putpalette(image.getpalette() or [])
+    return padded
+
+
+class Resize:
+    """Resize an image so that its shorter side has `side` pixels, the longer one rounded down."""
+
+    def __init__(self, side: int, interpolation: str) -> None:
+        self.side = side
+        self.resampling = RESAMPLING[interpolation]
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        shortest = min(image.size)
+        width, height = (
+            self.side if pixels == shortest else int(self.side * pixels / shortest)
+            for pixels in image.size
+        )
+        same = (width, height) == image.size
+        return image if same else image.resize((width, height), self.resampling)
+
+
+class Squash(Resize):
+    """Resize an image to a square, whatever its proportions."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        size = (self.side, self.side)
+        return image if image.size == size else image.resize(size, self.resampling)
+
+
+class CenterCrop:
+    """Cut a square of `side` pixels out of the middle of an image that is no smaller."""
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        left, top = round((width - self.side) / 2), round((height - self.side) / 2)
+        return image.crop((left, top, left + self.side, top + self.side))
 
 
 class SquarePad:
@@ -40,7 +95,7 @@ class SquarePad:
     def __call__(self, image: Image.Image) -> Image.Image:
         """The padded image, in its own mode."""
         margins = self.margins(*image.size)
-        return F.pad(image, list(margins), 0, padding_mode="constant") if any(margins) else image
+        return pad(image, margins) if any(margins) else image
 
 
 class TargetPad(SquarePad):
@@ -63,21 +118,29 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-class FitInside:
+class FitInside(Resize):
     """Resize an image so that its longer side is `side`, and zero-pad it to a square, as open_clip's `longest` does."""
-
-    def __init__(self, side: int, interpolation: InterpolationMode) -> None:
-        self.side = side
-        self.interpolation = interpolation
 
     def __call__(self, image: Image.Image) -> Image.Image:
         longest = max(image.size)
         width, height = (round(pixels * self.side / longest) for pixels in image.size)
-        resized = F.resize(image, [height, width], self.interpolation)
+        same = (width, height) == image.size
+        resized = image if same else image.resize((width, height), self.resampling)
         left = (self.side - width) // 2
         top = (self.side - height) // 2
-        margins = [left, top, self.side - width - left, self.side - height - top]
-        return F.pad(resized, margins, 0, padding_mode="constant")
+        return pad(resized, (left, top, self.side - width - left, self.side - height - top))
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """PIL image to bytes (3, R, R), uint8, in steps."""
+
+    steps: tuple[Step, ...]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        for step in self.steps:
+            image = step(image)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def make_preprocess(
@@ -87,7 +150,7 @@ def make_preprocess(
     *,
     interpolation: str = "bicubic",
     resize_mode: str = "shortest",
-) -> Compose:
+) -> Preprocess:
     """PIL image to bytes (3, resolution, resolution), uint8; `normalise` makes CLIP's input of them.
 
     An image is padded in the mode it was opened in. It becomes RGB after resizing, as in CLIP's pipeline.
@@ -99,20 +162,16 @@ def make_preprocess(
         interpolation: of the model's own evaluations.
         resize_mode: of the model's own evaluations, which `clip` alone follows: what is padded keeps its proportions.
     """
-    how = InterpolationMode(interpolation)
-    steps: list[Callable[[Any], Any]] = [
-        Resize(resolution, interpolation=how),
-        CenterCrop(resolution),
-    ]
+    steps: list[Step] = [Resize(resolution, interpolation), CenterCrop(resolution)]
     if transform == "squarepad":
         steps.insert(0, SquarePad())
     elif transform == "targetpad":
         steps.insert(0, TargetPad(target_ratio))
     elif resize_mode == "squash":
-        steps = [Resize((resolution, resolution), interpolation=how)]
+        steps = [Squash(resolution, interpolation)]
     elif resize_mode == "longest":
-        steps = [FitInside(resolution, how)]
-    return Compose([*steps, to_rgb, PILToTensor()])
+        steps = [FitInside(resolution, interpolation)]
+    return Preprocess((*steps, to_rgb))
 
 
 Colour = tuple[float, float, float]  # red, green, blue, in 0 to 1
@@ -135,7 +194,7 @@ Reader = Callable[[Path], Tensor]  # image file -> preprocessed bytes (3, R, R)
 
 def load_image(
     path: Path | BinaryIO,
-    preprocess: Compose,
+    preprocess: Preprocess,
     opened: Callable[[Any], Image.Image] = decoded,
 ) -> Tensor:
     """Open and preprocess one image, (3, R, R) uint8.

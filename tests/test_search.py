@@ -456,7 +456,7 @@ def test_answers_equal_validates_ranking_of_the_same_gallery(
     index(
         gallery,
         name=golden / "clip_vit.pt",
-        flags=["--clip-model-path", golden / "tuned_clip_vit.pt"],
+        flags=["--clip-model-path", golden / "tuned_clip_vit.pt", "--background", "original"],
     )
     queries = json.loads((tmp_path / "r.json").read_text())["queries"][split.name]
     for query in queries[:6]:

@@ -3,6 +3,7 @@
 import functools
 import logging
 import urllib.error
+import urllib.request  # which the clip package uses and does not import
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,7 @@ def load_clip(name: str, device: torch.device) -> CLIP:
     Raises:
         UserError: unknown name, failed download, or a file that no CLIP can be built from.
     """
-    path = find_clip(name)
-    if path is None:
-        return ready(_download(name), device)
+    path = find_clip(name) or _download(name)
     source = f"--clip-model-name {path}"
     found = read_clip(path)
     if found.activation == "gelu":
@@ -130,13 +129,13 @@ def ready(model: CLIP, device: torch.device) -> CLIP:
     return model
 
 
-def _download(name: str) -> CLIP:
-    """A pretrained CLIP by name, from the clip package's cache or its download server."""
+def _download(name: str) -> Path:
+    """The archive of a pretrained CLIP, from the clip package's cache or its download server."""
     url = clip.clip._MODELS[name]
     cached = Path("~/.cache/clip").expanduser() / Path(url).name
     try:
         with distributed.first_on_machine():
-            return clip.load(name, device="cpu")[0]
+            return Path(clip.clip._download(url, str(cached.parent)))
     except (OSError, RuntimeError, urllib.error.URLError) as error:
         raise UserError(
             f"--clip-model-name {name} could not be downloaded ({first_line(error)}): fetch {url} elsewhere and put "

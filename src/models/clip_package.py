@@ -1,11 +1,36 @@
-"""OpenAI's clip package, which this file alone imports: without its warning, and without its question for a GPU."""
+"""OpenAI's clip package, which this file alone imports: without its warning, its question for a GPU, and torchvision.
 
+The package takes torchvision's preprocessing, which `data_utils` does here to the same bits; to import torchvision
+takes a second, because its models bring torch's compiler along.
+"""
+
+import sys
 import warnings
+from types import ModuleType
 from unittest import mock
+
+TRANSFORMS = ("Compose", "Resize", "CenterCrop", "ToTensor", "Normalize", "InterpolationMode")
+
+
+def _stand_ins() -> dict[str, ModuleType]:
+    """What is imported in torchvision's place, unless that is there already."""
+    if "torchvision" in sys.modules:
+        return {}
+    transforms = ModuleType("torchvision.transforms")
+    for name in TRANSFORMS:
+        setattr(transforms, name, mock.Mock())
+    package = ModuleType("torchvision")
+    package.__path__ = []
+    return {"torchvision": package, "torchvision.transforms": transforms}
+
 
 # The package asks for a GPU when it is imported. What a process that has asked forks cannot use one, and `demo.py`
 # forks all of its commands: the package is told that there is none. No default of it that would follow is used.
-with warnings.catch_warnings(), mock.patch("torch.cuda.is_available", return_value=False):
+with (
+    warnings.catch_warnings(),
+    mock.patch("torch.cuda.is_available", return_value=False),
+    mock.patch.dict(sys.modules, _stand_ins()),
+):
     # clip-anytorch imports pkg_resources, which warns that it is deprecated.
     warnings.simplefilter("ignore")
     import clip

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import PIL
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from data_utils import ImageLoader, load_image, make_preprocess, read_or_explain
@@ -144,13 +143,17 @@ class Encoder:
         """Captions to features (len(captions), D) on the device, in order; a repeated one is encoded once."""
         tokenizer = self.backbone.tokenizer
         tokens_of = {caption: _tokens(tokenizer, caption) for caption in captions}
-        # Captions of a length side by side, so that few of them are padded for a longer one.
-        unique = sorted(tokens_of, key=lambda caption: tokenizer.columns(tokens_of[caption]))
+        columns_of = {caption: tokenizer.columns(tokens) for caption, tokens in tokens_of.items()}
+        # Captions of a length together: none is padded for another, so its features depend on no other, to the bit.
+        unique = sorted(columns_of, key=columns_of.__getitem__)
+        chunks = []
+        for _, of_a_length in itertools.groupby(unique, key=columns_of.__getitem__):
+            chunks += _chunks(list(of_a_length), CAPTIONS_AT_ONCE)
         encoded = [self._no_features()]
         with self._folded():
-            for chunk in distributed.shard(_chunks(unique, CAPTIONS_AT_ONCE)):
+            for chunk in distributed.shard(chunks):
                 tokens = torch.stack([tokens_of[caption] for caption in chunk])
-                tokens = tokens[:, : tokenizer.columns(tokens)]
+                tokens = tokens[:, : columns_of[chunk[0]]]
                 encoded.append(self._text_features(tokens.to(self.device)))
         row_of = {caption: row for row, caption in enumerate(unique)}
         rows = torch.tensor([row_of[caption] for caption in captions], device=self.device)
@@ -214,8 +217,11 @@ def _counter(total: int, what: str) -> Counter:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that images and features pass through."""
-    packages = {"torch": torch, "torchvision": torchvision, "pillow": PIL}
-    return {name: str(package.__version__) for name, package in packages.items()}
+    return {
+        "torch": str(torch.__version__),
+        **_installed(["torchvision"]),
+        "pillow": PIL.__version__,
+    }
 
 
 def _installed(packages: Sequence[str]) -> dict[str, str]:
