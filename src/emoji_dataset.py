@@ -59,8 +59,7 @@ class Layouts:
         root: the data root to be.
         pixels: all pictures.
         queries: of each split.
-        alike: split -> for each of its queries, six pictures that look alike.
-        seed: of what is drawn at random.
+        alike: val and test -> for each of its queries, six pictures that look alike.
     """
 
     def __init__(
@@ -70,13 +69,11 @@ class Layouts:
         queries: Queries,
         *,
         alike: Mapping[str, Sequence[tuple[Picture, ...]]],
-        seed: int,
     ) -> None:
         self.root = root
         self.pixels = pixels
         self.queries = queries
         self.alike = alike
-        self.seed = seed
 
     def fashioniq(self) -> None:
         """Three categories, JPEGs on white, queries with one target."""
@@ -110,12 +107,14 @@ class Layouts:
             name = "test1" if split == "test" else split
             entries = []
             used = set()
-            for query, members in zip(queries, self.alike[split], strict=True):
+            for place, query in enumerate(queries):
                 if len(query.targets) > 1:
                     continue
-                entry = _cirr_entry(len(kinds), query, members)
+                entry = _cirr_entry(len(kinds), query)
                 kinds[str(entry["pairid"])] = query.kind
-                used |= {member.name for member in members}
+                used |= {query.reference.name, query.targets[0].name}
+                if split in self.alike:
+                    entry["img_set"] = _image_set(query, self.alike[split][place])
                 if split == "test":
                     answers[str(entry["pairid"])] = entry.pop("target_hard")
                     del entry["target_soft"]
@@ -164,7 +163,7 @@ class Layouts:
         answers = {}
         for split, queries in self.queries.items():
             lines = []
-            for number, (query, members) in enumerate(zip(queries, self.alike[split], strict=True)):
+            for number, query in enumerate(queries):
                 line: dict[str, Any] = {
                     "id": number,
                     "reference": f"{query.reference.name}.png",
@@ -172,8 +171,9 @@ class Layouts:
                     "target": [f"{target.name}.png" for target in query.targets],
                     "kind": query.kind,
                 }
-                if split != "train":
-                    line["group"] = [f"{member.name}.png" for member in members]
+                if split in self.alike:
+                    group = self.alike[split][number]
+                    line["group"] = [f"{member.name}.png" for member in group]
                 if split == "test":
                     answers[str(number)] = line.pop("target")
                 lines.append(json.dumps(line, ensure_ascii=False))
@@ -210,7 +210,7 @@ def _with_one_target(queries: Iterable[Query]) -> list[Query]:
     return [query for query in queries if len(query.targets) == 1]
 
 
-def _cirr_entry(pair_id: int, query: Query, members: tuple[Picture, ...]) -> dict[str, Any]:
+def _cirr_entry(pair_id: int, query: Query) -> dict[str, Any]:
     """A query as CIRR's annotations have it."""
     (target,) = query.targets
     return {
@@ -219,12 +219,16 @@ def _cirr_entry(pair_id: int, query: Query, members: tuple[Picture, ...]) -> dic
         "target_hard": target.name,
         "target_soft": {target.name: 1.0},
         "caption": query.captions[0],
-        "img_set": {
-            "id": pair_id,
-            "members": [member.name for member in members],
-            "reference_rank": members.index(query.reference),
-            "target_rank": members.index(target),
-        },
+    }
+
+
+def _image_set(query: Query, members: tuple[Picture, ...]) -> dict[str, Any]:
+    """A query's group as CIRR's annotations have it."""
+    return {
+        "id": 0,
+        "members": [member.name for member in members],
+        "reference_rank": members.index(query.reference),
+        "target_rank": members.index(query.targets[0]),
     }
 
 
@@ -316,9 +320,10 @@ def main(argv: list[str] | None = None) -> None:
         rng = random.Random(f"{args.seed} {split}")
         most = args.train_triplets if split == "train" else args.eval_queries
         queries[split] = sample(divided[split], most, rng)
-        alike[split] = groups(queries[split], divided[split], rng)
+        if split != "train":  # whose groups no training reads
+            alike[split] = groups(queries[split], divided[split], rng)
     check_apart(queries)
-    layouts = Layouts(args.output_dir, pixels, queries, alike=alike, seed=args.seed)
+    layouts = Layouts(args.output_dir, pixels, queries, alike=alike)
     for name in args.layouts:
         LAYOUTS[name](layouts)
 

@@ -28,25 +28,20 @@ ROLES = {
     "deaf_woman": ("woman", "deaf"), "deaf_man": ("man", "deaf"), "deaf_person": ("person", "deaf"),
 }  # fmt: skip
 GENDER_IS_NOT_SEEN = ("cartwheeling",)
-# Activity -> name -> who.
+# Activity -> name -> who. People of no gender look like men here, or like a woman and a man.
 PAIRS = {
     "holding hands": {
-        "women_holding_hands": "women", "men_holding_hands": "men", "people_holding_hands": "people",
-        "woman_and_man_holding_hands": "a woman and a man",
+        "women_holding_hands": "women", "men_holding_hands": "men", "woman_and_man_holding_hands": "a woman and a man",
     },
     "kissing": {
-        "kiss_woman_woman": "women", "kiss_man_man": "men", "kiss_person_person": "people", "kiss": "people",
-        "kiss_woman_man": "a woman and a man",
+        "kiss_woman_woman": "women", "kiss_man_man": "men", "kiss_woman_man": "a woman and a man",
     },
     "in love": {
         "couple_with_heart_woman_woman": "women", "couple_with_heart_man_man": "men",
-        "couple_with_heart_person_person": "people", "couple_with_heart": "people",
         "couple_with_heart_woman_man": "a woman and a man",
     },
-    "wrestling": {"women_wrestling": "women", "men_wrestling": "men", "people_wrestling": "people"},
-    "with bunny ears": {
-        "women_with_bunny_ears": "women", "men_with_bunny_ears": "men", "people_with_bunny_ears": "people",
-    },
+    "wrestling": {"women_wrestling": "women", "men_wrestling": "men"},
+    "with bunny ears": {"women_with_bunny_ears": "women", "men_with_bunny_ears": "men"},
     "handshake": {"handshake": ""},
 }  # fmt: skip
 

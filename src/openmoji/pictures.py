@@ -87,8 +87,8 @@ def read_pictures(side: int, concepts: int | None = None) -> dict[Picture, bytes
         named.append((names.get(shown.replace("\ufe0f", ""), ""), svg))
     bases = {TONE.sub("", name) for name, _ in named}
     pictures = [describe(name, svg, bases) for name, svg in named]
-    # Of what looks the same, the picture whose name says more is kept: man_cook, not cook.
-    pictures.sort(key=lambda picture: (-len(picture.name), picture.name))
+    # Of what looks the same, the picture of which more is known is kept: man_cook, not cook.
+    pictures.sort(key=lambda picture: (not picture.family, -len(picture.name), picture.name))
     pixels: dict[Picture, bytes] = {}
     seen = set()
     for picture in pictures if concepts is None else _few(pictures, concepts):

@@ -5,6 +5,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from openmoji.catalogue import CONCEPT_IS_A_FACT
 from openmoji.pictures import Picture
@@ -33,8 +34,7 @@ class Query:
     kind: str
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """A reference and a target that differ in some facts alone.
 
     Attributes:

@@ -111,7 +111,7 @@ SAID = {
         "five": ("5", "năm"), "six": ("6", "sáu"), "seven": ("7", "bảy"), "eight": ("8", "tám"),
         "nine": ("9", "chín"), "ten": ("10", "mười"),
     },
-    "who": {"women": ("two women", ""), "men": ("two men", ""), "people": ("two gender-neutral people", "")},
+    "who": {"women": ("two women", ""), "men": ("two men", "")},
     "role": {
         "royal": ("someone with a crown", ""), "Claus": ("someone dressed as Santa", ""),
         "pregnant": ("someone pregnant", ""), "deaf": ("someone who signals being deaf", ""),
@@ -200,7 +200,7 @@ def said(fact: str, value: str) -> str:
     if fact == "flag colours":
         *others, last = words.split(", ")
         return f"{', '.join(others)} and {last}" if others else last
-    if fact == "role" and (words.startswith(("in ", "with ")) or words.endswith("ing")):
+    if fact == "role" and (words.startswith(("in ", "with ")) or "ing" in words):
         return f"someone {words}"
     if fact in ("role", "animal", "gesture") or (fact == "expression" and "face" in words.split()):
         is_vowel = words[0].lower() in "aeiou" and not words.startswith("uni")
