@@ -43,8 +43,8 @@ ASPECTS = {
     "age": "comparative_statement", "two changes": "statement_with_conjunction", "direction": "viewpoint",
     "face or body": "viewpoint", "front or side": "viewpoint", "colour": "direct_addressing",
 }  # fmt: skip
-ATTRIBUTION = """The images in this folder are pictures of OpenMoji (https://openmoji.org), the open-source emoji and icon project,
-version {version}, rendered to pixels. License: CC BY-SA 4.0, https://creativecommons.org/licenses/by-sa/4.0/
+ATTRIBUTION = """The images in this folder are pictures of OpenMoji (https://openmoji.org), the open-source emoji and
+icon project, version {version}, rendered to pixels. License: CC BY-SA 4.0, https://creativecommons.org/licenses/by-sa/4.0/
 Whoever passes them on names OpenMoji and the license, and passes changed pictures on under the same license.
 """
 
@@ -96,7 +96,7 @@ class Layouts:
         self._attribute(folder)
 
     def cirr(self) -> None:
-        """Groups of six that look alike, PNGs on white, queries with one target; test1's targets apart from the rest."""
+        """Groups of six that look alike, PNGs on white, queries with one target; test1's targets apart."""
         folder = self.root / "cirr_dataset"
         for picture, png in self.pixels.items():
             _write_bytes(folder / "images" / f"{picture.name}.png", _on_white(png, "PNG"))
@@ -298,7 +298,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--train-triplets", type=positive_int, default=2500, help="of each kind, at most"
     )
     parser.add_argument(
-        "--eval-queries", type=positive_int, default=100, help="of each kind in val and test, at most"
+        "--eval-queries",
+        type=positive_int,
+        default=100,
+        help="of each kind in val and test, at most",
     )
     parser.add_argument(
         "--concepts", type=positive_int, help="take so many of each family alone (default: all)"

@@ -7,6 +7,11 @@ import re
 
 Facts = tuple[tuple[str, str], ...]
 
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 # Families whose concept is one of the facts, so that two pictures may differ in it.
 CONCEPT_IS_A_FACT = {"people", "hand", "animal", "face", "flag", "time", "number"}
 
@@ -57,22 +62,22 @@ POINTING = {
     "leftwards_pushing_hand": ("pushing hand", "left"), "rightwards_pushing_hand": ("pushing hand", "right"),
     "thumbs_up": ("thumb", "up"), "thumbs_down": ("thumb", "down"),
 }  # fmt: skip
-GESTURES = """
+GESTURES = _words("""
     OK_hand call_me_hand clapping_hands crossed_fingers flexed_biceps folded_hands hand_with_fingers_splayed
     hand_with_index_finger_and_thumb_crossed heart_hands index_pointing_at_the_viewer index_pointing_up
-    love-you_gesture middle_finger oncoming_fist open_hands palm_down_hand palm_up_hand palms_up_together pinched_fingers pinching_hand
-    raised_back_of_hand raised_fist raised_hand raising_hands sign_of_the_horns victory_hand vulcan_salute
+    love-you_gesture middle_finger oncoming_fist open_hands palm_down_hand palm_up_hand palms_up_together
+    pinched_fingers pinching_hand raised_back_of_hand raised_fist raised_hand raising_hands sign_of_the_horns victory_hand vulcan_salute
     waving_hand writing_hand
-""".split()
+""")
 
 # Faces
 
 EXPRESSION = re.compile(r"(^|_)face(_|$)|star-struck|rolling_on_the_floor_laughing|exploding_head")
-NO_EXPRESSION = set("""
+NO_EXPRESSION = _words("""
     new_moon_face first_quarter_moon_face last_quarter_moon_face full_moon_face sun_with_face wind_face mouse_face
     cow_face tiger_face rabbit_face cat_face dragon_face horse_face monkey_face dog_face pig_face clown_face
     angry_face_with_horns smiling_face_with_horns
-""".split())  # fmt: skip
+""")
 EXPRESSION_OF_CAT = {
     "grinning_cat": "grinning_face_with_big_eyes",
     "grinning_cat_with_smiling_eyes": "grinning_face_with_smiling_eyes",
@@ -104,13 +109,28 @@ def _add(family: str, concept: str, names: dict[str, str], fact: str) -> None:
         THINGS[name] = (family, concept, ((fact, value),))
 
 
-COLORS = ("red", "orange", "yellow", "green", "light blue", "blue", "purple", "brown", "black", "grey", "pink", "white")
+COLORS = (
+    "red",
+    "orange",
+    "yellow",
+    "green",
+    "light blue",
+    "blue",
+    "purple",
+    "brown",
+    "black",
+    "grey",
+    "pink",
+    "white",
+)
 for _thing in ("heart", "circle", "square", "apple"):
     _names = {f"{color.replace(' ', '_')}_{_thing}": color for color in COLORS}
     _add("color", _thing, _names, "colour")
 _add("color", "book", {f"{color}_book": color for color in ("green", "blue", "orange")}, "colour")
 _add("color", "mushroom", {"mushroom": "red", "brown_mushroom": "brown"}, "colour")
-_add("color", "question mark", {"red_question_mark": "red", "white_question_mark": "white"}, "colour")
+_add(
+    "color", "question mark", {"red_question_mark": "red", "white_question_mark": "white"}, "colour"
+)
 _add("color", "flag on a pole", {"white_flag": "white", "black_flag": "black"}, "colour")
 _add("color", "button", {"black_square_button": "black", "white_square_button": "white"}, "colour")
 
@@ -122,14 +142,16 @@ for _color in ("black", "white"):
 for _color in ("orange", "blue"):
     _diamonds = {f"{_size}_{_color}_diamond": _size for _size in ("small", "large")}
     _add("size", f"{_color} diamond", _diamonds, "size")
-_add("size", "cloud", {"sun_behind_small_cloud": "small", "sun_behind_large_cloud": "large"}, "size")
+_add(
+    "size", "cloud", {"sun_behind_small_cloud": "small", "sun_behind_large_cloud": "large"}, "size"
+)
 
-HOURS = "one two three four five six seven eight nine ten eleven twelve".split()
+HOURS = _words("one two three four five six seven eight nine ten eleven twelve")
 for _hour in HOURS:
     _times = {f"{_hour}_o’clock": f"{_hour} o'clock", f"{_hour}-thirty": f"half past {_hour}"}
     _add("time", _hour, _times, "time")
 
-DIGITS = "zero one two three four five six seven eight nine ten".split()
+DIGITS = _words("zero one two three four five six seven eight nine ten")
 for _number, _word in enumerate(DIGITS):
     _add("number", _word, {f"keycap_{_number}": _word}, "number")
 _add("medal", "medal", {f"{place}_place_medal": place for place in ("1st", "2nd", "3rd")}, "place")
@@ -188,18 +210,18 @@ for _fact, _values, _table in (
     for _thing, _twins in _table.items():
         _add(_fact, _thing, dict(zip(_twins, _values, strict=True)), _fact)
 
-BODIES = """
+BODIES = _words("""
     rat mouse ox water_buffalo cow tiger leopard rabbit black_cat cat dragon crocodile whale snail snake horse ram goat
     ewe rooster dog pig boar elephant octopus ant honeybee lady_beetle fish tropical_fish blowfish turtle bird penguin
     poodle dolphin hamster bat shark owl butterfly deer lizard rhinoceros shrimp squid giraffe zebra hedgehog sauropod
     T-Rex cricket kangaroo llama peacock hippopotamus parrot lobster mosquito badger swan mammoth dodo sloth otter
     orangutan skunk flamingo beaver bison seal eagle duck turkey crab scorpion spider fly beetle cockroach goose orca
     moose donkey monkey chipmunk gorilla jellyfish
-""".split()
-FACES = """
+""")
+FACES = _words("""
     mouse_face cow_face tiger_face rabbit_face cat_face dragon_face horse_face monkey_face dog_face pig_face frog wolf
     bear polar_bear panda koala fox lion unicorn raccoon
-""".split()
+""")
 for _view, _names_of_view in (("body", BODIES), ("face", FACES)):
     for _name in _names_of_view:
         _animal = _name.removesuffix("_face").replace("_", " ")

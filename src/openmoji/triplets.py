@@ -150,9 +150,7 @@ def _like(target: Picture, among: Sequence[Picture], fact: str) -> tuple[Picture
     return (target, *others)
 
 
-def _more_or_less(
-    change: Change, fact: str, *, order: Sequence[str], rng: random.Random
-) -> Query:
+def _more_or_less(change: Change, fact: str, *, order: Sequence[str], rng: random.Random) -> Query:
     """A query that each picture with more, or with less, answers; the least different one is the first."""
     place = order.index(change.reference.shown[fact])
     is_more = order.index(change.target.shown[fact]) > place
@@ -192,12 +190,15 @@ def groups(
     for query in queries:
         target = query.targets[0]
         family = by_family[target.family]
-        others = by_concept[target.family, target.concept] + rng.sample(family, min(20, len(family)))
+        others = by_concept[target.family, target.concept] + rng.sample(
+            family, min(20, len(family))
+        )
         strangers = rng.sample(pictures, GROUP_SIZE)
         facts = set(target.facts)
-        others.sort(key=lambda other: -len(facts & set(other.facts)))  # noqa: B023
+        others.sort(key=lambda other: -len(facts & set(other.facts)))
         look_alikes = [
-            other for other in dict.fromkeys(others + strangers)
+            other
+            for other in dict.fromkeys(others + strangers)
             if other != query.reference and other not in query.targets
         ]
         members = [query.reference, target, *look_alikes[: GROUP_SIZE - 2]]

@@ -38,7 +38,8 @@ MORE_AND_LESS = {
 }  # fmt: skip
 
 ENGLISH = {
-    "gender": ("{new} instead of {old}", "make it {new}", "change {old} to {new}", "is {new}", "now {new}, same otherwise"),
+    "gender": ("{new} instead of {old}", "make it {new}", "change {old} to {new}", "is {new}",
+               "now {new}, same otherwise"),
     "skin": ("with {new} skin", "has a {new} skin tone", "{new} skin instead of {old}", "change the skin to {new}",
              "make the skin {new}", "{new} skin tone"),
     "left skin": ("the left one has {new} skin", "{new} skin on the left", "make the skin of the left one {new}",
@@ -58,7 +59,8 @@ ENGLISH = {
     "colour": ("in {new}", "is {new}", "change the color to {new}", "{new} instead of {old}", "make it {new}",
                "the same but {new}"),
     "size": ("{new} in size", "make it {new}", "a {new} one", "{new} instead of {old}", "the {new} version"),
-    "time": ("shows {new}", "{new} instead of {old}", "set the clock to {new}", "it is {new}", "change the time to {new}"),
+    "time": ("shows {new}", "{new} instead of {old}", "set the clock to {new}", "it is {new}",
+             "change the time to {new}"),
     "number": ("the number {new}", "{new} instead of {old}", "change it to {new}", "shows {new}", "make it {new}"),
     "place": ("{new} place", "the medal for {new} place", "{new} instead of {old}", "change it to {new} place",
               "came {new}, not {old}"),
@@ -97,7 +99,9 @@ SAID = {
         "white_hair": ("with white hair", "tóc trắng"), "blond_hair": ("with blond hair", "tóc vàng"),
         "bald": ("without hair", "hói đầu"), "beard": ("with a beard", "có râu"),
     },
-    "age": {"child": ("a child", "trẻ em"), "adult": ("a grown-up", "người lớn"), "old": ("an old person", "người già")},
+    "age": {
+        "child": ("a child", "trẻ em"), "adult": ("a grown-up", "người lớn"), "old": ("an old person", "người già"),
+    },
     "direction": {"left": ("left", "trái"), "right": ("right", "phải")},
     "colour": {
         "red": ("red", "đỏ"), "orange": ("orange", "cam"), "yellow": ("yellow", "vàng"), "green": ("green", "xanh lá"),
@@ -150,7 +154,9 @@ OWN: Mapping[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("cả con vật", "toàn thân"),
     ),
     ("open", "open"): (("open it", "opened", "the same but open", "is open now", "not closed any more"), ("mở ra",)),
-    ("open", "closed"): (("close it", "shut", "the same but closed", "is closed now", "not open any more"), ("đóng lại",)),
+    ("open", "closed"): (
+        ("close it", "shut", "the same but closed", "is closed now", "not open any more"), ("đóng lại",),
+    ),
     ("count", "one"): (("only one", "just one of them", "a single one", "one instead of several", "without the others"),
                        ("chỉ một",)),
     ("count", "several"): (("more than one", "several of them", "two or more", "add another one", "not just one"),
@@ -164,14 +170,21 @@ OWN: Mapping[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("được phép", "bỏ dấu cấm"),
     ),
     ("view", "from the front"): (
-        ("from the front", "coming towards me", "seen from ahead", "front view", "show the front"), ("nhìn từ phía trước",),
+        ("from the front", "coming towards me", "seen from ahead", "front view", "show the front"),
+        ("nhìn từ phía trước",),
     ),
     ("view", "from the side"): (
         ("from the side", "driving past", "seen from its side", "side view", "show the side"), ("nhìn từ bên hông",),
     ),
 }  # fmt: skip
 # Words that sound wrong with what people say elsewhere of a direction.
-UP_AND_DOWN = ("pointing {new}", "{new} instead of {old}", "turn it {new}", "the same but {new}", "make it point {new}")
+UP_AND_DOWN = (
+    "pointing {new}",
+    "{new} instead of {old}",
+    "turn it {new}",
+    "the same but {new}",
+    "make it point {new}",
+)
 
 
 def wordings(fact: str, old: str, new: str) -> tuple[list[str], list[str]]:
