@@ -15,7 +15,7 @@ from openmoji.pictures import Picture, read_pictures
 from openmoji.triplets import WORDINGS_OF_A_PAIR, Change, ask, changes, check_apart, divide, sample
 from openmoji.wordings import KINDS, TWO_CHANGES, wordings
 
-FEW = "--concepts 3 --side 32 --train-triplets 12 --eval-queries 6".split()
+FEW = ["--concepts", "3", "--side", "32", "--train-triplets", "12", "--eval-queries", "6"]
 
 
 @pytest.fixture(scope="module")

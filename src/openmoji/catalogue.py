@@ -66,7 +66,8 @@ GESTURES = _words("""
     OK_hand call_me_hand clapping_hands crossed_fingers flexed_biceps folded_hands hand_with_fingers_splayed
     hand_with_index_finger_and_thumb_crossed heart_hands index_pointing_at_the_viewer index_pointing_up
     love-you_gesture middle_finger oncoming_fist open_hands palm_down_hand palm_up_hand palms_up_together
-    pinched_fingers pinching_hand raised_back_of_hand raised_fist raised_hand raising_hands sign_of_the_horns victory_hand vulcan_salute
+    pinched_fingers pinching_hand raised_back_of_hand raised_fist raised_hand raising_hands sign_of_the_horns
+    victory_hand vulcan_salute
     waving_hand writing_hand
 """)
 

@@ -181,8 +181,9 @@ def _pair(base: str, tones: list[str]) -> Known | None:
     for activity, of_whom in catalogue.PAIRS.items():
         if base in of_whom:
             left, right = (tones * 2)[:2] if tones else ("yellow", "yellow")
-            who = [("who", of_whom[base])] if len(of_whom) > 1 else []
-            return "pair", activity, tuple([*who, ("left skin", left), ("right skin", right)])
+            skins = (("left skin", left), ("right skin", right))
+            who = (("who", of_whom[base]),) if len(of_whom) > 1 else ()
+            return "pair", activity, who + skins
     return None
 
 

@@ -3,7 +3,7 @@
 import itertools
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -107,12 +107,13 @@ def sample(pictures: Sequence[Picture], most: int, rng: random.Random) -> list[Q
     for possible in of_kind.values():
         rng.shuffle(possible)
         wanted = min(most, WORDINGS_OF_A_PAIR * len(possible))
-        asked = set()
+        asked: set[Hashable] = set()
         for change in itertools.islice(itertools.cycle(possible), wanted):
             query = ask(change, rng)
-            key = (query.reference, query.targets[0], query.captions[0])
-            if key not in asked:
-                asked.add(key)
+            asks = (query.reference.name, query.targets[0].name)
+            keys = {(*asks, query.captions[0]), (*asks, frozenset(query.captions))}
+            if not keys & asked:
+                asked |= keys
                 queries.append(query)
     rng.shuffle(queries)
     return queries
