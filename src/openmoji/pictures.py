@@ -143,7 +143,7 @@ def describe(name: str, svg: Path, bases: set[str]) -> Picture:
         or _face(base)
         or catalogue.THINGS.get(base)
     )
-    if known is None and tones:
+    if known is None and len(tones) == 1:
         known = "other people", base, (("skin", tones[0]),)
     family, concept, facts = known or ("", "", ())
     return Picture(file_name, svg, family, concept, tuple(facts))
@@ -171,7 +171,8 @@ def _flag_colors(svg: Path) -> list[str]:
     cloth = decoded(io.BytesIO(render(svg, FLAG_SIDE))).convert("RGB").crop(FLAG_CLOTH)
     areas: Counter[str] = Counter()
     for count, color in cloth.getcolors(cloth.width * cloth.height) or []:
-        areas[catalogue.FLAG_COLORS.get("{:02x}{:02x}{:02x}".format(*color), "")] += count
+        assert isinstance(color, tuple)  # as that of every RGB image
+        areas[catalogue.FLAG_COLORS.get(bytes(color).hex(), "")] += count
     least = LEAST_AREA * cloth.width * cloth.height
     return sorted(color for color, area in areas.items() if color and area > least)
 
