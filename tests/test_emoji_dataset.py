@@ -62,7 +62,8 @@ def test_own_triplets_are_transparent_and_the_rest_is_on_white(few):
     white += few.glob("circo_dataset/COCO2017_unlabeled/unlabeled2017/*.png")
     for path in white:
         with Image.open(path) as image:
-            assert (image.mode, image.getpixel((0, 0))) == ("RGB", (255, 255, 255)), path
+            assert image.mode == "RGB", path
+            assert min(image.getpixel((0, 0))) > (240 if path.suffix == ".jpg" else 254), path
 
 
 def test_each_query_has_a_kind_and_some_have_several_targets(few):
@@ -93,7 +94,6 @@ def test_a_target_differs_from_its_reference_in_what_is_asked_for_alone(pictures
         one, other = change.reference.shown, change.target.shown
         differing = {fact for fact in one if one[fact] != other[fact]}
         assert differing == set(change.facts) or change.reference.family == "flag"
-        assert len(differing) < len(one) or change.reference.family == change.target.family
 
 
 def test_every_kind_is_said_in_five_ways(pictures):
