@@ -2,8 +2,8 @@
 
     python bench/moe_study.py            (about 40 minutes on 2 cores; writes bench/results/moe_study.json)
 
-Stage 1 is trained once on each layout, with settings for drawn shapes; then each Combiner with each seed. A recall is that of
-each seed's best validation; loads are those of the last epoch.
+Stage 1 is trained once on each layout, with settings for drawn shapes; then each Combiner with each seed. A recall
+is that of each seed's best validation; loads are those of the last epoch.
 """
 
 import argparse
