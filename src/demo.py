@@ -196,7 +196,7 @@ class Demo:
         images = self.folder / "data" / "cirr_dataset" / "images"
         index: Words = (folder / "index", *exported)
         self.run("search.py", "index", "--images", images, "--num-workers", "0", "--output", *index)
-        reference = min(images.glob("*_heart.png"))
+        reference = images / "blue_heart.png"
         question = ("--image", reference, "--text", "change the color to red", "--k", "5")
         self.run("search.py", "query", *question, "--index", *index)
 
