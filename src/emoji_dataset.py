@@ -317,6 +317,10 @@ def main(argv: list[str] | None = None) -> None:
     check_writable({"--output-dir": args.output_dir})
     pixels = read_pictures(args.side, args.concepts)
     divided = divide(pixels, args.seed)
+    if not all(divided.values()):
+        raise UserError(
+            "--concepts is too small to divide among train, val and test: give 3 or more"
+        )
     queries = {}
     alike = {}
     for split in SPLITS:

@@ -121,6 +121,14 @@ def test_more_and_less_are_answered_by_every_picture_that_has_it():
         assert not any("medium" in caption for caption in query.captions)
 
 
+def test_too_few_concepts_to_divide_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        emoji_dataset.main(["--output-dir", str(tmp_path), "--concepts", "1"])
+    assert stop.value.code == 2
+    assert "--concepts" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("script", [demo, emoji_dataset])
 def test_a_missing_package_is_one_line_with_the_remedy(script, monkeypatch, tmp_path, capsys):
     found = importlib.util.find_spec
