@@ -15,15 +15,15 @@ IN_PARALLEL = -n auto --dist loadfile
 
 .PHONY: demo app test quick soak bench gpu-check lint types audit lock format architecture clean
 
-demo: $(VENV)/runtime-installed
+demo: $(VENV)/demo-installed
 	$(BIN)/python src/demo.py
 
-app: $(VENV)/app-installed
+app: $(VENV)/app-installed $(VENV)/demo-installed
 	test -d demo/submission || $(BIN)/python src/demo.py
-	$(BIN)/python src/search.py index --images demo/data/fashionIQ_dataset/images --output demo/index \
-		--clip-model-path $$(ls -d demo/models/FashionIQ_clip/* | tail -1)
+	$(BIN)/python src/search.py index --images demo/data/cirr_dataset/images --output demo/index \
+		--clip-model-path $$(ls -d demo/models/CIRR_clip/* | tail -1)
 	$(BIN)/python src/demo_app.py --index demo/index \
-		--combiner-path $$(ls -d demo/models/FashionIQ_moe/*/seed_0 | tail -1)
+		--combiner-path $$(ls -d demo/models/CIRR_moe/*/seed_0 | tail -1)
 
 test: $(VENV)/dev-installed
 	$(BIN)/python -m pytest $(IN_PARALLEL) tests
@@ -83,6 +83,10 @@ $(VENV)/runtime-installed: requirements.txt | $(BIN)/python
 
 $(VENV)/app-installed: requirements-app.txt $(VENV)/runtime-installed
 	$(call install,requirements-app.txt)
+	touch $@
+
+$(VENV)/demo-installed: requirements-demo.txt $(VENV)/runtime-installed
+	$(call install,requirements-demo.txt)
 	touch $@
 
 $(VENV)/dev-installed: requirements-dev.txt $(VENV)/app-installed

@@ -1,4 +1,4 @@
-"""What the demo's recipe makes of towers like SigLIP's and EVA's, as small as its CLIP, over several seeds.
+"""What the recipe for drawn shapes makes of towers like SigLIP's and EVA's, as small as its CLIP, over several seeds.
 
     python bench/backbone_study.py       (about 45 minutes of a core; writes bench/results/backbone_study.json)
 
@@ -27,8 +27,9 @@ import combiner_train
 import shapes_dataset
 from benchmarks import BENCHMARKS
 from benchmarks.metrics import mean_and_deviation
-from demo import STAGE_1, STAGE_2, best_weights
+from demo import best_weights
 from models.encoder import versions
+from runs import SHAPES_STAGE_1, SHAPES_STAGE_2
 from utils import seed_everything
 
 SHOWN = {
@@ -187,11 +188,13 @@ def measure(
     data = ["--dataset", dataset, "--data-root", str(folder / "data"), "--seed", str(seed)]
     data += ["--num-workers", "0", "--output-dir"]
     flags = ["--clip-model-name", clip, "--image-cache", str(folder / "pixels")]
-    clip_fine_tune.main([*data, str(output / "clip"), *flags, *STAGE_1.split(), *learning_rate])
+    clip_fine_tune.main(
+        [*data, str(output / "clip"), *flags, *SHAPES_STAGE_1.split(), *learning_rate]
+    )
     (run,) = (output / "clip").iterdir()
     weights = best_weights(run, BENCHMARKS[dataset].best_clips())
     flags = ["--clip-model-path", str(weights), "--clip-model-name", clip]
-    combiner_train.main([*data, str(output / "combiner"), *flags, *STAGE_2.split()])
+    combiner_train.main([*data, str(output / "combiner"), *flags, *SHAPES_STAGE_2.split()])
     (other,) = (output / "combiner").iterdir()
     first = next(iter(BENCHMARKS[dataset].selection))
     metric = SHOWN[dataset][0]
@@ -208,7 +211,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--datasets", nargs="+", choices=SHOWN, default=["FashionIQ"])
     parser.add_argument("--models", nargs="+", help="of the three (default: all)")
-    parser.add_argument("--learning-rate", help="of stage 1 (default: the demo's)")
+    parser.add_argument("--learning-rate", help="of stage 1 (default: that for drawn shapes)")
     parser.add_argument("--as-made", action="store_true", help="do not even out, see `even_out`")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()

@@ -2,8 +2,8 @@
 
     python bench/moe_study.py            (about 40 minutes on 2 cores; writes bench/results/moe_study.json)
 
-Stage 1 is trained once on each layout, with the demo's settings; then each Combiner with each seed. A recall is that of
-each seed's best validation; loads are those of the last epoch.
+Stage 1 is trained once on each layout, with settings for drawn shapes; then each Combiner with each seed. A recall
+is that of each seed's best validation; loads are those of the last epoch.
 """
 
 import argparse
@@ -22,9 +22,9 @@ import shapes_dataset
 from benchmarks import BENCHMARKS
 from benchmarks.metrics import mean_and_deviation
 from combiner import build_combiner
-from demo import STAGE_1, STAGE_2, best_weights
+from demo import best_weights
 from models.encoder import versions
-from runs import columns
+from runs import SHAPES_STAGE_1, SHAPES_STAGE_2, columns
 from training.hyper_parameters import read_hyper_parameters
 
 SHOWN = {
@@ -67,7 +67,7 @@ def methods() -> dict[str, list[str]]:
 
 
 def tuned_clip(folder: Path, dataset: str) -> Path:
-    """Stage 1 of the demo; returns its weights."""
+    """Stage 1 on drawn shapes; returns its weights."""
     flags = [
         "--dataset",
         dataset,
@@ -78,7 +78,9 @@ def tuned_clip(folder: Path, dataset: str) -> Path:
         "--image-cache",
         str(folder / "pixels"),
     ]
-    clip_fine_tune.main([*flags, *STAGE_1.split(), "--output-dir", str(folder / "clip" / dataset)])
+    clip_fine_tune.main(
+        [*flags, *SHAPES_STAGE_1.split(), "--output-dir", str(folder / "clip" / dataset)]
+    )
     (run,) = (folder / "clip" / dataset).iterdir()
     return best_weights(run, BENCHMARKS[dataset].best_clips())
 
@@ -95,7 +97,7 @@ def measure(
         str(folder),
         "--clip-model-path",
         str(clip),
-        *STAGE_2.split(),
+        *SHAPES_STAGE_2.split(),
     ]
     words += ["--feature-cache", str(folder / "features"), "--output-dir", str(output), *flags]
     combiner_train.main([*words, "--seeds", *map(str, seeds)])

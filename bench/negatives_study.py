@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python bench/negatives_study.py
 
-Stage 1 is trained once on each layout, with the demo's settings; then a plain Combiner with each kind of negatives,
+Stage 1 is trained once on each layout; then a plain Combiner with each kind of negatives,
 batch size and seed, all for as many epochs. A recall is that of each seed's best validation.
 """
 

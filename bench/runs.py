@@ -18,6 +18,15 @@ from timing import Setting
 from training.trainer import Trainer
 
 SKIPPED = "skipped steps: "
+# What the studies train with on the drawn benchmarks.
+SHAPES_STAGE_1 = (
+    "--num-epochs 7 --learning-rate 1e-3 --batch-size 128 --validation-frequency 3 "
+    "--save-training --save-best"
+)
+SHAPES_STAGE_2 = (
+    "--num-epochs 41 --combiner-lr 1e-3 --batch-size 512 --validation-frequency 10 --save-training --save-best "
+    "--projection-dim 256 --hidden-dim 512"
+)
 
 
 def columns(file: Path) -> dict[str, list[float]]:

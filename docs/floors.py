@@ -17,7 +17,7 @@ FLOORS = [
     {"settings"},
     {"models"},
     {"training", "evaluation", "image_search"},
-    {"cli"},
+    {"cli", "openmoji"},
     SCRIPTS,
 ]
 FLOOR_OF = {

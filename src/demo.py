@@ -1,4 +1,4 @@
-"""The whole system on drawn data, in minutes on a CPU: draw, train both stages, validate, submit, export, search.
+"""The whole system on OpenMoji's pictures, in minutes on a CPU: train both stages, validate, submit, export, search.
 
 python src/demo.py            (or `make demo`)
 python src/demo.py --seeds 0 1 2
@@ -7,6 +7,7 @@ python src/demo.py --seeds 0 1 2
 import argparse
 import importlib
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from benchmarks import BENCHMARKS
 from benchmarks.metrics import shown
 from cli.parsers import ScriptParser
+from openmoji.pictures import check_packages
 from reports.tables import text_table
 from settings.flag_types import Several, seed_int, usable_path
 from utils import PROJECT_ROOT, UserError, command
@@ -38,17 +41,19 @@ PACKAGES = (
     "training.trainer",
 )  # fmt: skip
 CAN_FORK = sys.platform == "linux"
-SHOWN = {
-    "FashionIQ": ("average_recall_at10", "average_recall_at50", "average_recall"),
-    "CIRR": ("recall_at1", "recall_at5", "group_recall_at1", "mean(R@5+R_s@1)"),
-}
+DATASET = "CIRR"  # the layout that is trained on
+SHOWN = ("recall_at1", "recall_at5", "recall_at10", "group_recall_at1", "mean(R@5+R_s@1)")
+PLACES_BY_KIND = 10  # of the recall that is given for each kind of query
 COMBINERS = {"plain Combiner": "clip4cir", "MoE Combiner": "moe"}
 # With the CLIP of stage 1: what a query is worth without its text, without its image, and with both.
 UNLEARNED = {"stage-1 image alone": "image", "stage-1 text alone": "text", "stage-1 sum": "sum"}
-STAGE_1 = "--num-epochs 7 --learning-rate 1e-3 --batch-size 128 --validation-frequency 3 --save-training --save-best"
+STAGE_1 = (
+    "--num-epochs 2 --learning-rate 1e-3 --batch-size 128 --validation-frequency 1 --mask-duplicate-targets "
+    "--save-training --save-best"
+)
 STAGE_2 = (
-    "--num-epochs 41 --combiner-lr 1e-3 --batch-size 512 --validation-frequency 10 --save-training --save-best "
-    "--projection-dim 256 --hidden-dim 512"
+    "--num-epochs 5 --combiner-lr 1e-3 --batch-size 512 --validation-frequency 2 --mask-duplicate-targets "
+    "--save-training --save-best --projection-dim 256 --hidden-dim 512"
 )
 NEXT = """
 Next, with real data: put FashionIQ and CIRR where fashionIQ_dataset/README.md and cirr_dataset/README.md say, then
@@ -71,7 +76,7 @@ class Demo:
     def __init__(self, folder: Path, seeds: Sequence[int]) -> None:
         self.folder = folder
         self.seeds = seeds
-        # Images of 40 pixels are decoded sooner than processes for it are started.
+        # Images so small are decoded sooner than processes for it are started.
         self.on_data: Words = ("--data-root", folder / "data", "--num-workers", "0")
 
     def run(self, script: str, *flags: Word) -> None:
@@ -87,57 +92,72 @@ class Demo:
         self.run(script, *flags, *self.on_data, "--output-dir", runs)
         return max(runs.iterdir(), key=lambda run: run.stat().st_mtime)
 
-    def validate(self, dataset: str, name: str, *flags: Word) -> Path:
-        """Run a validation; returns the file of its result."""
-        file = self.folder / "metrics" / f"{dataset}_{name}.json"
-        self.run("validate.py", "--dataset", dataset, *flags, *self.on_data, "--metrics-json", file)
+    def validate(self, name: str, *flags: Word) -> Path:
+        """Run a validation; returns the file of its rankings, with the result beside it."""
+        file = self.folder / "metrics" / f"{name}.json"
+        rankings = self.folder / "rankings" / f"{name}.json"
+        files: Words = ("--metrics-json", file, "--rankings", rankings, "--rankings-k", "10")
+        self.run("validate.py", "--dataset", DATASET, *flags, *self.on_data, *files)
         return file
 
-    def benchmark(self, dataset: str) -> tuple[str, Words]:
-        """Train and validate all methods on a benchmark; returns the table, and the flags of the last MoE pair."""
+    def benchmark(self) -> tuple[dict[str, list[Path]], Words]:
+        """Train and validate all methods; returns the results of each, and the flags of the last MoE pair."""
         clip_name: Words = ("--clip-model-name", self.folder / "data" / "tiny_clip_vit.pt")
-        clip = self.fine_tune(dataset, clip_name)
-        results = {"zero-shot sum": [self.validate(dataset, "zero-shot", *by("sum"), *clip_name)]}
+        clip = self.fine_tune(clip_name)
+        results = {"zero-shot sum": [self.validate("zero-shot", *by("sum"), *clip_name)]}
         for method, function in UNLEARNED.items():
-            results[method] = [self.validate(dataset, f"stage-1_{function}", *by(function), *clip)]
+            results[method] = [self.validate(f"stage-1_{function}", *by(function), *clip)]
         for method, kind in COMBINERS.items():
-            pairs = self.train_combiners(dataset, kind, clip)
+            pairs = self.train_combiners(kind, clip)
             results[method] = []
             for seed, pair in zip(self.seeds, pairs, strict=True):
-                results[method].append(self.validate(dataset, f"{kind}_{seed}", *pair))
+                results[method].append(self.validate(f"{kind}_{seed}", *pair))
         self.run("compare.py", *results["plain Combiner"], *results["MoE Combiner"])
-        metrics = {}
-        for method, files in results.items():
-            metrics[method] = [read_metrics(file) for file in files]
-        titles = {metric: BENCHMARKS[dataset].titles[metric] for metric in SHOWN[dataset]}
-        return table(metrics, titles), pairs[-1]
+        return results, pairs[-1]
 
-    def fine_tune(self, dataset: str, clip_name: Words) -> Words:
+    def fine_tune(self, clip_name: Words) -> Words:
         """Train stage 1; returns the flags of its weights."""
-        flags = [
-            "--dataset",
-            dataset,
-            *clip_name,
-            *STAGE_1.split(),
-            "--image-cache",
-            self.folder / "pixels",
-        ]
-        run = self.train("clip_fine_tune.py", f"{dataset}_clip", *flags)
-        return "--clip-model-path", best_weights(run, BENCHMARKS[dataset].best_clips())
+        pixels: Words = ("--image-cache", self.folder / "pixels")
+        flags = ["--dataset", DATASET, *clip_name, *STAGE_1.split(), *pixels]
+        run = self.train("clip_fine_tune.py", f"{DATASET}_clip", *flags)
+        return "--clip-model-path", best_weights(run, BENCHMARKS[DATASET].best_clips())
 
-    def train_combiners(self, dataset: str, kind: str, clip: Words) -> list[Words]:
+    def train_combiners(self, kind: str, clip: Words) -> list[Words]:
         """Train stage 2 with each seed; returns the flags of each trained pair."""
-        flags = ["--dataset", dataset, *clip, "--combiner-type", kind, *STAGE_2.split()]
+        flags = ["--dataset", DATASET, *clip, "--combiner-type", kind, *STAGE_2.split()]
         flags += ["--feature-cache", self.folder / "features", "--seeds", *map(str, self.seeds)]
-        run = self.train("combiner_train.py", f"{dataset}_{kind}", *flags)
+        run = self.train("combiner_train.py", f"{DATASET}_{kind}", *flags)
         pairs: list[Words] = []
         for seed in self.seeds:
-            weights = best_weights(run / f"seed_{seed}", BENCHMARKS[dataset].best_combiners())
+            weights = best_weights(run / f"seed_{seed}", BENCHMARKS[DATASET].best_combiners())
             pairs.append(("--combining-function", "combiner", *clip, "--combiner-path", weights))
         return pairs
 
+    def by_kind(self, results: Mapping[str, Sequence[Path]]) -> str:
+        """The recall of each method among the queries of each kind, as a table."""
+        kind_of = json.loads((self.folder / "data" / "cirr_kinds.json").read_text())
+        rows: dict[str, dict[str, str]] = {}
+        for method, files in results.items():
+            of_kind = defaultdict(list)
+            for file in files:
+                for kind, found in self._found(file.name, kind_of).items():
+                    of_kind[kind].append(100 * statistics.fmean(found))
+                    rows.setdefault(kind, {"queries": str(len(found))})
+            for kind, recalls in of_kind.items():
+                rows[kind][method] = shown(recalls)
+        return text_table(dict(sorted(rows.items())))
+
+    def _found(self, name: str, kind_of: Mapping[str, str]) -> dict[str, list[bool]]:
+        """Kind -> for each of its queries, whether the target is among the first places."""
+        content = json.loads((self.folder / "rankings" / name).read_text())
+        found = defaultdict(list)
+        for query in itertools.chain(*content["queries"].values()):
+            (answers,) = query["protocols"].values()
+            found[kind_of[str(query["pair_id"])]].append(answers["rank"] < PLACES_BY_KIND)
+        return found
+
     def submit(self, pair: Words) -> dict[str, float]:
-        """Write a CIRR submission and score it with the answers that the drawing kept apart."""
+        """Write a CIRR submission and score it with the answers that were kept apart."""
         folder = self.folder / "submission"
         self.run(
             "cirr_test_submission.py",
@@ -167,16 +187,17 @@ class Demo:
         run = Path(pair[-1]).parents[2]
         folder = self.folder / "exported" / run.name
         weights = [word for word in pair if word not in ("--combining-function", "combiner")]
-        result = self.folder / "metrics" / f"CIRR_moe_{self.seeds[-1]}.json"
+        result = self.folder / "metrics" / f"moe_{self.seeds[-1]}.json"
         self.run("export.py", *weights, "--output", folder / "pair", "--results", result)
         if importlib.util.find_spec("faiss") is None:
             print("\nTo search with it: pip install -r requirements-app.txt")
             return
         exported: Words = ("--pair", folder / "pair")
-        images = self.folder / "data" / "cirr_dataset" / "dev"
+        images = self.folder / "data" / "cirr_dataset" / "images"
         index: Words = (folder / "index", *exported)
         self.run("search.py", "index", "--images", images, "--num-workers", "0", "--output", *index)
-        question = ("--image", min(images.glob("*.png")), "--text", "is red", "--k", "5")
+        reference = images / "blue_heart.png"
+        question = ("--image", reference, "--text", "change the color to red", "--k", "5")
         self.run("search.py", "query", *question, "--index", *index)
 
 
@@ -254,19 +275,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the demo and print its tables."""
     args = parse(argv)
+    check_packages()
     folder = Path(os.path.relpath(args.output_dir, PROJECT_ROOT))
     os.chdir(PROJECT_ROOT)  # where the commands are typed
     demo = Demo(folder, args.seeds)
-    demo.run("shapes_dataset.py", "--output-dir", folder / "data")
-    demo.run("check_dataset.py", "--unofficial", *demo.on_data)
-    fashioniq, _ = demo.benchmark("FashionIQ")
-    cirr, pair = demo.benchmark("CIRR")
+    demo.run("emoji_dataset.py", "--output-dir", folder / "data", "--layouts", DATASET)
+    demo.run("check_dataset.py", "--dataset", DATASET, "--unofficial", *demo.on_data)
+    results, pair = demo.benchmark()
     recalls = demo.submit(pair)
-    print("\nFashionIQ layout, val (average of the categories)\n" + fashioniq)
-    print("\nCIRR layout, val\n" + cirr)
-    print("\nCIRR layout, test1: the MoE Combiner's submission, scored locally")
+    titles = {metric: BENCHMARKS[DATASET].titles[metric] for metric in SHOWN}
+    metrics = {}
+    for method, files in results.items():
+        metrics[method] = [read_metrics(file) for file in files]
+    print(f"\nval\n{table(metrics, titles)}")
+    print(f"\nval, R@{PLACES_BY_KIND} by kind of query\n{demo.by_kind(results)}")
+    print("\ntest: the MoE Combiner's submission, scored locally")
     print(table({"MoE Combiner": [recalls]}, {name: name for name in recalls}))
     demo.hand_on(pair)
+    print(
+        f"\nThe page of each training: {folder}/models/*/*/index.html. To search in a browser: make app"
+    )
     print(NEXT)
 
 

@@ -11,6 +11,7 @@ from conftest import ROOT
 LISTS = (
     "requirements.txt",
     "requirements-app.txt",
+    "requirements-demo.txt",
     "requirements-milvus.txt",
     "requirements-open-clip.txt",
     "requirements-trackers.txt",

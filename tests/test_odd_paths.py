@@ -33,6 +33,7 @@ NEEDS = {
     "compare": "{made}/answers.json",
     "convert": f"--dataset CIRR {DATA} --output-dir {{made}}/out",
     "demo_app": f"--index {{made}}/index {CPU}",
+    "emoji_dataset": "--output-dir {made}/out --concepts 3 --train-triplets 3 --layouts Triplets --side 32",
     "export": f"{CLIP} --output {{made}}/out",
     "fashioniq_test_submission": f"{PAIR} --submission-name x --output-dir {{made}}/out",
     "plan stage1": f"--dataset CIRR --gpu h100 {CLIP}",

