@@ -773,7 +773,7 @@ def test_what_takes_long_is_refused(kind, searcher):
 
 def test_others_are_answered_while_an_image_that_never_ends_is_decoded(searcher):
     with Within(searcher) as page, attacked(page, *form(("a.jpg", endless()))) as answers:
-        while page.service.uploads._working != {VISITOR: 2}:
+        while page.service.uploads._places.taken != {VISITOR: 2}:
             time.sleep(0.01)
         for number in range(3):
             assert_others_are_answered(page, number)
@@ -789,9 +789,9 @@ def test_a_sender_who_has_left_costs_nothing_more(searcher):
         with contextlib.ExitStack() as links:
             for _ in range(3):
                 page.link(links, head.encode() + body)
-            while page.service.uploads._working != {VISITOR: 2}:
+            while page.service.uploads._places.taken != {VISITOR: 2}:
                 time.sleep(0.01)
-        while page.service.uploads._working or page.service.uploads._waiting:
+        while page.service.uploads._places.taken or page.service.uploads._waiting:
             time.sleep(0.01)
         assert rows(page.ask(("a.png", png((30, 20))), text="is red"))
 

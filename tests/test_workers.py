@@ -91,7 +91,7 @@ def test_a_visitor_has_half_of_the_workers_and_others_do_not_wait_for_him(source
         his = [asyncio.create_task(jobs.run("a", time.sleep, HANG)) for _ in range(5)]
         while len(jobs._waiting) != 3:
             await asyncio.sleep(0.01)
-        assert jobs._working == {"a": 2}
+        assert jobs._places.taken == {"a": 2}
         assert await jobs.run("b", len, "abc") == 3
         assert not any(job.done() for job in his)
         for job in his:
@@ -123,14 +123,14 @@ def test_a_job_that_nobody_waits_for_is_not_done(source):
         worker = await jobs.run("a", os.getpid)
         under_way = asyncio.create_task(jobs.run("a", time.sleep, HANG))
         waiting = asyncio.create_task(jobs.run("a", time.sleep, HANG))
-        while not jobs._working:
+        while not jobs._places.taken:
             await asyncio.sleep(0.01)
         waiting.cancel()
         under_way.cancel()
         await asyncio.wait([waiting, under_way])
         until(lambda: is_gone(worker))
         assert not jobs._waiting
-        assert not jobs._working
+        assert not jobs._places.taken
         assert await jobs.run("a", len, "abc") == 3
 
     asyncio.run(run())

@@ -62,11 +62,14 @@ def _read(upload: Upload, read: Callable[[io.BytesIO], Any]) -> np.ndarray:
         raise QuestionError(error) from None
 
 
-def preview(file: File, read: Callable[[io.BytesIO], Any], side: int) -> bytes:
-    """A JPEG of an upload, at most `side` pixels wide and high. Raises QuestionError where it cannot be asked with."""
+def preview(file: File, read: Callable[[io.BytesIO], Any], side: int) -> tuple[np.ndarray, bytes]:
+    """An upload as the encoder's loader reads it, and a JPEG of it, at most `side` pixels wide and high.
+
+    Raises:
+        QuestionError: it cannot be asked with.
+    """
     upload = checked_upload(file.name, file.content)
-    _read(upload, read)  # refused now, and not when it is asked with
-    return jpeg(small_image(upload.stream(), side), side)
+    return _read(upload, read), jpeg(small_image(upload.stream(), side), side)
 
 
 def checked_upload(name: str, content: bytes) -> Upload:
