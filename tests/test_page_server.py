@@ -610,6 +610,21 @@ def test_what_cannot_be_asked_is_said(served):
     assert "more than 77 tokens" in note
 
 
+@pytest.mark.parametrize(
+    ("text", "is_known"),
+    [
+        ("is red, no sleeves — in a café", True),
+        ("màu đỏ và không có tay áo", False),
+        ("أحمر", False),
+        ("红色", False),
+    ],
+)
+def test_a_language_that_the_model_does_not_know_is_said(text, is_known, served):
+    found = served.ask(row=1, text=text)
+    assert len(rows(found)) == PHOTOS
+    assert ("by their letters alone" in found["note"]) == (not is_known)
+
+
 NONSENSE = [
     "None", "-1", str(-(2**70)), str(2**31), str(2**70), "1" * 5000, "1.5", "nan", "inf", "", "x", "\0", "é" * 9000,
     "[]", "{}", "[1", "true", "/etc/passwd", "http://127.0.0.1:1/x.png", "..", "<b>", "' or 1=1", "%00", "\r\nx: y",

@@ -69,6 +69,7 @@ const picture = (row, size = "small") => `image/${row}?size=${size}&of=${health.
 
 const last = () => state.steps.at(-1);
 const lastAsked = (of) => of.steps.findLast((step) => step.how);
+const isRow = (text) => /^\d{1,19}$/.test(text);
 const hasImage = (step) => Boolean(step) && (step.row !== null || step.upload !== null);
 const isPending = () => Boolean(last()) && !last().how;
 
@@ -633,7 +634,7 @@ async function linked() {
   const words = new URLSearchParams(location.search);
   const step = { ...NO_REFERENCE, text: words.get("text")?.trim() || "", how: null };
   if (words.has("row")) {
-    const photo = await json(`photo/${encodeURIComponent(words.get("row"))}`).catch(() => null);
+    const photo = isRow(words.get("row")) && (await json(`photo/${words.get("row")}`).catch(() => null));
     if (photo) Object.assign(step, referenceOf(photo));
     else toast(t("the link names an image that the index does not have: choose another"));
   }
@@ -647,7 +648,7 @@ async function linked() {
   }
   const isAsked = words.has("text") || method === "image";
   if (isAsked && (step.text || hasImage(step))) step.how = how;
-  const target = /^\d{1,19}$/.test(words.get("target")) ? words.get("target") : null;
+  const target = isRow(words.get("target")) ? words.get("target") : null;
   return step.how || hasImage(step) ? { ...START, steps: [step], target } : START;
 }
 
