@@ -11,6 +11,7 @@ import hashlib
 import logging
 import random
 import secrets
+import threading
 import uuid
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, Sequence
@@ -225,6 +226,8 @@ class Service:
         self.workers = source_of_workers(LOADED)
         self.uploads = Pool(self.workers, seconds=seconds, **UPLOADS)
         self.photos = Pool(self.workers, seconds=seconds, **PHOTOS)
+        # A browser has few connections: the first question would wait until the first pictures are there.
+        threading.Thread(target=self.photos.prepare, daemon=True).start()
 
     def close(self) -> None:
         """End the workers."""

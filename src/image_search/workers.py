@@ -299,6 +299,11 @@ class Pool:
         self._waiting: list[tuple[str, asyncio.Future[None]]] = []
         self._crowded = asyncio.Event()  # somebody waits who may have a worker
 
+    def prepare(self) -> None:
+        """Start a worker before there is a job, unless the end comes first."""
+        with contextlib.suppress(EOFError, OSError):
+            self._start_worker()
+
     async def run(self, visitor: str, function: Callable[..., Made], *arguments: Any) -> Made:
         """What a function of a module returns in a worker. Whoever stops waiting for it ends the worker.
 
