@@ -77,7 +77,7 @@ class Page:
             "127.0.0.1", self.port, timeout=HANG, source_address=(source, 0)
         )
         with contextlib.closing(connection):
-            connection.putrequest(method, path, skip_host=True)
+            connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
             for value in [f"127.0.0.1:{self.port}"] if host is None else host:
                 connection.putheader("Host", value)
             for name, value in dict(headers).items():

@@ -367,13 +367,15 @@ class Pool:
     def _begin_next(self) -> None:
         """Let those begin for whom there are workers, and say whether there are others who only lack one."""
         taken = self._places.taken
-        while able := [one for one in self._waiting if self._places.has_room(one[0])]:
+        waiting = [one for one in self._waiting if not one[1].cancelled()]
+        while able := [one for one in waiting if self._places.has_room(one[0])]:
             begun = min(able, key=lambda one: taken[one[0]])  # of several the first
+            waiting.remove(begun)
             self._waiting.remove(begun)
             visitor, turn = begun
             self._places.take(visitor)
             turn.set_result(None)
-        if any(taken[visitor] < self.workers // 2 for visitor, _ in self._waiting):
+        if any(taken[visitor] < self.workers // 2 for visitor, _ in waiting):
             self._crowded.set()
         else:
             self._crowded.clear()
