@@ -639,7 +639,7 @@ def test_all_ways_of_asking(app):
     assert page.evaluate("history.length") == entries
     text_alone = names(page)
     page.select_option("#method", "side")
-    page.wait_for_selector("#results-text .card")
+    page.wait_for_selector("#results-text .card img")
     assert names(page) == found
     assert page.locator(".list h3").all_inner_texts() == ["Combiner", "Image only", "Text only"]
     known = [name for name in names(page, "#results-text") if name != reference]
@@ -924,13 +924,13 @@ def test_a_photo_of_a_phone_is_sent_once_and_small(app, tmp_path):
     ask(page, "is red")
     answers(page, asked="is red")
     page.select_option("#method", "side")
-    page.wait_for_selector("#results-text .card")
+    page.wait_for_selector("#results-text .card img")
     *others, largest = sorted(page.evaluate("posted"))
     assert 10_000 < largest < 1_200_000
     assert len(others) == 4
     assert max(others) < 200
     page.reload()
-    page.wait_for_selector("#results-text .card")
+    page.wait_for_selector("#results-text .card img")
     assert page.get_attribute("#reference img", "alt") == "Reference: photo.jpg"
     assert page.errors == []
 
@@ -1117,7 +1117,7 @@ def test_axe_finds_nothing_serious(width, scheme, app, address):
     page.wait_for_selector(".place")
     page.locator("#options").evaluate("options => options.open = true")
     page.select_option("#method", "side")
-    page.wait_for_selector("#results-text .card")
+    page.wait_for_selector("#results-text .card img")
     audit(page, "side by side")
     picture(page, f"side-{width}-{scheme}")
     page.click("#restart")
