@@ -592,6 +592,16 @@ def test_a_long_text_is_refused_shortly(length, served):
     assert "aaaa" not in text
 
 
+def test_examples_are_triplets_of_the_index(index, drawn, capsys):
+    """Those of other images are refused before the page is served."""
+    file = drawn / "triplets_dataset" / "val.jsonl"
+    words = ["--index", index, "--device", "cpu", "--port", free_port(), "--examples", file]
+    with pytest.raises(SystemExit) as stop:
+        demo_app.main(list(map(str, words)))
+    assert stop.value.code == 2
+    assert f"--examples {file}: the index has no reference" in capsys.readouterr().err
+
+
 def test_an_upload_that_is_not_kept_is_asked_for_again(served):
     status, text = served.request("POST", "/search", *form(upload="x" * 43, text="is red"))
     assert status == 410
