@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 # Threads that wait for others sleep: they share the cores with those that read requests. Torch reads it once.
@@ -26,10 +26,11 @@ from image_search.manifest import check_index
 from runtime import interruption
 from settings import groups
 from settings.declaring import parent
-from settings.flag_types import port
+from settings.flag_types import port, usable_path
 from utils import Stopped, UserError, command, first_line
 
 if TYPE_CHECKING:
+    from image_search.examples import Example
     from image_search.guard import Guard
     from image_search.searcher import Searcher
 
@@ -66,6 +67,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="explain at /docs how programs ask: POST /search and others",
     )
+    group.add_argument(
+        "--examples",
+        type=usable_path,
+        metavar="FILE",
+        help="triplets of the index to try, as val.jsonl of your own triplets",
+    )
     options.add_k(group, default=12)
     return parser.parse_args(argv)
 
@@ -85,6 +92,7 @@ def application(
     host: str,
     names: list[str],
     documented: bool,
+    examples: "Sequence[Example]" = (),
 ) -> "Iterator[Guard]":
     """The page and its answers, for as long as the context lasts.
 
@@ -93,6 +101,7 @@ def application(
         host: the address that is served.
         names: further names of the page.
         documented: whether it explains itself to programs.
+        examples: questions whose answers are known.
     """
     from image_search.batching import Batcher
     from image_search.guard import Guard, Hosts
@@ -100,7 +109,7 @@ def application(
 
     with (
         contextlib.closing(Batcher(searcher.answer)) as batcher,
-        contextlib.closing(Service(searcher, k, batcher)) as service,
+        contextlib.closing(Service(searcher, k, batcher, examples=examples)) as service,
     ):
         yield Guard(build(service, documented), Hosts(host, names))
 
@@ -109,7 +118,8 @@ def bound_socket(host: str, port: int) -> socket.socket:
     """A socket at an address, which nobody else can take from now on. Raises UserError if somebody has."""
     try:
         family, *_, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family)
+        # asyncio lets small answers go at once only where a socket says that it is TCP.
+        bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except (OSError, UnicodeError) as error:
@@ -172,16 +182,23 @@ def main(argv: list[str] | None = None) -> None:
     check_packages()
     bound = bound_socket(args.host, args.port)
 
+    from image_search.examples import read_examples
     from image_search.searcher import load_searcher
 
     searcher = load_searcher(
         args.index, options.pair_choice(args), pick_device(args.device), args.store
     )
+    examples = read_examples(args.examples, searcher.index) if args.examples else []
     # All signals that end a process are waited for, so that answers that are on their way arrive.
     with (
         interruption.listening(interruption.heeded_endings()) as stop,
         application(
-            searcher, args.k, host=args.host, names=args.allow_host, documented=args.api
+            searcher,
+            args.k,
+            host=args.host,
+            names=args.allow_host,
+            documented=args.api,
+            examples=examples,
         ) as app,
         served(app, bound) as server,
     ):

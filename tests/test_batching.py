@@ -74,21 +74,24 @@ def test_a_question_that_nobody_waits_for_is_left_out(batcher, doubling):
     assert doubling.batches == [[0], [2]]
 
 
-def test_a_first_question_waits_for_others_a_moment(doubling):
+def test_others_are_waited_for_in_a_crowd_alone(doubling):
+    batcher = Batcher(doubling, most=3, wait=10 * HANG)
+    first, futures = asked_while_busy(batcher, doubling, [1, 2])
     doubling.go.set()
-    batcher = Batcher(doubling, most=2, wait=HANG)
-    futures = [batcher.ask(1), batcher.ask(2)]
+    assert first.result(HANG) == 0  # who asks alone waits for nobody
     assert not wait(futures, HANG).not_done
-    assert doubling.batches == [[1, 2]]
+    futures = [batcher.ask(number) for number in (3, 4, 5)]
+    assert not wait(futures, HANG).not_done
+    assert doubling.batches == [[0], [1, 2], [3, 4, 5]]
     batcher.close()
 
 
 def test_what_was_asked_is_answered_before_the_end(doubling):
+    batcher = Batcher(doubling, most=2, wait=HANG)
+    _, futures = asked_while_busy(batcher, doubling, [1, 2, 3])
     doubling.go.set()
-    batcher = Batcher(doubling, most=100, wait=HANG)
-    futures = [batcher.ask(number) for number in range(3)]
-    batcher.close()
-    assert [future.result(0) for future in futures] == [0, 2, 4]
+    batcher.close()  # in a crowd, it waits for no others any more
+    assert [future.result(0) for future in futures] == [2, 4, 6]
 
 
 def test_the_end_waits_for_no_answer_that_takes_long(doubling):

@@ -4,8 +4,10 @@ One page is launched for the whole file as a user launches it.
 """
 
 import asyncio
+import base64
 import contextlib
 import functools
+import gzip
 import http.client
 import io
 import json
@@ -73,7 +75,7 @@ class Page:
             "127.0.0.1", self.port, timeout=HANG, source_address=(source, 0)
         )
         with contextlib.closing(connection):
-            connection.putrequest(method, path, skip_host=True)
+            connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
             for value in [f"127.0.0.1:{self.port}"] if host is None else host:
                 connection.putheader("Host", value)
             for name, value in dict(headers).items():
@@ -97,17 +99,26 @@ class Page:
         return text
 
     def ask(
-        self, upload: tuple[str, bytes] | None = None, source: str = VISITOR, **fields: object
+        self, file: tuple[str, bytes] | None = None, source: str = VISITOR, **fields: object
     ) -> dict:
         """An answer to a question."""
-        status, text = self.request("POST", "/search", *form(upload, **fields), source=source)
+        status, text = self.request("POST", "/search", *form(file, **fields), source=source)
         assert status == 200, text
         CASES[KIND, "answered"] += 1
         return json.loads(text)
 
-    def refuses_to_ask(self, upload: tuple[str, bytes] | None = None, **fields: object) -> str:
+    def upload(self, name: str, content: bytes) -> tuple[str, bytes]:
+        """What an upload is called from now on, and its small picture."""
+        status, text = self.request("POST", "/upload", *form((name, content)))
+        assert status == 200, text
+        kept = json.loads(text)
+        head, _, picture = kept["picture"].partition(",")
+        assert head == "data:image/jpeg;base64"
+        return kept["upload"], base64.b64decode(picture)
+
+    def refuses_to_ask(self, file: tuple[str, bytes] | None = None, **fields: object) -> str:
         """What is said of a question that cannot be asked."""
-        return self.refuses("POST", "/search", *form(upload, **fields))
+        return self.refuses("POST", "/search", *form(file, **fields))
 
     def link(self, stack: contextlib.ExitStack, sent: bytes = b"", source: str = VISITOR):
         """A connection on which something was sent, which lasts as long as the stack."""
@@ -137,13 +148,13 @@ class Served(Page):
         return [file for file in self.temporary.rglob("*") if file.is_file()]
 
 
-def form(upload: tuple[str, bytes] | None = None, **fields: object) -> tuple[bytes, dict[str, str]]:
+def form(file: tuple[str, bytes] | None = None, **fields: object) -> tuple[bytes, dict[str, str]]:
     """The body and the headers of a form."""
     parts = []
     for name, value in fields.items():
         parts.append(part(f'name="{name}"', str(value).encode()))
-    if upload is not None:
-        parts.append(part(f'name="image"; filename="{upload[0]}"', upload[1]))
+    if file is not None:
+        parts.append(part(f'name="image"; filename="{file[0]}"', file[1]))
     return joined(parts)
 
 
@@ -195,7 +206,7 @@ PLACES = [("GET", "/"), ("GET", "/health"), ("GET", "/image/0"), ("POST", "/sear
 
 @pytest.mark.parametrize("host", sorted(set(FOREIGN) - {"127.0.0.1."}))
 def test_a_foreign_host_is_refused_everywhere(host, served):
-    for method, place in [*PLACES, ("POST", "/preview"), ("OPTIONS", "/")]:
+    for method, place in [*PLACES, ("POST", "/upload"), ("OPTIONS", "/")]:
         served.refuses(method, place, host=[host])
 
 
@@ -244,7 +255,7 @@ def test_a_page_for_other_machines_is_known_by_every_address_and_few_names(host)
     ],
 )
 def test_a_request_of_another_page_is_refused(origin, served):
-    for method, place in [*PLACES, ("POST", "/preview")]:
+    for method, place in [*PLACES, ("POST", "/upload")]:
         served.refuses(method, place, headers={"Origin": origin})
 
 
@@ -304,11 +315,12 @@ def test_only_what_is_known_is_there(served):
         "/file=/etc/passwd",
         "/redoc",
         "/search",
-        "/preview",
+        "/upload",
     ):
         served.refuses("GET", path)
     paths = json.loads(served.request("GET", "/openapi.json")[1])["paths"]
-    assert set(paths) == {"/search", "/image/{row}", "/photo/{row}", "/some", "/health"}
+    known = {"/search", "/upload", "/image/{row}", "/photo/{row}", "/some", "/examples", "/health"}
+    assert set(paths) == known
 
 
 def test_without_api_nothing_is_explained(index, tmp_path):
@@ -359,6 +371,32 @@ def test_images_are_small_jpegs_that_are_kept(served):
     assert headers["content-type"] == "image/jpeg"
     assert Image.open(io.BytesIO(content)).format == "JPEG"
     assert served.answer("GET", "/image/3")[2] == content
+
+
+def test_what_a_browser_has_is_not_sent_again_and_text_is_compressed(served):
+    for path in ("/", "/page.css", "/page.js", "/image/3"):
+        _, headers, content = served.answer("GET", path)
+        known = {"If-None-Match": headers["etag"]}
+        status, _, nothing = served.answer("GET", path, headers=known)
+        assert (status, nothing) == (304, b"")
+        other = {"If-None-Match": 'W/"0"', "Accept-Encoding": "gzip"}
+        status, headers, packed = served.answer("GET", path, headers=other)
+        assert status == 200
+        if path == "/image/3":
+            assert packed == content
+        else:
+            assert headers["content-encoding"] == "gzip"
+            assert len(packed) < len(content) / 2
+            assert gzip.decompress(packed) == content
+    _, headers, packed = served.answer("GET", "/openapi.json", headers={"Accept-Encoding": "gzip"})
+    assert "/search" in json.loads(gzip.decompress(packed))["paths"]
+
+
+def test_small_answers_are_not_held_back():
+    """By Nagle's algorithm, for 40 ms."""
+    with contextlib.closing(demo_app.bound_socket("127.0.0.1", 0)) as bound:
+        # Which asyncio looks at, and an accepted socket has from the one that listens.
+        assert bound.proto == socket.IPPROTO_TCP
 
 
 # What it answers
@@ -455,16 +493,18 @@ def test_uploads_of_new_kinds_are_read(served):
         kinds["a.avif"] = "AVIF"
     for name, kind in kinds.items():
         content = encoded(Image.new("RGB", (60, 50), "teal"), kind)
-        status, headers, small = served.answer("POST", "/preview", *form((name, content)))
-        assert (status, headers["content-type"]) == (200, "image/jpeg")
-        assert Image.open(io.BytesIO(small)).size == (60, 50)
-        assert len(rows(served.ask((name, content), text="is red"))) == PHOTOS
+        upload, small = served.upload(name, content)
+        with Image.open(io.BytesIO(small)) as image:
+            assert (image.format, image.size) == ("JPEG", (60, 50))
+        sent = served.ask((name, content), text="is red")["answers"]
+        assert len(sent) == PHOTOS
+        assert served.ask(upload=upload, text="is red")["answers"] == sent
 
 
 def test_bad_uploads_are_named_as_their_user_calls_them(served, tmp_path):
     for name, message in bad_uploads(tmp_path).items():
         body, headers = form((name, (tmp_path / name).read_bytes()), text="is red")
-        for place in ("/search", "/preview"):
+        for place in ("/search", "/upload"):
             text = served.refuses("POST", place, body, headers)
             if name == "large.jpg":
                 assert "larger than 10 MiB" in text or "more than 10 MiB" in text
@@ -480,7 +520,7 @@ def test_uploads_are_limited(served):
     for parts in ([image] * 2, [image] * 500, [image, part('name="row"', b"1")]):
         served.refuses("POST", "/search", *joined([*parts, part('name="text"', b"x")]))
     served.refuses_to_ask(("large.png", b"\0" * (MOST_BYTES + guard.FRAME)), text="x")
-    served.refuses("POST", "/preview", *joined([]))
+    served.refuses("POST", "/upload", *joined([]))
     body, headers = form(("a.png", small), text="x")
     for kind in (
         "",
@@ -550,12 +590,44 @@ def test_a_long_text_is_refused_shortly(length, served):
     assert "aaaa" not in text
 
 
+def test_examples_are_triplets_of_the_index(index, drawn, capsys):
+    """Those of other images are refused before the page is served."""
+    file = drawn / "triplets_dataset" / "val.jsonl"
+    words = ["--index", index, "--device", "cpu", "--port", free_port(), "--examples", file]
+    with pytest.raises(SystemExit) as stop:
+        demo_app.main(list(map(str, words)))
+    assert stop.value.code == 2
+    assert f"--examples {file}: the index has no reference" in capsys.readouterr().err
+
+
+def test_an_upload_that_is_not_kept_is_asked_for_again(served):
+    status, text = served.request("POST", "/search", *form(upload="x" * 43, text="is red"))
+    assert status == 410
+    assert "upload it again" in text
+    served.refuses_to_ask(upload="x", row=1, text="is red")
+
+
 def test_what_cannot_be_asked_is_said(served):
     assert "no reference yet" in served.refuses_to_ask(text="is red")
     assert "the text is empty" in served.refuses_to_ask(row=1, text="  ")
     assert "knows no filter" in served.refuses_to_ask(row=1, text="x", filter='path like "a%"')
     note = served.ask(row=1, text="red " * 100)["note"]
     assert "more than 77 tokens" in note
+
+
+@pytest.mark.parametrize(
+    ("text", "is_known"),
+    [
+        ("is red, no sleeves — in a café", True),
+        ("màu đỏ và không có tay áo", False),
+        ("أحمر", False),
+        ("红色", False),
+    ],
+)
+def test_a_language_that_the_model_does_not_know_is_said(text, is_known, served):
+    found = served.ask(row=1, text=text)
+    assert len(rows(found)) == PHOTOS
+    assert ("by their letters alone" in found["note"]) == (not is_known)
 
 
 NONSENSE = [
@@ -718,7 +790,7 @@ def attacked(page: Within, body: bytes, headers: dict[str, str], times: int = 5)
 
     def attack() -> None:
         with contextlib.suppress(OSError):  # the page ends before
-            answers.append(page.request("POST", "/preview", body, headers))
+            answers.append(page.request("POST", "/upload", body, headers))
 
     threads = [threading.Thread(target=attack, daemon=True) for _ in range(times)]
     for thread in threads:
@@ -753,7 +825,7 @@ def test_what_takes_long_is_refused(kind, searcher):
 
 def test_others_are_answered_while_an_image_that_never_ends_is_decoded(searcher):
     with Within(searcher) as page, attacked(page, *form(("a.jpg", endless()))) as answers:
-        while page.service.uploads._working != {VISITOR: 2}:
+        while page.service.uploads._places.taken != {VISITOR: 2}:
             time.sleep(0.01)
         for number in range(3):
             assert_others_are_answered(page, number)
@@ -769,9 +841,9 @@ def test_a_sender_who_has_left_costs_nothing_more(searcher):
         with contextlib.ExitStack() as links:
             for _ in range(3):
                 page.link(links, head.encode() + body)
-            while page.service.uploads._working != {VISITOR: 2}:
+            while page.service.uploads._places.taken != {VISITOR: 2}:
                 time.sleep(0.01)
-        while page.service.uploads._working or page.service.uploads._waiting:
+        while page.service.uploads._places.taken or page.service.uploads._waiting:
             time.sleep(0.01)
         assert rows(page.ask(("a.png", png((30, 20))), text="is red"))
 
@@ -927,8 +999,7 @@ NOTE = "taken at home in the garden"
 def test_small_pictures_hold_pixels_alone(served):
     for name, content in with_notes(NOTE).items():
         assert NOTE.encode() in content
-        status, _, small = served.answer("POST", "/preview", *form((name, content)))
-        assert status == 200
+        _, small = served.upload(name, content)
         with Image.open(io.BytesIO(small)) as image:
             assert set(image.info) <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
         assert NOTE.encode() not in small
@@ -1006,7 +1077,7 @@ def test_no_answer_tells_of_the_machine(worn, index):
             answers.append(worn.answer("POST", "/search", *form(**{name: value})))
         for name in (f"{value}.png", f"{value}.jpg", value):
             for content in (b"", b"x", png((9, 9))[:40], png((9, 9))):
-                answers.append(worn.answer("POST", "/preview", *form((name, content))))
+                answers.append(worn.answer("POST", "/upload", *form((name, content))))
     for path in ("/", "/docs", "/openapi.json", "/health", "/some?count=100", "/page.js"):
         answers.append(worn.answer("GET", path))
     for status, headers, content in answers:

@@ -14,6 +14,7 @@ import pytest
 
 from conftest import ROOT
 from forks import HANG, state_of
+from image_search import workers
 from image_search.stores.base import QuestionError
 from image_search.uploads import checked_upload
 from image_search.workers import Overrun, Pool, Spawned, Template, in_thread
@@ -91,11 +92,28 @@ def test_a_visitor_has_half_of_the_workers_and_others_do_not_wait_for_him(source
         his = [asyncio.create_task(jobs.run("a", time.sleep, HANG)) for _ in range(5)]
         while len(jobs._waiting) != 3:
             await asyncio.sleep(0.01)
-        assert jobs._working == {"a": 2}
+        assert jobs._places.taken == {"a": 2}
         assert await jobs.run("b", len, "abc") == 3
         assert not any(job.done() for job in his)
         for job in his:
             job.cancel()
+
+    asyncio.run(run())
+
+
+def test_several_visitors_together_do_not_keep_all_workers(monkeypatch, source):
+    """Their jobs, which would have longer than this test, end for one who has no worker."""
+    monkeypatch.setattr(workers, "SHORTER", 10**6, raising=False)
+
+    async def run() -> None:
+        jobs = pool(source, workers=4, seconds=10 * HANG)
+        theirs = [asyncio.create_task(jobs.run(who, time.sleep, 9 * HANG)) for who in "aabb"]
+        while sum(jobs._places.taken.values()) != 4:
+            await asyncio.sleep(0.01)
+        assert not any(job.done() for job in theirs)
+        assert await asyncio.wait_for(jobs.run("c", len, "abc"), HANG) == 3
+        ended = await asyncio.gather(*theirs, return_exceptions=True)
+        assert all(isinstance(end, Overrun) for end in ended)
 
     asyncio.run(run())
 
@@ -123,14 +141,14 @@ def test_a_job_that_nobody_waits_for_is_not_done(source):
         worker = await jobs.run("a", os.getpid)
         under_way = asyncio.create_task(jobs.run("a", time.sleep, HANG))
         waiting = asyncio.create_task(jobs.run("a", time.sleep, HANG))
-        while not jobs._working:
+        while not jobs._places.taken:
             await asyncio.sleep(0.01)
         waiting.cancel()
         under_way.cancel()
         await asyncio.wait([waiting, under_way])
         until(lambda: is_gone(worker))
         assert not jobs._waiting
-        assert not jobs._working
+        assert not jobs._places.taken
         assert await jobs.run("a", len, "abc") == 3
 
     asyncio.run(run())

@@ -11,19 +11,20 @@ Question = TypeVar("Question")
 Answer = TypeVar("Answer")
 
 MOST_TOGETHER = 32  # questions of a batch
-WAIT = 0.01  # seconds that the first question of a batch waits for others
+WAIT = 0.01  # seconds that a question waits for others, where there are any
 GRACE = 2  # seconds that answers may take when the page ends
 
 
 class Batcher(Generic[Question, Answer]):
-    """A thread that answers questions in the order in which they come, those of a few milliseconds in one batch.
+    """A thread that answers questions in the order in which they come, several of them in one batch.
 
-    While it answers a batch, the next one gathers.
+    While it answers a batch, the next one gathers. After a batch of several there is a crowd, whose next questions are
+    on their way, so they are waited for. A user who asks alone never waits.
 
     Args:
         answer: answers several questions; what it raises is for all of them.
         most: questions of a batch.
-        wait: seconds that a batch is waited for.
+        wait: seconds that a batch is waited for in a crowd.
         grace: seconds that `close` waits for answers.
     """
 
@@ -54,9 +55,10 @@ class Batcher(Generic[Question, Answer]):
         self._thread.join(self._grace)
 
     def _work(self) -> None:
+        is_crowd = False
         while (first := self._asked.get()) is not None:
             batch = [first]
-            until = time.monotonic() + self._wait
+            until = time.monotonic() + (self._wait if is_crowd else 0)
             ends = False
             while len(batch) < self._most and not ends:
                 try:
@@ -66,6 +68,7 @@ class Batcher(Generic[Question, Answer]):
                 ends = following is None
                 if following is not None:
                     batch.append(following)
+            is_crowd = len(batch) > 1
             # A question that nobody waits for any more is left out.
             self._settle([asked for asked in batch if asked[1].set_running_or_notify_cancel()])
             if ends:

@@ -1,15 +1,20 @@
 """Answers over HTTP: questions as forms, answers as JSON, thumbnails, and the page that asks for them.
 
 A request names images of the index by row alone, or brings one along, so none makes the server read another file.
-Uploads stay in memory, and nothing is kept of them. Workers decode images, threads wait for the index, so that the loop
-is free for the next request.
+Uploads stay in memory: of those that are to be asked with again, what CLIP sees, until others need the room. Workers
+decode images, threads wait for the index, so that the loop is free for the next request.
 """
 
 import asyncio
 import functools
+import hashlib
 import logging
+import random
+import secrets
+import threading
 import uuid
-from collections.abc import Awaitable, Callable
+from base64 import b64encode
+from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -22,9 +27,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.gzip import GZipMiddleware
 
 from image_search.api_guide import guide
 from image_search.batching import Batcher
+from image_search.examples import Example
 from image_search.forms import File, NoForm, read_form
 from image_search.guard import MOST_SECONDS, RETRY_AFTER, visitor_of
 from image_search.photos import KINDS
@@ -39,14 +46,22 @@ from utils import UserError
 logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
-FILES = {"/": "text/html", "/page.css": "text/css", "/page.js": "text/javascript"}
+FILES = {
+    "/": "text/html",
+    "/page.css": "text/css",
+    "/page.js": "text/javascript",
+    "/server.js": "text/javascript",
+    "/words.js": "text/javascript",
+}
 MOST_ANSWERS = 100
 MOST_SHOWN = 100  # images to choose from
+AGE = 600  # seconds for which a browser keeps an image of the index
 LARGEST_ROW = 2**63 - 1
 # Workers, of which one visitor has half. An upload has few pixels, an image of the index what Pillow decodes at most.
 UPLOADS = {"workers": 4, "memory": 2**30}
 PHOTOS = {"workers": 8, "memory": 2**31}
-MOST_KEPT = 64 * 2**20  # bytes of thumbnails
+MOST_KEPT = 64 * 2**20  # bytes of thumbnails, and as many of what CLIP sees of uploads
+SMALLEST_PACKED = 1000  # bytes of an answer that is compressed
 LOADED = ("data_utils", "image_search.uploads")  # in workers
 SIDES = {"small": 320, "large": 1280}  # pixels of the longer side of a thumbnail
 TITLE = "Composed image retrieval"
@@ -63,6 +78,7 @@ class Asked(BaseModel):
     row: int | None = Field(
         None, ge=0, le=LARGEST_ROW, description="The reference, as a row of the index."
     )
+    upload: str = Field("", max_length=100, description="The reference, as POST /upload calls it.")
     text: str = Field("", description="What to change.")
     k: int | None = Field(None, ge=1, le=MOST_ANSWERS, description="Answers; else as many as --k.")
     mix: float | None = Field(
@@ -95,6 +111,21 @@ class Photo(BaseModel):
     path: str
 
 
+class Kept(BaseModel):
+    """An upload that questions may name, for as long as there is room for it."""
+
+    upload: str
+    picture: str = Field(description="A small JPEG of it, as a data: address.")
+
+
+class KnownExample(BaseModel):
+    """A question whose answer is known."""
+
+    reference: Photo
+    text: str
+    target: Photo
+
+
 class Answer(Photo):
     """An image with its cosine similarity to the question."""
 
@@ -123,11 +154,14 @@ class Health(BaseModel):
 
     status: Literal["ok"] = "ok"
     images: int
-    composes: str = Field(description="sum or combiner.")
+    composes: str = Field(description="sum, combiner, image or text.")
+    model: str = Field(description="The CLIP that encodes.")
     k: int
+    most: int = Field(description="Answers that may be asked for.")
     places: int = Field(description="Among how many a target's place is looked for.")
     kinds: list[str] = Field(description="Endings of files that may be uploaded.")
     filters: bool = Field(description="Whether the index's store takes a filter.")
+    examples: int = Field(description="Questions whose answers are known.")
     server: str
 
 
@@ -171,6 +205,7 @@ class Service:
     Args:
         k: answers where a question does not say.
         batcher: answers the questions; see `Batcher`.
+        examples: questions whose answers are known.
         seconds: that a worker has for an image.
     """
 
@@ -180,17 +215,25 @@ class Service:
         k: int,
         batcher: "Batcher[Question, Found]",
         *,
+        examples: Sequence[Example] = (),
         seconds: float = SECONDS,
     ) -> None:
         self.searcher = searcher
         self.k = min(k, MOST_ANSWERS)
         self.batcher = batcher
+        self.examples = examples
         # JPEGs of image files by side, those that were asked for last.
         self.thumbnails: LRUCache[tuple[Path, str], bytes] = LRUCache(MOST_KEPT, getsizeof=len)
+        # What CLIP sees of uploads, by names that nobody else can guess.
+        self.seen: LRUCache[str, np.ndarray] = LRUCache(
+            MOST_KEPT, getsizeof=lambda seen: seen.nbytes
+        )
         self.server = uuid.uuid4().hex[:12]
         self.workers = source_of_workers(LOADED)
         self.uploads = Pool(self.workers, seconds=seconds, **UPLOADS)
         self.photos = Pool(self.workers, seconds=seconds, **PHOTOS)
+        # A browser has few connections: the first question would wait until the first pictures are there.
+        threading.Thread(target=self.photos.prepare, daemon=True).start()
 
     def close(self) -> None:
         """End the workers."""
@@ -204,6 +247,8 @@ class Service:
         if upload is not None:
             pixels = await self._of_upload(request, read_upload, upload, self._read)
             image = torch.from_numpy(pixels)
+        elif asked.upload:
+            image = self._seen(asked.upload)
         elif asked.row is not None:
             image = await self._reference(request, asked.row)
         question = Question(
@@ -228,13 +273,16 @@ class Service:
         return Response(answers.model_dump_json(), media_type="application/json")
 
     @in_time
-    async def preview(self, request: Request) -> Response:
-        """A small JPEG of an image that is sent, or why it cannot be asked with. Nothing of it is kept."""
+    async def upload(self, request: Request) -> Kept:
+        """Take an image, or say why it cannot be asked with, so that questions need not send it each time."""
         _, upload = await read_question(request)
         if upload is None:
             raise QuestionError("there is no image: send one")
         shown = (self._read, SIDES["small"], self._background)
-        return jpeg_response(await self._of_upload(request, preview, upload, *shown))
+        seen, small = await self._of_upload(request, preview, upload, *shown)
+        name = secrets.token_urlsafe()
+        self.seen[name] = seen
+        return Kept(upload=name, picture=f"data:image/jpeg;base64,{b64encode(small).decode()}")
 
     @in_time
     async def image(
@@ -244,7 +292,7 @@ class Service:
         file = await self._from_index(self._file, row)
         kept = self.thumbnails.get((file, size))
         if kept is not None:
-            return jpeg_response(kept, age=600)
+            return unless_known(request, kept, "image/jpeg", age=AGE)
         try:
             picture = await self.photos.run(
                 visitor_of(request.scope), thumbnail, file, SIDES[size], self._background
@@ -255,7 +303,7 @@ class Service:
             ) from None
         if await in_thread(file_size, file) is not None:
             self.thumbnails[file, size] = picture
-        return jpeg_response(picture, age=600)
+        return unless_known(request, picture, "image/jpeg", age=AGE)
 
     @in_time
     async def photo(self, row: int) -> Photo:
@@ -267,15 +315,23 @@ class Service:
         """Images of the index, at random."""
         return await self._from_index(self._some, count)
 
+    @in_time
+    async def some_examples(self, count: int = Query(4, ge=1, le=MOST_SHOWN)) -> list[KnownExample]:
+        """Questions whose answers are known, at random; none where --examples names none."""
+        return await self._from_index(self._some_examples, count)
+
     async def health(self) -> Health:
         """That the server answers, and what it is."""
         return Health(
             images=len(self.searcher),
             composes=self.searcher.pair.compose.combining_function,
+            model=shown_model(self.searcher.pair.encoder.preprocessing["clip_model_name"]),
             k=self.k,
+            most=MOST_ANSWERS,
             places=min(PLACES, len(self.searcher)),
             kinds=sorted(KINDS),
             filters=self.searcher.knows_conditions,
+            examples=len(self.examples),
             server=self.server,
         )
 
@@ -297,9 +353,16 @@ class Service:
             return await self.uploads.run(visitor_of(request.scope), function, upload, *arguments)
         except Overrun:
             raise QuestionError(
-                f"the image takes more than {self.uploads.seconds:g} seconds or {self.uploads.memory // 2**20} MiB to "
-                "decode: upload a smaller or simpler copy"
+                f"the image takes more than {self.uploads.seconds:g} seconds (fewer while others wait) or "
+                f"{self.uploads.memory // 2**20} MiB to decode: upload a smaller or simpler copy"
             ) from None
+
+    def _seen(self, upload: str) -> torch.Tensor:
+        """What CLIP sees of an upload, bytes (3, R, R)."""
+        seen = self.seen.get(upload)
+        if seen is None:
+            raise HTTPException(HTTPStatus.GONE, "the image is not kept any more: upload it again")
+        return torch.from_numpy(seen)
 
     async def _reference(self, request: Request, row: int) -> torch.Tensor:
         """Features (1, D) of an image of the index; where its file has changed, what a worker reads of that."""
@@ -334,6 +397,17 @@ class Service:
 
     def _some(self, count: int) -> list[Photo]:
         return [self._photo(row) for row in self.searcher.some(count)]
+
+    def _some_examples(self, count: int) -> list[KnownExample]:
+        chosen = random.sample(self.examples, min(count, len(self.examples)))
+        return [
+            KnownExample(
+                reference=self._photo(example.reference),
+                text=example.text,
+                target=self._photo(example.target),
+            )
+            for example in chosen
+        ]
 
     def _photo(self, row: int) -> Photo:
         file = self._file(row)
@@ -382,8 +456,8 @@ async def read_question(request: Request) -> tuple[Asked, File | None]:
         asked = Asked.model_validate(form.fields)
     except ValidationError as error:
         raise QuestionError(first_fault(error.errors()[0])) from None
-    if upload is not None and asked.row is not None:
-        raise QuestionError("there are two references: send an image or a row")
+    if (upload is not None) + (asked.row is not None) + bool(asked.upload) > 1:
+        raise QuestionError("there are several references: send an image, an upload or a row")
     return asked, upload
 
 
@@ -393,10 +467,24 @@ def first_fault(fault: Any) -> str:
     return f"{name}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
-def jpeg_response(content: bytes, age: int = 0) -> Response:
-    """A JPEG that the browser may keep for some seconds."""
-    kept = f"private, max-age={age}" if age else "no-store"
-    return Response(content, media_type="image/jpeg", headers={"cache-control": kept})
+def unless_known(request: Request, content: bytes, kind: str, age: int = 0) -> Response:
+    """Content that a browser may keep, and need not get again when it asks whether that is still the same.
+
+    Args:
+        age: seconds for which it need not ask.
+    """
+    tag = f'W/"{hashlib.sha256(content).hexdigest()[:20]}"'
+    headers = {"etag": tag, "cache-control": f"private, max-age={age}" if age else "no-cache"}
+    if tag in request.headers.get("if-none-match", ""):
+        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
+    return Response(content, media_type=kind, headers=headers)
+
+
+def shown_model(name: str) -> str:
+    """The name of a CLIP without the place of its file, which is the server's own."""
+    model, _, _ = name.partition("=")
+    _, _, place = model.rpartition(":")
+    return Path(place).name if Path(place).exists() else model
 
 
 def failed(status: int, message: str, headers: Any = None) -> JSONResponse:
@@ -434,13 +522,12 @@ def add_errors(app: FastAPI) -> None:
     app.add_exception_handler(Exception, fault)
 
 
-def page_file(name: str, kind: str) -> Callable[[], Awaitable[Response]]:
+def page_file(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
     """An address that answers with a file of the page."""
     content = (PAGE / name).read_bytes()
 
-    async def file() -> Response:
-        headers = {"cache-control": "no-cache"}
-        return Response(content, media_type=f"{kind}; charset=utf-8", headers=headers)
+    async def file(request: Request) -> Response:
+        return unless_known(request, content, f"{kind}; charset=utf-8")
 
     return file
 
@@ -456,6 +543,7 @@ def build(service: Service, documented: bool) -> FastAPI:
         title=TITLE, description=SUMMARY, docs_url=None, redoc_url=None, openapi_url=described
     )
     add_errors(app)
+    app.add_middleware(GZipMiddleware, minimum_size=SMALLEST_PACKED)
     for path, kind in FILES.items():
         name = path.lstrip("/") or "index.html"
         app.add_api_route(path, page_file(name, kind), include_in_schema=False)
@@ -474,11 +562,16 @@ def build(service: Service, documented: bool) -> FastAPI:
         responses=REFUSALS,
         openapi_extra=form,
     )
-    app.add_api_route("/preview", service.preview, methods=["POST"], include_in_schema=False)
+    file = {"image": asked["properties"]["image"]}
+    form = {"requestBody": {"content": {"multipart/form-data": {"schema": {"properties": file}}}}}
+    app.add_api_route(
+        "/upload", service.upload, methods=["POST"], responses=REFUSALS, openapi_extra=form
+    )
     picture: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}}}}
     app.add_api_route("/image/{row}", service.image, response_class=Response, responses=picture)
     app.add_api_route("/photo/{row}", service.photo)
     app.add_api_route("/some", service.some)
+    app.add_api_route("/examples", service.some_examples)
     app.add_api_route("/health", service.health)
     if documented:
         written = functools.cache(lambda: guide(app.openapi()))

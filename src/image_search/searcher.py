@@ -31,6 +31,7 @@ MOST_CHARACTERS = 2000  # of a text; many times what CLIP reads
 # The time of CLIP's tokenizer grows with the square of a word, which to it are letters or signs in a row.
 LONGEST_WORD = 100
 LONG_WORD = re.compile(rf"[^\W\d_]{{{LONGEST_WORD + 1}}}|[^\w\s]{{{LONGEST_WORD + 1}}}")
+WORD = re.compile(r"[^\W\d_]+|[^\w\s]")  # or a sign, as emoji are
 PLACES = 1000  # among which a target's place is looked for
 DEEPEST = 10_000  # images among which distinct ones are looked for
 SAME = (
@@ -323,9 +324,31 @@ class Searcher:
     def _note(self, text: str) -> str:
         """What a user should know of how a text was read."""
         tokenizer = self.pair.encoder.backbone.tokenizer
+        notes = []
         if tokenizer.cuts(text):
-            return f"the text has more than {tokenizer.context} tokens: what is beyond them was left out"
-        return ""
+            notes.append(
+                f"the text has more than {tokenizer.context} tokens: what is beyond them was left out"
+            )
+        if self._is_spelled(text):
+            notes.append(
+                "the model knows most words of the text by their letters alone, as in a language that it was not "
+                "trained on: the answers may have little to do with them"
+            )
+        return "; ".join(notes)
+
+    def _is_spelled(self, text: str) -> bool:
+        """Whether half of the words of a text are no words to the tokenizer but letters in a row. ASCII is known."""
+        words = WORD.findall(text)
+        others = [word for word in words if not word.isascii()]
+        if not others:
+            return False
+        tokenizer = self.pair.encoder.backbone.tokenizer
+        tokens = (tokenizer.encode([*others, ""], tokenizer.context) != tokenizer.pad).sum(1)
+        around = int(tokens[-1])  # what stands around each word
+        spelled = 0
+        for word, length in zip(others, tokens.tolist(), strict=False):
+            spelled += length - around > max(1, len(word) / 2)
+        return 2 * spelled >= len(words)
 
 
 def _but_precision(key: Any) -> dict[str, Any]:

@@ -48,11 +48,16 @@ def _read(upload: Upload, read: Callable[[io.BytesIO], Any]) -> np.ndarray:
         raise QuestionError(error) from None
 
 
-def preview(file: File, read: Callable[[io.BytesIO], Any], side: int, background: str) -> bytes:
-    """A JPEG of an upload, see `thumbnail`. Raises QuestionError where it cannot be asked with."""
+def preview(
+    file: File, read: Callable[[io.BytesIO], Any], side: int, background: str
+) -> tuple[np.ndarray, bytes]:
+    """An upload as the encoder's loader reads it, and a JPEG of it, see `thumbnail`.
+
+    Raises:
+        QuestionError: it cannot be asked with.
+    """
     upload = checked_upload(file.name, file.content)
-    _read(upload, read)  # refused now, and not when it is asked with
-    return thumbnail(upload, side, background)
+    return _read(upload, read), thumbnail(upload, side, background)
 
 
 def checked_upload(name: str, content: bytes) -> Upload:

@@ -17,18 +17,19 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from image_search.guard import Places
 from runtime import interruption
 from utils import UserError
 
 SECONDS = 10  # of a job: many times what the largest image that is taken needs
+SHORTER = 5  # times less, while another visitor waits
 LOADING = 120  # seconds for the template to load the packages on a busy machine
 START = """
 import sys
@@ -272,10 +273,11 @@ class Pool:
     """Workers for jobs of a kind, which start when they are needed and are replaced when they have ended.
 
     A visitor has at most half of them at once, and whoever has fewest comes next: who sends what takes long waits for
-    himself. It belongs to one event loop.
+    himself. Where several visitors together have all of them, their jobs have a shorter time while others wait. It
+    belongs to one event loop.
 
     Args:
-        workers: at most.
+        workers: at most, an even number.
         seconds: of a job, from when a worker has it.
         memory: bytes of a worker, beyond those that it starts with.
     """
@@ -293,8 +295,14 @@ class Pool:
         self.seconds = seconds
         self.memory = memory
         self._idle: list[Worker] = []
-        self._working: Counter[str] = Counter()
+        self._places = Places(workers // 2)
         self._waiting: list[tuple[str, asyncio.Future[None]]] = []
+        self._crowded = asyncio.Event()  # somebody waits who may have a worker
+
+    def prepare(self) -> None:
+        """Start a worker before there is a job, unless the end comes first."""
+        with contextlib.suppress(EOFError, OSError):
+            self._start_worker()
 
     async def run(self, visitor: str, function: Callable[..., Made], *arguments: Any) -> Made:
         """What a function of a module returns in a worker. Whoever stops waiting for it ends the worker.
@@ -307,10 +315,9 @@ class Pool:
             worker = await self._worker()
             is_whole = False
             try:
-                job = in_thread(worker.do, function, arguments)
-                made, error = await asyncio.wait_for(job, self.seconds)
+                made, error = await self._in_time(in_thread(worker.do, function, arguments))
                 is_whole = True
-            except (asyncio.TimeoutError, EOFError, OSError):
+            except (EOFError, OSError):
                 raise Overrun from None
             finally:
                 if is_whole:
@@ -320,6 +327,25 @@ class Pool:
             if error is not None:
                 raise error
             return made
+
+    async def _in_time(self, work: Coroutine[Any, Any, Made]) -> Made:
+        """The result of a job. Raises Overrun where it takes more time than it has."""
+        job = asyncio.ensure_future(work)
+        crowded = asyncio.ensure_future(self._crowded.wait())
+        shorter = self.seconds / SHORTER
+        try:
+            await asyncio.wait({job}, timeout=shorter)
+            await asyncio.wait(
+                {job, crowded},
+                timeout=self.seconds - shorter,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if not job.done():
+                raise Overrun
+            return job.result()
+        finally:
+            job.cancel()
+            crowded.cancel()
 
     @contextlib.asynccontextmanager
     async def _turn(self, visitor: str) -> AsyncIterator[None]:
@@ -335,21 +361,24 @@ class Pool:
             if waiting in self._waiting:
                 self._waiting.remove(waiting)
             else:
-                self._working[visitor] -= 1
-                self._working += Counter()  # forgets whom nobody works for
-                self._begin_next()
+                self._places.leave(visitor)
+            self._begin_next()
 
     def _begin_next(self) -> None:
-        """Let those begin for whom there are workers."""
-        while self._working.total() < self.workers:
-            able = [who for who, _ in self._waiting if self._working[who] < self.workers // 2]
-            if not able:
-                return
-            visitor = min(able, key=lambda who: self._working[who])  # of several the first
-            place = next(n for n, (who, _) in enumerate(self._waiting) if who == visitor)
-            _, turn = self._waiting.pop(place)
-            self._working[visitor] += 1
+        """Let those begin for whom there are workers, and say whether there are others who only lack one."""
+        taken = self._places.taken
+        waiting = [one for one in self._waiting if not one[1].cancelled()]
+        while able := [one for one in waiting if self._places.has_room(one[0])]:
+            begun = min(able, key=lambda one: taken[one[0]])  # of several the first
+            waiting.remove(begun)
+            self._waiting.remove(begun)
+            visitor, turn = begun
+            self._places.take(visitor)
             turn.set_result(None)
+        if any(taken[visitor] < self.workers // 2 for visitor, _ in waiting):
+            self._crowded.set()
+        else:
+            self._crowded.clear()
 
     async def _worker(self) -> Worker:
         """A worker that waits for a job, a new one where there is none."""

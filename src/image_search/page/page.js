@@ -1,21 +1,27 @@
 // The search page. All that is shown is made of text nodes and attributes, never of HTML, so that no name or text of
 // anybody is run. What the page shows is told by `state`, of which each entry of the browser's history has one: so
 // undo is the browser's way back, and a link or a reload opens the same question again.
-"use strict";
+import { bringBack, json, search, takeUpload, uploadedPicture } from "./server.js";
+import { grouped, t, translate } from "./words.js";
 
 const MOST_STEPS = 50;
 const LOOKED_EVERY = 15000; // ms, whether the server still answers
-const MOST_TRIES = 5; // where the server has too much to do
-const EXAMPLES = ["is red", "is blue", "is larger", "has stripes"];
+const OFFERED = 24; // references
+const EXAMPLES = 4;
+const ROW = "application/x-row"; // what is dragged of the page's own images
 const TITLES = { sum: "Sum", image: "Image only", text: "Text only" };
-const START = { steps: [], depth: 0, target: null };
+const SHARES = { image: 0, text: 1 }; // of the text, where one of both is asked with alone
+const NO_REFERENCE = { row: null, upload: null, name: "" };
 
-let health = { server: "", composes: "sum", k: 12, kinds: [], filters: false };
+// steps: what was asked, and last a reference that was not asked with yet, whose `how` is null. target: the row that is
+// looked for. large: { list, place } of the answer that is shown large. depth: entries of the history before this one.
+const START = { steps: [], depth: 0, target: null, large: null };
+
+let health = { server: "", model: "", composes: "sum", images: 0, k: 12, most: 12, kinds: [], filters: false };
 let state = START;
 let shownKey = ""; // of the answers that are on the page
+let shown = []; // those answers, in lists
 let asking = 0; // the number of the last question; what comes of earlier ones is dropped
-let enlarged = null; // the answer that is shown large
-const uploads = new Map(); // id -> { file, picture }
 const answersOf = new Map(); // question in JSON -> answers, for the way back
 
 const $ = (id) => document.getElementById(id);
@@ -29,141 +35,81 @@ function element(tag, properties = {}, ...children) {
 // What is said
 
 function toast(message, action = null) {
-  const same = [...$("toasts").children].find((shown) => shown.firstChild.textContent === message);
+  const same = [...$("toasts").children].find((other) => other.firstChild.textContent === message);
   if (same) same.remove();
-  const close = element("button", { type: "button", textContent: action ? action.name : "Close" });
-  const shown = element("div", { className: "toast" }, element("div", { textContent: message }), close);
-  close.onclick = () => (action ? action.run() : shown.remove());
-  $("toasts").append(shown);
-  if (!action) setTimeout(() => shown.remove(), 12000);
+  const close = element("button", { type: "button", textContent: t("Close") });
+  const made = element("div", { className: "toast" }, element("div", { textContent: message }), close);
+  close.onclick = () => made.remove();
+  if (action) close.before(element("button", { type: "button", textContent: action.name, onclick: action.run }), " ");
+  $("toasts").append(made);
+  if (!action) setTimeout(() => made.remove(), 12000);
 }
 
 function say(message) {
   $("status").textContent = message;
 }
 
-// The server
-
-async function request(address, options = {}) {
-  for (let tries = 1; ; tries += 1) {
-    let answer;
-    try {
-      answer = await fetch(address, options);
-    } catch {
-      throw new Error("the server does not answer: see whether it runs, then try again");
-    }
-    if (answer.ok) return answer;
-    if ((answer.status === 429 || answer.status === 503) && tries < MOST_TRIES) {
-      const wait = Number(answer.headers.get("retry-after")) || 1;
-      await new Promise((done) => setTimeout(done, 1000 * wait));
-      continue;
-    }
-    const said = await answer.json().catch(() => ({}));
-    throw new Error(said.error || `the server answers ${answer.status}: load the page again`);
-  }
-}
-
-async function json(address, options) {
-  return (await request(address, options)).json();
+function tell(work) {
+  return work.catch((error) => toast(error.message));
 }
 
 function noticeRestart(server) {
-  if (health.server && server !== health.server) {
-    const reload = { name: "Load again", run: () => location.reload() };
-    toast("The server was restarted: its images may have other numbers now.", reload);
-  }
+  if (!health.server || server === health.server) return;
+  const reload = { name: t("Load again"), run: () => location.reload() };
+  toast(t("The server was restarted: its images may have other numbers now."), reload);
 }
 
 async function look() {
-  if (document.hidden) return;
-  try {
-    noticeRestart((await json("health")).server);
-  } catch (error) {
-    toast(error.message);
-  }
+  if (!document.hidden) noticeRestart((await json("health")).server);
 }
 
 const picture = (row, size = "small") => `image/${row}?size=${size}&of=${health.server}`;
-
-// References
-
-function pictureOf(step) {
-  return step.upload ? uploads.get(step.upload)?.picture : picture(step.row);
-}
-
-function bytesAsUrl(blob) {
-  return new Promise((done, failed) => {
-    const reader = new FileReader();
-    reader.onload = () => done(reader.result);
-    reader.onerror = failed;
-    reader.readAsDataURL(blob);
-  });
-}
-
-// An upload outlives a reload of its tab, if the browser has room for it.
-function keep(id, name, content, shown) {
-  try {
-    sessionStorage.setItem(id, JSON.stringify({ name, content, picture: shown }));
-  } catch {
-    sessionStorage.removeItem(id);
-  }
-}
-
-function bringBack(id) {
-  const kept = JSON.parse(sessionStorage.getItem(id) || "null");
-  if (!kept) return;
-  const bytes = Uint8Array.from(atob(kept.content.split(",")[1]), (letter) => letter.charCodeAt(0));
-  uploads.set(id, { file: new File([bytes], kept.name), picture: kept.picture });
-}
-
-async function takeFile(file) {
-  const form = new FormData();
-  form.append("image", file, file.name || "pasted.png");
-  const preview = await bytesAsUrl(await (await request("preview", { method: "POST", body: form })).blob());
-  const id = `upload-${Date.now()}-${uploads.size}`;
-  uploads.set(id, { file, picture: preview });
-  keep(id, file.name || "pasted.png", await bytesAsUrl(file), preview);
-  choose({ row: null, upload: id, name: file.name || "pasted image" });
-}
 
 // Steps
 
 const last = () => state.steps.at(-1);
 const lastAsked = (of) => of.steps.findLast((step) => step.how);
+const isRow = (text) => /^\d{1,19}$/.test(text);
+const hasImage = (step) => Boolean(step) && (step.row !== null || step.upload !== null);
+const isPending = () => Boolean(last()) && !last().how;
+
+function pictureOf(step, size) {
+  return step.upload ? uploadedPicture(step.upload) : picture(step.row, size);
+}
 
 function addressOf(of) {
   const step = of.steps.at(-1);
   const words = new URLSearchParams();
   if (step && step.row !== null) words.set("row", step.row);
   if (step?.how) {
-    if (step.text) words.set("text", step.text);
+    words.set("text", step.text);
     if (step.how.method !== "pair") words.set("method", step.how.method);
     if (step.how.method === "sum") words.set("mix", step.how.mix);
     if (!step.how.without) words.set("without", "0");
     if (step.how.filter) words.set("filter", step.how.filter);
   }
+  if (of.target !== null) words.set("target", of.target);
   const text = words.toString();
   return text ? `?${text}` : location.pathname;
 }
 
+// Makes another state the page's, as a new entry of the history or in place of the last.
 function go(next, replaces = false) {
   const made = { ...next, depth: replaces ? state.depth : state.depth + 1 };
   if (replaces) history.replaceState(made, "", addressOf(made));
   else history.pushState(made, "", addressOf(made));
   state = made;
-  show();
+  return show();
 }
 
-// A reference that was not asked with gives way to the next one.
-function withStep(step) {
-  const kept = last() && !last().how ? state.steps.slice(0, -1) : state.steps;
-  return { ...state, steps: [...kept, step].slice(-MOST_STEPS) };
-}
-
+// A reference that was not asked with gives way to the next one. The large view is left with it.
 function choose(reference, text = $("text").value) {
-  const replaces = Boolean(last()) && !last().how;
-  go(withStep({ ...reference, text, how: null }), replaces);
-  say(`Reference: ${reference.name}`);
+  const kept = isPending() ? state.steps.slice(0, -1) : state.steps;
+  const steps = [...kept, { ...reference, text, how: null }].slice(-MOST_STEPS);
+  const replaces = isPending() || state.large !== null;
+  $("text").value = text;
+  say(t("Reference: {0}", reference.name));
+  return go({ ...state, steps, large: null }, replaces);
 }
 
 function chosenHow() {
@@ -172,72 +118,88 @@ function chosenHow() {
   return method === "sum" ? { ...how, mix: Number($("mix").value) / 100 } : how;
 }
 
-async function ask(text = $("text").value, how = chosenHow()) {
-  const typed = text.trim();
-  const step = last() || { row: null, upload: null, name: "" };
-  const asked = { ...step, text: typed, how };
-  const next = { ...state, steps: [...state.steps.slice(0, -1), asked] };
+// Asks, and goes on to the answers. A question that fails leaves the page, and what was typed, as it was.
+async function ask({ text = $("text").value.trim(), replaces = isPending(), target = state.target } = {}) {
+  const step = { ...(last() || NO_REFERENCE), text, how: chosenHow() };
+  const next = { ...state, target, large: null, steps: [...state.steps.slice(0, -1), step] };
   const number = (asking += 1);
   try {
-    const lists = await answersTo(asked);
+    await answersTo(step, target);
     if (number !== asking) return;
-    if (last() && !last().how) {
-      history.replaceState({ ...state, steps: [...state.steps.slice(0, -1), { ...step, text: typed }] }, "");
-    }
-    shownKey = keyOf(asked);
-    showAnswers(lists);
-    go(next);
+    const isSame = last()?.how && keyOf(last(), state.target) === keyOf(step, target);
+    await go(next, replaces || isSame);
   } catch (error) {
     if (number !== asking) return;
     toast(error.message);
     shownKey = "";
     await show();
-    showNote(error.message);
   }
 }
 
 // Questions
 
-function listsOf(how) {
-  const composed = { key: "pair", title: health.composes === "sum" ? "Sum" : "Combiner", mix: null };
-  const one = { key: how.method, title: TITLES[how.method], mix: { sum: how.mix, image: 0, text: 1 }[how.method] };
+// What is asked of the server: the composed list, others, or several side by side. Without a text or without a
+// reference there is one way to ask, whatever was chosen.
+function listsOf({ text, how, ...reference }) {
+  const alone = (method) => ({ key: method, title: t(TITLES[method]), mix: SHARES[method] });
+  if (!hasImage(reference) && !text) throw new Error(t("type what to look for, or choose an image"));
+  if (!hasImage(reference)) return [alone("text")];
+  if (!text) return [alone("image")];
+  const composed = { key: "pair", title: t(health.composes === "sum" ? "Sum" : "Combiner"), mix: null };
   if (how.method === "pair") return [composed];
-  if (how.method !== "side") return [one];
-  return [composed, { key: "image", title: TITLES.image, mix: 0 }, { key: "text", title: TITLES.text, mix: 1 }];
+  if (how.method === "side") return [composed, alone("image"), alone("text")];
+  return how.method === "sum" ? [{ key: "sum", title: t("Sum"), mix: how.mix }] : [alone(how.method)];
 }
 
-function formOf(step, mix) {
-  const form = new FormData();
-  if (mix !== 1 && step.row !== null) form.append("row", step.row);
-  if (mix !== 1 && step.upload) {
-    const upload = uploads.get(step.upload);
-    if (!upload) throw new Error("the uploaded image is not part of a link: upload it again");
-    form.append("image", upload.file, upload.file.name || "pasted.png");
-  }
-  if (mix !== 0) form.append("text", step.text);
-  if (mix !== null) form.append("mix", mix);
-  if (step.how.without && mix !== 1 && step.row !== null) form.append("without_reference", "true");
-  if (step.how.filter) form.append("filter", step.how.filter);
-  if (state.target !== null) form.append("target", state.target);
-  return form;
+// The answers of a list, as many as the server gives or `k`.
+function found(step, target, { list, k }) {
+  const fields = { mix: list.mix, text: list.mix === 0 ? null : step.text, k, target };
+  if (list.mix !== 1) fields.row = step.row;
+  if (list.mix !== 1 && step.row !== null && step.how.without) fields.without_reference = "true";
+  fields.filter = step.how.filter || null;
+  const given = Object.entries(fields).filter(([, value]) => value !== null);
+  return search(Object.fromEntries(given), list.mix === 1 ? null : step.upload);
 }
 
-// The server answers the lists of one question together.
-const keyOf = (step) => JSON.stringify([step, state.target]);
+const keyOf = (step, target) => JSON.stringify([step, target]);
 
-async function answersTo(step) {
-  const key = keyOf(step);
+async function answersTo(step, target) {
+  const key = keyOf(step, target);
   if (answersOf.has(key)) return answersOf.get(key);
-  const lists = listsOf(step.how);
+  const lists = listsOf(step);
   showSkeletons(lists);
-  const found = await Promise.all(
-    lists.map((list) => json("search", { method: "POST", body: formOf(step, list.mix) })),
-  );
-  noticeRestart(found[0].server);
-  const answered = lists.map((list, place) => ({ ...list, ...found[place] }));
-  answersOf.set(key, answered);
+  const begun = performance.now();
+  // The server answers the lists of one question together.
+  const answered = await Promise.all(lists.map((list) => found(step, target, { list, k: null })));
+  const ms = Math.round(performance.now() - begun);
+  noticeRestart(answered[0].server);
+  const made = lists.map((list, place) => ({ ...list, ...answered[place], ms, isWhole: lists.length > 1 }));
+  answersOf.set(key, made);
   if (answersOf.size > MOST_STEPS) answersOf.delete(answersOf.keys().next().value);
-  return answered;
+  return made;
+}
+
+// All that the server gives of the answers that are shown, once.
+async function showFurther() {
+  const [list] = shown;
+  if (!list || list.isWhole) return;
+  list.isWhole = true;
+  $("further").hidden = true;
+  const key = shownKey;
+  try {
+    const { answers } = await found(lastAsked(state), state.target, { list, k: health.most });
+    const added = answers.slice(list.answers.length);
+    list.answers = answers;
+    if (key !== shownKey) return;
+    const first = answers.length - added.length;
+    $("results").append(...added.map((answer, place) => cardOf(answer, { place: first + place, list: 0 })));
+    showMeasured();
+    narrow();
+  } catch (error) {
+    list.isWhole = false;
+    $("further").hidden = false;
+    throw error;
+  }
 }
 
 // What the page shows
@@ -246,42 +208,59 @@ async function show() {
   const step = last();
   showReference(step);
   showSteps();
-  $("text").value = step ? step.text : $("text").value;
   showHow(step?.how);
   $("undo").disabled = state.depth === 0;
-  $("start").hidden = Boolean(step);
+  $("past").hidden = !step && state.depth === 0;
   const asked = lastAsked(state);
-  $("answers").hidden = !asked;
-  document.title = asked?.text ? `${asked.text} · Composed image retrieval` : "Composed image retrieval";
-  const key = asked ? keyOf(asked) : "";
-  if (key === shownKey) return;
-  shownKey = key;
-  if (!asked) return showAnswers([]);
-  const number = (asking += 1);
-  try {
-    const lists = await answersTo(asked);
-    if (number === asking) showAnswers(lists);
-  } catch (error) {
-    if (number !== asking) return;
-    showAnswers([]);
-    showNote(error.message);
-    toast(error.message);
+  $("start").hidden = Boolean(step) || !health.examples;
+  document.title = [asked?.text, t("Composed image retrieval")].filter(Boolean).join(" · ");
+  const key = asked ? keyOf(asked, state.target) : "";
+  if (key !== shownKey) {
+    const number = (asking += 1);
+    shownKey = key;
+    $("choosing").open = !asked;
+    try {
+      const lists = asked ? await answersTo(asked, state.target) : [];
+      if (number !== asking) return;
+      showAnswers(lists);
+    } catch (error) {
+      if (number !== asking) return;
+      showAnswers([]);
+      toast(error.message);
+    }
   }
+  showLarge();
 }
 
 function showReference(step) {
-  const shown = step && (step.row !== null || step.upload) ? pictureOf(step) : null;
-  if (!shown) return $("reference").replaceChildren();
-  const image = element("img", { src: shown, alt: `Reference: ${step.name}` });
-  $("reference").replaceChildren(image, element("figcaption", { textContent: step.name }));
+  $("reference").removeAttribute("aria-busy");
+  if (!hasImage(step)) {
+    const empty = t("No reference: choose an image, upload or paste one, or drop it here. Or search by words alone.");
+    const long = element("span", { className: "long", textContent: empty });
+    const short = element("span", { className: "short", textContent: t("No reference") });
+    return $("reference").replaceChildren(element("div", { className: "empty" }, long, short));
+  }
+  const image = element("img", { src: pictureOf(step) || "data:,", alt: t("Reference: {0}", step.name) });
+  const leave = element("button", { className: "corner", type: "button", textContent: "×" });
+  leave.title = t("Without a reference");
+  leave.setAttribute("aria-label", leave.title);
+  leave.onclick = () => choose(NO_REFERENCE);
+  const name = element("figcaption", { textContent: step.name, title: step.name });
+  $("reference").replaceChildren(image, leave, name);
 }
 
 function showSteps() {
-  const items = state.steps.map((step) => {
-    const shown = step.row !== null || step.upload ? pictureOf(step) : null;
-    const parts = shown ? [element("img", { src: shown, alt: step.name })] : [];
-    if (step.how) parts.push(step.text ? `“${step.text}”` : "more like this");
-    return element("li", {}, ...parts);
+  const items = state.steps.map((step, place) => {
+    const parts = hasImage(step) ? [element("img", { src: pictureOf(step) || "data:,", alt: step.name })] : [];
+    const words = step.text ? `“${step.text}”` : t("more like this");
+    if (step.how) parts.push(words);
+    const back = element("button", { type: "button" }, ...parts);
+    back.title = t("Back to: {0}", step.how ? words : step.name);
+    back.onclick = () => {
+      $("text").value = step.text;
+      go({ ...state, large: null, steps: state.steps.slice(0, place + 1) }, place === state.steps.length - 1);
+    };
+    return element("li", {}, back);
   });
   $("history").replaceChildren(...items);
 }
@@ -297,165 +276,240 @@ function showHow(how) {
   $("share").value = `${$("mix").value} %`;
 }
 
-function showNote(text) {
-  $("answers").hidden = false;
-  $("note").textContent = text;
-}
-
 function showSkeletons(lists) {
   $("answers").hidden = false;
+  $("choosing").open = false;
+  $("start").hidden = true;
   const { top } = $("answers").getBoundingClientRect();
   if (top < 0 || top > innerHeight / 2) $("answers").scrollIntoView();
-  $("note").textContent = "";
-  $("experts").replaceChildren();
-  const made = lists.map((list, place) => {
-    const cards = Array.from({ length: health.k }, () => element("li", { className: "skeleton" }));
-    return listOf(list, place, lists.length, cards);
-  });
+  for (const id of ["note", "measured", "kept"]) $(id).textContent = "";
+  $("within").value = "";
+  $("further").hidden = true;
+  $("experts").hidden = lists[0].mix !== null || health.composes !== "combiner";
+  const waiting = () => element("li", { className: "card skeleton" }, element("div"), element("p", { textContent: "\u00a0" }));
   $("lists").setAttribute("aria-busy", "true");
-  $("lists").replaceChildren(...made);
-  say("Searching");
+  showLists(lists, () => Array.from({ length: health.k }, waiting));
+  say(t("Searching"));
 }
 
-function listOf(list, place, count, cards) {
-  $("lists").classList.toggle("side-by-side", count > 1);
-  const grid = element("ol", { className: "grid results", id: place ? `results-${list.key}` : "results" }, ...cards);
-  const title = count > 1 ? [element("h3", { textContent: `${list.title} ` })] : [];
-  return element("section", { className: "list" }, ...title, grid);
+function showLists(lists, cardsOf) {
+  $("lists").classList.toggle("side-by-side", lists.length > 1);
+  const made = lists.map((list, place) => {
+    const id = place ? `results-${list.key}` : "results";
+    const grid = element("ol", { className: "grid results", id }, ...cardsOf(list, place));
+    const title = lists.length > 1 ? [element("h3", { textContent: list.title })] : [];
+    return element("section", { className: "list" }, ...title, grid);
+  });
+  $("lists").replaceChildren(...made);
 }
 
 function showAnswers(lists) {
+  shown = lists;
   $("lists").removeAttribute("aria-busy");
   $("answers").hidden = !lists.length;
-  const made = lists.map((list, place) => {
-    const cards = list.answers.map((answer, row) => cardOf(answer, row + 1, list, lists.length));
-    return listOf(list, place, lists.length, cards);
-  });
-  $("lists").replaceChildren(...made);
-  $("note").textContent = lists.find((list) => list.note)?.note || "";
+  $("within").value = "";
+  showLists(lists, (list, place) => list.answers.map((answer, at) => cardOf(answer, { place: at, list: place })));
+  $("note").textContent = [...new Set([unused(lists), ...lists.map((list) => list.note)])].filter(Boolean).join(" ");
+  $("further").hidden = !lists.length || lists[0].isWhole || lists[0].answers.length < health.k;
+  showMeasured();
   showExperts(lists[0]);
-  markTarget(lists);
+  showTarget();
   narrow();
-  if (lists.length) say(lists.map((list) => `${list.answers.length} answers, ${list.title}`).join("; "));
+  if (lists.length) say(lists.map((list) => t("{0} answers, {1}", list.answers.length, list.title)).join("; "));
 }
 
-function cardOf(answer, place, list, count) {
-  const of = `${place} of ${list.answers.length}${count > 1 ? `, ${list.title}` : ""}`;
-  const image = element("img", { src: picture(answer.row), alt: `Answer ${of}: ${answer.name}`, loading: "lazy" });
-  const pick = element("button", { className: "pick", type: "button", title: "Go on from it" }, image);
-  pick.onclick = () => choose({ row: answer.row, upload: null, name: answer.name }, "");
-  const label = `Open answer ${of} large: ${answer.name}`;
-  const enlarge = element("button", { className: "enlarge", type: "button", textContent: "⤢", title: "Open large" });
-  enlarge.setAttribute("aria-label", label);
-  enlarge.onclick = () => openLarge(answer, place, list);
-  const about = element("p", { className: "caption" });
-  const number = element("span", { className: "quiet", textContent: `${place}. ${answer.similarity.toFixed(3)} ` });
-  about.append(number, answer.name);
-  const card = element("li", { className: "card" }, pick, enlarge, about);
+// What a visitor has given and chosen not to ask with.
+function unused(lists) {
+  const asked = lastAsked(state);
+  if (lists.length !== 1) return "";
+  if (lists[0].mix === 0 && asked.text) return t("Asked with the image only: your words were not used.");
+  return lists[0].mix === 1 && hasImage(asked) ? t("Asked with the text only: the reference was not used.") : "";
+}
+
+function showMeasured() {
+  const [list] = shown;
+  if (!list) return;
+  const values = [list.answers.length, health.images, list.ms].map(grouped);
+  $("measured").textContent = t("{0} of {1} images, {2} ms", ...values);
+}
+
+// The card of an answer.
+function cardOf(answer, at) {
+  const of = shown[at.list];
+  const place = t("{0} of {1}", at.place + 1, of.answers.length);
+  const called = shown.length > 1 ? `${place}, ${of.title}` : place;
+  const card = photoCard(answer, t("Answer {0}: {1}", called, answer.name), () => choose(referenceOf(answer), ""));
+  card.querySelector(".pick").title = t("Go on from it");
+  const enlarge = element("button", { className: "corner enlarge", type: "button", textContent: "⤢" });
+  enlarge.title = t("Open large");
+  enlarge.setAttribute("aria-label", t("Open answer {0} large: {1}", called, answer.name));
+  enlarge.onclick = () => go({ ...state, large: at });
+  const number = element("span", { className: "quiet", textContent: `${at.place + 1}. ${answer.similarity.toFixed(3)} ` });
+  card.append(enlarge, element("p", { className: "caption", title: answer.name }, number, answer.name));
   card.dataset.path = answer.path.toLowerCase();
+  card.classList.toggle("target", answer.row === state.target);
   return card;
 }
 
-// Hides the answers whose path has not what is typed.
+// Hides the answers whose path has not what is typed, of all that the server gives.
 function narrow() {
   const wanted = $("within").value.trim().toLowerCase();
-  const cards = [...document.querySelectorAll("#lists .card")];
+  const cards = [...document.querySelectorAll("#lists .card:not(.skeleton)")];
   for (const card of cards) card.hidden = !card.dataset.path.includes(wanted);
-  $("kept").value = wanted ? `${cards.filter((card) => !card.hidden).length} of ${cards.length}` : "";
+  const kept = cards.filter((card) => !card.hidden).length;
+  $("kept").value = wanted ? t("{0} of the nearest {1}", kept, cards.length) : "";
 }
 
-// Why these answers: what the gate and the experts did, in bars and in a sentence.
+// What the gate and the experts did, in sentences and in bars.
 function showExperts(list) {
-  $("experts").replaceChildren();
-  if (!list || list.gate === null) return;
-  const shares = [["text in the gate", list.gate], ...list.experts.map((share, number) => [`expert ${number}`, share])];
-  const bars = element("div", { className: "bars" });
-  for (const [name, share] of shares) {
+  const isKnown = Boolean(list) && list.gate !== null;
+  $("experts").hidden = !isKnown;
+  if (!isKnown) return;
+  const words = Math.round(100 * list.gate);
+  const said = [t("The answers follow your words to {0} % and the reference to {1} %.", words, 100 - words)];
+  const working = list.experts.filter((share) => share > 0).length;
+  const others = "{0} of {1} experts worked on this question. The others rest: every question goes to the {0} that suit it best.";
+  if (working < list.experts.length) said.push(t(others, working, list.experts.length));
+  $("why").textContent = said.join(" ");
+  const shares = [[t("your words"), list.gate], ...list.experts.map((share, place) => [t("expert {0}", place + 1), share])];
+  const bars = shares.flatMap(([name, share]) => {
     const bar = element("i");
     bar.style.width = `${Math.round(100 * share)}%`;
-    bars.append(element("span", { textContent: name }), bar, element("span", { textContent: share.toFixed(2) }));
-  }
-  const text = Math.round(100 * list.gate);
-  let why = `Why these: the gate takes ${text} % of its mixture from the text and ${100 - text} % from the reference`;
-  if (list.experts.length) {
-    const most = list.experts.indexOf(Math.max(...list.experts));
-    why += `, and expert ${most} has most to say of what is added to it`;
-  }
-  $("experts").append(element("p", { textContent: `${why}.` }), bars);
+    const value = share === 0 ? t("rests") : `${Math.round(100 * share)} %`;
+    return [element("span", { textContent: name }), bar, element("span", { textContent: value })];
+  });
+  $("bars").replaceChildren(...bars);
 }
 
 // Where the image that is looked for stands in each list, once a visitor has said which it is.
-function markTarget(lists) {
+function showTarget() {
   if (state.target === null) return;
-  document.querySelectorAll(".list").forEach((section, number) => {
-    const { place } = lists[number];
-    const card = section.querySelectorAll(".card")[place - 1];
-    card?.classList.add("target");
-    const where = place ? `at place ${place}` : `not among the first ${health.places}`;
-    const text = `What you look for is ${where}`;
-    section.querySelector(".grid").before(element("p", { className: "place", textContent: text }));
+  document.querySelectorAll(".list").forEach((section, at) => {
+    const { place } = shown[at];
+    const isFound = place !== null;
+    const where = isFound
+      ? t("The target is at place {0} of {1}", grouped(place), grouped(health.images))
+      : t("The target is not among the first {0}", grouped(health.places));
+    const forget = element("button", { type: "button", className: "forget", textContent: t("Forget it") });
+    forget.onclick = () => go({ ...state, target: null });
+    section.querySelector(".grid").before(element("p", { className: "place" }, element("span", { textContent: where }), forget));
   });
 }
 
-function openLarge(answer, place, list) {
-  enlarged = answer;
+// The large view: an answer beside its reference.
+
+const enlarged = () => shown[state.large?.list]?.answers[state.large.place];
+
+function showLarge() {
+  const answer = enlarged();
+  if (!answer) return $("large").close();
+  const list = shown[state.large.list];
+  const asked = lastAsked(state);
+  $("large-reference").hidden = !hasImage(asked);
+  if (hasImage(asked)) {
+    $("large-asked").src = pictureOf(asked, "large") || "data:,";
+    $("large-asked").alt = t("Reference: {0}", asked.name);
+  }
   $("large-image").src = picture(answer.row, "large");
   $("large-image").alt = answer.name;
   $("large-name").textContent = answer.name;
-  $("large-about").textContent = `Place ${place}, ${list.title}, similarity ${answer.similarity.toFixed(4)}`;
+  const place = state.large.place + 1;
+  $("large-about").textContent = t("Place {0}, {1}, similarity {2}", place, list.title, answer.similarity.toFixed(4));
   $("large-path").textContent = answer.path;
+  $("target").textContent = t(answer.row === state.target ? "I look for this no more" : "This is what I look for");
   $("download").href = picture(answer.row, "large");
   $("download").download = `${answer.name.replace(/\.\w+$/, "")}.jpg`;
-  $("large").showModal();
+  $("previous").disabled = place === 1;
+  $("next").disabled = place === list.answers.length;
+  if (!$("large").open) $("large").showModal();
+}
+
+function turn(by) {
+  const large = { ...state.large, place: state.large.place + by };
+  if (shown[large.list].answers[large.place]) go({ ...state, large }, true);
+}
+
+// Leaves the entry of the history that the large view is.
+function closeLarge() {
+  if (!state.large) return;
+  $("large").close();
+  history.back();
 }
 
 async function copyPath() {
   try {
-    await navigator.clipboard.writeText(enlarged.path);
-    say("Copied");
-    $("copy").textContent = "Copied";
-    setTimeout(() => ($("copy").textContent = "Copy path"), 1500);
+    await navigator.clipboard.writeText(enlarged().path);
+    say(t("Copied"));
+    $("copy").textContent = t("Copied");
+    setTimeout(() => ($("copy").textContent = t("Copy path")), 1500);
   } catch {
     // Browsers copy on pages of this machine or by https alone.
     getSelection().selectAllChildren($("large-path"));
-    toast("the browser does not let the page copy: the path is selected, copy it by Ctrl+C");
+    toast(t("the browser does not let the page copy: the path is selected, copy it by Ctrl+C"));
   }
 }
 
 // Images to start from
 
-function photoCard(photo, alt, onclick, ...about) {
-  const image = element("img", { src: picture(photo.row), alt, loading: "lazy" });
-  const pick = element("button", { className: "pick", type: "button" }, image);
-  pick.onclick = onclick;
-  return element("li", { className: "card" }, pick, ...about);
+const referenceOf = ({ row, name }) => ({ row, upload: null, name });
+
+function photoCard(photo, alt, onclick) {
+  const image = element("img", { src: picture(photo.row), alt, loading: "lazy", draggable: false });
+  const pick = element("button", { className: "pick", type: "button", onclick }, image);
+  const card = element("li", { className: "card", draggable: true }, pick);
+  card.ondragstart = (event) => event.dataTransfer.setData(ROW, JSON.stringify(referenceOf(photo)));
+  return card;
+}
+
+function waitingCards(count) {
+  return Array.from({ length: count }, () => element("li", { className: "card skeleton" }, element("div")));
 }
 
 async function offer() {
-  const photos = await json("some?count=40");
-  const cards = photos.map((photo, place) =>
-    photoCard(photo, `Image ${place + 1} of ${photos.length}: ${photo.name}`, () =>
-      choose({ row: photo.row, upload: null, name: photo.name }),
-    ),
-  );
+  const photos = await json(`some?count=${OFFERED}`);
+  const cards = photos.map((photo, place) => {
+    const alt = t("Image {0} of {1}: {2}", place + 1, photos.length, photo.name);
+    return photoCard(photo, alt, () => choose(referenceOf(photo)));
+  });
   $("choice").replaceChildren(...cards);
-  return photos;
 }
 
-function offerExamples(photos) {
-  const cards = EXAMPLES.slice(0, photos.length).map((text, place) => {
-    const photo = photos[place];
-    const about = element("p", { textContent: `“${text}”` });
-    const start = () => {
-      choose({ row: photo.row, upload: null, name: photo.name }, text);
-      ask(text);
+async function offerExamples() {
+  const cards = (await json(`examples?count=${EXAMPLES}`)).map(({ reference, text, target }) => {
+    const start = async () => {
+      await choose(referenceOf(reference), text);
+      await ask({ target: target.row });
     };
-    return photoCard(photo, `Example: ${photo.name}, “${text}”`, start, about);
+    const card = photoCard(reference, t("Example: {0}, “{1}”", reference.name, text), start);
+    card.append(element("p", { textContent: `“${text}”`, title: text }));
+    return card;
   });
   $("examples").replaceChildren(...cards);
 }
 
 // What the visitor does
+
+async function takeFile(file) {
+  $("reference").setAttribute("aria-busy", "true");
+  say(t("Sending the image…"));
+  try {
+    const id = await takeUpload(file);
+    await choose({ row: null, upload: id, name: file.name || "pasted.png" });
+  } catch (error) {
+    showReference(last());
+    throw error;
+  }
+}
+
+function takeDropped(event) {
+  event.preventDefault();
+  document.body.classList.remove("dragged");
+  const own = event.dataTransfer.getData(ROW);
+  const [file] = event.dataTransfer.files;
+  if (own) choose(JSON.parse(own));
+  else if (file) tell(takeFile(file));
+  else toast(t("only files and images of this page are taken: nothing is fetched from an address"));
+}
 
 function moveInGrid(event) {
   const pick = event.target.closest?.(".pick");
@@ -470,24 +524,40 @@ function moveInGrid(event) {
   next.focus();
 }
 
-function takeDropped(event) {
-  event.preventDefault();
-  document.body.classList.remove("dragged");
-  const [file] = event.dataTransfer.files;
-  if (file) tell(takeFile(file));
-  else toast("only files are taken: nothing is fetched from an address");
-}
-
-function tell(work) {
-  return work.catch((error) => {
-    toast(error.message);
-    if (lastAsked(state)) showNote(error.message);
-  });
+function press(event) {
+  if (state.large) {
+    const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (by) turn(by);
+    return;
+  }
+  moveInGrid(event);
+  if (event.key === "/" && !/INPUT|SELECT/.test(document.activeElement.tagName)) {
+    event.preventDefault();
+    $("text").focus();
+  }
 }
 
 function askAgain() {
   showHow(null);
-  if (last()?.how) ask();
+  if (last()?.how) ask({ text: last().text, replaces: true });
+}
+
+function exportAnswers() {
+  const { text, name, row, how } = lastAsked(state);
+  const lists = shown.map(({ title, place, answers }) => ({ asked_with: title, place_of_target: place, answers }));
+  const written = JSON.stringify({ reference: name || null, row, text, ...how, target: state.target, lists }, null, 2);
+  const link = element("a", { href: URL.createObjectURL(new Blob([written], { type: "application/json" })) });
+  link.download = "answers.json";
+  link.click();
+  URL.revokeObjectURL(link.href);
+}
+
+function startOver() {
+  $("text").value = "";
+  $("method").value = "pair";
+  $("without").checked = true;
+  $("filter").value = "";
+  go({ ...START, depth: state.depth });
 }
 
 function listen() {
@@ -496,6 +566,7 @@ function listen() {
     ask();
   };
   $("undo").onclick = () => history.back();
+  $("restart").onclick = startOver;
   $("upload").onclick = () => $("file").click();
   $("file").onchange = () => {
     const [file] = $("file").files;
@@ -503,32 +574,38 @@ function listen() {
     if (file) tell(takeFile(file));
   };
   for (const id of ["method", "mix", "without", "filter"]) $(id).onchange = askAgain;
-  $("within").oninput = narrow;
   $("mix").oninput = () => showHow(null);
-  $("more").onclick = () => tell(offer());
-  $("use").onclick = () => {
-    $("large").close();
-    choose({ row: enlarged.row, upload: null, name: enlarged.name }, "");
+  $("within").oninput = () => {
+    narrow();
+    tell(showFurther());
   };
-  $("alike").onclick = () => {
-    $("large").close();
-    choose({ row: enlarged.row, upload: null, name: enlarged.name }, "");
-    ask("", { method: "image", without: $("without").checked, filter: $("filter").value.trim() });
+  $("further").onclick = () => tell(showFurther());
+  document.addEventListener("scroll", () => {
+    if (!$("further").hidden && $("further").getBoundingClientRect().top < innerHeight) tell(showFurther());
+  });
+  $("export").onclick = exportAnswers;
+  $("more").onclick = () => tell(offer());
+  $("use").onclick = () => choose(referenceOf(enlarged()), "");
+  $("alike").onclick = async () => {
+    await choose(referenceOf(enlarged()), "");
+    await ask();
   };
   $("target").onclick = () => {
-    $("large").close();
-    go({ ...state, target: enlarged.row }, true);
+    const { row } = enlarged();
+    go({ ...state, large: null, target: row === state.target ? null : row }, true);
   };
+  $("previous").onclick = () => turn(-1);
+  $("next").onclick = () => turn(1);
   $("copy").onclick = copyPath;
-  $("close").onclick = () => $("large").close();
-  $("large").onclick = (event) => event.target === $("large") && $("large").close();
-  document.addEventListener("keydown", (event) => {
-    moveInGrid(event);
-    if (event.key === "/" && !/INPUT|SELECT/.test(document.activeElement.tagName) && !$("large").open) {
-      event.preventDefault();
-      $("text").focus();
-    }
-  });
+  $("close").onclick = closeLarge;
+  $("large").onclick = (event) => {
+    if (event.target === $("large")) closeLarge();
+  };
+  $("large").oncancel = (event) => {
+    event.preventDefault();
+    closeLarge();
+  };
+  document.addEventListener("keydown", press);
   document.addEventListener("paste", (event) => {
     const [file] = event.clipboardData.files;
     if (file) tell(takeFile(file));
@@ -539,41 +616,63 @@ function listen() {
   });
   document.addEventListener("dragleave", () => document.body.classList.remove("dragged"));
   document.addEventListener("drop", takeDropped);
-  document.addEventListener("visibilitychange", look);
-  setInterval(look, LOOKED_EVERY);
+  document.addEventListener("visibilitychange", () => tell(look()));
+  setInterval(() => tell(look()), LOOKED_EVERY);
   addEventListener("popstate", (event) => {
     state = event.state || START;
+    $("text").value = last()?.text || "";
     show();
   });
+  // What is scrolled to stands below the question, where that stays in view.
+  new ResizeObserver(() => {
+    document.documentElement.style.setProperty("--bar", `${$("question").offsetHeight}px`);
+  }).observe($("question"));
 }
 
-// The question that the page's address holds.
+// The question that the page's address holds, as far as this index can answer it.
 async function linked() {
   const words = new URLSearchParams(location.search);
-  const row = /^\d+$/.test(words.get("row") || "") ? words.get("row") : null;
-  const text = words.get("text") || "";
+  const step = { ...NO_REFERENCE, text: words.get("text")?.trim() || "", how: null };
+  if (words.has("row")) {
+    const photo = isRow(words.get("row")) && (await json(`photo/${words.get("row")}`).catch(() => null));
+    if (photo) Object.assign(step, referenceOf(photo));
+    else toast(t("the link names an image that the index does not have: choose another"));
+  }
   const wanted = words.get("method") || "pair";
   const method = [...$("method").options].some((option) => option.value === wanted) ? wanted : "pair";
-  if (row === null && method !== "text") return START;
-  const name = row === null ? "" : (await json(`photo/${row}`)).name;
   const how = { method, without: words.get("without") !== "0", filter: words.get("filter") || "" };
   if (method === "sum") how.mix = Math.min(1, Math.max(0, Number(words.get("mix") ?? 0.5) || 0));
-  const isAsked = text || method === "image";
-  return { ...START, steps: [{ row, upload: null, name, text, how: isAsked ? how : null }] };
+  if (how.filter && !health.filters) {
+    how.filter = "";
+    toast(t("this index takes no filter: the link's was left out"));
+  }
+  const isAsked = words.has("text") || method === "image";
+  if (isAsked && (step.text || hasImage(step))) step.how = how;
+  const target = isRow(words.get("target")) ? words.get("target") : null;
+  return step.how || hasImage(step) ? { ...START, steps: [step], target } : START;
 }
 
 async function begin() {
+  translate();
   listen();
   $("options").open = matchMedia("(min-width: 761px)").matches;
+  showReference(null);
   health = await json("health");
+  const kind = health.composes === "combiner" ? [health.model, "Combiner"] : [health.model];
+  const facts = kind.length > 1 ? "{0} with a {1} · {2} images" : "{0} · {1} images";
+  $("facts").textContent = t(facts, ...kind, grouped(health.images));
   $("file").accept = health.kinds.join(",");
   $("filtering").hidden = !health.filters;
-  $("method").options[0].textContent = health.composes === "sum" ? "sum, as trained" : "Combiner";
-  const offered = tell(offer().then(offerExamples));
+  $("method").options[0].textContent = t(health.composes === "sum" ? "sum, as trained" : "Combiner");
+  $("examples").replaceChildren(...waitingCards(Math.min(EXAMPLES, health.examples)));
+  $("choice").replaceChildren(...waitingCards(OFFERED));
+  $("choosing").hidden = false;
   for (const step of history.state?.steps || []) if (step.upload) bringBack(step.upload);
-  state = history.state || (await linked().catch((error) => (toast(error.message), START)));
-  history.replaceState(state, "");
-  if (last()) $("text").value = last().text;
+  state = history.state ? { ...START, ...history.state } : await linked();
+  history.replaceState(state, "", addressOf(state));
+  $("text").value = last()?.text || "";
+  $("choosing").open = !lastAsked(state);
+  const offered = Promise.all([tell(offer()), health.examples ? tell(offerExamples()) : null]);
   await show();
   await offered;
 }
