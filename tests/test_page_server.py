@@ -640,6 +640,8 @@ FIELDS = [
     "k",
     "mix",
     "without_reference",
+    "distinct",
+    "min_similarity",
     "target",
     "filter",
     "image",

@@ -99,6 +99,10 @@ class Asked(BaseModel):
         max_length=1000,
         description="What images have to be, in the language of the index's store.",
     )
+    distinct: bool = Field(False, description="Leave copies of other answers out.")
+    min_similarity: float | None = Field(
+        None, ge=-1, le=1, description="The similarity that an answer has at least."
+    )
 
 
 class Photo(BaseModel):
@@ -259,6 +263,8 @@ class Service:
             without=asked.row if asked.without_reference else None,
             target=asked.target,
             condition=asked.filter.strip(),
+            distinct=asked.distinct,
+            min_similarity=asked.min_similarity,
         )
         self.searcher.check(question)
         found = await asyncio.wrap_future(self.batcher.ask(question))
