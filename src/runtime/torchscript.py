@@ -88,7 +88,10 @@ def is_archive(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except zipfile.BadZipFile:  # which `zipfile.is_zipfile` does not tell of every damaged one
+    except (
+        zipfile.BadZipFile,
+        ValueError,
+    ):  # which `zipfile.is_zipfile` does not tell of every damaged one
         return False
 
 
