@@ -53,32 +53,37 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = ScriptParser(__doc__, parents=parents)
     group = parser.add_argument_group("sheet")
     group.add_argument(
-        "--rankings", type=usable_path, metavar="FILE", help="of validate.py, in place of a pair"
+        "--rankings",
+        type=usable_path,
+        metavar="FILE",
+        help="a file of validate.py --rankings, in place of a pair",
     )
     group.add_argument(
         "--split",
         choices=("val", "test"),
         default="val",
-        help="which queries; the targets of test are not known",
+        help="split of the queries; the targets of test are not known",
     )
-    options.add_protocol(group, help="that is shown (default: the first that there is)")
+    options.add_protocol(group, help="which is shown (default: the first that there is)")
     group.add_argument(
         "--queries",
         nargs="+",
         action=Several,
         metavar="Q",
-        help="best, worst or random; or ids of CIRR and CIRCO, or category:number of FashionIQ (default: worst; random "
-        "of test)",
+        help="which queries: best, worst or random; or ids of CIRR and CIRCO, or category:number of FashionIQ "
+        "(default: worst; random of test)",
     )
-    group.add_argument("--num", type=positive_int, default=20, help="queries of each split")
-    options.add_k(group, default=10, help="images a query")
+    group.add_argument(
+        "--num", type=positive_int, default=20, help="how many queries of each split"
+    )
+    options.add_k(group, default=10, help="images of the gallery shown for a query")
     options.add_seed(group, help="of --queries random")
     group.add_argument(
         "--output-dir",
         type=usable_path,
         default=PROJECT_ROOT / "sheets",
         metavar="DIR",
-        help="holds the sheet",
+        help="the folder for the sheet",
     )
     args = parser.parse_args(argv)
     if args.protocol and len(args.protocol) > 1:
