@@ -116,7 +116,7 @@ def add_question(query: argparse.ArgumentParser) -> None:
     query.add_argument(
         "--distinct",
         action="store_true",
-        help="of images that are the same, show the first alone (default: show all, and say which are copies)",
+        help="show the first alone of images that are the same (default: show all, and say which are copies)",
     )
     query.add_argument(
         "--filter",

@@ -243,10 +243,10 @@ def test_help_fits_the_terminal_and_the_commands_in_it_can_be_pasted(script, col
         assert max(map(len, told.splitlines())) <= columns, (script, words)
         assert str(ROOT) not in told, (script, words)
     lines = parser_of(script).format_help().replace("\\\n", " ").splitlines()
-    shown = [shlex.split(line) for line in lines if line.startswith("    python")]
+    shown = [shlex.split(line, comments=True) for line in lines if line.startswith("    python")]
     typed = importlib.import_module(script).__doc__.replace("\\\n", " ")
-    for command in re.findall(r"^ +(python .*)", typed, re.M):
-        assert shlex.split(command) in shown
+    for command in re.findall(r"^ *(python .*)", typed, re.M):
+        assert shlex.split(command, comments=True) in shown
 
 
 def test_a_default_that_nobody_wrote_down_is_said(capsys):

@@ -11,7 +11,7 @@ from typing import Any
 
 from utils import DEBUG, PROJECT_ROOT, printable
 
-COMMAND = 4 * " "  # before a command of a docstring
+COMMAND = 4 * " "  # before a command
 CONTINUED = " \\"  # at the end of a line of a command
 TOGETHER = r"'[^']*'|\"[^\"]*\"|--\S+ (?!-)"  # in a line: what is quoted, a flag and its value
 
@@ -39,10 +39,10 @@ class WithDefaults(argparse.HelpFormatter):
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        """Wrap paragraphs; a command, which is indented, stays one that can be pasted."""
+        """Wrap paragraphs; a command stays one that can be pasted."""
         lines: list[str] = []
-        for paragraph in re.split(r"\n\n|\n(?= )|(?<=:)\n", text.replace("\\\n", "")):
-            if paragraph.startswith(COMMAND):
+        for paragraph in re.split(r"\n\n|\n(?= *python )|(?<=:)\n", text.replace("\\\n", "")):
+            if paragraph.lstrip().startswith("python "):
                 words = " ".join(paragraph.split())
                 parts = textwrap.wrap(
                     re.sub(TOGETHER, lambda found: found[0].replace(" ", "\0"), words),
