@@ -228,7 +228,7 @@ def test_help_says_of_every_flag_what_it_is_and_its_default():
         parser, action = case.values
         told = parser._get_formatter()._expand_help(action)
         assert action.help and not told.startswith(("(default", "of ", "in ", "that ")), case.id
-        does_nothing = action.required or action.default in (None, False, [], "==SUPPRESS==")
+        does_nothing = action.required or action.default in (None, False, "", [], "==SUPPRESS==")
         assert told.count("(default: ") == 1 or does_nothing, (case.id, told)
         assert not re.search(r"\(default: (none|off)?\)", told), (case.id, told)
 
