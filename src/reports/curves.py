@@ -22,7 +22,8 @@ CHART_STYLE = """
 :root { --curve: 42%; }
 @media (prefers-color-scheme: dark) { :root { --curve: 66%; } }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); gap: 1.2rem; }
-.chart { margin: 0; min-width: 0; }
+.curves { margin: 1.2rem 0; }
+.chart { margin: 0; min-width: 0; max-width: 720px; }
 .chart figcaption { display: flex; justify-content: space-between; color: var(--quiet); }
 .chart svg { display: block; width: 100%; height: auto; cursor: crosshair; touch-action: pan-y; }
 .chart text { fill: var(--quiet); font-size: 12px; }
