@@ -30,6 +30,8 @@ from utils import DiskError, Stopped, UserError, format_metric
 
 logger = logging.getLogger(__name__)
 
+# Without learning rate and memory, which files are told: a line of 80 columns has room for little more.
+BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}"
 READ_EVERY = 10  # steps between two looks at the losses: each look waits for the device
 # Steps in a row, after which the scale of the loss is a millionth of what it was, and of no help.
 MOST_SKIPPED = 20
@@ -158,17 +160,26 @@ class Trainer:
         batches = self.task.batches(epoch, done)
         pace = self.pace
         hidden = None if distributed.is_main() else True
-        bar = tqdm(batches, f"epoch {epoch}", steps, initial=done, leave=False, disable=hidden)
+        bar = tqdm(
+            batches,
+            f"epoch {epoch}",
+            steps,
+            initial=done,
+            leave=False,
+            disable=hidden,
+            bar_format=BAR,
+        )
         with pace.stepping(), bar:
             for step, (inputs, target_ids) in enumerate(bar, start=done + 1):
-                loss = self.stepper.step(inputs, target_ids)
-                self.count_step(loss, skipped=self.stepper.skipped)
+                of_step = self.stepper.step(inputs, target_ids)
+                self.count_step(of_step, skipped=self.stepper.skipped)
                 pace.count_step(len(target_ids))
                 if step % READ_EVERY == 0 or pace.clock.is_due():
-                    status = f"loss {self.read_losses():.4f}, {self.status(epoch, step)}"
-                    bar.set_postfix_str(status)
+                    loss = f"loss {self.read_losses():.4f}"
+                    bar.set_postfix_str(", ".join([loss, *pace.speed(epoch, step)]))
                     if pace.clock.is_due():
                         if bar.disable:
+                            status = f"{loss}, {self.status(epoch, step)}"
                             logger.info("epoch %d, step %d of %d: %s", epoch, step, steps, status)
                         pace.clock.restart()
                 self.save_if_due()
