@@ -233,7 +233,7 @@ def test_images_of_every_shape_keep_their_proportion(open_page, tmp_path):
         cards.append(sheets.Card(label="1", caption="", reference=name, rows=ranking, bars={}))
     first = str(SHAPES[0])
     written = {
-        "sheet": sheets.sheet("sheet", "", {"all": cards}, thumbnails),
+        "sheet": sheets.sheet("sheet", {"all": cards}, thumbnails, about=[]),
         "answers": sheets.results_page(
             "x", first, answers, about="", thumbnails=thumbnails, marks={}
         ),
@@ -331,7 +331,7 @@ def test_a_long_sheet_shows_images_as_they_come_near(open_page, tmp_path):
         ranking = {"gallery": sheets.Row([(name, 0.5)], {name: 0})}
         cards.append(sheets.Card(label="1", caption="x", reference=name, rows=ranking, bars={}))
     file = tmp_path / "sheet.html"
-    file.write_text(sheets.sheet("a long sheet", "", {"all": cards}, thumbnails))
+    file.write_text(sheets.sheet("a long sheet", {"all": cards}, thumbnails, about=[]))
     page = open_page(file.as_uri())
     shown = "[...document.images].filter(image => image.complete && image.naturalWidth).length"
     wait_until(page, f"{shown} > 0")

@@ -231,7 +231,7 @@ def test_two_hundred_queries_stay_below_20_megabytes(tmp_path):
     for path in set(paths.values()):
         noise.rotate(len(path.stem) * 7).save(path, quality=95)
     small = sheets.load_thumbnails(paths)
-    page = sheets.sheet("noise", {"val": cards}, small, about="")
+    page = sheets.sheet("noise", {"val": cards}, small, about=[])
     assert len(queries(page)) == 200
     assert 4_000_000 < len(page) < 20_000_000
     picture, shown = sheet_picture.picture(cards, small)

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks import best_of
 from models.configuration import Settings
-from models.names import open_clip_name
+from models.names import short_name
 from reports.run_page import About, RunPage
 from runtime import distributed, torchrun
 from runtime.files import HALF_MADE, discard, folder_beside, locked, write_text
@@ -151,14 +151,6 @@ def run_name(stage: str, benchmark: str, clip_model_name: str) -> str:
     """
     model = re.sub(r"[^\w.@-]+", "-", short_name(clip_model_name))
     return f"{stage}_on_{benchmark}_{model}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-
-
-def short_name(clip_model_name: str) -> str:
-    """What a CLIP is called where there is little room: without its folder, or without its weights."""
-    known = open_clip_name(clip_model_name)
-    if known is not None:
-        return known.short
-    return Path(clip_model_name).stem if clip_model_name.endswith(".pt") else clip_model_name
 
 
 def run_title(benchmark: str, settings: Settings) -> str:
