@@ -189,8 +189,7 @@ def say_unknown(texts: Sequence[str]) -> None:
         unknown |= _unknown(characters, _font_file(characters))
     if unknown:
         logger.warning(
-            "note: the picture has boxes in place of %s: install a font that has them, such as Noto Sans, and "
-            "matplotlib; the page has them",
+            "note: the picture of the sheet has boxes in place of %s: install a font that has them, such as Noto's",
             "".join(sorted(unknown)),
         )
 
