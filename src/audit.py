@@ -41,16 +41,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parents = [parent(groups.Dataset), *options.evaluation_flags(needs_pair=False)]
     parser = ScriptParser(__doc__, parents=parents)
     group = parser.add_argument_group("audit")
-    options.add_protocol(group, help="that are audited (default: all that apply)")
+    options.add_protocol(group, help="which are audited (default: all that apply)")
     options.add_k(group, default=10, help="a query is solved where its target is among so many")
     group.add_argument(
         "--write-queries",
         type=usable_path,
         metavar="FILE",
-        help="write the queries that need both, under the first protocol, for validate.py --queries",
+        help="a file for the queries that need both, under the first protocol, for validate.py --queries",
     )
     group.add_argument(
-        "--metrics-json", type=usable_path, metavar="FILE", help="write all numbers of the audit"
+        "--metrics-json",
+        type=usable_path,
+        metavar="FILE",
+        help="a file for all numbers of the audit",
     )
     options.add_resampling(group, resamples=2000)
     return parser.parse_args(argv)

@@ -37,14 +37,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the check."""
     parser = ScriptParser(__doc__, parents=[parent(groups.Data), parent(groups.Decoding)])
     options.add_dataset(
-        parser, required=False, help="in any case (default: all whose folder is there)"
+        parser,
+        required=False,
+        help="which benchmark, in upper or lower case (default: all whose folder is there)",
     )
     parser.add_argument(
         "--splits",
         nargs="+",
         action=Several,
         choices=SPLITS,
-        help="which (default: all that are there)",
+        help="splits to check (default: all that are there)",
     )
     parser.add_argument(
         "--unofficial", action="store_true", help="do not compare counts with the official ones"
@@ -54,7 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--write-exclusions",
         type=usable_path,
         metavar="FILE",
-        help="write the images that cannot be decoded, for --exclusions",
+        help="a file for the images that cannot be decoded, for --exclusions",
     )
     args = parser.parse_args(argv)
     if args.write_exclusions and not args.dataset:

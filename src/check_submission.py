@@ -32,19 +32,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     datasets = list(dict.fromkeys(form.kind.name for form in FORMS))
     parser = ScriptParser(__doc__, parents=[parent(groups.Data)])
     parser.add_argument(
-        "files", type=usable_path, nargs="+", metavar="FILE", help="what would be uploaded"
+        "files", type=usable_path, nargs="+", metavar="FILE", help="a file to be uploaded"
     )
     parser.add_argument(
-        "--split", choices=("val", "test"), default="test", help="what the files answer"
+        "--split",
+        choices=("val", "test"),
+        default="test",
+        help="the split whose queries the files answer",
     )
     parser.add_argument(
         "--dataset",
         type=in_any_case(datasets),
         choices=datasets,
-        help="that they are of (default: told by each file's content, but for Triplets)",
+        help="the benchmark that the files are of (default: told by each file's content, but for Triplets)",
     )
     parser.add_argument(
-        "--metrics-json", type=usable_path, metavar="FILE", help="write the metrics of --split val"
+        "--metrics-json",
+        type=usable_path,
+        metavar="FILE",
+        help="a file for the metrics of --split val",
     )
     args = parser.parse_args(argv)
     if args.metrics_json and args.split != "val":

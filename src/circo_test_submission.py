@@ -17,7 +17,10 @@ from utils import command
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of a submission."""
     parser = submission_parser(__doc__, CircoForm.kind)
-    add_protocol(parser, help="text of the queries, and whether their references may be retrieved")
+    add_protocol(
+        parser,
+        help="which is submitted: text of the queries, and whether their references may be retrieved",
+    )
     args = parser.parse_args(argv)
     if args.protocol and len(args.protocol) > 1:
         parser.error("--protocol: a submission is of one: name one")

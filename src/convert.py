@@ -29,10 +29,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the conversion."""
     parser = ScriptParser(__doc__, parents=[parent(groups.Data)])
     parser.add_argument(
-        "--dataset", type=in_any_case(SOURCES), choices=list(SOURCES), required=True, help="to read"
+        "--dataset",
+        type=in_any_case(SOURCES),
+        choices=list(SOURCES),
+        required=True,
+        help="whose annotation files are read",
     )
     parser.add_argument(
-        "--output-dir", type=usable_path, required=True, metavar="DIR", help="the data root to be"
+        "--output-dir",
+        type=usable_path,
+        required=True,
+        metavar="DIR",
+        help="a folder for the triplets, the data root to be",
     )
     return parser.parse_args(argv)
 

@@ -1,6 +1,6 @@
 """The whole system on OpenMoji's pictures, in minutes on a CPU: train both stages, validate, submit, export, search.
 
-python src/demo.py            (or `make demo`)
+python src/demo.py            # or make demo
 python src/demo.py --seeds 0 1 2
 """
 
@@ -263,10 +263,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=usable_path,
         default=Path("demo"),
         metavar="DIR",
-        help="holds all that it makes",
+        help="the folder for all that it makes",
     )
     parser.add_argument(
-        "--seeds", type=seed_int, nargs="+", action=Several, default=[0], help="of stage 2"
+        "--seeds",
+        type=seed_int,
+        nargs="+",
+        action=Several,
+        default=[0],
+        help="random seeds of stage 2",
     )
     return parser.parse_args(argv)
 

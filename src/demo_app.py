@@ -1,9 +1,9 @@
 """A web page to search an index: choose or upload a reference, say what to change, go on from an answer.
 
-    python src/demo_app.py --index photos_index --combiner-path models_final/combiner_trained     (or `make app`)
+    python src/demo_app.py --index photos_index --combiner-path models_final/combiner_trained
 
-Programs ask it too: with --api, /docs says how. It serves this machine alone unless --host says otherwise. It needs
-requirements-app.txt.
+`make app` opens it on the demo's models. Programs ask it too: with --api, /docs says how. It serves this machine alone
+unless --host says otherwise. It needs requirements-app.txt.
 """
 
 import argparse
@@ -53,8 +53,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     ]
     parser = ScriptParser(__doc__, parents=parents)
     group = parser.add_argument_group("page")
-    group.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for other machines")
-    group.add_argument("--port", type=port, default=7860, help="that it listens at")
+    group.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other machines in"
+    )
+    group.add_argument("--port", type=port, default=7860, help="port to listen at")
     group.add_argument(
         "--allow-host",
         action="append",

@@ -291,17 +291,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action=Several,
         choices=tuple(LAYOUTS),
         default=list(LAYOUTS),
-        help="which to write",
+        help="layouts to write",
     )
-    parser.add_argument("--side", type=positive_int, default=128, help="of the pictures, in pixels")
     parser.add_argument(
-        "--train-triplets", type=positive_int, default=2500, help="of each kind, at most"
+        "--side", type=positive_int, default=128, help="side of the pictures, in pixels"
+    )
+    parser.add_argument(
+        "--train-triplets",
+        type=positive_int,
+        default=2500,
+        help="training triplets of each kind, at most",
     )
     parser.add_argument(
         "--eval-queries",
         type=positive_int,
         default=100,
-        help="of each kind in val and test, at most",
+        help="queries of each kind in val and test, at most",
     )
     parser.add_argument(
         "--concepts", type=positive_int, help="take so many of each family alone (default: all)"

@@ -35,7 +35,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parent(groups.WantedCombiner),
     ]
     parser = ScriptParser(__doc__, parents=parents)
-    options.add_combiner_path(parser, help="stage-2 weights (default: none, which is the sum)")
+    options.add_combiner_path(parser, help="weights of stage 2 (default: none, which is the sum)")
     group = parser.add_argument_group("export")
     group.add_argument(
         "--output",
@@ -52,13 +52,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action=Several,
         default=[],
         metavar="FILE",
-        help="of validate.py --metrics-json, for the card",
+        help="files of validate.py --metrics-json, for the model card",
     )
     group.add_argument(
         "--push",
         type=repository,
         metavar="ORG/REPO",
-        help="then upload it to the Hugging Face Hub",
+        help="upload the pair to the Hugging Face Hub",
     )
     return parser.parse_args(argv)
 

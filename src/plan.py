@@ -34,9 +34,12 @@ def plan_flags() -> argparse.ArgumentParser:
     """What is planned for."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("plan")
-    group.add_argument("--gpu", choices=GPUS, help="needed unless --memory is given")
+    group.add_argument("--gpu", choices=GPUS, help="which GPU; needed unless --memory is given")
     group.add_argument(
-        "--memory", type=positive_float, metavar="GIB", help="of another GPU, or what is free"
+        "--memory",
+        type=positive_float,
+        metavar="GIB",
+        help="memory of another GPU, or what is free of it",
     )
     for name in ("--triplets", "--images"):
         group.add_argument(
@@ -44,7 +47,7 @@ def plan_flags() -> argparse.ArgumentParser:
             type=rows,
             nargs=2,
             metavar=("TRAIN", "VAL"),
-            help="how many there are, in place of those of --dataset",
+            help=f"how many {name[2:]} there are, in place of those of --dataset",
         )
     return parser
 
@@ -67,13 +70,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     stages = parser.add_subparsers(dest="stage", required=True)
     stage_1 = stages.add_parser(
         "stage1",
-        help="flags of clip_fine_tune.py",
+        help="fine-tune CLIP: flags of clip_fine_tune.py",
         parents=[plan_flags(), *options.training_flags(Planned1)],
     )
     stage_1.set_defaults(clip_model_path=None, clip_bs=32, negatives="batch")
     stage_2 = stages.add_parser(
         "stage2",
-        help="flags of combiner_train.py",
+        help="train a Combiner: flags of combiner_train.py",
         parents=[plan_flags(), *options.training_flags(Planned2)],
     )
     stage_2.set_defaults(encoder=None, micro_batch_size=None, gradient_checkpointing=False)

@@ -55,7 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add_folders(index)
     add_keeping(index)
-    options.add_clip_batch_size(index, help="batch size of CLIP")
+    options.add_clip_batch_size(index, help="images or texts that CLIP encodes at a time")
     query = commands.add_parser(
         "query",
         parents=[*options.search_flags(), *clip, options.compute_flags(False)],
@@ -74,7 +74,7 @@ def add_folders(index: argparse.ArgumentParser) -> None:
         action=Several,
         default=[],
         metavar="DIR",
-        help="beside those it has already",
+        help="folders of images, beside those that the index has already",
     )
     index.add_argument(
         "--forget",
@@ -83,7 +83,7 @@ def add_folders(index: argparse.ArgumentParser) -> None:
         action=Several,
         default=[],
         metavar="DIR",
-        help="folders to drop from it",
+        help="folders to drop from the index",
     )
     index.add_argument(
         "--relocate",
@@ -103,7 +103,7 @@ def add_question(query: argparse.ArgumentParser) -> None:
         "--image",
         type=usable_path,
         metavar="REF",
-        help="the reference (default: none, the text alone)",
+        help="the reference image (default: none, the text alone)",
     )
     query.add_argument("--text", help="what to change (default: nothing, the image alone)")
     options.add_k(query, default=10)
@@ -111,22 +111,25 @@ def add_question(query: argparse.ArgumentParser) -> None:
         "--min-similarity",
         type=number(-1, 1),
         metavar="X",
-        help="cosine similarity that an answer has at least (default: any)",
+        help="least cosine similarity of an answer (default: any)",
     )
     query.add_argument(
         "--distinct",
         action="store_true",
-        help="of images that are the same, show the first alone (default: show all, and say which are copies)",
+        help="show the first alone of images that are the same (default: show all, and say which are copies)",
     )
     query.add_argument(
         "--filter",
         default="",
         metavar="CONDITION",
-        help="of an index in Milvus, in its language over path, category, size and time: 'path like \"shoes/%%\"'",
+        help="condition on the answers of an index in Milvus, in its language over path, category, size and time: "
+        "'path like \"shoes/%%\"'",
     )
     how = query.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print the answers as JSON")
-    how.add_argument("--html", type=usable_path, metavar="FILE", help="write a page of them")
+    how.add_argument(
+        "--html", type=usable_path, metavar="FILE", help="a file for a page of the answers"
+    )
 
 
 def add_keeping(index: argparse.ArgumentParser) -> None:

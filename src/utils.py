@@ -23,7 +23,7 @@ LONGEST = 1e18
 DEBUG = "--debug"  # of every script: a fault is printed in full
 BROKEN_PIPE = 128 + 13  # what shells call a program that ended since nobody reads what it prints
 
-INTERRUPTED = ("interrupted; the files written so far are whole", 130)
+INTERRUPTED = ("interrupted", 130)
 
 WORKERS_REMEDY = (
     "give a container more shared memory (docker run --shm-size=8g), or decode without worker processes: "

@@ -34,19 +34,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     options.add_protocol(
         group,
-        help="gallery (all of the split, or the references and targets alone), reference, text of CIRCO (default: all "
-        "that apply)",
+        help="what is measured: gallery (all of the split, or the references and targets alone), reference, text of "
+        "CIRCO (default: all that apply)",
     )
     group.add_argument(
         "--metrics-json",
         type=usable_path,
         metavar="FILE",
-        help="write the metrics and how they came about",
+        help="a file for the metrics, and how they came about",
     )
     group.add_argument(
-        "--rankings", type=usable_path, metavar="FILE", help="write the answers to every query"
+        "--rankings", type=usable_path, metavar="FILE", help="a file for the answers to every query"
     )
-    group.add_argument("--rankings-k", type=positive_int, default=50, help="answers a query")
+    group.add_argument(
+        "--rankings-k",
+        type=positive_int,
+        default=50,
+        help="how many answers to each query --rankings keeps",
+    )
     return parser.parse_args(argv)
 
 

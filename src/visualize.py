@@ -15,6 +15,7 @@ import itertools
 import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +26,13 @@ from cli import options
 from cli.parsers import ScriptParser
 from cli.startup import check_annotations, check_files, open_benchmark, pick_device
 from evaluation.rankings_file import Record, Records, make_records, read_rankings
+from models.names import short_name
 from runtime.choices import ORIGINAL
 from runtime.files import check_writable, write_bytes, write_text
 from settings import groups
 from settings.declaring import parent
 from settings.flag_types import Several, positive_int, usable_path
-from utils import PROJECT_ROOT, UserError, command
+from utils import PROJECT_ROOT, UserError, command, format_metric
 
 if TYPE_CHECKING:
     from reports.sheets import Card
@@ -53,32 +55,37 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = ScriptParser(__doc__, parents=parents)
     group = parser.add_argument_group("sheet")
     group.add_argument(
-        "--rankings", type=usable_path, metavar="FILE", help="of validate.py, in place of a pair"
+        "--rankings",
+        type=usable_path,
+        metavar="FILE",
+        help="a file of validate.py --rankings, in place of a pair",
     )
     group.add_argument(
         "--split",
         choices=("val", "test"),
         default="val",
-        help="which queries; the targets of test are not known",
+        help="split of the queries; the targets of test are not known",
     )
-    options.add_protocol(group, help="that is shown (default: the first that there is)")
+    options.add_protocol(group, help="which is shown (default: the first that there is)")
     group.add_argument(
         "--queries",
         nargs="+",
         action=Several,
         metavar="Q",
-        help="best, worst or random; or ids of CIRR and CIRCO, or category:number of FashionIQ (default: worst; random "
-        "of test)",
+        help="which queries: best, worst or random; or ids of CIRR and CIRCO, or category:number of FashionIQ "
+        "(default: worst; random of test)",
     )
-    group.add_argument("--num", type=positive_int, default=20, help="queries of each split")
-    options.add_k(group, default=10, help="images a query")
+    group.add_argument(
+        "--num", type=positive_int, default=20, help="how many queries of each split"
+    )
+    options.add_k(group, default=10, help="images of the gallery shown for a query")
     options.add_seed(group, help="of --queries random")
     group.add_argument(
         "--output-dir",
         type=usable_path,
         default=PROJECT_ROOT / "sheets",
         metavar="DIR",
-        help="holds the sheet",
+        help="the folder for the sheet",
     )
     args = parser.parse_args(argv)
     if args.protocol and len(args.protocol) > 1:
@@ -95,13 +102,45 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def stored_records(args: argparse.Namespace) -> tuple[Records, Benchmark, str]:
-    """The records of --rankings, the benchmark that they are of, and what its images were read on."""
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Answers to queries, and what gave them.
+
+    Attributes:
+        model: its composition and its CLIP.
+        metrics: protocol -> what all of the queries give, where their targets are known.
+        background: that images were read on.
+    """
+
+    records: Records
+    benchmark: Benchmark
+    model: str
+    metrics: Mapping[str, Mapping[str, float]]
+    background: str
+
+    def measured(self, protocol: str) -> str:
+        """The model, and the metrics under a protocol."""
+        words = [self.model]
+        metrics = self.metrics.get(protocol, {})
+        for metric, title in self.benchmark.titled(metrics).items():
+            words.append(f"{title} {format_metric(metrics[metric])}")
+        number = len(list(all_queries(self.records)))
+        return f"{', '.join(words)}; {number:,} queries"
+
+
+def stored_records(args: argparse.Namespace) -> Found:
+    """The records of --rankings."""
     content = read_rankings(args.rankings)
     args.dataset = content["dataset"]
     benchmark, _ = open_benchmark(args)
     check_same_images(args, content)
-    return content["queries"], benchmark, content["preprocessing"].get("background", ORIGINAL)
+    return Found(
+        records=content["queries"],
+        benchmark=benchmark,
+        model=f"{content['combining_function']} on {short_name(content['clip_model_name'])}",
+        metrics={name: of_it["metrics"] for name, of_it in content["protocols"].items()},
+        background=content["preprocessing"].get("background", ORIGINAL),
+    )
 
 
 def check_same_images(args: argparse.Namespace, content: Mapping[str, Any]) -> None:
@@ -124,8 +163,8 @@ def check_same_images(args: argparse.Namespace, content: Mapping[str, Any]) -> N
             )
 
 
-def measured_records(args: argparse.Namespace) -> tuple[Records, Benchmark, str]:
-    """Return the records of a pair on --split under one protocol, and the others of `stored_records`."""
+def measured_records(args: argparse.Namespace) -> Found:
+    """Return the records of a pair on --split under one protocol."""
     check_files(args)
     benchmark, _ = open_benchmark(args)
     protocols = choose_protocols(args.protocol, benchmark.protocols, benchmark.name)[:1]
@@ -142,7 +181,17 @@ def measured_records(args: argparse.Namespace) -> tuple[Records, Benchmark, str]
     rankings = rank_all(frozen, pair.compose, protocols, k=args.k, block=args.similarity_block)
     insights = explain_all(frozen, pair.compose, protocols[0].text)
     records = make_records(benchmark, splits, rankings, insights=insights)
-    return records, benchmark, pair.encoder.preprocessing["background"]
+    metrics = {}
+    if args.split != "test":
+        metrics = {of.name: benchmark.metrics(splits, found) for of, found in rankings.items()}
+    preprocessing = pair.encoder.preprocessing
+    return Found(
+        records=records,
+        benchmark=benchmark,
+        model=f"{pair.compose.combining_function} on {short_name(preprocessing['clip_model_name'])}",
+        metrics=metrics,
+        background=preprocessing["background"],
+    )
 
 
 def all_queries(records: Records) -> Iterator[Record]:
@@ -225,23 +274,27 @@ def write_sheet(
     title: str,
     sections: "Mapping[str, Sequence[Card]]",
     *,
-    benchmark: Benchmark,
-    background: str,
+    found: Found,
+    measured: str,
 ) -> None:
-    """Write sheet.html and sheet.png, transparent images on a background."""
+    """Write sheet.html and sheet.png.
+
+    Args:
+        measured: what they say of the model.
+    """
     from reports.sheet_picture import picture
     from reports.sheets import load_thumbnails, sheet
 
     cards: list[Card] = []
     for of_split in sections.values():
         cards += of_split
-    split = benchmark.split_called(args.split)
-    thumbnails = load_thumbnails(find_images(benchmark, split, cards), background)
+    split = found.benchmark.split_called(args.split)
+    thumbnails = load_thumbnails(find_images(found.benchmark, split, cards), found.background)
     legend = SHEET_LEGEND if args.split == "test" else f"{SHEET_LEGEND} {OUTLINED}"
-    page = sheet(title, sections, thumbnails, about=legend)
+    page = sheet(title, sections, thumbnails, about=[measured, legend])
     folder = args.output_dir
     write_text(folder / "sheet.html", page)
-    png, number_drawn = picture(cards, thumbnails)
+    png, number_drawn = picture(cards, thumbnails, head=[title, measured])
     write_bytes(folder / "sheet.png", png)
     logger.info("%s: %d queries", folder / "sheet.html", len(cards))
     logger.info("%s: %d queries", folder / "sheet.png", number_drawn)
@@ -263,7 +316,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check_writable({"--output-dir": args.output_dir, "--feature-cache": args.feature_cache})
     find = stored_records if args.rankings else measured_records
-    records, benchmark, background = find(args)
+    found = find(args)
+    records, benchmark = found.records, found.benchmark
     protocol = choose_protocol(records, args.protocol, args.rankings)
     chosen = choose_queries(records, args.queries, protocol, num=args.num, seed=args.seed)
     held = max(len(query["protocols"][protocol]["nearest"]) for query in all_queries(records))
@@ -281,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
         ]
     about = f"{benchmark.name} {benchmark.split_called(args.split)}"
     title = f"{about}, protocol {protocol}, {' '.join(args.queries)}"
-    write_sheet(args, title, sections, benchmark=benchmark, background=background)
+    write_sheet(args, title, sections, found=found, measured=found.measured(protocol))
     write_expert_report(args.output_dir, about, records)
 
 

@@ -5,6 +5,8 @@ What decides about a flag's values is its type: values are tried on one flag of 
 
 import argparse
 import importlib
+import re
+import shlex
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -225,29 +227,45 @@ def test_help_says_of_every_flag_what_it_is_and_its_default():
     for case in flags_where(lambda action: True):
         parser, action = case.values
         told = parser._get_formatter()._expand_help(action)
-        assert action.help and not told.startswith("(default"), case.id
-        says_nothing = action.required or (action.nargs == 0 and action.default is not False)
-        assert told.count("(default: ") == 1 or says_nothing, (case.id, told)
-        assert told.count("(default: ") <= 1, (case.id, told)
+        assert action.help and not told.startswith(("(default", "of ", "in ", "that ")), case.id
+        does_nothing = action.required or action.default in (None, False, "", [], "==SUPPRESS==")
+        assert told.count("(default: ") == 1 or does_nothing, (case.id, told)
+        assert not re.search(r"\(default: (none|off)?\)", told), (case.id, told)
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_fits_the_terminal_and_the_commands_in_it_can_be_pasted(script, columns, monkeypatch):
+    """Every command of the docstring is in it, as a shell would read it, and no place of this machine."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for words, parser in parsers(script):
+        told = parser.format_help()
+        assert max(map(len, told.splitlines())) <= columns, (script, words)
+        assert str(ROOT) not in told, (script, words)
+    lines = parser_of(script).format_help().replace("\\\n", " ").splitlines()
+    shown = [shlex.split(line, comments=True) for line in lines if line.startswith("    python")]
+    typed = importlib.import_module(script).__doc__.replace("\\\n", " ")
+    for command in re.findall(r"^ *(python .*)", typed, re.M):
+        assert shlex.split(command, comments=True) in shown
 
 
 def test_a_default_that_nobody_wrote_down_is_said(capsys):
     for typed_help in ("", "half of %% "):
         parser = ScriptParser("A script.")
         parser.add_argument("--share", default=2e-6, help=f"{typed_help}a share")
+        parser.add_argument("--seed", default=0, help="a seed")
         parser.add_argument("--places", nargs="+", default=["100%", "b"], help="places")
-        parser.add_argument("--file", help="a file")
-        parser.add_argument("--fast", action="store_true", help="be fast")
+        parser.add_argument("--folder", default=ROOT / "runs", help="a folder")
         with pytest.raises(SystemExit):
             parser.parse_args(["--help"])
         told = " ".join(capsys.readouterr().out.split())
         for end in (
             "a share (default: 2e-06)",
+            "a seed (default: 0)",
             "places (default: 100% b)",
-            "a file (default: none)",
+            "a folder (default: runs/ of the project)",
         ):
             assert end in told
-        assert "be fast (default: off)" in told
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from runtime import progress
 from runtime.progress import Counter, duration, rate
 from trainers import stage_1_flags
 from training import terminal
 from training.terminal import Pace
+from training.trainer import BAR
 
 CPU = torch.device("cpu")
 SPEED = r"[\d,.]+ (images|triplets)/s, learning rate \S+, \d+\.\d GiB, \d+ (s|min) left"
@@ -77,6 +79,21 @@ def test_a_terminal_gets_a_bar_and_no_lines(shown, clock, caplog, monkeypatch):
             counter.update()
     assert ("encoding images" in written.getvalue()) == shown
     assert caplog.messages == []
+
+
+def test_the_bar_of_a_long_training_fits_80_columns(clock):
+    of = pace()
+    of.task.images_each, of.flags = 0, of.flags.model_copy(update={"num_epochs": 300})
+    of.task.steps = 12_345
+    take(of, clock, steps=2, seconds=0.1)
+    status = ", ".join(["loss 12.3456", *of.speed(0, 2)])
+    assert re.fullmatch(r"loss 12.3456, 80 triplets/s, \d+ h \d\d min left", status)
+    line = tqdm.format_meter(
+        1234, 12_345, 60, ncols=80, prefix="epoch 299", postfix=status, bar_format=BAR, ascii=True
+    )
+    assert len(line) == 80
+    assert line.endswith("min left")
+    assert re.search(r"\|[# \d]{5,}\|", line)  # a bar that can be seen
 
 
 def pace() -> Pace:

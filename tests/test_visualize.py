@@ -7,13 +7,14 @@ import re
 import shutil
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import visualize
 from benchmarks import BENCHMARKS
 from benchmarks.splits import images_digest
 from reports import sheet_picture, sheets
 from reports.expert_report import typical_words
+from runtime.image_files import jpeg
 from test_bad_input import change_json
 
 pytestmark = pytest.mark.slow
@@ -103,6 +104,8 @@ def test_what_a_query_of_cirr_shows(look, rankings):
     found = wanted["protocols"]["original-removed"]
     assert f"gallery: target at place {found['rank'] + 1}<" in query
     assert f"subset: target at place {wanted['in_group']['rank'] + 1}<" in query
+    recall = json.loads(file.read_text())["protocols"]["original-removed"]["metrics"]["recall_at1"]
+    assert f"combiner on clip_vit, R@1 {recall:.2f}, " in page
     names = re.findall(r'<figure( class="target")? title="(.*?)"', query)
     shown = [name for name, _ in found["nearest"][:5]]
     shown += [] if found["rank"] < 5 else [wanted["target"]]
@@ -231,13 +234,62 @@ def test_two_hundred_queries_stay_below_20_megabytes(tmp_path):
     for path in set(paths.values()):
         noise.rotate(len(path.stem) * 7).save(path, quality=95)
     small = sheets.load_thumbnails(paths)
-    page = sheets.sheet("noise", {"val": cards}, small, about="")
+    page = sheets.sheet("noise", {"val": cards}, small, about=[])
     assert len(queries(page)) == 200
     assert 4_000_000 < len(page) < 20_000_000
     picture, shown = sheet_picture.picture(cards, small)
     with Image.open(io.BytesIO(picture)) as image:
         assert image.height <= sheet_picture.TALLEST
     assert 100 < shown <= 200
+
+
+def a_card(caption: str, answers: int = 3) -> tuple[sheets.Card, dict[str, bytes]]:
+    """A query with a gallery and a group, and the images in it."""
+    names = [str(number) for number in range(answers)]
+    nearest = [(name, 0.5) for name in names]
+    rows = {"gallery": sheets.Row(nearest, {"0": 0}), "subset": sheets.Row(nearest, {"1": 1})}
+    card = sheets.Card(
+        label="12", caption=caption, reference="0", rows=rows, bars={}, kinds=["color", "size"]
+    )
+    return card, dict.fromkeys(names, jpeg(Image.new("RGB", (90, 60)), 90))
+
+
+def test_a_picture_says_what_its_page_says(monkeypatch):
+    """The model, the kinds, and what each row is of."""
+    card, thumbnails = a_card("is red")
+    written = []
+    draw = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda *words: (written.append(words[2]), draw(*words))
+    )
+    sheet_picture.picture([card], thumbnails, head=["CIRR", "sum on RN50"])
+    page = sheets.sheet("CIRR", {"val": [card]}, thumbnails, about=["sum on RN50"])
+    lines = ["12, color, size", "gallery: target at place 1", "subset: target at place 2", "is red"]
+    for line in ("CIRR", "sum on RN50", *lines):
+        assert line in written
+        assert line in page
+
+
+def test_captions_of_the_picture_are_in_any_script_that_a_font_has(caplog):
+    card, thumbnails = a_card("đổi nền thành màu lục sẫm, giữ nguyên ợ Ự ẵ; Ελλάδα; кошка")
+    sheet_picture.picture([card], thumbnails)
+    assert not caplog.messages
+    for word in card.caption.split():
+        font = sheet_picture.font_of(word)
+        missing = bytes(font.getmask("\uffff"))
+        assert all(bytes(font.getmask(char)) != missing for char in word)
+    card, thumbnails = a_card("is \uffff red")
+    sheet_picture.picture([card], thumbnails)
+    assert "boxes in place of \\uffff" in caplog.text or "boxes in place of \uffff" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("answers", "columns"), [(10, (10, 5, 5)), (12, (6, 6, 4)), (3, (3, 3, 3))]
+)
+def test_rows_are_full(answers, columns):
+    card, thumbnails = a_card("is red", answers)
+    page = sheets.sheet("CIRR", {"val": [card]}, thumbnails, about=[])
+    assert f'style="--wide:{columns[0]};--middle:{columns[1]};--narrow:{columns[2]}"' in page
 
 
 def test_the_experts_report(look, rankings):

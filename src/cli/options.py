@@ -24,7 +24,9 @@ from settings.groups import PairChoice
 Group = argparse._ArgumentGroup | argparse.ArgumentParser  # what a flag is added to
 
 
-def add_dataset(group: Group, *, required: bool, help: str = "in any case") -> None:
+def add_dataset(
+    group: Group, *, required: bool, help: str = "which benchmark, in upper or lower case"
+) -> None:
     """--dataset."""
     names = list(BENCHMARKS)
     group.add_argument(
@@ -46,8 +48,12 @@ def add_protocol(group: Group, *, help: str) -> None:
 
 
 def add_seed(group: Group, *, help: str) -> None:
-    """--seed."""
-    group.add_argument("--seed", type=seed_int, default=0, help=help)
+    """--seed.
+
+    Args:
+        help: what is drawn by it, as "of the resampling".
+    """
+    group.add_argument("--seed", type=seed_int, default=0, help=f"random seed {help}")
 
 
 def add_resampling(group: Group, *, resamples: int) -> None:
@@ -60,14 +66,19 @@ def add_resampling(group: Group, *, resamples: int) -> None:
         help="draw queries together that share it: reference, target or a column of your own triplets; query: each by "
         "itself",
     )
-    group.add_argument("--confidence", type=fraction, default=0.95, help="of the intervals")
     group.add_argument(
-        "--resamples", type=positive_int, default=resamples, help="draws of the queries"
+        "--confidence", type=fraction, default=0.95, help="probability that an interval holds"
+    )
+    group.add_argument(
+        "--resamples",
+        type=positive_int,
+        default=resamples,
+        help="how often queries are drawn for the intervals",
     )
     add_seed(group, help="of the resampling")
 
 
-def add_k(group: Group, *, default: int, help: str = "answers") -> None:
+def add_k(group: Group, *, default: int, help: str = "how many answers") -> None:
     """--k."""
     group.add_argument("--k", type=positive_int, default=default, help=help)
 
@@ -150,7 +161,9 @@ def pair_flags(required: bool = True, silent: str = "") -> argparse.ArgumentPars
         required=required,
         help=f"what makes a query of the two features, or one of them alone{silent}",
     )
-    add_combiner_path(group, help="stage-2 weights, for combiner")
+    add_combiner_path(
+        group, help="weights of stage 2, for combiner: a checkpoint, or a run's folder"
+    )
     return parser
 
 

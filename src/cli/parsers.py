@@ -2,47 +2,93 @@
 
 import argparse
 import difflib
+import re
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from utils import DEBUG, printable
+from utils import DEBUG, PROJECT_ROOT, printable
+
+COMMAND = 4 * " "  # before a command
+CONTINUED = " \\"  # at the end of a line of a command
+TOGETHER = r"'[^']*'|\"[^\"]*\"|--\S+ (?!-)"  # in a line: what is quoted, a flag and its value
 
 
 class WithDefaults(argparse.HelpFormatter):
-    """Ends the help of a flag with its default, unless the help says what that is."""
+    """Ends the help of a flag with its default, unless the help says what that is, and fits all in the terminal."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         about = action.help or ""
-        default = action.default
-        is_switch = isinstance(action, argparse._StoreConstAction)
-        has_none = default is argparse.SUPPRESS or (is_switch and default is not False)
-        if has_none or action.required or not action.option_strings or "(default:" in about:
+        if _lists_choices(action):
+            about += f"; of {', '.join(action.choices or ())}"
+        default = in_words(action.default)
+        if not default or action.required or not action.option_strings or "(default:" in about:
             return about
-        return f"{about} (default: {in_words(default).replace('%', '%%')})".lstrip()
+        return f"{about} (default: {default.replace('%', '%%')})"
+
+    def _metavar_formatter(
+        self, action: argparse.Action, default_metavar: str
+    ) -> Callable[[int], tuple[str, ...]]:
+        if _lists_choices(action):
+            return lambda size: ("NAME",) * size
+        return super()._metavar_formatter(action, default_metavar)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Wrap paragraphs; a command stays one that can be pasted."""
+        lines: list[str] = []
+        for paragraph in re.split(r"\n\n|\n(?= *python )|(?<=:)\n", text.replace("\\\n", "")):
+            if paragraph.lstrip().startswith("python "):
+                words = " ".join(paragraph.split())
+                parts = textwrap.wrap(
+                    re.sub(TOGETHER, lambda found: found[0].replace(" ", "\0"), words),
+                    width - len(CONTINUED),
+                    initial_indent=COMMAND,
+                    subsequent_indent=2 * COMMAND,
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+                lines.append(f"{CONTINUED}\n".join(parts).replace("\0", " "))
+            else:
+                lines += ["", *textwrap.wrap(paragraph, width)]
+        return "\n".join(lines).strip("\n")
+
+
+def _lists_choices(action: argparse.Action) -> bool:
+    """Whether a flag takes several of some names, which its help then lists: argparse would show them twice."""
+    return bool(action.choices) and action.nargs == "+"
 
 
 def in_words(default: Any) -> str:
-    """A default as `--help` says it."""
-    if default is None or default == []:
-        return "none"
-    if default is False:
-        return "off"
+    """A default as `--help` says it; "" where a flag does nothing unless it is given."""
+    if default is False or default in (None, "", [], argparse.SUPPRESS):
+        return ""
     if isinstance(default, list):
         return " ".join(map(str, default))
+    if isinstance(default, Path) and default.is_relative_to(PROJECT_ROOT):
+        return f"{default.relative_to(PROJECT_ROOT)}/ of the project"
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 class ScriptParser(argparse.ArgumentParser):
-    """The parser of a script: it describes it by the first line of its docstring, and knows `--debug`.
+    """The parser of a script: its help is the script's docstring around the flags, and it knows `--debug`.
 
     Args:
         about: the docstring; Python started with -OO has none.
     """
 
     def __init__(self, about: str | None = None, **settings: Any) -> None:
-        description = about.strip().splitlines()[0] if about else None
-        super().__init__(description=description, formatter_class=WithDefaults, **settings)
+        description, _, examples = (about or "").strip().partition("\n")
+        super().__init__(
+            description=description,
+            epilog=examples.strip("\n"),
+            formatter_class=WithDefaults,
+            **settings,
+        )
         self.add_argument(
             DEBUG,
             action="store_true",

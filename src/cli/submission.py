@@ -24,19 +24,22 @@ def submission_parser(about: str | None, benchmark: type[Benchmark]) -> argparse
         type=file_name,
         required=True,
         metavar="NAME",
-        help="part of the names of what is written",
+        help="a name for the files, which is part of theirs",
     )
     val = benchmark.val_split
     test = benchmark.test_split
     group.add_argument(
-        "--split", choices=(val, test), default=test, help=f"which queries; {val} is scored too"
+        "--split",
+        choices=(val, test),
+        default=test,
+        help=f"split of the queries; {val} is scored too",
     )
     group.add_argument(
         "--output-dir",
         type=usable_path,
         default=PROJECT_ROOT / "submission" / benchmark.name,
         metavar="DIR",
-        help="holds the files",
+        help="the folder for the files",
     )
     return parser
 

@@ -190,3 +190,11 @@ def checked_config(content: Any, source: object) -> dict[str, Any]:
     remedy = "fetch it again; it should have model_cfg with embed_dim, vision_cfg and text_cfg"
     checked(OpenClipConfig, content, file=f"--clip-model-name: {source}", remedy=remedy)
     return content
+
+
+def short_name(clip_model_name: str) -> str:
+    """What a CLIP is called where there is little room: without its folder, or without its weights."""
+    known = open_clip_name(clip_model_name)
+    if known is not None:
+        return known.short
+    return Path(clip_model_name).stem if clip_model_name.endswith(".pt") else clip_model_name

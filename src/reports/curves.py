@@ -1,12 +1,14 @@
-"""The curves of a run: what it recorded over its epochs, as a picture file, and as drawings for its page."""
+"""The curves of a run: what it recorded over its epochs, as a picture file, and as charts of its page."""
 
 import functools
 import importlib.util
 import io
+import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from reports import pages
@@ -15,11 +17,25 @@ logger = logging.getLogger(__name__)
 
 EpochRows = Sequence[dict[str, float]]  # of a run's CSV file
 
-INK = "#0a0b0c"  # stands in a drawing for the colour of its text and axes
-# A drawing's own style: as a picture of a page, it is not reached by the page's.
-INK_STYLE = (
-    "<style>svg{color:#1b1f23}@media (prefers-color-scheme:dark){svg{color:#d5dae0}}</style>"
-)
+DRAWING = Path(__file__).with_name("curves.js")
+CHART_STYLE = """
+:root { --curve: 42%; }
+@media (prefers-color-scheme: dark) { :root { --curve: 66%; } }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); gap: 1.2rem; }
+.curves { margin: 1.2rem 0; }
+.chart { margin: 0; min-width: 0; max-width: 720px; }
+.chart figcaption { display: flex; justify-content: space-between; color: var(--quiet); }
+.chart svg { display: block; width: 100%; height: auto; cursor: crosshair; touch-action: pan-y; }
+.chart text { fill: var(--quiet); font-size: 12px; }
+.chart .rule { stroke: var(--line); } .chart .at { stroke: var(--quiet); stroke-dasharray: 2 3; }
+.chart polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+.legend { display: flex; flex-wrap: wrap; gap: .3rem; padding-left: 4%; }
+.legend button { display: flex; align-items: center; gap: .35rem; font-size: 13px; padding: .2rem .55rem; }
+.legend button { background: none; color: inherit; }
+.legend button[aria-pressed=false] { opacity: .55; text-decoration: line-through; }
+.legend i { width: 10px; height: 10px; border-radius: 50%; }
+.legend output { font-variant-numeric: tabular-nums; min-width: 2.6em; text-align: right; }
+"""
 MOST_MARKED = 60  # epochs, up to which each has a mark
 # Of a panel, in inches.
 WIDTH = 5.0
@@ -34,6 +50,7 @@ class Panel:
     label: str
     rows: EpochRows
     titles: Mapping[str, str]  # column -> what it is called
+    digits: int = 2  # behind the point, as values are told
 
 
 @functools.cache
@@ -55,48 +72,54 @@ def panels_of(
         titles: metrics to draw -> what they are called.
         units: what they are measured in, where that is not %.
     """
-    panels = [Panel(label="loss", rows=rows["train"], titles={"train_epoch_loss": "training"})]
+    loss = {"train_epoch_loss": "training"}
+    panels = [Panel(label="loss", rows=rows["train"], titles=loss, digits=4)]
     by_unit: dict[str, dict[str, str]] = {}
     for metric, title in titles.items():
         by_unit.setdefault((units or {}).get(metric, "%"), {})[metric] = title
     for unit, of_unit in by_unit.items():
         label = "recall, %" if unit == "%" else unit
-        panels.append(Panel(label=label, rows=rows.get("validation", []), titles=of_unit))
+        if validated := rows.get("validation"):
+            panels.append(Panel(label=label, rows=validated, titles=of_unit))
     if routed := rows.get("router"):
         shares = {name: name.split("_")[0] for name in routed[0] if name.endswith("_share")}
         panels.append(Panel(label="share of queries", rows=routed, titles=shares))
     return panels
 
 
+def charts(panels: Sequence[Panel]) -> str:
+    """Places for panels in a page, beside each other where the screen is wide enough; `charts_script` draws in them."""
+    figures = []
+    for panel in panels:
+        label = pages.text(panel.label)
+        figures.append(
+            f'<figure class="chart"><figcaption>{label} <b></b></figcaption>'
+            f'<svg tabindex="0" role="img" aria-label="{label} by epoch"></svg><div class="legend"></div></figure>'
+        )
+    without = "<noscript>The curves need JavaScript; training_curves.png has them too.</noscript>"
+    return f'<div class="curves">{"".join(figures)}</div>{without}'
+
+
+def charts_script(panels: Sequence[Panel]) -> str:
+    """JavaScript that holds the values of panels and draws them."""
+    content = []
+    for panel in panels:
+        series = {}
+        for name, title in panel.titles.items():
+            series[title] = [_finite(row.get(name)) for row in panel.rows]
+        epochs = [row["epoch"] for row in panel.rows]
+        content.append({"digits": panel.digits, "epochs": epochs, "series": series})
+    values = json.dumps(content).replace("<", "\\u003c")
+    return f"const panels = {values};\n{DRAWING.read_text(encoding='utf-8')}"
+
+
+def _finite(value: float | None) -> float | None:
+    """What JSON can hold of a value."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def training_curves(panels: Sequence[Panel]) -> bytes:
     """A PNG of panels beside each other."""
-    return _drawn(panels, format="png", dpi=110, metadata={"Software": None})
-
-
-def drawing(panel: Panel) -> str:
-    """A panel as an SVG, as the URL of a picture: its text is dark on a light screen, and light on a dark one."""
-    import matplotlib
-
-    with matplotlib.rc_context(
-        {
-            "text.color": INK,
-            "axes.labelcolor": INK,
-            "axes.edgecolor": INK,
-            "xtick.color": INK,
-            "ytick.color": INK,
-            "svg.fonttype": "none",  # text as text
-            "svg.hashsalt": "curves",  # the same drawing is the same file
-        }
-    ):
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        content = _drawn([panel], format="svg", transparent=True, metadata=nothing).decode()
-    begin = content.index(">", content.index("<svg")) + 1
-    coloured = content[:begin] + INK_STYLE + content[begin:].replace(INK, "currentColor")
-    return pages.data_url(coloured.encode(), "image/svg+xml")
-
-
-def _drawn(panels: Sequence[Panel], **file: Any) -> bytes:
-    """Panels beside each other, as a file of the kind that matplotlib is told."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -118,7 +141,7 @@ def _drawn(panels: Sequence[Panel], **file: Any) -> bytes:
         for axes, panel in zip(places, panels, strict=True):
             _draw(axes, panel)
         buffer = io.BytesIO()
-        figure.savefig(buffer, **file)
+        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
 
 

@@ -8,16 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from reports import pages
-from reports.curves import EpochRows, Panel, can_draw, drawing, panels_of, training_curves
+from reports.curves import (
+    CHART_STYLE,
+    EpochRows,
+    Panel,
+    can_draw,
+    charts,
+    charts_script,
+    panels_of,
+    training_curves,
+)
 from runtime.files import write_bytes, write_text
 from utils import format_metric
 
 DRAWING_SHARE = 0.05  # of the time, which drawing may take
 FIRST_COST = 2.0  # seconds, for it loads matplotlib
 
-CURVES_STYLE = """
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); gap: 1rem; }
-.curves img { width: 100%; }
+REMEDY = "train with --load-balancing-weight 0.1"
+IDLE = 0.01  # share of the queries, below which an expert takes none to speak of
+STYLE = f"""{CHART_STYLE}
+.facts {{ display: flex; flex-wrap: wrap; gap: .2rem 1.6rem; margin: .8rem 0; }}
+.facts dt {{ color: var(--quiet); font-size: 13px; }} .facts dd {{ margin: 0; overflow-wrap: anywhere; }}
+.remark {{ border-left: 4px solid #e08214; background: var(--soft); padding: .5rem .8rem; }}
 """
 
 
@@ -31,6 +43,8 @@ class About:
         units: metrics -> what they are measured in; those that are not named, in %.
         chosen_by: the metrics that select checkpoints.
         hyper_parameters: of the run.
+        made_by: what it runs on and with: host, commit.
+        overview: address of the page of all seeds, "" where the run is not one of several.
         commands: what for -> a command: to resume, to validate, to reproduce.
     """
 
@@ -40,12 +54,18 @@ class About:
     hyper_parameters: Mapping[str, Any]
     commands: Mapping[str, str]
     units: Mapping[str, str] = field(default_factory=dict)
+    made_by: Mapping[str, str] = field(default_factory=dict)
+    overview: str = ""
+
+    def called(self, metric: str) -> str:
+        """What a metric is called, in tables and on axes alike."""
+        return self.titles.get(metric, metric.replace("_", " "))
 
 
 class RunPage:
     """Draws a run's curves and page, at validations as long as that takes a small share of the time, and at the end.
 
-    Where matplotlib is not installed, the page has no curves.
+    Where matplotlib is not installed, there is no picture file of the curves.
     """
 
     def __init__(self, folder: Path, about: About) -> None:
@@ -54,19 +74,25 @@ class RunPage:
         self.drawn_at = time.monotonic()
         self.cost = FIRST_COST  # seconds that the last drawing took
 
-    def refresh(self, rows: Mapping[str, EpochRows], *, complete: bool) -> None:
+    def refresh(
+        self, rows: Mapping[str, EpochRows], spent: Mapping[str, str], *, complete: bool
+    ) -> None:
         """Draw, if it is due.
 
         Args:
             rows: see `Run`.
+            spent: when it began, how long it took, how much memory.
             complete: the training is over.
         """
         start = time.monotonic()
         if not complete and (start - self.drawn_at) * DRAWING_SHARE < self.cost:
             return
-        panels = panels_of(rows, self.about.titles, self.about.units) if can_draw() else []
-        page = run_page(self.folder, self.about, rows, panels=panels, complete=complete)
-        if panels:
+        panels = panels_of(rows, self.about.titles, self.about.units)
+        facts = {**spent, **self.about.made_by}
+        page = run_page(
+            self.folder, self.about, rows, facts=facts, panels=panels, complete=complete
+        )
+        if can_draw():
             write_bytes(self.folder / "training_curves.png", training_curves(panels))
         write_text(self.folder / "index.html", page)
         self.drawn_at = time.monotonic()
@@ -78,22 +104,30 @@ def run_page(
     about: About,
     rows: Mapping[str, EpochRows],
     *,
+    facts: Mapping[str, str],
     panels: Sequence[Panel],
     complete: bool,
 ) -> str:
-    """The page of a run."""
+    """The page of a run.
+
+    Args:
+        facts: what to say first of it, by name.
+    """
     wanted = about.hyper_parameters["num_epochs"]
     trained = rows["train"]
     state = "complete" if complete else "not complete"
     loss = trained[-1]["train_epoch_loss"]
     parts = [
-        _place(folder),
+        _head(folder, facts),
         f"<p>{len(trained)} of {wanted} epochs, {state}; last loss {loss:.4f}</p>",
     ]
     if scaling := rows.get("loss_scaling"):
         skipped = sum(row["skipped_steps"] for row in scaling)
         parts.append(f"<p>loss scale {scaling[-1]['loss_scale']:g}, {skipped} skipped steps</p>")
-    parts += [_curves(panels), "<h2>Best validations</h2>"]
+    if about.overview:
+        link = f'<a href="{pages.text(about.overview)}">all seeds together</a>'
+        parts.append(f"<p>One of several seeds; when they are complete: {link}</p>")
+    parts += [_idle_experts(about, rows), charts(panels), "<h2>Best validations</h2>"]
     parts.append(_best(about, rows.get("validation", [])))
     for purpose, line in about.commands.items():
         if not (complete and purpose == "resume"):
@@ -102,20 +136,37 @@ def run_page(
         "<h2>Hyper-parameters</h2>",
         pages.table(dict(sorted(about.hyper_parameters.items()))),
     ]
-    return pages.page(about.title, parts, style=CURVES_STYLE, script=pages.COPYING)
+    return _page(about, parts, panels)
 
 
-def _place(folder: Path) -> str:
-    """Where a run lies."""
-    return f"<p><code>{pages.text(folder.absolute())}</code></p>"
+def _page(about: About, parts: Sequence[str], panels: Sequence[Panel]) -> str:
+    """A page whose parts have commands, and the charts of some panels."""
+    script = pages.COPYING + charts_script(panels)
+    return pages.page(about.title, parts, style=STYLE, script=script)
 
 
-def _curves(panels: Sequence[Panel]) -> str:
-    """The drawings of some panels, beside each other where the screen is wide enough."""
-    images = []
-    for panel in panels:
-        images.append(f'<img src="{drawing(panel)}" alt="{pages.text(panel.label)} by epoch">')
-    return f'<div class="curves">{"".join(images)}</div>'
+def _head(folder: Path, facts: Mapping[str, str]) -> str:
+    """Where a run lies, and some facts by their names."""
+    told = []
+    for name, fact in facts.items():
+        told.append(f"<div><dt>{pages.text(name)}</dt><dd>{pages.text(fact)}</dd></div>")
+    place = f"<p><code>{pages.text(folder.absolute())}</code></p>"
+    return f'{place}<dl class="facts">{"".join(told)}</dl>'
+
+
+def _idle_experts(about: About, rows: Mapping[str, EpochRows]) -> str:
+    """What helps a mixture whose router leaves experts out; "" where it leaves none."""
+    last = rows["router"][-1] if rows.get("router") else {}
+    shares = {name.split("_")[0]: last[name] for name in last if name.endswith("_share")}
+    idle = [name for name, share in shares.items() if share < IDLE]
+    if not idle:
+        return ""
+    weight = about.hyper_parameters.get("load_balancing_weight", 0)
+    remedy = f"raise --load-balancing-weight, now {weight:g}" if weight else REMEDY
+    return (
+        f'<p class="remark">The router has collapsed: {" and ".join(idle)} of {len(shares)} experts took less than '
+        f"{IDLE:.0%} of the queries in the last epoch. To spread them, {remedy}.</p>"
+    )
 
 
 def _best(about: About, validations: EpochRows) -> str:
@@ -123,7 +174,7 @@ def _best(about: About, validations: EpochRows) -> str:
     if not validations:
         return "<p>none yet</p>"
     named = {
-        f"best {metric}": max(validations, key=operator.itemgetter(metric))
+        f"best {about.called(metric)}": max(validations, key=operator.itemgetter(metric))
         for metric in about.chosen_by
     }
     named["last"] = validations[-1]
@@ -155,13 +206,13 @@ def seeds_page(
     for seed, address in addresses.items():
         links.append(f'<li><a href="{pages.text(address)}">{pages.text(seed)}</a></li>')
     parts = [
-        _place(folder),
-        f"<p>The validation with the best {pages.text(about.chosen_by[0])} of each seed:</p>",
+        _head(folder, about.made_by),
+        f"<p>The validation with the best {pages.text(about.called(about.chosen_by[0]))} of each seed:</p>",
         pages.matrix(list(about.titles.values()), best),
-        _curves([validations] if can_draw() else []),
+        charts([validations]),
         "<h2>Their pages</h2>",
         f"<ul>{''.join(links)}</ul>",
     ]
     reproduce = pages.command(about.commands["reproduce"])
     parts += ["<h2>To reproduce</h2>", reproduce]
-    return pages.page(about.title, parts, style=CURVES_STYLE, script=pages.COPYING)
+    return _page(about, parts, [validations])

@@ -1,12 +1,19 @@
 """A retrieval sheet as a picture: the cards of `reports.sheets` below one another in a PNG."""
 
+import functools
+import importlib.util
 import io
+import logging
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from reports.sheets import Card, Row
+
+logger = logging.getLogger(__name__)
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 # Pixels.
 TALLEST = 30_000  # viewers still open it
@@ -19,81 +26,172 @@ LABEL_GAP = 3  # between an image and its label
 LABEL_HEIGHT = 22  # with the gaps around it
 BOTTOM = 14  # of a strip, together with the margin above
 OUTLINE = 3  # width of a target's outline
-FONT_SIZE = 12
-BAR_LEFT = 122  # from the beginning of the name
+FONT_SIZE = 11
+BAR_LEFT = 128  # from the beginning of the name
 BAR_WIDTH = 80  # of a share of 1
 BAR_TOP = 4  # from the top of the line
 BAR_BOTTOM = 11
 
-CAPTION_WIDTH = 32  # characters of a line
 CAPTION_LINES = 6
+MEAN_LINE = (
+    0.9  # of the room, that a line takes by the mean width of its characters: some are wider
+)
 GREEN = (26, 152, 80)
 GREY = (110, 110, 110)
 BLUE = (33, 102, 172)
 
 
 def picture(
-    cards: Sequence[Card], thumbnails: Mapping[str, bytes], side: int = 96
+    cards: Sequence[Card],
+    thumbnails: Mapping[str, bytes],
+    side: int = 96,
+    *,
+    head: Sequence[str] = (),
 ) -> tuple[bytes, int]:
     """A PNG of queries below one another, and how many of them it has room for.
 
     Args:
         side: pixels of a place for an image.
+        head: lines above all queries.
     """
+    say_unknown([*head, *(card.caption + card.heading for card in cards)])
     places = 0
     for card in cards:
         for row in card.rows.values():
             places = max(places, len(row.answers) + len(row.ranks))
     width = LEFT_WIDTH + places * (side + GAP)
-    strips: list[Image.Image] = []
-    height = 0
+    top = Image.new("RGB", (width, MARGIN + LINE * len(head)), "white")
+    _write(top, head, (MARGIN, MARGIN))
+    strips = [top]
+    height = top.height
     for card in cards:
         strip = _strip(card, thumbnails, side=side, width=width)
-        if strips and height + strip.height > TALLEST:
+        if len(strips) > 1 and height + strip.height > TALLEST:
             break
         strips.append(strip)
         height += strip.height
     image = Image.new("RGB", (width, height), "white")
-    top = 0
+    below = 0
     for strip in strips:
-        image.paste(strip, (0, top))
-        top += strip.height
+        image.paste(strip, (0, below))
+        below += strip.height
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    return buffer.getvalue(), len(strips)
+    return buffer.getvalue(), len(strips) - 1
 
 
 def _strip(card: Card, thumbnails: Mapping[str, bytes], *, side: int, width: int) -> Image.Image:
     """A card as a part of the picture: left the query and what the Combiner did, right a row for each ranking."""
-    lines = [card.label, *textwrap.wrap(card.caption, CAPTION_WIDTH)[:CAPTION_LINES]]
+    left = MARGIN + side + TEXT_GAP
+    room = LEFT_WIDTH - left - GAP
+    lines = [*wrapped(card.heading, room), *wrapped(card.caption, room)[:CAPTION_LINES]]
     text_height = LINE * (len(lines) + len(card.bars))
-    rows_height = len(card.rows) * (side + LABEL_HEIGHT)
+    row_height = LINE + side + LABEL_HEIGHT
+    rows_height = len(card.rows) * row_height
     strip = Image.new("RGB", (width, max(rows_height, text_height, side) + BOTTOM), "white")
     _paste(strip, thumbnails[card.reference], (MARGIN, MARGIN), side=side)
-    _draw_text(strip, lines, card.bars, left=MARGIN + side + TEXT_GAP)
-    for number, row in enumerate(card.rows.values()):
-        top = MARGIN + number * (side + LABEL_HEIGHT)
-        _draw_row(strip, row, thumbnails, side=side, top=top)
+    below = _write(strip, lines, (left, MARGIN))
+    _draw_bars(strip, card.bars, (left, below))
+    for number, (title, row) in enumerate(card.rows.items()):
+        top = MARGIN + number * row_height
+        _write(strip, [row.heading(title)], (LEFT_WIDTH, top), GREY)
+        _draw_row(strip, row, thumbnails, side=side, top=top + LINE)
     return strip
 
 
-def _draw_text(
-    strip: Image.Image, lines: Sequence[str], bars: Mapping[str, float], *, left: int
-) -> None:
-    """The query in words, and below them the bars of what the Combiner did."""
+def _write(
+    strip: Image.Image,
+    lines: Sequence[str],
+    corner: tuple[int, int],
+    color: str | tuple[int, int, int] = "black",
+) -> int:
+    """Write lines below one another; returns where the next one would begin."""
+    left, top = corner
     pen = ImageDraw.Draw(strip)
-    font = ImageFont.load_default(FONT_SIZE)
-    top = MARGIN
     for line in lines:
-        pen.text((left, top), line, "black", font)
+        pen.text((left, top), line, color, font_of(line))
         top += LINE
+    return top
+
+
+def _draw_bars(strip: Image.Image, bars: Mapping[str, float], corner: tuple[int, int]) -> None:
+    """Draw what the Combiner did, a bar a line."""
+    left, top = corner
+    pen = ImageDraw.Draw(strip)
     for name, share in bars.items():
-        pen.text((left, top), f"{name} {share:.2f}", GREY, font)
+        _write(strip, [f"{name} {share:.2f}"], (left, top), GREY)
         bar = left + BAR_LEFT
         pen.rectangle(
             (bar, top + BAR_TOP, bar + round(BAR_WIDTH * share), top + BAR_BOTTOM), fill=BLUE
         )
         top += LINE
+
+
+def wrapped(text: str, room: int) -> list[str]:
+    """Lines of a text, each about as wide as some pixels at most."""
+    each = font_of(text).getlength(text) / max(len(text), 1)
+    return textwrap.wrap(text, max(int(MEAN_LINE * room / each), 1)) if each else []
+
+
+def font_of(text: str) -> Font:
+    """The font that has most characters of a text: DejaVu Sans, which comes with matplotlib, else one of the machine's.
+
+    Without matplotlib it is Pillow's own, which has those of Western Europe.
+    """
+    file = _font_file(frozenset(text))
+    return ImageFont.load_default(FONT_SIZE) if file is None else _opened(file)
+
+
+@functools.cache
+def _opened(file: str) -> Font:
+    return ImageFont.truetype(file, FONT_SIZE)
+
+
+@functools.cache
+def _font_file(characters: frozenset[str]) -> str | None:
+    matplotlib = importlib.util.find_spec("matplotlib")
+    if matplotlib is None or matplotlib.origin is None:
+        return None
+    first = str(Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf")
+    if not _unknown(characters, first):
+        return first
+    from matplotlib.font_manager import findSystemFonts
+
+    files = [first, *sorted(findSystemFonts())]
+    return min(files, key=lambda file: len(_unknown(characters, file)))
+
+
+def _unknown(characters: frozenset[str], file: str | None) -> set[str]:
+    """The characters that a font lacks; Pillow's own has Latin-1."""
+    return {
+        char for char in characters if not char.isspace() and ord(char) not in _characters(file)
+    }
+
+
+@functools.cache
+def _characters(file: str | None) -> frozenset[int]:
+    if file is None:
+        return frozenset(range(256))
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        face = FT2Font(file)
+    except (OSError, RuntimeError):  # a damaged one of the machine
+        return frozenset()
+    return frozenset(face.get_charmap() if face.scalable else ())
+
+
+def say_unknown(texts: Sequence[str]) -> None:
+    """Log the characters of some texts that no font has."""
+    unknown: set[str] = set()
+    for text in texts:
+        characters = frozenset(text)
+        unknown |= _unknown(characters, _font_file(characters))
+    if unknown:
+        logger.warning(
+            "note: the picture of the sheet has boxes in place of %s: install a font that has them, such as Noto's",
+            "".join(sorted(unknown)),
+        )
 
 
 def _draw_row(
@@ -106,7 +204,6 @@ def _draw_row(
 ) -> None:
     """A ranking from left to right, the targets outlined, and added at the end if they are not among the answers."""
     pen = ImageDraw.Draw(strip)
-    font = ImageFont.load_default(FONT_SIZE)
     labels = {}
     for place, (name, similarity) in enumerate(row.answers, start=1):
         labels[name] = f"{place}. {similarity:.3f}"
@@ -120,7 +217,7 @@ def _draw_row(
             color = GREEN
             outline = (left - OUTLINE, top - OUTLINE, right + OUTLINE - 1, bottom + OUTLINE - 1)
             pen.rectangle(outline, outline=GREEN, width=OUTLINE)
-        pen.text((left, top + side + LABEL_GAP), label, color, font)
+        _write(strip, [label], (left, top + side + LABEL_GAP), color)
         left += side + GAP
 
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,21 @@ THUMBNAIL_SIDES = (176, 144, 112, 88, 64)  # pixels of a thumbnail; the largest 
 
 Nearest = Sequence[tuple[str, float]]  # (image, similarity), the nearest first
 
+# Images that a row has room for on screens of each width; below them they are as many in each line as can be.
+ROOM = {"wide": 11, "middle": 6, "narrow": 5}
 SHEET_STYLE = """
+body { max-width: 1600px; }
 .query { border-top: 1px solid var(--line); padding: 1rem 0; }
 .query { display: grid; grid-template-columns: 190px 1fr; gap: 1rem; }
 @media (max-width: 640px) { .query { grid-template-columns: 1fr; } }
 .query > * { min-width: 0; }
 .caption { font-weight: 600; margin: .3rem 0; overflow-wrap: anywhere; }
 .rank, .about { color: var(--quiet); font-size: 13px; overflow-wrap: anywhere; }
-.row { display: flex; flex-wrap: wrap; gap: .5rem; padding: 3px 3px .5rem; }
-figure { margin: 0; flex: none; max-width: min(180px, 100%); } /* as in PLACE */
+.row { display: grid; grid-template-columns: repeat(var(--wide), minmax(0, 180px)); }
+.row { gap: .5rem; padding: 3px 3px .5rem; }
+@media (max-width: 1100px) { .row { grid-template-columns: repeat(var(--middle), minmax(0, 180px)); } }
+@media (max-width: 640px) { .row { grid-template-columns: repeat(var(--narrow), minmax(0, 180px)); } }
+figure { margin: 0; min-width: 0; max-width: min(180px, 100%); } /* as in PLACE */
 figure img { display: block; max-width: 100%; height: auto; border-radius: 4px; }
 figure.target img { outline: 3px solid var(--mark); }
 figcaption { font-size: 12px; color: var(--quiet); overflow-wrap: anywhere; }
@@ -73,6 +80,13 @@ class Row:
         """The targets that are not among the answers, with their ranks."""
         return {name: rank for name, rank in self.ranks.items() if name not in self.names}
 
+    def heading(self, title: str) -> str:
+        """What the ranking is of, and where its targets are."""
+        if not self.ranks:
+            return title
+        told = "target at place" if len(self.ranks) == 1 else "targets at places"
+        return f"{title}: {told} {', '.join(str(rank + 1) for rank in self.ranks.values())}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
@@ -91,6 +105,11 @@ class Card:
     rows: Mapping[str, Row]
     bars: Mapping[str, float]
     kinds: Sequence[str] = ()
+
+    @property
+    def heading(self) -> str:
+        """What it is called, and what it asks for."""
+        return ", ".join([self.label, *self.kinds])
 
     @property
     def images(self) -> set[str]:
@@ -168,11 +187,11 @@ def sheet(
     sections: Mapping[str, Sequence[Card]],
     thumbnails: Mapping[str, bytes],
     *,
-    about: str,
+    about: Sequence[str],
 ) -> str:
     """Make a page of queries in sections; each image is in it once."""
     pictures = _pictures(thumbnails)
-    parts = [f'<p class="about">{pages.text(about)}</p>']
+    parts = [f'<p class="about">{pages.text(line)}</p>' for line in about]
     for name, cards in sections.items():
         parts.append(f"<h2>{pages.text(name)}</h2>")
         parts += [_query(card, pictures) for card in cards]
@@ -215,17 +234,21 @@ def _query(card: Card, pictures: Mapping[str, Picture]) -> str:
         for name, rank in row.not_shown.items():
             label = f"{rank + 1}. {'the' if name == next(iter(row.ranks)) else 'another'} target"
             figures.append(_figure(pictures, name, label, is_target=True))
-        places = ", ".join(str(rank + 1) for rank in row.ranks.values())
-        told = "target at place" if len(row.ranks) == 1 else "targets at places"
-        ranks = f": {told} {places}" if row.ranks else ""
-        rows.append(f'<div class="rank">{pages.text(title)}{ranks}</div>')
-        rows.append(f'<div class="row">{"".join(figures)}</div>')
-    label = ", ".join([card.label, *card.kinds])
+        rows.append(f'<div class="rank">{pages.text(row.heading(title))}</div>{_in_lines(figures)}')
     return (
-        f'<div class="query"><div>{_figure(pictures, card.reference, label)}'
+        f'<div class="query"><div>{_figure(pictures, card.reference, card.heading)}'
         f'<p class="caption">{pages.text(card.caption)}</p>{pages.bars(card.bars)}</div>'
         f"<div>{''.join(rows)}</div></div>"
     )
+
+
+def _in_lines(figures: Sequence[str]) -> str:
+    """Figures beside each other; where they need several lines, these are of one length, or the last is shorter."""
+    columns = []
+    for screen, room in ROOM.items():
+        lines = math.ceil(len(figures) / room)
+        columns.append(f"--{screen}:{math.ceil(len(figures) / max(lines, 1))}")
+    return f'<div class="row" style="{";".join(columns)}">{"".join(figures)}</div>'
 
 
 def _figure(
@@ -265,7 +288,7 @@ def results_page(
     parts = [
         f'<p class="about">{pages.text(about)}</p>',
         "" if reference is None else _figure(pictures, reference, "reference"),
-        f'<div class="row">{"".join(figures)}</div>',
+        _in_lines(figures),
     ]
     return pages.page(title, parts, style=SHEET_STYLE, script=_script(pictures, thumbnails))
 

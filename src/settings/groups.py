@@ -67,7 +67,7 @@ class Dataset(Flags):
     """Which benchmark."""
 
     title = "benchmark"
-    dataset: BenchmarkName = setting(..., "in any case")
+    dataset: BenchmarkName = setting(..., "which benchmark, in upper or lower case")
 
 
 class Data(Flags):
@@ -76,7 +76,7 @@ class Data(Flags):
     title = "data"
     data_root: UsablePath = setting(
         PROJECT_ROOT,
-        "holds fashionIQ_dataset/, cirr_dataset/ and the like (default: the project's root)",
+        "the folder that holds fashionIQ_dataset/, cirr_dataset/ and the like (default: the project's root)",
         metavar="DIR",
         where="free",
     )
@@ -88,7 +88,7 @@ class Device(Flags):
     title = "machine"
     device: AnyText | None = setting(
         None,
-        "such as cuda:1 or cpu (default: cuda where there is one)",
+        "what computes, such as cuda:1 or cpu (default: cuda where there is one)",
         metavar="DEV",
         where="free",
     )
@@ -99,7 +99,9 @@ class Decoding(Flags):
 
     title = "machine"
     num_workers: Workers = setting(
-        min(8, os.cpu_count() or 1), "processes that decode images", where="free"
+        min(8, os.cpu_count() or 1),
+        "processes that decode images (default: one a CPU core, at most 8)",
+        where="free",
     )
 
 
@@ -125,28 +127,30 @@ class Clip(Flags):
     """Which CLIP, how its images are preprocessed and in what precision it encodes; None where the flags are silent."""
 
     title = "CLIP"
-    about = "where silent: as the weights given were trained, else the default"
+    about = "what no flag says is as the weights were trained; where there are none, the default"
     clip_model_name: ClipName | None = setting(
         None,
-        "a name of --list-models, or a checkpoint's path (default: RN50x4)",
+        "which CLIP: a name of --list-models, or a checkpoint's path (default: RN50x4)",
         metavar="NAME",
     )
     transform: Annotated[str, OneOf(TRANSFORMS)] | None = setting(
-        None, "preprocessing (default: targetpad)"
+        None, "how images are padded and cut to a square (default: targetpad)"
     )
-    target_ratio: SideRatio | None = setting(None, "of targetpad (default: 1.25)")
+    target_ratio: SideRatio | None = setting(
+        None, "how long and narrow an image may be that targetpad does not pad (default: 1.25)"
+    )
     encode_precision: Annotated[str, OneOf(ENCODE_PRECISIONS)] | None = setting(
         None,
-        "of features that nothing learns from: validations, frozen ones, indexes (default: fp32)",
+        "arithmetic of features that nothing learns from: validations, frozen ones, indexes (default: fp32)",
     )
     decode: Annotated[str, OneOf(DECODINGS)] | None = setting(
         None,
-        "draft: large JPEG files at 1/2, 1/4 or 1/8: faster, other pixels (default: full)",
+        "how images are decoded; draft: large JPEG files at 1/2, 1/4 or 1/8: faster, other pixels (default: full)",
     )
     background: Annotated[str, OneOf(BACKGROUNDS)] | None = setting(
         None,
-        "of transparent images, which with one are read upright, scaled to 8 bits and in sRGB; original: as the "
-        "original reads them (default: white, but original for FashionIQ, CIRR and CIRCO)",
+        "what transparent images are read on; with a color, images are read upright, scaled to 8 bits and in sRGB; "
+        "original: as the original reads them (default: white, but original for FashionIQ, CIRR and CIRCO)",
     )
 
 
@@ -155,7 +159,7 @@ class TunedClip(Flags):
 
     title = "fine-tuned CLIP"
     clip_model_path: UsablePath | None = setting(
-        None, "stage-1 weights (default: none)", metavar="PATH", where="moves"
+        None, "weights of stage 1: a checkpoint, or a run's folder", metavar="PATH", where="moves"
     )
 
 
@@ -164,21 +168,23 @@ class Training(Flags):
 
     title = "training"
     num_epochs: Count = setting(300, "passes over the triplets")
-    batch_size: Count = setting(512, "triplets, of all processes together")
-    validation_frequency: Count = setting(1, "in epochs")
+    batch_size: Count = setting(512, "triplets of a step, of all processes together")
+    validation_frequency: Count = setting(1, "epochs from one validation to the next")
     validate_last: bool = setting(False, "validate after the last epoch too")
     save_training: bool = setting(False, "save weights at validations")
-    save_best: bool = setting(False, "save only the best instead of each")
+    save_best: bool = setting(False, "save only the best weights, not those of each validation")
     save_every: Count | None = setting(
         None, "save weights after every N epochs too, validated or not", metavar="N", where="free"
     )
-    seed: Seed = setting(0, "of new weights, of the order of triplets and of what is dropped")
-    seeds: list[Seed] | None = setting(None, "train once with each, in place of --seed")
+    seed: Seed = setting(0, "random seed of new weights, of the order of triplets and of dropout")
+    seeds: list[Seed] | None = setting(
+        None, "train once with each of some seeds, in place of --seed"
+    )
     output_dir: UsablePath = setting(
-        PROJECT_ROOT / "models", "holds the runs", metavar="DIR", where="free"
+        PROJECT_ROOT / "models", "the folder that holds the runs", metavar="DIR", where="free"
     )
     resume: UsablePath | None = setting(
-        None, "go on with a run; its flags come from it", metavar="RUN_DIR", where="free"
+        None, "go on with the run in a folder, with its flags", metavar="RUN_DIR", where="free"
     )
     verify: bool = setting(
         False,
@@ -187,14 +193,14 @@ class Training(Flags):
     )
     checkpoint_every_minutes: Positive = setting(
         10.0,
-        "what a crash may cost at most: the state is saved within epochs too",
+        "how often the state is saved within epochs: what a crash may cost at most",
         metavar="M",
         where="free",
     )
     precision: Annotated[str, OneOf(PRECISIONS)] = setting(
-        "amp", "amp: fp16 on CUDA, fp32 on the CPU"
+        "amp", "arithmetic of the training; amp: fp16 on CUDA, fp32 on the CPU"
     )
-    compile: bool = setting(False, "torch.compile what is trained")
+    compile: bool = setting(False, "compile what is trained, with torch.compile")
 
     @field_validator("seeds")
     @classmethod
@@ -228,16 +234,16 @@ class BeyondOriginal(Flags):
     title = "training, beyond the original"
     about = "all off by default"
     mask_duplicate_targets: bool = setting(
-        False, "rows with one target are not each other's negatives"
+        False, "triplets of a batch with the same target are not each other's negatives"
     )
     loss: Annotated[str, OneOf(LOSSES)] = setting(
-        "contrastive", "symmetric: targets look for their queries too"
+        "contrastive", "what is minimised; symmetric: targets look for their queries too"
     )
     learn_temperature: bool = setting(
-        False, "of the loss, from the original's 1/100 on and never below"
+        False, "learn the temperature of the loss, from the original's 1/100 on and never below"
     )
-    warmup_steps: Number = setting(0, "linear rise of the learning rate")
-    cosine: bool = setting(False, "then its fall to 0 along half a cosine")
+    warmup_steps: Number = setting(0, "steps in which the learning rate rises linearly")
+    cosine: bool = setting(False, "let the learning rate fall to 0, along half a cosine")
     clip_grad_norm: Positive | None = setting(None, "clip the gradient to a norm", metavar="NORM")
     ema_decay: Fraction | None = setting(
         None, "evaluate and save a moving average of the weights", metavar="DECAY"
@@ -255,9 +261,11 @@ class Tracking(Flags):
         where="free",
     )
     api_key: AnyText | None = setting(
-        None, "of Comet, which it asks for too; no file keeps it", where="secret"
+        None, "key of an account of Comet; no file keeps it", where="secret"
     )
-    workspace: AnyText | None = setting(None, "of Comet, that the run appears in", where="free")
+    workspace: AnyText | None = setting(
+        None, "workspace of Comet that the run appears in", where="free"
+    )
     experiment_name: AnyText | None = setting(
         None, "what trackers call the run (default: its folder's name)", where="free"
     )
@@ -267,18 +275,20 @@ class FineTuning(Flags):
     """What learns in stage 1, and how fast."""
 
     title = "stage 1"
-    encoder: Annotated[str, OneOf(ENCODERS)] = setting("both", "what learns")
-    learning_rate: LearningRate = setting(2e-6, "of AdamW")
+    encoder: Annotated[str, OneOf(ENCODERS)] = setting("both", "which encoders of CLIP learn")
+    learning_rate: LearningRate = setting(2e-6, "learning rate of AdamW")
     micro_batch_size: Count | None = setting(
-        None, "rows in memory at a time; the gradient stays exact", metavar="N"
+        None, "triplets in memory at a time; the gradient stays exact", metavar="N"
     )
-    gradient_checkpointing: bool = setting(False, "less memory, more time")
+    gradient_checkpointing: bool = setting(
+        False, "compute activations a second time, not to keep them: less memory, more time"
+    )
     image_cache: CachePlace | None = setting(
         AUTO,
         "keep preprocessed images on disk (default: in pixels/ of the project, if it has room and repays)",
         metavar="DIR",
         where="free",
-        off="decode images each time",
+        off="keep no preprocessed images on disk",
     )
 
 
@@ -287,12 +297,12 @@ class Combiner(Flags):
 
     title = "Combiner"
     combiner_type: Annotated[str, OneOf(COMBINER_TYPES)] = setting(
-        "moe", "moe: with experts; clip4cir: that of CLIP4Cir"
+        "moe", "kind of Combiner; moe: with experts; clip4cir: that of CLIP4Cir"
     )
     projection_dim: Width = setting(2560, "width that either feature is projected to")
-    hidden_dim: Width = setting(5120, "of the hidden layers")
-    num_experts: Experts = setting(4, "of the MoE")
-    top_k: Experts = setting(2, "experts a query goes to")
+    hidden_dim: Width = setting(5120, "width of the hidden layers")
+    num_experts: Experts = setting(4, "experts of a mixture")
+    top_k: Experts = setting(2, "experts of a mixture that a query goes to")
 
     @field_validator("top_k")
     @classmethod
@@ -328,25 +338,25 @@ class Frozen(Flags):
     combiner_lr: LearningRate = setting(2e-5, "learning rate of Adam")
     negatives: Annotated[str, OneOf(NEGATIVES)] = setting(
         "batch",
-        "bank: all training targets are negatives of every query, not those of its batch alone",
+        "what a query is told apart from; bank: from all training targets, not those of its batch alone",
     )
     load_balancing_weight: Weight = setting(
         0.0,
-        "of the loss that spreads queries over the experts (Fedus et al. 2021), 0 in the original",
+        "weight of the loss that spreads queries over the experts (Fedus et al. 2021), 0 in the original",
         metavar="W",
     )
     router_z_weight: Weight = setting(
         0.0,
-        "of the loss that keeps the router's logits small (Zoph et al. 2022), 0 in the original",
+        "weight of the loss that keeps the router's logits small (Zoph et al. 2022), 0 in the original",
         metavar="W",
     )
-    clip_bs: Count = setting(32, "batch size of CLIP while features are made")
+    clip_bs: Count = setting(32, "images or texts that CLIP encodes at a time")
     feature_cache: UsablePath | None = setting(
         PROJECT_ROOT / "features",
-        "keeps features on disk",
+        "the folder that keeps features on disk",
         metavar="DIR",
         where="free",
-        off="keep none on disk",
+        off="keep no features on disk",
     )
 
 
@@ -370,7 +380,7 @@ class Stage2(Frozen, Combiner, TunedClip, BothStages):
 class AnyTraining(Stage1, Stage2):
     """What a run or a checkpoint may say of its training, whichever it was."""
 
-    dataset: BenchmarkName | None = setting(None, "in any case")  # type: ignore[assignment]
+    dataset: BenchmarkName | None = setting(None, "which benchmark, in upper or lower case")  # type: ignore[assignment]
 
 
 # The script of a training -> its settings.

@@ -8,8 +8,10 @@ import itertools
 import json
 import logging
 import operator
+import platform
 import re
 import shlex
+import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from typing import Any
 
 from benchmarks import best_of
 from models.configuration import Settings
-from models.names import open_clip_name
+from models.names import short_name
 from reports.run_page import About, RunPage
 from runtime import distributed, torchrun
 from runtime.files import HALF_MADE, discard, folder_beside, locked, write_text
@@ -99,10 +101,10 @@ class Run:
         self._write(kind)
         self.trackers.log_metrics(metrics, epoch)
 
-    def draw(self) -> None:
+    def draw(self, spent: Mapping[str, str]) -> None:
         """Refresh the pictures, if they are due (see `RunPage`)."""
         if self.writes:
-            self.page.refresh(self.rows, complete=False)
+            self.page.refresh(self.rows, spent, complete=False)
 
     def rewind(self, rows: dict[str, Rows]) -> None:
         """Go back to the rows that a saved state has; what was written after it will be written again."""
@@ -117,11 +119,11 @@ class Run:
         for kind in rows:
             self._write(kind)
 
-    def complete(self, metrics: Iterable[str]) -> None:
+    def complete(self, metrics: Iterable[str], spent: Mapping[str, str]) -> None:
         """Draw, write down the best validation by each of some metrics, the first of equals, and drop the state."""
         if not self.writes:
             return
-        self.page.refresh(self.rows, complete=True)
+        self.page.refresh(self.rows, spent, complete=True)
         rows = self.rows.get("validation", [])
         best = {name: best_of(name)(rows, key=operator.itemgetter(name)) for name in metrics}
         write_text(self.folder / BEST_METRICS, json.dumps(best, indent=2) + "\n")
@@ -149,14 +151,6 @@ def run_name(stage: str, benchmark: str, clip_model_name: str) -> str:
     """
     model = re.sub(r"[^\w.@-]+", "-", short_name(clip_model_name))
     return f"{stage}_on_{benchmark}_{model}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-
-
-def short_name(clip_model_name: str) -> str:
-    """What a CLIP is called where there is little room: without its folder, or without its weights."""
-    known = open_clip_name(clip_model_name)
-    if known is not None:
-        return known.short
-    return Path(clip_model_name).stem if clip_model_name.endswith(".pt") else clip_model_name
 
 
 def run_title(benchmark: str, settings: Settings) -> str:
@@ -289,7 +283,20 @@ def about_run(place: Place, data: TrainingData, weights: Path | None) -> About:
         chosen_by=tuple(benchmark.selection),
         hyper_parameters=place.settings.table,
         commands=commands,
+        made_by={"host": platform.node(), "commit": commit()},
+        overview="" if place.folder == place.resumed_by else "../index.html",
     )
+
+
+def commit() -> str:
+    """Return the commit of the code, with "-dirty" where files differ from it; "unknown" where git does not tell."""
+    # Not of a repository that the project's folder lies in.
+    words = ["git", f"--git-dir={PROJECT_ROOT / '.git'}", f"--work-tree={PROJECT_ROOT}"]
+    words += ["describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def pair_with(weights: Path, flags: Mapping[str, Any]) -> dict[str, Any]:

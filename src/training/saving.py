@@ -229,6 +229,9 @@ class Progress(Schema):
         skipped: the steps of the epoch that loss scaling skipped, from 0.
         skipped_in_a_row: how many were skipped since the last one that was not, earlier epochs included.
         rows, best: see `Run` and `Checkpoints`.
+        began: when the run did, in seconds since 1970; 0 of a state of earlier versions.
+        seconds: that it took in all its sessions, but for what came after the last saved state of each.
+        most_memory: bytes that it held at most in any.
     """
 
     model_config = ConfigDict(frozen=False)
@@ -239,6 +242,9 @@ class Progress(Schema):
     skipped_in_a_row: Number = 0
     rows: dict[str, list[dict[str, int | AnyFloat]]] = {}
     best: Metrics = {}
+    began: AnyFloat = 0.0
+    seconds: AnyFloat = 0.0
+    most_memory: int = 0
 
     @property
     def words(self) -> str:

@@ -80,6 +80,6 @@ def page_of_seeds(whole: Place, best: Mapping[int, Mapping[str, Any]], data: Tra
         about,
         whole.folder,
         lines,
-        validations=Panel(label=chosen_by, rows=list(epochs.values()), titles=titles),
+        validations=Panel(label=about.called(chosen_by), rows=list(epochs.values()), titles=titles),
         addresses=addresses,
     )

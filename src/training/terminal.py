@@ -128,12 +128,16 @@ class Pace:
         memory = most_memory(self.device)
         if memory is not None:
             parts.append(f"{memory / GIB:.1f} GiB")
-        if self.steps:
-            unit = "images/s" if self.task.images_each else "triplets/s"
-            speed = self.triplets * (self.task.images_each or 1) / self.seconds
-            parts.insert(0, f"{rate(speed)} {unit}")
-            parts.append(f"{duration(self.seconds_left(epoch, done))} left")
-        return ", ".join(parts)
+        speed = self.speed(epoch, done)
+        return ", ".join([*speed[:1], *parts, *speed[1:]])
+
+    def speed(self, epoch: int, done: int) -> list[str]:
+        """Images a second and the time that is left of the run; nothing before the second step."""
+        if not self.steps:
+            return []
+        unit = "images/s" if self.task.images_each else "triplets/s"
+        speed = self.triplets * (self.task.images_each or 1) / self.seconds
+        return [f"{rate(speed)} {unit}", f"{duration(self.seconds_left(epoch, done))} left"]
 
     def seconds_left(self, epoch: int, done: int) -> float:
         """How long the rest of the run takes at this pace; validations count once there was one."""

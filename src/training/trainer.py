@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from runtime import distributed
 from runtime.interruption import StopRequest
+from runtime.progress import duration
 from training.data import TrainingData
 from training.run_folder import Place, Run, open_run
 from training.saving import (
@@ -24,11 +25,13 @@ from training.saving import (
 )
 from training.schedule import Precision
 from training.step import Stepper, Task
-from training.terminal import Pace, log_opening
+from training.terminal import GIB, Pace, log_opening, most_memory
 from utils import DiskError, Stopped, UserError, format_metric
 
 logger = logging.getLogger(__name__)
 
+# Without learning rate and memory, which files are told: a line of 80 columns has room for little more.
+BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}"
 READ_EVERY = 10  # steps between two looks at the losses: each look waits for the device
 # Steps in a row, after which the scale of the loss is a millionth of what it was, and of no help.
 MOST_SKIPPED = 20
@@ -85,6 +88,7 @@ class Trainer:
         self.pace = Pace(task, flags, precision.device)
         self.autosave = Autosave(stop, flags.checkpoint_every_minutes)
         self.progress = Progress()
+        self.counted_at = time.monotonic()  # when its seconds were counted last
         self.unread: list[Tensor] = []  # losses that are still on the device
         self.saved = "the beginning: none was saved yet"
 
@@ -131,7 +135,7 @@ class Trainer:
         metrics = self.validate() if validated else {}
         self.checkpoints.update(epoch, metrics, self.stepper.measured)
         if validated:
-            self.run.draw()
+            self.run.draw(self.spent())
             taken = f"{time.monotonic() - start:.1f} s; {self.status(epoch + 1, 0)}"
             logger.info(
                 "epoch %d: loss %.4f, %s, %s", epoch, loss, self.best_so_far(metrics), taken
@@ -156,17 +160,26 @@ class Trainer:
         batches = self.task.batches(epoch, done)
         pace = self.pace
         hidden = None if distributed.is_main() else True
-        bar = tqdm(batches, f"epoch {epoch}", steps, initial=done, leave=False, disable=hidden)
+        bar = tqdm(
+            batches,
+            f"epoch {epoch}",
+            steps,
+            initial=done,
+            leave=False,
+            disable=hidden,
+            bar_format=BAR,
+        )
         with pace.stepping(), bar:
             for step, (inputs, target_ids) in enumerate(bar, start=done + 1):
-                loss = self.stepper.step(inputs, target_ids)
-                self.count_step(loss, skipped=self.stepper.skipped)
+                of_step = self.stepper.step(inputs, target_ids)
+                self.count_step(of_step, skipped=self.stepper.skipped)
                 pace.count_step(len(target_ids))
                 if step % READ_EVERY == 0 or pace.clock.is_due():
-                    status = f"loss {self.read_losses():.4f}, {self.status(epoch, step)}"
-                    bar.set_postfix_str(status)
+                    loss = f"loss {self.read_losses():.4f}"
+                    bar.set_postfix_str(", ".join([loss, *pace.speed(epoch, step)]))
                     if pace.clock.is_due():
                         if bar.disable:
+                            status = f"{loss}, {self.status(epoch, step)}"
                             logger.info("epoch %d, step %d of %d: %s", epoch, step, steps, status)
                         pace.clock.restart()
                 self.save_if_due()
@@ -247,6 +260,21 @@ class Trainer:
             parts.append(f"{name} {format_metric(metrics[name])} (best {format_metric(value)})")
         return ", ".join(parts)
 
+    def spent(self) -> dict[str, str]:
+        """Count what the run has taken so far, and say it: when it began, how long it trained, its memory."""
+        progress = self.progress
+        now = time.monotonic()
+        progress.seconds += now - self.counted_at
+        self.counted_at = now
+        progress.most_memory = max(progress.most_memory, most_memory(self.device) or 0)
+        told = {}
+        if progress.began:
+            told["began"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(progress.began))
+        told["took"] = duration(progress.seconds)
+        if progress.most_memory:
+            told["most memory"] = f"{progress.most_memory / GIB:.1f} GiB"
+        return told
+
     def save_if_due(self, *, epoch_ends: bool = False) -> None:
         """Save the state if it is due. If a stop was asked for, save it and raise Stopped."""
         stopping, due = self.autosave.vote(epoch_ends=epoch_ends)
@@ -263,6 +291,7 @@ class Trainer:
             self.checkpoints.write()
             self.progress.rows = self.run.rows
             self.progress.best = self.checkpoints.best
+            self.spent()
             if distributed.is_main():
                 save_state(self.run.state_file, self.stepper.parts, self.progress, self.device)
         self.saved = self.progress.words
@@ -283,12 +312,14 @@ class Trainer:
                 raise UserError(f"--resume: {file} is of a longer training: {REMEDY}")
             self.saved = self.progress.words
             logger.info("going on after %s", self.saved)
+        else:
+            self.progress.began = time.time()
         self.run.rewind(self.progress.rows)
         self.checkpoints.rewind(self.progress.best)
 
     def finish(self) -> None:
         """Complete the run, and say where its files are and what was best."""
-        self.run.complete(self.checkpoints.best)
+        self.run.complete(self.checkpoints.best, self.spent())
         logger.info("\nrun: %s", self.run.folder)
         for path in self.checkpoints.saved:
             logger.info("saved: %s", path)
