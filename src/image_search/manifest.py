@@ -28,7 +28,7 @@ REMEDY = "build the index again in another folder"
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What an index says of itself, None where there is none. Raises UserError where it is damaged."""
+    """Read what an index says of itself, None where there is none. Raises UserError where it is damaged."""
     file = folder / MANIFEST
     try:
         content = parse_json(read_text(file))
@@ -52,7 +52,7 @@ def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def is_own(folder: Path, about: Mapping[str, Any]) -> bool:
-    """Whether an index was made in this very folder of this machine, and names what it named then.
+    """Return whether an index was made in this very folder of this machine, and names what it named then.
 
     One that was copied, fetched or edited was not: what it names outside its folder was typed by somebody else.
     """
@@ -113,7 +113,7 @@ def as_made(folder: Path, about: Mapping[str, Any], choice: PairChoice) -> PairC
 
 
 def made_with(choice: PairChoice, pair: "Pair") -> dict[str, Any]:
-    """What a query needs to load the same CLIP, for the manifest."""
+    """Return what a query needs to load the same CLIP, for the manifest."""
     preprocessing = pair.encoder.preprocessing
     clip = named({name: preprocessing[name] for name in Clip.model_fields})
     clip["background"] = preprocessing["background"]  # named always, as in `encoder_key`
