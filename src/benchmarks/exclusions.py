@@ -8,15 +8,15 @@ from typing import Any
 
 from benchmarks.entries import Entry, ImageName
 from benchmarks.splits import Split
-from runtime.files import write_text
-from runtime.schema import read_checked
+from runtime.files import read_json, write_text
+from runtime.schema import checked
 from runtime.spelling import Spellings
 from utils import UserError
 
 logger = logging.getLogger(__name__)
 
-WRITER = "check_dataset.py --write-exclusions"
-EXAMPLES = 3  # names in a message
+CHECKER = "check_dataset.py --write-exclusions"
+NAMED_IMAGES = 3  # names in a message
 
 
 class Exclusions(Entry):
@@ -39,10 +39,9 @@ def read_exclusions(file: Path | None, dataset: str) -> dict[str, str]:
     """
     if file is None:
         return {}
-    try:
-        listed = read_checked(Exclusions, file, remedy=f"write it with {WRITER}", writer=WRITER)
-    except UserError as error:
-        raise UserError(f"--exclusions: {error}") from None
+    content = read_json(file, CHECKER)
+    remedy = f"write it with {CHECKER}"
+    listed = checked(Exclusions, content, file=f"--exclusions {file}", remedy=remedy)
     if listed.dataset != dataset:
         raise UserError(
             f"--exclusions {file} is for {listed.dataset}, not {dataset}: name the right file"
@@ -51,7 +50,7 @@ def read_exclusions(file: Path | None, dataset: str) -> dict[str, str]:
 
 
 def excluded(splits: Iterable[Split]) -> dict[str, dict[str, Any]]:
-    """How many images and triplets were left out of each split, for the files that say how a result was made."""
+    """Count the images and triplets that were left out of each split, for files that say how a result was made."""
     counts = {}
     for split in splits:
         counts[split.name] = {
@@ -81,8 +80,8 @@ def announce(wanted: Collection[str], splits: Iterable[Split]) -> None:
             )
     if others := [name for name in wanted if name not in left_out]:
         spellings = Spellings(known)
-        named = [name + spellings.hint(name) for name in others[:EXAMPLES]]
-        shown = ", ".join([*named, "..."] if len(others) > EXAMPLES else named)
+        named = [name + spellings.hint(name) for name in others[:NAMED_IMAGES]]
+        shown = ", ".join([*named, "..."] if len(others) > NAMED_IMAGES else named)
         logger.warning(
             "%d images of --exclusions are in no split that is used here: %s", len(others), shown
         )

@@ -11,14 +11,14 @@ from typing import Any
 from benchmarks.base import Benchmark
 from benchmarks.entries import Entry, Name
 from benchmarks.splits import Split
-from runtime.files import write_text
-from runtime.schema import read_checked
+from runtime.files import read_json, write_text
+from runtime.schema import checked
 from runtime.spelling import Spellings
 from utils import UserError
 
 logger = logging.getLogger(__name__)
 
-WRITER = "audit.py --write-queries"
+AUDIT = "audit.py --write-queries"
 
 
 class QueryNames(Entry):
@@ -41,7 +41,7 @@ class QueryList:
     names: frozenset[str]
 
     def describe(self) -> dict[str, Any]:
-        """What a result says of it; the digest is of the names, in whatever order and file they are."""
+        """Return what a result says of it; the digest is of the names, in whatever order and file they are."""
         digest = hashlib.sha256("\n".join(sorted(self.names)).encode()).hexdigest()
         return {"file": str(self.file.absolute()), "sha256": digest}
 
@@ -71,10 +71,9 @@ def read_query_list(file: Path | None, dataset: str, split: str) -> QueryList | 
     """
     if file is None:
         return None
-    try:
-        listed = read_checked(QueryNames, file, remedy=f"write it with {WRITER}", writer=WRITER)
-    except UserError as error:
-        raise UserError(f"--queries: {error}") from None
+    content = read_json(file, AUDIT)
+    remedy = f"write it with {AUDIT}"
+    listed = checked(QueryNames, content, file=f"--queries {file}", remedy=remedy)
     if not listed.queries:
         raise UserError(f"--queries {file} is empty: nothing would be measured; leave the flag out")
     if (listed.dataset, listed.split) != (dataset, split):
