@@ -78,7 +78,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_packages() -> None:
-    """Raise UserError where a package is missing that only the page needs."""
+    """Raise UserError where a package is missing that only the page needs, or the system forks no processes."""
+    if not hasattr(os, "fork"):
+        raise UserError("the page needs a system that forks processes: start it on Linux or macOS")
     for package, name in PAGE_PACKAGES.items():
         if importlib.util.find_spec(package) is None:
             raise UserError(f"the page needs {name}: pip install -r requirements-app.txt")

@@ -38,7 +38,7 @@ from image_search.photos import TAKEN
 from image_search.searcher import TARGET_DEPTH, Found, Question, RetrievedImage, Searcher
 from image_search.stores.base import QuestionError
 from image_search.uploads import preview, read_upload
-from image_search.workers import SECONDS, Overrun, Pool, in_thread, source_of_workers
+from image_search.workers import SECONDS, Overrun, Pool, Template, in_thread
 from runtime.files import file_size
 from runtime.image_files import thumbnail
 from utils import UserError
@@ -213,7 +213,7 @@ class Service:
             MOST_KEPT, getsizeof=lambda seen: seen.nbytes
         )
         self.server = uuid.uuid4().hex[:12]
-        self.workers = source_of_workers(LOADED)
+        self.workers = Template(LOADED)
         self.uploads = Pool(self.workers, seconds=seconds, **UPLOADS)
         self.photos = Pool(self.workers, seconds=seconds, **PHOTOS)
         # A browser has few connections: the first question would wait until the first pictures are there.

@@ -216,37 +216,6 @@ def work(line: Connection) -> None:
         line.send((made, refused))
 
 
-class Spawned:
-    """Workers where no process can be forked: each loads the packages for itself, and its memory has no limit."""
-
-    def __init__(self) -> None:
-        self._processes: list[Any] = []
-
-    def worker(self, memory: int) -> Worker:
-        """Start a worker, see `Template.worker`."""
-        mine, theirs = multiprocessing.Pipe()
-        process = multiprocessing.get_context("spawn").Process(
-            target=work, args=[theirs], daemon=True
-        )
-        process.start()
-        theirs.close()
-        self._processes.append(process)
-        return Worker(mine, process.kill, process.is_alive)
-
-    def close(self) -> None:
-        """End all of them."""
-        for process in self._processes:
-            process.kill()
-
-
-WorkerSource = Template | Spawned
-
-
-def source_of_workers(modules: Sequence[str]) -> WorkerSource:
-    """Return workers that have some modules loaded, in the way that the system knows."""
-    return Template(modules) if hasattr(os, "fork") else Spawned()
-
-
 async def in_thread(function: Callable[..., Made], *arguments: Any) -> Made:
     """Return what a function returns that may take long, in a thread that the end of the page does not wait for."""
     future: Future[Made] = Future()
@@ -277,7 +246,7 @@ class Pool:
 
     def __init__(
         self,
-        source: WorkerSource,
+        source: Template,
         *,
         workers: int,
         seconds: float = SECONDS,
