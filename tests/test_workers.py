@@ -108,7 +108,7 @@ def test_several_visitors_together_do_not_keep_all_workers(monkeypatch, source):
     async def run() -> None:
         jobs = pool(source, workers=4, seconds=10 * HANG)
         theirs = [asyncio.create_task(jobs.run(who, time.sleep, 9 * HANG)) for who in "aabb"]
-        while sum(jobs._places.taken.values()) != 4:
+        while len(jobs._crowded._waiters) != 4:  # all of them have their workers
             await asyncio.sleep(0.01)
         assert not any(job.done() for job in theirs)
         assert await asyncio.wait_for(jobs.run("c", len, "abc"), HANG) == 3
