@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import BENCHMARKS, Benchmark
+from benchmarks import BENCHMARKS
 from benchmarks.server_files import FORMS, ServerForm, form_of, parse_submission
 from cli.parsers import ScriptParser
 from evaluation.rankings_file import is_rankings, read_rankings, unlike_annotations
@@ -52,19 +52,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def official_counts(benchmark: Benchmark, split: str) -> str:
-    """Say where the annotations are not the official ones, and how many queries those have."""
-    notes = []
-    for part, records in zip(benchmark.parts, benchmark.read(split), strict=True):
-        here = len(records.triplets)
-        official, _ = benchmark.official.get(f"{part}.{split}", (here, None))
-        if here != official:
-            notes.append(
-                f"{records.name} has {here} queries here, {official} in the official annotations"
-            )
-    return "; ".join(notes)
-
-
 def open_form(kind: type[ServerForm[Any]], data_root: Path, wanted: str) -> ServerForm[Any]:
     """Open what files of a kind are checked against; say so where the annotations are not the official ones.
 
@@ -74,8 +61,14 @@ def open_form(kind: type[ServerForm[Any]], data_root: Path, wanted: str) -> Serv
     benchmark = kind.kind(data_root)
     split = benchmark.split_called(wanted)
     form = kind(benchmark, split)
-    if note := official_counts(benchmark, split):
-        print(f"note: {note}: this says little about what the server takes")
+    for part, records in zip(benchmark.parts, form.parts.values(), strict=True):
+        here = len(records.triplets)
+        official, _ = benchmark.official.get(f"{part}.{split}", (here, None))
+        if here != official:
+            print(
+                f"note: {records.name} has {here} queries here, {official} in the official annotations: this says "
+                "little about what the server takes"
+            )
     return form
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from image_search.manifest import MANIFEST, check_index, is_own, read_manifest
+from image_search.manifest import check_index, check_named, read_manifest
 from image_search.stores.base import (
     TIME,
     Counts,
@@ -61,8 +61,7 @@ def open_index(folder: Path, store: str | None = None) -> ImageIndex:
     Raises:
         UserError: there is none, it is damaged, or it lives elsewhere.
     """
-    check_index(folder)
-    about = read_manifest(folder) or {}
+    about = check_index(folder)
     keeping = chosen_keeping(about, store, kind=None, on_disk=None)
     return store_of(keeping.store).open(folder, about, typed=keeping.typed)
 
@@ -163,11 +162,8 @@ def _check_may_be_updated(folder: Path, key: dict[str, Any], keeping: Keeping) -
 
 def _check_trusted(folder: Path, about: dict[str, Any], keeping: Keeping) -> None:
     """Refuse to write where only an index says, and one that was made elsewhere."""
-    if "store" in about and not (keeping.typed or is_own(folder, about)):
-        raise UserError(
-            f"{folder / MANIFEST} was made elsewhere and names {about['store']}: name it too, as --store "
-            f"{about['store']}, if you trust it"
-        )
+    if "store" in about and not keeping.typed:
+        check_named(folder, about, "--store", about["store"])
 
 
 def _of_same_content(

@@ -53,7 +53,9 @@ from utils import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
-# The names of an index's own files, beside the manifest. All others in its folder are the user's.
+# What an index's own files begin with -> their ending.
+ENDINGS = {"files": "json", "features": "npy", "vectors": "faiss", "lists": "bin"}
+# Their names, beside the manifest. All others in its folder are the user's.
 INDEX_FILES = re.compile(
     rf"(files|features|vectors|lists)-[0-9a-f]{{12}}\.(json|npy|faiss|bin)|{TEMPORARY}"
 )
@@ -434,19 +436,16 @@ def _listed(files: Mapping[Identity, int]) -> str:
 
 def _names(about: dict[str, Any]) -> dict[str, str]:
     """The names of the files of an index."""
-    parts = ("files", "features", "vectors", "lists")
-    return {part: about[part] for part in parts if part in about}
+    return {part: about[part] for part in ENDINGS if part in about}
 
 
 def _new_names(on_disk: bool) -> dict[str, str]:
     """The names of the files of a generation."""
     generation = uuid.uuid4().hex[:12]
-    names = {
-        "files": f"files-{generation}.json",
-        "features": f"features-{generation}.npy",
-        "vectors": f"vectors-{generation}.faiss",
-    }
-    return {**names, "lists": f"lists-{generation}.bin"} if on_disk else names
+    names = {part: f"{part}-{generation}.{ending}" for part, ending in ENDINGS.items()}
+    if not on_disk:
+        del names["lists"]
+    return names
 
 
 def _write_vectors(folder: Path, about: dict[str, Any], features: np.ndarray, grown: Any) -> None:
