@@ -724,7 +724,6 @@ class Within(Page):
     def __enter__(self) -> "Within":
         with contextlib.ExitStack() as stack:
             patch = stack.enter_context(pytest.MonkeyPatch.context())
-            patch.setattr(http_api, "MOST_SECONDS", HANG)
             patch.setattr(guard, "MOST_SECONDS", HANG)
             patch.setattr(connections, "MOST_CONNECTIONS", self.connections)
             batcher = stack.enter_context(contextlib.closing(Batcher(self.searcher.answer)))

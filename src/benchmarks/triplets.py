@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 # Column -> what parts the values of a cell, as a regular expression. A sentence may have a bare | in it.
 BAR = r"\|"
-COLUMNS = {
+OWN_COLUMNS = {
     "reference": BAR,
     "caption": r"\s+\|\s*|\|\s+",
     "target": BAR,
@@ -284,8 +284,10 @@ def _rows(file: Path) -> Iterator[tuple[str, Reading]]:
     """What an error calls each row, and its cells as a line of JSON would have them."""
     rows = table_rows(file)
     names = [name.strip().lower() for name in next(rows, (1, []))[1]]
-    known = [name for name in COLUMNS if names.count(name) == 1]
-    if not {"reference", "caption"} <= set(known) or len(known) < len(set(names) & set(COLUMNS)):
+    known = [name for name in OWN_COLUMNS if names.count(name) == 1]
+    if not {"reference", "caption"} <= set(known) or len(known) < len(
+        set(names) & set(OWN_COLUMNS)
+    ):
         found = "is empty" if not names else "names other columns"
         raise UserError(
             f"{file} {found}: its first row should name the columns reference, caption, target, each once: "
@@ -304,10 +306,12 @@ def _cells(names: Sequence[str], known: Sequence[str], cells: Sequence[str]) -> 
     content: dict[str, Any] = {}
     for name in known:
         try:
-            values = cell_values(cells[names.index(name)], COLUMNS[name])
+            values = cell_values(cells[names.index(name)], OWN_COLUMNS[name])
         except ValueError as error:
             raise ValueError(f"has the {name} {error}") from None
         content[name] = values[0] if len(values) == 1 else values
     others = zip(names, cells, strict=True)
-    content.update((name, cell.strip()) for name, cell in others if name and name not in COLUMNS)
+    content.update(
+        (name, cell.strip()) for name, cell in others if name and name not in OWN_COLUMNS
+    )
     return content

@@ -17,7 +17,7 @@ from base64 import b64encode
 from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from image_search.photos import TAKEN
 from image_search.searcher import TARGET_DEPTH, Found, Question, RetrievedImage, Searcher
 from image_search.stores.base import QuestionError
 from image_search.uploads import preview, read_upload
-from image_search.workers import SECONDS, Overrun, Pool, Template, in_thread
+from image_search.workers import SECONDS, Outcome, Overrun, Pool, Template, in_thread
 from runtime.files import file_size
 from runtime.image_files import thumbnail
 from utils import UserError
@@ -66,8 +66,6 @@ LOADED = ("data_utils", "image_search.uploads")  # in workers
 SIDES = {"small": 320, "large": 1280}  # pixels of the longer side of a thumbnail
 TITLE = "Composed image retrieval"
 SUMMARY = "Search an index of images by an image and what to change of it."
-
-Made = TypeVar("Made")
 
 
 class Asked(BaseModel):
@@ -326,8 +324,8 @@ class Service:
         return self.searcher.pair.encoder.preprocessing["background"]
 
     async def _of_upload(
-        self, request: Request, function: Callable[..., Made], upload: File, *arguments: Any
-    ) -> Made:
+        self, request: Request, function: Callable[..., Outcome], upload: File, *arguments: Any
+    ) -> Outcome:
         """What a worker makes of an upload."""
         try:
             return await self.uploads.run(visitor_of(request.scope), function, upload, *arguments)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MANIFEST = "index.json"
-REMEDY = "build the index again in another folder"
+REBUILD = "build the index again in another folder"
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -35,13 +35,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged ({first_line(error)}): {REMEDY}") from None
+        raise UserError(f"{file} is damaged ({first_line(error)}): {REBUILD}") from None
     address = FAISS
     if isinstance(content, dict) and "store" in content:
-        address = checked(StoreManifest, content, file=file, remedy=REMEDY).store
+        address = checked(StoreManifest, content, file=file, remedy=REBUILD).store
         if address.partition(":")[0] not in STORES:
-            raise UserError(f"{file}: store: {printable(address)} is of no store: {REMEDY}")
-    checked(store_of(address).manifest, content, file=file, remedy=REMEDY)
+            raise UserError(f"{file}: store: {printable(address)} is of no store: {REBUILD}")
+    checked(store_of(address).manifest, content, file=file, remedy=REBUILD)
     return content
 
 

@@ -38,7 +38,7 @@ from image_search import workers
 workers.fork_on_demand(int(sys.argv[2]), sys.argv[3:])
 """
 
-Made = TypeVar("Made")
+Outcome = TypeVar("Outcome")
 
 
 class Overrun(Exception):
@@ -216,9 +216,9 @@ def work(line: Connection) -> None:
         line.send((made, refused))
 
 
-async def in_thread(function: Callable[..., Made], *arguments: Any) -> Made:
+async def in_thread(function: Callable[..., Outcome], *arguments: Any) -> Outcome:
     """Return what a function returns that may take long, in a thread that the end of the page does not wait for."""
-    future: Future[Made] = Future()
+    future: Future[Outcome] = Future()
     future.set_running_or_notify_cancel()
 
     def run() -> None:
@@ -266,7 +266,7 @@ class Pool:
         with contextlib.suppress(EOFError, OSError):
             self._start_worker()
 
-    async def run(self, visitor: str, function: Callable[..., Made], *arguments: Any) -> Made:
+    async def run(self, visitor: str, function: Callable[..., Outcome], *arguments: Any) -> Outcome:
         """Return what a function of a module returns in a worker. Whoever stops waiting for it ends the worker.
 
         Raises:
@@ -290,7 +290,7 @@ class Pool:
                 raise error
             return made
 
-    async def _in_time(self, work: Coroutine[Any, Any, Made]) -> Made:
+    async def _in_time(self, work: Coroutine[Any, Any, Outcome]) -> Outcome:
         """The result of a job. Raises Overrun where it takes more time than it has."""
         job = asyncio.ensure_future(work)
         crowded = asyncio.ensure_future(self._crowded.wait())

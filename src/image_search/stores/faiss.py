@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field, PositiveInt, Strict
 
 from image_search import faiss_index, list_file
-from image_search.manifest import MANIFEST, REMEDY, read_manifest, write_manifest
+from image_search.manifest import MANIFEST, REBUILD, read_manifest, write_manifest
 from image_search.schemas import Manifest
 from image_search.stores.base import (
     FAISS,
@@ -170,7 +170,7 @@ def _vectors(folder: Path, about: dict[str, Any], *, to_grow: bool = False) -> A
 
 
 def _damaged(file: Path, reason: str) -> UserError:
-    return UserError(f"{file} is damaged or of another index ({reason}): {REMEDY}")
+    return UserError(f"{file} is damaged or of another index ({reason}): {REBUILD}")
 
 
 def _files(folder: Path, about: dict[str, Any]) -> dict[Identity, int]:
@@ -184,7 +184,7 @@ def _files(folder: Path, about: dict[str, Any]) -> dict[Identity, int]:
     if about["sha256"]["files"] != _digest(text.encode()):
         raise _damaged(file, "it is not the list that was written")
     del text
-    rows = checked(Files, {"files": content}, file=file, remedy=REMEDY).files
+    rows = checked(Files, {"files": content}, file=file, remedy=REBUILD).files
     return {row[:3]: row[3] for row in rows}
 
 

@@ -29,7 +29,7 @@ from image_search.faiss_index import (
     SEARCH_EFFORT,
     normalised,
 )
-from image_search.manifest import MANIFEST, REMEDY, is_own, read_manifest, write_manifest
+from image_search.manifest import MANIFEST, REBUILD, is_own, read_manifest, write_manifest
 from image_search.schemas import StoreManifest
 from image_search.stores.base import (
     Counts,
@@ -278,7 +278,7 @@ def _checked_table(folder: Path, about: dict[str, Any], typed: bool) -> Table:
     name = about["collection"]
     if not name.endswith(f"_{digest_of(about['encoder'])}"):
         raise UserError(
-            f"{folder / MANIFEST}: the collection {name} is of another encoder than the manifest: {REMEDY}"
+            f"{folder / MANIFEST}: the collection {name} is of another encoder than the manifest: {REBUILD}"
         )
     token = _token(folder, about, typed)
     return Table(about["store"], name, token, is_new="images" not in about)
