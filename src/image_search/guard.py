@@ -280,14 +280,9 @@ async def read(receive: Receive, most: int) -> bytes:
         more = message.get("more_body", False)
     if too_large:
         raise HTTPException(
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {size(most)}: send less"
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {most // 2**20} MiB: send less"
         )
     return bytes(body)
-
-
-def size(most: int) -> str:
-    """A number of bytes, rounded down."""
-    return f"{most // 2**20} MiB" if most >= 2**20 else f"{most // 2**10} KiB"
 
 
 async def left(receive: Receive) -> None:
