@@ -50,7 +50,7 @@ from utils import UserError, first_line
 logger = logging.getLogger(__name__)
 
 TOKEN = "MILVUS_TOKEN"  # of the environment: user:password, or a key
-ANSWER_SECONDS = 60  # seconds for an answer
+ANSWER_SECONDS = 60
 # The client's own 10 seconds are too many pings for a server that nobody asks for a while: it hangs up.
 SELDOM_PINGED = {"grpc.keepalive_time_ms": 600_000, "grpc.keepalive_permit_without_calls": False}
 # What takes as long as the collection is large.
@@ -65,8 +65,8 @@ INDEX_TYPES = {"flat": "FLAT", "hnsw": "HNSW", "ivfflat": "IVF_FLAT"}
 BUILT = {"flat": {}, "hnsw": {"M": 32, "efConstruction": 80}, "ivfflat": {"nlist": LISTS}}
 FIELDS = ["file", "size", "time", "path", "content"]
 CONDITION_FIELDS = ("path", "category", "size", "time")
-WORDS = "and or not in like is null exists true false text_match phrase_match"
-CONDITION_NAMES = {*CONDITION_FIELDS, *WORDS.split()}
+WORDS = "and or not in like is null exists true false text_match phrase_match".split()
+CONDITION_NAMES = {*CONDITION_FIELDS, *WORDS}
 CONDITION = re.compile(
     r"""\s+|(?P<name>[A-Za-z_$][\w$]*)|"""
     r"""(?:0[xX][\da-fA-F]+|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)(?![\w.])|"""
