@@ -1249,7 +1249,13 @@ def test_a_question_that_takes_too_long_is_given_up(monkeypatch):
         return {"type": "http.request", "body": b"text=is+red", "more_body": False}
 
     kind = (b"content-type", b"application/x-www-form-urlencoded")
-    scope = {**POST, "headers": [kind], "query_string": b"", "root_path": "", "scheme": "http"}
+    said = {
+        "headers": [*POST["headers"], kind],
+        "query_string": b"",
+        "root_path": "",
+        "scheme": "http",
+    }
+    scope = {**POST, **said}
     app = guard.Guard(http_api.build(service, documented=False), Hosts("a"))
     status, headers, text = asyncio.run(sent(app, scope, form_of_a_text))
     assert (status, headers[b"retry-after"]) == (503, guard.RETRY_AFTER.encode())

@@ -65,8 +65,9 @@ INDEX_TYPES = {"flat": "FLAT", "hnsw": "HNSW", "ivfflat": "IVF_FLAT"}
 BUILT = {"flat": {}, "hnsw": {"M": 32, "efConstruction": 80}, "ivfflat": {"nlist": LISTS}}
 FIELDS = ["file", "size", "time", "path", "content"]
 CONDITION_FIELDS = ("path", "category", "size", "time")
-WORDS = "and or not in like is null exists true false text_match phrase_match".split()
-CONDITION_NAMES = {*CONDITION_FIELDS, *WORDS}
+COMPARISONS = ("and", "or", "not", "in", "like", "is", "null", "exists", "true", "false")
+MATCHES = ("text_match", "phrase_match")
+CONDITION_NAMES = {*CONDITION_FIELDS, *COMPARISONS, *MATCHES}
 CONDITION = re.compile(
     r"""\s+|(?P<name>[A-Za-z_$][\w$]*)|"""
     r"""(?:0[xX][\da-fA-F]+|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)(?![\w.])|"""
