@@ -366,7 +366,7 @@ def test_a_reason_that_is_no_text_is_named(wrong, tmp_path):
     )
     with pytest.raises(
         UserError,
-        match=r"--exclusions .*list\.json: images\.bad: .*write it with check_dataset\.py",
+        match=r"--exclusions: .*list\.json: images\.bad: .*write it with check_dataset\.py",
     ):
         read_exclusions(tmp_path / "list.json", "CIRR")
 

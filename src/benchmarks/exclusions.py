@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks.entries import Entry, ImageName
 from benchmarks.splits import Split
-from runtime.files import read_json, write_text
-from runtime.schema import checked
+from runtime.files import write_text
+from runtime.schema import read_checked
 from runtime.spelling import Spellings
 from utils import UserError
 
@@ -39,9 +39,10 @@ def read_exclusions(file: Path | None, dataset: str) -> dict[str, str]:
     """
     if file is None:
         return {}
-    content = read_json(file, CHECKER)
-    remedy = f"write it with {CHECKER}"
-    listed = checked(Exclusions, content, file=f"--exclusions {file}", remedy=remedy)
+    try:
+        listed = read_checked(Exclusions, file, remedy=f"write it with {CHECKER}", writer=CHECKER)
+    except UserError as error:
+        raise UserError(f"--exclusions: {error}") from None
     if listed.dataset != dataset:
         raise UserError(
             f"--exclusions {file} is for {listed.dataset}, not {dataset}: name the right file"

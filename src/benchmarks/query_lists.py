@@ -11,8 +11,8 @@ from typing import Any
 from benchmarks.base import Benchmark
 from benchmarks.entries import Entry, Name
 from benchmarks.splits import Split
-from runtime.files import read_json, write_text
-from runtime.schema import checked
+from runtime.files import write_text
+from runtime.schema import read_checked
 from runtime.spelling import Spellings
 from utils import UserError
 
@@ -71,9 +71,10 @@ def read_query_list(file: Path | None, dataset: str, split: str) -> QueryList | 
     """
     if file is None:
         return None
-    content = read_json(file, AUDIT)
-    remedy = f"write it with {AUDIT}"
-    listed = checked(QueryNames, content, file=f"--queries {file}", remedy=remedy)
+    try:
+        listed = read_checked(QueryNames, file, remedy=f"write it with {AUDIT}", writer=AUDIT)
+    except UserError as error:
+        raise UserError(f"--queries: {error}") from None
     if not listed.queries:
         raise UserError(f"--queries {file} is empty: nothing would be measured; leave the flag out")
     if (listed.dataset, listed.split) != (dataset, split):

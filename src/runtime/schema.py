@@ -53,13 +53,18 @@ def first_fault(error: ValidationError) -> str:
     return f"{field}: {reason}{found}"
 
 
-def read_checked(schema: type[Checked], file: Path, *, remedy: str) -> Checked:
-    """Read the content of a JSON file as its schema has it.
+def read_checked(
+    schema: type[Checked], file: Path, *, remedy: str, writer: str | None = None
+) -> Checked:
+    """The content of a JSON file as its schema has it.
+
+    Args:
+        writer: see `read_json`.
 
     Raises:
         UserError: it is not there or no JSON, or see `checked`.
     """
-    return checked(schema, read_json(file), file=file, remedy=remedy)
+    return checked(schema, read_json(file, writer), file=file, remedy=remedy)
 
 
 def _field(place: tuple[int | str, ...]) -> str:
