@@ -30,7 +30,7 @@ from settings.declaring import parent
 from settings.flag_types import Several, usable_path
 from utils import UserError, command
 
-SPLITS = ("train", "val", "test")
+ALL_SPLITS = ("train", "val", "test")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -45,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--splits",
         nargs="+",
         action=Several,
-        choices=SPLITS,
+        choices=ALL_SPLITS,
         help="splits to check (default: all that are there)",
     )
     parser.add_argument(
@@ -70,7 +70,7 @@ def check(
     """Everything about a copy of a benchmark.
 
     Args:
-        splits: those to look at, of SPLITS; None for all that are there.
+        splits: those to look at, of ALL_SPLITS; None for all that are there.
         official: compare counts with those of the official files.
 
     Raises:
@@ -79,7 +79,7 @@ def check(
     from benchmarks.image_check import inspect_all
 
     report = Report(benchmark.name)
-    chosen = [split for split in SPLITS if split in (splits or benchmark.splits)]
+    chosen = [split for split in ALL_SPLITS if split in (splits or benchmark.splits)]
     wanted = [benchmark.split_called(split) for split in chosen]
     parts = read_parts(
         benchmark, wanted, official=official, asked_for=splits is not None, report=report

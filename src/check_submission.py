@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import BENCHMARKS, Benchmark
-from benchmarks.server_files import FORMS, Form, form_of, parse_submission
+from benchmarks import BENCHMARKS
+from benchmarks.server_files import FORMS, ServerForm, form_of, parse_submission
 from cli.parsers import ScriptParser
 from evaluation.rankings_file import is_rankings, read_rankings, unlike_annotations
 from runtime.files import check_file_writable, write_text
@@ -58,21 +58,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def official_counts(benchmark: Benchmark, split: str) -> str:
-    """Where the annotations are not the official ones, how many queries those have."""
-    notes = []
-    for part, records in zip(benchmark.parts, benchmark.read(split), strict=True):
-        here = len(records.triplets)
-        official, _ = benchmark.official.get(f"{part}.{split}", (here, None))
-        if here != official:
-            notes.append(
-                f"{records.name} has {here} queries here, {official} in the official annotations"
-            )
-    return "; ".join(notes)
-
-
-def open_form(kind: type[Form[Any]], data_root: Path, wanted: str) -> Form[Any]:
-    """What files of a kind are checked against; says so where the annotations are not the official ones.
+def open_form(kind: type[ServerForm[Any]], data_root: Path, wanted: str) -> ServerForm[Any]:
+    """Open what files of a kind are checked against; say so where the annotations are not the official ones.
 
     Args:
         wanted: "val" or "test".
@@ -80,8 +67,14 @@ def open_form(kind: type[Form[Any]], data_root: Path, wanted: str) -> Form[Any]:
     benchmark = kind.kind(data_root)
     split = benchmark.split_called(wanted)
     form = kind(benchmark, split)
-    if note := official_counts(benchmark, split):
-        print(f"note: {note}: this says little about what the server takes")
+    for part, records in zip(benchmark.parts, form.parts.values(), strict=True):
+        here = len(records.triplets)
+        official, _ = benchmark.official.get(f"{part}.{split}", (here, None))
+        if here != official:
+            print(
+                f"note: {records.name} has {here} queries here, {official} in the official annotations: this says "
+                "little about what the server takes"
+            )
     return form
 
 
@@ -96,10 +89,10 @@ def print_violations(file: Path, violations: list[str]) -> bool:
 
 def check_files(
     contents: Contents, args: argparse.Namespace
-) -> tuple[bool, dict[Form[Any], Contents]]:
+) -> tuple[bool, dict[ServerForm[Any], Contents]]:
     """Print what each submission file breaks; returns whether none does, and the files of each form."""
-    forms: dict[type[Form[Any]], Form[Any]] = {}
-    files: dict[Form[Any], Contents] = {}
+    forms: dict[type[ServerForm[Any]], ServerForm[Any]] = {}
+    files: dict[ServerForm[Any], Contents] = {}
     keep_rules = True
     for file, content in contents.items():
         kind = form_of(file, content, args.dataset)
@@ -133,8 +126,8 @@ def check_rankings(file: Path, args: argparse.Namespace) -> dict[str, Any] | Non
     return {**about, "metrics": first, "protocols": protocols, "files": [str(file)]}
 
 
-def not_whole(form: Form[Any], contents: Contents) -> str:
-    """What keeps files from being scored; "" where they are one submission."""
+def not_whole(form: ServerForm[Any], contents: Contents) -> str:
+    """Say what keeps files from being scored; "" where they are one submission."""
     slots = [form.slot(file.name, content) for file, content in contents.items()]
     if sorted(slots) == sorted(form.slots):
         return ""
@@ -142,7 +135,7 @@ def not_whole(form: Form[Any], contents: Contents) -> str:
     return f"{next(iter(contents))}: not scored, a submission is {wanted}: name those of one"
 
 
-def scores_of(files: Mapping[Form[Any], Contents], *, must: bool) -> list[dict[str, Any]]:
+def scores_of(files: Mapping[ServerForm[Any], Contents], *, must: bool) -> list[dict[str, Any]]:
     """The metrics of each submission that is whole; a note on files that are none.
 
     Args:

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = {"fastapi": "FastAPI", "uvicorn": "uvicorn"}
-GRACE = 1  # seconds that answers may still take when the page ends
+PAGE_PACKAGES = {"fastapi": "FastAPI", "uvicorn": "uvicorn"}
+SHUTDOWN_GRACE = 1  # seconds that answers may still take when the page ends
 LONGEST_END = 5  # seconds for that
 LAST_SECONDS = 8  # until the page ends whatever is under way; a container is killed after ten
 LOOKED_EVERY = 0.2  # seconds, for a signal
@@ -80,8 +80,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_packages() -> None:
-    """Raise UserError where a package is missing that only the page needs."""
-    for package, name in PACKAGES.items():
+    """Raise UserError where a package is missing that only the page needs, or the system forks no processes."""
+    if not hasattr(os, "fork"):
+        raise UserError("the page needs a system that forks processes: start it on Linux or macOS")
+    for package, name in PAGE_PACKAGES.items():
         if importlib.util.find_spec(package) is None:
             raise UserError(f"the page needs {name}: pip install -r requirements-app.txt")
 
@@ -151,7 +153,7 @@ def served(
         access_log=False,
         ws="none",
         proxy_headers=False,
-        timeout_graceful_shutdown=GRACE,
+        timeout_graceful_shutdown=SHUTDOWN_GRACE,
         server_header=False,
     )
     server = uvicorn.Server(config)

@@ -66,7 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def add_folders(index: argparse.ArgumentParser) -> None:
-    """What an index holds."""
+    """Add the flags that say what an index holds."""
     index.add_argument(
         "--images",
         type=usable_path,
@@ -98,7 +98,7 @@ def add_folders(index: argparse.ArgumentParser) -> None:
 
 
 def add_question(query: argparse.ArgumentParser) -> None:
-    """What is asked of an index, and where the answers go."""
+    """Add the flags that say what is asked of an index, and where the answers go."""
     query.add_argument(
         "--image",
         type=usable_path,
@@ -133,7 +133,7 @@ def add_question(query: argparse.ArgumentParser) -> None:
 
 
 def add_keeping(index: argparse.ArgumentParser) -> None:
-    """How and where the index is kept."""
+    """Add the flags that say how and where the index is kept."""
     kinds = [kind for store in all_stores() for kind in store.kinds]
     index.add_argument(
         "--index-type",
@@ -387,7 +387,7 @@ def write_page(
 
 
 def as_json(found: "Found") -> dict[str, Any]:
-    """What was found, in plain types."""
+    """Return what was found, in plain types."""
     paths = {answer.row: str(answer.path) for answer in found.answers}
     answers = []
     for answer in found.answers:
@@ -404,7 +404,7 @@ def as_json(found: "Found") -> dict[str, Any]:
 
 
 def about(found: "Found") -> str:
-    """What the Combiner did, in a line."""
+    """Say what the Combiner did, in a line."""
     from reports.sheets import shares
 
     parts = [found.note] if found.note else []

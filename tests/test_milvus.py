@@ -102,7 +102,7 @@ def encoded(monkeypatch) -> list[int]:
 # Answers
 
 
-@pytest.mark.parametrize("kind", milvus.KINDS)
+@pytest.mark.parametrize("kind", milvus.INDEX_TYPES)
 def test_answers_are_those_of_an_index_in_files(kind, server, index, ask, tmp_path):
     files = images(tmp_path / "photos", 24)
     index(tmp_path / "photos", output=tmp_path / "files")
@@ -144,7 +144,7 @@ def test_a_kind_is_changed_without_encoding_again(server, index, ask, tmp_path, 
         assert "0 images added, 5 kept" in index(tmp_path / "photos", flags=["--index-type", kind])
         assert sum(encoded) == 0
         about = open_index(tmp_path / "index").table.ask("describe_index", index_name="features")
-        assert about["index_type"] == milvus.KINDS[kind]
+        assert about["index_type"] == milvus.INDEX_TYPES[kind]
         assert ask(files[0], "is red", "--json") == before
 
 
@@ -227,9 +227,9 @@ def test_the_page_goes_on_from_an_answer(store, index, tmp_path, drawn):
         torch.device("cpu"),
     )  # fmt: skip
     assert len(searcher) == 6
-    rows = searcher.some(4)
+    rows = searcher.index.some(4)
     assert len(set(rows)) == 4
-    assert {searcher.image(row) for row in searcher.some(50)} == set(files)
+    assert {searcher.image(row) for row in searcher.index.some(50)} == set(files)
     for row in (-1, 7, milvus.HIGHEST_ROW, 2**64):
         assert searcher.image(row) is None
     plain = Question(image=searcher.image(rows[0]), text="is red", k=3)
@@ -261,7 +261,7 @@ def test_the_page_passes_conditions_on(store, index, tmp_path):
 
         with urllib.request.urlopen(f"{address}/health") as answer:
             assert json.load(answer)["filters"] is True
-        row = searcher.some(1)[0]
+        row = searcher.index.some(1)[0]
         everything = asked(row=row, text="is red", k=20)["answers"]
         assert {answer["name"] for answer in everything} == {file.name for file in files}
         below = [answer for answer in everything if "/below/" in answer["path"]]
@@ -432,7 +432,8 @@ def test_each_field_of_a_manifest(tmp_path):
         "store": "milvus:http://127.0.0.1:19530",
         "collection": "clip4cir_x_0",
         "kind": "hnsw",
-        "encoder": {"weights": "0" * 64, "transform": "clip", "target_ratio": 1.25, "resolution": 32},
+        "encoder": {"weights": "0" * 64, "transform": "clip", "target_ratio": 1.25, "background": "white",
+                    "resolution": 32},
         "folders": ["/photos"],
         "unreadable": {"/photos/x.png": "it is empty"},
         "images": 3,

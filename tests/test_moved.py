@@ -101,21 +101,6 @@ def test_renamed_images_and_their_copies(store, index, tmp_path, encoded):
     check_features(tmp_path / "index", index, tmp_path / "anew")
 
 
-def test_an_index_of_an_earlier_version_tells_moved_images_by_their_stamp(index, tmp_path, encoded):
-    images(tmp_path / "photos", 4)
-    index(tmp_path / "photos")
-    (listed,) = (tmp_path / "index").glob("files-*.json")
-    listed.write_text(json.dumps([row[:3] for row in json.loads(listed.read_text())]))
-    manifest = tmp_path / "index" / "index.json"
-    about = json.loads(manifest.read_text())
-    del about["sha256"]
-    manifest.write_text(json.dumps(about))
-    encoded.clear()
-    (tmp_path / "photos" / "below").rename(tmp_path / "photos" / "deep")
-    assert "0 images added, 4 kept, 0 removed" in index(tmp_path / "photos")
-    assert encoded == []
-
-
 def test_a_folder_that_is_gone_goes_only_with_its_images(store, index, tmp_path, capsys, encoded):
     files = images(tmp_path / "photos", 3)
     images(tmp_path / "others", 2, start=7)

@@ -724,7 +724,6 @@ class Within(Page):
     def __enter__(self) -> "Within":
         with contextlib.ExitStack() as stack:
             patch = stack.enter_context(pytest.MonkeyPatch.context())
-            patch.setattr(http_api, "MOST_SECONDS", HANG)
             patch.setattr(guard, "MOST_SECONDS", HANG)
             patch.setattr(connections, "MOST_CONNECTIONS", self.connections)
             batcher = stack.enter_context(contextlib.closing(Batcher(self.searcher.answer)))
@@ -1209,7 +1208,7 @@ def test_more_requests_at_once_than_there_is_room_for_are_told_when_to_come_back
         small = {**POST, "headers": [*POST["headers"], (b"content-length", b"9")]}
         app = guard.Guard(slow, Hosts("a"))
         waiting = [asyncio.create_task(sent(app, small, empty)) for _ in range(guard.MOST_ASKING)]
-        while app.asking < guard.MOST_ASKING:
+        while app.asking.taken.total() < guard.MOST_ASKING:
             await asyncio.sleep(0)
         for _ in range(3):
             status, headers, text = await sent(app, small, empty)
@@ -1218,7 +1217,7 @@ def test_more_requests_at_once_than_there_is_room_for_are_told_when_to_come_back
         gate.set()
         assert {status for status, *_ in await asyncio.gather(*waiting)} == {200}
         assert (await sent(app, small, empty))[0] == 200
-        assert app.asking == app.uploading == 0
+        assert app.asking.taken == app.uploading.taken == {}
 
     asyncio.run(run())
 
@@ -1229,14 +1228,14 @@ def test_a_request_that_comes_too_slowly_is_given_up(monkeypatch):
     status, _, text = asyncio.run(sent(app, POST, never))
     assert status == 408
     assert "came too slowly" in text
-    assert app.asking == app.uploading == 0
+    assert app.asking.taken == app.uploading.taken == {}
 
 
 def test_a_question_that_takes_too_long_is_given_up(monkeypatch):
     """The answer that never comes is dropped, and its request told to try again."""
     from types import SimpleNamespace
 
-    monkeypatch.setattr(http_api, "MOST_SECONDS", 0.01)
+    monkeypatch.setattr(guard, "MOST_SECONDS", 0.01)
     searcher = SimpleNamespace(check=lambda question: None)
     asked = []
 
@@ -1250,8 +1249,14 @@ def test_a_question_that_takes_too_long_is_given_up(monkeypatch):
         return {"type": "http.request", "body": b"text=is+red", "more_body": False}
 
     kind = (b"content-type", b"application/x-www-form-urlencoded")
-    scope = {**POST, "headers": [kind], "query_string": b"", "root_path": "", "scheme": "http"}
-    app = http_api.build(service, documented=False)
+    said = {
+        "headers": [*POST["headers"], kind],
+        "query_string": b"",
+        "root_path": "",
+        "scheme": "http",
+    }
+    scope = {**POST, **said}
+    app = guard.Guard(http_api.build(service, documented=False), Hosts("a"))
     status, headers, text = asyncio.run(sent(app, scope, form_of_a_text))
     assert (status, headers[b"retry-after"]) == (503, guard.RETRY_AFTER.encode())
     assert "no answer in time" in text

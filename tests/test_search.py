@@ -16,7 +16,7 @@ import search
 from benchmarks import CIRR, FashionIQ
 from image_search import faiss_index, image_index
 from image_search.image_index import open_index
-from image_search.stores.faiss import KINDS
+from image_search.stores.faiss import VECTOR_KINDS
 from models import backbone
 from runtime import image_files
 from utils import UserError
@@ -53,7 +53,7 @@ def clustered(count: int, dim: int = 32, seed: int = 0) -> np.ndarray:
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VECTOR_KINDS)
 def test_what_is_found_is_in_the_exact_order(kind):
     gallery, queries = clustered(10_000), faiss_index.normalised(clustered(20, seed=1))
     found = faiss_index.search(faiss_index.build(gallery, kind), gallery, queries, k=10)
@@ -312,20 +312,6 @@ def test_all_shards_are_read_in_one_pass(index, tmp_path, monkeypatch):
     assert on_disk == [0, 0, 1, 1, 2]
 
 
-def test_an_index_of_an_earlier_version_is_asked_with_a_note(index, ask, tmp_path, capsys, caplog):
-    """It names no background. New images are not added, which would be read otherwise."""
-    (file,) = images(tmp_path / "photos", 1)
-    index(tmp_path / "photos")
-    manifest = tmp_path / "index" / "index.json"
-    about = json.loads(manifest.read_text())
-    for part in ("encoder", "pair"):
-        assert about[part].pop("background") == "white"
-    manifest.write_text(json.dumps(about))
-    assert str(file) in ask(file, "is red")
-    assert "is of an earlier version" in caplog.text
-    assert "other weights, preprocessing" in refused(lambda: index(tmp_path / "photos"), capsys)
-
-
 def test_an_index_of_drafts_stays_one(index, ask, tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     turned = Image.Exif()
@@ -340,7 +326,7 @@ def test_an_index_of_drafts_stays_one(index, ask, tmp_path, capsys):
     assert "0 images added, 3 kept, 0 removed" in capsys.readouterr().out
     whole, drafts = open_index(tmp_path / "full"), open_index(tmp_path / "index")
     assert "decode" not in whole.about["encoder"]
-    assert "decode" not in whole.about["pair"]  # as in indexes of earlier versions
+    assert "decode" not in whole.about["pair"]
     assert drafts.about["encoder"]["decode"] == drafts.about["pair"]["decode"] == "draft"
     assert not np.array_equal(whole.features, drafts.features)
     photo = tmp_path / "photos" / "1.jpg"

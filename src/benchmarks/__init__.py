@@ -17,7 +17,7 @@ BENCHMARKS: dict[str, type[Benchmark]] = {
 
 
 def best_of(metric: str) -> Callable[..., Any]:
-    """What finds the best value of a metric: `max`, or `min` where a benchmark reports that lower is better."""
+    """Return `max`, or `min` where a benchmark reports that lower values of a metric are better."""
     known = [kind.reported[metric] for kind in BENCHMARKS.values() if metric in kind.reported]
     return min if any(reported.lower_is_better for reported in known) else max
 

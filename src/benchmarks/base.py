@@ -95,12 +95,12 @@ class Benchmark(ABC):
 
     @property
     def splits(self) -> dict[str, str]:
-        """Those that there are of "train", "val" and "test", as the files call them."""
+        """Return those that there are of "train", "val" and "test", as the files call them."""
         all_three = {"train": self.train_split, "val": self.val_split, "test": self.test_split}
         return {split: called for split, called in all_three.items() if called is not None}
 
     def split_called(self, split: str) -> str:
-        """What the files call "train", "val" or "test". Raises UserError where there is none."""
+        """Return what the files call "train", "val" or "test". Raises UserError where there is none."""
         if split not in self.splits:
             raise UserError(
                 f"--dataset {self.name} has no {split} split, only {' and '.join(self.splits)}: name another benchmark"
@@ -277,11 +277,11 @@ class Benchmark(ABC):
         return {metric: f"combiner_{suffix}" for metric, suffix in cls.selection.items()}
 
     def part_names(self, split: str) -> list[str]:
-        """What the parts of a split are called."""
+        """Return what the parts of a split are called."""
         return [self.part_name(part, split) for part in self.parts]
 
     def part_name(self, part: str, split: str) -> str:
-        """What a part of a split is called: as the split, where there is one part."""
+        """Return what a part of a split is called: as the split, where there is one part."""
         return split
 
     @abstractmethod
@@ -309,7 +309,7 @@ class Benchmark(ABC):
         return captions[0]
 
     def evaluation_texts(self, captions: tuple[str, ...]) -> list[str]:
-        """What protocols ask a query with: a text for each of `texts`."""
+        """Return what protocols ask a query with: a text for each of `texts`."""
         return [self.caption(captions)]
 
     def caption_variants(self, captions: tuple[str, ...]) -> list[str]:

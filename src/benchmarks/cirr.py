@@ -107,10 +107,11 @@ class CIRR(Benchmark):
         return read_checked(dict[ImageName, str], images_file, remedy=self.remedy)
 
     def queries(self, queries_file: Path, split: str) -> Iterable[tuple[str, Triplet]]:
-        schema = CirrTestQuery if split == self.test_split else CirrQuery
-        if split == self.train_split:
-            return read_queries(CirrTrainQuery, queries_file, remedy=self.remedy)
-        return read_queries(schema, queries_file, remedy=self.remedy)
+        others: dict[str | None, type[Query]] = {
+            self.train_split: CirrTrainQuery,
+            self.test_split: CirrTestQuery,
+        }
+        return read_queries(others.get(split, CirrQuery), queries_file, remedy=self.remedy)
 
     def hits(self, ranks: Ranks) -> "dict[str, np.ndarray]":
         if ranks.in_group is None:

@@ -21,7 +21,7 @@ FINDING = "finding"
 NOTE = "note"
 UNUSABLE = "unusable"
 PLACEHOLDER = 3  # files of one content; more look like one that stands for images that are gone
-EXAMPLES = 3  # ids that people are shown of a remark
+SHOWN_IDS = 3  # ids that people are shown of a remark
 
 DEEP = "more than 8 bits a channel"
 # What files may have -> what is done to them; of other modes under "". Where they are read as the original does:
@@ -92,19 +92,19 @@ class Report:
         return 1 if FINDING in levels else 0
 
 
-Parts = dict[tuple[str, str], Split]  # (part, split) -> its records
+ReadParts = dict[tuple[str, str], Split]  # (part, split) -> its records
 
 
 def read_parts(
     benchmark: Benchmark, splits: Iterable[str], *, official: bool, asked_for: bool, report: Report
-) -> Parts:
+) -> ReadParts:
     """All parts of some splits that can be read; the others, and counts that differ, are remarked on.
 
     Args:
         official: compare counts with those of the official files.
         asked_for: the splits were named, so that none of them may be missing.
     """
-    parts: Parts = {}
+    parts: ReadParts = {}
     for split in splits:
         for part in benchmark.parts:
             files = dict.fromkeys(benchmark.files(part, split))
@@ -142,8 +142,8 @@ def _count(
             report.say(FINDING, str(file), f"{count:,} entries, the official file has {expected:,}")
 
 
-def remark_on_annotations(benchmark: Benchmark, parts: Parts, report: Report) -> None:
-    """How the lists overlap, targets and triplets that repeat, captions that are empty, wordless or the same."""
+def remark_on_annotations(benchmark: Benchmark, parts: ReadParts, report: Report) -> None:
+    """Remark on lists that overlap, targets and triplets that repeat, captions that are empty, wordless or the same."""
     listed: dict[str, list[str]] = {split: [] for split in benchmark.splits.values()}
     triplets: dict[str, list[Triplet]] = {split: [] for split in benchmark.splits.values()}
     for (_, split), records in parts.items():
@@ -200,7 +200,7 @@ def _remark_on_captions(
 
 
 def lacks_words(triplet: Triplet) -> bool:
-    """Whether a caption is of punctuation alone, which joining captions strips off, or none says anything."""
+    """Return whether a caption is of punctuation alone, which joining strips off, or none says anything."""
     wordless = [caption for caption in triplet.captions if not any(map(_says_something, caption))]
     return len(wordless) == len(triplet.captions) or any(caption.strip() for caption in wordless)
 
@@ -262,9 +262,9 @@ def needed_images(benchmark: Benchmark, split: str, records: Split) -> dict[str,
 
 
 def remark_on_images(
-    benchmark: Benchmark, parts: Parts, inspections: "Mapping[Path, Inspection]", report: Report
+    benchmark: Benchmark, parts: ReadParts, inspections: "Mapping[Path, Inspection]", report: Report
 ) -> None:
-    """Where the files are, which are no good or copies of each other, in which role, and what that does to metrics.
+    """Remark on where the files are, which are no good or copies, in which role, and what that does to metrics.
 
     Args:
         inspections: of each file that is needed.
@@ -328,7 +328,7 @@ def _remark_on_missing(where: str, missing: Mapping[str, Path], report: Report) 
     Returns:
         The images in the folders that are missing.
     """
-    hints = [name + hint_of_file(path) for name, path in list(missing.items())[:EXAMPLES]]
+    hints = [name + hint_of_file(path) for name, path in list(missing.items())[:SHOWN_IDS]]
     if any("did you mean" in hint for hint in hints):
         report.say(
             FINDING, where, f"other files are there instead of missing ones: {', '.join(hints)}"
@@ -398,7 +398,7 @@ def as_text(report: Report) -> str:
     if report.images:
         lines.append(f"  {report.images:7,} needed, {report.images - len(report.bad):,} decoded")
     for remark in report.remarks:
-        named = ", ".join(remark.ids[:EXAMPLES]) + (", ..." if len(remark.ids) > EXAMPLES else "")
+        named = ", ".join(remark.ids[:SHOWN_IDS]) + (", ..." if len(remark.ids) > SHOWN_IDS else "")
         lines.append(
             f"  {remark.level}: {remark.where}: {remark.text}" + (f" ({named})" if named else "")
         )

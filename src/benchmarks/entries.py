@@ -14,7 +14,7 @@ from utils import UserError
 
 # What to do with a file that nobody should edit.
 OFFICIAL = "download the official annotation file again"
-SHOWN = 20  # faults of a file that a message names
+NAMED_FAULTS = 20  # faults of a file that a message names
 
 
 def distinct(values: Sequence[Hashable]) -> Sequence[Hashable]:
@@ -27,8 +27,8 @@ def distinct(values: Sequence[Hashable]) -> Sequence[Hashable]:
 def refuse_all(file: Path, faults: Sequence[str], remedy: str) -> None:
     """Raise UserError where a file has faults: the first of them, and how many more."""
     if faults:
-        more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        raise UserError(f"{file}: {'; '.join(faults[:SHOWN])}{more}: {remedy}")
+        more = f"; and {len(faults) - NAMED_FAULTS} more" if len(faults) > NAMED_FAULTS else ""
+        raise UserError(f"{file}: {'; '.join(faults[:NAMED_FAULTS])}{more}: {remedy}")
 
 
 def _as_text(value: object) -> object:

@@ -15,8 +15,8 @@ from utils import UserError
 
 logger = logging.getLogger(__name__)
 
-WRITER = "check_dataset.py --write-exclusions"
-EXAMPLES = 3  # names in a message
+CHECKER = "check_dataset.py --write-exclusions"
+NAMED_IMAGES = 3  # names in a message
 
 
 class Exclusions(Entry):
@@ -40,7 +40,7 @@ def read_exclusions(file: Path | None, dataset: str) -> dict[str, str]:
     if file is None:
         return {}
     try:
-        listed = read_checked(Exclusions, file, remedy=f"write it with {WRITER}", writer=WRITER)
+        listed = read_checked(Exclusions, file, remedy=f"write it with {CHECKER}", writer=CHECKER)
     except UserError as error:
         raise UserError(f"--exclusions: {error}") from None
     if listed.dataset != dataset:
@@ -51,7 +51,7 @@ def read_exclusions(file: Path | None, dataset: str) -> dict[str, str]:
 
 
 def excluded(splits: Iterable[Split]) -> dict[str, dict[str, Any]]:
-    """How many images and triplets were left out of each split, for the files that say how a result was made."""
+    """Count the images and triplets that were left out of each split, for files that say how a result was made."""
     counts = {}
     for split in splits:
         counts[split.name] = {
@@ -81,8 +81,8 @@ def announce(wanted: Collection[str], splits: Iterable[Split]) -> None:
             )
     if others := [name for name in wanted if name not in left_out]:
         spellings = Spellings(known)
-        named = [name + spellings.hint(name) for name in others[:EXAMPLES]]
-        shown = ", ".join([*named, "..."] if len(others) > EXAMPLES else named)
+        named = [name + spellings.hint(name) for name in others[:NAMED_IMAGES]]
+        shown = ", ".join([*named, "..."] if len(others) > NAMED_IMAGES else named)
         logger.warning(
             "%d images of --exclusions are in no split that is used here: %s", len(others), shown
         )

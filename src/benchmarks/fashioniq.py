@@ -16,7 +16,7 @@ from utils import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-RECALLS = (10, 50)
+CUTOFFS = (10, 50)
 
 
 class FashionIQTestQuery(Query):
@@ -57,8 +57,8 @@ class FashionIQ(Benchmark):
     )
     protocols = (ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_REMOVED, VAL_KEPT)
     reported = {
-        **{f"{part}_recall_at{k}": Metric(f"{part} R@{k}") for part in parts for k in RECALLS},
-        **{f"average_recall_at{k}": Metric(f"mean R@{k}") for k in RECALLS},
+        **{f"{part}_recall_at{k}": Metric(f"{part} R@{k}") for part in parts for k in CUTOFFS},
+        **{f"average_recall_at{k}": Metric(f"mean R@{k}") for k in CUTOFFS},
         "average_recall": Metric("mean", checkpoint="best"),
     }
     hyper_parameters = {"train_dress_types": list(parts), "val_dress_types": list(parts)}
@@ -101,7 +101,7 @@ class FashionIQ(Benchmark):
         ]
 
     def hits(self, ranks: Ranks) -> "dict[str, np.ndarray]":
-        return {f"recall_at{k}": ranks.named < k for k in RECALLS}
+        return {f"recall_at{k}": ranks.named < k for k in CUTOFFS}
 
     def summary(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         metrics = {}

@@ -21,8 +21,8 @@ MISSING = "missing"
 EMPTY = "empty"
 NO_IMAGE = "not an image"
 DAMAGED = "truncated or damaged"
-MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # from which on Pillow opens none
-TOO_LARGE = f"too large (above {LONGEST_SIDE:,} pixels a side or {MOST_PIXELS:,} pixels: {SHRINK})"
+PILLOWS_MOST = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # from which on Pillow opens none
+TOO_LARGE = f"too large (above {LONGEST_SIDE:,} pixels a side or {PILLOWS_MOST:,} pixels: {SHRINK})"
 ORIENTATION = 0x0112  # of EXIF
 PLAIN_MODES = ("L", "LA", "RGB", "RGBA")
 

@@ -32,7 +32,7 @@ class Protocol:
 
     @property
     def name(self) -> str:
-        """What `--protocol` and the results call it."""
+        """Return what `--protocol` and the results call it."""
         return "-".join(filter(None, (self.gallery, self.reference, self.text)))
 
     def gallery_size(self, split: Split) -> int:

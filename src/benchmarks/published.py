@@ -158,8 +158,8 @@ def shoes(folder: Path) -> dict[str, Converted]:
 
 
 # Name -> the folder below a data root, and what reads it.
-Source = tuple[str, Callable[[Path], dict[str, Converted]]]
-SOURCES: dict[str, Source] = {
+PublishedSource = tuple[str, Callable[[Path], dict[str, Converted]]]
+SOURCES: dict[str, PublishedSource] = {
     "FashionIQ": ("fashionIQ_dataset", functools.partial(of_benchmark, FashionIQ)),
     "CIRR": ("cirr_dataset", functools.partial(of_benchmark, CIRR)),
     "LaSCo": ("lasco_dataset", lasco),

@@ -18,7 +18,7 @@ from utils import UserError
 
 logger = logging.getLogger(__name__)
 
-WRITER = "audit.py --write-queries"
+AUDIT = "audit.py --write-queries"
 
 
 class QueryNames(Entry):
@@ -41,7 +41,7 @@ class QueryList:
     names: frozenset[str]
 
     def describe(self) -> dict[str, Any]:
-        """What a result says of it; the digest is of the names, in whatever order and file they are."""
+        """Return what a result says of it; the digest is of the names, in whatever order and file they are."""
         digest = hashlib.sha256("\n".join(sorted(self.names)).encode()).hexdigest()
         return {"file": str(self.file.absolute()), "sha256": digest}
 
@@ -72,7 +72,7 @@ def read_query_list(file: Path | None, dataset: str, split: str) -> QueryList | 
     if file is None:
         return None
     try:
-        listed = read_checked(QueryNames, file, remedy=f"write it with {WRITER}", writer=WRITER)
+        listed = read_checked(QueryNames, file, remedy=f"write it with {AUDIT}", writer=AUDIT)
     except UserError as error:
         raise UserError(f"--queries: {error}") from None
     if not listed.queries:

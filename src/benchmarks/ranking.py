@@ -10,7 +10,7 @@ from benchmarks.metrics import NO_RANK, Ranks
 from benchmarks.protocols import Protocol
 from benchmarks.splits import NO_ROW, Split
 
-COLUMNS = 2048  # that are compared at once on a CPU
+COMPARED_COLUMNS = 2048  # that are compared at once on a CPU
 
 
 class NotFiniteError(ValueError):
@@ -34,7 +34,7 @@ def _count(
     Columns are compared a part at a time on the CPU, in whose cache the outcome then stays. Counting in 32 bits is
     twice as fast as in 64.
     """
-    width = COLUMNS if similarity.device.type == "cpu" else max(similarity.shape[1], 1)
+    width = COMPARED_COLUMNS if similarity.device.type == "cpu" else max(similarity.shape[1], 1)
     counts = torch.zeros(len(similarity), dtype=torch.int32, device=similarity.device)
     for part in similarity.split(width, dim=1):
         counts += compare(part, bound).sum(1, dtype=torch.int32)
@@ -151,7 +151,7 @@ class Ranking:
         return ranks
 
     def ranks_in(self, split: Split) -> Ranks:
-        """What metrics are made of, from the split that was ranked. Raises ValueError where the targets are secret."""
+        """Return what metrics are made of, of a split that was ranked. Raises ValueError where targets are secret."""
         return Ranks(
             self.known_ranks.numpy(),
             others=None if self.other_ranks is None else self.other_ranks.numpy(),
@@ -164,7 +164,7 @@ class Ranking:
         return _named(names, self.nearest, self.similarities)
 
     def answers_in_group(self, names: Sequence[str]) -> list[list[tuple[str, float]]] | None:
-        """The same of each query's group; None without groups."""
+        """Return the same as `answers` of each query's group; None without groups."""
         if self.nearest_in_group is None or self.group_similarities is None:
             return None
         return _named(names, self.nearest_in_group, self.group_similarities)

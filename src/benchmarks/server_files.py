@@ -39,7 +39,7 @@ class Answered:
     in_group: list[list[str]]
 
 
-class Form(ABC, Generic[Content]):
+class ServerForm(ABC, Generic[Content]):
     """What a server takes for a split.
 
     Attributes:
@@ -74,7 +74,7 @@ class Form(ABC, Generic[Content]):
 
     @classmethod
     def fits(cls, content: dict[str, Any] | list[Any]) -> bool:
-        """Whether a file's content looks like one of this form."""
+        """Return whether a file's content looks like one of this form."""
         return isinstance(content, cls.container)
 
     def slot(self, file: str, content: Content) -> str:
@@ -102,7 +102,7 @@ class Form(ABC, Generic[Content]):
         """
 
 
-class CirrForm(Form[dict[str, Any]]):
+class CirrForm(ServerForm[dict[str, Any]]):
     """CIRR rc2: recall_submission_{name}.json and recall_subset_submission_{name}.json."""
 
     kind = CIRR
@@ -181,7 +181,7 @@ class CirrForm(Form[dict[str, Any]]):
         return self.benchmark.summary({self.whole.name: recalls})
 
 
-class FashionIQForm(Form[list[Any]]):
+class FashionIQForm(ServerForm[list[Any]]):
     """FashionIQ: {category}.{split}.pred.json."""
 
     kind = FashionIQ
@@ -248,15 +248,15 @@ def _category(file: str) -> str:
     return Path(file).name.split(".")[0]
 
 
-class ListsForm(Form[dict[str, Any]]):
+class ListsForm(ServerForm[dict[str, Any]]):
     """{name}.json: an object query's id -> the images that it retrieved, for a benchmark of one part."""
 
     def image(self, value: Any) -> str | None:
-        """What the benchmark calls an image of a file; None where it can be none."""
+        """Return what the benchmark calls an image of a file; None where it can be none."""
         return value if isinstance(value, str) else None
 
     def written(self, image: str) -> Any:
-        """What a file calls an image of the benchmark."""
+        """Return what a file calls an image of the benchmark."""
         return image
 
     def files(self, name: str, answered: Sequence[Answered]) -> dict[str, str]:
@@ -327,7 +327,7 @@ class TripletsForm(ListsForm):
 
 
 # A file is of the first that it fits. Answers to your own triplets look like those to CIRCO: only --dataset tells them.
-FORMS: tuple[type[Form[Any]], ...] = (CirrForm, FashionIQForm, CircoForm, TripletsForm)
+FORMS: tuple[type[ServerForm[Any]], ...] = (CirrForm, FashionIQForm, CircoForm, TripletsForm)
 
 
 def parse_submission(file: Path) -> dict[str, Any] | list[Any]:
@@ -351,7 +351,7 @@ def parse_submission(file: Path) -> dict[str, Any] | list[Any]:
 
 def form_of(
     file: Path, content: dict[str, Any] | list[Any], dataset: str | None = None
-) -> type[Form[Any]]:
+) -> type[ServerForm[Any]]:
     """The form of a submission file, by its content.
 
     Args:

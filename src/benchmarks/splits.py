@@ -78,7 +78,7 @@ class Split:
 
     @property
     def query_names(self) -> list[str]:
-        """What each query is called: its pairid, or its split and its place in the annotation file."""
+        """Name each query: by its pairid, or by its split and its place in the annotation file."""
         names = []
         for triplet in self.triplets:
             place = f"{self.name}:{triplet.place}"
@@ -97,12 +97,12 @@ class Split:
 
     @property
     def is_secret(self) -> bool:
-        """Whether the answers are on a test server only."""
+        """Return whether the answers are on a test server only."""
         return any(triplet.target is None for triplet in self.triplets)
 
     @property
     def has_groups(self) -> bool:
-        """Whether each query has a subset of the gallery to search too."""
+        """Return whether each query has a subset of the gallery to search too."""
         return bool(self.triplets[0].group)
 
     @functools.cached_property
@@ -190,7 +190,7 @@ class Split:
 
     @property
     def outside(self) -> list[bool]:
-        """Whether each image of the gallery is neither reference nor target of any triplet, N of them."""
+        """Return whether each image of the gallery is neither reference nor target of any triplet, N of them."""
         members = self.members
         return [name not in members for name in self.image_paths]
 

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 # Column -> what parts the values of a cell, as a regular expression. A sentence may have a bare | in it.
 BAR = r"\|"
-COLUMNS = {
+OWN_COLUMNS = {
     "reference": BAR,
     "caption": r"\s+\|\s*|\|\s+",
     "target": BAR,
@@ -52,8 +52,8 @@ COLUMNS = {
     "kind": BAR,
 }
 OF_ALL_OR_NONE = {"id", "group"}
-RECALLS = (1, 5, 10, 50)
-GROUP_RECALLS = (1, 2, 3)
+OWN_RECALLS = (1, 5, 10, 50)
+OWN_GROUP_RECALLS = (1, 2, 3)
 PRECISION_PLACES = 10
 KIND_PLACES = 10
 OF_KIND = f"recall_at{KIND_PLACES}_of_"
@@ -74,9 +74,9 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-Text = Annotated[str, AfterValidator(_full)]
-Image = Annotated[Text, AfterValidator(image_name)]
-Texts = Annotated[tuple[Text, ...], BeforeValidator(_listed), FromList]
+FullText = Annotated[str, AfterValidator(_full)]
+Image = Annotated[FullText, AfterValidator(image_name)]
+Texts = Annotated[tuple[FullText, ...], BeforeValidator(_listed), FromList]
 Images = Annotated[tuple[Image, ...], BeforeValidator(_listed), FromList]
 Kind = Annotated[Name, AfterValidator(_full), AfterValidator(_one_line)]
 Kinds = Annotated[tuple[Kind, ...], BeforeValidator(_listed), FromList]
@@ -97,7 +97,7 @@ class OwnTestQuery(Query):
     @model_validator(mode="before")
     @classmethod
     def given(cls, content: object) -> object:
-        """What is there: an empty cell or list says nothing."""
+        """Leave out what is empty: such a cell or list says nothing."""
         if not isinstance(content, dict):
             return content
         return {name: value for name, value in content.items() if value not in (None, "", [])}
@@ -138,9 +138,9 @@ class Triplets(Benchmark):
     # The picture that a search begins with is no answer to anybody, so this is what checkpoints are chosen by.
     protocols = (ORIGINAL_REMOVED, ORIGINAL_KEPT)
     reported = {
-        **{f"recall_at{k}": Metric(f"R@{k}") for k in RECALLS},
+        **{f"recall_at{k}": Metric(f"R@{k}") for k in OWN_RECALLS},
         f"map_at{PRECISION_PLACES}": Metric(f"mAP@{PRECISION_PLACES}"),
-        **{f"group_recall_at{k}": Metric(f"R_subset@{k}") for k in GROUP_RECALLS},
+        **{f"group_recall_at{k}": Metric(f"R_subset@{k}") for k in OWN_GROUP_RECALLS},
         "average_recall": Metric("mean R", checkpoint="best"),
     }
 
@@ -201,12 +201,12 @@ class Triplets(Benchmark):
         return list(captions)
 
     def hits(self, ranks: Ranks) -> "dict[str, np.ndarray]":
-        hits = {f"recall_at{k}": ranks.named < k for k in RECALLS}
+        hits = {f"recall_at{k}": ranks.named < k for k in OWN_RECALLS}
         if ranks.others is not None:
             precision = average_precision(ranks.of_all, PRECISION_PLACES)
             hits[f"map_at{PRECISION_PLACES}"] = precision
         if ranks.in_group is not None:
-            for k in GROUP_RECALLS:
+            for k in OWN_GROUP_RECALLS:
                 hits[f"group_recall_at{k}"] = ranks.in_group < k
         for kind, queries in ranks.kinds.items():
             hits[OF_KIND + kind] = only(queries, ranks.named < KIND_PLACES)
@@ -222,7 +222,7 @@ class Triplets(Benchmark):
 
     def summary(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         (measured,) = scores.values()
-        average = statistics.fmean(measured[f"recall_at{k}"] for k in RECALLS)
+        average = statistics.fmean(measured[f"recall_at{k}"] for k in OWN_RECALLS)
         return {**measured, "average_recall": average}
 
 
@@ -284,8 +284,10 @@ def _rows(file: Path) -> Iterator[tuple[str, Reading]]:
     """What an error calls each row, and its cells as a line of JSON would have them."""
     rows = table_rows(file)
     names = [name.strip().lower() for name in next(rows, (1, []))[1]]
-    known = [name for name in COLUMNS if names.count(name) == 1]
-    if not {"reference", "caption"} <= set(known) or len(known) < len(set(names) & set(COLUMNS)):
+    known = [name for name in OWN_COLUMNS if names.count(name) == 1]
+    if not {"reference", "caption"} <= set(known) or len(known) < len(
+        set(names) & set(OWN_COLUMNS)
+    ):
         found = "is empty" if not names else "names other columns"
         raise UserError(
             f"{file} {found}: its first row should name the columns reference, caption, target, each once: "
@@ -304,10 +306,12 @@ def _cells(names: Sequence[str], known: Sequence[str], cells: Sequence[str]) -> 
     content: dict[str, Any] = {}
     for name in known:
         try:
-            values = cell_values(cells[names.index(name)], COLUMNS[name])
+            values = cell_values(cells[names.index(name)], OWN_COLUMNS[name])
         except ValueError as error:
             raise ValueError(f"has the {name} {error}") from None
         content[name] = values[0] if len(values) == 1 else values
     others = zip(names, cells, strict=True)
-    content.update((name, cell.strip()) for name, cell in others if name and name not in COLUMNS)
+    content.update(
+        (name, cell.strip()) for name, cell in others if name and name not in OWN_COLUMNS
+    )
     return content

@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks import Benchmark
 from benchmarks.protocols import choose_protocols
-from benchmarks.server_files import Form
+from benchmarks.server_files import ServerForm
 from cli.options import evaluation_flags, pair_choice
 from cli.parsers import ScriptParser
 from cli.startup import check_annotations, check_files, open_benchmark, pick_device
@@ -44,7 +44,7 @@ def submission_parser(about: str | None, benchmark: type[Benchmark]) -> argparse
     return parser
 
 
-def submit_as_asked(form: type[Form[Any]], args: argparse.Namespace) -> None:
+def submit_as_asked(form: type[ServerForm[Any]], args: argparse.Namespace) -> None:
     """What a form's script does with its flags (see `submission_parser`); exit code 1 if a rule is broken."""
     check_files(args)
     check_writable({"--output-dir": args.output_dir, "--feature-cache": args.feature_cache})

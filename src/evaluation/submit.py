@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import Benchmark, Protocol, Split
 from benchmarks.ranking import Ranking
-from benchmarks.server_files import Answered, Form, parse_submission
+from benchmarks.server_files import Answered, ServerForm, parse_submission
 from evaluation.retrieval import rank, refuse_equal
 from models.pair import load_and_freeze
 from runtime import distributed
@@ -41,7 +41,7 @@ class Submission:
 
 
 def submit(
-    form: type[Form[Any]],
+    form: type[ServerForm[Any]],
     benchmark: Benchmark,
     wanted: Submission,
     *,
@@ -100,7 +100,7 @@ def _ids(answers: Sequence[tuple[str, float]]) -> list[str]:
 
 
 def _write(
-    form: Form[Any], name: str, folder: Path, *, answered: Sequence[Answered], is_scored: bool
+    form: ServerForm[Any], name: str, folder: Path, *, answered: Sequence[Answered], is_scored: bool
 ) -> bool:
     """Write, read again, check, score."""
     contents = {}

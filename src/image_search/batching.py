@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
-Question = TypeVar("Question")
-Answer = TypeVar("Answer")
+Input = TypeVar("Input")
+Output = TypeVar("Output")
 
 MOST_TOGETHER = 32  # questions of a batch
 WAIT = 0.01  # seconds that a question waits for others, where there are any
 GRACE = 2  # seconds that answers may take when the page ends
 
 
-class Batcher(Generic[Question, Answer]):
+class Batcher(Generic[Input, Output]):
     """A thread that answers questions in the order in which they come, several of them in one batch.
 
     While it answers a batch, the next one gathers. After a batch of several there is a crowd, whose next questions are
@@ -30,7 +30,7 @@ class Batcher(Generic[Question, Answer]):
 
     def __init__(
         self,
-        answer: Callable[[Sequence[Question]], Sequence[Answer]],
+        answer: Callable[[Sequence[Input]], Sequence[Output]],
         most: int = MOST_TOGETHER,
         wait: float = WAIT,
         grace: float = GRACE,
@@ -39,13 +39,13 @@ class Batcher(Generic[Question, Answer]):
         self._most = most
         self._wait = wait
         self._grace = grace
-        self._asked: queue.Queue[tuple[Question, Future[Answer]] | None] = queue.Queue()
+        self._asked: queue.Queue[tuple[Input, Future[Output]] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="answers", daemon=True)
         self._thread.start()
 
-    def ask(self, question: Question) -> "Future[Answer]":
+    def ask(self, question: Input) -> "Future[Output]":
         """The answer, when it is there."""
-        future: Future[Answer] = Future()
+        future: Future[Output] = Future()
         self._asked.put((question, future))
         return future
 
@@ -74,7 +74,7 @@ class Batcher(Generic[Question, Answer]):
             if ends:
                 return
 
-    def _settle(self, batch: list[tuple[Question, "Future[Answer]"]]) -> None:
+    def _settle(self, batch: list[tuple[Input, "Future[Output]"]]) -> None:
         """Answer a batch. Where that fails, each question is asked alone, so that it fails for its own faults only."""
         try:
             answers = self._answer([question for question, _ in batch])

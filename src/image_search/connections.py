@@ -105,5 +105,5 @@ class Connection(H11Protocol):
 
 
 def protocol(seconds: float) -> Any:
-    """What uvicorn makes a connection of, see `Connection`."""
+    """Return what uvicorn makes a connection of, see `Connection`."""
     return functools.partial(Connection, seconds=seconds, places=Places(MOST_CONNECTIONS))

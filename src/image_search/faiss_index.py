@@ -48,7 +48,7 @@ TOLERANCE = 1e-4  # of an element of a normalised vector
 REPORT_QUERIES = 200
 REPORT_K = 10
 
-Answers = list[tuple[int, float]]  # (row, cosine similarity), the nearest first
+NearestRows = list[tuple[int, float]]  # (row, cosine similarity), the nearest first
 
 
 def import_faiss() -> Any:
@@ -157,7 +157,7 @@ def add(index: Any, features: np.ndarray) -> None:
 
 
 def can_grow(index: Any, count: int) -> bool:
-    """Whether an index is as good with so many vectors as one that is built of them anew."""
+    """Return whether an index is as good with so many vectors as one that is built of them anew."""
     return not hasattr(index, "nlist") or count <= GROWN_AT_MOST * index.nlist**2
 
 
@@ -177,7 +177,7 @@ def sampled_rows(count: int) -> np.ndarray:
 
 
 def mismatch(index: Any, features: np.ndarray, kind: str) -> str:
-    """Why an index is not one of a kind of these features, as far as sampled rows tell; "" if it is."""
+    """Say why an index is not one of a kind of these features, as far as sampled rows tell; "" if it is."""
     faiss = import_faiss()
     kinds = {"flat": faiss.IndexFlat, "hnsw": faiss.IndexHNSWFlat, "ivfpq": faiss.IndexIVFPQ}
     if not isinstance(index, kinds[kind]) or index.metric_type != faiss.METRIC_INNER_PRODUCT:
@@ -200,7 +200,7 @@ def mismatch(index: Any, features: np.ndarray, kind: str) -> str:
     return "" if agree else "its vectors are of other features"
 
 
-def search(index: Any, features: np.ndarray, queries: np.ndarray, *, k: int) -> list[Answers]:
+def search(index: Any, features: np.ndarray, queries: np.ndarray, *, k: int) -> list[NearestRows]:
     """The k nearest of each query; equally near ones in the order of the rows. An approximate index may find fewer.
 
     Args:
@@ -215,7 +215,7 @@ def search(index: Any, features: np.ndarray, queries: np.ndarray, *, k: int) -> 
 
 def _ranked(
     candidates: np.ndarray, features: np.ndarray, queries: np.ndarray, k: int
-) -> list[Answers]:
+) -> list[NearestRows]:
     """The k nearest among the candidate rows (Q, C) of each query, by their exact similarities."""
     answers = []
     for query, rows in zip(queries, candidates, strict=True):
@@ -234,29 +234,25 @@ def _ranked(
     return answers
 
 
-def exact_search(features: np.ndarray, queries: np.ndarray, *, k: int) -> list[Answers]:
-    """What `search` finds in a flat index, without one: a block of features at a time.
+def exact_search(features: np.ndarray, queries: np.ndarray, *, k: int) -> list[NearestRows]:
+    """Find what `search` finds in a flat index, without one: a block of features at a time.
 
     Args:
         queries: (Q, D), normalised.
     """
-    rows = np.empty((len(queries), 0), np.int64)
-    best = np.empty((len(queries), 0), np.float32)
+    faiss = import_faiss()
+    proposed = min(max(LEAST_CANDIDATES, k), len(features))
+    best = faiss.ResultHeap(len(queries), proposed, keep_max=True)
     for number, block in enumerate(blocks(features)):
-        similarities = queries @ block.T
-        last = min(max(LEAST_CANDIDATES, k), len(block)) - 1
-        nearest_here = np.argpartition(-similarities, last, axis=1)[:, : last + 1]
-        rows = np.concatenate([rows, nearest_here + number * ADDED_AT_ONCE], axis=1)
-        here = np.take_along_axis(similarities, nearest_here, axis=1)
-        best = np.concatenate([best, here], axis=1)
-        order = np.argsort(-best, axis=1)[:, : max(LEAST_CANDIDATES, k)]
-        rows = np.take_along_axis(rows, order, axis=1)
-        best = np.take_along_axis(best, order, axis=1)
-    return _ranked(rows, features, queries, min(k, len(features)))
+        here = min(proposed, len(block))
+        near, rows = faiss.knn(queries, block, here, metric=faiss.METRIC_INNER_PRODUCT)
+        best.add_result(near, rows + number * ADDED_AT_ONCE)
+    best.finalize()
+    return _ranked(best.I, features, queries, min(k, len(features)))
 
 
 def recall_report(index: Any, features: np.ndarray) -> dict[str, float | int]:
-    """How much of the exact answer an index finds: of the 10 nearest of 200 queries between two random vectors."""
+    """Measure how much of the exact answer an index finds: of the 10 nearest of 200 queries between two vectors."""
     rng = np.random.default_rng(0)
     first = normalised(features[rng.integers(len(features), size=REPORT_QUERIES)])
     second = normalised(features[rng.integers(len(features), size=REPORT_QUERIES)])
@@ -266,7 +262,7 @@ def recall_report(index: Any, features: np.ndarray) -> dict[str, float | int]:
     return {"queries": REPORT_QUERIES, "k": REPORT_K, "recall": recall(found, exact)}
 
 
-def recall(found: Sequence[Answers], exact: Sequence[Answers]) -> float:
+def recall(found: Sequence[NearestRows], exact: Sequence[NearestRows]) -> float:
     """The share of exact answers that are among those found."""
     shares = []
     for answers, best_answers in zip(found, exact, strict=True):
@@ -304,7 +300,7 @@ def read(file: Path, *, to_grow: bool = False) -> Any:
 
 @contextlib.contextmanager
 def readable(file: Path) -> Iterator[None]:
-    """What FAISS says of a damaged file, as a UserError."""
+    """Raise what FAISS says of a damaged file as a UserError."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

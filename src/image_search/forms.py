@@ -10,29 +10,19 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from urllib.parse import parse_qsl
 
+from starlette.exceptions import HTTPException
+
 from image_search.stores.base import QuestionError
 
 MOST_FIELDS = 16
 LONGEST_FIELD = 2**16  # bytes, and of a form that holds no file
-LONGEST_HEAD = 2**12  # bytes of what describes a part, and of the form's own kind
+LONGEST_PART_HEAD = 2**12  # bytes of what describes a part, and of the form's own kind
 LONGEST_BOUNDARY = 70  # RFC 2046, section 5.1.1
 OPTION = re.compile(r';\s*([^\s=;"]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))\s*')
 ESCAPED = re.compile(r'\\(["\\])')
 ENCODINGS = ("utf-8", "utf8", "us-ascii", "ascii")  # the last ones are a part of it
 OTHER_ENCODING = "the form has another encoding: send it in UTF-8"
 MALFORMED = "the form is damaged: send it again"
-
-
-class NoForm(Exception):
-    """A body that no field is read from.
-
-    Attributes:
-        status: the code of the answer.
-    """
-
-    def __init__(self, status: HTTPStatus, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(frozen=True)
@@ -67,10 +57,10 @@ def read_form(kind: str, body: bytes) -> Form:
         kind: its Content-Type.
 
     Raises:
-        NoForm: it is of another kind, or too large for one without a file.
+        HTTPException: it is of another kind, or too large for one without a file.
         QuestionError: it is damaged, in another encoding than UTF-8, or has too many fields.
     """
-    if len(kind) > LONGEST_HEAD:
+    if len(kind) > LONGEST_PART_HEAD:
         raise QuestionError(MALFORMED)
     name, options = described(kind)
     _check_encoding(options)
@@ -78,7 +68,7 @@ def read_form(kind: str, body: bytes) -> Form:
         return _of_parts(body, options.get("boundary", ""))
     if name == "application/x-www-form-urlencoded":
         return _of_pairs(body)
-    raise NoForm(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send the question as a form")
+    raise HTTPException(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send the question as a form")
 
 
 def described(header: str) -> tuple[str, dict[str, str]]:
@@ -100,7 +90,7 @@ def described(header: str) -> tuple[str, dict[str, str]]:
 def _of_pairs(body: bytes) -> Form:
     """`name=value&name=value`."""
     if len(body) > LONGEST_FIELD:
-        raise NoForm(
+        raise HTTPException(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
             f"a form without a file has a maximum size of {LONGEST_FIELD // 2**10} KiB: send less",
         )
@@ -146,7 +136,7 @@ def _parts(body: bytes, delimiter: bytes) -> Iterator[tuple[bytes, bytes]]:
             f"{MALFORMED}, with at most {MOST_FIELDS} fields" if len(pieces) > 2 else MALFORMED
         )
     for piece in pieces[1:-1]:
-        head, gap, _ = piece[:LONGEST_HEAD].partition(b"\r\n\r\n")
+        head, gap, _ = piece[:LONGEST_PART_HEAD].partition(b"\r\n\r\n")
         blank, _, lines = head.partition(b"\r\n")
         if not gap or blank.strip():
             raise QuestionError(MALFORMED)

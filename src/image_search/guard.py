@@ -17,6 +17,8 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.exceptions import HTTPException
+
 from image_search.forms import MOST_FIELDS
 from image_search.uploads import MOST_BYTES
 
@@ -43,20 +45,6 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
-class Refusal(Exception):
-    """A request that is not passed on.
-
-    Attributes:
-        status: the code of the answer.
-        message: one sentence.
-    """
-
-    def __init__(self, status: HTTPStatus, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-
-
 class Hosts:
     """The names by which the page may be asked for.
 
@@ -76,7 +64,7 @@ class Hosts:
             self.names.update([socket.gethostname().lower(), socket.getfqdn().lower()])
 
     def holds(self, host: str) -> bool:
-        """Whether a Host header names the page."""
+        """Return whether a Host header names the page."""
         found = HOST.fullmatch(host)
         if found is None:
             return False
@@ -84,7 +72,7 @@ class Hosts:
         return name in self.names or (self.any_address and is_address(name))
 
     def is_own_origin(self, origin: str, host: str) -> bool:
-        """Whether an Origin header says that the page itself sent a request to a host, or a proxy's page did."""
+        """Return whether an Origin header says that the page itself, or a proxy's page, sent a request to a host."""
         try:
             parts = urlsplit(origin.lower())
             return parts.netloc == host.lower() or parts.hostname in self.proxies
@@ -93,7 +81,7 @@ class Hosts:
 
 
 def is_address(name: str) -> bool:
-    """Whether a name is an IP address."""
+    """Return whether a name is an IP address."""
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -130,7 +118,7 @@ class Places:
         self._each = each
 
     def has_room(self, visitor: str) -> bool:
-        """Whether there is a place for a visitor."""
+        """Return whether there is a place for a visitor."""
         return self.taken[visitor] < self._each and self.taken.total() < 2 * self._each
 
     def take(self, visitor: str) -> None:
@@ -156,23 +144,17 @@ class Guard:
     """An ASGI application in front of another, which gets only what is let in, with bodies that have arrived whole.
 
     Work for a visitor who has left is given up.
+
+    Attributes:
+        asking: requests with a body that are there.
+        uploading: those of them that are larger than FRAME.
     """
 
     def __init__(self, app: App, hosts: Hosts) -> None:
         self.app = app
         self.hosts = hosts
-        self._asking = Places(MOST_ASKING)
-        self._uploading = Places(MOST_UPLOADS)
-
-    @property
-    def asking(self) -> int:
-        """Requests with a body that are there."""
-        return self._asking.taken.total()
-
-    @property
-    def uploading(self) -> int:
-        """Those of them that are larger than FRAME."""
-        return self._uploading.taken.total()
+        self.asking = Places(MOST_ASKING)
+        self.uploading = Places(MOST_UPLOADS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or let the application answer it."""
@@ -186,8 +168,8 @@ class Guard:
                 await self._posted(scope, receive, sending)
             else:
                 await self._answered(scope, b"", receive, sending=sending)
-        except Refusal as refusal:
-            await answer(send, refusal.status, refusal.message)
+        except HTTPException as refusal:
+            await answer(send, refusal.status_code, refusal.detail)
         except asyncio.CancelledError:
             if sending.is_begun:
                 raise
@@ -196,41 +178,47 @@ class Guard:
     def _check(self, scope: Scope) -> None:
         """Refuse what another page sends, and what asks for another host."""
         if scope["type"] != "http":
-            raise Refusal(HTTPStatus.NOT_FOUND, "not found")
+            raise HTTPException(HTTPStatus.NOT_FOUND, "not found")
         hosts = headers_of(scope, b"host")
         if len(hosts) != 1 or not self.hosts.holds(hosts[0]):
-            raise Refusal(
+            raise HTTPException(
                 HTTPStatus.FORBIDDEN, "this page has another address; see --host and --allow-host"
             )
         for origin in headers_of(scope, b"origin"):
             if not self.hosts.is_own_origin(origin, hosts[0]):
-                raise Refusal(HTTPStatus.FORBIDDEN, "another page sent this request")
+                raise HTTPException(HTTPStatus.FORBIDDEN, "another page sent this request")
         if scope.get("query_string", b"").count(b"&") >= MOST_FIELDS:
-            raise Refusal(HTTPStatus.BAD_REQUEST, f"more than {MOST_FIELDS} fields: send fewer")
+            raise HTTPException(
+                HTTPStatus.BAD_REQUEST, f"more than {MOST_FIELDS} fields: send fewer"
+            )
         # Images and scripts are asked for without an origin. A link that leads here may be anybody's.
         sites = headers_of(scope, b"sec-fetch-site")
         is_link = headers_of(scope, b"sec-fetch-mode") == ["navigate"]
         if not is_link and {"cross-site", "same-site"} & set(sites):
-            raise Refusal(HTTPStatus.FORBIDDEN, "another page sent this request")
+            raise HTTPException(HTTPStatus.FORBIDDEN, "another page sent this request")
 
     async def _posted(self, scope: Scope, receive: Receive, sending: "Sending") -> None:
         """Let the application answer a request whose body has arrived, unless there are too many at once."""
         lengths = headers_of(scope, b"content-length")
         is_upload = not (lengths and lengths[0].isdecimal() and int(lengths[0]) <= FRAME)
         visitor = visitor_of(scope)
-        has_room = self._asking.has_room(visitor)
+        has_room = self.asking.has_room(visitor)
         if is_upload:
-            has_room = has_room and self._uploading.has_room(visitor)
+            has_room = has_room and self.uploading.has_room(visitor)
         if not has_room:
-            raise Refusal(HTTPStatus.TOO_MANY_REQUESTS, "too many requests at once: try again")
+            raise HTTPException(
+                HTTPStatus.TOO_MANY_REQUESTS, "too many requests at once: try again"
+            )
         with contextlib.ExitStack() as places:
-            places.enter_context(self._asking.place(visitor))
+            places.enter_context(self.asking.place(visitor))
             if is_upload:
-                places.enter_context(self._uploading.place(visitor))
+                places.enter_context(self.uploading.place(visitor))
             try:
                 body = await asyncio.wait_for(read(receive, MOST_BYTES + FRAME), MOST_SECONDS)
             except asyncio.TimeoutError:
-                raise Refusal(HTTPStatus.REQUEST_TIMEOUT, "the request came too slowly") from None
+                raise HTTPException(
+                    HTTPStatus.REQUEST_TIMEOUT, "the request came too slowly"
+                ) from None
             await self._answered(scope, body, receive, sending=sending)
 
     async def _answered(
@@ -241,7 +229,11 @@ class Guard:
         request = received(body, leaving)
         answering = asyncio.ensure_future(self.app(scope, request, with_headers(sending)))
         try:
-            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            first = asyncio.FIRST_COMPLETED
+            await asyncio.wait({answering, leaving}, timeout=MOST_SECONDS, return_when=first)
+            if not (answering.done() or leaving.done() or sending.is_begun):
+                raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, "no answer in time: try again")
+            await asyncio.wait({answering, leaving}, return_when=first)
             if answering.done() or sending.is_whole:
                 await answering
         finally:
@@ -278,7 +270,7 @@ async def read(receive: Receive, most: int) -> bytes:
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise Refusal(HTTPStatus.BAD_REQUEST, "the request broke off")
+            raise HTTPException(HTTPStatus.BAD_REQUEST, "the request broke off")
         chunk = message.get("body", b"")
         too_large = too_large or len(body) + len(chunk) > most
         if too_large:
@@ -287,13 +279,10 @@ async def read(receive: Receive, most: int) -> bytes:
             body.extend(chunk)
         more = message.get("more_body", False)
     if too_large:
-        raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {size(most)}: send less")
+        raise HTTPException(
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {most // 2**20} MiB: send less"
+        )
     return bytes(body)
-
-
-def size(most: int) -> str:
-    """A number of bytes, rounded down."""
-    return f"{most // 2**20} MiB" if most >= 2**20 else f"{most // 2**10} KiB"
 
 
 async def left(receive: Receive) -> None:
@@ -303,7 +292,7 @@ async def left(receive: Receive) -> None:
 
 
 def received(body: bytes, leaving: "asyncio.Future[None]") -> Receive:
-    """What receives a body that was read, and then that its sender has left."""
+    """Return what receives a body that was read, and then that its sender has left."""
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> MutableMapping[str, Any]:
@@ -330,7 +319,7 @@ def with_headers(send: Send) -> Send:
 async def answer(send: Send, status: int, message: str) -> None:
     """Send a short answer, as the application's own errors are."""
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-    if status == HTTPStatus.TOO_MANY_REQUESTS:
+    if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
         headers.append((b"retry-after", RETRY_AFTER.encode()))
     start = {"type": "http.response.start", "status": status, "headers": headers}
     await with_headers(send)(start)

@@ -17,7 +17,7 @@ from base64 import b64encode
 from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,13 +32,13 @@ from starlette.middleware.gzip import GZipMiddleware
 from image_search.api_guide import guide
 from image_search.batching import Batcher
 from image_search.examples import Example
-from image_search.forms import File, NoForm, read_form
-from image_search.guard import MOST_SECONDS, RETRY_AFTER, visitor_of
-from image_search.photos import KINDS
-from image_search.searcher import PLACES, Found, Question, Retrieved, Searcher
+from image_search.forms import File, read_form
+from image_search.guard import visitor_of
+from image_search.photos import TAKEN
+from image_search.searcher import TARGET_DEPTH, Found, Question, RetrievedImage, Searcher
 from image_search.stores.base import QuestionError
 from image_search.uploads import preview, read_upload
-from image_search.workers import SECONDS, Overrun, Pool, in_thread, source_of_workers
+from image_search.workers import SECONDS, Outcome, Overrun, Pool, Template, in_thread
 from runtime.files import file_size
 from runtime.image_files import thumbnail
 from utils import UserError
@@ -46,7 +46,7 @@ from utils import UserError
 logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
-FILES = {
+PAGE_FILES = {
     "/": "text/html",
     "/page.css": "text/css",
     "/page.js": "text/javascript",
@@ -66,8 +66,6 @@ LOADED = ("data_utils", "image_search.uploads")  # in workers
 SIDES = {"small": 320, "large": 1280}  # pixels of the longer side of a thumbnail
 TITLE = "Composed image retrieval"
 SUMMARY = "Search an index of images by an image and what to change of it."
-
-Made = TypeVar("Made")
 
 
 class Asked(BaseModel):
@@ -145,7 +143,7 @@ class Answers(BaseModel):
 
     answers: list[Answer]
     place: int | None = Field(
-        description=f"Of the target, from 1; null where it is not among {PLACES:,}, or none was named."
+        description=f"Of the target, from 1; null where it is not among {TARGET_DEPTH:,}, or none was named."
     )
     gate: float | None = Field(description="How much of the residual is text; null for a sum.")
     experts: list[float] = Field(description="The weights of the experts; empty without any.")
@@ -175,30 +173,10 @@ class Error(BaseModel):
     error: str
 
 
-REFUSALS: dict[int | str, dict[str, Any]] = {
+ERROR_ANSWERS: dict[int | str, dict[str, Any]] = {
     400: {"model": Error, "description": "The question cannot be asked."},
     429: {"model": Error, "description": "Too many at once: try again after Retry-After."},
 }
-
-
-Answering = TypeVar("Answering", bound=Callable[..., Awaitable[Any]])
-
-
-def in_time(answer: Answering) -> Answering:
-    """An answer that is given up when it takes too long."""
-
-    @functools.wraps(answer)
-    async def limited(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return await asyncio.wait_for(answer(*args, **kwargs), MOST_SECONDS)
-        except asyncio.TimeoutError:
-            raise HTTPException(
-                HTTPStatus.SERVICE_UNAVAILABLE,
-                "no answer in time: try again",
-                {"retry-after": RETRY_AFTER},
-            ) from None
-
-    return cast(Answering, limited)
 
 
 class Service:
@@ -233,7 +211,7 @@ class Service:
             MOST_KEPT, getsizeof=lambda seen: seen.nbytes
         )
         self.server = uuid.uuid4().hex[:12]
-        self.workers = source_of_workers(LOADED)
+        self.workers = Template(LOADED)
         self.uploads = Pool(self.workers, seconds=seconds, **UPLOADS)
         self.photos = Pool(self.workers, seconds=seconds, **PHOTOS)
         # A browser has few connections: the first question would wait until the first pictures are there.
@@ -243,7 +221,6 @@ class Service:
         """End the workers."""
         self.workers.close()
 
-    @in_time
     async def search(self, request: Request) -> Response:
         """The images nearest to an image that is changed as a text says."""
         asked, upload = await read_question(request)
@@ -278,7 +255,6 @@ class Service:
         )
         return Response(answers.model_dump_json(), media_type="application/json")
 
-    @in_time
     async def upload(self, request: Request) -> Kept:
         """Take an image, or say why it cannot be asked with, so that questions need not send it each time."""
         _, upload = await read_question(request)
@@ -290,12 +266,11 @@ class Service:
         self.seen[name] = seen
         return Kept(upload=name, picture=f"data:image/jpeg;base64,{b64encode(small).decode()}")
 
-    @in_time
     async def image(
         self, request: Request, row: int, size: Literal["small", "large"] = "small"
     ) -> Response:
         """A JPEG of an image of the index."""
-        file = await self._from_index(self._file, row)
+        file = await in_thread(self._file, row)
         kept = self.thumbnails.get((file, size))
         if kept is not None:
             return unless_known(request, kept, "image/jpeg", age=AGE)
@@ -311,20 +286,17 @@ class Service:
             self.thumbnails[file, size] = picture
         return unless_known(request, picture, "image/jpeg", age=AGE)
 
-    @in_time
     async def photo(self, row: int) -> Photo:
         """The name of an image of the index."""
-        return await self._from_index(self._photo, row)
+        return await in_thread(self._photo, row)
 
-    @in_time
     async def some(self, count: int = Query(40, ge=1, le=MOST_SHOWN)) -> list[Photo]:
         """Images of the index, at random."""
-        return await self._from_index(self._some, count)
+        return await in_thread(self._some, count)
 
-    @in_time
     async def some_examples(self, count: int = Query(4, ge=1, le=MOST_SHOWN)) -> list[KnownExample]:
         """Questions whose answers are known, at random; none where --examples names none."""
-        return await self._from_index(self._some_examples, count)
+        return await in_thread(self._some_examples, count)
 
     async def health(self) -> Health:
         """That the server answers, and what it is."""
@@ -334,8 +306,8 @@ class Service:
             model=shown_model(self.searcher.pair.encoder.preprocessing["clip_model_name"]),
             k=self.k,
             most=MOST_ANSWERS,
-            places=min(PLACES, len(self.searcher)),
-            kinds=sorted(KINDS),
+            places=min(TARGET_DEPTH, len(self.searcher)),
+            kinds=sorted(TAKEN),
             filters=self.searcher.knows_conditions,
             examples=len(self.examples),
             server=self.server,
@@ -352,8 +324,8 @@ class Service:
         return self.searcher.pair.encoder.preprocessing["background"]
 
     async def _of_upload(
-        self, request: Request, function: Callable[..., Made], upload: File, *arguments: Any
-    ) -> Made:
+        self, request: Request, function: Callable[..., Outcome], upload: File, *arguments: Any
+    ) -> Outcome:
         """What a worker makes of an upload."""
         try:
             return await self.uploads.run(visitor_of(request.scope), function, upload, *arguments)
@@ -383,12 +355,6 @@ class Service:
             ) from None
         return torch.from_numpy(pixels)
 
-    async def _from_index(self, look_up: Callable[..., Made], *about: int) -> Made:
-        """What is looked up in the index, which is in memory, or in a store that may take its time."""
-        if self.searcher.knows_conditions:
-            return await in_thread(look_up, *about)
-        return look_up(*about)
-
     def _kept(self, row: int) -> tuple[Path, torch.Tensor | None]:
         file = self._file(row)
         return file, self.searcher.kept_features(row, file)
@@ -402,7 +368,7 @@ class Service:
         return file
 
     def _some(self, count: int) -> list[Photo]:
-        return [self._photo(row) for row in self.searcher.some(count)]
+        return [self._photo(row) for row in self.searcher.index.some(count)]
 
     def _some_examples(self, count: int) -> list[KnownExample]:
         chosen = random.sample(self.examples, min(count, len(self.examples)))
@@ -419,7 +385,7 @@ class Service:
         file = self._file(row)
         return Photo(row=str(row), name=file.name, path=self._shown_path(file))
 
-    def _answer(self, found: Retrieved) -> Answer:
+    def _answer(self, found: RetrievedImage) -> Answer:
         copy_of = None if found.copy_of is None else str(found.copy_of)
         return Answer(
             row=str(found.row),
@@ -447,12 +413,9 @@ async def read_question(request: Request) -> tuple[Asked, File | None]:
     """The fields of a form and its image.
 
     Raises:
-        QuestionError: a field is unknown, twice there or of another type.
+        QuestionError: a field is unknown, twice there or of another type; see `read_form` too.
     """
-    try:
-        form = read_form(request.headers.get("content-type", ""), await request.body())
-    except NoForm as error:
-        raise HTTPException(error.status, str(error)) from None
+    form = read_form(request.headers.get("content-type", ""), await request.body())
     if "image" in form.fields:
         raise QuestionError("image: send a file, no text; nothing is fetched from an address")
     upload = form.files.pop("image", None)
@@ -550,14 +513,14 @@ def build(service: Service, documented: bool) -> FastAPI:
     )
     add_errors(app)
     app.add_middleware(GZipMiddleware, minimum_size=SMALLEST_PACKED)
-    for path, kind in FILES.items():
+    for path, kind in PAGE_FILES.items():
         name = path.lstrip("/") or "index.html"
         app.add_api_route(path, page_file(name, kind), include_in_schema=False)
     asked = Asked.model_json_schema()
     asked["properties"]["image"] = {
         "type": "string",
         "format": "binary",
-        "description": f"The reference, as a file: {' '.join(sorted(KINDS))}",
+        "description": f"The reference, as a file: {' '.join(sorted(TAKEN))}",
     }
     form = {"requestBody": {"content": {"multipart/form-data": {"schema": asked}}}}
     app.add_api_route(
@@ -565,13 +528,13 @@ def build(service: Service, documented: bool) -> FastAPI:
         service.search,
         methods=["POST"],
         response_model=Answers,
-        responses=REFUSALS,
+        responses=ERROR_ANSWERS,
         openapi_extra=form,
     )
     file = {"image": asked["properties"]["image"]}
     form = {"requestBody": {"content": {"multipart/form-data": {"schema": {"properties": file}}}}}
     app.add_api_route(
-        "/upload", service.upload, methods=["POST"], responses=REFUSALS, openapi_extra=form
+        "/upload", service.upload, methods=["POST"], responses=ERROR_ANSWERS, openapi_extra=form
     )
     picture: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}}}}
     app.add_api_route("/image/{row}", service.image, response_class=Response, responses=picture)

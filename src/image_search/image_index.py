@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from image_search.manifest import MANIFEST, check_index, is_own, read_manifest
+from image_search.manifest import check_index, check_named, read_manifest
 from image_search.stores.base import (
     TIME,
     Counts,
@@ -46,9 +46,9 @@ class Update:
 
 
 def encoder_key(encoder: Encoder) -> dict[str, Any]:
-    """What features depend on beside the images: weights, preprocessing and precision, but no device."""
+    """Return what features depend on beside the images: weights, preprocessing and precision, but no device."""
     known = {"weights": encoder.describe()["weights"], **encoder.reported_preprocessing}
-    known.setdefault("background", ORIGINAL)  # which indexes of earlier versions do not name
+    known.setdefault("background", ORIGINAL)  # named always
     return {**known, **named({"encode_precision": encoder.precision})}
 
 
@@ -61,8 +61,7 @@ def open_index(folder: Path, store: str | None = None) -> ImageIndex:
     Raises:
         UserError: there is none, it is damaged, or it lives elsewhere.
     """
-    check_index(folder)
-    about = read_manifest(folder) or {}
+    about = check_index(folder)
     keeping = chosen_keeping(about, store, kind=None, on_disk=None)
     return store_of(keeping.store).open(folder, about, typed=keeping.typed)
 
@@ -97,7 +96,7 @@ def update_index(
             be read, images of a folder that is gone are found nowhere, or there are too few for the kind.
     """
     origin = {"folders": sorted(str(path.resolve()) for path in folders), "pair": pair}
-    if keeping.told_by != TIME:  # as in indexes of earlier versions, which do not say it
+    if keeping.told_by != TIME:  # which is what an index has that does not say it
         origin["told_by"] = keeping.told_by
     dim = encoder.backbone.dim
     store = store_of(keeping.store)
@@ -148,7 +147,11 @@ def _check_may_be_updated(folder: Path, key: dict[str, Any], keeping: Keeping) -
     """Refuse a folder with other files, and an index of another encoder or of somebody else."""
     earlier = read_manifest(folder)
     if earlier is None:
-        _check_own_folder(folder)
+        for file in folder.iterdir():
+            if not any(store.files.fullmatch(file.name) for store in all_stores()):
+                raise UserError(
+                    f"--output {folder} holds {file.name}, which is of no index: name an empty or a new folder"
+                )
         return
     if earlier.get("encoder") != key:
         raise UserError(
@@ -157,22 +160,10 @@ def _check_may_be_updated(folder: Path, key: dict[str, Any], keeping: Keeping) -
     _check_trusted(folder, earlier, keeping)
 
 
-def _check_own_folder(folder: Path) -> None:
-    """Refuse a folder that holds other files, since an index is to have a folder of its own."""
-    for file in folder.iterdir():
-        if not any(store.files.fullmatch(file.name) for store in all_stores()):
-            raise UserError(
-                f"--output {folder} holds {file.name}, which is of no index: name an empty or a new folder"
-            )
-
-
 def _check_trusted(folder: Path, about: dict[str, Any], keeping: Keeping) -> None:
     """Refuse to write where only an index says, and one that was made elsewhere."""
-    if "store" in about and not (keeping.typed or is_own(folder, about)):
-        raise UserError(
-            f"{folder / MANIFEST} was made elsewhere and names {about['store']}: name it too, as --store "
-            f"{about['store']}, if you trust it"
-        )
+    if "store" in about and not keeping.typed:
+        check_named(folder, about, "--store", about["store"])
 
 
 def _of_same_content(
@@ -183,8 +174,7 @@ def _of_same_content(
 ) -> dict[Identity, Identity]:
     """File without features -> a file of the same size and content that has them, or will have.
 
-    Those whose file is gone come first, so that each is found again once. Of indexes of earlier versions, which do not
-    know contents, a file is told by its stamp, unless that is the time alone.
+    Those whose file is gone come first, so that each is found again once.
     """
     sizes = Counter(size for _, size, _ in missing)
     if not sizes:
@@ -193,29 +183,23 @@ def _of_same_content(
     vanished: dict[tuple[int, int], dict[str, Identity]] = {}
     of_content: dict[tuple[int, int], Identity] = {}
     for file, content in held.items():
-        path, size, stamped = file
-        if size in sizes and (content or told_by != TIME):
+        path, size, _ = file
+        if size in sizes and content:
             sizes[size] += 1
-            key = (size, content or -stamped)
-            of_content.setdefault(key, file)
+            of_content.setdefault((size, content), file)
             if file not in there:
-                vanished.setdefault(key, {})[path] = file
+                vanished.setdefault((size, content), {})[path] = file
     alike = [file for file in missing if sizes[file[1]] > 1]
     sources = {}
     for file, content in zip(alike, _contents(alike, told_by), strict=True):
-        path, size, stamped = file
-        keys = [(size, content)] if content else []
-        for key in (*keys, (size, -stamped)):
-            again = vanished.get(key, {})
-            if again:
-                sources[file] = again.pop(path) if path in again else again.popitem()[1]
-                break
-            if key in of_content:
-                sources[file] = of_content[key]
-                break
-        else:
-            for key in keys:
-                of_content[key] = file
+        path, size, _ = file
+        again = vanished.get((size, content))
+        if again:
+            sources[file] = again.pop(path) if path in again else again.popitem()[1]
+        elif (size, content) in of_content:
+            sources[file] = of_content[size, content]
+        elif content:
+            of_content[size, content] = file
     return sources
 
 
@@ -307,7 +291,7 @@ def relocate(folder: Path, old: Path, new: Path, *, store: str | None) -> Reloca
             if now is None:
                 missing.append(path)
                 sources[path, size, stamped] = file
-            elif now[1] == size and _is_same(now, stamped, content, told_by):
+            elif now[1] == size and content and content_of(now, told_by) == content:
                 sources[now] = file
             else:
                 changed.append(path)
@@ -328,11 +312,6 @@ def _identity_now(path: str, told_by: str) -> Identity | None:
         return None if file_size(Path(path)) is None else file_identities([Path(path)], told_by)[0]
     except OSError:
         return None
-
-
-def _is_same(file: Identity, stamped: int, content: int, told_by: str) -> bool:
-    """Whether a file has the content of one of the same size; where that is not known, its stamp."""
-    return content_of(file, told_by) == content if content else file[2] == stamped
 
 
 def _moved(path: str, old: Path, new: Path) -> str:

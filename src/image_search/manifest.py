@@ -24,24 +24,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MANIFEST = "index.json"
-REMEDY = "build the index again in another folder"
+REBUILD = "build the index again in another folder"
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What an index says of itself, None where there is none. Raises UserError where it is damaged."""
+    """Read what an index says of itself, None where there is none. Raises UserError where it is damaged."""
     file = folder / MANIFEST
     try:
         content = parse_json(read_text(file))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged ({first_line(error)}): {REMEDY}") from None
+        raise UserError(f"{file} is damaged ({first_line(error)}): {REBUILD}") from None
     address = FAISS
     if isinstance(content, dict) and "store" in content:
-        address = checked(StoreManifest, content, file=file, remedy=REMEDY).store
+        address = checked(StoreManifest, content, file=file, remedy=REBUILD).store
         if address.partition(":")[0] not in STORES:
-            raise UserError(f"{file}: store: {printable(address)} is of no store: {REMEDY}")
-    checked(store_of(address).manifest, content, file=file, remedy=REMEDY)
+            raise UserError(f"{file}: store: {printable(address)} is of no store: {REBUILD}")
+    checked(store_of(address).manifest, content, file=file, remedy=REBUILD)
     return content
 
 
@@ -52,7 +52,7 @@ def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def is_own(folder: Path, about: Mapping[str, Any]) -> bool:
-    """Whether an index was made in this very folder of this machine, and names what it named then.
+    """Return whether an index was made in this very folder of this machine, and names what it named then.
 
     One that was copied, fetched or edited was not: what it names outside its folder was typed by somebody else.
     """
@@ -71,7 +71,7 @@ def _seal(folder: Path, about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
-def _check_named(folder: Path, about: Mapping[str, Any], flag: str, name: str) -> None:
+def check_named(folder: Path, about: Mapping[str, Any], flag: str, name: str) -> None:
     """Let a folder or repository be opened that only an index names: one that was made here, and with a line."""
     if not is_own(folder, about):
         raise UserError(
@@ -101,11 +101,11 @@ def as_made(folder: Path, about: Mapping[str, Any], choice: PairChoice) -> PairC
         return choice
     exported = made_with.get("exported")
     if exported and choice.clip_path is None:
-        _check_named(folder, about, "--pair", exported)
+        check_named(folder, about, "--pair", exported)
         return dataclasses.replace(choice, exported=exported_place(exported))
     name = choice.clip.clip_model_name or ""
     if asked is None and name.startswith((f"{FOLDER}:", f"{HUB}:")):
-        _check_named(folder, about, "--clip-model-name", name)
+        check_named(folder, about, "--clip-model-name", name)
     if choice.clip_path is not None:
         return choice
     clip_path = made_with.get("clip_model_path")
@@ -113,7 +113,7 @@ def as_made(folder: Path, about: Mapping[str, Any], choice: PairChoice) -> PairC
 
 
 def made_with(choice: PairChoice, pair: "Pair") -> dict[str, Any]:
-    """What a query needs to load the same CLIP, for the manifest."""
+    """Return what a query needs to load the same CLIP, for the manifest."""
     preprocessing = pair.encoder.preprocessing
     clip = named({name: preprocessing[name] for name in Clip.model_fields})
     clip["background"] = preprocessing["background"]  # named always, as in `encoder_key`
@@ -123,8 +123,8 @@ def made_with(choice: PairChoice, pair: "Pair") -> dict[str, Any]:
     return {**clip, "exported": str(place.resolve() if isinstance(place, Path) else place)}
 
 
-def check_index(folder: Path) -> None:
-    """Raise UserError where there is no index, before anything else is loaded."""
+def check_index(folder: Path) -> dict[str, Any]:
+    """Read what an index says of itself. Raises UserError where there is none, before anything else is loaded."""
     about = read_manifest(folder)
     if about is None:
         raise UserError(f"--index {folder} holds no {MANIFEST}: make one with search.py index")
@@ -132,3 +132,4 @@ def check_index(folder: Path) -> None:
         raise UserError(
             f"--index {folder} is not whole yet: go on with search.py index --output {folder}"
         )
+    return about

@@ -15,13 +15,13 @@ from runtime.image_files import AVIF_KINDS, FORMATS, HEIF_KINDS, image_size
 from runtime.image_source import IMAGES
 from utils import UserError
 
-KINDS = {
+TAKEN = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", *AVIF_KINDS,
     *HEIF_KINDS,
 }  # fmt: skip
 CAMERA_KINDS = {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
-OTHER_KINDS = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", *CAMERA_KINDS} - KINDS
-ENDING = re.compile(r"\.[a-z]\w*", re.IGNORECASE)  # what else follows a dot says nothing of a kind
+OTHER_KINDS = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", *CAMERA_KINDS} - TAKEN
+SUFFIX = re.compile(r"\.[a-z]\w*", re.IGNORECASE)  # what else follows a dot says nothing of a kind
 
 
 @dataclass
@@ -56,14 +56,14 @@ def find_images(folders: Sequence[Path], told_by: str = "time") -> FoundImages:
             kind = dot + ending.lower() if stem else ""
             if kind in OTHER_KINDS:
                 found.skipped[kind] += 1
-            elif kind in KINDS or (not ENDING.fullmatch(kind) and _is_image(file)):
+            elif kind in TAKEN or (not SUFFIX.fullmatch(kind) and _is_image(file)):
                 try:
                     files.add(_identity(file, told_by))
                 except ValueError as error:
                     found.left_out[ascii(file)[1:-1]] = str(error)
     if not files:
         named = ", ".join(map(str, folders))
-        kinds = " ".join(sorted(KINDS))
+        kinds = " ".join(sorted(TAKEN))
         raise UserError(f"--images {named}: no images there ({kinds}): name another folder")
     found.files = sorted(files)
     return found

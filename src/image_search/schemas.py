@@ -20,24 +20,24 @@ from models.schemas import (
 from runtime.schema import Schema
 
 
-class Preprocessing(Schema):
+class IndexPreprocessing(Schema):
     """How images were preprocessed, and in what precision they were encoded."""
 
     transform: Transform
     target_ratio: SideRatio
     decode: Decode = ABSENT
-    background: Background = ABSENT
+    background: Background
     encode_precision: EncodePrecision = ABSENT
 
 
-class EncoderKey(Preprocessing, Model):
+class EncoderKey(IndexPreprocessing, Model):
     """What features depend on beside the images."""
 
     weights: Digest
     resolution: Count
 
 
-class Pair(Preprocessing):
+class IndexPair(IndexPreprocessing):
     """What a query needs to load the same CLIP."""
 
     clip_model_name: PathText
@@ -50,7 +50,7 @@ class Manifest(Schema):
 
     images: PositiveInt
     encoder: EncoderKey
-    pair: Pair = ABSENT
+    pair: IndexPair = ABSENT
     folders: list[PathText] = ABSENT
     unreadable: dict[str, Text] = ABSENT
     made_here: Digest = ABSENT

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,14 +24,12 @@ from runtime.image_files import FORMATS
 from settings.groups import PairChoice
 from utils import UserError
 
-logger = logging.getLogger(__name__)
-
 MOST_CHARACTERS = 2000  # of a text; many times what CLIP reads
 # The time of CLIP's tokenizer grows with the square of a word, which to it are letters or signs in a row.
 LONGEST_WORD = 100
 LONG_WORD = re.compile(rf"[^\W\d_]{{{LONGEST_WORD + 1}}}|[^\w\s]{{{LONGEST_WORD + 1}}}")
 WORD = re.compile(r"[^\W\d_]+|[^\w\s]")  # or a sign, as emoji are
-PLACES = 1000  # among which a target's place is looked for
+TARGET_DEPTH = 1000  # among which a target's place is looked for
 DEEPEST = 10_000  # images among which distinct ones are looked for
 SAME = (
     1e-5  # difference of an element, or of a similarity, of normalised features of the same pixels
@@ -68,12 +65,12 @@ class Question:
 
     @property
     def depth(self) -> int:
-        """How many of the nearest images it takes to answer it."""
-        wanted = self.k if self.target is None else max(self.k, PLACES)
+        """Return how many of the nearest images it takes to answer it."""
+        wanted = self.k if self.target is None else max(self.k, TARGET_DEPTH)
         return wanted + (self.without is not None)
 
 
-class Retrieved(NamedTuple):
+class RetrievedImage(NamedTuple):
     """An image that a query retrieved.
 
     Attributes:
@@ -96,13 +93,13 @@ class Found:
 
     Attributes:
         answers: the nearest first.
-        place: of the target, from 1; None where it is not among PLACES, or none was named.
+        place: of the target, from 1; None where it is not among TARGET_DEPTH, or none was named.
         gate: how much of the residual is text; None for the sum.
         experts: weight of each expert; empty without a mixture.
         note: what the user should know, "" for nothing.
     """
 
-    answers: list[Retrieved]
+    answers: list[RetrievedImage]
     place: int | None
     gate: float | None
     experts: list[float]
@@ -118,14 +115,7 @@ class Searcher:
 
     def __init__(self, index: ImageIndex, pair: Pair) -> None:
         query_key = _but_precision(encoder_key(pair.encoder))
-        index_key = _but_precision(index.about.get("encoder"))
-        if "background" not in index_key:
-            logger.warning(
-                "note: --index %s is of an earlier version, which read transparent images otherwise than they are "
-                "shown: make another index",
-                index.folder,
-            )
-            del query_key["background"]
+        index_key = _but_precision(index.about["encoder"])
         if index_key != query_key:
             names = {**query_key, **index_key}
             differing = [name for name in names if index_key.get(name) != query_key.get(name)]
@@ -145,10 +135,6 @@ class Searcher:
         file = self.index.file(row)
         return None if file is None else Path(file[0])
 
-    def some(self, count: int) -> list[int]:
-        """So many rows at random, or all there are."""
-        return self.index.some(count)
-
     def reference_features(self, image: Path) -> Tensor:
         """Unnormalised features (1, D) of an image file.
 
@@ -161,7 +147,7 @@ class Searcher:
         return self.pair.encoder.images([image]) if features is None else features
 
     def kept_features(self, row: int, image: Path) -> Tensor | None:
-        """Those of a row from the index, None where its image file is there and is not what was encoded any more.
+        """Return the features of a row, None where its image file is there and is not what was encoded any more.
 
         A file that may not be read any more has changed, too.
         """
@@ -178,12 +164,12 @@ class Searcher:
 
     @property
     def knows_conditions(self) -> bool:
-        """Whether the index lives in a store that takes a question's condition."""
+        """Return whether the index lives in a store that takes a question's condition."""
         return store_of(self.index.about.get("store", FAISS)).filters
 
     @torch.no_grad()
     def answer(self, questions: Sequence[Question]) -> list[Found]:
-        """What each question finds. All texts and all images are encoded together.
+        """Answer each question. All texts and all images are encoded together.
 
         Raises:
             QuestionError: one of the questions cannot be asked, see `check`.
@@ -227,12 +213,12 @@ class Searcher:
             )
         return found
 
-    def _answers(self, hits: Sequence[Hit]) -> list[Retrieved]:
+    def _answers(self, hits: Sequence[Hit]) -> list[RetrievedImage]:
         copies = self._copies(hits)
         answers = []
         for row, path, similarity in hits:
             is_gone = file_size(path) is None
-            answers.append(Retrieved(row, path, similarity, is_gone, copy_of=copies.get(row)))
+            answers.append(RetrievedImage(row, path, similarity, is_gone, copy_of=copies.get(row)))
         return answers
 
     def _copies(self, hits: Sequence[Hit]) -> dict[int, int]:
@@ -351,10 +337,9 @@ class Searcher:
         return 2 * spelled >= len(words)
 
 
-def _but_precision(key: Any) -> dict[str, Any]:
+def _but_precision(key: dict[str, Any]) -> dict[str, Any]:
     """What features depend on but for the precision, which a query need not share with an index."""
-    known = key if isinstance(key, dict) else {}
-    return {name: value for name, value in known.items() if name != "encode_precision"}
+    return {name: value for name, value in key.items() if name != "encode_precision"}
 
 
 def load_searcher(

@@ -17,7 +17,7 @@ from runtime.image_files import FORMATS, LONGEST_SIDE, image_size, thumbnail
 from utils import UserError, first_line
 
 MOST_BYTES = 10 * 2**20
-MOST_PIXELS = 40_000_000
+UPLOAD_PIXELS = 40_000_000
 LONGEST_NAME = 100  # characters that are repeated of a name
 
 
@@ -72,7 +72,7 @@ def checked_upload(name: str, content: bytes) -> Upload:
             f"{name} is larger than {MOST_BYTES // 2**20} MiB: upload a smaller copy"
         )
     upload = Upload(name, content)
-    limits = f"{MOST_PIXELS // 10**6} million pixels, or a side of more than {LONGEST_SIDE:,}"
+    limits = f"{UPLOAD_PIXELS // 10**6} million pixels, or a side of more than {LONGEST_SIDE:,}"
     too_large = QuestionError(f"{name} has more than {limits}: upload a smaller copy")
     try:
         width, height = image_size(upload, FORMATS)
@@ -86,6 +86,6 @@ def checked_upload(name: str, content: bytes) -> Upload:
         raise QuestionError(
             f"{name} cannot be decoded ({first_line(error)}): upload a whole image"
         ) from None
-    if width * height > MOST_PIXELS or max(width, height) > LONGEST_SIDE:
+    if width * height > UPLOAD_PIXELS or max(width, height) > LONGEST_SIDE:
         raise too_large
     return upload

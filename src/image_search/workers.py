@@ -22,7 +22,7 @@ from concurrent.futures import Future
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from image_search.guard import Places
 from runtime import interruption
@@ -38,7 +38,7 @@ from image_search import workers
 workers.fork_on_demand(int(sys.argv[2]), sys.argv[3:])
 """
 
-Made = TypeVar("Made")
+Outcome = TypeVar("Outcome")
 
 
 class Overrun(Exception):
@@ -62,7 +62,7 @@ class Worker:
         self._is_alive = is_alive
 
     def is_idle(self) -> bool:
-        """Whether it waits for a job: one that has ended has closed its end of the line."""
+        """Return whether it waits for a job: one that has ended has closed its end of the line."""
         return self._is_alive() and not self._line.poll()
 
     def do(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
@@ -73,20 +73,6 @@ class Worker:
         """
         self._line.send((function, arguments))
         return self._line.recv()
-
-
-class Source(Protocol):
-    """Where workers come from."""
-
-    def worker(self, memory: int) -> Worker:
-        """A new worker; this may wait for packages to be loaded.
-
-        Args:
-            memory: bytes that it may have beyond what it starts with.
-        """
-
-    def close(self) -> None:
-        """End all that came from here."""
 
 
 class Template:
@@ -100,7 +86,11 @@ class Template:
         self._is_closed = False
 
     def worker(self, memory: int) -> Worker:
-        """A new worker; the first one waits until the modules are loaded. See `Source`."""
+        """Fork a worker; the first one waits until the modules are loaded.
+
+        Args:
+            memory: bytes that it may have beyond what it starts with.
+        """
         with self._lock:
             if self._is_closed:
                 raise EOFError
@@ -226,37 +216,9 @@ def work(line: Connection) -> None:
         line.send((made, refused))
 
 
-class Spawned:
-    """Workers where no process can be forked: each loads the packages for itself, and its memory has no limit."""
-
-    def __init__(self) -> None:
-        self._processes: list[Any] = []
-
-    def worker(self, memory: int) -> Worker:
-        """A new worker, see `Source`."""
-        mine, theirs = multiprocessing.Pipe()
-        process = multiprocessing.get_context("spawn").Process(
-            target=work, args=[theirs], daemon=True
-        )
-        process.start()
-        theirs.close()
-        self._processes.append(process)
-        return Worker(mine, process.kill, process.is_alive)
-
-    def close(self) -> None:
-        """End all of them."""
-        for process in self._processes:
-            process.kill()
-
-
-def source_of_workers(modules: Sequence[str]) -> Source:
-    """Workers that have some modules loaded, in the way that the system knows."""
-    return Template(modules) if hasattr(os, "fork") else Spawned()
-
-
-async def in_thread(function: Callable[..., Made], *arguments: Any) -> Made:
-    """What a function returns that may wait for long, in a thread that the end of the page does not wait for."""
-    future: Future[Made] = Future()
+async def in_thread(function: Callable[..., Outcome], *arguments: Any) -> Outcome:
+    """Return what a function returns that may take long, in a thread that the end of the page does not wait for."""
+    future: Future[Outcome] = Future()
     future.set_running_or_notify_cancel()
 
     def run() -> None:
@@ -284,7 +246,7 @@ class Pool:
 
     def __init__(
         self,
-        source: Source,
+        source: Template,
         *,
         workers: int,
         seconds: float = SECONDS,
@@ -304,8 +266,8 @@ class Pool:
         with contextlib.suppress(EOFError, OSError):
             self._start_worker()
 
-    async def run(self, visitor: str, function: Callable[..., Made], *arguments: Any) -> Made:
-        """What a function of a module returns in a worker. Whoever stops waiting for it ends the worker.
+    async def run(self, visitor: str, function: Callable[..., Outcome], *arguments: Any) -> Outcome:
+        """Return what a function of a module returns in a worker. Whoever stops waiting for it ends the worker.
 
         Raises:
             Overrun: the job was ended.
@@ -328,7 +290,7 @@ class Pool:
                 raise error
             return made
 
-    async def _in_time(self, work: Coroutine[Any, Any, Made]) -> Made:
+    async def _in_time(self, work: Coroutine[Any, Any, Outcome]) -> Outcome:
         """The result of a job. Raises Overrun where it takes more time than it has."""
         job = asyncio.ensure_future(work)
         crowded = asyncio.ensure_future(self._crowded.wait())

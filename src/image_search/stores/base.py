@@ -281,7 +281,7 @@ def all_addresses() -> str:
 
 
 def no_store(text: str) -> argparse.ArgumentTypeError:
-    """What to raise for a text that is no address."""
+    """Return what to raise for a text that is no address."""
     return refused(text, f"is no store: choose {all_addresses()}")
 
 
@@ -300,7 +300,7 @@ def chosen_keeping(
     *,
     verify: bool = False,
 ) -> Keeping:
-    """How an index is to be kept: as flags say, and where they are silent as it was.
+    """Return how an index is to be kept: as flags say, and where they are silent as it was.
 
     Args:
         earlier: its manifest, empty for a new one.

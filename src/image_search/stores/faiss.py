@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BeforeValidator, Field, PositiveInt, Strict
+from pydantic import Field, PositiveInt, Strict
 
 from image_search import faiss_index, list_file
-from image_search.manifest import MANIFEST, REMEDY, read_manifest, write_manifest
+from image_search.manifest import MANIFEST, REBUILD, read_manifest, write_manifest
 from image_search.schemas import Manifest
 from image_search.stores.base import (
     FAISS,
@@ -53,16 +53,18 @@ from utils import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
-# The names of an index's own files, beside the manifest. All others in its folder are the user's.
-OWN = re.compile(
+# What an index's own files begin with -> their ending.
+ENDINGS = {"files": "json", "features": "npy", "vectors": "faiss", "lists": "bin"}
+# Their names, beside the manifest. All others in its folder are the user's.
+INDEX_FILES = re.compile(
     rf"(files|features|vectors|lists)-[0-9a-f]{{12}}\.(json|npy|faiss|bin)|{TEMPORARY}"
 )
 PARTIAL = "partial"
-KINDS = ("flat", "hnsw", "ivfpq")
+VECTOR_KINDS = ("flat", "hnsw", "ivfpq")
 OWN_SHARD = re.compile(rf"[0-9a-f]{{16}}\.pt|{TEMPORARY}")
 EARLIER = -1  # the number of the earlier index among the shards
 
-Rows = Callable[[int, int], np.ndarray]  # features of the files from one place to another
+FeatureRows = Callable[[int, int], np.ndarray]  # features of the files from one place to another
 
 
 class Recall(Schema):
@@ -80,7 +82,7 @@ class Digests(Schema):
     features: Digest
 
 
-class Sizes(Schema):
+class FileSizes(Schema):
     """Bytes of files that an update does not read."""
 
     vectors: PositiveInt
@@ -94,31 +96,25 @@ class FilesManifest(Manifest):
     features: Annotated[str, Field(pattern=r"^features-[0-9a-f]{12}\.npy$")]
     vectors: Annotated[str, Field(pattern=r"^vectors-[0-9a-f]{12}\.faiss$")]
     lists: Annotated[str, Field(pattern=r"^lists-[0-9a-f]{12}\.bin$")] = ABSENT
-    kind: Annotated[str, OneOf(KINDS)] = ABSENT
+    kind: Annotated[str, OneOf(VECTOR_KINDS)]
     torch: Text = ABSENT
-    sha256: Digests = ABSENT
-    sizes: Sizes = ABSENT
+    sha256: Digests
+    sizes: FileSizes
     told_by: Annotated[str, OneOf(TOLD_BY)] = ABSENT
     recall: Recall = Field(ABSENT, alias="recall against exact")
 
 
-def _with_content(row: Any) -> Any:
-    """A row of the list of files; those of earlier versions do not say what the content was."""
-    return [*row, 0] if isinstance(row, list) and len(row) == 3 else row
-
-
 # A list in JSON, an image's `runtime.files.Identity` and its content, see `image_index.content_of`.
-File = Annotated[
+ListedFile = Annotated[
     tuple[PathText, Annotated[int, Field(ge=0)], int, Annotated[int, Field(ge=0)]],
     Strict(False),
-    BeforeValidator(_with_content),
 ]
 
 
 class Files(Schema):
     """files-*.json, whose only content is the list."""
 
-    files: list[File]
+    files: list[ListedFile]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +170,7 @@ def _vectors(folder: Path, about: dict[str, Any], *, to_grow: bool = False) -> A
 
 
 def _damaged(file: Path, reason: str) -> UserError:
-    return UserError(f"{file} is damaged or of another index ({reason}): {REMEDY}")
+    return UserError(f"{file} is damaged or of another index ({reason}): {REBUILD}")
 
 
 def _files(folder: Path, about: dict[str, Any]) -> dict[Identity, int]:
@@ -185,10 +181,10 @@ def _files(folder: Path, about: dict[str, Any]) -> dict[Identity, int]:
         content = parse_json(text)
     except (OSError, ValueError) as error:
         raise _damaged(file, first_line(error)) from None
-    if "sha256" in about and about["sha256"]["files"] != _digest(text.encode()):
+    if about["sha256"]["files"] != _digest(text.encode()):
         raise _damaged(file, "it is not the list that was written")
     del text
-    rows = checked(Files, {"files": content}, file=file, remedy=REMEDY).files
+    rows = checked(Files, {"files": content}, file=file, remedy=REBUILD).files
     return {row[:3]: row[3] for row in rows}
 
 
@@ -205,7 +201,7 @@ def _features(folder: Path, about: dict[str, Any], count: int) -> np.ndarray:
         raise _damaged(file, f"it holds {features.dtype} of shape {features.shape}")
     if not np.isfinite(features[faiss_index.sampled_rows(len(features))]).all():
         raise _damaged(file, "it holds what is no number")
-    if "sha256" in about and about["sha256"]["features"] != _digest_of_rows(features):
+    if about["sha256"]["features"] != _digest_of_rows(features):
         raise _damaged(file, "its rows are not those that were written")
     if not count == len(features) == about["images"]:
         raise _damaged(
@@ -242,9 +238,8 @@ class FaissWriter(IndexWriter):
         self._published = _files(self.folder, self._earlier)
         features = _features(self.folder, self._earlier, len(self._published))
         self.dim = features.shape[1]
-        sizes = _sizes(self.folder, self._earlier)
-        for name, size in sizes.items():
-            if size is None or size != self._earlier.get("sizes", sizes)[name]:
+        for name, size in _sizes(self.folder, self._earlier).items():
+            if size != self._earlier["sizes"].get(name):
                 raise _damaged(self.folder / self._earlier[name], f"it has {size or 0} bytes")
 
     def held(self) -> Mapping[Identity, int]:
@@ -290,8 +285,7 @@ class FaissWriter(IndexWriter):
                 files = [(str(path), int(size), int(time)) for path, size, time in content["files"]]
                 features = content["features"].numpy()
                 check_features(files, features, self.dim)
-                contents = content.get("contents", [0] * len(files))  # of earlier versions
-                return dict(zip(files, map(int, contents), strict=True)), features
+                return dict(zip(files, map(int, content["contents"]), strict=True)), features
         except (UserError, KeyError, ValueError, TypeError, AttributeError):
             logger.warning("%s is damaged: its images are encoded again", shard)
         return {}, np.empty((0, self.dim), np.float32)
@@ -300,8 +294,9 @@ class FaissWriter(IndexWriter):
         counts = counted(self._published, files, self.sources)
         kind, on_disk = self.keeping.kind, self.keeping.on_disk
         about = {**about, "encoder": self.key, "kind": kind}
-        is_alike = (self._earlier.get("kind", "flat"), "lists" in self._earlier) == (kind, on_disk)
-        if self._published.keys() == set(files) and is_alike and _says(self._earlier, about):
+        is_alike = (self._earlier.get("kind"), "lists" in self._earlier) == (kind, on_disk)
+        is_said = about.items() <= self._earlier.items()
+        if self._published.keys() == set(files) and is_alike and is_said:
             return counts
         self.held()  # the shards of all processes
         for file, source in self.sources.items():
@@ -341,9 +336,8 @@ class FaissWriter(IndexWriter):
         """Publish the same rows under other names: neither features nor vectors are read or written."""
         text = _listed({file: self._contents[file] for file in files})
         names = {**_names(self._earlier), "files": _new_names(False)["files"]}
-        manifest = {**self._earlier, **about, **names}
-        if "sha256" in manifest:
-            manifest["sha256"] = {**manifest["sha256"], "files": _digest(text.encode())}
+        digests = {**self._earlier["sha256"], "files": _digest(text.encode())}
+        manifest = {**self._earlier, **about, **names, "sha256": digests}
         with _undone(self.folder, [names["files"]]):
             write_text(self.folder / names["files"], text)
             write_manifest(self.folder, manifest)
@@ -383,15 +377,10 @@ def _partial(folder: Path) -> Path:
     return partial
 
 
-def _says(manifest: dict[str, Any], about: dict[str, Any]) -> bool:
-    """Whether a manifest has all of some entries already."""
-    return all(manifest.get(name) == value for name, value in about.items())
-
-
 def publish(
     folder: Path,
     files: Mapping[Identity, int],
-    rows: Rows,
+    rows: FeatureRows,
     *,
     about: dict[str, Any],
     dim: int,
@@ -447,19 +436,16 @@ def _listed(files: Mapping[Identity, int]) -> str:
 
 def _names(about: dict[str, Any]) -> dict[str, str]:
     """The names of the files of an index."""
-    parts = ("files", "features", "vectors", "lists")
-    return {part: about[part] for part in parts if part in about}
+    return {part: about[part] for part in ENDINGS if part in about}
 
 
 def _new_names(on_disk: bool) -> dict[str, str]:
     """The names of the files of a generation."""
     generation = uuid.uuid4().hex[:12]
-    names = {
-        "files": f"files-{generation}.json",
-        "features": f"features-{generation}.npy",
-        "vectors": f"vectors-{generation}.faiss",
-    }
-    return {**names, "lists": f"lists-{generation}.bin"} if on_disk else names
+    names = {part: f"{part}-{generation}.{ending}" for part, ending in ENDINGS.items()}
+    if not on_disk:
+        del names["lists"]
+    return names
 
 
 def _write_vectors(folder: Path, about: dict[str, Any], features: np.ndarray, grown: Any) -> None:
@@ -478,14 +464,16 @@ def _write_vectors(folder: Path, about: dict[str, Any], features: np.ndarray, gr
 def _delete_all_but(names: Collection[str], folder: Path) -> None:
     """Delete earlier generations, and what was encoded for this one."""
     for file in folder.iterdir():
-        if OWN.fullmatch(file.name) and file.name not in names:
+        if INDEX_FILES.fullmatch(file.name) and file.name not in names:
             discard(file)
     for file in _partial(folder).glob("*"):
         if OWN_SHARD.fullmatch(file.name):
             discard(file)
 
 
-def _written_features(file: Path, files: Sequence[Identity], rows: Rows, *, dim: int) -> np.ndarray:
+def _written_features(
+    file: Path, files: Sequence[Identity], rows: FeatureRows, *, dim: int
+) -> np.ndarray:
     """Write features to a .npy file, a block at a time; they come back in a memory map.
 
     NumPy's own writing passes over a disk that is full at the last bytes; a memory map would end the process there.
@@ -509,13 +497,13 @@ class FaissStore(VectorStore):
     """Files in the index's folder, with vectors of FAISS."""
 
     addresses = (FAISS,)
-    kinds = KINDS
+    kinds = VECTOR_KINDS
     verifies = True
     manifest = FilesManifest
     writer = FaissWriter
     require = staticmethod(faiss_index.import_faiss)
     check = staticmethod(faiss_index.check)
-    files = re.compile(f"{OWN.pattern}|{PARTIAL}")
+    files = re.compile(f"{INDEX_FILES.pattern}|{PARTIAL}")
 
     @classmethod
     def resolve(cls, text: str) -> str:
@@ -533,7 +521,7 @@ class FaissStore(VectorStore):
         files = list(_files(folder, about))
         features = _features(folder, about, len(files))
         vectors = _vectors(folder, about)
-        mismatch = faiss_index.mismatch(vectors, features, about.get("kind", "flat"))
+        mismatch = faiss_index.mismatch(vectors, features, about["kind"])
         if mismatch:
             raise _damaged(folder / about["vectors"], mismatch)
         faiss_index.let_go(features)

@@ -29,7 +29,7 @@ from image_search.faiss_index import (
     SEARCH_EFFORT,
     normalised,
 )
-from image_search.manifest import MANIFEST, REMEDY, is_own, read_manifest, write_manifest
+from image_search.manifest import MANIFEST, REBUILD, is_own, read_manifest, write_manifest
 from image_search.schemas import StoreManifest
 from image_search.stores.base import (
     Counts,
@@ -50,42 +50,24 @@ from utils import UserError, first_line
 logger = logging.getLogger(__name__)
 
 TOKEN = "MILVUS_TOKEN"  # of the environment: user:password, or a key
-PATIENCE = 60  # seconds for an answer
+ANSWER_SECONDS = 60
 # The client's own 10 seconds are too many pings for a server that nobody asks for a while: it hangs up.
 SELDOM_PINGED = {"grpc.keepalive_time_ms": 600_000, "grpc.keepalive_permit_without_calls": False}
 # What takes as long as the collection is large.
 LASTING = ("create_index", "flush", "load_collection")
 MOST_CANDIDATES = 16_384  # that Milvus gives at once; rows of a page too
 AT_ONCE = 1024  # rows that are deleted or carried
-LONGEST = 65_535  # bytes of a text
+LONGEST_TEXT = 65_535  # bytes of a text
 HIGHEST_ROW = 2**63 - 1
 
 LISTS = 1024  # of ivfflat
-KINDS = {"flat": "FLAT", "hnsw": "HNSW", "ivfflat": "IVF_FLAT"}
+INDEX_TYPES = {"flat": "FLAT", "hnsw": "HNSW", "ivfflat": "IVF_FLAT"}
 BUILT = {"flat": {}, "hnsw": {"M": 32, "efConstruction": 80}, "ivfflat": {"nlist": LISTS}}
-FIELDS = (
-    "file",
-    "size",
-    "time",
-    "path",
-    "content",
-)  # collections of earlier versions have no content
+FIELDS = ["file", "size", "time", "path", "content"]
 CONDITION_FIELDS = ("path", "category", "size", "time")
-WORDS = (
-    "and",
-    "or",
-    "not",
-    "in",
-    "like",
-    "is",
-    "null",
-    "exists",
-    "true",
-    "false",
-    "text_match",
-    "phrase_match",
-)
-CONDITION_NAMES = {*CONDITION_FIELDS, *WORDS}
+COMPARISONS = ("and", "or", "not", "in", "like", "is", "null", "exists", "true", "false")
+MATCHES = ("text_match", "phrase_match")
+CONDITION_NAMES = {*CONDITION_FIELDS, *COMPARISONS, *MATCHES}
 CONDITION = re.compile(
     r"""\s+|(?P<name>[A-Za-z_$][\w$]*)|"""
     r"""(?:0[xX][\da-fA-F]+|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)(?![\w.])|"""
@@ -94,7 +76,7 @@ CONDITION = re.compile(
 )
 CONDITIONS = "conditions are over path, category, size and time"
 
-Row = TypeVar("Row")
+Sliced = TypeVar("Sliced")
 
 
 def import_pymilvus() -> Any:
@@ -118,7 +100,7 @@ def row_of(path: str) -> int:
 
 
 def place_of(path: str, folders: Sequence[str]) -> str:
-    """Where an image file lies below the first folder that holds it; its name where none does.
+    """Return where an image file lies below the first folder that holds it; its name where none does.
 
     Conditions of the page's visitors are over it, so it tells nothing of what is above.
     """
@@ -129,7 +111,7 @@ def place_of(path: str, folders: Sequence[str]) -> str:
 
 
 def digest_of(key: dict[str, Any]) -> str:
-    """What a collection's name says of its encoder."""
+    """Return what a collection's name says of its encoder."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -178,7 +160,7 @@ class Table:
             file.parent.mkdir(parents=True, exist_ok=True)
         with self._explained():
             self._client = self._milvus.MilvusClient(
-                uri=address, token=token, timeout=PATIENCE, grpc_options=SELDOM_PINGED
+                uri=address, token=token, timeout=ANSWER_SECONDS, grpc_options=SELDOM_PINGED
             )
 
     @contextlib.contextmanager
@@ -202,23 +184,23 @@ class Table:
     def _is_lost(self) -> bool:
         """Whether the store does not answer any question now."""
         try:
-            self._client.list_collections(timeout=PATIENCE)
+            self._client.list_collections(timeout=ANSWER_SECONDS)
         except (self._milvus.MilvusException, OSError):
             return True
         return False
 
     def ask(self, question: str, *, condition: str = "", **about: Any) -> Any:
-        """What the client's method of that name answers about the collection.
+        """Ask the client's method of that name about the collection.
 
         Args:
             condition: of the user, who is told where Milvus refuses it.
         """
-        patience = None if question in LASTING else PATIENCE
+        patience = None if question in LASTING else ANSWER_SECONDS
         with self._explained(condition):
             return getattr(self._client, question)(self.name, timeout=patience, **about)
 
     def exists(self) -> bool:
-        """Whether the collection is there."""
+        """Return whether the collection is there."""
         return bool(self.ask("has_collection"))
 
     def create(self, kind: str, dim: int) -> None:
@@ -227,7 +209,7 @@ class Table:
         schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field("row", types.INT64, is_primary=True)
         for name in ("file", "path", "category"):
-            schema.add_field(name, types.VARCHAR, max_length=LONGEST)
+            schema.add_field(name, types.VARCHAR, max_length=LONGEST_TEXT)
         for name in ("size", "time", "content"):
             schema.add_field(name, types.INT64)
         schema.add_field("features", types.FLOAT_VECTOR, dim=dim)
@@ -239,40 +221,31 @@ class Table:
     def _index_params(self, kind: str) -> Any:
         params = self._client.prepare_index_params()
         params.add_index(
-            "features", index_type=KINDS[kind], metric_type="COSINE", params=BUILT[kind]
+            "features", index_type=INDEX_TYPES[kind], metric_type="COSINE", params=BUILT[kind]
         )
         return params
 
     def load(self, kind: str) -> None:
         """Let the collection be searched, by an index of a kind."""
         about = self.ask("describe_index", index_name="features")
-        if (about or {}).get("index_type") != KINDS[kind]:
+        if (about or {}).get("index_type") != INDEX_TYPES[kind]:
             self.ask("release_collection")
             if about:
                 self.ask("drop_index", index_name="features")
             self.ask("create_index", index_params=self._index_params(kind))
         self.ask("load_collection")
 
-    @functools.cached_property
-    def _schema(self) -> dict[str, dict[str, Any]]:
-        described = self.ask("describe_collection")["fields"]
-        return {field["name"]: field["params"] for field in described}
-
-    @property
-    def fields(self) -> list[str]:
-        """Those of FIELDS that the collection has."""
-        return [name for name in FIELDS if name in self._schema]
-
-    @property
     def dim(self) -> int:
         """The length of a feature."""
-        return int(self._schema["features"]["dim"])
+        described = self.ask("describe_collection")["fields"]
+        (params,) = [field["params"] for field in described if field["name"] == "features"]
+        return int(params["dim"])
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """FIELDS of all rows."""
         with self._explained():
             pages = self._client.query_iterator(
-                self.name, batch_size=MOST_CANDIDATES, output_fields=self.fields, timeout=PATIENCE
+                self.name, batch_size=MOST_CANDIDATES, output_fields=FIELDS, timeout=ANSWER_SECONDS
             )
             try:
                 while page := pages.next():
@@ -306,7 +279,7 @@ def _checked_table(folder: Path, about: dict[str, Any], typed: bool) -> Table:
     name = about["collection"]
     if not name.endswith(f"_{digest_of(about['encoder'])}"):
         raise UserError(
-            f"{folder / MANIFEST}: the collection {name} is of another encoder than the manifest: {REMEDY}"
+            f"{folder / MANIFEST}: the collection {name} is of another encoder than the manifest: {REBUILD}"
         )
     token = _token(folder, about, typed)
     return Table(about["store"], name, token, is_new="images" not in about)
@@ -317,7 +290,7 @@ class MilvusManifest(StoreManifest):
 
     store: Annotated[str, Field(pattern=r"^milvus:\S")]
     collection: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
-    kind: Annotated[str, OneOf(tuple(KINDS))]
+    kind: Annotated[str, OneOf(tuple(INDEX_TYPES))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,7 +310,7 @@ class MilvusImages(ImageIndex):
     def file(self, row: int) -> Identity | None:
         if not 0 <= row <= HIGHEST_ROW:
             return None
-        for found in self.table.ask("get", ids=[row], output_fields=self.table.fields):
+        for found in self.table.ask("get", ids=[row], output_fields=FIELDS):
             return _identity(found)
         return None
 
@@ -430,7 +403,7 @@ class MilvusWriter(IndexWriter):
                     "folder"
                 )
             table.create(self.keeping.kind, self.dim)
-        self.dim = table.dim
+        self.dim = table.dim()
         table.load(self.keeping.kind)
 
     @functools.cached_property
@@ -442,7 +415,7 @@ class MilvusWriter(IndexWriter):
     def held(self) -> Mapping[Identity, int]:
         for row in self._table.rows():
             file = _identity(row)
-            self._found[file] = row.get("content", 0)
+            self._found[file] = row["content"]
             if row["path"] != place_of(row["file"], self.origin["folders"]):
                 self._misplaced.add(file)
         return self._found
@@ -451,7 +424,6 @@ class MilvusWriter(IndexWriter):
         self, files: Sequence[Identity], features: np.ndarray, contents: Sequence[int]
     ) -> None:
         check_features(files, features, self.dim)
-        table = self._table
         rows = []
         for (path, size, time), values, content in zip(files, features, contents, strict=True):
             place = place_of(path, self.origin["folders"])
@@ -462,10 +434,11 @@ class MilvusWriter(IndexWriter):
                 "category": place.partition("/")[0] if "/" in place else "",
                 "size": size,
                 "time": time,
+                "content": content,
                 "features": values,
             }
-            rows.append({**row, "content": content} if "content" in table.fields else row)
-        table.ask("upsert", data=rows)
+            rows.append(row)
+        self._table.ask("upsert", data=rows)
 
     def carry(self, sources: Mapping[Identity, Identity]) -> None:
         # Rows that are replaced on the way are read before.
@@ -477,16 +450,15 @@ class MilvusWriter(IndexWriter):
             read = ahead | self._read({row for _, row in some} - ahead.keys())
             rows = [read[row] for _, row in some]
             features = np.array([row["features"] for row in rows], dtype=np.float32)
-            contents = [row.get("content", 0) for row in rows]
+            contents = [row["content"] for row in rows]
             self.keep([file for file, _ in some], features, contents)
 
     def _read(self, rows: Collection[int]) -> dict[int, dict[str, Any]]:
         """Row -> its features and content."""
-        table = self._table
-        fields = [*{"content"}.intersection(table.fields), "row", "features"]
+        fields = ["row", "content", "features"]
         read = {}
         for some in _parts(list(rows)):
-            for found in table.ask("get", ids=some, output_fields=fields):
+            for found in self._table.ask("get", ids=some, output_fields=fields):
                 read[found["row"]] = found
         return read
 
@@ -506,7 +478,7 @@ class MilvusWriter(IndexWriter):
         return counts
 
 
-def _parts(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+def _parts(rows: Sequence[Sliced]) -> Iterator[Sequence[Sliced]]:
     for start in range(0, len(rows), AT_ONCE):
         yield rows[start : start + AT_ONCE]
 
@@ -521,7 +493,7 @@ class MilvusStore(VectorStore):
     """A collection of Milvus, in a file by Milvus Lite or on a server."""
 
     addresses = ("milvus:FILE.db", "milvus:http://HOST:19530")
-    kinds = tuple(KINDS)
+    kinds = tuple(INDEX_TYPES)
     filters = True
     manifest = MilvusManifest
     writer = MilvusWriter
