@@ -131,7 +131,7 @@ class Unread(Tokenizer):
     def __call__(self, captions: list[str]) -> Tensor:
         return self.encode(captions, self.context)
 
-    def warn_of_cuts(self, captions: list[str], tokens: Tensor | None = None) -> None: ...
+    def warn_of_cuts(self, captions: list[str], tokens: Tensor) -> None: ...
 
 
 def true_encoder(name: str) -> Encoder:

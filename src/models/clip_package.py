@@ -41,7 +41,6 @@ with (
         ModifiedResNet,
         ResidualAttentionBlock,
         VisionTransformer,
-        build_model,
         convert_weights,
     )
 
@@ -52,7 +51,6 @@ __all__ = [
     "ModifiedResNet",
     "ResidualAttentionBlock",
     "VisionTransformer",
-    "build_model",
     "clip",
     "convert_weights",
 ]

@@ -134,7 +134,7 @@ def sum_validation(
     texts_of_splits: list[list[str]] = []
     for split in data.val:
         texts = [data.benchmark.caption(triplet.captions) for triplet in split.triplets]
-        encoder.backbone.tokenizer.warn_of_cuts(texts)
+        encoder.warn_of_cuts(texts)
         texts_of_splits.append(texts)
 
     def validate(model: nn.Module) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from combiner import Composer
+from combiner import Combiner, Composer
 from models.features import FrozenSplit
 from models.routing import router_penalty, router_statistics
 from training.data import Order
@@ -143,13 +143,13 @@ def feature_batches(frozen: FrozenSplit, targets: Targets, order: Order) -> Batc
     return batches
 
 
-def router_report(frozen: Sequence[FrozenSplit]) -> Callable[[Composer], dict[str, float]]:
+def router_report(frozen: Sequence[FrozenSplit]) -> Callable[[Combiner], dict[str, float]]:
     """Combiner -> what its router does with the validation queries of all splits, dropout off."""
 
     @torch.no_grad()
-    def report(combiner: Composer) -> dict[str, float]:
+    def report(combiner: Combiner) -> dict[str, float]:
         combiner.eval()
-        logits = [combiner.routed(split.references, split.captions[:, 0])[1] for split in frozen]
+        logits = [combiner.route(split.references, split.captions[:, 0]) for split in frozen]
         return router_statistics(torch.cat(logits), combiner.top_k)
 
     return report
