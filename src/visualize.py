@@ -141,7 +141,8 @@ def measured_records(args: argparse.Namespace) -> tuple[Records, Benchmark, str]
     )
     rankings = rank_all(frozen, pair.compose, protocols, k=args.k, block=args.similarity_block)
     insights = explain_all(frozen, pair.compose, protocols[0].text)
-    records = make_records(benchmark, splits, rankings, insights=insights)
+    made = make_records(benchmark, splits, rankings, insights=insights)
+    records = {name: list(queries) for name, queries in made.items()}
     return records, benchmark, pair.encoder.preprocessing["background"]
 
 
