@@ -98,7 +98,7 @@ def combiner_training(
         model=ComposedFeatures(combiner, with_router=penalty is not None),
         module=combiner,
         loss=loss,
-        optimizer=Adam(learned, lr=flags.combiner_lr, fused=device.type == "cuda"),
+        optimizer=Adam(learned, lr=flags.combiner_lr, fused=True),
         validate=lambda measured: measure(measured.eval()),
         penalty=penalty,
         router=router_report(val) if combiner.has_router else None,
