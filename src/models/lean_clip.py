@@ -91,21 +91,24 @@ def folded(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]
 def folded_to_learn(model: nn.Module) -> Iterator[None]:
     """The same where several backward passes follow: at the end, their gradients are carried on to all weights."""
     modules = [module for module in model.modules() if isinstance(module, Folding)]
-    made: list[Tensor] = []
-    for module in modules:
-        own = module.fold()
+    made = [module.fold() for module in modules]
+    for module, own in zip(modules, made, strict=True):
         module.folded = tuple(
             weight.detach().requires_grad_(weight.requires_grad) for weight in own
         )
-        made += own
     try:
         yield
-        leaves = [leaf for module in modules for leaf in module.folded]
+        for module in reversed(
+            modules
+        ):  # one after the other, so that few gradients are there twice
+            pairs = list(zip(made.pop(), module.folded, strict=True))
+            module.folded = ()
+            learned = [pair for pair in pairs if pair[1].grad is not None]
+            weights = [weight for weight, _ in learned]
+            torch.autograd.backward(weights, [leaf.grad for _, leaf in learned])
     finally:
         for module in modules:
             module.folded = ()
-    learned = [pair for pair in zip(made, leaves, strict=True) if pair[1].grad is not None]
-    torch.autograd.backward([weight for weight, _ in learned], [leaf.grad for _, leaf in learned])
 
 
 class LeanCLIP(CLIP):
