@@ -13,7 +13,7 @@ install = $(if $(LOCKED),($(by_uv)) ||,) $(BIN)/python -m pip install --quiet $(
 # A process for each core; each takes whole files, so that what a file's tests share is made once.
 IN_PARALLEL = -n auto --dist loadfile
 
-.PHONY: demo app test quick soak bench gpu-check lint types audit lock format architecture clean
+.PHONY: demo app test quick soak bench count gpu-check lint types audit lock format architecture clean
 
 demo: $(VENV)/demo-installed
 	$(BIN)/python src/demo.py
@@ -37,6 +37,10 @@ soak: $(VENV)/dev-installed
 
 bench: $(VENV)/app-installed
 	$(BIN)/python bench/run.py
+
+# What steps would take on a GPU, counted without one.
+count: $(VENV)/runtime-installed
+	$(BIN)/python bench/null_gpu.py
 
 # No packages are installed for it: a machine with a GPU is often without a network. It needs torch, torchvision, numpy,
 # pillow and the clip package. REHEARSE=1 runs all of it on the CPU, as small as it goes; OUTPUT=FILE takes the results.

@@ -1,4 +1,4 @@
-"""The mixture of experts: against a loop over rows, and against its matrix products alone."""
+"""The mixture of experts: against loops over experts and over rows, and against its matrix products alone."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from torch import nn
 
 from combiner import SparseMoE
 from timing import Row, Setting, in_turns
-from twins import RowLoopMoE
+from twins import ExpertLoopMoE, RowLoopMoE
 
 EXPERTS, TOP_K = 4, 2
 
@@ -75,8 +75,12 @@ def figures(setting: Setting) -> Iterator[Row]:
     yield from against_products(moe, x, dtype, what)
     if setting.on_gpu or setting.rehearses:
         yield from against_products(moe, x, torch.bfloat16, f"{what}, bf16")
-    loop = RowLoopMoE(2 * p, h, EXPERTS, TOP_K).to(device)
-    ours, twin = in_turns(
-        step(moe, x, dtype), step(loop, x, dtype), device, rounds=3, twin_rounds=1
-    )
-    yield {"figure": f"{what} / row loop", "ours": ours, "twin": twin, "must": "10 x"}
+    for name, kind, rounds, must in (
+        ("a loop over experts", ExpertLoopMoE, 5, ""),
+        ("row loop", RowLoopMoE, 1, "10 x"),
+    ):
+        loop = kind(2 * p, h, EXPERTS, TOP_K).to(device)
+        ours, twin = in_turns(
+            step(moe, x, dtype), step(loop, x, dtype), device, rounds=5, twin_rounds=rounds
+        )
+        yield {"figure": f"{what} / {name}", "ours": ours, "twin": twin, "must": must}

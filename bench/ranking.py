@@ -1,4 +1,4 @@
-"""Ranking: CIRR's validation at its real size, and a gallery of a million."""
+"""Ranking: CIRR's validation at its real size, against `topk`, and a gallery of a million."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +88,24 @@ def val_size(setting: Setting) -> Iterator[Row]:
     }
 
 
+def against_topk(setting: Setting) -> Iterator[Row]:
+    """The nearest 50 and the target's rank of each query, against torch's `topk`, which gives no ranks."""
+    sizes = setting.choose(gpu=(1000, 200_000, 640), cpu=(1000, 200_000, 640), tiny=(40, 300, 8))
+    frozen = random_cirr(*sizes, setting.device, grouped=False)
+
+    def twin() -> None:
+        gallery = F.normalize(frozen.images, dim=-1)
+        queries = compose(frozen.references, frozen.captions[:, 0])
+        for block in queries.split(512):
+            (block @ gallery.T).topk(50)
+
+    ours, taken = in_turns(
+        lambda: rank(frozen, compose, [ORIGINAL_KEPT], k=50), twin, setting.device, 3, 3
+    )
+    what = "ranking {:,} x {:,}, D {}, with the nearest 50 / product and topk".format(*sizes)
+    yield {"figure": what, "ours": ours, "twin": taken, "ours / twin": ours / taken}
+
+
 def million(setting: Setting) -> Iterator[Row]:
     """10,000 queries against a million vectors."""
     device = setting.device
@@ -111,4 +129,5 @@ def million(setting: Setting) -> Iterator[Row]:
 def figures(setting: Setting) -> Iterator[Row]:
     """Rows of the results table."""
     yield from val_size(setting)
+    yield from against_topk(setting)
     yield from million(setting)

@@ -122,7 +122,7 @@ def bank(setting: Setting) -> Iterator[Row]:
     features = F.normalize(torch.randn(targets, d, device=device), dim=-1)
     combiner = Combiner(d, p, h).to(device)
     model = ComposedFeatures(combiner, with_router=False).train()
-    optimizer = Adam(combiner.parameters(), lr=2e-5, fused=setting.on_gpu)
+    optimizer = Adam(combiner.parameters(), lr=2e-5, fused=True)
     precision = Precision("amp", device)
     scaler = precision.scaler()
     bank = BankLoss(features)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from runtime import distributed
 from runtime.precision import product_type
-from runtime.weights import fitted, shape_of
-from utils import UserError, flag
+from runtime.weights import Unfilled, fitted, shape_of
+from utils import UserError, first_line, flag
 
 # Image features (B, D), text features (B, D) -> queries (B, D).
 Compose = Callable[[Tensor, Tensor], Tensor]
@@ -271,6 +271,10 @@ class Combiner(Composer):
         composed = self.output_layer(hidden) + gate * text_features + (1 - gate) * image_features
         return F.normalize(composed, dim=-1), logits
 
+    def route(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """The router's logits alone, (B, D), (B, D) -> (B, E)."""
+        return self.moe_layer.route(self.joint(image_features, text_features))
+
     def joint(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """What router, experts and gate see: the attended projections (B, 2P), text first."""
         text = self.dropout(self.text_projection_layer(text_features))  # (B, P)
@@ -423,13 +427,11 @@ def load_combiner(
         )
     source = f"--combiner-path {path}"
     try:
-        with torch.device("meta"):
-            model = build_combiner(settings).state_dict()
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
-    weights = fitted(
-        state, model, source=source, remedy="train or copy it again", vital=PROJECTIONS
-    )
-    combiner = build_combiner(settings)
+        with Unfilled():
+            combiner = build_combiner(settings)
+    except (UserError, RuntimeError) as error:
+        raise UserError(f"{source}: {first_line(error)}") from None
+    remedy = "train or copy it again"
+    weights = fitted(state, combiner.state_dict(), source=source, remedy=remedy, vital=PROJECTIONS)
     combiner.load_state_dict(weights)
     return combiner.eval()

@@ -106,6 +106,7 @@ def main(argv: list[str] | None = None) -> None:
             rankings,
             reasons=reasons,
             made_by=provenance(pair, command_line("validate.py", argv), listed),
+            kept=args.feature_cache,
         )
         if args.metrics_json:
             write_result(args.metrics_json, result)

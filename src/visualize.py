@@ -180,7 +180,8 @@ def measured_records(args: argparse.Namespace) -> Found:
     )
     rankings = rank_all(frozen, pair.compose, protocols, k=args.k, block=args.similarity_block)
     insights = explain_all(frozen, pair.compose, protocols[0].text)
-    records = make_records(benchmark, splits, rankings, insights=insights)
+    made = make_records(benchmark, splits, rankings, insights=insights)
+    records = {name: list(queries) for name, queries in made.items()}
     metrics = {}
     if args.split != "test":
         metrics = {of.name: benchmark.metrics(splits, found) for of, found in rankings.items()}

@@ -16,6 +16,7 @@ from benchmarks import CIRR
 from benchmarks.splits import images_digest
 from image_search.image_index import open_index
 from runtime.files import SAMPLE, file_identities
+from runtime.image_source import IMAGES
 from test_resume import stopped as stopped
 from training.image_cache import ImageCache
 
@@ -156,3 +157,20 @@ def test_a_digest_of_images_names_each(own_drawn):
     second.write_bytes(content)
     assert images_digest(split) != whole
     assert images_digest(split, sampled=True) != sampled
+
+
+def test_images_are_hashed_once_and_remembered_beside_their_features(golden, tmp_path, monkeypatch):
+    root = shutil.copytree(golden / "cirr_dataset", tmp_path / "cirr_dataset").parent
+    (split,) = CIRR(root).val()
+    read = []
+    digest = type(IMAGES).digest
+    monkeypatch.setattr(
+        type(IMAGES), "digest", lambda *a, **how: read.append(a[1]) or digest(*a, **how)
+    )
+    whole = images_digest(split, kept=tmp_path / "features")
+    assert whole == images_digest(split)
+    assert len(read) == 2 * len(split.paths)
+    assert images_digest(split, kept=tmp_path / "features") == whole
+    assert len(read) == 2 * len(split.paths)
+    split.paths[0].write_bytes(split.paths[1].read_bytes())
+    assert images_digest(split, kept=tmp_path / "features") == images_digest(split) != whole

@@ -76,7 +76,7 @@ def test_features_and_gradients_are_those_of_the_clip_package(name, encoder, pai
 
 
 @pytest.mark.parametrize("name", ["vit", "rn"])
-@pytest.mark.parametrize("way", ["checkpointed", "compiled", "copied"])
+@pytest.mark.parametrize("way", ["checkpointed", "compiled", "copied", "channels last"])
 def test_they_are_the_same_in_every_way_that_training_takes(name, way, pair, monkeypatch):
     plain, lean = pair(name)
     if way == "checkpointed":
@@ -86,6 +86,8 @@ def test_they_are_the_same_in_every_way_that_training_takes(name, way, pair, mon
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     if way == "copied":
         lean = copy.deepcopy(lean)
+    if way == "channels last":  # as on a GPU
+        lean.visual.to(memory_format=torch.channels_last)
     assert_same(features_and_gradients(lean), features_and_gradients(plain))
 
 

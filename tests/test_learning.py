@@ -23,6 +23,7 @@ import combiner_train
 from conftest import SOAK, read_csv
 from models.backbone import choose_trained
 from models.clip_model import backbone, checkpoint_gradients, load_clip, resolution, tokenize
+from models.lean_clip import LeanBlock
 from runtime import distributed
 from runtime.choices import LOSSES
 from trainers import stage_1_flags, stage_2_flags
@@ -182,6 +183,18 @@ def test_micro_batches_bound_the_rows_that_have_a_graph(golden):
     inputs = [images[0], images[1], tokenize([str(i) for i in range(8)])]
     gradient_of(SumFeatures(model, backbone(model)), micro_batch=2).add(inputs, torch.arange(8))
     assert rows_with_graph == [4, 4, 4, 4]  # reference and target of two triplets
+
+
+def test_micro_batches_share_the_weights_that_carry_others(golden, monkeypatch):
+    """Made for all passes without graph, for all but the last with graph, and for that one, which is shared."""
+    model = load_clip(str(golden / "clip_vit.pt"), CPU)
+    made = []
+    fold = LeanBlock.fold
+    monkeypatch.setattr(LeanBlock, "fold", lambda block: made.append(block) or fold(block))
+    images = torch.zeros(2, 8, 3, 64, 64, dtype=torch.uint8)
+    inputs = [images[0], images[1], tokenize([str(i) for i in range(8)])]
+    gradient_of(SumFeatures(model, backbone(model)), micro_batch=1).add(inputs, torch.arange(8))
+    assert len(made) == 3 * len(set(made)) > 0
 
 
 def test_duplicate_targets_are_not_each_others_negatives():

@@ -305,7 +305,7 @@ def test_memory_of_weights_gradients_optimizer_and_average(vit):
 ALLOCATED = {
     ("RN50x4", Way(batch_size=128)): 20.93,
     ("ViT-B/32", Way(batch_size=128)): 6.75,
-    ("ViT-B/32", Way(batch_size=128, micro_batch_size=16, gradient_checkpointing=True)): 2.52,
+    ("ViT-B/32", Way(batch_size=128, micro_batch_size=16, gradient_checkpointing=True)): 3.24,
 }
 
 

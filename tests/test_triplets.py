@@ -21,6 +21,7 @@ from benchmarks.splits import check_images_exist, split_digest
 from benchmarks.triplets import OWN_COLUMNS
 from combiner import Sum
 from conftest import CASES
+from evaluation import rankings_file
 from evaluation.rankings_file import make_records, read_rankings, write_rankings
 from evaluation.result_file import make_result, read_result, write_result
 from evaluation.retrieval import rank_all
@@ -588,3 +589,24 @@ def measured(benchmark: Triplets, folder: Path) -> tuple[dict, dict]:
         make_records(benchmark, val, rankings, insights={split.name: None for split in val}),
     )
     return read_result(folder / "m.json"), read_rankings(folder / "r.json")
+
+
+def test_rankings_are_written_as_they_come(own_drawn, tmp_path, monkeypatch):
+    """A query is in the file before the next one is made; how many are made at once changes nothing."""
+    written = []
+
+    def queries():
+        for number in range(4):
+            yield {"query": number, "caption": "x" * 2**20}
+            written.append(sum(file.stat().st_size for file in tmp_path.iterdir()))
+
+    write_rankings(tmp_path / "r.json", {"protocols": {}, "clusters": {}}, {"val": queries()})
+    assert all(size > number * 2**20 for number, size in enumerate(written))
+    assert len(json.loads((tmp_path / "r.json").read_text())["queries"]["val"]) == 4
+
+    benchmark = Triplets(own_drawn)
+    found = []
+    for at_once in (1024, 2):
+        monkeypatch.setattr(rankings_file, "AT_ONCE", at_once)
+        found.append(measured(benchmark, tmp_path)[1])
+    assert found[0] == found[1]

@@ -159,6 +159,12 @@ class Ranking:
             kinds=split.queries_of_kinds,
         )
 
+    def part(self, rows: slice) -> "Ranking":
+        """The same of some of the queries."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        taken = {name: column[rows] for name, column in columns.items() if column is not None}
+        return Ranking(**taken)
+
     def answers(self, names: Sequence[str]) -> list[list[tuple[str, float]]]:
         """Names and similarities of what each query retrieved, from the names of the gallery."""
         return _named(names, self.nearest, self.similarities)

@@ -1,5 +1,6 @@
 """The records of a split: its triplets, its gallery, and what its files contain."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from runtime.files import write_text
 from runtime.image_source import IMAGES
 from runtime.spelling import hint_of_file, missing_folder
 from utils import UserError
@@ -231,12 +233,29 @@ def split_digest(split: Split) -> str:
     return hashlib.sha256(json.dumps([split.names, queries]).encode()).hexdigest()
 
 
-def images_digest(split: Split, *, sampled: bool = False) -> str:
+def images_digest(split: Split, *, sampled: bool = False, kept: Path | None = None) -> str:
     """SHA-256 of a gallery: of the names and contents of its files, in order. Other copies of a dataset have others.
 
     Args:
         sampled: a sample of each file stands for its content, see `runtime.files.sample_digest`.
+        kept: folder that remembers the digest, until paths, sizes, times or samples of the files are others; None to
+            read them all.
     """
+    if kept is None:
+        return _read_digest(split, sampled=sampled)
+    identities = json.dumps([split.names, IMAGES.identities(split.paths)])
+    key = hashlib.sha256(identities.encode()).hexdigest()
+    file = kept / f"images-{key[:16]}.sha256"
+    with contextlib.suppress(OSError, ValueError):
+        told, digest = file.read_text().split()
+        if told == key:
+            return digest
+    digest = _read_digest(split, sampled=sampled)
+    write_text(file, f"{key} {digest}\n")
+    return digest
+
+
+def _read_digest(split: Split, *, sampled: bool) -> str:
     digest = hashlib.sha256()
     with ThreadPoolExecutor() as pool:
         contents = pool.map(functools.partial(IMAGES.digest, sampled=sampled), split.paths)

@@ -198,6 +198,7 @@ def write_metrics(
             rankings,
             reasons=read_exclusions(args.exclusions, benchmark.name),
             made_by=provenance(pair, place.settings.flags["command"]),
+            kept=None if args.verify else choice.feature_cache,
         )
         file = place.folder.with_name(f"{place.folder.name}.json")
         write_result(file, result)

@@ -1,19 +1,19 @@
 """The answers to every query in plain types, and the rankings files that hold them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import Benchmark, Split, Triplet
+from benchmarks import Benchmark, Protocol, Split, Triplet
 from evaluation.result_file import check_metrics
-from runtime.files import read_json, write_text
+from runtime.files import read_json, written_whole
 from utils import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from benchmarks.ranking import Rankings
+    from benchmarks.ranking import Ranking, Rankings
     from combiner import Insight
 
 # Split's name -> its queries. A query has its caption, reference, targets and group, under each protocol the ranks of
@@ -24,6 +24,7 @@ Records = dict[str, list[Record]]
 
 SIMILARITY_DIGITS = 6
 WEIGHT_DIGITS = 4
+AT_ONCE = 1024  # queries whose answers are in memory by their names
 
 
 def make_records(
@@ -32,23 +33,34 @@ def make_records(
     rankings: "Rankings",
     *,
     insights: "Mapping[str, Insight | None]",
-) -> Records:
+) -> dict[str, Iterator[Record]]:
     """Return the queries of some splits with their answers. Similarities are rounded to 6 digits, weights to 4.
+
+    They are made as they are asked for: names and numbers of a million queries take 20 GB.
 
     Targets and ranks of a test split are None.
 
     Args:
         insights: what the Combiner did with each split's queries; None for the sum.
     """
-    records = {}
-    for split in splits:
-        queries = [_query(row, triplet, benchmark) for row, triplet in enumerate(split.triplets)]
-        _add_answers(benchmark, split, queries, rankings=rankings)
-        insight = insights[split.name]
+    return {
+        split.name: _records(benchmark, split, rankings, insights[split.name]) for split in splits
+    }
+
+
+def _records(
+    benchmark: Benchmark, split: Split, rankings: "Rankings", insight: "Insight | None"
+) -> Iterator[Record]:
+    """The queries of a split."""
+    for start in range(0, len(split.triplets), AT_ONCE):
+        rows = slice(start, start + AT_ONCE)
+        triplets = split.triplets[rows]
+        queries = [_query(row, triplet, benchmark) for row, triplet in enumerate(triplets, start)]
+        own = {protocol: found[split.name].part(rows) for protocol, found in rankings.items()}
+        _add_answers(benchmark, split.names, queries, triplets=triplets, rankings=own)
         if insight is not None:
-            _add_insight(queries, insight)
-        records[split.name] = queries
-    return records
+            _add_insight(queries, insight.gate[rows], insight.experts[rows])
+        yield from queries
 
 
 def _query(row: int, triplet: Triplet, benchmark: Benchmark) -> Record:
@@ -67,24 +79,33 @@ def _query(row: int, triplet: Triplet, benchmark: Benchmark) -> Record:
 
 
 def _add_answers(
-    benchmark: Benchmark, split: Split, queries: list[Record], *, rankings: "Rankings"
+    benchmark: Benchmark,
+    names: Sequence[str],
+    queries: list[Record],
+    *,
+    triplets: Sequence[Triplet],
+    rankings: "Mapping[Protocol, Ranking]",
 ) -> None:
-    """What each query retrieved under each protocol, and in its group, where every protocol gives the same."""
-    for protocol, by_split in rankings.items():
-        ranking = by_split[split.name]
-        answers = _rounded(ranking.answers(split.names))
+    """What each query retrieved under each protocol, and in its group, where every protocol gives the same.
+
+    Args:
+        names: of the gallery.
+        triplets, rankings: of these queries.
+    """
+    for protocol, ranking in rankings.items():
+        answers = _rounded(ranking.answers(names))
         ranks = _as_list(ranking.ranks, len(queries))
         columns = zip(queries, ranks, ranking.known_other_ranks, answers, strict=True)
         for query, rank, others, nearest in columns:
             found = {"rank": rank, "other_ranks": others, "nearest": nearest}
             query["protocols"][protocol.name] = found
         if protocol.text:
-            for query, triplet in zip(queries, split.triplets, strict=True):
+            for query, triplet in zip(queries, triplets, strict=True):
                 asked = dict(
                     zip(benchmark.texts, benchmark.evaluation_texts(triplet.captions), strict=True)
                 )
                 query["protocols"][protocol.name]["caption"] = asked[protocol.text]
-    in_group = ranking.answers_in_group(split.names)
+    in_group = ranking.answers_in_group(names)
     if in_group is None:
         return
     ranks = _as_list(ranking.group_ranks, len(queries))
@@ -97,10 +118,8 @@ def _as_list(ranks: "Tensor | None", queries: int) -> list[int] | list[None]:
     return [None] * queries if ranks is None else ranks.tolist()
 
 
-def _add_insight(queries: list[Record], insight: "Insight") -> None:
-    for query, gate, weights in zip(
-        queries, insight.gate.tolist(), insight.experts.tolist(), strict=True
-    ):
+def _add_insight(queries: list[Record], gates: "Tensor", experts: "Tensor") -> None:
+    for query, gate, weights in zip(queries, gates.tolist(), experts.tolist(), strict=True):
         query["gate"] = round(gate, WEIGHT_DIGITS)
         if weights:
             query["experts"] = [round(weight, WEIGHT_DIGITS) for weight in weights]
@@ -113,22 +132,33 @@ def _rounded(answers: list[list[tuple[str, float]]]) -> list[list[tuple[str, flo
     return rounded
 
 
-def write_rankings(file: Path, result: Mapping[str, Any], records: Records) -> None:
+def write_rankings(
+    file: Path, result: Mapping[str, Any], records: Mapping[str, Iterable[Record]]
+) -> None:
     """Write records to a file: the result that they belong to, without its ranks, then a line for each query."""
     protocols = {}
     for name, measured in result["protocols"].items():
         protocols[name] = {key: value for key, value in measured.items() if "ranks" not in key}
     about = {**result, "protocols": protocols}
     del about["clusters"]  # the queries have their references and targets
-    splits = []
-    for name, queries in records.items():
-        lines = ",\n".join(map(json.dumps, queries))
-        splits.append(f"{json.dumps(name)}: [\n{lines}\n]")
-    fields = [
-        f" {json.dumps(name)}: {json.dumps(value, indent=1)}" for name, value in about.items()
-    ]
-    fields.append(' "queries": {' + ",\n".join(splits) + "}")
-    write_text(file, "{\n" + ",\n".join(fields) + "\n}\n")
+    with written_whole(file) as out:
+        for text in _parts(about, records):
+            out.write(text.encode())
+
+
+def _parts(about: Mapping[str, Any], records: Mapping[str, Iterable[Record]]) -> Iterator[str]:
+    """The text of a rankings file, a query at a time."""
+    yield "{\n"
+    for name, value in about.items():
+        yield f" {json.dumps(name)}: {json.dumps(value, indent=1)},\n"
+    yield ' "queries": {'
+    for number, (name, queries) in enumerate(records.items()):
+        yield ",\n" * (number > 0) + f"{json.dumps(name)}: ["
+        for row, query in enumerate(queries):
+            yield ",\n" * (row > 0) or "\n"
+            yield json.dumps(query)
+        yield "\n]"
+    yield "}\n}\n"
 
 
 def read_rankings(file: Path) -> dict[str, Any]:

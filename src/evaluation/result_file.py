@@ -30,6 +30,7 @@ def make_result(
     *,
     reasons: Mapping[str, str],
     made_by: Mapping[str, Any],
+    kept: Path | None = None,
 ) -> Result:
     """Return all of a measurement in plain types.
 
@@ -38,6 +39,7 @@ def make_result(
         rankings: of each split under each protocol; the metrics of the first are the result's own.
         reasons: why images were excluded.
         made_by: what measured and how, see `provenance`.
+        kept: folder that remembers what all images are, see `images_digest`.
     """
     protocols = {}
     for protocol, of_split in rankings.items():
@@ -55,7 +57,7 @@ def make_result(
         "excluded_images": excluded_images,
         "excluded_triplets": {split.name: split.excluded_triplets for split in splits},
         "smaller_groups": {split.name: split.smaller_groups for split in splits},
-        "images_sha256": {split.name: images_digest(split) for split in splits},
+        "images_sha256": {split.name: images_digest(split, kept=kept) for split in splits},
         "images_sampled": {split.name: images_digest(split, sampled=True) for split in splits},
         "queries_sha256": {split.name: split_digest(split) for split in splits},
         "kinds": {split.name: split.queries_of_kinds for split in splits if split.queries_of_kinds},

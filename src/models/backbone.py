@@ -77,15 +77,14 @@ class Tokenizer:
         wider = self.encode([caption], self.context + 1)
         return int((wider == self.pad).sum()) != int((fitted == self.pad).sum()) + 1
 
-    def warn_of_cuts(self, captions: list[str], tokens: Tensor | None = None) -> None:
+    def warn_of_cuts(self, captions: list[str], tokens: Tensor) -> None:
         """Say how many captions are cut, once in a command.
 
         Args:
-            tokens: theirs, (len(captions), context), where they are made already.
+            tokens: theirs, (len(captions), context).
         """
-        if self._told or not captions or not distributed.is_main():
+        if self._told or not distributed.is_main():
             return
-        tokens = self(captions) if tokens is None else tokens
         # What fits ends in pads, but for an end that tokenizers put in the last column whatever the caption is.
         full = (tokens[:, -2] != self.pad).nonzero().flatten().tolist()
         cut = sum(self.cuts(captions[row]) for row in full)

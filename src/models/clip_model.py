@@ -19,7 +19,6 @@ from models.clip_package import (
     Bottleneck,
     ModifiedResNet,
     ResidualAttentionBlock,
-    build_model,
     clip,
     convert_weights,
 )
@@ -28,7 +27,7 @@ from models.names import find_clip
 from models.weights_file import read_clip
 from runtime import distributed
 from runtime.tensors import save_tensors
-from runtime.weights import differences, fitted
+from runtime.weights import Unfilled, differences, fitted
 from utils import UserError, first_line, seed_everything
 
 logger = logging.getLogger(__name__)
@@ -77,16 +76,17 @@ def load_clip(name: str, device: torch.device) -> CLIP:
         )
     remedy = "name a state dict of OpenAI's CLIP"
     sizes = sizes_of(found.state, source=source, remedy=remedy)
-    model = _without_data(sizes, f"{source} has weights of impossible sizes: {remedy}")
+    model = _unfilled(sizes, f"{source} has weights of impossible sizes: {remedy}")
     convert_weights(model)
     weights = fitted(found.state, model.state_dict(), source=source, remedy=remedy, vital=VITAL)
-    return ready(build_model(weights), device)
+    model.load_state_dict(weights)
+    return ready(model, device)
 
 
-def _without_data(sizes: Sequence[Any], refusal: str) -> CLIP:
-    """A CLIP of some sizes whose weights take no memory. Raises UserError where there can be none."""
+def _unfilled(sizes: Sequence[Any], refusal: str) -> CLIP:
+    """A CLIP of some sizes whose weights are still to come. Raises UserError where there can be none."""
     try:
-        with torch.device("meta"):
+        with Unfilled():
             return CLIP(*sizes)
     except (RuntimeError, ValueError, AssertionError, ZeroDivisionError):
         raise UserError(refusal) from None
@@ -107,9 +107,8 @@ def load_sized(
     source = f"--pair {path}"
     remedy = "copy the folder again, or export it again"
     in_order = [sizes[name] for name in SIZES]
-    model = _without_data(in_order, f"{source}: its sizes are impossible: {remedy}")
+    model = _unfilled(in_order, f"{source}: its sizes are impossible: {remedy}")
     weights = fitted(state, model.state_dict(), source=source, remedy=remedy, vital=VITAL)
-    model = CLIP(*in_order)
     model.load_state_dict(weights)
     return ready(model, device)
 

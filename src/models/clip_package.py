@@ -39,7 +39,6 @@ with warnings.catch_warnings(), mock.patch("torch.cuda.is_available", return_val
         ModifiedResNet,
         ResidualAttentionBlock,
         VisionTransformer,
-        build_model,
         convert_weights,
     )
 for name in stand_ins:
@@ -52,7 +51,6 @@ __all__ = [
     "ModifiedResNet",
     "ResidualAttentionBlock",
     "VisionTransformer",
-    "build_model",
     "clip",
     "convert_weights",
 ]

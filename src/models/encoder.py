@@ -32,7 +32,9 @@ from utils import LONGEST, SHORTEST, UserError
 
 CAPTIONS_AT_ONCE = 256  # in a batch: 32, as of images, leave a GPU idle
 NOT_OF_BYTES = ("mean", "std", "context", "architecture")  # which follow when an image is bytes
-CAPTIONS_KEPT = 16_384  # whose tokens are remembered, 1 KB each: more than a validation has
+CAPTIONS_KEPT = (
+    65_536  # whose tokens are remembered, 1 KB each: more than a split of a benchmark has
+)
 
 Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
@@ -138,6 +140,13 @@ class Encoder:
     def _no_features(self) -> Tensor:
         return torch.empty(0, self.backbone.dim, device=self.device)
 
+    def warn_of_cuts(self, captions: list[str]) -> None:
+        """Say how many captions are cut, see `Tokenizer`; their tokens are remembered until they are encoded."""
+        tokenizer = self.backbone.tokenizer
+        tokens = [_tokens(tokenizer, caption) for caption in captions]
+        if tokens:
+            tokenizer.warn_of_cuts(captions, torch.stack(tokens))
+
     @torch.no_grad()
     def captions(self, captions: list[str]) -> Tensor:
         """Captions to features (len(captions), D) on the device, in order; a repeated one is encoded once."""
@@ -240,7 +249,7 @@ def _chunks(items: Sequence[Item], size: int) -> list[list[Item]]:
 
 @functools.lru_cache(CAPTIONS_KEPT)
 def _tokens(tokenizer: Tokenizer, caption: str) -> Tensor:
-    """A caption's tokens (context,). Each validation asks for those of the same captions."""
+    """A caption's tokens (context,), which are asked for before they are encoded, and in each validation."""
     return tokenizer([caption])[0]
 
 

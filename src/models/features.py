@@ -76,7 +76,7 @@ class FeatureCache:
         return self._get(f"{label}-captions", captions, lambda: self._encode_captions(captions))
 
     def _encode_captions(self, captions: list[str]) -> Tensor:
-        self.encoder.backbone.tokenizer.warn_of_cuts(captions)
+        self.encoder.warn_of_cuts(captions)
         return self.encoder.captions(captions)
 
     def _get(self, label: str, inputs: object, compute: Callable[[], Tensor]) -> Tensor:

@@ -87,6 +87,30 @@ def folded(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]
             module.folded = ()
 
 
+@contextlib.contextmanager
+def folded_to_learn(model: nn.Module) -> Iterator[None]:
+    """The same where several backward passes follow: at the end, their gradients are carried on to all weights."""
+    modules = [module for module in model.modules() if isinstance(module, Folding)]
+    made = [module.fold() for module in modules]
+    for module, own in zip(modules, made, strict=True):
+        module.folded = tuple(
+            weight.detach().requires_grad_(weight.requires_grad) for weight in own
+        )
+    try:
+        yield
+        for module in reversed(
+            modules
+        ):  # one after the other, so that few gradients are there twice
+            pairs = list(zip(made.pop(), module.folded, strict=True))
+            module.folded = ()
+            learned = [pair for pair in pairs if pair[1].grad is not None]
+            weights = [weight for weight, _ in learned]
+            torch.autograd.backward(weights, [leaf.grad for _, leaf in learned])
+    finally:
+        for module in modules:
+            module.folded = ()
+
+
 class LeanCLIP(CLIP):
     """CLIP whose text encoder takes batches first and waits for nothing."""
 
@@ -127,8 +151,9 @@ class LeanBlock(Folding, ResidualAttentionBlock):
         attn = self.attn
         in_weight, in_bias, up_weight, up_bias, down_weight = self.carrying()
         joint = F.linear(_normalised(x, self.ln_1), in_weight, in_bias)  # (b, L, 3W)
-        parts = joint.unflatten(-1, (3, attn.num_heads, -1)).transpose(1, 3)  # (b, heads, 3, L, d)
-        query, key, value = parts.unbind(2)
+        # Taken apart before they are transposed: so their gradients lie side by side again as they come.
+        parts = joint.unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
+        query, key, value = (part.transpose(1, 2) for part in parts)  # (b, heads, L, d) each
         causal = self.attn_mask is not None
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
         x = x + attn.out_proj(mixed.transpose(1, 2).flatten(2))
@@ -160,11 +185,10 @@ class LeanBottleneck(Folding, Bottleneck):
     def forward(self, x: Tensor) -> Tensor:
         """(b, C, h, w) -> (b, 4 planes, h / stride, w / stride)."""
         carrying = self.carrying()
-        identity = x
+        out, identity = pointwise_beside(x, *carrying[:2])
         if self.downsample is not None:
             weight, bias = carrying[6:]
-            identity = F.conv2d(self.downsample[0](x), weight, bias)
-        out = convolution_then_relu(x, *carrying[:2])
+            identity = F.conv2d(self.downsample[0](identity), weight, bias)
         out = convolution_then_relu(out, *carrying[2:4], padding=1)
         return convolution_then_relu(self.avgpool(out), *carrying[4:6], added=identity)
 
@@ -281,15 +305,22 @@ def _in_one_kernel(
         return None
 
 
+def _computed(
+    x: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None, *, stride: int, padding: int
+) -> Tensor:
+    """`relu(conv2d(x, weight, bias) + added)`, in one kernel where there is one."""
+    if has_fused_kernel(x):
+        out = _in_one_kernel(x, weight, bias, added, stride=stride, padding=padding)
+        if out is not None:
+            return out
+    out = F.conv2d(x, weight, bias, stride, padding)
+    return (out if added is None else out.add_(added)).relu_()
+
+
 class _ConvolutionThenReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, added, stride, padding):
-        out = None
-        if has_fused_kernel(x):
-            out = _in_one_kernel(x, weight, bias, added, stride=stride, padding=padding)
-        if out is None:
-            out = F.conv2d(x, weight, bias, stride, padding)
-            out = (out if added is None else out.add_(added)).relu_()
+        out = _computed(x, weight, bias, added, stride=stride, padding=padding)
         ctx.save_for_backward(x, weight, out)
         ctx.shape = [stride, stride], [padding, padding], [1, 1]
         return out
@@ -310,3 +341,49 @@ class _ConvolutionThenReLU(torch.autograd.Function):
             ctx.needs_input_grad[:3],
         )
         return *gradients, gradient if ctx.needs_input_grad[3] else None, None, None
+
+
+def pointwise_beside(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """`relu(conv2d(x, weight, bias))` with a kernel of 1 x 1, and x for the way past it.
+
+    In the backward pass the product adds its part to the gradient of that way, which is to be used once: a sum of both
+    would read and write all of it again.
+    """
+    if torch.compiler.is_compiling():
+        return F.relu(F.conv2d(x, weight, bias)), x
+    return _PointwiseBeside.apply(*_in_half(x, weight, bias))
+
+
+class _PointwiseBeside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        out = _computed(x, weight, bias, None, stride=1, padding=0)
+        ctx.save_for_backward(x, weight, out)
+        return out, x
+
+    @staticmethod
+    def backward(ctx, gradient, of_past):
+        x, weight, out = ctx.saved_tensors
+        of_x, *of_weights = ctx.needs_input_grad
+        gradient = torch.ops.aten.threshold_backward(gradient, out, 0)
+        joins = of_x and of_past.is_contiguous(memory_format=torch.channels_last)
+        gradients = torch.ops.aten.convolution_backward(
+            gradient,
+            x,
+            weight,
+            [len(weight)],
+            [1, 1],
+            [0, 0],
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+            [of_x and not joins, *of_weights],
+        )
+        if joins:
+            rows = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # (n, channels out)
+            past = of_past.permute(0, 2, 3, 1)  # (b, h, w, C)
+            # Into the memory of a gradient that nobody else has: the block's sum made it, or a pooling.
+            joined = past.flatten(0, 2).addmm_(rows, weight.flatten(1))
+            return joined.view(past.shape).permute(0, 3, 1, 2), *gradients[1:]
+        return (gradients[0] + of_past if of_x else None), *gradients[1:]

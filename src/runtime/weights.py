@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from utils import UserError
 
@@ -14,6 +15,26 @@ WRAPPERS = frozenset({"module", "_orig_mod"})
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A layer counts its batches, and weights of earlier versions of torch do not: nothing here asks for it.
 COUNTER = "num_batches_tracked"
+
+DRAWING = {"normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_"}
+
+
+class Unfilled(TorchFunctionMode):
+    """A context in which modules are built whose weights are about to be replaced: nothing is drawn for them.
+
+    Memory that is not written costs nothing. Tensors without data ("meta") would do as well, but to compute with them
+    torch imports its compiler, which takes longer than all else that a question takes.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Tensor:
+        kwargs = kwargs or {}
+        if func is torch.randn:
+            return torch.empty(*args, **kwargs)
+        if func.__name__ in DRAWING:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def unwrapped(state: Mapping[Any, Any], source: str) -> dict[str, Any]:

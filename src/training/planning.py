@@ -24,6 +24,7 @@ from models.architectures import ARCHITECTURES
 from models.backbone import Backbone, choose_trained
 from models.clip_model import CLIP, load_clip, ready
 from models.clip_model import backbone as openai_backbone
+from models.lean_clip import Folding
 from models.names import find_clip, open_clip_name
 from runtime.gpus import Gpu
 from settings.groups import WantedCombiner
@@ -268,6 +269,13 @@ class CountedClip:
         return round(least + (most - least) * (way.rows - few) / (many - few))
 
     @functools.cached_property
+    def shared(self) -> int:
+        """Bytes of the weights that micro-batches share, see `lean_clip`; their gradients come before the others'."""
+        modules = [module for module in self.model.modules() if isinstance(module, Folding)]
+        with torch.no_grad():
+            return sum(bytes_of(module.fold()) for module in modules)
+
+    @functools.cached_property
     def _encoded(self) -> tuple[Counted, Counted]:
         """A batch of images, and one of captions, without gradient."""
         clip, normalise = self.model, self.backbone.normalise
@@ -458,6 +466,9 @@ class FineTuning(Training):
         return {
             "this batch and the next": 2 * bytes_of(self.clip.inputs(way.batch_size)),
             f"activations of {way.rows:,} triplets": self.clip.activations(way, self.precision),
+            "weights that micro-batches share": self.clip.shared
+            if way.rows < way.batch_size
+            else 0,
             "loss and its gradients": self.loss(way)[0],
         }
 

@@ -64,7 +64,6 @@ def fine_tuning(
         learn_temperature=flags.learn_temperature,
     ).to(encoder.device)
     learned = learned_groups(choose_trained(model, flags.encoder), loss)
-    on_gpu = encoder.device.type == "cuda"
     return Task(
         # A compiled step is compiled anew for each number of columns.
         batches=triplet_batches(encoder, data, trim=not flags.compile),
@@ -72,9 +71,7 @@ def fine_tuning(
         model=SumFeatures(model, encoder.backbone),
         module=model,
         loss=loss,
-        optimizer=AdamW(
-            learned, lr=flags.learning_rate, betas=(0.9, 0.999), eps=1e-7, fused=on_gpu
-        ),
+        optimizer=AdamW(learned, lr=flags.learning_rate, betas=(0.9, 0.999), eps=1e-7, fused=True),
         validate=sum_validation(
             encoder, data, images_learn=flags.encoder != "text", measure=measure
         ),
@@ -134,7 +131,7 @@ def sum_validation(
     texts_of_splits: list[list[str]] = []
     for split in data.val:
         texts = [data.benchmark.caption(triplet.captions) for triplet in split.triplets]
-        encoder.backbone.tokenizer.warn_of_cuts(texts)
+        encoder.warn_of_cuts(texts)
         texts_of_splits.append(texts)
 
     def validate(model: nn.Module) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from combiner import Composer
+from combiner import Combiner, Composer
 from models.features import FrozenSplit
 from models.routing import router_penalty, router_statistics
 from training.data import Order
@@ -98,7 +98,7 @@ def combiner_training(
         model=ComposedFeatures(combiner, with_router=penalty is not None),
         module=combiner,
         loss=loss,
-        optimizer=Adam(learned, lr=flags.combiner_lr, fused=device.type == "cuda"),
+        optimizer=Adam(learned, lr=flags.combiner_lr, fused=True),
         validate=lambda measured: measure(measured.eval()),
         penalty=penalty,
         router=router_report(val) if combiner.has_router else None,
@@ -143,13 +143,13 @@ def feature_batches(frozen: FrozenSplit, targets: Targets, order: Order) -> Batc
     return batches
 
 
-def router_report(frozen: Sequence[FrozenSplit]) -> Callable[[Composer], dict[str, float]]:
+def router_report(frozen: Sequence[FrozenSplit]) -> Callable[[Combiner], dict[str, float]]:
     """Combiner -> what its router does with the validation queries of all splits, dropout off."""
 
     @torch.no_grad()
-    def report(combiner: Composer) -> dict[str, float]:
+    def report(combiner: Combiner) -> dict[str, float]:
         combiner.eval()
-        logits = [combiner.routed(split.references, split.captions[:, 0])[1] for split in frozen]
+        logits = [combiner.route(split.references, split.captions[:, 0]) for split in frozen]
         return router_statistics(torch.cat(logits), combiner.top_k)
 
     return report

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
+from models.lean_clip import folded, folded_to_learn
 from runtime import distributed
 from training.losses import Loss
 from training.saving import Stateful
@@ -67,6 +68,8 @@ class Gradient:
         scaler: scales the loss; that of `precision`.
         micro_batch: rows in memory at a time, None for all.
         penalty: what is added to the loss, from a third output of the model; not with micro-batches.
+        folds: whether micro-batches share the weights that carry others, see `lean_clip`; False for a compiled model,
+            which would be compiled with and without them.
     """
 
     model: nn.Module
@@ -75,6 +78,7 @@ class Gradient:
     scaler: torch.amp.GradScaler
     micro_batch: int | None = None
     penalty: Callable[[Tensor], Tensor] | None = None
+    folds: bool = True
 
     def add(self, inputs: list[Tensor], target_ids: Tensor) -> Tensor:
         """Return the loss of this rank's rows (b, ...) and all others, without penalty and graph."""
@@ -97,7 +101,7 @@ class Gradient:
         self, inputs: list[Tensor], target_ids: Tensor, micro_batch: int
     ) -> Tensor:
         chunks = list(zip(*(tensor.split(micro_batch) for tensor in inputs), strict=True))
-        with torch.no_grad(), self.precision.autocast():
+        with torch.no_grad(), self.precision.autocast(), self._folded():
             encoded = [self.model(*chunk) for chunk in chunks]
         features = [torch.cat(parts).requires_grad_() for parts in zip(*encoded, strict=True)]
         with self.precision.autocast():
@@ -108,14 +112,28 @@ class Gradient:
             # A bank's loss does not depend on the batch's targets.
             gradient = torch.zeros_like(feature) if feature.grad is None else feature.grad
             gradients.append(gradient.split(micro_batch))
-        parts = list(zip(chunks, *gradients, strict=True))
-        for number, (chunk, *chunk_gradients) in enumerate(parts, start=1):
-            is_last = number == len(parts)
-            with contextlib.nullcontext() if is_last else self._unsynced():
-                with self.precision.autocast():
-                    outputs = self.model(*chunk)
-                _backward_from(outputs, chunk_gradients)
+        *parts, last = zip(chunks, *gradients, strict=True)
+        with self._unsynced(), self._folded_to_learn():
+            for chunk, *chunk_gradients in parts:
+                self._carry_on(chunk, chunk_gradients)
+        # Makes what it needs of all weights, which a parallel module shares with the gradients of this chunk.
+        chunk, *chunk_gradients = last
+        self._carry_on(chunk, chunk_gradients)
         return loss.detach()
+
+    def _carry_on(self, chunk: tuple[Tensor, ...], gradients: Sequence[Tensor]) -> None:
+        """Encode a chunk with graph, and carry the loss's gradient with respect to its features on."""
+        with self.precision.autocast():
+            outputs = self.model(*chunk)
+        _backward_from(outputs, gradients)
+
+    def _folded(self) -> contextlib.AbstractContextManager[None]:
+        if not self.folds:
+            return contextlib.nullcontext()
+        return folded(self.model, self.precision.dtype)
+
+    def _folded_to_learn(self) -> contextlib.AbstractContextManager[None]:
+        return folded_to_learn(self.model) if self.folds else contextlib.nullcontext()
 
     def _scaled(self, loss: Tensor) -> Tensor:
         """The loss as its gradient is taken: parallel modules average over ranks what has to be summed."""
@@ -219,6 +237,7 @@ class Stepper:
             scaler=self.scaler,
             micro_batch=self.task.micro_batch,
             penalty=self.task.penalty,
+            folds=not self.flags.compile,
         )
         loss = gradient.add(inputs, target_ids)
         if self.flags.clip_grad_norm is not None:
