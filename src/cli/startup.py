@@ -67,7 +67,6 @@ def check_annotations(benchmark: Benchmark, splits: Sequence[str]) -> None:
 
 def pick_device(name: str | None) -> "torch.device":
     """The device of `--device`, else this process's GPU, else the CPU; joins the other processes, if there are any."""
-    torchrun.check_environment()
     import torch
 
     from runtime import distributed
