@@ -130,11 +130,6 @@ def from_main(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return received
 
 
-def same_text(text: str) -> str:
-    """The main rank's text, on every rank."""
-    return same_object(text)
-
-
 def same_object(value: Any) -> Any:
     """The main rank's plain object, on every rank; sent between CPUs, so that none waits for a GPU."""
     if world_size() == 1:
