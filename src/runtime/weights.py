@@ -72,21 +72,11 @@ def fitted(
     found = differences(state, model)
     if found:
         raise UserError(f"{source} does not fit the model: {found}: {remedy}")
-    flaw = first_flaw(state, model, vital)
-    if flaw:
-        raise UserError(f"{source}: {flaw}: copy the file again, or train it again")
-    return dict(state)
-
-
-def first_flaw(
-    state: Mapping[str, Any], model: Mapping[str, Tensor], vital: Sequence[str] = ()
-) -> str:
-    """The first weight whose values a model cannot take, and why; "" for none. Names and shapes must be the model's."""
     for name, weight in state.items():
         flaw = _flaw(weight, model[name], vital=name.startswith(tuple(vital)))
         if flaw:
-            return f"{name} {flaw}"
-    return ""
+            raise UserError(f"{source}: {name} {flaw}: copy the file again, or train it again")
+    return dict(state)
 
 
 def differences(state: Mapping[str, Any], model: Mapping[str, Tensor]) -> str:
