@@ -11,7 +11,7 @@ from models.names import in_full
 from runtime.choices import ORIGINAL, UNNAMED
 from runtime.files import find_checkpoint
 from settings.groups import STAGES, AnyTraining, Clip
-from utils import UserError, flag
+from utils import flag
 
 logger = logging.getLogger(__name__)
 
@@ -112,14 +112,6 @@ class Checkpoint:
         return Settings.read(self.config).table
 
 
-def named_checkpoint(flag_name: str, path: Path) -> Path:
-    """The checkpoint file that a flag's path stands for, see `find_checkpoint`; an error names the flag."""
-    try:
-        return find_checkpoint(path)
-    except UserError as error:
-        raise UserError(f"{flag_name}: {error}") from None
-
-
 def read_checkpoint(flag_name: str, path: Path | None, key: str) -> Checkpoint | None:
     """The checkpoint that a flag names, None where the flag is silent.
 
@@ -138,7 +130,7 @@ def read_checkpoint(flag_name: str, path: Path | None, key: str) -> Checkpoint |
 
     if path is None:
         return None
-    path = named_checkpoint(flag_name, path)
+    path = find_checkpoint(flag_name, path)
     source = f"{flag_name} {path}"
     remedy = "copy it again, or train it again"
     found = read_weights(flag_name, path, key)

@@ -91,7 +91,9 @@ def in_full(name: str) -> str:
         return f"{OPEN_CLIP}:{model.model}={model.weights}"
     if model:
         return model.for_open_clip if model.scheme == FOLDER else name
-    return str(find_checkpoint(Path(name)).resolve()) if is_there(Path(name)) else name
+    if name in OPENAI_CLIPS or not is_there(Path(name)):
+        return name
+    return str(find_checkpoint("--clip-model-name", Path(name)).resolve())
 
 
 def find_clip(name: str) -> Path | None:
@@ -107,10 +109,7 @@ def find_clip(name: str) -> Path | None:
             f"--clip-model-name {name}: neither a file nor one of {', '.join(OPENAI_CLIPS)}, and no "
             f"{OPEN_CLIP}:ARCH/TAG, {OPEN_CLIP}:ARCH=FILE, {HUB}:ORG/REPO or {FOLDER}:FOLDER"
         )
-    try:
-        return find_checkpoint(Path(name))
-    except UserError as error:
-        raise UserError(f"--clip-model-name: {error}") from None
+    return find_checkpoint("--clip-model-name", Path(name))
 
 
 def check_clip(name: str) -> None:
@@ -119,19 +118,14 @@ def check_clip(name: str) -> None:
     if model is None:
         find_clip(name)
         return
-    check_package(name)
+    if OPEN_CLIP not in sys.modules and importlib.util.find_spec(OPEN_CLIP) is None:
+        raise UserError(f"--clip-model-name {name} needs open_clip: {REQUIREMENTS}")
     if model.scheme == FOLDER:
         read_config(Path(model.model))
     if model.scheme == OPEN_CLIP:
         check_architecture(model.model)
     if model.weights and not model.weights.is_file():
         raise UserError(f"--clip-model-name {name}: there is no file {model.weights}: name another")
-
-
-def check_package(name: str) -> None:
-    """Raise UserError where a model needs open_clip and it is not there."""
-    if OPEN_CLIP not in sys.modules and importlib.util.find_spec(OPEN_CLIP) is None:
-        raise UserError(f"--clip-model-name {name} needs open_clip: {REQUIREMENTS}")
 
 
 def check_architecture(architecture: str) -> None:

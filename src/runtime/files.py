@@ -347,11 +347,11 @@ def is_there(checkpoint: Path) -> bool:
     return any(Path(f"{checkpoint}{ending}").exists() for ending in ("", *CHECKPOINT_ENDINGS))
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint file that a path stands for: itself, itself with its ending, or the only one in a run folder.
+def find_checkpoint(flag: str, path: Path) -> Path:
+    """Find the checkpoint file that a path stands for: itself, itself with its ending, or the only one in a run folder.
 
     Raises:
-        UserError: there is none, or a folder holds several.
+        UserError: there is none, or a folder holds several; the flag is named.
     """
     for ending in ("", *CHECKPOINT_ENDINGS):
         candidate = Path(f"{path}{ending}")
@@ -361,12 +361,11 @@ def find_checkpoint(path: Path) -> Path:
     if len(found) == 1:
         return found[0]
     if found:
-        raise UserError(
-            f"{path} holds several checkpoints ({', '.join(f.name for f in found)}): name one of them"
-        )
+        names = ", ".join(file.name for file in found)
+        raise UserError(f"{flag}: {path} holds several checkpoints ({names}): name one of them")
     raise UserError(
-        f"no checkpoint at {path}: looked for it, for {path.name}.pt and for *.pt in a folder of it, and the same with "
-        ".safetensors"
+        f"{flag}: no checkpoint at {path}: looked for it, for {path.name}.pt and for *.pt in a folder of it, and the "
+        "same with .safetensors"
     )
 
 
