@@ -6,13 +6,10 @@ from pydantic import Field, PositiveInt
 
 from models.schemas import (
     ABSENT,
-    Background,
     Count,
-    Decode,
     Digest,
-    EncodePrecision,
-    Model,
     PathText,
+    Preprocessing,
     SideRatio,
     Text,
     Transform,
@@ -20,26 +17,20 @@ from models.schemas import (
 from runtime.schema import Schema
 
 
-class Preprocessing(Schema):
-    """How images were preprocessed, and in what precision they were encoded."""
+class EncoderKey(Preprocessing):
+    """What features depend on beside the images."""
 
     transform: Transform
     target_ratio: SideRatio
-    decode: Decode = ABSENT
-    background: Background = ABSENT
-    encode_precision: EncodePrecision = ABSENT
-
-
-class EncoderKey(Preprocessing, Model):
-    """What features depend on beside the images."""
-
     weights: Digest
     resolution: Count
 
 
-class Pair(Preprocessing):
+class IndexedPair(Preprocessing):
     """What a query needs to load the same CLIP."""
 
+    transform: Transform
+    target_ratio: SideRatio
     clip_model_name: PathText
     clip_model_path: PathText | None = ABSENT
     exported: PathText = ABSENT
@@ -50,7 +41,7 @@ class Manifest(Schema):
 
     images: PositiveInt
     encoder: EncoderKey
-    pair: Pair = ABSENT
+    pair: IndexedPair = ABSENT
     folders: list[PathText] = ABSENT
     unreadable: dict[str, Text] = ABSENT
     made_here: Digest = ABSENT

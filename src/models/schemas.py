@@ -15,47 +15,31 @@ Stage = TypeVar("Stage", bound=BothStages)
 ABSENT: Any = None  # where a field may be missing; it is never read from here
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 Transform = Annotated[str, OneOf(choices.TRANSFORMS)]
-Decode = Annotated[str, OneOf(choices.DECODINGS)]
-Background = Annotated[str, OneOf(choices.BACKGROUNDS)]
-EncodePrecision = Annotated[str, OneOf(choices.ENCODE_PRECISIONS)]
-CombinerType = Annotated[str, OneOf(choices.COMBINER_TYPES)]
 PathText = Annotated[str, Typed(str)]
 Text = AnyText
 Layers = Annotated[int, Field(ge=1, le=1000)]
-Metrics = dict[str, float]
 Deviation = Annotated[float, Field(gt=0)]
 Colour = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
-class Model(Schema):
-    """What a CLIP is that is none of OpenAI's, see `models.backbone.Backbone`."""
+class Preprocessing(Schema):
+    """What images and features are made with; of a CLIP that is none of OpenAI's, what `models.backbone` says of it."""
 
+    clip_model_name: PathText = ABSENT
+    transform: Transform = ABSENT
+    target_ratio: SideRatio = ABSENT
+    decode: Annotated[str, OneOf(choices.DECODINGS)] = ABSENT
+    background: Annotated[str, OneOf(choices.BACKGROUNDS)] = ABSENT
+    encode_precision: Annotated[str, OneOf(choices.ENCODE_PRECISIONS)] = ABSENT
+    resolution: Count = ABSENT
+    clip_dim: Count = ABSENT
     interpolation: Annotated[str, OneOf(choices.INTERPOLATIONS)] = ABSENT
     resize_mode: Annotated[str, OneOf(choices.RESIZE_MODES)] = ABSENT
     mean: Colour = ABSENT
     std: Colour = ABSENT
     context: Count = ABSENT
     architecture: Digest = ABSENT
-
-
-class Measured(Model):
-    """What was found of a CLIP."""
-
-    resolution: Count = ABSENT
-    clip_dim: Count = ABSENT
-
-
-class Preprocessing(Measured):
-    """What images and features are made with."""
-
-    clip_model_name: PathText = ABSENT
-    transform: Transform = ABSENT
-    target_ratio: SideRatio = ABSENT
-    decode: Decode = ABSENT
-    background: Background = ABSENT
-    encode_precision: EncodePrecision = ABSENT
 
 
 class ClipSizes(Schema):
@@ -76,7 +60,7 @@ class ClipSizes(Schema):
 class CombinerSizes(Schema):
     """What a Combiner is built of, see `combiner.build_combiner`."""
 
-    combiner_type: CombinerType
+    combiner_type: Annotated[str, OneOf(choices.COMBINER_TYPES)]
     clip_dim: Width
     projection_dim: Width
     hidden_dim: Width
@@ -95,7 +79,7 @@ class ExportedClip(ExportedWeights):
     """The CLIP of an exported pair: OpenAI's has sizes, and open_clip's the digests of the files it is built from."""
 
     sizes: ClipSizes | None
-    files: dict[FileName, Digest] = ABSENT
+    files: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], Digest] = ABSENT
 
     @model_validator(mode="after")
     def _can_be_built(self) -> "ExportedClip":
@@ -215,5 +199,5 @@ class Beside(Schema):
     """What a checkpoint holds beside its weights."""
 
     epoch: Number = ABSENT
-    metrics: Metrics = ABSENT
+    metrics: dict[str, float] = ABSENT
     config: dict[str, Any] = ABSENT
