@@ -24,7 +24,6 @@ from models.names import (
     OPEN_CLIP,
     REQUIREMENTS,
     OpenClipName,
-    check_architecture,
     check_clip,
     checked_config,
     read_config,
@@ -118,7 +117,7 @@ def load(name: OpenClipName, typed: str, device: torch.device) -> tuple[nn.Modul
     describe = _described(name, content, source, published=published)
     path = _weights_file(name, published, source)
     model = _built(name, content["model_cfg"], source)
-    backbone = describe(dim=content["model_cfg"]["embed_dim"], resolution=_side(model, source))
+    backbone = describe(resolution=_side(model, source))
     quick_gelu = bool(content["model_cfg"].get("quick_gelu"))
     model.load_state_dict(_weights(path, model, source, quick_gelu=quick_gelu, name=name))
     return _ready(model, device), backbone
@@ -145,7 +144,7 @@ def load_exported(
         raise UserError(f"{source}: {folder} has no {TEXT_CONFIG} of {text_files}: {remedy}")
     describe = _described(name, content, source)
     model = _built(name, content["model_cfg"], source)
-    backbone = describe(dim=content["model_cfg"]["embed_dim"], resolution=_side(model, source))
+    backbone = describe(resolution=_side(model, source))
     weights = fitted(state, model.state_dict(), source=source, remedy=remedy, vital=VITAL)
     model.load_state_dict(weights)
     return _ready(model, device), backbone
@@ -192,7 +191,7 @@ def _described(
     *,
     published: Mapping[str, Any] | None = None,
 ) -> Callable[..., Backbone]:
-    """What a model is, but for its feature length and resolution: those of a model that could be built.
+    """What a model is, but for its resolution: that of a model that could be built.
 
     Raises:
         UserError: it has a decoder, its tokenizer cannot be had, or its preprocessing is none that is known.
@@ -208,6 +207,7 @@ def _described(
     whole = {"model_cfg": config, "preprocess_cfg": dict(preprocess)}
     return functools.partial(
         Backbone,
+        dim=config["embed_dim"],
         mean=_colour(preprocess["mean"]),
         std=_colour(preprocess["std"]),
         interpolation="bilinear" if preprocess["interpolation"] == "bilinear" else "bicubic",
@@ -307,7 +307,6 @@ def _configuration(name: OpenClipName, source: str) -> dict[str, Any]:
         fetch = functools.partial(download_pretrained_from_hf, name.model, filename=CONFIG)
         file = Path(_fetched(fetch, source, name.model))
         return checked_config(read_json(file, "open_clip"), file)
-    check_architecture(name.model)
     return {"model_cfg": open_clip.get_model_config(name.model)}
 
 
@@ -424,8 +423,12 @@ def _colour(value: Any) -> tuple[float, float, float]:
 
 
 def _tokenizer(name: OpenClipName, config: Mapping[str, Any], source: str) -> Any:
-    """open_clip's own tokenizer for a model, which cleans captions as the model was trained."""
-    wanted = config["text_cfg"].get("hf_tokenizer_name")
+    """open_clip's own tokenizer for a model, which cleans captions as the model was trained.
+
+    It is made here, since open_clip would tell transformers whatever the configuration says.
+    """
+    text = config["text_cfg"]
+    wanted = text.get("hf_tokenizer_name")
     where = f"{HUB_PAGE}/{wanted}" if name.scheme == OPEN_CLIP else "where the weights are from"
     if wanted and name.scheme == HUB:
         logger.info("opening %s, which %s names as its tokenizer", wanted, name.model)
@@ -434,22 +437,17 @@ def _tokenizer(name: OpenClipName, config: Mapping[str, Any], source: str) -> An
         f"{TOKENIZER_FILES} from {where} into the folder of the weights and name {FOLDER}:FOLDER"
     )
     with refusing, distributed.first_on_machine():
-        return _own_tokenizer(name, config["text_cfg"], source)
-
-
-def _own_tokenizer(name: OpenClipName, text: Mapping[str, Any], source: str) -> Any:
-    """The same as open_clip makes it, but for code: it would tell transformers whatever the configuration says."""
-    if not text.get("hf_tokenizer_name"):
-        return open_clip.get_tokenizer(name.for_open_clip)
-    files = name.model if name.scheme == FOLDER else text["hf_tokenizer_name"]
-    _check_no_code(files, source)
-    return HFTokenizer(
-        files,
-        context_length=text.get("context_length", DEFAULT_CONTEXT_LENGTH),
-        tokenizer_mode=text.get("tokenizer_mode"),
-        trust_remote_code=False,
-        **text.get("tokenizer_kwargs", {}),
-    )
+        if not wanted:
+            return open_clip.get_tokenizer(name.for_open_clip)
+        files = name.model if name.scheme == FOLDER else wanted
+        _check_no_code(files, source)
+        return HFTokenizer(
+            files,
+            context_length=text.get("context_length", DEFAULT_CONTEXT_LENGTH),
+            tokenizer_mode=text.get("tokenizer_mode"),
+            trust_remote_code=False,
+            **text.get("tokenizer_kwargs", {}),
+        )
 
 
 def _check_no_code(files: str, source: str) -> None:
