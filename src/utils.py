@@ -18,8 +18,8 @@ from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 # Lengths of features from which a direction can be told: float32 loses the squares of shorter and of longer ones.
-SHORTEST = 1e-6
-LONGEST = 1e18
+SHORTEST_FEATURE = 1e-6
+LONGEST_FEATURE = 1e18
 DEBUG = "--debug"  # of every script: a fault is printed in full
 BROKEN_PIPE = 128 + 13  # what shells call a program that ended since nobody reads what it prints
 

@@ -11,10 +11,10 @@ from models.schemas import (
     PathText,
     Preprocessing,
     SideRatio,
-    Text,
     Transform,
 )
 from runtime.schema import Schema
+from settings.declaring import AnyText
 
 
 class EncoderKey(Preprocessing):
@@ -43,7 +43,7 @@ class Manifest(Schema):
     encoder: EncoderKey
     pair: IndexedPair = ABSENT
     folders: list[PathText] = ABSENT
-    unreadable: dict[str, Text] = ABSENT
+    unreadable: dict[str, AnyText] = ABSENT
     made_here: Digest = ABSENT
 
 
@@ -51,5 +51,5 @@ class StoreManifest(Manifest):
     """The same of an index that lives elsewhere. `images` is absent until an update has come to its end."""
 
     store: Annotated[str, Field(pattern=r"^\w+:\S")]
-    kind: Text
+    kind: AnyText
     images: PositiveInt = ABSENT

@@ -9,7 +9,14 @@ import warnings
 from types import ModuleType
 from unittest import mock
 
-TRANSFORMS = ("Compose", "Resize", "CenterCrop", "ToTensor", "Normalize", "InterpolationMode")
+TORCHVISION_NAMES = (
+    "Compose",
+    "Resize",
+    "CenterCrop",
+    "ToTensor",
+    "Normalize",
+    "InterpolationMode",
+)
 
 
 def _stand_ins() -> dict[str, ModuleType]:
@@ -17,7 +24,7 @@ def _stand_ins() -> dict[str, ModuleType]:
     if "torchvision" in sys.modules:
         return {}
     transforms = ModuleType("torchvision.transforms")
-    for name in TRANSFORMS:
+    for name in TORCHVISION_NAMES:
         setattr(transforms, name, mock.Mock())
     package = ModuleType("torchvision")
     package.__path__ = []

@@ -70,7 +70,7 @@ class Settings:
         flags = content.get("flags") if isinstance(content, dict) else None
         script = flags.get("script") if isinstance(flags, dict) else None
         stage = STAGES.get(script, AnyTraining) if isinstance(script, str) else AnyTraining
-        checked(schemas.Parts[stage], content, file=file, remedy=remedy)  # type: ignore[valid-type]
+        checked(schemas.StoredSettings[stage], content, file=file, remedy=remedy)  # type: ignore[valid-type]
         return cls.read(content)
 
     @property
@@ -79,7 +79,7 @@ class Settings:
         return {**self.flags, **self.preprocessing, **self.data, "versions": self.versions}
 
     def with_flags(self, **flags: Any) -> "Settings":
-        """The same with other values of some flags."""
+        """Return the same with other values of some flags."""
         return dataclasses.replace(self, flags={**self.flags, **flags})
 
     def on_disk(self) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def resolve_clip_options(
 def assumed(
     choice: Clip, settled: Clip, checkpoints: Sequence[Checkpoint | None]
 ) -> dict[str, Any]:
-    """What was taken by default for weights that say nothing of it: setting -> value; {} without weights.
+    """Return what was taken by default for weights that tell nothing of it: setting -> value; {} without weights.
 
     What there was no choice of when earlier versions wrote their settings is not assumed, but known.
 

@@ -28,13 +28,13 @@ from runtime.image_files import decoded, read_photo
 from runtime.precision import HALF, check_encode_precision, encoding
 from runtime.progress import Counter
 from settings.groups import Clip
-from utils import LONGEST, SHORTEST, UserError
+from utils import LONGEST_FEATURE, SHORTEST_FEATURE, UserError
 
 CAPTIONS_AT_ONCE = 256  # in a batch: 32, as of images, leave a GPU idle
 NOT_OF_BYTES = ("mean", "std", "context", "architecture")  # which follow when an image is bytes
 CAPTIONS_KEPT = 16_384  # whose tokens are remembered, 1 KB each: more than a validation has
 
-Item = TypeVar("Item")
+Chunked = TypeVar("Chunked")
 logger = logging.getLogger(__name__)
 
 
@@ -132,7 +132,7 @@ class Encoder:
         return folded(self.model, HALF.get(self.precision))
 
     def fold(self) -> None:
-        """The same for good: no weight of this encoder changes from now on, as where questions are answered."""
+        """Make them for good: no weight of this encoder changes from now on, as where questions are answered."""
         fold(self.model, HALF.get(self.precision))
 
     def _no_features(self) -> Tensor:
@@ -198,10 +198,10 @@ def check_lengths(features: Tensor, names: Sequence[object]) -> None:
         names: of what was encoded, n of them.
 
     Raises:
-        UserError: some are shorter than SHORTEST or longer than LONGEST; the first is named.
+        UserError: some are shorter than SHORTEST_FEATURE or longer than LONGEST_FEATURE; the first is named.
     """
     lengths = features.norm(dim=-1)
-    is_lost = (lengths < SHORTEST) | (lengths > LONGEST)
+    is_lost = (lengths < SHORTEST_FEATURE) | (lengths > LONGEST_FEATURE)
     if is_lost.any():  # one wait for the device
         row = int(is_lost.nonzero()[0])
         raise UserError(
@@ -233,7 +233,7 @@ def _installed(packages: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _chunks(items: Sequence[Item], size: int) -> list[list[Item]]:
+def _chunks(items: Sequence[Chunked], size: int) -> list[list[Chunked]]:
     """The items in lists of `size`, the last one what is left."""
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 

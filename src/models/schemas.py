@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 
 from runtime import choices
 from runtime.schema import Schema
-from settings.declaring import AnyText, OneOf, Typed
+from settings.declaring import OneOf, Typed
 from settings.groups import BothStages, Count, Experts, Number, SideRatio, Width
 
 Stage = TypeVar("Stage", bound=BothStages)
@@ -17,10 +17,9 @@ ABSENT: Any = None  # where a field may be missing; it is never read from here
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Transform = Annotated[str, OneOf(choices.TRANSFORMS)]
 PathText = Annotated[str, Typed(str)]
-Text = AnyText
 Layers = Annotated[int, Field(ge=1, le=1000)]
 Deviation = Annotated[float, Field(gt=0)]
-Colour = Annotated[list[float], Field(min_length=3, max_length=3)]
+ColourValues = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
 class Preprocessing(Schema):
@@ -36,8 +35,8 @@ class Preprocessing(Schema):
     clip_dim: Count = ABSENT
     interpolation: Annotated[str, OneOf(choices.INTERPOLATIONS)] = ABSENT
     resize_mode: Annotated[str, OneOf(choices.RESIZE_MODES)] = ABSENT
-    mean: Colour = ABSENT
-    std: Colour = ABSENT
+    mean: ColourValues = ABSENT
+    std: ColourValues = ABSENT
     context: Count = ABSENT
     architecture: Digest = ABSENT
 
@@ -157,7 +156,7 @@ class Towers(Schema):
 class OpenClipPreprocessing(Schema):
     """preprocess_cfg of a model of open_clip; one number is that of all three colours."""
 
-    mean: float | Colour = ABSENT
+    mean: float | ColourValues = ABSENT
     std: Deviation | Annotated[list[Deviation], Field(min_length=3, max_length=3)] = ABSENT
     interpolation: Annotated[str, OneOf((*choices.INTERPOLATIONS, "random"))] = ABSENT
     resize_mode: Annotated[str, OneOf(choices.RESIZE_MODES)] = ABSENT
@@ -177,7 +176,7 @@ class OpenClipConfig(Schema):
     preprocess_cfg: OpenClipPreprocessing = ABSENT
 
 
-class Data(Schema):
+class DataDigests(Schema):
     """Digests of what was read, and what was left out of it."""
 
     data_sha256: Digest = ABSENT
@@ -186,12 +185,12 @@ class Data(Schema):
     images: Digest = ABSENT
 
 
-class Parts(Schema, Generic[Stage]):
+class StoredSettings(Schema, Generic[Stage]):
     """Settings as a stage writes them."""
 
     flags: Stage
     recipe: Preprocessing
-    data: Data
+    data: DataDigests
     versions: dict[str, str]
 
 

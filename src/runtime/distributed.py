@@ -44,7 +44,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the one process that writes."""
+    """Tell whether this is the one process that writes."""
     return rank() == 0
 
 

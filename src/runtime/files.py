@@ -57,7 +57,7 @@ def read_text(path: Path) -> str:
 
 
 def missing_file(path: Path, writer: str | None = None) -> UserError:
-    """What to say of a JSON file that is not there, see `read_json`."""
+    """Return what to raise for a JSON file that is not there, see `read_json`."""
     remedy = "put the file there, or point --data-root at its dataset"
     if writer:
         remedy = f"write it with {writer}"
@@ -327,7 +327,7 @@ def check_new_or_empty(flag: str, folder: Path) -> None:
 
 
 def check_file_writable(files: dict[str, Path | None]) -> None:
-    """The same for files: flag -> the file, None where none is to be written."""
+    """Fail now if files cannot be written: flag -> the file, None where none is to be written."""
     folders: dict[str, Path | None] = {}
     for flag, file in files.items():
         if file is None or str(file) in STREAMS:
@@ -343,7 +343,7 @@ CHECKPOINT_ENDINGS = (".pt", ".safetensors")
 
 
 def is_there(checkpoint: Path) -> bool:
-    """Whether there is something at the path of a checkpoint, or at the path with one of its endings."""
+    """Tell whether something is at the path of a checkpoint, or at the path with one of its endings."""
     return any(Path(f"{checkpoint}{ending}").exists() for ending in ("", *CHECKPOINT_ENDINGS))
 
 
@@ -415,7 +415,7 @@ Identity = tuple[str, int, int]
 
 
 def file_identities(paths: list[Path], told_by: str = "sample") -> list[Identity]:
-    """What each file is: another image, another identity.
+    """Tell files apart: another image, another identity.
 
     Args:
         told_by: see `stamp`.

@@ -59,6 +59,6 @@ def encoding(precision: str, device: torch.device) -> Iterator[None]:
 
 
 def product_type(x: Tensor) -> torch.dtype:
-    """What a matrix product of x is computed in: autocast's type where it is on."""
+    """Return the type that a matrix product of x is computed in: autocast's type where it is on."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from runtime.files import read_json
 from utils import UserError
 
-SHOWN = 60  # characters of a value that is refused
+CHARACTERS_SHOWN = 60  # characters of a value that is refused
 
 
 class Schema(BaseModel):
@@ -78,4 +78,4 @@ def _field(place: tuple[int | str, ...]) -> str:
 def shortened(value: object) -> str:
     """A value as a message shows it."""
     text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+    return text if len(text) <= CHARACTERS_SHOWN else f"{text[: CHARACTERS_SHOWN - 3]}..."

@@ -84,7 +84,7 @@ def _tensor(numbers: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file is a TorchScript archive."""
+    """Tell whether a file is a TorchScript archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
