@@ -117,7 +117,7 @@ def load(name: OpenClipName, typed: str, device: torch.device) -> tuple[nn.Modul
     describe = _described(name, content, source, published=published)
     path = _weights_file(name, published, source)
     model = _built(name, content["model_cfg"], source)
-    backbone = describe(resolution=_side(model, source))
+    backbone = describe(dim=content["model_cfg"]["embed_dim"], resolution=_side(model, source))
     quick_gelu = bool(content["model_cfg"].get("quick_gelu"))
     model.load_state_dict(_weights(path, model, source, quick_gelu=quick_gelu, name=name))
     return _ready(model, device), backbone
@@ -144,7 +144,7 @@ def load_exported(
         raise UserError(f"{source}: {folder} has no {TEXT_CONFIG} of {text_files}: {remedy}")
     describe = _described(name, content, source)
     model = _built(name, content["model_cfg"], source)
-    backbone = describe(resolution=_side(model, source))
+    backbone = describe(dim=content["model_cfg"]["embed_dim"], resolution=_side(model, source))
     weights = fitted(state, model.state_dict(), source=source, remedy=remedy, vital=VITAL)
     model.load_state_dict(weights)
     return _ready(model, device), backbone
@@ -191,7 +191,7 @@ def _described(
     *,
     published: Mapping[str, Any] | None = None,
 ) -> Callable[..., Backbone]:
-    """What a model is, but for its resolution: that of a model that could be built.
+    """What a model is, but for its feature length and resolution: those of a model that could be built.
 
     Raises:
         UserError: it has a decoder, its tokenizer cannot be had, or its preprocessing is none that is known.
@@ -207,7 +207,6 @@ def _described(
     whole = {"model_cfg": config, "preprocess_cfg": dict(preprocess)}
     return functools.partial(
         Backbone,
-        dim=config["embed_dim"],
         mean=_colour(preprocess["mean"]),
         std=_colour(preprocess["std"]),
         interpolation="bilinear" if preprocess["interpolation"] == "bilinear" else "bicubic",
