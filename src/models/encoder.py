@@ -179,14 +179,11 @@ class Encoder:
 
     def describe(self) -> dict[str, Any]:
         """All that determines the features beside the images and captions themselves, in plain types."""
-        precision = f"{self.precision} on {self.device.type}"
-        if self.precision == "fp32" and self.device.type == "cpu":
-            precision = "float32 on cpu"  # as earlier versions said it, whose caches are still good
         return {
             "clip_model_name": self.preprocessing["clip_model_name"],
             **self.reported_preprocessing,
             "weights": weights_digest(self.model.state_dict()),
-            "precision": precision,
+            "precision": f"{self.precision} on {self.device.type}",
             "versions": {**versions(), **_installed(self.backbone.packages)},
         }
 
