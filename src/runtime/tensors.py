@@ -19,10 +19,7 @@ from torch import Tensor
 from runtime.files import parse_json, write_bytes, written_whole
 from utils import UserError, first_line
 
-# What a damaged archive raises when it is looked at, and a damaged checkpoint when it is read.
-ARCHIVE_ERRORS = (
-    OSError, EOFError, NotImplementedError, pickle.UnpicklingError, struct.error, zlib.error, zipfile.BadZipFile,
-)  # fmt: skip
+# What a damaged checkpoint raises when it is read.
 LOADING_ERRORS = (
     OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, OverflowError, MemoryError, NotImplementedError,
     struct.error, zlib.error, zipfile.BadZipFile,
