@@ -113,7 +113,7 @@ def read_weights(flag_name: str, path: Path, kind: str) -> WeightsFile:
     beside = {} if key else {name: content[name] for name in BESIDE if name in content}
     forms = {
         "a TorchScript archive": is_script,
-        _training(content, key): key,
+        f"a checkpoint of another training ({key})": key,
         f"a model called {prefix}": prefix,
         "Hugging Face's CLIP": is_hugging_face,
     }
@@ -148,15 +148,6 @@ def _say(source: str, forms: list[str], left: list[str]) -> None:
         found.append(f"left out: {counted(left, NAMES_SHOWN)}")
     if found:
         logger.info("%s: %s", source, "; ".join(found))
-
-
-def _training(content: Mapping[str, Any], key: str) -> str:
-    """Whose training keeps weights under a key."""
-    if "pytorch-lightning_version" in content:
-        return f"a checkpoint of Lightning ({key})"
-    if key == "state_dict" and {"epoch", "name"} <= content.keys():
-        return f"a checkpoint of an OpenCLIP training ({key})"
-    return f"a checkpoint of another training ({key})"
 
 
 def _tensors(content: Mapping[str, Any]) -> dict[str, Any]:
