@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from models.configuration import Checkpoint, Settings, read_checkpoint
-from runtime.files import file_digest, parse_json, read_text, write_text
+from runtime.files import file_digest, read_json, write_text
 from runtime.hub import HUB, fetched
 from settings.groups import FREE_FLAGS
-from utils import UserError, first_line
+from utils import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,11 +41,6 @@ class ExportedPair:
 
     folder: Path
     config: dict[str, Any]
-
-    @property
-    def has_combiner(self) -> bool:
-        """Tell whether it composes with a Combiner, rather than with the sum."""
-        return self.config["combiner"] is not None
 
     @property
     def as_checkpoint(self) -> Checkpoint:
@@ -104,14 +99,11 @@ def read_exported(folder: Path) -> ExportedPair:
     """
     file = folder / PAIR_CONFIG
     source = f"--pair {file}"
-    try:
-        content = parse_json(read_text(file))
-    except (FileNotFoundError, NotADirectoryError):
+    if not file.is_file():
         raise UserError(
             f"--pair {folder} holds no {PAIR_CONFIG}: name a folder that export.py wrote"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source} is damaged ({first_line(error)}): {COPY_AGAIN}") from None
+        )
+    content = read_json(file, "export.py")
     form = content.get("form") if isinstance(content, dict) else None
     if type(form) is int and form > PAIR_FORM:
         raise UserError(
