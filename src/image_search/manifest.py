@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from image_search.schemas import StoreManifest
 from image_search.stores.base import FAISS, STORES, store_of
-from models.exported import exported_place
 from models.names import FOLDER, HUB_SCHEME
 from runtime.choices import named
 from runtime.files import parse_json, read_text, write_text
@@ -102,7 +101,7 @@ def as_made(folder: Path, about: Mapping[str, Any], choice: PairChoice) -> PairC
     exported = made_with.get("exported")
     if exported and choice.clip_path is None:
         _check_named(folder, about, "--pair", exported)
-        return dataclasses.replace(choice, exported=exported_place(exported))
+        return dataclasses.replace(choice, exported=exported)
     name = choice.clip.clip_model_name or ""
     if asked is None and name.startswith((f"{FOLDER}:", f"{HUB_SCHEME}:")):
         _check_named(folder, about, "--clip-model-name", name)

@@ -40,26 +40,12 @@ with (
 ):
     # clip-anytorch imports pkg_resources, which warns that it is deprecated.
     warnings.simplefilter("ignore")
-    import clip
-    from clip.model import (
-        CLIP,
-        Bottleneck,
-        LayerNorm,
-        ModifiedResNet,
-        ResidualAttentionBlock,
-        VisionTransformer,
-        build_model,
-        convert_weights,
-    )
-
-__all__ = [
-    "CLIP",
-    "Bottleneck",
-    "LayerNorm",
-    "ModifiedResNet",
-    "ResidualAttentionBlock",
-    "VisionTransformer",
-    "build_model",
-    "clip",
-    "convert_weights",
-]
+    import clip as clip
+    from clip.model import CLIP as CLIP
+    from clip.model import Bottleneck as Bottleneck
+    from clip.model import LayerNorm as LayerNorm
+    from clip.model import ModifiedResNet as ModifiedResNet
+    from clip.model import ResidualAttentionBlock as ResidualAttentionBlock
+    from clip.model import VisionTransformer as VisionTransformer
+    from clip.model import build_model as build_model
+    from clip.model import convert_weights as convert_weights

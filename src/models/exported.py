@@ -73,21 +73,17 @@ def _check_digest(file: Path, digest: str, field: str) -> None:
         )
 
 
-def exported_place(text: str) -> Path | str:
-    """A place of a pair as a text says it: a folder, or a repository after "hf-hub:"."""
-    return text if text.startswith(HUB) else Path(text)
-
-
 def open_exported(place: Path | str) -> ExportedPair:
     """The pair at a place: a folder, or a repository after "hf-hub:", which is fetched.
 
     Raises:
         UserError: see `read_exported` and `fetched`.
     """
-    if isinstance(place, Path):
-        return read_exported(place)
+    name = str(place)
+    if not name.startswith(HUB):
+        return read_exported(Path(name))
     return read_exported(
-        fetched(place.removeprefix(HUB), [PAIR_CONFIG, *WEIGHT_FILES.values(), f"{BUILT_FROM}/*"])
+        fetched(name.removeprefix(HUB), [PAIR_CONFIG, *WEIGHT_FILES.values(), f"{BUILT_FROM}/*"])
     )
 
 
