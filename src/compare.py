@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(columns) > 1:
         clusters = columns[0].clusters(resampling)
         print(f"\n{printable(resampling.told(clusters))}")
-    metric = next(iter(benchmark.selection))
+    metric = next(iter(benchmark.selection or benchmark.reported))
     for column in columns:
         for kind, dataset in column.trained_elsewhere.items():
             measured_on = column.results[0]["dataset"]

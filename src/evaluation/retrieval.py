@@ -111,12 +111,12 @@ def rank(
     block: int | None = None,
     if_equal: Callable[[Split], None] | None = None,
 ) -> dict[Protocol, Ranking]:
-    """Rank a split's gallery for every query, and its whole group.
+    """Rank a split's gallery for every query, and its group.
 
     Protocols that ask with one text share one computation of the similarities.
 
     Args:
-        k: how many of the nearest images to keep.
+        k: how many of the nearest images to keep, and with them the whole group; 0 for ranks alone.
         if_equal: called with the split where no query is nearer to one image than to another.
 
     Raises:
@@ -131,7 +131,7 @@ def rank(
         with _naming(frozen.split):
             for rows, similarity in similarity_blocks(frozen, compose, block, text=text):
                 tells_nothing = tells_nothing and _are_equal(similarity)
-                group = _rank_group(similarity, frozen, rows)
+                group = _rank_group(similarity, frozen, rows, sort=k > 0)
                 for protocol, parts in blocks.items():
                     whole = similarity.clone() if len(blocks) > 1 else similarity
                     allowed = protocol.restrict(whole, frozen.reference_rows[rows], frozen.outside)
@@ -199,17 +199,22 @@ def _rank_gallery(
     )
 
 
-def _rank_group(similarity: Tensor, frozen: FrozenSplit, rows: Tensor) -> dict[str, Tensor]:
+def _rank_group(
+    similarity: Tensor, frozen: FrozenSplit, rows: Tensor, *, sort: bool
+) -> dict[str, Tensor]:
     """Return the parts of a `Ranking` that are of each query's group, for a block of queries (b, N).
 
     They are the same under every protocol; without groups there are none.
+
+    Args:
+        sort: keep the group in the order of its similarities, which a validation has no use for.
     """
     if not frozen.split.has_groups:
         return {}
     groups = frozen.group_rows[rows]  # (b, G - 1)
     is_filler = groups == frozen.reference_rows[rows][:, None]  # in a group that lost members
     candidates = similarity.gather(1, groups).masked_fill_(is_filler, float("-inf"))
-    columns = nearest(candidates, groups.shape[1])
+    columns = nearest(candidates, groups.shape[1] if sort else 0)
     ranking = {
         "nearest_in_group": groups.gather(1, columns),
         "group_similarities": candidates.gather(1, columns),

@@ -31,13 +31,11 @@ def _stand_ins() -> dict[str, ModuleType]:
     return {"torchvision": package, "torchvision.transforms": transforms}
 
 
+stand_ins = _stand_ins()
+sys.modules.update(stand_ins)
 # The package asks for a GPU when it is imported. What a process that has asked forks cannot use one, and `demo.py`
 # forks all of its commands: the package is told that there is none. No default of it that would follow is used.
-with (
-    warnings.catch_warnings(),
-    mock.patch("torch.cuda.is_available", return_value=False),
-    mock.patch.dict(sys.modules, _stand_ins()),
-):
+with warnings.catch_warnings(), mock.patch("torch.cuda.is_available", return_value=False):
     # clip-anytorch imports pkg_resources, which warns that it is deprecated.
     warnings.simplefilter("ignore")
     import clip as clip
@@ -49,3 +47,5 @@ with (
     from clip.model import VisionTransformer as VisionTransformer
     from clip.model import build_model as build_model
     from clip.model import convert_weights as convert_weights
+for name in stand_ins:
+    del sys.modules[name]

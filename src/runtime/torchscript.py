@@ -88,7 +88,8 @@ def is_archive(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except zipfile.BadZipFile:  # which `zipfile.is_zipfile` does not tell of every damaged one
+    # `zipfile.is_zipfile` does not tell of every damaged one.
+    except (zipfile.BadZipFile, ValueError):
         return False
 
 
