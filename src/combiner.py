@@ -20,7 +20,7 @@ from utils import UserError, first_line, flag
 
 # Image features (B, D), text features (B, D) -> queries (B, D).
 Compose = Callable[[Tensor, Tensor], Tensor]
-Settings = dict[str, Any]  # kind and sizes of a Combiner, by the names of their flags
+CombinerSettings = dict[str, Any]  # kind and sizes of a Combiner, by the names of their flags
 
 ATTENTION_HEADS = 4
 ORIGINAL_TOP_K = 2
@@ -350,7 +350,7 @@ def build_combiner(settings: Mapping[str, Any]) -> Composer:
 
 def combiner_settings(
     state: Mapping[str, Tensor], config: Mapping[str, Any], path: Path
-) -> Settings:
+) -> CombinerSettings:
     """Kind, sizes, experts and k of a Combiner.
 
     Its weights tell them; k, which weights cannot tell, is that of its configuration, else the original's 2.

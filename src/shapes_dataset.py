@@ -38,7 +38,7 @@ COLORS = {
     "pink": (245, 150, 195),
 }
 RAINBOW = list(COLORS)
-SIZES = ("small", "medium", "large")
+FIGURE_SIZES = ("small", "medium", "large")
 # As a share of the image's shorter side.
 RADIUS_OF_SIZE = {"small": 0.16, "medium": 0.26, "large": 0.4}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "bar")
@@ -85,7 +85,7 @@ def random_scene(rng: random.Random) -> Scene:
     """Any shape, two different colours, any size."""
     color, background = rng.sample(RAINBOW, 2)
     shape = rng.choice(SHAPES)
-    size = rng.choice(SIZES)
+    size = rng.choice(FIGURE_SIZES)
     return Scene(shape=shape, color=color, background=background, size=size)
 
 
@@ -136,7 +136,7 @@ def size_edit(step: int) -> Edit:
 
 
 def _next_size(scene: Scene, step: int) -> str:
-    return SIZES[SIZES.index(scene.size) + step]
+    return FIGURE_SIZES[FIGURE_SIZES.index(scene.size) + step]
 
 
 def possible_edits(scene: Scene, rng: random.Random) -> list[Edit]:

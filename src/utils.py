@@ -18,8 +18,8 @@ from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 # Lengths of features from which a direction can be told: float32 loses the squares of shorter and of longer ones.
-SHORTEST = 1e-6
-LONGEST = 1e18
+SHORTEST_FEATURE = 1e-6
+LONGEST_FEATURE = 1e18
 DEBUG = "--debug"  # of every script: a fault is printed in full
 BROKEN_PIPE = 128 + 13  # what shells call a program that ended since nobody reads what it prints
 
@@ -139,7 +139,7 @@ def _last_words(error: Exception, script: str, words: list[str]) -> tuple[str, i
         return INTERRUPTED
     if isinstance(error, BrokenPipeError) and _nobody_reads():
         return "", BROKEN_PIPE
-    if isinstance(error, out_of_memory_errors()):
+    if type(error).__name__ == "OutOfMemoryError":  # of torch, which is not loaded just to ask
         remedy = "lower --batch-size, --micro-batch-size or --similarity-block, or use --gradient-checkpointing"
         return f"error: the GPU's memory is full ({first_line(error)[:80]}): {remedy}", 2
     if explained := refusal_of_the_machine(error):
@@ -256,12 +256,6 @@ def _nobody_reads() -> bool:
     for number in broken:
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     return bool(broken)
-
-
-def out_of_memory_errors() -> tuple[type[BaseException], ...]:
-    """What a full GPU raises; nothing where torch was not needed so far, and is not loaded just to ask."""
-    error = getattr(sys.modules.get("torch"), "OutOfMemoryError", None)
-    return (error,) if error else ()
 
 
 def seed_everything(seed: int) -> None:

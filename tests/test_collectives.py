@@ -145,7 +145,7 @@ def test_the_main_ranks_tensor_goes_from_gpu_to_gpu_and_its_description_over_the
 def test_votes_texts_and_waits_go_over_the_cpu(on_gpus):
     with on_gpus() as log:
         distributed.highest(1, 0, 3)
-        assert distributed.same_text("a text") == "a text"
+        assert distributed.same_object("a text") == "a text"
         distributed.wait_for_all()
     assert {name for name, _ in log.devices} == {"allreduce_", "broadcast_", "barrier"}
     assert {device for _, device in log.devices} == {"cpu"}

@@ -32,7 +32,15 @@ from models import exported
 from models.architectures import SIZES
 from models.clip_model import load_clip
 from models.configuration import read_checkpoint
-from models.exported import BUILT_FROM, CARD, CONFIG, FILES, FORM, KEYS, read_exported
+from models.exported import (
+    BUILT_FROM,
+    CARD,
+    KEYS,
+    PAIR_CONFIG,
+    PAIR_FORM,
+    WEIGHT_FILES,
+    read_exported,
+)
 from models.pair import load_pair
 from original import arguments, csv_name
 from runtime import files, hub
@@ -181,7 +189,7 @@ def test_a_validation_is_equal_to_the_last_bit(kind, weights, pairs, drawn, tmp_
     alone = flags[: flags.index("--combiner-path")] if "--combiner-path" in flags else flags
     assert measure(tmp_path, drawn, [*pair, *by_sum]) == measure(tmp_path, drawn, [*alone, *by_sum])
     assert load_pair(choose(pairs[kind]), CPU).describe()["training"].keys() >= {
-        part for part, flag in zip(FILES, ("--clip-model-path", "--combiner-path"), strict=True)
+        part for part, flag in zip(WEIGHT_FILES, ("--clip-model-path", "--combiner-path"), strict=True)
         if flag in flags
     }  # fmt: skip
 
@@ -342,7 +350,7 @@ def test_an_index_whose_pair_is_no_name(pairs, drawn, tmp_path):
 @pytest.mark.parametrize("kind", ["moe", "own, ResNet"])
 def test_half_rounds_and_does_nothing_else(kind, weights, pairs, drawn, tmp_path):
     half = make(weights[kind], tmp_path / "half", "--half")
-    for part, name in FILES.items():
+    for part, name in WEIGHT_FILES.items():
         if (half / name).exists():
             rounded = load_tensors(half / name)
             whole = load_tensors(pairs[kind] / name)
@@ -377,7 +385,7 @@ def test_a_weight_that_half_cannot_hold(weights, tmp_path, capsys):
 # The folder
 
 
-def read_all(folder: Path, parts=tuple(FILES)) -> None:
+def read_all(folder: Path, parts=tuple(WEIGHT_FILES)) -> None:
     """All that is read of a pair, but for building it."""
     pair = read_exported(folder)
     for part in parts:
@@ -389,7 +397,12 @@ def read_all(folder: Path, parts=tuple(FILES)) -> None:
 def test_the_folder_says_what_it_is(kind, weights, pairs):
     pair = pairs[kind]
     has_combiner = "--combiner-path" in weights[kind]
-    there = {CONFIG, CARD, "clip.safetensors", *(["combiner.safetensors"] if has_combiner else [])}
+    there = {
+        PAIR_CONFIG,
+        CARD,
+        "clip.safetensors",
+        *(["combiner.safetensors"] if has_combiner else []),
+    }
     assert {file.name for file in pair.iterdir()} == there
     assert {file.stat().st_mode & 0o444 for file in pair.iterdir()} == {0o444}
     read_all(pair)
@@ -400,7 +413,7 @@ def test_the_folder_says_what_it_is(kind, weights, pairs):
     assert {part: config[part]["weights_sha256"] for part in digests} == digests
 
 
-@pytest.mark.parametrize("file", [CONFIG, CARD, *FILES.values()])
+@pytest.mark.parametrize("file", [PAIR_CONFIG, CARD, *WEIGHT_FILES.values()])
 def test_a_file_that_is_missing_truncated_or_flipped(file, own_pair):
     path = own_pair / file
     whole = path.read_bytes()
@@ -411,18 +424,18 @@ def test_a_file_that_is_missing_truncated_or_flipped(file, own_pair):
         return
     refused(lambda: read_all(own_pair), str(own_pair), file)
     generator = np.random.default_rng(0)
-    parts = [part for part, name in FILES.items() if name == file]
+    parts = [part for part, name in WEIGHT_FILES.items() if name == file]
     ends = {0, 1, len(whole) // 2, len(whole) - 1, *generator.integers(len(whole), size=8).tolist()}
     for end in ends:
         path.write_bytes(whole[:end])
-        if file == CONFIG and end == len(whole) - 1:  # the last line's end
+        if file == PAIR_CONFIG and end == len(whole) - 1:  # the last line's end
             read_all(own_pair, parts)
         else:
             refused(lambda: read_all(own_pair, parts), str(path))
         CASES["truncated files of an exported pair", "refused"] += 1
     path.write_bytes(whole)
     places = range(len(whole))
-    if file != CONFIG:
+    if file != PAIR_CONFIG:
         places = [*range(0, 400, 7), *generator.integers(len(whole), size=60).tolist()]
     for place in places:
         flip(path, place, bit := 1 << int(generator.integers(8)))
@@ -431,7 +444,7 @@ def test_a_file_that_is_missing_truncated_or_flipped(file, own_pair):
             refused(lambda: read_all(own_pair, parts), str(own_pair))
         except pytest.fail.Exception:  # where it did not raise, nothing may have changed
             assert read_exported(own_pair).config == config
-            assert file == CONFIG
+            assert file == PAIR_CONFIG
             outcome = "read"
         CASES["flipped bits of an exported pair", outcome] += 1
         flip(path, place, bit)
@@ -452,7 +465,7 @@ NULLABLE = ("combiner", "num_experts", "top_k", "vision_patch_size")
 @pytest.mark.slow
 def test_every_field_of_every_wrong_type(own_pair):
     """With the digest of what it then says: who writes a wrong value may write its digest too."""
-    path = own_pair / CONFIG
+    path = own_pair / PAIR_CONFIG
     config = json.loads(path.read_text())
 
     def read(content) -> None:
@@ -468,7 +481,7 @@ def test_every_field_of_every_wrong_type(own_pair):
 
 def test_every_field_that_was_edited_or_is_missing(own_pair):
     """Whatever stands there instead, be it of the right kind."""
-    path = own_pair / CONFIG
+    path = own_pair / PAIR_CONFIG
     config = json.loads(path.read_text())
     for steps in places(config):
         value = at(config, steps)
@@ -489,17 +502,17 @@ def test_every_field_that_was_edited_or_is_missing(own_pair):
 
 
 def test_a_newer_form_and_sizes_that_are_of_no_model(own_pair):
-    path = own_pair / CONFIG
+    path = own_pair / PAIR_CONFIG
     config = json.loads(path.read_text())
 
     def write(content: dict) -> None:
         path.write_text(json.dumps({**content, "sha256": exported._digest(content)}))
 
-    write({"form": FORM + 1, "anything": "else"})
-    refused(lambda: read_exported(own_pair), str(path), f"form is {FORM + 1}", "newer version")
+    write({"form": PAIR_FORM + 1, "anything": "else"})
+    refused(lambda: read_exported(own_pair), str(path), f"form is {PAIR_FORM + 1}", "newer version")
     for name in set(SIZES) - {"transformer_heads"}:  # heads of the same width have the same shapes
         write(with_value(config, ("clip", "sizes", name), 7))
-        refused(lambda: load_pair(choose(own_pair), CPU), str(own_pair / FILES["clip"]))
+        refused(lambda: load_pair(choose(own_pair), CPU), str(own_pair / WEIGHT_FILES["clip"]))
     for name in WRONG:
         if not isinstance(name, dict):
             path.write_text(json.dumps(name))
@@ -510,7 +523,7 @@ def test_it_does_not_say_where_the_files_of_a_training_lay(pairs, weights):
     for kind in ("sum", "moe", "clip4cir"):
         for file in pairs[kind].iterdir():
             assert SECRET.encode() not in file.read_bytes()
-    for part, name in FILES.items():
+    for part, name in WEIGHT_FILES.items():
         with safe_open(pairs["moe"] / name, framework="pt") as file:
             config = json.loads(file.metadata()["config"])
         flag = {"clip": "--clip-model-path", "combiner": "--combiner-path"}[part]
@@ -519,10 +532,10 @@ def test_it_does_not_say_where_the_files_of_a_training_lay(pairs, weights):
         assert config == {**own, "flags": kept}
 
 
-@pytest.mark.parametrize("part", FILES)
+@pytest.mark.parametrize("part", WEIGHT_FILES)
 def test_a_part_is_a_checkpoint_of_its_own(part, pairs, weights):
     """So stage 2 trains on the CLIP of a pair, with the preprocessing of its training."""
-    file = pairs["moe"] / FILES[part]
+    file = pairs["moe"] / WEIGHT_FILES[part]
     flag = {"clip": "--clip-model-path", "combiner": "--combiner-path"}[part]
     found = read_checkpoint(flag, file, KEYS[part])
     own = read_checkpoint(flag, Path(weights["moe"][weights["moe"].index(flag) + 1]), KEYS[part])
@@ -741,7 +754,7 @@ def stub(monkeypatch, tmp_path) -> SimpleNamespace:
         folder = reach(repository)
         if not folder.is_dir():
             raise HubError(f"404: {repository} is not there\nsee the documentation")
-        assert {CONFIG, *FILES.values(), f"{BUILT_FROM}/*"} == set(allow_patterns)
+        assert {PAIR_CONFIG, *WEIGHT_FILES.values(), f"{BUILT_FROM}/*"} == set(allow_patterns)
         return str(folder)
 
     package = SimpleNamespace(

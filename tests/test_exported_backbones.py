@@ -13,7 +13,7 @@ from combiner import build_combiner
 from conftest import CASES
 from models import exported
 from models.encoder import load_backbone
-from models.exported import BUILT_FROM, CONFIG, FORM, read_exported
+from models.exported import BUILT_FROM, PAIR_CONFIG, PAIR_FORM, read_exported
 from models.pair import load_pair
 from models.schemas import Exported
 from runtime.schema import checked
@@ -104,10 +104,10 @@ def test_a_text_encoder_of_hugging_faces_is_in_the_pair_too(models_made, drawn, 
     shutil.rmtree(folder)
     assert measure(tmp_path, drawn, ["--pair", pair]) == before
     (pair / BUILT_FROM / "config.json").unlink()
-    config = json.loads((pair / CONFIG).read_text())
+    config = json.loads((pair / PAIR_CONFIG).read_text())
     del config["clip"]["files"]["config.json"]
     config["sha256"] = exported._digest(config)
-    (pair / CONFIG).write_text(json.dumps(config))
+    (pair / PAIR_CONFIG).write_text(json.dumps(config))
     refused(
         lambda: load_pair(
             PairChoice(combining_function="sum", clip_path=None, combiner_path=None, exported=pair),
@@ -150,17 +150,17 @@ def test_each_file_that_it_is_built_from_is_there_and_unchanged(moved):
 
 def test_a_clip_has_sizes_or_files(moved):
     _, pair, _ = moved("vit")
-    config = json.loads((pair / CONFIG).read_text())
-    assert config["form"] == FORM
+    config = json.loads((pair / PAIR_CONFIG).read_text())
+    assert config["form"] == PAIR_FORM
     assert config["clip"]["sizes"] is None
 
     def check(clip: dict) -> None:
         content = {**config, "clip": {**config["clip"], **clip}}
-        checked(Exported, content, file=pair / CONFIG, remedy="copy it again")
+        checked(Exported, content, file=pair / PAIR_CONFIG, remedy="copy it again")
 
     check({})
     for files in [{}, {"../x": "0" * 64}, {"/x": "0" * 64}, {"a/b": "0" * 64}, {"x": "0"}, *WRONG]:
-        refused(lambda files=files: check({"files": files}), str(pair / CONFIG), "clip")
+        refused(lambda files=files: check({"files": files}), str(pair / PAIR_CONFIG), "clip")
         CASES["files of an exported pair", "refused"] += 1
 
 
@@ -168,7 +168,7 @@ def test_weights_of_another_model(moved):
     """With digests of their own: who changes a file may change what is said of it."""
     _, pair, _ = moved("custom")
     folder = pair / BUILT_FROM
-    config = json.loads((pair / CONFIG).read_text())
+    config = json.loads((pair / PAIR_CONFIG).read_text())
     about = json.loads((folder / "open_clip_config.json").read_text())
     about["model_cfg"]["vision_cfg"]["width"] = 48
     (folder / "open_clip_config.json").write_text(json.dumps(about))
@@ -176,7 +176,7 @@ def test_weights_of_another_model(moved):
         folder / "open_clip_config.json"
     )
     config["sha256"] = exported._digest(config)
-    (pair / CONFIG).write_text(json.dumps(config))
+    (pair / PAIR_CONFIG).write_text(json.dumps(config))
     choice = PairChoice(combining_function=None, clip_path=None, combiner_path=None, exported=pair)
     refused(lambda: load_pair(choice, CPU), "--pair", "clip.safetensors")
 

@@ -192,7 +192,7 @@ def test_resolution_and_precision_are_part_of_the_key(make_encoder):
     encoder = make_encoder()
     about = encoder.describe()
     assert about["resolution"] == 32
-    assert about["precision"] == "float32 on cpu"
+    assert about["precision"] == "fp32 on cpu"
     on_gpu = dataclasses.replace(encoder, device=torch.device("cuda"))
     assert on_gpu.describe()["precision"] == "fp32 on cuda"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import utils
-from conftest import CASES, DOORS, ROOT, SOAK, one_of_each_kind
+from conftest import CASES, ROOT, SOAK, one_of_each_kind
 from forks import hear_ctrl_c
 from test_light_start import MISSING, SCRIPTS
 from utils import REMEDIES, SIGNS, Stopped, UserError, command, printable
@@ -272,23 +272,6 @@ def test_closed_streams_change_nothing_that_is_done(drawn, tmp_path):
         missing = closed(streams, SRC / "compare.py", "nowhere", cwd=tmp_path)
         assert missing.returncode == 2, streams
         assert missing.stdout == b"", streams
-
-
-@pytest.mark.parametrize("variable", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
-@pytest.mark.parametrize("value", ["two", "", "-1", "1.5", "\x1b"])
-def test_an_environment_that_is_no_torchrun(variable, value, golden, capsys):
-    env = {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
-    words = f"--dataset CIRR --combining-function sum --device cpu --data-root {golden}".split()
-    words += ["--clip-model-name", str(golden / "clip_vit.pt"), "--num-workers", "0"]
-    with pytest.MonkeyPatch.context() as patch:
-        for name, text in {**env, variable: value}.items():
-            patch.setenv(name, text)
-        with pytest.raises(SystemExit) as stop:
-            DOORS["validate"](words)
-    assert stop.value.code == 2
-    err = capsys.readouterr().err
-    assert len(err.splitlines()) == 1
-    assert variable in err
 
 
 @pytest.mark.slow

@@ -92,10 +92,9 @@ def test_a_device_that_cannot_says_what_it_can(monkeypatch, fails, drawn):
     assert "--encode-precision tf32: cpu has no TF32 here; choose fp32" in error
 
 
-def test_caches_of_earlier_versions_stay_good(make_encoder):
-    """Their keys said of float32 on a CPU what is said here, and nothing of another precision."""
+def test_keys_of_caches_say_in_what_was_encoded(make_encoder):
     about = make_encoder().describe()
-    assert about["precision"] == "float32 on cpu"
+    assert about["precision"] == "fp32 on cpu"
     assert set(about) == {
         "clip_model_name", "transform", "target_ratio", "resolution", "weights", "precision", "versions",
     }  # fmt: skip

@@ -166,7 +166,7 @@ def test_what_is_certain_is_what_no_ranking_changes(dataset, group_size):
 def test_what_is_assumed_of_weights_is_said(says, flags, drawn, stage_2, run, tmp_path, caplog):
     """In one line, and in the result; where weights or flags tell all, with the numbers of what they tell."""
     folder = stage_2("CIRR", "--top-k", 1, "--transform", "squarepad", "--save-best")
-    trained = find_checkpoint(folder / "saved_models/combiner_arithmetic")
+    trained = find_checkpoint("--combiner-path", folder / "saved_models/combiner_arithmetic")
     content = load_tensors(trained)
     table = Settings.read(content["config"]).table
     bare = {"Combiner": content["Combiner"]}

@@ -280,7 +280,7 @@ def test_a_worker_ends_when_its_parent_is_gone(tmp_path, start):
     code = """
 import os, signal, time
 from runtime import interruption
-interruption.PATIENCE = 0.1
+interruption.LOOK_EVERY = 0.1
 if os.fork() == 0:
     real = signal.sigtimedwait
     def sigtimedwait(*wanted):

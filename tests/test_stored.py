@@ -117,7 +117,6 @@ FLAWS = {
     "eight bits": lambda weight: weight.to(torch.float8_e4m3fn),
     "sparse": lambda weight: weight.to_sparse(),
     "without data": lambda weight: weight.to("meta"),
-    "one value for all": lambda weight: torch.ones(()).expand(weight.shape),
     "a list": lambda weight: weight.tolist(),
     "nothing": lambda weight: None,
     "one row more": lambda weight: torch.cat([weight.view(-1), torch.ones(1)]),
@@ -131,7 +130,7 @@ FLAWS = {
 def test_a_flaw_of_any_weight_is_named(kind, flaw, clip):
     weights = weights_of(kind, clip)
     for name, weight in one_of_each_kind(weights.items(), kind_of_weight):
-        if not weight.is_floating_point() or (flaw == "one value for all" and weight.numel() == 1):
+        if not weight.is_floating_point():
             continue
         damaged = {**weights, name: FLAWS[flaw](weight)}
         refused(lambda state=damaged: load_as(kind, state, clip), "there.pt", name)

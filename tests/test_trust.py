@@ -189,10 +189,10 @@ def test_a_pair_of_somebody_else_has_no_code_run(
     for file in (tmp_path / "planted").iterdir():
         if file.suffix != ".bin":
             shutil.copy(file, built_from)
-    config = json.loads((tmp_path / "pair" / exported.CONFIG).read_text())
+    config = json.loads((tmp_path / "pair" / exported.PAIR_CONFIG).read_text())
     config["clip"]["files"] = {file.name: file_digest(file) for file in built_from.iterdir()}
     config["sha256"] = exported._digest(config)
-    (tmp_path / "pair" / exported.CONFIG).write_text(json.dumps(config))
+    (tmp_path / "pair" / exported.PAIR_CONFIG).write_text(json.dumps(config))
     words = [
         "--dataset",
         "CIRR",

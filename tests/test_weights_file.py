@@ -40,7 +40,7 @@ FORMS = {
             "state_dict": renamed(state, "module."),
             "optimizer": OPTIMIZER,
         },
-        "an OpenCLIP training (state_dict); left out: epoch, name, optimizer",
+        "another training (state_dict); left out: epoch, name, optimizer",
     ),
     "lightning": (
         lambda state: {
@@ -48,7 +48,7 @@ FORMS = {
             "state_dict": {**renamed(state, "model."), "loss.scale": torch.ones(1)},
             "optimizer_states": [OPTIMIZER],
         },
-        "Lightning (state_dict), a model called model.; left out: pytorch-lightning_version, optimizer_states, loss.sc",
+        "another training (state_dict), a model called model.; left out: pytorch-lightning_version, optimizer_states",
     ),
     "plain training": (
         lambda state: {"model_state_dict": with_buffers(state), "config": argparse},

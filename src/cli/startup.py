@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import BENCHMARKS, Benchmark
 from benchmarks.exclusions import read_exclusions
-from models.configuration import named_checkpoint
 from models.exported import read_exported
 from models.names import check_clip
 from runtime import torchrun
-from runtime.files import missing_file
+from runtime.files import find_checkpoint, missing_file
 from runtime.hub import import_hub
 from utils import UserError, first_line, flag
 
@@ -36,7 +35,7 @@ def check_files(args: Any) -> None:
     for name in ("clip_model_path", "combiner_path"):
         path = getattr(args, name, None)
         if path is not None:
-            named_checkpoint(flag(name), path)
+            find_checkpoint(flag(name), path)
     clip = getattr(args, "clip_model_name", None)
     if clip is not None:
         check_clip(clip)
@@ -67,7 +66,6 @@ def check_annotations(benchmark: Benchmark, splits: Sequence[str]) -> None:
 
 def pick_device(name: str | None) -> "torch.device":
     """The device of `--device`, else this process's GPU, else the CPU; joins the other processes, if there are any."""
-    torchrun.check_environment()
     import torch
 
     from runtime import distributed

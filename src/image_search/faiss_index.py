@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from runtime.files import written_whole
-from utils import LONGEST, SHORTEST, DiskError, UserError, first_line
+from utils import LONGEST_FEATURE, SHORTEST_FEATURE, DiskError, UserError, first_line
 
 ADDED_AT_ONCE = 65_536  # vectors
 
@@ -70,7 +70,7 @@ def normalised(features: np.ndarray) -> np.ndarray:
     rows = np.asarray(features, dtype=np.float32)
     with np.errstate(over="ignore"):
         lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    if ((lengths < SHORTEST) | (lengths > LONGEST)).any():
+    if ((lengths < SHORTEST_FEATURE) | (lengths > LONGEST_FEATURE)).any():
         raise UserError(
             f"features of the index have lengths from {lengths.min():.1g} to {lengths.max():.1g}, which cannot be "
             "ranked: make the index again with other weights"

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from image_search.schemas import StoreManifest
 from image_search.stores.base import FAISS, STORES, store_of
-from models.exported import exported_place
-from models.names import FOLDER, HUB
+from models.names import FOLDER, HUB_SCHEME
 from runtime.choices import named
 from runtime.files import parse_json, read_text, write_text
 from runtime.schema import checked
@@ -102,9 +101,9 @@ def as_made(folder: Path, about: Mapping[str, Any], choice: PairChoice) -> PairC
     exported = made_with.get("exported")
     if exported and choice.clip_path is None:
         check_named(folder, about, "--pair", exported)
-        return dataclasses.replace(choice, exported=exported_place(exported))
+        return dataclasses.replace(choice, exported=exported)
     name = choice.clip.clip_model_name or ""
-    if asked is None and name.startswith((f"{FOLDER}:", f"{HUB}:")):
+    if asked is None and name.startswith((f"{FOLDER}:", f"{HUB_SCHEME}:")):
         check_named(folder, about, "--clip-model-name", name)
     if choice.clip_path is not None:
         return choice

@@ -8,38 +8,32 @@ from models.schemas import (
     ABSENT,
     Background,
     Count,
-    Decode,
     Digest,
-    EncodePrecision,
-    Model,
     PathText,
+    Preprocessing,
     SideRatio,
-    Text,
     Transform,
 )
 from runtime.schema import Schema
+from settings.declaring import AnyText
 
 
-class IndexPreprocessing(Schema):
-    """How images were preprocessed, and in what precision they were encoded."""
+class EncoderKey(Preprocessing):
+    """What features depend on beside the images."""
 
     transform: Transform
     target_ratio: SideRatio
-    decode: Decode = ABSENT
     background: Background
-    encode_precision: EncodePrecision = ABSENT
-
-
-class EncoderKey(IndexPreprocessing, Model):
-    """What features depend on beside the images."""
-
     weights: Digest
     resolution: Count
 
 
-class IndexPair(IndexPreprocessing):
+class IndexedPair(Preprocessing):
     """What a query needs to load the same CLIP."""
 
+    transform: Transform
+    target_ratio: SideRatio
+    background: Background
     clip_model_name: PathText
     clip_model_path: PathText | None = ABSENT
     exported: PathText = ABSENT
@@ -50,9 +44,9 @@ class Manifest(Schema):
 
     images: PositiveInt
     encoder: EncoderKey
-    pair: IndexPair = ABSENT
+    pair: IndexedPair = ABSENT
     folders: list[PathText] = ABSENT
-    unreadable: dict[str, Text] = ABSENT
+    unreadable: dict[str, AnyText] = ABSENT
     made_here: Digest = ABSENT
 
 
@@ -60,5 +54,5 @@ class StoreManifest(Manifest):
     """The same of an index that lives elsewhere. `images` is absent until an update has come to its end."""
 
     store: Annotated[str, Field(pattern=r"^\w+:\S")]
-    kind: Text
+    kind: AnyText
     images: PositiveInt = ABSENT

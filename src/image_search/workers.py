@@ -152,7 +152,7 @@ def fork_on_demand(descriptor: int, modules: Sequence[str]) -> None:
     line = Connection(descriptor)
     for module in modules:
         importlib.import_module(module)
-    for number in interruption.ENDING:
+    for number in interruption.ENDING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     gc.collect()
     gc.freeze()  # what is not looked at stays shared

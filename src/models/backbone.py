@@ -21,7 +21,7 @@ OPENAI_PACKAGES = ("clip", "clip-anytorch")
 OTHER_PACKAGES = ("open_clip_torch", "timm", "transformers", "tokenizers")
 
 
-COLUMNS = 8  # of tokens come together: kernels are made for multiples
+COLUMN_MULTIPLE = 8  # of tokens come together: kernels are made for multiples
 AROUND = 4  # tokens at most that stand before and after those of a caption
 
 
@@ -65,10 +65,10 @@ class Tokenizer:
             return self.context
         used = (tokens != self.pad).view(-1, self.context).any(0).nonzero()
         needed = int(used[-1]) + 1 if len(used) else 1
-        return min(self.context, -(-needed // COLUMNS) * COLUMNS)
+        return min(self.context, -(-needed // COLUMN_MULTIPLE) * COLUMN_MULTIPLE)
 
     def cuts(self, caption: str) -> bool:
-        """Whether a caption has more tokens than the text encoder takes."""
+        """Tell whether a caption has more tokens than the text encoder takes."""
         # A token takes a letter at least, and few stand around them: most captions need no look.
         if caption.isascii() and len(caption) <= self.context - AROUND:
             return False
@@ -139,7 +139,7 @@ class Backbone:
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """What stored settings, keys and results say of it: of OpenAI's CLIPs the resolution alone."""
+        """Return what stored settings, keys and results say of it: of OpenAI's CLIPs the resolution alone."""
         known: dict[str, Any] = {"resolution": self.resolution}
         if self.architecture:
             known["interpolation"] = self.interpolation

@@ -9,7 +9,14 @@ import warnings
 from types import ModuleType
 from unittest import mock
 
-TRANSFORMS = ("Compose", "Resize", "CenterCrop", "ToTensor", "Normalize", "InterpolationMode")
+TORCHVISION_NAMES = (
+    "Compose",
+    "Resize",
+    "CenterCrop",
+    "ToTensor",
+    "Normalize",
+    "InterpolationMode",
+)
 
 
 def _stand_ins() -> dict[str, ModuleType]:
@@ -17,7 +24,7 @@ def _stand_ins() -> dict[str, ModuleType]:
     if "torchvision" in sys.modules:
         return {}
     transforms = ModuleType("torchvision.transforms")
-    for name in TRANSFORMS:
+    for name in TORCHVISION_NAMES:
         setattr(transforms, name, mock.Mock())
     package = ModuleType("torchvision")
     package.__path__ = []
@@ -31,26 +38,13 @@ sys.modules.update(stand_ins)
 with warnings.catch_warnings(), mock.patch("torch.cuda.is_available", return_value=False):
     # clip-anytorch imports pkg_resources, which warns that it is deprecated.
     warnings.simplefilter("ignore")
-    import clip
-    from clip.model import (
-        CLIP,
-        Bottleneck,
-        LayerNorm,
-        ModifiedResNet,
-        ResidualAttentionBlock,
-        VisionTransformer,
-        convert_weights,
-    )
+    import clip as clip
+    from clip.model import CLIP as CLIP
+    from clip.model import Bottleneck as Bottleneck
+    from clip.model import LayerNorm as LayerNorm
+    from clip.model import ModifiedResNet as ModifiedResNet
+    from clip.model import ResidualAttentionBlock as ResidualAttentionBlock
+    from clip.model import VisionTransformer as VisionTransformer
+    from clip.model import convert_weights as convert_weights
 for name in stand_ins:
     del sys.modules[name]
-
-__all__ = [
-    "CLIP",
-    "Bottleneck",
-    "LayerNorm",
-    "ModifiedResNet",
-    "ResidualAttentionBlock",
-    "VisionTransformer",
-    "clip",
-    "convert_weights",
-]

@@ -11,7 +11,7 @@ from models.names import in_full
 from runtime.choices import ORIGINAL, UNNAMED
 from runtime.files import find_checkpoint
 from settings.groups import STAGES, AnyTraining, Clip
-from utils import UserError, flag
+from utils import flag
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Settings:
         flags = content.get("flags") if isinstance(content, dict) else None
         script = flags.get("script") if isinstance(flags, dict) else None
         stage = STAGES.get(script, AnyTraining) if isinstance(script, str) else AnyTraining
-        checked(schemas.Parts[stage], content, file=file, remedy=remedy)  # type: ignore[valid-type]
+        checked(schemas.StoredSettings[stage], content, file=file, remedy=remedy)  # type: ignore[valid-type]
         return cls.read(content)
 
     @property
@@ -79,7 +79,7 @@ class Settings:
         return {**self.flags, **self.preprocessing, **self.data, "versions": self.versions}
 
     def with_flags(self, **flags: Any) -> "Settings":
-        """The same with other values of some flags."""
+        """Return the same with other values of some flags."""
         return dataclasses.replace(self, flags={**self.flags, **flags})
 
     def on_disk(self) -> dict[str, Any]:
@@ -112,14 +112,6 @@ class Checkpoint:
         return Settings.read(self.config).table
 
 
-def named_checkpoint(flag_name: str, path: Path) -> Path:
-    """The checkpoint file that a flag's path stands for, see `find_checkpoint`; an error names the flag."""
-    try:
-        return find_checkpoint(path)
-    except UserError as error:
-        raise UserError(f"{flag_name}: {error}") from None
-
-
 def read_checkpoint(flag_name: str, path: Path | None, key: str) -> Checkpoint | None:
     """The checkpoint that a flag names, None where the flag is silent.
 
@@ -138,7 +130,7 @@ def read_checkpoint(flag_name: str, path: Path | None, key: str) -> Checkpoint |
 
     if path is None:
         return None
-    path = named_checkpoint(flag_name, path)
+    path = find_checkpoint(flag_name, path)
     source = f"{flag_name} {path}"
     remedy = "copy it again, or train it again"
     found = read_weights(flag_name, path, key)
@@ -202,7 +194,7 @@ def resolve_clip_options(
 def assumed(
     choice: Clip, settled: Clip, checkpoints: Sequence[Checkpoint | None]
 ) -> dict[str, Any]:
-    """What was taken by default for weights that say nothing of it: setting -> value; {} without weights.
+    """Return what was taken by default for weights that tell nothing of it: setting -> value; {} without weights.
 
     What there was no choice of when earlier versions wrote their settings is not assumed, but known.
 

@@ -28,7 +28,7 @@ from runtime.image_files import decoded, read_photo
 from runtime.precision import HALF, check_encode_precision, encoding
 from runtime.progress import Counter
 from settings.groups import Clip
-from utils import LONGEST, SHORTEST, UserError
+from utils import LONGEST_FEATURE, SHORTEST_FEATURE, UserError
 
 CAPTIONS_AT_ONCE = 256  # in a batch: 32, as of images, leave a GPU idle
 NOT_OF_BYTES = ("mean", "std", "context", "architecture")  # which follow when an image is bytes
@@ -36,7 +36,7 @@ CAPTIONS_KEPT = (
     65_536  # whose tokens are remembered, 1 KB each: more than a split of a benchmark has
 )
 
-Item = TypeVar("Item")
+Chunked = TypeVar("Chunked")
 logger = logging.getLogger(__name__)
 
 
@@ -134,7 +134,7 @@ class Encoder:
         return folded(self.model, HALF.get(self.precision))
 
     def fold(self) -> None:
-        """The same for good: no weight of this encoder changes from now on, as where questions are answered."""
+        """Make them for good: no weight of this encoder changes from now on, as where questions are answered."""
         fold(self.model, HALF.get(self.precision))
 
     def _no_features(self) -> Tensor:
@@ -188,14 +188,11 @@ class Encoder:
 
     def describe(self) -> dict[str, Any]:
         """All that determines the features beside the images and captions themselves, in plain types."""
-        precision = f"{self.precision} on {self.device.type}"
-        if self.precision == "fp32" and self.device.type == "cpu":
-            precision = "float32 on cpu"  # as earlier versions said it, whose caches are still good
         return {
             "clip_model_name": self.preprocessing["clip_model_name"],
             **self.reported_preprocessing,
             "weights": weights_digest(self.model.state_dict()),
-            "precision": precision,
+            "precision": f"{self.precision} on {self.device.type}",
             "versions": {**versions(), **_installed(self.backbone.packages)},
         }
 
@@ -207,10 +204,10 @@ def check_lengths(features: Tensor, names: Sequence[object]) -> None:
         names: of what was encoded, n of them.
 
     Raises:
-        UserError: some are shorter than SHORTEST or longer than LONGEST; the first is named.
+        UserError: some are shorter than SHORTEST_FEATURE or longer than LONGEST_FEATURE; the first is named.
     """
     lengths = features.norm(dim=-1)
-    is_lost = (lengths < SHORTEST) | (lengths > LONGEST)
+    is_lost = (lengths < SHORTEST_FEATURE) | (lengths > LONGEST_FEATURE)
     if is_lost.any():  # one wait for the device
         row = int(is_lost.nonzero()[0])
         raise UserError(
@@ -242,7 +239,7 @@ def _installed(packages: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _chunks(items: Sequence[Item], size: int) -> list[list[Item]]:
+def _chunks(items: Sequence[Chunked], size: int) -> list[list[Chunked]]:
     """The items in lists of `size`, the last one what is left."""
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 

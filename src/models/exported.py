@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from models.configuration import Checkpoint, Settings, read_checkpoint
-from runtime.files import file_digest, parse_json, read_text, write_text
+from runtime.files import file_digest, read_json, write_text
 from runtime.hub import HUB, fetched
 from settings.groups import FREE_FLAGS
-from utils import UserError, first_line
+from utils import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from models.backbone import Backbone
     from models.encoder import Encoder
 
-FORM = 2  # of the folder; what an earlier version cannot read has a higher one
+PAIR_FORM = 2  # of the folder; what an earlier version cannot read has a higher one
 OF_SIZES = 1  # the form of pairs whose CLIP is OpenAI's, which is built of its sizes
-CONFIG = "config.json"
+PAIR_CONFIG = "config.json"
 CARD = "README.md"
-FILES = {"clip": "clip.safetensors", "combiner": "combiner.safetensors"}
+WEIGHT_FILES = {"clip": "clip.safetensors", "combiner": "combiner.safetensors"}
 BUILT_FROM = "clip"  # a folder in it, of the files that another CLIP is built from
 KEYS = {"clip": "CLIP", "combiner": "Combiner"}  # what `read_checkpoint` calls the parts
-REMEDY = "copy the folder again, or export it again"
+COPY_AGAIN = "copy the folder again, or export it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +43,10 @@ class ExportedPair:
     config: dict[str, Any]
 
     @property
-    def has_combiner(self) -> bool:
-        """Whether it composes with a Combiner, rather than with the sum."""
-        return self.config["combiner"] is not None
-
-    @property
     def as_checkpoint(self) -> Checkpoint:
-        """What its images and features are made with, as `resolve_clip_options` asks checkpoints for it."""
+        """Return what its images and features are made with, as `resolve_clip_options` asks checkpoints for it."""
         settings = Settings(flags={}, preprocessing=self.config["recipe"], data={}, versions={})
-        return Checkpoint(path=self.folder / CONFIG, state={}, config=settings.on_disk())
+        return Checkpoint(path=self.folder / PAIR_CONFIG, state={}, config=settings.on_disk())
 
     def weights(self, part: str) -> Checkpoint:
         """The weights of "clip" or "combiner".
@@ -59,7 +54,7 @@ class ExportedPair:
         Raises:
             UserError: the file is not the one that was exported.
         """
-        file = self.folder / FILES[part]
+        file = self.folder / WEIGHT_FILES[part]
         about = self.config[part]
         _check_digest(file, about["file_sha256"], f"{part}.file_sha256")
         folder = None
@@ -74,13 +69,8 @@ class ExportedPair:
 def _check_digest(file: Path, digest: str, field: str) -> None:
     if file_digest(file) != digest:
         raise UserError(
-            f"--pair {file} is damaged or was edited: {field} of {CONFIG} is of another file: {REMEDY}"
+            f"--pair {file} is damaged or was edited: {field} of {PAIR_CONFIG} is of another file: {COPY_AGAIN}"
         )
-
-
-def exported_place(text: str) -> Path | str:
-    """A place of a pair as a text says it: a folder, or a repository after "hf-hub:"."""
-    return text if text.startswith(HUB) else Path(text)
 
 
 def open_exported(place: Path | str) -> ExportedPair:
@@ -89,10 +79,11 @@ def open_exported(place: Path | str) -> ExportedPair:
     Raises:
         UserError: see `read_exported` and `fetched`.
     """
-    if isinstance(place, Path):
-        return read_exported(place)
+    name = str(place)
+    if not name.startswith(HUB):
+        return read_exported(Path(name))
     return read_exported(
-        fetched(place.removeprefix(HUB), [CONFIG, *FILES.values(), f"{BUILT_FROM}/*"])
+        fetched(name.removeprefix(HUB), [PAIR_CONFIG, *WEIGHT_FILES.values(), f"{BUILT_FROM}/*"])
     )
 
 
@@ -102,34 +93,33 @@ def read_exported(folder: Path) -> ExportedPair:
     Raises:
         UserError: a file is missing, or config.json is damaged, edited or of a newer form.
     """
-    file = folder / CONFIG
+    file = folder / PAIR_CONFIG
     source = f"--pair {file}"
-    try:
-        content = parse_json(read_text(file))
-    except (FileNotFoundError, NotADirectoryError):
+    if not file.is_file():
         raise UserError(
-            f"--pair {folder} holds no {CONFIG}: name a folder that export.py wrote"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source} is damaged ({first_line(error)}): {REMEDY}") from None
+            f"--pair {folder} holds no {PAIR_CONFIG}: name a folder that export.py wrote"
+        )
+    content = read_json(file, "export.py")
     form = content.get("form") if isinstance(content, dict) else None
-    if type(form) is int and form > FORM:
+    if type(form) is int and form > PAIR_FORM:
         raise UserError(
-            f"{source}: form is {form}, and this version reads up to {FORM}: use a newer version of this project"
+            f"{source}: form is {form}, and this version reads up to {PAIR_FORM}: use a newer version of this project"
         )
 
     from models.schemas import Exported
     from runtime.schema import checked
 
-    checked(Exported, content, file=source, remedy=REMEDY)
+    checked(Exported, content, file=source, remedy=COPY_AGAIN)
     if content["sha256"] != _digest(content):
-        raise UserError(f"{source} was edited: sha256 is not that of the other fields: {REMEDY}")
-    needed = [name for part, name in FILES.items() if content[part] is not None]
+        raise UserError(
+            f"{source} was edited: sha256 is not that of the other fields: {COPY_AGAIN}"
+        )
+    needed = [name for part, name in WEIGHT_FILES.items() if content[part] is not None]
     built_from = content["clip"].get("files") or {}
     needed += [f"{BUILT_FROM}/{name}" for name in built_from]
     for name in needed:
         if not (folder / name).is_file():
-            raise UserError(f"--pair {folder} holds no {name}: {REMEDY}")
+            raise UserError(f"--pair {folder} holds no {name}: {COPY_AGAIN}")
     for file in _visible_files(folder / BUILT_FROM):
         if file.name not in built_from:
             raise UserError(
@@ -179,13 +169,13 @@ def write_exported(
         states["combiner"] = combiner
         sizes["combiner"] = combiner_settings(combiner, {"top_k": compose.top_k}, folder)
     content: dict[str, Any] = {
-        "form": FORM if built_from else OF_SIZES,
+        "form": PAIR_FORM if built_from else OF_SIZES,
         "recipe": encoder.preprocessing,
         "clip": None,
         "combiner": None,
     }
     for part, state in states.items():
-        file = folder / FILES[part]
+        file = folder / WEIGHT_FILES[part]
         digests = _write_weights(file, state, shared_settings(training.get(part, {})), half=half)
         content[part] = {"sizes": sizes[part], **digests}
     if built_from:
@@ -193,7 +183,7 @@ def write_exported(
     content["half"] = half
     content["versions"] = versions()
     config = {**content, "sha256": _digest(content)}
-    write_text(folder / CONFIG, json.dumps(config, indent=1) + "\n")
+    write_text(folder / PAIR_CONFIG, json.dumps(config, indent=1) + "\n")
     return config
 
 

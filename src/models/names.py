@@ -13,9 +13,9 @@ from runtime.files import find_checkpoint, is_there, read_json
 from utils import UserError
 
 OPEN_CLIP = "open_clip"
-HUB = "hf-hub"
+HUB_SCHEME = "hf-hub"
 FOLDER = "local-dir"
-CONFIG = "open_clip_config.json"  # of a folder or repository: architecture and preprocessing
+MODEL_CONFIG = "open_clip_config.json"  # of a folder or repository: architecture and preprocessing
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth")  # which open_clip looks for in a folder
 REQUIREMENTS = "pip install -r requirements-open-clip.txt"
 
@@ -25,7 +25,7 @@ class OpenClipName:
     """A model of open_clip.
 
     Attributes:
-        scheme: OPEN_CLIP, HUB or FOLDER.
+        scheme: OPEN_CLIP, HUB_SCHEME or FOLDER.
         model: an architecture, ORG/REPO, or a folder.
         tag: which published weights of an architecture.
         weights: a file of weights in place of a tag.
@@ -38,7 +38,7 @@ class OpenClipName:
 
     @property
     def for_open_clip(self) -> str:
-        """What open_clip calls it."""
+        """Return what open_clip calls it."""
         return self.model if self.scheme == OPEN_CLIP else f"{self.scheme}:{self.model}"
 
     @property
@@ -57,13 +57,13 @@ def open_clip_name(name: str) -> OpenClipName | None:
         UserError: it begins like one and says not all.
     """
     scheme, colon, rest = name.partition(":")
-    if not colon or scheme not in (OPEN_CLIP, HUB, FOLDER):
+    if not colon or scheme not in (OPEN_CLIP, HUB_SCHEME, FOLDER):
         return None
     if scheme == FOLDER:
         return OpenClipName(scheme=scheme, model=str(_in_full(rest)))
-    if scheme == HUB:
+    if scheme == HUB_SCHEME:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", rest):
-            raise UserError(f"--clip-model-name {name}: name a repository as {HUB}:ORG/REPO")
+            raise UserError(f"--clip-model-name {name}: name a repository as {HUB_SCHEME}:ORG/REPO")
         return OpenClipName(scheme=scheme, model=rest)
     architecture, equals, file = rest.partition("=")
     tag = ""
@@ -91,7 +91,9 @@ def in_full(name: str) -> str:
         return f"{OPEN_CLIP}:{model.model}={model.weights}"
     if model:
         return model.for_open_clip if model.scheme == FOLDER else name
-    return str(find_checkpoint(Path(name)).resolve()) if is_there(Path(name)) else name
+    if name in OPENAI_CLIPS or not is_there(Path(name)):
+        return name
+    return str(find_checkpoint("--clip-model-name", Path(name)).resolve())
 
 
 def find_clip(name: str) -> Path | None:
@@ -105,12 +107,9 @@ def find_clip(name: str) -> Path | None:
     if not is_there(Path(name)):
         raise UserError(
             f"--clip-model-name {name}: neither a file nor one of {', '.join(OPENAI_CLIPS)}, and no "
-            f"{OPEN_CLIP}:ARCH/TAG, {OPEN_CLIP}:ARCH=FILE, {HUB}:ORG/REPO or {FOLDER}:FOLDER"
+            f"{OPEN_CLIP}:ARCH/TAG, {OPEN_CLIP}:ARCH=FILE, {HUB_SCHEME}:ORG/REPO or {FOLDER}:FOLDER"
         )
-    try:
-        return find_checkpoint(Path(name))
-    except UserError as error:
-        raise UserError(f"--clip-model-name: {error}") from None
+    return find_checkpoint("--clip-model-name", Path(name))
 
 
 def check_clip(name: str) -> None:
@@ -119,19 +118,14 @@ def check_clip(name: str) -> None:
     if model is None:
         find_clip(name)
         return
-    check_package(name)
+    if OPEN_CLIP not in sys.modules and importlib.util.find_spec(OPEN_CLIP) is None:
+        raise UserError(f"--clip-model-name {name} needs open_clip: {REQUIREMENTS}")
     if model.scheme == FOLDER:
         read_config(Path(model.model))
     if model.scheme == OPEN_CLIP:
         check_architecture(model.model)
     if model.weights and not model.weights.is_file():
         raise UserError(f"--clip-model-name {name}: there is no file {model.weights}: name another")
-
-
-def check_package(name: str) -> None:
-    """Raise UserError where a model needs open_clip and it is not there."""
-    if OPEN_CLIP not in sys.modules and importlib.util.find_spec(OPEN_CLIP) is None:
-        raise UserError(f"--clip-model-name {name} needs open_clip: {REQUIREMENTS}")
 
 
 def check_architecture(architecture: str) -> None:
@@ -161,7 +155,7 @@ def architectures() -> list[str]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What a folder says of the model in it.
+    """Read what a folder says of the model in it.
 
     Raises:
         UserError: there is no such folder, no weights in it, or a configuration that says no architecture.
@@ -169,13 +163,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     source = f"--clip-model-name {FOLDER}:{folder}"
     if not folder.is_dir():
         raise UserError(f"{source}: there is no such folder: name another")
-    if not (folder / CONFIG).is_file():
+    if not (folder / MODEL_CONFIG).is_file():
         raise UserError(
-            f"{source} has no {CONFIG}: fetch it from where the weights are from, or name {OPEN_CLIP}:ARCH=FILE"
+            f"{source} has no {MODEL_CONFIG}: fetch it from where the weights are from, or name {OPEN_CLIP}:ARCH=FILE"
         )
     if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         raise UserError(f"{source} has no weights ({', '.join(WEIGHTS)}): fetch them too")
-    return checked_config(read_json(folder / CONFIG, "open_clip"), folder / CONFIG)
+    return checked_config(read_json(folder / MODEL_CONFIG, "open_clip"), folder / MODEL_CONFIG)
 
 
 def checked_config(content: Any, source: object) -> dict[str, Any]:

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from models.backbone import Backbone, Tokenizer
 from models.clip_model import VITAL, checkpoint_blocks
 from models.names import (
-    CONFIG,
     FOLDER,
-    HUB,
+    HUB_SCHEME,
+    MODEL_CONFIG,
     OPEN_CLIP,
     REQUIREMENTS,
     OpenClipName,
-    check_architecture,
     check_clip,
     checked_config,
     read_config,
@@ -56,7 +55,7 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-QUICK_GELU = "-quickgelu"  # how the name of an architecture with it ends
+QUICK_GELU_ENDING = "-quickgelu"  # how the name of an architecture with it ends
 HUB_PAGE = "https://huggingface.co"
 HUB_WEIGHTS = "open_clip_model.safetensors"
 TOKENIZER_FILES = "tokenizer.json, tokenizer_config.json and special_tokens_map.json"
@@ -66,7 +65,7 @@ OWN_WAYS = (None, "eager", "sdpa")
 ANY = 2**31  # tokens of a text encoder of Hugging Face's, whose own configuration says how many
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 # What open_clip and the packages below it raise at a configuration, a download or a tokenizer that is no good.
-REFUSALS = (
+PACKAGE_ERRORS = (
     *LOADING_ERRORS,
     AssertionError,
     AttributeError,
@@ -74,7 +73,7 @@ REFUSALS = (
     TypeError,
     ZeroDivisionError,
 )
-Made = TypeVar("Made")
+Fetched = TypeVar("Fetched")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +126,7 @@ def load(name: OpenClipName, typed: str, device: torch.device) -> tuple[nn.Modul
 def load_exported(
     folder: Path, state: Mapping[str, Any], path: Path, *, device: torch.device
 ) -> tuple[nn.Module, Backbone]:
-    """The same of an exported pair: nothing is downloaded, for all is in its folder.
+    """Load the model of an exported pair: nothing is downloaded, for all is in its folder.
 
     Args:
         folder: what `Backbone.write` wrote.
@@ -138,7 +137,7 @@ def load_exported(
     """
     source = f"--pair {path}"
     name = OpenClipName(scheme=FOLDER, model=str(folder))
-    content = checked_config(read_json(folder / CONFIG, "open_clip"), folder / CONFIG)
+    content = checked_config(read_json(folder / MODEL_CONFIG, "open_clip"), folder / MODEL_CONFIG)
     remedy = "copy the folder again, or export it again"
     text_files = _text_files(name, content["model_cfg"]["text_cfg"])
     if text_files and text_files != name.model:
@@ -226,7 +225,7 @@ def _write(folder: Path, *, content: Mapping[str, Any], own: Any, text_files: st
 
     That is its configuration, the files of its tokenizer, and the configuration of a text encoder of Hugging Face's.
     """
-    write_text(folder / CONFIG, json.dumps(content, indent=1) + "\n")
+    write_text(folder / MODEL_CONFIG, json.dumps(content, indent=1) + "\n")
     if hasattr(own, "tokenizer"):
         own.tokenizer.save_pretrained(folder)
     if text_files:
@@ -271,7 +270,7 @@ def _refusing(message: str) -> Iterator[None]:
     try:
         with _quiet():
             yield
-    except REFUSALS as error:
+    except PACKAGE_ERRORS as error:
         raise UserError(message.replace("{}", first_line(error)[:120])) from None
 
 
@@ -285,7 +284,7 @@ def _published(name: OpenClipName, source: str) -> dict[str, Any] | None:
         raise UserError(f"{source}: {name.model} has no such tag, but {tags}: name one of them")
     if _lacks_quick_gelu(name.model, name.tag):
         raise UserError(
-            f"{source}: these weights want QuickGELU: name {OPEN_CLIP}:{name.model}{QUICK_GELU}/{name.tag}"
+            f"{source}: these weights want QuickGELU: name {OPEN_CLIP}:{name.model}{QUICK_GELU_ENDING}/{name.tag}"
         )
     return found
 
@@ -303,18 +302,17 @@ def _configuration(name: OpenClipName, source: str) -> dict[str, Any]:
     """`model_cfg`, and `preprocess_cfg` where there is one."""
     if name.scheme == FOLDER:
         return read_config(Path(name.model))
-    if name.scheme == HUB:
-        fetch = functools.partial(download_pretrained_from_hf, name.model, filename=CONFIG)
+    if name.scheme == HUB_SCHEME:
+        fetch = functools.partial(download_pretrained_from_hf, name.model, filename=MODEL_CONFIG)
         file = Path(_fetched(fetch, source, name.model))
         return checked_config(read_json(file, "open_clip"), file)
-    check_architecture(name.model)
     return {"model_cfg": open_clip.get_model_config(name.model)}
 
 
-def _fetched(fetch: Callable[[], Made], source: str, repository: str) -> Made:
+def _fetched(fetch: Callable[[], Fetched], source: str, repository: str) -> Fetched:
     """What is fetched from a repository of the hub, from the cache where it is there."""
     refusing = _refusing(
-        f"{source} could not be downloaded ({{}}): fetch {CONFIG}, {HUB_WEIGHTS} and, where there are some, "
+        f"{source} could not be downloaded ({{}}): fetch {MODEL_CONFIG}, {HUB_WEIGHTS} and, where there are some, "
         f"{TOKENIZER_FILES} from {HUB_PAGE}/{repository} into a folder and name {FOLDER}:FOLDER"
     )
     with refusing, distributed.first_on_machine():
@@ -334,7 +332,7 @@ def _built(
     vision = {**config["vision_cfg"], "timm_model_pretrained": False}
     if files := _text_files(name, text):
         text["hf_model_name"] = files
-        if name.scheme == HUB:
+        if name.scheme == HUB_SCHEME:
             logger.info("opening %s, which %s names as its text encoder", files, name.model)
 
     refusing = _refusing(
@@ -412,7 +410,7 @@ def _as_tags(architecture: str, source: str) -> dict[str, Any]:
             next(tag for tag, way in ways.items() if way == usual),
             ", ".join(others),
             FOLDER,
-            CONFIG,
+            MODEL_CONFIG,
         )
     return dict(zip(PREPROCESSING, usual, strict=True))
 
@@ -424,32 +422,31 @@ def _colour(value: Any) -> tuple[float, float, float]:
 
 
 def _tokenizer(name: OpenClipName, config: Mapping[str, Any], source: str) -> Any:
-    """open_clip's own tokenizer for a model, which cleans captions as the model was trained."""
-    wanted = config["text_cfg"].get("hf_tokenizer_name")
+    """open_clip's own tokenizer for a model, which cleans captions as the model was trained.
+
+    It is made here, since open_clip would tell transformers whatever the configuration says.
+    """
+    text = config["text_cfg"]
+    wanted = text.get("hf_tokenizer_name")
     where = f"{HUB_PAGE}/{wanted}" if name.scheme == OPEN_CLIP else "where the weights are from"
-    if wanted and name.scheme == HUB:
+    if wanted and name.scheme == HUB_SCHEME:
         logger.info("opening %s, which %s names as its tokenizer", wanted, name.model)
     refusing = _refusing(
         f"{source}: its tokenizer cannot be made ({{}}): pip install transformers[sentencepiece], or fetch "
         f"{TOKENIZER_FILES} from {where} into the folder of the weights and name {FOLDER}:FOLDER"
     )
     with refusing, distributed.first_on_machine():
-        return _own_tokenizer(name, config["text_cfg"], source)
-
-
-def _own_tokenizer(name: OpenClipName, text: Mapping[str, Any], source: str) -> Any:
-    """The same as open_clip makes it, but for code: it would tell transformers whatever the configuration says."""
-    if not text.get("hf_tokenizer_name"):
-        return open_clip.get_tokenizer(name.for_open_clip)
-    files = name.model if name.scheme == FOLDER else text["hf_tokenizer_name"]
-    _check_no_code(files, source)
-    return HFTokenizer(
-        files,
-        context_length=text.get("context_length", DEFAULT_CONTEXT_LENGTH),
-        tokenizer_mode=text.get("tokenizer_mode"),
-        trust_remote_code=False,
-        **text.get("tokenizer_kwargs", {}),
-    )
+        if not wanted:
+            return open_clip.get_tokenizer(name.for_open_clip)
+        files = name.model if name.scheme == FOLDER else wanted
+        _check_no_code(files, source)
+        return HFTokenizer(
+            files,
+            context_length=text.get("context_length", DEFAULT_CONTEXT_LENGTH),
+            tokenizer_mode=text.get("tokenizer_mode"),
+            trust_remote_code=False,
+            **text.get("tokenizer_kwargs", {}),
+        )
 
 
 def _check_no_code(files: str, source: str) -> None:
@@ -551,16 +548,16 @@ def _weights(
         source = f"{source}: {path}"
     wants_it = found.activation == "quick_gelu"
     if found.activation and wants_it != quick_gelu:
-        plain = name.model.removesuffix(QUICK_GELU)
-        other = f"{OPEN_CLIP}:{plain}{QUICK_GELU if wants_it else ''}={path}"
+        plain = name.model.removesuffix(QUICK_GELU_ENDING)
+        other = f"{OPEN_CLIP}:{plain}{QUICK_GELU_ENDING if wants_it else ''}={path}"
         remedy = (
             f"name {other}"
             if name.scheme == OPEN_CLIP
-            else f'set "quick_gelu" to {json.dumps(wants_it)} in its {CONFIG}'
+            else f'set "quick_gelu" to {json.dumps(wants_it)} in its {MODEL_CONFIG}'
         )
         wanted = "QuickGELU" if wants_it else "GELU"
         raise UserError(f"{source} holds weights that want {wanted}: {remedy}")
-    has_other = f"{name.model}{QUICK_GELU}" in open_clip.list_models()
+    has_other = f"{name.model}{QUICK_GELU_ENDING}" in open_clip.list_models()
     if name.weights and not found.activation and not quick_gelu and has_other:
         logger.warning(
             "warning: %s does not say whether it wants QuickGELU, as OpenAI's and DFN's weights do: for those "
@@ -568,7 +565,7 @@ def _weights(
             source,
             OPEN_CLIP,
             name.model,
-            QUICK_GELU,
+            QUICK_GELU_ENDING,
         )
     remedy = "name the architecture that they are of"
     with _refusing(f"{source} cannot be converted ({{}}): {remedy}"):
@@ -595,7 +592,7 @@ def _converted(state: dict[str, Any], model: Any) -> dict[str, Any]:
 
 
 def is_trimmed(text: Mapping[str, Any]) -> bool:
-    """Whether a text encoder's features are those of the end of a caption, and nothing behind it counts.
+    """Tell whether a text encoder's features are those of a caption's end, and nothing behind it counts.
 
     Args:
         text: its part of a model's configuration.

@@ -147,7 +147,7 @@ def _weights(
 
 def _composed_by(choice: PairChoice, exported: ExportedPair | None) -> str:
     """What composes queries: what the flag says; where it is silent, a Combiner if there is one, else the sum."""
-    has_combiner = exported is not None and exported.has_combiner
+    has_combiner = exported is not None and exported.config["combiner"] is not None
     has_combiner = has_combiner or choice.combiner_path is not None
     if choice.combining_function is None:
         return "combiner" if has_combiner else "sum"

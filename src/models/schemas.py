@@ -8,54 +8,37 @@ from pydantic_core import PydanticCustomError
 
 from runtime import choices
 from runtime.schema import Schema
-from settings.declaring import AnyText, OneOf, Typed
+from settings.declaring import OneOf, Typed
 from settings.groups import BothStages, Count, Experts, Number, SideRatio, Width
 
 Stage = TypeVar("Stage", bound=BothStages)
 ABSENT: Any = None  # where a field may be missing; it is never read from here
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 Transform = Annotated[str, OneOf(choices.TRANSFORMS)]
-Decode = Annotated[str, OneOf(choices.DECODINGS)]
-Background = Annotated[str, OneOf(choices.BACKGROUNDS)]
-EncodePrecision = Annotated[str, OneOf(choices.ENCODE_PRECISIONS)]
-CombinerType = Annotated[str, OneOf(choices.COMBINER_TYPES)]
 PathText = Annotated[str, Typed(str)]
-Text = AnyText
 Layers = Annotated[int, Field(ge=1, le=1000)]
-Metrics = dict[str, float]
 Deviation = Annotated[float, Field(gt=0)]
-Colour = Annotated[list[float], Field(min_length=3, max_length=3)]
+ColourValues = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
-class Model(Schema):
-    """What a CLIP is that is none of OpenAI's, see `models.backbone.Backbone`."""
-
-    interpolation: Annotated[str, OneOf(choices.INTERPOLATIONS)] = ABSENT
-    resize_mode: Annotated[str, OneOf(choices.RESIZE_MODES)] = ABSENT
-    mean: Colour = ABSENT
-    std: Colour = ABSENT
-    context: Count = ABSENT
-    architecture: Digest = ABSENT
-
-
-class Measured(Model):
-    """What was found of a CLIP."""
-
-    resolution: Count = ABSENT
-    clip_dim: Count = ABSENT
-
-
-class Preprocessing(Measured):
-    """What images and features are made with."""
+class Preprocessing(Schema):
+    """What images and features are made with; of a CLIP that is none of OpenAI's, what `models.backbone` says of it."""
 
     clip_model_name: PathText = ABSENT
     transform: Transform = ABSENT
     target_ratio: SideRatio = ABSENT
-    decode: Decode = ABSENT
-    background: Background = ABSENT
-    encode_precision: EncodePrecision = ABSENT
+    decode: Annotated[str, OneOf(choices.DECODINGS)] = ABSENT
+    background: Annotated[str, OneOf(choices.BACKGROUNDS)] = ABSENT
+    encode_precision: Annotated[str, OneOf(choices.ENCODE_PRECISIONS)] = ABSENT
+    resolution: Count = ABSENT
+    clip_dim: Count = ABSENT
+    interpolation: Annotated[str, OneOf(choices.INTERPOLATIONS)] = ABSENT
+    resize_mode: Annotated[str, OneOf(choices.RESIZE_MODES)] = ABSENT
+    mean: ColourValues = ABSENT
+    std: ColourValues = ABSENT
+    context: Count = ABSENT
+    architecture: Digest = ABSENT
 
 
 class ClipSizes(Schema):
@@ -76,7 +59,7 @@ class ClipSizes(Schema):
 class CombinerSizes(Schema):
     """What a Combiner is built of, see `combiner.build_combiner`."""
 
-    combiner_type: CombinerType
+    combiner_type: Annotated[str, OneOf(choices.COMBINER_TYPES)]
     clip_dim: Width
     projection_dim: Width
     hidden_dim: Width
@@ -95,7 +78,7 @@ class ExportedClip(ExportedWeights):
     """The CLIP of an exported pair: OpenAI's has sizes, and open_clip's the digests of the files it is built from."""
 
     sizes: ClipSizes | None
-    files: dict[FileName, Digest] = ABSENT
+    files: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], Digest] = ABSENT
 
     @model_validator(mode="after")
     def _can_be_built(self) -> "ExportedClip":
@@ -173,7 +156,7 @@ class Towers(Schema):
 class OpenClipPreprocessing(Schema):
     """preprocess_cfg of a model of open_clip; one number is that of all three colours."""
 
-    mean: float | Colour = ABSENT
+    mean: float | ColourValues = ABSENT
     std: Deviation | Annotated[list[Deviation], Field(min_length=3, max_length=3)] = ABSENT
     interpolation: Annotated[str, OneOf((*choices.INTERPOLATIONS, "random"))] = ABSENT
     resize_mode: Annotated[str, OneOf(choices.RESIZE_MODES)] = ABSENT
@@ -193,7 +176,7 @@ class OpenClipConfig(Schema):
     preprocess_cfg: OpenClipPreprocessing = ABSENT
 
 
-class Data(Schema):
+class DataDigests(Schema):
     """Digests of what was read, and what was left out of it."""
 
     data_sha256: Digest = ABSENT
@@ -202,12 +185,12 @@ class Data(Schema):
     images: Digest = ABSENT
 
 
-class Parts(Schema, Generic[Stage]):
+class StoredSettings(Schema, Generic[Stage]):
     """Settings as a stage writes them."""
 
     flags: Stage
     recipe: Preprocessing
-    data: Data
+    data: DataDigests
     versions: dict[str, str]
 
 
@@ -215,5 +198,5 @@ class Beside(Schema):
     """What a checkpoint holds beside its weights."""
 
     epoch: Number = ABSENT
-    metrics: Metrics = ABSENT
+    metrics: dict[str, float] = ABSENT
     config: dict[str, Any] = ABSENT

@@ -24,15 +24,15 @@ logger = logging.getLogger(__name__)
 
 # A checkpoint's key for its weights -> weights that tell them without it; what stands before one is a prefix of all.
 TELLING = {"CLIP": ("logit_scale", "text_projection"), "Combiner": ("output_layer.weight",)}
-STAGES = {"CLIP": "stage-1 weights", "Combiner": "stage-2 weights"}
+STAGE_WEIGHTS = {"CLIP": "stage-1 weights", "Combiner": "stage-2 weights"}
 # What a checkpoint of this project holds beside its weights.
 BESIDE = ("epoch", "metrics", "config")
 NESTED = ("state_dict", "model_state_dict", "model", "module")  # keys of other trainings
 # What lies among the weights and is none; of OpenAI's archives, three numbers.
 OF_OPENAI = {"input_resolution", "context_length", "vocab_size"}
 NO_WEIGHTS = OF_OPENAI | {"attn_mask"}
-QUICK_GELU = "quick_gelu"
-SHOWN = 4  # names in a line
+QUICK_GELU_NAME = "quick_gelu"
+NAMES_SHOWN = 4  # names in a line
 
 # Hugging Face's names of a CLIP whose image encoder is a ViT -> OpenAI's.
 HUGGING_FACE = "text_model.embeddings.token_embedding.weight"
@@ -101,11 +101,11 @@ def read_weights(flag_name: str, path: Path, kind: str) -> WeightsFile:
         state = unwrapped(_tensors(content[key] if key else content), source)
         kinds = {name for name in TELLING if _places(state, name)}
     if kind not in kinds:
-        names = counted(list(map(str, content)), SHOWN)
-        found = next((STAGES[name] for name in kinds), f"something else ({names})")
-        raise UserError(f"{source} holds {found}, not {STAGES[kind]}: name the right file")
+        names = counted(list(map(str, content)), NAMES_SHOWN)
+        found = next((STAGE_WEIGHTS[name] for name in kinds), f"something else ({names})")
+        raise UserError(f"{source} holds {found}, not {STAGE_WEIGHTS[kind]}: name the right file")
     weights, prefix = _without_prefix(state, kind, source)
-    activation = QUICK_GELU if OF_OPENAI & weights.keys() else ""
+    activation = QUICK_GELU_NAME if OF_OPENAI & weights.keys() else ""
     is_hugging_face = HUGGING_FACE in weights
     if is_hugging_face:
         weights = _renamed(weights, source)
@@ -113,7 +113,7 @@ def read_weights(flag_name: str, path: Path, kind: str) -> WeightsFile:
     beside = {} if key else {name: content[name] for name in BESIDE if name in content}
     forms = {
         "a TorchScript archive": is_script,
-        _training(content, key): key,
+        f"a checkpoint of another training ({key})": key,
         f"a model called {prefix}": prefix,
         "Hugging Face's CLIP": is_hugging_face,
     }
@@ -145,18 +145,9 @@ def _say(source: str, forms: list[str], left: list[str]) -> None:
     """Say what a file was found to be, where that is not plain, and what is left out of it."""
     found = [", ".join(forms)] if forms else []
     if left:
-        found.append(f"left out: {counted(left, SHOWN)}")
+        found.append(f"left out: {counted(left, NAMES_SHOWN)}")
     if found:
         logger.info("%s: %s", source, "; ".join(found))
-
-
-def _training(content: Mapping[str, Any], key: str) -> str:
-    """Whose training keeps weights under a key."""
-    if "pytorch-lightning_version" in content:
-        return f"a checkpoint of Lightning ({key})"
-    if key == "state_dict" and {"epoch", "name"} <= content.keys():
-        return f"a checkpoint of an OpenCLIP training ({key})"
-    return f"a checkpoint of another training ({key})"
 
 
 def _tensors(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,7 +178,7 @@ def _without_prefix(state: Mapping[str, Any], kind: str, source: str) -> tuple[d
         return dict(state), ""
     if len(places) > 1:
         raise UserError(
-            f"{source} holds several models ({counted(sorted(places), SHOWN)}): save the weights of one"
+            f"{source} holds several models ({counted(sorted(places), NAMES_SHOWN)}): save the weights of one"
         )
     (prefix,) = places
     names = [name for name in state if name.startswith(prefix)]
@@ -231,5 +222,5 @@ def _told_activation(path: Path) -> str:
     if not isinstance(about, dict) or about.get("model_type") != "clip":
         return ""
     encoders = [about.get("text_config"), about.get("vision_config")]
-    told = [part.get("hidden_act", QUICK_GELU) for part in encoders if isinstance(part, dict)]
-    return QUICK_GELU if all(activation == QUICK_GELU for activation in told) else "gelu"
+    told = [part.get("hidden_act", QUICK_GELU_NAME) for part in encoders if isinstance(part, dict)]
+    return QUICK_GELU_NAME if all(activation == QUICK_GELU_NAME for activation in told) else "gelu"

@@ -44,7 +44,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the one process that writes."""
+    """Tell whether this is the one process that writes."""
     return rank() == 0
 
 
@@ -128,11 +128,6 @@ def from_main(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     )
     dist.broadcast(received, 0)
     return received
-
-
-def same_text(text: str) -> str:
-    """The main rank's text, on every rank."""
-    return same_object(text)
 
 
 def same_object(value: Any) -> Any:

@@ -57,7 +57,7 @@ def read_text(path: Path) -> str:
 
 
 def missing_file(path: Path, writer: str | None = None) -> UserError:
-    """What to say of a JSON file that is not there, see `read_json`."""
+    """Return what to raise for a JSON file that is not there, see `read_json`."""
     remedy = "put the file there, or point --data-root at its dataset"
     if writer:
         remedy = f"write it with {writer}"
@@ -90,8 +90,8 @@ def parse_json(text: str) -> Any:
     return content
 
 
-HALF_MADE = ".*.tmp"  # the names of `beside`, those of earlier versions among them
-SURELY_OURS = ".*.clip4cir-*.tmp"  # the same, in folders where others may have hidden files too
+HALF_MADE = ".*.tmp"  # the names of `beside`, in folders that are ours alone
+SURELY_OURS = ".*.clip4cir-*.tmp"  # the same, where others may have hidden files too
 ABANDONED = 86_400  # seconds since something half-made was last written to
 
 
@@ -100,59 +100,23 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name[:40]}.clip4cir-{secrets.token_hex(8)}.tmp")
 
 
-@contextlib.contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """Let `sweep` see that a file or a folder is being made, for as long as the process lives at most."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
+def sweep(folder: Path) -> None:
+    """Delete what killed processes left half-made in a folder, a day after it was last written to.
 
-
-def sweep(folder: Path, names: str = SURELY_OURS, age: float = ABANDONED) -> None:
-    """Delete what killed processes left half-made in a folder, by these names and so many seconds ago.
-
-    A process that is alive holds what it makes, which other containers see too, though not its number. On Windows, and
-    on file systems without locks, age alone tells.
+    Links are not followed, and stay.
     """
-    for path in folder.glob(names):
-        if _is_abandoned(path, age):
-            discard(path)
+    for path in folder.glob(SURELY_OURS):
+        with contextlib.suppress(OSError):  # it took its name just now, or is another user's
+            status = path.lstat()
+            is_ours = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+            if is_ours and time.time() - status.st_mtime >= ABANDONED:
+                discard(path)
 
 
 @functools.cache
 def _sweep_once(folder: Path) -> None:
     """`sweep` where files are made one after the other."""
     sweep(folder)
-
-
-def _is_abandoned(path: Path, age: float) -> bool:
-    """Whether nobody makes a file or a folder any more. Links are not followed, and never are abandoned."""
-    try:
-        status = path.lstat()
-        is_ours = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
-        if not is_ours or time.time() - status.st_mtime < age:
-            return False
-        if fcntl is None:
-            return True
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:  # it took its name just now, or is another user's
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    finally:
-        os.close(descriptor)
-    return True
 
 
 def discard(path: Path) -> None:
@@ -199,7 +163,7 @@ def made_beside(path: Path) -> Iterator[IO[bytes]]:
         DiskError: it could not be written; nothing is left of it.
     """
     # "x": never a file or a link that is there already.
-    with _replacement(path) as new, open(new, "x+b") as file, _held(new):
+    with _replacement(path) as new, open(new, "x+b") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -220,8 +184,7 @@ def folder_beside(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _not_written(path, error) from None
     try:
-        with _held(new):
-            yield new
+        yield new
     finally:
         discard(new)
 
@@ -296,8 +259,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_same(path: Path, original: Path) -> None:
     """Make `path` the file `original`, whole or not at all: a hard link, or a copy where there are no links."""
     try:
-        # Held from before it has the second name, since it may be old.
-        with _held(original), _replacement(path) as new:
+        with _replacement(path) as new:
             new.hardlink_to(original)
     except (DiskError, OSError):
         with written_whole(path) as file, open(original, "rb") as content:
@@ -365,7 +327,7 @@ def check_new_or_empty(flag: str, folder: Path) -> None:
 
 
 def check_file_writable(files: dict[str, Path | None]) -> None:
-    """The same for files: flag -> the file, None where none is to be written."""
+    """Fail now if files cannot be written: flag -> the file, None where none is to be written."""
     folders: dict[str, Path | None] = {}
     for flag, file in files.items():
         if file is None or str(file) in STREAMS:
@@ -381,15 +343,15 @@ CHECKPOINT_ENDINGS = (".pt", ".safetensors")
 
 
 def is_there(checkpoint: Path) -> bool:
-    """Whether there is something at the path of a checkpoint, or at the path with one of its endings."""
+    """Tell whether something is at the path of a checkpoint, or at the path with one of its endings."""
     return any(Path(f"{checkpoint}{ending}").exists() for ending in ("", *CHECKPOINT_ENDINGS))
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint file that a path stands for: itself, itself with its ending, or the only one in a run folder.
+def find_checkpoint(flag: str, path: Path) -> Path:
+    """Find the checkpoint file that a path stands for: itself, itself with its ending, or the only one in a run folder.
 
     Raises:
-        UserError: there is none, or a folder holds several.
+        UserError: there is none, or a folder holds several; the flag is named.
     """
     for ending in ("", *CHECKPOINT_ENDINGS):
         candidate = Path(f"{path}{ending}")
@@ -399,12 +361,11 @@ def find_checkpoint(path: Path) -> Path:
     if len(found) == 1:
         return found[0]
     if found:
-        raise UserError(
-            f"{path} holds several checkpoints ({', '.join(f.name for f in found)}): name one of them"
-        )
+        names = ", ".join(file.name for file in found)
+        raise UserError(f"{flag}: {path} holds several checkpoints ({names}): name one of them")
     raise UserError(
-        f"no checkpoint at {path}: looked for it, for {path.name}.pt and for *.pt in a folder of it, and the same with "
-        ".safetensors"
+        f"{flag}: no checkpoint at {path}: looked for it, for {path.name}.pt and for *.pt in a folder of it, and the "
+        "same with .safetensors"
     )
 
 
@@ -454,7 +415,7 @@ Identity = tuple[str, int, int]
 
 
 def file_identities(paths: list[Path], told_by: str = "sample") -> list[Identity]:
-    """What each file is: another image, another identity.
+    """Tell files apart: another image, another identity.
 
     Args:
         told_by: see `stamp`.

@@ -49,7 +49,7 @@ WHITES = (1, 255, 65_535)  # possible values of white in images of more than 8 b
 ROWS = 256  # of an image of more than 8 bits that are scaled at once
 SAME_COLOUR = 2  # of 255: a profile that changes none by more is sRGB by another name
 
-Made = TypeVar("Made")
+Used = TypeVar("Used")
 
 
 def decoded(
@@ -89,8 +89,8 @@ def image_size(file: BinaryIO, formats: tuple[str, ...]) -> tuple[int, int]:
 
 
 def _opened(
-    file: BinaryIO, formats: tuple[str, ...] | None, use: Callable[[Image.Image], Made]
-) -> Made:
+    file: BinaryIO, formats: tuple[str, ...] | None, use: Callable[[Image.Image], Used]
+) -> Used:
     """What is made of an image before it is closed; where the metadata of a PNG are damaged, of one without."""
     try:
         try:
@@ -184,7 +184,7 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def has_more_bits(image: Image.Image) -> bool:
-    """Whether an image has more than 8 bits a channel, of which Pillow's conversion to RGB makes white above 255."""
+    """Tell whether an image has more than 8 bits a channel: Pillow's conversion to RGB makes white of all above 255."""
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 

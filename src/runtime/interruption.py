@@ -17,10 +17,10 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasa
 # `heed_parent_alone` needs. It was Python's own choice on Linux until 3.14.
 START_METHOD = "fork" if sys.platform == "linux" else None
 # What ends a process that saves nothing: a container, a terminal, a terminal that is closed.
-ENDING = tuple(
+ENDING_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
 )
-PATIENCE = 5  # seconds between two looks of a worker at whether its parent is still there
+LOOK_EVERY = 5  # seconds between two looks of a worker at whether its parent is still there
 
 
 class StopRequest:
@@ -56,7 +56,7 @@ class StopRequest:
             self.check_alone()
 
     def check_alone(self) -> None:
-        """The same where no process waits for another's results."""
+        """Raise Stopped if a signal has come where no process waits for another's results."""
         if self.signal_name():
             raise Stopped(self.requested)
 
@@ -79,7 +79,7 @@ def listening(signals: Collection[signal.Signals] = SIGNALS) -> Iterator[StopReq
 
 def heeded_endings() -> list[signal.Signals]:
     """The signals that end this process; those that `nohup` or a shell lets it ignore are not among them."""
-    return [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
+    return [number for number in ENDING_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 @contextlib.contextmanager
@@ -115,7 +115,7 @@ def heed_parent_alone() -> None:
     def take() -> None:
         sender = None
         while sender != parent and os.getppid() == parent:
-            taken = signal.sigtimedwait(SIGNALS, PATIENCE)
+            taken = signal.sigtimedwait(SIGNALS, LOOK_EVERY)
             sender = taken.si_pid if taken else None
         own = socket_folder()
         if own and own != of_parent:

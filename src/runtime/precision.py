@@ -25,14 +25,16 @@ def choose_kernels() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def exact_float32() -> None:
-    """Let no float32 convolution or product round its inputs."""
-    _let_round(False)
+def exact_float32(exact: bool = True) -> None:
+    """Let no float32 convolution or product round its inputs; or let them be rounded to TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = not exact
+    torch.backends.cudnn.allow_tf32 = not exact
 
 
 def check_encode_precision(precision: str, device: torch.device) -> None:
     """Raise UserError where a device cannot encode so."""
-    if precision == "tf32" and not _has_tensor_cores_for_floats(device):
+    is_ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if precision == "tf32" and not is_ampere:
         raise UserError(
             f"--encode-precision tf32: {device.type} has no TF32 here; choose fp32, or fp16 where half will do"
         )
@@ -48,7 +50,7 @@ def encoding(precision: str, device: torch.device) -> Iterator[None]:
         precision: one of ENCODE_PRECISIONS.
     """
     dtype = HALF.get(precision)
-    _let_round(precision == "tf32")
+    exact_float32(precision != "tf32")
     try:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             yield
@@ -57,16 +59,6 @@ def encoding(precision: str, device: torch.device) -> Iterator[None]:
 
 
 def product_type(x: Tensor) -> torch.dtype:
-    """What a matrix product of x is computed in: autocast's type where it is on."""
+    """Return the type that a matrix product of x is computed in: autocast's type where it is on."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def _let_round(allowed: bool) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    torch.backends.cudnn.allow_tf32 = allowed
-
-
-def _has_tensor_cores_for_floats(device: torch.device) -> bool:
-    """Whether it is a GPU of NVIDIA's Ampere generation or later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

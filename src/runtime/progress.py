@@ -18,7 +18,7 @@ class Clock:
         self.said_at = time.monotonic()
 
     def is_due(self) -> bool:
-        """Whether a minute has passed since the last line."""
+        """Tell whether a minute has passed since the last line."""
         return time.monotonic() - self.said_at >= LINE_EVERY
 
     def restart(self) -> None:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from runtime.files import read_json
 from utils import UserError
 
-SHOWN = 60  # characters of a value that is refused
+CHARACTERS_SHOWN = 60  # characters of a value that is refused
 
 
 class Schema(BaseModel):
@@ -46,7 +46,9 @@ def first_fault(error: ValidationError) -> str:
     field = _field(first["loc"]) or "the content"
     found = ""
     if first["type"] != "missing":
-        found = f", not {shortened(first['input'])}"
+        value = repr(first["input"])
+        whole = len(value) <= CHARACTERS_SHOWN
+        found = f", not {value if whole else f'{value[: CHARACTERS_SHOWN - 3]}...'}"
     reason = first["msg"][:1].lower() + first["msg"][1:]
     if first["type"] == "model_type":
         reason = "it should be a table"
@@ -73,9 +75,3 @@ def _field(place: tuple[int | str, ...]) -> str:
     if place and isinstance(place[0], int):
         return ": ".join(filter(None, [f"entry {place[0]}", ".".join(parts[1:])]))
     return ".".join(parts)
-
-
-def shortened(value: object) -> str:
-    """A value as a message shows it."""
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."

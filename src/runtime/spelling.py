@@ -54,7 +54,7 @@ class Spellings:
         return found
 
     def hint(self, name: str) -> str:
-        """What a message says behind an unknown name: the known one that was meant, "" where that is not certain."""
+        """Name behind an unknown name the known one that was meant; "" where that is not certain."""
         for end in _ends(name):
             if len(meant := self._by_end.get(end, [])) == 1:
                 return f" (did you mean {meant[0]}?)"

@@ -19,10 +19,7 @@ from torch import Tensor
 from runtime.files import parse_json, write_bytes, written_whole
 from utils import UserError, first_line
 
-# What a damaged archive raises when it is looked at, and a damaged checkpoint when it is read.
-ARCHIVE_ERRORS = (
-    OSError, EOFError, NotImplementedError, pickle.UnpicklingError, struct.error, zlib.error, zipfile.BadZipFile,
-)  # fmt: skip
+# What a damaged checkpoint raises when it is read.
 LOADING_ERRORS = (
     OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, OverflowError, MemoryError, NotImplementedError,
     struct.error, zlib.error, zipfile.BadZipFile,
@@ -43,7 +40,7 @@ WEB_PAGE = (
     "its download asked to log in or to confirm: do that in a browser, and download it again",
 )
 # How a file begins that is no weights -> what it is, and how to get what was meant.
-NO_WEIGHTS = {
+OTHER_FILES = {
     b"version https://git-lfs": (
         "a pointer of Git LFS",
         "run `git lfs pull` where it was cloned, or download the file itself",
@@ -189,7 +186,7 @@ def _is_safetensors(path: Path) -> bool:
     """
     with open(path, "rb") as file:
         start = file.read(64)
-    for beginning, (what, remedy) in NO_WEIGHTS.items():
+    for beginning, (what, remedy) in OTHER_FILES.items():
         if start.lstrip(b"\xef\xbb\xbf \r\n").lower().startswith(beginning):
             raise UserError(f"{path} is {what}, not weights: {remedy}")
     header = int.from_bytes(start[:8], "little")

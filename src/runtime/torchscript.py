@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.tensors import ARCHIVE_ERRORS, LOADING_ERRORS, check_archive
+from runtime.tensors import LOADING_ERRORS, check_archive
 from utils import UserError, first_line
 
 OWN_TYPES = "__torch__"  # the module of all classes that an archive defines
@@ -84,14 +84,12 @@ def _tensor(numbers: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file is a TorchScript archive."""
+    """Tell whether a file is a TorchScript archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (
-        zipfile.BadZipFile,
-        ValueError,
-    ):  # which `zipfile.is_zipfile` does not tell of every damaged one
+    # `zipfile.is_zipfile` does not tell of every damaged one.
+    except (zipfile.BadZipFile, ValueError):
         return False
 
 
@@ -104,19 +102,11 @@ def archived_state(path: Path) -> dict[str, Tensor]:
     try:
         check_archive(path)
         with zipfile.ZipFile(path) as archive:
-            stored = sum(
-                member.file_size for member in archive.infolist() if "/data/" in member.filename
-            )
-            if stored > path.stat().st_size:
-                raise ValueError("its tensors are compressed")
             (main,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             root = main.removesuffix("/data.pkl")
             module = _Reader(archive, root).load()
-            if not isinstance(module, _Module):
-                raise ValueError("it holds no module")
-            is_weight = _weights_of(archive, root)
-            return dict(_named_weights(module, "", is_weight))
-    except (*LOADING_ERRORS, *ARCHIVE_ERRORS, AttributeError, TypeError) as error:
+            return dict(_named_weights(module, "", _weights_of(archive, root)))
+    except (*LOADING_ERRORS, pickle.UnpicklingError, AttributeError, TypeError) as error:
         raise UserError(
             f"{path} is not a readable TorchScript archive ({first_line(error)}): fetch it again"
         ) from None

@@ -3,10 +3,11 @@
 A new tracker is a class here and its line in TRACKERS. Nothing is imported before it is asked for.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,14 +177,8 @@ class Trackers:
     def __init__(self, names: Sequence[str], account: Account) -> None:
         self._trackers: dict[str, Tracker] = {}
         for name in names:
-            self._begin(name, account)
-
-    def _begin(self, name: str, account: Account) -> None:
-        tracker = TRACKERS[name]
-        try:
-            self._trackers[name] = tracker(account)
-        except tracker.failures() as error:
-            self._leave_out(name, error)
+            with self._without_failing(name):
+                self._trackers[name] = TRACKERS[name](account)
 
     def log_parameters(self, parameters: Mapping[str, Any]) -> None:
         """Log a run's hyper-parameters."""
@@ -198,19 +193,19 @@ class Trackers:
         self._each(lambda tracker: tracker.finish())
 
     def _each(self, log: Callable[[Tracker], None]) -> None:
-        for name in list(self._trackers):
-            self._tell(name, log)
+        for name, tracker in list(self._trackers.items()):
+            with self._without_failing(name):
+                log(tracker)
 
-    def _tell(self, name: str, log: Callable[[Tracker], None]) -> None:
-        tracker = self._trackers[name]
+    @contextlib.contextmanager
+    def _without_failing(self, name: str) -> Iterator[None]:
         try:
-            log(tracker)
-        except tracker.failures() as error:
-            self._leave_out(name, error)
-
-    def _leave_out(self, name: str, error: Exception) -> None:
-        self._trackers.pop(name, None)
-        logger.warning("warning: --tracker %s: %s: going on without it", name, first_line(error))
+            yield
+        except TRACKERS[name].failures() as error:
+            self._trackers.pop(name, None)
+            logger.warning(
+                "warning: --tracker %s: %s: going on without it", name, first_line(error)
+            )
 
 
 def check_trackers(names: Sequence[str], api_key: str | None, workspace: str | None) -> list[str]:

@@ -93,21 +93,11 @@ def fitted(
     found = differences(state, model)
     if found:
         raise UserError(f"{source} does not fit the model: {found}: {remedy}")
-    flaw = first_flaw(state, model, vital)
-    if flaw:
-        raise UserError(f"{source}: {flaw}: copy the file again, or train it again")
-    return dict(state)
-
-
-def first_flaw(
-    state: Mapping[str, Any], model: Mapping[str, Tensor], vital: Sequence[str] = ()
-) -> str:
-    """The first weight whose values a model cannot take, and why; "" for none. Names and shapes must be the model's."""
     for name, weight in state.items():
         flaw = _flaw(weight, model[name], vital=name.startswith(tuple(vital)))
         if flaw:
-            return f"{name} {flaw}"
-    return ""
+            raise UserError(f"{source}: {name} {flaw}: copy the file again, or train it again")
+    return dict(state)
 
 
 def differences(state: Mapping[str, Any], model: Mapping[str, Tensor]) -> str:
@@ -140,26 +130,15 @@ def _shape(weight: Any) -> tuple[int, ...] | None:
     return tuple(weight.shape) if isinstance(weight, Tensor) else None
 
 
-def _flaw_of_kind(weight: Tensor) -> str:
-    """Why a tensor holds no numbers that can be computed with as they are, "" if it does."""
-    if weight.is_meta:
-        return "has no data"
-    if weight.is_quantized or weight.is_nested or weight.layout != torch.strided:
-        return "is quantized, sparse or nested, not plain numbers"
-    if weight.is_complex() or weight.dtype == torch.bool:
-        return f"is of type {str(weight.dtype).removeprefix('torch.')}, not of real numbers"
-    if weight.untyped_storage().nbytes() < weight.numel() * weight.itemsize:
-        return "is not stored in whole"
-    return ""
-
-
 def _flaw(weight: Tensor, own: Tensor, *, vital: bool) -> str:
     """What is wrong with the values of a weight that is to be copied into a model's own, "" for nothing."""
-    flaw = _flaw_of_kind(weight)
-    if flaw or not own.is_floating_point() or weight.numel() == 0:
-        return flaw
-    if weight.dtype not in FLOATS:
-        return f"is of type {str(weight.dtype).removeprefix('torch.')}, not of floating point"
+    if not own.is_floating_point() or weight.numel() == 0:
+        return ""
+    if weight.dtype not in FLOATS or weight.layout != torch.strided or weight.is_meta:
+        kind = str(weight.dtype).removeprefix("torch.")
+        return (
+            f"holds no plain floating-point numbers, but {kind} ({weight.layout}, {weight.device})"
+        )
     # The lowest and the highest, both NaN where a value is: a tenth of the time of `isfinite`.
     ends = torch.stack(weight.detach().aminmax()).to(own.dtype)
     if not ends.isfinite().all():

@@ -17,7 +17,7 @@ LONGEST_SHOWN = 60  # characters of a value that a message repeats
 
 
 def refused(text: str, reason: str) -> argparse.ArgumentTypeError:
-    """What to raise for a value that is no good; the parser names its flag."""
+    """Return what to raise for a value that is no good; the parser names its flag."""
     shown = text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
     return argparse.ArgumentTypeError(f"{printable(shown) or 'an empty text'} {reason}")
 

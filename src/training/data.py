@@ -108,7 +108,7 @@ class TrainingData:
         found = []
         if distributed.is_main():
             found = [images_digest(split, sampled=not self.verify) for split in self.splits]
-        return distributed.same_text(hashlib.sha256(" ".join(found).encode()).hexdigest())
+        return distributed.same_object(hashlib.sha256(" ".join(found).encode()).hexdigest())
 
 
 def read_training_data(benchmark: Benchmark, flags: Any) -> TrainingData:

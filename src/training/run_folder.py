@@ -210,7 +210,7 @@ def claim_place(stage: str, benchmark: str, settings: Settings, flags: Any) -> P
         made = ""
         if distributed.is_main():
             made = str(make_folder(flags.output_dir, name, settings.on_disk()))
-        folder = Path(distributed.same_text(made))
+        folder = Path(distributed.same_object(made))
     return Place(folder=folder, resumed_by=folder, settings=settings)
 
 

@@ -36,7 +36,7 @@ from image_search.stores.base import (
     counted,
     no_store,
 )
-from models.schemas import ABSENT, Count, Digest, PathText, Text
+from models.schemas import ABSENT, Count, Digest, PathText
 from runtime.choices import TOLD_BY
 from runtime.files import (
     Identity,
@@ -48,7 +48,7 @@ from runtime.files import (
     written_whole,
 )
 from runtime.schema import Schema, checked
-from settings.declaring import OneOf
+from settings.declaring import AnyText, OneOf
 from utils import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class FilesManifest(Manifest):
     vectors: Annotated[str, Field(pattern=r"^vectors-[0-9a-f]{12}\.faiss$")]
     lists: Annotated[str, Field(pattern=r"^lists-[0-9a-f]{12}\.bin$")] = ABSENT
     kind: Annotated[str, OneOf(VECTOR_KINDS)]
-    torch: Text = ABSENT
+    torch: AnyText = ABSENT
     sha256: Digests
     sizes: FileSizes
     told_by: Annotated[str, OneOf(TOLD_BY)] = ABSENT
