@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +251,43 @@ def test_whatever_is_made_first_sweeps(maker, tmp_path):
     assert half_made(tmp_path) == []
 
 
+def test_the_age_is_that_of_the_last_writing(tmp_path):
+    left = left_by_a_kill("folder", tmp_path)
+    os.utime(left, (time.time() - 100, time.time() - 100))
+    sweep(tmp_path, age=200)
+    assert left.exists()
+    sweep(tmp_path, age=50)
+    assert not left.exists()
+
+
+def test_what_somebody_makes_stays_however_old_it_is(tmp_path):
+    original = tmp_path / "original"
+    original.write_bytes(ORIGINAL)
+    os.utime(original, (1, 1))
+
+    def is_kept() -> bool:
+        (new,) = half_made(tmp_path)
+        os.utime(new, (1, 1))
+        sweep(tmp_path, age=0)
+        return half_made(tmp_path) == [new]
+
+    with written_whole(tmp_path / "file") as file:
+        file.write(b"some")
+        assert is_kept()
+    with folder_made_beside(tmp_path / "folder"):
+        assert is_kept()
+    kept = []
+    real = Path.hardlink_to
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Path, "hardlink_to", lambda new, old: real(new, old) or kept.append(is_kept())
+        )
+        write_same(tmp_path / "same", original)
+    assert kept == [True]
+    assert (tmp_path / "same").samefile(original)
+    assert half_made(tmp_path) == []
+
+
 def test_what_is_not_surely_ours_stays(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "precious").touch()
@@ -263,13 +301,21 @@ def test_what_is_not_surely_ours_stays(tmp_path):
     (others / f".folder.{token}.tmp").mkdir()
     (others / f".folder.{token}.tmp" / "link").symlink_to(tmp_path / "elsewhere")
     os.mkfifo(others / f".pipe.{token}.tmp")
-    os.utime(others / f".folder.{token}.tmp", (1, 1))
-    os.utime(others / f".pipe.{token}.tmp", (1, 1))
     before = sorted(others.iterdir())
     before.remove(others / f".folder.{token}.tmp")
-    sweep(others)
+    sweep(others, age=-1)
     assert sorted(others.iterdir()) == before
     assert (tmp_path / "elsewhere" / "precious").exists()
+
+
+def test_where_there_are_no_locks_age_tells(tmp_path, monkeypatch):
+    monkeypatch.setattr("runtime.files.fcntl", None)
+    with folder_made_beside(tmp_path / "folder") as new:
+        sweep(tmp_path)
+        assert new.exists()
+        sweep(tmp_path, age=0)
+        assert not new.exists()
+        new.mkdir()
 
 
 def test_where_a_file_may_be_written_is_known_before_the_work(tmp_path):

@@ -353,7 +353,7 @@ def test_a_stop_while_a_cache_is_filled_leaves_nothing(automatic, tmp_path):
 
 def test_what_a_killed_process_left_half_made_goes(automatic, tmp_path):
     (tmp_path / "pixels").mkdir()
-    old, recent = (tmp_path / "pixels" / f".images-24px-{name}.npy.clip4cir-1.tmp" for name in "ab")
+    old, recent = (tmp_path / "pixels" / f".images-24px-{name}.npy.1.tmp" for name in "ab")
     for file in (old, recent):
         file.write_bytes(b"half")
     os.utime(old, (1, 1))

@@ -90,8 +90,8 @@ def parse_json(text: str) -> Any:
     return content
 
 
-HALF_MADE = ".*.tmp"  # the names of `beside`, in folders that are ours alone
-SURELY_OURS = ".*.clip4cir-*.tmp"  # the same, where others may have hidden files too
+HALF_MADE = ".*.tmp"  # the names of `beside`, those of earlier versions among them
+SURELY_OURS = ".*.clip4cir-*.tmp"  # the same, in folders where others may have hidden files too
 ABANDONED = 86_400  # seconds since something half-made was last written to
 
 
@@ -100,23 +100,59 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name[:40]}.clip4cir-{secrets.token_hex(8)}.tmp")
 
 
-def sweep(folder: Path) -> None:
-    """Delete what killed processes left half-made in a folder, a day after it was last written to.
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Let `sweep` see that a file or a folder is being made, for as long as the process lives at most."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
-    Links are not followed, and stay.
+
+def sweep(folder: Path, names: str = SURELY_OURS, age: float = ABANDONED) -> None:
+    """Delete what killed processes left half-made in a folder, by these names and so many seconds ago.
+
+    A process that is alive holds what it makes, which other containers see too, though not its number. On Windows, and
+    on file systems without locks, age alone tells.
     """
-    for path in folder.glob(SURELY_OURS):
-        with contextlib.suppress(OSError):  # it took its name just now, or is another user's
-            status = path.lstat()
-            is_ours = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
-            if is_ours and time.time() - status.st_mtime >= ABANDONED:
-                discard(path)
+    for path in folder.glob(names):
+        if _is_abandoned(path, age):
+            discard(path)
 
 
 @functools.cache
 def _sweep_once(folder: Path) -> None:
     """`sweep` where files are made one after the other."""
     sweep(folder)
+
+
+def _is_abandoned(path: Path, age: float) -> bool:
+    """Whether nobody makes a file or a folder any more. Links are not followed, and never are abandoned."""
+    try:
+        status = path.lstat()
+        is_ours = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+        if not is_ours or time.time() - status.st_mtime < age:
+            return False
+        if fcntl is None:
+            return True
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # it took its name just now, or is another user's
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def discard(path: Path) -> None:
@@ -163,7 +199,7 @@ def made_beside(path: Path) -> Iterator[IO[bytes]]:
         DiskError: it could not be written; nothing is left of it.
     """
     # "x": never a file or a link that is there already.
-    with _replacement(path) as new, open(new, "x+b") as file:
+    with _replacement(path) as new, open(new, "x+b") as file, _held(new):
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -184,7 +220,8 @@ def folder_beside(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _not_written(path, error) from None
     try:
-        yield new
+        with _held(new):
+            yield new
     finally:
         discard(new)
 
@@ -259,7 +296,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_same(path: Path, original: Path) -> None:
     """Make `path` the file `original`, whole or not at all: a hard link, or a copy where there are no links."""
     try:
-        with _replacement(path) as new:
+        # Held from before it has the second name, since it may be old.
+        with _held(original), _replacement(path) as new:
             new.hardlink_to(original)
     except (DiskError, OSError):
         with written_whole(path) as file, open(original, "rb") as content:

@@ -278,7 +278,7 @@ class ImageCache:
         Raises:
             UserError: it is truncated or damaged.
         """
-        sweep(self.folder)
+        sweep(self.folder, ".images-*.tmp")
         if not self.file.exists():
             return False
         with Counter(len(self.paths), "checking the image cache") as counter:
