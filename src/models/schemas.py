@@ -22,6 +22,9 @@ Deviation = Annotated[float, Field(gt=0)]
 ColourValues = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
+Background = Annotated[str, OneOf(choices.BACKGROUNDS)]
+
+
 class Preprocessing(Schema):
     """What images and features are made with; of a CLIP that is none of OpenAI's, what `models.backbone` says of it."""
 
@@ -29,7 +32,7 @@ class Preprocessing(Schema):
     transform: Transform = ABSENT
     target_ratio: SideRatio = ABSENT
     decode: Annotated[str, OneOf(choices.DECODINGS)] = ABSENT
-    background: Annotated[str, OneOf(choices.BACKGROUNDS)] = ABSENT
+    background: Background = ABSENT
     encode_precision: Annotated[str, OneOf(choices.ENCODE_PRECISIONS)] = ABSENT
     resolution: Count = ABSENT
     clip_dim: Count = ABSENT
