@@ -63,6 +63,6 @@ def test_an_ordinary_user_with_a_source_tree_that_is_read_only(tmp_path_factory)
     assert list(output.glob("models/*_moe/*/seed_0/saved_models/*.pt"))
     (pair,) = output.glob("exported/*/pair")
     card = (pair / "README.md").read_text()
-    assert "trained on CIRR" in card
-    assert "CIRR val, combiner" in card
+    assert "trained on Triplets" in card
+    assert "Triplets val, combiner" in card
     assert len(re.findall(r"^   [1-5] [\d.]+ .*\.png$", done.stdout, re.MULTILINE)) == 5
