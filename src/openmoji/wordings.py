@@ -165,12 +165,8 @@ OWN: Mapping[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
 }  # fmt: skip
 # Words that sound wrong with what people say elsewhere of a direction.
 UP_AND_DOWN = (
-    "pointing {new}",
-    "{new} instead of {old}",
-    "turn it {new}",
-    "the same but {new}",
-    "make it point {new}",
-)
+    "pointing {new}", "{new} instead of {old}", "turn it {new}", "the same but {new}", "make it point {new}",
+)  # fmt: skip
 
 
 def wordings(fact: str, old: str, new: str) -> tuple[list[str], list[str]]:
