@@ -56,7 +56,7 @@ COMBINERS = {"plain Combiner": "clip4cir", "MoE Combiner": "moe"}
 # With the CLIP of stage 1: what a query is worth without its text, without its image, and with both.
 UNLEARNED = {"stage-1 image alone": "image", "stage-1 text alone": "text", "stage-1 sum": "sum"}
 STAGE_1 = (
-    "--num-epochs 2 --learning-rate 1e-3 --batch-size 128 --validation-frequency 1 --mask-duplicate-targets "
+    "--num-epochs 3 --learning-rate 1e-3 --batch-size 128 --validation-frequency 1 --mask-duplicate-targets "
     "--save-training --save-best"
 )
 STAGE_2 = (

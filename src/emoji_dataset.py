@@ -40,9 +40,8 @@ CATEGORIES = {
 }
 # What CIRCO calls a kind, where it has a word for it.
 ASPECTS = {
-    "one or several": "cardinality", "children": "cardinality", "size": "comparative_statement",
-    "age": "comparative_statement", "two changes": "statement_with_conjunction", "direction": "viewpoint",
-    "view": "viewpoint", "colour": "direct_addressing",
+    "size": "comparative_statement", "age": "comparative_statement", "two changes": "statement_with_conjunction",
+    "direction": "viewpoint", "colour": "direct_addressing",
 }  # fmt: skip
 ATTRIBUTION = """The images in this folder are pictures of OpenMoji (https://openmoji.org), the open-source emoji and
 icon project, version {version}, rendered to pixels. License: CC BY-SA 4.0, https://creativecommons.org/licenses/by-sa/4.0/

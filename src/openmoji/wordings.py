@@ -10,9 +10,9 @@ from collections.abc import Mapping
 KINDS = {
     "gender": "gender", "skin": "skin tone", "left skin": "skin of one of two", "right skin": "skin of one of two",
     "who": "who", "hair": "hair", "age": "age", "role": "role", "gesture": "gesture", "direction": "direction",
-    "expression": "expression", "species": "cat or smiley", "part": "view",
-    "colour": "colour", "size": "size", "time": "time", "count": "one or several",
-    "open": "state", "crossed out": "state", "view": "view", "children": "children",
+    "expression": "expression", "colour": "colour", "size": "size", "time": "time", "children": "who",
+    # What one thing comes as: few pairs each.
+    "species": "form", "part": "form", "count": "form", "open": "form", "crossed out": "form", "view": "form",
 }  # fmt: skip
 TWO_CHANGES = "two changes"
 
