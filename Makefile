@@ -20,10 +20,10 @@ demo: $(VENV)/demo-installed
 
 app: $(VENV)/app-installed $(VENV)/demo-installed
 	test -d demo/submission || $(BIN)/python src/demo.py
-	$(BIN)/python src/search.py index --images demo/data/cirr_dataset/images --output demo/index \
-		--clip-model-path $$(ls -d demo/models/CIRR_clip/* | tail -1)
+	$(BIN)/python src/search.py index --images demo/data/triplets_dataset/images --output demo/index \
+		--clip-model-path $$(ls -d demo/models/Triplets_clip/* | tail -1)
 	$(BIN)/python src/demo_app.py --index demo/index \
-		--combiner-path $$(ls -d demo/models/CIRR_moe/*/seed_0 | tail -1)
+		--combiner-path $$(ls -d demo/models/Triplets_moe/*/seed_0 | tail -1)
 
 test: $(VENV)/dev-installed
 	$(BIN)/python -m pytest $(IN_PARALLEL) tests

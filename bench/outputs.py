@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 SRC = Path(__file__).resolve().parents[1] / "src"
+TESTS = SRC.parent / "tests"
 CLIP = "--clip-model-name data/tiny_clip_vit.pt"
 SHORT = "--num-epochs 2 --save-training --save-best"
 SIZES = "--projection-dim 16 --hidden-dim 24"
@@ -81,10 +82,12 @@ def run_all(folder: Path, src: Path) -> None:
     """Run the commands in a folder; what each prints is kept in a file beside what it writes."""
     (folder / "printed").mkdir(parents=True)
     quiet = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    quiet["PYTHONPATH"] = str(src.resolve())  # for the drawn data, which are the tests' own
     for number, line in enumerate(COMMANDS.strip().splitlines()):
         runs = {run.name: only(run) for run in (folder / "runs").glob("*")}
         script, *words = shlex.split(line.format(**runs))
-        command = [sys.executable, str(src.resolve() / script), *words]
+        place = TESTS if script == "shapes_dataset.py" else src.resolve()
+        command = [sys.executable, str(place / script), *words]
         done = subprocess.run(command, cwd=folder, env=quiet, capture_output=True, text=True)
         printed = folder / "printed" / f"{number:02}_{script.removesuffix('.py')}.txt"
         printed.write_text(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")

@@ -16,7 +16,7 @@ PLACES = {
     "scripts": (50, 980), "cli": (50, 840), "openmoji": (860, 980),
     "image_search": (50, 340), "evaluation": (360, 560), "training": (580, 840),
     "models": (50, 680), "settings": (360, 680), "benchmarks": (360, 680), "reports": (700, 840),
-    "data_utils": (50, 190), "combiner": (200, 340), "runtime": (50, 980), "utils": (50, 980),
+    "data_utils": (50, 190), "combiner": (200, 340), "runtime": (50, 840), "utils": (50, 980),
 }  # fmt: skip
 WIDTH, GAP, LINE, CELL = (
     1000,

@@ -7,7 +7,6 @@ python src/demo.py --seeds 0 1 2
 import argparse
 import importlib
 import importlib.util
-import itertools
 import json
 import multiprocessing
 import os
@@ -16,7 +15,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks import BENCHMARKS
 from benchmarks.metrics import shown
+from benchmarks.triplets import KIND_PLACES, OF_KIND
 from cli.parsers import ScriptParser
 from openmoji.pictures import check_packages
 from reports.tables import text_table
@@ -41,14 +40,23 @@ PACKAGES = (
     "training.trainer",
 )  # fmt: skip
 CAN_FORK = sys.platform == "linux"
-DATASET = "CIRR"  # the layout that is trained on
-SHOWN = ("recall_at1", "recall_at5", "recall_at10", "group_recall_at1", "mean(R@5+R_s@1)")
-PLACES_BY_KIND = 10  # of the recall that is given for each kind of query
+DATASET = (
+    "Triplets"  # the layout that is trained on: it alone has kinds of queries, and several targets
+)
+SUBMITTED = "CIRR"  # the layout whose server's files are written
+SHOWN = (
+    "recall_at1",
+    "recall_at5",
+    "recall_at10",
+    "recall_at50",
+    "group_recall_at1",
+    "average_recall",
+)
 COMBINERS = {"plain Combiner": "clip4cir", "MoE Combiner": "moe"}
 # With the CLIP of stage 1: what a query is worth without its text, without its image, and with both.
 UNLEARNED = {"stage-1 image alone": "image", "stage-1 text alone": "text", "stage-1 sum": "sum"}
 STAGE_1 = (
-    "--num-epochs 2 --learning-rate 1e-3 --batch-size 128 --validation-frequency 1 --mask-duplicate-targets "
+    "--num-epochs 3 --learning-rate 1e-3 --batch-size 128 --validation-frequency 1 --mask-duplicate-targets "
     "--save-training --save-best"
 )
 STAGE_2 = (
@@ -93,11 +101,9 @@ class Demo:
         return max(runs.iterdir(), key=lambda run: run.stat().st_mtime)
 
     def validate(self, name: str, *flags: Word) -> Path:
-        """Run a validation; returns the file of its rankings, with the result beside it."""
+        """Run a validation; returns the file of its result."""
         file = self.folder / "metrics" / f"{name}.json"
-        rankings = self.folder / "rankings" / f"{name}.json"
-        files: Words = ("--metrics-json", file, "--rankings", rankings, "--rankings-k", "10")
-        self.run("validate.py", "--dataset", DATASET, *flags, *self.on_data, *files)
+        self.run("validate.py", "--dataset", DATASET, *flags, *self.on_data, "--metrics-json", file)
         return file
 
     def benchmark(self) -> tuple[dict[str, list[Path]], Words]:
@@ -132,29 +138,6 @@ class Demo:
             weights = best_weights(run / f"seed_{seed}", BENCHMARKS[DATASET].best_combiners())
             pairs.append(("--combining-function", "combiner", *clip, "--combiner-path", weights))
         return pairs
-
-    def by_kind(self, results: Mapping[str, Sequence[Path]]) -> str:
-        """The recall of each method among the queries of each kind, as a table."""
-        kind_of = json.loads((self.folder / "data" / "cirr_kinds.json").read_text())
-        rows: dict[str, dict[str, str]] = {}
-        for method, files in results.items():
-            of_kind = defaultdict(list)
-            for file in files:
-                for kind, found in self._found(file.name, kind_of).items():
-                    of_kind[kind].append(100 * statistics.fmean(found))
-                    rows.setdefault(kind, {"queries": str(len(found))})
-            for kind, recalls in of_kind.items():
-                rows[kind][method] = shown(recalls)
-        return text_table(dict(sorted(rows.items())))
-
-    def _found(self, name: str, kind_of: Mapping[str, str]) -> dict[str, list[bool]]:
-        """Kind -> for each of its queries, whether the target is among the first places."""
-        content = json.loads((self.folder / "rankings" / name).read_text())
-        found = defaultdict(list)
-        for query in itertools.chain(*content["queries"].values()):
-            (answers,) = query["protocols"].values()
-            found[kind_of[str(query["pair_id"])]].append(answers["rank"] < PLACES_BY_KIND)
-        return found
 
     def submit(self, pair: Words) -> dict[str, float]:
         """Write a CIRR submission and score it with the answers that were kept apart."""
@@ -193,7 +176,7 @@ class Demo:
             print("\nTo search with it: pip install -r requirements-app.txt")
             return
         exported: Words = ("--pair", folder / "pair")
-        images = self.folder / "data" / "cirr_dataset" / "images"
+        images = self.folder / "data" / "triplets_dataset" / "images"
         index: Words = (folder / "index", *exported)
         self.run("search.py", "index", "--images", images, "--num-workers", "0", "--output", *index)
         reference = images / "blue_heart.png"
@@ -255,6 +238,19 @@ def table(results: Mapping[str, Sequence[Mapping[str, float]]], titles: Mapping[
     return text_table(rows)
 
 
+def by_kind(results: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """Kinds of queries by methods, as text: the recall among the queries of each kind."""
+    rows: dict[str, dict[str, str]] = {}
+    for metric in sorted(
+        name for name in next(iter(results.values()))[0] if name.startswith(OF_KIND)
+    ):
+        rows[metric.removeprefix(OF_KIND)] = {
+            method: shown([metrics[metric] for metrics in of_seeds])
+            for method, of_seeds in results.items()
+        }
+    return text_table(rows)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the demo."""
     parser = ScriptParser(__doc__)
@@ -284,17 +280,16 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(os.path.relpath(args.output_dir, PROJECT_ROOT))
     os.chdir(PROJECT_ROOT)  # where the commands are typed
     demo = Demo(folder, args.seeds)
-    demo.run("emoji_dataset.py", "--output-dir", folder / "data", "--layouts", DATASET)
+    demo.run("emoji_dataset.py", "--output-dir", folder / "data", "--layouts", DATASET, SUBMITTED)
     demo.run("check_dataset.py", "--dataset", DATASET, "--unofficial", *demo.on_data)
     results, pair = demo.benchmark()
     recalls = demo.submit(pair)
-    titles = {metric: BENCHMARKS[DATASET].titles[metric] for metric in SHOWN}
     metrics = {}
     for method, files in results.items():
         metrics[method] = [read_metrics(file) for file in files]
-    print(f"\nval\n{table(metrics, titles)}")
-    print(f"\nval, R@{PLACES_BY_KIND} by kind of query\n{demo.by_kind(results)}")
-    print("\ntest: the MoE Combiner's submission, scored locally")
+    print(f"\nval\n{table(metrics, {name: BENCHMARKS[DATASET].titles[name] for name in SHOWN})}")
+    print(f"\nval, R@{KIND_PLACES} by kind of query\n{by_kind(metrics)}")
+    print(f"\n{SUBMITTED} test1: the MoE Combiner's submission, scored locally")
     print(table({"MoE Combiner": [recalls]}, {name: name for name in recalls}))
     demo.hand_on(pair)
     print(

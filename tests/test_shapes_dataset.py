@@ -7,7 +7,6 @@ import random
 from PIL import Image
 
 import shapes_dataset
-from demo import recall, table
 from shapes_dataset import (
     RAINBOW,
     Scene,
@@ -115,17 +114,3 @@ def test_layouts(drawn):
         (drawn / "cirr_dataset/cirr/image_splits/split.rc2.test1.json").read_text()
     ).values():
         Image.open(drawn / "cirr_dataset" / path).verify()
-
-
-def test_a_submission_is_scored_by_its_answers():
-    submission = {"1": ["a", "b"], "2": ["c", "d"], "version": "rc2"}
-    answers = {"1": "b", "2": "c"}
-    assert recall(submission, answers, 1) == 50
-    assert recall(submission, answers, 2) == 100
-
-
-def test_the_table_gives_mean_and_deviation_over_seeds():
-    results = {"sum": [{"r": 1.0}], "moe": [{"r": 2.0}, {"r": 4.0}]}
-    header, *rows = table(results, {"r": "R"}).splitlines()
-    assert header.split() == ["R"]
-    assert [row.split(maxsplit=1) for row in rows] == [["sum", "1.00"], ["moe", "3.00 ± 1.41"]]

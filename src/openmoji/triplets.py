@@ -15,13 +15,14 @@ SPLITS = ("train", "val", "test")
 # Of so many concepts, one is in val and one in test: of a family with many, and of one with few.
 BLOCK, SMALL_BLOCK = 7, 4
 MANY = 12
+# Of families whose concepts are asked for, a concept of val or test has one of these skins there, the others in train.
+PARTED = ("people", "hand", "pair")
+SKINS = ({"light", "medium", "dark"}, {"medium-light", "medium-dark"})
 CAPTIONS = 2  # of a query
 VIETNAMESE = 0.12  # of the captions, where a change can be said so
 RELATIVE = 0.25  # of the queries, where "more" or "less" can be said
 WORDINGS_OF_A_PAIR = 5  # at most so many queries of one reference and one change
 GROUP_SIZE = 6
-# Two ways to ask for another flag: one of them is said, and the other need not stay.
-ALTERNATIVES = ("flag", "flag colours")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,11 @@ class Change(NamedTuple):
 
 
 def divide(pictures: Iterable[Picture], seed: int) -> dict[str, list[Picture]]:
-    """Split -> its pictures. Of each family, val and test have concepts of every size; unnamed pictures are in none."""
+    """Split -> its pictures. Unnamed ones are in none.
+
+    Of each family, val and test have concepts of every size. Those of PARTED give them a part of their skins alone:
+    train has the others, and knows what val asks for.
+    """
     of_family: dict[str, dict[str, list[Picture]]] = defaultdict(lambda: defaultdict(list))
     for picture in pictures:
         if picture.family:
@@ -63,10 +68,14 @@ def divide(pictures: Iterable[Picture], seed: int) -> dict[str, list[Picture]]:
         names = sorted(concepts)
         random.Random(f"{seed} {family}").shuffle(names)
         names.sort(key=lambda name: -len(concepts[name]))  # those of one size stay shuffled
-        block = BLOCK if len(names) > MANY else SMALL_BLOCK
+        is_large = len(names) > MANY and family not in PARTED
+        block = BLOCK if is_large else SMALL_BLOCK
         for place, name in enumerate(names):
             split = {1: "val", 2: "test"}.get(place % block, "train")
-            splits[split] += concepts[name]
+            part = SKINS[place // block % 2] if family in PARTED else None
+            for picture in concepts[name]:
+                is_there = part is None or part.issuperset(picture.skins)
+                splits[split if is_there else "train"].append(picture)
     return splits
 
 
@@ -77,15 +86,13 @@ def changes(pictures: Sequence[Picture]) -> Iterator[Change]:
         of_family[picture.family, tuple(picture.shown)].append(picture)
     for (_, facts), members in of_family.items():
         for changed in [*itertools.combinations(facts, 1), *itertools.combinations(facts, 2)]:
-            if changed != ALTERNATIVES:
-                yield from _changes_in(members, changed)
+            yield from _changes_in(members, changed)
 
 
 def _changes_in(members: Sequence[Picture], changed: tuple[str, ...]) -> Iterator[Change]:
     alike: dict[tuple[str, ...], list[Picture]] = defaultdict(list)
-    left_aside = {*changed, *ALTERNATIVES} if changed[0] in ALTERNATIVES else set(changed)
     for picture in members:
-        kept = [value for fact, value in picture.facts if fact not in left_aside]
+        kept = [value for fact, value in picture.facts if fact not in changed]
         if picture.family not in CONCEPT_IS_A_FACT:
             kept.append(picture.concept)
         alike[tuple(kept)].append(picture)
@@ -125,13 +132,10 @@ def ask(change: Change, rng: random.Random) -> Query:
     if len(change.facts) == 1:
         (fact,) = change.facts
         old, new = reference.shown[fact], change.target.shown[fact]
-        if rng.random() < RELATIVE:
-            order = ORDERS.get(fact, ())
-            if old in order and new in order:
-                return _more_or_less(change, fact, order=order, rng=rng)
-        if fact == "flag colours":
-            targets = _like(change.target, change.same, fact)
-            return Query(reference, targets, _captions(fact, old, new, rng=rng), change.kind)
+        order = ORDERS.get(fact, ())
+        has_all = set(order) <= {picture.shown[fact] for picture in change.same}
+        if {old, new} <= set(order) and has_all and rng.random() < RELATIVE:
+            return _more_or_less(change, fact, order=order, rng=rng)
         captions = _captions(fact, old, new, rng=rng)
         return Query(reference, (change.target,), captions, change.kind)
     first, second = rng.sample(change.facts, 2)
@@ -142,13 +146,6 @@ def ask(change: Change, rng: random.Random) -> Query:
     for one, other in zip(*parts, strict=True):
         joined.append(rng.choice(("{} and {}", "{}, {}", "{}, and {}")).format(one, other))
     return Query(reference, (change.target,), tuple(joined), change.kind)
-
-
-def _like(target: Picture, among: Sequence[Picture], fact: str) -> tuple[Picture, ...]:
-    """All pictures with a target's value of a fact, the target first."""
-    value = target.shown[fact]
-    others = [other for other in among if other.shown[fact] == value and other != target]
-    return (target, *others)
 
 
 def _more_or_less(change: Change, fact: str, *, order: Sequence[str], rng: random.Random) -> Query:

@@ -3,16 +3,16 @@
 {new} and {old} are the values in words; what stands with a value alone is said of that value as it is.
 """
 
+import re
 from collections.abc import Mapping
 
 # Fact -> the name of its kind of triplets.
 KINDS = {
     "gender": "gender", "skin": "skin tone", "left skin": "skin of one of two", "right skin": "skin of one of two",
     "who": "who", "hair": "hair", "age": "age", "role": "role", "gesture": "gesture", "direction": "direction",
-    "expression": "expression", "species": "cat or smiley", "animal": "animal", "part": "face or body",
-    "colour": "colour", "size": "size", "time": "time", "number": "number", "place": "number", "count": "number",
-    "open": "open or closed", "crossed out": "crossed out", "view": "front or side", "children": "children",
-    "flag": "flag by country", "flag colours": "flag by colours",
+    "expression": "expression", "colour": "colour", "size": "size", "time": "time", "children": "who",
+    # What one thing comes as: few pairs each.
+    "species": "form", "part": "form", "count": "form", "open": "form", "crossed out": "form", "view": "form",
 }  # fmt: skip
 TWO_CHANGES = "two changes"
 
@@ -55,21 +55,13 @@ ENGLISH = {
     "direction": ("facing {new}", "turn it to the {new}", "{new}, not {old}", "the other way: {new}",
                   "change the direction from {old} to {new}"),
     "expression": ("{new} instead of {old}", "show {new}", "{new}", "change the expression to {new}", "is {new}"),
-    "animal": ("{new} instead of {old}", "show {new}", "{new}", "replace {old} with {new}", "is {new}"),
     "colour": ("in {new}", "is {new}", "change the color to {new}", "{new} instead of {old}", "make it {new}",
                "the same but {new}"),
     "size": ("{new} in size", "make it {new}", "a {new} one", "{new} instead of {old}", "the {new} version"),
     "time": ("shows {new}", "{new} instead of {old}", "set the clock to {new}", "it is {new}",
              "change the time to {new}"),
-    "number": ("the number {new}", "{new} instead of {old}", "change it to {new}", "shows {new}", "make it {new}"),
-    "place": ("{new} place", "the medal for {new} place", "{new} instead of {old}", "change it to {new} place",
-              "came {new}, not {old}"),
     "children": ("with {new}", "{new} instead of {old}", "the same parents with {new}", "their children are {new}",
                  "change the kids to {new}"),
-    "flag": ("the flag of {new}", "{new} instead of {old}", "show the flag of {new}", "change the country to {new}",
-             "{new}"),
-    "flag colours": ("a flag in {new}", "its colors are {new}", "change the colors to {new}", "{new} flag",
-                     "the colors should be {new}"),
 }  # fmt: skip
 VIETNAMESE = {
     "gender": ("đổi thành {new}", "{new} thay vì {old}", "là {new}"),
@@ -81,7 +73,6 @@ VIETNAMESE = {
     "direction": ("quay sang {new}", "hướng {new} thay vì {old}"),
     "colour": ("màu {new}", "đổi sang màu {new}", "màu {new} thay vì màu {old}"),
     "size": ("cỡ {new}", "đổi sang cỡ {new}"),
-    "number": ("số {new}", "đổi thành số {new}"),
 }
 
 # Value -> in English and Vietnamese; what is not here is said as it is called.
@@ -110,11 +101,6 @@ SAID = {
         "white": ("white", "trắng"),
     },
     "size": {"small": ("small", "nhỏ"), "large": ("large", "lớn"), "medium": ("medium", "vừa")},
-    "number": {
-        "zero": ("0", "không"), "one": ("1", "một"), "two": ("2", "hai"), "three": ("3", "ba"), "four": ("4", "bốn"),
-        "five": ("5", "năm"), "six": ("6", "sáu"), "seven": ("7", "bảy"), "eight": ("8", "tám"),
-        "nine": ("9", "chín"), "ten": ("10", "mười"),
-    },
     "who": {"women": ("two women", ""), "men": ("two men", "")},
     "role": {
         "royal": ("someone with a crown", ""), "Claus": ("someone dressed as Santa", ""),
@@ -179,12 +165,8 @@ OWN: Mapping[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
 }  # fmt: skip
 # Words that sound wrong with what people say elsewhere of a direction.
 UP_AND_DOWN = (
-    "pointing {new}",
-    "{new} instead of {old}",
-    "turn it {new}",
-    "the same but {new}",
-    "make it point {new}",
-)
+    "pointing {new}", "{new} instead of {old}", "turn it {new}", "the same but {new}", "make it point {new}",
+)  # fmt: skip
 
 
 def wordings(fact: str, old: str, new: str) -> tuple[list[str], list[str]]:
@@ -210,12 +192,11 @@ def said(fact: str, value: str) -> str:
     if value in SAID.get(fact, {}):
         return SAID[fact][value][0]
     words = value.replace("_", " ")
-    if fact == "flag colours":
-        *others, last = words.split(", ")
-        return f"{', '.join(others)} and {last}" if others else last
-    if fact == "role" and (words.startswith(("in ", "with ")) or "ing" in words):
+    if fact == "role" and re.search("^(in|with) |ing( |$)", words):
         return f"someone {words}"
-    if fact in ("role", "animal", "gesture") or (fact == "expression" and "face" in words.split()):
+    if fact == "gesture" and words.endswith(("s", "together")):  # "folded hands"
+        return words
+    if fact in ("role", "gesture") or (fact == "expression" and "face" in words.split()):
         is_vowel = words[0].lower() in "aeiou" and not words.startswith("uni")
         return f"{'an' if is_vowel else 'a'} {words}"
     return words
