@@ -23,7 +23,8 @@ app: $(VENV)/app-installed $(VENV)/demo-installed
 	$(BIN)/python src/search.py index --images demo/data/triplets_dataset/images --output demo/index \
 		--clip-model-path $$(ls -d demo/models/Triplets_clip/* | tail -1)
 	$(BIN)/python src/demo_app.py --index demo/index \
-		--combiner-path $$(ls -d demo/models/Triplets_moe/*/seed_0 | tail -1)
+		--combiner-path $$(ls -d demo/models/Triplets_moe/*/seed_0 | tail -1) \
+		--examples demo/data/triplets_dataset/val.jsonl
 
 test: $(VENV)/dev-installed
 	$(BIN)/python -m pytest $(IN_PARALLEL) tests

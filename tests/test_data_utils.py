@@ -7,6 +7,7 @@ import gc
 import math
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -14,10 +15,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import clip
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 from benchmarks.image_check import TOO_LARGE, inspect
 from benchmarks.splits import check_images_exist
@@ -33,6 +36,7 @@ from data_utils import (
 )
 from forks import HANG, family, forked
 from models.clip_model import CLIP_MEAN, CLIP_STD
+from models.clip_package import TORCHVISION_NAMES
 from runtime import collate, interruption
 from runtime.image_files import LONGEST_SIDE, decoded
 from runtime.prefetch import one_ahead
@@ -107,15 +111,16 @@ def test_every_mode_becomes_normalised_pixels(mode, transform):
         assert (pixels.amax((1, 2)) <= high + 1e-5).all()
 
 
-def test_preprocess_is_clips_own_where_nothing_is_padded():
-    """Against the clip package's transform."""
-    from clip.clip import _transform
-
+def test_preprocess_is_clips_own_where_nothing_is_padded(monkeypatch):
+    """Against the clip package's transform, of torchvision's parts."""
+    for name in TORCHVISION_NAMES:
+        monkeypatch.setattr(clip.clip, name, getattr(transforms, name), raising=False)
+    monkeypatch.setattr(clip.clip, "BICUBIC", transforms.InterpolationMode.BICUBIC)
     image = picture("RGBA", 50, 45)
     for transform in ("clip", "targetpad"):
         assert torch.equal(
             normalise(make_preprocess(transform, 1.25, 24)(image), CLIP_MEAN, CLIP_STD),
-            _transform(24)(image),
+            clip.clip._transform(24)(image),
         )
 
 
@@ -297,27 +302,33 @@ def test_a_worker_that_dies_has_a_remedy(grey, name, way, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
-@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_too_few_open_files_are_one_line(grey, capfd):
-    """Nothing is printed of the processes that started, nor told of shared memory."""
-    last = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+def load_with_few_files(paths: list[Path], said: Path, errors: Path) -> None:
+    """Write what a loader says that has room for eight more open files, and beside it what else is printed."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
     loader = ImageLoader(reader(), 4, CPU)
+    last = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (last + 9, last + 9))
     taken = []
-    resource.setrlimit(resource.RLIMIT_NOFILE, (last + 9, limits[1]))
+    with contextlib.suppress(OSError):
+        while True:
+            taken.append(os.open(os.devnull, os.O_RDONLY))
+    for _ in range(8):
+        os.close(taken.pop())
     try:
-        with contextlib.suppress(OSError):
-            while True:
-                taken.append(os.open(os.devnull, os.O_RDONLY))
-        for _ in range(8):
-            os.close(taken.pop())
-        with pytest.raises(UserError, match=r"cannot start .*ulimit -n"):
-            list(loader.batches([grey[:3], grey[3:]]))
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        for descriptor in taken:
-            os.close(descriptor)
-    assert "Traceback" not in capfd.readouterr().err
+        list(loader.batches([paths[:3], paths[3:]]))
+    except UserError as error:
+        os.close(taken.pop())
+        said.write_text(str(error))
+
+
+def test_too_few_open_files_are_one_line(grey, tmp_path):
+    """Nothing is printed of the processes that started, nor told of shared memory."""
+    said, errors = tmp_path / "said", tmp_path / "errors"
+    process = forked(load_with_few_files, grey, said, errors)
+    process.join(HANG)
+    assert process.exitcode == 0
+    assert re.search("cannot start .*ulimit -n", said.read_text())
+    assert "Traceback" not in errors.read_text()
 
 
 def test_a_long_temporary_directory_has_a_remedy(grey, tmp_path, monkeypatch):
