@@ -164,3 +164,11 @@ def test_a_training_says_what_it_is_and_how_fast_it_goes(
     assert re.search(rf"^epoch 1, step 3 of \d+: loss \d+\.\d{{4}}, {SPEED}$", told, re.M)
     unit = "images" if script == "clip_fine_tune" else "triplets"
     assert {of for _, of, _ in epochs} == {unit}
+
+
+def test_a_validation_that_wastes_a_gpu_is_told():
+    half = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)
+    assert terminal.wastes_a_gpu(half, "fp32")
+    assert not terminal.wastes_a_gpu(half, "fp16")
+    for other in ({"dtype": None}, {"device": torch.device("cpu")}):
+        assert not terminal.wastes_a_gpu(SimpleNamespace(**(vars(half) | other)), "fp32")

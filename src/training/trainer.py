@@ -49,7 +49,7 @@ def train_in(
     """Train in a place: open its run, and let a `Trainer` go through the epochs."""
     names = CheckpointNames.of(flags.script, data.benchmark)
     checkpoints = Checkpoints(place.folder, names, place.settings.on_disk(), flags)
-    log_opening(data, task, flags, precision=precision, folder=place.folder)
+    log_opening(data, task, flags, precision=precision, place=place)
     run = open_run(place, data, flags, weights=checkpoints.first_choice())
     Trainer(task, flags, run, checkpoints=checkpoints, precision=precision, stop=stop).fit()
 
