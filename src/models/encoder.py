@@ -153,7 +153,7 @@ class Encoder:
         tokenizer = self.backbone.tokenizer
         tokens_of = {caption: _tokens(tokenizer, caption) for caption in captions}
         columns_of = {caption: tokenizer.columns(tokens) for caption, tokens in tokens_of.items()}
-        # Captions of a length together: none is padded for another, so its features depend on no other, to the bit.
+        # Captions of a length together: none is padded for another, however long that is.
         unique = sorted(columns_of, key=columns_of.__getitem__)
         chunks = []
         for _, of_a_length in itertools.groupby(unique, key=columns_of.__getitem__):
