@@ -21,14 +21,13 @@ from runtime.interruption import StopRequest
 from settings.declaring import stored
 from settings.groups import Stage1
 from training.hyper_parameters import started_with
-from utils import command, seed_everything
+from utils import command
 
 if TYPE_CHECKING:
     import torch
 
     from models.encoder import Encoder
     from training.data import TrainingData
-    from training.schedule import Precision
     from training.step import Task
 
 SCRIPT = "clip_fine_tune.py"
@@ -43,10 +42,9 @@ def train(args: Stage1, benchmark: Benchmark, stop: StopRequest) -> None:
     """Fine-tune CLIP in a run folder, or anew with each of several seeds."""
     from models.encoder import versions
     from training.data import read_training_data
-    from training.run_folder import claim_place, places_to_train
+    from training.run_folder import claim_place
     from training.schedule import Precision
     from training.stage1 import with_image_cache
-    from training.trainer import train_in
 
     precision = Precision(args.precision, pick_device(args.device))
     data = read_training_data(benchmark, args)
@@ -62,18 +60,18 @@ def train(args: Stage1, benchmark: Benchmark, stop: StopRequest) -> None:
     whole = claim_place("clip_finetuned", benchmark.run_name, settings, args)
     if args.seeds:
         encoder.model.cpu()  # each seed trains a copy
-    for place in places_to_train(whole):
-        seed_everything(place.seed)
-        own = data.with_seed(place.seed)
-        train_in(
-            place, task_of(args, own, encoder, precision), own, args, precision=precision, stop=stop
-        )
-    if args.seeds:
-        training.report_seeds(args, data, whole, precision.device)
+    training.train_places(
+        whole,
+        data,
+        args,
+        task_of=lambda _, own: task_of(args, own, encoder, precision.device),
+        precision=precision,
+        stop=stop,
+    )
 
 
 def task_of(
-    args: Stage1, data: "TrainingData", encoder: "Encoder", precision: "Precision"
+    args: Stage1, data: "TrainingData", encoder: "Encoder", device: "torch.device"
 ) -> "Task":
     """What CLIP learns, and what is measured of it; of several seeds each trains a copy."""
     from combiner import compose_sum
@@ -81,7 +79,7 @@ def task_of(
     from training.stage1 import fine_tuning
 
     model = copy.deepcopy(encoder.model) if args.seeds else encoder.model
-    own = dataclasses.replace(encoder, model=model.to(precision.device))
+    own = dataclasses.replace(encoder, model=model.to(device))
     measure = functools.partial(
         evaluate, data.benchmark, compose=compose_sum, block=args.similarity_block
     )

@@ -28,7 +28,7 @@ from runtime.interruption import StopRequest
 from settings.declaring import stored
 from settings.groups import Stage2
 from training.hyper_parameters import started_with
-from utils import command, seed_everything
+from utils import command
 
 if TYPE_CHECKING:
     import torch
@@ -51,9 +51,8 @@ def parse(argv: list[str] | None) -> Stage2:
 def train(args: Stage2, benchmark: Benchmark, stop: StopRequest) -> None:
     """Train a Combiner in a run folder, or one with each of several seeds."""
     from training.data import read_training_data
-    from training.run_folder import claim_place, places_to_train
+    from training.run_folder import claim_place
     from training.schedule import Precision
-    from training.trainer import train_in
 
     precision = Precision(args.precision, pick_device(args.device))
     data = read_training_data(benchmark, args)
@@ -62,19 +61,14 @@ def train(args: Stage2, benchmark: Benchmark, stop: StopRequest) -> None:
     features = features_of(args, data, encoder)
     del encoder  # its memory is the Combiner's now
     whole = claim_place("combiner_trained", benchmark.run_name, settings, args)
-    for place in places_to_train(whole):
-        seed_everything(place.seed)
-        own = data.with_seed(place.seed)
-        train_in(
-            place,
-            task_of(args, own, features, place.settings),
-            own,
-            args,
-            precision=precision,
-            stop=stop,
-        )
-    if args.seeds:
-        training.report_seeds(args, data, whole, precision.device)
+    training.train_places(
+        whole,
+        data,
+        args,
+        task_of=lambda place, own: task_of(args, own, features, place.settings),
+        precision=precision,
+        stop=stop,
+    )
 
 
 def task_of(args: Stage2, data: "TrainingData", features: "Features", settings: Settings) -> "Task":

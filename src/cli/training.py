@@ -21,13 +21,15 @@ from settings.declaring import parsed
 from settings.flag_types import usable_path
 from settings.groups import FREE_FLAGS, PairChoice
 from training.hyper_parameters import read_hyper_parameters
-from utils import UserError, flag
+from utils import UserError, flag, seed_everything
 
 if TYPE_CHECKING:
     import torch
 
     from training.data import TrainingData
     from training.run_folder import Place
+    from training.schedule import Precision
+    from training.step import Task
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +139,31 @@ def run(args: AnyStage, train: Callable[[AnyStage, Benchmark, StopRequest], None
     with listening() as stop:
         train(args, benchmark, stop)
     distributed.stop()
+
+
+def train_places(
+    whole: "Place",
+    data: "TrainingData",
+    args: groups.BothStages,
+    *,
+    task_of: "Callable[[Place, TrainingData], Task]",
+    precision: "Precision",
+    stop: StopRequest,
+) -> None:
+    """Train in a run's one place, or in that of each of its seeds, and report all of these together.
+
+    Args:
+        task_of: what is learned in a place, from data in the order of its seed.
+    """
+    from training.run_folder import places_to_train
+    from training.trainer import train_in
+
+    for place in places_to_train(whole):
+        seed_everything(place.seed)
+        own = data.with_seed(place.seed)
+        train_in(place, task_of(place, own), own, args, precision=precision, stop=stop)
+    if args.seeds:
+        report_seeds(args, data, whole, precision.device)
 
 
 def report_seeds(
