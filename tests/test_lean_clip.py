@@ -143,7 +143,7 @@ def test_a_step_keeps_less(name, golden):
 @pytest.mark.parametrize("name", ["vit", "rn"])
 def test_columns_behind_the_longest_caption_change_nothing(name, pair):
     _, lean = pair(name)
-    columns = clip_backbone(lean).tokenizer.columns(TOKENS)
+    (columns,) = clip_backbone(lean).tokenizer.columns(TOKENS.unsqueeze(0))
     assert columns == 16  # of 11 that are used
     found = []
     for tokens in (TOKENS, TOKENS[:, :columns]):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from data_utils import normalise
@@ -59,13 +60,13 @@ class Tokenizer:
             )
         return tokens
 
-    def columns(self, tokens: Tensor) -> int:
-        """How many columns have to be encoded of tokens (context,) or (n, context) that are on the CPU."""
+    def columns(self, batches: Tensor) -> list[int]:
+        """How many columns have to be encoded of each batch of tokens (batches, n, context) that are on the CPU."""
         if not self.is_trimmed:
-            return self.context
-        used = (tokens != self.pad).view(-1, self.context).any(0).nonzero()
-        needed = int(used[-1]) + 1 if len(used) else 1
-        return min(self.context, -(-needed // COLUMN_MULTIPLE) * COLUMN_MULTIPLE)
+            return [self.context] * len(batches)
+        used = torch.where(batches != self.pad, torch.arange(1, self.context + 1), 1).amax((1, 2))
+        needed = -(-used // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+        return needed.clamp(max=self.context).tolist()
 
     def cuts(self, caption: str) -> bool:
         """Tell whether a caption has more tokens than the text encoder takes."""

@@ -152,7 +152,8 @@ class Encoder:
         """Captions to features (len(captions), D) on the device, in order; a repeated one is encoded once."""
         tokenizer = self.backbone.tokenizer
         tokens_of = {caption: _tokens(tokenizer, caption) for caption in captions}
-        columns_of = {caption: tokenizer.columns(tokens) for caption, tokens in tokens_of.items()}
+        each = torch.stack(list(tokens_of.values())).unsqueeze(1)
+        columns_of = dict(zip(tokens_of, tokenizer.columns(each), strict=True))
         # Captions of a length together: none is padded for another, however long that is.
         unique = sorted(columns_of, key=columns_of.__getitem__)
         chunks = []

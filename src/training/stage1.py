@@ -98,7 +98,7 @@ def triplet_batches(encoder: Encoder, data: TrainingData, *, trim: bool = True) 
     def batches(epoch: int, first_step: int = 0) -> Iterable[Batch]:
         rows, variants = (table[first_step:] for table in data.order.batches(epoch))  # (steps, b)
         captions = tokens[rows, variants]  # (steps, b, L)
-        columns = [tokenizer.columns(own) if trim else tokenizer.context for own in captions]
+        columns = tokenizer.columns(captions) if trim else [tokenizer.context] * len(captions)
         captions = captions.to(encoder.device)
         ids = target_rows[rows].to(encoder.device)
         images = torch.cat([reference_rows[rows], target_rows[rows]], dim=1)  # (steps, 2b)
