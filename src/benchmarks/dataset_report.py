@@ -6,7 +6,6 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from benchmarks.base import Benchmark
 from benchmarks.splits import Split, Triplet
@@ -14,30 +13,50 @@ from runtime.choices import ORIGINAL, WHITE
 from runtime.spelling import hint_of_file, missing_folder
 from utils import UserError, printable
 
-if TYPE_CHECKING:
-    from benchmarks.image_check import Inspection
-
 FINDING = "finding"
 NOTE = "note"
 UNUSABLE = "unusable"
 PLACEHOLDER = 3  # files of one content; more look like one that stands for images that are gone
 SHOWN_IDS = 3  # ids that people are shown of a remark
 
+MISSING = "missing"  # the problem of a file that is not there
+# What files may have.
 DEEP = "more than 8 bits a channel"
-# What files may have -> what is done to them; of other modes under "". Where they are read as the original does:
+TRANSPARENT = "transparency"
+TURNED = "an orientation in their EXIF data"
+# What is done to such files, and under "" to other modes. Where they are read as the original does:
 AS_ORIGINAL = {
     DEEP: "all above 255 is read as white, as the original does",
-    "transparency": "transparent is black, or the colour that is hidden there, as for the original",
-    "an orientation in their EXIF data": "they are read as they lie, as the original does",
+    TRANSPARENT: "transparent is black, or the colour that is hidden there, as for the original",
+    TURNED: "they are read as they lie, as the original does",
     "": "they are padded and resized in it, as the original does",
 }
 # And where they are read as a viewer shows them:
 AS_SHOWN = {
     DEEP: "they are scaled to 8",
-    "transparency": f"they are read on {WHITE}, or what --background says",
-    "an orientation in their EXIF data": "they are turned upright",
+    TRANSPARENT: f"they are read on {WHITE}, or what --background says",
+    TURNED: "they are turned upright",
     "": "they become RGB before they are padded and resized",
 }
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What an image file is, see `image_check`.
+
+    Attributes:
+        problem: why it cannot be decoded, "" where it can.
+        digest: SHA-256 of its content, "" where there is none.
+        traits: what it has of AS_SHOWN, and its mode if that is a rare one.
+    """
+
+    problem: str
+    digest: str
+    traits: list[str] = field(default_factory=list)
+
+    @property
+    def is_missing(self) -> bool:
+        return self.problem == MISSING
 
 
 @dataclass(frozen=True)
@@ -262,7 +281,7 @@ def needed_images(benchmark: Benchmark, split: str, records: Split) -> dict[str,
 
 
 def remark_on_images(
-    benchmark: Benchmark, parts: ReadParts, inspections: "Mapping[Path, Inspection]", report: Report
+    benchmark: Benchmark, parts: ReadParts, inspections: Mapping[Path, Inspection], report: Report
 ) -> None:
     """Remark on where the files are, which are no good or copies, in which role, and what that does to metrics.
 

@@ -7,17 +7,16 @@ import multiprocessing
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from benchmarks.dataset_report import DEEP, MISSING, TRANSPARENT, TURNED, Inspection
 from runtime import interruption
 from runtime.image_files import DECODING_ERRORS, LONGEST_SIDE, SHRINK, decoded, has_more_bits
 from runtime.image_source import IMAGES
 from runtime.progress import Counter
 
-MISSING = "missing"
 EMPTY = "empty"
 NO_IMAGE = "not an image"
 DAMAGED = "truncated or damaged"
@@ -25,25 +24,6 @@ PILLOWS_MOST = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # from which on Pillow opens n
 TOO_LARGE = f"too large (above {LONGEST_SIDE:,} pixels a side or {PILLOWS_MOST:,} pixels: {SHRINK})"
 ORIENTATION = 0x0112  # of EXIF
 PLAIN_MODES = ("L", "LA", "RGB", "RGBA")
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What a file is.
-
-    Attributes:
-        problem: why it cannot be decoded, "" where it can.
-        digest: SHA-256 of its content, "" where there is none.
-        traits: what it has of `dataset_report.AS_SHOWN`, and its mode if it is none of PLAIN_MODES.
-    """
-
-    problem: str
-    digest: str
-    traits: list[str] = field(default_factory=list)
-
-    @property
-    def is_missing(self) -> bool:
-        return self.problem == MISSING
 
 
 def inspect(path: Path) -> Inspection:
@@ -78,11 +58,11 @@ def _traits(content: bytes) -> list[str]:
         image.convert("RGB")
         with contextlib.suppress(*DECODING_ERRORS):
             if image.getexif().get(ORIENTATION, 1) != 1:
-                traits.append("an orientation in their EXIF data")
+                traits.append(TURNED)
     if image.has_transparency_data:
-        traits.append("transparency")
+        traits.append(TRANSPARENT)
     if has_more_bits(image):
-        traits.append("more than 8 bits a channel")
+        traits.append(DEEP)
     elif image.mode not in PLAIN_MODES:
         traits.append(f"the mode {image.mode}")
     return traits
