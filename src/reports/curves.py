@@ -82,9 +82,13 @@ def panels_of(
         if validated := rows.get("validation"):
             panels.append(Panel(label=label, rows=validated, titles=of_unit))
     if routed := rows.get("router"):
-        shares = {name: name.split("_")[0] for name in routed[0] if name.endswith("_share")}
-        panels.append(Panel(label="share of queries", rows=routed, titles=shares))
+        panels.append(Panel(label="share of queries", rows=routed, titles=experts_of(routed[0])))
     return panels
+
+
+def experts_of(routed: Mapping[str, float]) -> dict[str, str]:
+    """Column of an expert's share of the queries, in a row of the router's -> what the expert is called."""
+    return {name: name.split("_")[0] for name in routed if name.endswith("_share")}
 
 
 def charts(panels: Sequence[Panel]) -> str:

@@ -15,6 +15,7 @@ from reports.curves import (
     can_draw,
     charts,
     charts_script,
+    experts_of,
     panels_of,
     training_curves,
 )
@@ -157,14 +158,14 @@ def _head(folder: Path, facts: Mapping[str, str]) -> str:
 def _idle_experts(about: About, rows: Mapping[str, EpochRows]) -> str:
     """What helps a mixture whose router leaves experts out; "" where it leaves none."""
     last = rows["router"][-1] if rows.get("router") else {}
-    shares = {name.split("_")[0]: last[name] for name in last if name.endswith("_share")}
-    idle = [name for name, share in shares.items() if share < IDLE]
+    experts = experts_of(last)
+    idle = [expert for name, expert in experts.items() if last[name] < IDLE]
     if not idle:
         return ""
     weight = about.hyper_parameters.get("load_balancing_weight", 0)
     remedy = f"raise --load-balancing-weight, now {weight:g}" if weight else REMEDY
     return (
-        f'<p class="remark">The router has collapsed: {" and ".join(idle)} of {len(shares)} experts took less than '
+        f'<p class="remark">The router has collapsed: {" and ".join(idle)} of {len(experts)} experts took less than '
         f"{IDLE:.0%} of the queries in the last epoch. To spread them, {remedy}.</p>"
     )
 
