@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import io
+import itertools
 import logging
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,7 @@ BAR_BOTTOM = 11
 
 CAPTION_LINES = 6
 MEAN_LINE = (
-    0.9  # of the room, that a line takes by the mean width of its characters: some are wider
+    0.9  # of the room, which a line takes by the mean width of its characters: some are wider
 )
 GREEN = (26, 152, 80)
 GREY = (110, 110, 110)
@@ -52,7 +53,7 @@ def picture(
 
     Args:
         side: pixels of a place for an image.
-        head: lines above all queries.
+        head: what stands above all queries, each in lines of its own.
     """
     say_unknown([*head, *(card.caption + card.heading for card in cards)])
     places = 0
@@ -60,8 +61,9 @@ def picture(
         for row in card.rows.values():
             places = max(places, len(row.answers) + len(row.ranks))
     width = LEFT_WIDTH + places * (side + GAP)
-    top = Image.new("RGB", (width, MARGIN + LINE * len(head)), "white")
-    _write(top, head, (MARGIN, MARGIN))
+    lines = list(itertools.chain.from_iterable(wrapped(text, width - MARGIN) for text in head))
+    top = Image.new("RGB", (width, MARGIN + LINE * len(lines)), "white")
+    _write(top, lines, (MARGIN, MARGIN))
     strips = [top]
     height = top.height
     for card in cards:
