@@ -10,6 +10,7 @@ together. Answers of the test splits go to `test1_answers.json`, `circo_test_ans
 """
 
 import argparse
+import functools
 import io
 import itertools
 import json
@@ -19,13 +20,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from cli.options import add_seed
 from cli.parsers import ScriptParser
 from openmoji.pictures import Picture, read_pictures
 from openmoji.triplets import SPLITS, Query, check_apart, divide, groups, sample
+from runtime.choices import WHITE
 from runtime.files import check_writable, write_text
+from runtime.image_files import read_photo
 from settings.flag_types import Several, positive_int, usable_path
 from utils import UserError, command
 
@@ -253,17 +254,16 @@ def _shared_concept(query: Query) -> str:
     return " ".join(words).replace("_", " ") or query.reference.family
 
 
+@functools.cache
 def _on_white(png: bytes, form: str) -> bytes:
-    """A transparent picture on white, as PNG or JPEG."""
-    with Image.open(io.BytesIO(png)) as picture:
-        drawn = picture.convert("RGBA")
-    white = Image.new("RGBA", drawn.size, "white")
+    """A transparent picture on white, as PNG or JPEG; two layouts have the same."""
     file = io.BytesIO()
-    Image.alpha_composite(white, drawn).convert("RGB").save(file, form, quality=JPEG_QUALITY)
+    read_photo(io.BytesIO(png), WHITE).save(file, form, quality=JPEG_QUALITY)
     return file.getvalue()
 
 
 def _write_bytes(path: Path, content: bytes) -> None:
+    """Write a picture. It can be rendered again, so thousands of them are not put on disk one by one."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
