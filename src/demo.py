@@ -40,9 +40,7 @@ PACKAGES = (
     "training.trainer",
 )  # fmt: skip
 CAN_FORK = sys.platform == "linux"
-DATASET = (
-    "Triplets"  # the layout that is trained on: it alone has kinds of queries, and several targets
-)
+DATASET = "Triplets"  # the layout that is trained on, which alone has kinds and several targets
 SUBMITTED = "CIRR"  # the layout whose server's files are written
 SHOWN = (
     "recall_at1",
@@ -241,13 +239,12 @@ def table(results: Mapping[str, Sequence[Mapping[str, float]]], titles: Mapping[
 def by_kind(results: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """Kinds of queries by methods, as text: the recall among the queries of each kind."""
     rows: dict[str, dict[str, str]] = {}
-    for metric in sorted(
-        name for name in next(iter(results.values()))[0] if name.startswith(OF_KIND)
-    ):
-        rows[metric.removeprefix(OF_KIND)] = {
-            method: shown([metrics[metric] for metrics in of_seeds])
-            for method, of_seeds in results.items()
-        }
+    measured = next(iter(results.values()))[0]
+    kinds = sorted(name.removeprefix(OF_KIND) for name in measured if name.startswith(OF_KIND))
+    for kind in kinds:
+        rows[kind] = {}
+        for method, of_seeds in results.items():
+            rows[kind][method] = shown([metrics[OF_KIND + kind] for metrics in of_seeds])
     return text_table(rows)
 
 

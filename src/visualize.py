@@ -103,7 +103,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class Retrieved:
     """Answers to queries, and what gave them.
 
     Attributes:
@@ -128,13 +128,13 @@ class Found:
         return f"{', '.join(words)}; {number:,} queries"
 
 
-def stored_records(args: argparse.Namespace) -> Found:
+def stored_records(args: argparse.Namespace) -> Retrieved:
     """The records of --rankings."""
     content = read_rankings(args.rankings)
     args.dataset = content["dataset"]
     benchmark, _ = open_benchmark(args)
     check_same_images(args, content)
-    return Found(
+    return Retrieved(
         records=content["queries"],
         benchmark=benchmark,
         model=f"{content['combining_function']} on {short_name(content['clip_model_name'])}",
@@ -163,7 +163,7 @@ def check_same_images(args: argparse.Namespace, content: Mapping[str, Any]) -> N
             )
 
 
-def measured_records(args: argparse.Namespace) -> Found:
+def measured_records(args: argparse.Namespace) -> Retrieved:
     """Return the records of a pair on --split under one protocol."""
     check_files(args)
     benchmark, _ = open_benchmark(args)
@@ -186,7 +186,7 @@ def measured_records(args: argparse.Namespace) -> Found:
     if args.split != "test":
         metrics = {of.name: benchmark.metrics(splits, found) for of, found in rankings.items()}
     preprocessing = pair.encoder.preprocessing
-    return Found(
+    return Retrieved(
         records=records,
         benchmark=benchmark,
         model=f"{pair.compose.combining_function} on {short_name(preprocessing['clip_model_name'])}",
@@ -275,7 +275,7 @@ def write_sheet(
     title: str,
     sections: "Mapping[str, Sequence[Card]]",
     *,
-    found: Found,
+    found: Retrieved,
     measured: str,
 ) -> None:
     """Write sheet.html and sheet.png.

@@ -39,9 +39,8 @@ def table_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     is_workbook = file.suffix.lower() == WORKBOOK
     table = _first_sheet(file) if is_workbook else _separated(file)
     for number, row in enumerate(table.itertuples(index=False), start=1):
-        cells = [
-            cell for cell in row if isinstance(cell, str)
-        ]  # a cell that a row lacks is a number, NaN
+        # A cell that a row lacks is a number, NaN.
+        cells = [cell for cell in row if isinstance(cell, str)]
         if any(map(str.strip, cells)):
             yield number, cells
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Generator, Tensor
 
-    from benchmarks.metrics import Statistic
-
 RESAMPLED_AT_ONCE = 500
 BY_QUERY = "query"  # of --resample-by: each query is drawn by itself
 # Split's name -> score -> what each query adds to it (Q,), see `Benchmark.hits`; (Q, S) of a score of S seeds.

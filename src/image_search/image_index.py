@@ -135,7 +135,7 @@ def _complete(
     writer.carry({file: source for file, source in sources.items() if source in held})
     del held
     unreadable = _encode([file for file in missing if file not in sources], encoder, writer)
-    for file, source in [*copies.items()]:
+    for file, source in list(copies.items()):
         if source[0] in unreadable:
             unreadable[file[0]] = unreadable[source[0]].replace(source[0], file[0])
             del copies[file]

@@ -31,9 +31,7 @@ LONG_WORD = re.compile(rf"[^\W\d_]{{{LONGEST_WORD + 1}}}|[^\w\s]{{{LONGEST_WORD 
 WORD = re.compile(r"[^\W\d_]+|[^\w\s]")  # or a sign, as emoji are
 TARGET_DEPTH = 1000  # among which a target's place is looked for
 DEEPEST = 10_000  # images among which distinct ones are looked for
-SAME = (
-    1e-5  # difference of an element, or of a similarity, of normalised features of the same pixels
-)
+SAME = 1e-5  # difference of an element, or a similarity, of normalised features of the same pixels
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

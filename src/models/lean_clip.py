@@ -98,9 +98,8 @@ def folded_to_learn(model: nn.Module) -> Iterator[None]:
         )
     try:
         yield
-        for module in reversed(
-            modules
-        ):  # one after the other, so that few gradients are there twice
+        # One after the other, so that few gradients are there twice.
+        for module in reversed(modules):
             pairs = list(zip(made.pop(), module.folded, strict=True))
             module.folded = ()
             learned = [pair for pair in pairs if pair[1].grad is not None]
