@@ -1,6 +1,5 @@
 """Self-contained HTML pages: one style, everything escaped, pictures embedded."""
 
-import base64
 import html
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -93,8 +92,3 @@ def bars(shares: Mapping[str, float]) -> str:
 def command(line: str) -> str:
     """A command, and a button that copies it by `COPYING`."""
     return f'<div class="command"><pre>{text(line)}</pre><button type="button">Copy</button></div>'
-
-
-def data_url(content: bytes, kind: str) -> str:
-    """Bytes as a URL that holds them; kind as in "image/png"."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
