@@ -81,6 +81,7 @@ ARGS = parse()
 if LIBRARY not in os.environ:
     start_again_with_it()
 sys.path[:0] = [str(ARGS.tree / "src"), str(ARGS.tree / "bench")]
+sys.path.append(str(ARGS.tree / "tests"))
 
 import torch
 from torch import Tensor

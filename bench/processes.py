@@ -25,8 +25,9 @@ def step_seconds(processes: int, clip: Path) -> float:
     """Median seconds of a step of the same global batch in so many processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     words = [sys.executable, *(torchrun if processes > 1 else []), __file__, str(clip)]
-    source = str(Path(__file__).parent.parent / "src")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": source}
+    root = Path(__file__).parent.parent
+    places = os.pathsep.join([str(root / "src"), str(root / "tests")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": places}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
