@@ -67,12 +67,21 @@ def published(folder: Path, files: list, kind: str, on_disk: bool = False):
 # Several processes
 
 SHARDED = """
-import os, signal, sys
+import os, signal, sys, time
 sys.path.insert(0, {source!r})
 import search
 from image_search import image_index
 from image_search.stores.faiss import FaissWriter
+from runtime.interruption import StopRequest
 image_index.SHARD = 3
+told = []
+StopRequest.handle = lambda request, number, frame, handle=StopRequest.handle: (
+    handle(request, number, frame), told.append(number)
+)
+def have_all_told_to_stop():
+    os.kill(os.getppid(), signal.SIGTERM)
+    while not told:
+        time.sleep(0.01)
 keep = FaissWriter.keep
 def kept(self, *features):
     keep(self, *features)
@@ -81,7 +90,7 @@ FaissWriter.keep = kept
 search.main(sys.argv[1:])
 """
 DIES = 'os.environ["RANK"] == "1" and os.kill(os.getpid(), signal.SIGKILL)'
-TOLD = 'os.environ["RANK"] == "1" and os.kill(os.getppid(), signal.SIGTERM)'
+TOLD = 'os.environ["RANK"] == "1" and have_all_told_to_stop()'
 
 
 @pytest.fixture
