@@ -169,6 +169,7 @@ class Layouts:
                     "caption": list(query.captions),
                     "target": [f"{target.name}.png" for target in query.targets],
                     "kind": query.kind,
+                    "concept": query.reference.concept,
                 }
                 if split in self.alike:
                     group = self.alike[split][number]
