@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python bench/recipe_study.py search     # learning rates and epochs of the original's recipe
     OMP_NUM_THREADS=1 python bench/recipe_study.py screen     # the parts, one seed a stage, one layout
-    OMP_NUM_THREADS=1 python bench/recipe_study.py final      # what held, 3 seeds of stage 1 x 3 of stage 2, all layouts
+    OMP_NUM_THREADS=1 python bench/recipe_study.py final      # what held, 3 x 3 seeds, all layouts
     OMP_NUM_THREADS=1 python bench/recipe_study.py test       # the same pairs on test, which is opened once, at the end
 
 A training that bench/results/recipe_study.json has is not done again, so each command goes on where it was stopped, and
@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "src"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 
 from benchmarks import BENCHMARKS
 from benchmarks.metrics import shown
 from demo import best_weights
 from runtime.files import write_text
+from utils import PROJECT_ROOT
 
 RESULTS = Path(__file__).parent / "results" / "recipe_study.json"
 SEEDS = ("0", "1", "2")
@@ -140,7 +140,7 @@ def execute(script: str, *words: object) -> float:
     """Run a script; returns the CPU-seconds that it took."""
     print(f"$ {script} {' '.join(map(str, words))}", file=sys.stderr, flush=True)
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "src" / script), *map(str, words)], stdout=subprocess.DEVNULL
+        [sys.executable, str(PROJECT_ROOT / "src" / script), *map(str, words)], stdout=subprocess.DEVNULL
     )
     _, status, used = os.wait4(process.pid, 0)
     if status:
