@@ -140,7 +140,8 @@ def execute(script: str, *words: object) -> float:
     """Run a script; returns the CPU-seconds that it took."""
     print(f"$ {script} {' '.join(map(str, words))}", file=sys.stderr, flush=True)
     process = subprocess.Popen(
-        [sys.executable, str(PROJECT_ROOT / "src" / script), *map(str, words)], stdout=subprocess.DEVNULL
+        [sys.executable, str(PROJECT_ROOT / "src" / script), *map(str, words)],
+        stdout=subprocess.DEVNULL,
     )
     _, status, used = os.wait4(process.pid, 0)
     if status:
