@@ -35,7 +35,7 @@ Word = str | Path
 Words = Sequence[Word]
 
 # What commands take seconds to load. Where a process can be forked safely, it is loaded once and for all of them.
-PACKAGES = (
+PRELOADED = (
     "evaluation.retrieval", "matplotlib.figure", "models.pair", "training.stage1", "training.stage2",
     "training.trainer",
 )  # fmt: skip
@@ -52,7 +52,11 @@ SHOWN = (
 )
 COMBINERS = {"plain Combiner": "clip4cir", "MoE Combiner": "moe"}
 # With the CLIP of stage 1: what a query is worth without its text, without its image, and with both.
-UNLEARNED = {"stage-1 image alone": "image", "stage-1 text alone": "text", "stage-1 sum": "sum"}
+STAGE_1_METHODS = {
+    "stage-1 image alone": "image",
+    "stage-1 text alone": "text",
+    "stage-1 sum": "sum",
+}
 STAGE_1 = (
     "--num-epochs 3 --learning-rate 1e-3 --batch-size 128 --validation-frequency 1 --mask-duplicate-targets "
     "--save-training --save-best"
@@ -109,7 +113,7 @@ class Demo:
         clip_name: Words = ("--clip-model-name", self.folder / "data" / "tiny_clip_vit.pt")
         clip = self.fine_tune(clip_name)
         results = {"zero-shot sum": [self.validate("zero-shot", *by("sum"), *clip_name)]}
-        for method, function in UNLEARNED.items():
+        for method, function in STAGE_1_METHODS.items():
             results[method] = [self.validate(f"stage-1_{function}", *by(function), *clip)]
         for method, kind in COMBINERS.items():
             pairs = self.train_combiners(kind, clip)
@@ -191,7 +195,7 @@ def start(words: Sequence[str]) -> int | None:
     """Run `python words`; returns its exit code. Forked, it differs in nothing but that its packages are loaded."""
     if not CAN_FORK:
         return subprocess.run([sys.executable, *words]).returncode
-    for package in PACKAGES:
+    for package in PRELOADED:
         importlib.import_module(package)
     process = multiprocessing.get_context("fork").Process(target=interpret, args=(words,))
     process.start()

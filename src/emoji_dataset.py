@@ -40,7 +40,7 @@ CATEGORIES = {
     "shirt": (),
 }
 # What CIRCO calls a kind, where it has a word for it.
-ASPECTS = {
+ASPECT_OF_KIND = {
     "size": "comparative_statement", "age": "comparative_statement", "two changes": "statement_with_conjunction",
     "direction": "viewpoint", "colour": "direct_addressing",
 }  # fmt: skip
@@ -241,7 +241,7 @@ def _circo_entry(number: int, query: Query, numbers: Mapping[Picture, int]) -> d
         "relative_caption": query.captions[0],
         "shared_concept": _shared_concept(query),
         "gt_img_ids": [numbers[target] for target in query.targets],
-        "semantic_aspects": [ASPECTS.get(query.kind, "compare_change")],
+        "semantic_aspects": [ASPECT_OF_KIND.get(query.kind, "compare_change")],
     }
 
 

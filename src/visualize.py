@@ -43,7 +43,7 @@ SHEET_LEGEND = (
     "Left the reference and the caption, right the nearest images first, with cosine similarities."
 )
 OUTLINED = "Targets are outlined."
-ORDERS = ("best", "worst", "random")
+SORTINGS = ("best", "worst", "random")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -216,7 +216,7 @@ def choose_queries(
     records: Records, wanted: Sequence[str], protocol: str, *, num: int, seed: int
 ) -> Records:
     """Split's name -> its queries that are asked for, sorted by the target's rank where best or worst are."""
-    if len(wanted) == 1 and wanted[0] in ORDERS:
+    if len(wanted) == 1 and wanted[0] in SORTINGS:
         order = wanted[0]
         return {
             name: _some(queries, order, protocol, num=num, seed=seed)

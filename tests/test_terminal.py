@@ -15,7 +15,7 @@ from runtime.progress import Counter, duration, rate
 from trainers import stage_1_flags
 from training import terminal
 from training.terminal import Pace
-from training.trainer import BAR
+from training.trainer import BAR_FORMAT
 
 CPU = torch.device("cpu")
 SPEED = r"[\d,.]+ (images|triplets)/s, learning rate \S+, \d+\.\d GiB, \d+ (s|min) left"
@@ -89,7 +89,14 @@ def test_the_bar_of_a_long_training_fits_80_columns(clock):
     status = ", ".join(["loss 12.3456", *of.speed(0, 2)])
     assert re.fullmatch(r"loss 12.3456, 80 triplets/s, \d+ h \d\d min left", status)
     line = tqdm.format_meter(
-        1234, 12_345, 60, ncols=80, prefix="epoch 299", postfix=status, bar_format=BAR, ascii=True
+        1234,
+        12_345,
+        60,
+        ncols=80,
+        prefix="epoch 299",
+        postfix=status,
+        bar_format=BAR_FORMAT,
+        ascii=True,
     )
     assert len(line) == 80
     assert line.endswith("min left")

@@ -607,6 +607,6 @@ def test_rankings_are_written_as_they_come(own_drawn, tmp_path, monkeypatch):
     benchmark = Triplets(own_drawn)
     found = []
     for at_once in (1024, 2):
-        monkeypatch.setattr(rankings_file, "AT_ONCE", at_once)
+        monkeypatch.setattr(rankings_file, "NAMED_AT_ONCE", at_once)
         found.append(measured(benchmark, tmp_path)[1])
     assert found[0] == found[1]

@@ -16,7 +16,7 @@ from models.names import open_clip_name
 from runtime.choices import OPENAI_CLIPS
 from utils import UserError, flag, printable
 
-RESAMPLING = Resampling(resamples=2000, confidence=0.95, seed=0)
+CARD_RESAMPLING = Resampling(resamples=2000, confidence=0.95, seed=0)
 PARTS = {
     "clip": "CLIP (stage 1, `clip_fine_tune.py`)",
     "combiner": "Combiner (stage 2, `combiner_train.py`)",
@@ -158,8 +158,8 @@ def _numbers(config: Mapping[str, Any], results: Sequence[Result]) -> list[str]:
     if not results:
         return ["None were given."]
     paragraphs = [
-        f"In brackets: {RESAMPLING.confidence:.0%} intervals over other queries of the kind (bootstrap by "
-        f"{RESAMPLING.by} image, {RESAMPLING.resamples} resamples). "
+        f"In brackets: {CARD_RESAMPLING.confidence:.0%} intervals over other queries of the kind (bootstrap by "
+        f"{CARD_RESAMPLING.by} image, {CARD_RESAMPLING.resamples} resamples). "
         "A protocol is a gallery (all of the split, or the references and targets alone) and whether the reference "
         "is kept in it."
     ]
@@ -189,12 +189,12 @@ def _heading(config: Mapping[str, Any], result: Result) -> str:
 def _table(result: Result) -> str:
     benchmark = BENCHMARKS[result["dataset"]](Path())
     column = Column(label="", results=[result])
-    clusters = column.clusters(RESAMPLING)
+    clusters = column.clusters(CARD_RESAMPLING)
     rows = {}
     for protocol in column.protocols:
         hits = column.hits(benchmark, protocol)
-        (resampled,) = resampled_metrics(benchmark, [hits], clusters, resampling=RESAMPLING)
-        intervals = bounds(resampled, RESAMPLING.confidence)
+        (resampled,) = resampled_metrics(benchmark, [hits], clusters, resampling=CARD_RESAMPLING)
+        intervals = bounds(resampled, CARD_RESAMPLING.confidence)
         cells = {}
         for metric, title in benchmark.titled(intervals).items():
             (value,) = column.values(protocol, metric)

@@ -24,7 +24,7 @@ Records = dict[str, list[Record]]
 
 SIMILARITY_DIGITS = 6
 WEIGHT_DIGITS = 4
-AT_ONCE = 1024  # queries whose answers are in memory by their names
+NAMED_AT_ONCE = 1024  # queries whose answers are in memory by their names
 
 
 def make_records(
@@ -52,8 +52,8 @@ def _records(
     benchmark: Benchmark, split: Split, rankings: "Rankings", insight: "Insight | None"
 ) -> Iterator[Record]:
     """The queries of a split."""
-    for start in range(0, len(split.triplets), AT_ONCE):
-        rows = slice(start, start + AT_ONCE)
+    for start in range(0, len(split.triplets), NAMED_AT_ONCE):
+        rows = slice(start, start + NAMED_AT_ONCE)
         triplets = split.triplets[rows]
         queries = [_query(row, triplet, benchmark) for row, triplet in enumerate(triplets, start)]
         own = {protocol: found[split.name].part(rows) for protocol, found in rankings.items()}

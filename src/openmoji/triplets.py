@@ -19,7 +19,7 @@ MANY = 12
 PARTED = ("people", "hand", "pair")
 SKINS = ({"light", "medium", "dark"}, {"medium-light", "medium-dark"})
 CAPTIONS = 2  # of a query
-VIETNAMESE = 0.12  # of the captions, where a change can be said so
+VIETNAMESE_SHARE = 0.12  # of the captions, where a change can be said so
 RELATIVE = 0.25  # of the queries, where "more" or "less" can be said
 WORDINGS_OF_A_PAIR = 5  # at most so many queries of one reference and one change
 GROUP_SIZE = 6
@@ -167,7 +167,7 @@ def _more_or_less(change: Change, fact: str, *, order: Sequence[str], rng: rando
 def _captions(fact: str, old: str, new: str, *, rng: random.Random) -> tuple[str, ...]:
     english, vietnamese = wordings(fact, old, new)
     captions = rng.sample(english, CAPTIONS)
-    if vietnamese and rng.random() < CAPTIONS * VIETNAMESE:
+    if vietnamese and rng.random() < CAPTIONS * VIETNAMESE_SHARE:
         captions[rng.randrange(CAPTIONS)] = rng.choice(vietnamese)
     return tuple(captions)
 

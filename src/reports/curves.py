@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 EpochRows = Sequence[dict[str, float]]  # of a run's CSV file
 
-DRAWING = Path(__file__).with_name("curves.js")
+CURVES_SCRIPT = Path(__file__).with_name("curves.js")
 CHART_STYLE = """
 :root { --curve: 42%; }
 @media (prefers-color-scheme: dark) { :root { --curve: 66%; } }
@@ -114,7 +114,7 @@ def charts_script(panels: Sequence[Panel]) -> str:
         epochs = [row["epoch"] for row in panel.rows]
         content.append({"digits": panel.digits, "epochs": epochs, "series": series})
     values = json.dumps(content).replace("<", "\\u003c")
-    return f"const panels = {values};\n{DRAWING.read_text(encoding='utf-8')}"
+    return f"const panels = {values};\n{CURVES_SCRIPT.read_text(encoding='utf-8')}"
 
 
 def _finite(value: float | None) -> float | None:

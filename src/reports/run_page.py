@@ -25,9 +25,9 @@ from utils import format_metric
 DRAWING_SHARE = 0.05  # of the time, which drawing may take
 FIRST_COST = 2.0  # seconds, for it loads matplotlib
 
-REMEDY = "train with --load-balancing-weight 0.1"
+COLLAPSE_REMEDY = "train with --load-balancing-weight 0.1"
 IDLE = 0.01  # share of the queries, below which an expert takes none to speak of
-STYLE = f"""{CHART_STYLE}
+RUN_STYLE = f"""{CHART_STYLE}
 .facts {{ display: flex; flex-wrap: wrap; gap: .2rem 1.6rem; margin: .8rem 0; }}
 .facts dt {{ color: var(--quiet); font-size: 13px; }} .facts dd {{ margin: 0; overflow-wrap: anywhere; }}
 .remark {{ border-left: 4px solid #e08214; background: var(--soft); padding: .5rem .8rem; }}
@@ -143,7 +143,7 @@ def run_page(
 def _page(about: About, parts: Sequence[str], panels: Sequence[Panel]) -> str:
     """A page whose parts have commands, and the charts of some panels."""
     script = pages.COPYING + charts_script(panels)
-    return pages.page(about.title, parts, style=STYLE, script=script)
+    return pages.page(about.title, parts, style=RUN_STYLE, script=script)
 
 
 def _head(folder: Path, facts: Mapping[str, str]) -> str:
@@ -163,7 +163,7 @@ def _idle_experts(about: About, rows: Mapping[str, EpochRows]) -> str:
     if not idle:
         return ""
     weight = about.hyper_parameters.get("load_balancing_weight", 0)
-    remedy = f"raise --load-balancing-weight, now {weight:g}" if weight else REMEDY
+    remedy = f"raise --load-balancing-weight, now {weight:g}" if weight else COLLAPSE_REMEDY
     return (
         f'<p class="remark">The router has collapsed: {" and ".join(idle)} of {len(experts)} experts took less than '
         f"{IDLE:.0%} of the queries in the last epoch. To spread them, {remedy}.</p>"

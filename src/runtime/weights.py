@@ -16,7 +16,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A layer counts its batches, and weights of earlier versions of torch do not: nothing here asks for it.
 COUNTER = "num_batches_tracked"
 
-DRAWING = {"normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_"}
+INITIALISERS = {"normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_"}
 
 
 class Unfilled(TorchFunctionMode):
@@ -32,7 +32,7 @@ class Unfilled(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.randn:
             return torch.empty(*args, **kwargs)
-        if func.__name__ in DRAWING:
+        if func.__name__ in INITIALISERS:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 

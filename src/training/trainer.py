@@ -31,7 +31,7 @@ from utils import DiskError, Stopped, UserError, format_metric
 logger = logging.getLogger(__name__)
 
 # Without learning rate and memory, which files are told: a line of 80 columns has room for little more.
-BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}"
+BAR_FORMAT = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}"
 READ_EVERY = 10  # steps between two looks at the losses: each look waits for the device
 # Steps in a row, after which the scale of the loss is a millionth of what it was, and of no help.
 MOST_SKIPPED = 20
@@ -167,7 +167,7 @@ class Trainer:
             initial=done,
             leave=False,
             disable=hidden,
-            bar_format=BAR,
+            bar_format=BAR_FORMAT,
         )
         with pace.stepping(), bar:
             for step, (inputs, target_ids) in enumerate(bar, start=done + 1):
