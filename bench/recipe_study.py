@@ -154,7 +154,7 @@ def values(pairs: Sequence[Mapping[str, Any]], layout: str) -> dict[str, list[fl
     metric = next(iter(BENCHMARKS[layout].selection))
     found: dict[str, list[float]] = {"sum": [], "Combiner": [], "CPU-s": []}
     for pair in pairs:
-        found["sum"].append(pair["stage 1"]["best"][metric])
+        found["sum"].append(pair["stage 1"]["best"][metric][metric])
         of_seeds = pair["stage 2"]["best"]["seeds"]
         found["Combiner"] += [best[metric] for best in of_seeds.values()]
         seconds = pair["stage 1"]["seconds"] + pair["stage 2"]["seconds"] / len(of_seeds)

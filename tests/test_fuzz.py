@@ -28,6 +28,7 @@ from data_utils import load_image, make_preprocess
 from evaluation.comparison import Resampling, read_columns
 from models.clip_model import load_clip
 from models.configuration import read_checkpoint
+from runtime.image_files import read_photo
 from runtime.tensors import load_tensors
 from test_triplets import as_table
 from training.saving import Progress, load_state, save_state
@@ -412,6 +413,7 @@ def test_image_files(kind, pictures, tmp_path):
 
     @QUIET
     @example(UNDAMAGED)
+    @example(("flip", [0.03125], 0, b""))  # the name of a PNG's palette
     @given(damages())
     def fuzz(damage):
         path.write_bytes(damaged(pictures[kind], damage))
@@ -423,6 +425,7 @@ def test_image_files(kind, pictures, tmp_path):
                 assert found.problem, f"training refuses what the check calls whole: {error}"
                 raise
             assert not found.problem, f"the check calls {found.problem} what training reads"
+            load_image(path, preprocess, read_photo)
 
     fuzz()
 

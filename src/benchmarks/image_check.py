@@ -13,7 +13,14 @@ from PIL import Image, UnidentifiedImageError
 
 from benchmarks.dataset_report import DEEP, MISSING, TRANSPARENT, TURNED, Inspection
 from runtime import interruption
-from runtime.image_files import DECODING_ERRORS, LONGEST_SIDE, SHRINK, decoded, has_more_bits
+from runtime.image_files import (
+    DECODING_ERRORS,
+    LONGEST_SIDE,
+    SHRINK,
+    decoded,
+    has_more_bits,
+    is_transparent,
+)
 from runtime.image_source import IMAGES
 from runtime.progress import Counter
 
@@ -59,7 +66,7 @@ def _traits(content: bytes) -> list[str]:
         with contextlib.suppress(*DECODING_ERRORS):
             if image.getexif().get(ORIENTATION, 1) != 1:
                 traits.append(TURNED)
-    if image.has_transparency_data:
+    if is_transparent(image):
         traits.append(TRANSPARENT)
     if has_more_bits(image):
         traits.append(DEEP)

@@ -148,7 +148,7 @@ def read_photo(
     profile = image.info.get("icc_profile")
     image = _eight_bits(image)
     alpha = None
-    if image.has_transparency_data:
+    if is_transparent(image):
         has_channel = "A" in image.getbands()
         alpha = (image if has_channel else image.convert("RGBA")).getchannel("A")
     if image.mode in ("1", "LA"):
@@ -165,6 +165,11 @@ def read_photo(
     ground = Image.new("RGB", image.size, WHITE if background == ORIGINAL else background)
     ground.paste(image, mask=alpha)
     return ground
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Return whether an image says how transparent it is; one that has lost its palette says nothing."""
+    return (image.mode != "P" or image.palette is not None) and image.has_transparency_data
 
 
 @functools.lru_cache(maxsize=8)
