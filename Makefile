@@ -74,7 +74,7 @@ format: $(VENV)/dev-installed
 	$(BIN)/ruff format .
 
 architecture:
-	$(PYTHON) docs/architecture.py
+	$(PYTHON) docs/internals/architecture.py
 
 clean:
 	rm -rf $(VENV) demo

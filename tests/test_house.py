@@ -9,7 +9,7 @@ import pytest
 import architecture
 from floors import FILES, FLOORS, OURS, SRC, imported, name, wing
 
-ARCHITECTURE = SRC.parent / "docs" / "architecture.md"
+ARCHITECTURE = SRC.parent / "docs" / "internals" / "architecture.md"
 FLOOR_OF = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings}
 
 
@@ -141,7 +141,7 @@ def test_the_readmes_tree_names_every_script_and_wing():
 
 
 def test_the_picture_shows_the_code_as_it_is():
-    drawn = (SRC.parent / "docs" / "architecture.svg").read_text(encoding="utf-8")
+    drawn = (SRC.parent / "docs" / "internals" / "architecture.svg").read_text(encoding="utf-8")
     assert drawn == architecture.picture(), "draw it again: make architecture"
 
 

@@ -139,7 +139,7 @@ class Answer(Photo):
 
 
 class Answers(BaseModel):
-    """The nearest images first, and what the Combiner did: see docs/moe.md."""
+    """The nearest images first, and what the Combiner did: see docs/internals/moe.md."""
 
     answers: list[Answer]
     place: int | None = Field(

@@ -1,6 +1,6 @@
-"""Draw docs/architecture.svg from the code: the floors of src/, what is in each wing, and the imports between wings.
+"""Draw architecture.svg from the code: the layers of src/, the files of each package, and the imports between packages.
 
-python docs/architecture.py    # or `make architecture`: after a change of files or imports
+python docs/internals/architecture.py    # or `make architecture`: after a change of files or imports
 """
 
 import ast

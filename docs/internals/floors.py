@@ -4,7 +4,7 @@ import ast
 from collections import Counter
 from pathlib import Path
 
-SRC = Path(__file__).resolve().parent.parent / "src"
+SRC = Path(__file__).resolve().parents[2] / "src"
 FILES = sorted(SRC.rglob("*.py"))
 SHARED = {"utils", "data_utils", "combiner"}  # files of src/ itself that are no scripts
 SCRIPTS = {file.stem for file in SRC.glob("*.py")} - SHARED
