@@ -52,11 +52,12 @@ class Order:
 
     def batches(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Rows and caption variants of each step, (steps, b) each: this process's equal share of every batch."""
-        parts = [
-            batches.view(self.steps, distributed.world_size(), -1)[:, distributed.rank()]
-            for batches in self.whole_batches(epoch)
-        ]
-        return parts[0], parts[1]
+        rows, variants = self.whole_batches(epoch)
+        return self.own(rows), self.own(variants)
+
+    def own(self, table: Tensor) -> Tensor:
+        """This process's share of each step of all processes, (steps, batch size, ...) -> (steps, b, ...)."""
+        return table.unflatten(1, (distributed.world_size(), -1))[:, distributed.rank()]
 
     def whole_batches(self, epoch: int) -> tuple[Tensor, Tensor]:
         """The same of all processes together, (steps, batch size) each."""
@@ -65,6 +66,11 @@ class Order:
         variants = torch.randint(self.variants, (self.triplets,), generator=generator)
         full = self.steps * self.batch_size
         return rows[:full].view(self.steps, -1), variants[:full].view(self.steps, -1)
+
+    def generator(self, epoch: int, use: str) -> torch.Generator:
+        """What else an epoch draws comes from here: other numbers for each use."""
+        key = hashlib.sha256(f"{self.seed} {epoch} {use}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(key[:8], "big"))
 
 
 @dataclass(frozen=True, kw_only=True)
