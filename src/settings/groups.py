@@ -254,7 +254,7 @@ class BeyondOriginal(Flags):
 class Regularisation(Flags):
     """What both stages learn in spite of."""
 
-    title = "regularisation, beyond the original"
+    title = "regularisation and noise, beyond the original"
     about = "all off by default, see docs/recipe.md"
     drop_text: Share = setting(
         0.0, "share of the queries of a step whose text is left out", metavar="P"
@@ -262,6 +262,12 @@ class Regularisation(Flags):
     drop_image: Share = setting(
         0.0, "share of the queries of a step whose image is left out, never both", metavar="P"
     )
+    noise: Share = setting(
+        0.0,
+        "share of the training triplets whose targets are shuffled among them: how robust a training is",
+        metavar="S",
+    )
+    noise_seed: Seed = setting(0, "random seed of these, whatever the seed of the training")
 
     @field_validator("drop_image")
     @classmethod
