@@ -33,6 +33,7 @@ from settings.declaring import (
     setting,
 )
 from settings.flag_types import MILLION, in_any_case, model_name, path_or_auto
+from settings.recipes import RECIPES
 from utils import PROJECT_ROOT
 
 Count = Annotated[int, Field(ge=1, le=MILLION)]
@@ -168,6 +169,10 @@ class Training(Flags):
     """What both stages of training share."""
 
     title = "training"
+    recipe: Annotated[str, OneOf(RECIPES)] = setting(
+        "original",
+        "values in the place of the defaults below, for flags that are not given, see docs/recipe.md; original: none",
+    )
     num_epochs: Count = setting(300, "passes over the triplets")
     batch_size: Count = setting(512, "triplets of a step, of all processes together")
     validation_frequency: Count = setting(1, "epochs from one validation to the next")
@@ -235,7 +240,9 @@ class BeyondOriginal(Flags):
     title = "training, beyond the original"
     about = "all off by default"
     mask_duplicate_targets: bool = setting(
-        False, "triplets of a batch with the same target are not each other's negatives"
+        False,
+        "triplets of a batch with the same target are not each other's negatives",
+        off="they are, whatever the recipe says",
     )
     loss: Annotated[str, OneOf(LOSSES)] = setting(
         "contrastive", "what is minimised; symmetric: targets look for their queries too"
@@ -244,10 +251,22 @@ class BeyondOriginal(Flags):
         False, "learn the temperature of the loss, from the original's 1/100 on and never below"
     )
     warmup_steps: Number = setting(0, "steps in which the learning rate rises linearly")
-    cosine: bool = setting(False, "let the learning rate fall to 0, along half a cosine")
-    clip_grad_norm: Positive | None = setting(None, "clip the gradient to a norm", metavar="NORM")
+    cosine: bool = setting(
+        False,
+        "let the learning rate fall to 0, along half a cosine",
+        off="keep it, whatever the recipe says",
+    )
+    clip_grad_norm: Positive | None = setting(
+        None,
+        "clip the gradient to a norm",
+        metavar="NORM",
+        off="clip none, whatever the recipe says",
+    )
     ema_decay: Fraction | None = setting(
-        None, "evaluate and save a moving average of the weights", metavar="DECAY"
+        None,
+        "evaluate and save a moving average of the weights",
+        metavar="DECAY",
+        off="average none, whatever the recipe says",
     )
 
 
