@@ -171,7 +171,7 @@ class Training(Flags):
     title = "training"
     recipe: Annotated[str, OneOf(RECIPES)] = setting(
         "original",
-        "values in the place of the defaults below, for flags that are not given, see docs/recipe.md; original: none",
+        "values in place of the defaults of flags that are not given, see docs/recipe.md; original: none",
     )
     num_epochs: Count = setting(300, "passes over the triplets")
     batch_size: Count = setting(512, "triplets of a step, of all processes together")
