@@ -22,6 +22,7 @@ from runtime.gpus import GPUS, Gpu
 from settings import groups
 from settings.declaring import changed
 from settings.flag_types import positive_float, rows
+from settings.recipes import RECIPES
 from utils import UserError, command, flag
 
 if TYPE_CHECKING:
@@ -80,6 +81,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parents=[plan_flags(), *options.training_flags(Planned2)],
     )
     stage_2.set_defaults(encoder=None, micro_batch_size=None, gradient_checkpointing=False)
+    recipe = RECIPES[parser.parse_args(argv).recipe]
+    stage_1.set_defaults(**recipe["clip_fine_tune.py"])
+    stage_2.set_defaults(**recipe["combiner_train.py"])
     return parser.parse_args(argv)
 
 

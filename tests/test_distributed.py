@@ -78,6 +78,7 @@ def without_key_bias(name: str, shape: torch.Size) -> torch.Tensor:
 def test_stage_1(micro, golden, train, tmp_path):
     name = ["--clip-model-name", golden / "clip_vit.pt", "--data-root", golden]
     flags = ["--dataset", "CIRR", *name, *STAGE_1.split(), "--learn-temperature"]
+    flags += ["--drop-text", 0.3, "--drop-image", 0.2, "--flip", 0.5, "--crop", 0.5]
     one = train(1, "clip_fine_tune", tmp_path / "one", *flags)
     two = train(
         2, "clip_fine_tune", tmp_path / "two", *flags, *micro, "--image-cache", tmp_path / "images"
@@ -109,6 +110,7 @@ def test_stage_2_with_dropout_and_experts(golden, train, tmp_path):
         golden / "tuned_clip_vit.pt",
     ]
     flags = ["--dataset", "FashionIQ", *name, "--data-root", golden, *STAGE_2.split()]
+    flags += ["--drop-text", 0.3, "--feature-noise", 0.2, "--mix", 0.4]
     one = train(
         1, "combiner_train", tmp_path / "one", *flags, "--feature-cache", tmp_path / "cache1"
     )

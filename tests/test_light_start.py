@@ -62,6 +62,7 @@ MISSING = [
     "clip_fine_tune.py --resume nowhere",
     "combiner_train.py --dataset FashionIQ --clip-model-path nowhere",
     "combiner_train.py --dataset FashionIQ --exclusions nowhere",
+    "average.py --checkpoints nowhere elsewhere --output mean.pt",
     f"audit.py --dataset CIRR {COMPOSED} nowhere",
     f"validate.py --dataset CIRR {COMPOSED} nowhere",
     "validate.py --dataset CIRR --combining-function sum --queries nowhere",

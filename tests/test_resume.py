@@ -127,6 +127,23 @@ def test_loss_scaling_goes_on_where_it_was(look, stage_2, stopped, resume, monke
     assert sum(read_csv(run / "loss_scaling_metrics.csv")["skipped_steps"]) >= 1
 
 
+REGULARISED = ["--recipe", "modern", "--drop-text", 0.3, "--drop-image", 0.2, "--noise", 0.3]
+REGULARISED_STAGES = {
+    "stage_1": (clip_fine_tune, ["--flip", 0.5, "--crop", 0.5, "--micro-batch-size", 4]),
+    "stage_2": (combiner_train, ["--feature-noise", 0.2, "--mix", 0.4]),
+}
+
+
+@pytest.mark.parametrize("stage", REGULARISED_STAGES)
+def test_what_a_training_learns_in_spite_of_goes_on_where_it_was(stage, request, stopped):
+    script, own = REGULARISED_STAGES[stage]
+    flags = ["CIRR", *REGULARISED, *own]
+    train = request.getfixturevalue(stage)
+    whole, run = train(*flags, output="whole"), stopped(2, *flags, train=train)
+    script.main(["--resume", str(run)])
+    assert kills.differences(whole, run) == []
+
+
 @pytest.mark.parametrize("look", [5, 8, 11])
 def test_epochs_that_are_saved_or_validated_at_the_end_are_gone_on_from(
     look, stage_2, stopped, resume

@@ -20,6 +20,7 @@ from settings import groups
 from settings.declaring import parsed
 from settings.flag_types import usable_path
 from settings.groups import FREE_FLAGS, PairChoice
+from settings.recipes import RECIPES
 from training.hyper_parameters import read_hyper_parameters
 from utils import UserError, flag, seed_everything
 
@@ -39,7 +40,9 @@ AnyStage = TypeVar("AnyStage", bound=groups.BothStages)
 def parse(
     stage: type[AnyStage], script: str, about: str | None, argv: list[str] | None
 ) -> AnyStage:
-    """The settings of a training; with `--resume` those of the run, and what is typed beside it laid over them.
+    """The settings of a training: what is typed, else what its recipe says, else the defaults.
+
+    With `--resume` they are those of the run, and what is typed beside it is laid over them.
 
     What is typed must not contradict the run: `started_with` compares what comes out with the run's hyper-parameters.
 
@@ -55,6 +58,7 @@ def parse(
     if folder is None:
         typed = parser.parse_args(argv)
         parser.set_defaults(
+            **RECIPES[typed.recipe][script],
             script=script,
             command=command_line(script, argv, typed.api_key),
             started_in=working_folder(),

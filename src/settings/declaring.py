@@ -104,7 +104,7 @@ def setting(
     Args:
         where: it counts: "computes" changes numbers, "free" does not, "moves" names a file that may lie elsewhere as
             long as its content is the same, "secret" is written nowhere.
-        off: help of a second flag, `--no-...`, which sets None.
+        off: help of a second flag, `--no-...`, which sets None, or False where the setting is a switch.
     """
     more: dict[str, Any] = {"metavar": metavar, "where": where, "off": off}
     return Field(default, description=help, json_schema_extra=more)
@@ -171,18 +171,29 @@ def _more(field: FieldInfo) -> dict[str, str]:
 
 def _add_flag(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> None:
     """Add the flag of a setting, of its type and within its bounds."""
-    kind, limits = _kind(field)
-    more = _more(field)
+    kind, _ = _kind(field)
     told: dict[str, Any] = {"help": field.description}
     told.update({"required": True} if field.is_required() else {"default": field.default})
     if kind is bool:
         group.add_argument(flag(name), action="store_true", **told)
-        return
+    else:
+        _add_value(group, name, field, told)
+    if off := _more(field)["off"]:
+        nothing = False if kind is bool else None
+        no = f"--no-{name.replace('_', '-')}"
+        group.add_argument(no, dest=name, action="store_const", const=nothing, help=off)
+
+
+def _add_value(
+    group: argparse._ArgumentGroup, name: str, field: FieldInfo, told: dict[str, Any]
+) -> None:
+    """Add a flag that takes a value."""
+    kind, limits = _kind(field)
     if typing.get_origin(kind) is list:
         kind, limits = _unwrapped(typing.get_args(kind)[0])
         told.update(nargs="+", action=Several)
-    if more["metavar"]:
-        told["metavar"] = more["metavar"]
+    if metavar := _more(field)["metavar"]:
+        told["metavar"] = metavar
     for limit in limits:
         if isinstance(limit, OneOf):
             told["choices"] = limit.names
@@ -192,9 +203,6 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> No
         between = whole_number if kind is int else number
         told["type"] = between(_bound(limits, "ge"), _bound(limits, "le"))
     group.add_argument(flag(name), **told)
-    if more["off"]:
-        no = f"--no-{name.replace('_', '-')}"
-        group.add_argument(no, dest=name, action="store_const", const=None, help=more["off"])
 
 
 def _kind(field: FieldInfo) -> tuple[Any, list[Any]]:

@@ -33,6 +33,7 @@ from settings.declaring import (
     setting,
 )
 from settings.flag_types import MILLION, in_any_case, model_name, path_or_auto
+from settings.recipes import RECIPES
 from utils import PROJECT_ROOT
 
 Count = Annotated[int, Field(ge=1, le=MILLION)]
@@ -45,6 +46,7 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Positive = Annotated[float, Field(ge=1e-9, le=1e9)]
 LearningRate = Annotated[float, Field(ge=1e-12, le=100)]
 Weight = Annotated[float, Field(ge=0, le=MILLION)]  # of a part of the loss
+Share = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(ge=1e-9, le=1 - 1e-9)]
 # Of an image; below 1 it pads all images, and by more than it needs at most tenfold.
 SideRatio = Annotated[float, Field(ge=0.1, le=1000)]
@@ -167,6 +169,10 @@ class Training(Flags):
     """What both stages of training share."""
 
     title = "training"
+    recipe: Annotated[str, OneOf(RECIPES)] = setting(
+        "original",
+        "values in place of the defaults of flags that are not given, see docs/recipe.md; original: none",
+    )
     num_epochs: Count = setting(300, "passes over the triplets")
     batch_size: Count = setting(512, "triplets of a step, of all processes together")
     validation_frequency: Count = setting(1, "epochs from one validation to the next")
@@ -234,7 +240,9 @@ class BeyondOriginal(Flags):
     title = "training, beyond the original"
     about = "all off by default"
     mask_duplicate_targets: bool = setting(
-        False, "triplets of a batch with the same target are not each other's negatives"
+        False,
+        "triplets of a batch with the same target are not each other's negatives",
+        off="they are, whatever the recipe says",
     )
     loss: Annotated[str, OneOf(LOSSES)] = setting(
         "contrastive", "what is minimised; symmetric: targets look for their queries too"
@@ -243,11 +251,50 @@ class BeyondOriginal(Flags):
         False, "learn the temperature of the loss, from the original's 1/100 on and never below"
     )
     warmup_steps: Number = setting(0, "steps in which the learning rate rises linearly")
-    cosine: bool = setting(False, "let the learning rate fall to 0, along half a cosine")
-    clip_grad_norm: Positive | None = setting(None, "clip the gradient to a norm", metavar="NORM")
-    ema_decay: Fraction | None = setting(
-        None, "evaluate and save a moving average of the weights", metavar="DECAY"
+    cosine: bool = setting(
+        False,
+        "let the learning rate fall to 0, along half a cosine",
+        off="keep it, whatever the recipe says",
     )
+    clip_grad_norm: Positive | None = setting(
+        None,
+        "clip the gradient to a norm",
+        metavar="NORM",
+        off="clip none, whatever the recipe says",
+    )
+    ema_decay: Fraction | None = setting(
+        None,
+        "evaluate and save a moving average of the weights",
+        metavar="DECAY",
+        off="average none, whatever the recipe says",
+    )
+
+
+class Regularisation(Flags):
+    """What both stages learn in spite of."""
+
+    title = "regularisation and noise, beyond the original"
+    about = "all off by default, see docs/recipe.md"
+    drop_text: Share = setting(
+        0.0, "share of the queries of a step whose text is left out", metavar="P"
+    )
+    drop_image: Share = setting(
+        0.0, "share of the queries of a step whose image is left out, never both", metavar="P"
+    )
+    noise: Share = setting(
+        0.0,
+        "share of the training triplets whose targets are shuffled among them: how robust a training is",
+        metavar="S",
+    )
+    noise_seed: Seed = setting(0, "random seed of these, whatever the seed of the training")
+
+    @field_validator("drop_image")
+    @classmethod
+    def never_both(cls, drop_image: float, info: ValidationInfo) -> float:
+        """A query keeps its image or its text."""
+        if info.data.get("drop_text", 0) + drop_image > 1:
+            raise PydanticCustomError("drop_image", "with drop_text it should be at most 1")
+        return drop_image
 
 
 class Tracking(Flags):
@@ -282,6 +329,14 @@ class FineTuning(Flags):
     )
     gradient_checkpointing: bool = setting(
         False, "compute activations a second time, not to keep them: less memory, more time"
+    )
+    flip: Share = setting(
+        0.0,
+        "probability that reference and target are mirrored together, unless a caption says what a mirror changes",
+        metavar="P",
+    )
+    crop: Annotated[float, Field(ge=0.01, le=1)] = setting(
+        1.0, "least share of an image's area that a random square of it keeps", metavar="S"
     )
     image_cache: CachePlace | None = setting(
         AUTO,
@@ -340,6 +395,16 @@ class Frozen(Flags):
         "batch",
         "what a query is told apart from; bank: from all training targets, not those of its batch alone",
     )
+    feature_noise: Weight = setting(
+        0.0,
+        "noise on reference and caption features, as a share of their lengths",
+        metavar="SIGMA",
+    )
+    mix: Weight = setting(
+        0.0,
+        "mix the triplets of a step in pairs, by a share from Beta(ALPHA, ALPHA) (Zhang et al. 2018)",
+        metavar="ALPHA",
+    )
     load_balancing_weight: Weight = setting(
         0.0,
         "weight of the loss that spreads queries over the experts (Fedus et al. 2021), 0 in the original",
@@ -359,9 +424,27 @@ class Frozen(Flags):
         off="keep no features on disk",
     )
 
+    @field_validator("mix")
+    @classmethod
+    def targets_of_a_batch(cls, mix: float, info: ValidationInfo) -> float:
+        """Mixed targets are in no bank."""
+        if mix and info.data.get("negatives") == "bank":
+            raise PydanticCustomError("mix", "it should be 0 with --negatives bank")
+        return mix
+
 
 class BothStages(
-    Origin, Dataset, Clip, Training, BeyondOriginal, Tracking, Data, Decoding, Device, Evaluation
+    Origin,
+    Dataset,
+    Clip,
+    Training,
+    BeyondOriginal,
+    Regularisation,
+    Tracking,
+    Data,
+    Decoding,
+    Device,
+    Evaluation,
 ):
     """What both trainings take."""
 

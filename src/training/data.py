@@ -1,6 +1,7 @@
 """What an epoch is made of: a benchmark's triplets and caption variants, and the order of its batches."""
 
 import hashlib
+import itertools
 import logging
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -52,11 +53,12 @@ class Order:
 
     def batches(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Rows and caption variants of each step, (steps, b) each: this process's equal share of every batch."""
-        parts = [
-            batches.view(self.steps, distributed.world_size(), -1)[:, distributed.rank()]
-            for batches in self.whole_batches(epoch)
-        ]
-        return parts[0], parts[1]
+        rows, variants = self.whole_batches(epoch)
+        return self.own(rows), self.own(variants)
+
+    def own(self, table: Tensor) -> Tensor:
+        """This process's share of each step of all processes, (steps, batch size, ...) -> (steps, b, ...)."""
+        return table.unflatten(1, (distributed.world_size(), -1))[:, distributed.rank()]
 
     def whole_batches(self, epoch: int) -> tuple[Tensor, Tensor]:
         """The same of all processes together, (steps, batch size) each."""
@@ -65,6 +67,11 @@ class Order:
         variants = torch.randint(self.variants, (self.triplets,), generator=generator)
         full = self.steps * self.batch_size
         return rows[:full].view(self.steps, -1), variants[:full].view(self.steps, -1)
+
+    def generator(self, epoch: int, use: str) -> torch.Generator:
+        """What else an epoch draws comes from here: other numbers for each use."""
+        key = hashlib.sha256(f"{self.seed} {epoch} {use}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(key[:8], "big"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +128,8 @@ def read_training_data(benchmark: Benchmark, flags: Any) -> TrainingData:
         UserError: files missing or malformed, or batches that the data or the processes do not allow.
     """
     train = benchmark.train()
+    if flags.noise:
+        train = with_noise(train, flags.noise, flags.noise_seed)
     val = benchmark.val()
     texts = [benchmark.caption_variants(triplet.captions) for triplet in train.triplets]
     order = Order(
@@ -142,6 +151,37 @@ def read_training_data(benchmark: Benchmark, flags: Any) -> TrainingData:
     return TrainingData(
         benchmark=benchmark, train=train, val=val, texts=texts, order=order, verify=flags.verify
     )
+
+
+def with_noise(train: Split, share: float, seed: int) -> Split:
+    """Permute the targets of a share of the triplets, so that none of them keeps its own.
+
+    The triplets with one target stand in a row, the rows one after another in a random order, and each triplet takes
+    the target that is as many places ahead as the longest row is long.
+
+    Raises:
+        UserError: one target has more than half of these triplets, so that some would keep it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noisy = torch.randperm(len(train.triplets), generator=generator)
+    noisy = noisy[: round(share * len(train.triplets))]
+    rows: dict[str, list[int]] = {}
+    for place in noisy.tolist():
+        rows.setdefault(train.triplets[place].known_target, []).append(place)
+    ahead = max(map(len, rows.values()), default=0)
+    if 2 * ahead > len(noisy):
+        raise UserError(
+            f"--noise {share:g}: {ahead} of {len(noisy)} triplets have one target, and cannot all get another: "
+            "choose another share or --noise-seed"
+        )
+    places = list(itertools.chain.from_iterable(rows.values()))
+    triplets = list(train.triplets)
+    for place, other in zip(places, places[ahead:] + places[:ahead], strict=True):
+        triplets[place] = replace(triplets[place], target=train.triplets[other].target)
+    logger.info(
+        "--noise: the targets of %d of %d triplets are shuffled", len(places), len(triplets)
+    )
+    return replace(train, triplets=triplets)
 
 
 def check_learning(train: Split, order: Order, flags: Any) -> None:

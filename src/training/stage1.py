@@ -18,9 +18,11 @@ from models.backbone import Backbone, choose_trained
 from models.encoder import Encoder
 from models.features import FrozenSplit
 from runtime.choices import AUTO
+from training.augmentation import augmented
 from training.data import TrainingData
 from training.image_cache import PIXELS, ImageCache
 from training.losses import learned_groups, make_loss
+from training.regularisation import told_what_is_kept
 from training.step import Batch, Batches, Task
 
 
@@ -36,12 +38,22 @@ class SumFeatures(nn.Module):
         """Stay in eval mode whatever is asked for: BatchNorm keeps its pretrained statistics, nothing is dropped."""
         return super().train(False)
 
-    def forward(self, references: Tensor, targets: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (b, 3, R, R) uint8 twice, tokens (b, L) -> queries (b, D), targets (b, D); images in one pass."""
+    def forward(
+        self, references: Tensor, targets: Tensor, tokens: Tensor, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Images (b, 3, R, R) uint8 twice, tokens (b, L) -> queries (b, D), targets (b, D); images in one pass.
+
+        Args:
+            kept: (b, 2) whether a query keeps its image and its text; None for both of all.
+        """
         pixels = self.normalise(torch.cat([references, targets]))
         images = self.clip_model.encode_image(pixels)  # (2b, D)
         reference_features, target_features = images.chunk(2)
-        queries = compose_sum(reference_features, self.clip_model.encode_text(tokens))
+        text_features = self.clip_model.encode_text(tokens)
+        if kept is not None:
+            reference_features = reference_features * kept[:, :1]
+            text_features = text_features * kept[:, 1:]
+        queries = compose_sum(reference_features, text_features)
         return queries, F.normalize(target_features, dim=-1)
 
 
@@ -64,9 +76,11 @@ def fine_tuning(
         learn_temperature=flags.learn_temperature,
     ).to(encoder.device)
     learned = learned_groups(choose_trained(model, flags.encoder), loss)
+    # A compiled step is compiled anew for each number of columns.
+    batches = triplet_batches(encoder, data, trim=not flags.compile)
+    batches = augmented(batches, data, flags)
     return Task(
-        # A compiled step is compiled anew for each number of columns.
-        batches=triplet_batches(encoder, data, trim=not flags.compile),
+        batches=told_what_is_kept(batches, data.order, flags),
         steps=data.order.steps,
         model=SumFeatures(model, encoder.backbone),
         module=model,

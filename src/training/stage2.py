@@ -16,6 +16,7 @@ from models.features import FrozenSplit
 from models.routing import router_penalty, router_statistics
 from training.data import Order
 from training.losses import learned_groups, make_loss
+from training.regularisation import regularised
 from training.step import Batch, Batches, Task
 from utils import UserError
 
@@ -93,7 +94,7 @@ def combiner_training(
     ).to(device)
     learned = learned_groups(combiner.parameters(), loss)
     return Task(
-        batches=feature_batches(train, targets, order),
+        batches=regularised(feature_batches(train, targets, order), order, flags),
         steps=order.steps,
         model=ComposedFeatures(combiner, with_router=penalty is not None),
         module=combiner,

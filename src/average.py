@@ -1,0 +1,119 @@
+"""Average the weights of several checkpoints into one: of epochs of a run, or of seeds of stage 1.
+
+    python src/average.py --checkpoints models/THE_RUN/saved_models/tuned_clip_8.pt \
+        models/THE_RUN/saved_models/tuned_clip_9.pt --output soup.pt
+
+Such a "model soup" (Wortsman et al. 2022, arXiv 2203.05482) costs a search no more than one of them. They must have
+begun from the same weights: CLIPs of several seeds have, Combiners have not.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+from cli.parsers import ScriptParser
+from cli.startup import command_line
+from models.configuration import Checkpoint, Settings, read_checkpoint
+from runtime.files import check_writable, find_checkpoint
+from settings.flag_types import Several, usable_path
+from utils import UserError, command
+
+logger = logging.getLogger(__name__)
+
+FLAG = "--checkpoints"
+# What those of a stage must share beside their preprocessing, by the key of its weights.
+SHARED: dict[str, tuple[str, ...]] = {
+    "CLIP": (),
+    "Combiner": ("clip_weights", "combiner_type", "top_k", "seed"),
+}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags of an average."""
+    parser = ScriptParser(__doc__)
+    parser.add_argument(
+        FLAG,
+        type=usable_path,
+        nargs="+",
+        action=Several,
+        required=True,
+        metavar="FILE",
+        help="two at least, of one stage",
+    )
+    parser.add_argument(
+        "--output",
+        type=usable_path,
+        required=True,
+        metavar="FILE",
+        help="the checkpoint that is written",
+    )
+    return parser.parse_args(argv)
+
+
+def averaged(files: list[Path], made_by: str) -> dict[str, Any]:
+    """Return the content of a checkpoint whose weights are the mean of some, with the settings of the first.
+
+    Args:
+        made_by: the command that its settings name.
+
+    Raises:
+        UserError: one is no checkpoint, or of another model than the first.
+    """
+    from runtime.tensors import load_tensors
+
+    kind = next((kind for kind in SHARED if kind in load_tensors(files[0])), "CLIP")
+    first = read(files[0], kind)
+    total = {name: weight.double() for name, weight in first.state.items()}
+    for file in files[1:]:
+        other = read(file, kind)
+        check_same_model(first, other, SHARED[kind])
+        for name, weight in other.state.items():
+            total[name] += weight
+    mean = {}
+    for name, weight in first.state.items():
+        mean[name] = (total[name] / len(files)).to(weight.dtype)
+    settings = Settings.read(first.config).with_flags(command=made_by)
+    return {kind: mean, "config": settings.on_disk()}
+
+
+def read(file: Path, kind: str) -> Checkpoint:
+    """One of the checkpoints. Raises UserError where it is of the other stage, or none."""
+    return cast(Checkpoint, read_checkpoint(FLAG, file, kind))
+
+
+def check_same_model(first: Checkpoint, other: Checkpoint, names: tuple[str, ...]) -> None:
+    """Refuse a checkpoint that is of another model than the first, or began from other weights."""
+    for name in [*Settings.read(first.config).preprocessing, *names]:
+        ours = first.table.get(name)
+        theirs = other.table.get(name)
+        if ours != theirs:
+            raise UserError(
+                f"{FLAG} {other.path}: {name} is {theirs}, but {ours} in {first.path}: name those of one model"
+            )
+    shapes = [
+        {name: weight.shape for name, weight in each.state.items()} for each in (first, other)
+    ]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"{FLAG} {other.path} has other weights than {first.path}: name those of one model"
+        )
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Write the average."""
+    args = parse(argv)
+    files = [find_checkpoint(FLAG, path) for path in args.checkpoints]
+    if len(files) < 2:
+        raise UserError(f"{FLAG}: there is nothing to average in one: name two at least")
+    check_writable({"--output": args.output.parent})
+
+    from runtime.tensors import save_tensors
+
+    save_tensors(args.output, averaged(files, command_line("average.py", argv)))
+    logger.info("%s: the mean of %d checkpoints", args.output, len(files))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Images of stage 1 that are others in each epoch: mirrored, and cut to a square within them."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from training.data import TrainingData
+from training.step import Batch, Batches
+
+# What a caption says of directions and of writing, in English and Vietnamese: a mirror makes it false.
+DIRECTED = re.compile(
+    r"\b(left|right)(most|wards?)?\b|\b(clockwise|counter-?clockwise|anti-?clockwise|directions?|sideways|profile"
+    r"|opposite|other (way|side)|facing|faces|mirror\w*|flip\w*|revers\w*"
+    r"|texts?|letter(s|ing|ed)?|words?|wording|writing|written|writes|logos?|numbers?|numerals?|digits?|says|saying"
+    r"|reads|slogans?|trái|phải|hướng|quay|lật|ngược|chữ)\b",
+    re.IGNORECASE,
+)
+AT_A_TIME = 64  # images as float32 in memory
+
+
+def augmented(batches: Batches, data: TrainingData, flags: Any) -> Batches:
+    """Stage 1's batches with images mirrored and cropped, by seed, epoch and place in the batch alone.
+
+    Reference and target of a triplet are mirrored together, and cropped each by itself.
+
+    Args:
+        flags: of stage 1.
+    """
+    if not flags.flip and flags.crop == 1:
+        return batches
+    order = data.order
+    triplets = data.train.triplets
+    undirected = torch.tensor([not DIRECTED.search(" ".join(t.captions)) for t in triplets])
+
+    def changed(epoch: int, first_step: int = 0) -> Iterable[Batch]:
+        rows, _ = order.whole_batches(epoch)
+        generator = order.generator(epoch, "images")
+        drawn = torch.rand((*rows.shape, 7), generator=generator)
+        mirrored = order.own((drawn[..., 0] < flags.flip) & undirected[rows])[first_step:]
+        boxes = order.own(drawn[..., 1:])[first_step:]  # (steps, b, 6): area, x, y of either image
+        for (inputs, ids), mirrors, own_boxes in zip(
+            batches(epoch, first_step), mirrored, boxes, strict=True
+        ):
+            both = torch.cat(inputs[:2])  # (2b, 3, R, R)
+            mirrors = mirrors.repeat(2).view(-1, 1, 1, 1).to(ids.device)
+            both = torch.where(mirrors, both.flip(-1), both)
+            if flags.crop < 1:
+                area, *centre = torch.cat(own_boxes.chunk(2, dim=1)).to(ids.device).unbind(1)
+                both = cropped(both, flags.crop + (1 - flags.crop) * area, torch.stack(centre, 1))
+            yield [*both.chunk(2), *inputs[2:]], ids
+
+    return changed
+
+
+def cropped(images: Tensor, areas: Tensor, places: Tensor) -> Tensor:
+    """A square of each image, in the size of the whole by bilinear interpolation.
+
+    Args:
+        images: (n, 3, R, R) uint8.
+        areas: (n,) the share of an image's area that its square has.
+        places: (n, 2) where it lies, from 0 at the left and the top to 1 at the right and the bottom.
+    """
+    sides = areas.sqrt().unsqueeze(1)  # (n, 1), of the whole's
+    middles = (1 - sides) * (2 * places - 1)  # in -1 to 1
+    maps = torch.cat([torch.diag_embed(sides.expand(-1, 2)), middles.unsqueeze(2)], dim=2)
+    parts = []
+    for some, own in zip(images.split(AT_A_TIME), maps.split(AT_A_TIME), strict=True):
+        grid = F.affine_grid(own, list(some.shape), align_corners=False)
+        pixels = F.grid_sample(some.float(), grid, padding_mode="border", align_corners=False)
+        parts.append(pixels.round().to(torch.uint8))
+    return torch.cat(parts)
