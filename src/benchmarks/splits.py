@@ -28,6 +28,7 @@ class Triplet:
         pair_id: what its file calls the query: a number as CIRR's, or a text.
         kinds: what is asked for, where a benchmark also measures kinds of queries apart.
         columns: what its file says of it besides, by column, as own triplets may.
+        extended: what else annotators said of it, which results show and no query asks.
         place: the number of its entry in the file.
     """
 
@@ -39,6 +40,7 @@ class Triplet:
     pair_id: int | str | None = None
     kinds: tuple[str, ...] = ()
     columns: Mapping[str, str] = field(default_factory=dict, compare=False)
+    extended: tuple[str, ...] = field(default=(), compare=False)
     place: int = field(default=0, compare=False)
 
     @property
