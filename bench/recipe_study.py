@@ -78,6 +78,12 @@ PARTS: dict[str, Recipe] = {
 }
 
 
+# A part of both stages in the second alone, for that is soon trained.
+for _name, _part in list(PARTS.items()):
+    if _part.stage_1 and _part.stage_2:
+        PARTS[f"{_name}, stage 2 alone"] = Recipe(stage_2=_part.stage_2)
+
+
 class Study:
     """Trainings that are done once.
 
