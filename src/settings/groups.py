@@ -45,6 +45,7 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Positive = Annotated[float, Field(ge=1e-9, le=1e9)]
 LearningRate = Annotated[float, Field(ge=1e-12, le=100)]
 Weight = Annotated[float, Field(ge=0, le=MILLION)]  # of a part of the loss
+Share = Annotated[float, Field(ge=0, le=1 - 1e-9)]
 Fraction = Annotated[float, Field(ge=1e-9, le=1 - 1e-9)]
 # Of an image; below 1 it pads all images, and by more than it needs at most tenfold.
 SideRatio = Annotated[float, Field(ge=0.1, le=1000)]
@@ -241,6 +242,9 @@ class BeyondOriginal(Flags):
     )
     learn_temperature: bool = setting(
         False, "learn the temperature of the loss, from the original's 1/100 on and never below"
+    )
+    label_smoothing: Share = setting(
+        0.0, "share of a query's answer that is spread evenly over all it is compared with"
     )
     warmup_steps: Number = setting(0, "steps in which the learning rate rises linearly")
     cosine: bool = setting(False, "let the learning rate fall to 0, along half a cosine")

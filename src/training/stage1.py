@@ -62,6 +62,7 @@ def fine_tuning(
         flags.loss,
         mask_duplicate_targets=flags.mask_duplicate_targets,
         learn_temperature=flags.learn_temperature,
+        label_smoothing=flags.label_smoothing,
     ).to(encoder.device)
     learned = learned_groups(choose_trained(model, flags.encoder), loss)
     return Task(

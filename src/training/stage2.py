@@ -89,6 +89,7 @@ def combiner_training(
         flags.loss,
         mask_duplicate_targets=flags.mask_duplicate_targets,
         learn_temperature=flags.learn_temperature,
+        label_smoothing=flags.label_smoothing,
         bank=targets.features if flags.negatives == "bank" else None,
     ).to(device)
     learned = learned_groups(combiner.parameters(), loss)
