@@ -16,7 +16,9 @@ from runtime.choices import (
     DECODINGS,
     ENCODE_PRECISIONS,
     ENCODERS,
+    HARD_NEGATIVES,
     LOSSES,
+    MINED,
     NEGATIVES,
     PRECISIONS,
     TRANSFORMS,
@@ -246,6 +248,17 @@ class BeyondOriginal(Flags):
     label_smoothing: Share = setting(
         0.0, "share of a query's answer that is spread evenly over all it is compared with"
     )
+    hard_negatives: Number = setting(
+        0, "further images a triplet, each a negative of all queries of the batch", metavar="N"
+    )
+    hard_negatives_from: Annotated[str, OneOf(HARD_NEGATIVES)] = setting(
+        MINED,
+        "where they are from; mined: images near the target; group: the triplet's group (CIRR); column: `negatives` of "
+        "own triplets",
+    )
+    negatives_margin: Share = setting(
+        0.05, "mine no image whose cosine to the target is above 1 - M", metavar="M"
+    )
     warmup_steps: Number = setting(0, "steps in which the learning rate rises linearly")
     cosine: bool = setting(False, "let the learning rate fall to 0, along half a cosine")
     clip_grad_norm: Positive | None = setting(None, "clip the gradient to a norm", metavar="NORM")
@@ -283,6 +296,11 @@ class FineTuning(Flags):
     learning_rate: LearningRate = setting(2e-6, "learning rate of AdamW")
     micro_batch_size: Count | None = setting(
         None, "triplets in memory at a time; the gradient stays exact", metavar="N"
+    )
+    mine_every: Count = setting(
+        1,
+        "epochs after which hard negatives are mined again, with the weights of then",
+        metavar="E",
     )
     gradient_checkpointing: bool = setting(
         False, "compute activations a second time, not to keep them: less memory, more time"
