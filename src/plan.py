@@ -173,6 +173,7 @@ def planned_training(args: argparse.Namespace, gpu: Gpu) -> "Training":
         "precision": precision,
         "averaged": args.ema_decay is not None,
         "masked": args.mask_duplicate_targets,
+        "hard_negatives": args.hard_negatives,
     }
     if args.stage == "stage1":
         return FineTuning(**shared)

@@ -16,7 +16,9 @@ from runtime.choices import (
     DECODINGS,
     ENCODE_PRECISIONS,
     ENCODERS,
+    HARD_NEGATIVES,
     LOSSES,
+    MINED,
     NEGATIVES,
     PRECISIONS,
     TRANSFORMS,
@@ -250,6 +252,20 @@ class BeyondOriginal(Flags):
     learn_temperature: bool = setting(
         False, "learn the temperature of the loss, from the original's 1/100 on and never below"
     )
+    label_smoothing: Annotated[float, Field(ge=0, le=1 - 1e-9)] = setting(
+        0.0, "share of a query's answer that is spread evenly over all it is compared with"
+    )
+    hard_negatives: Number = setting(
+        0, "further images a triplet, each a negative of all queries of the batch", metavar="N"
+    )
+    hard_negatives_from: Annotated[str, OneOf(HARD_NEGATIVES)] = setting(
+        MINED,
+        "where they are from; mined: images near the target; group: the triplet's group (CIRR); column: `negatives` of "
+        "own triplets",
+    )
+    negatives_margin: Share = setting(
+        0.05, "mine no image whose cosine to the target is above 1 - M", metavar="M"
+    )
     warmup_steps: Number = setting(0, "steps in which the learning rate rises linearly")
     cosine: bool = setting(
         False,
@@ -326,6 +342,11 @@ class FineTuning(Flags):
     learning_rate: LearningRate = setting(2e-6, "learning rate of AdamW")
     micro_batch_size: Count | None = setting(
         None, "triplets in memory at a time; the gradient stays exact", metavar="N"
+    )
+    mine_every: Count = setting(
+        1,
+        "epochs after which hard negatives are mined again, with the weights of then",
+        metavar="E",
     )
     gradient_checkpointing: bool = setting(
         False, "compute activations a second time, not to keep them: less memory, more time"
@@ -427,9 +448,11 @@ class Frozen(Flags):
     @field_validator("mix")
     @classmethod
     def targets_of_a_batch(cls, mix: float, info: ValidationInfo) -> float:
-        """Mixed targets are in no bank."""
-        if mix and info.data.get("negatives") == "bank":
-            raise PydanticCustomError("mix", "it should be 0 with --negatives bank")
+        """Mixed targets are in no bank, and are no neighbours of any image."""
+        if mix and (info.data.get("negatives") == "bank" or info.data.get("hard_negatives")):
+            raise PydanticCustomError(
+                "mix", "it should be 0 with --negatives bank and --hard-negatives"
+            )
         return mix
 
 
