@@ -18,6 +18,7 @@ from models.backbone import Backbone, choose_trained
 from models.encoder import Encoder
 from models.features import FrozenSplit
 from runtime.choices import AUTO
+from settings.groups import Lora
 from training.data import TrainingData
 from training.image_cache import PIXELS, ImageCache
 from training.losses import learned_groups, make_loss
@@ -63,7 +64,7 @@ def fine_tuning(
         mask_duplicate_targets=flags.mask_duplicate_targets,
         learn_temperature=flags.learn_temperature,
     ).to(encoder.device)
-    learned = learned_groups(choose_trained(model, flags.encoder), loss)
+    learned = learned_groups(choose_trained(model, flags.encoder, Lora.of(flags)), loss)
     return Task(
         # A compiled step is compiled anew for each number of columns.
         batches=triplet_batches(encoder, data, trim=not flags.compile),
