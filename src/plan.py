@@ -157,6 +157,7 @@ def planned_clip(args: argparse.Namespace, gpu: Gpu) -> "CountedClip":
         args.encoder,
         batch_size=args.clip_bs,
         precision=choice["encode_precision"],
+        lora=groups.Lora.of(args) if args.stage == "stage1" else None,
     )
 
 

@@ -17,6 +17,7 @@ from runtime.choices import (
     ENCODE_PRECISIONS,
     ENCODERS,
     HARD_NEGATIVES,
+    LORA_TARGETS,
     LOSSES,
     MINED,
     NEGATIVES,
@@ -368,6 +369,28 @@ class FineTuning(Flags):
     )
 
 
+class Lora(Flags):
+    """Adapters that learn in place of CLIP's weights."""
+
+    title = "LoRA"
+    about = "off by default; needs requirements-lora.txt"
+    lora_rank: Width | None = setting(
+        None, "learn low-rank adapters of CLIP's layers alone, of some rank", metavar="R"
+    )
+    lora_targets: Annotated[str, OneOf(LORA_TARGETS)] = setting(
+        LORA_TARGETS[0], "which layers of the encoders that learn have adapters"
+    )
+    lora_norms: bool = setting(False, "let the norms learn beside the adapters")
+
+    @field_validator("lora_targets", "lora_norms")
+    @classmethod
+    def only_with_adapters(cls, value: str | bool, info: ValidationInfo) -> str | bool:
+        """Where there are adapters."""
+        if value not in (False, LORA_TARGETS[0]) and not info.data.get("lora_rank"):
+            raise PydanticCustomError("lora", "it is of adapters: give --lora-rank too")
+        return value
+
+
 class Combiner(Flags):
     """Kind and sizes of a Combiner that is trained."""
 
@@ -472,7 +495,7 @@ class BothStages(
     """What both trainings take."""
 
 
-class Stage1(FineTuning, BothStages):
+class Stage1(FineTuning, Lora, BothStages):
     """All that fine-tuning CLIP takes."""
 
 

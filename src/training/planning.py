@@ -6,6 +6,7 @@ backward pass on CUDA's tensors would ask for a driver.
 """
 
 import functools
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from models.clip_model import backbone as openai_backbone
 from models.lean_clip import Folding
 from models.names import find_clip, open_clip_name
 from runtime.gpus import Gpu
-from settings.groups import WantedCombiner
+from settings.groups import Lora, WantedCombiner
 from training.losses import BankLoss, ContrastiveLoss
 from training.stage1 import SumFeatures
 from training.stage2 import ComposedFeatures
@@ -132,6 +133,11 @@ def weights_bytes(module: nn.Module) -> int:
     return bytes_of([*module.parameters(), *module.buffers()])
 
 
+def learned_bytes(module: nn.Module) -> int:
+    """What those weights of a module take that learn."""
+    return bytes_of(weight for weight in module.parameters() if weight.requires_grad)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
     """How much data there is.
@@ -221,22 +227,30 @@ class CountedClip:
         name: what `--clip-model-name` says; published weights are not fetched for it.
         trained: one of ENCODERS; None where nothing learns.
         batch_size, precision: with which it encodes images and captions.
+        lora: adapters that learn alone, where it has a rank.
     """
 
     def __init__(
-        self, name: str, trained: str | None, *, batch_size: int = 32, precision: str = "fp32"
+        self,
+        name: str,
+        trained: str | None,
+        *,
+        batch_size: int = 32,
+        precision: str = "fp32",
+        lora: Lora | None = None,
     ) -> None:
         self.name = name
         self.trained = trained
         self.batch_size = batch_size
         self.precision = precision
+        self.lora = lora
         self.model, self.backbone = self._made()
         self.dim = self.backbone.dim
 
     def _made(self) -> tuple[Any, Backbone]:
         clip, backbone = _unloaded(self.name)
         if self.trained:
-            choose_trained(clip, self.trained)
+            choose_trained(clip, self.trained, self.lora)
         backbone.normalise(torch.zeros(3, 1, 1))  # its constants, which it remembers, have data
         return without_data(clip), backbone
 
@@ -271,10 +285,14 @@ class CountedClip:
 
     @functools.cached_property
     def shared(self) -> int:
-        """Bytes of the weights that micro-batches share, see `lean_clip`; their gradients come before the others'."""
+        """Bytes of the weights that micro-batches share, see `lean_clip`.
+
+        Their gradients come before the others', and take their place as far as it goes: adapters have little.
+        """
         modules = [module for module in self.model.modules() if isinstance(module, Folding)]
-        with torch.no_grad():
-            return sum(bytes_of(module.fold()) for module in modules)
+        made = list(itertools.chain.from_iterable(module.fold() for module in modules))
+        gradients = bytes_of(weight for weight in made if weight.requires_grad)
+        return bytes_of(made) + max(0, gradients - learned_bytes(self.model))
 
     @functools.cached_property
     def _encoded(self) -> tuple[Counted, Counted]:
@@ -419,7 +437,7 @@ class Training(ABC):
     def lasting(self) -> dict[str, int]:
         """Bytes that are taken all the time, by part. Adam keeps two numbers for each weight that learns."""
         weights = weights_bytes(self.module)
-        learned = bytes_of(own for own in self.module.parameters() if own.requires_grad)
+        learned = learned_bytes(self.module)
         return {
             "weights": weights,
             "gradients": learned,

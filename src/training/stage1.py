@@ -18,7 +18,8 @@ from data_utils import ImageLoader
 from models.backbone import Backbone, choose_trained
 from models.encoder import Encoder
 from models.features import FrozenSplit
-from runtime.choices import AUTO
+from runtime.choices import AUTO, MINED
+from settings.groups import Lora
 from training.augmentation import augmented
 from training.data import TrainingData
 from training.image_cache import PIXELS, ImageCache
@@ -90,7 +91,7 @@ def fine_tuning(
             every=flags.mine_every if flags.encoder != "text" else flags.num_epochs,
         )
     images_each = 2 + (negatives.number if negatives else 0)
-    learned = learned_groups(choose_trained(model, flags.encoder), loss)
+    learned = learned_groups(choose_trained(model, flags.encoder, Lora.of(flags)), loss)
     # A compiled step is compiled anew for each number of columns.
     batches = triplet_batches(encoder, data, negatives, trim=not flags.compile)
     batches = augmented(batches, data, flags, images_each)
