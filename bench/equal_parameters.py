@@ -40,19 +40,15 @@ def equal_hidden_dim(mixture: Mapping[str, Any], other: Mapping[str, Any]) -> in
 
 def table(mixture: Mapping[str, Any]) -> str:
     """Kinds of Combiner with a mixture's parameters, as flags, beside their hidden size and their parameters."""
-    fewer = {"num_experts": mixture["num_experts"] - 1, "shared_expert": True}
-    kinds = {
-        "the mixture": {},
-        "one shared expert": fewer,
-        "one expert": ONE_EXPERT,
-        "plain": PLAIN,
-    }
+    kinds = {"the mixture": {}, "one expert": ONE_EXPERT, "plain": PLAIN}
+    if mixture["top_k"] < mixture["num_experts"]:
+        fewer = {"num_experts": mixture["num_experts"] - 1, "shared_expert": True}
+        kinds["one shared expert"] = fewer
     lines = ["| | `--hidden-dim` | parameters |", "|---|---:|---:|"]
     for title, other in kinds.items():
-        if other.get("num_experts") != 0:
-            size = equal_hidden_dim(mixture, other)
-            count = parameters({**mixture, **other, "hidden_dim": size})
-            lines.append(f"| {title} | {size:,} | {count:,} |")
+        size = equal_hidden_dim(mixture, other)
+        count = parameters({**mixture, **other, "hidden_dim": size})
+        lines.append(f"| {title} | {size:,} | {count:,} |")
     return "\n".join(lines)
 
 
