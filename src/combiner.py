@@ -306,7 +306,7 @@ class SparseMoE(nn.Module):
         """
         if self.router_bias is not None and self.load is not None:
             load = distributed.gather_rows(self.load.unsqueeze(0)).sum(0).float()  # (E,)
-            self.router_bias += rate * (load.mean() - load).sign()
+            self.router_bias.add_((load.mean() - load).sign(), alpha=rate)
 
 
 class Combiner(Composer):
