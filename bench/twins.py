@@ -5,32 +5,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from combiner import NO_PARTS, Parts
 from models.clip_model import tokenize
 
 
 class RowLoopMoE(nn.Module):
-    """The sparse MoE row by row: for each row its k experts one after the other. Parameters named as in checkpoints."""
+    """The sparse MoE row by row: for each row its k experts one after the other. Parameters named as in checkpoints.
 
-    def __init__(self, in_dim: int, hidden_dim: int, num_experts: int, top_k: int) -> None:
+    With parts: the router sees its input normalised, a bias counts in the choice alone, a shared expert is added.
+    """
+
+    def __init__(
+        self, in_dim: int, hidden_dim: int, num_experts: int, top_k: int, parts: Parts = NO_PARTS
+    ) -> None:
         super().__init__()
         self.top_k = top_k
+        self.parts = parts
+        if parts.router_norm:
+            self.router_norm = nn.LayerNorm(in_dim)
         self.router = nn.Linear(in_dim, num_experts)
         self.experts = nn.ModuleList(
             nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Dropout(0.1))
             for _ in range(num_experts)
         )
+        if parts.router_bias:
+            self.router_bias = nn.Parameter(torch.zeros(num_experts))
+        if parts.shared_expert:
+            self.shared_expert = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU())
 
     def forward(self, x: Tensor) -> Tensor:
         rows = []
         for row in x:
-            logits, chosen = self.router(row).topk(self.top_k)
-            weights = logits.softmax(0)
-            rows.append(
-                sum(
-                    w * self.experts[e](row[None])[0]
-                    for w, e in zip(weights, chosen.tolist(), strict=True)
-                )
-            )
+            logits = self.router(self.router_norm(row) if self.parts.router_norm else row)
+            scores = (logits + self.router_bias if self.parts.router_bias else logits).tolist()
+            chosen = sorted(range(len(scores)), key=lambda e: -scores[e])[: self.top_k]
+            weights = logits[chosen].softmax(0)
+            outputs = [w * self.experts[e](row) for w, e in zip(weights, chosen, strict=True)]
+            if self.parts.shared_expert:
+                outputs.append(self.shared_expert(row))
+            rows.append(sum(outputs))
         return torch.stack(rows)
 
 

@@ -133,8 +133,9 @@ def test_stage_2_with_dropout_and_experts(golden, train, tmp_path):
     assert_same_run(one, again, "Combiner")
 
 
-def test_stage_2_with_a_bank(golden, train, tmp_path):
-    flags = ["--dataset", "CIRR", "--clip-model-name", golden / "clip_vit.pt"]
+def test_stage_2_with_a_bank_and_all_parts_of_a_mixture(golden, train, tmp_path):
+    flags = ["--dataset", "CIRR", "--clip-model-name", golden / "clip_vit.pt", "--shared-expert"]
+    flags += ["--router-norm", "--router-noise", 0.5, "--router-bias", 0.1, "--ema-decay", 0.5]
     flags += ["--data-root", golden, *STAGE_2.split(), "--negatives", "bank", "--learn-temperature"]
     flags += HARD  # the bank's duplicates are masked in the other direction
     flags += ["--feature-cache", tmp_path / "cache"]

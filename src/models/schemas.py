@@ -68,6 +68,9 @@ class CombinerSizes(Schema):
     hidden_dim: Width
     num_experts: Experts | None
     top_k: Experts | None
+    shared_expert: bool = ABSENT
+    router_norm: bool = ABSENT
+    router_bias: bool = ABSENT
 
 
 class ExportedWeights(Schema):

@@ -402,6 +402,10 @@ class Combiner(Flags):
     hidden_dim: Width = setting(5120, "width of the hidden layers")
     num_experts: Experts = setting(4, "experts of a mixture")
     top_k: Experts = setting(2, "experts of a mixture that a query goes to")
+    shared_expert: bool = setting(
+        False, "give a mixture one more expert, which every query goes through (Dai et al. 2024)"
+    )
+    router_norm: bool = setting(False, "layer-normalise what the router of a mixture sees")
 
     @field_validator("top_k")
     @classmethod
@@ -428,6 +432,8 @@ class WantedCombiner(Flags):
     hidden_dim: Width | None = changed(Combiner, "hidden_dim", None, silent)
     num_experts: Experts | None = changed(Combiner, "num_experts", None, silent)
     top_k: Experts | None = changed(Combiner, "top_k", None, silent)
+    shared_expert: bool | None = changed(Combiner, "shared_expert", None, silent)
+    router_norm: bool | None = changed(Combiner, "router_norm", None, silent)
 
 
 class Frozen(Flags):
@@ -458,6 +464,17 @@ class Frozen(Flags):
         0.0,
         "weight of the loss that keeps the router's logits small (Zoph et al. 2022), 0 in the original",
         metavar="W",
+    )
+    router_noise: Weight = setting(
+        0.0,
+        "standard deviation of noise on the router's logits in training (Shazeer et al. 2017), 0 in the original",
+        metavar="SIGMA",
+    )
+    router_bias: Weight = setting(
+        0.0,
+        "how far each step moves a bias on the choice of experts against their load (Wang et al. 2024), 0 in the "
+        "original: no bias",
+        metavar="RATE",
     )
     clip_bs: Count = setting(32, "images or texts that CLIP encodes at a time")
     feature_cache: UsablePath | None = setting(

@@ -96,7 +96,12 @@ def combiner_training(
             every=flags.num_epochs,  # what is frozen stays near
         )
     targets = Targets.of(train) if negatives is None else Targets.all_images(train)
-    penalty = router_penalty(flags.load_balancing_weight, flags.router_z_weight, combiner.top_k)
+    penalty = router_penalty(
+        flags.load_balancing_weight,
+        flags.router_z_weight,
+        combiner.top_k,
+        bias=combiner.router_bias,
+    )
     loss = make_loss(
         flags.loss,
         mask_duplicate_targets=flags.mask_duplicate_targets,
@@ -104,14 +109,17 @@ def combiner_training(
         label_smoothing=flags.label_smoothing,
         bank=targets.features if flags.negatives == "bank" else None,
     ).to(device)
-    learned = learned_groups(combiner.parameters(), loss)
+    optimizer = Adam(learned_groups(combiner.parameters(), loss), lr=flags.combiner_lr, fused=True)
+    if isinstance(combiner, Combiner):
+        moe = combiner.moe_layer
+        optimizer.register_step_post_hook(lambda *_: moe.rebalance(flags.router_bias))
     return Task(
         batches=regularised(feature_batches(train, targets, order, negatives), order, flags),
         steps=order.steps,
         model=ComposedFeatures(combiner, with_router=penalty is not None),
         module=combiner,
         loss=loss,
-        optimizer=Adam(learned, lr=flags.combiner_lr, fused=True),
+        optimizer=optimizer,
         validate=lambda measured: measure(measured.eval()),
         penalty=penalty,
         router=router_report(val) if combiner.has_router else None,
@@ -173,6 +181,6 @@ def router_report(frozen: Sequence[FrozenSplit]) -> Callable[[Combiner], dict[st
     def report(combiner: Combiner) -> dict[str, float]:
         combiner.eval()
         logits = [combiner.route(split.references, split.captions[:, 0]) for split in frozen]
-        return router_statistics(torch.cat(logits), combiner.top_k)
+        return router_statistics(torch.cat(logits), combiner.top_k, combiner.router_bias)
 
     return report
