@@ -66,9 +66,22 @@ PARTS: dict[str, Recipe] = {
     "learned temperature": Recipe("--learn-temperature", "--learn-temperature"),
     "warm-up and cosine": Recipe("--warmup-steps 50 --cosine", "--warmup-steps 20 --cosine"),
     "EMA": Recipe("--ema-decay 0.98", "--ema-decay 0.98"),
+    "clipped gradient": Recipe("--clip-grad-norm 1", "--clip-grad-norm 1"),
+    "caption dropout": Recipe("--drop-text 0.05", "--drop-text 0.05"),
+    "image dropout": Recipe("--drop-image 0.1", "--drop-image 0.1"),
+    "flips": Recipe("--flip 0.5"),
+    "crops": Recipe("--crop 0.7"),
+    "feature noise": Recipe(stage_2="--feature-noise 0.1"),
+    "mixed triplets": Recipe(stage_2="--mix 0.2"),
     "bank": Recipe(stage_2="--negatives bank"),
     "balanced load": Recipe(stage_2="--load-balancing-weight 0.1"),
 }
+
+
+# A part of both stages in the second alone, for that is soon trained.
+for _name, _part in list(PARTS.items()):
+    if _part.stage_1 and _part.stage_2:
+        PARTS[f"{_name}, stage 2 alone"] = Recipe(stage_2=_part.stage_2)
 
 
 class Study:

@@ -1,4 +1,4 @@
-"""Draw a composed image retrieval benchmark in the layouts of FashionIQ, CIRR, CIRCO and your own triplets, by seed.
+"""Draw a composed image retrieval benchmark in the layouts of every benchmark and of your own triplets, by seed.
 
     PYTHONPATH=src python tests/shapes_dataset.py --output-dir drawn
 
@@ -53,6 +53,7 @@ CATEGORIES = ("dress", "toptee", "shirt")
 CIRR_PREFIXES = {"train": "train", "val": "dev", "test1": "test1"}
 GROUP_SIZE = 6
 MOST_TARGETS = 5  # of a query of CIRCO
+DISTRACTORS = 14  # of a query of GeneCIS
 # What CIRCO calls a query that asks for another value of an attribute.
 ASPECTS = {
     "shape": "compare_change",
@@ -467,6 +468,68 @@ def draw_triplets(root: Path, groups: int, seed: int) -> None:
     _write_json(root / "triplets_test_answers.json", answers)
 
 
+def draw_lasco(root: Path, groups: int, seed: int) -> None:
+    """Write `lasco_dataset/`: groups as those of CIRR; half of the validation's references are in no gallery.
+
+    Args:
+        groups: of each split.
+    """
+    folder = root / "lasco_dataset"
+    for split in ("train", "val"):
+        rng = random.Random(f"{seed} lasco {split}")
+        corpus: list[dict[str, Any]] = []
+        entries = []
+        for group in range(groups):
+            scenes, queries = make_group(rng)
+            images = []
+            for place, scene in enumerate([*scenes, scenes[0]]):  # the last is asked with alone
+                number = 10 * group + place
+                images.append([number, f"{split}2014/COCO_{split}2014_{number:012d}.jpg"])
+                _save_image(folder / images[-1][1], draw(scene, rng))
+            corpus += [{"id": number, "path": f"val/{path}"} for number, path in images[:-1]]
+            for query in queries:
+                reference = query.reference if split == "train" else query.reference or -1
+                entry = {
+                    "qid": group,
+                    "query-image": images[reference],
+                    "query-text": caption(query.edits, rng),
+                    "target-image": images[query.target],
+                }
+                entries.append(entry)
+        _write_json(folder / f"lasco_{split}.json", entries)
+        if split == "val":
+            _write_json(folder / "lasco_val_corpus.json", corpus)
+
+
+def draw_genecis(root: Path, groups: int, seed: int) -> None:
+    """Write `genecis_dataset/`: two tasks on one set of images, a gallery of 15 images for each query.
+
+    Args:
+        groups: as those of CIRR, three or more.
+    """
+    folder = root / "genecis_dataset"
+    rng = random.Random(f"{seed} genecis")
+    asked = []
+    for group in range(groups):
+        scenes, queries = make_group(rng)
+        numbers = [7 + 4 * (GROUP_SIZE * group + place) for place in range(GROUP_SIZE)]
+        for number, scene in zip(numbers, scenes, strict=True):
+            _save_image(folder / "val2017" / f"{number:012d}.jpg", draw(scene, rng))
+        asked += [(numbers, query) for query in queries]
+    everything = sorted({number for numbers, _ in asked for number in numbers})
+    for task in ("change_object", "focus_object"):
+        entries = []
+        for numbers, query in asked:
+            pair = [numbers[query.reference], numbers[query.target]]
+            others = [number for number in everything if number not in pair]
+            reference, target, *gallery = [
+                {"val_image_id": number} for number in pair + rng.sample(others, DISTRACTORS)
+            ]
+            entry = {"reference": reference, "target": target, "gallery": gallery}
+            entries.append({**entry, "condition": caption(query.edits, rng)})
+        _write_json(folder / f"{task}.json", entries)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the drawing."""
     parser = ScriptParser(__doc__)
@@ -490,7 +553,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--circo-queries", type=positive_int, default=60, help="CIRCO val and test, each"
     )
     parser.add_argument(
-        "--own-groups", type=positive_int, default=12, help="Triplets, ten queries each, a split"
+        "--own-groups",
+        type=positive_int,
+        default=12,
+        help="Triplets, LaSCo and GeneCIS, ten queries each, a split; three or more",
     )
     return parser.parse_args(argv)
 
@@ -506,13 +572,14 @@ def main(argv: list[str] | None = None) -> None:
     queries = {"val": args.circo_queries, "test": args.circo_queries}
     draw_circo(args.output_dir, queries, args.seed)
     draw_triplets(args.output_dir, args.own_groups, args.seed)
+    draw_lasco(args.output_dir, args.own_groups, args.seed)
+    draw_genecis(args.output_dir, args.own_groups, args.seed)
 
     from models.clip_model import write_tiny_clip
 
     for kind in ("vit", "resnet"):
         write_tiny_clip(args.output_dir / f"tiny_clip_{kind}.pt", kind, args.seed)
-    folders = "fashionIQ_dataset/, cirr_dataset/, circo_dataset/, triplets_dataset/"
-    contents = f"{folders}, answers of three test splits, two tiny CLIPs"
+    contents = "six benchmarks, answers of three test splits, two tiny CLIPs"
     logger.info("drawn in %s: %s", args.output_dir, contents)
 
 

@@ -63,7 +63,7 @@ def test_counts_are_compared_with_the_official_ones(drawn, capsys):
         check_dataset.main(["--data-root", str(drawn), "--num-workers", "0", "--json"])
     assert stop.value.code == 1
     reports = json.loads(capsys.readouterr().out)
-    assert [len(remarks(report, "finding")) for report in reports] == [6, 18, 4, 0]
+    assert [len(remarks(report, "finding")) for report in reports] == [6, 18, 4, 0, 2, 0]
     assert (
         "cap.rc2.val.json: 30 entries, the official file has 4,181"
         in remarks(reports[0], "finding")[2]

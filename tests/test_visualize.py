@@ -10,12 +10,13 @@ import pytest
 from PIL import Image, ImageDraw
 
 import visualize
-from benchmarks import BENCHMARKS
+from benchmarks import BENCHMARKS, CIRR
 from benchmarks.splits import images_digest
 from reports import sheet_picture, sheets
 from reports.expert_report import typical_words
 from runtime.image_files import jpeg
 from test_bad_input import change_json
+from utils import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -354,3 +355,33 @@ def test_the_worst_of_a_test_split_are_not_known(look, pair, capsys):
         look(*pair["CIRR"], "--split", "test", "--queries", "worst")
     assert stop.value.code == 2
     assert "--split test has no known targets" in capsys.readouterr().err
+
+
+def test_what_else_annotators_said_of_a_query_is_shown(own_drawn, run, look, tmp_path):
+    """CIRR's extended annotations, where their file is there; the metrics are the same without it."""
+    files = []
+    (split,) = CIRR(own_drawn).val()
+    for place in ("without", "with"):
+        files.append(tmp_path / f"{place}.json")
+        clip = ["--clip-model-name", own_drawn / "tiny_clip_vit.pt"]
+        flags = ["--dataset", "CIRR", "--combining-function", "sum", *clip]
+        run("validate", own_drawn, *flags, "--rankings", files[-1])
+        said = {"0": "A <photo> of shapes", "1": "[c] None existed", "2": "seen from above"}
+        pair_id = split.triplets[-1].pair_id
+        entries = [{"pairid": pair_id, "caption_extend": said}]
+        extended = own_drawn / "cirr_dataset/cirr/captions_ext/cap.ext.rc2.val.json"
+        extended.parent.mkdir(exist_ok=True)
+        extended.write_text(json.dumps(entries))
+    without, with_it = (json.loads(file.read_text()) for file in files)
+    assert without["protocols"] == with_it["protocols"]
+    texts = [query.get("extended") for query in with_it["queries"]["val"]]
+    assert texts == [None] * (len(texts) - 1) + [["A <photo> of shapes", "seen from above"]]
+    assert not any("extended" in query for query in without["queries"]["val"])
+    page = look("--rankings", files[1], "--queries", pair_id, root=own_drawn) / "sheet.html"
+    assert "A &lt;photo&gt; of shapes" in page.read_text()
+    assert "None existed" not in page.read_text()
+    change_json(extended, lambda entries: entries[0].pop("caption_extend"))
+    with pytest.raises(
+        UserError, match=r"cap\.ext\.rc2\.val\.json: entry 0: caption_extend: field"
+    ):
+        CIRR(own_drawn).val()

@@ -7,12 +7,14 @@ from benchmarks.base import Benchmark
 from benchmarks.circo import CIRCO
 from benchmarks.cirr import CIRR
 from benchmarks.fashioniq import FashionIQ
+from benchmarks.genecis import GeneCIS
+from benchmarks.lasco import LaSCo
 from benchmarks.protocols import PROTOCOLS, Protocol
 from benchmarks.splits import Split, Triplet
 from benchmarks.triplets import Triplets
 
 BENCHMARKS: dict[str, type[Benchmark]] = {
-    benchmark.name: benchmark for benchmark in (CIRR, FashionIQ, CIRCO, Triplets)
+    benchmark.name: benchmark for benchmark in (CIRR, FashionIQ, CIRCO, LaSCo, GeneCIS, Triplets)
 }
 
 
@@ -29,6 +31,8 @@ __all__ = [
     "PROTOCOLS",
     "Benchmark",
     "FashionIQ",
+    "GeneCIS",
+    "LaSCo",
     "Protocol",
     "Split",
     "Triplet",

@@ -43,6 +43,7 @@ class Benchmark(ABC):
         official_wordless: queries of the official files that have a caption without a word, as reports call them.
         counts_explained: what the official counts look like, and are not; "" where they mislead nobody.
         id_name: what its files call the id of a query.
+        references_apart: a reference of its evaluation may be in no gallery; its name is its place then.
         background: what transparent images are read on where nothing is said, one of BACKGROUNDS.
         concept_template: what protocols with the concept ask, {shared_concept} and {relative_caption} in it; "" where a
             benchmark has no concepts.
@@ -69,6 +70,7 @@ class Benchmark(ABC):
     official_wordless: tuple[str, ...] = ()
     counts_explained: str = ""
     id_name: str = "id"
+    references_apart: bool = False
     background: str = ORIGINAL
     concept_template: str = ""
     protocols: tuple[Protocol, ...] = (ORIGINAL_KEPT, ORIGINAL_REMOVED)
@@ -182,7 +184,21 @@ class Benchmark(ABC):
         refuse_all(queries_file, faults, self.remedy)
         if not triplets:
             raise UserError(f"{queries_file}: no triplets: {self.remedy}")
-        whole = Split(name=self.part_name(part, split), triplets=triplets, image_paths=paths)
+        apart = {triplet.reference: triplet.reference for triplet in triplets}
+        apart = {name: place for name, place in apart.items() if name not in paths}
+        paths |= locate(
+            apart,
+            self.image_folders(part),
+            root=self.data_root,
+            listed_in=queries_file,
+            remedy=self.remedy,
+        )
+        whole = Split(
+            name=self.part_name(part, split),
+            triplets=triplets,
+            image_paths=paths,
+            only_asked=frozenset(apart),
+        )
         remaining = whole.without(self.excluded) if self.excluded else whole
         if not remaining.triplets:
             raise UserError(
@@ -195,7 +211,8 @@ class Benchmark(ABC):
     ) -> list[str]:
         """What is wrong with a query beyond its own fields."""
         faults = []
-        for name in (*triplet.images, *triplet.group):
+        apart = self.references_apart and split != self.train_split
+        for name in (*(triplet.targets if apart else triplet.images), *triplet.group):
             if name not in known.names:
                 faults.append(f"the image {name} is not in {images_file}{known.hint(name)}")
         if split != self.train_split and triplet.reference in triplet.targets:

@@ -1,6 +1,6 @@
 """CIRR: its files, captions, protocol and metrics."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -75,6 +75,21 @@ class CirrQuery(CirrTestQuery):
         return replace(super().triplet(), target=self.target_hard)
 
 
+class CirrExtended(Entry):
+    """An entry of `cap.ext.rc2.{split}.json`: what else was said of a pair, a text for each of four questions.
+
+    One that begins with a code in brackets says nothing, as "[cr1] Covered in query".
+    """
+
+    pairid: int
+    caption_extend: dict[str, str]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts that say something, in the order of the questions."""
+        return tuple(text for text in self.caption_extend.values() if not text.startswith("["))
+
+
 class CIRR(Benchmark):
     """CIRR rc2 (Liu et al., ICCV 2021): one gallery, without the query's own reference; groups of six images."""
 
@@ -106,12 +121,23 @@ class CIRR(Benchmark):
     def image_places(self, images_file: Path) -> dict[str, str]:
         return read_checked(dict[ImageName, str], images_file, remedy=self.remedy)
 
-    def queries(self, queries_file: Path, split: str) -> Iterable[tuple[str, Triplet]]:
+    def queries(self, queries_file: Path, split: str) -> Iterator[tuple[str, Triplet]]:
+        extended = {} if split == self.train_split else self._extended(split)
         others: dict[str | None, type[Query]] = {
             self.train_split: CirrTrainQuery,
             self.test_split: CirrTestQuery,
         }
-        return read_queries(others.get(split, CirrQuery), queries_file, remedy=self.remedy)
+        schema = others.get(split, CirrQuery)
+        for where, triplet in read_queries(schema, queries_file, remedy=self.remedy):
+            yield where, replace(triplet, extended=extended.get(triplet.pair_id, ()))
+
+    def _extended(self, split: str) -> dict[int | str | None, tuple[str, ...]]:
+        """Pairid -> the texts of its extended annotation; nothing where that file is not there."""
+        file = self.annotation_folder() / "captions_ext" / f"cap.ext.rc2.{split}.json"
+        if not file.exists():
+            return {}
+        entries = read_checked(list[CirrExtended], file, remedy=self.remedy)
+        return {entry.pairid: entry.texts for entry in entries}
 
     def hits(self, ranks: Ranks) -> "dict[str, np.ndarray]":
         if ranks.in_group is None:

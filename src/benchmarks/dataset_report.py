@@ -151,7 +151,7 @@ def _count(
 
     Where queries are their own list of images, they are what is counted.
     """
-    counts = (len(records.triplets), len(records.names))
+    counts = (len(records.triplets), records.gallery_size)
     official_counts = benchmark.official.get(f"{part}.{split}", counts)
     counted = list(zip(benchmark.files(part, split), counts, official_counts, strict=True))
     queries_file, images_file = benchmark.files(part, split)
@@ -364,7 +364,7 @@ def _remark_on_bad(
 ) -> None:
     """Files of a part that cannot be decoded, by problem and role."""
     queries = len(records.triplets)
-    gallery = len(records.names)
+    gallery = records.gallery_size
     for role, names in _roles(records).items():
         for problem in dict.fromkeys(bad.values()):
             ids = [name for name in bad if name in names and bad[name] == problem]

@@ -37,22 +37,28 @@ class Protocol:
 
     def gallery_size(self, split: Split) -> int:
         """Images that a query searches, its own reference counted in."""
-        return len(split.names) if self.gallery == "original" else len(split.members)
+        return (
+            split.gallery_size
+            if self.gallery == "original"
+            else len(split.members - split.only_asked)
+        )
 
     def most_answers(self, split: Split) -> int:
         """Images that a query can retrieve."""
-        removed = 1 if self.reference == "removed" else 0
+        removed = 1 if self.reference == "removed" and not split.only_asked else 0
         return self.gallery_size(split) - removed
 
-    def restrict(self, similarity: "Tensor", references: "Tensor", outside: "Tensor") -> "Tensor":
+    def restrict(
+        self, similarity: "Tensor", references: "Tensor", outside: "Tensor | None"
+    ) -> "Tensor":
         """Set what may not be retrieved to -inf, in place.
 
         Args:
             similarity: (b, N).
             references: (b,) columns of the queries' own references.
-            outside: (N,) whether an image is neither reference nor target of any triplet.
+            outside: (N,) whether an image is not in the protocol's gallery; None where all are.
         """
-        if self.gallery == "VAL":
+        if outside is not None:
             similarity.masked_fill_(outside, float("-inf"))
         if self.reference == "removed":
             similarity.scatter_(1, references[:, None], float("-inf"))

@@ -11,8 +11,9 @@ from pydantic import Field
 
 from benchmarks.base import Benchmark
 from benchmarks.cirr import CIRR
-from benchmarks.entries import OFFICIAL, Entry, FromList
+from benchmarks.entries import OFFICIAL, Entry
 from benchmarks.fashioniq import FashionIQ
+from benchmarks.lasco import LaSCo
 from benchmarks.splits import Triplet
 from benchmarks.triplets import image_list
 from runtime.schema import read_checked
@@ -32,20 +33,6 @@ class Converted:
 
     lines: list[dict[str, Any]]
     gallery: list[str]
-
-
-class LascoQuery(Entry):
-    """An entry of `lasco_{split}.json`: an image is an id and a path."""
-
-    query_image: Annotated[tuple[Any, str], FromList, Field(alias="query-image")]
-    query_text: Annotated[str, Field(alias="query-text")]
-    target_image: Annotated[tuple[Any, str], FromList, Field(alias="target-image")]
-
-
-class LascoImage(Entry):
-    """An entry of `lasco_val_corpus.json`."""
-
-    path: str
 
 
 class ShoesQuery(Entry):
@@ -71,14 +58,17 @@ def of_benchmark(kind: type[Benchmark], folder: Path) -> dict[str, Converted]:
             continue
         lines: list[dict[str, Any]] = []
         places: dict[str, str] = {}
+        only_asked: set[str] = set()
         for part in benchmark.read(called):
             for name, path in part.image_paths.items():
                 # One of two galleries may lie in each of two folders.
                 places.setdefault(name, path.relative_to(folder).as_posix())
+            only_asked |= part.only_asked
             for triplet in part.triplets:
                 texts = benchmark.caption_variants(triplet.captions)
                 lines.append(_line(triplet, texts, places))
-        splits[split] = Converted(lines=lines, gallery=list(places.values()))
+        gallery = [place for name, place in places.items() if name not in only_asked]
+        splits[split] = Converted(lines=lines, gallery=gallery)
     return splits
 
 
@@ -96,34 +86,6 @@ def _line(triplet: Triplet, texts: Sequence[str], places: dict[str, str]) -> dic
         "group": [places[name] for name in triplet.group],
     }
     return {key: value for key, value in line.items() if value not in ([], None)}
-
-
-def lasco(folder: Path) -> dict[str, Converted]:
-    """LaSCo (Levy et al., AAAI 2024), as in github.com/levymsn/LaSCo: images of COCO 2014.
-
-    Its "qid" is that of a question of VQA, which may have several queries, and so is no id.
-    """
-    splits = {}
-    for split in ("train", "val"):
-        file = folder / f"lasco_{split}.json"
-        if not file.exists():
-            continue
-        lines = []
-        for query in read_checked(list[LascoQuery], file, remedy=OFFICIAL):
-            line = {
-                "reference": query.query_image[1],
-                "caption": query.query_text,
-                "target": query.target_image[1],
-            }
-            lines.append(line)
-        gallery = []
-        if split == "val":
-            corpus = folder / "lasco_val_corpus.json"
-            # Its paths begin with the split, those of the queries do not.
-            for image in read_checked(list[LascoImage], corpus, remedy=OFFICIAL):
-                gallery.append(image.path.removeprefix("val/"))
-        splits[split] = Converted(lines=lines, gallery=gallery)
-    return splits
 
 
 def shoes(folder: Path) -> dict[str, Converted]:
@@ -162,7 +124,7 @@ PublishedSource = tuple[str, Callable[[Path], dict[str, Converted]]]
 SOURCES: dict[str, PublishedSource] = {
     "FashionIQ": ("fashionIQ_dataset", functools.partial(of_benchmark, FashionIQ)),
     "CIRR": ("cirr_dataset", functools.partial(of_benchmark, CIRR)),
-    "LaSCo": ("lasco_dataset", lasco),
+    "LaSCo": ("lasco_dataset", functools.partial(of_benchmark, LaSCo)),
     "Shoes": ("shoes_dataset", shoes),
 }
 

@@ -28,6 +28,7 @@ class Triplet:
         pair_id: what its file calls the query: a number as CIRR's, or a text.
         kinds: what is asked for, where a benchmark also measures kinds of queries apart.
         columns: what its file says of it besides, by column, as own triplets may.
+        extended: what else annotators said of it, which results show and no query asks.
         place: the number of its entry in the file.
     """
 
@@ -39,6 +40,7 @@ class Triplet:
     pair_id: int | str | None = None
     kinds: tuple[str, ...] = ()
     columns: Mapping[str, str] = field(default_factory=dict, compare=False)
+    extended: tuple[str, ...] = field(default=(), compare=False)
     place: int = field(default=0, compare=False)
 
     @property
@@ -68,6 +70,7 @@ class Split:
         excluded_triplets: how many triplets went with them.
         smaller_groups: how many of the remaining triplets have a smaller group for it.
         asked_elsewhere: references and targets of triplets that were left out, while their images were not.
+        only_asked: references that are in no gallery: they come last in it, and nothing retrieves them.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Split:
     excluded_triplets: int = 0
     smaller_groups: int = 0
     asked_elsewhere: frozenset[str] = frozenset()
+    only_asked: frozenset[str] = frozenset()
 
     @property
     def query_names(self) -> list[str]:
@@ -96,6 +100,11 @@ class Split:
     def paths(self) -> list[Path]:
         """Image files in gallery order."""
         return list(self.image_paths.values())
+
+    @property
+    def gallery_size(self) -> int:
+        """Images that queries search."""
+        return len(self.image_paths) - len(self.only_asked)
 
     @property
     def is_secret(self) -> bool:
@@ -194,7 +203,12 @@ class Split:
     def outside(self) -> list[bool]:
         """Return whether each image of the gallery is neither reference nor target of any triplet, N of them."""
         members = self.members
-        return [name not in members for name in self.image_paths]
+        return [name not in members or name in self.only_asked for name in self.image_paths]
+
+    @property
+    def unlisted(self) -> list[bool]:
+        """Return whether each image is one of `only_asked`, N of them."""
+        return [name in self.only_asked for name in self.image_paths]
 
     def only(self, queries: Container[str]) -> "Split":
         """The split with some queries alone, by their names. All galleries stay as they are."""
@@ -221,6 +235,7 @@ class Split:
             excluded_images=tuple(name for name in self.image_paths if name in excluded),
             excluded_triplets=len(self.triplets) - len(kept),
             smaller_groups=smaller_groups,
+            only_asked=frozenset(name for name in self.only_asked if name not in excluded),
         )
 
 

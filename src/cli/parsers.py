@@ -13,6 +13,7 @@ from utils import DEBUG, PROJECT_ROOT, printable
 
 COMMAND = 4 * " "  # before a command
 CONTINUED = " \\"  # at the end of a line of a command
+LONGEST_CHOICES = 40  # characters of names that a usage line shows
 TOGETHER = r"'[^']*'|\"[^\"]*\"|--\S+ (?!-)"  # in a line: what is quoted, a flag and its value
 
 
@@ -59,8 +60,10 @@ class WithDefaults(argparse.HelpFormatter):
 
 
 def _lists_choices(action: argparse.Action) -> bool:
-    """Whether a flag takes several of some names, which its help then lists: argparse would show them twice."""
-    return bool(action.choices) and action.nargs == "+"
+    """Whether the help of a flag lists its names: it takes several, which argparse shows twice, or they are long."""
+    if not action.choices or not action.option_strings:
+        return False
+    return action.nargs == "+" or len(",".join(map(str, action.choices))) > LONGEST_CHOICES
 
 
 def in_words(default: Any) -> str:

@@ -64,7 +64,7 @@ def _records(
 
 
 def _query(row: int, triplet: Triplet, benchmark: Benchmark) -> Record:
-    kinds = {"kinds": list(triplet.kinds)} if triplet.kinds else {}
+    some_have = {"kinds": list(triplet.kinds), "extended": list(triplet.extended)}
     return {
         "query": row,
         "pair_id": triplet.pair_id,
@@ -73,7 +73,7 @@ def _query(row: int, triplet: Triplet, benchmark: Benchmark) -> Record:
         "other_targets": list(triplet.other_targets),
         "caption": benchmark.caption(triplet.captions),
         "group": list(triplet.group),
-        **kinds,
+        **{name: texts for name, texts in some_have.items() if texts},
         "protocols": {},
     }
 

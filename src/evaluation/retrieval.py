@@ -134,7 +134,8 @@ def rank(
                 group = _rank_group(similarity, frozen, rows, sort=k > 0)
                 for protocol, parts in blocks.items():
                     whole = similarity.clone() if len(blocks) > 1 else similarity
-                    allowed = protocol.restrict(whole, frozen.reference_rows[rows], frozen.outside)
+                    outside = frozen.outside_of(protocol.gallery)
+                    allowed = protocol.restrict(whole, frozen.reference_rows[rows], outside)
                     most = min(k, protocol.most_answers(frozen.split))
                     parts.append(_rank_gallery(allowed, frozen, rows, group=group, k=most))
         if tells_nothing and if_equal:

@@ -133,6 +133,7 @@ class RankedQuery(Schema):
     caption: str
     group: list[str]
     kinds: list[str] = []
+    extended: list[str] = []
     protocols: Annotated[dict[str, Ranked], Field(min_length=1)]
     # May be missing, but not null.
     in_group: Ranked = cast("Ranked", None)

@@ -163,6 +163,12 @@ class FrozenSplit:
         """Whether a gallery image is neither reference nor target of any triplet, (N,) bool."""
         return self._table("outside")
 
+    def outside_of(self, gallery: str) -> Tensor | None:
+        """Whether an image is not in a protocol's gallery, (N,) bool; None where all are."""
+        if gallery == "VAL":
+            return self.outside
+        return self._table("unlisted") if self.split.only_asked else None
+
     def _table(self, name: str) -> Tensor:
         """What the split says of its rows under a name, as a tensor on the device."""
         if name not in self.tables:

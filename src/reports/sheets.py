@@ -95,6 +95,7 @@ class Card:
     Attributes:
         label: what it is called, as "dress 12" or "pairid 12060".
         kinds: what it asks for, where its benchmark says so.
+        extended: what else its annotators said.
         rows: title -> a ranking, of the gallery or of the query's group.
         bars: name -> share: how much of the residual is text, and the weights of the experts.
     """
@@ -105,6 +106,7 @@ class Card:
     rows: Mapping[str, Row]
     bars: Mapping[str, float]
     kinds: Sequence[str] = ()
+    extended: Sequence[str] = ()
 
     @property
     def heading(self) -> str:
@@ -138,6 +140,7 @@ def make_card(label: str, query: dict[str, Any], protocol: str, *, k: int) -> Ca
         rows=rows,
         bars=shares(query.get("gate"), query.get("experts", [])),
         kinds=query.get("kinds", []),
+        extended=query.get("extended", []),
     )
 
 
@@ -235,9 +238,10 @@ def _query(card: Card, pictures: Mapping[str, Picture]) -> str:
             label = f"{rank + 1}. {'the' if name == next(iter(row.ranks)) else 'another'} target"
             figures.append(_figure(pictures, name, label, is_target=True))
         rows.append(f'<div class="rank">{pages.text(row.heading(title))}</div>{_in_lines(figures)}')
+    extended = "".join(f'<p class="about">{pages.text(said)}</p>' for said in card.extended)
     return (
         f'<div class="query"><div>{_figure(pictures, card.reference, card.heading)}'
-        f'<p class="caption">{pages.text(card.caption)}</p>{pages.bars(card.bars)}</div>'
+        f'<p class="caption">{pages.text(card.caption)}</p>{extended}{pages.bars(card.bars)}</div>'
         f"<div>{''.join(rows)}</div></div>"
     )
 

@@ -152,7 +152,7 @@ class Clip(Flags):
     background: Annotated[str, OneOf(BACKGROUNDS)] | None = setting(
         None,
         "what transparent images are read on; with a color, images are read upright, scaled to 8 bits and in sRGB; "
-        "original: as the original reads them (default: white, but original for FashionIQ, CIRR and CIRCO)",
+        "original: as the original reads them (default: white, but original for published benchmarks)",
     )
 
 

@@ -1,0 +1,119 @@
+"""GeneCIS: its two tasks on objects, their files, protocol and metrics.
+
+The form of the files and the metrics are those of github.com/facebookresearch/genecis (README.md,
+datasets/coco_dataset.py, eval/eval_functions.py). Its two tasks on attributes ask for crops of Visual Genome's images,
+and are left out.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from benchmarks.base import Benchmark
+from benchmarks.entries import Distinct, Entry, FromList, Query, read_queries
+from benchmarks.metrics import Metric, Ranks
+from benchmarks.protocols import ORIGINAL_REMOVED
+from benchmarks.splits import Triplet
+
+if TYPE_CHECKING:
+    import numpy as np
+
+RECALLS = (1, 2, 3)
+DISTRACTORS = 14
+TASKS = {"change_object": "change", "focus_object": "focus"}
+
+
+class GenecisImage(Entry):
+    """An image of COCO."""
+
+    val_image_id: Annotated[int, Field(ge=0)]
+
+
+class GenecisQuery(Query):
+    """An entry of `{task}.json`: a query with the images that it is to be told from."""
+
+    reference: GenecisImage
+    condition: str
+    target: GenecisImage
+    gallery: Annotated[
+        tuple[GenecisImage, ...],
+        FromList,
+        Field(min_length=DISTRACTORS, max_length=DISTRACTORS),
+        Distinct,
+    ]
+
+    @model_validator(mode="after")
+    def apart(self) -> "GenecisQuery":
+        """The reference is none of its gallery."""
+        if self.reference in self.gallery:
+            raise PydanticCustomError("apart", "gallery should not have reference among them")
+        return self
+
+    def triplet(self) -> Triplet:
+        members = [_name(image) for image in (self.reference, self.target, *self.gallery)]
+        return Triplet(
+            reference=members[0],
+            captions=(self.condition,),
+            target=members[1],
+            group=tuple(dict.fromkeys(members)),  # one official query has its target again
+        )
+
+
+def _name(image: GenecisImage) -> str:
+    return str(image.val_image_id)
+
+
+class GeneCIS(Benchmark):
+    """GeneCIS (Vaze et al., CVPR 2023), the tasks on objects: each query has a gallery of 15 images of its own.
+
+    That gallery is its group here, and the recalls are those in groups. Sheets also show the nearest of all images of a
+    task.
+    """
+
+    name = "GeneCIS"
+    run_name = "genecis"
+    folder = "genecis_dataset"
+    parts = tuple(TASKS)
+    train_split = None
+    test_split = None
+    official = {"change_object.val": (1960, 2739), "focus_object.val": (1960, 2198)}
+    counts_explained = "Of the official queries 167 and 427 repeat another one, and count twice"
+    protocols = (ORIGINAL_REMOVED,)
+    reported = {
+        f"{task}_recall_at{k}": Metric(f"{title} R@{k}")
+        for task, title in TASKS.items()
+        for k in RECALLS
+    }
+
+    def files(self, part: str, split: str) -> tuple[Path, Path]:
+        file = self.annotation_folder() / f"{part}.json"
+        return file, file
+
+    def image_folders(self, part: str) -> list[Path]:
+        return [self.annotation_folder() / "val2017"]
+
+    def part_name(self, part: str, split: str) -> str:
+        return part
+
+    def image_places(self, images_file: Path) -> dict[str, str]:
+        places = {}
+        for _, triplet in self.queries(images_file, self.val_split):
+            places.update({name: f"{int(name):012d}.jpg" for name in triplet.group})
+        return places
+
+    def queries(self, queries_file: Path, split: str) -> Iterable[tuple[str, Triplet]]:
+        return read_queries(GenecisQuery, queries_file, remedy=self.remedy)
+
+    def hits(self, ranks: Ranks) -> "dict[str, np.ndarray]":
+        if ranks.in_group is None:
+            raise ValueError("GeneCIS is measured in the galleries of its queries")
+        return {f"recall_at{k}": ranks.in_group < k for k in RECALLS}
+
+    def summary(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        metrics = {}
+        for task, recalls in scores.items():
+            metrics.update({f"{task}_{name}": value for name, value in recalls.items()})
+        return metrics
