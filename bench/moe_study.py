@@ -22,8 +22,8 @@ import combiner_train
 import shapes_dataset
 from benchmarks import BENCHMARKS
 from benchmarks.metrics import mean_and_deviation
-from combiner import build_combiner
 from demo import best_weights
+from equal_parameters import PLAIN, equal_hidden_dim, parameters
 from models.encoder import versions
 from runs import SHAPES_STAGE_1, SHAPES_STAGE_2, columns
 from training.hyper_parameters import read_hyper_parameters
@@ -40,19 +40,6 @@ def moe(experts: int, top_k: int, *losses: str) -> list[str]:
     return ["--num-experts", str(experts), "--top-k", str(top_k), *losses]
 
 
-def equal_hidden_dim() -> int:
-    """The hidden size at which the plain Combiner has the parameters of the MoE Combiner."""
-    wanted = parameters({**SIZES, "combiner_type": "moe", "num_experts": 4, "top_k": 2})
-    base = {**SIZES, "combiner_type": "clip4cir"}
-    one, two = (parameters({**base, "hidden_dim": size}) for size in (1, 2))
-    return 1 + round((wanted - one) / (two - one))
-
-
-def parameters(settings: dict) -> int:
-    """How many a Combiner has."""
-    return sum(p.numel() for p in build_combiner(settings).parameters())
-
-
 def methods() -> dict[str, list[str]]:
     """Name -> flags of what is compared."""
     sizes = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2)]
@@ -63,7 +50,9 @@ def methods() -> dict[str, list[str]]:
         found[f"E 4, k 2, router z {weight}"] = moe(4, 2, "--router-z-weight", weight)
     plain = ["--combiner-type", "clip4cir"]
     found["plain, H 512"] = plain
-    found["plain, equal parameters"] = [*plain, "--hidden-dim", str(equal_hidden_dim())]
+    mixture = {**SIZES, "combiner_type": "moe", "num_experts": 4, "top_k": 2}
+    equal = equal_hidden_dim(mixture, PLAIN)
+    found["plain, equal parameters"] = [*plain, "--hidden-dim", str(equal)]
     return found
 
 

@@ -65,7 +65,6 @@ PARTS: dict[str, Recipe] = {
     "symmetric": Recipe("--loss symmetric", "--loss symmetric"),
     "learned temperature": Recipe("--learn-temperature", "--learn-temperature"),
     "warm-up and cosine": Recipe("--warmup-steps 50 --cosine", "--warmup-steps 20 --cosine"),
-    "EMA": Recipe("--ema-decay 0.98", "--ema-decay 0.98"),
     "clipped gradient": Recipe("--clip-grad-norm 1", "--clip-grad-norm 1"),
     "caption dropout": Recipe("--drop-text 0.05", "--drop-text 0.05"),
     "image dropout": Recipe("--drop-image 0.1", "--drop-image 0.1"),
@@ -74,14 +73,19 @@ PARTS: dict[str, Recipe] = {
     "feature noise": Recipe(stage_2="--feature-noise 0.1"),
     "mixed triplets": Recipe(stage_2="--mix 0.2"),
     "bank": Recipe(stage_2="--negatives bank"),
+    "label smoothing": Recipe("--label-smoothing 0.1", "--label-smoothing 0.1"),
+    "hard negatives, stage 1": Recipe("--hard-negatives 1"),
+    "hard negatives, stage 2": Recipe(stage_2="--hard-negatives 2"),
+    "LoRA": Recipe("--lora-rank 16 --learning-rate 3e-3"),
+    "EMA, stage 1": Recipe("--ema-decay 0.98"),
+    "EMA, stage 2": Recipe(stage_2="--ema-decay 0.98"),
+    "masked duplicates, stage 1": Recipe("--mask-duplicate-targets"),
     "balanced load": Recipe(stage_2="--load-balancing-weight 0.1"),
+    "bias for balance": Recipe(stage_2="--router-bias 0.01"),
+    "shared expert": Recipe(stage_2="--shared-expert --num-experts 3"),
+    "router norm": Recipe(stage_2="--router-norm"),
+    "router noise": Recipe(stage_2="--router-noise 0.5"),
 }
-
-
-# A part of both stages in the second alone, for that is soon trained.
-for _name, _part in list(PARTS.items()):
-    if _part.stage_1 and _part.stage_2:
-        PARTS[f"{_name}, stage 2 alone"] = Recipe(stage_2=_part.stage_2)
 
 
 class Study:

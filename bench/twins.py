@@ -1,36 +1,53 @@
 """Slow, plain twins written from the definitions: tests hold the code against them, benchmarks time it."""
 
+import io
+from typing import Annotated
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
+from combiner import NO_PARTS, Parts
 from models.clip_model import tokenize
 
 
 class RowLoopMoE(nn.Module):
-    """The sparse MoE row by row: for each row its k experts one after the other. Parameters named as in checkpoints."""
+    """The sparse MoE row by row: for each row its k experts one after the other. Parameters named as in checkpoints.
 
-    def __init__(self, in_dim: int, hidden_dim: int, num_experts: int, top_k: int) -> None:
+    With parts: the router sees its input normalised, a bias counts in the choice alone, a shared expert is added.
+    """
+
+    def __init__(
+        self, in_dim: int, hidden_dim: int, num_experts: int, top_k: int, parts: Parts = NO_PARTS
+    ) -> None:
         super().__init__()
         self.top_k = top_k
+        self.parts = parts
+        if parts.router_norm:
+            self.router_norm = nn.LayerNorm(in_dim)
         self.router = nn.Linear(in_dim, num_experts)
         self.experts = nn.ModuleList(
             nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Dropout(0.1))
             for _ in range(num_experts)
         )
+        if parts.router_bias:
+            self.router_bias = nn.Parameter(torch.zeros(num_experts))
+        if parts.shared_expert:
+            self.shared_expert = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU())
 
     def forward(self, x: Tensor) -> Tensor:
         rows = []
         for row in x:
-            logits, chosen = self.router(row).topk(self.top_k)
-            weights = logits.softmax(0)
-            rows.append(
-                sum(
-                    w * self.experts[e](row[None])[0]
-                    for w, e in zip(weights, chosen.tolist(), strict=True)
-                )
-            )
+            logits = self.router(self.router_norm(row) if self.parts.router_norm else row)
+            scores = (logits + self.router_bias if self.parts.router_bias else logits).tolist()
+            chosen = sorted(range(len(scores)), key=lambda e: -scores[e])[: self.top_k]
+            weights = logits[chosen].softmax(0)
+            outputs = [w * self.experts[e](row) for w, e in zip(weights, chosen, strict=True)]
+            if self.parts.shared_expert:
+                outputs.append(self.shared_expert(row))
+            rows.append(sum(outputs))
         return torch.stack(rows)
 
 
@@ -194,3 +211,78 @@ def protocol_rankings(similarity: Tensor, split, gallery: str, reference: str) -
             allowed.remove(triplet.reference)
         rankings.append(ranked_names(values, split.names, allowed))
     return rankings
+
+
+def nearest_by_topk(queries: Tensor, images: Tensor, k: int) -> None:
+    """The k nearest images of each query by a product and `topk`, 512 queries at a time."""
+    gallery = F.normalize(images, dim=-1)
+    for block in queries.split(512):
+        (block @ gallery.T).topk(k)
+
+
+def nearest_by_faiss(queries: Tensor, images: Tensor, k: int) -> None:
+    """The same by a flat index of FAISS."""
+    import faiss
+
+    index = faiss.IndexFlatIP(images.shape[1])
+    index.add(F.normalize(images, dim=-1).numpy())
+    index.search(queries.numpy(), k)
+
+
+class Photos(torch.utils.data.Dataset):
+    """Image files as open_clip reads them."""
+
+    def __init__(self, paths, preprocess) -> None:
+        self.paths = paths
+        self.preprocess = preprocess
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self.preprocess(Image.open(self.paths[row]))
+
+
+@torch.no_grad()
+def images_by_open_clip(model, preprocess, paths) -> Tensor:
+    """Features (N, D) of image files as open_clip's examples make them."""
+    batches = torch.utils.data.DataLoader(Photos(paths, preprocess), batch_size=32)
+    return torch.cat([model.encode_image(batch) for batch in batches])
+
+
+def plain_search_app(searcher, k: int):
+    """A page's server as one would write it: a function that decodes, encodes, composes and sorts, and no limits.
+
+    Args:
+        searcher: its encoder, Combiner and features are asked; its search is not.
+    """
+    from fastapi import FastAPI, File, Form
+
+    encoder = searcher.pair.encoder
+    features = torch.cat(
+        [torch.from_numpy(searcher.index.features_of(row)) for row in range(len(searcher))]
+    )
+    gallery = F.normalize(features, dim=-1)
+    app = FastAPI()
+
+    @app.post("/search")
+    def search(
+        text: Annotated[str, Form()],
+        row: Annotated[int | None, Form()] = None,
+        image: Annotated[bytes | None, File()] = None,
+    ) -> dict:
+        with torch.no_grad():
+            if image is None:
+                reference = features[row : row + 1]
+            else:
+                pixels = encoder.loader.read(io.BytesIO(image))
+                reference = encoder.read_images(pixels.unsqueeze(0))
+            query = searcher.pair.compose(reference, encoder.captions([text]))
+            similarities, rows = (query @ gallery.T)[0].topk(k)
+        answers = []
+        for number, similarity in zip(rows.tolist(), similarities.tolist(), strict=True):
+            name = searcher.image(number).name
+            answers.append({"row": number, "name": name, "similarity": similarity})
+        return {"answers": answers}
+
+    return app

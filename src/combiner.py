@@ -5,7 +5,7 @@ Shapes: B queries, D = CLIP's feature length, P = projection_dim, H = hidden_dim
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +26,12 @@ ATTENTION_HEADS = 4
 ORIGINAL_TOP_K = 2
 # What all features pass first; both kinds of Combiner name them so.
 PROJECTIONS = ("text_projection_layer", "image_projection_layer")
+# A part that a mixture may have -> a weight of its own, which tells of it where no configuration does.
+TOLD_BY = {
+    "shared_expert": "moe_layer.shared_expert.0.weight",
+    "router_norm": "moe_layer.router_norm.weight",
+    "router_bias": "moe_layer.router_bias",
+}
 
 
 def compose_sum(image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -50,6 +56,32 @@ class Insight:
         return Insight(experts=self.experts.cpu(), gate=self.gate.cpu())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a mixture has that the original's has not: by default, nothing.
+
+    Attributes:
+        shared_expert: one more expert, which every query goes through (Dai et al. 2024, arXiv 2401.06066, section 3.2).
+        router_norm: whether the router sees its input layer-normalised.
+        router_bias: not 0 where a bias counts in the choice of experts (Wang et al. 2024, arXiv 2408.15664).
+        router_noise: standard deviation of the noise on the router's logits in training (Shazeer et al. 2017).
+    """
+
+    shared_expert: bool = False
+    router_norm: bool = False
+    router_bias: float = 0.0
+    router_noise: float = 0.0
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Parts":
+        """Those that the settings of a Combiner name."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: settings[name] for name in names if settings.get(name)})
+
+
+NO_PARTS = Parts()
+
+
 class Composer(nn.Module, ABC):
     """A way to compose queries: unnormalised image and text features (B, D), (B, D) -> normalised queries (B, D).
 
@@ -66,12 +98,23 @@ class Composer(nn.Module, ABC):
         """Whether a router sends queries to experts."""
         return self.top_k > 0
 
+    @property
+    def router_bias(self) -> Tensor | None:
+        """What is added to the router's logits (E,) where experts are chosen; None where nothing is."""
+        return None
+
     @abstractmethod
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Unnormalised CLIP features (B, D), (B, D) -> normalised query (B, D)."""
 
-    def insight(self, image_features: Tensor, text_features: Tensor) -> Insight | None:
-        """What it does with queries (B, D), (B, D); None where there is nothing to see."""
+    def insight(
+        self, image_features: Tensor, text_features: Tensor, lean: Tensor | None = None
+    ) -> Insight | None:
+        """What it does with queries (B, D), (B, D); None where there is nothing to see.
+
+        Args:
+            lean: of the gate, see `leaned`.
+        """
         return None
 
     def routed(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,6 +192,17 @@ class Reordered(torch.autograd.Function):
         return back, None, None
 
 
+def choose(logits: Tensor, top_k: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The k experts of each row: their logits (B, k) and their numbers (B, k), of logits (B, E).
+
+    A bias (E,) counts in the choice alone: what the experts weigh is of the logits.
+    """
+    if bias is None:
+        return logits.topk(top_k, dim=-1)
+    chosen = (logits + bias).topk(top_k, dim=-1).indices
+    return logits.gather(-1, chosen), chosen
+
+
 def has_grouped_product(rows: Tensor, columns: int) -> bool:
     """Whether one kernel multiplies all groups of rows (n, m) to (n, columns), and reads their bounds on the device.
 
@@ -170,16 +224,32 @@ class SparseMoE(nn.Module):
 
     Of a row's E router logits the k largest are kept; softmax over those k alone weighs the experts' outputs.
     Rows are grouped by expert, so an expert runs once on all of its rows. One without rows does not run and gets no
-    gradient; in a grouped product it gets a gradient of zeros.
+    gradient; in a grouped product it gets a gradient of zeros. A shared expert's output is added to the mixture.
+
+    Attributes:
+        load: (E,) rows that each expert had in the last forward pass, where there is a bias to be moved by it.
     """
 
-    def __init__(self, in_dim: int, hidden_dim: int, num_experts: int, top_k: int) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        parts: Parts = NO_PARTS,
+    ) -> None:
         super().__init__()
         self.top_k = top_k
+        self.noise = parts.router_noise
+        self.router_norm = nn.LayerNorm(in_dim) if parts.router_norm else nn.Identity()
         self.router = nn.Linear(in_dim, num_experts)
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU()) for _ in range(num_experts)
-        )
+        self.experts = nn.ModuleList(_expert(in_dim, hidden_dim) for _ in range(num_experts))
+        self.shared_expert = _expert(in_dim, hidden_dim) if parts.shared_expert else None
+        # A parameter without gradient, not a buffer: a moving average of the weights follows it too.
+        bias = nn.Parameter(torch.zeros(num_experts), requires_grad=False)
+        self.router_bias = bias if parts.router_bias else None
+        self.load: Tensor | None = None
         self.dropout = RowDropout(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -187,16 +257,22 @@ class SparseMoE(nn.Module):
         return self.mix(x, self.route(x))
 
     def route(self, x: Tensor) -> Tensor:
-        """The router's logits, (B, in_dim) -> (B, E).
+        """The router's logits, (B, in_dim) -> (B, E), in training with their noise.
 
         Never in half precision, which would flip choices (Fedus et al. 2021, arXiv 2101.03961, section 2.4).
         """
         with torch.autocast(x.device.type, enabled=False):
-            return self.router(x.to(torch.promote_types(x.dtype, torch.float32)))
+            exact = x.to(torch.promote_types(x.dtype, torch.float32))
+            logits = self.router(self.router_norm(exact))
+        if not (self.noise and self.training):
+            return logits
+        # That of the global batch, of which each process takes its own rows, as in RowDropout.
+        noise = logits.new_empty(distributed.world_size(), *logits.shape).normal_(std=self.noise)
+        return logits + noise[distributed.rank()]
 
     def mix(self, x: Tensor, router_logits: Tensor) -> Tensor:
         """(B, in_dim) and the router's (B, E) for them -> (B, H)."""
-        logits, chosen = router_logits.topk(self.top_k, dim=-1)  # (B, k), (B, k)
+        logits, chosen = choose(router_logits, self.top_k, self.router_bias)  # (B, k), (B, k)
         # (B * k,) each: slots b * k + j, those of one expert side by side, and where each slot then is.
         experts, slots = chosen.flatten().sort(stable=True)
         places = slots.argsort()
@@ -205,13 +281,16 @@ class SparseMoE(nn.Module):
         outputs = self.run_experts(rows, experts)
         ungrouped = Reordered.apply(outputs, places, slots).unflatten(0, chosen.shape)  # (B, k, H)
         # In float32: the router learns from the difference of outputs that may be nearly alike.
-        return (logits.softmax(-1).unsqueeze(-1) * self.dropout(ungrouped)).sum(1)
+        mixed = (logits.softmax(-1).unsqueeze(-1) * self.dropout(ungrouped)).sum(1)
+        return mixed if self.shared_expert is None else mixed + self.dropout(self.shared_expert(x))
 
     def run_experts(self, rows: Tensor, experts: Tensor) -> Tensor:
         """Rows (n, in_dim) and the expert of each, (n,) ascending -> their outputs (n, H)."""
         every = torch.arange(len(self.experts), device=rows.device)
         is_of = experts.unsqueeze(1) == every  # (n, E)
         counts = is_of.sum(0)  # (E,)
+        if self.router_bias is not None:
+            self.load = counts
         layers = [cast(nn.Linear, expert.get_submodule("0")) for expert in self.experts]
         if has_grouped_product(rows, layers[0].out_features):
             # Autocast does not cast what goes into a grouped product.
@@ -224,6 +303,16 @@ class SparseMoE(nn.Module):
         # Without strict, which the compiler of torch 2.6 does not know.
         pairs = zip(self.experts, parts)  # noqa: B905
         return torch.cat([expert(part) for expert, part in pairs if len(part)])
+
+    @torch.no_grad()
+    def rebalance(self, rate: float) -> None:
+        """Move the bias by a rate towards experts that had less of the global batch than the mean, from the others.
+
+        So loads are evened without a loss (Wang et al. 2024, arXiv 2408.15664, algorithm 1).
+        """
+        if self.router_bias is not None and self.load is not None:
+            load = distributed.gather_rows(self.load.unsqueeze(0)).sum(0).float()  # (E,)
+            self.router_bias.add_((load.mean() - load).sign(), alpha=rate)
 
 
 class Combiner(Composer):
@@ -240,6 +329,8 @@ class Combiner(Composer):
         hidden_dim: int,
         num_experts: int = 4,
         top_k: int = 2,
+        *,
+        parts: Parts = NO_PARTS,
     ):
         super().__init__()
         if projection_dim % ATTENTION_HEADS:
@@ -255,19 +346,27 @@ class Combiner(Composer):
         self.attn_layer = nn.MultiheadAttention(projection_dim, ATTENTION_HEADS, batch_first=True)
         self.attn_norm = nn.LayerNorm(projection_dim)
         self.top_k = top_k
-        self.moe_layer = SparseMoE(2 * projection_dim, hidden_dim, num_experts, top_k)
+        self.moe_layer = SparseMoE(2 * projection_dim, hidden_dim, num_experts, top_k, parts=parts)
         self.output_layer = nn.Linear(hidden_dim, clip_dim)
         self.gate_net = _gate(2 * projection_dim, hidden_dim, clip_dim)
         self.dropout = RowDropout(0.5)
 
-    def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        return self.routed(image_features, text_features)[0]
+    @property
+    def router_bias(self) -> Tensor | None:
+        return self.moe_layer.router_bias
 
-    def routed(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, lean: Tensor | None = None
+    ) -> Tensor:
+        return self.routed(image_features, text_features, lean)[0]
+
+    def routed(
+        self, image_features: Tensor, text_features: Tensor, lean: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         joint = self.joint(image_features, text_features)  # (B, 2P)
         logits = self.moe_layer.route(joint)  # (B, E)
         hidden = self.dropout(F.relu(self.moe_layer.mix(joint, logits)))  # (B, H)
-        gate = torch.sigmoid(self.gate_net(joint))  # (B, D)
+        gate = leaned(self.gate_net(joint), lean)  # (B, D)
         composed = self.output_layer(hidden) + gate * text_features + (1 - gate) * image_features
         return F.normalize(composed, dim=-1), logits
 
@@ -284,13 +383,15 @@ class Combiner(Composer):
         return self.attn_norm(pair + attended).flatten(1)
 
     @torch.no_grad()
-    def insight(self, image_features: Tensor, text_features: Tensor) -> Insight:
+    def insight(
+        self, image_features: Tensor, text_features: Tensor, lean: Tensor | None = None
+    ) -> Insight:
         """What the mixture and the gate do with queries."""
         joint = self.joint(image_features, text_features)
         logits = self.moe_layer.route(joint)
-        values, chosen = logits.topk(self.moe_layer.top_k, dim=-1)
+        values, chosen = choose(logits, self.top_k, self.router_bias)
         weights = torch.zeros_like(logits).scatter(1, chosen, values.softmax(-1))
-        return Insight(experts=weights, gate=torch.sigmoid(self.gate_net(joint)).mean(1))
+        return Insight(experts=weights, gate=leaned(self.gate_net(joint), lean).mean(1))
 
 
 class PlainCombiner(Composer):
@@ -305,10 +406,12 @@ class PlainCombiner(Composer):
         self.dynamic_scalar = _gate(2 * projection_dim, hidden_dim, 1)
         self.dropout = RowDropout(0.5)
 
-    def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, lean: Tensor | None = None
+    ) -> Tensor:
         joint = self.joint(image_features, text_features)  # (B, 2P)
         hidden = self.dropout(F.relu(self.combiner_layer(joint)))  # (B, H)
-        scalar = torch.sigmoid(self.dynamic_scalar(joint))  # (B, 1)
+        scalar = leaned(self.dynamic_scalar(joint), lean)  # (B, 1)
         composed = (
             self.output_layer(hidden) + scalar * text_features + (1 - scalar) * image_features
         )
@@ -321,17 +424,33 @@ class PlainCombiner(Composer):
         return torch.cat([text, image], dim=-1)
 
     @torch.no_grad()
-    def insight(self, image_features: Tensor, text_features: Tensor) -> Insight:
+    def insight(
+        self, image_features: Tensor, text_features: Tensor, lean: Tensor | None = None
+    ) -> Insight:
         """What the scalar does with queries."""
         joint = self.joint(image_features, text_features)
-        scalar = torch.sigmoid(self.dynamic_scalar(joint)).squeeze(1)  # (B,)
+        scalar = leaned(self.dynamic_scalar(joint), lean).squeeze(1)  # (B,)
         return Insight(experts=joint.new_empty(len(joint), 0), gate=scalar)
+
+
+def leaned(logits: Tensor, lean: Tensor | None) -> Tensor:
+    """The gate of its logits (B, n), leaned towards image or text.
+
+    Args:
+        lean: (B,) from 0, the image alone in the residual, to 1, the text alone. The gate's odds are multiplied by
+            lean / (1 - lean), so 1/2 is the gate as it was trained, to the last bit; None is the same.
+    """
+    return torch.sigmoid(logits if lean is None else logits + lean.logit().unsqueeze(1))
 
 
 def _normed_projection(clip_dim: int, projection_dim: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(clip_dim, projection_dim), nn.LayerNorm(projection_dim), nn.ReLU()
     )
+
+
+def _expert(in_dim: int, hidden_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU())
 
 
 def _gate(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
@@ -345,13 +464,14 @@ def build_combiner(settings: Mapping[str, Any]) -> Composer:
     sizes = {name: settings[name] for name in ("clip_dim", "projection_dim", "hidden_dim")}
     if settings["combiner_type"] == "clip4cir":
         return PlainCombiner(**sizes)
-    return Combiner(**sizes, num_experts=settings["num_experts"], top_k=settings["top_k"])
+    mixture = {name: settings[name] for name in ("num_experts", "top_k")}
+    return Combiner(**sizes, **mixture, parts=Parts.of(settings))
 
 
 def combiner_settings(
     state: Mapping[str, Tensor], config: Mapping[str, Any], path: Path
 ) -> CombinerSettings:
-    """Kind, sizes, experts and k of a Combiner.
+    """Kind, sizes, experts, k and parts of a Combiner, of which parts those alone that it has.
 
     Its weights tell them; k, which weights cannot tell, is that of its configuration, else the original's 2.
 
@@ -379,7 +499,8 @@ def combiner_settings(
         raise UserError(
             f"{source}: top_k is {top_k}, but its weights have {num_experts} experts: name another, or --top-k"
         )
-    return {"combiner_type": "moe", **sizes, "num_experts": num_experts, "top_k": top_k}
+    parts = {name: True for name, weight in TOLD_BY.items() if weight in state or config.get(name)}
+    return {"combiner_type": "moe", **sizes, "num_experts": num_experts, "top_k": top_k, **parts}
 
 
 def assumed_top_k(
@@ -415,8 +536,9 @@ def load_combiner(
         config = {"top_k": wanted["top_k"], **config}
     settings = combiner_settings(state, config, path)
     for name, value in wanted.items():
-        if value is not None and value != settings[name]:
-            has = "none" if settings[name] is None else settings[name]
+        has = settings.get(name)
+        if value is not None and value != has:
+            has = "none" if has is None else has
             raise UserError(
                 f"{flag(name)} {value} disagrees with {path}, which has {has}: leave the flag out"
             )

@@ -157,6 +157,7 @@ def planned_clip(args: argparse.Namespace, gpu: Gpu) -> "CountedClip":
         args.encoder,
         batch_size=args.clip_bs,
         precision=choice["encode_precision"],
+        lora=groups.Lora.of(args) if args.stage == "stage1" else None,
     )
 
 
@@ -173,6 +174,7 @@ def planned_training(args: argparse.Namespace, gpu: Gpu) -> "Training":
         "precision": precision,
         "averaged": args.ema_decay is not None,
         "masked": args.mask_duplicate_targets,
+        "hard_negatives": args.hard_negatives,
     }
     if args.stage == "stage1":
         return FineTuning(**shared)

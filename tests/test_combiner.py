@@ -1,5 +1,6 @@
 """The Combiners against their definitions, in values and gradients, and their checkpoints."""
 
+import math
 import statistics
 import time
 
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 
 import combiner
 from combiner import (
+    NO_PARTS,
     Combiner,
+    Parts,
     PlainCombiner,
     Reordered,
     SparseMoE,
@@ -28,11 +31,17 @@ from training.step import Gradient
 from twins import DefinedCombiner, DefinedPlainCombiner, RowLoopMoE
 from utils import UserError
 
+ALL_PARTS = Parts(shared_expert=True, router_norm=True, router_bias=0.1, router_noise=1.0)
 
-def moe_and_twin(num_experts: int, top_k: int, seed: int = 0, dtype=torch.float64):
+
+def moe_and_twin(
+    num_experts: int, top_k: int, seed: int = 0, dtype=torch.float64, parts: Parts = NO_PARTS
+):
     torch.manual_seed(seed)
-    moe = SparseMoE(6, 5, num_experts, top_k).to(dtype).eval()
-    twin = RowLoopMoE(6, 5, num_experts, top_k).to(dtype).eval()
+    moe = SparseMoE(6, 5, num_experts, top_k, parts=parts).to(dtype).eval()
+    if parts.router_bias:
+        moe.router_bias.normal_()
+    twin = RowLoopMoE(6, 5, num_experts, top_k, parts).to(dtype).eval()
     twin.load_state_dict(moe.state_dict())
     return moe, twin
 
@@ -54,9 +63,20 @@ def assert_same_values_and_gradients(moe, twin, x, tolerance=1e-12):
 
 
 @settings(max_examples=60)
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 9), st.integers(0, 1000))
-def test_moe_equals_its_definition(num_experts, top_k, rows, seed):
-    moe, twin = moe_and_twin(num_experts, min(top_k, num_experts), seed)
+@given(
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.integers(1, 9),
+    st.integers(0, 1000),
+    st.builds(
+        Parts,
+        shared_expert=st.booleans(),
+        router_norm=st.booleans(),
+        router_bias=st.sampled_from([0.0, 0.1]),
+    ),
+)
+def test_moe_equals_its_definition(num_experts, top_k, rows, seed, parts):
+    moe, twin = moe_and_twin(num_experts, min(top_k, num_experts), seed, parts=parts)
     x = torch.randn(rows, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     assert_same_values_and_gradients(moe, twin, x)
 
@@ -115,10 +135,15 @@ def grouped(monkeypatch):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize(("num_experts", "top_k"), [(4, 2), (4, 1), (4, 4), (1, 1)])
-def test_a_grouped_product_equals_one_product_an_expert(num_experts, top_k, autocast, grouped):
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "parts"),
+    [(4, 2, NO_PARTS), (4, 1, NO_PARTS), (4, 4, NO_PARTS), (1, 1, NO_PARTS), (4, 2, ALL_PARTS)],
+)
+def test_a_grouped_product_equals_one_product_an_expert(
+    num_experts, top_k, parts, autocast, grouped
+):
     torch.manual_seed(2)
-    moe = SparseMoE(16, 8, num_experts, top_k).eval()
+    moe = SparseMoE(16, 8, num_experts, top_k, parts=parts).eval()
     with torch.no_grad():
         moe.router.bias[0] = -1e9  # unless all are chosen, the first expert has no rows
     x = torch.randn(7, 16)
@@ -133,6 +158,7 @@ def test_a_grouped_product_equals_one_product_an_expert(num_experts, top_k, auto
         gradients = [
             torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in moe.parameters()
         ]
+        assert moe.load is None or sum(moe.load) == top_k * len(x)
         results.append([out, own.grad, *gradients])
     tolerance = 2**-6 if autocast else 1e-6  # bfloat16: the bias is added after rounding
     for one_by_one, at_once in zip(*results, strict=True):
@@ -252,6 +278,23 @@ def test_the_plain_combiner_equals_its_definition():
     twin.load_state_dict(ours.state_dict())
     image, text = torch.randn(2, 9, 12, dtype=torch.float64)
     torch.testing.assert_close(ours(image, text), twin(image, text))
+
+
+@pytest.mark.parametrize("kind", [Combiner, PlainCombiner])
+def test_a_gate_leans_as_by_a_bias_and_in_the_middle_not_at_all(kind):
+    torch.manual_seed(0)
+    combiner = kind(8, 8, 6).eval()
+    image, text = torch.randn(2, 3, 8)
+    trained = combiner(image, text)
+    assert torch.equal(combiner(image, text, torch.full([3], 0.5)), trained)
+    leaned = combiner(image, text, torch.tensor([0, 0.8, 1]))
+    gates = combiner.insight(image, text, torch.tensor([0, 0.8, 1])).gate
+    net = combiner.gate_net if kind is Combiner else combiner.dynamic_scalar
+    with torch.no_grad():
+        net[-1].bias += math.log(0.8 / 0.2)
+    torch.testing.assert_close(leaned[1], combiner(image, text)[1])
+    torch.testing.assert_close(gates[1], combiner.insight(image, text).gate[1])
+    assert gates[0] == 0 and gates[2] == 1
 
 
 def test_sizes_at_full_scale():

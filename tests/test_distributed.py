@@ -12,6 +12,7 @@ from test_backbones import models_made  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
+HARD = ["--loss", "symmetric", "--label-smoothing", "0.1", "--mask-duplicate-targets"]
 STAGE_1 = "--num-epochs 2 --learning-rate 1e-4 --batch-size 12 --save-training --encoder both"
 
 
@@ -79,6 +80,7 @@ def test_stage_1(micro, golden, train, tmp_path):
     name = ["--clip-model-name", golden / "clip_vit.pt", "--data-root", golden]
     flags = ["--dataset", "CIRR", *name, *STAGE_1.split(), "--learn-temperature"]
     flags += ["--drop-text", 0.3, "--drop-image", 0.2, "--flip", 0.5, "--crop", 0.5]
+    flags += [*HARD, "--hard-negatives", 2] if micro else []
     one = train(1, "clip_fine_tune", tmp_path / "one", *flags)
     two = train(
         2, "clip_fine_tune", tmp_path / "two", *flags, *micro, "--image-cache", tmp_path / "images"
@@ -131,9 +133,11 @@ def test_stage_2_with_dropout_and_experts(golden, train, tmp_path):
     assert_same_run(one, again, "Combiner")
 
 
-def test_stage_2_with_a_bank(golden, train, tmp_path):
-    flags = ["--dataset", "CIRR", "--clip-model-name", golden / "clip_vit.pt"]
+def test_stage_2_with_a_bank_and_all_parts_of_a_mixture(golden, train, tmp_path):
+    flags = ["--dataset", "CIRR", "--clip-model-name", golden / "clip_vit.pt", "--shared-expert"]
+    flags += ["--router-norm", "--router-noise", 0.5, "--router-bias", 0.1, "--ema-decay", 0.5]
     flags += ["--data-root", golden, *STAGE_2.split(), "--negatives", "bank", "--learn-temperature"]
+    flags += HARD  # the bank's duplicates are masked in the other direction
     flags += ["--feature-cache", tmp_path / "cache"]
     one = train(1, "combiner_train", tmp_path / "one", *flags)
     two = train(2, "combiner_train", tmp_path / "two", *flags)

@@ -372,6 +372,9 @@ def test_how_often_a_training_reads_an_image(drawn):
     frozen = stage_1_flags(*words, "--encoder", "text")
     assert decodings(data, learning) == 5 * steps * 24 + 3 * gallery  # epochs 0, 2 and 4
     assert decodings(data, frozen) == 5 * steps * 24 + gallery
+    mining = stage_1_flags(*words, "--hard-negatives", 3, "--mine-every", 2)
+    beside = 3 * len(data.train.paths)
+    assert decodings(data, mining) == 5 * steps * 60 + 3 * gallery + beside
 
 
 @pytest.mark.slow

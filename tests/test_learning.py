@@ -679,10 +679,3 @@ def stopped(stage_2, monkeypatch, tmp_path, *flags) -> Path:
         stage_2("CIRR", *flags, output="cut")
     (folder,) = (tmp_path / "cut").iterdir()
     return folder
-
-
-def test_a_symmetric_loss_has_no_bank(fails, drawn):
-    flags = ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--batch-size", 4]
-    flags += ["--negatives", "bank", "--loss", "symmetric"]
-    error = fails("combiner_train", drawn, "--dataset", "CIRR", *flags)
-    assert "--loss symmetric is over a batch" in error

@@ -12,6 +12,7 @@ LISTS = (
     "requirements.txt",
     "requirements-app.txt",
     "requirements-demo.txt",
+    "requirements-lora.txt",
     "requirements-milvus.txt",
     "requirements-open-clip.txt",
     "requirements-trackers.txt",

@@ -287,6 +287,17 @@ def test_a_bank_is_counted_by_its_targets_and_in_blocks(vit, monkeypatch):
     planning._lost.cache_clear()
 
 
+def test_hard_negatives_are_read_encoded_and_compared(vit):
+    way = Way(batch_size=16)
+    plain, hard = (fine_tuning(vit, hard_negatives=number) for number in (0, 2))
+    (image, _) = plain.clip.encoding(2 * 16, 0)
+    assert work(hard.step(way))["forward"] - work(plain.step(way))["forward"] == image.operations
+    assert work(hard.step(way))["loss"] == 3 * work(plain.step(way))["loss"] > 0
+    for training in (plain, combiner_training(vit)):
+        more = dataclasses.replace(training, hard_negatives=2).passing(way)
+        assert more["this batch and the next"] > training.passing(way)["this batch and the next"]
+
+
 def test_memory_of_weights_gradients_optimizer_and_average(vit):
     model = load_clip(vit, CPU)
     counts = {name: weight.numel() for name, weight in model.named_parameters()}

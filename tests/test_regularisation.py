@@ -134,19 +134,19 @@ def test_images_are_mirrored_together_unless_a_caption_says_what_a_mirror_change
     triplets = [SimpleNamespace(captions=(caption,)) for caption in captions]
     order = Order(triplets=6, variants=1, batch_size=6, seed=0)
     data = SimpleNamespace(order=order, train=SimpleNamespace(triplets=triplets))
-    images = torch.randint(256, (2, 6, 3, 4, 4), dtype=torch.uint8)
-    batch = [*images, torch.zeros(6, 1)], torch.arange(6)
-    batches = augmented(lambda epoch, first: [batch], data, stage_1_flags("--flip", 1))
+    references = torch.randint(256, (6, 3, 4, 4), dtype=torch.uint8)
+    compared = torch.randint(256, (6, 2, 3, 4, 4), dtype=torch.uint8)  # targets, hard negatives
+    batch = [references, compared, torch.zeros(6, 1)], torch.arange(6)
+    batches = augmented(lambda epoch, first: [batch], data, stage_1_flags("--flip", 1), 3)
     ((found, _),) = batches(0)
     for place, row in enumerate(order.batches(0)[0][0].tolist()):
-        for kind in (0, 1):
-            image = images[kind, place]
-            assert torch.equal(found[kind][place], image.flip(-1) if row in (0, 5) else image)
-    both = augmented(
-        lambda epoch, first: [batch], data, stage_1_flags("--flip", 0.5, "--crop", 0.3)
-    )
+        for image, given in zip(found, (references, compared), strict=False):
+            wanted = given[place].flip(-1) if row in (0, 5) else given[place]
+            assert torch.equal(image[place], wanted)
+    flags = stage_1_flags("--flip", 0.5, "--crop", 0.3)
+    both = augmented(lambda epoch, first: [batch], data, flags, 3)
     runs = [next(iter(both(epoch)))[0][:2] for epoch in (0, 0, 1)]
-    assert torch.equal(torch.stack(runs[0]), torch.stack(runs[1]))
+    assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
     assert not torch.equal(runs[0][0], runs[2][0])
 
 

@@ -111,6 +111,15 @@ def test_every_step_can_be_gone_on_from(look, kind, stage_2, stopped, resume):
     assert kills.differences(whole, run) == []
 
 
+def test_a_mixture_with_parts_goes_on_with_its_bias_and_noise(stage_2, stopped, resume):
+    flags = ["CIRR", "--shared-expert", "--router-norm", "--router-bias", 0.1, "--router-noise", 1]
+    flags += ["--load-balancing-weight", 0.1, "--ema-decay", 0.5]
+    whole, run = stage_2(*flags, output="whole"), stopped(2, *flags)
+    assert load_tensors(run / "state.pt")["parts"]["module"]["moe_layer.router_bias"].any()
+    resume(run)
+    assert kills.differences(whole, run) == []
+
+
 @pytest.mark.parametrize("look", [3, 7])
 def test_loss_scaling_goes_on_where_it_was(look, stage_2, stopped, resume, monkeypatch):
     """The scale falls over the first steps and grows after every second one that succeeds."""

@@ -71,6 +71,14 @@ def clip(clip_file):
 COMBINERS = {
     "moe": {"combiner_type": "moe", "num_experts": 3, "top_k": 1},
     "clip4cir": {"combiner_type": "clip4cir", "num_experts": None, "top_k": None},
+    "moe with parts": {
+        "combiner_type": "moe",
+        "num_experts": 3,
+        "top_k": 1,
+        "shared_expert": True,
+        "router_norm": True,
+        "router_bias": True,
+    },
 }
 
 
@@ -86,7 +94,8 @@ def load_as(kind: str, state: dict, clip, path: Path = Path("there.pt")) -> dict
         load_finetuned(clip, state, path)
         return clip.state_dict()
     wanted = {}
-    return load_combiner(state, {"top_k": 1}, path, wanted=wanted, clip_dim=12).state_dict()
+    config = {**COMBINERS[kind], "top_k": 1}
+    return load_combiner(state, config, path, wanted=wanted, clip_dim=12).state_dict()
 
 
 def weights_of(kind: str, clip) -> dict[str, torch.Tensor]:
@@ -527,6 +536,7 @@ def settings_of(script) -> Settings:
         "workspace": "w", "experiment_name": "e", "clip_model_path": "/w.pt", "transform": "clip", "target_ratio": 1.5,
         "decode": "full", "encode_precision": "fp32", "background": "white", "micro_batch_size": 4,
         "clip_grad_norm": 1.0, "ema_decay": 0.9, "seeds": [1, 2], "feature_cache": "/features", "save_every": 5,
+        "lora_rank": 4,
     }  # fmt: skip
     for name, value in flags.items():
         flags[name] = spoken[name] if value is None else value

@@ -33,7 +33,7 @@ from utils import UserError
 SPLITS = ("train", "val", "test")
 FULL = {
     "id": 1, "reference": "a.jpg", "caption": "is red", "target": "b.jpg", "group": ["a.jpg", "b.jpg"],
-    "kind": "color",
+    "negatives": ["a.jpg"], "kind": "color",
 }  # fmt: skip
 
 
@@ -76,13 +76,14 @@ WRONG = {
     "target": [*NOTHING, *NO_TEXTS, "a.jpg", ["b.jpg", "b.jpg"], ["b.jpg", "./b.jpg"], "c.jpg"],
     "id": [True, 1.5, {}, [1], 2, "2", *NOTHING],
     "group": [*NO_TEXTS, ["a.jpg"], "a.jpg", *NOTHING],
+    "negatives": [True, 1.5, {}, [None], ["a.jpg", ""], "b.jpg"],
     "kind": [True, 1.5, {}, [None], ["a", ""]],
 }
 CASES_OF_LINES = []
 for key, values in WRONG.items():
     for value in values:
         CASES_OF_LINES.append(pytest.param(key, value, id=f"{key} {json.dumps(value)}"))
-    if key != "kind":
+    if key not in ("kind", "negatives"):
         CASES_OF_LINES.append(pytest.param(key, ..., id=f"{key} missing"))
 
 
@@ -135,7 +136,7 @@ AWAY = ["../a.jpg", "/etc/passwd", "a/../../b.jpg", "C:/a.jpg", "..\\a.jpg", "a\
 
 
 @pytest.mark.parametrize("path", AWAY)
-@pytest.mark.parametrize("key", ["reference", "target", "group"])
+@pytest.mark.parametrize("key", ["reference", "target", "group", "negatives"])
 def test_a_path_that_leads_out(path, key, folder):
     wrong = [*FULL["group"], path] if key == "group" else path
     write_lines(folder, "val", [{**FULL, "group": [*FULL["group"], path], key: wrong}])

@@ -14,7 +14,7 @@ from benchmarks.metrics import NO_RANK, Metric, Ranks, Statistic, percentage
 from benchmarks.places import locate
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED, Protocol
 from benchmarks.splits import Split, Triplet
-from runtime.choices import ORIGINAL
+from runtime.choices import MINED, ORIGINAL
 from runtime.spelling import Spellings
 from utils import UserError
 
@@ -47,6 +47,8 @@ class Benchmark(ABC):
         background: what transparent images are read on where nothing is said, one of BACKGROUNDS.
         concept_template: what protocols with the concept ask, {shared_concept} and {relative_caption} in it; "" where a
             benchmark has no concepts.
+        negatives_from: where hard negatives of its training triplets are from, one of HARD_NEGATIVES; mined ones are
+            none of its own.
         protocols: the protocols it is measured under, that of the original implementation first.
         reported: metric -> what it is, in the order of the tables. One that is not named here is a percentage.
         statistics: score -> how it is made of the hits of a split's queries; the others are their means in percent.
@@ -73,6 +75,7 @@ class Benchmark(ABC):
     references_apart: bool = False
     background: str = ORIGINAL
     concept_template: str = ""
+    negatives_from: str = MINED
     protocols: tuple[Protocol, ...] = (ORIGINAL_KEPT, ORIGINAL_REMOVED)
     reported: Mapping[str, Metric]
     statistics: Mapping[str, Statistic] = MappingProxyType({})
@@ -121,14 +124,22 @@ class Benchmark(ABC):
         excluded_triplets = 0
         for split in self.read(self.split_called("train")):
             for triplet in split.triplets:
+                negatives = self._negatives(triplet)
                 for target in triplet.targets:
-                    triplets.append(replace(triplet, target=target, other_targets=()))
+                    triplets.append(
+                        replace(triplet, target=target, other_targets=(), negatives=negatives)
+                    )
             paths.update(split.image_paths)
             excluded_images += split.excluded_images
             excluded_triplets += split.excluded_triplets
         used: list[str] = []
         for triplet in triplets:
-            used += triplet.images
+            used += [*triplet.images, *triplet.negatives]
+        if self.negatives_from != MINED and not any(triplet.negatives for triplet in triplets):
+            raise UserError(
+                f"--hard-negatives-from {self.negatives_from}: no training triplet of {self.name} has any: choose "
+                f"{MINED}, or see docs/recipe.md"
+            )
         return Split(
             name="train",
             triplets=triplets,
@@ -136,6 +147,11 @@ class Benchmark(ABC):
             excluded_images=tuple(dict.fromkeys(excluded_images)),
             excluded_triplets=excluded_triplets,
         )
+
+    def _negatives(self, triplet: Triplet) -> tuple[str, ...]:
+        """The hard negatives that a query's group or its file names: none of them its reference or a target."""
+        named = {"group": triplet.group, "column": triplet.negatives}.get(self.negatives_from, ())
+        return tuple(name for name in named if name not in triplet.images)
 
     def val(self) -> list[Split]:
         """The validation splits, each with its whole gallery."""
@@ -212,13 +228,16 @@ class Benchmark(ABC):
         """What is wrong with a query beyond its own fields."""
         faults = []
         apart = self.references_apart and split != self.train_split
-        for name in (*(triplet.targets if apart else triplet.images), *triplet.group):
+        in_gallery = triplet.targets if apart else triplet.images
+        for name in (*in_gallery, *triplet.group, *triplet.negatives):
             if name not in known.names:
                 faults.append(f"the image {name} is not in {images_file}{known.hint(name)}")
         if split != self.train_split and triplet.reference in triplet.targets:
             faults.append("its target is its reference")
         if len(set(triplet.targets)) < len(triplet.targets):
             faults.append("a target is there twice")
+        if not set(triplet.negatives).isdisjoint(triplet.targets):
+            faults.append("a target is among its negatives")
         if triplet.group and not set(triplet.images[:2]) <= set(triplet.group):
             faults.append("its group lacks its reference or target")
         return faults

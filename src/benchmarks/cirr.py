@@ -27,7 +27,7 @@ SELECTING = (
 
 
 class CirrTrainQuery(Query):
-    """An entry of `cap.rc2.train.json`, whose group no training reads."""
+    """An entry of `cap.rc2.train.json`, whose group is read for hard negatives alone."""
 
     pairid: int
     reference: ImageName
@@ -67,7 +67,7 @@ class CirrTestQuery(Query):
 
 
 class CirrQuery(CirrTestQuery):
-    """An entry of `cap.rc2.val.json`."""
+    """An entry of `cap.rc2.val.json`; one of training is like it."""
 
     target_hard: ImageName
 
@@ -124,7 +124,7 @@ class CIRR(Benchmark):
     def queries(self, queries_file: Path, split: str) -> Iterator[tuple[str, Triplet]]:
         extended = {} if split == self.train_split else self._extended(split)
         others: dict[str | None, type[Query]] = {
-            self.train_split: CirrTrainQuery,
+            self.train_split: CirrQuery if self.negatives_from == "group" else CirrTrainQuery,
             self.test_split: CirrTestQuery,
         }
         schema = others.get(split, CirrQuery)

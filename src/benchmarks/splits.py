@@ -25,6 +25,7 @@ class Triplet:
         target: the one that the query was written for; None where the answer is secret.
         other_targets: further images that answer it, where a benchmark knows some.
         group: CIRR's subset of similar images, the reference among them.
+        negatives: images that a training tells the target from, where its file or the group names some.
         pair_id: what its file calls the query: a number as CIRR's, or a text.
         kinds: what is asked for, where a benchmark also measures kinds of queries apart.
         columns: what its file says of it besides, by column, as own triplets may.
@@ -37,6 +38,7 @@ class Triplet:
     target: str | None = None
     other_targets: tuple[str, ...] = ()
     group: tuple[str, ...] = ()
+    negatives: tuple[str, ...] = ()
     pair_id: int | str | None = None
     kinds: tuple[str, ...] = ()
     columns: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -225,7 +227,8 @@ class Split:
                 continue
             group = tuple(name for name in triplet.group if name not in excluded)
             smaller_groups += len(group) < len(triplet.group)
-            kept.append(replace(triplet, group=group))
+            negatives = tuple(name for name in triplet.negatives if name not in excluded)
+            kept.append(replace(triplet, group=group, negatives=negatives))
         return Split(
             name=self.name,
             triplets=kept,
@@ -244,7 +247,9 @@ def split_digest(split: Split) -> str:
     queries = []
     for t in split.triplets:
         answer = t.targets if t.other_targets else t.target
-        queries.append([t.reference, t.captions, answer, t.group])
+        query = [t.reference, t.captions, answer, t.group]
+        # Without negatives the digest is that of before there were any.
+        queries.append([*query, t.negatives] if t.negatives else query)
     return hashlib.sha256(json.dumps([split.names, queries]).encode()).hexdigest()
 
 

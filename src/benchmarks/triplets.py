@@ -1,8 +1,8 @@
 """Your own triplets: a file of queries for each split, and a folder of images. docs/own-data.md says how to make them.
 
-A line of `{split}.jsonl` is an object with "reference", "caption" and "target", and if you like "id", "group" and
-"kind"; in a table these are columns. Captions and targets may be several: a list, in a cell `one | another`. Intervals
-can be resampled by any further field or column, such as the product that an image shows.
+A line of `{split}.jsonl` is an object with "reference", "caption" and "target", and if you like "id", "group",
+"negatives" and "kind"; in a table these are columns. Captions and targets may be several: a list, in a cell
+`one | another`. Intervals can be resampled by any further field or column, such as the product that an image shows.
 """
 
 import functools
@@ -49,6 +49,7 @@ OWN_COLUMNS = {
     "target": BAR,
     "id": r"(?!)",  # nothing
     "group": BAR,
+    "negatives": BAR,
     "kind": BAR,
 }
 OF_ALL_OR_NONE = {"id", "group"}
@@ -92,6 +93,7 @@ class OwnTestQuery(Query):
     target: Images = ()
     id: Name | None = None
     group: Images = ()
+    negatives: Images = ()
     kind: Kinds = ()
 
     @model_validator(mode="before")
@@ -108,6 +110,7 @@ class OwnTestQuery(Query):
             reference=self.reference[0],
             captions=self.caption,
             group=tuple(group),
+            negatives=self.negatives,
             pair_id=self.id,
             kinds=tuple(dict.fromkeys(self.kind)),
             columns={name.lower(): str(value) for name, value in (self.model_extra or {}).items()},
@@ -165,7 +168,7 @@ class Triplets(Benchmark):
             names += image_list(images_file)
         else:
             for _, query in _entries(images_file):
-                names += [*query.reference, *query.target, *query.group]
+                names += [*query.reference, *query.target, *query.group, *query.negatives]
         return {name: name for name in names}
 
     def queries(self, queries_file: Path, split: str) -> Iterator[tuple[str, Triplet]]:

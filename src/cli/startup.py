@@ -1,5 +1,6 @@
 """What scripts do before their own work: check what flags name, device, benchmark."""
 
+import importlib.util
 import logging
 import shlex
 import sys
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
 
 
 def check_files(args: Any) -> None:
-    """Fail now, before packages and weights are loaded, where a file that a flag names is missing.
+    """Fail now, before packages and weights are loaded, where a file that a flag names is missing, or a package.
 
     Args:
         args: of any script; flags that it has not are passed over.
 
     Raises:
-        UserError: the file and its flag.
+        UserError: the file or the package, and its flag.
     """
     exported = getattr(args, "pair", None)
     if exported is not None:
@@ -39,6 +40,10 @@ def check_files(args: Any) -> None:
     clip = getattr(args, "clip_model_name", None)
     if clip is not None:
         check_clip(clip)
+    if getattr(args, "lora_rank", None) and importlib.util.find_spec("peft") is None:
+        raise UserError(
+            "--lora-rank needs a package: pip install -r requirements-lora.txt, or leave it out"
+        )
 
 
 def check_pair(args: Any, exported: Path | str) -> None:

@@ -110,6 +110,8 @@ def checked(args: AnyStage) -> tuple[AnyStage, Benchmark]:
         written[flag(name)] = None if folder == AUTO else folder
     check_writable(written)
     benchmark, _ = open_benchmark(args)
+    if args.hard_negatives:
+        benchmark.negatives_from = args.hard_negatives_from
     check_annotations(benchmark, [benchmark.split_called("train"), benchmark.val_split])
     return args.model_copy(update={"tracker": trackers}), benchmark
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from data_utils import normalise
+from models.adapters import add_adapters
 from runtime import distributed
+from settings.groups import Lora
 from utils import UserError
 
 logger = logging.getLogger(__name__)
@@ -152,14 +154,16 @@ class Backbone:
         return known
 
 
-def choose_trained(model: nn.Module, encoder: str) -> list[nn.Parameter]:
+def choose_trained(model: nn.Module, encoder: str, lora: Lora | None = None) -> list[nn.Parameter]:
     """Freeze the parameters that `--encoder` does not name, and return those that learn.
 
     `image` trains `visual.*`; `text` all but `visual.*`; `both` everything. CLIP's own logit scale and bias are never
-    trained, because the loss does not contain them.
+    trained, because the loss does not contain them. With a rank of `lora` adapters of these are added and learn alone.
     """
     for name, parameter in model.named_parameters():
         encoder_of_parameter = "image" if name.startswith("visual.") else "text"
         learns = encoder in ("both", encoder_of_parameter) and name not in NEVER_TRAINED
         parameter.requires_grad_(learns)
+    if lora and lora.lora_rank:
+        add_adapters(model, lora)
     return [p for p in model.parameters() if p.requires_grad]

@@ -1,6 +1,7 @@
 """A sparse mixture's router in numbers, and two losses that steer it.
 
-Logits are (B, E), for B rows and E experts. A row goes to the k experts with its largest logits.
+Logits are (B, E), for B rows and E experts. A row goes to the k experts with its largest logits, after a bias (E,) is
+added where there is one, see `combiner.choose`.
 """
 
 import itertools
@@ -11,17 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from combiner import choose
 from runtime import distributed
 
 
-def load_balancing_loss(logits: Tensor, top_k: int) -> Tensor:
+def load_balancing_loss(logits: Tensor, top_k: int, bias: Tensor | None = None) -> Tensor:
     """E times the sum over experts of (share of assignments) x (mean router probability).
 
     It is 1 where both are even. For k = 1 it is the loss of Fedus et al. 2021 (arXiv 2101.03961), equations 4
     to 6. For larger k, shares are of the B k assignments. Only the probabilities have a gradient.
     """
     experts = logits.shape[1]
-    chosen = logits.topk(top_k).indices  # (B, k)
+    _, chosen = choose(logits, top_k, bias)  # (B, k)
     assigned = F.one_hot(chosen, experts).sum(1)  # (B, E) of 0 and 1
     shares = assigned.float().mean(0) / top_k  # (E,)
     probabilities = logits.float().softmax(-1).mean(0)  # (E,)
@@ -34,7 +36,7 @@ def router_z_loss(logits: Tensor) -> Tensor:
 
 
 def router_penalty(
-    load_balancing_weight: float, z_weight: float, top_k: int
+    load_balancing_weight: float, z_weight: float, top_k: int, *, bias: Tensor | None = None
 ) -> Callable[[Tensor], Tensor] | None:
     """A function: this process's logits (b, E) -> the weighted sum of both losses over the global batch.
 
@@ -45,13 +47,13 @@ def router_penalty(
 
     def penalty(logits: Tensor) -> Tensor:
         gathered = distributed.gather_rows(logits)  # (B, E)
-        balance = load_balancing_weight * load_balancing_loss(gathered, top_k)
+        balance = load_balancing_weight * load_balancing_loss(gathered, top_k, bias)
         return balance + z_weight * router_z_loss(gathered)
 
     return penalty
 
 
-def router_statistics(logits: Tensor, top_k: int) -> dict[str, float]:
+def router_statistics(logits: Tensor, top_k: int, bias: Tensor | None = None) -> dict[str, float]:
     """How rows spread over the experts.
 
     Returns:
@@ -62,7 +64,7 @@ def router_statistics(logits: Tensor, top_k: int) -> dict[str, float]:
         experts{i}+{j}_rows: number of rows that go to both experts.
     """
     rows, experts = logits.shape
-    values, chosen = logits.float().topk(top_k)
+    values, chosen = choose(logits.float(), top_k, bias)
     weights = values.softmax(-1)  # (B, k)
     assigned = F.one_hot(chosen, experts).sum(1).float()  # (B, E) of 0 and 1
     shares = assigned.mean(0)  # (E,)

@@ -16,7 +16,10 @@ from runtime.choices import (
     DECODINGS,
     ENCODE_PRECISIONS,
     ENCODERS,
+    HARD_NEGATIVES,
+    LORA_TARGETS,
     LOSSES,
+    MINED,
     NEGATIVES,
     PRECISIONS,
     TRANSFORMS,
@@ -250,6 +253,20 @@ class BeyondOriginal(Flags):
     learn_temperature: bool = setting(
         False, "learn the temperature of the loss, from the original's 1/100 on and never below"
     )
+    label_smoothing: Annotated[float, Field(ge=0, le=1 - 1e-9)] = setting(
+        0.0, "share of a query's answer that is spread evenly over all it is compared with"
+    )
+    hard_negatives: Number = setting(
+        0, "further images a triplet, each a negative of all queries of the batch", metavar="N"
+    )
+    hard_negatives_from: Annotated[str, OneOf(HARD_NEGATIVES)] = setting(
+        MINED,
+        "where they are from; mined: images near the target; group: the triplet's group (CIRR); column: `negatives` of "
+        "own triplets",
+    )
+    negatives_margin: Share = setting(
+        0.05, "mine no image whose cosine to the target is above 1 - M", metavar="M"
+    )
     warmup_steps: Number = setting(0, "steps in which the learning rate rises linearly")
     cosine: bool = setting(
         False,
@@ -327,6 +344,11 @@ class FineTuning(Flags):
     micro_batch_size: Count | None = setting(
         None, "triplets in memory at a time; the gradient stays exact", metavar="N"
     )
+    mine_every: Count = setting(
+        1,
+        "epochs after which hard negatives are mined again, with the weights of then",
+        metavar="E",
+    )
     gradient_checkpointing: bool = setting(
         False, "compute activations a second time, not to keep them: less memory, more time"
     )
@@ -347,6 +369,28 @@ class FineTuning(Flags):
     )
 
 
+class Lora(Flags):
+    """Adapters that learn in place of CLIP's weights."""
+
+    title = "LoRA"
+    about = "off by default; needs requirements-lora.txt"
+    lora_rank: Width | None = setting(
+        None, "learn low-rank adapters of CLIP's layers alone, of some rank", metavar="R"
+    )
+    lora_targets: Annotated[str, OneOf(LORA_TARGETS)] = setting(
+        LORA_TARGETS[0], "which layers of the encoders that learn have adapters"
+    )
+    lora_norms: bool = setting(False, "let the norms learn beside the adapters")
+
+    @field_validator("lora_targets", "lora_norms")
+    @classmethod
+    def only_with_adapters(cls, value: str | bool, info: ValidationInfo) -> str | bool:
+        """Where there are adapters."""
+        if value not in (False, LORA_TARGETS[0]) and not info.data.get("lora_rank"):
+            raise PydanticCustomError("lora", "it is of adapters: give --lora-rank too")
+        return value
+
+
 class Combiner(Flags):
     """Kind and sizes of a Combiner that is trained."""
 
@@ -358,6 +402,10 @@ class Combiner(Flags):
     hidden_dim: Width = setting(5120, "width of the hidden layers")
     num_experts: Experts = setting(4, "experts of a mixture")
     top_k: Experts = setting(2, "experts of a mixture that a query goes to")
+    shared_expert: bool = setting(
+        False, "give a mixture one more expert, which every query goes through (Dai et al. 2024)"
+    )
+    router_norm: bool = setting(False, "layer-normalise what the router of a mixture sees")
 
     @field_validator("top_k")
     @classmethod
@@ -384,6 +432,8 @@ class WantedCombiner(Flags):
     hidden_dim: Width | None = changed(Combiner, "hidden_dim", None, silent)
     num_experts: Experts | None = changed(Combiner, "num_experts", None, silent)
     top_k: Experts | None = changed(Combiner, "top_k", None, silent)
+    shared_expert: bool | None = changed(Combiner, "shared_expert", None, silent)
+    router_norm: bool | None = changed(Combiner, "router_norm", None, silent)
 
 
 class Frozen(Flags):
@@ -415,6 +465,17 @@ class Frozen(Flags):
         "weight of the loss that keeps the router's logits small (Zoph et al. 2022), 0 in the original",
         metavar="W",
     )
+    router_noise: Weight = setting(
+        0.0,
+        "standard deviation of noise on the router's logits in training (Shazeer et al. 2017), 0 in the original",
+        metavar="SIGMA",
+    )
+    router_bias: Weight = setting(
+        0.0,
+        "how far each step moves a bias on the choice of experts against their load (Wang et al. 2024), 0 in the "
+        "original: no bias",
+        metavar="RATE",
+    )
     clip_bs: Count = setting(32, "images or texts that CLIP encodes at a time")
     feature_cache: UsablePath | None = setting(
         PROJECT_ROOT / "features",
@@ -427,9 +488,11 @@ class Frozen(Flags):
     @field_validator("mix")
     @classmethod
     def targets_of_a_batch(cls, mix: float, info: ValidationInfo) -> float:
-        """Mixed targets are in no bank."""
-        if mix and info.data.get("negatives") == "bank":
-            raise PydanticCustomError("mix", "it should be 0 with --negatives bank")
+        """Mixed targets are in no bank, and are no neighbours of any image."""
+        if mix and (info.data.get("negatives") == "bank" or info.data.get("hard_negatives")):
+            raise PydanticCustomError(
+                "mix", "it should be 0 with --negatives bank and --hard-negatives"
+            )
         return mix
 
 
@@ -449,7 +512,7 @@ class BothStages(
     """What both trainings take."""
 
 
-class Stage1(FineTuning, BothStages):
+class Stage1(FineTuning, Lora, BothStages):
     """All that fine-tuning CLIP takes."""
 
 

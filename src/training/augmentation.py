@@ -22,13 +22,14 @@ DIRECTED = re.compile(
 AT_A_TIME = 64  # images as float32 in memory
 
 
-def augmented(batches: Batches, data: TrainingData, flags: Any) -> Batches:
+def augmented(batches: Batches, data: TrainingData, flags: Any, images: int) -> Batches:
     """Stage 1's batches with images mirrored and cropped, by seed, epoch and place in the batch alone.
 
-    Reference and target of a triplet are mirrored together, and cropped each by itself.
+    The images of a triplet are mirrored together, and cropped each by itself.
 
     Args:
         flags: of stage 1.
+        images: of a triplet: its reference, its target and its hard negatives.
     """
     if not flags.flip and flags.crop == 1:
         return batches
@@ -39,19 +40,23 @@ def augmented(batches: Batches, data: TrainingData, flags: Any) -> Batches:
     def changed(epoch: int, first_step: int = 0) -> Iterable[Batch]:
         rows, _ = order.whole_batches(epoch)
         generator = order.generator(epoch, "images")
-        drawn = torch.rand((*rows.shape, 7), generator=generator)
+        drawn = torch.rand((*rows.shape, 1 + 3 * images), generator=generator)
         mirrored = order.own((drawn[..., 0] < flags.flip) & undirected[rows])[first_step:]
-        boxes = order.own(drawn[..., 1:])[first_step:]  # (steps, b, 6): area, x, y of either image
-        for (inputs, ids), mirrors, own_boxes in zip(
-            batches(epoch, first_step), mirrored, boxes, strict=True
-        ):
-            both = torch.cat(inputs[:2])  # (2b, 3, R, R)
-            mirrors = mirrors.repeat(2).view(-1, 1, 1, 1).to(ids.device)
-            both = torch.where(mirrors, both.flip(-1), both)
+        boxes = order.own(drawn[..., 1:])[first_step:]  # (steps, b, 3 images): area, x, y of each
+        steps = zip(batches(epoch, first_step), mirrored, boxes, strict=True)
+        for ((references, targets, *others), ids), mirrors, own_boxes in steps:
+            compared = targets.view(len(targets), -1, *targets.shape[-3:])  # (b, 1 + N, 3, R, R)
+            pixels = torch.cat([references.unsqueeze(1), compared], dim=1)
+            pixels = torch.where(
+                mirrors.to(ids.device).view(-1, 1, 1, 1, 1), pixels.flip(-1), pixels
+            )
             if flags.crop < 1:
-                area, *centre = torch.cat(own_boxes.chunk(2, dim=1)).to(ids.device).unbind(1)
-                both = cropped(both, flags.crop + (1 - flags.crop) * area, torch.stack(centre, 1))
-            yield [*both.chunk(2), *inputs[2:]], ids
+                area, *place = own_boxes.to(ids.device).reshape(-1, 3).unbind(1)
+                areas = flags.crop + (1 - flags.crop) * area
+                pixels = cropped(pixels.flatten(0, 1), areas, torch.stack(place, 1)).reshape_as(
+                    pixels
+                )
+            yield [pixels[:, 0], pixels[:, 1:].reshape_as(targets), *others], ids
 
     return changed
 

@@ -203,8 +203,13 @@ def check_learning(train: Split, order: Order, flags: Any) -> None:
             "all training triplets have one target, so no query has a negative, and nothing can be learned: add "
             "triplets with other targets"
         )
-    if getattr(flags, "negatives", "batch") == "bank":
-        return  # stage 2 has it: all targets are negatives, whatever the batch
+    bank = getattr(flags, "negatives", "batch") == "bank"  # stage 2 has it
+    if bank and flags.hard_negatives:
+        raise UserError(
+            "--hard-negatives are negatives of a batch, and --negatives bank has all targets: leave one of them out"
+        )
+    if bank or flags.hard_negatives:
+        return  # there are negatives whatever the batch
     if order.batch_size == 1:
         raise UserError(
             "--batch-size 1: no query has a negative in its batch, and nothing can be learned; choose at least 2"

@@ -6,6 +6,7 @@ backward pass on CUDA's tensors would ask for a driver.
 """
 
 import functools
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from models.clip_model import backbone as openai_backbone
 from models.lean_clip import Folding
 from models.names import find_clip, open_clip_name
 from runtime.gpus import Gpu
-from settings.groups import WantedCombiner
+from settings.groups import Lora, WantedCombiner
 from training.losses import BankLoss, ContrastiveLoss
 from training.stage1 import SumFeatures
 from training.stage2 import ComposedFeatures
@@ -132,6 +133,11 @@ def weights_bytes(module: nn.Module) -> int:
     return bytes_of([*module.parameters(), *module.buffers()])
 
 
+def learned_bytes(module: nn.Module) -> int:
+    """What those weights of a module take that learn."""
+    return bytes_of(weight for weight in module.parameters() if weight.requires_grad)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
     """How much data there is.
@@ -221,22 +227,30 @@ class CountedClip:
         name: what `--clip-model-name` says; published weights are not fetched for it.
         trained: one of ENCODERS; None where nothing learns.
         batch_size, precision: with which it encodes images and captions.
+        lora: adapters that learn alone, where it has a rank.
     """
 
     def __init__(
-        self, name: str, trained: str | None, *, batch_size: int = 32, precision: str = "fp32"
+        self,
+        name: str,
+        trained: str | None,
+        *,
+        batch_size: int = 32,
+        precision: str = "fp32",
+        lora: Lora | None = None,
     ) -> None:
         self.name = name
         self.trained = trained
         self.batch_size = batch_size
         self.precision = precision
+        self.lora = lora
         self.model, self.backbone = self._made()
         self.dim = self.backbone.dim
 
     def _made(self) -> tuple[Any, Backbone]:
         clip, backbone = _unloaded(self.name)
         if self.trained:
-            choose_trained(clip, self.trained)
+            choose_trained(clip, self.trained, self.lora)
         backbone.normalise(torch.zeros(3, 1, 1))  # its constants, which it remembers, have data
         return without_data(clip), backbone
 
@@ -247,13 +261,14 @@ class CountedClip:
         backbone.checkpoint_gradients(clip)
         return clip
 
-    def inputs(self, rows: int) -> list[Tensor]:
-        """References, targets and tokens of some triplets."""
+    def inputs(self, rows: int, negatives: int = 0) -> list[Tensor]:
+        """References, targets, if any with hard negatives, and tokens of some triplets."""
         side, context = self.backbone.resolution, self.backbone.tokenizer.context
-        images = [empty(rows, 3, side, side, dtype=torch.uint8) for _ in range(2)]
-        return [*images, empty(rows, context, dtype=torch.long)]
+        references = empty(rows, 3, side, side, dtype=torch.uint8)
+        targets = empty(rows, 1 + negatives, 3, side, side, dtype=torch.uint8)
+        return [references, targets, empty(rows, context, dtype=torch.long)]
 
-    def activations(self, way: Way, precision: str) -> int:
+    def activations(self, way: Way, precision: str, negatives: int = 0) -> int:
         """Bytes of one micro-batch at the peak, in a training in some precision.
 
         Those of a part of the batch are on a line between two rows and all, or below it: a peak is the largest of sums
@@ -261,7 +276,7 @@ class CountedClip:
         """
         few = 2
         many = max(way.batch_size, few + 1)
-        step = functools.partial(_step, self, precision, way.gradient_checkpointing)
+        step = functools.partial(_step, self, precision, way.gradient_checkpointing, negatives)
         most = step(many).peak
         if way.rows == many:
             return most
@@ -270,10 +285,14 @@ class CountedClip:
 
     @functools.cached_property
     def shared(self) -> int:
-        """Bytes of the weights that micro-batches share, see `lean_clip`; their gradients come before the others'."""
+        """Bytes of the weights that micro-batches share, see `lean_clip`.
+
+        Their gradients come before the others', and take their place as far as it goes: adapters have little.
+        """
         modules = [module for module in self.model.modules() if isinstance(module, Folding)]
-        with torch.no_grad():
-            return sum(bytes_of(module.fold()) for module in modules)
+        made = list(itertools.chain.from_iterable(module.fold() for module in modules))
+        gradients = bytes_of(weight for weight in made if weight.requires_grad)
+        return bytes_of(made) + max(0, gradients - learned_bytes(self.model))
 
     @functools.cached_property
     def _encoded(self) -> tuple[Counted, Counted]:
@@ -317,13 +336,15 @@ def _unloaded(name: str) -> tuple[nn.Module, Backbone]:
 
 
 @functools.cache
-def _step(clip: CountedClip, precision: str, checkpointed: bool, rows: int) -> Counted:
+def _step(
+    clip: CountedClip, precision: str, checkpointed: bool, negatives: int, rows: int
+) -> Counted:
     """A step of stage 1 without its loss.
 
     Activations are most when the forward pass ends, unless a backward pass makes some of them again.
     """
     model = SumFeatures(clip.checkpointed if checkpointed else clip.model, clip.backbone)
-    inputs = clip.inputs(rows)
+    inputs = clip.inputs(rows, negatives)
     return count(
         lambda: model(*inputs), given=[model, *inputs], precision=precision, backward=checkpointed
     )
@@ -349,10 +370,13 @@ def _composed(
 
 
 @functools.cache
-def _lost(rows: int, dim: int, *, masked: bool, bank: int, precision: str) -> Counted:
+def _lost(
+    rows: int, dim: int, *, masked: bool, bank: int, negatives: int, precision: str
+) -> Counted:
     """A loss and its gradients with respect to features: over a batch, or over a bank of some targets."""
-    features = [empty(rows, dim).requires_grad_() for _ in range(2)]
-    ids = empty(rows, dtype=torch.long)
+    of_targets = (rows, 1 + negatives) if negatives else (rows,)
+    features = [empty(*shape, dim).requires_grad_() for shape in ((rows,), of_targets)]
+    ids = empty(*of_targets, dtype=torch.long)
     targets = empty(bank, dim)
     loss = BankLoss(targets) if bank else ContrastiveLoss(mask_duplicate_targets=masked)
     return count(
@@ -371,6 +395,7 @@ class Training(ABC):
         precision: of its products, "fp16", "bf16" or "fp32".
         averaged: whether a moving average follows the weights.
         masked: whether rows of one target are not each other's negatives.
+        hard_negatives: images beside its target that a triplet brings; that they are mined is not counted.
     """
 
     clip: CountedClip
@@ -378,6 +403,7 @@ class Training(ABC):
     precision: str
     averaged: bool = False
     masked: bool = False
+    hard_negatives: int = 0
 
     @property
     @abstractmethod
@@ -411,7 +437,7 @@ class Training(ABC):
     def lasting(self) -> dict[str, int]:
         """Bytes that are taken all the time, by part. Adam keeps two numbers for each weight that learns."""
         weights = weights_bytes(self.module)
-        learned = bytes_of(own for own in self.module.parameters() if own.requires_grad)
+        learned = learned_bytes(self.module)
         return {
             "weights": weights,
             "gradients": learned,
@@ -445,6 +471,7 @@ class Training(ABC):
             self.clip.dim,
             masked=self.masked,
             bank=bank,
+            negatives=self.hard_negatives,
             precision=self.precision,
         )
 
@@ -463,9 +490,12 @@ class FineTuning(Training):
         return self.clip.model
 
     def passing(self, way: Way) -> dict[str, int]:
+        inputs = self.clip.inputs(way.batch_size, self.hard_negatives)
         return {
-            "this batch and the next": 2 * bytes_of(self.clip.inputs(way.batch_size)),
-            f"activations of {way.rows:,} triplets": self.clip.activations(way, self.precision),
+            "this batch and the next": 2 * bytes_of(inputs),
+            f"activations of {way.rows:,} triplets": self.clip.activations(
+                way, self.precision, self.hard_negatives
+            ),
             "weights that micro-batches share": self.clip.shared
             if way.rows < way.batch_size
             else 0,
@@ -479,7 +509,8 @@ class FineTuning(Training):
         return {"validation": sum(self.lasting().values()) + features + most}
 
     def step(self, way: Way) -> list[Work]:
-        encoding = self.clip.encoding(2 * way.batch_size, way.batch_size)
+        images = (2 + self.hard_negatives) * way.batch_size
+        encoding = self.clip.encoding(images, way.batch_size)
         parts = dict(zip(("image", "text"), (work.operations for work in encoding), strict=True))
         learned = sum(parts[part] for part in parts if self.clip.trained in (part, "both"))
         forward = sum(parts.values())
@@ -532,9 +563,10 @@ class CombinerTraining(Training):
 
     def passing(self, way: Way) -> dict[str, int]:
         forward = self._composed(way.batch_size, self.precision)
+        vectors = (3 + self.hard_negatives) * way.batch_size
         return {
             "frozen features": self._features(),
-            "this batch and the next": 2 * 3 * way.batch_size * self.clip.dim * FLOAT,
+            "this batch and the next": 2 * vectors * self.clip.dim * FLOAT,
             f"activations of {way.batch_size:,} triplets": forward.peak,
             "attention's workspace": self._workspace(way.batch_size),
             "loss and its gradients": self.loss(way)[0],
@@ -593,7 +625,8 @@ class CombinerTraining(Training):
     def _features(self) -> int:
         """Bytes of the frozen features of training and validation, and of the targets' normalised ones."""
         captions = self.sizes.variants * self.sizes.triplets
-        training = self.sizes.images + self._targets + captions
+        compared = self.sizes.images if self.hard_negatives else self._targets
+        training = self.sizes.images + compared + captions
         validation = self.sizes.gallery + self.sizes.queries
         return (training + validation) * self.clip.dim * FLOAT
 

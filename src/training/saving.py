@@ -13,6 +13,7 @@ from pydantic import AllowInfNan, ConfigDict, Field
 from torch import Tensor, nn
 
 from benchmarks import Benchmark, best_of
+from models.adapters import merged_state
 from runtime import distributed
 from runtime.files import write_same
 from runtime.interruption import StopRequest
@@ -135,7 +136,7 @@ class Checkpoints:
                 improved.append(metric)
         if not distributed.is_main():
             return
-        snapshot = Snapshot(epoch, module.state_dict(), chosen_by)
+        snapshot = Snapshot(epoch, merged_state(module), chosen_by)
         if self.flags.save_training and self.flags.save_best:
             self._unwritten |= dict.fromkeys(improved, snapshot)
         if epoch in self.flags.saved_epochs:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from data_utils import ImageLoader
 from models.backbone import Backbone, choose_trained
 from models.encoder import Encoder
 from models.features import FrozenSplit
-from runtime.choices import AUTO
+from runtime.choices import AUTO, MINED
+from settings.groups import Lora
 from training.augmentation import augmented
 from training.data import TrainingData
 from training.image_cache import PIXELS, ImageCache
 from training.losses import learned_groups, make_loss
+from training.negatives import HardNegatives
 from training.regularisation import told_what_is_kept
 from training.step import Batch, Batches, Task
 
@@ -43,18 +46,20 @@ class SumFeatures(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Images (b, 3, R, R) uint8 twice, tokens (b, L) -> queries (b, D), targets (b, D); images in one pass.
 
+        With hard negatives behind each target, targets are (b, 1 + N, 3, R, R), and their features (b, 1 + N, D).
+
         Args:
             kept: (b, 2) whether a query keeps its image and its text; None for both of all.
         """
-        pixels = self.normalise(torch.cat([references, targets]))
-        images = self.clip_model.encode_image(pixels)  # (2b, D)
-        reference_features, target_features = images.chunk(2)
+        pixels = self.normalise(torch.cat([references, targets.flatten(0, -4)]))
+        images = self.clip_model.encode_image(pixels)  # (2b, D), or (2b + b * N, D)
+        reference_features, target_features = images.tensor_split([len(references)])
         text_features = self.clip_model.encode_text(tokens)
         if kept is not None:
             reference_features = reference_features * kept[:, :1]
             text_features = text_features * kept[:, 1:]
         queries = compose_sum(reference_features, text_features)
-        return queries, F.normalize(target_features, dim=-1)
+        return queries, F.normalize(target_features, dim=-1).unflatten(0, targets.shape[:-3])
 
 
 def fine_tuning(
@@ -74,11 +79,22 @@ def fine_tuning(
         flags.loss,
         mask_duplicate_targets=flags.mask_duplicate_targets,
         learn_temperature=flags.learn_temperature,
+        label_smoothing=flags.label_smoothing,
     ).to(encoder.device)
-    learned = learned_groups(choose_trained(model, flags.encoder), loss)
+    negatives = None
+    if flags.hard_negatives:
+        negatives = HardNegatives(
+            data.train,
+            flags,
+            seed=data.order.seed,
+            features=lambda: encoder.images(data.train.paths, "training images"),
+            every=flags.mine_every if flags.encoder != "text" else flags.num_epochs,
+        )
+    images_each = 2 + (negatives.number if negatives else 0)
+    learned = learned_groups(choose_trained(model, flags.encoder, Lora.of(flags)), loss)
     # A compiled step is compiled anew for each number of columns.
-    batches = triplet_batches(encoder, data, trim=not flags.compile)
-    batches = augmented(batches, data, flags)
+    batches = triplet_batches(encoder, data, negatives, trim=not flags.compile)
+    batches = augmented(batches, data, flags, images_each)
     return Task(
         batches=told_what_is_kept(batches, data.order, flags),
         steps=data.order.steps,
@@ -90,14 +106,22 @@ def fine_tuning(
             encoder, data, images_learn=flags.encoder != "text", measure=measure
         ),
         micro_batch=flags.micro_batch_size,
-        images_each=2,
+        negatives=negatives,
+        images_each=images_each,
     )
 
 
-def triplet_batches(encoder: Encoder, data: TrainingData, *, trim: bool = True) -> Batches:
+def triplet_batches(
+    encoder: Encoder,
+    data: TrainingData,
+    negatives: HardNegatives | None = None,
+    *,
+    trim: bool = True,
+) -> Batches:
     """Batches of reference and target images (b, 3, R, R) uint8 and caption tokens (b, L), with target ids (b,).
 
     Args:
+        negatives: stand behind each target, which makes targets (b, 1 + N, 3, R, R) and ids (b, 1 + N).
         trim: leave out the columns behind a batch's longest caption, where they change nothing.
     """
     paths = data.train.paths
@@ -114,15 +138,18 @@ def triplet_batches(encoder: Encoder, data: TrainingData, *, trim: bool = True) 
         captions = tokens[rows, variants]  # (steps, b, L)
         columns = tokenizer.columns(captions) if trim else [tokenizer.context] * len(captions)
         captions = captions.to(encoder.device)
-        ids = target_rows[rows].to(encoder.device)
-        images = torch.cat([reference_rows[rows], target_rows[rows]], dim=1)  # (steps, 2b)
+        compared = negatives.beside(target_rows, epoch) if negatives else target_rows
+        compared = compared[rows]  # (steps, b), or (steps, b, 1 + N)
+        ids = compared.to(encoder.device)
+        images = torch.cat([reference_rows[rows], compared.flatten(1)], 1)  # (steps, 2b + b * N)
         files = []
         for step in images.tolist():
-            files.append([paths[row] for row in step])
+            files.append([paths[row] for row in step])  # of NO_ROW any: it is masked
         pixels = encoder.loader.batches(files)
         steps = zip(pixels, captions, columns, ids, strict=True)
         for both, own_captions, own_columns, own_ids in steps:
-            references, targets = both.chunk(2)
+            references, targets = both.tensor_split([len(own_captions)])
+            targets = targets.unflatten(0, own_ids.shape)
             yield [references, targets, own_captions[:, :own_columns]], own_ids
 
     return batches
@@ -163,10 +190,15 @@ def sum_validation(
 
 def decodings(data: TrainingData, flags: Any) -> int:
     """How often a training reads an image, in its steps and its validations."""
-    in_steps = flags.num_epochs * data.order.steps * data.order.batch_size * 2  # reference, target
+    each = 2 + flags.hard_negatives  # reference, target
+    in_steps = flags.num_epochs * data.order.steps * data.order.batch_size * each
     images_learn = flags.encoder != "text"
     validations = len(flags.validated_epochs) if images_learn else 1
-    return in_steps + validations * sum(len(split.paths) for split in data.val)
+    minings = 0
+    if flags.hard_negatives and flags.hard_negatives_from == MINED:
+        minings = math.ceil(flags.num_epochs / flags.mine_every) if images_learn else 1
+    in_minings = minings * len(data.train.paths)
+    return in_steps + in_minings + validations * sum(len(split.paths) for split in data.val)
 
 
 def with_image_cache(encoder: Encoder, data: TrainingData, flags: Any) -> Encoder:

@@ -16,6 +16,7 @@ from models.features import FrozenSplit
 from models.routing import router_penalty, router_statistics
 from training.data import Order
 from training.losses import learned_groups, make_loss
+from training.negatives import HardNegatives
 from training.regularisation import regularised
 from training.step import Batch, Batches, Task
 from utils import UserError
@@ -36,6 +37,7 @@ class ComposedFeatures(nn.Module):
     def forward(self, images: Tensor, captions: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """Unnormalised (b, D), (b, D) and normalised (b, D) -> queries (b, D), targets (b, D), if wanted logits (b, E).
 
+        With hard negatives behind each target, targets are (b, 1 + N, D).
         The logits are an output because parallel training looks only at what outputs depend on.
         """
         if self.with_router:
@@ -84,25 +86,44 @@ def combiner_training(
         measure: metrics of a Combiner on the validation splits.
     """
     device = train.images.device
-    targets = Targets.of(train)
-    penalty = router_penalty(flags.load_balancing_weight, flags.router_z_weight, combiner.top_k)
+    negatives = None
+    if flags.hard_negatives:
+        negatives = HardNegatives(
+            train.split,
+            flags,
+            seed=order.seed,
+            features=lambda: train.images,
+            every=flags.num_epochs,  # what is frozen stays near
+        )
+    targets = Targets.of(train) if negatives is None else Targets.all_images(train)
+    penalty = router_penalty(
+        flags.load_balancing_weight,
+        flags.router_z_weight,
+        combiner.top_k,
+        bias=combiner.router_bias,
+    )
     loss = make_loss(
         flags.loss,
         mask_duplicate_targets=flags.mask_duplicate_targets,
         learn_temperature=flags.learn_temperature,
+        label_smoothing=flags.label_smoothing,
         bank=targets.features if flags.negatives == "bank" else None,
     ).to(device)
-    learned = learned_groups(combiner.parameters(), loss)
+    optimizer = Adam(learned_groups(combiner.parameters(), loss), lr=flags.combiner_lr, fused=True)
+    if isinstance(combiner, Combiner):
+        moe = combiner.moe_layer
+        optimizer.register_step_post_hook(lambda *_: moe.rebalance(flags.router_bias))
     return Task(
-        batches=regularised(feature_batches(train, targets, order), order, flags),
+        batches=regularised(feature_batches(train, targets, order, negatives), order, flags),
         steps=order.steps,
         model=ComposedFeatures(combiner, with_router=penalty is not None),
         module=combiner,
         loss=loss,
-        optimizer=Adam(learned, lr=flags.combiner_lr, fused=True),
+        optimizer=optimizer,
         validate=lambda measured: measure(measured.eval()),
         penalty=penalty,
         router=router_report(val) if combiner.has_router else None,
+        negatives=negatives,
     )
 
 
@@ -126,19 +147,28 @@ class Targets:
         features = frozen.images[torch.tensor(images, device=device)]
         return cls(F.normalize(features, dim=-1), torch.tensor(rows, device=device))
 
+    @classmethod
+    def all_images(cls, frozen: FrozenSplit) -> "Targets":
+        """Every image of a split, of which any may be a hard negative; rows are those of the gallery."""
+        return cls(F.normalize(frozen.images, dim=-1), frozen.target_rows)
 
-def feature_batches(frozen: FrozenSplit, targets: Targets, order: Order) -> Batches:
+
+def feature_batches(
+    frozen: FrozenSplit, targets: Targets, order: Order, negatives: HardNegatives | None = None
+) -> Batches:
     """Batches of reference, caption and normalised target features (b, D), with target ids (b,), rows of `targets`.
 
-    All of it by index on the device: an epoch sends it two tables of numbers, and nothing waits.
+    With hard negatives behind each target, which are rows of `targets` too, target features are (b, 1 + N, D) and ids
+    (b, 1 + N). All of it by index on the device: an epoch sends it two tables of numbers, and nothing waits.
     """
 
     def batches(epoch: int, first_step: int = 0) -> Iterable[Batch]:
         device = frozen.images.device
+        compared = negatives.beside(targets.rows, epoch) if negatives else targets.rows
         tables = (table[first_step:].to(device) for table in order.batches(epoch))
         for rows, variants in zip(*tables, strict=True):
             references = frozen.images[frozen.reference_rows[rows]]
-            ids = targets.rows[rows]
+            ids = compared[rows]
             yield [references, frozen.captions[rows, variants], targets.features[ids]], ids
 
     return batches
@@ -151,6 +181,6 @@ def router_report(frozen: Sequence[FrozenSplit]) -> Callable[[Combiner], dict[st
     def report(combiner: Combiner) -> dict[str, float]:
         combiner.eval()
         logits = [combiner.route(split.references, split.captions[:, 0]) for split in frozen]
-        return router_statistics(torch.cat(logits), combiner.top_k)
+        return router_statistics(torch.cat(logits), combiner.top_k, combiner.router_bias)
 
     return report

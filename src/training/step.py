@@ -16,10 +16,12 @@ from torch.optim.swa_utils import AveragedModel
 from models.lean_clip import folded, folded_to_learn
 from runtime import distributed
 from training.losses import Loss
+from training.negatives import HardNegatives
 from training.saving import Stateful
 from training.schedule import Precision, learning_rate_factor
 
-Batch = tuple[list[Tensor], Tensor]  # the model's inputs (b, ...) each, and the targets' ids (b,)
+# The model's inputs (b, ...) each, and the targets' ids (b,), with N hard negatives (b, 1 + N).
+Batch = tuple[list[Tensor], Tensor]
 # Epoch, first step -> the epoch's batches from there on.
 Batches = Callable[[int, int], Iterable[Batch]]
 
@@ -30,7 +32,8 @@ class Task:
 
     Attributes:
         batches, steps: an epoch's batches, and how many.
-        model: inputs -> normalised queries (b, D), targets (b, D), and whatever `penalty` takes.
+        model: inputs -> normalised queries (b, D), targets (b, D) or with hard negatives (b, 1 + N, D), and whatever
+            `penalty` takes.
         module: the weights that learn, a part of the model; they or their moving average are validated and kept.
         loss: of queries, targets and the targets' ids.
         optimizer: of the parameters that learn, those of the loss too.
@@ -38,6 +41,7 @@ class Task:
         micro_batch: rows in memory at a time, None for all.
         penalty: what is added to the loss; None for nothing.
         router: statistics of a mixture's router; None without a mixture.
+        negatives: the hard negatives of its batches; None without any.
         images_each: images that a step reads for a triplet; 0 where it has their features.
     """
 
@@ -51,6 +55,7 @@ class Task:
     micro_batch: int | None = None
     penalty: Callable[[Tensor], Tensor] | None = None
     router: Callable[[Any], dict[str, float]] | None = None
+    negatives: HardNegatives | None = None
     images_each: int = 0
 
 
@@ -64,7 +69,7 @@ class Gradient:
     step's gradient, if encoding is deterministic: no dropout, no batch statistics.
 
     Attributes:
-        model: inputs -> normalised queries (b, D) and targets (b, D); `distributed.parallel` has wrapped it.
+        model: of a `Task`; `distributed.parallel` has wrapped it.
         scaler: scales the loss; that of `precision`.
         micro_batch: rows in memory at a time, None for all.
         penalty: what is added to the loss, from a third output of the model; not with micro-batches.
@@ -224,6 +229,8 @@ class Stepper:
             parts["average"] = self.averaged
         if self.task.loss.state_dict():
             parts["loss"] = self.task.loss
+        if self.task.negatives is not None:
+            parts["negatives"] = self.task.negatives
         return parts
 
     def step(self, inputs: list[Tensor], target_ids: Tensor) -> Tensor:

@@ -157,6 +157,8 @@ class Trainer:
         epoch = self.progress.epoch
         done = len(self.progress.losses)
         steps = self.task.steps
+        if not done:
+            self.mine()
         batches = self.task.batches(epoch, done)
         pace = self.pace
         hidden = None if distributed.is_main() else True
@@ -184,6 +186,16 @@ class Trainer:
                         pace.clock.restart()
                 self.save_if_due()
             return self.read_losses()
+
+    def mine(self) -> None:
+        """Refresh the hard negatives at the beginning of an epoch; one process alone can be stopped meanwhile."""
+        if self.task.negatives is None:
+            return
+        try:
+            self.task.negatives.refresh(self.progress.epoch)
+        except Stopped:
+            self.save_if_due()  # the state before that
+            raise
 
     def validate(self) -> dict[str, float]:
         """Record the metrics after an epoch. An error says after which; one process alone can be stopped meanwhile."""
