@@ -188,8 +188,7 @@ class Searcher:
         leans = [question.lean for question in questions]
         if any(lean is not None for lean in leans):
             inputs.append(captions.new_tensor([0.5 if lean is None else lean for lean in leans]))
-        composed = compose(*inputs)
-        insight = compose.insight(*inputs)
+        composed, insight = compose.explained(*inputs)
         queries = composed.clone()
         for number, question in enumerate(questions):
             if question.mix is not None:
