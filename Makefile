@@ -18,12 +18,17 @@ IN_PARALLEL = -n auto --dist loadfile
 demo: $(VENV)/demo-installed
 	$(BIN)/python src/demo.py
 
+# The page names experts by what visualize.py wrote beside their weights.
+demo_clip = $$(ls -d demo/models/Triplets_clip/* | tail -1)
+demo_moe = $$(ls -d demo/models/Triplets_moe/*/seed_0 | tail -1)
 app: $(VENV)/app-installed $(VENV)/demo-installed
 	test -d demo/submission || $(BIN)/python src/demo.py
 	$(BIN)/python src/search.py index --images demo/data/triplets_dataset/images --output demo/index \
-		--clip-model-path $$(ls -d demo/models/Triplets_clip/* | tail -1)
-	$(BIN)/python src/demo_app.py --index demo/index \
-		--combiner-path $$(ls -d demo/models/Triplets_moe/*/seed_0 | tail -1) \
+		--clip-model-path $(demo_clip)
+	test -f $(demo_moe)/experts.json || $(BIN)/python src/visualize.py --dataset Triplets --data-root demo/data \
+		--combining-function combiner --clip-model-path $(demo_clip) --combiner-path $(demo_moe) \
+		--feature-cache demo/features --output-dir $(demo_moe)
+	$(BIN)/python src/demo_app.py --index demo/index --combiner-path $(demo_moe) \
 		--examples demo/data/triplets_dataset/val.jsonl
 
 test: $(VENV)/dev-installed

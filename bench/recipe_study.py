@@ -120,7 +120,7 @@ class Study:
                 0,
             ]
             seconds = execute(*words, *KEPT.split(), *fixed)
-            (run,) = output.iterdir()
+            run = max(output.iterdir(), key=lambda run: run.stat().st_mtime)
             best = json.loads((run / "best_metrics.json").read_text())
             self.done[key] = {
                 "run": str(run.relative_to(self.folder)),

@@ -107,9 +107,15 @@ class Composer(nn.Module, ABC):
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Unnormalised CLIP features (B, D), (B, D) -> normalised query (B, D)."""
 
-    def insight(self, image_features: Tensor, text_features: Tensor) -> Insight | None:
-        """What it does with queries (B, D), (B, D); None where there is nothing to see."""
-        return None
+    def explained(
+        self, image_features: Tensor, text_features: Tensor, lean: Tensor | None = None
+    ) -> tuple[Tensor, Insight | None]:
+        """Return the queries (B, D) and what it does with them; None where there is nothing to see.
+
+        Args:
+            lean: of the gate, see `leaned`.
+        """
+        return self(image_features, text_features), None
 
     def routed(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         """The queries (B, D) and the router's logits (B, E); E is 0 without a mixture."""
@@ -349,16 +355,24 @@ class Combiner(Composer):
     def router_bias(self) -> Tensor | None:
         return self.moe_layer.router_bias
 
-    def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        return self.routed(image_features, text_features)[0]
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, lean: Tensor | None = None
+    ) -> Tensor:
+        return self.composed(image_features, text_features, lean)[0]
 
     def routed(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+        return self.composed(image_features, text_features)[:2]
+
+    def composed(
+        self, image_features: Tensor, text_features: Tensor, lean: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries (B, D), the router's logits (B, E) and the gate (B, D)."""
         joint = self.joint(image_features, text_features)  # (B, 2P)
         logits = self.moe_layer.route(joint)  # (B, E)
         hidden = self.dropout(F.relu(self.moe_layer.mix(joint, logits)))  # (B, H)
-        gate = torch.sigmoid(self.gate_net(joint))  # (B, D)
+        gate = leaned(self.gate_net(joint), lean)  # (B, D)
         composed = self.output_layer(hidden) + gate * text_features + (1 - gate) * image_features
-        return F.normalize(composed, dim=-1), logits
+        return F.normalize(composed, dim=-1), logits, gate
 
     def route(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """The router's logits alone, (B, D), (B, D) -> (B, E)."""
@@ -373,13 +387,13 @@ class Combiner(Composer):
         return self.attn_norm(pair + attended).flatten(1)
 
     @torch.no_grad()
-    def insight(self, image_features: Tensor, text_features: Tensor) -> Insight:
-        """What the mixture and the gate do with queries."""
-        joint = self.joint(image_features, text_features)
-        logits = self.moe_layer.route(joint)
+    def explained(
+        self, image_features: Tensor, text_features: Tensor, lean: Tensor | None = None
+    ) -> tuple[Tensor, Insight]:
+        queries, logits, gate = self.composed(image_features, text_features, lean)
         values, chosen = choose(logits, self.top_k, self.router_bias)
         weights = torch.zeros_like(logits).scatter(1, chosen, values.softmax(-1))
-        return Insight(experts=weights, gate=torch.sigmoid(self.gate_net(joint)).mean(1))
+        return queries, Insight(experts=weights, gate=gate.mean(1))
 
 
 class PlainCombiner(Composer):
@@ -394,14 +408,22 @@ class PlainCombiner(Composer):
         self.dynamic_scalar = _gate(2 * projection_dim, hidden_dim, 1)
         self.dropout = RowDropout(0.5)
 
-    def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, lean: Tensor | None = None
+    ) -> Tensor:
+        return self.composed(image_features, text_features, lean)[0]
+
+    def composed(
+        self, image_features: Tensor, text_features: Tensor, lean: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the queries (B, D) and the scalar (B, 1)."""
         joint = self.joint(image_features, text_features)  # (B, 2P)
         hidden = self.dropout(F.relu(self.combiner_layer(joint)))  # (B, H)
-        scalar = torch.sigmoid(self.dynamic_scalar(joint))  # (B, 1)
+        scalar = leaned(self.dynamic_scalar(joint), lean)  # (B, 1)
         composed = (
             self.output_layer(hidden) + scalar * text_features + (1 - scalar) * image_features
         )
-        return F.normalize(composed, dim=-1)
+        return F.normalize(composed, dim=-1), scalar
 
     def joint(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """The projections side by side (B, 2P), text first."""
@@ -410,11 +432,22 @@ class PlainCombiner(Composer):
         return torch.cat([text, image], dim=-1)
 
     @torch.no_grad()
-    def insight(self, image_features: Tensor, text_features: Tensor) -> Insight:
-        """What the scalar does with queries."""
-        joint = self.joint(image_features, text_features)
-        scalar = torch.sigmoid(self.dynamic_scalar(joint)).squeeze(1)  # (B,)
-        return Insight(experts=joint.new_empty(len(joint), 0), gate=scalar)
+    def explained(
+        self, image_features: Tensor, text_features: Tensor, lean: Tensor | None = None
+    ) -> tuple[Tensor, Insight]:
+        queries, scalar = self.composed(image_features, text_features, lean)
+        none = scalar.new_empty(len(scalar), 0)
+        return queries, Insight(experts=none, gate=scalar.squeeze(1))
+
+
+def leaned(logits: Tensor, lean: Tensor | None) -> Tensor:
+    """The gate of its logits (B, n), leaned towards image or text.
+
+    Args:
+        lean: (B,) from 0, the image alone in the residual, to 1, the text alone. The gate's odds are multiplied by
+            lean / (1 - lean), so 1/2 is the gate as it was trained, to the last bit; None is the same.
+    """
+    return torch.sigmoid(logits if lean is None else logits + lean.logit().unsqueeze(1))
 
 
 def _normed_projection(clip_dim: int, projection_dim: int) -> nn.Sequential:
