@@ -57,7 +57,7 @@ def test_the_python_of_the_guide_runs_as_it_stands(
     monkeypatch.chdir(folder)
     index("photos", output="photos_index", flags=["--clip-model-path", tuned])
     blocks = re.findall(r"```python\n(.*?)```", PYTHON_GUIDE.read_text(), re.DOTALL)
-    assert len(blocks[0].strip().splitlines()) <= 11  # ten lines, and an empty one
+    assert len(blocks[0].strip().splitlines()) <= 11  # ten, and an empty one
     variables: dict = {}
     for block in blocks:
         exec(compile(block, PYTHON_GUIDE.name, "exec"), variables)
