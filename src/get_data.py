@@ -308,8 +308,10 @@ def main(argv: list[str] | None = None) -> None:
     """Lay the files out, and print what the check of the dataset finds."""
     args = parse(argv)
     for source in args.archive:
-        if not source.exists():
-            raise UserError(f"--archive {source} is missing: pass a file or a folder that exists")
+        if not (source.is_file() or source.is_dir()):
+            raise UserError(
+                f"--archive {source} is missing, or not a file: pass a file or a folder"
+            )
     root = args.data_root
     check_writable({"--data-root": root})
     root.mkdir(parents=True, exist_ok=True)
