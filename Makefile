@@ -13,7 +13,7 @@ install = $(if $(LOCKED),($(by_uv)) ||,) $(BIN)/python -m pip install --quiet $(
 # A process for each core; each takes whole files, so that what a file's tests share is made once.
 IN_PARALLEL = -n auto --dist loadfile
 
-.PHONY: demo app test quick soak bench count gpu-check lint types audit lock format architecture clean
+.PHONY: demo app test quick soak bench count gpu-check reproduce-smoke lint types audit lock format architecture clean
 
 demo: $(VENV)/demo-installed
 	$(BIN)/python src/demo.py
@@ -52,6 +52,13 @@ count: $(VENV)/runtime-installed
 # pillow and the clip package. REHEARSE=1 runs all of it on the CPU, as small as it goes; OUTPUT=FILE takes the results.
 gpu-check:
 	$(PYTHON) bench/gpu_check.py $(if $(REHEARSE),--rehearse) $(if $(OUTPUT),--output $(OUTPUT))
+
+# Every command of reproduce/*.sh on synthetic data with a tiny CLIP.
+reproduce-smoke: $(VENV)/dev-installed
+	rm -rf demo/reproduced
+	for script in cirr fashioniq; do \
+		SMOKE=1 OUT=demo/reproduced PYTHON=$(abspath $(BIN))/python bash reproduce/$$script.sh || exit 1; \
+	done
 
 lint: $(VENV)/dev-installed
 	$(BIN)/ruff check .

@@ -50,7 +50,6 @@ ORIGINAL = Recipe(
     "--batch-size 128 --num-epochs 3 --learning-rate 1e-3",
     "--batch-size 512 --projection-dim 256 --hidden-dim 512 --num-epochs 6 --validation-frequency 1 --combiner-lr 1e-3",
 )
-PLAIN = Recipe(stage_2="--combiner-type clip4cir")
 SEARCHED = {
     "stage 1, rate 3e-4": Recipe("--learning-rate 3e-4"),
     "stage 1, rate 2e-3": Recipe("--learning-rate 2e-3"),
@@ -59,33 +58,45 @@ SEARCHED = {
     "stage 2, rate 2e-3": Recipe(stage_2="--combiner-lr 2e-3"),
     "stage 2, 12 epochs": Recipe(stage_2="--num-epochs 12"),
 }
-PARTS: dict[str, Recipe] = {
-    "plain Combiner": PLAIN,
-    "masked duplicates": Recipe("--mask-duplicate-targets", "--mask-duplicate-targets"),
-    "symmetric": Recipe("--loss symmetric", "--loss symmetric"),
-    "learned temperature": Recipe("--learn-temperature", "--learn-temperature"),
-    "warm-up and cosine": Recipe("--warmup-steps 50 --cosine", "--warmup-steps 20 --cosine"),
-    "clipped gradient": Recipe("--clip-grad-norm 1", "--clip-grad-norm 1"),
-    "caption dropout": Recipe("--drop-text 0.05", "--drop-text 0.05"),
-    "image dropout": Recipe("--drop-image 0.1", "--drop-image 0.1"),
-    "flips": Recipe("--flip 0.5"),
-    "crops": Recipe("--crop 0.7"),
-    "feature noise": Recipe(stage_2="--feature-noise 0.1"),
-    "mixed triplets": Recipe(stage_2="--mix 0.2"),
-    "bank": Recipe(stage_2="--negatives bank"),
-    "label smoothing": Recipe("--label-smoothing 0.1", "--label-smoothing 0.1"),
-    "hard negatives, stage 1": Recipe("--hard-negatives 1"),
-    "hard negatives, stage 2": Recipe(stage_2="--hard-negatives 2"),
-    "LoRA": Recipe("--lora-rank 16 --learning-rate 3e-3"),
-    "EMA, stage 1": Recipe("--ema-decay 0.98"),
-    "EMA, stage 2": Recipe(stage_2="--ema-decay 0.98"),
-    "masked duplicates, stage 1": Recipe("--mask-duplicate-targets"),
-    "balanced load": Recipe(stage_2="--load-balancing-weight 0.1"),
-    "bias for balance": Recipe(stage_2="--router-bias 0.01"),
-    "shared expert": Recipe(stage_2="--shared-expert --num-experts 3"),
-    "router norm": Recipe(stage_2="--router-norm"),
-    "router noise": Recipe(stage_2="--router-noise 0.5"),
+STAGE_1 = {
+    "masked duplicates": "--mask-duplicate-targets",
+    "symmetric": "--loss symmetric",
+    "learned temperature": "--learn-temperature",
+    "label smoothing": "--label-smoothing 0.1",
+    "hard negatives": "--hard-negatives 1",
+    "warm-up and cosine": "--warmup-steps 50 --cosine",
+    "clipped gradient": "--clip-grad-norm 1",
+    "EMA": "--ema-decay 0.98",
+    "caption dropout": "--drop-text 0.05",
+    "image dropout": "--drop-image 0.1",
+    "flips": "--flip 0.5",
+    "crops": "--crop 0.7",
+    "LoRA": "--lora-rank 16 --learning-rate 3e-3",
 }
+STAGE_2 = {
+    "masked duplicates": "--mask-duplicate-targets",
+    "symmetric": "--loss symmetric",
+    "learned temperature": "--learn-temperature",
+    "label smoothing": "--label-smoothing 0.1",
+    "hard negatives": "--hard-negatives 2",
+    "bank": "--negatives bank",
+    "warm-up and cosine": "--warmup-steps 20 --cosine",
+    "clipped gradient": "--clip-grad-norm 1",
+    "EMA": "--ema-decay 0.98",
+    "caption dropout": "--drop-text 0.05",
+    "image dropout": "--drop-image 0.1",
+    "feature noise": "--feature-noise 0.1",
+    "mixed triplets": "--mix 0.2",
+    "plain Combiner": "--combiner-type clip4cir",
+    "one expert": "--num-experts 1 --top-k 1",
+    "balanced load": "--load-balancing-weight 0.1",
+    "bias for balance": "--router-bias 0.01",
+    "shared expert": "--shared-expert --num-experts 3",
+    "router norm": "--router-norm",
+    "router noise": "--router-noise 0.5",
+}
+PARTS = {f"1: {name}": Recipe(flags) for name, flags in STAGE_1.items()}
+PARTS |= {f"2: {name}": Recipe(stage_2=flags) for name, flags in STAGE_2.items()}
 
 
 class Study:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime import distributed
+from runtime.choices import COMBINER_TYPES
 from runtime.precision import product_type
 from runtime.weights import Unfilled, fitted, shape_of
 from utils import UserError, first_line, flag
@@ -88,10 +90,13 @@ class Composer(nn.Module, ABC):
     Attributes:
         combining_function: what `--combining-function` calls it.
         top_k: experts that a query goes to; 0 without a mixture.
+        shapes: matrices that a checkpoint is recognised by -> the settings that are its rows and columns. The mixture
+            and CLIP4Cir's Combiner need none.
     """
 
     combining_function = "combiner"
     top_k: int = 0
+    shapes: Mapping[str, tuple[str, str]] = MappingProxyType({})
 
     @property
     def has_router(self) -> bool:
@@ -469,8 +474,8 @@ def _gate(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
 def build_combiner(settings: Mapping[str, Any]) -> Composer:
     """A Combiner with fresh weights from the settings that `combiner_settings` reads back from a checkpoint."""
     sizes = {name: settings[name] for name in ("clip_dim", "projection_dim", "hidden_dim")}
-    if settings["combiner_type"] == "clip4cir":
-        return PlainCombiner(**sizes)
+    if settings["combiner_type"] != "moe":
+        return globals()[COMBINER_TYPES[settings["combiner_type"]]](**sizes)
     mixture = {name: settings[name] for name in ("num_experts", "top_k")}
     return Combiner(**sizes, **mixture, parts=Parts.of(settings))
 
@@ -495,6 +500,13 @@ def combiner_settings(
         remedy = "it is of no Combiner known here, name another"
         return shape_of(state, name, 2, source=source, remedy=remedy)
 
+    for kind, class_name in COMBINER_TYPES.items():
+        shapes = globals()[class_name].shapes
+        if shapes and shapes.keys() <= state.keys():
+            told: CombinerSettings = {"combiner_type": kind, "num_experts": None, "top_k": None}
+            for name, (rows, columns) in shapes.items():
+                told[rows], told[columns] = shape(name)
+            return told
     clip_dim, hidden_dim = shape("output_layer.weight")
     joint_dim = shape("gate_net.0.weight" if is_moe else "combiner_layer.weight")[1]  # 2P
     sizes = {"clip_dim": clip_dim, "projection_dim": joint_dim // 2, "hidden_dim": hidden_dim}
