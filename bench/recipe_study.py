@@ -101,7 +101,7 @@ PARTS |= {f"2: {name}": Recipe(stage_2=flags) for name, flags in STAGE_2.items()
 
 
 # What is trained with 3 seeds of stage 1 x 3 of stage 2.
-MODERN = Recipe("", "")
+MODERN = Recipe("--recipe modern", "--recipe modern")
 PLAIN = Recipe(stage_2="--combiner-type clip4cir")
 FINAL = {
     "original": ORIGINAL,
