@@ -41,19 +41,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parents = [parent(groups.Dataset), *options.evaluation_flags(needs_pair=False)]
     parser = ScriptParser(__doc__, parents=parents)
     group = parser.add_argument_group("audit")
-    options.add_protocol(group, help="which are audited (default: all that apply)")
-    options.add_k(group, default=10, help="a query is solved where its target is among so many")
+    options.add_protocol(group, help="protocols to audit (default: all of the benchmark)")
+    options.add_k(
+        group,
+        default=10,
+        help="cut-off: a query counts as solved if its target is among the first k results",
+    )
     group.add_argument(
         "--write-queries",
         type=usable_path,
         metavar="FILE",
-        help="a file for the queries that need both, under the first protocol, for validate.py --queries",
+        help="output file that lists the queries that need both image and text under the first protocol, for "
+        "validate.py --queries",
     )
     group.add_argument(
         "--metrics-json",
         type=usable_path,
         metavar="FILE",
-        help="a file for all numbers of the audit",
+        help="output file for all numbers of the audit (JSON)",
     )
     options.add_resampling(group, resamples=2000)
     return parser.parse_args(argv)

@@ -39,14 +39,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action=Several,
         required=True,
         metavar="FILE",
-        help="two at least, of one stage",
+        help="checkpoints to average, at least two of the same stage",
     )
     parser.add_argument(
         "--output",
         type=usable_path,
         required=True,
         metavar="FILE",
-        help="the checkpoint that is written",
+        help="output file for the averaged checkpoint",
     )
     return parser.parse_args(argv)
 

@@ -39,28 +39,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options.add_dataset(
         parser,
         required=False,
-        help="which benchmark, in upper or lower case (default: all whose folder is there)",
+        help="benchmark to check, not case-sensitive (default: every benchmark that has a folder)",
     )
     parser.add_argument(
         "--splits",
         nargs="+",
         action=Several,
         choices=ALL_SPLITS,
-        help="splits to check (default: all that are there)",
+        help="splits to check (default: all splits that have files)",
     )
     parser.add_argument(
-        "--unofficial", action="store_true", help="do not compare counts with the official ones"
+        "--unofficial", action="store_true", help="do not compare counts with the official counts"
     )
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
         "--write-exclusions",
         type=usable_path,
         metavar="FILE",
-        help="a file for the images that cannot be decoded, for --exclusions",
+        help="output file that lists the images that cannot be decoded, for --exclusions",
     )
     args = parser.parse_args(argv)
     if args.write_exclusions and not args.dataset:
-        parser.error("--write-exclusions is for one dataset: name it with --dataset")
+        parser.error("--write-exclusions is for one dataset: choose it with --dataset")
     return args
 
 

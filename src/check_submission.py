@@ -32,29 +32,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     datasets = list(dict.fromkeys(form.kind.name for form in FORMS))
     parser = ScriptParser(__doc__, parents=[parent(groups.Data)])
     parser.add_argument(
-        "files", type=usable_path, nargs="+", metavar="FILE", help="a file to be uploaded"
+        "files", type=usable_path, nargs="+", metavar="FILE", help="submission file to check"
     )
     parser.add_argument(
         "--split",
         choices=("val", "test"),
         default="test",
-        help="the split whose queries the files answer",
+        help="split of the queries in the files",
     )
     parser.add_argument(
         "--dataset",
         type=in_any_case(datasets),
         choices=datasets,
-        help="the benchmark that the files are of (default: told by each file's content, but for Triplets)",
+        help="benchmark of the files (default: detected from their content, which is not possible for Triplets)",
     )
     parser.add_argument(
         "--metrics-json",
         type=usable_path,
         metavar="FILE",
-        help="a file for the metrics of --split val",
+        help="output file for the metrics of --split val (JSON)",
     )
     args = parser.parse_args(argv)
     if args.metrics_json and args.split != "val":
-        parser.error("--metrics-json: a test split's answers are secret: give --split val")
+        parser.error("--metrics-json needs a split with known targets: pass --split val")
     return args
 
 

@@ -39,9 +39,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=usable_path,
         nargs="+",
         metavar="RESULT",
-        help="a file of validate.py --metrics-json, or the run folder of a training with --seeds",
+        help="result file of validate.py --metrics-json, or run folder of a training run with --seeds",
     )
-    add_protocol(parser, help="which are compared (default: all)")
+    add_protocol(parser, help="protocols to compare (default: all)")
     add_resampling(parser, resamples=10_000)
     return parser.parse_args(argv)
 

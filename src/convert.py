@@ -33,14 +33,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=in_any_case(SOURCES),
         choices=list(SOURCES),
         required=True,
-        help="whose annotation files are read",
+        help="benchmark whose annotation files are converted (not case-sensitive)",
     )
     parser.add_argument(
         "--output-dir",
         type=usable_path,
         required=True,
         metavar="DIR",
-        help="a folder for the triplets, the data root to be",
+        help="output folder for the triplets, to be passed as --data-root",
     )
     return parser.parse_args(argv)
 

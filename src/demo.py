@@ -260,7 +260,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=usable_path,
         default=Path("demo"),
         metavar="DIR",
-        help="the folder for all that it makes",
+        help="folder for all files of the demo",
     )
     parser.add_argument(
         "--seeds",
@@ -268,7 +268,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         action=Several,
         default=[0],
-        help="random seeds of stage 2",
+        help="random seeds for stage 2, one training run each",
     )
     return parser.parse_args(argv)
 

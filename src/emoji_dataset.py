@@ -282,7 +282,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the rendering."""
     parser = ScriptParser(__doc__)
     parser.add_argument(
-        "--output-dir", type=usable_path, required=True, metavar="DIR", help="the data root to be"
+        "--output-dir",
+        type=usable_path,
+        required=True,
+        metavar="DIR",
+        help="output folder, to be passed as --data-root",
     )
     parser.add_argument(
         "--layouts",
@@ -290,27 +294,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action=Several,
         choices=tuple(LAYOUTS),
         default=list(LAYOUTS),
-        help="layouts to write",
+        help="benchmark layouts to write",
     )
     parser.add_argument(
-        "--side", type=positive_int, default=128, help="side of the pictures, in pixels"
+        "--side", type=positive_int, default=128, help="side length of the pictures in pixels"
     )
     parser.add_argument(
         "--train-triplets",
         type=positive_int,
         default=2500,
-        help="training triplets of each kind, at most",
+        help="largest number of training triplets of each kind",
     )
     parser.add_argument(
         "--eval-queries",
         type=positive_int,
         default=100,
-        help="queries of each kind in val and test, at most",
+        help="largest number of val and test queries of each kind",
     )
     parser.add_argument(
-        "--concepts", type=positive_int, help="take so many of each family alone (default: all)"
+        "--concepts",
+        type=positive_int,
+        help="number of concepts to use of each family (default: all)",
     )
-    add_seed(parser, help="of splits, pairs and wordings")
+    add_seed(parser, help="for splits, image pairs and wordings")
     return parser.parse_args(argv)
 
 

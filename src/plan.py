@@ -35,12 +35,14 @@ def plan_flags() -> argparse.ArgumentParser:
     """What is planned for."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("plan")
-    group.add_argument("--gpu", choices=GPUS, help="which GPU; needed unless --memory is given")
+    group.add_argument(
+        "--gpu", choices=GPUS, help="GPU model to plan for; required unless --memory is given"
+    )
     group.add_argument(
         "--memory",
         type=positive_float,
         metavar="GIB",
-        help="memory of another GPU, or what is free of it",
+        help="GPU memory in GiB, for a GPU that is not listed or partly in use",
     )
     for name in ("--triplets", "--images"):
         group.add_argument(
@@ -48,7 +50,7 @@ def plan_flags() -> argparse.ArgumentParser:
             type=rows,
             nargs=2,
             metavar=("TRAIN", "VAL"),
-            help=f"how many {name[2:]} there are, in place of those of --dataset",
+            help=f"number of {name[2:]} for training and for validation, instead of the counts of --dataset",
         )
     return parser
 

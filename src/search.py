@@ -51,15 +51,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     index = commands.add_parser(
         "index",
         parents=[options.exported_flag(), *clip, options.compute_flags()],
-        help="encode a folder, or bring its index up to date",
+        help="index folders of images, or update their index",
     )
     add_folders(index)
     add_keeping(index)
-    options.add_clip_batch_size(index, help="images or texts that CLIP encodes at a time")
+    options.add_clip_batch_size(index, help="number of images or texts that CLIP encodes at a time")
     query = commands.add_parser(
         "query",
         parents=[*options.search_flags(), *clip, options.compute_flags(False)],
-        help="ask an index",
+        help="search an index",
     )
     add_question(query)
     return parser.parse_args(argv)
@@ -74,7 +74,7 @@ def add_folders(index: argparse.ArgumentParser) -> None:
         action=Several,
         default=[],
         metavar="DIR",
-        help="folders of images, beside those that the index has already",
+        help="folders of images to add to the folders of the index",
     )
     index.add_argument(
         "--forget",
@@ -83,17 +83,21 @@ def add_folders(index: argparse.ArgumentParser) -> None:
         action=Several,
         default=[],
         metavar="DIR",
-        help="folders to drop from the index",
+        help="folders to remove from the index",
     )
     index.add_argument(
         "--relocate",
         type=usable_path,
         nargs=2,
         metavar=("OLD", "NEW"),
-        help="the images below a folder are below another one now: rewrite their paths, and do nothing else",
+        help="rewrite the paths of images that were moved from folder OLD to folder NEW, and do nothing else",
     )
     index.add_argument(
-        "--output", type=usable_path, required=True, metavar="INDEX", help="a folder for the index"
+        "--output",
+        type=usable_path,
+        required=True,
+        metavar="INDEX",
+        help="index folder, created or updated",
     )
 
 
@@ -103,32 +107,38 @@ def add_question(query: argparse.ArgumentParser) -> None:
         "--image",
         type=usable_path,
         metavar="REF",
-        help="the reference image (default: none, the text alone)",
+        help="reference image (default: none; search by text alone)",
     )
-    query.add_argument("--text", help="what to change (default: nothing, the image alone)")
+    query.add_argument(
+        "--text",
+        help="caption, what to change in the reference (default: none; search by image alone)",
+    )
     options.add_k(query, default=10)
     query.add_argument(
         "--min-similarity",
         type=number(-1, 1),
         metavar="X",
-        help="least cosine similarity of an answer (default: any)",
+        help="smallest cosine similarity of a result, from -1 to 1 (default: no limit)",
     )
     query.add_argument(
         "--distinct",
         action="store_true",
-        help="show the first alone of images that are the same (default: show all, and say which are copies)",
+        help="show only the first of identical images (default: show all and mark the copies)",
     )
     query.add_argument(
         "--filter",
         default="",
         metavar="CONDITION",
-        help="condition on the answers of an index in Milvus, in its language over path, category, size and time: "
-        "'path like \"shoes/%%\"'",
+        help="condition on the results, only for an index in Milvus: a Milvus expression over path, category, size and "
+        "time, as 'path like \"shoes/%%\"'",
     )
     how = query.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="print the answers as JSON")
+    how.add_argument("--json", action="store_true", help="print the results as JSON")
     how.add_argument(
-        "--html", type=usable_path, metavar="FILE", help="a file for a page of the answers"
+        "--html",
+        type=usable_path,
+        metavar="FILE",
+        help="output file for an HTML page of the results",
     )
 
 
@@ -138,23 +148,23 @@ def add_keeping(index: argparse.ArgumentParser) -> None:
     index.add_argument(
         "--index-type",
         choices=dict.fromkeys(kinds),
-        help="flat is exact, the others are for large galleries (default: as it is, flat for a new one)",
+        help="type of the index; flat: exact search; others: approximate search of large galleries (default: "
+        "unchanged, flat for a new index)",
     )
     options.add_store(
         index,
-        help=f"{all_addresses()}; faiss are files, and a server of Milvus gets MILVUS_TOKEN of the environment "
-        "(default: as it is, faiss for a new one)",
+        help=f"store of the features: {all_addresses()}; faiss: files in the index folder; a Milvus server is sent the "
+        "environment variable MILVUS_TOKEN (default: unchanged, faiss for a new index)",
     )
     index.add_argument(
         "--on-disk",
         action=argparse.BooleanOptionalAction,
-        help="leave the lists of ivfpq in a file (default: as it is, in memory for a new one)",
+        help="keep the lists of ivfpq in a file instead of memory (default: unchanged, in memory for a new index)",
     )
     options.add_verify(
         index,
-        help="tell changed images by all of their bytes (default: "
-        "as it is; a new one by size, modification time and the first, middle and last 4 KiB, in Milvus by size and "
-        "time)",
+        help="detect changed images by hashing their whole content (default: unchanged; a new index compares size, "
+        "modification time and the first, middle and last 4 KiB, in Milvus only size and time)",
     )
 
 

@@ -58,44 +58,42 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--rankings",
         type=usable_path,
         metavar="FILE",
-        help="a file of validate.py --rankings, in place of a pair",
+        help="file of validate.py --rankings to show, instead of ranking with a model",
     )
     group.add_argument(
         "--split",
         choices=("val", "test"),
         default="val",
-        help="split of the queries; the targets of test are not known",
+        help="split of the queries; targets of test are unknown",
     )
-    options.add_protocol(group, help="which is shown (default: the first that there is)")
+    options.add_protocol(
+        group, help="protocol to show (default: the first of the benchmark or file)"
+    )
     group.add_argument(
         "--queries",
         nargs="+",
         action=Several,
         metavar="Q",
-        help="which queries: best, worst or random; or ids of CIRR and CIRCO, or category:number of FashionIQ "
-        "(default: worst; random of test)",
+        help="queries to show: best, worst or random; or ids (CIRR, CIRCO), or category:number (FashionIQ) (default: "
+        "worst; random for test)",
     )
-    group.add_argument(
-        "--num", type=positive_int, default=20, help="how many queries of each split"
-    )
-    options.add_k(group, default=10, help="images of the gallery shown for a query")
-    options.add_seed(group, help="of --queries random")
+    group.add_argument("--num", type=positive_int, default=20, help="number of queries per split")
+    options.add_k(group, default=10, help="number of results shown per query")
+    options.add_seed(group, help="for --queries random")
     group.add_argument(
         "--output-dir",
         type=usable_path,
         default=PROJECT_ROOT / "sheets",
         metavar="DIR",
-        help="the folder for the sheet",
+        help="output folder for the sheet",
     )
     args = parser.parse_args(argv)
     if args.protocol and len(args.protocol) > 1:
-        parser.error("--protocol: a sheet shows one: name one")
+        parser.error("--protocol: a sheet shows one protocol: choose one")
     is_test = args.split == "test"
     args.queries = args.queries or ["random" if is_test else "worst"]
     if is_test and (args.rankings or args.queries in (["best"], ["worst"])):
-        parser.error(
-            "--split test has no known targets: name a pair, and --queries random or their ids"
-        )
+        parser.error("--split test has no known targets: pass a model, and --queries random or ids")
     names_pair = args.combining_function or args.pair
     if args.rankings is None and not (args.dataset and names_pair):
         parser.error("give --rankings FILE, or --dataset and --combining-function of a pair")

@@ -263,7 +263,7 @@ def test_a_default_that_nobody_wrote_down_is_said(capsys):
             "a share (default: 2e-06)",
             "a seed (default: 0)",
             "places (default: 100% b)",
-            "a folder (default: runs/ of the project)",
+            "a folder (default: runs/ in the project)",
         ):
             assert end in told
 

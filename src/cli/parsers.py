@@ -23,7 +23,7 @@ class WithDefaults(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         about = action.help or ""
         if _lists_choices(action):
-            about += f"; of {', '.join(action.choices or ())}"
+            about += f"; choices: {', '.join(action.choices or ())}"
         default = in_words(action.default)
         if not default or action.required or not action.option_strings or "(default:" in about:
             return about
@@ -73,7 +73,7 @@ def in_words(default: Any) -> str:
     if isinstance(default, list):
         return " ".join(map(str, default))
     if isinstance(default, Path) and default.is_relative_to(PROJECT_ROOT):
-        return f"{default.relative_to(PROJECT_ROOT)}/ of the project"
+        return f"{default.relative_to(PROJECT_ROOT)}/ in the project"
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
@@ -96,7 +96,7 @@ class ScriptParser(argparse.ArgumentParser):
             DEBUG,
             action="store_true",
             default=argparse.SUPPRESS,
-            help="where it fails, print all of what Python says too",
+            help="on failure, also print the traceback",
         )
 
     typed: Sequence[str] = ()

@@ -24,7 +24,7 @@ def submission_parser(about: str | None, benchmark: type[Benchmark]) -> argparse
         type=file_name,
         required=True,
         metavar="NAME",
-        help="a name for the files, which is part of theirs",
+        help="name of the submission, used in the file names",
     )
     val = benchmark.val_split
     test = benchmark.test_split
@@ -32,14 +32,14 @@ def submission_parser(about: str | None, benchmark: type[Benchmark]) -> argparse
         "--split",
         choices=(val, test),
         default=test,
-        help=f"split of the queries; {val} is scored too",
+        help=f"split of the queries; {val} is also scored",
     )
     group.add_argument(
         "--output-dir",
         type=usable_path,
         default=PROJECT_ROOT / "submission" / benchmark.name,
         metavar="DIR",
-        help="the folder for the files",
+        help="folder for the submission files",
     )
     return parser
 
