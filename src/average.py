@@ -89,14 +89,15 @@ def check_same_model(first: Checkpoint, other: Checkpoint, names: tuple[str, ...
         theirs = other.table.get(name)
         if ours != theirs:
             raise UserError(
-                f"{FLAG} {other.path}: {name} is {theirs}, but {ours} in {first.path}: name those of one model"
+                f"{FLAG} {other.path}: {name} is {theirs}, but {ours} in {first.path}: choose checkpoints of one model"
             )
     shapes = [
         {name: weight.shape for name, weight in each.state.items()} for each in (first, other)
     ]
     if shapes[0] != shapes[1]:
         raise UserError(
-            f"{FLAG} {other.path} has other weights than {first.path}: name those of one model"
+            f"{FLAG} {other.path} has weights of other names or shapes than {first.path}: choose checkpoints of one "
+            "model"
         )
 
 
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     files = [find_checkpoint(FLAG, path) for path in args.checkpoints]
     if len(files) < 2:
-        raise UserError(f"{FLAG}: there is nothing to average in one: name two at least")
+        raise UserError(f"{FLAG}: one checkpoint cannot be averaged: pass at least two")
     check_writable({"--output": args.output.parent})
 
     from runtime.tensors import save_tensors

@@ -117,7 +117,7 @@ def check_rankings(file: Path, args: argparse.Namespace) -> dict[str, Any] | Non
         excluded.update(names)
     benchmark = kind(args.data_root, excluded)
     if content["split"] != benchmark.split_called(args.split):
-        raise UserError(f"{file} is of {content['split']}: give --split val")
+        raise UserError(f"{file} is of {content['split']}: pass --split val")
     if not print_violations(file, unlike_annotations(content, benchmark)):
         return None
     protocols = {name: found["metrics"] for name, found in content["protocols"].items()}
@@ -132,7 +132,7 @@ def not_whole(form: ServerForm[Any], contents: Contents) -> str:
     if sorted(slots) == sorted(form.slots):
         return ""
     wanted = f"a file each of {' and '.join(form.slots)}" if len(form.slots) > 1 else "one file"
-    return f"{next(iter(contents))}: not scored, a submission is {wanted}: name those of one"
+    return f"{next(iter(contents))}: not scored, a submission is {wanted}: pass the files of one submission"
 
 
 def scores_of(files: Mapping[ServerForm[Any], Contents], *, must: bool) -> list[dict[str, Any]]:
@@ -169,7 +169,8 @@ def print_scores(scores: list[dict[str, Any]], metrics_json: Path | None) -> Non
     if metrics_json:
         if len(scores) != 1:
             raise UserError(
-                f"--metrics-json {metrics_json}: the files are of {len(scores)} submissions: name those of one"
+                f"--metrics-json {metrics_json}: the files are of {len(scores)} submissions: pass the files of one "
+                "submission"
             )
         write_text(metrics_json, json.dumps(scores[0], indent=2) + "\n")
 

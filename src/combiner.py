@@ -459,7 +459,7 @@ def combiner_settings(
     is_moe = any(name.startswith("moe_layer.") for name in state)
 
     def shape(name: str) -> tuple[int, ...]:
-        remedy = "it is of no Combiner known here, name another"
+        remedy = "it is not a known Combiner; choose another file"
         return shape_of(state, name, 2, source=source, remedy=remedy)
 
     clip_dim, hidden_dim = shape("output_layer.weight")
@@ -471,7 +471,8 @@ def combiner_settings(
     top_k = config.get("top_k", ORIGINAL_TOP_K)
     if top_k > num_experts:
         raise UserError(
-            f"{source}: top_k is {top_k}, but its weights have {num_experts} experts: name another, or --top-k"
+            f"{source}: top_k is {top_k}, but its weights have {num_experts} experts: choose another file, or set "
+            "--top-k"
         )
     parts = {name: True for name, weight in TOLD_BY.items() if weight in state or config.get(name)}
     return {"combiner_type": "moe", **sizes, "num_experts": num_experts, "top_k": top_k, **parts}
@@ -514,12 +515,12 @@ def load_combiner(
         if value is not None and value != has:
             has = "none" if has is None else has
             raise UserError(
-                f"{flag(name)} {value} disagrees with {path}, which has {has}: leave the flag out"
+                f"{flag(name)} {value} differs from {path}, which has {has}: remove the flag"
             )
     if settings["clip_dim"] != clip_dim:
         raise UserError(
-            f"--combiner-path {path} was trained on features of length {settings['clip_dim']}, but --clip-model-name "
-            f"gives {clip_dim}: name the CLIP it was trained with"
+            f"--combiner-path {path} was trained on features of dimension {settings['clip_dim']}, but "
+            f"--clip-model-name gives {clip_dim}: choose the CLIP model that it was trained with"
         )
     source = f"--combiner-path {path}"
     try:

@@ -57,7 +57,8 @@ def shared_protocols(columns: Sequence[Column], wanted: Sequence[str] | None) ->
     if not shared:
         measured = "; ".join(f"{column.label}: {', '.join(column.protocols)}" for column in columns)
         raise UserError(
-            f"no {' or '.join(wanted or ['protocol'])} in common ({measured}): numbers of different ones do not compare"
+            f"no {' or '.join(wanted or ['protocol'])} in common ({measured}): results under different protocols "
+            "cannot be compared"
         )
     return shared
 

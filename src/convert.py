@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     check_writable({"--output-dir": args.output_dir})
     splits = {split: usable(split, converted) for split, converted in read(source).items()}
     if not splits:
-        raise UserError(f"{source} has no annotation files: put them there, or name --data-root")
+        raise UserError(f"{source} has no annotation files: add them, or set --data-root")
     with folder_made_beside(made) as folder:
         (folder / "images").symlink_to(source.resolve(), target_is_directory=True)
         for split, converted in splits.items():

@@ -94,7 +94,7 @@ class Demo:
         words = [f"src/{script}", *map(str, flags)]
         print(f"\n$ python {shlex.join(words)}", flush=True)
         if start(words):
-            raise UserError(f"{script} failed; what it said is above")
+            raise UserError(f"{script} failed: see its message above")
 
     def train(self, script: str, name: str, *flags: Word) -> Path:
         """Run a training; returns its run folder."""

@@ -270,7 +270,7 @@ def _write_bytes(path: Path, content: bytes) -> None:
         path.write_bytes(content)
     except OSError as error:
         raise UserError(
-            f"could not write {path} ({error.strerror}): free space or choose another folder"
+            f"could not write {path} ({error.strerror}): free disk space, or choose another folder"
         ) from None
 
 
@@ -329,7 +329,7 @@ def main(argv: list[str] | None = None) -> None:
     divided = divide(pixels, args.seed)
     if not all(divided.values()):
         raise UserError(
-            "--concepts is too small to divide among train, val and test: give 3 or more"
+            "--concepts is too small to divide among train, val and test: choose 3 or more"
         )
     queries = {}
     alike = {}

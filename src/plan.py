@@ -92,13 +92,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Fail now, before anything heavy is loaded, where flags do not say what is to be planned."""
     if args.resume:
-        raise UserError("--resume: a plan is made from flags; give those that the run had")
+        raise UserError("--resume: a plan is made from flags: pass the flags of the run instead")
     if not args.gpu and not args.memory:
-        raise UserError(f"--gpu: name one of {', '.join(GPUS)}, or give --memory")
+        raise UserError(f"--gpu is missing: choose {', '.join(GPUS)}, or pass --memory")
     if bool(args.triplets) != bool(args.images):
-        raise UserError("--triplets and --images belong together: give both")
+        raise UserError("--triplets and --images belong together: pass both")
     if not args.dataset and not args.triplets:
-        raise UserError("--dataset: name one, or give --triplets and --images")
+        raise UserError("--dataset is missing: choose one, or pass --triplets and --images")
     if args.micro_batch_size and args.micro_batch_size > args.batch_size:
         raise UserError(
             f"--micro-batch-size {args.micro_batch_size} is larger than the batch of {args.batch_size}: lower it"
@@ -120,7 +120,9 @@ def check_precision(gpu: Gpu, name: str, precision: str) -> None:
     """
     if gpu.rates and precision not in gpu.rates:
         known = ", ".join(gpu.rates)
-        raise UserError(f"{flag(name)} {precision}: the {gpu.title} has none; choose {known}")
+        raise UserError(
+            f"{flag(name)} {precision}: the {gpu.title} does not support it: choose {known}"
+        )
 
 
 def planned_sizes(args: argparse.Namespace) -> "Sizes":

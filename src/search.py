@@ -180,17 +180,17 @@ def chosen_folders(
     gone = {path.resolve() for path in forgotten}
     for path in sorted(gone - set(map(Path, held))):
         raise UserError(
-            f"--forget {path}: {output} does not hold it, but {', '.join(held) or 'nothing'}: name one of it"
+            f"--forget {path}: {output} does not contain this folder: choose from {', '.join(held) or 'none'}"
         )
     chosen = sorted({*map(Path, held), *typed} - gone)
     if not chosen:
-        raise UserError("--images: name a folder that holds images")
+        raise UserError("--images is missing: pass a folder that contains images")
     missing = [folder for folder in chosen if not folder.is_dir()]
     for folder in missing:
         if folder in typed or not typed:
             raise UserError(
-                f"--images {folder} is no folder: name one that holds images, say where it is now with --relocate, or "
-                "drop it from the index with --forget"
+                f"--images {folder} is not a folder: choose one that contains images, pass its new place with "
+                f"--relocate, or remove it from the index with --forget"
             )
     return [folder for folder in chosen if folder not in missing], missing
 
@@ -233,7 +233,7 @@ def move_images(args: argparse.Namespace) -> None:
     for name in ("images", "forget", "index_type", "on_disk", "verify"):
         if getattr(args, name):
             raise UserError(
-                f"{flag(name)} beside --relocate, which only rewrites paths: leave one out"
+                f"{flag(name)} cannot be combined with --relocate, which only rewrites paths: remove one of them"
             )
 
     from image_search.image_index import relocate
@@ -285,7 +285,7 @@ def encode_images(
             return update
         except Stopped as stopped:
             raise Stopped(
-                stopped.signal, "what was encoded is kept: go on with the same command"
+                stopped.signal, "encoded features are kept: run the same command again to resume"
             ) from None
 
 
@@ -359,12 +359,12 @@ def choose_composition(args: argparse.Namespace) -> None:
     alone = args.combining_function
     if args.image is None and alone != "text":
         raise UserError(
-            "--image is missing: name the reference, or ask with the text alone, --combining-function text"
+            "--image is missing: pass the reference, or search by text alone with --combining-function text"
         )
     if not (args.text or "").strip() and alone != "image":
         said = "missing" if args.text is None else "empty"
         raise UserError(
-            f"--text is {said}: say what to change, or ask with the image alone, --combining-function image"
+            f"--text is {said}: pass what to change, or search by image alone with --combining-function image"
         )
 
 

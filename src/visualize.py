@@ -96,7 +96,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--split test has no known targets: pass a model, and --queries random or ids")
     names_pair = args.combining_function or args.pair
     if args.rankings is None and not (args.dataset and names_pair):
-        parser.error("give --rankings FILE, or --dataset and --combining-function of a pair")
+        parser.error("pass --rankings FILE, or --dataset and --combining-function")
     return args
 
 
@@ -156,8 +156,8 @@ def check_same_images(args: argparse.Namespace, content: Mapping[str, Any]) -> N
         known = content["images_sha256" if args.verify else "images_sampled"]
         if images_digest(split, sampled=not args.verify) != known.get(split.name):
             raise UserError(
-                f"--rankings {args.rankings}: the images of {split.name} under --data-root are not those that were "
-                "ranked: put those back, or measure again"
+                f"--rankings {args.rankings}: the images of {split.name} under --data-root are not the images that "
+                f"were ranked: restore them, or run validate.py again"
             )
 
 
@@ -205,7 +205,8 @@ def choose_protocol(records: Records, wanted: Sequence[str] | None, file: Path |
         return known[0]
     if wanted[0] not in known:
         raise UserError(
-            f"--protocol {wanted[0]} is not in {file}, which has {', '.join(known)}: measure again"
+            f"--protocol {wanted[0]} is not in {file}, which has {', '.join(known)}: choose one of these, or measure "
+            "again"
         )
     return wanted[0]
 
@@ -229,7 +230,7 @@ def choose_queries(
         if wanted_label not in known:
             some = ", ".join(list(known)[:3])
             raise UserError(
-                f"--queries {wanted_label}: not best, worst, random, nor a query, as {some}: name one of them"
+                f"--queries {wanted_label}: not best, worst, random or a query such as {some}: choose one of these"
             )
         name, query = known[wanted_label]
         chosen.setdefault(name, []).append(query)
@@ -263,7 +264,7 @@ def find_images(benchmark: Benchmark, split: str, cards: "Iterable[Card]") -> di
     missing = [name for name in names if name not in paths]
     if missing:
         raise UserError(
-            f"--rankings names the image {missing[0]}, which {benchmark.name} under --data-root has not"
+            f"--rankings refers to the image {missing[0]}, which is not in {benchmark.name} under --data-root"
         )
     return {name: paths[name] for name in names}
 

@@ -288,7 +288,7 @@ REFUSED = {
     '{"dataset": "CIRR", "split": "val", "queries": [["1"]]}': "queries.0: input should be a valid string, not ['1']",
     '{"dataset": "FashionIQ", "split": "val", "queries": ["dress:1"]}': "is for FashionIQ val",
     '{"dataset": "CIRR", "split": "test1", "queries": [1]}': "is for CIRR test1",
-    '{"dataset": "CIRR", "split": "val", "queries": [-7, "x"]}': "2 of 2 are no queries of CIRR",
+    '{"dataset": "CIRR", "split": "val", "queries": [-7, "x"]}': "2 of 2 are not queries of CIRR",
     "{": "is not a readable JSON file",
 }
 

@@ -144,7 +144,7 @@ def test_rankings_that_are_looked_at(flags, own_drawn, run, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         look()
     assert stop.value.code == 2
-    assert "are not those that were ranked" in capsys.readouterr().err
+    assert "are not the images that were ranked" in capsys.readouterr().err
 
 
 def test_a_digest_of_images_names_each(own_drawn):

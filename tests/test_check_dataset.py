@@ -376,7 +376,7 @@ def test_excluding_everything_is_refused(drawn, fails, tmp_path):
         json.dumps({"dataset": "CIRR", "images": dict.fromkeys(names, "missing")})
     )
     flags = ["--dataset", "CIRR", *SUM, "--clip-model-name", drawn / "tiny_clip_vit.pt"]
-    assert "--exclusions leaves none" in fails(
+    assert "--exclusions leaves out all triplets" in fails(
         "validate", drawn, *flags, "--exclusions", tmp_path / "all.json"
     )
 

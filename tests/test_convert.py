@@ -80,7 +80,7 @@ def test_what_is_there_is_converted(own_drawn, tmp_path, capsys):
     assert sorted(file.stem for file in folder.glob("*.jsonl")) == ["train", "val"]
     with pytest.raises(SystemExit):
         converted("CIRR", own_drawn, tmp_path / "a")
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 # LaSCo and Shoes, as their repositories have them

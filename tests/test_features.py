@@ -230,17 +230,17 @@ def test_features_whose_direction_is_lost_are_refused(factor, make_encoder, path
             projection *= 1e-3
         encode(encoder, None, paths)
         encoder.model.visual.proj *= factor
-        with pytest.raises(UserError, match=f"features of {paths[0]} have length"):
+        with pytest.raises(UserError, match=f"features of {paths[0]} have norm"):
             encoder.images(paths)
-        with pytest.raises(UserError, match=f"features of {paths[0]} have length"):
+        with pytest.raises(UserError, match=f"features of {paths[0]} have norm"):
             for features, _ in encoder.readable_images([paths]):
                 check_features([(str(path), 1, 1) for path in paths], features.numpy(), 64)
-        with pytest.raises(UserError, match="features of the reference image have length"):
+        with pytest.raises(UserError, match="features of the reference image have norm"):
             encoder.read_images(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
         encoder.model.text_projection *= factor
-        with pytest.raises(UserError, match="features of the caption 'is red' have length"):
+        with pytest.raises(UserError, match="features of the caption 'is red' have norm"):
             encoder.captions(CAPTIONS)
-    with pytest.raises(UserError, match="make the index again"):
+    with pytest.raises(UserError, match="build the index again"):
         normalised(factor * np.eye(3))
 
 

@@ -288,7 +288,7 @@ def test_a_protocol_can_be_chosen(golden, pair, run, measured, capsys, fails):
     assert f"average_recall = {result['metrics']['average_recall']}" in out
     assert "original" not in out
     error = fails("validate", golden, "--dataset", "CIRR", *pair, "--protocol", "VAL-kept")
-    assert "--protocol VAL-kept is none of CIRR: choose from original-removed" in error
+    assert "--protocol VAL-kept does not exist for CIRR: choose from original-removed" in error
 
 
 def test_the_table_has_all_protocols_and_the_lines_the_first(golden, pair, run, capsys):

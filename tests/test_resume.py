@@ -394,7 +394,7 @@ def test_a_run_of_an_earlier_version_lacks_later_flags(stopped, resume, refuses)
     content = json.loads(file.read_text())
     del content["flags"]["cosine"]
     file.write_text(json.dumps(content))
-    assert "the run was started without --cosine: leave it out" in refuses(run, "--cosine")
+    assert "the run was started without --cosine: remove it" in refuses(run, "--cosine")
     resume(run)
     assert (run / "best_metrics.json").exists()
 
@@ -413,8 +413,8 @@ def test_a_run_of_an_earlier_version_reads_own_photos_as_it_began(stopped, resum
 
 
 def test_folders_that_are_no_runs(refuses, stage_1, tmp_path, drawn):
-    assert "no folder of a run" in refuses(tmp_path / "nowhere")
-    assert "no folder of a run" in refuses(drawn)
+    assert "not a run folder" in refuses(tmp_path / "nowhere")
+    assert "not a run folder" in refuses(drawn)
     (tmp_path / "damaged").mkdir()
     file = tmp_path / "damaged" / "training_hyperparameters.json"
     for text in ("{", "[1]", "{}", '{"dataset": "COCO"}', '{"dataset": "CIRR", "num_epochs": 1.5}'):
@@ -572,7 +572,7 @@ def test_a_signal_saves_and_ends_with_the_command_to_resume(number, door, drawn,
     last = stderr.strip().splitlines()[-1]
     assert (
         last
-        == f"{door}.py: stopped by {number.name}; go on with: python {ROOT}/src/{door}.py --resume {run}"
+        == f"{door}.py: stopped by {number.name}; resume with: python {ROOT}/src/{door}.py --resume {run}"
     )
     progress = load_tensors(run / "state.pt")["progress"]
     assert progress["epoch"] >= 1
@@ -616,7 +616,7 @@ def test_torchrun_killed_and_told_to_stop(door, settings, drawn, tmp_path, start
     process.send_signal(signal.SIGTERM)  # which torchrun passes on
     process.wait()
     assert (
-        f"go on with: torchrun --nproc-per-node 2 {ROOT}/src/{door}.py --resume {run}"
+        f"resume with: torchrun --nproc-per-node 2 {ROOT}/src/{door}.py --resume {run}"
         in process.stderr
     )
     process = start(*torchrun(2), *resumption)
@@ -644,7 +644,7 @@ def test_torchrun_ended_by_a_signal_that_it_does_not_pass_on(drawn, tmp_path, re
     process.wait()
     wait_until_gone(processes)
     resumption = f"torchrun --nproc-per-node 2 {ROOT}/src/combiner_train.py --resume {run}"
-    assert f"stopped by the end of torchrun; go on with: {resumption}" in process.stderr
+    assert f"stopped by the end of torchrun; resume with: {resumption}" in process.stderr
     assert load_tensors(run / "state.pt")["progress"]["epoch"] >= 1
 
 
@@ -680,7 +680,7 @@ combiner_train.main(sys.argv[1:])
     last = done.stderr.strip().splitlines()[-1]
     assert "error: could not write" in last
     assert (
-        f"the last good state is epoch 2, step 0; go on with: python {ROOT}/src/combiner_train.py --resume {run}"
+        f"the last good state is epoch 2, step 0; resume with: python {ROOT}/src/combiner_train.py --resume {run}"
         in last
     )
     assert not list(run.rglob("*.tmp"))

@@ -158,7 +158,7 @@ def test_queries_by_name_and_at_random(look, rankings, capsys):
     [
         (
             ["--queries", "dress:999"],
-            "--queries dress:999: not best, worst, random, nor a query, as dress:0",
+            "--queries dress:999: not best, worst, random or a query such as dress:0",
         ),
         (["--protocol", "VAL-kept"], "--protocol VAL-kept is not in"),
         (["--rankings", "nowhere.json"], "nowhere.json is missing"),

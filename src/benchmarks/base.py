@@ -108,7 +108,8 @@ class Benchmark(ABC):
         """Return what the files call "train", "val" or "test". Raises UserError where there is none."""
         if split not in self.splits:
             raise UserError(
-                f"--dataset {self.name} has no {split} split, only {' and '.join(self.splits)}: name another benchmark"
+                f"--dataset {self.name} has no {split} split, only {' and '.join(self.splits)}: choose another "
+                "benchmark"
             )
         return self.splits[split]
 
@@ -218,7 +219,7 @@ class Benchmark(ABC):
         remaining = whole.without(self.excluded) if self.excluded else whole
         if not remaining.triplets:
             raise UserError(
-                f"--exclusions leaves none of the triplets of {queries_file}: exclude fewer images"
+                f"--exclusions leaves out all triplets of {queries_file}: exclude fewer images"
             )
         return remaining
 

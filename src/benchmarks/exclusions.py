@@ -45,7 +45,7 @@ def read_exclusions(file: Path | None, dataset: str) -> dict[str, str]:
         raise UserError(f"--exclusions: {error}") from None
     if listed.dataset != dataset:
         raise UserError(
-            f"--exclusions {file} is for {listed.dataset}, not {dataset}: name the right file"
+            f"--exclusions {file} is for {listed.dataset}, not {dataset}: choose the right file"
         )
     return listed.images
 

@@ -39,7 +39,7 @@ def locate(
     for name, place in places.items():
         if _LEADS_AWAY.search(name) or not _is_below(root, place):
             raise UserError(
-                f"{listed_in}: the image {name!r} at {place!r} leads out of the dataset: {remedy}"
+                f"{listed_in}: the image {name!r} at {place!r} points outside the dataset: {remedy}"
             )
     first, *others = folders
     others = [folder for folder in others if folder.is_dir()]
@@ -80,5 +80,5 @@ def _check_links(paths: Mapping[str, Path], root: Path) -> None:
         folders = [root, *(parent for parent in path.parents if parent.is_relative_to(root))]
         if not any(target.is_relative_to(real(folder)) for folder in folders):
             raise UserError(
-                f"{path} is a link to {target}, out of the dataset: put the file itself there, or link its whole folder"
+                f"{path} is a symlink to {target}, outside the dataset: copy the file, or symlink its whole folder"
             )

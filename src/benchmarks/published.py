@@ -108,7 +108,7 @@ def shoes(folder: Path) -> dict[str, Converted]:
         if query.reference not in split_of or query.target not in places:
             listed = " or ".join(map(str, lists.values()))
             raise UserError(
-                f"{file}: entry {number}: its images are not of womens_*/ and of {listed}: {OFFICIAL}"
+                f"{file}: entry {number}: its images are not in womens_*/ and in {listed}: {OFFICIAL}"
             )
         line = {
             "reference": places[query.reference],

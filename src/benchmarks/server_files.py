@@ -142,7 +142,7 @@ class CirrForm(ServerForm[dict[str, Any]]):
                 )
         queries = {str(triplet.pair_id): triplet for triplet in self.whole.triplets}
         unknown = sorted(content.keys() - {"version", "metric"} - queries.keys())
-        violations += [f"pairid {key}: no query of {self.whole.name}" for key in unknown]
+        violations += [f"pairid {key}: not a query of {self.whole.name}" for key in unknown]
         for key, triplet in queries.items():
             problems = (
                 self._problems(content[key], triplet, content.get("metric"))
@@ -340,11 +340,12 @@ def parse_submission(file: Path) -> dict[str, Any] | list[Any]:
         content = parse_json(read_text(file))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{file} is no JSON file that can be read ({error}): write the submission again"
+            f"{file} is not a readable JSON file ({error}): write the submission again"
         ) from None
     if not isinstance(content, dict | list):
         raise UserError(
-            f"{file} holds a {type(content).__name__}, neither an object (CIRR, CIRCO) nor a list (FashionIQ)"
+            f"{file} contains a {type(content).__name__}, not an object (CIRR, CIRCO) or a list (FashionIQ): choose a "
+            "submission file"
         )
     return content
 
@@ -364,7 +365,8 @@ def form_of(
     alike = [form for form in forms if isinstance(content, form.container)]
     if not alike:
         raise UserError(
-            f"{file} holds a {type(content).__name__}, as no submission to {dataset} does: name its own --dataset"
+            f"{file} contains a {type(content).__name__}, which no submission to {dataset} does: set --dataset to its "
+            "benchmark"
         )
     return next((form for form in alike if form.fits(content)), alike[0])
 
@@ -396,5 +398,5 @@ def _foreign(ids: list[str], split: Split) -> list[str]:
             hint = (
                 f": write {bare}, without path and extension" if bare in split.image_paths else ""
             )
-            problems.append(f"{name} is no image of {split.name}{hint}")
+            problems.append(f"{name} is not an image of {split.name}{hint}")
     return problems

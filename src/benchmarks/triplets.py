@@ -136,7 +136,7 @@ class Triplets(Benchmark):
     name = "Triplets"
     run_name = "triplets"
     folder = "triplets_dataset"
-    remedy = "mend it as docs/own-data.md says"
+    remedy = "fix it as described in docs/own-data.md"
     background = WHITE
     # The picture that a search begins with is no answer to anybody, so this is what checkpoints are chosen by.
     protocols = (ORIGINAL_REMOVED, ORIGINAL_KEPT)
@@ -154,7 +154,9 @@ class Triplets(Benchmark):
         there = sorted(file for file in folder.glob("*") if file.name.lower() in names)
         if len(there) > 1:
             others = " and ".join(file.name for file in there[1:])
-            raise UserError(f"{there[0]} and {others} beside it are one split: keep one of them")
+            raise UserError(
+                f"{there[0]} and {others} next to it are the same split: keep one of them"
+            )
         queries = there[0] if there else folder / f"{split}.jsonl"
         gallery = folder / f"gallery.{split}.txt"
         return queries, gallery if gallery.exists() else queries
@@ -280,7 +282,7 @@ def _object(line: str) -> Any:
         return parse_json(line)
     except ValueError as error:
         problem, _, _ = first_line(error).partition(": line 1")
-        raise ValueError(f"is no JSON ({problem}): write an object on each line") from None
+        raise ValueError(f"is not JSON ({problem}): write an object on each line") from None
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Reading]]:
@@ -291,9 +293,9 @@ def _rows(file: Path) -> Iterator[tuple[str, Reading]]:
     if not {"reference", "caption"} <= set(known) or len(known) < len(
         set(names) & set(OWN_COLUMNS)
     ):
-        found = "is empty" if not names else "names other columns"
+        found = "is empty" if not names else "has other columns"
         raise UserError(
-            f"{file} {found}: its first row should name the columns reference, caption, target, each once: "
+            f"{file} {found}: its first row should contain the columns reference, caption, target, each once: "
             f"{Triplets.remedy}"
         )
     for number, cells in rows:

@@ -75,7 +75,7 @@ def parse(
     for name in known - stored.keys() - FREE_FLAGS:  # of a later version than the run's
         if getattr(args, name) != parser.get_default(name):
             raise UserError(
-                f"--resume {folder}: the run was started without {flag(name)}: leave it out"
+                f"--resume {folder}: the run was started without {flag(name)}: remove it"
             )
     return parsed(parser, stage, args)
 

@@ -56,7 +56,7 @@ class Resampling:
         for split, own in columns.items():
             if self.by != BY_QUERY and self.by not in own:
                 raise UserError(
-                    f"--resample-by {self.by}: no column that all queries of {split} have: choose from "
+                    f"--resample-by {self.by}: not a column that all queries of {split} have: choose from "
                     f"{', '.join([BY_QUERY, *own])}"
                 )
             queries = len(next(iter(own.values())))
@@ -157,7 +157,8 @@ def result_files(places: Sequence[Path]) -> list[Path]:
             found = sorted(place.glob("seed_*.json"), key=lambda file: (len(file.name), file.name))
         if not found:
             raise UserError(
-                f"{place} has no seed_*.json: name the folder of a training with --seeds and --save-training, or files"
+                f"{place} has no seed_*.json: pass the folder of a training run with --seeds and --save-training, or "
+                "files"
             )
         files += found
     return files
@@ -177,7 +178,7 @@ def read_columns(files: list[Path]) -> list[Column]:
         if (result["dataset"], result["split"]) != (first["dataset"], first["split"]):
             raise UserError(
                 f"{file} is of {result['dataset']} {result['split']}, {files[0]} of {first['dataset']} "
-                f"{first['split']}: compare results of one"
+                f"{first['split']}: compare results of one split"
             )
         key = _method(result) or f"file {number}"
         if key in columns and _seeds(result) in map(_seeds, columns[key].results):

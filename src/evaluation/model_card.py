@@ -64,12 +64,13 @@ def check_results(
         for part, digest in result["weights_sha256"].items():
             if digest not in [known.get(part) for known in weights]:
                 raise UserError(
-                    f"--results {file}: weights_sha256.{part} is of other weights than those exported: measure these"
+                    f"--results {file}: weights_sha256.{part} is not the hash of the exported weights: measure these "
+                    "weights"
                 )
         for name, value in result["preprocessing"].items():
             if value != preprocessing.get(name):
                 raise UserError(
-                    f"--results {file}: preprocessing.{name} is {value}, and the pair's is {preprocessing.get(name)}: "
+                    f"--results {file}: preprocessing.{name} is {value}, but the pair has {preprocessing.get(name)}: "
                     "measure with the flags of this export"
                 )
 
@@ -150,7 +151,7 @@ def _training(training: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 flags.append(f"{flag(name)} {value}" if value is not True else flag(name))
         paragraphs.append(f"{PARTS[part]}, on {plain(dataset)}:")
         paragraphs.append(f"```\n{printable(' '.join(flags))}\n```")
-    return paragraphs or ["The weights do not say how they were trained."]
+    return paragraphs or ["The weights do not record how they were trained."]
 
 
 def _numbers(config: Mapping[str, Any], results: Sequence[Result]) -> list[str]:

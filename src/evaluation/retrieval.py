@@ -157,7 +157,7 @@ def _are_equal(similarity: Tensor) -> bool:
 def refuse_equal(split: Split) -> None:
     """Raise UserError: ranks would be the order of the gallery's list."""
     raise UserError(
-        f"{split.name}: every image is equally near to every query: the weights have collapsed; name others"
+        f"{split.name}: every image is equally similar to every query: the weights have collapsed; choose other weights"
     )
 
 
@@ -233,7 +233,7 @@ def _naming(split: Split) -> Iterator[None]:
         yield
     except NotFiniteError as error:
         raise UserError(
-            f"{split.name}: {error}; the weights have diverged, or their file is damaged"
+            f"{split.name}: {error}; the weights have diverged or their file is damaged: choose other weights"
         ) from None
 
 

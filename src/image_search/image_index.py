@@ -150,12 +150,13 @@ def _check_may_be_updated(folder: Path, key: dict[str, Any], keeping: Keeping) -
         for file in folder.iterdir():
             if not any(store.files.fullmatch(file.name) for store in all_stores()):
                 raise UserError(
-                    f"--output {folder} holds {file.name}, which is of no index: name an empty or a new folder"
+                    f"--output {folder} contains {file.name}, which does not belong to an index: choose an empty or "
+                    "new folder"
                 )
         return
     if earlier.get("encoder") != key:
         raise UserError(
-            f"--output {folder} is an index of other weights, preprocessing or precision: choose another folder"
+            f"--output {folder} is an index with other weights, preprocessing or precision: choose another folder"
         )
     _check_trusted(folder, earlier, keeping)
 
@@ -216,8 +217,8 @@ def _check_found(
         ]
         if lost:
             raise UserError(
-                f"--images {folder} is no folder any more, and {len(lost)} of its images are found nowhere, such as "
-                f"{lost[0]}: bring it back, or drop it from the index with --forget {folder}"
+                f"--images {folder} no longer exists, and {len(lost)} of its images were not found elsewhere, such as "
+                f"{lost[0]}: restore it, or remove it from the index with --forget {folder}"
             )
 
 
@@ -257,10 +258,12 @@ def relocate(folder: Path, old: Path, new: Path, *, store: str | None) -> Reloca
     """
     about = read_manifest(folder) or {}
     if "images" not in about:
-        raise UserError(f"--output {folder} holds no whole index: name one")
+        raise UserError(
+            f"--output {folder} does not contain a complete index: choose another folder"
+        )
     if not new.is_dir():
         raise UserError(
-            f"--relocate {old} {new}: {new} is no folder: name the one that holds the images now"
+            f"--relocate {old} {new}: {new} is not a folder: pass the folder that contains the images now"
         )
     old, new = old.parent.resolve() / old.name, new.resolve()
     keeping = chosen_keeping(about, store, kind=None, on_disk=None)
@@ -335,8 +338,8 @@ def _together(encoder: Encoder) -> Iterator[None]:
         encoder.between()  # where all were told to stop, that is the reason
         logger.debug("%s", error)
         raise UserError(
-            "another of the processes has ended, see what it said: what was encoded is kept, go on with the same "
-            "command"
+            "another process failed, see its message above; encoded features are kept: run the same command again to "
+            "resume"
         ) from None
 
 

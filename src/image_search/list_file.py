@@ -106,7 +106,9 @@ def read(file: Path, lists_file: Path) -> Any:
         index = faiss.read_index(str(file), faiss.IO_FLAG_SKIP_IVF_DATA)
     lists = faiss.downcast_InvertedLists(getattr(index, "invlists", None))
     if not isinstance(lists, faiss.OnDiskInvertedLists) or not _fit(lists, lists_file):
-        raise UserError(f"{lists_file} is damaged or not of {file.name}: build the index again")
+        raise UserError(
+            f"{lists_file} is damaged or does not belong to {file.name}: build the index again"
+        )
     lists.filename = str(lists_file)
     lists.read_only = True
     with readable(lists_file):

@@ -64,7 +64,7 @@ def find_images(folders: Sequence[Path], told_by: str = "time") -> FoundImages:
     if not files:
         named = ", ".join(map(str, folders))
         kinds = " ".join(sorted(TAKEN))
-        raise UserError(f"--images {named}: no images there ({kinds}): name another folder")
+        raise UserError(f"--images {named}: no images found ({kinds}): choose another folder")
     found.files = sorted(files)
     return found
 
@@ -77,7 +77,8 @@ def _files(folder: Path) -> Iterator[str]:
 
     def refuse(error: OSError) -> None:
         raise UserError(
-            f"--images {folder}: {error.filename} cannot be read ({error.strerror}): allow it, or wait"
+            f"--images {folder}: {error.filename} cannot be read ({error.strerror}): change its permissions, or try "
+            "again later"
         )
 
     visited = {folder.resolve()}

@@ -50,7 +50,7 @@ def add_adapters(model: nn.Module, lora: Lora) -> None:
                 norms.append(weight)
     if not targets:
         raise UserError(
-            f"--lora-targets {lora.lora_targets}: the encoders that learn have no such layers: choose others"
+            f"--lora-targets {lora.lora_targets}: the trained encoders have no such layers: choose others"
         )
     model.requires_grad_(False)
     for weight in norms:

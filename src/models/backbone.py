@@ -57,8 +57,8 @@ class Tokenizer:
         tokens = self.encode(captions, self.context)
         if len(tokens) and tokens.max() >= self.vocabulary:
             raise UserError(
-                f"--clip-model-name: its tokenizer makes token {tokens.max()} and its text encoder knows "
-                f"{self.vocabulary}: put the model's own tokenizer beside its weights"
+                f"--clip-model-name: its tokenizer gives token {tokens.max()}, but its text encoder has "
+                f"{self.vocabulary}: put the tokenizer of the model next to its weights"
             )
         return tokens
 

@@ -222,7 +222,7 @@ def say_assumed(values: Mapping[str, Any], checkpoints: Sequence[Checkpoint | No
         taken = ", ".join(f"{name} {value}" for name, value in values.items())
         flags = ", ".join(map(flag, values))
         logger.warning(
-            "note: assumed %s, of which nothing is said in %s; say otherwise with %s",
+            "note: assumed %s, which %s does not record; set it with %s",
             taken,
             " and ".join(files),
             flags,

@@ -212,7 +212,7 @@ def check_lengths(features: Tensor, names: Sequence[object]) -> None:
     if is_lost.any():  # one wait for the device
         row = int(is_lost.nonzero()[0])
         raise UserError(
-            f"the features of {names[row]} have length {lengths[row]:.1g}, which cannot be ranked: choose "
+            f"the features of {names[row]} have norm {lengths[row]:.1g}, which cannot be ranked: choose "
             "other weights, or --encode-precision fp32"
         )
 

@@ -154,14 +154,14 @@ def _composed_by(choice: PairChoice, exported: ExportedPair | None) -> str:
     if choice.combining_function == "combiner" and not has_combiner:
         if exported is not None:
             raise UserError(
-                f"--combining-function combiner: --pair {exported.folder} has no Combiner: leave the flag out"
+                f"--combining-function combiner: --pair {exported.folder} has no Combiner: remove the flag"
             )
         raise UserError(
             "--combining-function combiner needs --combiner-path: the stage-2 weights to compose with"
         )
     if choice.combining_function != "combiner" and choice.combiner_path:
         logger.warning(
-            "warning: --combining-function %s makes no use of --combiner-path %s",
+            "warning: --combining-function %s does not use --combiner-path %s",
             choice.combining_function,
             choice.combiner_path,
         )

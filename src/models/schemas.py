@@ -118,7 +118,7 @@ def published(form: str) -> AfterValidator:
         if name and not re.fullmatch(form, name):
             raise PydanticCustomError(
                 "name",
-                "it should be a published name, for a configuration may name no folder and no file",
+                "it should be a published name, because a configuration may not refer to a folder or file",
             )
         return name
 
@@ -171,7 +171,7 @@ class OpenClipPreprocessing(Schema):
     @model_validator(mode="after")
     def _is_padded_with_black(self) -> "OpenClipPreprocessing":
         if self.resize_mode == "longest" and self.fill_color not in (None, 0):
-            raise PydanticCustomError("colour", "of fill_color 0 alone is known")
+            raise PydanticCustomError("colour", "only fill_color 0 is supported")
         return self
 
 

@@ -55,7 +55,9 @@ def check_packages() -> None:
     """Raise UserError, with the remedy, where a package is missing."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"{', '.join(missing)} not installed: pip install -r requirements-demo.txt")
+        raise UserError(
+            f"{', '.join(missing)} is not installed: pip install -r requirements-demo.txt"
+        )
 
 
 def render(svg: Path, side: int, background: str | None = None) -> bytes:

@@ -219,7 +219,7 @@ def _finite(values: np.ndarray) -> np.ndarray:
 
 def unreadable(file: object, error: Exception) -> UserError:
     """Say that an image cannot be decoded, why, and what to do: to scale it down where it is too large."""
-    remedy = "replace the file with a whole copy of the image"
+    remedy = "replace the file with a complete copy of the image"
     if isinstance(error, Image.DecompressionBombError):
         remedy = SHRINK
     elif Path(str(file)).suffix.lower() in {".heic", ".heif"} - HEIF_KINDS:

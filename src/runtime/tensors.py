@@ -47,7 +47,7 @@ OTHER_FILES = {
     ),
     b"<!doctype html": WEB_PAGE,
     b"<html": WEB_PAGE,
-    b"\x1f\x8b": ("packed by gzip", "unpack it, and name what was in it"),
+    b"\x1f\x8b": ("packed by gzip", "unpack it, and pass the file inside"),
 }
 
 
@@ -167,12 +167,12 @@ def load_tensors(path: Path) -> dict[str, Any]:
         named = UNKNOWN_OBJECT.search(str(error))
         found = f"holds {named[1]}" if named else "is damaged or holds objects"
         raise UserError(
-            f"{path} {found}, no tensor or plain type, which could run code: refused; where it was "
-            "trained, save the model's state dict alone"
+            f"{path} {found}, not a tensor or plain type, and could run code: on the "
+            "machine where it was trained, save only the model's state dict"
         ) from None
     if not isinstance(content, dict):
         raise UserError(
-            f"{path} holds a {type(content).__name__}, not a dict: it is not a checkpoint of this project"
+            f"{path} contains a {type(content).__name__}, not a dict: choose a checkpoint of this project"
         )
     return content
 

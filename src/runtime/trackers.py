@@ -216,13 +216,13 @@ def check_trackers(names: Sequence[str], api_key: str | None, workspace: str | N
     """
     if bool(api_key) != bool(workspace):
         raise UserError(
-            "--api-key and --workspace go together: give both to track with Comet, or neither"
+            "--api-key and --workspace go together: pass both to track with Comet, or neither"
         )
     asked = list(dict.fromkeys([*(["comet"] if api_key else []), *names]))
     for name in asked:
         tracker = TRACKERS[name]
         if importlib.util.find_spec(tracker.module) is None:
             raise UserError(
-                f"--tracker {name} needs a package: pip install {tracker.package}, or leave it out"
+                f"--tracker {name} needs a package: pip install {tracker.package}, or remove the flag"
             )
     return asked

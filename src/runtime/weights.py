@@ -49,10 +49,14 @@ def unwrapped(state: Mapping[Any, Any], source: str) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for name, weight in state.items():
         if not isinstance(name, str):
-            raise UserError(f"{source}: {name!r} is no name of a weight: save its state dict again")
+            raise UserError(
+                f"{source}: {name!r} is not a valid name of a weight: save its state dict again"
+            )
         own = ".".join(part for part in name.split(".") if part not in WRAPPERS)
         if own in plain:
-            raise UserError(f"{source} holds {own} twice, once as {name}: save one model's weights")
+            raise UserError(
+                f"{source} contains {own} twice, once as {name}: save the weights of one model"
+            )
         plain[own] = weight
     return plain
 

@@ -195,8 +195,8 @@ class ImageCache:
             free = free_bytes(self.folder)
             if self.size > free:
                 raise UserError(
-                    f"--image-cache {self.folder}: {_gib(self.size)} are needed and {_gib(free)} are free: "
-                    "free space, choose another disk, or leave the flag out"
+                    f"--image-cache {self.folder}: {_gib(self.size)} are needed but {_gib(free)} are free: "
+                    "free space, choose another disk, or remove the flag"
                 )
             try:
                 self._fill()

@@ -180,7 +180,7 @@ def sizes_of(benchmark: Benchmark) -> Sizes:
     train_split = benchmark.split_called("train")
     if not benchmark.official:
         raise UserError(
-            f"--dataset {benchmark.name} has no size of its own: give --triplets and --images"
+            f"--dataset {benchmark.name} has no official size: pass --triplets and --images"
         )
     train = counts(train_split)
     return Sizes(

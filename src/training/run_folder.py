@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 STATE = "state.pt"  # there until the run is complete
 BEST_METRICS = "best_metrics.json"  # there when it is complete
-DELETE = f"delete {BEST_METRICS} to go on with the run, or to begin it again"
+DELETE = f"delete {BEST_METRICS} to resume the run, or to restart it"
 
 Rows = list[dict[str, float]]
 

@@ -25,7 +25,7 @@ SAVING_SHARE = 0.05  # of the time, which saving at the end of epochs may take
 # Of several processes, on whether to stop or to save: seconds from vote to vote, and steps at most.
 VOTE_EVERY = 1.0
 MOST_STEPS = 100
-REMEDY = "delete it to begin the run again"
+REMEDY = "delete it to restart the run"
 
 Number = Annotated[int, Field(ge=0)]
 AnyFloat = Annotated[float, AllowInfNan(True)]  # of skipped steps, which have no loss
@@ -285,7 +285,7 @@ def load_state(file: Path, parts: Mapping[str, Stateful], device: torch.device) 
         if isinstance(error, KeyError):
             reason = f"{reason} is missing"
         raise UserError(
-            f"--resume: {file} cannot be continued from ({reason[:200]}): {REMEDY}"
+            f"--resume: {file} cannot be resumed from ({reason[:200]}): {REMEDY}"
         ) from None
 
 

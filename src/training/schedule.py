@@ -26,7 +26,9 @@ class Precision:
             and self.device.type == "cuda"
             and not torch.cuda.is_bf16_supported(False)
         ):
-            raise UserError("--precision bf16: this GPU has no bfloat16; choose amp or fp32")
+            raise UserError(
+                "--precision bf16: this GPU does not support bfloat16: choose amp or fp32"
+            )
 
     @property
     def dtype(self) -> torch.dtype | None:

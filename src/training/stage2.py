@@ -65,7 +65,7 @@ def check_memory(combiner: nn.Module, device: torch.device) -> None:
     needed = parameters * KEPT_PER_WEIGHT * 4
     if needed > memory:
         raise UserError(
-            f"a Combiner of {parameters:,} parameters takes {needed / 2**30:,.0f} GiB to train, and {device} has "
+            f"a Combiner of {parameters:,} parameters needs {needed / 2**30:,.0f} GiB to train, but {device} has "
             f"{memory / 2**30:,.0f}: lower --hidden-dim, --projection-dim or --num-experts"
         )
 

@@ -110,11 +110,11 @@ class Trainer:
                 self.finish()
         except DiskError as error:
             raise UserError(
-                f"{error}; the last good state is {self.saved}; go on with: {self.run.resume_command}"
+                f"{error}; the last good state is {self.saved}; resume with: {self.run.resume_command}"
             ) from None
         except KeyboardInterrupt:
             logger.warning(
-                "the last saved state is %s; go on with: %s", self.saved, self.run.resume_command
+                "the last saved state is %s; resume with: %s", self.saved, self.run.resume_command
             )
             raise
 
@@ -294,7 +294,7 @@ class Trainer:
             self.save()
         if stopping:
             requested = self.autosave.stop.requested or "another process"
-            raise Stopped(requested, f"go on with: {self.run.resume_command}")
+            raise Stopped(requested, f"resume with: {self.run.resume_command}")
 
     def save(self) -> None:
         """Save the best weights that are not on disk yet, then the state, which names them."""
@@ -321,7 +321,7 @@ class Trainer:
                 self.progress.epoch > self.flags.num_epochs
                 or len(self.progress.losses) > self.task.steps
             ):
-                raise UserError(f"--resume: {file} is of a longer training: {REMEDY}")
+                raise UserError(f"--resume: {file} is from a longer training run: {REMEDY}")
             self.saved = self.progress.words
             logger.info("going on after %s", self.saved)
         else:

@@ -282,7 +282,7 @@ def all_addresses() -> str:
 
 def no_store(text: str) -> argparse.ArgumentTypeError:
     """Return what to raise for a text that is no address."""
-    return refused(text, f"is no store: choose {all_addresses()}")
+    return refused(text, f"is not a store: choose {all_addresses()}")
 
 
 def store_address(text: str) -> str:
@@ -312,21 +312,21 @@ def chosen_keeping(
     lives = earlier.get("store", FAISS if earlier else store or FAISS)
     if store not in (None, lives):
         raise UserError(
-            f"--store {store}: this index lives in {lives}: leave the flag out, or name another index"
+            f"--store {store}: this index is stored in {lives}: remove the flag, or choose another index"
         )
     place = store_of(lives)
     kind = kind or earlier.get("kind", place.kinds[0])
     if kind not in place.kinds:
         raise UserError(
-            f"--index-type {kind}: --store {lives} has {', '.join(place.kinds)}: choose one"
+            f"--index-type {kind} is not supported by --store {lives}: choose {' or '.join(place.kinds)}"
         )
     if on_disk is None:
         on_disk = kind == "ivfpq" and "lists" in earlier
     if on_disk and kind != "ivfpq":
-        raise UserError(f"--on-disk is for --index-type ivfpq, not for {kind}: leave one out")
+        raise UserError(f"--on-disk is for --index-type ivfpq, not for {kind}: remove one of them")
     if verify and not place.verifies:
         raise UserError(
-            f"--verify: --store {lives} tells changed images by size and time alone: leave it out"
+            f"--verify: --store {lives} detects changed images only by size and time: remove the flag"
         )
     told_by = TIME
     if place.verifies:
