@@ -68,7 +68,7 @@ def print_audit(benchmark: Benchmark, protocol: str, numbers: Mapping[str, Any])
     """Two tables: who solves what, and every metric where both are needed."""
     queries = sum(numbers["queries"].values())
     print(
-        f"\n{benchmark.name} {benchmark.val_split}, {protocol}: of {queries} queries are solved, and in %"
+        f"\n{benchmark.name} {benchmark.val_split}, {protocol}: {queries} queries, number solved and share in %"
     )
     rows: dict[str, dict[str, str]] = {}
     for name, of_recall in numbers["recalls"].items():
@@ -80,10 +80,10 @@ def print_audit(benchmark: Benchmark, protocol: str, numbers: Mapping[str, Any])
             rows[name][f"gap of {function}"] = with_interval(**gap, sign="+")
     print(text_table(rows))
     needed = sum(numbers["need_both"].values())
-    print(f"\n{needed} of them need both, at {numbers['solved_by']}")
+    print(f"\n{needed} of the queries need both, at {numbers['solved_by']}")
     lacking = [split for split, own in numbers["need_both"].items() if not own]
     if lacking:
-        print(f"without any of {', '.join(lacking)} there are no metrics of those alone")
+        print(f"no metrics of the queries that need both: {', '.join(lacking)} has none")
         return
     rows = {}
     for function, metrics in numbers["metrics_where_both_are_needed"].items():
@@ -116,7 +116,7 @@ def write_queries(
 ) -> None:
     """Write the queries that need both; nothing where there are none."""
     if not names:
-        logger.warning("warning: no query needs both: %s is not written", file)
+        logger.warning("warning: no query needs both image and text: %s is not written", file)
         return
     write_query_list(file, benchmark, names, chosen_by=chosen_by)
 

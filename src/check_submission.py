@@ -73,7 +73,7 @@ def open_form(kind: type[ServerForm[Any]], data_root: Path, wanted: str) -> Serv
         if here != official:
             print(
                 f"note: {records.name} has {here} queries here, {official} in the official annotations: this says "
-                "little about what the server takes"
+                "little about what the server accepts"
             )
     return form
 

@@ -73,7 +73,7 @@ def train(args: Stage1, benchmark: Benchmark, stop: StopRequest) -> None:
 def task_of(
     args: Stage1, data: "TrainingData", encoder: "Encoder", device: "torch.device"
 ) -> "Task":
-    """What CLIP learns, and what is measured of it; of several seeds each trains a copy."""
+    """Return the task of fine-tuning CLIP and validating it; each of several seeds trains a copy."""
     from combiner import compose_sum
     from evaluation.retrieval import evaluate
     from training.stage1 import fine_tuning

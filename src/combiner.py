@@ -41,7 +41,7 @@ def compose_sum(image_features: Tensor, text_features: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Insight:
-    """What a Combiner does with queries.
+    """Experts and gates that a Combiner uses for queries.
 
     Attributes:
         experts: (B, E) weight of each expert, 0 for those that a query does not go to; E is 0 without a mixture.
@@ -52,13 +52,13 @@ class Insight:
     gate: Tensor
 
     def cpu(self) -> "Insight":
-        """The same on the CPU."""
+        """Return a copy on the CPU."""
         return Insight(experts=self.experts.cpu(), gate=self.gate.cpu())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a mixture has that the original's has not: by default, nothing.
+    """Parts of a mixture of experts beyond the original's; all are off by default.
 
     Attributes:
         shared_expert: one more expert, which every query goes through (Dai et al. 2024, arXiv 2401.06066, section 3.2).
@@ -74,7 +74,7 @@ class Parts:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Parts":
-        """Those that the settings of a Combiner name."""
+        """Return the parts that are set in the settings of a Combiner."""
         names = [field.name for field in fields(cls)]
         return cls(**{name: settings[name] for name in names if settings.get(name)})
 
@@ -95,12 +95,12 @@ class Composer(nn.Module, ABC):
 
     @property
     def has_router(self) -> bool:
-        """Whether a router sends queries to experts."""
+        """Tell whether a router sends queries to experts."""
         return self.top_k > 0
 
     @property
     def router_bias(self) -> Tensor | None:
-        """What is added to the router's logits (E,) where experts are chosen; None where nothing is."""
+        """Return the bias (E,) of the router's logits for the choice of experts; None without a bias."""
         return None
 
     @abstractmethod
@@ -108,7 +108,7 @@ class Composer(nn.Module, ABC):
         """Unnormalised CLIP features (B, D), (B, D) -> normalised query (B, D)."""
 
     def insight(self, image_features: Tensor, text_features: Tensor) -> Insight | None:
-        """What it does with queries (B, D), (B, D); None where there is nothing to see."""
+        """Return experts and gate for image and text features (B, D), (B, D); None if it has neither."""
         return None
 
     def routed(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,7 +198,7 @@ def choose(logits: Tensor, top_k: int, bias: Tensor | None) -> tuple[Tensor, Ten
 
 
 def has_grouped_product(rows: Tensor, columns: int) -> bool:
-    """Whether one kernel multiplies all groups of rows (n, m) to (n, columns), and reads their bounds on the device.
+    """Check whether one kernel multiplies all groups of rows (n, m) to (n, columns), with their bounds on the device.
 
     torch has it from 2.10 on, for bfloat16 on GPUs of compute capability 9, in steps of 16 bytes. For all else
     `grouped_mm` is a loop over the groups that waits for the device, or refuses; on capability 10 its gradient is not
@@ -365,7 +365,7 @@ class Combiner(Composer):
         return self.moe_layer.route(self.joint(image_features, text_features))
 
     def joint(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """What router, experts and gate see: the attended projections (B, 2P), text first."""
+        """Compute the input of router, experts and gate: the attended projections (B, 2P), text first."""
         text = self.dropout(self.text_projection_layer(text_features))  # (B, P)
         image = self.dropout(self.image_projection_layer(image_features))  # (B, P)
         pair = torch.stack([text, image], dim=1)  # (B, 2, P)
@@ -374,7 +374,7 @@ class Combiner(Composer):
 
     @torch.no_grad()
     def insight(self, image_features: Tensor, text_features: Tensor) -> Insight:
-        """What the mixture and the gate do with queries."""
+        """Return the weights of the experts and the gate for queries."""
         joint = self.joint(image_features, text_features)
         logits = self.moe_layer.route(joint)
         values, chosen = choose(logits, self.top_k, self.router_bias)
@@ -411,7 +411,7 @@ class PlainCombiner(Composer):
 
     @torch.no_grad()
     def insight(self, image_features: Tensor, text_features: Tensor) -> Insight:
-        """What the scalar does with queries."""
+        """Return the gate, which is a scalar per query."""
         joint = self.joint(image_features, text_features)
         scalar = torch.sigmoid(self.dynamic_scalar(joint)).squeeze(1)  # (B,)
         return Insight(experts=joint.new_empty(len(joint), 0), gate=scalar)

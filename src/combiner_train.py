@@ -72,7 +72,7 @@ def train(args: Stage2, benchmark: Benchmark, stop: StopRequest) -> None:
 
 
 def task_of(args: Stage2, data: "TrainingData", features: "Features", settings: Settings) -> "Task":
-    """What a new Combiner learns, and what is measured of it."""
+    """Return the task of training a new Combiner and validating it."""
     from combiner import build_combiner
     from evaluation.retrieval import evaluate
     from training.stage2 import combiner_training

@@ -141,7 +141,9 @@ def main(argv: list[str] | None = None) -> None:
     for column in columns:
         for kind, dataset in column.trained_elsewhere.items():
             measured_on = column.results[0]["dataset"]
-            print(f"\n{column.label}: its {kind} was trained on {dataset}, not on {measured_on}")
+            print(
+                f"\n{column.label}: its {kind} was trained on {dataset}, but measured on {measured_on}"
+            )
         if len(column.results) > 1:
             print(
                 f"\n{printable(column.label)}: mean ± standard deviation of {len(column.results)} seeds"

@@ -217,7 +217,7 @@ def read_or_explain(path: Path, read: Reader, resolution: int) -> tuple[Tensor, 
 
 
 class ImageDataset(Dataset):
-    """What is read from image files: the item of a path is what `read` makes of it."""
+    """Dataset of image files: the item of a path is the value that `read` returns."""
 
     def __init__(self, read: Callable[[Path], Any]) -> None:
         self.read = read

@@ -204,7 +204,7 @@ def start(words: Sequence[str]) -> int | None:
 
 
 def interpret(words: Sequence[str]) -> None:
-    """What `python words` does."""
+    """Run `python words` in this process."""
     sys.argv = list(words)
     runpy.run_path(words[0], run_name="__main__")
 
@@ -294,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
     print(table({"MoE Combiner": [recalls]}, {name: name for name in recalls}))
     demo.hand_on(pair)
     print(
-        f"\nThe page of each training: {folder}/models/*/*/index.html. To search in a browser: make app"
+        f"\nPages of the training runs: {folder}/models/*/*/index.html. To search in a browser: make app"
     )
     print(NEXT)
 

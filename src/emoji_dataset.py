@@ -246,7 +246,7 @@ def _circo_entry(number: int, query: Query, numbers: Mapping[Picture, int]) -> d
 
 
 def _shared_concept(query: Query) -> str:
-    """What a reference and its targets have in common, in words."""
+    """Return the concept that a reference shares with its targets, in words."""
     shared = set(query.reference.facts).intersection(*(target.facts for target in query.targets))
     words = [value for fact, value in query.reference.facts if (fact, value) in shared]
     concept = {query.reference.concept}.union(target.concept for target in query.targets)

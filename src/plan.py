@@ -32,7 +32,7 @@ GIB = 2**30
 
 
 def plan_flags() -> argparse.ArgumentParser:
-    """What is planned for."""
+    """Return the flags of a plan: the GPU and the numbers of triplets and images."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("plan")
     group.add_argument(
@@ -62,7 +62,7 @@ class Planned1(groups.Stage1):
 
 
 class Planned2(groups.Stage2):
-    """The same of stage 2."""
+    """Stage 2 as it is planned, for data that need not exist."""
 
     dataset: groups.BenchmarkName | None = changed(groups.Stage2, "dataset", None)  # type: ignore[assignment]
 
@@ -203,11 +203,11 @@ def memory_lines(training: "Training", way: "Way", gpu: Gpu) -> Iterator[str]:
 
 
 def verdict(training: "Training", asked: "Way", fitting: "Way | None") -> str:
-    """Whether what was asked for fits, and what does where it does not."""
+    """Report whether the settings fit, and if not, which settings do."""
     if fitting == asked:
         return "It fits."
     if fitting is None:
-        return "It does not fit, and no flag makes it fit: take a smaller model or a larger GPU."
+        return "It does not fit, and no flag makes it fit: choose a smaller model or a larger GPU."
     size = training.needed(fitting) / GIB
     return f"It does not fit. This does: {typed(fitting, asked)} ({size:.2f} GiB)"
 
@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
         gradient_checkpointing=args.gradient_checkpointing,
     )
     fitting = training.first_that_fits(asked, USABLE * gpu.memory * GIB)
-    print(f"{args.stage} with {training.clip.name}: all of it computed, none measured\n")
+    print(f"{args.stage} with {training.clip.name}: estimated, not measured\n")
     print("\n".join(memory_lines(training, asked, gpu)))
     print(verdict(training, asked, fitting), end="\n\n")
     print("\n".join(time_lines(training, fitting or asked, gpu, args)))

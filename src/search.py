@@ -240,9 +240,9 @@ def move_images(args: argparse.Namespace) -> None:
 
     moved = relocate(args.output, *args.relocate, store=args.store)
     for path in moved.changed[:MOST_NAMED]:
-        logger.warning("%s is not what was indexed: the next update encodes it", path)
+        logger.warning("%s has changed since it was indexed: the next update encodes it", path)
     for path in moved.missing[:MOST_NAMED]:
-        logger.warning("%s is missing: the next update drops it", path)
+        logger.warning("%s is missing: the next update removes it", path)
     print(
         f"{printable(args.output)}: {moved.count} paths rewritten, {len(moved.changed)} of them of images with other "
         f"content, {len(moved.missing)} of images that are missing"
@@ -297,16 +297,18 @@ def report(folder: Path, update: "Update", images: "FoundImages") -> None:
         logger.warning("left out: %s: %s", file, reason)
     for ending, count in sorted(images.skipped.items()):
         logger.warning(
-            "left out: %d files %s, which are not read: convert them to .jpg or .png", count, ending
+            "left out: %d files of the unsupported type %s: convert them to .jpg or .png",
+            count,
+            ending,
         )
     added, kept, removed, moved = update.counts
     left_out = len(update.unreadable) + len(images.left_out)
     print(
-        f"{printable(folder)}: {added} images added, {kept} kept, {removed} removed, {left_out} left out "
-        "that cannot be read"
+        f"{printable(folder)}: {added} images added, {kept} kept, {removed} removed, {left_out} unreadable "
+        "images left out"
     )
     if moved:
-        print(f"{moved} of those kept have moved, and were told by their content")
+        print(f"{moved} of the kept images were moved, and recognised by their content")
     recall = (read_manifest(folder) or {}).get("recall against exact")
     if recall:
         print(

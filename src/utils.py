@@ -132,7 +132,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def _last_words(error: Exception, script: str, words: list[str]) -> tuple[str, int]:
-    """What to say of an exception that ends a script, "" for nothing, and the exit code."""
+    """Return the message for an exception that ends a script, "" for none, and the exit code."""
     if isinstance(error, UserError):
         return f"error: {error}", 2
     if _comes_of_ctrl_c(error):
@@ -172,7 +172,7 @@ def refusal_of_the_machine(error: Exception) -> str | None:
 
 
 def _comes_of_ctrl_c(error: BaseException | None) -> bool:
-    """Whether Ctrl-C was taken for something else on its way, as by a package that it hit while it was loaded."""
+    """Check whether an exception was caused by Ctrl-C, as in a package that was interrupted while it was loaded."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True
@@ -245,7 +245,7 @@ def all_printed() -> Iterator[None]:
 
 
 def _nobody_reads() -> bool:
-    """Whether stdout or stderr is a pipe whose reader is gone. If so, whatever is still printed there goes nowhere."""
+    """Check whether stdout or stderr is a pipe whose reader is gone; if so, redirect further output to nowhere."""
     if not hasattr(select, "poll"):  # Windows
         return False
     gone = select.poll()

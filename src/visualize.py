@@ -39,9 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SHEET_LEGEND = (
-    "Left the reference and the caption, right the nearest images first, with cosine similarities."
-)
+SHEET_LEGEND = "Left: reference and caption. Right: retrieved images with cosine similarities, most similar first."
 OUTLINED = "Targets are outlined."
 SORTINGS = ("best", "worst", "random")
 
@@ -248,7 +246,7 @@ def _some(
 
 
 def label(split: str, query: Record) -> str:
-    """What a query is called: its pairid, or its split and number."""
+    """Return the label of a query: its pairid, or its split and number."""
     return f"{split}:{query['query']}" if query["pair_id"] is None else str(query["pair_id"])
 
 
@@ -307,7 +305,7 @@ def write_expert_report(folder: Path, about: str, records: Records) -> None:
     if all(query.get("experts") for query in all_queries(records)):
         report = expert_report(f"Experts on {about}", records)
         write_text(folder / "experts.html", report)
-        logger.info("%s: what each expert takes", folder / "experts.html")
+        logger.info("%s: what each expert is used for", folder / "experts.html")
 
 
 @command
@@ -323,7 +321,10 @@ def main(argv: list[str] | None = None) -> None:
     held = max(len(query["protocols"][protocol]["nearest"]) for query in all_queries(records))
     if args.rankings and args.k > held:
         logger.warning(
-            "note: %s holds the %d nearest, so no %d are shown", args.rankings, held, args.k
+            "note: %s contains only the %d nearest images, so fewer than %d are shown",
+            args.rankings,
+            held,
+            args.k,
         )
 
     from reports.sheets import make_card

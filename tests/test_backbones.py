@@ -262,7 +262,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(models_made, tmp_path):
     about["model"]["vocab"]["sleeves"] = 40
     file.write_text(json.dumps(about))
     tokenizer = encoder_of(f"local-dir:{folder}").backbone.tokenizer
-    with pytest.raises(UserError, match="token 40 and its text encoder knows 40"):
+    with pytest.raises(UserError, match="token 40, but its text encoder has 40"):
         tokenizer(["no sleeves"])
 
 

@@ -221,7 +221,7 @@ def test_sheets_show_all_targets(measured, drawn, tmp_path):
     page = (tmp_path / "sheets/sheet.html").read_text()
     found = query["protocols"]["original-removed-concept"]
     places = ", ".join(str(rank + 1) for rank in [found["rank"], *found["other_ranks"]])
-    assert f"gallery: targets at places {places}<" in page
+    assert f"gallery: targets at ranks {places}<" in page
     assert page.count('<figure class="target"') == 1 + len(query["other_targets"])
     assert found["caption"] in page
 

@@ -151,7 +151,7 @@ def test_lasco(published, tmp_path, caplog):
     ]
     (val,) = own.val()
     assert val.names == [COCO.format(number) for number in (6, 5, 4, 3)]
-    assert "val: 1 images of queries are added to the gallery" in caplog.text
+    assert "val: 1 images of queries are missing in the list of the gallery" in caplog.text
     assert val.triplets[0].captions == ("The person is riding the bike",)
     assert val.paths[0].resolve() == (published / "lasco_dataset" / COCO.format(6)).resolve()
 

@@ -509,7 +509,12 @@ def test_a_newer_form_and_sizes_that_are_of_no_model(own_pair):
         path.write_text(json.dumps({**content, "sha256": exported._digest(content)}))
 
     write({"form": PAIR_FORM + 1, "anything": "else"})
-    refused(lambda: read_exported(own_pair), str(path), f"form is {PAIR_FORM + 1}", "update this project")
+    refused(
+        lambda: read_exported(own_pair),
+        str(path),
+        f"form is {PAIR_FORM + 1}",
+        "update this project",
+    )
     for name in set(SIZES) - {"transformer_heads"}:  # heads of the same width have the same shapes
         write(with_value(config, ("clip", "sizes", name), 7))
         refused(lambda: load_pair(choose(own_pair), CPU), str(own_pair / WEIGHT_FILES["clip"]))
@@ -644,7 +649,7 @@ def test_the_card_has_every_number(half, weights, results, tmp_path):
             values = [f"| {measured['metrics'][metric]:.2f} [" for metric in benchmark.titles]
             assert any(all(value in row for value in values) for row in rows)
     assert "CIRR val, combiner" in card
-    assert ("before the weights of its combiner were rounded" in card) is half
+    assert ("before the weights of the combiner were rounded" in card) is half
     assert "CIRR val, sum" in card
     assert "--learning-rate 2e-06" in card
     assert "--combiner-lr 0.001" in card

@@ -275,7 +275,7 @@ def test_a_damaged_file_is_noticed_and_made_anew(damage, make_encoder, paths, tm
         damage(file)
     again, made = encode(make_encoder(), folder, paths)
     assert made == (3, 2)
-    assert caplog.text.count("damaged or of another origin") == 2
+    assert caplog.text.count("damaged or belongs to another run") == 2
     assert torch.equal(whole[0], again[0])
     assert encode(make_encoder(), folder, paths)[1] == (0, 0)
 
@@ -285,7 +285,7 @@ def test_a_full_disk_costs_the_cache_and_nothing_else(make_encoder, paths, tmp_p
     features, made = encode(make_encoder(), tmp_path / "file", paths)
     assert made == (3, 2)
     assert features[0].shape == (3, 64)
-    assert "going on without a cache" in caplog.text
+    assert "continuing without a cache" in caplog.text
 
 
 def test_repeated_captions_are_encoded_once(make_encoder):

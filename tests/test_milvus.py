@@ -406,7 +406,9 @@ def test_a_collection_of_another_encoder(server, index, ask, tmp_path, drawn, ca
         CASES["collections of another encoder", "refused"] += 1
     manifest.write_text(json.dumps({**about, "collection": f"gone_{about['collection']}"}))
     assert "has no collection gone_" in refused(lambda: ask(files[0], "x"), capsys)
-    assert "no longer has the collection gone_" in refused(lambda: index(tmp_path / "photos"), capsys)
+    assert "no longer has the collection gone_" in refused(
+        lambda: index(tmp_path / "photos"), capsys
+    )
 
 
 def test_an_index_stays_where_it_is(server, index, tmp_path, capsys):
@@ -490,7 +492,7 @@ def test_a_token_goes_to_no_address_that_only_a_file_names(
     given.clear()
     answers = ask(files[0], "is red")
     assert set(given) == {""}
-    assert f"MILVUS_TOKEN is not sent to {server.store} unless you name it" in caplog.text
+    assert f"MILVUS_TOKEN is not sent to {server.store} unless you pass" in caplog.text
     given.clear()
     assert ask(files[0], "is red", "--store", server.store) == answers
     assert set(given) == {"root:S3cret"}

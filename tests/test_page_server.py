@@ -610,7 +610,9 @@ def test_an_upload_that_is_not_kept_is_asked_for_again(served):
 def test_what_cannot_be_asked_is_said(served):
     assert "no reference yet" in served.refuses_to_ask(text="is red")
     assert "the text is empty" in served.refuses_to_ask(row=1, text="  ")
-    assert "--filter is not supported" in served.refuses_to_ask(row=1, text="x", filter='path like "a%"')
+    assert "--filter is not supported" in served.refuses_to_ask(
+        row=1, text="x", filter='path like "a%"'
+    )
     note = served.ask(row=1, text="red " * 100)["note"]
     assert "more than 77 tokens" in note
 

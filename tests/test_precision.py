@@ -78,7 +78,9 @@ def test_a_device_that_cannot_says_what_it_can(monkeypatch, fails, drawn):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: False)
     with pytest.raises(UserError, match="--encode-precision tf32: cuda does not support TF32"):
         check_encode_precision("tf32", GPU)
-    with pytest.raises(UserError, match="--encode-precision bf16: this GPU does not support bfloat16"):
+    with pytest.raises(
+        UserError, match="--encode-precision bf16: this GPU does not support bfloat16"
+    ):
         check_encode_precision("bf16", GPU)
     flags = [
         "--dataset",
@@ -89,7 +91,7 @@ def test_a_device_that_cannot_says_what_it_can(monkeypatch, fails, drawn):
         "sum",
     ]
     error = fails("validate", drawn, *flags, "--encode-precision", "tf32")
-    assert "--encode-precision tf32: cpu has no TF32 here; choose fp32" in error
+    assert "--encode-precision tf32: cpu does not support TF32: choose fp32" in error
 
 
 def test_keys_of_caches_say_in_what_was_encoded(make_encoder):

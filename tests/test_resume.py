@@ -61,7 +61,10 @@ def test_a_signal_before_training_begins(stage_2, monkeypatch, tmp_path, capsys)
     with pytest.raises(SystemExit) as stop:
         stage_2("CIRR")
     assert stop.value.code == 0
-    assert "stopped by SIGTERM; nothing was trained yet: start it again" in capsys.readouterr().err
+    assert (
+        "stopped by SIGTERM; nothing was trained yet: run the same command again"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "combiner").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -274,7 +277,7 @@ def test_weights_that_lie_elsewhere_now(stage_1, stopped, refuses, resume, tmp_p
         / "saved_models"
         / "tuned_clip_arithmetic.pt"
     )
-    assert "the CLIP weights are others than when the run was started" in refuses(
+    assert "the CLIP weights differ from those of the start of the run" in refuses(
         run, "--clip-model-path", other
     )
     resume(run, "--clip-model-path", moved)
@@ -384,7 +387,7 @@ def test_annotations_that_changed(stopped, own_drawn, refuses):
     content = json.loads(file.read_text())
     content[0]["caption"] += " now"
     file.write_text(json.dumps(content))
-    assert "the annotations are others than when the run was started" in refuses(run)
+    assert "the annotations differ from those of the start of the run" in refuses(run)
 
 
 def test_a_run_of_an_earlier_version_lacks_later_flags(stopped, resume, refuses):
@@ -432,7 +435,7 @@ def test_a_damaged_state(damage, stopped, refuses):
     if damage == "other":
         save_tensors(run / "state.pt", {"Combiner": {}})
     error = refuses(run)
-    assert "state.pt cannot be continued from" in error
+    assert "state.pt cannot be resumed from" in error
     assert "delete it" in error
 
 

@@ -212,7 +212,10 @@ def test_weights_twice_or_without_a_name(tmp_path):
     torch.save({"CLIP": {"a": torch.ones(1), "module.a": torch.ones(1)}}, tmp_path / "a.pt")
     refused(lambda: read_checkpoint("--path", tmp_path, "CLIP"), "a.pt holds a twice", "module.a")
     torch.save({"CLIP": {3: torch.ones(1)}}, tmp_path / "a.pt")
-    refused(lambda: read_checkpoint("--path", tmp_path, "CLIP"), "a.pt: 3 is no name of a weight")
+    refused(
+        lambda: read_checkpoint("--path", tmp_path, "CLIP"),
+        "a.pt: 3 is not a valid name of a weight",
+    )
 
 
 # What tells the sizes of a CLIP, before there is a model to compare with.

@@ -264,7 +264,7 @@ def test_fashioniq_predictions_have_the_official_form(fashioniq, drawn, check):
         ),
         (lambda c: c[2].pop("ranking"), '"ranking" is not a list of image ids'),
         (lambda c: c[2]["ranking"].pop(), "11 ids, fewer than 12"),
-        (lambda c: c[2]["ranking"].__setitem__(0, "x"), "x is no image of dress"),
+        (lambda c: c[2]["ranking"].__setitem__(0, "x"), "x is not an image of dress"),
         (lambda c: c.__setitem__(0, 3), "entry 0 (candidate "),
     ],
 )

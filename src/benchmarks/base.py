@@ -1,4 +1,4 @@
-"""What a benchmark is: its files, captions, protocols and metrics. Each has a file of its own beside this one."""
+"""Define the interface of a benchmark: files, captions, protocols and metrics. Each benchmark has its own file."""
 
 import logging
 import math
@@ -226,7 +226,7 @@ class Benchmark(ABC):
     def _faults(
         self, triplet: Triplet, split: str, known: Spellings, images_file: Path
     ) -> list[str]:
-        """What is wrong with a query beyond its own fields."""
+        """Return the problems of a query that no single field shows."""
         faults = []
         apart = self.references_apart and split != self.train_split
         in_gallery = triplet.targets if apart else triplet.images
@@ -299,7 +299,7 @@ class Benchmark(ABC):
                     found.append(f"{', '.join(names)} of {split} under {protocol.name}")
         if found:
             reason = "there are no more images to choose from"
-            logger.warning("note: 100 whatever is retrieved, for %s: %s", reason, "; ".join(found))
+            logger.warning("note: always 100, because %s: %s", reason, "; ".join(found))
 
     @classmethod
     def best_clips(cls) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Where the image files of a list lie: below the data root, or in a folder that is linked there, and nowhere else.
+"""Find the image files of a list: below the data root or in a folder that is symlinked there, and nowhere else.
 
 A dataset is downloaded, and its images are shown on sheets and pages: its text must not choose files of the machine.
 """
@@ -57,7 +57,7 @@ def locate(
 
 
 def _is_below(root: Path, place: str) -> bool:
-    """Whether a place is a path that leads nowhere else, or a full one below the root."""
+    """Check whether a path stays below the root, be it relative or absolute."""
     if not _LEADS_AWAY.search(place):
         return True
     full = Path(place)

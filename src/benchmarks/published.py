@@ -143,7 +143,7 @@ def usable(split: str, converted: Converted) -> Converted:
         gallery.update(dict.fromkeys(added))
         if added:
             logger.warning(
-                "warning: %s: %d images of queries are added to the gallery, whose list lacks them",
+                "warning: %s: %d images of queries are missing in the list of the gallery, and added to it",
                 split,
                 len(added),
             )

@@ -40,7 +40,7 @@ class Answered:
 
 
 class ServerForm(ABC, Generic[Content]):
-    """What a server takes for a split.
+    """Format of the submission files that a server accepts for a split.
 
     Attributes:
         kind: the benchmark it is for.
@@ -153,7 +153,7 @@ class CirrForm(ServerForm[dict[str, Any]]):
         return violations
 
     def _problems(self, ids: Any, triplet: Triplet, metric: Any) -> list[str]:
-        """What is wrong with the ids of one query."""
+        """Return the problems of the ids of one query."""
         if not _are_ids(ids):
             return ["not a list of image ids"]
         problems = _foreign(ids, self.whole)
@@ -220,7 +220,7 @@ class FashionIQForm(ServerForm[list[Any]]):
         return violations
 
     def _problems(self, entry: Any, triplet: Triplet, split: Split) -> list[str]:
-        """What is wrong with one entry."""
+        """Return the problems of one entry."""
         query = {"candidate": triplet.reference, "captions": list(triplet.captions)}
         if not isinstance(entry, dict) or any(
             entry.get(key) != value for key, value in query.items()
@@ -275,7 +275,7 @@ class ListsForm(ServerForm[dict[str, Any]]):
         return violations
 
     def _problems(self, listed: Any, triplet: Triplet) -> list[str]:
-        """What is wrong with the images of one query."""
+        """Return the problems of the images of one query."""
         images = list(map(self.image, listed)) if isinstance(listed, list) else [None]
         if None in images:
             return ["not a list of image ids"]
@@ -296,7 +296,7 @@ class ListsForm(ServerForm[dict[str, Any]]):
 
 
 def _keys(split: Split) -> list[str]:
-    """What a file calls each query: its id, or its number where it has none."""
+    """Return the key of each query in a file: its id, or its number if it has none."""
     keys = []
     for number, triplet in enumerate(split.triplets):
         keys.append(str(number if triplet.pair_id is None else triplet.pair_id))

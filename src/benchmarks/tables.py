@@ -62,7 +62,9 @@ def _first_sheet(file: Path) -> "pd.DataFrame":
         raise UserError(f"{file} is not a workbook ({first_line(error)}): save it again") from None
     name, table = next(iter(sheets.items()))
     if len(sheets) > 1:
-        logger.warning("note: %s: of its %d sheets %s is read, the first", file, len(sheets), name)
+        logger.warning(
+            "note: %s: only the first of its %d sheets is read, %s", file, len(sheets), name
+        )
     return table
 
 

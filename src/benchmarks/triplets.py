@@ -185,7 +185,8 @@ class Triplets(Benchmark):
         refuse_all(queries_file, faults, self.remedy)
         if bare and queries_file.suffix.lower() in TABLES:
             logger.warning(
-                "note: %s: %d captions have a | without spaces, which is read as it stands: ' | ' parts several",
+                "note: %s: %d captions have a | without spaces, which is read literally: ' | ' separates several "
+                "captions",
                 queries_file,
                 bare,
             )
@@ -232,7 +233,7 @@ class Triplets(Benchmark):
 
 
 def _entries(file: Path) -> list[tuple[str, OwnTestQuery]]:
-    """What an error calls each line or row of a file, and what it holds.
+    """Yield the name of each line or row of a file, for error messages, and its entry.
 
     Raises:
         UserError: the lines or rows that are no good are named, all of them.
@@ -252,7 +253,7 @@ def _entries(file: Path) -> list[tuple[str, OwnTestQuery]]:
 
 
 def _entry(schema: type[OwnTestQuery], where: str, content: "Reading") -> OwnTestQuery | str:
-    """What a line or a row holds, or what is wrong with it."""
+    """Return the entry of a line or row, or the problem with it."""
     try:
         return schema.model_validate(content())
     except ValidationError as error:
@@ -271,7 +272,7 @@ Reading = Callable[[], Any]
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Reading]]:
-    """What an error calls each line, and its content."""
+    """Yield the name of each line, for error messages, and its content."""
     for number, line in enumerate(unmarked_text(file).split("\n"), start=1):
         if line.strip():
             yield f"line {number}", functools.partial(_object, line)
@@ -286,7 +287,7 @@ def _object(line: str) -> Any:
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Reading]]:
-    """What an error calls each row, and its cells as a line of JSON would have them."""
+    """Yield the name of each row, for error messages, and its cells in the form of a JSON line."""
     rows = table_rows(file)
     names = [name.strip().lower() for name in next(rows, (1, []))[1]]
     known = [name for name in OWN_COLUMNS if names.count(name) == 1]

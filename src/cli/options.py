@@ -97,7 +97,7 @@ def add_clip_batch_size(group: Group, *, help: str) -> None:
 
 
 def compute_flags(decodes: bool = True) -> argparse.ArgumentParser:
-    """What computes.
+    """Return the flags for the device and the data-loader processes.
 
     Args:
         decodes: many images, for which processes pay.
@@ -150,7 +150,7 @@ def training_flags(stage: type[groups.BothStages]) -> list[argparse.ArgumentPars
 
 
 def pair_flags(required: bool = True, silent: str = "") -> argparse.ArgumentParser:
-    """How queries are composed.
+    """Return the flags for the composition of queries.
 
     Args:
         silent: says what holds without --combining-function, where that is something.
@@ -170,7 +170,7 @@ def pair_flags(required: bool = True, silent: str = "") -> argparse.ArgumentPars
 
 
 def measuring_flags() -> argparse.ArgumentParser:
-    """How a benchmark is measured with a pair."""
+    """Return the flags for measuring a pair on a benchmark."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("measuring")
     group.add_argument(
@@ -249,5 +249,5 @@ def pair_choice(args: argparse.Namespace) -> PairChoice:
 
 
 def told_by(args: Any) -> str:
-    """How caches tell a changed image, see `runtime.files.stamp`; by a sample where a script has no --verify."""
+    """Return how caches detect a changed image, see `runtime.files.stamp`: by a sample if a script has no --verify."""
     return "content" if getattr(args, "verify", False) else "sample"

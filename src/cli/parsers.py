@@ -1,4 +1,4 @@
-"""What every script parses its flags with."""
+"""Parse the flags of every script."""
 
 import argparse
 import difflib
@@ -60,7 +60,7 @@ class WithDefaults(argparse.HelpFormatter):
 
 
 def _lists_choices(action: argparse.Action) -> bool:
-    """Whether the help of a flag lists its names: it takes several, which argparse shows twice, or they are long."""
+    """Check whether the help of a flag lists its choices: several values are allowed, or the choices are long."""
     if not action.choices or not action.option_strings:
         return False
     return action.nargs == "+" or len(",".join(map(str, action.choices))) > LONGEST_CHOICES

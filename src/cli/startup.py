@@ -1,4 +1,4 @@
-"""What scripts do before their own work: check what flags name, device, benchmark."""
+"""Prepare a script: check the files of its flags, choose the device, open the benchmark."""
 
 import importlib.util
 import logging

@@ -1,4 +1,4 @@
-"""What the submission scripts do with their flags."""
+"""Run the submission scripts: their flags, and the work that they share."""
 
 import argparse
 from typing import Any
@@ -45,7 +45,7 @@ def submission_parser(about: str | None, benchmark: type[Benchmark]) -> argparse
 
 
 def submit_as_asked(form: type[ServerForm[Any]], args: argparse.Namespace) -> None:
-    """What a form's script does with its flags (see `submission_parser`); exit code 1 if a rule is broken."""
+    """Write and check a submission as flags say (see `submission_parser`); exit code 1 if a file breaks a rule."""
     check_files(args)
     check_writable({"--output-dir": args.output_dir, "--feature-cache": args.feature_cache})
     benchmark, _ = open_benchmark(args)

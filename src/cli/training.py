@@ -1,4 +1,4 @@
-"""What both trainings do with their flags: those of a resumed run, and what must be there before anything is loaded."""
+"""Parse and check the flags of both training scripts, and run a training, a resumed one too."""
 
 import argparse
 import logging
@@ -98,10 +98,10 @@ def checked(args: AnyStage) -> tuple[AnyStage, Benchmark]:
     check_files(args)
     trackers = check_trackers(args.tracker, args.api_key, args.workspace)
     if args.save_best and not args.save_training:
-        logger.warning("warning: --save-best saves nothing without --save-training: add it")
+        logger.warning("warning: --save-best saves nothing without --save-training: add that flag")
     if args.seeds and not args.save_training:
         logger.warning(
-            "warning: --seeds writes no metrics for compare.py without --save-training: add it"
+            "warning: --seeds writes no metrics for compare.py without --save-training: add that flag"
         )
     warn_of_lost_epochs(args)
     written = {}

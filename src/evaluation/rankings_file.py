@@ -86,7 +86,7 @@ def _add_answers(
     triplets: Sequence[Triplet],
     rankings: "Mapping[Protocol, Ranking]",
 ) -> None:
-    """What each query retrieved under each protocol, and in its group, where every protocol gives the same.
+    """Add the images that each query retrieved under each protocol, and in its group, which is the same for all.
 
     Args:
         names: of the gallery.
@@ -220,12 +220,12 @@ def _with_ranks(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_rankings(content: Any) -> bool:
-    """Whether parsed JSON is meant to be a rankings file."""
+    """Check whether parsed JSON looks like a rankings file."""
     return isinstance(content, dict) and {"protocols", "queries"} <= content.keys()
 
 
 def unlike_annotations(content: Mapping[str, Any], benchmark: Benchmark) -> list[str]:
-    """Where the queries and answers of a rankings file are not those of a benchmark's annotations.
+    """Find differences between the queries and images of a rankings file and a benchmark's annotations.
 
     Args:
         benchmark: without the images that the file says were excluded.

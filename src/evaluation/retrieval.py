@@ -145,7 +145,7 @@ def rank(
 
 
 def _are_equal(similarity: Tensor) -> bool:
-    """Whether each query of a block (b, N) is equally near to all images."""
+    """Check whether each query of a block (b, N) is equally similar to all images."""
     # The first query answers for all blocks, unless it is one of the rare ones.
     for queries in (similarity[:1], similarity):
         least, most = queries.aminmax(dim=1)
@@ -164,8 +164,8 @@ def refuse_equal(split: Split) -> None:
 def _warn_of_equal(split: Split) -> None:
     if distributed.is_main():
         logger.warning(
-            "warning: %s: every image is equally near to every query: the weights have collapsed, and the recalls of "
-            "this validation mean nothing",
+            "warning: %s: every image is equally similar to every query: the weights have collapsed, so the recalls "
+            "of this validation are meaningless",
             split.name,
         )
 

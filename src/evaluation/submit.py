@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """What is to be submitted, and where its files go.
+    """Settings of a submission and of its files.
 
     Attributes:
         name: part of the files' names.

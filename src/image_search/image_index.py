@@ -39,7 +39,7 @@ READERS = 4  # files that are read at once for their digests
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What an update of an index did: numbers of images, and the files that could not be read, with the reasons."""
+    """Outcome of an update of an index: numbers of images, and the files that could not be read, with the reasons."""
 
     counts: Counts
     unreadable: dict[str, str]
@@ -238,7 +238,7 @@ def _contents(files: Sequence[Identity], told_by: str) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Relocated:
-    """What a move of images did: how many paths it rewrote, and which of the new ones are not what was indexed."""
+    """Outcome of moving images: the number of rewritten paths, and the images that are not as they were indexed."""
 
     count: int
     changed: list[str]
@@ -310,7 +310,7 @@ def relocate(folder: Path, old: Path, new: Path, *, store: str | None) -> Reloca
 
 
 def _identity_now(path: str, told_by: str) -> Identity | None:
-    """What a file is, None where it is none or cannot be read."""
+    """Return the identity of a file, None if it is not a file or cannot be read."""
     try:
         return None if file_size(Path(path)) is None else file_identities([Path(path)], told_by)[0]
     except OSError:

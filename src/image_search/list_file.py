@@ -68,7 +68,7 @@ def _moved_to(index: Any, file: Path) -> Any:
 
 
 def _sizes(index: Any, lists: Any) -> np.ndarray:
-    """How many vectors each list has."""
+    """Return the number of vectors in each list."""
     return np.array([lists.list_size(number) for number in range(index.nlist)])
 
 
@@ -117,7 +117,7 @@ def read(file: Path, lists_file: Path) -> Any:
 
 
 def _fit(lists: Any, file: Path) -> bool:
-    """Whether lists lie inside a file, and the file has nothing else."""
+    """Check whether lists fill a file exactly."""
     if not file.is_file() or file.stat().st_size != lists.totsize:
         return False
     for number in range(lists.lists.size()):

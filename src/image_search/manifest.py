@@ -1,4 +1,4 @@
-"""What an index on disk says of itself."""
+"""Read and write the manifest of an index on disk."""
 
 import dataclasses
 import hashlib
@@ -76,7 +76,7 @@ def check_named(folder: Path, about: Mapping[str, Any], flag: str, name: str) ->
         raise UserError(
             f"{folder / MANIFEST} was made on another machine and refers to {name}: pass {flag} {name} if you trust it"
         )
-    logger.info("opening %s, which %s names", name, folder / MANIFEST)
+    logger.info("opening %s, recorded in %s", name, folder / MANIFEST)
 
 
 def as_made(folder: Path, about: Mapping[str, Any], choice: PairChoice) -> PairChoice:

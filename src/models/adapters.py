@@ -94,7 +94,7 @@ def _layers(module: nn.Module, kind: str = "") -> Iterator[tuple[nn.Module, str]
 
 
 def _is_matrix(layer: nn.Module, name: str) -> bool:
-    """Whether a weight of a layer is one that is multiplied with."""
+    """Check whether a weight of a layer is a matrix that features are multiplied with."""
     is_weight = name.endswith("weight") and layer.get_parameter(name).dim() == 2
     return is_weight and not isinstance(layer, nn.Embedding)
 

@@ -69,6 +69,6 @@ def sizes_of(state: Mapping[str, Any], *, source: str, remedy: str) -> tuple[Any
 
 
 def _blocks(state: Mapping[str, Any], beginning: str) -> int:
-    """How many blocks have weights whose names begin so, their number next."""
+    """Count the blocks whose weights' names begin with a prefix and the number of the block."""
     names = [name.removeprefix(beginning) for name in state if name.startswith(beginning)]
     return len({name.split(".")[0] for name in names})

@@ -1,4 +1,4 @@
-"""What all code outside needs to know of a CLIP beside its weights, whichever package it is from."""
+"""Describe a CLIP besides its weights to other modules, whichever package it is from."""
 
 import logging
 from collections.abc import Callable
@@ -63,7 +63,7 @@ class Tokenizer:
         return tokens
 
     def columns(self, batches: Tensor) -> list[int]:
-        """How many columns have to be encoded of each batch of tokens (batches, n, context) that are on the CPU."""
+        """Return the number of columns to encode of each batch of tokens (batches, n, context) on the CPU."""
         if not self.is_trimmed:
             return [self.context] * len(batches)
         used = torch.where(batches != self.pad, torch.arange(1, self.context + 1), 1).amax((1, 2))
@@ -94,7 +94,7 @@ class Tokenizer:
         if cut:
             self._told.append(cut)
             logger.warning(
-                "warning: %d of %d captions have more than the %d tokens that this CLIP reads: the rest is left out",
+                "warning: %d of %d captions have more than the %d tokens that this CLIP reads: the rest is cut off",
                 cut,
                 len(captions),
                 self.context,

@@ -180,7 +180,7 @@ def checkpoint_gradients(model: nn.Module) -> None:
 
 
 def checkpoint_blocks(model: nn.Module, *kinds: type[nn.Module]) -> None:
-    """The same for blocks of some kinds."""
+    """Checkpoint the gradients of blocks of some kinds."""
     for block in model.modules():
         if isinstance(block, kinds):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -209,7 +209,7 @@ def tokenize(captions: list[str], columns: int = 77) -> Tensor:
 
 
 def backbone(model: CLIP) -> Backbone:
-    """What code outside needs to know of one of OpenAI's CLIPs."""
+    """Return the backbone that describes one of OpenAI's CLIPs."""
     return Backbone(
         dim=feature_dim(model),
         resolution=resolution(model),

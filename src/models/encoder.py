@@ -173,7 +173,7 @@ class Encoder:
 
     @property
     def reported_preprocessing(self) -> dict[str, Any]:
-        """How images and captions are made the model's input, as keys and results say it."""
+        """Return the preprocessing of images and captions, as keys and results record it."""
         names = ("transform", "target_ratio", "resolution", "decode", "background")
         chosen = {name: self.preprocessing[name] for name in names}
         return named({**chosen, **self.backbone.preprocessing})
@@ -218,7 +218,7 @@ def check_lengths(features: Tensor, names: Sequence[object]) -> None:
 
 
 def _counter(total: int, what: str) -> Counter:
-    """What the one process that writes shows of an encoding."""
+    """Return the progress display of an encoding, for the process that writes."""
     return Counter(total, f"encoding {what}", shown=distributed.is_main())
 
 

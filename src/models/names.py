@@ -146,7 +146,7 @@ def check_architecture(architecture: str) -> None:
 
 
 def architectures() -> list[str]:
-    """Those that open_clip has. It need not be imported for that, for each has a file; once it is, it is asked."""
+    """Return the architectures of open_clip, from its files if it is not imported yet."""
     if OPEN_CLIP in sys.modules:
         return sys.modules[OPEN_CLIP].list_models()
     package = importlib.util.find_spec(OPEN_CLIP)
@@ -189,7 +189,7 @@ def checked_config(content: Any, source: object) -> dict[str, Any]:
 
 
 def short_name(clip_model_name: str) -> str:
-    """What a CLIP is called where there is little room: without its folder, or without its weights."""
+    """Return a short name of a CLIP: without its folder, or without its weights."""
     known = open_clip_name(clip_model_name)
     if known is not None:
         return known.short

@@ -177,7 +177,7 @@ def without_weights(name: OpenClipName, typed: str) -> tuple[nn.Module, Backbone
 
 
 def _checked_name(name: OpenClipName, typed: str) -> str:
-    """How messages call a model; a folder or repository is said before it is opened, for a file may have named it."""
+    """Return the name of a model in messages. Folders and repositories are logged before they are opened."""
     if name.scheme != OPEN_CLIP and distributed.is_main():
         logger.info("opening %s", name.for_open_clip)
     check_clip(typed)
@@ -191,7 +191,7 @@ def _described(
     *,
     published: Mapping[str, Any] | None = None,
 ) -> Callable[..., Backbone]:
-    """What a model is, but for its feature length and resolution: those of a model that could be built.
+    """Describe a model without its feature dimension and resolution, which are those of the built model.
 
     Raises:
         UserError: it has a decoder, its tokenizer cannot be had, or its preprocessing is none that is known.
@@ -253,7 +253,7 @@ def checkpoint_gradients(model: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What open_clip tells the log of all programs, of which a user needs nothing."""
+    """Silence the log lines of open_clip, which no user needs."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -275,7 +275,7 @@ def _refusing(message: str) -> Iterator[None]:
 
 
 def _published(name: OpenClipName, source: str) -> dict[str, Any] | None:
-    """What open_clip knows of the weights that a tag names, None without one."""
+    """Return open_clip's configuration of the weights of a tag, None without a tag."""
     if not name.tag:
         return None
     found = open_clip.get_pretrained_cfg(name.model, name.tag)
@@ -290,7 +290,7 @@ def _published(name: OpenClipName, source: str) -> dict[str, Any] | None:
 
 
 def _lacks_quick_gelu(architecture: str, tag: str) -> bool:
-    """Whether the weights of a tag were trained with QuickGELU, and the architecture has GELU.
+    """Check whether the weights of a tag were trained with QuickGELU although the architecture has GELU.
 
     open_clip only warns of it, and lists such weights under both architectures.
     """
@@ -310,7 +310,7 @@ def _configuration(name: OpenClipName, source: str) -> dict[str, Any]:
 
 
 def _fetched(fetch: Callable[[], Fetched], source: str, repository: str) -> Fetched:
-    """What is fetched from a repository of the hub, from the cache where it is there."""
+    """Fetch a file from a repository of the hub, or from the cache."""
     refusing = _refusing(
         f"{source} could not be downloaded ({{}}): fetch {MODEL_CONFIG}, {HUB_WEIGHTS} and, where there are some, "
         f"{TOKENIZER_FILES} from {HUB_PAGE}/{repository} into a folder and pass {FOLDER}:FOLDER"
@@ -333,7 +333,7 @@ def _built(
     if files := _text_files(name, text):
         text["hf_model_name"] = files
         if name.scheme == HUB_SCHEME:
-            logger.info("opening %s, which %s names as its text encoder", files, name.model)
+            logger.info("opening %s, the text encoder of %s", files, name.model)
 
     refusing = _refusing(
         f"{source}: open_clip cannot build it ({{}}): choose a model whose parts are all available"
@@ -352,7 +352,7 @@ def _built(
 
 
 def _text_files(name: OpenClipName, text: Mapping[str, Any]) -> str:
-    """Where the configuration of a text encoder of Hugging Face's is: beside the model's own, or in a repository.
+    """Return the place of the configuration of a Hugging Face text encoder: next to the model's own, or a repository.
 
     "" for another text encoder.
     """
@@ -379,7 +379,7 @@ def _side(model: Any, source: str) -> int:
 def _preprocessing(
     name: OpenClipName, told: Mapping[str, Any] | None, source: str
 ) -> dict[str, Any]:
-    """How the model's own evaluations preprocess images.
+    """Return the preprocessing of images in the model's own evaluations.
 
     Args:
         told: what a tag, a folder or a repository says of it.
@@ -401,7 +401,10 @@ def _as_tags(architecture: str, source: str) -> dict[str, Any]:
         published = open_clip.get_pretrained_cfg(architecture, tag)
         ways[tag] = [published.get(part) for part in PREPROCESSING]
     if not ways:
-        logger.warning("warning: %s: nothing says how images are preprocessed: as OpenAI's", source)
+        logger.warning(
+            "warning: %s: no file records how images are preprocessed: using OpenAI's preprocessing",
+            source,
+        )
         return {}
     usual = max(ways.values(), key=list(ways.values()).count)
     others = sorted(tag for tag, way in ways.items() if way != usual)
@@ -433,7 +436,7 @@ def _tokenizer(name: OpenClipName, config: Mapping[str, Any], source: str) -> An
     wanted = text.get("hf_tokenizer_name")
     where = f"{HUB_PAGE}/{wanted}" if name.scheme == OPEN_CLIP else "where the weights are from"
     if wanted and name.scheme == HUB_SCHEME:
-        logger.info("opening %s, which %s names as its tokenizer", wanted, name.model)
+        logger.info("opening %s, the tokenizer of %s", wanted, name.model)
     refusing = _refusing(
         f"{source}: its tokenizer cannot be made ({{}}): pip install transformers[sentencepiece], or fetch "
         f"{TOKENIZER_FILES} from {where} into the folder of the weights and pass {FOLDER}:FOLDER"
@@ -489,7 +492,7 @@ def _wanted_code(content: Any) -> str:
 
 
 def _checked_tokenizer(own: Any, config: Mapping[str, Any], source: str) -> Tokenizer:
-    """The same as all code outside uses it."""
+    """Return the tokenizer in the form that all other code uses."""
     text = config["text_cfg"]
     made = getattr(own, "tokenizer", None)
     tokenizer = Tokenizer(

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """What an evaluation needs of a trained pair: CLIP with its preprocessing, and the way to compose a query.
+    """Trained pair of an evaluation: CLIP with its preprocessing, and the composition of queries.
 
     Attributes:
         compose: in eval mode.
@@ -122,7 +122,7 @@ def load_pair(
 def _weights(
     choice: PairChoice,
 ) -> tuple[str, Checkpoint | None, Checkpoint | None, list[Checkpoint | None]]:
-    """What composes, CLIP's fine-tuned weights and the Combiner's, None where there are none, and what tells of both.
+    """Return the combining function, CLIP's fine-tuned weights and the Combiner's, each or None, and their checkpoints.
 
     Raises:
         UserError: see `load_pair`.
@@ -146,7 +146,7 @@ def _weights(
 
 
 def _composed_by(choice: PairChoice, exported: ExportedPair | None) -> str:
-    """What composes queries: what the flag says; where it is silent, a Combiner if there is one, else the sum."""
+    """Return the combining function: the flag's, else combiner if there is a Combiner, else sum."""
     has_combiner = exported is not None and exported.config["combiner"] is not None
     has_combiner = has_combiner or choice.combiner_path is not None
     if choice.combining_function is None:

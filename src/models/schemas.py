@@ -1,4 +1,4 @@
-"""What settings on disk may hold, beside the flags of a training, which `settings.groups` declares."""
+"""Define the fields of settings on disk, besides the flags of a training, which `settings.groups` declares."""
 
 import re
 from typing import Annotated, Any, Generic, TypeVar
@@ -26,7 +26,7 @@ Background = Annotated[str, OneOf(choices.BACKGROUNDS)]
 
 
 class Preprocessing(Schema):
-    """What images and features are made with; of a CLIP that is none of OpenAI's, what `models.backbone` says of it."""
+    """Preprocessing of images and features; for CLIPs other than OpenAI's with the fields of `models.backbone`."""
 
     clip_model_name: PathText = ABSENT
     transform: Transform = ABSENT
@@ -45,7 +45,7 @@ class Preprocessing(Schema):
 
 
 class ClipSizes(Schema):
-    """What OpenAI's CLIP is built of, see `architectures.SIZES`."""
+    """Sizes of OpenAI's CLIP, see `architectures.SIZES`."""
 
     embed_dim: Width
     image_resolution: Width
@@ -60,7 +60,7 @@ class ClipSizes(Schema):
 
 
 class CombinerSizes(Schema):
-    """What a Combiner is built of, see `combiner.build_combiner`."""
+    """Sizes of a Combiner, see `combiner.build_combiner`."""
 
     combiner_type: Annotated[str, OneOf(choices.COMBINER_TYPES)]
     clip_dim: Width
@@ -130,7 +130,7 @@ Architecture = Annotated[str | None, published(r"\w[\w.-]*")]
 
 
 class TokenizerArguments(Schema, extra="forbid"):
-    """What a tokenizer may be told. All else reaches transformers, which runs code where it is told to."""
+    """Arguments that a tokenizer accepts. All else reaches transformers, which runs code where it is told to."""
 
     clean: str = ABSENT
     strip_sep_token: bool = ABSENT
@@ -201,7 +201,7 @@ class StoredSettings(Schema, Generic[Stage]):
 
 
 class Beside(Schema):
-    """What a checkpoint holds beside its weights."""
+    """Fields of a checkpoint besides its weights."""
 
     epoch: Number = ABSENT
     metrics: dict[str, float] = ABSENT

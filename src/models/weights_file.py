@@ -161,7 +161,7 @@ def _is_no_weight(name: str) -> bool:
 
 
 def _places(state: Mapping[str, Any], kind: str) -> set[str]:
-    """What stands before the names of models of a kind, "" for nothing; empty where there is no such model."""
+    """Return the prefixes of the names of models of a kind, "" for no prefix; empty if there is no such model."""
     for telling in TELLING[kind]:
         found = {name for name in state if f".{name}".endswith(f".{telling}")}
         if found:

@@ -120,7 +120,7 @@ def _few(pictures: Sequence[Picture], concepts: int) -> list[Picture]:
 
 
 def describe(name: str, svg: Path, bases: set[str]) -> Picture:
-    """What a picture shows, as far as its name says it.
+    """Describe a picture, as far as its name tells.
 
     Args:
         bases: all names without skin tones, from which follows which have twins.

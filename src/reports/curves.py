@@ -55,7 +55,7 @@ class Panel:
 
 @functools.cache
 def can_draw() -> bool:
-    """Whether matplotlib is installed; if not, this is said once."""
+    """Check whether matplotlib is installed; if not, log it once."""
     there = importlib.util.find_spec("matplotlib") is not None
     if not there:
         logger.warning("no training_curves.png: matplotlib is not installed")
@@ -65,7 +65,7 @@ def can_draw() -> bool:
 def panels_of(
     rows: Mapping[str, EpochRows], titles: Mapping[str, str], units: Mapping[str, str] | None = None
 ) -> list[Panel]:
-    """What is drawn of a run so far: loss, metrics of each unit, and the load of the experts.
+    """Return the panels of a run so far: loss, metrics of each unit, and the load of the experts.
 
     Args:
         rows: "train", "validation", "router" -> the rows of the CSV files, see `Run`.
@@ -118,7 +118,7 @@ def charts_script(panels: Sequence[Panel]) -> str:
 
 
 def _finite(value: float | None) -> float | None:
-    """What JSON can hold of a value."""
+    """Return a value if it is finite, else None, for JSON."""
     return value if value is not None and math.isfinite(value) else None
 
 

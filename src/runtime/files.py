@@ -133,7 +133,7 @@ def _sweep_once(folder: Path) -> None:
 
 
 def _is_abandoned(path: Path, age: float) -> bool:
-    """Whether nobody makes a file or a folder any more. Links are not followed, and never are abandoned."""
+    """Check whether a temporary file or folder was abandoned by its process. Symlinks are not."""
     try:
         status = path.lstat()
         is_ours = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)

@@ -52,5 +52,5 @@ def upload(folder: Path, repository: str) -> None:
 
 
 def _errors(hub: Any) -> tuple[type[BaseException], ...]:
-    """What the package raises; its own errors are also those of the package that it reaches the network with."""
+    """Return the exceptions of the package and of the package that it uses for the network."""
     return OSError, ValueError, hub.errors.HfHubHTTPError, *hub.errors.HfHubHTTPError.__bases__

@@ -178,7 +178,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file is one of safetensors, whatever it is called.
+    """Check whether a file has the format of safetensors, whatever its name.
 
     Raises:
         OSError: it cannot be read.

@@ -1,4 +1,4 @@
-"""Where a run is mirrored beside its CSV files: Comet, TensorBoard and Weights & Biases, several at once.
+"""Mirror a run to trackers besides its CSV files: Comet, TensorBoard and Weights & Biases, several at once.
 
 A new tracker is a class here and its line in TRACKERS. Nothing is imported before it is asked for.
 """
@@ -22,7 +22,7 @@ PROJECT = "CLIP4Cir-MoE"
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """What a tracker knows of a run when it begins.
+    """Description of a run that a tracker receives at its start.
 
     Attributes:
         folder: of the run.
@@ -204,7 +204,7 @@ class Trackers:
         except TRACKERS[name].failures() as error:
             self._trackers.pop(name, None)
             logger.warning(
-                "warning: --tracker %s: %s: going on without it", name, first_line(error)
+                "warning: --tracker %s: %s: continuing without it", name, first_line(error)
             )
 
 

@@ -61,7 +61,7 @@ CachePlace = Annotated[
 
 
 class Origin(Flags):
-    """How a training was started."""
+    """Command that started a training run."""
 
     script: AnyText = setting("", where="computes")
     command: AnyText = setting("", where="free")
@@ -76,7 +76,7 @@ class Dataset(Flags):
 
 
 class Data(Flags):
-    """Where benchmarks are."""
+    """Folder of the benchmarks."""
 
     title = "data"
     data_root: UsablePath = setting(
@@ -88,7 +88,7 @@ class Data(Flags):
 
 
 class Device(Flags):
-    """What computes."""
+    """Device for the computation."""
 
     title = "machine"
     device: AnyText | None = setting(
@@ -111,7 +111,7 @@ class Decoding(Flags):
 
 
 class Evaluation(Flags):
-    """What is left out of the data, and how much of it is ranked at a time."""
+    """Images to leave out, and number of queries that are ranked at a time."""
 
     title = "evaluation"
     exclusions: UsablePath | None = setting(
@@ -173,7 +173,7 @@ class TunedClip(Flags):
 
 
 class Training(Flags):
-    """What both stages of training share."""
+    """Settings that both stages of training share."""
 
     title = "training"
     recipe: Annotated[str, OneOf(RECIPES)] = setting(
@@ -250,7 +250,7 @@ class Training(Flags):
 
 
 class BeyondOriginal(Flags):
-    """What the original's trainings have not."""
+    """Settings of training that the original does not have."""
 
     title = "training, beyond the original"
     about = "all off by default"
@@ -307,7 +307,7 @@ class BeyondOriginal(Flags):
 
 
 class Regularisation(Flags):
-    """What both stages learn in spite of."""
+    """Regularisation and noise of both stages."""
 
     title = "regularisation and noise, beyond the original"
     about = "all off by default, see docs/recipe.md"
@@ -340,7 +340,7 @@ class Regularisation(Flags):
 
 
 class Tracking(Flags):
-    """What mirrors a run."""
+    """Trackers of a run."""
 
     title = "tracking"
     about = "in addition to the CSV files of the run"
@@ -361,7 +361,7 @@ class Tracking(Flags):
 
 
 class FineTuning(Flags):
-    """What learns in stage 1, and how fast."""
+    """Settings of stage 1."""
 
     title = "stage 1"
     encoder: Annotated[str, OneOf(ENCODERS)] = setting("both", "encoders of CLIP to train")
@@ -416,7 +416,7 @@ class Lora(Flags):
     @field_validator("lora_targets", "lora_norms")
     @classmethod
     def only_with_adapters(cls, value: str | bool, info: ValidationInfo) -> str | bool:
-        """Where there are adapters."""
+        """Allow settings of adapters only together with adapters."""
         if value not in (False, LORA_TARGETS[0]) and not info.data.get("lora_rank"):
             raise PydanticCustomError("lora", "it needs adapters: also pass --lora-rank")
         return value
@@ -453,7 +453,7 @@ class Combiner(Flags):
 
 
 class WantedCombiner(Flags):
-    """What a Combiner of a checkpoint is wanted to be; None where the flags are silent."""
+    """Expected architecture of a checkpoint's Combiner; None for flags that are not given."""
 
     title = "Combiner"
     about = "read from the checkpoint; a flag that differs from it is an error"
@@ -470,7 +470,7 @@ class WantedCombiner(Flags):
 
 
 class Frozen(Flags):
-    """What is particular to stage 2."""
+    """Settings of stage 2."""
 
     title = "stage 2"
     combiner_lr: LearningRate = setting(2e-5, "Adam learning rate")
@@ -545,7 +545,7 @@ class BothStages(
     Device,
     Evaluation,
 ):
-    """What both trainings take."""
+    """All settings that both training scripts share."""
 
 
 class Stage1(FineTuning, Lora, BothStages):
@@ -560,7 +560,7 @@ class Stage2(Frozen, Combiner, TunedClip, BothStages):
 
 
 class AnyTraining(Stage1, Stage2):
-    """What a run or a checkpoint may say of its training, whichever it was."""
+    """Settings that a run or checkpoint may record of either stage."""
 
     dataset: BenchmarkName | None = setting(None, "benchmark to use (not case-sensitive)")  # type: ignore[assignment]
 

@@ -1,4 +1,4 @@
-"""What an epoch is made of: a benchmark's triplets and caption variants, and the order of its batches."""
+"""Prepare the data of an epoch: a benchmark's triplets and caption variants, and the order of its batches."""
 
 import hashlib
 import itertools
@@ -61,7 +61,7 @@ class Order:
         return table.unflatten(1, (distributed.world_size(), -1))[:, distributed.rank()]
 
     def whole_batches(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """The same of all processes together, (steps, batch size) each."""
+        """Return the batches of all processes together, (steps, batch size) each."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         rows = torch.randperm(self.triplets, generator=generator)
         variants = torch.randint(self.variants, (self.triplets,), generator=generator)
@@ -69,7 +69,7 @@ class Order:
         return rows[:full].view(self.steps, -1), variants[:full].view(self.steps, -1)
 
     def generator(self, epoch: int, use: str) -> torch.Generator:
-        """What else an epoch draws comes from here: other numbers for each use."""
+        """Return the generator of further random numbers of an epoch, different for each use."""
         key = hashlib.sha256(f"{self.seed} {epoch} {use}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(key[:8], "big"))
 
@@ -97,11 +97,11 @@ class TrainingData:
         return [self.train, *self.val]
 
     def with_seed(self, seed: int) -> "TrainingData":
-        """The same in the order of another seed."""
+        """Return the data in the order of another seed."""
         return replace(self, order=replace(self.order, seed=seed))
 
     def describe(self) -> dict[str, Any]:
-        """What was read, for the hyper-parameters: a resumed run must find the same."""
+        """Describe the data for the hyper-parameters; a resumed run must find equal data."""
         digests = [split_digest(split) for split in self.splits]
         return {
             **self.benchmark.hyper_parameters,
@@ -193,7 +193,7 @@ def check_learning(train: Split, order: Order, flags: Any) -> None:
     steps = flags.num_epochs * order.steps
     if flags.warmup_steps > steps:
         logger.warning(
-            "warning: --warmup-steps %d is more than all %d steps: the learning rate never comes to its value",
+            "warning: --warmup-steps %d is more than all %d steps: the learning rate never reaches its full value",
             flags.warmup_steps,
             steps,
         )

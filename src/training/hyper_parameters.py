@@ -53,7 +53,7 @@ def started_with(folder: Path, settings: Settings) -> Settings:
     for name, reason in DIGESTS.items():
         if started.data.get(name) != now.data.get(name):
             raise UserError(
-                f"--resume {folder}: {reason} from those the run was started with: restore them"
+                f"--resume {folder}: {reason} from those of the start of the run: restore them"
             )
     if started.versions != now.versions:
         logger.warning(

@@ -1,4 +1,4 @@
-"""What a training lowers: losses as modules, each with the parameters of its own, by name."""
+"""Define the losses as modules, each with its own parameters, by name."""
 
 import functools
 import math

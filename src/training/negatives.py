@@ -47,7 +47,7 @@ class HardNegatives:
 
     @property
     def number(self) -> int:
-        """How many a triplet has in a step: what is asked for, or all where no pool has as many."""
+        """Return the hard negatives per triplet of a step: `--hard-negatives`, or fewer if all pools are smaller."""
         wanted = self.flags.hard_negatives
         return wanted if self._are_mined else min(wanted, self.pools.shape[1])
 

@@ -40,7 +40,7 @@ Rows = list[dict[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where one training is written.
+    """Folder and settings of one training run.
 
     Attributes:
         folder: claimed, with its hyper-parameters in it.
@@ -154,7 +154,7 @@ def run_name(stage: str, benchmark: str, clip_model_name: str) -> str:
 
 
 def run_title(benchmark: str, settings: Settings) -> str:
-    """What a run is to a reader: dataset and method."""
+    """Return the title of a run: dataset and method."""
     flags = settings.flags
     clip = short_name(settings.preprocessing["clip_model_name"])
     seeds = flags.get("seeds") or [flags["seed"]]
@@ -199,7 +199,7 @@ def _renamed(new: Path, folder: Path) -> Path:
 
 
 def claim_place(stage: str, benchmark: str, settings: Settings, flags: Any) -> Place:
-    """Where a training is written, on every process: the run that is resumed, else a new folder, see `make_folder`.
+    """Return the place of a training run on every process: the resumed run, else a new folder, see `make_folder`.
 
     Args:
         stage, benchmark: see `run_name`.
@@ -215,7 +215,7 @@ def claim_place(stage: str, benchmark: str, settings: Settings, flags: Any) -> P
 
 
 def seed_places(whole: Place) -> list[Place]:
-    """Where the trainings of several seeds are written, below that of all; none where no seeds were asked for."""
+    """Return the places of the training runs of several seeds, below that of all; none without `--seeds`."""
     places = []
     for seed in whole.settings.flags.get("seeds") or []:
         settings = whole.settings.with_flags(seed=seed, seeds=None)
@@ -323,7 +323,7 @@ def reproducing(flags: Mapping[str, Any]) -> str:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the training in a run's folder came to its end: its best is written down, and there is no state left."""
+    """Check whether the training in a run folder is complete: its best metrics are written, and no state is left."""
     return (folder / BEST_METRICS).exists() and not (folder / STATE).exists()
 
 

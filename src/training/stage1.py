@@ -1,4 +1,4 @@
-"""What stage 1 gives the trainer: CLIP, so that image feature + text feature lies near the target's image feature."""
+"""Set up stage 1: fine-tune CLIP so that image feature + text feature is near the target's image feature."""
 
 import dataclasses
 import itertools
@@ -189,7 +189,7 @@ def sum_validation(
 
 
 def decodings(data: TrainingData, flags: Any) -> int:
-    """How often a training reads an image, in its steps and its validations."""
+    """Count the image decodings of a training run, in its steps and validations."""
     each = 2 + flags.hard_negatives  # reference, target
     in_steps = flags.num_epochs * data.order.steps * data.order.batch_size * each
     images_learn = flags.encoder != "text"

@@ -1,4 +1,4 @@
-"""What stage 2 gives the trainer: a Combiner, on features of a frozen CLIP."""
+"""Set up stage 2: train a Combiner on features of a frozen CLIP."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -141,7 +141,7 @@ class Targets:
 
     @classmethod
     def of(cls, frozen: FrozenSplit) -> "Targets":
-        """Those of a split."""
+        """Return the features of a split."""
         images, rows = np.unique(frozen.split.target_rows, return_inverse=True)
         device = frozen.images.device
         features = frozen.images[torch.tensor(images, device=device)]

@@ -256,12 +256,12 @@ class Trainer:
 
     @property
     def remedy(self) -> str:
-        """What to do where losses or gradients are not finite."""
+        """Return the remedy for losses or gradients that are not finite."""
         scales = self.stepper.scaler.is_enabled()
         return "lower the learning rate" + (" or choose --precision bf16" if scales else "")
 
     def status(self, epoch: int, done: int) -> str:
-        """How fast it goes, see `Pace.status`."""
+        """Return the speed in words, see `Pace.status`."""
         rate = float(self.stepper.learning_rate.get_last_lr()[0])
         return self.pace.status(rate, epoch=epoch, done=done)
 
@@ -323,7 +323,7 @@ class Trainer:
             ):
                 raise UserError(f"--resume: {file} is from a longer training run: {REMEDY}")
             self.saved = self.progress.words
-            logger.info("going on after %s", self.saved)
+            logger.info("resuming after %s", self.saved)
         else:
             self.progress.began = time.time()
         self.run.rewind(self.progress.rows)

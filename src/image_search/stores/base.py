@@ -1,4 +1,4 @@
-"""What a search and an update ask of the place where features live, and the table of such places.
+"""Define the interface of a store of features for search and update, and list the stores.
 
 A new store is a file here with a `VectorStore`, and its name in STORES.
 """
@@ -51,7 +51,7 @@ class Hit(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Keeping:
-    """How features are kept.
+    """Settings of the storage of features.
 
     Attributes:
         store: its address, see `VectorStore`.
@@ -82,7 +82,7 @@ class ImageIndex(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many images there are."""
+        """Return the number of images."""
 
     @abstractmethod
     def row(self, path: str) -> int | None:
@@ -115,7 +115,7 @@ class ImageIndex(ABC):
 
 @dataclass
 class IndexWriter(ABC):
-    """Where an update puts features. `keep` is called by all processes, the rest by one of them, `open` first.
+    """Writer of the features of an update. `keep` is called by all processes, the rest by one of them, `open` first.
 
     Attributes:
         key: what features depend on beside the images, see `image_index.encoder_key`.

@@ -68,7 +68,7 @@ FeatureRows = Callable[[int, int], np.ndarray]  # features of the files from one
 
 
 class Recall(Schema):
-    """How much of the exact answer an approximate index finds."""
+    """Recall of an approximate index against exact search."""
 
     queries: Count
     k: Count
@@ -276,7 +276,7 @@ class FaissWriter(IndexWriter):
         save_tensors(_partial(self.folder) / f"{name}.pt", content)
 
     def _read(self, shard: Path) -> tuple[dict[Identity, int], np.ndarray]:
-        """What an interrupted run encoded, if it was with the same encoder."""
+        """Return the features that an interrupted run encoded with the same encoder."""
         from runtime.tensors import load_tensors
 
         try:

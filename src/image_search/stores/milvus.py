@@ -182,7 +182,7 @@ class Table:
         )
 
     def _is_lost(self) -> bool:
-        """Whether the store does not answer any question now."""
+        """Check whether the store no longer answers queries."""
         try:
             self._client.list_collections(timeout=ANSWER_SECONDS)
         except (self._milvus.MilvusException, OSError):
@@ -265,7 +265,7 @@ def _token(folder: Path, about: dict[str, Any], typed: bool) -> str:
         return token
     store = about["store"]
     logger.warning(
-        "warning: %s was made elsewhere: %s is not sent to %s unless you name it, --store %s",
+        "warning: %s was made on another machine: %s is not sent to %s unless you pass --store %s",
         folder / MANIFEST,
         TOKEN,
         store,
