@@ -1,4 +1,4 @@
-"""Audit a benchmark with a pair: what image and text alone solve, what composition adds, which queries need both.
+"""Audit a benchmark with a pair: the queries that image or text alone solve, and the queries that need both.
 
     python src/audit.py --dataset CIRR --clip-model-path models/THE_RUN --combiner-path models/THE_OTHER_RUN \
         --write-queries need_both.json
@@ -123,7 +123,7 @@ def write_queries(
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Audit, print, and write what the flags ask for."""
+    """Audit, print, and write what the flags choose."""
     args = parse(argv)
     check_files(args)
     outputs = {"--metrics-json": args.metrics_json, "--write-queries": args.write_queries}

@@ -22,7 +22,7 @@ from utils import UserError, command
 logger = logging.getLogger(__name__)
 
 FLAG = "--checkpoints"
-# What those of a stage must share beside their preprocessing, by the key of its weights.
+# What those of a stage must share besides their preprocessing, by the key of its weights.
 SHARED: dict[str, tuple[str, ...]] = {
     "CLIP": (),
     "Combiner": ("clip_weights", "combiner_type", "top_k", "seed"),
@@ -83,7 +83,7 @@ def read(file: Path, kind: str) -> Checkpoint:
 
 
 def check_same_model(first: Checkpoint, other: Checkpoint, names: tuple[str, ...]) -> None:
-    """Refuse a checkpoint that is of another model than the first, or began from other weights."""
+    """Reject a checkpoint that is of another model than the first, or began from other weights."""
     for name in [*Settings.read(first.config).preprocessing, *names]:
         ours = first.table.get(name)
         theirs = other.table.get(name)

@@ -1,4 +1,4 @@
-"""Check a copy of a benchmark: its files, every image, and what is wrong with them.
+"""Check a copy of a benchmark: its annotation files and every image.
 
     python src/check_dataset.py --dataset FashionIQ
     python src/check_dataset.py --dataset CIRR --splits val test --write-exclusions cirr_exclusions.json

@@ -1,4 +1,4 @@
-"""Write the file that CIRCO's evaluation server takes, from the test split, and check it.
+"""Write the submission file for CIRCO's evaluation server from the test split, and check it.
 
     python src/circo_test_submission.py --submission-name my_submission --combining-function combiner \
         --combiner-path models_final/combiner_trained_on_cirr --clip-model-path models_final/clip_finetuned_on_cirr

@@ -5,7 +5,7 @@ On a GPU:
         --learning-rate 2e-6 --batch-size 128 --transform targetpad --target-ratio 1.25 \
         --save-training --save-best --validation-frequency 1
 
-On a laptop, with drawn data: see `make demo`.
+On a laptop, with synthetic data: see `make demo`.
 """
 
 import copy
@@ -39,7 +39,7 @@ def parse(argv: list[str] | None) -> Stage1:
 
 
 def train(args: Stage1, benchmark: Benchmark, stop: StopRequest) -> None:
-    """Fine-tune CLIP in a run folder, or anew with each of several seeds."""
+    """Fine-tune CLIP in a run folder, or once with each of several seeds."""
     from models.encoder import versions
     from training.data import read_training_data
     from training.run_folder import claim_place

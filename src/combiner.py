@@ -502,7 +502,7 @@ def load_combiner(
         config: see `combiner_settings`.
         path: the checkpoint's file, which errors name.
         wanted: what flags say of it, None where they are silent; its k holds where the configuration says none.
-        clip_dim: feature length D of the CLIP beside it.
+        clip_dim: feature dimension D of the CLIP beside it.
 
     Raises:
         UserError: a wanted value, or the CLIP, disagrees with the checkpoint; both values are named.

@@ -5,7 +5,7 @@ On a GPU:
         --clip-model-name RN50x16 --clip-model-path clip_finetuned --combiner-lr 2e-5 --batch-size 4096 --clip-bs 32 \
         --transform targetpad --target-ratio 1.25 --save-training --save-best --validation-frequency 1
 
-`make demo` runs it on a laptop, on drawn data.
+`make demo` runs it on a laptop, on synthetic data.
 """
 
 import dataclasses

@@ -66,7 +66,7 @@ def shared_protocols(columns: Sequence[Column], wanted: Sequence[str] | None) ->
 def print_protocol(
     benchmark: Benchmark, columns: Sequence[Column], protocol: str, *, resampling: Resampling
 ) -> None:
-    """Print one table: metrics by columns, and beside each column its difference from the first; notes below."""
+    """Print one table: metrics by columns, and next to each column its difference from the first; notes below."""
     base, *others = columns
     rows: dict[str, dict[str, str]] = {}
     notes = []

@@ -1,4 +1,4 @@
-"""Make your own triplets of annotation files that others publish: FashionIQ, CIRR, LaSCo or Shoes.
+"""Convert published annotation files to your own triplets: FashionIQ, CIRR, LaSCo or Shoes.
 
     python src/convert.py --dataset LaSCo --output-dir lasco
     python src/clip_fine_tune.py --dataset Triplets --data-root lasco

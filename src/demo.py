@@ -1,4 +1,4 @@
-"""The whole system on OpenMoji's pictures, in minutes on a CPU: train both stages, validate, submit, export, search.
+"""Run the whole system on OpenMoji's pictures, in minutes on a CPU: train both stages, validate, export, search.
 
 python src/demo.py            # or make demo
 python src/demo.py --seeds 0 1 2

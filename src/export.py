@@ -1,4 +1,4 @@
-"""Hand a trained pair on: write one folder that others can load, with a model card; upload it where that is asked for.
+"""Export a trained pair to one folder that others can load, with a model card, and optionally upload it.
 
     python src/export.py --clip-model-path models/THE_RUN --combiner-path models/THE_OTHER_RUN --output my_pair \
         --results fiq.json

@@ -1,9 +1,9 @@
-"""Say what a training would take of a GPU, before there is one: memory and time by part, and what fits.
+"""Estimate the GPU memory and time that a training run needs, by part, and the settings that fit.
 
     python src/plan.py stage1 --dataset CIRR --clip-model-name RN50x16 --batch-size 128 --gpu a100-40
     python src/plan.py stage2 --dataset CIRR --clip-model-name RN50x16 --batch-size 4096 --gpu t4
 
-The flags are those of clip_fine_tune.py and combiner_train.py; those that cost a GPU nothing are taken and passed over.
+The flags are those of clip_fine_tune.py and combiner_train.py; flags that do not affect the GPU are ignored.
 All numbers are computed, none is measured: docs/gpus.md says how, and what is left out.
 """
 
@@ -166,7 +166,7 @@ def planned_clip(args: argparse.Namespace, gpu: Gpu) -> "CountedClip":
 
 
 def planned_training(args: argparse.Namespace, gpu: Gpu) -> "Training":
-    """The stage that the flags ask for."""
+    """The stage that the flags choose."""
     from training.planning import CombinerTraining, FineTuning, combiner_to_count
 
     precision = "fp16" if args.precision == "amp" else args.precision

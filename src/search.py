@@ -1,11 +1,11 @@
-"""Search your own images: index any folder, then ask with a reference image and what to change.
+"""Search your own images: index any folder, then search with a reference image and what to change.
 
     python src/search.py index --images photos/ --output photos_index --clip-model-path models_final/clip_finetuned
     python src/search.py query --index photos_index --image photos/shirt.jpg --text "is red and has no sleeves" \\
         --combiner-path models_final/combiner_trained
 
-`index --output photos_index` brings it up to date: it adds what is new and drops what is gone. What was moved is told
-by its content and not encoded again. Interrupted, it goes on where it was.
+`index --output photos_index` updates it: new images are added, missing ones removed. Moved images are recognised by
+their content and not encoded again. An interrupted update resumes with the same command.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Ground floor: errors for the user, what wraps a script, seed, and how flags and numbers are spelled."""
+"""Lowest layer: errors for the user, what wraps a script, seed, and how flags and numbers are spelled."""
 
 import contextlib
 import errno
@@ -80,7 +80,7 @@ class DiskError(UserError):
 
 
 class Stopped(BaseException):
-    """A signal asked a training to stop, and everything needed to go on with it is on disk.
+    """A signal asked a training to stop, and everything needed to resume it is on disk.
 
     Attributes:
         signal: its name.

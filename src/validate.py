@@ -74,7 +74,7 @@ def print_metrics(benchmark: Benchmark, measured: Mapping[Protocol, Mapping[str,
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print, and write what the flags ask for."""
+    """Measure, print, and write what the flags choose."""
     args = parse(argv)
     check_files(args)
     check_writable({"--feature-cache": args.feature_cache})

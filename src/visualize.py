@@ -1,4 +1,4 @@
-"""Look at what was retrieved: a sheet of queries as a page and a picture, and what each expert takes.
+"""Show retrieval results: a sheet of queries as a page and a picture, and a page of what each expert is used for.
 
 From a trained pair:
     python src/visualize.py --dataset CIRR --combining-function combiner --combiner-path models/THE_RUN --queries worst
@@ -6,7 +6,7 @@ From a trained pair:
 From a file of validate.py --rankings:
     python src/visualize.py --rankings rankings.json --queries dress:12 shirt:7
 
-What a pair answers to test queries, whose targets nobody knows:
+Results of a pair for test queries, whose targets are unknown:
     python src/visualize.py --dataset CIRR --combining-function sum --clip-model-path models/THE_RUN --split test
 """
 
@@ -140,7 +140,7 @@ def stored_records(args: argparse.Namespace) -> Retrieved:
 
 
 def check_same_images(args: argparse.Namespace, content: Mapping[str, Any]) -> None:
-    """Refuse a gallery whose images are not those that were ranked, told by a sample of each, or by all of it.
+    """Reject a gallery whose images are not those that were ranked, told by a sample of each, or by all of it.
 
     Args:
         content: of --rankings.

@@ -53,7 +53,7 @@ class Benchmark(ABC):
         reported: metric -> what it is, in the order of the tables. One that is not named here is a percentage.
         statistics: score -> how it is made of the hits of a split's queries; the others are their means in percent.
         selection, titles: those of `reported` that choose checkpoints, and those of tables; see `Metric`.
-        hyper_parameters: what the original's runs write down of it beside the flags.
+        hyper_parameters: what the original's runs record of it besides the flags.
 
     Args:
         data_root: the folder that holds the dataset's own.

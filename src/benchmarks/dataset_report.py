@@ -147,7 +147,7 @@ def read_parts(
 def _count(
     benchmark: Benchmark, part: str, split: str, records: Split, *, official: bool, report: Report
 ) -> None:
-    """The entries of a part's two files beside those of the official ones, where there are any.
+    """The entries of a part's two files next to those of the official ones, where there are any.
 
     Where queries are their own list of images, they are what is counted.
     """

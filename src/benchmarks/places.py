@@ -67,7 +67,7 @@ def _is_below(root: Path, place: str) -> bool:
 
 
 def _check_links(paths: Mapping[str, Path], root: Path) -> None:
-    """Refuse files that are links to elsewhere. Whole folders may be links: whoever set them up chose what is in them.
+    """Reject files that are links to elsewhere. Whole folders may be links: whoever set them up chose what is in them.
 
     Raises:
         UserError: a link leads out of the root and out of the folders that the file is in.

@@ -135,7 +135,7 @@ class Split:
 
     @functools.cached_property
     def most_other_targets(self) -> int:
-        """The largest number of targets beside the named one that a query has."""
+        """The largest number of targets besides the annotated one that a query has."""
         return max(len(triplet.other_targets) for triplet in self.triplets)
 
     @property

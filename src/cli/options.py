@@ -1,4 +1,4 @@
-"""Every flag that scripts share, spelled once: alone, as argparse parents in titled groups, and what they ask for."""
+"""Declare the flags that scripts share: alone, as argparse parents in titled groups, and the choices they make."""
 
 import argparse
 from typing import Any
@@ -234,7 +234,7 @@ def add_verify(group: Group, *, help: str) -> None:
 
 
 def pair_choice(args: argparse.Namespace) -> PairChoice:
-    """The pair that `pair_flags` and the flags beside them ask for."""
+    """Return the pair that `pair_flags` and related flags choose."""
     return PairChoice(
         combining_function=args.combining_function,
         clip_path=args.clip_model_path,

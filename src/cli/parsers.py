@@ -107,7 +107,7 @@ class ScriptParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Refuse a value that is none of a flag's choices, and name the one that was meant."""
+        """Reject a value that is none of a flag's choices, and name the one that was meant."""
         try:
             super()._check_value(action, value)
         except argparse.ArgumentError as error:

@@ -47,7 +47,7 @@ def check_files(args: Any) -> None:
 
 
 def check_pair(args: Any, exported: Path | str) -> None:
-    """Refuse flags of what an exported pair holds, and a folder that is not whole.
+    """Reject flags of what an exported pair holds, and a folder that is not whole.
 
     A repository is fetched later, by the one process that does.
     """

@@ -42,7 +42,7 @@ def parse(
 ) -> AnyStage:
     """The settings of a training: what is typed, else what its recipe says, else the defaults.
 
-    With `--resume` they are those of the run, and what is typed beside it is laid over them.
+    With `--resume` they are those of the run, and what is typed besides is laid over them.
 
     What is typed must not contradict the run: `started_with` compares what comes out with the run's hyper-parameters.
 

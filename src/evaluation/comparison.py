@@ -198,7 +198,7 @@ def labels(files: Sequence[Path]) -> list[str]:
 
 
 def _seeds(result: Result) -> dict[str, Any]:
-    """The seeds of the trainings that a result is of: "clip" and "combiner" -> its own."""
+    """The seeds of the training runs that a result is of: "clip" and "combiner" -> its own."""
     configs = result["training"].items()
     return {kind: Settings.read(config).table.get("seed") for kind, config in configs}
 

@@ -50,7 +50,7 @@ def check_results(
     weights: Sequence[Mapping[str, str]],
     preprocessing: Mapping[str, Any],
 ) -> None:
-    """Refuse results that do not say what a pair gives.
+    """Reject results that do not say what a pair gives.
 
     Args:
         results: by their files.

@@ -40,7 +40,7 @@ def evaluate(
     *,
     block: int | None = None,
 ) -> dict[str, float]:
-    """All metrics of a benchmark under its first protocol, by the names of the CSV files; for trainings.
+    """All metrics of a benchmark under its first protocol, by the names of the CSV files; for training runs.
 
     Weights that tell no image from another are a warning here, for a training may leave such a state again.
 

@@ -157,7 +157,7 @@ def add(index: Any, features: np.ndarray) -> None:
 
 
 def can_grow(index: Any, count: int) -> bool:
-    """Return whether an index is as good with so many vectors as one that is built of them anew."""
+    """Return whether an index is as good with so many vectors as one that is newly built of them."""
     return not hasattr(index, "nlist") or count <= GROWN_AT_MOST * index.nlist**2
 
 

@@ -176,7 +176,7 @@ class Guard:
             await answer(send, HTTPStatus.SERVICE_UNAVAILABLE, "the page ends: try again later")
 
     def _check(self, scope: Scope) -> None:
-        """Refuse what another page sends, and what asks for another host."""
+        """Reject what another page sends, and what asks for another host."""
         if scope["type"] != "http":
             raise HTTPException(HTTPStatus.NOT_FOUND, "not found")
         hosts = headers_of(scope, b"host")

@@ -46,7 +46,7 @@ class Update:
 
 
 def encoder_key(encoder: Encoder) -> dict[str, Any]:
-    """Return what features depend on beside the images: weights, preprocessing and precision, but no device."""
+    """Return what features depend on besides the images: weights, preprocessing and precision, but no device."""
     known = {"weights": encoder.describe()["weights"], **encoder.reported_preprocessing}
     known.setdefault("background", ORIGINAL)  # named always
     return {**known, **named({"encode_precision": encoder.precision})}
@@ -79,7 +79,7 @@ def update_index(
     """Make an index of images, or bring one up to date: encode new and changed files, drop vanished ones.
 
     A file whose content is there under another name takes its features. Several processes share the work. Files that
-    could not be read are tried again. What the encoder's `between` raises ends the work; the next update goes on from
+    could not be read are tried again. What the encoder's `between` raises ends the work; the next update resumes from
     the last whole shard.
 
     Args:
@@ -144,7 +144,7 @@ def _complete(
 
 
 def _check_may_be_updated(folder: Path, key: dict[str, Any], keeping: Keeping) -> None:
-    """Refuse a folder with other files, and an index of another encoder or of somebody else."""
+    """Reject a folder with other files, and an index of another encoder or of somebody else."""
     earlier = read_manifest(folder)
     if earlier is None:
         for file in folder.iterdir():
@@ -162,7 +162,7 @@ def _check_may_be_updated(folder: Path, key: dict[str, Any], keeping: Keeping) -
 
 
 def _check_trusted(folder: Path, about: dict[str, Any], keeping: Keeping) -> None:
-    """Refuse to write where only an index says, and one that was made elsewhere."""
+    """Reject a store that only an index from another machine names."""
     if "store" in about and not keeping.typed:
         check_named(folder, about, "--store", about["store"])
 
@@ -207,7 +207,7 @@ def _of_same_content(
 def _check_found(
     gone: Sequence[Path], held: Mapping[Identity, int], sources: Mapping[Identity, Identity]
 ) -> None:
-    """Refuse to drop a folder that is no more while images of it are found nowhere: its disk may not be there today."""
+    """Reject dropping a missing folder while its images are not found elsewhere: its disk may be unmounted."""
     found = set(sources.values())
     for folder in gone:
         lost = [

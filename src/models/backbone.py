@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 # What the loss does not contain, and so never learns: the loss has a scale of its own.
 NEVER_TRAINED = ("logit_scale", "logit_bias")
-# What the features of models are computed by, beside torch: of OpenAI's, by either name of its package, and of others.
+# What the features of models are computed by, besides torch: of OpenAI's, by either name of its package, and of others.
 OPENAI_PACKAGES = ("clip", "clip-anytorch")
 OTHER_PACKAGES = ("open_clip_torch", "timm", "transformers", "tokenizers")
 
@@ -114,7 +114,7 @@ class Backbone:
         mean, std: of the colours, in 0 to 1.
         interpolation: one of INTERPOLATIONS.
         resize_mode: one of RESIZE_MODES: how its own evaluations make a square of an image.
-        architecture: digest of all else that features depend on beside weights: what is computed, and the tokenizer.
+        architecture: digest of all else that features depend on besides weights: what is computed, and the tokenizer.
             Empty for OpenAI's CLIPs, whose weights tell all.
         checkpoint_gradients: have a model recompute activations in the backward pass.
         write: put into a folder the files that it is built from, beside its weights. None for OpenAI's CLIPs.

@@ -179,7 +179,7 @@ class Encoder:
         return named({**chosen, **self.backbone.preprocessing})
 
     def image_preprocessing(self) -> dict[str, Any]:
-        """All that determines the preprocessed images beside the files themselves."""
+        """All that determines the preprocessed images besides the files themselves."""
         images = {
             name: value
             for name, value in self.reported_preprocessing.items()
@@ -188,7 +188,7 @@ class Encoder:
         return {**images, "versions": versions()}
 
     def describe(self) -> dict[str, Any]:
-        """All that determines the features beside the images and captions themselves, in plain types."""
+        """All that determines the features besides the images and captions themselves, in plain types."""
         return {
             "clip_model_name": self.preprocessing["clip_model_name"],
             **self.reported_preprocessing,
@@ -199,7 +199,7 @@ class Encoder:
 
 
 def check_lengths(features: Tensor, names: Sequence[object]) -> None:
-    """Refuse features (n, D) whose direction is lost in rounding: similarities to them would be no cosines.
+    """Reject features (n, D) whose direction is lost in rounding: similarities to them would be no cosines.
 
     Args:
         names: of what was encoded, n of them.

@@ -26,8 +26,8 @@ PIECE = 4096  # images: a minute of a GPU, and few files
 class FeatureCache:
     """Features on disk, one file for each key; without a folder nothing is kept.
 
-    A file that is truncated, damaged or another's is noticed and made anew. While many images are encoded, what is done
-    lies in files of PIECE images each, with which an interrupted encoding goes on.
+    Truncated, damaged and foreign files are detected and made again. While many images are encoded, what is done
+    lies in files of PIECE images each, with which an interrupted encoding resumes.
 
     Args:
         told_by: how a changed image is told, see `runtime.files.stamp`.

@@ -221,7 +221,7 @@ def _described(
 
 
 def _write(folder: Path, *, content: Mapping[str, Any], own: Any, text_files: str) -> None:
-    """Write what a model is built from beside its weights, as open_clip's `local-dir:` reads it.
+    """Write what a model is built from besides its weights, as open_clip's `local-dir:` reads it.
 
     That is its configuration, the files of its tokenizer, and the configuration of a text encoder of Hugging Face's.
     """

@@ -79,7 +79,7 @@ def load_pair(
     background: str = ORIGINAL,
     formats: tuple[str, ...] | None = None,
 ) -> Pair:
-    """The pair that an evaluation asks for.
+    """The pair that an evaluation needs.
 
     Args:
         background: what images are read on where neither flags nor weights say it.

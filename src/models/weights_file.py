@@ -1,6 +1,6 @@
 """Files of weights, whoever wrote them: the model's own weights, by the names of OpenAI's and of open_clip's CLIPs.
 
-Trainings of others put them under a key beside an optimizer, put a prefix before their names, or have Hugging Face's
+Other projects put them under a key next to an optimizer, put a prefix before their names, or have Hugging Face's
 names. What a file was found to be is said in one line, with what was left out of it.
 """
 
@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 # A checkpoint's key for its weights -> weights that tell them without it; what stands before one is a prefix of all.
 TELLING = {"CLIP": ("logit_scale", "text_projection"), "Combiner": ("output_layer.weight",)}
 STAGE_WEIGHTS = {"CLIP": "stage-1 weights", "Combiner": "stage-2 weights"}
-# What a checkpoint of this project holds beside its weights.
+# What a checkpoint of this project contains besides its weights.
 BESIDE = ("epoch", "metrics", "config")
-NESTED = ("state_dict", "model_state_dict", "model", "module")  # keys of other trainings
+NESTED = ("state_dict", "model_state_dict", "model", "module")  # keys of other training runs
 # What lies among the weights and is none; of OpenAI's archives, three numbers.
 OF_OPENAI = {"input_resolution", "context_length", "vocab_size"}
 NO_WEIGHTS = OF_OPENAI | {"attn_mask"}

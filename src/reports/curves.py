@@ -92,7 +92,7 @@ def experts_of(routed: Mapping[str, float]) -> dict[str, str]:
 
 
 def charts(panels: Sequence[Panel]) -> str:
-    """Places for panels in a page, beside each other where the screen is wide enough; `charts_script` draws in them."""
+    """Places for panels in a page, next to each other if the screen is wide enough; `charts_script` draws in them."""
     figures = []
     for panel in panels:
         label = pages.text(panel.label)
@@ -123,7 +123,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def training_curves(panels: Sequence[Panel]) -> bytes:
-    """A PNG of panels beside each other."""
+    """A PNG of panels next to each other."""
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The page of a run: what it is, how far it came, and how to go on with it."""
+"""The page of a run: what it is, how far it came, and how to resume it."""
 
 import operator
 import time

@@ -247,7 +247,7 @@ def _query(card: Card, pictures: Mapping[str, Picture]) -> str:
 
 
 def _in_lines(figures: Sequence[str]) -> str:
-    """Figures beside each other; where they need several lines, these are of one length, or the last is shorter."""
+    """Figures next to each other; where they need several lines, these are of one length, or the last is shorter."""
     columns = []
     for screen, room in ROOM.items():
         lines = math.ceil(len(figures) / room)

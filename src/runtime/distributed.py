@@ -49,7 +49,7 @@ def is_main() -> bool:
 
 
 def wait_for_all() -> None:
-    """Go on when every process is here."""
+    """Wait until every process is here."""
     if dist.is_initialized():
         dist.barrier()
 

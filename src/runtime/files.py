@@ -357,7 +357,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def check_new_or_empty(flag: str, folder: Path) -> None:
-    """Refuse what is no folder, and one that holds files, for a folder that is written as a whole."""
+    """Reject a path that is not a folder, or is one with files, for a folder that is written as a whole."""
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if os.path.lexists(folder):

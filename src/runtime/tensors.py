@@ -143,7 +143,7 @@ def _check_size(path: Path, content: Any) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """`torch.load` on the CPU of a dict of tensors and plain types; code in a pickle is refused, never run.
+    """`torch.load` on the CPU of a dict of tensors and plain types; code in a pickle is rejected, never run.
 
     Safetensors are told by their content, whatever the file is called; beside the tensors is "config" where the
     metadata have that as JSON.

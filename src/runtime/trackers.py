@@ -71,7 +71,7 @@ class Tracker:
 
 
 class Comet(Tracker):
-    """Comet. A resumed run goes on in the same experiment."""
+    """Comet. A resumed run continues in the same experiment."""
 
     module = "comet_ml"
     package = "comet-ml"
@@ -135,7 +135,7 @@ class TensorBoard(Tracker):
 
 
 class Wandb(Tracker):
-    """Weights & Biases. A resumed run goes on in the same run."""
+    """Weights & Biases. A resumed run continues in the same run."""
 
     module = "wandb"
     package = "wandb"
@@ -209,7 +209,7 @@ class Trackers:
 
 
 def check_trackers(names: Sequence[str], api_key: str | None, workspace: str | None) -> list[str]:
-    """Return the names of the trackers that flags ask for; as in the original, Comet's key and workspace do too.
+    """Return the names of the trackers that flags choose; as in the original, Comet's key and workspace do too.
 
     Raises:
         UserError: a package is missing, or a key is without its workspace.

@@ -1,4 +1,4 @@
-"""Values that flags take: text that is checked and converted, or refused with what would be right."""
+"""Values that flags take: text that is checked and converted, or rejected with what would be right."""
 
 import argparse
 import os

@@ -574,7 +574,7 @@ MOVABLE_FLAGS = names_where(AnyTraining, "moves")
 
 @dataclass(frozen=True, kw_only=True)
 class PairChoice:
-    """The trained pair that an evaluation asks for.
+    """The trained pair that an evaluation needs.
 
     Attributes:
         combining_function: one of COMBINING_FUNCTIONS; None for the combiner where its path is given, else the sum.

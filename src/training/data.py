@@ -185,7 +185,7 @@ def with_noise(train: Split, share: float, seed: int) -> Split:
 
 
 def check_learning(train: Split, order: Order, flags: Any) -> None:
-    """Refuse a training that learns nothing, for no query has a negative; warn where a part of it is lost.
+    """Reject a training that learns nothing, for no query has a negative; warn where a part of it is lost.
 
     Raises:
         UserError: what is missing, and how to have it.

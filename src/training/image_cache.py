@@ -139,7 +139,7 @@ class ImageCache:
     Attributes:
         paths: files without repeats, N of them.
         read: decodes one, to (3, R, R) uint8.
-        preprocessing: what the bytes depend on beside the files: transform, ratio, resolution R, versions.
+        preprocessing: what the bytes depend on besides the files: transform, ratio, resolution R, versions.
         workers: processes that decode.
         between: called between two batches; what it raises ends the decoding, and nothing is left.
         told_by: how a changed image is told, see `runtime.files.stamp`.

@@ -222,7 +222,7 @@ def learned_groups(learned: Iterable[nn.Parameter], loss: Loss) -> list[dict[str
 
 
 def make_loss(name: str, *, bank: Tensor | None = None, **how: Any) -> Loss:
-    """Return the loss that the flags ask for.
+    """Return the loss that the flags choose.
 
     Args:
         name: one of `choices.LOSSES`.

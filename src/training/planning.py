@@ -48,7 +48,7 @@ class Counted:
     """Memory and operations that some code needs.
 
     Attributes:
-        peak: bytes that were alive at the same time, at the most, beside those that were there before.
+        peak: bytes that were alive at the same time, at the most, besides those that were there before.
         operations: floating-point operations of the forward pass's products, two for each multiplication and addition.
     """
 
@@ -395,7 +395,7 @@ class Training(ABC):
         precision: of its products, "fp16", "bf16" or "fp32".
         averaged: whether a moving average follows the weights.
         masked: whether rows of one target are not each other's negatives.
-        hard_negatives: images beside its target that a triplet brings; that they are mined is not counted.
+        hard_negatives: images besides its target that a triplet brings; that they are mined is not counted.
     """
 
     clip: CountedClip
@@ -412,7 +412,7 @@ class Training(ABC):
 
     @abstractmethod
     def passing(self, way: Way) -> dict[str, int]:
-        """Bytes that a step takes beside what lasts, by part."""
+        """Bytes that a step needs besides what lasts, by part."""
 
     @abstractmethod
     def other_peaks(self) -> dict[str, int]:

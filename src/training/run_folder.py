@@ -65,7 +65,7 @@ class Run:
 
     Attributes:
         rows: "train", "validation", "router" or "loss_scaling" -> the rows of its CSV file.
-        resume_command: goes on with the training.
+        resume_command: resumes the training.
 
     Args:
         about: what its page says of it; a command "resume" is among its commands.
@@ -82,11 +82,11 @@ class Run:
 
     @property
     def state_file(self) -> Path:
-        """All that is needed to go on with the training; there until it is complete."""
+        """All that is needed to resume the training; there until it is complete."""
         return self.folder / STATE
 
     def locked(self) -> contextlib.AbstractContextManager:
-        """Keep other trainings out of the folder while this one trains in it."""
+        """Keep other training runs out of the folder while this one trains in it."""
         if not self.writes:
             return contextlib.nullcontext()
         return locked(

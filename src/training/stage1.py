@@ -92,7 +92,7 @@ def fine_tuning(
         )
     images_each = 2 + (negatives.number if negatives else 0)
     learned = learned_groups(choose_trained(model, flags.encoder, Lora.of(flags)), loss)
-    # A compiled step is compiled anew for each number of columns.
+    # A compiled step is compiled again for each number of columns.
     batches = triplet_batches(encoder, data, negatives, trim=not flags.compile)
     batches = augmented(batches, data, flags, images_each)
     return Task(

@@ -47,7 +47,7 @@ class ComposedFeatures(nn.Module):
 
 
 def check_memory(combiner: nn.Module, device: torch.device) -> None:
-    """Refuse a Combiner whose training takes more memory than there is, before it takes what others need.
+    """Reject a Combiner whose training needs more memory than there is, before it takes memory from others.
 
     Args:
         combiner: without data.

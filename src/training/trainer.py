@@ -1,4 +1,4 @@
-"""The training loop: step, log, validate, keep the best, save, and go on after any interruption."""
+"""The training loop: step, log, validate, keep the best, save, and resume after any interruption."""
 
 import logging
 import math
@@ -57,7 +57,7 @@ def train_in(
 class Trainer:
     """Trains what a stage gives it, as its flags ask.
 
-    A run whose folder has a state goes on from there; with the same machine and packages it ends as if it had never
+    A run whose folder has a state resumes from there; with the same machine and packages it ends as if it had never
     been interrupted.
 
     Args:

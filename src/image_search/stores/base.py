@@ -118,7 +118,7 @@ class IndexWriter(ABC):
     """Writer of the features of an update. `keep` is called by all processes, the rest by one of them, `open` first.
 
     Attributes:
-        key: what features depend on beside the images, see `image_index.encoder_key`.
+        key: what features depend on besides the images, see `image_index.encoder_key`.
         dim: the length of a feature; 0 for that of the index.
         origin: of the manifest, from where images and encoder are.
         sources: file -> the file whose features it was given.
@@ -204,7 +204,7 @@ class VectorStore:
         verifies: whether images may be told by their bytes; if not, they are by size and time alone.
         manifest: the fields of an index's manifest.
         writer: what brings an index up to date.
-        files: names of what it keeps in the index's folder beside the manifest.
+        files: names of what it keeps in the index's folder besides the manifest.
     """
 
     addresses: ClassVar[tuple[str, ...]]

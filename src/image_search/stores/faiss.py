@@ -344,7 +344,7 @@ class FaissWriter(IndexWriter):
         _delete_all_but(names.values(), self.folder)
 
     def _vectors_to_grow(self, count: int) -> Any:
-        """The vectors of the earlier index, if so many are as good added to them as built anew; else None."""
+        """The vectors of the earlier index, if so many are as good added to them as newly built; else None."""
         if self.keeping.kind == "flat":
             return None
         vectors = _vectors(self.folder, self._earlier, to_grow=True)
