@@ -13,17 +13,22 @@ install = $(if $(LOCKED),($(by_uv)) ||,) $(BIN)/python -m pip install --quiet $(
 # A process for each core; each takes whole files, so that what a file's tests share is made once.
 IN_PARALLEL = -n auto --dist loadfile
 
-.PHONY: demo app test quick soak bench count gpu-check lint types audit lock format architecture clean
+.PHONY: demo app test quick soak bench count gpu-check reproduce-smoke lint types audit lock format architecture clean
 
 demo: $(VENV)/demo-installed
 	$(BIN)/python src/demo.py
 
+# The page names experts by what visualize.py wrote beside their weights.
+demo_clip = $$(ls -d demo/models/Triplets_clip/* | tail -1)
+demo_moe = $$(ls -d demo/models/Triplets_moe/*/seed_0 | tail -1)
 app: $(VENV)/app-installed $(VENV)/demo-installed
 	test -d demo/submission || $(BIN)/python src/demo.py
 	$(BIN)/python src/search.py index --images demo/data/triplets_dataset/images --output demo/index \
-		--clip-model-path $$(ls -d demo/models/Triplets_clip/* | tail -1)
-	$(BIN)/python src/demo_app.py --index demo/index \
-		--combiner-path $$(ls -d demo/models/Triplets_moe/*/seed_0 | tail -1) \
+		--clip-model-path $(demo_clip)
+	test -f $(demo_moe)/experts.json || $(BIN)/python src/visualize.py --dataset Triplets --data-root demo/data \
+		--combining-function combiner --clip-model-path $(demo_clip) --combiner-path $(demo_moe) \
+		--feature-cache demo/features --output-dir $(demo_moe)
+	$(BIN)/python src/demo_app.py --index demo/index --combiner-path $(demo_moe) \
 		--examples demo/data/triplets_dataset/val.jsonl
 
 test: $(VENV)/dev-installed
@@ -47,6 +52,13 @@ count: $(VENV)/runtime-installed
 # pillow and the clip package. REHEARSE=1 runs all of it on the CPU, as small as it goes; OUTPUT=FILE takes the results.
 gpu-check:
 	$(PYTHON) bench/gpu_check.py $(if $(REHEARSE),--rehearse) $(if $(OUTPUT),--output $(OUTPUT))
+
+# Every command of reproduce/*.sh on synthetic data with a tiny CLIP.
+reproduce-smoke: $(VENV)/dev-installed
+	rm -rf demo/reproduced
+	for script in cirr fashioniq; do \
+		SMOKE=1 OUT=demo/reproduced PYTHON=$(abspath $(BIN))/python bash reproduce/$$script.sh || exit 1; \
+	done
 
 lint: $(VENV)/dev-installed
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import attention
 import encoding
 import equality
 import index_memory
+import libraries
 import moe
 import original
 import parallel
@@ -77,5 +78,6 @@ CASES = {
     "search": Case(run=vector_search.figures, on=CPU),
     "search-hnsw": Case(run=vector_search.figures_of_graph, on=CPU, unasked=False),
     "search-on-disk": Case(run=index_memory.on_disk, on=CPU),
+    "libraries": Case(run=libraries.figures, on=CPU, unasked=False),
     "index-million": Case(run=index_memory.updates, on=CPU, unasked=False),
 }

@@ -1,21 +1,28 @@
 """How many questions a page's server answers: so many users at once over the loopback interface, for some seconds.
 
     python bench/load.py --index demo/index --users 50 --seconds 30 [flags of demo_app.py]
+    python bench/load.py --index demo/index --users 1 50 --upload photo.jpg --servers together plain
 
-The same is done with a server that answers one question at a time. Server and client are processes of one machine and
-share its cores. Run by itself with --serve, this file is the server.
+The same is done with a server that answers one question at a time, and with a small application without limits, see
+`twins.plain_search_app`, in turns. Servers and client are processes of one machine and share its cores. Run by itself
+with --serve, this file is a server.
 """
 
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
+import os
 import random
+import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,10 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 TEXT = "is red blue larger with stripes and no sleeves at night a dog behind the house"
 LONGEST_WAIT = 60  # seconds of one answer
-SERVERS = {
-    "together": (32, 0.01),
-    "one by one": (1, 0.0),
-}  # most questions of a batch, seconds waited
+# Most questions of a batch, seconds waited; None for the small application.
+SERVERS = {"together": (32, 0.01), "one by one": (1, 0.0), "plain": None}
+TICKS = os.sysconf("SC_CLK_TCK")  # of a second, in which Linux counts a process's time
 
 
 @dataclass
@@ -37,23 +43,28 @@ class Load:
         seconds: that each answered request took.
         errors: by status, or by the name of what broke.
         memory: MiB of the server before and after.
+        lasted: seconds of all rounds.
+        worked: seconds of a core that the server and its processes took.
     """
 
     seconds: list[float] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     memory: tuple[float, float] = (0, 0)
     lasted: float = 0
+    worked: float = 0
 
-    def line(self) -> str:
-        """All of it in words."""
-        taken = sorted(self.seconds)
-        if len(taken) < 2:
-            return f"{len(taken)} answers, errors {dict(self.errors)}"
-        return (
-            f"{self.rate:.1f} requests/s, p50 {1000 * statistics.median(taken):.0f} ms, "
-            f"p95 {1000 * taken[int(0.95 * len(taken))]:.0f} ms, {len(taken)} answers, "
-            f"errors {dict(self.errors) or 0}, memory {self.memory[0]:.0f} to {self.memory[1]:.0f} MiB"
-        )
+    def row(self) -> dict[str, object]:
+        """All of it in numbers."""
+        taken = sorted(self.seconds) or [float("nan")]
+        return {
+            "answers/s": round(self.rate, 1),
+            "CPU-ms each": round(1000 * self.worked / len(taken), 2),
+            "p50 ms": round(1000 * statistics.median(taken)),
+            "p95 ms": round(1000 * taken[int(0.95 * len(taken))]),
+            "answers": len(self.seconds),
+            "errors": dict(self.errors),
+            "MiB": [round(memory) for memory in self.memory],
+        }
 
     @property
     def rate(self) -> float:
@@ -61,54 +72,84 @@ class Load:
         return len(self.seconds) / self.lasted
 
 
-def question(images: int, chosen: random.Random) -> bytes:
-    """A request that asks with a random image and a text that nobody has asked with."""
-    fields = {"row": chosen.randrange(images), "text": " ".join(chosen.choices(TEXT.split(), k=6))}
-    body = "&".join(f"{name}={value}" for name, value in fields.items()).replace(" ", "+")
+def question(images: int, chosen: random.Random, upload: bytes) -> bytes:
+    """A request with a text that nobody has asked with, and with an upload or, where that is empty, a random image."""
+    text = " ".join(chosen.choices(TEXT.split(), k=6))
+    if upload:
+        kind = "multipart/form-data; boundary=part"
+        field = 'content-disposition: form-data; name="'
+        head = (
+            f'--part\r\n{field}text"\r\n\r\n{text}\r\n--part\r\n{field}image"; filename="a"\r\n\r\n'
+        )
+        body = head.encode() + upload + b"\r\n--part--\r\n"
+    else:
+        kind = "application/x-www-form-urlencoded"
+        body = f"row={chosen.randrange(images)}&text={text.replace(' ', '+')}".encode()
     head = (
         "POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\n"
-        f"Content-Type: application/x-www-form-urlencoded\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
     )
-    return f"{head}{body}".encode()
+    return head.encode() + body
 
 
 async def answered(reader: asyncio.StreamReader) -> tuple[str, bytes]:
     """The status and the body of an answer."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode()
-    length = next(
-        int(line.split(":")[1])
-        for line in head.splitlines()
-        if line.lower().startswith("content-length")
-    )
+    lengths = [line for line in head.splitlines() if line.lower().startswith("content-length")]
+    length = (
+        int(lengths[0].split(":")[1]) if lengths else 0
+    )  # a refusal says none, and ends the connection
     return head.split()[1], await reader.readexactly(length)
 
 
-async def user(number: int, port: int, images: int, *, until: float, load: Load) -> None:
-    """Ask, wait for the answer, ask again."""
-    chosen = random.Random(number)
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    while time.perf_counter() < until:
+@dataclass
+class Server:
+    """A server that runs.
+
+    Attributes:
+        images: of its index.
+    """
+
+    process: subprocess.Popen[bytes]
+    port: int
+    images: int
+
+    async def user(self, number: int, until: float, upload: bytes, load: Load) -> None:
+        """Ask, wait for the answer, ask again."""
+        chosen = random.Random(number)
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        while time.perf_counter() < until:
+            start = time.perf_counter()
+            try:
+                writer.write(question(self.images, chosen, upload))
+                status, body = await asyncio.wait_for(answered(reader), LONGEST_WAIT)
+            except (OSError, EOFError, asyncio.TimeoutError) as error:
+                load.errors[type(error).__name__] += 1
+                return
+            if status == "200" and json.loads(body)["answers"]:
+                load.seconds.append(time.perf_counter() - start)
+            else:
+                load.errors[status] += 1
+                writer.close()  # as the server does
+                reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.close()
+
+    async def users(self, count: int, seconds: float, upload: bytes, load: Load) -> None:
+        """So many users for some seconds."""
         start = time.perf_counter()
-        try:
-            writer.write(question(images, chosen))
-            status, body = await asyncio.wait_for(answered(reader), LONGEST_WAIT)
-        except (OSError, EOFError, asyncio.TimeoutError) as error:
-            load.errors[type(error).__name__] += 1
-            return
-        if status == "200" and json.loads(body)["answers"]:
-            load.seconds.append(time.perf_counter() - start)
-        else:
-            load.errors[status] += 1
-    writer.close()
+        each = (self.user(n, start + seconds, upload, load) for n in range(count))
+        await asyncio.gather(*each)
+        load.lasted += time.perf_counter() - start
 
-
-async def users(count: int, port: int, images: int, *, seconds: float, load: Load) -> None:
-    """So many users for some seconds."""
-    start = time.perf_counter()
-    until = start + seconds
-    each = (user(n, port, images, until=until, load=load) for n in range(count))
-    await asyncio.gather(*each)
-    load.lasted = time.perf_counter() - start
+    def measure(self, count: int, seconds: float, upload: bytes, load: Load) -> None:
+        """Add a round to what users saw."""
+        if not load.lasted:
+            asyncio.run(self.users(count, 1, upload, Load()))  # warm
+            load.memory = (resident(self.process.pid), 0)
+        worked = processor_seconds(self.process.pid)
+        asyncio.run(self.users(count, seconds, upload, load))
+        load.worked += processor_seconds(self.process.pid) - worked
+        load.memory = (load.memory[0], resident(self.process.pid))
 
 
 def resident(process: int) -> float:
@@ -117,20 +158,31 @@ def resident(process: int) -> float:
     return pages * 4096 / 2**20
 
 
-def measure(how: str, flags: list[str], count: int, seconds: float) -> Load:
-    """The load of a server that is started for it, after a second of warming up."""
+def processor_seconds(process: int) -> float:
+    """Seconds of a core that a process took, and those that it started: they are in sessions of their own."""
+    seconds = {}
+    parents = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            columns = file.read_text().rpartition(")")[2].split()
+            parents[int(file.parent.name)] = int(columns[1])
+            seconds[int(file.parent.name)] = sum(map(int, columns[11:13])) / TICKS
+    family = {process}
+    while grown := {child for child, parent in parents.items() if parent in family} - family:
+        family |= grown
+    return sum(seconds[member] for member in family)
+
+
+@contextlib.contextmanager
+def started(how: str, flags: list[str]) -> Iterator[Server]:
+    """A server, for as long as the context lasts."""
     words = [sys.executable, __file__, "--serve", how, *flags]
-    load = Load()
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
-            port, images = map(int, server.stdout.readline().split())
-            asyncio.run(users(count, port, images, seconds=1, load=Load()))
-            before = resident(server.pid)
-            asyncio.run(users(count, port, images, seconds=seconds, load=load))
-            load.memory = (before, resident(server.pid))
+            port, images = map(int, process.stdout.readline().split())
+            yield Server(process, port, images)
         finally:
-            server.stdin.close()
-    return load
+            process.stdin.close()
 
 
 def serve(how: str, flags: list[str]) -> None:
@@ -138,40 +190,78 @@ def serve(how: str, flags: list[str]) -> None:
     import demo_app
     from cli import options
     from cli.startup import pick_device
-    from image_search.batching import Batcher
-    from image_search.guard import Guard, Hosts
-    from image_search.http_api import Service, build
     from image_search.searcher import load_searcher
 
     args = demo_app.parse(flags)
     searcher = load_searcher(args.index, options.pair_choice(args), pick_device(args.device))
-    most, wait = SERVERS[how]
     bound = demo_app.bound_socket("127.0.0.1", 0)
+    with contextlib.ExitStack() as stack:
+        if SERVERS[how] is None:
+            serve_plainly(searcher, args.k, bound)
+        else:
+            stack.enter_context(ours(searcher, args.k, bound, SERVERS[how]))
+        print(bound.getsockname()[1], len(searcher), flush=True)
+        sys.stdin.read()
+
+
+@contextlib.contextmanager
+def ours(searcher, k: int, bound: socket.socket, batches: tuple[int, float]) -> Iterator[None]:
+    """Serve as demo_app.py does, with other batches."""
+    import demo_app
+    from image_search.batching import Batcher
+    from image_search.guard import Guard, Hosts
+    from image_search.http_api import Service, build
+
     with (
-        contextlib.closing(Batcher(searcher.answer, most, wait)) as batcher,
-        contextlib.closing(Service(searcher, args.k, batcher)) as service,
+        contextlib.closing(Batcher(searcher.answer, *batches)) as batcher,
+        contextlib.closing(Service(searcher, k, batcher)) as service,
+        demo_app.served(Guard(build(service, False), Hosts("127.0.0.1")), bound),
     ):
-        app = Guard(build(service, False), Hosts("127.0.0.1"))
-        with demo_app.served(app, bound):
-            print(bound.getsockname()[1], len(searcher), flush=True)
-            sys.stdin.read()
+        yield
+
+
+def serve_plainly(searcher, k: int, bound: socket.socket) -> None:
+    """Serve the small application until the process ends."""
+    import uvicorn
+
+    from twins import plain_search_app
+
+    config = uvicorn.Config(plain_search_app(searcher, k), log_level="warning", access_log=False)
+    server = uvicorn.Server(config)
+    threading.Thread(target=server.run, args=([bound],), daemon=True).start()
+    while not server.started:
+        time.sleep(0.01)
 
 
 def main() -> None:
-    """Measure both servers."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--users", type=int, default=50)
-    parser.add_argument("--seconds", type=float, default=30)
+    """Measure the servers."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--users", type=int, nargs="+", default=[50])
+    parser.add_argument("--seconds", type=float, default=30, help="of each server, all rounds")
+    parser.add_argument("--rounds", type=int, default=3, help="in which the servers take turns")
+    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
+    parser.add_argument("--upload", type=Path, help="ask once more, with this image each time")
+    parser.add_argument("--output", type=Path, help="a JSON file for the rows")
     parser.add_argument("--serve", choices=SERVERS, help=argparse.SUPPRESS)
     args, flags = parser.parse_known_args()
     if args.serve:
         serve(args.serve, flags)
         return
-    loads = {}
-    for how in SERVERS:
-        loads[how] = measure(how, flags, args.users, args.seconds)
-        print(f"{args.users} users, {how}: {loads[how].line()}", flush=True)
-    print(f"ratio: {loads['together'].rate / loads['one by one'].rate:.2f} x")
+    rows = []
+    uploads = [b"", args.upload.read_bytes()] if args.upload else [b""]
+    with contextlib.ExitStack() as stack:
+        servers = {how: stack.enter_context(started(how, flags)) for how in args.servers}
+        for upload, users in itertools.product(uploads, args.users):
+            loads = {how: Load() for how in servers}
+            for _ in range(args.rounds):
+                for how, server in servers.items():
+                    server.measure(users, args.seconds / args.rounds, upload, loads[how])
+            for how, load in loads.items():
+                rows.append({"server": how, "users": users, "upload": bool(upload), **load.row()})
+                rows[-1]["first / this"] = round(loads[args.servers[0]].rate / load.rate, 2)
+                print(rows[-1], flush=True)
+    if args.output:
+        args.output.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

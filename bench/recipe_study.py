@@ -5,13 +5,15 @@
     OMP_NUM_THREADS=1 python bench/recipe_study.py final      # what held, 3 x 3 seeds, all layouts
     OMP_NUM_THREADS=1 python bench/recipe_study.py test       # the same pairs on test, which is opened once, at the end
 
-A training that bench/results/recipe_study.json has is not done again, so each command goes on where it was stopped, and
-prints its table. `--folder` keeps data and weights. Choices are made on val.
+`--folder` keeps data, weights and what came of each training, which is not done again: a command goes on where it was
+stopped, and prints its table. Choices are made on val. bench/results/recipe_study.json is what came of ours.
 """
 
 import argparse
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,7 +29,6 @@ from demo import best_weights
 from runtime.files import write_text
 from utils import PROJECT_ROOT
 
-RESULTS = Path(__file__).parent / "results" / "recipe_study.json"
 SEEDS = ("0", "1", "2")
 LAYOUTS = ("Triplets", "CIRR")
 SCREENED = "Triplets"
@@ -50,7 +51,6 @@ ORIGINAL = Recipe(
     "--batch-size 128 --num-epochs 3 --learning-rate 1e-3",
     "--batch-size 512 --projection-dim 256 --hidden-dim 512 --num-epochs 6 --validation-frequency 1 --combiner-lr 1e-3",
 )
-PLAIN = Recipe(stage_2="--combiner-type clip4cir")
 SEARCHED = {
     "stage 1, rate 3e-4": Recipe("--learning-rate 3e-4"),
     "stage 1, rate 2e-3": Recipe("--learning-rate 2e-3"),
@@ -59,33 +59,61 @@ SEARCHED = {
     "stage 2, rate 2e-3": Recipe(stage_2="--combiner-lr 2e-3"),
     "stage 2, 12 epochs": Recipe(stage_2="--num-epochs 12"),
 }
-PARTS: dict[str, Recipe] = {
-    "plain Combiner": PLAIN,
-    "masked duplicates": Recipe("--mask-duplicate-targets", "--mask-duplicate-targets"),
-    "symmetric": Recipe("--loss symmetric", "--loss symmetric"),
-    "learned temperature": Recipe("--learn-temperature", "--learn-temperature"),
-    "warm-up and cosine": Recipe("--warmup-steps 50 --cosine", "--warmup-steps 20 --cosine"),
-    "clipped gradient": Recipe("--clip-grad-norm 1", "--clip-grad-norm 1"),
-    "caption dropout": Recipe("--drop-text 0.05", "--drop-text 0.05"),
-    "image dropout": Recipe("--drop-image 0.1", "--drop-image 0.1"),
-    "flips": Recipe("--flip 0.5"),
-    "crops": Recipe("--crop 0.7"),
-    "feature noise": Recipe(stage_2="--feature-noise 0.1"),
-    "mixed triplets": Recipe(stage_2="--mix 0.2"),
-    "bank": Recipe(stage_2="--negatives bank"),
-    "label smoothing": Recipe("--label-smoothing 0.1", "--label-smoothing 0.1"),
-    "hard negatives, stage 1": Recipe("--hard-negatives 1"),
-    "hard negatives, stage 2": Recipe(stage_2="--hard-negatives 2"),
-    "LoRA": Recipe("--lora-rank 16 --learning-rate 3e-3"),
-    "EMA, stage 1": Recipe("--ema-decay 0.98"),
-    "EMA, stage 2": Recipe(stage_2="--ema-decay 0.98"),
-    "masked duplicates, stage 1": Recipe("--mask-duplicate-targets"),
-    "balanced load": Recipe(stage_2="--load-balancing-weight 0.1"),
-    "bias for balance": Recipe(stage_2="--router-bias 0.01"),
-    "shared expert": Recipe(stage_2="--shared-expert --num-experts 3"),
-    "router norm": Recipe(stage_2="--router-norm"),
-    "router noise": Recipe(stage_2="--router-noise 0.5"),
+STAGE_1 = {
+    "masked duplicates": "--mask-duplicate-targets",
+    "symmetric": "--loss symmetric",
+    "learned temperature": "--learn-temperature",
+    "label smoothing": "--label-smoothing 0.1",
+    "hard negatives": "--hard-negatives 1",
+    "warm-up and cosine": "--warmup-steps 50 --cosine",
+    "clipped gradient": "--clip-grad-norm 1",
+    "EMA": "--ema-decay 0.98",
+    "caption dropout": "--drop-text 0.05",
+    "image dropout": "--drop-image 0.1",
+    "flips": "--flip 0.5",
+    "crops": "--crop 0.7",
+    "LoRA": "--lora-rank 16 --learning-rate 3e-3",
 }
+STAGE_2 = {
+    "masked duplicates": "--mask-duplicate-targets",
+    "symmetric": "--loss symmetric",
+    "learned temperature": "--learn-temperature",
+    "label smoothing": "--label-smoothing 0.1",
+    "hard negatives": "--hard-negatives 2",
+    "bank": "--negatives bank",
+    "warm-up and cosine": "--warmup-steps 20 --cosine",
+    "clipped gradient": "--clip-grad-norm 1",
+    "EMA": "--ema-decay 0.98",
+    "caption dropout": "--drop-text 0.05",
+    "image dropout": "--drop-image 0.1",
+    "feature noise": "--feature-noise 0.1",
+    "mixed triplets": "--mix 0.2",
+    "plain Combiner": "--combiner-type clip4cir",
+    "one expert": "--num-experts 1 --top-k 1",
+    "balanced load": "--load-balancing-weight 0.1",
+    "bias for balance": "--router-bias 0.01",
+    "shared expert": "--shared-expert --num-experts 3",
+    "router norm": "--router-norm",
+    "router noise": "--router-noise 0.5",
+}
+PARTS = {f"1: {name}": Recipe(flags) for name, flags in STAGE_1.items()}
+PARTS |= {f"2: {name}": Recipe(stage_2=flags) for name, flags in STAGE_2.items()}
+
+
+# What is trained with 3 seeds of stage 1 x 3 of stage 2.
+MODERN = Recipe("", "")
+PLAIN = Recipe(stage_2="--combiner-type clip4cir")
+FINAL = {
+    "original": ORIGINAL,
+    "original, plain Combiner": ORIGINAL + PLAIN,
+    "modern": ORIGINAL + MODERN,
+    "modern, plain Combiner": ORIGINAL + MODERN + PLAIN,
+}
+COMPARED = [
+    ("original", "modern"),
+    ("original, plain Combiner", "original"),
+    ("modern, plain Combiner", "modern"),
+]
 
 
 class Study:
@@ -97,7 +125,8 @@ class Study:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.done: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        self.file = folder / "recipe_study.json"
+        self.done: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
 
     def draw(self) -> None:
         """Render the pictures, unless they are there."""
@@ -120,14 +149,14 @@ class Study:
                 0,
             ]
             seconds = execute(*words, *KEPT.split(), *fixed)
-            (run,) = output.iterdir()
+            run = max(output.iterdir(), key=lambda run: run.stat().st_mtime)
             best = json.loads((run / "best_metrics.json").read_text())
             self.done[key] = {
                 "run": str(run.relative_to(self.folder)),
                 "best": best,
                 "seconds": seconds,
             }
-            write_text(RESULTS, json.dumps(self.done, indent=1) + "\n")
+            write_text(self.file, json.dumps(self.done, indent=1) + "\n")
         return self.done[key]
 
     def both_stages(
@@ -153,12 +182,12 @@ class Study:
         return pairs
 
 
-def execute(script: str, *words: object) -> float:
+def execute(script: str, *words: object, prints: bool = False) -> float:
     """Run a script; returns the CPU-seconds that it took."""
     print(f"$ {script} {' '.join(map(str, words))}", file=sys.stderr, flush=True)
     process = subprocess.Popen(
         [sys.executable, str(PROJECT_ROOT / "src" / script), *map(str, words)],
-        stdout=subprocess.DEVNULL,
+        stdout=None if prints else subprocess.DEVNULL,
     )
     _, status, used = os.wait4(process.pid, 0)
     if status:
@@ -181,16 +210,70 @@ def values(pairs: Sequence[Mapping[str, Any]], layout: str) -> dict[str, list[fl
 
 def table(
     study: Study, layout: str, recipes: Mapping[str, Recipe], *, seeds: Sequence[str]
-) -> None:
-    """Train each recipe and print its row; the difference is the mean over pairs of equal seeds."""
+) -> dict[str, list[dict[str, Any]]]:
+    """Train each recipe and print its row; the difference is the mean over pairs of equal seeds.
+
+    Returns:
+        Recipe -> what came of each seed of stage 1.
+    """
     print(f"\n| {layout} | sum | Combiner | difference | CPU-s |\n|---|---|---|---|---|")
+    trained = {}
     base: list[float] = []
     for name, recipe in recipes.items():
-        found = values(study.both_stages(layout, recipe, seeds=seeds), layout)
+        trained[name] = study.both_stages(layout, recipe, seeds=seeds)
+        found = values(trained[name], layout)
         base = base or found["Combiner"]
         gains = [new - old for new, old in zip(found["Combiner"], base, strict=True)]
-        cells = [shown(found["sum"]), shown(found["Combiner"]), shown(gains), shown(found["CPU-s"])]
+        cells = [
+            shown(column) for column in (found["sum"], found["Combiner"], gains, found["CPU-s"])
+        ]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    return trained
+
+
+def compare(layout: str, columns: Sequence[Sequence[Path]]) -> None:
+    """Print two methods side by side, each in all its pairs of seeds; queries of one concept are drawn together."""
+    files = itertools.chain.from_iterable(columns)
+    by = ["--resample-by", "concept"] if layout == "Triplets" else []
+    execute("compare.py", *files, *by, prints=True)
+
+
+def open_test(folder: Path) -> Path:
+    """Make a data root whose validation splits are the test splits with their answers."""
+    data, opened = folder / "data", folder / "opened"
+    if not opened.exists():
+        shutil.copytree(data, opened, copy_function=os.link)
+        triplets = opened / "triplets_dataset"
+        answers = json.loads((data / "triplets_test_answers.json").read_text())
+        lines = map(json.loads, (triplets / "test.jsonl").read_text().splitlines())
+        asked = [{**line, "target": answers[str(line["id"])]} for line in lines]
+        write_text(triplets / "val.jsonl", "".join(f"{json.dumps(line)}\n" for line in asked))
+        cirr = opened / "cirr_dataset" / "cirr"
+        answers = json.loads((data / "test1_answers.json").read_text())
+        queries = json.loads((cirr / "captions" / "cap.rc2.test1.json").read_text())
+        for query in queries:
+            query["target_hard"] = answers[str(query["pairid"])]
+            query["target_soft"] = {query["target_hard"]: 1.0}
+        write_text(cirr / "captions" / "cap.rc2.val.json", json.dumps(queries))
+    return opened
+
+
+def measure_on_test(study: Study, layout: str, pairs: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Measure each pair of seeds on the opened test split; returns the files of the results."""
+    root = open_test(study.folder)
+    files = []
+    for pair in pairs:
+        clip, combiners = (study.folder / pair[stage]["run"] for stage in ("stage 1", "stage 2"))
+        benchmark = BENCHMARKS[layout]
+        for seed in SEEDS:
+            weights = best_weights(combiners / f"seed_{seed}", benchmark.best_combiners())
+            files.append(combiners / f"test_{seed}.json")
+            given = ["--clip-model-path", best_weights(clip, benchmark.best_clips())]
+            given += ["--combining-function", "combiner", "--combiner-path", weights]
+            given += ["--metrics-json", files[-1], "--num-workers", 0]
+            if not files[-1].exists():
+                execute("validate.py", "--dataset", layout, "--data-root", root, *given)
+    return files
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -198,14 +281,26 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("step", choices=["search", "screen", "final", "test"])
     parser.add_argument("--folder", type=Path, default=Path("recipe_study"))
-    parser.add_argument("--only", nargs="+", help="parts by their names")
+    parser.add_argument("--only", nargs="+", help="parts by their names, or layouts")
     args = parser.parse_args(argv)
     study = Study(args.folder.absolute())
-    known = {"search": SEARCHED, "screen": PARTS}[args.step]
-    chosen = {name: ORIGINAL + part for name, part in known.items()}
-    if args.only:
-        chosen = {name: chosen[name] for name in args.only}
-    table(study, SCREENED, {"original": ORIGINAL, **chosen}, seeds=SEEDS[:1])
+    if args.step in ("search", "screen"):
+        known = {"search": SEARCHED, "screen": PARTS}[args.step]
+        chosen = {name: ORIGINAL + known[name] for name in args.only or known}
+        table(study, SCREENED, {"original": ORIGINAL, **chosen}, seeds=SEEDS[:1])
+        return
+    for layout in args.only or LAYOUTS:
+        trained = table(study, layout, FINAL, seeds=SEEDS)
+        for one, other in COMPARED:
+            columns = []
+            for name in (one, other):
+                if args.step == "test":
+                    columns.append(measure_on_test(study, layout, trained[name]))
+                else:
+                    columns.append(
+                        [study.folder / pair["stage 2"]["run"] for pair in trained[name]]
+                    )
+            compare(layout, columns)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -79,6 +79,17 @@ def in_turns(
         if number < twin_rounds:
             times[1].append(seconds(twin, device))
     return statistics.median(times[0]), statistics.median(times[1])
+
+
+def processor_seconds(sides: Mapping[str, Step], rounds: int) -> dict[str, float]:
+    """Median seconds of a core that each side takes, in turns: what others take of the machine is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, work in sides.items():
+            start = time.process_time()
+            work()
+            times[name].append(time.process_time() - start)
+    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 def typical(work: Step, setting: Setting, rounds: int = 5, unmeasured: int = 2) -> float:

@@ -1,8 +1,12 @@
 """Slow, plain twins written from the definitions: tests hold the code against them, benchmarks time it."""
 
+import io
+from typing import Annotated
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from combiner import NO_PARTS, Parts
@@ -207,3 +211,78 @@ def protocol_rankings(similarity: Tensor, split, gallery: str, reference: str) -
             allowed.remove(triplet.reference)
         rankings.append(ranked_names(values, split.names, allowed))
     return rankings
+
+
+def nearest_by_topk(queries: Tensor, images: Tensor, k: int) -> None:
+    """The k nearest images of each query by a product and `topk`, 512 queries at a time."""
+    gallery = F.normalize(images, dim=-1)
+    for block in queries.split(512):
+        (block @ gallery.T).topk(k)
+
+
+def nearest_by_faiss(queries: Tensor, images: Tensor, k: int) -> None:
+    """The same by a flat index of FAISS."""
+    import faiss
+
+    index = faiss.IndexFlatIP(images.shape[1])
+    index.add(F.normalize(images, dim=-1).numpy())
+    index.search(queries.numpy(), k)
+
+
+class Photos(torch.utils.data.Dataset):
+    """Image files as open_clip reads them."""
+
+    def __init__(self, paths, preprocess) -> None:
+        self.paths = paths
+        self.preprocess = preprocess
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self.preprocess(Image.open(self.paths[row]))
+
+
+@torch.no_grad()
+def images_by_open_clip(model, preprocess, paths) -> Tensor:
+    """Features (N, D) of image files as open_clip's examples make them."""
+    batches = torch.utils.data.DataLoader(Photos(paths, preprocess), batch_size=32)
+    return torch.cat([model.encode_image(batch) for batch in batches])
+
+
+def plain_search_app(searcher, k: int):
+    """A page's server as one would write it: a function that decodes, encodes, composes and sorts, and no limits.
+
+    Args:
+        searcher: its encoder, Combiner and features are asked; its search is not.
+    """
+    from fastapi import FastAPI, File, Form
+
+    encoder = searcher.pair.encoder
+    features = torch.cat(
+        [torch.from_numpy(searcher.index.features_of(row)) for row in range(len(searcher))]
+    )
+    gallery = F.normalize(features, dim=-1)
+    app = FastAPI()
+
+    @app.post("/search")
+    def search(
+        text: Annotated[str, Form()],
+        row: Annotated[int | None, Form()] = None,
+        image: Annotated[bytes | None, File()] = None,
+    ) -> dict:
+        with torch.no_grad():
+            if image is None:
+                reference = features[row : row + 1]
+            else:
+                pixels = encoder.loader.read(io.BytesIO(image))
+                reference = encoder.read_images(pixels.unsqueeze(0))
+            query = searcher.pair.compose(reference, encoder.captions([text]))
+            similarities, rows = (query @ gallery.T)[0].topk(k)
+        answers = []
+        for number, similarity in zip(rows.tolist(), similarities.tolist(), strict=True):
+            name = searcher.image(number).name
+            answers.append({"row": number, "name": name, "similarity": similarity})
+        return {"answers": answers}
+
+    return app

@@ -1,4 +1,4 @@
-"""Write the tables of gpus.md: the flags with which stage 1 fits a GPU, and how long an epoch takes. All computed.
+"""Write the table of gpus.md: the flags with which stage 1 fits a GPU, and how long an epoch takes. All computed.
 
 python docs/gpus.py
 """
@@ -16,7 +16,7 @@ from training.planning import USABLE, CountedClip, FineTuning, Way, seconds, siz
 GUIDE = Path(__file__).with_suffix(".md")
 MARK = "<!-- What follows is written by `python docs/gpus.py`. -->\n"
 CLIPS = ("RN50x4", "RN50x16", "ViT-B/32", "ViT-L/14")
-BATCHES = (128, 1024)  # the original's, and a large one
+BATCH = 128  # the original's
 SIZES = [
     sizes_of(benchmark(Path()))
     for benchmark in BENCHMARKS.values()
@@ -24,21 +24,26 @@ SIZES = [
 ]
 
 
-def table(name: str) -> str:
-    """The table of one CLIP, in Markdown."""
-    clip = CountedClip(name, "both")
-    trainings = [FineTuning(clip=clip, sizes=sizes, precision="fp16") for sizes in SIZES]
-    titles = ["batch", "GPU", "flags", "GiB", *(f"{sizes.name}, s" for sizes in SIZES)]
-    lines = [f"### {name}", "", row(titles), row(["---"] * len(titles))]
-    for batch in BATCHES:
-        for gpu in GPUS.values():
-            lines.append(row([f"{batch:,}", *cells(trainings, batch, gpu)]))
+def table() -> str:
+    """Return the whole table, in Markdown."""
+    columns = [f"{sizes.name}, s, estimated" for sizes in SIZES]
+    titles = ["model", "GPU", "flags", "GiB, estimated", *columns]
+    lines = [row(titles), row(["---"] * len(titles))]
+    for name in CLIPS:
+        lines += rows_of(name)
     return "\n".join(lines)
 
 
-def cells(trainings: list[FineTuning], batch: int, gpu: Gpu) -> list[str]:
-    """GPU, flags, GiB, and for each dataset the seconds of an epoch and those of a validation."""
-    asked = Way(batch_size=batch)
+def rows_of(name: str) -> list[str]:
+    """Return the rows of one CLIP, one for each GPU."""
+    clip = CountedClip(name, "both")
+    trainings = [FineTuning(clip=clip, sizes=sizes, precision="fp16") for sizes in SIZES]
+    return [row([name, *cells(trainings, gpu)]) for gpu in GPUS.values()]
+
+
+def cells(trainings: list[FineTuning], gpu: Gpu) -> list[str]:
+    """Return GPU, flags, GiB, and for each dataset the seconds of an epoch and those of a validation."""
+    asked = Way(batch_size=BATCH)
     way = trainings[0].first_that_fits(asked, USABLE * gpu.memory * GIB)
     if way is None:
         return [gpu.title, "nothing fits", *[""] * (1 + len(trainings))]
@@ -51,15 +56,14 @@ def cells(trainings: list[FineTuning], batch: int, gpu: Gpu) -> list[str]:
 
 
 def row(cells: list[str]) -> str:
-    """A row of a table."""
+    """Return a row of a table."""
     return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
-    """Write the tables, below a mark, into the guide."""
+    """Write the table, below a mark, into the guide."""
     text, mark, _ = GUIDE.read_text(encoding="utf-8").partition(MARK)
-    tables = [table(name) for name in CLIPS]
-    GUIDE.write_text(text + mark + "\n" + "\n\n".join(tables) + "\n", encoding="utf-8")
+    GUIDE.write_text(f"{text}{mark}\n{table()}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,19 +9,12 @@ Exit code 0: clean; 1: usable, with findings; 2: unusable.
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import BENCHMARKS, Benchmark
-from benchmarks.dataset_report import (
-    Report,
-    as_text,
-    needed_images,
-    read_parts,
-    remark_on_annotations,
-    remark_on_images,
-)
+from benchmarks.dataset_report import as_text
 from benchmarks.exclusions import write_exclusions
+from benchmarks.image_check import ALL_SPLITS, check
 from cli import options
 from cli.parsers import ScriptParser
 from runtime.files import check_file_writable
@@ -29,8 +22,6 @@ from settings import groups
 from settings.declaring import parent
 from settings.flag_types import Several, usable_path
 from utils import UserError, command
-
-ALL_SPLITS = ("train", "val", "test")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -62,35 +53,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.write_exclusions and not args.dataset:
         parser.error("--write-exclusions is for one dataset: choose it with --dataset")
     return args
-
-
-def check(
-    benchmark: Benchmark, splits: Sequence[str] | None, *, official: bool, workers: int
-) -> Report:
-    """Everything about a copy of a benchmark.
-
-    Args:
-        splits: those to look at, of ALL_SPLITS; None for all that are there.
-        official: compare counts with those of the official files.
-
-    Raises:
-        UserError: the benchmark has no such split.
-    """
-    from benchmarks.image_check import inspect_all
-
-    report = Report(benchmark.name)
-    chosen = [split for split in ALL_SPLITS if split in (splits or benchmark.splits)]
-    wanted = [benchmark.split_called(split) for split in chosen]
-    parts = read_parts(
-        benchmark, wanted, official=official, asked_for=splits is not None, report=report
-    )
-    remark_on_annotations(benchmark, parts, report)
-    paths: list[Path] = []
-    for (_, split), records in parts.items():
-        paths += needed_images(benchmark, split, records).values()
-    inspections = inspect_all(list(dict.fromkeys(paths)), workers)
-    remark_on_images(benchmark, parts, inspections, report)
-    return report
 
 
 def chosen_benchmarks(data_root: Path, dataset: str | None) -> list[Benchmark]:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime import distributed
+from runtime.choices import COMBINER_TYPES
 from runtime.precision import product_type
 from runtime.weights import Unfilled, fitted, shape_of
 from utils import UserError, first_line, flag
@@ -88,10 +90,13 @@ class Composer(nn.Module, ABC):
     Attributes:
         combining_function: what `--combining-function` calls it.
         top_k: experts that a query goes to; 0 without a mixture.
+        shapes: matrices that a checkpoint is recognised by -> the settings that are its rows and columns. The mixture
+            and CLIP4Cir's Combiner need none.
     """
 
     combining_function = "combiner"
     top_k: int = 0
+    shapes: Mapping[str, tuple[str, str]] = MappingProxyType({})
 
     @property
     def has_router(self) -> bool:
@@ -107,9 +112,15 @@ class Composer(nn.Module, ABC):
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Unnormalised CLIP features (B, D), (B, D) -> normalised query (B, D)."""
 
-    def insight(self, image_features: Tensor, text_features: Tensor) -> Insight | None:
-        """Return experts and gate for image and text features (B, D), (B, D); None if it has neither."""
-        return None
+    def explained(
+        self, image_features: Tensor, text_features: Tensor, lean: Tensor | None = None
+    ) -> tuple[Tensor, Insight | None]:
+        """Return the queries (B, D), and experts and gate; None if it has neither.
+
+        Args:
+            lean: of the gate, see `leaned`.
+        """
+        return self(image_features, text_features), None
 
     def routed(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         """The queries (B, D) and the router's logits (B, E); E is 0 without a mixture."""
@@ -349,16 +360,24 @@ class Combiner(Composer):
     def router_bias(self) -> Tensor | None:
         return self.moe_layer.router_bias
 
-    def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        return self.routed(image_features, text_features)[0]
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, lean: Tensor | None = None
+    ) -> Tensor:
+        return self.composed(image_features, text_features, lean)[0]
 
     def routed(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+        return self.composed(image_features, text_features)[:2]
+
+    def composed(
+        self, image_features: Tensor, text_features: Tensor, lean: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries (B, D), the router's logits (B, E) and the gate (B, D)."""
         joint = self.joint(image_features, text_features)  # (B, 2P)
         logits = self.moe_layer.route(joint)  # (B, E)
         hidden = self.dropout(F.relu(self.moe_layer.mix(joint, logits)))  # (B, H)
-        gate = torch.sigmoid(self.gate_net(joint))  # (B, D)
+        gate = leaned(self.gate_net(joint), lean)  # (B, D)
         composed = self.output_layer(hidden) + gate * text_features + (1 - gate) * image_features
-        return F.normalize(composed, dim=-1), logits
+        return F.normalize(composed, dim=-1), logits, gate
 
     def route(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """The router's logits alone, (B, D), (B, D) -> (B, E)."""
@@ -373,13 +392,13 @@ class Combiner(Composer):
         return self.attn_norm(pair + attended).flatten(1)
 
     @torch.no_grad()
-    def insight(self, image_features: Tensor, text_features: Tensor) -> Insight:
-        """Return the weights of the experts and the gate for queries."""
-        joint = self.joint(image_features, text_features)
-        logits = self.moe_layer.route(joint)
+    def explained(
+        self, image_features: Tensor, text_features: Tensor, lean: Tensor | None = None
+    ) -> tuple[Tensor, Insight]:
+        queries, logits, gate = self.composed(image_features, text_features, lean)
         values, chosen = choose(logits, self.top_k, self.router_bias)
         weights = torch.zeros_like(logits).scatter(1, chosen, values.softmax(-1))
-        return Insight(experts=weights, gate=torch.sigmoid(self.gate_net(joint)).mean(1))
+        return queries, Insight(experts=weights, gate=gate.mean(1))
 
 
 class PlainCombiner(Composer):
@@ -394,14 +413,22 @@ class PlainCombiner(Composer):
         self.dynamic_scalar = _gate(2 * projection_dim, hidden_dim, 1)
         self.dropout = RowDropout(0.5)
 
-    def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, lean: Tensor | None = None
+    ) -> Tensor:
+        return self.composed(image_features, text_features, lean)[0]
+
+    def composed(
+        self, image_features: Tensor, text_features: Tensor, lean: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the queries (B, D) and the scalar (B, 1)."""
         joint = self.joint(image_features, text_features)  # (B, 2P)
         hidden = self.dropout(F.relu(self.combiner_layer(joint)))  # (B, H)
-        scalar = torch.sigmoid(self.dynamic_scalar(joint))  # (B, 1)
+        scalar = leaned(self.dynamic_scalar(joint), lean)  # (B, 1)
         composed = (
             self.output_layer(hidden) + scalar * text_features + (1 - scalar) * image_features
         )
-        return F.normalize(composed, dim=-1)
+        return F.normalize(composed, dim=-1), scalar
 
     def joint(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """The projections side by side (B, 2P), text first."""
@@ -410,11 +437,22 @@ class PlainCombiner(Composer):
         return torch.cat([text, image], dim=-1)
 
     @torch.no_grad()
-    def insight(self, image_features: Tensor, text_features: Tensor) -> Insight:
-        """Return the gate, which is a scalar per query."""
-        joint = self.joint(image_features, text_features)
-        scalar = torch.sigmoid(self.dynamic_scalar(joint)).squeeze(1)  # (B,)
-        return Insight(experts=joint.new_empty(len(joint), 0), gate=scalar)
+    def explained(
+        self, image_features: Tensor, text_features: Tensor, lean: Tensor | None = None
+    ) -> tuple[Tensor, Insight]:
+        queries, scalar = self.composed(image_features, text_features, lean)
+        none = scalar.new_empty(len(scalar), 0)
+        return queries, Insight(experts=none, gate=scalar.squeeze(1))
+
+
+def leaned(logits: Tensor, lean: Tensor | None) -> Tensor:
+    """The gate of its logits (B, n), leaned towards image or text.
+
+    Args:
+        lean: (B,) from 0, the image alone in the residual, to 1, the text alone. The gate's odds are multiplied by
+            lean / (1 - lean), so 1/2 is the gate as it was trained, to the last bit; None is the same.
+    """
+    return torch.sigmoid(logits if lean is None else logits + lean.logit().unsqueeze(1))
 
 
 def _normed_projection(clip_dim: int, projection_dim: int) -> nn.Sequential:
@@ -436,8 +474,8 @@ def _gate(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
 def build_combiner(settings: Mapping[str, Any]) -> Composer:
     """A Combiner with fresh weights from the settings that `combiner_settings` reads back from a checkpoint."""
     sizes = {name: settings[name] for name in ("clip_dim", "projection_dim", "hidden_dim")}
-    if settings["combiner_type"] == "clip4cir":
-        return PlainCombiner(**sizes)
+    if settings["combiner_type"] != "moe":
+        return globals()[COMBINER_TYPES[settings["combiner_type"]]](**sizes)
     mixture = {name: settings[name] for name in ("num_experts", "top_k")}
     return Combiner(**sizes, **mixture, parts=Parts.of(settings))
 
@@ -462,6 +500,13 @@ def combiner_settings(
         remedy = "it is not a known Combiner; choose another file"
         return shape_of(state, name, 2, source=source, remedy=remedy)
 
+    for kind, class_name in COMBINER_TYPES.items():
+        shapes = globals()[class_name].shapes
+        if shapes and shapes.keys() <= state.keys():
+            told: CombinerSettings = {"combiner_type": kind, "num_experts": None, "top_k": None}
+            for name, (rows, columns) in shapes.items():
+                told[rows], told[columns] = shape(name)
+            return told
     clip_dim, hidden_dim = shape("output_layer.weight")
     joint_dim = shape("gate_net.0.weight" if is_moe else "combiner_layer.weight")[1]  # 2P
     sizes = {"clip_dim": clip_dim, "projection_dim": joint_dim // 2, "hidden_dim": hidden_dim}

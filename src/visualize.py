@@ -1,5 +1,7 @@
 """Show retrieval results: a sheet of queries as a page and a picture, and a page of what each expert is used for.
 
+The search page names experts by the experts.json next to its weights, as with --output-dir models/THE_RUN.
+
 From a trained pair:
     python src/visualize.py --dataset CIRR --combining-function combiner --combiner-path models/THE_RUN --queries worst
 
@@ -12,6 +14,7 @@ Results of a pair for test queries, whose targets are unknown:
 
 import argparse
 import itertools
+import json
 import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -106,6 +109,7 @@ class Retrieved:
         model: its composition and its CLIP.
         metrics: protocol -> what all of the queries give, where their targets are known.
         background: that images were read on.
+        weights: digests of the pair's parts.
     """
 
     records: Records
@@ -113,6 +117,7 @@ class Retrieved:
     model: str
     metrics: Mapping[str, Mapping[str, float]]
     background: str
+    weights: Mapping[str, str]
 
     def measured(self, protocol: str) -> str:
         """The model, and the metrics under a protocol."""
@@ -136,6 +141,7 @@ def stored_records(args: argparse.Namespace) -> Retrieved:
         model=f"{content['combining_function']} on {short_name(content['clip_model_name'])}",
         metrics={name: of_it["metrics"] for name, of_it in content["protocols"].items()},
         background=content["preprocessing"].get("background", ORIGINAL),
+        weights=content["weights_sha256"],
     )
 
 
@@ -188,6 +194,7 @@ def measured_records(args: argparse.Namespace) -> Retrieved:
         model=f"{pair.compose.combining_function} on {short_name(preprocessing['clip_model_name'])}",
         metrics=metrics,
         background=preprocessing["background"],
+        weights=pair.describe()["weights_sha256"],
     )
 
 
@@ -298,19 +305,22 @@ def write_sheet(
     logger.info("%s: %d queries", folder / "sheet.png", number_drawn)
 
 
-def write_expert_report(folder: Path, about: str, records: Records) -> None:
-    """Write experts.html of benchmark and split, if the records are of a mixture."""
-    from reports.expert_report import expert_report
+def write_expert_report(folder: Path, about: str, found: Retrieved) -> None:
+    """Write experts.html of benchmark and split, and experts.json, if the records are of a mixture."""
+    from models.schemas import EXPERTS
+    from reports.expert_report import expert_names, expert_report
 
-    if all(query.get("experts") for query in all_queries(records)):
-        report = expert_report(f"Experts on {about}", records)
-        write_text(folder / "experts.html", report)
+    queries = list(all_queries(found.records))
+    if all(query.get("experts") for query in queries):
+        write_text(folder / "experts.html", expert_report(f"Experts on {about}", found.records))
+        named = {"of_weights": found.weights["combiner"], "experts": expert_names(queries)}
+        write_text(folder / EXPERTS, json.dumps(named, indent=1) + "\n")
         logger.info("%s: what each expert is used for", folder / "experts.html")
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Write sheet.html, sheet.png and, of a mixture, experts.html."""
+    """Write sheet.html, sheet.png and, of a mixture, experts.html and experts.json."""
     args = parse(argv)
     check_writable({"--output-dir": args.output_dir, "--feature-cache": args.feature_cache})
     find = stored_records if args.rankings else measured_records
@@ -337,7 +347,7 @@ def main(argv: list[str] | None = None) -> None:
     about = f"{benchmark.name} {benchmark.split_called(args.split)}"
     title = f"{about}, protocol {protocol}, {' '.join(args.queries)}"
     write_sheet(args, title, sections, found=found, measured=found.measured(protocol))
-    write_expert_report(args.output_dir, about, records)
+    write_expert_report(args.output_dir, about, found)
 
 
 if __name__ == "__main__":

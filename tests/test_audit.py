@@ -61,7 +61,7 @@ def test_each_modality_alone_is_its_normalised_features(name):
     expected = {"image": image, "text": text, "sum": image + text}[name]
     compose = UNLEARNED[name]().eval()
     torch.testing.assert_close(compose(image, text), F.normalize(expected, dim=-1))
-    assert compose.insight(image, text) is None
+    assert compose.explained(image, text)[1] is None
     assert not compose.state_dict()
     assert compose.combining_function == name
 

@@ -4,6 +4,7 @@ the search page used as a user would: load, ask, click a result, upload, bad upl
 With PICTURES=DIR it writes screenshots there, of the demo's models if `make app` has made their index.
 """
 
+import base64
 import contextlib
 import json
 import os
@@ -13,6 +14,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from conftest import SOAK
 from forks import HANG
 from image_search.examples import read_examples
 from image_search.searcher import load_searcher
+from models.encoder import weights_digest
 from reports import sheets
 from reports.run_page import About, RunPage
 from runtime import image_files
@@ -78,6 +81,7 @@ SQUEEZED = """selector => [...document.querySelectorAll(selector)].filter(image 
     return Math.abs(box.width * height - box.height * width) > Math.max(width, height);
 }).map(image => `${image.alt}: ${image.width} x ${image.height} of ${image.naturalWidth} x ${image.naturalHeight}`)"""
 # Sheets show images as they come near the screen, and all of them when they are printed.
+SVG = "{http://www.w3.org/2000/svg}"
 ALL_SHOWN = "dispatchEvent(new Event('beforeprint'))"
 SHAPES = [(640, 40), (40, 640), (400, 225), (225, 400), (300, 300), (900, 1), (1, 900)]
 
@@ -382,7 +386,13 @@ def searcher(drawn, tmp_path_factory):
     from combiner import Combiner
 
     torch.manual_seed(0)
-    torch.save({"epoch": 0, "Combiner": Combiner(64, 16, 24).state_dict()}, folder / "combiner.pt")
+    state = Combiner(64, 16, 24).state_dict()
+    torch.save({"epoch": 0, "Combiner": state}, folder / "combiner.pt")
+    experts = [{"takes": ["colour", "size"], "is_idle": False}] * 3 + [
+        {"takes": [], "is_idle": True}
+    ]
+    report = {"of_weights": weights_digest(state), "experts": experts}
+    (folder / "experts.json").write_text(json.dumps(report))
     choice = PairChoice(
         combining_function=None, clip_path=None, combiner_path=folder / "combiner.pt"
     )
@@ -493,6 +503,8 @@ def test_load_ask_and_go_on_from_a_result(width, app):
     assert page.locator("#bars").inner_text().count("rests") == 2
     said = page.inner_text("#why")
     assert "2 of 4 experts worked on this question" in said
+    assert page.locator("#bars").inner_text().count("colour, size") == 3
+    assert said.endswith("experts 4.")  # which are idle
     words, image = map(int, re.findall(r"(\d+) %", said))
     assert words + image == 100
     labels = page.locator("#results .caption").all_inner_texts()
@@ -501,6 +513,9 @@ def test_load_ask_and_go_on_from_a_result(width, app):
     assert similarities == sorted(similarities, reverse=True)
     assert steps(page) == ["“change the color to red”"]
     first = names(page)
+    facts = page.inner_text("#facts")
+    assert "with a Combiner" in facts
+    assert [link.get_attribute("href") for link in page.locator("nav a").all()][-1] == "cite.bib"
     picture(page, f"app-{width}")
     page.locator("#results .pick").nth(1).click()
     wait_for_steps(page, 2)
@@ -618,7 +633,7 @@ def test_an_example_is_a_click_and_its_answer_is_known(app, address, examples):
     assert page.errors == []
 
 
-def test_all_ways_of_asking(app):
+def test_all_ways_of_asking(app, address):
     page = app()
     choose(page, 0)
     ask(page, "is red")
@@ -637,8 +652,24 @@ def test_all_ways_of_asking(app):
         "document.querySelector('#results .caption')?.innerText.startsWith('1. 1.000') === false",
     )
     assert reference not in names(page)
+    page.select_option("#method", "pair")
+    wait_until(page, "!location.search.includes('method')")
+    assert page.inner_text("#share") == "as trained"
+    page.focus("#mix")
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
+    wait_until(page, "location.search.includes('lean=0.7')")
+    assert page.inner_text("#share") == "towards the text"
+    asked = {"row": page.evaluate("history.state.steps.at(-1).row"), "text": "is red"}
+    leaned, trained, middle = (
+        api(address, **asked, without_reference="true", **lean)
+        for lean in ({"lean": 0.7}, {}, {"lean": 0.5})
+    )
+    assert names(page) == named(leaned)
+    assert leaned["gate"] > trained["gate"] == middle["gate"]
+    assert middle["answers"] == trained["answers"]  # to the bit
     page.select_option("#method", "sum")
-    page.wait_for_selector("#mix", state="visible")
+    wait_until(page, "location.search.includes('mix=0.5')")
     entries = page.evaluate("history.length")
     page.focus("#mix")
     for _ in range(10):
@@ -693,6 +724,76 @@ def test_an_answer_is_opened_large_and_arrives_as_a_download(app, address):
     assert written["text"] == "is red"
     assert [answer["name"] for answer in written["lists"][0]["answers"]] == names(page)
     assert page.errors == []
+
+
+def test_a_figure_arrives_as_svg_and_as_png(app, address):
+    """With the reference, the text and the answers in their order, and without a word of where it is from."""
+    page = app(bypass_csp=False)  # under the page's own policy
+    page.locator("#examples .pick").first.click()
+    page.wait_for_selector("#results .card img")
+    page.locator("#results .pick img").last.wait_for()
+    text = page.input_value("#text")
+    files = {}
+    for kind in ("svg", "png"):
+        with page.expect_download() as arriving:
+            page.click(f"#{kind}")
+        assert arriving.value.suggested_filename == f"answers.{kind}"
+        files[kind] = Path(arriving.value.path())
+    drawn = ElementTree.parse(files["svg"])
+    words = [node.text for node in drawn.iter(f"{SVG}text")]
+    assert [word for word in words if word.isdigit()] == [str(n) for n in range(1, 9)]
+    assert " ".join(words).startswith(text)
+    row = page.evaluate("history.state.steps.at(-1).row")
+    rows = page.locator("#results .pick img").evaluate_all(
+        "images => images.map(image => image.src.match(/image\\/(\\d+)/)[1])"
+    )
+    pictures = [node.get("href").partition(",")[2] for node in drawn.iter(f"{SVG}image")]
+    for shown, picture in zip([row, *rows], pictures, strict=True):
+        with urllib.request.urlopen(f"{address}/image/{shown}") as known:
+            assert base64.b64decode(picture) == known.read()
+    with Image.open(files["png"]) as png:
+        assert png.width == 3 * int(drawn.getroot().get("width"))
+        assert len(png.convert("RGB").resize((64, 64)).getcolors(4096)) > 8  # images are in it
+    assert page.errors == []
+
+
+def test_less_like_this_is_kept_in_the_link_and_taken_off(app, address, tmp_path):
+    page = app()
+    choose(page, 0)
+    ask(page, "is red")
+    answers(page)
+    found = names(page)
+    page.locator("#results .enlarge").nth(1).click()
+    page.click("#unlike")
+    page.wait_for_selector("#less img")
+    assert page.inner_text("#less span") == f"Less like {found[1]}"
+    step = page.evaluate("history.state.steps.at(-1)")
+    asked = {"row": step["row"], "text": "is red", "without_reference": "true"}
+    less = named(api(address, **asked, less_row=step["less"]["row"]))
+    answers(page, asked="Less like")
+    assert names(page) == less != found
+    other = app(words=page.url.rpartition("/")[2])
+    answers(other, asked="Less like")
+    assert names(other) == less
+    page.click("#less button")
+    wait_until(page, "!location.search.includes('less')")
+    assert names(page) == found
+    page.click("#undo")
+    page.wait_for_selector("#less img")
+    assert names(page) == less
+    # An upload too, which was the reference.
+    Image.new("RGB", (60, 50), "teal").save(tmp_path / "mine.png")
+    page.set_input_files("#file", str(tmp_path / "mine.png"))
+    wait_for_steps(page, 2)
+    page.click("#away")
+    wait_until(page, "document.querySelector('#less').innerText.includes('mine.png')")
+    choose(page, 0)
+    ask(page, "is blue")
+    answers(page, asked="is blue")
+    page.reload()
+    answers(page, asked="is blue")
+    assert page.inner_text("#less span") == "Less like mine.png"
+    assert page.errors == other.errors == []
 
 
 def test_more_like_this_is_of_one_question(app, address):
@@ -1118,6 +1219,11 @@ def test_axe_finds_nothing_serious(width, scheme, app, address):
     answers(page)
     audit(page, "answers")
     picture(page, f"page-{width}-{scheme}")
+    page.locator("#experts").evaluate("experts => experts.open = true")
+    page.locator("#results .enlarge").first.click()
+    page.click("#unlike")
+    page.wait_for_selector("#less img")
+    audit(page, "less like")
     page.locator("#results .enlarge").first.click()
     page.wait_for_selector("#large[open]")
     audit(page, "large")

@@ -1,5 +1,6 @@
 """The Combiners against their definitions, in values and gradients, and their checkpoints."""
 
+import math
 import statistics
 import time
 
@@ -195,7 +196,7 @@ def test_products_are_in_half_precision_and_the_router_never_is():
     composer = Combiner(12, 8, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert composer.routed(*torch.randn(2, 5, 12))[1].dtype == torch.float32
-        assert composer.insight(*torch.randn(2, 5, 12)).experts.dtype == torch.float32
+        assert composer.explained(*torch.randn(2, 5, 12))[1].experts.dtype == torch.float32
 
 
 @pytest.mark.slow
@@ -277,6 +278,23 @@ def test_the_plain_combiner_equals_its_definition():
     twin.load_state_dict(ours.state_dict())
     image, text = torch.randn(2, 9, 12, dtype=torch.float64)
     torch.testing.assert_close(ours(image, text), twin(image, text))
+
+
+@pytest.mark.parametrize("kind", [Combiner, PlainCombiner])
+def test_a_gate_leans_as_by_a_bias_and_in_the_middle_not_at_all(kind):
+    torch.manual_seed(0)
+    combiner = kind(8, 8, 6).eval()
+    image, text = torch.randn(2, 3, 8)
+    trained = combiner(image, text)
+    assert torch.equal(combiner(image, text, torch.full([3], 0.5)), trained)
+    leaned = combiner(image, text, torch.tensor([0, 0.8, 1]))
+    gates = combiner.explained(image, text, torch.tensor([0, 0.8, 1]))[1].gate
+    net = combiner.gate_net if kind is Combiner else combiner.dynamic_scalar
+    with torch.no_grad():
+        net[-1].bias += math.log(0.8 / 0.2)
+    torch.testing.assert_close(leaned[1], combiner(image, text)[1])
+    torch.testing.assert_close(gates[1], combiner.explained(image, text)[1].gate[1])
+    assert gates[0] == 0 and gates[2] == 1
 
 
 def test_sizes_at_full_scale():

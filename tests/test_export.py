@@ -26,6 +26,7 @@ from evaluation import model_card
 from evaluation.comparison import Column, Resampling, bounds, intervals, resampled_metrics
 from evaluation.result_file import read_result
 from forks import forked, free_port
+from image_search import beside_weights
 from image_search.manifest import read_manifest
 from image_search.searcher import Question
 from models import exported
@@ -656,6 +657,35 @@ def test_the_card_has_every_number(half, weights, results, tmp_path):
     assert "trained on CIRR" in card
     assert "python src/validate.py --dataset CIRR --pair pair" in card
     assert all(printable(line) == line for line in card.splitlines())
+    said = beside_weights.measured(load_pair(by_path(exported=pair), CPU))  # on the search page
+    recalls = read_result(results["moe"])["metrics"]
+    assert said.startswith("CIRR val, combiner")
+    ten, fifty = (recalls[f"recall_at{k}"] for k in (10, 50))
+    assert said.endswith(f": R@10 {ten:.2f}, R@50 {fifty:.2f}")
+
+
+def by_path(**paths) -> PairChoice:
+    return PairChoice(
+        **{"combining_function": None, "clip_path": None, "combiner_path": None, **paths}
+    )
+
+
+def test_the_search_page_knows_what_lies_beside_weights(weights, tmp_path):
+    """The recall of their epoch, and what their experts take, but not of other weights."""
+    (tmp_path / "saved_models").mkdir()
+    content = {**load_tensors(weights["moe"][-1]), "epoch": 3}
+    save_tensors(tmp_path / "saved_models" / "combiner.pt", content)
+    pair = load_pair(by_path(clip_path=weights["sum"][1], combiner_path=tmp_path), CPU)
+    assert beside_weights.measured(pair) == "" and beside_weights.experts_of(pair) == []
+    validations = "epoch,recall_at10,recall_at50\n0,1,2\n3,41.666,50\n"
+    (tmp_path / "validation_metrics.csv").write_text(validations)
+    assert beside_weights.measured(pair) == "CIRR val: R@10 41.67, R@50 50.00"
+    experts = [{"takes": ["colour"], "is_idle": False}] * 3
+    digest = pair.describe()["weights_sha256"]["combiner"]
+    for of_weights, known in ((digest, experts), ("0" * 64, [])):
+        report = {"of_weights": of_weights, "experts": experts}
+        (tmp_path / "experts.json").write_text(json.dumps(report))
+        assert [expert.model_dump() for expert in beside_weights.experts_of(pair)] == known
 
 
 HOSTILE = "<img src=x onerror=alert(1)> [a](http://b) `c` ``d`` **e** _f_ | &amp; # ~g~ \\ \n\n# h\n```\n<b>"

@@ -1,13 +1,16 @@
 """What is written goes to what a path names, whatever that is, and never takes its place unless it is a file."""
 
 import contextlib
+import json
 import os
+import re
 import secrets
 import signal
 import stat
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -345,3 +348,19 @@ def test_what_the_shell_hands_over_is_read():
     os.close(write)
     assert read_json(Path(f"/dev/fd/{read}")) == {"a": 1}
     os.close(read)
+
+
+def test_a_result_is_written_a_list_at_a_time(tmp_path):
+    """The bytes are those of the whole text, which is never in memory."""
+    ranks = list(range(10_000))
+    others = [[], [7], [8, 9]]
+    protocols = {name: {"ranks": {"val": ranks}, "others": others} for name in map(str, range(40))}
+    result = {"été": None, "empty": [{}, []], "metrics": {"a": 0.1}, "protocols": protocols}
+    tracemalloc.start()
+    write_result(tmp_path / "result.json", result)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    text = json.dumps(result, indent=2)
+    packed = re.sub(r"\[[\s\d,]+\]", lambda found: "".join(found[0].split()), text)
+    assert (tmp_path / "result.json").read_text() == f"{packed}\n"
+    assert peak < len(packed) / 2

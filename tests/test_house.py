@@ -132,14 +132,6 @@ def test_no_wing_bears_the_name_of_a_package():
     assert not taken & {module.split(".")[0] for module in OURS}
 
 
-def test_the_readmes_tree_names_every_script_and_wing():
-    readme = (SRC.parent / "README.md").read_text()
-    for entry in SRC.iterdir():
-        if entry.name != "__pycache__":
-            shown = f"{entry.name}/ " if entry.is_dir() else f"{entry.name} "
-            assert shown in readme, f"{entry.name} is missing in the README's file tree"
-
-
 def test_the_picture_shows_the_code_as_it_is():
     drawn = (SRC.parent / "docs" / "internals" / "architecture.svg").read_text(encoding="utf-8")
     assert drawn == architecture.picture(), "draw it again: make architecture"

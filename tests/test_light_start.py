@@ -81,6 +81,7 @@ MISSING = [
     "plan.py stage1 --dataset CIRR --gpu h100 --clip-model-name nowhere",
     "plan.py stage2 --dataset CIRR --gpu h100 --clip-model-path nowhere",
     "check_dataset.py --data-root nowhere",
+    "get_data.py CIRR --archive nowhere",
     "visualize.py --rankings nowhere",
     "search.py index --images nowhere --output demo/index",
     "search.py query --index nowhere --image a --text b",

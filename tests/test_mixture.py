@@ -88,7 +88,9 @@ def test_weights_alone_tell_the_parts(combiner, tmp_path):
     loaded = load_combiner(state, {}, tmp_path, wanted={"shared_expert": True}, clip_dim=12)
     image, text = torch.randn(2, 5, 12)
     assert torch.equal(loaded(image, text), combiner(image, text))
-    assert torch.equal(loaded.insight(image, text).experts, combiner.insight(image, text).experts)
+    assert torch.equal(
+        loaded.explained(image, text)[1].experts, combiner.explained(image, text)[1].experts
+    )
     plain = Combiner(12, 8, 10).state_dict()
     with pytest.raises(UserError, match=r"--shared-expert True differs from .* has none"):
         load_combiner(plain, {}, tmp_path, wanted={"shared_expert": True}, clip_dim=12)

@@ -36,6 +36,7 @@ NEEDS = {
     "emoji_dataset": "--output-dir {made}/out --concepts 3 --train-triplets 3 --layouts Triplets --side 32",
     "export": f"{CLIP} --output {{made}}/out",
     "fashioniq_test_submission": f"{PAIR} --submission-name x --output-dir {{made}}/out",
+    "get_data": f"CIRR {DATA} --archive {{drawn}}/cirr_dataset --unofficial {NO_WORKERS}",
     "plan stage1": f"--dataset CIRR --gpu h100 {CLIP}",
     "plan stage2": f"--dataset CIRR --gpu h100 {CLIP}",
     "search index": f"--images {{drawn}}/cirr_dataset/dev --output {{made}}/index {CLIP} {CPU} {NO_WORKERS}",

@@ -25,6 +25,7 @@ from urllib.parse import quote
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, features
@@ -37,7 +38,7 @@ from forks import HANG, Script, family, free_port, state_of
 from image_search import guard
 from image_search.batching import Batcher
 from image_search.guard import Hosts
-from image_search.searcher import MOST_CHARACTERS, load_searcher
+from image_search.searcher import LESS, MOST_CHARACTERS, load_searcher
 from image_search.uploads import MOST_BYTES
 from settings.groups import PairChoice
 from test_search import images
@@ -285,6 +286,8 @@ KNOWN = [
     "/",
     "/page.css",
     "/page.js",
+    "/figure.js",
+    "/cite.bib",
     "/health",
     "/some",
     "/photo/0",
@@ -300,8 +303,12 @@ def test_every_answer_keeps_the_browser_from_other_hosts(served):
         policy = headers["content-security-policy"]
         assert "default-src 'none'" in policy
         assert "http" not in policy and "*" not in policy and "unsafe" not in policy
-    for name in ("/", "/page.css", "/page.js", "/docs"):
-        assert "://" not in served.request("GET", name)[1].replace("http://www.w3.org", "")
+    for name in ("/", "/page.css", "/page.js", "/figure.js", "/docs"):
+        content = served.request("GET", name)[1]
+        loaded = re.sub(
+            r'<a href="https://[^"]+"', "", content
+        )  # but for links, which a visitor follows
+        assert "://" not in loaded.replace("http://www.w3.org", "")
 
 
 def test_only_what_is_known_is_there(served):
@@ -434,6 +441,22 @@ def test_a_mixture_goes_from_the_image_to_the_text(served):
         served.ask(row=3, text="is red", mix=0.5)["answers"]
         == served.ask(row=3, text="is red")["answers"]
     )
+
+
+def test_answers_look_less_like_an_image(served, index):
+    choice = PairChoice(combining_function=None, clip_path=None, combiner_path=None)
+    searcher = load_searcher(index, choice, torch.device("cpu"))
+    features = torch.cat([torch.from_numpy(searcher.index.features_of(n)) for n in range(PHOTOS)])
+    gallery = F.normalize(features, dim=-1)
+    query = F.normalize(features[3] + searcher.pair.encoder.captions(["is red"])[0], dim=0)
+    expected = gallery @ F.normalize(query - LESS * gallery[5], dim=0)
+    found = served.ask(row=3, text="is red", less_row=5, k=PHOTOS)
+    for answer in found["answers"]:
+        assert answer["similarity"] == pytest.approx(expected[int(answer["row"])].item(), abs=1e-5)
+    photo = json.loads(served.request("GET", "/photo/5")[1])
+    upload, _ = served.upload(photo["name"], (index.parent / photo["path"]).read_bytes())
+    assert rows(served.ask(row=3, text="is red", less_upload=upload)) == rows(found)
+    assert "send one" in served.refuses_to_ask(row=3, text="x", less_row=5, less_upload=upload)
 
 
 @pytest.mark.parametrize("k", [1, 4, PHOTOS, 100])
@@ -610,6 +633,7 @@ def test_an_upload_that_is_not_kept_is_asked_for_again(served):
 def test_what_cannot_be_asked_is_said(served):
     assert "no reference yet" in served.refuses_to_ask(text="is red")
     assert "the text is empty" in served.refuses_to_ask(row=1, text="  ")
+    assert "without one" in served.refuses_to_ask(row=1, text="x", lean=0.5)
     assert "--filter is not supported" in served.refuses_to_ask(
         row=1, text="x", filter='path like "a%"'
     )
@@ -641,6 +665,8 @@ FIELDS = [
     "text",
     "k",
     "mix",
+    "lean",
+    "less_row",
     "without_reference",
     "distinct",
     "min_similarity",

@@ -477,15 +477,14 @@ def test_a_plan_takes_the_flags_of_its_training_with_their_defaults(script, stag
     assert own.items() <= planned.items()
 
 
-def test_the_guide_has_a_row_for_every_clip_batch_and_gpu():
-    _, _, tables = gpus.GUIDE.read_text().partition(gpus.MARK)
+def test_the_guide_has_a_row_for_every_clip_and_gpu():
+    _, _, table = gpus.GUIDE.read_text().partition(gpus.MARK)
     for name in gpus.CLIPS:
-        table = tables.partition(f"### {name}\n")[2].partition("###")[0]
-        assert table.count("\n| 128 |") == table.count("\n| 1,024 |") == len(GPUS)
         for gpu in GPUS.values():
-            assert table.count(f"| {gpu.title} |") == 2
+            assert table.count(f"\n| {name} | {gpu.title} |") == 1
 
 
 @pytest.mark.slow
 def test_the_guides_table_is_what_is_computed():
-    assert gpus.table("ViT-B/32") in gpus.GUIDE.read_text(), "write it again: python docs/gpus.py"
+    rows = "\n".join(gpus.rows_of("ViT-B/32"))
+    assert rows in gpus.GUIDE.read_text(), "write it again: python docs/gpus.py"

@@ -539,6 +539,7 @@ def settings_of(script) -> Settings:
         "workspace": "w", "experiment_name": "e", "clip_model_path": "/w.pt", "transform": "clip", "target_ratio": 1.5,
         "decode": "full", "encode_precision": "fp32", "background": "white", "micro_batch_size": 4,
         "clip_grad_norm": 1.0, "ema_decay": 0.9, "seeds": [1, 2], "feature_cache": "/features", "save_every": 5,
+        "lora_rank": 4,
     }  # fmt: skip
     for name, value in flags.items():
         flags[name] = spoken[name] if value is None else value

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-import check_dataset
-from benchmarks import Triplets
+from benchmarks import Triplets, image_check
 from benchmarks.exclusions import read_exclusions
 from benchmarks.metrics import NO_RANK, Ranks
 from benchmarks.splits import check_images_exist, split_digest
@@ -424,7 +423,7 @@ def test_a_missing_folder_is_one_line(folder):
     (folder / "images").rmdir()
     with pytest.raises(UserError, match=re.escape(f"there is no {folder / 'images'}:")):
         check_images_exist([read(folder)])
-    report = check_dataset.check(Triplets(folder.parent), ["val"], official=True, workers=0)
+    report = image_check.check(Triplets(folder.parent), ["val"], official=True, workers=0)
     about_files = [r for r in report.remarks if "missing" in r.text]
     assert [(r.text, r.ids) for r in about_files] == [
         ("1 folders are missing, and 2 images with them", [str(folder / "images")])

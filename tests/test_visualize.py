@@ -13,7 +13,7 @@ import visualize
 from benchmarks import BENCHMARKS, CIRR
 from benchmarks.splits import images_digest
 from reports import sheet_picture, sheets
-from reports.expert_report import typical_words
+from reports.expert_report import expert_names, typical_of, words_of
 from runtime.image_files import jpeg
 from test_bad_input import change_json
 from utils import UserError
@@ -306,13 +306,32 @@ def test_the_experts_report(look, rankings):
     assert all(f"<th>{name}</th>" in page for name in ("dress", "toptee", "shirt", "all"))
 
 
-def test_words_of_an_expert_by_hand():
+def test_what_experts_take_lies_beside_the_page(look, rankings):
+    file = rankings("CIRR")
+    content = json.loads(file.read_text())
+    named = json.loads((look("--rankings", file) / "experts.json").read_text())
+    assert named["of_weights"] == content["weights_sha256"]["combiner"]
+    assert named["experts"] == expert_names(content["queries"]["val"])
+
+
+def test_an_expert_is_named_by_kinds_by_words_or_not_at_all():
+    weights = [[0.6, 0.4, 0]] * 3 + [[0.3, 0.7, 0]] * 3
+    captions = ["is red"] * 3 + ["is blue"] * 3
     queries = [
-        {"caption": text}
-        for text in ("is red", "is red now", "Red!", "is blue", "is blue", "is blue")
+        {"caption": caption, "experts": experts}
+        for caption, experts in zip(captions, weights, strict=True)
     ]
-    assert typical_words(queries[:3], queries) == [("red", 2.0)]
-    assert typical_words([], queries) == []
+    named = [(["red"], False), (["blue"], False), ([], True)]
+    assert expert_names(queries) == [{"takes": t, "is_idle": i} for t, i in named]
+    with_kinds = [{**query, "kinds": ["colour"]} for query in queries[:3]] + queries[3:]
+    assert [expert["takes"] for expert in expert_names(with_kinds)] == [["colour"], [], []]
+
+
+def test_words_of_an_expert_by_hand():
+    texts = ("is red", "is red now", "Red!", "is blue", "is blue", "is blue")
+    words = [words_of({"caption": text}) for text in texts]
+    assert typical_of(words[:3], words) == [("red", 2.0)]
+    assert typical_of([], words) == []
 
 
 def test_the_sum_has_no_experts(look, golden):

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -209,6 +210,16 @@ def test_closing_is_not_held_up_by_a_template_that_loads():
     asyncio.run(run())
     source.close()
     assert source._process.wait(HANG) == -signal.SIGTERM
+
+
+def test_a_thread_takes_the_next_work_too():
+    async def run() -> None:
+        with pytest.raises(ZeroDivisionError):
+            await in_thread(divmod, 1, 0)
+        first = await in_thread(threading.current_thread)
+        assert await in_thread(threading.current_thread) is first
+
+    asyncio.run(run())
 
 
 def test_a_worker_has_no_file_of_the_page_open(source):

@@ -5,13 +5,25 @@ import hashlib
 import io
 import multiprocessing
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from benchmarks.dataset_report import DEEP, MISSING, TRANSPARENT, TURNED, Inspection
+from benchmarks.base import Benchmark
+from benchmarks.dataset_report import (
+    DEEP,
+    MISSING,
+    TRANSPARENT,
+    TURNED,
+    Inspection,
+    Report,
+    needed_images,
+    read_parts,
+    remark_on_annotations,
+    remark_on_images,
+)
 from runtime import interruption
 from runtime.image_files import (
     DECODING_ERRORS,
@@ -24,6 +36,7 @@ from runtime.image_files import (
 from runtime.image_source import IMAGES
 from runtime.progress import Counter
 
+ALL_SPLITS = ("train", "val", "test")
 EMPTY = "empty"
 NO_IMAGE = "not an image"
 DAMAGED = "truncated or damaged"
@@ -101,3 +114,30 @@ def _mapped(workers: int) -> Iterator[Callable[[list[Path]], Iterable[Inspection
     context = multiprocessing.get_context(interruption.START_METHOD)
     with ProcessPoolExecutor(workers, context, initializer=interruption.heed_parent_alone) as pool:
         yield lambda paths: pool.map(inspect, paths, chunksize=32)
+
+
+def check(
+    benchmark: Benchmark, splits: Sequence[str] | None, *, official: bool, workers: int
+) -> Report:
+    """Everything about a copy of a benchmark.
+
+    Args:
+        splits: those to look at, of ALL_SPLITS; None for all that are there.
+        official: compare counts with those of the official files.
+
+    Raises:
+        UserError: the benchmark has no such split.
+    """
+    report = Report(benchmark.name)
+    chosen = [split for split in ALL_SPLITS if split in (splits or benchmark.splits)]
+    wanted = [benchmark.split_called(split) for split in chosen]
+    parts = read_parts(
+        benchmark, wanted, official=official, asked_for=splits is not None, report=report
+    )
+    remark_on_annotations(benchmark, parts, report)
+    paths: list[Path] = []
+    for (_, split), records in parts.items():
+        paths += needed_images(benchmark, split, records).values()
+    inspections = inspect_all(list(dict.fromkeys(paths)), workers)
+    remark_on_images(benchmark, parts, inspections, report)
+    return report

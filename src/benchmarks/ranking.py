@@ -101,9 +101,10 @@ def nearest(similarity: Tensor, k: int) -> Tensor:
     if k == 0:
         return torch.empty(len(similarity), 0, dtype=torch.long, device=similarity.device)
     _check(similarity)
-    values, columns = similarity.topk(k, dim=1)
-    # topk takes any of equal values: rows that have more of the last one than it took are sorted out in full.
-    torn = (_count(similarity, torch.ge, values[:, -1:]) > k).nonzero().flatten()
+    values, columns = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
+    # topk takes any of equal values: rows that have more of the last one than k are sorted out in full.
+    torn = (values[:, k - 1 : k] == values[:, k:]).any(1).nonzero().flatten()
+    columns = columns[:, :k]
     if len(torn):
         columns[torn] = similarity[torn].argsort(dim=1, descending=True, stable=True)[:, :k]
     columns = columns.sort(dim=1).values

@@ -3,8 +3,7 @@
 import json
 import math
 import platform
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import BENCHMARKS, Benchmark, Protocol, Split
 from benchmarks.metrics import NO_RANK, Ranks
 from benchmarks.splits import images_digest, split_digest
-from runtime.files import read_json, write_text
+from runtime.files import read_json, written_whole
 from utils import UserError, first_line
 
 if TYPE_CHECKING:
@@ -116,8 +115,31 @@ def _measured(
 
 def write_result(file: Path, result: Result) -> None:
     """Write a result as JSON, indented, each list of numbers on one line."""
-    text = json.dumps(result, indent=2)
-    write_text(file, re.sub(r"\[[\s\d,]+\]", lambda match: "".join(match[0].split()), text) + "\n")
+    with written_whole(file) as out:
+        for text in _parts(result):
+            out.write(text.encode())
+        out.write(b"\n")
+
+
+def _parts(value: Any, margin: str = "\n") -> Iterator[str]:
+    """The text of a value, a list of numbers at a time: the whole of a million queries takes 1 GB.
+
+    Args:
+        margin: what its lines begin with.
+    """
+    inner = f"{margin}  "
+    if isinstance(value, Mapping) and value:
+        for number, (name, item) in enumerate(value.items()):
+            yield f"{',' if number else '{'}{inner}{json.dumps(name)}: "
+            yield from _parts(item, inner)
+        yield f"{margin}}}"
+    elif isinstance(value, (list, tuple)) and not all(type(item) is int for item in value):
+        for number, item in enumerate(value):
+            yield f"{',' if number else '['}{inner}"
+            yield from _parts(item, inner)
+        yield f"{margin}]"
+    else:
+        yield json.dumps(value, separators=(",", ":"))
 
 
 def read_result(file: Path) -> Result:

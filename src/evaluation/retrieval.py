@@ -96,7 +96,7 @@ def explain_all(
     """
     insights = {}
     for frozen_split in frozen:
-        insight = compose.insight(frozen_split.references, frozen_split.captions_of(text))
+        _, insight = compose.explained(frozen_split.references, frozen_split.captions_of(text))
         insights[frozen_split.split.name] = insight and insight.cpu()
     return insights
 

@@ -31,14 +31,16 @@ from starlette.middleware.gzip import GZipMiddleware
 
 from image_search.api_guide import guide
 from image_search.batching import Batcher
+from image_search.beside_weights import experts_of, measured
 from image_search.examples import Example
 from image_search.forms import File, read_form
 from image_search.guard import visitor_of
 from image_search.photos import TAKEN
-from image_search.searcher import TARGET_DEPTH, Found, Question, RetrievedImage, Searcher
+from image_search.searcher import LESS, TARGET_DEPTH, Found, Question, RetrievedImage, Searcher
 from image_search.stores.base import QuestionError
 from image_search.uploads import preview, read_upload
 from image_search.workers import SECONDS, Outcome, Overrun, Pool, Template, in_thread
+from models.schemas import Expert
 from runtime.files import file_size
 from runtime.image_files import thumbnail
 from utils import UserError
@@ -50,8 +52,10 @@ PAGE_FILES = {
     "/": "text/html",
     "/page.css": "text/css",
     "/page.js": "text/javascript",
+    "/figure.js": "text/javascript",
     "/server.js": "text/javascript",
     "/words.js": "text/javascript",
+    "/cite.bib": "text/plain",
 }
 MOST_ANSWERS = 100
 MOST_SHOWN = 100  # images to choose from
@@ -86,6 +90,21 @@ class Asked(BaseModel):
         description="Ask with the sum, and this share of text in it: 0 is the image alone, 1 the text alone. "
         "Left out, the question is composed as the server's flags say.",
     )
+    lean: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Lean the Combiner's gate: 0 towards the image, 1 towards the text. Its odds are multiplied by "
+        "lean / (1 - lean), so 0.5, as left out, is the gate as it was trained.",
+    )
+    less_row: int | None = Field(
+        None,
+        ge=0,
+        le=LARGEST_ROW,
+        description=f"An image that answers are to look less like, as a row: {LESS:g} times its feature, normalised, "
+        "is taken off the query's, which is normalised again.",
+    )
+    less_upload: str = Field("", max_length=100, description="The same, as POST /upload calls it.")
     without_reference: bool = Field(
         False, description="Leave the reference out of the answers, if it is a row."
     )
@@ -158,6 +177,12 @@ class Health(BaseModel):
     images: int
     composes: str = Field(description="sum, combiner, image or text.")
     model: str = Field(description="The CLIP that encodes.")
+    measured: str = Field(
+        description="Benchmark and recall, of the weights' validation or their model card; empty where neither is."
+    )
+    experts: list[Expert] = Field(
+        description="In the order of their weights; empty where nothing tells what they take."
+    )
     k: int
     most: int = Field(description="Answers that may be asked for.")
     places: int = Field(description="Among how many a target's place is looked for.")
@@ -168,7 +193,7 @@ class Health(BaseModel):
 
 
 class Error(BaseModel):
-    """What is wrong, in one sentence."""
+    """Error message in one sentence."""
 
     error: str
 
@@ -180,7 +205,7 @@ ERROR_ANSWERS: dict[int | str, dict[str, Any]] = {
 
 
 class Service:
-    """What the addresses answer. All users share one searcher, one thread that asks it, the workers and the thumbnails.
+    """Responses of the addresses. All users share one searcher, one thread that asks it, the workers and the thumbnails.
 
     Uploads have workers of their own, so that what they cost holds nobody up who looks at the index.
 
@@ -204,6 +229,8 @@ class Service:
         self.k = min(k, MOST_ANSWERS)
         self.batcher = batcher
         self.examples = examples
+        self.measured = measured(searcher.pair)
+        self.experts = experts_of(searcher.pair)
         # JPEGs of image files by side, those that were asked for last.
         self.thumbnails: LRUCache[tuple[Path, str], bytes] = LRUCache(MOST_KEPT, getsizeof=len)
         # What CLIP sees of uploads, by names that nobody else can guess.
@@ -224,19 +251,18 @@ class Service:
     async def search(self, request: Request) -> Response:
         """The images nearest to an image that is changed as a text says."""
         asked, upload = await read_question(request)
-        image: torch.Tensor | None = None
         if upload is not None:
             pixels = await self._of_upload(request, read_upload, upload, self._read)
-            image = torch.from_numpy(pixels)
-        elif asked.upload:
-            image = self._seen(asked.upload)
-        elif asked.row is not None:
-            image = await self._reference(request, asked.row)
+            image: torch.Tensor | None = torch.from_numpy(pixels)
+        else:
+            image = await self._image(request, asked.row, asked.upload)
         question = Question(
             image=image,
             text=asked.text,
             k=asked.k or self.k,
+            less=await self._image(request, asked.less_row, asked.less_upload),
             mix=asked.mix,
+            lean=asked.lean,
             without=asked.row if asked.without_reference else None,
             target=asked.target,
             condition=asked.filter.strip(),
@@ -304,6 +330,8 @@ class Service:
             images=len(self.searcher),
             composes=self.searcher.pair.compose.combining_function,
             model=shown_model(self.searcher.pair.encoder.preprocessing["clip_model_name"]),
+            measured=self.measured,
+            experts=self.experts,
             k=self.k,
             most=MOST_ANSWERS,
             places=min(TARGET_DEPTH, len(self.searcher)),
@@ -315,18 +343,18 @@ class Service:
 
     @property
     def _read(self) -> Callable[[Any], torch.Tensor]:
-        """What makes bytes (3, R, R) of an image, as CLIP's preprocessing does."""
+        """Return the preprocessing of an image to bytes (3, R, R) for CLIP."""
         return self.searcher.pair.encoder.loader.read
 
     @property
     def _background(self) -> str:
-        """What transparent images are shown on, as they are read."""
+        """Return the background of transparent images, as they are read."""
         return self.searcher.pair.encoder.preprocessing["background"]
 
     async def _of_upload(
         self, request: Request, function: Callable[..., Outcome], upload: File, *arguments: Any
     ) -> Outcome:
-        """What a worker makes of an upload."""
+        """Return the image that a worker decodes from an upload."""
         try:
             return await self.uploads.run(visitor_of(request.scope), function, upload, *arguments)
         except Overrun:
@@ -335,8 +363,14 @@ class Service:
                 f"{self.uploads.memory // 2**20} MiB to decode: upload a smaller or simpler copy"
             ) from None
 
+    async def _image(self, request: Request, row: int | None, upload: str) -> torch.Tensor | None:
+        """Return the image of a row or of an upload; None if neither is given."""
+        if upload:
+            return self._seen(upload)
+        return None if row is None else await self._reference(request, row)
+
     def _seen(self, upload: str) -> torch.Tensor:
-        """What CLIP sees of an upload, bytes (3, R, R)."""
+        """Return the preprocessed upload, bytes (3, R, R)."""
         seen = self.seen.get(upload)
         if seen is None:
             raise HTTPException(HTTPStatus.GONE, "the image is not kept any more: upload it again")
@@ -427,6 +461,8 @@ async def read_question(request: Request) -> tuple[Asked, File | None]:
         raise QuestionError(first_fault(error.errors()[0])) from None
     if (upload is not None) + (asked.row is not None) + bool(asked.upload) > 1:
         raise QuestionError("there are several references: send an image, an upload or a row")
+    if asked.less_row is not None and asked.less_upload:
+        raise QuestionError("less_row and less_upload are two images: send one")
     return asked, upload
 
 

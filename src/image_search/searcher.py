@@ -31,19 +31,23 @@ LONG_WORD = re.compile(rf"[^\W\d_]{{{LONGEST_WORD + 1}}}|[^\w\s]{{{LONGEST_WORD 
 WORD = re.compile(r"[^\W\d_]+|[^\w\s]")  # or a sign, as emoji are
 TARGET_DEPTH = 1000  # among which a target's place is looked for
 DEEPEST = 10_000  # images among which distinct ones are looked for
+LESS = 0.3  # of an image's feature that a question looks less like
 SAME = 1e-5  # difference of an element, or a similarity, of normalised features of the same pixels
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Question:
-    """What is asked of an index: an image, and what to change of it.
+    """Query of an index: an image, and what to change in it.
 
     Attributes:
         image: an image file; what the encoder's loader read of one, bytes (3, R, R); or its features (1, D),
             unnormalised. None for the text alone.
         text: "" for the image alone.
         k: answers.
+        less: an image as `image`, which answers are to look less like: LESS of its normalised feature is taken off the
+            query, which is normalised again; None for none.
         mix: share of the text in the sum that is asked with, 0 to 1; None asks with what the pair composes.
+        lean: of the Combiner's gate, see `combiner.leaned`; None is as it was trained.
         without: a row that is no answer; None for none.
         target: a row whose place is asked for; None for none.
         condition: what images have to be, in the language of the index's store.
@@ -54,7 +58,9 @@ class Question:
     image: Path | Tensor | None
     text: str
     k: int
+    less: Path | Tensor | None = None
     mix: float | None = None
+    lean: float | None = None
     without: int | None = None
     target: int | None = None
     condition: str = ""
@@ -87,7 +93,7 @@ class RetrievedImage(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a query retrieved.
+    """Results of a query.
 
     Attributes:
         answers: the nearest first.
@@ -177,15 +183,21 @@ class Searcher:
         encoder = self.pair.encoder
         texts = [question.text.strip() for question in questions]
         captions = encoder.captions(texts)  # (Q, D)
-        references = self._references(questions)
-        composed = self.pair.compose(references, captions)
-        insight = self.pair.compose.insight(references, captions)
+        references = self._features([question.image for question in questions])
+        compose, inputs = self.pair.compose, [references, captions]
+        leans = [question.lean for question in questions]
+        if any(lean is not None for lean in leans):
+            inputs.append(captions.new_tensor([0.5 if lean is None else lean for lean in leans]))
+        composed, insight = compose.explained(*inputs)
         queries = composed.clone()
         for number, question in enumerate(questions):
             if question.mix is not None:
                 image_part = (1 - question.mix) * references[number]
                 mixed = image_part + question.mix * captions[number]
                 queries[number] = F.normalize(mixed, dim=-1)
+            if question.less is not None:
+                (away,) = F.normalize(self._features([question.less]), dim=-1)
+                queries[number] = F.normalize(queries[number] - LESS * away, dim=-1)
         nearest = self._nearest(queries.cpu(), questions)
         found = []
         for number, question in enumerate(questions):
@@ -260,6 +272,8 @@ class Searcher:
             raise QuestionError("there is no reference yet: choose an image or upload one")
         if not text and not is_image:
             raise QuestionError("the text is empty: say what to change")
+        if question.lean is not None and (composes != "combiner" or question.mix is not None):
+            raise QuestionError("lean is of a Combiner's gate, and this asks without one: say mix")
         if len(text) > MOST_CHARACTERS:
             raise QuestionError(
                 f"the text has {len(text):,} characters: say it in {MOST_CHARACTERS:,} at most"
@@ -269,13 +283,12 @@ class Searcher:
                 f"a word of the text has more than {LONGEST_WORD} letters: part it by spaces"
             )
 
-    def _references(self, questions: Sequence[Question]) -> Tensor:
-        """Features (Q, D) of the images that are asked with; zeros where there is none."""
+    def _features(self, images: Sequence[Path | Tensor | None]) -> Tensor:
+        """Features (Q, D) of images that are asked with; zeros where there is none."""
         encoder = self.pair.encoder
-        features = torch.zeros(len(questions), encoder.backbone.dim, device=encoder.device)
+        features = torch.zeros(len(images), encoder.backbone.dim, device=encoder.device)
         read = {}
-        for number, question in enumerate(questions):
-            image = question.image
+        for number, image in enumerate(images):
             if isinstance(image, Path):
                 image = self.reference_features(image)
             if image is None:
@@ -306,7 +319,7 @@ class Searcher:
         return [hits[number] for number in range(len(questions))]
 
     def _note(self, text: str) -> str:
-        """What a user should know of how a text was read."""
+        """Return a note to the user on how a text was read."""
         tokenizer = self.pair.encoder.backbone.tokenizer
         notes = []
         if tokenizer.cuts(text):
@@ -321,7 +334,7 @@ class Searcher:
         return "; ".join(notes)
 
     def _is_spelled(self, text: str) -> bool:
-        """Whether half of the words of a text are no words to the tokenizer but letters in a row. ASCII is known."""
+        """Check whether the tokenizer splits half of the words of a text into letters. ASCII is known."""
         words = WORD.findall(text)
         others = [word for word in words if not word.isascii()]
         if not others:
@@ -336,7 +349,7 @@ class Searcher:
 
 
 def _but_precision(key: dict[str, Any]) -> dict[str, Any]:
-    """What features depend on but for the precision, which a query need not share with an index."""
+    """Return the settings on which features depend, without the precision, which a query need not share with an index."""
     return {name: value for name, value in key.items() if name != "encode_precision"}
 
 

@@ -10,6 +10,7 @@ import gc
 import importlib
 import multiprocessing
 import os
+import queue
 import re
 import signal
 import socket
@@ -216,19 +217,40 @@ def work(line: Connection) -> None:
         line.send((made, refused))
 
 
+Run = Callable[["queue.SimpleQueue[Run]"], None]
+# Where threads that have no work get their next: starting one takes longer than most of the work.
+_idle: list["queue.SimpleQueue[Run]"] = []
+
+
 async def in_thread(function: Callable[..., Outcome], *arguments: Any) -> Outcome:
     """Return what a function returns that may take long, in a thread that the end of the page does not wait for."""
     future: Future[Outcome] = Future()
     future.set_running_or_notify_cancel()
 
-    def run() -> None:
+    def run(coming: "queue.SimpleQueue[Run]") -> None:
         try:
-            future.set_result(function(*arguments))
+            outcome = function(*arguments)
         except BaseException as error:  # it is raised where the result is waited for
+            _idle.append(coming)
             future.set_exception(error)
+        else:
+            _idle.append(coming)
+            future.set_result(outcome)
 
-    threading.Thread(target=run, daemon=True).start()
+    if _idle:
+        _idle.pop().put(run)
+    else:
+        threading.Thread(target=_work_on, args=(run,), daemon=True).start()
     return await asyncio.wrap_future(future)
+
+
+def _work_on(run: Run) -> None:
+    """Be a thread: do this and whatever comes."""
+    coming: queue.SimpleQueue[Run] = queue.SimpleQueue()
+    while True:
+        run(coming)
+        del run  # an image may be in it
+        run = coming.get()
 
 
 class Pool:

@@ -95,7 +95,8 @@ class Checkpoint:
     Attributes:
         state: the weights.
         config: the settings stored beside them, as they are on disk; {} if there are none.
-        table: the same by name, see `Settings.table`.
+        epoch: after which the weights were saved, None where nothing tells.
+        table: the settings by name, see `Settings.table`.
         sizes: of the model that an exported pair's weights are of, all that is needed to build it; None where the
             weights or `--clip-model-name` tell them.
         folder: of the files that such a model is built from where sizes do not tell it, as of open_clip's.
@@ -104,6 +105,7 @@ class Checkpoint:
     path: Path
     state: dict[str, Any]
     config: dict[str, Any]
+    epoch: int | None = None
     sizes: Mapping[str, Any] | None = None
     folder: Path | None = None
 
@@ -138,7 +140,8 @@ def read_checkpoint(flag_name: str, path: Path | None, key: str) -> Checkpoint |
     config = found.beside.get("config", {})
     if config:
         Settings.checked(config, file=f"{source}: config", remedy=remedy)
-    return Checkpoint(path=path, state=found.state, config=config)
+    epoch = found.beside.get("epoch")
+    return Checkpoint(path=path, state=found.state, config=config, epoch=epoch)
 
 
 def trained_on(training: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

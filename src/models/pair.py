@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from models.encoder import Encoder, load_encoder, weights_digest
 from models.exported import ExportedPair, open_exported
 from models.features import FeatureCache, FrozenSplit, freeze_queries
 from runtime import distributed
-from runtime.choices import ORIGINAL
+from runtime.choices import ORIGINAL, WHITE
 from settings.groups import PairChoice
 from utils import UserError
 
@@ -117,6 +118,33 @@ def load_pair(
         trained=trained,
         assumed=taken,
     )
+
+
+def open_pair(
+    exported: Path | str | None = None,
+    *,
+    clip_path: Path | None = None,
+    combiner_path: Path | None = None,
+    device: str = "cpu",
+    background: str = WHITE,
+) -> Pair:
+    """Load a trained model for use from Python. It composes by its Combiner if it has one, else by the sum.
+
+    Args:
+        exported: a folder of export.py or "hf-hub:ORG/REPO", in place of the two paths.
+        clip_path, combiner_path: weights of stage 1 and stage 2: a checkpoint or a run's folder.
+        background: what transparent images are read on, one of BACKGROUNDS.
+
+    Raises:
+        UserError: see `load_pair`.
+    """
+    choice = PairChoice(
+        combining_function=None,
+        clip_path=clip_path,
+        combiner_path=combiner_path,
+        exported=exported,
+    )
+    return load_pair(choice, torch.device(device), background)
 
 
 def _weights(

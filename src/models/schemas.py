@@ -14,6 +14,7 @@ from settings.groups import BothStages, Count, Experts, Number, SideRatio, Width
 Stage = TypeVar("Stage", bound=BothStages)
 ABSENT: Any = None  # where a field may be missing; it is never read from here
 
+EXPERTS = "experts.json"  # the file beside a Combiner's weights, or in their run's folder, of what each expert takes
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Transform = Annotated[str, OneOf(choices.TRANSFORMS)]
 PathText = Annotated[str, Typed(str)]
@@ -206,3 +207,21 @@ class Beside(Schema):
     epoch: Number = ABSENT
     metrics: dict[str, float] = ABSENT
     config: dict[str, Any] = ABSENT
+
+
+class Expert(Schema):
+    """Queries that an expert receives more often than the others do, see `reports.expert_report.expert_names`."""
+
+    takes: list[str] = Field(description="Kinds of questions, or words of them.")
+    is_idle: bool = Field(description="Whether no question went to it when that was told.")
+
+
+class ExpertReport(Schema):
+    """EXPERTS, which visualize.py writes.
+
+    Attributes:
+        of_weights: digest of the Combiner's.
+    """
+
+    of_weights: Digest
+    experts: list[Expert]

@@ -1,5 +1,6 @@
-"""Write the page of the experts: a heat map over the splits, words and captions that are typical of each expert."""
+"""Describe the experts: a page with a heat map over the splits, words and typical captions; and in short."""
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +10,7 @@ from reports import pages
 
 LEAST_OCCURRENCES = 3  # of a word that is called typical of an expert
 MOST_LISTED = 8  # words and captions of an expert
+NAMED_BY = 3  # kinds or words
 
 HEAT_STYLE = """
 td.heat { text-align: center; font-variant-numeric: tabular-nums; padding: .35rem .8rem; }
@@ -48,15 +50,12 @@ def _heat_map(columns: Mapping[str, Sequence[RoutedQuery]], experts: Iterable[in
 
 def _expert(expert: int, queries: Sequence[RoutedQuery]) -> str:
     """The queries in which one expert weighs most: their number, typical words and captions."""
-    experts_queries = []
-    for query in queries:
-        if query["experts"][expert] == max(query["experts"]) > 0:
-            experts_queries.append(query)
+    experts_queries = _queries_of(expert, queries)
     heaviest = sorted(experts_queries, key=lambda query: -query["experts"][expert])[:MOST_LISTED]
     captions = []
     for query in heaviest:
         captions.append(f"<li>{query['experts'][expert]:.2f} {pages.text(query['caption'])}</li>")
-    typical = typical_words(experts_queries, queries)
+    typical = typical_of(map(words_of, experts_queries), map(words_of, queries))
     words = ", ".join(f"{word} ({ratio:.1f} x)" for word, ratio in typical) or "none"
     number = len(experts_queries)
     return (
@@ -66,22 +65,42 @@ def _expert(expert: int, queries: Sequence[RoutedQuery]) -> str:
     )
 
 
-def typical_words(
-    experts_queries: Sequence[RoutedQuery], queries: Sequence[RoutedQuery]
-) -> list[tuple[str, float]]:
-    """Words that are more frequent in an expert's captions than in all, and how many times so."""
-    everywhere = _captions_with(queries)
+def expert_names(queries: Sequence[RoutedQuery]) -> list[dict[str, Any]]:
+    """Name each expert by the kinds of queries, or without kinds by the words, that set its queries apart most.
+
+    `is_idle` says that no query goes to it.
+    """
+    terms_of = kinds_of if any(map(kinds_of, queries)) else words_of
+    names = []
+    for expert in range(len(queries[0]["experts"])):
+        typical = typical_of(map(terms_of, _queries_of(expert, queries)), map(terms_of, queries))
+        is_idle = not any(query["experts"][expert] for query in queries)
+        names.append({"takes": [term for term, _ in typical[:NAMED_BY]], "is_idle": is_idle})
+    return names
+
+
+def _queries_of(expert: int, queries: Sequence[RoutedQuery]) -> list[RoutedQuery]:
+    """The queries in which an expert weighs most."""
+    return [query for query in queries if query["experts"][expert] == max(query["experts"]) > 0]
+
+
+def words_of(query: RoutedQuery) -> set[str]:
+    """The words of a query's caption."""
+    return set(re.findall(r"\w+", query["caption"].lower()))
+
+
+def kinds_of(query: RoutedQuery) -> set[str]:
+    """The kinds of a query, where its benchmark has any."""
+    return set(query.get("kinds", []))
+
+
+def typical_of(own: Iterable[set[str]], everywhere: Iterable[set[str]]) -> list[tuple[str, float]]:
+    """Terms that more of an expert's queries have than of all, and how many times so, of the terms of each query."""
+    own, everywhere = list(own), list(everywhere)
+    counts = Counter(itertools.chain.from_iterable(everywhere))
     ratios = {}
-    for word, count in _captions_with(experts_queries).items():
-        ratio = (count / len(experts_queries)) / (everywhere[word] / len(queries))
+    for term, count in Counter(itertools.chain.from_iterable(own)).items():
+        ratio = (count / len(own)) / (counts[term] / len(everywhere))
         if count >= LEAST_OCCURRENCES and ratio > 1:
-            ratios[word] = ratio
+            ratios[term] = ratio
     return sorted(ratios.items(), key=lambda pair: -pair[1])[:MOST_LISTED]
-
-
-def _captions_with(queries: Sequence[RoutedQuery]) -> Counter[str]:
-    """Word -> how many captions have it."""
-    counts: Counter[str] = Counter()
-    for query in queries:
-        counts.update(set(re.findall(r"\w+", query["caption"].lower())))
-    return counts

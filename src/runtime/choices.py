@@ -13,7 +13,11 @@ ORIGINAL = "original"  # no background: images are read as the original reads th
 WHITE = "white"
 BACKGROUNDS = (ORIGINAL, WHITE, "black", "grey")  # seen where a photo is transparent
 AUTO = "auto"  # the value of a flag that leaves a decision to what would be gained
-COMBINER_TYPES = ("moe", "clip4cir")
+# Name of --combiner-type -> the class in combiner.py; docs/new-combiner.md adds one.
+COMBINER_TYPES = {
+    "moe": "Combiner",
+    "clip4cir": "PlainCombiner",
+}
 LORA_TARGETS = ("attention,mlp", "attention", "mlp")  # which layers of CLIP have adapters
 LOSSES = ("contrastive", "symmetric")
 NEGATIVES = ("batch", "bank")  # of a query in stage 2: the other targets of its batch, or all

@@ -51,9 +51,11 @@ def augmented(batches: Batches, data: TrainingData, flags: Any, images: int) -> 
                 mirrors.to(ids.device).view(-1, 1, 1, 1, 1), pixels.flip(-1), pixels
             )
             if flags.crop < 1:
-                area, *place = own_boxes.to(ids.device).view(-1, 3).unbind(1)
+                area, *place = own_boxes.to(ids.device).reshape(-1, 3).unbind(1)
                 areas = flags.crop + (1 - flags.crop) * area
-                pixels = cropped(pixels.flatten(0, 1), areas, torch.stack(place, 1)).view_as(pixels)
+                pixels = cropped(pixels.flatten(0, 1), areas, torch.stack(place, 1)).reshape_as(
+                    pixels
+                )
             yield [pixels[:, 0], pixels[:, 1:].reshape_as(targets), *others], ids
 
     return changed

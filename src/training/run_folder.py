@@ -164,8 +164,8 @@ def run_title(benchmark: str, settings: Settings) -> str:
         encoders = "both encoders" if encoder == "both" else f"{encoder} encoder"
         by_seed = f", {named}" if flags.get("seeds") else ""
         return f"{benchmark}: {clip} fine-tuned, {encoders}{by_seed}"
-    is_plain = flags["combiner_type"] == "clip4cir"
-    kind = "CLIP4Cir's Combiner" if is_plain else "MoE Combiner"
+    titles = {"moe": "MoE Combiner", "clip4cir": "CLIP4Cir's Combiner"}
+    kind = titles.get(flags["combiner_type"], f"Combiner {flags['combiner_type']}")
     tuned = "fine-tuned " if flags["clip_model_path"] else ""
     return f"{benchmark}: {kind} on {tuned}{clip}, {named}"
 

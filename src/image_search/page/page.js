@@ -1,6 +1,7 @@
 // The search page. All that is shown is made of text nodes and attributes, never of HTML, so that no name or text of
 // anybody is run. What the page shows is told by `state`, of which each entry of the browser's history has one: so
 // undo is the browser's way back, and a link or a reload opens the same question again.
+import { asPng, figure } from "./figure.js";
 import { bringBack, json, search, takeUpload, uploadedPicture } from "./server.js";
 import { grouped, t, translate } from "./words.js";
 
@@ -13,11 +14,12 @@ const TITLES = { sum: "Sum", image: "Image only", text: "Text only" };
 const SHARES = { image: 0, text: 1 }; // of the text, where one of both is asked with alone
 const NO_REFERENCE = { row: null, upload: null, name: "" };
 
-// steps: what was asked, and last a reference that was not asked with yet, whose `how` is null. target: the row that is
-// looked for. large: { list, place } of the answer that is shown large. depth: entries of the history before this one.
+// steps: what was asked, and last a reference that was not asked with yet, whose `how` is null; `less` of a step is an
+// image that answers are to look less like, named as a reference is. target: the row that is looked for. large:
+// { list, place } of the answer that is shown large. depth: entries of the history before this one.
 const START = { steps: [], depth: 0, target: null, large: null };
 
-let health = { server: "", model: "", composes: "sum", images: 0, k: 12, most: 12, kinds: [], filters: false };
+let health = { server: "", composes: "sum", images: 0, k: 12, most: 12, kinds: [], filters: false, experts: [] };
 let state = START;
 let shownKey = ""; // of the answers that are on the page
 let shown = []; // those answers, in lists
@@ -71,6 +73,8 @@ const last = () => state.steps.at(-1);
 const lastAsked = (of) => of.steps.findLast((step) => step.how);
 const isRow = (text) => /^\d{1,19}$/.test(text);
 const hasImage = (step) => Boolean(step) && (step.row !== null || step.upload !== null);
+// Whether the slider leans the Combiner's gate.
+const leans = (method) => method === "pair" && health.composes === "combiner";
 const isPending = () => Boolean(last()) && !last().how;
 
 function pictureOf(step, size) {
@@ -81,10 +85,11 @@ function addressOf(of) {
   const step = of.steps.at(-1);
   const words = new URLSearchParams();
   if (step && step.row !== null) words.set("row", step.row);
+  if (step?.less?.row) words.set("less", step.less.row);
   if (step?.how) {
     words.set("text", step.text);
     if (step.how.method !== "pair") words.set("method", step.how.method);
-    if (step.how.method === "sum") words.set("mix", step.how.mix);
+    for (const share of ["mix", "lean"]) if (share in step.how) words.set(share, step.how[share]);
     if (!step.how.without) words.set("without", "0");
     if (step.how.filter) words.set("filter", step.how.filter);
   }
@@ -103,9 +108,9 @@ function go(next, replaces = false) {
 }
 
 // A reference that was not asked with gives way to the next one. The large view is left with it.
-function choose(reference, text = $("text").value) {
+function choose(reference, text = $("text").value, less = last()?.less) {
   const kept = isPending() ? state.steps.slice(0, -1) : state.steps;
-  const steps = [...kept, { ...reference, text, how: null }].slice(-MOST_STEPS);
+  const steps = [...kept, { ...reference, less, text, how: null }].slice(-MOST_STEPS);
   const replaces = isPending() || state.large !== null;
   $("text").value = text;
   say(t("Reference: {0}", reference.name));
@@ -115,12 +120,17 @@ function choose(reference, text = $("text").value) {
 function chosenHow() {
   const method = $("method").value;
   const how = { method, without: $("without").checked, filter: $("filter").value.trim() };
-  return method === "sum" ? { ...how, mix: Number($("mix").value) / 100 } : how;
+  const share = Number($("mix").value) / 100;
+  if (method === "sum") how.mix = share;
+  if (leans(method) && share !== 0.5) how.lean = share; // in the middle it is as trained
+  return how;
 }
 
 // Asks, and goes on to the answers. A question that fails leaves the page, and what was typed, as it was.
-async function ask({ text = $("text").value.trim(), replaces = isPending(), target = state.target } = {}) {
-  const step = { ...(last() || NO_REFERENCE), text, how: chosenHow() };
+async function ask({
+  text = $("text").value.trim(), less = last()?.less, replaces = isPending(), target = state.target,
+} = {}) {
+  const step = { ...(last() || NO_REFERENCE), less, text, how: chosenHow() };
   const next = { ...state, target, large: null, steps: [...state.steps.slice(0, -1), step] };
   const number = (asking += 1);
   try {
@@ -155,10 +165,13 @@ function listsOf({ text, how, ...reference }) {
 function found(step, target, { list, k }) {
   const fields = { mix: list.mix, text: list.mix === 0 ? null : step.text, k, target };
   if (list.mix !== 1) fields.row = step.row;
+  fields.less_row = step.less?.row;
+  if (list.key === "pair") fields.lean = step.how.lean;
   if (list.mix !== 1 && step.row !== null && step.how.without) fields.without_reference = "true";
   fields.filter = step.how.filter || null;
-  const given = Object.entries(fields).filter(([, value]) => value !== null);
-  return search(Object.fromEntries(given), list.mix === 1 ? null : step.upload);
+  const given = Object.entries(fields).filter(([, value]) => (value ?? null) !== null);
+  const ids = { upload: list.mix === 1 ? null : step.upload, less_upload: step.less?.upload };
+  return search(Object.fromEntries(given), ids);
 }
 
 const keyOf = (step, target) => JSON.stringify([step, target]);
@@ -207,6 +220,7 @@ async function showFurther() {
 async function show() {
   const step = last();
   showReference(step);
+  showLess(step);
   showSteps();
   showHow(step?.how);
   $("undo").disabled = state.depth === 0;
@@ -249,10 +263,25 @@ function showReference(step) {
   $("reference").replaceChildren(image, leave, name);
 }
 
+// The image that answers are to look less like, which is taken off by its button.
+function showLess(step) {
+  const less = step?.less;
+  $("less").hidden = !less;
+  $("away").hidden = !hasImage(step);
+  if (!less) return;
+  const image = element("img", { src: pictureOf(less) || "data:,", alt: "" });
+  const words = element("span", { textContent: t("Less like {0}", less.name), title: less.name });
+  const leave = element("button", { type: "button", textContent: "×", title: t("Forget it") });
+  leave.setAttribute("aria-label", `${leave.title}: ${words.textContent}`);
+  leave.onclick = () => (step.how ? ask({ text: step.text, less: null }) : choose(step, $("text").value, null));
+  $("less").replaceChildren(image, words, leave);
+}
+
 function showSteps() {
   const items = state.steps.map((step, place) => {
     const parts = hasImage(step) ? [element("img", { src: pictureOf(step) || "data:,", alt: step.name })] : [];
-    const words = step.text ? `“${step.text}”` : t("more like this");
+    const less = step.less && t("Less like {0}", step.less.name);
+    const words = [step.text ? `“${step.text}”` : t("more like this"), less].filter(Boolean).join(" · ");
     if (step.how) parts.push(words);
     const back = element("button", { type: "button" }, ...parts);
     back.title = t("Back to: {0}", step.how ? words : step.name);
@@ -270,10 +299,15 @@ function showHow(how) {
     $("method").value = how.method;
     $("without").checked = how.without;
     $("filter").value = how.filter;
-    if (how.method === "sum") $("mix").value = Math.round(100 * how.mix);
+    $("mix").value = Math.round(100 * (how.mix ?? how.lean ?? 0.5));
   }
-  $("mixing").hidden = $("method").value !== "sum";
-  $("share").value = `${$("mix").value} %`;
+  const method = $("method").value;
+  $("mixing").hidden = method !== "sum" && !leans(method);
+  $("mixed").textContent = t(leans(method) ? "Image or text:" : "Text in the sum:");
+  const share = $("mix").value;
+  const towards = share < 50 ? "towards the image" : "towards the text";
+  $("share").value = leans(method) ? t(share === "50" ? "as trained" : towards) : `${share} %`;
+  $("mix").setAttribute("aria-valuetext", $("share").value);
 }
 
 function showSkeletons(lists) {
@@ -370,8 +404,10 @@ function showExperts(list) {
   const working = list.experts.filter((share) => share > 0).length;
   const others = "{0} of {1} experts worked on this question. The others rest: every question goes to the {0} that suit it best.";
   if (working < list.experts.length) said.push(t(others, working, list.experts.length));
+  const idle = health.experts.flatMap((expert, place) => (expert.is_idle ? [place + 1] : []));
+  if (idle.length) said.push(t("Idle, as no question went to them when they were measured: experts {0}.", idle.join(", ")));
   $("why").textContent = said.join(" ");
-  const shares = [[t("your words"), list.gate], ...list.experts.map((share, place) => [t("expert {0}", place + 1), share])];
+  const shares = [[t("your words"), list.gate], ...list.experts.map((share, place) => [calledExpert(place), share])];
   const bars = shares.flatMap(([name, share]) => {
     const bar = element("i");
     bar.style.width = `${Math.round(100 * share)}%`;
@@ -379,6 +415,13 @@ function showExperts(list) {
     return [element("span", { textContent: name }), bar, element("span", { textContent: value })];
   });
   $("bars").replaceChildren(...bars);
+}
+
+// An expert by its number, and by what it takes where that is known.
+function calledExpert(place) {
+  const called = t("expert {0}", place + 1);
+  const takes = health.experts[place]?.takes || [];
+  return takes.length ? `${called}: ${takes.join(", ")}` : called;
 }
 
 // Where the image that is looked for stands in each list, once a visitor has said which it is.
@@ -542,19 +585,41 @@ function askAgain() {
   if (last()?.how) ask({ text: last().text, replaces: true });
 }
 
-function exportAnswers() {
-  const { text, name, row, how } = lastAsked(state);
-  const lists = shown.map(({ title, place, answers }) => ({ asked_with: title, place_of_target: place, answers }));
-  const written = JSON.stringify({ reference: name || null, row, text, ...how, target: state.target, lists }, null, 2);
-  const link = element("a", { href: URL.createObjectURL(new Blob([written], { type: "application/json" })) });
-  link.download = "answers.json";
+function save(content, name) {
+  const link = element("a", { href: URL.createObjectURL(content), download: name });
   link.click();
   URL.revokeObjectURL(link.href);
+}
+
+function exportAnswers() {
+  const { text, name, row, less, how } = lastAsked(state);
+  const lists = shown.map(({ title, place, answers }) => ({ asked_with: title, place_of_target: place, answers }));
+  const asked = { reference: name || null, row, less: less?.name ?? null, less_row: less?.row ?? null, text, ...how };
+  const written = JSON.stringify({ ...asked, target: state.target, lists }, null, 2);
+  save(new Blob([written], { type: "application/json" }), "answers.json");
+}
+
+// What was asked with and as many answers as come at first, as a picture of one of two kinds.
+async function exportFigure(kind) {
+  const { text, less, ...reference } = lastAsked(state);
+  const [{ mix }] = shown;
+  const lists = shown.map(({ title, answers }) => {
+    const first = answers.slice(0, health.k);
+    return { title, answers: first.map(({ row }) => ({ address: picture(row), isTarget: row === state.target })) };
+  });
+  const svg = await figure({
+    reference: mix !== 1 && hasImage(reference) ? pictureOf(reference) : null,
+    text: mix !== 0 ? text : "",
+    less: less ? pictureOf(less) : null,
+    lists,
+  });
+  save(kind === "png" ? await asPng(svg) : new Blob([svg], { type: "image/svg+xml" }), `answers.${kind}`);
 }
 
 function startOver() {
   $("text").value = "";
   $("method").value = "pair";
+  $("mix").value = 50;
   $("without").checked = true;
   $("filter").value = "";
   go({ ...START, depth: state.depth });
@@ -573,7 +638,15 @@ function listen() {
     $("file").value = "";
     if (file) tell(takeFile(file));
   };
-  for (const id of ["method", "mix", "without", "filter"]) $(id).onchange = askAgain;
+  for (const id of ["mix", "without", "filter"]) $(id).onchange = askAgain;
+  $("method").onchange = () => {
+    $("mix").value = 50;
+    askAgain();
+  };
+  $("away").onclick = () => {
+    const { row, upload, name } = last();
+    choose(NO_REFERENCE, $("text").value, { row, upload, name });
+  };
   $("mix").oninput = () => showHow(null);
   $("within").oninput = () => {
     narrow();
@@ -584,11 +657,17 @@ function listen() {
     if (!$("further").hidden && $("further").getBoundingClientRect().top < innerHeight) tell(showFurther());
   });
   $("export").onclick = exportAnswers;
+  for (const kind of ["png", "svg"]) $(kind).onclick = () => tell(exportFigure(kind));
   $("more").onclick = () => tell(offer());
   $("use").onclick = () => choose(referenceOf(enlarged()), "");
   $("alike").onclick = async () => {
     await choose(referenceOf(enlarged()), "");
     await ask();
+  };
+  $("unlike").onclick = async () => {
+    const less = referenceOf(enlarged());
+    await go({ ...state, large: null }, true);
+    await ask({ less, replaces: true });
   };
   $("target").onclick = () => {
     const { row } = enlarged();
@@ -632,16 +711,20 @@ function listen() {
 // The question that the page's address holds, as far as this index can answer it.
 async function linked() {
   const words = new URLSearchParams(location.search);
-  const step = { ...NO_REFERENCE, text: words.get("text")?.trim() || "", how: null };
-  if (words.has("row")) {
-    const photo = isRow(words.get("row")) && (await json(`photo/${words.get("row")}`).catch(() => null));
-    if (photo) Object.assign(step, referenceOf(photo));
-    else toast(t("the link names an image that the index does not have: choose another"));
-  }
+  const share = (name) => Math.min(1, Math.max(0, Number(words.get(name) ?? 0.5) || 0));
+  const photoOf = async (name) => {
+    if (!words.has(name)) return null;
+    const photo = isRow(words.get(name)) && (await json(`photo/${words.get(name)}`).catch(() => null));
+    if (!photo) toast(t("the link names an image that the index does not have: choose another"));
+    return photo ? referenceOf(photo) : null;
+  };
+  const step = { ...NO_REFERENCE, ...(await photoOf("row")), less: await photoOf("less"), how: null };
+  step.text = words.get("text")?.trim() || "";
   const wanted = words.get("method") || "pair";
   const method = [...$("method").options].some((option) => option.value === wanted) ? wanted : "pair";
   const how = { method, without: words.get("without") !== "0", filter: words.get("filter") || "" };
-  if (method === "sum") how.mix = Math.min(1, Math.max(0, Number(words.get("mix") ?? 0.5) || 0));
+  if (method === "sum") how.mix = share("mix");
+  if (leans(method) && words.has("lean")) how.lean = share("lean");
   if (how.filter && !health.filters) {
     how.filter = "";
     toast(t("this index takes no filter: the link's was left out"));
@@ -660,14 +743,17 @@ async function begin() {
   health = await json("health");
   const kind = health.composes === "combiner" ? [health.model, "Combiner"] : [health.model];
   const facts = kind.length > 1 ? "{0} with a {1} · {2} images" : "{0} · {1} images";
-  $("facts").textContent = t(facts, ...kind, grouped(health.images));
+  const said = [t(facts, ...kind, grouped(health.images)), health.measured];
+  $("facts").textContent = said.filter(Boolean).join(" · ");
   $("file").accept = health.kinds.join(",");
   $("filtering").hidden = !health.filters;
   $("method").options[0].textContent = t(health.composes === "sum" ? "sum, as trained" : "Combiner");
   $("examples").replaceChildren(...waitingCards(Math.min(EXAMPLES, health.examples)));
   $("choice").replaceChildren(...waitingCards(OFFERED));
   $("choosing").hidden = false;
-  for (const step of history.state?.steps || []) if (step.upload) bringBack(step.upload);
+  for (const { upload, less } of history.state?.steps || []) {
+    for (const id of [upload, less?.upload]) if (id) bringBack(id);
+  }
   state = history.state ? { ...START, ...history.state } : await linked();
   history.replaceState(state, "", addressOf(state));
   $("text").value = last()?.text || "";

@@ -34,21 +34,24 @@ export async function json(address, options) {
   return (await request(address, options)).json();
 }
 
-// The answers to a question. Where the server has forgotten its image, that is sent again.
-export async function search(fields, id = null) {
+// The answers to a question. ids: field -> the page's own name of an upload, or null. Where the server has forgotten an
+// upload, it is sent again.
+export async function search(fields, ids) {
+  const named = Object.entries(ids).filter(([, id]) => id);
+  const images = named.map(([field, id]) => [field, uploads.get(id)]);
   const ask = () => {
     const form = new FormData();
     for (const [name, value] of Object.entries(fields)) form.append(name, value);
-    if (id) form.append("upload", uploads.get(id).upload);
+    for (const [field, image] of images) form.append(field, image.upload);
     return json("search", { method: "POST", body: form });
   };
-  if (id && !uploads.has(id)) throw new Error(t("the uploaded image is not part of a link: upload it again"));
+  if (images.some(([, image]) => !image)) throw new Error(t("the uploaded image is not part of a link: upload it again"));
   try {
     return await ask();
   } catch (error) {
     if (error.status !== GONE) throw error;
   }
-  await send(uploads.get(id));
+  await Promise.all(images.map(([, image]) => send(image)));
   return ask();
 }
 
@@ -112,7 +115,7 @@ export function bringBack(id) {
   uploads.set(id, { name, picture, upload, file: new File([bytes], kept.sent) });
 }
 
-function asUrl(blob) {
+export function asUrl(blob) {
   return new Promise((done, failed) => {
     const reader = new FileReader();
     reader.onload = () => done(reader.result);

@@ -1,0 +1,88 @@
+"""Read the files next to the weights of a pair: measured results, and the names of experts."""
+
+import csv
+import logging
+import re
+from pathlib import Path
+
+from benchmarks import BENCHMARKS
+from models.configuration import Checkpoint
+from models.encoder import weights_digest
+from models.exported import CARD
+from models.pair import Pair
+from models.schemas import EXPERTS, Expert, ExpertReport
+from runtime.files import read_text
+from runtime.schema import read_checked
+from utils import format_metric
+
+logger = logging.getLogger(__name__)
+
+SHOWN = ("R@10", "R@50", "mean R@10", "mean R@50")  # titles of metrics
+VALIDATIONS = "validation_metrics.csv"  # of a run
+# Of `evaluation.model_card`: what a result is of, the titles of its metrics, and those under its first protocol.
+TABLE = re.compile(r"^### (.+)\n\n\|(.+)\|\n\|[-:| ]+\|\n\|(.+)\|$", re.MULTILINE)
+
+
+def measured(pair: Pair) -> str:
+    """The recall of a pair with its benchmark's name: of the weights' run, else of their card; "" where neither is."""
+    known = {"combiner": pair.trained, "sum": pair.tuned}.get(pair.compose.combining_function)
+    if known is None:
+        return ""
+    what, values = _of_run(known)
+    if not values:
+        what, values = _of_card(known.path.parent / CARD)
+    shown = [f"{title} {values[title]}" for title in SHOWN if title in values]
+    return f"{what}: {', '.join(shown)}" if shown else ""
+
+
+def _of_run(known: Checkpoint) -> tuple[str, dict[str, str]]:
+    """Return the dataset that a run validated its weights on, and title -> value; nothing without such a validation."""
+    benchmark = BENCHMARKS.get(known.table.get("dataset", ""))
+    for row in csv.DictReader(_lines(known.path.resolve().parents[1] / VALIDATIONS)):
+        if benchmark and row.get("epoch") == str(known.epoch):
+            values = {
+                title: format_metric(float(row[metric]))
+                for metric, title in benchmark.titles.items()
+                if row.get(metric)
+            }
+            return f"{benchmark.name} {benchmark.val_split}", values
+    return "", {}
+
+
+def _of_card(card: Path) -> tuple[str, dict[str, str]]:
+    """Return the heading of the first result on a model card, and title -> value; nothing without such a card."""
+    table = TABLE.search("\n".join(_lines(card)))
+    if table is None:
+        return "", {}
+    what, titles, values = table.groups()
+    # A value has its interval behind it.
+    cells = [value.strip().partition(" ")[0] for value in values.split("|")]
+    named = dict(zip(map(str.strip, titles.split("|")), cells, strict=False))
+    return re.sub(r"\\(.)", r"\1", what), named
+
+
+def _lines(file: Path) -> list[str]:
+    """Return the lines of a file; none if it cannot be read."""
+    try:
+        return read_text(file).splitlines()
+    except (OSError, ValueError):
+        return []
+
+
+def experts_of(pair: Pair) -> list[Expert]:
+    """Return the report of the experts next to the weights or in their run folder; [] if there is none.
+
+    Raises:
+        UserError: the report is damaged.
+    """
+    if pair.trained is None or not pair.compose.has_router:
+        return []
+    beside, run, *_ = pair.trained.path.resolve().parents
+    for file in (beside / EXPERTS, run / EXPERTS):
+        if file.is_file():
+            remedy = "write it again with visualize.py, or delete it"
+            report = read_checked(ExpertReport, file, remedy=remedy, writer="visualize.py")
+            if report.of_weights == weights_digest(pair.compose.state_dict()):
+                return report.experts
+            logger.warning("note: %s is of other weights, so experts have no names", file)
+    return []

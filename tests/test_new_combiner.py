@@ -1,0 +1,105 @@
+"""The examples of docs/new-combiner.md, applied to a copy of the code as they stand, and used by the scripts."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+GUIDE = ROOT / "docs" / "new-combiner.md"
+# A paragraph that names a file last, and the block below it.
+EXAMPLE = re.compile(
+    r"`(src/[\w/]+\.py)`[^`\n]*(?:`make_loss`)?:\n\n```(python|diff)\n(.*?)```", re.DOTALL
+)
+NEXT_BLOCK = re.compile(r"\n\n```diff\n(.*?)```", re.DOTALL)
+# One process, since torch takes seconds to load: a training of all that is new, and what comes after it.
+USE = """
+import glob, sys
+sys.path.insert(0, "src")
+import combiner_train, export, search, validate
+data, out = sys.argv[1:]
+clip = ["--clip-model-name", f"{data}/tiny_clip_vit.pt"]
+cpu = ["--num-workers", "0", "--device", "cpu"]
+where = ["--data-root", data, *cpu]
+combiner_train.main([
+    "--dataset", "CIRR", *clip, *where, "--output-dir", f"{out}/runs", "--no-feature-cache",
+    *"--combiner-type hadamard --loss margin --tracker jsonl --projection-dim 16 --hidden-dim 24".split(),
+    *"--num-epochs 2 --batch-size 12 --validation-frequency 1 --combiner-lr 1e-3 --save-training --save-best".split(),
+])
+(trained,) = glob.glob(f"{out}/runs/*/saved_models/combiner_arithmetic.pt")
+weights = ["--combiner-path", trained]
+function = ["--combining-function", "combiner"]
+validate.main(["--dataset", "CIRR", *function, *weights, *where, "--metrics-json", f"{out}/result.json"])
+export.main([*weights, "--output", f"{out}/pair", "--results", f"{out}/result.json"])
+pair = ["--pair", f"{out}/pair"]
+validate.main(["--dataset", "CIRR", *pair, *where, "--metrics-json", f"{out}/again.json"])
+images = f"{data}/cirr_dataset/dev"
+search.main(["index", "--images", images, "--output", f"{out}/index", *pair, *cpu])
+query = ["--image", sorted(glob.glob(f"{images}/*"))[0], "--text", "is red", "--device", "cpu", "--k", "3"]
+search.main(["query", "--index", f"{out}/index", *query, "--json"])
+"""
+
+
+def applied(tree):
+    """Apply the examples of the guide to a copy of the code; returns the files that they change."""
+    text = GUIDE.read_text()
+    changed = []
+    for example in EXAMPLE.finditer(text):
+        name, kind, block = example.groups()
+        file = tree / name
+        changed.append(name)
+        if kind == "python":
+            before = file.read_text() + "\n\n" if file.exists() else ""
+            file.write_text(before + block)
+            continue
+        blocks = [block]
+        end = example.end()
+        while more := NEXT_BLOCK.match(text, end):
+            blocks.append(more[1])
+            end = more.end()
+        for lines in (block.splitlines() for block in blocks):
+            old = "\n".join(line[1:] for line in lines if not line.startswith("+"))
+            new = "\n".join(line[1:] for line in lines if not line.startswith("-"))
+            code = file.read_text()
+            assert code.count(old) == 1, (name, old)
+            file.write_text(code.replace(old, new))
+    return changed
+
+
+def test_the_examples_work_as_they_stand(drawn, tmp_path):
+    tree = tmp_path / "tree"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "src", tree / "src", ignore=ignored)
+    shutil.copy(ROOT / "tests" / "fourth_benchmark.py", tree / "src" / "benchmarks" / "fourth.py")
+    assert (
+        len(applied(tree)) == len(re.findall("^`{3}(?:python|diff)$", GUIDE.read_text(), re.M)) - 1
+    )
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", USE, drawn, out],
+        cwd=tree,
+        env=os.environ | {"PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = (out / "runs").iterdir()
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert {json.loads(line)["epoch"] for line in lines} == {0, 1}
+    results = [json.loads((out / name).read_text()) for name in ("result.json", "again.json")]
+    assert results[0]["metrics"] == results[1]["metrics"]
+    config = json.loads((out / "pair" / "config.json").read_text())
+    sizes = config["combiner"]["sizes"]
+    assert (sizes["combiner_type"], sizes["projection_dim"], sizes["hidden_dim"]) == (
+        "hadamard",
+        16,
+        24,
+    )
+    assert done.stdout.count('"similarity"') == 3
