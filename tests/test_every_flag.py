@@ -59,6 +59,12 @@ def parsers(script: str) -> Iterator[tuple[list[str], argparse.ArgumentParser]]:
             yield [word], inner
 
 
+# Words of this project's own where the field has one: results, query, besides, again, training runs, resume, synthetic.
+PRIVATE_WORDS = re.compile(
+    r"(?i)\b(answers|ask|question|beside|anew|trainings|goes? on|drawn data|image workers|wings?)\b"
+)
+
+
 def flags_where(chosen: Callable[[argparse.Action], bool]) -> list:
     """A case for each flag of each command: the parser, and the flag's action."""
     cases = []
@@ -231,6 +237,16 @@ def test_help_says_of_every_flag_what_it_is_and_its_default():
         does_nothing = action.required or action.default in (None, False, "", [], "==SUPPRESS==")
         assert told.count("(default: ") == 1 or does_nothing, (case.id, told)
         assert not re.search(r"\(default: (none|off)?\)", told), (case.id, told)
+
+
+def test_help_is_in_the_words_of_the_field():
+    """See docs/glossary.md. It names no absolute path as a default, which is one of this machine."""
+    for case in flags_where(lambda action: True):
+        parser, action = case.values
+        told = parser._get_formatter()._expand_help(action)
+        assert not PRIVATE_WORDS.search(told), (case.id, told)
+        assert not told.startswith(("what ", "where ", "how ", "which ", "whether ")), case.id
+        assert not re.search(r"\(default: (/|[A-Z]:\\)", told), (case.id, told)
 
 
 @pytest.mark.parametrize("columns", [80, 120])

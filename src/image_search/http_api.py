@@ -205,7 +205,7 @@ ERROR_ANSWERS: dict[int | str, dict[str, Any]] = {
 
 
 class Service:
-    """Responses of the addresses. All users share one searcher, one thread that asks it, the workers and the thumbnails.
+    """Service of the addresses. Users share one searcher, one thread that asks it, the workers and the thumbnails.
 
     Uploads have workers of their own, so that what they cost holds nobody up who looks at the index.
 

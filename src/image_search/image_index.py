@@ -258,9 +258,7 @@ def relocate(folder: Path, old: Path, new: Path, *, store: str | None) -> Reloca
     """
     about = read_manifest(folder) or {}
     if "images" not in about:
-        raise UserError(
-            f"--output {folder} does not contain a complete index: choose another folder"
-        )
+        raise UserError(f"--output {folder} is not a complete index: choose another")
     if not new.is_dir():
         raise UserError(
             f"--relocate {old} {new}: {new} is not a folder: pass the folder that contains the images now"

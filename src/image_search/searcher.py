@@ -349,7 +349,7 @@ class Searcher:
 
 
 def _but_precision(key: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings on which features depend, without the precision, which a query need not share with an index."""
+    """Return the settings on which features depend, without the precision, which may differ from the index."""
     return {name: value for name, value in key.items() if name != "encode_precision"}
 
 
