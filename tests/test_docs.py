@@ -16,6 +16,7 @@ GUIDES = (
     + sorted(ROOT.glob("[!.]*/README.md"))
 )
 READMES = [ROOT / "README.md", ROOT / "README.vi.md"]
+FOR_USERS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 TRANSLATED = [
     "README",
     "docs/training",
@@ -61,6 +62,13 @@ def test_guides_have_commands():
     }
     for guide, number in fewest.items():
         assert len(commands(ROOT / guide)) >= number, guide
+
+
+@pytest.mark.parametrize("guide", FOR_USERS, ids=lambda guide: guide.name)
+def test_guides_are_in_the_words_of_the_field(guide):
+    """See docs/glossary.md; of the words that this project once had for itself, those with no other sense."""
+    own = re.compile(r"(?i)\b(trainings|drawn data|image workers|(plain|slow) twins?|wings?)\b")
+    assert [line for line in guide.read_text().splitlines() if own.search(line)] == []
 
 
 def test_every_script_has_a_command_in_a_guide():

@@ -1,4 +1,4 @@
-"""What `--recipe` puts in the place of defaults: name -> script of a stage -> values of its flags.
+"""Recipes, which `--recipe` puts in place of defaults: name -> script of a stage -> values of its flags.
 
 Nothing else asks for a recipe: a run stores the values that came of it. A switch or a value that a recipe turns on has
 `off` where it is declared, so that a flag can turn it off.
