@@ -304,8 +304,8 @@ def report(folder: Path, update: "Update", images: "FoundImages") -> None:
     added, kept, removed, moved = update.counts
     left_out = len(update.unreadable) + len(images.left_out)
     print(
-        f"{printable(folder)}: {added} images added, {kept} kept, {removed} removed, {left_out} unreadable "
-        "images left out"
+        f"{printable(folder)}: {added} images added, {kept} kept, {removed} removed, {left_out} left out "
+        "(unreadable)"
     )
     if moved:
         print(f"{moved} of the kept images were moved, and recognised by their content")

@@ -246,7 +246,7 @@ def test_leaks_repeats_and_empty_captions(own_drawn, check):
         note.startswith("train and val: 1 images are in the lists of both splits") for note in notes
     )
     assert "train and val: 1 targets of val are in training triplets" in notes
-    assert any(note.startswith("train: 1 targets repeat") for note in notes)
+    assert any(note.startswith("train: 1 targets are repeated") for note in notes)
     assert "test: 1 queries have an empty caption" in notes
     assert any(note.startswith("test: ") and "same caption twice" in note for note in notes)
 

@@ -154,7 +154,10 @@ def test_a_library_is_relocated(store, index, ask, tmp_path, encoded, capsys, ca
         (["nowhere", "pictures"], "it has no image there"),
         (["photos", "nowhere"], "nowhere is not a folder"),
         (["photos", "pictures"], "the new folder has none of its images"),
-        (["photos", "pictures", "--images", "pictures"], "--images beside --relocate"),
+        (
+            ["photos", "pictures", "--images", "pictures"],
+            "--images cannot be combined with --relocate",
+        ),
     ],
 )
 def test_a_move_to_where_nothing_is(words, said, index, tmp_path, monkeypatch, capsys):

@@ -157,7 +157,7 @@ def test_unreadable_files_are_listed_and_the_others_indexed(index, tmp_path, cap
     shutil.copy(files[2], tmp_path / "photos" / ".thumbnails" / "hidden.png")
     for _ in range(2):  # they are not forgotten
         caplog.clear()
-        assert "2 unreadable images left out" in index(tmp_path / "photos")
+        assert "2 left out (unreadable)" in index(tmp_path / "photos")
         assert f"image {files[0]} cannot be decoded" in caplog.text
         assert f"image {files[1]} cannot be decoded" in caplog.text
     assert paths_of(open_index(tmp_path / "index")) == files[2:] or set(

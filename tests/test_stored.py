@@ -210,7 +210,9 @@ def save(path: Path, state: dict, form: str, key: str) -> None:
 
 def test_weights_twice_or_without_a_name(tmp_path):
     torch.save({"CLIP": {"a": torch.ones(1), "module.a": torch.ones(1)}}, tmp_path / "a.pt")
-    refused(lambda: read_checkpoint("--path", tmp_path, "CLIP"), "a.pt holds a twice", "module.a")
+    refused(
+        lambda: read_checkpoint("--path", tmp_path, "CLIP"), "a.pt contains a twice", "module.a"
+    )
     torch.save({"CLIP": {3: torch.ones(1)}}, tmp_path / "a.pt")
     refused(
         lambda: read_checkpoint("--path", tmp_path, "CLIP"),

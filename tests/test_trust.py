@@ -257,7 +257,7 @@ def test_an_index_opens_what_it_names_where_it_was_made(indexed, tmp_path, caplo
     caplog.set_level("INFO")
     name = f"local-dir:{tmp_path / 'model'}"
     answers = indexed(tmp_path / "index")
-    assert f"opening {name}, which {tmp_path / 'index' / 'index.json'} names" in caplog.text
+    assert f"opening {name}, recorded in {tmp_path / 'index' / 'index.json'}" in caplog.text
     copied = shutil.copytree(tmp_path / "index", tmp_path / "copied")
     with pytest.raises(SystemExit) as stop:
         indexed(copied)

@@ -374,7 +374,8 @@ def _remark_on_bad(
             ids = [name for name in bad if name in names and bad[name] == problem]
             lost = sum(_asks_for(triplet, set(ids)) for triplet in records.triplets)
             effects = {
-                "query": f"{lost} of {queries} queries cannot be evaluated; without them, recalls are of the others",
+                "query": f"{lost} of {queries} queries cannot be evaluated; if left out, "
+                "recalls are of the other queries",
                 "target": f"{lost} of {queries} queries have no target: they count as missed, or are left out",
                 "distractor": f"a gallery of {gallery - len(ids)} instead of {gallery}: recalls are too high",
             }

@@ -171,7 +171,7 @@ def read_rankings(file: Path) -> dict[str, Any]:
     from runtime.schema import checked
 
     content = read_json(file, "validate.py --rankings")
-    remedy = "not a complete file of validate.py --rankings; run validate.py again"
+    remedy = "not a complete file of validate.py --rankings: measure again"
     checked(RankingsFile, content, file=file, remedy=remedy)
     for split, queries in content["queries"].items():
         for number, query in enumerate(queries):

@@ -152,7 +152,7 @@ def read_result(file: Path) -> Result:
     from runtime.schema import checked
 
     result = read_json(file, "validate.py --metrics-json")
-    remedy = "not a complete result of validate.py --metrics-json; run validate.py again"
+    remedy = "not a complete result of validate.py --metrics-json: measure again"
     checked(ResultFile, result, file=file, remedy=remedy)
     check_metrics(file, result)
     ranks = next(iter(result["protocols"].values()))["ranks"]
