@@ -1,4 +1,4 @@
-"""Ground floor: errors for the user, what wraps a script, seed, and how flags and numbers are spelled."""
+"""Errors for the user, the wrapper of every script, the seed, and how flags and numbers are spelled."""
 
 import contextlib
 import errno
