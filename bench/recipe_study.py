@@ -10,8 +10,10 @@ prints its table. `--folder` keeps data and weights. Choices are made on val.
 """
 
 import argparse
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -99,6 +101,23 @@ PARTS = {f"1: {name}": Recipe(flags) for name, flags in STAGE_1.items()}
 PARTS |= {f"2: {name}": Recipe(stage_2=flags) for name, flags in STAGE_2.items()}
 
 
+# What is trained with 3 seeds of stage 1 x 3 of stage 2, for as long as `search` found good.
+LONGER = Recipe("--num-epochs 6", "--num-epochs 12")
+MODERN = Recipe("", "")
+PLAIN = Recipe(stage_2="--combiner-type clip4cir")
+FINAL = {
+    "original": ORIGINAL + LONGER,
+    "original, plain Combiner": ORIGINAL + LONGER + PLAIN,
+    "modern": ORIGINAL + LONGER + MODERN,
+    "modern, plain Combiner": ORIGINAL + LONGER + MODERN + PLAIN,
+}
+COMPARED = [
+    ("original", "modern"),
+    ("original, plain Combiner", "original"),
+    ("modern, plain Combiner", "modern"),
+]
+
+
 class Study:
     """Trainings that are done once.
 
@@ -164,12 +183,12 @@ class Study:
         return pairs
 
 
-def execute(script: str, *words: object) -> float:
+def execute(script: str, *words: object, prints: bool = False) -> float:
     """Run a script; returns the CPU-seconds that it took."""
     print(f"$ {script} {' '.join(map(str, words))}", file=sys.stderr, flush=True)
     process = subprocess.Popen(
         [sys.executable, str(PROJECT_ROOT / "src" / script), *map(str, words)],
-        stdout=subprocess.DEVNULL,
+        stdout=None if prints else subprocess.DEVNULL,
     )
     _, status, used = os.wait4(process.pid, 0)
     if status:
@@ -192,16 +211,70 @@ def values(pairs: Sequence[Mapping[str, Any]], layout: str) -> dict[str, list[fl
 
 def table(
     study: Study, layout: str, recipes: Mapping[str, Recipe], *, seeds: Sequence[str]
-) -> None:
-    """Train each recipe and print its row; the difference is the mean over pairs of equal seeds."""
+) -> dict[str, list[dict[str, Any]]]:
+    """Train each recipe and print its row; the difference is the mean over pairs of equal seeds.
+
+    Returns:
+        Recipe -> what came of each seed of stage 1.
+    """
     print(f"\n| {layout} | sum | Combiner | difference | CPU-s |\n|---|---|---|---|---|")
+    trained = {}
     base: list[float] = []
     for name, recipe in recipes.items():
-        found = values(study.both_stages(layout, recipe, seeds=seeds), layout)
+        trained[name] = study.both_stages(layout, recipe, seeds=seeds)
+        found = values(trained[name], layout)
         base = base or found["Combiner"]
         gains = [new - old for new, old in zip(found["Combiner"], base, strict=True)]
-        cells = [shown(found["sum"]), shown(found["Combiner"]), shown(gains), shown(found["CPU-s"])]
+        cells = [
+            shown(column) for column in (found["sum"], found["Combiner"], gains, found["CPU-s"])
+        ]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    return trained
+
+
+def compare(layout: str, columns: Sequence[Sequence[Path]]) -> None:
+    """Print two methods side by side, each in all its pairs of seeds; queries of one concept are drawn together."""
+    files = itertools.chain.from_iterable(columns)
+    by = ["--resample-by", "concept"] if layout == "Triplets" else []
+    execute("compare.py", *files, *by, prints=True)
+
+
+def open_test(folder: Path) -> Path:
+    """Make a data root whose validation splits are the test splits with their answers."""
+    data, opened = folder / "data", folder / "opened"
+    if not opened.exists():
+        shutil.copytree(data, opened, copy_function=os.link)
+        triplets = opened / "triplets_dataset"
+        answers = json.loads((data / "triplets_test_answers.json").read_text())
+        lines = map(json.loads, (triplets / "test.jsonl").read_text().splitlines())
+        asked = [{**line, "target": answers[str(line["id"])]} for line in lines]
+        write_text(triplets / "val.jsonl", "".join(f"{json.dumps(line)}\n" for line in asked))
+        cirr = opened / "cirr_dataset" / "cirr"
+        answers = json.loads((data / "test1_answers.json").read_text())
+        queries = json.loads((cirr / "captions" / "cap.rc2.test1.json").read_text())
+        for query in queries:
+            query["target_hard"] = answers[str(query["pairid"])]
+            query["target_soft"] = {query["target_hard"]: 1.0}
+        write_text(cirr / "captions" / "cap.rc2.val.json", json.dumps(queries))
+    return opened
+
+
+def measure_on_test(study: Study, layout: str, pairs: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Measure each pair of seeds on the opened test split; returns the files of the results."""
+    root = open_test(study.folder)
+    files = []
+    for pair in pairs:
+        clip, combiners = (study.folder / pair[stage]["run"] for stage in ("stage 1", "stage 2"))
+        benchmark = BENCHMARKS[layout]
+        for seed in SEEDS:
+            weights = best_weights(combiners / f"seed_{seed}", benchmark.best_combiners())
+            files.append(combiners / f"test_{seed}.json")
+            given = ["--clip-model-path", best_weights(clip, benchmark.best_clips())]
+            given += ["--combining-function", "combiner", "--combiner-path", weights]
+            given += ["--metrics-json", files[-1], "--num-workers", 0]
+            if not files[-1].exists():
+                execute("validate.py", "--dataset", layout, "--data-root", root, *given)
+    return files
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -209,14 +282,26 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("step", choices=["search", "screen", "final", "test"])
     parser.add_argument("--folder", type=Path, default=Path("recipe_study"))
-    parser.add_argument("--only", nargs="+", help="parts by their names")
+    parser.add_argument("--only", nargs="+", help="parts by their names, or layouts")
     args = parser.parse_args(argv)
     study = Study(args.folder.absolute())
-    known = {"search": SEARCHED, "screen": PARTS}[args.step]
-    chosen = {name: ORIGINAL + part for name, part in known.items()}
-    if args.only:
-        chosen = {name: chosen[name] for name in args.only}
-    table(study, SCREENED, {"original": ORIGINAL, **chosen}, seeds=SEEDS[:1])
+    if args.step in ("search", "screen"):
+        known = {"search": SEARCHED, "screen": PARTS}[args.step]
+        chosen = {name: ORIGINAL + known[name] for name in args.only or known}
+        table(study, SCREENED, {"original": ORIGINAL, **chosen}, seeds=SEEDS[:1])
+        return
+    for layout in args.only or LAYOUTS:
+        trained = table(study, layout, FINAL, seeds=SEEDS)
+        for one, other in COMPARED:
+            columns = []
+            for name in (one, other):
+                if args.step == "test":
+                    columns.append(measure_on_test(study, layout, trained[name]))
+                else:
+                    columns.append(
+                        [study.folder / pair["stage 2"]["run"] for pair in trained[name]]
+                    )
+            compare(layout, columns)
 
 
 if __name__ == "__main__":
