@@ -5,8 +5,8 @@
     OMP_NUM_THREADS=1 python bench/recipe_study.py final      # what held, 3 x 3 seeds, all layouts
     OMP_NUM_THREADS=1 python bench/recipe_study.py test       # the same pairs on test, which is opened once, at the end
 
-A training that bench/results/recipe_study.json has is not done again, so each command goes on where it was stopped, and
-prints its table. `--folder` keeps data and weights. Choices are made on val.
+`--folder` keeps data, weights and what came of each training, which is not done again: a command goes on where it was
+stopped, and prints its table. Choices are made on val. bench/results/recipe_study.json is what came of ours.
 """
 
 import argparse
@@ -29,7 +29,6 @@ from demo import best_weights
 from runtime.files import write_text
 from utils import PROJECT_ROOT
 
-RESULTS = Path(__file__).parent / "results" / "recipe_study.json"
 SEEDS = ("0", "1", "2")
 LAYOUTS = ("Triplets", "CIRR")
 SCREENED = "Triplets"
@@ -101,15 +100,14 @@ PARTS = {f"1: {name}": Recipe(flags) for name, flags in STAGE_1.items()}
 PARTS |= {f"2: {name}": Recipe(stage_2=flags) for name, flags in STAGE_2.items()}
 
 
-# What is trained with 3 seeds of stage 1 x 3 of stage 2, for as long as `search` found good.
-LONGER = Recipe("--num-epochs 6", "--num-epochs 12")
-MODERN = Recipe("", "")
+# What is trained with 3 seeds of stage 1 x 3 of stage 2.
+MODERN = Recipe("--recipe modern", "--recipe modern")
 PLAIN = Recipe(stage_2="--combiner-type clip4cir")
 FINAL = {
-    "original": ORIGINAL + LONGER,
-    "original, plain Combiner": ORIGINAL + LONGER + PLAIN,
-    "modern": ORIGINAL + LONGER + MODERN,
-    "modern, plain Combiner": ORIGINAL + LONGER + MODERN + PLAIN,
+    "original": ORIGINAL,
+    "original, plain Combiner": ORIGINAL + PLAIN,
+    "modern": ORIGINAL + MODERN,
+    "modern, plain Combiner": ORIGINAL + MODERN + PLAIN,
 }
 COMPARED = [
     ("original", "modern"),
@@ -127,7 +125,8 @@ class Study:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.done: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        self.file = folder / "recipe_study.json"
+        self.done: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
 
     def draw(self) -> None:
         """Render the pictures, unless they are there."""
@@ -157,7 +156,7 @@ class Study:
                 "best": best,
                 "seconds": seconds,
             }
-            write_text(RESULTS, json.dumps(self.done, indent=1) + "\n")
+            write_text(self.file, json.dumps(self.done, indent=1) + "\n")
         return self.done[key]
 
     def both_stages(

@@ -1,4 +1,4 @@
-"""Audit a benchmark with a pair: what image and text alone solve, what composition adds, which queries need both.
+"""Audit a benchmark with a pair: the queries that image or text alone solve, and the queries that need both.
 
     python src/audit.py --dataset CIRR --clip-model-path models/THE_RUN --combiner-path models/THE_OTHER_RUN \
         --write-queries need_both.json
@@ -41,19 +41,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parents = [parent(groups.Dataset), *options.evaluation_flags(needs_pair=False)]
     parser = ScriptParser(__doc__, parents=parents)
     group = parser.add_argument_group("audit")
-    options.add_protocol(group, help="which are audited (default: all that apply)")
-    options.add_k(group, default=10, help="a query is solved where its target is among so many")
+    options.add_protocol(group, help="protocols to audit (default: all of the benchmark)")
+    options.add_k(
+        group,
+        default=10,
+        help="cut-off: a query counts as solved if its target is among the first k results",
+    )
     group.add_argument(
         "--write-queries",
         type=usable_path,
         metavar="FILE",
-        help="a file for the queries that need both, under the first protocol, for validate.py --queries",
+        help="output file that lists the queries that need both image and text under the first protocol, for "
+        "validate.py --queries",
     )
     group.add_argument(
         "--metrics-json",
         type=usable_path,
         metavar="FILE",
-        help="a file for all numbers of the audit",
+        help="output file for all numbers of the audit (JSON)",
     )
     options.add_resampling(group, resamples=2000)
     return parser.parse_args(argv)
@@ -63,7 +68,7 @@ def print_audit(benchmark: Benchmark, protocol: str, numbers: Mapping[str, Any])
     """Two tables: who solves what, and every metric where both are needed."""
     queries = sum(numbers["queries"].values())
     print(
-        f"\n{benchmark.name} {benchmark.val_split}, {protocol}: of {queries} queries are solved, and in %"
+        f"\n{benchmark.name} {benchmark.val_split}, {protocol}: {queries} queries, number solved and share in %"
     )
     rows: dict[str, dict[str, str]] = {}
     for name, of_recall in numbers["recalls"].items():
@@ -75,10 +80,10 @@ def print_audit(benchmark: Benchmark, protocol: str, numbers: Mapping[str, Any])
             rows[name][f"gap of {function}"] = with_interval(**gap, sign="+")
     print(text_table(rows))
     needed = sum(numbers["need_both"].values())
-    print(f"\n{needed} of them need both, at {numbers['solved_by']}")
+    print(f"\n{needed} of the queries need both, at {numbers['solved_by']}")
     lacking = [split for split, own in numbers["need_both"].items() if not own]
     if lacking:
-        print(f"without any of {', '.join(lacking)} there are no metrics of those alone")
+        print(f"no metrics of the queries that need both: {', '.join(lacking)} has none")
         return
     rows = {}
     for function, metrics in numbers["metrics_where_both_are_needed"].items():
@@ -111,14 +116,14 @@ def write_queries(
 ) -> None:
     """Write the queries that need both; nothing where there are none."""
     if not names:
-        logger.warning("warning: no query needs both: %s is not written", file)
+        logger.warning("warning: no query needs both image and text: %s is not written", file)
         return
     write_query_list(file, benchmark, names, chosen_by=chosen_by)
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Audit, print, and write what the flags ask for."""
+    """Audit, print, and write what the flags choose."""
     args = parse(argv)
     check_files(args)
     outputs = {"--metrics-json": args.metrics_json, "--write-queries": args.write_queries}

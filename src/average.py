@@ -22,7 +22,7 @@ from utils import UserError, command
 logger = logging.getLogger(__name__)
 
 FLAG = "--checkpoints"
-# What those of a stage must share beside their preprocessing, by the key of its weights.
+# What those of a stage must share besides their preprocessing, by the key of its weights.
 SHARED: dict[str, tuple[str, ...]] = {
     "CLIP": (),
     "Combiner": ("clip_weights", "combiner_type", "top_k", "seed"),
@@ -39,14 +39,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action=Several,
         required=True,
         metavar="FILE",
-        help="two at least, of one stage",
+        help="checkpoints to average, at least two of the same stage",
     )
     parser.add_argument(
         "--output",
         type=usable_path,
         required=True,
         metavar="FILE",
-        help="the checkpoint that is written",
+        help="output file for the averaged checkpoint",
     )
     return parser.parse_args(argv)
 
@@ -83,20 +83,21 @@ def read(file: Path, kind: str) -> Checkpoint:
 
 
 def check_same_model(first: Checkpoint, other: Checkpoint, names: tuple[str, ...]) -> None:
-    """Refuse a checkpoint that is of another model than the first, or began from other weights."""
+    """Reject a checkpoint that is of another model than the first, or began from other weights."""
     for name in [*Settings.read(first.config).preprocessing, *names]:
         ours = first.table.get(name)
         theirs = other.table.get(name)
         if ours != theirs:
             raise UserError(
-                f"{FLAG} {other.path}: {name} is {theirs}, but {ours} in {first.path}: name those of one model"
+                f"{FLAG} {other.path}: {name} is {theirs}, but {ours} in {first.path}: choose checkpoints of one model"
             )
     shapes = [
         {name: weight.shape for name, weight in each.state.items()} for each in (first, other)
     ]
     if shapes[0] != shapes[1]:
         raise UserError(
-            f"{FLAG} {other.path} has other weights than {first.path}: name those of one model"
+            f"{FLAG} {other.path} has weights of other names or shapes than {first.path}: choose checkpoints of one "
+            "model"
         )
 
 
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     files = [find_checkpoint(FLAG, path) for path in args.checkpoints]
     if len(files) < 2:
-        raise UserError(f"{FLAG}: there is nothing to average in one: name two at least")
+        raise UserError(f"{FLAG}: one checkpoint cannot be averaged: pass at least two")
     check_writable({"--output": args.output.parent})
 
     from runtime.tensors import save_tensors

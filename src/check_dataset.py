@@ -1,4 +1,4 @@
-"""Check a copy of a benchmark: its files, every image, and what is wrong with them.
+"""Check a copy of a benchmark: its annotation files and every image.
 
     python src/check_dataset.py --dataset FashionIQ
     python src/check_dataset.py --dataset CIRR --splits val test --write-exclusions cirr_exclusions.json
@@ -30,28 +30,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options.add_dataset(
         parser,
         required=False,
-        help="which benchmark, in upper or lower case (default: all whose folder is there)",
+        help="benchmark to check, not case-sensitive (default: every benchmark that has a folder)",
     )
     parser.add_argument(
         "--splits",
         nargs="+",
         action=Several,
         choices=ALL_SPLITS,
-        help="splits to check (default: all that are there)",
+        help="splits to check (default: all splits that have files)",
     )
     parser.add_argument(
-        "--unofficial", action="store_true", help="do not compare counts with the official ones"
+        "--unofficial", action="store_true", help="do not compare counts with the official counts"
     )
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
         "--write-exclusions",
         type=usable_path,
         metavar="FILE",
-        help="a file for the images that cannot be decoded, for --exclusions",
+        help="output file that lists the images that cannot be decoded, for --exclusions",
     )
     args = parser.parse_args(argv)
     if args.write_exclusions and not args.dataset:
-        parser.error("--write-exclusions is for one dataset: name it with --dataset")
+        parser.error("--write-exclusions is for one dataset: choose it with --dataset")
     return args
 
 
@@ -63,7 +63,7 @@ def chosen_benchmarks(data_root: Path, dataset: str | None) -> list[Benchmark]:
     there = [benchmark for benchmark in benchmarks if benchmark.annotation_folder().is_dir()]
     if not there:
         folders = ", ".join(Path(benchmark.folder).parts[0] for benchmark in benchmarks)
-        raise UserError(f"--data-root {data_root} holds none of {folders}: name another")
+        raise UserError(f"--data-root {data_root} contains none of {folders}: choose another")
     return there
 
 

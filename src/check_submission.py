@@ -32,29 +32,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     datasets = list(dict.fromkeys(form.kind.name for form in FORMS))
     parser = ScriptParser(__doc__, parents=[parent(groups.Data)])
     parser.add_argument(
-        "files", type=usable_path, nargs="+", metavar="FILE", help="a file to be uploaded"
+        "files", type=usable_path, nargs="+", metavar="FILE", help="submission file to check"
     )
     parser.add_argument(
         "--split",
         choices=("val", "test"),
         default="test",
-        help="the split whose queries the files answer",
+        help="split of the queries in the files",
     )
     parser.add_argument(
         "--dataset",
         type=in_any_case(datasets),
         choices=datasets,
-        help="the benchmark that the files are of (default: told by each file's content, but for Triplets)",
+        help="benchmark of the files (default: detected from their content, which is not possible for Triplets)",
     )
     parser.add_argument(
         "--metrics-json",
         type=usable_path,
         metavar="FILE",
-        help="a file for the metrics of --split val",
+        help="output file for the metrics of --split val (JSON)",
     )
     args = parser.parse_args(argv)
     if args.metrics_json and args.split != "val":
-        parser.error("--metrics-json: a test split's answers are secret: give --split val")
+        parser.error("--metrics-json needs a split with known targets: pass --split val")
     return args
 
 
@@ -73,7 +73,7 @@ def open_form(kind: type[ServerForm[Any]], data_root: Path, wanted: str) -> Serv
         if here != official:
             print(
                 f"note: {records.name} has {here} queries here, {official} in the official annotations: this says "
-                "little about what the server takes"
+                "little about what the server accepts"
             )
     return form
 
@@ -117,7 +117,7 @@ def check_rankings(file: Path, args: argparse.Namespace) -> dict[str, Any] | Non
         excluded.update(names)
     benchmark = kind(args.data_root, excluded)
     if content["split"] != benchmark.split_called(args.split):
-        raise UserError(f"{file} is of {content['split']}: give --split val")
+        raise UserError(f"{file} is of {content['split']}: pass --split val")
     if not print_violations(file, unlike_annotations(content, benchmark)):
         return None
     protocols = {name: found["metrics"] for name, found in content["protocols"].items()}
@@ -132,7 +132,7 @@ def not_whole(form: ServerForm[Any], contents: Contents) -> str:
     if sorted(slots) == sorted(form.slots):
         return ""
     wanted = f"a file each of {' and '.join(form.slots)}" if len(form.slots) > 1 else "one file"
-    return f"{next(iter(contents))}: not scored, a submission is {wanted}: name those of one"
+    return f"{next(iter(contents))}: not scored, a submission is {wanted}: pass the files of one submission"
 
 
 def scores_of(files: Mapping[ServerForm[Any], Contents], *, must: bool) -> list[dict[str, Any]]:
@@ -169,7 +169,8 @@ def print_scores(scores: list[dict[str, Any]], metrics_json: Path | None) -> Non
     if metrics_json:
         if len(scores) != 1:
             raise UserError(
-                f"--metrics-json {metrics_json}: the files are of {len(scores)} submissions: name those of one"
+                f"--metrics-json {metrics_json}: the files are of {len(scores)} submissions: pass the files of one "
+                "submission"
             )
         write_text(metrics_json, json.dumps(scores[0], indent=2) + "\n")
 

@@ -1,4 +1,4 @@
-"""Write the file that CIRCO's evaluation server takes, from the test split, and check it.
+"""Write the submission file for CIRCO's evaluation server from the test split, and check it.
 
     python src/circo_test_submission.py --submission-name my_submission --combining-function combiner \
         --combiner-path models_final/combiner_trained_on_cirr --clip-model-path models_final/clip_finetuned_on_cirr
@@ -19,11 +19,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = submission_parser(__doc__, CircoForm.kind)
     add_protocol(
         parser,
-        help="which is submitted: text of the queries, and whether their references may be retrieved",
+        help="protocol of the submission; protocols differ in the text of the queries and in whether the reference may "
+        "be retrieved",
     )
     args = parser.parse_args(argv)
     if args.protocol and len(args.protocol) > 1:
-        parser.error("--protocol: a submission is of one: name one")
+        parser.error("--protocol: a submission has one protocol: choose one")
     return args
 
 

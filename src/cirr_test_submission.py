@@ -1,4 +1,4 @@
-"""Write the two files that CIRR's evaluation server takes, from the test1 split, and check them.
+"""Write the two submission files for CIRR's evaluation server from the test1 split, and check them.
 
     python src/cirr_test_submission.py --submission-name my_submission --combining-function combiner \
         --combiner-path models_final/combiner_trained_on_cirr --clip-model-path models_final/clip_finetuned_on_cirr

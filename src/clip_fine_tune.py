@@ -5,7 +5,7 @@ On a GPU:
         --learning-rate 2e-6 --batch-size 128 --transform targetpad --target-ratio 1.25 \
         --save-training --save-best --validation-frequency 1
 
-On a laptop, with drawn data: see `make demo`.
+On a laptop, with synthetic data: see `make demo`.
 """
 
 import copy
@@ -39,7 +39,7 @@ def parse(argv: list[str] | None) -> Stage1:
 
 
 def train(args: Stage1, benchmark: Benchmark, stop: StopRequest) -> None:
-    """Fine-tune CLIP in a run folder, or anew with each of several seeds."""
+    """Fine-tune CLIP in a run folder, or once with each of several seeds."""
     from models.encoder import versions
     from training.data import read_training_data
     from training.run_folder import claim_place
@@ -73,7 +73,7 @@ def train(args: Stage1, benchmark: Benchmark, stop: StopRequest) -> None:
 def task_of(
     args: Stage1, data: "TrainingData", encoder: "Encoder", device: "torch.device"
 ) -> "Task":
-    """What CLIP learns, and what is measured of it; of several seeds each trains a copy."""
+    """Return the task of fine-tuning CLIP and validating it; each of several seeds trains a copy."""
     from combiner import compose_sum
     from evaluation.retrieval import evaluate
     from training.stage1 import fine_tuning

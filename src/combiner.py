@@ -43,7 +43,7 @@ def compose_sum(image_features: Tensor, text_features: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Insight:
-    """What a Combiner does with queries.
+    """Experts and gates that a Combiner uses for queries.
 
     Attributes:
         experts: (B, E) weight of each expert, 0 for those that a query does not go to; E is 0 without a mixture.
@@ -54,13 +54,13 @@ class Insight:
     gate: Tensor
 
     def cpu(self) -> "Insight":
-        """The same on the CPU."""
+        """Return a copy on the CPU."""
         return Insight(experts=self.experts.cpu(), gate=self.gate.cpu())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a mixture has that the original's has not: by default, nothing.
+    """Parts of a mixture of experts beyond the original's; all are off by default.
 
     Attributes:
         shared_expert: one more expert, which every query goes through (Dai et al. 2024, arXiv 2401.06066, section 3.2).
@@ -76,7 +76,7 @@ class Parts:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Parts":
-        """Those that the settings of a Combiner name."""
+        """Return the parts that are set in the settings of a Combiner."""
         names = [field.name for field in fields(cls)]
         return cls(**{name: settings[name] for name in names if settings.get(name)})
 
@@ -100,12 +100,12 @@ class Composer(nn.Module, ABC):
 
     @property
     def has_router(self) -> bool:
-        """Whether a router sends queries to experts."""
+        """Tell whether a router sends queries to experts."""
         return self.top_k > 0
 
     @property
     def router_bias(self) -> Tensor | None:
-        """What is added to the router's logits (E,) where experts are chosen; None where nothing is."""
+        """Return the bias (E,) of the router's logits for the choice of experts; None without a bias."""
         return None
 
     @abstractmethod
@@ -115,7 +115,7 @@ class Composer(nn.Module, ABC):
     def explained(
         self, image_features: Tensor, text_features: Tensor, lean: Tensor | None = None
     ) -> tuple[Tensor, Insight | None]:
-        """Return the queries (B, D) and what it does with them; None where there is nothing to see.
+        """Return the queries (B, D), and experts and gate; None if it has neither.
 
         Args:
             lean: of the gate, see `leaned`.
@@ -209,7 +209,7 @@ def choose(logits: Tensor, top_k: int, bias: Tensor | None) -> tuple[Tensor, Ten
 
 
 def has_grouped_product(rows: Tensor, columns: int) -> bool:
-    """Whether one kernel multiplies all groups of rows (n, m) to (n, columns), and reads their bounds on the device.
+    """Check whether one kernel multiplies all groups of rows (n, m) to (n, columns), with their bounds on the device.
 
     torch has it from 2.10 on, for bfloat16 on GPUs of compute capability 9, in steps of 16 bytes. For all else
     `grouped_mm` is a loop over the groups that waits for the device, or refuses; on capability 10 its gradient is not
@@ -384,7 +384,7 @@ class Combiner(Composer):
         return self.moe_layer.route(self.joint(image_features, text_features))
 
     def joint(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """What router, experts and gate see: the attended projections (B, 2P), text first."""
+        """Compute the input of router, experts and gate: the attended projections (B, 2P), text first."""
         text = self.dropout(self.text_projection_layer(text_features))  # (B, P)
         image = self.dropout(self.image_projection_layer(image_features))  # (B, P)
         pair = torch.stack([text, image], dim=1)  # (B, 2, P)
@@ -497,7 +497,7 @@ def combiner_settings(
     is_moe = any(name.startswith("moe_layer.") for name in state)
 
     def shape(name: str) -> tuple[int, ...]:
-        remedy = "it is of no Combiner known here, name another"
+        remedy = "it is not a known Combiner; choose another file"
         return shape_of(state, name, 2, source=source, remedy=remedy)
 
     for kind, class_name in COMBINER_TYPES.items():
@@ -516,7 +516,8 @@ def combiner_settings(
     top_k = config.get("top_k", ORIGINAL_TOP_K)
     if top_k > num_experts:
         raise UserError(
-            f"{source}: top_k is {top_k}, but its weights have {num_experts} experts: name another, or --top-k"
+            f"{source}: top_k is {top_k}, but its weights have {num_experts} experts: choose another file, or set "
+            "--top-k"
         )
     parts = {name: True for name, weight in TOLD_BY.items() if weight in state or config.get(name)}
     return {"combiner_type": "moe", **sizes, "num_experts": num_experts, "top_k": top_k, **parts}
@@ -546,7 +547,7 @@ def load_combiner(
         config: see `combiner_settings`.
         path: the checkpoint's file, which errors name.
         wanted: what flags say of it, None where they are silent; its k holds where the configuration says none.
-        clip_dim: feature length D of the CLIP beside it.
+        clip_dim: feature dimension D of the CLIP beside it.
 
     Raises:
         UserError: a wanted value, or the CLIP, disagrees with the checkpoint; both values are named.
@@ -559,12 +560,12 @@ def load_combiner(
         if value is not None and value != has:
             has = "none" if has is None else has
             raise UserError(
-                f"{flag(name)} {value} disagrees with {path}, which has {has}: leave the flag out"
+                f"{flag(name)} {value} differs from {path}, which has {has}: remove the flag"
             )
     if settings["clip_dim"] != clip_dim:
         raise UserError(
-            f"--combiner-path {path} was trained on features of length {settings['clip_dim']}, but --clip-model-name "
-            f"gives {clip_dim}: name the CLIP it was trained with"
+            f"--combiner-path {path} was trained on features of dimension {settings['clip_dim']}, but "
+            f"--clip-model-name gives {clip_dim}: choose the CLIP model that it was trained with"
         )
     source = f"--combiner-path {path}"
     try:

@@ -5,7 +5,7 @@ On a GPU:
         --clip-model-name RN50x16 --clip-model-path clip_finetuned --combiner-lr 2e-5 --batch-size 4096 --clip-bs 32 \
         --transform targetpad --target-ratio 1.25 --save-training --save-best --validation-frequency 1
 
-`make demo` runs it on a laptop, on drawn data.
+`make demo` runs it on a laptop, on synthetic data.
 """
 
 import dataclasses
@@ -72,7 +72,7 @@ def train(args: Stage2, benchmark: Benchmark, stop: StopRequest) -> None:
 
 
 def task_of(args: Stage2, data: "TrainingData", features: "Features", settings: Settings) -> "Task":
-    """What a new Combiner learns, and what is measured of it."""
+    """Return the task of training a new Combiner and validating it."""
     from combiner import build_combiner
     from evaluation.retrieval import evaluate
     from training.stage2 import combiner_training

@@ -39,9 +39,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=usable_path,
         nargs="+",
         metavar="RESULT",
-        help="a file of validate.py --metrics-json, or the run folder of a training with --seeds",
+        help="result file of validate.py --metrics-json, or run folder of a training run with --seeds",
     )
-    add_protocol(parser, help="which are compared (default: all)")
+    add_protocol(parser, help="protocols to compare (default: all)")
     add_resampling(parser, resamples=10_000)
     return parser.parse_args(argv)
 
@@ -57,7 +57,8 @@ def shared_protocols(columns: Sequence[Column], wanted: Sequence[str] | None) ->
     if not shared:
         measured = "; ".join(f"{column.label}: {', '.join(column.protocols)}" for column in columns)
         raise UserError(
-            f"no {' or '.join(wanted or ['protocol'])} in common ({measured}): numbers of different ones do not compare"
+            f"no {' or '.join(wanted or ['protocol'])} in common ({measured}): results under different protocols "
+            "cannot be compared"
         )
     return shared
 
@@ -65,7 +66,7 @@ def shared_protocols(columns: Sequence[Column], wanted: Sequence[str] | None) ->
 def print_protocol(
     benchmark: Benchmark, columns: Sequence[Column], protocol: str, *, resampling: Resampling
 ) -> None:
-    """Print one table: metrics by columns, and beside each column its difference from the first; notes below."""
+    """Print one table: metrics by columns, and next to each column its difference from the first; notes below."""
     base, *others = columns
     rows: dict[str, dict[str, str]] = {}
     notes = []
@@ -140,7 +141,9 @@ def main(argv: list[str] | None = None) -> None:
     for column in columns:
         for kind, dataset in column.trained_elsewhere.items():
             measured_on = column.results[0]["dataset"]
-            print(f"\n{column.label}: its {kind} was trained on {dataset}, not on {measured_on}")
+            print(
+                f"\n{column.label}: its {kind} was trained on {dataset}, but measured on {measured_on}"
+            )
         if len(column.results) > 1:
             print(
                 f"\n{printable(column.label)}: mean ± standard deviation of {len(column.results)} seeds"

@@ -1,4 +1,4 @@
-"""Make your own triplets of annotation files that others publish: FashionIQ, CIRR, LaSCo or Shoes.
+"""Convert published annotation files to your own triplets: FashionIQ, CIRR, LaSCo or Shoes.
 
     python src/convert.py --dataset LaSCo --output-dir lasco
     python src/clip_fine_tune.py --dataset Triplets --data-root lasco
@@ -33,14 +33,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=in_any_case(SOURCES),
         choices=list(SOURCES),
         required=True,
-        help="whose annotation files are read",
+        help="benchmark whose annotation files are converted (not case-sensitive)",
     )
     parser.add_argument(
         "--output-dir",
         type=usable_path,
         required=True,
         metavar="DIR",
-        help="a folder for the triplets, the data root to be",
+        help="output folder for the triplets, to be passed as --data-root",
     )
     return parser.parse_args(argv)
 
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     check_writable({"--output-dir": args.output_dir})
     splits = {split: usable(split, converted) for split, converted in read(source).items()}
     if not splits:
-        raise UserError(f"{source} has no annotation files: put them there, or name --data-root")
+        raise UserError(f"{source} has no annotation files: add them, or set --data-root")
     with folder_made_beside(made) as folder:
         (folder / "images").symlink_to(source.resolve(), target_is_directory=True)
         for split, converted in splits.items():

@@ -217,7 +217,7 @@ def read_or_explain(path: Path, read: Reader, resolution: int) -> tuple[Tensor, 
 
 
 class ImageDataset(Dataset):
-    """What is read from image files: the item of a path is what `read` makes of it."""
+    """Dataset of image files: the item of a path is the value that `read` returns."""
 
     def __init__(self, read: Callable[[Path], Any]) -> None:
         self.read = read
@@ -302,7 +302,7 @@ class ImageLoader:
             remedy = REMEDIES[error.errno] if error.errno in LIMITS else WORKERS_REMEDY
         finally:
             sys.unraisablehook = before
-        raise UserError(f"the processes that decode images cannot start ({reason}): {remedy}")
+        raise UserError(f"the data-loader processes cannot start ({reason}): {remedy}")
 
     def _loader(self, files: list[list[Path]]) -> DataLoader:
         # A loader draws a seed when it starts. With torch's own generator, dropout would depend on

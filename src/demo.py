@@ -1,4 +1,4 @@
-"""The whole system on OpenMoji's pictures, in minutes on a CPU: train both stages, validate, submit, export, search.
+"""Run the whole system on OpenMoji's pictures, in minutes on a CPU: train both stages, validate, export, search.
 
 python src/demo.py            # or make demo
 python src/demo.py --seeds 0 1 2
@@ -94,7 +94,7 @@ class Demo:
         words = [f"src/{script}", *map(str, flags)]
         print(f"\n$ python {shlex.join(words)}", flush=True)
         if start(words):
-            raise UserError(f"{script} failed; what it said is above")
+            raise UserError(f"{script} failed: see its message above")
 
     def train(self, script: str, name: str, *flags: Word) -> Path:
         """Run a training; returns its run folder."""
@@ -204,7 +204,7 @@ def start(words: Sequence[str]) -> int | None:
 
 
 def interpret(words: Sequence[str]) -> None:
-    """What `python words` does."""
+    """Run `python words` in this process."""
     sys.argv = list(words)
     runpy.run_path(words[0], run_name="__main__")
 
@@ -260,7 +260,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=usable_path,
         default=Path("demo"),
         metavar="DIR",
-        help="the folder for all that it makes",
+        help="folder for all files of the demo",
     )
     parser.add_argument(
         "--seeds",
@@ -268,7 +268,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         action=Several,
         default=[0],
-        help="random seeds of stage 2",
+        help="random seeds for stage 2, one training run each",
     )
     return parser.parse_args(argv)
 
@@ -294,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
     print(table({"MoE Combiner": [recalls]}, {name: name for name in recalls}))
     demo.hand_on(pair)
     print(
-        f"\nThe page of each training: {folder}/models/*/*/index.html. To search in a browser: make app"
+        f"\nPages of the training runs: {folder}/models/*/*/index.html. To search in a browser: make app"
     )
     print(NEXT)
 

@@ -1,4 +1,4 @@
-"""A web page to search an index: choose or upload a reference, say what to change, go on from an answer.
+"""Serve a web page to search an index: choose or upload a reference, type what to change, continue from a result.
 
     python src/demo_app.py --index photos_index --combiner-path models_final/combiner_trained
 
@@ -54,26 +54,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = ScriptParser(__doc__, parents=parents)
     group = parser.add_argument_group("page")
     group.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other machines in"
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 lets other machines connect",
     )
-    group.add_argument("--port", type=port, default=7860, help="port to listen at")
+    group.add_argument("--port", type=port, default=7860, help="port to listen on")
     group.add_argument(
         "--allow-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="a further name of the page, as of a proxy in front of it; may be repeated",
+        help="additional host name of the page, such as a proxy in front of it; may be repeated",
     )
     group.add_argument(
         "--api",
         action="store_true",
-        help="explain at /docs how programs ask: POST /search and others",
+        help="serve documentation of the API for programs at /docs",
     )
     group.add_argument(
         "--examples",
         type=usable_path,
         metavar="FILE",
-        help="triplets of the index to try, as val.jsonl of your own triplets",
+        help="triplets that the page offers as examples, in the form of val.jsonl of your own triplets; their "
+        "images must be in the index",
     )
     options.add_k(group, default=12)
     return parser.parse_args(argv)

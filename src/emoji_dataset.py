@@ -246,7 +246,7 @@ def _circo_entry(number: int, query: Query, numbers: Mapping[Picture, int]) -> d
 
 
 def _shared_concept(query: Query) -> str:
-    """What a reference and its targets have in common, in words."""
+    """Return the concept that a reference shares with its targets, in words."""
     shared = set(query.reference.facts).intersection(*(target.facts for target in query.targets))
     words = [value for fact, value in query.reference.facts if (fact, value) in shared]
     concept = {query.reference.concept}.union(target.concept for target in query.targets)
@@ -270,7 +270,7 @@ def _write_bytes(path: Path, content: bytes) -> None:
         path.write_bytes(content)
     except OSError as error:
         raise UserError(
-            f"could not write {path} ({error.strerror}): free space or choose another folder"
+            f"could not write {path} ({error.strerror}): free disk space, or choose another folder"
         ) from None
 
 
@@ -282,7 +282,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of the rendering."""
     parser = ScriptParser(__doc__)
     parser.add_argument(
-        "--output-dir", type=usable_path, required=True, metavar="DIR", help="the data root to be"
+        "--output-dir",
+        type=usable_path,
+        required=True,
+        metavar="DIR",
+        help="output folder, to be passed as --data-root",
     )
     parser.add_argument(
         "--layouts",
@@ -290,27 +294,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action=Several,
         choices=tuple(LAYOUTS),
         default=list(LAYOUTS),
-        help="layouts to write",
+        help="benchmark layouts to write",
     )
     parser.add_argument(
-        "--side", type=positive_int, default=128, help="side of the pictures, in pixels"
+        "--side", type=positive_int, default=128, help="side length of the pictures in pixels"
     )
     parser.add_argument(
         "--train-triplets",
         type=positive_int,
         default=2500,
-        help="training triplets of each kind, at most",
+        help="largest number of training triplets of each kind",
     )
     parser.add_argument(
         "--eval-queries",
         type=positive_int,
         default=100,
-        help="queries of each kind in val and test, at most",
+        help="largest number of val and test queries of each kind",
     )
     parser.add_argument(
-        "--concepts", type=positive_int, help="take so many of each family alone (default: all)"
+        "--concepts",
+        type=positive_int,
+        help="number of concepts to use of each family (default: all)",
     )
-    add_seed(parser, help="of splits, pairs and wordings")
+    add_seed(parser, help="for splits, image pairs and wordings")
     return parser.parse_args(argv)
 
 
@@ -323,7 +329,7 @@ def main(argv: list[str] | None = None) -> None:
     divided = divide(pixels, args.seed)
     if not all(divided.values()):
         raise UserError(
-            "--concepts is too small to divide among train, val and test: give 3 or more"
+            "--concepts is too small to divide among train, val and test: choose 3 or more"
         )
     queries = {}
     alike = {}

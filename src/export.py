@@ -1,4 +1,4 @@
-"""Hand a trained pair on: write one folder that others can load, with a model card; upload it where that is asked for.
+"""Export a trained pair to one folder that others can load, with a model card, and optionally upload it.
 
     python src/export.py --clip-model-path models/THE_RUN --combiner-path models/THE_OTHER_RUN --output my_pair \
         --results fiq.json
@@ -35,16 +35,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parent(groups.WantedCombiner),
     ]
     parser = ScriptParser(__doc__, parents=parents)
-    options.add_combiner_path(parser, help="weights of stage 2 (default: none, which is the sum)")
+    options.add_combiner_path(
+        parser,
+        help="stage-2 weights, a checkpoint or a run folder (default: none; queries are composed by the sum)",
+    )
     group = parser.add_argument_group("export")
     group.add_argument(
         "--output",
         type=usable_path,
         required=True,
         metavar="DIR",
-        help="a new or an empty folder for the pair",
+        help="output folder for the pair, new or empty",
     )
-    group.add_argument("--half", action="store_true", help="store fp16: half the bytes, rounded")
+    group.add_argument(
+        "--half", action="store_true", help="store weights rounded to fp16, in half the disk space"
+    )
     group.add_argument(
         "--results",
         type=usable_path,
@@ -52,7 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action=Several,
         default=[],
         metavar="FILE",
-        help="files of validate.py --metrics-json, for the model card",
+        help="result files of validate.py --metrics-json for the model card",
     )
     group.add_argument(
         "--push",

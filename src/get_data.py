@@ -274,7 +274,12 @@ def download(name: str, folder: Path) -> Path:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the flags."""
     parser = ScriptParser(__doc__, parents=[parent(groups.Data), parent(groups.Decoding)])
-    parser.add_argument("name", type=in_any_case(NAMES), choices=NAMES, help="what to lay out")
+    parser.add_argument(
+        "name",
+        type=in_any_case(NAMES),
+        choices=NAMES,
+        help="dataset to lay out, or checkpoints for those of CLIP4Cir",
+    )
     parser.add_argument(
         "--archive",
         nargs="+",
@@ -282,7 +287,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=usable_path,
         metavar="PATH",
         default=[],
-        help="zip files, tar files and folders to take files from; the first that has a file is used",
+        help="zip files, tar files and folders to search for files; the first that contains a file is used",
     )
     parser.add_argument(
         "--download",
@@ -290,7 +295,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="download FashionIQ's images or CLIP4Cir's checkpoints from Google Drive into downloads/",
     )
     parser.add_argument(
-        "--unofficial", action="store_true", help="do not compare counts with the official ones"
+        "--unofficial", action="store_true", help="do not compare counts with the official counts"
     )
     args = parser.parse_args(argv)
     if not args.archive and not args.download:

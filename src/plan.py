@@ -1,9 +1,9 @@
-"""Say what a training would take of a GPU, before there is one: memory and time by part, and what fits.
+"""Estimate the GPU memory and time that a training run needs, by part, and the settings that fit.
 
     python src/plan.py stage1 --dataset CIRR --clip-model-name RN50x16 --batch-size 128 --gpu a100-40
     python src/plan.py stage2 --dataset CIRR --clip-model-name RN50x16 --batch-size 4096 --gpu t4
 
-The flags are those of clip_fine_tune.py and combiner_train.py; those that cost a GPU nothing are taken and passed over.
+The flags are those of clip_fine_tune.py and combiner_train.py; flags that do not affect the GPU are ignored.
 All numbers are computed, none is measured: docs/gpus.md says how, and what is left out.
 """
 
@@ -32,15 +32,17 @@ GIB = 2**30
 
 
 def plan_flags() -> argparse.ArgumentParser:
-    """What is planned for."""
+    """Return the flags of a plan: the GPU and the numbers of triplets and images."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("plan")
-    group.add_argument("--gpu", choices=GPUS, help="which GPU; needed unless --memory is given")
+    group.add_argument(
+        "--gpu", choices=GPUS, help="GPU model to plan for; required unless --memory is given"
+    )
     group.add_argument(
         "--memory",
         type=positive_float,
         metavar="GIB",
-        help="memory of another GPU, or what is free of it",
+        help="GPU memory in GiB, for a GPU that is not listed or partly in use",
     )
     for name in ("--triplets", "--images"):
         group.add_argument(
@@ -48,7 +50,7 @@ def plan_flags() -> argparse.ArgumentParser:
             type=rows,
             nargs=2,
             metavar=("TRAIN", "VAL"),
-            help=f"how many {name[2:]} there are, in place of those of --dataset",
+            help=f"number of {name[2:]} for training and for validation, instead of the counts of --dataset",
         )
     return parser
 
@@ -60,7 +62,7 @@ class Planned1(groups.Stage1):
 
 
 class Planned2(groups.Stage2):
-    """The same of stage 2."""
+    """Stage 2 as it is planned, for data that need not exist."""
 
     dataset: groups.BenchmarkName | None = changed(groups.Stage2, "dataset", None)  # type: ignore[assignment]
 
@@ -90,13 +92,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Fail now, before anything heavy is loaded, where flags do not say what is to be planned."""
     if args.resume:
-        raise UserError("--resume: a plan is made from flags; give those that the run had")
+        raise UserError("--resume: a plan is made from flags: pass the flags of the run instead")
     if not args.gpu and not args.memory:
-        raise UserError(f"--gpu: name one of {', '.join(GPUS)}, or give --memory")
+        raise UserError(f"--gpu is missing: choose {', '.join(GPUS)}, or pass --memory")
     if bool(args.triplets) != bool(args.images):
-        raise UserError("--triplets and --images belong together: give both")
+        raise UserError("--triplets and --images belong together: pass both")
     if not args.dataset and not args.triplets:
-        raise UserError("--dataset: name one, or give --triplets and --images")
+        raise UserError("--dataset is missing: choose one, or pass --triplets and --images")
     if args.micro_batch_size and args.micro_batch_size > args.batch_size:
         raise UserError(
             f"--micro-batch-size {args.micro_batch_size} is larger than the batch of {args.batch_size}: lower it"
@@ -118,7 +120,9 @@ def check_precision(gpu: Gpu, name: str, precision: str) -> None:
     """
     if gpu.rates and precision not in gpu.rates:
         known = ", ".join(gpu.rates)
-        raise UserError(f"{flag(name)} {precision}: the {gpu.title} has none; choose {known}")
+        raise UserError(
+            f"{flag(name)} {precision}: the {gpu.title} does not support it: choose {known}"
+        )
 
 
 def planned_sizes(args: argparse.Namespace) -> "Sizes":
@@ -162,7 +166,7 @@ def planned_clip(args: argparse.Namespace, gpu: Gpu) -> "CountedClip":
 
 
 def planned_training(args: argparse.Namespace, gpu: Gpu) -> "Training":
-    """The stage that the flags ask for."""
+    """The stage that the flags choose."""
     from training.planning import CombinerTraining, FineTuning, combiner_to_count
 
     precision = "fp16" if args.precision == "amp" else args.precision
@@ -199,11 +203,11 @@ def memory_lines(training: "Training", way: "Way", gpu: Gpu) -> Iterator[str]:
 
 
 def verdict(training: "Training", asked: "Way", fitting: "Way | None") -> str:
-    """Whether what was asked for fits, and what does where it does not."""
+    """Report whether the settings fit, and if not, which settings do."""
     if fitting == asked:
         return "It fits."
     if fitting is None:
-        return "It does not fit, and no flag makes it fit: take a smaller model or a larger GPU."
+        return "It does not fit, and no flag makes it fit: choose a smaller model or a larger GPU."
     size = training.needed(fitting) / GIB
     return f"It does not fit. This does: {typed(fitting, asked)} ({size:.2f} GiB)"
 
@@ -278,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
         gradient_checkpointing=args.gradient_checkpointing,
     )
     fitting = training.first_that_fits(asked, USABLE * gpu.memory * GIB)
-    print(f"{args.stage} with {training.clip.name}: all of it computed, none measured\n")
+    print(f"{args.stage} with {training.clip.name}: estimated, not measured\n")
     print("\n".join(memory_lines(training, asked, gpu)))
     print(verdict(training, asked, fitting), end="\n\n")
     print("\n".join(time_lines(training, fitting or asked, gpu, args)))

@@ -1,11 +1,11 @@
-"""Search your own images: index any folder, then ask with a reference image and what to change.
+"""Search your own images: index any folder, then search with a reference image and what to change.
 
     python src/search.py index --images photos/ --output photos_index --clip-model-path models_final/clip_finetuned
     python src/search.py query --index photos_index --image photos/shirt.jpg --text "is red and has no sleeves" \\
         --combiner-path models_final/combiner_trained
 
-`index --output photos_index` brings it up to date: it adds what is new and drops what is gone. What was moved is told
-by its content and not encoded again. Interrupted, it goes on where it was.
+`index --output photos_index` updates it: new images are added, missing ones removed. Moved images are recognised by
+their content and not encoded again. An interrupted update resumes with the same command.
 """
 
 import argparse
@@ -51,15 +51,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     index = commands.add_parser(
         "index",
         parents=[options.exported_flag(), *clip, options.compute_flags()],
-        help="encode a folder, or bring its index up to date",
+        help="index folders of images, or update their index",
     )
     add_folders(index)
     add_keeping(index)
-    options.add_clip_batch_size(index, help="images or texts that CLIP encodes at a time")
+    options.add_clip_batch_size(index, help="number of images or texts that CLIP encodes at a time")
     query = commands.add_parser(
         "query",
         parents=[*options.search_flags(), *clip, options.compute_flags(False)],
-        help="ask an index",
+        help="search an index",
     )
     add_question(query)
     return parser.parse_args(argv)
@@ -74,7 +74,7 @@ def add_folders(index: argparse.ArgumentParser) -> None:
         action=Several,
         default=[],
         metavar="DIR",
-        help="folders of images, beside those that the index has already",
+        help="folders of images to add to the folders of the index",
     )
     index.add_argument(
         "--forget",
@@ -83,17 +83,21 @@ def add_folders(index: argparse.ArgumentParser) -> None:
         action=Several,
         default=[],
         metavar="DIR",
-        help="folders to drop from the index",
+        help="folders to remove from the index",
     )
     index.add_argument(
         "--relocate",
         type=usable_path,
         nargs=2,
         metavar=("OLD", "NEW"),
-        help="the images below a folder are below another one now: rewrite their paths, and do nothing else",
+        help="rewrite the paths of images that were moved from folder OLD to folder NEW, and do nothing else",
     )
     index.add_argument(
-        "--output", type=usable_path, required=True, metavar="INDEX", help="a folder for the index"
+        "--output",
+        type=usable_path,
+        required=True,
+        metavar="INDEX",
+        help="index folder, created or updated",
     )
 
 
@@ -103,32 +107,38 @@ def add_question(query: argparse.ArgumentParser) -> None:
         "--image",
         type=usable_path,
         metavar="REF",
-        help="the reference image (default: none, the text alone)",
+        help="reference image (default: none; search by text alone)",
     )
-    query.add_argument("--text", help="what to change (default: nothing, the image alone)")
+    query.add_argument(
+        "--text",
+        help="caption, what to change in the reference (default: none; search by image alone)",
+    )
     options.add_k(query, default=10)
     query.add_argument(
         "--min-similarity",
         type=number(-1, 1),
         metavar="X",
-        help="least cosine similarity of an answer (default: any)",
+        help="smallest cosine similarity of a result, from -1 to 1 (default: no limit)",
     )
     query.add_argument(
         "--distinct",
         action="store_true",
-        help="show the first alone of images that are the same (default: show all, and say which are copies)",
+        help="show only the first of identical images (default: show all and mark the copies)",
     )
     query.add_argument(
         "--filter",
         default="",
         metavar="CONDITION",
-        help="condition on the answers of an index in Milvus, in its language over path, category, size and time: "
-        "'path like \"shoes/%%\"'",
+        help="condition on the results, only for an index in Milvus: a Milvus expression over path, category, size and "
+        "time, as 'path like \"shoes/%%\"'",
     )
     how = query.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="print the answers as JSON")
+    how.add_argument("--json", action="store_true", help="print the results as JSON")
     how.add_argument(
-        "--html", type=usable_path, metavar="FILE", help="a file for a page of the answers"
+        "--html",
+        type=usable_path,
+        metavar="FILE",
+        help="output file for an HTML page of the results",
     )
 
 
@@ -138,23 +148,23 @@ def add_keeping(index: argparse.ArgumentParser) -> None:
     index.add_argument(
         "--index-type",
         choices=dict.fromkeys(kinds),
-        help="flat is exact, the others are for large galleries (default: as it is, flat for a new one)",
+        help="type of the index; flat: exact search; others: approximate search of large galleries (default: "
+        "unchanged, flat for a new index)",
     )
     options.add_store(
         index,
-        help=f"{all_addresses()}; faiss are files, and a server of Milvus gets MILVUS_TOKEN of the environment "
-        "(default: as it is, faiss for a new one)",
+        help=f"store of the features: {all_addresses()}; faiss: files in the index folder; a Milvus server is sent the "
+        "environment variable MILVUS_TOKEN (default: unchanged, faiss for a new index)",
     )
     index.add_argument(
         "--on-disk",
         action=argparse.BooleanOptionalAction,
-        help="leave the lists of ivfpq in a file (default: as it is, in memory for a new one)",
+        help="keep the lists of ivfpq in a file instead of memory (default: unchanged, in memory for a new index)",
     )
     options.add_verify(
         index,
-        help="tell changed images by all of their bytes (default: "
-        "as it is; a new one by size, modification time and the first, middle and last 4 KiB, in Milvus by size and "
-        "time)",
+        help="detect changed images by hashing their whole content (default: unchanged; a new index compares size, "
+        "modification time and the first, middle and last 4 KiB, in Milvus only size and time)",
     )
 
 
@@ -170,17 +180,17 @@ def chosen_folders(
     gone = {path.resolve() for path in forgotten}
     for path in sorted(gone - set(map(Path, held))):
         raise UserError(
-            f"--forget {path}: {output} does not hold it, but {', '.join(held) or 'nothing'}: name one of it"
+            f"--forget {path}: {output} does not contain this folder: choose from {', '.join(held) or 'none'}"
         )
     chosen = sorted({*map(Path, held), *typed} - gone)
     if not chosen:
-        raise UserError("--images: name a folder that holds images")
+        raise UserError("--images is missing: pass a folder that contains images")
     missing = [folder for folder in chosen if not folder.is_dir()]
     for folder in missing:
         if folder in typed or not typed:
             raise UserError(
-                f"--images {folder} is no folder: name one that holds images, say where it is now with --relocate, or "
-                "drop it from the index with --forget"
+                f"--images {folder} is not a folder: choose one that contains images, pass its new place with "
+                f"--relocate, or remove it from the index with --forget"
             )
     return [folder for folder in chosen if folder not in missing], missing
 
@@ -223,16 +233,16 @@ def move_images(args: argparse.Namespace) -> None:
     for name in ("images", "forget", "index_type", "on_disk", "verify"):
         if getattr(args, name):
             raise UserError(
-                f"{flag(name)} beside --relocate, which only rewrites paths: leave one out"
+                f"{flag(name)} cannot be combined with --relocate, which only rewrites paths: remove one of them"
             )
 
     from image_search.image_index import relocate
 
     moved = relocate(args.output, *args.relocate, store=args.store)
     for path in moved.changed[:MOST_NAMED]:
-        logger.warning("%s is not what was indexed: the next update encodes it", path)
+        logger.warning("%s has changed since it was indexed: the next update encodes it", path)
     for path in moved.missing[:MOST_NAMED]:
-        logger.warning("%s is missing: the next update drops it", path)
+        logger.warning("%s is missing: the next update removes it", path)
     print(
         f"{printable(args.output)}: {moved.count} paths rewritten, {len(moved.changed)} of them of images with other "
         f"content, {len(moved.missing)} of images that are missing"
@@ -275,7 +285,7 @@ def encode_images(
             return update
         except Stopped as stopped:
             raise Stopped(
-                stopped.signal, "what was encoded is kept: go on with the same command"
+                stopped.signal, "encoded features are kept: run the same command again to resume"
             ) from None
 
 
@@ -287,16 +297,18 @@ def report(folder: Path, update: "Update", images: "FoundImages") -> None:
         logger.warning("left out: %s: %s", file, reason)
     for ending, count in sorted(images.skipped.items()):
         logger.warning(
-            "left out: %d files %s, which are not read: convert them to .jpg or .png", count, ending
+            "left out: %d files of the unsupported type %s: convert them to .jpg or .png",
+            count,
+            ending,
         )
     added, kept, removed, moved = update.counts
     left_out = len(update.unreadable) + len(images.left_out)
     print(
-        f"{printable(folder)}: {added} images added, {kept} kept, {removed} removed, {left_out} left out "
-        "that cannot be read"
+        f"{printable(folder)}: {added} images added, {kept} kept, {removed} removed, {left_out} unreadable "
+        "images left out"
     )
     if moved:
-        print(f"{moved} of those kept have moved, and were told by their content")
+        print(f"{moved} of the kept images were moved, and recognised by their content")
     recall = (read_manifest(folder) or {}).get("recall against exact")
     if recall:
         print(
@@ -349,12 +361,12 @@ def choose_composition(args: argparse.Namespace) -> None:
     alone = args.combining_function
     if args.image is None and alone != "text":
         raise UserError(
-            "--image is missing: name the reference, or ask with the text alone, --combining-function text"
+            "--image is missing: pass the reference, or search by text alone with --combining-function text"
         )
     if not (args.text or "").strip() and alone != "image":
         said = "missing" if args.text is None else "empty"
         raise UserError(
-            f"--text is {said}: say what to change, or ask with the image alone, --combining-function image"
+            f"--text is {said}: pass what to change, or search by image alone with --combining-function image"
         )
 
 

@@ -1,4 +1,4 @@
-"""Write the answers to the test queries of your own triplets: a JSON file, query's id -> the 50 nearest images.
+"""Write the results of the test queries of your own triplets: a JSON file, query's id -> the 50 nearest images.
 
     python src/triplets_test_submission.py --submission-name my_answers --combining-function combiner \
         --combiner-path models/THE_RUN --clip-model-path models/THE_OTHER_RUN

@@ -1,4 +1,4 @@
-"""Errors for the user, the wrapper of every script, the seed, and how flags and numbers are spelled."""
+"""Lowest layer: errors for the user, what wraps a script, seed, and how flags and numbers are spelled."""
 
 import contextlib
 import errno
@@ -26,26 +26,26 @@ BROKEN_PIPE = 128 + 13  # what shells call a program that ended since nobody rea
 INTERRUPTED = ("interrupted", 130)
 
 WORKERS_REMEDY = (
-    "give a container more shared memory (docker run --shm-size=8g), or decode without worker processes: "
+    "give a container more shared memory (docker run --shm-size=8g), or decode images without worker processes: "
     "--num-workers 0"
 )
 HOME_REMEDY = "set HOME to a folder that can be written to, and USER to any name"
 # What the operating system refuses -> how to put it right.
 REMEDIES = {
-    errno.EACCES: "change its permissions or name another",
-    errno.EPERM: "change its permissions or name another",
-    errno.EROFS: "name a place that can be written to",
-    errno.ENOSPC: "free space or name another disk",
-    errno.EDQUOT: "free space or name another disk",
+    errno.EACCES: "change its permissions, or choose another path",
+    errno.EPERM: "change its permissions, or choose another path",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.ENOSPC: "free disk space, or choose another disk",
+    errno.EDQUOT: "free disk space, or choose another disk",
     errno.EMFILE: "raise the limit of open files (ulimit -n) or lower --num-workers",
     errno.ENFILE: "close other programs or lower --num-workers",
     errno.EAGAIN: "raise the limit of processes and threads (ulimit -u) or lower --num-workers",
     errno.ENOMEM: "lower --batch-size or --num-workers, or use a machine with more memory",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "mend the link that leads back to itself",
-    errno.EBADF: "let stdout and stderr go where they can be written to",
+    errno.ELOOP: "remove the symlink that leads back to itself",
+    errno.EBADF: "redirect stdout and stderr to where they can be written",
 }
-OTHER_REMEDY = "see that it is there and can be used"
+OTHER_REMEDY = "check that it exists and can be used"
 # What is said, without an error number, where the same is refused -> how to put it right.
 SIGNS = {
     "is killed by signal": WORKERS_REMEDY,
@@ -80,7 +80,7 @@ class DiskError(UserError):
 
 
 class Stopped(BaseException):
-    """A signal asked a training to stop, and everything needed to go on with it is on disk.
+    """A signal asked a training to stop, and everything needed to resume it is on disk.
 
     Attributes:
         signal: its name.
@@ -90,7 +90,7 @@ class Stopped(BaseException):
     def __init__(
         self,
         signal: str,
-        remedy: str = "nothing was trained yet: start it again with the same command",
+        remedy: str = "nothing was trained yet: run the same command again",
     ):
         super().__init__(signal, remedy)
         self.signal = signal
@@ -132,7 +132,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def _last_words(error: Exception, script: str, words: list[str]) -> tuple[str, int]:
-    """What to say of an exception that ends a script, "" for nothing, and the exit code."""
+    """Return the message for an exception that ends a script, "" for none, and the exit code."""
     if isinstance(error, UserError):
         return f"error: {error}", 2
     if _comes_of_ctrl_c(error):
@@ -146,7 +146,7 @@ def _last_words(error: Exception, script: str, words: list[str]) -> tuple[str, i
         return f"error: {explained}", 2
     reason = f"{type(error).__name__}: {first_line(error)[:200]}"
     return (
-        f"fault: {printable(reason)}. It is the program's own: please report it with {_report(script, words)}",
+        f"fault: {printable(reason)}. This is a bug of the program: please report it with {_report(script, words)}",
         1,
     )
 
@@ -172,7 +172,7 @@ def refusal_of_the_machine(error: Exception) -> str | None:
 
 
 def _comes_of_ctrl_c(error: BaseException | None) -> bool:
-    """Whether Ctrl-C was taken for something else on its way, as by a package that it hit while it was loaded."""
+    """Check whether an exception was caused by Ctrl-C, as in a package that was interrupted while it was loaded."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True
@@ -245,7 +245,7 @@ def all_printed() -> Iterator[None]:
 
 
 def _nobody_reads() -> bool:
-    """Whether stdout or stderr is a pipe whose reader is gone. If so, whatever is still printed there goes nowhere."""
+    """Check whether stdout or stderr is a pipe whose reader is gone; if so, redirect further output to nowhere."""
     if not hasattr(select, "poll"):  # Windows
         return False
     gone = select.poll()

@@ -30,27 +30,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--queries",
         type=usable_path,
         metavar="FILE",
-        help="measure the queries of a list alone, as audit.py writes it; galleries stay whole",
+        help="list of the only queries to measure, written by audit.py --write-queries; galleries are not restricted",
     )
     options.add_protocol(
         group,
-        help="what is measured: gallery (all of the split, or the references and targets alone), reference, text of "
-        "CIRCO (default: all that apply)",
+        help="protocols to measure; they differ in the gallery (all images of the split, or only references and "
+        "targets), in whether the reference may be retrieved, and in the text of CIRCO's queries (default: all of the "
+        "benchmark)",
     )
     group.add_argument(
         "--metrics-json",
         type=usable_path,
         metavar="FILE",
-        help="a file for the metrics, and how they came about",
+        help="output file for the metrics and their settings (JSON), for compare.py",
     )
     group.add_argument(
-        "--rankings", type=usable_path, metavar="FILE", help="a file for the answers to every query"
+        "--rankings",
+        type=usable_path,
+        metavar="FILE",
+        help="output file for the results of every query (JSON)",
     )
     group.add_argument(
         "--rankings-k",
         type=positive_int,
         default=50,
-        help="how many answers to each query --rankings keeps",
+        help="number of results per query in the --rankings file",
     )
     return parser.parse_args(argv)
 
@@ -70,7 +74,7 @@ def print_metrics(benchmark: Benchmark, measured: Mapping[Protocol, Mapping[str,
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print, and write what the flags ask for."""
+    """Measure, print, and write what the flags choose."""
     args = parse(argv)
     check_files(args)
     check_writable({"--feature-cache": args.feature_cache})

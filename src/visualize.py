@@ -1,6 +1,6 @@
-"""Look at what was retrieved: a sheet of queries as a page and a picture, and what each expert takes.
+"""Show retrieval results: a sheet of queries as a page and a picture, and a page of what each expert is used for.
 
-The search page names experts by the experts.json that lies beside its weights, as with --output-dir models/THE_RUN.
+The search page names experts by the experts.json next to its weights, as with --output-dir models/THE_RUN.
 
 From a trained pair:
     python src/visualize.py --dataset CIRR --combining-function combiner --combiner-path models/THE_RUN --queries worst
@@ -8,7 +8,7 @@ From a trained pair:
 From a file of validate.py --rankings:
     python src/visualize.py --rankings rankings.json --queries dress:12 shirt:7
 
-What a pair answers to test queries, whose targets nobody knows:
+Results of a pair for test queries, whose targets are unknown:
     python src/visualize.py --dataset CIRR --combining-function sum --clip-model-path models/THE_RUN --split test
 """
 
@@ -42,9 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SHEET_LEGEND = (
-    "Left the reference and the caption, right the nearest images first, with cosine similarities."
-)
+SHEET_LEGEND = "Left: reference and caption. Right: retrieved images with cosine similarities, most similar first."
 OUTLINED = "Targets are outlined."
 SORTINGS = ("best", "worst", "random")
 
@@ -61,47 +59,45 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--rankings",
         type=usable_path,
         metavar="FILE",
-        help="a file of validate.py --rankings, in place of a pair",
+        help="file of validate.py --rankings to show, instead of ranking with a model",
     )
     group.add_argument(
         "--split",
         choices=("val", "test"),
         default="val",
-        help="split of the queries; the targets of test are not known",
+        help="split of the queries; targets of test are unknown",
     )
-    options.add_protocol(group, help="which is shown (default: the first that there is)")
+    options.add_protocol(
+        group, help="protocol to show (default: the first of the benchmark or file)"
+    )
     group.add_argument(
         "--queries",
         nargs="+",
         action=Several,
         metavar="Q",
-        help="which queries: best, worst or random; or ids of CIRR and CIRCO, or category:number of FashionIQ "
-        "(default: worst; random of test)",
+        help="queries to show: best, worst or random; or ids (CIRR, CIRCO), or category:number (FashionIQ) (default: "
+        "worst; random for test)",
     )
-    group.add_argument(
-        "--num", type=positive_int, default=20, help="how many queries of each split"
-    )
-    options.add_k(group, default=10, help="images of the gallery shown for a query")
-    options.add_seed(group, help="of --queries random")
+    group.add_argument("--num", type=positive_int, default=20, help="number of queries per split")
+    options.add_k(group, default=10, help="number of results shown per query")
+    options.add_seed(group, help="for --queries random")
     group.add_argument(
         "--output-dir",
         type=usable_path,
         default=PROJECT_ROOT / "sheets",
         metavar="DIR",
-        help="the folder for the sheet",
+        help="output folder for the sheet",
     )
     args = parser.parse_args(argv)
     if args.protocol and len(args.protocol) > 1:
-        parser.error("--protocol: a sheet shows one: name one")
+        parser.error("--protocol: a sheet shows one protocol: choose one")
     is_test = args.split == "test"
     args.queries = args.queries or ["random" if is_test else "worst"]
     if is_test and (args.rankings or args.queries in (["best"], ["worst"])):
-        parser.error(
-            "--split test has no known targets: name a pair, and --queries random or their ids"
-        )
+        parser.error("--split test has no known targets: pass a model, and --queries random or ids")
     names_pair = args.combining_function or args.pair
     if args.rankings is None and not (args.dataset and names_pair):
-        parser.error("give --rankings FILE, or --dataset and --combining-function of a pair")
+        parser.error("pass --rankings FILE, or --dataset and --combining-function")
     return args
 
 
@@ -150,7 +146,7 @@ def stored_records(args: argparse.Namespace) -> Retrieved:
 
 
 def check_same_images(args: argparse.Namespace, content: Mapping[str, Any]) -> None:
-    """Refuse a gallery whose images are not those that were ranked, told by a sample of each, or by all of it.
+    """Reject a gallery whose images are not those that were ranked, told by a sample of each, or by all of it.
 
     Args:
         content: of --rankings.
@@ -164,8 +160,8 @@ def check_same_images(args: argparse.Namespace, content: Mapping[str, Any]) -> N
         known = content["images_sha256" if args.verify else "images_sampled"]
         if images_digest(split, sampled=not args.verify) != known.get(split.name):
             raise UserError(
-                f"--rankings {args.rankings}: the images of {split.name} under --data-root are not those that were "
-                "ranked: put those back, or measure again"
+                f"--rankings {args.rankings}: the images of {split.name} under --data-root are not the images that "
+                f"were ranked: restore them, or run validate.py again"
             )
 
 
@@ -214,7 +210,8 @@ def choose_protocol(records: Records, wanted: Sequence[str] | None, file: Path |
         return known[0]
     if wanted[0] not in known:
         raise UserError(
-            f"--protocol {wanted[0]} is not in {file}, which has {', '.join(known)}: measure again"
+            f"--protocol {wanted[0]} is not in {file}, which has {', '.join(known)}: choose one of these, or measure "
+            "again"
         )
     return wanted[0]
 
@@ -238,7 +235,7 @@ def choose_queries(
         if wanted_label not in known:
             some = ", ".join(list(known)[:3])
             raise UserError(
-                f"--queries {wanted_label}: not best, worst, random, nor a query, as {some}: name one of them"
+                f"--queries {wanted_label}: not best, worst, random or a query such as {some}: choose one of these"
             )
         name, query = known[wanted_label]
         chosen.setdefault(name, []).append(query)
@@ -256,7 +253,7 @@ def _some(
 
 
 def label(split: str, query: Record) -> str:
-    """What a query is called: its pairid, or its split and number."""
+    """Return the label of a query: its pairid, or its split and number."""
     return f"{split}:{query['query']}" if query["pair_id"] is None else str(query["pair_id"])
 
 
@@ -272,7 +269,7 @@ def find_images(benchmark: Benchmark, split: str, cards: "Iterable[Card]") -> di
     missing = [name for name in names if name not in paths]
     if missing:
         raise UserError(
-            f"--rankings names the image {missing[0]}, which {benchmark.name} under --data-root has not"
+            f"--rankings refers to the image {missing[0]}, which is not in {benchmark.name} under --data-root"
         )
     return {name: paths[name] for name in names}
 
@@ -318,7 +315,7 @@ def write_expert_report(folder: Path, about: str, found: Retrieved) -> None:
         write_text(folder / "experts.html", expert_report(f"Experts on {about}", found.records))
         named = {"of_weights": found.weights["combiner"], "experts": expert_names(queries)}
         write_text(folder / EXPERTS, json.dumps(named, indent=1) + "\n")
-        logger.info("%s: what each expert takes", folder / "experts.html")
+        logger.info("%s: what each expert is used for", folder / "experts.html")
 
 
 @command
@@ -334,7 +331,10 @@ def main(argv: list[str] | None = None) -> None:
     held = max(len(query["protocols"][protocol]["nearest"]) for query in all_queries(records))
     if args.rankings and args.k > held:
         logger.warning(
-            "note: %s holds the %d nearest, so no %d are shown", args.rankings, held, args.k
+            "note: %s contains only the %d nearest images, so fewer than %d are shown",
+            args.rankings,
+            held,
+            args.k,
         )
 
     from reports.sheets import make_card

@@ -233,7 +233,7 @@ def test_an_audits_numbers_are_those_of_validations(dataset, larger, pair, run, 
     found = json.loads(numbers.read_text())["protocols"][first]
     names = json.loads(listed.read_text())["queries"]
     assert len(names) == sum(found["need_both"].values()) > 0
-    assert f"{len(names)} of them need both, at recall_at{k}" in said
+    assert f"{len(names)} of the queries need both, at recall_at{k}" in said
     split, number = next(iter(found["clusters"].items()))
     assert f"95% intervals, resampled by reference: {split} has {number}" in said
     assert found["resampled_by"] == "reference"
@@ -288,7 +288,7 @@ REFUSED = {
     '{"dataset": "CIRR", "split": "val", "queries": [["1"]]}': "queries.0: input should be a valid string, not ['1']",
     '{"dataset": "FashionIQ", "split": "val", "queries": ["dress:1"]}': "is for FashionIQ val",
     '{"dataset": "CIRR", "split": "test1", "queries": [1]}': "is for CIRR test1",
-    '{"dataset": "CIRR", "split": "val", "queries": [-7, "x"]}': "2 of 2 are no queries of CIRR",
+    '{"dataset": "CIRR", "split": "val", "queries": [-7, "x"]}': "2 of 2 are not queries of CIRR",
     "{": "is not a readable JSON file",
 }
 
@@ -333,7 +333,7 @@ def test_where_one_modality_solves_all_nothing_is_written(drawn, pair, tmp_path,
     listed = tmp_path / "list.json"
     audited(drawn, "--dataset", "CIRR", *pair, "--k", 50, "--write-queries", listed)
     said = capsys.readouterr().out
-    assert "0 of them need both" in said
-    assert "there are no metrics of those alone" in said
-    assert f"no query needs both: {listed} is not written" in caplog.text
+    assert "0 of the queries need both" in said
+    assert "no metrics of the queries that need both" in said
+    assert f"no query needs both image and text: {listed} is not written" in caplog.text
     assert not listed.exists()

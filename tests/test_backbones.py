@@ -262,7 +262,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(models_made, tmp_path):
     about["model"]["vocab"]["sleeves"] = 40
     file.write_text(json.dumps(about))
     tokenizer = encoder_of(f"local-dir:{folder}").backbone.tokenizer
-    with pytest.raises(UserError, match="token 40 and its text encoder knows 40"):
+    with pytest.raises(UserError, match="token 40, but its text encoder has 40"):
         tokenizer(["no sleeves"])
 
 
@@ -569,7 +569,7 @@ def test_weights_of_any_other_architecture_are_refused(form, models_made, folder
             name: w.shape for name, w in own.items()
         }:
             shutil.copy(file, folder)
-            refused(folder, config, "does not fit the model", "name the architecture")
+            refused(folder, config, "does not fit the model", "choose the architecture")
 
 
 def test_fine_tuned_weights_are_told_from_a_models_own(folder_of):
@@ -771,7 +771,7 @@ def test_weights_alone_do_not_tell_a_model(models_made, tmp_path, pictures, caps
     index = ["index", "--images", photos, "--output", tmp_path / "index", "--device", "cpu"]
     search.main(list(map(str, [*index, "--clip-model-name", names[0]])))
     again = lambda: search.main(list(map(str, [*index, "--clip-model-name", names[1]])))  # noqa: E731
-    assert "index of other weights" in exits(again, capsys)
+    assert "index with other weights" in exits(again, capsys)
 
 
 def test_another_tokenizer_is_another_model(folder_of, models_made):

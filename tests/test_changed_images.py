@@ -123,7 +123,7 @@ def test_a_resumed_run(part, flags, stopped, own_drawn, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         combiner_train.main(words)
     assert stop.value.code == 2
-    assert "the images are others than when the run was started" in capsys.readouterr().err
+    assert "the images differ from those of the start of the run" in capsys.readouterr().err
     path.write_bytes(kept)
     combiner_train.main(words)
     assert (run / "best_metrics.json").exists()
@@ -144,7 +144,7 @@ def test_rankings_that_are_looked_at(flags, own_drawn, run, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         look()
     assert stop.value.code == 2
-    assert "are not those that were ranked" in capsys.readouterr().err
+    assert "are not the images that were ranked" in capsys.readouterr().err
 
 
 def test_a_digest_of_images_names_each(own_drawn):

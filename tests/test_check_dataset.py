@@ -73,7 +73,7 @@ def test_counts_are_compared_with_the_official_ones(drawn, capsys):
 def test_the_74381_images_are_explained(drawn, check):
     report = checked(check, drawn, "FashionIQ")
     notes = " ".join(remarks(report, "note"))
-    assert "144 entries name 144 images: 0 entries repeat an image of another list" in notes
+    assert "144 entries list 144 images: 0 entries repeat an image of another list" in notes
     assert "77,683 entries" in notes
     assert "the complete dataset is 74,381 images" in notes
     assert "74,381" not in json.dumps(checked(check, drawn, "CIRR"))
@@ -114,14 +114,14 @@ def test_bad_files_by_role_and_what_they_do(problem, own_drawn, check):
     report = checked(check, own_drawn, "CIRR", "--splits", "val")
     assert report["bad"] == dict.fromkeys(("dev-0-0-img0", "dev-1-0-img2", "extra"), problem)
     found = remarks(report, "finding")
-    effect = "11 of 29 queries cannot be asked; left out, the recalls are of the others"
+    effect = "11 of 29 queries cannot be evaluated; if left out, recalls are of the other queries"
     assert found[0] == f"rc2 val: 2 files {problem}, role query: {effect}"
     assert found[1].startswith(
-        f"rc2 val: 1 files {problem}, role target: 10 of 29 queries have no answer"
+        f"rc2 val: 1 files {problem}, role target: 10 of 29 queries have no target"
     )
     assert (
         found[2]
-        == f"rc2 val: 1 files {problem}, role distractor: a gallery of 18 instead of 19: recalls rise"
+        == f"rc2 val: 1 files {problem}, role distractor: a gallery of 18 instead of 19: recalls are too high"
     )
 
 
@@ -216,7 +216,7 @@ def test_copies_by_role(own_drawn, check):
     report = checked(check, own_drawn, "CIRR")
     (query, target) = remarks(report, "finding")
     assert query.startswith("rc2 val: 5 files have the same content as another, role query")
-    assert "which of them comes first is chance; up to 5 are one picture" in target
+    assert "so their order is arbitrary; up to 5 have the same picture" in target
     assert report["bad"] == {}  # copies are no reason to leave anything out
 
 
@@ -242,7 +242,9 @@ def test_leaks_repeats_and_empty_captions(own_drawn, check):
     report = checked(check, own_drawn, "FashionIQ")
     assert report["exit_code"] == 0  # they are properties, of the official files too
     notes = remarks(report, "note")
-    assert any(note.startswith("train and val: 1 images are in lists of both") for note in notes)
+    assert any(
+        note.startswith("train and val: 1 images are in the lists of both splits") for note in notes
+    )
     assert "train and val: 1 targets of val are in training triplets" in notes
     assert any(note.startswith("train: 1 targets repeat") for note in notes)
     assert "test: 1 queries have an empty caption" in notes
@@ -318,11 +320,8 @@ def test_what_exclusions_do_to_others_is_said(excluded, own_drawn, run, tmp_path
     smaller = sum(bool(gone & set(t["img_set"]["members"])) for t in left)
     assert smaller > 0
     assert json.loads((tmp_path / "m.json").read_text())["smaller_groups"] == {"val": smaller}
-    assert f"{smaller} of them choose from a smaller subset" in caplog.text
-    assert (
-        "2 images of --exclusions are in no split that is used here: train-0-0-img1, a typo"
-        in caplog.text
-    )
+    assert f"{smaller} of them have a smaller subset" in caplog.text
+    assert "2 images of --exclusions are in no split in use: train-0-0-img1, a typo" in caplog.text
 
 
 @pytest.mark.slow
@@ -376,7 +375,7 @@ def test_excluding_everything_is_refused(drawn, fails, tmp_path):
         json.dumps({"dataset": "CIRR", "images": dict.fromkeys(names, "missing")})
     )
     flags = ["--dataset", "CIRR", *SUM, "--clip-model-name", drawn / "tiny_clip_vit.pt"]
-    assert "--exclusions leaves none" in fails(
+    assert "--exclusions leaves out all triplets" in fails(
         "validate", drawn, *flags, "--exclusions", tmp_path / "all.json"
     )
 

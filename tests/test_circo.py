@@ -221,7 +221,7 @@ def test_sheets_show_all_targets(measured, drawn, tmp_path):
     page = (tmp_path / "sheets/sheet.html").read_text()
     found = query["protocols"]["original-removed-concept"]
     places = ", ".join(str(rank + 1) for rank in [found["rank"], *found["other_ranks"]])
-    assert f"gallery: targets at places {places}<" in page
+    assert f"gallery: targets at ranks {places}<" in page
     assert page.count('<figure class="target"') == 1 + len(query["other_targets"])
     assert found["caption"] in page
 
@@ -293,7 +293,7 @@ RULES = [
     (lambda c: c.update({"x": c["3"]}), "id x: no query"),
     (lambda c: c["3"].pop() and c["3"].pop(), "ids instead of"),
     (lambda c: c["3"].append(c["3"][0]), "occurs 2 times"),
-    (lambda c: c["3"].__setitem__(0, 5), "id 3: 5 is no image of unlabeled2017"),
+    (lambda c: c["3"].__setitem__(0, 5), "id 3: 5 is not an image of unlabeled2017"),
     (lambda c: c["3"].__setitem__(0, "a"), "id 3: not a list of image ids"),
     (lambda c: c["3"].__setitem__(0, True), "id 3: not a list of image ids"),
     (lambda c: c["3"].__setitem__(0, 7.0), "id 3: not a list of image ids"),
@@ -327,7 +327,7 @@ def test_rankings_are_scored_as_they_were_measured(measured, check, tmp_path):
         assert metrics == pytest.approx(result["protocols"][name]["metrics"])
     code, out = check(measured["rankings"])
     assert code == 2
-    assert "give --split val" in out
+    assert "pass --split val" in out
 
 
 @pytest.mark.parametrize(
@@ -369,7 +369,7 @@ def test_rankings_of_other_queries_are_not_scored(field, measured, check):
     change_json(measured["rankings"], edit)
     code, out = check(measured["rankings"], "--split", "val")
     assert code == 1, out
-    assert "as in the annotations" in out or "is no image of the split" in out
+    assert "as in the annotations" in out or "is not an image of the split" in out
 
 
 # Bad input
@@ -499,4 +499,4 @@ def test_templates_that_are_none(template, drawn, pair, fails):
 
 def test_a_template_of_a_benchmark_without_concepts(drawn, pair, fails):
     flags = ["--concept-template", CIRCO.concept_template]
-    assert "leave it out" in fails("validate", drawn, "--dataset", "CIRR", *pair, *flags)
+    assert "remove the flag" in fails("validate", drawn, "--dataset", "CIRR", *pair, *flags)

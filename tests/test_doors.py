@@ -324,7 +324,7 @@ def test_a_combiner_with_other_clip_weights_is_warned_of(stage_1, stage_2, run, 
     run("validate", drawn, *flags)
     assert f"other CLIP weights (--clip-model-path {clip} then)" in caplog.text
     run("validate", drawn, *flags, "--combining-function", "sum", "--clip-model-path", clip)
-    assert "sum makes no use of --combiner-path" in caplog.text
+    assert "sum does not use --combiner-path" in caplog.text
 
 
 def test_k_is_read_from_the_configuration(stage_2, run, drawn, fails):

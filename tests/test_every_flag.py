@@ -59,6 +59,12 @@ def parsers(script: str) -> Iterator[tuple[list[str], argparse.ArgumentParser]]:
             yield [word], inner
 
 
+# Words of this project's own where the field has one: results, query, besides, again, training runs, resume, synthetic.
+PRIVATE_WORDS = re.compile(
+    r"(?i)\b(answers|ask|question|beside|anew|trainings|goes? on|drawn data|image workers|wings?)\b"
+)
+
+
 def flags_where(chosen: Callable[[argparse.Action], bool]) -> list:
     """A case for each flag of each command: the parser, and the flag's action."""
     cases = []
@@ -233,6 +239,16 @@ def test_help_says_of_every_flag_what_it_is_and_its_default():
         assert not re.search(r"\(default: (none|off)?\)", told), (case.id, told)
 
 
+def test_help_is_in_the_words_of_the_field():
+    """See docs/glossary.md. It names no absolute path as a default, which is one of this machine."""
+    for case in flags_where(lambda action: True):
+        parser, action = case.values
+        told = parser._get_formatter()._expand_help(action)
+        assert not PRIVATE_WORDS.search(told), (case.id, told)
+        assert not told.startswith(("what ", "where ", "how ", "which ", "whether ")), case.id
+        assert not re.search(r"\(default: (/|[A-Z]:\\)", told), (case.id, told)
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_fits_the_terminal_and_the_commands_in_it_can_be_pasted(script, columns, monkeypatch):
@@ -263,7 +279,7 @@ def test_a_default_that_nobody_wrote_down_is_said(capsys):
             "a share (default: 2e-06)",
             "a seed (default: 0)",
             "places (default: 100% b)",
-            "a folder (default: runs/ of the project)",
+            "a folder (default: runs/ in the project)",
         ):
             assert end in told
 

@@ -510,7 +510,12 @@ def test_a_newer_form_and_sizes_that_are_of_no_model(own_pair):
         path.write_text(json.dumps({**content, "sha256": exported._digest(content)}))
 
     write({"form": PAIR_FORM + 1, "anything": "else"})
-    refused(lambda: read_exported(own_pair), str(path), f"form is {PAIR_FORM + 1}", "newer version")
+    refused(
+        lambda: read_exported(own_pair),
+        str(path),
+        f"form is {PAIR_FORM + 1}",
+        "update this project",
+    )
     for name in set(SIZES) - {"transformer_heads"}:  # heads of the same width have the same shapes
         write(with_value(config, ("clip", "sizes", name), 7))
         refused(lambda: load_pair(choose(own_pair), CPU), str(own_pair / WEIGHT_FILES["clip"]))
@@ -566,7 +571,7 @@ def test_flags_of_what_a_pair_holds(command, flag, pairs, tmp_path, capsys):
         words += ["--images", ROOT]
     main = importlib.import_module(script).main
     line = line_of(capsys, main, *words, "--pair", pairs["moe"], flag, tmp_path / "clip.pt")
-    assert f"{flag} beside --pair" in line
+    assert f"{flag} cannot be combined with --pair" in line
 
 
 def test_a_combiner_where_there_is_none(pairs, drawn, capsys):
@@ -585,7 +590,7 @@ def test_a_folder_that_is_taken(weights, tmp_path, capsys, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for output in (taken, tmp_path / "file", tmp_path / "link"):
         line = line_of(capsys, export.main, *weights["sum"], "--output", output)
-        assert f"--output {output} is there already" in line
+        assert f"--output {output} exists already" in line
     assert before == {file: file.read_bytes() for file in taken.iterdir()}
     (tmp_path / "empty").mkdir()
     read_all(make(weights["sum"], tmp_path / "empty"))
@@ -645,7 +650,7 @@ def test_the_card_has_every_number(half, weights, results, tmp_path):
             values = [f"| {measured['metrics'][metric]:.2f} [" for metric in benchmark.titles]
             assert any(all(value in row for value in values) for row in rows)
     assert "CIRR val, combiner" in card
-    assert ("before the weights of its combiner were rounded" in card) is half
+    assert ("before the weights of the combiner were rounded" in card) is half
     assert "CIRR val, sum" in card
     assert "--learning-rate 2e-06" in card
     assert "--combiner-lr 0.001" in card
@@ -734,7 +739,7 @@ def test_results_of_others_are_refused(weights, results, tmp_path, capsys):
         ("own", "sum"),
         ("clip4cir", "moe"),
     ):
-        assert "is of other weights" in refusal(exporting, results[measured])
+        assert "is not the hash of the exported weights" in refusal(exporting, results[measured])
     line = refusal("sum", results["sum"], "--transform", "clip")
     assert "preprocessing.transform is squarepad" in line
     (tmp_path / "none.json").write_text("{}")

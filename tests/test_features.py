@@ -230,17 +230,17 @@ def test_features_whose_direction_is_lost_are_refused(factor, make_encoder, path
             projection *= 1e-3
         encode(encoder, None, paths)
         encoder.model.visual.proj *= factor
-        with pytest.raises(UserError, match=f"features of {paths[0]} have length"):
+        with pytest.raises(UserError, match=f"features of {paths[0]} have norm"):
             encoder.images(paths)
-        with pytest.raises(UserError, match=f"features of {paths[0]} have length"):
+        with pytest.raises(UserError, match=f"features of {paths[0]} have norm"):
             for features, _ in encoder.readable_images([paths]):
                 check_features([(str(path), 1, 1) for path in paths], features.numpy(), 64)
-        with pytest.raises(UserError, match="features of the reference image have length"):
+        with pytest.raises(UserError, match="features of the reference image have norm"):
             encoder.read_images(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
         encoder.model.text_projection *= factor
-        with pytest.raises(UserError, match="features of the caption 'is red' have length"):
+        with pytest.raises(UserError, match="features of the caption 'is red' have norm"):
             encoder.captions(CAPTIONS)
-    with pytest.raises(UserError, match="make the index again"):
+    with pytest.raises(UserError, match="build the index again"):
         normalised(factor * np.eye(3))
 
 
@@ -275,7 +275,7 @@ def test_a_damaged_file_is_noticed_and_made_anew(damage, make_encoder, paths, tm
         damage(file)
     again, made = encode(make_encoder(), folder, paths)
     assert made == (3, 2)
-    assert caplog.text.count("damaged or of another origin") == 2
+    assert caplog.text.count("damaged or belongs to another run") == 2
     assert torch.equal(whole[0], again[0])
     assert encode(make_encoder(), folder, paths)[1] == (0, 0)
 
@@ -285,7 +285,7 @@ def test_a_full_disk_costs_the_cache_and_nothing_else(make_encoder, paths, tmp_p
     features, made = encode(make_encoder(), tmp_path / "file", paths)
     assert made == (3, 2)
     assert features[0].shape == (3, 64)
-    assert "going on without a cache" in caplog.text
+    assert "continuing without a cache" in caplog.text
 
 
 def test_repeated_captions_are_encoded_once(make_encoder):

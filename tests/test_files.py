@@ -101,9 +101,9 @@ def test_devices_and_pipes_are_refused(writer, device, tmp_path):
         os.mkfifo(place)
     else:
         place.symlink_to(device)
-    with pytest.raises(DiskError, match=r"place is a folder, a device or a pipe: name a file"):
+    with pytest.raises(DiskError, match=r"place is a folder, a device or a pipe: choose a file"):
         writer(place)
-    with pytest.raises(UserError, match=r"--flag .*place is a device or a pipe: name a file"):
+    with pytest.raises(UserError, match=r"--flag .*place is a device or a pipe: choose a file"):
         check_file_writable({"--flag": place})
     assert place.is_symlink() or place.is_fifo()
     assert device is None or stat.S_ISCHR(Path(device).stat().st_mode)

@@ -67,7 +67,7 @@ def test_every_script_runs_on_a_benchmark_of_one_file(
     assert f"map_at10 = {result['metrics']['map_at10']}" in capsys.readouterr().out
     sheets = tmp_path / "sheets"
     visualize.main(["--rankings", str(files[1]), "--output-dir", str(sheets), *where])
-    assert "targets at places" in (sheets / "sheet.html").read_text()
+    assert "targets at ranks" in (sheets / "sheet.html").read_text()
     export.main(
         [*map(str, weights), "--results", str(files[0]), "--output", str(tmp_path / "pair")]
     )

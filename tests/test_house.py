@@ -28,6 +28,16 @@ def test_imports_make_no_circle_inside_a_package():
     graphlib.TopologicalSorter({name(file): imported(file) & OURS for file in FILES}).prepare()
 
 
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_docstrings_begin_with_a_verb_or_a_noun(file):
+    """Not with a clause or a pronoun, which leave open what the thing does or is."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, documented)]
+    told = [ast.get_docstring(node) or "" for node in nodes]
+    clauses = ("What ", "Whether ", "That of ", "Those ", "The same ", "Where ", "How ")
+    assert [text for text in told if text.startswith(clauses)] == []
+
+
 def test_only_one_file_imports_clip():
     importers = [file.stem for file in FILES if {"clip", "clip.model"} & imported(file)]
     assert importers == ["clip_package"]

@@ -78,11 +78,11 @@ def test_both_stages_learn_and_validations_agree(stage_1, stage_2, run, drawn, t
     ("file", "place", "edit", "message"),
     [
         ("lasco_val.json", 3, {"target-image": [1, "val2014/x.jpg"]}, "entry 3: the image val"),
-        ("lasco_val.json", 3, {"query-image": [1, "../x.jpg"]}, "leads out of the dataset"),
+        ("lasco_val.json", 3, {"query-image": [1, "../x.jpg"]}, "points outside the dataset"),
         ("lasco_val.json", 3, {"query-text": None}, "entry 3: query-text: "),
         ("lasco_val.json", 3, {"query-image": ["x.jpg"]}, "entry 3: query-image.1: "),
-        ("lasco_train.json", 0, {"target-image": [1, "/x.jpg"]}, "leads out of the dataset"),
-        ("lasco_val_corpus.json", 0, {"path": "val/../../x.jpg"}, "leads out of the dataset"),
+        ("lasco_train.json", 0, {"target-image": [1, "/x.jpg"]}, "points outside the dataset"),
+        ("lasco_val_corpus.json", 0, {"path": "val/../../x.jpg"}, "points outside the dataset"),
         ("lasco_val_corpus.json", 0, {"path": 3}, "entry 0: path: "),
     ],
 )

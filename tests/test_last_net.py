@@ -74,7 +74,7 @@ def test_every_refusal_of_the_operating_system_names_its_file(number, ending):
     err, code = ending(OSError(number, os.strerror(number), "/some/file"))
     assert "error: /some/file: " in err
     assert code == 2
-    assert REMEDIES.get(number, "see that it is there") in err
+    assert REMEDIES.get(number, "check that it exists") in err
     assert len(err.splitlines()) == 1
     CASES["refusals of the operating system", "told in one line"] += 1
 

@@ -84,7 +84,7 @@ def test_a_training_without_any_negative_is_refused():
     mask = "--mask-duplicate-targets"
     order = Order(triplets=4, variants=1, batch_size=2, seed=0)
     for words in ([], [mask], ["--negatives", "bank"]):
-        with pytest.raises(UserError, match="all training triplets have one target"):
+        with pytest.raises(UserError, match="all training triplets have the same target"):
             check_learning(split_of([5] * 4), order, stage_2_flags(*words))
     pairs = split_of([0, 1, 0, 1])  # which fall together in the first epoch of seed 4
     seed = next(s for s in range(99) if len({r % 2 for r in replaced(order, s)}) == 1)
@@ -372,7 +372,7 @@ def test_a_micro_batch_larger_than_the_batch(fails, drawn):
         9,
     ]
     error = fails("clip_fine_tune", drawn, "--dataset", "CIRR", *flags)
-    assert "--micro-batch-size 9 is larger than a process's batch of 8" in error
+    assert "--micro-batch-size 9 is larger than the batch of a process, 8" in error
 
 
 def test_a_batch_that_cannot_be_shared_equally(monkeypatch):

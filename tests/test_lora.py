@@ -240,7 +240,7 @@ def test_a_plan_counts_gradients_and_averages_of_adapters_alone(drawn):
 def test_what_cannot_be_done_is_said_in_a_line(fails, drawn, monkeypatch):
     clip = ["--dataset", "CIRR", "--clip-model-name", drawn / "tiny_clip_resnet.pt"]
     for words in (["--lora-norms"], ["--lora-targets", "mlp"]):
-        assert "give --lora-rank too" in fails("clip_fine_tune", drawn, *clip, *words)
+        assert "pass --lora-rank" in fails("clip_fine_tune", drawn, *clip, *words)
     words = ["--lora-rank", 2, "--lora-targets", "mlp", "--encoder", "image", "--batch-size", 4]
     assert "--lora-targets mlp: " in fails("clip_fine_tune", drawn, *clip, *words)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -319,7 +319,7 @@ def test_an_insert_that_is_killed_goes_on(store, start, index, ask, tmp_path, dr
     words += ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--num-workers", 0]
     process = start(script, *words, "--device", "cpu", "--store", store, fresh=True)
     assert process.wait() == -9, process.stderr
-    with pytest.raises(UserError, match="is not whole yet"):
+    with pytest.raises(UserError, match="is incomplete"):
         open_index(tmp_path / "index")
     assert "3 images added, 7 kept" in index(tmp_path / "photos", flags=["--store", store])
     assert sum(encoded) == 3
@@ -351,7 +351,7 @@ def test_two_processes_insert_into_a_server(server, start, index, ask, tmp_path,
 def test_a_file_is_for_one_process(tmp_path, monkeypatch):
     monkeypatch.setattr(launcher, "launched", lambda: True)
     keeping = Keeping(store=f"milvus:{tmp_path / 'x.db'}")
-    with pytest.raises(UserError, match="one process at a time"):
+    with pytest.raises(UserError, match="only one process"):
         milvus.MilvusWriter(tmp_path, {}, 8, keeping=keeping, origin={"folders": []})
 
 
@@ -396,27 +396,29 @@ def test_a_collection_of_another_encoder(server, index, ask, tmp_path, drawn, ca
     files = images(tmp_path / "photos", 3)
     index(tmp_path / "photos", flags=["--store", server.store])
     other = lambda: index(tmp_path / "photos", name=drawn / "tiny_clip_resnet.pt")  # noqa: E731
-    assert "is an index of other weights" in refused(other, capsys)
+    assert "is an index with other weights" in refused(other, capsys)
     manifest = tmp_path / "index" / "index.json"
     about = json.loads(manifest.read_text())
     for field, value in [("weights", "1" * 64), ("transform", "clip"), ("resolution", 64)]:
         wrong = {**about, "encoder": {**about["encoder"], field: value}}
         manifest.write_text(json.dumps(wrong))
-        assert "is of another encoder" in refused(lambda: ask(files[0], "x"), capsys)
+        assert "was made with another encoder" in refused(lambda: ask(files[0], "x"), capsys)
         CASES["collections of another encoder", "refused"] += 1
     manifest.write_text(json.dumps({**about, "collection": f"gone_{about['collection']}"}))
     assert "has no collection gone_" in refused(lambda: ask(files[0], "x"), capsys)
-    assert "has no collection gone_" in refused(lambda: index(tmp_path / "photos"), capsys)
+    assert "no longer has the collection gone_" in refused(
+        lambda: index(tmp_path / "photos"), capsys
+    )
 
 
 def test_an_index_stays_where_it_is(server, index, tmp_path, capsys):
     images(tmp_path / "photos", 2)
     index(tmp_path / "photos", flags=["--store", server.store])
     for flags, words in [
-        (["--store", "faiss"], "this index lives in milvus:"),
-        (["--store", f"milvus:{tmp_path / 'x.db'}"], "this index lives in milvus:"),
-        (["--index-type", "ivfpq"], "choose one"),
-        (["--on-disk"], "leave one out"),
+        (["--store", "faiss"], "this index is stored in milvus:"),
+        (["--store", f"milvus:{tmp_path / 'x.db'}"], "this index is stored in milvus:"),
+        (["--index-type", "ivfpq"], "is not supported by"),
+        (["--on-disk"], "remove one of them"),
     ]:
         assert words in refused(lambda f=flags: index(tmp_path / "photos", flags=f), capsys)
     index(tmp_path / "photos", output=tmp_path / "files")
@@ -424,7 +426,7 @@ def test_an_index_stays_where_it_is(server, index, tmp_path, capsys):
     said = refused(
         lambda: index(tmp_path / "photos", output=tmp_path / "files", flags=to_milvus), capsys
     )
-    assert "this index lives in faiss" in said
+    assert "this index is stored in faiss" in said
 
 
 def test_each_field_of_a_manifest(tmp_path):
@@ -490,7 +492,7 @@ def test_a_token_goes_to_no_address_that_only_a_file_names(
     given.clear()
     answers = ask(files[0], "is red")
     assert set(given) == {""}
-    assert f"MILVUS_TOKEN is not sent to {server.store} unless you name it" in caplog.text
+    assert f"MILVUS_TOKEN is not sent to {server.store} unless you pass" in caplog.text
     given.clear()
     assert ask(files[0], "is red", "--store", server.store) == answers
     assert set(given) == {"root:S3cret"}

@@ -75,7 +75,7 @@ def test_a_renamed_folder_is_not_encoded_again(store, index, tmp_path, encoded):
     moved_to(tmp_path / "pictures", tmp_path / "photos")
     out = index(tmp_path / "pictures")
     assert "0 images added, 6 kept, 0 removed" in out
-    assert "6 of those kept have moved" in out
+    assert "6 of the kept images were moved" in out
     assert encoded == []
     kept = {file.name for file in (tmp_path / "index").glob("*-*") if "files" not in file.name}
     assert kept == vectors  # of an index in files, which are not written again
@@ -109,7 +109,7 @@ def test_a_folder_that_is_gone_goes_only_with_its_images(store, index, tmp_path,
     files[2].unlink()
     moved_to(tmp_path / "pictures", tmp_path / "photos")
     said = refused(lambda: index(tmp_path / "pictures", tmp_path / "others"), capsys)
-    assert "1 of its images are found nowhere" in said
+    assert "1 of its images were not found elsewhere" in said
     assert str(files[2]) in said
     assert encoded == []
     assert "2 images added, 2 kept, 1 removed" in index(
@@ -137,7 +137,7 @@ def test_a_library_is_relocated(store, index, ask, tmp_path, encoded, capsys, ca
         "6 paths rewritten, 1 of them of images with other content, 1 of images that are missing"
         in out
     )
-    assert f"{changed} is not what was indexed" in caplog.text
+    assert f"{changed} has changed since it was indexed" in caplog.text
     assert f"{new / files[1].name} is missing" in caplog.text
     there = features(tmp_path / "index")
     assert there.keys() == {path.replace(str(tmp_path / "photos"), str(new)) for path in before}
@@ -152,7 +152,7 @@ def test_a_library_is_relocated(store, index, ask, tmp_path, encoded, capsys, ca
     ("words", "said"),
     [
         (["nowhere", "pictures"], "it has no image there"),
-        (["photos", "nowhere"], "nowhere is no folder"),
+        (["photos", "nowhere"], "nowhere is not a folder"),
         (["photos", "pictures"], "the new folder has none of its images"),
         (["photos", "pictures", "--images", "pictures"], "--images beside --relocate"),
     ],

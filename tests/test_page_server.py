@@ -620,7 +620,7 @@ def test_examples_are_triplets_of_the_index(index, drawn, capsys):
     with pytest.raises(SystemExit) as stop:
         demo_app.main(list(map(str, words)))
     assert stop.value.code == 2
-    assert f"--examples {file}: the index has no reference" in capsys.readouterr().err
+    assert f"--examples {file}: the index contains no triplet" in capsys.readouterr().err
 
 
 def test_an_upload_that_is_not_kept_is_asked_for_again(served):
@@ -634,7 +634,9 @@ def test_what_cannot_be_asked_is_said(served):
     assert "no reference yet" in served.refuses_to_ask(text="is red")
     assert "the text is empty" in served.refuses_to_ask(row=1, text="  ")
     assert "without one" in served.refuses_to_ask(row=1, text="x", lean=0.5)
-    assert "knows no filter" in served.refuses_to_ask(row=1, text="x", filter='path like "a%"')
+    assert "--filter is not supported" in served.refuses_to_ask(
+        row=1, text="x", filter='path like "a%"'
+    )
     note = served.ask(row=1, text="red " * 100)["note"]
     assert "more than 77 tokens" in note
 

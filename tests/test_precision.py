@@ -76,9 +76,11 @@ def test_float32_rounds_nothing_but_where_tf32_is_asked_for(monkeypatch):
 def test_a_device_that_cannot_says_what_it_can(monkeypatch, fails, drawn):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: False)
-    with pytest.raises(UserError, match="--encode-precision tf32: cuda has no TF32 here"):
+    with pytest.raises(UserError, match="--encode-precision tf32: cuda does not support TF32"):
         check_encode_precision("tf32", GPU)
-    with pytest.raises(UserError, match="--encode-precision bf16: this GPU has no bfloat16"):
+    with pytest.raises(
+        UserError, match="--encode-precision bf16: this GPU does not support bfloat16"
+    ):
         check_encode_precision("bf16", GPU)
     flags = [
         "--dataset",
@@ -89,7 +91,7 @@ def test_a_device_that_cannot_says_what_it_can(monkeypatch, fails, drawn):
         "sum",
     ]
     error = fails("validate", drawn, *flags, "--encode-precision", "tf32")
-    assert "--encode-precision tf32: cpu has no TF32 here; choose fp32" in error
+    assert "--encode-precision tf32: cpu does not support TF32: choose fp32" in error
 
 
 def test_keys_of_caches_say_in_what_was_encoded(make_encoder):
@@ -143,7 +145,7 @@ def test_an_index_keeps_to_its_precision_and_a_query_is_exact(drawn, golden, tmp
     with pytest.raises(SystemExit) as stop:
         search.main([*make, "--encode-precision", "fp32"])
     assert stop.value.code == 2
-    assert "of other weights, preprocessing or precision" in capsys.readouterr().err
+    assert "with other weights, preprocessing or precision" in capsys.readouterr().err
     image = next((golden / "cirr_dataset" / "dev").rglob("*.png"))
     seen = []
     real = precision.encoding

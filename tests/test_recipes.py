@@ -33,9 +33,9 @@ def test_a_recipe_stands_in_for_defaults_and_every_value_of_it_can_be_taken_back
 
 
 def test_a_resumed_run_has_the_recipe_it_began_with(stage_2, capsys):
-    run = stage_2("CIRR", "--recipe", "modern", "--no-cosine", "--num-epochs", 1)
+    run = stage_2("CIRR", "--recipe", "modern", "--negatives", "batch", "--num-epochs", 1)
     flags = json.loads((run / "training_hyperparameters.json").read_text())["flags"]
-    values = {**RECIPES["modern"]["combiner_train.py"], "cosine": False, "recipe": "modern"}
+    values = {**RECIPES["modern"]["combiner_train.py"], "negatives": "batch", "recipe": "modern"}
     assert {name: flags[name] for name in values} == values
     resumed = combiner_train.parse(["--resume", str(run)])
     assert {name: getattr(resumed, name) for name in values} == values

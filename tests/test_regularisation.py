@@ -164,6 +164,6 @@ def test_noise_shuffles_the_targets_of_a_share_and_none_keeps_its_own():
         noisy_ones.append([t.target for t in found])
     assert with_noise(clean, 0.75, 3).triplets == with_noise(clean, 0.75, 3).triplets
     assert len(set(map(tuple, noisy_ones))) == 20
-    with pytest.raises(UserError, match="--noise 1: 40 of 40 triplets have one target"):
+    with pytest.raises(UserError, match="--noise 1: 40 of 40 triplets have the same target"):
         one = [Triplet(reference=t.reference, captions=("",), target="a") for t in triplets]
         with_noise(Split(name="train", triplets=one, image_paths={}), 1, 0)

@@ -61,7 +61,10 @@ def test_a_signal_before_training_begins(stage_2, monkeypatch, tmp_path, capsys)
     with pytest.raises(SystemExit) as stop:
         stage_2("CIRR")
     assert stop.value.code == 0
-    assert "stopped by SIGTERM; nothing was trained yet: start it again" in capsys.readouterr().err
+    assert (
+        "stopped by SIGTERM; nothing was trained yet: run the same command again"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "combiner").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -274,7 +277,7 @@ def test_weights_that_lie_elsewhere_now(stage_1, stopped, refuses, resume, tmp_p
         / "saved_models"
         / "tuned_clip_arithmetic.pt"
     )
-    assert "the CLIP weights are others than when the run was started" in refuses(
+    assert "the CLIP weights differ from those of the start of the run" in refuses(
         run, "--clip-model-path", other
     )
     resume(run, "--clip-model-path", moved)
@@ -384,7 +387,7 @@ def test_annotations_that_changed(stopped, own_drawn, refuses):
     content = json.loads(file.read_text())
     content[0]["caption"] += " now"
     file.write_text(json.dumps(content))
-    assert "the annotations are others than when the run was started" in refuses(run)
+    assert "the annotations differ from those of the start of the run" in refuses(run)
 
 
 def test_a_run_of_an_earlier_version_lacks_later_flags(stopped, resume, refuses):
@@ -394,7 +397,7 @@ def test_a_run_of_an_earlier_version_lacks_later_flags(stopped, resume, refuses)
     content = json.loads(file.read_text())
     del content["flags"]["cosine"]
     file.write_text(json.dumps(content))
-    assert "the run was started without --cosine: leave it out" in refuses(run, "--cosine")
+    assert "the run was started without --cosine: remove it" in refuses(run, "--cosine")
     resume(run)
     assert (run / "best_metrics.json").exists()
 
@@ -413,8 +416,8 @@ def test_a_run_of_an_earlier_version_reads_own_photos_as_it_began(stopped, resum
 
 
 def test_folders_that_are_no_runs(refuses, stage_1, tmp_path, drawn):
-    assert "no folder of a run" in refuses(tmp_path / "nowhere")
-    assert "no folder of a run" in refuses(drawn)
+    assert "not a run folder" in refuses(tmp_path / "nowhere")
+    assert "not a run folder" in refuses(drawn)
     (tmp_path / "damaged").mkdir()
     file = tmp_path / "damaged" / "training_hyperparameters.json"
     for text in ("{", "[1]", "{}", '{"dataset": "COCO"}', '{"dataset": "CIRR", "num_epochs": 1.5}'):
@@ -432,7 +435,7 @@ def test_a_damaged_state(damage, stopped, refuses):
     if damage == "other":
         save_tensors(run / "state.pt", {"Combiner": {}})
     error = refuses(run)
-    assert "state.pt cannot be continued from" in error
+    assert "state.pt cannot be resumed from" in error
     assert "delete it" in error
 
 
@@ -572,7 +575,7 @@ def test_a_signal_saves_and_ends_with_the_command_to_resume(number, door, drawn,
     last = stderr.strip().splitlines()[-1]
     assert (
         last
-        == f"{door}.py: stopped by {number.name}; go on with: python {ROOT}/src/{door}.py --resume {run}"
+        == f"{door}.py: stopped by {number.name}; resume with: python {ROOT}/src/{door}.py --resume {run}"
     )
     progress = load_tensors(run / "state.pt")["progress"]
     assert progress["epoch"] >= 1
@@ -616,7 +619,7 @@ def test_torchrun_killed_and_told_to_stop(door, settings, drawn, tmp_path, start
     process.send_signal(signal.SIGTERM)  # which torchrun passes on
     process.wait()
     assert (
-        f"go on with: torchrun --nproc-per-node 2 {ROOT}/src/{door}.py --resume {run}"
+        f"resume with: torchrun --nproc-per-node 2 {ROOT}/src/{door}.py --resume {run}"
         in process.stderr
     )
     process = start(*torchrun(2), *resumption)
@@ -644,7 +647,7 @@ def test_torchrun_ended_by_a_signal_that_it_does_not_pass_on(drawn, tmp_path, re
     process.wait()
     wait_until_gone(processes)
     resumption = f"torchrun --nproc-per-node 2 {ROOT}/src/combiner_train.py --resume {run}"
-    assert f"stopped by the end of torchrun; go on with: {resumption}" in process.stderr
+    assert f"stopped by the end of torchrun; resume with: {resumption}" in process.stderr
     assert load_tensors(run / "state.pt")["progress"]["epoch"] >= 1
 
 
@@ -680,7 +683,7 @@ combiner_train.main(sys.argv[1:])
     last = done.stderr.strip().splitlines()[-1]
     assert "error: could not write" in last
     assert (
-        f"the last good state is epoch 2, step 0; go on with: python {ROOT}/src/combiner_train.py --resume {run}"
+        f"the last good state is epoch 2, step 0; resume with: python {ROOT}/src/combiner_train.py --resume {run}"
         in last
     )
     assert not list(run.rglob("*.tmp"))

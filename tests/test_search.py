@@ -157,7 +157,7 @@ def test_unreadable_files_are_listed_and_the_others_indexed(index, tmp_path, cap
     shutil.copy(files[2], tmp_path / "photos" / ".thumbnails" / "hidden.png")
     for _ in range(2):  # they are not forgotten
         caplog.clear()
-        assert "2 left out that cannot be read" in index(tmp_path / "photos")
+        assert "2 unreadable images left out" in index(tmp_path / "photos")
         assert f"image {files[0]} cannot be decoded" in caplog.text
         assert f"image {files[1]} cannot be decoded" in caplog.text
     assert paths_of(open_index(tmp_path / "index")) == files[2:] or set(
@@ -187,11 +187,11 @@ def test_other_folders_stay_until_they_are_forgotten(index, tmp_path, capsys):
     ]  # with the CLIP that it was made with
     search.main(again)
     assert "1 images added, 5 kept, 0 removed" in capsys.readouterr().out
-    assert "does not hold it" in refused(
+    assert "does not contain this folder" in refused(
         lambda: search.main([*again, "--forget", str(tmp_path / "c")]), capsys
     )
     shutil.rmtree(tmp_path / "a")  # or a disk that is not there today
-    assert "is no folder" in refused(lambda: search.main(again), capsys)
+    assert "is not a folder" in refused(lambda: search.main(again), capsys)
     search.main([*again, "--forget", str(tmp_path / "a")])
     assert "0 images added, 2 kept, 4 removed" in capsys.readouterr().out
 
@@ -203,7 +203,7 @@ def test_a_folder_with_other_files_is_not_taken_for_an_index(index, tmp_path, ca
         file.parent.mkdir(exist_ok=True)
         shutil.copy(files[0], file)
     before = sorted(tmp_path.joinpath("photos").rglob("*"))
-    assert "which is of no index" in refused(
+    assert "which does not belong to an index" in refused(
         lambda: index(tmp_path / "photos", output=tmp_path / "photos"), capsys
     )
     assert sorted(tmp_path.joinpath("photos").rglob("*")) == before
@@ -247,7 +247,7 @@ def test_an_interrupted_run_goes_on(index, tmp_path, monkeypatch, capsys):
         index(tmp_path / "photos")
     assert stop.value.code == 0
     assert (
-        "stopped by SIGTERM; what was encoded is kept: go on with the same command"
+        "stopped by SIGTERM; encoded features are kept: run the same command again to resume"
         in capsys.readouterr().err
     )
     assert refused(
@@ -367,12 +367,12 @@ def test_two_processes_cannot_update_at_once(index, tmp_path, capsys):
 
 def test_what_is_refused(index, ask, tmp_path, drawn, capsys):
     (tmp_path / "empty").mkdir()
-    assert "no images there" in refused(lambda: index(tmp_path / "empty"), capsys)
-    assert "is no folder" in refused(lambda: index(tmp_path / "nowhere"), capsys)
+    assert "no images found" in refused(lambda: index(tmp_path / "empty"), capsys)
+    assert "is not a folder" in refused(lambda: index(tmp_path / "nowhere"), capsys)
     files = images(tmp_path / "photos", 3)
     index(tmp_path / "photos")
     other = lambda: index(tmp_path / "photos", name=drawn / "tiny_clip_resnet.pt")  # noqa: E731
-    assert "is an index of other weights" in refused(other, capsys)
+    assert "is an index with other weights" in refused(other, capsys)
     with_other = ["--clip-model-name", drawn / "tiny_clip_resnet.pt"]
     assert "made with other weights" in refused(
         lambda: ask(files[0], "is red", *with_other), capsys

@@ -212,7 +212,10 @@ def test_weights_twice_or_without_a_name(tmp_path):
     torch.save({"CLIP": {"a": torch.ones(1), "module.a": torch.ones(1)}}, tmp_path / "a.pt")
     refused(lambda: read_checkpoint("--path", tmp_path, "CLIP"), "a.pt holds a twice", "module.a")
     torch.save({"CLIP": {3: torch.ones(1)}}, tmp_path / "a.pt")
-    refused(lambda: read_checkpoint("--path", tmp_path, "CLIP"), "a.pt: 3 is no name of a weight")
+    refused(
+        lambda: read_checkpoint("--path", tmp_path, "CLIP"),
+        "a.pt: 3 is not a valid name of a weight",
+    )
 
 
 # What tells the sizes of a CLIP, before there is a model to compare with.
@@ -404,8 +407,8 @@ def test_each_field_of_the_files_of_an_index(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda rows: with_row(rows, math.nan), "no number"),
-        (lambda rows: with_row(rows, math.inf), "no number"),
+        (lambda rows: with_row(rows, math.nan), "values that are not numbers"),
+        (lambda rows: with_row(rows, math.inf), "values that are not numbers"),
         (lambda rows: rows[::-1], "not those that were written"),
         (lambda rows: np.roll(rows, 1, axis=0), "not those that were written"),
         (lambda rows: rows + 1, "not those that were written"),
@@ -475,7 +478,7 @@ def test_vectors_of_other_features(kind):
     repeated = np.repeat(features[:10], len(features) // 10, axis=0)  # many images that are equal
     assert faiss_index.mismatch(faiss_index.build(repeated, kind), repeated, kind) == ""
     assert "other features" in faiss_index.mismatch(index, rng.permutation(features), kind)
-    assert "vectors of length 16" in faiss_index.mismatch(index, features[1:], kind)
+    assert "vectors of dimension 16" in faiss_index.mismatch(index, features[1:], kind)
     for other in set(VECTOR_KINDS) - {kind}:
         assert faiss_index.mismatch(index, features, other) == f"it is not of the kind {other}"
 

@@ -57,9 +57,9 @@ CASES = [
     (0, lambda c, k, t: c.update(metric="r"), '"metric" is "r", not recall or recall_subset'),
     (0, lambda c, k, t: c.update(metric=[1]), '"metric" is [1]'),
     (0, lambda c, k, t: c.pop(k), "pairid {k}: missing"),
-    (0, lambda c, k, t: c.update({"9999": c[k]}), "pairid 9999: no query of test1"),
+    (0, lambda c, k, t: c.update({"9999": c[k]}), "pairid 9999: not a query of test1"),
     (0, lambda c, k, t: c[k].pop(), "pairid {k}: 16 ids instead of 17"),
-    (0, lambda c, k, t: c[k].append("more"), "pairid {k}: more is no image of test1"),
+    (0, lambda c, k, t: c[k].append("more"), "pairid {k}: more is not an image of test1"),
     (0, lambda c, k, t: c[k].__setitem__(0, c[k][1]), "pairid {k}: {second} occurs 2 times"),
     (
         0,
@@ -264,7 +264,7 @@ def test_fashioniq_predictions_have_the_official_form(fashioniq, drawn, check):
         ),
         (lambda c: c[2].pop("ranking"), '"ranking" is not a list of image ids'),
         (lambda c: c[2]["ranking"].pop(), "11 ids, fewer than 12"),
-        (lambda c: c[2]["ranking"].__setitem__(0, "x"), "x is no image of dress"),
+        (lambda c: c[2]["ranking"].__setitem__(0, "x"), "x is not an image of dress"),
         (lambda c: c.__setitem__(0, 3), "entry 0 (candidate "),
     ],
 )

@@ -116,7 +116,7 @@ def test_an_outage_never_stops_a_training(name, fails_in, monkeypatch, tmp_path,
     stand_in(monkeypatch, name, fails_in)
     names = ["comet", "wandb", "tensorboard"]
     record(tmp_path / "run", names, range(3))
-    assert caplog.text.count(f"--tracker {name}: {fails_in} failed: going on without it") == 1
+    assert caplog.text.count(f"--tracker {name}: {fails_in} failed: continuing without it") == 1
     assert len(read_csv(tmp_path / "run" / "validation_metrics.csv")["epoch"]) == 3
     assert len([method for method, _, _ in other.calls if method.startswith("log")]) >= 6
 

@@ -139,14 +139,14 @@ AWAY = ["../a.jpg", "/etc/passwd", "a/../../b.jpg", "C:/a.jpg", "..\\a.jpg", "a\
 def test_a_path_that_leads_out(path, key, folder):
     wrong = [*FULL["group"], path] if key == "group" else path
     write_lines(folder, "val", [{**FULL, "group": [*FULL["group"], path], key: wrong}])
-    assert "leads out of the dataset" in refused(folder)
+    assert "points outside the dataset" in refused(folder)
 
 
 @pytest.mark.parametrize("path", AWAY)
 def test_a_gallery_that_leads_out(path, folder):
     write_lines(folder, "val", [FULL])
     (folder / "gallery.val.txt").write_text(f"a.jpg\nb.jpg\n{path}\n")
-    assert "leads out of the dataset" in refused(folder)
+    assert "points outside the dataset" in refused(folder)
 
 
 # Files
@@ -280,14 +280,14 @@ def test_a_wrong_cell_is_named_with_its_row(key, value, folder):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("a.jpg,is red,b.jpg\n", "should name the columns"),
+        ("a.jpg,is red,b.jpg\n", "should contain the columns"),
         ("reference,caption,caption,target\na.jpg,red,red,b.jpg\n", "each once"),
-        ("reference,target\na.jpg,b.jpg\n", "should name the columns"),
+        ("reference,target\na.jpg,b.jpg\n", "should contain the columns"),
         ("reference,caption,target\na.jpg,red, with dots,b.jpg\n", "row 2 has 4 cells"),
         ("reference,caption,target\na.jpg,red\n", "row 2 has 2 cells"),
         ("reference,caption,target\na.jpg,red,b.jpg" + 999 * ",", "row 2"),
-        ('reference,caption,target\n\na.jpg,"red" dots,b.jpg\n', "no table: row 3"),
-        ('reference,caption,target\na.jpg,"x\ny",b.jpg\na.jpg,"red,b.jpg\n', "no table: row 3"),
+        ('reference,caption,target\n\na.jpg,"red" dots,b.jpg\n', "not a table: row 3"),
+        ('reference,caption,target\na.jpg,"x\ny",b.jpg\na.jpg,"red,b.jpg\n', "not a table: row 3"),
         ("", "is empty"),
         ("reference,caption,target\n", "no triplets"),
         ("reference,caption\na.jpg,red\n", "row 2: target"),
@@ -309,7 +309,7 @@ BAD_TABLES = {
 def test_workbooks_that_are_none(what, folder):
     whole = as_workbook(as_table([FULL], ","))
     (folder / "val.xlsx").write_bytes(BAD_TABLES[what] or whole[: len(whole) // 2])
-    assert "no workbook" in refused(folder)
+    assert "not a workbook" in refused(folder)
 
 
 def test_workbooks_need_openpyxl(folder, monkeypatch):

@@ -279,7 +279,7 @@ def test_an_edited_index_opens_nothing_else(models_made, indexed, tmp_path, neve
         with pytest.raises(SystemExit) as stop:
             indexed(tmp_path / "index")
         assert stop.value.code == 2
-        assert "was made elsewhere and names" in capsys.readouterr().err
+        assert "was made on another machine and refers to" in capsys.readouterr().err
     assert not marker.exists()
 
 

@@ -103,8 +103,8 @@ def test_what_a_query_of_cirr_shows(look, rankings):
     page = (folder / "sheet.html").read_text()
     (query,) = queries(page)
     found = wanted["protocols"]["original-removed"]
-    assert f"gallery: target at place {found['rank'] + 1}<" in query
-    assert f"subset: target at place {wanted['in_group']['rank'] + 1}<" in query
+    assert f"gallery: target at rank {found['rank'] + 1}<" in query
+    assert f"subset: target at rank {wanted['in_group']['rank'] + 1}<" in query
     recall = json.loads(file.read_text())["protocols"]["original-removed"]["metrics"]["recall_at1"]
     assert f"combiner on clip_vit, R@1 {recall:.2f}, " in page
     names = re.findall(r'<figure( class="target")? title="(.*?)"', query)
@@ -132,7 +132,7 @@ def test_failures_are_sorted_by_the_rank_of_the_target(look, rankings):
         assert re.findall("<h2>(.*?)</h2>", page) == ["dress", "toptee", "shirt"]
         sections = page.split("<h2>")[1:]
         places[order] = [
-            [int(n) for n in re.findall(r"gallery: target at place (\d+)", section)]
+            [int(n) for n in re.findall(r"gallery: target at rank (\d+)", section)]
             for section in sections
         ]
     for worst, best in zip(places["worst"], places["best"], strict=True):
@@ -158,7 +158,7 @@ def test_queries_by_name_and_at_random(look, rankings, capsys):
     [
         (
             ["--queries", "dress:999"],
-            "--queries dress:999: not best, worst, random, nor a query, as dress:0",
+            "--queries dress:999: not best, worst, random or a query such as dress:0",
         ),
         (["--protocol", "VAL-kept"], "--protocol VAL-kept is not in"),
         (["--rankings", "nowhere.json"], "nowhere.json is missing"),
@@ -265,7 +265,7 @@ def test_a_picture_says_what_its_page_says(monkeypatch):
     )
     sheet_picture.picture([card], thumbnails, head=["CIRR", "sum on RN50"])
     page = sheets.sheet("CIRR", {"val": [card]}, thumbnails, about=["sum on RN50"])
-    lines = ["12, color, size", "gallery: target at place 1", "subset: target at place 2", "is red"]
+    lines = ["12, color, size", "gallery: target at rank 1", "subset: target at rank 2", "is red"]
     for line in ("CIRR", "sum on RN50", *lines):
         assert line in written
         assert line in page
@@ -281,7 +281,7 @@ def test_captions_of_the_picture_are_in_any_script_that_a_font_has(caplog):
         assert all(bytes(font.getmask(char)) != missing for char in word)
     card, thumbnails = a_card("is \uffff red")
     sheet_picture.picture([card], thumbnails)
-    assert "boxes in place of \\uffff" in caplog.text or "boxes in place of \uffff" in caplog.text
+    assert "boxes instead of \\uffff" in caplog.text or "boxes instead of \uffff" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_the_experts_report(look, rankings):
         mean = sum(query["experts"][expert] for query in everything) / len(everything)
         assert f">{mean:.2f}</td>" in page
         heaviest = sum(query["experts"][expert] == max(query["experts"]) for query in everything)
-        assert f"weighs most in {heaviest} of 120 queries" in page
+        assert f"has the largest weight in {heaviest} of 120 queries" in page
     assert all(f"<th>{name}</th>" in page for name in ("dress", "toptee", "shirt", "all"))
 
 

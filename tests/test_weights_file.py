@@ -152,7 +152,7 @@ def test_hugging_faces_clip_gives_its_features(form, hugging_face, tmp_path, cap
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert "Hugging Face's CLIP" in caplog.text
     # What the file does not tell is said: a fine-tuned one has no config.json beside it.
-    assert ("does not say its activation" in caplog.text) == (form == "fine-tuned")
+    assert ("does not record its activation" in caplog.text) == (form == "fine-tuned")
 
 
 def test_hugging_faces_weights_that_openais_clip_would_compute_otherwise(hugging_face, tmp_path):
@@ -165,7 +165,7 @@ def test_hugging_faces_weights_that_openais_clip_would_compute_otherwise(hugging
         load_clip(str(tmp_path / "pytorch_model.bin"), CPU)
     head = {**model.state_dict(), "vision_model.head.probe": torch.ones(1, 1, 64)}
     torch.save(head, tmp_path / "siglip.bin")
-    with pytest.raises(UserError, match=r"another model than CLIP.*vision_model\.head\.probe"):
+    with pytest.raises(UserError, match=r"a model that is not a CLIP.*vision_model\.head\.probe"):
         load_clip(str(tmp_path / "siglip.bin"), CPU)
 
 
@@ -196,7 +196,7 @@ def test_objects_are_named_and_how_to_save_without_them(golden, tmp_path):
     state = load_tensors(golden / "clip_vit.pt")
     hyper_parameters = argparse.Namespace(lr=0.1)
     torch.save({"state_dict": state, "hyper_parameters": hyper_parameters}, tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match=r"argparse\.Namespace.*state dict alone"):
+    with pytest.raises(UserError, match=r"argparse\.Namespace.*only the model's state dict"):
         load_clip(str(tmp_path / "a.ckpt"), CPU)
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark is: its files, captions, protocols and metrics. Each has a file of its own beside this one."""
+"""Define the interface of a benchmark: files, captions, protocols and metrics. Each benchmark has its own file."""
 
 import logging
 import math
@@ -53,7 +53,7 @@ class Benchmark(ABC):
         reported: metric -> what it is, in the order of the tables. One that is not named here is a percentage.
         statistics: score -> how it is made of the hits of a split's queries; the others are their means in percent.
         selection, titles: those of `reported` that choose checkpoints, and those of tables; see `Metric`.
-        hyper_parameters: what the original's runs write down of it beside the flags.
+        hyper_parameters: what the original's runs record of it besides the flags.
 
     Args:
         data_root: the folder that holds the dataset's own.
@@ -108,7 +108,8 @@ class Benchmark(ABC):
         """Return what the files call "train", "val" or "test". Raises UserError where there is none."""
         if split not in self.splits:
             raise UserError(
-                f"--dataset {self.name} has no {split} split, only {' and '.join(self.splits)}: name another benchmark"
+                f"--dataset {self.name} has no {split} split, only {' and '.join(self.splits)}: choose another "
+                "benchmark"
             )
         return self.splits[split]
 
@@ -218,14 +219,14 @@ class Benchmark(ABC):
         remaining = whole.without(self.excluded) if self.excluded else whole
         if not remaining.triplets:
             raise UserError(
-                f"--exclusions leaves none of the triplets of {queries_file}: exclude fewer images"
+                f"--exclusions leaves out all triplets of {queries_file}: exclude fewer images"
             )
         return remaining
 
     def _faults(
         self, triplet: Triplet, split: str, known: Spellings, images_file: Path
     ) -> list[str]:
-        """What is wrong with a query beyond its own fields."""
+        """Return the problems of a query that no single field shows."""
         faults = []
         apart = self.references_apart and split != self.train_split
         in_gallery = triplet.targets if apart else triplet.images
@@ -298,7 +299,7 @@ class Benchmark(ABC):
                     found.append(f"{', '.join(names)} of {split} under {protocol.name}")
         if found:
             reason = "there are no more images to choose from"
-            logger.warning("note: 100 whatever is retrieved, for %s: %s", reason, "; ".join(found))
+            logger.warning("note: always 100, because %s: %s", reason, "; ".join(found))
 
     @classmethod
     def best_clips(cls) -> dict[str, str]:

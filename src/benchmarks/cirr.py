@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 RECALLS = (1, 5, 10, 50)
 GROUP_RECALLS = (1, 2, 3)
-# The seven recalls whose means select checkpoints. A recall that is reported beside them changes no selection.
+# The seven recalls whose means select checkpoints. A recall that is reported besides them changes no selection.
 SELECTING = (
     "group_recall_at1", "group_recall_at2", "group_recall_at3",
     "recall_at1", "recall_at5", "recall_at10", "recall_at50",

@@ -1,4 +1,4 @@
-"""What a copy of a benchmark is: its counts beside the official ones, its images by role, what they do to metrics."""
+"""Report on a copy of a benchmark: its counts next to the official ones, problems of images by role, their effects."""
 
 import itertools
 import unicodedata
@@ -42,7 +42,7 @@ AS_SHOWN = {
 
 @dataclass(frozen=True)
 class Inspection:
-    """What an image file is, see `image_check`.
+    """Properties of an image file, see `image_check`.
 
     Attributes:
         problem: why it cannot be decoded, "" where it can.
@@ -77,7 +77,7 @@ class Remark:
 
 @dataclass
 class Report:
-    """What a check found.
+    """Findings of a check.
 
     Attributes:
         files: each annotation file with its number of entries and the official one.
@@ -147,7 +147,7 @@ def read_parts(
 def _count(
     benchmark: Benchmark, part: str, split: str, records: Split, *, official: bool, report: Report
 ) -> None:
-    """The entries of a part's two files beside those of the official ones, where there are any.
+    """The entries of a part's two files next to those of the official ones, where there are any.
 
     Where queries are their own list of images, they are what is counted.
     """
@@ -188,9 +188,9 @@ def _remark_on_asked_twice(
         if first.setdefault(asked, place) != place:
             again.append(f"entries {first[asked]} and {place}: {_query(benchmark, triplet)}")
     if records.is_secret:
-        report.count(NOTE, where, "queries are asked again; their targets may differ", again)
+        report.count(NOTE, where, "queries are repeated; their targets may differ", again)
     else:
-        report.count(FINDING, where, "triplets are there twice: they count twice", again)
+        report.count(FINDING, where, "triplets are repeated: they count twice", again)
 
 
 def _remark_on_captions(
@@ -225,7 +225,7 @@ def lacks_words(triplet: Triplet) -> bool:
 
 
 def _says_something(character: str) -> bool:
-    """Whether it is a letter, a digit, or a picture such as an emoji; not so punctuation, spaces and marks."""
+    """Check whether a character is a letter, a digit or a picture such as an emoji."""
     return character.isalnum() or unicodedata.category(character) == "So"
 
 
@@ -235,7 +235,7 @@ def _remark_on_repeats(
     """Entries of all lists, and how many images they are."""
     entries = sum(map(len, listed.values()))
     images = len(set().union(*listed.values()))
-    counts = f"{entries:,} entries name {images:,} images: {entries - images:,} entries repeat an image of another list"
+    counts = f"{entries:,} entries list {images:,} images: {entries - images:,} entries repeat an image of another list"
     report.say(NOTE, "image lists", f"{counts}. {benchmark.counts_explained}".rstrip())
 
 
@@ -248,14 +248,18 @@ def _remark_on_training(
     """Targets that repeat, and images of training that validation or test have too."""
     targets = Counter(_targets(triplets[train]))
     repeated = [name for name, count in targets.items() if count > 1]
-    effect = "targets repeat: in one batch they are each other's negatives, unless --mask-duplicate-targets"
+    effect = "targets are repeated: within a batch they are each other's negatives, unless --mask-duplicate-targets is "
+    "set"
     report.count(NOTE, train, effect, repeated)
     trained_on = {*targets, *(triplet.reference for triplet in triplets[train])}
     for other in [split for split in triplets if split != train]:
         where = f"{train} and {other}"
         shared = sorted(set(listed[train]) & set(listed[other]))
         report.count(
-            NOTE, where, "images are in lists of both: splits are apart only within a part", shared
+            NOTE,
+            where,
+            "images are in the lists of both splits: splits are disjoint only within a part",
+            shared,
         )
         seen = sorted(trained_on.intersection(_targets(triplets[other])))
         report.count(NOTE, where, f"targets of {other} are in training triplets", seen)
@@ -334,7 +338,7 @@ def _layouts(benchmark: Benchmark, paths: Iterable[Path]) -> dict[str, int]:
 
 
 def _roles(records: Split) -> dict[str, set[str]]:
-    """What a part's images are: references of queries, targets, and distractors, which are neither."""
+    """Return the images of a part by role: references of queries, targets, and distractors, which are neither."""
     references = {triplet.reference for triplet in records.triplets}
     targets = set(_targets(records.triplets))
     distractors = records.image_paths.keys() - references - targets
@@ -370,9 +374,9 @@ def _remark_on_bad(
             ids = [name for name in bad if name in names and bad[name] == problem]
             lost = sum(_asks_for(triplet, set(ids)) for triplet in records.triplets)
             effects = {
-                "query": f"{lost} of {queries} queries cannot be asked; left out, the recalls are of the others",
-                "target": f"{lost} of {queries} queries have no answer: they count as missed, or are left out",
-                "distractor": f"a gallery of {gallery - len(ids)} instead of {gallery}: recalls rise",
+                "query": f"{lost} of {queries} queries cannot be evaluated; without them, recalls are of the others",
+                "target": f"{lost} of {queries} queries have no target: they count as missed, or are left out",
+                "distractor": f"a gallery of {gallery - len(ids)} instead of {gallery}: recalls are too high",
             }
             effect = (
                 f"{lost} of {queries} triplets cannot be trained on" if trains else effects[role]
@@ -381,7 +385,7 @@ def _remark_on_bad(
 
 
 def _asks_for(triplet: Triplet, names: Container[str]) -> bool:
-    """Whether the reference or the target is one of some images."""
+    """Check whether the reference or a target of a triplet is among some images."""
     return any(name in names for name in triplet.images)
 
 
@@ -398,14 +402,14 @@ def _remark_on_copies(
             copies += group
     largest = max(map(len, groups.values()), default=0)
     effects = {
-        "query": "such a query is the same picture as another image",
-        "target": "nothing tells the answer from its copy, so which of them comes first is chance",
-        "distractor": "the gallery is in effect smaller",
+        "query": "the query has the same picture as another image",
+        "target": "the target cannot be told from its copy, so their order is arbitrary",
+        "distractor": "the gallery is effectively smaller",
     }
     for role, names in _roles(records).items():
         text = f"files have the same content as another, role {role}: {effects[role]}"
         if largest > PLACEHOLDER:
-            text += f"; up to {largest} are one picture, as a placeholder would be"
+            text += f"; up to {largest} have the same picture, which may be a placeholder"
         report.count(FINDING, where, text, [name for name in copies if name in names])
 
 

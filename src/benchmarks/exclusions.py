@@ -45,7 +45,7 @@ def read_exclusions(file: Path | None, dataset: str) -> dict[str, str]:
         raise UserError(f"--exclusions: {error}") from None
     if listed.dataset != dataset:
         raise UserError(
-            f"--exclusions {file} is for {listed.dataset}, not {dataset}: name the right file"
+            f"--exclusions {file} is for {listed.dataset}, not {dataset}: choose the right file"
         )
     return listed.images
 
@@ -76,13 +76,11 @@ def announce(wanted: Collection[str], splits: Iterable[Split]) -> None:
             )
         if split.smaller_groups:
             logger.warning(
-                "%d of them choose from a smaller subset: their subset recalls rise",
+                "%d of them have a smaller subset, which raises their subset recalls",
                 split.smaller_groups,
             )
     if others := [name for name in wanted if name not in left_out]:
         spellings = Spellings(known)
         named = [name + spellings.hint(name) for name in others[:NAMED_IMAGES]]
         shown = ", ".join([*named, "..."] if len(others) > NAMED_IMAGES else named)
-        logger.warning(
-            "%d images of --exclusions are in no split that is used here: %s", len(others), shown
-        )
+        logger.warning("%d images of --exclusions are in no split in use: %s", len(others), shown)

@@ -81,7 +81,7 @@ class FashionIQ(Benchmark):
     def image_places(self, images_file: Path) -> dict[str, str]:
         names = read_checked(list[ImageName], images_file, remedy=self.remedy)
         if len(set(names)) < len(names):
-            raise UserError(f"{images_file}: an image is there twice: {self.remedy}")
+            raise UserError(f"{images_file}: an image is listed twice: {self.remedy}")
         return {name: f"{name}.jpg" for name in names}
 
     def queries(self, queries_file: Path, split: str) -> Iterable[tuple[str, Triplet]]:

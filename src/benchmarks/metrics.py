@@ -38,7 +38,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where the targets of a split's queries are found, 0 for the first place: all that metrics are made of.
+    """Ranks of the targets of a split's queries, counted from 0. All metrics are computed from these.
 
     Attributes:
         named: (Q,) of each query's named target in the gallery.

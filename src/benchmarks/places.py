@@ -1,4 +1,4 @@
-"""Where the image files of a list lie: below the data root, or in a folder that is linked there, and nowhere else.
+"""Find the image files of a list: below the data root or in a folder that is symlinked there, and nowhere else.
 
 A dataset is downloaded, and its images are shown on sheets and pages: its text must not choose files of the machine.
 """
@@ -39,7 +39,7 @@ def locate(
     for name, place in places.items():
         if _LEADS_AWAY.search(name) or not _is_below(root, place):
             raise UserError(
-                f"{listed_in}: the image {name!r} at {place!r} leads out of the dataset: {remedy}"
+                f"{listed_in}: the image {name!r} at {place!r} points outside the dataset: {remedy}"
             )
     first, *others = folders
     others = [folder for folder in others if folder.is_dir()]
@@ -57,7 +57,7 @@ def locate(
 
 
 def _is_below(root: Path, place: str) -> bool:
-    """Whether a place is a path that leads nowhere else, or a full one below the root."""
+    """Check whether a path stays below the root, be it relative or absolute."""
     if not _LEADS_AWAY.search(place):
         return True
     full = Path(place)
@@ -67,7 +67,7 @@ def _is_below(root: Path, place: str) -> bool:
 
 
 def _check_links(paths: Mapping[str, Path], root: Path) -> None:
-    """Refuse files that are links to elsewhere. Whole folders may be links: whoever set them up chose what is in them.
+    """Reject files that are links to elsewhere. Whole folders may be links: whoever set them up chose what is in them.
 
     Raises:
         UserError: a link leads out of the root and out of the folders that the file is in.
@@ -80,5 +80,5 @@ def _check_links(paths: Mapping[str, Path], root: Path) -> None:
         folders = [root, *(parent for parent in path.parents if parent.is_relative_to(root))]
         if not any(target.is_relative_to(real(folder)) for folder in folders):
             raise UserError(
-                f"{path} is a link to {target}, out of the dataset: put the file itself there, or link its whole folder"
+                f"{path} is a symlink to {target}, outside the dataset: copy the file, or symlink its whole folder"
             )

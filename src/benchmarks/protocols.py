@@ -96,6 +96,6 @@ def choose_protocols(
     for name in names:
         if name not in known_names:
             raise UserError(
-                f"--protocol {name} is none of {dataset}: choose from {', '.join(known_names)}"
+                f"--protocol {name} does not exist for {dataset}: choose from {', '.join(known_names)}"
             )
     return [protocol for protocol in known if protocol.name in names]

@@ -76,10 +76,10 @@ def read_query_list(file: Path | None, dataset: str, split: str) -> QueryList | 
     except UserError as error:
         raise UserError(f"--queries: {error}") from None
     if not listed.queries:
-        raise UserError(f"--queries {file} is empty: nothing would be measured; leave the flag out")
+        raise UserError(f"--queries {file} is empty, so nothing would be measured: remove the flag")
     if (listed.dataset, listed.split) != (dataset, split):
         raise UserError(
-            f"--queries {file} is for {listed.dataset} {listed.split}, not {dataset} {split}: name the right file"
+            f"--queries {file} is for {listed.dataset} {listed.split}, not {dataset} {split}: choose the right file"
         )
     return QueryList(file, frozenset(listed.queries))
 
@@ -100,15 +100,16 @@ def restricted(benchmark: Benchmark, splits: Sequence[Split], wanted: QueryList)
     unknown = sorted(wanted.names - known)
     if unknown:
         raise UserError(
-            f"--queries {wanted.file}: {len(unknown)} of {len(wanted.names)} are no queries of {benchmark.name} "
-            f"{benchmark.val_split}, the first is {unknown[0]}{Spellings(known).hint(unknown[0])}: take it out"
+            f"--queries {wanted.file}: {len(unknown)} of {len(wanted.names)} are not queries of {benchmark.name} "
+            f"{benchmark.val_split}, the first is {unknown[0]}{Spellings(known).hint(unknown[0])}: remove it from the "
+            "list"
         )
     kept = [split.only(wanted.names) for split in splits]
     for split in kept:
         if not split.triplets:
             raise UserError(
-                f"--queries {wanted.file} has no query of {split.name}, without which there are no metrics of "
-                f"{benchmark.name}: add some"
+                f"--queries {wanted.file} has no query of {split.name}, without which {benchmark.name} has no "
+                "metrics: add some"
             )
     asked = sum(len(split.triplets) for split in kept)
     logger.info("--queries %s: %d queries are measured", wanted.file, asked)

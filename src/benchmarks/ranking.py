@@ -29,7 +29,7 @@ def _check(similarity: Tensor) -> None:
 def _count(
     similarity: Tensor, compare: Callable[[Tensor, Tensor], Tensor], bound: Tensor
 ) -> Tensor:
-    """How many of each row's similarities (Q, N) compare so with its bound (Q, 1), as (Q,) int32.
+    """Count the similarities (Q, N) of each row that compare so with the bound (Q, 1) of the row, as (Q,) int32.
 
     Columns are compared a part at a time on the CPU, in whose cache the outcome then stays. Counting in 32 bits is
     twice as fast as in 64.
@@ -161,7 +161,7 @@ class Ranking:
         )
 
     def part(self, rows: slice) -> "Ranking":
-        """The same of some of the queries."""
+        """Return the rankings of some of the queries."""
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
         taken = {name: column[rows] for name, column in columns.items() if column is not None}
         return Ranking(**taken)

@@ -40,7 +40,7 @@ class Answered:
 
 
 class ServerForm(ABC, Generic[Content]):
-    """What a server takes for a split.
+    """Format of the submission files that a server accepts for a split.
 
     Attributes:
         kind: the benchmark it is for.
@@ -142,7 +142,7 @@ class CirrForm(ServerForm[dict[str, Any]]):
                 )
         queries = {str(triplet.pair_id): triplet for triplet in self.whole.triplets}
         unknown = sorted(content.keys() - {"version", "metric"} - queries.keys())
-        violations += [f"pairid {key}: no query of {self.whole.name}" for key in unknown]
+        violations += [f"pairid {key}: not a query of {self.whole.name}" for key in unknown]
         for key, triplet in queries.items():
             problems = (
                 self._problems(content[key], triplet, content.get("metric"))
@@ -153,7 +153,7 @@ class CirrForm(ServerForm[dict[str, Any]]):
         return violations
 
     def _problems(self, ids: Any, triplet: Triplet, metric: Any) -> list[str]:
-        """What is wrong with the ids of one query."""
+        """Return the problems of the ids of one query."""
         if not _are_ids(ids):
             return ["not a list of image ids"]
         problems = _foreign(ids, self.whole)
@@ -220,7 +220,7 @@ class FashionIQForm(ServerForm[list[Any]]):
         return violations
 
     def _problems(self, entry: Any, triplet: Triplet, split: Split) -> list[str]:
-        """What is wrong with one entry."""
+        """Return the problems of one entry."""
         query = {"candidate": triplet.reference, "captions": list(triplet.captions)}
         if not isinstance(entry, dict) or any(
             entry.get(key) != value for key, value in query.items()
@@ -275,7 +275,7 @@ class ListsForm(ServerForm[dict[str, Any]]):
         return violations
 
     def _problems(self, listed: Any, triplet: Triplet) -> list[str]:
-        """What is wrong with the images of one query."""
+        """Return the problems of the images of one query."""
         images = list(map(self.image, listed)) if isinstance(listed, list) else [None]
         if None in images:
             return ["not a list of image ids"]
@@ -296,7 +296,7 @@ class ListsForm(ServerForm[dict[str, Any]]):
 
 
 def _keys(split: Split) -> list[str]:
-    """What a file calls each query: its id, or its number where it has none."""
+    """Return the key of each query in a file: its id, or its number if it has none."""
     keys = []
     for number, triplet in enumerate(split.triplets):
         keys.append(str(number if triplet.pair_id is None else triplet.pair_id))
@@ -340,11 +340,12 @@ def parse_submission(file: Path) -> dict[str, Any] | list[Any]:
         content = parse_json(read_text(file))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{file} is no JSON file that can be read ({error}): write the submission again"
+            f"{file} is not a readable JSON file ({error}): write the submission again"
         ) from None
     if not isinstance(content, dict | list):
         raise UserError(
-            f"{file} holds a {type(content).__name__}, neither an object (CIRR, CIRCO) nor a list (FashionIQ)"
+            f"{file} contains a {type(content).__name__}, not an object (CIRR, CIRCO) or a list (FashionIQ): choose a "
+            "submission file"
         )
     return content
 
@@ -364,7 +365,8 @@ def form_of(
     alike = [form for form in forms if isinstance(content, form.container)]
     if not alike:
         raise UserError(
-            f"{file} holds a {type(content).__name__}, as no submission to {dataset} does: name its own --dataset"
+            f"{file} contains a {type(content).__name__}, which no submission to {dataset} does: set --dataset to its "
+            "benchmark"
         )
     return next((form for form in alike if form.fits(content)), alike[0])
 
@@ -396,5 +398,5 @@ def _foreign(ids: list[str], split: Split) -> list[str]:
             hint = (
                 f": write {bare}, without path and extension" if bare in split.image_paths else ""
             )
-            problems.append(f"{name} is no image of {split.name}{hint}")
+            problems.append(f"{name} is not an image of {split.name}{hint}")
     return problems

@@ -135,7 +135,7 @@ class Split:
 
     @functools.cached_property
     def most_other_targets(self) -> int:
-        """The largest number of targets beside the named one that a query has."""
+        """The largest number of targets besides the annotated one that a query has."""
         return max(len(triplet.other_targets) for triplet in self.triplets)
 
     @property
@@ -303,6 +303,6 @@ def check_images_exist(splits: Iterable[Split]) -> None:
     if not hint and (folder := missing_folder(first)):
         hint = f": there is no {folder}"
     raise UserError(
-        f"{len(bad)} of {len(paths)} image files are missing or empty, the first is {first}{hint}: put them there, for "
-        "without them every recall would be wrong; or leave them out openly, see src/check_dataset.py"
+        f"{len(bad)} of {len(paths)} image files are missing or empty, the first is {first}{hint}: add them, because "
+        "without them every recall would be wrong; or exclude them, see src/check_dataset.py"
     )

@@ -56,13 +56,15 @@ def _first_sheet(file: Path) -> "pd.DataFrame":
         )
     except ImportError:
         raise UserError(
-            f"{file}: workbooks are read with openpyxl: pip install openpyxl, or save it as CSV"
+            f"{file}: workbooks need openpyxl: pip install openpyxl, or save it as CSV"
         ) from None
     except (BadZipFile, KeyError, OSError, SyntaxError, TypeError, ValueError, zlib.error) as error:
-        raise UserError(f"{file} is no workbook ({first_line(error)}): save it again") from None
+        raise UserError(f"{file} is not a workbook ({first_line(error)}): save it again") from None
     name, table = next(iter(sheets.items()))
     if len(sheets) > 1:
-        logger.warning("note: %s: of its %d sheets %s is read, the first", file, len(sheets), name)
+        logger.warning(
+            "note: %s: only the first of its %d sheets is read, %s", file, len(sheets), name
+        )
     return table
 
 
@@ -93,8 +95,8 @@ def _separated(file: Path) -> "pd.DataFrame":
     except (pd.errors.ParserError, ValueError) as error:
         row = _broken_row(text, separator, most)
         raise UserError(
-            f"{file} is no table: row {row} ({first_line(error)}): see to its quotation marks, of which one within a "
-            "cell is written twice"
+            f"{file} is not a table: row {row} ({first_line(error)}): check its quotation marks; one within a cell "
+            "is written twice"
         ) from None
 
 
@@ -130,11 +132,11 @@ def cell_values(cell: str, separator: str) -> list[str]:
     """
     cell = cell.strip()
     if cell.lower() in NOTHING:
-        raise ValueError(f"{cell!r}, which stands for nothing: fill the cell, or leave it empty")
+        raise ValueError(f"{cell!r}, which means a missing value: fill the cell, or leave it empty")
     if _LIST.fullmatch(cell):
         values: list[str] = ast.literal_eval(cell)
     elif re.match(r"""\[\s*['"]""", cell):
-        raise ValueError(f"{cell!r}, which is no list: part several values by ' | '")
+        raise ValueError(f"{cell!r}, which is not a list: separate several values by ' | '")
     else:
         values = re.split(separator, cell)
     return [value.strip() for value in values]

@@ -136,7 +136,7 @@ class Triplets(Benchmark):
     name = "Triplets"
     run_name = "triplets"
     folder = "triplets_dataset"
-    remedy = "mend it as docs/own-data.md says"
+    remedy = "fix it as described in docs/own-data.md"
     background = WHITE
     # The picture that a search begins with is no answer to anybody, so this is what checkpoints are chosen by.
     protocols = (ORIGINAL_REMOVED, ORIGINAL_KEPT)
@@ -154,7 +154,9 @@ class Triplets(Benchmark):
         there = sorted(file for file in folder.glob("*") if file.name.lower() in names)
         if len(there) > 1:
             others = " and ".join(file.name for file in there[1:])
-            raise UserError(f"{there[0]} and {others} beside it are one split: keep one of them")
+            raise UserError(
+                f"{there[0]} and {others} next to it are the same split: keep one of them"
+            )
         queries = there[0] if there else folder / f"{split}.jsonl"
         gallery = folder / f"gallery.{split}.txt"
         return queries, gallery if gallery.exists() else queries
@@ -183,7 +185,8 @@ class Triplets(Benchmark):
         refuse_all(queries_file, faults, self.remedy)
         if bare and queries_file.suffix.lower() in TABLES:
             logger.warning(
-                "note: %s: %d captions have a | without spaces, which is read as it stands: ' | ' parts several",
+                "note: %s: %d captions have a | without spaces, which is read literally: ' | ' separates several "
+                "captions",
                 queries_file,
                 bare,
             )
@@ -230,7 +233,7 @@ class Triplets(Benchmark):
 
 
 def _entries(file: Path) -> list[tuple[str, OwnTestQuery]]:
-    """What an error calls each line or row of a file, and what it holds.
+    """Yield the name of each line or row of a file, for error messages, and its entry.
 
     Raises:
         UserError: the lines or rows that are no good are named, all of them.
@@ -250,7 +253,7 @@ def _entries(file: Path) -> list[tuple[str, OwnTestQuery]]:
 
 
 def _entry(schema: type[OwnTestQuery], where: str, content: "Reading") -> OwnTestQuery | str:
-    """What a line or a row holds, or what is wrong with it."""
+    """Return the entry of a line or row, or the problem with it."""
     try:
         return schema.model_validate(content())
     except ValidationError as error:
@@ -269,7 +272,7 @@ Reading = Callable[[], Any]
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Reading]]:
-    """What an error calls each line, and its content."""
+    """Yield the name of each line, for error messages, and its content."""
     for number, line in enumerate(unmarked_text(file).split("\n"), start=1):
         if line.strip():
             yield f"line {number}", functools.partial(_object, line)
@@ -280,20 +283,20 @@ def _object(line: str) -> Any:
         return parse_json(line)
     except ValueError as error:
         problem, _, _ = first_line(error).partition(": line 1")
-        raise ValueError(f"is no JSON ({problem}): write an object on each line") from None
+        raise ValueError(f"is not JSON ({problem}): write an object on each line") from None
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Reading]]:
-    """What an error calls each row, and its cells as a line of JSON would have them."""
+    """Yield the name of each row, for error messages, and its cells in the form of a JSON line."""
     rows = table_rows(file)
     names = [name.strip().lower() for name in next(rows, (1, []))[1]]
     known = [name for name in OWN_COLUMNS if names.count(name) == 1]
     if not {"reference", "caption"} <= set(known) or len(known) < len(
         set(names) & set(OWN_COLUMNS)
     ):
-        found = "is empty" if not names else "names other columns"
+        found = "is empty" if not names else "has other columns"
         raise UserError(
-            f"{file} {found}: its first row should name the columns reference, caption, target, each once: "
+            f"{file} {found}: its first row should contain the columns reference, caption, target, each once: "
             f"{Triplets.remedy}"
         )
     for number, cells in rows:

@@ -1,4 +1,4 @@
-"""What `--list-models` prints: the names that `--clip-model-name` takes."""
+"""List the names that `--clip-model-name` accepts, for `--list-models`."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""Every flag that scripts share, spelled once: alone, as argparse parents in titled groups, and what they ask for."""
+"""Declare the flags that scripts share: alone, as argparse parents in titled groups, and the choices they make."""
 
 import argparse
 from typing import Any
@@ -25,7 +25,7 @@ Group = argparse._ArgumentGroup | argparse.ArgumentParser  # what a flag is adde
 
 
 def add_dataset(
-    group: Group, *, required: bool, help: str = "which benchmark, in upper or lower case"
+    group: Group, *, required: bool, help: str = "benchmark to use (not case-sensitive)"
 ) -> None:
     """--dataset."""
     names = list(BENCHMARKS)
@@ -51,7 +51,7 @@ def add_seed(group: Group, *, help: str) -> None:
     """--seed.
 
     Args:
-        help: what is drawn by it, as "of the resampling".
+        help: the rest of the help text, such as "for the resampling".
     """
     group.add_argument("--seed", type=seed_int, default=0, help=f"random seed {help}")
 
@@ -63,22 +63,25 @@ def add_resampling(group: Group, *, resamples: int) -> None:
         type=str.lower,
         default="reference",
         metavar="COLUMN",
-        help="draw queries together that share it: reference, target or a column of your own triplets; query: each by "
-        "itself",
+        help="unit of resampling: queries with the same reference, target, or value of a column of your own triplets "
+        "are drawn together; query: draw each query by itself",
     )
     group.add_argument(
-        "--confidence", type=fraction, default=0.95, help="probability that an interval holds"
+        "--confidence",
+        type=fraction,
+        default=0.95,
+        help="confidence level of the intervals, between 0 and 1",
     )
     group.add_argument(
         "--resamples",
         type=positive_int,
         default=resamples,
-        help="how often queries are drawn for the intervals",
+        help="number of bootstrap resamples for the intervals",
     )
-    add_seed(group, help="of the resampling")
+    add_seed(group, help="for the resampling")
 
 
-def add_k(group: Group, *, default: int, help: str = "how many answers") -> None:
+def add_k(group: Group, *, default: int, help: str = "number of results") -> None:
     """--k."""
     group.add_argument("--k", type=positive_int, default=default, help=help)
 
@@ -94,7 +97,7 @@ def add_clip_batch_size(group: Group, *, help: str) -> None:
 
 
 def compute_flags(decodes: bool = True) -> argparse.ArgumentParser:
-    """What computes.
+    """Return the flags for the device and the data-loader processes.
 
     Args:
         decodes: many images, for which processes pay.
@@ -112,7 +115,7 @@ def clip_flags() -> argparse.ArgumentParser:
     """Which CLIP, and how images are preprocessed. None where silent: `configuration.resolve_clip_options` fills in."""
     parser = parent(groups.Clip)
     parser._action_groups[-1].add_argument(
-        "--list-models", action=ListModels, help="print the names, and end"
+        "--list-models", action=ListModels, help="print the available CLIP models and exit"
     )
     return parser
 
@@ -127,8 +130,8 @@ def exported_flag() -> argparse.ArgumentParser:
         action=Alias,
         other="combining_function",
         metavar="DIR",
-        help="a folder of export.py, or hf-hub:ORG/REPO, in place of the flags of weights; composed by its Combiner if "
-        "it has one",
+        help="exported pair, a folder written by export.py or hf-hub:ORG/REPO; replaces --clip-model-path and "
+        "--combiner-path, and composes queries with its Combiner if it has one",
     )
     return parser
 
@@ -147,7 +150,7 @@ def training_flags(stage: type[groups.BothStages]) -> list[argparse.ArgumentPars
 
 
 def pair_flags(required: bool = True, silent: str = "") -> argparse.ArgumentParser:
-    """How queries are composed.
+    """Return the flags for the composition of queries.
 
     Args:
         silent: says what holds without --combining-function, where that is something.
@@ -159,34 +162,33 @@ def pair_flags(required: bool = True, silent: str = "") -> argparse.ArgumentPars
         type=in_any_case(COMBINING_FUNCTIONS),
         choices=COMBINING_FUNCTIONS,
         required=required,
-        help=f"what makes a query of the two features, or one of them alone{silent}",
+        help="composition of a query; combiner: Combiner; sum: image feature + text feature; image, text: that feature "
+        f"alone{silent}",
     )
-    add_combiner_path(
-        group, help="weights of stage 2, for combiner: a checkpoint, or a run's folder"
-    )
+    add_combiner_path(group, help="stage-2 weights for combiner: a checkpoint, or a run folder")
     return parser
 
 
 def measuring_flags() -> argparse.ArgumentParser:
-    """How a benchmark is measured with a pair."""
+    """Return the flags for measuring a pair on a benchmark."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("measuring")
     group.add_argument(
         "--feature-cache",
         type=usable_path,
         metavar="DIR",
-        help="keep features on disk, with which an interrupted encoding goes on (default: keep none)",
+        help="folder in which features are cached, so that interrupted encoding resumes (default: no cache)",
     )
     add_verify(
         group,
-        help="tell changed images by all of their bytes (default: by size, modification time and the first, middle and "
-        "last 4 KiB)",
+        help="detect changed images by hashing their whole content (default: by size, modification time and the first, "
+        "middle and last 4 KiB)",
     )
     group.add_argument(
         "--concept-template",
         type=concept_template,
         metavar="TEXT",
-        help=f"text of CIRCO's protocols with the concept (default: {CIRCO.concept_template})",
+        help=f"template of the query text in CIRCO's protocols with the concept (default: {CIRCO.concept_template})",
     )
     return parser
 
@@ -211,12 +213,16 @@ def search_flags() -> list[argparse.ArgumentParser]:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("index")
     group.add_argument(
-        "--index", type=usable_path, required=True, metavar="INDEX", help="made by search.py index"
+        "--index",
+        type=usable_path,
+        required=True,
+        metavar="INDEX",
+        help="index folder written by search.py index",
     )
     add_store(
         group,
-        help="where the index lives, as it says too: a Milvus that only the index names gets no MILVUS_TOKEN, unless "
-        "the index was made here",
+        help="store of the index (default: the one recorded in the index); pass the address of a Milvus server to "
+        "allow sending MILVUS_TOKEN to it, which is not needed if the index was made on this machine",
     )
     composition = pair_flags(required=False, silent=" (default: combiner if there is one)")
     return [parser, exported_flag(), composition, parent(groups.WantedCombiner)]
@@ -228,7 +234,7 @@ def add_verify(group: Group, *, help: str) -> None:
 
 
 def pair_choice(args: argparse.Namespace) -> PairChoice:
-    """The pair that `pair_flags` and the flags beside them ask for."""
+    """Return the pair that `pair_flags` and related flags choose."""
     return PairChoice(
         combining_function=args.combining_function,
         clip_path=args.clip_model_path,
@@ -243,5 +249,5 @@ def pair_choice(args: argparse.Namespace) -> PairChoice:
 
 
 def told_by(args: Any) -> str:
-    """How caches tell a changed image, see `runtime.files.stamp`; by a sample where a script has no --verify."""
+    """Return how caches detect a changed image, see `runtime.files.stamp`: by a sample if a script has no --verify."""
     return "content" if getattr(args, "verify", False) else "sample"

@@ -1,4 +1,4 @@
-"""What every script parses its flags with."""
+"""Parse the flags of every script."""
 
 import argparse
 import difflib
@@ -23,7 +23,7 @@ class WithDefaults(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         about = action.help or ""
         if _lists_choices(action):
-            about += f"; of {', '.join(action.choices or ())}"
+            about += f"; choices: {', '.join(action.choices or ())}"
         default = in_words(action.default)
         if not default or action.required or not action.option_strings or "(default:" in about:
             return about
@@ -60,7 +60,7 @@ class WithDefaults(argparse.HelpFormatter):
 
 
 def _lists_choices(action: argparse.Action) -> bool:
-    """Whether the help of a flag lists its names: it takes several, which argparse shows twice, or they are long."""
+    """Check whether the help of a flag lists its choices: several values are allowed, or the choices are long."""
     if not action.choices or not action.option_strings:
         return False
     return action.nargs == "+" or len(",".join(map(str, action.choices))) > LONGEST_CHOICES
@@ -73,7 +73,7 @@ def in_words(default: Any) -> str:
     if isinstance(default, list):
         return " ".join(map(str, default))
     if isinstance(default, Path) and default.is_relative_to(PROJECT_ROOT):
-        return f"{default.relative_to(PROJECT_ROOT)}/ of the project"
+        return f"{default.relative_to(PROJECT_ROOT)}/ in the project"
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
@@ -96,7 +96,7 @@ class ScriptParser(argparse.ArgumentParser):
             DEBUG,
             action="store_true",
             default=argparse.SUPPRESS,
-            help="where it fails, print all of what Python says too",
+            help="on failure, also print the traceback",
         )
 
     typed: Sequence[str] = ()
@@ -107,7 +107,7 @@ class ScriptParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Refuse a value that is none of a flag's choices, and name the one that was meant."""
+        """Reject a value that is none of a flag's choices, and name the one that was meant."""
         try:
             super()._check_value(action, value)
         except argparse.ArgumentError as error:

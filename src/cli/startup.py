@@ -1,4 +1,4 @@
-"""What scripts do before their own work: check what flags name, device, benchmark."""
+"""Prepare a script: check the files of its flags, choose the device, open the benchmark."""
 
 import importlib.util
 import logging
@@ -42,18 +42,21 @@ def check_files(args: Any) -> None:
         check_clip(clip)
     if getattr(args, "lora_rank", None) and importlib.util.find_spec("peft") is None:
         raise UserError(
-            "--lora-rank needs a package: pip install -r requirements-lora.txt, or leave it out"
+            "--lora-rank needs a package: pip install -r requirements-lora.txt, or remove the flag"
         )
 
 
 def check_pair(args: Any, exported: Path | str) -> None:
-    """Refuse flags of what an exported pair holds, and a folder that is not whole.
+    """Reject flags of what an exported pair holds, and a folder that is not whole.
 
     A repository is fetched later, by the one process that does.
     """
     for name in ("clip_model_name", "clip_model_path", "combiner_path"):
         if getattr(args, name, None) is not None:
-            raise UserError(f"{flag(name)} beside --pair {exported}, which holds it: leave one out")
+            raise UserError(
+                f"{flag(name)} cannot be combined with --pair {exported}, which already contains it: "
+                "remove one of them"
+            )
     if isinstance(exported, Path):
         read_exported(exported)
     else:
@@ -83,13 +86,13 @@ def pick_device(name: str | None) -> "torch.device":
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
         wanted = name or distributed.local_device()
         raise UserError(
-            f"--device {wanted}: not usable here ({first_line(error)}); try --device cpu"
+            f"--device {wanted}: not usable here ({first_line(error)}): choose --device cpu"
         ) from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: choose cuda or cpu")
     if torchrun.launched() and name and ":" in name:
         raise UserError(
-            f"--device {name}: each process takes the GPU of its own number; leave the flag out"
+            f"--device {name}: each process uses the GPU of its own number: remove the flag"
         )
     if device.type == "cuda":
         # Else pinned memory opens a context on the first GPU, whichever this is.
@@ -109,7 +112,7 @@ def open_benchmark(args: Any) -> tuple[Benchmark, dict[str, str]]:
     if template is not None:
         if not benchmark.concept_template:
             raise UserError(
-                f"--concept-template: queries of {benchmark.name} have no shared concept: leave it out"
+                f"--concept-template: queries of {benchmark.name} have no shared concept: remove the flag"
             )
         benchmark.concept_template = template
     return benchmark, reasons

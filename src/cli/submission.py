@@ -1,4 +1,4 @@
-"""What the submission scripts do with their flags."""
+"""Run the submission scripts: their flags, and the work that they share."""
 
 import argparse
 from typing import Any
@@ -24,7 +24,7 @@ def submission_parser(about: str | None, benchmark: type[Benchmark]) -> argparse
         type=file_name,
         required=True,
         metavar="NAME",
-        help="a name for the files, which is part of theirs",
+        help="name of the submission, used in the file names",
     )
     val = benchmark.val_split
     test = benchmark.test_split
@@ -32,20 +32,20 @@ def submission_parser(about: str | None, benchmark: type[Benchmark]) -> argparse
         "--split",
         choices=(val, test),
         default=test,
-        help=f"split of the queries; {val} is scored too",
+        help=f"split of the queries; {val} is also scored",
     )
     group.add_argument(
         "--output-dir",
         type=usable_path,
         default=PROJECT_ROOT / "submission" / benchmark.name,
         metavar="DIR",
-        help="the folder for the files",
+        help="folder for the submission files",
     )
     return parser
 
 
 def submit_as_asked(form: type[ServerForm[Any]], args: argparse.Namespace) -> None:
-    """What a form's script does with its flags (see `submission_parser`); exit code 1 if a rule is broken."""
+    """Write and check a submission as flags say (see `submission_parser`); exit code 1 if a file breaks a rule."""
     check_files(args)
     check_writable({"--output-dir": args.output_dir, "--feature-cache": args.feature_cache})
     benchmark, _ = open_benchmark(args)

@@ -1,4 +1,4 @@
-"""What both trainings do with their flags: those of a resumed run, and what must be there before anything is loaded."""
+"""Parse and check the flags of both training scripts, and run a training, a resumed one too."""
 
 import argparse
 import logging
@@ -42,7 +42,7 @@ def parse(
 ) -> AnyStage:
     """The settings of a training: what is typed, else what its recipe says, else the defaults.
 
-    With `--resume` they are those of the run, and what is typed beside it is laid over them.
+    With `--resume` they are those of the run, and what is typed besides is laid over them.
 
     What is typed must not contradict the run: `started_with` compares what comes out with the run's hyper-parameters.
 
@@ -75,7 +75,7 @@ def parse(
     for name in known - stored.keys() - FREE_FLAGS:  # of a later version than the run's
         if getattr(args, name) != parser.get_default(name):
             raise UserError(
-                f"--resume {folder}: the run was started without {flag(name)}: leave it out"
+                f"--resume {folder}: the run was started without {flag(name)}: remove it"
             )
     return parsed(parser, stage, args)
 
@@ -98,10 +98,10 @@ def checked(args: AnyStage) -> tuple[AnyStage, Benchmark]:
     check_files(args)
     trackers = check_trackers(args.tracker, args.api_key, args.workspace)
     if args.save_best and not args.save_training:
-        logger.warning("warning: --save-best saves nothing without --save-training: add it")
+        logger.warning("warning: --save-best saves nothing without --save-training: add that flag")
     if args.seeds and not args.save_training:
         logger.warning(
-            "warning: --seeds writes no metrics for compare.py without --save-training: add it"
+            "warning: --seeds writes no metrics for compare.py without --save-training: add that flag"
         )
     warn_of_lost_epochs(args)
     written = {}

@@ -1,4 +1,4 @@
-"""What composition adds: which queries image or text alone solve, and how well those are solved that need both.
+"""Audit a benchmark: the queries that image or text alone solve, and the results for queries that need both.
 
 After the audit of Attimonelli et al. 2026 (arXiv 2605.14787), by whom most queries of some benchmarks are solved by one
 modality alone.
@@ -68,7 +68,7 @@ def names_of(splits: Sequence[Split], chosen: Mapping[str, np.ndarray]) -> list[
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """What a benchmark's queries retrieved under one protocol, by each way to compose them.
+    """Hits of a benchmark's queries under one protocol, for each combining function.
 
     Attributes:
         hits: combining function -> its hits; of a recall they are true or false.

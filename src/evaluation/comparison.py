@@ -30,7 +30,7 @@ Resamples = dict[str, "Tensor"]  # metric or score -> its value in each resample
 
 @dataclass(frozen=True, kw_only=True)
 class Resampling:
-    """How intervals are made, see `bootstrap`.
+    """Settings of the confidence intervals, see `bootstrap`.
 
     Attributes:
         by: what queries that are drawn together share: reference, target, a column of own triplets; or `BY_QUERY`.
@@ -56,7 +56,7 @@ class Resampling:
         for split, own in columns.items():
             if self.by != BY_QUERY and self.by not in own:
                 raise UserError(
-                    f"--resample-by {self.by}: no column that all queries of {split} have: choose from "
+                    f"--resample-by {self.by}: not a column that all queries of {split} have: choose from "
                     f"{', '.join([BY_QUERY, *own])}"
                 )
             queries = len(next(iter(own.values())))
@@ -82,7 +82,7 @@ class Column:
         return list(self.results[0]["protocols"])
 
     def has(self, protocol: str) -> bool:
-        """Whether all of it was measured under a protocol."""
+        """Check whether all results were measured under a protocol."""
         return all(protocol in result["protocols"] for result in self.results)
 
     def values(self, protocol: str, metric: str) -> list[float]:
@@ -94,7 +94,7 @@ class Column:
         return statistics.fmean(self.values(protocol, metric))
 
     def conditions(self, protocol: str) -> dict[str, Any]:
-        """What must be equal for numbers to compare beside the protocol; None where the seeds differ in it."""
+        """Return the conditions besides the protocol that must be equal to compare numbers; None where seeds differ."""
         first, *others = [_conditions(result, protocol) for result in self.results]
         shared = {}
         for name, value in first.items():
@@ -103,7 +103,7 @@ class Column:
 
     @property
     def trained_elsewhere(self) -> dict[str, str]:
-        """What of it was trained on another benchmark than it is measured on, and on which."""
+        """Return the parts that were trained on another benchmark than they are measured on, with its name."""
         parts: dict[str, str] = {}
         for result in self.results:
             parts.update(trained_on(result["training"]))
@@ -157,7 +157,8 @@ def result_files(places: Sequence[Path]) -> list[Path]:
             found = sorted(place.glob("seed_*.json"), key=lambda file: (len(file.name), file.name))
         if not found:
             raise UserError(
-                f"{place} has no seed_*.json: name the folder of a training with --seeds and --save-training, or files"
+                f"{place} has no seed_*.json: pass the folder of a training run with --seeds and --save-training, or "
+                "files"
             )
         files += found
     return files
@@ -177,7 +178,7 @@ def read_columns(files: list[Path]) -> list[Column]:
         if (result["dataset"], result["split"]) != (first["dataset"], first["split"]):
             raise UserError(
                 f"{file} is of {result['dataset']} {result['split']}, {files[0]} of {first['dataset']} "
-                f"{first['split']}: compare results of one"
+                f"{first['split']}: compare results of one split"
             )
         key = _method(result) or f"file {number}"
         if key in columns and _seeds(result) in map(_seeds, columns[key].results):
@@ -187,7 +188,7 @@ def read_columns(files: list[Path]) -> list[Column]:
 
 
 def labels(files: Sequence[Path]) -> list[str]:
-    """What each file is called: its stem, its path where others have that stem, with a number where it comes again."""
+    """Return the label of each file: its stem, its path if others have the same stem, a number if it is repeated."""
     stems = Counter(file.stem for file in files)
     names: list[str] = []
     for number, file in enumerate(files, start=1):
@@ -197,7 +198,7 @@ def labels(files: Sequence[Path]) -> list[str]:
 
 
 def _seeds(result: Result) -> dict[str, Any]:
-    """The seeds of the trainings that a result is of: "clip" and "combiner" -> its own."""
+    """The seeds of the training runs that a result is of: "clip" and "combiner" -> its own."""
     configs = result["training"].items()
     return {kind: Settings.read(config).table.get("seed") for kind, config in configs}
 
@@ -228,7 +229,7 @@ def by_both_seeds(column: Column, protocol: str, metric: str) -> dict[str, dict[
 
 
 def _method(result: Result) -> str | None:
-    """What the results of several seeds have in common: how CLIP and the Combiner were trained, but for the seeds.
+    """Return the settings that results of several seeds share: the training of CLIP and Combiner without the seeds.
 
     None where the checkpoint that learned last does not tell. A CLIP that does not tell is itself what they share.
     """
@@ -244,7 +245,10 @@ def _method(result: Result) -> str | None:
 
 
 def _without_seed(settings: Settings) -> dict[str, Any]:
-    """What a training computes beside its seed. The CLIP weights under a Combiner have a seed of their own."""
+    """Return the settings of a training run that change its numbers, without the seed.
+
+    The CLIP weights under a Combiner have a seed of their own.
+    """
     not_the_method = {*FREE_FLAGS, "seed", "seeds", "verify"}
     flags = {name: value for name, value in settings.flags.items() if name not in not_the_method}
     return {
@@ -255,7 +259,7 @@ def _without_seed(settings: Settings) -> dict[str, Any]:
 
 
 def unlike(base: Column, other: Column, protocol: str) -> list[str]:
-    """What keeps the numbers of two columns under a protocol from comparing; nothing where they do."""
+    """Return why the numbers of two columns under a protocol cannot be compared; nothing if they can."""
     ours = base.conditions(protocol)
     theirs = other.conditions(protocol)
     return [name for name, value in theirs.items() if value is None or value != ours[name]]

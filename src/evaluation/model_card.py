@@ -32,7 +32,7 @@ CLIP4Cir-MoE, whose commands load them."""
 
 @dataclass(frozen=True, kw_only=True)
 class Exporting:
-    """What a card is of.
+    """Exported pair of a model card.
 
     Attributes:
         config: the content of config.json.
@@ -50,7 +50,7 @@ def check_results(
     weights: Sequence[Mapping[str, str]],
     preprocessing: Mapping[str, Any],
 ) -> None:
-    """Refuse results that do not say what a pair gives.
+    """Reject results that do not say what a pair gives.
 
     Args:
         results: by their files.
@@ -64,12 +64,13 @@ def check_results(
         for part, digest in result["weights_sha256"].items():
             if digest not in [known.get(part) for known in weights]:
                 raise UserError(
-                    f"--results {file}: weights_sha256.{part} is of other weights than those exported: measure these"
+                    f"--results {file}: weights_sha256.{part} is not the hash of the exported weights: measure these "
+                    "weights"
                 )
         for name, value in result["preprocessing"].items():
             if value != preprocessing.get(name):
                 raise UserError(
-                    f"--results {file}: preprocessing.{name} is {value}, and the pair's is {preprocessing.get(name)}: "
+                    f"--results {file}: preprocessing.{name} is {value}, but the pair has {preprocessing.get(name)}: "
                     "measure with the flags of this export"
                 )
 
@@ -140,7 +141,7 @@ def _facts(config: Mapping[str, Any]) -> str:
 
 
 def _training(training: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What each part was trained on and with, as far as its settings tell."""
+    """Describe the dataset and flags with which each part was trained, as far as they are recorded."""
     told = {part: shared_settings(settings) for part, settings in training.items()}
     paragraphs = []
     for part, dataset in trained_on(told).items():
@@ -150,18 +151,18 @@ def _training(training: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 flags.append(f"{flag(name)} {value}" if value is not True else flag(name))
         paragraphs.append(f"{PARTS[part]}, on {plain(dataset)}:")
         paragraphs.append(f"```\n{printable(' '.join(flags))}\n```")
-    return paragraphs or ["The weights do not say how they were trained."]
+    return paragraphs or ["The weights do not record how they were trained."]
 
 
 def _numbers(config: Mapping[str, Any], results: Sequence[Result]) -> list[str]:
     """A table of every result, protocols by metrics."""
     if not results:
-        return ["None were given."]
+        return ["No results were passed to the export."]
     paragraphs = [
         f"In brackets: {CARD_RESAMPLING.confidence:.0%} intervals over other queries of the kind (bootstrap by "
         f"{CARD_RESAMPLING.by} image, {CARD_RESAMPLING.resamples} resamples). "
-        "A protocol is a gallery (all of the split, or the references and targets alone) and whether the reference "
-        "is kept in it."
+        "A protocol sets the gallery (all images of the split, or only references and targets) and whether the "
+        "reference may be retrieved."
     ]
     for result in results:
         paragraphs.append(f"### {plain(_heading(config, result))}")
@@ -170,11 +171,11 @@ def _numbers(config: Mapping[str, Any], results: Sequence[Result]) -> list[str]:
 
 
 def _heading(config: Mapping[str, Any], result: Result) -> str:
-    """What a result is of, and what is particular to it."""
+    """Return the heading of a result: benchmark, split and deviations from the defaults."""
     parts = [f"{result['dataset']} {result['split']}", result["combining_function"]]
     for part, digest in result["weights_sha256"].items():
         if digest != config[part]["weights_sha256"]:
-            parts.append(f"before the weights of its {part} were rounded")
+            parts.append(f"before the weights of the {part} were rounded")
     if result["encode_precision"] != "fp32":
         parts.append(f"encoded in {result['encode_precision']}")
     left_out = sum(map(len, result["excluded_images"].values()))
@@ -231,11 +232,13 @@ def _use(exporting: Exporting, results: Sequence[Result]) -> str:
 def _licence(exporting: Exporting) -> str:
     """Whose terms the weights are under."""
     base = _base(exporting.config)
-    terms = f"The weights began as those of {code(base)}, whose terms hold for them."
+    terms = f"The weights began as those of {code(base)}, whose terms apply to them."
     if base in OPENAI_CLIPS:
         terms = f"The weights began as OpenAI's CLIP `{base}`, which is under the MIT licence."
     datasets = sorted(set(trained_on(exporting.training).values()))
     if datasets:
         named = plain(" and ".join(datasets))
-        terms += f" They were trained on {named}: the terms of its annotations and images hold too."
+        terms += (
+            f" They were trained on {named}: the terms of its annotations and images also apply."
+        )
     return terms

@@ -86,7 +86,7 @@ def _add_answers(
     triplets: Sequence[Triplet],
     rankings: "Mapping[Protocol, Ranking]",
 ) -> None:
-    """What each query retrieved under each protocol, and in its group, where every protocol gives the same.
+    """Add the images that each query retrieved under each protocol, and in its group, which is the same for all.
 
     Args:
         names: of the gallery.
@@ -171,7 +171,7 @@ def read_rankings(file: Path) -> dict[str, Any]:
     from runtime.schema import checked
 
     content = read_json(file, "validate.py --rankings")
-    remedy = "no file of validate.py --rankings, or not a whole one; measure again"
+    remedy = "not a complete file of validate.py --rankings; run validate.py again"
     checked(RankingsFile, content, file=file, remedy=remedy)
     for split, queries in content["queries"].items():
         for number, query in enumerate(queries):
@@ -183,7 +183,7 @@ def read_rankings(file: Path) -> dict[str, Any]:
 def _check_query(where: str, query: Record, protocols: Mapping[str, Any]) -> None:
     """Raise UserError where a query was not asked under some protocols, or a rank is not the target's place."""
     if query["protocols"].keys() != protocols.keys():
-        raise UserError(f"{where}.protocols: not those of the file: measure again")
+        raise UserError(f"{where}.protocols: differ from the protocols of the file: measure again")
     lists = {f"protocols.{name}": found for name, found in query["protocols"].items()}
     if "in_group" in query:
         lists["in_group"] = query["in_group"]
@@ -195,7 +195,7 @@ def _check_query(where: str, query: Record, protocols: Mapping[str, Any]) -> Non
             place = names.index(target) if target in names else None
             if place != (rank if rank < len(names) else None):
                 raise UserError(
-                    f"{where}.{name}: {target} has rank {rank}, and is not there among the nearest: measure again"
+                    f"{where}.{name}: {target} has rank {rank}, but is not in the list of nearest images: measure again"
                 )
 
 
@@ -220,12 +220,12 @@ def _with_ranks(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_rankings(content: Any) -> bool:
-    """Whether parsed JSON is meant to be a rankings file."""
+    """Check whether parsed JSON looks like a rankings file."""
     return isinstance(content, dict) and {"protocols", "queries"} <= content.keys()
 
 
 def unlike_annotations(content: Mapping[str, Any], benchmark: Benchmark) -> list[str]:
-    """Where the queries and answers of a rankings file are not those of a benchmark's annotations.
+    """Find differences between the queries and images of a rankings file and a benchmark's annotations.
 
     Args:
         benchmark: without the images that the file says were excluded.
@@ -248,5 +248,5 @@ def unlike_annotations(content: Mapping[str, Any], benchmark: Benchmark) -> list
                     problems.append(f"{where}: {field} is not as in the annotations")
             for found in query["protocols"].values():
                 unknown = [name for name, _ in found["nearest"] if name not in split.row_of]
-                problems += [f"{where}: {name} is no image of the split" for name in unknown]
+                problems += [f"{where}: {name} is not an image of the split" for name in unknown]
     return problems

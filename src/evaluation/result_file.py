@@ -152,7 +152,7 @@ def read_result(file: Path) -> Result:
     from runtime.schema import checked
 
     result = read_json(file, "validate.py --metrics-json")
-    remedy = "no result of validate.py --metrics-json, or not a whole one; measure again"
+    remedy = "not a complete result of validate.py --metrics-json; run validate.py again"
     checked(ResultFile, result, file=file, remedy=remedy)
     check_metrics(file, result)
     ranks = next(iter(result["protocols"].values()))["ranks"]
@@ -171,7 +171,7 @@ def check_metrics(file: Path, result: Result) -> None:
     """
     if result["dataset"] not in BENCHMARKS:
         raise UserError(
-            f"{file}: dataset: {result['dataset']} is no benchmark known here: measure again"
+            f"{file}: dataset: {result['dataset']} is not a known benchmark: measure again"
         )
     benchmark = BENCHMARKS[result["dataset"]](Path())
     for protocol, measured in result["protocols"].items():
@@ -182,7 +182,7 @@ def check_metrics(file: Path, result: Result) -> None:
             recomputed = benchmark.summary(scores)
         except (LookupError, ValueError) as error:
             raise UserError(
-                f"{file}: protocols.{protocol}: no whole ranks of {benchmark.name} {result['split']} "
+                f"{file}: protocols.{protocol}: incomplete ranks of {benchmark.name} {result['split']} "
                 f"({first_line(error)}): measure again"
             ) from None
         _compare(file, f"protocols.{protocol}.metrics", measured["metrics"], recomputed=recomputed)

@@ -40,7 +40,7 @@ def evaluate(
     *,
     block: int | None = None,
 ) -> dict[str, float]:
-    """All metrics of a benchmark under its first protocol, by the names of the CSV files; for trainings.
+    """All metrics of a benchmark under its first protocol, by the names of the CSV files; for training runs.
 
     Weights that tell no image from another are a warning here, for a training may leave such a state again.
 
@@ -145,7 +145,7 @@ def rank(
 
 
 def _are_equal(similarity: Tensor) -> bool:
-    """Whether each query of a block (b, N) is equally near to all images."""
+    """Check whether each query of a block (b, N) is equally similar to all images."""
     # The first query answers for all blocks, unless it is one of the rare ones.
     for queries in (similarity[:1], similarity):
         least, most = queries.aminmax(dim=1)
@@ -157,15 +157,15 @@ def _are_equal(similarity: Tensor) -> bool:
 def refuse_equal(split: Split) -> None:
     """Raise UserError: ranks would be the order of the gallery's list."""
     raise UserError(
-        f"{split.name}: every image is equally near to every query: the weights have collapsed; name others"
+        f"{split.name}: every image is equally similar to every query: the weights have collapsed; choose other weights"
     )
 
 
 def _warn_of_equal(split: Split) -> None:
     if distributed.is_main():
         logger.warning(
-            "warning: %s: every image is equally near to every query: the weights have collapsed, and the recalls of "
-            "this validation mean nothing",
+            "warning: %s: every image is equally similar to every query: the weights have collapsed, so the recalls "
+            "of this validation are meaningless",
             split.name,
         )
 
@@ -233,7 +233,7 @@ def _naming(split: Split) -> Iterator[None]:
         yield
     except NotFiniteError as error:
         raise UserError(
-            f"{split.name}: {error}; the weights have diverged, or their file is damaged"
+            f"{split.name}: {error}; the weights have diverged or their file is damaged: choose other weights"
         ) from None
 
 

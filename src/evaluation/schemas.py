@@ -1,4 +1,4 @@
-"""What results and rankings files hold, field by field. A field with a default is one that some measurements lack."""
+"""Define the fields of results and rankings files. A field with a default is missing in some measurements."""
 
 from typing import Annotated, Any, cast
 
@@ -16,7 +16,7 @@ Retrieved = Annotated[tuple[str, Cosine], Strict(False)]
 
 
 class ProtocolHeader(Schema):
-    """What one protocol gave, without the ranks."""
+    """Result of one protocol, without the ranks."""
 
     gallery: str
     reference: str
@@ -29,7 +29,7 @@ class ProtocolHeader(Schema):
 
 
 class ProtocolResult(ProtocolHeader):
-    """What one protocol gave."""
+    """Result of one protocol."""
 
     ranks: dict[str, list[Natural]]
     other_ranks: dict[str, list[list[Natural]]]
@@ -44,7 +44,7 @@ class Weights(Schema):
 
 
 class MeasuredPreprocessing(Schema):
-    """How images were preprocessed."""
+    """Preprocessing of the images."""
 
     transform: str = ""
     target_ratio: Annotated[float, Field(gt=0)] = 1
@@ -78,7 +78,7 @@ class MeasuredList(Schema):
 
 
 class Measurement(Schema):
-    """What a result holds besides its protocols."""
+    """Fields of a result besides its protocols."""
 
     dataset: str
     split: str
@@ -114,7 +114,7 @@ class ResultFile(Measurement):
 
 
 class Ranked(Schema):
-    """What a query found in a gallery or in its group."""
+    """Images retrieved for a query from a gallery or its group."""
 
     rank: Natural
     other_ranks: list[Natural] = []

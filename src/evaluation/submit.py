@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """What is to be submitted, and where its files go.
+    """Settings of a submission and of its files.
 
     Attributes:
         name: part of the files' names.
@@ -62,7 +62,7 @@ def submit(
     lost = sum(split.excluded_triplets for split in splits)
     if lost:
         raise UserError(
-            f"--exclusions leaves out {lost} queries, and a server wants all: get the images they ask with"
+            f"--exclusions leaves out {lost} queries, but a server needs all of them: restore their images"
         )
     pair, frozen = load_and_freeze(benchmark, splits, device, choice)
     answered = []

@@ -1,4 +1,4 @@
-"""What lies beside the weights of a pair: what was measured of them, and what their experts take."""
+"""Read the files next to the weights of a pair: measured results, and the names of experts."""
 
 import csv
 import logging
@@ -36,7 +36,7 @@ def measured(pair: Pair) -> str:
 
 
 def _of_run(known: Checkpoint) -> tuple[str, dict[str, str]]:
-    """What the run of some weights validated them on, and title -> value; nothing where it has no such validation."""
+    """Return the dataset that a run validated its weights on, and title -> value; nothing without such a validation."""
     benchmark = BENCHMARKS.get(known.table.get("dataset", ""))
     for row in csv.DictReader(_lines(known.path.resolve().parents[1] / VALIDATIONS)):
         if benchmark and row.get("epoch") == str(known.epoch):
@@ -50,7 +50,7 @@ def _of_run(known: Checkpoint) -> tuple[str, dict[str, str]]:
 
 
 def _of_card(card: Path) -> tuple[str, dict[str, str]]:
-    """What the first result on a model card is of, and title -> value; nothing where there is no such card."""
+    """Return the heading of the first result on a model card, and title -> value; nothing without such a card."""
     table = TABLE.search("\n".join(_lines(card)))
     if table is None:
         return "", {}
@@ -62,7 +62,7 @@ def _of_card(card: Path) -> tuple[str, dict[str, str]]:
 
 
 def _lines(file: Path) -> list[str]:
-    """Those of a file; none where it cannot be read."""
+    """Return the lines of a file; none if it cannot be read."""
     try:
         return read_text(file).splitlines()
     except (OSError, ValueError):
@@ -70,7 +70,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def experts_of(pair: Pair) -> list[Expert]:
-    """What each expert takes, as the report beside the weights or in their run's folder says; [] where none does.
+    """Return the report of the experts next to the weights or in their run folder; [] if there is none.
 
     Raises:
         UserError: the report is damaged.

@@ -16,7 +16,7 @@ ARRIVING = (h11.IDLE, h11.SEND_BODY)  # states of a sender whose request is not 
 
 
 class Requests(h11.Connection):
-    """What a visitor sends, as events of h11, which has no limits of its own for what arrives at once."""
+    """Requests of a client, as events of h11, limited in the data that arrive at once."""
 
     def next_event(self) -> Any:
         """The next event. Raises RemoteProtocolError at a head of many lines or bytes, and at a body in chunks.

@@ -38,11 +38,9 @@ def read_examples(file: Path, index: ImageIndex) -> list[Example]:
         else:
             examples.append(Example(reference, triplet.captions[0], target))
     if not examples:
-        raise UserError(
-            f"--examples {file}: the index has no reference with its target; index {folder}"
-        )
+        raise UserError(f"--examples {file}: the index contains no triplet of it: index {folder}")
     if lacking:
         logger.warning(
-            "warning: %d of %s are left out, whose images the index lacks", lacking, file
+            "warning: %d of %s are left out because the index lacks their images", lacking, file
         )
     return examples

@@ -72,8 +72,8 @@ def normalised(features: np.ndarray) -> np.ndarray:
         lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     if ((lengths < SHORTEST_FEATURE) | (lengths > LONGEST_FEATURE)).any():
         raise UserError(
-            f"features of the index have lengths from {lengths.min():.1g} to {lengths.max():.1g}, which cannot be "
-            "ranked: make the index again with other weights"
+            f"features of the index have norms from {lengths.min():.1g} to {lengths.max():.1g}, which cannot be "
+            "ranked: build the index again with other weights"
         )
     return rows / lengths
 
@@ -82,8 +82,8 @@ def check(kind: str, count: int, dim: int) -> None:
     """Raise UserError where there are too few vectors, or vectors that cannot be split, for a kind."""
     if kind == "ivfpq" and (count < LEAST_TRAINED_ON or dim % SUB_VECTOR):
         raise UserError(
-            f"--index-type ivfpq needs {LEAST_TRAINED_ON:,} images of a feature length that is a multiple of "
-            f"{SUB_VECTOR}, and there are {count} of length {dim}: choose flat or hnsw"
+            f"--index-type ivfpq needs {LEAST_TRAINED_ON:,} images and a feature dimension that is a multiple of "
+            f"{SUB_VECTOR}, but there are {count} of dimension {dim}: choose flat or hnsw"
         )
 
 
@@ -157,7 +157,7 @@ def add(index: Any, features: np.ndarray) -> None:
 
 
 def can_grow(index: Any, count: int) -> bool:
-    """Return whether an index is as good with so many vectors as one that is built of them anew."""
+    """Return whether an index is as good with so many vectors as one that is newly built of them."""
     return not hasattr(index, "nlist") or count <= GROWN_AT_MOST * index.nlist**2
 
 
@@ -183,7 +183,7 @@ def mismatch(index: Any, features: np.ndarray, kind: str) -> str:
     if not isinstance(index, kinds[kind]) or index.metric_type != faiss.METRIC_INNER_PRODUCT:
         return f"it is not of the kind {kind}"
     if (index.ntotal, index.d) != features.shape:
-        return f"it holds {index.ntotal} vectors of length {index.d}, not {features.shape}"
+        return f"it holds {index.ntotal} vectors of dimension {index.d}, not {features.shape}"
     rows = sampled_rows(len(features))
     if kind == "ivfpq":
         # What is stored is not the vector, but a search for a vector finds it, or its equal, in the nearest list.
@@ -221,7 +221,7 @@ def _ranked(
     for query, rows in zip(queries, candidates, strict=True):
         found_rows = np.sort(rows[rows >= 0])  # FAISS fills up with -1
         if len(found_rows) and found_rows[-1] >= len(features):
-            raise UserError(f"the vectors name row {found_rows[-1]}: build the index again")
+            raise UserError(f"the vectors refer to row {found_rows[-1]}: build the index again")
         similarities = normalised(features[found_rows]) @ query
         if not np.isfinite(similarities).all():
             row = found_rows[~np.isfinite(similarities)][0]

@@ -35,7 +35,7 @@ class File:
 
 @dataclass
 class Form:
-    """What a form holds, by the names of its fields."""
+    """Content of a form, by the names of its fields."""
 
     fields: dict[str, str] = field(default_factory=dict)
     files: dict[str, File] = field(default_factory=dict)

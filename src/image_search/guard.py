@@ -1,4 +1,4 @@
-"""What the page's server lets in: its own hosts and origins, bodies of a size, so many requests of a visitor at once.
+"""Admit requests to the page's server: own hosts and origins, limited bodies, limited requests per client at once.
 
 The server gives out a person's photos, so whatever is not asked by that person's browser or programs is closed here,
 before anything is read of it. A visitor is an address: one alone takes no more than half of the places, so that others
@@ -176,7 +176,7 @@ class Guard:
             await answer(send, HTTPStatus.SERVICE_UNAVAILABLE, "the page ends: try again later")
 
     def _check(self, scope: Scope) -> None:
-        """Refuse what another page sends, and what asks for another host."""
+        """Reject what another page sends, and what asks for another host."""
         if scope["type"] != "http":
             raise HTTPException(HTTPStatus.NOT_FOUND, "not found")
         hosts = headers_of(scope, b"host")

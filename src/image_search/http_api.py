@@ -193,7 +193,7 @@ class Health(BaseModel):
 
 
 class Error(BaseModel):
-    """What is wrong, in one sentence."""
+    """Error message in one sentence."""
 
     error: str
 
@@ -205,7 +205,7 @@ ERROR_ANSWERS: dict[int | str, dict[str, Any]] = {
 
 
 class Service:
-    """What the addresses answer. All users share one searcher, one thread that asks it, the workers and the thumbnails.
+    """Service of the addresses. Users share one searcher, one thread that asks it, the workers and the thumbnails.
 
     Uploads have workers of their own, so that what they cost holds nobody up who looks at the index.
 
@@ -343,18 +343,18 @@ class Service:
 
     @property
     def _read(self) -> Callable[[Any], torch.Tensor]:
-        """What makes bytes (3, R, R) of an image, as CLIP's preprocessing does."""
+        """Return the preprocessing of an image to bytes (3, R, R) for CLIP."""
         return self.searcher.pair.encoder.loader.read
 
     @property
     def _background(self) -> str:
-        """What transparent images are shown on, as they are read."""
+        """Return the background of transparent images, as they are read."""
         return self.searcher.pair.encoder.preprocessing["background"]
 
     async def _of_upload(
         self, request: Request, function: Callable[..., Outcome], upload: File, *arguments: Any
     ) -> Outcome:
-        """What a worker makes of an upload."""
+        """Return the image that a worker decodes from an upload."""
         try:
             return await self.uploads.run(visitor_of(request.scope), function, upload, *arguments)
         except Overrun:
@@ -364,13 +364,13 @@ class Service:
             ) from None
 
     async def _image(self, request: Request, row: int | None, upload: str) -> torch.Tensor | None:
-        """What is asked with of a row or of an upload; None where neither is named."""
+        """Return the image of a row or of an upload; None if neither is given."""
         if upload:
             return self._seen(upload)
         return None if row is None else await self._reference(request, row)
 
     def _seen(self, upload: str) -> torch.Tensor:
-        """What CLIP sees of an upload, bytes (3, R, R)."""
+        """Return the preprocessed upload, bytes (3, R, R)."""
         seen = self.seen.get(upload)
         if seen is None:
             raise HTTPException(HTTPStatus.GONE, "the image is not kept any more: upload it again")

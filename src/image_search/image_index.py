@@ -39,14 +39,14 @@ READERS = 4  # files that are read at once for their digests
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What an update of an index did: numbers of images, and the files that could not be read, with the reasons."""
+    """Outcome of an update of an index: numbers of images, and the files that could not be read, with the reasons."""
 
     counts: Counts
     unreadable: dict[str, str]
 
 
 def encoder_key(encoder: Encoder) -> dict[str, Any]:
-    """Return what features depend on beside the images: weights, preprocessing and precision, but no device."""
+    """Return what features depend on besides the images: weights, preprocessing and precision, but no device."""
     known = {"weights": encoder.describe()["weights"], **encoder.reported_preprocessing}
     known.setdefault("background", ORIGINAL)  # named always
     return {**known, **named({"encode_precision": encoder.precision})}
@@ -79,7 +79,7 @@ def update_index(
     """Make an index of images, or bring one up to date: encode new and changed files, drop vanished ones.
 
     A file whose content is there under another name takes its features. Several processes share the work. Files that
-    could not be read are tried again. What the encoder's `between` raises ends the work; the next update goes on from
+    could not be read are tried again. What the encoder's `between` raises ends the work; the next update resumes from
     the last whole shard.
 
     Args:
@@ -144,24 +144,25 @@ def _complete(
 
 
 def _check_may_be_updated(folder: Path, key: dict[str, Any], keeping: Keeping) -> None:
-    """Refuse a folder with other files, and an index of another encoder or of somebody else."""
+    """Reject a folder with other files, and an index of another encoder or of somebody else."""
     earlier = read_manifest(folder)
     if earlier is None:
         for file in folder.iterdir():
             if not any(store.files.fullmatch(file.name) for store in all_stores()):
                 raise UserError(
-                    f"--output {folder} holds {file.name}, which is of no index: name an empty or a new folder"
+                    f"--output {folder} contains {file.name}, which does not belong to an index: choose an empty or "
+                    "new folder"
                 )
         return
     if earlier.get("encoder") != key:
         raise UserError(
-            f"--output {folder} is an index of other weights, preprocessing or precision: choose another folder"
+            f"--output {folder} is an index with other weights, preprocessing or precision: choose another folder"
         )
     _check_trusted(folder, earlier, keeping)
 
 
 def _check_trusted(folder: Path, about: dict[str, Any], keeping: Keeping) -> None:
-    """Refuse to write where only an index says, and one that was made elsewhere."""
+    """Reject a store that only an index from another machine names."""
     if "store" in about and not keeping.typed:
         check_named(folder, about, "--store", about["store"])
 
@@ -206,7 +207,7 @@ def _of_same_content(
 def _check_found(
     gone: Sequence[Path], held: Mapping[Identity, int], sources: Mapping[Identity, Identity]
 ) -> None:
-    """Refuse to drop a folder that is no more while images of it are found nowhere: its disk may not be there today."""
+    """Reject dropping a missing folder while its images are not found elsewhere: its disk may be unmounted."""
     found = set(sources.values())
     for folder in gone:
         lost = [
@@ -216,8 +217,8 @@ def _check_found(
         ]
         if lost:
             raise UserError(
-                f"--images {folder} is no folder any more, and {len(lost)} of its images are found nowhere, such as "
-                f"{lost[0]}: bring it back, or drop it from the index with --forget {folder}"
+                f"--images {folder} no longer exists, and {len(lost)} of its images were not found elsewhere, such as "
+                f"{lost[0]}: restore it, or remove it from the index with --forget {folder}"
             )
 
 
@@ -237,7 +238,7 @@ def _contents(files: Sequence[Identity], told_by: str) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Relocated:
-    """What a move of images did: how many paths it rewrote, and which of the new ones are not what was indexed."""
+    """Outcome of moving images: the number of rewritten paths, and the images that are not as they were indexed."""
 
     count: int
     changed: list[str]
@@ -257,10 +258,10 @@ def relocate(folder: Path, old: Path, new: Path, *, store: str | None) -> Reloca
     """
     about = read_manifest(folder) or {}
     if "images" not in about:
-        raise UserError(f"--output {folder} holds no whole index: name one")
+        raise UserError(f"--output {folder} is not a complete index: choose another")
     if not new.is_dir():
         raise UserError(
-            f"--relocate {old} {new}: {new} is no folder: name the one that holds the images now"
+            f"--relocate {old} {new}: {new} is not a folder: pass the folder that contains the images now"
         )
     old, new = old.parent.resolve() / old.name, new.resolve()
     keeping = chosen_keeping(about, store, kind=None, on_disk=None)
@@ -307,7 +308,7 @@ def relocate(folder: Path, old: Path, new: Path, *, store: str | None) -> Reloca
 
 
 def _identity_now(path: str, told_by: str) -> Identity | None:
-    """What a file is, None where it is none or cannot be read."""
+    """Return the identity of a file, None if it is not a file or cannot be read."""
     try:
         return None if file_size(Path(path)) is None else file_identities([Path(path)], told_by)[0]
     except OSError:
@@ -335,8 +336,8 @@ def _together(encoder: Encoder) -> Iterator[None]:
         encoder.between()  # where all were told to stop, that is the reason
         logger.debug("%s", error)
         raise UserError(
-            "another of the processes has ended, see what it said: what was encoded is kept, go on with the same "
-            "command"
+            "another process failed, see its message above; encoded features are kept: run the same command again to "
+            "resume"
         ) from None
 
 

@@ -68,7 +68,7 @@ def _moved_to(index: Any, file: Path) -> Any:
 
 
 def _sizes(index: Any, lists: Any) -> np.ndarray:
-    """How many vectors each list has."""
+    """Return the number of vectors in each list."""
     return np.array([lists.list_size(number) for number in range(index.nlist)])
 
 
@@ -106,7 +106,9 @@ def read(file: Path, lists_file: Path) -> Any:
         index = faiss.read_index(str(file), faiss.IO_FLAG_SKIP_IVF_DATA)
     lists = faiss.downcast_InvertedLists(getattr(index, "invlists", None))
     if not isinstance(lists, faiss.OnDiskInvertedLists) or not _fit(lists, lists_file):
-        raise UserError(f"{lists_file} is damaged or not of {file.name}: build the index again")
+        raise UserError(
+            f"{lists_file} is damaged or does not belong to {file.name}: build the index again"
+        )
     lists.filename = str(lists_file)
     lists.read_only = True
     with readable(lists_file):
@@ -115,7 +117,7 @@ def read(file: Path, lists_file: Path) -> Any:
 
 
 def _fit(lists: Any, file: Path) -> bool:
-    """Whether lists lie inside a file, and the file has nothing else."""
+    """Check whether lists fill a file exactly."""
     if not file.is_file() or file.stat().st_size != lists.totsize:
         return False
     for number in range(lists.lists.size()):

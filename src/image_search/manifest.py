@@ -1,4 +1,4 @@
-"""What an index on disk says of itself."""
+"""Read and write the manifest of an index on disk."""
 
 import dataclasses
 import hashlib
@@ -39,7 +39,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if isinstance(content, dict) and "store" in content:
         address = checked(StoreManifest, content, file=file, remedy=REBUILD).store
         if address.partition(":")[0] not in STORES:
-            raise UserError(f"{file}: store: {printable(address)} is of no store: {REBUILD}")
+            raise UserError(f"{file}: store: {printable(address)} is not a store: {REBUILD}")
     checked(store_of(address).manifest, content, file=file, remedy=REBUILD)
     return content
 
@@ -74,9 +74,9 @@ def check_named(folder: Path, about: Mapping[str, Any], flag: str, name: str) ->
     """Let a folder or repository be opened that only an index names: one that was made here, and with a line."""
     if not is_own(folder, about):
         raise UserError(
-            f"{folder / MANIFEST} was made elsewhere and names {name}: name it too, as {flag} {name}, if you trust it"
+            f"{folder / MANIFEST} was made on another machine and refers to {name}: pass {flag} {name} if you trust it"
         )
-    logger.info("opening %s, which %s names", name, folder / MANIFEST)
+    logger.info("opening %s, recorded in %s", name, folder / MANIFEST)
 
 
 def as_made(folder: Path, about: Mapping[str, Any], choice: PairChoice) -> PairChoice:
@@ -126,9 +126,11 @@ def check_index(folder: Path) -> dict[str, Any]:
     """Read what an index says of itself. Raises UserError where there is none, before anything else is loaded."""
     about = read_manifest(folder)
     if about is None:
-        raise UserError(f"--index {folder} holds no {MANIFEST}: make one with search.py index")
+        raise UserError(
+            f"--index {folder} contains no {MANIFEST}: create an index with search.py index"
+        )
     if "images" not in about:
         raise UserError(
-            f"--index {folder} is not whole yet: go on with search.py index --output {folder}"
+            f"--index {folder} is incomplete: resume with search.py index --output {folder}"
         )
     return about

@@ -26,7 +26,7 @@ SUFFIX = re.compile(r"\.[a-z]\w*", re.IGNORECASE)  # what else follows a dot say
 
 @dataclass
 class FoundImages:
-    """What there is in some folders.
+    """Image files found in some folders.
 
     Attributes:
         files: the image files with their links followed, sorted, each once.
@@ -64,7 +64,7 @@ def find_images(folders: Sequence[Path], told_by: str = "time") -> FoundImages:
     if not files:
         named = ", ".join(map(str, folders))
         kinds = " ".join(sorted(TAKEN))
-        raise UserError(f"--images {named}: no images there ({kinds}): name another folder")
+        raise UserError(f"--images {named}: no images found ({kinds}): choose another folder")
     found.files = sorted(files)
     return found
 
@@ -77,7 +77,8 @@ def _files(folder: Path) -> Iterator[str]:
 
     def refuse(error: OSError) -> None:
         raise UserError(
-            f"--images {folder}: {error.filename} cannot be read ({error.strerror}): allow it, or wait"
+            f"--images {folder}: {error.filename} cannot be read ({error.strerror}): change its permissions, or try "
+            "again later"
         )
 
     visited = {folder.resolve()}
@@ -96,7 +97,7 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def _is_image(file: str) -> bool:
-    """Whether a file that is visible is an image by its bytes, which tell it where its name does not."""
+    """Check whether a visible file is an image, by its ending, or by its bytes if it has none."""
     path = Path(file)
     if path.name.startswith("."):
         return False
@@ -111,7 +112,7 @@ def _is_image(file: str) -> bool:
 
 
 def _identity(file: str, told_by: str) -> Identity:
-    """What a file is, its links followed.
+    """Return the identity of a file, with its symlinks followed.
 
     Raises:
         ValueError: it cannot be an image, as far as is known before it is opened.

@@ -1,4 +1,4 @@
-"""What an index says of itself, wherever its features live; a store adds what it says beside."""
+"""Define the fields of a manifest that all stores share; a store adds its own."""
 
 from typing import Annotated
 
@@ -19,7 +19,7 @@ from settings.declaring import AnyText
 
 
 class EncoderKey(Preprocessing):
-    """What features depend on beside the images."""
+    """Settings besides the images on which features depend."""
 
     transform: Transform
     target_ratio: SideRatio
@@ -29,7 +29,7 @@ class EncoderKey(Preprocessing):
 
 
 class IndexedPair(Preprocessing):
-    """What a query needs to load the same CLIP."""
+    """Settings with which a query loads the same CLIP."""
 
     transform: Transform
     target_ratio: SideRatio
@@ -51,7 +51,7 @@ class Manifest(Schema):
 
 
 class StoreManifest(Manifest):
-    """The same of an index that lives elsewhere. `images` is absent until an update has come to its end."""
+    """Manifest of an index whose features are in another store; `images` is absent until an update is complete."""
 
     store: Annotated[str, Field(pattern=r"^\w+:\S")]
     kind: AnyText

@@ -37,7 +37,7 @@ SAME = 1e-5  # difference of an element, or a similarity, of normalised features
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Question:
-    """What is asked of an index: an image, and what to change of it.
+    """Query of an index: an image, and what to change in it.
 
     Attributes:
         image: an image file; what the encoder's loader read of one, bytes (3, R, R); or its features (1, D),
@@ -93,7 +93,7 @@ class RetrievedImage(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a query retrieved.
+    """Results of a query.
 
     Attributes:
         answers: the nearest first.
@@ -319,7 +319,7 @@ class Searcher:
         return [hits[number] for number in range(len(questions))]
 
     def _note(self, text: str) -> str:
-        """What a user should know of how a text was read."""
+        """Return a note to the user on how a text was read."""
         tokenizer = self.pair.encoder.backbone.tokenizer
         notes = []
         if tokenizer.cuts(text):
@@ -334,7 +334,7 @@ class Searcher:
         return "; ".join(notes)
 
     def _is_spelled(self, text: str) -> bool:
-        """Whether half of the words of a text are no words to the tokenizer but letters in a row. ASCII is known."""
+        """Check whether the tokenizer splits half of the words of a text into letters. ASCII is known."""
         words = WORD.findall(text)
         others = [word for word in words if not word.isascii()]
         if not others:
@@ -349,7 +349,7 @@ class Searcher:
 
 
 def _but_precision(key: dict[str, Any]) -> dict[str, Any]:
-    """What features depend on but for the precision, which a query need not share with an index."""
+    """Return the settings on which features depend, without the precision, which may differ from the index."""
     return {name: value for name, value in key.items() if name != "encode_precision"}
 
 

@@ -84,7 +84,7 @@ def checked_upload(name: str, content: bytes) -> Upload:
         ) from None
     except OSError as error:
         raise QuestionError(
-            f"{name} cannot be decoded ({first_line(error)}): upload a whole image"
+            f"{name} cannot be decoded ({first_line(error)}): upload a complete image"
         ) from None
     if width * height > UPLOAD_PIXELS or max(width, height) > LONGEST_SIDE:
         raise too_large

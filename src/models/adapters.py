@@ -50,7 +50,7 @@ def add_adapters(model: nn.Module, lora: Lora) -> None:
                 norms.append(weight)
     if not targets:
         raise UserError(
-            f"--lora-targets {lora.lora_targets}: the encoders that learn have no such layers: choose others"
+            f"--lora-targets {lora.lora_targets}: the trained encoders have no such layers: choose others"
         )
     model.requires_grad_(False)
     for weight in norms:
@@ -94,7 +94,7 @@ def _layers(module: nn.Module, kind: str = "") -> Iterator[tuple[nn.Module, str]
 
 
 def _is_matrix(layer: nn.Module, name: str) -> bool:
-    """Whether a weight of a layer is one that is multiplied with."""
+    """Check whether a weight of a layer is a matrix that features are multiplied with."""
     is_weight = name.endswith("weight") and layer.get_parameter(name).dim() == 2
     return is_weight and not isinstance(layer, nn.Embedding)
 

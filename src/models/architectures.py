@@ -28,7 +28,7 @@ SIZES = (
 )  # fmt: skip
 
 WIDEST = 1024  # of image encoders whose heads are of 64 numbers each; those of wider ones are not
-OTHER_CLIP = "name open_clip:ARCH=FILE, of the architecture that it is of"
+OTHER_CLIP = "pass open_clip:ARCH=FILE with its architecture"
 
 
 def sizes_of(state: Mapping[str, Any], *, source: str, remedy: str) -> tuple[Any, ...]:
@@ -42,7 +42,7 @@ def sizes_of(state: Mapping[str, Any], *, source: str, remedy: str) -> tuple[Any
         return shape_of(state, name, dimensions, source=source, remedy=remedy)
 
     if any(name.startswith(("text.", "visual.trunk.")) for name in state):
-        raise UserError(f"{source} holds a CLIP of open_clip's, none of OpenAI's: {OTHER_CLIP}")
+        raise UserError(f"{source} contains a CLIP of open_clip, not of OpenAI: {OTHER_CLIP}")
     if not any(name.startswith(("visual.layer", "visual.attnpool.")) for name in state):
         width, _, _, patch = shape("visual.conv1.weight", 4)
         cells = shape("visual.positional_embedding", 2)[0] - 1
@@ -50,8 +50,8 @@ def sizes_of(state: Mapping[str, Any], *, source: str, remedy: str) -> tuple[Any
         layers: Any = _blocks(state, "visual.transformer.resblocks.")
         if width > WIDEST:
             raise UserError(
-                f"{source} has an image encoder of width {width}, wider than OpenAI's, whose number of heads its "
-                f"weights do not tell: {OTHER_CLIP}"
+                f"{source} has an image encoder of width {width}, wider than OpenAI's, so its number of heads is "
+                f"unknown: {OTHER_CLIP}"
             )
     else:
         width = shape("visual.layer1.0.conv1.weight", 4)[0]
@@ -69,6 +69,6 @@ def sizes_of(state: Mapping[str, Any], *, source: str, remedy: str) -> tuple[Any
 
 
 def _blocks(state: Mapping[str, Any], beginning: str) -> int:
-    """How many blocks have weights whose names begin so, their number next."""
+    """Count the blocks whose weights' names begin with a prefix and the number of the block."""
     names = [name.removeprefix(beginning) for name in state if name.startswith(beginning)]
     return len({name.split(".")[0] for name in names})

@@ -1,4 +1,4 @@
-"""What all code outside needs to know of a CLIP beside its weights, whichever package it is from."""
+"""Describe a CLIP besides its weights to other modules, whichever package it is from."""
 
 import logging
 from collections.abc import Callable
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 # What the loss does not contain, and so never learns: the loss has a scale of its own.
 NEVER_TRAINED = ("logit_scale", "logit_bias")
-# What the features of models are computed by, beside torch: of OpenAI's, by either name of its package, and of others.
+# What the features of models are computed by, besides torch: of OpenAI's, by either name of its package, and of others.
 OPENAI_PACKAGES = ("clip", "clip-anytorch")
 OTHER_PACKAGES = ("open_clip_torch", "timm", "transformers", "tokenizers")
 
@@ -57,13 +57,13 @@ class Tokenizer:
         tokens = self.encode(captions, self.context)
         if len(tokens) and tokens.max() >= self.vocabulary:
             raise UserError(
-                f"--clip-model-name: its tokenizer makes token {tokens.max()} and its text encoder knows "
-                f"{self.vocabulary}: put the model's own tokenizer beside its weights"
+                f"--clip-model-name: its tokenizer gives token {tokens.max()}, but its text encoder has "
+                f"{self.vocabulary}: put the tokenizer of the model next to its weights"
             )
         return tokens
 
     def columns(self, batches: Tensor) -> list[int]:
-        """How many columns have to be encoded of each batch of tokens (batches, n, context) that are on the CPU."""
+        """Return the number of columns to encode of each batch of tokens (batches, n, context) on the CPU."""
         if not self.is_trimmed:
             return [self.context] * len(batches)
         used = torch.where(batches != self.pad, torch.arange(1, self.context + 1), 1).amax((1, 2))
@@ -94,7 +94,7 @@ class Tokenizer:
         if cut:
             self._told.append(cut)
             logger.warning(
-                "warning: %d of %d captions have more than the %d tokens that this CLIP reads: the rest is left out",
+                "warning: %d of %d captions have more than the %d tokens that this CLIP reads: the rest is cut off",
                 cut,
                 len(captions),
                 self.context,
@@ -114,7 +114,7 @@ class Backbone:
         mean, std: of the colours, in 0 to 1.
         interpolation: one of INTERPOLATIONS.
         resize_mode: one of RESIZE_MODES: how its own evaluations make a square of an image.
-        architecture: digest of all else that features depend on beside weights: what is computed, and the tokenizer.
+        architecture: digest of all else that features depend on besides weights: what is computed, and the tokenizer.
             Empty for OpenAI's CLIPs, whose weights tell all.
         checkpoint_gradients: have a model recompute activations in the backward pass.
         write: put into a folder the files that it is built from, beside its weights. None for OpenAI's CLIPs.

@@ -66,15 +66,15 @@ def load_clip(name: str, device: torch.device) -> CLIP:
     found = read_clip(path)
     if found.activation == "gelu":
         raise UserError(
-            f"{source} was trained with GELU, and OpenAI's CLIPs have QuickGELU: {OTHER_CLIP}"
+            f"{source} was trained with GELU, but OpenAI's CLIPs have QuickGELU: {OTHER_CLIP}"
         )
     if found.is_foreign and not found.activation:
         logger.warning(
-            "warning: %s does not say its activation: QuickGELU, as OpenAI's; if it is GELU, %s",
+            "warning: %s does not record its activation, assuming QuickGELU as OpenAI's; if it is GELU, %s",
             source,
             OTHER_CLIP,
         )
-    remedy = "name a state dict of OpenAI's CLIP"
+    remedy = "pass a state dict of OpenAI's CLIP"
     sizes = sizes_of(found.state, source=source, remedy=remedy)
     model = _unfilled(sizes, f"{source} has weights of impossible sizes: {remedy}")
     convert_weights(model)
@@ -115,7 +115,7 @@ def load_sized(
 
 def sizes_by_name(model: CLIP) -> dict[str, Any]:
     """The sizes that `load_sized` builds a model of."""
-    sizes = sizes_of(model.state_dict(), source="the model", remedy="name another")
+    sizes = sizes_of(model.state_dict(), source="the model", remedy="choose another")
     return dict(zip(SIZES, sizes, strict=True))
 
 
@@ -137,8 +137,8 @@ def _download(name: str) -> Path:
             return Path(clip.clip._download(url, str(cached.parent)))
     except (OSError, RuntimeError, urllib.error.URLError) as error:
         raise UserError(
-            f"--clip-model-name {name} could not be downloaded ({first_line(error)}): fetch {url} elsewhere and put "
-            f"it at {cached}"
+            f"--clip-model-name {name} could not be downloaded ({first_line(error)}): download {url} on another "
+            f"machine and put it at {cached}"
         ) from None
 
 
@@ -154,7 +154,7 @@ def load_finetuned(model: CLIP, state: dict[str, Any], path: Path) -> None:
     known = OF_NO_KNOWN_FORM not in (describe(state), describe(built))
     if known and describe(state) != describe(built) and differences(state, built):
         source += f" ({describe(state)}; --clip-model-name builds a {describe(built)})"
-    remedy = "name the model it was trained on"
+    remedy = "choose the model that it was trained on"
     model.load_state_dict(fitted(state, built, source=source, remedy=remedy, vital=VITAL))
 
 
@@ -180,7 +180,7 @@ def checkpoint_gradients(model: nn.Module) -> None:
 
 
 def checkpoint_blocks(model: nn.Module, *kinds: type[nn.Module]) -> None:
-    """The same for blocks of some kinds."""
+    """Checkpoint the gradients of blocks of some kinds."""
     for block in model.modules():
         if isinstance(block, kinds):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -209,7 +209,7 @@ def tokenize(captions: list[str], columns: int = 77) -> Tensor:
 
 
 def backbone(model: CLIP) -> Backbone:
-    """What code outside needs to know of one of OpenAI's CLIPs."""
+    """Return the backbone that describes one of OpenAI's CLIPs."""
     return Backbone(
         dim=feature_dim(model),
         resolution=resolution(model),

@@ -20,7 +20,7 @@ TORCHVISION_NAMES = (
 
 
 def _stand_ins() -> dict[str, ModuleType]:
-    """What is imported in torchvision's place, unless that is there already."""
+    """Return the modules to import in place of torchvision, unless it is loaded."""
     if "torchvision" in sys.modules:
         return {}
     transforms = ModuleType("torchvision.transforms")

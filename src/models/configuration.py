@@ -1,4 +1,4 @@
-"""What runs and checkpoints say of how they were made: settings in four parts, and what flags make of them."""
+"""Read the settings of runs and checkpoints, which have four parts, and combine them with flags."""
 
 import dataclasses
 import logging
@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 # What a resumed run must find as it was -> what to say if it does not.
 DIGESTS = {
-    "data_sha256": "the annotations are others",
-    "clip_weights": "the CLIP weights are others",
-    "excluded": "other images are left out",
-    "images": "the images are others",
+    "data_sha256": "the annotations differ",
+    "clip_weights": "the CLIP weights differ",
+    "excluded": "the excluded images differ",
+    "images": "the images differ",
 }
 ORIGINAL_DEFAULTS = Clip(
     clip_model_name="RN50x4",
@@ -34,7 +34,7 @@ ORIGINAL_DEFAULTS = Clip(
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a training is made, in the plain types that JSON and checkpoints hold.
+    """Settings of a training run in plain types for JSON and checkpoints.
 
     Attributes:
         flags: as they were typed, or their defaults; None where one was silent and a checkpoint spoke.
@@ -160,7 +160,7 @@ def warn_of_transfer(dataset: str, checkpoints: Sequence[Checkpoint | None]) -> 
         if other.lower() != dataset.lower():
             others.append(f"{path} was trained on {other}")
     if others:
-        logger.warning("warning: %s, and this is %s", " and ".join(others), dataset)
+        logger.warning("warning: %s, but is used on %s", " and ".join(others), dataset)
 
 
 def resolve_clip_options(
@@ -225,7 +225,7 @@ def say_assumed(values: Mapping[str, Any], checkpoints: Sequence[Checkpoint | No
         taken = ", ".join(f"{name} {value}" for name, value in values.items())
         flags = ", ".join(map(flag, values))
         logger.warning(
-            "note: assumed %s, of which nothing is said in %s; say otherwise with %s",
+            "note: assumed %s, which %s does not record; set it with %s",
             taken,
             " and ".join(files),
             flags,

@@ -173,13 +173,13 @@ class Encoder:
 
     @property
     def reported_preprocessing(self) -> dict[str, Any]:
-        """How images and captions are made the model's input, as keys and results say it."""
+        """Return the preprocessing of images and captions, as keys and results record it."""
         names = ("transform", "target_ratio", "resolution", "decode", "background")
         chosen = {name: self.preprocessing[name] for name in names}
         return named({**chosen, **self.backbone.preprocessing})
 
     def image_preprocessing(self) -> dict[str, Any]:
-        """All that determines the preprocessed images beside the files themselves."""
+        """All that determines the preprocessed images besides the files themselves."""
         images = {
             name: value
             for name, value in self.reported_preprocessing.items()
@@ -188,7 +188,7 @@ class Encoder:
         return {**images, "versions": versions()}
 
     def describe(self) -> dict[str, Any]:
-        """All that determines the features beside the images and captions themselves, in plain types."""
+        """All that determines the features besides the images and captions themselves, in plain types."""
         return {
             "clip_model_name": self.preprocessing["clip_model_name"],
             **self.reported_preprocessing,
@@ -199,7 +199,7 @@ class Encoder:
 
 
 def check_lengths(features: Tensor, names: Sequence[object]) -> None:
-    """Refuse features (n, D) whose direction is lost in rounding: similarities to them would be no cosines.
+    """Reject features (n, D) whose direction is lost in rounding: similarities to them would be no cosines.
 
     Args:
         names: of what was encoded, n of them.
@@ -212,13 +212,13 @@ def check_lengths(features: Tensor, names: Sequence[object]) -> None:
     if is_lost.any():  # one wait for the device
         row = int(is_lost.nonzero()[0])
         raise UserError(
-            f"the features of {names[row]} have length {lengths[row]:.1g}, which cannot be ranked: choose "
+            f"the features of {names[row]} have norm {lengths[row]:.1g}, which cannot be ranked: choose "
             "other weights, or --encode-precision fp32"
         )
 
 
 def _counter(total: int, what: str) -> Counter:
-    """What the one process that writes shows of an encoding."""
+    """Return the progress display of an encoding, for the process that writes."""
     return Counter(total, f"encoding {what}", shown=distributed.is_main())
 
 

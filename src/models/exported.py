@@ -69,7 +69,8 @@ class ExportedPair:
 def _check_digest(file: Path, digest: str, field: str) -> None:
     if file_digest(file) != digest:
         raise UserError(
-            f"--pair {file} is damaged or was edited: {field} of {PAIR_CONFIG} is of another file: {COPY_AGAIN}"
+            f"--pair {file} is damaged or was edited: {field} of {PAIR_CONFIG} is the hash of another file: "
+            f"{COPY_AGAIN}"
         )
 
 
@@ -97,13 +98,13 @@ def read_exported(folder: Path) -> ExportedPair:
     source = f"--pair {file}"
     if not file.is_file():
         raise UserError(
-            f"--pair {folder} holds no {PAIR_CONFIG}: name a folder that export.py wrote"
+            f"--pair {folder} contains no {PAIR_CONFIG}: choose a folder that export.py wrote"
         )
     content = read_json(file, "export.py")
     form = content.get("form") if isinstance(content, dict) else None
     if type(form) is int and form > PAIR_FORM:
         raise UserError(
-            f"{source}: form is {form}, and this version reads up to {PAIR_FORM}: use a newer version of this project"
+            f"{source}: form is {form}, but this version reads up to {PAIR_FORM}: update this project"
         )
 
     from models.schemas import Exported
@@ -112,18 +113,18 @@ def read_exported(folder: Path) -> ExportedPair:
     checked(Exported, content, file=source, remedy=COPY_AGAIN)
     if content["sha256"] != _digest(content):
         raise UserError(
-            f"{source} was edited: sha256 is not that of the other fields: {COPY_AGAIN}"
+            f"{source} was edited, its sha256 does not match the other fields: {COPY_AGAIN}"
         )
     needed = [name for part, name in WEIGHT_FILES.items() if content[part] is not None]
     built_from = content["clip"].get("files") or {}
     needed += [f"{BUILT_FROM}/{name}" for name in built_from]
     for name in needed:
         if not (folder / name).is_file():
-            raise UserError(f"--pair {folder} holds no {name}: {COPY_AGAIN}")
+            raise UserError(f"--pair {folder} contains no {name}: {COPY_AGAIN}")
     for file in _visible_files(folder / BUILT_FROM):
         if file.name not in built_from:
             raise UserError(
-                f"--pair {file} was not exported, and may change what is built: remove it"
+                f"--pair {file} is not part of the export and may change the model: remove it"
             )
     return ExportedPair(folder=folder, config=content)
 
@@ -209,7 +210,7 @@ def _write_weights(
         stored[name] = weight.half() if half and weight.is_floating_point() else weight
         loaded[name] = stored[name].to(weight.dtype)
         if not loaded[name].isfinite().all():
-            raise UserError(f"--half: {name} is too large for fp16: leave the flag out")
+            raise UserError(f"--half: {name} is too large for fp16: remove the flag")
     save_safetensors(file, stored, settings)
     return {"weights_sha256": weights_digest(loaded), "file_sha256": file_digest(file)}
 

@@ -26,8 +26,8 @@ PIECE = 4096  # images: a minute of a GPU, and few files
 class FeatureCache:
     """Features on disk, one file for each key; without a folder nothing is kept.
 
-    A file that is truncated, damaged or another's is noticed and made anew. While many images are encoded, what is done
-    lies in files of PIECE images each, with which an interrupted encoding goes on.
+    Truncated, damaged and foreign files are detected and made again. While many images are encoded, what is done
+    lies in files of PIECE images each, with which an interrupted encoding resumes.
 
     Args:
         told_by: how a changed image is told, see `runtime.files.stamp`.
@@ -109,7 +109,7 @@ class FeatureCache:
                 return features
         except (UserError, KeyError, AttributeError, TypeError):
             pass  # not one of our files: the same warning as for one of ours that is damaged
-        logger.warning("%s is damaged or of another origin: encoding anew", path)
+        logger.warning("%s is damaged or belongs to another run: encoding again", path)
         return None
 
     def _write(self, path: Path, key: str, features: Tensor) -> None:
@@ -118,7 +118,7 @@ class FeatureCache:
         try:
             save_tensors(path, {"key": key, "digest": digest, "features": features})
         except UserError as error:  # the features are in memory: nothing is lost
-            logger.warning("%s; going on without a cache", error)
+            logger.warning("%s; continuing without a cache", error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,17 +160,17 @@ class FrozenSplit:
 
     @property
     def outside(self) -> Tensor:
-        """Whether a gallery image is neither reference nor target of any triplet, (N,) bool."""
+        """Return which gallery images are neither reference nor target of any triplet, (N,) bool."""
         return self._table("outside")
 
     def outside_of(self, gallery: str) -> Tensor | None:
-        """Whether an image is not in a protocol's gallery, (N,) bool; None where all are."""
+        """Return which images are not in a protocol's gallery, (N,) bool; None if all are."""
         if gallery == "VAL":
             return self.outside
         return self._table("unlisted") if self.split.only_asked else None
 
     def _table(self, name: str) -> Tensor:
-        """What the split says of its rows under a name, as a tensor on the device."""
+        """Return a table of the split by its name, as a tensor on the device."""
         if name not in self.tables:
             rows = getattr(self.split, name)
             self.tables[name] = torch.tensor(rows, device=self.images.device)

@@ -78,7 +78,7 @@ def fold(model: nn.Module, dtype: torch.dtype | None = None) -> list[Folding]:
 
 @contextlib.contextmanager
 def folded(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """The same for the passes of a context."""
+    """Fold the layers of a model for the forward passes of a context."""
     modules = fold(model, dtype)
     try:
         yield
@@ -89,7 +89,7 @@ def folded(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]
 
 @contextlib.contextmanager
 def folded_to_learn(model: nn.Module) -> Iterator[None]:
-    """The same where several backward passes follow: at the end, their gradients are carried on to all weights."""
+    """Fold the layers for several backward passes; at the end, their gradients are carried on to all weights."""
     modules = [module for module in model.modules() if isinstance(module, Folding)]
     made = [module.fold() for module in modules]
     for module, own in zip(modules, made, strict=True):
@@ -276,7 +276,7 @@ def convolution_then_relu(
 
 
 def has_fused_kernel(x: Tensor) -> bool:
-    """Whether cuDNN may have one kernel for a convolution of x, a sum and a ReLU."""
+    """Check whether cuDNN may have one kernel for a convolution of x, a sum and a ReLU."""
     return x.is_cuda and x.dtype != torch.float32
 
 

@@ -63,7 +63,7 @@ def open_clip_name(name: str) -> OpenClipName | None:
         return OpenClipName(scheme=scheme, model=str(_in_full(rest)))
     if scheme == HUB_SCHEME:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", rest):
-            raise UserError(f"--clip-model-name {name}: name a repository as {HUB_SCHEME}:ORG/REPO")
+            raise UserError(f"--clip-model-name {name}: pass a repository as {HUB_SCHEME}:ORG/REPO")
         return OpenClipName(scheme=scheme, model=rest)
     architecture, equals, file = rest.partition("=")
     tag = ""
@@ -71,7 +71,7 @@ def open_clip_name(name: str) -> OpenClipName | None:
         architecture, _, tag = rest.rpartition("/")
     if not architecture or not (tag or file):
         raise UserError(
-            f"--clip-model-name {name}: name published weights as {OPEN_CLIP}:ARCH/TAG, or a file of weights as "
+            f"--clip-model-name {name}: pass published weights as {OPEN_CLIP}:ARCH/TAG, or a file of weights as "
             f"{OPEN_CLIP}:ARCH=FILE; --list-models lists them"
         )
     weights = _in_full(file) if file else None
@@ -106,7 +106,7 @@ def find_clip(name: str) -> Path | None:
         return None
     if not is_there(Path(name)):
         raise UserError(
-            f"--clip-model-name {name}: neither a file nor one of {', '.join(OPENAI_CLIPS)}, and no "
+            f"--clip-model-name {name}: not a file: choose {', '.join(OPENAI_CLIPS)}, "
             f"{OPEN_CLIP}:ARCH/TAG, {OPEN_CLIP}:ARCH=FILE, {HUB_SCHEME}:ORG/REPO or {FOLDER}:FOLDER"
         )
     return find_checkpoint("--clip-model-name", Path(name))
@@ -125,7 +125,9 @@ def check_clip(name: str) -> None:
     if model.scheme == OPEN_CLIP:
         check_architecture(model.model)
     if model.weights and not model.weights.is_file():
-        raise UserError(f"--clip-model-name {name}: there is no file {model.weights}: name another")
+        raise UserError(
+            f"--clip-model-name {name}: {model.weights} does not exist: choose another file"
+        )
 
 
 def check_architecture(architecture: str) -> None:
@@ -144,7 +146,7 @@ def check_architecture(architecture: str) -> None:
 
 
 def architectures() -> list[str]:
-    """Those that open_clip has. It need not be imported for that, for each has a file; once it is, it is asked."""
+    """Return the architectures of open_clip, from its files if it is not imported yet."""
     if OPEN_CLIP in sys.modules:
         return sys.modules[OPEN_CLIP].list_models()
     package = importlib.util.find_spec(OPEN_CLIP)
@@ -162,13 +164,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     source = f"--clip-model-name {FOLDER}:{folder}"
     if not folder.is_dir():
-        raise UserError(f"{source}: there is no such folder: name another")
+        raise UserError(f"{source}: there is no such folder: choose another")
     if not (folder / MODEL_CONFIG).is_file():
         raise UserError(
-            f"{source} has no {MODEL_CONFIG}: fetch it from where the weights are from, or name {OPEN_CLIP}:ARCH=FILE"
+            f"{source} has no {MODEL_CONFIG}: download it from the source of the weights, or pass {OPEN_CLIP}:ARCH=FILE"
         )
     if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
-        raise UserError(f"{source} has no weights ({', '.join(WEIGHTS)}): fetch them too")
+        raise UserError(f"{source} has no weights ({', '.join(WEIGHTS)}): download them too")
     return checked_config(read_json(folder / MODEL_CONFIG, "open_clip"), folder / MODEL_CONFIG)
 
 
@@ -181,13 +183,13 @@ def checked_config(content: Any, source: object) -> dict[str, Any]:
     from models.schemas import OpenClipConfig
     from runtime.schema import checked
 
-    remedy = "fetch it again; it should have model_cfg with embed_dim, vision_cfg and text_cfg"
+    remedy = "download it again; it should have model_cfg with embed_dim, vision_cfg and text_cfg"
     checked(OpenClipConfig, content, file=f"--clip-model-name: {source}", remedy=remedy)
     return content
 
 
 def short_name(clip_model_name: str) -> str:
-    """What a CLIP is called where there is little room: without its folder, or without its weights."""
+    """Return a short name of a CLIP: without its folder, or without its weights."""
     known = open_clip_name(clip_model_name)
     if known is not None:
         return known.short

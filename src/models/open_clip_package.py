@@ -50,7 +50,7 @@ try:
         raise ImportError(f"here is {open_clip.__version__}")
 except ImportError as error:
     raise UserError(
-        f"this CLIP needs open_clip_torch from 3.0 on and before 4 ({first_line(error)}): {REQUIREMENTS}"
+        f"this CLIP needs open_clip_torch >= 3.0 and < 4 ({first_line(error)}): {REQUIREMENTS}"
     ) from None
 
 logger = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ def without_weights(name: OpenClipName, typed: str) -> tuple[nn.Module, Backbone
 
 
 def _checked_name(name: OpenClipName, typed: str) -> str:
-    """How messages call a model; a folder or repository is said before it is opened, for a file may have named it."""
+    """Return the name of a model in messages. Folders and repositories are logged before they are opened."""
     if name.scheme != OPEN_CLIP and distributed.is_main():
         logger.info("opening %s", name.for_open_clip)
     check_clip(typed)
@@ -191,7 +191,7 @@ def _described(
     *,
     published: Mapping[str, Any] | None = None,
 ) -> Callable[..., Backbone]:
-    """What a model is, but for its feature length and resolution: those of a model that could be built.
+    """Describe a model without its feature dimension and resolution, which are those of the built model.
 
     Raises:
         UserError: it has a decoder, its tokenizer cannot be had, or its preprocessing is none that is known.
@@ -199,7 +199,7 @@ def _described(
     config = content["model_cfg"]
     if "multimodal_cfg" in config:
         raise UserError(
-            f"{source} has a decoder, which nothing here uses: name a model of two encoders"
+            f"{source} has a decoder, which is not supported: choose a model with two encoders"
         )
     preprocess = _preprocessing(name, published or content.get("preprocess_cfg"), source)
     own = _tokenizer(name, config, source)
@@ -221,7 +221,7 @@ def _described(
 
 
 def _write(folder: Path, *, content: Mapping[str, Any], own: Any, text_files: str) -> None:
-    """Write what a model is built from beside its weights, as open_clip's `local-dir:` reads it.
+    """Write what a model is built from besides its weights, as open_clip's `local-dir:` reads it.
 
     That is its configuration, the files of its tokenizer, and the configuration of a text encoder of Hugging Face's.
     """
@@ -253,7 +253,7 @@ def checkpoint_gradients(model: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What open_clip tells the log of all programs, of which a user needs nothing."""
+    """Silence the log lines of open_clip, which no user needs."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -275,22 +275,22 @@ def _refusing(message: str) -> Iterator[None]:
 
 
 def _published(name: OpenClipName, source: str) -> dict[str, Any] | None:
-    """What open_clip knows of the weights that a tag names, None without one."""
+    """Return open_clip's configuration of the weights of a tag, None without a tag."""
     if not name.tag:
         return None
     found = open_clip.get_pretrained_cfg(name.model, name.tag)
     if not found:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name.model)) or "none"
-        raise UserError(f"{source}: {name.model} has no such tag, but {tags}: name one of them")
+        raise UserError(f"{source}: {name.model} has no such tag: choose {tags}")
     if _lacks_quick_gelu(name.model, name.tag):
         raise UserError(
-            f"{source}: these weights want QuickGELU: name {OPEN_CLIP}:{name.model}{QUICK_GELU_ENDING}/{name.tag}"
+            f"{source}: these weights need QuickGELU: pass {OPEN_CLIP}:{name.model}{QUICK_GELU_ENDING}/{name.tag}"
         )
     return found
 
 
 def _lacks_quick_gelu(architecture: str, tag: str) -> bool:
-    """Whether the weights of a tag were trained with QuickGELU, and the architecture has GELU.
+    """Check whether the weights of a tag were trained with QuickGELU although the architecture has GELU.
 
     open_clip only warns of it, and lists such weights under both architectures.
     """
@@ -310,10 +310,10 @@ def _configuration(name: OpenClipName, source: str) -> dict[str, Any]:
 
 
 def _fetched(fetch: Callable[[], Fetched], source: str, repository: str) -> Fetched:
-    """What is fetched from a repository of the hub, from the cache where it is there."""
+    """Fetch a file from a repository of the hub, or from the cache."""
     refusing = _refusing(
         f"{source} could not be downloaded ({{}}): fetch {MODEL_CONFIG}, {HUB_WEIGHTS} and, where there are some, "
-        f"{TOKENIZER_FILES} from {HUB_PAGE}/{repository} into a folder and name {FOLDER}:FOLDER"
+        f"{TOKENIZER_FILES} from {HUB_PAGE}/{repository} into a folder and pass {FOLDER}:FOLDER"
     )
     with refusing, distributed.first_on_machine():
         return fetch()
@@ -333,10 +333,10 @@ def _built(
     if files := _text_files(name, text):
         text["hf_model_name"] = files
         if name.scheme == HUB_SCHEME:
-            logger.info("opening %s, which %s names as its text encoder", files, name.model)
+            logger.info("opening %s, the text encoder of %s", files, name.model)
 
     refusing = _refusing(
-        f"{source}: open_clip cannot build it ({{}}): name a model whose parts are all there"
+        f"{source}: open_clip cannot build it ({{}}): choose a model whose parts are all available"
     )
     with refusing:
         if files:
@@ -352,7 +352,7 @@ def _built(
 
 
 def _text_files(name: OpenClipName, text: Mapping[str, Any]) -> str:
-    """Where the configuration of a text encoder of Hugging Face's is: beside the model's own, or in a repository.
+    """Return the place of the configuration of a Hugging Face text encoder: next to the model's own, or a repository.
 
     "" for another text encoder.
     """
@@ -371,7 +371,7 @@ def _side(model: Any, source: str) -> int:
     height, width = (size, size) if isinstance(size, int) else size
     if height != width:
         raise UserError(
-            f"{source} takes images of {height} x {width} pixels: name a model whose input is a square"
+            f"{source} takes images of {height} x {width} pixels: choose a model with square input"
         )
     return height
 
@@ -379,7 +379,7 @@ def _side(model: Any, source: str) -> int:
 def _preprocessing(
     name: OpenClipName, told: Mapping[str, Any] | None, source: str
 ) -> dict[str, Any]:
-    """How the model's own evaluations preprocess images.
+    """Return the preprocessing of images in the model's own evaluations.
 
     Args:
         told: what a tag, a folder or a repository says of it.
@@ -387,7 +387,10 @@ def _preprocessing(
     if name.weights:
         told = _as_tags(name.model, source)
     elif not told:
-        logger.warning("warning: %s does not say how images are preprocessed: as OpenAI's", source)
+        logger.warning(
+            "warning: %s does not record how images are preprocessed: using OpenAI's preprocessing",
+            source,
+        )
     return merge_preprocess_dict(PreprocessCfg(), dict(told or {}))
 
 
@@ -398,14 +401,17 @@ def _as_tags(architecture: str, source: str) -> dict[str, Any]:
         published = open_clip.get_pretrained_cfg(architecture, tag)
         ways[tag] = [published.get(part) for part in PREPROCESSING]
     if not ways:
-        logger.warning("warning: %s: nothing says how images are preprocessed: as OpenAI's", source)
+        logger.warning(
+            "warning: %s: no file records how images are preprocessed: using OpenAI's preprocessing",
+            source,
+        )
         return {}
     usual = max(ways.values(), key=list(ways.values()).count)
     others = sorted(tag for tag, way in ways.items() if way != usual)
     if others:
         logger.warning(
-            "warning: %s: images are preprocessed as for %s; %s want them otherwise: name a tag, or %s: with a %s, for "
-            "those",
+            "warning: %s: images are preprocessed as for %s; %s need another preprocessing: pass a tag, or %s: with a "
+            "%s, for those",
             source,
             next(tag for tag, way in ways.items() if way == usual),
             ", ".join(others),
@@ -430,10 +436,10 @@ def _tokenizer(name: OpenClipName, config: Mapping[str, Any], source: str) -> An
     wanted = text.get("hf_tokenizer_name")
     where = f"{HUB_PAGE}/{wanted}" if name.scheme == OPEN_CLIP else "where the weights are from"
     if wanted and name.scheme == HUB_SCHEME:
-        logger.info("opening %s, which %s names as its tokenizer", wanted, name.model)
+        logger.info("opening %s, the tokenizer of %s", wanted, name.model)
     refusing = _refusing(
         f"{source}: its tokenizer cannot be made ({{}}): pip install transformers[sentencepiece], or fetch "
-        f"{TOKENIZER_FILES} from {where} into the folder of the weights and name {FOLDER}:FOLDER"
+        f"{TOKENIZER_FILES} from {where} into the folder of the weights and pass {FOLDER}:FOLDER"
     )
     with refusing, distributed.first_on_machine():
         if not wanted:
@@ -466,7 +472,7 @@ def _check_no_code(files: str, source: str) -> None:
             continue
         if found := _wanted_code(content):
             raise UserError(
-                f"{source}: {files} wants code of its own to be run ({found}), and none is: name another model"
+                f"{source}: {files} needs its own code to run ({found}), which is not allowed: choose another model"
             )
 
 
@@ -486,7 +492,7 @@ def _wanted_code(content: Any) -> str:
 
 
 def _checked_tokenizer(own: Any, config: Mapping[str, Any], source: str) -> Tokenizer:
-    """The same as all code outside uses it."""
+    """Return the tokenizer in the form that all other code uses."""
     text = config["text_cfg"]
     made = getattr(own, "tokenizer", None)
     tokenizer = Tokenizer(
@@ -496,7 +502,7 @@ def _checked_tokenizer(own: Any, config: Mapping[str, Any], source: str) -> Toke
         vocabulary=text.get("vocab_size", ANY if "hf_model_name" in text else 49408),
         is_trimmed=is_trimmed(text),
     )
-    with _refusing(f"{source}: its tokenizer cannot be used ({{}}): fetch it again"):
+    with _refusing(f"{source}: its tokenizer cannot be used ({{}}): download it again"):
         tokenizer(["a"])
     return tokenizer
 
@@ -527,7 +533,7 @@ def _weights_file(name: OpenClipName, published: Mapping[str, Any] | None, sourc
         fetched = _fetched(fetch, source, "/".join(repository.split("/")[:2]))
     else:
         refusing = _refusing(
-            f"{source} could not be downloaded ({{}}): fetch {published.get('url')} and name "
+            f"{source} could not be downloaded ({{}}): download {published.get('url')} on another machine and pass "
             f"{OPEN_CLIP}:{name.model}=FILE"
         )
         with refusing, distributed.first_on_machine():
@@ -551,23 +557,23 @@ def _weights(
         plain = name.model.removesuffix(QUICK_GELU_ENDING)
         other = f"{OPEN_CLIP}:{plain}{QUICK_GELU_ENDING if wants_it else ''}={path}"
         remedy = (
-            f"name {other}"
+            f"pass {other}"
             if name.scheme == OPEN_CLIP
             else f'set "quick_gelu" to {json.dumps(wants_it)} in its {MODEL_CONFIG}'
         )
         wanted = "QuickGELU" if wants_it else "GELU"
-        raise UserError(f"{source} holds weights that want {wanted}: {remedy}")
+        raise UserError(f"{source} contains weights that need {wanted}: {remedy}")
     has_other = f"{name.model}{QUICK_GELU_ENDING}" in open_clip.list_models()
     if name.weights and not found.activation and not quick_gelu and has_other:
         logger.warning(
-            "warning: %s does not say whether it wants QuickGELU, as OpenAI's and DFN's weights do: for those "
-            "name %s:%s%s=FILE",
+            "warning: %s does not record whether it needs QuickGELU, as OpenAI's and DFN's weights do: for those "
+            "pass %s:%s%s=FILE",
             source,
             OPEN_CLIP,
             name.model,
             QUICK_GELU_ENDING,
         )
-    remedy = "name the architecture that they are of"
+    remedy = "choose the architecture of the weights"
     with _refusing(f"{source} cannot be converted ({{}}): {remedy}"):
         state = _converted(found.state, model)
     return fitted(state, model.state_dict(), source=source, remedy=remedy, vital=VITAL)

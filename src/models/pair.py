@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """What an evaluation needs of a trained pair: CLIP with its preprocessing, and the way to compose a query.
+    """Trained pair of an evaluation: CLIP with its preprocessing, and the composition of queries.
 
     Attributes:
         compose: in eval mode.
@@ -80,7 +80,7 @@ def load_pair(
     background: str = ORIGINAL,
     formats: tuple[str, ...] | None = None,
 ) -> Pair:
-    """The pair that an evaluation asks for.
+    """The pair that an evaluation needs.
 
     Args:
         background: what images are read on where neither flags nor weights say it.
@@ -150,7 +150,7 @@ def open_pair(
 def _weights(
     choice: PairChoice,
 ) -> tuple[str, Checkpoint | None, Checkpoint | None, list[Checkpoint | None]]:
-    """What composes, CLIP's fine-tuned weights and the Combiner's, None where there are none, and what tells of both.
+    """Return the combining function, CLIP's fine-tuned weights and the Combiner's, each or None, and their checkpoints.
 
     Raises:
         UserError: see `load_pair`.
@@ -174,7 +174,7 @@ def _weights(
 
 
 def _composed_by(choice: PairChoice, exported: ExportedPair | None) -> str:
-    """What composes queries: what the flag says; where it is silent, a Combiner if there is one, else the sum."""
+    """Return the combining function: the flag's, else combiner if there is a Combiner, else sum."""
     has_combiner = exported is not None and exported.config["combiner"] is not None
     has_combiner = has_combiner or choice.combiner_path is not None
     if choice.combining_function is None:
@@ -182,14 +182,14 @@ def _composed_by(choice: PairChoice, exported: ExportedPair | None) -> str:
     if choice.combining_function == "combiner" and not has_combiner:
         if exported is not None:
             raise UserError(
-                f"--combining-function combiner: --pair {exported.folder} has no Combiner: leave the flag out"
+                f"--combining-function combiner: --pair {exported.folder} has no Combiner: remove the flag"
             )
         raise UserError(
             "--combining-function combiner needs --combiner-path: the stage-2 weights to compose with"
         )
     if choice.combining_function != "combiner" and choice.combiner_path:
         logger.warning(
-            "warning: --combining-function %s makes no use of --combiner-path %s",
+            "warning: --combining-function %s does not use --combiner-path %s",
             choice.combining_function,
             choice.combiner_path,
         )

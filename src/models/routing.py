@@ -54,7 +54,7 @@ def router_penalty(
 
 
 def router_statistics(logits: Tensor, top_k: int, bias: Tensor | None = None) -> dict[str, float]:
-    """How rows spread over the experts.
+    """Compute statistics of the load of the experts.
 
     Returns:
         expert{i}_share: share of the rows that go to expert i; they sum to k.

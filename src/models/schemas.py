@@ -1,4 +1,4 @@
-"""What settings on disk may hold, beside the flags of a training, which `settings.groups` declares."""
+"""Define the fields of settings on disk, besides the flags of a training, which `settings.groups` declares."""
 
 import re
 from typing import Annotated, Any, Generic, TypeVar
@@ -27,7 +27,7 @@ Background = Annotated[str, OneOf(choices.BACKGROUNDS)]
 
 
 class Preprocessing(Schema):
-    """What images and features are made with; of a CLIP that is none of OpenAI's, what `models.backbone` says of it."""
+    """Preprocessing of images and features; for CLIPs other than OpenAI's with the fields of `models.backbone`."""
 
     clip_model_name: PathText = ABSENT
     transform: Transform = ABSENT
@@ -46,7 +46,7 @@ class Preprocessing(Schema):
 
 
 class ClipSizes(Schema):
-    """What OpenAI's CLIP is built of, see `architectures.SIZES`."""
+    """Sizes of OpenAI's CLIP, see `architectures.SIZES`."""
 
     embed_dim: Width
     image_resolution: Width
@@ -61,7 +61,7 @@ class ClipSizes(Schema):
 
 
 class CombinerSizes(Schema):
-    """What a Combiner is built of, see `combiner.build_combiner`."""
+    """Sizes of a Combiner, see `combiner.build_combiner`."""
 
     combiner_type: Annotated[str, OneOf(choices.COMBINER_TYPES)]
     clip_dim: Width
@@ -119,7 +119,7 @@ def published(form: str) -> AfterValidator:
         if name and not re.fullmatch(form, name):
             raise PydanticCustomError(
                 "name",
-                "it should be a published name, for a configuration may name no folder and no file",
+                "it should be a published name, because a configuration may not refer to a folder or file",
             )
         return name
 
@@ -131,7 +131,7 @@ Architecture = Annotated[str | None, published(r"\w[\w.-]*")]
 
 
 class TokenizerArguments(Schema, extra="forbid"):
-    """What a tokenizer may be told. All else reaches transformers, which runs code where it is told to."""
+    """Arguments that a tokenizer accepts. All else reaches transformers, which runs code where it is told to."""
 
     clean: str = ABSENT
     strip_sep_token: bool = ABSENT
@@ -172,7 +172,7 @@ class OpenClipPreprocessing(Schema):
     @model_validator(mode="after")
     def _is_padded_with_black(self) -> "OpenClipPreprocessing":
         if self.resize_mode == "longest" and self.fill_color not in (None, 0):
-            raise PydanticCustomError("colour", "of fill_color 0 alone is known")
+            raise PydanticCustomError("colour", "only fill_color 0 is supported")
         return self
 
 
@@ -202,7 +202,7 @@ class StoredSettings(Schema, Generic[Stage]):
 
 
 class Beside(Schema):
-    """What a checkpoint holds beside its weights."""
+    """Fields of a checkpoint besides its weights."""
 
     epoch: Number = ABSENT
     metrics: dict[str, float] = ABSENT
@@ -210,7 +210,7 @@ class Beside(Schema):
 
 
 class Expert(Schema):
-    """What an expert of the Combiner takes more often than the others, see `reports.expert_report.expert_names`."""
+    """Queries that an expert receives more often than the others do, see `reports.expert_report.expert_names`."""
 
     takes: list[str] = Field(description="Kinds of questions, or words of them.")
     is_idle: bool = Field(description="Whether no question went to it when that was told.")

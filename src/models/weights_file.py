@@ -1,6 +1,6 @@
 """Files of weights, whoever wrote them: the model's own weights, by the names of OpenAI's and of open_clip's CLIPs.
 
-Trainings of others put them under a key beside an optimizer, put a prefix before their names, or have Hugging Face's
+Other projects put them under a key next to an optimizer, put a prefix before their names, or have Hugging Face's
 names. What a file was found to be is said in one line, with what was left out of it.
 """
 
@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 # A checkpoint's key for its weights -> weights that tell them without it; what stands before one is a prefix of all.
 TELLING = {"CLIP": ("logit_scale", "text_projection"), "Combiner": ("output_layer.weight",)}
 STAGE_WEIGHTS = {"CLIP": "stage-1 weights", "Combiner": "stage-2 weights"}
-# What a checkpoint of this project holds beside its weights.
+# What a checkpoint of this project contains besides its weights.
 BESIDE = ("epoch", "metrics", "config")
-NESTED = ("state_dict", "model_state_dict", "model", "module")  # keys of other trainings
+NESTED = ("state_dict", "model_state_dict", "model", "module")  # keys of other training runs
 # What lies among the weights and is none; of OpenAI's archives, three numbers.
 OF_OPENAI = {"input_resolution", "context_length", "vocab_size"}
 NO_WEIGHTS = OF_OPENAI | {"attn_mask"}
@@ -103,7 +103,9 @@ def read_weights(flag_name: str, path: Path, kind: str) -> WeightsFile:
     if kind not in kinds:
         names = counted(list(map(str, content)), NAMES_SHOWN)
         found = next((STAGE_WEIGHTS[name] for name in kinds), f"something else ({names})")
-        raise UserError(f"{source} holds {found}, not {STAGE_WEIGHTS[kind]}: name the right file")
+        raise UserError(
+            f"{source} contains {found}, not {STAGE_WEIGHTS[kind]}: choose the right file"
+        )
     weights, prefix = _without_prefix(state, kind, source)
     activation = QUICK_GELU_NAME if OF_OPENAI & weights.keys() else ""
     is_hugging_face = HUGGING_FACE in weights
@@ -136,7 +138,7 @@ def read_clip(path: Path) -> WeightsFile:
     found = read_weights("--clip-model-name", path, "CLIP")
     if found.is_tuned:
         raise UserError(
-            f"--clip-model-name {path} holds fine-tuned weights: give it to --clip-model-path instead"
+            f"--clip-model-name {path} contains fine-tuned weights: pass it to --clip-model-path instead"
         )
     return found
 
@@ -159,7 +161,7 @@ def _is_no_weight(name: str) -> bool:
 
 
 def _places(state: Mapping[str, Any], kind: str) -> set[str]:
-    """What stands before the names of models of a kind, "" for nothing; empty where there is no such model."""
+    """Return the prefixes of the names of models of a kind, "" for no prefix; empty if there is no such model."""
     for telling in TELLING[kind]:
         found = {name for name in state if f".{name}".endswith(f".{telling}")}
         if found:
@@ -178,7 +180,7 @@ def _without_prefix(state: Mapping[str, Any], kind: str, source: str) -> tuple[d
         return dict(state), ""
     if len(places) > 1:
         raise UserError(
-            f"{source} holds several models ({counted(sorted(places), NAMES_SHOWN)}): save the weights of one"
+            f"{source} contains several models ({counted(sorted(places), NAMES_SHOWN)}): save the weights of one"
         )
     (prefix,) = places
     names = [name for name in state if name.startswith(prefix)]
@@ -199,8 +201,8 @@ def _renamed(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
             own = own.replace(theirs, ours)
         if own.startswith(("text_model.", "vision_model.")) and not name.endswith(POSITIONS):
             raise UserError(
-                f"{source} holds Hugging Face's weights of another model than CLIP with a ViT ({name}): name the model "
-                "as open_clip has it, see --list-models"
+                f"{source} contains Hugging Face weights of a model that is not a CLIP with a ViT ({name}): choose "
+                "the model of open_clip, see --list-models"
             )
         if part := JOINED.search(own):
             joined.setdefault(JOINED.sub(".attn.in_proj_", own), {})[part[1]] = weight

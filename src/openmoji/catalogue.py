@@ -1,4 +1,4 @@
-"""What Unicode's names of pictures mean: people, pairs, gestures, faces, animals and things that come in kinds.
+"""List the meaning of Unicode's picture names: people, pairs, gestures, faces, animals and things in several kinds.
 
 Each table is by the names of the PyPI package `emoji`, without skin tones.
 """

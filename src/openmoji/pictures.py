@@ -55,7 +55,9 @@ def check_packages() -> None:
     """Raise UserError, with the remedy, where a package is missing."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"{', '.join(missing)} not installed: pip install -r requirements-demo.txt")
+        raise UserError(
+            f"{', '.join(missing)} is not installed: pip install -r requirements-demo.txt"
+        )
 
 
 def render(svg: Path, side: int, background: str | None = None) -> bytes:
@@ -118,7 +120,7 @@ def _few(pictures: Sequence[Picture], concepts: int) -> list[Picture]:
 
 
 def describe(name: str, svg: Path, bases: set[str]) -> Picture:
-    """What a picture shows, as far as its name says it.
+    """Describe a picture, as far as its name tells.
 
     Args:
         bases: all names without skin tones, from which follows which have twins.

@@ -49,7 +49,7 @@ class Change(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What it is counted as."""
+        """Return the kind that a triplet is counted as."""
         return KINDS[self.facts[0]] if len(self.facts) == 1 else TWO_CHANGES
 
 

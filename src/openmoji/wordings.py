@@ -1,4 +1,4 @@
-"""How people say that something should be different: several wordings for each fact, a part of them Vietnamese.
+"""Word the captions: several wordings for each change, some of them Vietnamese.
 
 {new} and {old} are the values in words; what stands with a value alone is said of that value as it is.
 """

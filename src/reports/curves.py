@@ -55,7 +55,7 @@ class Panel:
 
 @functools.cache
 def can_draw() -> bool:
-    """Whether matplotlib is installed; if not, this is said once."""
+    """Check whether matplotlib is installed; if not, log it once."""
     there = importlib.util.find_spec("matplotlib") is not None
     if not there:
         logger.warning("no training_curves.png: matplotlib is not installed")
@@ -65,7 +65,7 @@ def can_draw() -> bool:
 def panels_of(
     rows: Mapping[str, EpochRows], titles: Mapping[str, str], units: Mapping[str, str] | None = None
 ) -> list[Panel]:
-    """What is drawn of a run so far: loss, metrics of each unit, and the load of the experts.
+    """Return the panels of a run so far: loss, metrics of each unit, and the load of the experts.
 
     Args:
         rows: "train", "validation", "router" -> the rows of the CSV files, see `Run`.
@@ -92,7 +92,7 @@ def experts_of(routed: Mapping[str, float]) -> dict[str, str]:
 
 
 def charts(panels: Sequence[Panel]) -> str:
-    """Places for panels in a page, beside each other where the screen is wide enough; `charts_script` draws in them."""
+    """Places for panels in a page, next to each other if the screen is wide enough; `charts_script` draws in them."""
     figures = []
     for panel in panels:
         label = pages.text(panel.label)
@@ -118,12 +118,12 @@ def charts_script(panels: Sequence[Panel]) -> str:
 
 
 def _finite(value: float | None) -> float | None:
-    """What JSON can hold of a value."""
+    """Return a value if it is finite, else None, for JSON."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def training_curves(panels: Sequence[Panel]) -> bytes:
-    """A PNG of panels beside each other."""
+    """A PNG of panels next to each other."""
     import matplotlib
     from matplotlib.figure import Figure
 

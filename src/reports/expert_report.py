@@ -1,4 +1,4 @@
-"""What each expert takes, as a page: a heat map over the splits, its words, its typical captions; and in short."""
+"""Describe the experts: a page with a heat map over the splits, words and typical captions; and in short."""
 
 import itertools
 import re
@@ -27,7 +27,7 @@ def expert_report(title: str, records: Mapping[str, Sequence[RoutedQuery]]) -> s
         everything += queries
     experts = range(len(everything[0]["experts"]))
     parts = [
-        "<p>Mean weight of each expert over the queries: a row is an expert, a column a split.</p>",
+        "<p>Mean weight of each expert over the queries: one row per expert, one column per split.</p>",
         _heat_map({**records, "all": everything}, experts),
     ]
     parts += [_expert(expert, everything) for expert in experts]
@@ -59,13 +59,14 @@ def _expert(expert: int, queries: Sequence[RoutedQuery]) -> str:
     words = ", ".join(f"{word} ({ratio:.1f} x)" for word, ratio in typical) or "none"
     number = len(experts_queries)
     return (
-        f'<div class="expert"><h2>Expert {expert}</h2><p>weighs most in {number} of {len(queries)} queries</p>'
-        f"<p>Words that are more frequent there: {pages.text(words)}</p><ul>{''.join(captions)}</ul></div>"
+        f'<div class="expert"><h2>Expert {expert}</h2>'
+        f"<p>has the largest weight in {number} of {len(queries)} queries</p>"
+        f"<p>Words that are more frequent in these queries: {pages.text(words)}</p><ul>{''.join(captions)}</ul></div>"
     )
 
 
 def expert_names(queries: Sequence[RoutedQuery]) -> list[dict[str, Any]]:
-    """What each expert takes: the kinds of queries, or where they have none the words, that most set its queries apart.
+    """Name each expert by the kinds of queries, or without kinds by the words, that set its queries apart most.
 
     `is_idle` says that no query goes to it.
     """

@@ -62,7 +62,7 @@ def text(content: object) -> str:
 
 
 def table(rows: Mapping[str, object], numbers: bool = False) -> str:
-    """Names beside their values."""
+    """Names next to their values."""
     kind = "number" if numbers else "value"
     lines = []
     for name, value in rows.items():

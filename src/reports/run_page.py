@@ -1,4 +1,4 @@
-"""The page of a run: what it is, how far it came, and how to go on with it."""
+"""The page of a run: what it is, how far it came, and how to resume it."""
 
 import operator
 import time
@@ -36,7 +36,7 @@ RUN_STYLE = f"""{CHART_STYLE}
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a page says of its run beside its records.
+    """Description of a run on its page, besides its records.
 
     Attributes:
         title: dataset and method.
@@ -59,7 +59,7 @@ class About:
     overview: str = ""
 
     def called(self, metric: str) -> str:
-        """What a metric is called, in tables and on axes alike."""
+        """Return the title of a metric for tables and axes."""
         return self.titles.get(metric, metric.replace("_", " "))
 
 
@@ -127,7 +127,7 @@ def run_page(
         parts.append(f"<p>loss scale {scaling[-1]['loss_scale']:g}, {skipped} skipped steps</p>")
     if about.overview:
         link = f'<a href="{pages.text(about.overview)}">all seeds together</a>'
-        parts.append(f"<p>One of several seeds; when they are complete: {link}</p>")
+        parts.append(f"<p>One of several seeds; results of all when they are complete: {link}</p>")
     parts += [_idle_experts(about, rows), charts(panels), "<h2>Best validations</h2>"]
     parts.append(_best(about, rows.get("validation", [])))
     for purpose, line in about.commands.items():
@@ -147,7 +147,7 @@ def _page(about: About, parts: Sequence[str], panels: Sequence[Panel]) -> str:
 
 
 def _head(folder: Path, facts: Mapping[str, str]) -> str:
-    """Where a run lies, and some facts by their names."""
+    """Render the folder of a run, and some facts by their names."""
     told = []
     for name, fact in facts.items():
         told.append(f"<div><dt>{pages.text(name)}</dt><dd>{pages.text(fact)}</dd></div>")
@@ -156,7 +156,7 @@ def _head(folder: Path, facts: Mapping[str, str]) -> str:
 
 
 def _idle_experts(about: About, rows: Mapping[str, EpochRows]) -> str:
-    """What helps a mixture whose router leaves experts out; "" where it leaves none."""
+    """Render advice for a mixture whose router leaves experts idle; "" if it leaves none."""
     last = rows["router"][-1] if rows.get("router") else {}
     experts = experts_of(last)
     idle = [expert for name, expert in experts.items() if last[name] < IDLE]
@@ -211,7 +211,7 @@ def seeds_page(
         f"<p>The validation with the best {pages.text(about.called(about.chosen_by[0]))} of each seed:</p>",
         pages.matrix(list(about.titles.values()), best),
         charts([validations]),
-        "<h2>Their pages</h2>",
+        "<h2>Pages of the seeds</h2>",
         f"<ul>{''.join(links)}</ul>",
     ]
     reproduce = pages.command(about.commands["reproduce"])

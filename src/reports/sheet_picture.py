@@ -191,7 +191,8 @@ def say_unknown(texts: Sequence[str]) -> None:
         unknown |= _unknown(characters, _font_file(characters))
     if unknown:
         logger.warning(
-            "note: the picture of the sheet has boxes in place of %s: install a font that has them, such as Noto's",
+            "note: the picture of the sheet shows boxes instead of %s: install a font with these characters, such as "
+            "Noto",
             "".join(sorted(unknown)),
         )
 

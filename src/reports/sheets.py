@@ -81,10 +81,10 @@ class Row:
         return {name: rank for name, rank in self.ranks.items() if name not in self.names}
 
     def heading(self, title: str) -> str:
-        """What the ranking is of, and where its targets are."""
+        """Return the heading of a ranking: its title and the ranks of the targets."""
         if not self.ranks:
             return title
-        told = "target at place" if len(self.ranks) == 1 else "targets at places"
+        told = "target at rank" if len(self.ranks) == 1 else "targets at ranks"
         return f"{title}: {told} {', '.join(str(rank + 1) for rank in self.ranks.values())}"
 
 
@@ -110,7 +110,7 @@ class Card:
 
     @property
     def heading(self) -> str:
-        """What it is called, and what it asks for."""
+        """Return the heading of a query: its label and kinds."""
         return ", ".join([self.label, *self.kinds])
 
     @property
@@ -153,7 +153,7 @@ def _target_ranks(query: Mapping[str, Any], found: Mapping[str, Any]) -> dict[st
 
 
 def shares(gate: float | None, experts: Sequence[float]) -> dict[str, float]:
-    """What the Combiner did with a query, by name: how much of the residual is text, and the weights of the experts."""
+    """Return the shares of a query by name: text in the gate of the Combiner, and the weights of its experts."""
     named = {}
     if gate is not None:
         named["text in the gate"] = gate
@@ -247,7 +247,7 @@ def _query(card: Card, pictures: Mapping[str, Picture]) -> str:
 
 
 def _in_lines(figures: Sequence[str]) -> str:
-    """Figures beside each other; where they need several lines, these are of one length, or the last is shorter."""
+    """Figures next to each other; where they need several lines, these are of one length, or the last is shorter."""
     columns = []
     for screen, room in ROOM.items():
         lines = math.ceil(len(figures) / room)

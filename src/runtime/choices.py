@@ -1,4 +1,4 @@
-"""What flags choose from, and what they chose: names and plain records that importing costs nothing for."""
+"""Declare the choices of flags, and plain records of them, in a module that is cheap to import."""
 
 from collections.abc import Mapping
 from typing import Any

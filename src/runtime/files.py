@@ -133,7 +133,7 @@ def _sweep_once(folder: Path) -> None:
 
 
 def _is_abandoned(path: Path, age: float) -> bool:
-    """Whether nobody makes a file or a folder any more. Links are not followed, and never are abandoned."""
+    """Check whether a temporary file or folder was abandoned by its process. Symlinks are not."""
     try:
         status = path.lstat()
         is_ours = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
@@ -177,7 +177,7 @@ def _replacement(path: Path) -> Iterator[Path]:
     new = beside(path)
     try:
         if named.exists() and not named.is_file():  # a pipe of the shell has no other path
-            raise DiskError(f"{named} is a folder, a device or a pipe: name a file")
+            raise DiskError(f"{named} is a folder, a device or a pipe: choose a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep_once(path.parent)
         yield new
@@ -357,11 +357,11 @@ def free_bytes(folder: Path) -> int:
 
 
 def check_new_or_empty(flag: str, folder: Path) -> None:
-    """Refuse what is no folder, and one that holds files, for a folder that is written as a whole."""
+    """Reject a path that is not a folder, or is one with files, for a folder that is written as a whole."""
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if os.path.lexists(folder):
-        raise UserError(f"{flag} {folder} is there already: name a new or an empty folder")
+        raise UserError(f"{flag} {folder} exists already: choose a new or empty folder")
 
 
 def check_file_writable(files: dict[str, Path | None]) -> None:
@@ -372,7 +372,7 @@ def check_file_writable(files: dict[str, Path | None]) -> None:
             continue
         if file.exists() and not file.is_file():
             kind = "a folder" if file.is_dir() else "a device or a pipe"
-            raise UserError(f"{flag} {file} is {kind}: name a file")
+            raise UserError(f"{flag} {file} is {kind}: choose a file")
         folders[flag] = Path(os.path.realpath(file)).parent
     check_writable(folders)
 
@@ -400,10 +400,12 @@ def find_checkpoint(flag: str, path: Path) -> Path:
         return found[0]
     if found:
         names = ", ".join(file.name for file in found)
-        raise UserError(f"{flag}: {path} holds several checkpoints ({names}): name one of them")
+        raise UserError(
+            f"{flag}: {path} contains several checkpoints ({names}): choose one of them"
+        )
     raise UserError(
-        f"{flag}: no checkpoint at {path}: looked for it, for {path.name}.pt and for *.pt in a folder of it, and the "
-        "same with .safetensors"
+        f"{flag}: no checkpoint at {path}: pass a file, or a folder with one; also looked for {path.name}.pt, *.pt in "
+        "the folder, and .safetensors"
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """What a plan must know of a GPU.
+    """Properties of a GPU for planning.
 
     Attributes:
         memory: GiB that torch can allocate. It is less than the box says: torch's own "total capacity".

@@ -29,8 +29,8 @@ def fetched(repository: str, files: Sequence[str]) -> Path:
         return Path(hub.snapshot_download(repository, allow_patterns=list(files)))
     except _errors(hub) as error:
         raise UserError(
-            f"{HUB}{repository} could not be fetched ({first_line(error)}): fetch its {', '.join(files)} elsewhere, "
-            "and name their folder"
+            f"{HUB}{repository} could not be fetched ({first_line(error)}): download its {', '.join(files)} on another "
+            f"machine, and pass their folder"
         ) from None
 
 
@@ -46,11 +46,11 @@ def upload(folder: Path, repository: str) -> None:
         hub.upload_folder(repo_id=repository, folder_path=folder)
     except _errors(hub) as error:
         raise UserError(
-            f"--push {repository}: {first_line(error)}; {folder} is whole: push it later with "
+            f"--push {repository}: {first_line(error)}; {folder} is complete: push it later with "
             f"`hf upload {repository} {folder}`"
         ) from None
 
 
 def _errors(hub: Any) -> tuple[type[BaseException], ...]:
-    """What the package raises; its own errors are also those of the package that it reaches the network with."""
+    """Return the exceptions of the package and of the package that it uses for the network."""
     return OSError, ValueError, hub.errors.HfHubHTTPError, *hub.errors.HfHubHTTPError.__bases__

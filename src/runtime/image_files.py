@@ -91,7 +91,7 @@ def image_size(file: BinaryIO, formats: tuple[str, ...]) -> tuple[int, int]:
 def _opened(
     file: BinaryIO, formats: tuple[str, ...] | None, use: Callable[[Image.Image], Used]
 ) -> Used:
-    """What is made of an image before it is closed; where the metadata of a PNG are damaged, of one without."""
+    """Apply a function to an opened image; if the metadata of a PNG are damaged, to the image without them."""
     try:
         try:
             with Image.open(file, formats=formats) as image:
@@ -174,7 +174,7 @@ def is_transparent(image: Image.Image) -> bool:
 
 @functools.lru_cache(maxsize=8)
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """What makes sRGB of a profile's colours; None where they are, or where it is damaged or of another mode."""
+    """Return the transform of a profile's colours to sRGB; None if they are sRGB or the profile is unusable."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
@@ -219,7 +219,7 @@ def _finite(values: np.ndarray) -> np.ndarray:
 
 def unreadable(file: object, error: Exception) -> UserError:
     """Say that an image cannot be decoded, why, and what to do: to scale it down where it is too large."""
-    remedy = "replace the file with a whole copy of the image"
+    remedy = "replace the file with a complete copy of the image"
     if isinstance(error, Image.DecompressionBombError):
         remedy = SHRINK
     elif Path(str(file)).suffix.lower() in {".heic", ".heif"} - HEIF_KINDS:

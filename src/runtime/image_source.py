@@ -1,4 +1,4 @@
-"""Where the bytes of image files come from. Another source, such as a tar file, overrides what Folder does."""
+"""Read the bytes of image files. Another source, such as a tar file, overrides the methods of Folder."""
 
 import stat
 from pathlib import Path

@@ -24,7 +24,7 @@ LOOK_EVERY = 5  # seconds between two looks of a worker at whether its parent is
 
 
 class StopRequest:
-    """Whether one of the signals has come. It interrupts nothing: code that can stop asks here.
+    """Record of a received signal. It interrupts nothing: code that can stop checks it.
 
     Attributes:
         requested: the signal's name; "" until it has come.

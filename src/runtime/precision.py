@@ -36,10 +36,13 @@ def check_encode_precision(precision: str, device: torch.device) -> None:
     is_ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if precision == "tf32" and not is_ampere:
         raise UserError(
-            f"--encode-precision tf32: {device.type} has no TF32 here; choose fp32, or fp16 where half will do"
+            f"--encode-precision tf32: {device.type} does not support TF32: choose fp32, or fp16 if half precision is "
+            "enough"
         )
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-        raise UserError("--encode-precision bf16: this GPU has no bfloat16; choose fp16 or fp32")
+        raise UserError(
+            "--encode-precision bf16: this GPU does not support bfloat16: choose fp16 or fp32"
+        )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""How far long work is: a bar in a terminal, a line a minute where the output goes to a file."""
+"""Display the progress of long work: a bar in a terminal, a line per minute if the output goes to a file."""
 
 import logging
 import time

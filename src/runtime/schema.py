@@ -1,4 +1,4 @@
-"""What JSON files and checkpoints hold, field by field: a schema says it, and a value that breaks it is named.
+"""Check JSON files and checkpoints against schemas, and report the first field that is invalid.
 
 Schemas lie beside what reads them, in files that are imported when something is read: pydantic takes half a second.
 """
@@ -70,7 +70,7 @@ def read_checked(
 
 
 def _field(place: tuple[int | str, ...]) -> str:
-    """What a message calls a place in a file: `preprocessing.mean`, or `entry 3: captions.0` of a list."""
+    """Return the name of a field for messages: `preprocessing.mean`, or `entry 3: captions.0` of a list."""
     parts = list(map(str, place))
     if place and isinstance(place[0], int):
         return ": ".join(filter(None, [f"entry {place[0]}", ".".join(parts[1:])]))

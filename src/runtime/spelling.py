@@ -30,7 +30,7 @@ def as_stored(path: Path) -> Path:
 
 @functools.lru_cache(maxsize=64)
 def _stored_names(folder: Path, changed: int) -> dict[str, str]:
-    """What a folder holds, each name by its NFC; read again when the folder has changed."""
+    """Return the names in a folder by their NFC; the folder is read again when it has changed."""
     return {nfc(entry.name): entry.name for entry in folder.iterdir()}
 
 
@@ -46,7 +46,7 @@ class Spellings:
 
     @functools.cached_property
     def _by_end(self) -> dict[str, list[str]]:
-        """What is left of a name, see `_ends` -> the names of which it is left."""
+        """Return the remainders of names, see `_ends` -> the names with this remainder."""
         found: dict[str, list[str]] = {}
         for name in self.names:
             for end in _ends(name):

@@ -47,7 +47,7 @@ OTHER_FILES = {
     ),
     b"<!doctype html": WEB_PAGE,
     b"<html": WEB_PAGE,
-    b"\x1f\x8b": ("packed by gzip", "unpack it, and name what was in it"),
+    b"\x1f\x8b": ("packed by gzip", "unpack it, and pass the file inside"),
 }
 
 
@@ -143,7 +143,7 @@ def _check_size(path: Path, content: Any) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """`torch.load` on the CPU of a dict of tensors and plain types; code in a pickle is refused, never run.
+    """`torch.load` on the CPU of a dict of tensors and plain types; code in a pickle is rejected, never run.
 
     Safetensors are told by their content, whatever the file is called; beside the tensors is "config" where the
     metadata have that as JSON.
@@ -167,18 +167,18 @@ def load_tensors(path: Path) -> dict[str, Any]:
         named = UNKNOWN_OBJECT.search(str(error))
         found = f"holds {named[1]}" if named else "is damaged or holds objects"
         raise UserError(
-            f"{path} {found}, no tensor or plain type, which could run code: refused; where it was "
-            "trained, save the model's state dict alone"
+            f"{path} {found}, not a tensor or plain type, and could run code: on the "
+            "machine where it was trained, save only the model's state dict"
         ) from None
     if not isinstance(content, dict):
         raise UserError(
-            f"{path} holds a {type(content).__name__}, not a dict: it is not a checkpoint of this project"
+            f"{path} contains a {type(content).__name__}, not a dict: choose a checkpoint of this project"
         )
     return content
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file is one of safetensors, whatever it is called.
+    """Check whether a file has the format of safetensors, whatever its name.
 
     Raises:
         OSError: it cannot be read.

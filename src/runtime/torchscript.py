@@ -61,7 +61,7 @@ class _Reader(pickle.Unpickler):
             return DTYPES[name]
         if module == "torch.jit._pickle":  # types of lists and dicts, which are there as they are
             return lambda values, *_: values
-        raise pickle.UnpicklingError(f"{module}.{name} is no part of weights")
+        raise pickle.UnpicklingError(f"{module}.{name} is not part of weights")
 
     def persistent_load(self, pid: Any) -> Tensor:
         """The numbers of a storage, one after the other."""
@@ -108,7 +108,7 @@ def archived_state(path: Path) -> dict[str, Tensor]:
             return dict(_named_weights(module, "", _weights_of(archive, root)))
     except (*LOADING_ERRORS, pickle.UnpicklingError, AttributeError, TypeError) as error:
         raise UserError(
-            f"{path} is not a readable TorchScript archive ({first_line(error)}): fetch it again"
+            f"{path} is not a readable TorchScript archive ({first_line(error)}): download it again"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Where a run is mirrored beside its CSV files: Comet, TensorBoard and Weights & Biases, several at once.
+"""Mirror a run to trackers besides its CSV files: Comet, TensorBoard and Weights & Biases, several at once.
 
 A new tracker is a class here and its line in TRACKERS. Nothing is imported before it is asked for.
 """
@@ -22,7 +22,7 @@ PROJECT = "CLIP4Cir-MoE"
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """What a tracker knows of a run when it begins.
+    """Description of a run that a tracker receives at its start.
 
     Attributes:
         folder: of the run.
@@ -71,7 +71,7 @@ class Tracker:
 
 
 class Comet(Tracker):
-    """Comet. A resumed run goes on in the same experiment."""
+    """Comet. A resumed run continues in the same experiment."""
 
     module = "comet_ml"
     package = "comet-ml"
@@ -135,7 +135,7 @@ class TensorBoard(Tracker):
 
 
 class Wandb(Tracker):
-    """Weights & Biases. A resumed run goes on in the same run."""
+    """Weights & Biases. A resumed run continues in the same run."""
 
     module = "wandb"
     package = "wandb"
@@ -204,25 +204,25 @@ class Trackers:
         except TRACKERS[name].failures() as error:
             self._trackers.pop(name, None)
             logger.warning(
-                "warning: --tracker %s: %s: going on without it", name, first_line(error)
+                "warning: --tracker %s: %s: continuing without it", name, first_line(error)
             )
 
 
 def check_trackers(names: Sequence[str], api_key: str | None, workspace: str | None) -> list[str]:
-    """Return the names of the trackers that flags ask for; as in the original, Comet's key and workspace do too.
+    """Return the names of the trackers that flags choose; as in the original, Comet's key and workspace do too.
 
     Raises:
         UserError: a package is missing, or a key is without its workspace.
     """
     if bool(api_key) != bool(workspace):
         raise UserError(
-            "--api-key and --workspace go together: give both to track with Comet, or neither"
+            "--api-key and --workspace go together: pass both to track with Comet, or neither"
         )
     asked = list(dict.fromkeys([*(["comet"] if api_key else []), *names]))
     for name in asked:
         tracker = TRACKERS[name]
         if importlib.util.find_spec(tracker.module) is None:
             raise UserError(
-                f"--tracker {name} needs a package: pip install {tracker.package}, or leave it out"
+                f"--tracker {name} needs a package: pip install {tracker.package}, or remove the flag"
             )
     return asked

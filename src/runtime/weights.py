@@ -49,10 +49,14 @@ def unwrapped(state: Mapping[Any, Any], source: str) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for name, weight in state.items():
         if not isinstance(name, str):
-            raise UserError(f"{source}: {name!r} is no name of a weight: save its state dict again")
+            raise UserError(
+                f"{source}: {name!r} is not a valid name of a weight: save its state dict again"
+            )
         own = ".".join(part for part in name.split(".") if part not in WRAPPERS)
         if own in plain:
-            raise UserError(f"{source} holds {own} twice, once as {name}: save one model's weights")
+            raise UserError(
+                f"{source} contains {own} twice, once as {name}: save the weights of one model"
+            )
         plain[own] = weight
     return plain
 
@@ -101,7 +105,7 @@ def fitted(
 
 
 def differences(state: Mapping[str, Any], model: Mapping[str, Tensor]) -> str:
-    """How a state dict differs from a model's in names and shapes: how many of each kind, and the first; "" if not."""
+    """Describe how a state dict differs from a model's in names and shapes, with counts; "" if equal."""
     missing = [name for name in model if name not in state and not name.endswith(COUNTER)]
     extra = [name for name in state if name not in model]
     misshapen = []
@@ -131,7 +135,7 @@ def _shape(weight: Any) -> tuple[int, ...] | None:
 
 
 def _flaw(weight: Tensor, own: Tensor, *, vital: bool) -> str:
-    """What is wrong with the values of a weight that is to be copied into a model's own, "" for nothing."""
+    """Return the problem with the values of a weight that is copied into a model's own, "" for none."""
     if not own.is_floating_point() or weight.numel() == 0:
         return ""
     if weight.dtype not in FLOATS or weight.layout != torch.strided or weight.is_meta:

@@ -1,1 +1,1 @@
-"""What flags may be, each declared once."""
+"""Settings of flags, each declared once."""

@@ -156,7 +156,7 @@ def parent(group: type[Flags], of: type[Flags] | None = None) -> argparse.Argume
 def parsed(
     parser: argparse.ArgumentParser, flags: type[AnyFlags], values: argparse.Namespace
 ) -> AnyFlags:
-    """Return what was typed as settings; the parser refuses what they do not allow together."""
+    """Return what was typed as settings; the parser rejects what they do not allow together."""
     known = {name: value for name, value in vars(values).items() if name in flags.model_fields}
     try:
         return flags(**known)

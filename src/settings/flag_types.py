@@ -1,4 +1,4 @@
-"""Values that flags take: text that is checked and converted, or refused with what would be right."""
+"""Values that flags take: text that is checked and converted, or rejected with what would be right."""
 
 import argparse
 import os
@@ -76,7 +76,7 @@ def usable_path(text: str) -> Path:
             text, f"cannot be used as a path ({getattr(error, 'strerror', error)})"
         ) from None
     if not text:
-        raise refused(text, "is no path: name one, . for this folder")
+        raise refused(text, "is not a path: pass one, . for the current folder")
     return found
 
 
@@ -95,7 +95,7 @@ def repository(text: str) -> str:
     """The name of a repository on the Hugging Face Hub."""
     part = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
     if len(text) > 96 or not re.fullmatch(f"{part}/{part}", text) or "--" in text or ".." in text:
-        raise refused(text, "is no name of a repository: name one as ORG/REPO")
+        raise refused(text, "is not the name of a repository: pass ORG/REPO")
     return text
 
 
@@ -109,7 +109,7 @@ def pair_place(text: str) -> Path | str:
 def file_name(text: str) -> str:
     """Part of a file's name, which cannot lead out of its folder."""
     if not re.fullmatch(r"[\w.@+-]{1,100}", text) or text in (".", ".."):
-        raise refused(text, "is no name: use up to 100 letters, digits and . _ @ + - only")
+        raise refused(text, "is not a valid name: use up to 100 letters, digits and . _ @ + -")
     return text
 
 
@@ -127,7 +127,7 @@ def concept_template(text: str) -> str:
     """A type for flags: a text with {shared_concept} and {relative_caption} in it, and nothing else in braces."""
     fields = re.findall(r"\{[^{}]*\}|[{}]", text)
     if sorted(fields) != ["{relative_caption}", "{shared_concept}"]:
-        raise refused(text, "is no text with one {shared_concept} and one {relative_caption} in it")
+        raise refused(text, "is not a text with one {shared_concept} and one {relative_caption}")
     return text
 
 

@@ -61,7 +61,7 @@ CachePlace = Annotated[
 
 
 class Origin(Flags):
-    """How a training was started."""
+    """Command that started a training run."""
 
     script: AnyText = setting("", where="computes")
     command: AnyText = setting("", where="free")
@@ -72,28 +72,28 @@ class Dataset(Flags):
     """Which benchmark."""
 
     title = "benchmark"
-    dataset: BenchmarkName = setting(..., "which benchmark, in upper or lower case")
+    dataset: BenchmarkName = setting(..., "benchmark to use (not case-sensitive)")
 
 
 class Data(Flags):
-    """Where benchmarks are."""
+    """Folder of the benchmarks."""
 
     title = "data"
     data_root: UsablePath = setting(
         PROJECT_ROOT,
-        "the folder that holds fashionIQ_dataset/, cirr_dataset/ and the like (default: the project's root)",
+        "folder that contains fashionIQ_dataset/, cirr_dataset/ and the like (default: the project's root)",
         metavar="DIR",
         where="free",
     )
 
 
 class Device(Flags):
-    """What computes."""
+    """Device for the computation."""
 
     title = "machine"
     device: AnyText | None = setting(
         None,
-        "what computes, such as cuda:1 or cpu (default: cuda where there is one)",
+        "device for the computation, such as cuda:1 or cpu (default: cuda if available, else cpu)",
         metavar="DEV",
         where="free",
     )
@@ -105,24 +105,24 @@ class Decoding(Flags):
     title = "machine"
     num_workers: Workers = setting(
         min(8, os.cpu_count() or 1),
-        "processes that decode images (default: one a CPU core, at most 8)",
+        "number of data-loader processes that decode images (default: one per CPU core, at most 8)",
         where="free",
     )
 
 
 class Evaluation(Flags):
-    """What is left out of the data, and how much of it is ranked at a time."""
+    """Images to leave out, and number of queries that are ranked at a time."""
 
     title = "evaluation"
     exclusions: UsablePath | None = setting(
         None,
-        "leave out the images of a list that check_dataset.py wrote",
+        "list of images to leave out, written by check_dataset.py --write-exclusions",
         metavar="FILE",
         where="moves",
     )
     similarity_block: Rows | None = setting(
         None,
-        "queries whose similarities to the gallery are in memory at a time (default: at most 1 GiB)",
+        "number of queries that are compared with the gallery at a time (default: as many as fit in 1 GiB)",
         metavar="ROWS",
         where="free",
     )
@@ -132,30 +132,34 @@ class Clip(Flags):
     """Which CLIP, how its images are preprocessed and in what precision it encodes; None where the flags are silent."""
 
     title = "CLIP"
-    about = "what no flag says is as the weights were trained; where there are none, the default"
+    about = "flags not given are read from the checkpoint, or take their defaults without one"
     clip_model_name: ClipName | None = setting(
         None,
-        "which CLIP: a name of --list-models, or a checkpoint's path (default: RN50x4)",
+        "CLIP model: a name from --list-models, or the path of a checkpoint (default: RN50x4)",
         metavar="NAME",
     )
     transform: Annotated[str, OneOf(TRANSFORMS)] | None = setting(
-        None, "how images are padded and cut to a square (default: targetpad)"
+        None,
+        "padding and cropping of images to a square; targetpad: pad elongated images to --target-ratio; squarepad: pad "
+        "every image to a square; clip: only resize and crop the center (default: targetpad)",
     )
     target_ratio: SideRatio | None = setting(
-        None, "how long and narrow an image may be that targetpad does not pad (default: 1.25)"
+        None,
+        "largest ratio of the sides of an image that targetpad leaves unpadded (default: 1.25)",
     )
     encode_precision: Annotated[str, OneOf(ENCODE_PRECISIONS)] | None = setting(
         None,
-        "arithmetic of features that nothing learns from: validations, frozen ones, indexes (default: fp32)",
+        "precision for encoding features without training: validation, frozen features, indexes (default: fp32)",
     )
     decode: Annotated[str, OneOf(DECODINGS)] | None = setting(
         None,
-        "how images are decoded; draft: large JPEG files at 1/2, 1/4 or 1/8: faster, other pixels (default: full)",
+        "decoding of images; draft: decode large JPEG files at 1/2, 1/4 or 1/8 of their size, which is faster but "
+        "changes the pixels slightly (default: full)",
     )
     background: Annotated[str, OneOf(BACKGROUNDS)] | None = setting(
         None,
-        "what transparent images are read on; with a color, images are read upright, scaled to 8 bits and in sRGB; "
-        "original: as the original reads them (default: white, but original for published benchmarks)",
+        "background color for transparent images; with a color, images are also rotated upright and converted to 8-bit "
+        "sRGB; original: read them as the original code does (default: white, but original for published benchmarks)",
     )
 
 
@@ -164,59 +168,67 @@ class TunedClip(Flags):
 
     title = "fine-tuned CLIP"
     clip_model_path: UsablePath | None = setting(
-        None, "weights of stage 1: a checkpoint, or a run's folder", metavar="PATH", where="moves"
+        None, "stage-1 weights: a checkpoint, or a run folder", metavar="PATH", where="moves"
     )
 
 
 class Training(Flags):
-    """What both stages of training share."""
+    """Settings that both stages of training share."""
 
     title = "training"
     recipe: Annotated[str, OneOf(RECIPES)] = setting(
         "original",
-        "values in place of the defaults of flags that are not given, see docs/recipe.md; original: none",
+        "set of values that replaces the defaults of flags not given, see docs/recipe.md; original: keep the defaults",
     )
-    num_epochs: Count = setting(300, "passes over the triplets")
-    batch_size: Count = setting(512, "triplets of a step, of all processes together")
-    validation_frequency: Count = setting(1, "epochs from one validation to the next")
-    validate_last: bool = setting(False, "validate after the last epoch too")
-    save_training: bool = setting(False, "save weights at validations")
+    num_epochs: Count = setting(
+        300, "number of epochs, which are passes over the training triplets"
+    )
+    batch_size: Count = setting(512, "number of triplets per step, summed over all processes")
+    validation_frequency: Count = setting(1, "number of epochs from one validation to the next")
+    validate_last: bool = setting(False, "also validate after the last epoch")
+    save_training: bool = setting(False, "save the weights at each validation")
     save_best: bool = setting(False, "save only the best weights, not those of each validation")
     save_every: Count | None = setting(
-        None, "save weights after every N epochs too, validated or not", metavar="N", where="free"
+        None, "also save the weights every N epochs, validated or not", metavar="N", where="free"
     )
-    seed: Seed = setting(0, "random seed of new weights, of the order of triplets and of dropout")
+    seed: Seed = setting(0, "random seed for initial weights, batch order and dropout")
     seeds: list[Seed] | None = setting(
-        None, "train once with each of some seeds, in place of --seed"
+        None, "random seeds for several training runs, one after the other; replaces --seed"
     )
     output_dir: UsablePath = setting(
-        PROJECT_ROOT / "models", "the folder that holds the runs", metavar="DIR", where="free"
+        PROJECT_ROOT / "models",
+        "folder in which run folders are created",
+        metavar="DIR",
+        where="free",
     )
     resume: UsablePath | None = setting(
-        None, "go on with the run in a folder, with its flags", metavar="RUN_DIR", where="free"
+        None,
+        "run folder of an interrupted run to resume; its flags are read from it",
+        metavar="RUN_DIR",
+        where="free",
     )
     verify: bool = setting(
         False,
-        "tell changed images by all of their bytes, in caches and when the run is resumed (default: by size, "
+        "detect changed images by hashing their whole content, in caches and on --resume (default: by size, "
         "modification time and the first, middle and last 4 KiB)",
     )
     checkpoint_every_minutes: Positive = setting(
         10.0,
-        "how often the state is saved within epochs: what a crash may cost at most",
+        "minutes between saves of the training state within an epoch, the most work that a crash can lose",
         metavar="M",
         where="free",
     )
     precision: Annotated[str, OneOf(PRECISIONS)] = setting(
-        "amp", "arithmetic of the training; amp: fp16 on CUDA, fp32 on the CPU"
+        "amp", "precision of training; amp: mixed fp16 on CUDA, fp32 on the CPU"
     )
-    compile: bool = setting(False, "compile what is trained, with torch.compile")
+    compile: bool = setting(False, "compile the trained module with torch.compile")
 
     @field_validator("seeds")
     @classmethod
     def each_seed_once(cls, seeds: list[int] | None) -> list[int] | None:
         """Each seed has a folder."""
         if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
-            raise PydanticCustomError("seeds", "it names a seed twice: name each once")
+            raise PydanticCustomError("seeds", "it contains a seed twice: pass each seed once")
         return seeds
 
     @property
@@ -238,134 +250,151 @@ class Training(Flags):
 
 
 class BeyondOriginal(Flags):
-    """What the original's trainings have not."""
+    """Settings of training that the original does not have."""
 
     title = "training, beyond the original"
     about = "all off by default"
     mask_duplicate_targets: bool = setting(
         False,
-        "triplets of a batch with the same target are not each other's negatives",
-        off="they are, whatever the recipe says",
+        "do not treat targets of a batch as negatives of queries with the same target",
+        off="treat all other targets as negatives, whatever --recipe sets",
     )
     loss: Annotated[str, OneOf(LOSSES)] = setting(
-        "contrastive", "what is minimised; symmetric: targets look for their queries too"
+        "contrastive",
+        "training loss; contrastive: each query must find its target; symmetric: each target must also find its query",
     )
     learn_temperature: bool = setting(
-        False, "learn the temperature of the loss, from the original's 1/100 on and never below"
+        False,
+        "learn the temperature of the loss, starting from 1/100, the fixed value of the original, and never below it",
     )
     label_smoothing: Annotated[float, Field(ge=0, le=1 - 1e-9)] = setting(
-        0.0, "share of a query's answer that is spread evenly over all it is compared with"
+        0.0,
+        "probability mass that the loss spreads evenly over all candidates of a query, from 0 to below 1",
     )
     hard_negatives: Number = setting(
-        0, "further images a triplet, each a negative of all queries of the batch", metavar="N"
+        0,
+        "number of extra negative images per triplet, each a negative of all queries of the batch",
+        metavar="N",
     )
     hard_negatives_from: Annotated[str, OneOf(HARD_NEGATIVES)] = setting(
         MINED,
-        "where they are from; mined: images near the target; group: the triplet's group (CIRR); column: `negatives` of "
-        "own triplets",
+        "source of hard negatives; mined: images near the target; group: the triplet's group (CIRR); column: the "
+        "`negatives` column of your own triplets",
     )
     negatives_margin: Share = setting(
-        0.05, "mine no image whose cosine to the target is above 1 - M", metavar="M"
+        0.05,
+        "margin for mining: skip images whose cosine similarity to the target exceeds 1 - M",
+        metavar="M",
     )
-    warmup_steps: Number = setting(0, "steps in which the learning rate rises linearly")
+    warmup_steps: Number = setting(0, "number of steps in which the learning rate rises linearly")
     cosine: bool = setting(
         False,
-        "let the learning rate fall to 0, along half a cosine",
-        off="keep it, whatever the recipe says",
+        "decay the learning rate to 0 along half a cosine",
+        off="keep the learning rate constant, whatever --recipe sets",
     )
     clip_grad_norm: Positive | None = setting(
         None,
-        "clip the gradient to a norm",
+        "largest norm of the gradient, which is clipped to it (default: no clipping)",
         metavar="NORM",
-        off="clip none, whatever the recipe says",
+        off="do not clip gradients, whatever --recipe sets",
     )
     ema_decay: Fraction | None = setting(
         None,
-        "evaluate and save a moving average of the weights",
+        "decay per step of a moving average of the weights, which is validated and saved (default: no average)",
         metavar="DECAY",
-        off="average none, whatever the recipe says",
+        off="do not average weights, whatever --recipe sets",
     )
 
 
 class Regularisation(Flags):
-    """What both stages learn in spite of."""
+    """Regularisation and noise of both stages."""
 
     title = "regularisation and noise, beyond the original"
     about = "all off by default, see docs/recipe.md"
     drop_text: Share = setting(
-        0.0, "share of the queries of a step whose text is left out", metavar="P"
+        0.0, "fraction of the queries of a step whose text is left out, from 0 to 1", metavar="P"
     )
     drop_image: Share = setting(
-        0.0, "share of the queries of a step whose image is left out, never both", metavar="P"
+        0.0,
+        "fraction of the queries of a step whose image is left out, from 0 to 1; no query loses both",
+        metavar="P",
     )
     noise: Share = setting(
         0.0,
-        "share of the training triplets whose targets are shuffled among them: how robust a training is",
+        "fraction of the training triplets whose targets are shuffled among them, to test robustness to label noise",
         metavar="S",
     )
-    noise_seed: Seed = setting(0, "random seed of these, whatever the seed of the training")
+    noise_seed: Seed = setting(
+        0, "random seed for the choice of noisy triplets, independent of --seed"
+    )
 
     @field_validator("drop_image")
     @classmethod
     def never_both(cls, drop_image: float, info: ValidationInfo) -> float:
         """A query keeps its image or its text."""
         if info.data.get("drop_text", 0) + drop_image > 1:
-            raise PydanticCustomError("drop_image", "with drop_text it should be at most 1")
+            raise PydanticCustomError(
+                "drop_image", "the sum of drop_text and drop_image should be at most 1"
+            )
         return drop_image
 
 
 class Tracking(Flags):
-    """What mirrors a run."""
+    """Trackers of a run."""
 
     title = "tracking"
-    about = "beside the CSV files of the run"
+    about = "in addition to the CSV files of the run"
     tracker: list[Annotated[str, OneOf(TRACKERS)]] = setting(
         [],
-        "what mirrors the run, several too; TensorBoard's files are in the run's folder",
+        "trackers that display the run, one or more; TensorBoard files are written to the run folder",
         where="free",
     )
     api_key: AnyText | None = setting(
-        None, "key of an account of Comet; no file keeps it", where="secret"
+        None, "API key of Comet; it is never written to a file", where="secret"
     )
     workspace: AnyText | None = setting(
-        None, "workspace of Comet that the run appears in", where="free"
+        None, "Comet workspace in which the run appears", where="free"
     )
     experiment_name: AnyText | None = setting(
-        None, "what trackers call the run (default: its folder's name)", where="free"
+        None, "name of the run in trackers (default: the name of its folder)", where="free"
     )
 
 
 class FineTuning(Flags):
-    """What learns in stage 1, and how fast."""
+    """Settings of stage 1."""
 
     title = "stage 1"
-    encoder: Annotated[str, OneOf(ENCODERS)] = setting("both", "which encoders of CLIP learn")
-    learning_rate: LearningRate = setting(2e-6, "learning rate of AdamW")
+    encoder: Annotated[str, OneOf(ENCODERS)] = setting("both", "encoders of CLIP to train")
+    learning_rate: LearningRate = setting(2e-6, "AdamW learning rate")
     micro_batch_size: Count | None = setting(
-        None, "triplets in memory at a time; the gradient stays exact", metavar="N"
+        None,
+        "number of triplets in memory at a time, for large batches with exact gradients (default: the whole batch)",
+        metavar="N",
     )
     mine_every: Count = setting(
         1,
-        "epochs after which hard negatives are mined again, with the weights of then",
+        "number of epochs after which hard negatives are mined again with the current weights",
         metavar="E",
     )
     gradient_checkpointing: bool = setting(
-        False, "compute activations a second time, not to keep them: less memory, more time"
+        False, "recompute activations instead of keeping them: less memory, more time"
     )
     flip: Share = setting(
         0.0,
-        "probability that reference and target are mirrored together, unless a caption says what a mirror changes",
+        "probability of mirroring reference and target together; not if a caption mentions directions or writing",
         metavar="P",
     )
     crop: Annotated[float, Field(ge=0.01, le=1)] = setting(
-        1.0, "least share of an image's area that a random square of it keeps", metavar="S"
+        1.0,
+        "smallest fraction of an image's area that a random square crop keeps; 1: do not crop",
+        metavar="S",
     )
     image_cache: CachePlace | None = setting(
         AUTO,
-        "keep preprocessed images on disk (default: in pixels/ of the project, if it has room and repays)",
+        "folder for preprocessed images (default: pixels/ in the project, if the disk has room and it saves time)",
         metavar="DIR",
         where="free",
-        off="keep no preprocessed images on disk",
+        off="do not cache preprocessed images on disk",
     )
 
 
@@ -375,19 +404,21 @@ class Lora(Flags):
     title = "LoRA"
     about = "off by default; needs requirements-lora.txt"
     lora_rank: Width | None = setting(
-        None, "learn low-rank adapters of CLIP's layers alone, of some rank", metavar="R"
+        None,
+        "rank of low-rank adapters, which are trained instead of CLIP's weights (default: no adapters)",
+        metavar="R",
     )
     lora_targets: Annotated[str, OneOf(LORA_TARGETS)] = setting(
-        LORA_TARGETS[0], "which layers of the encoders that learn have adapters"
+        LORA_TARGETS[0], "layers of the trained encoders that get adapters"
     )
-    lora_norms: bool = setting(False, "let the norms learn beside the adapters")
+    lora_norms: bool = setting(False, "train the normalisation layers in addition to the adapters")
 
     @field_validator("lora_targets", "lora_norms")
     @classmethod
     def only_with_adapters(cls, value: str | bool, info: ValidationInfo) -> str | bool:
-        """Where there are adapters."""
+        """Allow settings of adapters only together with adapters."""
         if value not in (False, LORA_TARGETS[0]) and not info.data.get("lora_rank"):
-            raise PydanticCustomError("lora", "it is of adapters: give --lora-rank too")
+            raise PydanticCustomError("lora", "it needs adapters: also pass --lora-rank")
         return value
 
 
@@ -396,16 +427,18 @@ class Combiner(Flags):
 
     title = "Combiner"
     combiner_type: Annotated[str, OneOf(COMBINER_TYPES)] = setting(
-        "moe", "kind of Combiner; moe: with experts; clip4cir: that of CLIP4Cir"
+        "moe", "Combiner architecture; moe: mixture of experts; clip4cir: the Combiner of CLIP4Cir"
     )
-    projection_dim: Width = setting(2560, "width that either feature is projected to")
-    hidden_dim: Width = setting(5120, "width of the hidden layers")
-    num_experts: Experts = setting(4, "experts of a mixture")
-    top_k: Experts = setting(2, "experts of a mixture that a query goes to")
+    projection_dim: Width = setting(
+        2560, "dimension to which image and text features are projected"
+    )
+    hidden_dim: Width = setting(5120, "dimension of the hidden layers")
+    num_experts: Experts = setting(4, "number of experts (moe)")
+    top_k: Experts = setting(2, "number of experts that each query is sent to (moe)")
     shared_expert: bool = setting(
-        False, "give a mixture one more expert, which every query goes through (Dai et al. 2024)"
+        False, "add an expert that every query goes through (moe; Dai et al. 2024)"
     )
-    router_norm: bool = setting(False, "layer-normalise what the router of a mixture sees")
+    router_norm: bool = setting(False, "layer-normalise the input of the router (moe)")
 
     @field_validator("top_k")
     @classmethod
@@ -420,10 +453,10 @@ class Combiner(Flags):
 
 
 class WantedCombiner(Flags):
-    """What a Combiner of a checkpoint is wanted to be; None where the flags are silent."""
+    """Expected architecture of a checkpoint's Combiner; None for flags that are not given."""
 
     title = "Combiner"
-    about = "a flag that disagrees with the checkpoint is an error"
+    about = "read from the checkpoint; a flag that differs from it is an error"
     silent: ClassVar[str] = " (default: the checkpoint's)"
     combiner_type: Annotated[str, OneOf(COMBINER_TYPES)] | None = changed(
         Combiner, "combiner_type", None, silent
@@ -437,52 +470,55 @@ class WantedCombiner(Flags):
 
 
 class Frozen(Flags):
-    """What is particular to stage 2."""
+    """Settings of stage 2."""
 
     title = "stage 2"
-    combiner_lr: LearningRate = setting(2e-5, "learning rate of Adam")
+    combiner_lr: LearningRate = setting(2e-5, "Adam learning rate")
     negatives: Annotated[str, OneOf(NEGATIVES)] = setting(
         "batch",
-        "what a query is told apart from; bank: from all training targets, not those of its batch alone",
+        "negatives of a query; batch: the targets of its batch; bank: all training targets",
     )
     feature_noise: Weight = setting(
         0.0,
-        "noise on reference and caption features, as a share of their lengths",
+        "standard deviation of Gaussian noise on reference and caption features, as a fraction of their norms",
         metavar="SIGMA",
     )
     mix: Weight = setting(
         0.0,
-        "mix the triplets of a step in pairs, by a share from Beta(ALPHA, ALPHA) (Zhang et al. 2018)",
+        "parameter of mixup: triplets of a step are mixed in pairs with weights from Beta(ALPHA, ALPHA); 0: off (Zhang "
+        "et al. 2018)",
         metavar="ALPHA",
     )
     load_balancing_weight: Weight = setting(
         0.0,
-        "weight of the loss that spreads queries over the experts (Fedus et al. 2021), 0 in the original",
+        "weight of the loss that spreads queries evenly over the experts (Fedus et al. 2021); 0, as in the original: "
+        "off",
         metavar="W",
     )
     router_z_weight: Weight = setting(
         0.0,
-        "weight of the loss that keeps the router's logits small (Zoph et al. 2022), 0 in the original",
+        "weight of the loss that keeps the router's logits small (Zoph et al. 2022); 0, as in the original: off",
         metavar="W",
     )
     router_noise: Weight = setting(
         0.0,
-        "standard deviation of noise on the router's logits in training (Shazeer et al. 2017), 0 in the original",
+        "standard deviation of noise on the router's logits in training (Shazeer et al. 2017); 0, as in the original: "
+        "off",
         metavar="SIGMA",
     )
     router_bias: Weight = setting(
         0.0,
-        "how far each step moves a bias on the choice of experts against their load (Wang et al. 2024), 0 in the "
-        "original: no bias",
+        "step size of the bias that balances the load of the experts (Wang et al. 2024); 0, as in the original: no "
+        "bias",
         metavar="RATE",
     )
-    clip_bs: Count = setting(32, "images or texts that CLIP encodes at a time")
+    clip_bs: Count = setting(32, "number of images or texts that CLIP encodes at a time")
     feature_cache: UsablePath | None = setting(
         PROJECT_ROOT / "features",
-        "the folder that keeps features on disk",
+        "folder in which features are cached",
         metavar="DIR",
         where="free",
-        off="keep no features on disk",
+        off="do not cache features on disk",
     )
 
     @field_validator("mix")
@@ -491,7 +527,7 @@ class Frozen(Flags):
         """Mixed targets are in no bank, and are no neighbours of any image."""
         if mix and (info.data.get("negatives") == "bank" or info.data.get("hard_negatives")):
             raise PydanticCustomError(
-                "mix", "it should be 0 with --negatives bank and --hard-negatives"
+                "mix", "it should be 0 with --negatives bank or --hard-negatives"
             )
         return mix
 
@@ -509,7 +545,7 @@ class BothStages(
     Device,
     Evaluation,
 ):
-    """What both trainings take."""
+    """All settings that both training scripts share."""
 
 
 class Stage1(FineTuning, Lora, BothStages):
@@ -524,9 +560,9 @@ class Stage2(Frozen, Combiner, TunedClip, BothStages):
 
 
 class AnyTraining(Stage1, Stage2):
-    """What a run or a checkpoint may say of its training, whichever it was."""
+    """Settings that a run or checkpoint may record of either stage."""
 
-    dataset: BenchmarkName | None = setting(None, "which benchmark, in upper or lower case")  # type: ignore[assignment]
+    dataset: BenchmarkName | None = setting(None, "benchmark to use (not case-sensitive)")  # type: ignore[assignment]
 
 
 # The script of a training -> its settings.
@@ -538,7 +574,7 @@ MOVABLE_FLAGS = names_where(AnyTraining, "moves")
 
 @dataclass(frozen=True, kw_only=True)
 class PairChoice:
-    """The trained pair that an evaluation asks for.
+    """The trained pair that an evaluation needs.
 
     Attributes:
         combining_function: one of COMBINING_FUNCTIONS; None for the combiner where its path is given, else the sum.

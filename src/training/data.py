@@ -1,4 +1,4 @@
-"""What an epoch is made of: a benchmark's triplets and caption variants, and the order of its batches."""
+"""Prepare the data of an epoch: a benchmark's triplets and caption variants, and the order of its batches."""
 
 import hashlib
 import itertools
@@ -38,7 +38,7 @@ class Order:
         if self.batch_size > self.triplets:
             raise UserError(
                 f"--batch-size {self.batch_size} is larger than the training set of {self.triplets} triplets: "
-                f"nothing would be trained; choose at most {self.triplets}"
+                f"choose at most {self.triplets}"
             )
         if self.batch_size % distributed.world_size():
             raise UserError(
@@ -61,7 +61,7 @@ class Order:
         return table.unflatten(1, (distributed.world_size(), -1))[:, distributed.rank()]
 
     def whole_batches(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """The same of all processes together, (steps, batch size) each."""
+        """Return the batches of all processes together, (steps, batch size) each."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         rows = torch.randperm(self.triplets, generator=generator)
         variants = torch.randint(self.variants, (self.triplets,), generator=generator)
@@ -69,7 +69,7 @@ class Order:
         return rows[:full].view(self.steps, -1), variants[:full].view(self.steps, -1)
 
     def generator(self, epoch: int, use: str) -> torch.Generator:
-        """What else an epoch draws comes from here: other numbers for each use."""
+        """Return the generator of further random numbers of an epoch, different for each use."""
         key = hashlib.sha256(f"{self.seed} {epoch} {use}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(key[:8], "big"))
 
@@ -97,11 +97,11 @@ class TrainingData:
         return [self.train, *self.val]
 
     def with_seed(self, seed: int) -> "TrainingData":
-        """The same in the order of another seed."""
+        """Return the data in the order of another seed."""
         return replace(self, order=replace(self.order, seed=seed))
 
     def describe(self) -> dict[str, Any]:
-        """What was read, for the hyper-parameters: a resumed run must find the same."""
+        """Describe the data for the hyper-parameters; a resumed run must find equal data."""
         digests = [split_digest(split) for split in self.splits]
         return {
             **self.benchmark.hyper_parameters,
@@ -142,7 +142,7 @@ def read_training_data(benchmark: Benchmark, flags: Any) -> TrainingData:
     micro_batch_size = getattr(flags, "micro_batch_size", None)  # stage 1 has it
     if micro_batch_size is not None and micro_batch_size > share:
         raise UserError(
-            f"--micro-batch-size {micro_batch_size} is larger than a process's batch of {share}: lower it"
+            f"--micro-batch-size {micro_batch_size} is larger than the batch of a process, {share}: lower it"
         )
     check_learning(train, order, flags)
     announce(benchmark.excluded, [train, *val])
@@ -171,8 +171,8 @@ def with_noise(train: Split, share: float, seed: int) -> Split:
     ahead = max(map(len, rows.values()), default=0)
     if 2 * ahead > len(noisy):
         raise UserError(
-            f"--noise {share:g}: {ahead} of {len(noisy)} triplets have one target, and cannot all get another: "
-            "choose another share or --noise-seed"
+            f"--noise {share:g}: {ahead} of {len(noisy)} triplets have the same target, and cannot all get another "
+            f"one: choose another value, or another --noise-seed"
         )
     places = list(itertools.chain.from_iterable(rows.values()))
     triplets = list(train.triplets)
@@ -185,7 +185,7 @@ def with_noise(train: Split, share: float, seed: int) -> Split:
 
 
 def check_learning(train: Split, order: Order, flags: Any) -> None:
-    """Refuse a training that learns nothing, for no query has a negative; warn where a part of it is lost.
+    """Reject a training that learns nothing, for no query has a negative; warn where a part of it is lost.
 
     Raises:
         UserError: what is missing, and how to have it.
@@ -193,27 +193,26 @@ def check_learning(train: Split, order: Order, flags: Any) -> None:
     steps = flags.num_epochs * order.steps
     if flags.warmup_steps > steps:
         logger.warning(
-            "warning: --warmup-steps %d is more than all %d steps: the learning rate never comes to its value",
+            "warning: --warmup-steps %d is more than all %d steps: the learning rate never reaches its full value",
             flags.warmup_steps,
             steps,
         )
     repeats = Counter(triplet.target for triplet in train.triplets)
     if len(repeats) == 1:
         raise UserError(
-            "all training triplets have one target, so no query has a negative, and nothing can be learned: add "
+            "all training triplets have the same target, so no query has a negative: add "
             "triplets with other targets"
         )
     bank = getattr(flags, "negatives", "batch") == "bank"  # stage 2 has it
     if bank and flags.hard_negatives:
         raise UserError(
-            "--hard-negatives are negatives of a batch, and --negatives bank has all targets: leave one of them out"
+            "--hard-negatives are negatives of a batch, and --negatives bank uses all targets: remove one of the two "
+            "flags"
         )
     if bank or flags.hard_negatives:
         return  # there are negatives whatever the batch
     if order.batch_size == 1:
-        raise UserError(
-            "--batch-size 1: no query has a negative in its batch, and nothing can be learned; choose at least 2"
-        )
+        raise UserError("--batch-size 1: no query has a negative in its batch: choose at least 2")
     if not flags.mask_duplicate_targets or max(repeats.values()) < order.batch_size:
         return
     targets = torch.tensor(train.target_rows)
@@ -224,7 +223,7 @@ def check_learning(train: Split, order: Order, flags: Any) -> None:
             lost += int((targets[rows] == targets[rows[:, :1]]).all(dim=1).sum())
         told = (
             f"in {lost} of {steps} steps of seed {seed} all rows have one target, which teaches nothing under "
-            "--mask-duplicate-targets: raise --batch-size, or leave the flag out"
+            "--mask-duplicate-targets: raise --batch-size, or remove the flag"
         )
         if lost == steps:
             raise UserError(told)

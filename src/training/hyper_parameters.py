@@ -20,7 +20,7 @@ def read_hyper_parameters(folder: Path) -> Settings:
     file = folder / HYPER_PARAMETERS
     if not file.is_file():
         raise UserError(
-            f"--resume {folder} is no folder of a run: it has no {HYPER_PARAMETERS}; name another"
+            f"--resume {folder} is not a run folder, it has no {HYPER_PARAMETERS}: choose another"
         )
     content = read_json(file, "the script that began the training")
     remedy = "copy the run's folder again"
@@ -48,12 +48,12 @@ def started_with(folder: Path, settings: Settings) -> Settings:
         if before[name] != after.get(name):
             raise UserError(
                 f"--resume {folder}: {flag(name)} is {after.get(name)}, but the run was started with {before[name]}: "
-                "leave it so"
+                "remove the flag, or set this value"
             )
     for name, reason in DIGESTS.items():
         if started.data.get(name) != now.data.get(name):
             raise UserError(
-                f"--resume {folder}: {reason} than when the run was started: put those back"
+                f"--resume {folder}: {reason} from those of the start of the run: restore them"
             )
     if started.versions != now.versions:
         logger.warning(

@@ -121,7 +121,7 @@ def _digest_on_disk(file: Path, offset: int, each: int, key: str, block: range) 
 
 
 def _header(shape: tuple[int, ...]) -> bytes:
-    """What a file of NumPy's begins with that holds bytes of this shape."""
+    """Return the header of a NumPy file that contains bytes of this shape."""
     stream = io.BytesIO()
     about = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(stream, about)
@@ -139,7 +139,7 @@ class ImageCache:
     Attributes:
         paths: files without repeats, N of them.
         read: decodes one, to (3, R, R) uint8.
-        preprocessing: what the bytes depend on beside the files: transform, ratio, resolution R, versions.
+        preprocessing: what the bytes depend on besides the files: transform, ratio, resolution R, versions.
         workers: processes that decode.
         between: called between two batches; what it raises ends the decoding, and nothing is left.
         told_by: how a changed image is told, see `runtime.files.stamp`.
@@ -195,8 +195,8 @@ class ImageCache:
             free = free_bytes(self.folder)
             if self.size > free:
                 raise UserError(
-                    f"--image-cache {self.folder}: {_gib(self.size)} are needed and {_gib(free)} are free: "
-                    "free space, choose another disk, or leave the flag out"
+                    f"--image-cache {self.folder}: {_gib(self.size)} are needed but {_gib(free)} are free: "
+                    "free space, choose another disk, or remove the flag"
                 )
             try:
                 self._fill()
@@ -223,7 +223,7 @@ class ImageCache:
 
     def _fill_if_it_repays(self, decodings: int) -> None:
         if self._is_kept():
-            logger.info("image cache: %s, from before; --no-image-cache decodes instead", self)
+            logger.info("image cache: using existing %s; --no-image-cache decodes instead", self)
             return
         saved = max(0, decodings - len(self.paths))
         why_not = self._why_not(saved)
@@ -244,7 +244,7 @@ class ImageCache:
             saved: decodings that it would save.
         """
         if saved < REPAYS:
-            return f"it would save {saved:,} decodings, fewer than {REPAYS:,}"
+            return f"it would save only {saved:,} decodings, fewer than {REPAYS:,}"
         free = free_bytes(self.folder)
         if free < 2 * self.size:
             return f"{_gib(free)} are free, less than twice its size"
@@ -273,7 +273,7 @@ class ImageCache:
             file.write(b"".join(digests))
 
     def _is_kept(self) -> bool:
-        """Whether the file is there. It is checked, and what killed trainings left half-made beside it goes.
+        """Check whether the file exists and is intact, and delete partial files of killed training runs next to it.
 
         Raises:
             UserError: it is truncated or damaged.

@@ -1,4 +1,4 @@
-"""What a training lowers: losses as modules, each with the parameters of its own, by name."""
+"""Define the losses as modules, each with its own parameters, by name."""
 
 import functools
 import math
@@ -222,7 +222,7 @@ def learned_groups(learned: Iterable[nn.Parameter], loss: Loss) -> list[dict[str
 
 
 def make_loss(name: str, *, bank: Tensor | None = None, **how: Any) -> Loss:
-    """Return the loss that the flags ask for.
+    """Return the loss that the flags choose.
 
     Args:
         name: one of `choices.LOSSES`.

@@ -1,4 +1,4 @@
-"""Hard negatives: images beside the targets of its batch that a query is told apart from."""
+"""Hard negatives: images besides the targets of its batch that a query is told apart from."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -47,7 +47,7 @@ class HardNegatives:
 
     @property
     def number(self) -> int:
-        """How many a triplet has in a step: what is asked for, or all where no pool has as many."""
+        """Return the hard negatives per triplet of a step: `--hard-negatives`, or fewer if all pools are smaller."""
         wanted = self.flags.hard_negatives
         return wanted if self._are_mined else min(wanted, self.pools.shape[1])
 
@@ -56,7 +56,7 @@ class HardNegatives:
         return self.flags.hard_negatives_from == MINED
 
     def refresh(self, epoch: int) -> None:
-        """Mine anew where an epoch begins with that."""
+        """Mine again where an epoch begins with that."""
         if self._are_mined and epoch % self.every == 0:
             wanted = POOL * self.flags.hard_negatives
             self.pools = mined(

@@ -1,4 +1,4 @@
-"""What a training takes of a GPU that need not be at hand: memory and work, counted by torch's own tools.
+"""Estimate the memory and work of a training run on a GPU that need not exist, counted by torch's own tools.
 
 The true models run on tensors without data (`FakeTensorMode`): `MemTracker` sees how long each tensor lives, and
 `FlopCounterMode` counts products. They run as on a CPU, whose attention keeps as much as a GPU's flash attention: a
@@ -45,10 +45,10 @@ CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # to
 
 @dataclass(frozen=True)
 class Counted:
-    """What some code took.
+    """Memory and operations that some code needs.
 
     Attributes:
-        peak: bytes that were alive at the same time, at the most, beside those that were there before.
+        peak: bytes that were alive at the same time, at the most, besides those that were there before.
         operations: floating-point operations of the forward pass's products, two for each multiplication and addition.
     """
 
@@ -124,23 +124,23 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """What tensors take."""
+    """Return the bytes of tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def weights_bytes(module: nn.Module) -> int:
-    """What a module's weights and buffers take."""
+    """Return the bytes of a module's weights and buffers."""
     return bytes_of([*module.parameters(), *module.buffers()])
 
 
 def learned_bytes(module: nn.Module) -> int:
-    """What those weights of a module take that learn."""
+    """Return the bytes of the trainable weights of a module."""
     return bytes_of(weight for weight in module.parameters() if weight.requires_grad)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How much data there is.
+    """Size of the data.
 
     Attributes:
         triplets, variants: of training, and the texts that each has.
@@ -172,7 +172,7 @@ class Sizes:
 
 
 def sizes_of(benchmark: Benchmark) -> Sizes:
-    """Those of the official files. Raises UserError where there is nothing to train on, or no official size."""
+    """Return the sizes of the official files. Raises UserError if there are no training data or no official size."""
 
     def counts(split: str) -> list[tuple[int, int]]:
         return [benchmark.official[f"{part}.{split}"] for part in benchmark.parts]
@@ -180,7 +180,7 @@ def sizes_of(benchmark: Benchmark) -> Sizes:
     train_split = benchmark.split_called("train")
     if not benchmark.official:
         raise UserError(
-            f"--dataset {benchmark.name} has no size of its own: give --triplets and --images"
+            f"--dataset {benchmark.name} has no official size: pass --triplets and --images"
         )
     train = counts(train_split)
     return Sizes(
@@ -194,7 +194,7 @@ def sizes_of(benchmark: Benchmark) -> Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How a step is taken; the fields are named as their flags."""
+    """Settings of a step; the fields are named like their flags."""
 
     batch_size: int
     micro_batch_size: int | None = None
@@ -216,7 +216,7 @@ class Work:
 
 
 def seconds(work: Iterable[Work], gpu: Gpu) -> float:
-    """How long work takes."""
+    """Estimate the seconds that work takes."""
     return sum(part.operations / gpu.rates[part.precision] for part in work) / (EFFICIENCY * 1e12)
 
 
@@ -256,7 +256,7 @@ class CountedClip:
 
     @functools.cached_property
     def checkpointed(self) -> nn.Module:
-        """The same with `--gradient-checkpointing`."""
+        """Return the CLIP with `--gradient-checkpointing`."""
         clip, backbone = self._made()
         backbone.checkpoint_gradients(clip)
         return clip
@@ -395,7 +395,7 @@ class Training(ABC):
         precision: of its products, "fp16", "bf16" or "fp32".
         averaged: whether a moving average follows the weights.
         masked: whether rows of one target are not each other's negatives.
-        hard_negatives: images beside its target that a triplet brings; that they are mined is not counted.
+        hard_negatives: images besides its target that a triplet brings; that they are mined is not counted.
     """
 
     clip: CountedClip
@@ -408,11 +408,11 @@ class Training(ABC):
     @property
     @abstractmethod
     def module(self) -> nn.Module:
-        """What learns, without data."""
+        """Return the trained module, on tensors without data."""
 
     @abstractmethod
     def passing(self, way: Way) -> dict[str, int]:
-        """Bytes that a step takes beside what lasts, by part."""
+        """Bytes that a step needs besides what lasts, by part."""
 
     @abstractmethod
     def other_peaks(self) -> dict[str, int]:
@@ -590,7 +590,7 @@ class CombinerTraining(Training):
         ]
 
     def loss(self, way: Way) -> tuple[int, list[Work]]:
-        """That of a bank makes its gradients beside itself, by a product as large as the other."""
+        """Count the loss; a bank's loss also computes its gradient, by a second, equal matrix multiplication."""
         if self.negatives == "batch":
             return super().loss(way)
         counted = self._lost(way, bank=self._targets)

@@ -1,4 +1,4 @@
-"""What both stages learn in spite of: queries without their text or image, mixed triplets, noise on features.
+"""Regularise training: queries without their text or image, mixed triplets, noise on features.
 
 All of it is drawn for the whole batch by seed, epoch and step alone, so a resumed training draws the same, and several
 processes draw what one does.
@@ -20,7 +20,7 @@ MOST_IDS = 2**31  # more than there are targets
 
 
 def parts_kept(order: Order, epoch: int, flags: Any) -> Tensor:
-    """Whether each query of this process keeps its image and its text, (steps, b, 2) bool; it keeps one at least."""
+    """Return which queries of this process keep image and text, (steps, b, 2) bool; each keeps at least one."""
     shape = (order.steps, order.batch_size)
     drawn = torch.rand(shape, generator=order.generator(epoch, "parts"))
     no_text = drawn < flags.drop_text

@@ -33,14 +33,14 @@ logger = logging.getLogger(__name__)
 
 STATE = "state.pt"  # there until the run is complete
 BEST_METRICS = "best_metrics.json"  # there when it is complete
-DELETE = f"delete {BEST_METRICS} to go on with the run, or to begin it again"
+DELETE = f"delete {BEST_METRICS} to resume the run, or to restart it"
 
 Rows = list[dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where one training is written.
+    """Folder and settings of one training run.
 
     Attributes:
         folder: claimed, with its hyper-parameters in it.
@@ -65,7 +65,7 @@ class Run:
 
     Attributes:
         rows: "train", "validation", "router" or "loss_scaling" -> the rows of its CSV file.
-        resume_command: goes on with the training.
+        resume_command: resumes the training.
 
     Args:
         about: what its page says of it; a command "resume" is among its commands.
@@ -82,11 +82,11 @@ class Run:
 
     @property
     def state_file(self) -> Path:
-        """All that is needed to go on with the training; there until it is complete."""
+        """All that is needed to resume the training; there until it is complete."""
         return self.folder / STATE
 
     def locked(self) -> contextlib.AbstractContextManager:
-        """Keep other trainings out of the folder while this one trains in it."""
+        """Keep other training runs out of the folder while this one trains in it."""
         if not self.writes:
             return contextlib.nullcontext()
         return locked(
@@ -154,7 +154,7 @@ def run_name(stage: str, benchmark: str, clip_model_name: str) -> str:
 
 
 def run_title(benchmark: str, settings: Settings) -> str:
-    """What a run is to a reader: dataset and method."""
+    """Return the title of a run: dataset and method."""
     flags = settings.flags
     clip = short_name(settings.preprocessing["clip_model_name"])
     seeds = flags.get("seeds") or [flags["seed"]]
@@ -199,7 +199,7 @@ def _renamed(new: Path, folder: Path) -> Path:
 
 
 def claim_place(stage: str, benchmark: str, settings: Settings, flags: Any) -> Place:
-    """Where a training is written, on every process: the run that is resumed, else a new folder, see `make_folder`.
+    """Return the place of a training run on every process: the resumed run, else a new folder, see `make_folder`.
 
     Args:
         stage, benchmark: see `run_name`.
@@ -215,7 +215,7 @@ def claim_place(stage: str, benchmark: str, settings: Settings, flags: Any) -> P
 
 
 def seed_places(whole: Place) -> list[Place]:
-    """Where the trainings of several seeds are written, below that of all; none where no seeds were asked for."""
+    """Return the places of the training runs of several seeds, below that of all; none without `--seeds`."""
     places = []
     for seed in whole.settings.flags.get("seeds") or []:
         settings = whole.settings.with_flags(seed=seed, seeds=None)
@@ -323,7 +323,7 @@ def reproducing(flags: Mapping[str, Any]) -> str:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the training in a run's folder came to its end: its best is written down, and there is no state left."""
+    """Check whether the training in a run folder is complete: its best metrics are written, and no state is left."""
     return (folder / BEST_METRICS).exists() and not (folder / STATE).exists()
 
 

@@ -1,4 +1,4 @@
-"""What of a training is saved, and when: its weights, and the state that a run goes on from."""
+"""Save a training run: its weights, and the state from which it is resumed."""
 
 import random
 import time
@@ -25,7 +25,7 @@ SAVING_SHARE = 0.05  # of the time, which saving at the end of epochs may take
 # Of several processes, on whether to stop or to save: seconds from vote to vote, and steps at most.
 VOTE_EVERY = 1.0
 MOST_STEPS = 100
-REMEDY = "delete it to begin the run again"
+REMEDY = "delete it to restart the run"
 
 Number = Annotated[int, Field(ge=0)]
 AnyFloat = Annotated[float, AllowInfNan(True)]  # of skipped steps, which have no loss
@@ -37,7 +37,7 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointNames:
-    """What checkpoints of a stage are called.
+    """Names of the checkpoints of a stage.
 
     Attributes:
         key: the key of the weights in them, "CLIP" or "Combiner".
@@ -51,7 +51,7 @@ class CheckpointNames:
 
     @classmethod
     def of(cls, script: str, benchmark: Benchmark) -> "CheckpointNames":
-        """Those of the stage that a script trains."""
+        """Return the names of the stage that a script trains."""
         if script == "clip_fine_tune.py":
             return cls(key="CLIP", prefix="tuned_clip", best=benchmark.best_clips())
         return cls(key="Combiner", prefix="combiner", best=benchmark.best_combiners())
@@ -81,7 +81,7 @@ class Validated(Schema):
 
 
 class Checkpoints:
-    """What of a run's weights is kept: the best by each of some metrics, those of some epochs, or nothing.
+    """Saved weights of a run: the best by each of some metrics, those of some epochs, or none.
 
     Writing may take longer than an epoch, so the best ones are written with the state of the training, and before it:
     a state names no best that is not on disk. Until then they wait in the memory of the one process that writes, off
@@ -214,7 +214,7 @@ def _metric(path: Path, name: str) -> float:
 
 
 class Stateful(Protocol):
-    """What modules, optimizers, schedules and scalers have in common."""
+    """Interface that modules, optimizers, schedules and scalers share."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -222,7 +222,7 @@ class Stateful(Protocol):
 
 
 class Progress(Schema):
-    """How far a training is.
+    """Progress of a training run.
 
     Attributes:
         epoch: the one that is trained or, if `losses` has all of its steps, to be validated.
@@ -249,7 +249,7 @@ class Progress(Schema):
 
     @property
     def words(self) -> str:
-        """How far that is, for messages."""
+        """Return the progress in words, for messages."""
         return f"epoch {self.epoch}, step {len(self.losses)}"
 
 
@@ -285,7 +285,7 @@ def load_state(file: Path, parts: Mapping[str, Stateful], device: torch.device) 
         if isinstance(error, KeyError):
             reason = f"{reason} is missing"
         raise UserError(
-            f"--resume: {file} cannot be continued from ({reason[:200]}): {REMEDY}"
+            f"--resume: {file} cannot be resumed from ({reason[:200]}): {REMEDY}"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""How a training goes on, apart from what it learns: mixed precision, and the learning rate over the steps."""
+"""Schedule a training run: mixed precision, and the learning rate over the steps."""
 
 import contextlib
 import math
@@ -26,11 +26,13 @@ class Precision:
             and self.device.type == "cuda"
             and not torch.cuda.is_bf16_supported(False)
         ):
-            raise UserError("--precision bf16: this GPU has no bfloat16; choose amp or fp32")
+            raise UserError(
+                "--precision bf16: this GPU does not support bfloat16: choose amp or fp32"
+            )
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What matrix products are computed in, None for float32."""
+        """Return the type of matrix multiplications, None for float32."""
         amp = "fp16" if self.device.type == "cuda" else "fp32"
         name = amp if self.name == "amp" else self.name
         return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}[name]

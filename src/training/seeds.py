@@ -1,4 +1,4 @@
-"""Several trainings that differ in their seed: their best validations beside each other, as a summary and a page."""
+"""Summarise training runs that differ in their seed: their best validations as a table and a page."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What stage 1 gives the trainer: CLIP, so that image feature + text feature lies near the target's image feature."""
+"""Set up stage 1: fine-tune CLIP so that image feature + text feature is near the target's image feature."""
 
 import dataclasses
 import itertools
@@ -92,7 +92,7 @@ def fine_tuning(
         )
     images_each = 2 + (negatives.number if negatives else 0)
     learned = learned_groups(choose_trained(model, flags.encoder, Lora.of(flags)), loss)
-    # A compiled step is compiled anew for each number of columns.
+    # A compiled step is compiled again for each number of columns.
     batches = triplet_batches(encoder, data, negatives, trim=not flags.compile)
     batches = augmented(batches, data, flags, images_each)
     return Task(
@@ -189,7 +189,7 @@ def sum_validation(
 
 
 def decodings(data: TrainingData, flags: Any) -> int:
-    """How often a training reads an image, in its steps and its validations."""
+    """Count the image decodings of a training run, in its steps and validations."""
     each = 2 + flags.hard_negatives  # reference, target
     in_steps = flags.num_epochs * data.order.steps * data.order.batch_size * each
     images_learn = flags.encoder != "text"

@@ -1,4 +1,4 @@
-"""What stage 2 gives the trainer: a Combiner, on features of a frozen CLIP."""
+"""Set up stage 2: train a Combiner on features of a frozen CLIP."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -47,7 +47,7 @@ class ComposedFeatures(nn.Module):
 
 
 def check_memory(combiner: nn.Module, device: torch.device) -> None:
-    """Refuse a Combiner whose training takes more memory than there is, before it takes what others need.
+    """Reject a Combiner whose training needs more memory than there is, before it takes memory from others.
 
     Args:
         combiner: without data.
@@ -65,7 +65,7 @@ def check_memory(combiner: nn.Module, device: torch.device) -> None:
     needed = parameters * KEPT_PER_WEIGHT * 4
     if needed > memory:
         raise UserError(
-            f"a Combiner of {parameters:,} parameters takes {needed / 2**30:,.0f} GiB to train, and {device} has "
+            f"a Combiner of {parameters:,} parameters needs {needed / 2**30:,.0f} GiB to train, but {device} has "
             f"{memory / 2**30:,.0f}: lower --hidden-dim, --projection-dim or --num-experts"
         )
 
@@ -141,7 +141,7 @@ class Targets:
 
     @classmethod
     def of(cls, frozen: FrozenSplit) -> "Targets":
-        """Those of a split."""
+        """Return the features of a split."""
         images, rows = np.unique(frozen.split.target_rows, return_inverse=True)
         device = frozen.images.device
         features = frozen.images[torch.tensor(images, device=device)]

@@ -28,7 +28,7 @@ Batches = Callable[[int, int], Iterable[Batch]]
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a stage gives the trainer.
+    """Task of a stage for the trainer.
 
     Attributes:
         batches, steps: an epoch's batches, and how many.
@@ -260,7 +260,7 @@ class Stepper:
         return loss
 
     def _factor(self, step: int) -> float:
-        """What the learning rate is multiplied with at a step."""
+        """Return the factor of the learning rate at a step."""
         return learning_rate_factor(
             step,
             self.task.steps * self.flags.num_epochs,

@@ -1,4 +1,4 @@
-"""What a training says of itself: what it is when it begins, then how fast it goes and how long it still takes."""
+"""Log a training run: its settings at the start, then its speed and the time that is left."""
 
 import contextlib
 import logging
@@ -56,7 +56,7 @@ def wastes_a_gpu(precision: Precision, encodes_in: str) -> bool:
 
 
 def _machine(device: torch.device) -> str:
-    """What computes, in words."""
+    """Describe the device."""
     name = "the CPU"
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)} ({device})"
@@ -65,13 +65,13 @@ def _machine(device: torch.device) -> str:
 
 
 def _arithmetic(precision: Precision) -> str:
-    """What matrix products are computed in, in words."""
+    """Describe the precision of matrix multiplications."""
     computed_in = str(precision.dtype or torch.float32).removeprefix("torch.")
     return f"precision {precision.name} ({computed_in})"
 
 
 class Pace:
-    """How fast a training goes, by what this process has seen of it.
+    """Speed of a training run, measured in this process.
 
     The first step is left out: it loads kernels and compiles.
 
@@ -150,7 +150,7 @@ class Pace:
         return [f"{rate(speed)} {unit}", f"{duration(self.seconds_left(epoch, done))} left"]
 
     def seconds_left(self, epoch: int, done: int) -> float:
-        """How long the rest of the run takes at this pace; validations count once there was one."""
+        """Estimate the seconds that the rest of the run takes; validations count after the first one."""
         flags = self.flags
         steps = self.task.steps * (flags.num_epochs - epoch) - done
         validations = sum(validated >= epoch for validated in flags.validated_epochs)

@@ -1,4 +1,4 @@
-"""The training loop: step, log, validate, keep the best, save, and go on after any interruption."""
+"""The training loop: step, log, validate, keep the best, save, and resume after any interruption."""
 
 import logging
 import math
@@ -57,7 +57,7 @@ def train_in(
 class Trainer:
     """Trains what a stage gives it, as its flags ask.
 
-    A run whose folder has a state goes on from there; with the same machine and packages it ends as if it had never
+    A run whose folder has a state resumes from there; with the same machine and packages it ends as if it had never
     been interrupted.
 
     Args:
@@ -110,11 +110,11 @@ class Trainer:
                 self.finish()
         except DiskError as error:
             raise UserError(
-                f"{error}; the last good state is {self.saved}; go on with: {self.run.resume_command}"
+                f"{error}; the last good state is {self.saved}; resume with: {self.run.resume_command}"
             ) from None
         except KeyboardInterrupt:
             logger.warning(
-                "the last saved state is %s; go on with: %s", self.saved, self.run.resume_command
+                "the last saved state is %s; resume with: %s", self.saved, self.run.resume_command
             )
             raise
 
@@ -256,12 +256,12 @@ class Trainer:
 
     @property
     def remedy(self) -> str:
-        """What to do where losses or gradients are not finite."""
+        """Return the remedy for losses or gradients that are not finite."""
         scales = self.stepper.scaler.is_enabled()
         return "lower the learning rate" + (" or choose --precision bf16" if scales else "")
 
     def status(self, epoch: int, done: int) -> str:
-        """How fast it goes, see `Pace.status`."""
+        """Return the speed in words, see `Pace.status`."""
         rate = float(self.stepper.learning_rate.get_last_lr()[0])
         return self.pace.status(rate, epoch=epoch, done=done)
 
@@ -294,7 +294,7 @@ class Trainer:
             self.save()
         if stopping:
             requested = self.autosave.stop.requested or "another process"
-            raise Stopped(requested, f"go on with: {self.run.resume_command}")
+            raise Stopped(requested, f"resume with: {self.run.resume_command}")
 
     def save(self) -> None:
         """Save the best weights that are not on disk yet, then the state, which names them."""
@@ -321,9 +321,9 @@ class Trainer:
                 self.progress.epoch > self.flags.num_epochs
                 or len(self.progress.losses) > self.task.steps
             ):
-                raise UserError(f"--resume: {file} is of a longer training: {REMEDY}")
+                raise UserError(f"--resume: {file} is from a longer training run: {REMEDY}")
             self.saved = self.progress.words
-            logger.info("going on after %s", self.saved)
+            logger.info("resuming after %s", self.saved)
         else:
             self.progress.began = time.time()
         self.run.rewind(self.progress.rows)

@@ -1,1 +1,1 @@
-"""Where the features of an index live."""
+"""Stores of the features of an index."""

@@ -1,4 +1,4 @@
-"""What a search and an update ask of the place where features live, and the table of such places.
+"""Define the interface of a store of features for search and update, and list the stores.
 
 A new store is a file here with a `VectorStore`, and its name in STORES.
 """
@@ -51,7 +51,7 @@ class Hit(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Keeping:
-    """How features are kept.
+    """Settings of the storage of features.
 
     Attributes:
         store: its address, see `VectorStore`.
@@ -82,7 +82,7 @@ class ImageIndex(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many images there are."""
+        """Return the number of images."""
 
     @abstractmethod
     def row(self, path: str) -> int | None:
@@ -115,10 +115,10 @@ class ImageIndex(ABC):
 
 @dataclass
 class IndexWriter(ABC):
-    """Where an update puts features. `keep` is called by all processes, the rest by one of them, `open` first.
+    """Writer of the features of an update. `keep` is called by all processes, the rest by one of them, `open` first.
 
     Attributes:
-        key: what features depend on beside the images, see `image_index.encoder_key`.
+        key: what features depend on besides the images, see `image_index.encoder_key`.
         dim: the length of a feature; 0 for that of the index.
         origin: of the manifest, from where images and encoder are.
         sources: file -> the file whose features it was given.
@@ -204,7 +204,7 @@ class VectorStore:
         verifies: whether images may be told by their bytes; if not, they are by size and time alone.
         manifest: the fields of an index's manifest.
         writer: what brings an index up to date.
-        files: names of what it keeps in the index's folder beside the manifest.
+        files: names of what it keeps in the index's folder besides the manifest.
     """
 
     addresses: ClassVar[tuple[str, ...]]
@@ -282,7 +282,7 @@ def all_addresses() -> str:
 
 def no_store(text: str) -> argparse.ArgumentTypeError:
     """Return what to raise for a text that is no address."""
-    return refused(text, f"is no store: choose {all_addresses()}")
+    return refused(text, f"is not a store: choose {all_addresses()}")
 
 
 def store_address(text: str) -> str:
@@ -312,21 +312,21 @@ def chosen_keeping(
     lives = earlier.get("store", FAISS if earlier else store or FAISS)
     if store not in (None, lives):
         raise UserError(
-            f"--store {store}: this index lives in {lives}: leave the flag out, or name another index"
+            f"--store {store}: this index is stored in {lives}: remove the flag, or choose another index"
         )
     place = store_of(lives)
     kind = kind or earlier.get("kind", place.kinds[0])
     if kind not in place.kinds:
         raise UserError(
-            f"--index-type {kind}: --store {lives} has {', '.join(place.kinds)}: choose one"
+            f"--index-type {kind} is not supported by --store {lives}: choose {' or '.join(place.kinds)}"
         )
     if on_disk is None:
         on_disk = kind == "ivfpq" and "lists" in earlier
     if on_disk and kind != "ivfpq":
-        raise UserError(f"--on-disk is for --index-type ivfpq, not for {kind}: leave one out")
+        raise UserError(f"--on-disk is for --index-type ivfpq, not for {kind}: remove one of them")
     if verify and not place.verifies:
         raise UserError(
-            f"--verify: --store {lives} tells changed images by size and time alone: leave it out"
+            f"--verify: --store {lives} detects changed images only by size and time: remove the flag"
         )
     told_by = TIME
     if place.verifies:

@@ -68,7 +68,7 @@ FeatureRows = Callable[[int, int], np.ndarray]  # features of the files from one
 
 
 class Recall(Schema):
-    """How much of the exact answer an approximate index finds."""
+    """Recall of an approximate index against exact search."""
 
     queries: Count
     k: Count
@@ -153,7 +153,7 @@ class FaissImages(ImageIndex):
     def search(self, queries: np.ndarray, k: int, condition: str = "") -> list[list[Hit]]:
         if condition:
             raise QuestionError(
-                "an index in files knows no filter (--filter): leave it out, or make an index with --store milvus:..."
+                "--filter is not supported by an index in files: remove it, or create an index with --store milvus:..."
             )
         found = faiss_index.search(self.vectors, self.features, queries, k=k)
         hits = []
@@ -170,7 +170,7 @@ def _vectors(folder: Path, about: dict[str, Any], *, to_grow: bool = False) -> A
 
 
 def _damaged(file: Path, reason: str) -> UserError:
-    return UserError(f"{file} is damaged or of another index ({reason}): {REBUILD}")
+    return UserError(f"{file} is damaged or belongs to another index ({reason}): {REBUILD}")
 
 
 def _files(folder: Path, about: dict[str, Any]) -> dict[Identity, int]:
@@ -200,7 +200,7 @@ def _features(folder: Path, about: dict[str, Any], count: int) -> np.ndarray:
     if features.dtype != np.float32 or features.ndim != 2 or 0 in features.shape:
         raise _damaged(file, f"it holds {features.dtype} of shape {features.shape}")
     if not np.isfinite(features[faiss_index.sampled_rows(len(features))]).all():
-        raise _damaged(file, "it holds what is no number")
+        raise _damaged(file, "it contains values that are not numbers")
     if about["sha256"]["features"] != _digest_of_rows(features):
         raise _damaged(file, "its rows are not those that were written")
     if not count == len(features) == about["images"]:
@@ -276,7 +276,7 @@ class FaissWriter(IndexWriter):
         save_tensors(_partial(self.folder) / f"{name}.pt", content)
 
     def _read(self, shard: Path) -> tuple[dict[Identity, int], np.ndarray]:
-        """What an interrupted run encoded, if it was with the same encoder."""
+        """Return the features that an interrupted run encoded with the same encoder."""
         from runtime.tensors import load_tensors
 
         try:
@@ -306,7 +306,7 @@ class FaissWriter(IndexWriter):
         lost = next((file for file in files if file not in self._where), None)
         if lost:
             raise UserError(
-                f"what was encoded of {lost[0]} is gone: start again with the same command"
+                f"the encoded features of {lost[0]} are gone: run the same command again"
             )
         grown = None
         in_place = self._in_place(files) if is_alike else None
@@ -344,7 +344,7 @@ class FaissWriter(IndexWriter):
         _delete_all_but(names.values(), self.folder)
 
     def _vectors_to_grow(self, count: int) -> Any:
-        """The vectors of the earlier index, if so many are as good added to them as built anew; else None."""
+        """The vectors of the earlier index, if so many are as good added to them as newly built; else None."""
         if self.keeping.kind == "flat":
             return None
         vectors = _vectors(self.folder, self._earlier, to_grow=True)
@@ -372,7 +372,7 @@ def _partial(folder: Path) -> Path:
     partial = folder / PARTIAL
     if partial.is_symlink():
         raise UserError(
-            f"{partial} is a link, and files in it would be deleted: remove it, or choose another folder"
+            f"{partial} is a symlink, and files in it would be deleted: remove it, or choose another folder"
         )
     return partial
 

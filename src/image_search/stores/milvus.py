@@ -154,7 +154,7 @@ class Table:
             is_there = any(file.iterdir()) if file.is_dir() else file.exists()
             if not (is_there or is_new):
                 raise UserError(
-                    f"{address} is missing, which holds the features of the index: put it back there, or index into "
+                    f"{address} is missing, which holds the features of the index: put it back, or index into "
                     "another folder"
                 )
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -177,12 +177,12 @@ class Table:
             told = f"--filter {condition}: Milvus refuses it"
             raise QuestionError(f"{told} ({reason}): {CONDITIONS}", f"{told}: {CONDITIONS}")
         raise UserError(
-            f"--store {self.store}: {reason}: see that it is up, that no other process has its file, and that {TOKEN} "
-            "is right"
+            f"--store {self.store}: {reason}: check that it is running, that no other process uses its file, and that "
+            f"{TOKEN} is correct"
         )
 
     def _is_lost(self) -> bool:
-        """Whether the store does not answer any question now."""
+        """Check whether the store no longer answers queries."""
         try:
             self._client.list_collections(timeout=ANSWER_SECONDS)
         except (self._milvus.MilvusException, OSError):
@@ -265,7 +265,7 @@ def _token(folder: Path, about: dict[str, Any], typed: bool) -> str:
         return token
     store = about["store"]
     logger.warning(
-        "warning: %s was made elsewhere: %s is not sent to %s unless you name it, --store %s",
+        "warning: %s was made on another machine: %s is not sent to %s unless you pass --store %s",
         folder / MANIFEST,
         TOKEN,
         store,
@@ -279,7 +279,7 @@ def _checked_table(folder: Path, about: dict[str, Any], typed: bool) -> Table:
     name = about["collection"]
     if not name.endswith(f"_{digest_of(about['encoder'])}"):
         raise UserError(
-            f"{folder / MANIFEST}: the collection {name} is of another encoder than the manifest: {REBUILD}"
+            f"{folder / MANIFEST}: the collection {name} was made with another encoder than the manifest: {REBUILD}"
         )
     token = _token(folder, about, typed)
     return Table(about["store"], name, token, is_new="images" not in about)
@@ -335,7 +335,9 @@ class MilvusImages(ImageIndex):
         # Milvus proposes many, which are ranked exactly.
         check_condition(condition)
         if k > MOST_CANDIDATES:
-            raise UserError(f"--k {k}: Milvus finds {MOST_CANDIDATES:,} at most: ask for fewer")
+            raise UserError(
+                f"--k {k}: Milvus returns at most {MOST_CANDIDATES:,} results: choose fewer"
+            )
         proposed = min(max(LEAST_CANDIDATES, CANDIDATES_PER_ANSWER * k), MOST_CANDIDATES)
         effort = {"ef": max(SEARCH_EFFORT, proposed), "nprobe": round(LISTS * PROBED_SHARE)}
         wanted = {"hnsw": "ef", "ivfflat": "nprobe"}.get(self.about["kind"])
@@ -379,8 +381,8 @@ class MilvusWriter(IndexWriter):
     def __post_init__(self) -> None:
         if "://" not in self.keeping.store and torchrun.launched():
             raise UserError(
-                f"--store {self.keeping.store}: one process at a time can have the file: start milvus-lite server and "
-                "name its address, or leave torchrun out"
+                f"--store {self.keeping.store}: only one process can open the file: start milvus-lite server and "
+                "pass its address, or run without torchrun"
             )
 
     def open(self) -> None:
@@ -399,8 +401,8 @@ class MilvusWriter(IndexWriter):
         if not table.exists():
             if "images" in about:
                 raise UserError(
-                    f"--output {self.folder}: {about['store']} has no collection {table.name} any more: name another "
-                    "folder"
+                    f"--output {self.folder}: {about['store']} no longer has the collection {table.name}: choose "
+                    f"another folder"
                 )
             table.create(self.keeping.kind, self.dim)
         self.dim = table.dim()
@@ -506,11 +508,11 @@ class MilvusStore(VectorStore):
         if re.match(r"https?://", place):
             if not re.fullmatch(r"https?://[^\s/@?#]+/?", place):
                 raise refused(
-                    "the address", f"is not http://HOST:PORT alone; a token goes into {TOKEN}"
+                    "the address", f"is not just http://HOST:PORT: set a token in {TOKEN}"
                 )
             return f"milvus:{place.rstrip('/')}"
         if not place.endswith(".db"):
-            raise refused(text, "is no file of Milvus Lite: let its name end with .db")
+            raise refused(text, "is not a file of Milvus Lite: choose a name that ends with .db")
         return f"milvus:{usable_path(place).resolve()}"
 
     @classmethod
