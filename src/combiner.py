@@ -29,7 +29,7 @@ ORIGINAL_TOP_K = 2
 # What all features pass first; both kinds of Combiner name them so.
 PROJECTIONS = ("text_projection_layer", "image_projection_layer")
 # A part that a mixture may have -> a weight of its own, which tells of it where no configuration does.
-TOLD_BY = {
+PART_WEIGHTS = {
     "shared_expert": "moe_layer.shared_expert.0.weight",
     "router_norm": "moe_layer.router_norm.weight",
     "router_bias": "moe_layer.router_bias",
@@ -519,7 +519,9 @@ def combiner_settings(
             f"{source}: top_k is {top_k}, but its weights have {num_experts} experts: choose another file, or set "
             "--top-k"
         )
-    parts = {name: True for name, weight in TOLD_BY.items() if weight in state or config.get(name)}
+    parts = {
+        name: True for name, weight in PART_WEIGHTS.items() if weight in state or config.get(name)
+    }
     return {"combiner_type": "moe", **sizes, "num_experts": num_experts, "top_k": top_k, **parts}
 
 

@@ -58,7 +58,7 @@ BROKEN = (
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundFiles:
     """A file of a source.
 
     Attributes:
@@ -89,7 +89,7 @@ def unpacking(archive: Path) -> Iterator[None]:
         raise UserError(f"{archive} cannot be unpacked ({first_line(error)}): {AGAIN}") from None
 
 
-def files_of(source: Path) -> Iterator[Found]:
+def files_of(source: Path) -> Iterator[FoundFiles]:
     """Yield the files of a folder and of the archives in it, or of an archive. Links and hidden files are left out.
 
     Raises:
@@ -117,27 +117,29 @@ def files_of(source: Path) -> Iterator[Found]:
             yield loose(source)
 
 
-def loose(path: Path) -> Found:
+def loose(path: Path) -> FoundFiles:
     """Return a file on disk."""
-    return Found(path, PurePosixPath(path), path.stat().st_size, open=partial(open, path, "rb"))
+    return FoundFiles(
+        path, PurePosixPath(path), path.stat().st_size, open=partial(open, path, "rb")
+    )
 
 
-def files_of_zip(source: Path) -> Iterator[Found]:
+def files_of_zip(source: Path) -> Iterator[FoundFiles]:
     """Yield the files of a zip archive."""
     with zipfile.ZipFile(source) as archive:
         for entry in archive.infolist():
             name = PurePosixPath(entry.filename.replace("\\", "/"))
             if not entry.is_dir() and not stat.S_ISLNK(entry.external_attr >> 16):
-                yield Found(source, name, entry.file_size, open=partial(archive.open, entry))
+                yield FoundFiles(source, name, entry.file_size, open=partial(archive.open, entry))
 
 
-def files_of_tar(source: Path) -> Iterator[Found]:
+def files_of_tar(source: Path) -> Iterator[FoundFiles]:
     """Yield the files of a tar archive in their order."""
     with tarfile.open(source) as archive:
         for entry in archive:
             if entry.isreg():
                 name = PurePosixPath(entry.name)
-                yield Found(source, name, entry.size, open=partial(archive.extractfile, entry))
+                yield FoundFiles(source, name, entry.size, open=partial(archive.extractfile, entry))
 
 
 def lay_out(sources: Sequence[Path], wanted: Wanted) -> list[Path]:
@@ -175,7 +177,7 @@ def lay_out(sources: Sequence[Path], wanted: Wanted) -> list[Path]:
     return list(places)
 
 
-def put(found: Found, place: Path) -> None:
+def put(found: FoundFiles, place: Path) -> None:
     """Make a file, complete or not at all: a hard link to one on disk if possible, else a copy.
 
     It is not synced to disk: for tens of thousands of images that takes longer than all else.

@@ -17,7 +17,7 @@ from utils import format_metric
 
 logger = logging.getLogger(__name__)
 
-SHOWN = ("R@10", "R@50", "mean R@10", "mean R@50")  # titles of metrics
+IN_HEADER = ("R@10", "R@50", "mean R@10", "mean R@50")  # titles of metrics
 VALIDATIONS = "validation_metrics.csv"  # of a run
 # Of `evaluation.model_card`: what a result is of, the titles of its metrics, and those under its first protocol.
 TABLE = re.compile(r"^### (.+)\n\n\|(.+)\|\n\|[-:| ]+\|\n\|(.+)\|$", re.MULTILINE)
@@ -31,7 +31,7 @@ def measured(pair: Pair) -> str:
     what, values = _of_run(known)
     if not values:
         what, values = _of_card(known.path.parent / CARD)
-    shown = [f"{title} {values[title]}" for title in SHOWN if title in values]
+    shown = [f"{title} {values[title]}" for title in IN_HEADER if title in values]
     return f"{what}: {', '.join(shown)}" if shown else ""
 
 
