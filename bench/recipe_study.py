@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python bench/recipe_study.py search     # learning rates and epochs of the original's recipe
     OMP_NUM_THREADS=1 python bench/recipe_study.py screen     # the parts, one seed a stage, one layout
+    OMP_NUM_THREADS=1 python bench/recipe_study.py combine    # those that held, together, one seed a stage
     OMP_NUM_THREADS=1 python bench/recipe_study.py final      # what held, 3 x 3 seeds, all layouts
     OMP_NUM_THREADS=1 python bench/recipe_study.py test       # the same pairs on test, which is opened once, at the end
 
@@ -95,6 +96,25 @@ STAGE_2 = {
     "shared expert": "--shared-expert --num-experts 3",
     "router norm": "--router-norm",
     "router noise": "--router-noise 0.5",
+}
+_HELD = "--clip-grad-norm 1 --mask-duplicate-targets --ema-decay 0.98"
+_BANK = "--mask-duplicate-targets --negatives bank"
+COMBINED = {
+    "clipped, masked, EMA": Recipe(_HELD),
+    "the same, and a bank": Recipe(_HELD, _BANK),
+    "clipped at 0.3": Recipe(f"{_HELD} --clip-grad-norm 0.3", _BANK),
+    "clipped at 0.1": Recipe(f"{_HELD} --clip-grad-norm 0.1", _BANK),
+    "clipped at 0.3, hard negatives": Recipe(
+        f"{_HELD} --clip-grad-norm 0.3 --hard-negatives 1", _BANK
+    ),
+    "rate 2e-3, warm-up, cosine": Recipe(
+        "--clip-grad-norm 1 --mask-duplicate-targets --learning-rate 2e-3 --warmup-steps 50 --cosine",
+        "--negatives bank",
+    ),
+    "rate 2e-3, warm-up, EMA": Recipe(
+        "--clip-grad-norm 1 --mask-duplicate-targets --learning-rate 2e-3 --warmup-steps 50 --ema-decay 0.98",
+        "--negatives bank",
+    ),
 }
 PARTS = {f"1: {name}": Recipe(flags) for name, flags in STAGE_1.items()}
 PARTS |= {f"2: {name}": Recipe(stage_2=flags) for name, flags in STAGE_2.items()}
@@ -279,13 +299,14 @@ def measure_on_test(study: Study, layout: str, pairs: Sequence[Mapping[str, Any]
 def main(argv: list[str] | None = None) -> None:
     """Train and measure what a step of the study is made of."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("step", choices=["search", "screen", "final", "test"])
+    parser.add_argument("step", choices=["search", "screen", "combine", "final", "test"])
     parser.add_argument("--folder", type=Path, default=Path("recipe_study"))
     parser.add_argument("--only", nargs="+", help="parts by their names, or layouts")
     args = parser.parse_args(argv)
     study = Study(args.folder.absolute())
-    if args.step in ("search", "screen"):
-        known = {"search": SEARCHED, "screen": PARTS}[args.step]
+    one_seed = {"search": SEARCHED, "screen": PARTS, "combine": COMBINED}
+    if args.step in one_seed:
+        known = one_seed[args.step]
         chosen = {name: ORIGINAL + known[name] for name in args.only or known}
         table(study, SCREENED, {"original": ORIGINAL, **chosen}, seeds=SEEDS[:1])
         return
