@@ -505,8 +505,9 @@ def draw_genecis(root: Path, groups: int, seed: int) -> None:
     """Write `genecis_dataset/`: two tasks on one set of images, a gallery of 15 images for each query.
 
     Args:
-        groups: as those of CIRR, three or more.
+        groups: as those of CIRR; three at least are drawn, which have images for a gallery.
     """
+    groups = max(3, groups)
     folder = root / "genecis_dataset"
     rng = random.Random(f"{seed} genecis")
     asked = []

@@ -338,7 +338,7 @@ def test_k_is_read_from_the_configuration(stage_2, run, drawn, fails):
         folder / "saved_models/combiner_1",
     ]
     run("validate", drawn, *pair, "--top-k", 1, "--num-experts", 3)
-    assert "--top-k 2 disagrees" in fails("validate", drawn, *pair, "--top-k", 2)
+    assert "--top-k 2 differs" in fails("validate", drawn, *pair, "--top-k", 2)
 
 
 @pytest.mark.parametrize("kind", ["moe", "clip4cir"])

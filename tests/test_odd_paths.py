@@ -20,6 +20,7 @@ DATA = "--data-root {drawn}"
 CLIP = "--clip-model-name {drawn}/tiny_clip_vit.pt"
 PAIR = f"{DATA} {CLIP} --combining-function sum {CPU} {NO_WORKERS}"
 NEEDS = {
+    "average": "--checkpoints {drawn}/tiny_clip_vit.pt {drawn}/tiny_clip_vit.pt --output {made}/soup.pt",
     "audit": f"--dataset CIRR {PAIR} --resamples 20",
     "check_dataset": f"{DATA} --dataset CIRR --unofficial {NO_WORKERS}",
     "check_submission": f"{DATA} {{made}}/answers.json",

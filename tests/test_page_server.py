@@ -1264,7 +1264,9 @@ def test_a_question_that_takes_too_long_is_given_up(monkeypatch):
     from types import SimpleNamespace
 
     monkeypatch.setattr(guard, "MOST_SECONDS", 0.01)
-    searcher = SimpleNamespace(check=lambda question: None)
+    searcher = SimpleNamespace(check=lambda question: None, pair=None)
+    monkeypatch.setattr(http_api, "measured", lambda pair: "")
+    monkeypatch.setattr(http_api, "experts_of", lambda pair: [])
     asked = []
 
     def ask(question) -> Future:

@@ -142,7 +142,7 @@ def test_loss_scaling_goes_on_where_it_was(look, stage_2, stopped, resume, monke
 REGULARISED = ["--recipe", "modern", "--drop-text", 0.3, "--drop-image", 0.2, "--noise", 0.3]
 REGULARISED_STAGES = {
     "stage_1": (clip_fine_tune, ["--flip", 0.5, "--crop", 0.5, "--micro-batch-size", 4]),
-    "stage_2": (combiner_train, ["--feature-noise", 0.2, "--mix", 0.4]),
+    "stage_2": (combiner_train, ["--feature-noise", 0.2, "--mix", 0.4, "--negatives", "batch"]),
 }
 
 

@@ -248,8 +248,10 @@ def _remark_on_training(
     """Targets that repeat, and images of training that validation or test have too."""
     targets = Counter(_targets(triplets[train]))
     repeated = [name for name, count in targets.items() if count > 1]
-    effect = "targets are repeated: within a batch they are each other's negatives, unless --mask-duplicate-targets is "
-    "set"
+    effect = (
+        "targets are repeated: within a batch they are each other's negatives, unless "
+        "--mask-duplicate-targets is set"
+    )
     report.count(NOTE, train, effect, repeated)
     trained_on = {*targets, *(triplet.reference for triplet in triplets[train])}
     for other in [split for split in triplets if split != train]:
