@@ -367,7 +367,7 @@ def test_partial_as_a_link_is_refused(is_new, index, tmp_path, capsys):
         images(tmp_path / "photos", 4)
     (tmp_path / "index").mkdir(exist_ok=True)
     (tmp_path / "index" / "partial").symlink_to(outside)
-    assert "partial is a link" in refused(lambda: index(tmp_path / "photos"), capsys)
+    assert "partial is a symlink" in refused(lambda: index(tmp_path / "photos"), capsys)
     assert sorted(file.name for file in outside.iterdir()) == sorted(names)
-    with pytest.raises(UserError, match="partial is a link"):
+    with pytest.raises(UserError, match="partial is a symlink"):
         published(tmp_path / "index", identities(10), "flat")
