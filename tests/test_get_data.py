@@ -266,7 +266,7 @@ def test_a_list_that_leads_out_of_the_dataset_is_rejected(place, cirr, tmp_path,
     files = below(cirr, "data/")
     listed = {"train-0-0-img0": place.format(root=root)}
     files["data/cirr/image_splits/split.rc2.train.json"] = json.dumps(listed).encode()
-    assert "leads out of" in refused("CIRR", root, [zipped(tmp_path / "c.zip", files)])
+    assert "points outside" in refused("CIRR", root, [zipped(tmp_path / "c.zip", files)])
     assert not list(tmp_path.rglob("out.png"))
 
 
