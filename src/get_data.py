@@ -229,7 +229,7 @@ def get_benchmark(benchmark: Benchmark, sources: Sequence[Path]) -> None:
     for name, place in images.items():
         if not place.is_relative_to(own_folder):
             raise UserError(
-                f"the image {name} at {place} leads out of {own_folder}: {benchmark.remedy}"
+                f"the image {name} at {place} points outside {own_folder}: {benchmark.remedy}"
             )
     if not all(map(file_size, images.values())):
         lay_out(
