@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 
@@ -77,6 +78,8 @@ def test_the_examples_work_as_they_stand(drawn, tmp_path):
     tree = tmp_path / "tree"
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "src", tree / "src", ignore=ignored)
+    for path in [tree, *tree.rglob("*")]:  # of a checkout that is read-only
+        path.chmod(path.stat().st_mode | stat.S_IWUSR)
     shutil.copy(ROOT / "tests" / "fourth_benchmark.py", tree / "src" / "benchmarks" / "fourth.py")
     assert (
         len(applied(tree)) == len(re.findall("^`{3}(?:python|diff)$", GUIDE.read_text(), re.M)) - 1
