@@ -127,8 +127,8 @@ def test_debug_shows_the_traceback(ending):
     assert code == 2
 
 
-def test_without_a_temporary_folder_a_fault_is_still_one_line(ending, monkeypatch):
-    monkeypatch.setattr(utils.tempfile, "tempdir", "/nowhere")
+def test_without_a_temporary_folder_a_fault_is_still_one_line(ending, tmp_path, monkeypatch):
+    monkeypatch.setattr(utils.tempfile, "tempdir", str(tmp_path / "nowhere"))
     err, code = ending(KeyError("lost"))
     assert len(err.splitlines()) == 1
     assert "--debug" in err
