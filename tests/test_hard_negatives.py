@@ -14,6 +14,7 @@ import kills
 from benchmarks import CIRR, FashionIQ, Triplets
 from benchmarks.splits import NO_ROW, Split, Triplet, split_digest
 from test_learning import gradient_of, stopped
+from trainers import stage_2_flags
 from training import losses
 from training.losses import make_loss
 from training.negatives import HardNegatives, mined
@@ -60,13 +61,9 @@ def defined(queries, targets, *, symmetric: bool, masked: bool, bank=None) -> to
 
 
 def scaled(name: str, *, masked: bool, bank=None) -> losses.Loss:
-    loss = make_loss(
-        name,
-        mask_duplicate_targets=masked,
-        learn_temperature=True,
-        label_smoothing=SMOOTHING,
-        bank=bank,
-    ).double()
+    flags = ["--loss", name, "--learn-temperature", "--label-smoothing", SMOOTHING]
+    flags += ["--mask-duplicate-targets"] if masked else []
+    loss = make_loss(stage_2_flags(*flags), bank=bank).double()
     loss.log_scale.data.fill_(SCALE).log_()
     return loss
 

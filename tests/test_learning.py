@@ -568,7 +568,7 @@ def defined(queries, targets, scale, symmetric):
 def test_losses_equal_their_definition(name):
     torch.manual_seed(0)
     queries, targets = nn.functional.normalize(torch.randn(2, 9, 4).double(), dim=-1)
-    loss = make_loss(name, mask_duplicate_targets=False, learn_temperature=True).double()
+    loss = make_loss(stage_2_flags("--loss", name, "--learn-temperature")).double()
     loss.log_scale.data -= 1
     scale = 100 / math.e
     expected = defined(queries, targets, scale, name == "symmetric")
@@ -590,13 +590,10 @@ def test_a_losss_own_parameters_have_their_gradient_in_micro_batches(form, micro
     _, bank, rows = bank_case()
     name = "contrastive" if form == "bank" else form
 
+    flags = stage_2_flags("--loss", name, "--mask-duplicate-targets", "--learn-temperature")
+
     def loss() -> Loss:
-        made = make_loss(
-            name,
-            mask_duplicate_targets=True,
-            learn_temperature=True,
-            bank=bank if form == "bank" else None,
-        ).double()
+        made = make_loss(flags, bank=bank if form == "bank" else None).double()
         made.log_scale.data -= 2
         return made
 

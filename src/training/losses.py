@@ -221,17 +221,20 @@ def learned_groups(learned: Iterable[nn.Parameter], loss: Loss) -> list[dict[str
     return groups
 
 
-def make_loss(name: str, *, bank: Tensor | None = None, **how: Any) -> Loss:
+def make_loss(flags: Any, *, bank: Tensor | None = None) -> Loss:
     """Return the loss that the flags choose.
 
     Args:
-        name: one of `choices.LOSSES`.
+        flags: of a training; `loss` is one of `choices.LOSSES`.
         bank: all targets (T, D), where they are every query's negatives; None where those of its batch are.
-        how: of `ContrastiveLoss`, by the names of the flags.
     """
     form = ContrastiveLoss if bank is None else functools.partial(BankLoss, bank)
     losses: dict[str, Callable[..., Loss]] = {
         "contrastive": form,
         "symmetric": functools.partial(form, symmetric=True),
     }
-    return losses[name](**how)
+    return losses[flags.loss](
+        mask_duplicate_targets=flags.mask_duplicate_targets,
+        learn_temperature=flags.learn_temperature,
+        label_smoothing=flags.label_smoothing,
+    )

@@ -75,12 +75,7 @@ def fine_tuning(
         measure: metrics of the sum from the features of the validation splits.
     """
     model = encoder.model
-    loss = make_loss(
-        flags.loss,
-        mask_duplicate_targets=flags.mask_duplicate_targets,
-        learn_temperature=flags.learn_temperature,
-        label_smoothing=flags.label_smoothing,
-    ).to(encoder.device)
+    loss = make_loss(flags).to(encoder.device)
     negatives = None
     if flags.hard_negatives:
         negatives = HardNegatives(

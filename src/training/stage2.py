@@ -102,13 +102,8 @@ def combiner_training(
         combiner.top_k,
         bias=combiner.router_bias,
     )
-    loss = make_loss(
-        flags.loss,
-        mask_duplicate_targets=flags.mask_duplicate_targets,
-        learn_temperature=flags.learn_temperature,
-        label_smoothing=flags.label_smoothing,
-        bank=targets.features if flags.negatives == "bank" else None,
-    ).to(device)
+    bank = targets.features if flags.negatives == "bank" else None
+    loss = make_loss(flags, bank=bank).to(device)
     optimizer = Adam(learned_groups(combiner.parameters(), loss), lr=flags.combiner_lr, fused=True)
     if isinstance(combiner, Combiner):
         moe = combiner.moe_layer
