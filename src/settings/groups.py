@@ -445,7 +445,7 @@ class Combiner(Flags):
     def no_more_than_experts(cls, top_k: int, info: ValidationInfo) -> int:
         """A query goes to at most all experts of a mixture."""
         experts = info.data.get("num_experts")
-        if experts and top_k > experts and info.data.get("combiner_type") != "clip4cir":
+        if experts and top_k > experts and info.data.get("combiner_type") == "moe":
             raise PydanticCustomError(
                 "top_k", "it should be at most num_experts, {experts}", {"experts": experts}
             )
@@ -520,6 +520,17 @@ class Frozen(Flags):
         where="free",
         off="do not cache features on disk",
     )
+
+    @field_validator("negatives")
+    @classmethod
+    def of_one_kind(cls, negatives: str, info: ValidationInfo) -> str:
+        """Allow hard negatives only with the negatives of a batch."""
+        if negatives == "bank" and info.data.get("hard_negatives"):
+            raise PydanticCustomError(
+                "negatives",
+                "--hard-negatives are negatives of a batch, and bank uses all targets: remove one of the two flags",
+            )
+        return negatives
 
     @field_validator("mix")
     @classmethod

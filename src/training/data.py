@@ -204,11 +204,6 @@ def check_learning(train: Split, order: Order, flags: Any) -> None:
             "triplets with other targets"
         )
     bank = getattr(flags, "negatives", "batch") == "bank"  # stage 2 has it
-    if bank and flags.hard_negatives:
-        raise UserError(
-            "--hard-negatives are negatives of a batch, and --negatives bank uses all targets: remove one of the two "
-            "flags"
-        )
     if bank or flags.hard_negatives:
         return  # there are negatives whatever the batch
     if order.batch_size == 1:
