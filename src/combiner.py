@@ -471,11 +471,15 @@ def _gate(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
     )
 
 
+def _class_of(kind: str) -> type[Any]:
+    return globals()[COMBINER_TYPES[kind]]
+
+
 def build_combiner(settings: Mapping[str, Any]) -> Composer:
     """A Combiner with fresh weights from the settings that `combiner_settings` reads back from a checkpoint."""
     sizes = {name: settings[name] for name in ("clip_dim", "projection_dim", "hidden_dim")}
     if settings["combiner_type"] != "moe":
-        return globals()[COMBINER_TYPES[settings["combiner_type"]]](**sizes)
+        return _class_of(settings["combiner_type"])(**sizes)
     mixture = {name: settings[name] for name in ("num_experts", "top_k")}
     return Combiner(**sizes, **mixture, parts=Parts.of(settings))
 
@@ -500,8 +504,8 @@ def combiner_settings(
         remedy = "it is not a known Combiner; choose another file"
         return shape_of(state, name, 2, source=source, remedy=remedy)
 
-    for kind, class_name in COMBINER_TYPES.items():
-        shapes = globals()[class_name].shapes
+    for kind in COMBINER_TYPES:
+        shapes = _class_of(kind).shapes
         if shapes and shapes.keys() <= state.keys():
             told: CombinerSettings = {"combiner_type": kind, "num_experts": None, "top_k": None}
             for name, (rows, columns) in shapes.items():
