@@ -96,9 +96,8 @@ async def answered(reader: asyncio.StreamReader) -> tuple[str, bytes]:
     """The status and the body of an answer."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode()
     lengths = [line for line in head.splitlines() if line.lower().startswith("content-length")]
-    length = (
-        int(lengths[0].split(":")[1]) if lengths else 0
-    )  # a refusal says none, and ends the connection
+    # A refusal says none, and ends the connection.
+    length = int(lengths[0].split(":")[1]) if lengths else 0
     return head.split()[1], await reader.readexactly(length)
 
 

@@ -91,14 +91,15 @@ def check_same_model(first: Checkpoint, other: Checkpoint, names: tuple[str, ...
             raise UserError(
                 f"{FLAG} {other.path}: {name} is {theirs}, but {ours} in {first.path}: choose checkpoints of one model"
             )
-    shapes = [
-        {name: weight.shape for name, weight in each.state.items()} for each in (first, other)
-    ]
-    if shapes[0] != shapes[1]:
+    if _shapes(first) != _shapes(other):
         raise UserError(
             f"{FLAG} {other.path} has weights of other names or shapes than {first.path}: choose checkpoints of one "
             "model"
         )
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {name: weight.shape for name, weight in checkpoint.state.items()}
 
 
 @command

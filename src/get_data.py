@@ -82,9 +82,8 @@ def unpacking(archive: Path) -> Iterator[None]:
     try:
         yield
     except (*BROKEN, OSError) as error:
-        if (
-            isinstance(error, OSError) and error.errno is not None
-        ):  # of the disk, not of the archive
+        is_of_the_disk = isinstance(error, OSError) and error.errno is not None
+        if is_of_the_disk:
             raise
         raise UserError(f"{archive} cannot be unpacked ({first_line(error)}): {AGAIN}") from None
 

@@ -47,15 +47,13 @@ def augmented(batches: Batches, data: TrainingData, flags: Any, images: int) -> 
         for ((references, targets, *others), ids), mirrors, own_boxes in steps:
             compared = targets.view(len(targets), -1, *targets.shape[-3:])  # (b, 1 + N, 3, R, R)
             pixels = torch.cat([references.unsqueeze(1), compared], dim=1)
-            pixels = torch.where(
-                mirrors.to(ids.device).view(-1, 1, 1, 1, 1), pixels.flip(-1), pixels
-            )
+            is_mirrored = mirrors.to(ids.device).view(-1, 1, 1, 1, 1)
+            pixels = torch.where(is_mirrored, pixels.flip(-1), pixels)
             if flags.crop < 1:
                 area, *place = own_boxes.to(ids.device).reshape(-1, 3).unbind(1)
                 areas = flags.crop + (1 - flags.crop) * area
-                pixels = cropped(pixels.flatten(0, 1), areas, torch.stack(place, 1)).reshape_as(
-                    pixels
-                )
+                squares = cropped(pixels.flatten(0, 1), areas, torch.stack(place, 1))
+                pixels = squares.reshape_as(pixels)
             yield [pixels[:, 0], pixels[:, 1:].reshape_as(targets), *others], ids
 
     return changed
