@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PAGE_PACKAGES = {"fastapi": "FastAPI", "uvicorn": "uvicorn"}
+PAGE_PACKAGES = {"fastapi": "FastAPI", "uvicorn": "uvicorn", "pebble": "Pebble"}
+MOST_CONNECTIONS = 256  # further ones are answered with status 503
 SHUTDOWN_GRACE = 1  # seconds that answers may still take when the page ends
 LONGEST_END = 5  # seconds for that
 LAST_SECONDS = 8  # until the page ends whatever is under way; a container is killed after ten
@@ -136,22 +137,13 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def served(
-    app: "Guard", bound: socket.socket, seconds: float | None = None
-) -> Iterator[threading.Thread]:
-    """Serve in a thread, which listens when the context begins and has answered when it ends.
-
-    Args:
-        seconds: that a request may take to arrive; None for those of an answer too.
-    """
+def served(app: "Guard", bound: socket.socket) -> Iterator[threading.Thread]:
+    """Serve in a thread, which listens when the context begins and has answered when it ends."""
     import uvicorn
-
-    from image_search.connections import protocol
-    from image_search.guard import MOST_SECONDS
 
     config = uvicorn.Config(
         app,
-        http=protocol(MOST_SECONDS if seconds is None else seconds),
+        limit_concurrency=MOST_CONNECTIONS,
         log_level="warning",
         access_log=False,
         ws="none",

@@ -3,7 +3,6 @@
 One page is launched for the whole file as a user launches it.
 """
 
-import asyncio
 import base64
 import contextlib
 import functools
@@ -18,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from concurrent.futures import Future
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
@@ -45,7 +44,6 @@ from test_search import images
 from test_uploads import bad_uploads
 
 http_api = pytest.importorskip("image_search.http_api", reason="FastAPI is not installed")
-connections = pytest.importorskip("image_search.connections", reason="uvicorn is not installed")
 
 pytestmark = [
     pytest.mark.slow,
@@ -56,8 +54,6 @@ SHORT = 500  # characters of an answer that refuses
 KIND = "requests to the page"
 LEAKS = re.compile(r"Traceback|File \"|/tmp/|site-packages|Error\(|<_io| object at 0x")
 PHOTOS = 12
-VISITOR = "127.0.0.1"
-OTHER = "127.0.0.2"
 
 
 class Page:
@@ -65,16 +61,14 @@ class Page:
 
     port: int
 
-    def request(self, method: str, path: str, body=None, headers=(), host=None, source=VISITOR):
+    def request(self, method: str, path: str, body=None, headers=(), host=None):
         """(status, text) of an answer. A header may be given twice."""
-        status, _, content = self.answer(method, path, body, headers, host=host, source=source)
+        status, _, content = self.answer(method, path, body, headers, host=host)
         return status, content.decode(errors="replace")
 
-    def answer(self, method: str, path: str, body=None, headers=(), *, host=None, source=VISITOR):
+    def answer(self, method: str, path: str, body=None, headers=(), *, host=None):
         """(status, headers, content) of an answer to an address."""
-        connection = http.client.HTTPConnection(
-            "127.0.0.1", self.port, timeout=HANG, source_address=(source, 0)
-        )
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG)
         with contextlib.closing(connection):
             connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
             for value in [f"127.0.0.1:{self.port}"] if host is None else host:
@@ -99,11 +93,9 @@ class Page:
         CASES[KIND, "refused"] += 1
         return text
 
-    def ask(
-        self, file: tuple[str, bytes] | None = None, source: str = VISITOR, **fields: object
-    ) -> dict:
+    def ask(self, file: tuple[str, bytes] | None = None, **fields: object) -> dict:
         """An answer to a question."""
-        status, text = self.request("POST", "/search", *form(file, **fields), source=source)
+        status, text = self.request("POST", "/search", *form(file, **fields))
         assert status == 200, text
         CASES[KIND, "answered"] += 1
         return json.loads(text)
@@ -121,10 +113,9 @@ class Page:
         """What is said of a question that cannot be asked."""
         return self.refuses("POST", "/search", *form(file, **fields))
 
-    def link(self, stack: contextlib.ExitStack, sent: bytes = b"", source: str = VISITOR):
+    def link(self, stack: contextlib.ExitStack, sent: bytes = b""):
         """A connection on which something was sent, which lasts as long as the stack."""
-        address = ("127.0.0.1", self.port)
-        link = stack.enter_context(socket.create_connection(address, HANG, (source, 0)))
+        link = stack.enter_context(socket.create_connection(("127.0.0.1", self.port), HANG))
         link.sendall(sent)
         return link
 
@@ -576,22 +567,6 @@ def test_an_upload_that_breaks_off_leaves_nothing(served):
     assert served.files == []
 
 
-def test_too_many_at_once_are_told_to_come_again(served):
-    """Requests whose bodies never arrive take places; the next one is refused at once, and later taken."""
-    head = f"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {MOST_BYTES}\r\n"
-    head += "Content-Type: multipart/form-data; boundary=edge\r\n\r\n--edge"
-    with contextlib.ExitStack() as links:
-        for _ in range(guard.MOST_UPLOADS):
-            link = links.enter_context(socket.create_connection(("127.0.0.1", served.port)))
-            link.sendall(head.encode())
-        upload = form(("a.png", png((300, 300)) + b"\0" * guard.FRAME), text="is red")
-        served.process.wait_for(lambda: served.answer("POST", "/search", *upload)[0] == 429)
-        status, headers, _ = served.answer("POST", "/search", *upload)
-        assert (status, headers["retry-after"]) == (429, guard.RETRY_AFTER)
-        assert rows(served.ask(row=1, text="is red"))  # questions without uploads still pass
-    served.process.wait_for(lambda: served.request("POST", "/search", *upload)[0] == 200)
-
-
 def peak(process: int) -> int:
     """Bytes that a process had in memory at most."""
     status = Path(f"/proc/{process}/status").read_text()
@@ -732,40 +707,18 @@ def test_the_page_still_serves(served):
 # What it withstands
 
 
-class Within(Page):
-    """A page in this process, whose limits a test chooses.
-
-    Args:
-        decoding: seconds of an image.
-        arriving: seconds of a request.
-        connections: of a visitor.
-    """
-
-    def __init__(
-        self, searcher, decoding: float = HANG, arriving: float = HANG, connections: int = 256
-    ) -> None:
-        self.searcher = searcher
-        self.decoding = decoding
-        self.arriving = arriving
-        self.connections = connections
-
-    def __enter__(self) -> "Within":
-        with contextlib.ExitStack() as stack:
-            patch = stack.enter_context(pytest.MonkeyPatch.context())
-            patch.setattr(guard, "MOST_SECONDS", HANG)
-            patch.setattr(connections, "MOST_CONNECTIONS", self.connections)
-            batcher = stack.enter_context(contextlib.closing(Batcher(self.searcher.answer)))
-            made = http_api.Service(self.searcher, 12, batcher, seconds=self.decoding)
-            self.service = stack.enter_context(contextlib.closing(made))
-            bound = demo_app.bound_socket("127.0.0.1", 0)
-            self.port = bound.getsockname()[1]
-            app = guard.Guard(http_api.build(self.service, True), Hosts("127.0.0.1"))
-            stack.enter_context(demo_app.served(app, bound, self.arriving))
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *about) -> None:
-        self._stack.close()
+@contextlib.contextmanager
+def within(searcher, seconds: float) -> Iterator[Page]:
+    """A page in this process, with a time limit for an image."""
+    page = Page()
+    with (
+        contextlib.closing(Batcher(searcher.answer)) as batcher,
+        contextlib.closing(http_api.Service(searcher, 12, batcher, seconds=seconds)) as service,
+        demo_app.bound_socket("127.0.0.1", 0) as bound,
+        demo_app.served(guard.Guard(http_api.build(service, True), Hosts("127.0.0.1")), bound),
+    ):
+        page.port = bound.getsockname()[1]
+        yield page
 
 
 @pytest.fixture(scope="module")
@@ -812,184 +765,12 @@ HEAVY = {
 }
 
 
-@contextlib.contextmanager
-def attacked(page: Within, body: bytes, headers: dict[str, str], times: int = 5):
-    """Let one visitor send the same several times at once; yields the answers that have come so far."""
-    answers = []
-
-    def attack() -> None:
-        with contextlib.suppress(OSError):  # the page ends before
-            answers.append(page.request("POST", "/upload", body, headers))
-
-    threads = [threading.Thread(target=attack, daemon=True) for _ in range(times)]
-    for thread in threads:
-        thread.start()
-    yield answers
-    for thread in threads:
-        thread.join(HANG)
-
-
-def assert_others_are_answered(page: Page, number: int) -> None:
-    """Of every kind, with what was not asked for before."""
-    assert page.request("GET", "/health", source=OTHER)[0] == 200
-    assert page.request("GET", f"/image/{number}?size=large", source=OTHER)[0] == 200
-    assert rows(page.ask(row=number, text=f"is red {number}", source=OTHER))
-    assert rows(page.ask(("a.png", png((30, 20))), text="is red", source=OTHER))
-
-
 @pytest.mark.parametrize("kind", HEAVY)
-def test_what_takes_long_is_refused(kind, searcher):
-    """The refusals come though nothing else would end what takes minutes."""
-    body, headers = HEAVY[kind]()
-    with Within(searcher, decoding=0.5) as page:
-        with attacked(page, body, headers) as answers:
-            assert page.request("GET", "/health", source=OTHER)[0] == 200
-        assert {status for status, _ in answers} <= {400, 413}
-        assert len(answers) == 5
-        for _, text in answers:
-            assert len(text) <= SHORT
-            assert not LEAKS.search(text)
-            CASES[KIND, "refused"] += 1
-
-
-def test_others_are_answered_while_an_image_that_never_ends_is_decoded(searcher):
-    with Within(searcher) as page, attacked(page, *form(("a.jpg", endless()))) as answers:
-        while page.service.uploads._places.taken != {VISITOR: 2}:
-            time.sleep(0.01)
-        for number in range(3):
-            assert_others_are_answered(page, number)
-        assert answers == []
-        page.service.close()
-
-
-def test_a_sender_who_has_left_costs_nothing_more(searcher):
-    body, headers = form(("a.jpg", endless()))
-    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    head = f"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\n{head}Content-Length: {len(body)}\r\n\r\n"
-    with Within(searcher) as page:
-        with contextlib.ExitStack() as links:
-            for _ in range(3):
-                page.link(links, head.encode() + body)
-            while page.service.uploads._places.taken != {VISITOR: 2}:
-                time.sleep(0.01)
-        while page.service.uploads._places.taken or page.service.uploads._waiting:
-            time.sleep(0.01)
-        assert rows(page.ask(("a.png", png((30, 20))), text="is red"))
-
-
-LONG = "POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n1234"
-HALVES = {
-    "nothing": "",
-    "line": "GET /hea",
-    "headers": "GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nA: ",
-    "body of a question": LONG,
-    "body that nobody reads": LONG.replace("POST /search", "GET /health"),
-    "body of what is not there": LONG.replace("POST /search", "PUT /nothing"),
-    "chunks": LONG.replace("Content-Length: 9", "Transfer-Encoding: chunked"),
-    "promise": LONG.replace("\r\n\r\n1234", "\r\nExpect: 100-continue\r\n\r\n"),
-    "second request": "GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /hea",
-}
-
-
-@pytest.mark.parametrize("is_trickling", [False, True])
-@pytest.mark.parametrize("half", HALVES)
-def test_a_request_that_never_ends_is_closed(half, is_trickling, searcher):
-    """Whether its sender is silent, or sends a byte now and then."""
-    with Within(searcher, arriving=0.3) as page, contextlib.ExitStack() as links:
-        link = page.link(links, HALVES[half].encode())
-        link.settimeout(0.05 if is_trickling else HANG)
-        deadline = time.monotonic() + HANG
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            while True:
-                try:
-                    if not link.recv(2**16):
-                        break
-                except TimeoutError:
-                    assert time.monotonic() < deadline
-                    link.send(b"a" if half == "headers" else b"")
+def test_a_request_that_takes_long_is_refused(kind, searcher):
+    with within(searcher, seconds=0.5) as page:
+        body, headers = HEAVY[kind]()
+        page.refuses("POST", "/upload", body, headers)
         assert page.request("GET", "/health")[0] == 200
-
-
-CROWDS = {
-    "headers": b"A:b\r\n" * 11_000 + b"\r\n",
-    "bare lines": b"A:b\n" * 11_000 + b"\n",
-    "long header": b"A: " + b"b" * 200_000 + b"\r\n\r\n",
-    "chunks": b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\na\r\n" * 100_000,
-    "chunks at the end": b"Transfer-Encoding: gzip, chunked\r\n\r\n" + b"1\r\na\r\n" * 100_000,
-}
-
-
-@pytest.mark.parametrize("is_second", [False, True])
-@pytest.mark.parametrize("crowd", CROWDS)
-def test_what_arrives_in_many_pieces_is_refused_before_they_are_taken(crowd, is_second, served):
-    """Each takes its time of the loop that answers everybody, so that a hundred kilobytes took seconds."""
-    first = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" if is_second else b""
-    with contextlib.ExitStack() as links:
-        link = served.link(links)
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            link.sendall(first + b"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\n" + CROWDS[crowd])
-        heard = b""
-        with contextlib.suppress(ConnectionResetError):
-            while more := link.recv(2**16):
-                heard += more
-        # Where more is on its way, what is said may be lost.
-        said = re.findall(rb"HTTP/1.1 (\d+)", heard)
-        assert said in ([], [b"200"], [b"400"], [b"200", b"400"])
-        assert (b"200" in said) <= is_second
-    assert served.request("GET", "/health")[0] == 200
-
-
-def test_a_query_has_few_fields(served):
-    assert "fields" in served.refuses("GET", "/some?" + "a&" * 2000)
-
-
-def test_an_answer_that_nobody_takes_is_closed(searcher):
-    with Within(searcher, arriving=0.3) as page, contextlib.ExitStack() as links:
-        link = page.link(links)
-        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        asked = b"GET /page.js HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 500
-        with pytest.raises((BrokenPipeError, ConnectionResetError)):
-            while True:
-                link.sendall(asked)
-
-
-def test_a_visitor_has_so_many_connections(searcher):
-    with Within(searcher, connections=3) as page, contextlib.ExitStack() as links:
-        his = [page.link(links) for _ in range(3)]
-        fourth = page.link(links)
-        with contextlib.suppress(ConnectionResetError):
-            assert fourth.recv(1) == b""
-        assert page.request("GET", "/health", source=OTHER)[0] == 200
-        his[0].close()
-        while True:  # until the page has seen that
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                assert page.request("GET", "/health")[0] == 200
-                break
-
-
-def test_slow_questions_of_one_visitor_lock_nobody_out(served):
-    """He has as many places as before, and others have theirs."""
-    with contextlib.ExitStack() as links:
-        for _ in range(guard.MOST_ASKING):
-            served.link(links, LONG.encode())
-        served.process.wait_for(lambda: served.request("POST", "/search", *form(row=1))[0] == 429)
-        assert_others_are_answered(served, 5)
-    served.process.wait_for(lambda: served.request("POST", "/search", *form(row=1))[0] == 400)
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "are_one"),
-    [
-        ("1.2.3.4", "1.2.3.5", False),
-        ("::ffff:1.2.3.4", "1.2.3.4", True),
-        ("2001:db8::1", "2001:db8::ffff:1", True),
-        ("2001:db8::1", "2001:db8:0:1::1", False),
-        ("fe80::1%eth0", "fe80::2%eth0", True),
-    ],
-)
-def test_who_is_one_visitor(one, other, are_one):
-    first, second = (guard.visitor_of({"client": (host, 1)}) for host in (one, other))
-    assert (first == second) == are_one
 
 
 @pytest.mark.parametrize("length", [101, 500, 1997])
@@ -1134,6 +915,9 @@ def test_an_image_that_is_no_file_any_more_is_asked_with_by_its_features(worn):
 # The end
 
 
+HALF = b"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n1234"
+
+
 def test_the_page_ends_whatever_is_under_way(index, tmp_path):
     """Images that take minutes, requests that never end, connections that say nothing; and no process is left."""
     served = Served(index, tmp_path)
@@ -1142,7 +926,7 @@ def test_the_page_ends_whatever_is_under_way(index, tmp_path):
     with contextlib.ExitStack() as links:
         for _ in range(10):
             served.link(links)
-            served.link(links, LONG.encode())
+            served.link(links, HALF)
         for _ in range(4):
             threads.append(threading.Thread(target=attack_until_the_end, args=[served, *body]))
             threads[-1].start()
@@ -1196,100 +980,3 @@ def test_nothing_stays_on_the_disk(name, code, index, tmp_path):
         assert served.process.stderr.count("\n") <= 3
     finally:
         served.process.end()
-
-
-# Limits, without a server: requests that wait as long as the test wants
-
-
-POST = {"type": "http", "method": "POST", "path": "/search", "headers": [(b"host", b"a")]}
-
-
-async def never() -> dict:
-    """What a sender says that stays silent."""
-    await asyncio.Event().wait()
-
-
-async def empty() -> dict:
-    return {"type": "http.request", "body": b"", "more_body": False}
-
-
-async def sent(app, scope, receive) -> tuple[int, dict[bytes, bytes], str]:
-    """What an application answers: status, headers, text."""
-    messages = []
-
-    async def send(message) -> None:
-        messages.append(message)
-
-    await app(scope, receive, send)
-    start, body = messages
-    return start["status"], dict(start["headers"]), body["body"].decode()
-
-
-def test_more_requests_at_once_than_there_is_room_for_are_told_when_to_come_back():
-    async def run() -> None:
-        gate = asyncio.Event()
-
-        async def slow(scope, receive, send) -> None:
-            await gate.wait()
-            await guard.answer(send, 200, "done")
-
-        small = {**POST, "headers": [*POST["headers"], (b"content-length", b"9")]}
-        app = guard.Guard(slow, Hosts("a"))
-        waiting = [asyncio.create_task(sent(app, small, empty)) for _ in range(guard.MOST_ASKING)]
-        while app.asking.taken.total() < guard.MOST_ASKING:
-            await asyncio.sleep(0)
-        for _ in range(3):
-            status, headers, text = await sent(app, small, empty)
-            assert (status, headers[b"retry-after"]) == (429, guard.RETRY_AFTER.encode())
-            assert "too many requests at once" in text
-        gate.set()
-        assert {status for status, *_ in await asyncio.gather(*waiting)} == {200}
-        assert (await sent(app, small, empty))[0] == 200
-        assert app.asking.taken == app.uploading.taken == {}
-
-    asyncio.run(run())
-
-
-def test_a_request_that_comes_too_slowly_is_given_up(monkeypatch):
-    monkeypatch.setattr(guard, "MOST_SECONDS", 0.01)
-    app = guard.Guard(never, Hosts("a"))
-    status, _, text = asyncio.run(sent(app, POST, never))
-    assert status == 408
-    assert "came too slowly" in text
-    assert app.asking.taken == app.uploading.taken == {}
-
-
-def test_a_question_that_takes_too_long_is_given_up(monkeypatch):
-    """The answer that never comes is dropped, and its request told to try again."""
-    from types import SimpleNamespace
-
-    monkeypatch.setattr(guard, "MOST_SECONDS", 0.01)
-    searcher = SimpleNamespace(check=lambda question: None, pair=None)
-    monkeypatch.setattr(http_api, "measured", lambda pair: "")
-    monkeypatch.setattr(http_api, "experts_of", lambda pair: [])
-    asked = []
-
-    def ask(question) -> Future:
-        asked.append((question.text, Future()))
-        return asked[-1][1]
-
-    service = http_api.Service(searcher, 12, SimpleNamespace(ask=ask))
-
-    async def form_of_a_text() -> dict:
-        return {"type": "http.request", "body": b"text=is+red", "more_body": False}
-
-    kind = (b"content-type", b"application/x-www-form-urlencoded")
-    said = {
-        "headers": [*POST["headers"], kind],
-        "query_string": b"",
-        "root_path": "",
-        "scheme": "http",
-    }
-    scope = {**POST, **said}
-    app = guard.Guard(http_api.build(service, documented=False), Hosts("a"))
-    status, headers, text = asyncio.run(sent(app, scope, form_of_a_text))
-    assert (status, headers[b"retry-after"]) == (503, guard.RETRY_AFTER.encode())
-    assert "no answer in time" in text
-    ((words, future),) = asked
-    assert words == "is red"
-    assert future.cancelled()

@@ -34,12 +34,11 @@ from image_search.batching import Batcher
 from image_search.beside_weights import experts_of, measured
 from image_search.examples import Example
 from image_search.forms import File, read_form
-from image_search.guard import visitor_of
 from image_search.photos import TAKEN
 from image_search.searcher import LESS, TARGET_DEPTH, Found, Question, RetrievedImage, Searcher
 from image_search.stores.base import QuestionError
 from image_search.uploads import preview, read_upload
-from image_search.workers import SECONDS, Outcome, Overrun, Pool, Template, in_thread
+from image_search.workers import SECONDS, Outcome, Overrun, Pool
 from models.schemas import Expert
 from runtime.files import file_size
 from runtime.image_files import thumbnail
@@ -61,12 +60,11 @@ MOST_ANSWERS = 100
 MOST_SHOWN = 100  # images to choose from
 AGE = 600  # seconds for which a browser keeps an image of the index
 LARGEST_ROW = 2**63 - 1
-# Workers, of which one visitor has half. An upload has few pixels, an image of the index what Pillow decodes at most.
+# Processes that decode. An upload has few pixels; an image of the index has at most as many as Pillow decodes.
 UPLOADS = {"workers": 4, "memory": 2**30}
-PHOTOS = {"workers": 8, "memory": 2**31}
+PHOTOS = {"workers": 4, "memory": 2**31}
 MOST_KEPT = 64 * 2**20  # bytes of thumbnails, and as many of what CLIP sees of uploads
 SMALLEST_PACKED = 1000  # bytes of an answer that is compressed
-LOADED = ("data_utils", "image_search.uploads")  # in workers
 SIDES = {"small": 320, "large": 1280}  # pixels of the longer side of a thumbnail
 TITLE = "Composed image retrieval"
 SUMMARY = "Search an index of images by an image and what to change of it."
@@ -200,7 +198,6 @@ class Error(BaseModel):
 
 ERROR_ANSWERS: dict[int | str, dict[str, Any]] = {
     400: {"model": Error, "description": "The question cannot be asked."},
-    429: {"model": Error, "description": "Too many at once: try again after Retry-After."},
 }
 
 
@@ -238,29 +235,29 @@ class Service:
             MOST_KEPT, getsizeof=lambda seen: seen.nbytes
         )
         self.server = uuid.uuid4().hex[:12]
-        self.workers = Template(LOADED)
-        self.uploads = Pool(self.workers, seconds=seconds, **UPLOADS)
-        self.photos = Pool(self.workers, seconds=seconds, **PHOTOS)
+        self.uploads = Pool(seconds=seconds, **UPLOADS)
+        self.photos = Pool(seconds=seconds, **PHOTOS)
         # A browser has few connections: the first question would wait until the first pictures are there.
         threading.Thread(target=self.photos.prepare, daemon=True).start()
 
     def close(self) -> None:
-        """End the workers."""
-        self.workers.close()
+        """End the processes that decode."""
+        self.uploads.close()
+        self.photos.close()
 
     async def search(self, request: Request) -> Response:
         """The images nearest to an image that is changed as a text says."""
         asked, upload = await read_question(request)
         if upload is not None:
-            pixels = await self._of_upload(request, read_upload, upload, self._read)
+            pixels = await self._of_upload(read_upload, upload, self._read)
             image: torch.Tensor | None = torch.from_numpy(pixels)
         else:
-            image = await self._image(request, asked.row, asked.upload)
+            image = await self._image(asked.row, asked.upload)
         question = Question(
             image=image,
             text=asked.text,
             k=asked.k or self.k,
-            less=await self._image(request, asked.less_row, asked.less_upload),
+            less=await self._image(asked.less_row, asked.less_upload),
             mix=asked.mix,
             lean=asked.lean,
             without=asked.row if asked.without_reference else None,
@@ -287,7 +284,7 @@ class Service:
         if upload is None:
             raise QuestionError("there is no image: send one")
         shown = (self._read, SIDES["small"], self._background)
-        seen, small = await self._of_upload(request, preview, upload, *shown)
+        seen, small = await self._of_upload(preview, upload, *shown)
         name = secrets.token_urlsafe()
         self.seen[name] = seen
         return Kept(upload=name, picture=f"data:image/jpeg;base64,{b64encode(small).decode()}")
@@ -296,33 +293,31 @@ class Service:
         self, request: Request, row: int, size: Literal["small", "large"] = "small"
     ) -> Response:
         """A JPEG of an image of the index."""
-        file = await in_thread(self._file, row)
+        file = await asyncio.to_thread(self._file, row)
         kept = self.thumbnails.get((file, size))
         if kept is not None:
             return unless_known(request, kept, "image/jpeg", age=AGE)
         try:
-            picture = await self.photos.run(
-                visitor_of(request.scope), thumbnail, file, SIDES[size], self._background
-            )
+            picture = await self.photos.run(thumbnail, file, SIDES[size], self._background)
         except Overrun:
             raise HTTPException(
                 HTTPStatus.SERVICE_UNAVAILABLE, "this image takes too long: try another"
             ) from None
-        if await in_thread(file_size, file) is not None:
+        if await asyncio.to_thread(file_size, file) is not None:
             self.thumbnails[file, size] = picture
         return unless_known(request, picture, "image/jpeg", age=AGE)
 
     async def photo(self, row: int) -> Photo:
         """The name of an image of the index."""
-        return await in_thread(self._photo, row)
+        return await asyncio.to_thread(self._photo, row)
 
     async def some(self, count: int = Query(40, ge=1, le=MOST_SHOWN)) -> list[Photo]:
         """Images of the index, at random."""
-        return await in_thread(self._some, count)
+        return await asyncio.to_thread(self._some, count)
 
     async def some_examples(self, count: int = Query(4, ge=1, le=MOST_SHOWN)) -> list[KnownExample]:
         """Questions whose answers are known, at random; none where --examples names none."""
-        return await in_thread(self._some_examples, count)
+        return await asyncio.to_thread(self._some_examples, count)
 
     async def health(self) -> Health:
         """That the server answers, and what it is."""
@@ -352,22 +347,22 @@ class Service:
         return self.searcher.pair.encoder.preprocessing["background"]
 
     async def _of_upload(
-        self, request: Request, function: Callable[..., Outcome], upload: File, *arguments: Any
+        self, function: Callable[..., Outcome], upload: File, *arguments: Any
     ) -> Outcome:
         """Return the image that a worker decodes from an upload."""
         try:
-            return await self.uploads.run(visitor_of(request.scope), function, upload, *arguments)
+            return await self.uploads.run(function, upload, *arguments)
         except Overrun:
             raise QuestionError(
-                f"the image takes more than {self.uploads.seconds:g} seconds (fewer while others wait) or "
+                f"the image takes more than {self.uploads.seconds:g} seconds or "
                 f"{self.uploads.memory // 2**20} MiB to decode: upload a smaller or simpler copy"
             ) from None
 
-    async def _image(self, request: Request, row: int | None, upload: str) -> torch.Tensor | None:
+    async def _image(self, row: int | None, upload: str) -> torch.Tensor | None:
         """Return the image of a row or of an upload; None if neither is given."""
         if upload:
             return self._seen(upload)
-        return None if row is None else await self._reference(request, row)
+        return None if row is None else await self._reference(row)
 
     def _seen(self, upload: str) -> torch.Tensor:
         """Return the preprocessed upload, bytes (3, R, R)."""
@@ -376,13 +371,13 @@ class Service:
             raise HTTPException(HTTPStatus.GONE, "the image is not kept any more: upload it again")
         return torch.from_numpy(seen)
 
-    async def _reference(self, request: Request, row: int) -> torch.Tensor:
+    async def _reference(self, row: int) -> torch.Tensor:
         """Features (1, D) of an image of the index; where its file has changed, what a worker reads of that."""
-        file, features = await in_thread(self._kept, row)
+        file, features = await asyncio.to_thread(self._kept, row)
         if features is not None:
             return features
         try:
-            pixels = await self.photos.run(visitor_of(request.scope), read_photo, file, self._read)
+            pixels = await self.photos.run(read_photo, file, self._read)
         except (UserError, Overrun):
             raise QuestionError(
                 "this image has changed and cannot be decoded any more: choose another"
