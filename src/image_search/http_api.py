@@ -28,6 +28,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import ClientDisconnect
 
 from image_search.api_guide import guide
 from image_search.batching import Batcher
@@ -510,6 +511,9 @@ def add_errors(app: FastAPI) -> None:
     async def unknown(_: Request, error: Any) -> JSONResponse:
         return failed(error.status_code, str(error.detail).lower(), error.headers)
 
+    async def left(_: Request, error: Any) -> Response:
+        return Response(status_code=HTTPStatus.BAD_REQUEST)  # the sender is gone before its request is here
+
     async def fault(_: Request, error: Any) -> JSONResponse:
         return failed(
             HTTPStatus.INTERNAL_SERVER_ERROR, "a fault of the server: its terminal says more"
@@ -519,6 +523,7 @@ def add_errors(app: FastAPI) -> None:
     app.add_exception_handler(UserError, broken)
     app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(HTTPException, unknown)
+    app.add_exception_handler(ClientDisconnect, left)
     app.add_exception_handler(Exception, fault)
 
 
