@@ -8,7 +8,7 @@ from reports.tables import text_table
 
 
 def model_list() -> str:
-    """A table: the feature length, pixels and tokens of each published model that can be named."""
+    """Return a table of the published models: feature dimension, image side in pixels, context length in tokens."""
     rows = {}
     for name, (dim, pixels, *_, tokens, _, _, _, _) in ARCHITECTURES.items():
         rows[name] = _row(dim, pixels, tokens)
