@@ -169,8 +169,8 @@ def print_scores(scores: list[dict[str, Any]], metrics_json: Path | None) -> Non
     if metrics_json:
         if len(scores) != 1:
             raise UserError(
-                f"--metrics-json {metrics_json}: the files are of {len(scores)} submissions: pass the files of one "
-                "submission"
+                f"--metrics-json {metrics_json}: the files belong to {len(scores)} submissions: pass the files of "
+                "only one"
             )
         write_text(metrics_json, json.dumps(scores[0], indent=2) + "\n")
 

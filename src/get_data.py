@@ -227,7 +227,7 @@ def get_benchmark(benchmark: Benchmark, sources: Sequence[Path]) -> None:
     if not images:
         names = ", ".join(images_file.name for _, images_file in lists)
         raise UserError(
-            f"--archive: none of {names} is there: clone the repository of the annotations, and pass its folder too"
+            f"--archive: none of {names} was found: clone the annotation repository, and pass its folder too"
         )
     own_folder = benchmark.data_root / Path(benchmark.folder).parts[0]
     for name, place in images.items():
@@ -249,7 +249,9 @@ def get_checkpoints(folder: Path, sources: Sequence[Path]) -> None:
     endings = CHECKPOINT_ENDINGS
     made = lay_out(sources, lambda path: folder / path.name if path.suffix in endings else None)
     if not made:
-        raise UserError(f"--archive: no {' or '.join(endings)} file is there: pass another archive")
+        raise UserError(
+            f"--archive: no {' or '.join(endings)} file was found: pass another archive"
+        )
     print("\n".join(map(str, sorted(made))))
 
 

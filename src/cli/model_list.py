@@ -12,7 +12,7 @@ def model_list() -> str:
     rows = {}
     for name, (dim, pixels, *_, tokens, _, _, _, _) in ARCHITECTURES.items():
         rows[name] = _row(dim, pixels, tokens)
-    others = f"{HUB_SCHEME}:ORG/REPO, {FOLDER}:FOLDER and {OPEN_CLIP}:ARCH=FILE are taken too"
+    others = f"{HUB_SCHEME}:ORG/REPO, {FOLDER}:FOLDER and {OPEN_CLIP}:ARCH=FILE are accepted too"
     if importlib.util.find_spec(OPEN_CLIP) is None:
         return f"{text_table(rows)}\n{others}; for these and many more names: {REQUIREMENTS}"
 

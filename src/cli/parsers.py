@@ -120,7 +120,9 @@ class ScriptParser(argparse.ArgumentParser):
         """Print an error message on one line, and exit with code 2."""
         reason = printable(message)
         if any(word.isspace() for word in self.typed):
-            reason += "; a blank behind the \\ at the end of a line is a word of its own: delete the blank"
+            reason += (
+                "; whitespace after the \\ at the end of a line is passed as an argument: delete it"
+            )
         self.exit(2, f"{self.prog}: error: {reason} (see --help)\n")
 
 
