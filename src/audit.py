@@ -1,10 +1,11 @@
-"""Audit a benchmark with a pair: the queries that image or text alone solve, and the queries that need both.
+"""Audit a benchmark with a pair: find the queries that image or text alone solve, and the queries that need both.
 
     python src/audit.py --dataset CIRR --clip-model-path models/THE_RUN --combiner-path models/THE_OTHER_RUN \
         --write-queries need_both.json
     python src/validate.py --dataset CIRR --combining-function sum --queries need_both.json
 
-A query needs both where neither its image nor its text alone has the target among its first k (after arXiv 2605.14787).
+A query needs both if neither its image nor its text alone ranks the target among the first k results (after arXiv
+2605.14787).
 """
 
 import argparse
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags of an audit."""
+    """Parse the flags of an audit."""
     parents = [parent(groups.Dataset), *options.evaluation_flags(needs_pair=False)]
     parser = ScriptParser(__doc__, parents=parents)
     group = parser.add_argument_group("audit")
@@ -65,7 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def print_audit(benchmark: Benchmark, protocol: str, numbers: Mapping[str, Any]) -> None:
-    """Two tables: who solves what, and every metric where both are needed."""
+    """Print two tables: the queries that each composition solves, and all metrics on the queries that need both."""
     queries = sum(numbers["queries"].values())
     print(
         f"\n{benchmark.name} {benchmark.val_split}, {protocol}: {queries} queries, number solved and share in %"
@@ -99,7 +100,7 @@ def ranked(
     *,
     block: int | None,
 ) -> "dict[str, Rankings]":
-    """Combining function -> the rankings: image and text alone, their sum, and the pair's own."""
+    """Return the rankings of each combining function: image only, text only, their sum, and the pair's own."""
     from combiner import UNLEARNED, Composer
     from evaluation.retrieval import rank_all
 
@@ -114,7 +115,7 @@ def ranked(
 def write_queries(
     file: Path, benchmark: Benchmark, names: Sequence[str], *, chosen_by: str
 ) -> None:
-    """Write the queries that need both; nothing where there are none."""
+    """Write the list of the queries that need both; if there are none, log a warning instead."""
     if not names:
         logger.warning("warning: no query needs both image and text: %s is not written", file)
         return
@@ -123,7 +124,7 @@ def write_queries(
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Audit, print, and write what the flags choose."""
+    """Print the audit, and write the files that the flags request."""
     args = parse(argv)
     check_files(args)
     outputs = {"--metrics-json": args.metrics_json, "--write-queries": args.write_queries}

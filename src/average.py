@@ -1,10 +1,10 @@
-"""Average the weights of several checkpoints into one: of epochs of a run, or of seeds of stage 1.
+"""Average the weights of several checkpoints into one: different epochs of a run, or different seeds of stage 1.
 
     python src/average.py --checkpoints models/THE_RUN/saved_models/tuned_clip_8.pt \
         models/THE_RUN/saved_models/tuned_clip_9.pt --output soup.pt
 
-Such a "model soup" (Wortsman et al. 2022, arXiv 2203.05482) costs a search no more than one of them. They must have
-begun from the same weights: CLIPs of several seeds have, Combiners have not.
+Inference with such a "model soup" (Wortsman et al. 2022, arXiv 2203.05482) costs no more than with a single checkpoint.
+All checkpoints must come from the same initial weights, as CLIPs of different seeds do, but not Combiners.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from utils import UserError, command
 logger = logging.getLogger(__name__)
 
 FLAG = "--checkpoints"
-# What those of a stage must share besides their preprocessing, by the key of its weights.
+# Part of the model in a checkpoint -> settings that all averaged checkpoints must share, besides their preprocessing.
 SHARED: dict[str, tuple[str, ...]] = {
     "CLIP": (),
     "Combiner": ("clip_weights", "combiner_type", "top_k", "seed"),
@@ -30,7 +30,7 @@ SHARED: dict[str, tuple[str, ...]] = {
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags of an average."""
+    """Parse the flags of an average."""
     parser = ScriptParser(__doc__)
     parser.add_argument(
         FLAG,
@@ -52,13 +52,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def averaged(files: list[Path], made_by: str) -> dict[str, Any]:
-    """Return the content of a checkpoint whose weights are the mean of some, with the settings of the first.
+    """Return the content of a checkpoint with the mean weights of several checkpoints and the settings of the first.
 
     Args:
-        made_by: the command that its settings name.
+        made_by: command to be recorded in the settings.
 
     Raises:
-        UserError: one is no checkpoint, or of another model than the first.
+        UserError: a file is not a checkpoint, or belongs to a different model than the first.
     """
     from runtime.tensors import load_tensors
 
@@ -78,12 +78,12 @@ def averaged(files: list[Path], made_by: str) -> dict[str, Any]:
 
 
 def read(file: Path, kind: str) -> Checkpoint:
-    """One of the checkpoints. Raises UserError where it is of the other stage, or none."""
+    """Read a checkpoint. Raises UserError if the file is not a checkpoint, or belongs to the other stage."""
     return cast(Checkpoint, read_checkpoint(FLAG, file, kind))
 
 
 def check_same_model(first: Checkpoint, other: Checkpoint, names: tuple[str, ...]) -> None:
-    """Reject a checkpoint that is of another model than the first, or began from other weights."""
+    """Reject a checkpoint of a different model than the first, or one whose training started from other weights."""
     for name in [*Settings.read(first.config).preprocessing, *names]:
         ours = first.table.get(name)
         theirs = other.table.get(name)
@@ -104,7 +104,7 @@ def _shapes(checkpoint: Checkpoint) -> dict[str, Any]:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Write the average."""
+    """Write the averaged checkpoint."""
     args = parse(argv)
     files = [find_checkpoint(FLAG, path) for path in args.checkpoints]
     if len(files) < 2:

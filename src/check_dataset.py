@@ -25,7 +25,7 @@ from utils import UserError, command
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags of the check."""
+    """Parse the flags of the check."""
     parser = ScriptParser(__doc__, parents=[parent(groups.Data), parent(groups.Decoding)])
     options.add_dataset(
         parser,
@@ -56,7 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def chosen_benchmarks(data_root: Path, dataset: str | None) -> list[Benchmark]:
-    """The benchmark that is asked for, or all whose folder is there."""
+    """Return the chosen benchmark, or all benchmarks whose folder exists."""
     if dataset:
         return [BENCHMARKS[dataset](data_root)]
     benchmarks: list[Benchmark] = [kind(data_root) for kind in BENCHMARKS.values()]
@@ -69,7 +69,7 @@ def chosen_benchmarks(data_root: Path, dataset: str | None) -> list[Benchmark]:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Print a report of each dataset."""
+    """Print a report on each dataset."""
     args = parse(argv)
     check_file_writable({"--write-exclusions": args.write_exclusions})
     reports = []

@@ -3,9 +3,9 @@
     python src/check_submission.py submission/CIRR/*.json
     python src/check_submission.py submission/FashionIQ/val/mine/*.json --split val --metrics-json mine.json
 
-Files of a validation split are scored too, whoever made them, and so are files of validate.py --rankings: metrics have
-the names and values that validate.py gives. Exit code 0: all files keep all rules; 1: some break rules, each is printed
-with its query; 2: a file cannot be read.
+Files of a validation split are also scored, no matter which code wrote them, with the same metrics as in validate.py.
+Files of validate.py --rankings can be scored too. Exit code 0: all files follow all rules; 1: a file breaks a rule, and
+every violation is printed with its query; 2: a file cannot be read.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from settings.declaring import parent
 from settings.flag_types import in_any_case, usable_path
 from utils import UserError, command, printable
 
-Contents = dict[Path, Any]  # file -> its content, parsed
+Contents = dict[Path, Any]  # file -> its parsed content
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags of the check."""
+    """Parse the flags of the check."""
     datasets = list(dict.fromkeys(form.kind.name for form in FORMS))
     parser = ScriptParser(__doc__, parents=[parent(groups.Data)])
     parser.add_argument(
@@ -59,10 +59,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def open_form(kind: type[ServerForm[Any]], data_root: Path, wanted: str) -> ServerForm[Any]:
-    """Open what files of a kind are checked against; say so where the annotations are not the official ones.
+    """Return the form against which files are checked; print a note if its annotations are not official.
 
     Args:
-        wanted: "val" or "test".
+        wanted: split, "val" or "test".
     """
     benchmark = kind.kind(data_root)
     split = benchmark.split_called(wanted)
@@ -79,7 +79,7 @@ def open_form(kind: type[ServerForm[Any]], data_root: Path, wanted: str) -> Serv
 
 
 def print_violations(file: Path, violations: list[str]) -> bool:
-    """Print what a file breaks; returns whether it keeps all rules."""
+    """Print the violations in a file, and return whether there are none."""
     for violation in violations:
         print(printable(f"{file}: {violation}"))
     verdict = f"{len(violations)} violations" if violations else "keeps all rules"
@@ -90,7 +90,7 @@ def print_violations(file: Path, violations: list[str]) -> bool:
 def check_files(
     contents: Contents, args: argparse.Namespace
 ) -> tuple[bool, dict[ServerForm[Any], Contents]]:
-    """Print what each submission file breaks; returns whether none does, and the files of each form."""
+    """Print the violations in each submission file; return whether there are none, and the files of each form."""
     forms: dict[type[ServerForm[Any]], ServerForm[Any]] = {}
     files: dict[ServerForm[Any], Contents] = {}
     keep_rules = True
@@ -105,10 +105,10 @@ def check_files(
 
 
 def check_rankings(file: Path, args: argparse.Namespace) -> dict[str, Any] | None:
-    """Print where a file of validate.py --rankings is not of the annotations; its metrics if it is.
+    """Print how a file of validate.py --rankings differs from the annotations; return its metrics if it does not.
 
     Raises:
-        UserError: it is of another split than --split, or see `read_rankings`.
+        UserError: the file is for another split than --split, or `read_rankings` rejects it.
     """
     content = read_rankings(file)
     kind = BENCHMARKS[content["dataset"]]
@@ -127,7 +127,7 @@ def check_rankings(file: Path, args: argparse.Namespace) -> dict[str, Any] | Non
 
 
 def not_whole(form: ServerForm[Any], contents: Contents) -> str:
-    """Say what keeps files from being scored; "" where they are one submission."""
+    """Return the reason why files cannot be scored; "" if they are one complete submission."""
     slots = [form.slot(file.name, content) for file, content in contents.items()]
     if sorted(slots) == sorted(form.slots):
         return ""
@@ -136,10 +136,10 @@ def not_whole(form: ServerForm[Any], contents: Contents) -> str:
 
 
 def scores_of(files: Mapping[ServerForm[Any], Contents], *, must: bool) -> list[dict[str, Any]]:
-    """The metrics of each submission that is whole; a note on files that are none.
+    """Return the metrics of each complete submission, and print a note on each incomplete submission.
 
     Args:
-        must: whether they are an error, which is raised.
+        must: raise UserError for an incomplete submission instead of printing a note.
     """
     scores = []
     for form, contents in files.items():
@@ -156,10 +156,10 @@ def scores_of(files: Mapping[ServerForm[Any], Contents], *, must: bool) -> list[
 
 
 def print_scores(scores: list[dict[str, Any]], metrics_json: Path | None) -> None:
-    """Print metrics, one `name = value` a line, and write them down.
+    """Print metrics as lines of the form `name = value`, and write them to the file if there is one.
 
     Raises:
-        UserError: they are of several submissions, and one file is to hold them.
+        UserError: a file is requested, but the number of submissions is not 1.
     """
     for scored in scores:
         if len(scores) > 1:
@@ -169,15 +169,15 @@ def print_scores(scores: list[dict[str, Any]], metrics_json: Path | None) -> Non
     if metrics_json:
         if len(scores) != 1:
             raise UserError(
-                f"--metrics-json {metrics_json}: the files are of {len(scores)} submissions: pass the files of one "
-                "submission"
+                f"--metrics-json {metrics_json}: the files belong to {len(scores)} submissions: pass the files of "
+                "only one"
             )
         write_text(metrics_json, json.dumps(scores[0], indent=2) + "\n")
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Print what each file breaks, and what those of a validation split score."""
+    """Print the violations in each file and, for a validation split, the metrics."""
     args = parse(argv)
     check_file_writable({"--metrics-json": args.metrics_json})
     contents = {file: parse_submission(file) for file in args.files}

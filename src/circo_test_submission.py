@@ -3,7 +3,7 @@
     python src/circo_test_submission.py --submission-name my_submission --combining-function combiner \
         --combiner-path models_final/combiner_trained_on_cirr --clip-model-path models_final/clip_finetuned_on_cirr
 
-With `--split val` it writes the same file for the validation split, whose answers are known, and scores it.
+With `--split val` it writes the same file for the validation split, whose targets are known, and scores it.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from utils import command
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags of a submission."""
+    """Parse the flags of a submission."""
     parser = submission_parser(__doc__, CircoForm.kind)
     add_protocol(
         parser,
@@ -30,7 +30,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Rank the split's gallery for every query; exit code 1 if the file breaks a rule."""
+    """Write the results of every query, ranked from the split's gallery; exit with code 1 if the file breaks a rule."""
     submit_as_asked(CircoForm, parse(argv))
 
 

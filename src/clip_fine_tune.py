@@ -1,4 +1,4 @@
-"""Stage 1: fine-tune CLIP so that image feature + text feature lies near the target's image feature.
+"""Stage 1: fine-tune CLIP so that the sum of a query's image and text features is near the target's image feature.
 
 On a GPU:
     python src/clip_fine_tune.py --dataset CIRR --num-epochs 100 --clip-model-name RN50x16 --encoder both \
@@ -34,12 +34,12 @@ SCRIPT = "clip_fine_tune.py"
 
 
 def parse(argv: list[str] | None) -> Stage1:
-    """The flags of stage 1."""
+    """Parse the flags of stage 1."""
     return training.parse(Stage1, SCRIPT, __doc__, argv)
 
 
 def train(args: Stage1, benchmark: Benchmark, stop: StopRequest) -> None:
-    """Fine-tune CLIP in a run folder, or once with each of several seeds."""
+    """Fine-tune CLIP once, or once with each of several seeds."""
     from models.encoder import versions
     from training.data import read_training_data
     from training.run_folder import claim_place
@@ -59,7 +59,7 @@ def train(args: Stage1, benchmark: Benchmark, stop: StopRequest) -> None:
         settings = started_with(args.resume, settings)
     whole = claim_place("clip_finetuned", benchmark.run_name, settings, args)
     if args.seeds:
-        encoder.model.cpu()  # each seed trains a copy
+        encoder.model.cpu()  # each seed trains a copy on the device
     training.train_places(
         whole,
         data,
@@ -89,7 +89,7 @@ def task_of(
 def load_clip(
     args: Stage1, benchmark: Benchmark, device: "torch.device", stop: StopRequest
 ) -> "Encoder":
-    """CLIP as the flags want it; it stops between two batches of images."""
+    """Load the CLIP that the flags choose; a signal stops its encoding between two batches of images."""
     from models.encoder import load_encoder
 
     clip = resolve_clip_options(args, [], benchmark.background)
@@ -101,7 +101,7 @@ def load_clip(
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Fine-tune CLIP; writes a run folder under --output-dir."""
+    """Fine-tune CLIP, and write a run folder under --output-dir."""
     training.run(parse(argv), train)
 
 

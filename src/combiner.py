@@ -1,6 +1,6 @@
-"""Ways to compose a query: image or text alone, the sum, two Combiners; build a Combiner from a checkpoint.
+"""Composition of queries: image or text only, their sum, two Combiners; and loading a Combiner from a checkpoint.
 
-Shapes: B queries, D = CLIP's feature length, P = projection_dim, H = hidden_dim, E experts, k of them per query.
+Shapes: B queries, D = CLIP's feature dimension, P = projection_dim, H = hidden_dim, E experts, k experts per query.
 """
 
 from abc import ABC, abstractmethod
@@ -22,13 +22,13 @@ from utils import UserError, first_line, flag
 
 # Image features (B, D), text features (B, D) -> queries (B, D).
 Compose = Callable[[Tensor, Tensor], Tensor]
-CombinerSettings = dict[str, Any]  # kind and sizes of a Combiner, by the names of their flags
+CombinerSettings = dict[str, Any]  # name of a flag -> value: architecture and sizes of a Combiner
 
 ATTENTION_HEADS = 4
 ORIGINAL_TOP_K = 2
-# What all features pass first; both kinds of Combiner name them so.
+# Names of the first layers, which are the same in both Combiners.
 PROJECTIONS = ("text_projection_layer", "image_projection_layer")
-# A part that a mixture may have -> a weight of its own, which tells of it where no configuration does.
+# Optional part of a mixture -> a weight that only this part has, which identifies it if there is no configuration.
 PART_WEIGHTS = {
     "shared_expert": "moe_layer.shared_expert.0.weight",
     "router_norm": "moe_layer.router_norm.weight",
@@ -37,17 +37,17 @@ PART_WEIGHTS = {
 
 
 def compose_sum(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """The normalised sum of unnormalised CLIP features, (B, D), (B, D) -> (B, D): stage 1's query."""
+    """Return the normalised sum of unnormalised CLIP features, stage 1's query: (B, D), (B, D) -> (B, D)."""
     return F.normalize(image_features + text_features, dim=-1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Insight:
-    """Experts and gates that a Combiner uses for queries.
+    """Expert weights and gates of a Combiner for a batch of queries.
 
     Attributes:
-        experts: (B, E) weight of each expert, 0 for those that a query does not go to; E is 0 without a mixture.
-        gate: (B,) how much of the residual is text, 0 to 1, the mean over its elements.
+        experts: (B, E) weights of the experts, 0 for experts to which a query is not sent; E is 0 without a mixture.
+        gate: (B,) fraction of text in the residual, from 0 to 1: the mean over the gate's elements.
     """
 
     experts: Tensor
@@ -60,12 +60,13 @@ class Insight:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Parts of a mixture of experts beyond the original's; all are off by default.
+    """Optional parts of a mixture of experts, which the original code does not have; all are off by default.
 
     Attributes:
-        shared_expert: one more expert, which every query goes through (Dai et al. 2024, arXiv 2401.06066, section 3.2).
-        router_norm: whether the router sees its input layer-normalised.
-        router_bias: not 0 where a bias counts in the choice of experts (Wang et al. 2024, arXiv 2408.15664).
+        shared_expert: whether to add an expert for every query (Dai et al. 2024, arXiv 2401.06066, section 3.2).
+        router_norm: whether to layer-normalise the router's input.
+        router_bias: if not 0, a bias is added to the logits for the choice of experts (Wang et al. 2024, arXiv
+            2408.15664).
         router_noise: standard deviation of the noise on the router's logits in training (Shazeer et al. 2017).
     """
 
@@ -76,7 +77,7 @@ class Parts:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Parts":
-        """Return the parts that are set in the settings of a Combiner."""
+        """Return the parts that a Combiner's settings turn on."""
         names = [field.name for field in fields(cls)]
         return cls(**{name: settings[name] for name in names if settings.get(name)})
 
@@ -85,13 +86,13 @@ NO_PARTS = Parts()
 
 
 class Composer(nn.Module, ABC):
-    """A way to compose queries: unnormalised image and text features (B, D), (B, D) -> normalised queries (B, D).
+    """Base of all compositions: unnormalised image and text features (B, D), (B, D) -> normalised queries (B, D).
 
     Attributes:
-        combining_function: what `--combining-function` calls it.
-        top_k: experts that a query goes to; 0 without a mixture.
-        shapes: matrices that a checkpoint is recognised by -> the settings that are its rows and columns. The mixture
-            and CLIP4Cir's Combiner need none.
+        combining_function: name of the composition in `--combining-function`.
+        top_k: number of experts that a query is sent to; 0 without a mixture.
+        shapes: name of a weight matrix -> settings that equal its numbers of rows and columns. A checkpoint with all of
+            these matrices is recognised as this class; the two built-in Combiners need none.
     """
 
     combining_function = "combiner"
@@ -100,36 +101,36 @@ class Composer(nn.Module, ABC):
 
     @property
     def has_router(self) -> bool:
-        """Tell whether a router sends queries to experts."""
+        """Check whether a router sends queries to experts."""
         return self.top_k > 0
 
     @property
     def router_bias(self) -> Tensor | None:
-        """Return the bias (E,) of the router's logits for the choice of experts; None without a bias."""
+        """Return the bias (E,) that is added to the router's logits for the choice of experts; None without a bias."""
         return None
 
     @abstractmethod
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """Unnormalised CLIP features (B, D), (B, D) -> normalised query (B, D)."""
+        """Compose unnormalised CLIP features (B, D), (B, D) to normalised queries (B, D)."""
 
     def explained(
         self, image_features: Tensor, text_features: Tensor, lean: Tensor | None = None
     ) -> tuple[Tensor, Insight | None]:
-        """Return the queries (B, D), and experts and gate; None if it has neither.
+        """Return the queries (B, D), and their experts and gates, or None if the composition has neither.
 
         Args:
-            lean: of the gate, see `leaned`.
+            lean: (B,) shift of the gate, see `leaned`.
         """
         return self(image_features, text_features), None
 
     def routed(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
-        """The queries (B, D) and the router's logits (B, E); E is 0 without a mixture."""
+        """Return the queries (B, D) and the router's logits (B, E); E is 0 without a mixture."""
         queries = self(image_features, text_features)
         return queries, queries.new_empty(len(queries), 0)
 
 
 class Sum(Composer):
-    """The normalised sum, which learns nothing."""
+    """The normalised sum of image and text features, which has no parameters."""
 
     combining_function = "sum"
 
@@ -138,7 +139,7 @@ class Sum(Composer):
 
 
 class ImageAlone(Composer):
-    """The normalised image, whatever is asked for."""
+    """The normalised image feature; the text is ignored."""
 
     combining_function = "image"
 
@@ -147,7 +148,7 @@ class ImageAlone(Composer):
 
 
 class TextAlone(Composer):
-    """The normalised text, whatever it is said of."""
+    """The normalised text feature; the image is ignored."""
 
     combining_function = "text"
 
@@ -155,18 +156,18 @@ class TextAlone(Composer):
         return F.normalize(text_features, dim=-1)
 
 
-# What composes without weights of its own, by the names of `--combining-function`.
+# Compositions without parameters, by their names in `--combining-function`.
 UNLEARNED = {kind.combining_function: kind for kind in (ImageAlone, TextAlone, Sum)}
 
 
 class RowDropout(nn.Dropout):
-    """Dropout whose mask is that of the global batch: every process draws all of it and takes its own rows.
+    """Dropout with a mask for the global batch: every process draws the complete mask and uses its own rows of it.
 
-    With one seed, several processes so train like one.
+    With the same seed, several processes therefore drop the same elements as a single process.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, ...) -> (b, ...)."""
+        """Drop elements of x, (b, ...) -> (b, ...)."""
         world = distributed.world_size()
         if world == 1 or not self.training:
             return super().forward(x)
@@ -175,15 +176,19 @@ class RowDropout(nn.Dropout):
 
 
 class Reordered(torch.autograd.Function):
-    """Rows (n, m), k copies of each, in another order.
+    """Copy each row of (n, m) k times, and return the n k copies, called slots, in a given order.
 
-    Indexing alone would add the gradient up in a copy of zeros, slot by slot: it cannot know that each slot is taken
-    once. Here the slots are put back, and those of one row summed.
+    Plain indexing would accumulate gradients into zeros slot by slot, since it cannot know that each slot is used
+    exactly once. Here the gradients are put back in order, and the k gradients of each row are summed.
     """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        """Row i is slot `order[i]`, (n k,); copy j of row r is slot r k + j. `order[inverse]` is 0 .. n k - 1."""
+        """Return (n k, m), whose row i is slot `order[i]`; copy j of row r is slot r k + j.
+
+        Args:
+            inverse: the inverse permutation, so that `order[inverse]` is 0 .. n k - 1.
+        """
         ctx.save_for_backward(inverse)
         ctx.copies = len(order) // len(rows)
         return rows[order // ctx.copies]
@@ -198,9 +203,9 @@ class Reordered(torch.autograd.Function):
 
 
 def choose(logits: Tensor, top_k: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The k experts of each row: their logits (B, k) and their numbers (B, k), of logits (B, E).
+    """Choose k experts for each row of logits (B, E), and return their logits (B, k) and their indices (B, k).
 
-    A bias (E,) counts in the choice alone: what the experts weigh is of the logits.
+    A bias (E,) affects only the choice; the returned logits, from which the experts' weights follow, do not include it.
     """
     if bias is None:
         return logits.topk(top_k, dim=-1)
@@ -209,11 +214,11 @@ def choose(logits: Tensor, top_k: int, bias: Tensor | None) -> tuple[Tensor, Ten
 
 
 def has_grouped_product(rows: Tensor, columns: int) -> bool:
-    """Check whether one kernel multiplies all groups of rows (n, m) to (n, columns), with their bounds on the device.
+    """Check whether one kernel can multiply all groups of rows (n, m) to (n, columns), with group bounds on the device.
 
-    torch has it from 2.10 on, for bfloat16 on GPUs of compute capability 9, in steps of 16 bytes. For all else
-    `grouped_mm` is a loop over the groups that waits for the device, or refuses; on capability 10 its gradient is not
-    zero for an expert without rows (pytorch issue 172439).
+    torch has such a kernel since 2.10, for bfloat16 on GPUs of compute capability 9 and rows of a multiple of 16 bytes.
+    In other cases `grouped_mm` loops over the groups and waits for the device, or raises an error; on capability 10,
+    its gradient for an expert without rows is not zero (pytorch issue 172439).
     """
     return (
         hasattr(F, "grouped_mm")
@@ -225,14 +230,15 @@ def has_grouped_product(rows: Tensor, columns: int) -> bool:
 
 
 class SparseMoE(nn.Module):
-    """Sparse mixture of experts, each Linear(P_in, H) + GELU + dropout (Shazeer et al. 2017, top-k gating).
+    """Sparse mixture of experts, each Linear(in_dim, H) + GELU + dropout (Shazeer et al. 2017, top-k gating).
 
-    Of a row's E router logits the k largest are kept; softmax over those k alone weighs the experts' outputs.
-    Rows are grouped by expert, so an expert runs once on all of its rows. One without rows does not run and gets no
-    gradient; in a grouped product it gets a gradient of zeros. A shared expert's output is added to the mixture.
+    The k largest of a row's E router logits are kept, and their softmax gives the weights of the experts' outputs.
+    Rows are grouped by expert, so an expert runs once on all of its rows. An expert without rows does not run and gets
+    no gradient; in a grouped matrix multiplication, its gradient is zero. A shared expert's output is added to the
+    mixture.
 
     Attributes:
-        load: (E,) rows that each expert had in the last forward pass, where there is a bias to be moved by it.
+        load: (E,) number of rows of each expert in the last forward pass, for `rebalance`; None without a router bias.
     """
 
     def __init__(
@@ -251,46 +257,47 @@ class SparseMoE(nn.Module):
         self.router = nn.Linear(in_dim, num_experts)
         self.experts = nn.ModuleList(_expert(in_dim, hidden_dim) for _ in range(num_experts))
         self.shared_expert = _expert(in_dim, hidden_dim) if parts.shared_expert else None
-        # A parameter without gradient, not a buffer: a moving average of the weights follows it too.
+        # The bias is a parameter without gradient, not a buffer, so that a moving average of the weights includes it.
         bias = nn.Parameter(torch.zeros(num_experts), requires_grad=False)
         self.router_bias = bias if parts.router_bias else None
         self.load: Tensor | None = None
         self.dropout = RowDropout(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_dim) -> (B, H)."""
+        """Route each row to its experts and mix their outputs, (B, in_dim) -> (B, H)."""
         return self.mix(x, self.route(x))
 
     def route(self, x: Tensor) -> Tensor:
-        """The router's logits, (B, in_dim) -> (B, E), in training with their noise.
+        """Return the router's logits, (B, in_dim) -> (B, E), with noise in training.
 
-        Never in half precision, which would flip choices (Fedus et al. 2021, arXiv 2101.03961, section 2.4).
+        They are never computed in half precision, whose rounding would change the choice of experts (Fedus et al. 2021,
+        arXiv 2101.03961, section 2.4).
         """
         with torch.autocast(x.device.type, enabled=False):
             exact = x.to(torch.promote_types(x.dtype, torch.float32))
             logits = self.router(self.router_norm(exact))
         if not (self.noise and self.training):
             return logits
-        # That of the global batch, of which each process takes its own rows, as in RowDropout.
+        # Every process draws the noise of the global batch and uses its own rows of it, as in RowDropout.
         noise = logits.new_empty(distributed.world_size(), *logits.shape).normal_(std=self.noise)
         return logits + noise[distributed.rank()]
 
     def mix(self, x: Tensor, router_logits: Tensor) -> Tensor:
-        """(B, in_dim) and the router's (B, E) for them -> (B, H)."""
+        """Mix the outputs of the experts that the router's logits (B, E) choose, (B, in_dim) -> (B, H)."""
         logits, chosen = choose(router_logits, self.top_k, self.router_bias)  # (B, k), (B, k)
-        # (B * k,) each: slots b * k + j, those of one expert side by side, and where each slot then is.
+        # All are (B * k,). Slots b * k + j are sorted by expert; places[s] is the position of slot s in this order.
         experts, slots = chosen.flatten().sort(stable=True)
         places = slots.argsort()
-        # Cast once, before there are k of each.
+        # Rows are cast before they are copied k times.
         rows = Reordered.apply(x.to(product_type(x)), slots, places)  # (B * k, in_dim)
         outputs = self.run_experts(rows, experts)
         ungrouped = Reordered.apply(outputs, places, slots).unflatten(0, chosen.shape)  # (B, k, H)
-        # In float32: the router learns from the difference of outputs that may be nearly alike.
+        # The sum is in float32, since the router's gradient depends on differences between outputs, which may be small.
         mixed = (logits.softmax(-1).unsqueeze(-1) * self.dropout(ungrouped)).sum(1)
         return mixed if self.shared_expert is None else mixed + self.dropout(self.shared_expert(x))
 
     def run_experts(self, rows: Tensor, experts: Tensor) -> Tensor:
-        """Rows (n, in_dim) and the expert of each, (n,) ascending -> their outputs (n, H)."""
+        """Run each expert on its rows: rows (n, in_dim) and their experts (n,), ascending -> outputs (n, H)."""
         every = torch.arange(len(self.experts), device=rows.device)
         is_of = experts.unsqueeze(1) == every  # (n, E)
         counts = is_of.sum(0)  # (E,)
@@ -298,22 +305,23 @@ class SparseMoE(nn.Module):
             self.load = counts
         layers = [cast(nn.Linear, expert.get_submodule("0")) for expert in self.experts]
         if has_grouped_product(rows, layers[0].out_features):
-            # Autocast does not cast what goes into a grouped product.
+            # Autocast does not cast the inputs of a grouped matrix multiplication.
             weights = torch.stack([layer.weight.to(rows.dtype) for layer in layers])  # (E, H, in)
             ends = counts.cumsum(0, dtype=torch.int32)
             products = F.grouped_mm(rows, weights.mT, offs=ends)
             biases = torch.stack([layer.bias for layer in layers])  # (E, H)
             return F.gelu(torch.addmm(products, is_of.to(rows.dtype), biases))
-        parts = rows.split(counts.tolist())  # the one wait for the device
-        # Without strict, which the compiler of torch 2.6 does not know.
+        parts = rows.split(counts.tolist())  # only this line waits for the device
+        # torch 2.6 cannot compile zip with `strict`.
         pairs = zip(self.experts, parts)  # noqa: B905
         return torch.cat([expert(part) for expert, part in pairs if len(part)])
 
     @torch.no_grad()
     def rebalance(self, rate: float) -> None:
-        """Move the bias by a rate towards experts that had less of the global batch than the mean, from the others.
+        """Move the bias of each expert by `rate`: up if the expert's load is below the mean load, down if it is above.
 
-        So loads are evened without a loss (Wang et al. 2024, arXiv 2408.15664, algorithm 1).
+        The load is the number of rows in the global batch. It is balanced without an auxiliary loss (Wang et al. 2024,
+        arXiv 2408.15664, algorithm 1).
         """
         if self.router_bias is not None and self.load is not None:
             load = distributed.gather_rows(self.load.unsqueeze(0)).sum(0).float()  # (E,)
@@ -380,7 +388,7 @@ class Combiner(Composer):
         return F.normalize(composed, dim=-1), logits, gate
 
     def route(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """The router's logits alone, (B, D), (B, D) -> (B, E)."""
+        """Return only the router's logits, (B, D), (B, D) -> (B, E)."""
         return self.moe_layer.route(self.joint(image_features, text_features))
 
     def joint(self, image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -431,7 +439,7 @@ class PlainCombiner(Composer):
         return F.normalize(composed, dim=-1), scalar
 
     def joint(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """The projections side by side (B, 2P), text first."""
+        """Concatenate the projections to (B, 2P), text first."""
         text = self.dropout(F.relu(self.text_projection_layer(text_features)))  # (B, P)
         image = self.dropout(F.relu(self.image_projection_layer(image_features)))  # (B, P)
         return torch.cat([text, image], dim=-1)
@@ -446,11 +454,11 @@ class PlainCombiner(Composer):
 
 
 def leaned(logits: Tensor, lean: Tensor | None) -> Tensor:
-    """The gate of its logits (B, n), leaned towards image or text.
+    """Return the gate for logits (B, n), shifted towards image or text.
 
     Args:
-        lean: (B,) from 0, the image alone in the residual, to 1, the text alone. The gate's odds are multiplied by
-            lean / (1 - lean), so 1/2 is the gate as it was trained, to the last bit; None is the same.
+        lean: (B,) from 0 to 1: at 0 the residual contains only the image, at 1 only the text. The gate's odds are
+            multiplied by lean / (1 - lean), so 1/2 leaves the trained gate unchanged, bit for bit, as does None.
     """
     return torch.sigmoid(logits if lean is None else logits + lean.logit().unsqueeze(1))
 
@@ -476,7 +484,7 @@ def _class_of(kind: str) -> type[Any]:
 
 
 def build_combiner(settings: Mapping[str, Any]) -> Composer:
-    """A Combiner with fresh weights from the settings that `combiner_settings` reads back from a checkpoint."""
+    """Build a Combiner with new weights from settings such as `combiner_settings` returns."""
     sizes = {name: settings[name] for name in ("clip_dim", "projection_dim", "hidden_dim")}
     if settings["combiner_type"] != "moe":
         return _class_of(settings["combiner_type"])(**sizes)
@@ -487,15 +495,15 @@ def build_combiner(settings: Mapping[str, Any]) -> Composer:
 def combiner_settings(
     state: Mapping[str, Tensor], config: Mapping[str, Any], path: Path
 ) -> CombinerSettings:
-    """Kind, sizes, experts, k and parts of a Combiner, of which parts those alone that it has.
+    """Return a Combiner's architecture, sizes, number of experts, k, and the optional parts that it has.
 
-    Its weights tell them; k, which weights cannot tell, is that of its configuration, else the original's 2.
+    All but k follow from the weights; k is read from the configuration, or is 2 as in the original code.
 
     Args:
-        config: the configuration stored beside the weights, flat; empty where there is none.
+        config: configuration stored with the weights, name -> value; empty if there is none.
 
     Raises:
-        UserError: the weights are those of no Combiner known here.
+        UserError: the weights do not belong to a known Combiner, or k exceeds the number of experts.
     """
     source = f"--combiner-path {path}"
     is_moe = any(name.startswith("moe_layer.") for name in state)
@@ -532,7 +540,7 @@ def combiner_settings(
 def assumed_top_k(
     state: Mapping[str, Tensor], config: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> dict[str, int]:
-    """k of a mixture, by its name, where neither its configuration nor a flag says it: `load_combiner` takes this."""
+    """Return the top_k that is assumed for a mixture if neither its configuration nor a flag sets it; otherwise {}."""
     is_moe = any(name.startswith("moe_layer.") for name in state)
     known = not is_moe or "top_k" in config or wanted.get("top_k") is not None
     return {} if known else {"top_k": ORIGINAL_TOP_K}
@@ -546,17 +554,17 @@ def load_combiner(
     wanted: Mapping[str, Any],
     clip_dim: int,
 ) -> Composer:
-    """The Combiner of a checkpoint, in eval mode.
+    """Build the Combiner of a checkpoint, in eval mode.
 
     Args:
-        state: its weights.
+        state: weights of the Combiner.
         config: see `combiner_settings`.
-        path: the checkpoint's file, which errors name.
-        wanted: what flags say of it, None where they are silent; its k holds where the configuration says none.
-        clip_dim: feature dimension D of the CLIP beside it.
+        path: file of the checkpoint, for error messages.
+        wanted: expected settings by flag, None for flags not given; its top_k is used if the configuration has none.
+        clip_dim: feature dimension D of the CLIP that is used with the Combiner.
 
     Raises:
-        UserError: a wanted value, or the CLIP, disagrees with the checkpoint; both values are named.
+        UserError: the checkpoint contradicts a flag or the CLIP (the message gives both values), or is incomplete.
     """
     if wanted.get("top_k") is not None:
         config = {"top_k": wanted["top_k"], **config}

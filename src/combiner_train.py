@@ -1,4 +1,4 @@
-"""Stage 2: train a Combiner on features of a frozen CLIP, which are made once.
+"""Stage 2: train a Combiner on the features of a frozen CLIP, which are computed only once.
 
 On a GPU:
     python src/combiner_train.py --dataset CIRR --projection-dim 2560 --hidden-dim 5120 --num-epochs 300 \
@@ -38,18 +38,18 @@ if TYPE_CHECKING:
     from training.data import TrainingData
     from training.step import Task
 
-    Features = tuple[FrozenSplit, list[FrozenSplit]]  # of the training, of each validation split
+    Features = tuple[FrozenSplit, list[FrozenSplit]]  # training split, validation splits
 
 SCRIPT = "combiner_train.py"
 
 
 def parse(argv: list[str] | None) -> Stage2:
-    """The flags of stage 2."""
+    """Parse the flags of stage 2."""
     return training.parse(Stage2, SCRIPT, __doc__, argv)
 
 
 def train(args: Stage2, benchmark: Benchmark, stop: StopRequest) -> None:
-    """Train a Combiner in a run folder, or one with each of several seeds."""
+    """Train one Combiner, or one with each of several seeds."""
     from training.data import read_training_data
     from training.run_folder import claim_place
     from training.schedule import Precision
@@ -59,7 +59,7 @@ def train(args: Stage2, benchmark: Benchmark, stop: StopRequest) -> None:
     encoder = load_clip(args, benchmark, precision.device, stop)
     settings = settings_of(args, data, encoder)
     features = features_of(args, data, encoder)
-    del encoder  # its memory is the Combiner's now
+    del encoder  # frees its memory for the Combiner
     whole = claim_place("combiner_trained", benchmark.run_name, settings, args)
     training.train_places(
         whole,
@@ -91,7 +91,7 @@ def task_of(args: Stage2, data: "TrainingData", features: "Features", settings: 
 def load_clip(
     args: Stage2, benchmark: Benchmark, device: "torch.device", stop: StopRequest
 ) -> "Encoder":
-    """CLIP as the flags and its weights want it; it stops between two batches of images."""
+    """Load the CLIP that the flags and its checkpoint choose; a signal stops its encoding between two batches."""
     from models.encoder import load_encoder
 
     tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
@@ -103,10 +103,10 @@ def load_clip(
 
 
 def settings_of(args: Stage2, data: "TrainingData", encoder: "Encoder") -> Settings:
-    """The settings of the training, those of its start where it is resumed.
+    """Return the settings of the training run; for a resumed run, return the settings that it was started with.
 
     Raises:
-        UserError: they contradict the resumed run, or the Combiner is larger than the memory.
+        UserError: the settings contradict the resumed run, or the Combiner does not fit in memory.
     """
     import torch
 
@@ -120,13 +120,13 @@ def settings_of(args: Stage2, data: "TrainingData", encoder: "Encoder") -> Setti
         data={**data.describe(), "clip_weights": weights_digest(encoder.model.state_dict())},
         versions=versions(),
     )
-    with torch.device("meta"):  # refuses impossible sizes before anything is encoded
+    with torch.device("meta"):  # too large a Combiner is rejected before images are encoded
         check_memory(build_combiner(settings.table), encoder.device)
     return started_with(args.resume, settings) if args.resume else settings
 
 
 def features_of(args: Stage2, data: "TrainingData", encoder: "Encoder") -> "Features":
-    """The features of the training triplets and of each validation split, from the cache where it has them."""
+    """Return the features of the training split and of the validation splits, from the cache if it has them."""
     from models.features import FeatureCache, freeze, freeze_queries
 
     cache = FeatureCache(args.feature_cache, encoder, told_by=told_by(args))
@@ -139,7 +139,7 @@ def features_of(args: Stage2, data: "TrainingData", encoder: "Encoder") -> "Feat
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Train a Combiner, or one with each of several seeds; writes a run folder under --output-dir."""
+    """Train a Combiner, or one with each of several seeds, and write a run folder under --output-dir."""
     training.run(parse(argv), train)
 
 

@@ -2,10 +2,10 @@
 
     python src/compare.py baseline.json ours_seed0.json ours_seed1.json ours_seed2.json
 
-The first file is what the others are compared with. Files of one training with different seeds become one column, mean
-and standard deviation; the folder of a training with --seeds stands for its files. Intervals are paired bootstrap
-intervals over the queries, which both columns must share. Those of one reference image are not independent of each
-other, so they are drawn together.
+All other files are compared with the first. Files of training runs that differ only in their seeds become one column,
+with mean and standard deviation; the folder of a run with --seeds stands for the files of its seeds. Intervals are
+paired bootstrap intervals over the queries, which must be the same in both columns. Queries with the same reference
+image are not independent, so they are drawn together.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from utils import UserError, command, printable
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags of a comparison."""
+    """Parse the flags of a comparison."""
     parser = ScriptParser(__doc__)
     parser.add_argument(
         "files",
@@ -47,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def shared_protocols(columns: Sequence[Column], wanted: Sequence[str] | None) -> list[str]:
-    """The protocols that the first column and another one were measured under, or the first's where it is alone."""
+    """Return the protocols that the first column shares with another column, or all its protocols if it is alone."""
     base, *others = columns
     known = [name for name in PROTOCOLS if name in (wanted or PROTOCOLS) and base.has(name)]
     shared = []
@@ -66,7 +66,7 @@ def shared_protocols(columns: Sequence[Column], wanted: Sequence[str] | None) ->
 def print_protocol(
     benchmark: Benchmark, columns: Sequence[Column], protocol: str, *, resampling: Resampling
 ) -> None:
-    """Print one table: metrics by columns, and next to each column its difference from the first; notes below."""
+    """Print one table of metrics, with each column followed by its difference from the first, and notes below it."""
     base, *others = columns
     rows: dict[str, dict[str, str]] = {}
     notes = []
@@ -113,7 +113,7 @@ def add_values(
     protocol: str,
     label: str,
 ) -> None:
-    """Add a column to a table: each metric, or its mean and standard deviation over the seeds."""
+    """Add a column to a table: the value of each metric, or its mean and standard deviation over seeds."""
     metrics = column.results[0]["protocols"][protocol]["metrics"]
     for metric, title in benchmark.titled(metrics).items():
         rows.setdefault(title, {})[label] = shown(column.values(protocol, metric))

@@ -1,12 +1,12 @@
-"""Convert published annotation files to your own triplets: FashionIQ, CIRR, LaSCo or Shoes.
+"""Convert the annotation files of FashionIQ, CIRR, LaSCo or Shoes to the format for your own triplets.
 
     python src/convert.py --dataset LaSCo --output-dir lasco
     python src/clip_fine_tune.py --dataset Triplets --data-root lasco
 
-FashionIQ and CIRR lie as for training on them, and FashionIQ's three galleries become one. Of the others, the files of
-their repositories and the images lie in one folder: in lasco_dataset/ lasco_{train,val}.json, lasco_val_corpus.json,
-train2014/ and val2014/; in shoes_dataset/ relative_captions_shoes.json, {train,eval}_im_names.txt and womens_*/. Images
-are linked, not copied.
+FashionIQ and CIRR are read from the same folders as for training on them, and FashionIQ's three galleries become one.
+LaSCo and Shoes need one folder each for the files of their repository and the images: lasco_dataset/ with
+lasco_{train,val}.json, lasco_val_corpus.json, train2014/ and val2014/; shoes_dataset/ with
+relative_captions_shoes.json, {train,eval}_im_names.txt and womens_*/. Images are linked, not copied.
 """
 
 import argparse
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags of the conversion."""
+    """Parse the flags of the conversion."""
     parser = ScriptParser(__doc__, parents=[parent(groups.Data)])
     parser.add_argument(
         "--dataset",
@@ -47,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Write the files of each split, and link the images."""
+    """Write the triplets and the gallery of each split, and link the images."""
     args = parse(argv)
     name, read = SOURCES[args.dataset]
     source = args.data_root / name

@@ -1,4 +1,4 @@
-"""Image files to tensors: padding, preprocessing, decoding, batches. It knows no benchmark."""
+"""Image files to tensors: padding, preprocessing, decoding and batches, independent of any benchmark."""
 
 import errno
 import functools
@@ -25,20 +25,21 @@ from runtime.image_files import decoded, unreadable
 from runtime.prefetch import on_device
 from utils import REMEDIES, WORKERS_REMEDY, UserError, first_line
 
-# Of open files, processes and memory, which shared memory has nothing to do with.
+# Errors of limits on open files, processes and memory, which are not fixed by more shared memory.
 LIMITS = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
 
 
-# torchvision does the same to the same bits; to import it takes a second, for its models bring torch's compiler.
+# The results are bit-identical to torchvision's. Importing torchvision would take a second, since its models load
+# torch's compiler.
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 Step = Callable[[Image.Image], Image.Image]
 
 
 def pad(image: Image.Image, margins: tuple[int, ...]) -> Image.Image:
-    """Add margins of value 0 in the image's own mode.
+    """Add margins of value 0 to an image, without changing its mode.
 
     Args:
-        margins: pixels to the left and right, above and below; or left, above, right, below.
+        margins: numbers of pixels, as (left and right, above and below) or as (left, above, right, below).
     """
     bands = len(image.getbands())
     padded = ImageOps.expand(image, margins, fill=(0,) * bands if bands > 1 else 0)
@@ -48,7 +49,7 @@ def pad(image: Image.Image, margins: tuple[int, ...]) -> Image.Image:
 
 
 class Resize:
-    """Resize an image so that its shorter side has `side` pixels, the longer one rounded down."""
+    """Resize an image so that its shorter side has `side` pixels; the longer side is rounded down."""
 
     def __init__(self, side: int, interpolation: str) -> None:
         self.side = side
@@ -65,7 +66,7 @@ class Resize:
 
 
 class Squash(Resize):
-    """Resize an image to a square, whatever its proportions."""
+    """Resize an image to a square, without keeping its aspect ratio."""
 
     def __call__(self, image: Image.Image) -> Image.Image:
         size = (self.side, self.side)
@@ -73,7 +74,7 @@ class Squash(Resize):
 
 
 class CenterCrop:
-    """Cut a square of `side` pixels out of the middle of an image that is no smaller."""
+    """Crop the central square of `side` pixels from an image that is at least as large."""
 
     def __init__(self, side: int) -> None:
         self.side = side
@@ -85,27 +86,27 @@ class CenterCrop:
 
 
 class SquarePad:
-    """Zero-pad an image to a square: a side of n pixels gets int((max(w, h) - n) / 2) on both ends."""
+    """Zero-pad an image to a square: a side of n pixels gets int((max(w, h) - n) / 2) pixels on both ends."""
 
     def margins(self, width: int, height: int) -> tuple[int, int]:
-        """Pixels to the left and to the right, and above and below."""
+        """Return the numbers of pixels to add on the left and right, and above and below."""
         longest = max(width, height)
         return int((longest - width) / 2), int((longest - height) / 2)
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """The padded image, in its own mode."""
+        """Return the padded image, in its original mode."""
         margins = self.margins(*image.size)
         return pad(image, margins) if any(margins) else image
 
 
 class TargetPad(SquarePad):
-    """Zero-pad an image whose sides' ratio is at least `ratio` until it is about `ratio` (Baldrati et al. 2023)."""
+    """Zero-pad an image with an aspect ratio of at least `ratio` to a ratio of about `ratio` (Baldrati et al. 2023)."""
 
     def __init__(self, ratio: float) -> None:
         self.ratio = ratio
 
     def margins(self, width: int, height: int) -> tuple[int, int]:
-        """Pixels to the left and to the right, and above and below."""
+        """Return the numbers of pixels to add on the left and right, and above and below."""
         longest = max(width, height)
         if longest / min(width, height) < self.ratio:
             return 0, 0
@@ -114,7 +115,7 @@ class TargetPad(SquarePad):
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of PIL to RGB."""
+    """Convert an image of any mode to RGB."""
     return image.convert("RGB")
 
 
@@ -133,7 +134,7 @@ class FitInside(Resize):
 
 @dataclass(frozen=True)
 class Preprocess:
-    """PIL image to bytes (3, R, R), uint8, in steps."""
+    """Convert a PIL image to uint8 (3, R, R) in steps."""
 
     steps: tuple[Step, ...]
 
@@ -151,16 +152,16 @@ def make_preprocess(
     interpolation: str = "bicubic",
     resize_mode: str = "shortest",
 ) -> Preprocess:
-    """PIL image to bytes (3, resolution, resolution), uint8; `normalise` makes CLIP's input of them.
+    """Return the preprocessing of PIL images to uint8 (3, resolution, resolution), the input of `normalise`.
 
-    An image is padded in the mode it was opened in. It becomes RGB after resizing, as in CLIP's pipeline.
+    An image is padded in its original mode, and converted to RGB after resizing, as in CLIP's pipeline.
 
     Args:
         transform: one of TRANSFORMS.
-        target_ratio: longest to shortest side from which on targetpad pads.
-        resolution: of the model's input, in pixels.
-        interpolation: of the model's own evaluations.
-        resize_mode: of the model's own evaluations, which `clip` alone follows: what is padded keeps its proportions.
+        target_ratio: ratio of the longer to the shorter side from which targetpad pads.
+        resolution: side of the model's input in pixels.
+        interpolation: resampling of the model's own preprocessing.
+        resize_mode: resizing of the model's own preprocessing; used only by `clip`, since padding keeps aspect ratios.
     """
     steps: list[Step] = [Resize(resolution, interpolation), CenterCrop(resolution)]
     if transform == "squarepad":
@@ -178,18 +179,18 @@ Colour = tuple[float, float, float]  # red, green, blue, in 0 to 1
 
 
 def normalise(pixels: Tensor, mean: Colour, std: Colour) -> Tensor:
-    """A CLIP's input from bytes, (..., 3, R, R) uint8 -> float32. Bit-equal to ToTensor and Normalize."""
+    """Convert pixels to a CLIP's input, uint8 (..., 3, R, R) -> float32, bit-identical to ToTensor and Normalize."""
     means = _on(pixels.device, mean)
     return pixels.float().div_(255).sub_(means).div_(_on(pixels.device, std))
 
 
 @functools.lru_cache
 def _on(device: torch.device, colour: Colour) -> Tensor:
-    """A colour as (3, 1, 1). It is sent to a device once, since sending waits for it."""
+    """Return a colour as (3, 1, 1); it is cached, since each transfer to a device blocks until it is complete."""
     return torch.tensor(colour, device=device).view(3, 1, 1)
 
 
-Reader = Callable[[Path], Tensor]  # image file -> preprocessed bytes (3, R, R)
+Reader = Callable[[Path], Tensor]  # image file -> preprocessed uint8 (3, R, R)
 
 
 def load_image(
@@ -197,10 +198,10 @@ def load_image(
     preprocess: Preprocess,
     opened: Callable[[Any], Image.Image] = decoded,
 ) -> Tensor:
-    """Open and preprocess one image, (3, R, R) uint8.
+    """Open and preprocess one image to uint8 (3, R, R).
 
     Raises:
-        UserError: it cannot be decoded, or is too large; its file is named.
+        UserError: the image cannot be decoded, or is too large; the message names its file.
     """
     try:
         return preprocess(opened(path))
@@ -209,7 +210,7 @@ def load_image(
 
 
 def read_or_explain(path: Path, read: Reader, resolution: int) -> tuple[Tensor, str]:
-    """A preprocessed image and "", or a black one and why the file cannot be read."""
+    """Return a preprocessed image and "", or a black image and the reason why the file cannot be read."""
     try:
         return read(path), ""
     except UserError as error:
@@ -217,7 +218,7 @@ def read_or_explain(path: Path, read: Reader, resolution: int) -> tuple[Tensor, 
 
 
 class ImageDataset(Dataset):
-    """Dataset of image files: the item of a path is the value that `read` returns."""
+    """Dataset of image files, whose item for a path is `read(path)`."""
 
     def __init__(self, read: Callable[[Path], Any]) -> None:
         self.read = read
@@ -228,71 +229,71 @@ class ImageDataset(Dataset):
 
 def _start_worker(number: int) -> None:
     interruption.heed_parent_alone()
-    # Errors of reading go to the parent. What is printed beside them is of threads that the parent's end surprises.
+    # Errors of reading are sent to the parent. All other output would come from threads that fail when the parent ends.
     sys.excepthook = lambda *about: None
 
 
 def _try_socket() -> None:
-    """Raise OSError where a worker could make no socket to hand a batch over by, such as for too long a TMPDIR."""
+    """Raise OSError if a worker could not create the socket for its batches, for example because TMPDIR is too long."""
     if not hasattr(socket, "AF_UNIX"):  # Windows
         return
     with tempfile.TemporaryDirectory(prefix="pymp-") as own, socket.socket(socket.AF_UNIX) as tried:
         place = Path(interruption.socket_folder() or own, f"listener-{os.getpid():08}")
-        tried.bind(str(place))  # of the length that Python's own have
+        tried.bind(str(place))  # its name is as long as the names that Python uses
         place.unlink()
 
 
 class ImageLoader:
-    """Load images in batches onto a device, decoded by processes that are kept from one pass to the next.
+    """Load images in batches onto a device, with data-loader workers that are kept from one pass to the next.
 
-    The first pass starts the processes. They end when nothing refers to the loader any more. They hand batches over in
-    shared memory, or in files if it is too small.
+    The first pass starts the workers, which end when nothing refers to the loader any more. They pass batches to this
+    process in shared memory, or in files if shared memory is too small.
 
     Args:
-        read: makes what is stacked of an image file: a tensor, or a tensor and a text.
-        workers: processes that decode; with 0, this process does.
+        read: function from an image file to a tensor, or to a tensor and a text; its results are stacked.
+        workers: number of data-loader workers; with 0, this process decodes the images.
     """
 
     def __init__(self, read: Callable[[Any], Any], workers: int, device: torch.device) -> None:
         self.read = read
         self.workers = workers
         self.device = device
-        self._files: list[list[Path]] = []  # of the pass that the processes are at
+        self._files: list[list[Path]] = []  # batches of the current pass
         self._kept = self._loader(self._files) if workers else None
         self._in_a_pass = False
 
     def batches(self, files: list[list[Path]]) -> Iterator[Any]:
-        """Load, in one pass, what is read from each list of files, stacked, on the device.
+        """Yield the stacked results of `read` for each list of files, on the device, in one pass.
 
         Raises:
-            UserError: an image cannot be decoded, or the processes cannot start.
-            RuntimeError: a process died, or a pass has begun inside another, whose processes cannot serve both.
+            UserError: an image cannot be decoded, or the workers cannot start.
+            RuntimeError: a worker died, or a pass began during another pass, and the workers cannot serve both.
         """
         if self._in_a_pass:
             raise RuntimeError("a pass over images has begun inside another")
-        self._in_a_pass = self.workers > 0  # without processes, threads may read at once
+        # Without workers, several threads may read at the same time.
+        self._in_a_pass = self.workers > 0
         try:
             yield from on_device(self._begin(files), self.device)
         except UserError as error:
-            # A worker process sends its error as a traceback in text, which ends with the message.
+            # An error of a worker arrives as a message that contains its traceback and ends with its own message.
             message = re.split(r"\bUserError: ", str(error))[-1].strip()
             raise UserError(message) from None
         finally:
             self._in_a_pass = False
 
     def _begin(self, files: list[list[Path]]) -> Iterator[Any]:
-        """Begin a pass over the batches on the CPU."""
+        """Begin a pass, and return its batches on the CPU."""
         if self._kept is None:
             return iter(self._loader(files))
         self._files[:] = files
-        # What a process needs is tried here first, because PyTorch would wait for ever if a socket's path is too long
-        # (TMPDIR), and print a traceback if there is no room for a lock (/dev/shm).
-        # A folder of this process's own for sockets would be the workers' too, and stay if all of them are killed.
+        # Sockets and locks are tried here first, because PyTorch would wait for ever if a socket's path is too long
+        # (TMPDIR), and print a traceback if there is no room for a lock (/dev/shm). The folder of the socket is deleted
+        # at once: workers would inherit Python's own folder for sockets, and leave it behind if all were killed.
         _try_socket()
         before = sys.unraisablehook
-        sys.unraisablehook = lambda _: (
-            None
-        )  # of a loader that is half made, which torch cannot undo
+        # If the loader cannot be constructed, torch would print an error while deleting the unfinished object.
+        sys.unraisablehook = lambda _: None
         try:
             multiprocessing.get_context(interruption.START_METHOD).Lock()
             with interruption.deferred():
@@ -305,8 +306,8 @@ class ImageLoader:
         raise UserError(f"the data-loader processes cannot start ({reason}): {remedy}")
 
     def _loader(self, files: list[list[Path]]) -> DataLoader:
-        # A loader draws a seed when it starts. With torch's own generator, dropout would depend on
-        # how much was decoded before.
+        # A loader draws a seed from its generator when a pass begins. With torch's global generator, dropout would
+        # depend on the number of earlier passes.
         generator = torch.Generator()
         return DataLoader(
             ImageDataset(self.read),

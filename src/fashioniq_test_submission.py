@@ -3,7 +3,7 @@
     python src/fashioniq_test_submission.py --submission-name my_submission --combining-function combiner \
         --combiner-path models_final/combiner_trained_on_fiq --clip-model-path models_final/clip_finetuned_on_fiq
 
-With `--split val` it writes the same files for the validation split, whose answers are known, and scores them.
+With `--split val` it writes the same files for the validation split, whose targets are known, and scores them.
 """
 
 import argparse
@@ -14,13 +14,13 @@ from utils import command
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags of a submission."""
+    """Parse the flags of a submission."""
     return submission_parser(__doc__, FashionIQForm.kind).parse_args(argv)
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Rank each category's gallery for its queries, the reference kept; exit code 1 if a file breaks a rule."""
+    """Write the rankings of each category's gallery, references included; exit with code 1 if a file breaks a rule."""
     submit_as_asked(FashionIQForm, parse(argv))
 
 

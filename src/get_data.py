@@ -1,12 +1,12 @@
-"""Lay out a dataset or CLIP4Cir's checkpoints from archives and folders as people share them, and check the result.
+"""Lay out a dataset or CLIP4Cir's checkpoints from downloaded archives and folders, and check the result.
 
     python src/get_data.py FashionIQ --archive images.tar.gz captions-001.zip image_splits-001.zip
     python src/get_data.py CIRR --archive train_img.zip dev_img.zip test1_img.zip ~/cirr
     python src/get_data.py checkpoints --download
 
-A file is recognised by its name, wherever it lies in a zip file, a tar file or a folder: annotation files first, then
-every image that their lists name. Files of folders are hard links where possible. What is already there is kept, so an
-interrupted command is run again. The dataset is then checked as by check_dataset.py, whose exit codes this script has.
+A file is recognised by its name, anywhere in a zip file, a tar file or a folder: first the annotation files, then all
+images that they list. Files in folders are hard-linked if possible. Existing files are kept, so an interrupted command
+can simply be run again. Finally, the dataset is checked as by check_dataset.py, with the same exit codes.
 """
 
 import argparse
@@ -41,30 +41,32 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 NAMES = ("CIRR", "FashionIQ", CHECKPOINTS)
-# Name -> its files on Google Drive. CIRR's images are NLVR2's, which are given to those who ask for them.
+# Name -> files on Google Drive. CIRR's images are from NLVR2, and must be requested from its authors.
 DRIVE = {
-    # github.com/Monoxide-Chen/uncertainty_retrieval/issues/2
+    # Source: github.com/Monoxide-Chen/uncertainty_retrieval/issues/2
     "FashionIQ": "https://drive.google.com/file/d/1K8ZMx7BXS1Xbe5GgUzbpYw08sfTEVi5O",
-    # The README of github.com/ABaldrati/CLIP4Cir
+    # Source: the README of github.com/ABaldrati/CLIP4Cir
     CHECKPOINTS: "https://drive.google.com/drive/folders/1ny2hhzP8HZBnXhjvDEni8P8G4_inCNTv",
 }
-LOOSE = {*TAKEN, *CHECKPOINT_ENDINGS, ".json"}  # a checkpoint is a zip file, too
+# Extensions of files that are not unpacked. They are checked first, because a checkpoint, too, is a zip file.
+LOOSE = {*TAKEN, *CHECKPOINT_ENDINGS, ".json"}
 PACKED = {".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".rar", ".7z"}
 AGAIN = "download it again, or unpack it and pass its folder"
 BROKEN = (
     zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError,
-    RuntimeError,  # zipfile's for a password, and for a method of compression that it lacks
+    RuntimeError,  # raised by zipfile for a password or an unsupported compression method
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class FoundFiles:
-    """A file of a source.
+    """A file found in a source.
 
     Attributes:
-        archive: the file that holds it: an archive, or the file itself.
-        name: its path in the archive, or on disk; only the last part of it is ever used.
-        open: opens its content.
+        archive: archive that contains the file, or the file itself.
+        name: path in the archive, or on disk; only its last part is ever used.
+        size: number of bytes.
+        open: function that opens the content.
     """
 
     archive: Path
@@ -73,12 +75,12 @@ class FoundFiles:
     open: Callable[[], Any]
 
 
-Wanted = Callable[[PurePosixPath], Path | None]  # a found file's path -> where it belongs
+Wanted = Callable[[PurePosixPath], Path | None]  # path of a found file -> its destination, if any
 
 
 @contextlib.contextmanager
 def unpacking(archive: Path) -> Iterator[None]:
-    """Raise a UserError that names the archive if it cannot be unpacked."""
+    """Raise UserError with the archive's path if unpacking the archive in this context fails."""
     try:
         yield
     except (*BROKEN, OSError) as error:
@@ -89,10 +91,12 @@ def unpacking(archive: Path) -> Iterator[None]:
 
 
 def files_of(source: Path) -> Iterator[FoundFiles]:
-    """Yield the files of a folder and of the archives in it, or of an archive. Links and hidden files are left out.
+    """Yield the files in a source: a folder with the archives in it, an archive, or a single file.
+
+    Symlinks and hidden files are skipped.
 
     Raises:
-        UserError: an archive is damaged or of another kind.
+        UserError: an archive is damaged, or its format is not supported.
     """
     if source.is_dir():
         for folder, folders, names in os.walk(source):
@@ -117,14 +121,14 @@ def files_of(source: Path) -> Iterator[FoundFiles]:
 
 
 def loose(path: Path) -> FoundFiles:
-    """Return a file on disk."""
+    """Return the description of a file on disk."""
     return FoundFiles(
         path, PurePosixPath(path), path.stat().st_size, open=partial(open, path, "rb")
     )
 
 
 def files_of_zip(source: Path) -> Iterator[FoundFiles]:
-    """Yield the files of a zip archive."""
+    """Yield the files in a zip archive."""
     with zipfile.ZipFile(source) as archive:
         for entry in archive.infolist():
             name = PurePosixPath(entry.filename.replace("\\", "/"))
@@ -133,7 +137,7 @@ def files_of_zip(source: Path) -> Iterator[FoundFiles]:
 
 
 def files_of_tar(source: Path) -> Iterator[FoundFiles]:
-    """Yield the files of a tar archive in their order."""
+    """Yield the files in a tar archive, in the archive's order."""
     with tarfile.open(source) as archive:
         for entry in archive:
             if entry.isreg():
@@ -142,9 +146,10 @@ def files_of_tar(source: Path) -> Iterator[FoundFiles]:
 
 
 def lay_out(sources: Sequence[Path], wanted: Wanted) -> list[Path]:
-    """Put every wanted file of some sources where it belongs, unless a file is there; return all of these places.
+    """Write each wanted file of the sources to its destination, unless it exists already; return all destinations.
 
-    Of several files for one place the first is taken; empty files, which failed downloads leave, are not.
+    If several files have the same destination, the first is used. Empty files, which failed downloads leave behind, are
+    ignored.
     """
     places: dict[Path, None] = {}
     swept: set[Path] = set()
@@ -177,9 +182,9 @@ def lay_out(sources: Sequence[Path], wanted: Wanted) -> list[Path]:
 
 
 def put(found: FoundFiles, place: Path) -> None:
-    """Make a file, complete or not at all: a hard link to one on disk if possible, else a copy.
+    """Write a file atomically, as a hard link to a file on disk if possible, otherwise as a copy.
 
-    It is not synced to disk: for tens of thousands of images that takes longer than all else.
+    The file is not synced to disk: for tens of thousands of images, syncing would take longer than everything else.
     """
     new = beside(place)
     try:
@@ -198,7 +203,7 @@ def get_benchmark(benchmark: Benchmark, sources: Sequence[Path]) -> None:
     """Lay out a benchmark's annotation files, then the images that they list.
 
     Raises:
-        UserError: no list of images is found, or a list leads out of the data root.
+        UserError: no list of images was found, or a list refers to a file outside the benchmark's folder.
     """
     annotations: dict[str, Path] = {}
     lists: list[tuple[str, Path]] = []
@@ -222,7 +227,7 @@ def get_benchmark(benchmark: Benchmark, sources: Sequence[Path]) -> None:
     if not images:
         names = ", ".join(images_file.name for _, images_file in lists)
         raise UserError(
-            f"--archive: none of {names} is there: clone the repository of the annotations, and pass its folder too"
+            f"--archive: none of {names} was found: clone the annotation repository, and pass its folder too"
         )
     own_folder = benchmark.data_root / Path(benchmark.folder).parts[0]
     for name, place in images.items():
@@ -240,16 +245,18 @@ def get_benchmark(benchmark: Benchmark, sources: Sequence[Path]) -> None:
 
 
 def get_checkpoints(folder: Path, sources: Sequence[Path]) -> None:
-    """Lay out all checkpoints under their own names. Raises UserError if there are none."""
+    """Write all checkpoints to a folder under their own names. Raises UserError if the sources contain none."""
     endings = CHECKPOINT_ENDINGS
     made = lay_out(sources, lambda path: folder / path.name if path.suffix in endings else None)
     if not made:
-        raise UserError(f"--archive: no {' or '.join(endings)} file is there: pass another archive")
+        raise UserError(
+            f"--archive: no {' or '.join(endings)} file was found: pass another archive"
+        )
     print("\n".join(map(str, sorted(made))))
 
 
 def download(name: str, folder: Path) -> Path:
-    """Download files of DRIVE into a folder, which is returned; those that are there are not downloaded again.
+    """Download the files that DRIVE lists to a folder, and return the folder; existing files are skipped.
 
     Raises:
         UserError: gdown is not installed, or Google Drive cannot be reached or rejects the download.
@@ -311,7 +318,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Lay the files out, and print what the check of the dataset finds."""
+    """Lay out the files, and print the report on the dataset."""
     args = parse(argv)
     for source in args.archive:
         if not (source.is_file() or source.is_dir()):

@@ -3,8 +3,8 @@
     python src/plan.py stage1 --dataset CIRR --clip-model-name RN50x16 --batch-size 128 --gpu a100-40
     python src/plan.py stage2 --dataset CIRR --clip-model-name RN50x16 --batch-size 4096 --gpu t4
 
-The flags are those of clip_fine_tune.py and combiner_train.py; flags that do not affect the GPU are ignored.
-All numbers are computed, none is measured: docs/gpus.md says how, and what is left out.
+The script accepts the flags of clip_fine_tune.py and combiner_train.py; flags that do not affect the GPU are ignored.
+All numbers are estimated, none is measured; docs/gpus.md explains the method and what it leaves out.
 """
 
 import argparse
@@ -32,7 +32,7 @@ GIB = 2**30
 
 
 def plan_flags() -> argparse.ArgumentParser:
-    """Return the flags of a plan: the GPU and the numbers of triplets and images."""
+    """Return the flags that only a plan has: the GPU, and the numbers of triplets and images."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("plan")
     group.add_argument(
@@ -56,19 +56,22 @@ def plan_flags() -> argparse.ArgumentParser:
 
 
 class Planned1(groups.Stage1):
-    """Stage 1 as it is planned, of data that need not be there."""
+    """Settings of stage 1 for a plan, whose dataset need not exist."""
 
     dataset: groups.BenchmarkName | None = changed(groups.Stage1, "dataset", None)  # type: ignore[assignment]
 
 
 class Planned2(groups.Stage2):
-    """Stage 2 as it is planned, for data that need not exist."""
+    """Settings of stage 2 for a plan, whose dataset need not exist."""
 
     dataset: groups.BenchmarkName | None = changed(groups.Stage2, "dataset", None)  # type: ignore[assignment]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags of a plan: a stage, and those of its training. What only the other stage has is set to what it does."""
+    """Parse the flags of a plan: a stage, and the flags of its training script.
+
+    Settings that only the other stage has get the values that this stage implies.
+    """
     parser: argparse.ArgumentParser = ScriptParser(__doc__)
     stages = parser.add_subparsers(dest="stage", required=True)
     stage_1 = stages.add_parser(
@@ -90,7 +93,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Fail now, before anything heavy is loaded, where flags do not say what is to be planned."""
+    """Reject flags that do not define a plan, before anything heavy is loaded."""
     if args.resume:
         raise UserError("--resume: a plan is made from flags: pass the flags of the run instead")
     if not args.gpu and not args.memory:
@@ -107,16 +110,16 @@ def check(args: argparse.Namespace) -> None:
 
 
 def planned_gpu(args: argparse.Namespace) -> Gpu:
-    """The GPU that the flags name; the rates of one without a name are not known."""
+    """Return the GPU that the flags choose; without --gpu, its rates are unknown."""
     gpu = GPUS[args.gpu] if args.gpu else Gpu(title="unnamed GPU", memory=0, rates={})
     return dataclasses.replace(gpu, memory=args.memory or gpu.memory)
 
 
 def check_precision(gpu: Gpu, name: str, precision: str) -> None:
-    """Fail where a GPU cannot multiply so.
+    """Raise UserError if a GPU does not support a precision.
 
     Args:
-        name: what the value of the flag is called that asks for it.
+        name: name of the setting that requests the precision, for the message.
     """
     if gpu.rates and precision not in gpu.rates:
         known = ", ".join(gpu.rates)
@@ -126,7 +129,7 @@ def check_precision(gpu: Gpu, name: str, precision: str) -> None:
 
 
 def planned_sizes(args: argparse.Namespace) -> "Sizes":
-    """The sizes of the benchmark, or those that are typed."""
+    """Return the sizes of the dataset, from --triplets and --images or from the benchmark."""
     from training.planning import Sizes, sizes_of
 
     if args.triplets:
@@ -150,7 +153,7 @@ def planned_sizes(args: argparse.Namespace) -> "Sizes":
 
 
 def planned_clip(args: argparse.Namespace, gpu: Gpu) -> "CountedClip":
-    """The CLIP that the flags and their checkpoint name, and how it encodes."""
+    """Return the CLIP that the flags and the checkpoint choose, with its encoding batch size and precision."""
     from training.planning import CountedClip
 
     tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
@@ -166,7 +169,7 @@ def planned_clip(args: argparse.Namespace, gpu: Gpu) -> "CountedClip":
 
 
 def planned_training(args: argparse.Namespace, gpu: Gpu) -> "Training":
-    """The stage that the flags choose."""
+    """Return the training stage that the flags choose."""
     from training.planning import CombinerTraining, FineTuning, combiner_to_count
 
     precision = "fp16" if args.precision == "amp" else args.precision
@@ -188,7 +191,7 @@ def planned_training(args: argparse.Namespace, gpu: Gpu) -> "Training":
 
 
 def memory_lines(training: "Training", way: "Way", gpu: Gpu) -> Iterator[str]:
-    """The memory of a way by part, and what there is."""
+    """Yield the memory that a training step needs, by part, and the usable memory of the GPU."""
     from training.planning import USABLE
 
     step = {**training.lasting(), **training.passing(way)}
@@ -203,7 +206,7 @@ def memory_lines(training: "Training", way: "Way", gpu: Gpu) -> Iterator[str]:
 
 
 def verdict(training: "Training", asked: "Way", fitting: "Way | None") -> str:
-    """Report whether the settings fit, and if not, which settings do."""
+    """Report whether the requested settings fit in memory and, if not, which settings do."""
     if fitting == asked:
         return "It fits."
     if fitting is None:
@@ -213,7 +216,7 @@ def verdict(training: "Training", asked: "Way", fitting: "Way | None") -> str:
 
 
 def typed(way: "Way", asked: "Way") -> str:
-    """The flags in which a way differs from the one that was asked for."""
+    """Return the flags for the settings in which `way` differs from the requested settings."""
     words = []
     for name, value in dataclasses.asdict(way).items():
         if value is True and not getattr(asked, name):
@@ -224,7 +227,7 @@ def typed(way: "Way", asked: "Way") -> str:
 
 
 def work_line(part: str, work: "Sequence[Work]", gpu: Gpu) -> str:
-    """Operations and seconds of some work; seconds only where the GPU's rates are known."""
+    """Format the operations of some work, and its seconds if the GPU's rates are known."""
     from training.planning import seconds
 
     operations = sum(own.operations for own in work) / 1e12
@@ -233,7 +236,7 @@ def work_line(part: str, work: "Sequence[Work]", gpu: Gpu) -> str:
 
 
 def work_lines(total: str, work: "Sequence[Work]", gpu: Gpu) -> Iterator[str]:
-    """Work by part, and all of it."""
+    """Yield a line for each part of some work, and a line for the total."""
     for own in work:
         if own.operations:
             yield work_line(f"  {own.part}, {own.precision}", [own], gpu)
@@ -243,7 +246,7 @@ def work_lines(total: str, work: "Sequence[Work]", gpu: Gpu) -> Iterator[str]:
 def time_lines(
     training: "Training", way: "Way", gpu: Gpu, args: argparse.Namespace
 ) -> Iterator[str]:
-    """The time of a way by part."""
+    """Yield the operations and the time of a training run, by part."""
     from training.planning import EFFICIENCY, seconds
 
     once = training.once()
@@ -268,7 +271,7 @@ def time_lines(
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Print a plan."""
+    """Print the plan of a training run."""
     args = parse(argv)
     check(args)
 

@@ -1,4 +1,4 @@
-"""Lowest layer: errors for the user, what wraps a script, seed, and how flags and numbers are spelled."""
+"""Lowest layer: errors for the user, the wrapper of every script, random seeds, formats of flags and numbers."""
 
 import contextlib
 import errno
@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
-# Lengths of features from which a direction can be told: float32 loses the squares of shorter and of longer ones.
+# Smallest and largest norm of a feature with a usable direction: beyond them, squares under- or overflow in float32.
 SHORTEST_FEATURE = 1e-6
 LONGEST_FEATURE = 1e18
-DEBUG = "--debug"  # of every script: a fault is printed in full
-BROKEN_PIPE = 128 + 13  # what shells call a program that ended since nobody reads what it prints
+DEBUG = "--debug"  # flag of every script: print the traceback of an error
+BROKEN_PIPE = 128 + 13  # exit code by which shells report a closed output pipe
 
 INTERRUPTED = ("interrupted", 130)
 
@@ -30,7 +30,7 @@ WORKERS_REMEDY = (
     "--num-workers 0"
 )
 HOME_REMEDY = "set HOME to a folder that can be written to, and USER to any name"
-# What the operating system refuses -> how to put it right.
+# Error number of the operating system -> remedy.
 REMEDIES = {
     errno.EACCES: "change its permissions, or choose another path",
     errno.EPERM: "change its permissions, or choose another path",
@@ -46,7 +46,7 @@ REMEDIES = {
     errno.EBADF: "redirect stdout and stderr to where they can be written",
 }
 OTHER_REMEDY = "check that it exists and can be used"
-# What is said, without an error number, where the same is refused -> how to put it right.
+# Words of an error message that comes without an error number -> remedy.
 SIGNS = {
     "is killed by signal": WORKERS_REMEDY,
     "exited unexpectedly": WORKERS_REMEDY,
@@ -59,16 +59,16 @@ SIGNS = {
     "Too many open files": REMEDIES[errno.EMFILE],
     "No space left on device": REMEDIES[errno.ENOSPC],
     "Could not determine home directory": HOME_REMEDY,
-    "uid not found": HOME_REMEDY,  # of who runs it, where there is no list of users
+    "uid not found": HOME_REMEDY,  # the machine has no entry for the user
     "AF_UNIX path too long": "set TMPDIR to a folder with a shorter path",
     "No usable temporary directory": "set TMPDIR to a folder that can be written to",
 }
 
 
 class UserError(Exception):
-    """Something the user can put right: one line that names the file or the flag, and the remedy.
+    """An error that the user can fix; its message is one line with the file or the flag, and the remedy.
 
-    It stays one line whatever is in the names that it quotes.
+    Line breaks and control characters in quoted names are escaped.
     """
 
     def __init__(self, message: object) -> None:
@@ -76,15 +76,15 @@ class UserError(Exception):
 
 
 class DiskError(UserError):
-    """A file could not be written; the earlier one is as it was."""
+    """A file could not be written; its previous version is unchanged."""
 
 
 class Stopped(BaseException):
-    """A signal asked a training to stop, and everything needed to resume it is on disk.
+    """A signal stopped a training run, after everything needed to resume the run was saved.
 
     Attributes:
-        signal: its name.
-        remedy: how to go on.
+        signal: name of the signal.
+        remedy: instruction to resume the run.
     """
 
     def __init__(
@@ -98,10 +98,10 @@ class Stopped(BaseException):
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a script's `main`: whatever ends it is one line on stderr, and an exit code.
+    """Wrap a script's `main` so that every error becomes one line on stderr and an exit code.
 
-    0 where a signal stopped it with everything saved, 1 for a fault of ours, 2 for what the user can put right, 130 for
-    Ctrl-C, 141 where nobody reads any more what it prints.
+    The code is 0 if a signal stopped the script after everything was saved, 1 for a bug in this project, 2 for an error
+    that the user can fix, 130 for Ctrl-C, and 141 for a closed output pipe.
     """
 
     @functools.wraps(main)
@@ -124,7 +124,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         else:
             return
         if line:
-            with contextlib.suppress(OSError):  # nobody can be told that it cannot be printed
+            with contextlib.suppress(OSError):  # a failure to print to stderr cannot be reported
                 print(f"{script}: {line}", file=sys.stderr)
         raise SystemExit(code) from None
 
@@ -132,14 +132,14 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def _last_words(error: Exception, script: str, words: list[str]) -> tuple[str, int]:
-    """Return the message for an exception that ends a script, "" for none, and the exit code."""
+    """Return the message ("" for none) and the exit code for an exception that ends a script."""
     if isinstance(error, UserError):
         return f"error: {error}", 2
     if _comes_of_ctrl_c(error):
         return INTERRUPTED
     if isinstance(error, BrokenPipeError) and _nobody_reads():
         return "", BROKEN_PIPE
-    if type(error).__name__ == "OutOfMemoryError":  # of torch, which is not loaded just to ask
+    if type(error).__name__ == "OutOfMemoryError":  # torch's class, without importing torch
         remedy = "lower --batch-size, --micro-batch-size or --similarity-block, or use --gradient-checkpointing"
         return f"error: the GPU's memory is full ({first_line(error)[:80]}): {remedy}", 2
     if explained := refusal_of_the_machine(error):
@@ -152,7 +152,7 @@ def _last_words(error: Exception, script: str, words: list[str]) -> tuple[str, i
 
 
 def refusal_of_the_machine(error: Exception) -> str | None:
-    """One line with a remedy where the operating system refused something; None for any other exception."""
+    """Return one line with a remedy for an error of the operating system; None for any other exception."""
     if isinstance(error, MemoryError):
         reason = first_line(error)
         return printable(f"the memory is full ({reason[:120]}): {REMEDIES[errno.ENOMEM]}")
@@ -164,7 +164,7 @@ def refusal_of_the_machine(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in REMEDIES:
         return printable(f"{error.strerror}: {REMEDIES[error.errno]}")
     for sign, remedy in SIGNS.items():
-        # A worker process sends its error as a traceback in text.
+        # An error of a worker process arrives as a message that contains its traceback.
         for line in str(error).splitlines():
             if sign in line:
                 return printable(f"{line.strip().rstrip('.')[:120]}: {remedy}")
@@ -172,7 +172,7 @@ def refusal_of_the_machine(error: Exception) -> str | None:
 
 
 def _comes_of_ctrl_c(error: BaseException | None) -> bool:
-    """Check whether an exception was caused by Ctrl-C, as in a package that was interrupted while it was loaded."""
+    """Check whether an exception was caused by Ctrl-C, such as the failed import of an interrupted package."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True
@@ -181,9 +181,9 @@ def _comes_of_ctrl_c(error: BaseException | None) -> bool:
 
 
 def _report(script: str, words: list[str]) -> str:
-    """Write the exception being handled in full to a new file of the temporary folder; what to say of it.
+    """Write the current traceback to a new temporary file; return the file's path, or how to print the traceback.
 
-    Of what was typed it holds the names of flags alone: values may be secret.
+    The file contains the flags of the command without their values, which may be secret.
     """
     flags = [word.partition("=")[0] for word in words if word.startswith("-")]
     lines = [
@@ -195,26 +195,26 @@ def _report(script: str, words: list[str]) -> str:
         descriptor, name = tempfile.mkstemp(prefix="clip4cir-fault-", suffix=".txt")
         with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write("\n".join(lines))
-    except OSError:  # no temporary folder, or a full one
+    except OSError:  # there is no temporary folder, or its disk is full
         return f"what it prints with {DEBUG}"
     return name
 
 
 def open_closed_streams() -> None:
-    """Let what is read from or printed to a stream that a shell has closed (`2>&-`) come from and go to nowhere.
+    """Connect streams that the shell has closed (`2>&-`) to the null device.
 
-    Otherwise the next file that is opened gets the stream's number, and what packages print.
+    Otherwise the next file that is opened would get the descriptor of the stream, and packages would print into it.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            # It gets the lowest number that is free, which is that of the closed stream.
-            nowhere = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 - as long as the process
+            # It gets the lowest free descriptor, which is the descriptor of the closed stream.
+            nowhere = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 - open until the process ends
             os.set_inheritable(nowhere.fileno(), True)
             setattr(sys, name, nowhere)
 
 
 def speak_plainly() -> None:
-    """Let logs go to stderr, a line each, and print what an encoding lacks as an escape."""
+    """Send logs to stderr, one line per message, and print characters that the encoding lacks as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -224,7 +224,7 @@ def speak_plainly() -> None:
 
 
 class OneLine(logging.Formatter):
-    """The message alone; a name in it stays in its line, whatever characters it has."""
+    """Log format that consists of only the message, in one line: line breaks in its arguments are escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
         if isinstance(record.args, tuple):
@@ -235,7 +235,7 @@ class OneLine(logging.Formatter):
 
 @contextlib.contextmanager
 def all_printed() -> Iterator[None]:
-    """Let what is printed reach stdout before the context ends, where it can still be said that it did not."""
+    """Flush stdout before the context ends, while an error can still be reported."""
     try:
         yield
     except SystemExit:
@@ -245,12 +245,13 @@ def all_printed() -> Iterator[None]:
 
 
 def _nobody_reads() -> bool:
-    """Check whether stdout or stderr is a pipe whose reader is gone; if so, redirect further output to nowhere."""
+    """Check whether stdout or stderr is a pipe whose reader is gone; if so, redirect it to the null device."""
     if not hasattr(select, "poll"):  # Windows
         return False
     gone = select.poll()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # not a file, closed, None
+        # The stream may not be a file, may be closed, or may be None.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             gone.register(stream.fileno(), 0)
     broken = [number for number, event in gone.poll(0) if event & select.POLLERR]
     for number in broken:
@@ -259,7 +260,7 @@ def _nobody_reads() -> bool:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed python and torch (all devices)."""
+    """Seed the random generators of Python and, on all devices, torch."""
     import torch
 
     random.seed(seed)
@@ -267,21 +268,21 @@ def seed_everything(seed: int) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type where it says nothing."""
+    """Return the first line of an exception's message, or the name of its type if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def printable(text: object) -> str:
-    """A text in one line: line breaks, escape sequences and half characters as Python spells them in a string."""
+    """Return a text on one line, with line breaks, control characters and lone surrogates escaped as in Python."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
 
 
 def flag(name: str) -> str:
-    """A flag as it is typed, from the name that its value has: "clip_bs" -> "--clip-bs"."""
+    """Return a flag as it is typed, from the name of its value: "clip_bs" -> "--clip-bs"."""
     return "--" + name.replace("_", "-")
 
 
 def format_metric(value: float, sign: str = "") -> str:
-    """A metric as every table, log and page shows it; a difference of metrics with the sign "+"."""
+    """Format a metric for tables, logs and pages; with the sign "+", format a difference of metrics."""
     return f"{value:{sign}.2f}"

@@ -1,4 +1,4 @@
-"""Measure a trained pair on the validation split of a benchmark, under every protocol in use.
+"""Evaluate a trained pair on the validation split of a benchmark, under every protocol in use.
 
     python src/validate.py --dataset FashionIQ --combining-function combiner \
         --combiner-path models_final/moe_combiner_trained_on_fiq --clip-model-path models_final/clip_finetuned_on_fiq
@@ -22,7 +22,7 @@ from utils import command, format_metric
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags of a validation."""
+    """Parse the flags of a validation."""
     parents = [parent(groups.Dataset), *options.evaluation_flags()]
     parser = ScriptParser(__doc__, parents=parents)
     group = parser.add_argument_group("results")
@@ -60,7 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def print_metrics(benchmark: Benchmark, measured: Mapping[Protocol, Mapping[str, float]]) -> None:
-    """The metrics of the first protocol, one `name = value` a line, then a table of all: protocols by metrics."""
+    """Print the first protocol's metrics as lines of the form `name = value`, then a table of all protocols."""
     first = next(iter(measured.values()))
     for name, value in first.items():
         print(f"{name} = {value}")
@@ -74,7 +74,7 @@ def print_metrics(benchmark: Benchmark, measured: Mapping[Protocol, Mapping[str,
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print, and write what the flags choose."""
+    """Print the metrics, and write the files that the flags request."""
     args = parse(argv)
     check_files(args)
     check_writable({"--feature-cache": args.feature_cache})

@@ -1,6 +1,6 @@
-"""Show retrieval results: a sheet of queries as a page and a picture, and a page of what each expert is used for.
+"""Show retrieval results: a sheet of queries as a page and a picture, and a page on the queries of each expert.
 
-The search page names experts by the experts.json next to its weights, as with --output-dir models/THE_RUN.
+The search page reads the names of experts from experts.json next to its weights: pass --output-dir models/THE_RUN.
 
 From a trained pair:
     python src/visualize.py --dataset CIRR --combining-function combiner --combiner-path models/THE_RUN --queries worst
@@ -48,7 +48,7 @@ SORTINGS = ("best", "worst", "random")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags of a sheet."""
+    """Parse the flags of a sheet."""
     parents = [
         parent(groups.Dataset, groups.AnyTraining),
         *options.evaluation_flags(needs_pair=False),
@@ -103,13 +103,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieved:
-    """Answers to queries, and what gave them.
+    """Results of queries, and the model that retrieved them.
 
     Attributes:
-        model: its composition and its CLIP.
-        metrics: protocol -> what all of the queries give, where their targets are known.
-        background: that images were read on.
-        weights: digests of the pair's parts.
+        model: description of the model: combining function and CLIP.
+        metrics: protocol -> metrics over all queries; empty if the targets are unknown.
+        background: background on which transparent images were encoded.
+        weights: part of the pair -> digest of its weights.
     """
 
     records: Records
@@ -120,7 +120,7 @@ class Retrieved:
     weights: Mapping[str, str]
 
     def measured(self, protocol: str) -> str:
-        """The model, and the metrics under a protocol."""
+        """Return a line with the model, its metrics under a protocol, and the number of queries."""
         words = [self.model]
         metrics = self.metrics.get(protocol, {})
         for metric, title in self.benchmark.titled(metrics).items():
@@ -130,7 +130,7 @@ class Retrieved:
 
 
 def stored_records(args: argparse.Namespace) -> Retrieved:
-    """The records of --rankings."""
+    """Return the queries and results in the file --rankings."""
     content = read_rankings(args.rankings)
     args.dataset = content["dataset"]
     benchmark, _ = open_benchmark(args)
@@ -146,10 +146,12 @@ def stored_records(args: argparse.Namespace) -> Retrieved:
 
 
 def check_same_images(args: argparse.Namespace, content: Mapping[str, Any]) -> None:
-    """Reject a gallery whose images are not those that were ranked, told by a sample of each, or by all of it.
+    """Reject a gallery whose images differ from the images that were ranked.
+
+    With --verify, the whole content of each file is compared, otherwise a sample.
 
     Args:
-        content: of --rankings.
+        content: content of the file --rankings.
     """
     excluded: set[str] = set()
     for names in content["excluded_images"].values():
@@ -166,7 +168,7 @@ def check_same_images(args: argparse.Namespace, content: Mapping[str, Any]) -> N
 
 
 def measured_records(args: argparse.Namespace) -> Retrieved:
-    """Return the records of a pair on --split under one protocol."""
+    """Return the queries of --split with the results of a pair under one protocol."""
     check_files(args)
     benchmark, _ = open_benchmark(args)
     protocols = choose_protocols(args.protocol, benchmark.protocols, benchmark.name)[:1]
@@ -199,12 +201,12 @@ def measured_records(args: argparse.Namespace) -> Retrieved:
 
 
 def all_queries(records: Records) -> Iterator[Record]:
-    """The queries of all splits."""
+    """Iterate over the queries of all splits."""
     return itertools.chain.from_iterable(records.values())
 
 
 def choose_protocol(records: Records, wanted: Sequence[str] | None, file: Path | None) -> str:
-    """The protocol to show: the one that is wanted, else the first that the records have."""
+    """Return the protocol to show: the wanted protocol, or by default the first protocol in the records."""
     known = list(next(iter(records.values()))[0]["protocols"])
     if wanted is None:
         return known[0]
@@ -219,7 +221,7 @@ def choose_protocol(records: Records, wanted: Sequence[str] | None, file: Path |
 def choose_queries(
     records: Records, wanted: Sequence[str], protocol: str, *, num: int, seed: int
 ) -> Records:
-    """Split's name -> its queries that are asked for, sorted by the target's rank where best or worst are."""
+    """Choose the queries of each split to show; best and worst queries are sorted by the rank of their target."""
     if len(wanted) == 1 and wanted[0] in SORTINGS:
         order = wanted[0]
         return {
@@ -245,7 +247,7 @@ def choose_queries(
 def _some(
     queries: Sequence[Record], order: str, protocol: str, *, num: int, seed: int
 ) -> list[Record]:
-    """A split's best, worst or random queries."""
+    """Return the best, worst or random queries of a split."""
     if order == "random":
         return random.Random(seed).sample(queries, min(num, len(queries)))
     by_rank = sorted(queries, key=lambda query: query["protocols"][protocol]["rank"])
@@ -253,12 +255,12 @@ def _some(
 
 
 def label(split: str, query: Record) -> str:
-    """Return the label of a query: its pairid, or its split and number."""
+    """Return the label of a query: its pairid, or its split and index, such as dress:12."""
     return f"{split}:{query['query']}" if query["pair_id"] is None else str(query["pair_id"])
 
 
 def find_images(benchmark: Benchmark, split: str, cards: "Iterable[Card]") -> dict[str, Path]:
-    """Find the files of all images that cards of a split show."""
+    """Return the files of all images on the cards of a split."""
     paths: dict[str, Path] = {}
     for part in benchmark.read(split):
         paths.update(part.image_paths)
@@ -285,7 +287,7 @@ def write_sheet(
     """Write sheet.html and sheet.png.
 
     Args:
-        measured: what they say of the model.
+        measured: line with the model and its metrics.
     """
     from reports.sheet_picture import picture
     from reports.sheets import load_thumbnails, sheet
@@ -306,7 +308,11 @@ def write_sheet(
 
 
 def write_expert_report(folder: Path, about: str, found: Retrieved) -> None:
-    """Write experts.html of benchmark and split, and experts.json, if the records are of a mixture."""
+    """Write experts.html and experts.json if all queries were routed to experts.
+
+    Args:
+        about: benchmark and split.
+    """
     from models.schemas import EXPERTS
     from reports.expert_report import expert_names, expert_report
 
@@ -320,7 +326,7 @@ def write_expert_report(folder: Path, about: str, found: Retrieved) -> None:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Write sheet.html, sheet.png and, of a mixture, experts.html and experts.json."""
+    """Write sheet.html and sheet.png and, for a mixture of experts, experts.html and experts.json."""
     args = parse(argv)
     check_writable({"--output-dir": args.output_dir, "--feature-cache": args.feature_cache})
     find = stored_records if args.rankings else measured_records

@@ -395,7 +395,7 @@ def test_a_blank_behind_a_backslash(blank, drawn, fails):
     """As of `\\ ` at the end of a line that is copied: the shell passes the blank as a word."""
     error = fails("validate", drawn, *CIRR, blank, *SUM)
     assert "unrecognized arguments" in error
-    assert "delete the blank" in error
+    assert "whitespace after the \\" in error
 
 
 @pytest.mark.parametrize("door", ["clip_fine_tune", "combiner_train"])

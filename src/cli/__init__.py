@@ -1,1 +1,1 @@
-"""Every shared flag, and what scripts do with flags before their own work."""
+"""Flags that scripts share: their declaration, parsing and checks."""

@@ -8,11 +8,11 @@ from reports.tables import text_table
 
 
 def model_list() -> str:
-    """A table: the feature length, pixels and tokens of each published model that can be named."""
+    """Return a table of the published models: feature dimension, image side in pixels, context length in tokens."""
     rows = {}
     for name, (dim, pixels, *_, tokens, _, _, _, _) in ARCHITECTURES.items():
         rows[name] = _row(dim, pixels, tokens)
-    others = f"{HUB_SCHEME}:ORG/REPO, {FOLDER}:FOLDER and {OPEN_CLIP}:ARCH=FILE are taken too"
+    others = f"{HUB_SCHEME}:ORG/REPO, {FOLDER}:FOLDER and {OPEN_CLIP}:ARCH=FILE are accepted too"
     if importlib.util.find_spec(OPEN_CLIP) is None:
         return f"{text_table(rows)}\n{others}; for these and many more names: {REQUIREMENTS}"
 

@@ -1,4 +1,4 @@
-"""Declare the flags that scripts share: alone, as argparse parents in titled groups, and the choices they make."""
+"""Declare the flags that several scripts share, and convert them to the choice of a trained pair."""
 
 import argparse
 from typing import Any
@@ -21,13 +21,13 @@ from settings.flag_types import (
 )
 from settings.groups import PairChoice
 
-Group = argparse._ArgumentGroup | argparse.ArgumentParser  # what a flag is added to
+Group = argparse._ArgumentGroup | argparse.ArgumentParser  # object to which flags are added
 
 
 def add_dataset(
     group: Group, *, required: bool, help: str = "benchmark to use (not case-sensitive)"
 ) -> None:
-    """--dataset."""
+    """Add --dataset."""
     names = list(BENCHMARKS)
     group.add_argument(
         "--dataset", type=in_any_case(names), choices=names, required=required, help=help
@@ -35,7 +35,7 @@ def add_dataset(
 
 
 def add_protocol(group: Group, *, help: str) -> None:
-    """--protocol, several of them."""
+    """Add --protocol, which accepts several protocols."""
     names = list(PROTOCOLS)
     group.add_argument(
         "--protocol",
@@ -48,7 +48,7 @@ def add_protocol(group: Group, *, help: str) -> None:
 
 
 def add_seed(group: Group, *, help: str) -> None:
-    """--seed.
+    """Add --seed.
 
     Args:
         help: the rest of the help text, such as "for the resampling".
@@ -57,7 +57,7 @@ def add_seed(group: Group, *, help: str) -> None:
 
 
 def add_resampling(group: Group, *, resamples: int) -> None:
-    """--resample-by, --confidence, --resamples, --seed: how intervals are made."""
+    """Add the flags of bootstrap intervals: --resample-by, --confidence, --resamples and --seed."""
     group.add_argument(
         "--resample-by",
         type=str.lower,
@@ -82,25 +82,25 @@ def add_resampling(group: Group, *, resamples: int) -> None:
 
 
 def add_k(group: Group, *, default: int, help: str = "number of results") -> None:
-    """--k."""
+    """Add --k."""
     group.add_argument("--k", type=positive_int, default=default, help=help)
 
 
 def add_store(group: Group, *, help: str) -> None:
-    """--store."""
+    """Add --store."""
     group.add_argument("--store", type=store_address, metavar="WHERE", help=help)
 
 
 def add_clip_batch_size(group: Group, *, help: str) -> None:
-    """--clip-bs."""
+    """Add --clip-bs."""
     group.add_argument("--clip-bs", type=positive_int, default=32, help=help)
 
 
 def compute_flags(decodes: bool = True) -> argparse.ArgumentParser:
-    """Return the flags for the device and the data-loader processes.
+    """Return the flags for the device and the data-loader workers.
 
     Args:
-        decodes: many images, for which processes pay.
+        decodes: whether the script decodes many images; if not, it uses no workers.
     """
     if decodes:
         return argparse.ArgumentParser(
@@ -112,7 +112,7 @@ def compute_flags(decodes: bool = True) -> argparse.ArgumentParser:
 
 
 def clip_flags() -> argparse.ArgumentParser:
-    """Which CLIP, and how images are preprocessed. None where silent: `configuration.resolve_clip_options` fills in."""
+    """Return the flags for CLIP and its preprocessing, None by default; `resolve_clip_options` replaces None."""
     parser = parent(groups.Clip)
     parser._action_groups[-1].add_argument(
         "--list-models", action=ListModels, help="print the available CLIP models and exit"
@@ -121,7 +121,7 @@ def clip_flags() -> argparse.ArgumentParser:
 
 
 def exported_flag() -> argparse.ArgumentParser:
-    """--pair."""
+    """Return the flag --pair."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("exported pair")
     group.add_argument(
@@ -137,12 +137,12 @@ def exported_flag() -> argparse.ArgumentParser:
 
 
 def add_combiner_path(group: Group, *, help: str) -> None:
-    """--combiner-path."""
+    """Add --combiner-path."""
     group.add_argument("--combiner-path", type=usable_path, metavar="PATH", help=help)
 
 
 def training_flags(stage: type[groups.BothStages]) -> list[argparse.ArgumentParser]:
-    """All flags of a stage, in the order of its subjects."""
+    """Return all flags of a stage, in the order of its subjects."""
     parents = []
     for group in subjects(stage):
         parents.append(clip_flags() if group is groups.Clip else parent(group, stage))
@@ -153,7 +153,7 @@ def pair_flags(required: bool = True, silent: str = "") -> argparse.ArgumentPars
     """Return the flags for the composition of queries.
 
     Args:
-        silent: says what holds without --combining-function, where that is something.
+        silent: end of the help of --combining-function, which describes the default if there is one.
     """
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("composition")
@@ -170,7 +170,7 @@ def pair_flags(required: bool = True, silent: str = "") -> argparse.ArgumentPars
 
 
 def measuring_flags() -> argparse.ArgumentParser:
-    """Return the flags for measuring a pair on a benchmark."""
+    """Return the flags that are needed only to evaluate a pair on a benchmark."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("measuring")
     group.add_argument(
@@ -194,7 +194,7 @@ def measuring_flags() -> argparse.ArgumentParser:
 
 
 def evaluation_flags(*, needs_pair: bool = True) -> list[argparse.ArgumentParser]:
-    """A trained pair, and where and with what it is measured; the benchmark's name is a flag of its own."""
+    """Return the flags for a trained pair, the data and the device of an evaluation, without --dataset."""
     return [
         exported_flag(),
         pair_flags(required=needs_pair),
@@ -209,7 +209,7 @@ def evaluation_flags(*, needs_pair: bool = True) -> list[argparse.ArgumentParser
 
 
 def search_flags() -> list[argparse.ArgumentParser]:
-    """An index, and how its queries are composed: with the index's CLIP, and the sum unless a Combiner is named."""
+    """Return the flags for an index and for the composition of its queries; CLIP is determined by the index."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("index")
     group.add_argument(
@@ -229,7 +229,7 @@ def search_flags() -> list[argparse.ArgumentParser]:
 
 
 def add_verify(group: Group, *, help: str) -> None:
-    """--verify."""
+    """Add --verify."""
     group.add_argument("--verify", action="store_true", help=help)
 
 
@@ -249,5 +249,5 @@ def pair_choice(args: argparse.Namespace) -> PairChoice:
 
 
 def told_by(args: Any) -> str:
-    """Return how caches detect a changed image, see `runtime.files.stamp`: by a sample if a script has no --verify."""
+    """Return the value of `told_by` for `runtime.files.stamp`: "content" with --verify, "sample" without it."""
     return "content" if getattr(args, "verify", False) else "sample"

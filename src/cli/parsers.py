@@ -1,4 +1,4 @@
-"""Parse the flags of every script."""
+"""The argument parser of all scripts, its help format and its actions."""
 
 import argparse
 import difflib
@@ -11,14 +11,14 @@ from typing import Any
 
 from utils import DEBUG, PROJECT_ROOT, printable
 
-COMMAND = 4 * " "  # before a command
-CONTINUED = " \\"  # at the end of a line of a command
-LONGEST_CHOICES = 40  # characters of names that a usage line shows
-TOGETHER = r"'[^']*'|\"[^\"]*\"|--\S+ (?!-)"  # in a line: what is quoted, a flag and its value
+COMMAND = 4 * " "  # indentation of a command
+CONTINUED = " \\"  # end of each line of a command except the last
+LONGEST_CHOICES = 40  # number of characters of choices that fit in a usage line
+TOGETHER = r"'[^']*'|\"[^\"]*\"|--\S+ (?!-)"  # a line break may not split a quotation, or a flag and its value
 
 
 class WithDefaults(argparse.HelpFormatter):
-    """Ends the help of a flag with its default, unless the help says what that is, and fits all in the terminal."""
+    """Help format that adds missing defaults to the help of flags, and wraps lines to the terminal's width."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         about = action.help or ""
@@ -40,7 +40,7 @@ class WithDefaults(argparse.HelpFormatter):
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        """Wrap paragraphs; a command stays one that can be pasted."""
+        """Wrap paragraphs, and commands in such a way that they can be pasted into a shell."""
         lines: list[str] = []
         for paragraph in re.split(r"\n\n|\n(?= *python )|(?<=:)\n", text.replace("\\\n", "")):
             if paragraph.lstrip().startswith("python "):
@@ -60,14 +60,14 @@ class WithDefaults(argparse.HelpFormatter):
 
 
 def _lists_choices(action: argparse.Action) -> bool:
-    """Check whether the help of a flag lists its choices: several values are allowed, or the choices are long."""
+    """Check whether a flag's help should list its choices: several may be given, or they do not fit in a usage line."""
     if not action.choices or not action.option_strings:
         return False
     return action.nargs == "+" or len(",".join(map(str, action.choices))) > LONGEST_CHOICES
 
 
 def in_words(default: Any) -> str:
-    """A default as `--help` says it; "" where a flag does nothing unless it is given."""
+    """Return a default as `--help` shows it; "" if the flag has no effect unless it is given."""
     if default is False or default in (None, "", [], argparse.SUPPRESS):
         return ""
     if isinstance(default, list):
@@ -78,10 +78,10 @@ def in_words(default: Any) -> str:
 
 
 class ScriptParser(argparse.ArgumentParser):
-    """The parser of a script: its help is the script's docstring around the flags, and it knows `--debug`.
+    """Parser of a script, with `--debug`; its help consists of the script's docstring and the flags.
 
     Args:
-        about: the docstring; Python started with -OO has none.
+        about: docstring of the script; None if Python was started with -OO.
     """
 
     def __init__(self, about: str | None = None, **settings: Any) -> None:
@@ -102,12 +102,12 @@ class ScriptParser(argparse.ArgumentParser):
     typed: Sequence[str] = ()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does, and keep what was typed for the message if that fails."""
+        """Parse as argparse does, and keep the arguments for the error message."""
         self.typed = sys.argv[1:] if args is None else args
         return super().parse_known_args(args, namespace)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Reject a value that is none of a flag's choices, and name the one that was meant."""
+        """Reject a value that is not among a flag's choices, and suggest the most similar choice."""
         try:
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
@@ -117,15 +117,17 @@ class ScriptParser(argparse.ArgumentParser):
             raise
 
     def error(self, message: str) -> Any:
-        """Print a message in one line, whatever was typed, and end with exit code 2."""
+        """Print an error message on one line, and exit with code 2."""
         reason = printable(message)
         if any(word.isspace() for word in self.typed):
-            reason += "; a blank behind the \\ at the end of a line is a word of its own: delete the blank"
+            reason += (
+                "; whitespace after the \\ at the end of a line is passed as an argument: delete it"
+            )
         self.exit(2, f"{self.prog}: error: {reason} (see --help)\n")
 
 
 class ListModels(argparse.Action):
-    """A flag without a value that prints the models that `--clip-model-name` takes, and ends."""
+    """Action of a flag without a value: print the models that `--clip-model-name` accepts, and exit."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
         nothing = argparse.SUPPRESS
@@ -145,10 +147,10 @@ class ListModels(argparse.Action):
 
 
 class Alias(argparse.Action):
-    """A flag that says what another one says, which then need not be given.
+    """Action of a flag that replaces another flag, which is then no longer required.
 
     Args:
-        other: the other flag's name for its value.
+        other: `dest` of the other flag.
     """
 
     def __init__(self, *, other: str, **settings: Any) -> None:

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 def check_files(args: Any) -> None:
-    """Fail now, before packages and weights are loaded, where a file that a flag names is missing, or a package.
+    """Check the files and packages that flags need, before heavy packages and weights are loaded.
 
     Args:
-        args: of any script; flags that it has not are passed over.
+        args: flags of any script; flags that the script does not have are skipped.
 
     Raises:
-        UserError: the file or the package, and its flag.
+        UserError: a file or a package is missing; the message names its flag.
     """
     exported = getattr(args, "pair", None)
     if exported is not None:
@@ -47,9 +47,9 @@ def check_files(args: Any) -> None:
 
 
 def check_pair(args: Any, exported: Path | str) -> None:
-    """Reject flags of what an exported pair holds, and a folder that is not whole.
+    """Reject an incomplete exported pair, and flags for parts that it contains.
 
-    A repository is fetched later, by the one process that does.
+    A Hub repository is downloaded later, by only one of the processes.
     """
     for name in ("clip_model_name", "clip_model_path", "combiner_path"):
         if getattr(args, name, None) is not None:
@@ -64,7 +64,7 @@ def check_pair(args: Any, exported: Path | str) -> None:
 
 
 def check_annotations(benchmark: Benchmark, splits: Sequence[str]) -> None:
-    """Fail now where an annotation file of some splits is missing."""
+    """Raise UserError if an annotation file of these splits is missing."""
     for part in benchmark.parts:
         for split in splits:
             for file in benchmark.files(part, split):
@@ -73,17 +73,18 @@ def check_annotations(benchmark: Benchmark, splits: Sequence[str]) -> None:
 
 
 def pick_device(name: str | None) -> "torch.device":
-    """The device of `--device`, else this process's GPU, else the CPU; joins the other processes, if there are any."""
+    """Return the device of `--device`, by default this process's GPU or the CPU; join the other processes, if any."""
     import torch
 
     from runtime import distributed
     from runtime.precision import choose_kernels
 
     try:
-        own_gpu = name == "cuda" and torch.cuda.is_available()  # not everybody's first one
+        # Without a number, "cuda" would be the first GPU in every process.
+        own_gpu = name == "cuda" and torch.cuda.is_available()
         device = torch.device(distributed.local_device() if own_gpu or name is None else name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         wanted = name or distributed.local_device()
         raise UserError(
             f"--device {wanted}: not usable here ({first_line(error)}): choose --device cpu"
@@ -95,7 +96,7 @@ def pick_device(name: str | None) -> "torch.device":
             f"--device {name}: each process uses the GPU of its own number: remove the flag"
         )
     if device.type == "cuda":
-        # Else pinned memory opens a context on the first GPU, whichever this is.
+        # Otherwise pinned memory would create a context on the first GPU, even if this process uses another one.
         torch.cuda.set_device(device)
     choose_kernels()
     distributed.start(device)
@@ -105,7 +106,7 @@ def pick_device(name: str | None) -> "torch.device":
 
 
 def open_benchmark(args: Any) -> tuple[Benchmark, dict[str, str]]:
-    """The benchmark that the flags name, without the images that they exclude, and why those are."""
+    """Return the benchmark that the flags choose, without excluded images, and the reason for each exclusion."""
     reasons = read_exclusions(args.exclusions, args.dataset)
     benchmark = BENCHMARKS[args.dataset](args.data_root, reasons)
     template = getattr(args, "concept_template", None)
@@ -119,6 +120,6 @@ def open_benchmark(args: Any) -> tuple[Benchmark, dict[str, str]]:
 
 
 def command_line(script: str, argv: Sequence[str] | None, secret: str | None = None) -> str:
-    """A command as it was typed, but for a secret in it, for results that say how they were made."""
+    """Return the command that was typed, for the records of a result; a secret in it is replaced by "..."."""
     words = ["python", f"src/{script}", *(sys.argv[1:] if argv is None else argv)]
     return shlex.join(word.replace(secret, "...") if secret else word for word in words)

@@ -1,4 +1,4 @@
-"""Run the submission scripts: their flags, and the work that they share."""
+"""The flags that all submission scripts share, and the function that writes and checks a submission."""
 
 import argparse
 from typing import Any
@@ -15,7 +15,7 @@ from utils import PROJECT_ROOT
 
 
 def submission_parser(about: str | None, benchmark: type[Benchmark]) -> argparse.ArgumentParser:
-    """All flags of a submission for a benchmark's test server."""
+    """Return a parser for the flags of a submission to a benchmark's test server."""
     parser = ScriptParser(about, parents=evaluation_flags())
     parser.set_defaults(dataset=benchmark.name)
     group = parser.add_argument_group("submission")
@@ -45,7 +45,7 @@ def submission_parser(about: str | None, benchmark: type[Benchmark]) -> argparse
 
 
 def submit_as_asked(form: type[ServerForm[Any]], args: argparse.Namespace) -> None:
-    """Write and check a submission as flags say (see `submission_parser`); exit code 1 if a file breaks a rule."""
+    """Write and check the submission of these flags (see `submission_parser`); exit with code 1 if it breaks a rule."""
     check_files(args)
     check_writable({"--output-dir": args.output_dir, "--feature-cache": args.feature_cache})
     benchmark, _ = open_benchmark(args)

@@ -1,4 +1,4 @@
-"""Parse and check the flags of both training scripts, and run a training, a resumed one too."""
+"""Parse and check the flags of both training scripts, and start or resume a training run."""
 
 import argparse
 import logging
@@ -40,15 +40,14 @@ AnyStage = TypeVar("AnyStage", bound=groups.BothStages)
 def parse(
     stage: type[AnyStage], script: str, about: str | None, argv: list[str] | None
 ) -> AnyStage:
-    """The settings of a training: what is typed, else what its recipe says, else the defaults.
+    """Return the settings of a training run; flags take precedence over the recipe, and the recipe over the defaults.
 
-    With `--resume` they are those of the run, and what is typed besides is laid over them.
-
-    What is typed must not contradict the run: `started_with` compares what comes out with the run's hyper-parameters.
+    With `--resume`, the settings of the resumed run replace the recipe and the defaults. Flags must not contradict
+    these settings: `started_with` compares the result with the run's hyper-parameters.
 
     Args:
-        script: its file's name.
-        about: its docstring, of which `--help` shows the first line.
+        script: file name of the training script.
+        about: docstring of the script, for `--help`.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = ScriptParser(about, parents=options.training_flags(stage))
@@ -72,7 +71,7 @@ def parse(
     known = stage.model_fields.keys() - {"workspace", "resume"}
     parser.set_defaults(**{name: value for name, value in stored.items() if name in known})
     args = parser.parse_args(["--dataset", stored["dataset"], *argv])
-    for name in known - stored.keys() - FREE_FLAGS:  # of a later version than the run's
+    for name in known - stored.keys() - FREE_FLAGS:  # flags that are newer than the run
         if getattr(args, name) != parser.get_default(name):
             raise UserError(
                 f"--resume {folder}: the run was started without {flag(name)}: remove it"
@@ -81,7 +80,7 @@ def parse(
 
 
 def working_folder() -> str | None:
-    """The folder that a script is started in; None where it is gone, or has a name that no file can hold."""
+    """Return the folder in which the script was started; None if it was deleted or its name cannot be encoded."""
     try:
         here = str(Path.cwd())
         here.encode()
@@ -91,10 +90,7 @@ def working_folder() -> str | None:
 
 
 def checked(args: AnyStage) -> tuple[AnyStage, Benchmark]:
-    """The settings and the benchmark to train on.
-
-    Fails now, not after packages are loaded, if a file or a folder is no good or a tracker's package is missing.
-    """
+    """Check the flags of a training run before heavy packages are loaded; return its final settings and benchmark."""
     check_files(args)
     trackers = check_trackers(args.tracker, args.api_key, args.workspace)
     if args.save_best and not args.save_training:
@@ -117,7 +113,7 @@ def checked(args: AnyStage) -> tuple[AnyStage, Benchmark]:
 
 
 def warn_of_lost_epochs(args: groups.BothStages) -> None:
-    """Name the last epochs of a training, where they are neither validated nor saved."""
+    """Warn if the last epochs of a training run are neither validated nor saved."""
     last = max([*args.validated_epochs, *args.saved_epochs])
     first_lost = last + 1
     if first_lost < args.num_epochs:
@@ -131,7 +127,7 @@ def warn_of_lost_epochs(args: groups.BothStages) -> None:
 
 
 def run(args: AnyStage, train: Callable[[AnyStage, Benchmark, StopRequest], None]) -> None:
-    """Train as flags say, unless the run that `--resume` names is complete. A signal stops it between two steps."""
+    """Train with these settings, unless the run to resume is complete. A signal stops training between two steps."""
     if args.resume:
         from training.run_folder import is_complete
 
@@ -156,10 +152,11 @@ def train_places(
     precision: "Precision",
     stop: StopRequest,
 ) -> None:
-    """Train in a run's one place, or in that of each of its seeds, and report all of these together.
+    """Train once, or once with each of the seeds, and report the results of all seeds together.
 
     Args:
-        task_of: what is learned in a place, from data in the order of its seed.
+        whole: folder and settings of the run; with several seeds, each has a place below it.
+        task_of: function from a place, and data in the order of its seed, to the task to train.
     """
     from training.run_folder import places_to_train
     from training.trainer import train_in
@@ -178,7 +175,7 @@ def report_seeds(
     whole: "Place",
     device: "torch.device",
 ) -> None:
-    """Measure the best weights of each seed, and report all of them together."""
+    """Evaluate the best weights of each seed, and report the results of all seeds together."""
     from runtime import distributed
     from training import seeds
     from training.run_folder import best_validation, seed_places
@@ -191,7 +188,7 @@ def report_seeds(
         if weights is not None:
             try:
                 write_metrics(args, data, place, weights=weights, device=device)
-            except UserError as error:  # the training is done all the same
+            except UserError as error:  # only a warning, since training itself has succeeded
                 logger.warning("warning: seed %d has no file of metrics: %s", place.seed, error)
     if distributed.is_main():
         seeds.report_seeds(whole, data)
@@ -205,7 +202,7 @@ def write_metrics(
     weights: Path,
     device: "torch.device",
 ) -> None:
-    """Measure weights of a seed as validate.py does, and write the file that compare.py reads, beside its folder."""
+    """Evaluate a seed's weights as validate.py does, and write the result for compare.py next to the seed's folder."""
     from evaluation.result_file import make_result, provenance, write_result
     from evaluation.retrieval import rank_all
     from models.pair import load_and_freeze

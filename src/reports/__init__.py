@@ -1,1 +1,1 @@
-"""HTML pages, pictures, and tables as text."""
+"""HTML pages, pictures and plain-text tables."""

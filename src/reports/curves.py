@@ -1,4 +1,4 @@
-"""The curves of a run: what it recorded over its epochs, as a picture file, and as charts of its page."""
+"""Curves of a training run's records over its epochs: a PNG file, and interactive charts for the run's page."""
 
 import functools
 import importlib.util
@@ -15,7 +15,7 @@ from reports import pages
 
 logger = logging.getLogger(__name__)
 
-EpochRows = Sequence[dict[str, float]]  # of a run's CSV file
+EpochRows = Sequence[dict[str, float]]  # rows of a run's CSV file, each with its epoch
 
 CURVES_SCRIPT = Path(__file__).with_name("curves.js")
 CHART_STYLE = """
@@ -36,8 +36,8 @@ CHART_STYLE = """
 .legend i { width: 10px; height: 10px; border-radius: 50%; }
 .legend output { font-variant-numeric: tabular-nums; min-width: 2.6em; text-align: right; }
 """
-MOST_MARKED = 60  # epochs, up to which each has a mark
-# Of a panel, in inches.
+MOST_MARKED = 60  # largest number of epochs that are drawn with markers
+# Size of a panel in inches.
 WIDTH = 5.0
 HEIGHT = 3.6
 LEGEND_COLUMNS = 3
@@ -45,17 +45,17 @@ LEGEND_COLUMNS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One of the pictures: columns of a table over the epochs."""
+    """One plot: columns of a table as curves over the epochs."""
 
     label: str
     rows: EpochRows
-    titles: Mapping[str, str]  # column -> what it is called
-    digits: int = 2  # behind the point, as values are told
+    titles: Mapping[str, str]  # column -> its name in the legend
+    digits: int = 2  # decimal places of displayed values
 
 
 @functools.cache
 def can_draw() -> bool:
-    """Check whether matplotlib is installed; if not, log it once."""
+    """Check whether matplotlib is installed; if not, log a warning once."""
     there = importlib.util.find_spec("matplotlib") is not None
     if not there:
         logger.warning("no training_curves.png: matplotlib is not installed")
@@ -65,12 +65,12 @@ def can_draw() -> bool:
 def panels_of(
     rows: Mapping[str, EpochRows], titles: Mapping[str, str], units: Mapping[str, str] | None = None
 ) -> list[Panel]:
-    """Return the panels of a run so far: loss, metrics of each unit, and the load of the experts.
+    """Return the panels of a run so far: the loss, the metrics with one panel per unit, and the load of the experts.
 
     Args:
-        rows: "train", "validation", "router" -> the rows of the CSV files, see `Run`.
-        titles: metrics to draw -> what they are called.
-        units: what they are measured in, where that is not %.
+        rows: "train", "validation", "router" -> the rows of the CSV file, see `Run`.
+        titles: metric to draw -> its name in the legend.
+        units: metric -> its unit, if this is not %.
     """
     loss = {"train_epoch_loss": "training"}
     panels = [Panel(label="loss", rows=rows["train"], titles=loss, digits=4)]
@@ -87,12 +87,12 @@ def panels_of(
 
 
 def experts_of(routed: Mapping[str, float]) -> dict[str, str]:
-    """Column of an expert's share of the queries, in a row of the router's -> what the expert is called."""
+    """Map each column with an expert's share of the queries, in a row of the router's table, to the expert's name."""
     return {name: name.split("_")[0] for name in routed if name.endswith("_share")}
 
 
 def charts(panels: Sequence[Panel]) -> str:
-    """Places for panels in a page, next to each other if the screen is wide enough; `charts_script` draws in them."""
+    """Return the HTML elements in which `charts_script` draws panels, side by side if the screen is wide enough."""
     figures = []
     for panel in panels:
         label = pages.text(panel.label)
@@ -105,7 +105,7 @@ def charts(panels: Sequence[Panel]) -> str:
 
 
 def charts_script(panels: Sequence[Panel]) -> str:
-    """JavaScript that holds the values of panels and draws them."""
+    """Return JavaScript that contains the values of panels and draws them."""
     content = []
     for panel in panels:
         series = {}
@@ -118,12 +118,12 @@ def charts_script(panels: Sequence[Panel]) -> str:
 
 
 def _finite(value: float | None) -> float | None:
-    """Return a value if it is finite, else None, for JSON."""
+    """Return a finite value unchanged, and None for any other, which JSON cannot represent."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def training_curves(panels: Sequence[Panel]) -> bytes:
-    """A PNG of panels next to each other."""
+    """Draw panels side by side, and return the PNG file."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -132,7 +132,7 @@ def training_curves(panels: Sequence[Panel]) -> bytes:
     ):
         figure = Figure(figsize=(WIDTH * len(panels), HEIGHT))
         places = figure.subplots(1, len(panels), squeeze=False)[0]
-        # A layout of matplotlib's own takes longer than all else.
+        # The margins are computed here, because matplotlib's layout engines would take longer than all the drawing.
         lines = max(len(panel.titles) for panel in panels) / LEGEND_COLUMNS
         legend = 0.2 * math.ceil(lines)  # inches
         figure.subplots_adjust(

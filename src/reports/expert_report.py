@@ -1,4 +1,4 @@
-"""Describe the experts: a page with a heat map over the splits, words and typical captions; and in short."""
+"""Describe the experts of a mixture: a page with a heat map, words and typical captions, and a name for each expert."""
 
 import itertools
 import re
@@ -8,20 +8,24 @@ from typing import Any
 
 from reports import pages
 
-LEAST_OCCURRENCES = 3  # of a word that is called typical of an expert
-MOST_LISTED = 8  # words and captions of an expert
-NAMED_BY = 3  # kinds or words
+LEAST_OCCURRENCES = 3  # smallest number of an expert's queries with a word that counts as typical
+MOST_LISTED = 8  # largest number of words, and of captions, that are listed for an expert
+NAMED_BY = 3  # largest number of kinds or words in an expert's name
 
 HEAT_STYLE = """
 td.heat { text-align: center; font-variant-numeric: tabular-nums; padding: .35rem .8rem; }
 .expert { border-top: 1px solid var(--line); padding: .5rem 0; }
 """
 
-RoutedQuery = dict[str, Any]  # of a query of a mixture, see `evaluation.rankings_file`
+RoutedQuery = dict[str, Any]  # a query with the weights of its experts, see `rankings_file`
 
 
 def expert_report(title: str, records: Mapping[str, Sequence[RoutedQuery]]) -> str:
-    """The page, from split's name -> its queries."""
+    """Return the page as HTML.
+
+    Args:
+        records: name of a split -> its queries.
+    """
     everything: list[RoutedQuery] = []
     for queries in records.values():
         everything += queries
@@ -35,7 +39,7 @@ def expert_report(title: str, records: Mapping[str, Sequence[RoutedQuery]]) -> s
 
 
 def _heat_map(columns: Mapping[str, Sequence[RoutedQuery]], experts: Iterable[int]) -> str:
-    """Mean weights as a table, the heavier the darker."""
+    """Return an HTML table of the experts' mean weights, in which larger weights are darker."""
     head = "".join(f"<th>{pages.text(name)}</th>" for name in columns)
     rows = []
     for expert in experts:
@@ -49,7 +53,7 @@ def _heat_map(columns: Mapping[str, Sequence[RoutedQuery]], experts: Iterable[in
 
 
 def _expert(expert: int, queries: Sequence[RoutedQuery]) -> str:
-    """The queries in which one expert weighs most: their number, typical words and captions."""
+    """Return HTML about the queries in which an expert has the largest weight: number, typical words and captions."""
     experts_queries = _queries_of(expert, queries)
     heaviest = sorted(experts_queries, key=lambda query: -query["experts"][expert])[:MOST_LISTED]
     captions = []
@@ -66,9 +70,9 @@ def _expert(expert: int, queries: Sequence[RoutedQuery]) -> str:
 
 
 def expert_names(queries: Sequence[RoutedQuery]) -> list[dict[str, Any]]:
-    """Name each expert by the kinds of queries, or without kinds by the words, that set its queries apart most.
+    """Name each expert by the kinds that are most over-represented in its queries, or by words if there are no kinds.
 
-    `is_idle` says that no query goes to it.
+    `is_idle` is true for an expert to which no query is sent.
     """
     terms_of = kinds_of if any(map(kinds_of, queries)) else words_of
     names = []
@@ -80,22 +84,27 @@ def expert_names(queries: Sequence[RoutedQuery]) -> list[dict[str, Any]]:
 
 
 def _queries_of(expert: int, queries: Sequence[RoutedQuery]) -> list[RoutedQuery]:
-    """The queries in which an expert weighs most."""
+    """Return the queries in which an expert has the largest weight."""
     return [query for query in queries if query["experts"][expert] == max(query["experts"]) > 0]
 
 
 def words_of(query: RoutedQuery) -> set[str]:
-    """The words of a query's caption."""
+    """Return the words of a query's caption in lower case."""
     return set(re.findall(r"\w+", query["caption"].lower()))
 
 
 def kinds_of(query: RoutedQuery) -> set[str]:
-    """The kinds of a query, where its benchmark has any."""
+    """Return the kinds of a query; empty if its benchmark has none."""
     return set(query.get("kinds", []))
 
 
 def typical_of(own: Iterable[set[str]], everywhere: Iterable[set[str]]) -> list[tuple[str, float]]:
-    """Terms that more of an expert's queries have than of all, and how many times so, of the terms of each query."""
+    """Return the terms that are more frequent in an expert's queries than in all queries, with the ratio of both.
+
+    Args:
+        own: terms of each query of the expert.
+        everywhere: terms of each query of all experts.
+    """
     own, everywhere = list(own), list(everywhere)
     counts = Counter(itertools.chain.from_iterable(everywhere))
     ratios = {}

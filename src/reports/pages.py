@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: one style, everything escaped, pictures embedded."""
+"""Self-contained HTML pages with one style, in which all text is escaped and all pictures are embedded."""
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ td.value { overflow-wrap: anywhere; }
 .command pre { flex: 1; min-width: 0; margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 button { font: inherit; padding: .35rem .8rem; border: 1px solid var(--line); border-radius: 6px; cursor: pointer; }
 """
-# What the buttons of commands do; a page whose clipboard is closed leaves the command marked, to be copied by hand.
+# Script of the copy buttons. If the clipboard cannot be accessed, the command stays selected, to be copied by hand.
 COPYING = """
 for (const button of document.querySelectorAll(".command button"))
   button.addEventListener("click", async () => {
@@ -35,7 +35,12 @@ for (const button of document.querySelectorAll(".command button"))
 
 
 def page(title: str, parts: Iterable[str], *, style: str = "", script: str = "") -> str:
-    """A whole page. Parts are HTML already; the title is text."""
+    """Return a complete page.
+
+    Args:
+        title: plain text, which is escaped here.
+        parts: HTML.
+    """
     body = "\n".join(parts)
     code = f"<script>{script}</script>\n" if script else ""
     # The empty icon keeps browsers from requesting one.
@@ -57,12 +62,12 @@ def page(title: str, parts: Iterable[str], *, style: str = "", script: str = "")
 
 
 def text(content: object) -> str:
-    """Any content as HTML text, in which quotes are escaped too."""
+    """Escape any content for HTML, quotes included."""
     return html.escape(str(content))
 
 
 def table(rows: Mapping[str, object], numbers: bool = False) -> str:
-    """Names next to their values."""
+    """Return an HTML table with a row for each name and its value."""
     kind = "number" if numbers else "value"
     lines = []
     for name, value in rows.items():
@@ -71,7 +76,7 @@ def table(rows: Mapping[str, object], numbers: bool = False) -> str:
 
 
 def matrix(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    """A table of numbers with names above the columns and before the rows."""
+    """Return an HTML table of numbers with a header row and a header column."""
     head = "".join(f'<th class="number">{text(name)}</th>' for name in columns)
     lines = []
     for name, values in rows.items():
@@ -81,7 +86,7 @@ def matrix(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
 
 
 def bars(shares: Mapping[str, float]) -> str:
-    """Names with their shares, 0 to 1, as bars; the page's style says how `.bars` looks."""
+    """Return HTML that shows fractions from 0 to 1 as named bars; the page's style must define `.bars`."""
     rows = []
     for name, share in shares.items():
         bar = f'<i style="width:{100 * share:.0f}%"></i>'
@@ -90,5 +95,5 @@ def bars(shares: Mapping[str, float]) -> str:
 
 
 def command(line: str) -> str:
-    """A command, and a button that copies it by `COPYING`."""
+    """Return HTML of a command with a button that copies it; the page needs the script `COPYING`."""
     return f'<div class="command"><pre>{text(line)}</pre><button type="button">Copy</button></div>'

@@ -1,4 +1,4 @@
-"""The page of a run: what it is, how far it came, and how to resume it."""
+"""The page of a training run: its settings, progress and results, and the commands to resume or reproduce it."""
 
 import operator
 import time
@@ -22,11 +22,11 @@ from reports.curves import (
 from runtime.files import write_bytes, write_text
 from utils import format_metric
 
-DRAWING_SHARE = 0.05  # of the time, which drawing may take
-FIRST_COST = 2.0  # seconds, for it loads matplotlib
+DRAWING_SHARE = 0.05  # largest fraction of the run time that is spent on drawing
+FIRST_COST = 2.0  # estimated seconds of the first drawing, which loads matplotlib
 
 COLLAPSE_REMEDY = "train with --load-balancing-weight 0.1"
-IDLE = 0.01  # share of the queries, below which an expert takes none to speak of
+IDLE = 0.01  # fraction of the queries below which an expert counts as idle
 RUN_STYLE = f"""{CHART_STYLE}
 .facts {{ display: flex; flex-wrap: wrap; gap: .2rem 1.6rem; margin: .8rem 0; }}
 .facts dt {{ color: var(--quiet); font-size: 13px; }} .facts dd {{ margin: 0; overflow-wrap: anywhere; }}
@@ -36,17 +36,17 @@ RUN_STYLE = f"""{CHART_STYLE}
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """Description of a run on its page, besides its records.
+    """Description of a run for its page, apart from the records of its epochs.
 
     Attributes:
         title: dataset and method.
-        titles: metrics to show -> what they are called.
-        units: metrics -> what they are measured in; those that are not named, in %.
-        chosen_by: the metrics that select checkpoints.
-        hyper_parameters: of the run.
-        made_by: what it runs on and with: host, commit.
-        overview: address of the page of all seeds, "" where the run is not one of several.
-        commands: what for -> a command: to resume, to validate, to reproduce.
+        titles: metric to show -> its name.
+        units: metric -> its unit, if this is not %.
+        chosen_by: metrics that select checkpoints.
+        hyper_parameters: hyper-parameters of the run.
+        made_by: environment of the run, such as host and commit.
+        overview: URL of the page of all seeds; "" for a run with a single seed.
+        commands: purpose ("resume", "validate", "reproduce") -> command.
     """
 
     title: str
@@ -59,31 +59,31 @@ class About:
     overview: str = ""
 
     def called(self, metric: str) -> str:
-        """Return the title of a metric for tables and axes."""
+        """Return the name of a metric in tables and plots."""
         return self.titles.get(metric, metric.replace("_", " "))
 
 
 class RunPage:
-    """Draws a run's curves and page, at validations as long as that takes a small share of the time, and at the end.
+    """Write the page and curves of a run at its end, and after a validation if drawing takes little of the run time.
 
-    Where matplotlib is not installed, there is no picture file of the curves.
+    Without matplotlib, no image file of the curves is written.
     """
 
     def __init__(self, folder: Path, about: About) -> None:
         self.folder = folder
         self.about = about
         self.drawn_at = time.monotonic()
-        self.cost = FIRST_COST  # seconds that the last drawing took
+        self.cost = FIRST_COST  # seconds of the last drawing
 
     def refresh(
         self, rows: Mapping[str, EpochRows], spent: Mapping[str, str], *, complete: bool
     ) -> None:
-        """Draw, if it is due.
+        """Write page and curves if the run is complete, or if the last drawing is long enough ago.
 
         Args:
-            rows: see `Run`.
-            spent: when it began, how long it took, how much memory.
-            complete: the training is over.
+            rows: records of the run, see `Run`.
+            spent: start time, duration and memory of the run, by name.
+            complete: whether the training run is complete.
         """
         start = time.monotonic()
         if not complete and (start - self.drawn_at) * DRAWING_SHARE < self.cost:
@@ -109,10 +109,10 @@ def run_page(
     panels: Sequence[Panel],
     complete: bool,
 ) -> str:
-    """The page of a run.
+    """Return the page of a run as HTML.
 
     Args:
-        facts: what to say first of it, by name.
+        facts: name -> value, shown at the top of the page.
     """
     wanted = about.hyper_parameters["num_epochs"]
     trained = rows["train"]
@@ -141,13 +141,13 @@ def run_page(
 
 
 def _page(about: About, parts: Sequence[str], panels: Sequence[Panel]) -> str:
-    """A page whose parts have commands, and the charts of some panels."""
+    """Return a page of these parts, with the scripts of the copy buttons and of the charts."""
     script = pages.COPYING + charts_script(panels)
     return pages.page(about.title, parts, style=RUN_STYLE, script=script)
 
 
 def _head(folder: Path, facts: Mapping[str, str]) -> str:
-    """Render the folder of a run, and some facts by their names."""
+    """Return HTML with the folder of a run, and with facts about it by name."""
     told = []
     for name, fact in facts.items():
         told.append(f"<div><dt>{pages.text(name)}</dt><dd>{pages.text(fact)}</dd></div>")
@@ -156,7 +156,7 @@ def _head(folder: Path, facts: Mapping[str, str]) -> str:
 
 
 def _idle_experts(about: About, rows: Mapping[str, EpochRows]) -> str:
-    """Render advice for a mixture whose router leaves experts idle; "" if it leaves none."""
+    """Return HTML that advises how to keep the experts of a mixture busy; "" if no expert is idle."""
     last = rows["router"][-1] if rows.get("router") else {}
     experts = experts_of(last)
     idle = [expert for name, expert in experts.items() if last[name] < IDLE]
@@ -171,7 +171,7 @@ def _idle_experts(about: About, rows: Mapping[str, EpochRows]) -> str:
 
 
 def _best(about: About, validations: EpochRows) -> str:
-    """The best validation by each metric that selects checkpoints, and the last one."""
+    """Return HTML of the best validation by each metric that selects checkpoints, and of the last validation."""
     if not validations:
         return "<p>none yet</p>"
     named = {
@@ -195,13 +195,13 @@ def seeds_page(
     validations: Panel,
     addresses: Mapping[str, str],
 ) -> str:
-    """The page of a run with several seeds, which leads to those of each.
+    """Return the page of a run with several seeds, with links to the pages of the seeds.
 
     Args:
-        about: of all of them together.
-        best: each seed, and all together -> the best validation, as it is written.
-        validations: the metric that chose it, of each seed over the epochs.
-        addresses: each seed -> where its own page lies.
+        about: description of the whole run.
+        best: each seed, and the summary of all seeds -> formatted metrics of the best validation.
+        validations: the metric that selects the best validation, over the epochs, with one curve per seed.
+        addresses: seed -> URL of its page.
     """
     links = []
     for seed, address in addresses.items():

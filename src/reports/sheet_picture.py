@@ -1,4 +1,4 @@
-"""A retrieval sheet as a picture: the cards of `reports.sheets` below one another in a PNG."""
+"""A retrieval sheet as a PNG: queries with their results, the cards of `reports.sheets`, one below the other."""
 
 import functools
 import importlib.util
@@ -16,27 +16,27 @@ from reports.sheets import Card, Row
 logger = logging.getLogger(__name__)
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-# Pixels.
-TALLEST = 30_000  # viewers still open it
-LEFT_WIDTH = 330  # of the query; the answers begin there
+# Sizes in pixels.
+TALLEST = 30_000  # largest height of the picture, which image viewers still open
+LEFT_WIDTH = 330  # width of the query; its results start to the right of it
 MARGIN = 6
 GAP = 6  # between two images
-LINE = 15  # of text
-TEXT_GAP = 8  # between the reference and the text beside it
+LINE = 15  # height of a line of text
+TEXT_GAP = 8  # between the reference and the text to its right
 LABEL_GAP = 3  # between an image and its label
-LABEL_HEIGHT = 22  # with the gaps around it
-BOTTOM = 14  # of a strip, together with the margin above
+LABEL_HEIGHT = 22  # including the gaps above and below the label
+BOTTOM = 14  # margins above and below the content of a strip, together
 OUTLINE = 3  # width of a target's outline
 FONT_SIZE = 11
-BAR_LEFT = 128  # from the beginning of the name
-BAR_WIDTH = 80  # of a share of 1
-BAR_TOP = 4  # from the top of the line
+BAR_LEFT = 128  # from the left end of the name to the bar
+BAR_WIDTH = 80  # width of the bar of a fraction of 1
+BAR_TOP = 4  # from the top of the line to the bar
 BAR_BOTTOM = 11
 
 CAPTION_LINES = 6
-MEAN_LINE = (
-    0.9  # of the room, which a line takes by the mean width of its characters: some are wider
-)
+# Lines are filled to this fraction of the available width, computed from the mean width of a character, since some
+# characters are wider than the mean.
+MEAN_LINE = 0.9
 GREEN = (26, 152, 80)
 GREY = (110, 110, 110)
 BLUE = (33, 102, 172)
@@ -49,11 +49,11 @@ def picture(
     *,
     head: Sequence[str] = (),
 ) -> tuple[bytes, int]:
-    """A PNG of queries below one another, and how many of them it has room for.
+    """Return a PNG of queries one below the other, and the number of queries that fit in it.
 
     Args:
-        side: pixels of a place for an image.
-        head: what stands above all queries, each in lines of its own.
+        side: width and height in pixels within which each image is drawn.
+        head: texts above the queries; each starts on a new line.
     """
     say_unknown([*head, *(card.caption + card.heading for card in cards)])
     places = 0
@@ -83,7 +83,7 @@ def picture(
 
 
 def _strip(card: Card, thumbnails: Mapping[str, bytes], *, side: int, width: int) -> Image.Image:
-    """A card as a part of the picture: left the query and what the Combiner did, right a row for each ranking."""
+    """Draw a card: on the left the query and the bars of the Combiner, on the right a row for each ranking."""
     left = MARGIN + side + TEXT_GAP
     room = LEFT_WIDTH - left - GAP
     lines = [*wrapped(card.heading, room), *wrapped(card.caption, room)[:CAPTION_LINES]]
@@ -107,7 +107,7 @@ def _write(
     corner: tuple[int, int],
     color: str | tuple[int, int, int] = "black",
 ) -> int:
-    """Write lines below one another; returns where the next one would begin."""
+    """Write lines one below the other, and return the y coordinate of the next line."""
     left, top = corner
     pen = ImageDraw.Draw(strip)
     for line in lines:
@@ -117,7 +117,7 @@ def _write(
 
 
 def _draw_bars(strip: Image.Image, bars: Mapping[str, float], corner: tuple[int, int]) -> None:
-    """Draw what the Combiner did, a bar a line."""
+    """Draw the gate and the experts' weights of the Combiner, one bar per line."""
     left, top = corner
     pen = ImageDraw.Draw(strip)
     for name, share in bars.items():
@@ -130,15 +130,15 @@ def _draw_bars(strip: Image.Image, bars: Mapping[str, float], corner: tuple[int,
 
 
 def wrapped(text: str, room: int) -> list[str]:
-    """Lines of a text, each about as wide as some pixels at most."""
+    """Break a text into lines of at most about `room` pixels."""
     each = font_of(text).getlength(text) / max(len(text), 1)
     return textwrap.wrap(text, max(int(MEAN_LINE * room / each), 1)) if each else []
 
 
 def font_of(text: str) -> Font:
-    """The font that has most characters of a text: DejaVu Sans, which comes with matplotlib, else one of the machine's.
+    """Return a font for a text: DejaVu Sans, which comes with matplotlib, or the font that lacks the fewest characters.
 
-    Without matplotlib it is Pillow's own, which has those of Western Europe.
+    Without matplotlib, return Pillow's default font, which has only Western European characters.
     """
     file = _font_file(frozenset(text))
     return ImageFont.load_default(FONT_SIZE) if file is None else _opened(file)
@@ -164,7 +164,7 @@ def _font_file(characters: frozenset[str]) -> str | None:
 
 
 def _unknown(characters: frozenset[str], file: str | None) -> set[str]:
-    """The characters that a font lacks; Pillow's own has Latin-1."""
+    """Return the characters that a font lacks; None is Pillow's default font, which has Latin-1."""
     return {
         char for char in characters if not char.isspace() and ord(char) not in _characters(file)
     }
@@ -178,13 +178,13 @@ def _characters(file: str | None) -> frozenset[int]:
 
     try:
         face = FT2Font(file)
-    except (OSError, RuntimeError):  # a damaged one of the machine
+    except (OSError, RuntimeError):  # the font file is damaged
         return frozenset()
     return frozenset(face.get_charmap() if face.scalable else ())
 
 
 def say_unknown(texts: Sequence[str]) -> None:
-    """Log the characters of some texts that no font has."""
+    """Log a warning about characters that the fonts chosen for these texts lack."""
     unknown: set[str] = set()
     for text in texts:
         characters = frozenset(text)
@@ -205,7 +205,7 @@ def _draw_row(
     side: int,
     top: int,
 ) -> None:
-    """A ranking from left to right, the targets outlined, and added at the end if they are not among the answers."""
+    """Draw a ranking from left to right with outlined targets; targets that were not retrieved are added at the end."""
     pen = ImageDraw.Draw(strip)
     labels = {}
     for place, (name, similarity) in enumerate(row.answers, start=1):
@@ -227,7 +227,7 @@ def _draw_row(
 def _paste(
     strip: Image.Image, jpeg: bytes, corner: tuple[int, int], *, side: int
 ) -> tuple[int, int]:
-    """Put an image at a place, at most `side` wide and high; returns its lower right corner."""
+    """Paste an image, scaled to at most `side` pixels in width and height, and return its lower right corner."""
     image = ImageOps.contain(Image.open(io.BytesIO(jpeg)), (side, side))
     strip.paste(image, corner)
     left, top = corner

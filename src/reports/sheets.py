@@ -1,4 +1,4 @@
-"""Retrieval sheets: queries with what was retrieved for them, as a self-contained page."""
+"""Retrieval sheets: queries and their results on a self-contained HTML page."""
 
 import base64
 import io
@@ -15,13 +15,13 @@ from reports import pages
 from runtime.choices import WHITE
 from runtime.image_files import jpeg, read_photo, unreadable
 
-MOST_THUMBNAIL_BYTES = 14_000_000  # of thumbnails in a page, which base64 makes a third longer
-PLACE = (180, 110)  # pixels that an image fills on a page, at most in width and height
-THUMBNAIL_SIDES = (176, 144, 112, 88, 64)  # pixels of a thumbnail; the largest is taken that fits
+MOST_THUMBNAIL_BYTES = 14_000_000  # largest total size of a page's thumbnails before base64
+PLACE = (180, 110)  # largest width and height of an image on a page, in pixels
+THUMBNAIL_SIDES = (176, 144, 112, 88, 64)  # in pixels; the largest side that fits is used
 
-Nearest = Sequence[tuple[str, float]]  # (image, similarity), the nearest first
+Nearest = Sequence[tuple[str, float]]  # (image, similarity), most similar first
 
-# Images that a row has room for on screens of each width; below them they are as many in each line as can be.
+# Largest number of images per line, by the width of the screen.
 ROOM = {"wide": 11, "middle": 6, "narrow": 5}
 SHEET_STYLE = """
 body { max-width: 1600px; }
@@ -43,7 +43,7 @@ figure.target figcaption { color: var(--mark); font-weight: 600; }
 .bars { display: grid; grid-template-columns: auto 1fr auto; gap: 1px .4rem; font-size: 12px; align-items: center; }
 .bars i { display: block; height: 8px; background: var(--link); border-radius: 2px; }
 """
-# Images are decoded as they come near the screen: a long sheet would else hold all of them at once.
+# An image is decoded only when it is scrolled near the screen, since decoding a whole sheet would need much memory.
 SHOW_WHEN_NEAR = """
 const show = image => { image.src = "data:image/jpeg;base64," + pictures[image.dataset.name]; };
 const near = new IntersectionObserver(entries => {
@@ -63,8 +63,8 @@ class Row:
     """One ranking of a query.
 
     Attributes:
-        answers: what was retrieved.
-        ranks: target -> its rank, 0 is the first place; the target that the query was written for is the first.
+        answers: retrieved images with their similarities.
+        ranks: target -> its rank, counted from 0; the annotated target, for which the query was written, comes first.
     """
 
     answers: Nearest
@@ -72,12 +72,12 @@ class Row:
 
     @property
     def names(self) -> list[str]:
-        """The images that were retrieved."""
+        """Return the names of the retrieved images."""
         return [name for name, _ in self.answers]
 
     @property
     def not_shown(self) -> dict[str, int]:
-        """The targets that are not among the answers, with their ranks."""
+        """Return the targets that are not among the retrieved images, with their ranks."""
         return {name: rank for name, rank in self.ranks.items() if name not in self.names}
 
     def heading(self, title: str) -> str:
@@ -90,14 +90,14 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """One query as a sheet shows it.
+    """Content of a sheet for one query.
 
     Attributes:
-        label: what it is called, as "dress 12" or "pairid 12060".
-        kinds: what it asks for, where its benchmark says so.
-        extended: what else its annotators said.
-        rows: title -> a ranking, of the gallery or of the query's group.
-        bars: name -> share: how much of the residual is text, and the weights of the experts.
+        label: name of the query, such as "dress:12" or "12060".
+        kinds: kinds of the query; empty if its benchmark has none.
+        extended: additional remarks of the annotators.
+        rows: title -> ranking of the gallery or of the query's group.
+        bars: name -> fraction: the gate (fraction of text in the residual) and the weights of the experts.
     """
 
     label: str
@@ -115,7 +115,7 @@ class Card:
 
     @property
     def images(self) -> set[str]:
-        """All images that it shows."""
+        """Return all images that the card shows."""
         names = {self.reference}
         for row in self.rows.values():
             names.update(row.names, row.ranks)
@@ -126,7 +126,7 @@ def make_card(label: str, query: dict[str, Any], protocol: str, *, k: int) -> Ca
     """Make a card from a record of a rankings file.
 
     Args:
-        k: images to show of the gallery's ranking.
+        k: number of results to show from the ranking of the gallery.
     """
     found = query["protocols"][protocol]
     caption = found.get("caption", query["caption"])
@@ -145,7 +145,7 @@ def make_card(label: str, query: dict[str, Any], protocol: str, *, k: int) -> Ca
 
 
 def _target_ranks(query: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, int]:
-    """Return target -> its rank, the named target first; nothing of a test query."""
+    """Return the rank of each target, the annotated target first; empty for a test query."""
     if query["target"] is None:
         return {}
     others = dict(zip(query["other_targets"], found.get("other_ranks", []), strict=False))
@@ -153,7 +153,7 @@ def _target_ranks(query: Mapping[str, Any], found: Mapping[str, Any]) -> dict[st
 
 
 def shares(gate: float | None, experts: Sequence[float]) -> dict[str, float]:
-    """Return the shares of a query by name: text in the gate of the Combiner, and the weights of its experts."""
+    """Return the fractions that a query's bars show, by name: the Combiner's gate, and the weight of each expert."""
     named = {}
     if gate is not None:
         named["text in the gate"] = gate
@@ -163,10 +163,10 @@ def shares(gate: float | None, experts: Sequence[float]) -> dict[str, float]:
 
 
 def load_thumbnails(paths: Mapping[str, Path], background: str = WHITE) -> dict[str, bytes]:
-    """Image name -> a JPEG, of the largest side with which all of them together fit in a page.
+    """Return a JPEG thumbnail of each image, with the largest side at which all of them fit in a page.
 
     Args:
-        background: of transparent images, see `read_photo`.
+        background: background of transparent images, see `read_photo`.
 
     Raises:
         UserError: an image cannot be decoded.
@@ -192,7 +192,7 @@ def sheet(
     *,
     about: Sequence[str],
 ) -> str:
-    """Make a page of queries in sections; each image is in it once."""
+    """Return a page of queries in sections; an image that is shown several times is embedded only once."""
     pictures = _pictures(thumbnails)
     parts = [f'<p class="about">{pages.text(line)}</p>' for line in about]
     for name, cards in sections.items():
@@ -203,11 +203,11 @@ def sheet(
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as a page shows it.
+    """Key and size of an image on a page.
 
     Attributes:
-        key: a short one, which stands for it in the page.
-        width: pixels, in the proportion of the image; so is the height.
+        key: short name that refers to the embedded image.
+        width, height: size in pixels, with the aspect ratio of the image.
     """
 
     key: str
@@ -216,7 +216,7 @@ class Picture:
 
 
 def _pictures(thumbnails: Mapping[str, bytes]) -> dict[str, Picture]:
-    """Image name -> how it is shown."""
+    """Return the key of each image and its size on a page."""
     pictures = {}
     for number, (name, thumbnail) in enumerate(thumbnails.items()):
         with Image.open(io.BytesIO(thumbnail)) as image:
@@ -227,7 +227,6 @@ def _pictures(thumbnails: Mapping[str, bytes]) -> dict[str, Picture]:
 
 
 def _query(card: Card, pictures: Mapping[str, Picture]) -> str:
-    """A card in HTML."""
     rows = []
     for title, row in card.rows.items():
         figures = []
@@ -247,7 +246,7 @@ def _query(card: Card, pictures: Mapping[str, Picture]) -> str:
 
 
 def _in_lines(figures: Sequence[str]) -> str:
-    """Figures next to each other; where they need several lines, these are of one length, or the last is shorter."""
+    """Return HTML of figures in as few lines as the screen allows, all lines of about the same length."""
     columns = []
     for screen, room in ROOM.items():
         lines = math.ceil(len(figures) / room)
@@ -277,12 +276,12 @@ def results_page(
     thumbnails: Mapping[str, bytes],
     marks: Mapping[str, str],
 ) -> str:
-    """A page of what was retrieved for one query.
+    """Return a page with the results of one query.
 
     Args:
-        reference: None for a query of the text alone.
-        marks: image -> what is said of it beside its name.
-        thumbnails: image -> its thumbnail, the reference's too.
+        reference: image of the query; None for a query that consists only of text.
+        marks: image -> text that is shown after its name.
+        thumbnails: image -> thumbnail, for all results and the reference.
     """
     pictures = _pictures(thumbnails)
     figures = []
@@ -298,7 +297,7 @@ def results_page(
 
 
 def _script(pictures: Mapping[str, Picture], thumbnails: Mapping[str, bytes]) -> str:
-    """JavaScript that holds each image once and puts it in all its places."""
+    """Return JavaScript that contains each image once and shows it wherever it occurs on the page."""
     content = {}
     for name, thumbnail in thumbnails.items():
         content[pictures[name].key] = base64.b64encode(thumbnail).decode()

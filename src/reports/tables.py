@@ -1,4 +1,4 @@
-"""Tables as text, for the terminal."""
+"""Plain-text tables for the terminal."""
 
 from collections.abc import Mapping
 
@@ -6,9 +6,9 @@ from utils import printable
 
 
 def text_table(rows: Mapping[str, Mapping[str, str]]) -> str:
-    """Format rows by their names, with cells by their columns: names to the left, cells to the right.
+    """Format a table of row -> column -> cell as text, with names left-aligned and cells right-aligned.
 
-    A cell that a row lacks is left empty.
+    A cell that is missing from a row is left empty.
     """
     import pandas as pd
 

@@ -1,1 +1,1 @@
-"""Settings of flags, each declared once."""
+"""Settings of the scripts, each declared once."""

@@ -1,4 +1,4 @@
-"""Settings declared once, as fields: flags, their help and bounds, and the check of files follow from them."""
+"""Declaration of settings as pydantic fields, from which flags, their help and the checks of stored values follow."""
 
 import argparse
 import types
@@ -18,7 +18,7 @@ from utils import flag
 
 @dataclass(frozen=True, eq=False)
 class OneOf:
-    """A text that is one of some names."""
+    """Constraint on a text: it must be one of the given names."""
 
     names: Collection[str]
 
@@ -26,7 +26,7 @@ class OneOf:
         return core_schema.no_info_after_validator_function(self.check, handler(source))
 
     def check(self, value: str) -> str:
-        """Return a name. Raises PydanticCustomError where it is none."""
+        """Return the value. Raises PydanticCustomError if it is not one of the names."""
         if value not in self.names:
             raise PydanticCustomError("name", f"it should be one of {', '.join(self.names)}")
         return value
@@ -34,11 +34,11 @@ class OneOf:
 
 @dataclass(frozen=True, eq=False)
 class Typed:
-    """A text that is parsed as it is typed, such as a path; on disk it is the text of what came of it.
+    """Constraint on a value that is parsed from text, such as a path, and stored as text.
 
     Attributes:
-        parse: what was typed -> the value, or argparse's error.
-        stored: a text of a file -> the value; paths in it are those of the machine that wrote it, and not looked up.
+        parse: function from the text of a flag to the value; raises argparse's error.
+        stored: function from the text in a file to the value; a path may be from another machine, so it need not exist.
     """
 
     parse: Callable[[str], Any]
@@ -48,17 +48,17 @@ class Typed:
         return core_schema.no_info_plain_validator_function(self.check)
 
     def check(self, value: Any) -> Any:
-        """Return the value. Raises PydanticCustomError where a file has another kind."""
+        """Return the value. Raises PydanticCustomError if it is neither a path nor a text that can be one."""
         if isinstance(value, Path):
             return value
-        # Any characters: pydantic's own text has no place for paths that are not UTF-8.
+        # Pydantic's own check of texts would reject paths that are not UTF-8.
         if not isinstance(value, str) or not value or "\0" in value:
             raise PydanticCustomError("path", "it should be a path")
         return self.stored(value)
 
 
 class Text:
-    """A text of any characters."""
+    """Constraint on a text that may contain any characters, even lone surrogates."""
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Callable) -> CoreSchema:
@@ -66,7 +66,7 @@ class Text:
 
     @staticmethod
     def check(value: Any) -> str:
-        """Return the text. Raises PydanticCustomError where it is none."""
+        """Return the value. Raises PydanticCustomError if it is not a text."""
         if not isinstance(value, str):
             raise PydanticCustomError("text", "it should be a text")
         return value
@@ -77,10 +77,10 @@ AnyText = typing.Annotated[str, Text]
 
 
 class Flags(BaseModel):
-    """Settings of one subject, or those of a script, which mixes subjects in.
+    """Settings of one subject, or all settings of a script, which inherits from its subjects.
 
     Attributes:
-        title, about: what `--help` says above them.
+        title, about: heading and introduction of the subject's flags in `--help`.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, extra="ignore")
@@ -89,7 +89,7 @@ class Flags(BaseModel):
 
     @classmethod
     def of(cls: "type[AnyFlags]", values: Any) -> "AnyFlags":
-        """Return those of these names among the attributes of a larger whole."""
+        """Return the settings of this class, read from the attributes of an object that may have others too."""
         return cls(**{name: getattr(values, name) for name in cls.model_fields})
 
 
@@ -99,38 +99,38 @@ AnyFlags = TypeVar("AnyFlags", bound=Flags)
 def setting(
     default: Any, help: str = "", *, metavar: str = "", where: str = "computes", off: str = ""
 ) -> Any:
-    """Declare a setting beside its type; `help` is what makes a flag of it.
+    """Declare the default, help and use of a setting; a setting with a help text gets a flag.
 
     Args:
-        where: it counts: "computes" changes numbers, "free" does not, "moves" names a file that may lie elsewhere as
-            long as its content is the same, "secret" is written nowhere.
-        off: help of a second flag, `--no-...`, which sets None, or False where the setting is a switch.
+        where: use of the value; "computes": it changes numbers; "free": it does not; "moves": it is the path of a file
+            that may be moved as long as its content stays the same; "secret": it must not be written to any file.
+        off: help of a second flag, `--no-...`, which sets None, or False if the setting is a switch.
     """
     more: dict[str, Any] = {"metavar": metavar, "where": where, "off": off}
     return Field(default, description=help, json_schema_extra=more)
 
 
 def changed(flags: type[Flags], name: str, default: Any, help: str = "") -> Any:
-    """Declare the setting of another class with another default, and with more help."""
+    """Declare a setting of another class again, with a new default and with `help` appended to its help text."""
     known = flags.model_fields[name]
     return setting(default, f"{known.description}{help}", **_more(known))
 
 
 def subjects(flags: type[Flags]) -> list[type[Flags]]:
-    """Return the subjects that a script's settings mix in, in the order in which `--help` has them."""
+    """Return the subjects that a script's settings inherit from, in the order of `--help`."""
     mixed = [kind for kind in flags.__mro__ if issubclass(kind, Flags) and "title" in vars(kind)]
     return [kind for kind in mixed if kind.title]
 
 
 def names_where(flags: type[Flags], *where: str) -> frozenset[str]:
-    """Return the names of the settings that count in some way, see `setting`."""
+    """Return the names of the settings with one of these uses, see `where` in `setting`."""
     return frozenset(
         name for name, field in flags.model_fields.items() if _more(field)["where"] in where
     )
 
 
 def stored(flags: Flags) -> dict[str, Any]:
-    """Return settings as plain types that JSON and a checkpoint hold, paths in full; secret ones are left out."""
+    """Return settings as types that JSON and checkpoints can store: paths are absolute, secret settings left out."""
     values = {}
     for name in type(flags).model_fields.keys() - names_where(type(flags), "secret"):
         value = getattr(flags, name)
@@ -139,10 +139,10 @@ def stored(flags: Flags) -> dict[str, Any]:
 
 
 def parent(group: type[Flags], of: type[Flags] | None = None) -> argparse.ArgumentParser:
-    """Return a subject's flags as a parent of a script's parser.
+    """Return a parser with a subject's flags, for use as a parent of a script's parser.
 
     Args:
-        of: the script's own settings, whose defaults hold.
+        of: settings of the script, whose defaults replace the subject's defaults.
     """
     parser = argparse.ArgumentParser(add_help=False)
     titled = parser.add_argument_group(group.title, group.about or None)
@@ -156,7 +156,7 @@ def parent(group: type[Flags], of: type[Flags] | None = None) -> argparse.Argume
 def parsed(
     parser: argparse.ArgumentParser, flags: type[AnyFlags], values: argparse.Namespace
 ) -> AnyFlags:
-    """Return what was typed as settings; the parser rejects what they do not allow together."""
+    """Convert parsed flags to settings; the parser rejects combinations of values that the settings do not allow."""
     known = {name: value for name, value in vars(values).items() if name in flags.model_fields}
     try:
         return flags(**known)
@@ -170,7 +170,7 @@ def _more(field: FieldInfo) -> dict[str, str]:
 
 
 def _add_flag(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> None:
-    """Add the flag of a setting, of its type and within its bounds."""
+    """Add the flag of a setting, and its `--no-...` flag if it has one."""
     kind, _ = _kind(field)
     told: dict[str, Any] = {"help": field.description}
     told.update({"required": True} if field.is_required() else {"default": field.default})
@@ -187,7 +187,6 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> No
 def _add_value(
     group: argparse._ArgumentGroup, name: str, field: FieldInfo, told: dict[str, Any]
 ) -> None:
-    """Add a flag that takes a value."""
     kind, limits = _kind(field)
     if typing.get_origin(kind) is list:
         kind, limits = _unwrapped(typing.get_args(kind)[0])
@@ -206,7 +205,7 @@ def _add_value(
 
 
 def _kind(field: FieldInfo) -> tuple[Any, list[Any]]:
-    """The type of a setting that is not silent, and its bounds or names."""
+    """Return the type of a setting without None, and its constraints, such as bounds or names."""
     kind, limits = _unwrapped(field.annotation)
     return kind, [*field.metadata, *limits]
 
@@ -224,5 +223,5 @@ def _unwrapped(annotation: Any) -> tuple[Any, list[Any]]:
 
 
 def _bound(limits: Collection[Any], side: str) -> Any:
-    """The bound on a side, which every number has."""
+    """Return the bound on one side, "ge" or "le"; every numeric setting has both."""
     return next(getattr(limit, side) for limit in limits if hasattr(limit, side))

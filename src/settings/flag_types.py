@@ -1,4 +1,4 @@
-"""Values that flags take: text that is checked and converted, or rejected with what would be right."""
+"""Types of flags for argparse: functions that check and convert a text, or reject it with a hint."""
 
 import argparse
 import os
@@ -12,18 +12,18 @@ from runtime.hub import HUB
 from runtime.spelling import as_stored
 from utils import printable
 
-MILLION = 10**6  # more of anything that a flag counts is a slip of the finger
-LONGEST_SHOWN = 60  # characters of a value that a message repeats
+MILLION = 10**6  # largest count that a flag accepts; anything larger is a typing error
+LONGEST_SHOWN = 60  # number of characters of a value that an error message quotes
 
 
 def refused(text: str, reason: str) -> argparse.ArgumentTypeError:
-    """Return what to raise for a value that is no good; the parser names its flag."""
+    """Return the error to raise for an invalid value; the parser adds the name of the flag."""
     shown = text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
     return argparse.ArgumentTypeError(f"{printable(shown) or 'an empty text'} {reason}")
 
 
 def whole_number(least: int, most: int) -> Callable[[str], int]:
-    """A type for flags: whole numbers between two, both included."""
+    """Return a flag type for whole numbers from `least` to `most`, both included."""
 
     def number(text: str) -> int:
         digits = re.fullmatch(r"0*([0-9]{1,18})", text)
@@ -35,7 +35,7 @@ def whole_number(least: int, most: int) -> Callable[[str], int]:
 
 
 def number(least: float, most: float) -> Callable[[str], float]:
-    """A type for flags: numbers between two, both included."""
+    """Return a flag type for numbers from `least` to `most`, both included."""
 
     def number(text: str) -> float:
         try:
@@ -51,16 +51,16 @@ def number(least: float, most: float) -> Callable[[str], float]:
 
 positive_int = whole_number(1, MILLION)
 seed_int = whole_number(0, 2**32 - 1)
-rows = whole_number(1, 10**9)  # of a table in memory: as many as there are, if fewer
+rows = whole_number(1, 10**9)  # number of triplets or images of a dataset
 port = whole_number(1, 65_535)
 positive_float = number(1e-9, 1e9)
 fraction = number(1e-9, 1 - 1e-9)
 
 
 def usable_path(text: str) -> Path:
-    """A path that a file may have, whether or not one is there; ~ is the home folder.
+    """Return a path that is possible on this machine, whether or not it exists; ~ is the home folder.
 
-    It is looked up once, so that a name that no file can have is refused here, and not where it is used.
+    The path is looked up here, so that an impossible name is rejected at once and not when it is used.
     """
     try:
         found = Path(text).expanduser()
@@ -81,18 +81,18 @@ def usable_path(text: str) -> Path:
 
 
 def path_or_auto(text: str) -> Path | str:
-    """A path, or the word that leaves the choice."""
+    """Return a path, or the word "auto" unchanged."""
     return text if text == AUTO else usable_path(text)
 
 
 def model_name(text: str) -> str:
-    """A name, or a path as text; ~ is the home folder."""
+    """Return the name of a CLIP model or the path of a checkpoint as text; ~ is the home folder."""
     found = usable_path(text)
     return str(found) if text.startswith("~") else text
 
 
 def repository(text: str) -> str:
-    """The name of a repository on the Hugging Face Hub."""
+    """Return the name of a Hugging Face Hub repository, ORG/REPO."""
     part = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
     if len(text) > 96 or not re.fullmatch(f"{part}/{part}", text) or "--" in text or ".." in text:
         raise refused(text, "is not the name of a repository: pass ORG/REPO")
@@ -100,21 +100,21 @@ def repository(text: str) -> str:
 
 
 def pair_place(text: str) -> Path | str:
-    """The folder of an exported pair, or a repository of the Hugging Face Hub after "hf-hub:"."""
+    """Return the folder of an exported pair, or "hf-hub:" followed by the name of a Hub repository."""
     if text.startswith(HUB):
         return HUB + repository(text.removeprefix(HUB))
     return usable_path(text)
 
 
 def file_name(text: str) -> str:
-    """Part of a file's name, which cannot lead out of its folder."""
+    """Return a text that can be part of a file name and cannot lead out of its folder."""
     if not re.fullmatch(r"[\w.@+-]{1,100}", text) or text in (".", ".."):
         raise refused(text, "is not a valid name: use up to 100 letters, digits and . _ @ + -")
     return text
 
 
 def in_any_case(names: Iterable[str]) -> Callable[[str], str]:
-    """A type for flags: one of some names in any case, as it is spelled among them."""
+    """Return a flag type that ignores case: a known name gets its proper spelling, other texts stay as they are."""
     spelled = {name.lower(): name for name in names}
 
     def name(text: str) -> str:
@@ -124,7 +124,7 @@ def in_any_case(names: Iterable[str]) -> Callable[[str], str]:
 
 
 def concept_template(text: str) -> str:
-    """A type for flags: a text with {shared_concept} and {relative_caption} in it, and nothing else in braces."""
+    """Return a template that contains {shared_concept} and {relative_caption} once each, and no other braces."""
     fields = re.findall(r"\{[^{}]*\}|[{}]", text)
     if sorted(fields) != ["{relative_caption}", "{shared_concept}"]:
         raise refused(text, "is not a text with one {shared_concept} and one {relative_caption}")
@@ -132,7 +132,7 @@ def concept_template(text: str) -> str:
 
 
 class Several(argparse.Action):
-    """Values of a flag that may be given more than once: all of them, in place of the default."""
+    """Action of a flag that may be given more than once: all its values together replace the default."""
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""Every setting of a training, and those that other scripts share with it, by subject."""
+"""All settings of a training run, and the settings that other scripts share with it, grouped by subject."""
 
 import os
 from dataclasses import dataclass, field
@@ -41,17 +41,18 @@ from utils import PROJECT_ROOT
 
 Count = Annotated[int, Field(ge=1, le=MILLION)]
 Number = Annotated[int, Field(ge=0, le=MILLION)]
-Rows = Annotated[int, Field(ge=1, le=10**9)]  # of a table in memory: as many as there are, if fewer
-Workers = Annotated[int, Field(ge=0, le=256)]  # a process of some hundred megabytes each
-Width = Annotated[int, Field(ge=1, le=100_000)]  # of a layer
+Rows = Annotated[int, Field(ge=1, le=10**9)]  # rows of a matrix that are computed at a time
+Workers = Annotated[int, Field(ge=0, le=256)]  # each worker process needs some hundred megabytes
+Width = Annotated[int, Field(ge=1, le=100_000)]  # width of a layer
 Experts = Annotated[int, Field(ge=1, le=4096)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Positive = Annotated[float, Field(ge=1e-9, le=1e9)]
 LearningRate = Annotated[float, Field(ge=1e-12, le=100)]
-Weight = Annotated[float, Field(ge=0, le=MILLION)]  # of a part of the loss
+Weight = Annotated[float, Field(ge=0, le=MILLION)]  # weight of a loss term, or scale of some noise
 Share = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(ge=1e-9, le=1 - 1e-9)]
-# Of an image; below 1 it pads all images, and by more than it needs at most tenfold.
+# Ratio of an image's longer side to its shorter side. A ratio below 1 pads every image to a square whose side is up to
+# ten times the longer side.
 SideRatio = Annotated[float, Field(ge=0.1, le=1000)]
 BenchmarkName = Annotated[str, Typed(in_any_case(list(BENCHMARKS))), OneOf(BENCHMARKS)]
 ClipName = Annotated[str, Typed(model_name)]
@@ -69,7 +70,7 @@ class Origin(Flags):
 
 
 class Dataset(Flags):
-    """Which benchmark."""
+    """Choice of the benchmark."""
 
     title = "benchmark"
     dataset: BenchmarkName = setting(..., "benchmark to use (not case-sensitive)")
@@ -100,7 +101,7 @@ class Device(Flags):
 
 
 class Decoding(Flags):
-    """Processes, which pay where many images are decoded."""
+    """Number of data-loader workers, for scripts that decode many images."""
 
     title = "machine"
     num_workers: Workers = setting(
@@ -111,7 +112,7 @@ class Decoding(Flags):
 
 
 class Evaluation(Flags):
-    """Images to leave out, and number of queries that are ranked at a time."""
+    """Images to exclude, and the number of queries that are ranked at a time."""
 
     title = "evaluation"
     exclusions: UsablePath | None = setting(
@@ -129,7 +130,7 @@ class Evaluation(Flags):
 
 
 class Clip(Flags):
-    """Which CLIP, how its images are preprocessed and in what precision it encodes; None where the flags are silent."""
+    """Choice of CLIP, its preprocessing and its encoding precision; None for flags that are not given."""
 
     title = "CLIP"
     about = "flags not given are read from the checkpoint, or take their defaults without one"
@@ -226,21 +227,25 @@ class Training(Flags):
     @field_validator("seeds")
     @classmethod
     def each_seed_once(cls, seeds: list[int] | None) -> list[int] | None:
-        """Each seed has a folder."""
+        """Reject an empty list and repeated seeds, since each seed gets a folder of its own."""
         if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
             raise PydanticCustomError("seeds", "it contains a seed twice: pass each seed once")
         return seeds
 
     @property
     def validated_epochs(self) -> list[int]:
-        """The epochs that a validation follows: the first, and so on as the original; if asked for, the last."""
+        """Return the epochs that end with a validation.
+
+        As in the original code, they are the first and every `validation_frequency`-th after it; `validate_last` adds
+        the last epoch.
+        """
         epochs = list(range(0, self.num_epochs, self.validation_frequency))
         last = self.num_epochs - 1
         return [*epochs, last] if self.validate_last and epochs[-1] != last else epochs
 
     @property
     def saved_epochs(self) -> list[int]:
-        """The epochs whose weights are saved whatever the validations say."""
+        """Return the epochs whose weights are saved regardless of the validation results."""
         epochs = set()
         if self.save_training and not self.save_best:
             epochs.update(self.validated_epochs)
@@ -250,7 +255,7 @@ class Training(Flags):
 
 
 class BeyondOriginal(Flags):
-    """Settings of training that the original does not have."""
+    """Training settings that the original code does not have."""
 
     title = "training, beyond the original"
     about = "all off by default"
@@ -331,7 +336,7 @@ class Regularisation(Flags):
     @field_validator("drop_image")
     @classmethod
     def never_both(cls, drop_image: float, info: ValidationInfo) -> float:
-        """A query keeps its image or its text."""
+        """Reject fractions that sum to more than 1, since a query must keep its image or its text."""
         if info.data.get("drop_text", 0) + drop_image > 1:
             raise PydanticCustomError(
                 "drop_image", "the sum of drop_text and drop_image should be at most 1"
@@ -340,7 +345,7 @@ class Regularisation(Flags):
 
 
 class Tracking(Flags):
-    """Trackers of a run."""
+    """Trackers that display a run."""
 
     title = "tracking"
     about = "in addition to the CSV files of the run"
@@ -399,7 +404,7 @@ class FineTuning(Flags):
 
 
 class Lora(Flags):
-    """Adapters that learn in place of CLIP's weights."""
+    """Low-rank adapters, which are trained instead of CLIP's weights."""
 
     title = "LoRA"
     about = "off by default; needs requirements-lora.txt"
@@ -416,14 +421,14 @@ class Lora(Flags):
     @field_validator("lora_targets", "lora_norms")
     @classmethod
     def only_with_adapters(cls, value: str | bool, info: ValidationInfo) -> str | bool:
-        """Allow settings of adapters only together with adapters."""
+        """Reject settings of adapters if there are no adapters."""
         if value not in (False, LORA_TARGETS[0]) and not info.data.get("lora_rank"):
             raise PydanticCustomError("lora", "it needs adapters: also pass --lora-rank")
         return value
 
 
 class Combiner(Flags):
-    """Kind and sizes of a Combiner that is trained."""
+    """Architecture and sizes of the Combiner to train."""
 
     title = "Combiner"
     combiner_type: Annotated[str, OneOf(COMBINER_TYPES)] = setting(
@@ -443,7 +448,7 @@ class Combiner(Flags):
     @field_validator("top_k")
     @classmethod
     def no_more_than_experts(cls, top_k: int, info: ValidationInfo) -> int:
-        """A query goes to at most all experts of a mixture."""
+        """Reject a top_k that exceeds the number of experts of a mixture."""
         experts = info.data.get("num_experts")
         if experts and top_k > experts and info.data.get("combiner_type") == "moe":
             raise PydanticCustomError(
@@ -524,7 +529,7 @@ class Frozen(Flags):
     @field_validator("negatives")
     @classmethod
     def of_one_kind(cls, negatives: str, info: ValidationInfo) -> str:
-        """Allow hard negatives only with the negatives of a batch."""
+        """Reject hard negatives together with a bank of negatives."""
         if negatives == "bank" and info.data.get("hard_negatives"):
             raise PydanticCustomError(
                 "negatives",
@@ -535,7 +540,7 @@ class Frozen(Flags):
     @field_validator("mix")
     @classmethod
     def targets_of_a_batch(cls, mix: float, info: ValidationInfo) -> float:
-        """Mixed targets are in no bank, and are no neighbours of any image."""
+        """Reject mixup with a bank or hard negatives, both of which consist of unmixed images."""
         if mix and (info.data.get("negatives") == "bank" or info.data.get("hard_negatives")):
             raise PydanticCustomError(
                 "mix", "it should be 0 with --negatives bank or --hard-negatives"
@@ -560,41 +565,41 @@ class BothStages(
 
 
 class Stage1(FineTuning, Lora, BothStages):
-    """All that fine-tuning CLIP takes."""
+    """All settings of stage 1, fine-tuning CLIP."""
 
 
 class Stage2(Frozen, Combiner, TunedClip, BothStages):
-    """All that training a Combiner takes."""
+    """All settings of stage 2, training a Combiner."""
 
     batch_size: Count = changed(Training, "batch_size", 1024)
     validation_frequency: Count = changed(Training, "validation_frequency", 3)
 
 
 class AnyTraining(Stage1, Stage2):
-    """Settings that a run or checkpoint may record of either stage."""
+    """Settings of both stages, for runs and checkpoints of either stage."""
 
     dataset: BenchmarkName | None = setting(None, "benchmark to use (not case-sensitive)")  # type: ignore[assignment]
 
 
-# The script of a training -> its settings.
+# Training script -> its settings.
 STAGES: dict[str, type[BothStages]] = {"clip_fine_tune.py": Stage1, "combiner_train.py": Stage2}
-# What may be another when a run is resumed, and of that what names files whose content is computed with.
+# Flags that may differ when a run is resumed. MOVABLE_FLAGS are paths of files whose content must stay the same.
 FREE_FLAGS = names_where(AnyTraining, "free", "moves", "secret")
 MOVABLE_FLAGS = names_where(AnyTraining, "moves")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairChoice:
-    """The trained pair that an evaluation needs.
+    """Choice of the trained pair to evaluate.
 
     Attributes:
-        combining_function: one of COMBINING_FUNCTIONS; None for the combiner where its path is given, else the sum.
-        clip_path: stage-1 weights, None for the model's own.
+        combining_function: one of COMBINING_FUNCTIONS; None for "combiner" if its path is given, else "sum".
+        clip_path: stage-1 weights; None for the pretrained weights of the model.
         combiner_path: stage-2 weights.
-        exported: an exported pair, which stands for both paths: its folder, or "hf-hub:" and a repository.
-        workers: processes that decode images.
-        feature_cache: keeps the features of what is measured; None for none.
-        told_by: how it tells a changed image, see `runtime.files.stamp`.
+        exported: exported pair, which replaces both paths: its folder, or "hf-hub:" followed by a repository.
+        workers: number of data-loader workers.
+        feature_cache: folder in which features are cached; None for no cache.
+        told_by: method by which the cache detects a changed image, see `runtime.files.stamp`.
     """
 
     combining_function: str | None

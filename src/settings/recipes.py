@@ -1,14 +1,14 @@
-"""Recipes, which `--recipe` puts in place of defaults: name -> script of a stage -> values of its flags.
+"""Recipes, sets of flag values that `--recipe` uses as defaults: name -> training script -> flag values.
 
-Nothing else asks for a recipe: a run stores the values that came of it. A switch or a value that a recipe turns on has
-`off` where it is declared, so that a flag can turn it off.
+Only the parsing of flags reads recipes: a run stores the resulting values. A switch or value that a recipe turns on
+needs `off` in its declaration, so that a flag can turn it off again.
 """
 
 from typing import Any
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "original": {"clip_fine_tune.py": {}, "combiner_train.py": {}},
-    # The parts that held together in bench/recipe_study.py, see docs/recipe.md.
+    # The parts whose combination improved recall in bench/recipe_study.py, see docs/recipe.md.
     "modern": {
         "clip_fine_tune.py": {
             "mask_duplicate_targets": True,
