@@ -938,7 +938,7 @@ def test_the_page_ends_whatever_is_under_way(index, tmp_path):
             thread.join(HANG)
     while any(state_of(member) != "Z" for member in family_of_it):
         time.sleep(0.01)
-    assert list(served.temporary.iterdir()) == []
+    assert served.files == []
     assert "Traceback" not in served.process.stderr
     assert served.process.stderr.endswith("start it again with the same command\n")
 
