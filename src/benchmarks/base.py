@@ -254,7 +254,7 @@ class Benchmark(ABC):
         return self.summary(scores)
 
     def titled(self, metrics: Collection[str]) -> dict[str, str]:
-        """Return metric -> title in a table, for these metrics."""
+        """Return metric -> title in a table, for the given metrics that have a title."""
         return {metric: title for metric, title in self.titles.items() if metric in metrics}
 
     def titles_in(self, splits: Iterable[Split]) -> dict[str, str]:
@@ -279,7 +279,13 @@ class Benchmark(ABC):
     def _score_all(
         self, split: Split, named: int, *, others: int, in_group: int
     ) -> dict[str, float]:
-        """Return a split's scores if all queries have these ranks of annotated targets, other targets and in groups."""
+        """Return the scores of a split if all queries have the same ranks.
+
+        Args:
+            named: rank of the annotated target.
+            others: rank of the other targets.
+            in_group: rank of the annotated target in the group.
+        """
         import numpy as np
 
         ones = np.ones(len(split.triplets), dtype=int)

@@ -44,7 +44,7 @@ class CirrTrainQuery(Query):
 
 
 class CirrGroup(Entry):
-    """Six images like each other, the query's reference and its target among them."""
+    """Six similar images, including the query's reference and target."""
 
     members: Annotated[tuple[ImageName, ...], FromList, Field(min_length=6, max_length=6), Distinct]
 

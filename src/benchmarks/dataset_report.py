@@ -24,14 +24,14 @@ MISSING = "missing"  # problem of a file that does not exist
 DEEP = "more than 8 bits a channel"
 TRANSPARENT = "transparency"
 TURNED = "an orientation in their EXIF data"
-# How files with a trait are read; "" stands for a rare mode. If they are read as in the original implementation:
+# Trait -> its treatment when files are read as in the original implementation; "" stands for a rare mode.
 AS_ORIGINAL = {
     DEEP: "all above 255 is read as white, as the original does",
     TRANSPARENT: "transparent is black, or the colour that is hidden there, as for the original",
     TURNED: "they are read as they lie, as the original does",
     "": "they are padded and resized in it, as the original does",
 }
-# If they are read as a viewer shows them:
+# Trait -> its treatment when files are read as a viewer shows them.
 AS_SHOWN = {
     DEEP: "they are scaled to 8",
     TRANSPARENT: f"they are read on {WHITE}, or what --background says",

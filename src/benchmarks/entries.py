@@ -37,7 +37,7 @@ def _as_text(value: object) -> object:
 
 
 Distinct = AfterValidator(distinct)
-FromList = Strict(False)  # JSON has lists, but no tuples
+FromList = Strict(False)  # accepts lists, because JSON has no tuples
 ImageName = Annotated[str, AfterValidator(nfc)]
 # Name of a query: a text, or a whole number that becomes a text.
 Name = Annotated[str, BeforeValidator(_as_text), AfterValidator(nfc)]

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 NO_RANK = 2**31 - 1  # rank of a missing target, larger than any rank in a gallery
 
 
-# Computes a score from each query's contribution (Q,), NaN if a query does not count; the score is NaN if none counts.
+# Computes a score from each query's contribution (Q,). NaN marks queries that do not count; if none count, it returns
+# NaN.
 Statistic = Callable[["np.ndarray"], float]
 
 

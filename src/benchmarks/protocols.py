@@ -65,17 +65,17 @@ class Protocol:
         return similarity
 
 
-# On FashionIQ used by the start kit, CLIP4Cir, SPRC, CaLa, SEARLE, LinCIR, Pic2Word; on CIRCO by SEARLE, LinCIR.
+# Used on FashionIQ by the start kit, CLIP4Cir, SPRC, CaLa, SEARLE, LinCIR and Pic2Word; on CIRCO by SEARLE and LinCIR.
 ORIGINAL_KEPT = Protocol("original", "kept")
-# On FashionIQ used by SPN4CIR, CoVR, HABIT, INTENT, ARTEMIS; on CIRR by its authors; on CIRCO by CoVR.
+# Used on FashionIQ by SPN4CIR, CoVR, HABIT, INTENT and ARTEMIS; on CIRR by its authors; on CIRCO by CoVR.
 ORIGINAL_REMOVED = Protocol("original", "removed")
-# On FashionIQ used by TG-CIR, COMBINER, DQU-CIR, ENCODER and OFFSET by default.
+# Used on FashionIQ by TG-CIR, COMBINER, DQU-CIR, ENCODER and OFFSET by default.
 VAL_REMOVED = Protocol("VAL", "removed")
-# On FashionIQ used by CoSMo.
+# Used on FashionIQ by CoSMo.
 VAL_KEPT = Protocol("VAL", "kept")
-# On CIRCO used by ConText-CIR, MagicLens and BGE-VL. The text includes the concept that reference and targets share.
+# Used on CIRCO by ConText-CIR, MagicLens and BGE-VL. The text includes the concept that reference and targets share.
 CONCEPT_KEPT = Protocol("original", "kept", "concept")
-# On CIRCO not used in any paper that we know of; the counterpart of ORIGINAL_REMOVED.
+# Not used on CIRCO in any paper that we know of; the counterpart of ORIGINAL_REMOVED.
 CONCEPT_REMOVED = Protocol("original", "removed", "concept")
 _ALL = (ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_REMOVED, VAL_KEPT, CONCEPT_KEPT, CONCEPT_REMOVED)
 PROTOCOLS = {protocol.name: protocol for protocol in _ALL}

@@ -1,4 +1,4 @@
-"""Read annotation files in the formats of their authors as your own triplets, for src/convert.py."""
+"""Convert published annotation files to the form of your own triplets, for src/convert.py."""
 
 import functools
 import logging

@@ -10,7 +10,7 @@ from benchmarks.metrics import NO_RANK, Ranks
 from benchmarks.protocols import Protocol
 from benchmarks.splits import NO_ROW, Split
 
-COMPARED_COLUMNS = 2048  # compared at a time on a CPU
+COMPARED_COLUMNS = 2048  # number of columns compared at a time on a CPU
 
 
 class NotFiniteError(ValueError):

@@ -46,8 +46,8 @@ class ServerForm(ABC, Generic[Content]):
         kind: the benchmark of the server.
         container: JSON type of a file, an object (dict) or a list.
         k, group_k: number of results per query, in the gallery and in its group.
-        whose: owner of the rules, as a part of messages.
-        slots: names that `slot` gives to the files of a submission, each exactly once.
+        whose: end of the phrase "all rules" in messages, such as " of the server".
+        slots: the slots of a submission, each of which one file fills, see `slot`.
 
     Args:
         benchmark: the benchmark without exclusions, because files must keep the rules for the complete split.
@@ -78,7 +78,7 @@ class ServerForm(ABC, Generic[Content]):
         return isinstance(content, cls.container)
 
     def slot(self, file: str, content: Content) -> str:
-        """Return the slot of a file with this name and content, if it keeps the rules."""
+        """Return the slot that a file with this name and content fills, if it keeps the rules."""
         return ""
 
     @abstractmethod

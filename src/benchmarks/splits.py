@@ -71,7 +71,8 @@ class Split:
         excluded_images: images that were excluded from the gallery, in its order.
         excluded_triplets: number of triplets that were excluded with them.
         smaller_groups: number of the remaining triplets whose groups lost excluded images.
-        asked_elsewhere: references and targets of all triplets before `only` removed some; their images are still here.
+        asked_elsewhere: references and targets of all triplets before `only` removed some, as "VAL" galleries keep
+            them.
         only_asked: references that are in no gallery: they are the last rows, and no query retrieves them.
     """
 
@@ -160,8 +161,8 @@ class Split:
     def clusters(self) -> dict[str, list[int]]:
         """Return column -> cluster of each query (Q,), for each column that all queries have.
 
-        Queries with the same value have the same cluster, a number: queries that share a reference, a target or the
-        value of another column are not independent of each other.
+        Queries that share a value, such as their reference or target, are in the same cluster, because they are not
+        independent of each other.
         """
         rows = []
         for triplet in self.triplets:
@@ -220,9 +221,9 @@ class Split:
         return replace(self, triplets=kept, asked_elsewhere=frozenset(self.members))
 
     def without(self, excluded: Container[str]) -> "Split":
-        """Return the split without some images and without their triplets, in which they are reference or target.
+        """Return the split without excluded images, and without triplets whose reference or target is excluded.
 
-        Groups lose these images, too.
+        Groups and negatives lose the excluded images, too.
         """
         kept = []
         smaller_groups = 0
@@ -258,7 +259,7 @@ def split_digest(split: Split) -> str:
 
 
 def images_digest(split: Split, *, sampled: bool = False, kept: Path | None = None) -> str:
-    """Return the SHA-256 of the names and contents of a gallery's files, in order; copies of a dataset may differ.
+    """Return the SHA-256 of a gallery's file names and contents, in order; it identifies a copy of a dataset.
 
     Args:
         sampled: hash only a sample of each file, see `runtime.files.sample_digest`.

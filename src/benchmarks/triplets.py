@@ -267,7 +267,7 @@ def image_list(file: Path) -> list[str]:
     return [image_name(line) for line in unmarked_text(file).split("\n") if line.strip()]
 
 
-# Reads a line or a row as an object. Raises ValueError with a predicate, such as "is not JSON", to follow its name.
+# Reads a line or row as an object. Raises ValueError with a message that continues "line 3", such as "is not JSON".
 Reading = Callable[[], Any]
 
 

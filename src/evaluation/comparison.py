@@ -335,10 +335,10 @@ def _summaries(benchmark: Benchmark, splits: Mapping[str, Resamples]) -> Resampl
 
 
 def bounds(resampled: Resamples, confidence: float) -> dict[str, tuple[float, float]]:
-    """Return metric -> the quantiles that enclose the `confidence` fraction of its values.
+    """Return metric -> the quantiles that enclose the central fraction `confidence` of its values.
 
-    Resamples without a query that counts are left out, which can occur for a rare kind of query. A metric for which no
-    query counts has no bounds.
+    A resample may contain no query of a rare kind; its metrics for this kind are left out. A metric for which no query
+    counts has no bounds.
     """
     import torch
 

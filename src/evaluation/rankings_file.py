@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from benchmarks.ranking import Ranking, Rankings
     from combiner import Insight
 
-# Split's name -> its queries. A query has its caption, reference, targets and group. For each protocol, it has the
-# ranks of its targets (0 is the first) and the nearest images with their cosine similarities. If it has a group, it has
-# both within the group, too. From the Combiner, it has the mean of the gate, and the experts with their weights.
+# Split's name -> its queries. Each query has a caption, a reference, targets and a group. For each protocol, it has the
+# ranks of its targets (0 is the first) and the nearest images with their cosine similarities; likewise within its
+# group, if it has one. From the Combiner, it has the mean of the gate, and the experts with their weights.
 Record = dict[str, Any]
 Records = dict[str, list[Record]]
 

@@ -11,7 +11,7 @@ AtLeastOne = Annotated[int, Field(ge=1, lt=2**31)]
 Share = Annotated[float, Field(ge=0, le=1)]
 # One, with a margin for the rounding of half precision and TF32.
 Cosine = Annotated[float, Field(ge=-1.01, le=1.01)]
-# JSON has lists, but no tuples.
+# Lists are accepted, because JSON has no tuples.
 Retrieved = Annotated[tuple[str, Cosine], Strict(False)]
 
 

@@ -33,7 +33,7 @@ ROLES = {
     "deaf_woman": ("woman", "deaf"), "deaf_man": ("man", "deaf"), "deaf_person": ("person", "deaf"),
 }  # fmt: skip
 GENDER_IS_NOT_SEEN = ("cartwheeling",)
-# Activity -> name -> who. Pairs without gender are left out: here they look like men, or like a woman and a man.
+# Activity -> name -> who. Pairs without gender are left out: OpenMoji draws them like men, or like a woman and a man.
 PAIRS = {
     "holding hands": {
         "women_holding_hands": "women", "men_holding_hands": "men", "woman_and_man_holding_hands": "a woman and a man",

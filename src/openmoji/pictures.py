@@ -108,7 +108,7 @@ def read_pictures(side: int, concepts: int | None = None) -> dict[Picture, bytes
 
 
 def _few(pictures: Sequence[Picture], concepts: int) -> list[Picture]:
-    """Return the pictures of a maximum number of concepts of each family, largest concepts first."""
+    """Return the pictures of at most `concepts` concepts of each family, preferring concepts with many pictures."""
     sizes = Counter((picture.family, picture.concept) for picture in pictures if picture.family)
     kept = set()
     taken: Counter[str] = Counter()

@@ -81,7 +81,7 @@ class TrainingData:
     Attributes:
         benchmark: provides captions and metrics.
         texts: the V caption variants of each training triplet.
-        verify: whether to hash all bytes of the images to compare them with a resumed run's, not a sample of each file.
+        verify: whether to compare all bytes of the images with a resumed run, and not only a sample of each file.
     """
 
     benchmark: Benchmark
@@ -187,7 +187,7 @@ def with_noise(train: Split, share: float, seed: int) -> Split:
 def check_learning(train: Split, order: Order, flags: Any) -> None:
     """Reject a training run in which no query has a negative; warn about single steps without negatives.
 
-    Warn also if the warm-up is longer than the run.
+    Also warn if the warm-up is longer than the run.
 
     Raises:
         UserError: no query has a negative; the message contains a remedy.

@@ -17,7 +17,7 @@ MOST_COSINES = 2**24  # maximum number in memory at a time: 64 MiB
 
 
 class HardNegatives:
-    """A pool of images for each triplet, from which every epoch draws some, determined only by the seed and the epoch.
+    """A pool of images for each triplet. Every epoch draws some, depending only on the seed and the epoch.
 
     Args:
         split: training split; its triplets list their negatives unless these are mined.
@@ -56,7 +56,7 @@ class HardNegatives:
         return self.flags.hard_negatives_from == MINED
 
     def refresh(self, epoch: int) -> None:
-        """Mine the negatives again if this epoch begins with mining."""
+        """Mine the negatives again if mining is due in this epoch."""
         if self._are_mined and epoch % self.every == 0:
             wanted = POOL * self.flags.hard_negatives
             self.pools = mined(

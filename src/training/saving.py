@@ -166,8 +166,8 @@ class Checkpoints:
     def rewind(self, best: Metrics) -> None:
         """Restore the best values of a saved state.
 
-        Weights that were saved after that state remain the best if they were: training reproduces them, bit for bit on
-        a CPU and up to rounding on a GPU.
+        Best weights that were saved after that state remain the best: training reproduces them, bit for bit on a CPU
+        and up to rounding on a GPU.
 
         Raises:
             UserError: the state or the best weights have other metrics.
@@ -290,7 +290,7 @@ def load_state(file: Path, parts: Mapping[str, Stateful], device: torch.device) 
 
 
 def _random_states(device: torch.device) -> dict[str, Any]:
-    """Return the random states. One process's are enough: all processes draw the same numbers for the global batch."""
+    """Return the random states of one process, since all processes draw the same numbers for the global batch."""
     states = {"python": random.getstate(), "cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -327,7 +327,7 @@ class Autosave:
         self.cost = 0.0  # seconds that the last saving took
 
     def vote(self, *, epoch_ends: bool = False) -> tuple[bool, bool]:
-        """Return whether to stop and whether to save, equal on all processes.
+        """Return whether to stop and whether to save; all processes get the same values.
 
         It is called after each step and at the end of each epoch. As a vote of several processes waits for the slowest,
         they vote only at the end of epochs and about once per second.
@@ -354,7 +354,7 @@ class Autosave:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Measure the time of saving, which is done in this context."""
+        """Measure the time that saving in this context takes."""
         start = time.monotonic()
         yield
         self.saved_at = time.monotonic()

@@ -46,8 +46,8 @@ class SumFeatures(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Encode images (b, 3, R, R) uint8 and tokens (b, L) to queries (b, D) and targets (b, D).
 
-        References and targets are encoded in one pass. With hard negatives, targets are (b, 1 + N, 3, R, R), each
-        target followed by its negatives, and their features (b, 1 + N, D).
+        References and targets are encoded in one pass. With hard negatives, each target is followed by its negatives:
+        the images are (b, 1 + N, 3, R, R), and the features (b, 1 + N, D).
 
         Args:
             kept: (b, 2) whether a query keeps its image and its text; None to keep both in all queries.

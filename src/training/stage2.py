@@ -140,7 +140,7 @@ class Targets:
 
     @classmethod
     def of(cls, frozen: FrozenSplit) -> "Targets":
-        """Return the images of a split that are targets."""
+        """Return the features of a split's targets, each image once."""
         images, rows = np.unique(frozen.split.target_rows, return_inverse=True)
         device = frozen.images.device
         features = frozen.images[torch.tensor(images, device=device)]
@@ -148,7 +148,7 @@ class Targets:
 
     @classmethod
     def all_images(cls, frozen: FrozenSplit) -> "Targets":
-        """Return every image of a split, since any image may be a hard negative; rows are gallery rows."""
+        """Return the features of all images, as any image may be a hard negative; rows are gallery rows."""
         return cls(F.normalize(frozen.images, dim=-1), frozen.target_rows)
 
 

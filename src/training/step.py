@@ -141,7 +141,10 @@ class Gradient:
         return folded_to_learn(self.model) if self.folds else contextlib.nullcontext()
 
     def _scaled(self, loss: Tensor) -> Tensor:
-        """Return the loss for the backward pass, scaled so that parallel modules, which average gradients, sum them."""
+        """Return the loss, scaled for the backward pass.
+
+        The number of processes is one factor, because parallel modules average gradients that should be summed.
+        """
         return self.scaler.scale(loss * distributed.world_size())
 
     def _unsynced(self) -> contextlib.AbstractContextManager:

@@ -30,7 +30,7 @@ from utils import DiskError, Stopped, UserError, format_metric
 
 logger = logging.getLogger(__name__)
 
-# Learning rate and memory are only in the lines of files: a bar of 80 columns has little more room.
+# Only log files show learning rate and memory, because a bar of 80 columns has no room for them.
 BAR_FORMAT = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}"
 READ_EVERY = 10  # steps between two reads of the losses, because each read waits for the device
 # After this many skipped steps in a row, the scale of the loss is a millionth of its value before, and does not help.
@@ -205,8 +205,7 @@ class Trainer:
         """
         epoch = self.progress.epoch
         if distributed.world_size() > 1:
-            # torchrun kills several processes half a minute after a signal, so a due state is saved before the
-            # validation.
+            # torchrun kills its processes half a minute after a signal, so save a due state before the validation.
             self.save_if_due(epoch_ends=True)
         try:
             with self.pace.validating():
