@@ -189,7 +189,9 @@ def test_bad_input_is_said_once_by_each_process(golden, launch):
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if "clip_fine_tune.py: error:" in line]
     assert 1 <= len(lines) <= 2  # torchrun may end the second before it speaks
-    assert all("--batch-size 13 cannot be shared equally by 2 processes" in line for line in lines)
+    assert all(
+        "--batch-size 13 cannot be divided evenly among 2 processes" in line for line in lines
+    )
     assert "exitcode  : 2" in done.stderr
 
 

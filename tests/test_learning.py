@@ -372,7 +372,7 @@ def test_a_micro_batch_larger_than_the_batch(fails, drawn):
         9,
     ]
     error = fails("clip_fine_tune", drawn, "--dataset", "CIRR", *flags)
-    assert "--micro-batch-size 9 is larger than the batch of a process, 8" in error
+    assert "--micro-batch-size 9 is larger than the batch size per process, 8" in error
 
 
 def test_a_batch_that_cannot_be_shared_equally(monkeypatch):

@@ -421,7 +421,7 @@ def test_a_near_file_is_told(folder):
 def test_a_missing_folder_is_one_line(folder):
     write_lines(folder, "val", [FULL])
     (folder / "images").rmdir()
-    with pytest.raises(UserError, match=re.escape(f"there is no {folder / 'images'}:")):
+    with pytest.raises(UserError, match=re.escape(f"there is no {folder / 'images'}.")):
         check_images_exist([read(folder)])
     report = image_check.check(Triplets(folder.parent), ["val"], official=True, workers=0)
     about_files = [r for r in report.remarks if "missing" in r.text]

@@ -1,4 +1,4 @@
-"""Every fact of a benchmark: annotations, splits, protocols, metrics, the files of test servers, checks of a copy."""
+"""Benchmarks: annotations, splits, protocols, metrics, submission files of test servers, checks of a copy."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ BENCHMARKS: dict[str, type[Benchmark]] = {
 
 
 def best_of(metric: str) -> Callable[..., Any]:
-    """Return `max`, or `min` where a benchmark reports that lower values of a metric are better."""
+    """Return `max`, or `min` if a benchmark reports that lower values of a metric are better."""
     known = [kind.reported[metric] for kind in BENCHMARKS.values() if metric in kind.reported]
     return min if any(reported.lower_is_better for reported in known) else max
 

@@ -29,34 +29,35 @@ logger = logging.getLogger(__name__)
 class Benchmark(ABC):
     """A composed image retrieval benchmark read from its files.
 
-    One with a gallery and a JSON list of queries needs its names, `folder`, `files`, `image_folders`, `image_places`,
-    `queries` and `hits`; all else has a default, which is that of the simplest case.
+    A benchmark with one gallery and a JSON list of queries must define its names, `folder`, `files`, `image_folders`,
+    `image_places`, `queries` and `hits`; everything else has a default for this simplest case.
 
     Attributes:
-        name: what `--dataset` calls it.
-        run_name: what the folders of its runs call it.
-        folder: that of its own files, below the data root.
-        remedy: what to do with a file of them that is not as it should be.
-        parts: what has files and a gallery of its own, as a category; one that has no name elsewhere.
-        train_split, val_split, test_split: what the files call them; None where there is none.
-        official: "{part}.{split}" -> triplets and images of the official files; nothing of files that are anybody's.
-        official_wordless: queries of the official files that have a caption without a word, as reports call them.
-        counts_explained: what the official counts look like, and are not; "" where they mislead nobody.
-        id_name: what its files call the id of a query.
-        references_apart: a reference of its evaluation may be in no gallery; its name is its place then.
-        background: what transparent images are read on where nothing is said, one of BACKGROUNDS.
-        concept_template: what protocols with the concept ask, {shared_concept} and {relative_caption} in it; "" where a
-            benchmark has no concepts.
-        negatives_from: where hard negatives of its training triplets are from, one of HARD_NEGATIVES; mined ones are
-            none of its own.
-        protocols: the protocols it is measured under, that of the original implementation first.
-        reported: metric -> what it is, in the order of the tables. One that is not named here is a percentage.
-        statistics: score -> how it is made of the hits of a split's queries; the others are their means in percent.
-        selection, titles: those of `reported` that choose checkpoints, and those of tables; see `Metric`.
-        hyper_parameters: what the original's runs record of it besides the flags.
+        name: value of `--dataset`.
+        run_name: name in the names of run folders.
+        folder: folder of the benchmark's files, below the data root.
+        remedy: remedy in error messages about these files.
+        parts: parts with their own files and gallery, such as categories; ("all",) if the files are not divided.
+        train_split, val_split, test_split: names of the splits in the files; None for a split that does not exist.
+        official: "{part}.{split}" -> number of triplets and of images in the official files; empty if there are none.
+        official_wordless: queries in the official files that have a caption without words, named as in reports.
+        counts_explained: explanation of official counts that seem wrong; "" if none is needed.
+        id_name: name of a query's id in the files.
+        references_apart: whether a reference at evaluation may be in no gallery; its name is then its path.
+        background: background of transparent images unless a flag sets it, one of BACKGROUNDS.
+        concept_template: query of protocols with the concept, containing {shared_concept} and {relative_caption}; ""
+            for a benchmark without concepts.
+        negatives_from: source of the hard negatives of training triplets, one of HARD_NEGATIVES; mined negatives are
+            not read from files.
+        protocols: protocols for evaluation, the original implementation's first.
+        reported: metric -> its description, in the order of the tables. A metric that is not listed is a percentage.
+        statistics: score -> function that computes it from the hits of a split; other scores are mean hits in percent.
+        selection, titles: metrics in `reported` -> suffix of their checkpoints, and their titles in tables; see
+            `Metric`.
+        hyper_parameters: values that runs of the original implementation record in addition to the flags.
 
     Args:
-        data_root: the folder that holds the dataset's own.
+        data_root: folder that contains `folder`.
         excluded: ids of images to leave out, see `Split.without`.
     """
 
@@ -84,7 +85,7 @@ class Benchmark(ABC):
     hyper_parameters: Mapping[str, Any] = MappingProxyType({})
 
     def __init_subclass__(cls) -> None:
-        """Sort what a benchmark reports by what it is for."""
+        """Derive `selection` and `titles` from `reported`."""
         super().__init_subclass__()
         cls.selection = {name: m.checkpoint for name, m in cls.reported.items() if m.checkpoint}
         cls.titles = {name: m.title for name, m in cls.reported.items() if m.title}
@@ -95,17 +96,17 @@ class Benchmark(ABC):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The texts that protocols ask with, see `Protocol.text`."""
+        """Return the query texts that the protocols use, see `Protocol.text`."""
         return tuple(dict.fromkeys(protocol.text for protocol in self.protocols))
 
     @property
     def splits(self) -> dict[str, str]:
-        """Return those that there are of "train", "val" and "test", as the files call them."""
+        """Return the existing splits: "train", "val" or "test" -> its name in the files."""
         all_three = {"train": self.train_split, "val": self.val_split, "test": self.test_split}
         return {split: called for split, called in all_three.items() if called is not None}
 
     def split_called(self, split: str) -> str:
-        """Return what the files call "train", "val" or "test". Raises UserError where there is none."""
+        """Return the name of "train", "val" or "test" in the files. Raises UserError if the split does not exist."""
         if split not in self.splits:
             raise UserError(
                 f"--dataset {self.name} has no {split} split, only {' and '.join(self.splits)}: choose another "
@@ -114,10 +115,10 @@ class Benchmark(ABC):
         return self.splits[split]
 
     def train(self) -> Split:
-        """The training triplets of all parts and the images that they use; one with several targets is several.
+        """Return the training triplets of all parts and their images, with a triplet for each target of a query.
 
         Raises:
-            UserError: there is no training split, or see `read`.
+            UserError: there is no training split, hard negatives are missing, or see `read`.
         """
         triplets: list[Triplet] = []
         paths: dict[str, Path] = {}
@@ -144,38 +145,38 @@ class Benchmark(ABC):
         return Split(
             name="train",
             triplets=triplets,
-            image_paths={name: paths[name] for name in used},  # in the order of first use
+            image_paths={name: paths[name] for name in used},  # keeps the order of first use
             excluded_images=tuple(dict.fromkeys(excluded_images)),
             excluded_triplets=excluded_triplets,
         )
 
     def _negatives(self, triplet: Triplet) -> tuple[str, ...]:
-        """The hard negatives that a query's group or its file names: none of them its reference or a target."""
+        """Return the hard negatives in a query's group or file, except its reference and targets."""
         named = {"group": triplet.group, "column": triplet.negatives}.get(self.negatives_from, ())
         return tuple(name for name in named if name not in triplet.images)
 
     def val(self) -> list[Split]:
-        """The validation splits, each with its whole gallery."""
+        """Return the validation splits, each with its complete gallery."""
         return self.read(self.val_split)
 
     def test(self) -> list[Split]:
-        """The test splits, whose targets are secret."""
+        """Return the test splits, whose targets are not public."""
         return self.read(self.split_called("test"))
 
     def read(self, split: str) -> list[Split]:
-        """The parts of a split, each with all images of its list, without what is excluded.
+        """Return the parts of a split, each with all images of its list, without excluded images.
 
         Raises:
-            UserError: a file is missing or malformed, or nothing is left of it.
+            UserError: a file is missing or malformed, or exclusions leave no triplets.
         """
         return [self.read_part(part, split) for part in self.parts]
 
     def annotation_folder(self) -> Path:
-        """The folder of the benchmark's own files."""
+        """Return the folder of the benchmark's files."""
         return self.data_root / self.folder
 
     def read_part(self, part: str, split: str) -> Split:
-        """One part of a split, see `read`."""
+        """Return one part of a split, see `read`."""
         queries_file, images_file = self.files(part, split)
         paths = locate(
             self.image_places(images_file),
@@ -226,7 +227,7 @@ class Benchmark(ABC):
     def _faults(
         self, triplet: Triplet, split: str, known: Spellings, images_file: Path
     ) -> list[str]:
-        """Return the problems of a query that no single field shows."""
+        """Return the problems of a query that involve several fields."""
         faults = []
         apart = self.references_apart and split != self.train_split
         in_gallery = triplet.targets if apart else triplet.images
@@ -246,23 +247,23 @@ class Benchmark(ABC):
     def metrics(
         self, splits: Iterable[Split], rankings: Mapping[str, "Ranking"]
     ) -> dict[str, float]:
-        """All metrics, by the names of the CSV files, from the validation splits ranked under one protocol."""
+        """Return all metrics, named as in the CSV files, of validation splits that were ranked under one protocol."""
         scores = {}
         for split in splits:
             scores[split.name] = self.score(rankings[split.name].ranks_in(split))
         return self.summary(scores)
 
     def titled(self, metrics: Collection[str]) -> dict[str, str]:
-        """Metric -> its title in a table, of those that were measured."""
+        """Return metric -> title in a table, for the given metrics that have a title."""
         return {metric: title for metric, title in self.titles.items() if metric in metrics}
 
     def titles_in(self, splits: Iterable[Split]) -> dict[str, str]:
-        """Metric -> its title in a table, of those that the queries of some splits have: groups, several targets."""
+        """Return metric -> title in a table, for the metrics that these splits have, with or without groups."""
         scores = {split.name: self._score_all(split, 0, others=0, in_group=0) for split in splits}
         return self.titled(self.summary(scores))
 
     def certain(self, splits: Iterable[Split], protocol: Protocol) -> dict[str, list[str]]:
-        """Split's name -> its scores that are 100 even of targets that come last: recalls at as many as there are."""
+        """Return split's name -> scores that are always 100, because the k of a recall covers all images."""
         certain = {}
         for split in splits:
             last = protocol.most_answers(split) - 1
@@ -278,7 +279,13 @@ class Benchmark(ABC):
     def _score_all(
         self, split: Split, named: int, *, others: int, in_group: int
     ) -> dict[str, float]:
-        """The scores of a split whose queries all have the same ranks: of the named target, the others, in groups."""
+        """Return the scores of a split if all queries have the same ranks.
+
+        Args:
+            named: rank of the annotated target.
+            others: rank of the other targets.
+            in_group: rank of the annotated target in the group.
+        """
         import numpy as np
 
         ones = np.ones(len(split.triplets), dtype=int)
@@ -291,7 +298,7 @@ class Benchmark(ABC):
         return self.score(ranks)
 
     def note_certain(self, splits: Sequence[Split], protocols: Iterable[Protocol]) -> None:
-        """Say which scores of some splits are certain under some protocols, in a line, if there are any."""
+        """Log one line with the scores that are always 100 for these splits and protocols, if there are any."""
         found = []
         for protocol in protocols:
             for split, names in self.certain(splits, protocol).items():
@@ -299,88 +306,91 @@ class Benchmark(ABC):
                     found.append(f"{', '.join(names)} of {split} under {protocol.name}")
         if found:
             reason = "there are no more images to choose from"
-            logger.warning("note: always 100, because %s: %s", reason, "; ".join(found))
+            logger.warning(
+                "note: these scores are always 100, because %s: %s", reason, "; ".join(found)
+            )
 
     @classmethod
     def best_clips(cls) -> dict[str, str]:
-        """Metric -> name of stage 1's checkpoint for its best value."""
+        """Return metric -> name of stage 1's checkpoint with its best value."""
         return {metric: f"tuned_clip_{suffix}" for metric, suffix in cls.selection.items()}
 
     @classmethod
     def best_combiners(cls) -> dict[str, str]:
-        """Metric -> name of stage 2's checkpoint for its best value; one that is alone needs no suffix."""
+        """Return metric -> name of stage 2's checkpoint with its best value; a single checkpoint needs no suffix."""
         if len(cls.selection) == 1:
             return dict.fromkeys(cls.selection, "combiner")
         return {metric: f"combiner_{suffix}" for metric, suffix in cls.selection.items()}
 
     def part_names(self, split: str) -> list[str]:
-        """Return what the parts of a split are called."""
+        """Return the names of the parts of a split."""
         return [self.part_name(part, split) for part in self.parts]
 
     def part_name(self, part: str, split: str) -> str:
-        """Return what a part of a split is called: as the split, where there is one part."""
+        """Return the name of a part of a split; if it is the only part, the name of the split."""
         return split
 
     @abstractmethod
     def files(self, part: str, split: str) -> tuple[Path, Path]:
-        """The files of a split's queries and of its list of images. One file may be both."""
+        """Return the file of a split's queries and the file with its list of images, which may be the same file."""
 
     @abstractmethod
     def image_folders(self, part: str) -> list[Path]:
-        """The folders that may hold a part's images, the official one first."""
+        """Return the folders that may contain a part's images, the official folder first."""
 
     @abstractmethod
     def image_places(self, images_file: Path) -> dict[str, str]:
-        """Image name -> path relative to a folder of images, from a list of a split's images."""
+        """Return image name -> path relative to a folder of images, from a split's list of images."""
 
     @abstractmethod
     def queries(self, queries_file: Path, split: str) -> Iterable[tuple[str, Triplet]]:
-        """Read the queries of a file, in order: what an error calls each, and the query.
+        """Read the queries of a file, in order: the name of each one in error messages, and the query.
 
         Raises:
-            UserError: the file is missing or malformed; it names the entry and the field.
+            UserError: the file is missing or malformed; the message contains the entry and the field.
         """
 
     def caption(self, captions: tuple[str, ...]) -> str:
-        """The text of a query at evaluation."""
+        """Return the text of a query at evaluation."""
         return captions[0]
 
     def evaluation_texts(self, captions: tuple[str, ...]) -> list[str]:
-        """Return what protocols ask a query with: a text for each of `texts`."""
+        """Return the query texts at evaluation, one for each of `texts`."""
         return [self.caption(captions)]
 
     def caption_variants(self, captions: tuple[str, ...]) -> list[str]:
-        """The texts of a triplet in training, equally likely; as many for every triplet."""
+        """Return the texts of a triplet in training, which are equally likely; all triplets have equally many."""
         return [self.caption(captions)]
 
     def score(self, ranks: Ranks) -> dict[str, float]:
-        """The scores of one split's queries, of all that some of them count for."""
+        """Return the scores of one split, without scores for which no query counts."""
         return self.scores(self.hits(ranks))
 
     def scores(self, hits: "Mapping[str, np.ndarray]") -> dict[str, float]:
-        """The scores that hits make, see `score`."""
+        """Return the scores computed from hits, see `score`."""
         scores = {name: self.statistics.get(name, percentage)(hits[name]) for name in hits}
         return {name: score for name, score in scores.items() if not math.isnan(score)}
 
     @abstractmethod
     def hits(self, ranks: Ranks) -> "dict[str, np.ndarray]":
-        """Score -> what each query of a split adds to it, (Q,): a recall true or false, a precision 0 to 1.
+        """Return score -> each query's contribution to it (Q,): a boolean for a recall, 0 to 1 for a precision.
 
-        What one of `statistics` takes may be any number. NaN of a query that does not count, see `metrics.only`.
+        Contributions to a score in `statistics` may be any numbers. NaN marks queries that do not count, see
+        `metrics.only`.
         """
 
     def summary(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        """All metrics, by the names of the CSV files, from the scores of each split: those of the only one.
+        """Return all metrics, named as in the CSV files, from the scores of each split.
 
-        What selects checkpoints is made of recalls that are named there, so that one more recall in `hits` changes
-        what is reported and nothing that is selected.
+        By default, these are the scores of the only split. Metrics that select checkpoints are computed from recalls
+        listed by name, so that another recall in `hits` changes the reports but not the selection.
         """
         (of_split,) = scores.values()
         return dict(of_split)
 
 
 def official_files(folder: Path, part: str, split: str) -> tuple[Path, Path]:
-    """The files of a split's captions and of its list of images, as FashionIQ and CIRR call them."""
+    """Return the files of a split's captions and of its list of images, as FashionIQ and CIRR name them."""
     captions = folder / "captions" / f"cap.{part}.{split}.json"
     images = folder / "image_splits" / f"split.{part}.{split}.json"
     return captions, images

@@ -35,14 +35,14 @@ class CocoImage(Entry):
 
 
 class CocoImages(Entry):
-    """`image_info_{part}.json`."""
+    """The file `image_info_{part}.json`."""
 
     images: list[CocoImage]
 
     @field_validator("images")
     @classmethod
     def once(cls, images: list[CocoImage]) -> list[CocoImage]:
-        """Each id once."""
+        """Check that each id occurs once."""
         distinct([image.id for image in images])
         return images
 
@@ -72,7 +72,7 @@ class CircoQuery(CircoTestQuery):
 
     @model_validator(mode="after")
     def named(self) -> "CircoQuery":
-        """The target is one of all."""
+        """Check that the annotated target is one of all targets."""
         if self.target_img_id not in self.gt_img_ids:
             raise PydanticCustomError("named", "gt_img_ids should have target_img_id among them")
         return self
@@ -88,9 +88,9 @@ class CircoQuery(CircoTestQuery):
 
 
 class CIRCO(Benchmark):
-    """CIRCO (Baldrati et al., ICCV 2023): several targets a query, in the unlabeled images of COCO 2017.
+    """CIRCO (Baldrati et al., ICCV 2023): several targets per query, in the unlabeled images of COCO 2017.
 
-    A query has two captions: the relative one, and what reference and targets share.
+    A query has two captions: the relative caption, and the concept that reference and targets share.
     """
 
     name = "CIRCO"

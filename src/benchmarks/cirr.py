@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 RECALLS = (1, 5, 10, 50)
 GROUP_RECALLS = (1, 2, 3)
-# The seven recalls whose means select checkpoints. A recall that is reported besides them changes no selection.
+# The seven recalls whose means select checkpoints. Reporting another recall does not change the selection.
 SELECTING = (
     "group_recall_at1", "group_recall_at2", "group_recall_at3",
     "recall_at1", "recall_at5", "recall_at10", "recall_at50",
@@ -27,7 +27,7 @@ SELECTING = (
 
 
 class CirrTrainQuery(Query):
-    """An entry of `cap.rc2.train.json`, whose group is read for hard negatives alone."""
+    """An entry of `cap.rc2.train.json` without its group, which only hard negatives need."""
 
     pairid: int
     reference: ImageName
@@ -44,7 +44,7 @@ class CirrTrainQuery(Query):
 
 
 class CirrGroup(Entry):
-    """Six images like each other, the query's reference and its target among them."""
+    """Six similar images, including the query's reference and target."""
 
     members: Annotated[tuple[ImageName, ...], FromList, Field(min_length=6, max_length=6), Distinct]
 
@@ -67,7 +67,7 @@ class CirrTestQuery(Query):
 
 
 class CirrQuery(CirrTestQuery):
-    """An entry of `cap.rc2.val.json`; one of training is like it."""
+    """An entry of `cap.rc2.val.json`, or of `cap.rc2.train.json` with its group."""
 
     target_hard: ImageName
 
@@ -76,9 +76,9 @@ class CirrQuery(CirrTestQuery):
 
 
 class CirrExtended(Entry):
-    """An entry of `cap.ext.rc2.{split}.json`: what else was said of a pair, a text for each of four questions.
+    """An entry of `cap.ext.rc2.{split}.json`: additional annotations of a pair, a text for each of four questions.
 
-    One that begins with a code in brackets says nothing, as "[cr1] Covered in query".
+    A text that begins with a code in brackets contains no answer, such as "[cr1] Covered in query".
     """
 
     pairid: int
@@ -86,12 +86,12 @@ class CirrExtended(Entry):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The texts that say something, in the order of the questions."""
+        """Return the texts that contain an answer, in the order of the questions."""
         return tuple(text for text in self.caption_extend.values() if not text.startswith("["))
 
 
 class CIRR(Benchmark):
-    """CIRR rc2 (Liu et al., ICCV 2021): one gallery, without the query's own reference; groups of six images."""
+    """CIRR rc2 (Liu et al., ICCV 2021): one gallery, from which a query's reference is removed; groups of six."""
 
     name = "CIRR"
     run_name = "cirr"
@@ -99,7 +99,7 @@ class CIRR(Benchmark):
     parts = ("rc2",)
     test_split = "test1"
     official = {"rc2.train": (28225, 16939), "rc2.val": (4181, 2297), "rc2.test1": (4148, 2315)}
-    official_wordless = ("pairid 27098",)  # a space
+    official_wordless = ("pairid 27098",)  # its caption is a space
     id_name = "pairid"
     protocols = (ORIGINAL_REMOVED,)
     reported = {
@@ -132,7 +132,7 @@ class CIRR(Benchmark):
             yield where, replace(triplet, extended=extended.get(triplet.pair_id, ()))
 
     def _extended(self, split: str) -> dict[int | str | None, tuple[str, ...]]:
-        """Pairid -> the texts of its extended annotation; nothing where that file is not there."""
+        """Return pairid -> the texts of its extended annotation; {} if the file does not exist."""
         file = self.annotation_folder() / "captions_ext" / f"cap.ext.rc2.{split}.json"
         if not file.exists():
             return {}

@@ -1,4 +1,4 @@
-"""Report on a copy of a benchmark: its counts next to the official ones, problems of images by role, their effects."""
+"""Report on a copy of a benchmark: its counts next to the official counts, bad images by role, and their effects."""
 
 import itertools
 import unicodedata
@@ -16,22 +16,22 @@ from utils import UserError, printable
 FINDING = "finding"
 NOTE = "note"
 UNUSABLE = "unusable"
-PLACEHOLDER = 3  # files of one content; more look like one that stands for images that are gone
-SHOWN_IDS = 3  # ids that people are shown of a remark
+PLACEHOLDER = 3  # files with equal content; more than this suggest a placeholder image
+SHOWN_IDS = 3  # number of ids shown with a remark
 
-MISSING = "missing"  # the problem of a file that is not there
-# What files may have.
+MISSING = "missing"  # problem of a file that does not exist
+# Traits that a file may have.
 DEEP = "more than 8 bits a channel"
 TRANSPARENT = "transparency"
 TURNED = "an orientation in their EXIF data"
-# What is done to such files, and under "" to other modes. Where they are read as the original does:
+# Trait -> its treatment when files are read as in the original implementation; "" stands for a rare mode.
 AS_ORIGINAL = {
     DEEP: "all above 255 is read as white, as the original does",
     TRANSPARENT: "transparent is black, or the colour that is hidden there, as for the original",
     TURNED: "they are read as they lie, as the original does",
     "": "they are padded and resized in it, as the original does",
 }
-# And where they are read as a viewer shows them:
+# Trait -> its treatment when files are read as a viewer shows them.
 AS_SHOWN = {
     DEEP: "they are scaled to 8",
     TRANSPARENT: f"they are read on {WHITE}, or what --background says",
@@ -45,9 +45,9 @@ class Inspection:
     """Properties of an image file, see `image_check`.
 
     Attributes:
-        problem: why it cannot be decoded, "" where it can.
-        digest: SHA-256 of its content, "" where there is none.
-        traits: what it has of AS_SHOWN, and its mode if that is a rare one.
+        problem: reason why the file cannot be decoded, "" if it can.
+        digest: SHA-256 of the content, "" if there is none.
+        traits: traits among the keys of AS_SHOWN, and the mode if it is a rare one.
     """
 
     problem: str
@@ -61,12 +61,13 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Remark:
-    """One thing that is said of a dataset.
+    """One remark about a dataset.
 
     Attributes:
-        level: FINDING, something to repair or to decide on; NOTE, a property, of official files too; UNUSABLE.
+        level: FINDING, something to repair or to decide on; NOTE, a property that official files may have, too;
+            UNUSABLE.
         where: the file or split.
-        ids: the images or queries it is about.
+        ids: the images or queries that the remark is about.
     """
 
     level: str
@@ -80,10 +81,10 @@ class Report:
     """Findings of a check.
 
     Attributes:
-        files: each annotation file with its number of entries and the official one.
-        layouts: folder -> how many of the images lie there.
-        images: how many were decoded, 0 where none were looked at.
-        bad: image id -> what is wrong with its file.
+        files: each annotation file with its number of entries and the official number.
+        layouts: folder -> number of images in it.
+        images: number of images inspected, 0 if none were.
+        bad: image id -> the problem of its file.
     """
 
     dataset: str
@@ -98,13 +99,13 @@ class Report:
         self.remarks.append(Remark(level, where, text, list(ids)))
 
     def count(self, level: str, where: str, text: str, ids: Sequence[str]) -> None:
-        """Add a remark on ids, their number first, if there are any."""
+        """Add a remark on ids, preceded by their number, if there are any."""
         if ids:
             self.say(level, where, f"{len(ids):,} {text}", ids)
 
     @property
     def exit_code(self) -> int:
-        """0 clean, 1 findings, 2 unusable."""
+        """Return 0 for clean data, 1 for findings, 2 for unusable data."""
         levels = {remark.level for remark in self.remarks}
         if UNUSABLE in levels:
             return 2
@@ -117,11 +118,11 @@ ReadParts = dict[tuple[str, str], Split]  # (part, split) -> its records
 def read_parts(
     benchmark: Benchmark, splits: Iterable[str], *, official: bool, asked_for: bool, report: Report
 ) -> ReadParts:
-    """All parts of some splits that can be read; the others, and counts that differ, are remarked on.
+    """Read all parts of some splits; remark on unreadable parts, and on counts that are not the official ones.
 
     Args:
-        official: compare counts with those of the official files.
-        asked_for: the splits were named, so that none of them may be missing.
+        official: whether to compare counts with the official files.
+        asked_for: whether the user chose the splits, so that no file may be missing.
     """
     parts: ReadParts = {}
     for split in splits:
@@ -147,9 +148,9 @@ def read_parts(
 def _count(
     benchmark: Benchmark, part: str, split: str, records: Split, *, official: bool, report: Report
 ) -> None:
-    """The entries of a part's two files next to those of the official ones, where there are any.
+    """Record the number of entries in a part's two files, with the official number if it is known.
 
-    Where queries are their own list of images, they are what is counted.
+    If one file lists both queries and images, only the queries are counted.
     """
     counts = (len(records.triplets), records.gallery_size)
     official_counts = benchmark.official.get(f"{part}.{split}", counts)
@@ -162,7 +163,7 @@ def _count(
 
 
 def remark_on_annotations(benchmark: Benchmark, parts: ReadParts, report: Report) -> None:
-    """Remark on lists that overlap, targets and triplets that repeat, captions that are empty, wordless or the same."""
+    """Remark on overlapping lists, repeated targets and triplets, and empty, wordless or repeated captions."""
     listed: dict[str, list[str]] = {split: [] for split in benchmark.splits.values()}
     triplets: dict[str, list[Triplet]] = {split: [] for split in benchmark.splits.values()}
     for (_, split), records in parts.items():
@@ -180,7 +181,7 @@ def remark_on_annotations(benchmark: Benchmark, parts: ReadParts, report: Report
 def _remark_on_asked_twice(
     benchmark: Benchmark, where: str, records: Split, report: Report
 ) -> None:
-    """Triplets that a file has more than once, and so are more of its metrics than others."""
+    """Remark on triplets that a file contains more than once, which gives them more weight in metrics."""
     first: dict[tuple[str, tuple[str, ...], tuple[str, ...]], int] = {}
     again = []
     for place, triplet in enumerate(records.triplets):
@@ -196,7 +197,7 @@ def _remark_on_asked_twice(
 def _remark_on_captions(
     benchmark: Benchmark, split: str, triplets: Sequence[Triplet], report: Report
 ) -> None:
-    """Captions that are empty, or not but say nothing, or the same."""
+    """Remark on captions that are empty, without words, or repeated."""
     empty = []
     wordless: dict[str, list[str]] = {NOTE: [], FINDING: []}
     same = []
@@ -219,20 +220,20 @@ def _remark_on_captions(
 
 
 def lacks_words(triplet: Triplet) -> bool:
-    """Return whether a caption is of punctuation alone, which joining strips off, or none says anything."""
+    """Check whether a caption is only punctuation, which joining captions strips off, or no caption has a word."""
     wordless = [caption for caption in triplet.captions if not any(map(_says_something, caption))]
     return len(wordless) == len(triplet.captions) or any(caption.strip() for caption in wordless)
 
 
 def _says_something(character: str) -> bool:
-    """Check whether a character is a letter, a digit or a picture such as an emoji."""
+    """Check whether a character is a letter, a digit or a pictogram such as an emoji."""
     return character.isalnum() or unicodedata.category(character) == "So"
 
 
 def _remark_on_repeats(
     benchmark: Benchmark, listed: Mapping[str, list[str]], report: Report
 ) -> None:
-    """Entries of all lists, and how many images they are."""
+    """Remark on the number of entries in all lists, and on the number of different images."""
     entries = sum(map(len, listed.values()))
     images = len(set().union(*listed.values()))
     counts = f"{entries:,} entries list {images:,} images: {entries - images:,} entries repeat an image of another list"
@@ -245,7 +246,7 @@ def _remark_on_training(
     triplets: Mapping[str, list[Triplet]],
     report: Report,
 ) -> None:
-    """Targets that repeat, and images of training that validation or test have too."""
+    """Remark on repeated targets, and on training images that are also in validation or test."""
     targets = Counter(_targets(triplets[train]))
     repeated = [name for name, count in targets.items() if count > 1]
     effect = (
@@ -268,7 +269,7 @@ def _remark_on_training(
 
 
 def _targets(triplets: Iterable[Triplet]) -> Iterator[str]:
-    """All targets of some triplets, as often as they are one."""
+    """Return all targets of some triplets, with repetitions."""
     return itertools.chain.from_iterable(triplet.targets for triplet in triplets)
 
 
@@ -279,7 +280,7 @@ def _query(benchmark: Benchmark, triplet: Triplet) -> str:
 
 
 def needed_images(benchmark: Benchmark, split: str, records: Split) -> dict[str, Path]:
-    """The images of a part that triplets or galleries need: of training those of the triplets alone."""
+    """Return the images of a part that triplets or galleries need; in training, only the images of triplets."""
     if split != benchmark.train_split:
         return records.image_paths
     used = records.members
@@ -289,10 +290,10 @@ def needed_images(benchmark: Benchmark, split: str, records: Split) -> dict[str,
 def remark_on_images(
     benchmark: Benchmark, parts: ReadParts, inspections: Mapping[Path, Inspection], report: Report
 ) -> None:
-    """Remark on where the files are, which are no good or copies, in which role, and what that does to metrics.
+    """Remark on the folders of the images, on bad files and copies by role, and on their effect on metrics.
 
     Args:
-        inspections: of each file that is needed.
+        inspections: file -> its inspection, for each file that is needed.
     """
     report.images = len(inspections)
     there = [path for path, inspection in inspections.items() if not inspection.is_missing]
@@ -328,7 +329,7 @@ def remark_on_images(
 
 
 def _layouts(benchmark: Benchmark, paths: Iterable[Path]) -> dict[str, int]:
-    """Folder of a known layout -> how many of some files lie below it."""
+    """Count files below the folders of known layouts: folder -> number of files."""
     known: set[Path] = set()
     for part in benchmark.parts:
         known.update(benchmark.image_folders(part))
@@ -348,10 +349,10 @@ def _roles(records: Split) -> dict[str, set[str]]:
 
 
 def _remark_on_missing(where: str, missing: Mapping[str, Path], report: Report) -> set[str]:
-    """Folders of a part that are missing, and files that may be there under another name.
+    """Remark on missing folders of a part, and on missing files that may exist under another name.
 
     Returns:
-        The images in the folders that are missing.
+        The images in the missing folders.
     """
     hints = [name + hint_of_file(path) for name, path in list(missing.items())[:SHOWN_IDS]]
     if any("did you mean" in hint for hint in hints):
@@ -368,7 +369,7 @@ def _remark_on_missing(where: str, missing: Mapping[str, Path], report: Report) 
 def _remark_on_bad(
     where: str, records: Split, bad: Mapping[str, str], *, trains: bool, report: Report
 ) -> None:
-    """Files of a part that cannot be decoded, by problem and role."""
+    """Remark on files of a part that cannot be decoded, by problem and role."""
     queries = len(records.triplets)
     gallery = records.gallery_size
     for role, names in _roles(records).items():
@@ -395,7 +396,7 @@ def _asks_for(triplet: Triplet, names: Container[str]) -> bool:
 def _remark_on_copies(
     where: str, records: Split, digests: Mapping[str, str], report: Report
 ) -> None:
-    """Files of a part whose content is that of another one, by role."""
+    """Remark on files of a part with the same content as another file, by role."""
     groups = defaultdict(list)
     for name, digest in digests.items():
         groups[digest].append(name)
@@ -417,7 +418,7 @@ def _remark_on_copies(
 
 
 def as_text(report: Report) -> str:
-    """The report for people."""
+    """Format the report for reading in a terminal."""
     lines = [report.dataset, "  entries   official  file"]
     lines += [f"  {count:7,}   {official:8,}  {file}" for file, count, official in report.files]
     lines += [f"  {count:7,} images in {folder}" for folder, count in report.layouts.items()]

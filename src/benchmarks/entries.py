@@ -1,4 +1,4 @@
-"""Entries of annotation files: what the schemas of all benchmarks share, and how a list of queries is read."""
+"""Define the entries of annotation files: types and schemas that all benchmarks share, and how to read queries."""
 
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
@@ -12,20 +12,20 @@ from runtime.schema import Schema, read_checked
 from runtime.spelling import nfc
 from utils import UserError
 
-# What to do with a file that nobody should edit.
+# Remedy for a file that nobody should edit.
 OFFICIAL = "download the official annotation file again"
-NAMED_FAULTS = 20  # faults of a file that a message names
+NAMED_FAULTS = 20  # maximum number of faults in a message
 
 
 def distinct(values: Sequence[Hashable]) -> Sequence[Hashable]:
-    """The values, each there once."""
+    """Return the values after checking that they do not repeat."""
     if len(set(values)) < len(values):
         raise PydanticCustomError("distinct", "its values should not repeat")
     return values
 
 
 def refuse_all(file: Path, faults: Sequence[str], remedy: str) -> None:
-    """Raise UserError where a file has faults: the first of them, and how many more."""
+    """Raise UserError if a file has faults; the message contains the first faults and the number of others."""
     if faults:
         more = f"; and {len(faults) - NAMED_FAULTS} more" if len(faults) > NAMED_FAULTS else ""
         raise UserError(f"{file}: {'; '.join(faults[:NAMED_FAULTS])}{more}: {remedy}")
@@ -37,28 +37,28 @@ def _as_text(value: object) -> object:
 
 
 Distinct = AfterValidator(distinct)
-FromList = Strict(False)  # JSON knows lists alone
+FromList = Strict(False)  # accepts lists, because JSON has no tuples
 ImageName = Annotated[str, AfterValidator(nfc)]
-# Of a query: a text, or a whole number as one.
+# Name of a query: a text, or a whole number that becomes a text.
 Name = Annotated[str, BeforeValidator(_as_text), AfterValidator(nfc)]
 
 
 class Entry(Schema):
-    """An entry of a file, of which some fields are read."""
+    """An entry of a file, of which only some fields are read."""
 
     model_config = ConfigDict(extra="ignore", defer_build=True)
 
 
 class Query(Entry):
-    """An entry that is a query."""
+    """An entry that describes a query."""
 
     def triplet(self) -> Triplet:
-        """The query as every benchmark has it."""
+        """Return the query in the form that all benchmarks share."""
         raise NotImplementedError
 
 
 def read_queries(schema: type[Query], file: Path, *, remedy: str) -> Iterator[tuple[str, Triplet]]:
-    """The queries of a JSON list, in order: what an error calls each, and the query.
+    """Yield the queries of a JSON list, in order: the name of each one in error messages, and the query.
 
     Raises:
         UserError: see `read_checked`.

@@ -1,4 +1,4 @@
-"""Images left out on request, each with its reason: the file that check_dataset writes and the other commands read."""
+"""Exclude images, each for a recorded reason: write the file for check_dataset.py, and read it for other commands."""
 
 import json
 import logging
@@ -16,26 +16,26 @@ from utils import UserError
 logger = logging.getLogger(__name__)
 
 CHECKER = "check_dataset.py --write-exclusions"
-NAMED_IMAGES = 3  # names in a message
+NAMED_IMAGES = 3  # maximum number of names in a message
 
 
 class Exclusions(Entry):
-    """A file of `check_dataset.py --write-exclusions`: image id -> the reason to leave it out."""
+    """A file of `check_dataset.py --write-exclusions`: image id -> the reason to exclude it."""
 
     dataset: str
     images: dict[ImageName, str]
 
 
 def write_exclusions(file: Path, dataset: str, reasons: Mapping[str, str]) -> None:
-    """Write ids of images with the reason to leave each out."""
+    """Write the ids of images with the reason to exclude each one."""
     write_text(file, json.dumps({"dataset": dataset, "images": dict(reasons)}, indent=1) + "\n")
 
 
 def read_exclusions(file: Path | None, dataset: str) -> dict[str, str]:
-    """Image id -> reason; nothing where there is no file.
+    """Read image id -> reason; return {} if there is no file.
 
     Raises:
-        UserError: the file is no list of exclusions, or that of another dataset.
+        UserError: the file is not a list of exclusions, or is for another dataset.
     """
     if file is None:
         return {}
@@ -51,7 +51,7 @@ def read_exclusions(file: Path | None, dataset: str) -> dict[str, str]:
 
 
 def excluded(splits: Iterable[Split]) -> dict[str, dict[str, Any]]:
-    """Count the images and triplets that were left out of each split, for files that say how a result was made."""
+    """Count the images and triplets excluded from each split, for files that record how a result was made."""
     counts = {}
     for split in splits:
         counts[split.name] = {
@@ -62,7 +62,7 @@ def excluded(splits: Iterable[Split]) -> dict[str, dict[str, Any]]:
 
 
 def announce(wanted: Collection[str], splits: Iterable[Split]) -> None:
-    """Log what was left out of each split, and how many of the images to leave out are in none of them."""
+    """Log what was excluded from each split, and which of the images to exclude are in no split."""
     left_out: set[str] = set()
     known: set[str] = set()
     for split in splits:

@@ -30,7 +30,7 @@ class FashionIQTestQuery(Query):
 
 
 class FashionIQQuery(FashionIQTestQuery):
-    """An entry of the other splits."""
+    """An entry of `cap.{category}.{split}.json` for training or validation."""
 
     target: ImageName
 
@@ -39,7 +39,7 @@ class FashionIQQuery(FashionIQTestQuery):
 
 
 class FashionIQ(Benchmark):
-    """FashionIQ (Wu et al., CVPR 2021): a gallery for each category."""
+    """FashionIQ (Wu et al., CVPR 2021): one gallery for each category."""
 
     name = "FashionIQ"
     run_name = "fiq"
@@ -50,7 +50,7 @@ class FashionIQ(Benchmark):
         "shirt.train": (5988, 19036), "shirt.val": (2038, 6346), "shirt.test": (2038, 6346),
         "toptee.train": (6027, 16121), "toptee.val": (1961, 5373), "toptee.test": (2056, 5374),
     }  # fmt: skip
-    official_wordless = ("B004ECJWVI -> B006MW3CTG",)  # "Darker and not as shiny", "."
+    official_wordless = ("B004ECJWVI -> B006MW3CTG",)  # captions "Darker and not as shiny" and "."
     counts_explained = (
         "The nine official lists have 77,683 entries, which papers count as images, but 3,302 of them repeat: the "
         "complete dataset is 74,381 images, and the 3,300 that seem to be missing do not exist"
@@ -67,7 +67,10 @@ class FashionIQ(Benchmark):
         return official_files(self.annotation_folder(), part, split)
 
     def image_folders(self, part: str) -> list[Path]:
-        """images/ as in the official layout, or by category; an id of two categories may lie under the other one."""
+        """Return images/ as in the official layout, and folders by category.
+
+        An image that is in two categories may be in the folder of either one.
+        """
         root = self.annotation_folder()
         own_first = sorted(self.parts, key=lambda other: other != part)
         folders = [root / "images"]

@@ -1,8 +1,7 @@
 """GeneCIS: its two tasks on objects, their files, protocol and metrics.
 
-The form of the files and the metrics are those of github.com/facebookresearch/genecis (README.md,
-datasets/coco_dataset.py, eval/eval_functions.py). Its two tasks on attributes ask for crops of Visual Genome's images,
-and are left out.
+The file format and the metrics follow github.com/facebookresearch/genecis (README.md, datasets/coco_dataset.py,
+eval/eval_functions.py). Its two tasks on attributes need crops of Visual Genome's images, and are left out.
 """
 
 from collections.abc import Iterable, Mapping
@@ -33,7 +32,7 @@ class GenecisImage(Entry):
 
 
 class GenecisQuery(Query):
-    """An entry of `{task}.json`: a query with the images that it is to be told from."""
+    """An entry of `{task}.json`: a query with its distractors."""
 
     reference: GenecisImage
     condition: str
@@ -47,7 +46,7 @@ class GenecisQuery(Query):
 
     @model_validator(mode="after")
     def apart(self) -> "GenecisQuery":
-        """The reference is none of its gallery."""
+        """Check that the reference is not in the gallery."""
         if self.reference in self.gallery:
             raise PydanticCustomError("apart", "gallery should not have reference among them")
         return self
@@ -58,7 +57,7 @@ class GenecisQuery(Query):
             reference=members[0],
             captions=(self.condition,),
             target=members[1],
-            group=tuple(dict.fromkeys(members)),  # one official query has its target again
+            group=tuple(dict.fromkeys(members)),  # one official query lists its target twice
         )
 
 
@@ -67,10 +66,10 @@ def _name(image: GenecisImage) -> str:
 
 
 class GeneCIS(Benchmark):
-    """GeneCIS (Vaze et al., CVPR 2023), the tasks on objects: each query has a gallery of 15 images of its own.
+    """GeneCIS (Vaze et al., CVPR 2023), the tasks on objects: each query has its own gallery of 15 images.
 
-    That gallery is its group here, and the recalls are those in groups. Sheets also show the nearest of all images of a
-    task.
+    This gallery is the query's group here, and recalls are computed within groups. Sheets also show the nearest of all
+    images of a task.
     """
 
     name = "GeneCIS"

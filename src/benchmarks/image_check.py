@@ -1,4 +1,4 @@
-"""Image files opened and decoded in parallel: what is wrong with each, and which are copies of each other."""
+"""Inspect image files in parallel: the problems of each file, and which files are copies of each other."""
 
 import contextlib
 import hashlib
@@ -40,9 +40,9 @@ ALL_SPLITS = ("train", "val", "test")
 EMPTY = "empty"
 NO_IMAGE = "not an image"
 DAMAGED = "truncated or damaged"
-PILLOWS_MOST = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # from which on Pillow opens none
+PILLOWS_MOST = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow refuses images with more pixels
 TOO_LARGE = f"too large (above {LONGEST_SIDE:,} pixels a side or {PILLOWS_MOST:,} pixels: {SHRINK})"
-ORIENTATION = 0x0112  # of EXIF
+ORIENTATION = 0x0112  # number of the EXIF tag
 PLAIN_MODES = ("L", "LA", "RGB", "RGBA")
 
 
@@ -69,10 +69,10 @@ def inspect(path: Path) -> Inspection:
 
 
 def _traits(content: bytes) -> list[str]:
-    """The traits of an image that can be made RGB; errors as of `runtime.image_files.decoded`."""
+    """Return the traits of an image that can be converted to RGB; raise the errors of `runtime.image_files.decoded`."""
     traits = []
     with warnings.catch_warnings():
-        # Of metadata that is odd, which decoding does not look at.
+        # Ignore warnings about odd metadata, which decoding does not read.
         warnings.simplefilter("ignore")
         image = decoded(io.BytesIO(content))
         image.convert("RGB")
@@ -89,10 +89,10 @@ def _traits(content: bytes) -> list[str]:
 
 
 def inspect_all(paths: list[Path], workers: int) -> dict[Path, Inspection]:
-    """Inspect files, showing how far it is.
+    """Inspect files, and show the progress.
 
     Args:
-        workers: processes, 0 for this one.
+        workers: number of processes, 0 to use this process.
     """
     inspections = {}
     with (
@@ -107,7 +107,7 @@ def inspect_all(paths: list[Path], workers: int) -> dict[Path, Inspection]:
 
 @contextlib.contextmanager
 def _mapped(workers: int) -> Iterator[Callable[[list[Path]], Iterable[Inspection]]]:
-    """A function that inspects a list of paths, in order, here or in processes."""
+    """Provide a function that inspects a list of paths, in order, in this process or in several others."""
     if workers == 0:
         yield lambda paths: map(inspect, paths)
         return
@@ -119,11 +119,11 @@ def _mapped(workers: int) -> Iterator[Callable[[list[Path]], Iterable[Inspection
 def check(
     benchmark: Benchmark, splits: Sequence[str] | None, *, official: bool, workers: int
 ) -> Report:
-    """Everything about a copy of a benchmark.
+    """Check everything about a copy of a benchmark.
 
     Args:
-        splits: those to look at, of ALL_SPLITS; None for all that are there.
-        official: compare counts with those of the official files.
+        splits: the splits to check, of ALL_SPLITS; None for all existing splits.
+        official: whether to compare counts with the official files.
 
     Raises:
         UserError: the benchmark has no such split.

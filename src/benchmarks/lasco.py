@@ -1,6 +1,6 @@
 """LaSCo: its files, captions, protocols and metrics.
 
-The form of its files is that of github.com/levymsn/LaSCo (README.md and downloads/ at 8b1067f).
+The file format follows github.com/levymsn/LaSCo (README.md and downloads/ at 8b1067f).
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,9 +25,9 @@ NumberAndPath = Annotated[tuple[Any, ImageName], FromList]
 
 
 class LascoQuery(Query):
-    """An entry of `lasco_{split}.json`: an image is an id of COCO and a path.
+    """An entry of `lasco_{split}.json`: an image is a COCO id and a path.
 
-    Its "qid" is that of a question of VQA, which may have several queries, and so is no id.
+    Its "qid" is the id of a VQA question, which several queries may share, so it does not identify a query.
     """
 
     query_image: Annotated[NumberAndPath, Field(alias="query-image")]
@@ -51,8 +51,8 @@ class LascoImage(Entry):
 class LaSCo(Benchmark):
     """LaSCo (Levy et al., AAAI 2024): images of COCO 2014, captions rephrased from questions of VQA 2.0.
 
-    The first protocol is that of others' code: the authors have published none. There are no official counts here, for
-    what others count of its validation queries differs.
+    The first protocol follows other authors' code, because LaSCo's authors have published none. There are no official
+    counts here, because publications disagree on the number of validation queries.
     """
 
     name = "LaSCo"
@@ -66,20 +66,20 @@ class LaSCo(Benchmark):
     }
 
     def files(self, part: str, split: str) -> tuple[Path, Path]:
-        """The queries, and the gallery of the validation; a training needs the images of its queries alone."""
+        """Return the queries, and the gallery of the validation; training needs only the images of its queries."""
         folder = self.annotation_folder()
         queries = folder / f"lasco_{split}.json"
         return queries, folder / "lasco_val_corpus.json" if split == self.val_split else queries
 
     def image_folders(self, part: str) -> list[Path]:
-        """The folder that COCO's train2014/ and val2014/ are unpacked in."""
+        """Return the folders that COCO's train2014/ and val2014/ may have been unpacked in."""
         folder = self.annotation_folder()
         return [folder, folder / "images", folder / "coco"]
 
     def image_places(self, images_file: Path) -> dict[str, str]:
         if images_file.stem.endswith("corpus"):
             listed = read_checked(list[LascoImage], images_file, remedy=self.remedy)
-            # Its paths begin with the split, those of the queries do not.
+            # Paths in the corpus begin with the split, unlike paths in the queries.
             names = [image.path.removeprefix("val/") for image in listed]
         else:
             names = []

@@ -1,4 +1,4 @@
-"""Arithmetic on ranks and metrics: recall, average precision, means, seeds together."""
+"""Compute metrics from ranks: recall, average precision, means, and statistics over seeds."""
 
 import math
 import statistics
@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-NO_RANK = 2**31 - 1  # behind every gallery: of a target that a query does not have
+NO_RANK = 2**31 - 1  # rank of a missing target, larger than any rank in a gallery
 
 
-# Makes one number of what each query adds to it, (Q,), with NaN of those that do not count; NaN where none does.
+# Computes a score from each query's contribution (Q,). NaN marks queries that do not count; if none count, it returns
+# NaN.
 Statistic = Callable[["np.ndarray"], float]
 
 
@@ -24,10 +25,10 @@ class Metric:
     """A number that a benchmark reports.
 
     Attributes:
-        title: what tables and curves call it; "" of one that is in none.
-        unit: "%", or what it is measured in instead, such as "rank".
-        lower_is_better: as of a rank.
-        checkpoint: suffix of the checkpoint that is kept for its best value; "" where none is.
+        title: title in tables and curves; "" if they do not show the metric.
+        unit: "%", or another unit, such as "rank".
+        lower_is_better: whether lower values are better, as for a rank.
+        checkpoint: suffix of the checkpoint that is kept for the best value; "" for no checkpoint.
     """
 
     title: str = ""
@@ -41,10 +42,10 @@ class Ranks:
     """Ranks of the targets of a split's queries, counted from 0. All metrics are computed from these.
 
     Attributes:
-        named: (Q,) of each query's named target in the gallery.
-        others: (Q, T - 1) of its other targets, NO_RANK where it has fewer; None where no query has any.
-        in_group: (Q,) of the named target in the query's group; None without groups.
-        kinds: kind of query -> the queries that are of it, by their numbers.
+        named: (Q,) rank of each query's annotated target in the gallery.
+        others: (Q, T - 1) ranks of its other targets, padded with NO_RANK; None if no query has any.
+        in_group: (Q,) rank of the annotated target in the query's group; None without groups.
+        kinds: kind of query -> indices of the queries of this kind.
     """
 
     named: "np.ndarray"
@@ -54,19 +55,19 @@ class Ranks:
 
     @property
     def of_all(self) -> "np.ndarray":
-        """(Q, T) of all targets, the named one first."""
+        """Return the ranks of all targets (Q, T), the annotated target first."""
         import numpy as np
 
         return np.column_stack([self.named] if self.others is None else [self.named, self.others])
 
 
 def average_precision(ranks: "np.ndarray", k: int) -> "np.ndarray":
-    """AP at k of each query, (Q,): sum of the precisions at its targets within k / min(number of targets, k).
+    """Return each query's AP at k, (Q,): sum of the precisions at its targets within k / min(number of targets, k).
 
-    As the evaluation code of CIRCO (Baldrati et al., ICCV 2023) has it.
+    This follows the evaluation code of CIRCO (Baldrati et al., ICCV 2023).
 
     Args:
-        ranks: (Q, T) of the targets in any order, NO_RANK where a query has fewer.
+        ranks: (Q, T) ranks of the targets in any order, padded with NO_RANK.
 
     Example:
         >>> average_precision(np.array([[4, 0, NO_RANK]]), 10)  # precisions 1/1 and 2/5
@@ -75,14 +76,14 @@ def average_precision(ranks: "np.ndarray", k: int) -> "np.ndarray":
     import numpy as np
 
     places = np.sort(ranks, axis=1) + 1
-    found = np.arange(1, ranks.shape[1] + 1)  # targets up to each place
+    found = np.arange(1, ranks.shape[1] + 1)  # number of targets up to each place
     precisions = np.where(places <= k, found / places, 0)
     targets = (ranks < NO_RANK).sum(axis=1)
     return precisions.sum(axis=1) / np.minimum(targets, k)
 
 
 def only(queries: Sequence[int], values: "np.ndarray") -> "np.ndarray":
-    """Values (Q,) of some queries, NaN of the others, which do not count."""
+    """Return values (Q,) of some queries, and NaN for other queries, which do not count."""
     import numpy as np
 
     rows = np.array(queries, dtype=int)
@@ -92,9 +93,9 @@ def only(queries: Sequence[int], values: "np.ndarray") -> "np.ndarray":
 
 
 def percentage(values: "np.ndarray") -> float:
-    """Mean over the queries in percent, from (Q,), 0 to 1 or NaN of a query that does not count; NaN where none does.
+    """Return the mean over queries, in percent, of values (Q,) from 0 to 1.
 
-    The recall at k is that of `ranks < k`.
+    NaN values are skipped; the mean is NaN if all values are. For the recall at k, pass `ranks < k`.
     """
     import numpy as np
 
@@ -103,7 +104,7 @@ def percentage(values: "np.ndarray") -> float:
 
 
 def means(values: Sequence[float]) -> dict[str, float]:
-    """Arithmetic, harmonic and geometric mean; the latter two are 0 where a value is 0."""
+    """Return arithmetic, harmonic and geometric means; the latter two are 0 if any value is 0."""
     return {
         "arithmetic_mean": statistics.fmean(values),
         "harmonic_mean": float(statistics.harmonic_mean(values)),
@@ -112,13 +113,13 @@ def means(values: Sequence[float]) -> dict[str, float]:
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and standard deviation over a sample (n - 1); a single value has no deviation."""
+    """Return the mean and the sample standard deviation (n - 1), which is None for a single value."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return statistics.fmean(values), deviation
 
 
 def shown(values: Sequence[float]) -> str:
-    """A value as tables show it, or mean ± standard deviation of several."""
+    """Format a value as tables show it, or several values as mean ± standard deviation."""
     mean, deviation = mean_and_deviation(values)
     return (
         format_metric(mean)

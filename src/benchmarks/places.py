@@ -1,6 +1,7 @@
 """Find the image files of a list: below the data root or in a folder that is symlinked there, and nowhere else.
 
-A dataset is downloaded, and its images are shown on sheets and pages: its text must not choose files of the machine.
+Datasets are downloaded, and their images are shown on sheets and pages, so a list must not reach other files of the
+machine.
 """
 
 import functools
@@ -13,28 +14,29 @@ from runtime.image_source import IMAGES
 from runtime.spelling import as_stored, nfc
 from utils import UserError
 
-# A part `..`, a beginning at the root or at a drive, half a string in C. On Windows backslashes part folders too.
+# Matches a part `..`, a path from the root or from a drive, and NUL, which would end the path in C. On Windows,
+# backslashes also separate folders.
 _LEADS_AWAY = re.compile(r"(^|[/\\])\.\.([/\\]|$)|^([/\\]|[A-Za-z]:)|\0")
 
 
 def image_name(path: str) -> str:
-    """Return the name of an image that is called by its path, however that is spelled: `./a//b.jpg` is `a/b.jpg`."""
+    """Return the name of an image: its path, normalised so that `./a//b.jpg` becomes `a/b.jpg`."""
     return nfc(str(PurePosixPath(path.strip())))
 
 
 def locate(
     places: Mapping[str, str], folders: list[Path], *, root: Path, listed_in: Path, remedy: str
 ) -> dict[str, Path]:
-    """The file of each image: its place below the first folder where it is, or below the very first if it is nowhere.
+    """Return the file of each image, in the first folder that contains it, or in the very first folder if none does.
 
     Args:
-        places: image name -> path relative to a folder, or a full one below the root.
+        places: image name -> path relative to a folder, or an absolute path below the root.
         root: the data root.
-        listed_in: the file that says it.
-        remedy: what to do with it where it is wrong.
+        listed_in: file that lists the images, for messages.
+        remedy: remedy for errors in this file.
 
     Raises:
-        UserError: a name or a place leads out of the root, or a file there is a link that does.
+        UserError: a name or a path leads out of the root, or a file is a link that does.
     """
     for name, place in places.items():
         if _LEADS_AWAY.search(name) or not _is_below(root, place):
@@ -57,7 +59,7 @@ def locate(
 
 
 def _is_below(root: Path, place: str) -> bool:
-    """Check whether a path stays below the root, be it relative or absolute."""
+    """Check whether a path, relative or absolute, stays below the root."""
     if not _LEADS_AWAY.search(place):
         return True
     full = Path(place)
@@ -67,10 +69,10 @@ def _is_below(root: Path, place: str) -> bool:
 
 
 def _check_links(paths: Mapping[str, Path], root: Path) -> None:
-    """Reject files that are links to elsewhere. Whole folders may be links: whoever set them up chose what is in them.
+    """Reject files that are links to elsewhere. Links of whole folders are allowed, because the user set them up.
 
     Raises:
-        UserError: a link leads out of the root and out of the folders that the file is in.
+        UserError: a link leads out of the root and out of the folders that contain it.
     """
     real = functools.cache(os.path.realpath)
     for path in paths.values():

@@ -1,6 +1,6 @@
-"""Evaluation protocols: which images of a split a query may retrieve, and with which text it asks.
+"""Evaluation protocols: which images of a split a query may retrieve, and which text the query has.
 
-Published tables of FashionIQ mix four of them, those of CIRCO four others.
+Published tables of FashionIQ mix four protocols, and tables of CIRCO three.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 class Protocol:
     """A gallery, and whether a query's own reference may be retrieved from it.
 
-    The same model's recalls differ by several points between protocols: numbers compare within one only.
+    The recalls of one model differ by several points between protocols, so compare numbers only within one protocol.
 
     Attributes:
         gallery: "original", all images of the split's list, or "VAL", the references and targets of its triplets.
         reference: "kept" or "removed".
-        text: "" for the caption of the change alone, or what a benchmark asks with instead, as "concept".
+        text: "" for the caption alone, or the name of another query text of a benchmark, such as "concept".
     """
 
     gallery: str
@@ -32,11 +32,11 @@ class Protocol:
 
     @property
     def name(self) -> str:
-        """Return what `--protocol` and the results call it."""
+        """Return the name of the protocol in `--protocol` and in results."""
         return "-".join(filter(None, (self.gallery, self.reference, self.text)))
 
     def gallery_size(self, split: Split) -> int:
-        """Images that a query searches, its own reference counted in."""
+        """Return the number of images that a query searches, including its own reference."""
         return (
             split.gallery_size
             if self.gallery == "original"
@@ -44,19 +44,19 @@ class Protocol:
         )
 
     def most_answers(self, split: Split) -> int:
-        """Images that a query can retrieve."""
+        """Return the maximum number of images that a query can retrieve."""
         removed = 1 if self.reference == "removed" and not split.only_asked else 0
         return self.gallery_size(split) - removed
 
     def restrict(
         self, similarity: "Tensor", references: "Tensor", outside: "Tensor | None"
     ) -> "Tensor":
-        """Set what may not be retrieved to -inf, in place.
+        """Set the similarities of images that may not be retrieved to -inf, in place.
 
         Args:
             similarity: (b, N).
             references: (b,) columns of the queries' own references.
-            outside: (N,) whether an image is not in the protocol's gallery; None where all are.
+            outside: (N,) whether an image is not in the protocol's gallery; None if all images are in it.
         """
         if outside is not None:
             similarity.masked_fill_(outside, float("-inf"))
@@ -65,17 +65,17 @@ class Protocol:
         return similarity
 
 
-# FashionIQ: the start kit, CLIP4Cir, SPRC, CaLa, SEARLE, LinCIR, Pic2Word. CIRCO: SEARLE, LinCIR.
+# Used on FashionIQ by the start kit, CLIP4Cir, SPRC, CaLa, SEARLE, LinCIR and Pic2Word; on CIRCO by SEARLE and LinCIR.
 ORIGINAL_KEPT = Protocol("original", "kept")
-# FashionIQ: SPN4CIR, CoVR, HABIT, INTENT, ARTEMIS. CIRR: its own. CIRCO: CoVR.
+# Used on FashionIQ by SPN4CIR, CoVR, HABIT, INTENT and ARTEMIS; on CIRR by its authors; on CIRCO by CoVR.
 ORIGINAL_REMOVED = Protocol("original", "removed")
-# TG-CIR, COMBINER, DQU-CIR, ENCODER and OFFSET by default.
+# Used on FashionIQ by TG-CIR, COMBINER, DQU-CIR, ENCODER and OFFSET by default.
 VAL_REMOVED = Protocol("VAL", "removed")
-# CoSMo.
+# Used on FashionIQ by CoSMo.
 VAL_KEPT = Protocol("VAL", "kept")
-# CIRCO, with what reference and targets share in the text: ConText-CIR; MagicLens and BGE-VL ask so too.
+# Used on CIRCO by ConText-CIR, MagicLens and BGE-VL. The text includes the concept that reference and targets share.
 CONCEPT_KEPT = Protocol("original", "kept", "concept")
-# CIRCO: nobody that we know of; the counterpart of CoVR's.
+# Not used on CIRCO in any paper that we know of; the counterpart of ORIGINAL_REMOVED.
 CONCEPT_REMOVED = Protocol("original", "removed", "concept")
 _ALL = (ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_REMOVED, VAL_KEPT, CONCEPT_KEPT, CONCEPT_REMOVED)
 PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
@@ -84,11 +84,11 @@ PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
 def choose_protocols(
     names: Sequence[str] | None, known: Sequence[Protocol], dataset: str
 ) -> list[Protocol]:
-    """The protocols asked for, in a benchmark's order; all of them where nothing is asked for.
+    """Return the requested protocols, in a benchmark's order, or all of its protocols if none are requested.
 
     Args:
-        known: the benchmark's own.
-        dataset: its name.
+        known: the benchmark's protocols.
+        dataset: the benchmark's name.
     """
     if names is None:
         return list(known)

@@ -1,4 +1,4 @@
-"""Annotation files as others publish them, read as your own triplets: what src/convert.py writes."""
+"""Convert published annotation files to the form of your own triplets, for src/convert.py."""
 
 import functools
 import logging
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """A split as your own triplets have it.
+    """A split in the form of your own triplets.
 
     Attributes:
         lines: the queries.
-        gallery: paths of images below the folder that was read; empty where there is no list but the queries.
+        gallery: paths of images below the folder that was read; empty if only the queries list images.
     """
 
     lines: list[dict[str, Any]]
@@ -44,12 +44,12 @@ class ShoesQuery(Entry):
 
 
 def of_benchmark(kind: type[Benchmark], folder: Path) -> dict[str, Converted]:
-    """The splits of a benchmark that are there; where it has several galleries, they become one.
+    """Convert the existing splits of a benchmark; if it has several galleries, they become one.
 
-    The captions are its texts of training, of which the first is that of an evaluation.
+    The captions are its training texts; the first one is its text at evaluation.
 
     Args:
-        folder: its own, below a data root.
+        folder: the benchmark's folder, below a data root.
     """
     benchmark = kind(folder.parent)
     splits = {}
@@ -61,7 +61,7 @@ def of_benchmark(kind: type[Benchmark], folder: Path) -> dict[str, Converted]:
         only_asked: set[str] = set()
         for part in benchmark.read(called):
             for name, path in part.image_paths.items():
-                # One of two galleries may lie in each of two folders.
+                # An image in two galleries may have two files in different folders: use the first one.
                 places.setdefault(name, path.relative_to(folder).as_posix())
             only_asked |= part.only_asked
             for triplet in part.triplets:
@@ -73,7 +73,7 @@ def of_benchmark(kind: type[Benchmark], folder: Path) -> dict[str, Converted]:
 
 
 def _line(triplet: Triplet, texts: Sequence[str], places: dict[str, str]) -> dict[str, Any]:
-    """A query without what it lacks.
+    """Return a query without empty fields.
 
     Args:
         places: image name -> its path.
@@ -89,7 +89,7 @@ def _line(triplet: Triplet, texts: Sequence[str], places: dict[str, str]) -> dic
 
 
 def shoes(folder: Path) -> dict[str, Converted]:
-    """Shoes (Guo et al., NeurIPS 2018), as in github.com/XiaoxiaoGuo/fashion-retrieval: images in womens_*/."""
+    """Convert Shoes (Guo et al., NeurIPS 2018) from github.com/XiaoxiaoGuo/fashion-retrieval, images in womens_*/."""
     places = {}
     for path in sorted(folder.glob("womens_*/**/*.jpg")):
         places[path.name] = path.relative_to(folder).as_posix()
@@ -119,7 +119,7 @@ def shoes(folder: Path) -> dict[str, Converted]:
     return splits
 
 
-# Name -> the folder below a data root, and what reads it.
+# Name -> folder below a data root, and the function that reads it.
 PublishedSource = tuple[str, Callable[[Path], dict[str, Converted]]]
 SOURCES: dict[str, PublishedSource] = {
     "FashionIQ": ("fashionIQ_dataset", functools.partial(of_benchmark, FashionIQ)),
@@ -130,7 +130,10 @@ SOURCES: dict[str, PublishedSource] = {
 
 
 def usable(split: str, converted: Converted) -> Converted:
-    """A split without queries that say nothing, and with all images of the others in its gallery; says what it does."""
+    """Return a split without queries that have no caption, and with the other queries' images in its gallery.
+
+    Both changes are logged.
+    """
     lines = [line for line in converted.lines if any(map(str.strip, line["caption"]))]
     if lost := len(converted.lines) - len(lines):
         logger.warning("warning: %s: %d queries without a caption are left out", split, lost)

@@ -1,4 +1,4 @@
-"""Lists of queries that a validation is restricted to, such as those that image or text alone cannot solve."""
+"""Lists of queries that restrict a validation, such as queries that image or text alone cannot solve."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ AUDIT = "audit.py --write-queries"
 
 
 class QueryNames(Entry):
-    """A file of `audit.py --write-queries`: names of queries, pairids among them as numbers too."""
+    """A file of `audit.py --write-queries`: names of queries; pairids may be numbers."""
 
     dataset: str
     split: str
@@ -34,14 +34,14 @@ class QueryList:
     """Some validation queries of a benchmark, by their names (see `Split.query_names`).
 
     Attributes:
-        file: where the list was read.
+        file: file that the list was read from.
     """
 
     file: Path
     names: frozenset[str]
 
     def describe(self) -> dict[str, Any]:
-        """Return what a result says of it; the digest is of the names, in whatever order and file they are."""
+        """Return the record of the list in a result. Its digest depends only on the names, not on order or file."""
         digest = hashlib.sha256("\n".join(sorted(self.names)).encode()).hexdigest()
         return {"file": str(self.file.absolute()), "sha256": digest}
 
@@ -52,7 +52,7 @@ def write_query_list(
     """Write names of validation queries.
 
     Args:
-        chosen_by: says which they are.
+        chosen_by: description of how the queries were chosen.
     """
     content = {
         "dataset": benchmark.name,
@@ -64,10 +64,10 @@ def write_query_list(
 
 
 def read_query_list(file: Path | None, dataset: str, split: str) -> QueryList | None:
-    """A list of queries; pairids may be numbers. None where there is no file.
+    """Read a list of queries, whose pairids may be numbers; return None if there is no file.
 
     Raises:
-        UserError: the file is none, is empty, or is of another dataset or split.
+        UserError: the file is not a list of queries, is empty, or is for another dataset or split.
     """
     if file is None:
         return None
@@ -85,13 +85,13 @@ def read_query_list(file: Path | None, dataset: str, split: str) -> QueryList | 
 
 
 def restricted(benchmark: Benchmark, splits: Sequence[Split], wanted: QueryList) -> list[Split]:
-    """Validation splits with the queries of a list alone; their galleries stay whole.
+    """Restrict validation splits to the queries of a list; their galleries stay complete.
 
     Args:
-        splits: the benchmark's, without what is excluded.
+        splits: the benchmark's splits, without excluded images.
 
     Raises:
-        UserError: a name is of no query, or none is of a split.
+        UserError: a name is not the name of a query, or a split has no query in the list.
     """
     whole = type(benchmark)(benchmark.data_root).val() if benchmark.excluded else splits
     known: set[str] = set()

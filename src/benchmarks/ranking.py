@@ -1,4 +1,4 @@
-"""Queries ranked: ranks of their targets by counting, the k nearest, and the record of both for a split."""
+"""Rank queries: the ranks of their targets by counting, the k nearest images, and a record of both for a split."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -10,17 +10,18 @@ from benchmarks.metrics import NO_RANK, Ranks
 from benchmarks.protocols import Protocol
 from benchmarks.splits import NO_ROW, Split
 
-COMPARED_COLUMNS = 2048  # that are compared at once on a CPU
+COMPARED_COLUMNS = 2048  # number of columns compared at a time on a CPU
 
 
 class NotFiniteError(ValueError):
-    """A similarity is NaN or infinite: compared as a number, a NaN would read as rank 0, which is recall 100."""
+    """A similarity is NaN or infinite. Comparisons with NaN are false, so it would read as rank 0, a recall of 100."""
 
 
 def _check(similarity: Tensor) -> None:
-    """Raise NotFiniteError on NaN and infinity; -inf is what must not be retrieved.
+    """Raise NotFiniteError on NaN and +inf; -inf marks images that must not be retrieved.
 
-    One sum a row: it is NaN or infinite if a term is, and costs a fraction of a comparison of each.
+    The check computes one sum per row, which is NaN or infinite if a term is, and costs a fraction of checking each
+    term.
     """
     if not (similarity.sum(1) < float("inf")).all():
         raise NotFiniteError("similarities that are not finite")
@@ -29,10 +30,10 @@ def _check(similarity: Tensor) -> None:
 def _count(
     similarity: Tensor, compare: Callable[[Tensor, Tensor], Tensor], bound: Tensor
 ) -> Tensor:
-    """Count the similarities (Q, N) of each row that compare so with the bound (Q, 1) of the row, as (Q,) int32.
+    """Count the similarities (Q, N) of each row that pass a comparison with the row's bound (Q, 1), as (Q,) int32.
 
-    Columns are compared a part at a time on the CPU, in whose cache the outcome then stays. Counting in 32 bits is
-    twice as fast as in 64.
+    On a CPU, columns are compared in parts, so that the outcome stays in the cache. Counting in 32 bits is twice as
+    fast as in 64.
     """
     width = COMPARED_COLUMNS if similarity.device.type == "cpu" else max(similarity.shape[1], 1)
     counts = torch.zeros(len(similarity), dtype=torch.int32, device=similarity.device)
@@ -42,16 +43,16 @@ def _count(
 
 
 def target_ranks(similarity: Tensor, targets: Tensor) -> Tensor:
-    """Rank of each query's target by counting what comes before it; no sorting.
+    """Return the rank of each query's target, by counting the images before it; no sorting.
 
     Equal similarities keep the order of the columns, as in a stable sort, so ranks do not depend on the machine.
 
     Args:
-        similarity: (Q, N), larger is nearer; -inf for what must not be retrieved.
+        similarity: (Q, N), larger is nearer; -inf for images that must not be retrieved.
         targets: (Q,) column of each query's target.
 
     Returns:
-        (Q,) ranks, 0 for the first place.
+        (Q,) ranks, from 0.
 
     Raises:
         NotFiniteError: a similarity is NaN or +inf.
@@ -67,20 +68,20 @@ def target_ranks(similarity: Tensor, targets: Tensor) -> Tensor:
         raise ValueError("a target that was excluded has no rank")
     before = _count(similarity, torch.gt, of_target)
     tied = (_count(similarity, torch.eq, of_target) > 1).nonzero().flatten()
-    for row in tied.tolist():  # ties are rare: looked at one by one
+    for row in tied.tolist():  # ties are rare, so check them one by one
         before[row] += (similarity[row, : targets[row]] == of_target[row]).sum()
     return before.long()
 
 
 def other_target_ranks(similarity: Tensor, targets: Tensor) -> Tensor:
-    """Ranks of several targets of each query, see `target_ranks`.
+    """Return the ranks of several targets of each query, see `target_ranks`.
 
     Args:
         similarity: (Q, N).
-        targets: (Q, T) columns; NO_ROW where a query has fewer.
+        targets: (Q, T) columns, padded with NO_ROW.
 
     Returns:
-        (Q, T) ranks; NO_RANK where there is no target.
+        (Q, T) ranks, padded with NO_RANK.
     """
     ranks = torch.full_like(targets, NO_RANK)
     for place, column in enumerate(targets.unbind(1)):
@@ -90,7 +91,7 @@ def other_target_ranks(similarity: Tensor, targets: Tensor) -> Tensor:
 
 
 def nearest(similarity: Tensor, k: int) -> Tensor:
-    """Columns of the k largest similarities of each row, the largest first; equal ones in the order of the columns.
+    """Return the columns of each row's k largest similarities, largest first; ties keep the order of the columns.
 
     Args:
         similarity: (Q, N), larger is nearer.
@@ -102,7 +103,7 @@ def nearest(similarity: Tensor, k: int) -> Tensor:
         return torch.empty(len(similarity), 0, dtype=torch.long, device=similarity.device)
     _check(similarity)
     values, columns = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
-    # topk takes any of equal values: rows that have more of the last one than k are sorted out in full.
+    # topk returns any of several equal values: rows with equal values on both sides of the cut are sorted completely.
     torn = (values[:, k - 1 : k] == values[:, k:]).any(1).nonzero().flatten()
     columns = columns[:, :k]
     if len(torn):
@@ -118,12 +119,13 @@ class Ranking:
 
     Attributes:
         nearest: (Q, k) gallery rows, the nearest first.
-        similarities: (Q, k) of those; -inf marks what could not be retrieved and is no answer.
-        ranks: (Q,) of the named targets; None where they are secret.
-        other_ranks: (Q, T - 1) of the other targets, NO_RANK where a query has fewer; None where no query has any.
-        group_ranks: (Q,) of the named targets among the others of their group; None without groups or where secret.
-        nearest_in_group: (Q, g) gallery rows of the nearest in the group; None without groups.
-        group_similarities: (Q, g) of those.
+        similarities: (Q, k) similarities of these rows; -inf marks an image that may not be retrieved, and is not a
+            result.
+        ranks: (Q,) ranks of the annotated targets; None if targets are not public.
+        other_ranks: (Q, T - 1) ranks of the other targets, padded with NO_RANK; None if no query has any.
+        group_ranks: (Q,) ranks of the annotated targets in their groups; None without groups or public targets.
+        nearest_in_group: (Q, g) gallery rows of the nearest images in the group; None without groups.
+        group_similarities: (Q, g) similarities of these rows.
     """
 
     nearest: Tensor
@@ -136,14 +138,14 @@ class Ranking:
 
     @property
     def known_ranks(self) -> Tensor:
-        """The ranks of the named targets. Raises ValueError where they are secret."""
+        """Return the ranks of the annotated targets. Raises ValueError if targets are not public."""
         if self.ranks is None:
             raise ValueError("the targets are secret: nothing has a rank")
         return self.ranks
 
     @property
     def known_other_ranks(self) -> list[list[int]]:
-        """The ranks of each query's other targets, as many as it has."""
+        """Return the ranks of each query's other targets, without padding."""
         if self.other_ranks is None:
             return [[] for _ in self.nearest]
         ranks = []
@@ -152,7 +154,7 @@ class Ranking:
         return ranks
 
     def ranks_in(self, split: Split) -> Ranks:
-        """Return what metrics are made of, of a split that was ranked. Raises ValueError where targets are secret."""
+        """Return the ranks in a ranked split, to compute metrics. Raises ValueError if targets are not public."""
         return Ranks(
             self.known_ranks.numpy(),
             others=None if self.other_ranks is None else self.other_ranks.numpy(),
@@ -161,17 +163,17 @@ class Ranking:
         )
 
     def part(self, rows: slice) -> "Ranking":
-        """Return the rankings of some of the queries."""
+        """Return the ranking of some of the queries."""
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
         taken = {name: column[rows] for name, column in columns.items() if column is not None}
         return Ranking(**taken)
 
     def answers(self, names: Sequence[str]) -> list[list[tuple[str, float]]]:
-        """Names and similarities of what each query retrieved, from the names of the gallery."""
+        """Return the name and similarity of each image that each query retrieved, given the names of the gallery."""
         return _named(names, self.nearest, self.similarities)
 
     def answers_in_group(self, names: Sequence[str]) -> list[list[tuple[str, float]]] | None:
-        """Return the same as `answers` of each query's group; None without groups."""
+        """Return the names and similarities of each query's group, see `answers`; None without groups."""
         if self.nearest_in_group is None or self.group_similarities is None:
             return None
         return _named(names, self.nearest_in_group, self.group_similarities)
@@ -181,7 +183,7 @@ Rankings = Mapping[Protocol, Mapping[str, Ranking]]  # protocol -> split's name 
 
 
 def joined(parts: Sequence[Ranking]) -> Ranking:
-    """The rankings of consecutive blocks of queries as one, on the CPU."""
+    """Join the rankings of consecutive blocks of queries, on the CPU."""
     columns = {}
     for field in fields(Ranking):
         column = [getattr(part, field.name) for part in parts]
@@ -193,7 +195,7 @@ def joined(parts: Sequence[Ranking]) -> Ranking:
 def _named(
     names: Sequence[str], rows: Tensor, similarities: Tensor
 ) -> list[list[tuple[str, float]]]:
-    """Names and similarities of each query's answers, without what could not be retrieved."""
+    """Return names and similarities of each query's results, without images that may not be retrieved."""
     answers = []
     for own_rows, own_similarities in zip(rows.tolist(), similarities.tolist(), strict=True):
         found = zip(own_rows, own_similarities, strict=True)

@@ -1,7 +1,7 @@
-"""The files that test servers take: their content, the rules they must keep, their metrics where answers are known.
+"""The files that test servers accept: their content, their rules, and their metrics if targets are known.
 
-CIRR: two objects pair id -> ranked ids, one of the whole gallery and one of the query's group. FashionIQ: for each
-category the list of captions with a ranking in each entry. CIRCO: one object query id -> ranked ids.
+CIRR: two objects, pair id -> ranked ids, one for the whole gallery and one for the query's group. FashionIQ: for each
+category, the list of captions with a ranking in each entry. CIRCO: one object, query id -> ranked ids.
 """
 
 import json
@@ -22,16 +22,16 @@ from benchmarks.triplets import Triplets
 from runtime.files import parse_json, read_json, read_text
 from utils import UserError
 
-ID_DIGITS = 12  # of an image of COCO, as its file is called
-Content = TypeVar("Content", dict[str, Any], list[Any])  # of a file, parsed
+ID_DIGITS = 12  # length of a COCO image's id in its file name
+Content = TypeVar("Content", dict[str, Any], list[Any])  # parsed content of a file
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """The answers to a split's queries: ids, the nearest first.
+    """The results of a split's queries: ids, the nearest first.
 
     Attributes:
-        in_group: the same within each query's group; empty without groups.
+        in_group: ids within each query's group; empty without groups.
     """
 
     split: Split
@@ -43,15 +43,15 @@ class ServerForm(ABC, Generic[Content]):
     """Format of the submission files that a server accepts for a split.
 
     Attributes:
-        kind: the benchmark it is for.
-        container: what a file of it is in JSON, an object (dict) or a list.
-        k, group_k: answers a query, in the gallery and in its group.
-        whose: whose rules they are, as messages say it.
-        slots: what the files of a submission are called by `slot`, each there once.
+        kind: the benchmark of the server.
+        container: JSON type of a file, an object (dict) or a list.
+        k, group_k: number of results per query, in the gallery and in its group.
+        whose: end of the phrase "all rules" in messages, such as " of the server".
+        slots: the slots of a submission, each of which one file fills, see `slot`.
 
     Args:
-        benchmark: without exclusions: files must keep the rules of the whole.
-        split: as the benchmark calls it.
+        benchmark: the benchmark without exclusions, because files must keep the rules for the complete split.
+        split: the benchmark's name for the split.
     """
 
     kind: type[Benchmark]
@@ -68,37 +68,37 @@ class ServerForm(ABC, Generic[Content]):
 
     @property
     def whole(self) -> Split:
-        """The split's only part."""
+        """Return the split's only part."""
         (part,) = self.parts.values()
         return part
 
     @classmethod
     def fits(cls, content: dict[str, Any] | list[Any]) -> bool:
-        """Return whether a file's content looks like one of this form."""
+        """Check whether a file's content looks like this format."""
         return isinstance(content, cls.container)
 
     def slot(self, file: str, content: Content) -> str:
-        """Which of a submission's files one of that name and content is, if it keeps the rules."""
+        """Return the slot that a file with this name and content fills, if it keeps the rules."""
         return ""
 
     @abstractmethod
     def files(self, name: str, answered: Sequence[Answered]) -> dict[str, str]:
-        """File name -> content, from the answers to each part of the split.
+        """Return file name -> content, from the results of each part of the split.
 
         Args:
-            name: of the submission.
+            name: name of the submission.
         """
 
     @abstractmethod
     def violations(self, file: str, content: Content, size: int) -> list[str]:
-        """Every rule that a file of that name, content and size in bytes breaks, each with its query."""
+        """Return every rule that a file with this name, content and size in bytes breaks, with the query."""
 
     @abstractmethod
     def metrics(self, contents: Mapping[str, Content]) -> dict[str, float]:
-        """The metrics of files that keep the rules, by file name, for a split whose answers are known.
+        """Return the metrics of files that keep the rules, for a split with known targets.
 
         Args:
-            contents: one file for each slot.
+            contents: file name -> content, with one file for each slot.
         """
 
 
@@ -249,14 +249,14 @@ def _category(file: str) -> str:
 
 
 class ListsForm(ServerForm[dict[str, Any]]):
-    """{name}.json: an object query's id -> the images that it retrieved, for a benchmark of one part."""
+    """{name}.json: one object, query id -> retrieved images, for a benchmark with one part."""
 
     def image(self, value: Any) -> str | None:
-        """Return what the benchmark calls an image of a file; None where it can be none."""
+        """Return the benchmark's name for an image in a file; None if the value cannot be an image."""
         return value if isinstance(value, str) else None
 
     def written(self, image: str) -> Any:
-        """Return what a file calls an image of the benchmark."""
+        """Return the value that stands for an image in a file."""
         return image
 
     def files(self, name: str, answered: Sequence[Answered]) -> dict[str, str]:
@@ -280,7 +280,7 @@ class ListsForm(ServerForm[dict[str, Any]]):
         if None in images:
             return ["not a list of image ids"]
         problems = _foreign([str(image) for image in images], self.whole)
-        # Of a gallery smaller than that, all, but for a reference that is not to be retrieved.
+        # A gallery smaller than k is listed completely, except for a reference that may not be retrieved.
         length = min(self.k, len(self.whole.names) - (triplet.reference not in images))
         if len(images) != length:
             problems.append(f"{len(images)} ids instead of {length}")
@@ -296,7 +296,7 @@ class ListsForm(ServerForm[dict[str, Any]]):
 
 
 def _keys(split: Split) -> list[str]:
-    """Return the key of each query in a file: its id, or its number if it has none."""
+    """Return the key of each query in a file: its id, or its index if it has none."""
     keys = []
     for number, triplet in enumerate(split.triplets):
         keys.append(str(number if triplet.pair_id is None else triplet.pair_id))
@@ -304,7 +304,7 @@ def _keys(split: Split) -> list[str]:
 
 
 class CircoForm(ListsForm):
-    """CIRCO: ids are whole numbers; the server casts texts to them."""
+    """CIRCO: ids are whole numbers; the server converts texts to numbers."""
 
     kind = CIRCO
     k = 50
@@ -319,22 +319,22 @@ class CircoForm(ListsForm):
 
 
 class TripletsForm(ListsForm):
-    """Your own triplets: for no server, with no rules but those of a list."""
+    """Your own triplets: no server, and only the general rules for lists."""
 
     kind = Triplets
     k = 50
     whose = ""
 
 
-# A file is of the first that it fits. Answers to your own triplets look like those to CIRCO: only --dataset tells them.
+# A file has the first format that it fits. Files of own triplets look like CIRCO's; only --dataset distinguishes them.
 FORMS: tuple[type[ServerForm[Any]], ...] = (CirrForm, FashionIQForm, CircoForm, TripletsForm)
 
 
 def parse_submission(file: Path) -> dict[str, Any] | list[Any]:
-    """The content of a submission file: an object for CIRR and CIRCO, a list for FashionIQ.
+    """Return the content of a submission file: an object for CIRR and CIRCO, a list for FashionIQ.
 
     Raises:
-        UserError: there is no file, or it is no JSON of these kinds.
+        UserError: the file does not exist, or is not JSON of these types.
     """
     try:
         content = parse_json(read_text(file))
@@ -353,13 +353,13 @@ def parse_submission(file: Path) -> dict[str, Any] | list[Any]:
 def form_of(
     file: Path, content: dict[str, Any] | list[Any], dataset: str | None = None
 ) -> type[ServerForm[Any]]:
-    """The form of a submission file, by its content.
+    """Return the format of a submission file, judging by its content.
 
     Args:
-        dataset: the benchmark that it is for, where it is known.
+        dataset: the benchmark that the file is for, if it is known.
 
     Raises:
-        UserError: no form of the benchmark is a file of this kind.
+        UserError: no format of the benchmark has this type of content.
     """
     forms = [form for form in FORMS if dataset in (None, form.kind.name)]
     alike = [form for form in forms if isinstance(content, form.container)]
@@ -372,7 +372,7 @@ def form_of(
 
 
 def listed_ranks(lists: Sequence[list[str]], split: Split) -> Ranks:
-    """Ranks of the targets in lists of ids; one that is not listed comes behind all of the gallery."""
+    """Return the ranks of the targets in lists of ids. A target that is not listed ranks behind the whole gallery."""
     import numpy as np
 
     most = 1 + split.most_other_targets
@@ -389,7 +389,7 @@ def _are_ids(ids: Any) -> bool:
 
 
 def _foreign(ids: list[str], split: Split) -> list[str]:
-    """Ids that repeat or are not of the split; a path or an extension is named as what it is."""
+    """Return the problems of ids that repeat or are not in the split, with a hint if they are paths or file names."""
     counts = Counter(ids)
     problems = [f"{name} occurs {count} times" for name, count in counts.items() if count > 1]
     for name in counts:

@@ -1,4 +1,4 @@
-"""The records of a split: its triplets, its gallery, and what its files contain."""
+"""The records of a split: its triplets, its gallery, and digests of their content."""
 
 import contextlib
 import functools
@@ -14,23 +14,23 @@ from runtime.image_source import IMAGES
 from runtime.spelling import hint_of_file, missing_folder
 from utils import UserError
 
-NO_ROW = -1  # in place of a gallery row
+NO_ROW = -1  # stands for a missing gallery row
 
 
 @dataclass(frozen=True, kw_only=True)
 class Triplet:
-    """One composed query, whichever benchmark it came from.
+    """One composed query of any benchmark.
 
     Attributes:
-        target: the one that the query was written for; None where the answer is secret.
-        other_targets: further images that answer it, where a benchmark knows some.
-        group: CIRR's subset of similar images, the reference among them.
-        negatives: images that a training tells the target from, where its file or the group names some.
-        pair_id: what its file calls the query: a number as CIRR's, or a text.
-        kinds: what is asked for, where a benchmark also measures kinds of queries apart.
-        columns: what its file says of it besides, by column, as own triplets may.
-        extended: what else annotators said of it, which results show and no query asks.
-        place: the number of its entry in the file.
+        target: the annotated target; None if it is not public.
+        other_targets: other correct images, if the benchmark lists any.
+        group: CIRR's subset of similar images, including the reference.
+        negatives: hard negatives for training, if the file or the group provides any.
+        pair_id: the query's id in its file: a number, as in CIRR, or a text.
+        kinds: kinds of query, if the benchmark also reports metrics by kind.
+        columns: column -> value, for additional columns of own triplets.
+        extended: additional annotations, which are shown with results but are not part of the query.
+        place: index of the query's entry in its file.
     """
 
     reference: str
@@ -47,19 +47,19 @@ class Triplet:
 
     @property
     def known_target(self) -> str:
-        """The target. Raises ValueError where it is secret."""
+        """Return the annotated target. Raises ValueError if it is not public."""
         if self.target is None:
             raise ValueError("the target of a test query is secret")
         return self.target
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """All targets, the named one first; none where they are secret."""
+        """Return all targets, the annotated one first; empty if they are not public."""
         return () if self.target is None else (self.target, *self.other_targets)
 
     @property
     def images(self) -> list[str]:
-        """The reference, and the targets if they are known."""
+        """Return the reference, and the targets if they are public."""
         return [self.reference, *self.targets]
 
 
@@ -68,11 +68,12 @@ class Split:
     """Queries and the gallery they search: gallery row i is names[i].
 
     Attributes:
-        excluded_images: what was left out of the gallery on request, in its order.
-        excluded_triplets: how many triplets went with them.
-        smaller_groups: how many of the remaining triplets have a smaller group for it.
-        asked_elsewhere: references and targets of triplets that were left out, while their images were not.
-        only_asked: references that are in no gallery: they come last in it, and nothing retrieves them.
+        excluded_images: images that were excluded from the gallery, in its order.
+        excluded_triplets: number of triplets that were excluded with them.
+        smaller_groups: number of the remaining triplets whose groups lost excluded images.
+        asked_elsewhere: references and targets of all triplets before `only` removed some, as "VAL" galleries keep
+            them.
+        only_asked: references that are in no gallery: they are the last rows, and no query retrieves them.
     """
 
     name: str
@@ -86,7 +87,7 @@ class Split:
 
     @property
     def query_names(self) -> list[str]:
-        """Name each query: by its pairid, or by its split and its place in the annotation file."""
+        """Return the name of each query: its pairid, or its split and its index in the annotation file."""
         names = []
         for triplet in self.triplets:
             place = f"{self.name}:{triplet.place}"
@@ -95,52 +96,52 @@ class Split:
 
     @property
     def names(self) -> list[str]:
-        """Image names in gallery order."""
+        """Return the image names in gallery order."""
         return list(self.image_paths)
 
     @property
     def paths(self) -> list[Path]:
-        """Image files in gallery order."""
+        """Return the image files in gallery order."""
         return list(self.image_paths.values())
 
     @property
     def gallery_size(self) -> int:
-        """Images that queries search."""
+        """Return the number of images that queries search."""
         return len(self.image_paths) - len(self.only_asked)
 
     @property
     def is_secret(self) -> bool:
-        """Return whether the answers are on a test server only."""
+        """Return whether only a test server has the targets."""
         return any(triplet.target is None for triplet in self.triplets)
 
     @property
     def has_groups(self) -> bool:
-        """Return whether each query has a subset of the gallery to search too."""
+        """Return whether each query also searches a subset of the gallery."""
         return bool(self.triplets[0].group)
 
     @functools.cached_property
     def row_of(self) -> dict[str, int]:
-        """Gallery row of each image name."""
+        """Return image name -> gallery row."""
         return {name: row for row, name in enumerate(self.image_paths)}
 
     @property
     def reference_rows(self) -> list[int]:
-        """Gallery row of each query's reference, Q of them."""
+        """Return Q gallery rows, the row of each query's reference."""
         return [self.row_of[triplet.reference] for triplet in self.triplets]
 
     @property
     def target_rows(self) -> list[int]:
-        """Gallery row of each query's named target, Q of them."""
+        """Return Q gallery rows, the row of each query's annotated target."""
         return [self.row_of[triplet.known_target] for triplet in self.triplets]
 
     @functools.cached_property
     def most_other_targets(self) -> int:
-        """The largest number of targets besides the annotated one that a query has."""
+        """Return the maximum number of targets of a query besides the annotated one."""
         return max(len(triplet.other_targets) for triplet in self.triplets)
 
     @property
     def other_target_rows(self) -> list[list[int]]:
-        """Gallery rows of each query's other targets, Q lists; NO_ROW fills up those of queries that have fewer."""
+        """Return the gallery rows of each query's other targets, as Q lists padded with NO_ROW."""
         rows = []
         for triplet in self.triplets:
             own = [self.row_of[name] for name in triplet.other_targets]
@@ -149,7 +150,7 @@ class Split:
 
     @property
     def queries_of_kinds(self) -> dict[str, list[int]]:
-        """Kind of query -> the numbers of those that are of it, in order."""
+        """Return kind of query -> indices of the queries of this kind, in order."""
         queries: dict[str, list[int]] = {}
         for number, triplet in enumerate(self.triplets):
             for kind in triplet.kinds:
@@ -158,9 +159,10 @@ class Split:
 
     @property
     def clusters(self) -> dict[str, list[int]]:
-        """Number the values of each column that all queries have: column -> (Q,), equal where queries share a value.
+        """Return column -> cluster of each query (Q,), for each column that all queries have.
 
-        Queries that share their reference, target or another column are not independent of each other.
+        Queries that share a value, such as their reference or target, are in the same cluster, because they are not
+        independent of each other.
         """
         rows = []
         for triplet in self.triplets:
@@ -180,9 +182,9 @@ class Split:
 
     @property
     def group_rows(self) -> list[list[int]]:
-        """Gallery rows of each query's group without the reference, in gallery order, Q lists of G - 1.
+        """Return the gallery rows of each query's group without the reference, in gallery order: Q lists of G - 1 rows.
 
-        A group that lost members to exclusions is filled up with the row of the reference, which is no candidate.
+        A group that lost images to exclusions is padded with the row of the reference, which is not a candidate.
         """
         groups = []
         for triplet in self.triplets:
@@ -195,7 +197,7 @@ class Split:
 
     @property
     def members(self) -> set[str]:
-        """The references and targets of the triplets, those that were left out among them (see `only`)."""
+        """Return the references and targets of the triplets, including triplets that `only` removed."""
         members = set(self.asked_elsewhere)
         for triplet in self.triplets:
             members.update(triplet.images)
@@ -203,23 +205,26 @@ class Split:
 
     @property
     def outside(self) -> list[bool]:
-        """Return whether each image of the gallery is neither reference nor target of any triplet, N of them."""
+        """Return N booleans, whether each image is outside the gallery of references and targets."""
         members = self.members
         return [name not in members or name in self.only_asked for name in self.image_paths]
 
     @property
     def unlisted(self) -> list[bool]:
-        """Return whether each image is one of `only_asked`, N of them."""
+        """Return N booleans, whether each image is in `only_asked`."""
         return [name in self.only_asked for name in self.image_paths]
 
     def only(self, queries: Container[str]) -> "Split":
-        """The split with some queries alone, by their names. All galleries stay as they are."""
+        """Return the split with only the queries that have these names; its gallery stays as it is."""
         named = zip(self.query_names, self.triplets, strict=True)
         kept = [triplet for name, triplet in named if name in queries]
         return replace(self, triplets=kept, asked_elsewhere=frozenset(self.members))
 
     def without(self, excluded: Container[str]) -> "Split":
-        """The split without some images, without the triplets that ask with or for them, and with smaller groups."""
+        """Return the split without excluded images, and without triplets whose reference or target is excluded.
+
+        Groups and negatives lose the excluded images, too.
+        """
         kept = []
         smaller_groups = 0
         for triplet in self.triplets:
@@ -243,23 +248,23 @@ class Split:
 
 
 def split_digest(split: Split) -> str:
-    """SHA-256 of a split's queries, their answers and the names of its gallery, in order."""
+    """Return the SHA-256 of a split's queries, their targets and the names of its gallery, in order."""
     queries = []
     for t in split.triplets:
         answer = t.targets if t.other_targets else t.target
         query = [t.reference, t.captions, answer, t.group]
-        # Without negatives the digest is that of before there were any.
+        # Without negatives, the digest is the same as in versions that had none.
         queries.append([*query, t.negatives] if t.negatives else query)
     return hashlib.sha256(json.dumps([split.names, queries]).encode()).hexdigest()
 
 
 def images_digest(split: Split, *, sampled: bool = False, kept: Path | None = None) -> str:
-    """SHA-256 of a gallery: of the names and contents of its files, in order. Other copies of a dataset have others.
+    """Return the SHA-256 of a gallery's file names and contents, in order; it identifies a copy of a dataset.
 
     Args:
-        sampled: a sample of each file stands for its content, see `runtime.files.sample_digest`.
-        kept: folder that remembers the digest, until paths, sizes, times or samples of the files are others; None to
-            read them all.
+        sampled: hash only a sample of each file, see `runtime.files.sample_digest`.
+        kept: folder that caches the digest until a path, size, time or sample of the files changes; None to read all
+            files.
     """
     if kept is None:
         return _read_digest(split, sampled=sampled)
@@ -285,7 +290,7 @@ def _read_digest(split: Split, *, sampled: bool) -> str:
 
 
 def all_paths(splits: Iterable[Split]) -> list[Path]:
-    """The image files of some splits, each once."""
+    """Return the image files of some splits, each once."""
     paths: dict[Path, None] = {}
     for split in splits:
         paths.update(dict.fromkeys(split.paths))
@@ -293,7 +298,7 @@ def all_paths(splits: Iterable[Split]) -> list[Path]:
 
 
 def check_images_exist(splits: Iterable[Split]) -> None:
-    """Raise UserError unless every image file of the splits is there and not empty."""
+    """Raise UserError unless every image file of the splits exists and is not empty."""
     paths = all_paths(splits)
     bad = [path for path in paths if not IMAGES.size(path)]
     if not bad:
@@ -303,6 +308,6 @@ def check_images_exist(splits: Iterable[Split]) -> None:
     if not hint and (folder := missing_folder(first)):
         hint = f": there is no {folder}"
     raise UserError(
-        f"{len(bad)} of {len(paths)} image files are missing or empty, the first is {first}{hint}: add them, because "
-        "without them every recall would be wrong; or exclude them, see src/check_dataset.py"
+        f"{len(bad)} of {len(paths)} image files are missing or empty, such as {first}{hint}. Without them, every "
+        "recall would be wrong: add them, or exclude them (see src/check_dataset.py)"
     )

@@ -1,4 +1,4 @@
-"""Tables as spreadsheets and pandas save them: the rows of .csv, .tsv and .xlsx, and the values of a cell."""
+"""Read tables that spreadsheets and pandas save: the rows of .csv, .tsv and .xlsx files, and the values of a cell."""
 
 import ast
 import contextlib
@@ -22,24 +22,24 @@ logger = logging.getLogger(__name__)
 
 WORKBOOK = ".xlsx"
 TABLES = (".csv", ".tsv", WORKBOOK)
-SEPARATORS = ",;\t"  # those of spreadsheets, which differ by country
-SPARE = 100  # cells that a row may have more than the first, and is named for
-# What pandas and spreadsheets write where there is nothing, or nothing that could be computed.
+SEPARATORS = ",;\t"  # spreadsheets use one of these, depending on the country
+SPARE = 100  # number of cells that a row may have beyond the first row's before pandas fails
+# Texts that pandas and spreadsheets write for missing values, and for values that could not be computed.
 NOTHING = {"nan", "none", "nat", "<na>", "null", "#n/a", "#ref!", "#name?", "#value!"}
 _STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _LIST = re.compile(rf"\[\s*(?:{_STRING}(?:\s*,\s*{_STRING})*\s*,?\s*)?\]", re.DOTALL)
 
 
 def table_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a table that are not blank, with their numbers as spreadsheets count them, their cells as text.
+    """Yield the rows of a table that are not blank: their numbers, as in spreadsheets, and their cells as text.
 
     Raises:
-        UserError: the file is missing or no table; a quotation that is not closed is named with its row.
+        UserError: the file is missing or not a table; for an unclosed quotation mark, the message contains the row.
     """
     is_workbook = file.suffix.lower() == WORKBOOK
     table = _first_sheet(file) if is_workbook else _separated(file)
     for number, row in enumerate(table.itertuples(index=False), start=1):
-        # A cell that a row lacks is a number, NaN.
+        # Cells that a row lacks are not texts, but NaN.
         cells = [cell for cell in row if isinstance(cell, str)]
         if any(map(str.strip, cells)):
             yield number, cells
@@ -69,7 +69,7 @@ def _first_sheet(file: Path) -> "pd.DataFrame":
 
 
 def _separated(file: Path) -> "pd.DataFrame":
-    """A table of text. Its first line may be Excel's, that says what parts the cells."""
+    """Read a table in a text file. Its first line may be Excel's `sep=;`, which sets the separator."""
     import pandas as pd
 
     text = unmarked_text(file)
@@ -88,7 +88,7 @@ def _separated(file: Path) -> "pd.DataFrame":
             dtype=str,
             na_filter=False,
             skip_blank_lines=False,
-            engine="python",  # it alone refuses a quotation that goes on behind its end
+            engine="python",  # only this engine rejects text after a closing quotation mark
         )
     except pd.errors.EmptyDataError:
         return pd.DataFrame()
@@ -101,7 +101,7 @@ def _separated(file: Path) -> "pd.DataFrame":
 
 
 def _broken_row(text: str, separator: str, most: int) -> int:
-    """The first row that cannot be read or has too many cells, which pandas does not tell."""
+    """Return the number of the first row that cannot be read or has too many cells, which pandas does not report."""
     number = 1
     with contextlib.suppress(csv.Error):
         for cells in csv.reader(io.StringIO(text), delimiter=separator, strict=True):
@@ -112,7 +112,7 @@ def _broken_row(text: str, separator: str, most: int) -> int:
 
 
 def unmarked_text(file: Path) -> str:
-    """The text of a file, without the mark that spreadsheets put before it."""
+    """Return the text of a file, without the byte order mark of spreadsheets."""
     try:
         return read_text(file).removeprefix("\ufeff")
     except FileNotFoundError:
@@ -122,13 +122,13 @@ def unmarked_text(file: Path) -> str:
 
 
 def cell_values(cell: str, separator: str) -> list[str]:
-    """The values of a cell: one, several with a separator between them, or a list as pandas writes it.
+    """Return the values of a cell: one, several with a separator between them, or a list as pandas writes it.
 
     Args:
         separator: a regular expression.
 
     Raises:
-        ValueError: it is what is written where there is nothing, or a list of another kind.
+        ValueError: the cell contains a text for missing values, or a list that cannot be read.
     """
     cell = cell.strip()
     if cell.lower() in NOTHING:

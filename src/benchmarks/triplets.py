@@ -1,8 +1,8 @@
-"""Your own triplets: a file of queries for each split, and a folder of images. docs/own-data.md says how to make them.
+"""Your own triplets: a file of queries for each split, and a folder of images, as described in docs/own-data.md.
 
-A line of `{split}.jsonl` is an object with "reference", "caption" and "target", and if you like "id", "group",
-"negatives" and "kind"; in a table these are columns. Captions and targets may be several: a list, in a cell
-`one | another`. Intervals can be resampled by any further field or column, such as the product that an image shows.
+A line of `{split}.jsonl` is an object with "reference", "caption" and "target", and optionally "id", "group",
+"negatives" and "kind"; in a table, these are columns. There may be several captions and targets: a list, or in a cell
+`one | another`. Intervals can be resampled by any other field or column, such as the product that an image shows.
 """
 
 import functools
@@ -41,13 +41,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Column -> what parts the values of a cell, as a regular expression. A sentence may have a bare | in it.
+# Column -> regular expression that separates values in a cell. A caption may contain a | without spaces.
 BAR = r"\|"
 OWN_COLUMNS = {
     "reference": BAR,
     "caption": r"\s+\|\s*|\|\s+",
     "target": BAR,
-    "id": r"(?!)",  # nothing
+    "id": r"(?!)",  # never separates
     "group": BAR,
     "negatives": BAR,
     "kind": BAR,
@@ -61,7 +61,7 @@ OF_KIND = f"recall_at{KIND_PLACES}_of_"
 
 
 def _listed(value: object) -> object:
-    """Values as a list, of which one alone needs none."""
+    """Return the value as a list: a single value becomes a list of one."""
     return value if isinstance(value, list) else [value]
 
 
@@ -84,7 +84,7 @@ Kinds = Annotated[tuple[Kind, ...], BeforeValidator(_listed), FromList]
 
 
 class OwnTestQuery(Query):
-    """A line or a row of the file of the test queries."""
+    """A line or a row of the test queries' file."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -99,7 +99,7 @@ class OwnTestQuery(Query):
     @model_validator(mode="before")
     @classmethod
     def given(cls, content: object) -> object:
-        """Leave out what is empty: such a cell or list says nothing."""
+        """Remove empty values, because an empty cell or list means that the value is missing."""
         if not isinstance(content, dict):
             return content
         return {name: value for name, value in content.items() if value not in (None, "", [])}
@@ -118,7 +118,7 @@ class OwnTestQuery(Query):
 
 
 class OwnQuery(OwnTestQuery):
-    """A line or a row of the other splits."""
+    """A line or a row of the other splits' files."""
 
     target: Images
 
@@ -128,9 +128,9 @@ class OwnQuery(OwnTestQuery):
 
 
 class Triplets(Benchmark):
-    """A benchmark of your own: one gallery, any number of captions and targets a query, groups where you have some.
+    """A benchmark of your own: one gallery, any number of captions and targets per query, and groups if you have some.
 
-    A query's first caption is its text at evaluation, its first target the one of the recalls.
+    A query's first caption is its text at evaluation, and its first target is the target of the recalls.
     """
 
     name = "Triplets"
@@ -138,7 +138,7 @@ class Triplets(Benchmark):
     folder = "triplets_dataset"
     remedy = "fix it as described in docs/own-data.md"
     background = WHITE
-    # The picture that a search begins with is no answer to anybody, so this is what checkpoints are chosen by.
+    # Users do not search for the image they already have, so the protocol that selects checkpoints removes references.
     protocols = (ORIGINAL_REMOVED, ORIGINAL_KEPT)
     reported = {
         **{f"recall_at{k}": Metric(f"R@{k}") for k in OWN_RECALLS},
@@ -148,7 +148,7 @@ class Triplets(Benchmark):
     }
 
     def files(self, part: str, split: str) -> tuple[Path, Path]:
-        """The queries, and the gallery: where no file lists it, all images that the queries name."""
+        """Return the files of queries and gallery. Without a gallery file, the gallery is all images in the queries."""
         folder = self.annotation_folder()
         names = {f"{split}{ending}" for ending in (".jsonl", *TABLES)}
         there = sorted(file for file in folder.glob("*") if file.name.lower() in names)
@@ -194,7 +194,7 @@ class Triplets(Benchmark):
             yield where, query.triplet()
 
     def train(self) -> Split:
-        """The training triplets, one for each target; those with fewer captions than another have theirs again."""
+        """Return the training triplets, one for each target. Captions repeat so that all triplets have equally many."""
         split = super().train()
         most = max(len(triplet.captions) for triplet in split.triplets)
         triplets = []
@@ -219,7 +219,7 @@ class Triplets(Benchmark):
         return hits
 
     def titled(self, metrics: Collection[str]) -> dict[str, str]:
-        """Metric -> its title in a table; a kind's recall is called by the kind."""
+        """Return metric -> title in a table; the recall of a kind of query has the name of the kind."""
         titles = super().titled(metrics)
         for metric in metrics:
             if metric.startswith(OF_KIND):
@@ -233,10 +233,10 @@ class Triplets(Benchmark):
 
 
 def _entries(file: Path) -> list[tuple[str, OwnTestQuery]]:
-    """Yield the name of each line or row of a file, for error messages, and its entry.
+    """Return the entries of a file, each with its name in error messages.
 
     Raises:
-        UserError: the lines or rows that are no good are named, all of them.
+        UserError: lines or rows are malformed; the message lists them (see `refuse_all`).
     """
     schema = OwnTestQuery if file.stem.lower() == Triplets.test_split else OwnQuery
     contents = _rows(file) if file.suffix.lower() in TABLES else _lines(file)
@@ -263,16 +263,16 @@ def _entry(schema: type[OwnTestQuery], where: str, content: "Reading") -> OwnTes
 
 
 def image_list(file: Path) -> list[str]:
-    """The images of a text file that has one on each line."""
+    """Return the images in a text file that lists one image per line."""
     return [image_name(line) for line in unmarked_text(file).split("\n") if line.strip()]
 
 
-# Reads a line or a row as an object. Raises ValueError, which says what it is or has instead.
+# Reads a line or row as an object. Raises ValueError with a message that continues "line 3", such as "is not JSON".
 Reading = Callable[[], Any]
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Reading]]:
-    """Yield the name of each line, for error messages, and its content."""
+    """Yield the name of each line, for error messages, and a function that reads the line."""
     for number, line in enumerate(unmarked_text(file).split("\n"), start=1):
         if line.strip():
             yield f"line {number}", functools.partial(_object, line)
@@ -287,7 +287,7 @@ def _object(line: str) -> Any:
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Reading]]:
-    """Yield the name of each row, for error messages, and its cells in the form of a JSON line."""
+    """Yield the name of each row, for error messages, and a function that reads its cells as an object."""
     rows = table_rows(file)
     names = [name.strip().lower() for name in next(rows, (1, []))[1]]
     known = [name for name in OWN_COLUMNS if names.count(name) == 1]
@@ -304,7 +304,7 @@ def _rows(file: Path) -> Iterator[tuple[str, Reading]]:
 
 
 def _cells(names: Sequence[str], known: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
-    """The values of a row by the names of the columns that are known."""
+    """Return the values of a row by column."""
     if len(cells) != len(names):
         raise ValueError(
             f"has {len(cells)} cells, the first row {len(names)}: put cells with a separator in quotation marks"

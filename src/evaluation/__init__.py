@@ -1,1 +1,1 @@
-"""Compose and rank, result files, rankings files, comparisons, submissions."""
+"""Compose and rank queries, write and compare results, write rankings, submissions and model cards."""

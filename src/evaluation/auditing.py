@@ -1,7 +1,7 @@
-"""Audit a benchmark: the queries that image or text alone solve, and the results for queries that need both.
+"""Audit a benchmark: find the queries that image or text alone solve, and measure the queries that need both.
 
-After the audit of Attimonelli et al. 2026 (arXiv 2605.14787), by whom most queries of some benchmarks are solved by one
-modality alone.
+After the audit of Attimonelli et al. 2026 (arXiv 2605.14787), which found that one modality alone solves most queries
+of some benchmarks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,14 +24,14 @@ from evaluation.comparison import (
 )
 from utils import UserError
 
-ALONE = ("image", "text")  # combining functions of one modality
+ALONE = ("image", "text")  # combining functions that use one modality
 
 
 def solving(benchmark: Benchmark, k: int) -> str:
-    """Name the recall by which a query is solved.
+    """Return the name of the recall by which a query counts as solved.
 
     Raises:
-        UserError: the benchmark has none at k.
+        UserError: the benchmark has no recall at k.
     """
     one = np.zeros(1, dtype=int)
     known = _recalls(benchmark.hits(Ranks(one, in_group=one)))
@@ -44,7 +44,10 @@ def solving(benchmark: Benchmark, k: int) -> str:
 
 
 def _recalls(of_split: Mapping[str, np.ndarray]) -> list[str]:
-    """Name the scores that a query counts for or not: no precisions, and none that some queries do not count for."""
+    """Return the names of the scores that are true or false for every query.
+
+    This excludes precisions, and recalls for which some queries do not count.
+    """
     return [name for name, values in of_split.items() if values.dtype == bool]
 
 
@@ -54,10 +57,10 @@ def hits_of(benchmark: Benchmark, splits: Sequence[Split], rankings: Mapping[str
 
 
 def names_of(splits: Sequence[Split], chosen: Mapping[str, np.ndarray]) -> list[str]:
-    """Name some queries, in the order of the splits.
+    """Return the names of the chosen queries, in the order of the splits.
 
     Args:
-        chosen: split's name -> which of its queries, (Q,) bool.
+        chosen: split's name -> whether each query is chosen, (Q,) bool.
     """
     names = []
     for split in splits:
@@ -71,8 +74,8 @@ class Audit:
     """Hits of a benchmark's queries under one protocol, for each combining function.
 
     Attributes:
-        hits: combining function -> its hits; of a recall they are true or false.
-        clusters: what is drawn together where `resampling` makes intervals.
+        hits: combining function -> its hits; the hits of a recall are booleans.
+        clusters: the cluster of each query, for resampling.
     """
 
     benchmark: Benchmark
@@ -84,20 +87,21 @@ class Audit:
         """Find the queries that neither image nor text alone solves: split's name -> (Q,) bool.
 
         Args:
-            recall: what solving means, such as recall_at10.
+            recall: the recall by which a query counts as solved, such as recall_at10.
         """
         image, text = (self.hits[function] for function in ALONE)
         return {split: ~(image[split][recall] | text[split][recall]) for split in image}
 
     def solved(self, recall: str) -> dict[str, Any]:
-        """Count the queries of all splits that each combining function solves, and what composition adds.
+        """Count the queries of all splits that each combining function solves, and measure the gain of composition.
 
-        The composition gap of a function that composes is its recall less that of the better of image and text alone,
-        in points. All are resampled together and within their splits, so that differences are paired.
+        The composition gap of a function that composes is its recall minus the higher recall of image and text alone,
+        in percentage points. All functions are resampled together and within their splits, so that differences are
+        paired.
 
         Returns:
             "solved": function, or "either alone" -> number of queries, their percentage and its interval.
-            "gap": function that composes -> points and their interval.
+            "gap": function that composes -> percentage points and their interval.
         """
         solvers = {}
         for function, of_function in self.hits.items():
@@ -123,10 +127,10 @@ class Audit:
     def _resampled_shares(
         self, solvers: Mapping[str, Mapping[str, np.ndarray]]
     ) -> dict[str, torch.Tensor]:
-        """Return the percentage of all splits' queries that each solves, over resamples: solver -> (resamples,).
+        """Return the percentage of all queries that each solver solves, in each resample: solver -> (resamples,).
 
         Args:
-            solvers: name -> split's name -> which queries it solves, (Q,) bool.
+            solvers: name -> split's name -> whether it solves each query, (Q,) bool.
         """
         generator = torch.Generator().manual_seed(self.resampling.seed)
         weighed = []
@@ -142,12 +146,13 @@ class Audit:
         return dict(zip(solvers, shares.unbind(1), strict=True))
 
     def metrics_on(self, chosen: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-        """Measure some queries alone: function -> metric -> value and interval; nothing if a split has none of them.
+        """Return metrics on chosen queries: function -> metric -> value and interval.
 
-        A metric of a kind of query that none of them is of is left out.
+        The result is {} if a split has no chosen query. A metric of one kind of query is left out if no chosen query
+        has this kind.
 
         Args:
-            chosen: split's name -> which of its queries, (Q,) bool.
+            chosen: split's name -> whether each query is chosen, (Q,) bool.
         """
         if not all(own.any() for own in chosen.values()):
             return {}
@@ -169,10 +174,10 @@ class Audit:
         return metrics
 
     def numbers(self, recall: str) -> dict[str, Any]:
-        """Return all numbers in plain types.
+        """Return all numbers of the audit in plain types.
 
         Args:
-            recall: by which queries need both.
+            recall: the recall by which a query counts as solved.
         """
         chosen = self.need_both(recall)
         first_split = next(iter(self.hits["sum"].values()))

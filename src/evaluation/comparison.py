@@ -1,4 +1,4 @@
-"""Results side by side: methods with their seeds, whether they compare, and how sure their differences are."""
+"""Compare results: methods with their seeds, whether they are comparable, and intervals of their differences."""
 
 import json
 import statistics
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 RESAMPLED_AT_ONCE = 500
-BY_QUERY = "query"  # of --resample-by: each query is drawn by itself
-# Split's name -> score -> what each query adds to it (Q,), see `Benchmark.hits`; (Q, S) of a score of S seeds.
+BY_QUERY = "query"  # a value of --resample-by: each query is drawn by itself
+# Split's name -> score -> each query's contribution to it (Q,), see `Benchmark.hits`; (Q, S) for S seeds.
 Hits = Mapping[str, "Mapping[str, np.ndarray]"]
-Clusters = Mapping[str, "np.ndarray"]  # split's name -> the number of each query's cluster, (Q,)
+Clusters = Mapping[str, "np.ndarray"]  # split's name -> cluster of each query (Q,)
 Resamples = dict[str, "Tensor"]  # metric or score -> its value in each resample, (resamples,)
 
 
@@ -33,7 +33,8 @@ class Resampling:
     """Settings of the confidence intervals, see `bootstrap`.
 
     Attributes:
-        by: what queries that are drawn together share: reference, target, a column of own triplets; or `BY_QUERY`.
+        by: property shared by the queries that are drawn together: reference, target, or a column of own triplets.
+            `BY_QUERY` draws each query by itself.
     """
 
     resamples: int
@@ -42,13 +43,13 @@ class Resampling:
     by: str = "reference"
 
     def clusters(self, columns: Mapping[str, Mapping[str, Sequence[int]]]) -> Clusters:
-        """Number the cluster of each query of some splits.
+        """Return the cluster of each query of some splits, as a number.
 
         Args:
             columns: split's name -> its `Split.clusters`.
 
         Raises:
-            UserError: a split has no such column.
+            UserError: a split does not have the column `by`.
         """
         import numpy as np
 
@@ -64,21 +65,21 @@ class Resampling:
         return clusters
 
     def told(self, clusters: Clusters) -> str:
-        """Say by what resamples are drawn, and how many clusters there are of it."""
+        """Describe the intervals: their confidence, the column that defines clusters, and the number of clusters."""
         numbers = [f"{split} has {len(set(own.tolist()))}" for split, own in clusters.items()]
         return f"{100 * self.confidence:g}% intervals, resampled by {self.by}: {', '.join(numbers)}"
 
 
 @dataclass(frozen=True)
 class Column:
-    """One method: a result, or those of several seeds."""
+    """One method: a result, or the results of several seeds."""
 
     label: str
     results: list[Result]
 
     @property
     def protocols(self) -> list[str]:
-        """The protocols of its first result."""
+        """Return the protocols of the first result."""
         return list(self.results[0]["protocols"])
 
     def has(self, protocol: str) -> bool:
@@ -86,7 +87,7 @@ class Column:
         return all(protocol in result["protocols"] for result in self.results)
 
     def values(self, protocol: str, metric: str) -> list[float]:
-        """A metric of each seed."""
+        """Return the value of a metric for each seed."""
         return [result["protocols"][protocol]["metrics"][metric] for result in self.results]
 
     def mean(self, protocol: str, metric: str) -> float:
@@ -94,7 +95,7 @@ class Column:
         return statistics.fmean(self.values(protocol, metric))
 
     def conditions(self, protocol: str) -> dict[str, Any]:
-        """Return the conditions besides the protocol that must be equal to compare numbers; None where seeds differ."""
+        """Return the conditions that comparable results share, besides the protocol; None if they differ by seed."""
         first, *others = [_conditions(result, protocol) for result in self.results]
         shared = {}
         for name, value in first.items():
@@ -103,7 +104,7 @@ class Column:
 
     @property
     def trained_elsewhere(self) -> dict[str, str]:
-        """Return the parts that were trained on another benchmark than they are measured on, with its name."""
+        """Return the parts that were trained on a benchmark other than the evaluated one: part -> its benchmark."""
         parts: dict[str, str] = {}
         for result in self.results:
             parts.update(trained_on(result["training"]))
@@ -111,7 +112,10 @@ class Column:
         return {kind: dataset for kind, dataset in parts.items() if dataset != measured_on}
 
     def hits(self, benchmark: Benchmark, protocol: str) -> Hits:
-        """Return what each query adds to a score, the mean over the seeds; of each seed, if the score is no mean."""
+        """Return each query's contribution to each score, averaged over the seeds.
+
+        Contributions to a score that is not a mean are not averaged, but listed for each seed.
+        """
         import numpy as np
 
         hits: dict[str, dict[str, np.ndarray]] = {}
@@ -128,7 +132,7 @@ class Column:
         return hits
 
     def clusters(self, resampling: Resampling) -> Clusters:
-        """Number the cluster of each query, see `Resampling.clusters`."""
+        """Return the cluster of each query, see `Resampling.clusters`."""
         return resampling.clusters(self.results[0]["clusters"])
 
 
@@ -145,10 +149,10 @@ def _conditions(result: Result, protocol: str) -> dict[str, Any]:
 
 
 def result_files(places: Sequence[Path]) -> list[Path]:
-    """Files of results; a folder stands for those that a training with several seeds wrote into it.
+    """Return files of results. A folder stands for the results of a training run with several seeds in it.
 
     Raises:
-        UserError: a folder has none.
+        UserError: a folder contains no results.
     """
     files = []
     for place in places:
@@ -165,10 +169,10 @@ def result_files(places: Sequence[Path]) -> list[Path]:
 
 
 def read_columns(files: list[Path]) -> list[Column]:
-    """The results in the order of the files, those of one method with different seeds together.
+    """Read results as columns, in the order of the files; results of one method with different seeds share a column.
 
     Raises:
-        UserError: a file is no result, or they are of different datasets or splits.
+        UserError: a file is not a result, or the results have different datasets or splits.
     """
     columns: dict[str, Column] = {}
     first = None
@@ -182,7 +186,7 @@ def read_columns(files: list[Path]) -> list[Column]:
             )
         key = _method(result) or f"file {number}"
         if key in columns and _seeds(result) in map(_seeds, columns[key].results):
-            key = f"file {number}"  # the same seed again is no other seed
+            key = f"file {number}"  # a repeated seed gets a column of its own
         columns.setdefault(key, Column(label, [])).results.append(result)
     return list(columns.values())
 
@@ -198,16 +202,16 @@ def labels(files: Sequence[Path]) -> list[str]:
 
 
 def _seeds(result: Result) -> dict[str, Any]:
-    """The seeds of the training runs that a result is of: "clip" and "combiner" -> its own."""
+    """Return the seeds of the training runs behind a result, by part: "clip" and "combiner"."""
     configs = result["training"].items()
     return {kind: Settings.read(config).table.get("seed") for kind, config in configs}
 
 
 def by_both_seeds(column: Column, protocol: str, metric: str) -> dict[str, dict[str, str]]:
-    """A metric by the seeds of stage 1, rows, and of stage 2, with the mean and deviation of either.
+    """Tabulate a metric by the seeds of stage 1 (rows) and of stage 2 (columns), with means and deviations.
 
-    The last cell of the last row is of the rows' means: how far apart stage 1 alone makes them. {} where only one stage
-    has several seeds.
+    The last cell of the last row is computed from the means of the rows: its deviation is due to stage 1 alone. The
+    table is {} unless both stages have several seeds.
     """
     import pandas as pd
 
@@ -229,9 +233,10 @@ def by_both_seeds(column: Column, protocol: str, metric: str) -> dict[str, dict[
 
 
 def _method(result: Result) -> str | None:
-    """Return the settings that results of several seeds share: the training of CLIP and Combiner without the seeds.
+    """Return the settings shared by results that differ only in seeds: CLIP's and the Combiner's training settings.
 
-    None where the checkpoint that learned last does not tell. A CLIP that does not tell is itself what they share.
+    Return None if the checkpoint that was trained last does not record them. A CLIP that does not record them is
+    identified by its weights.
     """
     training = {kind: Settings.read(config) for kind, config in result["training"].items()}
     learned_last = training.get("combiner", training.get("clip"))
@@ -247,7 +252,7 @@ def _method(result: Result) -> str | None:
 def _without_seed(settings: Settings) -> dict[str, Any]:
     """Return the settings of a training run that change its numbers, without the seed.
 
-    The CLIP weights under a Combiner have a seed of their own.
+    The path of the CLIP weights under a Combiner is left out, too, because it depends on the seed of stage 1.
     """
     not_the_method = {*FREE_FLAGS, "seed", "seeds", "verify"}
     flags = {name: value for name, value in settings.flags.items() if name not in not_the_method}
@@ -259,7 +264,7 @@ def _without_seed(settings: Settings) -> dict[str, Any]:
 
 
 def unlike(base: Column, other: Column, protocol: str) -> list[str]:
-    """Return why the numbers of two columns under a protocol cannot be compared; nothing if they can."""
+    """Return the conditions that make numbers of two columns under a protocol incomparable; empty if they agree."""
     ours = base.conditions(protocol)
     theirs = other.conditions(protocol)
     return [name for name, value in theirs.items() if value is None or value != ours[name]]
@@ -276,8 +281,8 @@ def intervals(
 ) -> dict[str, tuple[float, float]]:
     """Return metric -> bounds of the difference other - base.
 
-    Every cluster of queries is drawn for both columns at once (paired bootstrap), within its split. Several seeds count
-    as the mean of their hits: the interval is about other queries, not about other seeds.
+    Clusters of queries are drawn for both columns together (paired bootstrap), within each split. Several seeds count
+    as the mean of their hits: the interval reflects the choice of queries, not of seeds.
     """
     methods = [column.hits(benchmark, protocol) for column in (base, other)]
     clusters = base.clusters(resampling)
@@ -289,7 +294,7 @@ def intervals(
 def resampled_metrics(
     benchmark: Benchmark, methods: Sequence[Hits], clusters: Clusters, *, resampling: Resampling
 ) -> list[Resamples]:
-    """Return the metrics of some methods over resamples, which are the same for all of them."""
+    """Return the metrics of some methods in each resample; all methods share the resamples."""
     import torch
 
     generator = torch.Generator().manual_seed(resampling.seed)
@@ -330,10 +335,10 @@ def _summaries(benchmark: Benchmark, splits: Mapping[str, Resamples]) -> Resampl
 
 
 def bounds(resampled: Resamples, confidence: float) -> dict[str, tuple[float, float]]:
-    """Return metric -> the quantiles between which a share of its values lies.
+    """Return metric -> the quantiles that enclose the central fraction `confidence` of its values.
 
-    Resamples without a query that counts are left out: of a rare kind of query there may be none. A metric that no
-    query counts for has no bounds.
+    A resample may contain no query of a rare kind; its metrics for this kind are left out. A metric for which no query
+    counts has no bounds.
     """
     import torch
 
@@ -355,19 +360,19 @@ def bootstrap(
     generator: "Generator",
     statistics: "Sequence[Statistic | None]" = (),
 ) -> "Tensor":
-    """Draw clusters of queries with replacement, as many as there are, and score each resample.
+    """Draw as many clusters of queries as there are, with replacement, and score each resample.
 
-    A cluster comes with all of its queries (Field and Welsh 2007, JRSS B 69); where each query is its own, this is
-    Efron's bootstrap (1979). Several systems' hits in columns are resampled together, so that their differences are
-    paired.
+    A drawn cluster contributes all of its queries (Field and Welsh 2007, JRSS B 69); if each query is its own cluster,
+    this is Efron's bootstrap (1979). Several systems' hits in columns are resampled together, so that their differences
+    are paired.
 
     Args:
-        hits: (Q, M), 0 to 1, or NaN of a query that does not count.
-        clusters: (Q,), equal numbers of queries that are drawn together.
-        statistics: of each column; None, and of all where there are none, of a mean in percent.
+        hits: (Q, M), 0 to 1, NaN for a query that does not count.
+        clusters: (Q,), equal numbers for queries that are drawn together.
+        statistics: the statistic of each column, None for the mean in percent; empty if all are means.
 
     Returns:
-        (resamples, M), NaN of a resample in which no query counts.
+        (resamples, M), NaN for a resample in which no query counts.
     """
     import torch
 

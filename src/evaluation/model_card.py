@@ -1,4 +1,4 @@
-"""The model card of an exported pair: what it is, how it was trained, what was measured of it, how it is used."""
+"""Write the model card of an exported pair: its facts, how it was trained, its results, and how to use it."""
 
 import re
 import shlex
@@ -23,7 +23,7 @@ PARTS = {
 }
 MARKUP = re.compile(
     r"[\\`*_{}\[\]<>()#!|&~$]"
-)  # what Markdown, of the Hub too, takes for more than text
+)  # Markdown, including the Hub's, may read these as markup
 INTRODUCTION = """\
 A reference image and a sentence that says what to change find the images that are like the one and as the other says.
 `config.json` and the weights are all that is needed: no other model is downloaded. They were written by `export.py` of
@@ -32,12 +32,12 @@ CLIP4Cir-MoE, whose commands load them."""
 
 @dataclass(frozen=True, kw_only=True)
 class Exporting:
-    """Exported pair of a model card.
+    """The exported pair that a model card describes.
 
     Attributes:
         config: the content of config.json.
-        training: part -> settings of its training, nothing of a part that has none.
-        place: what `--pair` takes, as the commands of the card are typed.
+        training: part -> settings of its training run, empty for a part without one.
+        place: value of `--pair` in the card's commands.
     """
 
     config: Mapping[str, Any]
@@ -50,15 +50,15 @@ def check_results(
     weights: Sequence[Mapping[str, str]],
     preprocessing: Mapping[str, Any],
 ) -> None:
-    """Reject results that do not say what a pair gives.
+    """Check that results were measured with a pair.
 
     Args:
-        results: by their files.
-        weights: digests of its parts, as they are and as they are stored.
-        preprocessing: of its images, see `Encoder.reported_preprocessing`.
+        results: file -> its result.
+        weights: digests of the pair's parts, as they are and as they are stored.
+        preprocessing: preprocessing of the pair's images, see `Encoder.reported_preprocessing`.
 
     Raises:
-        UserError: one was measured with other weights or another preprocessing.
+        UserError: a result was measured with other weights or another preprocessing.
     """
     for file, result in results.items():
         for part, digest in result["weights_sha256"].items():
@@ -76,7 +76,7 @@ def check_results(
 
 
 def model_card(exporting: Exporting, results: Sequence[Result]) -> str:
-    """The card as Markdown, with the front matter that the Hugging Face Hub reads."""
+    """Return the card as Markdown, with the front matter that the Hugging Face Hub reads."""
     parts = [
         "---\nlicense: other\ntags:\n- composed-image-retrieval\n- clip\n---",
         f"# Composed image retrieval: {_title(exporting.config)}",
@@ -96,19 +96,19 @@ def model_card(exporting: Exporting, results: Sequence[Result]) -> str:
 
 
 def plain(text: object) -> str:
-    """Any text as it stands in Markdown, in one line: nothing in it is markup or HTML."""
+    """Escape any text for Markdown, as one line without markup or HTML."""
     return MARKUP.sub(r"\\\g<0>", printable(text))
 
 
 def code(text: object) -> str:
-    """Any text as code in Markdown, in one line, fenced by more backticks than it has in a row."""
+    """Format any text as code in Markdown, as one line, fenced by more backticks than it has in a row."""
     line = printable(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     return f"{fence}{line}{fence}" if len(fence) == 1 else f"{fence} {line} {fence}"
 
 
 def _base(config: Mapping[str, Any]) -> str:
-    """The CLIP that the weights began as: its name, or that of its file."""
+    """Return the CLIP from which training started: its name, or the name of its file."""
     name = config["recipe"]["clip_model_name"]
     if name in OPENAI_CLIPS:
         return name
@@ -124,7 +124,7 @@ def _title(config: Mapping[str, Any]) -> str:
 
 
 def _facts(config: Mapping[str, Any]) -> str:
-    """Model, preprocessing, sizes and versions, as a list."""
+    """List model, preprocessing, sizes and versions."""
     preprocessing = {**config["recipe"], "clip_model_name": _base(config)}
     facts = {name.replace("_", " "): value for name, value in preprocessing.items()}
     facts["weights"] = "float16" if config["half"] else "float32"
@@ -141,7 +141,7 @@ def _facts(config: Mapping[str, Any]) -> str:
 
 
 def _training(training: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Describe the dataset and flags with which each part was trained, as far as they are recorded."""
+    """Describe the dataset and flags with which each part was trained, if they are recorded."""
     told = {part: shared_settings(settings) for part, settings in training.items()}
     paragraphs = []
     for part, dataset in trained_on(told).items():
@@ -155,7 +155,7 @@ def _training(training: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _numbers(config: Mapping[str, Any], results: Sequence[Result]) -> list[str]:
-    """A table of every result, protocols by metrics."""
+    """Return a table for each result, with protocols as rows and metrics as columns."""
     if not results:
         return ["No results were passed to the export."]
     paragraphs = [
@@ -205,7 +205,7 @@ def _table(result: Result) -> str:
 
 
 def _markdown(rows: Mapping[str, Mapping[str, str]]) -> str:
-    """Rows by their names, with cells by their columns, which all rows share."""
+    """Format rows, by name, as a Markdown table. All rows have the same columns."""
     columns = list(next(iter(rows.values())))
     lines = [["", *columns], ["---", *["---:"] * len(columns)]]
     for name, cells in rows.items():
@@ -214,7 +214,7 @@ def _markdown(rows: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def _use(exporting: Exporting, results: Sequence[Result]) -> str:
-    """Commands that load the pair, for the benchmarks that it has to do with."""
+    """Return commands that load the pair, for the benchmarks that it was trained or evaluated on."""
     datasets = [*trained_on(exporting.training).values(), *(r["dataset"] for r in results)]
     place = shlex.quote(exporting.place)
     commands = [
@@ -230,7 +230,7 @@ def _use(exporting: Exporting, results: Sequence[Result]) -> str:
 
 
 def _licence(exporting: Exporting) -> str:
-    """Whose terms the weights are under."""
+    """Describe the licence of the weights."""
     base = _base(exporting.config)
     terms = f"The weights began as those of {code(base)}, whose terms apply to them."
     if base in OPENAI_CLIPS:

@@ -1,4 +1,4 @@
-"""The answers to every query in plain types, and the rankings files that hold them."""
+"""Record the results of every query in plain types, and write and read them as rankings files."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from benchmarks.ranking import Ranking, Rankings
     from combiner import Insight
 
-# Split's name -> its queries. A query has its caption, reference, targets and group, under each protocol the ranks of
-# its targets (0 is the first place) and the nearest images with their cosine similarities, the same in its group if it
-# has one, and what the Combiner did: the mean of the gate, and the experts with their weights.
+# Split's name -> its queries. Each query has a caption, a reference, targets and a group. For each protocol, it has the
+# ranks of its targets (0 is the first) and the nearest images with their cosine similarities; likewise within its
+# group, if it has one. From the Combiner, it has the mean of the gate, and the experts with their weights.
 Record = dict[str, Any]
 Records = dict[str, list[Record]]
 
 SIMILARITY_DIGITS = 6
 WEIGHT_DIGITS = 4
-NAMED_AT_ONCE = 1024  # queries whose answers are in memory by their names
+NAMED_AT_ONCE = 1024  # number of queries whose results are in memory as names
 
 
 def make_records(
@@ -34,14 +34,13 @@ def make_records(
     *,
     insights: "Mapping[str, Insight | None]",
 ) -> dict[str, Iterator[Record]]:
-    """Return the queries of some splits with their answers. Similarities are rounded to 6 digits, weights to 4.
+    """Return the queries of some splits with their results. Similarities are rounded to 6 digits, weights to 4.
 
-    They are made as they are asked for: names and numbers of a million queries take 20 GB.
-
-    Targets and ranks of a test split are None.
+    Records are made while they are iterated, because names and numbers of a million queries take 20 GB. The targets and
+    ranks of a test split are None.
 
     Args:
-        insights: what the Combiner did with each split's queries; None for the sum.
+        insights: experts and gate of each split's queries; None for the sum.
     """
     return {
         split.name: _records(benchmark, split, rankings, insights[split.name]) for split in splits
@@ -51,7 +50,6 @@ def make_records(
 def _records(
     benchmark: Benchmark, split: Split, rankings: "Rankings", insight: "Insight | None"
 ) -> Iterator[Record]:
-    """The queries of a split."""
     for start in range(0, len(split.triplets), NAMED_AT_ONCE):
         rows = slice(start, start + NAMED_AT_ONCE)
         triplets = split.triplets[rows]
@@ -89,8 +87,8 @@ def _add_answers(
     """Add the images that each query retrieved under each protocol, and in its group, which is the same for all.
 
     Args:
-        names: of the gallery.
-        triplets, rankings: of these queries.
+        names: names of the gallery's images.
+        triplets, rankings: triplets and rankings of these queries.
     """
     for protocol, ranking in rankings.items():
         answers = _rounded(ranking.answers(names))
@@ -114,7 +112,7 @@ def _add_answers(
 
 
 def _as_list(ranks: "Tensor | None", queries: int) -> list[int] | list[None]:
-    """Return the rank of each query's target, or None for each if the targets are secret."""
+    """Return the rank of each query's target, or None for each if the targets are not public."""
     return [None] * queries if ranks is None else ranks.tolist()
 
 
@@ -135,19 +133,19 @@ def _rounded(answers: list[list[tuple[str, float]]]) -> list[list[tuple[str, flo
 def write_rankings(
     file: Path, result: Mapping[str, Any], records: Mapping[str, Iterable[Record]]
 ) -> None:
-    """Write records to a file: the result that they belong to, without its ranks, then a line for each query."""
+    """Write records to a file: first the result that they belong to, without its ranks, then a line for each query."""
     protocols = {}
     for name, measured in result["protocols"].items():
         protocols[name] = {key: value for key, value in measured.items() if "ranks" not in key}
     about = {**result, "protocols": protocols}
-    del about["clusters"]  # the queries have their references and targets
+    del about["clusters"]  # redundant: the queries contain their references and targets
     with written_whole(file) as out:
         for text in _parts(about, records):
             out.write(text.encode())
 
 
 def _parts(about: Mapping[str, Any], records: Mapping[str, Iterable[Record]]) -> Iterator[str]:
-    """The text of a rankings file, a query at a time."""
+    """Yield the text of a rankings file, one query at a time."""
     yield "{\n"
     for name, value in about.items():
         yield f" {json.dumps(name)}: {json.dumps(value, indent=1)},\n"
@@ -162,10 +160,11 @@ def _parts(about: Mapping[str, Any], records: Mapping[str, Iterable[Record]]) ->
 
 
 def read_rankings(file: Path) -> dict[str, Any]:
-    """Read a rankings file: a result whose "queries" are records, with the metrics that their ranks give.
+    """Read a rankings file: a result whose "queries" are records.
 
     Raises:
-        UserError: it is none, a metric is not what the ranks give, or a rank is not where the target is.
+        UserError: the file is not a rankings file, a metric contradicts the ranks, or a rank contradicts the list of
+            nearest images.
     """
     from evaluation.schemas import RankingsFile
     from runtime.schema import checked
@@ -181,7 +180,7 @@ def read_rankings(file: Path) -> dict[str, Any]:
 
 
 def _check_query(where: str, query: Record, protocols: Mapping[str, Any]) -> None:
-    """Raise UserError where a query was not asked under some protocols, or a rank is not the target's place."""
+    """Raise UserError if a query lacks a protocol, or if a rank contradicts the list of nearest images."""
     if query["protocols"].keys() != protocols.keys():
         raise UserError(f"{where}.protocols: differ from the protocols of the file: measure again")
     lists = {f"protocols.{name}": found for name, found in query["protocols"].items()}
@@ -200,7 +199,7 @@ def _check_query(where: str, query: Record, protocols: Mapping[str, Any]) -> Non
 
 
 def _with_ranks(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A rankings file as a result, with the ranks of its queries."""
+    """Return the content of a rankings file as a result, with the ranks of its queries."""
     protocols = {}
     for name, measured in content["protocols"].items():
         ranks = {}
@@ -228,7 +227,7 @@ def unlike_annotations(content: Mapping[str, Any], benchmark: Benchmark) -> list
     """Find differences between the queries and images of a rankings file and a benchmark's annotations.
 
     Args:
-        benchmark: without the images that the file says were excluded.
+        benchmark: the benchmark without the images that the file lists as excluded.
     """
     problems = []
     for split in benchmark.read(content["split"]):

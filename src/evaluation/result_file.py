@@ -1,4 +1,4 @@
-"""Results that say what they are: metrics under each protocol with all that they were measured on."""
+"""Write and read results: metrics under each protocol, with everything that they depend on."""
 
 import json
 import math
@@ -31,14 +31,14 @@ def make_result(
     made_by: Mapping[str, Any],
     kept: Path | None = None,
 ) -> Result:
-    """Return all of a measurement in plain types.
+    """Return a complete result in plain types.
 
     Args:
         splits: the validation splits, as they were searched.
-        rankings: of each split under each protocol; the metrics of the first are the result's own.
-        reasons: why images were excluded.
-        made_by: what measured and how, see `provenance`.
-        kept: folder that remembers what all images are, see `images_digest`.
+        rankings: rankings of each split under each protocol; the first protocol's metrics are the result's own metrics.
+        reasons: image -> the reason why it was excluded.
+        made_by: model and command of the measurement, see `provenance`.
+        kept: folder that caches digests of images, see `images_digest`.
     """
     protocols = {}
     for protocol, of_split in rankings.items():
@@ -66,11 +66,11 @@ def make_result(
 
 
 def provenance(pair: "Pair", command: str, query_list: "QueryList | None" = None) -> dict[str, Any]:
-    """Return what a measurement was made with, in plain types.
+    """Return the model, versions and command of a measurement, in plain types.
 
     Args:
-        command: what was typed.
-        query_list: the queries that alone were measured; None where all were.
+        command: the command as it was typed.
+        query_list: the only queries that were measured; None for all queries.
     """
     from models.encoder import versions
 
@@ -90,7 +90,7 @@ def _measured(
     *,
     rankings: "Mapping[str, Ranking]",
 ) -> dict[str, Any]:
-    """One protocol's part of a result."""
+    """Return the part of a result for one protocol."""
     other_ranks = {}
     group_ranks = {}
     for name, ranking in rankings.items():
@@ -114,7 +114,7 @@ def _measured(
 
 
 def write_result(file: Path, result: Result) -> None:
-    """Write a result as JSON, indented, each list of numbers on one line."""
+    """Write a result as indented JSON, with each list of numbers on one line."""
     with written_whole(file) as out:
         for text in _parts(result):
             out.write(text.encode())
@@ -122,10 +122,10 @@ def write_result(file: Path, result: Result) -> None:
 
 
 def _parts(value: Any, margin: str = "\n") -> Iterator[str]:
-    """The text of a value, a list of numbers at a time: the whole of a million queries takes 1 GB.
+    """Yield the text of a value, one list of numbers at a time, because the text of a million queries takes 1 GB.
 
     Args:
-        margin: what its lines begin with.
+        margin: a line break and the indentation of the value's lines.
     """
     inner = f"{margin}  "
     if isinstance(value, Mapping) and value:
@@ -143,10 +143,10 @@ def _parts(value: Any, margin: str = "\n") -> Iterator[str]:
 
 
 def read_result(file: Path) -> Result:
-    """Read a result, whose metrics are those of its ranks.
+    """Read a result, and check that its metrics agree with its ranks.
 
     Raises:
-        UserError: the file is no result, or a metric is not what the ranks give.
+        UserError: the file is not a result, or a metric disagrees with the ranks.
     """
     from evaluation.schemas import ResultFile
     from runtime.schema import checked
@@ -167,7 +167,7 @@ def check_metrics(file: Path, result: Result) -> None:
     """Recompute the metrics of a result from its ranks, and compare.
 
     Raises:
-        UserError: the first metric that differs is named with both values.
+        UserError: a metric differs; the message contains both values.
     """
     if result["dataset"] not in BENCHMARKS:
         raise UserError(
@@ -193,7 +193,7 @@ def check_metrics(file: Path, result: Result) -> None:
 def _compare(
     file: Path, field: str, stated: Mapping[str, float], *, recomputed: Mapping[str, float]
 ) -> None:
-    """Raise UserError where metrics are not the recomputed ones."""
+    """Raise UserError if a metric differs from the recomputed one."""
     for metric in {**recomputed, **stated}:
         there, due = stated.get(metric), recomputed.get(metric)
         if there is None or due is None or not math.isclose(there, due, abs_tol=1e-6):
@@ -203,10 +203,10 @@ def _compare(
 
 
 def stored_ranks(result: Mapping[str, Any], protocol: str, split: str) -> Ranks:
-    """The ranks of a split's queries under a protocol.
+    """Return the ranks of a split's queries under a protocol.
 
     Raises:
-        LookupError: there are none.
+        LookupError: the result has no ranks for the protocol and split.
     """
     import numpy as np
 

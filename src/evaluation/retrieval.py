@@ -1,4 +1,4 @@
-"""Compose a benchmark's queries, rank its galleries, evaluate, and see what the Combiner did."""
+"""Compose a benchmark's queries, rank its galleries, compute metrics, and explain what the Combiner did."""
 
 import contextlib
 import logging
@@ -25,12 +25,12 @@ from utils import UserError
 
 logger = logging.getLogger(__name__)
 
-MOST_VALUES = 2**28  # similarities in memory at one time: 1 GiB
-# On a CPU rather what its caches hold, but at least so many rows that the product stays efficient.
+MOST_VALUES = 2**28  # maximum number of similarities in memory at a time: 1 GiB
+# On a CPU, a block should fit into the caches, but have enough rows for an efficient matrix multiplication.
 CACHE_VALUES = 2**18
 CACHE_ROWS = 512
-EQUAL = 1e-6  # apart at most: similarities that are one value but for rounding
-FEW = 2  # images of a gallery that may well be equally near
+EQUAL = 1e-6  # maximum difference between similarities that are equal up to rounding
+FEW = 2  # so few images may well be equally similar
 
 
 def evaluate(
@@ -40,14 +40,14 @@ def evaluate(
     *,
     block: int | None = None,
 ) -> dict[str, float]:
-    """All metrics of a benchmark under its first protocol, by the names of the CSV files; for training runs.
+    """Return a benchmark's metrics under its first protocol, named as in the CSV files; for training runs.
 
-    Weights that tell no image from another are a warning here, for a training may leave such a state again.
+    Weights that make all similarities equal only cause a warning, because a training run may leave such a state again.
 
     Args:
-        frozen: its validation splits, from `features.freeze_queries`.
-        compose: the way queries are made; a module must be in eval mode.
-        block: queries whose similarities are in memory at a time; None for `default_block`.
+        frozen: the validation splits, from `features.freeze_queries`.
+        compose: composes the queries; a module must be in evaluation mode.
+        block: number of queries whose similarities are in memory at a time; None for `default_block`.
     """
     protocol = benchmark.protocols[0]
     rankings = {}
@@ -65,7 +65,7 @@ def rank_all(
     k: int,
     block: int | None,
 ) -> Rankings:
-    """Every split's ranking under every protocol, with the k nearest images and all of the group.
+    """Rank every split under every protocol, with the k nearest images and the complete group.
 
     Raises:
         UserError: similarities are not finite, or all are equal.
@@ -89,10 +89,10 @@ def rank_all(
 def explain_all(
     frozen: Sequence[FrozenSplit], compose: Composer, text: str = ""
 ) -> dict[str, Insight | None]:
-    """Split's name -> what the way to compose does with its queries, on the CPU; None where there is nothing to see.
+    """Return split's name -> experts and gate of its queries, on the CPU; None if the composition has neither.
 
     Args:
-        text: of the protocol that they are asked under.
+        text: text of the protocol, see `Protocol.text`.
     """
     insights = {}
     for frozen_split in frozen:
@@ -113,11 +113,11 @@ def rank(
 ) -> dict[Protocol, Ranking]:
     """Rank a split's gallery for every query, and its group.
 
-    Protocols that ask with one text share one computation of the similarities.
+    Protocols with the same text share one computation of the similarities.
 
     Args:
-        k: how many of the nearest images to keep, and with them the whole group; 0 for ranks alone.
-        if_equal: called with the split where no query is nearer to one image than to another.
+        k: number of nearest images to keep, and with them the complete group; 0 to keep only ranks.
+        if_equal: called with the split if every image is equally similar to every query.
 
     Raises:
         UserError: a similarity is not finite.
@@ -146,7 +146,7 @@ def rank(
 
 def _are_equal(similarity: Tensor) -> bool:
     """Check whether each query of a block (b, N) is equally similar to all images."""
-    # The first query answers for all blocks, unless it is one of the rare ones.
+    # The first query nearly always suffices to find a difference.
     for queries in (similarity[:1], similarity):
         least, most = queries.aminmax(dim=1)
         if not (most - least).max() <= EQUAL:
@@ -155,7 +155,7 @@ def _are_equal(similarity: Tensor) -> bool:
 
 
 def refuse_equal(split: Split) -> None:
-    """Raise UserError: ranks would be the order of the gallery's list."""
+    """Raise UserError, because ranks would only reflect the order of the gallery's list."""
     raise UserError(
         f"{split.name}: every image is equally similar to every query: the weights have collapsed; choose other weights"
     )
@@ -178,7 +178,7 @@ def _rank_gallery(
     group: Mapping[str, Tensor],
     k: int,
 ) -> Ranking:
-    """Rank the whole gallery for a block of queries (b, N).
+    """Rank the whole gallery for a block of queries, from similarities (b, N).
 
     Args:
         group: see `_rank_group`.
@@ -203,17 +203,17 @@ def _rank_gallery(
 def _rank_group(
     similarity: Tensor, frozen: FrozenSplit, rows: Tensor, *, sort: bool
 ) -> dict[str, Tensor]:
-    """Return the parts of a `Ranking` that are of each query's group, for a block of queries (b, N).
+    """Return the fields of a `Ranking` about each query's group, for a block of queries (b, N); empty without groups.
 
-    They are the same under every protocol; without groups there are none.
+    Every protocol ranks groups in the same way.
 
     Args:
-        sort: keep the group in the order of its similarities, which a validation has no use for.
+        sort: keep the group sorted by similarity, which validations in training do not need.
     """
     if not frozen.split.has_groups:
         return {}
     groups = frozen.group_rows[rows]  # (b, G - 1)
-    is_filler = groups == frozen.reference_rows[rows][:, None]  # in a group that lost members
+    is_filler = groups == frozen.reference_rows[rows][:, None]  # pads groups that lost members
     candidates = similarity.gather(1, groups).masked_fill_(is_filler, float("-inf"))
     columns = nearest(candidates, groups.shape[1] if sort else 0)
     ranking = {
@@ -228,7 +228,7 @@ def _rank_group(
 
 @contextlib.contextmanager
 def _naming(split: Split) -> Iterator[None]:
-    """Name the split whose similarities are not finite, and what to do."""
+    """Report similarities that are not finite as a UserError with the split and a remedy."""
     try:
         yield
     except NotFiniteError as error:
@@ -241,13 +241,13 @@ def _naming(split: Split) -> Iterator[None]:
 def similarity_blocks(
     frozen: FrozenSplit, compose: Compose, block: int | None = None, *, text: str = ""
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cosine similarities of a block of queries to the whole gallery, block by block.
+    """Compute cosine similarities of all queries to the whole gallery, block by block.
 
     Args:
-        text: of the protocol that they are asked under.
+        text: text of the protocol, see `Protocol.text`.
 
     Yields:
-        The block's rows (b,) and its similarities (b, N).
+        The rows of a block (b,) and its similarities (b, N).
     """
     gallery = F.normalize(frozen.images, dim=-1)  # (N, D)
     references = frozen.reference_rows  # (Q,)
@@ -259,7 +259,7 @@ def similarity_blocks(
 
 
 def default_block(gallery: int, device: torch.device) -> int:
-    """Queries to compare at a time with a gallery of that many images."""
+    """Return the number of queries to compare at a time with a gallery of this size."""
     most = max(1, MOST_VALUES // gallery)
     if device.type == "cuda":
         return most

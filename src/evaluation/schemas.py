@@ -1,4 +1,4 @@
-"""Define the fields of results and rankings files. A field with a default is missing in some measurements."""
+"""Define the fields of result files and rankings files. A field with a default may be missing."""
 
 from typing import Annotated, Any, cast
 
@@ -9,9 +9,9 @@ from runtime.schema import Schema
 Natural = Annotated[int, Field(ge=0, lt=2**31)]
 AtLeastOne = Annotated[int, Field(ge=1, lt=2**31)]
 Share = Annotated[float, Field(ge=0, le=1)]
-# One, and what half precision and TF32 make of it.
+# One, with a margin for the rounding of half precision and TF32.
 Cosine = Annotated[float, Field(ge=-1.01, le=1.01)]
-# JSON knows lists alone.
+# Lists are accepted, because JSON has no tuples.
 Retrieved = Annotated[tuple[str, Cosine], Strict(False)]
 
 
@@ -59,7 +59,7 @@ class MeasuredPreprocessing(Schema):
 
 
 class Assumed(Schema):
-    """Settings that neither flags nor weights told; one that was told is not among them."""
+    """Defaults of settings that neither flags nor weights gave; settings that were given are absent."""
 
     clip_model_name: str = ""
     transform: str = ""
@@ -71,7 +71,7 @@ class Assumed(Schema):
 
 
 class MeasuredList(Schema):
-    """The list of queries that alone were measured, see `benchmarks.query_lists.QueryList.describe`."""
+    """The list of the only queries that were measured, see `benchmarks.query_lists.QueryList.describe`."""
 
     file: str
     sha256: str
@@ -123,7 +123,7 @@ class Ranked(Schema):
 
 
 class RankedQuery(Schema):
-    """A query with its answers."""
+    """A query with its results."""
 
     query: Natural
     pair_id: int | str | None
@@ -135,7 +135,7 @@ class RankedQuery(Schema):
     kinds: list[str] = []
     extended: list[str] = []
     protocols: Annotated[dict[str, Ranked], Field(min_length=1)]
-    # May be missing, but not null.
+    # The field may be missing, but not null.
     in_group: Ranked = cast("Ranked", None)
     gate: Share = 0
     experts: Annotated[list[Share], Field(min_length=1)] = [1]

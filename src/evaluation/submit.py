@@ -1,4 +1,4 @@
-"""Rank a split for a test server, write its files, check them, and score them where the answers are known."""
+"""Rank a split for a test server, write and check its files, and score them if the targets are public."""
 
 import logging
 from collections.abc import Sequence
@@ -27,9 +27,9 @@ class Submission:
 
     Attributes:
         name: part of the files' names.
-        split: as the benchmark calls it.
-        folder: receives the files; those of a split with answers go to a folder of its name below.
-        protocol: that it is ranked under; None for the benchmark's first.
+        split: the benchmark's name for the split.
+        folder: output folder; a split with public targets gets a subfolder with its name.
+        protocol: protocol to rank under; None for the benchmark's first.
         block: see `rank`.
     """
 
@@ -48,14 +48,14 @@ def submit(
     choice: PairChoice,
     device: torch.device,
 ) -> bool:
-    """Write a submission; returns whether it keeps all rules. What it breaks is logged, metrics are printed.
+    """Write a submission, log broken rules, and print any metrics; return whether the files keep all rules.
 
     Args:
-        benchmark: without what is excluded.
-        choice: the pair that answers.
+        benchmark: the benchmark without the excluded images.
+        choice: the pair that composes and ranks.
 
     Raises:
-        UserError: exclusions take queries away, and a server wants an answer to each.
+        UserError: exclusions remove queries, but a server needs results for each query.
     """
     whole = form(type(benchmark)(benchmark.data_root), wanted.split)
     splits = benchmark.read(wanted.split)
@@ -85,7 +85,7 @@ def submit(
 
 
 def _answers(split: Split, ranking: Ranking, group_k: int) -> Answered:
-    """Return the ids that each query of a split retrieved, the first few of its group."""
+    """Return the image ids that each query of a split retrieved, and the first few within its group."""
     nearest = ranking.answers(split.names)
     in_group = ranking.answers_in_group(split.names) or []
     return Answered(
@@ -102,7 +102,7 @@ def _ids(answers: Sequence[tuple[str, float]]) -> list[str]:
 def _write(
     form: ServerForm[Any], name: str, folder: Path, *, answered: Sequence[Answered], is_scored: bool
 ) -> bool:
-    """Write, read again, check, score."""
+    """Write the files, read them again, check and score them."""
     contents = {}
     for file, text in form.files(name, answered).items():
         write_text(folder / file, text)

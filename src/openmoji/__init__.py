@@ -1,1 +1,1 @@
-"""The pictures of OpenMoji, what each shows, and triplets of two that differ in something."""
+"""OpenMoji's pictures and their meaning, and triplets of pictures that differ in one or two facts."""

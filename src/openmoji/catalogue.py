@@ -1,6 +1,6 @@
-"""List the meaning of Unicode's picture names: people, pairs, gestures, faces, animals and things in several kinds.
+"""List the meaning of emoji names: people, pairs, gestures, faces, animals, and things in several variants.
 
-Each table is by the names of the PyPI package `emoji`, without skin tones.
+The tables use the names of the PyPI package `emoji`, without skin tones.
 """
 
 import re
@@ -12,7 +12,7 @@ def _words(text: str) -> list[str]:
     return text.split()
 
 
-# Families whose concept is one of the facts, so that two pictures may differ in it.
+# Families whose concept is one of the facts, so that two pictures of a triplet may differ in it.
 CONCEPT_IS_A_FACT = {"people", "hand", "face", "time"}
 
 # People
@@ -23,7 +23,7 @@ AGES = {
     "boy": ("man", "child"), "man": ("man", "adult"), "old_man": ("man", "old"),
     "child": ("person", "child"), "person": ("person", "adult"), "older_person": ("person", "old"),
 }  # fmt: skip
-# Names that are built otherwise than woman_ROLE.
+# Names that are not of the form woman_ROLE.
 ROLES = {
     "mermaid": ("woman", "merperson"), "merman": ("man", "merperson"), "merperson": ("person", "merperson"),
     "princess": ("woman", "royal"), "prince": ("man", "royal"), "person_with_crown": ("person", "royal"),
@@ -33,7 +33,7 @@ ROLES = {
     "deaf_woman": ("woman", "deaf"), "deaf_man": ("man", "deaf"), "deaf_person": ("person", "deaf"),
 }  # fmt: skip
 GENDER_IS_NOT_SEEN = ("cartwheeling",)
-# Activity -> name -> who. People of no gender look like men here, or like a woman and a man.
+# Activity -> name -> who. Pairs without gender are left out: OpenMoji draws them like men, or like a woman and a man.
 PAIRS = {
     "holding hands": {
         "women_holding_hands": "women", "men_holding_hands": "men", "woman_and_man_holding_hands": "a woman and a man",
@@ -92,7 +92,7 @@ THINGS: dict[str, tuple[str, str, Facts]] = {}
 
 
 def _add(family: str, concept: str, names: dict[str, str], fact: str) -> None:
-    """Pictures of one thing that differ in one fact: name -> value."""
+    """Add pictures of one thing that differ in one fact: name -> value of the fact."""
     for name, value in names.items():
         THINGS[name] = (family, concept, ((fact, value),))
 

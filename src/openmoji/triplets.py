@@ -1,4 +1,4 @@
-"""Triplets of pictures that differ in one fact or two, with the concepts divided among the splits."""
+"""Make triplets of pictures that differ in one or two facts, and divide the concepts among the splits."""
 
 import itertools
 import random
@@ -12,22 +12,22 @@ from openmoji.pictures import Picture
 from openmoji.wordings import KINDS, MORE_AND_LESS, ORDERS, TWO_CHANGES, wordings
 
 SPLITS = ("train", "val", "test")
-# Of so many concepts, one is in val and one in test: of a family with many, and of one with few.
+# One of so many concepts is in val and one in test: BLOCK for families with many concepts, SMALL_BLOCK for others.
 BLOCK, SMALL_BLOCK = 7, 4
 MANY = 12
-# Of families whose concepts are asked for, a concept of val or test has one of these skins there, the others in train.
+# In these families, val and test have only pictures with one of these sets of skin tones. Train has the rest.
 PARTED = ("people", "hand", "pair")
 SKINS = ({"light", "medium", "dark"}, {"medium-light", "medium-dark"})
-CAPTIONS = 2  # of a query
-VIETNAMESE_SHARE = 0.12  # of the captions, where a change can be said so
-RELATIVE = 0.25  # of the queries, where "more" or "less" can be said
-WORDINGS_OF_A_PAIR = 5  # at most so many queries of one reference and one change
+CAPTIONS = 2  # number of captions of a query
+VIETNAMESE_SHARE = 0.12  # fraction of the captions, if the change can be worded in Vietnamese
+RELATIVE = 0.25  # fraction of the queries with "more" or "less", if the fact has an order
+WORDINGS_OF_A_PAIR = 5  # maximum number of queries with the same reference and change
 GROUP_SIZE = 6
 
 
 @dataclass(frozen=True)
 class Query:
-    """A reference, what should be different, and the pictures that are right."""
+    """A reference, captions of what should be different, and the correct pictures."""
 
     reference: Picture
     targets: tuple[Picture, ...]
@@ -36,10 +36,10 @@ class Query:
 
 
 class Change(NamedTuple):
-    """A reference and a target that differ in some facts alone.
+    """A reference and a target that differ only in some facts.
 
     Attributes:
-        same: all pictures that are like the reference but for these facts, itself among them.
+        same: all pictures that equal the reference in its other facts, including the reference.
     """
 
     reference: Picture
@@ -49,15 +49,15 @@ class Change(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Return the kind that a triplet is counted as."""
+        """Return the kind of triplet that the change belongs to."""
         return KINDS[self.facts[0]] if len(self.facts) == 1 else TWO_CHANGES
 
 
 def divide(pictures: Iterable[Picture], seed: int) -> dict[str, list[Picture]]:
-    """Split -> its pictures. Unnamed ones are in none.
+    """Divide pictures among the splits: split -> its pictures. Pictures without a family are in no split.
 
-    Of each family, val and test have concepts of every size. Those of PARTED give them a part of their skins alone:
-    train has the others, and knows what val asks for.
+    Val and test have concepts of every size from each family. From families in PARTED, they have only pictures with
+    some skin tones. Train has the other pictures of these concepts, so training covers the changes that val asks for.
     """
     of_family: dict[str, dict[str, list[Picture]]] = defaultdict(lambda: defaultdict(list))
     for picture in pictures:
@@ -67,7 +67,7 @@ def divide(pictures: Iterable[Picture], seed: int) -> dict[str, list[Picture]]:
     for family, concepts in of_family.items():
         names = sorted(concepts)
         random.Random(f"{seed} {family}").shuffle(names)
-        names.sort(key=lambda name: -len(concepts[name]))  # those of one size stay shuffled
+        names.sort(key=lambda name: -len(concepts[name]))  # equally large concepts stay shuffled
         is_large = len(names) > MANY and family not in PARTED
         block = BLOCK if is_large else SMALL_BLOCK
         for place, name in enumerate(names):
@@ -80,7 +80,7 @@ def divide(pictures: Iterable[Picture], seed: int) -> dict[str, list[Picture]]:
 
 
 def changes(pictures: Sequence[Picture]) -> Iterator[Change]:
-    """All pairs of a split's pictures that differ in one fact or in two, by family."""
+    """Yield all pairs of a split's pictures that differ in one or two facts, by family."""
     of_family: dict[tuple[str, tuple[str, ...]], list[Picture]] = defaultdict(list)
     for picture in pictures:
         of_family[picture.family, tuple(picture.shown)].append(picture)
@@ -103,9 +103,9 @@ def _changes_in(members: Sequence[Picture], changed: tuple[str, ...]) -> Iterato
 
 
 def sample(pictures: Sequence[Picture], most: int, rng: random.Random) -> list[Query]:
-    """Queries of a split, of each kind at most so many.
+    """Draw queries of a split, at most `most` of each kind.
 
-    A pair comes again, in other words, only where a kind has too few pairs.
+    A pair is repeated, with other captions, only if its kind has too few pairs.
     """
     of_kind: dict[str, list[Change]] = defaultdict(list)
     for change in changes(pictures):
@@ -127,7 +127,7 @@ def sample(pictures: Sequence[Picture], most: int, rng: random.Random) -> list[Q
 
 
 def ask(change: Change, rng: random.Random) -> Query:
-    """A query for a change, in words drawn at random; relative to the reference where that can be said."""
+    """Return a query for a change, with random captions; some use "more" or "less" if the fact has an order."""
     reference = change.reference
     if len(change.facts) == 1:
         (fact,) = change.facts
@@ -149,7 +149,7 @@ def ask(change: Change, rng: random.Random) -> Query:
 
 
 def _more_or_less(change: Change, fact: str, *, order: Sequence[str], rng: random.Random) -> Query:
-    """A query that each picture with more, or with less, answers; the least different one is the first."""
+    """Return a query for "more" or "less" of a fact. All pictures that fulfil it are targets, the closest one first."""
     place = order.index(change.reference.shown[fact])
     is_more = order.index(change.target.shown[fact]) > place
     answers = []
@@ -175,9 +175,9 @@ def _captions(fact: str, old: str, new: str, *, rng: random.Random) -> tuple[str
 def groups(
     queries: Sequence[Query], pictures: Sequence[Picture], rng: random.Random
 ) -> list[tuple[Picture, ...]]:
-    """For each query six pictures of its split that look alike: reference, target, and what shares most with them.
+    """Return six similar pictures of the split for each query: reference, target, and the most similar to the target.
 
-    No other target is among them.
+    A group contains no other target of its query.
     """
     by_concept = defaultdict(list)
     by_family = defaultdict(list)
@@ -205,7 +205,7 @@ def groups(
 
 
 def check_apart(queries: Mapping[str, Sequence[Query]]) -> None:
-    """Raise ValueError where an image of a triplet is in two splits."""
+    """Raise ValueError if an image of a triplet is in two splits."""
     images = {}
     for split, asked in queries.items():
         images[split] = {query.reference for query in asked}

@@ -1,22 +1,22 @@
 """Word the captions: several wordings for each change, some of them Vietnamese.
 
-{new} and {old} are the values in words; what stands with a value alone is said of that value as it is.
+{new} and {old} stand for the values in words. A wording that belongs to one value is used as it is.
 """
 
 import re
 from collections.abc import Mapping
 
-# Fact -> the name of its kind of triplets.
+# Fact -> the kind of triplet that changes it.
 KINDS = {
     "gender": "gender", "skin": "skin tone", "left skin": "skin of one of two", "right skin": "skin of one of two",
     "who": "who", "hair": "hair", "age": "age", "role": "role", "gesture": "gesture", "direction": "direction",
     "expression": "expression", "colour": "colour", "size": "size", "time": "time", "children": "who",
-    # What one thing comes as: few pairs each.
+    # Variants of one thing; each of these facts has few pairs.
     "species": "form", "part": "form", "count": "form", "open": "form", "crossed out": "form", "view": "form",
 }  # fmt: skip
 TWO_CHANGES = "two changes"
 
-# Values from the least to the most, and how "more" and "less" are said; several targets answer that.
+# Values in ascending order, and wordings for "more" and "less", for which several targets are correct.
 ORDERS = {
     "skin": ("light", "medium-light", "medium", "medium-dark", "dark"),
     "age": ("child", "adult", "old"),
@@ -75,7 +75,7 @@ VIETNAMESE = {
     "size": ("cỡ {new}", "đổi sang cỡ {new}"),
 }
 
-# Value -> in English and Vietnamese; what is not here is said as it is called.
+# Value -> its words in English and Vietnamese. `said` derives the words of other values from their names.
 SAID = {
     "gender": {
         "woman": ("a woman", "phụ nữ"), "man": ("a man", "đàn ông"),
@@ -119,7 +119,7 @@ SAID = {
 }  # fmt: skip
 SAID["left skin"] = SAID["right skin"] = SAID["skin"]
 
-# Values with wordings of their own, in place of those of the fact: in English, and in Vietnamese.
+# Values with wordings of their own, which replace the wordings of the fact: in English, and in Vietnamese.
 OWN: Mapping[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
     ("species", "cat"): (
         ("the same as a cat", "make it a cat", "a cat with this expression", "cat version", "with a cat's face"),
@@ -163,14 +163,14 @@ OWN: Mapping[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("from the side", "driving past", "seen from its side", "side view", "show the side"), ("nhìn từ bên hông",),
     ),
 }  # fmt: skip
-# Words that sound wrong with what people say elsewhere of a direction.
+# Wordings for directions other than left and right, with which "facing" and "turn it to the" sound wrong.
 UP_AND_DOWN = (
     "pointing {new}", "{new} instead of {old}", "turn it {new}", "the same but {new}", "make it point {new}",
 )  # fmt: skip
 
 
 def wordings(fact: str, old: str, new: str) -> tuple[list[str], list[str]]:
-    """All ways to ask for a value in place of another, in English and in Vietnamese."""
+    """Return all wordings that request a new value in place of an old one, in English and in Vietnamese."""
     if (fact, new) in OWN:
         english, vietnamese = OWN[fact, new]
         return list(english), list(vietnamese)
@@ -188,13 +188,13 @@ def wordings(fact: str, old: str, new: str) -> tuple[list[str], list[str]]:
 
 
 def said(fact: str, value: str) -> str:
-    """A value in English, with an article where it needs one."""
+    """Return a value in English words, with an article if it needs one."""
     if value in SAID.get(fact, {}):
         return SAID[fact][value][0]
     words = value.replace("_", " ")
     if fact == "role" and re.search("^(in|with) |ing( |$)", words):
         return f"someone {words}"
-    if fact == "gesture" and words.endswith(("s", "together")):  # "folded hands"
+    if fact == "gesture" and words.endswith(("s", "together")):  # such as "folded hands"
         return words
     if fact in ("role", "gesture") or (fact == "expression" and "face" in words.split()):
         is_vowel = words[0].lower() in "aeiou" and not words.startswith("uni")

@@ -1,1 +1,1 @@
-"""The loop, the loss, the schedule, what an epoch is made of, a run on disk, its state and weights."""
+"""The training loop: losses, schedules, the batches of an epoch, run folders, checkpoints and saved states."""

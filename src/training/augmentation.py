@@ -1,4 +1,4 @@
-"""Images of stage 1 that are others in each epoch: mirrored, and cut to a square within them."""
+"""Augment the images of stage 1: mirror them and crop them to squares, at random in each epoch."""
 
 import re
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from torch import Tensor
 from training.data import TrainingData
 from training.step import Batch, Batches
 
-# What a caption says of directions and of writing, in English and Vietnamese: a mirror makes it false.
+# Words for directions and writing, in English and Vietnamese. A mirrored image makes captions with them false.
 DIRECTED = re.compile(
     r"\b(left|right)(most|wards?)?\b|\b(clockwise|counter-?clockwise|anti-?clockwise|directions?|sideways|profile"
     r"|opposite|other (way|side)|facing|faces|mirror\w*|flip\w*|revers\w*"
@@ -19,17 +19,18 @@ DIRECTED = re.compile(
     r"|reads|slogans?|trái|phải|hướng|quay|lật|ngược|chữ)\b",
     re.IGNORECASE,
 )
-AT_A_TIME = 64  # images as float32 in memory
+AT_A_TIME = 64  # number of images in memory as float32 at a time
 
 
 def augmented(batches: Batches, data: TrainingData, flags: Any, images: int) -> Batches:
-    """Stage 1's batches with images mirrored and cropped, by seed, epoch and place in the batch alone.
+    """Return stage 1's batches with images mirrored and cropped at random.
 
-    The images of a triplet are mirrored together, and cropped each by itself.
+    The random numbers depend only on the seed, the epoch and the position in the batch. All images of a triplet are
+    mirrored together, but each is cropped separately.
 
     Args:
-        flags: of stage 1.
-        images: of a triplet: its reference, its target and its hard negatives.
+        flags: flags of stage 1.
+        images: number of images of a triplet: its reference, its target and its hard negatives.
     """
     if not flags.flip and flags.crop == 1:
         return batches
@@ -42,7 +43,7 @@ def augmented(batches: Batches, data: TrainingData, flags: Any, images: int) -> 
         generator = order.generator(epoch, "images")
         drawn = torch.rand((*rows.shape, 1 + 3 * images), generator=generator)
         mirrored = order.own((drawn[..., 0] < flags.flip) & undirected[rows])[first_step:]
-        boxes = order.own(drawn[..., 1:])[first_step:]  # (steps, b, 3 images): area, x, y of each
+        boxes = order.own(drawn[..., 1:])[first_step:]  # (steps, b, 3 * images)
         steps = zip(batches(epoch, first_step), mirrored, boxes, strict=True)
         for ((references, targets, *others), ids), mirrors, own_boxes in steps:
             compared = targets.view(len(targets), -1, *targets.shape[-3:])  # (b, 1 + N, 3, R, R)
@@ -60,15 +61,15 @@ def augmented(batches: Batches, data: TrainingData, flags: Any, images: int) -> 
 
 
 def cropped(images: Tensor, areas: Tensor, places: Tensor) -> Tensor:
-    """A square of each image, in the size of the whole by bilinear interpolation.
+    """Return a square crop of each image, resized to the size of the image by bilinear interpolation.
 
     Args:
         images: (n, 3, R, R) uint8.
-        areas: (n,) the share of an image's area that its square has.
-        places: (n, 2) where it lies, from 0 at the left and the top to 1 at the right and the bottom.
+        areas: (n,) area of each crop, as a fraction of the image's area.
+        places: (n, 2) position of each crop, from 0 at the left and the top to 1 at the right and the bottom.
     """
-    sides = areas.sqrt().unsqueeze(1)  # (n, 1), of the whole's
-    middles = (1 - sides) * (2 * places - 1)  # in -1 to 1
+    sides = areas.sqrt().unsqueeze(1)  # (n, 1) as fractions of the image's side
+    middles = (1 - sides) * (2 * places - 1)  # (n, 2) in coordinates from -1 to 1
     maps = torch.cat([torch.diag_embed(sides.expand(-1, 2)), middles.unsqueeze(2)], dim=2)
     parts = []
     for some, own in zip(images.split(AT_A_TIME), maps.split(AT_A_TIME), strict=True):

@@ -21,12 +21,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """Which triplets and caption variants an epoch's batches are made of, by seed and epoch alone.
+    """The triplets and caption variants in each batch of an epoch, determined only by the seed and the epoch.
 
     Attributes:
         triplets: number of training triplets.
-        variants: number of texts a triplet has; one is drawn for each triplet in each epoch.
-        batch_size: of all processes together.
+        variants: number of caption variants of a triplet; one is drawn for each triplet in each epoch.
+        batch_size: global batch size, over all processes.
     """
 
     triplets: int
@@ -42,26 +42,26 @@ class Order:
             )
         if self.batch_size % distributed.world_size():
             raise UserError(
-                f"--batch-size {self.batch_size} cannot be shared equally by {distributed.world_size()} processes: "
-                "choose a multiple"
+                f"--batch-size {self.batch_size} cannot be divided evenly among {distributed.world_size()} processes: "
+                f"choose a multiple of {distributed.world_size()}"
             )
 
     @property
     def steps(self) -> int:
-        """Full batches in an epoch; what is left of the shuffled triplets is dropped."""
+        """Return the number of full batches in an epoch; the remaining shuffled triplets are dropped."""
         return self.triplets // self.batch_size
 
     def batches(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """Rows and caption variants of each step, (steps, b) each: this process's equal share of every batch."""
+        """Return the triplet rows and caption variants of this process's equal share of each batch, (steps, b) each."""
         rows, variants = self.whole_batches(epoch)
         return self.own(rows), self.own(variants)
 
     def own(self, table: Tensor) -> Tensor:
-        """This process's share of each step of all processes, (steps, batch size, ...) -> (steps, b, ...)."""
+        """Return this process's share of a table of global batches, (steps, batch size, ...) -> (steps, b, ...)."""
         return table.unflatten(1, (distributed.world_size(), -1))[:, distributed.rank()]
 
     def whole_batches(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """Return the batches of all processes together, (steps, batch size) each."""
+        """Return the triplet rows and caption variants of the global batches, (steps, batch size) each."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         rows = torch.randperm(self.triplets, generator=generator)
         variants = torch.randint(self.variants, (self.triplets,), generator=generator)
@@ -69,19 +69,19 @@ class Order:
         return rows[:full].view(self.steps, -1), variants[:full].view(self.steps, -1)
 
     def generator(self, epoch: int, use: str) -> torch.Generator:
-        """Return the generator of further random numbers of an epoch, different for each use."""
+        """Return a random generator for an epoch's other random numbers, seeded separately for each use."""
         key = hashlib.sha256(f"{self.seed} {epoch} {use}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(key[:8], "big"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """A benchmark as a training needs it.
+    """A benchmark's data for a training run.
 
     Attributes:
-        benchmark: its captions and metrics.
+        benchmark: provides captions and metrics.
         texts: the V caption variants of each training triplet.
-        verify: whether all bytes of the images are held against those of a resumed run, not a sample of each.
+        verify: whether to compare all bytes of the images with a resumed run, and not only a sample of each file.
     """
 
     benchmark: Benchmark
@@ -93,15 +93,15 @@ class TrainingData:
 
     @property
     def splits(self) -> list[Split]:
-        """All that a training reads."""
+        """Return all splits that a training run reads."""
         return [self.train, *self.val]
 
     def with_seed(self, seed: int) -> "TrainingData":
-        """Return the data in the order of another seed."""
+        """Return these data with the batch order of another seed."""
         return replace(self, order=replace(self.order, seed=seed))
 
     def describe(self) -> dict[str, Any]:
-        """Describe the data for the hyper-parameters; a resumed run must find equal data."""
+        """Describe the data for the hyper-parameters. A resumed run must have the same data."""
         digests = [split_digest(split) for split in self.splits]
         return {
             **self.benchmark.hyper_parameters,
@@ -111,7 +111,7 @@ class TrainingData:
         }
 
     def _images(self) -> str:
-        """A digest of all images by their names, which the first process makes."""
+        """Return a digest of the names and contents of all images, which only the first process computes."""
         found = []
         if distributed.is_main():
             found = [images_digest(split, sampled=not self.verify) for split in self.splits]
@@ -119,13 +119,13 @@ class TrainingData:
 
 
 def read_training_data(benchmark: Benchmark, flags: Any) -> TrainingData:
-    """Read a benchmark's splits, and check before anything is trained that all it takes is there.
+    """Read a benchmark's splits, and check before training that all files exist and the batches are possible.
 
     Args:
-        flags: of either stage.
+        flags: flags of stage 1 or stage 2.
 
     Raises:
-        UserError: files missing or malformed, or batches that the data or the processes do not allow.
+        UserError: a file is missing or malformed, or the batch size does not suit the data or the number of processes.
     """
     train = benchmark.train()
     if flags.noise:
@@ -139,10 +139,10 @@ def read_training_data(benchmark: Benchmark, flags: Any) -> TrainingData:
         seed=flags.seed,
     )
     share = order.batch_size // distributed.world_size()
-    micro_batch_size = getattr(flags, "micro_batch_size", None)  # stage 1 has it
+    micro_batch_size = getattr(flags, "micro_batch_size", None)  # only stage 1 has this flag
     if micro_batch_size is not None and micro_batch_size > share:
         raise UserError(
-            f"--micro-batch-size {micro_batch_size} is larger than the batch of a process, {share}: lower it"
+            f"--micro-batch-size {micro_batch_size} is larger than the batch size per process, {share}: lower it"
         )
     check_learning(train, order, flags)
     announce(benchmark.excluded, [train, *val])
@@ -154,13 +154,13 @@ def read_training_data(benchmark: Benchmark, flags: Any) -> TrainingData:
 
 
 def with_noise(train: Split, share: float, seed: int) -> Split:
-    """Permute the targets of a share of the triplets, so that none of them keeps its own.
+    """Permute the targets of a random fraction of the triplets so that each of these triplets gets a different target.
 
-    The triplets with one target stand in a row, the rows one after another in a random order, and each triplet takes
-    the target that is as many places ahead as the longest row is long.
+    The chosen triplets are grouped by target, and the groups are concatenated in random order. Each triplet gets the
+    target of the triplet n positions ahead, if the largest group has n triplets.
 
     Raises:
-        UserError: one target has more than half of these triplets, so that some would keep it.
+        UserError: more than half of the chosen triplets have the same target, so some would keep it.
     """
     generator = torch.Generator().manual_seed(seed)
     noisy = torch.randperm(len(train.triplets), generator=generator)
@@ -185,10 +185,12 @@ def with_noise(train: Split, share: float, seed: int) -> Split:
 
 
 def check_learning(train: Split, order: Order, flags: Any) -> None:
-    """Reject a training that learns nothing, for no query has a negative; warn where a part of it is lost.
+    """Reject a training run in which no query has a negative; warn about single steps without negatives.
+
+    Also warn if the warm-up is longer than the run.
 
     Raises:
-        UserError: what is missing, and how to have it.
+        UserError: no query has a negative; the message contains a remedy.
     """
     steps = flags.num_epochs * order.steps
     if flags.warmup_steps > steps:
@@ -203,9 +205,9 @@ def check_learning(train: Split, order: Order, flags: Any) -> None:
             "all training triplets have the same target, so no query has a negative: add "
             "triplets with other targets"
         )
-    bank = getattr(flags, "negatives", "batch") == "bank"  # stage 2 has it
+    bank = getattr(flags, "negatives", "batch") == "bank"  # only stage 2 has this flag
     if bank or flags.hard_negatives:
-        return  # there are negatives whatever the batch
+        return  # these negatives do not depend on the batch
     if order.batch_size == 1:
         raise UserError("--batch-size 1: no query has a negative in its batch: choose at least 2")
     if not flags.mask_duplicate_targets or max(repeats.values()) < order.batch_size:

@@ -1,4 +1,4 @@
-"""The file that says how a run was started, and what a resumed run must have in common with it."""
+"""Read the file that records how a run was started, and check that a resumed run has the same settings."""
 
 import dataclasses
 import json
@@ -16,7 +16,11 @@ logger = logging.getLogger(__name__)
 
 
 def read_hyper_parameters(folder: Path) -> Settings:
-    """The hyper-parameters of a run's folder. Raises UserError where it is none, or where they are no training's."""
+    """Read the hyper-parameters in a run folder.
+
+    Raises:
+        UserError: the folder is not a run folder, or the file is damaged or not written by a training run.
+    """
     file = folder / HYPER_PARAMETERS
     if not file.is_file():
         raise UserError(
@@ -32,13 +36,14 @@ def read_hyper_parameters(folder: Path) -> Settings:
 
 
 def started_with(folder: Path, settings: Settings) -> Settings:
-    """The hyper-parameters of a resumed run. Those of now must be the same, but for flags that compute nothing.
+    """Return the hyper-parameters that a resumed run was started with, after checking the current ones against them.
 
-    Flags that the run never had, since it is of an earlier version, have their defaults (see `cli.training.parse`).
-    Other versions of the packages, which may round otherwise, are warned of.
+    Flags that do not affect the numbers may differ, and flags in `MOVABLE_FLAGS` get their current values. Flags that
+    did not exist in the version that started the run have their defaults (see `cli.training.parse`). Other versions of
+    the packages, which may round differently, cause a warning.
 
     Raises:
-        UserError: some differ; both values are named.
+        UserError: a flag or the data differ; for a flag, the message contains both values.
     """
     started = read_hyper_parameters(folder)
     now = Settings.read(json.loads(json.dumps(settings.on_disk())))
@@ -67,6 +72,6 @@ def started_with(folder: Path, settings: Settings) -> Settings:
 
 
 def _computing(settings: Settings) -> dict[str, Any]:
-    """The flags and the preprocessing that change what is computed, and what was the only way in earlier versions."""
+    """Return the settings that affect the numbers. `UNNAMED` adds settings for which earlier versions had no flag."""
     values = {**UNNAMED, **settings.flags, **settings.preprocessing}
     return {name: value for name, value in values.items() if name not in FREE_FLAGS}

@@ -1,7 +1,7 @@
-"""Images that are decoded once: preprocessed bytes in a memory-mapped file.
+"""Cache decoded images: preprocessed bytes in a memory-mapped file.
 
-Its name has a digest of all that the bytes depend on. The file is an array of NumPy's, and after it a digest of each
-block of images, which are checked when a training opens it.
+The name of the file contains a digest of everything that the bytes depend on. The file is a NumPy array followed by a
+digest of each block of images, and a training run verifies these digests when it opens the file.
 """
 
 import functools
@@ -30,21 +30,21 @@ from utils import PROJECT_ROOT, DiskError, UserError, first_line
 
 logger = logging.getLogger(__name__)
 
-PIXELS = PROJECT_ROOT / "pixels"  # holds the caches that are made unasked
-DECODED_AT_ONCE = 64  # images
-REPAYS = 20_000  # decodings saved, from which on a cache is made unasked: minutes of a core
-FORM = 2  # of the file; one of another form has another name
-BLOCK = DECODED_AT_ONCE  # images that share a digest
-DIGEST = 32  # bytes of SHA-256
-READ_AT_ONCE = 2**20  # bytes
-MOST_THREADS = 8  # that check digests
+PIXELS = PROJECT_ROOT / "pixels"  # folder of the caches that are created automatically
+DECODED_AT_ONCE = 64  # number of images
+REPAYS = 20_000  # least number of decodings that an automatic cache must save: minutes of one core
+FORM = 2  # version of the file format, part of the digest in the file's name
+BLOCK = DECODED_AT_ONCE  # number of images that share a digest
+DIGEST = 32  # length of a SHA-256 digest in bytes
+READ_AT_ONCE = 2**20  # number of bytes
+MOST_THREADS = 8  # maximum number of threads that compute digests
 
 
 class CachedImages:
-    """Reads from the cache what would be decoded: image file -> its preprocessed bytes (3, R, R).
+    """Reader of cached images: image file -> its preprocessed bytes (3, R, R).
 
     Raises:
-        UserError: the file is not what a filled cache of this shape is, by its header and its size.
+        UserError: the file's header or size does not fit a complete cache of this shape.
     """
 
     def __init__(self, file: Path, paths: list[Path], shape: tuple[int, ...]) -> None:
@@ -65,17 +65,17 @@ class CachedImages:
             raise _damaged(file, first_line(error)) from None
 
     def __reduce__(self) -> tuple:
-        """Let worker processes open the file again; pickled, a memory map is a copy of all of it."""
+        """Let worker processes reopen the file, because pickling a memory map copies all of its data."""
         return CachedImages, self.arguments
 
     def __call__(self, path: Path) -> Tensor:
         return torch.from_numpy(self.pixels[self.row_of[path]].copy())
 
     def check(self, key: str) -> Iterator[int]:
-        """Compare the images of a cache with their digests; yields how many were compared, block after block.
+        """Compare the images of a cache with their digests, and yield the number of images of each block compared.
 
         Raises:
-            UserError: some are not those that were written under this key, or cannot be read.
+            UserError: some images are not the images written under this key, or cannot be read.
         """
         file, _, shape = self.arguments
         blocks = _blocks(shape)
@@ -98,13 +98,13 @@ class CachedImages:
 
 
 def _blocks(shape: tuple[int, ...]) -> list[range]:
-    """The rows of an array that share a digest."""
+    """Return the ranges of array rows that share a digest."""
     count = shape[0]
     return [range(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
 
 
 def _digest(key: str, parts: Iterable[bytes | memoryview]) -> bytes:
-    """SHA-256 of a cache's key and some of its images: images under the name of other ones differ too."""
+    """Return the SHA-256 of a cache's key and some of its images. The key reveals a file renamed from another cache."""
     digest = hashlib.sha256(key.encode())
     for part in parts:
         digest.update(part)
@@ -112,7 +112,12 @@ def _digest(key: str, parts: Iterable[bytes | memoryview]) -> bytes:
 
 
 def _digest_on_disk(file: Path, offset: int, each: int, key: str, block: range) -> bytes:
-    """The digest of images of `each` bytes, which begin at an offset in a file."""
+    """Return the digest of a block of images in a file.
+
+    Args:
+        offset: position of the file's first image, in bytes.
+        each: size of an image, in bytes.
+    """
     with open(file, "rb") as stream:
         stream.seek(offset + each * block.start)
         size = each * len(block)
@@ -121,7 +126,7 @@ def _digest_on_disk(file: Path, offset: int, each: int, key: str, block: range) 
 
 
 def _header(shape: tuple[int, ...]) -> bytes:
-    """Return the header of a NumPy file that contains bytes of this shape."""
+    """Return the header of a NumPy file for an array of bytes of this shape."""
     stream = io.BytesIO()
     about = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(stream, about)
@@ -134,15 +139,15 @@ def _damaged(file: Path, reason: str) -> UserError:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageCache:
-    """Images that can be kept decoded, and where.
+    """A cache of decoded images, and its folder.
 
     Attributes:
-        paths: files without repeats, N of them.
-        read: decodes one, to (3, R, R) uint8.
-        preprocessing: what the bytes depend on besides the files: transform, ratio, resolution R, versions.
-        workers: processes that decode.
-        between: called between two batches; what it raises ends the decoding, and nothing is left.
-        told_by: how a changed image is told, see `runtime.files.stamp`.
+        paths: the N image files, without repeats.
+        read: decodes a file to (3, R, R) uint8.
+        preprocessing: settings that the bytes depend on besides the files: transform, ratio, resolution R, versions.
+        workers: number of data-loader workers that decode.
+        between: called between two batches; an exception that it raises ends the decoding, and no file is left.
+        told_by: how a changed image is recognised, see `runtime.files.stamp`.
     """
 
     folder: Path
@@ -155,7 +160,7 @@ class ImageCache:
 
     @functools.cached_property
     def key(self) -> str:
-        """A digest of all that the bytes depend on: the preprocessing, and which images these are."""
+        """Return a digest of everything that the bytes depend on: file format, preprocessing and images."""
         content = json.dumps(
             [FORM, self.preprocessing, IMAGES.identities(self.paths, self.told_by)]
         )
@@ -163,12 +168,12 @@ class ImageCache:
 
     @property
     def file(self) -> Path:
-        """The file of these images, named by their key."""
+        """Return the file of these images, which is named after the key."""
         return self.folder / f"images-{self.preprocessing['resolution']}px-{self.key[:16]}.npy"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(N, 3, R, R)."""
+        """Return the shape of the array, (N, 3, R, R)."""
         return (
             len(self.paths),
             3,
@@ -178,14 +183,14 @@ class ImageCache:
 
     @property
     def size(self) -> int:
-        """Bytes of the images."""
+        """Return the size of the images in bytes."""
         return math.prod(self.shape)
 
     def __str__(self) -> str:
         return f"{len(self.paths):,} images, {_gib(self.size)}, in {self.file}"
 
     def open(self) -> CachedImages:
-        """The images from the file, which is filled now unless it exists; its size is announced before.
+        """Return the images in the file. If it does not exist, log its size and fill it first.
 
         Raises:
             UserError: the disk lacks room, or the file is truncated or damaged.
@@ -206,10 +211,10 @@ class ImageCache:
         return CachedImages(self.file, self.paths, self.shape)
 
     def open_if_it_repays(self, decodings: int) -> CachedImages | None:
-        """The images from the file if it exists, or if filling it now is worth it; None otherwise. A line says why.
+        """Return the images in the file if it exists or is worth filling, otherwise None; log the reason.
 
         Args:
-            decodings: how often a training decodes an image if it has no cache.
+            decodings: number of image decodings in a training run without a cache.
 
         Raises:
             UserError: the file is truncated or damaged.
@@ -238,10 +243,10 @@ class ImageCache:
             logger.warning("warning: no image cache: %s; images are decoded each time", error)
 
     def _why_not(self, saved: int) -> str:
-        """Why the file should not be filled unasked; "" if it should.
+        """Return the reason not to fill the file automatically, or "" if it should be filled.
 
         Args:
-            saved: decodings that it would save.
+            saved: number of decodings that the file would save.
         """
         if saved < REPAYS:
             return f"it would save only {saved:,} decodings, fewer than {REPAYS:,}"
@@ -251,10 +256,10 @@ class ImageCache:
         return ""
 
     def _fill(self) -> None:
-        """Decode all images into a temporary file, which takes the place of `file` when it is whole.
+        """Decode all images into a temporary file, and rename it to `file` when it is complete.
 
         Raises:
-            DiskError: it cannot be written; nothing is left of it.
+            DiskError: the file cannot be written; no part of it is left.
         """
         blocks = _blocks(self.shape)
         chunks = [self.paths[block.start : block.stop] for block in blocks]
@@ -276,7 +281,7 @@ class ImageCache:
         """Check whether the file exists and is intact, and delete partial files of killed training runs next to it.
 
         Raises:
-            UserError: it is truncated or damaged.
+            UserError: the file is truncated or damaged.
         """
         sweep(self.folder, ".images-*.tmp")
         if not self.file.exists():
@@ -289,11 +294,10 @@ class ImageCache:
 
 
 def _reserve(file: IO[bytes], size: int) -> None:
-    """Take a file's room on the disk now: a full disk is told before anything is decoded."""
+    """Reserve a file's space on the disk now, so that a full disk is reported before anything is decoded."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _gib(size: int) -> str:
-    """Bytes in words."""
     return f"{size / 2**30:.2f} GiB"

@@ -1,4 +1,4 @@
-"""Define the losses as modules, each with its own parameters, by name."""
+"""Define the losses, as modules with parameters of their own, and choose one by its name."""
 
 import functools
 import math
@@ -13,41 +13,41 @@ from benchmarks.splits import NO_ROW
 from runtime import distributed
 from runtime.precision import product_type
 
-LOGIT_SCALE = 100.0  # of the original; CLIP's own training allows no more
-MOST_LOGITS = 2**24  # of queries against a bank, in memory at a time: 64 MiB
+LOGIT_SCALE = 100.0  # scale in the original implementation, and upper bound in CLIP's own training
+MOST_LOGITS = 2**24  # maximum number of logits against a bank in memory at a time: 64 MiB
 
 
 class Loss(nn.Module):
-    """The loss of all processes' batches together, from the rows of this one.
+    """Loss of the global batch over all processes, computed from the rows of this process.
 
-    A new one is a class with a `forward` and a line in `make_loss`; its parameters are trained, saved and resumed like
-    the model's.
+    To add a loss, write a class with a `forward` and a line in `make_loss`. Its parameters are trained, saved and
+    resumed like the model's parameters.
     """
 
     def forward(self, queries: Tensor, targets: Tensor, target_ids: Tensor) -> Tensor:
-        """Return the loss, the same on every process.
+        """Return the loss, which is equal on every process.
 
         Args:
             queries: (b, D), normalised.
-            targets: (b, D), normalised; with hard negatives (b, 1 + N, D), each target before its own.
-            target_ids: (b,) which image each target is, rows of the bank where there is one; with hard negatives
-                (b, 1 + N), NO_ROW in place of one that is missing.
+            targets: (b, D), normalised; with hard negatives (b, 1 + N, D), each target followed by its negatives.
+            target_ids: (b,) identifies the image of each target; with a bank, its row there. With hard negatives (b, 1
+                + N), NO_ROW for a missing negative.
         """
         raise NotImplementedError
 
     def report(self) -> dict[str, float]:
-        """Return what it has learned, for the log and the CSV files."""
+        """Return the learned values, for the log and the CSV files."""
         return {}
 
 
 class ScaledLoss(Loss):
-    """A loss over cosines times a scale, the inverse of a temperature.
+    """Loss over cosines times a scale, the inverse of a temperature.
 
     Args:
-        learn_temperature: let the scale learn, from the original's 100 on and never above it, as CLIP bounds it
-            (Radford et al. 2021, arXiv 2103.00020, 2.5).
-        label_smoothing: share of the answer that is spread evenly over all columns that are not masked, the own one
-            among them (Szegedy et al. 2016, arXiv 1512.00567, 7); 0 of the original.
+        learn_temperature: learn the scale. It starts at 100, the original implementation's scale, and never exceeds it,
+            as in CLIP (Radford et al. 2021, arXiv 2103.00020, 2.5).
+        label_smoothing: probability that is spread evenly over all columns that are not masked, including the query's
+            target (Szegedy et al. 2016, arXiv 1512.00567, 7); 0 in the original implementation.
     """
 
     def __init__(self, *, learn_temperature: bool = False, label_smoothing: float = 0.0) -> None:
@@ -58,7 +58,7 @@ class ScaledLoss(Loss):
         self.label_smoothing = label_smoothing
 
     def scale(self) -> Tensor | float:
-        """Return what cosines are multiplied with."""
+        """Return the factor of the cosines."""
         if self.log_scale is None:
             return LOGIT_SCALE
         with torch.no_grad():
@@ -72,15 +72,16 @@ class ScaledLoss(Loss):
 
 
 class ContrastiveLoss(ScaledLoss):
-    """Cross entropy over the batch: row i's answer is column i, every other target is a negative.
+    """Cross entropy over the batch: the target of row i is column i, and all other targets are its negatives.
 
-    Hard negatives are further columns, for all rows but those whose own target they are.
+    Hard negatives are additional columns, and are negatives for all rows except rows with the same image as target.
 
     Args:
-        symmetric: the mean of both directions, each target looking for its query too (CLIP); else the original's one.
-        mask_duplicate_targets: rows of the same target are not each other's negatives, as supervised contrastive
-            learning treats positives (Khosla et al. 2020, arXiv 2004.11362).
-        how: of `ScaledLoss`.
+        symmetric: average the losses of both directions, query to target and target to query, as CLIP does; otherwise
+            use query to target alone, as the original implementation does.
+        mask_duplicate_targets: do not use rows with the same target as negatives of each other, as supervised
+            contrastive learning treats positives (Khosla et al. 2020, arXiv 2004.11362).
+        how: arguments of `ScaledLoss`.
     """
 
     def __init__(
@@ -96,19 +97,19 @@ class ContrastiveLoss(ScaledLoss):
         return (loss + self.backwards(logits)) / 2 if self.symmetric else loss
 
     def backwards(self, logits: Tensor) -> Tensor:
-        """The loss of the batch's targets, each of which looks for its query among the batch's."""
+        """Return the loss of the direction target to query, within the batch."""
         return cross_entropy(logits[:, : len(logits)].T, self.label_smoothing)
 
     def logits(self, queries: Tensor, targets: Tensor, target_ids: Tensor) -> Tensor:
-        """Compare all queries (B, D) with all targets, then with their hard negatives: (B, B + B * N)."""
+        """Return the logits of all queries (B, D) for all targets and then their hard negatives: (B, B + B * N)."""
         queries = distributed.gather_rows(queries)
         columns = distributed.gather_rows(targets)
         has_negatives = target_ids.ndim == 2
         if has_negatives:
             columns = columns.transpose(0, 1).flatten(0, 1)
-        # Every process computes all of it: its parameters have their gradient from each.
+        # Every process computes the whole loss, so each contributes an equal part of the scale's gradient.
         scale = distributed.in_equal_parts(self.scale())
-        # Never in half precision: at 100 times a cosine, bf16 has steps of a half.
+        # Never compute logits in half precision: just below 100, bf16 values are 0.5 apart.
         with torch.autocast(queries.device.type, enabled=False):
             exact = torch.promote_types(queries.dtype, torch.float32)
             logits = scale * queries.to(exact) @ columns.to(exact).T
@@ -124,7 +125,10 @@ class ContrastiveLoss(ScaledLoss):
 
 
 def cross_entropy(logits: Tensor, smoothing: float) -> Tensor:
-    """The mean over rows, row i's answer being column i. What is masked, -inf, has no share of the smoothing."""
+    """Return the mean cross entropy over rows, where column i is the target of row i.
+
+    Masked logits, -inf, get no share of the smoothing.
+    """
     answers = torch.arange(len(logits), device=logits.device)
     loss = F.cross_entropy(logits, answers)
     if not smoothing:
@@ -136,15 +140,15 @@ def cross_entropy(logits: Tensor, smoothing: float) -> Tensor:
 
 
 class BankLoss(ContrastiveLoss):
-    """Cross entropy over a bank of frozen targets: every target but its own is a negative of a query.
+    """Cross entropy over a bank of frozen targets: all targets except a query's own target are its negatives.
 
-    The loss is as exact as that of a batch. Its gradient's product, with probabilities and not with 100 times a cosine,
-    is computed in what autocast says.
+    The loss is computed as precisely as the loss of a batch. Its gradient multiplies the bank by probabilities, which
+    stay accurate in half precision, and not by cosines times 100, so that product is computed in autocast's precision.
 
     Args:
-        bank: (T, D), normalised, each target once: so no column but a query's own is of its target.
-        how: of `ContrastiveLoss`. There is no bank of queries, so the other direction is that of the batch, and it
-            alone has duplicates to mask.
+        bank: (T, D), normalised. Each target occurs once, so exactly one column contains a query's target.
+        how: arguments of `ContrastiveLoss`. As there is no bank of queries, the direction target to query is computed
+            within the batch, and only this direction has duplicates to mask.
     """
 
     def __init__(self, bank: Tensor, **how: Any) -> None:
@@ -170,10 +174,10 @@ class BankLoss(ContrastiveLoss):
 
 
 class _BankLoss(torch.autograd.Function):
-    """The cross entropy of `BankLoss`, a block of queries after another.
+    """The cross entropy of `BankLoss`, computed for one block of queries at a time.
 
-    A bank learns nothing, so the gradient of each query is made beside its loss: the bank's rows times the scale,
-    weighed by the probabilities and without its own row. No more than one block's logits are ever kept.
+    The bank is frozen, so the gradient of each query is computed together with its loss: the bank's rows times the
+    scale, weighted by the probabilities, minus the target's row. Only one block's logits are in memory at a time.
     """
 
     @staticmethod
@@ -194,7 +198,7 @@ class _BankLoss(torch.autograd.Function):
             losses.append((smoothing - 1) * probabilities.gather(1, own))
             if smoothing:
                 losses[-1] -= smoothing * probabilities.mean(1, keepdim=True)
-            # Minus the answer, of which each column has its share.
+            # Subtract the target distribution, of which smoothing gives a part to each column.
             probabilities.exp_().scatter_add_(1, own, torch.full_like(losses[-1], smoothing - 1))
             if smoothing:
                 probabilities -= smoothing / len(bank)
@@ -214,7 +218,7 @@ class _BankLoss(torch.autograd.Function):
 
 
 def learned_groups(learned: Iterable[nn.Parameter], loss: Loss) -> list[dict[str, Any]]:
-    """Return what an optimizer takes: a model's parameters, and those of its loss, which no weight decay moves."""
+    """Return an optimizer's parameter groups: a model's parameters, and the loss's parameters without weight decay."""
     groups: list[dict[str, Any]] = [{"params": list(learned)}]
     if own := list(loss.parameters()):
         groups.append({"params": own, "weight_decay": 0.0})
@@ -225,8 +229,8 @@ def make_loss(flags: Any, *, bank: Tensor | None = None) -> Loss:
     """Return the loss that the flags choose.
 
     Args:
-        flags: of a training; `loss` is one of `choices.LOSSES`.
-        bank: all targets (T, D), where they are every query's negatives; None where those of its batch are.
+        flags: flags of a training run; `loss` is one of `choices.LOSSES`.
+        bank: (T, D) all training targets, if they are every query's negatives; None for the targets of the batch.
     """
     form = ContrastiveLoss if bank is None else functools.partial(BankLoss, bank)
     losses: dict[str, Callable[..., Loss]] = {

@@ -1,4 +1,4 @@
-"""Hard negatives: images besides the targets of its batch that a query is told apart from."""
+"""Provide hard negatives: images that a query is contrasted with in addition to the targets of its batch."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,22 +11,22 @@ from torch.nn.utils.rnn import pad_sequence
 from benchmarks.splits import NO_ROW, Split
 from runtime.choices import MINED
 
-# Times as many are mined as an epoch draws: the very nearest often answer the query too.
+# Number of images to mine for each image that an epoch draws: the very nearest images are often correct results too.
 POOL = 10
-MOST_COSINES = 2**24  # in memory at a time: 64 MiB
+MOST_COSINES = 2**24  # maximum number in memory at a time: 64 MiB
 
 
 class HardNegatives:
-    """A pool of images for each triplet, of which every epoch draws some, by seed and epoch alone.
+    """A pool of images for each triplet. Every epoch draws some, depending only on the seed and the epoch.
 
     Args:
-        split: of training; its triplets name their negatives unless these are mined.
-        flags: of a training: `hard_negatives` are drawn.
-        features: the gallery's as they are now, (G, D); asked for where negatives are mined.
-        every: epochs from one mining to the next.
+        split: training split; its triplets list their negatives unless these are mined.
+        flags: flags of a training run; `hard_negatives` is the number of images to draw.
+        features: returns the current features of the gallery, (G, D); called only to mine.
+        every: number of epochs between two minings.
 
     Attributes:
-        pools: (Q, P) gallery rows; NO_ROW fills up those that have fewer.
+        pools: (Q, P) gallery rows, padded with NO_ROW.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class HardNegatives:
 
     @property
     def number(self) -> int:
-        """Return the hard negatives per triplet of a step: `--hard-negatives`, or fewer if all pools are smaller."""
+        """Return the number of hard negatives per triplet: `--hard-negatives`, or fewer if all pools are smaller."""
         wanted = self.flags.hard_negatives
         return wanted if self._are_mined else min(wanted, self.pools.shape[1])
 
@@ -56,7 +56,7 @@ class HardNegatives:
         return self.flags.hard_negatives_from == MINED
 
     def refresh(self, epoch: int) -> None:
-        """Mine again where an epoch begins with that."""
+        """Mine the negatives again if mining is due in this epoch."""
         if self._are_mined and epoch % self.every == 0:
             wanted = POOL * self.flags.hard_negatives
             self.pools = mined(
@@ -64,31 +64,31 @@ class HardNegatives:
             )
 
     def beside(self, target_rows: Tensor, epoch: int) -> Tensor:
-        """Gallery rows (Q, 1 + N) of each triplet's target (Q,) and, behind it, of its negatives in an epoch."""
+        """Return gallery rows (Q, 1 + N): each triplet's target (Q,) followed by its negatives of an epoch."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.rand(self.pools.shape, generator=generator)
-        order[self.pools == NO_ROW] = 1  # after all others
+        order[self.pools == NO_ROW] = 1  # sorts NO_ROW behind all images
         drawn = self.pools.gather(1, order.argsort(dim=1)[:, : self.number])
         return torch.cat([target_rows.unsqueeze(1), drawn.to(target_rows.device)], dim=1)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the pools: what was mined cannot be mined again from later weights."""
+        """Return the pools, because mining with later weights would find other images."""
         return {"pools": self.pools}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Take the pools of a state."""
+        """Restore the pools from a state."""
         self.pools = state_dict["pools"]
 
 
 def mined(features: Tensor, split: Split, *, number: int, margin: float) -> Tensor:
-    """Find the images nearest to each triplet's target, (Q, number) gallery rows or as many as there are images.
+    """Find the images nearest to each triplet's target: gallery rows (Q, number), or fewer if the gallery is smaller.
 
-    Neither the reference nor any target of the same query is among them, nor a near copy of the target; NO_ROW stands
-    where nothing is left.
+    The reference, all targets of the same query and near copies of the target are excluded. If no other images are
+    left, NO_ROW fills the row.
 
     Args:
-        features: of the gallery, (G, D).
-        margin: an image whose cosine to the target is above 1 - margin counts as a copy of it.
+        features: features of the gallery, (G, D).
+        margin: an image whose cosine to the target is above 1 - margin counts as a copy of the target.
     """
     features = F.normalize(features, dim=-1)
     answers: dict[object, list[int]] = {}
@@ -110,6 +110,6 @@ def mined(features: Tensor, split: Split, *, number: int, margin: float) -> Tens
 
 
 def _rows(lists: Iterable[Iterable[int]]) -> Tensor:
-    """Rows of lists of different lengths, which NO_ROW fills up."""
+    """Return lists of different lengths as the rows of a tensor, padded with NO_ROW."""
     tensors = [torch.tensor(list(own), dtype=torch.long) for own in lists]
     return pad_sequence(tensors, batch_first=True, padding_value=NO_ROW)

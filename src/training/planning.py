@@ -1,8 +1,8 @@
-"""Estimate the memory and work of a training run on a GPU that need not exist, counted by torch's own tools.
+"""Estimate the memory and operations of a training run on a GPU that need not be present, with torch's own tools.
 
-The true models run on tensors without data (`FakeTensorMode`): `MemTracker` sees how long each tensor lives, and
-`FlopCounterMode` counts products. They run as on a CPU, whose attention keeps as much as a GPU's flash attention: a
-backward pass on CUDA's tensors would ask for a driver.
+The real models run on tensors without data (`FakeTensorMode`): `MemTracker` tracks the lifetime of each tensor, and
+`FlopCounterMode` counts matrix multiplications. The tensors are CPU tensors, because a backward pass on CUDA tensors
+would need a driver; attention on the CPU keeps as much memory as flash attention on a GPU.
 """
 
 import functools
@@ -34,22 +34,24 @@ from training.stage1 import SumFeatures
 from training.stage2 import ComposedFeatures
 from utils import UserError
 
-EFFICIENCY = 0.4  # of a GPU's rate of products is what a whole training reaches, by rule of thumb
-USABLE = 0.9  # of its memory; the rest is for CUDA, libraries' workspaces and gaps between tensors
-FLOAT = 4  # bytes
-SMALLEST_MICRO_BATCH = 16  # triplets; with fewer a GPU waits for its next kernel
-MOST_SIMILARITIES = 2**28  # in memory at a time, see `evaluation/retrieval.py`
+EFFICIENCY = 0.4  # fraction of a GPU's matmul throughput that training reaches, by rule of thumb
+USABLE = 0.9  # usable fraction of a GPU's memory; the rest is CUDA, workspaces and fragmentation
+FLOAT = 4  # bytes of a number
+SMALLEST_MICRO_BATCH = 16  # triplets; with fewer, a GPU waits for kernel launches
+MOST_SIMILARITIES = 2**28  # maximum number in memory at a time, see `evaluation/retrieval.py`
 NO_DATA = FakeTensorMode(allow_non_fake_inputs=True)
-CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts the GPU's
+# The operator for which torch's counter has no formula, unlike for attention on a GPU.
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @dataclass(frozen=True)
 class Counted:
-    """Memory and operations that some code needs.
+    """Memory and operations that a computation needs.
 
     Attributes:
-        peak: bytes that were alive at the same time, at the most, besides those that were there before.
-        operations: floating-point operations of the forward pass's products, two for each multiplication and addition.
+        peak: maximum number of bytes alive at the same time, not counting the tensors that existed before.
+        operations: floating-point operations of the matrix multiplications in the forward pass, two for each
+            multiply-add.
     """
 
     peak: int
@@ -64,12 +66,12 @@ def count(
     backward: bool = False,
     value_read: int = 0,
 ) -> Counted:
-    """Run a forward pass, and if asked for the backward pass from its outputs, and count.
+    """Run a forward pass, and the backward pass from its outputs if requested, and count memory and operations.
 
     Args:
-        given: what is there before, without data.
-        precision: of products; "bf16" stands for both halves, which take the same bytes.
-        value_read: what a number is taken for that is read from a tensor.
+        given: modules and tensors that exist before, without data.
+        precision: precision of matrix multiplications; fp16 is counted as bf16, which needs the same memory.
+        value_read: value returned when code reads a number from a tensor.
     """
     memory = MemTracker()
     work = FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: _operations_of_attention})
@@ -78,7 +80,7 @@ def count(
         memory.track_external(*given)
         before = _bytes_tracked(memory, "current")
         with memory, _ValueRead(value_read):
-            # Its statistics by module take most of the time, and it fails to make them of frozen weights.
+            # Disable its statistics by module: they take most of the time, and fail for frozen weights.
             memory._mod_tracker.__exit__()
             with work, half:
                 outputs = forward()
@@ -96,7 +98,7 @@ def _bytes_tracked(memory: MemTracker, when: str) -> int:
 
 
 class _ValueRead(TorchDispatchMode):
-    """Gives a value to whoever reads a number from a tensor without data."""
+    """A mode in which reading a number from a tensor without data returns a given value."""
 
     def __init__(self, value: int) -> None:
         super().__init__()
@@ -109,7 +111,7 @@ class _ValueRead(TorchDispatchMode):
 
 
 def without_data(module: nn.Module) -> nn.Module:
-    """The module, whose weights have no data any more, and where they learn a gradient."""
+    """Remove the data from a module's weights, allocate gradients for the trainable ones, and return the module."""
     with NO_DATA:
         module.to_empty(device="cpu")
         for weight in module.parameters():
@@ -118,34 +120,34 @@ def without_data(module: nn.Module) -> nn.Module:
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor without data."""
+    """Return a tensor of this shape without data."""
     with NO_DATA:
         return torch.empty(shape, dtype=dtype)
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of tensors."""
+    """Return the total size of tensors in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def weights_bytes(module: nn.Module) -> int:
-    """Return the bytes of a module's weights and buffers."""
+    """Return the size of a module's weights and buffers in bytes."""
     return bytes_of([*module.parameters(), *module.buffers()])
 
 
 def learned_bytes(module: nn.Module) -> int:
-    """Return the bytes of the trainable weights of a module."""
+    """Return the size of a module's trainable weights in bytes."""
     return bytes_of(weight for weight in module.parameters() if weight.requires_grad)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Size of the data.
+    """Sizes of the training and validation data.
 
     Attributes:
-        triplets, variants: of training, and the texts that each has.
-        images: of the training's list, of which stage 2 makes features.
-        val: queries and gallery of each validation split.
+        triplets, variants: number of training triplets, and of caption variants of each.
+        images: number of images in the training list, whose features stage 2 computes.
+        val: number of queries and of gallery images of each validation split.
     """
 
     name: str
@@ -156,17 +158,17 @@ class Sizes:
 
     @property
     def queries(self) -> int:
-        """Validation triplets."""
+        """Return the number of validation queries."""
         return sum(queries for queries, _ in self.val)
 
     @property
     def gallery(self) -> int:
-        """Validation images; one that is in two galleries is encoded twice and counts twice."""
+        """Return the number of validation images; an image in two galleries is encoded twice and counts twice."""
         return sum(images for _, images in self.val)
 
     @property
     def similarities(self) -> int:
-        """Bytes of the largest block of similarities, with a byte for each where they are compared."""
+        """Return the bytes of the largest block of similarities, with one more byte each for a comparison."""
         most = max(queries * images for queries, images in self.val)
         return min(most, MOST_SIMILARITIES) * (FLOAT + 1)
 
@@ -194,7 +196,7 @@ def sizes_of(benchmark: Benchmark) -> Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """Settings of a step; the fields are named like their flags."""
+    """Settings of a step, named like their flags."""
 
     batch_size: int
     micro_batch_size: int | None = None
@@ -202,13 +204,13 @@ class Way:
 
     @property
     def rows(self) -> int:
-        """Triplets whose activations are in memory at a time."""
+        """Return the number of triplets whose activations are in memory at a time."""
         return self.micro_batch_size or self.batch_size
 
 
 @dataclass(frozen=True)
 class Work:
-    """Operations of one kind, and the type of numbers that they are done in, one of a `Gpu`'s rates."""
+    """Operations of one kind, and the precision that they are computed in, a key of `Gpu.rates`."""
 
     part: str
     operations: float
@@ -216,18 +218,18 @@ class Work:
 
 
 def seconds(work: Iterable[Work], gpu: Gpu) -> float:
-    """Estimate the seconds that work takes."""
+    """Estimate the time of some work on a GPU, in seconds."""
     return sum(part.operations / gpu.rates[part.precision] for part in work) / (EFFICIENCY * 1e12)
 
 
 class CountedClip:
-    """A CLIP without data: what it takes to learn and to encode.
+    """A CLIP without data, which counts the memory and operations of training and encoding.
 
     Args:
-        name: what `--clip-model-name` says; published weights are not fetched for it.
-        trained: one of ENCODERS; None where nothing learns.
-        batch_size, precision: with which it encodes images and captions.
-        lora: adapters that learn alone, where it has a rank.
+        name: value of `--clip-model-name`; published weights are not downloaded.
+        trained: encoder to train, one of ENCODERS; None to train nothing.
+        batch_size, precision: settings of encoding images and captions.
+        lora: adapters; if they have a rank, they alone are trained.
     """
 
     def __init__(
@@ -251,7 +253,7 @@ class CountedClip:
         clip, backbone = _unloaded(self.name)
         if self.trained:
             choose_trained(clip, self.trained, self.lora)
-        backbone.normalise(torch.zeros(3, 1, 1))  # its constants, which it remembers, have data
+        backbone.normalise(torch.zeros(3, 1, 1))  # caches the constants while tensors have data
         return without_data(clip), backbone
 
     @functools.cached_property
@@ -262,17 +264,17 @@ class CountedClip:
         return clip
 
     def inputs(self, rows: int, negatives: int = 0) -> list[Tensor]:
-        """References, targets, if any with hard negatives, and tokens of some triplets."""
+        """Return the inputs of some triplets: references, targets with any hard negatives, and tokens."""
         side, context = self.backbone.resolution, self.backbone.tokenizer.context
         references = empty(rows, 3, side, side, dtype=torch.uint8)
         targets = empty(rows, 1 + negatives, 3, side, side, dtype=torch.uint8)
         return [references, targets, empty(rows, context, dtype=torch.long)]
 
     def activations(self, way: Way, precision: str, negatives: int = 0) -> int:
-        """Bytes of one micro-batch at the peak, in a training in some precision.
+        """Return the peak memory of one micro-batch in bytes, in a training precision.
 
-        Those of a part of the batch are on a line between two rows and all, or below it: a peak is the largest of sums
-        that each grow with the rows.
+        The peak of a part of the batch is interpolated linearly between 2 rows and the full batch. The true peak is not
+        higher: it is the largest of several sums that each grow linearly with the rows.
         """
         few = 2
         many = max(way.batch_size, few + 1)
@@ -285,9 +287,10 @@ class CountedClip:
 
     @functools.cached_property
     def shared(self) -> int:
-        """Bytes of the weights that micro-batches share, see `lean_clip`.
+        """Return the bytes of the derived weights that micro-batches share, see `lean_clip`.
 
-        Their gradients come before the others', and take their place as far as it goes: adapters have little.
+        The gradients of these weights exist before the other gradients, and use their memory as far as it suffices:
+        with adapters, the other gradients are small.
         """
         modules = [module for module in self.model.modules() if isinstance(module, Folding)]
         made = list(itertools.chain.from_iterable(module.fold() for module in modules))
@@ -296,7 +299,7 @@ class CountedClip:
 
     @functools.cached_property
     def _encoded(self) -> tuple[Counted, Counted]:
-        """A batch of images, and one of captions, without gradient."""
+        """Count the encoding of a batch of images and of a batch of captions, without gradients."""
         clip, normalise = self.model, self.backbone.normalise
         images, _, tokens = inputs = self.inputs(self.batch_size)
         taken = functools.partial(count, given=[clip, *inputs], precision=self.precision)
@@ -308,11 +311,11 @@ class CountedClip:
 
     @property
     def encoding_memory(self) -> int:
-        """Bytes at the peak of encoding."""
+        """Return the peak memory of encoding in bytes."""
         return max(part.peak for part in self._encoded) + bytes_of(self.inputs(self.batch_size))
 
     def encoding(self, images: int, captions: int) -> list[Work]:
-        """The work of encoding images and captions."""
+        """Return the work of encoding images and captions."""
         image, caption = (part.operations / self.batch_size for part in self._encoded)
         return [
             Work(f"encoding {images:,} images", images * image, self.precision),
@@ -321,7 +324,7 @@ class CountedClip:
 
 
 def _unloaded(name: str) -> tuple[nn.Module, Backbone]:
-    """A CLIP and what it is, without weights where they are not at hand."""
+    """Return a CLIP and its `Backbone`. Weights that are not on this machine are not downloaded."""
     other = open_clip_name(name)
     if other is not None:
         from models import open_clip_package
@@ -339,9 +342,9 @@ def _unloaded(name: str) -> tuple[nn.Module, Backbone]:
 def _step(
     clip: CountedClip, precision: str, checkpointed: bool, negatives: int, rows: int
 ) -> Counted:
-    """A step of stage 1 without its loss.
+    """Count a step of stage 1 without its loss.
 
-    Activations are most when the forward pass ends, unless a backward pass makes some of them again.
+    Memory peaks at the end of the forward pass, unless the backward pass recomputes activations.
     """
     model = SumFeatures(clip.checkpointed if checkpointed else clip.model, clip.backbone)
     inputs = clip.inputs(rows, negatives)
@@ -354,7 +357,10 @@ def _step(
 def _composed(
     combiner: Composer, rows: int, dim: int, experts: int, precision: str | None
 ) -> Counted:
-    """A Combiner's forward pass in a precision of training, or in evaluation; each expert gets as many rows."""
+    """Count a Combiner's forward pass in a training precision, or in evaluation mode if it is None.
+
+    All experts get equally many rows.
+    """
     experts = max(1, experts)
     rows = -(-rows // experts) * experts
     training = precision is not None
@@ -373,7 +379,7 @@ def _composed(
 def _lost(
     rows: int, dim: int, *, masked: bool, bank: int, negatives: int, precision: str
 ) -> Counted:
-    """A loss and its gradients with respect to features: over a batch, or over a bank of some targets."""
+    """Count a loss and its gradients with respect to features, over the batch or over a bank of `bank` targets."""
     of_targets = (rows, 1 + negatives) if negatives else (rows,)
     features = [empty(*shape, dim).requires_grad_() for shape in ((rows,), of_targets)]
     ids = empty(*of_targets, dtype=torch.long)
@@ -389,13 +395,13 @@ def _lost(
 
 @dataclass(frozen=True, kw_only=True)
 class Training(ABC):
-    """A stage as flags want it: what it takes, and how it can take less memory.
+    """A stage with its settings: the memory and work it needs, and settings that need less memory.
 
     Attributes:
-        precision: of its products, "fp16", "bf16" or "fp32".
-        averaged: whether a moving average follows the weights.
-        masked: whether rows of one target are not each other's negatives.
-        hard_negatives: images besides its target that a triplet brings; that they are mined is not counted.
+        precision: precision of matrix multiplications, "fp16", "bf16" or "fp32".
+        averaged: whether a moving average of the weights is kept.
+        masked: whether rows with the same target are excluded from each other's negatives.
+        hard_negatives: number of hard negatives per triplet; mining them is not counted.
     """
 
     clip: CountedClip
@@ -412,30 +418,30 @@ class Training(ABC):
 
     @abstractmethod
     def passing(self, way: Way) -> dict[str, int]:
-        """Bytes that a step needs besides what lasts, by part."""
+        """Return the bytes that a step needs in addition to `lasting`, by part."""
 
     @abstractmethod
     def other_peaks(self) -> dict[str, int]:
-        """Bytes that are taken in all at other times than in a step, by what is done then."""
+        """Return the total bytes needed at other times than in a step, by activity."""
 
     @abstractmethod
     def step(self, way: Way) -> list[Work]:
-        """The work of a step."""
+        """Return the work of a step."""
 
     @abstractmethod
     def validation(self) -> list[Work]:
-        """The work of a validation."""
+        """Return the work of a validation."""
 
     @abstractmethod
     def once(self) -> list[Work]:
-        """The work before the first epoch."""
+        """Return the work before the first epoch."""
 
     @abstractmethod
     def ways(self, asked: Way) -> Iterator[Way]:
-        """Ways that take less memory than the one that was asked for, none faster than those before it."""
+        """Yield settings that need less memory than the requested ones, in order of decreasing speed."""
 
     def lasting(self) -> dict[str, int]:
-        """Bytes that are taken all the time, by part. Adam keeps two numbers for each weight that learns."""
+        """Return the bytes in use all the time, by part. Adam keeps two numbers for each trainable weight."""
         weights = weights_bytes(self.module)
         learned = learned_bytes(self.module)
         return {
@@ -446,22 +452,22 @@ class Training(ABC):
         }
 
     def needed(self, way: Way) -> int:
-        """Bytes at the highest peak."""
+        """Return the bytes at the highest peak."""
         step = sum(self.lasting().values()) + sum(self.passing(way).values())
         return max(step, *self.other_peaks().values())
 
     def first_that_fits(self, asked: Way, memory: float) -> Way | None:
-        """The way that was asked for if it needs no more than some bytes, else the first that does not."""
+        """Return the requested settings if `memory` bytes suffice for them, otherwise the first of `ways` that fits."""
         fitting = (way for way in (asked, *self.ways(asked)) if self.needed(way) <= memory)
         return next(fitting, None)
 
     def epoch(self, way: Way) -> list[Work]:
-        """The work of an epoch without its validation."""
+        """Return the work of an epoch without its validation."""
         steps = self.sizes.triplets // way.batch_size
         return [replace(part, operations=steps * part.operations) for part in self.step(way)]
 
     def loss(self, way: Way) -> tuple[int, list[Work]]:
-        """Bytes and work of the loss from the features of a whole batch, with its gradients."""
+        """Return the bytes and work of the loss on the features of a full batch, including its gradients."""
         counted = self._lost(way)
         return counted.peak, [Work("loss", 3 * counted.operations, "fp32")]
 
@@ -476,14 +482,14 @@ class Training(ABC):
         )
 
     def comparing(self) -> Work:
-        """Similarities of all validation queries to their galleries."""
+        """Return the work of comparing all validation queries with their galleries."""
         pairs = sum(queries * images for queries, images in self.sizes.val)
         return Work("similarities", 2 * pairs * self.clip.dim, "fp32")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuning(Training):
-    """Stage 1: the CLIP learns."""
+    """Stage 1: fine-tuning CLIP."""
 
     @property
     def module(self) -> nn.Module:
@@ -529,7 +535,7 @@ class FineTuning(Training):
         return [*self.clip.encoding(images, self.sizes.queries), self.comparing()]
 
     def once(self) -> list[Work]:
-        """Galleries that no epoch changes are encoded once."""
+        """Return the work of encoding the galleries, if the image encoder is frozen."""
         frozen = self.clip.trained == "text"
         return self.clip.encoding(self.sizes.gallery, 0) if frozen else []
 
@@ -545,12 +551,12 @@ class FineTuning(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class CombinerTraining(Training):
-    """Stage 2: a Combiner learns on features that the CLIP made.
+    """Stage 2: training a Combiner on features of a frozen CLIP.
 
     Attributes:
-        combiner: without data, see `combiner_to_count`.
-        experts: how many it has; 0 without a mixture.
-        negatives: of a query, one of NEGATIVES.
+        combiner: a Combiner without data, see `combiner_to_count`.
+        experts: number of experts; 0 without a mixture.
+        negatives: negatives of a query, one of NEGATIVES.
     """
 
     combiner: Composer
@@ -590,7 +596,10 @@ class CombinerTraining(Training):
         ]
 
     def loss(self, way: Way) -> tuple[int, list[Work]]:
-        """Count the loss; a bank's loss also computes its gradient, by a second, equal matrix multiplication."""
+        """Return the bytes and work of the loss.
+
+        The loss of a bank also computes its gradient, which needs a second matrix multiplication of equal size.
+        """
         if self.negatives == "batch":
             return super().loss(way)
         counted = self._lost(way, bank=self._targets)
@@ -601,7 +610,7 @@ class CombinerTraining(Training):
         ]
 
     def epoch(self, way: Way) -> list[Work]:
-        """With the report on the router, which sees all validation queries."""
+        """Return the work of an epoch, including the router's report on all validation queries."""
         report = [replace(self._composing(), part="the router's report")] if self.experts else []
         return [*super().epoch(way), *report]
 
@@ -613,17 +622,17 @@ class CombinerTraining(Training):
         return self.clip.encoding(self.sizes.images + self.sizes.gallery, captions)
 
     def ways(self, asked: Way) -> Iterator[Way]:
-        least = 1 if self.negatives == "bank" else 2  # without a negative nothing is learned
+        least = 1 if self.negatives == "bank" else 2  # a bank has negatives even for a batch of 1
         for batch_size in _halves(asked.batch_size, least):
             yield replace(asked, batch_size=batch_size)
 
     @property
     def _targets(self) -> int:
-        """Images that are a target of some training triplet, at the most."""
+        """Return the maximum number of images that are targets of training triplets."""
         return min(self.sizes.triplets, self.sizes.images)
 
     def _features(self) -> int:
-        """Bytes of the frozen features of training and validation, and of the targets' normalised ones."""
+        """Return the bytes of the frozen training and validation features and of the normalised target features."""
         captions = self.sizes.variants * self.sizes.triplets
         compared = self.sizes.images if self.hard_negatives else self._targets
         training = self.sizes.images + compared + captions
@@ -631,10 +640,10 @@ class CombinerTraining(Training):
         return (training + validation) * self.clip.dim * FLOAT
 
     def _workspace(self, rows: int) -> int:
-        """Bytes that attention's backward pass takes for itself.
+        """Return the bytes of the workspace that attention's backward pass allocates.
 
-        In half precision the memory-efficient kernel adds up the gradients of heads longer than 128 in float32, 256
-        rows of a head for each head of each sequence (torch's mem_eff_attention/kernel_backward.h).
+        In half precision, the memory-efficient kernel accumulates the gradients of heads with a dimension above 128 in
+        float32: 256 rows of a head for each head of each sequence (torch's mem_eff_attention/kernel_backward.h).
         """
         most = 0
         for module in self.combiner.modules():
@@ -643,7 +652,10 @@ class CombinerTraining(Training):
         return 0 if self.precision == "fp32" else rows * 256 * most * FLOAT
 
     def _composing(self) -> Work:
-        """All validation queries composed, as in training: torch knows no operations of evaluation's attention."""
+        """Return the work of composing all validation queries.
+
+        It is counted in training mode, because torch has no formula for attention in evaluation mode.
+        """
         queries = self.sizes.queries
         operations = self._composed(queries, self.precision).operations
         return Work(f"composing {queries:,} queries", operations, "fp32")
@@ -653,7 +665,7 @@ class CombinerTraining(Training):
 
 
 def combiner_to_count(clip: CountedClip, choice: WantedCombiner) -> Composer:
-    """A Combiner without data for features of a CLIP."""
+    """Build a Combiner without data for features of a CLIP."""
     with torch.device("meta"):
         combiner = build_combiner({"clip_dim": clip.dim, **choice.model_dump()})
     without_data(combiner)
@@ -661,6 +673,6 @@ def combiner_to_count(clip: CountedClip, choice: WantedCombiner) -> Composer:
 
 
 def _halves(rows: int, least: int) -> Iterator[int]:
-    """Half of some rows, half of that, and so on, but no fewer than `least`."""
+    """Halve a number of rows again and again; yield each result that is at least `least`."""
     while (rows := rows // 2) >= least:
         yield rows

@@ -1,7 +1,7 @@
-"""Regularise training: queries without their text or image, mixed triplets, noise on features.
+"""Regularise training: drop the text or the image of queries, mix triplets, add noise to features.
 
-All of it is drawn for the whole batch by seed, epoch and step alone, so a resumed training draws the same, and several
-processes draw what one does.
+All random numbers are drawn for the global batch, and depend only on the seed, the epoch and the step. So a resumed run
+draws the same numbers, and several processes draw the same numbers as a single one.
 """
 
 import random
@@ -16,11 +16,11 @@ from runtime import distributed
 from training.data import Order
 from training.step import Batch, Batches
 
-MOST_IDS = 2**31  # more than there are targets
+MOST_IDS = 2**31  # exceeds the number of targets
 
 
 def parts_kept(order: Order, epoch: int, flags: Any) -> Tensor:
-    """Return which queries of this process keep image and text, (steps, b, 2) bool; each keeps at least one."""
+    """Return whether queries of this process keep their image and their text, (steps, b, 2) bool; never neither."""
     shape = (order.steps, order.batch_size)
     drawn = torch.rand(shape, generator=order.generator(epoch, "parts"))
     no_text = drawn < flags.drop_text
@@ -29,7 +29,7 @@ def parts_kept(order: Order, epoch: int, flags: Any) -> Tensor:
 
 
 def told_what_is_kept(batches: Batches, order: Order, flags: Any) -> Batches:
-    """Stage 1's batches with a fourth input: which features of its queries are kept, (b, 2) bool."""
+    """Return stage 1's batches with a fourth input: whether each query keeps its image and its text, (b, 2) bool."""
     if not flags.drop_text and not flags.drop_image:
         return batches
 
@@ -42,10 +42,10 @@ def told_what_is_kept(batches: Batches, order: Order, flags: Any) -> Batches:
 
 
 def regularised(batches: Batches, order: Order, flags: Any) -> Batches:
-    """Stage 2's batches with their triplets mixed, noise on their features, and parts of the queries zero.
+    """Return stage 2's batches with triplets mixed, noise added to query features, and dropped query features set to 0.
 
     Args:
-        flags: of stage 2.
+        flags: flags of stage 2.
     """
     if not any([flags.mix, flags.feature_noise, flags.drop_text, flags.drop_image]):
         return batches
@@ -71,17 +71,17 @@ def regularised(batches: Batches, order: Order, flags: Any) -> Batches:
 def mixed(
     inputs: list[Tensor], ids: Tensor, *, alpha: float, seed: int
 ) -> tuple[list[Tensor], Tensor]:
-    """Mix each triplet with one of a permuted batch: mixup (Zhang et al. 2018, arXiv 1710.09412) of features.
+    """Mix each triplet with its partner in a permuted batch: mixup (Zhang et al. 2018, arXiv 1710.09412) of features.
 
-    One share for the whole step comes from Beta(alpha, alpha), as in the paper's code. A mixed query's answer is the
-    normalised mix of both targets, and the other mixed targets of its step are its negatives.
+    One mixing weight for all triplets of the step is drawn from Beta(alpha, alpha), as in the paper's code. The target
+    of a mixed query is the normalised mix of both targets, and its negatives are the other mixed targets of the step.
 
     Args:
         inputs: reference, caption and normalised target features (b, D) of this process.
-        ids: (b,) which image each target is.
+        ids: (b,) identifies the image of each target.
 
     Returns:
-        The mixed features, and ids (b,) that only two mixes of the same two targets share.
+        The mixed features, and ids (b,) that are equal only for mixes of the same two targets.
     """
     share = random.Random(seed).betavariate(alpha, alpha)
     batch_size = len(ids) * distributed.world_size()
@@ -97,7 +97,7 @@ def mixed(
 
 
 def noisy(features: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
-    """Features (b, D) with Gaussian noise whose length is about sigma times their own."""
+    """Return features (b, D) plus Gaussian noise whose norm is about sigma times the norm of each feature."""
     own, width = features.shape
     shape = (distributed.world_size(), own, width)
     drawn = torch.randn(shape, generator=generator, device=features.device)[distributed.rank()]

@@ -1,4 +1,4 @@
-"""The folder of a run: its name, CSV files and page, who may write to it, and whether it is complete."""
+"""Manage run folders: their names, CSV files and pages, the lock, and whether a run is complete."""
 
 import contextlib
 import csv
@@ -31,8 +31,8 @@ from utils import PROJECT_ROOT, UserError, first_line, flag
 
 logger = logging.getLogger(__name__)
 
-STATE = "state.pt"  # there until the run is complete
-BEST_METRICS = "best_metrics.json"  # there when it is complete
+STATE = "state.pt"  # exists until the run is complete
+BEST_METRICS = "best_metrics.json"  # exists when the run is complete
 DELETE = f"delete {BEST_METRICS} to resume the run, or to restart it"
 
 Rows = list[dict[str, float]]
@@ -43,9 +43,9 @@ class Place:
     """Folder and settings of one training run.
 
     Attributes:
-        folder: claimed, with its hyper-parameters in it.
-        resumed_by: what `--resume` takes: the same, or the folder of all seeds.
-        settings: of the training.
+        folder: the run folder, which contains the hyper-parameters.
+        resumed_by: value of `--resume`: the same folder, or the folder of all seeds.
+        settings: settings of the training run.
     """
 
     folder: Path
@@ -54,21 +54,21 @@ class Place:
 
     @property
     def seed(self) -> int:
-        """The seed that it is trained with."""
+        """Return the seed of the training run."""
         return int(self.settings.flags["seed"])
 
 
 class Run:
-    """The folder of a training, and the trackers that mirror it. Of several processes the main one alone writes.
+    """A run folder, and the trackers that mirror it. Of several processes, only the main one writes.
 
-    Every file is written whole at each change, so an interrupted run leaves all that it had.
+    Every change rewrites the complete file, so an interrupted run keeps all of its records.
 
     Attributes:
         rows: "train", "validation", "router" or "loss_scaling" -> the rows of its CSV file.
-        resume_command: resumes the training.
+        resume_command: command that resumes the training run.
 
     Args:
-        about: what its page says of it; a command "resume" is among its commands.
+        about: content of the run's page; its commands include "resume".
     """
 
     def __init__(self, folder: Path, trackers: Trackers, about: About) -> None:
@@ -82,11 +82,11 @@ class Run:
 
     @property
     def state_file(self) -> Path:
-        """All that is needed to resume the training; there until it is complete."""
+        """Return the file with everything needed to resume the training run; it exists until the run is complete."""
         return self.folder / STATE
 
     def locked(self) -> contextlib.AbstractContextManager:
-        """Keep other training runs out of the folder while this one trains in it."""
+        """Return a context that keeps other training runs out of the folder."""
         if not self.writes:
             return contextlib.nullcontext()
         return locked(
@@ -95,23 +95,23 @@ class Run:
         )
 
     def record(self, kind: str, epoch: int, metrics: dict[str, float]) -> None:
-        """Add a row to `{kind}_metrics.csv`; it takes the place of one that the epoch had before an interruption."""
+        """Add a row to `{kind}_metrics.csv`, in place of any row that the epoch had before an interruption."""
         others = [row for row in self.rows.get(kind, []) if row["epoch"] != epoch]
         self.rows[kind] = [*others, {"epoch": epoch, **metrics}]
         self._write(kind)
         self.trackers.log_metrics(metrics, epoch)
 
     def draw(self, spent: Mapping[str, str]) -> None:
-        """Refresh the pictures, if they are due (see `RunPage`)."""
+        """Refresh the pictures if they are due (see `RunPage`)."""
         if self.writes:
             self.page.refresh(self.rows, spent, complete=False)
 
     def rewind(self, rows: dict[str, Rows]) -> None:
-        """Go back to the rows that a saved state has; what was written after it will be written again."""
+        """Restore the rows of a saved state. Later rows are dropped, and training writes them again."""
         self.rows = rows
         if not self.writes:
             return
-        for half_made in list(self.folder.rglob(HALF_MADE)):  # of a process that was killed
+        for half_made in list(self.folder.rglob(HALF_MADE)):  # left by a killed process
             discard(half_made)
         for file in self.folder.glob("*_metrics.csv"):
             if file.name.removesuffix("_metrics.csv") not in rows:
@@ -120,7 +120,10 @@ class Run:
             self._write(kind)
 
     def complete(self, metrics: Iterable[str], spent: Mapping[str, str]) -> None:
-        """Draw, write down the best validation by each of some metrics, the first of equals, and drop the state."""
+        """Draw the page, write the best validation by each metric, and delete the state.
+
+        If several validations are equally good, the first one is the best.
+        """
         if not self.writes:
             return
         self.page.refresh(self.rows, spent, complete=True)
@@ -135,7 +138,7 @@ class Run:
             return
         import pandas as pd
 
-        # As texts: a column with gaps keeps its whole numbers, and NaN is no gap.
+        # Write values as text: pandas would turn whole numbers in a column with gaps into floats, and NaN into a gap.
         spelled = []
         for row in self.rows[kind]:
             spelled.append({name: str(value) for name, value in row.items()})
@@ -144,10 +147,10 @@ class Run:
 
 
 def run_name(stage: str, benchmark: str, clip_model_name: str) -> str:
-    """`{stage}_on_{benchmark}_{clip}_{time}`.
+    """Return `{stage}_on_{benchmark}_{clip}_{time}`.
 
-    It is that of the original without what file systems or shells trip over: `:` in the time, and `/` in `ViT-B/32` or
-    in a path.
+    This is the original implementation's name without characters that cause trouble in file systems or shells: `:` in
+    the time, and `/` in `ViT-B/32` or in a path.
     """
     model = re.sub(r"[^\w.@-]+", "-", short_name(clip_model_name))
     return f"{stage}_on_{benchmark}_{model}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
@@ -171,9 +174,10 @@ def run_title(benchmark: str, settings: Settings) -> str:
 
 
 def make_folder(parent: Path, name: str, config: Mapping[str, Any]) -> Path:
-    """A new folder `name`, or `name_2` and so on, never one that exists; its hyper-parameters are in it from the start.
+    """Create a new folder `name`, or `name_2` and so on if that exists, with its hyper-parameters already in it.
 
-    It is made beside and renamed, which fails where a folder with files is, so two runs of one second share none.
+    The folder is created under a temporary name and renamed. Renaming fails if a folder with files has that name, so
+    two runs that start in the same second get different folders.
     """
     numbered = (f"{name}_{number}" for number in itertools.count(2))
     candidates = itertools.chain([name], numbered)
@@ -199,7 +203,7 @@ def _renamed(new: Path, folder: Path) -> Path:
 
 
 def claim_place(stage: str, benchmark: str, settings: Settings, flags: Any) -> Place:
-    """Return the place of a training run on every process: the resumed run, else a new folder, see `make_folder`.
+    """Return the place of a training run on every process: the run to resume, or a new folder, see `make_folder`.
 
     Args:
         stage, benchmark: see `run_name`.
@@ -215,7 +219,7 @@ def claim_place(stage: str, benchmark: str, settings: Settings, flags: Any) -> P
 
 
 def seed_places(whole: Place) -> list[Place]:
-    """Return the places of the training runs of several seeds, below that of all; none without `--seeds`."""
+    """Return the place of each seed's training run, below the folder of all seeds; empty without `--seeds`."""
     places = []
     for seed in whole.settings.flags.get("seeds") or []:
         settings = whole.settings.with_flags(seed=seed, seeds=None)
@@ -225,13 +229,16 @@ def seed_places(whole: Place) -> list[Place]:
 
 
 def places_to_train(whole: Place) -> Iterator[Place]:
-    """The one place, or those of the seeds that are not complete, each with its folder made when its turn comes."""
+    """Yield the only place, or the place of each seed that is not complete.
+
+    The folder of a seed is created when its turn comes.
+    """
     places = seed_places(whole)
     if not places:
         yield whole
         return
     if distributed.is_main():
-        for folder in whole.folder.glob(HALF_MADE):  # a seed's folder, where a process was killed
+        for folder in whole.folder.glob(HALF_MADE):  # a seed's folder, left by a killed process
             discard(folder)
     for place in places:
         if distributed.is_main() and not place.folder.exists():
@@ -241,15 +248,15 @@ def places_to_train(whole: Place) -> Iterator[Place]:
             logger.info("seed %d is complete", place.seed)
         else:
             yield place
-            gc.collect()  # its optimizer, before the next one takes as much
+            gc.collect()  # free the optimizer's memory before the next seed
     distributed.wait_for_all()
 
 
 def open_run(place: Place, data: TrainingData, flags: Any, *, weights: Path | None) -> Run:
-    """Return the run in a place, mirrored by the trackers that its flags name.
+    """Open the run in a place, mirrored by the trackers that its flags list.
 
     Args:
-        weights: to look at first when it is complete; None where none are kept.
+        weights: weights that the page's `validate.py` command evaluates; None if none are saved.
     """
     account = Account(
         folder=place.folder,
@@ -262,7 +269,7 @@ def open_run(place: Place, data: TrainingData, flags: Any, *, weights: Path | No
 
 
 def about_run(place: Place, data: TrainingData, weights: Path | None) -> About:
-    """Return what the page of a run says, and how it is resumed."""
+    """Return the content of a run's page, including the command to resume the run."""
     flags = place.settings.flags
     benchmark = data.benchmark
     titles = benchmark.titles_in(data.val)
@@ -289,8 +296,8 @@ def about_run(place: Place, data: TrainingData, weights: Path | None) -> About:
 
 
 def commit() -> str:
-    """Return the commit of the code, with "-dirty" where files differ from it; "unknown" where git does not tell."""
-    # Not of a repository that the project's folder lies in.
+    """Return the commit of the code, with "-dirty" if files differ from it, or "unknown" if git fails."""
+    # Otherwise git would describe a repository that contains the project's folder.
     words = ["git", f"--git-dir={PROJECT_ROOT / '.git'}", f"--work-tree={PROJECT_ROOT}"]
     words += ["describe", "--always", "--dirty", "--exclude=*"]
     try:
@@ -300,7 +307,7 @@ def commit() -> str:
 
 
 def pair_with(weights: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags of validate.py, by name, that measure weights of a training."""
+    """Return the flags of validate.py, by name, that evaluate a training run's weights."""
     if flags["script"] == "clip_fine_tune.py":
         return {"combining_function": "sum", "clip_model_path": weights}
     pair = {"combining_function": "combiner", "combiner_path": weights}
@@ -310,10 +317,10 @@ def pair_with(weights: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def reproducing(flags: Mapping[str, Any]) -> str:
-    """Return the command that began a run, from any folder: what it names is found from where it was typed.
+    """Return the command that started a run, preceded by the command to change to the folder it was started in.
 
     Args:
-        flags: of the run; `started_in` is None where no file can hold the name of that folder.
+        flags: flags of the run; `started_in` is None if the folder has a name that cannot be written to a file.
     """
     python, script, rest = flags["command"].partition(f"src/{flags['script']}")
     if flags["started_in"] is None or not script:
@@ -323,12 +330,16 @@ def reproducing(flags: Mapping[str, Any]) -> str:
 
 
 def is_complete(folder: Path) -> bool:
-    """Check whether the training in a run folder is complete: its best metrics are written, and no state is left."""
+    """Check whether the run in a folder is complete: its best metrics are written, and its state is deleted."""
     return (folder / BEST_METRICS).exists() and not (folder / STATE).exists()
 
 
 def best_validation(folder: Path, metric: str) -> dict[str, float]:
-    """The best validation of a run by a metric, the first of equals. Raises UserError where the records are damaged."""
+    """Return a run's best validation by a metric, the first one if several are equal.
+
+    Raises:
+        UserError: the records are damaged.
+    """
     rows = [row for row in read_rows(folder, "validation") if metric in row]
     if not rows:
         raise UserError(f"{folder}: no validation in validation_metrics.csv has {metric}: {DELETE}")
@@ -337,10 +348,10 @@ def best_validation(folder: Path, metric: str) -> dict[str, float]:
 
 
 def read_rows(folder: Path, kind: str) -> Rows:
-    """The rows of a CSV file of a run; none where there is no such file.
+    """Return the rows of a run's CSV file, or an empty list if the file does not exist.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
     """
     file = folder / f"{kind}_metrics.csv"
     try:

@@ -1,4 +1,4 @@
-"""Save a training run: its weights, and the state from which it is resumed."""
+"""Save a training run: checkpoints of its weights, and the state from which it is resumed."""
 
 import random
 import time
@@ -21,18 +21,18 @@ from runtime.schema import Schema, checked
 from runtime.tensors import load_tensors, save_tensors
 from utils import UserError
 
-SAVING_SHARE = 0.05  # of the time, which saving at the end of epochs may take
-# Of several processes, on whether to stop or to save: seconds from vote to vote, and steps at most.
+SAVING_SHARE = 0.05  # maximum share of the run time spent on saving at the end of epochs
+# Several processes vote on stopping and saving: seconds between two votes, and maximum number of steps.
 VOTE_EVERY = 1.0
 MOST_STEPS = 100
 REMEDY = "delete it to restart the run"
 
 Number = Annotated[int, Field(ge=0)]
-AnyFloat = Annotated[float, AllowInfNan(True)]  # of skipped steps, which have no loss
+AnyFloat = Annotated[float, AllowInfNan(True)]  # allows the losses of skipped steps
 Metrics = dict[str, float]
 
 
-# The weights
+# Checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,9 @@ class CheckpointNames:
     """Names of the checkpoints of a stage.
 
     Attributes:
-        key: the key of the weights in them, "CLIP" or "Combiner".
-        prefix: beginning of the file names of every epoch: `{prefix}_{epoch}.pt`.
-        best: metric -> file name for its best value.
+        key: the key of the weights in a checkpoint, "CLIP" or "Combiner".
+        prefix: prefix of the file names of epochs: `{prefix}_{epoch}.pt`.
+        best: metric -> name of the checkpoint with its best value.
     """
 
     key: str
@@ -58,7 +58,7 @@ class CheckpointNames:
 
 
 class Snapshot:
-    """The weights of a validated epoch: the module's own until `hold` copies them."""
+    """The weights of a validated epoch, shared with the module until `hold` copies them."""
 
     def __init__(self, epoch: int, weights: dict[str, Tensor], metrics: Metrics) -> None:
         self.epoch = epoch
@@ -67,7 +67,7 @@ class Snapshot:
         self.held = False
 
     def hold(self) -> None:
-        """Copy the weights off the device, before a step changes them."""
+        """Copy the weights to the CPU, before a step changes them."""
         if not self.held:
             for name, weight in self.weights.items():
                 self.weights[name] = weight.to("cpu", copy=True)
@@ -81,19 +81,19 @@ class Validated(Schema):
 
 
 class Checkpoints:
-    """Saved weights of a run: the best by each of some metrics, those of some epochs, or none.
+    """Checkpoints of a run: the best by each of some metrics, chosen epochs, or none.
 
-    Writing may take longer than an epoch, so the best ones are written with the state of the training, and before it:
-    a state names no best that is not on disk. Until then they wait in the memory of the one process that writes, off
-    the device: a copy of the weights for each epoch that is the best by some metric.
+    Writing may take longer than an epoch, so the best weights are written only together with the state of the run, and
+    before it: a state never refers to best weights that are not on disk. Until then, the writing process keeps them in
+    CPU memory, with one copy of the weights for each epoch that is the best by some metric.
 
     Attributes:
-        best: metric -> its best value; kept without weights too.
+        best: metric -> its best value, even if no weights are saved.
 
     Args:
-        folder: of the run.
-        config: settings in plain types that say how the weights were made.
-        flags: of the training.
+        folder: the run folder.
+        config: settings in plain types that record how the weights were made.
+        flags: flags of the training run.
     """
 
     def __init__(
@@ -104,18 +104,18 @@ class Checkpoints:
         self.config = config
         self.flags = flags
         self.best: Metrics = {}
-        self._unwritten: dict[str, Snapshot] = {}  # metric -> its best that is not on disk yet
+        self._unwritten: dict[str, Snapshot] = {}  # metric -> best snapshot, not on disk yet
 
     @property
     def saved(self) -> list[Path]:
-        """The files of weights that are there."""
+        """Return the existing files of weights."""
         return sorted(self.folder.glob("*.pt"))
 
     def first_choice(self, epoch: int | None = None) -> Path | None:
-        """The weights to look at first when the training is complete, None where none are kept.
+        """Return the weights to evaluate first when the run is complete; None if no weights are saved.
 
         Args:
-            epoch: the one to look at where no best is kept; None for the last that is.
+            epoch: epoch to choose if no best weights are saved; None for the last saved epoch.
         """
         if self.flags.save_training and self.flags.save_best:
             return self._file(next(iter(self.names.best.values())))
@@ -123,9 +123,9 @@ class Checkpoints:
         return self._file_of_epoch(kept[-1]) if kept else None
 
     def update(self, epoch: int, metrics: Metrics, module: nn.Module) -> None:
-        """Remember what this validation made the best; metrics are {} after an epoch without one.
+        """Update the best values and weights after a validation; metrics are {} after an epoch without one.
 
-        The weights of an epoch that is kept whatever the validations say are saved now.
+        Weights of epochs in `saved_epochs` are saved now, regardless of their metrics.
         """
         improved = []
         chosen_by = {metric: metrics[metric] for metric in self.names.best} if metrics else {}
@@ -148,7 +148,7 @@ class Checkpoints:
             snapshot.hold()
 
     def write(self) -> None:
-        """Write the best weights that are not on disk yet, once for all metrics of an epoch.
+        """Write the best weights that are not on disk yet, only once if an epoch is the best by several metrics.
 
         Raises:
             DiskError: a file could not be written.
@@ -164,13 +164,13 @@ class Checkpoints:
         self._unwritten = {}
 
     def rewind(self, best: Metrics) -> None:
-        """Go back to the best values that a saved state has.
+        """Restore the best values of a saved state.
 
-        Weights that were saved after that state stay the best if they were: training makes them again, on a CPU to the
-        last bit, and on a GPU up to its rounding.
+        Best weights that were saved after that state remain the best: training reproduces them, bit for bit on a CPU
+        and up to rounding on a GPU.
 
         Raises:
-            UserError: the state or best weights are those of other metrics.
+            UserError: the state or the best weights have other metrics.
         """
         for metric in best:
             if metric not in self.names.best:
@@ -201,7 +201,7 @@ class Checkpoints:
 
 
 def _metric(path: Path, name: str) -> float:
-    """One of the metrics that a checkpoint was saved with. Raises UserError where it is not there, or no number."""
+    """Return a metric that a checkpoint was saved with. Raises UserError if it is missing or not a number."""
     remedy = "copy the run's folder again"
     content = load_tensors(path)
     metrics = checked(Validated, content, file=f"--resume: {path}", remedy=remedy).metrics
@@ -225,14 +225,14 @@ class Progress(Schema):
     """Progress of a training run.
 
     Attributes:
-        epoch: the one that is trained or, if `losses` has all of its steps, to be validated.
-        losses: of the steps that the epoch has had; only those of skipped steps may be infinite or NaN.
-        skipped: the steps of the epoch that loss scaling skipped, from 0.
-        skipped_in_a_row: how many were skipped since the last one that was not, earlier epochs included.
+        epoch: epoch that is being trained or, if `losses` is complete, is to be validated.
+        losses: losses of the steps taken in the epoch; only skipped steps may have an infinite or NaN loss.
+        skipped: indices of the epoch's steps that loss scaling skipped, from 0.
+        skipped_in_a_row: number of steps skipped since the last step that was not, including earlier epochs.
         rows, best: see `Run` and `Checkpoints`.
-        began: when the run did, in seconds since 1970; 0 of a state of earlier versions.
-        seconds: that it took in all its sessions, but for what came after the last saved state of each.
-        most_memory: bytes that it held at most in any.
+        began: start of the run, in seconds since 1970; 0 in a state of earlier versions.
+        seconds: run time over all sessions, without the time after the last saved state of each session.
+        most_memory: peak memory over all sessions, in bytes.
     """
 
     model_config = ConfigDict(frozen=False)
@@ -249,14 +249,14 @@ class Progress(Schema):
 
     @property
     def words(self) -> str:
-        """Return the progress in words, for messages."""
+        """Return the progress as text, for messages."""
         return f"epoch {self.epoch}, step {len(self.losses)}"
 
 
 def save_state(
     file: Path, parts: Mapping[str, Stateful], progress: Progress, device: torch.device
 ) -> None:
-    """Write the state of some parts, of all random numbers, and how far the training is, whole or not at all."""
+    """Write the state of some parts, all random states and the progress of the run, atomically."""
     states = {name: part.state_dict() for name, part in parts.items()}
     content = {
         "parts": states,
@@ -267,17 +267,17 @@ def save_state(
 
 
 def load_state(file: Path, parts: Mapping[str, Stateful], device: torch.device) -> Progress:
-    """Put a state back into the parts and the random numbers; return how far the training was.
+    """Restore the parts and the random states from a file, and return the progress of the run.
 
     Raises:
-        UserError: the file is damaged, or another training's.
+        UserError: the file is damaged, or belongs to another training run.
     """
     try:
         content = load_tensors(file)
         stored = content["parts"]
         _set_random_states(content["random"], device)
         for name, part in parts.items():
-            if name in stored or name != "scaler":  # a run that began on a CPU has no scaler
+            if name in stored or name != "scaler":  # a run that started on a CPU has no scaler
                 part.load_state_dict(stored[name])
         return checked(Progress, content["progress"], file="progress", remedy="it is damaged")
     except (UserError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -290,7 +290,7 @@ def load_state(file: Path, parts: Mapping[str, Stateful], device: torch.device) 
 
 
 def _random_states(device: torch.device) -> dict[str, Any]:
-    """Processes draw the same numbers, each for all of the batch, so one's states are those of all."""
+    """Return the random states of one process, since all processes draw the same numbers for the global batch."""
     states = {"python": random.getstate(), "cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -304,33 +304,33 @@ def _set_random_states(states: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
-# When
+# When to save
 
 
 class Autosave:
-    """Says when the state of a training is to be saved, and whether a stop was asked for.
+    """Decides when to save the state of a training run, and whether to stop.
 
-    It is due after some minutes, between any two steps, and at the end of an epoch as long as saving takes no more than
-    a small share of the time.
+    The state is due after some minutes, between any two steps; at the end of an epoch, it is due if saving takes no
+    more than a small share of the run time.
 
     Args:
-        minutes: the longest time that a crash may cost.
+        minutes: maximum training time that a crash may cost.
     """
 
     def __init__(self, stop: StopRequest, minutes: float) -> None:
         self.stop = stop
         self.seconds = 60 * minutes
         self.voted_at = time.monotonic()
-        self.steps = 0  # since the last vote
-        self.next_vote = 1  # how many steps after the last vote, the same on all processes
+        self.steps = 0  # number of steps since the last vote
+        self.next_vote = 1  # number of steps from vote to vote, equal on all processes
         self.saved_at = time.monotonic()
         self.cost = 0.0  # seconds that the last saving took
 
     def vote(self, *, epoch_ends: bool = False) -> tuple[bool, bool]:
-        """Return whether to stop and whether to save, the same on all processes.
+        """Return whether to stop and whether to save; all processes get the same values.
 
-        Called after each step, and where an epoch ends. Several processes have to agree, which takes a wait for the
-        slowest: at the end of epochs, and about once a second.
+        It is called after each step and at the end of each epoch. As a vote of several processes waits for the slowest,
+        they vote only at the end of epochs and about once per second.
         """
         if not epoch_ends:
             self.steps += 1
@@ -342,7 +342,7 @@ class Autosave:
         next_vote = self.next_vote
         if self.steps:
             in_time = int(VOTE_EVERY * self.steps / max(now - self.voted_at, 1e-9))
-            # A GPU is handed its first steps before it has taken the time for them: no more than twice as many.
+            # A GPU queues the first steps faster than it computes them, so the interval may only double.
             next_vote = max(1, min(in_time, 2 * next_vote, MOST_STEPS))
         is_main = distributed.is_main()
         stopping, saving, self.next_vote = distributed.highest(
@@ -354,7 +354,7 @@ class Autosave:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """The context of saving, whose time is taken."""
+        """Measure the time that saving in this context takes."""
         start = time.monotonic()
         yield
         self.saved_at = time.monotonic()

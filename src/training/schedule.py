@@ -1,4 +1,4 @@
-"""Schedule a training run: mixed precision, and the learning rate over the steps."""
+"""Set the mixed precision of a training run, and its learning rate over the steps."""
 
 import contextlib
 import math
@@ -11,7 +11,7 @@ from utils import UserError
 
 @dataclass(frozen=True)
 class Precision:
-    """Mixed precision of a training.
+    """Mixed precision of a training run.
 
     Attributes:
         name: "fp16" with loss scaling, "bf16", "fp32", or "amp", which is fp16 on CUDA and fp32 on the CPU.
@@ -32,26 +32,26 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Return the type of matrix multiplications, None for float32."""
+        """Return the data type of matrix multiplications, None for float32."""
         amp = "fp16" if self.device.type == "cuda" else "fp32"
         name = amp if self.name == "amp" else self.name
         return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}[name]
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """The context of a forward pass."""
+        """Return the autocast context of a forward pass."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Loss scaling where fp16 gradients would vanish, else a scaler that does nothing."""
+        """Return a loss scaler if fp16 gradients could underflow, otherwise a scaler that does nothing."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
 
 def learning_rate_factor(step: int, steps: int, *, warmup_steps: int, cosine: bool) -> float:
-    """Return what the learning rate is multiplied with at a step of all `steps`.
+    """Return the factor of the learning rate at a step of all `steps`.
 
     Args:
-        warmup_steps: steps over which it rises linearly.
-        cosine: let it fall to 0 along half a cosine afterwards (Loshchilov and Hutter 2017, arXiv 1608.03983).
+        warmup_steps: number of steps over which the factor rises linearly.
+        cosine: after the warm-up, decay to 0 along half a cosine (Loshchilov and Hutter 2017, arXiv 1608.03983).
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps

@@ -1,4 +1,4 @@
-"""Summarise training runs that differ in their seed: their best validations as a table and a page."""
+"""Summarise training runs that differ only in their seed: their best validations as a table and a page."""
 
 import json
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from utils import format_metric
 
 
 def report_seeds(whole: Place, data: TrainingData) -> None:
-    """Print the best validation of each seed, and mean and standard deviation of several; write them down."""
+    """Print and save the best validation of each seed and, for several seeds, their mean and standard deviation."""
     benchmark = data.benchmark
     chosen_by = next(iter(benchmark.selection))
     best: dict[int, dict[str, Any]] = {}
@@ -53,10 +53,10 @@ def report_seeds(whole: Place, data: TrainingData) -> None:
 
 
 def page_of_seeds(whole: Place, best: Mapping[int, Mapping[str, Any]], data: TrainingData) -> str:
-    """The page of a run with several seeds.
+    """Return the page of a run with several seeds.
 
     Args:
-        best: seed -> its best validation.
+        best: seed -> metrics of its best validation.
     """
     about = about_run(whole, data, None)
     chosen_by = about.chosen_by[0]

@@ -30,7 +30,7 @@ from training.step import Batch, Batches, Task
 
 
 class SumFeatures(nn.Module):
-    """CLIP as stage 1 trains it: reference, target and caption to normalised query and target."""
+    """CLIP as stage 1 trains it: reference, target and caption -> normalised query and target features."""
 
     def __init__(self, clip_model: Any, backbone: Backbone) -> None:
         super().__init__()
@@ -38,18 +38,19 @@ class SumFeatures(nn.Module):
         self.normalise = backbone.normalise
 
     def train(self, mode: bool = True) -> "SumFeatures":
-        """Stay in eval mode whatever is asked for: BatchNorm keeps its pretrained statistics, nothing is dropped."""
+        """Stay in evaluation mode for any `mode`: BatchNorm keeps its pretrained statistics, and dropout is off."""
         return super().train(False)
 
     def forward(
         self, references: Tensor, targets: Tensor, tokens: Tensor, kept: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Images (b, 3, R, R) uint8 twice, tokens (b, L) -> queries (b, D), targets (b, D); images in one pass.
+        """Encode images (b, 3, R, R) uint8 and tokens (b, L) to queries (b, D) and targets (b, D).
 
-        With hard negatives behind each target, targets are (b, 1 + N, 3, R, R), and their features (b, 1 + N, D).
+        References and targets are encoded in one pass. With hard negatives, each target is followed by its negatives:
+        the images are (b, 1 + N, 3, R, R), and the features (b, 1 + N, D).
 
         Args:
-            kept: (b, 2) whether a query keeps its image and its text; None for both of all.
+            kept: (b, 2) whether a query keeps its image and its text; None to keep both in all queries.
         """
         pixels = self.normalise(torch.cat([references, targets.flatten(0, -4)]))
         images = self.clip_model.encode_image(pixels)  # (2b, D), or (2b + b * N, D)
@@ -71,8 +72,8 @@ def fine_tuning(
     """Return the task of stage 1.
 
     Args:
-        flags: of stage 1.
-        measure: metrics of the sum from the features of the validation splits.
+        flags: flags of stage 1.
+        measure: computes the metrics of the sum from the features of the validation splits.
     """
     model = encoder.model
     loss = make_loss(flags).to(encoder.device)
@@ -87,7 +88,7 @@ def fine_tuning(
         )
     images_each = 2 + (negatives.number if negatives else 0)
     learned = learned_groups(choose_trained(model, flags.encoder, Lora.of(flags)), loss)
-    # A compiled step is compiled again for each number of columns.
+    # A compiled step is recompiled for each number of token columns.
     batches = triplet_batches(encoder, data, negatives, trim=not flags.compile)
     batches = augmented(batches, data, flags, images_each)
     return Task(
@@ -113,11 +114,11 @@ def triplet_batches(
     *,
     trim: bool = True,
 ) -> Batches:
-    """Batches of reference and target images (b, 3, R, R) uint8 and caption tokens (b, L), with target ids (b,).
+    """Return batches of reference and target images (b, 3, R, R) uint8, caption tokens (b, L) and target ids (b,).
 
     Args:
-        negatives: stand behind each target, which makes targets (b, 1 + N, 3, R, R) and ids (b, 1 + N).
-        trim: leave out the columns behind a batch's longest caption, where they change nothing.
+        negatives: hard negatives to add after each target, so that targets are (b, 1 + N, 3, R, R) and ids (b, 1 + N).
+        trim: remove the padding columns after the longest caption of a batch if they do not affect features.
     """
     paths = data.train.paths
     reference_rows = torch.tensor(data.train.reference_rows)  # (T,)
@@ -139,7 +140,8 @@ def triplet_batches(
         images = torch.cat([reference_rows[rows], compared.flatten(1)], 1)  # (steps, 2b + b * N)
         files = []
         for step in images.tolist():
-            files.append([paths[row] for row in step])  # of NO_ROW any: it is masked
+            # NO_ROW, -1, reads any image, which the loss masks.
+            files.append([paths[row] for row in step])
         pixels = encoder.loader.batches(files)
         steps = zip(pixels, captions, columns, ids, strict=True)
         for both, own_captions, own_columns, own_ids in steps:
@@ -157,7 +159,10 @@ def sum_validation(
     images_learn: bool,
     measure: Callable[[list[FrozenSplit]], dict[str, float]],
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """CLIP -> metrics of the sum. Galleries are encoded each time, or once, now, if the image encoder is frozen."""
+    """Return a function: CLIP -> metrics of the sum.
+
+    It encodes the galleries each time; if the image encoder is frozen, they are encoded once, now.
+    """
 
     def galleries_of(encoder: Encoder) -> list[Tensor]:
         return [encoder.images(split.paths, f"{split.name} images") for split in data.val]
@@ -184,8 +189,8 @@ def sum_validation(
 
 
 def decodings(data: TrainingData, flags: Any) -> int:
-    """Count the image decodings of a training run, in its steps and validations."""
-    each = 2 + flags.hard_negatives  # reference, target
+    """Count the image decodings of a training run: in steps, in mining and in validations."""
+    each = 2 + flags.hard_negatives  # reference and target
     in_steps = flags.num_epochs * data.order.steps * data.order.batch_size * each
     images_learn = flags.encoder != "text"
     validations = len(flags.validated_epochs) if images_learn else 1
@@ -197,10 +202,10 @@ def decodings(data: TrainingData, flags: Any) -> int:
 
 
 def with_image_cache(encoder: Encoder, data: TrainingData, flags: Any) -> Encoder:
-    """The encoder with images from a cache instead of decoded ones; the cache is filled now unless it is there.
+    """Return the encoder with images from a cache, which is filled first if it does not exist.
 
     Args:
-        flags: `image_cache` is AUTO for that of the project, and for a cache only where it is worth it.
+        flags: `image_cache` is a folder, None for no cache, or AUTO for the project's folder if a cache is worth it.
     """
     folder = flags.image_cache
     if folder is None:

@@ -21,11 +21,11 @@ from training.regularisation import regularised
 from training.step import Batch, Batches, Task
 from utils import UserError
 
-KEPT_PER_WEIGHT = 4  # float32 numbers: itself, its gradient, and the two averages of Adam
+KEPT_PER_WEIGHT = 4  # float32 numbers: a weight, its gradient, and Adam's two averages
 
 
 class ComposedFeatures(nn.Module):
-    """A Combiner as stage 2 trains it: frozen features to normalised query and target, and to the router's logits."""
+    """A Combiner as stage 2 trains it: frozen features -> normalised queries and targets, and the router's logits."""
 
     combiner: Composer
 
@@ -35,10 +35,13 @@ class ComposedFeatures(nn.Module):
         self.with_router = with_router
 
     def forward(self, images: Tensor, captions: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """Unnormalised (b, D), (b, D) and normalised (b, D) -> queries (b, D), targets (b, D), if wanted logits (b, E).
+        """Return queries (b, D), targets (b, D) and, if `with_router`, the router's logits (b, E).
 
-        With hard negatives behind each target, targets are (b, 1 + N, D).
-        The logits are an output because parallel training looks only at what outputs depend on.
+        The logits are an output because `DistributedDataParallel` only finds parameters that outputs depend on.
+
+        Args:
+            images, captions: (b, D), not normalised.
+            targets: (b, D), normalised; with hard negatives (b, 1 + N, D), each target followed by its negatives.
         """
         if self.with_router:
             queries, logits = self.combiner.routed(images, captions)
@@ -47,13 +50,13 @@ class ComposedFeatures(nn.Module):
 
 
 def check_memory(combiner: nn.Module, device: torch.device) -> None:
-    """Reject a Combiner whose training needs more memory than there is, before it takes memory from others.
+    """Raise UserError if training a Combiner needs more memory than exists, before it takes memory from others.
 
     Args:
-        combiner: without data.
+        combiner: a Combiner without data.
 
     Raises:
-        UserError: its weights, their gradients and Adam's two averages alone are more than the machine or GPU has.
+        UserError: the weights, their gradients and Adam's two averages alone exceed the memory of the machine or GPU.
     """
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -82,8 +85,9 @@ def combiner_training(
     """Return the task of stage 2.
 
     Args:
-        flags: of stage 2. `negatives` of a query are the other targets of its batch, or of the whole training.
-        measure: metrics of a Combiner on the validation splits.
+        flags: flags of stage 2. With `negatives`, a query's negatives are the other targets of its batch, or all
+            training targets.
+        measure: computes the metrics of a Combiner on the validation splits.
     """
     device = train.images.device
     negatives = None
@@ -93,7 +97,7 @@ def combiner_training(
             flags,
             seed=order.seed,
             features=lambda: train.images,
-            every=flags.num_epochs,  # what is frozen stays near
+            every=flags.num_epochs,  # frozen features have the same neighbours in every epoch
         )
     targets = Targets.of(train) if negatives is None else Targets.all_images(train)
     penalty = router_penalty(
@@ -124,11 +128,11 @@ def combiner_training(
 
 @dataclass(frozen=True)
 class Targets:
-    """The images that are a target of some training triplet.
+    """Features of the images that queries are compared with in training.
 
     Attributes:
         features: (T, D), normalised, each image once.
-        rows: (Q,) which of them is each triplet's.
+        rows: (Q,) row of each triplet's target in `features`.
     """
 
     features: Tensor
@@ -136,7 +140,7 @@ class Targets:
 
     @classmethod
     def of(cls, frozen: FrozenSplit) -> "Targets":
-        """Return the features of a split."""
+        """Return the features of a split's targets, each image once."""
         images, rows = np.unique(frozen.split.target_rows, return_inverse=True)
         device = frozen.images.device
         features = frozen.images[torch.tensor(images, device=device)]
@@ -144,17 +148,18 @@ class Targets:
 
     @classmethod
     def all_images(cls, frozen: FrozenSplit) -> "Targets":
-        """Every image of a split, of which any may be a hard negative; rows are those of the gallery."""
+        """Return the features of all images, as any image may be a hard negative; rows are gallery rows."""
         return cls(F.normalize(frozen.images, dim=-1), frozen.target_rows)
 
 
 def feature_batches(
     frozen: FrozenSplit, targets: Targets, order: Order, negatives: HardNegatives | None = None
 ) -> Batches:
-    """Batches of reference, caption and normalised target features (b, D), with target ids (b,), rows of `targets`.
+    """Return batches of reference, caption and normalised target features (b, D), with target ids (b,).
 
-    With hard negatives behind each target, which are rows of `targets` too, target features are (b, 1 + N, D) and ids
-    (b, 1 + N). All of it by index on the device: an epoch sends it two tables of numbers, and nothing waits.
+    Target ids are rows of `targets`. With hard negatives, each target is followed by its negatives, which are also rows
+    of `targets`: target features are (b, 1 + N, D) and ids (b, 1 + N). The device gathers all features by index: an
+    epoch sends it two tables of indices, and no step waits.
     """
 
     def batches(epoch: int, first_step: int = 0) -> Iterable[Batch]:
@@ -170,7 +175,7 @@ def feature_batches(
 
 
 def router_report(frozen: Sequence[FrozenSplit]) -> Callable[[Combiner], dict[str, float]]:
-    """Combiner -> what its router does with the validation queries of all splits, dropout off."""
+    """Return a function: Combiner -> statistics of its router on all validation queries, without dropout."""
 
     @torch.no_grad()
     def report(combiner: Combiner) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""One exact step of learning: the global batch's gradient, in as little memory as asked for, and the move along it."""
+"""Take an exact training step: the gradient of the global batch, in little memory if requested, and the update."""
 
 import contextlib
 import itertools
@@ -20,29 +20,29 @@ from training.negatives import HardNegatives
 from training.saving import Stateful
 from training.schedule import Precision, learning_rate_factor
 
-# The model's inputs (b, ...) each, and the targets' ids (b,), with N hard negatives (b, 1 + N).
+# Inputs of the model, (b, ...) each, and target ids, (b,) or with N hard negatives (b, 1 + N).
 Batch = tuple[list[Tensor], Tensor]
-# Epoch, first step -> the epoch's batches from there on.
+# Epoch, first step -> the batches of the epoch from that step on.
 Batches = Callable[[int, int], Iterable[Batch]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Task of a stage for the trainer.
+    """A stage as the trainer needs it.
 
     Attributes:
-        batches, steps: an epoch's batches, and how many.
-        model: inputs -> normalised queries (b, D), targets (b, D) or with hard negatives (b, 1 + N, D), and whatever
-            `penalty` takes.
-        module: the weights that learn, a part of the model; they or their moving average are validated and kept.
-        loss: of queries, targets and the targets' ids.
-        optimizer: of the parameters that learn, those of the loss too.
-        validate: metrics of such weights.
-        micro_batch: rows in memory at a time, None for all.
-        penalty: what is added to the loss; None for nothing.
-        router: statistics of a mixture's router; None without a mixture.
-        negatives: the hard negatives of its batches; None without any.
-        images_each: images that a step reads for a triplet; 0 where it has their features.
+        batches, steps: the batches of an epoch, and their number.
+        model: inputs -> normalised queries (b, D), targets (b, D) or with hard negatives (b, 1 + N, D), and any inputs
+            of `penalty`.
+        module: the part of the model with the trainable weights; these or their moving average are validated and saved.
+        loss: loss of queries, targets and target ids.
+        optimizer: optimizer of all trainable parameters, including the loss's parameters.
+        validate: computes the metrics of such weights.
+        micro_batch: number of rows in memory at a time, None for all.
+        penalty: computes an addition to the loss; None for no addition.
+        router: computes the statistics of a mixture's router; None without a mixture.
+        negatives: hard negatives in the batches; None without any.
+        images_each: number of images that a step reads for each triplet; 0 if it reads features.
     """
 
     batches: Batches
@@ -63,18 +63,18 @@ class Task:
 class Gradient:
     """Adds the gradient of the global batch's loss to the parameters of a model and of its loss.
 
-    With a micro-batch the features' graph is never held for more rows than that: gradient caching (Gao et al. 2021,
-    arXiv 2101.06983). Features are computed without graph, the loss gives its gradient with respect to them and to its
-    own parameters, and each chunk is encoded again with graph to carry its part on. The sum of the parts is the plain
-    step's gradient, if encoding is deterministic: no dropout, no batch statistics.
+    With micro-batches, the computation graph never covers more than one micro-batch: gradient caching (Gao et al. 2021,
+    arXiv 2101.06983). All features are first computed without a graph, and the loss gives its gradient with respect to
+    them and to its own parameters. Each micro-batch is then encoded again with a graph, to backpropagate its part of
+    the gradient. The sum is the gradient of a plain step if encoding is deterministic: no dropout, no batch statistics.
 
     Attributes:
-        model: of a `Task`; `distributed.parallel` has wrapped it.
-        scaler: scales the loss; that of `precision`.
-        micro_batch: rows in memory at a time, None for all.
-        penalty: what is added to the loss, from a third output of the model; not with micro-batches.
-        folds: whether micro-batches share the weights that carry others, see `lean_clip`; False for a compiled model,
-            which would be compiled with and without them.
+        model: model of a `Task`, wrapped by `distributed.parallel`.
+        scaler: loss scaler of `precision`.
+        micro_batch: number of rows in memory at a time, None for all.
+        penalty: computes an addition to the loss from the third output of the model; not supported with micro-batches.
+        folds: whether micro-batches share derived weights, see `lean_clip`; False for a compiled model, which would be
+            compiled with and without them.
     """
 
     model: nn.Module
@@ -86,7 +86,7 @@ class Gradient:
     folds: bool = True
 
     def add(self, inputs: list[Tensor], target_ids: Tensor) -> Tensor:
-        """Return the loss of this rank's rows (b, ...) and all others, without penalty and graph."""
+        """Add the gradient of a batch, given as this process's rows (b, ...); return its loss without the penalty."""
         if self.micro_batch is None or self.micro_batch >= len(inputs[0]):
             loss = self._of_all_rows(inputs, target_ids)
         else:
@@ -114,20 +114,20 @@ class Gradient:
         self._scaled(loss).backward()
         gradients = []
         for feature in features:
-            # A bank's loss does not depend on the batch's targets.
+            # The loss of a bank does not depend on the batch's targets.
             gradient = torch.zeros_like(feature) if feature.grad is None else feature.grad
             gradients.append(gradient.split(micro_batch))
         *parts, last = zip(chunks, *gradients, strict=True)
         with self._unsynced(), self._folded_to_learn():
             for chunk, *chunk_gradients in parts:
                 self._carry_on(chunk, chunk_gradients)
-        # Makes what it needs of all weights, which a parallel module shares with the gradients of this chunk.
+        # The last chunk folds nothing, so all weights take part, and a parallel module synchronises all gradients.
         chunk, *chunk_gradients = last
         self._carry_on(chunk, chunk_gradients)
         return loss.detach()
 
     def _carry_on(self, chunk: tuple[Tensor, ...], gradients: Sequence[Tensor]) -> None:
-        """Encode a chunk with graph, and carry the loss's gradient with respect to its features on."""
+        """Encode a chunk with a graph, and backpropagate the loss's gradient with respect to its features."""
         with self.precision.autocast():
             outputs = self.model(*chunk)
         _backward_from(outputs, gradients)
@@ -141,18 +141,21 @@ class Gradient:
         return folded_to_learn(self.model) if self.folds else contextlib.nullcontext()
 
     def _scaled(self, loss: Tensor) -> Tensor:
-        """The loss as its gradient is taken: parallel modules average over ranks what has to be summed."""
+        """Return the loss, scaled for the backward pass.
+
+        The number of processes is one factor, because parallel modules average gradients that should be summed.
+        """
         return self.scaler.scale(loss * distributed.world_size())
 
     def _unsynced(self) -> contextlib.AbstractContextManager:
-        """Let a parallel module keep its gradients to itself; the last chunk shares the sum of all."""
+        """Return a context without synchronisation of gradients; the last chunk synchronises the sum of all chunks."""
         if isinstance(self.model, DistributedDataParallel):
             return self.model.no_sync()
         return contextlib.nullcontext()
 
 
 def _backward_from(features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Carry the loss's gradient with respect to features on to the parameters that they were made with."""
+    """Backpropagate the loss's gradient with respect to features to the parameters that they depend on."""
     learned = []
     learned_gradients = []
     for feature, gradient in zip(features, gradients, strict=True):
@@ -163,10 +166,10 @@ def _backward_from(features: Sequence[Tensor], gradients: Sequence[Tensor]) -> N
 
 
 class MovingAverage(AveragedModel):
-    """An exponential moving average of a module's parameters, which follows them without a wait for the device.
+    """Exponential moving average of a module's parameters, updated without waiting for the device.
 
-    `AveragedModel` copies its count of updates to the device at every one, and all buffers. Here buffers stay as they
-    are: no training changes any (BatchNorm keeps its statistics).
+    At each update, `AveragedModel` copies its update counter to the device, and all buffers. Here buffers stay as they
+    are, because training changes none (BatchNorm keeps its statistics).
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -175,7 +178,7 @@ class MovingAverage(AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Go a step towards the module's parameters; the first time, take them over."""
+        """Move the average towards the module's parameters; the first update copies them."""
         ours: list[Tensor] = list(self.module.parameters())
         theirs: list[Tensor] = list(model.parameters())
         if self.n_averaged:
@@ -186,15 +189,15 @@ class MovingAverage(AveragedModel):
 
 
 class Stepper:
-    """One optimizer step after another, with all that surrounds it: scaling, clipping, learning rate, moving average.
+    """Takes optimizer steps, with loss scaling, gradient clipping, learning-rate schedule and moving average.
 
     Args:
-        flags: of a training.
+        flags: flags of a training run.
 
     Attributes:
-        model: the task's, compiled if asked for, and parallel if there are several processes.
-        measured: the weights to validate and keep: those that learn, or their moving average.
-        skipped: whether the last step moved nothing, because its gradients overflowed under loss scaling.
+        model: the task's model, compiled if requested, and parallel if there are several processes.
+        measured: the weights to validate and save: the trained weights or their moving average.
+        skipped: whether the last step changed nothing, because its gradients overflowed under loss scaling.
     """
 
     def __init__(self, task: Task, flags: Any, precision: Precision) -> None:
@@ -206,18 +209,18 @@ class Stepper:
         if flags.ema_decay is not None:
             self.averaged = MovingAverage(task.module, flags.ema_decay)
             self.measured = self.averaged.module
-        # A module again, which its types do not say.
+        # The result is a module, but torch.compile's annotation does not promise it.
         model = cast(nn.Module, torch.compile(task.model)) if flags.compile else task.model
-        # Experts without rows have no gradient.
+        # With a mixture, experts without rows have no gradient.
         self.model = distributed.parallel(model, precision.device, task.router is not None)
         self.scaler = precision.scaler()
-        # A function, of which a state holds nothing.
+        # LambdaLR saves callable objects in its state, but not functions.
         self.learning_rate = LambdaLR(task.optimizer, lambda step: self._factor(step))
         self.skipped = False
 
     @property
     def parts(self) -> dict[str, Stateful]:
-        """All that steps change."""
+        """Return all objects that steps change, by name."""
         parts: dict[str, Stateful] = {
             "module": self.task.module,
             "optimizer": self.task.optimizer,
@@ -234,7 +237,7 @@ class Stepper:
         return parts
 
     def step(self, inputs: list[Tensor], target_ids: Tensor) -> Tensor:
-        """Learn from a batch; return its loss without the penalty, still on the device."""
+        """Train on a batch; return its loss without the penalty, still on the device."""
         optimizer = self.task.optimizer
         optimizer.zero_grad(set_to_none=True)
         gradient = Gradient(
@@ -260,7 +263,6 @@ class Stepper:
         return loss
 
     def _factor(self, step: int) -> float:
-        """Return the factor of the learning rate at a step."""
         return learning_rate_factor(
             step,
             self.task.steps * self.flags.num_epochs,
@@ -269,9 +271,9 @@ class Stepper:
         )
 
     def _move(self) -> bool:
-        """Move the weights; False if loss scaling skipped that, which costs a wait for the device to know.
+        """Update the weights. Return False if loss scaling skipped the update, which waits for the device.
 
-        All processes have the same gradients by now, so they skip the same steps.
+        All processes have the same gradients at this point, so they skip the same steps.
         """
         scaler = self.scaler
         if not scaler.is_enabled():

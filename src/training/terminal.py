@@ -1,4 +1,4 @@
-"""Log a training run: its settings at the start, then its speed and the time that is left."""
+"""Log a training run: its settings at the start, then its speed and the remaining time."""
 
 import contextlib
 import logging
@@ -20,14 +20,14 @@ from training.step import Task
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
-# Counted by bench/null_gpu.py, 32 images of RN50x16 and ViT-L/14: 107 ms in float32, 12.5 and 13.6 in fp16.
+# bench/null_gpu.py estimates, for 32 images of RN50x16 and ViT-L/14: 107 ms each in float32, 12.5 and 13.6 in fp16.
 FASTER = "encode in float32; --encode-precision fp16 takes about an eighth of that on a GPU: docs/precision.md"
 
 
 def log_opening(
     data: TrainingData, task: Task, flags: Any, *, precision: Precision, place: Place
 ) -> None:
-    """Log what a training is, in four lines, and what would make its validations faster."""
+    """Log a four-line summary of a training run, and a hint if its validations could be faster."""
     order = data.order
     triplets = len(data.train.triplets)
     images = len(all_paths(data.splits))
@@ -51,12 +51,11 @@ def log_opening(
 
 
 def wastes_a_gpu(precision: Precision, encodes_in: str) -> bool:
-    """Tell whether a training multiplies in half precision on a GPU, and its validations encode in float32."""
+    """Check whether a run trains in half precision on a GPU, but encodes in float32 for its validations."""
     return precision.device.type == "cuda" and precision.dtype is not None and encodes_in == "fp32"
 
 
 def _machine(device: torch.device) -> str:
-    """Describe the device."""
     name = "the CPU"
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)} ({device})"
@@ -65,7 +64,6 @@ def _machine(device: torch.device) -> str:
 
 
 def _arithmetic(precision: Precision) -> str:
-    """Describe the precision of matrix multiplications."""
     computed_in = str(precision.dtype or torch.float32).removeprefix("torch.")
     return f"precision {precision.name} ({computed_in})"
 
@@ -73,13 +71,13 @@ def _arithmetic(precision: Precision) -> str:
 class Pace:
     """Speed of a training run, measured in this process.
 
-    The first step is left out: it loads kernels and compiles.
+    The first step is not counted, because it loads kernels and compiles.
 
     Args:
-        flags: of the training.
+        flags: flags of the training run.
 
     Attributes:
-        clock: says when a file that the output goes to gets its next line.
+        clock: decides when the next line of progress is due if the output goes to a file.
     """
 
     def __init__(self, task: Task, flags: Any, device: torch.device) -> None:
@@ -88,7 +86,7 @@ class Pace:
         self.device = device
         self.clock = Clock()
         self.warm = False  # whether the first step is done
-        self.since = 0.0  # where the seconds end that are counted
+        self.since = 0.0  # time up to which seconds are counted
         self.steps = 0
         self.triplets = 0
         self.seconds = 0.0
@@ -97,16 +95,16 @@ class Pace:
 
     @contextlib.contextmanager
     def stepping(self) -> Iterator[None]:
-        """The context in which steps are taken, and their end is waited for."""
+        """Measure the time of the steps in this context, including the wait for the device at its end."""
         self.since = time.monotonic()
         yield
         self._count_seconds()
 
     def count_step(self, triplets: int) -> None:
-        """Count a step that is done.
+        """Count a completed step.
 
         Args:
-            triplets: of this process.
+            triplets: number of triplets of this process.
         """
         self._count_seconds()
         if self.warm:
@@ -122,17 +120,17 @@ class Pace:
 
     @contextlib.contextmanager
     def validating(self) -> Iterator[None]:
-        """The context of a validation."""
+        """Measure the time of a validation in this context."""
         start = time.monotonic()
         yield
         self.validations += 1
         self.validation_seconds += time.monotonic() - start
 
     def status(self, learning_rate: float, *, epoch: int, done: int) -> str:
-        """Images a second, learning rate, the most memory so far, and the time that is left of the run.
+        """Return images per second, learning rate, peak memory so far and remaining time of the run, as text.
 
         Args:
-            epoch, done: how many epochs are over, and how many steps of the next one.
+            epoch, done: number of completed epochs, and of completed steps in the next epoch.
         """
         parts = [f"learning rate {learning_rate:.3g}"]
         memory = most_memory(self.device)
@@ -142,7 +140,7 @@ class Pace:
         return ", ".join([*speed[:1], *parts, *speed[1:]])
 
     def speed(self, epoch: int, done: int) -> list[str]:
-        """Images a second and the time that is left of the run; nothing before the second step."""
+        """Return images per second and the remaining time of the run, as texts; empty before the second step."""
         if not self.steps:
             return []
         unit = "images/s" if self.task.images_each else "triplets/s"
@@ -150,7 +148,7 @@ class Pace:
         return [f"{rate(speed)} {unit}", f"{duration(self.seconds_left(epoch, done))} left"]
 
     def seconds_left(self, epoch: int, done: int) -> float:
-        """Estimate the seconds that the rest of the run takes; validations count after the first one."""
+        """Estimate the remaining seconds of the run, with the remaining validations once one has been measured."""
         flags = self.flags
         steps = self.task.steps * (flags.num_epochs - epoch) - done
         validations = sum(validated >= epoch for validated in flags.validated_epochs)
@@ -160,7 +158,7 @@ class Pace:
 
 
 def most_memory(device: torch.device) -> int | None:
-    """The most bytes that this process has held so far, of the GPU or else of the machine; None where none can tell."""
+    """Return the peak memory of this process in bytes, on the GPU or else in RAM; None if it cannot be measured."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     try:

@@ -1,4 +1,4 @@
-"""The training loop: step, log, validate, keep the best, save, and resume after any interruption."""
+"""Run the training loop: step, log, validate, keep the best, save, and resume after any interruption."""
 
 import logging
 import math
@@ -30,10 +30,10 @@ from utils import DiskError, Stopped, UserError, format_metric
 
 logger = logging.getLogger(__name__)
 
-# Without learning rate and memory, which files are told: a line of 80 columns has room for little more.
+# Only log files show learning rate and memory, because a bar of 80 columns has no room for them.
 BAR_FORMAT = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}"
-READ_EVERY = 10  # steps between two looks at the losses: each look waits for the device
-# Steps in a row, after which the scale of the loss is a millionth of what it was, and of no help.
+READ_EVERY = 10  # steps between two reads of the losses, because each read waits for the device
+# After this many skipped steps in a row, the scale of the loss is a millionth of its value before, and does not help.
 MOST_SKIPPED = 20
 
 
@@ -46,7 +46,7 @@ def train_in(
     precision: Precision,
     stop: StopRequest,
 ) -> None:
-    """Train in a place: open its run, and let a `Trainer` go through the epochs."""
+    """Open the run in a `Place`, and train it for all epochs with a `Trainer`."""
     names = CheckpointNames.of(flags.script, data.benchmark)
     checkpoints = Checkpoints(place.folder, names, place.settings.on_disk(), flags)
     log_opening(data, task, flags, precision=precision, place=place)
@@ -55,18 +55,18 @@ def train_in(
 
 
 class Trainer:
-    """Trains what a stage gives it, as its flags ask.
+    """Trains the task of a stage as its flags request.
 
-    A run whose folder has a state resumes from there; with the same machine and packages it ends as if it had never
-    been interrupted.
+    A run whose folder contains a state is resumed from it. With the same machine and packages, the result equals the
+    result of an uninterrupted run.
 
     Args:
-        flags: of the training, by their names.
-        run: its claimed folder.
-        stop: asks it to stop, between two steps.
+        flags: flags of the training run.
+        run: the claimed run folder.
+        stop: request to stop, obeyed between two steps.
 
     Attributes:
-        progress: how far it is; what a state is saved of.
+        progress: progress of the run, which a state contains.
     """
 
     def __init__(
@@ -88,16 +88,16 @@ class Trainer:
         self.pace = Pace(task, flags, precision.device)
         self.autosave = Autosave(stop, flags.checkpoint_every_minutes)
         self.progress = Progress()
-        self.counted_at = time.monotonic()  # when its seconds were counted last
-        self.unread: list[Tensor] = []  # losses that are still on the device
+        self.counted_at = time.monotonic()  # time when the run's seconds were last counted
+        self.unread: list[Tensor] = []  # losses still on the device
         self.saved = "the beginning: none was saved yet"
 
     def fit(self) -> None:
-        """Train to the end, and say where the files are and what was best.
+        """Train to the end, and log the saved files and the best values.
 
         Raises:
-            UserError: the loss or a similarity is not finite, every step is skipped, or the disk is full.
-            Stopped: a signal asked for it; the state is saved.
+            UserError: the loss or a similarity is not finite, too many steps in a row are skipped, or the disk is full.
+            Stopped: a signal requested it; the state is saved.
         """
         try:
             with self.run.locked():
@@ -119,7 +119,7 @@ class Trainer:
             raise
 
     def run_epoch(self) -> None:
-        """Train an epoch, or what is left of it, and record it."""
+        """Train an epoch, or the rest of it, validate if due, and record both."""
         start = time.monotonic()
         progress = self.progress
         epoch = progress.epoch
@@ -147,10 +147,11 @@ class Trainer:
         self.save_if_due(epoch_ends=True)
 
     def train_one_epoch(self) -> float:
-        """Take the steps that are left of an epoch; return the mean loss of all triplets seen.
+        """Take the remaining steps of an epoch; return the mean loss of all its steps.
 
         Raises:
-            UserError: a loss that is not finite, or too many skipped steps in a row; the message names epoch and step.
+            UserError: a loss is not finite, or too many steps in a row are skipped; the message contains epoch and
+                step.
         """
         self.checkpoints.hold()
         self.stepper.model.train()
@@ -188,26 +189,29 @@ class Trainer:
             return self.read_losses()
 
     def mine(self) -> None:
-        """Refresh the hard negatives at the beginning of an epoch; one process alone can be stopped meanwhile."""
+        """Refresh the hard negatives at the start of an epoch. Only a single process can be stopped during this."""
         if self.task.negatives is None:
             return
         try:
             self.task.negatives.refresh(self.progress.epoch)
         except Stopped:
-            self.save_if_due()  # the state before that
+            self.save_if_due()  # saves the state from before mining
             raise
 
     def validate(self) -> dict[str, float]:
-        """Record the metrics after an epoch. An error says after which; one process alone can be stopped meanwhile."""
+        """Validate and record the metrics. An error message contains the epoch.
+
+        Only a single process can be stopped during a validation.
+        """
         epoch = self.progress.epoch
         if distributed.world_size() > 1:
-            # Several cannot, and torchrun waits for half a minute before it kills: the state is saved now.
+            # torchrun kills its processes half a minute after a signal, so save a due state before the validation.
             self.save_if_due(epoch_ends=True)
         try:
             with self.pace.validating():
                 metrics = self.task.validate(self.stepper.measured)
         except Stopped:
-            self.save_if_due()  # the state before the validation
+            self.save_if_due()  # saves the state from before the validation
             raise
         except UserError as error:
             raise UserError(f"validation after epoch {epoch}: {error}") from None
@@ -215,10 +219,10 @@ class Trainer:
         return metrics
 
     def count_step(self, loss: Tensor, *, skipped: bool) -> None:
-        """Count a step that is done. Its loss stays on the device until `read_losses`.
+        """Count a completed step. Its loss stays on the device until `read_losses`.
 
         Raises:
-            UserError: loss scaling has skipped too many in a row.
+            UserError: loss scaling has skipped too many steps in a row.
         """
         progress = self.progress
         step = len(progress.losses) + len(self.unread)
@@ -235,12 +239,12 @@ class Trainer:
             )
 
     def read_losses(self) -> float:
-        """Take the losses off the device; return the mean so far, NaN where there is none.
+        """Read the losses from the device; return the mean so far, NaN if there are none.
 
         A loss that is not finite is left out of the mean if its step was skipped.
 
         Raises:
-            UserError: such a loss of another step.
+            UserError: a loss is not finite although its step was not skipped.
         """
         progress = self.progress
         for value in torch.stack(self.unread).tolist() if self.unread else []:
@@ -261,19 +265,19 @@ class Trainer:
         return "lower the learning rate" + (" or choose --precision bf16" if scales else "")
 
     def status(self, epoch: int, done: int) -> str:
-        """Return the speed in words, see `Pace.status`."""
+        """Return the speed as text, see `Pace.status`."""
         rate = float(self.stepper.learning_rate.get_last_lr()[0])
         return self.pace.status(rate, epoch=epoch, done=done)
 
     def best_so_far(self, metrics: dict[str, float]) -> str:
-        """The metrics that select checkpoints, each with its best value so far."""
+        """Return the metrics that select checkpoints as text, each with its best value so far."""
         parts = []
         for name, value in self.checkpoints.best.items():
             parts.append(f"{name} {format_metric(metrics[name])} (best {format_metric(value)})")
         return ", ".join(parts)
 
     def spent(self) -> dict[str, str]:
-        """Count what the run has taken so far, and say it: when it began, how long it trained, its memory."""
+        """Update the run's time and memory; return its start, training time and peak memory as text."""
         progress = self.progress
         now = time.monotonic()
         progress.seconds += now - self.counted_at
@@ -288,7 +292,7 @@ class Trainer:
         return told
 
     def save_if_due(self, *, epoch_ends: bool = False) -> None:
-        """Save the state if it is due. If a stop was asked for, save it and raise Stopped."""
+        """Save the state if it is due. If a stop was requested, save the state and raise Stopped."""
         stopping, due = self.autosave.vote(epoch_ends=epoch_ends)
         if stopping or due:
             self.save()
@@ -297,7 +301,7 @@ class Trainer:
             raise Stopped(requested, f"resume with: {self.run.resume_command}")
 
     def save(self) -> None:
-        """Save the best weights that are not on disk yet, then the state, which names them."""
+        """Save the best weights that are not on disk yet, then the state, which refers to them."""
         with self.autosave.saving():
             self.read_losses()
             self.checkpoints.write()
@@ -309,10 +313,10 @@ class Trainer:
         self.saved = self.progress.words
 
     def resume(self) -> None:
-        """Put back the state that the run's folder has, if it has one.
+        """Restore the state in the run's folder, if it exists.
 
         Raises:
-            UserError: it is damaged, or another training's.
+            UserError: the state is damaged, or belongs to another training run.
         """
         file = self.run.state_file
         if file.exists():
@@ -330,7 +334,7 @@ class Trainer:
         self.checkpoints.rewind(self.progress.best)
 
     def finish(self) -> None:
-        """Complete the run, and say where its files are and what was best."""
+        """Complete the run, and log its folder, files and best values."""
         self.run.complete(self.checkpoints.best, self.spent())
         logger.info("\nrun: %s", self.run.folder)
         for path in self.checkpoints.saved:
