@@ -1,4 +1,4 @@
-"""Attention over two tokens, with heads too long for the fastest kernels: which way to compute it is the fastest."""
+"""Time several implementations of attention over two tokens, for head dimensions too large for the fastest kernels."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -12,19 +12,19 @@ from timing import Row, Setting, Step, typical
 
 
 def explicit(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention from its formula, (B, heads, 2, E) each."""
+    """Compute attention by its formula; all tensors are (B, heads, 2, E)."""
     weights = (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(-1)
     return weights @ value
 
 
 def with_kernel(backend: SDPBackend, *inputs: Tensor) -> Tensor:
-    """Torch's attention with a kernel of one kind."""
+    """Compute torch's attention with one kind of kernel."""
     with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(*inputs)
 
 
 def ways(setting: Setting) -> dict[str, Callable[..., Tensor]]:
-    """Name -> a way to compute attention, the one in use first."""
+    """Return name -> implementation of attention, beginning with the one that this project uses."""
     found = {
         "as torch chooses": F.scaled_dot_product_attention,
         "MATH": functools.partial(with_kernel, SDPBackend.MATH),
@@ -36,7 +36,7 @@ def ways(setting: Setting) -> dict[str, Callable[..., Tensor]]:
 
 
 def figures(setting: Setting) -> Iterator[Row]:
-    """Forward and backward, 4 heads of 640, batch 4096, each way against the one in use."""
+    """Time forward and backward pass of the other implementations against the one in use."""
     batch, length = setting.choose(gpu=(4096, 640), tiny=(4, 8))
     dtype = torch.float16 if setting.on_gpu else torch.float32
     shape = (batch, 4, 2, length)

@@ -1,8 +1,9 @@
-"""What the recipe for drawn shapes makes of towers like SigLIP's and EVA's, as small as its CLIP, over several seeds.
+"""Train tiny encoders like SigLIP's and EVA's with the recipe for synthetic shapes, over several seeds.
 
     python bench/backbone_study.py       (about 45 minutes of a core; writes bench/results/backbone_study.json)
 
-All begin with random weights. Each seed trains both stages; a value is that of the best validation.
+All models are as small as the recipe's CLIP, and start with random weights. Each seed trains both stages; the results
+are the metrics of the best validation.
 """
 
 import argparse
@@ -44,7 +45,7 @@ TEXT = {"width": 64, "heads": 1, "layers": 2}
 
 
 def make_tower(kind: type[torch.nn.Module], **sizes: object) -> Callable[..., torch.nn.Module]:
-    """What timm calls to make a tower of a kind."""
+    """Return a function by which timm builds an image encoder of a class."""
 
     def tower(**asked: object) -> torch.nn.Module:
         head = {name: asked[name] for name in ("num_classes", "global_pool") if name in asked}
@@ -52,11 +53,11 @@ def make_tower(kind: type[torch.nn.Module], **sizes: object) -> Callable[..., to
         made.pretrained_cfg = made.default_cfg = {"input_size": (3, SIDE, SIDE)}
         return made
 
-    tower.__module__ = "timm.models.vision_transformer"  # where timm looks for what is registered
+    tower.__module__ = "timm.models.vision_transformer"  # timm looks up registered models there
     return tower
 
 
-# A learned query pools SigLIP's patches; EVA-02 has rotary positions, SwiGLU and a class token.
+# SigLIP pools patches by a learned query; EVA-02 has rotary position embeddings, SwiGLU and a class token.
 SIGLIP = make_tower(VisionTransformer, num_heads=1, class_token=False, global_pool="map")
 EVA = make_tower(
     Eva,
@@ -71,7 +72,7 @@ EVA = make_tower(
 
 
 def configurations() -> dict[str, dict]:
-    """Name -> how open_clip describes it, as it does SigLIP2 and EVA02-B-16 but for sizes."""
+    """Return name -> open_clip configuration, which equals SigLIP2's or EVA02-B-16's except for its sizes."""
     siglip = {
         "embed_dim": 64,
         "init_logit_bias": -10,
@@ -105,7 +106,7 @@ def configurations() -> dict[str, dict]:
     }
 
 
-# Of each model's image encoder, the layers that end in features.
+# Model -> the last layers of its image encoder, whose output is the feature.
 LAST = {
     "like SigLIP2": ("trunk.attn_pool.proj", "trunk.attn_pool.mlp.fc2"),
     "like EVA02": ("trunk.head",),
@@ -114,10 +115,10 @@ LAST = {
 
 @torch.no_grad()
 def even_out(model: torch.nn.Module, layers: tuple[str, ...]) -> None:
-    """Let the features of images be as long as those of texts, by a factor on the layers that end in them.
+    """Scale the last layers of the image encoder so that image and text features have the same mean norm.
 
-    As they are made, random towers like SigLIP's and EVA's give images features of a thousandth to a thirtieth of that
-    length, and the sum of both is the text's alone.
+    With random weights, image features of SigLIP's and EVA's encoders have a thousandth to a thirtieth of that norm, so
+    that the sum of both is in effect the text feature.
     """
     images = torch.randn(8, 3, SIDE, SIDE)
     words = torch.randint(1, 100, (8, model.context_length))
@@ -132,15 +133,15 @@ def even_out(model: torch.nn.Module, layers: tuple[str, ...]) -> None:
 
 
 def vision(name: str, **head: object) -> dict:
-    """An image encoder of timm's."""
+    """Return the configuration of one of timm's image encoders."""
     return {"image_size": SIDE, "timm_model_name": name, **head}
 
 
 def write_models(folder: Path, *, evened: bool) -> dict[str, str]:
-    """Write the models with random weights; returns name -> what --clip-model-name calls it.
+    """Write the models with random weights; return name -> value of --clip-model-name.
 
     Args:
-        evened: see `even_out`.
+        evened: whether to scale the image encoders, see `even_out`.
     """
     for name, tower in (("tiny_siglip", SIGLIP), ("tiny_eva", EVA)):
         tower.__name__ = name
@@ -163,7 +164,7 @@ def write_models(folder: Path, *, evened: bool) -> dict[str, str]:
 
 
 def write_tokenizer(place: Path, data: Path) -> None:
-    """A tokenizer that knows the words of the drawn captions."""
+    """Write a tokenizer whose vocabulary is the words of the synthetic captions."""
     words: dict[str, None] = {}
     for file in sorted(data.rglob("cap.*.json")):
         for entry in json.loads(file.read_text()):
@@ -180,10 +181,10 @@ def write_tokenizer(place: Path, data: Path) -> None:
 def measure(
     folder: Path, dataset: str, clip: str, *, seed: int, learning_rate: list[str]
 ) -> dict[str, float]:
-    """Both stages with a seed; returns what each stage's best validation gives.
+    """Train both stages with a seed; return stage -> metric of its best validation.
 
     Args:
-        learning_rate: flags of stage 1 in place of the recipe's; none for that.
+        learning_rate: flags that replace the recipe's learning rate of stage 1; empty to keep it.
     """
     output = folder / "runs" / f"{dataset}_{len(list(folder.glob('runs/*')))}"
     data = ["--dataset", dataset, "--data-root", str(folder / "data"), "--seed", str(seed)]
@@ -207,7 +208,7 @@ def measure(
 
 
 def main() -> None:
-    """Train all, print a table, write it."""
+    """Train all models, print a row for each, and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--datasets", nargs="+", choices=SHOWN, default=["FashionIQ"])

@@ -1,4 +1,4 @@
-"""All that is checked and timed: `run.py` times on a CPU or a GPU, `gpu_check.py` does all that a GPU is wanted for."""
+"""All checks and benchmarks: `run.py` runs the benchmarks of one device, `gpu_check.py` all that need a GPU."""
 
 from dataclasses import dataclass
 
@@ -26,14 +26,14 @@ GPU = frozenset({"cuda"})
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is measured together, in a process of its own.
+    """Measurements that run together, in a process of their own.
 
     Attributes:
-        run: makes the rows of the results.
-        seconds: that it may take on a GPU.
-        on: the kinds of device that it is for.
-        checks: whether its rows pass or fail; else it is timed.
-        unasked: whether it runs where no case is named.
+        run: function that yields the rows of the results.
+        seconds: maximum duration on a GPU.
+        on: kinds of device that the case is for.
+        checks: whether the rows pass or fail; otherwise, they are timings.
+        unasked: whether the case runs by default.
     """
 
     run: Run
@@ -43,7 +43,7 @@ class Case:
     unasked: bool = True
 
 
-# In this order on a GPU: first whether it computes what it should, then what costs most, then what is nice to know.
+# The order on a GPU: first correctness, then the operations that cost most, then less important figures.
 CASES = {
     "golden": Case(run=original.validations, checks=True),
     "golden-losses": Case(run=original.full_batch_losses, checks=True),

@@ -1,6 +1,6 @@
-"""What it costs to decode a photo in full and as a draft, and what drafts do to features and recalls.
+"""Measure the cost of decoding photos in full and as drafts, and the effect of drafts on features and recalls.
 
-python bench/decode.py            (about 90 seconds of CPU; photos and benchmark are drawn)
+python bench/decode.py            (about 90 seconds of CPU; photos and benchmark are synthetic)
 """
 
 import json
@@ -30,15 +30,15 @@ from runtime.image_files import decoded
 from settings.groups import Clip
 
 PHOTOS = ((400, 550), (1024, 768), (4000, 3000))  # width and height in pixels
-RESOLUTIONS = (224, 288, 384)  # of ViT-L/14 and ViT-B/32, RN50x4, RN50x16
-SECONDS = 1.5  # that each figure is looked for
-DRAWN_SIDE = (256, 512)  # pixels of the images whose recalls are measured at 32: drafts are at 1/8
+RESOLUTIONS = (224, 288, 384)  # input sizes of ViT-L/14 and ViT-B/32, RN50x4, RN50x16
+SECONDS = 1.5  # minimum CPU time that is measured for each figure
+DRAWN_SIDE = (256, 512)  # range of image sides in pixels; for a model input of 32, drafts are 1/8
 SIZES = "--train-triplets 200 --val-triplets 200 --train-groups 1 --val-groups 1 --own-groups 1"
 TRAINING = "--num-epochs 13 --learning-rate 1e-3 --batch-size 64 --validation-frequency 12 --save-training --save-best"
 
 
 def draw_photo(file: Path, width: int, height: int) -> None:
-    """Noise of all coarsenesses, the coarser the stronger, as in photos: about 2 bits a pixel at quality 90."""
+    """Write a JPEG of noise whose strength falls with frequency, as in photos: about 2 bits per pixel at quality 90."""
     rng = np.random.default_rng(0)
     pixels = np.full((height, width, 3), 128.0)
     for octave in range(9):
@@ -50,7 +50,7 @@ def draw_photo(file: Path, width: int, height: int) -> None:
 
 
 def milliseconds(file: Path, resolution: int, side: int | None) -> float:
-    """Least CPU-milliseconds from the file to bytes (3, R, R): what others take of the machine is not counted."""
+    """Return the minimum CPU-milliseconds from a file to bytes (3, R, R), which other processes hardly affect."""
     preprocess = make_preprocess("targetpad", 1.25, resolution)
     taken = []
     while sum(taken) < SECONDS:
@@ -61,7 +61,7 @@ def milliseconds(file: Path, resolution: int, side: int | None) -> float:
 
 
 def costs(folder: Path) -> None:
-    """Print CPU-milliseconds an image, a row for each size of photos."""
+    """Print CPU-milliseconds per image, with a row for each photo size."""
     torch.set_num_threads(1)
     print(
         "| photo | MB | " + " | ".join(f"to {side} px: full, draft" for side in RESOLUTIONS) + " |"
@@ -78,7 +78,7 @@ def costs(folder: Path) -> None:
 
 
 def effect(folder: Path) -> None:
-    """Print the cosine of features with and without drafts, and the recalls of weights that were trained without."""
+    """Print the effect of drafts on the recalls of weights that were trained without drafts, and on features."""
     shapes_dataset.IMAGE_SIDE = DRAWN_SIDE
     shapes_dataset.main(["--output-dir", str(folder), *SIZES.split()])
     words = ["--dataset", "FashionIQ", "--data-root", str(folder)]

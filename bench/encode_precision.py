@@ -1,9 +1,9 @@
-"""What the rounding of `--encode-precision` does to ranks and recalls: that of a GPU's tensor cores, on a CPU.
+"""Measure the effect of `--encode-precision` on ranks and recalls, by emulating a GPU's tensor cores on a CPU.
 
     make demo                                                 (pictures, and models that were trained on them)
-    OMP_NUM_THREADS=1 python bench/encode_precision.py        (trains on drawn shapes too)
+    OMP_NUM_THREADS=1 python bench/encode_precision.py        (trains on synthetic shapes too)
 
-Each operand of a product or a convolution is rounded, and the products are added up in float32.
+Each operand of a matrix multiplication or convolution is rounded, and the products are summed in float32.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from settings.groups import PairChoice
 CPU = torch.device("cpu")
 DRAWN = "--train-triplets 400 --val-triplets 200 --train-groups 1 --val-groups 1 --own-groups 1"
 aten = torch.ops.aten
-# Operation -> the place of its first factor; the second follows.
+# Operation -> position of its first factor among the arguments; the second factor follows it.
 PRODUCTS = {aten.mm: 0, aten.bmm: 0, aten.convolution: 0, aten.addmm: 1, aten.baddbmm: 1}
 HEAD = (
     "| data, composed by | precision | ranks that change | by at most | mean recall | a recall moves by at most "
@@ -53,15 +53,15 @@ HEAD = (
 
 
 def to_tf32(x: Tensor, added: int = 0x1000) -> Tensor:
-    """Round float32 to 10 bits of mantissa, to the nearest and ties away from zero, as PTX's cvt.rna.tf32 does.
+    """Round float32 to 10 bits of mantissa, to nearest with ties away from zero, as PTX's cvt.rna.tf32 does.
 
     Args:
-        added: before the other 13 bits are cut off; 0 for what cores do where nothing rounds before.
+        added: number that is added before the other 13 bits are cut off; with 0, numbers are truncated.
     """
     return (x.view(torch.int32) + added & ~0x1FFF).view(torch.float32)
 
 
-# Name in the table -> `--encode-precision` and what it makes of a factor.
+# Name in the table -> `--encode-precision`, and function that rounds a factor.
 ROUNDINGS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "tf32": ("tf32", to_tf32),
     "tf32, cut off": ("tf32", lambda x: to_tf32(x, added=0)),
@@ -71,7 +71,7 @@ ROUNDINGS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 
 
 class TensorCores(TorchDispatchMode):
-    """Products of rounded factors, added up in float32; what they give has the type of the factors."""
+    """Context in which factors of multiplications are rounded and sums are float32; results have the factors' type."""
 
     def __init__(self, rounded: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class TensorCores(TorchDispatchMode):
 
 @contextlib.contextmanager
 def rounding(name: str) -> Iterator[None]:
-    """Let encoders round as a row of ROUNDINGS does."""
+    """Make encoders use one of ROUNDINGS within a context."""
     _, rounded = ROUNDINGS[name]
 
     @contextlib.contextmanager
@@ -102,7 +102,7 @@ def rounding(name: str) -> Iterator[None]:
 
 
 def measured(dataset: str, root: Path, clip: Path, combiner: Path) -> Iterator[dict]:
-    """A row for each way to compose and each rounding, against float32.
+    """Yield a row for each composition and each rounding, compared with float32.
 
     Args:
         clip, combiner: weights of stages 1 and 2.
@@ -154,7 +154,7 @@ def measured(dataset: str, root: Path, clip: Path, combiner: Path) -> Iterator[d
 
 
 def line(row: dict) -> str:
-    """A row of the table, in Markdown."""
+    """Return a row of the table, in Markdown."""
     cells = [
         f"{row['dataset']}, {row['way']}",
         row["precision"],
@@ -168,7 +168,7 @@ def line(row: dict) -> str:
 
 
 def of_demo(folder: Path) -> tuple[str, Path, Path, Path]:
-    """The arguments of `measured` for what `make demo` left."""
+    """Return the arguments of `measured` for the folder that `make demo` wrote."""
     triplets = BENCHMARKS["Triplets"]
     (clip_run,) = (folder / "models" / "Triplets_clip").iterdir()
     (run,) = (folder / "models" / "Triplets_moe").iterdir()
@@ -178,7 +178,7 @@ def of_demo(folder: Path) -> tuple[str, Path, Path, Path]:
 
 
 def of_shapes(folder: Path) -> tuple[str, Path, Path, Path]:
-    """The same for drawn shapes, of which both stages learn here."""
+    """Train both stages on synthetic shapes; return the arguments of `measured` for them."""
     fashioniq = BENCHMARKS["FashionIQ"]
     shapes_dataset.main(["--output-dir", str(folder), *DRAWN.split()])
     clip = tuned_clip(folder, "FashionIQ")
@@ -190,7 +190,7 @@ def of_shapes(folder: Path) -> tuple[str, Path, Path, Path]:
 
 
 def main() -> None:
-    """Measure both, print a table and write bench/results/encode_precision.json."""
+    """Measure both datasets, print a table, and write bench/results/encode_precision.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", type=Path, default=Path("demo"), help="what `make demo` left")
     args = parser.parse_args()

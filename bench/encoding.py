@@ -1,4 +1,4 @@
-"""Encoding images in each precision: how fast, how far from float32, and how long an index takes."""
+"""Encode images in each precision: speed, difference from float32, and the time to encode an index."""
 
 import dataclasses
 import functools
@@ -18,14 +18,14 @@ from timing import Row, Setting, seconds, typical
 
 
 def encoding_in(precision: str, encoder: Encoder) -> Encoder:
-    """The encoder in another precision."""
+    """Return a copy of the encoder with another precision."""
     return dataclasses.replace(
         encoder, preprocessing={**encoder.preprocessing, "encode_precision": precision}
     )
 
 
 def random_encoder(name: str, setting: Setting, workers: int = 0) -> Encoder:
-    """An encoder of a true architecture with random weights."""
+    """Return an encoder of a real architecture with random weights."""
     model = ready(random_clip(name, setting), setting.device)
     resolution = model.visual.input_resolution
     preprocess = make_preprocess("targetpad", 1.25, resolution)
@@ -42,7 +42,7 @@ def random_encoder(name: str, setting: Setting, workers: int = 0) -> Encoder:
 
 @torch.no_grad()
 def figures(setting: Setting) -> Iterator[Row]:
-    """Images a second in each precision, batches of 32, and the least cosine to the features in float32."""
+    """Measure images/s in each precision with batches of 32, and the minimum cosine to the float32 features."""
     device = setting.device
     batch = setting.choose(gpu=32, tiny=2)
     for name in TIMED:
@@ -66,7 +66,7 @@ def figures(setting: Setting) -> Iterator[Row]:
 
 
 def index(setting: Setting) -> Iterator[Row]:
-    """Photos to features as an index makes them, from files that workers decode."""
+    """Time the encoding of photos as for an index, from files that data-loader workers decode."""
     files, copies, workers = setting.choose(gpu=(256, 16, 16), tiny=(4, 2, 0))
     with tempfile.TemporaryDirectory() as folder:
         paths = photos(Path(folder), files) * copies

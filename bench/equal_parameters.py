@@ -1,8 +1,9 @@
-"""At which hidden size one expert, or the plain Combiner, has as many parameters as a mixture: a table in Markdown.
+"""Print the hidden sizes at which other Combiners have as many parameters as a mixture, as a table in Markdown.
 
     python bench/equal_parameters.py --clip-dim 64 --projection-dim 256 --hidden-dim 512 --num-experts 4 --top-k 2
 
-The flags are those of combiner_train.py, whose parts of a mixture are counted too; the features' length is CLIP's.
+The other Combiners are one expert, the plain Combiner, and a mixture with a shared expert. The flags are the Combiner
+flags of combiner_train.py and `--clip-dim`, the dimension of CLIP's features. Optional parts of a mixture are counted.
 """
 
 import argparse
@@ -24,22 +25,22 @@ PLAIN = {"combiner_type": "clip4cir"}
 
 
 def parameters(settings: Mapping[str, Any]) -> int:
-    """How many a Combiner has."""
+    """Count the parameters of a Combiner."""
     with torch.device("meta"):
         return sum(p.numel() for p in build_combiner(settings).parameters())
 
 
 def equal_hidden_dim(mixture: Mapping[str, Any], other: Mapping[str, Any]) -> int:
-    """The hidden size at which another kind of the same widths is nearest to a mixture's parameters.
+    """Return the hidden size at which another Combiner's number of parameters is nearest to a mixture's.
 
-    They grow by the same number with each hidden unit.
+    Each hidden unit adds the same number of parameters.
     """
     one, two = (parameters({**mixture, **other, "hidden_dim": size}) for size in (1, 2))
     return 1 + round((parameters(mixture) - one) / (two - one))
 
 
 def table(mixture: Mapping[str, Any]) -> str:
-    """Kinds of Combiner with a mixture's parameters, as flags, beside their hidden size and their parameters."""
+    """Return a table of Combiners with about as many parameters as a mixture: hidden sizes and parameters."""
     kinds = {"the mixture": {}, "one expert": ONE_EXPERT, "plain": PLAIN}
     if mixture["top_k"] < mixture["num_experts"]:
         fewer = {"num_experts": mixture["num_experts"] - 1, "shared_expert": True}

@@ -1,4 +1,4 @@
-"""What a device computes against definitions, plain steps and the CPU."""
+"""Compare a device's results with definitions, plain training steps and the CPU."""
 
 import copy
 import functools
@@ -26,29 +26,30 @@ from training.stage1 import SumFeatures
 from training.step import Gradient
 from twins import DefinedCombiner, DefinedPlainCombiner
 
-# Of queries and of gradients. In half precision some of a ReLU's inputs round to the other side of zero, which turns
-# whole gradients on and off: fp16 on a CPU is 0.012 to 0.017 off.
+# Maximum relative differences of queries and of gradients. In half precision, some inputs of a ReLU round to the other
+# side of zero, which changes gradients completely: the difference of fp16 on a CPU is 0.012 to 0.017.
 LIMITS = {"fp32": (1e-5, 1e-5), "amp": (1e-2, 3e-2)}
-TIE = 1e-5  # a difference of cosines that is rounding
-SCALE = 2.0**10  # of losses in half precision
-# The same for a whole CLIP in float32. In half precision it may be twice as far off as the clip package itself.
+TIE = 1e-5  # maximum difference of cosines that rounding explains
+SCALE = 2.0**10  # loss scale in half precision
+# Maximum relative differences of features and gradients of a complete CLIP in float32. In half precision, the
+# difference may be twice that of the clip package itself.
 PACKAGE_LIMITS = (1e-4, 1e-3)
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
-    """The length of a difference, as a share of the length of what it is from."""
+    """Return the norm of the difference of two tensors, relative to the norm of the second."""
     exact = theirs.cpu().double()
     return ((ours.cpu().double() - exact).norm() / exact.norm()).item()
 
 
 def gradients(module: nn.Module) -> Tensor:
-    """The gradients of all parameters that have one, in the order of their names, in one row."""
+    """Return the gradients of all parameters that have one, in the order of their names, as one vector."""
     named = sorted(module.named_parameters())
     return torch.cat([p.grad.flatten() for _, p in named if p.grad is not None])
 
 
 def combiners(setting: Setting) -> Iterator[Row]:
-    """Both Combiners against their definitions, float64 on the CPU: queries, and the gradients of all parameters."""
+    """Compare both Combiners with their definitions in float64 on the CPU: queries, and gradients of all parameters."""
     exact_float32()
     d, p, h = setting.choose(gpu=(64, 256, 512), tiny=(12, 16, 24))
     pairs = [
@@ -69,11 +70,11 @@ def combiners(setting: Setting) -> Iterator[Row]:
 def differences(
     ours: Composer, twin: nn.Module, inputs: Tensor, precision: Precision
 ) -> tuple[float, float]:
-    """How far queries and gradients are from those of the definition.
+    """Return the relative differences of queries and gradients from the definition's.
 
     Args:
-        twin: in float64 on the CPU.
-        inputs: images, captions, and the direction whose gradient is taken, (3, B, D), on the CPU.
+        twin: the definition, in float64 on the CPU.
+        inputs: images, captions, and the gradient of the queries for the backward pass, (3, B, D), on the CPU.
     """
     images, captions, direction = inputs[:, is_sure(ours, *inputs[:2])]
     with precision.autocast():
@@ -89,7 +90,7 @@ def differences(
 
 @torch.no_grad()
 def is_sure(combiner: Composer, images: Tensor, captions: Tensor) -> Tensor:
-    """Whether each query's choice of experts is no matter of rounding, (B,) bool; inputs (B, D) on the CPU."""
+    """Return a mask (B,) of the queries whose choice of experts cannot depend on rounding; inputs (B, D) on the CPU."""
     exact = copy.deepcopy(combiner).cpu().double()
     _, logits = exact.routed(images.double(), captions.double())
     if not combiner.has_router:
@@ -99,9 +100,9 @@ def is_sure(combiner: Composer, images: Tensor, captions: Tensor) -> Tensor:
 
 
 def clip_package(setting: Setting) -> Iterator[Row]:
-    """Features and gradients of the lean passes against the clip package's own, at true size.
+    """Compare features and gradients of the lean forward passes with the clip package's, at real size.
 
-    Memory that was freed is full of NaN: a kernel that reads what nobody has written shows it.
+    Freed memory is filled with NaN, so that a kernel that reads uninitialised memory is detected.
     """
     exact_float32()
     batch = setting.choose(gpu=16, tiny=3)
@@ -130,7 +131,7 @@ def clip_package(setting: Setting) -> Iterator[Row]:
 def outputs_and_gradients(
     model: nn.Module, inputs: tuple[Tensor, ...], precision: str
 ) -> tuple[Tensor, Tensor]:
-    """Queries and targets of stage 1, and the gradients of all parameters, each in one row."""
+    """Return the queries and targets of stage 1, and the gradients of all parameters as one vector."""
     model.zero_grad()
     model.logit_scale.requires_grad_(False)
     chosen = Precision(precision, inputs[0].device)
@@ -143,7 +144,7 @@ def outputs_and_gradients(
 
 
 def poison(setting: Setting) -> None:
-    """Leave NaN in the memory that is handed out next."""
+    """Fill the memory that will be allocated next with NaN."""
     if setting.on_gpu:
         torch.cuda.empty_cache()
     blocks = setting.choose(gpu=16, tiny=1)
@@ -152,7 +153,7 @@ def poison(setting: Setting) -> None:
 
 
 def micro_batches(setting: Setting) -> Iterator[Row]:
-    """A step's gradients in micro-batches against those of the plain step, on the tiny CLIPs."""
+    """Compare the gradients of a step in micro-batches with the gradients of the plain step, for tiny CLIPs."""
     batch, micro = setting.choose(gpu=(128, 16), tiny=(8, 3))
     limits = {"fp32": 1e-4, "amp": 2e-2}
     exact_float32()
@@ -177,16 +178,16 @@ def step_gradients(
     device: torch.device,
     wrap: type[nn.Module] | None = None,
 ) -> Tensor:
-    """The gradients of one of stage 1's steps, all in one row.
+    """Return the gradients of a step of stage 1 as one vector.
 
     Args:
-        wrap: makes the model parallel.
+        wrap: class that wraps the model for data parallelism; None for no wrapper.
     """
     model.zero_grad()
     module = SumFeatures(model, backbone(model))
     model.logit_scale.requires_grad_(False)
     chosen = Precision(precision, device)
-    # A scale that overflows nothing.
+    # This scale is small enough that no gradient overflows.
     scaler = torch.amp.GradScaler(
         device.type, init_scale=SCALE, enabled=chosen.scaler().is_enabled()
     )
@@ -202,7 +203,7 @@ def step_gradients(
 
 
 def ranking(setting: Setting) -> Iterator[Row]:
-    """Ranks of CIRR's validation at its real size against those of exact similarities, but for ties."""
+    """Compare the ranks of CIRR's validation at real size with the ranks of exact similarities, apart from ties."""
     exact_float32()
     sizes = setting.choose(gpu=(4181, 2297, 640), tiny=(40, 30, 8))
     protocols = [ORIGINAL_REMOVED, ORIGINAL_KEPT]
@@ -230,14 +231,14 @@ def ranking(setting: Setting) -> Iterator[Row]:
 
 
 def exact_similarities(frozen: FrozenSplit) -> Tensor:
-    """Cosines (Q, N) in float64."""
+    """Return the cosine similarities (Q, N) in float64."""
     images, captions = frozen.images.double(), frozen.captions[:, 0].double()
     queries = compose_sum(images[frozen.reference_rows], captions)
     return queries @ F.normalize(images, dim=-1).T
 
 
 def outside_bounds(ranks: Tensor, exact: Tensor, targets: Tensor) -> int:
-    """How many ranks (Q,) are not those of the exact similarities (Q, N), whichever way ties are ordered."""
+    """Count the ranks (Q,) that contradict the exact similarities (Q, N) in every order of ties."""
     of_target = exact.gather(1, targets[:, None])
     fewest = (exact > of_target + TIE).sum(1)
     most = (exact > of_target - TIE).sum(1) - 1  # without the target

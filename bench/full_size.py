@@ -1,8 +1,9 @@
-"""One step of stage 1 and a validation with CLIPs of full size and random weights, on the CPU: that shapes fit.
+"""Run one stage-1 step and a validation of full-size CLIPs with random weights on the CPU, to check that they work.
 
     python bench/full_size.py            (about 20 minutes on 2 cores, 12 GiB; writes bench/results/full_size.json)
 
-Two triplets, a micro-batch of one, a gallery of one group; each model in a process of its own, whose peak is reported.
+The data are two triplets in micro-batches of one, and a gallery of one group. Each model runs in a process of its own,
+whose peak memory is reported.
 """
 
 import argparse
@@ -25,13 +26,13 @@ from backbone_study import write_tokenizer
 from models.encoder import versions
 from utils import PROJECT_ROOT
 
-# Architecture -> what learns of it: AdamW keeps three times the bytes of that beside the weights.
+# Architecture -> encoders that are trained. Gradients and AdamW's state need three times the bytes of their weights.
 CASES = {"ViT-L-14": "both", "EVA02-L-14": "both", "ViT-SO400M-14-SigLIP2-378": "image"}
 GIB = 2**30
 
 
 def draw_few(folder: Path) -> None:
-    """A drawn benchmark of two triplets to learn from and one to be measured on."""
+    """Write a synthetic benchmark of two training triplets and one validation triplet."""
     flags = "--train-triplets 1 --val-triplets 1 --train-groups 1 --val-groups 1"
     shapes_dataset.main(["--output-dir", str(folder), *flags.split()])
     for split, triplets in (("train", 2), ("val", 1)):
@@ -40,7 +41,7 @@ def draw_few(folder: Path) -> None:
 
 
 def write_model(place: Path, architecture: str, data: Path) -> None:
-    """An architecture as published, with random weights and a tokenizer of few words where it wants one."""
+    """Write a published architecture with random weights, and a tokenizer of few words if it needs a tokenizer."""
     config = open_clip.get_model_config(architecture)
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     known = open_clip.get_pretrained_cfg(architecture, tags[0])
@@ -56,7 +57,7 @@ def write_model(place: Path, architecture: str, data: Path) -> None:
 
 
 def measure(folder: Path, architecture: str, trained: str) -> dict[str, object]:
-    """One step, and the validation that encodes; in a process of its own. Raises where it fails."""
+    """Run one step and a validation in a process of its own, and return its peak memory and metrics."""
     with tempfile.TemporaryDirectory() as place:
         make = [sys.executable, __file__, "--write", place, architecture, str(folder)]
         subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
@@ -87,7 +88,7 @@ def measure(folder: Path, architecture: str, trained: str) -> dict[str, object]:
 
 
 def main() -> None:
-    """Measure all, and write it."""
+    """Measure all architectures, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--write", nargs=3, help=argparse.SUPPRESS)

@@ -1,17 +1,16 @@
-"""Everything that a GPU is wanted for, in eight minutes: whether it computes what it should, and how fast.
+"""Run all checks and benchmarks that need a GPU, in eight minutes.
 
 python bench/gpu_check.py                      (or `make gpu-check`)
-python bench/gpu_check.py --rehearse           (on a CPU, as small as it goes: whether all of it runs)
+python bench/gpu_check.py --rehearse           (a dry run on a CPU, at the smallest size)
 python bench/gpu_check.py --only golden moe
 
-Each case runs in a process of its own and has its share of the time; one that fails, breaks or hangs costs no other.
-A package that is missing is named before anything starts; one that lies as a wheel in the folder bench/wheels is
-installed from there for this run, since a machine with a GPU is often without a network. Results are written after
-every case. The exit code is 0 if all checks passed and no case broke; where the time is up,
-figures are left over.
+Each case runs in a process of its own with a time limit, so a case that fails, crashes or hangs does not affect others.
+Missing packages are reported before anything starts. If the folder bench/wheels has their wheels, they are installed
+from there for this run only, since a machine with a GPU often has no network. Results are written after every case. The
+exit code is 0 if all checks passed and no case failed; cases that no longer fit in the time are left out.
 """
 
-# ruff: noqa: E402  (what is missing is named before it is imported)
+# ruff: noqa: E402  (missing packages are reported before they are imported)
 import argparse
 import json
 import sys
@@ -33,11 +32,11 @@ from report import HEAD, line, machine
 from timing import Row, Setting
 
 RESULTS = Path(__file__).parent / "results"
-FOR_THE_MACHINE = 60  # seconds to say its name
+FOR_THE_MACHINE = 60  # seconds to describe the machine
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags of the check."""
+    """Parse the flags of the check."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     wanted = [name for name, case in CASES.items() if "cuda" in case.on]
     parser.add_argument(
@@ -62,10 +61,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 class Check:
-    """The cases of one check, and what came of them.
+    """Runs the cases of one check, and records their results.
 
     Args:
-        budget: seconds for all of them together.
+        budget: seconds for all cases together.
     """
 
     def __init__(self, setting: Setting, budget: float, output: Path) -> None:
@@ -77,11 +76,11 @@ class Check:
 
     @property
     def left(self) -> float:
-        """Seconds of the budget that are left."""
+        """Return the seconds that are left of the budget."""
         return self.budget - (time.monotonic() - self.start)
 
     def run(self, cases: dict[str, Case]) -> bool:
-        """Run cases one after the other; whether all checks passed, and nothing broke."""
+        """Run cases one after the other; return whether all checks passed and no case failed."""
         about = attempt(machine, self.setting, FOR_THE_MACHINE, lambda row: None)
         self.content["machine"] = about.rows[0] if about.rows else about.error
         print(json.dumps(self.content["machine"]), HEAD, sep="\n\n", flush=True)
@@ -94,7 +93,7 @@ class Check:
         return well
 
     def run_case(self, name: str, case: Case) -> str:
-        """Run a case, if it fits; returns its state."""
+        """Run a case, if its time limit fits in the budget; return its state."""
         left = self.left
         share = left if self.setting.rehearses else case.seconds
         if share > left:
@@ -114,12 +113,12 @@ class Check:
 
 
 def show(row: Row) -> None:
-    """Print a row as it is finished."""
+    """Print a finished row."""
     print(line(row), "FAILED" if row.get("passed") is False else "", flush=True)
 
 
 def state_of(case: Case, made: Attempt) -> str:
-    """What came of a case that was run."""
+    """Return the state of a case that was run."""
     if made.error.startswith(OUT_OF_TIME):
         return OUT_OF_TIME
     if made.error or not made.rows or not all(row.get("passed", True) for row in made.rows):

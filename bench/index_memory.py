@@ -1,7 +1,7 @@
-"""Memory and time of indexes in files: a million images published and brought up to date, ten million vectors asked.
+"""Measure memory and time of indexes in files: write and update a million images, search ten million vectors.
 
-Images are empty files, since an update looks at them and opens none; features are drawn. What is measured runs in a
-process of its own, forked for it, and its memory is all of it, mapped files included.
+Images are tiny text files, since an update reads their bytes but decodes none; features are synthetic. Each measurement
+runs in a forked process, and its memory is the total of that process, mapped files included.
 """
 
 import multiprocessing
@@ -26,7 +26,7 @@ from timing import GIB, Row, Setting
 from vector_search import DIM, INTRINSIC
 
 COUNT = 1_000_000
-MORE = 10_000  # images that come later
+MORE = 10_000  # images that are added later
 ASKED_OF = 10_000_000
 QUESTIONS = 30
 FORK = multiprocessing.get_context("fork")
@@ -34,21 +34,21 @@ SURFACE = np.random.default_rng(0).standard_normal((INTRINSIC, DIM), dtype=np.fl
 
 
 class DrawnEncoder:
-    """What an update needs of an encoder; a shard's features are drawn, near a surface as those of a network are."""
+    """Stand-in for the encoder of an update. Its features are random points near a surface of few dimensions."""
 
     backbone = SimpleNamespace(dim=DIM)
     precision = "fp32"
     reported_preprocessing = {"transform": "targetpad", "target_ratio": 1.25, "resolution": 224}
 
     def describe(self) -> dict[str, str]:
-        """No weights have this digest."""
+        """Return a description with a digest that no weights have."""
         return {"weights": "0" * 64}
 
     def between(self) -> None:
-        """Nothing stops it."""
+        """Do nothing, since nothing interrupts the encoding."""
 
     def readable_images(self, shards: list[list[Path]]) -> Iterator[tuple[torch.Tensor, list[str]]]:
-        """Features of each shard, and that all files can be read."""
+        """Yield the features of each shard, and an empty reason for each file, as all files are readable."""
         rng = np.random.default_rng(len(shards))
         for shard in shards:
             places = rng.standard_normal((len(shard), INTRINSIC), dtype=np.float32)
@@ -57,7 +57,7 @@ class DrawnEncoder:
 
 
 def apart(work: Callable[[], Any]) -> tuple[Any, float, float, float]:
-    """What a call returns in a process of its own, its seconds, those of processors, and the GiB at its peak."""
+    """Run a call in a process of its own; return its result, seconds, CPU-seconds, and peak memory in GiB."""
     ours, theirs = FORK.Pipe(duplex=False)
 
     def run() -> None:
@@ -76,7 +76,7 @@ def apart(work: Callable[[], Any]) -> tuple[Any, float, float, float]:
 
 
 def touch(folder: Path, numbers: range) -> None:
-    """Small files, each of another content, a thousand to a folder."""
+    """Write small files with different contents, a thousand per folder."""
     for number in numbers:
         file = folder / f"{number // 1000:05}" / f"{number:08}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def touch(folder: Path, numbers: range) -> None:
 
 
 def brought_up_to_date(root: Path, keeping: Keeping) -> Update:
-    """What search.py index does, but for loading a model."""
+    """Update an index as `search.py index` does, but without loading a model."""
     folders = [root / "images"]
     files = find_images(folders).files
     pair = {**DrawnEncoder.reported_preprocessing, "clip_model_name": "drawn"}
@@ -97,12 +97,12 @@ def brought_up_to_date(root: Path, keeping: Keeping) -> Update:
 
 
 def told(update: Update) -> str:
-    """What an update did."""
+    """Describe the result of an update."""
     return f"{update.counts.added:,} added, {update.counts.kept:,} kept"
 
 
 def updates(setting: Setting) -> Iterator[Row]:
-    """Rows of indexes of a million images."""
+    """Yield rows for writing and updating indexes of a million images."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         touch(root / "images", range(COUNT))
@@ -116,14 +116,14 @@ def updates(setting: Setting) -> Iterator[Row]:
 
 
 def figure(what: str, work: Callable[[], Any]) -> Row:
-    """The row of a call."""
+    """Measure a call and return its row."""
     made, seconds, processors, peak = apart(work)
     note = f"{processors:.0f} s of processors, {peak:.2f} GiB in all; {made}"
     return {"figure": what, "ours": seconds, "GiB": peak, "note": note}
 
 
 def on_disk(setting: Setting) -> Iterator[Row]:
-    """Rows of lists in a file. Codes are drawn: what a search reads, and how long that takes, is as with true ones."""
+    """Yield rows for searching lists in a file. Codes are random, which does not change what a search reads."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for count in (COUNT, ASKED_OF):
@@ -136,7 +136,7 @@ def on_disk(setting: Setting) -> Iterator[Row]:
 
 
 def drawn_lists(folder: Path, count: int) -> None:
-    """An index of so many vectors whose lists are equally long."""
+    """Write an index of `count` vectors, all of whose lists are equally long."""
     rng = np.random.default_rng(0)
     faiss = faiss_index.import_faiss()
     full = faiss_index._empty_ivfpq(faiss, count, DIM)
@@ -159,12 +159,12 @@ def drawn_lists(folder: Path, count: int) -> None:
 
 
 def questions(folder: Path, count: int) -> str:
-    """Open an index and ask it; the median time of an answer."""
+    """Open an index and search it; return the median time per query."""
     rng = np.random.default_rng(1)
     index = FaissImages(
         folder=folder,
         files=[("/drawn.jpg", 0, 0)] * count,
-        # One row for all, which takes no room.
+        # All images share one row, which needs no memory.
         features=np.broadcast_to(rng.standard_normal(DIM, dtype=np.float32), (count, DIM)),
         vectors=list_file.read(folder / "vectors.faiss", folder / "lists.bin"),
         about={},

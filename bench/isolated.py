@@ -1,6 +1,6 @@
-"""A case in a process of its own, forked from this one: what it raises, breaks, fills or hangs costs no other case.
+"""Run a case in a forked process, so that an error, a crash, full memory or a hang does not affect other cases.
 
-The process that forks must not have used a GPU: CUDA does not survive a fork.
+The process that forks must not have used a GPU, because CUDA does not survive a fork.
 """
 
 import contextlib
@@ -19,16 +19,16 @@ from pathlib import Path
 from timing import Row, Setting
 
 FORK = multiprocessing.get_context("fork")
-A_DAY = 86_400.0  # seconds: as long as it takes
+A_DAY = 86_400.0  # seconds, in effect no time limit
 OUT_OF_TIME = "out of time"
-SHOWN = 20  # lines of what a case that failed said last
+SHOWN = 20  # number of the last lines of a failed case's output that are shown
 
 Run = Callable[[Setting], Iterable[Row]]
 
 
 @dataclass
 class Attempt:
-    """What came of a case: its finished rows, why it ended early, and the seconds it took."""
+    """Result of a case: its finished rows, the error that ended it early, and its duration in seconds."""
 
     rows: list[Row] = field(default_factory=list)
     error: str = ""
@@ -36,10 +36,11 @@ class Attempt:
 
 
 def attempt(run: Run, setting: Setting, most: float, say: Callable[[Row], object]) -> Attempt:
-    """Run a case; each row is said as it is finished, and kept whatever happens later.
+    """Run a case. Its finished rows are kept even if it fails later.
 
     Args:
         most: seconds after which the case is ended.
+        say: function that is called with each row as soon as the row is finished.
     """
     start = time.monotonic()
     made = Attempt()
@@ -53,7 +54,7 @@ def attempt(run: Run, setting: Setting, most: float, say: Callable[[Row], object
         finally:
             process.kill()
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # what the case started
+                os.killpg(process.pid, signal.SIGKILL)  # processes that the case started
             process.join()
             ours.close()
         if made.error:
@@ -70,7 +71,7 @@ def _listen(
     rows: list[Row],
     say: Callable[[Row], object],
 ) -> str:
-    """Take rows until the case ends; why it did not end well, or nothing."""
+    """Receive rows until the case ends; return the reason if it failed, else ""."""
     while ready := wait([ours, process.sentinel], max(0.0, deadline - time.monotonic())):
         try:
             if ours not in ready:
@@ -87,10 +88,10 @@ def _listen(
 
 
 def _work(run: Run, setting: Setting, theirs: Connection, folder: str) -> None:
-    """The case's process."""
+    """Run a case in its own process, and send its rows to the parent process."""
     os.setsid()
-    tempfile.tempdir = folder  # emptied also where the case is ended
-    sys.modules["matplotlib"] = None  # the curves of runs are not wanted: they take seconds to draw
+    tempfile.tempdir = folder  # the parent deletes it, even if it ends the case
+    sys.modules["matplotlib"] = None  # runs then draw no curves, which would take seconds
     write_to(_log(folder))
     try:
         for row in run(setting):
@@ -106,12 +107,12 @@ def _log(folder: str) -> Path:
 
 
 def write_to(log: Path) -> None:
-    """Let a file have what this process says, and the processes that it starts."""
+    """Redirect the output of this process, and of the processes that it starts, to a file."""
     sys.stdout.flush()
     sys.stderr.flush()
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    # What was said last is there also where the process is killed.
+    # Line buffering keeps the last lines even if the process is killed.
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)

@@ -1,4 +1,4 @@
-"""An index of 100,000 drawn images, built, brought up to date and asked: time and memory.
+"""Measure time and memory to build, update and search an index of 100,000 synthetic images.
 
 python bench/large_index.py            (about 2 minutes on 2 cores)
 """
@@ -20,7 +20,7 @@ from timing import run_script, script_table
 
 
 def draw_all(folder: Path, count: int) -> None:
-    """So many images of shapes, a thousand to a folder."""
+    """Draw `count` images of shapes, a thousand per folder."""
     rng = random.Random(0)
     for number in tqdm(range(count), "drawing", unit="img", disable=None):
         path = folder / f"{number // 1000:03}" / f"{number:06}.jpg"
@@ -29,7 +29,7 @@ def draw_all(folder: Path, count: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draw, index, index again, ask, and print a table."""
+    """Draw images, index them twice, run queries, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=100_000)
     args = parser.parse_args(argv)

@@ -1,6 +1,6 @@
-"""Against what others offer for the same: FAISS and `topk` for ranking, open_clip for its loss and its encoding.
+"""Compare with other libraries: FAISS and torch's `topk` for ranking, open_clip for the loss and for encoding.
 
-All figures are seconds of a core, so that they hold on a machine that is shared.
+All figures are CPU-seconds, so that other work on the machine hardly affects them.
 """
 
 import tempfile
@@ -21,7 +21,7 @@ from twins import images_by_open_clip, nearest_by_faiss, nearest_by_topk
 
 
 def rows_of(what: str, sides: dict[str, Step], rounds: int) -> Iterator[Row]:
-    """A row for each side but ours, which is the first."""
+    """Yield a row for each other side; the first side is ours."""
     taken = processor_seconds(sides, rounds)
     ours = next(iter(sides))
     for name in list(sides)[1:]:
@@ -35,7 +35,7 @@ def rows_of(what: str, sides: dict[str, Step], rounds: int) -> Iterator[Row]:
 
 
 def ranking(setting: Setting) -> Iterator[Row]:
-    """The nearest 50 of each query and its target's rank, against libraries that give no ranks."""
+    """Time each query's nearest 50 images and its target's rank, against libraries that do not compute ranks."""
     sizes = setting.choose(gpu=(10_000, 200_000, 640), cpu=(10_000, 200_000, 640), tiny=(9, 60, 8))
     frozen = random_cirr(*sizes, setting.device, grouped=False)
     queries = compose(frozen.references, frozen.captions[:, 0])
@@ -49,7 +49,7 @@ def ranking(setting: Setting) -> Iterator[Row]:
 
 
 def loss(setting: Setting) -> Iterator[Row]:
-    """Forward and backward of the symmetric loss, which is open_clip's, on the same features."""
+    """Time forward and backward pass of the symmetric loss, which equals open_clip's, on the same features."""
     from open_clip.loss import ClipLoss
 
     batch, dim = setting.choose(gpu=(4096, 640), cpu=(4096, 640), tiny=(8, 8))
@@ -68,7 +68,7 @@ def loss(setting: Setting) -> Iterator[Row]:
 
 
 def encoding(setting: Setting) -> Iterator[Row]:
-    """Photos to features in batches of 32 in this process alone, with random weights."""
+    """Time the encoding of photos in batches of 32, in this process only, with random weights."""
     import open_clip
 
     count = setting.choose(gpu=256, cpu=64, tiny=2)
@@ -85,7 +85,7 @@ def encoding(setting: Setting) -> Iterator[Row]:
 
 
 def figures(setting: Setting) -> Iterator[Row]:
-    """Rows of the results table."""
+    """Yield the rows of the results table."""
     yield from loss(setting)
     yield from encoding(setting)
     yield from ranking(setting)

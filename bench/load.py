@@ -1,11 +1,11 @@
-"""How many questions a page's server answers: so many users at once over the loopback interface, for some seconds.
+"""Measure how many queries per second a search server answers, with several concurrent users on this machine.
 
     python bench/load.py --index demo/index --users 50 --seconds 30 [flags of demo_app.py]
     python bench/load.py --index demo/index --users 1 50 --upload photo.jpg --servers together plain
 
-The same is done with a server that answers one question at a time, and with a small application without limits, see
-`twins.plain_search_app`, in turns. Servers and client are processes of one machine and share its cores. Run by itself
-with --serve, this file is a server.
+The server is compared with a server that answers one query at a time, and with a small application without limits, see
+`twins.plain_search_app`; they take turns. Servers and client are processes on one machine and share its cores. With
+--serve, this file runs as one of the servers.
 """
 
 import argparse
@@ -29,22 +29,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 TEXT = "is red blue larger with stripes and no sleeves at night a dog behind the house"
-LONGEST_WAIT = 60  # seconds of one answer
-# Most questions of a batch, seconds waited; None for the small application.
+LONGEST_WAIT = 60  # maximum seconds per answer
+# Server -> maximum queries per batch, and seconds to wait for them; None for the small application.
 SERVERS = {"together": (32, 0.01), "one by one": (1, 0.0), "plain": None}
-TICKS = os.sysconf("SC_CLK_TCK")  # of a second, in which Linux counts a process's time
+TICKS = os.sysconf("SC_CLK_TCK")  # ticks per second, the unit of a process's time on Linux
 
 
 @dataclass
 class Load:
-    """What users of a server saw.
+    """Measurements of a server under load.
 
     Attributes:
-        seconds: that each answered request took.
-        errors: by status, or by the name of what broke.
-        memory: MiB of the server before and after.
-        lasted: seconds of all rounds.
-        worked: seconds of a core that the server and its processes took.
+        seconds: latency of each answered request.
+        errors: HTTP status or name of an exception -> number of requests that failed with it.
+        memory: memory of the server in MiB, before and after.
+        lasted: duration of all rounds in seconds.
+        worked: CPU-seconds of the server and its child processes.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Load:
     worked: float = 0
 
     def row(self) -> dict[str, object]:
-        """All of it in numbers."""
+        """Return the row of the results."""
         taken = sorted(self.seconds) or [float("nan")]
         return {
             "answers/s": round(self.rate, 1),
@@ -68,12 +68,12 @@ class Load:
 
     @property
     def rate(self) -> float:
-        """Answers per second."""
+        """Return the answers per second."""
         return len(self.seconds) / self.lasted
 
 
 def question(images: int, chosen: random.Random, upload: bytes) -> bytes:
-    """A request with a text that nobody has asked with, and with an upload or, where that is empty, a random image."""
+    """Return a request with a new text and an upload, or a random indexed image if the upload is empty."""
     text = " ".join(chosen.choices(TEXT.split(), k=6))
     if upload:
         kind = "multipart/form-data; boundary=part"
@@ -93,20 +93,20 @@ def question(images: int, chosen: random.Random, upload: bytes) -> bytes:
 
 
 async def answered(reader: asyncio.StreamReader) -> tuple[str, bytes]:
-    """The status and the body of an answer."""
+    """Read a response; return its status and body."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode()
     lengths = [line for line in head.splitlines() if line.lower().startswith("content-length")]
-    # A refusal says none, and ends the connection.
+    # A rejected request gets a response without a length, and the connection is closed.
     length = int(lengths[0].split(":")[1]) if lengths else 0
     return head.split()[1], await reader.readexactly(length)
 
 
 @dataclass
 class Server:
-    """A server that runs.
+    """A running server.
 
     Attributes:
-        images: of its index.
+        images: number of images in its index.
     """
 
     process: subprocess.Popen[bytes]
@@ -114,7 +114,7 @@ class Server:
     images: int
 
     async def user(self, number: int, until: float, upload: bytes, load: Load) -> None:
-        """Ask, wait for the answer, ask again."""
+        """Send a request, wait for the answer, and repeat."""
         chosen = random.Random(number)
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         while time.perf_counter() < until:
@@ -129,21 +129,21 @@ class Server:
                 load.seconds.append(time.perf_counter() - start)
             else:
                 load.errors[status] += 1
-                writer.close()  # as the server does
+                writer.close()  # the server closes its side too
                 reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.close()
 
     async def users(self, count: int, seconds: float, upload: bytes, load: Load) -> None:
-        """So many users for some seconds."""
+        """Run concurrent users for some seconds."""
         start = time.perf_counter()
         each = (self.user(n, start + seconds, upload, load) for n in range(count))
         await asyncio.gather(*each)
         load.lasted += time.perf_counter() - start
 
     def measure(self, count: int, seconds: float, upload: bytes, load: Load) -> None:
-        """Add a round to what users saw."""
+        """Add a round to the measurements of a load."""
         if not load.lasted:
-            asyncio.run(self.users(count, 1, upload, Load()))  # warm
+            asyncio.run(self.users(count, 1, upload, Load()))  # warm-up
             load.memory = (resident(self.process.pid), 0)
         worked = processor_seconds(self.process.pid)
         asyncio.run(self.users(count, seconds, upload, load))
@@ -152,13 +152,13 @@ class Server:
 
 
 def resident(process: int) -> float:
-    """MiB of a process that are in memory."""
+    """Return the resident memory of a process in MiB."""
     pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
     return pages * 4096 / 2**20
 
 
 def processor_seconds(process: int) -> float:
-    """Seconds of a core that a process took, and those that it started: they are in sessions of their own."""
+    """Return the CPU-seconds of a process and its descendants, which are in sessions of their own."""
     seconds = {}
     parents = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
@@ -174,7 +174,7 @@ def processor_seconds(process: int) -> float:
 
 @contextlib.contextmanager
 def started(how: str, flags: list[str]) -> Iterator[Server]:
-    """A server, for as long as the context lasts."""
+    """Start a server for the duration of the context."""
     words = [sys.executable, __file__, "--serve", how, *flags]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
@@ -185,7 +185,7 @@ def started(how: str, flags: list[str]) -> Iterator[Server]:
 
 
 def serve(how: str, flags: list[str]) -> None:
-    """Answer until stdin ends."""
+    """Run a server until stdin ends."""
     import demo_app
     from cli import options
     from cli.startup import pick_device
@@ -205,7 +205,7 @@ def serve(how: str, flags: list[str]) -> None:
 
 @contextlib.contextmanager
 def ours(searcher, k: int, bound: socket.socket, batches: tuple[int, float]) -> Iterator[None]:
-    """Serve as demo_app.py does, with other batches."""
+    """Serve as demo_app.py does, with other limits on batches."""
     import demo_app
     from image_search.batching import Batcher
     from image_search.guard import Guard, Hosts
@@ -233,7 +233,7 @@ def serve_plainly(searcher, k: int, bound: socket.socket) -> None:
 
 
 def main() -> None:
-    """Measure the servers."""
+    """Measure the servers in turns, and print and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--users", type=int, nargs="+", default=[50])
     parser.add_argument("--seconds", type=float, default=30, help="of each server, all rounds")

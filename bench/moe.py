@@ -1,4 +1,4 @@
-"""The mixture of experts: against loops over experts and over rows, and against its matrix products alone."""
+"""Time the mixture of experts against loops over experts and over rows, and against only its matrix multiplications."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ EXPERTS, TOP_K = 4, 2
 
 
 class Products(nn.Module):
-    """Dense products without routing: each layer on a given number of rows."""
+    """Dense layers without routing, each applied to a given number of rows."""
 
     def __init__(self, in_dim: int, hidden_dim: int, *, layers: int, rows: int) -> None:
         super().__init__()
@@ -21,12 +21,12 @@ class Products(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(in_dim, hidden_dim) for _ in range(layers))
 
     def forward(self, x):
-        """All products of a batch, summed so that one backward pass reaches each."""
+        """Apply all layers to a batch, and sum the results so that one backward pass reaches each layer."""
         return sum(layer(x[: self.rows]).sum() for layer in self.layers)
 
 
 def step(module: nn.Module, x: torch.Tensor, dtype: torch.dtype | None):
-    """A function that runs forward and backward."""
+    """Return a function that runs one forward and backward pass."""
 
     def run() -> None:
         module.zero_grad(set_to_none=True)
@@ -41,7 +41,7 @@ def step(module: nn.Module, x: torch.Tensor, dtype: torch.dtype | None):
 def against_products(
     moe: SparseMoE, x: torch.Tensor, dtype: torch.dtype | None, what: str
 ) -> Iterator[Row]:
-    """The MoE beside its matrix products alone."""
+    """Time the MoE against only its matrix multiplications."""
     batch, columns = x.shape
     hidden = moe.experts[0][0].out_features
     share = batch * TOP_K // EXPERTS
@@ -63,7 +63,10 @@ def against_products(
 
 
 def figures(setting: Setting) -> Iterator[Row]:
-    """Rows of the results table. On a GPU in fp16, one product an expert, and in bf16, grouped where it can be."""
+    """Yield the rows of the results table.
+
+    On a GPU, the MoE runs in fp16, with one matrix multiplication per expert, and in bf16, grouped if possible.
+    """
     torch.manual_seed(0)
     device = setting.device
     batch = setting.choose(gpu=4096, cpu=256, tiny=16)

@@ -1,9 +1,9 @@
-"""What experts, k and the router's losses do to load and recall, on the drawn data over several seeds.
+"""Measure the effect of experts, k and the router's losses on load and recall, on synthetic data over several seeds.
 
     python bench/moe_study.py            (about 40 minutes on 2 cores; writes bench/results/moe_study.json)
 
-Stage 1 is trained once on each layout, with settings for drawn shapes; then each Combiner with each seed. A recall
-is that of each seed's best validation; loads are those of the last epoch.
+Stage 1 is trained once on each layout, with settings for synthetic shapes, and each Combiner with each seed. Recalls
+are from each seed's best validation; loads are from the last epoch.
 """
 
 import argparse
@@ -36,12 +36,12 @@ SIZES = {"clip_dim": 64, "projection_dim": 256, "hidden_dim": 512}
 
 
 def moe(experts: int, top_k: int, *losses: str) -> list[str]:
-    """Flags of a mixture."""
+    """Return the flags of a mixture."""
     return ["--num-experts", str(experts), "--top-k", str(top_k), *losses]
 
 
 def methods() -> dict[str, list[str]]:
-    """Name -> flags of what is compared."""
+    """Return name -> flags of each Combiner that is compared."""
     sizes = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2)]
     found = {f"E {experts}, k {k}": moe(experts, k) for experts, k in sizes}
     for weight in ("0.01", "0.1", "1"):
@@ -57,7 +57,7 @@ def methods() -> dict[str, list[str]]:
 
 
 def tuned_clip(folder: Path, dataset: str) -> Path:
-    """Stage 1 on drawn shapes; returns its weights."""
+    """Train stage 1 on synthetic shapes, and return the file of its best weights."""
     flags = [
         "--dataset",
         dataset,
@@ -78,7 +78,7 @@ def tuned_clip(folder: Path, dataset: str) -> Path:
 def measure(
     folder: Path, dataset: str, clip: Path, name: str, flags: list[str], seeds: list[int]
 ) -> dict:
-    """One method on one layout: parameters, recall and load, mean and standard deviation over the seeds."""
+    """Train a Combiner on a layout; return its parameters, and mean and deviation over seeds of recall and load."""
     output = folder / "combiner" / dataset / name.replace(" ", "_")
     words = [
         "--dataset",
@@ -110,13 +110,13 @@ def measure(
 
 
 def spread(value: tuple[float, float | None]) -> str:
-    """A mean, with its deviation if there is one."""
+    """Format a mean, with its deviation if there is one."""
     mean, deviation = value
     return f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"
 
 
 def line(row: dict) -> str:
-    """A row of the table, in Markdown."""
+    """Return a row of the table, in Markdown."""
     cells = [row["method"], f"{row['parameters'] / 1e6:.2f} M", spread(row["recall"])]
     loads = [
         row.get(name) for name in ("least share", "largest share", "load entropy", "row entropy")
@@ -126,7 +126,7 @@ def line(row: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train and measure everything."""
+    """Train and measure all Combiners on all layouts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(

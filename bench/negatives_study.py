@@ -1,9 +1,9 @@
-"""What a bank of negatives does to recall at small and large batches, on the drawn data over several seeds.
+"""Measure the effect of a bank of negatives on recall at several batch sizes, on synthetic data over several seeds.
 
     OMP_NUM_THREADS=1 python bench/negatives_study.py
 
-Stage 1 is trained once on each layout; then a plain Combiner with each kind of negatives,
-batch size and seed, all for as many epochs. A recall is that of each seed's best validation.
+Stage 1 is trained once on each layout, and a plain Combiner with each kind of negatives, batch size and seed, all for
+the same number of epochs. Recalls are from each seed's best validation.
 """
 
 import argparse
@@ -30,14 +30,14 @@ from runtime.choices import NEGATIVES
 DRAWN = "--train-triplets 1400 --train-groups 420 --val-triplets 400 --val-groups 120"
 STAGE_2 = "--combiner-type clip4cir --projection-dim 128 --hidden-dim 256 --num-epochs 25 --validation-frequency 4"
 BATCHES = (64, 512, 4096)
-# Of a batch of 512, the demo's; of others in proportion to the root of their size.
+# For batches of 512, as in the demo; for other batches, in proportion to the square root of their size.
 LEARNING_RATE = 1e-3
 # Student's t: 0.975 quantile by degrees of freedom.
 QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262}
 
 
 def flags_of(negatives: str, batch_size: int) -> list[str]:
-    """What a Combiner is trained with beside the data and the seed."""
+    """Return the flags of a Combiner's training, besides the data and the seed."""
     rate = LEARNING_RATE * math.sqrt(batch_size / 512)
     words = ["--negatives", negatives, "--batch-size", str(batch_size)]
     return [*words, "--combiner-lr", f"{rate:.2g}", *STAGE_2.split()]
@@ -46,7 +46,7 @@ def flags_of(negatives: str, batch_size: int) -> list[str]:
 def train(
     folder: Path, dataset: str, clip: Path, *, flags: Sequence[str], seeds: Sequence[int]
 ) -> list[float]:
-    """The recall of each seed's Combiner."""
+    """Train a Combiner with each seed, and return their recalls."""
     output = Path(tempfile.mkdtemp(dir=folder))
     words = ["--dataset", dataset, "--data-root", str(folder), "--clip-model-path", str(clip)]
     words += ["--feature-cache", str(folder / "features"), "--output-dir", str(output), *flags]
@@ -57,14 +57,14 @@ def train(
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean of differences that belong together, by Student's t."""
+    """Return the 95 % confidence interval of the mean of paired differences, by Student's t."""
     mean, deviation = mean_and_deviation(differences)
     width = QUANTILES[len(differences) - 1] * (deviation or 0) / math.sqrt(len(differences))
     return mean - width, mean + width
 
 
 def line(batch_size: int, batch: Sequence[float], bank: Sequence[float]) -> str:
-    """A row of the table, in Markdown: both kinds of negatives, and their difference seed by seed."""
+    """Return a row of the table, in Markdown: recalls of both kinds of negatives, and their paired difference."""
     differences = [new - old for old, new in zip(batch, bank, strict=True)]
     low, high = interval(differences)
     mean, _ = mean_and_deviation(differences)
@@ -73,7 +73,7 @@ def line(batch_size: int, batch: Sequence[float], bank: Sequence[float]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train and measure everything."""
+    """Train and measure all Combiners on all layouts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument(

@@ -1,15 +1,15 @@
-"""What a step would take on an H100, counted on a machine without a GPU: nothing is measured.
+"""Estimate the cost of a training step on an H100 by counting operations, on a machine without a GPU.
 
     python bench/null_gpu.py                              (a minute; `make count`)
     python bench/null_gpu.py --tree ../before             (the code of another checkout)
     python bench/null_gpu.py --only stage1:RN50x16 --operations 12
 
-`nullgpu.c` takes the place of the CUDA libraries: torch dispatches, casts, plans memory and launches as on an H100, and
-nothing is computed. Launches, waits and the peak of memory are those of the real run. Its time is the sum over
-operations of what takes longer, their arithmetic or their bytes, each a kernel of its own at the rates below.
+`nullgpu.c` replaces the CUDA libraries: torch dispatches, casts, allocates memory and launches kernels as on an H100,
+but nothing is computed. Launches, waits and peak memory are the same as in a real run. The time is estimated: each
+operation counts as one kernel, which takes as long as its arithmetic or its memory traffic, whichever takes longer.
 """
 
-# ruff: noqa: E402  (torch is imported in the process that has the null GPU)
+# ruff: noqa: E402  (torch must be imported in the process that has the null GPU)
 import argparse
 import ctypes
 import gc
@@ -27,8 +27,7 @@ from unittest import mock
 
 HERE = Path(__file__).parent
 LIBRARY = "NULL_GPU_LIBRARY"
-# What stands before names in CUDA's headers and means nothing to a C compiler; the wheels leave out the file that
-# says so.
+# Words in CUDA's headers that mean nothing to a C compiler. The header that defines them is not in the wheels.
 NO_WORDS = [
     "CUDARTAPI", "CUDARTAPI_CDECL", "__cdecl", "__host__", "__device__", "__global__", "__shared__", "__constant__",
     "__managed__", "__device_builtin__", "__cudart_builtin__", "__device_builtin_texture_type__",
@@ -38,7 +37,7 @@ ALIGNED = ("__align__(n)", "__builtin_align__(n)")
 
 
 def start_again_with_it() -> None:
-    """Build the null GPU, and become a process that has it in place of CUDA's libraries."""
+    """Build the null GPU, and restart this process with it in place of CUDA's libraries."""
     found = [Path(place, "nvidia/cu13/include") for place in sys.path]
     headers = next((folder for folder in found if (folder / "driver_types.h").exists()), None)
     if not (sys.platform == "linux" and shutil.which("gcc") and headers):
@@ -57,7 +56,7 @@ def start_again_with_it() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The flags."""
+    """Parse the flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -71,7 +70,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# Case, what it is of, and what follows: of stage 1 the micro-batch, of the rest the precision.
+# Case, architecture or feature dimension, and then the micro-batch of stage 1 or the precision of encoding.
 DEFAULT = (
     "stage1:RN50x16", "stage1:RN50x16:16", "stage1:ViT-L/14", "stage1:ViT-L/14:16", "stage1:ViT-B/32",
     "stage2:640", "stage2:768", "encode:RN50x16:fp32", "encode:RN50x16:tf32", "encode:RN50x16:fp16",
@@ -100,12 +99,12 @@ from runtime.precision import encoding, exact_float32
 from training.data import Order
 
 GPU = torch.device("cuda:0")
-# An H100's, as large products and copies reach them: operations and bytes a second.
+# Operations and bytes per second that large matrix multiplications and copies reach on an H100.
 HALF, TF32, FLOAT32 = 600e12, 300e12, 52e12
 BANDWIDTH = 2.8e12
-BATCH = 128  # of stage 1
+BATCH = 128  # batch size of stage 1
 aten = torch.ops.aten
-# What costs nothing: other looks at the same memory, and memory that is not written.
+# Operations that cost nothing: views, and allocations of memory that is not written.
 VIEWS = {
     "view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "detach", "alias", "unsqueeze",
     "squeeze", "split", "unbind", "as_strided", "reshape", "split_with_sizes", "empty", "empty_like", "new_empty",
@@ -135,13 +134,13 @@ def _added_product(into: Tensor, left: Tensor, right: Tensor, **more: Any) -> in
 
 
 def _attention(query: Tensor, key: Any, value: Any, width: int, *rest: Any, **more: Any) -> int:
-    """nn.MultiheadAttention's own path in eval mode: four projections and two products of tokens."""
+    """Count nn.MultiheadAttention's fast path in eval mode: four projections and two multiplications of tokens."""
     b, length, _ = query.shape
     return 8 * b * length * width**2 + 4 * b * length**2 * width
 
 
 def _grouped_product(left: Tensor, right: Tensor, *rest: Any, **more: Any) -> int:
-    """Rows of each group by its own matrix, or in the backward pass groups of rows by groups of rows."""
+    """Count a multiplication of groups of rows by a matrix each, or in the backward pass by other groups of rows."""
     columns = right.shape[1] if right.dim() == 2 else right.shape[-1]
     return 2 * left.shape[-2] * left.shape[-1] * columns
 
@@ -157,7 +156,7 @@ FLOPS: dict[Any, Callable[..., int]] = {
 
 
 def _size(*tensors: Any) -> int:
-    """Bytes of those that are on the GPU."""
+    """Return the bytes of those tensors that are on the GPU."""
     return sum(
         tensor.numel() * tensor.element_size()
         for tensor in tensors
@@ -166,11 +165,11 @@ def _size(*tensors: Any) -> int:
 
 
 class Counting(TorchDispatchMode):
-    """Adds up what operations take.
+    """Adds up the estimated time of operations.
 
     Attributes:
-        seconds: by the name of the operation and the type that it computes in.
-        arithmetic: seconds of products, if bytes took no time.
+        seconds: name and data type of an operation -> seconds.
+        arithmetic: seconds of arithmetic only, without memory traffic.
     """
 
     def __init__(self, *, tf32: bool) -> None:
@@ -208,7 +207,7 @@ class Counting(TorchDispatchMode):
 
 
 def _passes_of_convolution(flops: int, given: Any, made: Any) -> list[tuple[float, int]]:
-    """Operations and bytes of a convolution's backward pass, whose gradients are kernels of their own."""
+    """Return operations and bytes of the kernels of a convolution's backward pass, one for each gradient."""
     gradient, x, weight = given
     of_x, of_weight, of_bias = made
     products = sum(part is not None for part in (of_x, of_weight))
@@ -223,7 +222,7 @@ def _passes_of_convolution(flops: int, given: Any, made: Any) -> list[tuple[floa
 
 
 def count(title: str, work: Callable[[], object], *, tf32: bool = False) -> None:
-    """Print a row of what some work takes that has been done once before."""
+    """Print a row with the cost of a call, after an uncounted first call."""
     seen = (ctypes.c_long * 4).in_dll(ctypes.CDLL(os.environ[LIBRARY]), "counts")
     work()
     seen[:] = [0] * len(seen)
@@ -241,7 +240,7 @@ def count(title: str, work: Callable[[], object], *, tf32: bool = False) -> None
 
 
 def stage1(name: str, micro_batch: str = "") -> None:
-    """A step of stage 1 in fp16."""
+    """Count a step of stage 1 in fp16."""
     with GPU:
         model = CLIP(*ARCHITECTURES[name]).float().eval()
     stepper = stage1_bench.make_stepper(model, GPU, int(micro_batch) if micro_batch else None)
@@ -252,7 +251,7 @@ def stage1(name: str, micro_batch: str = "") -> None:
 
 
 def stage2(dim: str) -> None:
-    """An epoch of stage 2 at CIRR's size with its validation, in fp16."""
+    """Count an epoch of stage 2 at CIRR's size with its validation, in fp16."""
     d, batch, triplets = int(dim), 4096, 28_225
     epoch = stage2_bench.epoch(
         Combiner(d, 2560, 5120).to(GPU),
@@ -266,7 +265,7 @@ def stage2(dim: str) -> None:
 
 @torch.no_grad()
 def encode(name: str, precision: str) -> None:
-    """Images to features, and captions."""
+    """Count the encoding of 32 images in a precision."""
     with GPU:
         model = ready(CLIP(*ARCHITECTURES[name]), GPU)
     about = backbone(model)
@@ -285,7 +284,7 @@ CASES = {"stage1": stage1, "stage2": stage2, "encode": encode}
 def run_experts(
     self: SparseMoE, rows: Tensor, experts: Tensor, own: Any = SparseMoE.run_experts
 ) -> Tensor:
-    """The same with as many rows for each expert: how many it has was not computed."""
+    """Run the experts with equal numbers of rows, since the null GPU does not compute the real numbers."""
     each = len(rows) // len(self.experts)
     shares = [each] * (len(self.experts) - 1)
 
@@ -298,7 +297,7 @@ def run_experts(
 
 
 def main() -> None:
-    """Count all cases that are asked for."""
+    """Count all chosen cases."""
     torch.backends.cuda.enable_cudnn_sdp(False)
     exact_float32()
     print("| counted | ms | arithmetic alone, ms | peak, GiB | launches | waits |")
@@ -306,7 +305,7 @@ def main() -> None:
     with (
         mock.patch.object(SparseMoE, "run_experts", run_experts),
         mock.patch.object(benchmarks.ranking, "_check"),
-        mock.patch.object(torch.special, "entr", lambda x: -x * x.log()),  # compiled as it runs
+        mock.patch.object(torch.special, "entr", lambda x: -x * x.log()),  # compiled at run time
     ):
         for word in ARGS.only:
             case, *details = word.split(":")

@@ -1,4 +1,4 @@
-"""The numbers of the original implementation, in tests/golden: how they are asked for, and a device's held to them."""
+"""Compare a device's results with the stored results of the original implementation in tests/golden."""
 
 import functools
 import gzip
@@ -28,11 +28,11 @@ from timing import Row, Setting
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
 
-Entry = Mapping[str, Any]  # of expected.json
+Entry = Mapping[str, Any]  # one command in expected.json, with its arguments and results
 
 
 def unpack(folder: Path) -> Path:
-    """Inputs and outputs of the original implementation, in a folder."""
+    """Unpack inputs and outputs of the original implementation to a folder, and return the folder."""
     for file in GOLDEN.iterdir():
         if file.name.endswith(".tar.gz"):
             with tarfile.open(file) as archive:
@@ -45,23 +45,23 @@ def unpack(folder: Path) -> Path:
 
 
 def expected(folder: Path) -> dict[str, list[Entry]]:
-    """What was asked of the original, and what it answered."""
+    """Read the commands that were run with the original implementation, and their results."""
     return json.loads((folder / "expected.json").read_text())
 
 
 def arguments(entry: Entry, folder: Path) -> list[str]:
-    """An entry's arguments; the paths among them are relative to the golden folder."""
+    """Return an entry's arguments; their paths are relative to the golden folder, and become paths in `folder`."""
     words = [word for word in entry["args"] if not word.startswith("(")]
     return [str(folder / word) if word.endswith(".pt") else word for word in words]
 
 
 def csv_name(printed: str) -> str:
-    """What we call a metric of the original."""
+    """Return this project's name for a metric of the original implementation."""
     return printed.replace("recallat", "recall_at").replace("average recall", "average_recall_at")
 
 
 def golden_encoder(folder: Path, device: torch.device) -> Encoder:
-    """The tuned tiny CLIP, with the preprocessing of the original's features."""
+    """Load the fine-tuned tiny CLIP, with the preprocessing of the original implementation's features."""
     model = load_clip(str(folder / "clip_vit.pt"), device)
     tuned = folder / "tuned_clip_vit.pt"
     load_finetuned(model, load_tensors(tuned)["CLIP"], tuned)
@@ -77,7 +77,7 @@ def golden_encoder(folder: Path, device: torch.device) -> Encoder:
 
 
 def feature_differences(folder: Path, device: torch.device) -> dict[str, float]:
-    """Largest difference from the original's features: of images, of captions, of what a Combiner makes of them."""
+    """Return the largest differences from the original's image features, text features and Combiner queries."""
     features = np.load(folder / "features.npz")
     image_paths = CIRR(folder).val()[0].image_paths
     encoder = golden_encoder(folder, device)
@@ -102,7 +102,7 @@ def feature_differences(folder: Path, device: torch.device) -> dict[str, float]:
 def validation_difference(
     entry: Entry, folder: Path, device: torch.device, precision: str = "fp32"
 ) -> float:
-    """Largest difference from the original's metrics of one validation, in points."""
+    """Return the largest difference from the original's metrics of one validation, in percentage points."""
     file = folder / "metrics.json"
     flags = ["--data-root", folder, "--device", device, "--num-workers", 0, "--metrics-json", file]
     flags += ["--encode-precision", precision]
@@ -112,7 +112,7 @@ def validation_difference(
 
 
 def validations(setting: Setting) -> Iterator[Row]:
-    """Features and recalls of the original in float32, TF32 off; in half precision only how far from them."""
+    """Check features and recalls against the original's in float32 without TF32; in fp16, only report differences."""
     device = setting.device
     with tempfile.TemporaryDirectory() as name:
         folder = unpack(Path(name))
@@ -129,7 +129,7 @@ def validations(setting: Setting) -> Iterator[Row]:
 
 
 def full_batch_losses(setting: Setting) -> Iterator[Row]:
-    """Stage 1 on full batches: the original's losses in float32, and recalls within one query of its own."""
+    """Check stage 1 on full batches in float32: equal losses, and recalls that differ by at most one query."""
     exact_float32()
     with tempfile.TemporaryDirectory() as name:
         folder = unpack(Path(name))

@@ -1,12 +1,12 @@
 # ruff: noqa: E501
-"""What every script writes and prints on one small dataset, so that a change that should change nothing can be shown to.
+"""Run every script on a small dataset, and compare all outputs, to verify that a code change has no effect on them.
 
 python bench/outputs.py run DIR                       with the code beside this file
-python bench/outputs.py run DIR --src OTHER/src       with the code of another checkout, such as of before
-python bench/outputs.py compare DIR OTHER_DIR         names what differs, but for times and paths
+python bench/outputs.py run DIR --src OTHER/src       with the code of another checkout, such as an earlier commit
+python bench/outputs.py compare DIR OTHER_DIR         lists the differences, apart from times and paths
 
-The commands are those of the guides at a small size. Run both sides on one machine and with the same packages: numbers
-are compared byte for byte, weights to the last bit.
+The commands are the guides' commands at a small size. Run both sides on one machine and with the same packages, because
+numbers are compared byte for byte, and weights bit by bit.
 """
 
 import argparse
@@ -26,7 +26,7 @@ CLIP = "--clip-model-name data/tiny_clip_vit.pt"
 SHORT = "--num-epochs 2 --save-training --save-best"
 SIZES = "--projection-dim 16 --hidden-dim 24"
 ON_DATA = "--data-root data --device cpu --num-workers 0"
-# {NAME}: the only folder below runs/NAME.
+# {NAME} stands for the first weights in the only run folder in runs/NAME.
 COMMANDS = f"""
 shapes_dataset.py --output-dir data --train-triplets 24 --val-triplets 8 --train-groups 6 --val-groups 3
 check_dataset.py --data-root data --unofficial --num-workers 0
@@ -55,7 +55,7 @@ search.py query --index index --image data/cirr_dataset/dev/dev-0-0-img0.png --t
 plan.py stage1 --gpu h100 --triplets 18000 6016 --images 40000 15000 --clip-model-name RN50x4 --batch-size 128
 plan.py stage2 --gpu h100 --triplets 18000 6016 --images 40000 15000 --clip-model-name RN50x4 --batch-size 4096
 """
-# What differs between two runs of the same code -> what stands for it.
+# Pattern of text that differs between two runs of the same code -> its replacement.
 PASSING = {
     r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d": "DATE",
     r", [\d.]+ s; [^\n]* left\b": ", PACE",
@@ -65,7 +65,7 @@ PASSING = {
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Return the flags."""
+    """Parse the flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -79,10 +79,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run_all(folder: Path, src: Path) -> None:
-    """Run the commands in a folder; what each prints is kept in a file beside what it writes."""
+    """Run the commands in a folder; the printed output of each is written to a file in its subfolder `printed`."""
     (folder / "printed").mkdir(parents=True)
     quiet = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    quiet["PYTHONPATH"] = str(src.resolve())  # for the drawn data, which are the tests' own
+    quiet["PYTHONPATH"] = str(src.resolve())  # for shapes_dataset.py, which is in tests/
     for number, line in enumerate(COMMANDS.strip().splitlines()):
         runs = {run.name: only(run) for run in (folder / "runs").glob("*")}
         script, *words = shlex.split(line.format(**runs))
@@ -95,14 +95,14 @@ def run_all(folder: Path, src: Path) -> None:
 
 
 def only(runs: Path) -> str:
-    """Return the first weights of the only run in a folder, or the run of several seeds, from the data on."""
+    """Return the first weights of the only run in a folder, or the run itself, as a path relative to the data."""
     (run,) = runs.iterdir()
     weights = sorted(run.glob("saved_models/*.pt"))
     return str((weights[0] if weights else run).relative_to(runs.parent.parent))
 
 
 def compare(one: Path, other: Path) -> list[str]:
-    """Return the files that differ, and those that one folder alone has."""
+    """Return the files that differ, and the files that only one of the folders has."""
     ours, theirs = contents(one), contents(other)
     differing = [f"{name}: in {one} alone" for name in sorted(ours.keys() - theirs.keys())]
     differing += [f"{name}: in {other} alone" for name in sorted(theirs.keys() - ours.keys())]
@@ -113,13 +113,13 @@ def compare(one: Path, other: Path) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, Path]:
-    """Return name without dates -> file, of all files of a folder."""
+    """Return name without dates -> file, for all files in a folder."""
     files = [file for file in folder.rglob("*") if file.is_file()]
     return {without_passing(str(file.relative_to(folder)), folder): file for file in files}
 
 
 def alike(one: Path, ours: Path, other: Path, theirs: Path) -> bool:
-    """Whether two files say the same but for times and paths; of checkpoints their tensors, and no settings."""
+    """Check whether two files are equal apart from times and paths; of checkpoints, only the tensors are compared."""
     if filecmp.cmp(ours, theirs, shallow=False):
         return True
     if ours.suffix == ".pt":
@@ -135,7 +135,7 @@ def alike(one: Path, ours: Path, other: Path, theirs: Path) -> bool:
 
 
 def tensors(content: object, name: str = "") -> dict[str, torch.Tensor]:
-    """Return all tensors of a checkpoint by their places in it."""
+    """Return path in a checkpoint -> tensor, for all of its tensors."""
     if isinstance(content, torch.Tensor):
         return {name: content}
     found: dict[str, torch.Tensor] = {}
@@ -145,7 +145,7 @@ def tensors(content: object, name: str = "") -> dict[str, torch.Tensor]:
 
 
 def without_passing(text: str, folder: Path) -> str:
-    """Return a text without paths of a folder and of code, and without times."""
+    """Replace times, and paths of the folder and of the code, in a text."""
     text = text.replace(str(folder.resolve()), "FOLDER")
     text = re.sub(r"(?:/[\w.-]+)+/src/", "src/", text)
     for pattern, name in PASSING.items():
@@ -154,7 +154,7 @@ def without_passing(text: str, folder: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run, or compare and end with 1 where something differs."""
+    """Run the commands, or compare two folders and exit with code 1 if they differ."""
     args = parse(argv)
     if args.action == "run":
         run_all(args.folder, args.src)

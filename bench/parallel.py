@@ -1,4 +1,4 @@
-"""Several processes: two on one device by Gloo, and NCCL as far as one GPU goes."""
+"""Check training in several processes: two processes on one device by Gloo, and NCCL with one GPU."""
 
 import socket
 import tempfile
@@ -22,14 +22,14 @@ QUESTIONS = 200
 
 
 def free_port() -> int:
-    """A port that no process listens at."""
+    """Return a port at which no process listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def of_two() -> list[dict[str, str]]:
-    """The environments of two processes as torchrun makes them, but that both have the first GPU."""
+    """Return the environments of two processes as torchrun would set them, but both with the first GPU."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         {**shared, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": "0"}
@@ -38,7 +38,7 @@ def of_two() -> list[dict[str, str]]:
 
 
 def by_gloo(setting: Setting) -> Iterator[Row]:
-    """Two processes on one device against one, whose sums Gloo makes; NCCL gives each a GPU of its own."""
+    """Compare two processes on one device with one process, by Gloo, because NCCL needs a GPU for each process."""
     with trainings(setting) as made:
         for stage in (STAGE_1, STAGE_2):
             one = made.start(stage, "--precision", "fp32", device=setting.device.type)
@@ -50,7 +50,7 @@ def by_gloo(setting: Setting) -> Iterator[Row]:
             if stage is STAGE_1:
                 yield held(f"{what}, losses", loss, 1e-2, note)
             else:
-                # The order in which a GPU draws a dropout mask depends on its shape.
+                # Not a check: the order in which a GPU draws a dropout mask depends on the mask's shape.
                 yield {"figure": what, "note": f"losses {loss:.3g}; {note}"}
     asked = [start(ask, environment=own) for own in of_two()]
     taken = [float(script.wait().split()[0]) for script in asked]
@@ -59,7 +59,7 @@ def by_gloo(setting: Setting) -> Iterator[Row]:
 
 
 def start_two(made: Trainings, stage: Stage) -> Training:
-    """Train a stage in two processes to its end."""
+    """Train a stage in two processes, and wait for both."""
     flags = ["--precision", "fp32"]
     first, second = (
         made.start(stage, *flags, device=made.setting.device.type, environment=own)
@@ -71,7 +71,7 @@ def start_two(made: Trainings, stage: Stage) -> Training:
 
 
 def ask(words: list[str]) -> None:
-    """One of several processes: print the seconds of a question whether to stop."""
+    """Print the seconds that one of several processes needs to ask whether to stop."""
     distributed.highest(0)
     start_of_all = time.perf_counter()
     for _ in range(QUESTIONS):
@@ -81,7 +81,7 @@ def ask(words: list[str]) -> None:
 
 
 def by_nccl(setting: Setting) -> Iterator[Row]:
-    """NCCL with one process, Gloo in a rehearsal: a barrier, an object, and gradients through a parallel module."""
+    """Check a barrier, a broadcast, and gradients of a parallel module: NCCL with one process, or Gloo in a dry run."""
     device = setting.device
     with tempfile.TemporaryDirectory() as folder:
         backend = "cpu:gloo,cuda:nccl" if setting.on_gpu else "gloo"

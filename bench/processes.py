@@ -1,6 +1,6 @@
-"""A stage-1 step in two processes of one CPU thread each, against one process of one thread.
+"""Time a stage-1 step in two processes with one CPU thread each, against one process with one thread.
 
-Run by itself, this file is one of the processes: it prints the median seconds of a step.
+Run as a script, this file is one of the processes, and prints the median seconds of a step.
 """
 
 import os
@@ -22,7 +22,7 @@ BATCH, STEPS = 256, 5
 
 
 def step_seconds(processes: int, clip: Path) -> float:
-    """Median seconds of a step of the same global batch in so many processes."""
+    """Return the median seconds of a step in a number of processes, always with the same global batch."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     words = [sys.executable, *(torchrun if processes > 1 else []), __file__, str(clip)]
     root = Path(__file__).parent.parent
@@ -33,7 +33,7 @@ def step_seconds(processes: int, clip: Path) -> float:
 
 
 def figures(setting: Setting) -> Iterator[Row]:
-    """Rows of the results table; on CPUs alone."""
+    """Yield the rows of the results table, only for CPUs."""
     with tempfile.TemporaryDirectory() as folder:
         clip = Path(folder) / "clip.pt"
         write_tiny_clip(clip, "vit", image_resolution=64)
@@ -44,7 +44,7 @@ def figures(setting: Setting) -> Iterator[Row]:
 
 
 def main() -> None:
-    """One process's part of the measurement."""
+    """Run one process's part of the measurement."""
     device = torch.device("cpu")
     distributed.start(device)
     model = load_clip(sys.argv[1], device)

@@ -1,4 +1,4 @@
-"""Ranking: CIRR's validation at its real size, against `topk`, and a gallery of a million."""
+"""Time ranking: CIRR's validation at its real size, a comparison with `topk`, and a gallery of a million images."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ from twins import nearest_by_topk, string_matrix_ranks
 def random_cirr(
     queries: int, gallery: int, dim: int, device: torch.device, grouped: bool
 ) -> FrozenSplit:
-    """Random features of a benchmark's size; groups are six neighbours in the gallery."""
+    """Return a split of a benchmark's size with random features; a group is six consecutive gallery images."""
     generator = torch.Generator().manual_seed(0)
     names = [f"dev-{i // 6}-{i % 4}-img{i % 6}-{i}" for i in range(gallery)]
     firsts = torch.randint(gallery - 6, (queries,), generator=generator).tolist()
@@ -38,12 +38,12 @@ def random_cirr(
 
 
 def compose(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """The normalised sum."""
+    """Return the normalised sum."""
     return F.normalize(image + text, dim=-1)
 
 
 def val_size(setting: Setting) -> Iterator[Row]:
-    """CIRR val with groups: with the product that both sides need, and what comes after it."""
+    """Time CIRR's validation with groups, with and without the matrix multiplication that both sides need."""
     device = setting.device
     sizes = setting.choose(gpu=(4181, 2297, 640), cpu=(4181, 2297, 640), tiny=(40, 30, 8))
     frozen = random_cirr(*sizes, device, grouped=True)
@@ -63,7 +63,7 @@ def val_size(setting: Setting) -> Iterator[Row]:
     labels, group_labels = twin()
     ranking = rank(frozen, compose, [ORIGINAL_REMOVED])[ORIGINAL_REMOVED]
     for ours, theirs in ((ranking.ranks, labels), (ranking.group_ranks, group_labels)):
-        # The twin sorts 1 - s, whose rounding makes neighbours equal, and sorts equal ones in any order.
+        # The reference sorts 1 - s. Rounding makes some of these values equal, and they are sorted in any order.
         moved = (ours - theirs.int().argmax(1)).abs()
         assert moved.max() <= 2, "the two sides rank differently"
         assert (moved > 0).float().mean() < 0.01, "the two sides rank differently"
@@ -89,7 +89,7 @@ def val_size(setting: Setting) -> Iterator[Row]:
 
 
 def against_topk(setting: Setting) -> Iterator[Row]:
-    """The nearest 50 and the target's rank of each query, against torch's `topk`, which gives no ranks."""
+    """Time each query's nearest 50 images and its target's rank, against torch's `topk`, which gives no ranks."""
     sizes = setting.choose(gpu=(1000, 200_000, 640), cpu=(1000, 200_000, 640), tiny=(40, 300, 8))
     frozen = random_cirr(*sizes, setting.device, grouped=False)
 
@@ -105,7 +105,7 @@ def against_topk(setting: Setting) -> Iterator[Row]:
 
 
 def million(setting: Setting) -> Iterator[Row]:
-    """10,000 queries against a million vectors."""
+    """Time the ranking of a million vectors for 10,000 queries, and measure its memory."""
     device = setting.device
     large = (10_000, 1_000_000)
     queries, gallery = setting.choose(gpu=large, cpu=large, tiny=(20, 1000))
@@ -125,7 +125,7 @@ def million(setting: Setting) -> Iterator[Row]:
 
 
 def figures(setting: Setting) -> Iterator[Row]:
-    """Rows of the results table."""
+    """Yield the rows of the results table."""
     yield from val_size(setting)
     yield from against_topk(setting)
     yield from million(setting)

@@ -1,9 +1,9 @@
-"""CIRCO at its real size: a drawn stand-in for each of its 123,403 images, encoded by a tiny CLIP.
+"""Run the scripts on CIRCO at its real size, with a synthetic picture for each of its 123,403 images and a tiny CLIP.
 
     python bench/real_circo.py --annotations DIR
 
-DIR holds the official val.json and test.json. The list of images is made up: the ids that they name, and others up to
-the official number. Each command runs in a process of its own, whose time and largest memory are reported.
+DIR contains the official val.json and test.json. The list of images is synthetic: the image IDs in these files, and
+random IDs up to the official number. Each command runs in a process of its own; its time and peak memory are reported.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from models.clip_model import write_tiny_clip
 from timing import run_script, script_table
 
 IMAGES = 123_403
-LARGEST_ID = 581_929  # of COCO 2017
+LARGEST_ID = 581_929  # largest image ID of COCO 2017
 SIDE = 16  # pixels
 NAMED = ("reference_img_id", "target_img_id")
 
 
 def image_ids(annotations: Path) -> list[int]:
-    """The ids that annotations name, and random ones up to the official number."""
+    """Return the image IDs in the annotations, and random IDs up to the official number."""
     ids: set[int] = set()
     for split in ("val", "test"):
         for entry in json.loads((annotations / f"{split}.json").read_text()):
@@ -42,7 +42,7 @@ def image_ids(annotations: Path) -> list[int]:
 
 
 def draw_all(root: Path, annotations: Path) -> None:
-    """CIRCO's folder with a small picture of noise for each image, and a tiny CLIP."""
+    """Write CIRCO's folder with a small picture of noise for each image, and a tiny CLIP."""
     benchmark = CIRCO(root)
     queries_file, images_file = benchmark.files(benchmark.parts[0], "val")
     shutil.copytree(annotations, queries_file.parent)
@@ -54,14 +54,14 @@ def draw_all(root: Path, annotations: Path) -> None:
     folder.mkdir()
     rng = random.Random(1)
     for image in tqdm(listed, "drawing", unit="img"):
-        # Pillow goes by the content: noise without compression, which is written and read at once.
+        # Pillow recognises formats by content, so a .jpg may be an uncompressed PPM, which is fast to write and read.
         noise = f"P6 {SIDE} {SIDE} 255\n".encode() + rng.randbytes(3 * SIDE * SIDE)
         (folder / image["file_name"]).write_bytes(noise)
     write_tiny_clip(root / "tiny_clip_vit.pt", "vit")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draw, measure, submit, check, and print a table."""
+    """Draw the images, run the scripts, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--annotations", type=Path, required=True, metavar="DIR")
     args = parser.parse_args(argv)

@@ -1,9 +1,9 @@
-"""The checks and a submission at the real size: drawn stand-ins for every image that official annotations name.
+"""Run checks, validations and a submission at real size, with synthetic pictures for the official annotations' images.
 
     python bench/real_size.py --data-root DIR
 
-DIR holds the official annotation files where the datasets have them (fashionIQ_dataset/, cirr_dataset/cirr/); images
-are not needed. Each command runs in a process of its own, whose time and largest memory are reported.
+DIR contains the official annotation files in the datasets' folders (fashionIQ_dataset/, cirr_dataset/cirr/); images are
+not needed. Each command runs in a process of its own, whose time and peak memory are reported.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from timing import run_script, script_table
 
 
 def draw(path: Path) -> None:
-    """A picture of its own for a name: coloured boxes, 200 to 300 pixels a side."""
+    """Draw a picture that depends only on the file's name: coloured boxes, with sides of 200 to 300 pixels."""
     rng = random.Random(hashlib.sha256(path.name.encode()).digest())
 
     def color() -> tuple[int, int, int]:
@@ -42,7 +42,7 @@ def draw(path: Path) -> None:
 
 
 def draw_all(root: Path) -> None:
-    """Every image of the validation splits, and of CIRR's test split."""
+    """Draw all images of the validation splits and of CIRR's test split, and write a tiny CLIP."""
     splits = [*FashionIQ(root).val(), *CIRR(root).val(), *CIRR(root).test()]
     for path in tqdm(
         sorted({path for split in splits for path in split.paths}), "drawing", unit="img"
@@ -52,7 +52,7 @@ def draw_all(root: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draw, check, submit, check, and print a table."""
+    """Draw the images, run the scripts, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data-root",

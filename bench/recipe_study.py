@@ -1,13 +1,14 @@
-"""What beats the original's recipe, on OpenMoji's pictures: each part alone, then those that held together.
+"""Search for improvements of the original's training recipe on OpenMoji's pictures: single parts, then combinations.
 
     OMP_NUM_THREADS=1 python bench/recipe_study.py search     # learning rates and epochs of the original's recipe
-    OMP_NUM_THREADS=1 python bench/recipe_study.py screen     # the parts, one seed a stage, one layout
-    OMP_NUM_THREADS=1 python bench/recipe_study.py combine    # those that held, together, one seed a stage
-    OMP_NUM_THREADS=1 python bench/recipe_study.py final      # what held, 3 x 3 seeds, all layouts
-    OMP_NUM_THREADS=1 python bench/recipe_study.py test       # the same pairs on test, which is opened once, at the end
+    OMP_NUM_THREADS=1 python bench/recipe_study.py screen     # each part by itself, one seed per stage, one layout
+    OMP_NUM_THREADS=1 python bench/recipe_study.py combine    # the useful parts together, one seed per stage
+    OMP_NUM_THREADS=1 python bench/recipe_study.py final      # the best recipe, 3 x 3 seeds, all layouts
+    OMP_NUM_THREADS=1 python bench/recipe_study.py test       # the same models on test, which is used once, at the end
 
-`--folder` keeps data, weights and what came of each training, which is not done again: a command goes on where it was
-stopped, and prints its table. Choices are made on val. bench/results/recipe_study.json is what came of ours.
+`--folder` stores data, weights and the results of each training run. Finished runs are not repeated: a command resumes
+after an interruption, and prints its table. Choices are made on val. Our results are in
+bench/results/recipe_study.json.
 """
 
 import argparse
@@ -47,7 +48,7 @@ class Recipe:
         return Recipe(f"{self.stage_1} {other.stage_1}", f"{self.stage_2} {other.stage_2}")
 
 
-# The original's recipe at the size of these data; its learning rates and epochs are those that `search` found best.
+# The original's recipe, scaled down to these data; `search` found its learning rates and epochs to be the best.
 ORIGINAL = Recipe(
     "--batch-size 128 --num-epochs 3 --learning-rate 1e-3",
     "--batch-size 512 --projection-dim 256 --hidden-dim 512 --num-epochs 6 --validation-frequency 1 --combiner-lr 1e-3",
@@ -120,7 +121,7 @@ PARTS = {f"1: {name}": Recipe(flags) for name, flags in STAGE_1.items()}
 PARTS |= {f"2: {name}": Recipe(stage_2=flags) for name, flags in STAGE_2.items()}
 
 
-# What is trained with 3 seeds of stage 1 x 3 of stage 2.
+# Recipes that `final` trains, each with 3 seeds of stage 1 x 3 seeds of stage 2.
 MODERN = Recipe("--recipe modern", "--recipe modern")
 PLAIN = Recipe(stage_2="--combiner-type clip4cir")
 FINAL = {
@@ -137,10 +138,10 @@ COMPARED = [
 
 
 class Study:
-    """Trainings that are done once.
+    """Training runs, each of which is done only once.
 
     Args:
-        folder: keeps data, features and runs.
+        folder: folder of data, features and runs.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -149,12 +150,12 @@ class Study:
         self.done: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
 
     def draw(self) -> None:
-        """Render the pictures, unless they are there."""
+        """Render the pictures, unless they exist."""
         if not (self.folder / "data").exists():
             execute("emoji_dataset.py", "--output-dir", self.folder / "data", "--layouts", *LAYOUTS)
 
     def train(self, script: str, layout: str, flags: str, *where: object) -> dict[str, Any]:
-        """Train with several seeds or one, or look up what came of it: run folder, best metrics, CPU-seconds."""
+        """Train with one or more seeds, or look up an earlier run; return run folder, best metrics and CPU-seconds."""
         words = [script, "--dataset", layout, *flags.split(), *map(str, where)]
         key = " ".join(words).replace(f"{self.folder}/", "")
         if key not in self.done:
@@ -182,7 +183,7 @@ class Study:
     def both_stages(
         self, layout: str, recipe: Recipe, *, seeds: Sequence[str]
     ) -> list[dict[str, Any]]:
-        """Train both stages: for each seed of stage 1, what came of it and of stage 2 with all seeds."""
+        """Train both stages; return, for each seed of stage 1, its result and the result of stage 2 with all seeds."""
         pairs = []
         for seed in seeds:
             clip_name = ("--clip-model-name", self.folder / "data" / "tiny_clip_vit.pt")
@@ -203,7 +204,7 @@ class Study:
 
 
 def execute(script: str, *words: object, prints: bool = False) -> float:
-    """Run a script; returns the CPU-seconds that it took."""
+    """Run a script, and return its CPU-seconds."""
     print(f"$ {script} {' '.join(map(str, words))}", file=sys.stderr, flush=True)
     process = subprocess.Popen(
         [sys.executable, str(PROJECT_ROOT / "src" / script), *map(str, words)],
@@ -216,7 +217,7 @@ def execute(script: str, *words: object, prints: bool = False) -> float:
 
 
 def values(pairs: Sequence[Mapping[str, Any]], layout: str) -> dict[str, list[float]]:
-    """What a recipe reached in each pair of seeds, and the CPU-seconds of each seed of stage 1."""
+    """Return a recipe's metric for each seed of stage 1 and each pair of seeds, and CPU-seconds per seed of stage 1."""
     metric = next(iter(BENCHMARKS[layout].selection))
     found: dict[str, list[float]] = {"sum": [], "Combiner": [], "CPU-s": []}
     for pair in pairs:
@@ -231,10 +232,10 @@ def values(pairs: Sequence[Mapping[str, Any]], layout: str) -> dict[str, list[fl
 def table(
     study: Study, layout: str, recipes: Mapping[str, Recipe], *, seeds: Sequence[str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Train each recipe and print its row; the difference is the mean over pairs of equal seeds.
+    """Train each recipe and print its row; the difference is a mean over runs with the same seeds.
 
     Returns:
-        Recipe -> what came of each seed of stage 1.
+        Recipe -> results of each seed of stage 1, see `Study.both_stages`.
     """
     print(f"\n| {layout} | sum | Combiner | difference | CPU-s |\n|---|---|---|---|---|")
     trained = {}
@@ -252,14 +253,14 @@ def table(
 
 
 def compare(layout: str, columns: Sequence[Sequence[Path]]) -> None:
-    """Print two methods side by side, each in all its pairs of seeds; queries of one concept are drawn together."""
+    """Print a comparison of two methods over all pairs of seeds; queries of one concept are resampled together."""
     files = itertools.chain.from_iterable(columns)
     by = ["--resample-by", "concept"] if layout == "Triplets" else []
     execute("compare.py", *files, *by, prints=True)
 
 
 def open_test(folder: Path) -> Path:
-    """Make a data root whose validation splits are the test splits with their answers."""
+    """Make a data root whose validation splits are the test splits with their targets."""
     data, opened = folder / "data", folder / "opened"
     if not opened.exists():
         shutil.copytree(data, opened, copy_function=os.link)
@@ -279,7 +280,7 @@ def open_test(folder: Path) -> Path:
 
 
 def measure_on_test(study: Study, layout: str, pairs: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """Measure each pair of seeds on the opened test split; returns the files of the results."""
+    """Evaluate each pair of seeds on the opened test split, and return the result files."""
     root = open_test(study.folder)
     files = []
     for pair in pairs:
@@ -297,7 +298,7 @@ def measure_on_test(study: Study, layout: str, pairs: Sequence[Mapping[str, Any]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train and measure what a step of the study is made of."""
+    """Run a step of the study."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("step", choices=["search", "screen", "combine", "final", "test"])
     parser.add_argument("--folder", type=Path, default=Path("recipe_study"))

@@ -1,4 +1,4 @@
-"""Rows of results: made by cases, printed as Markdown."""
+"""Build rows of results, and format them as Markdown."""
 
 import platform
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ HEAD = "| figure | ours | twin | ratio | must reach | |\n|---|---|---|---|---|--
 
 
 def held(what: str, measured: float, most: float, note: str = "") -> Row:
-    """The row of a check: what was measured must not be more than something. NaN is more than anything."""
+    """Return the row of a check, which passes if the measured value is at most a limit; NaN fails."""
     return {
         "figure": what,
         "measured": measured,
@@ -23,7 +23,7 @@ def held(what: str, measured: float, most: float, note: str = "") -> Row:
 
 
 def line(row: Row) -> str:
-    """A row of the table, in Markdown."""
+    """Return a row of the table, in Markdown."""
     cells = [
         row["figure"],
         f"{row['ours']:.4g} s" if "ours" in row else "",
@@ -36,7 +36,7 @@ def line(row: Row) -> str:
 
 
 def machine(setting: Setting) -> Iterator[Row]:
-    """What the figures are measured on; a case like the others, since asking a GPU's name uses it."""
+    """Yield a description of the machine; this is a case like the others, since asking a GPU for its name uses it."""
     name = platform.processor() or platform.machine()
     if setting.on_gpu:
         about = torch.cuda.get_device_properties(setting.device)

@@ -1,4 +1,4 @@
-"""Time this code against plain twins, side by side in one run, and write a table.
+"""Time this code against reference implementations, side by side in one run, and write a table.
 
 python bench/run.py                   (or `make bench`: CPU, under 10 minutes)
 python bench/run.py --device cuda
@@ -23,7 +23,7 @@ from timing import Setting
 
 
 def timed_on(device: torch.device) -> list[str]:
-    """The names of the cases that are timed on a kind of device."""
+    """Return the names of the cases that are timed on a kind of device."""
     return [name for name, case in CASES.items() if device.type in case.on and not case.checks]
 
 

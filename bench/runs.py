@@ -1,4 +1,4 @@
-"""Trainings on drawn data, each in a fork of this process, and what their runs recorded."""
+"""Start training runs on synthetic data, each in a fork of this process, and read their metrics."""
 
 import csv
 import os
@@ -18,7 +18,7 @@ from timing import Setting
 from training.trainer import Trainer
 
 SKIPPED = "skipped steps: "
-# What the studies train with on the drawn benchmarks.
+# Flags with which the studies train on the synthetic benchmarks.
 SHAPES_STAGE_1 = (
     "--num-epochs 7 --learning-rate 1e-3 --batch-size 128 --validation-frequency 3 "
     "--save-training --save-best"
@@ -30,14 +30,14 @@ SHAPES_STAGE_2 = (
 
 
 def columns(file: Path) -> dict[str, list[float]]:
-    """Columns of a CSV file."""
+    """Return the columns of a CSV file by name."""
     with open(file, newline="") as stream:
         rows = list(csv.DictReader(stream))
     return {name: [float(row[name]) for row in rows] for name in rows[0]}
 
 
 def draw(folder: Path, setting: Setting) -> None:
-    """A data root with the drawn benchmarks: 600 triplets of CIRR to learn, 300 queries."""
+    """Write a data root with the synthetic benchmarks, including CIRR with 600 training triplets and 300 queries."""
     train, val = setting.choose(gpu=(60, 30), tiny=(4, 3))
     sizes = f"--train-groups {train} --val-groups {val} --train-triplets 4 --val-triplets 2 --own-groups 1"
     shapes_dataset.main(["--output-dir", str(folder), *sizes.split()])
@@ -51,7 +51,7 @@ class Script:
     log: Path
 
     def wait(self, code: int = 0) -> str:
-        """What it said until its end. Raises RuntimeError where that is not the one expected."""
+        """Wait for the end and return all output. Raises RuntimeError if the exit code is not the expected one."""
         self.process.join()
         said = self.log.read_text(errors="replace")
         if self.process.exitcode != code:
@@ -66,12 +66,12 @@ def start(
     environment: Mapping[str, str] | None = None,
     dies_in: int | None = None,
 ) -> Script:
-    """Start a script.
+    """Start a script in a fork of this process.
 
     Args:
-        main: the script's.
-        environment: of one of several processes, which speak by Gloo.
-        dies_in: the epoch within which it kills itself, after a step that was saved.
+        main: main function of the script.
+        environment: environment variables of one of several processes, which communicate by Gloo.
+        dies_in: epoch in which the process kills itself, after a step that was saved.
     """
     handle, name = tempfile.mkstemp()
     os.close(handle)
@@ -88,11 +88,11 @@ def _work(
     dies_in: int | None,
     log: Path,
 ) -> None:
-    """The script's process."""
+    """Run a script in its own process."""
     write_to(log)
     if torch.cuda._is_in_bad_fork():
         raise RuntimeError("what forked this process has used a GPU: this one could not any more")
-    torch.set_num_threads(1)  # with tensors so small, two would wait for each other
+    torch.set_num_threads(1)  # for such small tensors, more threads would only wait for each other
     if environment:
         os.environ.update(environment)
         dist.init_process_group("gloo")
@@ -104,7 +104,7 @@ def _work(
 
 
 def die_in(epoch: int) -> None:
-    """Let this process kill itself after a step of an epoch."""
+    """Make this process kill itself after the first saved step of an epoch."""
     real = Trainer.save_if_due
 
     def save_if_due(trainer: Trainer, **kwargs: bool) -> None:
@@ -116,7 +116,7 @@ def die_in(epoch: int) -> None:
 
 
 def count_skipped_steps() -> list[float]:
-    """A list that grows with every step that loss scaling skips in this process from now on."""
+    """Return a list that gets an entry, the loss scale, for each step that loss scaling skips from now on."""
     skipped: list[float] = []
     real = torch.amp.GradScaler.update
 

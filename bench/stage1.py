@@ -1,4 +1,4 @@
-"""Stage 1: the loader from a warm image cache, a step's memory, and on a GPU the speed of its steps."""
+"""Measure stage 1: the loader with a warm image cache, the memory of a step, and on a GPU the speed of steps."""
 
 import functools
 import math
@@ -49,7 +49,7 @@ TINY_ARCHITECTURES = {
 
 
 def photos(folder: Path, count: int) -> list[Path]:
-    """So many drawn JPEG files of the size of photos on the web."""
+    """Write synthetic JPEG files of the size of photos on the web, and return their paths."""
     rng = random.Random(0)
     paths = [folder / f"{i}.jpg" for i in range(count)]
     for path in paths:
@@ -61,7 +61,7 @@ def photos(folder: Path, count: int) -> list[Path]:
 def loading(
     paths: list[Path], read: Reader, workers: int, device: torch.device
 ) -> Callable[[], None]:
-    """A function that loads all images in batches of 32."""
+    """Return a function that loads all images in batches of 32."""
     chunks = [paths[i : i + 32] for i in range(0, len(paths), 32)]
 
     def load() -> None:
@@ -72,7 +72,7 @@ def loading(
 
 
 def loader(setting: Setting) -> Iterator[Row]:
-    """Photos to batches of 384 px, in this process alone; on a GPU's machine also how fast processes decode."""
+    """Time the loading of photos at 384 px with and without cache; on a GPU machine, also decoding in workers."""
     device = setting.device
     count, rounds = setting.choose(gpu=(128, 1), cpu=(256, 5), tiny=(8, 1))
     with tempfile.TemporaryDirectory() as folder:
@@ -96,16 +96,16 @@ def loader(setting: Setting) -> Iterator[Row]:
 
 
 def random_clip(name: str, setting: Setting) -> CLIP:
-    """The clip package's CLIP of a true architecture with random weights; in a rehearsal a tiny one of its kind."""
+    """Return the clip package's CLIP of an architecture with random weights; in a dry run, a tiny CLIP of its kind."""
     sizes = (TINY_ARCHITECTURES if setting.rehearses else ARCHITECTURES)[name]
-    with setting.device:  # random numbers are made where they are needed: seconds for so many
+    with setting.device:  # drawing so many random numbers on the CPU would take seconds
         return CLIP(*sizes).float().eval()
 
 
 def make_stepper(
     model: CLIP, device: torch.device, micro_batch: int | None = None, compiled: bool = False
 ) -> Stepper:
-    """Stage 1's optimizer steps on a model, whose every weight learns."""
+    """Return stage 1's optimizer steps on a model, all of whose weights are trained."""
     ready(model, device)
     model.logit_scale.requires_grad_(False)
     learned = [p for p in model.parameters() if p.requires_grad]
@@ -125,7 +125,7 @@ def make_stepper(
 
 
 def random_batch(model: CLIP, batch: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """References and targets (B, 3, R, R) uint8, and different captions' tokens (B, 77)."""
+    """Return random references and targets (B, 3, R, R) uint8, and the tokens (B, 77) of different captions."""
     pixels = model.visual.input_resolution
     images = torch.randint(256, (2, batch, 3, pixels, pixels), dtype=torch.uint8, device=device)
     tokens = tokenize([f"has {i} more stripes and is red" for i in range(batch)]).to(device)
@@ -133,7 +133,7 @@ def random_batch(model: CLIP, batch: int, device: torch.device) -> tuple[torch.T
 
 
 def make_step(model: CLIP, batch: int, device: torch.device, **how: object) -> Step:
-    """A function that takes one of our steps on random images; for `how` see `make_stepper`."""
+    """Return a function that runs one of our steps on random images; for `how` see `make_stepper`."""
     stepper = make_stepper(model, device, **how)
     inputs = random_batch(model, batch, device)
     ids = torch.arange(batch, device=device)
@@ -141,7 +141,7 @@ def make_step(model: CLIP, batch: int, device: torch.device, **how: object) -> S
 
 
 def make_plain_step(model: CLIP, batch: int, device: torch.device) -> Step:
-    """The same of the plain twin."""
+    """Return a function that runs a step of the reference implementation on random images."""
     optimizer = AdamW(model.parameters(), lr=1e-6, eps=1e-7)
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
     references, targets, tokens = random_batch(model, batch, device)
@@ -150,7 +150,7 @@ def make_plain_step(model: CLIP, batch: int, device: torch.device) -> Step:
 
 
 def step_memory(setting: Setting) -> Iterator[Row]:
-    """Activations of a step of many triplets, all at once and 16 at a time, on the tiny ResNet."""
+    """Compare the activations of a step in micro-batches of 16 with those of a plain step, on the tiny ResNet."""
     device = setting.device
     batch = setting.choose(gpu=256, cpu=256, tiny=32)
     with tempfile.TemporaryDirectory() as folder:
@@ -171,20 +171,20 @@ def step_memory(setting: Setting) -> Iterator[Row]:
 
 
 def figures(setting: Setting) -> Iterator[Row]:
-    """Rows of the results table."""
+    """Yield the rows of the results table."""
     yield from loader(setting)
     yield from step_memory(setting)
 
 
 def costs(name: str, batch: int, setting: Setting, **how: object) -> Cost | None:
-    """What our step of an architecture costs."""
+    """Measure the cost of our step for an architecture."""
     return cost(
         lambda: make_step(random_clip(name, setting), batch, setting.device, **how), setting
     )
 
 
 def speed(name: str, batches: tuple[int, ...], setting: Setting) -> Iterator[Row]:
-    """Images a second of our step against the plain twin; each has the memory to itself."""
+    """Measure images/s of our step and of the reference step; only one of the models is in memory at a time."""
     rate = matrix_rate(setting)
     operations = operations_a_triplet(name, setting)
     for batch in setting.choose(gpu=batches, tiny=(2,)):
@@ -211,12 +211,12 @@ def speed(name: str, batches: tuple[int, ...], setting: Setting) -> Iterator[Row
 
 
 def gib(spent: Cost | None) -> str:
-    """The memory of a step in words."""
+    """Format the memory of a step."""
     return "out of memory" if spent is None else f"{spent.peak:.1f} GiB"
 
 
 def operations_a_triplet(name: str, setting: Setting, batch: int = 2) -> float:
-    """Floating-point operations that a step takes for each triplet, counted."""
+    """Count the floating-point operations of a step per triplet."""
     step = make_step(random_clip(name, setting), batch, setting.device)
     with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(FUSED, fused)) as counter:
         step()
@@ -224,29 +224,29 @@ def operations_a_triplet(name: str, setting: Setting, batch: int = 2) -> float:
 
 
 def fused(images, weight, *rest, out_shape, **more) -> int:
-    """Operations of a convolution, from shapes. The counter does not know those that cuDNN fuses with what follows."""
+    """Count the operations of a convolution in a fused cuDNN kernel, which torch's counter does not know."""
     return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
 
 def matrix_rate(setting: Setting) -> float:
-    """Floating-point operations a second of a large matrix product on random data, in fp16 on a GPU."""
+    """Measure the floating-point operations per second of a large matrix multiplication, in fp16 on a GPU."""
     size, dtype = setting.choose(gpu=(8192, torch.float16), tiny=(64, torch.float32))
     left, right = torch.randn(2, size, size, device=setting.device, dtype=dtype)
     return 2 * size**3 / typical(lambda: left @ right, setting, rounds=10)
 
 
 def figures_of_resnet(setting: Setting) -> Iterator[Row]:
-    """RN50x16, at a batch that fits small cards and at the original's."""
+    """Measure RN50x16, at a batch size that fits small GPUs and at the original's."""
     yield from speed("RN50x16", (32, 128), setting)
 
 
 def figures_of_vit(setting: Setting) -> Iterator[Row]:
-    """The same of ViT-L/14."""
+    """Measure ViT-L/14, at a batch size that fits small GPUs and at the original's."""
     yield from speed("ViT-L/14", (64, 128), setting)
 
 
 def large_batch(setting: Setting) -> Iterator[Row]:
-    """Memory of a step of 1,024 triplets of RN50x16 in micro-batches of 16."""
+    """Measure the memory of a step of RN50x16 with 1,024 triplets in micro-batches of 16."""
     batch, micro = setting.choose(gpu=(1024, 16), tiny=(4, 2))
     make = functools.partial(
         make_step, random_clip("RN50x16", setting), batch, setting.device, micro_batch=micro
@@ -260,7 +260,7 @@ def large_batch(setting: Setting) -> Iterator[Row]:
 
 
 def memory(setting: Setting) -> Iterator[Row]:
-    """Peak memory of the original's batch in micro-batches."""
+    """Measure the peak memory of a step with the original's batch size in micro-batches."""
     batch, micro_batch = setting.choose(gpu=(128, 32), tiny=(4, 2))
     for name in TIMED:
         spent = costs(name, batch, setting, micro_batch=micro_batch)
@@ -274,7 +274,7 @@ def memory(setting: Setting) -> Iterator[Row]:
 
 
 def variants(setting: Setting) -> Iterator[Row]:
-    """RN50x16 with its weights channels last or first, with cuDNN's choice of algorithms timed or not, and unfused."""
+    """Compare a step of RN50x16 with its variants: channels first, cuDNN's benchmark mode, and no fused kernels."""
     name, device = "RN50x16", setting.device
     batch = setting.choose(gpu=32, tiny=2)
     ours = costs(name, batch, setting)
@@ -300,7 +300,7 @@ def variants(setting: Setting) -> Iterator[Row]:
 
 
 def beside(what: str, ours: Cost | None, other: Cost | None) -> Row:
-    """A step's row beside that of another way to take it."""
+    """Return the row that compares a step with a variant."""
     row: Row = {"figure": what, "note": f"{gib(ours)} / {gib(other)}"}
     if ours is not None and other is not None:
         row.update({"ours": ours.seconds, "twin": other.seconds})
@@ -308,8 +308,8 @@ def beside(what: str, ours: Cost | None, other: Cost | None) -> Row:
 
 
 def compiled(name: str, batch: int, setting: Setting) -> Iterator[Row]:
-    """A step with `--compile`, and what its first step takes."""
-    # In a rehearsal the compiler is called and compiles nothing.
+    """Compare a step with `--compile` and a plain step, and time the first compiled step."""
+    # In a dry run, the compiler is called, but compiles nothing.
     torch.compiler.set_stance("force_eager" if setting.rehearses else "default")
     batch = setting.choose(gpu=batch, tiny=2)
     plain = costs(name, batch, setting)
@@ -328,17 +328,17 @@ def compiled(name: str, batch: int, setting: Setting) -> Iterator[Row]:
 
 
 def compiled_resnet(setting: Setting) -> Iterator[Row]:
-    """RN50x16."""
+    """Measure a compiled step of RN50x16."""
     yield from compiled("RN50x16", 32, setting)
 
 
 def compiled_vit(setting: Setting) -> Iterator[Row]:
-    """ViT-L/14."""
+    """Measure a compiled step of ViT-L/14."""
     yield from compiled("ViT-L/14", 64, setting)
 
 
 def saving(setting: Setting) -> Iterator[Row]:
-    """Seconds that the state and the weights of a training take to be on disk."""
+    """Time the saving of a training run's state and of its weights."""
     with tempfile.TemporaryDirectory() as folder:
         for name in TIMED:
             model = random_clip(name, setting)

@@ -1,4 +1,4 @@
-"""An epoch of stage 2 with its validation: on frozen features, against encoding everything again."""
+"""Time an epoch of stage 2 with its validation on frozen features, against encoding everything again."""
 
 import functools
 import tempfile
@@ -36,7 +36,7 @@ def epoch(
     order: Order,
     device: torch.device,
 ):
-    """A function that trains an epoch and validates."""
+    """Return a function that trains an epoch and validates."""
     flags = stage_2_flags("--checkpoint-every-minutes", 1000)
     task = combiner_training(
         combiner,
@@ -58,7 +58,7 @@ def epoch(
 
 
 def drawn(setting: Setting) -> Iterator[Row]:
-    """6,000 drawn triplets, P 256, H 512, batch 256."""
+    """Time an epoch of 6,000 synthetic triplets, with projection size P 256, hidden size H 512, batch size 256."""
     device = setting.device
     train_groups, val_groups = setting.choose(gpu=(600, 60), cpu=(600, 60), tiny=(3, 2))
     batch = setting.choose(gpu=256, cpu=256, tiny=8)
@@ -83,7 +83,7 @@ def drawn(setting: Setting) -> Iterator[Row]:
 
         def twin() -> None:
             re_encoding_epoch(encoder, combiner, optimizer, train, captions, order.batches(0)[0])
-            # Galleries it encodes once.
+            # Validation encodes only the captions again, since galleries are encoded once.
             encoder.captions([benchmark.caption(t.captions) for t in val[0].triplets])
             evaluate(benchmark, frozen_val, combiner.eval())
 
@@ -99,7 +99,7 @@ def drawn(setting: Setting) -> Iterator[Row]:
 
 
 def full_size_epoch(setting: Setting) -> Callable[[], None]:
-    """An epoch at CIRR's real sizes on random features: a GPU's work."""
+    """Return a function that trains an epoch at CIRR's real size on random features, only for a GPU."""
     device = setting.device
     triplets, images, queries, gallery = setting.choose(
         gpu=(28_225, 16_939, 4181, 2297), tiny=(40, 30, 20, 15)
@@ -115,7 +115,7 @@ def full_size_epoch(setting: Setting) -> Callable[[], None]:
 
 
 def bank(setting: Setting) -> Iterator[Row]:
-    """A step against all of 28,225 targets and one against those of its batch, D 768, P 2560, H 5120."""
+    """Compare steps with a bank of 28,225 targets and with only the batch's targets, D 768, P 2560, H 5120."""
     device = setting.device
     targets = setting.choose(gpu=28_225, cpu=28_225, tiny=40)
     d, p, h = setting.choose(gpu=(768, 2560, 5120), cpu=(768, 2560, 5120), tiny=(8, 16, 24))
@@ -153,7 +153,7 @@ def bank(setting: Setting) -> Iterator[Row]:
 
 
 def full_size(setting: Setting) -> Iterator[Row]:
-    """CIRR's real size, D 768, P 2560, H 5120, batch 4096."""
+    """Time an epoch at CIRR's real size, D 768, P 2560, H 5120, batch size 4096."""
     taken = typical(full_size_epoch(setting), setting)
     yield {
         "figure": "stage-2 epoch at CIRR's real size, D 768, P 2560, H 5120, batch 4096, with validation",

@@ -1,4 +1,4 @@
-"""Where and how large to measure; two sides of a comparison in turns, one side alone, memory, activations."""
+"""Measure time, memory and activations, for one implementation or for two in turns."""
 
 import gc
 import statistics
@@ -16,17 +16,17 @@ from torch import nn
 
 GIB = 2**30
 
-Row = dict[str, Any]  # of a table of results, see `report.line`
+Row = dict[str, Any]  # row of a table of results, see `report.line`
 Size = TypeVar("Size")
 Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where cases run, and how large they are.
+    """Device and size of the cases.
 
     Attributes:
-        rehearses: as small as it goes: everything runs, and no figure means anything.
+        rehearses: whether this is a dry run, in which everything runs at the smallest size and figures mean nothing.
     """
 
     device: torch.device
@@ -34,11 +34,11 @@ class Setting:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether a GPU computes."""
+        """Check whether cases run on a GPU."""
         return self.device.type == "cuda"
 
     def choose(self, *, gpu: Size, tiny: Size, cpu: Size | None = None) -> Size:
-        """The size for a GPU, for a rehearsal, or for a CPU, where the case is timed on one."""
+        """Return the size for a GPU, for a dry run, or for a CPU if the case is timed on a CPU."""
         if self.rehearses:
             return tiny
         if self.on_gpu:
@@ -48,7 +48,7 @@ class Setting:
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock seconds of one call, the device's work included."""
+    """Return the wall-clock seconds of one call, including the device's work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -65,10 +65,11 @@ def in_turns(
     rounds: int = 5,
     twin_rounds: int = 5,
 ) -> tuple[float, float]:
-    """Median seconds of both sides, measured one after the other in each round; each runs once before, unmeasured.
+    """Return the median seconds of both sides, which alternate after a warm-up call of each.
 
     Args:
-        twin_rounds: rounds in which a slow twin takes part.
+        twin: the reference implementation.
+        twin_rounds: number of rounds of the reference; if it differs from `rounds`, the reference has no warm-up call.
     """
     ours()
     if twin_rounds == rounds:
@@ -82,7 +83,7 @@ def in_turns(
 
 
 def processor_seconds(sides: Mapping[str, Step], rounds: int) -> dict[str, float]:
-    """Median seconds of a core that each side takes, in turns: what others take of the machine is not counted."""
+    """Return the median CPU-seconds of each side. The sides take turns; other work on the machine is not counted."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, work in sides.items():
@@ -93,7 +94,7 @@ def processor_seconds(sides: Mapping[str, Step], rounds: int) -> dict[str, float
 
 
 def typical(work: Step, setting: Setting, rounds: int = 5, unmeasured: int = 2) -> float:
-    """Median seconds of a call, after some that are not measured; in a rehearsal those of one call."""
+    """Return the median seconds of a call, after some unmeasured calls; in a dry run, the seconds of one call."""
     for _ in range(0 if setting.rehearses else unmeasured):
         work()
     times = [seconds(work, setting.device) for _ in range(1 if setting.rehearses else rounds)]
@@ -102,7 +103,7 @@ def typical(work: Step, setting: Setting, rounds: int = 5, unmeasured: int = 2) 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step takes: seconds, and GiB of memory at its peak, all of it."""
+    """Cost of a step: seconds, and total peak memory in GiB."""
 
     seconds: float
     peak: float
@@ -111,10 +112,10 @@ class Cost:
 def cost(
     make: Callable[[], Step], setting: Setting, rounds: int = 5, unmeasured: int = 2
 ) -> Cost | None:
-    """What a step costs that is made for this and freed again, with all its model; None where memory is too small."""
+    """Measure the cost of a step, which is built and freed with its model; return None if memory is too small."""
     try:
         step = make()
-        step()  # the optimizer's state is there from now on
+        step()  # creates the optimizer's state
         if setting.on_gpu:
             torch.cuda.reset_peak_memory_stats(setting.device)
         taken = typical(step, setting, rounds, unmeasured)
@@ -129,34 +130,34 @@ def cost(
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes in use at the peak so far: of this process's tensors on a GPU, of the process on a CPU."""
+    """Return the peak memory so far in bytes: of this process's tensors on a GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status("VmHWM")
 
 
 def extra_memory(work: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a call needs at its peak beyond what was in use before it."""
+    """Return the peak memory of a call in bytes, beyond the memory that was in use before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak on Linux
     before = _status("VmRSS")
     work()
     return _status("VmHWM") - before
 
 
 def saved_activations(work: Callable[[], object], model: nn.Module) -> int:
-    """Bytes that autograd keeps for backward passes at their peak during a call, the model's weights left out."""
-    live: Counter[int] = Counter()  # storage -> how often it is kept
+    """Return the peak bytes that autograd keeps for backward passes during a call, without the model's weights."""
+    live: Counter[int] = Counter()  # storage -> number of kept tensors in it
     sizes: dict[int, int] = {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     peak = 0
 
     class Kept:
-        """A kept tensor; its storage counts until the last one of it is gone."""
+        """A kept tensor; its storage counts until the last tensor in it is released."""
 
         def __init__(self, tensor: torch.Tensor) -> None:
             nonlocal peak
@@ -181,7 +182,7 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-# A process between: what a child's memory is counted from is the memory of the one that started it.
+# A small process in between, because the peak memory of a child starts at the memory of its parent.
 LAUNCHER = """
 import resource, subprocess, sys
 code = subprocess.run([sys.executable, *sys.argv[1:]], stderr=subprocess.DEVNULL).returncode
@@ -192,7 +193,7 @@ sys.exit(code)
 
 
 def run_script(*words: object) -> dict:
-    """Run a script; its seconds, its largest memory in GiB, its exit code and its last line."""
+    """Run a script; return its seconds, peak memory in GiB, exit code, and last line of output."""
     start = time.monotonic()
     command = [sys.executable, "-c", LAUNCHER, *map(str, words)]
     root = Path(__file__).parent.parent
@@ -209,7 +210,7 @@ def run_script(*words: object) -> dict:
 
 
 def script_table(rows: list[dict], folder: str) -> str:
-    """Rows of `run_script` in Markdown; a folder's name is left out of them."""
+    """Return rows of `run_script` as a table in Markdown; a folder's name is replaced by DIR."""
     lines = [
         "| command | seconds | largest process, GiB | exit code | says |",
         "|---|---|---|---|---|",

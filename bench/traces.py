@@ -1,4 +1,4 @@
-"""What a step of each stage spends its time on, and where a training waits for the device."""
+"""Profile a step of each stage, and find the lines where a training run waits for the device."""
 
 import collections
 import functools
@@ -23,7 +23,7 @@ SHOWN = 10
 
 
 def profiles(setting: Setting) -> Iterator[Row]:
-    """The operations that take longest in a step of stage 1 and in an epoch of stage 2."""
+    """Profile the slowest operations in a step of stage 1 and in an epoch of stage 2."""
     batch = setting.choose(gpu=32, tiny=2)
     for name in TIMED:
         step = make_step(random_clip(name, setting), batch, setting.device)
@@ -32,14 +32,14 @@ def profiles(setting: Setting) -> Iterator[Row]:
 
 
 def profiled(what: str, step: Step, setting: Setting) -> Row:
-    """The operations of a step by their own time on the device."""
+    """Return a row with the operations of a step that take most time on the device."""
     step()
     taken = seconds(step, setting.device)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setting.on_gpu else [])]
     with profile(activities=activities) as trace:
         seconds(step, setting.device)
     own = "self_device_time_total" if setting.on_gpu else "self_cpu_time_total"
-    # Kernels are listed too, and count in the operations that started them.
+    # Events of kernels are left out: their time is included in the operations that launched them.
     operations = [event for event in trace.key_averages() if event.device_type == DeviceType.CPU]
     events = sorted(operations, key=lambda event: -getattr(event, own))[:SHOWN]
     longest = {event.key: getattr(event, own) / 1e3 for event in events}  # ms
@@ -48,7 +48,7 @@ def profiled(what: str, step: Step, setting: Setting) -> Row:
 
 
 def waits(setting: Setting) -> Iterator[Row]:
-    """Where short trainings of both stages, with their validations, wait for the device."""
+    """Find the lines where short training runs of both stages, with validations, wait for the device."""
     with tempfile.TemporaryDirectory() as name:
         data = Path(name) / "data"
         draw(data, setting)
@@ -72,7 +72,7 @@ def waits(setting: Setting) -> Iterator[Row]:
 
 
 def waiting_places(work: Step, setting: Setting) -> collections.Counter[str]:
-    """Line -> how often a GPU was waited for there."""
+    """Return line of code -> number of times that it waited for a GPU."""
     found: collections.Counter[str] = collections.Counter()
 
     def count(message: Warning | str, *_: object) -> None:
@@ -89,7 +89,7 @@ def waiting_places(work: Step, setting: Setting) -> collections.Counter[str]:
 
 
 def place() -> str:
-    """The innermost line of this project or of the clip package that is being run."""
+    """Return the innermost line of this project or of the clip package on the call stack."""
     frames = [
         frame
         for frame in traceback.extract_stack()

@@ -1,4 +1,4 @@
-"""A trainer without a script around it, for tests and for what is timed."""
+"""Trainers without a script, for tests and benchmarks."""
 
 import argparse
 from collections.abc import Mapping
@@ -22,17 +22,17 @@ NO_TRACKERS = Trackers([], Account(folder=Path(), name="none"))
 
 
 def stage_1_flags(*words: object) -> argparse.Namespace:
-    """The flags of stage 1, those that are not named as they are by default."""
+    """Parse flags of stage 1; flags that are not given have their defaults."""
     return clip_fine_tune.parse(["--dataset", "CIRR", *map(str, words)])
 
 
 def stage_2_flags(*words: object) -> argparse.Namespace:
-    """The same of stage 2."""
+    """Parse flags of stage 2; flags that are not given have their defaults."""
     return combiner_train.parse(["--dataset", "CIRR", *map(str, words)])
 
 
 def run_in(folder: Path, trackers: Trackers = NO_TRACKERS, **hyper_parameters: object) -> Run:
-    """A run of three epochs, whose page says little."""
+    """Return a run of three epochs by default, with a minimal run page."""
     about = About(
         title="a run",
         titles={},
@@ -46,10 +46,10 @@ def run_in(folder: Path, trackers: Trackers = NO_TRACKERS, **hyper_parameters: o
 def checkpoints_in(
     folder: Path, flags: argparse.Namespace, best: Mapping[str, str] | None = None
 ) -> Checkpoints:
-    """What is kept of a Combiner's weights.
+    """Return the checkpoints of a Combiner in a folder.
 
     Args:
-        best: metric -> file name for its best value.
+        best: metric -> file name of the checkpoint with its best value.
     """
     names = CheckpointNames(key="Combiner", prefix="combiner", best=best or {})
     return Checkpoints(folder, names, {"seed": 1}, flags)
@@ -63,7 +63,7 @@ def trainer_in(
     best: Mapping[str, str] | None = None,
     precision: Precision = Precision("fp32", CPU),  # noqa: B008
 ) -> Trainer:
-    """A trainer in a folder."""
+    """Return a trainer that writes to a folder."""
     return Trainer(
         task,
         flags,

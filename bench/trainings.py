@@ -1,4 +1,4 @@
-"""Both stages trained on drawn data: as on the CPU, the same again, killed and resumed, and in two processes."""
+"""Check training runs of both stages on synthetic data: against the CPU, repeated, and killed and resumed."""
 
 import contextlib
 import itertools
@@ -16,12 +16,12 @@ from report import held
 from runs import SKIPPED, Script, columns, draw, start
 from timing import Row, Setting
 
-MEAN = next(iter(BENCHMARKS["CIRR"].selection))  # chooses checkpoints
+MEAN = next(iter(BENCHMARKS["CIRR"].selection))  # metric that selects checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A training of one stage: its script and its flags, and those of a rehearsal."""
+    """Training of one stage: its script, its flags, and its flags in a dry run."""
 
     name: str
     main: Callable[[list[str]], None]
@@ -48,7 +48,7 @@ KEPT = ("--save-training", "--save-best")
 
 
 class Trainings:
-    """Trainings on one drawn data root, each with an output folder of its own."""
+    """Training runs on one synthetic data root, each with an output folder of its own."""
 
     def __init__(self, folder: Path, setting: Setting) -> None:
         self.folder = folder
@@ -57,7 +57,7 @@ class Trainings:
         draw(folder / "data", setting)
 
     def start(self, stage: Stage, *flags: object, device: object, **how: object) -> "Training":
-        """Start a training; for `how` see `runs.start`."""
+        """Start a training run; for `how` see `runs.start`."""
         output = self.folder / f"training{next(self.numbers)}"
         data = self.folder / "data"
         words = (stage.tiny if self.setting.rehearses else stage.flags).split()
@@ -80,42 +80,42 @@ class Trainings:
 
 @contextlib.contextmanager
 def trainings(setting: Setting) -> Iterator[Trainings]:
-    """Trainings in a folder that is gone afterwards."""
+    """Yield training runs in a temporary folder, which is deleted at the end."""
     with tempfile.TemporaryDirectory() as name:
         yield Trainings(Path(name), setting)
 
 
 @dataclass
 class Training:
-    """A training that was started."""
+    """A training run that was started."""
 
     script: Script
     output: Path
 
     @property
     def run(self) -> Path:
-        """The folder of its run, when it has ended."""
+        """Return the run folder, after the run has ended."""
         (run,) = self.output.iterdir()
         return run
 
     @property
     def losses(self) -> list[float]:
-        """Its losses by epoch."""
+        """Return the loss of each epoch."""
         return columns(self.run / "train_metrics.csv")["train_epoch_loss"]
 
     @property
     def recalls(self) -> list[float]:
-        """Its recalls by validation."""
+        """Return the mean recall of each validation."""
         return columns(self.run / "validation_metrics.csv")[MEAN]
 
     @property
     def best(self) -> float:
-        """The best of them."""
+        """Return the best recall of all validations."""
         return max(self.recalls)
 
 
 def learning(setting: Setting) -> Iterator[Row]:
-    """Both stages with several seeds here and on the CPU: recalls, the first loss, and steps that were skipped."""
+    """Compare both stages with the CPU, over several seeds: recalls, the first epoch's loss, and skipped steps."""
     device, seeds = setting.device, setting.choose(gpu=(0, 1, 2), tiny=(0, 1))
     with trainings(setting) as made:
         clip: list[object] = []
@@ -147,7 +147,7 @@ def learning(setting: Setting) -> Iterator[Row]:
 
 
 def like_on_the_cpu(what: str, ours: list[float], theirs: list[float]) -> Row:
-    """Means over seeds: no further apart than four deviations over the seeds, or two of 300 queries."""
+    """Return the check that means over seeds differ by at most four standard deviations, or two of 300 queries."""
     spread = ((statistics.variance(ours) + statistics.variance(theirs)) / 2) ** 0.5
     mean, expected = statistics.fmean(ours), statistics.fmean(theirs)
     note = f"{mean:.2f}, on the CPU {expected:.2f}, deviation over the seeds {spread:.2f}"
@@ -155,13 +155,13 @@ def like_on_the_cpu(what: str, ours: list[float], theirs: list[float]) -> Row:
 
 
 def skips(said: list[str]) -> str:
-    """How many steps each training skipped."""
+    """Return the numbers of skipped steps, read from the output of each training run."""
     lines = [line for text in said for line in text.splitlines() if line.startswith(SKIPPED)]
     return ", ".join(line.removeprefix(SKIPPED) for line in lines)
 
 
 def resuming(setting: Setting) -> Iterator[Row]:
-    """Runs that are killed in the middle and resumed against whole ones, and those against the same again."""
+    """Compare killed and resumed runs with uninterrupted runs, and uninterrupted runs with their repetition."""
     device = setting.device
     with trainings(setting) as made:
         often = ["--checkpoint-every-minutes", "0.0001"]
@@ -182,7 +182,7 @@ def resuming(setting: Setting) -> Iterator[Row]:
 
 
 def drift(one: Training, other: Training) -> tuple[float, float]:
-    """How far two runs are apart: losses as a share, recalls in points."""
+    """Return the largest differences of two runs: relative for losses, in percentage points for recalls."""
     losses = zip(one.losses, other.losses, strict=True)
     recalls = zip(one.recalls, other.recalls, strict=True)
     return max(abs(b / a - 1) for a, b in losses), max(abs(b - a) for a, b in recalls)

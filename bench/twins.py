@@ -1,4 +1,4 @@
-"""Slow, plain twins written from the definitions: tests hold the code against them, benchmarks time it."""
+"""Slow reference implementations, written from the definitions, with which tests and benchmarks compare the code."""
 
 import io
 from typing import Annotated
@@ -14,9 +14,10 @@ from models.clip_model import tokenize
 
 
 class RowLoopMoE(nn.Module):
-    """The sparse MoE row by row: for each row its k experts one after the other. Parameters named as in checkpoints.
+    """Sparse MoE that loops over rows, and over each row's k experts. Parameters are named as in checkpoints.
 
-    With parts: the router sees its input normalised, a bias counts in the choice alone, a shared expert is added.
+    With `parts`, the router normalises its input, a bias affects only the choice of experts, and a shared expert is
+    added.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class RowLoopMoE(nn.Module):
 
 
 class ExpertLoopMoE(RowLoopMoE):
-    """The same as one would write it: for each expert the rows that go to it, added up in place."""
+    """Sparse MoE in the usual way: a loop over experts, whose outputs are added in place to the rows' results."""
 
     def forward(self, x: Tensor) -> Tensor:
         logits, chosen = self.router(x).topk(self.top_k, dim=-1)
@@ -66,7 +67,7 @@ class ExpertLoopMoE(RowLoopMoE):
 
 
 class DefinedCombiner(nn.Module):
-    """The MoE Combiner at evaluation, sentence by sentence from its specification."""
+    """The MoE Combiner in evaluation, written directly from its specification."""
 
     def __init__(self, d: int, p: int, h: int, num_experts: int = 4, top_k: int = 2) -> None:
         super().__init__()
@@ -92,7 +93,7 @@ class DefinedCombiner(nn.Module):
 
 
 class DefinedPlainCombiner(nn.Module):
-    """CLIP4Cir's Combiner at evaluation, sentence by sentence from its paper."""
+    """CLIP4Cir's Combiner in evaluation, written directly from its paper."""
 
     def __init__(self, d: int, p: int, h: int) -> None:
         super().__init__()
@@ -116,7 +117,7 @@ class DefinedPlainCombiner(nn.Module):
 def ranks_by_sorting(
     similarity: Tensor, targets: Tensor, excluded: Tensor | None = None
 ) -> list[int]:
-    """Each query's target's place in the stably sorted list of what may be retrieved."""
+    """Return the zero-based rank of each query's target in the stably sorted list of retrievable images."""
     ranks = []
     for row, (values, target) in enumerate(zip(similarity.tolist(), targets.tolist(), strict=True)):
         columns = [c for c in range(len(values)) if excluded is None or c != int(excluded[row])]
@@ -132,7 +133,7 @@ def string_matrix_ranks(
     targets: list[str],
     groups: list[list],
 ) -> tuple[Tensor, Tensor]:
-    """CIRR's labels by whole sorted matrices of names: (Q, N - 1) in the gallery and (Q, 5) in the group."""
+    """Return CIRR's labels from fully sorted matrices of names, (Q, N - 1) in the gallery and (Q, 5) in the group."""
     order = torch.argsort(1 - queries @ gallery.T, dim=-1)
     table = np.array(names)[order.numpy()]
     shape = len(targets), -1
@@ -147,7 +148,7 @@ def string_matrix_ranks(
 def plain_clip_step(
     model, optimizer, scaler, references: Tensor, targets: Tensor, tokens: Tensor
 ) -> float:
-    """A stage-1 step with an encoder call for each input, fp16 autocast, an unfused optimizer, and a look at the loss.
+    """Run a stage-1 step with an encoder call per input, fp16 autocast and an unfused optimizer; return the loss.
 
     Args:
         references, targets: (B, 3, R, R) float32, normalised on the host.
@@ -170,10 +171,10 @@ def plain_clip_step(
 def re_encoding_epoch(
     encoder, combiner, optimizer, split, captions: list[str], rows: Tensor
 ) -> None:
-    """A stage-2 epoch that decodes and encodes the images and captions of each batch again.
+    """Run a stage-2 epoch that decodes and encodes the images and captions of each batch again.
 
     Args:
-        rows: (steps, B) triplets of each batch.
+        rows: numbers of the triplets in each batch, (steps, B).
     """
     combiner.train()
     for batch in rows.tolist():
@@ -193,7 +194,7 @@ def re_encoding_epoch(
 
 
 def ranked_names(similarity: list[float], names: list[str], allowed: set[str]) -> list[str]:
-    """What a query retrieves, the nearest first: the allowed names, sorted; equal ones in the gallery's order."""
+    """Return the allowed names in descending order of similarity; ties are in the gallery's order."""
     return [
         name
         for _, name in sorted(zip(similarity, names, strict=True), key=lambda pair: -pair[0])
@@ -202,7 +203,7 @@ def ranked_names(similarity: list[float], names: list[str], allowed: set[str]) -
 
 
 def protocol_rankings(similarity: Tensor, split, gallery: str, reference: str) -> list[list[str]]:
-    """Every query's whole list under a protocol, from its definition in words."""
+    """Return the full ranking of each query under a protocol, written directly from the protocol's definition."""
     val = {t.reference for t in split.triplets} | {t.target for t in split.triplets}
     rankings = []
     for values, triplet in zip(similarity.tolist(), split.triplets, strict=True):
@@ -214,14 +215,14 @@ def protocol_rankings(similarity: Tensor, split, gallery: str, reference: str) -
 
 
 def nearest_by_topk(queries: Tensor, images: Tensor, k: int) -> None:
-    """The k nearest images of each query by a product and `topk`, 512 queries at a time."""
+    """Find the k nearest images of each query by matrix multiplication and `topk`, 512 queries at a time."""
     gallery = F.normalize(images, dim=-1)
     for block in queries.split(512):
         (block @ gallery.T).topk(k)
 
 
 def nearest_by_faiss(queries: Tensor, images: Tensor, k: int) -> None:
-    """The same by a flat index of FAISS."""
+    """Find the k nearest images of each query by a flat FAISS index."""
     import faiss
 
     index = faiss.IndexFlatIP(images.shape[1])
@@ -230,7 +231,7 @@ def nearest_by_faiss(queries: Tensor, images: Tensor, k: int) -> None:
 
 
 class Photos(torch.utils.data.Dataset):
-    """Image files as open_clip reads them."""
+    """Dataset of image files with open_clip's preprocessing."""
 
     def __init__(self, paths, preprocess) -> None:
         self.paths = paths
@@ -245,16 +246,16 @@ class Photos(torch.utils.data.Dataset):
 
 @torch.no_grad()
 def images_by_open_clip(model, preprocess, paths) -> Tensor:
-    """Features (N, D) of image files as open_clip's examples make them."""
+    """Return the features (N, D) of image files, computed as in open_clip's examples."""
     batches = torch.utils.data.DataLoader(Photos(paths, preprocess), batch_size=32)
     return torch.cat([model.encode_image(batch) for batch in batches])
 
 
 def plain_search_app(searcher, k: int):
-    """A page's server as one would write it: a function that decodes, encodes, composes and sorts, and no limits.
+    """Return a minimal search server: one function that decodes, encodes, composes and sorts, without limits.
 
     Args:
-        searcher: its encoder, Combiner and features are asked; its search is not.
+        searcher: searcher whose encoder, Combiner and features are used, but not its search.
     """
     from fastapi import FastAPI, File, Form
 

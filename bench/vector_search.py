@@ -1,4 +1,4 @@
-"""A gallery of a million vectors: build each kind of index, ask it, and hold it against the exact answer."""
+"""Build and search each kind of index of a million vectors, and measure its recall against exact search."""
 
 import statistics
 import time
@@ -11,11 +11,12 @@ from image_search import faiss_index
 from timing import Row, Setting, extra_memory, seconds
 
 COUNT, DIM, ASKED = 1_000_000, 512, 100
-INTRINSIC = 32  # dimensions that the vectors vary in, beside noise: image features lie near few, random ones in all
+# Dimension of the surface near which the vectors are: image features vary in few dimensions, random vectors in all.
+INTRINSIC = 32
 
 
 def gallery(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Vectors (count, DIM) near a surface of few dimensions, as features of a network are."""
+    """Return vectors (count, DIM) near a surface of few dimensions, like a network's features."""
     surface = rng.standard_normal((INTRINSIC, DIM), dtype=np.float32)
     parts = []
     for start in range(0, count, 100_000):
@@ -28,18 +29,18 @@ def gallery(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def figures(setting: Setting) -> Iterator[Row]:
-    """Rows of the results table; on CPUs alone."""
+    """Yield the rows of the results table, only for CPUs."""
     yield from asked(setting.device, ["flat", "ivfpq"])
 
 
 def figures_of_graph(setting: Setting) -> Iterator[Row]:
-    """The same for a graph, which takes many minutes to build."""
+    """Yield the row of a graph index, which takes many minutes to build."""
     _, row = asked(setting.device, ["flat", "hnsw"])
     yield row
 
 
 def asked(device: torch.device, kinds: list[str]) -> Iterator[Row]:
-    """Rows of some kinds, the exact one first."""
+    """Yield a row for each kind of index, the exact one first."""
     rng = np.random.default_rng(0)
     features = gallery(COUNT, rng)
     pairs = [features[rng.integers(COUNT, size=ASKED)] for _ in range(2)]
@@ -70,6 +71,6 @@ def asked(device: torch.device, kinds: list[str]) -> Iterator[Row]:
 
 
 def timed(features: np.ndarray, kind: str) -> tuple:
-    """An index and the seconds that it took to build."""
+    """Build an index, and return it with the seconds that this took."""
     start = time.perf_counter()
     return faiss_index.build(features, kind), time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Write from the code: architecture.svg, the layers and imports of src/, and the tables of files in architecture.md.
+"""Generate from the code: architecture.svg, the layers and imports of src/, and the tables of architecture.md.
 
 python docs/internals/architecture.py    # or `make architecture`: after a change of files or imports
 """
@@ -11,14 +11,14 @@ from pathlib import Path
 
 from layers import FILES, LAYER_OF, LAYERS, SRC, box_of, direct, imports, name
 
-# Left and right edge of each box, chosen so that an arrow finds a straight way down between the boxes.
+# Left and right edge of each box, chosen so that each arrow can go straight down between boxes.
 PLACES = {
     "scripts": (50, 980), "cli": (50, 840), "openmoji": (860, 980),
     "image_search": (50, 340), "evaluation": (360, 560), "training": (580, 840),
     "models": (50, 680), "settings": (360, 680), "benchmarks": (360, 680), "reports": (700, 840),
     "data_utils": (50, 190), "combiner": (200, 340), "runtime": (50, 840), "utils": (50, 980),
 }  # fmt: skip
-# Pixels: the picture, between layers, a line of text, a cell of the table.
+# In pixels: width of the picture, gap between layers, height of a text line, height of a table cell.
 WIDTH, GAP, LINE, CELL = 1000, 38, 17, 26
 TABLES = ("<!-- begin: written by `make architecture` -->\n", "<!-- end -->\n")
 LEGEND = [
@@ -43,12 +43,12 @@ def summary(file: Path) -> str:
 
 
 def text(x: float, y: float, content: object, kind: str = "") -> str:
-    """Return a line of text that begins, is centred or ends at x, by its kind."""
+    """Return a line of text; its CSS class, `kind`, decides whether it begins, is centred or ends at x."""
     return f'<text x="{x:g}" y="{y:g}" class="{kind}">{escape(str(content))}</text>'
 
 
 def box(title: str, top: float) -> tuple[float, list[str]]:
-    """Return height and shapes of a box: its name, its docstring, and its files in columns."""
+    """Return height and shapes of a box, with its name, its docstring, and its files in columns."""
     left, right = PLACES[title]
     is_package = (SRC / title).is_dir()
     lines = []
@@ -80,7 +80,7 @@ def box(title: str, top: float) -> tuple[float, list[str]]:
 
 
 def clear_x(upper: str, lower: str, taken: list[float]) -> float:
-    """Return an x where an arrow goes straight down from box to box, clear of boxes and other arrows."""
+    """Return an x at which an arrow can go straight down from box to box, clear of other boxes and arrows."""
     edges = [PLACES[upper], PLACES[lower]]
     between = [
         PLACES[b] for b, layer in LAYER_OF.items() if LAYER_OF[lower] < layer < LAYER_OF[upper]
@@ -154,7 +154,7 @@ def table(counts: Counter[tuple[str, str]], top: float) -> tuple[float, list[str
 
 
 def picture() -> str:
-    """Return the picture as SVG, with a background of its own for light and dark pages."""
+    """Return the picture as SVG, with its own background, for light and dark pages."""
     counts = imports()
     middle, boxes = layers(counts)
     bottom, cells = table(counts, middle + 30)
@@ -184,7 +184,7 @@ def layer_and_name(folder: Path) -> tuple[int, Path]:
 
 
 def document(page: str) -> str:
-    """Return the text of architecture.md with its tables written again."""
+    """Return the text of architecture.md with updated tables."""
     before, rest = page.split(TABLES[0])
     after = rest.split(TABLES[1])[1]
     return "".join([before, TABLES[0], tables(), TABLES[1], after])

@@ -8,7 +8,7 @@ SRC = Path(__file__).resolve().parents[2] / "src"
 FILES = sorted(SRC.rglob("*.py"))
 SHARED = {"utils", "data_utils", "combiner"}  # files of src/ itself that are not scripts
 SCRIPTS = {file.stem for file in SRC.glob("*.py")} - SHARED
-# From the lowest up: a package imports only packages of lower layers.
+# From the lowest layer up. A package imports only packages of lower layers.
 LAYERS = [
     {"utils"},
     {"runtime"},
@@ -35,7 +35,7 @@ OURS = {name(file) for file in FILES}
 
 
 def imported(file: Path) -> set[str]:
-    """Return every module that a file imports, anywhere in it; for our own, the file that defines a name."""
+    """Return all modules that a file imports, also inside functions; for ours, the modules that define the names."""
     modules = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -47,7 +47,7 @@ def imported(file: Path) -> set[str]:
 
 
 def package(module: str) -> str:
-    """Return the package of a module, or the module itself if it lies in src/."""
+    """Return the package of a module, or the module itself if it is not in a package."""
     return module.split(".")[0]
 
 
@@ -57,7 +57,7 @@ def box_of(module: str) -> str:
 
 
 def imports() -> Counter[tuple[str, str]]:
-    """Count imports of a file by a file: (importing package, imported package) -> number."""
+    """Return (importing package, imported package) -> number of imports between their files."""
     counts: Counter[tuple[str, str]] = Counter()
     for file in FILES:
         counts.update((box_of(name(file)), box_of(module)) for module in imported(file) & OURS)
@@ -65,7 +65,7 @@ def imports() -> Counter[tuple[str, str]]:
 
 
 def direct(counts: Counter[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return the imports that no longer path implies: the arrows of the picture."""
+    """Return the imports that are not implied by a longer path, which are the arrows of the picture."""
     below: dict[str, set[str]] = {}
     for box in sorted(LAYER_OF, key=LAYER_OF.__getitem__):
         below[box] = {lower for upper, lower in counts if upper == box}

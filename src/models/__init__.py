@@ -1,1 +1,1 @@
-"""CLIP, its features, what a checkpoint says of itself, the trained pair, the router."""
+"""CLIP models and their features, checkpoints and their settings, the trained pair, and the router of a mixture."""

@@ -1,4 +1,4 @@
-"""LoRA: low-rank changes of a CLIP's weights, which learn in the weights' place (Hu et al. 2021, arXiv 2106.09685)."""
+"""LoRA: low-rank updates that are trained in place of a CLIP's weights (Hu et al. 2021, arXiv 2106.09685)."""
 
 from collections.abc import Iterator
 
@@ -9,14 +9,14 @@ from torch.nn.utils import parametrize
 from settings.groups import Lora
 from utils import UserError
 
-NAME = "default"  # that peft gives an adapter
+NAME = "default"  # peft's name for an adapter
 
 
 class Adapter(nn.Module):
-    """A weight W (out, in) as W + B A, of which A and B learn, and B begins as zeros.
+    """Parametrization of a weight W (out, in) as W + B A. Only A and B are trained, and B is initialised to zeros.
 
-    It parametrizes the weight, so that all that reads the weight has the sum: layers that are called, and those whose
-    weights are read, as attention's packed projections and what `lean_clip` folds.
+    All code that reads the weight gets the sum: layers that are called, and also code that reads weights directly, such
+    as attention's packed projections and the folding in `lean_clip`.
     """
 
     def __init__(self, lora_A: nn.Linear, lora_B: nn.Linear) -> None:
@@ -25,18 +25,19 @@ class Adapter(nn.Module):
         self.lora_B = lora_B
 
     def forward(self, weight: Tensor) -> Tensor:
-        # The sum is as exact as the weight that is saved of it.
+        # Without autocast, training uses exactly the merged weight that will be saved.
         with torch.autocast(weight.device.type, enabled=False):
             return torch.addmm(weight, self.lora_B.weight, self.lora_A.weight)
 
 
 def add_adapters(model: nn.Module, lora: Lora) -> None:
-    """Freeze all weights of a model, and give those that have learned and are targets adapters of peft's, in place.
+    """Freeze a model and add peft's adapters to the matrices of the target layers that were trainable, in place.
 
-    peft itself would replace layers by its own, whose adapters act only where a layer is called.
+    Trainable weights of normalisation layers stay trainable with `lora_norms`. peft itself would replace layers by its
+    own, whose adapters act only when the layer is called.
 
     Raises:
-        UserError: there is no such weight.
+        UserError: no trainable matrix is in a target layer.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -56,18 +57,18 @@ def add_adapters(model: nn.Module, lora: Lora) -> None:
     for weight in norms:
         weight.requires_grad_(lora.lora_norms)
     linear = nn.ModuleList(_as_linear(layer.get_parameter(name)) for layer, name in targets)
-    # As much as the rank, so that the change is B A itself.
+    # With alpha equal to the rank, peft's scaling factor is 1, so the update is B A itself.
     config = LoraConfig(r=lora.lora_rank, lora_alpha=lora.lora_rank, target_modules=r"\d+")
     adapted = inject_adapter_in_model(config, linear)
     for (layer, name), made in zip(targets, adapted, strict=True):
         adapter = Adapter(made.lora_A[NAME], made.lora_B[NAME])
-        # Not tried out at once: autocast knows no weights without data, which `plan.py` counts.
+        # `unsafe` skips a trial run: autocast does not support weights without data, which `plan.py` uses.
         parametrize.register_parametrization(layer, name, adapter, unsafe=True)
 
 
 @torch.no_grad()
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's weights by the names that they have without adapters, and merged with these."""
+    """Return a model's state dict with the adapters merged into the weights, under the names without adapters."""
     state = model.state_dict()
     for path, layer in model.named_modules():
         if parametrize.is_parametrized(layer):
@@ -79,9 +80,10 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _layers(module: nn.Module, kind: str = "") -> Iterator[tuple[nn.Module, str]]:
-    """Each layer of a module with what it is a part of, told by the classes around it: one of LORA_TARGETS.
+    """Yield each layer of a module and its kind: "attention", "mlp" or "none".
 
-    What no class tells is "mlp" within numbered blocks, and "none" without.
+    The kind follows from the class names of the layer and of the modules around it. If no class name decides, a layer
+    inside a numbered block is "mlp", and any other layer is "none".
     """
     own = type(module).__name__
     if "Attention" in own and not own.endswith("Block"):
@@ -94,13 +96,13 @@ def _layers(module: nn.Module, kind: str = "") -> Iterator[tuple[nn.Module, str]
 
 
 def _is_matrix(layer: nn.Module, name: str) -> bool:
-    """Check whether a weight of a layer is a matrix that features are multiplied with."""
+    """Check whether a weight of a layer is a matrix that multiplies features."""
     is_weight = name.endswith("weight") and layer.get_parameter(name).dim() == 2
     return is_weight and not isinstance(layer, nn.Embedding)
 
 
 def _as_linear(weight: nn.Parameter) -> nn.Linear:
-    """The weight as that of a layer that peft knows."""
+    """Return a linear layer that has the weight, since peft supports only certain types of layers."""
     rows, columns = weight.shape
     linear = nn.Linear(columns, rows, bias=False, device="meta")
     linear.weight = weight

@@ -1,4 +1,4 @@
-"""Sizes of OpenAI's CLIPs: by name, so that one can be built without its weights, and as weights tell them."""
+"""Sizes of OpenAI's CLIP models: a table by name, to build models without weights, and sizes derived from weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 from runtime.weights import shape_of
 from utils import UserError
 
-# What the clip package's CLIP takes: feature length; pixels, layers, width and patches' side of the image encoder (a
-# ResNet has no patches); tokens, vocabulary, width, heads and layers of the text encoder. From Radford et al. 2021
+# Arguments of the clip package's CLIP: feature dimension; the image encoder's pixels, layers, width and patch size
+# (None for a ResNet); the text encoder's tokens, vocabulary size, width, heads and layers. From Radford et al. 2021
 # (arXiv 2103.00020), tables 19 and 20.
 ARCHITECTURES: dict[str, tuple[Any, ...]] = {
     "RN50": (1024, 224, (3, 4, 6, 3), 64, None, 77, 49408, 512, 8, 12),
@@ -21,21 +21,22 @@ ARCHITECTURES: dict[str, tuple[Any, ...]] = {
     "ViT-L/14@336px": (768, 336, 24, 1024, 14, 77, 49408, 768, 12, 12),
 }
 
-# The same by the names that the clip package gives them.
+# The clip package's names of these arguments, in the same order.
 SIZES = (
     "embed_dim", "image_resolution", "vision_layers", "vision_width", "vision_patch_size", "context_length",
     "vocab_size", "transformer_width", "transformer_heads", "transformer_layers",
 )  # fmt: skip
 
-WIDEST = 1024  # of image encoders whose heads are of 64 numbers each; those of wider ones are not
+# Largest width of an image encoder at which heads have dimension 64, as in all of OpenAI's models.
+WIDEST = 1024
 OTHER_CLIP = "pass open_clip:ARCH=FILE with its architecture"
 
 
 def sizes_of(state: Mapping[str, Any], *, source: str, remedy: str) -> tuple[Any, ...]:
-    """The sizes of the CLIP that a state dict is of, as the clip package's `build_model` takes them from it.
+    """Return the sizes of the CLIP that a state dict belongs to, derived as in the clip package's `build_model`.
 
     Raises:
-        UserError: a weight that tells one is missing or misshapen.
+        UserError: the model is not OpenAI's, or a weight that determines a size is missing or misshapen.
     """
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
@@ -69,6 +70,6 @@ def sizes_of(state: Mapping[str, Any], *, source: str, remedy: str) -> tuple[Any
 
 
 def _blocks(state: Mapping[str, Any], beginning: str) -> int:
-    """Count the blocks whose weights' names begin with a prefix and the number of the block."""
+    """Count the different block numbers that follow a prefix in the names of weights."""
     names = [name.removeprefix(beginning) for name in state if name.startswith(beginning)]
     return len({name.split(".")[0] for name in names})

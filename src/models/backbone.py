@@ -1,4 +1,4 @@
-"""Describe a CLIP besides its weights to other modules, whichever package it is from."""
+"""Describe a CLIP model, apart from its weights, in the same form for every package."""
 
 import logging
 from collections.abc import Callable
@@ -17,28 +17,28 @@ from utils import UserError
 
 logger = logging.getLogger(__name__)
 
-# What the loss does not contain, and so never learns: the loss has a scale of its own.
+# Parameters that are never trained, because the loss uses a scale of its own instead.
 NEVER_TRAINED = ("logit_scale", "logit_bias")
-# What the features of models are computed by, besides torch: of OpenAI's, by either name of its package, and of others.
+# Packages besides torch that compute features: for OpenAI's models (the package has two names), and for other models.
 OPENAI_PACKAGES = ("clip", "clip-anytorch")
 OTHER_PACKAGES = ("open_clip_torch", "timm", "transformers", "tokenizers")
 
 
-COLUMN_MULTIPLE = 8  # of tokens come together: kernels are made for multiples
-AROUND = 4  # tokens at most that stand before and after those of a caption
+COLUMN_MULTIPLE = 8  # the number of token columns is rounded up to a multiple, which is faster
+AROUND = 4  # maximum number of special tokens before and after a caption's own tokens
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Captions to the tokens of one text encoder.
+    """Converts captions to the tokens of one text encoder.
 
     Attributes:
-        encode: (captions, columns) -> (len(captions), columns); a caption that is too long is cut.
-        context: columns that the text encoder takes.
-        pad: fills the columns that a caption leaves.
-        vocabulary: tokens that the text encoder knows.
-        is_trimmed: whether the text encoder takes fewer columns, and those behind a caption's end change nothing of its
-            features: its attention is causal, and its features are those of the end.
+        encode: function (captions, columns) -> tokens (len(captions), columns); a caption that is too long is cut.
+        context: maximum number of token columns of the text encoder.
+        pad: token that fills the columns after a caption.
+        vocabulary: number of tokens in the text encoder's vocabulary.
+        is_trimmed: whether the text encoder also accepts fewer columns, and columns after a caption's end do not change
+            its features. This requires causal attention, and features that are read at the end token.
     """
 
     encode: Callable[[list[str], int], Tensor]
@@ -49,10 +49,10 @@ class Tokenizer:
     _told: list[int] = field(default_factory=list, repr=False, compare=False)
 
     def __call__(self, captions: list[str]) -> Tensor:
-        """Tokens (len(captions), context). Longer captions are cut here and nowhere else.
+        """Return the captions' tokens (len(captions), context). Only this method cuts long captions.
 
         Raises:
-            UserError: a token is beyond the text encoder's vocabulary.
+            UserError: a token is outside the text encoder's vocabulary.
         """
         tokens = self.encode(captions, self.context)
         if len(tokens) and tokens.max() >= self.vocabulary:
@@ -63,7 +63,7 @@ class Tokenizer:
         return tokens
 
     def columns(self, batches: Tensor) -> list[int]:
-        """Return the number of columns to encode of each batch of tokens (batches, n, context) on the CPU."""
+        """Return the number of columns to encode for each batch, from tokens (batches, n, context) on the CPU."""
         if not self.is_trimmed:
             return [self.context] * len(batches)
         used = torch.where(batches != self.pad, torch.arange(1, self.context + 1), 1).amax((1, 2))
@@ -71,24 +71,24 @@ class Tokenizer:
         return needed.clamp(max=self.context).tolist()
 
     def cuts(self, caption: str) -> bool:
-        """Tell whether a caption has more tokens than the text encoder takes."""
-        # A token takes a letter at least, and few stand around them: most captions need no look.
+        """Check whether a caption has more tokens than the text encoder reads."""
+        # An ASCII caption has at most one token per character, so a short one need not be tokenized.
         if caption.isascii() and len(caption) <= self.context - AROUND:
             return False
-        # One column more is one pad more, unless there was something to put there.
+        # With one more column, a caption that fits has one more pad; a caption that was cut has another token there.
         fitted = self.encode([caption], self.context)
         wider = self.encode([caption], self.context + 1)
         return int((wider == self.pad).sum()) != int((fitted == self.pad).sum()) + 1
 
     def warn_of_cuts(self, captions: list[str], tokens: Tensor) -> None:
-        """Say how many captions are cut, once in a command.
+        """Log how many captions are cut, at most once per command.
 
         Args:
-            tokens: theirs, (len(captions), context).
+            tokens: the captions' tokens, (len(captions), context).
         """
         if self._told or not distributed.is_main():
             return
-        # What fits ends in pads, but for an end that tokenizers put in the last column whatever the caption is.
+        # A caption that fits ends in padding, apart from an end token that some tokenizers put in the last column.
         full = (tokens[:, -2] != self.pad).nonzero().flatten().tolist()
         cut = sum(self.cuts(captions[row]) for row in full)
         if cut:
@@ -103,21 +103,22 @@ class Tokenizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """A CLIP, but for its weights.
+    """Description of a CLIP model without its weights.
 
-    Its model has `encode_image` and `encode_text`, whose features are unnormalised; the weights of the image encoder
-    are `visual.*`, all others are the text encoder's.
+    The model has `encode_image` and `encode_text`, which return unnormalised features. Weights named `visual.*` belong
+    to the image encoder, all others to the text encoder.
 
     Attributes:
-        dim: length D of features.
+        dim: dimension D of features.
         resolution: side R of the input images, in pixels.
-        mean, std: of the colours, in 0 to 1.
+        mean, std: mean and standard deviation of each colour channel, for colours in [0, 1].
         interpolation: one of INTERPOLATIONS.
-        resize_mode: one of RESIZE_MODES: how its own evaluations make a square of an image.
-        architecture: digest of all else that features depend on besides weights: what is computed, and the tokenizer.
-            Empty for OpenAI's CLIPs, whose weights tell all.
-        checkpoint_gradients: have a model recompute activations in the backward pass.
-        write: put into a folder the files that it is built from, beside its weights. None for OpenAI's CLIPs.
+        resize_mode: one of RESIZE_MODES: how the model's own evaluations make an image square.
+        architecture: digest of everything besides weights that determines features: the computation and the tokenizer.
+            Empty for OpenAI's CLIPs, whose weights determine both.
+        checkpoint_gradients: function that makes a model recompute activations in the backward pass.
+        write: function that writes the files that the model is built from, apart from its weights, to a folder. None
+            for OpenAI's CLIPs, which are built from their sizes.
     """
 
     dim: int
@@ -133,16 +134,16 @@ class Backbone:
 
     @property
     def packages(self) -> tuple[str, ...]:
-        """The packages, as they are installed, that compute its features; not all need be there."""
+        """Return the packages that compute the model's features; not all of them need to be installed."""
         return OTHER_PACKAGES if self.architecture else OPENAI_PACKAGES
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """The model's input from bytes, (..., 3, R, R) uint8 -> float32."""
+        """Normalise bytes to the model's input, (..., 3, R, R) uint8 -> float32."""
         return normalise(pixels, self.mean, self.std)
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """Return what stored settings, keys and results say of it: of OpenAI's CLIPs the resolution alone."""
+        """Return the values that stored settings, keys and results record; for OpenAI's CLIPs, only the resolution."""
         known: dict[str, Any] = {"resolution": self.resolution}
         if self.architecture:
             known["interpolation"] = self.interpolation
@@ -155,10 +156,10 @@ class Backbone:
 
 
 def choose_trained(model: nn.Module, encoder: str, lora: Lora | None = None) -> list[nn.Parameter]:
-    """Freeze the parameters that `--encoder` does not name, and return those that learn.
+    """Freeze all parameters but those of the encoders chosen by `--encoder`, and return the trainable parameters.
 
-    `image` trains `visual.*`; `text` all but `visual.*`; `both` everything. CLIP's own logit scale and bias are never
-    trained, because the loss does not contain them. With a rank of `lora` adapters of these are added and learn alone.
+    `image` trains `visual.*`, `text` everything else, and `both` everything. CLIP's own logit scale and bias are never
+    trained, because the loss does not use them. If `lora` has a rank, adapters are added and trained instead.
     """
     for name, parameter in model.named_parameters():
         encoder_of_parameter = "image" if name.startswith("visual.") else "text"

@@ -1,9 +1,9 @@
-"""OpenAI's CLIP: load, tokenize, write a tiny one."""
+"""OpenAI's CLIP: load models, tokenize captions, write tiny models with random weights."""
 
 import functools
 import logging
 import urllib.error
-import urllib.request  # which the clip package uses and does not import
+import urllib.request  # the clip package uses it without importing it
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 OF_NO_KNOWN_FORM = "not a CLIP"
-# The first and the last matrices of both encoders.
+# Name prefixes of the first and last matrices of both encoders.
 VITAL = (
     "visual.conv1",
     "visual.proj",
@@ -51,15 +51,14 @@ VITAL = (
 def load_clip(name: str, device: torch.device) -> CLIP:
     """Build a CLIP model in eval mode with float32 weights.
 
-    Building rounds the weights to fp16, as the clip package always does. Weights that `load_finetuned` loads
-    later stay float32.
+    The weights are first rounded to fp16, as the clip package always does. Weights that `load_finetuned` loads later
+    stay float32.
 
     Args:
-        name: one of `clip.available_models()`, or the path of a checkpoint, a plain state dict or OpenAI's
-            archive.
+        name: one of `clip.available_models()`, or the path of a checkpoint: a plain state dict or OpenAI's archive.
 
     Raises:
-        UserError: unknown name, failed download, or a file that no CLIP can be built from.
+        UserError: the name is unknown, the download fails, or no CLIP can be built from the file.
     """
     path = find_clip(name) or _download(name)
     source = f"--clip-model-name {path}"
@@ -84,7 +83,7 @@ def load_clip(name: str, device: torch.device) -> CLIP:
 
 
 def _unfilled(sizes: Sequence[Any], refusal: str) -> CLIP:
-    """A CLIP of some sizes whose weights are still to come. Raises UserError where there can be none."""
+    """Build a CLIP of given sizes with uninitialised weights. Raises UserError if the sizes are impossible."""
     try:
         with Unfilled():
             return CLIP(*sizes)
@@ -95,14 +94,14 @@ def _unfilled(sizes: Sequence[Any], refusal: str) -> CLIP:
 def load_sized(
     sizes: Mapping[str, Any], state: Mapping[str, Any], path: Path, *, device: torch.device
 ) -> CLIP:
-    """A CLIP of some sizes with weights of its own, in float32: nothing is downloaded, and nothing rounded.
+    """Build a float32 CLIP of given sizes from a state dict, without downloading anything or rounding weights.
 
     Args:
         sizes: see `architectures.SIZES`.
-        path: the weights' file, which errors name.
+        path: file of the weights, for error messages.
 
     Raises:
-        UserError: the weights do not fit the sizes, or are damaged, see `fitted`.
+        UserError: the sizes are impossible, or the weights do not fit them or are damaged, see `fitted`.
     """
     source = f"--pair {path}"
     remedy = "copy the folder again, or export it again"
@@ -114,22 +113,22 @@ def load_sized(
 
 
 def sizes_by_name(model: CLIP) -> dict[str, Any]:
-    """The sizes that `load_sized` builds a model of."""
+    """Return a model's sizes by name, as `load_sized` needs them."""
     sizes = sizes_of(model.state_dict(), source="the model", remedy="choose another")
     return dict(zip(SIZES, sizes, strict=True))
 
 
 def ready(model: CLIP, device: torch.device) -> CLIP:
-    """A built model as everything here uses it: float32, in eval mode, lean, on the device in its fastest layout."""
+    """Prepare a built model for use: float32, eval mode, lean, and on the device in the fastest memory layout."""
     model = make_lean(model.float().eval()).to(device)
     if device.type == "cuda" and isinstance(model.visual, ModifiedResNet):
-        # Channels last, which convolutions want on a GPU.
+        # Convolutions on a GPU are faster with channels last.
         model.visual.to(memory_format=torch.channels_last)
     return model
 
 
 def _download(name: str) -> Path:
-    """The archive of a pretrained CLIP, from the clip package's cache or its download server."""
+    """Return the archive of a pretrained CLIP, from the clip package's cache or its download server."""
     url = clip.clip._MODELS[name]
     cached = Path("~/.cache/clip").expanduser() / Path(url).name
     try:
@@ -146,8 +145,8 @@ def load_finetuned(model: CLIP, state: dict[str, Any], path: Path) -> None:
     """Copy stage-1 weights into the model, in float32.
 
     Raises:
-        UserError: the weights are of another architecture, both are named; or some are missing, extra or damaged, see
-            `fitted`.
+        UserError: the weights belong to another architecture (the message describes both), or some are missing, extra
+            or damaged, see `fitted`.
     """
     built = model.state_dict()
     source = f"--clip-model-path {path}"
@@ -159,7 +158,7 @@ def load_finetuned(model: CLIP, state: dict[str, Any], path: Path) -> None:
 
 
 def describe(state: dict[str, Tensor]) -> str:
-    """One of OpenAI's architectures in words, from the shapes of its weights."""
+    """Describe one of OpenAI's architectures in words, from the shapes of its weights."""
     try:
         if "visual.proj" in state:
             kind = "ViT"
@@ -175,34 +174,34 @@ def describe(state: dict[str, Tensor]) -> str:
 
 
 def checkpoint_gradients(model: nn.Module) -> None:
-    """Recompute a block's activations in the backward pass, instead of keeping them (Chen et al. 2016)."""
+    """Make blocks recompute their activations in the backward pass instead of keeping them (Chen et al. 2016)."""
     checkpoint_blocks(model, Bottleneck, ResidualAttentionBlock)
 
 
 def checkpoint_blocks(model: nn.Module, *kinds: type[nn.Module]) -> None:
-    """Checkpoint the gradients of blocks of some kinds."""
+    """Enable gradient checkpointing for all blocks of the given classes."""
     for block in model.modules():
         if isinstance(block, kinds):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def resolution(model: CLIP) -> int:
-    """Side of the input images, in pixels."""
+    """Return the side of the input images, in pixels."""
     return model.visual.input_resolution
 
 
 def feature_dim(model: CLIP) -> int:
-    """Length D of image and text features."""
+    """Return the dimension D of image and text features."""
     return model.text_projection.shape[1]
 
 
-WORDS_KEPT = 100_000  # whose tokens are remembered: more than the captions of a benchmark have
+WORDS_KEPT = 100_000  # maximum number of words whose tokens are cached; no benchmark has more
 
 
 def tokenize(captions: list[str], columns: int = 77) -> Tensor:
-    """Captions to tokens (len(captions), columns) of the vocabulary that OpenAI's CLIPs share; what is more is cut."""
+    """Tokenize captions with the vocabulary of OpenAI's CLIPs, (len(captions), columns); longer captions are cut."""
     tokens = clip.tokenize(captions, columns, truncate=True)
-    words = clip.clip._tokenizer.cache  # which keeps every word that it has met
+    words = clip.clip._tokenizer.cache  # the clip package never removes a word from it
     while len(words) > WORDS_KEPT:
         words.popitem()
     return tokens
@@ -242,7 +241,7 @@ def write_tiny_clip(path: Path, kind: str, seed: int = 0, image_resolution: int 
 
     Args:
         kind: "vit" or "resnet".
-        image_resolution: pixels; a multiple of 8 (vit) or 32 (resnet).
+        image_resolution: side of the images in pixels, a multiple of 8 (vit) or 32 (resnet).
     """
     seed_everything(seed)
     model = CLIP(embed_dim=64, image_resolution=image_resolution, **TINY_VISION[kind], **TINY_TEXT)

@@ -1,7 +1,7 @@
-"""OpenAI's clip package, which this file alone imports: without its warning, its question for a GPU, and torchvision.
+"""The only import of OpenAI's clip package, without its deprecation warning, its check for a GPU, and torchvision.
 
-The package takes torchvision's preprocessing, which `data_utils` does here to the same bits; to import torchvision
-takes a second, because its models bring torch's compiler along.
+The package imports torchvision for preprocessing. Here, `data_utils` does the preprocessing with bit-identical results,
+and importing torchvision takes a second, because its models load torch's compiler.
 """
 
 import sys
@@ -20,7 +20,7 @@ TORCHVISION_NAMES = (
 
 
 def _stand_ins() -> dict[str, ModuleType]:
-    """Return the modules to import in place of torchvision, unless it is loaded."""
+    """Return the modules to import in place of torchvision; none if torchvision is already loaded."""
     if "torchvision" in sys.modules:
         return {}
     transforms = ModuleType("torchvision.transforms")
@@ -33,8 +33,8 @@ def _stand_ins() -> dict[str, ModuleType]:
 
 stand_ins = _stand_ins()
 sys.modules.update(stand_ins)
-# The package asks for a GPU when it is imported. What a process that has asked forks cannot use one, and `demo.py`
-# forks all of its commands: the package is told that there is none. No default of it that would follow is used.
+# On import, the package checks for a GPU. After such a check, forked processes cannot use a GPU, and `demo.py` forks
+# all of its commands. So the check is made to find none; it only sets defaults of the package, which are not used.
 with warnings.catch_warnings(), mock.patch("torch.cuda.is_available", return_value=False):
     # clip-anytorch imports pkg_resources, which warns that it is deprecated.
     warnings.simplefilter("ignore")

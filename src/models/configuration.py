@@ -1,4 +1,4 @@
-"""Read the settings of runs and checkpoints, which have four parts, and combine them with flags."""
+"""Read the settings of runs and checkpoints, and combine them with flags."""
 
 import dataclasses
 import logging
@@ -15,7 +15,7 @@ from utils import flag
 
 logger = logging.getLogger(__name__)
 
-# What a resumed run must find as it was -> what to say if it does not.
+# Setting that must be unchanged when a run is resumed -> message if it has changed.
 DIGESTS = {
     "data_sha256": "the annotations differ",
     "clip_weights": "the CLIP weights differ",
@@ -37,10 +37,10 @@ class Settings:
     """Settings of a training run in plain types for JSON and checkpoints.
 
     Attributes:
-        flags: as they were typed, or their defaults; None where one was silent and a checkpoint spoke.
-        preprocessing: what images and features are made with, as flags and checkpoints agreed on it.
-        data: digests of what was read, and what was left out of it.
-        versions: of the packages that numbers pass through.
+        flags: flag -> its value as typed, or its default; None if the value was read from a checkpoint instead.
+        preprocessing: how images are preprocessed and features computed, resolved from flags and checkpoints.
+        data: digests of the files that were read, and the excluded images.
+        versions: versions of the packages that affect results.
     """
 
     flags: dict[str, Any]
@@ -50,19 +50,19 @@ class Settings:
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> "Settings":
-        """Settings from disk; of a checkpoint that has none, as the original's, all parts are empty."""
+        """Read settings from disk. All parts are empty for a checkpoint without settings, such as the original's."""
         parts = {name: content.get(name, {}) for name in ("flags", "data", "versions")}
         return cls(preprocessing=content.get("recipe", {}), **parts)
 
     @classmethod
     def checked(cls, content: Any, *, file: object, remedy: str) -> "Settings":
-        """Settings from disk, each value of the type and in the range that its flag takes.
+        """Read settings from disk, after checking that each value has the type and range of its flag.
 
         Args:
             file, remedy: see `runtime.schema.checked`.
 
         Raises:
-            UserError: the first value that is not is named.
+            UserError: a value has another type or is out of range; the message names the first such value.
         """
         from models import schemas
         from runtime.schema import checked
@@ -75,15 +75,15 @@ class Settings:
 
     @property
     def table(self) -> dict[str, Any]:
-        """All values by name; what was agreed on stands for the flag that asked for it."""
+        """Return all settings by name; a resolved value replaces the value of its flag."""
         return {**self.flags, **self.preprocessing, **self.data, "versions": self.versions}
 
     def with_flags(self, **flags: Any) -> "Settings":
-        """Return the same with other values of some flags."""
+        """Return a copy with other values for some flags."""
         return dataclasses.replace(self, flags={**self.flags, **flags})
 
     def on_disk(self) -> dict[str, Any]:
-        """The four parts as a checkpoint and a run's file hold them."""
+        """Return the four parts as they are stored in checkpoints and run folders."""
         parts = dataclasses.asdict(self)
         return {"recipe" if name == "preprocessing" else name: part for name, part in parts.items()}
 
@@ -94,12 +94,12 @@ class Checkpoint:
 
     Attributes:
         state: the weights.
-        config: the settings stored beside them, as they are on disk; {} if there are none.
-        epoch: after which the weights were saved, None where nothing tells.
+        config: the settings stored next to the weights, as they are on disk; {} if there are none.
+        epoch: epoch after which the weights were saved; None if unknown.
         table: the settings by name, see `Settings.table`.
-        sizes: of the model that an exported pair's weights are of, all that is needed to build it; None where the
-            weights or `--clip-model-name` tell them.
-        folder: of the files that such a model is built from where sizes do not tell it, as of open_clip's.
+        sizes: all sizes needed to build the model of an exported pair; None if the weights or `--clip-model-name`
+            determine them.
+        folder: folder of the files that the model of an exported pair is built from, if it is not built from sizes.
     """
 
     path: Path
@@ -115,16 +115,16 @@ class Checkpoint:
 
 
 def read_checkpoint(flag_name: str, path: Path | None, key: str) -> Checkpoint | None:
-    """The checkpoint that a flag names, None where the flag is silent.
+    """Read the checkpoint at the path that a flag gives; return None if the flag is not set.
 
-    A plain state dict, which is all that a safetensors file can hold, is taken too, with `config` beside its weights,
-    and checkpoints of other code, see `weights_file.read_weights`.
+    A plain state dict is accepted too (a safetensors file contains nothing else), with `config` next to its weights,
+    and so are the checkpoints of other projects, see `weights_file.read_weights`.
 
     Args:
         key: the checkpoint's key for its weights, "CLIP" or "Combiner".
 
     Raises:
-        UserError: missing, unreadable, of another kind, or with settings that no training has.
+        UserError: the file is missing, unreadable or of another kind, or its settings are invalid.
     """
     from models.schemas import Beside
     from models.weights_file import read_weights
@@ -145,7 +145,7 @@ def read_checkpoint(flag_name: str, path: Path | None, key: str) -> Checkpoint |
 
 
 def trained_on(training: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """The benchmark that each part of a pair was trained on, from their settings; nothing of a part that is silent."""
+    """Return part of a pair -> benchmark that it was trained on; parts whose settings do not record it are left out."""
     datasets = {
         kind: Settings.read(config).table.get("dataset") for kind, config in training.items()
     }
@@ -153,7 +153,7 @@ def trained_on(training: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def warn_of_transfer(dataset: str, checkpoints: Sequence[Checkpoint | None]) -> None:
-    """Say so, in one line, where weights were trained on another benchmark than the one they are used on."""
+    """Log a warning if weights were trained on another benchmark than the one they are used on."""
     configs = {str(known.path): known.config for known in checkpoints if known is not None}
     others = []
     for path, other in trained_on(configs).items():
@@ -166,14 +166,14 @@ def warn_of_transfer(dataset: str, checkpoints: Sequence[Checkpoint | None]) -> 
 def resolve_clip_options(
     choice: Clip, checkpoints: Sequence[Checkpoint | None], background: str = ORIGINAL
 ) -> Clip:
-    """Name, preprocessing and precision: the flag, else what the checkpoints were trained with, else the default.
+    """Resolve model name, preprocessing and precision: the flag, else the setting of a checkpoint, else the default.
 
-    A flag that contradicts how weights were trained is obeyed, with a warning.
+    A flag that contradicts the settings of a checkpoint takes precedence, with a warning.
 
     Args:
-        choice: what the flags say.
-        checkpoints: those given, the more telling first.
-        background: the default of the images that are read.
+        choice: values of the flags.
+        checkpoints: checkpoints whose settings are used, the one with precedence first.
+        background: default background of the images that are read.
     """
     given = Clip.of(choice).model_dump()
     given["clip_model_name"] = choice.clip_model_name and in_full(choice.clip_model_name)
@@ -197,12 +197,12 @@ def resolve_clip_options(
 def assumed(
     choice: Clip, settled: Clip, checkpoints: Sequence[Checkpoint | None]
 ) -> dict[str, Any]:
-    """Return what was taken by default for weights that tell nothing of it: setting -> value; {} without weights.
+    """Return setting -> default value for the settings that the weights do not record; {} without weights.
 
-    What there was no choice of when earlier versions wrote their settings is not assumed, but known.
+    Settings of earlier versions lack some values because there was no choice yet; these values are known, not assumed.
 
     Args:
-        settled: what `resolve_clip_options` makes of the others.
+        settled: result of `resolve_clip_options` for the other arguments.
     """
     given = [checkpoint for checkpoint in checkpoints if checkpoint is not None]
     if not given:
@@ -219,7 +219,7 @@ def assumed(
 
 
 def say_assumed(values: Mapping[str, Any], checkpoints: Sequence[Checkpoint | None]) -> None:
-    """Say in one line what is assumed of weights that say nothing of it, if anything is."""
+    """Log in one line which settings are assumed because the weights do not record them, if any."""
     if values:
         files = [str(checkpoint.path) for checkpoint in checkpoints if checkpoint is not None]
         taken = ", ".join(f"{name} {value}" for name, value in values.items())
@@ -233,12 +233,12 @@ def say_assumed(values: Mapping[str, Any], checkpoints: Sequence[Checkpoint | No
 
 
 def _trained_with(name: str, checkpoints: Sequence[Checkpoint | None]) -> dict[Path, Any]:
-    """Checkpoint's file -> its value of a setting, for those that have one."""
+    """Return checkpoint file -> value of a setting, for the checkpoints that record it."""
     values = {}
     for checkpoint in checkpoints:
         if checkpoint is not None:
             value = checkpoint.table.get(name)
-            # What was trained as the original reads images says nothing of other images.
+            # Weights trained on images without a background do not prescribe one for other images.
             if value is not None and (name, value) != ("background", ORIGINAL):
                 values[checkpoint.path] = value
     return values

@@ -1,4 +1,4 @@
-"""Images and captions to features: a CLIP with the preprocessing that its features are made with."""
+"""Encode images and captions as features, by a CLIP with its preprocessing."""
 
 import contextlib
 import functools
@@ -30,11 +30,11 @@ from runtime.progress import Counter
 from settings.groups import Clip
 from utils import LONGEST_FEATURE, SHORTEST_FEATURE, UserError
 
-CAPTIONS_AT_ONCE = 256  # in a batch: 32, as of images, leave a GPU idle
-NOT_OF_BYTES = ("mean", "std", "context", "architecture")  # which follow when an image is bytes
-CAPTIONS_KEPT = (
-    65_536  # whose tokens are remembered, 1 KB each: more than a split of a benchmark has
-)
+CAPTIONS_AT_ONCE = 256  # batch size of captions; 32, as for images, would leave a GPU idle
+# Settings that do not affect the bytes of a preprocessed image.
+NOT_OF_BYTES = ("mean", "std", "context", "architecture")
+# Maximum number of captions whose tokens are cached, 1 KB each; no split of a benchmark has more.
+CAPTIONS_KEPT = 65_536
 
 Chunked = TypeVar("Chunked")
 logger = logging.getLogger(__name__)
@@ -42,14 +42,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """A CLIP with the preprocessing that its features are made with. Features are unnormalised, float32.
+    """A CLIP with its preprocessing. Features are unnormalised, float32.
 
     Attributes:
-        backbone: what the model is, but for its weights.
-        loader: reads preprocessed images. Its processes, if it has some, serve all copies of this encoder.
-        preprocessing: what `model` and `loader` were made of: model name, transform, target ratio, decode, background,
-            and what `backbone` says of itself; and the precision to encode in.
-        between: called between two batches of images; what it raises ends the encoding.
+        backbone: description of the model, without its weights.
+        loader: reads preprocessed images. All copies of this encoder share its workers, if it has any.
+        preprocessing: settings of `model` and `loader`: model name, transform, target ratio, decode, background, the
+            values that `backbone` records, and the precision to encode in.
+        between: called after each batch of images; an exception that it raises ends the encoding.
     """
 
     model: Any  # has encode_image and encode_text
@@ -62,10 +62,9 @@ class Encoder:
 
     @torch.no_grad()
     def images(self, paths: list[Path], what: str = "images") -> Tensor:
-        """Image files to features (len(paths), D) on the device, in order.
+        """Encode image files as features (len(paths), D) on the device, in order.
 
-        Several processes share the work; each gets all features. Meanwhile it is shown how far the encoding of `what`
-        is.
+        Several processes share the work, and each gets all features. `what` names the images in the progress display.
         """
         chunks = distributed.shard(_chunks(paths, self.batch_size))
         encoded = [self._no_features()]
@@ -80,18 +79,18 @@ class Encoder:
 
     @torch.no_grad()
     def read_images(self, pixels: Tensor) -> Tensor:
-        """Images that `loader.read` has read, bytes (b, 3, R, R), to features (b, D) on the device."""
+        """Encode images from `loader.read`, bytes (b, 3, R, R), as features (b, D) on the device."""
         features = self._image_features(pixels.to(self.device))
         check_lengths(features, ["the reference image"] * len(features))
         return features
 
     @torch.no_grad()
     def readable_images(self, shards: list[list[Path]]) -> Iterator[tuple[Tensor, list[str]]]:
-        """Encode image files of which some may be damaged, in this process alone.
+        """Encode image files, some of which may be damaged, in this process only.
 
         Yields:
-            Of each shard the features (n, D) of the n files that can be read, on the CPU, in order, and why each of
-            all cannot, "" where it can.
+            For each shard, the features (n, D) of its n readable files, on the CPU, in order; and for each of its files
+            the reason that it cannot be read, "" if it can.
         """
         read = functools.partial(
             read_or_explain, read=self.loader.read, resolution=self.backbone.resolution
@@ -116,32 +115,32 @@ class Encoder:
 
     @property
     def precision(self) -> str:
-        """In what it encodes, one of ENCODE_PRECISIONS."""
+        """Return the precision to encode in, one of ENCODE_PRECISIONS."""
         return self.preprocessing.get("encode_precision", "fp32")
 
     def _image_features(self, pixels: Tensor) -> Tensor:
-        """Bytes (b, 3, R, R) to features (b, D)."""
+        """Encode bytes (b, 3, R, R) as features (b, D)."""
         with encoding(self.precision, self.device):
             return self.model.encode_image(self.backbone.normalise(pixels)).float()
 
     def _text_features(self, tokens: Tensor) -> Tensor:
-        """Tokens (b, context) to features (b, D)."""
+        """Encode tokens (b, context) as features (b, D)."""
         with encoding(self.precision, self.device):
             return self.model.encode_text(tokens).float()
 
     def _folded(self) -> contextlib.AbstractContextManager[None]:
-        """Make once, for many batches, the weights of the model that carry others, see `lean_clip`."""
+        """Return a context in which the model's weights are folded once for many batches, see `lean_clip`."""
         return folded(self.model, HALF.get(self.precision))
 
     def fold(self) -> None:
-        """Make them for good: no weight of this encoder changes from now on, as where questions are answered."""
+        """Fold the model's weights permanently, for example in a search server, where no weight changes any more."""
         fold(self.model, HALF.get(self.precision))
 
     def _no_features(self) -> Tensor:
         return torch.empty(0, self.backbone.dim, device=self.device)
 
     def warn_of_cuts(self, captions: list[str]) -> None:
-        """Say how many captions are cut, see `Tokenizer`; their tokens are remembered until they are encoded."""
+        """Log how many captions are cut, see `Tokenizer`; their tokens are cached until they are encoded."""
         tokenizer = self.backbone.tokenizer
         tokens = [_tokens(tokenizer, caption) for caption in captions]
         if tokens:
@@ -149,12 +148,12 @@ class Encoder:
 
     @torch.no_grad()
     def captions(self, captions: list[str]) -> Tensor:
-        """Captions to features (len(captions), D) on the device, in order; a repeated one is encoded once."""
+        """Encode captions as features (len(captions), D) on the device, in order. Duplicates are encoded only once."""
         tokenizer = self.backbone.tokenizer
         tokens_of = {caption: _tokens(tokenizer, caption) for caption in captions}
         each = torch.stack(list(tokens_of.values())).unsqueeze(1)
         columns_of = dict(zip(tokens_of, tokenizer.columns(each), strict=True))
-        # Captions of a length together: none is padded for another, however long that is.
+        # A batch has only captions of one length, so that no caption is padded to the length of another.
         unique = sorted(columns_of, key=columns_of.__getitem__)
         chunks = []
         for _, of_a_length in itertools.groupby(unique, key=columns_of.__getitem__):
@@ -179,7 +178,7 @@ class Encoder:
         return named({**chosen, **self.backbone.preprocessing})
 
     def image_preprocessing(self) -> dict[str, Any]:
-        """All that determines the preprocessed images besides the files themselves."""
+        """Return everything that determines the preprocessed images, besides the files themselves."""
         images = {
             name: value
             for name, value in self.reported_preprocessing.items()
@@ -188,7 +187,7 @@ class Encoder:
         return {**images, "versions": versions()}
 
     def describe(self) -> dict[str, Any]:
-        """All that determines the features besides the images and captions themselves, in plain types."""
+        """Return everything that determines the features, besides the images and captions, in plain types."""
         return {
             "clip_model_name": self.preprocessing["clip_model_name"],
             **self.reported_preprocessing,
@@ -199,17 +198,17 @@ class Encoder:
 
 
 def check_lengths(features: Tensor, names: Sequence[object]) -> None:
-    """Reject features (n, D) whose direction is lost in rounding: similarities to them would be no cosines.
+    """Reject features (n, D) with such small or large norms that rounding makes their cosine similarities meaningless.
 
     Args:
-        names: of what was encoded, n of them.
+        names: names of the n encoded images or captions, for the message.
 
     Raises:
-        UserError: some are shorter than SHORTEST_FEATURE or longer than LONGEST_FEATURE; the first is named.
+        UserError: a norm is below SHORTEST_FEATURE or above LONGEST_FEATURE; the message names the first.
     """
     lengths = features.norm(dim=-1)
     is_lost = (lengths < SHORTEST_FEATURE) | (lengths > LONGEST_FEATURE)
-    if is_lost.any():  # one wait for the device
+    if is_lost.any():  # waits for the device, once
         row = int(is_lost.nonzero()[0])
         raise UserError(
             f"the features of {names[row]} have norm {lengths[row]:.1g}, which cannot be ranked: choose "
@@ -218,12 +217,12 @@ def check_lengths(features: Tensor, names: Sequence[object]) -> None:
 
 
 def _counter(total: int, what: str) -> Counter:
-    """Return the progress display of an encoding, for the process that writes."""
+    """Return the progress display of an encoding, which only the main process shows."""
     return Counter(total, f"encoding {what}", shown=distributed.is_main())
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that images and features pass through."""
+    """Return the versions of the packages that affect images and features."""
     return {
         "torch": str(torch.__version__),
         **_installed(["torchvision"]),
@@ -232,7 +231,7 @@ def versions() -> dict[str, str]:
 
 
 def _installed(packages: Sequence[str]) -> dict[str, str]:
-    """Versions of those of some packages that are installed, none of which is imported."""
+    """Return package -> version for the packages that are installed, without importing them."""
     found = {}
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -241,18 +240,18 @@ def _installed(packages: Sequence[str]) -> dict[str, str]:
 
 
 def _chunks(items: Sequence[Chunked], size: int) -> list[list[Chunked]]:
-    """The items in lists of `size`, the last one what is left."""
+    """Split the items into lists of `size`; the last list may be shorter."""
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 @functools.lru_cache(CAPTIONS_KEPT)
 def _tokens(tokenizer: Tokenizer, caption: str) -> Tensor:
-    """A caption's tokens (context,), which are asked for before they are encoded, and in each validation."""
+    """Return a caption's tokens (context,), cached because they are needed before encoding and in each validation."""
     return tokenizer([caption])[0]
 
 
 def weights_digest(state: dict[str, Tensor]) -> str:
-    """SHA-256 of a state dict's names, shapes, types and values."""
+    """Return the SHA-256 of a state dict's names, shapes, types and values."""
     digest = hashlib.sha256()
     for name, weight in sorted(state.items()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
@@ -261,7 +260,7 @@ def weights_digest(state: dict[str, Tensor]) -> str:
 
 
 def load_backbone(name: str, device: torch.device) -> tuple[nn.Module, Backbone]:
-    """The CLIP that `--clip-model-name` names, in eval mode with float32 weights, and what it is."""
+    """Load the model of `--clip-model-name` in eval mode with float32 weights; return it and its description."""
     other = open_clip_name(name)
     if other is not None:
         from models import open_clip_package
@@ -272,12 +271,12 @@ def load_backbone(name: str, device: torch.device) -> tuple[nn.Module, Backbone]
 
 
 def _warn_of_changes(tuned: Checkpoint, backbone: Backbone) -> None:
-    """Say so where a model was fine-tuned with another configuration than it has now, as a folder's may be edited."""
+    """Log a warning if a model's configuration has changed since fine-tuning; a model folder may have been edited."""
     for name, value in backbone.preprocessing.items():
         trained = tuned.table.get(name)
         if trained not in (None, value):
             logger.warning(
-                "warning: %s was trained with %s %s, and --clip-model-name has %s now",
+                "warning: %s was trained with %s %s, but --clip-model-name uses %s",
                 tuned.path,
                 name,
                 trained,
@@ -294,12 +293,12 @@ def load_encoder(
     batch_size: int = 32,
     formats: tuple[str, ...] | None = None,
 ) -> Encoder:
-    """CLIP in eval mode with its preprocessing.
+    """Load a CLIP in eval mode with its preprocessing.
 
     Args:
-        settings: from `configuration.resolve_clip_options`: nothing in it is None.
+        settings: result of `configuration.resolve_clip_options`, in which no value is None.
         tuned: stage-1 weights that replace the model's own.
-        formats: those of Pillow that images may have; None for all.
+        formats: Pillow's formats that images may have; None for all.
     """
     preprocessing = settings.model_dump()
     check_encode_precision(preprocessing["encode_precision"], device)

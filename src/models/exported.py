@@ -1,4 +1,4 @@
-"""A trained pair as one folder that others can load: written, and read as it was written or not at all."""
+"""Export of a trained pair to a folder that others can load; a folder whose files were changed is rejected."""
 
 import dataclasses
 import hashlib
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from models.backbone import Backbone
     from models.encoder import Encoder
 
-PAIR_FORM = 2  # of the folder; what an earlier version cannot read has a higher one
-OF_SIZES = 1  # the form of pairs whose CLIP is OpenAI's, which is built of its sizes
+PAIR_FORM = 2  # version of the folder's format, increased if earlier code cannot read it
+OF_SIZES = 1  # format of pairs with OpenAI's CLIP, which is built from its sizes
 PAIR_CONFIG = "config.json"
 CARD = "README.md"
 WEIGHT_FILES = {"clip": "clip.safetensors", "combiner": "combiner.safetensors"}
-BUILT_FROM = "clip"  # a folder in it, of the files that another CLIP is built from
-KEYS = {"clip": "CLIP", "combiner": "Combiner"}  # what `read_checkpoint` calls the parts
+BUILT_FROM = "clip"  # subfolder with the files that any other CLIP is built from
+KEYS = {"clip": "CLIP", "combiner": "Combiner"}  # part -> its key in `read_checkpoint`
 COPY_AGAIN = "copy the folder again, or export it again"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedPair:
-    """A folder that was found whole. Its weights are read, and held to their digests, when they are asked for.
+    """An exported folder in which no file is missing. `weights` reads its weights and checks their digests.
 
     Attributes:
-        config: the content of its config.json.
+        config: content of config.json.
     """
 
     folder: Path
@@ -44,15 +44,15 @@ class ExportedPair:
 
     @property
     def as_checkpoint(self) -> Checkpoint:
-        """Return what its images and features are made with, as `resolve_clip_options` asks checkpoints for it."""
+        """Return the pair's preprocessing as a checkpoint without weights, for `resolve_clip_options`."""
         settings = Settings(flags={}, preprocessing=self.config["recipe"], data={}, versions={})
         return Checkpoint(path=self.folder / PAIR_CONFIG, state={}, config=settings.on_disk())
 
     def weights(self, part: str) -> Checkpoint:
-        """The weights of "clip" or "combiner".
+        """Read the weights of a part, "clip" or "combiner".
 
         Raises:
-            UserError: the file is not the one that was exported.
+            UserError: a file differs from the exported file.
         """
         file = self.folder / WEIGHT_FILES[part]
         about = self.config[part]
@@ -75,7 +75,7 @@ def _check_digest(file: Path, digest: str, field: str) -> None:
 
 
 def open_exported(place: Path | str) -> ExportedPair:
-    """The pair at a place: a folder, or a repository after "hf-hub:", which is fetched.
+    """Open the pair in a folder, or in a Hub repository given as "hf-hub:ORG/REPO", which is downloaded.
 
     Raises:
         UserError: see `read_exported` and `fetched`.
@@ -89,10 +89,10 @@ def open_exported(place: Path | str) -> ExportedPair:
 
 
 def read_exported(folder: Path) -> ExportedPair:
-    """The pair in a folder, before its weights are read.
+    """Open the pair in a folder, without reading its weights.
 
     Raises:
-        UserError: a file is missing, or config.json is damaged, edited or of a newer form.
+        UserError: a file is missing or unknown, or config.json is damaged, edited or of a newer format.
     """
     file = folder / PAIR_CONFIG
     source = f"--pair {file}"
@@ -130,14 +130,14 @@ def read_exported(folder: Path) -> ExportedPair:
 
 
 def _visible_files(folder: Path) -> list[Path]:
-    """The files in a folder, of which there are none where it is not there; the hidden ones are the system's."""
+    """Return a folder's files except hidden ones, which the system creates; empty if the folder does not exist."""
     if not folder.is_dir():
         return []
     return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
 
 
 def _digest(config: Mapping[str, Any]) -> str:
-    """SHA-256 of all fields but the digest itself, in whatever order and layout they are written."""
+    """Return the SHA-256 of all fields except the digest itself, whatever their order and layout in the file."""
     others = {name: value for name, value in config.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
@@ -150,11 +150,11 @@ def write_exported(
     training: Mapping[str, Mapping[str, Any]],
     half: bool,
 ) -> dict[str, Any]:
-    """Write the files of a pair but for its card; returns the content of config.json.
+    """Write the files of a pair except its model card, and return the content of config.json.
 
     Args:
-        training: part -> settings of its training, as they are on disk; nothing of a part that has none.
-        half: store fp16.
+        training: part -> settings of its training run, as they are on disk; parts without settings are left out.
+        half: whether to store the weights in fp16.
 
     Raises:
         UserError: a weight is too large for fp16.
@@ -189,7 +189,7 @@ def write_exported(
 
 
 def _write_built_from(folder: Path, backbone: "Backbone") -> dict[str, str]:
-    """Write the files that a CLIP is built from, where sizes do not tell it; returns file's name -> its digest."""
+    """Write the files that a CLIP is built from, and return file name -> digest; {} if it is built from sizes."""
     if backbone.write is None:
         return {}
     folder.mkdir()
@@ -200,7 +200,7 @@ def _write_built_from(folder: Path, backbone: "Backbone") -> dict[str, str]:
 def _write_weights(
     file: Path, state: Mapping[str, "Tensor"], settings: Mapping[str, Any], *, half: bool
 ) -> dict[str, str]:
-    """Write one part's weights with the settings of its training; returns their digests, as config.json says them."""
+    """Write one part's weights with the settings of its training run; return the digests for config.json."""
     from models.encoder import weights_digest
     from runtime.tensors import save_safetensors
 
@@ -216,7 +216,7 @@ def _write_weights(
 
 
 def shared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a training without what they say of its machine: where files lay, and under whose name it ran."""
+    """Return the settings of a training run without private ones, such as paths on its machine and account names."""
     if not config:
         return {}
     settings = Settings.read(config)

@@ -1,4 +1,4 @@
-"""Features kept: a cache on disk with an honest key, and a split as tensors on the device."""
+"""A cache of features on disk, and the features of a split as tensors on the device."""
 
 import functools
 import hashlib
@@ -20,17 +20,17 @@ from runtime.tensors import load_tensors, save_tensors
 from utils import UserError
 
 logger = logging.getLogger(__name__)
-PIECE = 4096  # images: a minute of a GPU, and few files
+PIECE = 4096  # images per intermediate file: about a minute of work for a GPU
 
 
 class FeatureCache:
-    """Features on disk, one file for each key; without a folder nothing is kept.
+    """A cache of features on disk, one file per key; without a folder, nothing is cached.
 
-    Truncated, damaged and foreign files are detected and made again. While many images are encoded, what is done
-    lies in files of PIECE images each, with which an interrupted encoding resumes.
+    Truncated, damaged and foreign files are detected and written again. While many images are encoded, the features so
+    far are in files of PIECE images each, from which an interrupted encoding resumes.
 
     Args:
-        told_by: how a changed image is told, see `runtime.files.stamp`.
+        told_by: how a changed image is detected, see `runtime.files.stamp`.
     """
 
     def __init__(self, folder: Path | None, encoder: Encoder, *, told_by: str = "sample") -> None:
@@ -40,7 +40,7 @@ class FeatureCache:
         self.encoder_key = encoder.describe() if folder else None
 
     def images(self, paths: list[Path], label: str) -> Tensor:
-        """Features (len(paths), D) of image files; `label` begins the name of the file that keeps them."""
+        """Return the features (len(paths), D) of image files; `label` is a prefix of the cache file's name."""
         if self.folder is None:
             return self.encoder.images(paths, f"{label} images")
         identities = IMAGES.identities(paths, self.told_by)
@@ -54,7 +54,7 @@ class FeatureCache:
         return features
 
     def _in_pieces(self, paths: list[Path], identities: Sequence[object], label: str) -> Tensor:
-        """Encode images, some at a time, which are kept until all are there."""
+        """Encode images in pieces, and cache each piece until all of them are encoded."""
         features = []
         for start in range(0, len(paths), PIECE):
             end = min(start + PIECE, len(paths))
@@ -64,7 +64,7 @@ class FeatureCache:
         return torch.cat(features)
 
     def _drop_pieces(self, identities: Sequence[object], label: str) -> None:
-        """Delete what `_in_pieces` kept, if the whole is on the disk."""
+        """Delete the files of `_in_pieces`, if the file with all features is on disk."""
         whole, _ = self._place(f"{label}-images", identities)
         if whole.exists():
             for start in range(0, len(identities), PIECE):
@@ -72,7 +72,7 @@ class FeatureCache:
                 piece.unlink(missing_ok=True)
 
     def captions(self, captions: list[str], label: str) -> Tensor:
-        """Features (len(captions), D) of captions; `label` begins the name of the file that keeps them."""
+        """Return the features (len(captions), D) of captions; `label` is a prefix of the cache file's name."""
         return self._get(f"{label}-captions", captions, lambda: self._encode_captions(captions))
 
     def _encode_captions(self, captions: list[str]) -> Tensor:
@@ -83,7 +83,7 @@ class FeatureCache:
         if self.folder is None:
             return compute()
         path, key = self._place(label, inputs)
-        # The main rank reads and writes; the others get what it has, so that all agree whether to encode.
+        # Only the main rank reads the cache. It sends features or None to all ranks, so they agree whether to encode.
         kept = self._read(path, key) if distributed.is_main() else None
         features = distributed.from_main(kept, self.encoder.device)
         if features is None:
@@ -93,7 +93,7 @@ class FeatureCache:
         return features
 
     def _place(self, label: str, inputs: object) -> tuple[Path, str]:
-        """The file that keeps features of some inputs, and its key."""
+        """Return the cache file for the features of some inputs, and its key."""
         key = hashlib.sha256(json.dumps([label, self.encoder_key, inputs]).encode()).hexdigest()
         return (self.folder or Path()) / f"{label}-{key[:16]}.pt", key
 
@@ -108,7 +108,7 @@ class FeatureCache:
                 logger.info("features read from %s", path)
                 return features
         except (UserError, KeyError, AttributeError, TypeError):
-            pass  # not one of our files: the same warning as for one of ours that is damaged
+            pass  # a foreign file gets the same warning as a damaged one
         logger.warning("%s is damaged or belongs to another run: encoding again", path)
         return None
 
@@ -117,19 +117,19 @@ class FeatureCache:
         digest = weights_digest({"features": features})
         try:
             save_tensors(path, {"key": key, "digest": digest, "features": features})
-        except UserError as error:  # the features are in memory: nothing is lost
+        except UserError as error:  # nothing is lost, because the features are in memory
             logger.warning("%s; continuing without a cache", error)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenSplit:
-    """A split as tensors on the device: all that an epoch or an evaluation on frozen features needs.
+    """Frozen features and tables of a split as tensors on the device, as an epoch or an evaluation needs them.
 
     Attributes:
-        images: (N, D) in gallery order.
-        captions: (Q, V, D), V texts a triplet.
-        texts: what protocols call the V texts of an evaluation.
-        tables: what follows from the split alone, made when it is first asked for; validations share it.
+        images: image features (N, D) in gallery order.
+        captions: text features (Q, V, D), for V texts per triplet.
+        texts: the protocols' names for the V texts of an evaluation.
+        tables: tensors that depend only on the split, computed on first use and shared by all validations.
     """
 
     split: Split
@@ -140,31 +140,31 @@ class FrozenSplit:
 
     @property
     def reference_rows(self) -> Tensor:
-        """Gallery row of each query's reference, (Q,)."""
+        """Return the gallery row of each query's reference, (Q,)."""
         return self._table("reference_rows")
 
     @property
     def target_rows(self) -> Tensor:
-        """Gallery row of each query's named target, (Q,). Raises ValueError where they are secret."""
+        """Return the gallery row of each query's annotated target, (Q,). Raises ValueError if these are not public."""
         return self._table("target_rows")
 
     @property
     def other_target_rows(self) -> Tensor:
-        """Gallery rows of each query's other targets, (Q, T - 1), see `Split.other_target_rows`."""
+        """Return the gallery rows of each query's other targets, (Q, T - 1), see `Split.other_target_rows`."""
         return self._table("other_target_rows")
 
     @property
     def group_rows(self) -> Tensor:
-        """Gallery rows of each query's group, (Q, G - 1), see `Split.group_rows`."""
+        """Return the gallery rows of each query's group, (Q, G - 1), see `Split.group_rows`."""
         return self._table("group_rows")
 
     @property
     def outside(self) -> Tensor:
-        """Return which gallery images are neither reference nor target of any triplet, (N,) bool."""
+        """Return a mask (N,) of the gallery images that are neither reference nor target of any triplet."""
         return self._table("outside")
 
     def outside_of(self, gallery: str) -> Tensor | None:
-        """Return which images are not in a protocol's gallery, (N,) bool; None if all are."""
+        """Return a mask (N,) of the images that are not in a protocol's gallery; None if all images are in it."""
         if gallery == "VAL":
             return self.outside
         return self._table("unlisted") if self.split.only_asked else None
@@ -178,11 +178,11 @@ class FrozenSplit:
 
     @property
     def references(self) -> Tensor:
-        """Features (Q, D) of each query's reference."""
+        """Return the features (Q, D) of the queries' references."""
         return self.images[self.reference_rows]
 
     def captions_of(self, text: str) -> Tensor:
-        """Features (Q, D) of what a protocol with this text asks each query with."""
+        """Return the features (Q, D) of the queries' texts for protocols that use this text."""
         return self.captions[:, self.texts.index(text)]
 
 
@@ -194,12 +194,12 @@ def freeze(
     label: str,
     names: tuple[str, ...] = ("",),
 ) -> FrozenSplit:
-    """Encode a split's images and the texts of its triplets, or take them from the cache.
+    """Encode a split's images and the texts of its triplets, or read their features from the cache.
 
     Args:
         texts: V texts for each triplet.
-        label: beginning of the names of the cache's files.
-        names: what protocols call the V texts.
+        label: prefix of the cache files' names.
+        names: the protocols' names for the V texts.
     """
     images = cache.images(split.paths, label)
     captions = cache.captions(list(itertools.chain.from_iterable(texts)), label)
@@ -211,7 +211,7 @@ def freeze(
 def freeze_queries(
     cache: FeatureCache, splits: list[Split], benchmark: Benchmark, label: str
 ) -> list[FrozenSplit]:
-    """Each split's gallery, and what the benchmark's protocols ask with, as features."""
+    """Return the features of each split's gallery, and of the query texts of all the benchmark's protocols."""
     frozen = []
     for split in splits:
         texts = [benchmark.evaluation_texts(triplet.captions) for triplet in split.triplets]

@@ -1,18 +1,17 @@
-"""Leaner forward passes for the modules of OpenAI's CLIP: the same weights and features, fewer bytes moved and kept.
+"""Leaner forward passes for the modules of OpenAI's CLIP: the same weights and features with less memory and traffic.
 
-What a GPU loses most time and memory to in the clip package is not arithmetic but tensors written and read between
-products. Here
+In the clip package, a GPU loses most time and memory not to arithmetic, but to tensors that are written and read
+between matrix multiplications. Here
 
-- a BatchNorm whose statistics are frozen is carried by the convolution before it, which the ReLU after it follows in
-  one operation; the BatchNorm's weight and bias go on learning (`LeanBottleneck`, `LeanResNet`);
-- the weight and bias of a LayerNorm are carried by the linear layer after it, and QuickGELU's factors by the linear
-  layers around it; what remains are the fused operations `layer_norm` and `silu`, which keep their input alone
-  (`LeanBlock`);
-- attention takes batches first, so that heads are views instead of copies, and texts are masked by the kernel instead
-  of by a table that is copied to the device in each block.
+- a BatchNorm with frozen statistics is folded into the convolution before it, which is fused with the ReLU after it;
+  the BatchNorm's weight and bias are still trained (`LeanBottleneck`, `LeanResNet`);
+- the weight and bias of a LayerNorm are folded into the linear layer after it, and QuickGELU's factors into the linear
+  layers around it; the fused operations `layer_norm` and `silu` remain, which keep only their input (`LeanBlock`);
+- attention is batch-first, so that heads are views instead of copies, and the attention kernel applies the causal mask
+  itself, instead of a mask tensor that each block copies to the device.
 
-All of it is exact but for rounding. Weights that carry others are made in each pass, through which the others learn;
-where nothing learns, `folded` makes them once.
+Results are exact up to rounding. In training, the weights are folded in each forward pass, so that gradients reach the
+original weights; if nothing is trained, `folded` folds them once.
 """
 
 import contextlib
@@ -43,27 +42,27 @@ def make_lean(model: CLIP) -> CLIP:
 
 
 class Folding:
-    """A module whose products are with weights that carry other weights."""
+    """A module that computes with folded weights, into which other weights have been multiplied or added."""
 
     folded: tuple[Tensor, ...] = ()
 
     def fold(self) -> tuple[Tensor, ...]:
-        """Make the weights that carry others."""
+        """Compute the folded weights."""
         raise NotImplementedError
 
     def carrying(self) -> tuple[Tensor, ...]:
-        """Return those that `folded` has made, or make them."""
+        """Return the stored folded weights, or compute them."""
         return self.folded or self.fold()
 
 
 @torch.no_grad()
 def fold(model: nn.Module, dtype: torch.dtype | None = None) -> list[Folding]:
-    """Make the weights of a model that carry others, for all passes from now on; none of its weights may change.
+    """Compute and store a model's folded weights for all later passes; none of its weights may change afterwards.
 
-    They take as much memory again as those that they are made of. Other models stay as they are.
+    Folded weights need as much memory again as the weights that they replace. Models of other packages are unchanged.
 
     Args:
-        dtype: that products are computed in under autocast, None without it.
+        dtype: data type of matrix multiplications under autocast; None without autocast.
 
     Returns:
         The modules that were not folded before.
@@ -78,7 +77,7 @@ def fold(model: nn.Module, dtype: torch.dtype | None = None) -> list[Folding]:
 
 @contextlib.contextmanager
 def folded(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Fold the layers of a model for the forward passes of a context."""
+    """Fold the layers of a model within a context."""
     modules = fold(model, dtype)
     try:
         yield
@@ -89,7 +88,7 @@ def folded(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]
 
 @contextlib.contextmanager
 def folded_to_learn(model: nn.Module) -> Iterator[None]:
-    """Fold the layers for several backward passes; at the end, their gradients are carried on to all weights."""
+    """Fold the layers once for several backward passes; at the end, propagate the gradients to the original weights."""
     modules = [module for module in model.modules() if isinstance(module, Folding)]
     made = [module.fold() for module in modules]
     for module, own in zip(modules, made, strict=True):
@@ -98,7 +97,7 @@ def folded_to_learn(model: nn.Module) -> Iterator[None]:
         )
     try:
         yield
-        # One after the other, so that few gradients are there twice.
+        # One module at a time, so that few gradients are in memory twice.
         for module in reversed(modules):
             pairs = list(zip(made.pop(), module.folded, strict=True))
             module.folded = ()
@@ -111,21 +110,21 @@ def folded_to_learn(model: nn.Module) -> Iterator[None]:
 
 
 class LeanCLIP(CLIP):
-    """CLIP whose text encoder takes batches first and waits for nothing."""
+    """CLIP with a batch-first text encoder that never waits for the device."""
 
     def encode_text(self, text: Tensor) -> Tensor:
-        """Tokens (b, 77) -> features (b, D)."""
+        """Encode tokens (b, L) as features (b, D)."""
         x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
-        x = self.ln_final(self.transformer(x))  # (b, 77, W)
-        ends = text.argmax(dim=1)  # the end of the text is the largest token
+        x = self.ln_final(self.transformer(x))  # (b, L, W)
+        ends = text.argmax(dim=1)  # the end token has the largest number
         return x[torch.arange(len(text), device=text.device), ends] @ self.text_projection
 
 
 class LeanVisionTransformer(VisionTransformer):
-    """The ViT with batches first."""
+    """The batch-first ViT."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (b, 3, R, R) -> features (b, D)."""
+        """Encode images (b, 3, R, R) as features (b, D)."""
         patches = self.conv1(x).flatten(2).transpose(1, 2)  # (b, L - 1, W)
         classes = self.class_embedding.to(patches.dtype).expand(len(x), 1, -1)
         x = torch.cat([classes, patches], dim=1) + self.positional_embedding.to(patches.dtype)
@@ -134,10 +133,14 @@ class LeanVisionTransformer(VisionTransformer):
 
 
 class LeanBlock(Folding, ResidualAttentionBlock):
-    """A block of either transformer, batches first. A block with a mask is one of the text encoder, and causal."""
+    """A batch-first block of either transformer. Only blocks of the text encoder have a mask, which is causal."""
 
     def fold(self) -> tuple[Tensor, ...]:
-        """Weight and bias of the projection to query, key and value, and of the layers around QuickGELU."""
+        """Return the folded weights and biases.
+
+        These are weight and bias of the projection to query, key and value, weight and bias of the MLP's first layer,
+        and the weight of its second layer, whose bias does not change.
+        """
         attn, up, down = self.attn, self.mlp.c_fc, self.mlp.c_proj
         return (
             *_carry_norm(self.ln_1, attn.in_proj_weight, attn.in_proj_bias),
@@ -146,11 +149,11 @@ class LeanBlock(Folding, ResidualAttentionBlock):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, L, W) -> (b, L, W)."""
+        """Apply the block, (b, L, W) -> (b, L, W)."""
         attn = self.attn
         in_weight, in_bias, up_weight, up_bias, down_weight = self.carrying()
         joint = F.linear(_normalised(x, self.ln_1), in_weight, in_bias)  # (b, L, 3W)
-        # Taken apart before they are transposed: so their gradients lie side by side again as they come.
+        # Split before transposing, so that the gradients of the three parts have the memory layout of `joint`.
         parts = joint.unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
         query, key, value = (part.transpose(1, 2) for part in parts)  # (b, heads, L, d) each
         causal = self.attn_mask is not None
@@ -161,28 +164,28 @@ class LeanBlock(Folding, ResidualAttentionBlock):
 
 
 def _carry_norm(norm: LayerNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias of one linear layer that does what a LayerNorm's own and a linear layer do."""
+    """Fold a LayerNorm's weight and bias into the linear layer after it; return that layer's new weight and bias."""
     with torch.autocast(weight.device.type, enabled=False):
         return weight * norm.weight, bias + weight @ norm.bias
 
 
 def _normalised(x: Tensor, norm: LayerNorm) -> Tensor:
-    """A LayerNorm without its weight and bias. Means and variances are taken in float32, whatever the type of x."""
+    """Apply a LayerNorm without its weight and bias; means and variances are float32, whatever the type of x."""
     with torch.autocast(x.device.type, enabled=False):
         return F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
 
 
 class LeanBottleneck(Folding, Bottleneck):
-    """A residual block whose BatchNorms are carried by its convolutions."""
+    """A residual block whose BatchNorms are folded into its convolutions."""
 
     def fold(self) -> tuple[Tensor, ...]:
-        """Weight and bias of three convolutions, and of that of the way past them where there is one."""
+        """Return weight and bias of the three convolutions, and of the skip connection's convolution if it has one."""
         own = ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
         past = () if self.downsample is None else (tuple(self.downsample)[1:],)
         return _carry_norms(*own, *past)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, C, h, w) -> (b, 4 planes, h / stride, w / stride)."""
+        """Apply the block, (b, C, h, w) -> (b, 4 planes, h / stride, w / stride)."""
         carrying = self.carrying()
         out, identity = pointwise_beside(x, *carrying[:2])
         if self.downsample is not None:
@@ -193,14 +196,14 @@ class LeanBottleneck(Folding, Bottleneck):
 
 
 class LeanResNet(Folding, ModifiedResNet):
-    """The ResNet whose BatchNorms are carried by its convolutions."""
+    """The ResNet whose BatchNorms are folded into its convolutions."""
 
     def fold(self) -> tuple[Tensor, ...]:
-        """Weight and bias of the three convolutions before the blocks."""
+        """Return weight and bias of the three convolutions before the blocks."""
         return _carry_norms((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (b, 3, R, R) -> features (b, D)."""
+        """Encode images (b, 3, R, R) as features (b, D)."""
         carrying = self.carrying()
         x = convolution_then_relu(x, *carrying[:2], stride=2, padding=1)
         x = convolution_then_relu(x, *carrying[2:4], padding=1)
@@ -221,7 +224,7 @@ LEAN = {
 
 
 def _carry_norms(*pairs: tuple[nn.Conv2d, nn.BatchNorm2d]) -> tuple[Tensor, ...]:
-    """Weight and bias of one convolution for each pair: it does what the convolution and its frozen BatchNorm do."""
+    """Fold the frozen BatchNorm of each pair into its convolution; return weight and bias of each convolution."""
     carrying: list[Tensor] = []
     for convolution, norm in pairs:
         scale = norm.weight * (norm.get_buffer("running_var") + norm.eps).rsqrt()  # (channels,)
@@ -231,15 +234,18 @@ def _carry_norms(*pairs: tuple[nn.Conv2d, nn.BatchNorm2d]) -> tuple[Tensor, ...]
 
 
 def _in_half(x: Tensor, *weights: Tensor | None) -> list[Tensor | None]:
-    """Tensors in the type that products have here: autocast does not look into functions of our own."""
+    """Cast tensors to the type of matrix multiplications, since autocast ignores custom autograd functions."""
     dtype = product_type(x)
     return [tensor if tensor is None else tensor.to(dtype) for tensor in (x, *weights)]
 
 
 def silu_then_linear(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`linear(silu(hidden), weight, bias)`, (..., H) -> (..., W), which keeps `hidden` for the backward pass alone."""
+    """Compute `linear(silu(hidden), weight, bias)`, (..., H) -> (..., W).
+
+    Of the activations, only `hidden` is kept for the backward pass.
+    """
     if torch.compiler.is_compiling():
-        return F.linear(F.silu(hidden), weight, bias)  # the compiler decides what is kept
+        return F.linear(F.silu(hidden), weight, bias)  # the compiler chooses what to keep
     return _SiluThenLinear.apply(*_in_half(hidden, weight, bias))
 
 
@@ -268,7 +274,10 @@ def convolution_then_relu(
     stride: int = 1,
     padding: int = 0,
 ) -> Tensor:
-    """`relu(conv2d(x, weight, bias) + added)`, which keeps `x` and its own output for the backward pass alone."""
+    """Compute `relu(conv2d(x, weight, bias) + added)`.
+
+    Of the activations, only `x` and the output are kept for the backward pass.
+    """
     if torch.compiler.is_compiling():
         out = F.conv2d(x, weight, bias, stride, padding)
         return F.relu(out if added is None else out + added)
@@ -276,18 +285,21 @@ def convolution_then_relu(
 
 
 def has_fused_kernel(x: Tensor) -> bool:
-    """Check whether cuDNN may have one kernel for a convolution of x, a sum and a ReLU."""
+    """Check whether cuDNN may have a single kernel for a convolution of x, a sum and a ReLU."""
     return x.is_cuda and x.dtype != torch.float32
 
 
 def _in_one_kernel(
     x: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None, *, stride: int, padding: int
 ) -> Tensor | None:
-    """`relu(conv2d(x, weight, bias) + added)`, None where cuDNN has no such kernel for this GPU and these sizes."""
+    """Compute `relu(conv2d(x, weight, bias) + added)` in one cuDNN kernel.
+
+    Return None if cuDNN has no such kernel for this GPU and these sizes.
+    """
     scale = 1.0
     if added is None:
-        # The kernel adds something whatever is asked for, and `cudnn_convolution_relu` hands it memory that nobody has
-        # written to: 0 * NaN is NaN.
+        # The kernel always adds a tensor. `cudnn_convolution_relu` would pass it uninitialised memory with factor 0,
+        # but that memory may contain NaN, and 0 * NaN is NaN.
         scale = 0.0
         sides = [(side + 2 * padding - weight.shape[2]) // stride + 1 for side in x.shape[2:]]
         shape_out = (len(x), len(weight), *sides)
@@ -307,7 +319,7 @@ def _in_one_kernel(
 def _computed(
     x: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None, *, stride: int, padding: int
 ) -> Tensor:
-    """`relu(conv2d(x, weight, bias) + added)`, in one kernel where there is one."""
+    """Compute `relu(conv2d(x, weight, bias) + added)`, in one kernel if there is one."""
     if has_fused_kernel(x):
         out = _in_one_kernel(x, weight, bias, added, stride=stride, padding=padding)
         if out is not None:
@@ -343,10 +355,10 @@ class _ConvolutionThenReLU(torch.autograd.Function):
 
 
 def pointwise_beside(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """`relu(conv2d(x, weight, bias))` with a kernel of 1 x 1, and x for the way past it.
+    """Return `relu(conv2d(x, weight, bias))` for a 1 x 1 kernel, and x for the skip connection.
 
-    In the backward pass the product adds its part to the gradient of that way, which is to be used once: a sum of both
-    would read and write all of it again.
+    The backward pass adds the convolution's gradient to the skip connection's gradient in place, so use the second
+    output only once. A separate sum would read and write the whole gradient again.
     """
     if torch.compiler.is_compiling():
         return F.relu(F.conv2d(x, weight, bias)), x
@@ -382,7 +394,7 @@ class _PointwiseBeside(torch.autograd.Function):
         if joins:
             rows = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # (n, channels out)
             past = of_past.permute(0, 2, 3, 1)  # (b, h, w, C)
-            # Into the memory of a gradient that nobody else has: the block's sum made it, or a pooling.
+            # In place is safe: this gradient comes from the block's sum or from pooling, and nothing else uses it.
             joined = past.flatten(0, 2).addmm_(rows, weight.flatten(1))
             return joined.view(past.shape).permute(0, 3, 1, 2), *gradients[1:]
         return (gradients[0] + of_past if of_x else None), *gradients[1:]

@@ -1,4 +1,4 @@
-"""Which CLIP `--clip-model-name` names: read and checked before anything heavy is loaded."""
+"""Parse and check `--clip-model-name` before anything heavy is loaded."""
 
 import difflib
 import importlib.util
@@ -15,20 +15,20 @@ from utils import UserError
 OPEN_CLIP = "open_clip"
 HUB_SCHEME = "hf-hub"
 FOLDER = "local-dir"
-MODEL_CONFIG = "open_clip_config.json"  # of a folder or repository: architecture and preprocessing
-WEIGHTS = ("*.safetensors", "*.bin", "*.pth")  # which open_clip looks for in a folder
+MODEL_CONFIG = "open_clip_config.json"  # architecture and preprocessing, in a folder or repository
+WEIGHTS = ("*.safetensors", "*.bin", "*.pth")  # files that open_clip looks for in a folder
 REQUIREMENTS = "pip install -r requirements-open-clip.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenClipName:
-    """A model of open_clip.
+    """The parsed name of an open_clip model.
 
     Attributes:
         scheme: OPEN_CLIP, HUB_SCHEME or FOLDER.
         model: an architecture, ORG/REPO, or a folder.
-        tag: which published weights of an architecture.
-        weights: a file of weights in place of a tag.
+        tag: tag of published weights of an architecture.
+        weights: file of weights, in place of a tag.
     """
 
     scheme: str
@@ -38,12 +38,12 @@ class OpenClipName:
 
     @property
     def for_open_clip(self) -> str:
-        """Return what open_clip calls it."""
+        """Return open_clip's name for the model."""
         return self.model if self.scheme == OPEN_CLIP else f"{self.scheme}:{self.model}"
 
     @property
     def short(self) -> str:
-        """It as part of a file's name: without folders."""
+        """Return a short form without folders, for file names."""
         if self.scheme == FOLDER:
             return Path(self.model).name
         parts = (self.model, self.tag, self.weights.stem if self.weights else "")
@@ -51,10 +51,10 @@ class OpenClipName:
 
 
 def open_clip_name(name: str) -> OpenClipName | None:
-    """The model of open_clip that a name is of, paths in full; None for OpenAI's names and for paths.
+    """Parse the name of an open_clip model and make its paths absolute; return None for OpenAI's names and for paths.
 
     Raises:
-        UserError: it begins like one and says not all.
+        UserError: the name has a prefix of open_clip models but is incomplete.
     """
     scheme, colon, rest = name.partition(":")
     if not colon or scheme not in (OPEN_CLIP, HUB_SCHEME, FOLDER):
@@ -75,7 +75,7 @@ def open_clip_name(name: str) -> OpenClipName | None:
             f"{OPEN_CLIP}:ARCH=FILE; --list-models lists them"
         )
     weights = _in_full(file) if file else None
-    # A slash in an architecture's name, as in ViT-B/32, is a dash to open_clip.
+    # open_clip writes the slash of an architecture's name, as in ViT-B/32, as a dash.
     model = architecture.replace("/", "-")
     return OpenClipName(scheme=scheme, model=model, tag=tag, weights=weights)
 
@@ -85,7 +85,7 @@ def _in_full(path: str) -> Path:
 
 
 def in_full(name: str) -> str:
-    """A model's name with the paths in it in full: a configuration is read from other folders too."""
+    """Return a model's name with absolute paths, since stored settings may be read from another working directory."""
     model = open_clip_name(name)
     if model and model.weights:
         return f"{OPEN_CLIP}:{model.model}={model.weights}"
@@ -97,10 +97,10 @@ def in_full(name: str) -> str:
 
 
 def find_clip(name: str) -> Path | None:
-    """The checkpoint in OpenAI's format that `--clip-model-name` names, None for a name of OpenAI's.
+    """Find the checkpoint in OpenAI's format at the path `--clip-model-name`; return None for an OpenAI model's name.
 
     Raises:
-        UserError: it is neither.
+        UserError: the value is neither.
     """
     if name in OPENAI_CLIPS:
         return None
@@ -113,7 +113,7 @@ def find_clip(name: str) -> Path | None:
 
 
 def check_clip(name: str) -> None:
-    """Fail now where `--clip-model-name` names nothing that there is, as far as can be said before it is loaded."""
+    """Raise UserError if the model of `--clip-model-name` does not exist, as far as is known without loading it."""
     model = open_clip_name(name)
     if model is None:
         find_clip(name)
@@ -131,7 +131,7 @@ def check_clip(name: str) -> None:
 
 
 def check_architecture(architecture: str) -> None:
-    """Raise UserError, with the nearest names, where open_clip has no such architecture."""
+    """Raise UserError, with the most similar names, if open_clip has no such architecture."""
     known = architectures()
     if architecture in known:
         return
@@ -157,10 +157,10 @@ def architectures() -> list[str]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read what a folder says of the model in it.
+    """Read the configuration of the model in a folder.
 
     Raises:
-        UserError: there is no such folder, no weights in it, or a configuration that says no architecture.
+        UserError: the folder, its configuration or its weights are missing, or the configuration is invalid.
     """
     source = f"--clip-model-name {FOLDER}:{folder}"
     if not folder.is_dir():
@@ -175,10 +175,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def checked_config(content: Any, source: object) -> dict[str, Any]:
-    """A configuration of open_clip as `schemas.OpenClipConfig` has it: it opens nothing else than what it should.
+    """Return a configuration of open_clip after checking it against `schemas.OpenClipConfig`.
+
+    The schema makes sure that a configuration cannot open arbitrary files or run code.
 
     Raises:
-        UserError: the first field that is not as it should be is named.
+        UserError: a field is missing or invalid; the message names the first.
     """
     from models.schemas import OpenClipConfig
     from runtime.schema import checked
@@ -189,7 +191,7 @@ def checked_config(content: Any, source: object) -> dict[str, Any]:
 
 
 def short_name(clip_model_name: str) -> str:
-    """Return a short name of a CLIP: without its folder, or without its weights."""
+    """Return a short name of a CLIP, without folders."""
     known = open_clip_name(clip_model_name)
     if known is not None:
         return known.short

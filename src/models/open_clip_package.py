@@ -1,4 +1,4 @@
-"""open_clip, which this file alone imports, and only where a model of it is named: load one, and say what it is."""
+"""Load and describe models of open_clip, which only this file imports, and only when such a model is chosen."""
 
 import contextlib
 import functools
@@ -55,16 +55,17 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-QUICK_GELU_ENDING = "-quickgelu"  # how the name of an architecture with it ends
+QUICK_GELU_ENDING = "-quickgelu"  # suffix of the name of an architecture with QuickGELU
 HUB_PAGE = "https://huggingface.co"
 HUB_WEIGHTS = "open_clip_model.safetensors"
 TOKENIZER_FILES = "tokenizer.json, tokenizer_config.json and special_tokens_map.json"
-TEXT_CONFIG = "config.json"  # of a text encoder of Hugging Face's
-# How it may compute attention and experts; any other way is code that is fetched and run.
+TEXT_CONFIG = "config.json"  # configuration of a Hugging Face text encoder
+# Allowed implementations of an encoder's attention and experts; for others, transformers may download and run code.
 OWN_WAYS = (None, "eager", "sdpa")
-ANY = 2**31  # tokens of a text encoder of Hugging Face's, whose own configuration says how many
+# Vocabulary size of a Hugging Face text encoder, in effect no limit; the real size is in its own configuration.
+ANY = 2**31
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
-# What open_clip and the packages below it raise at a configuration, a download or a tokenizer that is no good.
+# Exceptions of open_clip and the packages below it for a bad configuration, download or tokenizer.
 PACKAGE_ERRORS = (
     *LOADING_ERRORS,
     AssertionError,
@@ -78,7 +79,7 @@ Fetched = TypeVar("Fetched")
 
 @dataclass(frozen=True, kw_only=True)
 class KnownModel:
-    """A published model: what names it, and its sizes."""
+    """Name and sizes of a published model."""
 
     name: str
     dim: int
@@ -87,7 +88,7 @@ class KnownModel:
 
 
 def known_models() -> Iterator[KnownModel]:
-    """The models that can be loaded by a tag."""
+    """Yield the models that can be loaded by a tag."""
     for architecture in open_clip.list_models():
         config = open_clip.get_model_config(architecture)
         for tag in open_clip.list_pretrained_tags_by_model(architecture):
@@ -102,18 +103,18 @@ def known_models() -> Iterator[KnownModel]:
 
 
 def load(name: OpenClipName, typed: str, device: torch.device) -> tuple[nn.Module, Backbone]:
-    """A model of open_clip in eval mode with float32 weights, and what it is.
+    """Load a model of open_clip in eval mode with float32 weights; return it and its description.
 
     Args:
-        typed: what `--clip-model-name` says.
+        typed: value of `--clip-model-name`.
 
     Raises:
-        UserError: the name is of nothing, a download fails, or files do not fit the model.
+        UserError: the model does not exist, a download fails, or files do not fit the model.
     """
     source = _checked_name(name, typed)
     published = _published(name, source)
     content = _configuration(name, source)
-    # What may be missing comes first, for a large model takes minutes to build.
+    # Files that may be missing are checked first, because building a large model takes minutes.
     describe = _described(name, content, source, published=published)
     path = _weights_file(name, published, source)
     model = _built(name, content["model_cfg"], source)
@@ -126,14 +127,14 @@ def load(name: OpenClipName, typed: str, device: torch.device) -> tuple[nn.Modul
 def load_exported(
     folder: Path, state: Mapping[str, Any], path: Path, *, device: torch.device
 ) -> tuple[nn.Module, Backbone]:
-    """Load the model of an exported pair: nothing is downloaded, for all is in its folder.
+    """Load the model of an exported pair from the files in its folder, without downloading anything.
 
     Args:
-        folder: what `Backbone.write` wrote.
-        path: the weights' file, which errors name.
+        folder: folder of the files that `Backbone.write` wrote.
+        path: file of the weights, for error messages.
 
     Raises:
-        UserError: the weights do not fit the model, or a file is none that this version of open_clip reads.
+        UserError: the weights do not fit the model, or this version of open_clip cannot read a file.
     """
     source = f"--pair {path}"
     name = OpenClipName(scheme=FOLDER, model=str(folder))
@@ -151,13 +152,13 @@ def load_exported(
 
 
 def without_weights(name: OpenClipName, typed: str) -> tuple[nn.Module, Backbone]:
-    """A model without data, which is never run but counted: of published ones no weights and no tokenizer are fetched.
+    """Build a model on the meta device, to count its operations; no weights and no tokenizer are downloaded.
 
     Args:
-        typed: what `--clip-model-name` says.
+        typed: value of `--clip-model-name`.
 
     Raises:
-        UserError: the name is of nothing, or its configuration cannot be had.
+        UserError: the model does not exist, or its configuration is not available.
     """
     source = _checked_name(name, typed)
     config = _configuration(name, source)["model_cfg"]
@@ -177,7 +178,7 @@ def without_weights(name: OpenClipName, typed: str) -> tuple[nn.Module, Backbone
 
 
 def _checked_name(name: OpenClipName, typed: str) -> str:
-    """Return the name of a model in messages. Folders and repositories are logged before they are opened."""
+    """Check a model's name and return its form for messages. A folder or repository is logged before it is opened."""
     if name.scheme != OPEN_CLIP and distributed.is_main():
         logger.info("opening %s", name.for_open_clip)
     check_clip(typed)
@@ -191,10 +192,10 @@ def _described(
     *,
     published: Mapping[str, Any] | None = None,
 ) -> Callable[..., Backbone]:
-    """Describe a model without its feature dimension and resolution, which are those of the built model.
+    """Return a function that describes a model; its arguments are the built model's feature dimension and resolution.
 
     Raises:
-        UserError: it has a decoder, its tokenizer cannot be had, or its preprocessing is none that is known.
+        UserError: the model has a decoder, or its tokenizer cannot be loaded.
     """
     config = content["model_cfg"]
     if "multimodal_cfg" in config:
@@ -221,9 +222,9 @@ def _described(
 
 
 def _write(folder: Path, *, content: Mapping[str, Any], own: Any, text_files: str) -> None:
-    """Write what a model is built from besides its weights, as open_clip's `local-dir:` reads it.
+    """Write the files that a model is built from, apart from its weights, in the layout of open_clip's `local-dir:`.
 
-    That is its configuration, the files of its tokenizer, and the configuration of a text encoder of Hugging Face's.
+    These are its configuration, its tokenizer, and the configuration of a Hugging Face text encoder.
     """
     write_text(folder / MODEL_CONFIG, json.dumps(content, indent=1) + "\n")
     if hasattr(own, "tokenizer"):
@@ -239,13 +240,13 @@ def _ready(model: Any, device: torch.device) -> nn.Module:
     model = model.float().eval().to(device)
     take_any_columns(model)
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.visual.modules())
-    if device.type == "cuda" and convolutions > 1:  # more than the one that makes patches
+    if device.type == "cuda" and convolutions > 1:  # a ViT has only one, its patch embedding
         model.visual.to(memory_format=torch.channels_last)
     return model
 
 
 def checkpoint_gradients(model: Any) -> None:
-    """Recompute activations in the backward pass; in the ResNet, which open_clip leaves out, block by block."""
+    """Make a model recompute activations in the backward pass, also in ResNets, which open_clip leaves out."""
     checkpoint_blocks(model, Bottleneck)
     with _quiet():
         model.set_grad_checkpointing(True)
@@ -253,7 +254,7 @@ def checkpoint_gradients(model: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the log lines of open_clip, which no user needs."""
+    """Silence log lines and warnings of open_clip, which users do not need."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -266,7 +267,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _refusing(message: str) -> Iterator[None]:
-    """Make a UserError of what the packages raise inside; braces in its message are the reason's place."""
+    """Turn the packages' exceptions into a UserError; the reason replaces `{}` in its message."""
     try:
         with _quiet():
             yield
@@ -275,7 +276,7 @@ def _refusing(message: str) -> Iterator[None]:
 
 
 def _published(name: OpenClipName, source: str) -> dict[str, Any] | None:
-    """Return open_clip's configuration of the weights of a tag, None without a tag."""
+    """Return open_clip's configuration for the weights of a tag; None without a tag."""
     if not name.tag:
         return None
     found = open_clip.get_pretrained_cfg(name.model, name.tag)
@@ -292,14 +293,14 @@ def _published(name: OpenClipName, source: str) -> dict[str, Any] | None:
 def _lacks_quick_gelu(architecture: str, tag: str) -> bool:
     """Check whether the weights of a tag were trained with QuickGELU although the architecture has GELU.
 
-    open_clip only warns of it, and lists such weights under both architectures.
+    open_clip only logs a warning, and lists such weights under both architectures.
     """
     wants = open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu")
     return bool(wants) and not open_clip.get_model_config(architecture).get("quick_gelu")
 
 
 def _configuration(name: OpenClipName, source: str) -> dict[str, Any]:
-    """`model_cfg`, and `preprocess_cfg` where there is one."""
+    """Return the model's configuration: `model_cfg`, and `preprocess_cfg` if it has one."""
     if name.scheme == FOLDER:
         return read_config(Path(name.model))
     if name.scheme == HUB_SCHEME:
@@ -310,7 +311,7 @@ def _configuration(name: OpenClipName, source: str) -> dict[str, Any]:
 
 
 def _fetched(fetch: Callable[[], Fetched], source: str, repository: str) -> Fetched:
-    """Fetch a file from a repository of the hub, or from the cache."""
+    """Download a file from a repository on the Hub, or get it from the cache."""
     refusing = _refusing(
         f"{source} could not be downloaded ({{}}): fetch {MODEL_CONFIG}, {HUB_WEIGHTS} and, where there are some, "
         f"{TOKENIZER_FILES} from {HUB_PAGE}/{repository} into a folder and pass {FOLDER}:FOLDER"
@@ -322,12 +323,12 @@ def _fetched(fetch: Callable[[], Fetched], source: str, repository: str) -> Fetc
 def _built(
     name: OpenClipName, config: Mapping[str, Any], source: str, *, device: str = "cpu"
 ) -> Any:
-    """The model with random weights.
+    """Build the model with random weights.
 
     Args:
-        config: its `model_cfg`, as it was checked.
+        config: the model's `model_cfg`, after it was checked.
     """
-    # All weights are one file's: nothing is fetched for a part of the model.
+    # All weights will be read from one file, so no part of the model may download weights.
     text = {**config["text_cfg"], "hf_model_pretrained": False}
     vision = {**config["vision_cfg"], "timm_model_pretrained": False}
     if files := _text_files(name, text):
@@ -352,9 +353,9 @@ def _built(
 
 
 def _text_files(name: OpenClipName, text: Mapping[str, Any]) -> str:
-    """Return the place of the configuration of a Hugging Face text encoder: next to the model's own, or a repository.
+    """Return the folder or repository that has the configuration of a Hugging Face text encoder; "" for other encoders.
 
-    "" for another text encoder.
+    It is the model's own folder if the configuration is in it.
     """
     if (
         text.get("hf_model_name")
@@ -366,7 +367,7 @@ def _text_files(name: OpenClipName, text: Mapping[str, Any]) -> str:
 
 
 def _side(model: Any, source: str) -> int:
-    """The side of a model's input images, in pixels."""
+    """Return the side of a model's input images, in pixels."""
     size = model.visual.image_size
     height, width = (size, size) if isinstance(size, int) else size
     if height != width:
@@ -382,7 +383,7 @@ def _preprocessing(
     """Return the preprocessing of images in the model's own evaluations.
 
     Args:
-        told: what a tag, a folder or a repository says of it.
+        told: preprocessing recorded for a tag, in a folder or in a repository.
     """
     if name.weights:
         told = _as_tags(name.model, source)
@@ -395,7 +396,7 @@ def _preprocessing(
 
 
 def _as_tags(architecture: str, source: str) -> dict[str, Any]:
-    """The preprocessing of a file of weights, which does not tell: that of most tags of its architecture."""
+    """Return the preprocessing of most tags of an architecture, for a file of weights that does not record any."""
     ways = {}
     for tag in open_clip.list_pretrained_tags_by_model(architecture):
         published = open_clip.get_pretrained_cfg(architecture, tag)
@@ -422,15 +423,15 @@ def _as_tags(architecture: str, source: str) -> dict[str, Any]:
 
 
 def _colour(value: Any) -> tuple[float, float, float]:
-    """The mean or the deviation of the colours; one number is all three."""
+    """Return the mean or deviation of the three colour channels; a single number applies to all three."""
     red, green, blue = [value] * 3 if isinstance(value, int | float) else value
     return float(red), float(green), float(blue)
 
 
 def _tokenizer(name: OpenClipName, config: Mapping[str, Any], source: str) -> Any:
-    """open_clip's own tokenizer for a model, which cleans captions as the model was trained.
+    """Return open_clip's tokenizer for a model, which cleans captions as in the model's training.
 
-    It is made here, since open_clip would tell transformers whatever the configuration says.
+    A Hugging Face tokenizer is created here, since open_clip would pass unchecked settings to transformers.
     """
     text = config["text_cfg"]
     wanted = text.get("hf_tokenizer_name")
@@ -456,11 +457,11 @@ def _tokenizer(name: OpenClipName, config: Mapping[str, Any], source: str) -> An
 
 
 def _check_no_code(files: str, source: str) -> None:
-    """Raise UserError where a folder or repository of Hugging Face's wants code of its own to be run."""
+    """Raise UserError if a Hugging Face folder or repository requires running code of its own."""
     from transformers import PretrainedConfig, dynamic_module_utils
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    # transformers asks on stdin whether to run what it finds, unless it may wait no time for an answer.
+    # transformers asks on stdin whether to run code that it finds, unless the time to answer is 0.
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     for read in (
         lambda: PretrainedConfig.get_config_dict(files)[0],
@@ -468,7 +469,7 @@ def _check_no_code(files: str, source: str) -> None:
     ):
         try:
             content = read()
-        except (OSError, ValueError):  # it is not there: who needs it says so
+        except (OSError, ValueError):  # a missing file is reported by the code that needs it
             continue
         if found := _wanted_code(content):
             raise UserError(
@@ -477,7 +478,7 @@ def _check_no_code(files: str, source: str) -> None:
 
 
 def _wanted_code(content: Any) -> str:
-    """The field of a configuration, at any depth, that would have code fetched and run; "" for none."""
+    """Return the field of a configuration, at any depth, that would make transformers run other code; "" for none."""
     if isinstance(content, list):
         return next(filter(None, map(_wanted_code, content)), "")
     if not isinstance(content, dict):
@@ -492,7 +493,7 @@ def _wanted_code(content: Any) -> str:
 
 
 def _checked_tokenizer(own: Any, config: Mapping[str, Any], source: str) -> Tokenizer:
-    """Return the tokenizer in the form that all other code uses."""
+    """Return the tokenizer as a `Tokenizer`, after trying it on a caption."""
     text = config["text_cfg"]
     made = getattr(own, "tokenizer", None)
     tokenizer = Tokenizer(
@@ -508,19 +509,19 @@ def _checked_tokenizer(own: Any, config: Mapping[str, Any], source: str) -> Toke
 
 
 def _fingerprint(own: Any) -> str:
-    """Digest of a tokenizer of Hugging Face's; "" for the one that open_clip has in it."""
+    """Return a digest of a Hugging Face tokenizer; "" for the tokenizer that is part of open_clip."""
     made = getattr(own, "tokenizer", None)
     if made is None:
         return ""
     backend = getattr(made, "backend_tokenizer", None)
     content = json.loads(backend.to_str()) if backend else made.get_vocab()
-    # These two are of the last call, not of the tokenizer.
+    # These two parts describe the last call, not the tokenizer.
     known = {part: content[part] for part in content if part not in ("truncation", "padding")}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 def _weights_file(name: OpenClipName, published: Mapping[str, Any] | None, source: str) -> Path:
-    """The file of a model's weights, which is fetched unless it is there."""
+    """Return the file of a model's weights, after downloading it if necessary."""
     if name.weights:
         return name.weights
     if name.scheme == FOLDER:
@@ -544,10 +545,10 @@ def _weights_file(name: OpenClipName, published: Mapping[str, Any] | None, sourc
 def _weights(
     path: Path, model: Any, source: str, *, quick_gelu: bool, name: OpenClipName
 ) -> dict[str, Tensor]:
-    """The weights in a file, by the names that a model gives them.
+    """Read the weights in a file, and rename them to the model's names.
 
     Raises:
-        UserError: they are of another architecture, damaged, or OpenAI's for a model without QuickGELU.
+        UserError: the weights belong to another architecture, are damaged, or need another activation than the model's.
     """
     found = read_clip(path)
     if str(path) not in source:
@@ -580,13 +581,13 @@ def _weights(
 
 
 def _converted(state: dict[str, Any], model: Any) -> dict[str, Any]:
-    """Weights of earlier versions and of other packages by open_clip's names, as open_clip takes them."""
+    """Convert weights of earlier versions and other packages to open_clip's names, as open_clip itself does."""
     state = convert_state_dict(model, state)
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
     own = model.state_dict()
     for part in ("logit_scale", "logit_bias"):
-        # One number, as a table of none or of one dimension.
+        # A single number, stored as a tensor of zero dimensions or of one.
         if part in state and part in own and state[part].numel() == own[part].numel():
             state[part] = state[part].reshape(own[part].shape)
     if "logit_bias" in own:
@@ -598,10 +599,10 @@ def _converted(state: dict[str, Any], model: Any) -> dict[str, Any]:
 
 
 def is_trimmed(text: Mapping[str, Any]) -> bool:
-    """Tell whether a text encoder's features are those of a caption's end, and nothing behind it counts.
+    """Check whether a text encoder reads features at a caption's end token, unaffected by the columns after it.
 
     Args:
-        text: its part of a model's configuration.
+        text: `text_cfg` of the model's configuration.
     """
     looks_back = not text.get("no_causal_mask") and not text.get("embed_cls")
     at_the_end = text.get("pool_type", "argmax") in ("argmax", "eos")
@@ -609,17 +610,17 @@ def is_trimmed(text: Mapping[str, Any]) -> bool:
 
 
 def take_any_columns(model: nn.Module) -> None:
-    """Let the text encoders in a model take any number of columns: open_clip's own want all that they know."""
+    """Make a model's text encoders accept any number of columns; open_clip's require the maximum."""
     for module in model.modules():
         if type(module) in ANY_COLUMNS:
             module.__class__ = ANY_COLUMNS[type(module)]
 
 
 class TrimmedCLIP(open_clip.CLIP):
-    """open_clip's own form of CLIP, whose text encoder is a part of itself."""
+    """open_clip's CLIP whose text encoder is not a separate module, for any number of columns."""
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """Tokens (b, L) -> features (b, D)."""
+        """Encode tokens (b, L) as features (b, D)."""
         columns = text.shape[1]
         x = self.token_embedding(text) + self.positional_embedding[:columns]
         mask = None if self.attn_mask is None else self.attn_mask[:columns, :columns]
@@ -634,7 +635,7 @@ class TrimmedCLIP(open_clip.CLIP):
 
 
 class TrimmedTextTransformer(TextTransformer):
-    """open_clip's text encoder of the models whose encoders are two modules."""
+    """open_clip's text encoder as a separate module, for any number of columns."""
 
     def _embeds(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
         x, mask = super()._embeds(text)

@@ -1,4 +1,4 @@
-"""A trained pair from flags and checkpoints: CLIP with its preprocessing, and the way to compose a query."""
+"""Load a trained pair from flags and checkpoints: CLIP with its preprocessing, and the composition of queries."""
 
 import logging
 from dataclasses import dataclass, field
@@ -33,13 +33,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Trained pair of an evaluation: CLIP with its preprocessing, and the composition of queries.
+    """A trained pair for evaluation: CLIP with its preprocessing, and the composition of queries.
 
     Attributes:
-        compose: in eval mode.
-        tuned: the stage-1 checkpoint of CLIP's weights, None for the model's own.
-        trained: the Combiner's checkpoint, None for what learns nothing.
-        assumed: settings that neither flags nor weights told, with the values that were taken.
+        compose: function that composes queries, in eval mode.
+        tuned: stage-1 checkpoint of CLIP's weights; None for the model's own weights.
+        trained: checkpoint of the Combiner; None for a composition without weights.
+        assumed: setting -> assumed value, for settings given by neither the flags nor the weights.
     """
 
     encoder: Encoder
@@ -49,7 +49,7 @@ class Pair:
     assumed: dict[str, Any] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
-        """Weights, preprocessing and training of the pair in plain types, for a result that says what it is of."""
+        """Return weights, preprocessing and training of the pair in plain types, for results to record."""
         weights = {"clip": weights_digest(self.encoder.model.state_dict())}
         if state := self.compose.state_dict():
             weights["combiner"] = weights_digest(state)
@@ -80,14 +80,14 @@ def load_pair(
     background: str = ORIGINAL,
     formats: tuple[str, ...] | None = None,
 ) -> Pair:
-    """The pair that an evaluation needs.
+    """Load the pair that an evaluation needs.
 
     Args:
-        background: what images are read on where neither flags nor weights say it.
+        background: background of the images if neither flags nor weights set it.
         formats: see `load_encoder`.
 
     Raises:
-        UserError: a combiner without its path, or whatever is wrong with the checkpoints.
+        UserError: a Combiner is chosen without its path, or a checkpoint is invalid.
     """
     composed_by, tuned, trained, told_by = _weights(choice)
     settings = resolve_clip_options(choice.clip, told_by, background)
@@ -128,12 +128,12 @@ def open_pair(
     device: str = "cpu",
     background: str = WHITE,
 ) -> Pair:
-    """Load a trained model for use from Python. It composes by its Combiner if it has one, else by the sum.
+    """Load a trained model for use from Python. It composes queries by its Combiner if it has one, else by the sum.
 
     Args:
         exported: a folder of export.py or "hf-hub:ORG/REPO", in place of the two paths.
-        clip_path, combiner_path: weights of stage 1 and stage 2: a checkpoint or a run's folder.
-        background: what transparent images are read on, one of BACKGROUNDS.
+        clip_path, combiner_path: weights of stage 1 and stage 2, each a checkpoint or a run folder.
+        background: background of transparent images, one of BACKGROUNDS.
 
     Raises:
         UserError: see `load_pair`.
@@ -150,7 +150,9 @@ def open_pair(
 def _weights(
     choice: PairChoice,
 ) -> tuple[str, Checkpoint | None, Checkpoint | None, list[Checkpoint | None]]:
-    """Return the combining function, CLIP's fine-tuned weights and the Combiner's, each or None, and their checkpoints.
+    """Return the combining function, the checkpoints of CLIP and Combiner, and the checkpoints that record settings.
+
+    The checkpoints of CLIP and Combiner are None without fine-tuned CLIP weights or without a Combiner.
 
     Raises:
         UserError: see `load_pair`.
@@ -174,7 +176,7 @@ def _weights(
 
 
 def _composed_by(choice: PairChoice, exported: ExportedPair | None) -> str:
-    """Return the combining function: the flag's, else combiner if there is a Combiner, else sum."""
+    """Return the combining function: the flag's value, else "combiner" if there is a Combiner, else "sum"."""
     has_combiner = exported is not None and exported.config["combiner"] is not None
     has_combiner = has_combiner or choice.combiner_path is not None
     if choice.combining_function is None:
@@ -182,7 +184,7 @@ def _composed_by(choice: PairChoice, exported: ExportedPair | None) -> str:
     if choice.combining_function == "combiner" and not has_combiner:
         if exported is not None:
             raise UserError(
-                f"--combining-function combiner: --pair {exported.folder} has no Combiner: remove the flag"
+                f"--combining-function combiner: --pair {exported.folder} has no Combiner: remove --combining-function"
             )
         raise UserError(
             "--combining-function combiner needs --combiner-path: the stage-2 weights to compose with"
@@ -197,7 +199,7 @@ def _composed_by(choice: PairChoice, exported: ExportedPair | None) -> str:
 
 
 def _warn_of_other_weights(trained: Checkpoint, encoder: Encoder) -> None:
-    """Say so where a Combiner was trained on features of other CLIP weights."""
+    """Log a warning if a Combiner was trained on features of other CLIP weights."""
     settings = trained.table
     known = {
         "clip_weights": weights_digest(encoder.model.state_dict()),
@@ -214,7 +216,7 @@ def _warn_of_other_weights(trained: Checkpoint, encoder: Encoder) -> None:
 def load_and_freeze(
     benchmark: Benchmark, splits: list[Split], device: torch.device, choice: PairChoice
 ) -> tuple[Pair, list[FrozenSplit]]:
-    """A trained pair and the features that it makes of some splits, whose images must all be there."""
+    """Load a trained pair and compute its features for some splits, all of whose images must exist."""
     announce(benchmark.excluded, splits)
     check_images_exist(splits)
     pair = load_pair(choice, device, benchmark.background)

@@ -1,7 +1,7 @@
-"""A sparse mixture's router in numbers, and two losses that steer it.
+"""Statistics of a sparse mixture's router, and two losses that regularise it.
 
 Logits are (B, E), for B rows and E experts. A row goes to the k experts with its largest logits, after a bias (E,) is
-added where there is one, see `combiner.choose`.
+added if the router has one, see `combiner.choose`.
 """
 
 import itertools
@@ -17,10 +17,10 @@ from runtime import distributed
 
 
 def load_balancing_loss(logits: Tensor, top_k: int, bias: Tensor | None = None) -> Tensor:
-    """E times the sum over experts of (share of assignments) x (mean router probability).
+    """Return E times the sum over experts of (fraction of assignments) x (mean router probability).
 
-    It is 1 where both are even. For k = 1 it is the loss of Fedus et al. 2021 (arXiv 2101.03961), equations 4
-    to 6. For larger k, shares are of the B k assignments. Only the probabilities have a gradient.
+    The loss is 1 if both are uniform. For k = 1 it is the loss of Fedus et al. 2021 (arXiv 2101.03961), equations 4 to
+    6. For larger k, there are B k assignments. Only the probabilities have a gradient.
     """
     experts = logits.shape[1]
     _, chosen = choose(logits, top_k, bias)  # (B, k)
@@ -31,16 +31,16 @@ def load_balancing_loss(logits: Tensor, top_k: int, bias: Tensor | None = None) 
 
 
 def router_z_loss(logits: Tensor) -> Tensor:
-    """Mean square of the log-sum-exp of the logits (Zoph et al. 2022, arXiv 2202.08906, equation 5)."""
+    """Return the mean square of the logits' log-sum-exp (Zoph et al. 2022, arXiv 2202.08906, equation 5)."""
     return logits.float().logsumexp(-1).square().mean()
 
 
 def router_penalty(
     load_balancing_weight: float, z_weight: float, top_k: int, *, bias: Tensor | None = None
 ) -> Callable[[Tensor], Tensor] | None:
-    """A function: this process's logits (b, E) -> the weighted sum of both losses over the global batch.
+    """Return a function that maps this process's logits (b, E) to the weighted sum of both losses on the global batch.
 
-    None where both weights are 0, and without a mixture (top_k 0).
+    Return None if both weights are 0, or without a mixture (top_k 0).
     """
     if top_k == 0 or not (load_balancing_weight or z_weight):
         return None
@@ -57,10 +57,10 @@ def router_statistics(logits: Tensor, top_k: int, bias: Tensor | None = None) ->
     """Compute statistics of the load of the experts.
 
     Returns:
-        expert{i}_share: share of the rows that go to expert i; they sum to k.
-        expert{i}_weight: mean weight of expert i over all rows; they sum to 1.
-        load_entropy: entropy of the shares, from 0 (all rows go to one expert) to 1 (they spread evenly).
-        row_entropy: mean over the rows of the entropy of their k weights, from 0 to 1.
+        expert{i}_share: fraction of the rows that go to expert i; the fractions sum to k.
+        expert{i}_weight: mean weight of expert i over all rows; the weights sum to 1.
+        load_entropy: entropy of the fractions, divided by its maximum; 1 if all experts get equally many rows.
+        row_entropy: entropy of a row's k weights, from 0 to 1, averaged over the rows.
         experts{i}+{j}_rows: number of rows that go to both experts.
     """
     rows, experts = logits.shape
@@ -85,7 +85,7 @@ def router_statistics(logits: Tensor, top_k: int, bias: Tensor | None = None) ->
 
 
 def _entropy(distributions: Tensor) -> float:
-    """Mean entropy of distributions (n, m), divided by that of the even one; 0 if there is no choice."""
+    """Return the mean entropy of distributions (n, m), divided by the entropy of the uniform one; 0 if m is 1."""
     choices = distributions.shape[1]
     if choices == 1:
         return 0.0

@@ -1,4 +1,4 @@
-"""Define the fields of settings on disk, besides the flags of a training, which `settings.groups` declares."""
+"""Schemas of settings on disk, except for the flags of training runs, which `settings.groups` declares."""
 
 import re
 from typing import Annotated, Any, Generic, TypeVar
@@ -12,9 +12,9 @@ from settings.declaring import OneOf, Typed
 from settings.groups import BothStages, Count, Experts, Number, SideRatio, Width
 
 Stage = TypeVar("Stage", bound=BothStages)
-ABSENT: Any = None  # where a field may be missing; it is never read from here
+ABSENT: Any = None  # default that makes a field optional; its value is never read
 
-EXPERTS = "experts.json"  # the file beside a Combiner's weights, or in their run's folder, of what each expert takes
+EXPERTS = "experts.json"  # typical queries of each expert, next to a Combiner's weights or in the run folder
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Transform = Annotated[str, OneOf(choices.TRANSFORMS)]
 PathText = Annotated[str, Typed(str)]
@@ -27,7 +27,7 @@ Background = Annotated[str, OneOf(choices.BACKGROUNDS)]
 
 
 class Preprocessing(Schema):
-    """Preprocessing of images and features; for CLIPs other than OpenAI's with the fields of `models.backbone`."""
+    """Preprocessing of images and features; for CLIPs other than OpenAI's, also the fields of `models.backbone`."""
 
     clip_model_name: PathText = ABSENT
     transform: Transform = ABSENT
@@ -75,14 +75,14 @@ class CombinerSizes(Schema):
 
 
 class ExportedWeights(Schema):
-    """Digests of a part of an exported pair: of its weights as they are loaded, and of its file."""
+    """Digests of one part of an exported pair, of the loaded weights and of their file."""
 
     weights_sha256: Digest
     file_sha256: Digest
 
 
 class ExportedClip(ExportedWeights):
-    """The CLIP of an exported pair: OpenAI's has sizes, and open_clip's the digests of the files it is built from."""
+    """The CLIP of an exported pair: sizes for OpenAI's CLIP, digests of the files that another CLIP is built from."""
 
     sizes: ClipSizes | None
     files: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], Digest] = ABSENT
@@ -101,7 +101,7 @@ class ExportedCombiner(ExportedWeights):
 
 
 class Exported(Schema):
-    """config.json of an exported pair."""
+    """Content of an exported pair's config.json."""
 
     form: Count
     recipe: Preprocessing
@@ -113,7 +113,7 @@ class Exported(Schema):
 
 
 def published(form: str) -> AfterValidator:
-    """A name of a form, or none. A folder or a file is named by a flag alone."""
+    """Return a validator for optional published names that match a pattern, unlike paths of folders and files."""
 
     def check(name: str | None) -> str | None:
         if name and not re.fullmatch(form, name):
@@ -131,7 +131,7 @@ Architecture = Annotated[str | None, published(r"\w[\w.-]*")]
 
 
 class TokenizerArguments(Schema, extra="forbid"):
-    """Arguments that a tokenizer accepts. All else reaches transformers, which runs code where it is told to."""
+    """Allowed arguments of a tokenizer. Others would be passed to transformers and might make it run code."""
 
     clean: str = ABSENT
     strip_sep_token: bool = ABSENT
@@ -140,7 +140,7 @@ class TokenizerArguments(Schema, extra="forbid"):
 
 
 class TextTower(Schema):
-    """text_cfg of a model of open_clip."""
+    """text_cfg of an open_clip model."""
 
     hf_model_name: Repository = ABSENT
     hf_tokenizer_name: Repository = ABSENT
@@ -148,20 +148,20 @@ class TextTower(Schema):
 
 
 class ImageTower(Schema):
-    """vision_cfg of a model of open_clip."""
+    """vision_cfg of an open_clip model."""
 
     timm_model_name: Architecture = ABSENT
 
 
 class Towers(Schema):
-    """model_cfg of open_clip; what the towers are of is for the package to say."""
+    """model_cfg of an open_clip model, whose other fields the package itself checks."""
 
     vision_cfg: ImageTower
     text_cfg: TextTower
 
 
 class OpenClipPreprocessing(Schema):
-    """preprocess_cfg of a model of open_clip; one number is that of all three colours."""
+    """preprocess_cfg of an open_clip model; a single number applies to all three colour channels."""
 
     mean: float | ColourValues = ABSENT
     std: Deviation | Annotated[list[Deviation], Field(min_length=3, max_length=3)] = ABSENT
@@ -177,14 +177,14 @@ class OpenClipPreprocessing(Schema):
 
 
 class OpenClipConfig(Schema):
-    """open_clip_config.json."""
+    """Content of open_clip_config.json."""
 
     model_cfg: Towers
     preprocess_cfg: OpenClipPreprocessing = ABSENT
 
 
 class DataDigests(Schema):
-    """Digests of what was read, and what was left out of it."""
+    """Digests of the files that were read, and the excluded images."""
 
     data_sha256: Digest = ABSENT
     clip_weights: Digest = ABSENT
@@ -193,7 +193,7 @@ class DataDigests(Schema):
 
 
 class StoredSettings(Schema, Generic[Stage]):
-    """Settings as a stage writes them."""
+    """Settings as a training stage writes them."""
 
     flags: Stage
     recipe: Preprocessing
@@ -217,10 +217,10 @@ class Expert(Schema):
 
 
 class ExpertReport(Schema):
-    """EXPERTS, which visualize.py writes.
+    """Content of EXPERTS, which visualize.py writes.
 
     Attributes:
-        of_weights: digest of the Combiner's.
+        of_weights: digest of the Combiner's weights.
     """
 
     of_weights: Digest

@@ -1,7 +1,7 @@
-"""Files of weights, whoever wrote them: the model's own weights, by the names of OpenAI's and of open_clip's CLIPs.
+"""Read files of weights from any project, and rename the weights as in OpenAI's and open_clip's CLIPs.
 
-Other projects put them under a key next to an optimizer, put a prefix before their names, or have Hugging Face's
-names. What a file was found to be is said in one line, with what was left out of it.
+Other projects store weights under a key next to an optimizer, add a prefix to their names, or use Hugging Face's names.
+One log line reports the format that was found and the entries that were ignored.
 """
 
 import logging
@@ -22,19 +22,20 @@ from utils import UserError
 
 logger = logging.getLogger(__name__)
 
-# A checkpoint's key for its weights -> weights that tell them without it; what stands before one is a prefix of all.
+# Key of the weights in a checkpoint -> names that identify them without the key; text before such a name is a prefix.
 TELLING = {"CLIP": ("logit_scale", "text_projection"), "Combiner": ("output_layer.weight",)}
 STAGE_WEIGHTS = {"CLIP": "stage-1 weights", "Combiner": "stage-2 weights"}
-# What a checkpoint of this project contains besides its weights.
+# Fields of this project's checkpoints besides the weights.
 BESIDE = ("epoch", "metrics", "config")
-NESTED = ("state_dict", "model_state_dict", "model", "module")  # keys of other training runs
-# What lies among the weights and is none; of OpenAI's archives, three numbers.
+# Keys of the weights in the checkpoints of other projects.
+NESTED = ("state_dict", "model_state_dict", "model", "module")
+# Entries among the weights that are not weights; OpenAI's archives have three numbers.
 OF_OPENAI = {"input_resolution", "context_length", "vocab_size"}
 NO_WEIGHTS = OF_OPENAI | {"attn_mask"}
 QUICK_GELU_NAME = "quick_gelu"
-NAMES_SHOWN = 4  # names in a line
+NAMES_SHOWN = 4  # maximum number of names in a message
 
-# Hugging Face's names of a CLIP whose image encoder is a ViT -> OpenAI's.
+# Hugging Face's weight names for a CLIP with a ViT -> OpenAI's names.
 HUGGING_FACE = "text_model.embeddings.token_embedding.weight"
 RENAMED = {
     "visual_projection.weight": "visual.proj",
@@ -61,13 +62,13 @@ POSITIONS = ".embeddings.position_ids"
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsFile:
-    """The weights in a file.
+    """The weights in a file, and its format.
 
     Attributes:
-        is_tuned: whether a training of this project, or of the original, wrote them under their key.
-        beside: what it wrote beside them.
-        is_foreign: whether another training's form was taken off.
-        activation: "quick_gelu" or "gelu", "" where nothing tells.
+        is_tuned: whether a training run of this project, or of the original, wrote the file.
+        beside: other fields that this run wrote.
+        is_foreign: whether the file has the format of another project.
+        activation: "quick_gelu" or "gelu"; "" if unknown.
     """
 
     state: dict[str, Any]
@@ -78,13 +79,13 @@ class WeightsFile:
 
 
 def read_weights(flag_name: str, path: Path, kind: str) -> WeightsFile:
-    """The weights of one kind in a file, without what a training or a publisher put around them.
+    """Read the weights of one kind from a file, whatever its format.
 
     Args:
         kind: "CLIP" or "Combiner".
 
     Raises:
-        UserError: the file cannot be read, or holds another kind or the weights of several models.
+        UserError: the file cannot be read, or contains another kind of weights or several models.
     """
     source = f"{flag_name} {path}"
     is_script = is_archive(path)
@@ -134,7 +135,7 @@ def read_weights(flag_name: str, path: Path, kind: str) -> WeightsFile:
 
 
 def read_clip(path: Path) -> WeightsFile:
-    """The weights of a CLIP that `--clip-model-name` names a file of. Raises UserError also where they are tuned."""
+    """Read the CLIP weights at the path `--clip-model-name`. Raises UserError also if they are fine-tuned."""
     found = read_weights("--clip-model-name", path, "CLIP")
     if found.is_tuned:
         raise UserError(
@@ -144,7 +145,7 @@ def read_clip(path: Path) -> WeightsFile:
 
 
 def _say(source: str, forms: list[str], left: list[str]) -> None:
-    """Say what a file was found to be, where that is not plain, and what is left out of it."""
+    """Log the format of a file, if it is another project's, and the entries that are ignored."""
     found = [", ".join(forms)] if forms else []
     if left:
         found.append(f"left out: {counted(left, NAMES_SHOWN)}")
@@ -161,7 +162,7 @@ def _is_no_weight(name: str) -> bool:
 
 
 def _places(state: Mapping[str, Any], kind: str) -> set[str]:
-    """Return the prefixes of the names of models of a kind, "" for no prefix; empty if there is no such model."""
+    """Return the name prefix of each model of a kind in a state dict, "" if it has none; empty without a model."""
     for telling in TELLING[kind]:
         found = {name for name in state if f".{name}".endswith(f".{telling}")}
         if found:
@@ -170,10 +171,10 @@ def _places(state: Mapping[str, Any], kind: str) -> set[str]:
 
 
 def _without_prefix(state: Mapping[str, Any], kind: str, source: str) -> tuple[dict[str, Any], str]:
-    """The weights of the one model of a kind by its own names, and what stood before them.
+    """Return the weights of the only model of a kind under its own names, and the prefix that they had.
 
     Raises:
-        UserError: there are several.
+        UserError: there are several models.
     """
     places = _places(state, kind) or {""}
     if "" in places:
@@ -188,10 +189,10 @@ def _without_prefix(state: Mapping[str, Any], kind: str, source: str) -> tuple[d
 
 
 def _renamed(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Hugging Face's weights of a CLIP by OpenAI's names, which has queries, keys and values in one table.
+    """Rename Hugging Face's CLIP weights as OpenAI does, and join query, key and value weights in one matrix.
 
     Raises:
-        UserError: they are of another model, as SigLIP.
+        UserError: the weights belong to another model, such as SigLIP, or a part is missing.
     """
     renamed = {}
     joined: dict[str, dict[str, Tensor]] = {}
@@ -216,7 +217,7 @@ def _renamed(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
 
 
 def _told_activation(path: Path) -> str:
-    """The activation of Hugging Face's weights by the config.json beside them, "" where it tells nothing."""
+    """Return the activation of Hugging Face weights, from the config.json next to them; "" if it is not recorded."""
     try:
         about = parse_json(read_text(path.with_name("config.json")))
     except (OSError, ValueError):

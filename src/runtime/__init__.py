@@ -1,1 +1,1 @@
-"""Processes, signals, files that are whole or not there, tensors on disk."""
+"""Processes, signals, atomic file writes, image files, and tensors on disk."""

@@ -1,4 +1,4 @@
-"""Stack what worker processes read, and hand it over: in shared memory, or in a file if shared memory is too small."""
+"""Stack images in data-loader workers and pass them on in shared memory, or in files if shared memory is too small."""
 
 import mmap
 import os
@@ -16,14 +16,14 @@ from torch.utils.data import default_collate
 
 from runtime import torchrun
 
-SHARED_MEMORY = Path("/dev/shm")  # on Linux; 64 MB in a container, unless it was started with more
+SHARED_MEMORY = Path("/dev/shm")  # on Linux; only 64 MB by default in a container
 
 
 def batch_room(workers: int) -> float:
-    """Compute how many bytes of shared memory a batch may take, from what is free now.
+    """Return the bytes of shared memory that a batch may use, given the free shared memory.
 
     Args:
-        workers: processes of this one that read; with 0, nothing is handed over.
+        workers: number of data-loader workers of this process; with 0, no batch is passed between processes.
     """
     if workers == 0 or sys.platform != "linux":
         return float("inf")
@@ -31,15 +31,15 @@ def batch_room(workers: int) -> float:
         return 0
     # Each worker prefetches two batches, the model works with one, and the next is sent to the GPU.
     batches = 2 * workers + 2
-    half = shutil.disk_usage(SHARED_MEMORY).free / 2  # the rest is for others, such as NCCL
+    half = shutil.disk_usage(SHARED_MEMORY).free / 2  # NCCL and others use shared memory too
     return half / batches / torchrun.local_world_size()
 
 
 class Collate:
-    """Stack the tensors of bytes that were read, each of them alone or with a text.
+    """Collate function for image tensors, each alone or with a text.
 
     Args:
-        room: bytes of a batch that is handed over in shared memory; a larger one goes in a file.
+        room: maximum size in bytes of a batch in shared memory; a larger batch is passed on in a file.
     """
 
     def __init__(self, room: float) -> None:
@@ -58,10 +58,10 @@ class Collate:
 
 
 class TensorInFile:
-    """Send a tensor of bytes to another process, where it is unpickled as a tensor, in a temporary file.
+    """A tensor of bytes in a temporary file; pickled to another process, it becomes a tensor again.
 
-    The file has no name: nothing is left of it when a process is killed. torch's sharing strategy "file_system" would
-    not help, because its files are in shared memory too.
+    The file has no name, so nothing of it is left when a process is killed. torch's sharing strategy "file_system"
+    would not help, because its files are in shared memory too.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -76,7 +76,7 @@ class TensorInFile:
 
 
 def _mapped(descriptor: Any, shape: torch.Size) -> Tensor:
-    """Map a file of bytes into memory as a tensor. What is changed in the tensor is not changed in the file."""
+    """Map a file of bytes into memory as a tensor. Changes of the tensor do not change the file."""
     with open(descriptor.detach(), "rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     return torch.frombuffer(content, dtype=torch.uint8).view(shape)

@@ -1,4 +1,4 @@
-"""Several processes as one: ranks, shards, and features gathered in order. With one process all of it does nothing."""
+"""Communicate between processes: ranks, shards, and gathering in order. With a single process, nothing is sent."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,27 +14,27 @@ from runtime import torchrun
 
 
 def local_device() -> str:
-    """The device of this process among those of its machine."""
+    """Return the device of this process: the GPU with its local rank, or the CPU."""
     return f"cuda:{torchrun.local_rank()}" if torch.cuda.is_available() else "cpu"
 
 
 def start(device: torch.device) -> None:
-    """Join the other processes that torchrun started: NCCL on GPUs, Gloo on CPUs."""
+    """Join the other processes that torchrun started, by NCCL on GPUs and Gloo on CPUs."""
     if torchrun.launched() and not dist.is_initialized():
-        # Gloo for what lies on CPUs, beside NCCL too: asking each other whether to stop must not wait for a GPU.
+        # With NCCL, tensors on CPUs still use Gloo, so that asking whether to stop does not wait for a GPU.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2)
         )
 
 
 def stop() -> None:
-    """Leave the other processes, at the end of a script."""
+    """Leave the process group, at the end of a script."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """This process's number, 0 .. world_size() - 1."""
+    """Return the rank of this process, 0 .. world_size() - 1."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -44,19 +44,19 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Tell whether this is the one process that writes."""
+    """Check whether this is the main process, which alone writes files."""
     return rank() == 0
 
 
 def wait_for_all() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has called this function."""
     if dist.is_initialized():
         dist.barrier()
 
 
 @contextlib.contextmanager
 def first_on_machine() -> Iterator[None]:
-    """Let one process of each machine go ahead, as to download what the others then find there."""
+    """Let one process per machine run the context first, for example to download files for the others."""
     first = torchrun.local_rank() == 0
     if not first:
         wait_for_all()
@@ -66,7 +66,10 @@ def first_on_machine() -> Iterator[None]:
 
 
 def gather_rows(local: Tensor) -> Tensor:
-    """The rows of all ranks in order, (b, ...) -> (world_size * b, ...); this rank's own carry their gradient."""
+    """Gather the rows of all ranks in order, (b, ...) -> (world_size * b, ...).
+
+    Only this rank's own rows have a gradient.
+    """
     if world_size() == 1:
         return local
     parts = [torch.empty_like(local) for _ in range(world_size())]
@@ -76,14 +79,14 @@ def gather_rows(local: Tensor) -> Tensor:
 
 
 def in_equal_parts(value: Tensor | float) -> Tensor | float:
-    """The value; a gradient of it is divided by the number of ranks, each of which computes all that comes of it."""
+    """Return the value; its gradient is divided by the number of ranks, because each rank computes the whole of it."""
     if isinstance(value, Tensor) and value.requires_grad:
         value.register_hook(lambda gradient: gradient / world_size())
     return value
 
 
 def average_gradients(module: nn.Module) -> None:
-    """Average the gradients of a module that is not wrapped by `parallel` over the ranks."""
+    """Average the gradients over the ranks, for a module that `parallel` does not wrap."""
     if world_size() == 1:
         return
     for parameter in module.parameters():
@@ -93,16 +96,16 @@ def average_gradients(module: nn.Module) -> None:
 
 
 def shard(items: list) -> list:
-    """This rank's contiguous part of a list; ranks take equal parts, the last ones one less or none."""
+    """Return this rank's contiguous part of a list. Parts are equal, but the last ranks may get fewer items or none."""
     each = -(-len(items) // world_size())
     return items[rank() * each : (rank() + 1) * each]
 
 
 def gather_shards(local: Tensor) -> Tensor:
-    """The rows of all ranks in order, from parts of different lengths. Runs on every rank.
+    """Gather the rows of all ranks in the order of the ranks, which may have different numbers of rows.
 
     Args:
-        local: this rank's rows; the parts follow one another in the order of the ranks.
+        local: this rank's rows. Every rank must call this function.
     """
     if world_size() == 1:
         return local
@@ -116,7 +119,7 @@ def gather_shards(local: Tensor) -> Tensor:
 
 
 def from_main(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    """The main rank's tensor, on every rank's device."""
+    """Return the main rank's tensor, or None, on the device of every rank."""
     if world_size() == 1:
         return tensor if tensor is None else tensor.to(device)
     kind = same_object(None if tensor is None else (tensor.shape, tensor.dtype))
@@ -131,7 +134,7 @@ def from_main(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 
 
 def same_object(value: Any) -> Any:
-    """The main rank's plain object, on every rank; sent between CPUs, so that none waits for a GPU."""
+    """Return the main rank's plain object on every rank; it is sent between CPUs, so that no rank waits for a GPU."""
     if world_size() == 1:
         return value
     values = [value]
@@ -140,17 +143,17 @@ def same_object(value: Any) -> Any:
 
 
 def gathered_lines(lines: list[str]) -> list[str]:
-    """The texts of all ranks in order, none of them empty or with line breaks; sent between CPUs."""
+    """Gather the texts of all ranks in order, between CPUs. Texts must not be empty or contain line breaks."""
     if world_size() == 1:
         return lines
-    local = "".join(f"{line}\n" for line in ["", *lines])  # of each rank something
+    local = "".join(f"{line}\n" for line in ["", *lines])  # `frombuffer` rejects an empty buffer
     sent = torch.frombuffer(bytearray(local.encode()), dtype=torch.uint8)
     text = gather_shards(sent).numpy().tobytes().decode()
     return [line for line in text.split("\n") if line]
 
 
 def highest(*numbers: int) -> tuple[int, ...]:
-    """The highest that any rank has of each number."""
+    """Return the maximum over the ranks of each number."""
     if world_size() == 1:
         return numbers
     shared = torch.tensor(numbers, dtype=torch.int32)
@@ -159,10 +162,10 @@ def highest(*numbers: int) -> tuple[int, ...]:
 
 
 def parallel(module: nn.Module, device: torch.device, some_unused: bool = False) -> nn.Module:
-    """The module with its gradients averaged over the ranks; the module itself where there is one process.
+    """Wrap a module so that its gradients are averaged over the ranks; return the module itself for a single process.
 
     Args:
-        some_unused: whether a step may leave parameters without a gradient, as experts without rows are.
+        some_unused: whether a step may leave parameters without a gradient, such as those of experts without rows.
     """
     if world_size() == 1:
         return module

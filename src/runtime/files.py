@@ -1,4 +1,4 @@
-"""Files: JSON read with care, files that are whole or not there, locks, checkpoints found, identities."""
+"""Files: strict JSON, atomic writes, locks, search for checkpoints, and identities that detect changes."""
 
 import contextlib
 import functools
@@ -26,7 +26,7 @@ except ImportError:  # Windows
 
 
 def read_json(path: Path, writer: str | None = None) -> Any:
-    """Parse a JSON file; a missing, unreadable or malformed one is a UserError that names it.
+    """Parse a JSON file; raise UserError if it is missing, unreadable or malformed.
 
     Args:
         writer: the command that writes such a file; None for files of a dataset.
@@ -43,21 +43,21 @@ def read_json(path: Path, writer: str | None = None) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file.
+    """Read a text file.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not UTF-8; or a device or a pipe with a name of its own, which may never come to an end.
+        ValueError: it is not UTF-8, or is a device or a named pipe, which may never end.
     """
     kind = path.stat().st_mode
-    is_open = str(path).startswith(("/dev/", "/proc/"))  # as the shell's <(...) is
+    is_open = str(path).startswith(("/dev/", "/proc/"))  # such as the shell's <(...)
     if stat.S_ISCHR(kind) or stat.S_ISBLK(kind) or (stat.S_ISFIFO(kind) and not is_open):
         raise ValueError("it is a device or a pipe, not a file")
     return path.read_text(encoding="utf-8")
 
 
 def missing_file(path: Path, writer: str | None = None) -> UserError:
-    """Return what to raise for a JSON file that is not there, see `read_json`."""
+    """Return the error to raise for a missing JSON file, see `read_json`."""
     remedy = "put the file there, or point --data-root at its dataset"
     if writer:
         remedy = f"write it with {writer}"
@@ -66,11 +66,11 @@ def missing_file(path: Path, writer: str | None = None) -> UserError:
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON that says each thing once, in whole characters.
+    """Parse JSON without repeated keys or lone surrogates.
 
     Raises:
-        ValueError: malformed, nested too deeply, an object with a repeated key (of which one value would be lost), or
-            half a character (a lone surrogate), which no file could be written with.
+        ValueError: the JSON is malformed, is nested too deeply, has a repeated key (one of its values would be lost),
+            or has a lone surrogate (half a character, which cannot be written to a file).
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -90,19 +90,19 @@ def parse_json(text: str) -> Any:
     return content
 
 
-HALF_MADE = ".*.tmp"  # the names of `beside`, those of earlier versions among them
-SURELY_OURS = ".*.clip4cir-*.tmp"  # the same, in folders where others may have hidden files too
-ABANDONED = 86_400  # seconds since something half-made was last written to
+HALF_MADE = ".*.tmp"  # temporary names of this version, see `beside`, and of earlier ones
+SURELY_OURS = ".*.clip4cir-*.tmp"  # only names that no other program uses
+ABANDONED = 86_400  # seconds without a write after which a temporary file is abandoned
 
 
 def beside(path: Path) -> Path:
-    """Return a name next to `path` for what will take its place; it differs each time, and nobody can foresee it."""
+    """Return an unpredictable temporary name next to `path`, for a file or folder that will replace it."""
     return path.with_name(f".{path.name[:40]}.clip4cir-{secrets.token_hex(8)}.tmp")
 
 
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[None]:
-    """Let `sweep` see that a file or a folder is being made, for as long as the process lives at most."""
+    """Lock a temporary file or folder against `sweep`, until the context or the process ends."""
     if fcntl is None:
         yield
         return
@@ -116,10 +116,14 @@ def _held(path: Path) -> Iterator[None]:
 
 
 def sweep(folder: Path, names: str = SURELY_OURS, age: float = ABANDONED) -> None:
-    """Delete what killed processes left half-made in a folder, by these names and so many seconds ago.
+    """Delete the temporary files and folders that killed processes left in a folder.
 
-    A process that is alive holds what it makes, which other containers see too, though not its number. On Windows, and
-    on file systems without locks, age alone tells.
+    A live process locks its files. Other containers see the lock, although they do not see the process. On Windows, and
+    on file systems without locks, only the age counts.
+
+    Args:
+        names: pattern of the names.
+        age: minimum number of seconds since the last write.
     """
     for path in folder.glob(names):
         if _is_abandoned(path, age):
@@ -128,12 +132,12 @@ def sweep(folder: Path, names: str = SURELY_OURS, age: float = ABANDONED) -> Non
 
 @functools.cache
 def _sweep_once(folder: Path) -> None:
-    """`sweep` where files are made one after the other."""
+    """Call `sweep` only once per folder, because many files may be written one after the other."""
     sweep(folder)
 
 
 def _is_abandoned(path: Path, age: float) -> bool:
-    """Check whether a temporary file or folder was abandoned by its process. Symlinks are not."""
+    """Check whether a temporary file or folder was abandoned by its process. A symlink never counts as abandoned."""
     try:
         status = path.lstat()
         is_ours = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
@@ -142,7 +146,7 @@ def _is_abandoned(path: Path, age: float) -> bool:
         if fcntl is None:
             return True
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:  # it took its name just now, or is another user's
+    except OSError:  # it was just renamed, or belongs to another user
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,7 +160,7 @@ def _is_abandoned(path: Path, age: float) -> bool:
 
 
 def discard(path: Path) -> None:
-    """Delete a file, a link, or a folder with all that is in it. What a link points to stays."""
+    """Delete a file, a link without its target, or a folder with its contents."""
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -166,17 +170,17 @@ def discard(path: Path) -> None:
 
 @contextlib.contextmanager
 def _replacement(path: Path) -> Iterator[Path]:
-    """Yield a name at which nothing is yet; the file that is made there replaces `path` at the end.
+    """Yield an unused temporary name; at the end, the file that was written there replaces `path`.
 
-    Where `path` is a link, it replaces what the link points to.
+    If `path` is a link, the file replaces the link's target.
 
     Raises:
-        DiskError: it could not be written; nothing is left of it.
+        DiskError: the file could not be written; nothing of it is left.
     """
     named, path = path, Path(os.path.realpath(path))
     new = beside(path)
     try:
-        if named.exists() and not named.is_file():  # a pipe of the shell has no other path
+        if named.exists() and not named.is_file():  # unresolved, as a shell's pipe has no real path
             raise DiskError(f"{named} is a folder, a device or a pipe: choose a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep_once(path.parent)
@@ -186,19 +190,19 @@ def _replacement(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _not_written(path, error) from None
     finally:
-        # There is none after the replace, nor where the folder is a file.
+        # The temporary file no longer exists after the replacement, or never existed if the folder is a file.
         with contextlib.suppress(OSError):
             new.unlink()
 
 
 @contextlib.contextmanager
 def made_beside(path: Path) -> Iterator[IO[bytes]]:
-    """Open a new file that replaces `path` when all of it is on disk; until then an earlier `path` stays as it was.
+    """Open a new file that replaces `path` once it is completely on disk; until then, `path` does not change.
 
     Raises:
-        DiskError: it could not be written; nothing is left of it.
+        DiskError: the file could not be written; nothing of it is left.
     """
-    # "x": never a file or a link that is there already.
+    # Mode "x" never opens an existing file or link.
     with _replacement(path) as new, open(new, "x+b") as file, _held(new):
         yield file
         file.flush()
@@ -207,10 +211,10 @@ def made_beside(path: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
-    """Make a new folder next to `path`, to be renamed when it is whole; else nothing is left of it.
+    """Yield a new temporary folder next to `path`, which is deleted at the end unless it was renamed.
 
     Raises:
-        DiskError: it could not be made.
+        DiskError: the folder could not be created.
     """
     new = beside(path)
     try:
@@ -228,10 +232,10 @@ def folder_beside(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_made_beside(path: Path) -> Iterator[Path]:
-    """A new folder to write files to, which takes the name `path` at the end, of nothing or of an empty folder.
+    """Yield a new folder to write files to; at the end, it is renamed to `path` and may replace an empty folder.
 
     Raises:
-        DiskError: it could not be written; nothing is left of it.
+        DiskError: the folder could not be written; nothing of it is left.
     """
     path = Path(os.path.realpath(path))
     try:
@@ -239,29 +243,29 @@ def folder_made_beside(path: Path) -> Iterator[Path]:
             yield new
             _sync_folder(new)
             if path.exists():
-                path.rmdir()  # Windows renames to no name that is taken
+                path.rmdir()  # Windows cannot rename to an existing name
             new.rename(path)
             _sync_folder(path.parent)
     except OSError as error:
         raise _not_written(path, error) from None
 
 
-# What is written to these goes where stdout and stderr go, be it a pipe, a device or a file.
+# Paths that stand for stdout and stderr, whether these are a pipe, a device or a file.
 STREAMS = {"/dev/stdout": 1, "/dev/fd/1": 1, "/dev/stderr": 2, "/dev/fd/2": 2}
 
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that replaces `path` only when all of it is on disk, see `made_beside`, or one of `STREAMS`.
+    """Open one of `STREAMS`, or a file that replaces `path` only once it is completely on disk, see `made_beside`.
 
     Raises:
-        DiskError: it could not be written, or is another device or a pipe.
+        DiskError: the file could not be written, or `path` is another device or pipe.
     """
     if str(path) not in STREAMS:
         with made_beside(path) as file:
             yield file
         return
-    whole = io.BytesIO()  # who writes may want to go back in it, which a stream cannot
+    whole = io.BytesIO()  # the writer may seek in it, which a stream does not support
     yield whole
     try:
         print(end="", flush=True)
@@ -278,7 +282,7 @@ def _not_written(path: Path, error: OSError) -> DiskError:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put a rename in a folder on disk, where folders can be opened (not on Windows)."""
+    """Flush a rename in a folder to disk, if folders can be opened (not on Windows)."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -288,15 +292,15 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file atomically."""
     with written_whole(path) as file:
         file.write(content)
 
 
 def write_same(path: Path, original: Path) -> None:
-    """Make `path` the file `original`, whole or not at all: a hard link, or a copy where there are no links."""
+    """Make `path` a hard link to the file `original`, or a copy if links are not supported, atomically."""
     try:
-        # Held from before it has the second name, since it may be old.
+        # Locked before it gets its temporary name, under which `sweep` could delete it if it is old.
         with _held(original), _replacement(path) as new:
             new.hardlink_to(original)
     except (DiskError, OSError):
@@ -305,16 +309,16 @@ def write_same(path: Path, original: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically."""
     write_bytes(path, text.encode())
 
 
 @contextlib.contextmanager
 def locked(folder: Path, refusal: str) -> Iterator[None]:
-    """Keep other processes out of a folder that they would lock too; the lock ends with the process at the latest.
+    """Lock a folder against other processes that lock it too, until the context or the process ends.
 
     Raises:
-        UserError: another process has it, in the words of `refusal`.
+        UserError: another process has locked the folder; the message is `refusal`.
     """
     if fcntl is None:
         yield
@@ -331,10 +335,10 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
 
 
 def check_writable(folders: dict[str, Path | None]) -> None:
-    """Fail now rather than after hours of work, if files cannot be made in a folder (which need not exist yet).
+    """Raise UserError now, not after hours of work, if a folder (which need not exist yet) cannot be written to.
 
     Args:
-        folders: flag -> its folder, None where nothing is to be written.
+        folders: flag -> its folder; None if nothing will be written.
     """
     for flag, folder in folders.items():
         if folder is None:
@@ -347,17 +351,17 @@ def check_writable(folders: dict[str, Path | None]) -> None:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder itself, or the first above it that exists."""
+    """Return the folder itself if it exists, or its nearest existing parent."""
     return next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
 
 
 def free_bytes(folder: Path) -> int:
-    """Room on the disk of a folder, which need not exist yet."""
+    """Return the free bytes on the disk of a folder, which need not exist yet."""
     return shutil.disk_usage(_nearest(folder)).free
 
 
 def check_new_or_empty(flag: str, folder: Path) -> None:
-    """Reject a path that is not a folder, or is one with files, for a folder that is written as a whole."""
+    """Raise UserError if a path exists, unless it is an empty folder."""
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if os.path.lexists(folder):
@@ -365,7 +369,11 @@ def check_new_or_empty(flag: str, folder: Path) -> None:
 
 
 def check_file_writable(files: dict[str, Path | None]) -> None:
-    """Fail now if files cannot be written: flag -> the file, None where none is to be written."""
+    """Raise UserError if a file cannot be written.
+
+    Args:
+        files: flag -> its file; None if no file will be written.
+    """
     folders: dict[str, Path | None] = {}
     for flag, file in files.items():
         if file is None or str(file) in STREAMS:
@@ -381,15 +389,15 @@ CHECKPOINT_ENDINGS = (".pt", ".safetensors")
 
 
 def is_there(checkpoint: Path) -> bool:
-    """Tell whether something is at the path of a checkpoint, or at the path with one of its endings."""
+    """Check whether a checkpoint's path exists, as it is or with an extension added."""
     return any(Path(f"{checkpoint}{ending}").exists() for ending in ("", *CHECKPOINT_ENDINGS))
 
 
 def find_checkpoint(flag: str, path: Path) -> Path:
-    """Find the checkpoint file that a path stands for: itself, itself with its ending, or the only one in a run folder.
+    """Find the checkpoint at a path: the file, the path with an extension, or the only checkpoint in a run folder.
 
     Raises:
-        UserError: there is none, or a folder holds several; the flag is named.
+        UserError: there is no checkpoint, or a folder has several; the message names the flag.
     """
     for ending in ("", *CHECKPOINT_ENDINGS):
         candidate = Path(f"{path}{ending}")
@@ -410,12 +418,12 @@ def find_checkpoint(flag: str, path: Path) -> Path:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints that lie in a folder; none where there is no such folder."""
+    """Return the checkpoints in a folder; empty if the folder does not exist."""
     return sorted(file for file in folder.glob("*") if file.suffix in CHECKPOINT_ENDINGS)
 
 
 def file_size(path: Path) -> int | None:
-    """Bytes of a file, None where there is none, not even by a name that no file can have."""
+    """Return the size of a file in bytes; None if it does not exist, or if its name is not valid."""
     try:
         found = path.stat()
     except (OSError, ValueError):
@@ -424,7 +432,7 @@ def file_size(path: Path) -> int | None:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content."""
+    """Return the SHA-256 of a file's content."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while part := file.read(2**20):
@@ -432,11 +440,11 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-SAMPLE = 4096  # bytes at the beginning, in the middle and at the end of a file
+SAMPLE = 4096  # bytes that are read at the beginning, in the middle and at the end of a file
 
 
 def sample_digest(path: str | Path) -> str:
-    """SHA-256 of a file's size and of its first, middle and last 4 KiB, which are all of a small one."""
+    """Return the SHA-256 of a file's size and its first, middle and last 4 KiB; a small file is read completely."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     with open(descriptor, "rb", buffering=0) as file:
         size = os.fstat(descriptor).st_size
@@ -450,17 +458,17 @@ def sample_digest(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-# Of a file: absolute path, bytes, and a number that tells its modification time and content, see `stamp`.
+# Absolute path and size in bytes of a file, and a number for its modification time and content, see `stamp`.
 Identity = tuple[str, int, int]
 
 
 def file_identities(paths: list[Path], told_by: str = "sample") -> list[Identity]:
-    """Tell files apart: another image, another identity.
+    """Return the identity of each file, which changes when the file changes.
 
     Args:
         told_by: see `stamp`.
     """
-    # A folder once: resolving it again for each file takes as long as all else.
+    # Each folder is resolved only once, because resolving it for each file would double the time.
     resolved = functools.cache(Path.resolve)
     identities = []
     for path in paths:
@@ -471,11 +479,11 @@ def file_identities(paths: list[Path], told_by: str = "sample") -> list[Identity
 
 
 def stamp(path: str | Path, status: os.stat_result, told_by: str) -> int:
-    """A number that is another one where a file has changed.
+    """Return a number that changes when a file changes.
 
     Args:
-        told_by: "time", its modification time alone, in ns; "sample", that and a sample of its bytes, see
-            `sample_digest`; "content", that and all of its bytes. Numbers of one kind have none of another.
+        told_by: "time", the number is the modification time in ns; "sample", it also depends on a sample of the bytes,
+            see `sample_digest`; "content", it also depends on all bytes. Numbers of different kinds never match.
     """
     if told_by == "time":
         return status.st_mtime_ns

@@ -1,4 +1,4 @@
-"""GPUs as their makers describe them: memory and rates of arithmetic, so that a training is planned without one."""
+"""Memory and arithmetic rates of GPUs from their datasheets, to plan training runs without a GPU."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ class Gpu:
     """Properties of a GPU for planning.
 
     Attributes:
-        memory: GiB that torch can allocate. It is less than the box says: torch's own "total capacity".
-        rates: TFLOP/s of matrix products by the type of their factors; sums are float32, nothing is sparse. A type that
-            is missing is one that the GPU does not have.
+        memory: GiB that torch can allocate, its "total capacity", which is less than the nominal size.
+        rates: input type -> TFLOP/s of matrix multiplications with float32 sums, without sparsity. The GPU does not
+            support types that are missing.
     """
 
     title: str
@@ -19,8 +19,8 @@ class Gpu:
     rates: Mapping[str, float]
 
 
-# Rates from NVIDIA's T4 datasheet, its whitepapers of Ampere GA102 (3090), Ada (4090), A100 and H100, and the datasheet
-# of the H200; consumer cards add up halves at half the rate when sums are float32, which is the one given here.
+# Rates from NVIDIA's T4 datasheet, its whitepapers of Ampere GA102 (3090), Ada (4090), A100 and H100, and the H200
+# datasheet. Consumer cards multiply fp16 at half rate if sums are float32; this half rate is given here.
 GPUS = {
     "t4": Gpu(title="T4, 16 GB", memory=14.5, rates={"fp16": 65, "fp32": 8.1}),
     "rtx3090": Gpu(

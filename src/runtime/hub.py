@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, by its own package, which is imported where it is asked for."""
+"""Download from and upload to the Hugging Face Hub, by its own package, which is imported on demand."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,11 +6,11 @@ from typing import Any
 
 from utils import UserError, first_line
 
-HUB = "hf-hub:"  # before the name of a repository, where a folder may be named too
+HUB = "hf-hub:"  # prefix of a repository's name, where a folder may be given too
 
 
 def import_hub() -> Any:
-    """The package huggingface_hub, which only the Hub needs."""
+    """Import huggingface_hub, an optional package; raise UserError if it is missing."""
     try:
         import huggingface_hub.errors
     except ImportError:
@@ -19,10 +19,10 @@ def import_hub() -> Any:
 
 
 def fetched(repository: str, files: Sequence[str]) -> Path:
-    """A folder with some files of a repository, fetched unless the Hub's cache has them.
+    """Return a folder with some files of a repository, downloaded unless the Hub's cache has them.
 
     Raises:
-        UserError: the package is missing, or the Hub cannot be reached or refuses.
+        UserError: the package is missing, or the Hub cannot be reached or denies access.
     """
     hub = import_hub()
     try:
@@ -35,10 +35,10 @@ def fetched(repository: str, files: Sequence[str]) -> Path:
 
 
 def upload(folder: Path, repository: str) -> None:
-    """Put a folder's files into a repository, which is made if it is not there.
+    """Upload a folder's files to a repository, which is created if it does not exist.
 
     Raises:
-        UserError: the package is missing, or the Hub cannot be reached or refuses.
+        UserError: the package is missing, or the Hub cannot be reached or denies access.
     """
     hub = import_hub()
     try:
@@ -52,5 +52,5 @@ def upload(folder: Path, repository: str) -> None:
 
 
 def _errors(hub: Any) -> tuple[type[BaseException], ...]:
-    """Return the exceptions of the package and of the package that it uses for the network."""
+    """Return the exceptions of the package, and of the network package that it uses."""
     return OSError, ValueError, hub.errors.HfHubHTTPError, *hub.errors.HfHubHTTPError.__bases__

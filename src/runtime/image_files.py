@@ -1,4 +1,4 @@
-"""Image files to pictures: as they were saved, or as a viewer shows a user's own photos. And small JPEGs of them."""
+"""Decode image files, as they were saved or as a viewer shows photos, and make small JPEGs of them."""
 
 import contextlib
 import functools
@@ -26,28 +26,28 @@ else:
     HEIF_KINDS = {".heic", ".heif"}
 AVIF_KINDS = {".avif"} if features.check("avif") else set()
 
-# Decoders of other formats are old, or start programs.
+# Formats that are accepted. Pillow's decoders of other formats are old, or start other programs.
 FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 if AVIF_KINDS:
     FORMATS += ("AVIF",)
 if HEIF_KINDS:
     FORMATS += ("HEIF",)
 
-# What Pillow's decoders raise on damaged files.
+# Exceptions of Pillow's decoders for damaged files.
 DECODING_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError, TypeError, LookupError, AttributeError,
     ArithmeticError, AssertionError, RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
-# Pixels. Padded to a square, an image of this side takes 1.3 GB in RGB, and 2.5 GB with transparency.
+# In pixels. Padded to a square, an image with this side needs 1.3 GB in RGB, and 2.5 GB with transparency.
 LONGEST_SIDE = 18_000
 SHRINK = "scale it down, for example with ImageMagick: magick FILE -resize 12000x12000 FILE"
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}  # all other chunks are metadata
 
-WHITES = (1, 255, 65_535)  # possible values of white in images of more than 8 bits
-ROWS = 256  # of an image of more than 8 bits that are scaled at once
-SAME_COLOUR = 2  # of 255: a profile that changes none by more is sRGB by another name
+WHITES = (1, 255, 65_535)  # possible values of white in images with more than 8 bits
+ROWS = 256  # rows of an image with more than 8 bits that are scaled at a time
+SAME_COLOUR = 2  # out of 255; a profile that changes no colour by more counts as sRGB
 
 Used = TypeVar("Used")
 
@@ -55,16 +55,16 @@ Used = TypeVar("Used")
 def decoded(
     file: Path | BinaryIO, formats: tuple[str, ...] | None = None, side: int | None = None
 ) -> Image.Image:
-    """Decode an image, as it was saved.
+    """Decode an image as it was saved.
 
     Args:
-        formats: those of Pillow that it may have; None for all.
-        side: pixels that its shorter side needs at least, where that makes decoding faster.
+        formats: Pillow's formats that the image may have; None for all.
+        side: minimum length of the shorter side in pixels; a larger JPEG may be scaled down to decode it faster.
 
     Raises:
-        PIL.UnidentifiedImageError: it is none.
-        PIL.Image.DecompressionBombError: it has too many pixels, or so long a side that padding takes gigabytes.
-        OSError: it is damaged, or no file.
+        PIL.UnidentifiedImageError: the file is not an image.
+        PIL.Image.DecompressionBombError: the image has too many pixels, or a side so long that padding needs gigabytes.
+        OSError: the image is damaged, or is not a file.
     """
 
     def decode(image: Image.Image) -> Image.Image:
@@ -84,14 +84,14 @@ def decoded(
 
 
 def image_size(file: BinaryIO, formats: tuple[str, ...]) -> tuple[int, int]:
-    """Tell the pixels of an image, of which none is decoded: width and height. Raises what `decoded` raises."""
+    """Return width and height of an image in pixels, without decoding it. Raises the same exceptions as `decoded`."""
     return _opened(file, formats, lambda image: image.size)
 
 
 def _opened(
     file: BinaryIO, formats: tuple[str, ...] | None, use: Callable[[Image.Image], Used]
 ) -> Used:
-    """Apply a function to an opened image; if the metadata of a PNG are damaged, to the image without them."""
+    """Apply a function to an opened image; if that fails for a PNG, apply it to the image without its metadata."""
     try:
         try:
             with Image.open(file, formats=formats) as image:
@@ -111,7 +111,7 @@ def _opened(
 
 
 def _without_metadata(file: BinaryIO) -> bytes:
-    """A PNG without what its pixels do not need, but for whole EXIF data; nothing of another file."""
+    """Return a PNG without metadata, except for undamaged EXIF data; return b"" for another file."""
     file.seek(0)
     if file.read(len(PNG)) != PNG:
         return b""
@@ -136,14 +136,14 @@ def read_photo(
     side: int | None = None,
     formats: tuple[str, ...] | None = FORMATS,
 ) -> Image.Image:
-    """Read a user's own photo as a viewer shows it, in RGB: upright, with 8 bits, in sRGB, on a background.
+    """Read a photo as a viewer shows it, in RGB: upright, with 8 bits, in sRGB, on a background.
 
     Args:
-        background: one of BACKGROUNDS, seen where the photo is transparent; ORIGINAL, which is none, is white here.
-        side, formats: see `decoded`, which says what is raised, too.
+        background: one of BACKGROUNDS, which replaces transparent pixels; ORIGINAL means white here.
+        side, formats: see `decoded`, also for the exceptions.
     """
     image = decoded(file, formats, side)
-    with contextlib.suppress(*DECODING_ERRORS):  # damaged EXIF data cost the orientation alone
+    with contextlib.suppress(*DECODING_ERRORS):  # damaged EXIF data affect only the orientation
         ImageOps.exif_transpose(image, in_place=True)
     profile = image.info.get("icc_profile")
     image = _eight_bits(image)
@@ -168,7 +168,7 @@ def read_photo(
 
 
 def is_transparent(image: Image.Image) -> bool:
-    """Return whether an image says how transparent it is; one that has lost its palette says nothing."""
+    """Check whether an image has transparency; an image that has lost its palette has none."""
     return (image.mode != "P" or image.palette is not None) and image.has_transparency_data
 
 
@@ -189,16 +189,16 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def has_more_bits(image: Image.Image) -> bool:
-    """Tell whether an image has more than 8 bits a channel: Pillow's conversion to RGB makes white of all above 255."""
+    """Check whether an image has more than 8 bits per channel; Pillow's conversion to RGB clips values above 255."""
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """An image of more than 8 bits scaled to 8; Pillow's own conversion would make it white."""
+    """Scale an image with more than 8 bits per channel to 8 bits; Pillow's own conversion would make it white."""
     if not has_more_bits(image):
         return image
     values = np.asarray(image)
-    # A part at a time: as float64 a large image has a gigabyte.
+    # Scaled in parts, because a large image needs gigabytes as float64.
     parts = [slice(top, top + ROWS) for top in range(0, image.height, ROWS)]
     largest = max(_finite(values[part]).max() for part in parts)
     largest = max(largest, 0)
@@ -218,7 +218,7 @@ def _finite(values: np.ndarray) -> np.ndarray:
 
 
 def unreadable(file: object, error: Exception) -> UserError:
-    """Say that an image cannot be decoded, why, and what to do: to scale it down where it is too large."""
+    """Return the error for an image that cannot be decoded, with the reason and a remedy."""
     remedy = "replace the file with a complete copy of the image"
     if isinstance(error, Image.DecompressionBombError):
         remedy = SHRINK
@@ -228,7 +228,7 @@ def unreadable(file: object, error: Exception) -> UserError:
 
 
 def thumbnail(file: Path | BinaryIO, side: int, background: str = WHITE) -> bytes:
-    """Make a JPEG of a photo, at most `side` pixels wide and high; of a grey square where it is gone or damaged."""
+    """Make a JPEG of a photo, at most `side` pixels wide and high; of a grey square if it is missing or damaged."""
     try:
         image = read_photo(file, background, side=side)
     except (OSError, ValueError, Image.DecompressionBombError):
@@ -237,9 +237,9 @@ def thumbnail(file: Path | BinaryIO, side: int, background: str = WHITE) -> byte
 
 
 def jpeg(image: Image.Image, side: int, quality: int = 80) -> bytes:
-    """A JPEG of an RGB image, at most `side` pixels wide and high: its pixels alone, without comments or profile."""
+    """Make a JPEG of an RGB image, at most `side` pixels wide and high, without comments or colour profile."""
     copy = image.copy()
-    copy.info.clear()  # Pillow would write what it says
+    copy.info.clear()  # Pillow would write these metadata
     copy.thumbnail((side, side))
     buffer = io.BytesIO()
     copy.save(buffer, "JPEG", quality=quality)

@@ -8,32 +8,32 @@ from runtime.files import Identity, file_digest, file_identities, file_size, sam
 
 
 class Folder:
-    """Find and open the images that have paths: files in folders."""
+    """Source of images that are files in folders."""
 
     def open(self, path: Path) -> BinaryIO:
-        """Open an image, to be read from any position. Raises OSError if it is not there or cannot be read.
+        """Open an image, to be read from any position. Raises OSError if it is missing or cannot be read.
 
-        A pipe, a device or a socket is not opened: that may wait for ever, or do something.
+        A pipe, a device or a socket is not opened, because that may block for ever or have side effects.
         """
         kind = path.stat().st_mode
-        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # opening a folder fails by itself
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # `open` itself rejects a folder
             raise OSError("it is a pipe, a device or a socket, not a file")
         return open(path, "rb")
 
     def size(self, path: Path) -> int | None:
-        """Tell how many bytes an image has, None if it is not there."""
+        """Return the size of an image in bytes; None if it is missing."""
         return file_size(path)
 
     def identities(self, paths: list[Path], told_by: str = "sample") -> list[Identity]:
-        """Tell images apart: one that has changed has another identity. Raises OSError if one is not there.
+        """Return the identity of each image, which changes when the image changes. Raises OSError if one is missing.
 
         Args:
-            told_by: how a change is told, see `runtime.files.stamp`.
+            told_by: how a change is detected, see `runtime.files.stamp`.
         """
         return file_identities(paths, told_by)
 
     def digest(self, path: Path, *, sampled: bool) -> str:
-        """Return a digest of an image's bytes, or of a sample of them. Raises OSError if it is not there."""
+        """Return a digest of an image's bytes, or of a sample of them. Raises OSError if the image is missing."""
         return sample_digest(path) if sampled else file_digest(path)
 
 

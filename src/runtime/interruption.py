@@ -1,4 +1,4 @@
-"""Requests to stop: the signals that schedulers send before they kill, SIGTERM and SIGUSR1."""
+"""Handle requests to stop: SIGTERM and SIGUSR1, the signals that schedulers send before they kill a job."""
 
 import contextlib
 import multiprocessing
@@ -13,21 +13,21 @@ from runtime import torchrun
 from utils import Stopped
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
-# How worker processes are started: where they are forked, their parent is the process that they work for, which
-# `heed_parent_alone` needs. It was Python's own choice on Linux until 3.14.
+# How workers are started. The parent of a forked worker is the process that it works for, on which `heed_parent_alone`
+# relies. Fork was Python's default on Linux until 3.14.
 START_METHOD = "fork" if sys.platform == "linux" else None
-# What ends a process that saves nothing: a container, a terminal, a terminal that is closed.
+# Signals that end a process without a state to save; they come from a container, Ctrl-C, and a closed terminal.
 ENDING_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
 )
-LOOK_EVERY = 5  # seconds between two looks of a worker at whether its parent is still there
+LOOK_EVERY = 5  # seconds between two checks by a worker whether its parent still exists
 
 
 class StopRequest:
-    """Record of a received signal. It interrupts nothing: code that can stop checks it.
+    """Record of a received signal. It does not interrupt code; code that can stop checks it.
 
     Attributes:
-        requested: the signal's name; "" until it has come.
+        requested: name of the signal; "" until a signal is received.
     """
 
     def __init__(self) -> None:
@@ -35,37 +35,37 @@ class StopRequest:
         self.torchrun = os.getppid() if torchrun.launched() else None
 
     def signal_name(self) -> str:
-        """The name of the signal that asks for a stop, "" for none.
+        """Return the name of the signal that requests a stop; "" if there is no request.
 
-        The end of torchrun asks for one too: a signal that it does not pass on ends it, and leaves its processes alive.
+        The end of torchrun is a request too: a signal that torchrun does not forward ends it, but not its processes.
         """
         if self.torchrun not in (None, os.getppid()):
             self.requested = self.requested or "the end of torchrun"
         return self.requested
 
     def handle(self, number: int, frame: object) -> None:
-        """Note a signal; Python calls this when it comes."""
+        """Record a signal; Python calls this method when it receives the signal."""
         self.requested = signal.Signals(number).name
 
     def check(self) -> None:
-        """Raise Stopped if a signal has come. Called where nothing would be lost.
+        """Raise Stopped if a signal was received. Call this only when no work would be lost.
 
-        Several processes wait for each other's results, so they stop together, between two steps, and not here.
+        Processes started by torchrun do not stop here: they wait for each other, so they stop together between steps.
         """
         if self.torchrun is None:
             self.check_alone()
 
     def check_alone(self) -> None:
-        """Raise Stopped if a signal has come where no process waits for another's results."""
+        """Raise Stopped if a signal was received. Call this only when no other process waits for this one."""
         if self.signal_name():
             raise Stopped(self.requested)
 
 
 @contextlib.contextmanager
 def listening(signals: Collection[signal.Signals] = SIGNALS) -> Iterator[StopRequest]:
-    """Take signals as requests until the end of the context, which restores what they did before.
+    """Treat signals as requests until the end of the context, which restores the earlier handlers.
 
-    Signals reach the main thread alone; in another thread nothing is heard.
+    Only the main thread can handle signals; in another thread, no request is recorded.
     """
     request = StopRequest()
     heard = signals if threading.current_thread() is threading.main_thread() else ()
@@ -78,15 +78,15 @@ def listening(signals: Collection[signal.Signals] = SIGNALS) -> Iterator[StopReq
 
 
 def heeded_endings() -> list[signal.Signals]:
-    """The signals that end this process; those that `nohup` or a shell lets it ignore are not among them."""
+    """Return the signals that end this process, without the signals that `nohup` or a shell makes it ignore."""
     return [number for number in ENDING_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Hold the signals back while processes are started, which would die of one before they can handle it.
+    """Block the signals while processes are started, since a signal would kill a process that cannot handle it yet.
 
-    The signals stay blocked in those processes until they call `heed_parent_alone`.
+    In the new processes, the signals stay blocked until `heed_parent_alone` is called.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -99,14 +99,14 @@ def deferred() -> Iterator[None]:
 
 
 def heed_parent_alone() -> None:
-    """In a worker process: end by a signal of the process that started it, and ignore everybody else's.
+    """Make a worker process end on a signal from its parent, and ignore signals from all other processes.
 
-    Schedulers and terminals signal all processes of a job. A worker that died of that would break the step of its
-    parent, which has a state to save. A thread waits for the signals, because a thread that waits learns who sent
-    them; it also ends a worker whose parent is gone.
+    Schedulers and terminals signal all processes of a job. If that ended a worker, it would break the step of its
+    parent, which has a state to save. A thread waits for the signals, because only waiting reveals the sender; the
+    thread also ends a worker whose parent has ended.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigtimedwait"):  # macOS, where no scheduler signals
+    if not hasattr(signal, "sigtimedwait"):  # macOS, where no scheduler sends signals
         return
     parent = os.getppid()
     of_parent = socket_folder()
@@ -126,8 +126,8 @@ def heed_parent_alone() -> None:
 
 
 def socket_folder() -> str | None:
-    """Return this process's folder in the temporary directory, which Python makes where batches are handed over.
+    """Return this process's temporary folder for sockets, which Python makes to pass batches on; None if it has none.
 
-    Python deletes it at an end of its own alone, and `os._exit` is none.
+    Python deletes the folder only at a normal exit, not after `os._exit`.
     """
     return getattr(multiprocessing.current_process(), "_config", {}).get("tempdir")

@@ -1,7 +1,7 @@
-"""In what precision a device multiplies, and by which kernels: stated here, and left to no default of torch.
+"""Set the precision and the kernels of matrix multiplications, instead of relying on torch's defaults.
 
-On a GPU torch rounds the inputs of float32 convolutions to TF32 (10 bits of mantissa) unless it is told not to, and
-those of matrix products not. Here float32 means float32, and TF32 is used where it is asked for.
+By default on a GPU, torch rounds the inputs of float32 convolutions to TF32 (10 bits of mantissa), but not the inputs
+of matrix multiplications. Here float32 means float32, and TF32 is used only if it is chosen.
 """
 
 import contextlib
@@ -16,23 +16,23 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_kernels() -> None:
-    """Let no float32 product round its inputs, and no attention be cuDNN's.
+    """Make float32 multiplications exact, and disable cuDNN's attention kernels.
 
-    On GPUs of compute capability 9 gradients of cuDNN's attention have been NaN (pytorch issues 139298 and 196678).
-    torch's own kernels are as exact, and what it takes there without this line is cuDNN's.
+    On GPUs of compute capability 9, gradients of cuDNN's attention have been NaN (pytorch issues 139298 and 196678),
+    and torch would choose that kernel there. Torch's own kernels are as exact.
     """
     exact_float32()
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def exact_float32(exact: bool = True) -> None:
-    """Let no float32 convolution or product round its inputs; or let them be rounded to TF32."""
+    """Make float32 convolutions and matrix multiplications exact, or let them round their inputs to TF32."""
     torch.backends.cuda.matmul.allow_tf32 = not exact
     torch.backends.cudnn.allow_tf32 = not exact
 
 
 def check_encode_precision(precision: str, device: torch.device) -> None:
-    """Raise UserError where a device cannot encode so."""
+    """Raise UserError if a device does not support a precision."""
     is_ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if precision == "tf32" and not is_ampere:
         raise UserError(
@@ -47,7 +47,7 @@ def check_encode_precision(precision: str, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def encoding(precision: str, device: torch.device) -> Iterator[None]:
-    """The context in which a frozen model encodes; afterwards float32 is exact again.
+    """Set the precision of a frozen model within a context; afterwards float32 is exact again.
 
     Args:
         precision: one of ENCODE_PRECISIONS.
@@ -62,6 +62,6 @@ def encoding(precision: str, device: torch.device) -> Iterator[None]:
 
 
 def product_type(x: Tensor) -> torch.dtype:
-    """Return the type that a matrix product of x is computed in: autocast's type where it is on."""
+    """Return the data type of matrix multiplications with x: autocast's type if autocast is on."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -1,4 +1,4 @@
-"""Batches onto a device: to a GPU the next one is sent while it works with the one before."""
+"""Copy batches to a device; a GPU receives the next batch while it works on the one before."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -10,7 +10,7 @@ Item = TypeVar("Item")
 
 
 def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """Move the tensors of batches to a device. To a GPU the next batch is sent while it works with the one before."""
+    """Move the tensors of batches to a device. A GPU receives the next batch while it works on the one before."""
     if device.type != "cuda":
         for batch in batches:
             yield _each_tensor(batch, lambda tensor: tensor.to(device))
@@ -20,7 +20,7 @@ def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
 
     def to_gpu(tensor: Tensor) -> Tensor:
         sent = tensor.to(device, non_blocking=True)
-        # Its memory, which is of the stream that sends, is in use until this one's work is done.
+        # The sending stream owns the memory, and must not reuse it before the working stream has read it.
         sent.record_stream(working)
         return sent
 
@@ -34,7 +34,7 @@ def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
 
 
 def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """Yield the items in order, each when the one after it has been taken too."""
+    """Yield the items in order, each after the next item has been read from the iterable."""
     taken: list[Item] = []
     for item in items:
         taken.append(item)
@@ -44,7 +44,7 @@ def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
 
 
 def _each_tensor(batch: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Change the tensors of a batch, which is a tensor or a list of tensors and texts."""
+    """Apply a function to the tensors of a batch, which is a tensor or a list of tensors and texts."""
     if isinstance(batch, Tensor):
         return change(batch)
     return [change(part) if isinstance(part, Tensor) else part for part in batch]

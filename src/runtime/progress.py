@@ -8,37 +8,37 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-LINE_EVERY = 60.0  # seconds from line to line in a file
+LINE_EVERY = 60.0  # seconds between two lines in a file
 
 
 class Clock:
-    """Says when the next line is due."""
+    """Timer that determines when the next line is due."""
 
     def __init__(self) -> None:
         self.said_at = time.monotonic()
 
     def is_due(self) -> bool:
-        """Tell whether a minute has passed since the last line."""
+        """Check whether a minute has passed since the last line."""
         return time.monotonic() - self.said_at >= LINE_EVERY
 
     def restart(self) -> None:
-        """A line was written."""
+        """Restart the interval, after a line has been written."""
         self.said_at = time.monotonic()
 
 
 class Counter:
-    """A context that counts the images that some work is done with, and shows it.
+    """A context that counts images while they are processed, and displays the progress.
 
     Args:
-        total: how many there are.
-        doing: what is done, as "decoding images".
-        shown: False for a process that leaves the output to another.
+        total: number of images.
+        doing: description of the work, such as "decoding images".
+        shown: False for a process that leaves the output to another process.
     """
 
     def __init__(self, total: int, doing: str, *, shown: bool = True) -> None:
         self.total = total
         self.doing = doing
-        # None: hidden where the output is no terminal.
+        # With None, tqdm hides the bar if the output is not a terminal.
         hidden = None if shown else True
         self.bar = tqdm(total=total, desc=doing, unit=" images", leave=False, disable=hidden)
         self.writes_lines = shown and self.bar.disable
@@ -53,7 +53,7 @@ class Counter:
         self.bar.close()
 
     def update(self, count: int = 1) -> None:
-        """Some more is done."""
+        """Count more images as done."""
         self.done += count
         self.bar.update(count)
         if self.writes_lines and self.clock.is_due():
@@ -68,7 +68,7 @@ class Counter:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: "45 s", "12 min", "3 h 05 min"."""
+    """Format a number of seconds: "45 s", "12 min", "3 h 05 min"."""
     if round(seconds) < 60:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
@@ -76,5 +76,5 @@ def duration(seconds: float) -> str:
 
 
 def rate(per_second: float) -> str:
-    """A number per second, with a decimal where it is small."""
+    """Format a number per second, with one decimal if it is small."""
     return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.1f}"

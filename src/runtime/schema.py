@@ -1,6 +1,7 @@
 """Check JSON files and checkpoints against schemas, and report the first field that is invalid.
 
-Schemas lie beside what reads them, in files that are imported when something is read: pydantic takes half a second.
+Schemas are next to the code that reads the files, in modules that are imported on demand, because importing pydantic
+takes half a second.
 """
 
 from pathlib import Path
@@ -11,11 +12,11 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from runtime.files import read_json
 from utils import UserError
 
-CHARACTERS_SHOWN = 60  # characters of a value that is refused
+CHARACTERS_SHOWN = 60  # maximum length of an invalid value in a message
 
 
 class Schema(BaseModel):
-    """A table with known fields: types are exact, numbers finite, and fields of other versions may stay."""
+    """Base of all schemas: types are exact, numbers are finite, and unknown fields of other versions are allowed."""
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, extra="allow")
 
@@ -24,15 +25,15 @@ Checked = TypeVar("Checked")
 
 
 def checked(schema: type[Checked], content: Any, *, file: object, remedy: str) -> Checked:
-    """The content of a file as its schema has it.
+    """Return the content of a file after checking it against its schema.
 
     Args:
-        schema: a Schema, a list of one, or a list or an object of strings.
-        file: how the message begins: the file, after its flag where there is one, and before the line.
-        remedy: how the message ends, such as "measure again".
+        schema: a Schema, a list of Schemas, or a list or an object of strings.
+        file: beginning of the message: the flag if there is one, the file, and the line if the file has several.
+        remedy: end of the message, such as "measure again".
 
     Raises:
-        UserError: the first field that is missing, of another type or out of range is named, with its value.
+        UserError: a field is missing, has another type or is out of range; the message has the first and its value.
     """
     try:
         return TypeAdapter(schema).validate_python(content)
@@ -41,7 +42,7 @@ def checked(schema: type[Checked], content: Any, *, file: object, remedy: str) -
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first field that breaks a schema, why, and its value."""
+    """Describe the first field that violates a schema, with the reason and its value."""
     first = error.errors(include_url=False, include_context=False)[0]
     field = _field(first["loc"]) or "the content"
     found = ""
@@ -58,19 +59,19 @@ def first_fault(error: ValidationError) -> str:
 def read_checked(
     schema: type[Checked], file: Path, *, remedy: str, writer: str | None = None
 ) -> Checked:
-    """The content of a JSON file as its schema has it.
+    """Read a JSON file and check it against its schema.
 
     Args:
         writer: see `read_json`.
 
     Raises:
-        UserError: it is not there or no JSON, or see `checked`.
+        UserError: the file is missing or not JSON, or violates the schema, see `checked`.
     """
     return checked(schema, read_json(file, writer), file=file, remedy=remedy)
 
 
 def _field(place: tuple[int | str, ...]) -> str:
-    """Return the name of a field for messages: `preprocessing.mean`, or `entry 3: captions.0` of a list."""
+    """Return the name of a field for messages: `preprocessing.mean`, or `entry 3: captions.0` in a list."""
     parts = list(map(str, place))
     if place and isinstance(place[0], int):
         return ": ".join(filter(None, [f"entry {place[0]}", ".".join(parts[1:])]))

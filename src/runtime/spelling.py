@@ -1,4 +1,4 @@
-"""Names that are one name in two spellings: in another Unicode form, in another case, with other folders in front."""
+"""Match file names that differ only in their spelling: in Unicode form, in case, or in leading folders."""
 
 import functools
 import itertools
@@ -7,38 +7,38 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-MOST_FILES = 100_000  # that are looked through for the sake of a hint
+MOST_FILES = 100_000  # maximum number of files that are searched for a hint
 _ENDING = re.compile(r"(?<=[^/])\.[^./]+$")
 
 
 def nfc(name: str) -> str:
-    """A name with its accents as keyboards write them. macOS takes letters and accents apart (NFD)."""
+    """Return a name in the Unicode form NFC, as keyboards write it. macOS separates letters and accents (NFD)."""
     return unicodedata.normalize("NFC", name)
 
 
 def as_stored(path: Path) -> Path:
-    """The path under which a file is there, where its name or a folder's is there in the other Unicode form."""
+    """Return the path under which a file exists, if the disk has its name or a folder's in the other Unicode form."""
     if str(path).isascii() or path.exists():
         return path
     parent = as_stored(path.parent)
     try:
         names = _stored_names(parent, parent.stat().st_mtime_ns)
-    except OSError:  # there is no such folder
+    except OSError:  # the folder does not exist
         return path
     return parent / names.get(nfc(path.name), path.name)
 
 
 @functools.lru_cache(maxsize=64)
 def _stored_names(folder: Path, changed: int) -> dict[str, str]:
-    """Return the names in a folder by their NFC; the folder is read again when it has changed."""
+    """Return NFC form -> name in a folder, cached until `changed`, the folder's modification time, differs."""
     return {nfc(entry.name): entry.name for entry in folder.iterdir()}
 
 
 class Spellings:
-    """Known names, and which of them an unknown one is but for a slip.
+    """Known names, for finding the correct spelling of an unknown name.
 
-    A slip is another Unicode form, another case, backslashes, folders in front that are too many or missing, another
-    ending or none.
+    A misspelled name differs in Unicode form or case, or has backslashes, extra or missing leading folders, another
+    extension, or none.
     """
 
     def __init__(self, known: Iterable[str]) -> None:
@@ -46,7 +46,7 @@ class Spellings:
 
     @functools.cached_property
     def _by_end(self) -> dict[str, list[str]]:
-        """Return the remainders of names, see `_ends` -> the names with this remainder."""
+        """Return end of a name, see `_ends` -> known names with this end."""
         found: dict[str, list[str]] = {}
         for name in self.names:
             for end in _ends(name):
@@ -54,7 +54,7 @@ class Spellings:
         return found
 
     def hint(self, name: str) -> str:
-        """Name behind an unknown name the known one that was meant; "" where that is not certain."""
+        """Return a hint with the known name that was probably meant; "" if no single name matches."""
         for end in _ends(name):
             if len(meant := self._by_end.get(end, [])) == 1:
                 return f" (did you mean {meant[0]}?)"
@@ -62,7 +62,10 @@ class Spellings:
 
 
 def _ends(name: str) -> list[str]:
-    """A name without regard to its spelling, without its ending, without the first folder, the first two, and so on."""
+    """Return a normalised name, then the name without its first folder, its first two, and so on.
+
+    Each form is followed by the same form without its extension.
+    """
     parts = PurePosixPath(nfc(name.replace("\\", "/")).casefold()).parts
     ends = []
     for number in range(len(parts)):
@@ -72,13 +75,13 @@ def _ends(name: str) -> list[str]:
 
 
 def missing_folder(path: Path) -> Path | None:
-    """The highest folder above a file that is not there; None where all are."""
+    """Return the highest missing folder above a file; None if all its folders exist."""
     missing = itertools.takewhile(lambda folder: not folder.exists(), path.parents)
     return next(reversed(list(missing)), None)
 
 
 def hint_of_file(path: Path) -> str:
-    """`Spellings.hint` of a file that is not there, among those below the folder above it that is there."""
+    """Return `Spellings.hint` for a missing file, from the files below its nearest existing folder."""
     above = (missing_folder(path) or path).parent
     files = []
     for file in itertools.islice(above.rglob("*"), MOST_FILES):

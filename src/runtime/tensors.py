@@ -1,4 +1,4 @@
-"""Tensors on disk: checkpoints written whole, checked, and read without running code; safetensors too."""
+"""Checkpoints and safetensors files: written atomically, checked, and read without running code."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from torch import Tensor
 from runtime.files import parse_json, write_bytes, written_whole
 from utils import UserError, first_line
 
-# What a damaged checkpoint raises when it is read.
+# Exceptions that are raised when a damaged checkpoint is read.
 LOADING_ERRORS = (
     OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, OverflowError, MemoryError, NotImplementedError,
     struct.error, zlib.error, zipfile.BadZipFile,
@@ -27,19 +27,19 @@ LOADING_ERRORS = (
 
 
 SAFETENSORS = ".safetensors"
-# A file of weights may take this many times its bytes when it is read, and so many bytes at least: some are zipped.
+# Files may be compressed, so a file's content may need this many times its size in memory, or LEAST_BOUND bytes.
 MOST_TIMES = 4
 LEAST_BOUND = 2**26
-MOST_PARTS = 10**7  # of a dict with all that is in it; those of a training's state are thousands
-# What a pickle calls to make bytes, of which a short one may make any number; `torch.load` lets it.
+MOST_PARTS = 10**7  # maximum number of nested parts of a dict; a training state has thousands
+# Calls in a pickle that make bytes. `torch.load` allows them, although a short pickle can make any number of bytes.
 MAKES_BYTES = re.compile(rb"c(__builtin__|builtins)\nbytearray\n|c_codecs\nencode\n")
 UNKNOWN_OBJECT = re.compile(r"Unsupported global: GLOBAL (\S+)")
-ZIP = b"PK\3\4"  # by which torch knows what it reads
+ZIP = b"PK\3\4"  # beginning by which torch recognises its own format
 WEB_PAGE = (
     "a web page",
     "its download asked to log in or to confirm: do that in a browser, and download it again",
 )
-# How a file begins that is no weights -> what it is, and how to get what was meant.
+# Beginning of a file that does not contain weights -> kind of the file, and how to get the weights.
 OTHER_FILES = {
     b"version https://git-lfs": (
         "a pointer of Git LFS",
@@ -52,31 +52,31 @@ OTHER_FILES = {
 
 
 def mapped_array(path: Path) -> np.ndarray:
-    """The array of a .npy file in a memory map, to be read.
+    """Map the array of a .npy file into memory, to be read.
 
     Raises:
-        ValueError: it is none, is damaged, or is longer than its file. NumPy's own errors are of a dozen kinds.
+        ValueError: the file is not an array, is damaged, or is too short. NumPy itself raises a dozen kinds of errors.
     """
     try:
-        with np.errstate(over="ignore"):  # of a shape beyond all files
+        with np.errstate(over="ignore"):  # for a shape larger than any file
             return np.lib.format.open_memmap(path, mode="r")
     except (*LOADING_ERRORS, SyntaxError, TypeError, tokenize.TokenError) as error:
         raise ValueError(first_line(error)) from None
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
-    """`torch.save`, whole or not at all. Raises UserError where the disk refuses it."""
+    """Save content by `torch.save`, atomically. Raises UserError if the disk rejects it."""
     with written_whole(path) as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # what torch makes of a full disk, and of Ctrl-C
+        except RuntimeError as error:  # torch raises it for a full disk, and for Ctrl-C
             if isinstance(error.__context__, KeyboardInterrupt):
                 raise error.__context__ from None
             raise OSError(0, f"the disk refused it: {first_line(error)}") from None
 
 
 def save_safetensors(path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write tensors by name, and beside them their settings, as `load_tensors` reads them; whole or not at all."""
+    """Write tensors by name and their settings, in the form that `load_tensors` reads, atomically."""
     from safetensors.torch import save
 
     metadata = {"format": "pt"}
@@ -87,14 +87,14 @@ def save_safetensors(path: Path, state: Mapping[str, Tensor], config: Mapping[st
 
 
 def check_archive(path: Path) -> None:
-    """Look at a file before torch reads it: its parts are what was written, and take no more memory than they should.
+    """Check a file before torch reads it: its parts are undamaged, and will not need too much memory.
 
     Raises:
-        BadZipFile: a checksum is wrong, or parts are packed so that they unpack to many times the file's bytes.
-        UnpicklingError: a pickle in it makes bytes of its own.
+        BadZipFile: a checksum is wrong, or the parts unpack to many times the file's size.
+        UnpicklingError: a pickle in the file makes bytes by itself.
     """
     with open(path, "rb") as file:
-        if file.read(len(ZIP)) != ZIP:  # of an earlier version of torch: pickles, then bytes
+        if file.read(len(ZIP)) != ZIP:  # format of early torch versions: pickles, then bytes
             file.seek(0)
             _check_pickle(file.read())
             return
@@ -111,7 +111,7 @@ def check_archive(path: Path) -> None:
 
 
 def _bound(path: Path) -> int:
-    """Bytes of memory that the content of a file may take."""
+    """Return the maximum number of bytes of memory for the content of a file."""
     return max(MOST_TIMES * path.stat().st_size, LEAST_BOUND)
 
 
@@ -121,9 +121,9 @@ def _check_pickle(content: bytes) -> None:
 
 
 def _check_size(path: Path, content: Any) -> None:
-    """Raise ValueError where tensors share their bytes, or parts are in each other, so that all is far above the file.
+    """Raise ValueError if content is far larger than its file, because tensors share memory or parts are repeated.
 
-    A copy of such content, and any loop over it, would take what the file does not tell.
+    A copy of such content, or a loop over it, would need more memory or time than the file's size suggests.
     """
     bound = _bound(path)
     left = min(path.stat().st_size, MOST_PARTS)
@@ -143,19 +143,19 @@ def _check_size(path: Path, content: Any) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """`torch.load` on the CPU of a dict of tensors and plain types; code in a pickle is rejected, never run.
+    """Load a dict of tensors and plain types on the CPU; code in a pickle is rejected, never run.
 
-    Safetensors are told by their content, whatever the file is called; beside the tensors is "config" where the
-    metadata have that as JSON.
+    Safetensors files are recognised by their content, whatever the file's name. The dict also has "config" if their
+    metadata contain it as JSON.
 
     Raises:
-        UserError: the file is missing, truncated, not a checkpoint, or holds more than tensors and plain types.
+        UserError: the file is missing, truncated, not a checkpoint, or contains more than tensors and plain types.
     """
     try:
         if _is_safetensors(path):
             return _load_safetensors(path)
         check_archive(path)
-        # torch goes by this one ending.
+        # torch decides by this extension, so a checkpoint with it is passed without its name.
         held = io.BytesIO(path.read_bytes()) if path.suffix == SAFETENSORS else path
         content = torch.load(held, map_location="cpu", weights_only=True)
         _check_size(path, content)
@@ -181,8 +181,8 @@ def _is_safetensors(path: Path) -> bool:
     """Check whether a file has the format of safetensors, whatever its name.
 
     Raises:
-        OSError: it cannot be read.
-        UserError: it is something else than weights.
+        OSError: the file cannot be read.
+        UserError: the file is known to contain something other than weights.
     """
     with open(path, "rb") as file:
         start = file.read(64)
@@ -195,7 +195,7 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:
-    """The tensors of a file of safetensors, and "config". Raises LOADING_ERRORS, and UserError without the package."""
+    """Read the tensors of a safetensors file, and "config". Raises LOADING_ERRORS, or UserError without the package."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:

@@ -1,35 +1,35 @@
-"""Read what torchrun tells each process that it starts, by the environment."""
+"""Read the environment variables that torchrun sets for each process that it starts."""
 
 import os
 
 
 def launched() -> bool:
-    """Return whether torchrun started this process as one of several."""
+    """Check whether torchrun started this process as one of several."""
     return {"RANK", "MASTER_ADDR"} <= set(os.environ) and world_size() > 1
 
 
 def world_size() -> int:
-    """Return how many processes it started on all machines."""
+    """Return the number of processes on all machines."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_first() -> bool:
-    """Return whether this process is the first of those that it started, or the only one."""
+    """Check whether this process is the first of several, or the only one."""
     return not launched() or os.environ["RANK"] == "0"
 
 
 def local_rank() -> int:
-    """Return this process's number among those of its machine."""
+    """Return this process's rank on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def local_world_size() -> int:
-    """Return how many processes it started on this machine."""
+    """Return the number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def command() -> str:
-    """Return what stands before a script in a command that starts as many processes as there are."""
+    """Return the part of a command before the script's name, for as many processes as are running now."""
     if not launched():
         return "python"
     here = local_world_size()

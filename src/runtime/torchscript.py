@@ -1,4 +1,4 @@
-"""TorchScript archives, the form in which OpenAI publishes its weights: tensors are read, and no code is run."""
+"""Read tensors from TorchScript archives, the form in which OpenAI publishes its weights, without running code."""
 
 import collections
 import pickle
@@ -15,7 +15,7 @@ from runtime.tensors import LOADING_ERRORS, check_archive
 from utils import UserError, first_line
 
 OWN_TYPES = "__torch__"  # the module of all classes that an archive defines
-# How the code of an archive lists a module's weights, whose other tensors are constants.
+# Pattern of an archive's code that lists the weights of a module; the module's other tensors are constants.
 LISTED = r"class {}\(Module\):\n  __parameters__ = \[(.*?)\]\n  __buffers__ = \[(.*?)\]"
 DTYPES = {
     "FloatStorage": torch.float32,
@@ -42,7 +42,7 @@ class _Module:
 
 
 class _Reader(pickle.Unpickler):
-    """Reads the modules of an archive. Of all that a pickle can name, it knows tensors, lists and empty modules."""
+    """Unpickler of the modules of an archive, which allows only tensors, lists and modules without code."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(archive.open(f"{root}/data.pkl"))
@@ -59,12 +59,12 @@ class _Reader(pickle.Unpickler):
             return _tensor
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
-        if module == "torch.jit._pickle":  # types of lists and dicts, which are there as they are
+        if module == "torch.jit._pickle":  # it only adds types to lists and dicts
             return lambda values, *_: values
         raise pickle.UnpicklingError(f"{module}.{name} is not part of weights")
 
     def persistent_load(self, pid: Any) -> Tensor:
-        """The numbers of a storage, one after the other."""
+        """Return the numbers of a storage as a tensor of one dimension."""
         _, dtype, key, _, _ = pid
         if key not in self._storages:
             content = bytearray(self._archive.read(f"{self._root}/data/{key}"))
@@ -76,7 +76,7 @@ class _Reader(pickle.Unpickler):
 
 
 def _tensor(numbers: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
-    """A tensor of a storage's numbers, each of which it has once at most."""
+    """Return a tensor of a storage's numbers. Raises ValueError if it has more numbers than the storage."""
     tensor = numbers.as_strided(size, stride, offset)
     if tensor.numel() > numbers.numel():
         raise ValueError("a tensor is larger than what is stored of it")
@@ -84,20 +84,20 @@ def _tensor(numbers: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -
 
 
 def is_archive(path: Path) -> bool:
-    """Tell whether a file is a TorchScript archive."""
+    """Check whether a file is a TorchScript archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    # `zipfile.is_zipfile` does not tell of every damaged one.
+    # `zipfile.is_zipfile` would not detect every damaged archive.
     except (zipfile.BadZipFile, ValueError):
         return False
 
 
 def archived_state(path: Path) -> dict[str, Tensor]:
-    """The parameters and buffers of an archive by name, as the `state_dict` of its module has them.
+    """Read the parameters and buffers of an archive by name, as in the `state_dict` of its module.
 
     Raises:
-        UserError: it is damaged, or holds more than modules of tensors and plain values.
+        UserError: the archive is damaged, or contains more than modules of tensors and plain values.
     """
     try:
         check_archive(path)
@@ -113,7 +113,7 @@ def archived_state(path: Path) -> dict[str, Tensor]:
 
 
 def _weights_of(archive: zipfile.ZipFile, root: str) -> Callable[[_Module, str], bool]:
-    """Tell which tensors of a module are weights: those that its code lists; all where it has no such lists."""
+    """Return a function that checks whether a module's tensor is a weight: its code lists it, or has no such list."""
     members = set(archive.namelist())
 
     def is_weight(module: _Module, name: str) -> bool:
@@ -131,7 +131,7 @@ def _weights_of(archive: zipfile.ZipFile, root: str) -> Callable[[_Module, str],
 def _named_weights(
     module: _Module, prefix: str, is_weight: Callable[[_Module, str], bool]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a module and of those in it, each with its whole name."""
+    """Yield the weights of a module and its submodules, each with its full name."""
     for name, value in module.attributes.items():
         if isinstance(value, Tensor) and is_weight(module, name):
             yield f"{prefix}{name}", value

@@ -1,6 +1,6 @@
-"""Mirror a run to trackers besides its CSV files: Comet, TensorBoard and Weights & Biases, several at once.
+"""Log a run to one or more trackers (Comet, TensorBoard, Weights & Biases), in addition to its CSV files.
 
-A new tracker is a class here and its line in TRACKERS. Nothing is imported before it is asked for.
+To add a tracker, write a class here and add it to TRACKERS. A tracker's package is imported on demand.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ class Account:
     """Description of a run that a tracker receives at its start.
 
     Attributes:
-        folder: of the run.
-        name: what the run is called.
-        api_key, workspace: of Comet, where flags and not its own settings say them.
+        folder: run folder.
+        name: name of the run in the tracker.
+        api_key, workspace: Comet's key and workspace, if flags set them instead of Comet's own settings.
     """
 
     folder: Path
@@ -37,16 +37,16 @@ class Account:
 
     @property
     def key(self) -> str:
-        """Letters and digits that stay the run's own when it is resumed or its folder is moved."""
+        """Return an alphanumeric ID of the run, which stays the same when it is resumed or its folder is moved."""
         started = (self.folder / HYPER_PARAMETERS).read_bytes()
         return hashlib.sha256(self.folder.name.encode() + started).hexdigest()[:40]
 
 
 class Tracker:
-    """A mirror of a run.
+    """Base of all trackers.
 
     Attributes:
-        module, package: what is imported, and what pip installs for it.
+        module, package: name of the module to import, and of the package that pip installs.
     """
 
     module: str
@@ -57,7 +57,7 @@ class Tracker:
 
     @staticmethod
     def failures() -> tuple[type[Exception], ...]:
-        """Return what it raises where it cannot be reached or refuses."""
+        """Return the exceptions that are raised if the tracker cannot be reached or denies access."""
         return OSError, ValueError, RuntimeError
 
     def log_parameters(self, parameters: Mapping[str, Any]) -> None:
@@ -67,11 +67,11 @@ class Tracker:
         """Log metrics of an epoch."""
 
     def finish(self) -> None:
-        """Send what is still to be sent: the run is complete."""
+        """Send all remaining data at the end of a complete run."""
 
 
 class Comet(Tracker):
-    """Comet. A resumed run continues in the same experiment."""
+    """Tracker for Comet. A resumed run continues in the same experiment."""
 
     module = "comet_ml"
     package = "comet-ml"
@@ -105,7 +105,7 @@ class Comet(Tracker):
 
 
 class TensorBoard(Tracker):
-    """TensorBoard, in a folder of the run's own. What a resumed run does again takes the place of what it did."""
+    """Tracker for TensorBoard, in a subfolder of the run folder. Epochs that a resumed run repeats are replaced."""
 
     module = "tensorboard"
     package = "tensorboard"
@@ -135,7 +135,7 @@ class TensorBoard(Tracker):
 
 
 class Wandb(Tracker):
-    """Weights & Biases. A resumed run continues in the same run."""
+    """Tracker for Weights & Biases. A resumed run continues in the same run."""
 
     module = "wandb"
     package = "wandb"
@@ -172,7 +172,7 @@ TRACKERS: dict[str, type[Tracker]] = {"comet": Comet, "tensorboard": TensorBoard
 
 
 class Trackers:
-    """Several trackers as one, none too. One that fails is left out from then on, with a warning: no training stops."""
+    """Any number of trackers as one. A tracker that fails is dropped with a warning, and training continues."""
 
     def __init__(self, names: Sequence[str], account: Account) -> None:
         self._trackers: dict[str, Tracker] = {}
@@ -189,7 +189,7 @@ class Trackers:
         self._each(lambda tracker: tracker.log_metrics(metrics, epoch))
 
     def finish(self) -> None:
-        """Send what is still to be sent: the run is complete."""
+        """Send all remaining data at the end of a complete run."""
         self._each(lambda tracker: tracker.finish())
 
     def _each(self, log: Callable[[Tracker], None]) -> None:
@@ -209,10 +209,10 @@ class Trackers:
 
 
 def check_trackers(names: Sequence[str], api_key: str | None, workspace: str | None) -> list[str]:
-    """Return the names of the trackers that flags choose; as in the original, Comet's key and workspace do too.
+    """Return the names of the trackers that flags choose; as in the original, Comet's key and workspace choose Comet.
 
     Raises:
-        UserError: a package is missing, or a key is without its workspace.
+        UserError: a package is missing, or only one of key and workspace is given.
     """
     if bool(api_key) != bool(workspace):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Weights that may come from elsewhere: names without wrappers, shapes that fit a model, values that are numbers."""
+"""Check weights from any source: names without wrappers, shapes that fit a model, and finite values."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,21 +9,21 @@ from torch.overrides import TorchFunctionMode
 
 from utils import UserError
 
-# What DistributedDataParallel and torch.compile put into the names of what they wrap, at any depth.
+# Parts that DistributedDataParallel and torch.compile add to the names of weights, at any depth.
 WRAPPERS = frozenset({"module", "_orig_mod"})
-# What is copied into a float32 weight as it is; narrower kinds are quantized and have scales elsewhere.
+# Types that can be copied into a float32 weight; narrower types are quantized, and their scales are stored elsewhere.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# A layer counts its batches, and weights of earlier versions of torch do not: nothing here asks for it.
+# BatchNorm's counter, which may be missing: earlier versions of torch do not save it, and no code here reads it.
 COUNTER = "num_batches_tracked"
 
 INITIALISERS = {"normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_"}
 
 
 class Unfilled(TorchFunctionMode):
-    """A context in which modules are built whose weights are about to be replaced: nothing is drawn for them.
+    """A context for building modules whose weights will be replaced, so that no random numbers are drawn for them.
 
-    Memory that is not written costs nothing. Tensors without data ("meta") would do as well, but to compute with them
-    torch imports its compiler, which takes longer than all else that a question takes.
+    Memory that is not written costs nothing. Tensors on the meta device would do as well, but to compute with them,
+    torch imports its compiler, which takes longer than all the rest of a search query.
     """
 
     def __torch_function__(
@@ -38,13 +38,13 @@ class Unfilled(TorchFunctionMode):
 
 
 def unwrapped(state: Mapping[Any, Any], source: str) -> dict[str, Any]:
-    """A state dict by the names that its model gave, without those of wrappers.
+    """Return a state dict under its model's names, without the parts that wrappers add.
 
     Args:
-        source: how a message begins: the flag and its file.
+        source: beginning of a message: the flag and its file.
 
     Raises:
-        UserError: a name is no text, or two are the same without wrappers.
+        UserError: a name is not a string, or two names are the same without wrappers.
     """
     plain: dict[str, Any] = {}
     for name, weight in state.items():
@@ -64,10 +64,10 @@ def unwrapped(state: Mapping[Any, Any], source: str) -> dict[str, Any]:
 def shape_of(
     state: Mapping[str, Any], name: str, dimensions: int, *, source: str, remedy: str
 ) -> tuple[int, ...]:
-    """The shape of a weight that tells the sizes of its model.
+    """Return the shape of a weight that determines sizes of its model.
 
     Raises:
-        UserError: there is none of so many dimensions.
+        UserError: the weight is missing, is empty or has another number of dimensions.
     """
     shape = _shape(state.get(name)) or ()
     if len(shape) != dimensions or 0 in shape:
@@ -83,16 +83,17 @@ def fitted(
     remedy: str,
     vital: Sequence[str] = (),
 ) -> dict[str, Tensor]:
-    """The weights of a state dict, if a model can take every one of them.
+    """Return the weights of a state dict after checking that all of them fit a model.
 
     Args:
-        model: the model's own state dict, of which names, shapes and types count; it may have no data.
-        source: how a message begins: the flag and its file.
-        remedy: how it ends where names or shapes differ.
-        vital: beginnings of the names of matrices that all features pass, so that zeros there make all alike.
+        model: the model's own state dict; only its names, shapes and types are used, so it may have no data.
+        source: beginning of a message: the flag and its file.
+        remedy: end of the message if names or shapes differ.
+        vital: name prefixes of matrices that all features pass; if such a matrix is zero, all features are equal.
 
     Raises:
-        UserError: the first weight that is missing, extra, misshapen, not of real numbers or not finite is named.
+        UserError: a weight is missing, extra, misshapen, not real, not finite, or vital and zero; the message names
+            the first such weight.
     """
     found = differences(state, model)
     if found:
@@ -105,7 +106,7 @@ def fitted(
 
 
 def differences(state: Mapping[str, Any], model: Mapping[str, Tensor]) -> str:
-    """Describe how a state dict differs from a model's in names and shapes, with counts; "" if equal."""
+    """Describe how a state dict differs from a model's in names and shapes, with counts; "" if it does not differ."""
     missing = [name for name in model if name not in state and not name.endswith(COUNTER)]
     extra = [name for name in state if name not in model]
     misshapen = []
@@ -125,7 +126,7 @@ def differences(state: Mapping[str, Any], model: Mapping[str, Tensor]) -> str:
 
 
 def counted(names: Sequence[str], shown: int = 1) -> str:
-    """The first of some names, and how many more there are."""
+    """Return the first names as text, with the number of the remaining names."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
 
@@ -135,7 +136,7 @@ def _shape(weight: Any) -> tuple[int, ...] | None:
 
 
 def _flaw(weight: Tensor, own: Tensor, *, vital: bool) -> str:
-    """Return the problem with the values of a weight that is copied into a model's own, "" for none."""
+    """Return the problem with the values of a weight that will replace a model's own; "" if there is none."""
     if not own.is_floating_point() or weight.numel() == 0:
         return ""
     if weight.dtype not in FLOATS or weight.layout != torch.strided or weight.is_meta:
@@ -143,7 +144,7 @@ def _flaw(weight: Tensor, own: Tensor, *, vital: bool) -> str:
         return (
             f"holds no plain floating-point numbers, but {kind} ({weight.layout}, {weight.device})"
         )
-    # The lowest and the highest, both NaN where a value is: a tenth of the time of `isfinite`.
+    # Checking minimum and maximum, which are NaN if any value is, takes a tenth of the time of `isfinite`.
     ends = torch.stack(weight.detach().aminmax()).to(own.dtype)
     if not ends.isfinite().all():
         return "is not finite"
