@@ -63,17 +63,6 @@ def test_what_the_user_can_put_right_is_raised(pool):
     asyncio.run(run())
 
 
-def test_a_job_that_nobody_waits_for_is_ended(pool):
-    async def run() -> None:
-        jobs = [asyncio.create_task(pool.run(time.sleep, HANG)) for _ in range(4)]
-        await asyncio.sleep(0)
-        for job in jobs:
-            job.cancel()
-        assert await pool.run(len, "abc") == 3
-
-    asyncio.run(run())
-
-
 def test_a_pool_whose_idle_processes_were_killed_is_replaced(pool):
     async def run() -> None:
         process = await pool.run(os.getpid)

@@ -5,6 +5,7 @@ rejected before any of it is read. It is a server for one machine or a trusted n
 proxy in front that limits slow clients and requests per client.
 """
 
+import asyncio
 import ipaddress
 import re
 import socket
@@ -90,16 +91,24 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or reject it, and add HEADERS to the response."""
+        is_begun = False
 
         async def sent(message: MutableMapping[str, Any]) -> None:
+            nonlocal is_begun
+            is_begun = True
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
         refusal = self._refusal(Headers(scope=scope)) if scope["type"] == "http" else None
         if refusal is None:
-            await self.app(scope, receive, sent)
-            return
+            try:
+                await self.app(scope, receive, sent)
+                return
+            except asyncio.CancelledError:
+                if is_begun:
+                    raise
+                refusal = HTTPStatus.SERVICE_UNAVAILABLE, "the server is stopping: try again later"
         status, reason = refusal
         if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             # Otherwise the connection would break before the browser reads the response.
@@ -111,7 +120,10 @@ class Guard:
         """Return the status and the reason for a rejection, or None."""
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self.hosts.holds(hosts[0]):
-            return HTTPStatus.FORBIDDEN, "this page has another address; see --host and --allow-host"
+            return (
+                HTTPStatus.FORBIDDEN,
+                "this page has another address; see --host and --allow-host",
+            )
         # Images and scripts are requested without an origin. A link to this page may stand on any other.
         sites = set(headers.getlist("sec-fetch-site"))
         is_link = headers.getlist("sec-fetch-mode") == ["navigate"]

@@ -512,7 +512,9 @@ def add_errors(app: FastAPI) -> None:
         return failed(error.status_code, str(error.detail).lower(), error.headers)
 
     async def left(_: Request, error: Any) -> Response:
-        return Response(status_code=HTTPStatus.BAD_REQUEST)  # the sender is gone before its request is here
+        return Response(
+            status_code=HTTPStatus.BAD_REQUEST
+        )  # the sender is gone before its request is here
 
     async def fault(_: Request, error: Any) -> JSONResponse:
         return failed(

@@ -58,7 +58,7 @@ class Pool:
         self._pool.schedule(os.getpid)
 
     async def run(self, function: Callable[..., Outcome], *arguments: Any) -> Outcome:
-        """Return the result of a module-level function that runs in a process; cancelling ends the process.
+        """Return the result of a module-level function that runs in a process.
 
         Raises:
             Overrun: the job exceeded its limits.
@@ -68,8 +68,12 @@ class Pool:
             self.close()
             self._pool = self._new_pool()
         job = self._pool.schedule(function, args=arguments, timeout=self.seconds)
+        # A request is cancelled only when the server ends, which ends its job too.
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+        job.add_done_callback(lambda _: loop.is_closed() or loop.call_soon_threadsafe(done.set))
+        await done.wait()
         try:
-            return await asyncio.wrap_future(job)
+            return job.result()
         except (OutOfTime, MemoryError, ProcessExpired, BrokenProcessPool):
             raise Overrun from None
 
@@ -100,7 +104,9 @@ def _begin(memory: int) -> None:
 
     import torch
 
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Pebble's handler would wait for the decoder to return
+    signal.signal(
+        signal.SIGTERM, signal.SIG_DFL
+    )  # Pebble's handler would wait for the decoder to return
     threading.Thread(target=_end_with_server, daemon=True).start()
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would contain a user's image
