@@ -15,8 +15,8 @@ NAME = "default"  # peft's name for an adapter
 class Adapter(nn.Module):
     """Parametrization of a weight W (out, in) as W + B A. Only A and B are trained, and B is initialised to zeros.
 
-    All code that reads the weight gets the sum: layers that are called, and also code that reads weights directly, such
-    as attention's packed projections and the folding in `lean_clip`.
+    All code that reads the weight gets the sum: layers that are called, and also code that reads
+    weights directly, such as attention's packed projections and the folding in `lean_clip`.
     """
 
     def __init__(self, lora_A: nn.Linear, lora_B: nn.Linear) -> None:
@@ -33,8 +33,8 @@ class Adapter(nn.Module):
 def add_adapters(model: nn.Module, lora: Lora) -> None:
     """Freeze a model and add peft's adapters to the matrices of the target layers that were trainable, in place.
 
-    Trainable weights of normalisation layers stay trainable with `lora_norms`. peft itself would replace layers by its
-    own, whose adapters act only when the layer is called.
+    Trainable weights of normalisation layers stay trainable with `lora_norms`. peft itself would
+    replace layers by its own, whose adapters act only when the layer is called.
 
     Raises:
         UserError: no trainable matrix is in a target layer.
@@ -82,8 +82,8 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
 def _layers(module: nn.Module, kind: str = "") -> Iterator[tuple[nn.Module, str]]:
     """Yield each layer of a module and its kind: "attention", "mlp" or "none".
 
-    The kind follows from the class names of the layer and of the modules around it. If no class name decides, a layer
-    inside a numbered block is "mlp", and any other layer is "none".
+    The kind follows from the class names of the layer and of the modules around it. If no class
+    name decides, a layer inside a numbered block is "mlp", and any other layer is "none".
     """
     own = type(module).__name__
     if "Attention" in own and not own.endswith("Block"):

@@ -36,7 +36,8 @@ def sizes_of(state: Mapping[str, Any], *, source: str, remedy: str) -> tuple[Any
     """Return the sizes of the CLIP that a state dict belongs to, derived as in the clip package's `build_model`.
 
     Raises:
-        UserError: the model is not OpenAI's, or a weight that determines a size is missing or misshapen.
+        UserError: the model is not OpenAI's, or a weight that determines a size is missing or
+            misshapen.
     """
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:

@@ -33,12 +33,14 @@ class Tokenizer:
     """Converts captions to the tokens of one text encoder.
 
     Attributes:
-        encode: function (captions, columns) -> tokens (len(captions), columns); a caption that is too long is cut.
+        encode: function (captions, columns) -> tokens (len(captions), columns); a caption that is
+            too long is cut.
         context: maximum number of token columns of the text encoder.
         pad: token that fills the columns after a caption.
         vocabulary: number of tokens in the text encoder's vocabulary.
-        is_trimmed: whether the text encoder also accepts fewer columns, and columns after a caption's end do not change
-            its features. This requires causal attention, and features that are read at the end token.
+        is_trimmed: whether the text encoder also accepts fewer columns, and columns after a
+            caption's end do not change its features. This requires causal attention, and features
+            that are read at the end token.
     """
 
     encode: Callable[[list[str], int], Tensor]
@@ -105,8 +107,8 @@ class Tokenizer:
 class Backbone:
     """Description of a CLIP model without its weights.
 
-    The model has `encode_image` and `encode_text`, which return unnormalised features. Weights named `visual.*` belong
-    to the image encoder, all others to the text encoder.
+    The model has `encode_image` and `encode_text`, which return unnormalised features. Weights
+    named `visual.*` belong to the image encoder, all others to the text encoder.
 
     Attributes:
         dim: dimension D of features.
@@ -114,11 +116,12 @@ class Backbone:
         mean, std: mean and standard deviation of each colour channel, for colours in [0, 1].
         interpolation: one of INTERPOLATIONS.
         resize_mode: one of RESIZE_MODES: how the model's own evaluations make an image square.
-        architecture: digest of everything besides weights that determines features: the computation and the tokenizer.
-            Empty for OpenAI's CLIPs, whose weights determine both.
-        checkpoint_gradients: function that makes a model recompute activations in the backward pass.
-        write: function that writes the files that the model is built from, apart from its weights, to a folder. None
-            for OpenAI's CLIPs, which are built from their sizes.
+        architecture: digest of everything besides weights that determines features: the computation
+            and the tokenizer. Empty for OpenAI's CLIPs, whose weights determine both.
+        checkpoint_gradients: function that makes a model recompute activations in the backward
+            pass.
+        write: function that writes the files that the model is built from, apart from its weights,
+            to a folder. None for OpenAI's CLIPs, which are built from their sizes.
     """
 
     dim: int
@@ -158,8 +161,9 @@ class Backbone:
 def choose_trained(model: nn.Module, encoder: str, lora: Lora | None = None) -> list[nn.Parameter]:
     """Freeze all parameters but those of the encoders chosen by `--encoder`, and return the trainable parameters.
 
-    `image` trains `visual.*`, `text` everything else, and `both` everything. CLIP's own logit scale and bias are never
-    trained, because the loss does not use them. If `lora` has a rank, adapters are added and trained instead.
+    `image` trains `visual.*`, `text` everything else, and `both` everything. CLIP's own logit scale
+    and bias are never trained, because the loss does not use them. If `lora` has a rank, adapters
+    are added and trained instead.
     """
     for name, parameter in model.named_parameters():
         encoder_of_parameter = "image" if name.startswith("visual.") else "text"

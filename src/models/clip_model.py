@@ -51,11 +51,12 @@ VITAL = (
 def load_clip(name: str, device: torch.device) -> CLIP:
     """Build a CLIP model in eval mode with float32 weights.
 
-    The weights are first rounded to fp16, as the clip package always does. Weights that `load_finetuned` loads later
-    stay float32.
+    The weights are first rounded to fp16, as the clip package always does. Weights that
+    `load_finetuned` loads later stay float32.
 
     Args:
-        name: one of `clip.available_models()`, or the path of a checkpoint: a plain state dict or OpenAI's archive.
+        name: one of `clip.available_models()`, or the path of a checkpoint: a plain state dict or
+            OpenAI's archive.
 
     Raises:
         UserError: the name is unknown, the download fails, or no CLIP can be built from the file.
@@ -101,7 +102,8 @@ def load_sized(
         path: file of the weights, for error messages.
 
     Raises:
-        UserError: the sizes are impossible, or the weights do not fit them or are damaged, see `fitted`.
+        UserError: the sizes are impossible, or the weights do not fit them or are damaged, see
+            `fitted`.
     """
     source = f"--pair {path}"
     remedy = "copy the folder again, or export it again"
@@ -145,8 +147,8 @@ def load_finetuned(model: CLIP, state: dict[str, Any], path: Path) -> None:
     """Copy stage-1 weights into the model, in float32.
 
     Raises:
-        UserError: the weights belong to another architecture (the message describes both), or some are missing, extra
-            or damaged, see `fitted`.
+        UserError: the weights belong to another architecture (the message describes both), or some
+            are missing, extra or damaged, see `fitted`.
     """
     built = model.state_dict()
     source = f"--clip-model-path {path}"

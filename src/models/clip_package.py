@@ -1,7 +1,8 @@
 """The only import of OpenAI's clip package, without its deprecation warning, its check for a GPU, and torchvision.
 
-The package imports torchvision for preprocessing. Here, `data_utils` does the preprocessing with bit-identical results,
-and importing torchvision takes a second, because its models load torch's compiler.
+The package imports torchvision for preprocessing. Here, `data_utils` does the preprocessing with
+bit-identical results, and importing torchvision takes a second, because its models load torch's
+compiler.
 """
 
 import sys

@@ -37,8 +37,10 @@ class Settings:
     """Settings of a training run in plain types for JSON and checkpoints.
 
     Attributes:
-        flags: flag -> its value as typed, or its default; None if the value was read from a checkpoint instead.
-        preprocessing: how images are preprocessed and features computed, resolved from flags and checkpoints.
+        flags: flag -> its value as typed, or its default; None if the value was read from a
+            checkpoint instead.
+        preprocessing: how images are preprocessed and features computed, resolved from flags and
+            checkpoints.
         data: digests of the files that were read, and the excluded images.
         versions: versions of the packages that affect results.
     """
@@ -62,7 +64,8 @@ class Settings:
             file, remedy: see `runtime.schema.checked`.
 
         Raises:
-            UserError: a value has another type or is out of range; the message names the first such value.
+            UserError: a value has another type or is out of range; the message names the first such
+                value.
         """
         from models import schemas
         from runtime.schema import checked
@@ -97,9 +100,10 @@ class Checkpoint:
         config: the settings stored next to the weights, as they are on disk; {} if there are none.
         epoch: epoch after which the weights were saved; None if unknown.
         table: the settings by name, see `Settings.table`.
-        sizes: all sizes needed to build the model of an exported pair; None if the weights or `--clip-model-name`
-            determine them.
-        folder: folder of the files that the model of an exported pair is built from, if it is not built from sizes.
+        sizes: all sizes needed to build the model of an exported pair; None if the weights or
+            `--clip-model-name` determine them.
+        folder: folder of the files that the model of an exported pair is built from, if it is not
+            built from sizes.
     """
 
     path: Path
@@ -117,8 +121,9 @@ class Checkpoint:
 def read_checkpoint(flag_name: str, path: Path | None, key: str) -> Checkpoint | None:
     """Read the checkpoint at the path that a flag gives; return None if the flag is not set.
 
-    A plain state dict is accepted too (a safetensors file contains nothing else), with `config` next to its weights,
-    and so are the checkpoints of other projects, see `weights_file.read_weights`.
+    A plain state dict is accepted too (a safetensors file contains nothing else), with `config`
+    next to its weights, and so are the checkpoints of other projects, see
+    `weights_file.read_weights`.
 
     Args:
         key: the checkpoint's key for its weights, "CLIP" or "Combiner".
@@ -199,7 +204,8 @@ def assumed(
 ) -> dict[str, Any]:
     """Return setting -> default value for the settings that the weights do not record; {} without weights.
 
-    Settings of earlier versions lack some values because there was no choice yet; these values are known, not assumed.
+    Settings of earlier versions lack some values because there was no choice yet; these values are
+    known, not assumed.
 
     Args:
         settled: result of `resolve_clip_options` for the other arguments.

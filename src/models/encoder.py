@@ -46,9 +46,10 @@ class Encoder:
 
     Attributes:
         backbone: description of the model, without its weights.
-        loader: reads preprocessed images. All copies of this encoder share its workers, if it has any.
-        preprocessing: settings of `model` and `loader`: model name, transform, target ratio, decode, background, the
-            values that `backbone` records, and the precision to encode in.
+        loader: reads preprocessed images. All copies of this encoder share its workers, if it has
+            any.
+        preprocessing: settings of `model` and `loader`: model name, transform, target ratio,
+            decode, background, the values that `backbone` records, and the precision to encode in.
         between: called after each batch of images; an exception that it raises ends the encoding.
     """
 
@@ -64,7 +65,8 @@ class Encoder:
     def images(self, paths: list[Path], what: str = "images") -> Tensor:
         """Encode image files as features (len(paths), D) on the device, in order.
 
-        Several processes share the work, and each gets all features. `what` names the images in the progress display.
+        Several processes share the work, and each gets all features. `what` names the images in the
+        progress display.
         """
         chunks = distributed.shard(_chunks(paths, self.batch_size))
         encoded = [self._no_features()]
@@ -89,8 +91,8 @@ class Encoder:
         """Encode image files, some of which may be damaged, in this process only.
 
         Yields:
-            For each shard, the features (n, D) of its n readable files, on the CPU, in order; and for each of its files
-            the reason that it cannot be read, "" if it can.
+            For each shard, the features (n, D) of its n readable files, on the CPU, in order; and
+            for each of its files the reason that it cannot be read, "" if it can.
         """
         read = functools.partial(
             read_or_explain, read=self.loader.read, resolution=self.backbone.resolution
@@ -204,7 +206,8 @@ def check_lengths(features: Tensor, names: Sequence[object]) -> None:
         names: names of the n encoded images or captions, for the message.
 
     Raises:
-        UserError: a norm is below SHORTEST_FEATURE or above LONGEST_FEATURE; the message names the first.
+        UserError: a norm is below SHORTEST_FEATURE or above LONGEST_FEATURE; the message names the
+            first.
     """
     lengths = features.norm(dim=-1)
     is_lost = (lengths < SHORTEST_FEATURE) | (lengths > LONGEST_FEATURE)

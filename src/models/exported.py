@@ -92,7 +92,8 @@ def read_exported(folder: Path) -> ExportedPair:
     """Open the pair in a folder, without reading its weights.
 
     Raises:
-        UserError: a file is missing or unknown, or config.json is damaged, edited or of a newer format.
+        UserError: a file is missing or unknown, or config.json is damaged, edited or of a newer
+            format.
     """
     file = folder / PAIR_CONFIG
     source = f"--pair {file}"
@@ -153,7 +154,8 @@ def write_exported(
     """Write the files of a pair except its model card, and return the content of config.json.
 
     Args:
-        training: part -> settings of its training run, as they are on disk; parts without settings are left out.
+        training: part -> settings of its training run, as they are on disk; parts without settings
+            are left out.
         half: whether to store the weights in fp16.
 
     Raises:

@@ -26,8 +26,9 @@ PIECE = 4096  # images per intermediate file: about a minute of work for a GPU
 class FeatureCache:
     """A cache of features on disk, one file per key; without a folder, nothing is cached.
 
-    Truncated, damaged and foreign files are detected and written again. While many images are encoded, the features so
-    far are in files of PIECE images each, from which an interrupted encoding resumes.
+    Truncated, damaged and foreign files are detected and written again. While many images are
+    encoded, the features so far are in files of PIECE images each, from which an interrupted
+    encoding resumes.
 
     Args:
         told_by: how a changed image is detected, see `runtime.files.stamp`.
@@ -129,7 +130,8 @@ class FrozenSplit:
         images: image features (N, D) in gallery order.
         captions: text features (Q, V, D), for V texts per triplet.
         texts: the protocols' names for the V texts of an evaluation.
-        tables: tensors that depend only on the split, computed on first use and shared by all validations.
+        tables: tensors that depend only on the split, computed on first use and shared by all
+            validations.
     """
 
     split: Split

@@ -1,17 +1,18 @@
 """Leaner forward passes for the modules of OpenAI's CLIP: the same weights and features with less memory and traffic.
 
-In the clip package, a GPU loses most time and memory not to arithmetic, but to tensors that are written and read
-between matrix multiplications. Here
+In the clip package, a GPU loses most time and memory not to arithmetic, but to tensors that are
+written and read between matrix multiplications. Here
 
 - a BatchNorm with frozen statistics is folded into the convolution before it, which is fused with the ReLU after it;
   the BatchNorm's weight and bias are still trained (`LeanBottleneck`, `LeanResNet`);
 - the weight and bias of a LayerNorm are folded into the linear layer after it, and QuickGELU's factors into the linear
-  layers around it; the fused operations `layer_norm` and `silu` remain, which keep only their input (`LeanBlock`);
+  layers around it; the fused operations `layer_norm` and `silu` remain, which keep only their input
+  (`LeanBlock`);
 - attention is batch-first, so that heads are views instead of copies, and the attention kernel applies the causal mask
   itself, instead of a mask tensor that each block copies to the device.
 
-Results are exact up to rounding. In training, the weights are folded in each forward pass, so that gradients reach the
-original weights; if nothing is trained, `folded` folds them once.
+Results are exact up to rounding. In training, the weights are folded in each forward pass, so that
+gradients reach the original weights; if nothing is trained, `folded` folds them once.
 """
 
 import contextlib
@@ -59,7 +60,8 @@ class Folding:
 def fold(model: nn.Module, dtype: torch.dtype | None = None) -> list[Folding]:
     """Compute and store a model's folded weights for all later passes; none of its weights may change afterwards.
 
-    Folded weights need as much memory again as the weights that they replace. Models of other packages are unchanged.
+    Folded weights need as much memory again as the weights that they replace. Models of other
+    packages are unchanged.
 
     Args:
         dtype: data type of matrix multiplications under autocast; None without autocast.
@@ -138,8 +140,8 @@ class LeanBlock(Folding, ResidualAttentionBlock):
     def fold(self) -> tuple[Tensor, ...]:
         """Return the folded weights and biases.
 
-        These are weight and bias of the projection to query, key and value, weight and bias of the MLP's first layer,
-        and the weight of its second layer, whose bias does not change.
+        These are weight and bias of the projection to query, key and value, weight and bias of the
+        MLP's first layer, and the weight of its second layer, whose bias does not change.
         """
         attn, up, down = self.attn, self.mlp.c_fc, self.mlp.c_proj
         return (
@@ -357,8 +359,8 @@ class _ConvolutionThenReLU(torch.autograd.Function):
 def pointwise_beside(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Return `relu(conv2d(x, weight, bias))` for a 1 x 1 kernel, and x for the skip connection.
 
-    The backward pass adds the convolution's gradient to the skip connection's gradient in place, so use the second
-    output only once. A separate sum would read and write the whole gradient again.
+    The backward pass adds the convolution's gradient to the skip connection's gradient in place, so
+    use the second output only once. A separate sum would read and write the whole gradient again.
     """
     if torch.compiler.is_compiling():
         return F.relu(F.conv2d(x, weight, bias)), x

@@ -160,7 +160,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read the configuration of the model in a folder.
 
     Raises:
-        UserError: the folder, its configuration or its weights are missing, or the configuration is invalid.
+        UserError: the folder, its configuration or its weights are missing, or the configuration is
+            invalid.
     """
     source = f"--clip-model-name {FOLDER}:{folder}"
     if not folder.is_dir():

@@ -134,7 +134,8 @@ def load_exported(
         path: file of the weights, for error messages.
 
     Raises:
-        UserError: the weights do not fit the model, or this version of open_clip cannot read a file.
+        UserError: the weights do not fit the model, or this version of open_clip cannot read a
+            file.
     """
     source = f"--pair {path}"
     name = OpenClipName(scheme=FOLDER, model=str(folder))
@@ -224,7 +225,8 @@ def _described(
 def _write(folder: Path, *, content: Mapping[str, Any], own: Any, text_files: str) -> None:
     """Write the files that a model is built from, apart from its weights, in the layout of open_clip's `local-dir:`.
 
-    These are its configuration, its tokenizer, and the configuration of a Hugging Face text encoder.
+    These are its configuration, its tokenizer, and the configuration of a Hugging Face text
+    encoder.
     """
     write_text(folder / MODEL_CONFIG, json.dumps(content, indent=1) + "\n")
     if hasattr(own, "tokenizer"):
@@ -431,7 +433,8 @@ def _colour(value: Any) -> tuple[float, float, float]:
 def _tokenizer(name: OpenClipName, config: Mapping[str, Any], source: str) -> Any:
     """Return open_clip's tokenizer for a model, which cleans captions as in the model's training.
 
-    A Hugging Face tokenizer is created here, since open_clip would pass unchecked settings to transformers.
+    A Hugging Face tokenizer is created here, since open_clip would pass unchecked settings to
+    transformers.
     """
     text = config["text_cfg"]
     wanted = text.get("hf_tokenizer_name")
@@ -548,7 +551,8 @@ def _weights(
     """Read the weights in a file, and rename them to the model's names.
 
     Raises:
-        UserError: the weights belong to another architecture, are damaged, or need another activation than the model's.
+        UserError: the weights belong to another architecture, are damaged, or need another
+            activation than the model's.
     """
     found = read_clip(path)
     if str(path) not in source:

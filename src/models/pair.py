@@ -152,7 +152,8 @@ def _weights(
 ) -> tuple[str, Checkpoint | None, Checkpoint | None, list[Checkpoint | None]]:
     """Return the combining function, the checkpoints of CLIP and Combiner, and the checkpoints that record settings.
 
-    The checkpoints of CLIP and Combiner are None without fine-tuned CLIP weights or without a Combiner.
+    The checkpoints of CLIP and Combiner are None without fine-tuned CLIP weights or without a
+    Combiner.
 
     Raises:
         UserError: see `load_pair`.

@@ -1,7 +1,7 @@
 """Statistics of a sparse mixture's router, and two losses that regularise it.
 
-Logits are (B, E), for B rows and E experts. A row goes to the k experts with its largest logits, after a bias (E,) is
-added if the router has one, see `combiner.choose`.
+Logits are (B, E), for B rows and E experts. A row goes to the k experts with its largest logits,
+after a bias (E,) is added if the router has one, see `combiner.choose`.
 """
 
 import itertools
@@ -19,8 +19,9 @@ from runtime import distributed
 def load_balancing_loss(logits: Tensor, top_k: int, bias: Tensor | None = None) -> Tensor:
     """Return E times the sum over experts of (fraction of assignments) x (mean router probability).
 
-    The loss is 1 if both are uniform. For k = 1 it is the loss of Fedus et al. 2021 (arXiv 2101.03961), equations 4 to
-    6. For larger k, there are B k assignments. Only the probabilities have a gradient.
+    The loss is 1 if both are uniform. For k = 1 it is the loss of Fedus et al. 2021 (arXiv
+    2101.03961), equations 4 to 6. For larger k, there are B k assignments. Only the probabilities
+    have a gradient.
     """
     experts = logits.shape[1]
     _, chosen = choose(logits, top_k, bias)  # (B, k)
@@ -59,7 +60,8 @@ def router_statistics(logits: Tensor, top_k: int, bias: Tensor | None = None) ->
     Returns:
         expert{i}_share: fraction of the rows that go to expert i; the fractions sum to k.
         expert{i}_weight: mean weight of expert i over all rows; the weights sum to 1.
-        load_entropy: entropy of the fractions, divided by its maximum; 1 if all experts get equally many rows.
+        load_entropy: entropy of the fractions, divided by its maximum; 1 if all experts get equally
+            many rows.
         row_entropy: entropy of a row's k weights, from 0 to 1, averaged over the rows.
         experts{i}+{j}_rows: number of rows that go to both experts.
     """

@@ -1,7 +1,8 @@
 """Read files of weights from any project, and rename the weights as in OpenAI's and open_clip's CLIPs.
 
-Other projects store weights under a key next to an optimizer, add a prefix to their names, or use Hugging Face's names.
-One log line reports the format that was found and the entries that were ignored.
+Other projects store weights under a key next to an optimizer, add a prefix to their names, or use
+Hugging Face's names. One log line reports the format that was found and the entries that were
+ignored.
 """
 
 import logging

@@ -23,7 +23,8 @@ def batch_room(workers: int) -> float:
     """Return the bytes of shared memory that a batch may use, given the free shared memory.
 
     Args:
-        workers: number of data-loader workers of this process; with 0, no batch is passed between processes.
+        workers: number of data-loader workers of this process; with 0, no batch is passed between
+            processes.
     """
     if workers == 0 or sys.platform != "linux":
         return float("inf")
@@ -39,7 +40,8 @@ class Collate:
     """Collate function for image tensors, each alone or with a text.
 
     Args:
-        room: maximum size in bytes of a batch in shared memory; a larger batch is passed on in a file.
+        room: maximum size in bytes of a batch in shared memory; a larger batch is passed on in a
+            file.
     """
 
     def __init__(self, room: float) -> None:
@@ -60,8 +62,8 @@ class Collate:
 class TensorInFile:
     """A tensor of bytes in a temporary file; pickled to another process, it becomes a tensor again.
 
-    The file has no name, so nothing of it is left when a process is killed. torch's sharing strategy "file_system"
-    would not help, because its files are in shared memory too.
+    The file has no name, so nothing of it is left when a process is killed. torch's sharing
+    strategy "file_system" would not help, because its files are in shared memory too.
     """
 
     def __init__(self, tensor: Tensor) -> None:

@@ -165,7 +165,8 @@ def parallel(module: nn.Module, device: torch.device, some_unused: bool = False)
     """Wrap a module so that its gradients are averaged over the ranks; return the module itself for a single process.
 
     Args:
-        some_unused: whether a step may leave parameters without a gradient, such as those of experts without rows.
+        some_unused: whether a step may leave parameters without a gradient, such as those of
+            experts without rows.
     """
     if world_size() == 1:
         return module

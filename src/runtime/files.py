@@ -69,8 +69,9 @@ def parse_json(text: str) -> Any:
     """Parse JSON without repeated keys or lone surrogates.
 
     Raises:
-        ValueError: the JSON is malformed, is nested too deeply, has a repeated key (one of its values would be lost),
-            or has a lone surrogate (half a character, which cannot be written to a file).
+        ValueError: the JSON is malformed, is nested too deeply, has a repeated key (one of its
+            values would be lost), or has a lone surrogate (half a character, which cannot be
+            written to a file).
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -118,8 +119,8 @@ def _held(path: Path) -> Iterator[None]:
 def sweep(folder: Path, names: str = SURELY_OURS, age: float = ABANDONED) -> None:
     """Delete the temporary files and folders that killed processes left in a folder.
 
-    A live process locks its files. Other containers see the lock, although they do not see the process. On Windows, and
-    on file systems without locks, only the age counts.
+    A live process locks its files. Other containers see the lock, although they do not see the
+    process. On Windows, and on file systems without locks, only the age counts.
 
     Args:
         names: pattern of the names.
@@ -482,8 +483,9 @@ def stamp(path: str | Path, status: os.stat_result, told_by: str) -> int:
     """Return a number that changes when a file changes.
 
     Args:
-        told_by: "time", the number is the modification time in ns; "sample", it also depends on a sample of the bytes,
-            see `sample_digest`; "content", it also depends on all bytes. Numbers of different kinds never match.
+        told_by: "time", the number is the modification time in ns; "sample", it also depends on a
+            sample of the bytes, see `sample_digest`; "content", it also depends on all bytes.
+            Numbers of different kinds never match.
     """
     if told_by == "time":
         return status.st_mtime_ns

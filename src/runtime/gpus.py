@@ -9,9 +9,10 @@ class Gpu:
     """Properties of a GPU for planning.
 
     Attributes:
-        memory: GiB that torch can allocate, its "total capacity", which is less than the nominal size.
-        rates: input type -> TFLOP/s of matrix multiplications with float32 sums, without sparsity. The GPU does not
-            support types that are missing.
+        memory: GiB that torch can allocate, its "total capacity", which is less than the nominal
+            size.
+        rates: input type -> TFLOP/s of matrix multiplications with float32 sums, without sparsity.
+            The GPU does not support types that are missing.
     """
 
     title: str

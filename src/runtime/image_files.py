@@ -59,11 +59,12 @@ def decoded(
 
     Args:
         formats: Pillow's formats that the image may have; None for all.
-        side: minimum length of the shorter side in pixels; a larger JPEG may be scaled down to decode it faster.
+        side: minimum length of the shorter side in pixels; a larger JPEG may be scaled down to
+            decode it faster.
 
     Raises:
-        PIL.UnidentifiedImageError: the file is not an image.
-        PIL.Image.DecompressionBombError: the image has too many pixels, or a side so long that padding needs gigabytes.
+        PIL.UnidentifiedImageError: the file is not an image. PIL.Image.DecompressionBombError: the
+        image has too many pixels, or a side so long that padding needs gigabytes.
         OSError: the image is damaged, or is not a file.
     """
 
@@ -139,7 +140,8 @@ def read_photo(
     """Read a photo as a viewer shows it, in RGB: upright, with 8 bits, in sRGB, on a background.
 
     Args:
-        background: one of BACKGROUNDS, which replaces transparent pixels; ORIGINAL means white here.
+        background: one of BACKGROUNDS, which replaces transparent pixels; ORIGINAL means white
+            here.
         side, formats: see `decoded`, also for the exceptions.
     """
     image = decoded(file, formats, side)

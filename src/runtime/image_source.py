@@ -13,7 +13,8 @@ class Folder:
     def open(self, path: Path) -> BinaryIO:
         """Open an image, to be read from any position. Raises OSError if it is missing or cannot be read.
 
-        A pipe, a device or a socket is not opened, because that may block for ever or have side effects.
+        A pipe, a device or a socket is not opened, because that may block for ever or have side
+        effects.
         """
         kind = path.stat().st_mode
         if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # `open` itself rejects a folder

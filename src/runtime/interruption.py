@@ -37,7 +37,8 @@ class StopRequest:
     def signal_name(self) -> str:
         """Return the name of the signal that requests a stop; "" if there is no request.
 
-        The end of torchrun is a request too: a signal that torchrun does not forward ends it, but not its processes.
+        The end of torchrun is a request too: a signal that torchrun does not forward ends it, but
+        not its processes.
         """
         if self.torchrun not in (None, os.getppid()):
             self.requested = self.requested or "the end of torchrun"
@@ -50,7 +51,8 @@ class StopRequest:
     def check(self) -> None:
         """Raise Stopped if a signal was received. Call this only when no work would be lost.
 
-        Processes started by torchrun do not stop here: they wait for each other, so they stop together between steps.
+        Processes started by torchrun do not stop here: they wait for each other, so they stop
+        together between steps.
         """
         if self.torchrun is None:
             self.check_alone()
@@ -101,9 +103,9 @@ def deferred() -> Iterator[None]:
 def heed_parent_alone() -> None:
     """Make a worker process end on a signal from its parent, and ignore signals from all other processes.
 
-    Schedulers and terminals signal all processes of a job. If that ended a worker, it would break the step of its
-    parent, which has a state to save. A thread waits for the signals, because only waiting reveals the sender; the
-    thread also ends a worker whose parent has ended.
+    Schedulers and terminals signal all processes of a job. If that ended a worker, it would break
+    the step of its parent, which has a state to save. A thread waits for the signals, because only
+    waiting reveals the sender; the thread also ends a worker whose parent has ended.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigtimedwait"):  # macOS, where no scheduler sends signals

@@ -1,7 +1,8 @@
 """Set the precision and the kernels of matrix multiplications, instead of relying on torch's defaults.
 
-By default on a GPU, torch rounds the inputs of float32 convolutions to TF32 (10 bits of mantissa), but not the inputs
-of matrix multiplications. Here float32 means float32, and TF32 is used only if it is chosen.
+By default on a GPU, torch rounds the inputs of float32 convolutions to TF32 (10 bits of mantissa),
+but not the inputs of matrix multiplications. Here float32 means float32, and TF32 is used only if
+it is chosen.
 """
 
 import contextlib
@@ -18,8 +19,8 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def choose_kernels() -> None:
     """Make float32 multiplications exact, and disable cuDNN's attention kernels.
 
-    On GPUs of compute capability 9, gradients of cuDNN's attention have been NaN (pytorch issues 139298 and 196678),
-    and torch would choose that kernel there. Torch's own kernels are as exact.
+    On GPUs of compute capability 9, gradients of cuDNN's attention have been NaN (pytorch issues
+    139298 and 196678), and torch would choose that kernel there. Torch's own kernels are as exact.
     """
     exact_float32()
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -1,7 +1,7 @@
 """Check JSON files and checkpoints against schemas, and report the first field that is invalid.
 
-Schemas are next to the code that reads the files, in modules that are imported on demand, because importing pydantic
-takes half a second.
+Schemas are next to the code that reads the files, in modules that are imported on demand, because
+importing pydantic takes half a second.
 """
 
 from pathlib import Path
@@ -29,11 +29,13 @@ def checked(schema: type[Checked], content: Any, *, file: object, remedy: str) -
 
     Args:
         schema: a Schema, a list of Schemas, or a list or an object of strings.
-        file: beginning of the message: the flag if there is one, the file, and the line if the file has several.
+        file: beginning of the message: the flag if there is one, the file, and the line if the file
+            has several.
         remedy: end of the message, such as "measure again".
 
     Raises:
-        UserError: a field is missing, has another type or is out of range; the message has the first and its value.
+        UserError: a field is missing, has another type or is out of range; the message has the
+            first and its value.
     """
     try:
         return TypeAdapter(schema).validate_python(content)

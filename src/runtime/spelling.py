@@ -37,8 +37,8 @@ def _stored_names(folder: Path, changed: int) -> dict[str, str]:
 class Spellings:
     """Known names, for finding the correct spelling of an unknown name.
 
-    A misspelled name differs in Unicode form or case, or has backslashes, extra or missing leading folders, another
-    extension, or none.
+    A misspelled name differs in Unicode form or case, or has backslashes, extra or missing leading
+    folders, another extension, or none.
     """
 
     def __init__(self, known: Iterable[str]) -> None:

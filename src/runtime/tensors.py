@@ -55,7 +55,8 @@ def mapped_array(path: Path) -> np.ndarray:
     """Map the array of a .npy file into memory, to be read.
 
     Raises:
-        ValueError: the file is not an array, is damaged, or is too short. NumPy itself raises a dozen kinds of errors.
+        ValueError: the file is not an array, is damaged, or is too short. NumPy itself raises a
+            dozen kinds of errors.
     """
     try:
         with np.errstate(over="ignore"):  # for a shape larger than any file
@@ -123,7 +124,8 @@ def _check_pickle(content: bytes) -> None:
 def _check_size(path: Path, content: Any) -> None:
     """Raise ValueError if content is far larger than its file, because tensors share memory or parts are repeated.
 
-    A copy of such content, or a loop over it, would need more memory or time than the file's size suggests.
+    A copy of such content, or a loop over it, would need more memory or time than the file's size
+    suggests.
     """
     bound = _bound(path)
     left = min(path.stat().st_size, MOST_PARTS)
@@ -145,11 +147,12 @@ def _check_size(path: Path, content: Any) -> None:
 def load_tensors(path: Path) -> dict[str, Any]:
     """Load a dict of tensors and plain types on the CPU; code in a pickle is rejected, never run.
 
-    Safetensors files are recognised by their content, whatever the file's name. The dict also has "config" if their
-    metadata contain it as JSON.
+    Safetensors files are recognised by their content, whatever the file's name. The dict also has
+    "config" if their metadata contain it as JSON.
 
     Raises:
-        UserError: the file is missing, truncated, not a checkpoint, or contains more than tensors and plain types.
+        UserError: the file is missing, truncated, not a checkpoint, or contains more than tensors
+            and plain types.
     """
     try:
         if _is_safetensors(path):

@@ -97,7 +97,8 @@ def archived_state(path: Path) -> dict[str, Tensor]:
     """Read the parameters and buffers of an archive by name, as in the `state_dict` of its module.
 
     Raises:
-        UserError: the archive is damaged, or contains more than modules of tensors and plain values.
+        UserError: the archive is damaged, or contains more than modules of tensors and plain
+            values.
     """
     try:
         check_archive(path)

@@ -1,6 +1,7 @@
 """Log a run to one or more trackers (Comet, TensorBoard, Weights & Biases), in addition to its CSV files.
 
-To add a tracker, write a class here and add it to TRACKERS. A tracker's package is imported on demand.
+To add a tracker, write a class here and add it to TRACKERS. A tracker's package is imported on
+demand.
 """
 
 import contextlib
@@ -27,7 +28,8 @@ class Account:
     Attributes:
         folder: run folder.
         name: name of the run in the tracker.
-        api_key, workspace: Comet's key and workspace, if flags set them instead of Comet's own settings.
+        api_key, workspace: Comet's key and workspace, if flags set them instead of Comet's own
+            settings.
     """
 
     folder: Path

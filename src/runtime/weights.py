@@ -22,8 +22,9 @@ INITIALISERS = {"normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_"}
 class Unfilled(TorchFunctionMode):
     """A context for building modules whose weights will be replaced, so that no random numbers are drawn for them.
 
-    Memory that is not written costs nothing. Tensors on the meta device would do as well, but to compute with them,
-    torch imports its compiler, which takes longer than all the rest of a search query.
+    Memory that is not written costs nothing. Tensors on the meta device would do as well, but to
+    compute with them, torch imports its compiler, which takes longer than all the rest of a search
+    query.
     """
 
     def __torch_function__(
@@ -86,14 +87,16 @@ def fitted(
     """Return the weights of a state dict after checking that all of them fit a model.
 
     Args:
-        model: the model's own state dict; only its names, shapes and types are used, so it may have no data.
+        model: the model's own state dict; only its names, shapes and types are used, so it may have
+            no data.
         source: beginning of a message: the flag and its file.
         remedy: end of the message if names or shapes differ.
-        vital: name prefixes of matrices that all features pass; if such a matrix is zero, all features are equal.
+        vital: name prefixes of matrices that all features pass; if such a matrix is zero, all
+            features are equal.
 
     Raises:
-        UserError: a weight is missing, extra, misshapen, not real, not finite, or vital and zero; the message names
-            the first such weight.
+        UserError: a weight is missing, extra, misshapen, not real, not finite, or vital and zero;
+            the message names the first such weight.
     """
     found = differences(state, model)
     if found:
