@@ -35,19 +35,17 @@ class File:
 
 @dataclass
 class Form:
-    """Content of a form, by the names of its fields."""
+    """Content of a form: the values of each field, in the order in which they came."""
 
-    fields: dict[str, str] = field(default_factory=dict)
-    files: dict[str, File] = field(default_factory=dict)
+    fields: dict[str, list[str]] = field(default_factory=dict)
+    files: dict[str, list[File]] = field(default_factory=dict)
 
     def add(self, name: str, value: str | File) -> None:
-        """Put a field there. Raises QuestionError where it is there already."""
-        if name in self.fields or name in self.files:
-            raise QuestionError("a field is there twice: send it once")
+        """Add a value to a field."""
         if isinstance(value, File):
-            self.files[name] = value
+            self.files.setdefault(name, []).append(value)
         else:
-            self.fields[name] = value
+            self.fields.setdefault(name, []).append(value)
 
 
 def read_form(kind: str, body: bytes) -> Form:
