@@ -329,7 +329,7 @@ def ask(args: argparse.Namespace) -> None:
         args.index, options.pair_choice(args), pick_device(args.device), args.store
     )
     question = Question(
-        image=args.image,
+        references=[] if args.image is None else [args.image],
         text=args.text or "",
         k=args.k,
         condition=args.filter,

@@ -450,7 +450,7 @@ def ask(page, text: str) -> None:
 
 def api(address: str, **fields: object) -> dict:
     """What a program is answered."""
-    sent = urllib.parse.urlencode(fields).encode()
+    sent = urllib.parse.urlencode(fields, doseq=True).encode()
     with urllib.request.urlopen(f"{address}/search", sent) as answer:
         return json.load(answer)
 
@@ -660,7 +660,7 @@ def test_all_ways_of_asking(app, address):
         page.keyboard.press("ArrowRight")
     wait_until(page, "location.search.includes('lean=0.7')")
     assert page.inner_text("#share") == "towards the text"
-    asked = {"row": page.evaluate("history.state.steps.at(-1).row"), "text": "is red"}
+    asked = {"row": page.evaluate("history.state.steps.at(-1).references[0].row"), "text": "is red"}
     leaned, trained, middle = (
         api(address, **asked, without_reference="true", **lean)
         for lean in ({"lean": 0.7}, {}, {"lean": 0.5})
@@ -697,7 +697,7 @@ def test_an_answer_is_opened_large_and_arrives_as_a_download(app, address):
     assert page.inner_text("#large-name") == second
     assert page.inner_text("#large-path").endswith(f"/{second}")
     reference = page.get_attribute("#reference img", "alt")
-    assert page.get_attribute("#large-asked", "alt") == reference
+    assert page.get_attribute("#large-asked img", "alt") == reference
     with page.expect_download() as arriving:
         page.click("#download")
     assert arriving.value.suggested_filename == f"{Path(second).stem}.jpg"
@@ -743,7 +743,7 @@ def test_a_figure_arrives_as_svg_and_as_png(app, address):
     words = [node.text for node in drawn.iter(f"{SVG}text")]
     assert [word for word in words if word.isdigit()] == [str(n) for n in range(1, 9)]
     assert " ".join(words).startswith(text)
-    row = page.evaluate("history.state.steps.at(-1).row")
+    row = page.evaluate("history.state.steps.at(-1).references[0].row")
     rows = page.locator("#results .pick img").evaluate_all(
         "images => images.map(image => image.src.match(/image\\/(\\d+)/)[1])"
     )
@@ -768,7 +768,7 @@ def test_less_like_this_is_kept_in_the_link_and_taken_off(app, address, tmp_path
     page.wait_for_selector("#less img")
     assert page.inner_text("#less span") == f"Less like {found[1]}"
     step = page.evaluate("history.state.steps.at(-1)")
-    asked = {"row": step["row"], "text": "is red", "without_reference": "true"}
+    asked = {"row": step["references"][0]["row"], "text": "is red", "without_reference": "true"}
     less = named(api(address, **asked, less_row=step["less"]["row"]))
     answers(page, asked="Less like")
     assert names(page) == less != found
@@ -807,7 +807,7 @@ def test_more_like_this_is_of_one_question(app, address):
     page.click("#alike")
     answers(page, asked="more like this")
     assert page.get_attribute("#reference img", "alt") == f"Reference: {second}"
-    row = page.evaluate("history.state.steps.at(-1).row")
+    row = page.evaluate("history.state.steps.at(-1).references[0].row")
     assert names(page) == named(api(address, row=row, mix=0, without_reference="true"))
     ask(page, "is blue")
     answers(page, asked="is blue")
@@ -832,7 +832,7 @@ def test_text_or_image_alone_is_answered_and_nothing_is_said_to_be_nothing(app, 
     choose(page, 0)
     ask(page, "")
     answers(page, asked="more like this")
-    row = page.evaluate("history.state.steps.at(-1).row")
+    row = page.evaluate("history.state.steps.at(-1).references[0].row")
     assert names(page) == named(api(address, row=row, mix=0, without_reference="true"))
     assert page.locator("[aria-busy]").count() == 0
     assert page.errors == []
@@ -870,7 +870,7 @@ def test_answers_go_on_and_are_narrowed_by_their_paths(app, address):
     choose(page, 0)
     ask(page, "is red")
     answers(page)
-    row = page.evaluate("history.state.steps.at(-1).row")
+    row = page.evaluate("history.state.steps.at(-1).references[0].row")
     everything = named(api(address, row=row, text="is red", without_reference="true", k=100))
     assert names(page) == everything[:8]
     wanted = Path(everything[20]).stem  # beyond the first
@@ -1109,6 +1109,115 @@ def test_what_is_dropped_or_pasted_is_taken_if_it_is_a_file(app):
     assert page.errors == []
 
 
+# Files that are dropped at once, on what a selector says.
+DROP = """([selector, files]) => {
+    const data = new DataTransfer();
+    for (const [name, content] of files) {
+        const bytes = Uint8Array.from(atob(content), letter => letter.charCodeAt(0));
+        data.items.add(new File([bytes], name, {type: "image/png"}));
+    }
+    const how = {bubbles: true, cancelable: true, dataTransfer: data};
+    document.querySelector(selector).dispatchEvent(new DragEvent("drop", how));
+}"""
+
+
+def drop(page, selector: str, *files: Path) -> None:
+    sent = [(file.name, base64.b64encode(file.read_bytes()).decode()) for file in files]
+    page.evaluate(DROP, [selector, sent])
+
+
+def references(page) -> list[str]:
+    alts = page.eval_on_selector_all(".mosaic img", "images => images.map(image => image.alt)")
+    return [alt.removeprefix("Reference: ") for alt in alts]
+
+
+def wait_for_references(page, count: int) -> None:
+    wait_until(page, f"document.querySelectorAll('.mosaic img').length == {count}")
+
+
+def test_references_are_added_and_removed(app, address):
+    page = app()
+    choose(page, 0)
+    assert page.locator("#also").is_hidden()
+    ask(page, "is red")
+    answers(page)
+    before = names(page)
+    page.locator("#results .plus").nth(1).click()
+    wait_for_references(page, 2)
+    assert names(page) == before  # from which another one is added
+    page.locator("#results .enlarge").nth(2).click()
+    page.click("#also")
+    wait_for_references(page, 3)
+    assert references(page)[1:] == before[1:3]
+    page.locator("#results .plus").nth(1).click()  # which is one already
+    wait_for_references(page, 3)
+    page.click("#search")
+    wait_until(page, "new URLSearchParams(location.search).getAll('row').length == 3")
+    answers(page)
+    step = page.evaluate("history.state.steps.at(-1)")
+    asked = {"row": [each["row"] for each in step["references"]], "text": "is red"}
+    found = names(page)
+    assert found == named(api(address, **asked, without_reference="true")) != before
+    assert not set(references(page)) & set(found)
+    page.locator("#results .enlarge").first.click()
+    assert page.locator("#large-asked img").count() == 3
+    page.keyboard.press("Escape")
+    with page.expect_download() as arriving:
+        page.click("#export")
+    written = json.loads(Path(arriving.value.path()).read_text())["references"]
+    assert [each["name"] for each in written] == references(page)
+    with page.expect_download() as arriving:
+        page.click("#svg")
+    drawn = ElementTree.parse(arriving.value.path())
+    assert len(list(drawn.iter(f"{SVG}image"))) == 3 + 8
+    other = app(words=page.url.rpartition("/")[2])
+    answers(other, asked="is red")
+    assert names(other) == found
+    assert references(other) == references(page)
+    for count in (2, 1):
+        page.locator(".mosaic .corner").last.click()
+        wait_for_references(page, count)
+    page.click("#search")
+    wait_until(page, "new URLSearchParams(location.search).getAll('row').length == 1")
+    answers(page)
+    assert names(page) == before
+    assert page.errors == other.errors == []
+
+
+def test_several_files_are_several_references_and_no_more_than_there_is_room_for(app, tmp_path):
+    files = []
+    for number in range(5):
+        files.append(tmp_path / f"{number}.png")
+        Image.new("RGB", (60, 50 + number), "teal").save(files[-1])
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    page = app()
+    drop(page, "body", files[0], tmp_path / "bad.png", files[1])
+    told(page, "bad.png is not an image")
+    wait_for_references(page, 2)
+    drop(page, "#reference", files[2])  # elsewhere than on the tile it takes their place
+    wait_for_references(page, 1)
+    drop(page, "#add", *files[:2])
+    wait_for_references(page, 3)
+    with page.expect_file_chooser() as chooser:
+        page.click("#add")
+    chooser.value.set_files(files[3:])
+    told(page, "at most 4 references")
+    wait_for_references(page, 4)
+    assert references(page) == ["2.png", "0.png", "1.png", "3.png"]
+    assert page.locator("#add").count() == 0
+    ask(page, "is red")
+    answers(page, asked="is red")
+    page.reload()
+    answers(page, asked="is red")
+    assert len(references(page)) == 4
+    page.locator(".mosaic .corner").nth(1).focus()
+    for left in (["2.png", "1.png", "3.png"], ["2.png", "3.png"]):
+        page.keyboard.press("Enter")  # the next one has the focus then
+        wait_for_references(page, len(left))
+        assert references(page) == left
+    assert len(page.errors) == 1  # of the bad one
+
+
 @pytest.mark.parametrize("width", [1280, 320])
 def test_uploads_of_every_shape_keep_their_proportion(width, app, tmp_path):
     page = app(width)
@@ -1215,6 +1324,9 @@ def test_axe_finds_nothing_serious(width, scheme, app, address):
     audit(page, "start")
     choose(page, 0)
     audit(page, "reference")
+    page.locator("#choice .plus").nth(1).click()
+    wait_for_references(page, 2)
+    audit(page, "references")
     ask(page, "is red " * 60)
     answers(page)
     audit(page, "answers")

@@ -268,7 +268,7 @@ def page(folder: Path, drawn: Path, pair: list, **_: object) -> dict:
         patch.setattr(demo_app, "application", application)
         demo_app.main(list(map(str, flags)))
     (searcher,) = seen
-    (found,) = searcher.answer([Question(image=searcher.image(0), text=QUESTION, k=10)])
+    (found,) = searcher.answer([Question(references=[searcher.image(0)], text=QUESTION, k=10)])
     return {"answers": found.answers, "gate": found.gate, "experts": found.experts}
 
 

@@ -232,8 +232,8 @@ def test_the_page_goes_on_from_an_answer(store, index, tmp_path, drawn):
     assert {searcher.image(row) for row in searcher.index.some(50)} == set(files)
     for row in (-1, 7, milvus.HIGHEST_ROW, 2**64):
         assert searcher.image(row) is None
-    plain = Question(image=searcher.image(rows[0]), text="is red", k=3)
-    without = dataclasses.replace(plain, without=rows[0])
+    plain = Question(references=[searcher.image(rows[0])], text="is red", k=3)
+    without = dataclasses.replace(plain, without=frozenset([rows[0]]))
     only = dataclasses.replace(plain, condition="size < 0")
     together = searcher.answer([plain, only, without])
     assert together == [searcher.answer([question])[0] for question in (plain, only, without)]

@@ -37,7 +37,7 @@ from forks import HANG, Script, family, free_port, state_of
 from image_search import guard
 from image_search.batching import Batcher
 from image_search.guard import Hosts
-from image_search.searcher import LESS, MOST_CHARACTERS, load_searcher
+from image_search.searcher import LESS, MOST_CHARACTERS, Question, load_searcher
 from image_search.uploads import MOST_BYTES
 from settings.groups import PairChoice
 from test_search import images
@@ -141,10 +141,11 @@ class Served(Page):
 
 
 def form(file: tuple[str, bytes] | None = None, **fields: object) -> tuple[bytes, dict[str, str]]:
-    """The body and the headers of a form."""
+    """The body and the headers of a form. A list is a field that is there several times."""
     parts = []
     for name, value in fields.items():
-        parts.append(part(f'name="{name}"', str(value).encode()))
+        for each in value if isinstance(value, list) else [value]:
+            parts.append(part(f'name="{name}"', str(each).encode()))
     if file is not None:
         parts.append(part(f'name="image"; filename="{file[0]}"', file[1]))
     return joined(parts)
@@ -434,6 +435,60 @@ def test_a_mixture_goes_from_the_image_to_the_text(served):
     )
 
 
+def test_several_references_are_searched_with_as_their_mean(served, searcher):
+    """And one as itself, to the last bit; alone and in a batch."""
+    features = [torch.from_numpy(searcher.index.features_of(row)) for row in (3, 5, 8)]
+    captions = searcher.pair.encoder.captions(["is red"])
+    one, several = (
+        Question(references=references, text="is red", k=PHOTOS)
+        for references in (features[:1], features)
+    )
+    (found,) = searcher.answer([one])
+    (expected,) = searcher.index.search(
+        F.normalize(features[0] + captions, dim=-1).numpy(), PHOTOS, ""
+    )
+    assert [(each.row, each.similarity) for each in found.answers] == [
+        (hit.row, hit.similarity) for hit in expected
+    ]
+    (found,) = searcher.answer([several])
+    gallery = torch.cat([torch.from_numpy(searcher.index.features_of(n)) for n in range(PHOTOS)])
+    query = F.normalize(torch.cat(features).mean(0) + captions[0], dim=-1)
+    expected = F.normalize(gallery, dim=-1) @ query
+    for each in found.answers:
+        assert each.similarity == pytest.approx(expected[each.row].item(), abs=1e-5)
+    order = [each.row for each in found.answers]
+    text = Question(references=[], text="is red", k=PHOTOS, mix=1)
+    together = searcher.answer([text, several, one])
+    assert [each.row for each in together[1].answers] == order
+    assert (
+        rows(served.ask(row=[3, 5, 8], text="is red"))
+        == order
+        != rows(served.ask(row=3, text="is red"))
+    )
+
+
+def test_references_are_rows_uploads_and_files(served, index):
+    photo = json.loads(served.request("GET", "/photo/5")[1])
+    file = (photo["name"], (index.parent / photo["path"]).read_bytes())
+    upload, _ = served.upload(*file)
+    mixes = [
+        served.ask(row=[3, 5], text="is red"),
+        served.ask(row=3, upload=upload, text="is red"),
+        served.ask(file, row=3, upload="", text="is red"),
+    ]
+    assert rows(mixes[0]) == rows(mixes[1]) == rows(mixes[2])
+    assert mixes[1]["answers"] == mixes[2]["answers"]
+
+
+def test_a_query_has_so_many_references(served):
+    most = json.loads(served.request("GET", "/health")[1])["references"]
+    assert rows(served.ask(row=list(range(most)), text="is red"))
+    said = f"{most + 1} references: send {most} at most"
+    assert said in served.refuses_to_ask(row=list(range(most + 1)), text="is red")
+    one_more = {"row": list(range(most - 1)), "upload": "x", "text": "is red"}
+    assert said in served.refuses_to_ask(("a.png", b"never decoded"), **one_more)
+
+
 def test_answers_look_less_like_an_image(served, index):
     choice = PairChoice(combining_function=None, clip_path=None, combiner_path=None)
     searcher = load_searcher(index, choice, torch.device("cpu"))
@@ -456,6 +511,15 @@ def test_the_reference_is_left_out_and_nothing_else(k, served):
     assert 3 in whole
     without = rows(served.ask(row=3, mix=0, k=k, without_reference=True))
     assert without == [row for row in whole if row != 3][:k]
+
+
+@pytest.mark.parametrize("k", [1, 4, PHOTOS])
+def test_all_references_are_left_out(k, served):
+    asked = {"row": [3, 5, 3], "mix": 0}
+    whole = rows(served.ask(**asked, k=PHOTOS))
+    assert {3, 5} <= set(whole)
+    without = rows(served.ask(**asked, k=k, without_reference=True))
+    assert without == [row for row in whole if row not in (3, 5)][:k]
 
 
 def test_a_photo_of_a_phone_is_asked_with(served):
@@ -531,10 +595,11 @@ def test_bad_uploads_are_named_as_their_user_calls_them(served, tmp_path):
 def test_uploads_are_limited(served):
     small = png((9, 9))
     image = part('name="image"; filename="a.png"', small)
-    for parts in ([image] * 2, [image] * 500, [image, part('name="row"', b"1")]):
+    for parts in ([image] * 5, [image] * 500, [image] * 2 + [part('name="k"', b"1")] * 2):
         served.refuses("POST", "/search", *joined([*parts, part('name="text"', b"x")]))
     served.refuses_to_ask(("large.png", b"\0" * (MOST_BYTES + guard.FRAME)), text="x")
-    served.refuses("POST", "/upload", *joined([]))
+    for parts in ([], [image] * 2):
+        assert "send one file" in served.refuses("POST", "/upload", *joined(parts))
     body, headers = form(("a.png", small), text="x")
     for kind in (
         "",
@@ -552,7 +617,7 @@ def test_uploads_are_limited(served):
     "address", ["http://127.0.0.1:1/x.png", "file:///etc/passwd", "/etc/passwd", "data:,x"]
 )
 def test_no_address_is_fetched_and_no_path_is_read(address, served):
-    assert "nothing is fetched" in served.refuses_to_ask(image=address, text="is red")
+    assert "no address is fetched" in served.refuses_to_ask(image=address, text="is red")
     served.refuses_to_ask((address, b""), text="is red")
     served.refuses_to_ask(row=address, text="is red")
 

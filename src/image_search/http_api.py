@@ -17,7 +17,7 @@ from base64 import b64encode
 from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 import numpy as np
 import torch
@@ -25,8 +25,9 @@ from cachetools import LRUCache
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartParser
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import ClientDisconnect
 
@@ -34,11 +35,10 @@ from image_search.api_guide import guide
 from image_search.batching import Batcher
 from image_search.beside_weights import experts_of, measured
 from image_search.examples import Example
-from image_search.forms import File, read_form
 from image_search.photos import TAKEN
 from image_search.searcher import LESS, TARGET_DEPTH, Found, Question, RetrievedImage, Searcher
 from image_search.stores.base import QuestionError
-from image_search.uploads import preview, read_upload
+from image_search.uploads import MOST_BYTES, File, preview, read_upload
 from image_search.workers import SECONDS, Outcome, Overrun, Pool
 from models.schemas import Expert
 from runtime.files import file_size
@@ -58,6 +58,11 @@ PAGE_FILES = {
     "/cite.bib": "text/plain",
 }
 MOST_ANSWERS = 100
+MOST_REFERENCES = 4  # of a query: rows, uploads and files together
+FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+MOST_FIELDS = 32
+LONGEST_FIELD = 2**16  # bytes
+MultiPartParser.spool_max_size = MOST_BYTES  # uploads are not written to disk
 MOST_SHOWN = 100  # images to choose from
 AGE = 600  # seconds for which a browser keeps an image of the index
 LARGEST_ROW = 2**63 - 1
@@ -68,18 +73,22 @@ MOST_KEPT = 64 * 2**20  # bytes of thumbnails, and as many of what CLIP sees of 
 SMALLEST_PACKED = 1000  # bytes of an answer that is compressed
 SIDES = {"small": 320, "large": 1280}  # pixels of the longer side of a thumbnail
 TITLE = "Composed image retrieval"
-SUMMARY = "Search an index of images by an image and what to change of it."
+SUMMARY = "Search an index of images by reference images and what to change in them."
 
 
 class Asked(BaseModel):
-    """A question, as the fields of a form."""
+    """A question, as the fields of a form. A list is a field that may be repeated."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    row: int | None = Field(
-        None, ge=0, le=LARGEST_ROW, description="The reference, as a row of the index."
+    row: list[Annotated[int, Field(ge=0, le=LARGEST_ROW)]] = Field(
+        [],
+        description="A reference, as a row of the index. May be repeated: a query is composed of the mean of up to "
+        f"{MOST_REFERENCES} references.",
     )
-    upload: str = Field("", max_length=100, description="The reference, as POST /upload calls it.")
+    upload: list[Annotated[str, Field(max_length=100)]] = Field(
+        [], description="A reference, as POST /upload calls it. May be repeated."
+    )
     text: str = Field("", description="What to change.")
     k: int | None = Field(None, ge=1, le=MOST_ANSWERS, description="Answers; else as many as --k.")
     mix: float | None = Field(
@@ -105,7 +114,7 @@ class Asked(BaseModel):
     )
     less_upload: str = Field("", max_length=100, description="The same, as POST /upload calls it.")
     without_reference: bool = Field(
-        False, description="Leave the reference out of the answers, if it is a row."
+        False, description="Leave the references that are rows out of the results."
     )
     target: int | None = Field(
         None, ge=0, le=LARGEST_ROW, description="An image whose place is asked for, as a row."
@@ -119,6 +128,17 @@ class Asked(BaseModel):
     min_similarity: float | None = Field(
         None, ge=-1, le=1, description="The similarity that an answer has at least."
     )
+
+    @field_validator("upload")
+    @classmethod
+    def _but_blanks(cls, names: list[str]) -> list[str]:
+        """Take an empty field, as browsers send it, for none."""
+        return [name for name in names if name]
+
+
+REPEATED = {
+    name for name, field in Asked.model_fields.items() if get_origin(field.annotation) is list
+}
 
 
 class Photo(BaseModel):
@@ -184,6 +204,7 @@ class Health(BaseModel):
     )
     k: int
     most: int = Field(description="Answers that may be asked for.")
+    references: int = Field(description="References that a query may have.")
     places: int = Field(description="Among how many a target's place is looked for.")
     kinds: list[str] = Field(description="Endings of files that may be uploaded.")
     filters: bool = Field(description="Whether the index's store takes a filter.")
@@ -247,21 +268,21 @@ class Service:
         self.photos.close()
 
     async def search(self, request: Request) -> Response:
-        """The images nearest to an image that is changed as a text says."""
-        asked, upload = await read_question(request)
-        if upload is not None:
-            pixels = await self._of_upload(read_upload, upload, self._read)
-            image: torch.Tensor | None = torch.from_numpy(pixels)
-        else:
-            image = await self._image(asked.row, asked.upload)
+        """The images nearest to reference images that are changed as a text says."""
+        asked, files = await read_question(request)
+        references = [self._seen(name) for name in asked.upload]
+        references += [await self._reference(row) for row in asked.row]
+        for file in files:
+            pixels = await self._of_upload(read_upload, file, self._read)
+            references.append(torch.from_numpy(pixels))
         question = Question(
-            image=image,
+            references=references,
             text=asked.text,
             k=asked.k or self.k,
             less=await self._image(asked.less_row, asked.less_upload),
             mix=asked.mix,
             lean=asked.lean,
-            without=asked.row if asked.without_reference else None,
+            without=frozenset(asked.row if asked.without_reference else ()),
             target=asked.target,
             condition=asked.filter.strip(),
             distinct=asked.distinct,
@@ -281,11 +302,11 @@ class Service:
 
     async def upload(self, request: Request) -> Kept:
         """Take an image, or say why it cannot be asked with, so that questions need not send it each time."""
-        _, upload = await read_question(request)
-        if upload is None:
-            raise QuestionError("there is no image: send one")
+        _, files = await read_question(request)
+        if len(files) != 1:
+            raise QuestionError("image: send one file")
         shown = (self._read, SIDES["small"], self._background)
-        seen, small = await self._of_upload(preview, upload, *shown)
+        seen, small = await self._of_upload(preview, files[0], *shown)
         name = secrets.token_urlsafe()
         self.seen[name] = seen
         return Kept(upload=name, picture=f"data:image/jpeg;base64,{b64encode(small).decode()}")
@@ -330,6 +351,7 @@ class Service:
             experts=self.experts,
             k=self.k,
             most=MOST_ANSWERS,
+            references=MOST_REFERENCES,
             places=min(TARGET_DEPTH, len(self.searcher)),
             kinds=sorted(TAKEN),
             filters=self.searcher.knows_conditions,
@@ -439,32 +461,55 @@ def read_photo(file: Path, read: Callable[[Path], torch.Tensor]) -> np.ndarray:
     return read(file).numpy()
 
 
-async def read_question(request: Request) -> tuple[Asked, File | None]:
-    """The fields of a form and its image.
+async def read_question(request: Request) -> tuple[Asked, list[File]]:
+    """The fields of a form and its images.
 
     Raises:
-        QuestionError: a field is unknown, twice there or of another type; see `read_form` too.
+        QuestionError: a field is unknown, twice there or of another type, or there are too many references.
     """
-    form = read_form(request.headers.get("content-type", ""), await request.body())
-    if "image" in form.fields:
-        raise QuestionError("image: send a file, no text; nothing is fetched from an address")
-    upload = form.files.pop("image", None)
-    if form.files:
-        raise QuestionError("image is the only field that may be a file")
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in FORMS:
+        raise HTTPException(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send the query as a form")
     try:
-        asked = Asked.model_validate(form.fields)
+        form = await request.form(
+            max_files=MOST_REFERENCES, max_fields=MOST_FIELDS, max_part_size=LONGEST_FIELD
+        )
+    except ValueError:
+        raise QuestionError("the form is damaged: send it again, in UTF-8") from None
+    fields: dict[str, Any] = {}
+    files = []
+    for name in form:
+        values = form.getlist(name)
+        if name == "image":
+            for value in values:
+                if isinstance(value, str):
+                    raise QuestionError("image: send a file, not text; no address is fetched")
+                files.append(File(value.filename or "", await value.read()))
+        elif not all(isinstance(value, str) for value in values):
+            raise QuestionError("image is the only field that may be a file")
+        elif name not in REPEATED and len(values) > 1:
+            raise QuestionError("a field is there twice: send it once")
+        else:
+            fields[name] = values if name in REPEATED else values[0]
+    try:
+        asked = Asked.model_validate(fields)
     except ValidationError as error:
         raise QuestionError(first_fault(error.errors()[0])) from None
-    if (upload is not None) + (asked.row is not None) + bool(asked.upload) > 1:
-        raise QuestionError("there are several references: send an image, an upload or a row")
+    count = len(files) + len(asked.upload) + len(asked.row)
+    if count > MOST_REFERENCES:
+        raise QuestionError(
+            f"image, upload and row name {count} references: send {MOST_REFERENCES} at most"
+        )
     if asked.less_row is not None and asked.less_upload:
         raise QuestionError("less_row and less_upload are two images: send one")
-    return asked, upload
+    return asked, files
 
 
 def first_fault(fault: Any) -> str:
     """A fault of a field in words. What was sent is not repeated."""
-    name = ".".join(str(part) for part in fault["loc"] if str(part).isascii())[:50]
+    # Places in a list are numbers, which say nothing to who has sent one value.
+    parts = [part for part in fault["loc"] if isinstance(part, str) and part.isascii()]
+    name = ".".join(parts)[:50]
     return f"{name}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
@@ -555,10 +600,12 @@ def build(service: Service, documented: bool) -> FastAPI:
         name = path.lstrip("/") or "index.html"
         app.add_api_route(path, page_file(name, kind), include_in_schema=False)
     asked = Asked.model_json_schema()
+    file = {"type": "string", "format": "binary"}
+    kinds = " ".join(sorted(TAKEN))
     asked["properties"]["image"] = {
-        "type": "string",
-        "format": "binary",
-        "description": f"The reference, as a file: {' '.join(sorted(TAKEN))}",
+        "type": "array",
+        "items": file,
+        "description": f"A reference, as a file: {kinds}. May be repeated.",
     }
     form = {"requestBody": {"content": {"multipart/form-data": {"schema": asked}}}}
     app.add_api_route(
@@ -569,8 +616,8 @@ def build(service: Service, documented: bool) -> FastAPI:
         responses=ERROR_ANSWERS,
         openapi_extra=form,
     )
-    file = {"image": asked["properties"]["image"]}
-    form = {"requestBody": {"content": {"multipart/form-data": {"schema": {"properties": file}}}}}
+    image = {"image": {**file, "description": f"An image: {kinds}"}}
+    form = {"requestBody": {"content": {"multipart/form-data": {"schema": {"properties": image}}}}}
     app.add_api_route(
         "/upload", service.upload, methods=["POST"], responses=ERROR_ANSWERS, openapi_extra=form
     )

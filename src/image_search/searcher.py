@@ -1,4 +1,4 @@
-"""Search an image index with a reference image and a sentence."""
+"""Search an image index with reference images and a sentence."""
 
 import dataclasses
 import functools
@@ -37,31 +37,31 @@ SAME = 1e-5  # difference of an element, or a similarity, of normalised features
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Question:
-    """Query of an index: an image, and what to change in it.
+    """Query of an index: reference images, and what to change in them.
 
     Attributes:
-        image: an image file; what the encoder's loader read of one, bytes (3, R, R); or its features (1, D),
-            unnormalised. None for the text alone.
-        text: "" for the image alone.
+        references: images, each a file; what the encoder's loader read of one, bytes (3, R, R); or its features
+            (1, D), unnormalised. Several are searched with as their mean; none for the text alone.
+        text: "" for the references alone.
         k: answers.
-        less: an image as `image`, which answers are to look less like: LESS of its normalised feature is taken off the
-            query, which is normalised again; None for none.
+        less: an image as one of `references`, which answers are to look less like: LESS of its normalised feature is
+            taken off the query, which is normalised again; None for none.
         mix: share of the text in the sum that is asked with, 0 to 1; None asks with what the pair composes.
         lean: of the Combiner's gate, see `combiner.leaned`; None is as it was trained.
-        without: a row that is no answer; None for none.
+        without: rows that are no answers.
         target: a row whose place is asked for; None for none.
         condition: what images have to be, in the language of the index's store.
         distinct: leave copies of other answers out.
         min_similarity: that an answer has at least; None for any.
     """
 
-    image: Path | Tensor | None
+    references: Sequence[Path | Tensor]
     text: str
     k: int
     less: Path | Tensor | None = None
     mix: float | None = None
     lean: float | None = None
-    without: int | None = None
+    without: frozenset[int] = frozenset()
     target: int | None = None
     condition: str = ""
     distinct: bool = False
@@ -71,7 +71,7 @@ class Question:
     def depth(self) -> int:
         """Return how many of the nearest images it takes to answer it."""
         wanted = self.k if self.target is None else max(self.k, TARGET_DEPTH)
-        return wanted + (self.without is not None)
+        return wanted + len(self.without)
 
 
 class RetrievedImage(NamedTuple):
@@ -183,7 +183,7 @@ class Searcher:
         encoder = self.pair.encoder
         texts = [question.text.strip() for question in questions]
         captions = encoder.captions(texts)  # (Q, D)
-        references = self._features([question.image for question in questions])
+        references = self._references(questions)
         compose, inputs = self.pair.compose, [references, captions]
         leans = [question.lean for question in questions]
         if any(lean is not None for lean in leans):
@@ -256,7 +256,7 @@ class Searcher:
         while True:
             copies = self._copies(hits)
             distinct = [hit for hit in hits if hit.row not in copies]
-            is_all = len(hits) < depth - (question.without is not None) or depth >= DEEPEST
+            is_all = len(hits) < depth - len(question.without) or depth >= DEEPEST
             if len(distinct) >= question.k or is_all:
                 return distinct
             depth = min(2 * depth, DEEPEST)
@@ -268,7 +268,7 @@ class Searcher:
         composes = self.pair.compose.combining_function
         is_text = composes == "text" if question.mix is None else question.mix == 1
         is_image = composes == "image" if question.mix is None else question.mix == 0
-        if question.image is None and not is_text:
+        if not question.references and not is_text:
             raise QuestionError("there is no reference yet: choose an image or upload one")
         if not text and not is_image:
             raise QuestionError("the text is empty: say what to change")
@@ -283,16 +283,26 @@ class Searcher:
                 f"a word of the text has more than {LONGEST_WORD} letters: part it by spaces"
             )
 
-    def _features(self, images: Sequence[Path | Tensor | None]) -> Tensor:
-        """Features (Q, D) of images that are asked with; zeros where there is none."""
+    def _references(self, questions: Sequence[Question]) -> Tensor:
+        """Features (Q, D) of the references of each question; zeros where there is none.
+
+        Those of several are their mean, unnormalised as the sum and the Combiner take them, so that the sum with
+        several is the mean of the sums with each. The less alike the references are, the shorter is their mean, and
+        the more the text counts in the sum.
+        """
+        images = [image for question in questions for image in question.references]
+        counts = [len(question.references) for question in questions]
+        features = self._features(images).split(counts)
+        return torch.stack([each.sum(0) / max(1, len(each)) for each in features])
+
+    def _features(self, images: Sequence[Path | Tensor]) -> Tensor:
+        """Features (N, D) of images that are asked with."""
         encoder = self.pair.encoder
         features = torch.zeros(len(images), encoder.backbone.dim, device=encoder.device)
         read = {}
         for number, image in enumerate(images):
             if isinstance(image, Path):
                 image = self.reference_features(image)
-            if image is None:
-                continue
             if image.dtype == torch.uint8:
                 read[number] = image
             else:
@@ -315,7 +325,7 @@ class Searcher:
             nearest = self.index.search(queries[alike].numpy(), most, condition)
             for number, found in zip(alike, nearest, strict=True):
                 without = questions[number].without
-                hits[number] = [hit for hit in found if hit.row != without]
+                hits[number] = [hit for hit in found if hit.row not in without]
         return [hits[number] for number in range(len(questions))]
 
     def _note(self, text: str) -> str:

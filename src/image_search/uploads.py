@@ -5,13 +5,13 @@ All of this is done by workers, see workers.py.
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from image_search.forms import File
 from image_search.stores.base import QuestionError
 from runtime.image_files import FORMATS, LONGEST_SIDE, image_size, thumbnail
 from utils import UserError, first_line
@@ -19,6 +19,14 @@ from utils import UserError, first_line
 MOST_BYTES = 10 * 2**20
 UPLOAD_PIXELS = 40_000_000
 LONGEST_NAME = 100  # characters that are repeated of a name
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as it was sent."""
+
+    name: str
+    content: bytes
 
 
 class Upload(io.BytesIO):

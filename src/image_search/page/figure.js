@@ -5,6 +5,7 @@ import { t } from "./words.js";
 const SVG = "http://www.w3.org/2000/svg";
 const SIDE = 160; // of the place of an image; all lengths are in pixels of the SVG
 const GAP = 12;
+const SEAM = 4; // between references
 const LINE = 18;
 const COLUMNS = 6;
 const FONT = { "font-family": "Arial, Helvetica, sans-serif", "font-size": 14, fill: "#000" };
@@ -32,15 +33,19 @@ function wrapped(text) {
   return text.match(new RegExp(`.{1,${most}}(?=\\s|$)|\\S{1,${most}}`, "gu")).map((line) => line.trim());
 }
 
-// The SVG as text. reference, less: addresses of images, or null. lists: { title, answers: [{ address, isTarget }] }.
-export async function figure({ reference, text, less, lists }) {
+// The SVG as text. references, less: addresses of images; less may be null. lists: { title, answers: [{ address, isTarget }] }.
+export async function figure({ references, text, less, lists }) {
   const parts = [];
   const write = (lines, x, y, how = {}) => {
     lines.forEach((line, at) => parts.push(node("text", { x, y: y + LINE * (at + 0.8), ...how }, line)));
     return y + LINE * lines.length;
   };
-  if (reference) parts.push(placed(reference, 0, 0));
-  let height = reference ? SIDE : 0;
+  const across = references.length > 1 ? 2 : 1;
+  const pitch = (SIDE + SEAM) / across;
+  references.forEach((reference, at) => {
+    parts.push(placed(reference, (at % across) * pitch, Math.floor(at / across) * pitch, pitch - SEAM));
+  });
+  let height = Math.max(0, Math.ceil(references.length / across) * pitch - SEAM);
   if (text) height = write(wrapped(text), 0, height);
   if (less) {
     height = write([t("Less like")], 0, height + GAP);

@@ -12,17 +12,19 @@ const EXAMPLES = 4;
 const ROW = "application/x-row"; // what is dragged of the page's own images
 const TITLES = { sum: "Sum", image: "Image only", text: "Text only" };
 const SHARES = { image: 0, text: 1 }; // of the text, where one of both is asked with alone
-const NO_REFERENCE = { row: null, upload: null, name: "" };
 
-// steps: what was asked, and last a reference that was not asked with yet, whose `how` is null; `less` of a step is an
-// image that answers are to look less like, named as a reference is. target: the row that is looked for. large:
-// { list, place } of the answer that is shown large. depth: entries of the history before this one.
+// steps: what was asked, and last references that were not asked with yet, whose `how` is null. A reference is
+// { row, upload, name }, and so is `less` of a step: an image that results are to look less like. target: the row that
+// is looked for. large: { list, place } of the answer that is shown large. depth: entries of the history before this.
 const START = { steps: [], depth: 0, target: null, large: null };
 
-let health = { server: "", composes: "sum", images: 0, k: 12, most: 12, kinds: [], filters: false, experts: [] };
+let health = {
+  server: "", composes: "sum", images: 0, k: 12, most: 12, references: 1, kinds: [], filters: false, experts: [],
+};
 let state = START;
 let shownKey = ""; // of the answers that are on the page
 let shown = []; // those answers, in lists
+let isAdding = false; // whether files that are picked are added to the references
 let asking = 0; // the number of the last question; what comes of earlier ones is dropped
 const answersOf = new Map(); // question in JSON -> answers, for the way back
 
@@ -71,20 +73,27 @@ const picture = (row, size = "small") => `image/${row}?size=${size}&of=${health.
 
 const last = () => state.steps.at(-1);
 const lastAsked = (of) => of.steps.findLast((step) => step.how);
+const chosen = () => last()?.references ?? [];
+const isChosen = (photo) => chosen().some(({ row }) => row === photo.row);
 const isRow = (text) => /^\d{1,19}$/.test(text);
-const hasImage = (step) => Boolean(step) && (step.row !== null || step.upload !== null);
 // Whether the slider leans the Combiner's gate.
 const leans = (method) => method === "pair" && health.composes === "combiner";
 const isPending = () => Boolean(last()) && !last().how;
 
-function pictureOf(step, size) {
-  return step.upload ? uploadedPicture(step.upload) : picture(step.row, size);
+function pictureOf({ row, upload }, size) {
+  return (upload ? uploadedPicture(upload) : picture(row, size)) || "data:,";
+}
+
+function namesOf(references) {
+  if (!references.length) return t("No reference");
+  const names = references.map(({ name }) => name).join(", ");
+  return t(references.length > 1 ? "References: {0}" : "Reference: {0}", names);
 }
 
 function addressOf(of) {
   const step = of.steps.at(-1);
   const words = new URLSearchParams();
-  if (step && step.row !== null) words.set("row", step.row);
+  for (const { row } of step?.references ?? []) if (row !== null) words.append("row", row);
   if (step?.less?.row) words.set("less", step.less.row);
   if (step?.how) {
     words.set("text", step.text);
@@ -107,14 +116,27 @@ function go(next, replaces = false) {
   return show();
 }
 
-// A reference that was not asked with gives way to the next one. The large view is left with it.
-function choose(reference, text = $("text").value, less = last()?.less) {
+// References that were not asked with give way to the next ones. The large view is left with them.
+function choose(references, text = $("text").value, less = last()?.less) {
   const kept = isPending() ? state.steps.slice(0, -1) : state.steps;
-  const steps = [...kept, { ...reference, less, text, how: null }].slice(-MOST_STEPS);
+  const steps = [...kept, { references, less, text, how: null }].slice(-MOST_STEPS);
   const replaces = isPending() || state.large !== null;
   $("text").value = text;
-  say(t("Reference: {0}", reference.name));
+  say(namesOf(references));
   return go({ ...state, steps, large: null }, replaces);
+}
+
+// As many images as there is room for beside references that stay.
+function fitting(images, kept) {
+  const room = Math.max(0, health.references - kept.length);
+  if (images.length > room) toast(t("at most {0} references: remove one to add another", health.references));
+  return images.slice(0, room);
+}
+
+function add(reference) {
+  if (isChosen(reference)) return;
+  const added = fitting([reference], chosen());
+  if (added.length) choose([...chosen(), ...added]);
 }
 
 function chosenHow() {
@@ -130,7 +152,7 @@ function chosenHow() {
 async function ask({
   text = $("text").value.trim(), less = last()?.less, replaces = isPending(), target = state.target,
 } = {}) {
-  const step = { ...(last() || NO_REFERENCE), less, text, how: chosenHow() };
+  const step = { references: chosen(), less, text, how: chosenHow() };
   const next = { ...state, target, large: null, steps: [...state.steps.slice(0, -1), step] };
   const number = (asking += 1);
   try {
@@ -150,10 +172,10 @@ async function ask({
 
 // What is asked of the server: the composed list, others, or several side by side. Without a text or without a
 // reference there is one way to ask, whatever was chosen.
-function listsOf({ text, how, ...reference }) {
+function listsOf({ references, text, how }) {
   const alone = (method) => ({ key: method, title: t(TITLES[method]), mix: SHARES[method] });
-  if (!hasImage(reference) && !text) throw new Error(t("type what to look for, or choose an image"));
-  if (!hasImage(reference)) return [alone("text")];
+  if (!references.length && !text) throw new Error(t("type what to look for, or choose an image"));
+  if (!references.length) return [alone("text")];
   if (!text) return [alone("image")];
   const composed = { key: "pair", title: t(health.composes === "sum" ? "Sum" : "Combiner"), mix: null };
   if (how.method === "pair") return [composed];
@@ -164,13 +186,14 @@ function listsOf({ text, how, ...reference }) {
 // The answers of a list, as many as the server gives or `k`.
 function found(step, target, { list, k }) {
   const fields = { mix: list.mix, text: list.mix === 0 ? null : step.text, k, target };
-  if (list.mix !== 1) fields.row = step.row;
+  const references = list.mix === 1 ? [] : step.references;
+  fields.row = references.flatMap(({ row }) => row ?? []);
   fields.less_row = step.less?.row;
   if (list.key === "pair") fields.lean = step.how.lean;
-  if (list.mix !== 1 && step.row !== null && step.how.without) fields.without_reference = "true";
+  if (fields.row.length && step.how.without) fields.without_reference = "true";
   fields.filter = step.how.filter || null;
   const given = Object.entries(fields).filter(([, value]) => (value ?? null) !== null);
-  const ids = { upload: list.mix === 1 ? null : step.upload, less_upload: step.less?.upload };
+  const ids = { upload: references.flatMap(({ upload }) => upload ?? []), less_upload: step.less?.upload ?? [] };
   return search(Object.fromEntries(given), ids);
 }
 
@@ -219,7 +242,7 @@ async function showFurther() {
 
 async function show() {
   const step = last();
-  showReference(step);
+  showReferences(chosen());
   showLess(step);
   showSteps();
   showHow(step?.how);
@@ -246,45 +269,75 @@ async function show() {
   showLarge();
 }
 
-function showReference(step) {
+// The references, each with its button. What had the focus hands it on to what has its place, counted from the end, as
+// the tile that adds one is the last.
+function showReferences(references) {
+  const buttons = () => [...$("reference").querySelectorAll("button")].reverse();
+  const held = buttons().indexOf(document.activeElement);
   $("reference").removeAttribute("aria-busy");
-  if (!hasImage(step)) {
-    const empty = t("No reference: choose an image, upload or paste one, or drop it here. Or search by words alone.");
-    const long = element("span", { className: "long", textContent: empty });
-    const short = element("span", { className: "short", textContent: t("No reference") });
-    return $("reference").replaceChildren(element("div", { className: "empty" }, long, short));
+  document.body.classList.toggle("has-reference", references.length > 0);
+  $("reference").replaceChildren(...(references.length ? mosaicOf(references) : [nothingChosen()]));
+  if (held >= 0) (buttons()[held] || $("upload")).focus();
+}
+
+function nothingChosen() {
+  const empty = t("No reference: choose an image, upload or paste one, or drop it here. Or search by words alone.");
+  const long = element("span", { className: "long", textContent: empty });
+  const short = element("span", { className: "short", textContent: t("No reference") });
+  return element("div", { className: "empty" }, long, short);
+}
+
+function mosaicOf(references) {
+  const isSeveral = references.length > 1;
+  const tiles = references.map((reference, place) => {
+    const remove = element("button", { className: "corner", type: "button", textContent: "×" });
+    remove.title = t("Remove {0}", reference.name);
+    remove.setAttribute("aria-label", remove.title);
+    remove.onclick = () => choose(references.toSpliced(place, 1));
+    return element("li", { title: reference.name }, referenceImage(reference), remove);
+  });
+  if (references.length < health.references) {
+    const another = element("button", { id: "add", type: "button", textContent: "+", onclick: () => pickFiles(true) });
+    another.title = t("Add a reference: upload it, or drop or paste it here");
+    another.setAttribute("aria-label", another.title);
+    tiles.push(element("li", {}, another));
   }
-  const image = element("img", { src: pictureOf(step) || "data:,", alt: t("Reference: {0}", step.name) });
-  const leave = element("button", { className: "corner", type: "button", textContent: "×" });
-  leave.title = t("Without a reference");
-  leave.setAttribute("aria-label", leave.title);
-  leave.onclick = () => choose(NO_REFERENCE);
-  const name = element("figcaption", { textContent: step.name, title: step.name });
-  $("reference").replaceChildren(image, leave, name);
+  const called = isSeveral ? t("Mean of {0} references", references.length) : references[0].name;
+  return [
+    element("ul", { className: isSeveral ? "mosaic several" : "mosaic" }, ...tiles),
+    element("figcaption", { textContent: called, title: called }),
+  ];
+}
+
+function referenceImage(reference, size) {
+  return element("img", { src: pictureOf(reference, size), alt: t("Reference: {0}", reference.name) });
 }
 
 // The image that answers are to look less like, which is taken off by its button.
 function showLess(step) {
   const less = step?.less;
   $("less").hidden = !less;
-  $("away").hidden = !hasImage(step);
+  $("away").hidden = step?.references.length !== 1;
   if (!less) return;
-  const image = element("img", { src: pictureOf(less) || "data:,", alt: "" });
+  const image = element("img", { src: pictureOf(less), alt: "" });
   const words = element("span", { textContent: t("Less like {0}", less.name), title: less.name });
   const leave = element("button", { type: "button", textContent: "×", title: t("Forget it") });
   leave.setAttribute("aria-label", `${leave.title}: ${words.textContent}`);
-  leave.onclick = () => (step.how ? ask({ text: step.text, less: null }) : choose(step, $("text").value, null));
+  leave.onclick = () => {
+    if (step.how) ask({ text: step.text, less: null });
+    else choose(step.references, $("text").value, null);
+  };
   $("less").replaceChildren(image, words, leave);
 }
 
 function showSteps() {
   const items = state.steps.map((step, place) => {
-    const parts = hasImage(step) ? [element("img", { src: pictureOf(step) || "data:,", alt: step.name })] : [];
+    const parts = step.references.map((image) => element("img", { src: pictureOf(image), alt: image.name }));
     const less = step.less && t("Less like {0}", step.less.name);
     const words = [step.text ? `“${step.text}”` : t("more like this"), less].filter(Boolean).join(" · ");
     if (step.how) parts.push(words);
     const back = element("button", { type: "button" }, ...parts);
-    back.title = t("Back to: {0}", step.how ? words : step.name);
+    back.title = t("Back to: {0}", step.how ? words : namesOf(step.references));
     back.onclick = () => {
       $("text").value = step.text;
       go({ ...state, large: null, steps: state.steps.slice(0, place + 1) }, place === state.steps.length - 1);
@@ -357,7 +410,7 @@ function unused(lists) {
   const asked = lastAsked(state);
   if (lists.length !== 1) return "";
   if (lists[0].mix === 0 && asked.text) return t("Asked with the image only: your words were not used.");
-  return lists[0].mix === 1 && hasImage(asked) ? t("Asked with the text only: the reference was not used.") : "";
+  return lists[0].mix === 1 && asked.references.length ? t("Asked with the text only: no reference was used.") : "";
 }
 
 function showMeasured() {
@@ -372,14 +425,15 @@ function cardOf(answer, at) {
   const of = shown[at.list];
   const place = t("{0} of {1}", at.place + 1, of.answers.length);
   const called = shown.length > 1 ? `${place}, ${of.title}` : place;
-  const card = photoCard(answer, t("Answer {0}: {1}", called, answer.name), () => choose(referenceOf(answer), ""));
+  const card = photoCard(answer, t("Answer {0}: {1}", called, answer.name), () => choose([referenceOf(answer)], ""));
   card.querySelector(".pick").title = t("Go on from it");
   const enlarge = element("button", { className: "corner enlarge", type: "button", textContent: "⤢" });
   enlarge.title = t("Open large");
   enlarge.setAttribute("aria-label", t("Open answer {0} large: {1}", called, answer.name));
   enlarge.onclick = () => go({ ...state, large: at });
   const number = element("span", { className: "quiet", textContent: `${at.place + 1}. ${answer.similarity.toFixed(3)} ` });
-  card.append(enlarge, element("p", { className: "caption", title: answer.name }, number, answer.name));
+  card.querySelector(".pick").after(enlarge);
+  card.append(element("p", { className: "caption", title: answer.name }, number, answer.name));
   card.dataset.path = answer.path.toLowerCase();
   card.classList.toggle("target", answer.row === state.target);
   return card;
@@ -400,7 +454,10 @@ function showExperts(list) {
   $("experts").hidden = !isKnown;
   if (!isKnown) return;
   const words = Math.round(100 * list.gate);
-  const said = [t("The answers follow your words to {0} % and the reference to {1} %.", words, 100 - words)];
+  const follow = lastAsked(state).references.length > 1
+    ? "The results follow your words to {0} % and the references to {1} %."
+    : "The results follow your words to {0} % and the reference to {1} %.";
+  const said = [t(follow, words, 100 - words)];
   const working = list.experts.filter((share) => share > 0).length;
   const others = "{0} of {1} experts worked on this question. The others rest: every question goes to the {0} that suit it best.";
   if (working < list.experts.length) said.push(t(others, working, list.experts.length));
@@ -439,7 +496,7 @@ function showTarget() {
   });
 }
 
-// The large view: an answer beside its reference.
+// The large view: an answer beside its references.
 
 const enlarged = () => shown[state.large?.list]?.answers[state.large.place];
 
@@ -447,12 +504,12 @@ function showLarge() {
   const answer = enlarged();
   if (!answer) return $("large").close();
   const list = shown[state.large.list];
-  const asked = lastAsked(state);
-  $("large-reference").hidden = !hasImage(asked);
-  if (hasImage(asked)) {
-    $("large-asked").src = pictureOf(asked, "large") || "data:,";
-    $("large-asked").alt = t("Reference: {0}", asked.name);
-  }
+  const { references } = lastAsked(state);
+  $("large-reference").hidden = !references.length;
+  $("large-asked").replaceChildren(...references.map((reference) => referenceImage(reference, "large")));
+  $("large-asked").classList.toggle("several", references.length > 1);
+  $("large-called").textContent = t(references.length > 1 ? "References" : "Reference");
+  $("also").hidden = !chosen().length || chosen().length >= health.references || isChosen(answer);
   $("large-image").src = picture(answer.row, "large");
   $("large-image").alt = answer.name;
   $("large-name").textContent = answer.name;
@@ -499,7 +556,11 @@ const referenceOf = ({ row, name }) => ({ row, upload: null, name });
 function photoCard(photo, alt, onclick) {
   const image = element("img", { src: picture(photo.row), alt, loading: "lazy", draggable: false });
   const pick = element("button", { className: "pick", type: "button", onclick }, image);
-  const card = element("li", { className: "card", draggable: true }, pick);
+  const plus = element("button", { className: "corner plus", type: "button", textContent: "+" });
+  plus.title = t("Add as reference");
+  plus.setAttribute("aria-label", t("Add as reference: {0}", photo.name));
+  plus.onclick = () => add(referenceOf(photo));
+  const card = element("li", { className: "card", draggable: true }, pick, plus);
   card.ondragstart = (event) => event.dataTransfer.setData(ROW, JSON.stringify(referenceOf(photo)));
   return card;
 }
@@ -512,7 +573,7 @@ async function offer() {
   const photos = await json(`some?count=${OFFERED}`);
   const cards = photos.map((photo, place) => {
     const alt = t("Image {0} of {1}: {2}", place + 1, photos.length, photo.name);
-    return photoCard(photo, alt, () => choose(referenceOf(photo)));
+    return photoCard(photo, alt, () => choose([referenceOf(photo)]));
   });
   $("choice").replaceChildren(...cards);
 }
@@ -520,7 +581,7 @@ async function offer() {
 async function offerExamples() {
   const cards = (await json(`examples?count=${EXAMPLES}`)).map(({ reference, text, target }) => {
     const start = async () => {
-      await choose(referenceOf(reference), text);
+      await choose([referenceOf(reference)], text);
       await ask({ target: target.row });
     };
     const card = photoCard(reference, t("Example: {0}, “{1}”", reference.name, text), start);
@@ -532,25 +593,36 @@ async function offerExamples() {
 
 // What the visitor does
 
-async function takeFile(file) {
-  $("reference").setAttribute("aria-busy", "true");
-  say(t("Sending the image…"));
-  try {
-    const id = await takeUpload(file);
-    await choose({ row: null, upload: id, name: file.name || "pasted.png" });
-  } catch (error) {
-    showReference(last());
-    throw error;
-  }
+function pickFiles(adds) {
+  isAdding = adds;
+  $("file").click();
 }
+
+// Files become references, beside those that are there or in their place. What cannot be taken is told of each.
+async function takeFiles(files, adds) {
+  const taken = fitting([...files], adds ? chosen() : []);
+  $("reference").setAttribute("aria-busy", "true");
+  say(t("Sending…"));
+  const sent = await Promise.all(taken.map(async (file) => {
+    const upload = await tell(takeUpload(file));
+    return upload ? [{ row: null, upload, name: file.name || "pasted.png" }] : [];
+  }));
+  const references = sent.flat();
+  if (!references.length) return showReferences(chosen());
+  return choose(adds ? [...chosen(), ...references] : references);
+}
+
+// Whether what is dropped or pasted is for the tile that adds a reference: elsewhere it takes the place of all.
+const isAdded = (event) => Boolean(event.target.closest?.("#add"));
 
 function takeDropped(event) {
   event.preventDefault();
   document.body.classList.remove("dragged");
   const own = event.dataTransfer.getData(ROW);
-  const [file] = event.dataTransfer.files;
-  if (own) choose(JSON.parse(own));
-  else if (file) tell(takeFile(file));
+  const { files } = event.dataTransfer;
+  if (own && isAdded(event)) add(JSON.parse(own));
+  else if (own) choose([JSON.parse(own)]);
+  else if (files.length) takeFiles(files, isAdded(event));
   else toast(t("only files and images of this page are taken: nothing is fetched from an address"));
 }
 
@@ -592,23 +664,24 @@ function save(content, name) {
 }
 
 function exportAnswers() {
-  const { text, name, row, less, how } = lastAsked(state);
+  const { text, less, how, ...asked } = lastAsked(state);
   const lists = shown.map(({ title, place, answers }) => ({ asked_with: title, place_of_target: place, answers }));
-  const asked = { reference: name || null, row, less: less?.name ?? null, less_row: less?.row ?? null, text, ...how };
-  const written = JSON.stringify({ ...asked, target: state.target, lists }, null, 2);
+  const references = asked.references.map(({ name, row }) => ({ name, row }));
+  const question = { references, less: less?.name ?? null, less_row: less?.row ?? null, text, ...how };
+  const written = JSON.stringify({ ...question, target: state.target, lists }, null, 2);
   save(new Blob([written], { type: "application/json" }), "answers.json");
 }
 
 // What was asked with and as many answers as come at first, as a picture of one of two kinds.
 async function exportFigure(kind) {
-  const { text, less, ...reference } = lastAsked(state);
+  const { references, text, less } = lastAsked(state);
   const [{ mix }] = shown;
   const lists = shown.map(({ title, answers }) => {
     const first = answers.slice(0, health.k);
     return { title, answers: first.map(({ row }) => ({ address: picture(row), isTarget: row === state.target })) };
   });
   const svg = await figure({
-    reference: mix !== 1 && hasImage(reference) ? pictureOf(reference) : null,
+    references: mix === 1 ? [] : references.map((reference) => pictureOf(reference)),
     text: mix !== 0 ? text : "",
     less: less ? pictureOf(less) : null,
     lists,
@@ -632,21 +705,17 @@ function listen() {
   };
   $("undo").onclick = () => history.back();
   $("restart").onclick = startOver;
-  $("upload").onclick = () => $("file").click();
+  $("upload").onclick = () => pickFiles(false);
   $("file").onchange = () => {
-    const [file] = $("file").files;
+    takeFiles($("file").files, isAdding);
     $("file").value = "";
-    if (file) tell(takeFile(file));
   };
   for (const id of ["mix", "without", "filter"]) $(id).onchange = askAgain;
   $("method").onchange = () => {
     $("mix").value = 50;
     askAgain();
   };
-  $("away").onclick = () => {
-    const { row, upload, name } = last();
-    choose(NO_REFERENCE, $("text").value, { row, upload, name });
-  };
+  $("away").onclick = () => choose([], $("text").value, chosen()[0]);
   $("mix").oninput = () => showHow(null);
   $("within").oninput = () => {
     narrow();
@@ -659,9 +728,10 @@ function listen() {
   $("export").onclick = exportAnswers;
   for (const kind of ["png", "svg"]) $(kind).onclick = () => tell(exportFigure(kind));
   $("more").onclick = () => tell(offer());
-  $("use").onclick = () => choose(referenceOf(enlarged()), "");
+  $("use").onclick = () => choose([referenceOf(enlarged())], "");
+  $("also").onclick = () => add(referenceOf(enlarged()));
   $("alike").onclick = async () => {
-    await choose(referenceOf(enlarged()), "");
+    await choose([referenceOf(enlarged())], "");
     await ask();
   };
   $("unlike").onclick = async () => {
@@ -686,8 +756,8 @@ function listen() {
   };
   document.addEventListener("keydown", press);
   document.addEventListener("paste", (event) => {
-    const [file] = event.clipboardData.files;
-    if (file) tell(takeFile(file));
+    const { files } = event.clipboardData;
+    if (files.length) takeFiles(files, isAdded(event));
   });
   document.addEventListener("dragover", (event) => {
     event.preventDefault();
@@ -712,13 +782,14 @@ function listen() {
 async function linked() {
   const words = new URLSearchParams(location.search);
   const share = (name) => Math.min(1, Math.max(0, Number(words.get(name) ?? 0.5) || 0));
-  const photoOf = async (name) => {
-    if (!words.has(name)) return null;
-    const photo = isRow(words.get(name)) && (await json(`photo/${words.get(name)}`).catch(() => null));
-    if (!photo) toast(t("the link names an image that the index does not have: choose another"));
-    return photo ? referenceOf(photo) : null;
+  const photosOf = async (rows) => {
+    const photos = await Promise.all(rows.map((row) => isRow(row) && json(`photo/${row}`).catch(() => null)));
+    if (!photos.every(Boolean)) toast(t("the link names an image that the index does not have: choose another"));
+    return photos.filter(Boolean).map(referenceOf);
   };
-  const step = { ...NO_REFERENCE, ...(await photoOf("row")), less: await photoOf("less"), how: null };
+  const references = await photosOf(words.getAll("row").slice(0, health.references));
+  const [less] = await photosOf(words.getAll("less").slice(0, 1));
+  const step = { references, less, how: null };
   step.text = words.get("text")?.trim() || "";
   const wanted = words.get("method") || "pair";
   const method = [...$("method").options].some((option) => option.value === wanted) ? wanted : "pair";
@@ -730,16 +801,16 @@ async function linked() {
     toast(t("this index takes no filter: the link's was left out"));
   }
   const isAsked = words.has("text") || method === "image";
-  if (isAsked && (step.text || hasImage(step))) step.how = how;
+  if (isAsked && (step.text || references.length)) step.how = how;
   const target = isRow(words.get("target")) ? words.get("target") : null;
-  return step.how || hasImage(step) ? { ...START, steps: [step], target } : START;
+  return step.how || references.length ? { ...START, steps: [step], target } : START;
 }
 
 async function begin() {
   translate();
   listen();
   $("options").open = matchMedia("(min-width: 761px)").matches;
-  showReference(null);
+  showReferences([]);
   health = await json("health");
   const kind = health.composes === "combiner" ? [health.model, "Combiner"] : [health.model];
   const facts = kind.length > 1 ? "{0} with a {1} · {2} images" : "{0} · {1} images";
@@ -751,8 +822,8 @@ async function begin() {
   $("examples").replaceChildren(...waitingCards(Math.min(EXAMPLES, health.examples)));
   $("choice").replaceChildren(...waitingCards(OFFERED));
   $("choosing").hidden = false;
-  for (const { upload, less } of history.state?.steps || []) {
-    for (const id of [upload, less?.upload]) if (id) bringBack(id);
+  for (const { references, less } of history.state?.steps || []) {
+    for (const image of [...references, less]) if (image?.upload) bringBack(image.upload);
   }
   state = history.state ? { ...START, ...history.state } : await linked();
   history.replaceState(state, "", addressOf(state));

@@ -34,14 +34,13 @@ export async function json(address, options) {
   return (await request(address, options)).json();
 }
 
-// The answers to a question. ids: field -> the page's own name of an upload, or null. Where the server has forgotten an
-// upload, it is sent again.
+// The answers to a question. A field has a value, or a list of them. ids: field -> the page's own names of uploads.
+// Where the server has forgotten an upload, it is sent again.
 export async function search(fields, ids) {
-  const named = Object.entries(ids).filter(([, id]) => id);
-  const images = named.map(([field, id]) => [field, uploads.get(id)]);
+  const images = Object.entries(ids).flatMap(([field, of]) => [of].flat().map((id) => [field, uploads.get(id)]));
   const ask = () => {
     const form = new FormData();
-    for (const [name, value] of Object.entries(fields)) form.append(name, value);
+    for (const [name, value] of Object.entries(fields)) for (const each of [value].flat()) form.append(name, each);
     for (const [field, image] of images) form.append(field, image.upload);
     return json("search", { method: "POST", body: form });
   };
