@@ -36,7 +36,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PAGE_PACKAGES = {"fastapi": "FastAPI", "uvicorn": "uvicorn", "pebble": "Pebble"}
+PAGE_PACKAGES = {
+    "fastapi": "FastAPI",
+    "pebble": "Pebble",
+    "python_multipart": "python-multipart",
+    "uvicorn": "uvicorn",
+}
 MOST_CONNECTIONS = 256  # further ones are answered with status 503
 SHUTDOWN_GRACE = 1  # seconds that answers may still take when the page ends
 LONGEST_END = 5  # seconds for that
