@@ -48,6 +48,18 @@ SCRIPTS = (
 DOORS = {script: door(script) for script in SCRIPTS.split()}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_to_see_dead_workers():
+    """Let a DataLoader look for dead workers twice a second; its own five seconds are only waited for."""
+    from torch.utils.data import _utils, dataloader
+
+    get = dataloader._MultiProcessingDataLoaderIter._try_get_data
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
+        patch.setattr(get, "__defaults__", (0.5,))
+        yield
+
+
 def pytest_unconfigure():
     cool_down()
 
