@@ -13,7 +13,7 @@ install = $(if $(LOCKED),($(by_uv)) ||,) $(BIN)/python -m pip install --quiet $(
 # A process for each core; each takes whole files, so that what a file's tests share is made once.
 IN_PARALLEL = -n auto --dist loadfile
 
-.PHONY: demo app test quick soak bench count gpu-check reproduce-smoke lint types audit lock format architecture clean
+.PHONY: demo app test quick long soak bench count gpu-check reproduce-smoke lint types audit lock format architecture clean
 
 demo: $(VENV)/demo-installed
 	$(BIN)/python src/demo.py
@@ -32,10 +32,14 @@ app: $(VENV)/app-installed $(VENV)/demo-installed
 		--examples demo/data/triplets_dataset/val.jsonl
 
 test: $(VENV)/dev-installed
-	$(BIN)/python -m pytest $(IN_PARALLEL) tests
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not long" tests
 
 quick: $(VENV)/dev-installed
-	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" tests
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow and not long" tests
+
+# Dry runs of whole programs, whose parts `make test` tests. CI runs both.
+long: $(VENV)/dev-installed
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m long tests
 
 # All cases of every file that `make test` tries one of each kind of.
 soak: $(VENV)/dev-installed

@@ -28,6 +28,7 @@ demo.main(["--output-dir", sys.argv[1]])
 """
 
 
+@pytest.mark.long
 def test_an_ordinary_user_with_a_source_tree_that_is_read_only(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ordinary")
     tree, output = folder / "tree", folder / "output"

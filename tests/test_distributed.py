@@ -88,7 +88,7 @@ def test_stage_1(micro, golden, train, tmp_path):
     assert_same_run(one, two, "CLIP")
 
 
-@pytest.mark.parametrize("form", ["custom", "timm"])
+@pytest.mark.parametrize("form", ["custom", pytest.param("timm", marks=pytest.mark.long)])
 def test_both_stages_on_a_model_of_open_clip(form, models_made, golden, train, tmp_path):  # noqa: F811
     name = ["--clip-model-name", f"local-dir:{models_made / form}"]
     flags = ["--dataset", "CIRR", "--data-root", golden, *name]

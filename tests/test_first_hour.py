@@ -24,7 +24,7 @@ def test_the_notebook_is_stored_without_outputs():
             assert (cell["outputs"], cell["execution_count"]) == ([], None)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_notebooks_cells_run_in_order(tmp_path, monkeypatch):
     """As the kernel of a notebook would run them, with its one variable for small sizes set."""
     monkeypatch.chdir(ROOT)

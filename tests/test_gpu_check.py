@@ -91,7 +91,7 @@ sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_check_runs_to_its_end_without_a_gpu(bare, tmp_path):
     output = tmp_path / "results.json"
     words = ["make", "gpu-check", "REHEARSE=1", f"PYTHON={sys.executable}", f"OUTPUT={output}"]
