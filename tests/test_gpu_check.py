@@ -115,6 +115,7 @@ def test_the_check_runs_to_its_end_without_a_gpu(bare, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_without_matplotlib_says_that_it_has_no_picture_of_its_curves(bare, drawn, tmp_path):
     flags = "--dataset CIRR --num-epochs 1 --batch-size 12 --projection-dim 16 --hidden-dim 24 --seeds 0 1"
     where = ["--data-root", drawn, "--output-dir", tmp_path / "runs", "--device", "cpu"]

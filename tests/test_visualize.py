@@ -212,6 +212,7 @@ def test_captions_are_shown_as_text(look, rankings):
     )
 
 
+@pytest.mark.long
 def test_two_hundred_queries_stay_below_20_megabytes(tmp_path):
     """With photos that do not compress: every place another one."""
     noise = Image.effect_noise((200, 160), 80).convert("RGB")
