@@ -122,7 +122,7 @@ class Server:
             try:
                 writer.write(question(self.images, chosen, upload))
                 status, body = await asyncio.wait_for(answered(reader), LONGEST_WAIT)
-            except (OSError, EOFError, asyncio.TimeoutError) as error:
+            except (TimeoutError, OSError, EOFError) as error:
                 load.errors[type(error).__name__] += 1
                 return
             if status == "200" and json.loads(body)["answers"]:
