@@ -19,7 +19,7 @@ from utils import LONGEST_FEATURE, SHORTEST_FEATURE, DiskError, UserError, first
 ADDED_AT_ONCE = 65_536  # vectors
 
 # An approximate index proposes this many times k candidates, and at least so many.
-CANDIDATES_PER_ANSWER = 20
+CANDIDATES_PER_RESULT = 20
 LEAST_CANDIDATES = 256
 
 # Of HNSW (Malkov and Yashunin 2018, arXiv 1603.09320).
@@ -192,7 +192,7 @@ def mismatch(index: Any, features: np.ndarray, kind: str) -> str:
         index.nprobe = 1
         found = search(index, features, normalised(features[rows]), k=1)
         index.nprobe = probed
-        best = [answers[0][1] if answers else 0.0 for answers in found]
+        best = [nearest[0][1] if nearest else 0.0 for nearest in found]
         agree = bool(np.median(best) > 1 - TOLERANCE)
     else:
         stored = np.stack([index.reconstruct(int(row)) for row in rows])
@@ -208,7 +208,7 @@ def search(index: Any, features: np.ndarray, queries: np.ndarray, *, k: int) -> 
         queries: (Q, D), normalised.
     """
     k = min(k, len(features))
-    proposed = min(len(features), max(LEAST_CANDIDATES, CANDIDATES_PER_ANSWER * k))
+    proposed = min(len(features), max(LEAST_CANDIDATES, CANDIDATES_PER_RESULT * k))
     _, candidates = index.search(np.ascontiguousarray(queries, dtype=np.float32), proposed)
     return _ranked(candidates, features, queries, k)
 
@@ -217,7 +217,7 @@ def _ranked(
     candidates: np.ndarray, features: np.ndarray, queries: np.ndarray, k: int
 ) -> list[NearestRows]:
     """The k nearest among the candidate rows (Q, C) of each query, by their exact similarities."""
-    answers = []
+    results = []
     for query, rows in zip(queries, candidates, strict=True):
         found_rows = np.sort(rows[rows >= 0])  # FAISS fills up with -1
         if len(found_rows) and found_rows[-1] >= len(features):
@@ -227,11 +227,11 @@ def _ranked(
             row = found_rows[~np.isfinite(similarities)][0]
             raise UserError(f"the features of row {row} are not finite: build the index again")
         order = np.argsort(-similarities, kind="stable")[:k]
-        answers.append(
+        results.append(
             list(zip(found_rows[order].tolist(), similarities[order].tolist(), strict=True))
         )
         let_go(features)
-    return answers
+    return results
 
 
 def exact_search(features: np.ndarray, queries: np.ndarray, *, k: int) -> list[NearestRows]:
@@ -265,9 +265,9 @@ def recall_report(index: Any, features: np.ndarray) -> dict[str, float | int]:
 def recall(found: Sequence[NearestRows], exact: Sequence[NearestRows]) -> float:
     """The share of exact answers that are among those found."""
     shares = []
-    for answers, best_answers in zip(found, exact, strict=True):
-        rows = {row for row, _ in answers}
-        best_rows = {row for row, _ in best_answers}
+    for nearest, best_nearest in zip(found, exact, strict=True):
+        rows = {row for row, _ in nearest}
+        best_rows = {row for row, _ in best_nearest}
         shares.append(len(rows & best_rows) / len(best_rows))
     return float(np.mean(shares))
 

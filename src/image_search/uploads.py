@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from image_search.stores.base import QuestionError
+from image_search.stores.base import QueryError
 from runtime.image_files import FORMATS, LONGEST_SIDE, image_size, thumbnail
 from utils import UserError, first_line
 
@@ -44,7 +44,7 @@ def read_upload(file: File, read: Callable[[io.BytesIO], Any]) -> np.ndarray:
     """An upload as the encoder's loader reads it, bytes (3, R, R).
 
     Raises:
-        QuestionError: it cannot be asked with.
+        QueryError: it cannot be asked with.
     """
     return _read(checked_upload(file.name, file.content), read)
 
@@ -53,7 +53,7 @@ def _read(upload: Upload, read: Callable[[io.BytesIO], Any]) -> np.ndarray:
     try:
         return read(upload).numpy()
     except UserError as error:  # which calls it by its name
-        raise QuestionError(error) from None
+        raise QueryError(error) from None
 
 
 def preview(
@@ -62,7 +62,7 @@ def preview(
     """An upload as the encoder's loader reads it, and a JPEG of it, see `thumbnail`.
 
     Raises:
-        QuestionError: it cannot be asked with.
+        QueryError: it cannot be asked with.
     """
     upload = checked_upload(file.name, file.content)
     return _read(upload, read), thumbnail(upload, side, background)
@@ -72,26 +72,24 @@ def checked_upload(name: str, content: bytes) -> Upload:
     """An upload that may be decoded. Its kind is told by its bytes, and its pixels are counted before.
 
     Raises:
-        QuestionError: it is too large, of another kind, or no image.
+        QueryError: it is too large, of another kind, or no image.
     """
     name = PurePath(name.replace("\\", "/")).name[-LONGEST_NAME:] or "the image"
     if len(content) > MOST_BYTES:
-        raise QuestionError(
-            f"{name} is larger than {MOST_BYTES // 2**20} MiB: upload a smaller copy"
-        )
+        raise QueryError(f"{name} is larger than {MOST_BYTES // 2**20} MiB: upload a smaller copy")
     upload = Upload(name, content)
     limits = f"{UPLOAD_PIXELS // 10**6} million pixels, or a side of more than {LONGEST_SIDE:,}"
-    too_large = QuestionError(f"{name} has more than {limits}: upload a smaller copy")
+    too_large = QueryError(f"{name} has more than {limits}: upload a smaller copy")
     try:
         width, height = image_size(upload, FORMATS)
     except Image.DecompressionBombError:
         raise too_large from None
     except UnidentifiedImageError:
-        raise QuestionError(
+        raise QueryError(
             f"{name} is not an image of a known kind: upload one of {', '.join(FORMATS)}"
         ) from None
     except OSError as error:
-        raise QuestionError(
+        raise QueryError(
             f"{name} cannot be decoded ({first_line(error)}): upload a complete image"
         ) from None
     if width * height > UPLOAD_PIXELS or max(width, height) > LONGEST_SIDE:

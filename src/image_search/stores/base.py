@@ -27,7 +27,7 @@ TIME = "time"  # how images are told where nothing else is said, see `runtime.fi
 TEMPORARY = r"\..*\.tmp"  # files that are not whole yet
 
 
-class QuestionError(UserError):
+class QueryError(UserError):
     """A question that cannot be asked, or an image that cannot be asked with: its sender can put that right.
 
     The page tells it to visitors. Any other UserError is for who runs the page, since it names files and addresses.
@@ -36,9 +36,9 @@ class QuestionError(UserError):
         told: what visitors are told, which names nothing of the machine.
     """
 
-    def __init__(self, message: object, told: str | None = None) -> None:
+    def __init__(self, message: object, public_message: str | None = None) -> None:
         super().__init__(message)
-        self.told = printable(message if told is None else told)
+        self.public_message = printable(message if public_message is None else public_message)
 
 
 class Hit(NamedTuple):
@@ -108,7 +108,7 @@ class ImageIndex(ABC):
             condition: what images have to be, in the store's own language.
 
         Raises:
-            QuestionError: the condition is none.
+            QueryError: the condition is none.
             UserError: the store cannot be asked.
         """
 

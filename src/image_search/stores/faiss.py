@@ -30,7 +30,7 @@ from image_search.stores.base import (
     Hit,
     ImageIndex,
     IndexWriter,
-    QuestionError,
+    QueryError,
     VectorStore,
     check_features,
     counted,
@@ -152,13 +152,13 @@ class FaissImages(ImageIndex):
 
     def search(self, queries: np.ndarray, k: int, condition: str = "") -> list[list[Hit]]:
         if condition:
-            raise QuestionError(
+            raise QueryError(
                 "--filter is not supported by an index in files: remove it, or create an index with --store milvus:..."
             )
         found = faiss_index.search(self.vectors, self.features, queries, k=k)
         hits = []
-        for answers in found:
-            hits.append([Hit(row, Path(self.files[row][0]), near) for row, near in answers])
+        for nearest in found:
+            hits.append([Hit(row, Path(self.files[row][0]), near) for row, near in nearest])
         return hits
 
 

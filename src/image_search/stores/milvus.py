@@ -23,7 +23,7 @@ import numpy as np
 from pydantic import Field
 
 from image_search.faiss_index import (
-    CANDIDATES_PER_ANSWER,
+    CANDIDATES_PER_RESULT,
     LEAST_CANDIDATES,
     PROBED_SHARE,
     SEARCH_EFFORT,
@@ -36,7 +36,7 @@ from image_search.stores.base import (
     Hit,
     ImageIndex,
     IndexWriter,
-    QuestionError,
+    QueryError,
     VectorStore,
     check_features,
     counted,
@@ -50,7 +50,7 @@ from utils import UserError, first_line
 logger = logging.getLogger(__name__)
 
 TOKEN = "MILVUS_TOKEN"  # of the environment: user:password, or a key
-ANSWER_SECONDS = 60
+TIMEOUT = 60
 # The client's own 10 seconds are too many pings for a server that nobody asks for a while: it hangs up.
 SELDOM_PINGED = {"grpc.keepalive_time_ms": 600_000, "grpc.keepalive_permit_without_calls": False}
 # What takes as long as the collection is large.
@@ -99,7 +99,7 @@ def row_of(path: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def place_of(path: str, folders: Sequence[str]) -> str:
+def path_below(path: str, folders: Sequence[str]) -> str:
     """Return where an image file lies below the first folder that holds it; its name where none does.
 
     Conditions of the page's visitors are over it, so it tells nothing of what is above.
@@ -116,7 +116,7 @@ def digest_of(key: dict[str, Any]) -> str:
 
 
 def check_condition(condition: str) -> None:
-    """Raise QuestionError where a condition names anything but CONDITION_FIELDS: `file` is a path of the machine.
+    """Raise QueryError where a condition names anything but CONDITION_FIELDS: `file` is a path of the machine.
 
     Milvus alone knows whether the rest is its language. A text ends at its next quotation mark, so it holds none and
     no backslash: what is outside of it here is outside of it for Milvus.
@@ -131,7 +131,7 @@ def check_condition(condition: str) -> None:
         else:
             place = found.end()
             continue
-        raise QuestionError(f"--filter {condition}: {said}: {CONDITIONS}")
+        raise QueryError(f"--filter {condition}: {said}: {CONDITIONS}")
 
 
 class Table:
@@ -160,7 +160,7 @@ class Table:
             file.parent.mkdir(parents=True, exist_ok=True)
         with self._explained():
             self._client = self._milvus.MilvusClient(
-                uri=address, token=token, timeout=ANSWER_SECONDS, grpc_options=SELDOM_PINGED
+                uri=address, token=token, timeout=TIMEOUT, grpc_options=SELDOM_PINGED
             )
 
     @contextlib.contextmanager
@@ -175,7 +175,7 @@ class Table:
             return
         if condition and not self._is_lost():
             told = f"--filter {condition}: Milvus refuses it"
-            raise QuestionError(f"{told} ({reason}): {CONDITIONS}", f"{told}: {CONDITIONS}")
+            raise QueryError(f"{told} ({reason}): {CONDITIONS}", f"{told}: {CONDITIONS}")
         raise UserError(
             f"--store {self.store}: {reason}: check that it is running, that no other process uses its file, and that "
             f"{TOKEN} is correct"
@@ -184,24 +184,24 @@ class Table:
     def _is_lost(self) -> bool:
         """Check whether the store no longer answers queries."""
         try:
-            self._client.list_collections(timeout=ANSWER_SECONDS)
+            self._client.list_collections(timeout=TIMEOUT)
         except (self._milvus.MilvusException, OSError):
             return True
         return False
 
-    def ask(self, question: str, *, condition: str = "", **about: Any) -> Any:
+    def call(self, method: str, *, condition: str = "", **about: Any) -> Any:
         """Ask the client's method of that name about the collection.
 
         Args:
             condition: of the user, who is told where Milvus refuses it.
         """
-        patience = None if question in LASTING else ANSWER_SECONDS
+        patience = None if method in LASTING else TIMEOUT
         with self._explained(condition):
-            return getattr(self._client, question)(self.name, timeout=patience, **about)
+            return getattr(self._client, method)(self.name, timeout=patience, **about)
 
     def exists(self) -> bool:
         """Return whether the collection is there."""
-        return bool(self.ask("has_collection"))
+        return bool(self.call("has_collection"))
 
     def create(self, kind: str, dim: int) -> None:
         """Make the collection."""
@@ -214,7 +214,7 @@ class Table:
             schema.add_field(name, types.INT64)
         schema.add_field("features", types.FLOAT_VECTOR, dim=dim)
         params = self._index_params(kind)
-        self.ask(
+        self.call(
             "create_collection", schema=schema, index_params=params, consistency_level="Strong"
         )
 
@@ -227,17 +227,17 @@ class Table:
 
     def load(self, kind: str) -> None:
         """Let the collection be searched, by an index of a kind."""
-        about = self.ask("describe_index", index_name="features")
+        about = self.call("describe_index", index_name="features")
         if (about or {}).get("index_type") != INDEX_TYPES[kind]:
-            self.ask("release_collection")
+            self.call("release_collection")
             if about:
-                self.ask("drop_index", index_name="features")
-            self.ask("create_index", index_params=self._index_params(kind))
-        self.ask("load_collection")
+                self.call("drop_index", index_name="features")
+            self.call("create_index", index_params=self._index_params(kind))
+        self.call("load_collection")
 
     def dim(self) -> int:
         """The length of a feature."""
-        described = self.ask("describe_collection")["fields"]
+        described = self.call("describe_collection")["fields"]
         (params,) = [field["params"] for field in described if field["name"] == "features"]
         return int(params["dim"])
 
@@ -245,7 +245,7 @@ class Table:
         """FIELDS of all rows."""
         with self._explained():
             pages = self._client.query_iterator(
-                self.name, batch_size=MOST_CANDIDATES, output_fields=FIELDS, timeout=ANSWER_SECONDS
+                self.name, batch_size=MOST_CANDIDATES, output_fields=FIELDS, timeout=TIMEOUT
             )
             try:
                 while page := pages.next():
@@ -310,12 +310,12 @@ class MilvusImages(ImageIndex):
     def file(self, row: int) -> Identity | None:
         if not 0 <= row <= HIGHEST_ROW:
             return None
-        for found in self.table.ask("get", ids=[row], output_fields=FIELDS):
+        for found in self.table.call("get", ids=[row], output_fields=FIELDS):
             return _identity(found)
         return None
 
     def features_of(self, row: int) -> np.ndarray:
-        found = self.table.ask("get", ids=[row], output_fields=["features"])
+        found = self.table.call("get", ids=[row], output_fields=["features"])
         return np.array([found[0]["features"]], dtype=np.float32)
 
     def some(self, count: int) -> list[int]:
@@ -325,7 +325,7 @@ class MilvusImages(ImageIndex):
         for condition in (f"row >= {least}", f"row < {least}"):
             if len(rows) < count:
                 limit = min(count, MOST_CANDIDATES) - len(rows)
-                found = self.table.ask(
+                found = self.table.call(
                     "query", filter=condition, limit=limit, output_fields=["row"]
                 )
                 rows += [one["row"] for one in found]
@@ -338,10 +338,10 @@ class MilvusImages(ImageIndex):
             raise UserError(
                 f"--k {k}: Milvus returns at most {MOST_CANDIDATES:,} results: choose fewer"
             )
-        proposed = min(max(LEAST_CANDIDATES, CANDIDATES_PER_ANSWER * k), MOST_CANDIDATES)
+        proposed = min(max(LEAST_CANDIDATES, CANDIDATES_PER_RESULT * k), MOST_CANDIDATES)
         effort = {"ef": max(SEARCH_EFFORT, proposed), "nprobe": round(LISTS * PROBED_SHARE)}
         wanted = {"hnsw": "ef", "ivfflat": "nprobe"}.get(self.about["kind"])
-        proposals = self.table.ask(
+        proposals = self.table.call(
             "search",
             condition=condition,
             data=queries.tolist(),
@@ -361,9 +361,9 @@ def _ranked(found: Sequence[Mapping[str, Any]], query: np.ndarray, k: int) -> li
     features = np.array([hit["entity"]["features"] for hit in found], dtype=np.float32)
     similarities = normalised(features) @ query
     hits = []
-    for place in np.argsort(-similarities, kind="stable")[:k]:
-        file = Path(found[place]["entity"]["file"])
-        hits.append(Hit(found[place]["row"], file, float(similarities[place])))
+    for proposed in np.argsort(-similarities, kind="stable")[:k]:
+        file = Path(found[proposed]["entity"]["file"])
+        hits.append(Hit(found[proposed]["row"], file, float(similarities[proposed])))
     return hits
 
 
@@ -418,7 +418,7 @@ class MilvusWriter(IndexWriter):
         for row in self._table.rows():
             file = _identity(row)
             self._found[file] = row["content"]
-            if row["path"] != place_of(row["file"], self.origin["folders"]):
+            if row["path"] != path_below(row["file"], self.origin["folders"]):
                 self._misplaced.add(file)
         return self._found
 
@@ -428,7 +428,7 @@ class MilvusWriter(IndexWriter):
         check_features(files, features, self.dim)
         rows = []
         for (path, size, time), values, content in zip(files, features, contents, strict=True):
-            place = place_of(path, self.origin["folders"])
+            place = path_below(path, self.origin["folders"])
             row = {
                 "row": row_of(path),
                 "file": path,
@@ -440,7 +440,7 @@ class MilvusWriter(IndexWriter):
                 "features": values,
             }
             rows.append(row)
-        self._table.ask("upsert", data=rows)
+        self._table.call("upsert", data=rows)
 
     def carry(self, sources: Mapping[Identity, Identity]) -> None:
         # Rows that are replaced on the way are read before.
@@ -460,7 +460,7 @@ class MilvusWriter(IndexWriter):
         fields = ["row", "content", "features"]
         read = {}
         for some in _parts(list(rows)):
-            for found in self._table.ask("get", ids=some, output_fields=fields):
+            for found in self._table.call("get", ids=some, output_fields=fields):
                 read[found["row"]] = found
         return read
 
@@ -470,10 +470,10 @@ class MilvusWriter(IndexWriter):
         now = {path for path, _, _ in files}
         gone = [row_of(path) for path, _, _ in self._found if path not in now]
         for some in _parts(gone):
-            table.ask("delete", ids=some)
+            table.call("delete", ids=some)
         counts = counted(self._found, files, self.sources)
         if counts.added or self.sources or gone:
-            table.ask("flush")
+            table.call("flush")
         earlier = read_manifest(self.folder) or {}
         changed = {**about, "kind": self.keeping.kind, "images": len(files)}
         write_manifest(self.folder, {**earlier, **changed})
