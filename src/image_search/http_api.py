@@ -432,7 +432,7 @@ class Service:
         return file, self.searcher.kept_features(row, file)
 
     def _file(self, row: int) -> Path:
-        file = self.searcher.image(row) if row <= LARGEST_ROW else None
+        file = self.searcher.image(row)
         if file is None:
             raise HTTPException(
                 HTTPStatus.NOT_FOUND, "there is no such image: choose one that is shown"
