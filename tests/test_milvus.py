@@ -168,7 +168,7 @@ def test_conditions(store, index, ask, tmp_path, capsys):
         CASES["conditions", "taken"] += 1
     for condition in ("path like", "size > 'x'", 'size == "connect"', "1 +"):
         said = refused(lambda c=condition: ask(files[0], "is red", "--filter", c), capsys)
-        assert f"--filter {condition}: Milvus refuses it" in said
+        assert f"--filter {condition}: Milvus rejects it" in said
         assert store not in said
         CASES["conditions", "refused"] += 1
 
@@ -274,7 +274,7 @@ def test_the_page_passes_conditions_on(store, index, tmp_path):
             asked(row=row, text="is red", filter="path like")
         assert error.value.code == 400
         told = json.load(error.value)["error"]
-        assert told == f"--filter path like: Milvus refuses it: {milvus.CONDITIONS}"
+        assert told == f"--filter path like: Milvus rejects it: {milvus.CONDITIONS}"
 
 
 # Interruptions
