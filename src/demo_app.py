@@ -143,7 +143,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 @contextlib.contextmanager
 def served(app: "Guard", bound: socket.socket) -> Iterator[threading.Thread]:
-    """Serve in a thread, which accepts connections when the context begins and has ended when it ends."""
+    """Serve in a thread, which accepts connections when the context begins and is stopped when it ends."""
     import uvicorn
 
     config = uvicorn.Config(
@@ -171,7 +171,7 @@ def served(app: "Guard", bound: socket.socket) -> Iterator[threading.Thread]:
 
 
 def end_within(seconds: float, code: int) -> None:
-    """Exit this process after some seconds if it is still running then: threads may wait longer for a store."""
+    """Exit this process after some seconds if it is still running: a thread may be waiting for a store."""
     last = threading.Timer(seconds, os._exit, [code])
     last.daemon = True
     last.start()

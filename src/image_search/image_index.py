@@ -46,7 +46,7 @@ class Update:
 
 
 def encoder_key(encoder: Encoder) -> dict[str, Any]:
-    """Return the settings besides the images on which features depend: weights, preprocessing and precision."""
+    """Return the settings on which features depend: weights, preprocessing and precision."""
     known = {"weights": encoder.describe()["weights"], **encoder.reported_preprocessing}
     known.setdefault("background", ORIGINAL)  # always recorded
     return {**known, **named({"encode_precision": encoder.precision})}

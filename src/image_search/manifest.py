@@ -94,7 +94,7 @@ def as_made(folder: Path, about: Mapping[str, Any], choice: PairChoice) -> PairC
     settings = {}
     for name, value in choice.clip.model_dump().items():
         settings[name] = made_with.get(name) if value is None else value
-    asked = choice.clip.clip_model_name
+    requested = choice.clip.clip_model_name
     choice = dataclasses.replace(choice, clip=Clip(**settings))
     if choice.exported is not None:
         return choice
@@ -103,7 +103,7 @@ def as_made(folder: Path, about: Mapping[str, Any], choice: PairChoice) -> PairC
         check_named(folder, about, "--pair", exported)
         return dataclasses.replace(choice, exported=exported)
     name = choice.clip.clip_model_name or ""
-    if asked is None and name.startswith((f"{FOLDER}:", f"{HUB_SCHEME}:")):
+    if requested is None and name.startswith((f"{FOLDER}:", f"{HUB_SCHEME}:")):
         check_named(folder, about, "--clip-model-name", name)
     if choice.clip_path is not None:
         return choice

@@ -121,7 +121,7 @@ def _begin(memory: int) -> None:
 
 
 def _end_with_server() -> None:
-    """Exit this process when the server ends, even if it is killed during a job."""
+    """Exit this process when the server ends, even if the server is killed during a job."""
     server = multiprocessing.parent_process()
     if server is not None:
         server.join()

@@ -136,7 +136,7 @@ class IndexWriter(ABC):
 
     @abstractmethod
     def open(self) -> None:
-        """Open the index. Raises UserError if it is damaged or was made with another encoder."""
+        """Open the index, or prepare a new one. Raises UserError if it is damaged or has another encoder."""
 
     @abstractmethod
     def held(self) -> Mapping[Identity, int]:

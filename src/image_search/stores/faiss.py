@@ -216,7 +216,7 @@ def _digest(content: bytes) -> str:
 
 
 def _digest_of_rows(features: np.ndarray) -> str:
-    """Return the SHA-256 of the shape and some rows of features (N, D); all rows of a large index take a minute."""
+    """Return the SHA-256 of the shape and some rows of features (N, D); hashing all rows could take a minute."""
     rows = np.ascontiguousarray(features[faiss_index.sampled_rows(len(features))])
     return _digest(str(features.shape).encode() + rows.tobytes())
 
@@ -327,10 +327,10 @@ class FaissWriter(IndexWriter):
 
     def _in_place(self, files: Sequence[Identity]) -> list[Identity] | None:
         """Return files in the order of the earlier index's rows, then new files; None if a row is no longer used."""
-        places = np.array([self._where[file] for file in files])
-        earlier = np.flatnonzero(places[:, 0] == EARLIER)
+        locations = np.array([self._where[file] for file in files])
+        earlier = np.flatnonzero(locations[:, 0] == EARLIER)
         order = np.full(len(self._published), -1)
-        order[places[earlier, 1]] = earlier
+        order[locations[earlier, 1]] = earlier
         if not len(order) or (order < 0).any():
             return None
         others = np.setdiff1d(np.arange(len(files)), order)
@@ -356,11 +356,11 @@ class FaissWriter(IndexWriter):
 
     def _rows(self, files: Sequence[Identity], start: int, stop: int) -> np.ndarray:
         """Return the features of the files from start to stop, from shards and from the earlier index."""
-        places = np.array([self._where[file] for file in files[start:stop]])
-        rows = np.empty((len(places), self.dim), np.float32)
-        for number in np.unique(places[:, 0]):
-            here = places[:, 0] == number
-            wanted = places[here, 1]
+        locations = np.array([self._where[file] for file in files[start:stop]])
+        rows = np.empty((len(locations), self.dim), np.float32)
+        for number in np.unique(locations[:, 0]):
+            here = locations[:, 0] == number
+            wanted = locations[here, 1]
             if number == EARLIER:
                 features = np.lib.format.open_memmap(
                     self.folder / self._earlier["features"], mode="r"
@@ -454,7 +454,7 @@ def _new_names(on_disk: bool) -> dict[str, str]:
 
 
 def _write_vectors(folder: Path, about: dict[str, Any], features: np.ndarray, grown: Any) -> None:
-    """Write the FAISS index of a manifest: a new index, or a grown earlier index."""
+    """Write the FAISS index of a manifest: build a new index, or add features to an earlier one."""
     if "lists" in about:
         index = grown or faiss_index.trained(features, about["kind"])
         list_file.fill(index, features, folder / about["lists"])

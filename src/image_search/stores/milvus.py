@@ -112,7 +112,7 @@ def path_below(path: str, folders: Sequence[str]) -> str:
 
 
 def digest_of(key: dict[str, Any]) -> str:
-    """Return the digest of an encoder key in a collection's name."""
+    """Return the digest of an encoder key that ends a collection's name."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -120,7 +120,7 @@ def check_condition(condition: str) -> None:
     """Raise QueryError if a condition uses a field that is not in CONDITION_FIELDS: `file` is a path of the machine.
 
     Milvus checks the rest of the syntax. Strings may contain neither a backslash nor their own quotation mark, so that
-    Milvus and this function agree on which parts of the condition are strings.
+    Milvus and this function agree about the ends of strings.
     """
     position = 0
     while position < len(condition):
