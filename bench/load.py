@@ -1,9 +1,9 @@
-"""Measure how many queries per second a search server answers, with several concurrent users on this machine.
+"""Measure how many queries per second a search server handles, with several concurrent users on this machine.
 
     python bench/load.py --index demo/index --users 50 --seconds 30 [flags of demo_app.py]
     python bench/load.py --index demo/index --users 1 50 --upload photo.jpg --servers together plain
 
-The server is compared with a server that answers one query at a time, and with a small application without limits, see
+The server is compared with a server that handles one query at a time, and with a small application without limits, see
 `twins.plain_search_app`; they take turns. Servers and client are processes on one machine and share its cores. With
 --serve, this file runs as one of the servers.
 """
@@ -29,7 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 TEXT = "is red blue larger with stripes and no sleeves at night a dog behind the house"
-LONGEST_WAIT = 60  # maximum seconds per answer
+LONGEST_WAIT = 60  # maximum seconds per response
 # Server -> maximum queries per batch, and seconds to wait for them; None for the small application.
 SERVERS = {"together": (32, 0.01), "one by one": (1, 0.0), "plain": None}
 TICKS = os.sysconf("SC_CLK_TCK")  # ticks per second, the unit of a process's time on Linux
@@ -40,7 +40,7 @@ class Load:
     """Measurements of a server under load.
 
     Attributes:
-        seconds: latency of each answered request.
+        seconds: latency of each successful request.
         errors: HTTP status or name of an exception -> number of requests that failed with it.
         memory: memory of the server in MiB, before and after.
         lasted: duration of all rounds in seconds.
@@ -57,22 +57,22 @@ class Load:
         """Return the row of the results."""
         taken = sorted(self.seconds) or [float("nan")]
         return {
-            "answers/s": round(self.rate, 1),
+            "responses/s": round(self.rate, 1),
             "CPU-ms each": round(1000 * self.worked / len(taken), 2),
             "p50 ms": round(1000 * statistics.median(taken)),
             "p95 ms": round(1000 * taken[int(0.95 * len(taken))]),
-            "answers": len(self.seconds),
+            "responses": len(self.seconds),
             "errors": dict(self.errors),
             "MiB": [round(memory) for memory in self.memory],
         }
 
     @property
     def rate(self) -> float:
-        """Return the answers per second."""
+        """Return the responses per second."""
         return len(self.seconds) / self.lasted
 
 
-def question(images: int, chosen: random.Random, upload: bytes) -> bytes:
+def query(images: int, chosen: random.Random, upload: bytes) -> bytes:
     """Return a request with a new text and an upload, or a random indexed image if the upload is empty."""
     text = " ".join(chosen.choices(TEXT.split(), k=6))
     if upload:
@@ -92,7 +92,7 @@ def question(images: int, chosen: random.Random, upload: bytes) -> bytes:
     return head.encode() + body
 
 
-async def answered(reader: asyncio.StreamReader) -> tuple[str, bytes]:
+async def read_response(reader: asyncio.StreamReader) -> tuple[str, bytes]:
     """Read a response; return its status and body."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode()
     lengths = [line for line in head.splitlines() if line.lower().startswith("content-length")]
@@ -114,18 +114,18 @@ class Server:
     images: int
 
     async def user(self, number: int, until: float, upload: bytes, load: Load) -> None:
-        """Send a request, wait for the answer, and repeat."""
+        """Send a request, wait for the response, and repeat."""
         chosen = random.Random(number)
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         while time.perf_counter() < until:
             start = time.perf_counter()
             try:
-                writer.write(question(self.images, chosen, upload))
-                status, body = await asyncio.wait_for(answered(reader), LONGEST_WAIT)
+                writer.write(query(self.images, chosen, upload))
+                status, body = await asyncio.wait_for(read_response(reader), LONGEST_WAIT)
             except (TimeoutError, OSError, EOFError) as error:
                 load.errors[type(error).__name__] += 1
                 return
-            if status == "200" and json.loads(body)["answers"]:
+            if status == "200" and json.loads(body)["results"]:
                 load.seconds.append(time.perf_counter() - start)
             else:
                 load.errors[status] += 1
@@ -212,7 +212,7 @@ def ours(searcher, k: int, bound: socket.socket, batches: tuple[int, float]) -> 
     from image_search.http_api import Service, build
 
     with (
-        contextlib.closing(Batcher(searcher.answer, *batches)) as batcher,
+        contextlib.closing(Batcher(searcher.search, *batches)) as batcher,
         contextlib.closing(Service(searcher, k, batcher)) as service,
         demo_app.served(Guard(build(service, False), Hosts("127.0.0.1")), bound),
     ):
@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30, help="of each server, all rounds")
     parser.add_argument("--rounds", type=int, default=3, help="in which the servers take turns")
     parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
-    parser.add_argument("--upload", type=Path, help="ask once more, with this image each time")
+    parser.add_argument("--upload", type=Path, help="also measure queries with this image")
     parser.add_argument("--output", type=Path, help="a JSON file for the rows")
     parser.add_argument("--serve", choices=SERVERS, help=argparse.SUPPRESS)
     args, flags = parser.parse_known_args()

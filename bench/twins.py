@@ -280,10 +280,10 @@ def plain_search_app(searcher, k: int):
                 reference = encoder.read_images(pixels.unsqueeze(0))
             query = searcher.pair.compose(reference, encoder.captions([text]))
             similarities, rows = (query @ gallery.T)[0].topk(k)
-        answers = []
+        results = []
         for number, similarity in zip(rows.tolist(), similarities.tolist(), strict=True):
             name = searcher.image(number).name
-            answers.append({"row": number, "name": name, "similarity": similarity})
-        return {"answers": answers}
+            results.append({"row": number, "name": name, "similarity": similarity})
+        return {"results": results}
 
     return app

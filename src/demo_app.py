@@ -2,8 +2,8 @@
 
     python src/demo_app.py --index photos_index --combiner-path models_final/combiner_trained
 
-`make app` opens it on the demo's models. Programs ask it too: with --api, /docs says how. It serves this machine alone
-unless --host says otherwise. It needs requirements-app.txt.
+`make app` serves the demo's index and models. Programs can use the same server: with --api, /docs documents its
+interface. Only this machine can connect unless --host is given. Install requirements-app.txt first.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-# Threads that wait for others sleep: they share the cores with those that read requests. Torch reads it once.
+# Waiting threads sleep instead of spinning: the threads that handle requests need the cores. Torch reads this once.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from cli import options
@@ -42,15 +42,15 @@ PAGE_PACKAGES = {
     "python_multipart": "python-multipart",
     "uvicorn": "uvicorn",
 }
-MOST_CONNECTIONS = 256  # further ones are answered with status 503
-SHUTDOWN_GRACE = 1  # seconds that answers may still take when the page ends
-LONGEST_END = 5  # seconds for that
-LAST_SECONDS = 8  # until the page ends whatever is under way; a container is killed after ten
-LOOKED_EVERY = 0.2  # seconds, for a signal
+MOST_CONNECTIONS = 256  # requests above this number get status 503
+SHUTDOWN_GRACE = 1  # maximum seconds for pending responses when the server stops
+LONGEST_END = 5  # maximum seconds to wait for the server thread to end
+LAST_SECONDS = 8  # seconds until the process exits unconditionally; a container is killed after ten
+LOOKED_EVERY = 0.2  # seconds between checks for a signal
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags of the page."""
+    """Parse the flags of the page."""
     parents = [
         *options.search_flags(),
         options.clip_flags(),
@@ -89,7 +89,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_packages() -> None:
-    """Raise UserError where a package is missing that only the page needs, or the system forks no processes."""
+    """Raise UserError if a package that only the page needs is missing, or if the system cannot fork processes."""
     if not hasattr(os, "fork"):
         raise UserError("the page needs a system that forks processes: start it on Linux or macOS")
     for package, name in PAGE_PACKAGES.items():
@@ -107,31 +107,31 @@ def application(
     documented: bool,
     examples: "Sequence[Example]" = (),
 ) -> "Iterator[Guard]":
-    """The page and its answers, for as long as the context lasts.
+    """Build the server application, and close its processes when the context ends.
 
     Args:
-        k: answers where a question does not say.
-        host: the address that is served.
-        names: further names of the page.
-        documented: whether it explains itself to programs.
-        examples: questions whose answers are known.
+        k: default number of results.
+        host: address that is served.
+        names: additional host names of the page.
+        documented: whether to serve the documentation of the HTTP interface.
+        examples: example queries with known targets.
     """
     from image_search.batching import Batcher
     from image_search.guard import Guard, Hosts
     from image_search.http_api import Service, build
 
     with (
-        contextlib.closing(Batcher(searcher.answer)) as batcher,
+        contextlib.closing(Batcher(searcher.search)) as batcher,
         contextlib.closing(Service(searcher, k, batcher, examples=examples)) as service,
     ):
         yield Guard(build(service, documented), Hosts(host, names))
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket at an address, which nobody else can take from now on. Raises UserError if somebody has."""
+    """Return a socket bound to an address. Raises UserError if the address is unknown or in use."""
     try:
         family, *_, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-        # asyncio lets small answers go at once only where a socket says that it is TCP.
+        # asyncio disables Nagle's algorithm, which delays small responses, only for sockets with this protocol.
         bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
@@ -143,7 +143,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 @contextlib.contextmanager
 def served(app: "Guard", bound: socket.socket) -> Iterator[threading.Thread]:
-    """Serve in a thread, which listens when the context begins and has answered when it ends."""
+    """Serve in a thread, which accepts connections when the context begins and is stopped when it ends."""
     import uvicorn
 
     config = uvicorn.Config(
@@ -163,7 +163,7 @@ def served(app: "Guard", bound: socket.socket) -> Iterator[threading.Thread]:
         while thread.is_alive() and not server.started:
             thread.join(0.01)
         if not server.started:
-            raise RuntimeError("the server did not start: what is above says why")
+            raise RuntimeError("the server did not start: see the message above")
         yield thread
     finally:
         server.should_exit = True
@@ -171,7 +171,7 @@ def served(app: "Guard", bound: socket.socket) -> Iterator[threading.Thread]:
 
 
 def end_within(seconds: float, code: int) -> None:
-    """End this process after so many seconds, if it is still there by then. Threads may wait for a store for longer."""
+    """Exit this process after some seconds if it is still running: a thread may be waiting for a store."""
     last = threading.Timer(seconds, os._exit, [code])
     last.daemon = True
     last.start()
@@ -179,7 +179,7 @@ def end_within(seconds: float, code: int) -> None:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Serve the page until it is stopped."""
+    """Serve the page until a signal stops it."""
     args = parse(argv)
     check_files(args)
     check_index(args.index)
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         args.index, options.pair_choice(args), pick_device(args.device), args.store
     )
     examples = read_examples(args.examples, searcher.index) if args.examples else []
-    # All signals that end a process are waited for, so that answers that are on their way arrive.
+    # All signals that end a process are handled, so that pending responses are sent.
     with (
         interruption.listening(interruption.heeded_endings()) as stop,
         application(
@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     if stop.requested == "SIGINT":
         raise KeyboardInterrupt
     if not stop.requested:
-        raise RuntimeError("the server ended by itself: what is above says why")
+        raise RuntimeError("the server ended by itself: see the message above")
     raise Stopped(stop.requested, "start it again with the same command")
 
 

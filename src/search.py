@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MOST_NAMED = 20  # images of a sort that a move names
-SIDE = 176  # pixels of an image on a page of answers
+MOST_NAMED = 20  # maximum number of changed and of missing images that `move_images` lists
+SIDE = 176  # pixels of the longer side of an image on a page of results
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags of both commands."""
+    """Parse the flags of both commands."""
     parser: argparse.ArgumentParser = ScriptParser(__doc__)
     commands = parser.add_subparsers(dest="command", metavar="{index,query}", required=True)
     clip = [options.clip_flags(), parent(groups.TunedClip)]
@@ -61,12 +61,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parents=[*options.search_flags(), *clip, options.compute_flags(False)],
         help="search an index",
     )
-    add_question(query)
+    add_query(query)
     return parser.parse_args(argv)
 
 
 def add_folders(index: argparse.ArgumentParser) -> None:
-    """Add the flags that say what an index holds."""
+    """Add the flags for the content of an index."""
     index.add_argument(
         "--images",
         type=usable_path,
@@ -101,8 +101,8 @@ def add_folders(index: argparse.ArgumentParser) -> None:
     )
 
 
-def add_question(query: argparse.ArgumentParser) -> None:
-    """Add the flags that say what is asked of an index, and where the answers go."""
+def add_query(query: argparse.ArgumentParser) -> None:
+    """Add the flags for the query and for the output of the results."""
     query.add_argument(
         "--image",
         type=usable_path,
@@ -143,7 +143,7 @@ def add_question(query: argparse.ArgumentParser) -> None:
 
 
 def add_keeping(index: argparse.ArgumentParser) -> None:
-    """Add the flags that say how and where the index is kept."""
+    """Add the flags for the storage of the index."""
     kinds = [kind for store in all_stores() for kind in store.kinds]
     index.add_argument(
         "--index-type",
@@ -171,10 +171,13 @@ def add_keeping(index: argparse.ArgumentParser) -> None:
 def chosen_folders(
     held: Sequence[str], named: Sequence[Path], forgotten: Sequence[Path], output: Path
 ) -> tuple[list[Path], list[Path]]:
-    """The folders that an index is to hold: those it has already and those that are named, but for forgotten ones.
+    """Return the folders of an index: its present folders and the named folders, without the forgotten folders.
+
+    Args:
+        held: present folders of the index.
 
     Returns:
-        Them, and those that the index has but the disk has not any more: their images may be in the named ones.
+        The folders that exist, and the folders that are missing, whose images may be in the named folders now.
     """
     typed = {path.resolve() for path in named}
     gone = {path.resolve() for path in forgotten}
@@ -189,18 +192,18 @@ def chosen_folders(
     for folder in missing:
         if folder in typed or not typed:
             raise UserError(
-                f"--images {folder} is not a folder: choose one that contains images, pass its new place with "
+                f"--images {folder} is not a folder: choose one that contains images, pass its new location with "
                 f"--relocate, or remove it from the index with --forget"
             )
     return [folder for folder in chosen if folder not in missing], missing
 
 
 def make_index(args: argparse.Namespace) -> None:
-    """Encode what is new, and say what was done."""
+    """Create or update an index, and report the changes."""
     check_files(args)
     check_writable({"--output": args.output})
     earlier = read_manifest(args.output) or {}
-    # Its CLIP alone is needed.
+    # Indexing needs only the CLIP of the pair.
     named = PairChoice(
         combining_function="sum",
         clip_path=args.clip_model_path,
@@ -210,7 +213,7 @@ def make_index(args: argparse.Namespace) -> None:
         workers=args.num_workers,
     )
     if args.relocate:
-        as_made(args.output, earlier, named)  # what only a foreign index names is not taken over
+        as_made(args.output, earlier, named)  # rejects an index from another machine
         move_images(args)
         return
     held = earlier.get("folders", [])
@@ -219,7 +222,7 @@ def make_index(args: argparse.Namespace) -> None:
 
     from image_search.photos import FoundImages, find_images
 
-    # One process looks; the others are told what to encode.
+    # The first process lists the files and sends the list to the others.
     told_by = keeping.told_by
     images = find_images(folders, told_by) if torchrun.is_first() else FoundImages()
     choice = as_made(args.output, earlier, named)
@@ -229,7 +232,7 @@ def make_index(args: argparse.Namespace) -> None:
 
 
 def move_images(args: argparse.Namespace) -> None:
-    """Rewrite the paths of an index, and say what is not where it should be."""
+    """Rewrite the paths of an index, and report changed and missing images."""
     for name in ("images", "forget", "index_type", "on_disk", "verify"):
         if getattr(args, name):
             raise UserError(
@@ -240,12 +243,14 @@ def move_images(args: argparse.Namespace) -> None:
 
     moved = relocate(args.output, *args.relocate, store=args.store)
     for path in moved.changed[:MOST_NAMED]:
-        logger.warning("%s has changed since it was indexed: the next update encodes it", path)
+        logger.warning(
+            "%s has changed since it was indexed: the next update will encode it again", path
+        )
     for path in moved.missing[:MOST_NAMED]:
-        logger.warning("%s is missing: the next update removes it", path)
+        logger.warning("%s is missing: the next update will remove it from the index", path)
     print(
-        f"{printable(args.output)}: {moved.count} paths rewritten, {len(moved.changed)} of them of images with other "
-        f"content, {len(moved.missing)} of images that are missing"
+        f"{printable(args.output)}: {moved.count} paths rewritten; {len(moved.changed)} of these images have changed "
+        f"content, {len(moved.missing)} are missing"
     )
 
 
@@ -258,7 +263,7 @@ def encode_images(
     choice: PairChoice,
     keeping: "Keeping",
 ) -> "Update | None":
-    """Bring the index up to date with the CLIP of a pair. One of several processes knows what was done."""
+    """Update the index with the CLIP of a pair; return the outcome in the first process, None in the others."""
     from image_search.image_index import update_index
     from models.pair import load_pair
     from runtime import distributed
@@ -267,7 +272,7 @@ def encode_images(
     store_of(keeping.store).require()
     pair = load_pair(choice, pick_device(args.device), WHITE, FORMATS)
     with listening() as stop:
-        # None waits for another while it encodes, so that each can stop by itself.
+        # Processes do not wait for each other while they encode, so each can stop independently.
         encoder = dataclasses.replace(
             pair.encoder, batch_size=args.clip_bs, between=stop.check_alone
         )
@@ -290,7 +295,7 @@ def encode_images(
 
 
 def report(folder: Path, update: "Update", images: "FoundImages") -> None:
-    """Say what was left out and why, how many images there are, and how much of the exact answer the index finds."""
+    """Print the numbers of images and the recall of an approximate index, and log the files left out, with reasons."""
     for reason in update.unreadable.values():
         logger.warning("left out: %s", reason)
     for file, reason in images.left_out.items():
@@ -308,27 +313,27 @@ def report(folder: Path, update: "Update", images: "FoundImages") -> None:
         "(unreadable)"
     )
     if moved:
-        print(f"{moved} of the kept images were moved, and recognised by their content")
+        print(f"{moved} indexed images had moved and were recognised by their content")
     recall = (read_manifest(folder) or {}).get("recall against exact")
     if recall:
         print(
-            f"recall@{recall['k']} against exact: {recall['recall']:.3f} over {recall['queries']} queries"
+            f"recall@{recall['k']} against exact search: {recall['recall']:.3f} over {recall['queries']} queries"
         )
 
 
-def ask(args: argparse.Namespace) -> None:
-    """Answer a query."""
+def run_query(args: argparse.Namespace) -> None:
+    """Search an index, and print or write the results."""
     check_files(args)
     check_file_writable({"--html": args.html})
     check_index(args.index)
     choose_composition(args)
 
-    from image_search.searcher import Question, load_searcher
+    from image_search.searcher import SearchQuery, load_searcher
 
     searcher = load_searcher(
         args.index, options.pair_choice(args), pick_device(args.device), args.store
     )
-    question = Question(
+    query = SearchQuery(
         references=[] if args.image is None else [args.image],
         text=args.text or "",
         k=args.k,
@@ -336,7 +341,7 @@ def ask(args: argparse.Namespace) -> None:
         distinct=args.distinct,
         min_similarity=args.min_similarity,
     )
-    (found,) = searcher.answer([question])
+    (found,) = searcher.search([query])
     if found.note:
         logger.warning("note: %s", found.note)
     if args.json:
@@ -345,14 +350,14 @@ def ask(args: argparse.Namespace) -> None:
         background = searcher.pair.encoder.preprocessing["background"]
         write_page(args.html, args.image, args.text or "", found, background=background)
     else:
-        said = marks(found)
-        for place, answer in enumerate(found.answers, start=1):
-            path = printable(answer.path)
-            print(f"{place:4} {answer.similarity:.4f} {path}{said[str(answer.path)]}")
+        notes = marks(found)
+        for rank, result in enumerate(found.results, start=1):
+            path = printable(result.path)
+            print(f"{rank:4} {result.similarity:.4f} {path}{notes[str(result.path)]}")
 
 
 def choose_composition(args: argparse.Namespace) -> None:
-    """Ask with the text or the image alone where only that is given. Raises UserError where something is missing."""
+    """Search by text or image alone if only one is given. Raises UserError if a necessary flag is missing."""
     if args.combining_function is None and args.combiner_path is None:
         if args.image is None and args.text is not None:
             args.combining_function = "text"
@@ -364,59 +369,59 @@ def choose_composition(args: argparse.Namespace) -> None:
             "--image is missing: pass the reference, or search by text alone with --combining-function text"
         )
     if not (args.text or "").strip() and alone != "image":
-        said = "missing" if args.text is None else "empty"
+        fault = "missing" if args.text is None else "empty"
         raise UserError(
-            f"--text is {said}: pass what to change, or search by image alone with --combining-function image"
+            f"--text is {fault}: pass what to change, or search by image alone with --combining-function image"
         )
 
 
 def marks(found: "Found") -> dict[str, str]:
-    """Image -> what is said of it beside its name: that it is gone, and of which answer it is a copy."""
-    places = {answer.row: place for place, answer in enumerate(found.answers, start=1)}
-    said = {}
-    for answer in found.answers:
-        copy = "" if answer.copy_of is None else f" (copy of {places[answer.copy_of]})"
-        said[str(answer.path)] = copy + (" (gone)" if answer.is_gone else "")
-    return said
+    """Map the path of each result to a mark: whether the file is gone, and the rank of the result it is a copy of."""
+    ranks = {result.row: rank for rank, result in enumerate(found.results, start=1)}
+    notes = {}
+    for result in found.results:
+        copy = "" if result.copy_of is None else f" (copy of {ranks[result.copy_of]})"
+        notes[str(result.path)] = copy + (" (gone)" if result.is_gone else "")
+    return notes
 
 
 def write_page(
     file: Path, reference: Path | None, text: str, found: "Found", *, background: str
 ) -> None:
-    """Write the answers as a page of its own, transparent images on a background."""
+    """Write the results as an HTML page, with transparent images on a background colour."""
     from reports.sheets import results_page
     from runtime.image_files import thumbnail
 
-    answers = [(str(answer.path), answer.similarity) for answer in found.answers]
+    results = [(str(result.path), result.similarity) for result in found.results]
     shown = None if reference is None else str(reference)
-    names = [name for name, _ in answers] + ([shown] if shown else [])
+    names = [name for name, _ in results] + ([shown] if shown else [])
     thumbnails = {name: thumbnail(Path(name), SIDE, background) for name in names}
     page = results_page(
-        text, shown, answers, about=about(found), thumbnails=thumbnails, marks=marks(found)
+        text, shown, results, about=about(found), thumbnails=thumbnails, marks=marks(found)
     )
     write_text(file, page)
-    logger.info("%s: %d images", file, len(answers))
+    logger.info("%s: %d images", file, len(results))
 
 
 def as_json(found: "Found") -> dict[str, Any]:
-    """Return what was found, in plain types."""
-    paths = {answer.row: str(answer.path) for answer in found.answers}
-    answers = []
-    for answer in found.answers:
-        copy_of = None if answer.copy_of is None else paths[answer.copy_of]
-        answers.append(
+    """Return the results as plain types for JSON."""
+    paths = {result.row: str(result.path) for result in found.results}
+    results = []
+    for result in found.results:
+        copy_of = None if result.copy_of is None else paths[result.copy_of]
+        results.append(
             {
-                "image": str(answer.path),
-                "similarity": round(answer.similarity, 6),
-                "is_gone": answer.is_gone,
+                "image": str(result.path),
+                "similarity": round(result.similarity, 6),
+                "is_gone": result.is_gone,
                 "copy_of": copy_of,
             }
         )
-    return {"answers": answers, "gate": found.gate, "experts": found.experts, "note": found.note}
+    return {"results": results, "gate": found.gate, "experts": found.experts, "note": found.note}
 
 
 def about(found: "Found") -> str:
-    """Say what the Combiner did, in a line."""
+    """Return a line with the note on the query, the gate and the weights of the experts."""
     from reports.sheets import shares
 
     parts = [found.note] if found.note else []
@@ -428,12 +433,12 @@ def about(found: "Found") -> str:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Index or ask."""
+    """Run the command, index or query."""
     args = parse(argv)
     if args.command == "index":
         make_index(args)
     else:
-        ask(args)
+        run_query(args)
 
 
 if __name__ == "__main__":

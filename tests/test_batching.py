@@ -41,9 +41,9 @@ def batcher(doubling):
 
 def asked_while_busy(batcher, doubling, numbers):
     """The answers of questions that came while another was answered."""
-    first = batcher.ask(0)
+    first = batcher.submit(0)
     assert doubling.begun.wait(HANG)
-    futures = [batcher.ask(number) for number in numbers]
+    futures = [batcher.submit(number) for number in numbers]
     return first, futures
 
 
@@ -80,7 +80,7 @@ def test_others_are_waited_for_in_a_crowd_alone(doubling):
     doubling.go.set()
     assert first.result(HANG) == 0  # who asks alone waits for nobody
     assert not wait(futures, HANG).not_done
-    futures = [batcher.ask(number) for number in (3, 4, 5)]
+    futures = [batcher.submit(number) for number in (3, 4, 5)]
     assert not wait(futures, HANG).not_done
     assert doubling.batches == [[0], [1, 2], [3, 4, 5]]
     batcher.close()
@@ -97,7 +97,7 @@ def test_what_was_asked_is_answered_before_the_end(doubling):
 def test_the_end_waits_for_no_answer_that_takes_long(doubling):
     """A store may be asked for a minute."""
     batcher = Batcher(doubling, wait=0, grace=0.1)
-    answer = batcher.ask(1)
+    answer = batcher.submit(1)
     assert doubling.begun.wait(HANG)
     batcher.close()
     assert not answer.done()

@@ -456,7 +456,7 @@ def api(address: str, **fields: object) -> dict:
 
 
 def named(found: dict) -> list[str]:
-    return [answer["name"] for answer in found["answers"]]
+    return [result["name"] for result in found["results"]]
 
 
 def len_of(address: str) -> int:
@@ -502,7 +502,7 @@ def test_load_ask_and_go_on_from_a_result(width, app):
     assert page.locator("#bars i").count() == 5  # the gate and four experts
     assert page.locator("#bars").inner_text().count("rests") == 2
     said = page.inner_text("#why")
-    assert "2 of 4 experts worked on this question" in said
+    assert "2 of 4 experts worked on this query" in said
     assert page.locator("#bars").inner_text().count("colour, size") == 3
     assert said.endswith("experts 4.")  # which are idle
     words, image = map(int, re.findall(r"(\d+) %", said))
@@ -572,9 +572,9 @@ def test_what_is_shown_is_named_to_a_screen_reader(app):
     ask(page, "is red")
     answers(page)
     alts = page.eval_on_selector_all("#results img", "images => images.map(image => image.alt)")
-    for place, (alt, name) in enumerate(zip(alts, names(page), strict=True), start=1):
-        assert alt == f"Answer {place} of 8: {name}"
-    assert "8 answers" in page.inner_text("#status")
+    for rank, (alt, name) in enumerate(zip(alts, names(page), strict=True), start=1):
+        assert alt == f"Result {rank} of 8: {name}"
+    assert "8 results" in page.inner_text("#status")
     alts = page.eval_on_selector_all("#choice img", "images => images.map(image => image.alt)")
     assert all(alt.startswith(f"Image {n} of {len(alts)}: ") for n, alt in enumerate(alts, start=1))
 
@@ -621,14 +621,14 @@ def test_an_example_is_a_click_and_its_answer_is_known(app, address, examples):
     asked = []
     page.on("request", lambda request: asked.append(request) if request.method == "POST" else None)
     page.locator("#examples .pick").first.click()
-    page.wait_for_selector(".place")
+    page.wait_for_selector(".rank")
     answers(page)
     assert len(asked) == 1
     words = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(page.url).query))
     known = [(str(each.reference), each.text, str(each.target)) for each in examples]
     assert (words["row"], words["text"], words["target"]) in known
-    place = api(address, **words, without_reference="true")["place"]
-    assert page.inner_text(".place span") == f"The target is at place {place} of {len_of(address)}"
+    rank = api(address, **words, without_reference="true")["rank"]
+    assert page.inner_text(".rank span") == f"The target is at rank {rank} of {len_of(address)}"
     assert page.is_hidden("#start")
     assert page.errors == []
 
@@ -667,7 +667,7 @@ def test_all_ways_of_asking(app, address):
     )
     assert names(page) == named(leaned)
     assert leaned["gate"] > trained["gate"] == middle["gate"]
-    assert middle["answers"] == trained["answers"]  # to the bit
+    assert middle["results"] == trained["results"]  # to the bit
     page.select_option("#method", "sum")
     wait_until(page, "location.search.includes('mix=0.5')")
     entries = page.evaluate("history.length")
@@ -697,7 +697,7 @@ def test_an_answer_is_opened_large_and_arrives_as_a_download(app, address):
     assert page.inner_text("#large-name") == second
     assert page.inner_text("#large-path").endswith(f"/{second}")
     reference = page.get_attribute("#reference img", "alt")
-    assert page.get_attribute("#large-asked img", "alt") == reference
+    assert page.get_attribute("#large-reference-images img", "alt") == reference
     with page.expect_download() as arriving:
         page.click("#download")
     assert arriving.value.suggested_filename == f"{Path(second).stem}.jpg"
@@ -722,7 +722,7 @@ def test_an_answer_is_opened_large_and_arrives_as_a_download(app, address):
         page.click("#export")
     written = json.loads(Path(arriving.value.path()).read_text())
     assert written["text"] == "is red"
-    assert [answer["name"] for answer in written["lists"][0]["answers"]] == names(page)
+    assert [result["name"] for result in written["lists"][0]["results"]] == names(page)
     assert page.errors == []
 
 
@@ -737,7 +737,7 @@ def test_a_figure_arrives_as_svg_and_as_png(app, address):
     for kind in ("svg", "png"):
         with page.expect_download() as arriving:
             page.click(f"#{kind}")
-        assert arriving.value.suggested_filename == f"answers.{kind}"
+        assert arriving.value.suggested_filename == f"results.{kind}"
         files[kind] = Path(arriving.value.path())
     drawn = ElementTree.parse(files["svg"])
     words = [node.text for node in drawn.iter(f"{SVG}text")]
@@ -814,7 +814,7 @@ def test_more_like_this_is_of_one_question(app, address):
     assert page.input_value("#method") == "pair"
     assert names(page) == named(api(address, row=row, text="is blue", without_reference="true"))
     page.select_option("#method", "image")  # chosen by the visitor, it says what it leaves out
-    wait_until(page, "document.querySelector('#note').innerText.includes('words were not used')")
+    wait_until(page, "document.querySelector('#note').innerText.includes('text was not used')")
     assert page.errors == []
 
 
@@ -846,22 +846,22 @@ def test_a_target_is_told_kept_in_the_link_and_forgotten(app):
     (_, second, *_) = names(page)
     page.locator("#results .enlarge").nth(1).click()
     page.click("#target")
-    assert page.inner_text(".place span").startswith("The target is at place 2 of ")
+    assert page.inner_text(".rank span").startswith("The target is at rank 2 of ")
     assert page.locator(".card.target").count() == 1
     link = page.url.rpartition("/")[2]
     other = app(words=link)
     answers(other)
     assert other.locator(".card.target .caption").inner_text().endswith(second)
     other.click(".forget")
-    wait_until(other, "!document.querySelector('.place')")
+    wait_until(other, "!document.querySelector('.rank')")
     assert "target" not in other.url
     choose(page, 20)  # other questions place it elsewhere, mostly beyond what is shown
     for text in ("is blue and round", "is very large", "has stripes"):
         ask(page, text)
         answers(page, asked=text)
-        place = int(page.inner_text(".place span").split()[5])
+        rank = int(page.inner_text(".rank span").split()[5])
         shown = names(page)
-        assert place == shown.index(second) + 1 if second in shown else place > len(shown)
+        assert rank == shown.index(second) + 1 if second in shown else rank > len(shown)
     assert page.errors == other.errors == []
 
 
@@ -898,8 +898,8 @@ def test_answers_go_on_and_are_narrowed_by_their_paths(app, address):
 
 def test_a_link_that_this_index_cannot_answer_is_answered_as_far_as_it_goes(app):
     page = app(words="?row=abc&text=is+red&filter=year+%3E+1")
-    told(page, "an image that the index does not have")
-    told(page, "takes no filter")
+    told(page, "an image that is not in the index")
+    told(page, "does not support filters")
     answers(page, asked="is red")
     ask(page, "is blue")
     answers(page, asked="is blue")
@@ -935,7 +935,7 @@ def test_steps_are_gone_back_to_and_left(app):
     page.click("#restart")
     wait_for_steps(page, 0)
     assert page.is_visible("#start")
-    assert page.is_hidden("#answers")
+    assert page.is_hidden("#results-section")
     assert page.input_value("#text") == ""
     assert "?" not in page.url
     page.click("#undo")
@@ -986,8 +986,8 @@ def test_a_phone_shows_and_takes_what_a_desktop_does(scheme, app):
     page.evaluate("scrollTo(0, document.body.scrollHeight)")
     ask(page, "is red")
     answers(page)
-    covered = page.locator("#question").bounding_box()
-    assert page.locator("#answers-title").bounding_box()["y"] >= covered["y"] + covered["height"]
+    covered = page.locator("#query").bounding_box()
+    assert page.locator("#results-title").bounding_box()["y"] >= covered["y"] + covered["height"]
     for box in (
         each.bounding_box() for each in page.locator("button:visible, summary:visible").all()
     ):
@@ -1006,7 +1006,7 @@ def test_the_page_speaks_the_browsers_language(app):
     choose(page, 0)
     ask(page, "is red")
     answers(page)
-    assert page.inner_text("#answers-title") == "Kết quả"
+    assert page.inner_text("#results-title") == "Kết quả"
     assert page.errors == []
 
 
@@ -1100,7 +1100,7 @@ def test_what_is_dropped_or_pasted_is_taken_if_it_is_a_file(app):
             : new DragEvent("drop", {...how, dataTransfer: data}));
     }"""
     page.evaluate(paste, "text")
-    told(page, "nothing is fetched from an address")
+    told(page, "URLs are not fetched")
     assert steps(page) == []
     for kind in ("drop", "paste"):
         page.evaluate(paste, kind)
@@ -1160,7 +1160,7 @@ def test_references_are_added_and_removed(app, address):
     assert found == named(api(address, **asked, without_reference="true")) != before
     assert not set(references(page)) & set(found)
     page.locator("#results .enlarge").first.click()
-    assert page.locator("#large-asked img").count() == 3
+    assert page.locator("#large-reference-images img").count() == 3
     page.keyboard.press("Escape")
     with page.expect_download() as arriving:
         page.click("#export")
@@ -1304,7 +1304,7 @@ def test_a_restarted_server_says_so_and_a_silent_one_too(searcher, open_page, tm
         answers(page, asked="is red")
     found = names(page)
     ask(page, "is blue")
-    told(page, "the server does not answer")
+    told(page, "the server does not respond")
     assert page.input_value("#text") == "is blue"  # what was typed is not lost
     assert names(page) == found
     with serving(searcher, int(address.rpartition(":")[2])):
@@ -1340,7 +1340,7 @@ def test_axe_finds_nothing_serious(width, scheme, app, address):
     page.wait_for_selector("#large[open]")
     audit(page, "large")
     page.click("#target")
-    page.wait_for_selector(".place")
+    page.wait_for_selector(".rank")
     page.locator("#options").evaluate("options => options.open = true")
     page.select_option("#method", "side")
     page.wait_for_selector("#results-text .card img")

@@ -28,7 +28,7 @@ from evaluation.result_file import read_result
 from forks import forked, free_port
 from image_search import beside_weights
 from image_search.manifest import read_manifest
-from image_search.searcher import Question
+from image_search.searcher import SearchQuery
 from models import exported
 from models.architectures import SIZES
 from models.clip_model import load_clip
@@ -242,13 +242,13 @@ def index(folder: Path, drawn: Path, pair: list, **_: object) -> dict:
     return {"encoder": about["encoder"], "features": np.load(folder / about["features"]).tolist()}
 
 
-QUESTION = "is red"
+CAPTION = "is red"
 
 
 def query(folder: Path, drawn: Path, pair: list, *, capsys) -> dict:
     index(folder, drawn, pair)
     reference = drawn / "cirr_dataset" / "dev" / "dev-0-0-img0.png"
-    words = ["query", "--index", folder, "--image", reference, "--text", QUESTION, "--json"]
+    words = ["query", "--index", folder, "--image", reference, "--text", CAPTION, "--json"]
     capsys.readouterr()
     importlib.import_module("search").main(list(map(str, [*words, *pair, "--device", "cpu"])))
     return json.loads(capsys.readouterr().out)
@@ -268,8 +268,8 @@ def page(folder: Path, drawn: Path, pair: list, **_: object) -> dict:
         patch.setattr(demo_app, "application", application)
         demo_app.main(list(map(str, flags)))
     (searcher,) = seen
-    (found,) = searcher.answer([Question(references=[searcher.image(0)], text=QUESTION, k=10)])
-    return {"answers": found.answers, "gate": found.gate, "experts": found.experts}
+    (found,) = searcher.search([SearchQuery(references=[searcher.image(0)], text=CAPTION, k=10)])
+    return {"results": found.results, "gate": found.gate, "experts": found.experts}
 
 
 OUTCOMES = {
@@ -312,7 +312,7 @@ def test_an_index_of_a_pair_is_asked_with_it(pairs, weights, drawn, tmp_path, ca
     """By default with its Combiner too, which flags replace."""
     whole = query(tmp_path / "index", drawn, ["--pair", pairs["moe"]], capsys=capsys)
     reference = drawn / "cirr_dataset" / "dev" / "dev-0-0-img0.png"
-    ask = ["query", "--index", tmp_path / "index", "--image", reference, "--text", QUESTION]
+    ask = ["query", "--index", tmp_path / "index", "--image", reference, "--text", CAPTION]
 
     def answers(*more: object) -> dict:
         capsys.readouterr()
@@ -332,7 +332,7 @@ def test_an_index_of_a_pair_is_asked_with_it(pairs, weights, drawn, tmp_path, ca
     importlib.import_module("search").main(list(map(str, again)))
     assert "0 images added" in capsys.readouterr().out
     main = importlib.import_module("search").main
-    assert "was made with other weights" in line_of(capsys, main, *ask, "--pair", pairs["own"])
+    assert "differ in weights" in line_of(capsys, main, *ask, "--pair", pairs["own"])
 
 
 def test_an_index_whose_pair_is_no_name(pairs, drawn, tmp_path):
@@ -814,7 +814,7 @@ def test_a_pair_goes_to_the_hub_and_comes_back(stub, weights, pairs, drawn, tmp_
     about = json.loads((tmp_path / "index" / "index.json").read_text())
     assert about["pair"]["exported"] == "hf-hub:some/pair.1"
     reference = drawn / "cirr_dataset" / "dev" / "dev-0-0-img0.png"
-    ask = ["query", "--index", tmp_path / "index", "--image", reference, "--text", QUESTION]
+    ask = ["query", "--index", tmp_path / "index", "--image", reference, "--text", CAPTION]
     importlib.import_module("search").main(list(map(str, [*ask, "--json", "--device", "cpu"])))
     assert json.loads(capsys.readouterr().out) == answers
 

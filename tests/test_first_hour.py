@@ -66,7 +66,7 @@ def test_the_python_of_the_guide_runs_as_it_stands(
     assert sorted(ten_lines[0].tolist()) == list(range(len(photos)))
     similarity = variables["query"] @ variables["gallery"].T
     best = [str(photos[place].resolve()) for place in similarity[0].topk(3).indices]
-    assert [str(image.path) for image in found.answers] == best
+    assert [str(image.path) for image in found.results] == best
     assert 0 <= variables["metrics"]["recall_at5"] <= 100
 
 

@@ -23,7 +23,7 @@ from conftest import CASES, ROOT
 from forks import HANG, torchrun
 from image_search.image_index import open_index
 from image_search.manifest import read_manifest
-from image_search.searcher import Question, load_searcher
+from image_search.searcher import SearchQuery, load_searcher
 from image_search.stores import milvus
 from image_search.stores.base import Keeping, store_address
 from models import backbone
@@ -143,7 +143,7 @@ def test_a_kind_is_changed_without_encoding_again(server, index, ask, tmp_path, 
         encoded.clear()
         assert "0 images added, 5 kept" in index(tmp_path / "photos", flags=["--index-type", kind])
         assert sum(encoded) == 0
-        about = open_index(tmp_path / "index").table.ask("describe_index", index_name="features")
+        about = open_index(tmp_path / "index").table.call("describe_index", index_name="features")
         assert about["index_type"] == milvus.INDEX_TYPES[kind]
         assert ask(files[0], "is red", "--json") == before
 
@@ -163,12 +163,12 @@ def test_conditions(store, index, ask, tmp_path, capsys):
         (f"time > {10**19 - 1 - 10**18}", set()),
     ]:
         out = json.loads(ask(files[0], "is red", "--json", "--k", 20, "--filter", condition))
-        found = {answer["image"] for answer in out["answers"]}
+        found = {result["image"] for result in out["results"]}
         assert found & {str(file) for file in files} == wanted, condition
         CASES["conditions", "taken"] += 1
     for condition in ("path like", "size > 'x'", 'size == "connect"', "1 +"):
         said = refused(lambda c=condition: ask(files[0], "is red", "--filter", c), capsys)
-        assert f"--filter {condition}: Milvus refuses it" in said
+        assert f"--filter {condition}: Milvus rejects it" in said
         assert store not in said
         CASES["conditions", "refused"] += 1
 
@@ -232,13 +232,13 @@ def test_the_page_goes_on_from_an_answer(store, index, tmp_path, drawn):
     assert {searcher.image(row) for row in searcher.index.some(50)} == set(files)
     for row in (-1, 7, milvus.HIGHEST_ROW, 2**64):
         assert searcher.image(row) is None
-    plain = Question(references=[searcher.image(rows[0])], text="is red", k=3)
+    plain = SearchQuery(references=[searcher.image(rows[0])], text="is red", k=3)
     without = dataclasses.replace(plain, without=frozenset([rows[0]]))
     only = dataclasses.replace(plain, condition="size < 0")
-    together = searcher.answer([plain, only, without])
-    assert together == [searcher.answer([question])[0] for question in (plain, only, without)]
-    assert [len(found.answers) for found in together] == [3, 0, 3]
-    assert rows[0] not in [answer.row for answer in together[2].answers]
+    together = searcher.search([plain, only, without])
+    assert together == [searcher.search([query])[0] for query in (plain, only, without)]
+    assert [len(found.results) for found in together] == [3, 0, 3]
+    assert rows[0] not in [result.row for result in together[2].results]
 
 
 def test_the_page_passes_conditions_on(store, index, tmp_path):
@@ -262,19 +262,19 @@ def test_the_page_passes_conditions_on(store, index, tmp_path):
         with urllib.request.urlopen(f"{address}/health") as answer:
             assert json.load(answer)["filters"] is True
         row = searcher.index.some(1)[0]
-        everything = asked(row=row, text="is red", k=20)["answers"]
-        assert {answer["name"] for answer in everything} == {file.name for file in files}
-        below = [answer for answer in everything if "/below/" in answer["path"]]
+        everything = asked(row=row, text="is red", k=20)["results"]
+        assert {result["name"] for result in everything} == {file.name for file in files}
+        below = [result for result in everything if "/below/" in result["path"]]
         assert 0 < len(below) < len(everything)
         said = asked(row=row, text="is red", k=20, filter='path like "below/%"')
-        assert said["answers"] == below
+        assert said["results"] == below
         target = below[-1]["row"]
-        assert asked(row=row, text="is red", k=1, target=target)["place"] > 1
+        assert asked(row=row, text="is red", k=1, target=target)["rank"] > 1
         with pytest.raises(urllib.error.HTTPError) as error:
             asked(row=row, text="is red", filter="path like")
         assert error.value.code == 400
         told = json.load(error.value)["error"]
-        assert told == f"--filter path like: Milvus refuses it: {milvus.CONDITIONS}"
+        assert told == f"--filter path like: Milvus rejects it: {milvus.CONDITIONS}"
 
 
 # Interruptions
@@ -282,10 +282,10 @@ def test_the_page_passes_conditions_on(store, index, tmp_path):
 
 def same_answers(ours: str, theirs: str) -> None:
     """The same images; batches of other images round their features otherwise."""
-    found, expected = json.loads(ours)["answers"], json.loads(theirs)["answers"]
-    assert [answer["image"] for answer in found] == [answer["image"] for answer in expected]
-    similarities = [answer["similarity"] for answer in expected]
-    assert [answer["similarity"] for answer in found] == pytest.approx(similarities, abs=2e-6)
+    found, expected = json.loads(ours)["results"], json.loads(theirs)["results"]
+    assert [result["image"] for result in found] == [result["image"] for result in expected]
+    similarities = [result["similarity"] for result in expected]
+    assert [result["similarity"] for result in found] == pytest.approx(similarities, abs=2e-6)
 
 
 KILLED = """
@@ -295,14 +295,14 @@ import search
 from image_search import image_index
 from image_search.stores import milvus
 image_index.SHARD = 3
-ask = milvus.Table.ask
-def asked(self, question, **about):
-    if question == "upsert" and {when}:
+call = milvus.Table.call
+def called(self, method, **about):
+    if method == "upsert" and {when}:
         {how}
         os.kill(os.getpid(), signal.SIGKILL)
-    return ask(self, question, **about)
-asked.upserts = 0
-milvus.Table.ask = asked
+    return call(self, method, **about)
+called.upserts = 0
+milvus.Table.call = called
 search.main(sys.argv[1:])
 """
 
@@ -312,8 +312,8 @@ def test_an_insert_that_is_killed_goes_on(store, start, index, ask, tmp_path, dr
     """The process dies when two batches are there and a part of the third."""
     files = images(tmp_path / "photos", 10)
     script = tmp_path / "killed.py"
-    when = "(setattr(asked, 'upserts', asked.upserts + 1) or asked.upserts == 3)"
-    how = 'ask(self, question, data=about["data"][:1])'
+    when = "(setattr(called, 'upserts', called.upserts + 1) or called.upserts == 3)"
+    how = 'call(self, method, data=about["data"][:1])'
     script.write_text(KILLED.format(source=str(ROOT / "src"), when=when, how=how))
     words = ["index", "--images", tmp_path / "photos", "--output", tmp_path / "index"]
     words += ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--num-workers", 0]
@@ -539,7 +539,7 @@ def test_a_row_is_a_files_own():
 
 
 @pytest.mark.parametrize(
-    ("file", "folders", "place"),
+    ("file", "folders", "path"),
     [
         ("/a/b/c.png", ["/a"], "b/c.png"),
         ("/a/b/c.png", ["/a", "/a/b"], "b/c.png"),
@@ -548,8 +548,8 @@ def test_a_row_is_a_files_own():
         ("/c.png", ["/"], "c.png"),
     ],
 )
-def test_where_an_image_lies(file, folders, place):
-    assert milvus.place_of(file, folders) == place
+def test_where_an_image_lies(file, folders, path):
+    assert milvus.path_below(file, folders) == path
 
 
 def test_an_image_that_lies_elsewhere_for_conditions_now_is_found_there(
@@ -563,4 +563,4 @@ def test_an_image_that_lies_elsewhere_for_conditions_now_is_found_there(
         + ["--forget", str(tmp_path / "photos"), "--num-workers", "0"]
     )
     out = json.loads(ask(files[0], "is red", "--json", "--filter", 'path == "0.jpg"'))
-    assert [Path(answer["image"]).name for answer in out["answers"]] == ["0.jpg"]
+    assert [Path(result["image"]).name for result in out["results"]] == ["0.jpg"]

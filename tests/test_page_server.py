@@ -37,7 +37,7 @@ from forks import HANG, Script, family, free_port, state_of
 from image_search import guard
 from image_search.batching import Batcher
 from image_search.guard import Hosts
-from image_search.searcher import LESS, MOST_CHARACTERS, Question, load_searcher
+from image_search.searcher import LESS, MOST_CHARACTERS, SearchQuery, load_searcher
 from image_search.uploads import MOST_BYTES
 from settings.groups import PairChoice
 from test_search import images
@@ -409,7 +409,7 @@ def test_an_answer_is_the_searchs(served, index, capsys):
         words = ["query", "--index", index, "--image", index.parent / photo["path"], "--json"]
         search.main(list(map(str, [*words, "--text", "is red", "--k", 4, "--device", "cpu"])))
         expected = json.loads(capsys.readouterr().out)
-        for mine, theirs in zip(found["answers"], expected["answers"], strict=True):
+        for mine, theirs in zip(found["results"], expected["results"], strict=True):
             assert mine["similarity"] == pytest.approx(theirs["similarity"], abs=2e-6)
             assert index.parent / mine["path"] == Path(theirs["image"])
             assert mine["name"] == Path(theirs["image"]).name
@@ -419,19 +419,19 @@ def test_an_answer_is_the_searchs(served, index, capsys):
 
 
 def rows(found: dict) -> list[int]:
-    return [int(answer["row"]) for answer in found["answers"]]
+    return [int(result["row"]) for result in found["results"]]
 
 
 def test_a_mixture_goes_from_the_image_to_the_text(served):
     image = served.ask(row=3, mix=0)
     assert rows(image)[0] == 3
-    assert image["answers"][0]["similarity"] == pytest.approx(1, abs=1e-5)
-    assert served.ask(row=3, text="is red", mix=0)["answers"] == image["answers"]
+    assert image["results"][0]["similarity"] == pytest.approx(1, abs=1e-5)
+    assert served.ask(row=3, text="is red", mix=0)["results"] == image["results"]
     text = served.ask(text="is red", mix=1)
-    assert served.ask(row=3, text="is red", mix=1)["answers"] == text["answers"]
+    assert served.ask(row=3, text="is red", mix=1)["results"] == text["results"]
     assert (
-        served.ask(row=3, text="is red", mix=0.5)["answers"]
-        == served.ask(row=3, text="is red")["answers"]
+        served.ask(row=3, text="is red", mix=0.5)["results"]
+        == served.ask(row=3, text="is red")["results"]
     )
 
 
@@ -440,26 +440,26 @@ def test_several_references_are_searched_with_as_their_mean(served, searcher):
     features = [torch.from_numpy(searcher.index.features_of(row)) for row in (3, 5, 8)]
     captions = searcher.pair.encoder.captions(["is red"])
     one, several = (
-        Question(references=references, text="is red", k=PHOTOS)
+        SearchQuery(references=references, text="is red", k=PHOTOS)
         for references in (features[:1], features)
     )
-    (found,) = searcher.answer([one])
+    (found,) = searcher.search([one])
     (expected,) = searcher.index.search(
         F.normalize(features[0] + captions, dim=-1).numpy(), PHOTOS, ""
     )
-    assert [(each.row, each.similarity) for each in found.answers] == [
+    assert [(each.row, each.similarity) for each in found.results] == [
         (hit.row, hit.similarity) for hit in expected
     ]
-    (found,) = searcher.answer([several])
+    (found,) = searcher.search([several])
     gallery = torch.cat([torch.from_numpy(searcher.index.features_of(n)) for n in range(PHOTOS)])
     query = F.normalize(torch.cat(features).mean(0) + captions[0], dim=-1)
     expected = F.normalize(gallery, dim=-1) @ query
-    for each in found.answers:
+    for each in found.results:
         assert each.similarity == pytest.approx(expected[each.row].item(), abs=1e-5)
-    order = [each.row for each in found.answers]
-    text = Question(references=[], text="is red", k=PHOTOS, mix=1)
-    together = searcher.answer([text, several, one])
-    assert [each.row for each in together[1].answers] == order
+    order = [each.row for each in found.results]
+    text = SearchQuery(references=[], text="is red", k=PHOTOS, mix=1)
+    together = searcher.search([text, several, one])
+    assert [each.row for each in together[1].results] == order
     assert (
         rows(served.ask(row=[3, 5, 8], text="is red"))
         == order
@@ -477,11 +477,11 @@ def test_references_are_rows_uploads_and_files(served, index):
         served.ask(file, row=3, upload="", text="is red"),
     ]
     assert rows(mixes[0]) == rows(mixes[1]) == rows(mixes[2])
-    assert mixes[1]["answers"] == mixes[2]["answers"]
+    assert mixes[1]["results"] == mixes[2]["results"]
 
 
 def test_a_query_has_so_many_references(served):
-    most = json.loads(served.request("GET", "/health")[1])["references"]
+    most = json.loads(served.request("GET", "/health")[1])["max_references"]
     assert rows(served.ask(row=list(range(most)), text="is red"))
     said = f"{most + 1} references: send {most} at most"
     assert said in served.refuses_to_ask(row=list(range(most + 1)), text="is red")
@@ -497,8 +497,8 @@ def test_answers_look_less_like_an_image(served, index):
     query = F.normalize(features[3] + searcher.pair.encoder.captions(["is red"])[0], dim=0)
     expected = gallery @ F.normalize(query - LESS * gallery[5], dim=0)
     found = served.ask(row=3, text="is red", less_row=5, k=PHOTOS)
-    for answer in found["answers"]:
-        assert answer["similarity"] == pytest.approx(expected[int(answer["row"])].item(), abs=1e-5)
+    for result in found["results"]:
+        assert result["similarity"] == pytest.approx(expected[int(result["row"])].item(), abs=1e-5)
     photo = json.loads(served.request("GET", "/photo/5")[1])
     upload, _ = served.upload(photo["name"], (index.parent / photo["path"]).read_bytes())
     assert rows(served.ask(row=3, text="is red", less_upload=upload)) == rows(found)
@@ -525,7 +525,7 @@ def test_all_references_are_left_out(k, served):
 def test_a_photo_of_a_phone_is_asked_with(served):
     pytest.importorskip("pi_heif", reason="pi-heif is not installed")
     upload = ("phone.heic", (Path(__file__).parent / "phone.heic").read_bytes())
-    assert len(served.ask(upload, text="is red", k=3)["answers"]) == 3
+    assert len(served.ask(upload, text="is red", k=3)["results"]) == 3
 
 
 @pytest.mark.parametrize("without", [False, True])
@@ -535,9 +535,9 @@ def test_the_place_of_a_target_is_told_beyond_the_answers(without, served):
     for target in range(PHOTOS):
         said = served.ask(k=1, target=target, **asked)
         assert rows(said) == whole[:1]
-        assert said["place"] == (whole.index(target) + 1 if target in whole else None)
-    assert served.ask(k=1, target=PHOTOS, **asked)["place"] is None
-    assert served.ask(k=1, **asked)["place"] is None
+        assert said["rank"] == (whole.index(target) + 1 if target in whole else None)
+    assert served.ask(k=1, target=PHOTOS, **asked)["rank"] is None
+    assert served.ask(k=1, **asked)["rank"] is None
 
 
 def test_an_upload_is_the_row_of_the_same_file(served, index):
@@ -574,9 +574,9 @@ def test_uploads_of_new_kinds_are_read(served):
         upload, small = served.upload(name, content)
         with Image.open(io.BytesIO(small)) as image:
             assert (image.format, image.size) == ("JPEG", (60, 50))
-        sent = served.ask((name, content), text="is red")["answers"]
+        sent = served.ask((name, content), text="is red")["results"]
         assert len(sent) == PHOTOS
-        assert served.ask(upload=upload, text="is red")["answers"] == sent
+        assert served.ask(upload=upload, text="is red")["results"] == sent
 
 
 def test_bad_uploads_are_named_as_their_user_calls_them(served, tmp_path):
@@ -660,7 +660,7 @@ def test_examples_are_triplets_of_the_index(index, drawn, capsys):
     with pytest.raises(SystemExit) as stop:
         demo_app.main(list(map(str, words)))
     assert stop.value.code == 2
-    assert f"--examples {file}: the index contains no triplet" in capsys.readouterr().err
+    assert f"--examples {file}: the index contains none of its triplets" in capsys.readouterr().err
 
 
 def test_an_upload_that_is_not_kept_is_asked_for_again(served):
@@ -693,7 +693,7 @@ def test_what_cannot_be_asked_is_said(served):
 def test_a_language_that_the_model_does_not_know_is_said(text, is_known, served):
     found = served.ask(row=1, text=text)
     assert len(rows(found)) == PHOTOS
-    assert ("by their letters alone" in found["note"]) == (not is_known)
+    assert ("into single letters" in found["note"]) == (not is_known)
 
 
 NONSENSE = [
@@ -732,7 +732,7 @@ def test_forged_fields_end_in_an_answer_or_in_one_sentence(name, served):
             status, text = served.request("POST", "/search", *joined(fields))
             assert status in (200, 400, 404), (value, status, text[:SHORT])
             if status == 200:
-                assert len(json.loads(text)["answers"]) <= PHOTOS
+                assert len(json.loads(text)["results"]) <= PHOTOS
             else:
                 assert len(text) <= SHORT
             assert not LEAKS.search(text), text[:SHORT]
@@ -777,7 +777,7 @@ def within(searcher, seconds: float) -> Iterator[Page]:
     """A page in this process, with a time limit for an image."""
     page = Page()
     with (
-        contextlib.closing(Batcher(searcher.answer)) as batcher,
+        contextlib.closing(Batcher(searcher.search)) as batcher,
         contextlib.closing(http_api.Service(searcher, 12, batcher, seconds=seconds)) as service,
         demo_app.bound_socket("127.0.0.1", 0) as bound,
         demo_app.served(guard.Guard(http_api.build(service, True), Hosts("127.0.0.1")), bound),
@@ -972,7 +972,7 @@ def test_an_image_that_is_no_file_any_more_is_asked_with_by_its_features(worn):
     ):
         number = int(Path(photo["name"]).stem)
         if number in (0, 1):
-            assert "cannot be decoded any more" in worn.refuses_to_ask(row=row, text="is red")
+            assert "can no longer be decoded" in worn.refuses_to_ask(row=row, text="is red")
         elif number != 6:
             assert rows(worn.ask(row=row, text="is red"))
 

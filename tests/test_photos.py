@@ -387,7 +387,7 @@ def test_the_search_finds_the_plain_copy_first(pictures, drawn, index, tmp_path,
         capsys.readouterr()
         search.main(["query", "--index", str(tmp_path / "index"), "--image", str(file), "--text",
                      "x", "--combining-function", "image", "--json", "--device", "cpu"])  # fmt: skip
-        (first, *_) = json.loads(capsys.readouterr().out)["answers"]
+        (first, *_) = json.loads(capsys.readouterr().out)["results"]
         assert Path(first["image"]).name == copy.name, file
 
 

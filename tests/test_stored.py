@@ -482,7 +482,7 @@ def test_vectors_of_other_features(kind):
     assert "other features" in faiss_index.mismatch(index, rng.permutation(features), kind)
     assert "vectors of dimension 16" in faiss_index.mismatch(index, features[1:], kind)
     for other in set(VECTOR_KINDS) - {kind}:
-        assert faiss_index.mismatch(index, features, other) == f"it is not of the kind {other}"
+        assert faiss_index.mismatch(index, features, other) == f"it is not of kind {other}"
 
 
 def test_files_of_two_indexes(tmp_path):

@@ -53,11 +53,11 @@ def test_a_job_beyond_its_limits_is_ended_and_the_next_one_done(end, pool):
 
 
 def test_what_the_user_can_put_right_is_raised(pool):
-    from image_search.stores.base import QuestionError
+    from image_search.stores.base import QueryError
     from image_search.uploads import checked_upload
 
     async def run() -> None:
-        with pytest.raises(QuestionError, match="is not an image"):
+        with pytest.raises(QueryError, match="is not an image"):
             await pool.run(checked_upload, "notes.txt", b"")
 
     asyncio.run(run())

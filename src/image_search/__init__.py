@@ -1,1 +1,1 @@
-"""A user's own images: files, index, stores, searcher, the page."""
+"""Search of a user's own images: image files, index, stores, searcher, and the page."""

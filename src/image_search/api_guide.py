@@ -1,6 +1,6 @@
-"""The page that explains the HTTP interface, written from its OpenAPI description.
+"""Documentation page of the HTTP interface, generated from its OpenAPI description.
 
-FastAPI's own page loads its script from another host, which this server keeps browsers from.
+FastAPI's own page loads a script from another host, which this server's security policy forbids.
 """
 
 from collections.abc import Mapping
@@ -9,10 +9,10 @@ from typing import Any
 
 
 def guide(described: Mapping[str, Any]) -> str:
-    """An HTML page of what each address takes and answers.
+    """Return an HTML page that lists the fields of each route's request and response.
 
     Args:
-        described: OpenAPI, as FastAPI makes it.
+        described: OpenAPI description of the application, as made by FastAPI.
     """
     parts = [f"<h1>{escape(described['info']['title'])}</h1>"]
     parts.append(f"<p>{escape(described['info']['description'])}</p>")
@@ -21,12 +21,12 @@ def guide(described: Mapping[str, Any]) -> str:
         for method, operation in methods.items():
             parts.append(f"<h2><code>{method.upper()} {escape(path)}</code></h2>")
             parts.append(f"<p>{escape(operation.get('description', ''))}</p>")
-            parts.append(_table(_taken(operation)))
-            answered = operation["responses"]["200"].get("content", {}).get("application/json", {})
-            name = answered.get("schema", {}).get("$ref", "").rpartition("/")[2]
+            parts.append(_table(_request_fields(operation)))
+            response = operation["responses"]["200"].get("content", {}).get("application/json", {})
+            name = response.get("schema", {}).get("$ref", "").rpartition("/")[2]
             if name:
                 fields = described["components"]["schemas"][name]["properties"]
-                parts.append(f"<p>It answers with JSON:</p>{_table(fields)}")
+                parts.append(f"<p>Response (JSON):</p>{_table(fields)}")
     body = "\n".join(parts)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -44,8 +44,8 @@ def guide(described: Mapping[str, Any]) -> str:
 """
 
 
-def _taken(operation: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that an operation takes, by name, from its address and its form."""
+def _request_fields(operation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a request by name, from its path, its query string and its form."""
     fields = {field["name"]: field["schema"] for field in operation.get("parameters", [])}
     form = operation.get("requestBody", {}).get("content", {}).get("multipart/form-data", {})
     fields.update(form.get("schema", {}).get("properties", {}))
@@ -53,7 +53,7 @@ def _taken(operation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table(fields: Mapping[str, Any]) -> str:
-    """Fields with their types and what they are."""
+    """Return an HTML table of fields: name, type and description."""
     rows = []
     for name, field in fields.items():
         kinds = [kind.get("type", "") for kind in field.get("anyOf", [field])]

@@ -17,14 +17,14 @@ from utils import format_metric
 
 logger = logging.getLogger(__name__)
 
-IN_HEADER = ("R@10", "R@50", "mean R@10", "mean R@50")  # titles of metrics
-VALIDATIONS = "validation_metrics.csv"  # of a run
-# Of `evaluation.model_card`: what a result is of, the titles of its metrics, and those under its first protocol.
+IN_HEADER = ("R@10", "R@50", "mean R@10", "mean R@50")  # metrics to show
+VALIDATIONS = "validation_metrics.csv"  # file in a run folder
+# A result on a card of `evaluation.model_card`: heading, titles of the metrics, and values under the first protocol.
 TABLE = re.compile(r"^### (.+)\n\n\|(.+)\|\n\|[-:| ]+\|\n\|(.+)\|$", re.MULTILINE)
 
 
 def measured(pair: Pair) -> str:
-    """The recall of a pair with its benchmark's name: of the weights' run, else of their card; "" where neither is."""
+    """Return the benchmark and recall of a pair, from the weights' run folder or model card; "" without either."""
     known = {"combiner": pair.trained, "sum": pair.tuned}.get(pair.compose.combining_function)
     if known is None:
         return ""
@@ -36,7 +36,7 @@ def measured(pair: Pair) -> str:
 
 
 def _of_run(known: Checkpoint) -> tuple[str, dict[str, str]]:
-    """Return the dataset that a run validated its weights on, and title -> value; nothing without such a validation."""
+    """Return the split on which a run validated these weights, and title -> value; empty without such a validation."""
     benchmark = BENCHMARKS.get(known.table.get("dataset", ""))
     for row in csv.DictReader(_lines(known.path.resolve().parents[1] / VALIDATIONS)):
         if benchmark and row.get("epoch") == str(known.epoch):
@@ -50,19 +50,19 @@ def _of_run(known: Checkpoint) -> tuple[str, dict[str, str]]:
 
 
 def _of_card(card: Path) -> tuple[str, dict[str, str]]:
-    """Return the heading of the first result on a model card, and title -> value; nothing without such a card."""
+    """Return the heading of the first result on a model card, and title -> value; empty without a result."""
     table = TABLE.search("\n".join(_lines(card)))
     if table is None:
         return "", {}
     what, titles, values = table.groups()
-    # A value has its interval behind it.
+    # Each value is followed by its interval.
     cells = [value.strip().partition(" ")[0] for value in values.split("|")]
     named = dict(zip(map(str.strip, titles.split("|")), cells, strict=False))
     return re.sub(r"\\(.)", r"\1", what), named
 
 
 def _lines(file: Path) -> list[str]:
-    """Return the lines of a file; none if it cannot be read."""
+    """Return the lines of a file; [] if it cannot be read."""
     try:
         return read_text(file).splitlines()
     except (OSError, ValueError):
@@ -84,5 +84,7 @@ def experts_of(pair: Pair) -> list[Expert]:
             report = read_checked(ExpertReport, file, remedy=remedy, writer="visualize.py")
             if report.of_weights == weights_digest(pair.compose.state_dict()):
                 return report.experts
-            logger.warning("note: %s is of other weights, so experts have no names", file)
+            logger.warning(
+                "note: %s was made with different weights, so experts are not named", file
+            )
     return []

@@ -1,4 +1,4 @@
-"""Questions whose answers are known: triplets whose images an index holds, for visitors who want to see it work."""
+"""Example queries with known targets: triplets whose images are all in an index, for new users of the page."""
 
 import logging
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Example:
-    """A reference and its target, as rows of an index, and the text between them."""
+    """A triplet: the rows of its reference and target in an index, and its caption."""
 
     reference: int
     text: str
@@ -21,10 +21,12 @@ class Example:
 
 
 def read_examples(file: Path, index: ImageIndex) -> list[Example]:
-    """The triplets of a split of your own, whose images lie in `images/` beside it, as far as an index holds them.
+    """Read a file of your own triplets, and return those whose images are in an index.
+
+    The images of the file are in the folder `images/` next to it.
 
     Raises:
-        UserError: the file is no such split, or the index holds no triplet of it.
+        UserError: the file is invalid, or none of its triplets is in the index.
     """
     folder = file.parent / "images"
     examples = []
@@ -38,9 +40,13 @@ def read_examples(file: Path, index: ImageIndex) -> list[Example]:
         else:
             examples.append(Example(reference, triplet.captions[0], target))
     if not examples:
-        raise UserError(f"--examples {file}: the index contains no triplet of it: index {folder}")
+        raise UserError(
+            f"--examples {file}: the index contains none of its triplets: index {folder}"
+        )
     if lacking:
         logger.warning(
-            "warning: %d of %s are left out because the index lacks their images", lacking, file
+            "warning: %d triplets of %s are left out: their images are not in the index",
+            lacking,
+            file,
         )
     return examples

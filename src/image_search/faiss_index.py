@@ -1,7 +1,7 @@
-"""The nearest among many vectors, by FAISS: exact by default, approximate for large galleries.
+"""Nearest-neighbour search with FAISS: exact by default, approximate for large galleries.
 
-Vectors are normalised features, so that inner products are cosine similarities. What an approximate index finds is
-ranked again by the exact similarities, so only what is missed can differ.
+Vectors are normalised features, so inner products are cosine similarities. The candidates that an approximate index
+finds are ranked again by their exact similarities, so its results differ only by the neighbours that it misses.
 """
 
 import contextlib
@@ -16,43 +16,44 @@ import numpy as np
 from runtime.files import written_whole
 from utils import LONGEST_FEATURE, SHORTEST_FEATURE, DiskError, UserError, first_line
 
-ADDED_AT_ONCE = 65_536  # vectors
+ADDED_AT_ONCE = 65_536  # number of vectors in a block
 
-# An approximate index proposes this many times k candidates, and at least so many.
-CANDIDATES_PER_ANSWER = 20
+# Number of candidates that an index proposes for k results: a multiple of k, with a minimum.
+CANDIDATES_PER_RESULT = 20
 LEAST_CANDIDATES = 256
 
-# Of HNSW (Malkov and Yashunin 2018, arXiv 1603.09320).
+# HNSW parameters (Malkov and Yashunin 2018, arXiv 1603.09320).
 NEIGHBOURS = 32
 BUILD_EFFORT = 80
 SEARCH_EFFORT = 128
 
-# Of IVF with product quantisation (Jegou et al. 2011).
-PROBED_SHARE = 1 / 8  # of the lists, which a query looks at
-LEAST_PROBED = 16  # lists
-SUB_VECTOR = 8  # elements that are stored in one code
+# Parameters of IVF with product quantisation (Jegou et al. 2011).
+PROBED_SHARE = 1 / 8  # fraction of the lists that a query searches
+LEAST_PROBED = 16  # minimum number of lists that a query searches
+SUB_VECTOR = 8  # number of elements per code
 CODE_BITS = 8
-LEAST_TRAINED_ON = 10_000  # vectors that the 256 words of a code are learned of
-TRAINED_ON_PER_LIST = 64  # vectors
-PICKED_AT_ONCE = 1024  # rows here and there of a memory map; of each, 64 KiB may be mapped
-GROWN_AT_MOST = (
-    4  # times as many vectors as it was trained for, so that lists are twice as long as new ones
-)
+LEAST_TRAINED_ON = 10_000  # minimum number of vectors to train the 256 centroids of a code
+TRAINED_ON_PER_LIST = 64  # number of training vectors per list
+PICKED_AT_ONCE = 1024  # rows at arbitrary positions of a memory map; reading a row may map 64 KiB
+# Maximum growth of an IVF index beyond the number of vectors it was trained for; its lists are then twice as long as in
+# a new index.
+GROWN_AT_MOST = 4
 
-# Rows that tell whether files are of one index: all of a small one, and few enough for a disk that seeks each.
+# Number of rows that are compared to check that files belong together: all rows of a small index, but few enough for a
+# disk that seeks each of them.
 SAMPLED = 256
-PROBED_ROWS = 32  # of these, which compressed vectors are searched for
-TOLERANCE = 1e-4  # of an element of a normalised vector
+PROBED_ROWS = 32  # number of sampled rows to search for in an index of compressed vectors
+TOLERANCE = 1e-4  # maximum difference of an element of a normalised vector
 
-# Of a recall report.
+# Settings of a recall report.
 REPORT_QUERIES = 200
 REPORT_K = 10
 
-NearestRows = list[tuple[int, float]]  # (row, cosine similarity), the nearest first
+NearestRows = list[tuple[int, float]]  # (row, cosine similarity), most similar first
 
 
 def import_faiss() -> Any:
-    """FAISS, which only a search needs."""
+    """Import FAISS. Raises UserError if it is not installed."""
     logging.getLogger("faiss.loader").setLevel(logging.WARNING)
     try:
         import faiss
@@ -62,10 +63,10 @@ def import_faiss() -> Any:
 
 
 def normalised(features: np.ndarray) -> np.ndarray:
-    """Rows (N, D) of length 1, float32.
+    """Return features (N, D) with norm 1, float32.
 
     Raises:
-        UserError: a row is too short or too long, see `models.encoder.check_lengths`.
+        UserError: the norm of a row is too small or too large, see `models.encoder.check_lengths`.
     """
     rows = np.asarray(features, dtype=np.float32)
     with np.errstate(over="ignore"):
@@ -79,7 +80,7 @@ def normalised(features: np.ndarray) -> np.ndarray:
 
 
 def check(kind: str, count: int, dim: int) -> None:
-    """Raise UserError where there are too few vectors, or vectors that cannot be split, for a kind."""
+    """Raise UserError if an index of a kind needs more vectors, or a dimension that is divisible by SUB_VECTOR."""
     if kind == "ivfpq" and (count < LEAST_TRAINED_ON or dim % SUB_VECTOR):
         raise UserError(
             f"--index-type ivfpq needs {LEAST_TRAINED_ON:,} images and a feature dimension that is a multiple of "
@@ -88,20 +89,20 @@ def check(kind: str, count: int, dim: int) -> None:
 
 
 def let_go(features: np.ndarray) -> None:
-    """Give back the memory that rows of a memory map took when they were read; they stay on the disk."""
+    """Release the memory of rows that were read from a memory map; the rows stay on disk."""
     if isinstance(features.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         features.base.madvise(mmap.MADV_DONTNEED)
 
 
 def blocks(features: np.ndarray, start: int = 0) -> Iterator[np.ndarray]:
-    """The rows of features (N, D) from one on, normalised, so many at a time that memory does not grow with N."""
+    """Yield the rows of features (N, D) from `start`, normalised, in blocks whose size does not depend on N."""
     for row in range(start, len(features), ADDED_AT_ONCE):
         yield normalised(features[row : row + ADDED_AT_ONCE])
         let_go(features)
 
 
 def picked(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Some rows of features (N, D), normalised. A system maps what surrounds a row too, so few are read at a time."""
+    """Return some rows of features (N, D), normalised; read few at a time, since the system maps whole pages."""
     taken = np.empty((len(rows), features.shape[1]), np.float32)
     for start in range(0, len(rows), PICKED_AT_ONCE):
         some = slice(start, start + PICKED_AT_ONCE)
@@ -111,17 +112,17 @@ def picked(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def build(features: np.ndarray, kind: str) -> Any:
-    """An index of features (N, D), see `trained`."""
+    """Build an index of features (N, D), see `trained`."""
     index = trained(features, kind)
     add(index, features)
     return index
 
 
 def trained(features: np.ndarray, kind: str) -> Any:
-    """An index without vectors for features (N, D), which need not be normalised. It is trained on some of them.
+    """Return an empty index for features (N, D), trained on some of them; the features need not be normalised.
 
     Args:
-        kind: "flat", exact; "hnsw", a graph; "ivfpq", lists of compressed vectors.
+        kind: "flat" (exact), "hnsw" (a graph) or "ivfpq" (lists of compressed vectors).
 
     Raises:
         UserError: see `check`.
@@ -144,11 +145,11 @@ def trained(features: np.ndarray, kind: str) -> Any:
 
 
 def add(index: Any, features: np.ndarray) -> None:
-    """Add the features that an index lacks: all rows (N, D) but for its first, which it has."""
+    """Add the rows of features (N, D) that an index lacks; it already contains the first `index.ntotal` rows."""
     faiss = import_faiss()
     whole = faiss.downcast_index(index.storage) if hasattr(index, "storage") else index
     if isinstance(whole, faiss.IndexFlat):
-        # Room for all at once. Grown step by step it takes up to three times as much.
+        # Reserve memory for all vectors: growing step by step needs up to three times as much.
         held = whole.codes.size()
         whole.codes.resize(len(features) * whole.code_size)
         whole.codes.resize(held)
@@ -157,12 +158,12 @@ def add(index: Any, features: np.ndarray) -> None:
 
 
 def can_grow(index: Any, count: int) -> bool:
-    """Return whether an index is as good with so many vectors as one that is newly built of them."""
+    """Return whether an index can grow to some number of vectors and remain as good as a new index."""
     return not hasattr(index, "nlist") or count <= GROWN_AT_MOST * index.nlist**2
 
 
 def _empty_ivfpq(faiss: Any, count: int, dim: int) -> Any:
-    """An untrained index with as many lists as the square root of the number of vectors."""
+    """Return an untrained index whose number of lists is the square root of the number of vectors."""
     lists = round(count**0.5)
     coarse = faiss.IndexFlatIP(dim)
     codes = dim // SUB_VECTOR
@@ -172,43 +173,43 @@ def _empty_ivfpq(faiss: Any, count: int, dim: int) -> Any:
 
 
 def sampled_rows(count: int) -> np.ndarray:
-    """Some of so many rows, evenly spaced, the first and the last among them."""
+    """Return evenly spaced rows, including the first and the last; all rows of a small index."""
     return np.unique(np.linspace(0, count - 1, min(count, SAMPLED)).astype(np.int64))
 
 
 def mismatch(index: Any, features: np.ndarray, kind: str) -> str:
-    """Say why an index is not one of a kind of these features, as far as sampled rows tell; "" if it is."""
+    """Return why an index is not of a kind and of these features, judged by sampled rows; "" if it is."""
     faiss = import_faiss()
     kinds = {"flat": faiss.IndexFlat, "hnsw": faiss.IndexHNSWFlat, "ivfpq": faiss.IndexIVFPQ}
     if not isinstance(index, kinds[kind]) or index.metric_type != faiss.METRIC_INNER_PRODUCT:
-        return f"it is not of the kind {kind}"
+        return f"it is not of kind {kind}"
     if (index.ntotal, index.d) != features.shape:
-        return f"it holds {index.ntotal} vectors of dimension {index.d}, not {features.shape}"
+        return f"it contains {index.ntotal} vectors of dimension {index.d}, not {features.shape}"
     rows = sampled_rows(len(features))
     if kind == "ivfpq":
-        # What is stored is not the vector, but a search for a vector finds it, or its equal, in the nearest list.
+        # The index stores codes, not vectors, but a search for a vector finds it, or an equal one, in the nearest list.
         rows = rows[:: max(1, len(rows) // PROBED_ROWS)]
         probed = index.nprobe
         index.nprobe = 1
         found = search(index, features, normalised(features[rows]), k=1)
         index.nprobe = probed
-        best = [answers[0][1] if answers else 0.0 for answers in found]
+        best = [nearest[0][1] if nearest else 0.0 for nearest in found]
         agree = bool(np.median(best) > 1 - TOLERANCE)
     else:
         stored = np.stack([index.reconstruct(int(row)) for row in rows])
         agree = np.allclose(stored, normalised(features[rows]), rtol=0, atol=TOLERANCE)
-    return "" if agree else "its vectors are of other features"
+    return "" if agree else "its vectors belong to other features"
 
 
 def search(index: Any, features: np.ndarray, queries: np.ndarray, *, k: int) -> list[NearestRows]:
-    """The k nearest of each query; equally near ones in the order of the rows. An approximate index may find fewer.
+    """Return the k nearest rows of each query, ties in the order of the rows; an approximate index may find fewer.
 
     Args:
-        features: (N, D) that the index was built of.
-        queries: (Q, D), normalised.
+        features: unnormalised features (N, D) of the index.
+        queries: normalised query features (Q, D).
     """
     k = min(k, len(features))
-    proposed = min(len(features), max(LEAST_CANDIDATES, CANDIDATES_PER_ANSWER * k))
+    proposed = min(len(features), max(LEAST_CANDIDATES, CANDIDATES_PER_RESULT * k))
     _, candidates = index.search(np.ascontiguousarray(queries, dtype=np.float32), proposed)
     return _ranked(candidates, features, queries, k)
 
@@ -216,10 +217,10 @@ def search(index: Any, features: np.ndarray, queries: np.ndarray, *, k: int) -> 
 def _ranked(
     candidates: np.ndarray, features: np.ndarray, queries: np.ndarray, k: int
 ) -> list[NearestRows]:
-    """The k nearest among the candidate rows (Q, C) of each query, by their exact similarities."""
-    answers = []
+    """Return the k nearest of the candidate rows (Q, C) of each query, by exact similarity."""
+    results = []
     for query, rows in zip(queries, candidates, strict=True):
-        found_rows = np.sort(rows[rows >= 0])  # FAISS fills up with -1
+        found_rows = np.sort(rows[rows >= 0])  # FAISS pads with -1
         if len(found_rows) and found_rows[-1] >= len(features):
             raise UserError(f"the vectors refer to row {found_rows[-1]}: build the index again")
         similarities = normalised(features[found_rows]) @ query
@@ -227,18 +228,18 @@ def _ranked(
             row = found_rows[~np.isfinite(similarities)][0]
             raise UserError(f"the features of row {row} are not finite: build the index again")
         order = np.argsort(-similarities, kind="stable")[:k]
-        answers.append(
+        results.append(
             list(zip(found_rows[order].tolist(), similarities[order].tolist(), strict=True))
         )
         let_go(features)
-    return answers
+    return results
 
 
 def exact_search(features: np.ndarray, queries: np.ndarray, *, k: int) -> list[NearestRows]:
-    """Find what `search` finds in a flat index, without one: a block of features at a time.
+    """Return the same results as `search` in a flat index, but read the features block by block, without an index.
 
     Args:
-        queries: (Q, D), normalised.
+        queries: normalised query features (Q, D).
     """
     faiss = import_faiss()
     proposed = min(max(LEAST_CANDIDATES, k), len(features))
@@ -252,7 +253,7 @@ def exact_search(features: np.ndarray, queries: np.ndarray, *, k: int) -> list[N
 
 
 def recall_report(index: Any, features: np.ndarray) -> dict[str, float | int]:
-    """Measure how much of the exact answer an index finds: of the 10 nearest of 200 queries between two vectors."""
+    """Measure the recall@10 of an index against exact search, for 200 queries halfway between two random vectors."""
     rng = np.random.default_rng(0)
     first = normalised(features[rng.integers(len(features), size=REPORT_QUERIES)])
     second = normalised(features[rng.integers(len(features), size=REPORT_QUERIES)])
@@ -263,36 +264,36 @@ def recall_report(index: Any, features: np.ndarray) -> dict[str, float | int]:
 
 
 def recall(found: Sequence[NearestRows], exact: Sequence[NearestRows]) -> float:
-    """The share of exact answers that are among those found."""
+    """Return the fraction of the exact nearest neighbours that were found, averaged over the queries."""
     shares = []
-    for answers, best_answers in zip(found, exact, strict=True):
-        rows = {row for row, _ in answers}
-        best_rows = {row for row, _ in best_answers}
+    for nearest, best_nearest in zip(found, exact, strict=True):
+        rows = {row for row, _ in nearest}
+        best_rows = {row for row, _ in best_nearest}
         shares.append(len(rows & best_rows) / len(best_rows))
     return float(np.mean(shares))
 
 
 def write(index: Any, file: Path) -> None:
-    """Write an index, whole or not at all. FAISS's own writing passes over a disk that is full at the last bytes."""
+    """Write an index atomically, and check every write: FAISS's own function can miss that the disk is full."""
     faiss = import_faiss()
     try:
         with written_whole(file) as stream:
             faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))
-    except RuntimeError as error:  # what some versions of FAISS make of an OSError
+    except RuntimeError as error:  # some versions of FAISS convert OSError
         raise DiskError(f"could not write {file} ({first_line(error)[:80]}): free space") from None
 
 
 def read(file: Path, *, to_grow: bool = False) -> Any:
-    """Read an index. Its vectors stay on the disk until they are looked at, where FAISS can do that.
+    """Read an index; its vectors are mapped into memory if the version of FAISS supports it.
 
     Args:
-        to_grow: whether vectors will be added, which then are in memory.
+        to_grow: whether vectors will be added to the index, which is then read completely.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
     """
     faiss = import_faiss()
-    # A memory map, which FAISS has since 1.11.
+    # Memory mapping, supported since FAISS 1.11.
     how = 0 if to_grow else getattr(faiss, "IO_FLAG_MMAP_IFC", 0)
     with readable(file):
         return faiss.read_index(str(file), how)
@@ -300,7 +301,7 @@ def read(file: Path, *, to_grow: bool = False) -> Any:
 
 @contextlib.contextmanager
 def readable(file: Path) -> Iterator[None]:
-    """Raise what FAISS says of a damaged file as a UserError."""
+    """Convert the errors of FAISS about a damaged file to UserError."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -23,7 +23,7 @@ LOCAL = {"localhost", "127.0.0.1", "::1"}
 ANY_ADDRESS = {"0.0.0.0", "::"}
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:/@]+))(?::\d+)?", re.IGNORECASE)
 FRAME = 2**16  # bytes of a request besides an uploaded file
-# Headers of every response. The policy keeps the browser from other hosts and from scripts that are not the page's.
+# Headers of every response. The policy prevents requests to other hosts and scripts from other origins.
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' blob: data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -41,12 +41,12 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 class Hosts:
     """Host names under which the page may be requested.
 
-    A website can make its own name resolve to this machine and then read the page as its own (DNS rebinding). Its
-    browser still sends the website's name, so a request for a name that is not the page's is rejected.
+    A website can make its own name resolve to this machine and then read the page as same-origin (DNS rebinding). The
+    user's browser still sends the website's name, so requests for other names than the page's are rejected.
 
     Args:
-        host: address that is served; with 0.0.0.0, every IP address is the page's, since none can be rebound.
-        names: further host names, such as a proxy's.
+        host: address that is served; with 0.0.0.0, every IP address is accepted, since an address cannot be rebound.
+        names: additional host names, such as a proxy's.
     """
 
     def __init__(self, host: str, names: Collection[str] = ()) -> None:
@@ -57,7 +57,7 @@ class Hosts:
             self.names.update([socket.gethostname().lower(), socket.getfqdn().lower()])
 
     def holds(self, host: str) -> bool:
-        """Check whether a Host header names the page."""
+        """Check whether a Host header contains a name of the page."""
         found = HOST.fullmatch(host)
         if found is None:
             return False
@@ -65,7 +65,7 @@ class Hosts:
         return name in self.names or (self.any_address and is_address(name))
 
     def is_own_origin(self, origin: str, host: str) -> bool:
-        """Check whether an Origin header names the page itself, or a proxy's page."""
+        """Check whether an Origin header is the page's own origin or has an additional host name."""
         try:
             parts = urlsplit(origin.lower())
             return parts.netloc == host.lower() or parts.hostname in self.proxies
@@ -74,7 +74,7 @@ class Hosts:
 
 
 def is_address(name: str) -> bool:
-    """Check whether a name is an IP address."""
+    """Check whether a host name is an IP address."""
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -83,14 +83,14 @@ def is_address(name: str) -> bool:
 
 
 class Guard:
-    """An ASGI application in front of another, which gets only the requests that are admitted."""
+    """An ASGI middleware that passes only admitted requests to an application."""
 
     def __init__(self, app: App, hosts: Hosts) -> None:
         self.app = app
         self.hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or reject it, and add HEADERS to the response."""
+        """Pass a request to the application or reject it, and add HEADERS to the response."""
         is_begun = False
 
         async def sent(message: MutableMapping[str, Any]) -> None:
@@ -111,20 +111,20 @@ class Guard:
                 refusal = HTTPStatus.SERVICE_UNAVAILABLE, "the server is stopping: try again later"
         status, reason = refusal
         if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-            # Otherwise the connection would break before the browser reads the response.
+            # Read the body: otherwise the connection would break before the browser reads the response.
             while (await receive()).get("more_body"):
                 pass
         await JSONResponse({"error": reason}, status)(scope, receive, sent)
 
     def _refusal(self, headers: Headers) -> tuple[HTTPStatus, str] | None:
-        """Return the status and the reason for a rejection, or None."""
+        """Return the status and the reason to reject a request; None to admit it."""
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self.hosts.holds(hosts[0]):
             return (
                 HTTPStatus.FORBIDDEN,
                 "this page has another address; see --host and --allow-host",
             )
-        # Images and scripts are requested without an origin. A link to this page may stand on any other.
+        # Requests for images and scripts have no Origin header. Any website may contain a link to this page.
         sites = set(headers.getlist("sec-fetch-site"))
         is_link = headers.getlist("sec-fetch-mode") == ["navigate"]
         is_foreign = not is_link and bool({"cross-site", "same-site"} & sites)

@@ -1,8 +1,8 @@
-"""Answers over HTTP: questions as forms, answers as JSON, thumbnails, and the page that asks for them.
+"""HTTP interface of the search: queries as forms, results as JSON, thumbnails, and the files of the page.
 
-A request names images of the index by row alone, or brings one along, so none makes the server read another file.
-Uploads stay in memory: of those that are to be asked with again, what CLIP sees, until others need the room. Workers
-decode images, threads wait for the index, so that the loop is free for the next request.
+A request refers to an indexed image only by its row, or contains an uploaded image, so no request makes the server
+read any other file. Uploads stay in memory: the server keeps the preprocessed pixels of an upload until later uploads
+need the space. Worker processes decode images and threads wait for the index, so the event loop stays free.
 """
 
 import asyncio
@@ -36,8 +36,15 @@ from image_search.batching import Batcher
 from image_search.beside_weights import experts_of, measured
 from image_search.examples import Example
 from image_search.photos import TAKEN
-from image_search.searcher import LESS, TARGET_DEPTH, Found, Question, RetrievedImage, Searcher
-from image_search.stores.base import QuestionError
+from image_search.searcher import (
+    LESS,
+    TARGET_DEPTH,
+    Found,
+    RetrievedImage,
+    Searcher,
+    SearchQuery,
+)
+from image_search.stores.base import QueryError
 from image_search.uploads import MOST_BYTES, File, preview, read_upload
 from image_search.workers import SECONDS, Outcome, Overrun, Pool
 from models.schemas import Expert
@@ -57,159 +64,171 @@ PAGE_FILES = {
     "/words.js": "text/javascript",
     "/cite.bib": "text/plain",
 }
-MOST_ANSWERS = 100
-MOST_REFERENCES = 4  # of a query: rows, uploads and files together
+MOST_RESULTS = 100
+MOST_REFERENCES = 4  # maximum number of rows, uploads and files in a query
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 MOST_FIELDS = 32
 LONGEST_FIELD = 2**16  # bytes
 MultiPartParser.spool_max_size = MOST_BYTES  # uploads are not written to disk
-MOST_SHOWN = 100  # images to choose from
-AGE = 600  # seconds for which a browser keeps an image of the index
+MOST_SHOWN = 100  # maximum number of images per request to /some or /examples
+AGE = 600  # seconds for which a browser may cache a thumbnail
 LARGEST_ROW = 2**63 - 1
-# Processes that decode. An upload has few pixels; an image of the index has at most as many as Pillow decodes.
+# Decoding processes. Uploads have a lower limit on pixels than indexed images, whose only limit is Pillow's.
 UPLOADS = {"workers": 4, "memory": 2**30}
 PHOTOS = {"workers": 4, "memory": 2**31}
-MOST_KEPT = 64 * 2**20  # bytes of thumbnails, and as many of what CLIP sees of uploads
-SMALLEST_PACKED = 1000  # bytes of an answer that is compressed
+MOST_KEPT = 64 * 2**20  # maximum bytes of cached thumbnails, and again of preprocessed uploads
+SMALLEST_PACKED = 1000  # minimum bytes of a response to compress it
 SIDES = {"small": 320, "large": 1280}  # pixels of the longer side of a thumbnail
 TITLE = "Composed image retrieval"
 SUMMARY = "Search an index of images by reference images and what to change in them."
 
 
-class Asked(BaseModel):
-    """A question, as the fields of a form. A list is a field that may be repeated."""
+class SearchForm(BaseModel):
+    """Query as the fields of a form; fields that are lists may be repeated."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     row: list[Annotated[int, Field(ge=0, le=LARGEST_ROW)]] = Field(
         [],
-        description="A reference, as a row of the index. May be repeated: a query is composed of the mean of up to "
+        description="Row of an indexed image to use as a reference. May be repeated: the query uses the mean of up to "
         f"{MOST_REFERENCES} references.",
     )
     upload: list[Annotated[str, Field(max_length=100)]] = Field(
-        [], description="A reference, as POST /upload calls it. May be repeated."
+        [],
+        description="Name of an upload, from POST /upload, to use as a reference. May be repeated.",
     )
-    text: str = Field("", description="What to change.")
-    k: int | None = Field(None, ge=1, le=MOST_ANSWERS, description="Answers; else as many as --k.")
+    text: str = Field(
+        "", description="Caption: what to change in the references, or what to look for."
+    )
+    k: int | None = Field(
+        None, ge=1, le=MOST_RESULTS, description="Number of results (default: the server's --k)."
+    )
     mix: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="Ask with the sum, and this share of text in it: 0 is the image alone, 1 the text alone. "
-        "Left out, the question is composed as the server's flags say.",
+        description="Weight of the text in a sum of image and text: 0 is the image alone, 1 the text alone "
+        "(default: compose the query with the server's combining function).",
     )
     lean: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="Lean the Combiner's gate: 0 towards the image, 1 towards the text. Its odds are multiplied by "
-        "lean / (1 - lean), so 0.5, as left out, is the gate as it was trained.",
+        description="Shift of the Combiner's gate: 0 towards the image, 1 towards the text. The odds of the gate are "
+        "multiplied by lean / (1 - lean), so 0.5 is the trained gate (default: 0.5).",
     )
     less_row: int | None = Field(
         None,
         ge=0,
         le=LARGEST_ROW,
-        description=f"An image that answers are to look less like, as a row: {LESS:g} times its feature, normalised, "
-        "is taken off the query's, which is normalised again.",
+        description="Row of an image that the results should resemble less: "
+        f"{LESS:g} times its normalised feature is subtracted from the query feature, which is normalised again.",
     )
-    less_upload: str = Field("", max_length=100, description="The same, as POST /upload calls it.")
+    less_upload: str = Field(
+        "", max_length=100, description="Name of an upload that the results should resemble less."
+    )
     without_reference: bool = Field(
-        False, description="Leave the references that are rows out of the results."
+        False, description="Exclude references that are rows from the results."
     )
     target: int | None = Field(
-        None, ge=0, le=LARGEST_ROW, description="An image whose place is asked for, as a row."
+        None, ge=0, le=LARGEST_ROW, description="Row of the target, whose rank is returned."
     )
     filter: str = Field(
         "",
         max_length=1000,
-        description="What images have to be, in the language of the index's store.",
+        description="Condition on the results, in the language of the index's store.",
     )
-    distinct: bool = Field(False, description="Leave copies of other answers out.")
+    distinct: bool = Field(False, description="Exclude copies of other results.")
     min_similarity: float | None = Field(
-        None, ge=-1, le=1, description="The similarity that an answer has at least."
+        None, ge=-1, le=1, description="Smallest cosine similarity of a result."
     )
 
     @field_validator("upload")
     @classmethod
     def _but_blanks(cls, names: list[str]) -> list[str]:
-        """Take an empty field, as browsers send it, for none."""
+        """Drop empty values, which browsers send for empty fields."""
         return [name for name in names if name]
 
 
 REPEATED = {
-    name for name, field in Asked.model_fields.items() if get_origin(field.annotation) is list
+    name for name, field in SearchForm.model_fields.items() if get_origin(field.annotation) is list
 }
 
 
 class Photo(BaseModel):
-    """An image of the index: its row, its file's name, and its path from the indexed folder on."""
+    """An indexed image: its row, its file name, and its path, which begins with the name of the indexed folder."""
 
     row: str = Field(
-        description="A whole number as text: Milvus's have 63 bits, and numbers of JavaScript hold 53."
+        description="Integer as a string: rows in Milvus have 63 bits, more than a JavaScript number can represent."
     )
     name: str
     path: str
 
 
-class Kept(BaseModel):
-    """An upload that questions may name, for as long as there is room for it."""
+class StoredUpload(BaseModel):
+    """An uploaded image that later queries can refer to until it is evicted for space."""
 
-    upload: str
-    picture: str = Field(description="A small JPEG of it, as a data: address.")
+    upload: str = Field(description="Name of the upload.")
+    picture: str = Field(description="Thumbnail of the image: a JPEG as a data: URL.")
 
 
 class KnownExample(BaseModel):
-    """A question whose answer is known."""
+    """An example query with a known target."""
 
     reference: Photo
     text: str
     target: Photo
 
 
-class Answer(Photo):
-    """An image with its cosine similarity to the question."""
+class SearchResult(Photo):
+    """A retrieved image."""
 
-    similarity: float
-    is_gone: bool = Field(description="Whether its file is not there any more.")
+    similarity: float = Field(description="Cosine similarity to the query.")
+    is_gone: bool = Field(description="Whether the file no longer exists.")
     copy_of: str | None = Field(
-        description="The row of an answer above that is the same image; null where there is none."
+        description="Row of an earlier result that is the same image; null if there is none."
     )
 
 
-class Answers(BaseModel):
-    """The nearest images first, and what the Combiner did: see docs/internals/moe.md."""
+class SearchResults(BaseModel):
+    """Results of a query, and the state of the Combiner: see docs/internals/moe.md."""
 
-    answers: list[Answer]
-    place: int | None = Field(
-        description=f"Of the target, from 1; null where it is not among {TARGET_DEPTH:,}, or none was named."
+    results: list[SearchResult] = Field(description="Retrieved images, most similar first.")
+    rank: int | None = Field(
+        description="Rank of the target, starting at 1; null without a target, or if its rank is above "
+        f"{TARGET_DEPTH:,}."
     )
-    gate: float | None = Field(description="How much of the residual is text; null for a sum.")
-    experts: list[float] = Field(description="The weights of the experts; empty without any.")
-    note: str = Field(description="What to know of how the question was read.")
-    server: str = Field(description="Changes when the server starts anew, and rows may then, too.")
+    gate: float | None = Field(
+        description="Share of the text in the Combiner's residual, 0 to 1; null for a sum."
+    )
+    experts: list[float] = Field(description="Weights of the experts; empty without a mixture.")
+    note: str = Field(description="Message for the user; may be empty.")
+    server: str = Field(
+        description="ID of the server process; rows may change when the server is restarted."
+    )
 
 
 class Health(BaseModel):
-    """That the server answers, and what it is."""
+    """Status and settings of the server."""
 
     status: Literal["ok"] = "ok"
-    images: int
-    composes: str = Field(description="sum, combiner, image or text.")
-    model: str = Field(description="The CLIP that encodes.")
+    images: int = Field(description="Number of indexed images.")
+    composes: str = Field(description="Combining function: sum, combiner, image or text.")
+    model: str = Field(description="Name of the CLIP model.")
     measured: str = Field(
-        description="Benchmark and recall, of the weights' validation or their model card; empty where neither is."
+        description="Benchmark and recall from the validation of the weights or from their model card; may be empty."
     )
     experts: list[Expert] = Field(
-        description="In the order of their weights; empty where nothing tells what they take."
+        description="Experts in the order of their weights; empty without a report on them."
     )
-    k: int
-    most: int = Field(description="Answers that may be asked for.")
-    references: int = Field(description="References that a query may have.")
-    places: int = Field(description="Among how many a target's place is looked for.")
-    kinds: list[str] = Field(description="Endings of files that may be uploaded.")
-    filters: bool = Field(description="Whether the index's store takes a filter.")
-    examples: int = Field(description="Questions whose answers are known.")
-    server: str
+    k: int = Field(description="Default number of results.")
+    max_k: int = Field(description="Maximum number of results.")
+    max_references: int = Field(description="Maximum number of references in a query.")
+    rank_depth: int = Field(description="Number of results that are searched for the target.")
+    kinds: list[str] = Field(description="File extensions of images that can be uploaded.")
+    filters: bool = Field(description="Whether the index's store supports filters.")
+    examples: int = Field(description="Number of example queries with a known target.")
+    server: str = Field(description="ID of the server process.")
 
 
 class Error(BaseModel):
@@ -218,103 +237,104 @@ class Error(BaseModel):
     error: str
 
 
-ERROR_ANSWERS: dict[int | str, dict[str, Any]] = {
-    400: {"model": Error, "description": "The question cannot be asked."},
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    400: {"model": Error, "description": "The query is invalid."},
 }
 
 
 class Service:
-    """Service of the addresses. Users share one searcher, one thread that asks it, the workers and the thumbnails.
+    """Handlers of the HTTP routes; all users share the searcher, the batcher, the workers and the cached thumbnails.
 
-    Uploads have workers of their own, so that what they cost holds nobody up who looks at the index.
+    Uploads have their own workers, so that expensive uploads do not delay users who browse the index.
 
     Args:
-        k: answers where a question does not say.
-        batcher: answers the questions; see `Batcher`.
-        examples: questions whose answers are known.
-        seconds: that a worker has for an image.
+        k: default number of results.
+        batcher: batcher that runs the queries.
+        examples: example queries with known targets.
+        seconds: time limit for decoding an image.
     """
 
     def __init__(
         self,
         searcher: Searcher,
         k: int,
-        batcher: "Batcher[Question, Found]",
+        batcher: "Batcher[SearchQuery, Found]",
         *,
         examples: Sequence[Example] = (),
         seconds: float = SECONDS,
     ) -> None:
         self.searcher = searcher
-        self.k = min(k, MOST_ANSWERS)
+        self.k = min(k, MOST_RESULTS)
         self.batcher = batcher
         self.examples = examples
         self.measured = measured(searcher.pair)
         self.experts = experts_of(searcher.pair)
-        # JPEGs of image files by side, those that were asked for last.
+        # JPEGs, keyed by image file and size; the least recently requested ones are evicted.
         self.thumbnails: LRUCache[tuple[Path, str], bytes] = LRUCache(MOST_KEPT, getsizeof=len)
-        # What CLIP sees of uploads, by names that nobody else can guess.
+        # Preprocessed uploads, keyed by names that other users cannot guess.
         self.seen: LRUCache[str, np.ndarray] = LRUCache(
             MOST_KEPT, getsizeof=lambda seen: seen.nbytes
         )
         self.server = uuid.uuid4().hex[:12]
         self.uploads = Pool(seconds=seconds, **UPLOADS)
         self.photos = Pool(seconds=seconds, **PHOTOS)
-        # A browser has few connections: the first question would wait until the first pictures are there.
+        # A browser opens few connections, so the first query would wait for the first thumbnails.
         threading.Thread(target=self.photos.prepare, daemon=True).start()
 
     def close(self) -> None:
-        """End the processes that decode."""
+        """End the decoding processes."""
         self.uploads.close()
         self.photos.close()
 
     async def search(self, request: Request) -> Response:
-        """The images nearest to reference images that are changed as a text says."""
-        asked, files = await read_question(request)
-        references = [self._seen(name) for name in asked.upload]
-        references += [await self._reference(row) for row in asked.row]
+        """Return the images nearest to the query: references that are changed as the text describes."""
+        form, files = await read_form(request)
+        references = [self._seen(name) for name in form.upload]
+        references += [await self._reference(row) for row in form.row]
         for file in files:
             pixels = await self._of_upload(read_upload, file, self._read)
             references.append(torch.from_numpy(pixels))
-        question = Question(
+        query = SearchQuery(
             references=references,
-            text=asked.text,
-            k=asked.k or self.k,
-            less=await self._image(asked.less_row, asked.less_upload),
-            mix=asked.mix,
-            lean=asked.lean,
-            without=frozenset(asked.row if asked.without_reference else ()),
-            target=asked.target,
-            condition=asked.filter.strip(),
-            distinct=asked.distinct,
-            min_similarity=asked.min_similarity,
+            text=form.text,
+            k=form.k or self.k,
+            less=await self._image(form.less_row, form.less_upload),
+            mix=form.mix,
+            lean=form.lean,
+            without=frozenset(form.row if form.without_reference else ()),
+            target=form.target,
+            condition=form.filter.strip(),
+            distinct=form.distinct,
+            min_similarity=form.min_similarity,
         )
-        self.searcher.check(question)
-        found = await asyncio.wrap_future(self.batcher.ask(question))
-        answers = Answers(
-            answers=[self._answer(answer) for answer in found.answers],
-            place=found.place,
+        self.searcher.check(query)
+        found = await asyncio.wrap_future(self.batcher.submit(query))
+        results = SearchResults(
+            results=[self._result(image) for image in found.results],
+            rank=found.rank,
             gate=found.gate,
             experts=found.experts,
             note=found.note,
             server=self.server,
         )
-        return Response(answers.model_dump_json(), media_type="application/json")
+        return Response(results.model_dump_json(), media_type="application/json")
 
-    async def upload(self, request: Request) -> Kept:
-        """Take an image, or say why it cannot be asked with, so that questions need not send it each time."""
-        _, files = await read_question(request)
+    async def upload(self, request: Request) -> StoredUpload:
+        """Store an image, so that queries can refer to it without sending it again."""
+        _, files = await read_form(request)
         if len(files) != 1:
-            raise QuestionError("image: send one file")
+            raise QueryError("image: send one file")
         shown = (self._read, SIDES["small"], self._background)
         seen, small = await self._of_upload(preview, files[0], *shown)
         name = secrets.token_urlsafe()
         self.seen[name] = seen
-        return Kept(upload=name, picture=f"data:image/jpeg;base64,{b64encode(small).decode()}")
+        picture = f"data:image/jpeg;base64,{b64encode(small).decode()}"
+        return StoredUpload(upload=name, picture=picture)
 
     async def image(
         self, request: Request, row: int, size: Literal["small", "large"] = "small"
     ) -> Response:
-        """A JPEG of an image of the index."""
+        """Return a JPEG of an indexed image."""
         file = await asyncio.to_thread(self._file, row)
         kept = self.thumbnails.get((file, size))
         if kept is not None:
@@ -330,19 +350,19 @@ class Service:
         return unless_known(request, picture, "image/jpeg", age=AGE)
 
     async def photo(self, row: int) -> Photo:
-        """The name of an image of the index."""
+        """Return the row, name and path of an indexed image."""
         return await asyncio.to_thread(self._photo, row)
 
     async def some(self, count: int = Query(40, ge=1, le=MOST_SHOWN)) -> list[Photo]:
-        """Images of the index, at random."""
+        """Return random indexed images."""
         return await asyncio.to_thread(self._some, count)
 
     async def some_examples(self, count: int = Query(4, ge=1, le=MOST_SHOWN)) -> list[KnownExample]:
-        """Questions whose answers are known, at random; none where --examples names none."""
+        """Return random example queries with known targets; none if the server runs without --examples."""
         return await asyncio.to_thread(self._some_examples, count)
 
     async def health(self) -> Health:
-        """That the server answers, and what it is."""
+        """Return the status and settings of the server."""
         return Health(
             images=len(self.searcher),
             composes=self.searcher.pair.compose.combining_function,
@@ -350,9 +370,9 @@ class Service:
             measured=self.measured,
             experts=self.experts,
             k=self.k,
-            most=MOST_ANSWERS,
-            references=MOST_REFERENCES,
-            places=min(TARGET_DEPTH, len(self.searcher)),
+            max_k=MOST_RESULTS,
+            max_references=MOST_REFERENCES,
+            rank_depth=min(TARGET_DEPTH, len(self.searcher)),
             kinds=sorted(TAKEN),
             filters=self.searcher.knows_conditions,
             examples=len(self.examples),
@@ -361,22 +381,22 @@ class Service:
 
     @property
     def _read(self) -> Callable[[Any], torch.Tensor]:
-        """Return the preprocessing of an image to bytes (3, R, R) for CLIP."""
+        """Return the function that preprocesses an image file to bytes (3, R, R) for CLIP."""
         return self.searcher.pair.encoder.loader.read
 
     @property
     def _background(self) -> str:
-        """Return the background of transparent images, as they are read."""
+        """Return the background colour on which transparent images are read."""
         return self.searcher.pair.encoder.preprocessing["background"]
 
     async def _of_upload(
         self, function: Callable[..., Outcome], upload: File, *arguments: Any
     ) -> Outcome:
-        """Return the image that a worker decodes from an upload."""
+        """Run a function on an upload in a worker, and return its result."""
         try:
             return await self.uploads.run(function, upload, *arguments)
         except Overrun:
-            raise QuestionError(
+            raise QueryError(
                 f"the image takes more than {self.uploads.seconds:g} seconds or "
                 f"{self.uploads.memory // 2**20} MiB to decode: upload a smaller or simpler copy"
             ) from None
@@ -391,19 +411,19 @@ class Service:
         """Return the preprocessed upload, bytes (3, R, R)."""
         seen = self.seen.get(upload)
         if seen is None:
-            raise HTTPException(HTTPStatus.GONE, "the image is not kept any more: upload it again")
+            raise HTTPException(HTTPStatus.GONE, "the image is no longer stored: upload it again")
         return torch.from_numpy(seen)
 
     async def _reference(self, row: int) -> torch.Tensor:
-        """Features (1, D) of an image of the index; where its file has changed, what a worker reads of that."""
+        """Return the features (1, D) of an indexed image; if its file has changed, its preprocessed bytes (3, R, R)."""
         file, features = await asyncio.to_thread(self._kept, row)
         if features is not None:
             return features
         try:
             pixels = await self.photos.run(read_photo, file, self._read)
         except (UserError, Overrun):
-            raise QuestionError(
-                "this image has changed and cannot be decoded any more: choose another"
+            raise QueryError(
+                "this image has changed and can no longer be decoded: choose another"
             ) from None
         return torch.from_numpy(pixels)
 
@@ -412,7 +432,7 @@ class Service:
         return file, self.searcher.kept_features(row, file)
 
     def _file(self, row: int) -> Path:
-        file = self.searcher.image(row) if row <= LARGEST_ROW else None
+        file = self.searcher.image(row)
         if file is None:
             raise HTTPException(
                 HTTPStatus.NOT_FOUND, "there is no such image: choose one that is shown"
@@ -437,19 +457,19 @@ class Service:
         file = self._file(row)
         return Photo(row=str(row), name=file.name, path=self._shown_path(file))
 
-    def _answer(self, found: RetrievedImage) -> Answer:
-        copy_of = None if found.copy_of is None else str(found.copy_of)
-        return Answer(
-            row=str(found.row),
-            name=found.path.name,
-            path=self._shown_path(found.path),
-            similarity=round(found.similarity, 6),
-            is_gone=found.is_gone,
+    def _result(self, image: RetrievedImage) -> SearchResult:
+        copy_of = None if image.copy_of is None else str(image.copy_of)
+        return SearchResult(
+            row=str(image.row),
+            name=image.path.name,
+            path=self._shown_path(image.path),
+            similarity=round(image.similarity, 6),
+            is_gone=image.is_gone,
             copy_of=copy_of,
         )
 
     def _shown_path(self, file: Path) -> str:
-        """A path from the indexed folder on: what is above is the server's own."""
+        """Return a path that begins with the name of the indexed folder; the folders above it are not public."""
         for folder in self.searcher.index.about.get("folders", []):
             if file.is_relative_to(folder):
                 return str(file.relative_to(Path(folder).parent))
@@ -457,15 +477,15 @@ class Service:
 
 
 def read_photo(file: Path, read: Callable[[Path], torch.Tensor]) -> np.ndarray:
-    """An image of the index as the encoder's loader reads it, bytes (3, R, R)."""
+    """Read an indexed image with the encoder's loader, to bytes (3, R, R)."""
     return read(file).numpy()
 
 
-async def read_question(request: Request) -> tuple[Asked, list[File]]:
-    """The fields of a form and its images.
+async def read_form(request: Request) -> tuple[SearchForm, list[File]]:
+    """Return the fields of a form and its image files.
 
     Raises:
-        QuestionError: a field is unknown, twice there or of another type, or there are too many references.
+        QueryError: a field is unknown, repeated or of a wrong type, or there are too many references.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in FORMS:
@@ -475,7 +495,7 @@ async def read_question(request: Request) -> tuple[Asked, list[File]]:
             max_files=MOST_REFERENCES, max_fields=MOST_FIELDS, max_part_size=LONGEST_FIELD
         )
     except ValueError:
-        raise QuestionError("the form is damaged: send it again, in UTF-8") from None
+        raise QueryError("the form is damaged: send it again, in UTF-8") from None
     fields: dict[str, Any] = {}
     files = []
     for name in form:
@@ -483,41 +503,41 @@ async def read_question(request: Request) -> tuple[Asked, list[File]]:
         if name == "image":
             for value in values:
                 if isinstance(value, str):
-                    raise QuestionError("image: send a file, not text; no address is fetched")
+                    raise QueryError("image: send a file, not text; no address is fetched")
                 files.append(File(value.filename or "", await value.read()))
         elif not all(isinstance(value, str) for value in values):
-            raise QuestionError("image is the only field that may be a file")
+            raise QueryError("image is the only field that may be a file")
         elif name not in REPEATED and len(values) > 1:
-            raise QuestionError("a field is there twice: send it once")
+            raise QueryError("a field is repeated: send it once")
         else:
             fields[name] = values if name in REPEATED else values[0]
     try:
-        asked = Asked.model_validate(fields)
+        search_form = SearchForm.model_validate(fields)
     except ValidationError as error:
-        raise QuestionError(first_fault(error.errors()[0])) from None
-    count = len(files) + len(asked.upload) + len(asked.row)
+        raise QueryError(first_fault(error.errors()[0])) from None
+    count = len(files) + len(search_form.upload) + len(search_form.row)
     if count > MOST_REFERENCES:
-        raise QuestionError(
-            f"image, upload and row name {count} references: send {MOST_REFERENCES} at most"
+        raise QueryError(
+            f"image, upload and row contain {count} references: send {MOST_REFERENCES} at most"
         )
-    if asked.less_row is not None and asked.less_upload:
-        raise QuestionError("less_row and less_upload are two images: send one")
-    return asked, files
+    if search_form.less_row is not None and search_form.less_upload:
+        raise QueryError("less_row and less_upload are two images: send one")
+    return search_form, files
 
 
 def first_fault(fault: Any) -> str:
-    """A fault of a field in words. What was sent is not repeated."""
-    # Places in a list are numbers, which say nothing to who has sent one value.
+    """Return a message about an invalid field, without the value that was sent."""
+    # Numbers are positions in a list, which mean nothing to a client that sent a single value.
     parts = [part for part in fault["loc"] if isinstance(part, str) and part.isascii()]
     name = ".".join(parts)[:50]
     return f"{name}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
 def unless_known(request: Request, content: bytes, kind: str, age: int = 0) -> Response:
-    """Content that a browser may keep, and need not get again when it asks whether that is still the same.
+    """Return a response that a browser may cache: with content, or with status 304 if the cached copy is current.
 
     Args:
-        age: seconds for which it need not ask.
+        age: seconds for which the browser need not revalidate its copy.
     """
     tag = f'W/"{hashlib.sha256(content).hexdigest()[:20]}"'
     headers = {"etag": tag, "cache-control": f"private, max-age={age}" if age else "no-cache"}
@@ -527,27 +547,27 @@ def unless_known(request: Request, content: bytes, kind: str, age: int = 0) -> R
 
 
 def shown_model(name: str) -> str:
-    """The name of a CLIP without the place of its file, which is the server's own."""
+    """Return the name of a CLIP; if it is a path, only the file name, since folders are not public."""
     model, _, _ = name.partition("=")
-    _, _, place = model.rpartition(":")
-    return Path(place).name if Path(place).exists() else model
+    _, _, path = model.rpartition(":")
+    return Path(path).name if Path(path).exists() else model
 
 
 def failed(status: int, message: str, headers: Any = None) -> JSONResponse:
-    """An error in one sentence."""
+    """Return an error response whose message is one sentence."""
     return JSONResponse({"error": message}, status, headers)
 
 
 def add_errors(app: FastAPI) -> None:
-    """Let every error be one sentence."""
+    """Add the exception handlers, which turn every error into one sentence."""
 
     async def refused(_: Request, error: Any) -> JSONResponse:
-        return failed(HTTPStatus.BAD_REQUEST, error.told)
+        return failed(HTTPStatus.BAD_REQUEST, error.public_message)
 
     async def broken(_: Request, error: Any) -> JSONResponse:
         logger.error("error: %s", error)
         return failed(
-            HTTPStatus.SERVICE_UNAVAILABLE, "the page cannot answer now: its terminal says why"
+            HTTPStatus.SERVICE_UNAVAILABLE, "the search failed: see the server's terminal"
         )
 
     async def malformed(_: Request, error: Any) -> JSONResponse:
@@ -557,16 +577,13 @@ def add_errors(app: FastAPI) -> None:
         return failed(error.status_code, str(error.detail).lower(), error.headers)
 
     async def left(_: Request, error: Any) -> Response:
-        return Response(
-            status_code=HTTPStatus.BAD_REQUEST
-        )  # the sender is gone before its request is here
+        # The client disconnected before its request was complete.
+        return Response(status_code=HTTPStatus.BAD_REQUEST)
 
     async def fault(_: Request, error: Any) -> JSONResponse:
-        return failed(
-            HTTPStatus.INTERNAL_SERVER_ERROR, "a fault of the server: its terminal says more"
-        )
+        return failed(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error: see the server's terminal")
 
-    app.add_exception_handler(QuestionError, refused)
+    app.add_exception_handler(QueryError, refused)
     app.add_exception_handler(UserError, broken)
     app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(HTTPException, unknown)
@@ -575,7 +592,7 @@ def add_errors(app: FastAPI) -> None:
 
 
 def page_file(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
-    """An address that answers with a file of the page."""
+    """Return a handler that serves a file of the page."""
     content = (PAGE / name).read_bytes()
 
     async def file(request: Request) -> Response:
@@ -585,10 +602,10 @@ def page_file(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
 
 
 def build(service: Service, documented: bool) -> FastAPI:
-    """The application.
+    """Build the FastAPI application.
 
     Args:
-        documented: whether /docs and /openapi.json say what it answers.
+        documented: whether to serve the documentation, /docs and /openapi.json.
     """
     described = "/openapi.json" if documented else None
     app = FastAPI(
@@ -599,27 +616,27 @@ def build(service: Service, documented: bool) -> FastAPI:
     for path, kind in PAGE_FILES.items():
         name = path.lstrip("/") or "index.html"
         app.add_api_route(path, page_file(name, kind), include_in_schema=False)
-    asked = Asked.model_json_schema()
+    fields = SearchForm.model_json_schema()
     file = {"type": "string", "format": "binary"}
     kinds = " ".join(sorted(TAKEN))
-    asked["properties"]["image"] = {
+    fields["properties"]["image"] = {
         "type": "array",
         "items": file,
-        "description": f"A reference, as a file: {kinds}. May be repeated.",
+        "description": f"Image file to use as a reference: {kinds}. May be repeated.",
     }
-    form = {"requestBody": {"content": {"multipart/form-data": {"schema": asked}}}}
+    form = {"requestBody": {"content": {"multipart/form-data": {"schema": fields}}}}
     app.add_api_route(
         "/search",
         service.search,
         methods=["POST"],
-        response_model=Answers,
-        responses=ERROR_ANSWERS,
+        response_model=SearchResults,
+        responses=ERROR_RESPONSES,
         openapi_extra=form,
     )
-    image = {"image": {**file, "description": f"An image: {kinds}"}}
+    image = {"image": {**file, "description": f"Image file: {kinds}"}}
     form = {"requestBody": {"content": {"multipart/form-data": {"schema": {"properties": image}}}}}
     app.add_api_route(
-        "/upload", service.upload, methods=["POST"], responses=ERROR_ANSWERS, openapi_extra=form
+        "/upload", service.upload, methods=["POST"], responses=ERROR_RESPONSES, openapi_extra=form
     )
     picture: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}}}}
     app.add_api_route("/image/{row}", service.image, response_class=Response, responses=picture)

@@ -1,4 +1,4 @@
-"""An index of any images on disk: brought up to date by one process or by several, and opened, wherever it lives."""
+"""Create, update, open and relocate an index of images on disk, in any store, with one or several processes."""
 
 import contextlib
 import itertools
@@ -31,24 +31,24 @@ from utils import UserError
 
 logger = logging.getLogger(__name__)
 
-SHARD = 1024  # images that an interruption can cost a process at most
+SHARD = 1024  # maximum number of images that a process encodes again after an interruption
 IN_USE = "--output {}: another process updates it: wait for that one"
-NEVER = -1  # stamp of no file, see `runtime.files.stamp`
-READERS = 4  # files that are read at once for their digests
+NEVER = -1  # differs from the stamp of every file, see `runtime.files.stamp`
+READERS = 4  # number of threads that read files for their digests
 
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """Outcome of an update of an index: numbers of images, and the files that could not be read, with the reasons."""
+    """Outcome of an update of an index: the numbers of images, and path -> reason for each unreadable file."""
 
     counts: Counts
     unreadable: dict[str, str]
 
 
 def encoder_key(encoder: Encoder) -> dict[str, Any]:
-    """Return what features depend on besides the images: weights, preprocessing and precision, but no device."""
+    """Return the settings on which features depend: weights, preprocessing and precision."""
     known = {"weights": encoder.describe()["weights"], **encoder.reported_preprocessing}
-    known.setdefault("background", ORIGINAL)  # named always
+    known.setdefault("background", ORIGINAL)  # always recorded
     return {**known, **named({"encode_precision": encoder.precision})}
 
 
@@ -56,10 +56,10 @@ def open_index(folder: Path, store: str | None = None) -> ImageIndex:
     """Open an index.
 
     Args:
-        store: where a flag says that it lives, None where flags are silent.
+        store: the store of the index as given by a flag; None without the flag.
 
     Raises:
-        UserError: there is none, it is damaged, or it lives elsewhere.
+        UserError: the index is missing or damaged, or is in another store.
     """
     about = check_index(folder)
     keeping = chosen_keeping(about, store, kind=None, on_disk=None)
@@ -76,27 +76,27 @@ def update_index(
     keeping: Keeping,
     pair: dict[str, Any],
 ) -> Update | None:
-    """Make an index of images, or bring one up to date: encode new and changed files, drop vanished ones.
+    """Create or update an index of images: encode new and changed files, and drop deleted files.
 
-    A file whose content is there under another name takes its features. Several processes share the work. Files that
-    could not be read are tried again. What the encoder's `between` raises ends the work; the next update resumes from
-    the last whole shard.
+    A file whose content is already indexed under another name gets the features of that file. Several processes share
+    the work. Files that could not be read earlier are tried again. An exception raised by the encoder's `between` ends
+    the update; the next update resumes after the last complete shard.
 
     Args:
-        images: of the first process; others are told by it.
-        folders: where the images were found.
-        gone: folders of the index that are no more, whose images have to be among those that were found.
-        pair: what a query needs to load the same CLIP, for the manifest.
+        images: list of images in the first process, which sends it to the others.
+        folders: folders that contain the images.
+        gone: folders of the index that no longer exist; their images must be found in other folders.
+        pair: settings with which a query loads the same CLIP, for the manifest.
 
     Returns:
-        None in all processes but the first.
+        The outcome in the first process; None in the others.
 
     Raises:
-        UserError: the folder holds other files, the index is of other weights or preprocessing, no image can
-            be read, images of a folder that is gone are found nowhere, or there are too few for the kind.
+        UserError: the folder contains other files, the index was made with other weights or preprocessing, no image is
+            readable, images of a missing folder were not found elsewhere, or there are too few images for the kind.
     """
     origin = {"folders": sorted(str(path.resolve()) for path in folders), "pair": pair}
-    if keeping.told_by != TIME:  # which is what an index has that does not say it
+    if keeping.told_by != TIME:  # the default of an index that does not record it
         origin["told_by"] = keeping.told_by
     dim = encoder.backbone.dim
     store = store_of(keeping.store)
@@ -122,10 +122,10 @@ def update_index(
 def _complete(
     images: Sequence[Identity], encoder: Encoder, writer: IndexWriter, gone: Sequence[Path]
 ) -> dict[str, str]:
-    """Put the features of all images there: carry those of known content, and encode the others, each content once.
+    """Give the writer the features of all images: copy them for known content, and encode every new content once.
 
     Returns:
-        path -> why it cannot be read.
+        path -> reason, for each unreadable file.
     """
     held = writer.held()
     missing = [file for file in images if file not in held]
@@ -144,7 +144,7 @@ def _complete(
 
 
 def _check_may_be_updated(folder: Path, key: dict[str, Any], keeping: Keeping) -> None:
-    """Reject a folder with other files, and an index of another encoder or of somebody else."""
+    """Raise UserError if a folder has other files, or an index with another encoder or an untrusted store."""
     earlier = read_manifest(folder)
     if earlier is None:
         for file in folder.iterdir():
@@ -162,7 +162,7 @@ def _check_may_be_updated(folder: Path, key: dict[str, Any], keeping: Keeping) -
 
 
 def _check_trusted(folder: Path, about: dict[str, Any], keeping: Keeping) -> None:
-    """Reject a store that only an index from another machine names."""
+    """Raise UserError if an index from another machine refers to a store that no flag names."""
     if "store" in about and not keeping.typed:
         check_named(folder, about, "--store", about["store"])
 
@@ -173,9 +173,9 @@ def _of_same_content(
     images: Sequence[Identity],
     told_by: str,
 ) -> dict[Identity, Identity]:
-    """File without features -> a file of the same size and content that has them, or will have.
+    """Map files without features to files of the same size and content that have features, or will have them.
 
-    Those whose file is gone come first, so that each is found again once.
+    Files that no longer exist are preferred, each for one new file, so that moved files are recognised.
     """
     sizes = Counter(size for _, size, _ in missing)
     if not sizes:
@@ -207,7 +207,7 @@ def _of_same_content(
 def _check_found(
     gone: Sequence[Path], held: Mapping[Identity, int], sources: Mapping[Identity, Identity]
 ) -> None:
-    """Reject dropping a missing folder while its images are not found elsewhere: its disk may be unmounted."""
+    """Raise UserError if images of a missing folder are not found elsewhere: its disk may be unmounted."""
     found = set(sources.values())
     for folder in gone:
         lost = [
@@ -217,13 +217,13 @@ def _check_found(
         ]
         if lost:
             raise UserError(
-                f"--images {folder} no longer exists, and {len(lost)} of its images were not found elsewhere, such as "
-                f"{lost[0]}: restore it, or remove it from the index with --forget {folder}"
+                f"--images {folder} no longer exists, and {len(lost)} of its images (such as {lost[0]}) were not found "
+                f"elsewhere: restore the folder, or remove it from the index with --forget {folder}"
             )
 
 
 def content_of(file: Identity, told_by: str) -> int:
-    """63 bits of the digest of a file's bytes, 0 where it cannot be read or is not the file any more that was found."""
+    """Return 63 bits of the digest of a file's bytes; 0 if it cannot be read or has changed since it was listed."""
     try:
         digest = file_digest(Path(file[0]))
     except OSError:
@@ -238,7 +238,7 @@ def _contents(files: Sequence[Identity], told_by: str) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Relocated:
-    """Outcome of moving images: the number of rewritten paths, and the images that are not as they were indexed."""
+    """Outcome of moving images: the number of rewritten paths, and the paths of changed and of missing images."""
 
     count: int
     changed: list[str]
@@ -246,15 +246,15 @@ class Relocated:
 
 
 def relocate(folder: Path, old: Path, new: Path, *, store: str | None) -> Relocated:
-    """Rewrite the paths of an index whose images were below one folder and are below another now. Nothing is encoded.
+    """Rewrite the paths of an index after its images were moved to another folder, without encoding any image.
 
-    Images that are missing or not what was indexed are rewritten too: the next update drops or encodes them.
+    The paths of missing and changed images are rewritten too: the next update drops or encodes those images.
 
     Args:
-        store: where a flag says that the index lives, None where flags are silent.
+        store: the store of the index as given by a flag; None without the flag.
 
     Raises:
-        UserError: there is no index, it has no image below the old folder, or the new one has none of them.
+        UserError: there is no complete index, it has no image below the old folder, or the new folder has none of them.
     """
     about = read_manifest(folder) or {}
     if "images" not in about:
@@ -286,7 +286,7 @@ def relocate(folder: Path, old: Path, new: Path, *, store: str | None) -> Reloca
         changed, missing = [], []
         for file, content in held.items():
             path, size, stamped = _moved(file[0], old, new), *file[1:]
-            if path in paths:  # it stays, or the index holds what it would become
+            if path in paths:  # the file is not moved, or the index already contains its new path
                 continue
             now = _identity_now(path, told_by)
             if now is None:
@@ -298,9 +298,9 @@ def relocate(folder: Path, old: Path, new: Path, *, store: str | None) -> Reloca
                 changed.append(path)
                 sources[path, size, NEVER] = file
         if len(missing) == len(sources):
-            reason = "the new folder has none of its images" if sources else "it has no image there"
+            reason = f"no image of the index is in the {'new' if sources else 'old'} folder"
             raise UserError(
-                f"--relocate {old} {new}: {reason}, {folder} holds {', '.join(about.get('folders', []))}"
+                f"--relocate {old} {new}: {reason}; the folders in {folder} are {', '.join(about.get('folders', []))}"
             )
         writer.carry(sources)
         writer.publish(sorted([*staying, *sources]), origin)
@@ -308,7 +308,7 @@ def relocate(folder: Path, old: Path, new: Path, *, store: str | None) -> Reloca
 
 
 def _identity_now(path: str, told_by: str) -> Identity | None:
-    """Return the identity of a file, None if it is not a file or cannot be read."""
+    """Return the present identity of a file; None if it is not a file or cannot be read."""
     try:
         return None if file_size(Path(path)) is None else file_identities([Path(path)], told_by)[0]
     except OSError:
@@ -316,7 +316,7 @@ def _identity_now(path: str, told_by: str) -> Identity | None:
 
 
 def _moved(path: str, old: Path, new: Path) -> str:
-    """The path of what was at a path below an old folder, or was that folder."""
+    """Replace the old folder in a path by the new folder; return other paths unchanged."""
     if path == str(old):
         return str(new)
     below = str(old).rstrip(os.sep) + os.sep
@@ -327,16 +327,16 @@ def _moved(path: str, old: Path, new: Path) -> str:
 
 @contextlib.contextmanager
 def _together(encoder: Encoder) -> Iterator[None]:
-    """Let processes wait for each other; one that waits for another that has ended says so."""
+    """Convert the error of waiting for a process that has ended to UserError."""
     try:
         yield
     except RuntimeError as error:
         if distributed.world_size() == 1:
             raise
-        encoder.between()  # where all were told to stop, that is the reason
+        encoder.between()  # raises if all processes were told to stop, which is the reason then
         logger.debug("%s", error)
         raise UserError(
-            "another process failed, see its message above; encoded features are kept: run the same command again to "
+            "another process failed (see its message above). Encoded features are kept: run the same command again to "
             "resume"
         ) from None
 
@@ -344,15 +344,15 @@ def _together(encoder: Encoder) -> Iterator[None]:
 def _encode(
     missing: list[Identity] | None, encoder: Encoder, writer: IndexWriter
 ) -> dict[str, str]:
-    """Encode this process's part of files, shard by shard, each of which is kept before the next is begun.
+    """Encode this process's share of the files, shard by shard; each shard is saved before the next begins.
 
-    Shards are the same for any number of processes, so that batches are too, and the features to the last bit.
+    Shards, and therefore batches, do not depend on the number of processes, so neither does any bit of the features.
 
     Args:
-        missing: the files of all processes, which the first one has.
+        missing: the files of all processes, in the first process; None in the others.
 
     Returns:
-        path -> why it cannot be read, of all processes.
+        path -> reason, for each unreadable file of all processes.
     """
     with _together(encoder):
         files = distributed.same_object(missing)

@@ -1,7 +1,7 @@
-"""The lists of an IVF index in a file of their own, which a search maps, as FAISS's OnDiskInvertedLists lay it out.
+"""Write and read the lists of an IVF index as a separate file, in the layout of FAISS's OnDiskInvertedLists.
 
-They are written list by list from parts that fit into memory. FAISS's own merging prints to stdout, and ends the
-process where the disk is full.
+A search maps the file into memory. It is written list by list from parts that fit into memory, without FAISS's own
+merge, which prints to stdout and ends the process if the disk is full.
 """
 
 from pathlib import Path
@@ -13,15 +13,15 @@ from image_search.faiss_index import blocks, import_faiss, readable, write
 from runtime.files import folder_beside, written_whole
 from utils import UserError
 
-IN_MEMORY = 2**22  # vectors of a part: at 72 bytes of each, 300 MB
+IN_MEMORY = 2**22  # number of vectors in a part: at 72 bytes each, 300 MB
 ID_BYTES = 8
 
 
 def fill(index: Any, features: np.ndarray, file: Path) -> None:
-    """Add the features that an index lacks, as `faiss_index.add`, and write all its lists to a file.
+    """Add the features that an index lacks, as `faiss_index.add` does, and write all its lists to a file.
 
     Args:
-        index: trained; its lists may be those of `read`, which stay as they are.
+        index: trained index; lists from `read` remain unchanged on disk.
     """
     with folder_beside(file) as folder:
         parts = [index.invlists] if index.ntotal else []
@@ -49,7 +49,7 @@ def fill(index: Any, features: np.ndarray, file: Path) -> None:
 
 
 def _fresh_lists(index: Any) -> None:
-    """Give an index empty lists in memory. What it had before is left to whoever holds it."""
+    """Give an index empty lists in memory. Its previous lists are not freed: the caller owns them."""
     fresh = import_faiss().ArrayInvertedLists(index.nlist, index.code_size)
     index.own_invlists = False
     index.replace_invlists(fresh, True)
@@ -58,7 +58,7 @@ def _fresh_lists(index: Any) -> None:
 
 
 def _moved_to(index: Any, file: Path) -> Any:
-    """Write an index's lists to a part's file and empty them; the lists as they lie in the file."""
+    """Write an index to a file and empty it; return the lists, mapped from the file."""
     faiss = import_faiss()
     write(index, file)
     index.reset()
@@ -73,12 +73,12 @@ def _sizes(index: Any, lists: Any) -> np.ndarray:
 
 
 def _array(pointer: Any, length: int) -> np.ndarray:
-    """Bytes or ids at a pointer of FAISS, which is none where there is nothing."""
+    """Return the array of codes or IDs at a FAISS pointer, which is null for an empty list."""
     return import_faiss().rev_swig_ptr(pointer, length) if length else np.empty(0, np.uint8)
 
 
 def _on_disk(index: Any, sizes: np.ndarray, file: Path) -> Any:
-    """Lists that lie one after the other in a file: the codes of one, then its ids."""
+    """Describe a file to FAISS that contains the lists one after the other: the codes of a list, then its IDs."""
     faiss = import_faiss()
     lists = faiss.OnDiskInvertedLists(index.nlist, index.code_size, str(file))
     lists.read_only = True
@@ -96,7 +96,7 @@ def _on_disk(index: Any, sizes: np.ndarray, file: Path) -> Any:
 
 
 def read(file: Path, lists_file: Path) -> Any:
-    """Read an index whose lists are in a file, wherever that was when it was written.
+    """Read an index whose lists are in a file, which may have been moved since it was written.
 
     Raises:
         UserError: one of the files is damaged.
@@ -117,7 +117,7 @@ def read(file: Path, lists_file: Path) -> Any:
 
 
 def _fit(lists: Any, file: Path) -> bool:
-    """Check whether lists fill a file exactly."""
+    """Check whether the lists fit a file exactly."""
     if not file.is_file() or file.stat().st_size != lists.totsize:
         return False
     for number in range(lists.lists.size()):

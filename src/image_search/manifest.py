@@ -27,7 +27,7 @@ REBUILD = "build the index again in another folder"
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Read what an index says of itself, None where there is none. Raises UserError where it is damaged."""
+    """Read the manifest of an index; None if it does not exist. Raises UserError if it is damaged."""
     file = folder / MANIFEST
     try:
         content = parse_json(read_text(file))
@@ -39,27 +39,27 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if isinstance(content, dict) and "store" in content:
         address = checked(StoreManifest, content, file=file, remedy=REBUILD).store
         if address.partition(":")[0] not in STORES:
-            raise UserError(f"{file}: store: {printable(address)} is not a store: {REBUILD}")
+            raise UserError(f"{file}: unknown store {printable(address)}: {REBUILD}")
     checked(store_of(address).manifest, content, file=file, remedy=REBUILD)
     return content
 
 
 def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
-    """Write what an index says of itself, whole or not at all."""
+    """Write the manifest of an index atomically."""
     content = {**about, "made_here": _seal(folder, about)}
     write_text(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
 def is_own(folder: Path, about: Mapping[str, Any]) -> bool:
-    """Return whether an index was made in this very folder of this machine, and names what it named then.
+    """Check whether an index was made in this folder on this machine, and still refers to the same store and pair.
 
-    One that was copied, fetched or edited was not: what it names outside its folder was typed by somebody else.
+    If not, it was copied, downloaded or edited, and somebody else may have chosen the store and the pair.
     """
     return about.get("made_here") == _seal(folder, about)
 
 
 def _seal(folder: Path, about: Mapping[str, Any]) -> str:
-    """Digest of what an index names outside its folder, and of what nobody elsewhere knows of the folder."""
+    """Return a digest of the store and pair of an index, of the folder's inode, and of the machine's ID."""
     machine = Path("/etc/machine-id")
     known = [
         machine.read_text() if machine.is_file() else "",
@@ -71,7 +71,7 @@ def _seal(folder: Path, about: Mapping[str, Any]) -> str:
 
 
 def check_named(folder: Path, about: Mapping[str, Any], flag: str, name: str) -> None:
-    """Let a folder or repository be opened that only an index names: one that was made here, and with a line."""
+    """Raise UserError if an index from another machine refers to a resource that no flag names; else log its name."""
     if not is_own(folder, about):
         raise UserError(
             f"{folder / MANIFEST} was made on another machine and refers to {name}: pass {flag} {name} if you trust it"
@@ -80,21 +80,21 @@ def check_named(folder: Path, about: Mapping[str, Any], flag: str, name: str) ->
 
 
 def as_made(folder: Path, about: Mapping[str, Any], choice: PairChoice) -> PairChoice:
-    """The pair that flags name; where they are silent on CLIP, an index's own.
+    """Return the pair chosen by flags, completed with the CLIP that an index was made with.
 
-    An index of an exported pair so has the pair's Combiner too, if the flags name none.
+    If the index was made with an exported pair, its Combiner is used too, unless the flags choose another.
 
     Args:
-        about: the index's manifest, empty where there is none.
+        about: manifest of the index; empty for a new index.
 
     Raises:
-        UserError: the index was made elsewhere, and only it names a folder or a repository that the pair is in.
+        UserError: the index is from another machine and refers to a folder or repository that no flag names.
     """
     made_with = about.get("pair", {})
     settings = {}
     for name, value in choice.clip.model_dump().items():
         settings[name] = made_with.get(name) if value is None else value
-    asked = choice.clip.clip_model_name
+    requested = choice.clip.clip_model_name
     choice = dataclasses.replace(choice, clip=Clip(**settings))
     if choice.exported is not None:
         return choice
@@ -103,7 +103,7 @@ def as_made(folder: Path, about: Mapping[str, Any], choice: PairChoice) -> PairC
         check_named(folder, about, "--pair", exported)
         return dataclasses.replace(choice, exported=exported)
     name = choice.clip.clip_model_name or ""
-    if asked is None and name.startswith((f"{FOLDER}:", f"{HUB_SCHEME}:")):
+    if requested is None and name.startswith((f"{FOLDER}:", f"{HUB_SCHEME}:")):
         check_named(folder, about, "--clip-model-name", name)
     if choice.clip_path is not None:
         return choice
@@ -112,18 +112,18 @@ def as_made(folder: Path, about: Mapping[str, Any], choice: PairChoice) -> PairC
 
 
 def made_with(choice: PairChoice, pair: "Pair") -> dict[str, Any]:
-    """Return what a query needs to load the same CLIP, for the manifest."""
+    """Return the settings with which a query loads the same CLIP, for the manifest."""
     preprocessing = pair.encoder.preprocessing
     clip = named({name: preprocessing[name] for name in Clip.model_fields})
-    clip["background"] = preprocessing["background"]  # named always, as in `encoder_key`
+    clip["background"] = preprocessing["background"]  # always recorded, as in `encoder_key`
     if choice.exported is None:
         return {**clip, "clip_model_path": str(pair.tuned.path.resolve()) if pair.tuned else None}
-    place = choice.exported
-    return {**clip, "exported": str(place.resolve() if isinstance(place, Path) else place)}
+    source = choice.exported
+    return {**clip, "exported": str(source.resolve() if isinstance(source, Path) else source)}
 
 
 def check_index(folder: Path) -> dict[str, Any]:
-    """Read what an index says of itself. Raises UserError where there is none, before anything else is loaded."""
+    """Read the manifest of a complete index. Raises UserError if there is none. Reads no other file."""
     about = read_manifest(folder)
     if about is None:
         raise UserError(

@@ -21,7 +21,7 @@ TAKEN = {
 }  # fmt: skip
 CAMERA_KINDS = {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
 OTHER_KINDS = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", *CAMERA_KINDS} - TAKEN
-SUFFIX = re.compile(r"\.[a-z]\w*", re.IGNORECASE)  # what else follows a dot says nothing of a kind
+SUFFIX = re.compile(r"\.[a-z]\w*", re.IGNORECASE)  # any other text after a dot is not an extension
 
 
 @dataclass
@@ -29,9 +29,9 @@ class FoundImages:
     """Image files found in some folders.
 
     Attributes:
-        files: the image files with their links followed, sorted, each once.
-        left_out: files that cannot be taken, and why.
-        skipped: endings of images of other kinds -> how many there are.
+        files: identities of the image files, sorted, with symlinks resolved and without duplicates.
+        left_out: unusable file -> reason.
+        skipped: extension of an unsupported image type -> number of files.
     """
 
     files: list[Identity] = field(default_factory=list)
@@ -40,13 +40,13 @@ class FoundImages:
 
 
 def find_images(folders: Sequence[Path], told_by: str = "time") -> FoundImages:
-    """All image files below some folders; links are followed, hidden folders are left alone.
+    """Find all image files below some folders; symlinks are followed, and hidden folders are skipped.
 
     Args:
-        told_by: how a changed image is told, see `runtime.files.stamp`.
+        told_by: method to detect changed images, see `runtime.files.stamp`.
 
     Raises:
-        UserError: a folder is none or cannot be read, or there is no image.
+        UserError: a folder cannot be read, or there is no image.
     """
     found = FoundImages()
     files = set()
@@ -70,9 +70,9 @@ def find_images(folders: Sequence[Path], told_by: str = "time") -> FoundImages:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """All files below a folder whose links are followed but for those that lead back to a folder above.
+    """Yield all files below a folder; symlinks to folders are followed, but no folder is visited twice.
 
-    Links of folders are followed here, so that a file needs one look at the disk. Texts are ten times as fast as paths.
+    Paths are strings, which are ten times as fast as `Path`. The links to folders are resolved here, once per folder.
     """
 
     def refuse(error: OSError) -> None:
@@ -92,12 +92,12 @@ def _files(folder: Path) -> Iterator[str]:
                 to_visit[name] = real
         inner[:] = to_visit  # os.walk enters only the folders that are left in the list
         visited.update(to_visit.values())
-        place = os.path.realpath(root).rstrip(os.sep)
-        yield from (f"{place}{os.sep}{name}" for name in names)
+        real_root = os.path.realpath(root).rstrip(os.sep)
+        yield from (f"{real_root}{os.sep}{name}" for name in names)
 
 
 def _is_image(file: str) -> bool:
-    """Check whether a visible file is an image, by its ending, or by its bytes if it has none."""
+    """Check whether a file is an image by its content; hidden files are not."""
     path = Path(file)
     if path.name.startswith("."):
         return False
@@ -105,7 +105,7 @@ def _is_image(file: str) -> bool:
         with IMAGES.open(path) as stream:
             image_size(stream, FORMATS)
     except Image.DecompressionBombError:
-        return True  # which is said where it is decoded
+        return True  # the error is reported when the image is decoded
     except OSError:
         return False
     return True
@@ -115,12 +115,12 @@ def _identity(file: str, told_by: str) -> Identity:
     """Return the identity of a file, with its symlinks followed.
 
     Raises:
-        ValueError: it cannot be an image, as far as is known before it is opened.
+        ValueError: it is unusable, as far as can be checked without opening it.
     """
     try:
         there = os.lstat(file)
         if stat.S_ISLNK(there.st_mode):
-            file = os.path.realpath(file)  # unlike `resolve`, it takes a link to itself
+            file = os.path.realpath(file)  # unlike `resolve`, it accepts a link to itself
             there = Path(file).stat()
         file.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Define the fields of a manifest that all stores share; a store adds its own."""
+"""Define the fields of a manifest that all stores share; each store adds its own fields."""
 
 from typing import Annotated
 
@@ -19,7 +19,7 @@ from settings.declaring import AnyText
 
 
 class EncoderKey(Preprocessing):
-    """Settings besides the images on which features depend."""
+    """Settings, besides the images, on which features depend."""
 
     transform: Transform
     target_ratio: SideRatio
@@ -40,7 +40,7 @@ class IndexedPair(Preprocessing):
 
 
 class Manifest(Schema):
-    """index.json, wherever the features live."""
+    """index.json of an index in any store."""
 
     images: PositiveInt
     encoder: EncoderKey
@@ -51,7 +51,7 @@ class Manifest(Schema):
 
 
 class StoreManifest(Manifest):
-    """Manifest of an index whose features are in another store; `images` is absent until an update is complete."""
+    """index.json of an index in a database; `images` is absent until the first update is complete."""
 
     store: Annotated[str, Field(pattern=r"^\w+:\S")]
     kind: AnyText

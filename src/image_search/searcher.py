@@ -16,7 +16,7 @@ from torch import Tensor
 from image_search.faiss_index import normalised
 from image_search.image_index import encoder_key, open_index
 from image_search.manifest import as_made
-from image_search.stores.base import FAISS, TIME, Hit, ImageIndex, QuestionError, store_of
+from image_search.stores.base import FAISS, TIME, Hit, ImageIndex, QueryError, store_of
 from models.pair import Pair, load_pair
 from runtime.choices import WHITE
 from runtime.files import file_identities, file_size
@@ -24,35 +24,35 @@ from runtime.image_files import FORMATS
 from settings.groups import PairChoice
 from utils import UserError
 
-MOST_CHARACTERS = 2000  # of a text; many times what CLIP reads
-# The time of CLIP's tokenizer grows with the square of a word, which to it are letters or signs in a row.
+MOST_CHARACTERS = 2000  # maximum length of a text; many times what CLIP reads
+# The time of CLIP's tokenizer grows with the square of a word's length; a word is a run of letters or of symbols.
 LONGEST_WORD = 100
 LONG_WORD = re.compile(rf"[^\W\d_]{{{LONGEST_WORD + 1}}}|[^\w\s]{{{LONGEST_WORD + 1}}}")
-WORD = re.compile(r"[^\W\d_]+|[^\w\s]")  # or a sign, as emoji are
-TARGET_DEPTH = 1000  # among which a target's place is looked for
-DEEPEST = 10_000  # images among which distinct ones are looked for
-LESS = 0.3  # of an image's feature that a question looks less like
-SAME = 1e-5  # difference of an element, or a similarity, of normalised features of the same pixels
+WORD = re.compile(r"[^\W\d_]+|[^\w\s]")  # a run of letters, or a single symbol such as an emoji
+TARGET_DEPTH = 1000  # number of results that are searched for the target's rank
+DEEPEST = 10_000  # maximum number of results that are searched for distinct images
+LESS = 0.3  # weight of the image that the results should resemble less
+SAME = 1e-5  # maximum difference of an element, or a similarity, of normalised features of identical pixels
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Question:
+class SearchQuery:
     """Query of an index: reference images, and what to change in them.
 
     Attributes:
-        references: images, each a file; what the encoder's loader read of one, bytes (3, R, R); or its features
-            (1, D), unnormalised. Several are searched with as their mean; none for the text alone.
-        text: "" for the references alone.
-        k: answers.
-        less: an image as one of `references`, which answers are to look less like: LESS of its normalised feature is
-            taken off the query, which is normalised again; None for none.
-        mix: share of the text in the sum that is asked with, 0 to 1; None asks with what the pair composes.
-        lean: of the Combiner's gate, see `combiner.leaned`; None is as it was trained.
-        without: rows that are no answers.
-        target: a row whose place is asked for; None for none.
-        condition: what images have to be, in the language of the index's store.
-        distinct: leave copies of other answers out.
-        min_similarity: that an answer has at least; None for any.
+        references: images, each a file, the bytes (3, R, R) that the encoder's loader made from a file, or
+            unnormalised features (1, D). The query uses the mean of several references; none are needed for text alone.
+        text: the caption; "" for the references alone.
+        k: number of results.
+        less: image, given like a reference, that the results should resemble less: LESS times its normalised feature
+            is subtracted from the query, which is then normalised again.
+        mix: weight of the text in the sum, 0 to 1; None composes the query with the pair's combining function.
+        lean: shift of the Combiner's gate, see `combiner.leaned`; None for the trained gate.
+        without: rows to exclude from the results.
+        target: row of the target, whose rank is reported.
+        condition: filter on the images, in the language of the index's store.
+        distinct: whether to exclude copies of other results.
+        min_similarity: smallest cosine similarity of a result.
     """
 
     references: Sequence[Path | Tensor]
@@ -69,7 +69,7 @@ class Question:
 
     @property
     def depth(self) -> int:
-        """Return how many of the nearest images it takes to answer it."""
+        """Return the number of nearest images to retrieve for this query."""
         wanted = self.k if self.target is None else max(self.k, TARGET_DEPTH)
         return wanted + len(self.without)
 
@@ -78,10 +78,10 @@ class RetrievedImage(NamedTuple):
     """An image that a query retrieved.
 
     Attributes:
-        row: in the index.
+        row: row of the image in the index.
         similarity: cosine similarity to the query.
-        is_gone: whether there is no such file any more.
-        copy_of: the row of an answer above with the same features, None where there is none.
+        is_gone: whether the file no longer exists.
+        copy_of: row of an earlier result with the same features; None if there is none.
     """
 
     row: int
@@ -96,22 +96,22 @@ class Found:
     """Results of a query.
 
     Attributes:
-        answers: the nearest first.
-        place: of the target, from 1; None where it is not among TARGET_DEPTH, or none was named.
-        gate: how much of the residual is text; None for the sum.
+        results: the retrieved images, most similar first.
+        rank: rank of the target, starting at 1; None without a target, or if its rank is above TARGET_DEPTH.
+        gate: share of the text in the Combiner's residual; None for a sum.
         experts: weight of each expert; empty without a mixture.
-        note: what the user should know, "" for nothing.
+        note: message for the user; may be empty.
     """
 
-    answers: list[RetrievedImage]
-    place: int | None
+    results: list[RetrievedImage]
+    rank: int | None
     gate: float | None
     experts: list[float]
     note: str
 
 
 class Searcher:
-    """An index, wherever it lives, and the pair that composes queries for it: all that scripts and the page ask.
+    """Search interface for scripts and the page: an index in any store, and the pair that composes its queries.
 
     Raises:
         UserError: the index was made with other weights or preprocessing than the pair has.
@@ -124,8 +124,8 @@ class Searcher:
             names = {**query_key, **index_key}
             differing = [name for name in names if index_key.get(name) != query_key.get(name)]
             raise UserError(
-                f"--index {index.folder} was made with other {' and '.join(differing)} than the query has: name the "
-                "weights that it was made with, or make another index"
+                f"--index {index.folder} and the query differ in {' and '.join(differing)}: pass the weights that "
+                "the index was made with, or build a new index"
             )
         self.index = index
         self.pair = pair
@@ -135,25 +135,25 @@ class Searcher:
         return len(self.index)
 
     def image(self, row: int) -> Path | None:
-        """The image file of a row of the index, None where there is no such row."""
+        """Return the image file of a row of the index; None if the row does not exist."""
         file = self.index.file(row)
         return None if file is None else Path(file[0])
 
     def reference_features(self, image: Path) -> Tensor:
-        """Unnormalised features (1, D) of an image file.
+        """Return the unnormalised features (1, D) of an image file.
 
-        They come from the index if it holds the file as it is now, or if the file is gone.
+        They come from the index if it contains the unchanged file, or if the file no longer exists.
         """
         row = self.index.row(str(image.resolve()))
         if row is None and file_size(image) is None:
-            raise UserError(f"there is no image {image}: name another")
+            raise UserError(f"there is no image {image}: choose another")
         features = None if row is None else self.kept_features(row, image)
         return self.pair.encoder.images([image]) if features is None else features
 
     def kept_features(self, row: int, image: Path) -> Tensor | None:
-        """Return the features of a row, None where its image file is there and is not what was encoded any more.
+        """Return the indexed features of a row; None if its image file has changed or is no longer readable.
 
-        A file that may not be read any more has changed, too.
+        The features of a file that no longer exists are still valid.
         """
         told_by = self.index.about.get("told_by", TIME)
         if file_size(image) is not None:
@@ -168,54 +168,54 @@ class Searcher:
 
     @property
     def knows_conditions(self) -> bool:
-        """Return whether the index lives in a store that takes a question's condition."""
+        """Return whether the index is in a store that supports conditions."""
         return store_of(self.index.about.get("store", FAISS)).filters
 
     @torch.no_grad()
-    def answer(self, questions: Sequence[Question]) -> list[Found]:
-        """Answer each question. All texts and all images are encoded together.
+    def search(self, queries: Sequence[SearchQuery]) -> list[Found]:
+        """Return the results of each query; all texts and all images are encoded together.
 
         Raises:
-            QuestionError: one of the questions cannot be asked, see `check`.
+            QueryError: a query is invalid, see `check`.
         """
-        for question in questions:
-            self.check(question)
+        for query in queries:
+            self.check(query)
         encoder = self.pair.encoder
-        texts = [question.text.strip() for question in questions]
+        texts = [query.text.strip() for query in queries]
         captions = encoder.captions(texts)  # (Q, D)
-        references = self._references(questions)
+        references = self._references(queries)
         compose, inputs = self.pair.compose, [references, captions]
-        leans = [question.lean for question in questions]
+        leans = [query.lean for query in queries]
         if any(lean is not None for lean in leans):
             inputs.append(captions.new_tensor([0.5 if lean is None else lean for lean in leans]))
         composed, insight = compose.explained(*inputs)
-        queries = composed.clone()
-        for number, question in enumerate(questions):
-            if question.mix is not None:
-                image_part = (1 - question.mix) * references[number]
-                mixed = image_part + question.mix * captions[number]
-                queries[number] = F.normalize(mixed, dim=-1)
-            if question.less is not None:
-                (away,) = F.normalize(self._features([question.less]), dim=-1)
-                queries[number] = F.normalize(queries[number] - LESS * away, dim=-1)
-        nearest = self._nearest(queries.cpu(), questions)
+        features = composed.clone()
+        for number, query in enumerate(queries):
+            if query.mix is not None:
+                image_part = (1 - query.mix) * references[number]
+                mixed = image_part + query.mix * captions[number]
+                features[number] = F.normalize(mixed, dim=-1)
+            if query.less is not None:
+                (away,) = F.normalize(self._features([query.less]), dim=-1)
+                features[number] = F.normalize(features[number] - LESS * away, dim=-1)
+        nearest = self._nearest(features.cpu(), queries)
         found = []
-        for number, question in enumerate(questions):
+        for number, query in enumerate(queries):
             hits = nearest[number]
             notes = [self._note(texts[number])]
-            if question.distinct:
-                hits = self._distinct(queries[[number]].cpu(), question, hits)
+            if query.distinct:
+                hits = self._distinct(features[[number]].cpu(), query, hits)
             rows = [hit.row for hit in hits]
-            near = hits[: question.k]
-            if near and question.min_similarity is not None:
-                near = [hit for hit in near if hit.similarity >= question.min_similarity]
+            near = hits[: query.k]
+            if near and query.min_similarity is not None:
+                near = [hit for hit in near if hit.similarity >= query.min_similarity]
                 if not near:
                     notes.append(f"the nearest image has a similarity of {hits[0].similarity:.4f}")
-            seen = None if question.mix is not None or insight is None else insight
+            seen = None if query.mix is not None or insight is None else insight
             found.append(
                 Found(
-                    answers=self._answers(near),
-                    place=rows.index(question.target) + 1 if question.target in rows else None,
+                    results=self._results(near),
+                    rank=rows.index(query.target) + 1 if query.target in rows else None,
                     gate=None if seen is None else float(seen.gate[number]),
                     experts=[] if seen is None else seen.experts[number].tolist(),
                     note="; ".join(filter(None, notes)),
@@ -223,18 +223,18 @@ class Searcher:
             )
         return found
 
-    def _answers(self, hits: Sequence[Hit]) -> list[RetrievedImage]:
+    def _results(self, hits: Sequence[Hit]) -> list[RetrievedImage]:
         copies = self._copies(hits)
-        answers = []
+        results = []
         for row, path, similarity in hits:
             is_gone = file_size(path) is None
-            answers.append(RetrievedImage(row, path, similarity, is_gone, copy_of=copies.get(row)))
-        return answers
+            results.append(RetrievedImage(row, path, similarity, is_gone, copy_of=copies.get(row)))
+        return results
 
     def _copies(self, hits: Sequence[Hit]) -> dict[int, int]:
-        """Row of a hit -> row of the first hit with the same features; only rows that have such a one.
+        """Map the row of each hit that is a copy to the row of the first hit with the same features.
 
-        Images of the same bytes have the same features to the last bit, those of the same pixels nearly.
+        Files with identical bytes have identical features; files with identical pixels have nearly identical features.
         """
         features = functools.cache(lambda row: normalised(self.index.features_of(row)))
         copies: dict[int, int] = {}
@@ -250,53 +250,55 @@ class Searcher:
                 firsts.append(hit)
         return copies
 
-    def _distinct(self, query: Tensor, question: Question, hits: list[Hit]) -> list[Hit]:
-        """Hits of a query (1, D) without copies of other hits, as many as are asked for where there are so many."""
-        depth = question.depth
+    def _distinct(self, feature: Tensor, query: SearchQuery, hits: list[Hit]) -> list[Hit]:
+        """Return hits of a query feature (1, D) without copies; search deeper until there are k hits, if possible."""
+        depth = query.depth
         while True:
             copies = self._copies(hits)
             distinct = [hit for hit in hits if hit.row not in copies]
-            is_all = len(hits) < depth - len(question.without) or depth >= DEEPEST
-            if len(distinct) >= question.k or is_all:
+            is_all = len(hits) < depth - len(query.without) or depth >= DEEPEST
+            if len(distinct) >= query.k or is_all:
                 return distinct
             depth = min(2 * depth, DEEPEST)
-            (hits,) = self._nearest(query, [dataclasses.replace(question, k=depth)])
+            (hits,) = self._nearest(feature, [dataclasses.replace(query, k=depth)])
 
-    def check(self, question: Question) -> None:
-        """Raise QuestionError where a question lacks the text or the image that it needs, or its text is too long."""
-        text = question.text.strip()
+    def check(self, query: SearchQuery) -> None:
+        """Raise QueryError if a query lacks a text or a reference that it needs, or if its text is too long."""
+        text = query.text.strip()
         composes = self.pair.compose.combining_function
-        is_text = composes == "text" if question.mix is None else question.mix == 1
-        is_image = composes == "image" if question.mix is None else question.mix == 0
-        if not question.references and not is_text:
-            raise QuestionError("there is no reference yet: choose an image or upload one")
+        is_text = composes == "text" if query.mix is None else query.mix == 1
+        is_image = composes == "image" if query.mix is None else query.mix == 0
+        if not query.references and not is_text:
+            raise QueryError("there is no reference yet: choose an image or upload one")
         if not text and not is_image:
-            raise QuestionError("the text is empty: say what to change")
-        if question.lean is not None and (composes != "combiner" or question.mix is not None):
-            raise QuestionError("lean is of a Combiner's gate, and this asks without one: say mix")
+            raise QueryError("the text is empty: type what to change")
+        if query.lean is not None and (composes != "combiner" or query.mix is not None):
+            raise QueryError(
+                "lean needs a Combiner, and this query is composed without one: use mix"
+            )
         if len(text) > MOST_CHARACTERS:
-            raise QuestionError(
-                f"the text has {len(text):,} characters: say it in {MOST_CHARACTERS:,} at most"
+            raise QueryError(
+                f"the text has {len(text):,} characters: shorten it to {MOST_CHARACTERS:,} at most"
             )
         if LONG_WORD.search(text):
-            raise QuestionError(
-                f"a word of the text has more than {LONGEST_WORD} letters: part it by spaces"
+            raise QueryError(
+                f"a word of the text has more than {LONGEST_WORD} letters: insert spaces"
             )
 
-    def _references(self, questions: Sequence[Question]) -> Tensor:
-        """Features (Q, D) of the references of each question; zeros where there is none.
+    def _references(self, queries: Sequence[SearchQuery]) -> Tensor:
+        """Return the reference features (Q, D) of the queries; zeros for a query without references.
 
-        Those of several are their mean, unnormalised as the sum and the Combiner take them, so that the sum with
-        several is the mean of the sums with each. The less alike the references are, the shorter is their mean, and
-        the more the text counts in the sum.
+        Several references are averaged without normalisation, as the sum and the Combiner use unnormalised features:
+        the sum with several references is the mean of the sums with each. The less similar the references are, the
+        smaller the norm of their mean is, and the larger the influence of the text in the sum.
         """
-        images = [image for question in questions for image in question.references]
-        counts = [len(question.references) for question in questions]
+        images = [image for query in queries for image in query.references]
+        counts = [len(query.references) for query in queries]
         features = self._features(images).split(counts)
         return torch.stack([each.sum(0) / max(1, len(each)) for each in features])
 
     def _features(self, images: Sequence[Path | Tensor]) -> Tensor:
-        """Features (N, D) of images that are asked with."""
+        """Return the features (N, D) of images, each in a form described in `SearchQuery.references`."""
         encoder = self.pair.encoder
         features = torch.zeros(len(images), encoder.backbone.dim, device=encoder.device)
         read = {}
@@ -311,47 +313,48 @@ class Searcher:
             features[list(read)] = encoder.read_images(torch.stack(list(read.values())))
         return features
 
-    def _nearest(self, queries: Tensor, questions: Sequence[Question]) -> list[list[Hit]]:
-        """The images nearest to normalised queries (Q, D), without rows left out.
+    def _nearest(self, features: Tensor, queries: Sequence[SearchQuery]) -> list[list[Hit]]:
+        """Return the images nearest to normalised query features (Q, D), without the excluded rows.
 
-        One search for each condition, and one for those that look deep for a target, which others need not wait for.
+        Queries with the same condition share one search. Those with a target are searched separately, because they
+        retrieve more images and the other queries need not wait for them.
         """
         hits: dict[int, list[Hit]] = {}
         groups: dict[tuple[str, bool], list[int]] = {}
-        for number, question in enumerate(questions):
-            groups.setdefault((question.condition, question.target is not None), []).append(number)
+        for number, query in enumerate(queries):
+            groups.setdefault((query.condition, query.target is not None), []).append(number)
         for (condition, _), alike in groups.items():
-            most = max(questions[number].depth for number in alike)
-            nearest = self.index.search(queries[alike].numpy(), most, condition)
+            most = max(queries[number].depth for number in alike)
+            nearest = self.index.search(features[alike].numpy(), most, condition)
             for number, found in zip(alike, nearest, strict=True):
-                without = questions[number].without
+                without = queries[number].without
                 hits[number] = [hit for hit in found if hit.row not in without]
-        return [hits[number] for number in range(len(questions))]
+        return [hits[number] for number in range(len(queries))]
 
     def _note(self, text: str) -> str:
-        """Return a note to the user on how a text was read."""
+        """Return a note to the user on how the text was read; "" if there is nothing to note."""
         tokenizer = self.pair.encoder.backbone.tokenizer
         notes = []
         if tokenizer.cuts(text):
             notes.append(
-                f"the text has more than {tokenizer.context} tokens: what is beyond them was left out"
+                f"the text has more than {tokenizer.context} tokens: the rest of it was ignored"
             )
         if self._is_spelled(text):
             notes.append(
-                "the model knows most words of the text by their letters alone, as in a language that it was not "
-                "trained on: the answers may have little to do with them"
+                "the model splits most words of the text into single letters, as in a language that it was not "
+                "trained on: the results may have little to do with them"
             )
         return "; ".join(notes)
 
     def _is_spelled(self, text: str) -> bool:
-        """Check whether the tokenizer splits half of the words of a text into letters. ASCII is known."""
+        """Check whether the tokenizer splits at least half of the words into letters; ASCII words count as known."""
         words = WORD.findall(text)
         others = [word for word in words if not word.isascii()]
         if not others:
             return False
         tokenizer = self.pair.encoder.backbone.tokenizer
         tokens = (tokenizer.encode([*others, ""], tokenizer.context) != tokenizer.pad).sum(1)
-        around = int(tokens[-1])  # what stands around each word
+        around = int(tokens[-1])  # number of start and end tokens
         spelled = 0
         for word, length in zip(others, tokens.tolist(), strict=False):
             spelled += length - around > max(1, len(word) / 2)
@@ -359,24 +362,24 @@ class Searcher:
 
 
 def _but_precision(key: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings on which features depend, without the precision, which may differ from the index."""
+    """Return an encoder key without the precision, which may differ between index and query."""
     return {name: value for name, value in key.items() if name != "encode_precision"}
 
 
 def load_searcher(
     folder: Path, choice: PairChoice, device: torch.device, store: str | None = None
 ) -> Searcher:
-    """An index and a pair for it. Where the flags name no CLIP, the pair has the one that the index was made with.
+    """Load an index and a pair to search it; unless the flags choose a CLIP, it is the CLIP of the index.
 
     Args:
-        store: where a flag says that the index lives, None where flags are silent.
+        store: the store of the index as given by a flag; None without the flag.
 
     Raises:
-        UserError: the index is damaged or of other weights, or whatever is wrong with the checkpoints.
+        UserError: the index is damaged, was made with other weights, or a checkpoint cannot be loaded.
     """
     index = open_index(folder, store)
     wanted = as_made(folder, index.about, choice)
-    # One query is encoded exactly, whatever a million images were, unless a flag says otherwise.
+    # A query is encoded in full precision unless a flag chooses another, even if the index was encoded in less.
     clip = wanted.clip.model_copy(update={"encode_precision": choice.clip.encode_precision})
     pair = load_pair(dataclasses.replace(wanted, clip=clip), device, WHITE, FORMATS)
     return Searcher(index, pair)

@@ -1,6 +1,6 @@
-"""Images that visitors send: refused where they are too large or no images, and never written to the disk.
+"""Check and decode uploaded images in memory; files that are too large or not images are rejected.
 
-All of this is done by workers, see workers.py.
+Workers run these functions, see workers.py.
 """
 
 import io
@@ -12,25 +12,25 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from image_search.stores.base import QuestionError
+from image_search.stores.base import QueryError
 from runtime.image_files import FORMATS, LONGEST_SIDE, image_size, thumbnail
 from utils import UserError, first_line
 
 MOST_BYTES = 10 * 2**20
 UPLOAD_PIXELS = 40_000_000
-LONGEST_NAME = 100  # characters that are repeated of a name
+LONGEST_NAME = 100  # maximum number of characters of a file name in a message
 
 
 @dataclass(frozen=True)
 class File:
-    """A file as it was sent."""
+    """An uploaded file."""
 
     name: str
     content: bytes
 
 
 class Upload(io.BytesIO):
-    """An image in memory, read as an image file is; a message calls it by its name."""
+    """An in-memory file that appears in messages under its name."""
 
     def __init__(self, name: str, content: bytes) -> None:
         super().__init__(content)
@@ -41,10 +41,10 @@ class Upload(io.BytesIO):
 
 
 def read_upload(file: File, read: Callable[[io.BytesIO], Any]) -> np.ndarray:
-    """An upload as the encoder's loader reads it, bytes (3, R, R).
+    """Read an upload with the encoder's loader, to bytes (3, R, R).
 
     Raises:
-        QuestionError: it cannot be asked with.
+        QueryError: the image is invalid.
     """
     return _read(checked_upload(file.name, file.content), read)
 
@@ -52,46 +52,44 @@ def read_upload(file: File, read: Callable[[io.BytesIO], Any]) -> np.ndarray:
 def _read(upload: Upload, read: Callable[[io.BytesIO], Any]) -> np.ndarray:
     try:
         return read(upload).numpy()
-    except UserError as error:  # which calls it by its name
-        raise QuestionError(error) from None
+    except UserError as error:  # its message contains the name of the upload
+        raise QueryError(error) from None
 
 
 def preview(
     file: File, read: Callable[[io.BytesIO], Any], side: int, background: str
 ) -> tuple[np.ndarray, bytes]:
-    """An upload as the encoder's loader reads it, and a JPEG of it, see `thumbnail`.
+    """Read an upload with the encoder's loader, to bytes (3, R, R), and make a JPEG of it, see `thumbnail`.
 
     Raises:
-        QuestionError: it cannot be asked with.
+        QueryError: the image is invalid.
     """
     upload = checked_upload(file.name, file.content)
     return _read(upload, read), thumbnail(upload, side, background)
 
 
 def checked_upload(name: str, content: bytes) -> Upload:
-    """An upload that may be decoded. Its kind is told by its bytes, and its pixels are counted before.
+    """Return an upload that is safe to decode: its format and size are read from its header.
 
     Raises:
-        QuestionError: it is too large, of another kind, or no image.
+        QueryError: it is too large, of an unsupported type, or not an image.
     """
     name = PurePath(name.replace("\\", "/")).name[-LONGEST_NAME:] or "the image"
     if len(content) > MOST_BYTES:
-        raise QuestionError(
-            f"{name} is larger than {MOST_BYTES // 2**20} MiB: upload a smaller copy"
-        )
+        raise QueryError(f"{name} is larger than {MOST_BYTES // 2**20} MiB: upload a smaller copy")
     upload = Upload(name, content)
     limits = f"{UPLOAD_PIXELS // 10**6} million pixels, or a side of more than {LONGEST_SIDE:,}"
-    too_large = QuestionError(f"{name} has more than {limits}: upload a smaller copy")
+    too_large = QueryError(f"{name} has more than {limits}: upload a smaller copy")
     try:
         width, height = image_size(upload, FORMATS)
     except Image.DecompressionBombError:
         raise too_large from None
     except UnidentifiedImageError:
-        raise QuestionError(
+        raise QueryError(
             f"{name} is not an image of a known kind: upload one of {', '.join(FORMATS)}"
         ) from None
     except OSError as error:
-        raise QuestionError(
+        raise QueryError(
             f"{name} cannot be decoded ({first_line(error)}): upload a complete image"
         ) from None
     if width * height > UPLOAD_PIXELS or max(width, height) > LONGEST_SIDE:

@@ -1,7 +1,7 @@
-"""Processes that decode uploads and images, each with a limit on time and memory.
+"""Worker processes that decode uploads and images, each with limits on time and memory.
 
-They are forked from a process that has loaded the packages and shares their memory; the server itself has threads and
-may use a GPU, so it must not be forked.
+Workers are forked from a process that has loaded the packages, and share its memory. The server itself must not be
+forked, because it has threads and may use a GPU.
 """
 
 import asyncio
@@ -11,7 +11,6 @@ import re
 import signal
 import threading
 from collections.abc import Callable
-from concurrent.futures import TimeoutError as OutOfTime
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from pathlib import Path
@@ -19,14 +18,18 @@ from typing import Any, TypeVar
 
 from pebble import ProcessExpired, ProcessPool
 
-SECONDS = 10  # per job: many times what the largest accepted image needs
-LOADED = ["__main__", "data_utils", "image_search.uploads"]  # before processes are forked
+SECONDS = 10  # time limit of a job; the largest accepted image needs a fraction of it
+LOADED = [
+    "__main__",
+    "data_utils",
+    "image_search.uploads",
+]  # modules to import before processes are forked
 
 Outcome = TypeVar("Outcome")
 
 
 class Overrun(Exception):
-    """A job exceeded its time or memory, or ended its process."""
+    """Error for a job that exceeded its time or memory, or that ended its process."""
 
 
 class Pool:
@@ -34,7 +37,7 @@ class Pool:
 
     Args:
         workers: number of processes.
-        memory: bytes that a process may allocate beyond those it starts with.
+        memory: maximum number of bytes that a process may allocate in addition to its initial memory.
         seconds: time limit of a job.
     """
 
@@ -53,28 +56,28 @@ class Pool:
         )
 
     def prepare(self) -> None:
-        """Start the processes, which takes seconds, before there is a job."""
+        """Start the processes before the first job, because that takes seconds."""
         _load_packages()
         self._pool.schedule(os.getpid)
 
     async def run(self, function: Callable[..., Outcome], *arguments: Any) -> Outcome:
-        """Return the result of a module-level function that runs in a process.
+        """Run a module-level function in a process, and return its result.
 
         Raises:
             Overrun: the job exceeded its limits.
             UserError: the function raised it.
         """
-        if not self._pool.active:  # an idle process was killed from outside
+        if not self._pool.active:  # an idle process was killed by another program
             self.close()
             self._pool = self._new_pool()
         job = self._pool.schedule(function, args=arguments, timeout=self.seconds)
-        # A request is cancelled only when the server ends, which ends its job too.
+        # A request is cancelled only when the server ends, and that ends its job too.
         loop, done = asyncio.get_running_loop(), asyncio.Event()
         job.add_done_callback(lambda _: loop.is_closed() or loop.call_soon_threadsafe(done.set))
         await done.wait()
         try:
             return job.result()
-        except (OutOfTime, MemoryError, ProcessExpired, BrokenProcessPool):
+        except (TimeoutError, MemoryError, ProcessExpired, BrokenProcessPool):
             raise Overrun from None
 
     def close(self) -> None:
@@ -84,7 +87,7 @@ class Pool:
 
 
 def _load_packages() -> None:
-    """Start the process that others are forked from; before Python 3.14 it finds modules only through PYTHONPATH."""
+    """Start the process that workers are forked from; before Python 3.14, it finds modules only through PYTHONPATH."""
     forkserver.set_forkserver_preload(LOADED)
     source = str(Path(__file__).resolve().parents[1])
     earlier = os.environ.get("PYTHONPATH")
@@ -99,14 +102,13 @@ def _load_packages() -> None:
 
 
 def _begin(memory: int) -> None:
-    """Prepare a process: limit its memory, and use one thread, since processes are many."""
+    """Prepare a process: limit its memory, and use one thread, because several processes share the cores."""
     import resource
 
     import torch
 
-    signal.signal(
-        signal.SIGTERM, signal.SIG_DFL
-    )  # Pebble's handler would wait for the decoder to return
+    # Pebble's own handler would wait for the decoder to return.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_server, daemon=True).start()
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would contain a user's image
@@ -118,7 +120,7 @@ def _begin(memory: int) -> None:
 
 
 def _end_with_server() -> None:
-    """End this process when the server is gone, even if that was killed while a job is under way."""
+    """Exit this process when the server ends, even if the server is killed during a job."""
     server = multiprocessing.parent_process()
     if server is not None:
         server.join()

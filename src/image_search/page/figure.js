@@ -1,15 +1,15 @@
-// A figure of a question and its answers, as for a paper: an SVG that holds all of its images, and the same as a PNG.
+// A figure of a query and its results, as for a paper: an SVG that contains all of its images, or a PNG of it.
 import { asUrl } from "./server.js";
 import { t } from "./words.js";
 
 const SVG = "http://www.w3.org/2000/svg";
-const SIDE = 160; // of the place of an image; all lengths are in pixels of the SVG
+const SIDE = 160; // of an image; all lengths are in pixels of the SVG
 const GAP = 12;
 const SEAM = 4; // between references
 const LINE = 18;
 const COLUMNS = 6;
 const FONT = { "font-family": "Arial, Helvetica, sans-serif", "font-size": 14, fill: "#000" };
-const SHARPNESS = 3; // pixels of the PNG in one of the SVG
+const SHARPNESS = 3; // pixels of the PNG per pixel of the SVG
 
 function node(tag, attributes, ...children) {
   const made = document.createElementNS(SVG, tag);
@@ -18,14 +18,14 @@ function node(tag, attributes, ...children) {
   return made;
 }
 
-// An image at its place; nothing in it where the server has no such image any more.
+// Returns an image element, which is empty if the server no longer has the image.
 async function placed(address, x, y, side = SIDE) {
-  const answer = await fetch(address).catch(() => null);
-  const href = answer?.ok ? await asUrl(await answer.blob()) : "data:,";
+  const response = await fetch(address).catch(() => null);
+  const href = response?.ok ? await asUrl(await response.blob()) : "data:,";
   return node("image", { href, x, y, width: side, height: side });
 }
 
-// The lines of a text, each about as wide as SIDE at most.
+// Splits a text into lines, each at most about as wide as SIDE.
 function wrapped(text) {
   const pen = document.createElement("canvas").getContext("2d");
   pen.font = `${FONT["font-size"]}px ${FONT["font-family"]}`;
@@ -33,7 +33,8 @@ function wrapped(text) {
   return text.match(new RegExp(`.{1,${most}}(?=\\s|$)|\\S{1,${most}}`, "gu")).map((line) => line.trim());
 }
 
-// The SVG as text. references, less: addresses of images; less may be null. lists: { title, answers: [{ address, isTarget }] }.
+// Returns the SVG as text. references, less: addresses of images; less may be null.
+// lists: { title, results: [{ address, isTarget }] }.
 export async function figure({ references, text, less, lists }) {
   const parts = [];
   const write = (lines, x, y, how = {}) => {
@@ -54,9 +55,9 @@ export async function figure({ references, text, less, lists }) {
   }
   const left = SIDE + 2 * GAP;
   let top = 0;
-  for (const { title, answers } of lists) {
+  for (const { title, results } of lists) {
     if (lists.length > 1) top = write([title], left, top, { "font-weight": "bold" });
-    answers.forEach(({ address, isTarget }, at) => {
+    results.forEach(({ address, isTarget }, at) => {
       const x = left + (at % COLUMNS) * (SIDE + GAP);
       const y = top + Math.floor(at / COLUMNS) * (SIDE + LINE + GAP);
       parts.push(placed(address, x, y));
@@ -64,9 +65,9 @@ export async function figure({ references, text, less, lists }) {
       if (isTarget) parts.push(node("rect", outline));
       write([at + 1], x + SIDE / 2, y + SIDE, { "text-anchor": "middle" });
     });
-    top += Math.ceil(answers.length / COLUMNS) * (SIDE + LINE + GAP);
+    top += Math.ceil(results.length / COLUMNS) * (SIDE + LINE + GAP);
   }
-  const columns = Math.min(COLUMNS, Math.max(...lists.map(({ answers }) => answers.length)));
+  const columns = Math.min(COLUMNS, Math.max(...lists.map(({ results }) => results.length)));
   const size = { width: left + columns * (SIDE + GAP) + GAP, height: Math.max(height, top) + 2 * GAP };
   const corner = { x: -GAP, y: -GAP };
   const paper = node("rect", { ...corner, ...size, fill: "#fff" });

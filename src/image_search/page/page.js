@@ -1,32 +1,32 @@
-// The search page. All that is shown is made of text nodes and attributes, never of HTML, so that no name or text of
-// anybody is run. What the page shows is told by `state`, of which each entry of the browser's history has one: so
-// undo is the browser's way back, and a link or a reload opens the same question again.
+// The search page. Its content consists of text nodes and attributes, never of parsed HTML, so no file name or text can
+// run as code. The content is determined by `state`, and each entry of the browser's history contains one state:
+// undo is the browser's back button, and a link or a reload opens the same query again.
 import { asPng, figure } from "./figure.js";
 import { bringBack, json, search, takeUpload, uploadedPicture } from "./server.js";
 import { grouped, t, translate } from "./words.js";
 
 const MOST_STEPS = 50;
-const LOOKED_EVERY = 15000; // ms, whether the server still answers
-const OFFERED = 24; // references
+const LOOKED_EVERY = 15000; // ms between checks that the server still responds
+const OFFERED = 24; // number of images to choose a reference from
 const EXAMPLES = 4;
-const ROW = "application/x-row"; // what is dragged of the page's own images
+const ROW = "application/x-row"; // data type of an image dragged from the page itself
 const TITLES = { sum: "Sum", image: "Image only", text: "Text only" };
-const SHARES = { image: 0, text: 1 }; // of the text, where one of both is asked with alone
+const SHARES = { image: 0, text: 1 }; // weight of the text in a search by image only or text only
 
-// steps: what was asked, and last references that were not asked with yet, whose `how` is null. A reference is
-// { row, upload, name }, and so is `less` of a step: an image that results are to look less like. target: the row that
-// is looked for. large: { list, place } of the answer that is shown large. depth: entries of the history before this.
+// steps: the queries so far; the last step may contain references that were not searched with yet, and its `how` is
+// null. A reference is { row, upload, name }, as is the `less` of a step: an image that results should resemble less.
+// target: row of the target. large: { list, index } of the enlarged result. depth: number of earlier history entries.
 const START = { steps: [], depth: 0, target: null, large: null };
 
 let health = {
-  server: "", composes: "sum", images: 0, k: 12, most: 12, references: 1, kinds: [], filters: false, experts: [],
+  server: "", composes: "sum", images: 0, k: 12, max_k: 12, max_references: 1, kinds: [], filters: false, experts: [],
 };
 let state = START;
-let shownKey = ""; // of the answers that are on the page
-let shown = []; // those answers, in lists
-let isAdding = false; // whether files that are picked are added to the references
-let asking = 0; // the number of the last question; what comes of earlier ones is dropped
-const answersOf = new Map(); // question in JSON -> answers, for the way back
+let shownKey = ""; // key of the query whose results are on the page
+let shown = []; // lists of results on the page
+let isAdding = false; // whether picked files are added to the references or replace them
+let searches = 0; // number of the latest search; results of earlier searches are discarded
+const resultsOf = new Map(); // query as JSON -> lists of results, for the back button
 
 const $ = (id) => document.getElementById(id);
 
@@ -36,7 +36,7 @@ function element(tag, properties = {}, ...children) {
   return made;
 }
 
-// What is said
+// Messages
 
 function toast(message, action = null) {
   const same = [...$("toasts").children].find((other) => other.firstChild.textContent === message);
@@ -59,8 +59,8 @@ function tell(work) {
 
 function noticeRestart(server) {
   if (!health.server || server === health.server) return;
-  const reload = { name: t("Load again"), run: () => location.reload() };
-  toast(t("The server was restarted: its images may have other numbers now."), reload);
+  const reload = { name: t("Reload"), run: () => location.reload() };
+  toast(t("The server was restarted: its images may have different numbers now."), reload);
 }
 
 async function look() {
@@ -72,11 +72,11 @@ const picture = (row, size = "small") => `image/${row}?size=${size}&of=${health.
 // Steps
 
 const last = () => state.steps.at(-1);
-const lastAsked = (of) => of.steps.findLast((step) => step.how);
+const lastQuery = (of) => of.steps.findLast((step) => step.how);
 const chosen = () => last()?.references ?? [];
 const isChosen = (photo) => chosen().some(({ row }) => row === photo.row);
 const isRow = (text) => /^\d{1,19}$/.test(text);
-// Whether the slider leans the Combiner's gate.
+// Returns whether the slider shifts the Combiner's gate.
 const leans = (method) => method === "pair" && health.composes === "combiner";
 const isPending = () => Boolean(last()) && !last().how;
 
@@ -107,7 +107,7 @@ function addressOf(of) {
   return text ? `?${text}` : location.pathname;
 }
 
-// Makes another state the page's, as a new entry of the history or in place of the last.
+// Shows another state, as a new entry of the history or in place of the current entry.
 function go(next, replaces = false) {
   const made = { ...next, depth: replaces ? state.depth : state.depth + 1 };
   if (replaces) history.replaceState(made, "", addressOf(made));
@@ -116,7 +116,7 @@ function go(next, replaces = false) {
   return show();
 }
 
-// References that were not asked with give way to the next ones. The large view is left with them.
+// Chooses references, which replace references that were not searched with, and closes the enlarged result.
 function choose(references, text = $("text").value, less = last()?.less) {
   const kept = isPending() ? state.steps.slice(0, -1) : state.steps;
   const steps = [...kept, { references, less, text, how: null }].slice(-MOST_STEPS);
@@ -126,10 +126,10 @@ function choose(references, text = $("text").value, less = last()?.less) {
   return go({ ...state, steps, large: null }, replaces);
 }
 
-// As many images as there is room for beside references that stay.
+// Returns the first images, as many as can be added to the references that stay.
 function fitting(images, kept) {
-  const room = Math.max(0, health.references - kept.length);
-  if (images.length > room) toast(t("at most {0} references: remove one to add another", health.references));
+  const room = Math.max(0, health.max_references - kept.length);
+  if (images.length > room) toast(t("at most {0} references: remove one to add another", health.max_references));
   return images.slice(0, room);
 }
 
@@ -144,34 +144,34 @@ function chosenHow() {
   const how = { method, without: $("without").checked, filter: $("filter").value.trim() };
   const share = Number($("mix").value) / 100;
   if (method === "sum") how.mix = share;
-  if (leans(method) && share !== 0.5) how.lean = share; // in the middle it is as trained
+  if (leans(method) && share !== 0.5) how.lean = share; // in the middle, the gate is as trained
   return how;
 }
 
-// Asks, and goes on to the answers. A question that fails leaves the page, and what was typed, as it was.
-async function ask({
+// Searches, and shows the results. If the search fails, the page and the typed text stay unchanged.
+async function runSearch({
   text = $("text").value.trim(), less = last()?.less, replaces = isPending(), target = state.target,
 } = {}) {
   const step = { references: chosen(), less, text, how: chosenHow() };
   const next = { ...state, target, large: null, steps: [...state.steps.slice(0, -1), step] };
-  const number = (asking += 1);
+  const number = (searches += 1);
   try {
-    await answersTo(step, target);
-    if (number !== asking) return;
+    await resultsFor(step, target);
+    if (number !== searches) return;
     const isSame = last()?.how && keyOf(last(), state.target) === keyOf(step, target);
     await go(next, replaces || isSame);
   } catch (error) {
-    if (number !== asking) return;
+    if (number !== searches) return;
     toast(error.message);
     shownKey = "";
     await show();
   }
 }
 
-// Questions
+// Queries
 
-// What is asked of the server: the composed list, others, or several side by side. Without a text or without a
-// reference there is one way to ask, whatever was chosen.
+// Returns the lists of results to request: one list, or several to show side by side. Without a text or without a
+// reference, there is only one way to search, whatever method was chosen.
 function listsOf({ references, text, how }) {
   const alone = (method) => ({ key: method, title: t(TITLES[method]), mix: SHARES[method] });
   if (!references.length && !text) throw new Error(t("type what to look for, or choose an image"));
@@ -183,8 +183,8 @@ function listsOf({ references, text, how }) {
   return how.method === "sum" ? [{ key: "sum", title: t("Sum"), mix: how.mix }] : [alone(how.method)];
 }
 
-// The answers of a list, as many as the server gives or `k`.
-function found(step, target, { list, k }) {
+// Requests the results of a list: k of them, or the server's default number if k is null.
+function fetchResults(step, target, { list, k }) {
   const fields = { mix: list.mix, text: list.mix === 0 ? null : step.text, k, target };
   const references = list.mix === 1 ? [] : step.references;
   fields.row = references.flatMap(({ row }) => row ?? []);
@@ -199,23 +199,23 @@ function found(step, target, { list, k }) {
 
 const keyOf = (step, target) => JSON.stringify([step, target]);
 
-async function answersTo(step, target) {
+async function resultsFor(step, target) {
   const key = keyOf(step, target);
-  if (answersOf.has(key)) return answersOf.get(key);
+  if (resultsOf.has(key)) return resultsOf.get(key);
   const lists = listsOf(step);
   showSkeletons(lists);
   const begun = performance.now();
-  // The server answers the lists of one question together.
-  const answered = await Promise.all(lists.map((list) => found(step, target, { list, k: null })));
+  // The server computes the lists of one query in one batch.
+  const fetched = await Promise.all(lists.map((list) => fetchResults(step, target, { list, k: null })));
   const ms = Math.round(performance.now() - begun);
-  noticeRestart(answered[0].server);
-  const made = lists.map((list, place) => ({ ...list, ...answered[place], ms, isWhole: lists.length > 1 }));
-  answersOf.set(key, made);
-  if (answersOf.size > MOST_STEPS) answersOf.delete(answersOf.keys().next().value);
+  noticeRestart(fetched[0].server);
+  const made = lists.map((list, index) => ({ ...list, ...fetched[index], ms, isWhole: lists.length > 1 }));
+  resultsOf.set(key, made);
+  if (resultsOf.size > MOST_STEPS) resultsOf.delete(resultsOf.keys().next().value);
   return made;
 }
 
-// All that the server gives of the answers that are shown, once.
+// Shows all results that the server returns for the query on the page, once.
 async function showFurther() {
   const [list] = shown;
   if (!list || list.isWhole) return;
@@ -223,12 +223,12 @@ async function showFurther() {
   $("further").hidden = true;
   const key = shownKey;
   try {
-    const { answers } = await found(lastAsked(state), state.target, { list, k: health.most });
-    const added = answers.slice(list.answers.length);
-    list.answers = answers;
+    const { results } = await fetchResults(lastQuery(state), state.target, { list, k: health.max_k });
+    const added = results.slice(list.results.length);
+    list.results = results;
     if (key !== shownKey) return;
-    const first = answers.length - added.length;
-    $("results").append(...added.map((answer, place) => cardOf(answer, { place: first + place, list: 0 })));
+    const first = results.length - added.length;
+    $("results").append(...added.map((result, index) => cardOf(result, { index: first + index, list: 0 })));
     showMeasured();
     narrow();
   } catch (error) {
@@ -238,7 +238,7 @@ async function showFurther() {
   }
 }
 
-// What the page shows
+// Content of the page
 
 async function show() {
   const step = last();
@@ -248,29 +248,29 @@ async function show() {
   showHow(step?.how);
   $("undo").disabled = state.depth === 0;
   $("past").hidden = !step && state.depth === 0;
-  const asked = lastAsked(state);
+  const query = lastQuery(state);
   $("start").hidden = Boolean(step) || !health.examples;
-  document.title = [asked?.text, t("Composed image retrieval")].filter(Boolean).join(" · ");
-  const key = asked ? keyOf(asked, state.target) : "";
+  document.title = [query?.text, t("Composed image retrieval")].filter(Boolean).join(" · ");
+  const key = query ? keyOf(query, state.target) : "";
   if (key !== shownKey) {
-    const number = (asking += 1);
+    const number = (searches += 1);
     shownKey = key;
-    $("choosing").open = !asked;
+    $("choosing").open = !query;
     try {
-      const lists = asked ? await answersTo(asked, state.target) : [];
-      if (number !== asking) return;
-      showAnswers(lists);
+      const lists = query ? await resultsFor(query, state.target) : [];
+      if (number !== searches) return;
+      showResults(lists);
     } catch (error) {
-      if (number !== asking) return;
-      showAnswers([]);
+      if (number !== searches) return;
+      showResults([]);
       toast(error.message);
     }
   }
   showLarge();
 }
 
-// The references, each with its button. What had the focus hands it on to what has its place, counted from the end, as
-// the tile that adds one is the last.
+// Shows the references, each with its button. If a button had the focus, the button that is now at its position has it,
+// counted from the end, because the last tile is the one that adds a reference.
 function showReferences(references) {
   const buttons = () => [...$("reference").querySelectorAll("button")].reverse();
   const held = buttons().indexOf(document.activeElement);
@@ -289,14 +289,14 @@ function nothingChosen() {
 
 function mosaicOf(references) {
   const isSeveral = references.length > 1;
-  const tiles = references.map((reference, place) => {
+  const tiles = references.map((reference, index) => {
     const remove = element("button", { className: "corner", type: "button", textContent: "×" });
     remove.title = t("Remove {0}", reference.name);
     remove.setAttribute("aria-label", remove.title);
-    remove.onclick = () => choose(references.toSpliced(place, 1));
+    remove.onclick = () => choose(references.toSpliced(index, 1));
     return element("li", { title: reference.name }, referenceImage(reference), remove);
   });
-  if (references.length < health.references) {
+  if (references.length < health.max_references) {
     const another = element("button", { id: "add", type: "button", textContent: "+", onclick: () => pickFiles(true) });
     another.title = t("Add a reference: upload it, or drop or paste it here");
     another.setAttribute("aria-label", another.title);
@@ -313,7 +313,7 @@ function referenceImage(reference, size) {
   return element("img", { src: pictureOf(reference, size), alt: t("Reference: {0}", reference.name) });
 }
 
-// The image that answers are to look less like, which is taken off by its button.
+// Shows the image that results should resemble less, with a button to remove it.
 function showLess(step) {
   const less = step?.less;
   $("less").hidden = !less;
@@ -321,17 +321,17 @@ function showLess(step) {
   if (!less) return;
   const image = element("img", { src: pictureOf(less), alt: "" });
   const words = element("span", { textContent: t("Less like {0}", less.name), title: less.name });
-  const leave = element("button", { type: "button", textContent: "×", title: t("Forget it") });
-  leave.setAttribute("aria-label", `${leave.title}: ${words.textContent}`);
-  leave.onclick = () => {
-    if (step.how) ask({ text: step.text, less: null });
+  const remove = element("button", { type: "button", textContent: "×", title: t("Remove") });
+  remove.setAttribute("aria-label", `${remove.title}: ${words.textContent}`);
+  remove.onclick = () => {
+    if (step.how) runSearch({ text: step.text, less: null });
     else choose(step.references, $("text").value, null);
   };
-  $("less").replaceChildren(image, words, leave);
+  $("less").replaceChildren(image, words, remove);
 }
 
 function showSteps() {
-  const items = state.steps.map((step, place) => {
+  const items = state.steps.map((step, index) => {
     const parts = step.references.map((image) => element("img", { src: pictureOf(image), alt: image.name }));
     const less = step.less && t("Less like {0}", step.less.name);
     const words = [step.text ? `“${step.text}”` : t("more like this"), less].filter(Boolean).join(" · ");
@@ -340,7 +340,7 @@ function showSteps() {
     back.title = t("Back to: {0}", step.how ? words : namesOf(step.references));
     back.onclick = () => {
       $("text").value = step.text;
-      go({ ...state, large: null, steps: state.steps.slice(0, place + 1) }, place === state.steps.length - 1);
+      go({ ...state, large: null, steps: state.steps.slice(0, index + 1) }, index === state.steps.length - 1);
     };
     return element("li", {}, back);
   });
@@ -364,11 +364,11 @@ function showHow(how) {
 }
 
 function showSkeletons(lists) {
-  $("answers").hidden = false;
+  $("results-section").hidden = false;
   $("choosing").open = false;
   $("start").hidden = true;
-  const { top } = $("answers").getBoundingClientRect();
-  if (top < 0 || top > innerHeight / 2) $("answers").scrollIntoView();
+  const { top } = $("results-section").getBoundingClientRect();
+  if (top < 0 || top > innerHeight / 2) $("results-section").scrollIntoView();
   for (const id of ["note", "measured", "kept"]) $(id).textContent = "";
   $("within").value = "";
   $("further").hidden = true;
@@ -381,65 +381,65 @@ function showSkeletons(lists) {
 
 function showLists(lists, cardsOf) {
   $("lists").classList.toggle("side-by-side", lists.length > 1);
-  const made = lists.map((list, place) => {
-    const id = place ? `results-${list.key}` : "results";
-    const grid = element("ol", { className: "grid results", id }, ...cardsOf(list, place));
+  const made = lists.map((list, index) => {
+    const id = index ? `results-${list.key}` : "results";
+    const grid = element("ol", { className: "grid results", id }, ...cardsOf(list, index));
     const title = lists.length > 1 ? [element("h3", { textContent: list.title })] : [];
     return element("section", { className: "list" }, ...title, grid);
   });
   $("lists").replaceChildren(...made);
 }
 
-function showAnswers(lists) {
+function showResults(lists) {
   shown = lists;
   $("lists").removeAttribute("aria-busy");
-  $("answers").hidden = !lists.length;
+  $("results-section").hidden = !lists.length;
   $("within").value = "";
-  showLists(lists, (list, place) => list.answers.map((answer, at) => cardOf(answer, { place: at, list: place })));
+  showLists(lists, (list, at) => list.results.map((result, index) => cardOf(result, { index, list: at })));
   $("note").textContent = [...new Set([unused(lists), ...lists.map((list) => list.note)])].filter(Boolean).join(" ");
-  $("further").hidden = !lists.length || lists[0].isWhole || lists[0].answers.length < health.k;
+  $("further").hidden = !lists.length || lists[0].isWhole || lists[0].results.length < health.k;
   showMeasured();
   showExperts(lists[0]);
   showTarget();
   narrow();
-  if (lists.length) say(lists.map((list) => t("{0} answers, {1}", list.answers.length, list.title)).join("; "));
+  if (lists.length) say(lists.map((list) => t("{0} results, {1}", list.results.length, list.title)).join("; "));
 }
 
-// What a visitor has given and chosen not to ask with.
+// Returns a note on a text or references that the chosen method does not use.
 function unused(lists) {
-  const asked = lastAsked(state);
+  const query = lastQuery(state);
   if (lists.length !== 1) return "";
-  if (lists[0].mix === 0 && asked.text) return t("Asked with the image only: your words were not used.");
-  return lists[0].mix === 1 && asked.references.length ? t("Asked with the text only: no reference was used.") : "";
+  if (lists[0].mix === 0 && query.text) return t("Searched with the image only: your text was not used.");
+  return lists[0].mix === 1 && query.references.length ? t("Searched with the text only: no reference was used.") : "";
 }
 
 function showMeasured() {
   const [list] = shown;
   if (!list) return;
-  const values = [list.answers.length, health.images, list.ms].map(grouped);
+  const values = [list.results.length, health.images, list.ms].map(grouped);
   $("measured").textContent = t("{0} of {1} images, {2} ms", ...values);
 }
 
-// The card of an answer.
-function cardOf(answer, at) {
+// Returns the card of a result; at: its { list, index }.
+function cardOf(result, at) {
   const of = shown[at.list];
-  const place = t("{0} of {1}", at.place + 1, of.answers.length);
-  const called = shown.length > 1 ? `${place}, ${of.title}` : place;
-  const card = photoCard(answer, t("Answer {0}: {1}", called, answer.name), () => choose([referenceOf(answer)], ""));
-  card.querySelector(".pick").title = t("Go on from it");
+  const rank = t("{0} of {1}", at.index + 1, of.results.length);
+  const called = shown.length > 1 ? `${rank}, ${of.title}` : rank;
+  const card = photoCard(result, t("Result {0}: {1}", called, result.name), () => choose([referenceOf(result)], ""));
+  card.querySelector(".pick").title = t("Continue from this result");
   const enlarge = element("button", { className: "corner enlarge", type: "button", textContent: "⤢" });
-  enlarge.title = t("Open large");
-  enlarge.setAttribute("aria-label", t("Open answer {0} large: {1}", called, answer.name));
+  enlarge.title = t("Enlarge");
+  enlarge.setAttribute("aria-label", t("Enlarge result {0}: {1}", called, result.name));
   enlarge.onclick = () => go({ ...state, large: at });
-  const number = element("span", { className: "quiet", textContent: `${at.place + 1}. ${answer.similarity.toFixed(3)} ` });
+  const number = element("span", { className: "quiet", textContent: `${at.index + 1}. ${result.similarity.toFixed(3)} ` });
   card.querySelector(".pick").after(enlarge);
-  card.append(element("p", { className: "caption", title: answer.name }, number, answer.name));
-  card.dataset.path = answer.path.toLowerCase();
-  card.classList.toggle("target", answer.row === state.target);
+  card.append(element("p", { className: "caption", title: result.name }, number, result.name));
+  card.dataset.path = result.path.toLowerCase();
+  card.classList.toggle("target", result.row === state.target);
   return card;
 }
 
-// Hides the answers whose path has not what is typed, of all that the server gives.
+// Hides the results whose path does not contain the typed text.
 function narrow() {
   const wanted = $("within").value.trim().toLowerCase();
   const cards = [...document.querySelectorAll("#lists .card:not(.skeleton)")];
@@ -448,23 +448,23 @@ function narrow() {
   $("kept").value = wanted ? t("{0} of the nearest {1}", kept, cards.length) : "";
 }
 
-// What the gate and the experts did, in sentences and in bars.
+// Shows the gate and the weights of the experts, in sentences and as bars.
 function showExperts(list) {
   const isKnown = Boolean(list) && list.gate !== null;
   $("experts").hidden = !isKnown;
   if (!isKnown) return;
   const words = Math.round(100 * list.gate);
-  const follow = lastAsked(state).references.length > 1
+  const follow = lastQuery(state).references.length > 1
     ? "The results follow your words to {0} % and the references to {1} %."
     : "The results follow your words to {0} % and the reference to {1} %.";
   const said = [t(follow, words, 100 - words)];
   const working = list.experts.filter((share) => share > 0).length;
-  const others = "{0} of {1} experts worked on this question. The others rest: every question goes to the {0} that suit it best.";
+  const others = "{0} of {1} experts worked on this query. The others rest: every query is routed to the {0} that suit it best.";
   if (working < list.experts.length) said.push(t(others, working, list.experts.length));
-  const idle = health.experts.flatMap((expert, place) => (expert.is_idle ? [place + 1] : []));
-  if (idle.length) said.push(t("Idle, as no question went to them when they were measured: experts {0}.", idle.join(", ")));
+  const idle = health.experts.flatMap((expert, index) => (expert.is_idle ? [index + 1] : []));
+  if (idle.length) said.push(t("Idle, because no query was routed to them when they were measured: experts {0}.", idle.join(", ")));
   $("why").textContent = said.join(" ");
-  const shares = [[t("your words"), list.gate], ...list.experts.map((share, place) => [calledExpert(place), share])];
+  const shares = [[t("your words"), list.gate], ...list.experts.map((share, index) => [calledExpert(index), share])];
   const bars = shares.flatMap(([name, share]) => {
     const bar = element("i");
     bar.style.width = `${Math.round(100 * share)}%`;
@@ -474,62 +474,62 @@ function showExperts(list) {
   $("bars").replaceChildren(...bars);
 }
 
-// An expert by its number, and by what it takes where that is known.
-function calledExpert(place) {
-  const called = t("expert {0}", place + 1);
-  const takes = health.experts[place]?.takes || [];
+// Returns the number of an expert, and the words of its typical queries if they are known.
+function calledExpert(index) {
+  const called = t("expert {0}", index + 1);
+  const takes = health.experts[index]?.takes || [];
   return takes.length ? `${called}: ${takes.join(", ")}` : called;
 }
 
-// Where the image that is looked for stands in each list, once a visitor has said which it is.
+// Shows the rank of the target in each list, if the user has marked a target.
 function showTarget() {
   if (state.target === null) return;
   document.querySelectorAll(".list").forEach((section, at) => {
-    const { place } = shown[at];
-    const isFound = place !== null;
+    const { rank } = shown[at];
+    const isFound = rank !== null;
     const where = isFound
-      ? t("The target is at place {0} of {1}", grouped(place), grouped(health.images))
-      : t("The target is not among the first {0}", grouped(health.places));
-    const forget = element("button", { type: "button", className: "forget", textContent: t("Forget it") });
+      ? t("The target is at rank {0} of {1}", grouped(rank), grouped(health.images))
+      : t("The target is not among the first {0}", grouped(health.rank_depth));
+    const forget = element("button", { type: "button", className: "forget", textContent: t("Remove target") });
     forget.onclick = () => go({ ...state, target: null });
-    section.querySelector(".grid").before(element("p", { className: "place" }, element("span", { textContent: where }), forget));
+    section.querySelector(".grid").before(element("p", { className: "rank" }, element("span", { textContent: where }), forget));
   });
 }
 
-// The large view: an answer beside its references.
+// The enlarged result, next to its references
 
-const enlarged = () => shown[state.large?.list]?.answers[state.large.place];
+const enlarged = () => shown[state.large?.list]?.results[state.large.index];
 
 function showLarge() {
-  const answer = enlarged();
-  if (!answer) return $("large").close();
+  const result = enlarged();
+  if (!result) return $("large").close();
   const list = shown[state.large.list];
-  const { references } = lastAsked(state);
+  const { references } = lastQuery(state);
   $("large-reference").hidden = !references.length;
-  $("large-asked").replaceChildren(...references.map((reference) => referenceImage(reference, "large")));
-  $("large-asked").classList.toggle("several", references.length > 1);
+  $("large-reference-images").replaceChildren(...references.map((reference) => referenceImage(reference, "large")));
+  $("large-reference-images").classList.toggle("several", references.length > 1);
   $("large-called").textContent = t(references.length > 1 ? "References" : "Reference");
-  $("also").hidden = !chosen().length || chosen().length >= health.references || isChosen(answer);
-  $("large-image").src = picture(answer.row, "large");
-  $("large-image").alt = answer.name;
-  $("large-name").textContent = answer.name;
-  const place = state.large.place + 1;
-  $("large-about").textContent = t("Place {0}, {1}, similarity {2}", place, list.title, answer.similarity.toFixed(4));
-  $("large-path").textContent = answer.path;
-  $("target").textContent = t(answer.row === state.target ? "I look for this no more" : "This is what I look for");
-  $("download").href = picture(answer.row, "large");
-  $("download").download = `${answer.name.replace(/\.\w+$/, "")}.jpg`;
-  $("previous").disabled = place === 1;
-  $("next").disabled = place === list.answers.length;
+  $("also").hidden = !chosen().length || chosen().length >= health.max_references || isChosen(result);
+  $("large-image").src = picture(result.row, "large");
+  $("large-image").alt = result.name;
+  $("large-name").textContent = result.name;
+  const rank = state.large.index + 1;
+  $("large-about").textContent = t("Rank {0}, {1}, similarity {2}", rank, list.title, result.similarity.toFixed(4));
+  $("large-path").textContent = result.path;
+  $("target").textContent = t(result.row === state.target ? "Remove target" : "Mark as target");
+  $("download").href = picture(result.row, "large");
+  $("download").download = `${result.name.replace(/\.\w+$/, "")}.jpg`;
+  $("previous").disabled = rank === 1;
+  $("next").disabled = rank === list.results.length;
   if (!$("large").open) $("large").showModal();
 }
 
 function turn(by) {
-  const large = { ...state.large, place: state.large.place + by };
-  if (shown[large.list].answers[large.place]) go({ ...state, large }, true);
+  const large = { ...state.large, index: state.large.index + by };
+  if (shown[large.list].results[large.index]) go({ ...state, large }, true);
 }
 
-// Leaves the entry of the history that the large view is.
+// Closes the enlarged result and leaves its entry of the history.
 function closeLarge() {
   if (!state.large) return;
   $("large").close();
@@ -543,9 +543,9 @@ async function copyPath() {
     $("copy").textContent = t("Copied");
     setTimeout(() => ($("copy").textContent = t("Copy path")), 1500);
   } catch {
-    // Browsers copy on pages of this machine or by https alone.
+    // Browsers allow copying only on pages from this machine or over HTTPS.
     getSelection().selectAllChildren($("large-path"));
-    toast(t("the browser does not let the page copy: the path is selected, copy it by Ctrl+C"));
+    toast(t("the browser does not let the page copy: the path is selected, copy it with Ctrl+C"));
   }
 }
 
@@ -571,8 +571,8 @@ function waitingCards(count) {
 
 async function offer() {
   const photos = await json(`some?count=${OFFERED}`);
-  const cards = photos.map((photo, place) => {
-    const alt = t("Image {0} of {1}: {2}", place + 1, photos.length, photo.name);
+  const cards = photos.map((photo, index) => {
+    const alt = t("Image {0} of {1}: {2}", index + 1, photos.length, photo.name);
     return photoCard(photo, alt, () => choose([referenceOf(photo)]));
   });
   $("choice").replaceChildren(...cards);
@@ -582,7 +582,7 @@ async function offerExamples() {
   const cards = (await json(`examples?count=${EXAMPLES}`)).map(({ reference, text, target }) => {
     const start = async () => {
       await choose([referenceOf(reference)], text);
-      await ask({ target: target.row });
+      await runSearch({ target: target.row });
     };
     const card = photoCard(reference, t("Example: {0}, “{1}”", reference.name, text), start);
     card.append(element("p", { textContent: `“${text}”`, title: text }));
@@ -591,14 +591,14 @@ async function offerExamples() {
   $("examples").replaceChildren(...cards);
 }
 
-// What the visitor does
+// Actions of the user
 
 function pickFiles(adds) {
   isAdding = adds;
   $("file").click();
 }
 
-// Files become references, beside those that are there or in their place. What cannot be taken is told of each.
+// Adds files to the references, or replaces the references with them. Each invalid file is reported.
 async function takeFiles(files, adds) {
   const taken = fitting([...files], adds ? chosen() : []);
   $("reference").setAttribute("aria-busy", "true");
@@ -612,7 +612,7 @@ async function takeFiles(files, adds) {
   return choose(adds ? [...chosen(), ...references] : references);
 }
 
-// Whether what is dropped or pasted is for the tile that adds a reference: elsewhere it takes the place of all.
+// Returns whether an image was dropped or pasted on the tile that adds a reference; elsewhere, it replaces all.
 const isAdded = (event) => Boolean(event.target.closest?.("#add"));
 
 function takeDropped(event) {
@@ -623,7 +623,7 @@ function takeDropped(event) {
   if (own && isAdded(event)) add(JSON.parse(own));
   else if (own) choose([JSON.parse(own)]);
   else if (files.length) takeFiles(files, isAdded(event));
-  else toast(t("only files and images of this page are taken: nothing is fetched from an address"));
+  else toast(t("only files and images from this page are accepted: URLs are not fetched"));
 }
 
 function moveInGrid(event) {
@@ -652,9 +652,9 @@ function press(event) {
   }
 }
 
-function askAgain() {
+function searchAgain() {
   showHow(null);
-  if (last()?.how) ask({ text: last().text, replaces: true });
+  if (last()?.how) runSearch({ text: last().text, replaces: true });
 }
 
 function save(content, name) {
@@ -663,22 +663,22 @@ function save(content, name) {
   URL.revokeObjectURL(link.href);
 }
 
-function exportAnswers() {
-  const { text, less, how, ...asked } = lastAsked(state);
-  const lists = shown.map(({ title, place, answers }) => ({ asked_with: title, place_of_target: place, answers }));
-  const references = asked.references.map(({ name, row }) => ({ name, row }));
-  const question = { references, less: less?.name ?? null, less_row: less?.row ?? null, text, ...how };
-  const written = JSON.stringify({ ...question, target: state.target, lists }, null, 2);
-  save(new Blob([written], { type: "application/json" }), "answers.json");
+function exportResults() {
+  const { references: chosenReferences, text, less, how } = lastQuery(state);
+  const lists = shown.map(({ title, rank, results }) => ({ searched_with: title, rank_of_target: rank, results }));
+  const references = chosenReferences.map(({ name, row }) => ({ name, row }));
+  const query = { references, less: less?.name ?? null, less_row: less?.row ?? null, text, ...how };
+  const written = JSON.stringify({ ...query, target: state.target, lists }, null, 2);
+  save(new Blob([written], { type: "application/json" }), "results.json");
 }
 
-// What was asked with and as many answers as come at first, as a picture of one of two kinds.
+// Saves a picture, "png" or "svg", of the query and the first results.
 async function exportFigure(kind) {
-  const { references, text, less } = lastAsked(state);
+  const { references, text, less } = lastQuery(state);
   const [{ mix }] = shown;
-  const lists = shown.map(({ title, answers }) => {
-    const first = answers.slice(0, health.k);
-    return { title, answers: first.map(({ row }) => ({ address: picture(row), isTarget: row === state.target })) };
+  const lists = shown.map(({ title, results }) => {
+    const first = results.slice(0, health.k);
+    return { title, results: first.map(({ row }) => ({ address: picture(row), isTarget: row === state.target })) };
   });
   const svg = await figure({
     references: mix === 1 ? [] : references.map((reference) => pictureOf(reference)),
@@ -686,7 +686,7 @@ async function exportFigure(kind) {
     less: less ? pictureOf(less) : null,
     lists,
   });
-  save(kind === "png" ? await asPng(svg) : new Blob([svg], { type: "image/svg+xml" }), `answers.${kind}`);
+  save(kind === "png" ? await asPng(svg) : new Blob([svg], { type: "image/svg+xml" }), `results.${kind}`);
 }
 
 function startOver() {
@@ -699,9 +699,9 @@ function startOver() {
 }
 
 function listen() {
-  $("question").onsubmit = (event) => {
+  $("query").onsubmit = (event) => {
     event.preventDefault();
-    ask();
+    runSearch();
   };
   $("undo").onclick = () => history.back();
   $("restart").onclick = startOver;
@@ -710,10 +710,10 @@ function listen() {
     takeFiles($("file").files, isAdding);
     $("file").value = "";
   };
-  for (const id of ["mix", "without", "filter"]) $(id).onchange = askAgain;
+  for (const id of ["mix", "without", "filter"]) $(id).onchange = searchAgain;
   $("method").onchange = () => {
     $("mix").value = 50;
-    askAgain();
+    searchAgain();
   };
   $("away").onclick = () => choose([], $("text").value, chosen()[0]);
   $("mix").oninput = () => showHow(null);
@@ -725,19 +725,19 @@ function listen() {
   document.addEventListener("scroll", () => {
     if (!$("further").hidden && $("further").getBoundingClientRect().top < innerHeight) tell(showFurther());
   });
-  $("export").onclick = exportAnswers;
+  $("export").onclick = exportResults;
   for (const kind of ["png", "svg"]) $(kind).onclick = () => tell(exportFigure(kind));
   $("more").onclick = () => tell(offer());
   $("use").onclick = () => choose([referenceOf(enlarged())], "");
   $("also").onclick = () => add(referenceOf(enlarged()));
   $("alike").onclick = async () => {
     await choose([referenceOf(enlarged())], "");
-    await ask();
+    await runSearch();
   };
   $("unlike").onclick = async () => {
     const less = referenceOf(enlarged());
     await go({ ...state, large: null }, true);
-    await ask({ less, replaces: true });
+    await runSearch({ less, replaces: true });
   };
   $("target").onclick = () => {
     const { row } = enlarged();
@@ -772,22 +772,22 @@ function listen() {
     $("text").value = last()?.text || "";
     show();
   });
-  // What is scrolled to stands below the question, where that stays in view.
+  // On narrow screens the query stays in view; content that is scrolled to appears below it.
   new ResizeObserver(() => {
-    document.documentElement.style.setProperty("--bar", `${$("question").offsetHeight}px`);
-  }).observe($("question"));
+    document.documentElement.style.setProperty("--bar", `${$("query").offsetHeight}px`);
+  }).observe($("query"));
 }
 
-// The question that the page's address holds, as far as this index can answer it.
+// Returns the state in the page's address, without images and filters that this index does not support.
 async function linked() {
   const words = new URLSearchParams(location.search);
   const share = (name) => Math.min(1, Math.max(0, Number(words.get(name) ?? 0.5) || 0));
   const photosOf = async (rows) => {
     const photos = await Promise.all(rows.map((row) => isRow(row) && json(`photo/${row}`).catch(() => null)));
-    if (!photos.every(Boolean)) toast(t("the link names an image that the index does not have: choose another"));
+    if (!photos.every(Boolean)) toast(t("the link refers to an image that is not in the index: choose another"));
     return photos.filter(Boolean).map(referenceOf);
   };
-  const references = await photosOf(words.getAll("row").slice(0, health.references));
+  const references = await photosOf(words.getAll("row").slice(0, health.max_references));
   const [less] = await photosOf(words.getAll("less").slice(0, 1));
   const step = { references, less, how: null };
   step.text = words.get("text")?.trim() || "";
@@ -798,10 +798,10 @@ async function linked() {
   if (leans(method) && words.has("lean")) how.lean = share("lean");
   if (how.filter && !health.filters) {
     how.filter = "";
-    toast(t("this index takes no filter: the link's was left out"));
+    toast(t("this index does not support filters: the filter in the link was ignored"));
   }
-  const isAsked = words.has("text") || method === "image";
-  if (isAsked && (step.text || references.length)) step.how = how;
+  const isQuery = words.has("text") || method === "image";
+  if (isQuery && (step.text || references.length)) step.how = how;
   const target = isRow(words.get("target")) ? words.get("target") : null;
   return step.how || references.length ? { ...START, steps: [step], target } : START;
 }
@@ -828,7 +828,7 @@ async function begin() {
   state = history.state ? { ...START, ...history.state } : await linked();
   history.replaceState(state, "", addressOf(state));
   $("text").value = last()?.text || "";
-  $("choosing").open = !lastAsked(state);
+  $("choosing").open = !lastQuery(state);
   const offered = Promise.all([tell(offer()), health.examples ? tell(offerExamples()) : null]);
   await show();
   await offered;

@@ -1,32 +1,32 @@
-// What the page asks of its server, and the images that a visitor brings along. An image is made small here, sent once,
-// and asked with by the name that the server gives it.
+// Requests to the server, and the user's uploads. An image is scaled down here and sent once; later queries refer to it
+// by the name that the server returned.
 import { t } from "./words.js";
 
-const MOST_TRIES = 5; // where the server has too much to do
-const GONE = 410; // the server does not keep an upload any more
-const LONGEST = 1024; // pixels of an image that is sent; several times what a CLIP sees
-const LIGHT = 300_000; // bytes of an image that is sent as it is
-const QUALITY = 0.92; // of what is made small
+const MOST_TRIES = 5; // while the server, or a proxy in front of it, is overloaded
+const GONE = 410; // status of a query whose upload is no longer stored
+const LONGEST = 1024; // pixels of the longer side of an image that is sent; several times the input size of CLIP
+const LIGHT = 300_000; // maximum bytes of an image that is sent unchanged
+const QUALITY = 0.92; // of images that are scaled down
 
-const uploads = new Map(); // id -> { file, name, picture, upload }: the last is the server's name for it
+const uploads = new Map(); // id -> { file, name, picture, upload }; upload: the server's name for it
 
 async function request(address, options = {}) {
   for (let tries = 1; ; tries += 1) {
-    let answer;
+    let response;
     try {
-      answer = await fetch(address, options);
+      response = await fetch(address, options);
     } catch {
-      throw new Error(t("the server does not answer: see whether it runs, then try again"));
+      throw new Error(t("the server does not respond: check that it is running, then try again"));
     }
-    if (answer.ok) return answer;
-    if ((answer.status === 429 || answer.status === 503) && tries < MOST_TRIES) {
-      const wait = Number(answer.headers.get("retry-after")) || 1;
+    if (response.ok) return response;
+    if ((response.status === 429 || response.status === 503) && tries < MOST_TRIES) {
+      const wait = Number(response.headers.get("retry-after")) || 1;
       await new Promise((done) => setTimeout(done, 1000 * wait));
       continue;
     }
-    const said = await answer.json().catch(() => ({}));
-    const message = said.error || t("the server answers {0}: load the page again", answer.status);
-    throw Object.assign(new Error(message), { status: answer.status });
+    const body = await response.json().catch(() => ({}));
+    const message = body.error || t("the server responded with status {0}: reload the page", response.status);
+    throw Object.assign(new Error(message), { status: response.status });
   }
 }
 
@@ -34,24 +34,24 @@ export async function json(address, options) {
   return (await request(address, options)).json();
 }
 
-// The answers to a question. A field has a value, or a list of them. ids: field -> the page's own names of uploads.
-// Where the server has forgotten an upload, it is sent again.
+// Returns the results of a query. A field has a value or a list of values. ids: field -> the page's own names of uploads.
+// Uploads that the server no longer stores are sent again.
 export async function search(fields, ids) {
   const images = Object.entries(ids).flatMap(([field, of]) => [of].flat().map((id) => [field, uploads.get(id)]));
-  const ask = () => {
+  const post = () => {
     const form = new FormData();
     for (const [name, value] of Object.entries(fields)) for (const each of [value].flat()) form.append(name, each);
     for (const [field, image] of images) form.append(field, image.upload);
     return json("search", { method: "POST", body: form });
   };
-  if (images.some(([, image]) => !image)) throw new Error(t("the uploaded image is not part of a link: upload it again"));
+  if (images.some(([, image]) => !image)) throw new Error(t("a link does not contain uploaded images: upload the image again"));
   try {
-    return await ask();
+    return await post();
   } catch (error) {
     if (error.status !== GONE) throw error;
   }
   await Promise.all(images.map(([, image]) => send(image)));
-  return ask();
+  return post();
 }
 
 // Uploads
@@ -75,7 +75,7 @@ async function send(image) {
   Object.assign(image, await json("upload", { method: "POST", body: form }));
 }
 
-// A copy with as many pixels as it takes, if the browser can read the image. What it cannot read is the server's to say.
+// Returns a smaller copy, if the browser can decode the image. Otherwise the server reports what is wrong with it.
 async function smaller(file) {
   if (file.size <= LIGHT) return file;
   const image = await createImageBitmap(file).catch(() => null);
@@ -88,14 +88,14 @@ async function smaller(file) {
   drawing.imageSmoothingQuality = "high";
   drawing.drawImage(image, 0, 0, canvas.width, canvas.height);
   image.close();
-  const kind = file.type === "image/jpeg" ? file.type : "image/webp"; // which keeps what is transparent
+  const kind = file.type === "image/jpeg" ? file.type : "image/webp"; // WebP keeps transparency
   const copy = await new Promise((done) => canvas.toBlob(done, kind, QUALITY));
   if (!copy || copy.size >= file.size) return file;
   const ending = copy.type.replace("image/", "");
   return new File([copy], `${(file.name || "pasted").replace(/\.\w+$/, "")}.${ending}`, { type: copy.type });
 }
 
-// An upload outlives a reload of its tab, if the browser has room for it.
+// Stores an upload in the tab, so that it survives a reload, if the browser has enough space for it.
 async function keep(id, image) {
   const { name, file, picture, upload } = image;
   const kept = { name, sent: file.name, content: await asUrl(file), picture, upload };

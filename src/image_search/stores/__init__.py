@@ -1,1 +1,1 @@
-"""Stores of the features of an index."""
+"""Stores for the features of an index."""

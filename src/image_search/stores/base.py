@@ -1,6 +1,6 @@
 """Define the interface of a store of features for search and update, and list the stores.
 
-A new store is a file here with a `VectorStore`, and its name in STORES.
+To add a store, write a module in this folder with a subclass of `VectorStore`, and add its name to STORES.
 """
 
 import argparse
@@ -21,28 +21,29 @@ if TYPE_CHECKING:
     import numpy as np
 
 FAISS = "faiss"
-# How an address begins, which is the name of a file here -> the class in it, imported when it is asked for.
+# Scheme of an address, which is the name of a module in this folder -> the class in it, imported when it is needed.
 STORES = {FAISS: "FaissStore", "milvus": "MilvusStore"}
-TIME = "time"  # how images are told where nothing else is said, see `runtime.files.stamp`
-TEMPORARY = r"\..*\.tmp"  # files that are not whole yet
+TIME = "time"  # default method to detect changed images, see `runtime.files.stamp`
+TEMPORARY = r"\..*\.tmp"  # names of incomplete files
 
 
-class QuestionError(UserError):
-    """A question that cannot be asked, or an image that cannot be asked with: its sender can put that right.
+class QueryError(UserError):
+    """Error for an invalid query or an invalid image in it, which the sender of the query can correct.
 
-    The page tells it to visitors. Any other UserError is for who runs the page, since it names files and addresses.
+    Users of the page see its message. Any other UserError is shown only to the operator of the server, because its
+    message contains paths and addresses.
 
     Attributes:
-        told: what visitors are told, which names nothing of the machine.
+        public_message: message for users, without paths and addresses of the machine.
     """
 
-    def __init__(self, message: object, told: str | None = None) -> None:
+    def __init__(self, message: object, public_message: str | None = None) -> None:
         super().__init__(message)
-        self.told = printable(message if told is None else told)
+        self.public_message = printable(message if public_message is None else public_message)
 
 
 class Hit(NamedTuple):
-    """An image that a search found, with its cosine similarity."""
+    """An image that a search found, with its cosine similarity to the query."""
 
     row: int
     path: Path
@@ -54,11 +55,11 @@ class Keeping:
     """Settings of the storage of features.
 
     Attributes:
-        store: its address, see `VectorStore`.
-        kind: of the vectors.
-        on_disk: whether FAISS leaves its lists in a file.
-        typed: whether a flag names the store, not the index alone.
-        told_by: how a changed image is told, see `runtime.files.stamp`.
+        store: address of the store, see `VectorStore`.
+        kind: type of the vector index.
+        on_disk: whether FAISS keeps its lists in a file instead of memory.
+        typed: whether a flag gives the store; False if only the index refers to it.
+        told_by: method to detect changed images, see `runtime.files.stamp`.
     """
 
     store: str = FAISS
@@ -70,10 +71,10 @@ class Keeping:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageIndex(ABC):
-    """Images that can be searched. A row is a number that stays an image's own until the next update.
+    """An index opened for search. A row is the number of an image, which is constant until the next update.
 
     Attributes:
-        folder: holds the manifest.
+        folder: folder of the manifest.
         about: the manifest.
     """
 
@@ -86,42 +87,44 @@ class ImageIndex(ABC):
 
     @abstractmethod
     def row(self, path: str) -> int | None:
-        """The row of an image file by its absolute path."""
+        """Return the row of an image file with an absolute path; None if it is not in the index."""
 
     @abstractmethod
     def file(self, row: int) -> Identity | None:
-        """The file of a row, as it was when it was encoded."""
+        """Return the identity that the file of a row had when it was encoded; None if the row does not exist."""
 
     @abstractmethod
     def features_of(self, row: int) -> "np.ndarray":
-        """Unnormalised features (1, D)."""
+        """Return the unnormalised features (1, D) of a row."""
 
     @abstractmethod
     def some(self, count: int) -> list[int]:
-        """So many rows at random, or all there are."""
+        """Return a number of random rows, or all rows if there are fewer."""
 
     @abstractmethod
     def search(self, queries: "np.ndarray", k: int, condition: str = "") -> list[list[Hit]]:
-        """The k nearest images of each normalised query (Q, D), equally near ones by the path they were first found at.
+        """Return the k nearest images of each normalised query (Q, D), ties by the path at which they were first found.
 
         Args:
-            condition: what images have to be, in the store's own language.
+            condition: condition on the images, in the store's own language.
 
         Raises:
-            QuestionError: the condition is none.
-            UserError: the store cannot be asked.
+            QueryError: the condition is invalid.
+            UserError: the store cannot be reached.
         """
 
 
 @dataclass
 class IndexWriter(ABC):
-    """Writer of the features of an update. `keep` is called by all processes, the rest by one of them, `open` first.
+    """Writer of the features of an update.
+
+    All processes call `keep`; only one process calls the other methods, beginning with `open`.
 
     Attributes:
-        key: what features depend on besides the images, see `image_index.encoder_key`.
-        dim: the length of a feature; 0 for that of the index.
-        origin: of the manifest, from where images and encoder are.
-        sources: file -> the file whose features it was given.
+        key: settings, besides the images, on which features depend, see `image_index.encoder_key`.
+        dim: dimension of the features; 0 to use the dimension of the index.
+        origin: fields of the manifest that describe the sources of the images and the encoder.
+        sources: file -> file from which its features were copied.
     """
 
     folder: Path
@@ -133,40 +136,40 @@ class IndexWriter(ABC):
 
     @abstractmethod
     def open(self) -> None:
-        """See that it is as the last update left it, and of the same encoder. Raises UserError where it is not."""
+        """Open the index, or prepare a new one. Raises UserError if it is damaged or has another encoder."""
 
     @abstractmethod
     def held(self) -> Mapping[Identity, int]:
-        """The files whose features are there, and the content of each, see `image_index.content_of`."""
+        """Map each file that has features to the digest of its content, see `image_index.content_of`."""
 
     @abstractmethod
     def keep(
         self, files: Sequence[Identity], features: "np.ndarray", contents: Sequence[int]
     ) -> None:
-        """Put features (n, D) there, on disk when this returns.
+        """Store the features (n, D) of files; they are on disk when this method returns.
 
         Args:
-            contents: of the files.
+            contents: digests of the files' contents.
         """
 
     @abstractmethod
     def carry(self, sources: Mapping[Identity, Identity]) -> None:
-        """Give files the features of other files, which are there, and their content."""
+        """Copy the features and content digests of stored files to other files."""
 
     @abstractmethod
     def publish(self, files: Sequence[Identity], about: dict[str, Any]) -> "Counts":
-        """Let searches find these files and no others.
+        """Publish an index of exactly these files for searches.
 
         Args:
-            about: of the manifest, what does not depend on the store.
+            about: fields of the manifest that do not depend on the store.
         """
 
 
 class Counts(NamedTuple):
-    """Images that searches find since a `publish`, found before too, and do not find any more.
+    """Numbers of images that an update added to an index, kept in it, and removed from it.
 
     Attributes:
-        moved: how many of those that are kept had another path before.
+        moved: number of kept images that had another path before.
     """
 
     added: int
@@ -180,10 +183,10 @@ def counted(
     now: Collection[Identity],
     sources: Mapping[Identity, Identity],
 ) -> Counts:
-    """Count what an update did to the files that searches find.
+    """Count the images that an update added, kept, removed and moved.
 
     Args:
-        sources: file -> the file that its features are of, where it was not encoded.
+        sources: file -> file from which its features were copied.
     """
     gone = set(before).difference(now)
     new = set(now).difference(before)
@@ -195,16 +198,16 @@ def counted(
 
 
 class VectorStore:
-    """A sort of place where features live. It keeps nothing itself: an address, as "milvus:FILE.db", says which place.
+    """A type of store for features. It has no state: an address such as "milvus:FILE.db" identifies a store.
 
     Attributes:
-        addresses: what flags may say, as people are told it.
-        kinds: of vectors, the first of which is what an index has that asked for none.
-        filters: whether a search takes conditions.
-        verifies: whether images may be told by their bytes; if not, they are by size and time alone.
-        manifest: the fields of an index's manifest.
-        writer: what brings an index up to date.
-        files: names of what it keeps in the index's folder besides the manifest.
+        addresses: forms of address that flags accept, for messages.
+        kinds: types of vector index; the first one is the default.
+        filters: whether a search supports conditions.
+        verifies: whether changed images can be detected by content; if not, only by size and time.
+        manifest: schema of an index's manifest.
+        writer: class that updates an index.
+        files: pattern for the names of the store's files in the index's folder, besides the manifest.
     """
 
     addresses: ClassVar[tuple[str, ...]]
@@ -217,35 +220,35 @@ class VectorStore:
 
     @classmethod
     def resolve(cls, text: str) -> str:
-        """Return an address that was typed as manifests have it. Raises ArgumentTypeError where it is none."""
+        """Return an address from a flag in the form of the manifest. Raises ArgumentTypeError if it is invalid."""
         if not text.partition(":")[2]:
             raise no_store(text)
         return text
 
     @staticmethod
     def require() -> Any:
-        """Raise UserError where a package that it needs is not installed."""
+        """Raise UserError if a package that the store needs is not installed."""
 
     @staticmethod
     def check(kind: str, count: int, dim: int) -> None:
-        """Raise UserError where a kind cannot be made of so many vectors of a length."""
+        """Raise UserError if an index of a kind cannot be built for a number of vectors of a dimension."""
 
     @classmethod
     def open(cls, folder: Path, about: dict[str, Any], *, typed: bool = False) -> ImageIndex:
         """Open an index for searches.
 
         Args:
-            about: its manifest.
-            typed: whether a flag names the store; if not, secrets go only where `manifest.is_own` lets them.
+            about: manifest of the index.
+            typed: whether a flag gives the store; if not, secrets are sent only if `manifest.is_own` allows it.
 
         Raises:
-            UserError: it cannot be reached, is damaged, or is not what the manifest says.
+            UserError: the store cannot be reached, or the index is damaged or does not match the manifest.
         """
         raise NotImplementedError
 
 
 def check_features(files: Sequence[Identity], features: "np.ndarray", dim: int) -> None:
-    """Raise UserError where there are no features of each file that can be ranked, in the type that an index holds."""
+    """Raise UserError unless every file has features that can be ranked, float32 of the right dimension."""
     import numpy as np
     import torch
 
@@ -253,7 +256,7 @@ def check_features(files: Sequence[Identity], features: "np.ndarray", dim: int) 
 
     if features.dtype != np.float32 or features.shape != (len(files), dim):
         raise UserError(f"features are {features.dtype} of shape {features.shape}: encode again")
-    ends = np.stack([features.min(axis=1), features.max(axis=1)])  # NaN comes through
+    ends = np.stack([features.min(axis=1), features.max(axis=1)])  # NaN propagates
     rows = np.flatnonzero(~np.isfinite(ends).all(axis=0))
     if len(rows):
         remedy = "choose --encode-precision fp32, or another folder for the index"
@@ -262,7 +265,7 @@ def check_features(files: Sequence[Identity], features: "np.ndarray", dim: int) 
 
 
 def store_of(address: str) -> type[VectorStore]:
-    """Return the store of an address."""
+    """Return the class of the store at an address."""
     scheme = address.partition(":")[0]
     module = importlib.import_module(f"image_search.stores.{scheme}")
     found: type[VectorStore] = getattr(module, STORES[scheme])
@@ -270,23 +273,23 @@ def store_of(address: str) -> type[VectorStore]:
 
 
 def all_stores() -> list[type[VectorStore]]:
-    """Return the stores of the table."""
+    """Return the classes of all stores."""
     return [store_of(scheme) for scheme in STORES]
 
 
 def all_addresses() -> str:
-    """Return what flags may say, in words."""
+    """Return the forms of address that flags accept, as text."""
     *others, last = [address for store in all_stores() for address in store.addresses]
     return f"{', '.join(others)} or {last}"
 
 
 def no_store(text: str) -> argparse.ArgumentTypeError:
-    """Return what to raise for a text that is no address."""
+    """Return the error for a text that is not the address of a store."""
     return refused(text, f"is not a store: choose {all_addresses()}")
 
 
 def store_address(text: str) -> str:
-    """Return an address that was typed as manifests have it. Raises ArgumentTypeError where it is none."""
+    """Return an address from a flag in the form of the manifest. Raises ArgumentTypeError if it is invalid."""
     if text.partition(":")[0] not in STORES:
         raise no_store(text)
     return store_of(text).resolve(text)
@@ -300,39 +303,41 @@ def chosen_keeping(
     *,
     verify: bool = False,
 ) -> Keeping:
-    """Return how an index is to be kept: as flags say, and where they are silent as it was.
+    """Return the storage settings of an index: from flags, else from its manifest, else the defaults.
 
     Args:
-        earlier: its manifest, empty for a new one.
-        verify: tell changed images by all of their bytes.
+        earlier: manifest of the index; empty for a new index.
+        store: address in a flag; None without the flag.
+        kind: type of the vector index in a flag; None without the flag.
+        verify: whether to detect changed images by all of their bytes.
 
     Raises:
-        UserError: it lives elsewhere already, or the store has no such kind or knows nothing of content.
+        UserError: the index is in another store, or the store does not support the kind or `verify`.
     """
-    lives = earlier.get("store", FAISS if earlier else store or FAISS)
-    if store not in (None, lives):
+    address = earlier.get("store", FAISS if earlier else store or FAISS)
+    if store not in (None, address):
         raise UserError(
-            f"--store {store}: this index is stored in {lives}: remove the flag, or choose another index"
+            f"--store {store}: this index is stored in {address}: remove the flag, or choose another index"
         )
-    place = store_of(lives)
-    kind = kind or earlier.get("kind", place.kinds[0])
-    if kind not in place.kinds:
+    chosen = store_of(address)
+    kind = kind or earlier.get("kind", chosen.kinds[0])
+    if kind not in chosen.kinds:
         raise UserError(
-            f"--index-type {kind} is not supported by --store {lives}: choose {' or '.join(place.kinds)}"
+            f"--index-type {kind} is not supported by --store {address}: choose {' or '.join(chosen.kinds)}"
         )
     if on_disk is None:
         on_disk = kind == "ivfpq" and "lists" in earlier
     if on_disk and kind != "ivfpq":
         raise UserError(f"--on-disk is for --index-type ivfpq, not for {kind}: remove one of them")
-    if verify and not place.verifies:
+    if verify and not chosen.verifies:
         raise UserError(
-            f"--verify: --store {lives} detects changed images only by size and time: remove the flag"
+            f"--verify: --store {address} detects changed images only by size and time: remove the flag"
         )
     told_by = TIME
-    if place.verifies:
+    if chosen.verifies:
         told_by = "content" if verify else earlier.get("told_by", "sample")
     return Keeping(
-        store=lives,
+        store=address,
         kind=kind,
         on_disk=on_disk,
         typed=store is not None,

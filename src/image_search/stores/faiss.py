@@ -1,7 +1,7 @@
-"""An index in files, with vectors of FAISS: never half-written, made and read in bounded memory.
+"""An index in files, searched with FAISS: never half-written, and written and read in bounded memory.
 
-INDEX/index.json names the other files. It is replaced when those it names are whole; then the earlier ones are
-deleted. INDEX/partial/ keeps what was encoded until then, so that an interrupted run can go on.
+INDEX/index.json lists the names of the other files. It is replaced after the new files are complete; then the previous
+files are deleted. Until then, INDEX/partial/ contains the encoded features, so that an interrupted run can be resumed.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from image_search.stores.base import (
     Hit,
     ImageIndex,
     IndexWriter,
-    QuestionError,
+    QueryError,
     VectorStore,
     check_features,
     counted,
@@ -53,18 +53,18 @@ from utils import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
-# What an index's own files begin with -> their ending.
+# Prefix of the name of an index's file -> its extension.
 ENDINGS = {"files": "json", "features": "npy", "vectors": "faiss", "lists": "bin"}
-# Their names, beside the manifest. All others in its folder are the user's.
+# File names of the store, next to the manifest. All other files in that folder belong to the user.
 INDEX_FILES = re.compile(
     rf"(files|features|vectors|lists)-[0-9a-f]{{12}}\.(json|npy|faiss|bin)|{TEMPORARY}"
 )
 PARTIAL = "partial"
 VECTOR_KINDS = ("flat", "hnsw", "ivfpq")
 OWN_SHARD = re.compile(rf"[0-9a-f]{{16}}\.pt|{TEMPORARY}")
-EARLIER = -1  # the number of the earlier index among the shards
+EARLIER = -1  # stands for the published index among the numbers of shards
 
-FeatureRows = Callable[[int, int], np.ndarray]  # features of the files from one place to another
+FeatureRows = Callable[[int, int], np.ndarray]  # features of the files from start to stop
 
 
 class Recall(Schema):
@@ -76,14 +76,14 @@ class Recall(Schema):
 
 
 class Digests(Schema):
-    """Of the list of files in whole, and of some rows of the features."""
+    """SHA-256 of the complete list of files, and of some rows of the features."""
 
     files: Digest
     features: Digest
 
 
 class FileSizes(Schema):
-    """Bytes of files that an update does not read."""
+    """Sizes in bytes of the files that an update does not read."""
 
     vectors: PositiveInt
     lists: PositiveInt = ABSENT
@@ -104,7 +104,7 @@ class FilesManifest(Manifest):
     recall: Recall = Field(ABSENT, alias="recall against exact")
 
 
-# A list in JSON, an image's `runtime.files.Identity` and its content, see `image_index.content_of`.
+# JSON list of an image's `runtime.files.Identity` and its content digest, see `image_index.content_of`.
 ListedFile = Annotated[
     tuple[PathText, Annotated[int, Field(ge=0)], int, Annotated[int, Field(ge=0)]],
     Strict(False),
@@ -112,19 +112,19 @@ ListedFile = Annotated[
 
 
 class Files(Schema):
-    """files-*.json, whose only content is the list."""
+    """Content of files-*.json, which is the bare list."""
 
     files: list[ListedFile]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FaissImages(ImageIndex):
-    """An index in files that can be searched.
+    """An index in files, opened for search.
 
     Attributes:
-        files: the images by row.
-        features: (N, D), unnormalised, in a memory map.
-        vectors: the FAISS index of the normalised features.
+        files: identities of the images, by row.
+        features: unnormalised features (N, D), mapped into memory.
+        vectors: FAISS index of the normalised features.
     """
 
     files: list[Identity]
@@ -152,18 +152,18 @@ class FaissImages(ImageIndex):
 
     def search(self, queries: np.ndarray, k: int, condition: str = "") -> list[list[Hit]]:
         if condition:
-            raise QuestionError(
+            raise QueryError(
                 "--filter is not supported by an index in files: remove it, or create an index with --store milvus:..."
             )
         found = faiss_index.search(self.vectors, self.features, queries, k=k)
         hits = []
-        for answers in found:
-            hits.append([Hit(row, Path(self.files[row][0]), near) for row, near in answers])
+        for nearest in found:
+            hits.append([Hit(row, Path(self.files[row][0]), near) for row, near in nearest])
         return hits
 
 
 def _vectors(folder: Path, about: dict[str, Any], *, to_grow: bool = False) -> Any:
-    """The FAISS index that a manifest names."""
+    """Read the FAISS index of a manifest."""
     if "lists" in about:
         return list_file.read(folder / about["vectors"], folder / about["lists"])
     return faiss_index.read(folder / about["vectors"], to_grow=to_grow)
@@ -174,7 +174,7 @@ def _damaged(file: Path, reason: str) -> UserError:
 
 
 def _files(folder: Path, about: dict[str, Any]) -> dict[Identity, int]:
-    """The files of an index in the order of the rows, and their content."""
+    """Map the files of an index, in the order of the rows, to their content digests."""
     file = folder / about["files"]
     try:
         text = read_text(file)
@@ -189,7 +189,7 @@ def _files(folder: Path, about: dict[str, Any]) -> dict[Identity, int]:
 
 
 def _features(folder: Path, about: dict[str, Any], count: int) -> np.ndarray:
-    """The features of an index of so many files in a memory map, of which some rows are looked at."""
+    """Map the features of an index into memory, and check their shape and some of their rows."""
     from runtime.tensors import mapped_array
 
     file = folder / about["features"]
@@ -198,7 +198,7 @@ def _features(folder: Path, about: dict[str, Any], count: int) -> np.ndarray:
     except ValueError as error:
         raise _damaged(file, first_line(error)) from None
     if features.dtype != np.float32 or features.ndim != 2 or 0 in features.shape:
-        raise _damaged(file, f"it holds {features.dtype} of shape {features.shape}")
+        raise _damaged(file, f"it contains {features.dtype} of shape {features.shape}")
     if not np.isfinite(features[faiss_index.sampled_rows(len(features))]).all():
         raise _damaged(file, "it contains values that are not numbers")
     if about["sha256"]["features"] != _digest_of_rows(features):
@@ -216,21 +216,21 @@ def _digest(content: bytes) -> str:
 
 
 def _digest_of_rows(features: np.ndarray) -> str:
-    """SHA-256 of the shape of features (N, D) and of some of their rows: all would take a minute of a large index."""
+    """Return the SHA-256 of the shape and some rows of features (N, D); hashing all rows could take a minute."""
     rows = np.ascontiguousarray(features[faiss_index.sampled_rows(len(features))])
     return _digest(str(features.shape).encode() + rows.tobytes())
 
 
 def _sizes(folder: Path, about: dict[str, Any]) -> dict[str, int | None]:
-    """Bytes of the files that an update does not read."""
+    """Return the sizes in bytes of the files that an update does not read; None for a missing file."""
     return {name: file_size(folder / about[name]) for name in ("vectors", "lists") if name in about}
 
 
 class FaissWriter(IndexWriter):
-    """An index in files that is brought up to date."""
+    """Writer of an index in files."""
 
     def open(self) -> None:
-        # Nothing is read of features and vectors but some rows and their size.
+        # Of the features and vectors, only some rows and the file sizes are read.
         self._earlier = read_manifest(self.folder) or {}
         self._published: dict[Identity, int] = {}
         if not self._earlier:
@@ -243,7 +243,7 @@ class FaissWriter(IndexWriter):
                 raise _damaged(self.folder / self._earlier[name], f"it has {size or 0} bytes")
 
     def held(self) -> Mapping[Identity, int]:
-        # Where the features of a file are: the number of a shard, or EARLIER, and a row in it.
+        # Location of a file's features: the number of a shard, or EARLIER, and the row in it.
         self._where = {file: (EARLIER, row) for row, file in enumerate(self._published)}
         self._contents = dict(self._published)
         self._shards = sorted(_partial(self.folder).glob("*.pt"))
@@ -255,7 +255,7 @@ class FaissWriter(IndexWriter):
         return self._contents
 
     def carry(self, sources: Mapping[Identity, Identity]) -> None:
-        self.sources.update(sources)  # until `publish`, features stay where they are
+        self.sources.update(sources)  # features are not copied until `publish`
 
     def keep(
         self, files: Sequence[Identity], features: np.ndarray, contents: Sequence[int]
@@ -276,7 +276,11 @@ class FaissWriter(IndexWriter):
         save_tensors(_partial(self.folder) / f"{name}.pt", content)
 
     def _read(self, shard: Path) -> tuple[dict[Identity, int], np.ndarray]:
-        """Return the features that an interrupted run encoded with the same encoder."""
+        """Read a shard of an interrupted run; nothing if it is damaged or was made with another encoder.
+
+        Returns:
+            file -> content digest, and the features in the same order.
+        """
         from runtime.tensors import load_tensors
 
         try:
@@ -322,18 +326,18 @@ class FaissWriter(IndexWriter):
         return counts
 
     def _in_place(self, files: Sequence[Identity]) -> list[Identity] | None:
-        """Files so that the first have the rows of the earlier index, in its order; None where one of these is lost."""
-        places = np.array([self._where[file] for file in files])
-        earlier = np.flatnonzero(places[:, 0] == EARLIER)
+        """Return files in the order of the earlier index's rows, then new files; None if a row is no longer used."""
+        locations = np.array([self._where[file] for file in files])
+        earlier = np.flatnonzero(locations[:, 0] == EARLIER)
         order = np.full(len(self._published), -1)
-        order[places[earlier, 1]] = earlier
+        order[locations[earlier, 1]] = earlier
         if not len(order) or (order < 0).any():
             return None
         others = np.setdiff1d(np.arange(len(files)), order)
         return [files[number] for number in (*order, *others)]
 
     def _rename(self, files: Sequence[Identity], about: dict[str, Any]) -> None:
-        """Publish the same rows under other names: neither features nor vectors are read or written."""
+        """Publish the same rows with new paths; features and vectors are neither read nor written."""
         text = _listed({file: self._contents[file] for file in files})
         names = {**_names(self._earlier), "files": _new_names(False)["files"]}
         digests = {**self._earlier["sha256"], "files": _digest(text.encode())}
@@ -344,19 +348,19 @@ class FaissWriter(IndexWriter):
         _delete_all_but(names.values(), self.folder)
 
     def _vectors_to_grow(self, count: int) -> Any:
-        """The vectors of the earlier index, if so many are as good added to them as newly built; else None."""
+        """Return the vectors of the earlier index if they can grow to a number of vectors; None to build them again."""
         if self.keeping.kind == "flat":
             return None
         vectors = _vectors(self.folder, self._earlier, to_grow=True)
         return vectors if faiss_index.can_grow(vectors, count) else None
 
     def _rows(self, files: Sequence[Identity], start: int, stop: int) -> np.ndarray:
-        """The features of some of the files, wherever they are."""
-        places = np.array([self._where[file] for file in files[start:stop]])
-        rows = np.empty((len(places), self.dim), np.float32)
-        for number in np.unique(places[:, 0]):
-            here = places[:, 0] == number
-            wanted = places[here, 1]
+        """Return the features of the files from start to stop, from shards and from the earlier index."""
+        locations = np.array([self._where[file] for file in files[start:stop]])
+        rows = np.empty((len(locations), self.dim), np.float32)
+        for number in np.unique(locations[:, 0]):
+            here = locations[:, 0] == number
+            wanted = locations[here, 1]
             if number == EARLIER:
                 features = np.lib.format.open_memmap(
                     self.folder / self._earlier["features"], mode="r"
@@ -368,7 +372,7 @@ class FaissWriter(IndexWriter):
 
 
 def _partial(folder: Path) -> Path:
-    """Return where an index keeps what was encoded until then. Raises UserError where that is not in its folder."""
+    """Return the folder for encoded shards. Raises UserError if it is a symlink."""
     partial = folder / PARTIAL
     if partial.is_symlink():
         raise UserError(
@@ -387,15 +391,16 @@ def publish(
     on_disk: bool = False,
     grown: Any = None,
 ) -> None:
-    """Write a new generation of the files, then the manifest that names them; then delete the earlier ones.
+    """Write a new generation of the files, then the manifest with their names, then delete the previous generation.
 
-    The manifest is written when what it names could be opened again. Else nothing is left of the generation.
+    The manifest is written after the new files have been opened successfully. On failure, the new files are deleted.
 
     Args:
-        files: in the order of the rows, and their content.
-        about: the manifest but for what is written here; it has the kind.
-        on_disk: whether lists have a file of their own.
-        grown: vectors of the first files, to which those of the others are added; None to build all.
+        files: file -> content digest, in the order of the rows.
+        rows: function that returns the features of the files from start to stop.
+        about: fields of the manifest that are not set here, including the kind.
+        on_disk: whether the lists have a separate file.
+        grown: FAISS index of the first files, to which the others are added; None to build a new index.
     """
     import torch
 
@@ -420,7 +425,7 @@ def publish(
 
 @contextlib.contextmanager
 def _undone(folder: Path, names: Iterable[str]) -> Iterator[None]:
-    """Delete new files of an index where what writes them fails."""
+    """Delete new files of an index if writing them fails."""
     try:
         yield
     except BaseException:
@@ -430,17 +435,17 @@ def _undone(folder: Path, names: Iterable[str]) -> Iterator[None]:
 
 
 def _listed(files: Mapping[Identity, int]) -> str:
-    """The list of files, as files-*.json has it."""
+    """Return the list of files as JSON, the content of files-*.json."""
     return json.dumps([[*file, content] for file, content in files.items()])
 
 
 def _names(about: dict[str, Any]) -> dict[str, str]:
-    """The names of the files of an index."""
+    """Return the names of the files of an index."""
     return {part: about[part] for part in ENDINGS if part in about}
 
 
 def _new_names(on_disk: bool) -> dict[str, str]:
-    """The names of the files of a generation."""
+    """Return names for the files of a new generation."""
     generation = uuid.uuid4().hex[:12]
     names = {part: f"{part}-{generation}.{ending}" for part, ending in ENDINGS.items()}
     if not on_disk:
@@ -449,7 +454,7 @@ def _new_names(on_disk: bool) -> dict[str, str]:
 
 
 def _write_vectors(folder: Path, about: dict[str, Any], features: np.ndarray, grown: Any) -> None:
-    """Build the vectors that a manifest names, or add to earlier ones."""
+    """Write the FAISS index of a manifest: build a new index, or add features to an earlier one."""
     if "lists" in about:
         index = grown or faiss_index.trained(features, about["kind"])
         list_file.fill(index, features, folder / about["lists"])
@@ -462,7 +467,7 @@ def _write_vectors(folder: Path, about: dict[str, Any], features: np.ndarray, gr
 
 
 def _delete_all_but(names: Collection[str], folder: Path) -> None:
-    """Delete earlier generations, and what was encoded for this one."""
+    """Delete previous generations of the files, and the shards of this generation."""
     for file in folder.iterdir():
         if INDEX_FILES.fullmatch(file.name) and file.name not in names:
             discard(file)
@@ -474,9 +479,9 @@ def _delete_all_but(names: Collection[str], folder: Path) -> None:
 def _written_features(
     file: Path, files: Sequence[Identity], rows: FeatureRows, *, dim: int
 ) -> np.ndarray:
-    """Write features to a .npy file, a block at a time; they come back in a memory map.
+    """Write features to a .npy file block by block, and return them mapped into memory.
 
-    NumPy's own writing passes over a disk that is full at the last bytes; a memory map would end the process there.
+    NumPy's own function can miss that the disk is full; writing to a memory map would kill the process then.
     """
     header = {
         "descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)),
@@ -494,7 +499,7 @@ def _written_features(
 
 
 class FaissStore(VectorStore):
-    """Files in the index's folder, with vectors of FAISS."""
+    """Store of files in the index's folder, searched with FAISS."""
 
     addresses = (FAISS,)
     kinds = VECTOR_KINDS
@@ -513,10 +518,10 @@ class FaissStore(VectorStore):
 
     @classmethod
     def open(cls, folder: Path, about: dict[str, Any], *, typed: bool = False) -> FaissImages:
-        """Open an index. That its files belong together is told by digests, and by some rows.
+        """Open an index; digests and some rows show whether its files belong together.
 
         Raises:
-            UserError: a file is missing, damaged or of another index, or a field of the manifest is not true of it.
+            UserError: a file is missing, damaged or from another index, or does not match the manifest.
         """
         files = list(_files(folder, about))
         features = _features(folder, about, len(files))

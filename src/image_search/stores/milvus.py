@@ -1,8 +1,9 @@
-"""An index in Milvus: in the process with Milvus Lite, on a server or on a cluster, by one client.
+"""An index in Milvus: in this process with Milvus Lite, on a server, or on a cluster, all with the same client.
 
-INDEX/index.json says where. A row there is an image: its file, size and modification time, where it lies below the
-folder that was indexed, and its unnormalised features. Its number follows from its file's name, so that what is
-inserted again replaces itself. The collection's name ends with a digest of the encoder.
+INDEX/index.json contains the address and the name of the collection. A row of the collection is an image: its file,
+size and modification time, its path below the indexed folder, and its unnormalised features. The number of a row is
+computed from the file's path, so inserting an image again replaces it. The collection's name ends with a digest of the
+encoder.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ import numpy as np
 from pydantic import Field
 
 from image_search.faiss_index import (
-    CANDIDATES_PER_ANSWER,
+    CANDIDATES_PER_RESULT,
     LEAST_CANDIDATES,
     PROBED_SHARE,
     SEARCH_EFFORT,
@@ -36,7 +37,7 @@ from image_search.stores.base import (
     Hit,
     ImageIndex,
     IndexWriter,
-    QuestionError,
+    QueryError,
     VectorStore,
     check_features,
     counted,
@@ -49,18 +50,18 @@ from utils import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
-TOKEN = "MILVUS_TOKEN"  # of the environment: user:password, or a key
-ANSWER_SECONDS = 60
-# The client's own 10 seconds are too many pings for a server that nobody asks for a while: it hangs up.
+TOKEN = "MILVUS_TOKEN"  # environment variable: user:password, or an API key
+TIMEOUT = 60  # seconds
+# The client's default, a ping every 10 seconds, makes an idle server close the connection.
 SELDOM_PINGED = {"grpc.keepalive_time_ms": 600_000, "grpc.keepalive_permit_without_calls": False}
-# What takes as long as the collection is large.
+# Methods without a timeout, because their duration grows with the collection.
 LASTING = ("create_index", "flush", "load_collection")
-MOST_CANDIDATES = 16_384  # that Milvus gives at once; rows of a page too
-AT_ONCE = 1024  # rows that are deleted or carried
-LONGEST_TEXT = 65_535  # bytes of a text
+MOST_CANDIDATES = 16_384  # maximum number of rows that Milvus returns at once
+AT_ONCE = 1024  # number of rows in a request that deletes or copies rows
+LONGEST_TEXT = 65_535  # maximum bytes of a text field
 HIGHEST_ROW = 2**63 - 1
 
-LISTS = 1024  # of ivfflat
+LISTS = 1024  # number of lists of ivfflat
 INDEX_TYPES = {"flat": "FLAT", "hnsw": "HNSW", "ivfflat": "IVF_FLAT"}
 BUILT = {"flat": {}, "hnsw": {"M": 32, "efConstruction": 80}, "ivfflat": {"nlist": LISTS}}
 FIELDS = ["file", "size", "time", "path", "content"]
@@ -80,29 +81,29 @@ Sliced = TypeVar("Sliced")
 
 
 def import_pymilvus() -> Any:
-    """pymilvus, which an index in Milvus needs."""
+    """Import pymilvus. Raises UserError if it is not installed."""
     try:
         import pymilvus
     except ImportError:
         raise UserError(
             "--store milvus:... needs pymilvus: pip install -r requirements-milvus.txt"
         ) from None
-    # Errors are said in a line of our own.
+    # Errors are reported as UserError, not logged by these packages.
     for name in ("pymilvus", "milvus_lite", "grpc._server", "faiss.loader"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     return pymilvus
 
 
 def row_of(path: str) -> int:
-    """The row of an image file: 63 bits of a digest of its absolute path."""
+    """Return the row of an image file: 63 bits of a digest of its absolute path."""
     digest = hashlib.sha256(os.fsencode(path)).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def place_of(path: str, folders: Sequence[str]) -> str:
-    """Return where an image file lies below the first folder that holds it; its name where none does.
+def path_below(path: str, folders: Sequence[str]) -> str:
+    """Return the path of an image file below the first folder that contains it; its name if no folder does.
 
-    Conditions of the page's visitors are over it, so it tells nothing of what is above.
+    Users of the page can search this path with conditions, so it does not contain the folders above.
     """
     for folder in folders:
         if path.startswith(folder.rstrip("/") + "/"):
@@ -111,34 +112,34 @@ def place_of(path: str, folders: Sequence[str]) -> str:
 
 
 def digest_of(key: dict[str, Any]) -> str:
-    """Return what a collection's name says of its encoder."""
+    """Return the digest of an encoder key that ends a collection's name."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def check_condition(condition: str) -> None:
-    """Raise QuestionError where a condition names anything but CONDITION_FIELDS: `file` is a path of the machine.
+    """Raise QueryError if a condition uses a field that is not in CONDITION_FIELDS: `file` is a path of the machine.
 
-    Milvus alone knows whether the rest is its language. A text ends at its next quotation mark, so it holds none and
-    no backslash: what is outside of it here is outside of it for Milvus.
+    Milvus checks the rest of the syntax. Strings may contain neither a backslash nor their own quotation mark, so that
+    Milvus and this function agree about the ends of strings.
     """
-    place = 0
-    while place < len(condition):
-        found = CONDITION.match(condition, place)
+    position = 0
+    while position < len(condition):
+        found = CONDITION.match(condition, position)
         if found is None:
-            said = f"it has a {condition[place]!r} that is not understood"
+            fault = f"it contains an unexpected {condition[position]!r}"
         elif found["name"] and found["name"].lower() not in CONDITION_NAMES:
-            said = f"there is no {found['name']}"
+            fault = f"there is no field {found['name']}"
         else:
-            place = found.end()
+            position = found.end()
             continue
-        raise QuestionError(f"--filter {condition}: {said}: {CONDITIONS}")
+        raise QueryError(f"--filter {condition}: {fault}: {CONDITIONS}")
 
 
 class Table:
-    """A collection, asked one question at a time; every refusal is one line.
+    """A collection in Milvus; its errors are converted to UserError with one line.
 
     Args:
-        is_new: make the file of Milvus Lite where there is none, as an index does that is not whole yet.
+        is_new: whether to create a missing file of Milvus Lite, as for an incomplete index.
 
     Raises:
         UserError: the store cannot be reached or opened.
@@ -154,13 +155,13 @@ class Table:
             is_there = any(file.iterdir()) if file.is_dir() else file.exists()
             if not (is_there or is_new):
                 raise UserError(
-                    f"{address} is missing, which holds the features of the index: put it back, or index into "
-                    "another folder"
+                    f"{address}, which contains the features of the index, is missing: restore it, or index "
+                    "into another folder"
                 )
             file.parent.mkdir(parents=True, exist_ok=True)
         with self._explained():
             self._client = self._milvus.MilvusClient(
-                uri=address, token=token, timeout=ANSWER_SECONDS, grpc_options=SELDOM_PINGED
+                uri=address, token=token, timeout=TIMEOUT, grpc_options=SELDOM_PINGED
             )
 
     @contextlib.contextmanager
@@ -174,37 +175,37 @@ class Table:
         else:
             return
         if condition and not self._is_lost():
-            told = f"--filter {condition}: Milvus refuses it"
-            raise QuestionError(f"{told} ({reason}): {CONDITIONS}", f"{told}: {CONDITIONS}")
+            fault = f"--filter {condition}: Milvus rejects it"
+            raise QueryError(f"{fault} ({reason}): {CONDITIONS}", f"{fault}: {CONDITIONS}")
         raise UserError(
             f"--store {self.store}: {reason}: check that it is running, that no other process uses its file, and that "
             f"{TOKEN} is correct"
         )
 
     def _is_lost(self) -> bool:
-        """Check whether the store no longer answers queries."""
+        """Check whether the store no longer responds."""
         try:
-            self._client.list_collections(timeout=ANSWER_SECONDS)
+            self._client.list_collections(timeout=TIMEOUT)
         except (self._milvus.MilvusException, OSError):
             return True
         return False
 
-    def ask(self, question: str, *, condition: str = "", **about: Any) -> Any:
-        """Ask the client's method of that name about the collection.
+    def call(self, method: str, *, condition: str = "", **about: Any) -> Any:
+        """Call a method of the client with the collection's name.
 
         Args:
-            condition: of the user, who is told where Milvus refuses it.
+            condition: condition of the user, who gets an error message if Milvus rejects it.
         """
-        patience = None if question in LASTING else ANSWER_SECONDS
+        patience = None if method in LASTING else TIMEOUT
         with self._explained(condition):
-            return getattr(self._client, question)(self.name, timeout=patience, **about)
+            return getattr(self._client, method)(self.name, timeout=patience, **about)
 
     def exists(self) -> bool:
-        """Return whether the collection is there."""
-        return bool(self.ask("has_collection"))
+        """Return whether the collection exists."""
+        return bool(self.call("has_collection"))
 
     def create(self, kind: str, dim: int) -> None:
-        """Make the collection."""
+        """Create the collection."""
         types = self._milvus.DataType
         schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field("row", types.INT64, is_primary=True)
@@ -214,7 +215,7 @@ class Table:
             schema.add_field(name, types.INT64)
         schema.add_field("features", types.FLOAT_VECTOR, dim=dim)
         params = self._index_params(kind)
-        self.ask(
+        self.call(
             "create_collection", schema=schema, index_params=params, consistency_level="Strong"
         )
 
@@ -226,26 +227,26 @@ class Table:
         return params
 
     def load(self, kind: str) -> None:
-        """Let the collection be searched, by an index of a kind."""
-        about = self.ask("describe_index", index_name="features")
+        """Load the collection for search, and build its index again if it is of another kind."""
+        about = self.call("describe_index", index_name="features")
         if (about or {}).get("index_type") != INDEX_TYPES[kind]:
-            self.ask("release_collection")
+            self.call("release_collection")
             if about:
-                self.ask("drop_index", index_name="features")
-            self.ask("create_index", index_params=self._index_params(kind))
-        self.ask("load_collection")
+                self.call("drop_index", index_name="features")
+            self.call("create_index", index_params=self._index_params(kind))
+        self.call("load_collection")
 
     def dim(self) -> int:
-        """The length of a feature."""
-        described = self.ask("describe_collection")["fields"]
+        """Return the dimension of the features."""
+        described = self.call("describe_collection")["fields"]
         (params,) = [field["params"] for field in described if field["name"] == "features"]
         return int(params["dim"])
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """FIELDS of all rows."""
+        """Yield the FIELDS of all rows."""
         with self._explained():
             pages = self._client.query_iterator(
-                self.name, batch_size=MOST_CANDIDATES, output_fields=FIELDS, timeout=ANSWER_SECONDS
+                self.name, batch_size=MOST_CANDIDATES, output_fields=FIELDS, timeout=TIMEOUT
             )
             try:
                 while page := pages.next():
@@ -255,10 +256,10 @@ class Table:
 
 
 def _token(folder: Path, about: dict[str, Any], typed: bool) -> str:
-    """The token of the environment, "" for an address that nobody typed here.
+    """Return the token in the environment; "" if the address is only in an index from another machine.
 
     Args:
-        typed: whether a flag names the store.
+        typed: whether a flag gives the store.
     """
     token = os.environ.get(TOKEN, "")
     if not token or typed or is_own(folder, about):
@@ -275,7 +276,7 @@ def _token(folder: Path, about: dict[str, Any], typed: bool) -> str:
 
 
 def _checked_table(folder: Path, about: dict[str, Any], typed: bool) -> Table:
-    """The collection that a manifest names, if it is of its encoder."""
+    """Return the collection of a manifest. Raises UserError if it was made with another encoder."""
     name = about["collection"]
     if not name.endswith(f"_{digest_of(about['encoder'])}"):
         raise UserError(
@@ -295,7 +296,7 @@ class MilvusManifest(StoreManifest):
 
 @dataclass(frozen=True, kw_only=True)
 class MilvusImages(ImageIndex):
-    """An index in Milvus that can be searched."""
+    """An index in Milvus, opened for search."""
 
     table: Table
 
@@ -310,38 +311,38 @@ class MilvusImages(ImageIndex):
     def file(self, row: int) -> Identity | None:
         if not 0 <= row <= HIGHEST_ROW:
             return None
-        for found in self.table.ask("get", ids=[row], output_fields=FIELDS):
+        for found in self.table.call("get", ids=[row], output_fields=FIELDS):
             return _identity(found)
         return None
 
     def features_of(self, row: int) -> np.ndarray:
-        found = self.table.ask("get", ids=[row], output_fields=["features"])
+        found = self.table.call("get", ids=[row], output_fields=["features"])
         return np.array([found[0]["features"]], dtype=np.float32)
 
     def some(self, count: int) -> list[int]:
-        # Rows are digests: those above a random one are a random choice.
+        # Row numbers are digests, so the rows after a random number are a random sample.
         least = random.randrange(HIGHEST_ROW)
         rows: list[int] = []
         for condition in (f"row >= {least}", f"row < {least}"):
             if len(rows) < count:
                 limit = min(count, MOST_CANDIDATES) - len(rows)
-                found = self.table.ask(
+                found = self.table.call(
                     "query", filter=condition, limit=limit, output_fields=["row"]
                 )
                 rows += [one["row"] for one in found]
         return rows
 
     def search(self, queries: np.ndarray, k: int, condition: str = "") -> list[list[Hit]]:
-        # Milvus proposes many, which are ranked exactly.
+        # Milvus proposes candidates, which are then ranked by exact similarity.
         check_condition(condition)
         if k > MOST_CANDIDATES:
             raise UserError(
                 f"--k {k}: Milvus returns at most {MOST_CANDIDATES:,} results: choose fewer"
             )
-        proposed = min(max(LEAST_CANDIDATES, CANDIDATES_PER_ANSWER * k), MOST_CANDIDATES)
+        proposed = min(max(LEAST_CANDIDATES, CANDIDATES_PER_RESULT * k), MOST_CANDIDATES)
         effort = {"ef": max(SEARCH_EFFORT, proposed), "nprobe": round(LISTS * PROBED_SHARE)}
         wanted = {"hnsw": "ef", "ivfflat": "nprobe"}.get(self.about["kind"])
-        proposals = self.table.ask(
+        proposals = self.table.call(
             "search",
             condition=condition,
             data=queries.tolist(),
@@ -354,16 +355,16 @@ class MilvusImages(ImageIndex):
 
 
 def _ranked(found: Sequence[Mapping[str, Any]], query: np.ndarray, k: int) -> list[Hit]:
-    """The k nearest of what Milvus proposes for a normalised query (D,), equally near ones by path."""
+    """Return the k nearest of Milvus's candidates for a normalised query (D,), ties by path."""
     if not found:
         return []
     found = sorted(found, key=lambda hit: hit["entity"]["file"])
     features = np.array([hit["entity"]["features"] for hit in found], dtype=np.float32)
     similarities = normalised(features) @ query
     hits = []
-    for place in np.argsort(-similarities, kind="stable")[:k]:
-        file = Path(found[place]["entity"]["file"])
-        hits.append(Hit(found[place]["row"], file, float(similarities[place])))
+    for proposed in np.argsort(-similarities, kind="stable")[:k]:
+        file = Path(found[proposed]["entity"]["file"])
+        hits.append(Hit(found[proposed]["row"], file, float(similarities[proposed])))
     return hits
 
 
@@ -373,10 +374,11 @@ def _identity(row: dict[str, Any]) -> Identity:
 
 @dataclass
 class MilvusWriter(IndexWriter):
-    """An index in Milvus that is brought up to date."""
+    """Writer of an index in Milvus."""
 
     _found: dict[Identity, int] = field(init=False, default_factory=dict)
-    _misplaced: set[Identity] = field(init=False, default_factory=set)  # for conditions
+    # Files whose path for conditions has changed.
+    _misplaced: set[Identity] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         if "://" not in self.keeping.store and torchrun.launched():
@@ -386,7 +388,7 @@ class MilvusWriter(IndexWriter):
             )
 
     def open(self) -> None:
-        # Where the index will be is written first, so that an interrupted run is gone on with.
+        # The manifest is written first, so that an interrupted run can be resumed.
         about = read_manifest(self.folder)
         if about is None:
             about = {
@@ -410,7 +412,7 @@ class MilvusWriter(IndexWriter):
 
     @functools.cached_property
     def _table(self) -> Table:
-        """The collection, which each process opens for itself."""
+        """Return the collection; each process opens its own connection."""
         about = read_manifest(self.folder) or {}
         return _checked_table(self.folder, about, self.keeping.typed)
 
@@ -418,7 +420,7 @@ class MilvusWriter(IndexWriter):
         for row in self._table.rows():
             file = _identity(row)
             self._found[file] = row["content"]
-            if row["path"] != place_of(row["file"], self.origin["folders"]):
+            if row["path"] != path_below(row["file"], self.origin["folders"]):
                 self._misplaced.add(file)
         return self._found
 
@@ -428,22 +430,22 @@ class MilvusWriter(IndexWriter):
         check_features(files, features, self.dim)
         rows = []
         for (path, size, time), values, content in zip(files, features, contents, strict=True):
-            place = place_of(path, self.origin["folders"])
+            shown = path_below(path, self.origin["folders"])
             row = {
                 "row": row_of(path),
                 "file": path,
-                "path": place,
-                "category": place.partition("/")[0] if "/" in place else "",
+                "path": shown,
+                "category": shown.partition("/")[0] if "/" in shown else "",
                 "size": size,
                 "time": time,
                 "content": content,
                 "features": values,
             }
             rows.append(row)
-        self._table.ask("upsert", data=rows)
+        self._table.call("upsert", data=rows)
 
     def carry(self, sources: Mapping[Identity, Identity]) -> None:
-        # Rows that are replaced on the way are read before.
+        # Rows that later upserts replace are read before the first upsert.
         self.sources.update(sources)
         pairs = [(file, row_of(source[0])) for file, source in sources.items()]
         replaced = {row_of(path) for path, _, _ in sources}
@@ -456,11 +458,11 @@ class MilvusWriter(IndexWriter):
             self.keep([file for file, _ in some], features, contents)
 
     def _read(self, rows: Collection[int]) -> dict[int, dict[str, Any]]:
-        """Row -> its features and content."""
+        """Return row -> its features and content digest."""
         fields = ["row", "content", "features"]
         read = {}
         for some in _parts(list(rows)):
-            for found in self._table.ask("get", ids=some, output_fields=fields):
+            for found in self._table.call("get", ids=some, output_fields=fields):
                 read[found["row"]] = found
         return read
 
@@ -470,10 +472,10 @@ class MilvusWriter(IndexWriter):
         now = {path for path, _, _ in files}
         gone = [row_of(path) for path, _, _ in self._found if path not in now]
         for some in _parts(gone):
-            table.ask("delete", ids=some)
+            table.call("delete", ids=some)
         counts = counted(self._found, files, self.sources)
         if counts.added or self.sources or gone:
-            table.ask("flush")
+            table.call("flush")
         earlier = read_manifest(self.folder) or {}
         changed = {**about, "kind": self.keeping.kind, "images": len(files)}
         write_manifest(self.folder, {**earlier, **changed})
@@ -486,13 +488,13 @@ def _parts(rows: Sequence[Sliced]) -> Iterator[Sequence[Sliced]]:
 
 
 def _new_name(folder: Path, key: dict[str, Any]) -> str:
-    """A collection's name: nobody else's, with the folder's name for people and the encoder's digest."""
+    """Return a unique name for a collection, with the folder's name for readability and the encoder's digest."""
     shown = re.sub(r"\W", "_", folder.resolve().name, flags=re.ASCII)[:60]
     return f"clip4cir_{shown}_{uuid.uuid4().hex[:12]}_{digest_of(key)}"
 
 
 class MilvusStore(VectorStore):
-    """A collection of Milvus, in a file by Milvus Lite or on a server."""
+    """Store of collections in Milvus, in a file with Milvus Lite or on a server."""
 
     addresses = ("milvus:FILE.db", "milvus:http://HOST:19530")
     kinds = tuple(INDEX_TYPES)
@@ -503,24 +505,24 @@ class MilvusStore(VectorStore):
 
     @classmethod
     def resolve(cls, text: str) -> str:
-        """Return an address with a file's name made absolute. It is repeated in no message: a secret may be in it."""
-        place = super().resolve(text).partition(":")[2]
-        if re.match(r"https?://", place):
-            if not re.fullmatch(r"https?://[^\s/@?#]+/?", place):
+        """Return an address; a path becomes absolute. No message repeats an HTTP address: it may contain a secret."""
+        location = super().resolve(text).partition(":")[2]
+        if re.match(r"https?://", location):
+            if not re.fullmatch(r"https?://[^\s/@?#]+/?", location):
                 raise refused(
                     "the address", f"is not just http://HOST:PORT: set a token in {TOKEN}"
                 )
-            return f"milvus:{place.rstrip('/')}"
-        if not place.endswith(".db"):
+            return f"milvus:{location.rstrip('/')}"
+        if not location.endswith(".db"):
             raise refused(text, "is not a file of Milvus Lite: choose a name that ends with .db")
-        return f"milvus:{usable_path(place).resolve()}"
+        return f"milvus:{usable_path(location).resolve()}"
 
     @classmethod
     def open(cls, folder: Path, about: dict[str, Any], *, typed: bool = False) -> MilvusImages:
         """Open an index.
 
         Raises:
-            UserError: Milvus cannot be reached or lacks the collection, or that is of another encoder.
+            UserError: Milvus cannot be reached, or the collection is missing or was made with another encoder.
         """
         table = _checked_table(folder, about, typed)
         if not table.exists():
