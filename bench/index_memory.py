@@ -86,12 +86,10 @@ def touch(folder: Path, numbers: range) -> None:
 def brought_up_to_date(root: Path, keeping: Keeping) -> Update:
     """Update an index as `search.py index` does, but without loading a model."""
     folders = [root / "images"]
-    files = find_images(folders).files
+    images = find_images(folders)
     pair = {**DrawnEncoder.reported_preprocessing, "clip_model_name": "drawn"}
     output = root / keeping.kind
-    update = update_index(
-        output, files, DrawnEncoder(), folders=folders, keeping=keeping, pair=pair
-    )
+    update = update_index(output, images, DrawnEncoder(), keeping=keeping, pair=pair)
     assert update is not None
     return update
 

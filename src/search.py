@@ -224,9 +224,10 @@ def make_index(args: argparse.Namespace) -> None:
 
     # The first process lists the files and sends the list to the others.
     told_by = keeping.told_by
-    images = find_images(folders, told_by) if torchrun.is_first() else FoundImages()
+    images = find_images(folders, told_by) if torchrun.is_first() else FoundImages(folders)
+    images.gone = gone
     choice = as_made(args.output, earlier, named)
-    update = encode_images(args, folders, gone, images, choice=choice, keeping=keeping)
+    update = encode_images(args, images, choice, keeping)
     if update is not None:
         report(args.output, update, images)
 
@@ -255,13 +256,7 @@ def move_images(args: argparse.Namespace) -> None:
 
 
 def encode_images(
-    args: argparse.Namespace,
-    folders: Sequence[Path],
-    gone: Sequence[Path],
-    images: "FoundImages",
-    *,
-    choice: PairChoice,
-    keeping: "Keeping",
+    args: argparse.Namespace, images: "FoundImages", choice: PairChoice, keeping: "Keeping"
 ) -> "Update | None":
     """Update the index with the CLIP of a pair; return the outcome in the first process, None in the others."""
     from image_search.image_index import update_index
@@ -279,10 +274,8 @@ def encode_images(
         try:
             update = update_index(
                 args.output,
-                images.files,
+                images,
                 encoder,
-                folders=folders,
-                gone=gone,
                 keeping=keeping,
                 pair=made_with(choice, pair),
             )

@@ -364,7 +364,7 @@ def write_index(folder: Path, count: int = 40, kind: str = "flat", dim: int = 16
     }
     rows = lambda start, stop: features[start:stop]  # noqa: E731
     listed = dict.fromkeys(files, 0)
-    faiss.publish(folder, listed, rows, about={**about, "kind": kind}, dim=dim)
+    faiss.publish(folder, listed, rows, about={**about, "kind": kind})
 
 
 def part(folder: Path, name: str) -> Path:

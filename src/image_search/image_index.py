@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from image_search.manifest import check_index, check_named, read_manifest
+from image_search.photos import FoundImages
 from image_search.stores.base import (
     TIME,
     Counts,
@@ -68,11 +69,9 @@ def open_index(folder: Path, store: str | None = None) -> ImageIndex:
 
 def update_index(
     folder: Path,
-    images: Sequence[Identity],
+    images: FoundImages,
     encoder: Encoder,
     *,
-    folders: Sequence[Path],
-    gone: Sequence[Path] = (),
     keeping: Keeping,
     pair: dict[str, Any],
 ) -> Update | None:
@@ -83,9 +82,7 @@ def update_index(
     the update; the next update resumes after the last complete shard.
 
     Args:
-        images: list of images in the first process, which sends it to the others.
-        folders: folders that contain the images.
-        gone: folders of the index that no longer exist; their images must be found in other folders.
+        images: images found by the first process, which sends their files to the others.
         pair: settings with which a query loads the same CLIP, for the manifest.
 
     Returns:
@@ -95,7 +92,7 @@ def update_index(
         UserError: the folder contains other files, the index was made with other weights or preprocessing, no image is
             readable, images of a missing folder were not found elsewhere, or there are too few images for the kind.
     """
-    origin = {"folders": sorted(str(path.resolve()) for path in folders), "pair": pair}
+    origin = {"folders": sorted(str(path.resolve()) for path in images.folders), "pair": pair}
     if keeping.told_by != TIME:  # the default of an index that does not record it
         origin["told_by"] = keeping.told_by
     dim = encoder.backbone.dim
@@ -104,33 +101,31 @@ def update_index(
     if not distributed.is_main():
         _encode(None, encoder, writer)
         return None
-    store.check(keeping.kind, len(images), dim)
+    store.check(keeping.kind, len(images.files), dim)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, IN_USE.format(folder)):
         _check_may_be_updated(folder, encoder_key(encoder), keeping)
         writer.open()
-        unreadable = _complete(images, encoder, writer, gone)
-        readable = [file for file in images if file[0] not in unreadable]
+        unreadable = _complete(images, encoder, writer)
+        readable = [file for file in images.files if file[0] not in unreadable]
         if not readable:
             raise UserError(
-                f"--images: none of the {len(images)} images can be read, the first is {images[0][0]}"
+                f"--images: none of the {len(images.files)} images can be read, the first is {images.files[0][0]}"
             )
         counts = writer.publish(readable, {**origin, "unreadable": unreadable})
     return Update(counts=counts, unreadable=unreadable)
 
 
-def _complete(
-    images: Sequence[Identity], encoder: Encoder, writer: IndexWriter, gone: Sequence[Path]
-) -> dict[str, str]:
+def _complete(images: FoundImages, encoder: Encoder, writer: IndexWriter) -> dict[str, str]:
     """Give the writer the features of all images: copy them for known content, and encode every new content once.
 
     Returns:
         path -> reason, for each unreadable file.
     """
     held = writer.held()
-    missing = [file for file in images if file not in held]
-    sources = _of_same_content(missing, held, images, writer.keeping.told_by)
-    _check_found(gone, held, sources)
+    missing = [file for file in images.files if file not in held]
+    sources = _of_same_content(missing, held, images.files, writer.keeping.told_by)
+    _check_found(images.gone, held, sources)
     copies = {file: source for file, source in sources.items() if source not in held}
     writer.carry({file: source for file, source in sources.items() if source in held})
     del held

@@ -29,11 +29,15 @@ class FoundImages:
     """Image files found in some folders.
 
     Attributes:
+        folders: folders that were searched.
+        gone: folders of an index that no longer exist; their images must be among the files.
         files: identities of the image files, sorted, with symlinks resolved and without duplicates.
         left_out: unusable file -> reason.
         skipped: extension of an unsupported image type -> number of files.
     """
 
+    folders: Sequence[Path]
+    gone: Sequence[Path] = ()
     files: list[Identity] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
@@ -48,7 +52,7 @@ def find_images(folders: Sequence[Path], told_by: str = "time") -> FoundImages:
     Raises:
         UserError: a folder cannot be read, or there is no image.
     """
-    found = FoundImages()
+    found = FoundImages(folders)
     files = set()
     for folder in folders:
         for file in _files(folder):

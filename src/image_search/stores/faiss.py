@@ -322,7 +322,7 @@ class FaissWriter(IndexWriter):
             files = files if grown is None else in_place
         rows = functools.partial(self._rows, files)
         listed = {file: self._contents[file] for file in files}
-        publish(self.folder, listed, rows, about=about, on_disk=on_disk, dim=self.dim, grown=grown)
+        publish(self.folder, listed, rows, about=about, on_disk=on_disk, grown=grown)
         return counts
 
     def _in_place(self, files: Sequence[Identity]) -> list[Identity] | None:
@@ -387,7 +387,6 @@ def publish(
     rows: FeatureRows,
     *,
     about: dict[str, Any],
-    dim: int,
     on_disk: bool = False,
     grown: Any = None,
 ) -> None:
@@ -409,7 +408,7 @@ def publish(
         listed = _listed(files)
         manifest = {**about, **names, "images": len(files), "torch": torch.__version__}
         write_text(folder / names["files"], listed)
-        features = _written_features(folder / names["features"], list(files), rows, dim=dim)
+        features = _written_features(folder / names["features"], list(files), rows)
         digests = {"files": _digest(listed.encode()), "features": _digest_of_rows(features)}
         manifest["sha256"] = digests
         del listed
@@ -476,13 +475,12 @@ def _delete_all_but(names: Collection[str], folder: Path) -> None:
             discard(file)
 
 
-def _written_features(
-    file: Path, files: Sequence[Identity], rows: FeatureRows, *, dim: int
-) -> np.ndarray:
+def _written_features(file: Path, files: Sequence[Identity], rows: FeatureRows) -> np.ndarray:
     """Write features to a .npy file block by block, and return them mapped into memory.
 
     NumPy's own function can miss that the disk is full; writing to a memory map would kill the process then.
     """
+    dim = rows(0, 1).shape[1]
     header = {
         "descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)),
         "fortran_order": False,
