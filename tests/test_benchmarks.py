@@ -134,7 +134,7 @@ def test_top_k_agrees_with_the_ranks(seed, gallery):
     frozen = random_split(seed, gallery)
     found = rank(frozen, compose, [ORIGINAL_REMOVED], k=50, block=3)[ORIGINAL_REMOVED]
     ranks, group_ranks, names = found.ranks, found.group_ranks, frozen.split.names
-    nearest = [[n for n, _ in row] for row in found.answers(names)]
+    nearest = [[n for n, _ in row] for row in found.results(names)]
     nearest_in_group = [[n for n, _ in row] for row in found.answers_in_group(names)]
     for row, triplet in enumerate(frozen.split.triplets):
         assert triplet.reference not in nearest[row]

@@ -42,7 +42,7 @@ def test_metrics_equal_those_of_sorted_lists(drawn):
             allowed = [n for n in gallery if protocol.reference == "kept" or n != reference]
             order = sorted(allowed, key=lambda name: -of_query[name])
             places.append(order.index(entry["target-image"][1]))
-            nearest = found[protocol].answers(split.names)[row]
+            nearest = found[protocol].results(split.names)[row]
             assert [name for name, _ in nearest] == order[: len(nearest)]
         twin = {
             f"recall_at{k}": 100 * sum(place < k for place in places) / len(places) for k in RECALLS

@@ -132,7 +132,7 @@ def test_protocols_equal_brute_force_on_any_dataset(dataset, k, block):
         assert ranking.ranks.tolist() == [
             n.index(t.target) for n, t in zip(lists, split.triplets, strict=True)
         ]
-        nearest = ranking.answers(split.names)
+        nearest = ranking.results(split.names)
         assert [[name for name, _ in row] for row in nearest] == [names[:k] for names in lists]
         alone = rank(frozen, lambda image, text: text, [protocol])[
             protocol

@@ -168,12 +168,12 @@ class Ranking:
         taken = {name: column[rows] for name, column in columns.items() if column is not None}
         return Ranking(**taken)
 
-    def answers(self, names: Sequence[str]) -> list[list[tuple[str, float]]]:
+    def results(self, names: Sequence[str]) -> list[list[tuple[str, float]]]:
         """Return the name and similarity of each image that each query retrieved, given the names of the gallery."""
         return _named(names, self.nearest, self.similarities)
 
     def answers_in_group(self, names: Sequence[str]) -> list[list[tuple[str, float]]] | None:
-        """Return the names and similarities of each query's group, see `answers`; None without groups."""
+        """Return the names and similarities of each query's group, see `results`; None without groups."""
         if self.nearest_in_group is None or self.group_similarities is None:
             return None
         return _named(names, self.nearest_in_group, self.group_similarities)
@@ -196,10 +196,10 @@ def _named(
     names: Sequence[str], rows: Tensor, similarities: Tensor
 ) -> list[list[tuple[str, float]]]:
     """Return names and similarities of each query's results, without images that may not be retrieved."""
-    answers = []
+    results = []
     for own_rows, own_similarities in zip(rows.tolist(), similarities.tolist(), strict=True):
         found = zip(own_rows, own_similarities, strict=True)
-        answers.append(
+        results.append(
             [(names[row], similarity) for row, similarity in found if similarity > float("-inf")]
         )
-    return answers
+    return results

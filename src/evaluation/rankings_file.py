@@ -91,9 +91,9 @@ def _add_answers(
         triplets, rankings: triplets and rankings of these queries.
     """
     for protocol, ranking in rankings.items():
-        answers = _rounded(ranking.answers(names))
+        results = _rounded(ranking.results(names))
         ranks = _as_list(ranking.ranks, len(queries))
-        columns = zip(queries, ranks, ranking.known_other_ranks, answers, strict=True)
+        columns = zip(queries, ranks, ranking.known_other_ranks, results, strict=True)
         for query, rank, others, nearest in columns:
             found = {"rank": rank, "other_ranks": others, "nearest": nearest}
             query["protocols"][protocol.name] = found
@@ -123,9 +123,9 @@ def _add_insight(queries: list[Record], gates: "Tensor", experts: "Tensor") -> N
             query["experts"] = [round(weight, WEIGHT_DIGITS) for weight in weights]
 
 
-def _rounded(answers: list[list[tuple[str, float]]]) -> list[list[tuple[str, float]]]:
+def _rounded(results: list[list[tuple[str, float]]]) -> list[list[tuple[str, float]]]:
     rounded = []
-    for found in answers:
+    for found in results:
         rounded.append([(name, round(similarity, SIMILARITY_DIGITS)) for name, similarity in found])
     return rounded
 

@@ -86,7 +86,7 @@ def submit(
 
 def _answers(split: Split, ranking: Ranking, group_k: int) -> Answered:
     """Return the image ids that each query of a split retrieved, and the first few within its group."""
-    nearest = ranking.answers(split.names)
+    nearest = ranking.results(split.names)
     in_group = ranking.answers_in_group(split.names) or []
     return Answered(
         split=split,
@@ -95,8 +95,8 @@ def _answers(split: Split, ranking: Ranking, group_k: int) -> Answered:
     )
 
 
-def _ids(answers: Sequence[tuple[str, float]]) -> list[str]:
-    return [image for image, _ in answers]
+def _ids(results: Sequence[tuple[str, float]]) -> list[str]:
+    return [image for image, _ in results]
 
 
 def _write(

@@ -66,7 +66,7 @@ PAGE_FILES = {
 }
 MOST_RESULTS = 100
 MOST_REFERENCES = 4  # maximum number of rows, uploads and files in a query
-FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
 MOST_FIELDS = 32
 LONGEST_FIELD = 2**16  # bytes
 MultiPartParser.spool_max_size = MOST_BYTES  # uploads are not written to disk
@@ -488,7 +488,7 @@ async def read_form(request: Request) -> tuple[SearchForm, list[File]]:
         QueryError: a field is unknown, repeated or of a wrong type, or there are too many references.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in FORMS:
+    if kind not in FORM_TYPES:
         raise HTTPException(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send the query as a form")
     try:
         form = await request.form(

@@ -212,8 +212,8 @@ class Beside(Schema):
 class Expert(Schema):
     """Queries that an expert receives more often than the others do, see `reports.expert_report.expert_names`."""
 
-    takes: list[str] = Field(description="Kinds of questions, or words of them.")
-    is_idle: bool = Field(description="Whether no question went to it when that was told.")
+    takes: list[str] = Field(description="Kinds of queries, or frequent words of their captions.")
+    is_idle: bool = Field(description="Whether the router sent it no query.")
 
 
 class ExpertReport(Schema):

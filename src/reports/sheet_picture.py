@@ -59,7 +59,7 @@ def picture(
     places = 0
     for card in cards:
         for row in card.rows.values():
-            places = max(places, len(row.answers) + len(row.ranks))
+            places = max(places, len(row.results) + len(row.ranks))
     width = LEFT_WIDTH + places * (side + GAP)
     lines = list(itertools.chain.from_iterable(wrapped(text, width - MARGIN) for text in head))
     top = Image.new("RGB", (width, MARGIN + LINE * len(lines)), "white")
@@ -208,7 +208,7 @@ def _draw_row(
     """Draw a ranking from left to right with outlined targets; targets that were not retrieved are added at the end."""
     pen = ImageDraw.Draw(strip)
     labels = {}
-    for place, (name, similarity) in enumerate(row.answers, start=1):
+    for place, (name, similarity) in enumerate(row.results, start=1):
         labels[name] = f"{place}. {similarity:.3f}"
     for name, rank in row.not_shown.items():
         labels[name] = f"{rank + 1}."

@@ -63,17 +63,17 @@ class Row:
     """One ranking of a query.
 
     Attributes:
-        answers: retrieved images with their similarities.
+        results: retrieved images with their similarities.
         ranks: target -> its rank, counted from 0; the annotated target, for which the query was written, comes first.
     """
 
-    answers: Nearest
+    results: Nearest
     ranks: Mapping[str, int]
 
     @property
     def names(self) -> list[str]:
         """Return the names of the retrieved images."""
-        return [name for name, _ in self.answers]
+        return [name for name, _ in self.results]
 
     @property
     def not_shown(self) -> dict[str, int]:
@@ -230,7 +230,7 @@ def _query(card: Card, pictures: Mapping[str, Picture]) -> str:
     rows = []
     for title, row in card.rows.items():
         figures = []
-        for place, (name, similarity) in enumerate(row.answers, start=1):
+        for place, (name, similarity) in enumerate(row.results, start=1):
             label = f"{place}. {similarity:.3f}"
             figures.append(_figure(pictures, name, label, is_target=name in row.ranks))
         for name, rank in row.not_shown.items():
@@ -270,7 +270,7 @@ def _figure(
 def results_page(
     title: str,
     reference: str | None,
-    answers: Nearest,
+    results: Nearest,
     *,
     about: str,
     thumbnails: Mapping[str, bytes],
@@ -285,7 +285,7 @@ def results_page(
     """
     pictures = _pictures(thumbnails)
     figures = []
-    for place, (name, similarity) in enumerate(answers, start=1):
+    for place, (name, similarity) in enumerate(results, start=1):
         label = f"{place}. {similarity:.3f} {Path(name).name}{marks.get(name, '')}"
         figures.append(_figure(pictures, name, label))
     parts = [

@@ -129,8 +129,8 @@ def cross_entropy(logits: Tensor, smoothing: float) -> Tensor:
 
     Masked logits, -inf, get no share of the smoothing.
     """
-    answers = torch.arange(len(logits), device=logits.device)
-    loss = F.cross_entropy(logits, answers)
+    targets = torch.arange(len(logits), device=logits.device)
+    loss = F.cross_entropy(logits, targets)
     if not smoothing:
         return loss
     kept = logits.isfinite()
