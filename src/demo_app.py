@@ -75,7 +75,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--api",
         action="store_true",
-        help="serve documentation of the API for programs at /docs",
+        help="serve the API documentation at /docs",
     )
     group.add_argument(
         "--examples",

@@ -163,7 +163,7 @@ def add_keeping(index: argparse.ArgumentParser) -> None:
     )
     options.add_verify(
         index,
-        help="detect changed images by hashing their whole content (default: unchanged; a new index compares size, "
+        help="detect changed images by hashing whole files (default: unchanged; a new index compares size, "
         "modification time and the first, middle and last 4 KiB, in Milvus only size and time)",
     )
 

@@ -30,7 +30,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--queries",
         type=usable_path,
         metavar="FILE",
-        help="list of the only queries to measure, written by audit.py --write-queries; galleries are not restricted",
+        help="evaluate only the queries in FILE, written by audit.py --write-queries; galleries are not restricted",
     )
     options.add_protocol(
         group,

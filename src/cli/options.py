@@ -63,8 +63,8 @@ def add_resampling(group: Group, *, resamples: int) -> None:
         type=str.lower,
         default="reference",
         metavar="COLUMN",
-        help="unit of resampling: queries with the same reference, target, or value of a column of your own triplets "
-        "are drawn together; query: draw each query by itself",
+        help="resample queries with the same reference or target together, or with the same value in a column of your "
+        "own triplets; with query, resample them one by one",
     )
     group.add_argument(
         "--confidence",
@@ -130,8 +130,8 @@ def exported_flag() -> argparse.ArgumentParser:
         action=Alias,
         other="combining_function",
         metavar="DIR",
-        help="exported pair, a folder written by export.py or hf-hub:ORG/REPO; replaces --clip-model-path and "
-        "--combiner-path, and composes queries with its Combiner if it has one",
+        help="exported CLIP, with or without a Combiner: a folder from export.py, or hf-hub:ORG/REPO; replaces "
+        "--clip-model-path and --combiner-path; if there is a Combiner, it composes the queries",
     )
     return parser
 
@@ -177,11 +177,11 @@ def measuring_flags() -> argparse.ArgumentParser:
         "--feature-cache",
         type=usable_path,
         metavar="DIR",
-        help="folder in which features are cached, so that interrupted encoding resumes (default: no cache)",
+        help="folder for cached features, so that interrupted encoding can resume (default: no cache)",
     )
     add_verify(
         group,
-        help="detect changed images by hashing their whole content (default: by size, modification time and the first, "
+        help="detect changed images by hashing whole files (default: by size, modification time and the first, "
         "middle and last 4 KiB)",
     )
     group.add_argument(

@@ -1,1 +1,1 @@
-"""OpenMoji's pictures and their meaning, and triplets of pictures that differ in one or two facts."""
+"""OpenMoji's pictures with their attributes, and triplets of pictures that differ in one or two attributes."""

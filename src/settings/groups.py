@@ -188,7 +188,9 @@ class Training(Flags):
     validation_frequency: Count = setting(1, "number of epochs from one validation to the next")
     validate_last: bool = setting(False, "also validate after the last epoch")
     save_training: bool = setting(False, "save the weights at each validation")
-    save_best: bool = setting(False, "save only the best weights, not those of each validation")
+    save_best: bool = setting(
+        False, "save only the best weights, not the weights of every validation"
+    )
     save_every: Count | None = setting(
         None, "also save the weights every N epochs, validated or not", metavar="N", where="free"
     )
@@ -210,7 +212,7 @@ class Training(Flags):
     )
     verify: bool = setting(
         False,
-        "detect changed images by hashing their whole content, in caches and on --resume (default: by size, "
+        "for caches and --resume, detect changed images by hashing whole files (default: by size, "
         "modification time and the first, middle and last 4 KiB)",
     )
     checkpoint_every_minutes: Positive = setting(
@@ -270,7 +272,7 @@ class BeyondOriginal(Flags):
     )
     learn_temperature: bool = setting(
         False,
-        "learn the temperature of the loss, starting from 1/100, the fixed value of the original, and never below it",
+        "learn the temperature of the loss; it starts at 1/100, the original's fixed value, and never falls below it",
     )
     label_smoothing: Annotated[float, Field(ge=0, le=1 - 1e-9)] = setting(
         0.0,
@@ -305,7 +307,7 @@ class BeyondOriginal(Flags):
     )
     ema_decay: Fraction | None = setting(
         None,
-        "decay per step of a moving average of the weights, which is validated and saved (default: no average)",
+        "per-step decay of a moving average of the weights; the average is validated and saved (default: no average)",
         metavar="DECAY",
         off="do not average weights, whatever --recipe sets",
     )
@@ -317,16 +319,16 @@ class Regularisation(Flags):
     title = "regularisation and noise, beyond the original"
     about = "all off by default, see docs/recipe.md"
     drop_text: Share = setting(
-        0.0, "fraction of the queries of a step whose text is left out, from 0 to 1", metavar="P"
+        0.0, "fraction of the queries in each step whose text is left out, from 0 to 1", metavar="P"
     )
     drop_image: Share = setting(
         0.0,
-        "fraction of the queries of a step whose image is left out, from 0 to 1; no query loses both",
+        "fraction of the queries in each step whose image is left out, from 0 to 1; no query loses both",
         metavar="P",
     )
     noise: Share = setting(
         0.0,
-        "fraction of the training triplets whose targets are shuffled among them, to test robustness to label noise",
+        "fraction of training triplets whose targets are shuffled among themselves, to test robustness to label noise",
         metavar="S",
     )
     noise_seed: Seed = setting(
@@ -439,11 +441,11 @@ class Combiner(Flags):
     )
     hidden_dim: Width = setting(5120, "dimension of the hidden layers")
     num_experts: Experts = setting(4, "number of experts (moe)")
-    top_k: Experts = setting(2, "number of experts that each query is sent to (moe)")
+    top_k: Experts = setting(2, "number of experts per query (moe)")
     shared_expert: bool = setting(
         False, "add an expert that every query goes through (moe; Dai et al. 2024)"
     )
-    router_norm: bool = setting(False, "layer-normalise the input of the router (moe)")
+    router_norm: bool = setting(False, "layer-normalise the router's input (moe)")
 
     @field_validator("top_k")
     @classmethod
@@ -462,7 +464,7 @@ class WantedCombiner(Flags):
 
     title = "Combiner"
     about = "read from the checkpoint; a flag that differs from it is an error"
-    silent: ClassVar[str] = " (default: the checkpoint's)"
+    silent: ClassVar[str] = " (default: as in the checkpoint)"
     combiner_type: Annotated[str, OneOf(COMBINER_TYPES)] | None = changed(
         Combiner, "combiner_type", None, silent
     )
@@ -490,7 +492,7 @@ class Frozen(Flags):
     )
     mix: Weight = setting(
         0.0,
-        "parameter of mixup: triplets of a step are mixed in pairs with weights from Beta(ALPHA, ALPHA); 0: off (Zhang "
+        "mixup parameter: mix pairs of triplets in each step with weights from Beta(ALPHA, ALPHA); 0: off (Zhang "
         "et al. 2018)",
         metavar="ALPHA",
     )
@@ -507,8 +509,8 @@ class Frozen(Flags):
     )
     router_noise: Weight = setting(
         0.0,
-        "standard deviation of noise on the router's logits in training (Shazeer et al. 2017); 0, as in the original: "
-        "off",
+        "standard deviation of the noise added to the router's logits in training (Shazeer et al. 2017); 0, as in the "
+        "original, disables it",
         metavar="SIGMA",
     )
     router_bias: Weight = setting(
@@ -520,7 +522,7 @@ class Frozen(Flags):
     clip_bs: Count = setting(32, "number of images or texts that CLIP encodes at a time")
     feature_cache: UsablePath | None = setting(
         PROJECT_ROOT / "features",
-        "folder in which features are cached",
+        "folder for cached features",
         metavar="DIR",
         where="free",
         off="do not cache features on disk",
