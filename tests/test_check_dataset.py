@@ -144,7 +144,7 @@ def test_what_files_have_is_said_and_what_is_done_to_them(benchmark, own_drawn, 
     for kind, name in names.items():
         mode, more, _ = TRAITS[kind]
         white = 40_000 if mode[0] == "I" else 1
-        Image.new(mode, (64, 64), white).save(paths[name], "PNG", **more)
+        Image.new(mode, (64, 64), white).save(paths[name], "TIFF" if mode == "I" else "PNG", **more)
     report = checked(check, own_drawn, benchmark.name, "--splits", "val")
     assert not report["bad"]
     is_own = benchmark is Triplets
