@@ -364,7 +364,7 @@ def searcher(drawn, tmp_path_factory):
     """An index of drawn images with a MoE Combiner that is not trained; for screenshots the demo's, which is."""
     folder = tmp_path_factory.mktemp("app")
     if PICTURES and (DEMO / "index" / "index.json").exists():
-        weights = sorted((DEMO / "models" / "FashionIQ_moe").glob("*/seed_0"))[-1]
+        weights = sorted((DEMO / "models" / "Triplets_moe").glob("*/seed_0"))[-1]
         choice = PairChoice(combining_function=None, clip_path=None, combiner_path=weights)
         return load_searcher(DEMO / "index", choice, torch.device("cpu"))
     words = [
