@@ -5,6 +5,7 @@ finds are ranked again by their exact similarities, so its results differ only b
 """
 
 import contextlib
+import functools
 import logging
 import mmap
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ ADDED_AT_ONCE = 65_536  # number of vectors in a block
 # Number of candidates that an index proposes for k results: a multiple of k, with a minimum.
 CANDIDATES_PER_RESULT = 20
 LEAST_CANDIDATES = 256
+TIES = 64  # candidates of an exact index beyond k, so that equal similarities can be put in the order of the rows
 
 # HNSW parameters (Malkov and Yashunin 2018, arXiv 1603.09320).
 NEIGHBOURS = 32
@@ -52,6 +54,7 @@ REPORT_K = 10
 NearestRows = list[tuple[int, float]]  # (row, cosine similarity), most similar first
 
 
+@functools.cache  # setting a logger's level in each query would cost 4 % of it
 def import_faiss() -> Any:
     """Import FAISS. Raises UserError if it is not installed."""
     logging.getLogger("faiss.loader").setLevel(logging.WARNING)
@@ -209,7 +212,9 @@ def search(index: Any, features: np.ndarray, queries: np.ndarray, *, k: int) -> 
         queries: normalised query features (Q, D).
     """
     k = min(k, len(features))
-    proposed = min(len(features), max(LEAST_CANDIDATES, CANDIDATES_PER_RESULT * k))
+    is_exact = isinstance(index, import_faiss().IndexFlat)
+    wanted = k + TIES if is_exact else max(LEAST_CANDIDATES, CANDIDATES_PER_RESULT * k)
+    proposed = min(len(features), wanted)
     _, candidates = index.search(np.ascontiguousarray(queries, dtype=np.float32), proposed)
     return _ranked(candidates, features, queries, k)
 
@@ -231,7 +236,7 @@ def _ranked(
         results.append(
             list(zip(found_rows[order].tolist(), similarities[order].tolist(), strict=True))
         )
-        let_go(features)
+    let_go(features)
     return results
 
 

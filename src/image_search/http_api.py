@@ -335,7 +335,7 @@ class Service:
         self, request: Request, row: int, size: Literal["small", "large"] = "small"
     ) -> Response:
         """Return a JPEG of an indexed image."""
-        file = await asyncio.to_thread(self._file, row)
+        file = await self._look_up(self._file, row)
         kept = self.thumbnails.get((file, size))
         if kept is not None:
             return unless_known(request, kept, "image/jpeg", age=AGE)
@@ -351,15 +351,15 @@ class Service:
 
     async def photo(self, row: int) -> Photo:
         """Return the row, name and path of an indexed image."""
-        return await asyncio.to_thread(self._photo, row)
+        return await self._look_up(self._photo, row)
 
     async def some(self, count: int = Query(40, ge=1, le=MOST_SHOWN)) -> list[Photo]:
         """Return random indexed images."""
-        return await asyncio.to_thread(self._some, count)
+        return await self._look_up(self._some, count)
 
     async def some_examples(self, count: int = Query(4, ge=1, le=MOST_SHOWN)) -> list[KnownExample]:
         """Return random example queries with known targets; none if the server runs without --examples."""
-        return await asyncio.to_thread(self._some_examples, count)
+        return await self._look_up(self._some_examples, count)
 
     async def health(self) -> Health:
         """Return the status and settings of the server."""
@@ -416,7 +416,7 @@ class Service:
 
     async def _reference(self, row: int) -> torch.Tensor:
         """Return the features (1, D) of an indexed image; if its file has changed, its preprocessed bytes (3, R, R)."""
-        file, features = await asyncio.to_thread(self._kept, row)
+        file, features = await self._look_up(self._kept, row)
         if features is not None:
             return features
         try:
@@ -426,6 +426,12 @@ class Service:
                 "this image has changed and can no longer be decoded: choose another"
             ) from None
         return torch.from_numpy(pixels)
+
+    async def _look_up(self, function: Callable[..., Outcome], *arguments: Any) -> Outcome:
+        """Call a function that reads the index, in a thread if the index may wait for a server."""
+        if self.searcher.index.is_remote:
+            return await asyncio.to_thread(function, *arguments)
+        return function(*arguments)
 
     def _kept(self, row: int) -> tuple[Path, torch.Tensor | None]:
         file = self._file(row)

@@ -76,8 +76,10 @@ class ImageIndex(ABC):
     Attributes:
         folder: folder of the manifest.
         about: the manifest.
+        is_remote: whether reading may wait for a server.
     """
 
+    is_remote: ClassVar[bool] = False
     folder: Path
     about: dict[str, Any]
 

@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -298,6 +298,7 @@ class MilvusManifest(StoreManifest):
 class MilvusImages(ImageIndex):
     """An index in Milvus, opened for search."""
 
+    is_remote: ClassVar[bool] = True
     table: Table
 
     def __len__(self) -> int:
