@@ -5,9 +5,9 @@ finds are ranked again by their exact similarities, so its results differ only b
 """
 
 import contextlib
-import functools
 import logging
 import mmap
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,10 @@ REPORT_K = 10
 NearestRows = list[tuple[int, float]]  # (row, cosine similarity), most similar first
 
 
-@functools.cache  # setting a logger's level in each query would cost 4 % of it
 def import_faiss() -> Any:
     """Import FAISS. Raises UserError if it is not installed."""
-    logging.getLogger("faiss.loader").setLevel(logging.WARNING)
+    if "faiss" not in sys.modules:  # setting a level takes as long as a tenth of a small query
+        logging.getLogger("faiss.loader").setLevel(logging.WARNING)
     try:
         import faiss
     except ImportError:
