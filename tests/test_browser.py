@@ -500,11 +500,11 @@ def test_load_ask_and_go_on_from_a_result(width, app):
     answers(page, asked="change the color")
     page.click("#experts summary")
     assert page.locator("#bars i").count() == 5  # the gate and four experts
-    assert page.locator("#bars").inner_text().count("rests") == 2
+    assert page.locator("#bars").inner_text().count("not used") == 2
     said = page.inner_text("#why")
-    assert "2 of 4 experts worked on this query" in said
+    assert "2 of 4 experts processed this query" in said
     assert page.locator("#bars").inner_text().count("colour, size") == 3
-    assert said.endswith("experts 4.")  # which are idle
+    assert said.endswith("evaluation: 4.")  # which are idle
     words, image = map(int, re.findall(r"(\d+) %", said))
     assert words + image == 100
     labels = page.locator("#results .caption").all_inner_texts()
@@ -879,7 +879,7 @@ def test_answers_go_on_and_are_narrowed_by_their_paths(app, address):
     expected = [name for name in everything if wanted in name]
     visible = page.locator("#results .card:visible .caption").all_inner_texts()
     assert [text.split(" ", 2)[2] for text in visible] == expected
-    told_kept = f"{len(expected)} of the nearest {len(everything)}"
+    told_kept = f"{len(expected)} of the {len(everything)} nearest images"
     assert page.locator("#kept").inner_text() == told_kept
     page.locator("#results .pick:visible").first.focus()
     page.keyboard.press("ArrowRight")  # among those that are shown

@@ -60,7 +60,7 @@ function tell(work) {
 function noticeRestart(server) {
   if (!health.server || server === health.server) return;
   const reload = { name: t("Reload"), run: () => location.reload() };
-  toast(t("The server was restarted: its images may have different numbers now."), reload);
+  toast(t("The server was restarted: image numbers may have changed."), reload);
 }
 
 async function look() {
@@ -281,7 +281,7 @@ function showReferences(references) {
 }
 
 function nothingChosen() {
-  const empty = t("No reference: choose an image, upload or paste one, or drop it here. Or search by words alone.");
+  const empty = t("No reference: choose an image, upload or paste one, or drop it here. Or search with text only.");
   const long = element("span", { className: "long", textContent: empty });
   const short = element("span", { className: "short", textContent: t("No reference") });
   return element("div", { className: "empty" }, long, short);
@@ -445,7 +445,7 @@ function narrow() {
   const cards = [...document.querySelectorAll("#lists .card:not(.skeleton)")];
   for (const card of cards) card.hidden = !card.dataset.path.includes(wanted);
   const kept = cards.filter((card) => !card.hidden).length;
-  $("kept").value = wanted ? t("{0} of the nearest {1}", kept, cards.length) : "";
+  $("kept").value = wanted ? t("{0} of the {1} nearest images", kept, cards.length) : "";
 }
 
 // Shows the gate and the weights of the experts, in sentences and as bars.
@@ -455,20 +455,20 @@ function showExperts(list) {
   if (!isKnown) return;
   const words = Math.round(100 * list.gate);
   const follow = lastQuery(state).references.length > 1
-    ? "The results follow your words to {0} % and the references to {1} %."
-    : "The results follow your words to {0} % and the reference to {1} %.";
+    ? "The results depend {0} % on your text and {1} % on the references."
+    : "The results depend {0} % on your text and {1} % on the reference.";
   const said = [t(follow, words, 100 - words)];
   const working = list.experts.filter((share) => share > 0).length;
-  const others = "{0} of {1} experts worked on this query. The others rest: every query is routed to the {0} that suit it best.";
+  const others = "{0} of {1} experts processed this query: each query is routed to the {0} experts that suit it best.";
   if (working < list.experts.length) said.push(t(others, working, list.experts.length));
   const idle = health.experts.flatMap((expert, index) => (expert.is_idle ? [index + 1] : []));
-  if (idle.length) said.push(t("Idle, because no query was routed to them when they were measured: experts {0}.", idle.join(", ")));
+  if (idle.length) said.push(t("Idle experts, to which no query was routed in the evaluation: {0}.", idle.join(", ")));
   $("why").textContent = said.join(" ");
-  const shares = [[t("your words"), list.gate], ...list.experts.map((share, index) => [calledExpert(index), share])];
+  const shares = [[t("your text"), list.gate], ...list.experts.map((share, index) => [calledExpert(index), share])];
   const bars = shares.flatMap(([name, share]) => {
     const bar = element("i");
     bar.style.width = `${Math.round(100 * share)}%`;
-    const value = share === 0 ? t("rests") : `${Math.round(100 * share)} %`;
+    const value = share === 0 ? t("not used") : `${Math.round(100 * share)} %`;
     return [element("span", { textContent: name }), bar, element("span", { textContent: value })];
   });
   $("bars").replaceChildren(...bars);
@@ -545,7 +545,7 @@ async function copyPath() {
   } catch {
     // Browsers allow copying only on pages from this machine or over HTTPS.
     getSelection().selectAllChildren($("large-path"));
-    toast(t("the browser does not let the page copy: the path is selected, copy it with Ctrl+C"));
+    toast(t("the browser does not allow copying: the path is selected, press Ctrl+C to copy it"));
   }
 }
 
@@ -784,7 +784,7 @@ async function linked() {
   const share = (name) => Math.min(1, Math.max(0, Number(words.get(name) ?? 0.5) || 0));
   const photosOf = async (rows) => {
     const photos = await Promise.all(rows.map((row) => isRow(row) && json(`photo/${row}`).catch(() => null)));
-    if (!photos.every(Boolean)) toast(t("the link refers to an image that is not in the index: choose another"));
+    if (!photos.every(Boolean)) toast(t("the link refers to an image that is not in the index: choose another image"));
     return photos.filter(Boolean).map(referenceOf);
   };
   const references = await photosOf(words.getAll("row").slice(0, health.max_references));
@@ -818,7 +818,7 @@ async function begin() {
   $("facts").textContent = said.filter(Boolean).join(" · ");
   $("file").accept = health.kinds.join(",");
   $("filtering").hidden = !health.filters;
-  $("method").options[0].textContent = t(health.composes === "sum" ? "sum, as trained" : "Combiner");
+  $("method").options[0].textContent = t(health.composes === "sum" ? "sum, as in training" : "Combiner");
   $("examples").replaceChildren(...waitingCards(Math.min(EXAMPLES, health.examples)));
   $("choice").replaceChildren(...waitingCards(OFFERED));
   $("choosing").hidden = false;

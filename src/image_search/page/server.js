@@ -44,7 +44,7 @@ export async function search(fields, ids) {
     for (const [field, image] of images) form.append(field, image.upload);
     return json("search", { method: "POST", body: form });
   };
-  if (images.some(([, image]) => !image)) throw new Error(t("a link does not contain uploaded images: upload the image again"));
+  if (images.some(([, image]) => !image)) throw new Error(t("links do not contain uploaded images: upload the image again"));
   try {
     return await post();
   } catch (error) {
