@@ -499,4 +499,6 @@ def test_templates_that_are_none(template, drawn, pair, fails):
 
 def test_a_template_of_a_benchmark_without_concepts(drawn, pair, fails):
     flags = ["--concept-template", CIRCO.concept_template]
-    assert "remove --concept-template" in fails("validate", drawn, "--dataset", "CIRR", *pair, *flags)
+    assert "remove --concept-template" in fails(
+        "validate", drawn, "--dataset", "CIRR", *pair, *flags
+    )
