@@ -84,7 +84,7 @@ def print_audit(benchmark: Benchmark, protocol: str, numbers: Mapping[str, Any])
     print(f"\n{needed} of the queries need both, at {numbers['solved_by']}")
     lacking = [split for split, own in numbers["need_both"].items() if not own]
     if lacking:
-        print(f"no metrics of the queries that need both: {', '.join(lacking)} has none")
+        print(f"no metrics for the queries that need both: there are none in {', '.join(lacking)}")
         return
     rows = {}
     for function, metrics in numbers["metrics_where_both_are_needed"].items():
@@ -117,7 +117,9 @@ def write_queries(
 ) -> None:
     """Write the list of the queries that need both; if there are none, log a warning instead."""
     if not names:
-        logger.warning("warning: no query needs both image and text: %s is not written", file)
+        logger.warning(
+            "warning: %s is not written, because no query needs both image and text", file
+        )
         return
     write_query_list(file, benchmark, names, chosen_by=chosen_by)
 

@@ -83,7 +83,7 @@ def read(file: Path, kind: str) -> Checkpoint:
 
 
 def check_same_model(first: Checkpoint, other: Checkpoint, names: tuple[str, ...]) -> None:
-    """Reject a checkpoint of a different model than the first, or one whose training started from other weights."""
+    """Reject a checkpoint if its model or its initial weights differ from those of the first checkpoint."""
     for name in [*Settings.read(first.config).preprocessing, *names]:
         ours = first.table.get(name)
         theirs = other.table.get(name)
@@ -93,8 +93,8 @@ def check_same_model(first: Checkpoint, other: Checkpoint, names: tuple[str, ...
             )
     if _shapes(first) != _shapes(other):
         raise UserError(
-            f"{FLAG} {other.path} has weights of other names or shapes than {first.path}: choose checkpoints of one "
-            "model"
+            f"{FLAG} {other.path} and {first.path} have weights with different names or shapes: choose checkpoints "
+            "of one model"
         )
 
 

@@ -63,7 +63,9 @@ def chosen_benchmarks(data_root: Path, dataset: str | None) -> list[Benchmark]:
     there = [benchmark for benchmark in benchmarks if benchmark.annotation_folder().is_dir()]
     if not there:
         folders = ", ".join(Path(benchmark.folder).parts[0] for benchmark in benchmarks)
-        raise UserError(f"--data-root {data_root} contains none of {folders}: choose another")
+        raise UserError(
+            f"--data-root {data_root} contains none of {folders}: choose another folder"
+        )
     return there
 
 

@@ -72,8 +72,8 @@ def open_form(kind: type[ServerForm[Any]], data_root: Path, wanted: str) -> Serv
         official, _ = benchmark.official.get(f"{part}.{split}", (here, None))
         if here != official:
             print(
-                f"note: {records.name} has {here} queries here, {official} in the official annotations: this says "
-                "little about what the server accepts"
+                f"note: {records.name} has {here} queries here, but {official} in the official annotations, so the "
+                "server may still reject files that pass this check"
             )
     return form
 
@@ -82,7 +82,7 @@ def print_violations(file: Path, violations: list[str]) -> bool:
     """Print the violations in a file, and return whether there are none."""
     for violation in violations:
         print(printable(f"{file}: {violation}"))
-    verdict = f"{len(violations)} violations" if violations else "keeps all rules"
+    verdict = f"{len(violations)} violations" if violations else "obeys all rules"
     print(f"{printable(file)}: {verdict}")
     return not violations
 
@@ -117,7 +117,7 @@ def check_rankings(file: Path, args: argparse.Namespace) -> dict[str, Any] | Non
         excluded.update(names)
     benchmark = kind(args.data_root, excluded)
     if content["split"] != benchmark.split_called(args.split):
-        raise UserError(f"{file} is of {content['split']}: pass --split val")
+        raise UserError(f"{file} contains rankings for split {content['split']}: pass --split val")
     if not print_violations(file, unlike_annotations(content, benchmark)):
         return None
     protocols = {name: found["metrics"] for name, found in content["protocols"].items()}
@@ -131,8 +131,13 @@ def not_whole(form: ServerForm[Any], contents: Contents) -> str:
     slots = [form.slot(file.name, content) for file, content in contents.items()]
     if sorted(slots) == sorted(form.slots):
         return ""
-    wanted = f"a file each of {' and '.join(form.slots)}" if len(form.slots) > 1 else "one file"
-    return f"{next(iter(contents))}: not scored, a submission is {wanted}: pass the files of one submission"
+    wanted = (
+        f"one file for each of {' and '.join(form.slots)}" if len(form.slots) > 1 else "one file"
+    )
+    return (
+        f"{next(iter(contents))} is not scored, because a submission consists of {wanted}: pass the files of one "
+        "submission"
+    )
 
 
 def scores_of(files: Mapping[ServerForm[Any], Contents], *, must: bool) -> list[dict[str, Any]]:
@@ -170,7 +175,7 @@ def print_scores(scores: list[dict[str, Any]], metrics_json: Path | None) -> Non
         if len(scores) != 1:
             raise UserError(
                 f"--metrics-json {metrics_json}: the files belong to {len(scores)} submissions: pass the files of "
-                "only one"
+                "one submission"
             )
         write_text(metrics_json, json.dumps(scores[0], indent=2) + "\n")
 

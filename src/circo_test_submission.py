@@ -24,7 +24,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if args.protocol and len(args.protocol) > 1:
-        parser.error("--protocol: a submission has one protocol: choose one")
+        parser.error("--protocol: a submission uses only one protocol: choose one")
     return args
 
 

@@ -111,7 +111,7 @@ class Composer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """Compose unnormalised CLIP features (B, D), (B, D) to normalised queries (B, D)."""
+        """Compose unnormalised CLIP features of images and texts, each (B, D), into normalised queries (B, D)."""
 
     def explained(
         self, image_features: Tensor, text_features: Tensor, lean: Tensor | None = None
@@ -348,11 +348,12 @@ class Combiner(Composer):
         super().__init__()
         if projection_dim % ATTENTION_HEADS:
             raise UserError(
-                f"--projection-dim {projection_dim} is not a multiple of {ATTENTION_HEADS}, the heads"
+                f"--projection-dim {projection_dim} is not a multiple of {ATTENTION_HEADS}, the number of attention "
+                "heads"
             )
         if top_k > num_experts:
             raise UserError(
-                f"--top-k {top_k} is more than --num-experts {num_experts}: choose at most all of them"
+                f"--top-k {top_k} exceeds --num-experts {num_experts}: choose at most {num_experts}"
             )
         self.text_projection_layer = _normed_projection(clip_dim, projection_dim)
         self.image_projection_layer = _normed_projection(clip_dim, projection_dim)
@@ -574,12 +575,12 @@ def load_combiner(
         if value is not None and value != has:
             has = "none" if has is None else has
             raise UserError(
-                f"{flag(name)} {value} differs from {path}, which has {has}: remove the flag"
+                f"{flag(name)} {value} differs from the value {has} in {path}: remove {flag(name)}"
             )
     if settings["clip_dim"] != clip_dim:
         raise UserError(
             f"--combiner-path {path} was trained on features of dimension {settings['clip_dim']}, but "
-            f"--clip-model-name gives {clip_dim}: choose the CLIP model that it was trained with"
+            f"--clip-model-name gives {clip_dim}: choose the CLIP model that the Combiner was trained with"
         )
     source = f"--combiner-path {path}"
     try:
@@ -587,7 +588,7 @@ def load_combiner(
             combiner = build_combiner(settings)
     except (UserError, RuntimeError) as error:
         raise UserError(f"{source}: {first_line(error)}") from None
-    remedy = "train or copy it again"
+    remedy = "copy the file again, or retrain the Combiner"
     weights = fitted(state, combiner.state_dict(), source=source, remedy=remedy, vital=PROJECTIONS)
     combiner.load_state_dict(weights)
     return combiner.eval()

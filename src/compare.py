@@ -57,8 +57,8 @@ def shared_protocols(columns: Sequence[Column], wanted: Sequence[str] | None) ->
     if not shared:
         measured = "; ".join(f"{column.label}: {', '.join(column.protocols)}" for column in columns)
         raise UserError(
-            f"no {' or '.join(wanted or ['protocol'])} in common ({measured}): results under different protocols "
-            "cannot be compared"
+            f"the results do not share {' or '.join(wanted or ['a protocol'])} ({measured}): results under different "
+            "protocols cannot be compared"
         )
     return shared
 
@@ -73,18 +73,18 @@ def print_protocol(
     add_values(rows, benchmark, base, protocol=protocol, label=base.label)
     if mixed := unlike(base, base, protocol):
         notes.append(
-            f"the seeds of {base.label} have different {', different '.join(mixed)}: no fair mean"
+            f"the seeds of {base.label} have different {', different '.join(mixed)}, so their mean is not meaningful"
         )
     for other in others:
         if not other.has(protocol):
-            notes.append(f"{other.label} was not measured under {protocol}")
+            notes.append(f"{other.label} was not evaluated under {protocol}")
             continue
         reasons = unlike(base, other, protocol)
         label = other.label + ("*" if reasons else "")
         add_values(rows, benchmark, other, protocol=protocol, label=label)
         if reasons:
             notes.append(
-                f"* {other.label} has other {', other '.join(reasons)} than {base.label}: no fair comparison"
+                f"* {other.label} and {base.label} have different {', different '.join(reasons)}: not a fair comparison"
             )
         if "queries" in reasons:
             continue
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         for kind, dataset in column.trained_elsewhere.items():
             measured_on = column.results[0]["dataset"]
             print(
-                f"\n{column.label}: its {kind} was trained on {dataset}, but measured on {measured_on}"
+                f"\n{column.label}: its {kind} was trained on {dataset}, but evaluated on {measured_on}"
             )
         if len(column.results) > 1:
             print(

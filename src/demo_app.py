@@ -137,7 +137,9 @@ def bound_socket(host: str, port: int) -> socket.socket:
         bound.bind(address)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"--host {host} --port {port}: {reason}; choose another") from None
+        raise UserError(
+            f"--host {host} --port {port}: {reason}; choose another address or port"
+        ) from None
     return bound
 
 
@@ -209,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         shown_host = f"[{args.host}]" if ":" in args.host.strip("[]") else args.host
         logger.info("%d images; http://%s:%d", len(searcher), shown_host, args.port)
         if args.api:
-            logger.info("for programs: http://%s:%d/docs", shown_host, args.port)
+            logger.info("API documentation: http://%s:%d/docs", shown_host, args.port)
         while server.is_alive() and not stop.requested:
             server.join(LOOKED_EVERY)
         if stop.requested:
@@ -217,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     if stop.requested == "SIGINT":
         raise KeyboardInterrupt
     if not stop.requested:
-        raise RuntimeError("the server ended by itself: see the message above")
+        raise RuntimeError("the server stopped unexpectedly: see the message above")
     raise Stopped(stop.requested, "start it again with the same command")
 
 

@@ -46,7 +46,7 @@ ASPECT_OF_KIND = {
 }  # fmt: skip
 ATTRIBUTION = """The images in this folder are pictures of OpenMoji (https://openmoji.org), the open-source emoji and
 icon project, version {version}, rendered to pixels. License: CC BY-SA 4.0, https://creativecommons.org/licenses/by-sa/4.0/
-Whoever passes them on names OpenMoji and the license, and passes changed pictures on under the same license.
+Anyone who redistributes them must credit OpenMoji, name the license, and share changed pictures under the same license.
 """
 
 Queries = Mapping[str, Sequence[Query]]  # split -> its queries

@@ -174,7 +174,7 @@ def lay_out(sources: Sequence[Path], wanted: Wanted) -> list[Path]:
         logger.info("%s: %s new files", source, f"{new:,}")
     if others:
         logger.warning(
-            "note: %d files were not used, because their place has a file of another size; the first is %s",
+            "note: %d files were not used, because a file of a different size exists in their place; the first is %s",
             len(others),
             others[0],
         )
@@ -273,8 +273,8 @@ def download(name: str, folder: Path) -> Path:
         fetch(url=DRIVE[name], output=f"{folder}{os.sep}", resume=True)
     except (OSError, RuntimeError, gdown.exceptions.DownloadError) as error:
         raise UserError(
-            f"--download: {DRIVE[name]} failed ({first_line(error)}): open it in a browser, and pass the files by "
-            "--archive"
+            f"--download: {DRIVE[name]} failed ({first_line(error)}): open this link in a browser, and pass the "
+            "downloaded files with --archive"
         ) from None
     return folder
 
@@ -307,11 +307,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if not args.archive and not args.download:
-        parser.error("pass archives or folders by --archive, or use --download")
+        parser.error("pass archives or folders with --archive, or use --download")
     if args.download and args.name not in DRIVE:
         parser.error(
-            f"--download has no {args.name}: ask for its images at lil.nlp.cornell.edu/nlvr, and pass the archives by "
-            "--archive"
+            f"--download does not offer {args.name}: request its images at lil.nlp.cornell.edu/nlvr, then pass the "
+            "archives with --archive"
         )
     return args
 
@@ -328,7 +328,7 @@ def main(argv: list[str] | None = None) -> None:
     root = args.data_root
     check_writable({"--data-root": root})
     root.mkdir(parents=True, exist_ok=True)
-    with locked(root, f"--data-root {root} is in use by another get_data.py: wait for its end"):
+    with locked(root, f"--data-root {root} is in use by another get_data.py: wait until it ends"):
         sources = list(args.archive)
         if args.download:
             sources.append(download(args.name, root / "downloads" / args.name))

@@ -56,7 +56,7 @@ def plan_flags() -> argparse.ArgumentParser:
 
 
 class Planned1(groups.Stage1):
-    """Settings of stage 1 for a plan, whose dataset need not exist."""
+    """Settings of stage 1 for a plan; the dataset need not exist."""
 
     dataset: groups.BenchmarkName | None = changed(groups.Stage1, "dataset", None)  # type: ignore[assignment]
 

@@ -237,7 +237,8 @@ def move_images(args: argparse.Namespace) -> None:
     for name in ("images", "forget", "index_type", "on_disk", "verify"):
         if getattr(args, name):
             raise UserError(
-                f"{flag(name)} cannot be combined with --relocate, which only rewrites paths: remove one of them"
+                f"{flag(name)} cannot be combined with --relocate, which only rewrites paths: remove one of the two "
+                "flags"
             )
 
     from image_search.image_index import relocate

@@ -1,4 +1,4 @@
-"""Lowest layer: errors for the user, the wrapper of every script, random seeds, formats of flags and numbers."""
+"""Lowest layer: user-facing errors, the wrapper around every script, random seeds, formatting of flags and numbers."""
 
 import contextlib
 import errno
@@ -146,7 +146,7 @@ def _last_words(error: Exception, script: str, words: list[str]) -> tuple[str, i
         return f"error: {explained}", 2
     reason = f"{type(error).__name__}: {first_line(error)[:200]}"
     return (
-        f"fault: {printable(reason)}. This is a bug of the program: please report it with {_report(script, words)}",
+        f"fault: {printable(reason)}. This is a bug in the program: please report it with {_report(script, words)}",
         1,
     )
 

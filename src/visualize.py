@@ -94,7 +94,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     is_test = args.split == "test"
     args.queries = args.queries or ["random" if is_test else "worst"]
     if is_test and (args.rankings or args.queries in (["best"], ["worst"])):
-        parser.error("--split test has no known targets: pass a model, and --queries random or ids")
+        parser.error(
+            "--split test has no known targets: pass a model, and --queries random or query names"
+        )
     names_pair = args.combining_function or args.pair
     if args.rankings is None and not (args.dataset and names_pair):
         parser.error("pass --rankings FILE, or --dataset and --combining-function")
@@ -212,8 +214,8 @@ def choose_protocol(records: Records, wanted: Sequence[str] | None, file: Path |
         return known[0]
     if wanted[0] not in known:
         raise UserError(
-            f"--protocol {wanted[0]} is not in {file}, which has {', '.join(known)}: choose one of these, or measure "
-            "again"
+            f"--protocol {wanted[0]} is not in {file}, which has {', '.join(known)}: choose one of these, or "
+            "evaluate again"
         )
     return wanted[0]
 
@@ -237,7 +239,7 @@ def choose_queries(
         if wanted_label not in known:
             some = ", ".join(list(known)[:3])
             raise UserError(
-                f"--queries {wanted_label}: not best, worst, random or a query such as {some}: choose one of these"
+                f"--queries {wanted_label}: pass best, worst, random, or a query name such as {some}"
             )
         name, query = known[wanted_label]
         chosen.setdefault(name, []).append(query)

@@ -274,7 +274,7 @@ def test_results_of_other_lists_and_other_functions_are_told_apart(
     said = capsys.readouterr().out
     assert "image - sum" in said
     for label in ("some", "others"):
-        assert f"* {label} has other queries, other lists of queries than sum" in said
+        assert f"* {label} and sum have different queries, different lists of queries" in said
         assert f"{label}* - sum" not in said
 
 
@@ -334,6 +334,6 @@ def test_where_one_modality_solves_all_nothing_is_written(drawn, pair, tmp_path,
     audited(drawn, "--dataset", "CIRR", *pair, "--k", 50, "--write-queries", listed)
     said = capsys.readouterr().out
     assert "0 of the queries need both" in said
-    assert "no metrics of the queries that need both" in said
-    assert f"no query needs both image and text: {listed} is not written" in caplog.text
+    assert "no metrics for the queries that need both" in said
+    assert f"{listed} is not written, because no query needs both image and text" in caplog.text
     assert not listed.exists()

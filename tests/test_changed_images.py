@@ -123,7 +123,7 @@ def test_a_resumed_run(part, flags, stopped, own_drawn, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         combiner_train.main(words)
     assert stop.value.code == 2
-    assert "the images differ from those of the start of the run" in capsys.readouterr().err
+    assert "the images have changed since the run was started" in capsys.readouterr().err
     path.write_bytes(kept)
     combiner_train.main(words)
     assert (run / "best_metrics.json").exists()

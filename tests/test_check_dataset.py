@@ -114,20 +114,20 @@ def test_bad_files_by_role_and_what_they_do(problem, own_drawn, check):
     report = checked(check, own_drawn, "CIRR", "--splits", "val")
     assert report["bad"] == dict.fromkeys(("dev-0-0-img0", "dev-1-0-img2", "extra"), problem)
     found = remarks(report, "finding")
-    effect = "11 of 29 queries cannot be evaluated; if left out, recalls are of the other queries"
+    effect = "11 of 29 queries cannot be evaluated; if they are left out, recalls are computed from the other queries"
     assert found[0] == f"rc2 val: 2 files {problem}, role query: {effect}"
     assert found[1].startswith(
         f"rc2 val: 1 files {problem}, role target: 10 of 29 queries have no target"
     )
     assert (
         found[2]
-        == f"rc2 val: 1 files {problem}, role distractor: a gallery of 18 instead of 19: recalls are too high"
+        == f"rc2 val: 1 files {problem}, role distractor: the gallery has 18 images instead of 19: recalls are too high"
     )
 
 
 TRAITS = {
-    "16 bits": ("I;16", {}, "more than 8 bits a channel"),
-    "32 bits": ("I", {}, "more than 8 bits a channel"),
+    "16 bits": ("I;16", {}, "more than 8 bits per channel"),
+    "32 bits": ("I", {}, "more than 8 bits per channel"),
     "transparent": ("RGBA", {}, "transparency"),
     "transparent colour": ("P", {"transparency": 1}, "transparency"),
     "turned": ("RGB", {"exif": b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"}, "an orientation"),
@@ -215,7 +215,7 @@ def test_copies_by_role(own_drawn, check):
         shutil.copy(folder / "dev-0-0-img0.png", folder / f"dev-0-0-img{number}.png")
     report = checked(check, own_drawn, "CIRR")
     (query, target) = remarks(report, "finding")
-    assert query.startswith("rc2 val: 5 files have the same content as another, role query")
+    assert query.startswith("rc2 val: 5 files have the same content as another file, role query")
     assert "so their order is arbitrary; up to 5 have the same picture" in target
     assert report["bad"] == {}  # copies are no reason to leave anything out
 
@@ -255,7 +255,7 @@ def test_files_that_are_missing_or_malformed(own_drawn, check, tmp_path):
     (own_drawn / "cirr_dataset/cirr/captions/cap.rc2.train.json").unlink()
     code, out = check(own_drawn, "--dataset", "CIRR")
     assert code == 1
-    assert "missing: nothing can be done with rc2 train" in out
+    assert "missing: rc2 train cannot be used without it" in out
     (own_drawn / "cirr_dataset/cirr/captions/cap.rc2.val.json").write_text("[1]")
     code, out = check(own_drawn, "--dataset", "CIRR")
     assert code == 2
@@ -288,7 +288,7 @@ def test_evaluation_refuses_an_incomplete_gallery_and_goes_on_without_it(
     files = ["--metrics-json", tmp_path / "m.json", "--rankings", tmp_path / "r.json"]
     run("validate", own_drawn, *flags, "--exclusions", excluded, *files)
     assert (
-        "left out of val: 1 images and the 10 triplets that ask with or for them; 20 triplets remain"
+        "left out of val: 1 images and the 10 triplets with one as reference or target; 20 triplets remain"
         in caplog.text
     )
     for file in (tmp_path / "m.json", tmp_path / "r.json"):
@@ -320,8 +320,11 @@ def test_what_exclusions_do_to_others_is_said(excluded, own_drawn, run, tmp_path
     smaller = sum(bool(gone & set(t["img_set"]["members"])) for t in left)
     assert smaller > 0
     assert json.loads((tmp_path / "m.json").read_text())["smaller_groups"] == {"val": smaller}
-    assert f"{smaller} of them have a smaller subset" in caplog.text
-    assert "2 images of --exclusions are in no split in use: train-0-0-img1, a typo" in caplog.text
+    assert f"{smaller} of the remaining triplets have a smaller subset" in caplog.text
+    assert (
+        "2 images in --exclusions are not in any split in use: train-0-0-img1, a typo"
+        in caplog.text
+    )
 
 
 @pytest.mark.slow
@@ -375,7 +378,7 @@ def test_excluding_everything_is_refused(drawn, fails, tmp_path):
         json.dumps({"dataset": "CIRR", "images": dict.fromkeys(names, "missing")})
     )
     flags = ["--dataset", "CIRR", *SUM, "--clip-model-name", drawn / "tiny_clip_vit.pt"]
-    assert "--exclusions leaves out all triplets" in fails(
+    assert "--exclusions excludes all triplets" in fails(
         "validate", drawn, *flags, "--exclusions", tmp_path / "all.json"
     )
 

@@ -236,7 +236,9 @@ def test_combiners_on_clips_that_do_not_tell_their_training_are_apart(result, co
 
 def test_seeds_measured_on_other_images_are_no_mean(result, compared):
     files = [result("a", seed=0), result("b", seed=1, images_sha256={"dress": "other"})]
-    assert "the seeds of a have different image files: no fair mean" in compared(*files)
+    assert "the seeds of a have different image files, so their mean is not meaningful" in compared(
+        *files
+    )
 
 
 def test_files_of_one_name_are_told_apart(result, compared, tmp_path):
@@ -288,7 +290,7 @@ def test_protocols_that_are_not_shared(result, compared, capsys):
     first, second, _ = out.strip().split("\n\n")
     assert first.startswith("FashionIQ val, original-kept: gallery original, reference kept")
     assert "c - a" in first
-    assert "c was not measured under VAL-removed" in second
+    assert "c was not evaluated under VAL-removed" in second
     with pytest.raises(SystemExit) as stop:
         compared(result("a"), result("b", protocols=["VAL-kept"]))
     assert stop.value.code == 2
@@ -307,10 +309,10 @@ def test_a_protocol_can_be_chosen(result, compared):
 
 def test_other_conditions_are_marked(result, compared):
     out = compared(result("a"), result("b", images_sha256={"dress": "other"}))
-    assert "* b has other image files than a: no fair comparison" in out
+    assert "* b and a have different image files: not a fair comparison" in out
     assert "b* - a" in out
     out = compared(result("a"), result("b", queries_sha256=dict.fromkeys(FashionIQ.parts, "other")))
-    assert "* b has other queries than a" in out
+    assert "* b and a have different queries" in out
     assert " - a" not in out  # other queries cannot be paired
 
 
@@ -380,7 +382,7 @@ def test_seeds_of_both_stages_in_a_table(stage_1, stage_2, compared, capsys):
 def test_a_folder_without_metrics_of_seeds_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         compare.main([str(tmp_path)])
-    assert f"{tmp_path} has no seed_*.json" in capsys.readouterr().err
+    assert f"{tmp_path} contains no seed_*.json" in capsys.readouterr().err
 
 
 def test_one_seed_has_no_standard_deviation(stage_2, capsys):

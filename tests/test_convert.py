@@ -80,7 +80,7 @@ def test_what_is_there_is_converted(own_drawn, tmp_path, capsys):
     assert sorted(file.stem for file in folder.glob("*.jsonl")) == ["train", "val"]
     with pytest.raises(SystemExit):
         converted("CIRR", own_drawn, tmp_path / "a")
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 # LaSCo and Shoes, as their repositories have them
@@ -151,7 +151,7 @@ def test_lasco(published, tmp_path, caplog):
     ]
     (val,) = own.val()
     assert val.names == [COCO.format(number) for number in (6, 5, 4, 3)]
-    assert "val: 1 images of queries are missing in the list of the gallery" in caplog.text
+    assert "val: 1 query images were missing from the gallery list" in caplog.text
     assert val.triplets[0].captions == ("The person is riding the bike",)
     assert val.paths[0].resolve() == (published / "lasco_dataset" / COCO.format(6)).resolve()
 

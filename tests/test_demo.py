@@ -55,7 +55,7 @@ def test_an_ordinary_user_with_a_source_tree_that_is_read_only(tmp_path_factory)
     finally:
         for path in [tree, *before]:
             path.chmod(0o755)
-    assert "keeps all rules" in done.stdout
+    assert "obeys all rules" in done.stdout
     for method in ("image alone", "text alone", "sum"):
         assert len(re.findall(rf"^stage-1 {method}  +[\d.]+ ", done.stdout, re.MULTILINE)) == 1
     kinds = re.findall(r"^(skin tone|colour|time)  +[\d.]+ ", done.stdout, re.MULTILINE)

@@ -217,10 +217,10 @@ def test_the_last_epoch_is_validated_and_epochs_are_saved_if_asked_for(stage, re
 @pytest.mark.parametrize(
     ("flags", "lost"),
     [
-        (["--num-epochs", 4, "--validation-frequency", 10], "epochs 1 to 3 are"),
-        (["--num-epochs", 4, "--validation-frequency", 2], "epoch 3 is"),
+        (["--num-epochs", 4, "--validation-frequency", 10], "epochs 1 to 3 will be"),
+        (["--num-epochs", 4, "--validation-frequency", 2], "epoch 3 will be"),
         (["--num-epochs", 4, "--validation-frequency", 2, "--validate-last"], None),
-        (["--num-epochs", 7, "--validation-frequency", 10, "--save-every", 3], "epoch 6 is"),
+        (["--num-epochs", 7, "--validation-frequency", 10, "--save-every", 3], "epoch 6 will be"),
         (["--num-epochs", 4, "--validation-frequency", 3], None),
     ],
 )
@@ -322,7 +322,7 @@ def test_a_combiner_with_other_clip_weights_is_warned_of(stage_1, stage_2, run, 
     run("validate", drawn, *flags, "--clip-model-path", clip)
     assert "warning" not in caplog.text
     run("validate", drawn, *flags)
-    assert f"other CLIP weights (--clip-model-path {clip} then)" in caplog.text
+    assert f"other CLIP weights, from --clip-model-path {clip}" in caplog.text
     run("validate", drawn, *flags, "--combining-function", "sum", "--clip-model-path", clip)
     assert "sum does not use --combiner-path" in caplog.text
 

@@ -513,7 +513,7 @@ def test_a_newer_form_and_sizes_that_are_of_no_model(own_pair):
     refused(
         lambda: read_exported(own_pair),
         str(path),
-        f"form is {PAIR_FORM + 1}",
+        f"has format {PAIR_FORM + 1}",
         "update this project",
     )
     for name in set(SIZES) - {"transformer_heads"}:  # heads of the same width have the same shapes
@@ -590,7 +590,7 @@ def test_a_folder_that_is_taken(weights, tmp_path, capsys, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for output in (taken, tmp_path / "file", tmp_path / "link"):
         line = line_of(capsys, export.main, *weights["sum"], "--output", output)
-        assert f"--output {output} exists already" in line
+        assert f"--output {output} already exists" in line
     assert before == {file: file.read_bytes() for file in taken.iterdir()}
     (tmp_path / "empty").mkdir()
     read_all(make(weights["sum"], tmp_path / "empty"))

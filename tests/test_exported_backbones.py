@@ -113,7 +113,7 @@ def test_a_text_encoder_of_hugging_faces_is_in_the_pair_too(models_made, drawn, 
             PairChoice(combining_function="sum", clip_path=None, combiner_path=None, exported=pair),
             CPU,
         ),
-        "has no config.json of its/own",
+        "contains no config.json from its/own",
     )
 
 
@@ -143,7 +143,7 @@ def test_each_file_that_it_is_built_from_is_there_and_unchanged(moved):
         CASES["files that an exported pair is built from", "refused"] += 2
     other = pair / BUILT_FROM / "added_tokens.json"  # which a tokenizer would read
     other.write_text("{}")
-    refused(lambda: read(pair), str(other), "remove it")
+    refused(lambda: read(pair), str(other), "remove this file")
     other.rename(other.with_name(".hidden"))
     read(pair)
 

@@ -90,8 +90,8 @@ def test_what_it_lacks_is_said(root, capsys):
     ("line", "message"),
     [
         ("nowhere,is red,{first}", "line 10: the image nowhere is not in"),
-        ("{first},is red,{first}", "line 10: its target is its reference: correct it"),
-        ("{first},is red,{second} {second}", "line 10: a target is there twice: correct it"),
+        ("{first},is red,{first}", "line 10: its target is also its reference: correct it"),
+        ("{first},is red,{second} {second}", "line 10: a target is listed twice: correct it"),
     ],
 )
 def test_a_line_that_is_no_good_is_named(line, message, root, fails, drawn):

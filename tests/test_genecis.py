@@ -54,7 +54,7 @@ def test_metrics_equal_those_of_sorted_galleries(own_drawn):
         (lambda entry: entry["gallery"].__setitem__(0, entry["reference"]), "entry 2: gallery"),
         (lambda entry: entry.pop("condition"), "entry 2: condition: field required"),
         (lambda entry: entry["target"].update(val_image_id=-1), "entry 2: target.val_image_id"),
-        (lambda entry: entry.update(target=entry["reference"]), "its target is its reference"),
+        (lambda entry: entry.update(target=entry["reference"]), "its target is also its reference"),
     ],
 )
 def test_what_is_no_good_is_named(edit, message, own_drawn):

@@ -317,7 +317,7 @@ def test_download_passes_on_what_gdown_fetches(tmp_path, monkeypatch, refused, c
     )
     monkeypatch.setitem(sys.modules, "gdown", fake)
     for name in get_data.DRIVE:
-        assert "open it in a browser" in refused(name, tmp_path, [], "--download")
+        assert "open this link in a browser" in refused(name, tmp_path, [], "--download")
     fake.download_folder = download_folder
     get("checkpoints", tmp_path, [], "--download")
     names = ["cirr_clip_RN50x4_fullft.pt", "cirr_comb_RN50x4_fullft.pt"]

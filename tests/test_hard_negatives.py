@@ -242,7 +242,10 @@ def test_a_column_of_negatives_in_lines_and_in_a_table(tmp_path):
 
 @pytest.mark.parametrize(
     ("negatives", "said"),
-    [("b.jpg", "a target is among its negatives"), ("", "no training triplet of Triplets has any")],
+    [
+        ("b.jpg", "a target is among its negatives"),
+        ("", "no training triplet of Triplets has such"),
+    ],
 )
 def test_a_column_that_is_no_good(negatives, said, tmp_path):
     rows = [{**ROWS[0], "negatives": [negatives]}, ROWS[1]]
@@ -260,7 +263,7 @@ HARD += ["--mask-duplicate-targets", "--learn-temperature"]
 def test_a_bank_has_no_hard_negatives(fails, drawn):
     name = ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--batch-size", 4]
     error = fails("combiner_train", drawn, "--dataset", "CIRR", *name, *HARD, "--negatives", "bank")
-    assert "--hard-negatives are negatives of a batch" in error
+    assert "--hard-negatives adds negatives to a batch" in error
 
 
 @pytest.mark.slow

@@ -125,7 +125,7 @@ def test_the_size_is_announced(paths, tmp_path, caplog):
 def test_no_room_on_the_disk(paths, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10, 9, 1))
-    with pytest.raises(UserError, match=r"--image-cache .* are needed .* are free"):
+    with pytest.raises(UserError, match=r"--image-cache .* are needed, .* are free"):
         open_image_cache(
             tmp_path / "cache",
             paths,
@@ -231,7 +231,7 @@ def test_every_block_of_a_cache_is_checked(paths, tmp_path, monkeypatch):
         cache.file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         first = row // 4 * 4
         last = min(first + 3, len(paths) - 1)
-        with pytest.raises(UserError, match=f"images {first} to {last} are not"):
+        with pytest.raises(UserError, match=f"images {first} to {last} have changed"):
             cache.open()
     cache.file.write_bytes(whole)
     cache.open()
@@ -248,7 +248,7 @@ def test_a_cache_under_the_name_of_another_is_noticed(paths, tmp_path):
     for cache in caches:
         cache.open()
     caches[0].file.replace(caches[1].file)
-    with pytest.raises(UserError, match="images 0 to 1 are not those that were written"):
+    with pytest.raises(UserError, match="images 0 to 1 have changed since they were written"):
         caches[1].open()
 
 

@@ -77,7 +77,9 @@ def test_steps_without_negatives_are_counted_before_the_first(flags_of, caplog):
     assert caplog.messages == []
     check_learning(split_of(targets.tolist()), order, flags_of(*words, "--mask-duplicate-targets"))
     (line,) = caplog.messages
-    assert line.startswith(f"warning: in {lost} of 12 steps of seed 3 all rows have one target")
+    assert line.startswith(
+        f"warning: in {lost} of 12 steps of seed 3 all triplets have the same target"
+    )
 
 
 def test_a_training_without_any_negative_is_refused():
@@ -88,7 +90,9 @@ def test_a_training_without_any_negative_is_refused():
             check_learning(split_of([5] * 4), order, stage_2_flags(*words))
     pairs = split_of([0, 1, 0, 1])  # which fall together in the first epoch of seed 4
     seed = next(s for s in range(99) if len({r % 2 for r in replaced(order, s)}) == 1)
-    with pytest.raises(UserError, match=f"in 2 of 2 steps of seed {seed} all rows have one target"):
+    with pytest.raises(
+        UserError, match=f"in 2 of 2 steps of seed {seed} all triplets have the same target"
+    ):
         flags = stage_2_flags(mask, "--num-epochs", 1, "--seed", seed)
         check_learning(pairs, order, flags)
     one = Order(triplets=4, variants=1, batch_size=1, seed=0)
@@ -107,7 +111,7 @@ def test_a_learning_rate_that_never_rises_to_its_value_is_told(caplog):
             split_of([0, 1, 2, 3]), order, stage_1_flags("--num-epochs", 3, "--warmup-steps", steps)
         )
     (line,) = caplog.messages
-    assert line.startswith("warning: --warmup-steps 7 is more than all 6 steps")
+    assert line.startswith("warning: --warmup-steps 7 exceeds the run's 6 steps")
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ def test_weights_alone_tell_the_parts(combiner, tmp_path):
         loaded.explained(image, text)[1].experts, combiner.explained(image, text)[1].experts
     )
     plain = Combiner(12, 8, 10).state_dict()
-    with pytest.raises(UserError, match=r"--shared-expert True differs from .* has none"):
+    with pytest.raises(UserError, match=r"--shared-expert True differs from the value none in "):
         load_combiner(plain, {}, tmp_path, wanted={"shared_expert": True}, clip_dim=12)
 
 

@@ -60,7 +60,7 @@ def test_links_are_followed_once(folder, tmp_path):
     (folder / "itself.png").symlink_to(folder / "itself.png")
     found = find_images([folder])
     assert names(found) == ["c.png", "a.JPG", "b.png"]
-    assert list(found.left_out.values()) == ["a link that leads nowhere"] * 2
+    assert list(found.left_out.values()) == ["a broken symlink"] * 2
 
 
 def test_images_of_other_kinds_are_counted(folder):

@@ -145,7 +145,7 @@ def test_an_index_keeps_to_its_precision_and_a_query_is_exact(drawn, golden, tmp
     with pytest.raises(SystemExit) as stop:
         search.main([*make, "--encode-precision", "fp32"])
     assert stop.value.code == 2
-    assert "with other weights, preprocessing or precision" in capsys.readouterr().err
+    assert "with different weights, preprocessing or precision" in capsys.readouterr().err
     image = next((golden / "cirr_dataset" / "dev").rglob("*.png"))
     seen = []
     real = precision.encoding

@@ -338,5 +338,5 @@ def test_a_result_that_was_changed_is_refused(change, unchanged, tmp_path):
     read_result(tmp_path / "x.json")
     change(result)
     (tmp_path / "x.json").write_text(json.dumps(result))
-    with pytest.raises(UserError, match=r"x\.json.*measure again"):
+    with pytest.raises(UserError, match=r"x\.json.*evaluate again"):
         read_result(tmp_path / "x.json")

@@ -277,7 +277,7 @@ def test_weights_that_lie_elsewhere_now(stage_1, stopped, refuses, resume, tmp_p
         / "saved_models"
         / "tuned_clip_arithmetic.pt"
     )
-    assert "the CLIP weights differ from those of the start of the run" in refuses(
+    assert "the CLIP weights have changed since the run was started" in refuses(
         run, "--clip-model-path", other
     )
     resume(run, "--clip-model-path", moved)
@@ -387,7 +387,7 @@ def test_annotations_that_changed(stopped, own_drawn, refuses):
     content = json.loads(file.read_text())
     content[0]["caption"] += " now"
     file.write_text(json.dumps(content))
-    assert "the annotations differ from those of the start of the run" in refuses(run)
+    assert "the annotations have changed since the run was started" in refuses(run)
 
 
 def test_a_run_of_an_earlier_version_lacks_later_flags(stopped, resume, refuses):
@@ -397,7 +397,7 @@ def test_a_run_of_an_earlier_version_lacks_later_flags(stopped, resume, refuses)
     content = json.loads(file.read_text())
     del content["flags"]["cosine"]
     file.write_text(json.dumps(content))
-    assert "the run was started without --cosine: remove it" in refuses(run, "--cosine")
+    assert "the run was started without --cosine: remove --cosine" in refuses(run, "--cosine")
     resume(run)
     assert (run / "best_metrics.json").exists()
 
@@ -442,7 +442,7 @@ def test_a_damaged_state(damage, stopped, refuses):
 def test_two_processes_cannot_train_in_one_folder(stopped, refuses, resume):
     run = stopped(2, "CIRR")
     with run_in(run).locked():
-        assert "another process trains in it" in refuses(run)
+        assert "another process is training in this folder" in refuses(run)
     resume(run)
 
 

@@ -362,7 +362,9 @@ def test_two_processes_cannot_update_at_once(index, tmp_path, capsys):
     images(tmp_path / "photos", 2)
     (tmp_path / "index").mkdir()
     with image_index.locked(tmp_path / "index", ""):
-        assert "another process updates it" in refused(lambda: index(tmp_path / "photos"), capsys)
+        assert "another process is updating this index" in refused(
+            lambda: index(tmp_path / "photos"), capsys
+        )
 
 
 def test_what_is_refused(index, ask, tmp_path, drawn, capsys):
@@ -372,7 +374,7 @@ def test_what_is_refused(index, ask, tmp_path, drawn, capsys):
     files = images(tmp_path / "photos", 3)
     index(tmp_path / "photos")
     other = lambda: index(tmp_path / "photos", name=drawn / "tiny_clip_resnet.pt")  # noqa: E731
-    assert "is an index with other weights" in refused(other, capsys)
+    assert "contains an index made with different weights" in refused(other, capsys)
     with_other = ["--clip-model-name", drawn / "tiny_clip_resnet.pt"]
     assert "differ in weights" in refused(lambda: ask(files[0], "is red", *with_other), capsys)
     assert "differ in transform" in refused(

@@ -33,11 +33,11 @@ def cirr(run, drawn, name):
 def test_what_is_written_keeps_all_rules(cirr, check, caplog):
     caplog.set_level("INFO")
     files = cirr()
-    assert caplog.text.count("keeps all rules of the server") == 2
+    assert caplog.text.count("obeys all rules of the server") == 2
     code, out = check(*files)
     assert code == 0
-    assert "note: test1 has 30 queries here, 4148 in the official annotations" in out
-    assert out.count("keeps all rules") == 2
+    assert "note: test1 has 30 queries here, but 4148 in the official annotations" in out
+    assert out.count("obeys all rules") == 2
 
 
 def change(file, edit):
@@ -64,7 +64,7 @@ CASES = [
     (
         0,
         lambda c, k, t: c[k].__setitem__(0, t.reference),
-        "pairid {k}: its own reference {reference} is among the ids",
+        "pairid {k}: the ids include its own reference {reference}",
     ),
     (
         0,
@@ -103,7 +103,7 @@ def test_every_rule_of_cirr(number, cirr, check, drawn):
     assert code == 1
     words = {"k": key, "first": first, "second": second, "reference": triplet.reference}
     assert expected.format(**words) in out
-    assert f"{file}: keeps all rules" not in out
+    assert f"{file}: obeys all rules" not in out
 
 
 def test_a_file_that_is_too_large(cirr, check):
@@ -194,7 +194,7 @@ def test_val_files_score_as_validate_measures(kind, run, golden, tmp_path, capsy
         assert {name: float(value) for name, value in scored} == metrics
         assert json.loads((tmp_path / "s.json").read_text())["metrics"] == metrics
         code, out = check(files[0], "--split", "val", root=golden)
-        assert code == 0  # keeps all rules, but is not all that is scored
+        assert code == 0  # obeys all rules, but is not all that is scored
         assert "note: " in out
         assert "not scored" in out
         flags = ["--split", "val", "--metrics-json", tmp_path / "none.json"]
@@ -212,7 +212,7 @@ def test_a_submission_answers_all_queries(cirr, fails, drawn, own_drawn, name, t
     error = fails(
         "cirr_test_submission", drawn, "--submission-name", "x", *name, "--exclusions", listed
     )
-    assert "--exclusions leaves out" in error
+    assert "--exclusions excludes" in error
     assert not list(tmp_path.glob("out/*"))
     images = own_drawn / "cirr_dataset/cirr/image_splits/split.rc2.test1.json"
     change(images, lambda paths: paths.update(spare="./test1/spare.png"))
@@ -260,7 +260,7 @@ def test_fashioniq_predictions_have_the_official_form(fashioniq, drawn, check):
         (lambda c: c[2].update(candidate="x"), "entry 2 (candidate "),
         (
             lambda c: c[2].update(captions=["a", "b"]),
-            "not the entry that the captions file has in this place",
+            "not the entry at this position in the captions file",
         ),
         (lambda c: c[2].pop("ranking"), '"ranking" is not a list of image ids'),
         (lambda c: c[2]["ranking"].pop(), "11 ids, fewer than 12"),

@@ -158,7 +158,7 @@ def test_queries_by_name_and_at_random(look, rankings, capsys):
     [
         (
             ["--queries", "dress:999"],
-            "--queries dress:999: not best, worst, random or a query such as dress:0",
+            "--queries dress:999: pass best, worst, random, or a query name such as dress:0",
         ),
         (["--protocol", "VAL-kept"], "--protocol VAL-kept is not in"),
         (["--rankings", "nowhere.json"], "nowhere.json is missing"),
@@ -196,7 +196,7 @@ def test_damaged_rankings_and_images(look, rankings, golden, tmp_path, capsys):
     change_json(file, lambda c: c["queries"]["val"][0]["protocols"].clear())
     with pytest.raises(SystemExit):
         look("--rankings", file)
-    assert "measure again" in capsys.readouterr().err
+    assert "evaluate again" in capsys.readouterr().err
 
 
 def test_captions_are_shown_as_text(look, rankings):

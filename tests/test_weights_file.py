@@ -40,7 +40,7 @@ FORMS = {
             "state_dict": renamed(state, "module."),
             "optimizer": OPTIMIZER,
         },
-        "another training (state_dict); left out: epoch, name, optimizer",
+        "other training code (state_dict); left out: epoch, name, optimizer",
     ),
     "lightning": (
         lambda state: {
@@ -48,11 +48,12 @@ FORMS = {
             "state_dict": {**renamed(state, "model."), "loss.scale": torch.ones(1)},
             "optimizer_states": [OPTIMIZER],
         },
-        "another training (state_dict), a model called model.; left out: pytorch-lightning_version, optimizer_states",
+        "other training code (state_dict), a model called model.; left out: pytorch-lightning_version, "
+        "optimizer_states",
     ),
     "plain training": (
         lambda state: {"model_state_dict": with_buffers(state), "config": argparse},
-        "another training (model_state_dict); left out: config, input_resolution, attn_mask",
+        "other training code (model_state_dict); left out: config, input_resolution, attn_mask",
     ),
     "inside a larger model": (
         lambda state: {**renamed(state, "clip."), "head.weight": torch.ones(2)},
@@ -175,7 +176,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 NO_WEIGHTS = {
     "Git LFS": (LFS, "git lfs pull"),
     "a web page": (b"\n<!DOCTYPE html><title>Log in</title>", "log in"),
-    "packed by gzip": (gzip.compress(b"weights"), "unpack it"),
+    "a gzip archive": (gzip.compress(b"weights"), "unpack it"),
 }
 
 

@@ -81,7 +81,7 @@ def read(tmp_path):
             READERS[kind](file)
         except UserError as error:
             assert str(error).startswith(f"{file}: ")
-            assert "measure again" in str(error)
+            assert "evaluate again" in str(error)
             assert len(str(error).splitlines()) == 1
             CASES[f"edited {kind}", "refused"] += 1
             return str(error)
@@ -163,11 +163,11 @@ def test_metrics_are_those_of_the_ranks(kind, dataset, whole, read):
         moved = value + 1 if value < 50 else value - 1
         error = read(kind, put(content, (*path, metric), moved))
         field = ".".join((*path, metric))
-        assert f"{field}: {moved} in the file, {value} from its ranks: measure again" in error
+        assert f"{field}: {moved} in the file, but {value} from its ranks: evaluate again" in error
         without = {other: value for other, value in metrics.items() if other != metric}
         assert f"{field}: None in the file" in read(kind, put(content, path, without))
         strange = put(content, path, {**metrics, "mean of all": 50.0})
-        assert "mean of all: 50.0 in the file, None" in read(kind, strange)
+        assert "mean of all: 50.0 in the file, but None" in read(kind, strange)
 
 
 @pytest.mark.parametrize("kind", READERS)
@@ -355,7 +355,7 @@ def test_a_pair_id_is_one_query(split, own_drawn):
     captions, _ = CIRR(own_drawn).files("rc2", split)
     change_json(captions, lambda entries: entries[5].update(pairid=entries[2]["pairid"]))
     with pytest.raises(
-        UserError, match=r"entry 5: its pairid \d+ is also that of entry 2"
+        UserError, match=r"entry 5: its pairid \d+ is already used by entry 2"
     ) as error:
         CIRR(own_drawn).read_part("rc2", split)
     assert str(captions) in str(error.value)
@@ -441,7 +441,7 @@ def test_captions_without_a_word(kind, split, own_drawn, findings):
                 entry["captions"] = [caption, caption]
         dump(captions, entries)
         (found,) = findings(own_drawn, kind.name)
-        assert found.startswith(f"{split}: {len(said)} queries have captions without a word")
+        assert found.startswith(f"{split}: {len(said)} queries have a caption of only punctuation")
 
 
 @pytest.mark.parametrize("caption", WORDS)
@@ -455,7 +455,7 @@ def test_a_caption_of_punctuation_beside_another(captions, own_drawn, findings):
     file, images = FashionIQ(own_drawn).files("dress", "train")
     change_json(file, lambda entries: entries[0].update(captions=list(captions)))
     (found,) = findings(own_drawn, "FashionIQ")
-    assert found.startswith("train: 1 queries have captions without a word")
+    assert found.startswith("train: 1 queries have a caption of only punctuation")
     known = {"candidate": "B004ECJWVI", "target": "B006MW3CTG"}
     folder = own_drawn / "fashionIQ_dataset/images"
     entry = json.loads(file.read_text())[0]
@@ -463,8 +463,8 @@ def test_a_caption_of_punctuation_beside_another(captions, own_drawn, findings):
         shutil.copy(folder / f"{entry[key]}.jpg", folder / f"{name}.jpg")
         change_json(images, lambda names, old=entry[key], new=name: names.append(new))
     change_json(file, lambda entries: entries[0].update(known))
-    assert "without a word" not in " ".join(findings(own_drawn, "FashionIQ"))
-    assert "without a word" in " ".join(findings(own_drawn, "FashionIQ", "note"))
+    assert "of only punctuation" not in " ".join(findings(own_drawn, "FashionIQ"))
+    assert "of only punctuation" in " ".join(findings(own_drawn, "FashionIQ", "note"))
 
 
 # Weights of another benchmark, and weights that tell nothing apart
@@ -494,7 +494,7 @@ def test_weights_of_another_benchmark_are_said(
     assert result["trained_on"] == {"clip": other, "combiner": other}
     compare.main([str(tmp_path / "r.json")])
     out = capsys.readouterr().out
-    assert f"r: its combiner was trained on {other}, but measured on {dataset}" in out
+    assert f"r: its combiner was trained on {other}, but evaluated on {dataset}" in out
     assert f"r: its clip was trained on {other}" in out
 
 

@@ -139,8 +139,8 @@ class Benchmark(ABC):
             used += [*triplet.images, *triplet.negatives]
         if self.negatives_from != MINED and not any(triplet.negatives for triplet in triplets):
             raise UserError(
-                f"--hard-negatives-from {self.negatives_from}: no training triplet of {self.name} has any: choose "
-                f"{MINED}, or see docs/recipe.md"
+                f"--hard-negatives-from {self.negatives_from}: no training triplet of {self.name} has such "
+                f"negatives: choose {MINED}, or see docs/recipe.md"
             )
         return Split(
             name="train",
@@ -196,7 +196,7 @@ class Benchmark(ABC):
             own = triplet.pair_id
             if own is not None and first_with.setdefault(own, where) != where:
                 faults.append(
-                    f"{where}: its {self.id_name} {own} is also that of {first_with[own]}"
+                    f"{where}: its {self.id_name} {own} is already used by {first_with[own]}"
                 )
             triplets.append(replace(triplet, place=len(triplets)))
         refuse_all(queries_file, faults, self.remedy)
@@ -220,7 +220,7 @@ class Benchmark(ABC):
         remaining = whole.without(self.excluded) if self.excluded else whole
         if not remaining.triplets:
             raise UserError(
-                f"--exclusions leaves out all triplets of {queries_file}: exclude fewer images"
+                f"--exclusions excludes all triplets of {queries_file}: exclude fewer images"
             )
         return remaining
 
@@ -235,9 +235,9 @@ class Benchmark(ABC):
             if name not in known.names:
                 faults.append(f"the image {name} is not in {images_file}{known.hint(name)}")
         if split != self.train_split and triplet.reference in triplet.targets:
-            faults.append("its target is its reference")
+            faults.append("its target is also its reference")
         if len(set(triplet.targets)) < len(triplet.targets):
-            faults.append("a target is there twice")
+            faults.append("a target is listed twice")
         if not set(triplet.negatives).isdisjoint(triplet.targets):
             faults.append("a target is among its negatives")
         if triplet.group and not set(triplet.images[:2]) <= set(triplet.group):
@@ -305,7 +305,7 @@ class Benchmark(ABC):
                 if names:
                     found.append(f"{', '.join(names)} of {split} under {protocol.name}")
         if found:
-            reason = "there are no more images to choose from"
+            reason = "they count at least as many results as there are candidates"
             logger.warning(
                 "note: these scores are always 100, because %s: %s", reason, "; ".join(found)
             )
@@ -382,8 +382,8 @@ class Benchmark(ABC):
     def summary(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         """Return all metrics, named as in the CSV files, from the scores of each split.
 
-        By default, these are the scores of the only split. Metrics that select checkpoints are computed from recalls
-        listed by name, so that another recall in `hits` changes the reports but not the selection.
+        By default, these are the scores of the only split. Metrics that select checkpoints use only recalls listed
+        by name, so that adding a recall to `hits` changes the reports but not the selection.
         """
         (of_split,) = scores.values()
         return dict(of_split)

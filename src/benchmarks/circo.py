@@ -74,7 +74,7 @@ class CircoQuery(CircoTestQuery):
     def named(self) -> "CircoQuery":
         """Check that the annotated target is one of all targets."""
         if self.target_img_id not in self.gt_img_ids:
-            raise PydanticCustomError("named", "gt_img_ids should have target_img_id among them")
+            raise PydanticCustomError("named", "gt_img_ids should include target_img_id")
         return self
 
     def triplet(self) -> Triplet:

@@ -141,7 +141,7 @@ class CIRR(Benchmark):
 
     def hits(self, ranks: Ranks) -> "dict[str, np.ndarray]":
         if ranks.in_group is None:
-            raise ValueError("CIRR is measured in the groups of its queries too")
+            raise ValueError("CIRR also needs ranks within the groups")
         hits = {f"group_recall_at{k}": ranks.in_group < k for k in GROUP_RECALLS}
         for k in RECALLS:
             hits[f"recall_at{k}"] = ranks.named < k

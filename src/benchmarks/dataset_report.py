@@ -21,22 +21,22 @@ SHOWN_IDS = 3  # number of ids shown with a remark
 
 MISSING = "missing"  # problem of a file that does not exist
 # Traits that a file may have.
-DEEP = "more than 8 bits a channel"
+DEEP = "more than 8 bits per channel"
 TRANSPARENT = "transparency"
 TURNED = "an orientation in their EXIF data"
 # Trait -> its treatment when files are read as in the original implementation; "" stands for a rare mode.
 AS_ORIGINAL = {
-    DEEP: "all above 255 is read as white, as the original does",
-    TRANSPARENT: "transparent is black, or the colour that is hidden there, as for the original",
-    TURNED: "they are read as they lie, as the original does",
-    "": "they are padded and resized in it, as the original does",
+    DEEP: "values above 255 are read as white, as in the original",
+    TRANSPARENT: "transparent areas are black, or show their hidden colour, as in the original",
+    TURNED: "they are not rotated, as in the original",
+    "": "they are padded and resized in this mode, as in the original",
 }
 # Trait -> its treatment when files are read as a viewer shows them.
 AS_SHOWN = {
-    DEEP: "they are scaled to 8",
-    TRANSPARENT: f"they are read on {WHITE}, or what --background says",
-    TURNED: "they are turned upright",
-    "": "they become RGB before they are padded and resized",
+    DEEP: "they are scaled to 8 bits",
+    TRANSPARENT: f"their background becomes {WHITE}, or the color of --background",
+    TURNED: "they are rotated upright",
+    "": "they are converted to RGB before padding and resizing",
 }
 
 
@@ -131,7 +131,7 @@ def read_parts(
             missing = [file for file in files if not file.exists()]
             for file in missing:
                 level = UNUSABLE if asked_for else FINDING
-                report.say(level, str(file), f"missing: nothing can be done with {part} {split}")
+                report.say(level, str(file), f"missing: {part} {split} cannot be used without it")
             if missing:
                 continue
             try:
@@ -212,9 +212,7 @@ def _remark_on_captions(
             same.append(query)
     report.count(NOTE, split, "queries have an empty caption", empty)
     for level, queries in wordless.items():
-        effect = (
-            "queries have captions without a word: of punctuation alone, or none that says anything"
-        )
+        effect = "queries have a caption of only punctuation, or no caption that contains a word"
         report.count(level, split, effect, queries)
     report.count(NOTE, split, "queries have the same caption twice", same)
 
@@ -250,7 +248,7 @@ def _remark_on_training(
     targets = Counter(_targets(triplets[train]))
     repeated = [name for name, count in targets.items() if count > 1]
     effect = (
-        "targets are repeated: within a batch they are each other's negatives, unless "
+        "targets are repeated: within a batch, each copy is a negative of the other queries, unless "
         "--mask-duplicate-targets is set"
     )
     report.count(NOTE, train, effect, repeated)
@@ -356,13 +354,11 @@ def _remark_on_missing(where: str, missing: Mapping[str, Path], report: Report) 
     """
     hints = [name + hint_of_file(path) for name, path in list(missing.items())[:SHOWN_IDS]]
     if any("did you mean" in hint for hint in hints):
-        report.say(
-            FINDING, where, f"other files are there instead of missing ones: {', '.join(hints)}"
-        )
+        report.say(FINDING, where, f"missing files exist under similar names: {', '.join(hints)}")
     folders = {name: missing_folder(path) for name, path in missing.items()}
     gone = {name for name, folder in folders.items() if folder}
     there = sorted({str(folder) for folder in folders.values() if folder})
-    report.count(FINDING, where, f"folders are missing, and {len(gone):,} images with them", there)
+    report.count(FINDING, where, f"folders are missing, with {len(gone):,} images", there)
     return gone
 
 
@@ -377,10 +373,10 @@ def _remark_on_bad(
             ids = [name for name in bad if name in names and bad[name] == problem]
             lost = sum(_asks_for(triplet, set(ids)) for triplet in records.triplets)
             effects = {
-                "query": f"{lost} of {queries} queries cannot be evaluated; if left out, "
-                "recalls are of the other queries",
+                "query": f"{lost} of {queries} queries cannot be evaluated; if they are left out, recalls are computed "
+                "from the other queries",
                 "target": f"{lost} of {queries} queries have no target: they count as missed, or are left out",
-                "distractor": f"a gallery of {gallery - len(ids)} instead of {gallery}: recalls are too high",
+                "distractor": f"the gallery has {gallery - len(ids)} images instead of {gallery}: recalls are too high",
             }
             effect = (
                 f"{lost} of {queries} triplets cannot be trained on" if trains else effects[role]
@@ -407,11 +403,11 @@ def _remark_on_copies(
     largest = max(map(len, groups.values()), default=0)
     effects = {
         "query": "the query has the same picture as another image",
-        "target": "the target cannot be told from its copy, so their order is arbitrary",
+        "target": "the target cannot be distinguished from its copy, so their order is arbitrary",
         "distractor": "the gallery is effectively smaller",
     }
     for role, names in _roles(records).items():
-        text = f"files have the same content as another, role {role}: {effects[role]}"
+        text = f"files have the same content as another file, role {role}: {effects[role]}"
         if largest > PLACEHOLDER:
             text += f"; up to {largest} have the same picture, which may be a placeholder"
         report.count(FINDING, where, text, [name for name in copies if name in names])

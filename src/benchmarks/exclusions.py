@@ -70,17 +70,19 @@ def announce(wanted: Collection[str], splits: Iterable[Split]) -> None:
         known.update(split.names)
         if split.excluded_images:
             images = len(split.excluded_images)
-            lost = f"{images} images and the {split.excluded_triplets} triplets that ask with or for them"
+            lost = f"{images} images and the {split.excluded_triplets} triplets with one as reference or target"
             logger.warning(
                 "left out of %s: %s; %d triplets remain", split.name, lost, len(split.triplets)
             )
         if split.smaller_groups:
             logger.warning(
-                "%d of them have a smaller subset, which raises their subset recalls",
+                "%d of the remaining triplets have a smaller subset, which raises their subset recalls",
                 split.smaller_groups,
             )
     if others := [name for name in wanted if name not in left_out]:
         spellings = Spellings(known)
         named = [name + spellings.hint(name) for name in others[:NAMED_IMAGES]]
         shown = ", ".join([*named, "..."] if len(others) > NAMED_IMAGES else named)
-        logger.warning("%d images of --exclusions are in no split in use: %s", len(others), shown)
+        logger.warning(
+            "%d images in --exclusions are not in any split in use: %s", len(others), shown
+        )

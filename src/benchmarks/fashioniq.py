@@ -67,9 +67,9 @@ class FashionIQ(Benchmark):
         return official_files(self.annotation_folder(), part, split)
 
     def image_folders(self, part: str) -> list[Path]:
-        """Return images/ as in the official layout, and folders by category.
+        """Return the folders that may hold images: images/ (the official layout), and one folder per category.
 
-        An image that is in two categories may be in the folder of either one.
+        An image in two categories may be in either folder.
         """
         root = self.annotation_folder()
         own_first = sorted(self.parts, key=lambda other: other != part)

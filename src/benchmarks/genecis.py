@@ -48,7 +48,7 @@ class GenecisQuery(Query):
     def apart(self) -> "GenecisQuery":
         """Check that the reference is not in the gallery."""
         if self.reference in self.gallery:
-            raise PydanticCustomError("apart", "gallery should not have reference among them")
+            raise PydanticCustomError("apart", "gallery should not include the reference")
         return self
 
     def triplet(self) -> Triplet:
@@ -66,10 +66,10 @@ def _name(image: GenecisImage) -> str:
 
 
 class GeneCIS(Benchmark):
-    """GeneCIS (Vaze et al., CVPR 2023), the tasks on objects: each query has its own gallery of 15 images.
+    """GeneCIS (Vaze et al., CVPR 2023), only the tasks on objects: each query has its own gallery of 15 images.
 
-    This gallery is the query's group here, and recalls are computed within groups. Sheets also show the nearest of all
-    images of a task.
+    This gallery is treated as the query's group, and recalls are computed within groups. Sheets also show the nearest
+    images of the whole task.
     """
 
     name = "GeneCIS"
@@ -79,7 +79,7 @@ class GeneCIS(Benchmark):
     train_split = None
     test_split = None
     official = {"change_object.val": (1960, 2739), "focus_object.val": (1960, 2198)}
-    counts_explained = "Of the official queries 167 and 427 repeat another one, and count twice"
+    counts_explained = "Of the official queries, 167 and 427 repeat another query, and count twice"
     protocols = (ORIGINAL_REMOVED,)
     reported = {
         f"{task}_recall_at{k}": Metric(f"{title} R@{k}")
@@ -108,7 +108,7 @@ class GeneCIS(Benchmark):
 
     def hits(self, ranks: Ranks) -> "dict[str, np.ndarray]":
         if ranks.in_group is None:
-            raise ValueError("GeneCIS is measured in the galleries of its queries")
+            raise ValueError("GeneCIS needs ranks within the groups")
         return {f"recall_at{k}": ranks.in_group < k for k in RECALLS}
 
     def summary(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -41,7 +41,9 @@ EMPTY = "empty"
 NO_IMAGE = "not an image"
 DAMAGED = "truncated or damaged"
 PILLOWS_MOST = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow refuses images with more pixels
-TOO_LARGE = f"too large (above {LONGEST_SIDE:,} pixels a side or {PILLOWS_MOST:,} pixels: {SHRINK})"
+TOO_LARGE = (
+    f"too large (above {LONGEST_SIDE:,} pixels per side, or {PILLOWS_MOST:,} pixels: {SHRINK})"
+)
 ORIENTATION = 0x0112  # number of the EXIF tag
 PLAIN_MODES = ("L", "LA", "RGB", "RGBA")
 

@@ -21,7 +21,7 @@ class Protocol:
     The recalls of one model differ by several points between protocols, so compare numbers only within one protocol.
 
     Attributes:
-        gallery: "original", all images of the split's list, or "VAL", the references and targets of its triplets.
+        gallery: "original" (all images of the split's list) or "VAL" (the references and targets of its triplets).
         reference: "kept" or "removed".
         text: "" for the caption alone, or the name of another query text of a benchmark, such as "concept".
     """

@@ -108,7 +108,7 @@ def shoes(folder: Path) -> dict[str, Converted]:
         if query.reference not in split_of or query.target not in places:
             listed = " or ".join(map(str, lists.values()))
             raise UserError(
-                f"{file}: entry {number}: its images are not in womens_*/ and in {listed}: {OFFICIAL}"
+                f"{file}: entry {number}: an image is missing from womens_*/, or from {listed}: {OFFICIAL}"
             )
         line = {
             "reference": places[query.reference],
@@ -146,7 +146,7 @@ def usable(split: str, converted: Converted) -> Converted:
         gallery.update(dict.fromkeys(added))
         if added:
             logger.warning(
-                "warning: %s: %d images of queries are missing in the list of the gallery, and added to it",
+                "warning: %s: %d query images were missing from the gallery list and have been added to it",
                 split,
                 len(added),
             )

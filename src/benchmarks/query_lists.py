@@ -76,7 +76,9 @@ def read_query_list(file: Path | None, dataset: str, split: str) -> QueryList | 
     except UserError as error:
         raise UserError(f"--queries: {error}") from None
     if not listed.queries:
-        raise UserError(f"--queries {file} is empty, so nothing would be measured: remove the flag")
+        raise UserError(
+            f"--queries {file} is empty, so no query would be evaluated: remove --queries"
+        )
     if (listed.dataset, listed.split) != (dataset, split):
         raise UserError(
             f"--queries {file} is for {listed.dataset} {listed.split}, not {dataset} {split}: choose the right file"
@@ -101,16 +103,16 @@ def restricted(benchmark: Benchmark, splits: Sequence[Split], wanted: QueryList)
     if unknown:
         raise UserError(
             f"--queries {wanted.file}: {len(unknown)} of {len(wanted.names)} are not queries of {benchmark.name} "
-            f"{benchmark.val_split}, the first is {unknown[0]}{Spellings(known).hint(unknown[0])}: remove it from the "
+            f"{benchmark.val_split}, such as {unknown[0]}{Spellings(known).hint(unknown[0])}: remove them from the "
             "list"
         )
     kept = [split.only(wanted.names) for split in splits]
     for split in kept:
         if not split.triplets:
             raise UserError(
-                f"--queries {wanted.file} has no query of {split.name}, without which {benchmark.name} has no "
-                "metrics: add some"
+                f"--queries {wanted.file} has no query of {split.name}, which {benchmark.name}'s metrics need: add "
+                "some queries"
             )
     asked = sum(len(split.triplets) for split in kept)
-    logger.info("--queries %s: %d queries are measured", wanted.file, asked)
+    logger.info("--queries %s: %d queries are evaluated", wanted.file, asked)
     return kept

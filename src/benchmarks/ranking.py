@@ -103,7 +103,7 @@ def nearest(similarity: Tensor, k: int) -> Tensor:
         return torch.empty(len(similarity), 0, dtype=torch.long, device=similarity.device)
     _check(similarity)
     values, columns = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
-    # topk returns any of several equal values: rows with equal values on both sides of the cut are sorted completely.
+    # topk breaks ties arbitrarily, so rows with a tie across the cut are sorted completely.
     torn = (values[:, k - 1 : k] == values[:, k:]).any(1).nonzero().flatten()
     columns = columns[:, :k]
     if len(torn):

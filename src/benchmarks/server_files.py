@@ -164,7 +164,7 @@ class CirrForm(ServerForm[dict[str, Any]]):
             if len(ids) != length:
                 problems.append(f"{len(ids)} ids instead of {length}")
         if triplet.reference in ids:
-            problems.append(f"its own reference {triplet.reference} is among the ids")
+            problems.append(f"the ids include its own reference {triplet.reference}")
         if metric == "recall_subset":
             problems += [
                 f"{name} is not in the query's group" for name in ids if name not in triplet.group
@@ -208,7 +208,7 @@ class FashionIQForm(ServerForm[list[Any]]):
     def violations(self, file: str, content: list[Any], size: int) -> list[str]:
         split = self.parts.get(_category(file))
         if split is None:
-            return [f"the file's name does not begin with a category, as {' or '.join(self.parts)}"]
+            return [f"the file name does not begin with a category ({' or '.join(self.parts)})"]
         if len(content) != len(split.triplets):
             return [f"{len(content)} entries instead of {len(split.triplets)}"]
         violations = []
@@ -225,7 +225,7 @@ class FashionIQForm(ServerForm[list[Any]]):
         if not isinstance(entry, dict) or any(
             entry.get(key) != value for key, value in query.items()
         ):
-            return ["not the entry that the captions file has in this place"]
+            return ["not the entry at this position in the captions file"]
         ids: Any = entry.get("ranking")
         if not _are_ids(ids):
             return ['"ranking" is not a list of image ids']
@@ -268,7 +268,7 @@ class ListsForm(ServerForm[dict[str, Any]]):
 
     def violations(self, file: str, content: dict[str, Any], size: int) -> list[str]:
         keys = _keys(self.whole)
-        violations = [f"id {key}: no query" for key in sorted(content.keys() - set(keys))]
+        violations = [f"id {key}: not a query" for key in sorted(content.keys() - set(keys))]
         for key, triplet in zip(keys, self.whole.triplets, strict=True):
             problems = self._problems(content[key], triplet) if key in content else ["missing"]
             violations += [f"id {key}: {problem}" for problem in problems]
@@ -326,7 +326,8 @@ class TripletsForm(ListsForm):
     whose = ""
 
 
-# A file has the first format that it fits. Files of own triplets look like CIRCO's; only --dataset distinguishes them.
+# The first format that matches is used. A file for your own triplets looks like a file for CIRCO; only --dataset
+# distinguishes them.
 FORMS: tuple[type[ServerForm[Any]], ...] = (CirrForm, FashionIQForm, CircoForm, TripletsForm)
 
 
@@ -365,8 +366,8 @@ def form_of(
     alike = [form for form in forms if isinstance(content, form.container)]
     if not alike:
         raise UserError(
-            f"{file} contains a {type(content).__name__}, which no submission to {dataset} does: set --dataset to its "
-            "benchmark"
+            f"{file} contains a {type(content).__name__}, but no submission to {dataset} does: set --dataset to the "
+            "file's benchmark"
         )
     return next((form for form in alike if form.fits(content)), alike[0])
 

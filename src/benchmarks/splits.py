@@ -205,13 +205,13 @@ class Split:
 
     @property
     def outside(self) -> list[bool]:
-        """Return N booleans, whether each image is outside the gallery of references and targets."""
+        """Return N booleans: whether each image is outside the gallery of references and targets."""
         members = self.members
         return [name not in members or name in self.only_asked for name in self.image_paths]
 
     @property
     def unlisted(self) -> list[bool]:
-        """Return N booleans, whether each image is in `only_asked`."""
+        """Return N booleans: whether each image is in `only_asked`."""
         return [name in self.only_asked for name in self.image_paths]
 
     def only(self, queries: Container[str]) -> "Split":

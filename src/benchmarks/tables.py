@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 WORKBOOK = ".xlsx"
 TABLES = (".csv", ".tsv", WORKBOOK)
 SEPARATORS = ",;\t"  # spreadsheets use one of these, depending on the country
-SPARE = 100  # number of cells that a row may have beyond the first row's before pandas fails
+SPARE = 100  # number of cells that a row may have in addition to those of the first row before pandas fails
 # Texts that pandas and spreadsheets write for missing values, and for values that could not be computed.
 NOTHING = {"nan", "none", "nat", "<na>", "null", "#n/a", "#ref!", "#name?", "#value!"}
 _STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
@@ -95,8 +95,8 @@ def _separated(file: Path) -> "pd.DataFrame":
     except (pd.errors.ParserError, ValueError) as error:
         row = _broken_row(text, separator, most)
         raise UserError(
-            f"{file} is not a table: row {row} ({first_line(error)}): check its quotation marks; one within a cell "
-            "is written twice"
+            f"{file} is not a table: row {row} ({first_line(error)}): check its quotation marks; inside a cell, each "
+            "must be doubled"
         ) from None
 
 
@@ -128,11 +128,13 @@ def cell_values(cell: str, separator: str) -> list[str]:
         separator: a regular expression.
 
     Raises:
-        ValueError: the cell contains a text for missing values, or a list that cannot be read.
+        ValueError: the cell contains a missing-value marker, or a list that cannot be read.
     """
     cell = cell.strip()
     if cell.lower() in NOTHING:
-        raise ValueError(f"{cell!r}, which means a missing value: fill the cell, or leave it empty")
+        raise ValueError(
+            f"{cell!r}, which stands for a missing value: fill the cell, or leave it empty"
+        )
     if _LIST.fullmatch(cell):
         values: list[str] = ast.literal_eval(cell)
     elif re.match(r"""\[\s*['"]""", cell):

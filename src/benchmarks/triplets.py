@@ -1,8 +1,9 @@
 """Your own triplets: a file of queries for each split, and a folder of images, as described in docs/own-data.md.
 
 A line of `{split}.jsonl` is an object with "reference", "caption" and "target", and optionally "id", "group",
-"negatives" and "kind"; in a table, these are columns. There may be several captions and targets: a list, or in a cell
-`one | another`. Intervals can be resampled by any other field or column, such as the product that an image shows.
+"negatives" and "kind"; in a table, these are columns. Captions and targets may be several: a list in JSON,
+`one | another` in a table cell. Confidence intervals can resample queries by the value of any other field or column,
+such as the product that an image shows.
 """
 
 import functools
@@ -155,7 +156,7 @@ class Triplets(Benchmark):
         if len(there) > 1:
             others = " and ".join(file.name for file in there[1:])
             raise UserError(
-                f"{there[0]} and {others} next to it are the same split: keep one of them"
+                f"{there[0]} and {others} next to it contain the same split: keep only one of them"
             )
         queries = there[0] if there else folder / f"{split}.jsonl"
         gallery = folder / f"gallery.{split}.txt"
@@ -180,7 +181,7 @@ class Triplets(Benchmark):
         bare = 0
         for where, query in entries:
             if query.model_fields_set & OF_ALL_OR_NONE != of_first:
-                faults.append(f'{where}: "id" and "group" are in all lines or in none')
+                faults.append(f'{where}: "id" and "group" must each be in all lines or in none')
             bare += any("|" in caption for caption in query.caption)
         refuse_all(queries_file, faults, self.remedy)
         if bare and queries_file.suffix.lower() in TABLES:
@@ -307,7 +308,7 @@ def _cells(names: Sequence[str], known: Sequence[str], cells: Sequence[str]) -> 
     """Return the values of a row by column."""
     if len(cells) != len(names):
         raise ValueError(
-            f"has {len(cells)} cells, the first row {len(names)}: put cells with a separator in quotation marks"
+            f"has {len(cells)} cells, but the first row has {len(names)}: put cells with a separator in quotation marks"
         )
     content: dict[str, Any] = {}
     for name in known:

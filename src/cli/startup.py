@@ -42,7 +42,7 @@ def check_files(args: Any) -> None:
         check_clip(clip)
     if getattr(args, "lora_rank", None) and importlib.util.find_spec("peft") is None:
         raise UserError(
-            "--lora-rank needs a package: pip install -r requirements-lora.txt, or remove the flag"
+            "--lora-rank needs a package: pip install -r requirements-lora.txt, or remove --lora-rank"
         )
 
 
@@ -93,7 +93,7 @@ def pick_device(name: str | None) -> "torch.device":
         raise UserError(f"--device {name}: choose cuda or cpu")
     if torchrun.launched() and name and ":" in name:
         raise UserError(
-            f"--device {name}: each process uses the GPU of its own number: remove the flag"
+            f"--device {name}: each process uses the GPU that has its process number: remove --device"
         )
     if device.type == "cuda":
         # Otherwise pinned memory would create a context on the first GPU, even if this process uses another one.
@@ -113,7 +113,7 @@ def open_benchmark(args: Any) -> tuple[Benchmark, dict[str, str]]:
     if template is not None:
         if not benchmark.concept_template:
             raise UserError(
-                f"--concept-template: queries of {benchmark.name} have no shared concept: remove the flag"
+                f"--concept-template: queries of {benchmark.name} have no shared concept: remove --concept-template"
             )
         benchmark.concept_template = template
     return benchmark, reasons

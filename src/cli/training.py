@@ -66,7 +66,7 @@ def parse(
     stored = {**UNNAMED, **read_hyper_parameters(folder).table}
     if stored["script"] != script:
         raise UserError(
-            f"--resume {folder} was started by {stored['script']}: resume it with that script"
+            f"--resume {folder}: {stored['script']} started this run: resume it with that script"
         )
     known = stage.model_fields.keys() - {"workspace", "resume"}
     parser.set_defaults(**{name: value for name, value in stored.items() if name in known})
@@ -74,7 +74,7 @@ def parse(
     for name in known - stored.keys() - FREE_FLAGS:  # flags that are newer than the run
         if getattr(args, name) != parser.get_default(name):
             raise UserError(
-                f"--resume {folder}: the run was started without {flag(name)}: remove it"
+                f"--resume {folder}: the run was started without {flag(name)}: remove {flag(name)}"
             )
     return parsed(parser, stage, args)
 
@@ -94,10 +94,12 @@ def checked(args: AnyStage) -> tuple[AnyStage, Benchmark]:
     check_files(args)
     trackers = check_trackers(args.tracker, args.api_key, args.workspace)
     if args.save_best and not args.save_training:
-        logger.warning("warning: --save-best saves nothing without --save-training: add that flag")
+        logger.warning(
+            "warning: --save-best saves nothing without --save-training: add --save-training"
+        )
     if args.seeds and not args.save_training:
         logger.warning(
-            "warning: --seeds writes no metrics for compare.py without --save-training: add that flag"
+            "warning: --seeds writes no metrics for compare.py without --save-training: add --save-training"
         )
     warn_of_lost_epochs(args)
     written = {}
@@ -120,9 +122,9 @@ def warn_of_lost_epochs(args: groups.BothStages) -> None:
         is_one = first_lost == args.num_epochs - 1
         logger.warning(
             "warning: %s neither validated nor saved: add --validate-last, or --save-every",
-            f"epoch {first_lost} is"
+            f"epoch {first_lost} will be"
             if is_one
-            else f"epochs {first_lost} to {args.num_epochs - 1} are",
+            else f"epochs {first_lost} to {args.num_epochs - 1} will be",
         )
 
 
@@ -189,7 +191,7 @@ def report_seeds(
             try:
                 write_metrics(args, data, place, weights=weights, device=device)
             except UserError as error:  # only a warning, since training itself has succeeded
-                logger.warning("warning: seed %d has no file of metrics: %s", place.seed, error)
+                logger.warning("warning: seed %d has no metrics file: %s", place.seed, error)
     if distributed.is_main():
         seeds.report_seeds(whole, data)
 

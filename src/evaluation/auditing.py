@@ -44,9 +44,9 @@ def solving(benchmark: Benchmark, k: int) -> str:
 
 
 def _recalls(of_split: Mapping[str, np.ndarray]) -> list[str]:
-    """Return the names of the scores that are true or false for every query.
+    """Return the names of the scores that are binary for every query.
 
-    This excludes precisions, and recalls for which some queries do not count.
+    This excludes precisions, and recalls that skip some queries.
     """
     return [name for name, values in of_split.items() if values.dtype == bool]
 

@@ -57,7 +57,7 @@ class Resampling:
         for split, own in columns.items():
             if self.by != BY_QUERY and self.by not in own:
                 raise UserError(
-                    f"--resample-by {self.by}: not a column that all queries of {split} have: choose from "
+                    f"--resample-by {self.by}: not every query of {split} has this column: choose from "
                     f"{', '.join([BY_QUERY, *own])}"
                 )
             queries = len(next(iter(own.values())))
@@ -83,7 +83,7 @@ class Column:
         return list(self.results[0]["protocols"])
 
     def has(self, protocol: str) -> bool:
-        """Check whether all results were measured under a protocol."""
+        """Check whether all results include a protocol."""
         return all(protocol in result["protocols"] for result in self.results)
 
     def values(self, protocol: str, metric: str) -> list[float]:
@@ -161,8 +161,8 @@ def result_files(places: Sequence[Path]) -> list[Path]:
             found = sorted(place.glob("seed_*.json"), key=lambda file: (len(file.name), file.name))
         if not found:
             raise UserError(
-                f"{place} has no seed_*.json: pass the folder of a training run with --seeds and --save-training, or "
-                "files"
+                f"{place} contains no seed_*.json: pass the folder of a training run with --seeds and "
+                "--save-training, or files"
             )
         files += found
     return files
@@ -181,8 +181,8 @@ def read_columns(files: list[Path]) -> list[Column]:
         first = first or result
         if (result["dataset"], result["split"]) != (first["dataset"], first["split"]):
             raise UserError(
-                f"{file} is of {result['dataset']} {result['split']}, {files[0]} of {first['dataset']} "
-                f"{first['split']}: compare results of one split"
+                f"{file} has results for {result['dataset']} {result['split']}, but {files[0]} for "
+                f"{first['dataset']} {first['split']}: compare results for the same split"
             )
         key = _method(result) or f"file {number}"
         if key in columns and _seeds(result) in map(_seeds, columns[key].results):
@@ -264,7 +264,7 @@ def _without_seed(settings: Settings) -> dict[str, Any]:
 
 
 def unlike(base: Column, other: Column, protocol: str) -> list[str]:
-    """Return the conditions that make numbers of two columns under a protocol incomparable; empty if they agree."""
+    """Return the conditions that differ between two columns under a protocol, and so prevent a fair comparison."""
     ours = base.conditions(protocol)
     theirs = other.conditions(protocol)
     return [name for name, value in theirs.items() if value is None or value != ours[name]]

@@ -50,7 +50,7 @@ def check_results(
     weights: Sequence[Mapping[str, str]],
     preprocessing: Mapping[str, Any],
 ) -> None:
-    """Check that results were measured with a pair.
+    """Check that results were obtained with a pair.
 
     Args:
         results: file -> its result.
@@ -64,14 +64,14 @@ def check_results(
         for part, digest in result["weights_sha256"].items():
             if digest not in [known.get(part) for known in weights]:
                 raise UserError(
-                    f"--results {file}: weights_sha256.{part} is not the hash of the exported weights: measure these "
-                    "weights"
+                    f"--results {file}: weights_sha256.{part} is not the hash of the exported weights: evaluate the "
+                    "exported weights"
                 )
         for name, value in result["preprocessing"].items():
             if value != preprocessing.get(name):
                 raise UserError(
-                    f"--results {file}: preprocessing.{name} is {value}, but the pair has {preprocessing.get(name)}: "
-                    "measure with the flags of this export"
+                    f"--results {file}: preprocessing.{name} is {value}, but the exported model uses "
+                    f"{preprocessing.get(name)}: evaluate again with the flags of this export"
                 )
 
 
@@ -159,10 +159,9 @@ def _numbers(config: Mapping[str, Any], results: Sequence[Result]) -> list[str]:
     if not results:
         return ["No results were passed to the export."]
     paragraphs = [
-        f"In brackets: {CARD_RESAMPLING.confidence:.0%} intervals over other queries of the kind (bootstrap by "
-        f"{CARD_RESAMPLING.by} image, {CARD_RESAMPLING.resamples} resamples). "
-        "A protocol sets the gallery (all images of the split, or only references and targets) and whether the "
-        "reference may be retrieved."
+        f"In brackets: {CARD_RESAMPLING.confidence:.0%} confidence intervals (bootstrap over queries, resampled by "
+        f"{CARD_RESAMPLING.by} image, {CARD_RESAMPLING.resamples} resamples). A protocol sets the gallery (all "
+        "images of the split, or only references and targets) and whether the reference may be retrieved."
     ]
     for result in results:
         paragraphs.append(f"### {plain(_heading(config, result))}")
@@ -232,9 +231,9 @@ def _use(exporting: Exporting, results: Sequence[Result]) -> str:
 def _licence(exporting: Exporting) -> str:
     """Describe the licence of the weights."""
     base = _base(exporting.config)
-    terms = f"The weights began as those of {code(base)}, whose terms apply to them."
+    terms = f"The weights were initialised from {code(base)}, whose terms apply to them."
     if base in OPENAI_CLIPS:
-        terms = f"The weights began as OpenAI's CLIP `{base}`, which is under the MIT licence."
+        terms = f"The weights were initialised from OpenAI's CLIP `{base}`, which is under the MIT licence."
     datasets = sorted(set(trained_on(exporting.training).values()))
     if datasets:
         named = plain(" and ".join(datasets))

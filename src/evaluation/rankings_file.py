@@ -170,7 +170,7 @@ def read_rankings(file: Path) -> dict[str, Any]:
     from runtime.schema import checked
 
     content = read_json(file, "validate.py --rankings")
-    remedy = "not a complete file of validate.py --rankings: measure again"
+    remedy = "not a complete file of validate.py --rankings: evaluate again"
     checked(RankingsFile, content, file=file, remedy=remedy)
     for split, queries in content["queries"].items():
         for number, query in enumerate(queries):
@@ -182,7 +182,7 @@ def read_rankings(file: Path) -> dict[str, Any]:
 def _check_query(where: str, query: Record, protocols: Mapping[str, Any]) -> None:
     """Raise UserError if a query lacks a protocol, or if a rank contradicts the list of nearest images."""
     if query["protocols"].keys() != protocols.keys():
-        raise UserError(f"{where}.protocols: differ from the protocols of the file: measure again")
+        raise UserError(f"{where}.protocols: differ from the protocols of the file: evaluate again")
     lists = {f"protocols.{name}": found for name, found in query["protocols"].items()}
     if "in_group" in query:
         lists["in_group"] = query["in_group"]
@@ -194,7 +194,8 @@ def _check_query(where: str, query: Record, protocols: Mapping[str, Any]) -> Non
             place = names.index(target) if target in names else None
             if place != (rank if rank < len(names) else None):
                 raise UserError(
-                    f"{where}.{name}: {target} has rank {rank}, but is not in the list of nearest images: measure again"
+                    f"{where}.{name}: {target} has rank {rank}, but is not in the list of nearest images: evaluate "
+                    "again"
                 )
 
 
@@ -238,13 +239,13 @@ def unlike_annotations(content: Mapping[str, Any], benchmark: Benchmark) -> list
             )
             continue
         if content["kinds"].get(split.name, {}) != split.queries_of_kinds:
-            problems.append(f"{split.name}: kinds of queries are not as in the annotations")
+            problems.append(f"{split.name}: kinds of queries differ from the annotations")
         for number, (query, triplet) in enumerate(zip(queries, split.triplets, strict=True)):
             where = f"{split.name} query {number}"
             annotated = _query(number, triplet, benchmark)
             for field in ("pair_id", "reference", "target", "other_targets", "caption", "group"):
                 if query[field] != annotated[field]:
-                    problems.append(f"{where}: {field} is not as in the annotations")
+                    problems.append(f"{where}: {field} differs from the annotations")
             for found in query["protocols"].values():
                 unknown = [name for name, _ in found["nearest"] if name not in split.row_of]
                 problems += [f"{where}: {name} is not an image of the split" for name in unknown]

@@ -152,14 +152,16 @@ def read_result(file: Path) -> Result:
     from runtime.schema import checked
 
     result = read_json(file, "validate.py --metrics-json")
-    remedy = "not a complete result of validate.py --metrics-json: measure again"
+    remedy = "not a complete result of validate.py --metrics-json: evaluate again"
     checked(ResultFile, result, file=file, remedy=remedy)
     check_metrics(file, result)
     ranks = next(iter(result["protocols"].values()))["ranks"]
     for split in ranks.keys() | result["clusters"].keys():
         lengths = {len(own) for own in result["clusters"].get(split, {}).values()}
         if lengths != {len(ranks.get(split, []))}:
-            raise UserError(f"{file}: clusters.{split}: not a number for each query: measure again")
+            raise UserError(
+                f"{file}: clusters.{split}: not a number for each query: evaluate again"
+            )
     return result
 
 
@@ -171,7 +173,7 @@ def check_metrics(file: Path, result: Result) -> None:
     """
     if result["dataset"] not in BENCHMARKS:
         raise UserError(
-            f"{file}: dataset: {result['dataset']} is not a known benchmark: measure again"
+            f"{file}: dataset: {result['dataset']} is not a known benchmark: evaluate again"
         )
     benchmark = BENCHMARKS[result["dataset"]](Path())
     for protocol, measured in result["protocols"].items():
@@ -183,7 +185,7 @@ def check_metrics(file: Path, result: Result) -> None:
         except (LookupError, ValueError) as error:
             raise UserError(
                 f"{file}: protocols.{protocol}: incomplete ranks of {benchmark.name} {result['split']} "
-                f"({first_line(error)}): measure again"
+                f"({first_line(error)}): evaluate again"
             ) from None
         _compare(file, f"protocols.{protocol}.metrics", measured["metrics"], recomputed=recomputed)
         if protocol == result["protocol"]:
@@ -198,7 +200,7 @@ def _compare(
         there, due = stated.get(metric), recomputed.get(metric)
         if there is None or due is None or not math.isclose(there, due, abs_tol=1e-6):
             raise UserError(
-                f"{file}: {field}.{metric}: {there} in the file, {due} from its ranks: measure again"
+                f"{file}: {field}.{metric}: {there} in the file, but {due} from its ranks: evaluate again"
             )
 
 

@@ -30,7 +30,7 @@ MOST_VALUES = 2**28  # maximum number of similarities in memory at a time: 1 GiB
 CACHE_VALUES = 2**18
 CACHE_ROWS = 512
 EQUAL = 1e-6  # maximum difference between similarities that are equal up to rounding
-FEW = 2  # so few images may well be equally similar
+FEW = 2  # with so few images, ties in similarity are likely
 
 
 def evaluate(

@@ -71,7 +71,7 @@ class Assumed(Schema):
 
 
 class MeasuredList(Schema):
-    """The list of the only queries that were measured, see `benchmarks.query_lists.QueryList.describe`."""
+    """List to which an evaluation was restricted, see `benchmarks.query_lists.QueryList.describe`."""
 
     file: str
     sha256: str

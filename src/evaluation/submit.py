@@ -62,7 +62,7 @@ def submit(
     lost = sum(split.excluded_triplets for split in splits)
     if lost:
         raise UserError(
-            f"--exclusions leaves out {lost} queries, but a server needs all of them: restore their images"
+            f"--exclusions excludes {lost} queries, but the server needs all queries: restore their images"
         )
     pair, frozen = load_and_freeze(benchmark, splits, device, choice)
     answered = []
@@ -117,7 +117,7 @@ def _write(
             keeps_rules = False
             logger.warning("%s: breaks rules%s", path, form.whose)
         else:
-            logger.info("%s: keeps all rules%s", path, form.whose)
+            logger.info("%s: obeys all rules%s", path, form.whose)
     if is_scored and keeps_rules:
         for metric, value in form.metrics(contents).items():
             print(f"{metric} = {value}")

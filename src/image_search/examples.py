@@ -41,7 +41,7 @@ def read_examples(file: Path, index: ImageIndex) -> list[Example]:
             examples.append(Example(reference, triplet.captions[0], target))
     if not examples:
         raise UserError(
-            f"--examples {file}: the index contains none of its triplets: index {folder}"
+            f"--examples {file}: none of its triplets has all images in the index: index {folder}"
         )
     if lacking:
         logger.warning(

@@ -84,7 +84,7 @@ def check(kind: str, count: int, dim: int) -> None:
     if kind == "ivfpq" and (count < LEAST_TRAINED_ON or dim % SUB_VECTOR):
         raise UserError(
             f"--index-type ivfpq needs {LEAST_TRAINED_ON:,} images and a feature dimension that is a multiple of "
-            f"{SUB_VECTOR}, but there are {count} of dimension {dim}: choose flat or hnsw"
+            f"{SUB_VECTOR}, but there are {count} images of dimension {dim}: choose flat or hnsw"
         )
 
 
@@ -182,7 +182,7 @@ def mismatch(index: Any, features: np.ndarray, kind: str) -> str:
     faiss = import_faiss()
     kinds = {"flat": faiss.IndexFlat, "hnsw": faiss.IndexHNSWFlat, "ivfpq": faiss.IndexIVFPQ}
     if not isinstance(index, kinds[kind]) or index.metric_type != faiss.METRIC_INNER_PRODUCT:
-        return f"it is not of kind {kind}"
+        return f"it is not a {kind} index"
     if (index.ntotal, index.d) != features.shape:
         return f"it contains {index.ntotal} vectors of dimension {index.d}, not {features.shape}"
     rows = sampled_rows(len(features))
@@ -280,7 +280,9 @@ def write(index: Any, file: Path) -> None:
         with written_whole(file) as stream:
             faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))
     except RuntimeError as error:  # some versions of FAISS convert OSError
-        raise DiskError(f"could not write {file} ({first_line(error)[:80]}): free space") from None
+        raise DiskError(
+            f"could not write {file} ({first_line(error)[:80]}): free disk space"
+        ) from None
 
 
 def read(file: Path, *, to_grow: bool = False) -> Any:

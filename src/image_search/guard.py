@@ -23,7 +23,7 @@ LOCAL = {"localhost", "127.0.0.1", "::1"}
 ANY_ADDRESS = {"0.0.0.0", "::"}
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:/@]+))(?::\d+)?", re.IGNORECASE)
 FRAME = 2**16  # bytes of a request besides an uploaded file
-# Headers of every response. The policy prevents requests to other hosts and scripts from other origins.
+# Headers of every response. The policy blocks scripts from other origins and requests to other hosts.
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' blob: data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -122,7 +122,7 @@ class Guard:
         if len(hosts) != 1 or not self.hosts.holds(hosts[0]):
             return (
                 HTTPStatus.FORBIDDEN,
-                "this page has another address; see --host and --allow-host",
+                "the server does not accept this address; see --host and --allow-host",
             )
         # Requests for images and scripts have no Origin header. Any website may contain a link to this page.
         sites = set(headers.getlist("sec-fetch-site"))
@@ -134,6 +134,6 @@ class Guard:
         if "transfer-encoding" in headers:
             return HTTPStatus.LENGTH_REQUIRED, "send the request with a Content-Length"
         if int(headers.get("content-length", 0)) > MOST_BYTES + FRAME:
-            most = f"more than {MOST_BYTES // 2**20} MiB: send less"
+            most = f"the request has more than {MOST_BYTES // 2**20} MiB: send less"
             return HTTPStatus.REQUEST_ENTITY_TOO_LARGE, most
         return None

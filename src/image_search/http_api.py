@@ -107,15 +107,19 @@ class SearchForm(BaseModel):
         None,
         ge=0,
         le=1,
-        description="Weight of the text in a sum of image and text: 0 is the image alone, 1 the text alone "
-        "(default: compose the query with the server's combining function).",
+        description=(
+            "Weight of the text in a sum of image and text: 0 uses only the image, 1 only the text (default: "
+            "compose the query with the server's combining function)."
+        ),
     )
     lean: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="Shift of the Combiner's gate: 0 towards the image, 1 towards the text. The odds of the gate are "
-        "multiplied by lean / (1 - lean), so 0.5 is the trained gate (default: 0.5).",
+        description=(
+            "Shift of the Combiner's gate: 0 towards the image, 1 towards the text. The odds of the gate are "
+            "multiplied by lean / (1 - lean), so 0.5 leaves the gate as trained (default: 0.5)."
+        ),
     )
     less_row: int | None = Field(
         None,
@@ -136,7 +140,7 @@ class SearchForm(BaseModel):
     filter: str = Field(
         "",
         max_length=1000,
-        description="Condition on the results, in the language of the index's store.",
+        description="Condition on the results, in the filter language of the index's store.",
     )
     distinct: bool = Field(False, description="Exclude copies of other results.")
     min_similarity: float | None = Field(
@@ -343,7 +347,8 @@ class Service:
             picture = await self.photos.run(thumbnail, file, SIDES[size], self._background)
         except Overrun:
             raise HTTPException(
-                HTTPStatus.SERVICE_UNAVAILABLE, "this image takes too long: try another"
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "decoding this image takes too long: try another image",
             ) from None
         if await asyncio.to_thread(file_size, file) is not None:
             self.thumbnails[file, size] = picture
@@ -386,7 +391,7 @@ class Service:
 
     @property
     def _background(self) -> str:
-        """Return the background colour on which transparent images are read."""
+        """Return the background colour for transparent images."""
         return self.searcher.pair.encoder.preprocessing["background"]
 
     async def _of_upload(
@@ -423,7 +428,7 @@ class Service:
             pixels = await self.photos.run(read_photo, file, self._read)
         except (UserError, Overrun):
             raise QueryError(
-                "this image has changed and can no longer be decoded: choose another"
+                "this image has changed and can no longer be decoded: choose another image"
             ) from None
         return torch.from_numpy(pixels)
 
@@ -503,7 +508,7 @@ async def read_form(request: Request) -> tuple[SearchForm, list[File]]:
         if name == "image":
             for value in values:
                 if isinstance(value, str):
-                    raise QueryError("image: send a file, not text; no address is fetched")
+                    raise QueryError("image: send a file, not text; URLs are not fetched")
                 files.append(File(value.filename or "", await value.read()))
         elif not all(isinstance(value, str) for value in values):
             raise QueryError("image is the only field that may be a file")
@@ -518,7 +523,7 @@ async def read_form(request: Request) -> tuple[SearchForm, list[File]]:
     count = len(files) + len(search_form.upload) + len(search_form.row)
     if count > MOST_REFERENCES:
         raise QueryError(
-            f"image, upload and row contain {count} references: send {MOST_REFERENCES} at most"
+            f"image, upload and row contain {count} references: send at most {MOST_REFERENCES}"
         )
     if search_form.less_row is not None and search_form.less_upload:
         raise QueryError("less_row and less_upload are two images: send one")

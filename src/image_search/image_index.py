@@ -33,7 +33,7 @@ from utils import UserError
 logger = logging.getLogger(__name__)
 
 SHARD = 1024  # maximum number of images that a process encodes again after an interruption
-IN_USE = "--output {}: another process updates it: wait for that one"
+IN_USE = "--output {}: another process is updating this index: wait until it ends"
 NEVER = -1  # differs from the stamp of every file, see `runtime.files.stamp`
 READERS = 4  # number of threads that read files for their digests
 
@@ -151,7 +151,8 @@ def _check_may_be_updated(folder: Path, key: dict[str, Any], keeping: Keeping) -
         return
     if earlier.get("encoder") != key:
         raise UserError(
-            f"--output {folder} is an index with other weights, preprocessing or precision: choose another folder"
+            f"--output {folder} contains an index made with different weights, preprocessing or precision: choose "
+            "another folder"
         )
     _check_trusted(folder, earlier, keeping)
 
@@ -253,7 +254,7 @@ def relocate(folder: Path, old: Path, new: Path, *, store: str | None) -> Reloca
     """
     about = read_manifest(folder) or {}
     if "images" not in about:
-        raise UserError(f"--output {folder} is not a complete index: choose another")
+        raise UserError(f"--output {folder} is not a complete index: choose another folder")
     if not new.is_dir():
         raise UserError(
             f"--relocate {old} {new}: {new} is not a folder: pass the folder that contains the images now"
@@ -295,7 +296,7 @@ def relocate(folder: Path, old: Path, new: Path, *, store: str | None) -> Reloca
         if len(missing) == len(sources):
             reason = f"no image of the index is in the {'new' if sources else 'old'} folder"
             raise UserError(
-                f"--relocate {old} {new}: {reason}; the folders in {folder} are {', '.join(about.get('folders', []))}"
+                f"--relocate {old} {new}: {reason}; {folder} indexes {', '.join(about.get('folders', []))}"
             )
         writer.carry(sources)
         writer.publish(sorted([*staying, *sources]), origin)

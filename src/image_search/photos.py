@@ -130,7 +130,7 @@ def _identity(file: str, told_by: str) -> Identity:
     except UnicodeEncodeError:
         raise ValueError("its name is not UTF-8: rename it") from None
     except OSError:
-        raise ValueError("a link that leads nowhere") from None
+        raise ValueError("a broken symlink") from None
     if not stat.S_ISREG(there.st_mode):
         raise ValueError("a pipe, a device or a socket, not a file")
     try:

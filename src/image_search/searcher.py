@@ -146,7 +146,7 @@ class Searcher:
         """
         row = self.index.row(str(image.resolve()))
         if row is None and file_size(image) is None:
-            raise UserError(f"there is no image {image}: choose another")
+            raise UserError(f"there is no image {image}: choose another image")
         features = None if row is None else self.kept_features(row, image)
         return self.pair.encoder.images([image]) if features is None else features
 
@@ -274,11 +274,11 @@ class Searcher:
             raise QueryError("the text is empty: type what to change")
         if query.lean is not None and (composes != "combiner" or query.mix is not None):
             raise QueryError(
-                "lean needs a Combiner, and this query is composed without one: use mix"
+                "lean needs a Combiner, but this query is composed without one: use mix"
             )
         if len(text) > MOST_CHARACTERS:
             raise QueryError(
-                f"the text has {len(text):,} characters: shorten it to {MOST_CHARACTERS:,} at most"
+                f"the text has {len(text):,} characters: shorten it to at most {MOST_CHARACTERS:,}"
             )
         if LONG_WORD.search(text):
             raise QueryError(
@@ -336,13 +336,11 @@ class Searcher:
         tokenizer = self.pair.encoder.backbone.tokenizer
         notes = []
         if tokenizer.cuts(text):
-            notes.append(
-                f"the text has more than {tokenizer.context} tokens: the rest of it was ignored"
-            )
+            notes.append(f"the text has more than {tokenizer.context} tokens: the rest was ignored")
         if self._is_spelled(text):
             notes.append(
-                "the model splits most words of the text into single letters, as in a language that it was not "
-                "trained on: the results may have little to do with them"
+                "the model splits most words of the text into single letters, as for a language that it was not "
+                "trained on: the results may be unrelated to the text"
             )
         return "; ".join(notes)
 

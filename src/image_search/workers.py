@@ -71,7 +71,7 @@ class Pool:
             self.close()
             self._pool = self._new_pool()
         job = self._pool.schedule(function, args=arguments, timeout=self.seconds)
-        # A request is cancelled only when the server ends, and that ends its job too.
+        # A request is cancelled only when the server ends, which also ends the request's job.
         loop, done = asyncio.get_running_loop(), asyncio.Event()
         job.add_done_callback(lambda _: loop.is_closed() or loop.call_soon_threadsafe(done.set))
         await done.wait()

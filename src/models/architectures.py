@@ -44,7 +44,7 @@ def sizes_of(state: Mapping[str, Any], *, source: str, remedy: str) -> tuple[Any
         return shape_of(state, name, dimensions, source=source, remedy=remedy)
 
     if any(name.startswith(("text.", "visual.trunk.")) for name in state):
-        raise UserError(f"{source} contains a CLIP of open_clip, not of OpenAI: {OTHER_CLIP}")
+        raise UserError(f"{source} contains an open_clip model, not an OpenAI CLIP: {OTHER_CLIP}")
     if not any(name.startswith(("visual.layer", "visual.attnpool.")) for name in state):
         width, _, _, patch = shape("visual.conv1.weight", 4)
         cells = shape("visual.positional_embedding", 2)[0] - 1

@@ -59,8 +59,8 @@ class Tokenizer:
         tokens = self.encode(captions, self.context)
         if len(tokens) and tokens.max() >= self.vocabulary:
             raise UserError(
-                f"--clip-model-name: its tokenizer gives token {tokens.max()}, but its text encoder has "
-                f"{self.vocabulary}: put the tokenizer of the model next to its weights"
+                f"--clip-model-name: its tokenizer produces token {tokens.max()}, but its text encoder has only "
+                f"{self.vocabulary} tokens: put the model's own tokenizer next to its weights"
             )
         return tokens
 
@@ -96,7 +96,7 @@ class Tokenizer:
         if cut:
             self._told.append(cut)
             logger.warning(
-                "warning: %d of %d captions have more than the %d tokens that this CLIP reads: the rest is cut off",
+                "warning: %d of %d captions have more than the %d tokens that this CLIP reads, and are truncated",
                 cut,
                 len(captions),
                 self.context,
@@ -116,12 +116,12 @@ class Backbone:
         mean, std: mean and standard deviation of each colour channel, for colours in [0, 1].
         interpolation: one of INTERPOLATIONS.
         resize_mode: one of RESIZE_MODES: how the model's own evaluations make an image square.
-        architecture: digest of everything besides weights that determines features: the computation
+        architecture: digest of what determines the features apart from the weights: the computation
             and the tokenizer. Empty for OpenAI's CLIPs, whose weights determine both.
         checkpoint_gradients: function that makes a model recompute activations in the backward
             pass.
-        write: function that writes the files that the model is built from, apart from its weights,
-            to a folder. None for OpenAI's CLIPs, which are built from their sizes.
+        write: function that writes to a folder all files from which the model is built, except its
+            weights. None for OpenAI's CLIPs, which are built from their sizes.
     """
 
     dim: int

@@ -66,11 +66,11 @@ def load_clip(name: str, device: torch.device) -> CLIP:
     found = read_clip(path)
     if found.activation == "gelu":
         raise UserError(
-            f"{source} was trained with GELU, but OpenAI's CLIPs have QuickGELU: {OTHER_CLIP}"
+            f"{source} was trained with GELU, but OpenAI's CLIPs use QuickGELU: {OTHER_CLIP}"
         )
     if found.is_foreign and not found.activation:
         logger.warning(
-            "warning: %s does not record its activation, assuming QuickGELU as OpenAI's; if it is GELU, %s",
+            "warning: %s does not record its activation: assuming QuickGELU, as in OpenAI's CLIPs; if it is GELU, %s",
             source,
             OTHER_CLIP,
         )
@@ -155,7 +155,7 @@ def load_finetuned(model: CLIP, state: dict[str, Any], path: Path) -> None:
     known = OF_NO_KNOWN_FORM not in (describe(state), describe(built))
     if known and describe(state) != describe(built) and differences(state, built):
         source += f" ({describe(state)}; --clip-model-name builds a {describe(built)})"
-    remedy = "choose the model that it was trained on"
+    remedy = "choose the --clip-model-name that it was trained from"
     model.load_state_dict(fitted(state, built, source=source, remedy=remedy, vital=VITAL))
 
 

@@ -35,7 +35,7 @@ def _stand_ins() -> dict[str, ModuleType]:
 stand_ins = _stand_ins()
 sys.modules.update(stand_ins)
 # On import, the package checks for a GPU. After such a check, forked processes cannot use a GPU, and `demo.py` forks
-# all of its commands. So the check is made to find none; it only sets defaults of the package, which are not used.
+# all of its commands. So the check is patched to find none; it only sets package defaults, which are not used.
 with warnings.catch_warnings(), mock.patch("torch.cuda.is_available", return_value=False):
     # clip-anytorch imports pkg_resources, which warns that it is deprecated.
     warnings.simplefilter("ignore")

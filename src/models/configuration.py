@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 # Setting that must be unchanged when a run is resumed -> message if it has changed.
 DIGESTS = {
-    "data_sha256": "the annotations differ",
-    "clip_weights": "the CLIP weights differ",
-    "excluded": "the excluded images differ",
-    "images": "the images differ",
+    "data_sha256": "the annotations have changed",
+    "clip_weights": "the CLIP weights have changed",
+    "excluded": "the excluded images have changed",
+    "images": "the images have changed",
 }
 ORIGINAL_DEFAULTS = Clip(
     clip_model_name="RN50x4",
@@ -139,7 +139,7 @@ def read_checkpoint(flag_name: str, path: Path | None, key: str) -> Checkpoint |
         return None
     path = find_checkpoint(flag_name, path)
     source = f"{flag_name} {path}"
-    remedy = "copy it again, or train it again"
+    remedy = "copy the file again, or retrain the model"
     found = read_weights(flag_name, path, key)
     checked(Beside, found.beside, file=source, remedy=remedy)
     config = found.beside.get("config", {})
@@ -231,7 +231,7 @@ def say_assumed(values: Mapping[str, Any], checkpoints: Sequence[Checkpoint | No
         taken = ", ".join(f"{name} {value}" for name, value in values.items())
         flags = ", ".join(map(flag, values))
         logger.warning(
-            "note: assumed %s, which %s does not record; set it with %s",
+            "note: assumed %s, because %s does not record this; to change it, set %s",
             taken,
             " and ".join(files),
             flags,

@@ -105,7 +105,7 @@ def read_exported(folder: Path) -> ExportedPair:
     form = content.get("form") if isinstance(content, dict) else None
     if type(form) is int and form > PAIR_FORM:
         raise UserError(
-            f"{source}: form is {form}, but this version reads up to {PAIR_FORM}: update this project"
+            f"{source} has format {form}, but this version reads formats up to {PAIR_FORM}: update this project"
         )
 
     from models.schemas import Exported
@@ -114,7 +114,7 @@ def read_exported(folder: Path) -> ExportedPair:
     checked(Exported, content, file=source, remedy=COPY_AGAIN)
     if content["sha256"] != _digest(content):
         raise UserError(
-            f"{source} was edited, its sha256 does not match the other fields: {COPY_AGAIN}"
+            f"{source} was edited, because its sha256 does not match its other fields: {COPY_AGAIN}"
         )
     needed = [name for part, name in WEIGHT_FILES.items() if content[part] is not None]
     built_from = content["clip"].get("files") or {}
@@ -125,7 +125,7 @@ def read_exported(folder: Path) -> ExportedPair:
     for file in _visible_files(folder / BUILT_FROM):
         if file.name not in built_from:
             raise UserError(
-                f"--pair {file} is not part of the export and may change the model: remove it"
+                f"--pair {file} is not part of the export and may change the model: remove this file"
             )
     return ExportedPair(folder=folder, config=content)
 
@@ -212,7 +212,7 @@ def _write_weights(
         stored[name] = weight.half() if half and weight.is_floating_point() else weight
         loaded[name] = stored[name].to(weight.dtype)
         if not loaded[name].isfinite().all():
-            raise UserError(f"--half: {name} is too large for fp16: remove the flag")
+            raise UserError(f"--half: {name} is too large for fp16: remove --half")
     save_safetensors(file, stored, settings)
     return {"weights_sha256": weights_digest(loaded), "file_sha256": file_digest(file)}
 

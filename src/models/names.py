@@ -138,7 +138,7 @@ def check_architecture(architecture: str) -> None:
     spelled = {name.lower(): name for name in known}
     nearest = difflib.get_close_matches(architecture.lower(), spelled, n=3, cutoff=0.3)
     names = ", ".join(spelled[name] for name in nearest)
-    hint = f"; the nearest are {names}" if names else ""
+    hint = f"; similar names: {names}" if names else ""
     raise UserError(
         f"--clip-model-name {OPEN_CLIP}:{architecture}: open_clip has no such architecture{hint}; --list-models lists "
         "all"
@@ -165,7 +165,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     source = f"--clip-model-name {FOLDER}:{folder}"
     if not folder.is_dir():
-        raise UserError(f"{source}: there is no such folder: choose another")
+        raise UserError(f"{source}: there is no such folder: choose another folder")
     if not (folder / MODEL_CONFIG).is_file():
         raise UserError(
             f"{source} has no {MODEL_CONFIG}: download it from the source of the weights, or pass {OPEN_CLIP}:ARCH=FILE"

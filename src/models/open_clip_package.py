@@ -47,7 +47,7 @@ try:
     from open_clip.transformer import TextTransformer, text_global_pool
 
     if not open_clip.__version__.startswith("3."):
-        raise ImportError(f"here is {open_clip.__version__}")
+        raise ImportError(f"version {open_clip.__version__} is installed")
 except ImportError as error:
     raise UserError(
         f"this CLIP needs open_clip_torch >= 3.0 and < 4 ({first_line(error)}): {REQUIREMENTS}"
@@ -143,7 +143,7 @@ def load_exported(
     remedy = "copy the folder again, or export it again"
     text_files = _text_files(name, content["model_cfg"]["text_cfg"])
     if text_files and text_files != name.model:
-        raise UserError(f"{source}: {folder} has no {TEXT_CONFIG} of {text_files}: {remedy}")
+        raise UserError(f"{source}: {folder} contains no {TEXT_CONFIG} from {text_files}: {remedy}")
     describe = _described(name, content, source)
     model = _built(name, content["model_cfg"], source)
     backbone = describe(dim=content["model_cfg"]["embed_dim"], resolution=_side(model, source))
@@ -315,7 +315,7 @@ def _configuration(name: OpenClipName, source: str) -> dict[str, Any]:
 def _fetched(fetch: Callable[[], Fetched], source: str, repository: str) -> Fetched:
     """Download a file from a repository on the Hub, or get it from the cache."""
     refusing = _refusing(
-        f"{source} could not be downloaded ({{}}): fetch {MODEL_CONFIG}, {HUB_WEIGHTS} and, where there are some, "
+        f"{source} could not be downloaded ({{}}): fetch {MODEL_CONFIG}, {HUB_WEIGHTS} and, if they exist, "
         f"{TOKENIZER_FILES} from {HUB_PAGE}/{repository} into a folder and pass {FOLDER}:FOLDER"
     )
     with refusing, distributed.first_on_machine():
@@ -374,7 +374,7 @@ def _side(model: Any, source: str) -> int:
     height, width = (size, size) if isinstance(size, int) else size
     if height != width:
         raise UserError(
-            f"{source} takes images of {height} x {width} pixels: choose a model with square input"
+            f"{source} expects images of {height} x {width} pixels: choose a model with square input"
         )
     return height
 
@@ -413,8 +413,8 @@ def _as_tags(architecture: str, source: str) -> dict[str, Any]:
     others = sorted(tag for tag, way in ways.items() if way != usual)
     if others:
         logger.warning(
-            "warning: %s: images are preprocessed as for %s; %s need another preprocessing: pass a tag, or %s: with a "
-            "%s, for those",
+            "warning: %s: images are preprocessed as for %s; for %s, which need different preprocessing, pass a "
+            "tag, or %s:FOLDER with a %s",
             source,
             next(tag for tag, way in ways.items() if way == usual),
             ", ".join(others),
@@ -442,7 +442,7 @@ def _tokenizer(name: OpenClipName, config: Mapping[str, Any], source: str) -> An
     if wanted and name.scheme == HUB_SCHEME:
         logger.info("opening %s, the tokenizer of %s", wanted, name.model)
     refusing = _refusing(
-        f"{source}: its tokenizer cannot be made ({{}}): pip install transformers[sentencepiece], or fetch "
+        f"{source}: its tokenizer cannot be created ({{}}): pip install transformers[sentencepiece], or fetch "
         f"{TOKENIZER_FILES} from {where} into the folder of the weights and pass {FOLDER}:FOLDER"
     )
     with refusing, distributed.first_on_machine():
@@ -571,7 +571,7 @@ def _weights(
     has_other = f"{name.model}{QUICK_GELU_ENDING}" in open_clip.list_models()
     if name.weights and not found.activation and not quick_gelu and has_other:
         logger.warning(
-            "warning: %s does not record whether it needs QuickGELU, as OpenAI's and DFN's weights do: for those "
+            "warning: %s does not record its activation; OpenAI's and DFN's weights need QuickGELU: for these, "
             "pass %s:%s%s=FILE",
             source,
             OPEN_CLIP,

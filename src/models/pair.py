@@ -208,7 +208,7 @@ def _warn_of_other_weights(trained: Checkpoint, encoder: Encoder) -> None:
     }
     if any(settings.get(name) not in (None, value) for name, value in known.items()):
         logger.warning(
-            "warning: %s was trained on features of other CLIP weights (--clip-model-path %s then)",
+            "warning: %s was trained on features of other CLIP weights, from --clip-model-path %s",
             trained.path,
             settings.get("clip_model_path"),
         )

@@ -217,7 +217,7 @@ class Expert(Schema):
 
 
 class ExpertReport(Schema):
-    """Content of EXPERTS, which visualize.py writes.
+    """Contents of the EXPERTS file, which visualize.py writes.
 
     Attributes:
         of_weights: digest of the Combiner's weights.

@@ -117,7 +117,7 @@ def read_weights(flag_name: str, path: Path, kind: str) -> WeightsFile:
     beside = {} if key else {name: content[name] for name in BESIDE if name in content}
     forms = {
         "a TorchScript archive": is_script,
-        f"a checkpoint of another training ({key})": key,
+        f"a checkpoint of other training code ({key})": key,
         f"a model called {prefix}": prefix,
         "Hugging Face's CLIP": is_hugging_face,
     }
@@ -204,7 +204,7 @@ def _renamed(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
         if own.startswith(("text_model.", "vision_model.")) and not name.endswith(POSITIONS):
             raise UserError(
                 f"{source} contains Hugging Face weights of a model that is not a CLIP with a ViT ({name}): choose "
-                "the model of open_clip, see --list-models"
+                "an open_clip model, see --list-models"
             )
         if part := JOINED.search(own):
             joined.setdefault(JOINED.sub(".attn.in_proj_", own), {})[part[1]] = weight

@@ -1,4 +1,4 @@
-"""Make triplets of pictures that differ in one or two facts, and divide the concepts among the splits."""
+"""Make triplets of pictures that differ in one or two attributes, and divide the concepts among the splits."""
 
 import itertools
 import random
@@ -15,7 +15,7 @@ SPLITS = ("train", "val", "test")
 # One of so many concepts is in val and one in test: BLOCK for families with many concepts, SMALL_BLOCK for others.
 BLOCK, SMALL_BLOCK = 7, 4
 MANY = 12
-# In these families, val and test have only pictures with one of these sets of skin tones. Train has the rest.
+# In these families, val and test contain only pictures whose skin tones form one of these sets; train the rest.
 PARTED = ("people", "hand", "pair")
 SKINS = ({"light", "medium", "dark"}, {"medium-light", "medium-dark"})
 CAPTIONS = 2  # number of captions of a query

@@ -127,7 +127,9 @@ def run_page(
         parts.append(f"<p>loss scale {scaling[-1]['loss_scale']:g}, {skipped} skipped steps</p>")
     if about.overview:
         link = f'<a href="{pages.text(about.overview)}">all seeds together</a>'
-        parts.append(f"<p>One of several seeds; results of all when they are complete: {link}</p>")
+        parts.append(
+            f"<p>One of several seeds; results of all seeds, once they are complete: {link}</p>"
+        )
     parts += [_idle_experts(about, rows), charts(panels), "<h2>Best validations</h2>"]
     parts.append(_best(about, rows.get("validation", [])))
     for purpose, line in about.commands.items():
@@ -165,8 +167,8 @@ def _idle_experts(about: About, rows: Mapping[str, EpochRows]) -> str:
     weight = about.hyper_parameters.get("load_balancing_weight", 0)
     remedy = f"raise --load-balancing-weight, now {weight:g}" if weight else COLLAPSE_REMEDY
     return (
-        f'<p class="remark">The router has collapsed: {" and ".join(idle)} of {len(experts)} experts took less than '
-        f"{IDLE:.0%} of the queries in the last epoch. To spread them, {remedy}.</p>"
+        f'<p class="remark">The router has collapsed: {" and ".join(idle)} of {len(experts)} experts received less '
+        f"than {IDLE:.0%} of the queries in the last epoch. To balance the load, {remedy}.</p>"
     )
 
 

@@ -278,7 +278,7 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
 
 def _not_written(path: Path, error: OSError) -> DiskError:
     return DiskError(
-        f"could not write {path} ({error.strerror}): free space or choose another place"
+        f"could not write {path} ({error.strerror}): free disk space, or choose another path"
     )
 
 
@@ -347,7 +347,7 @@ def check_writable(folders: dict[str, Path | None]) -> None:
         nearest = _nearest(folder)
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(
-                f"{flag} {folder}: {nearest} is not a folder that can be written to; choose another"
+                f"{flag} {folder}: {nearest} is not a writable folder: choose another folder"
             )
 
 
@@ -366,7 +366,9 @@ def check_new_or_empty(flag: str, folder: Path) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if os.path.lexists(folder):
-        raise UserError(f"{flag} {folder} exists already: choose a new or empty folder")
+        raise UserError(
+            f"{flag} {folder} already exists and is not an empty folder: choose a new or empty folder"
+        )
 
 
 def check_file_writable(files: dict[str, Path | None]) -> None:
@@ -413,8 +415,8 @@ def find_checkpoint(flag: str, path: Path) -> Path:
             f"{flag}: {path} contains several checkpoints ({names}): choose one of them"
         )
     raise UserError(
-        f"{flag}: no checkpoint at {path}: pass a file, or a folder with one; also looked for {path.name}.pt, *.pt in "
-        "the folder, and .safetensors"
+        f"{flag}: no checkpoint at {path}: pass a file, or a folder that contains one; also looked for "
+        f"{path.name}.pt, *.pt in the folder, and .safetensors"
     )
 
 

@@ -103,9 +103,10 @@ def deferred() -> Iterator[None]:
 def heed_parent_alone() -> None:
     """Make a worker process end on a signal from its parent, and ignore signals from all other processes.
 
-    Schedulers and terminals signal all processes of a job. If that ended a worker, it would break
-    the step of its parent, which has a state to save. A thread waits for the signals, because only
-    waiting reveals the sender; the thread also ends a worker whose parent has ended.
+    Schedulers and terminals signal all processes of a job. If such a signal ended a worker, its
+    parent's current step would fail before the parent could save its state. A thread waits for the
+    signals, because only waiting reveals the sender; the thread also ends a worker whose parent has
+    ended.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigtimedwait"):  # macOS, where no scheduler sends signals

@@ -42,12 +42,12 @@ WEB_PAGE = (
 # Beginning of a file that does not contain weights -> kind of the file, and how to get the weights.
 OTHER_FILES = {
     b"version https://git-lfs": (
-        "a pointer of Git LFS",
+        "a Git LFS pointer",
         "run `git lfs pull` where it was cloned, or download the file itself",
     ),
     b"<!doctype html": WEB_PAGE,
     b"<html": WEB_PAGE,
-    b"\x1f\x8b": ("packed by gzip", "unpack it, and pass the file inside"),
+    b"\x1f\x8b": ("a gzip archive", "unpack it, and pass the file inside"),
 }
 
 
@@ -73,11 +73,11 @@ def save_tensors(path: Path, content: dict[str, Any]) -> None:
         except RuntimeError as error:  # torch raises it for a full disk, and for Ctrl-C
             if isinstance(error.__context__, KeyboardInterrupt):
                 raise error.__context__ from None
-            raise OSError(0, f"the disk refused it: {first_line(error)}") from None
+            raise OSError(0, f"the file system reported an error: {first_line(error)}") from None
 
 
 def save_safetensors(path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write tensors by name and their settings, in the form that `load_tensors` reads, atomically."""
+    """Atomically write named tensors and their settings, in the format that `load_tensors` reads."""
     from safetensors.torch import save
 
     metadata = {"format": "pt"}
@@ -164,7 +164,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
         _check_size(path, content)
     except LOADING_ERRORS as error:
         raise UserError(
-            f"{path} is not a readable checkpoint ({first_line(error)}): copy or train it again"
+            f"{path} is not a readable checkpoint ({first_line(error)}): copy the file again, or retrain the model"
         ) from None
     except (pickle.UnpicklingError, AttributeError, TypeError) as error:
         named = UNKNOWN_OBJECT.search(str(error))

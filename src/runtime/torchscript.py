@@ -79,7 +79,7 @@ def _tensor(numbers: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -
     """Return a tensor of a storage's numbers. Raises ValueError if it has more numbers than the storage."""
     tensor = numbers.as_strided(size, stride, offset)
     if tensor.numel() > numbers.numel():
-        raise ValueError("a tensor is larger than what is stored of it")
+        raise ValueError("a tensor is larger than its stored data")
     return tensor
 
 

@@ -225,6 +225,6 @@ def check_trackers(names: Sequence[str], api_key: str | None, workspace: str | N
         tracker = TRACKERS[name]
         if importlib.util.find_spec(tracker.module) is None:
             raise UserError(
-                f"--tracker {name} needs a package: pip install {tracker.package}, or remove the flag"
+                f"--tracker {name} needs a package: pip install {tracker.package}, or remove --tracker"
             )
     return asked

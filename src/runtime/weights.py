@@ -51,7 +51,7 @@ def unwrapped(state: Mapping[Any, Any], source: str) -> dict[str, Any]:
     for name, weight in state.items():
         if not isinstance(name, str):
             raise UserError(
-                f"{source}: {name!r} is not a valid name of a weight: save its state dict again"
+                f"{source}: {name!r} is not a valid weight name: save the state dict again"
             )
         own = ".".join(part for part in name.split(".") if part not in WRAPPERS)
         if own in plain:
@@ -72,7 +72,7 @@ def shape_of(
     """
     shape = _shape(state.get(name)) or ()
     if len(shape) != dimensions or 0 in shape:
-        raise UserError(f"{source} has no {name} of {dimensions} dimensions: {remedy}")
+        raise UserError(f"{source} has no {name} with {dimensions} dimensions: {remedy}")
     return shape
 
 
@@ -104,7 +104,7 @@ def fitted(
     for name, weight in state.items():
         flaw = _flaw(weight, model[name], vital=name.startswith(tuple(vital)))
         if flaw:
-            raise UserError(f"{source}: {name} {flaw}: copy the file again, or train it again")
+            raise UserError(f"{source}: {name} {flaw}: copy the file again, or retrain the model")
     return dict(state)
 
 
@@ -124,7 +124,7 @@ def differences(state: Mapping[str, Any], model: Mapping[str, Tensor]) -> str:
     if misshapen:
         first = misshapen[0]
         shapes = f"{_shape(state[first]) or 'no tensor'}, not {tuple(model[first].shape)}"
-        parts.append(f"{counted(misshapen)} of another shape ({shapes})")
+        parts.append(f"{counted(misshapen)} with another shape ({shapes})")
     return "; ".join(parts)
 
 
@@ -145,12 +145,12 @@ def _flaw(weight: Tensor, own: Tensor, *, vital: bool) -> str:
     if weight.dtype not in FLOATS or weight.layout != torch.strided or weight.is_meta:
         kind = str(weight.dtype).removeprefix("torch.")
         return (
-            f"holds no plain floating-point numbers, but {kind} ({weight.layout}, {weight.device})"
+            f"contains {kind} ({weight.layout}, {weight.device}), not plain floating-point numbers"
         )
     # Checking minimum and maximum, which are NaN if any value is, takes a tenth of the time of `isfinite`.
     ends = torch.stack(weight.detach().aminmax()).to(own.dtype)
     if not ends.isfinite().all():
         return "is not finite"
     if vital and weight.dim() > 1 and not ends.any():
-        return "is zero throughout, which makes all features alike"
+        return "contains only zeros, which makes all features equal"
     return ""

@@ -68,7 +68,7 @@ class Text:
     def check(value: Any) -> str:
         """Return the value. Raises PydanticCustomError if it is not a text."""
         if not isinstance(value, str):
-            raise PydanticCustomError("text", "it should be a text")
+            raise PydanticCustomError("text", "it should be a string")
         return value
 
 

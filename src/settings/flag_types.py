@@ -76,7 +76,7 @@ def usable_path(text: str) -> Path:
             text, f"cannot be used as a path ({getattr(error, 'strerror', error)})"
         ) from None
     if not text:
-        raise refused(text, "is not a path: pass one, . for the current folder")
+        raise refused(text, "is not a path: pass a path, such as . for the current folder")
     return found
 
 

@@ -535,7 +535,8 @@ class Frozen(Flags):
         if negatives == "bank" and info.data.get("hard_negatives"):
             raise PydanticCustomError(
                 "negatives",
-                "--hard-negatives are negatives of a batch, and bank uses all targets: remove one of the two flags",
+                "--hard-negatives adds negatives to a batch, but --negatives bank already uses all targets: remove "
+                "one of the two flags",
             )
         return negatives
 

@@ -171,8 +171,8 @@ def with_noise(train: Split, share: float, seed: int) -> Split:
     ahead = max(map(len, rows.values()), default=0)
     if 2 * ahead > len(noisy):
         raise UserError(
-            f"--noise {share:g}: {ahead} of {len(noisy)} triplets have the same target, and cannot all get another "
-            f"one: choose another value, or another --noise-seed"
+            f"--noise {share:g}: {ahead} of {len(noisy)} triplets have the same target, so they cannot all get a "
+            "different one: choose another value, or another --noise-seed"
         )
     places = list(itertools.chain.from_iterable(rows.values()))
     triplets = list(train.triplets)
@@ -195,7 +195,7 @@ def check_learning(train: Split, order: Order, flags: Any) -> None:
     steps = flags.num_epochs * order.steps
     if flags.warmup_steps > steps:
         logger.warning(
-            "warning: --warmup-steps %d is more than all %d steps: the learning rate never reaches its full value",
+            "warning: --warmup-steps %d exceeds the run's %d steps: the learning rate never reaches its full value",
             flags.warmup_steps,
             steps,
         )
@@ -219,8 +219,8 @@ def check_learning(train: Split, order: Order, flags: Any) -> None:
             rows, _ = replace(order, seed=seed).whole_batches(epoch)
             lost += int((targets[rows] == targets[rows[:, :1]]).all(dim=1).sum())
         told = (
-            f"in {lost} of {steps} steps of seed {seed} all rows have one target, which teaches nothing under "
-            "--mask-duplicate-targets: raise --batch-size, or remove the flag"
+            f"in {lost} of {steps} steps of seed {seed} all triplets have the same target, so they train nothing "
+            "with --mask-duplicate-targets: raise --batch-size, or remove --mask-duplicate-targets"
         )
         if lost == steps:
             raise UserError(told)

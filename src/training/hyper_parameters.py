@@ -24,9 +24,9 @@ def read_hyper_parameters(folder: Path) -> Settings:
     file = folder / HYPER_PARAMETERS
     if not file.is_file():
         raise UserError(
-            f"--resume {folder} is not a run folder, it has no {HYPER_PARAMETERS}: choose another"
+            f"--resume {folder} is not a run folder, because it contains no {HYPER_PARAMETERS}: choose another folder"
         )
-    content = read_json(file, "the script that began the training")
+    content = read_json(file, "the script that started the run")
     remedy = "copy the run's folder again"
     settings = Settings.checked(content, file=f"--resume {file}", remedy=remedy)
     for name in ("dataset", "script"):
@@ -53,16 +53,14 @@ def started_with(folder: Path, settings: Settings) -> Settings:
         if before[name] != after.get(name):
             raise UserError(
                 f"--resume {folder}: {flag(name)} is {after.get(name)}, but the run was started with {before[name]}: "
-                "remove the flag, or set this value"
+                f"remove {flag(name)}, or set it to this value"
             )
     for name, reason in DIGESTS.items():
         if started.data.get(name) != now.data.get(name):
-            raise UserError(
-                f"--resume {folder}: {reason} from those of the start of the run: restore them"
-            )
+            raise UserError(f"--resume {folder}: {reason} since the run was started: restore them")
     if started.versions != now.versions:
         logger.warning(
-            "warning: %s was started with %s, now it is %s: numbers may differ",
+            "warning: %s was started with %s, but now uses %s: results may differ slightly",
             folder,
             started.versions,
             now.versions,

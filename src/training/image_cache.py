@@ -59,7 +59,7 @@ class CachedImages:
         try:
             with open(file, "rb") as stream:
                 if stream.read(len(header)) != header:
-                    raise _damaged(file, f"its header is not that of the shape {shape}")
+                    raise _damaged(file, f"its header does not match the shape {shape}")
             self.pixels = np.memmap(file, np.uint8, mode="r", offset=len(header), shape=shape)
         except OSError as error:
             raise _damaged(file, first_line(error)) from None
@@ -89,7 +89,7 @@ class CachedImages:
             for block, now, then in zip(blocks, threads.map(digest, blocks), written, strict=True):
                 if now != then:
                     images = f"images {block.start:,} to {block.stop - 1:,}"
-                    raise _damaged(file, f"{images} are not those that were written")
+                    raise _damaged(file, f"{images} have changed since they were written")
                 yield len(block)
         except OSError as error:
             raise _damaged(file, first_line(error)) from None
@@ -200,8 +200,8 @@ class ImageCache:
             free = free_bytes(self.folder)
             if self.size > free:
                 raise UserError(
-                    f"--image-cache {self.folder}: {_gib(self.size)} are needed but {_gib(free)} are free: "
-                    "free space, choose another disk, or remove the flag"
+                    f"--image-cache {self.folder}: {_gib(self.size)} are needed, but only {_gib(free)} are free: "
+                    "free disk space, choose another disk, or remove --image-cache"
                 )
             try:
                 self._fill()

@@ -91,7 +91,7 @@ class Run:
             return contextlib.nullcontext()
         return locked(
             self.folder,
-            f"--resume {self.folder}: another process trains in it: stop that one first",
+            f"--resume {self.folder}: another process is training in this folder: stop that process first",
         )
 
     def record(self, kind: str, epoch: int, metrics: dict[str, float]) -> None:
@@ -198,7 +198,7 @@ def _renamed(new: Path, folder: Path) -> Path:
         if isinstance(error, FileExistsError | NotADirectoryError):
             raise
         raise UserError(
-            f"--output-dir {folder.parent}: cannot make {folder} ({error.strerror})"
+            f"--output-dir {folder.parent}: cannot create {folder} ({error.strerror})"
         ) from None
 
 
@@ -253,10 +253,10 @@ def places_to_train(whole: Place) -> Iterator[Place]:
 
 
 def open_run(place: Place, data: TrainingData, flags: Any, *, weights: Path | None) -> Run:
-    """Open the run in a place, mirrored by the trackers that its flags list.
+    """Open the run in a folder, and mirror it to the trackers that its flags list.
 
     Args:
-        weights: weights that the page's `validate.py` command evaluates; None if none are saved.
+        weights: weights for the `validate.py` command on the page; None if none are saved.
     """
     account = Account(
         folder=place.folder,

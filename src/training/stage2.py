@@ -69,7 +69,7 @@ def check_memory(combiner: nn.Module, device: torch.device) -> None:
     if needed > memory:
         raise UserError(
             f"a Combiner of {parameters:,} parameters needs {needed / 2**30:,.0f} GiB to train, but {device} has "
-            f"{memory / 2**30:,.0f}: lower --hidden-dim, --projection-dim or --num-experts"
+            f"{memory / 2**30:,.0f} GiB: lower --hidden-dim, --projection-dim or --num-experts"
         )
 
 

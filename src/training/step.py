@@ -20,7 +20,7 @@ from training.negatives import HardNegatives
 from training.saving import Stateful
 from training.schedule import Precision, learning_rate_factor
 
-# Inputs of the model, (b, ...) each, and target ids, (b,) or with N hard negatives (b, 1 + N).
+# Model inputs, each (b, ...), and target ids: (b,), or (b, 1 + N) with N hard negatives.
 Batch = tuple[list[Tensor], Tensor]
 # Epoch, first step -> the batches of the epoch from that step on.
 Batches = Callable[[int, int], Iterable[Batch]]

@@ -88,7 +88,7 @@ class Trainer:
         self.pace = Pace(task, flags, precision.device)
         self.autosave = Autosave(stop, flags.checkpoint_every_minutes)
         self.progress = Progress()
-        self.counted_at = time.monotonic()  # time when the run's seconds were last counted
+        self.counted_at = time.monotonic()  # time at which the run's duration was last updated
         self.unread: list[Tensor] = []  # losses still on the device
         self.saved = "the beginning: none was saved yet"
 
@@ -234,8 +234,8 @@ class Trainer:
         progress.skipped_in_a_row += 1
         if progress.skipped_in_a_row == MOST_SKIPPED:
             raise UserError(
-                f"{MOST_SKIPPED} steps in a row were skipped because their gradients are not finite, the last at "
-                f"epoch {progress.epoch}, step {step}: {self.remedy}"
+                f"{MOST_SKIPPED} steps in a row were skipped because of non-finite gradients, most recently at epoch "
+                f"{progress.epoch}, step {step}: {self.remedy}"
             )
 
     def read_losses(self) -> float:
@@ -270,7 +270,7 @@ class Trainer:
         return self.pace.status(rate, epoch=epoch, done=done)
 
     def best_so_far(self, metrics: dict[str, float]) -> str:
-        """Return the metrics that select checkpoints as text, each with its best value so far."""
+        """Return as text the metrics that select checkpoints, each with its best value so far."""
         parts = []
         for name, value in self.checkpoints.best.items():
             parts.append(f"{name} {format_metric(metrics[name])} (best {format_metric(value)})")

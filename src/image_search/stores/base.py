@@ -71,10 +71,10 @@ class Keeping:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageIndex(ABC):
-    """An index opened for search. A row is the number of an image, which is constant until the next update.
+    """An index opened for search. A row is an image's number; it does not change until the next update.
 
     Attributes:
-        folder: folder of the manifest.
+        folder: folder that contains the manifest.
         about: the manifest.
     """
 
@@ -284,7 +284,7 @@ def all_addresses() -> str:
 
 
 def no_store(text: str) -> argparse.ArgumentTypeError:
-    """Return the error for a text that is not the address of a store."""
+    """Return the error for a string that is not a store address."""
     return refused(text, f"is not a store: choose {all_addresses()}")
 
 
@@ -317,7 +317,7 @@ def chosen_keeping(
     address = earlier.get("store", FAISS if earlier else store or FAISS)
     if store not in (None, address):
         raise UserError(
-            f"--store {store}: this index is stored in {address}: remove the flag, or choose another index"
+            f"--store {store}: this index is stored in {address}: remove --store, or choose another index"
         )
     chosen = store_of(address)
     kind = kind or earlier.get("kind", chosen.kinds[0])
@@ -328,10 +328,12 @@ def chosen_keeping(
     if on_disk is None:
         on_disk = kind == "ivfpq" and "lists" in earlier
     if on_disk and kind != "ivfpq":
-        raise UserError(f"--on-disk is for --index-type ivfpq, not for {kind}: remove one of them")
+        raise UserError(
+            f"--on-disk needs --index-type ivfpq, not {kind}: remove --on-disk, or choose ivfpq"
+        )
     if verify and not chosen.verifies:
         raise UserError(
-            f"--verify: --store {address} detects changed images only by size and time: remove the flag"
+            f"--verify: --store {address} detects changed images only by size and time: remove --verify"
         )
     told_by = TIME
     if chosen.verifies:

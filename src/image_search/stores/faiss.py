@@ -62,7 +62,7 @@ INDEX_FILES = re.compile(
 PARTIAL = "partial"
 VECTOR_KINDS = ("flat", "hnsw", "ivfpq")
 OWN_SHARD = re.compile(rf"[0-9a-f]{{16}}\.pt|{TEMPORARY}")
-EARLIER = -1  # stands for the published index among the numbers of shards
+EARLIER = -1  # shard number that stands for the published index
 
 FeatureRows = Callable[[int, int], np.ndarray]  # features of the files from start to stop
 
@@ -153,7 +153,8 @@ class FaissImages(ImageIndex):
     def search(self, queries: np.ndarray, k: int, condition: str = "") -> list[list[Hit]]:
         if condition:
             raise QueryError(
-                "--filter is not supported by an index in files: remove it, or create an index with --store milvus:..."
+                "--filter is not supported by a file-based index: remove --filter, or create an index with --store "
+                "milvus:..."
             )
         found = faiss_index.search(self.vectors, self.features, queries, k=k)
         hits = []
@@ -182,7 +183,7 @@ def _files(folder: Path, about: dict[str, Any]) -> dict[Identity, int]:
     except (OSError, ValueError) as error:
         raise _damaged(file, first_line(error)) from None
     if about["sha256"]["files"] != _digest(text.encode()):
-        raise _damaged(file, "it is not the list that was written")
+        raise _damaged(file, "it has changed since it was written")
     del text
     rows = checked(Files, {"files": content}, file=file, remedy=REBUILD).files
     return {row[:3]: row[3] for row in rows}
@@ -200,9 +201,9 @@ def _features(folder: Path, about: dict[str, Any], count: int) -> np.ndarray:
     if features.dtype != np.float32 or features.ndim != 2 or 0 in features.shape:
         raise _damaged(file, f"it contains {features.dtype} of shape {features.shape}")
     if not np.isfinite(features[faiss_index.sampled_rows(len(features))]).all():
-        raise _damaged(file, "it contains values that are not numbers")
+        raise _damaged(file, "it contains values that are not finite")
     if about["sha256"]["features"] != _digest_of_rows(features):
-        raise _damaged(file, "its rows are not those that were written")
+        raise _damaged(file, "its rows have changed since they were written")
     if not count == len(features) == about["images"]:
         raise _damaged(
             folder / MANIFEST,
@@ -310,7 +311,7 @@ class FaissWriter(IndexWriter):
         lost = next((file for file in files if file not in self._where), None)
         if lost:
             raise UserError(
-                f"the encoded features of {lost[0]} are gone: run the same command again"
+                f"the encoded features of {lost[0]} are missing: run the same command again"
             )
         grown = None
         in_place = self._in_place(files) if is_alike else None
@@ -348,7 +349,7 @@ class FaissWriter(IndexWriter):
         _delete_all_but(names.values(), self.folder)
 
     def _vectors_to_grow(self, count: int) -> Any:
-        """Return the vectors of the earlier index if they can grow to a number of vectors; None to build them again."""
+        """Return the earlier index's vectors if they can be extended to a number of vectors, else None."""
         if self.keeping.kind == "flat":
             return None
         vectors = _vectors(self.folder, self._earlier, to_grow=True)
@@ -376,7 +377,7 @@ def _partial(folder: Path) -> Path:
     partial = folder / PARTIAL
     if partial.is_symlink():
         raise UserError(
-            f"{partial} is a symlink, and files in it would be deleted: remove it, or choose another folder"
+            f"{partial} is a symlink, and files in it would be deleted: remove the symlink, or choose another folder"
         )
     return partial
 

@@ -75,7 +75,7 @@ CONDITION = re.compile(
     r""""[^"\\\n]*"|'[^'\\\n]*'|[-+*%/<>=!&|^~(),\[\]]""",
     re.ASCII,
 )
-CONDITIONS = "conditions are over path, category, size and time"
+CONDITIONS = "conditions can use path, category, size and time"
 
 Sliced = TypeVar("Sliced")
 
@@ -136,10 +136,10 @@ def check_condition(condition: str) -> None:
 
 
 class Table:
-    """A collection in Milvus; its errors are converted to UserError with one line.
+    """A Milvus collection; its errors are converted to one-line UserErrors.
 
     Args:
-        is_new: whether to create a missing file of Milvus Lite, as for an incomplete index.
+        is_new: whether to create the Milvus Lite file if it is missing, as for an incomplete index.
 
     Raises:
         UserError: the store cannot be reached or opened.
@@ -155,8 +155,8 @@ class Table:
             is_there = any(file.iterdir()) if file.is_dir() else file.exists()
             if not (is_there or is_new):
                 raise UserError(
-                    f"{address}, which contains the features of the index, is missing: restore it, or index "
-                    "into another folder"
+                    f"{address}, which contains the features of the index, is missing: restore it, or create the "
+                    "index in another folder"
                 )
             file.parent.mkdir(parents=True, exist_ok=True)
         with self._explained():
@@ -280,7 +280,7 @@ def _checked_table(folder: Path, about: dict[str, Any], typed: bool) -> Table:
     name = about["collection"]
     if not name.endswith(f"_{digest_of(about['encoder'])}"):
         raise UserError(
-            f"{folder / MANIFEST}: the collection {name} was made with another encoder than the manifest: {REBUILD}"
+            f"{folder / MANIFEST}: the collection {name} was made with a different encoder than the manifest: {REBUILD}"
         )
     token = _token(folder, about, typed)
     return Table(about["store"], name, token, is_new="images" not in about)
@@ -337,7 +337,7 @@ class MilvusImages(ImageIndex):
         check_condition(condition)
         if k > MOST_CANDIDATES:
             raise UserError(
-                f"--k {k}: Milvus returns at most {MOST_CANDIDATES:,} results: choose fewer"
+                f"--k {k}: Milvus returns at most {MOST_CANDIDATES:,} results: choose a smaller --k"
             )
         proposed = min(max(LEAST_CANDIDATES, CANDIDATES_PER_RESULT * k), MOST_CANDIDATES)
         effort = {"ef": max(SEARCH_EFFORT, proposed), "nprobe": round(LISTS * PROBED_SHARE)}
@@ -383,7 +383,7 @@ class MilvusWriter(IndexWriter):
     def __post_init__(self) -> None:
         if "://" not in self.keeping.store and torchrun.launched():
             raise UserError(
-                f"--store {self.keeping.store}: only one process can open the file: start milvus-lite server and "
+                f"--store {self.keeping.store}: only one process can open the file: start a milvus-lite server and "
                 "pass its address, or run without torchrun"
             )
 
@@ -527,7 +527,7 @@ class MilvusStore(VectorStore):
         table = _checked_table(folder, about, typed)
         if not table.exists():
             raise UserError(
-                f"--index {folder}: {about['store']} has no collection {table.name}: index into another folder"
+                f"--index {folder}: {about['store']} has no collection {table.name}: create the index in another folder"
             )
         table.load(about["kind"])
         return MilvusImages(folder=folder, about=about, table=table)
