@@ -276,7 +276,7 @@ def test_a_disk_without_room_for_the_best(tmp_path, monkeypatch):
     with pytest.raises(UserError) as error:
         full_one.fit()
     assert not isinstance(error.value, DiskError)
-    assert "best_recall.pt (No space left on device): free space" in str(error.value)
+    assert "best_recall.pt (No space left on device): free disk space" in str(error.value)
     assert "the last good state is epoch 3, step 2; resume with: python again" in str(error.value)
     assert not list(tmp_path.rglob("*.tmp"))
 

@@ -319,7 +319,7 @@ def test_flags_that_disagree_with_the_checkpoint(flag, value, has, golden, fails
     for door, flags in (("validate", CIRR), ("cirr_test_submission", ["--submission-name", "x"])):
         error = fails(door, golden, *flags, *pair, *name, flag, value)
         assert f"{flag} {value}" in error
-        assert f"has {has}" in error
+        assert f"differs from the value {has}" in error
 
 
 def test_fine_tuned_weights_of_another_architecture(golden, fails):
@@ -474,7 +474,7 @@ except UserError as error:
     done = start(script, path)
     done.wait()
     assert done.stderr.startswith(f"refused: could not write {path}")
-    assert "free space" in done.stderr
+    assert "free disk space" in done.stderr
     assert torch.equal(torch.load(path)["weight"], torch.zeros(3))
     assert [file.name for file in tmp_path.iterdir()] == ["combiner.pt"]
 

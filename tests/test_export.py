@@ -513,7 +513,7 @@ def test_a_newer_form_and_sizes_that_are_of_no_model(own_pair):
     refused(
         lambda: read_exported(own_pair),
         str(path),
-        f"form is {PAIR_FORM + 1}",
+        f"has format {PAIR_FORM + 1}",
         "update this project",
     )
     for name in set(SIZES) - {"transformer_heads"}:  # heads of the same width have the same shapes
