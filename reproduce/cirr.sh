@@ -3,7 +3,7 @@
 # table next to published numbers. docs/reproduce.md explains the variables of reproduce/common.sh.
 #
 #     bash reproduce/cirr.sh
-#     SMOKE=1 OUT=/tmp/smoke bash reproduce/cirr.sh       # every command on synthetic data, in a minute
+#     SMOKE=1 OUT=/tmp/smoke bash reproduce/cirr.sh       # every command on synthetic data, in two minutes
 #
 # Time and memory, estimated by src/plan.py (computed, not measured; without decoding of images, which can take longer):
 #

@@ -3,6 +3,7 @@
 import json
 import operator
 import re
+import shutil
 import statistics
 
 import numpy as np
@@ -357,12 +358,14 @@ def test_several_seeds_in_one_command(stage, request, run, drawn, compared, caps
 
 
 @pytest.mark.slow
-def test_seeds_of_both_stages_in_a_table(stage_1, stage_2, compared, capsys):
-    """Stage 2 over the weights of each seed of stage 1: three commands, and their folders."""
+def test_seeds_of_both_stages_in_a_table(stage_1, stage_2, compared, capsys, tmp_path):
+    """Stage 2 over the weights of each seed of stage 1, a file or the only one of a folder."""
     tuned = stage_1("CIRR", "--seeds", 1, 2, "--save-best")
     folders = []
     for seed in (1, 2):
         weights = tuned / f"seed_{seed}" / "saved_models" / "tuned_clip_arithmetic.pt"
+        if seed == 2:
+            weights = shutil.copy(weights, tmp_path / "tuned.pt").parent
         flags = ["--clip-model-path", weights, "--seeds", 0, 3, "--save-best"]
         folders.append(stage_2("CIRR", *flags, output=f"combiner_{seed}"))
     out = compared(*folders)

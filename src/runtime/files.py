@@ -414,6 +414,9 @@ def find_checkpoint(flag: str, path: Path) -> Path:
         raise UserError(
             f"{flag}: {path} contains several checkpoints ({names}): choose one of them"
         )
+    seeds = sorted(path.glob("seed_*/"))
+    if seeds:
+        raise UserError(f"{flag}: {path} is a run of several seeds: choose one, such as {seeds[0]}")
     raise UserError(
         f"{flag}: no checkpoint at {path}: pass a file, or a folder that contains one; also looked for "
         f"{path.name}.pt, *.pt in the folder, and .safetensors"

@@ -312,7 +312,7 @@ def pair_with(weights: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
         return {"combining_function": "sum", "clip_model_path": weights}
     pair = {"combining_function": "combiner", "combiner_path": weights}
     if flags["clip_model_path"]:
-        pair["clip_model_path"] = flags["clip_model_path"]
+        pair["clip_model_path"] = Path(flags["clip_model_path"])
     return pair
 
 
