@@ -5,6 +5,7 @@ forked, because it has threads and may use a GPU.
 """
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import re
@@ -19,11 +20,8 @@ from typing import Any, TypeVar
 from pebble import ProcessExpired, ProcessPool
 
 SECONDS = 10  # time limit of a job; the largest accepted image needs a fraction of it
-LOADED = [
-    "__main__",
-    "data_utils",
-    "image_search.uploads",
-]  # modules to import before processes are forked
+# Modules that are imported before processes are forked.
+LOADED = ["__main__", "data_utils", "image_search.uploads"]
 
 Outcome = TypeVar("Outcome")
 
@@ -58,7 +56,8 @@ class Pool:
     def prepare(self) -> None:
         """Start the processes before the first job, because that takes seconds."""
         _load_packages()
-        self._pool.schedule(os.getpid)
+        with contextlib.suppress(RuntimeError):  # the server has ended already
+            self._pool.schedule(os.getpid)
 
     async def run(self, function: Callable[..., Outcome], *arguments: Any) -> Outcome:
         """Run a module-level function in a process, and return its result.
