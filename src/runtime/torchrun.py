@@ -29,7 +29,7 @@ def local_world_size() -> int:
 
 
 def command() -> str:
-    """Return the part of a command before the script's name, for as many processes as are running now."""
+    """Return the words before the script's name in a command that starts the current number of processes."""
     if not launched():
         return "python"
     here = local_world_size()

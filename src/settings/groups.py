@@ -42,7 +42,7 @@ from utils import PROJECT_ROOT
 Count = Annotated[int, Field(ge=1, le=MILLION)]
 Number = Annotated[int, Field(ge=0, le=MILLION)]
 Rows = Annotated[int, Field(ge=1, le=10**9)]  # rows of a matrix that are computed at a time
-Workers = Annotated[int, Field(ge=0, le=256)]  # each worker process needs some hundred megabytes
+Workers = Annotated[int, Field(ge=0, le=256)]  # each worker process needs a few hundred megabytes
 Width = Annotated[int, Field(ge=1, le=100_000)]  # width of a layer
 Experts = Annotated[int, Field(ge=1, le=4096)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
