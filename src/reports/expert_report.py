@@ -8,7 +8,8 @@ from typing import Any
 
 from reports import pages
 
-LEAST_OCCURRENCES = 3  # a word is typical of an expert only if at least so many of its queries contain it
+# A word is typical of an expert only if at least so many of its queries contain it.
+LEAST_OCCURRENCES = 3
 MOST_LISTED = 8  # largest number of words, and of captions, that are listed for an expert
 NAMED_BY = 3  # largest number of kinds or words in an expert's name
 
