@@ -38,7 +38,12 @@ class DrawnEncoder:
 
     backbone = SimpleNamespace(dim=DIM)
     precision = "fp32"
-    reported_preprocessing = {"transform": "targetpad", "target_ratio": 1.25, "resolution": 224}
+    reported_preprocessing = {
+        "transform": "targetpad",
+        "target_ratio": 1.25,
+        "resolution": 224,
+        "background": "white",
+    }
 
     def describe(self) -> dict[str, str]:
         """Return a description with a digest that no weights have."""
