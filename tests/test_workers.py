@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
@@ -63,6 +64,25 @@ def test_what_the_user_can_put_right_is_raised(pool):
     asyncio.run(run())
 
 
+def test_a_server_goes_on_while_the_processes_start(pool, monkeypatch):
+    """The start waits for the loop here, which it would block for ever if it ran in it."""
+    start, is_free = pool.start, threading.Event()
+
+    def start_later() -> None:
+        assert is_free.wait(HANG)
+        start()
+
+    monkeypatch.setattr(pool, "start", start_later)
+
+    async def run() -> None:
+        job = asyncio.create_task(pool.run(len, "abc"))
+        await asyncio.sleep(0)
+        is_free.set()
+        assert await job == 3
+
+    asyncio.run(run())
+
+
 def test_a_pool_whose_idle_processes_were_killed_is_replaced(pool):
     async def run() -> None:
         process = await pool.run(os.getpid)
@@ -87,7 +107,7 @@ def test_no_process_outlives_the_server(end, tmp_path):
         from image_search.workers import Pool
         async def run():
             pool = Pool(2, memory=2**28, seconds=900)
-            pool.prepare()
+            pool.start()
             jobs = [asyncio.ensure_future(pool.run(time.sleep, 900))]
             print(await pool.run(os.getppid), await pool.run(os.getpid), flush=True)
             await asyncio.sleep(0 if {end!r} == "exit" else 900)

@@ -78,9 +78,8 @@ class Batcher(Generic[Input, Output]):
         """Compute a batch; if it fails, compute each query by itself, so that only the faulty queries fail."""
         try:
             results = self._compute([query for query, _ in batch])
-        except (
-            BaseException
-        ) as error:  # the future raises it in the thread that submitted the query
+        except BaseException as error:
+            # The future raises it in the thread that submitted the query.
             if len(batch) == 1:
                 batch[0][1].set_exception(error)
                 return

@@ -283,7 +283,8 @@ class Service:
         self.uploads = Pool(seconds=seconds, **UPLOADS)
         self.photos = Pool(seconds=seconds, **PHOTOS)
         # A browser opens few connections, so the first query would wait for the first thumbnails.
-        threading.Thread(target=self.photos.prepare, daemon=True).start()
+        for pool in (self.photos, self.uploads):
+            threading.Thread(target=pool.start, daemon=True).start()
 
     def close(self) -> None:
         """End the decoding processes."""
@@ -525,7 +526,7 @@ async def read_form(request: Request) -> tuple[SearchForm, list[File]]:
     try:
         search_form = SearchForm.model_validate(fields)
     except ValidationError as error:
-        raise QueryError(first_fault(error.errors()[0])) from None
+        raise QueryError(invalid_field(error.errors()[0])) from None
     count = len(files) + len(search_form.upload) + len(search_form.row)
     if count > MOST_REFERENCES:
         raise QueryError(
@@ -536,7 +537,7 @@ async def read_form(request: Request) -> tuple[SearchForm, list[File]]:
     return search_form, files
 
 
-def first_fault(fault: Any) -> str:
+def invalid_field(fault: Any) -> str:
     """Return a message about an invalid field, without the value that was sent."""
     # Numbers are positions in a list, which mean nothing to a client that sent a single value.
     parts = [part for part in fault["loc"] if isinstance(part, str) and part.isascii()]
@@ -582,7 +583,7 @@ def add_errors(app: FastAPI) -> None:
         )
 
     async def malformed(_: Request, error: Any) -> JSONResponse:
-        return failed(HTTPStatus.BAD_REQUEST, first_fault(error.errors()[0]))
+        return failed(HTTPStatus.BAD_REQUEST, invalid_field(error.errors()[0]))
 
     async def unknown(_: Request, error: Any) -> JSONResponse:
         return failed(error.status_code, str(error.detail).lower(), error.headers)

@@ -5,7 +5,6 @@ forked, because it has threads and may use a GPU.
 """
 
 import asyncio
-import contextlib
 import multiprocessing
 import os
 import re
@@ -22,6 +21,8 @@ from pebble import ProcessExpired, ProcessPool
 SECONDS = 10  # time limit of a job; the largest accepted image needs a fraction of it
 # Modules that are imported before processes are forked.
 LOADED = ["__main__", "data_utils", "image_search.uploads"]
+# All pools share the process that workers are forked from, and the environment that it starts in.
+STARTING = threading.Lock()
 
 Outcome = TypeVar("Outcome")
 
@@ -43,21 +44,26 @@ class Pool:
         self.memory = memory
         self.seconds = seconds
         self._workers = workers
-        self._pool = self._new_pool()
+        self._pool: ProcessPool | None = None
 
-    def _new_pool(self) -> ProcessPool:
-        return ProcessPool(
-            self._workers,
-            initializer=_begin,
-            initargs=[self.memory],
-            context=multiprocessing.get_context("forkserver"),
-        )
+    def start(self) -> None:
+        """Start the processes, unless they are running. It takes seconds, so a server calls it in a thread."""
+        with STARTING:
+            if self._is_running():
+                return
+            self.close()  # a pool breaks when another program kills an idle process
+            _load_packages()
+            pool = ProcessPool(
+                self._workers,
+                initializer=_begin,
+                initargs=[self.memory],
+                context=multiprocessing.get_context("forkserver"),
+            )
+            pool.schedule(os.getpid)  # a pool forks its processes at its first job
+            self._pool = pool
 
-    def prepare(self) -> None:
-        """Start the processes before the first job, because that takes seconds."""
-        _load_packages()
-        with contextlib.suppress(RuntimeError):  # the server has ended already
-            self._pool.schedule(os.getpid)
+    def _is_running(self) -> bool:
+        return self._pool is not None and self._pool.active
 
     async def run(self, function: Callable[..., Outcome], *arguments: Any) -> Outcome:
         """Run a module-level function in a process, and return its result.
@@ -66,9 +72,9 @@ class Pool:
             Overrun: the job exceeded its limits.
             UserError: the function raised it.
         """
-        if not self._pool.active:  # an idle process was killed by another program
-            self.close()
-            self._pool = self._new_pool()
+        if not self._is_running():
+            await asyncio.to_thread(self.start)
+        assert self._pool is not None
         job = self._pool.schedule(function, args=arguments, timeout=self.seconds)
         # A request is cancelled only when the server ends, which also ends the request's job.
         loop, done = asyncio.get_running_loop(), asyncio.Event()
@@ -81,8 +87,9 @@ class Pool:
 
     def close(self) -> None:
         """End the processes and their jobs."""
-        self._pool.stop()
-        self._pool.join()
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
 
 
 def _load_packages() -> None:
