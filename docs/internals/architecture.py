@@ -9,7 +9,7 @@ from collections import Counter
 from html import escape
 from pathlib import Path
 
-from layers import FILES, LAYER_OF, LAYERS, SRC, box_of, direct, imports, name
+from layers import FILES, LAYER_OF, LAYERS, SRC, box_of, direct, imports, name, tree
 
 # Left and right edge of each box, chosen so that each arrow can go straight down between boxes.
 PLACES = {
@@ -38,7 +38,7 @@ text { font: 12px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-s
 
 def summary(file: Path) -> str:
     """Return the first line of a module's docstring."""
-    docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+    docstring = ast.get_docstring(tree(file))
     return docstring.splitlines()[0]
 
 

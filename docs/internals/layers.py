@@ -1,6 +1,7 @@
 """List the nine layers of src/, and read the imports between its files and packages from the code."""
 
 import ast
+import functools
 from collections import Counter
 from pathlib import Path
 
@@ -34,10 +35,17 @@ def name(file: Path) -> str:
 OURS = {name(file) for file in FILES}
 
 
+@functools.cache
+def tree(file: Path) -> ast.Module:
+    """Return the syntax tree of a file."""
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def imported(file: Path) -> set[str]:
     """Return all modules that a file imports, also inside functions; for ours, the modules that define the names."""
     modules = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(file)):
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
