@@ -20,7 +20,6 @@ from settings import groups
 from settings.declaring import parsed
 from settings.flag_types import usable_path
 from settings.groups import FREE_FLAGS, PairChoice
-from settings.recipes import RECIPES
 from training.hyper_parameters import read_hyper_parameters
 from utils import UserError, flag, seed_everything
 
@@ -55,14 +54,10 @@ def parse(
     only_resume.add_argument("--resume", type=usable_path)
     folder = only_resume.parse_known_args(argv)[0].resume
     if folder is None:
-        typed = parser.parse_args(argv)
-        parser.set_defaults(
-            **RECIPES[typed.recipe][script],
-            script=script,
-            command=command_line(script, argv, typed.api_key),
-            started_in=working_folder(),
-        )
-        return parsed(parser, stage, parser.parse_args(argv))
+        args = options.parse_with_recipe(parser, argv, {script: parser})
+        args.script, args.started_in = script, working_folder()
+        args.command = command_line(script, argv, args.api_key)
+        return parsed(parser, stage, args)
     stored = {**UNNAMED, **read_hyper_parameters(folder).table}
     if stored["script"] != script:
         raise UserError(

@@ -74,7 +74,10 @@ def count(
         value_read: value returned when code reads a number from a tensor.
     """
     memory = MemTracker()
-    work = FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: _operations_of_attention})
+    counted = {
+        CPU_ATTENTION: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
+    }
+    work = FlopCounterMode(display=False, custom_mapping=counted)
     half = torch.autocast("cpu", torch.bfloat16, enabled=precision in ("fp16", "bf16"))
     with NO_DATA:
         memory.track_external(*given)
@@ -87,10 +90,6 @@ def count(
             if backward:
                 sum(output.sum() for output in outputs).backward()
     return Counted(_bytes_tracked(memory, "peak") - before, work.get_total_flops())
-
-
-def _operations_of_attention(query: Any, key: Any, value: Any, *others: Any, **named: Any) -> int:
-    return sdpa_flop_count(query, key, value)
 
 
 def _bytes_tracked(memory: MemTracker, when: str) -> int:
@@ -645,11 +644,9 @@ class CombinerTraining(Training):
         In half precision, the memory-efficient kernel accumulates the gradients of heads with a dimension above 128 in
         float32: 256 rows of a head for each head of each sequence (torch's mem_eff_attention/kernel_backward.h).
         """
-        most = 0
-        for module in self.combiner.modules():
-            if isinstance(module, nn.MultiheadAttention) and module.head_dim > 128:
-                most = max(most, module.num_heads * module.head_dim)
-        return 0 if self.precision == "fp32" else rows * 256 * most * FLOAT
+        attention = [m for m in self.combiner.modules() if isinstance(m, nn.MultiheadAttention)]
+        widths = [m.num_heads * m.head_dim for m in attention if m.head_dim > 128]
+        return 0 if self.precision == "fp32" else rows * 256 * max(widths, default=0) * FLOAT
 
     def _composing(self) -> Work:
         """Return the work of composing all validation queries.
