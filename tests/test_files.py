@@ -293,7 +293,7 @@ def test_what_the_shell_hands_over_is_read():
 
 def test_a_result_is_written_a_list_at_a_time(tmp_path):
     """The bytes are those of the whole text, which is never in memory."""
-    ranks = list(range(2_000))
+    ranks = list(range(5_000))
     others = [[], [7], [8, 9]]
     protocols = {name: {"ranks": {"val": ranks}, "others": others} for name in map(str, range(40))}
     result = {"été": None, "empty": [{}, []], "metrics": {"a": 0.1}, "protocols": protocols}

@@ -9,7 +9,7 @@ import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import torch
@@ -221,30 +221,25 @@ def seconds(work: Iterable[Work], gpu: Gpu) -> float:
     return sum(part.operations / gpu.rates[part.precision] for part in work) / (EFFICIENCY * 1e12)
 
 
+@dataclass(eq=False)
 class CountedClip:
     """A CLIP without data, which counts the memory and operations of training and encoding.
 
-    Args:
+    Attributes:
         name: value of `--clip-model-name`; published weights are not downloaded.
         trained: encoder to train, one of ENCODERS; None to train nothing.
         batch_size, precision: settings of encoding images and captions.
         lora: adapters; if they have a rank, they alone are trained.
     """
 
-    def __init__(
-        self,
-        name: str,
-        trained: str | None,
-        *,
-        batch_size: int = 32,
-        precision: str = "fp32",
-        lora: Lora | None = None,
-    ) -> None:
-        self.name = name
-        self.trained = trained
-        self.batch_size = batch_size
-        self.precision = precision
-        self.lora = lora
+    name: str
+    trained: str | None
+    _: KW_ONLY
+    batch_size: int = 32
+    precision: str = "fp32"
+    lora: Lora | None = None
+
+    def __post_init__(self) -> None:
         self.model, self.backbone = self._made()
         self.dim = self.backbone.dim
 
