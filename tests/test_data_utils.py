@@ -34,7 +34,7 @@ from data_utils import (
     normalise,
     read_or_explain,
 )
-from forks import HANG, family, forked
+from forks import HANG, family
 from models.clip_model import CLIP_MEAN, CLIP_STD
 from models.clip_package import TORCHVISION_NAMES
 from runtime import collate, interruption
@@ -44,6 +44,7 @@ from utils import WORKERS_REMEDY, UserError, refusal_of_the_machine
 
 MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"]
 CPU = torch.device("cpu")
+FORK = multiprocessing.get_context("fork")  # as loaders start their processes
 
 
 def reader():
@@ -331,7 +332,8 @@ def load_with_few_files(paths: list[Path], said: Path) -> None:
 def test_too_few_open_files_are_one_line(grey, tmp_path):
     """They are not told of shared memory."""
     said = tmp_path / "said"
-    process = forked(load_with_few_files, grey, said)
+    process = FORK.Process(target=load_with_few_files, args=(grey, said))
+    process.start()
     process.join(HANG)
     assert process.exitcode == 0
     assert re.search("cannot start .*ulimit -n", said.read_text())
@@ -409,7 +411,7 @@ def test_one_set_of_processes_serves_a_training(stage_1, monkeypatch):
         "start",
         lambda process: started.append(process) or real(process),
     )
-    stage_1("FashionIQ", "--num-workers", 2, "--ema-decay", 0.9)
+    stage_1("CIRR", "--num-workers", 2, "--ema-decay", 0.9)
     assert len(started) == 2
     gc.collect()
     assert workers_now().isdisjoint(process.pid for process in started)
@@ -519,7 +521,8 @@ def decode_until_killed(paths: list[Path], temporary: Path) -> None:
 def test_workers_whose_parent_is_killed_leave_nothing(grey):
     """In a folder of a short name, as sockets have room for."""
     with tempfile.TemporaryDirectory(prefix="w") as name:
-        process = forked(decode_until_killed, grey, Path(name))
+        process = FORK.Process(target=decode_until_killed, args=(grey, Path(name)))
+        process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL
         give_up = time.monotonic() + HANG

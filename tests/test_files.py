@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import secrets
@@ -19,7 +20,6 @@ import torch
 
 from conftest import CASES, ROOT
 from evaluation.result_file import write_result
-from forks import forked
 from runtime.files import (
     beside,
     check_file_writable,
@@ -226,7 +226,10 @@ def killed_while_making(maker: str, path: Path) -> None:
 
 @pytest.mark.parametrize("maker", ["text", "folder"])
 def test_what_a_kill_left_goes_when_it_is_old(maker, tmp_path):
-    process = forked(killed_while_making, maker, tmp_path / "made")
+    process = multiprocessing.get_context("fork").Process(
+        target=killed_while_making, args=(maker, tmp_path / "made")
+    )
+    process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
     (left,) = half_made(tmp_path)

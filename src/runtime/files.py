@@ -100,10 +100,8 @@ def sweep(folder: Path, names: str = SURELY_OURS, age: float = ABANDONED) -> Non
                 discard(path)
 
 
-@functools.cache
-def _sweep_once(folder: Path) -> None:
-    """Call `sweep` only once per folder, because many files may be written one after the other."""
-    sweep(folder)
+# Once per folder, because many files may be written one after the other.
+_sweep_once = functools.cache(sweep)
 
 
 def discard(path: Path) -> None:
