@@ -5,7 +5,6 @@ import functools
 import os
 import re
 import socket
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -228,8 +227,6 @@ class ImageDataset(Dataset):
 
 def _start_worker(number: int) -> None:
     interruption.heed_parent_alone()
-    # Errors of reading are sent to the parent. All other output would come from threads that fail when the parent ends.
-    sys.excepthook = lambda *about: None
 
 
 def _try_socket() -> None:
