@@ -18,13 +18,13 @@ from cli import options
 from cli.parsers import ScriptParser
 from cli.startup import check_files
 from models.configuration import read_checkpoint, resolve_clip_options
-from runtime.gpus import GPUS, Gpu
+from runtime.gpus import EFFICIENCY, GPUS, USABLE, Gpu, Work, seconds
 from settings import groups
 from settings.flag_types import positive_float, rows
 from utils import UserError, command, flag
 
 if TYPE_CHECKING:
-    from training.planning import Sizes, Training, Way, Work
+    from training.planning import Sizes, Training, Way
 
 GIB = 2**30
 
@@ -172,8 +172,6 @@ def planned_training(args: argparse.Namespace, gpu: Gpu) -> "Training":
 
 def memory_lines(training: "Training", way: "Way", gpu: Gpu) -> Iterator[str]:
     """Yield the memory that a training step needs, by part, and the usable memory of the GPU."""
-    from training.planning import USABLE
-
     step = {**training.lasting(), **training.passing(way)}
     totals = {"a step": sum(step.values()), **training.other_peaks()}
     yield "     GiB"
@@ -204,16 +202,14 @@ def typed(way: "Way", asked: "Way") -> str:
     return " ".join(words)
 
 
-def work_line(part: str, work: "Sequence[Work]", gpu: Gpu) -> str:
+def work_line(part: str, work: Sequence[Work], gpu: Gpu) -> str:
     """Format the operations of some work, and its seconds if the GPU's rates are known."""
-    from training.planning import seconds
-
     operations = sum(own.operations for own in work) / 1e12
     duration = f"{seconds(work, gpu):11.3f}" if gpu.rates else ""
     return f"{operations:10.2f}{duration}  {part}"
 
 
-def work_lines(total: str, work: "Sequence[Work]", gpu: Gpu) -> Iterator[str]:
+def work_lines(total: str, work: Sequence[Work], gpu: Gpu) -> Iterator[str]:
     """Yield a line for each part of some work, and a line for the total."""
     for own in work:
         if own.operations:
@@ -225,8 +221,6 @@ def time_lines(
     training: "Training", way: "Way", gpu: Gpu, args: argparse.Namespace
 ) -> Iterator[str]:
     """Yield the operations and the time of a training run, by part."""
-    from training.planning import EFFICIENCY, seconds
-
     once = training.once()
     epoch = training.epoch(way)
     validation = training.validation()
@@ -253,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check(args)
 
-    from training.planning import USABLE, Way
+    from training.planning import Way
 
     gpu = planned_gpu(args)
     training = planned_training(args, gpu)

@@ -28,7 +28,7 @@ from models.clip_model import (
 )
 from models.encoder import load_backbone
 from runtime.choices import OPENAI_CLIPS
-from runtime.gpus import GPUS
+from runtime.gpus import GPUS, seconds
 from settings.groups import WantedCombiner
 from test_backbones import FORMS, models_made  # noqa: F401
 from timing import saved_activations
@@ -43,7 +43,6 @@ from training.planning import (
     combiner_to_count,
     count,
     empty,
-    seconds,
     without_data,
 )
 from training.schedule import Precision

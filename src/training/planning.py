@@ -27,15 +27,13 @@ from models.clip_model import CLIP, load_clip, ready
 from models.clip_model import backbone as openai_backbone
 from models.lean_clip import Folding
 from models.names import find_clip, open_clip_name
-from runtime.gpus import Gpu
+from runtime.gpus import Work
 from settings.groups import Lora, WantedCombiner
 from training.losses import BankLoss, ContrastiveLoss
 from training.stage1 import SumFeatures
 from training.stage2 import ComposedFeatures
 from utils import UserError
 
-EFFICIENCY = 0.4  # fraction of a GPU's matmul throughput that training reaches, by rule of thumb
-USABLE = 0.9  # usable fraction of a GPU's memory; the rest is CUDA, workspaces and fragmentation
 FLOAT = 4  # bytes of a number
 SMALLEST_MICRO_BATCH = 16  # triplets; with fewer, a GPU waits for kernel launches
 MOST_SIMILARITIES = 2**28  # maximum number in memory at a time, see `evaluation/retrieval.py`
@@ -205,20 +203,6 @@ class Way:
     def rows(self) -> int:
         """Return the number of triplets whose activations are in memory at a time."""
         return self.micro_batch_size or self.batch_size
-
-
-@dataclass(frozen=True)
-class Work:
-    """Operations of one kind, and the precision that they are computed in, a key of `Gpu.rates`."""
-
-    part: str
-    operations: float
-    precision: str
-
-
-def seconds(work: Iterable[Work], gpu: Gpu) -> float:
-    """Estimate the time of some work on a GPU, in seconds."""
-    return sum(part.operations / gpu.rates[part.precision] for part in work) / (EFFICIENCY * 1e12)
 
 
 @dataclass(eq=False)
