@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from benchmarks import BENCHMARKS
 from plan import GIB, typed
-from runtime.gpus import GPUS, Gpu
-from training.planning import USABLE, CountedClip, FineTuning, Way, seconds, sizes_of
+from runtime.gpus import GPUS, USABLE, Gpu, seconds
+from training.planning import CountedClip, FineTuning, Way, sizes_of
 
 GUIDE = Path(__file__).with_suffix(".md")
 MARK = "<!-- What follows is written by `python docs/gpus.py`. -->\n"

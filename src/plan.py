@@ -18,15 +18,13 @@ from cli import options
 from cli.parsers import ScriptParser
 from cli.startup import check_files
 from models.configuration import read_checkpoint, resolve_clip_options
-from runtime.gpus import GPUS, Gpu
+from runtime.gpus import EFFICIENCY, GPUS, USABLE, Gpu, Work, seconds
 from settings import groups
-from settings.declaring import changed
 from settings.flag_types import positive_float, rows
-from settings.recipes import RECIPES
 from utils import UserError, command, flag
 
 if TYPE_CHECKING:
-    from training.planning import CountedClip, Sizes, Training, Way, Work
+    from training.planning import Sizes, Training, Way
 
 GIB = 2**30
 
@@ -55,18 +53,6 @@ def plan_flags() -> argparse.ArgumentParser:
     return parser
 
 
-class Planned1(groups.Stage1):
-    """Settings of stage 1 for a plan; the dataset need not exist."""
-
-    dataset: groups.BenchmarkName | None = changed(groups.Stage1, "dataset", None)  # type: ignore[assignment]
-
-
-class Planned2(groups.Stage2):
-    """Settings of stage 2 for a plan, whose dataset need not exist."""
-
-    dataset: groups.BenchmarkName | None = changed(groups.Stage2, "dataset", None)  # type: ignore[assignment]
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the flags of a plan: a stage, and the flags of its training script.
 
@@ -77,19 +63,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     stage_1 = stages.add_parser(
         "stage1",
         help="fine-tune CLIP: flags of clip_fine_tune.py",
-        parents=[plan_flags(), *options.training_flags(Planned1)],
+        parents=[plan_flags(), *options.training_flags(groups.Stage1)],
     )
     stage_1.set_defaults(clip_model_path=None, clip_bs=32, negatives="batch")
     stage_2 = stages.add_parser(
         "stage2",
         help="train a Combiner: flags of combiner_train.py",
-        parents=[plan_flags(), *options.training_flags(Planned2)],
+        parents=[plan_flags(), *options.training_flags(groups.Stage2)],
     )
     stage_2.set_defaults(encoder=None, micro_batch_size=None, gradient_checkpointing=False)
-    recipe = RECIPES[parser.parse_args(argv).recipe]
-    stage_1.set_defaults(**recipe["clip_fine_tune.py"])
-    stage_2.set_defaults(**recipe["combiner_train.py"])
-    return parser.parse_args(argv)
+    for action in [*stage_1._actions, *stage_2._actions]:
+        if action.dest == "dataset":  # it need not exist: --triplets and --images replace it
+            action.required = False
+    stages_of_recipe = {"clip_fine_tune.py": stage_1, "combiner_train.py": stage_2}
+    return options.parse_with_recipe(parser, argv, stages_of_recipe)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -152,29 +139,22 @@ def planned_sizes(args: argparse.Namespace) -> "Sizes":
     return sizes
 
 
-def planned_clip(args: argparse.Namespace, gpu: Gpu) -> "CountedClip":
-    """Return the CLIP that the flags and the checkpoint choose, with its encoding batch size and precision."""
-    from training.planning import CountedClip
+def planned_training(args: argparse.Namespace, gpu: Gpu) -> "Training":
+    """Return the training stage and the CLIP that the flags and the checkpoint choose."""
+    from training.planning import CombinerTraining, CountedClip, FineTuning, combiner_to_count
 
+    precision = "fp16" if args.precision == "amp" else args.precision
+    check_precision(gpu, "precision", precision)
     tuned = read_checkpoint("--clip-model-path", args.clip_model_path, "CLIP")
     choice: dict[str, Any] = resolve_clip_options(groups.Clip.of(args), [tuned]).model_dump()
     check_precision(gpu, "encode_precision", choice["encode_precision"])
-    return CountedClip(
+    clip = CountedClip(
         choice["clip_model_name"],
         args.encoder,
         batch_size=args.clip_bs,
         precision=choice["encode_precision"],
         lora=groups.Lora.of(args) if args.stage == "stage1" else None,
     )
-
-
-def planned_training(args: argparse.Namespace, gpu: Gpu) -> "Training":
-    """Return the training stage that the flags choose."""
-    from training.planning import CombinerTraining, FineTuning, combiner_to_count
-
-    precision = "fp16" if args.precision == "amp" else args.precision
-    check_precision(gpu, "precision", precision)
-    clip = planned_clip(args, gpu)
     shared: dict[str, Any] = {
         "clip": clip,
         "sizes": planned_sizes(args),
@@ -192,8 +172,6 @@ def planned_training(args: argparse.Namespace, gpu: Gpu) -> "Training":
 
 def memory_lines(training: "Training", way: "Way", gpu: Gpu) -> Iterator[str]:
     """Yield the memory that a training step needs, by part, and the usable memory of the GPU."""
-    from training.planning import USABLE
-
     step = {**training.lasting(), **training.passing(way)}
     totals = {"a step": sum(step.values()), **training.other_peaks()}
     yield "     GiB"
@@ -219,23 +197,19 @@ def typed(way: "Way", asked: "Way") -> str:
     """Return the flags for the settings in which `way` differs from the requested settings."""
     words = []
     for name, value in dataclasses.asdict(way).items():
-        if value is True and not getattr(asked, name):
-            words.append(flag(name))
-        elif value is not True and value != getattr(asked, name):
-            words.append(f"{flag(name)} {value}")
+        if value != getattr(asked, name):
+            words.append(flag(name) if value is True else f"{flag(name)} {value}")
     return " ".join(words)
 
 
-def work_line(part: str, work: "Sequence[Work]", gpu: Gpu) -> str:
+def work_line(part: str, work: Sequence[Work], gpu: Gpu) -> str:
     """Format the operations of some work, and its seconds if the GPU's rates are known."""
-    from training.planning import seconds
-
     operations = sum(own.operations for own in work) / 1e12
     duration = f"{seconds(work, gpu):11.3f}" if gpu.rates else ""
     return f"{operations:10.2f}{duration}  {part}"
 
 
-def work_lines(total: str, work: "Sequence[Work]", gpu: Gpu) -> Iterator[str]:
+def work_lines(total: str, work: Sequence[Work], gpu: Gpu) -> Iterator[str]:
     """Yield a line for each part of some work, and a line for the total."""
     for own in work:
         if own.operations:
@@ -247,8 +221,6 @@ def time_lines(
     training: "Training", way: "Way", gpu: Gpu, args: argparse.Namespace
 ) -> Iterator[str]:
     """Yield the operations and the time of a training run, by part."""
-    from training.planning import EFFICIENCY, seconds
-
     once = training.once()
     epoch = training.epoch(way)
     validation = training.validation()
@@ -275,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check(args)
 
-    from training.planning import USABLE, Way
+    from training.planning import Way
 
     gpu = planned_gpu(args)
     training = planned_training(args, gpu)

@@ -42,8 +42,6 @@ REMEDIES = {
     errno.EAGAIN: "raise the limit of processes and threads (ulimit -u) or lower --num-workers",
     errno.ENOMEM: "lower --batch-size or --num-workers, or use a machine with more memory",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "remove the symlink that leads back to itself",
-    errno.EBADF: "redirect stdout and stderr to where they can be written",
 }
 OTHER_REMEDY = "check that it exists and can be used"
 # Words of an error message that comes without an error number -> remedy.
@@ -108,7 +106,6 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     def run(argv: list[str] | None = None) -> None:
         script = Path(main.__code__.co_filename).name
         words = sys.argv[1:] if argv is None else argv
-        open_closed_streams()
         speak_plainly()
         try:
             with all_printed():
@@ -200,19 +197,6 @@ def _report(script: str, words: list[str]) -> str:
     return name
 
 
-def open_closed_streams() -> None:
-    """Connect streams that the shell has closed (`2>&-`) to the null device.
-
-    Otherwise the next file that is opened would get the descriptor of the stream, and packages would print into it.
-    """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            # It gets the lowest free descriptor, which is the descriptor of the closed stream.
-            nowhere = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 - open until the process ends
-            os.set_inheritable(nowhere.fileno(), True)
-            setattr(sys, name, nowhere)
-
-
 def speak_plainly() -> None:
     """Send logs to stderr, one line per message, and print characters that the encoding lacks as escapes."""
     for stream in (sys.stdout, sys.stderr):
@@ -250,7 +234,7 @@ def _nobody_reads() -> bool:
         return False
     gone = select.poll()
     for stream in (sys.stdout, sys.stderr):
-        # The stream may not be a file, may be closed, or may be None.
+        # The stream may not be a file, or may be closed or None.
         with contextlib.suppress(OSError, ValueError, AttributeError):
             gone.register(stream.fileno(), 0)
     broken = [number for number, event in gone.poll(0) if event & select.POLLERR]

@@ -2,9 +2,7 @@
 
 import contextlib
 import importlib
-import os
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -58,10 +56,6 @@ def test_every_command_is_tried():
     assert COMMANDS.keys() == NEEDS.keys()
 
 
-def pipe(place: Path) -> None:
-    os.mkfifo(place)
-
-
 ODD = {
     "missing": lambda place: None,
     "an empty folder": lambda place: place.mkdir(),
@@ -72,22 +66,20 @@ ODD = {
     "a list": lambda place: place.write_text("[]"),
     "a number": lambda place: place.write_text("3"),
     "deep JSON": lambda place: place.write_text("[" * 100_000),
-    "a pipe": pipe,
     "a device": lambda place: place.symlink_to("/dev/null"),
-    "an endless device": lambda place: place.symlink_to("/dev/zero"),
     "a link to nothing": lambda place: place.symlink_to(place.parent / "nothing"),
 }  # fmt: skip
 
 
 # Of commands that take seconds where a path is taken.
-TRIED_OF_SLOW = ("missing", "an empty folder", "bytes", "a pipe", "an endless device")
+TRIED_OF_SLOW = ("missing", "an empty folder", "bytes", "a device")
 SLOW = ("clip_fine_tune", "combiner_train", "plan")
 
 
 def tried_at(number: int, script: str) -> list[str]:
-    """What lies at a path in turns: a pipe, which who reads it waits for, and one more; `make soak` tries all."""
+    """What lies at a path in turns: a device, and one more; `make soak` tries all."""
     kinds = list(TRIED_OF_SLOW if script in SLOW else ODD)
-    return kinds if SOAK else sorted({"a pipe", kinds[number % len(kinds)]})
+    return kinds if SOAK else sorted({"a device", kinds[number % len(kinds)]})
 
 
 CASES_OF_COMMANDS = []
@@ -140,10 +132,8 @@ def test_every_path_of_every_command(name, flag, tried, drawn, tmp_path, capsys,
         if code == 2:
             assert err.count("error: ") == 1, f"{what}: {err}"
             assert err.splitlines()[-1].isprintable()
-        if what in ("a device", "an endless device"):
+        if what == "a device":
             assert place.is_symlink(), what
-        if what == "a pipe":
-            assert place.is_fifo(), what
         CASES["odd paths", {0: "taken", 1: "with violations", 2: "refused"}[code]] += 1
         shutil.rmtree(made)
 

@@ -19,7 +19,7 @@ from benchmarks.fashioniq import FashionIQ
 from benchmarks.metrics import NO_RANK, Ranks
 from benchmarks.splits import Split, Triplet
 from benchmarks.triplets import Triplets
-from runtime.files import parse_json, read_json, read_text
+from runtime.files import parse_json, read_json
 from utils import UserError
 
 ID_DIGITS = 12  # length of a COCO image's id in its file name
@@ -338,7 +338,7 @@ def parse_submission(file: Path) -> dict[str, Any] | list[Any]:
         UserError: the file does not exist, or is not JSON of these types.
     """
     try:
-        content = parse_json(read_text(file))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{file} is not a readable JSON file ({error}): write the submission again"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
-from runtime.files import missing_file, read_text
+from runtime.files import missing_file
 from utils import UserError, first_line
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _broken_row(text: str, separator: str, most: int) -> int:
 def unmarked_text(file: Path) -> str:
     """Return the text of a file, without the byte order mark of spreadsheets."""
     try:
-        return read_text(file).removeprefix("\ufeff")
+        return file.read_text(encoding="utf-8").removeprefix("\ufeff")
     except FileNotFoundError:
         raise missing_file(file) from None
     except (OSError, ValueError) as error:

@@ -1,6 +1,7 @@
 """Declare the flags that several scripts share, and convert them to the choice of a trained pair."""
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks import BENCHMARKS, CIRCO, PROTOCOLS
@@ -20,6 +21,7 @@ from settings.flag_types import (
     usable_path,
 )
 from settings.groups import PairChoice
+from settings.recipes import RECIPES
 
 Group = argparse._ArgumentGroup | argparse.ArgumentParser  # object to which flags are added
 
@@ -147,6 +149,22 @@ def training_flags(stage: type[groups.BothStages]) -> list[argparse.ArgumentPars
     for group in subjects(stage):
         parents.append(clip_flags() if group is groups.Clip else parent(group, stage))
     return parents
+
+
+def parse_with_recipe(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    stages: Mapping[str, argparse.ArgumentParser],
+) -> argparse.Namespace:
+    """Parse the flags of training; the values of `--recipe` replace the defaults of flags that are not given.
+
+    Args:
+        stages: training script -> parser of its flags.
+    """
+    recipe = RECIPES[parser.parse_args(argv).recipe]
+    for script, stage in stages.items():
+        stage.set_defaults(**recipe[script])
+    return parser.parse_args(argv)
 
 
 def pair_flags(required: bool = True, silent: str = "") -> argparse.ArgumentParser:

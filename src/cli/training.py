@@ -20,7 +20,6 @@ from settings import groups
 from settings.declaring import parsed
 from settings.flag_types import usable_path
 from settings.groups import FREE_FLAGS, PairChoice
-from settings.recipes import RECIPES
 from training.hyper_parameters import read_hyper_parameters
 from utils import UserError, flag, seed_everything
 
@@ -55,14 +54,10 @@ def parse(
     only_resume.add_argument("--resume", type=usable_path)
     folder = only_resume.parse_known_args(argv)[0].resume
     if folder is None:
-        typed = parser.parse_args(argv)
-        parser.set_defaults(
-            **RECIPES[typed.recipe][script],
-            script=script,
-            command=command_line(script, argv, typed.api_key),
-            started_in=working_folder(),
-        )
-        return parsed(parser, stage, parser.parse_args(argv))
+        args = options.parse_with_recipe(parser, argv, {script: parser})
+        args.script, args.started_in = script, str(Path.cwd())
+        args.command = command_line(script, argv, args.api_key)
+        return parsed(parser, stage, args)
     stored = {**UNNAMED, **read_hyper_parameters(folder).table}
     if stored["script"] != script:
         raise UserError(
@@ -77,16 +72,6 @@ def parse(
                 f"--resume {folder}: the run was started without {flag(name)}: remove {flag(name)}"
             )
     return parsed(parser, stage, args)
-
-
-def working_folder() -> str | None:
-    """Return the folder in which the script was started; None if it was deleted or its name cannot be encoded."""
-    try:
-        here = str(Path.cwd())
-        here.encode()
-    except (OSError, UnicodeError):
-        return None
-    return here
 
 
 def checked(args: AnyStage) -> tuple[AnyStage, Benchmark]:

@@ -11,7 +11,6 @@ from models.encoder import weights_digest
 from models.exported import CARD
 from models.pair import Pair
 from models.schemas import EXPERTS, Expert, ExpertReport
-from runtime.files import read_text
 from runtime.schema import read_checked
 from utils import format_metric
 
@@ -64,7 +63,7 @@ def _of_card(card: Path) -> tuple[str, dict[str, str]]:
 def _lines(file: Path) -> list[str]:
     """Return the lines of a file; [] if it cannot be read."""
     try:
-        return read_text(file).splitlines()
+        return file.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         return []
 

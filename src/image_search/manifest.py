@@ -12,7 +12,7 @@ from image_search.schemas import StoreManifest
 from image_search.stores.base import FAISS, STORES, store_of
 from models.names import FOLDER, HUB_SCHEME
 from runtime.choices import named
-from runtime.files import parse_json, read_text, write_text
+from runtime.files import parse_json, write_text
 from runtime.schema import checked
 from settings.groups import Clip, PairChoice
 from utils import UserError, first_line, printable
@@ -30,7 +30,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Read the manifest of an index; None if it does not exist. Raises UserError if it is damaged."""
     file = folder / MANIFEST
     try:
-        content = parse_json(read_text(file))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.files import parse_json, read_text
+from runtime.files import parse_json
 from runtime.tensors import load_tensors
 from runtime.torchscript import archived_state, is_archive
 from runtime.weights import counted, unwrapped
@@ -220,7 +220,7 @@ def _renamed(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
 def _told_activation(path: Path) -> str:
     """Return the activation of Hugging Face weights, from the config.json next to them; "" if it is not recorded."""
     try:
-        about = parse_json(read_text(path.with_name("config.json")))
+        about = parse_json(path.with_name("config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
     if not isinstance(about, dict) or about.get("model_type") != "clip":

@@ -32,7 +32,7 @@ def read_json(path: Path, writer: str | None = None) -> Any:
         writer: the command that writes such a file; None for files of a dataset.
     """
     try:
-        return parse_json(read_text(path))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise missing_file(path, writer) from None
     except (OSError, ValueError) as error:
@@ -40,20 +40,6 @@ def read_json(path: Path, writer: str | None = None) -> Any:
         raise UserError(
             f"{path} is not a readable JSON file ({first_line(error)}): {remedy} again"
         ) from None
-
-
-def read_text(path: Path) -> str:
-    """Read a text file.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is not UTF-8, or is a device or a named pipe, which may never end.
-    """
-    kind = path.stat().st_mode
-    is_open = str(path).startswith(("/dev/", "/proc/"))  # such as the shell's <(...)
-    if stat.S_ISCHR(kind) or stat.S_ISBLK(kind) or (stat.S_ISFIFO(kind) and not is_open):
-        raise ValueError("it is a device or a pipe, not a file")
-    return path.read_text(encoding="utf-8")
 
 
 def missing_file(path: Path, writer: str | None = None) -> UserError:
@@ -101,63 +87,21 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name[:40]}.clip4cir-{secrets.token_hex(8)}.tmp")
 
 
-@contextlib.contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """Lock a temporary file or folder against `sweep`, until the context or the process ends."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def sweep(folder: Path, names: str = SURELY_OURS, age: float = ABANDONED) -> None:
     """Delete the temporary files and folders that killed processes left in a folder.
-
-    A live process locks its files. Other containers see the lock, although they do not see the
-    process. On Windows, and on file systems without locks, only the age counts.
 
     Args:
         names: pattern of the names.
         age: minimum number of seconds since the last write.
     """
     for path in folder.glob(names):
-        if _is_abandoned(path, age):
-            discard(path)
+        with contextlib.suppress(OSError):  # it was just renamed
+            if time.time() - path.lstat().st_mtime >= age:
+                discard(path)
 
 
-@functools.cache
-def _sweep_once(folder: Path) -> None:
-    """Call `sweep` only once per folder, because many files may be written one after the other."""
-    sweep(folder)
-
-
-def _is_abandoned(path: Path, age: float) -> bool:
-    """Check whether a temporary file or folder was abandoned by its process. A symlink never counts as abandoned."""
-    try:
-        status = path.lstat()
-        is_ours = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
-        if not is_ours or time.time() - status.st_mtime < age:
-            return False
-        if fcntl is None:
-            return True
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:  # it was just renamed, or belongs to another user
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    finally:
-        os.close(descriptor)
-    return True
+# Once per folder, because many files may be written one after the other.
+_sweep_once = functools.cache(sweep)
 
 
 def discard(path: Path) -> None:
@@ -204,7 +148,7 @@ def made_beside(path: Path) -> Iterator[IO[bytes]]:
         DiskError: the file could not be written; nothing of it is left.
     """
     # Mode "x" never opens an existing file or link.
-    with _replacement(path) as new, open(new, "x+b") as file, _held(new):
+    with _replacement(path) as new, open(new, "x+b") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -225,8 +169,7 @@ def folder_beside(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _not_written(path, error) from None
     try:
-        with _held(new):
-            yield new
+        yield new
     finally:
         discard(new)
 
@@ -301,8 +244,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_same(path: Path, original: Path) -> None:
     """Make `path` a hard link to the file `original`, or a copy if links are not supported, atomically."""
     try:
-        # Locked before it gets its temporary name, under which `sweep` could delete it if it is old.
-        with _held(original), _replacement(path) as new:
+        with _replacement(path) as new:
             new.hardlink_to(original)
     except (DiskError, OSError):
         with written_whole(path) as file, open(original, "rb") as content:
@@ -439,11 +381,8 @@ def file_size(path: Path) -> int | None:
 
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file's content."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 SAMPLE = 4096  # bytes that are read at the beginning, in the middle and at the end of a file
@@ -451,9 +390,8 @@ SAMPLE = 4096  # bytes that are read at the beginning, in the middle and at the 
 
 def sample_digest(path: str | Path) -> str:
     """Return the SHA-256 of a file's size and its first, middle and last 4 KiB; a small file is read completely."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    with open(descriptor, "rb", buffering=0) as file:
-        size = os.fstat(descriptor).st_size
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
         digest = hashlib.sha256(f"{size} ".encode())
         if size <= 3 * SAMPLE:
             digest.update(file.read())

@@ -1,7 +1,10 @@
 """Memory and arithmetic rates of GPUs from their datasheets, to plan training runs without a GPU."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+EFFICIENCY = 0.4  # fraction of a GPU's matmul throughput that training reaches, by rule of thumb
+USABLE = 0.9  # usable fraction of a GPU's memory; the rest is CUDA, workspaces and fragmentation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,3 +58,17 @@ GPUS = {
         rates={"fp16": 989, "bf16": 989, "tf32": 495, "fp32": 66.9},
     ),
 }
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of one kind, and the precision that they are computed in, a key of `Gpu.rates`."""
+
+    part: str
+    operations: float
+    precision: str
+
+
+def seconds(work: Iterable[Work], gpu: Gpu) -> float:
+    """Estimate the time of some work on a GPU, in seconds."""
+    return sum(part.operations / gpu.rates[part.precision] for part in work) / (EFFICIENCY * 1e12)

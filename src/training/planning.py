@@ -9,7 +9,7 @@ import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import torch
@@ -27,15 +27,13 @@ from models.clip_model import CLIP, load_clip, ready
 from models.clip_model import backbone as openai_backbone
 from models.lean_clip import Folding
 from models.names import find_clip, open_clip_name
-from runtime.gpus import Gpu
+from runtime.gpus import Work
 from settings.groups import Lora, WantedCombiner
 from training.losses import BankLoss, ContrastiveLoss
 from training.stage1 import SumFeatures
 from training.stage2 import ComposedFeatures
 from utils import UserError
 
-EFFICIENCY = 0.4  # fraction of a GPU's matmul throughput that training reaches, by rule of thumb
-USABLE = 0.9  # usable fraction of a GPU's memory; the rest is CUDA, workspaces and fragmentation
 FLOAT = 4  # bytes of a number
 SMALLEST_MICRO_BATCH = 16  # triplets; with fewer, a GPU waits for kernel launches
 MOST_SIMILARITIES = 2**28  # maximum number in memory at a time, see `evaluation/retrieval.py`
@@ -74,7 +72,10 @@ def count(
         value_read: value returned when code reads a number from a tensor.
     """
     memory = MemTracker()
-    work = FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: _operations_of_attention})
+    counted = {
+        CPU_ATTENTION: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
+    }
+    work = FlopCounterMode(display=False, custom_mapping=counted)
     half = torch.autocast("cpu", torch.bfloat16, enabled=precision in ("fp16", "bf16"))
     with NO_DATA:
         memory.track_external(*given)
@@ -87,10 +88,6 @@ def count(
             if backward:
                 sum(output.sum() for output in outputs).backward()
     return Counted(_bytes_tracked(memory, "peak") - before, work.get_total_flops())
-
-
-def _operations_of_attention(query: Any, key: Any, value: Any, *others: Any, **named: Any) -> int:
-    return sdpa_flop_count(query, key, value)
 
 
 def _bytes_tracked(memory: MemTracker, when: str) -> int:
@@ -208,44 +205,25 @@ class Way:
         return self.micro_batch_size or self.batch_size
 
 
-@dataclass(frozen=True)
-class Work:
-    """Operations of one kind, and the precision that they are computed in, a key of `Gpu.rates`."""
-
-    part: str
-    operations: float
-    precision: str
-
-
-def seconds(work: Iterable[Work], gpu: Gpu) -> float:
-    """Estimate the time of some work on a GPU, in seconds."""
-    return sum(part.operations / gpu.rates[part.precision] for part in work) / (EFFICIENCY * 1e12)
-
-
+@dataclass(eq=False)
 class CountedClip:
     """A CLIP without data, which counts the memory and operations of training and encoding.
 
-    Args:
+    Attributes:
         name: value of `--clip-model-name`; published weights are not downloaded.
         trained: encoder to train, one of ENCODERS; None to train nothing.
         batch_size, precision: settings of encoding images and captions.
         lora: adapters; if they have a rank, they alone are trained.
     """
 
-    def __init__(
-        self,
-        name: str,
-        trained: str | None,
-        *,
-        batch_size: int = 32,
-        precision: str = "fp32",
-        lora: Lora | None = None,
-    ) -> None:
-        self.name = name
-        self.trained = trained
-        self.batch_size = batch_size
-        self.precision = precision
-        self.lora = lora
+    name: str
+    trained: str | None
+    _: KW_ONLY
+    batch_size: int = 32
+    precision: str = "fp32"
+    lora: Lora | None = None
+
+    def __post_init__(self) -> None:
         self.model, self.backbone = self._made()
         self.dim = self.backbone.dim
 
@@ -645,11 +623,9 @@ class CombinerTraining(Training):
         In half precision, the memory-efficient kernel accumulates the gradients of heads with a dimension above 128 in
         float32: 256 rows of a head for each head of each sequence (torch's mem_eff_attention/kernel_backward.h).
         """
-        most = 0
-        for module in self.combiner.modules():
-            if isinstance(module, nn.MultiheadAttention) and module.head_dim > 128:
-                most = max(most, module.num_heads * module.head_dim)
-        return 0 if self.precision == "fp32" else rows * 256 * most * FLOAT
+        attention = [m for m in self.combiner.modules() if isinstance(m, nn.MultiheadAttention)]
+        widths = [m.num_heads * m.head_dim for m in attention if m.head_dim > 128]
+        return 0 if self.precision == "fp32" else rows * 256 * max(widths, default=0) * FLOAT
 
     def _composing(self) -> Work:
         """Return the work of composing all validation queries.

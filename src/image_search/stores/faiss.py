@@ -43,7 +43,6 @@ from runtime.files import (
     discard,
     file_size,
     parse_json,
-    read_text,
     write_text,
     written_whole,
 )
@@ -178,7 +177,7 @@ def _files(folder: Path, about: dict[str, Any]) -> dict[Identity, int]:
     """Map the files of an index, in the order of the rows, to their content digests."""
     file = folder / about["files"]
     try:
-        text = read_text(file)
+        text = file.read_text(encoding="utf-8")
         content = parse_json(text)
     except (OSError, ValueError) as error:
         raise _damaged(file, first_line(error)) from None
