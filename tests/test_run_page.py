@@ -3,6 +3,7 @@
 import html
 import io
 import json
+import os
 import re
 import shlex
 import statistics
@@ -189,7 +190,14 @@ def test_a_run_is_reproduced_from_where_it_was_started():
     assert reproducing(flags) == f"cd '/a b' && python {ROOT}/src/combiner_train.py --dataset CIRR"
 
 
-def test_a_folder_that_an_earlier_version_did_not_know_is_not_said():
+def test_a_folder_without_a_name_that_files_can_hold_is_not_said(tmp_path, monkeypatch):
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff"))
+    odd.mkdir()
+    for folder, said in ((tmp_path, str(tmp_path)), (odd, None)):
+        monkeypatch.chdir(folder)
+        assert combiner_train.parse(["--dataset", "CIRR"]).started_in == said
+    odd.rmdir()
+    assert combiner_train.parse(["--dataset", "CIRR"]).started_in is None
     flags = {"command": "python src/x.py", "script": "x.py", "started_in": None}
     assert reproducing(flags) == flags["command"]
 

@@ -55,7 +55,7 @@ def parse(
     folder = only_resume.parse_known_args(argv)[0].resume
     if folder is None:
         args = options.parse_with_recipe(parser, argv, {script: parser})
-        args.script, args.started_in = script, str(Path.cwd())
+        args.script, args.started_in = script, working_folder()
         args.command = command_line(script, argv, args.api_key)
         return parsed(parser, stage, args)
     stored = {**UNNAMED, **read_hyper_parameters(folder).table}
@@ -72,6 +72,16 @@ def parse(
                 f"--resume {folder}: the run was started without {flag(name)}: remove {flag(name)}"
             )
     return parsed(parser, stage, args)
+
+
+def working_folder() -> str | None:
+    """Return the folder in which the script was started; None if it was deleted or its name cannot be encoded."""
+    try:
+        here = str(Path.cwd())
+        here.encode()
+    except (OSError, UnicodeError):
+        return None
+    return here
 
 
 def checked(args: AnyStage) -> tuple[AnyStage, Benchmark]:

@@ -320,7 +320,7 @@ def reproducing(flags: Mapping[str, Any]) -> str:
     """Return the command that started a run, preceded by the command to change to the folder it was started in.
 
     Args:
-        flags: flags of the run; `started_in` is None for some runs of earlier versions.
+        flags: flags of the run; `started_in` is None if the folder has a name that cannot be written to a file.
     """
     python, script, rest = flags["command"].partition(f"src/{flags['script']}")
     if flags["started_in"] is None or not script:
