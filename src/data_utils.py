@@ -2,9 +2,11 @@
 
 import errno
 import functools
+import multiprocessing
 import os
 import re
 import socket
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -283,18 +285,23 @@ class ImageLoader:
         if self._kept is None:
             return iter(self._loader(files))
         self._files[:] = files
-        # A socket is tried here first, because PyTorch would wait for ever if its path is too long (TMPDIR). Its folder
-        # is deleted at once: workers would inherit Python's own folder for sockets, and leave it behind if all were
-        # killed.
+        # Sockets and locks are tried here first, because PyTorch would wait for ever if a socket's path is too long
+        # (TMPDIR), and print a traceback if there is no room for a lock (/dev/shm). The folder of the socket is deleted
+        # at once: workers would inherit Python's own folder for sockets, and leave it behind if all were killed.
         _try_socket()
+        before = sys.unraisablehook
+        # If the loader cannot be constructed, torch would print an error while deleting the unfinished object.
+        sys.unraisablehook = lambda _: None
         try:
+            multiprocessing.get_context(interruption.START_METHOD).Lock()
             with interruption.deferred():
                 return iter(self._kept)
         except OSError as error:
+            reason = first_line(error)
             remedy = REMEDIES[error.errno] if error.errno in LIMITS else WORKERS_REMEDY
-            raise UserError(
-                f"the data-loader processes cannot start ({first_line(error)}): {remedy}"
-            ) from None
+        finally:
+            sys.unraisablehook = before
+        raise UserError(f"the data-loader processes cannot start ({reason}): {remedy}")
 
     def _loader(self, files: list[list[Path]]) -> DataLoader:
         # A loader draws a seed from its generator when a pass begins. With torch's global generator, dropout would
