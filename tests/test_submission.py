@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import CIRR, FashionIQ, server_files
+from own_copy import mended
+
+own_drawn = mended
 
 SUM = ["--combining-function", "sum"]
 
