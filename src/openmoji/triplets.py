@@ -1,6 +1,7 @@
 """Make triplets of pictures that differ in one or two attributes, and divide the concepts among the splits."""
 
 import itertools
+import operator
 import random
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -96,10 +97,12 @@ def _changes_in(members: Sequence[Picture], changed: tuple[str, ...]) -> Iterato
         if picture.family not in CONCEPT_IS_A_FACT:
             kept.append(picture.concept)
         alike[tuple(kept)].append(picture)
-    for same in alike.values():
-        for reference, target in itertools.permutations(same, 2):
-            if all(reference.shown[fact] != target.shown[fact] for fact in changed):
-                yield Change(reference, target, changed, tuple(same))
+    for same in map(tuple, alike.values()):
+        values = [[picture.shown[fact] for fact in changed] for picture in same]
+        pairs = itertools.permutations(zip(same, values, strict=True), 2)
+        for (reference, old), (target, new) in pairs:
+            if all(map(operator.ne, old, new)):
+                yield Change(reference, target, changed, same)
 
 
 def sample(pictures: Sequence[Picture], most: int, rng: random.Random) -> list[Query]:
