@@ -334,7 +334,8 @@ def test_what_exclusions_do_to_others_is_said(excluded, own_drawn, run, tmp_path
 @pytest.mark.parametrize("stage", ["stage_1", "stage_2"])
 def test_training_says_what_it_left_out(stage, excluded, own_drawn, request, fails, caplog):
     train = request.getfixturevalue(stage)
-    folder = train("CIRR", "--exclusions", excluded, "--batch-size", 10, data_root=own_drawn)
+    flags = ["--exclusions", excluded, "--batch-size", 10, "--num-epochs", 1]
+    folder = train("CIRR", *flags, data_root=own_drawn)
     assert "left out of train: 1 images and the 2 triplets" in caplog.text
     expected = {"train": {"images": 1, "triplets": 2}, "val": {"images": 1, "triplets": 10}}
     written = json.loads((folder / "training_hyperparameters.json").read_text())
@@ -342,14 +343,15 @@ def test_training_says_what_it_left_out(stage, excluded, own_drawn, request, fai
     assert written["flags"]["exclusions"] == str(excluded)
     (file, *_) = (folder / "saved_models").iterdir()
     assert torch.load(file)["config"]["data"]["excluded"] == expected
-    assert len(read_csv(folder / "validation_metrics.csv")["epoch"]) == 2
+    assert read_csv(folder / "validation_metrics.csv")["epoch"] == [0]
 
 
 @pytest.mark.slow
 def test_nothing_excluded_changes_nothing(own_drawn, drawn, stage_2, tmp_path):
     (tmp_path / "none.json").write_text('{"dataset": "CIRR", "images": {"elsewhere": "missing"}}')
-    first = stage_2("CIRR", output="a")
-    second = stage_2("CIRR", "--exclusions", tmp_path / "none.json", output="b")
+    first = stage_2("CIRR", "--num-epochs", 1, output="a")
+    flags = ["--num-epochs", 1, "--exclusions", tmp_path / "none.json"]
+    second = stage_2("CIRR", *flags, output="b")
     for name in ("train_metrics.csv", "validation_metrics.csv"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 

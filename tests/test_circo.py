@@ -84,7 +84,7 @@ def rankings(draw):
     return Split(name="val", triplets=triplets, image_paths=dict.fromkeys(names)), similarity
 
 
-@settings(max_examples=40)
+@settings(max_examples=400 if SOAK else 20)
 @given(rankings(), st.integers(1, 6))
 def test_ranks_and_metrics_equal_brute_force(drawn_split, block):
     """By sorted lists, ties in the order of the gallery; and what the official code makes of these lists."""

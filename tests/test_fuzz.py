@@ -38,7 +38,7 @@ pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 QUIET = settings(
-    max_examples=3000 if SOAK else 50,
+    max_examples=3000 if SOAK else 20,
     suppress_health_check=[
         HealthCheck.function_scoped_fixture,
         HealthCheck.too_slow,
@@ -350,7 +350,7 @@ def test_checkpoints(name, golden, tmp_path):
     file = tmp_path / "checkpoint.pt"
     key = next((key for key in ("CLIP", "Combiner") if key in content), None)
 
-    @settings(QUIET, max_examples=QUIET.max_examples // (1 if key == "Combiner" else 5))
+    @settings(QUIET, max_examples=QUIET.max_examples // (1 if key == "Combiner" else 4))
     @example(UNDAMAGED)
     @given(damages())
     def fuzz(damage):
