@@ -112,9 +112,10 @@ class Demo:
         """Train and validate all methods; return the result files of each, and the flags of the last MoE pair."""
         clip_name: Words = ("--clip-model-name", self.folder / "data" / "tiny_clip_vit.pt")
         clip = self.fine_tune(clip_name)
-        results = {"zero-shot sum": [self.validate("zero-shot", *by("sum"), *clip_name)]}
+        by = "--combining-function"
+        results = {"zero-shot sum": [self.validate("zero-shot", by, "sum", *clip_name)]}
         for method, function in STAGE_1_METHODS.items():
-            results[method] = [self.validate(f"stage-1_{function}", *by(function), *clip)]
+            results[method] = [self.validate(f"stage-1_{function}", by, function, *clip)]
         for method, kind in COMBINERS.items():
             pairs = self.train_combiners(kind, clip)
             results[method] = []
@@ -186,11 +187,6 @@ class Demo:
         self.run("search.py", "query", *question, "--index", *index)
 
 
-def by(function: str) -> Words:
-    """Return the flags that choose a composition without a Combiner."""
-    return "--combining-function", function
-
-
 def start(words: Sequence[str]) -> int | None:
     """Run `python words` in a process, and return its exit code; a forked process has packages already imported."""
     if not CAN_FORK:
@@ -216,11 +212,6 @@ def best_weights(run: Path, names: Mapping[str, str]) -> Path:
         names: metric -> name of the best weights by this metric.
     """
     return run / "saved_models" / f"{next(iter(names.values()))}.pt"
-
-
-def read_metrics(file: Path) -> dict[str, float]:
-    """Read the metrics of a result file."""
-    return json.loads(file.read_text())["metrics"]
 
 
 def recall(submission: Mapping[str, list[str]], answers: Mapping[str, str], k: int) -> float:
@@ -287,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     recalls = demo.submit(pair)
     metrics = {}
     for method, files in results.items():
-        metrics[method] = [read_metrics(file) for file in files]
+        metrics[method] = [json.loads(file.read_text())["metrics"] for file in files]
     print(f"\nval\n{table(metrics, {name: BENCHMARKS[DATASET].titles[name] for name in SHOWN})}")
     print(f"\nval, R@{KIND_PLACES} by kind of query\n{by_kind(metrics)}")
     print(f"\n{SUBMITTED} test1: the MoE Combiner's submission, scored locally")

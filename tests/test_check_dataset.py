@@ -307,16 +307,9 @@ def test_what_exclusions_do_to_others_is_said(excluded, own_drawn, run, tmp_path
     content = json.loads(excluded.read_text())
     content["images"] |= {"dev-1-0-img5": "missing", "a typo": "missing"}
     excluded.write_text(json.dumps(content))
-    flags = [
-        "--dataset",
-        "CIRR",
-        *SUM,
-        "--clip-model-name",
-        own_drawn / "tiny_clip_vit.pt",
-        "--exclusions",
-        excluded,
-    ]
-    run("validate", own_drawn, *flags, "--metrics-json", tmp_path / "m.json")
+    flags = ["--dataset", "CIRR", *SUM, "--clip-model-name", own_drawn / "tiny_clip_vit.pt"]
+    files = ["--exclusions", excluded, "--metrics-json", tmp_path / "m.json"]
+    run("validate", own_drawn, *flags, *files)
     triplets = json.loads((own_drawn / "cirr_dataset/cirr/captions/cap.rc2.val.json").read_text())
     gone = {"dev-0-0-img0", "dev-1-0-img5"}
     left = [t for t in triplets if not gone & {t["reference"], t["target_hard"]}]

@@ -28,37 +28,24 @@ own_drawn = mended
 ORDER = ["original-kept", "original-removed", "VAL-removed", "VAL-kept"]
 
 
-@pytest.fixture
-def pair(golden):
-    """Flags of the golden pair for FashionIQ."""
-    weights = [
-        "--clip-model-name",
-        golden / "clip_vit.pt",
-        "--clip-model-path",
-        golden / "tuned_clip_vit.pt",
-    ]
-    return [
-        *weights,
-        "--combining-function",
-        "combiner",
-        "--combiner-path",
-        golden / "combiner_moe_fiq.pt",
-    ]
+def golden_pair(golden: Path, dataset: str) -> list:
+    """Flags of the golden pair for FashionIQ, or of that for CIRR."""
+    name = "combiner_moe_fiq.pt" if dataset == "FashionIQ" else "combiner_moe_cirr.pt"
+    combiner = ["--combining-function", "combiner", "--combiner-path", golden / name]
+    tuned = ["--clip-model-path", golden / "tuned_clip_vit.pt"]
+    return ["--clip-model-name", golden / "clip_vit.pt", *tuned, *combiner]
 
 
 @pytest.fixture
-def measured(golden, pair, run, tmp_path):
-    """The result of validate.py on golden data, and its rankings."""
+def measured(golden, run, tmp_path):
+    """The result of validate.py, by default of a golden pair on golden data, and its rankings."""
 
     def measured(dataset, *flags, root=golden, name="r"):
-        files = [
-            "--metrics-json",
-            tmp_path / f"{name}.json",
-            "--rankings",
-            tmp_path / f"{name}-rankings.json",
-        ]
-        run("validate", root, "--dataset", dataset, *(flags or pair), *files)
-        return tuple(json.loads(file.read_text()) for file in files[1::2])
+        flags = flags or golden_pair(golden, dataset)
+        files = [tmp_path / f"{name}.json", tmp_path / f"{name}-rankings.json"]
+        outputs = ["--metrics-json", files[0], "--rankings", files[1]]
+        run("validate", root, "--dataset", dataset, *flags, *outputs)
+        return tuple(json.loads(file.read_text()) for file in files)
 
     return measured
 
@@ -233,20 +220,11 @@ def test_a_recall_of_a_gallery_that_is_too_small_is_said(drawn, run, tmp_path, c
 
 
 def test_cirr_has_its_own_protocol_and_its_groups(golden, measured):
-    name = "combiner_moe_cirr.pt"
-    weights = [
-        "--clip-model-name",
-        golden / "clip_vit.pt",
-        "--clip-model-path",
-        golden / "tuned_clip_vit.pt",
-    ]
-    result, rankings = measured(
-        "CIRR", *weights, "--combining-function", "combiner", "--combiner-path", golden / name
-    )
+    result, rankings = measured("CIRR")
     assert list(result["protocols"]) == ["original-removed"]
     benchmark = CIRR(golden)
     (split,) = benchmark.val()
-    similarity = golden_split_similarity(golden, split, benchmark, name)
+    similarity = golden_split_similarity(golden, split, benchmark, "combiner_moe_cirr.pt")
     for values, triplet, query in zip(
         similarity.tolist(), split.triplets, rankings["queries"]["val"], strict=True
     ):

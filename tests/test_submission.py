@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import CIRR, FashionIQ, server_files
 from own_copy import mended
+from test_protocols import golden_pair
 
 own_drawn = mended
 
@@ -193,18 +194,9 @@ def test_a_second_form_of_a_benchmark(monkeypatch):
 
 @pytest.mark.slow
 def test_val_files_score_as_validate_measures(run, golden, tmp_path, capsys, check):
-    pair = [
-        "--clip-model-name",
-        golden / "clip_vit.pt",
-        "--clip-model-path",
-        golden / "tuned_clip_vit.pt",
-    ]
-    pair += ["--combining-function", "combiner", "--combiner-path"]
-    for dataset, door, combiner in (
-        ("CIRR", "cirr_test_submission", "combiner_moe_cirr.pt"),
-        ("FashionIQ", "fashioniq_test_submission", "combiner_moe_fiq.pt"),
-    ):
-        flags = [*pair, golden / combiner]
+    for dataset in ("CIRR", "FashionIQ"):
+        door = f"{dataset.lower()}_test_submission"
+        flags = golden_pair(golden, dataset)
         run("validate", golden, "--dataset", dataset, *flags, "--metrics-json", tmp_path / "m.json")
         capsys.readouterr()
         folder = run(

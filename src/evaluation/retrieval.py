@@ -1,6 +1,5 @@
 """Compose a benchmark's queries, rank its galleries, compute metrics, and explain what the Combiner did."""
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -128,7 +127,7 @@ def rank(
     ranked = {}
     for text, blocks in by_text.items():
         tells_nothing = len(frozen.split.names) > FEW
-        with _naming(frozen.split):
+        try:
             for rows, similarity in similarity_blocks(frozen, compose, block, text=text):
                 tells_nothing = tells_nothing and _are_equal(similarity)
                 group = _rank_group(similarity, frozen, rows, sort=k > 0)
@@ -138,6 +137,11 @@ def rank(
                     allowed = protocol.restrict(whole, frozen.reference_rows[rows], outside)
                     most = min(k, protocol.most_answers(frozen.split))
                     parts.append(_rank_gallery(allowed, frozen, rows, group=group, k=most))
+        except NotFiniteError as error:
+            raise UserError(
+                f"{frozen.split.name}: {error}; the weights have diverged or their file is damaged: choose other "
+                "weights"
+            ) from None
         if tells_nothing and if_equal:
             if_equal(frozen.split)
         ranked.update({protocol: joined(parts) for protocol, parts in blocks.items()})
@@ -224,17 +228,6 @@ def _rank_group(
         is_target = groups == frozen.target_rows[rows][:, None]
         ranking["group_ranks"] = target_ranks(candidates, is_target.int().argmax(1))
     return ranking
-
-
-@contextlib.contextmanager
-def _naming(split: Split) -> Iterator[None]:
-    """Report similarities that are not finite as a UserError with the split and a remedy."""
-    try:
-        yield
-    except NotFiniteError as error:
-        raise UserError(
-            f"{split.name}: {error}; the weights have diverged or their file is damaged: choose other weights"
-        ) from None
 
 
 @torch.no_grad()

@@ -90,13 +90,9 @@ def _answers(split: Split, ranking: Ranking, group_k: int) -> Answered:
     in_group = ranking.answers_in_group(split.names) or []
     return Answered(
         split=split,
-        nearest=[_ids(row) for row in nearest],
-        in_group=[_ids(row)[:group_k] for row in in_group],
+        nearest=[[image for image, _ in row] for row in nearest],
+        in_group=[[image for image, _ in row[:group_k]] for row in in_group],
     )
-
-
-def _ids(results: Sequence[tuple[str, float]]) -> list[str]:
-    return [image for image, _ in results]
 
 
 def _write(

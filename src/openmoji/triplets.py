@@ -4,7 +4,7 @@ import itertools
 import operator
 import random
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -205,16 +205,3 @@ def groups(
         members = [query.reference, target, *look_alikes[: GROUP_SIZE - 2]]
         found.append(tuple(rng.sample(members, len(members))))
     return found
-
-
-def check_apart(queries: Mapping[str, Sequence[Query]]) -> None:
-    """Raise ValueError if an image of a triplet is in two splits."""
-    images = {}
-    for split, asked in queries.items():
-        images[split] = {query.reference for query in asked}
-        for query in asked:
-            images[split].update(query.targets)
-    for one, other in itertools.combinations(images, 2):
-        both = images[one] & images[other]
-        if both:
-            raise ValueError(f"{min(picture.name for picture in both)} is in {one} and {other}")
