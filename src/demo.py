@@ -145,22 +145,11 @@ class Demo:
     def submit(self, pair: Words) -> dict[str, float]:
         """Write a CIRR submission, and return its recalls, computed with the targets in `test1_answers.json`."""
         folder = self.folder / "submission"
-        self.run(
-            "cirr_test_submission.py",
-            "--submission-name",
-            "demo",
-            *pair,
-            *self.on_data,
-            "--output-dir",
-            folder,
-        )
-        self.run(
-            "check_submission.py",
-            *sorted(folder.glob("*.json")),
-            "--data-root",
-            self.folder / "data",
-        )
-        answers = json.loads((self.folder / "data" / "test1_answers.json").read_text())
+        data = self.folder / "data"
+        flags: Words = ("--submission-name", "demo", *pair, *self.on_data, "--output-dir", folder)
+        self.run("cirr_test_submission.py", *flags)
+        self.run("check_submission.py", *sorted(folder.glob("*.json")), "--data-root", data)
+        answers = json.loads((data / "test1_answers.json").read_text())
         full = json.loads((folder / "recall_submission_demo.json").read_text())
         subset = json.loads((folder / "recall_subset_submission_demo.json").read_text())
         recalls = {f"R@{k}": recall(full, answers, k) for k in (1, 5, 10, 50)}

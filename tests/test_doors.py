@@ -51,9 +51,7 @@ GUIDE = {
 
 
 def saved(folder) -> list[str]:
-    return (
-        sorted(file.stem for file in (folder / "saved_models").glob("*")) if folder.exists() else []
-    )
+    return sorted(file.stem for file in (folder / "saved_models").glob("*"))
 
 
 def by(combiner) -> list:
@@ -64,39 +62,22 @@ def by(combiner) -> list:
 @pytest.mark.parametrize("door", GUIDE, ids=lambda door: door.__name__)
 def test_the_guides_commands_parse(door):
     args = door.parse(GUIDE[door].split())
-    assert (args.clip_model_name, args.transform, args.target_ratio) == (
-        "RN50x16",
-        "targetpad",
-        1.25,
-    )
+    chosen = (args.clip_model_name, args.transform, args.target_ratio)
+    assert chosen == ("RN50x16", "targetpad", 1.25)
 
 
 def test_defaults_are_the_originals():
-    stage_1 = clip_fine_tune.parse(["--dataset", "cirr"])
-    assert (stage_1.dataset, stage_1.num_epochs, stage_1.batch_size, stage_1.validation_frequency) == (
-        "CIRR", 300, 512, 1,
-    )  # fmt: skip
-    assert (stage_1.learning_rate, stage_1.encoder, stage_1.save_training, stage_1.save_best) == (
-        2e-6, "both", False, False,
-    )  # fmt: skip
-    stage_2 = combiner_train.parse(["--dataset", "FASHIONIQ"])
-    assert (stage_2.dataset, stage_2.batch_size, stage_2.validation_frequency) == (
-        "FashionIQ",
-        1024,
-        3,
-    )
-    assert (stage_2.projection_dim, stage_2.hidden_dim, stage_2.combiner_lr, stage_2.clip_bs) == (
-        2560,
-        5120,
-        2e-5,
-        32,
-    )
-    assert (stage_2.combiner_type, stage_2.num_experts, stage_2.top_k, stage_2.seed) == (
-        "moe",
-        4,
-        2,
-        0,
-    )
+    stage_1 = vars(clip_fine_tune.parse(["--dataset", "cirr"]))
+    assert stage_1.items() >= {
+        "dataset": "CIRR", "num_epochs": 300, "batch_size": 512, "validation_frequency": 1, "learning_rate": 2e-6,
+        "encoder": "both", "save_training": False, "save_best": False,
+    }.items()  # fmt: skip
+    stage_2 = vars(combiner_train.parse(["--dataset", "FASHIONIQ"]))
+    assert stage_2.items() >= {
+        "dataset": "FashionIQ", "batch_size": 1024, "validation_frequency": 3, "projection_dim": 2560,
+        "hidden_dim": 5120, "combiner_lr": 2e-5, "clip_bs": 32, "combiner_type": "moe", "num_experts": 4, "top_k": 2,
+        "seed": 0,
+    }.items()  # fmt: skip
 
 
 @pytest.mark.parametrize("dataset", ["FashionIQ", "CIRR"])
@@ -105,7 +86,7 @@ def test_both_stages_then_validation(
 ):
     """The path of a user: train, train, validate; the last numbers are those that the training printed."""
     caplog.set_level("INFO")
-    clip = stage_1(dataset, "--save-best")
+    clip = stage_1(dataset, "--save-best", "--num-epochs", 1)
     short = {"FashionIQ": "fiq", "CIRR": "cirr"}[dataset]
     assert re.fullmatch(
         rf"clip_finetuned_on_{short}_tiny_clip_vit_\d{{4}}-\d\d-\d\d_\d\d-\d\d-\d\d", clip.name
@@ -152,15 +133,14 @@ def test_the_resnet_trains_with_the_transform_of_clip(stage_1, drawn):
 def test_one_seed_gives_the_same_files_byte_for_byte_whatever_the_workers(stage_1, stage_2):
     """Of CIRR that is seen where several seeds are trained in one command."""
     for stage, workers in ((stage_1, 2), (stage_2, 0)):
-        first = stage("FashionIQ", output=f"{stage}1")
-        second = stage("FashionIQ", "--num-workers", workers, output=f"{stage}2")
+        once = ["FashionIQ", "--num-epochs", 1]
+        first = stage(*once, output=f"{stage}1")
+        second = stage(*once, "--num-workers", workers, output=f"{stage}2")
         for name in ("train_metrics.csv", "validation_metrics.csv"):
             assert (first / name).read_bytes() == (second / name).read_bytes()
-        other = stage("FashionIQ", "--seed", 1, "--num-epochs", 1, output=f"{stage}3")
-        losses = [
-            read_csv(run / "train_metrics.csv")["train_epoch_loss"][0] for run in (first, other)
-        ]
-        assert losses[0] != losses[1]
+        other = stage(*once, "--seed", 1, output=f"{stage}3")
+        name = "train_metrics.csv"
+        assert (first / name).read_bytes() != (other / name).read_bytes()
 
 
 @pytest.mark.draws
@@ -289,15 +269,15 @@ def test_evaluation_follows_the_configuration_and_warns_of_contradictions(
     stage_1, run, drawn, caplog, tmp_path
 ):
     """Guards against weights trained with one preprocessing and measured, silently, with another."""
-    clip = stage_1("CIRR", "--transform", "squarepad")
+    clip = stage_1("CIRR", "--transform", "squarepad", "--num-epochs", 1)
     flags = ["--dataset", "CIRR", "--combining-function", "sum"]
-    flags += ["--clip-model-path", clip / "saved_models/tuned_clip_1"]
+    flags += ["--clip-model-path", clip / "saved_models/tuned_clip_0"]
     run("validate", drawn, *flags, "--metrics-json", tmp_path / "silent.json")
     assert "warning" not in caplog.text
     history = read_csv(clip / "validation_metrics.csv")
     silent = json.loads((tmp_path / "silent.json").read_text())["metrics"]
     assert silent == pytest.approx(
-        {name: values[1] for name, values in history.items() if name != "epoch"}
+        {name: values[0] for name, values in history.items() if name != "epoch"}
     )
     run("validate", drawn, *flags, "--transform", "clip", "--metrics-json", tmp_path / "loud.json")
     assert "was trained with --transform squarepad, not clip" in caplog.text

@@ -20,7 +20,10 @@ FEW = ["--concepts", "3", "--side", "32", "--train-triplets", "12", "--eval-quer
 
 @pytest.fixture(scope="module")
 def pictures():
-    return list(read_pictures(side=16))
+    """All pictures, told apart by their files: rendering them takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("openmoji.pictures.render", lambda svg, side: svg.read_bytes())
+        return list(read_pictures(side=16))
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +44,11 @@ def digests(folder):
 
 
 def test_one_seed_makes_the_same_files(few, tmp_path):
-    emoji_dataset.main(["--output-dir", str(tmp_path / "same"), *FEW])
-    assert digests(tmp_path / "same") == digests(few)
+    layouts = ["--layouts", "Triplets", "CIRR"]
+    emoji_dataset.main(["--output-dir", str(tmp_path / "same"), *FEW, *layouts])
+    same = digests(tmp_path / "same")
+    assert len(same) > 1000
+    assert same.items() <= digests(few).items()
     other = ["--seed", "1", "--layouts", "Triplets"]
     emoji_dataset.main(["--output-dir", str(tmp_path / "other"), *FEW, *other])
     train = "triplets_dataset/train.jsonl"

@@ -49,11 +49,15 @@ def evaluate(
         block: number of queries whose similarities are in memory at a time; None for `default_block`.
     """
     protocol = benchmark.protocols[0]
-    rankings = {}
-    for frozen_split in frozen:
-        by_protocol = rank(frozen_split, compose, [protocol], block=block, if_equal=_warn_of_equal)
-        rankings[frozen_split.split.name] = by_protocol[protocol]
-    return benchmark.metrics([frozen_split.split for frozen_split in frozen], rankings)
+    rankings = rank_all(frozen, compose, [protocol], block=block, if_equal=_warn_of_equal)
+    return benchmark.metrics([frozen_split.split for frozen_split in frozen], rankings[protocol])
+
+
+def refuse_equal(split: Split) -> None:
+    """Raise UserError, because ranks would only reflect the order of the gallery's list."""
+    raise UserError(
+        f"{split.name}: every image is equally similar to every query: the weights have collapsed; choose other weights"
+    )
 
 
 def rank_all(
@@ -61,25 +65,19 @@ def rank_all(
     compose: Compose,
     protocols: Sequence[Protocol],
     *,
-    k: int,
+    k: int = 0,
     block: int | None,
+    if_equal: Callable[[Split], None] = refuse_equal,
 ) -> Rankings:
-    """Rank every split under every protocol, with the k nearest images and the complete group.
+    """Rank every split under every protocol, see `rank`.
 
     Raises:
-        UserError: similarities are not finite, or all are equal.
+        UserError: similarities are not finite, or all are equal and `if_equal` refuses that.
     """
     rankings: dict[Protocol, dict[str, Ranking]] = {protocol: {} for protocol in protocols}
     for frozen_split in frozen:
-        by_protocol = rank(
-            frozen_split,
-            compose,
-            protocols,
-            k=k,
-            block=block,
-            if_equal=refuse_equal,
-        )
-        for protocol, ranking in by_protocol.items():
+        ranked = rank(frozen_split, compose, protocols, k=k, block=block, if_equal=if_equal)
+        for protocol, ranking in ranked.items():
             rankings[protocol][frozen_split.split.name] = ranking
     return rankings
 
@@ -156,13 +154,6 @@ def _are_equal(similarity: Tensor) -> bool:
         if not (most - least).max() <= EQUAL:
             return False
     return True
-
-
-def refuse_equal(split: Split) -> None:
-    """Raise UserError, because ranks would only reflect the order of the gallery's list."""
-    raise UserError(
-        f"{split.name}: every image is equally similar to every query: the weights have collapsed; choose other weights"
-    )
 
 
 def _warn_of_equal(split: Split) -> None:
