@@ -126,20 +126,6 @@ def check_rankings(file: Path, args: argparse.Namespace) -> dict[str, Any] | Non
     return {**about, "metrics": first, "protocols": protocols, "files": [str(file)]}
 
 
-def not_whole(form: ServerForm[Any], contents: Contents) -> str:
-    """Return the reason why files cannot be scored; "" if they are one complete submission."""
-    slots = [form.slot(file.name, content) for file, content in contents.items()]
-    if sorted(slots) == sorted(form.slots):
-        return ""
-    wanted = (
-        f"one file for each of {' and '.join(form.slots)}" if len(form.slots) > 1 else "one file"
-    )
-    return (
-        f"{next(iter(contents))} is not scored, because a submission consists of {wanted}: pass the files of one "
-        "submission"
-    )
-
-
 def scores_of(files: Mapping[ServerForm[Any], Contents], *, must: bool) -> list[dict[str, Any]]:
     """Return the metrics of each complete submission, and print a note on each incomplete submission.
 
@@ -148,10 +134,16 @@ def scores_of(files: Mapping[ServerForm[Any], Contents], *, must: bool) -> list[
     """
     scores = []
     for form, contents in files.items():
-        problem = not_whole(form, contents)
-        if problem and must:
-            raise UserError(problem)
-        if problem:
+        slots = [form.slot(file.name, content) for file, content in contents.items()]
+        if sorted(slots) != sorted(form.slots):
+            several = f"one file for each of {' and '.join(form.slots)}"
+            wanted = several if len(form.slots) > 1 else "one file"
+            problem = (
+                f"{next(iter(contents))} is not scored, because a submission consists of {wanted}: pass the files of "
+                "one submission"
+            )
+            if must:
+                raise UserError(problem)
             print(printable(f"note: {problem}"))
             continue
         metrics = form.metrics({file.name: content for file, content in contents.items()})

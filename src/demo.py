@@ -112,9 +112,10 @@ class Demo:
         """Train and validate all methods; return the result files of each, and the flags of the last MoE pair."""
         clip_name: Words = ("--clip-model-name", self.folder / "data" / "tiny_clip_vit.pt")
         clip = self.fine_tune(clip_name)
-        results = {"zero-shot sum": [self.validate("zero-shot", *by("sum"), *clip_name)]}
+        by = "--combining-function"
+        results = {"zero-shot sum": [self.validate("zero-shot", by, "sum", *clip_name)]}
         for method, function in STAGE_1_METHODS.items():
-            results[method] = [self.validate(f"stage-1_{function}", *by(function), *clip)]
+            results[method] = [self.validate(f"stage-1_{function}", by, function, *clip)]
         for method, kind in COMBINERS.items():
             pairs = self.train_combiners(kind, clip)
             results[method] = []
@@ -144,22 +145,11 @@ class Demo:
     def submit(self, pair: Words) -> dict[str, float]:
         """Write a CIRR submission, and return its recalls, computed with the targets in `test1_answers.json`."""
         folder = self.folder / "submission"
-        self.run(
-            "cirr_test_submission.py",
-            "--submission-name",
-            "demo",
-            *pair,
-            *self.on_data,
-            "--output-dir",
-            folder,
-        )
-        self.run(
-            "check_submission.py",
-            *sorted(folder.glob("*.json")),
-            "--data-root",
-            self.folder / "data",
-        )
-        answers = json.loads((self.folder / "data" / "test1_answers.json").read_text())
+        data = self.folder / "data"
+        flags: Words = ("--submission-name", "demo", *pair, *self.on_data, "--output-dir", folder)
+        self.run("cirr_test_submission.py", *flags)
+        self.run("check_submission.py", *sorted(folder.glob("*.json")), "--data-root", data)
+        answers = json.loads((data / "test1_answers.json").read_text())
         full = json.loads((folder / "recall_submission_demo.json").read_text())
         subset = json.loads((folder / "recall_subset_submission_demo.json").read_text())
         recalls = {f"R@{k}": recall(full, answers, k) for k in (1, 5, 10, 50)}
@@ -184,11 +174,6 @@ class Demo:
         reference = images / "blue_heart.png"
         question = ("--image", reference, "--text", "change the color to red", "--k", "5")
         self.run("search.py", "query", *question, "--index", *index)
-
-
-def by(function: str) -> Words:
-    """Return the flags that choose a composition without a Combiner."""
-    return "--combining-function", function
 
 
 def start(words: Sequence[str]) -> int | None:
@@ -216,11 +201,6 @@ def best_weights(run: Path, names: Mapping[str, str]) -> Path:
         names: metric -> name of the best weights by this metric.
     """
     return run / "saved_models" / f"{next(iter(names.values()))}.pt"
-
-
-def read_metrics(file: Path) -> dict[str, float]:
-    """Read the metrics of a result file."""
-    return json.loads(file.read_text())["metrics"]
 
 
 def recall(submission: Mapping[str, list[str]], answers: Mapping[str, str], k: int) -> float:
@@ -287,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     recalls = demo.submit(pair)
     metrics = {}
     for method, files in results.items():
-        metrics[method] = [read_metrics(file) for file in files]
+        metrics[method] = [json.loads(file.read_text())["metrics"] for file in files]
     print(f"\nval\n{table(metrics, {name: BENCHMARKS[DATASET].titles[name] for name in SHOWN})}")
     print(f"\nval, R@{KIND_PLACES} by kind of query\n{by_kind(metrics)}")
     print(f"\n{SUBMITTED} test1: the MoE Combiner's submission, scored locally")

@@ -23,7 +23,7 @@ from typing import Any
 from cli.options import add_seed
 from cli.parsers import ScriptParser
 from openmoji.pictures import Picture, read_pictures
-from openmoji.triplets import SPLITS, Query, check_apart, divide, groups, sample
+from openmoji.triplets import SPLITS, Query, divide, groups, sample
 from runtime.choices import WHITE
 from runtime.files import check_writable, write_text
 from runtime.image_files import read_photo
@@ -337,7 +337,6 @@ def main(argv: list[str] | None = None) -> None:
         queries[split] = sample(divided[split], most, rng)
         if split != "train":  # groups are used only for evaluation
             alike[split] = groups(queries[split], divided[split], rng)
-    check_apart(queries)
     layouts = Layouts(args.output_dir, pixels, queries, alike=alike)
     for name in args.layouts:
         LAYOUTS[name](layouts)

@@ -21,7 +21,6 @@ from PIL import Image, ImageDraw
 
 from cli.options import add_seed
 from cli.parsers import ScriptParser
-from runtime.files import write_text
 from settings.flag_types import positive_int, usable_path
 from utils import command
 
@@ -240,8 +239,14 @@ def _save_image(path: Path, image: Image.Image) -> None:
     image.save(path, quality=JPEG_QUALITY)
 
 
+def _write_text(path: Path, text: str) -> None:
+    """Write a file without a sync to the disk, which would take longer than all drawing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
 def _write_json(path: Path, content: object) -> None:
-    write_text(path, json.dumps(content, indent=1))
+    _write_text(path, json.dumps(content, indent=1))
 
 
 def draw_fashioniq(root: Path, triplets: dict[str, int], seed: int) -> None:
@@ -463,8 +468,8 @@ def draw_triplets(root: Path, groups: int, seed: int) -> None:
                 if split == "test":
                     answers[line["id"]] = line.pop("target")
                 lines.append(json.dumps(line))
-        write_text(folder / f"{split}.jsonl", "\n".join(lines) + "\n")
-        write_text(folder / f"gallery.{split}.txt", "\n".join(gallery) + "\n")
+        _write_text(folder / f"{split}.jsonl", "\n".join(lines) + "\n")
+        _write_text(folder / f"gallery.{split}.txt", "\n".join(gallery) + "\n")
     _write_json(root / "triplets_test_answers.json", answers)
 
 

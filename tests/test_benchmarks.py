@@ -20,6 +20,7 @@ from evaluation.comparison import bootstrap
 from evaluation.result_file import read_result
 from evaluation.retrieval import evaluate, rank
 from models.features import FrozenSplit
+from test_protocols import SOME
 from training.run_folder import is_complete
 from twins import ranks_by_sorting
 
@@ -105,6 +106,7 @@ def similarities(frozen: FrozenSplit) -> torch.Tensor:
     return queries @ torch.nn.functional.normalize(frozen.images, dim=-1).T
 
 
+@SOME
 @given(st.integers(0, 300), st.integers(6, 60))
 def test_ranks_equal_brute_force(seed, gallery):
     """Against sorted lists, with many ties: in the gallery with and without the reference, and in the group."""
@@ -129,6 +131,7 @@ def test_ranks_equal_brute_force(seed, gallery):
         assert int(in_group[row]) == order.index(int(targets[row]))
 
 
+@SOME
 @given(st.integers(0, 300), st.integers(6, 60))
 def test_top_k_agrees_with_the_ranks(seed, gallery):
     frozen = random_split(seed, gallery)

@@ -26,8 +26,11 @@ from evaluation.rankings_file import _with_ranks, read_rankings
 from evaluation.result_file import read_result, stored_ranks
 from evaluation.retrieval import rank
 from models.features import FrozenSplit
+from own_copy import mended
 from test_bad_input import change_json
 from utils import UserError
+
+own_drawn = mended
 
 SUM = ["--combining-function", "sum"]
 
@@ -81,7 +84,7 @@ def rankings(draw):
     return Split(name="val", triplets=triplets, image_paths=dict.fromkeys(names)), similarity
 
 
-@settings(max_examples=40)
+@settings(max_examples=400 if SOAK else 20)
 @given(rankings(), st.integers(1, 6))
 def test_ranks_and_metrics_equal_brute_force(drawn_split, block):
     """By sorted lists, ties in the order of the gallery; and what the official code makes of these lists."""

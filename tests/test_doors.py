@@ -11,10 +11,11 @@ import clip_fine_tune
 import combiner_train
 import validate
 from cli import training
-from conftest import DOORS, read_csv
+from conftest import read_csv
 from data_utils import ImageDataset
 from kills import same
 from models.clip_model import load_clip
+from runtime.files import find_checkpoint
 from runtime.tensors import load_tensors
 from trainers import stage_1_flags
 from twins import DefinedCombiner
@@ -50,47 +51,33 @@ GUIDE = {
 
 
 def saved(folder) -> list[str]:
-    return (
-        sorted(file.stem for file in (folder / "saved_models").glob("*")) if folder.exists() else []
-    )
+    return sorted(file.stem for file in (folder / "saved_models").glob("*"))
+
+
+def by(combiner) -> list:
+    """Flags that compose with a Combiner."""
+    return ["--combining-function", "combiner", "--combiner-path", combiner]
 
 
 @pytest.mark.parametrize("door", GUIDE, ids=lambda door: door.__name__)
 def test_the_guides_commands_parse(door):
     args = door.parse(GUIDE[door].split())
-    assert (args.clip_model_name, args.transform, args.target_ratio) == (
-        "RN50x16",
-        "targetpad",
-        1.25,
-    )
+    chosen = (args.clip_model_name, args.transform, args.target_ratio)
+    assert chosen == ("RN50x16", "targetpad", 1.25)
 
 
 def test_defaults_are_the_originals():
-    stage_1 = clip_fine_tune.parse(["--dataset", "cirr"])
-    assert (stage_1.dataset, stage_1.num_epochs, stage_1.batch_size, stage_1.validation_frequency) == (
-        "CIRR", 300, 512, 1,
-    )  # fmt: skip
-    assert (stage_1.learning_rate, stage_1.encoder, stage_1.save_training, stage_1.save_best) == (
-        2e-6, "both", False, False,
-    )  # fmt: skip
-    stage_2 = combiner_train.parse(["--dataset", "FASHIONIQ"])
-    assert (stage_2.dataset, stage_2.batch_size, stage_2.validation_frequency) == (
-        "FashionIQ",
-        1024,
-        3,
-    )
-    assert (stage_2.projection_dim, stage_2.hidden_dim, stage_2.combiner_lr, stage_2.clip_bs) == (
-        2560,
-        5120,
-        2e-5,
-        32,
-    )
-    assert (stage_2.combiner_type, stage_2.num_experts, stage_2.top_k, stage_2.seed) == (
-        "moe",
-        4,
-        2,
-        0,
-    )
+    stage_1 = vars(clip_fine_tune.parse(["--dataset", "cirr"]))
+    assert stage_1.items() >= {
+        "dataset": "CIRR", "num_epochs": 300, "batch_size": 512, "validation_frequency": 1, "learning_rate": 2e-6,
+        "encoder": "both", "save_training": False, "save_best": False,
+    }.items()  # fmt: skip
+    stage_2 = vars(combiner_train.parse(["--dataset", "FASHIONIQ"]))
+    assert stage_2.items() >= {
+        "dataset": "FashionIQ", "batch_size": 1024, "validation_frequency": 3, "projection_dim": 2560,
+        "hidden_dim": 5120, "combiner_lr": 2e-5, "clip_bs": 32, "combiner_type": "moe", "num_experts": 4, "top_k": 2,
+        "seed": 0,
+    }.items()  # fmt: skip
 
 
 @pytest.mark.parametrize("dataset", ["FashionIQ", "CIRR"])
@@ -99,7 +86,7 @@ def test_both_stages_then_validation(
 ):
     """The path of a user: train, train, validate; the last numbers are those that the training printed."""
     caplog.set_level("INFO")
-    clip = stage_1(dataset, "--save-best")
+    clip = stage_1(dataset, "--save-best", "--num-epochs", 1)
     short = {"FashionIQ": "fiq", "CIRR": "cirr"}[dataset]
     assert re.fullmatch(
         rf"clip_finetuned_on_{short}_tiny_clip_vit_\d{{4}}-\d\d-\d\d_\d\d-\d\d-\d\d", clip.name
@@ -111,14 +98,8 @@ def test_both_stages_then_validation(
     combiner = stage_2(dataset, "--save-best", "--clip-model-path", weights)
     assert combiner.name.startswith("combiner_trained_on_")
     assert saved(combiner) == BEST["combiner", dataset]
-    name = BEST["combiner", dataset][0]
-    pair = [
-        "--clip-model-path",
-        weights,
-        "--combiner-path",
-        combiner / "saved_models" / f"{name}.pt",
-    ]
-    flags = ["--dataset", dataset, "--combining-function", "combiner", *pair]
+    trained = combiner / "saved_models" / f"{BEST['combiner', dataset][0]}.pt"
+    flags = ["--dataset", dataset, "--clip-model-path", weights, *by(trained)]
     run("validate", drawn, *flags, "--metrics-json", tmp_path / "m.json")
     metrics = json.loads((tmp_path / "m.json").read_text())["metrics"]
     assert list(metrics) == METRICS[dataset]
@@ -132,41 +113,34 @@ def test_both_stages_then_validation(
 
 @pytest.mark.parametrize("encoder", ["both", "text", "image"])
 def test_only_the_chosen_encoder_learns(encoder, stage_1, drawn):
-    folder = stage_1("CIRR", "--encoder", encoder)
-    assert saved(folder) == ["tuned_clip_0", "tuned_clip_1"]
+    folder = stage_1("CIRR", "--encoder", encoder, "--num-epochs", 1)
+    assert saved(folder) == ["tuned_clip_0"]
     before = load_clip(str(drawn / "tiny_clip_vit.pt"), torch.device("cpu")).state_dict()
-    after = torch.load(folder / "saved_models" / "tuned_clip_1.pt")["CLIP"]
+    after = torch.load(folder / "saved_models" / "tuned_clip_0.pt")["CLIP"]
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     visual = {name for name in changed if name.startswith("visual.")}
     assert bool(visual) == (encoder != "text")
     assert bool(changed - visual) == (encoder != "image")
 
 
-@pytest.mark.parametrize("transform", ["clip", "squarepad", "targetpad"])
-def test_all_transforms_train_on_the_resnet(transform, stage_1, drawn):
-    folder = stage_1(
-        "CIRR", "--transform", transform, "--clip-model-name", drawn / "tiny_clip_resnet.pt"
-    )
-    config = torch.load(folder / "saved_models" / "tuned_clip_1.pt")["config"]
-    assert config["recipe"]["transform"] == transform
+def test_the_resnet_trains_with_the_transform_of_clip(stage_1, drawn):
+    name = ["--clip-model-name", drawn / "tiny_clip_resnet.pt"]
+    folder = stage_1("CIRR", "--transform", "clip", "--num-epochs", 1, *name)
+    config = torch.load(folder / "saved_models" / "tuned_clip_0.pt")["config"]
+    assert config["recipe"]["transform"] == "clip"
 
 
-@pytest.mark.parametrize("dataset", ["FashionIQ", "CIRR"])
-def test_one_seed_gives_the_same_files_byte_for_byte(dataset, stage_1, stage_2):
-    for stage in (stage_1, stage_2):
-        first, second = stage(dataset, output=f"{stage}1"), stage(dataset, output=f"{stage}2")
+def test_one_seed_gives_the_same_files_byte_for_byte_whatever_the_workers(stage_1, stage_2):
+    """Of CIRR that is seen where several seeds are trained in one command."""
+    for stage, workers in ((stage_1, 2), (stage_2, 0)):
+        once = ["FashionIQ", "--num-epochs", 1]
+        first = stage(*once, output=f"{stage}1")
+        second = stage(*once, "--num-workers", workers, output=f"{stage}2")
         for name in ("train_metrics.csv", "validation_metrics.csv"):
             assert (first / name).read_bytes() == (second / name).read_bytes()
-        other = stage(dataset, "--seed", 1, output=f"{stage}3")
-        assert (first / "train_metrics.csv").read_bytes() != (
-            other / "train_metrics.csv"
-        ).read_bytes()
-
-
-def test_workers_do_not_change_the_numbers(stage_1, drawn):
-    first = stage_1("FashionIQ", output="a")
-    second = stage_1("FashionIQ", "--num-workers", 2, output="b")
-    assert (first / "train_metrics.csv").read_bytes() == (second / "train_metrics.csv").read_bytes()
+        other = stage(*once, "--seed", 1, output=f"{stage}3")
+        name = "train_metrics.csv"
+        assert (first / name).read_bytes() != (other / name).read_bytes()
 
 
 @pytest.mark.draws
@@ -197,12 +171,12 @@ def test_the_last_epoch_is_validated_and_epochs_are_saved_if_asked_for(stage, re
     train = request.getfixturevalue(stage)
     key, prefix = {"stage_1": ("CLIP", "tuned_clip"), "stage_2": ("Combiner", "combiner")}[stage]
     few = train(
-        *("CIRR", "--num-epochs", 6, "--validation-frequency", 4, "--validate-last"),
+        *("CIRR", "--num-epochs", 4, "--validation-frequency", 2, "--validate-last"),
         *("--save-best", "--save-every", 2),
     )
-    all_of_them = train("CIRR", "--num-epochs", 6, output="all")
-    assert read_csv(few / "validation_metrics.csv")["epoch"] == [0, 4, 5]
-    every = [f"{prefix}_{epoch}" for epoch in (1, 3, 5)]
+    all_of_them = train("CIRR", "--num-epochs", 4, output="all")
+    assert read_csv(few / "validation_metrics.csv")["epoch"] == [0, 2, 3]
+    every = [f"{prefix}_{epoch}" for epoch in (1, 3)]
     best = [f"{prefix}_{mean}" for mean in ("arithmetic", "geometric", "harmonic")]
     assert saved(few) == sorted([*every, *best])
     for name in every:
@@ -211,7 +185,7 @@ def test_the_last_epoch_is_validated_and_epochs_are_saved_if_asked_for(stage, re
         )
         assert of_few["epoch"] == of_all["epoch"]
         assert same(of_few[key], of_all[key])
-        assert of_few["metrics"] == (of_all["metrics"] if name.endswith("5") else {})
+        assert of_few["metrics"] == (of_all["metrics"] if name.endswith("3") else {})
 
 
 @pytest.mark.parametrize(
@@ -257,7 +231,9 @@ def test_hyper_parameters_hold_no_secret(stage_2, monkeypatch):
 
 def test_checkpoints_carry_a_plain_configuration(stage_1, stage_2):
     clip = torch.load(
-        stage_1("FashionIQ", "--save-best") / "saved_models" / "tuned_clip_best.pt",
+        stage_1("FashionIQ", "--save-best", "--num-epochs", 1)
+        / "saved_models"
+        / "tuned_clip_best.pt",
         weights_only=True,
     )
     assert set(clip) == {"epoch", "CLIP", "config", "metrics"}
@@ -293,21 +269,15 @@ def test_evaluation_follows_the_configuration_and_warns_of_contradictions(
     stage_1, run, drawn, caplog, tmp_path
 ):
     """Guards against weights trained with one preprocessing and measured, silently, with another."""
-    clip = stage_1("CIRR", "--transform", "squarepad")
-    flags = [
-        "--dataset",
-        "CIRR",
-        "--combining-function",
-        "sum",
-        "--clip-model-path",
-        clip / "saved_models/tuned_clip_1",
-    ]
+    clip = stage_1("CIRR", "--transform", "squarepad", "--num-epochs", 1)
+    flags = ["--dataset", "CIRR", "--combining-function", "sum"]
+    flags += ["--clip-model-path", clip / "saved_models/tuned_clip_0"]
     run("validate", drawn, *flags, "--metrics-json", tmp_path / "silent.json")
     assert "warning" not in caplog.text
     history = read_csv(clip / "validation_metrics.csv")
     silent = json.loads((tmp_path / "silent.json").read_text())["metrics"]
     assert silent == pytest.approx(
-        {name: values[1] for name, values in history.items() if name != "epoch"}
+        {name: values[0] for name, values in history.items() if name != "epoch"}
     )
     run("validate", drawn, *flags, "--transform", "clip", "--metrics-json", tmp_path / "loud.json")
     assert "was trained with --transform squarepad, not clip" in caplog.text
@@ -316,9 +286,10 @@ def test_evaluation_follows_the_configuration_and_warns_of_contradictions(
 
 def test_a_combiner_with_other_clip_weights_is_warned_of(stage_1, stage_2, run, drawn, caplog):
     """Guards against a Combiner measured, silently, on features that it was not trained on."""
-    clip = stage_1("CIRR", "--save-best") / "saved_models" / "tuned_clip_arithmetic.pt"
-    weights = stage_2("CIRR", "--clip-model-path", clip) / "saved_models" / "combiner_1.pt"
-    flags = ["--dataset", "CIRR", "--combining-function", "combiner", "--combiner-path", weights]
+    once = ["--num-epochs", 1]
+    clip = stage_1("CIRR", *once) / "saved_models" / "tuned_clip_0.pt"
+    weights = stage_2("CIRR", *once, "--clip-model-path", clip) / "saved_models" / "combiner_0.pt"
+    flags = ["--dataset", "CIRR", *by(weights)]
     run("validate", drawn, *flags, "--clip-model-path", clip)
     assert "warning" not in caplog.text
     run("validate", drawn, *flags)
@@ -328,15 +299,8 @@ def test_a_combiner_with_other_clip_weights_is_warned_of(stage_1, stage_2, run, 
 
 
 def test_k_is_read_from_the_configuration(stage_2, run, drawn, fails):
-    folder = stage_2("CIRR", "--top-k", 1, "--num-experts", 3)
-    pair = [
-        "--dataset",
-        "CIRR",
-        "--combining-function",
-        "combiner",
-        "--combiner-path",
-        folder / "saved_models/combiner_1",
-    ]
+    folder = stage_2("CIRR", "--top-k", 1, "--num-experts", 3, "--num-epochs", 1)
+    pair = ["--dataset", "CIRR", *by(folder / "saved_models/combiner_0")]
     run("validate", drawn, *pair, "--top-k", 1, "--num-experts", 3)
     assert "--top-k 2 differs" in fails("validate", drawn, *pair, "--top-k", 2)
 
@@ -344,15 +308,8 @@ def test_k_is_read_from_the_configuration(stage_2, run, drawn, fails):
 @pytest.mark.parametrize("kind", ["moe", "clip4cir"])
 def test_submission(kind, stage_2, run, drawn):
     weights = stage_2("CIRR", "--combiner-type", kind) / "saved_models" / "combiner_1.pt"
-    pair = [
-        "--submission-name",
-        "mine",
-        "--combining-function",
-        "combiner",
-        "--combiner-path",
-        weights,
-    ]
-    folder = run("cirr_test_submission", drawn, *pair, output="submission")
+    flags = ["--submission-name", "mine", *by(weights)]
+    folder = run("cirr_test_submission", drawn, *flags, output="submission")
     captions = json.loads((drawn / "cirr_dataset/cirr/captions/cap.rc2.test1.json").read_text())
     for stem, metric, length in (("recall", "recall", 17), ("recall_subset", "recall_subset", 3)):
         content = json.loads((folder / f"{stem}_submission_mine.json").read_text())
@@ -365,19 +322,12 @@ def test_submission(kind, stage_2, run, drawn):
             assert metric == "recall" or set(names) < set(entry["img_set"]["members"])
 
 
-def test_paths_stand_for_the_checkpoint_in_them(stage_2, run, drawn, capsys):
-    folder = stage_2("FashionIQ", "--save-best")
-    flags = ["--dataset", "FashionIQ", "--combining-function", "combiner", "--combiner-path"]
-    printed = set()
-    for path in (
-        folder,
-        folder / "saved_models",
-        folder / "saved_models/combiner",
-        folder / "saved_models/combiner.pt",
-    ):
-        run("validate", drawn, *flags, path)
-        printed.add(capsys.readouterr().out)
-    assert len(printed) == 1
+def test_paths_stand_for_the_checkpoint_in_them(tmp_path):
+    file = tmp_path / "saved_models" / "combiner.pt"
+    file.parent.mkdir()
+    file.touch()
+    for path in (tmp_path, file.parent, file.with_suffix(""), file):
+        assert find_checkpoint("--combiner-path", path) == file
 
 
 def test_runs_started_in_one_second_have_folders_of_their_own(stage_2, run, drawn):
@@ -386,11 +336,3 @@ def test_runs_started_in_one_second_have_folders_of_their_own(stage_2, run, draw
     for _ in range(3):
         folder = run("combiner_train", drawn, *flags.split(), *name)
     assert len(list(folder.iterdir())) == 3
-
-
-@pytest.mark.parametrize("door", DOORS)
-def test_help_names_every_flag_without_failing(door, capsys):
-    with pytest.raises(SystemExit) as stop:
-        DOORS[door](["--help"])
-    assert stop.value.code == 0
-    assert "--output-dir" in capsys.readouterr().out or door == "validate"

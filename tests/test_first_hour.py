@@ -44,9 +44,10 @@ def test_the_python_of_the_guide_runs_as_it_stands(
     """All of its blocks in order, in a folder with weights, photos, a dataset and an index of the names it uses."""
     folder = tmp_path / "project"
     (folder / "models_final").mkdir(parents=True)
-    clip = stage_1("CIRR", "--save-best")
+    short = ["--save-best", "--num-epochs", 1]
+    clip = stage_1("CIRR", *short)
     tuned = clip / "saved_models" / "tuned_clip_arithmetic.pt"
-    combiner = stage_2("CIRR", "--save-best", "--clip-model-path", tuned)
+    combiner = stage_2("CIRR", *short, "--clip-model-path", tuned)
     shutil.copy(tuned, folder / "models_final" / "clip.pt")
     shutil.copy(
         combiner / "saved_models" / "combiner_arithmetic.pt",

@@ -46,9 +46,10 @@ def root(drawn, tmp_path, monkeypatch):
 def test_every_script_runs_on_a_benchmark_of_one_file(
     root, stage_1, stage_2, run, tmp_path, capsys
 ):
-    clip = stage_1("Fourth", "--save-best", "--no-image-cache", data_root=root)
+    short = ["--save-best", "--num-epochs", 1]
+    clip = stage_1("Fourth", *short, "--no-image-cache", data_root=root)
     tuned = best_weights(clip, Fourth.best_clips())
-    combiner = stage_2("Fourth", "--save-best", "--clip-model-path", tuned, data_root=root)
+    combiner = stage_2("Fourth", *short, "--clip-model-path", tuned, data_root=root)
     trained = best_weights(combiner, Fourth.best_combiners())
     triplets = Fourth(root).train().triplets
     assert len(triplets) == sum(len(triplet.targets) for triplet in Fourth(root).val()[0].triplets)

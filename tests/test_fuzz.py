@@ -38,7 +38,7 @@ pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 QUIET = settings(
-    max_examples=3000 if SOAK else 50,
+    max_examples=3000 if SOAK else 20,
     suppress_health_check=[
         HealthCheck.function_scoped_fixture,
         HealthCheck.too_slow,
@@ -267,6 +267,12 @@ def test_annotation_files(dataset, name, splits, number, root):
         file.write_bytes(whole)
 
 
+def sum_in(root: Path) -> list[str]:
+    """Flags of the sum of a tiny CLIP's features, on a data root."""
+    clip = f"--clip-model-name {root}/tiny_clip_vit.pt --combining-function sum"
+    return f"--data-root {root} {clip} --device cpu --num-workers 0".split()
+
+
 @pytest.fixture(scope="module")
 def submissions(root, tmp_path_factory):
     """Files that keep all rules."""
@@ -275,26 +281,9 @@ def submissions(root, tmp_path_factory):
     import fashioniq_test_submission
 
     folder = tmp_path_factory.mktemp("submissions")
-    flags = [
-        "--clip-model-name",
-        root / "tiny_clip_vit.pt",
-        "--combining-function",
-        "sum",
-        "--num-workers",
-        "0",
-    ]
-    flags += [
-        "--submission-name",
-        "x",
-        "--data-root",
-        root,
-        "--output-dir",
-        folder,
-        "--device",
-        "cpu",
-    ]
+    flags = [*sum_in(root), "--submission-name", "x", "--output-dir", str(folder)]
     for door in (cirr_test_submission, fashioniq_test_submission, circo_test_submission):
-        door.main(list(map(str, flags)))
+        door.main(flags)
     return sorted(folder.rglob("*.json"))
 
 
@@ -350,7 +339,7 @@ def test_checkpoints(name, golden, tmp_path):
     file = tmp_path / "checkpoint.pt"
     key = next((key for key in ("CLIP", "Combiner") if key in content), None)
 
-    @settings(QUIET, max_examples=QUIET.max_examples // (1 if key == "Combiner" else 5))
+    @settings(QUIET, max_examples=QUIET.max_examples // (1 if key == "Combiner" else 4))
     @example(UNDAMAGED)
     @given(damages())
     def fuzz(damage):
@@ -434,25 +423,7 @@ def test_results_and_exclusions(root, tmp_path):
     import validate
 
     file = tmp_path / "r.json"
-    flags = [
-        "--clip-model-name",
-        root / "tiny_clip_vit.pt",
-        "--combining-function",
-        "sum",
-        "--num-workers",
-        0,
-    ]
-    flags += [
-        "--data-root",
-        root,
-        "--dataset",
-        "FashionIQ",
-        "--device",
-        "cpu",
-        "--metrics-json",
-        file,
-    ]
-    validate.main(list(map(str, flags)))
+    validate.main([*sum_in(root), "--dataset", "FashionIQ", "--metrics-json", str(file)])
     whole, base = json.loads(file.read_text()), tmp_path / "base.json"
     file.rename(base)
     resampling = Resampling(resamples=5, confidence=0.9, seed=0)

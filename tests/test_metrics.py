@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from benchmarks.metrics import mean_and_deviation, means, percentage
 from benchmarks.ranking import NotFiniteError, nearest, target_ranks
 from evaluation.comparison import bootstrap
+from test_protocols import SOME
 from twins import ranks_by_sorting
 
 
@@ -24,12 +25,14 @@ def rankings(draw):
     return similarity, torch.tensor(targets)
 
 
+@SOME
 @given(rankings())
 def test_ranks_equal_a_stable_sort(ranking):
     similarity, targets = ranking
     assert target_ranks(similarity, targets).tolist() == ranks_by_sorting(similarity, targets)
 
 
+@SOME
 @given(rankings(), st.integers(1, 12))
 def test_the_nearest_equal_a_stable_sort(ranking, k):
     similarity = ranking[0]

@@ -21,7 +21,6 @@ COMMANDS = [
     f"check_dataset {DATA} --num-workers 0 --write-exclusions {{out}}/none.json",
     f"plan stage1 {DATA} {CLIP} {SIZES}",
     f"clip_fine_tune {DATA} {CLIP} {CPU} {STAGE_1} {TRAINED.format('image')} --output-dir {{out}}/clip",
-    f"plan stage2 {DATA} {CLIP} {SIZES} --projection-dim 8 --hidden-dim 8",
     f"combiner_train {DATA} {TUNED} {CPU} {STAGE_2} {TRAINED.format('feature')} --output-dir {{out}}/combiner",
     f"validate {DATA} {PAIR} {CPU} --combining-function combiner --metrics-json {{out}}/m.json "
     "--rankings {out}/r.json --exclusions {out}/none.json",

@@ -6,73 +6,79 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import CIRR, PROTOCOLS, FashionIQ, Split, Triplet, Triplets
 from benchmarks.protocols import VAL_REMOVED
-from conftest import read_csv
+from conftest import SOAK, read_csv
 from evaluation.result_file import read_result
 from evaluation.retrieval import rank
 from models.configuration import Settings
 from models.features import FrozenSplit
+from own_copy import mended
 from runtime.files import find_checkpoint
 from runtime.tensors import load_tensors
 from test_golden import golden_split_similarity
 from twins import protocol_rankings, ranked_names
 from utils import UserError, flag
 
+own_drawn = mended
+
 ORDER = ["original-kept", "original-removed", "VAL-removed", "VAL-kept"]
 
 
-@pytest.fixture
-def pair(golden):
-    """Flags of the golden pair for FashionIQ."""
-    weights = [
-        "--clip-model-name",
-        golden / "clip_vit.pt",
-        "--clip-model-path",
-        golden / "tuned_clip_vit.pt",
-    ]
-    return [
-        *weights,
-        "--combining-function",
-        "combiner",
-        "--combiner-path",
-        golden / "combiner_moe_fiq.pt",
-    ]
+def golden_pair(golden: Path, dataset: str) -> list:
+    """Flags of the golden pair for FashionIQ, or of that for CIRR."""
+    name = "combiner_moe_fiq.pt" if dataset == "FashionIQ" else "combiner_moe_cirr.pt"
+    combiner = ["--combining-function", "combiner", "--combiner-path", golden / name]
+    tuned = ["--clip-model-path", golden / "tuned_clip_vit.pt"]
+    return ["--clip-model-name", golden / "clip_vit.pt", *tuned, *combiner]
 
 
 @pytest.fixture
-def measured(golden, pair, run, tmp_path):
-    """The result of validate.py on golden data, and its rankings."""
+def measured(golden, run, tmp_path):
+    """The result of validate.py, by default of a golden pair on golden data, and its rankings."""
 
     def measured(dataset, *flags, root=golden, name="r"):
-        files = [
-            "--metrics-json",
-            tmp_path / f"{name}.json",
-            "--rankings",
-            tmp_path / f"{name}-rankings.json",
-        ]
-        run("validate", root, "--dataset", dataset, *(flags or pair), *files)
-        return tuple(json.loads(file.read_text()) for file in files[1::2])
+        flags = flags or golden_pair(golden, dataset)
+        files = [tmp_path / f"{name}.json", tmp_path / f"{name}-rankings.json"]
+        outputs = ["--metrics-json", files[0], "--rankings", files[1]]
+        run("validate", root, "--dataset", dataset, *flags, *outputs)
+        return tuple(json.loads(file.read_text()) for file in files)
 
     return measured
 
 
 @pytest.fixture(scope="module")
-def kept() -> list[str]:
-    """What was measured once for several tests."""
-    return []
+def kept() -> dict:
+    """What was measured or trained once for several tests."""
+    return {}
 
 
 @pytest.fixture
-def unchanged(kept, measured, tmp_path) -> str:
-    """A result of the golden pair."""
-    if not kept:
-        measured("FashionIQ", name="unchanged")
-        kept.append((tmp_path / "unchanged.json").read_text())
-    return kept[0]
+def unchanged(kept, measured, drawn, tmp_path) -> str:
+    """A result of FashionIQ."""
+    if "result" not in kept:
+        measured("FashionIQ", *sum_of(drawn), root=drawn, name="unchanged")
+        kept["result"] = (tmp_path / "unchanged.json").read_text()
+    return kept["result"]
+
+
+@pytest.fixture
+def trained(kept, stage_2) -> dict:
+    """The content of a checkpoint of one expert per query, of images padded to squares."""
+    if "checkpoint" not in kept:
+        flags = ["--num-epochs", 1, "--top-k", 1, "--transform", "squarepad", "--save-best"]
+        folder = stage_2("CIRR", *flags)
+        file = find_checkpoint("--combiner-path", folder / "saved_models/combiner_arithmetic")
+        kept["checkpoint"] = load_tensors(file)
+    return kept["checkpoint"]
+
+
+def sum_of(drawn: Path) -> list:
+    """Flags of the sum of a tiny CLIP's features."""
+    return ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--combining-function", "sum"]
 
 
 def test_the_four_protocols_equal_brute_force_on_golden_data(golden, measured):
@@ -99,6 +105,9 @@ def test_the_four_protocols_equal_brute_force_on_golden_data(golden, measured):
                 assert stored["rank"] == names.index(query["target"])
 
 
+SOME = settings(max_examples=300 if SOAK else 30)
+
+
 @st.composite
 def datasets(draw):
     """A split of a few images and triplets with many equal similarities."""
@@ -118,6 +127,7 @@ def datasets(draw):
     return split, torch.tensor(values, dtype=torch.float32).view(len(pairs), len(names))
 
 
+@SOME
 @given(datasets(), st.integers(0, 15), st.integers(1, 4))
 def test_protocols_equal_brute_force_on_any_dataset(dataset, k, block):
     """Images are axes, so that a query's features are its similarities."""
@@ -140,6 +150,7 @@ def test_protocols_equal_brute_force_on_any_dataset(dataset, k, block):
         assert torch.equal(alone.ranks, ranking.ranks)
 
 
+@SOME
 @given(datasets(), st.integers(1, 6))
 def test_what_is_certain_is_what_no_ranking_changes(dataset, group_size):
     """Each recall is certain just where the target is found even when it is the farthest of all images."""
@@ -163,13 +174,10 @@ def test_what_is_certain_is_what_no_ranking_changes(dataset, group_size):
 
 @pytest.mark.parametrize("says", [(), ("top_k",), ("top_k", "transform", "clip_model_name")])
 @pytest.mark.parametrize("flags", [[], ["--top-k", 1], ["--top-k", 1, "--transform", "squarepad"]])
-def test_what_is_assumed_of_weights_is_said(says, flags, drawn, stage_2, run, tmp_path, caplog):
+def test_what_is_assumed_of_weights_is_said(says, flags, drawn, trained, run, tmp_path, caplog):
     """In one line, and in the result; where weights or flags tell all, with the numbers of what they tell."""
-    folder = stage_2("CIRR", "--top-k", 1, "--transform", "squarepad", "--save-best")
-    trained = find_checkpoint("--combiner-path", folder / "saved_models/combiner_arithmetic")
-    content = load_tensors(trained)
-    table = Settings.read(content["config"]).table
-    bare = {"Combiner": content["Combiner"]}
+    table = Settings.read(trained["config"]).table
+    bare = {"Combiner": trained["Combiner"]}
     if says:
         told = {name: table[name] for name in says}
         flags_told = {name: told.pop(name) for name in says if name == "top_k"}
@@ -192,7 +200,8 @@ def test_what_is_assumed_of_weights_is_said(says, flags, drawn, stage_2, run, tm
         assert f"{name} {assumed[name]}" in said[0]
         assert flag(name) in said[0]
     if not {"top_k", "transform"} & assumed.keys():
-        run("validate", drawn, "--dataset", "CIRR", *words[:2], "--combiner-path", trained,
+        torch.save(trained, tmp_path / "trained.pt")
+        run("validate", drawn, "--dataset", "CIRR", *words[:2], "--combiner-path", tmp_path / "trained.pt",
             "--metrics-json", tmp_path / "own.json")  # fmt: skip
         own = read_result(tmp_path / "own.json")
         assert own["assumed"] == {}
@@ -201,9 +210,8 @@ def test_what_is_assumed_of_weights_is_said(says, flags, drawn, stage_2, run, tm
 
 def test_a_recall_of_a_gallery_that_is_too_small_is_said(drawn, run, tmp_path, caplog):
     """The drawn CIRR has 18 images; its references are no answers."""
-    flags = ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--combining-function", "sum"]
     result = tmp_path / "r.json"
-    run("validate", drawn, "--dataset", "CIRR", *flags, "--metrics-json", result)
+    run("validate", drawn, "--dataset", "CIRR", *sum_of(drawn), "--metrics-json", result)
     (said,) = [line for line in caplog.messages if "always 100" in line]
     assert "recall_at50 of val under original-removed" in said
     measured = read_result(result)["protocols"]["original-removed"]
@@ -212,20 +220,11 @@ def test_a_recall_of_a_gallery_that_is_too_small_is_said(drawn, run, tmp_path, c
 
 
 def test_cirr_has_its_own_protocol_and_its_groups(golden, measured):
-    name = "combiner_moe_cirr.pt"
-    weights = [
-        "--clip-model-name",
-        golden / "clip_vit.pt",
-        "--clip-model-path",
-        golden / "tuned_clip_vit.pt",
-    ]
-    result, rankings = measured(
-        "CIRR", *weights, "--combining-function", "combiner", "--combiner-path", golden / name
-    )
+    result, rankings = measured("CIRR")
     assert list(result["protocols"]) == ["original-removed"]
     benchmark = CIRR(golden)
     (split,) = benchmark.val()
-    similarity = golden_split_similarity(golden, split, benchmark, name)
+    similarity = golden_split_similarity(golden, split, benchmark, "combiner_moe_cirr.pt")
     for values, triplet, query in zip(
         similarity.tolist(), split.triplets, rankings["queries"]["val"], strict=True
     ):
@@ -266,8 +265,8 @@ def test_a_result_says_what_it_is(golden, measured, tmp_path):
     }
 
 
-def test_other_images_and_weights_have_other_digests(golden, own_drawn, measured):
-    flags = ["--clip-model-name", own_drawn / "tiny_clip_vit.pt", "--combining-function", "sum"]
+def test_other_images_and_weights_have_other_digests(own_drawn, measured):
+    flags = sum_of(own_drawn)
     first, _ = measured("CIRR", *flags, root=own_drawn)
     again, _ = measured("CIRR", *flags, root=own_drawn)
     assert first["images_sha256"] == again["images_sha256"]
@@ -280,19 +279,21 @@ def test_other_images_and_weights_have_other_digests(golden, own_drawn, measured
     assert measured("CIRR", *flags, root=own_drawn)[0]["weights_sha256"] != first["weights_sha256"]
 
 
-def test_a_protocol_can_be_chosen(golden, pair, run, measured, capsys, fails):
-    result, _ = measured("FashionIQ", *pair, "--protocol", "val-KEPT", "val-removed")
+def test_a_protocol_can_be_chosen(drawn, measured, capsys, fails):
+    chosen = ["--protocol", "val-KEPT", "val-removed"]
+    result, _ = measured("FashionIQ", *sum_of(drawn), *chosen, root=drawn)
     assert list(result["protocols"]) == ["VAL-removed", "VAL-kept"]
     assert result["protocol"] == "VAL-removed"
     out = capsys.readouterr().out
     assert f"average_recall = {result['metrics']['average_recall']}" in out
     assert "original" not in out
-    error = fails("validate", golden, "--dataset", "CIRR", *pair, "--protocol", "VAL-kept")
+    wrong = [*sum_of(drawn), "--protocol", "VAL-kept"]
+    error = fails("validate", drawn, "--dataset", "CIRR", *wrong)
     assert "--protocol VAL-kept does not exist for CIRR: choose from original-removed" in error
 
 
-def test_the_table_has_all_protocols_and_the_lines_the_first(golden, pair, run, capsys):
-    run("validate", golden, "--dataset", "FashionIQ", *pair)
+def test_the_table_has_all_protocols_and_the_lines_the_first(drawn, run, capsys):
+    run("validate", drawn, "--dataset", "FashionIQ", *sum_of(drawn))
     lines, table = capsys.readouterr().out.split("\n\n")
     assert len(lines.splitlines()) == 9
     assert [line.split()[0] for line in table.splitlines()[1:]] == ORDER
@@ -304,16 +305,17 @@ def test_the_table_has_all_protocols_and_the_lines_the_first(golden, pair, run, 
 
 @pytest.mark.slow
 def test_csv_files_have_the_originals_protocol_alone(stage_1, golden, measured):
-    weights = stage_1("FashionIQ", data_root=golden) / "saved_models" / "tuned_clip_1"
+    folder = stage_1("FashionIQ", "--num-epochs", 1, data_root=golden)
+    weights = folder / "saved_models" / "tuned_clip_0"
     result, _ = measured("FashionIQ", "--combining-function", "sum", "--clip-model-path", weights)
-    history = read_csv(weights.parent.parent / "validation_metrics.csv")
-    last = {name: values[1] for name, values in history.items() if name != "epoch"}
+    history = read_csv(folder / "validation_metrics.csv")
+    last = {name: values[0] for name, values in history.items() if name != "epoch"}
     assert last == pytest.approx(result["protocols"]["original-kept"]["metrics"])
     assert last != pytest.approx(result["protocols"][VAL_REMOVED.name]["metrics"])
 
 
-def test_the_number_of_stored_answers(measured, pair):
-    _, rankings = measured("FashionIQ", *pair, "--rankings-k", 3)
+def test_the_number_of_stored_answers(measured, drawn):
+    _, rankings = measured("FashionIQ", *sum_of(drawn), "--rankings-k", 3, root=drawn)
     for query in rankings["queries"]["dress"]:
         assert [len(query["protocols"][name]["nearest"]) for name in ORDER] == [3] * 4
 

@@ -32,20 +32,8 @@ def digests(folder) -> dict[str, str]:
 
 
 def test_one_seed_draws_the_same_files(drawn, tmp_path):
-    sizes = [
-        "--train-triplets",
-        "12",
-        "--val-triplets",
-        "6",
-        "--train-groups",
-        "4",
-        "--val-groups",
-        "3",
-        "--own-groups",
-        "3",
-        "--circo-queries",
-        "8",
-    ]
+    triplets = "--train-triplets 12 --val-triplets 6 --train-groups 4 --val-groups 3"
+    sizes = f"{triplets} --own-groups 3 --circo-queries 8".split()
     shapes_dataset.main(["--output-dir", str(tmp_path / "same"), *sizes])
     shapes_dataset.main(["--output-dir", str(tmp_path / "other"), *sizes, "--seed", "1"])
     assert digests(tmp_path / "same") == digests(drawn)

@@ -5,6 +5,7 @@ One field of each type, and one weight of each kind; `make soak` takes all of th
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -22,7 +23,7 @@ import clip_fine_tune
 import combiner_train
 import kills
 from combiner import build_combiner, load_combiner
-from conftest import CASES, one_of_each_kind
+from conftest import CASES, SOAK, one_of_each_kind
 from image_search import faiss_index
 from image_search.image_index import open_index
 from image_search.stores import faiss
@@ -168,18 +169,21 @@ def test_weights_of_zeros(kind, clip):
     load_as(kind, weights, clip)
 
 
-@pytest.mark.parametrize(
-    "wrapped",
-    [
-        lambda name: f"module.{name}",
-        lambda name: f"_orig_mod.{name}",
-        lambda name: f"module._orig_mod.{name}",
-        lambda name: f"_orig_mod.module.{name}",
-        lambda name: ".".join([*name.split(".")[:1], "_orig_mod", *name.split(".")[1:]]),
-    ],
+WRAPPERS = (
+    lambda name: f"module.{name}",
+    lambda name: f"_orig_mod.{name}",
+    lambda name: f"module._orig_mod.{name}",
+    lambda name: f"_orig_mod.module.{name}",
+    lambda name: ".".join([*name.split(".")[:1], "_orig_mod", *name.split(".")[1:]]),
 )
-@pytest.mark.parametrize("form", [".pt", "plain", ".safetensors"])
-@pytest.mark.parametrize("kind", ["CLIP", *COMBINERS])
+FORMS = list(itertools.product(["CLIP", *COMBINERS], [".pt", "plain", ".safetensors"]))
+# Each kind in each form, and the wrappers in turn; `make soak` tries each wrapper with all of them.
+WRAPPED = [(*form, wrapped) for form, wrapped in zip(FORMS, itertools.cycle(WRAPPERS))]
+if SOAK:
+    WRAPPED = [(*form, wrapped) for form in FORMS for wrapped in WRAPPERS]
+
+
+@pytest.mark.parametrize(("kind", "form", "wrapped"), WRAPPED)
 def test_names_of_wrappers_are_taken_off_in_every_form(kind, form, wrapped, clip, tmp_path):
     weights = weights_of(kind, clip)
     key = "CLIP" if kind == "CLIP" else "Combiner"
@@ -437,17 +441,25 @@ def test_features_that_are_no_index_of_the_files(damage, reason, kind, tmp_path)
 NPY = "{{'descr': {}, 'fortran_order': {}, 'shape': {}}}"
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 4])
+HEADERS = [
+    "{", "'", '\"\"\"', "x", "(" * 200, "-" * 9000 + "1", "{'descr': 1, 2: 3}", "{**1}", "\0", " \n  a\n b", "007",
+    *(NPY.format("'<f4'", False, shape) for shape in ("(-40, 16)", "(40, -16)", "(2**9, 1)", "(40.0, 16)", "None")),
+    *(NPY.format("'<f4'", False, shape) for shape in (f"({2**64}, 16)", f"({2**62}, 4)", f"({10**13}, 16)")),
+    *(NPY.format(kind, False, "(40, 16)") for kind in ("'|O'", "None", "5", "('<f4', (2,))", "'x'", "b'<f4'")),
+    NPY.format("'<f4'", 5, "(40, 16)"),
+]  # fmt: skip
+
+
+def of_version_or_first(case: tuple[str, int]) -> tuple:
+    """Each header in the first version of the format, and the first header in each version."""
+    _, version = case
+    return case if version == 1 else (HEADERS[0], version)
+
+
 @pytest.mark.parametrize(
-    "header",
-    [
-        "{", "'", '\"\"\"', "x", "(" * 200, "-" * 9000 + "1", "{'descr': 1, 2: 3}", "{**1}", "\0", " \n  a\n b", "007",
-        *(NPY.format("'<f4'", False, shape) for shape in ("(-40, 16)", "(40, -16)", "(2**9, 1)", "(40.0, 16)", "None")),
-        *(NPY.format("'<f4'", False, shape) for shape in (f"({2**64}, 16)", f"({2**62}, 4)", f"({10**13}, 16)")),
-        *(NPY.format(kind, False, "(40, 16)") for kind in ("'|O'", "None", "5", "('<f4', (2,))", "'x'", "b'<f4'")),
-        NPY.format("'<f4'", 5, "(40, 16)"),
-    ],
-)  # fmt: skip
+    ("header", "version"),
+    one_of_each_kind(itertools.product(HEADERS, [1, 2, 3, 4]), of_version_or_first),
+)
 def test_features_with_a_damaged_header(header, version, tmp_path):
     write_index(tmp_path, kind="flat")
     file = part(tmp_path, "features")

@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import CIRR, FashionIQ, server_files
+from own_copy import mended
+from test_protocols import golden_pair
+
+own_drawn = mended
 
 SUM = ["--combining-function", "sum"]
 
@@ -17,22 +21,52 @@ def name(drawn):
 
 
 @pytest.fixture
-def cirr(run, drawn, name):
-    """Write a CIRR submission; returns its two files."""
+def submit(run, drawn, name):
+    """Write a submission; returns its folder."""
 
-    def cirr(*flags, root=drawn):
-        folder = run(
-            "cirr_test_submission", root, "--submission-name", "x", *name, *flags, output="cirr"
-        )
-        where = folder / "val" if "val" in flags else folder
-        return where / "recall_submission_x.json", where / "recall_subset_submission_x.json"
+    def submit(dataset, *flags, root=drawn):
+        door = f"{dataset}_test_submission"
+        return run(door, root, "--submission-name", "x", *name, *flags, output=dataset)
 
-    return cirr
+    return submit
 
 
-def test_what_is_written_keeps_all_rules(cirr, check, caplog):
+@pytest.fixture(scope="module")
+def written() -> dict[tuple[str, str], str]:
+    """What submissions that several tests change have in their files."""
+    return {}
+
+
+@pytest.fixture
+def files_of(submit, written, tmp_path):
+    """The files of a submission by name, of answers that are written once for all tests."""
+
+    def files_of(dataset, *names):
+        if (dataset, names[0]) not in written:
+            folder = submit(dataset)
+            written.update({(dataset, name): (folder / name).read_text() for name in names})
+        files = [tmp_path / "files" / name for name in names]
+        for file, name in zip(files, names, strict=True):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(written[dataset, name])
+        return files
+
+    return files_of
+
+
+@pytest.fixture
+def cirr(files_of):
+    return files_of("cirr", "recall_submission_x.json", "recall_subset_submission_x.json")
+
+
+@pytest.fixture
+def fashioniq(files_of):
+    return files_of("fashioniq", *(f"x/{category}.test.pred.json" for category in FashionIQ.parts))
+
+
+def test_what_is_written_keeps_all_rules(submit, check, caplog):
     caplog.set_level("INFO")
-    files = cirr()
+    files = submit("cirr").glob("*.json")
     assert caplog.text.count("obeys all rules of the server") == 2
     code, out = check(*files)
     assert code == 0
@@ -92,7 +126,7 @@ CASES = [
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_every_rule_of_cirr(number, cirr, check, drawn):
     which, edit, expected = CASES[number]
-    file = cirr()[which]
+    file = cirr[which]
     triplet, _ = first_query(drawn)
     key = str(triplet.pair_id)
     first, second = json.loads(file.read_text())[key][:2]
@@ -107,7 +141,7 @@ def test_every_rule_of_cirr(number, cirr, check, drawn):
 
 
 def test_a_file_that_is_too_large(cirr, check):
-    file = cirr()[0]
+    file = cirr[0]
     file.write_text(file.read_text() + " " * 5_000_000)
     code, out = check(file)
     assert code == 1
@@ -121,7 +155,7 @@ def test_files_that_cannot_be_read(text, check, cirr, tmp_path):
     file = tmp_path / "s.json"
     if text is not None:
         file.write_text(text)
-    code, err = check(cirr()[0], file)
+    code, err = check(cirr[0], file)
     assert code == 2
     assert f"error: {file}" in err
     assert "Traceback" not in err
@@ -159,24 +193,10 @@ def test_a_second_form_of_a_benchmark(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sum", "moe"])
-def test_val_files_score_as_validate_measures(kind, run, golden, tmp_path, capsys, check):
-    pair = [
-        "--clip-model-name",
-        golden / "clip_vit.pt",
-        "--clip-model-path",
-        golden / "tuned_clip_vit.pt",
-    ]
-    cirr_pair, fiq_pair = ([*pair, *SUM], [*pair, *SUM])
-    if kind == "moe":
-        combiner = ["--combining-function", "combiner", "--combiner-path"]
-        cirr_pair, fiq_pair = (
-            [*pair, *combiner, golden / f"combiner_moe_{d}.pt"] for d in ("cirr", "fiq")
-        )
-    for dataset, door, flags in (
-        ("CIRR", "cirr_test_submission", cirr_pair),
-        ("FashionIQ", "fashioniq_test_submission", fiq_pair),
-    ):
+def test_val_files_score_as_validate_measures(run, golden, tmp_path, capsys, check):
+    for dataset in ("CIRR", "FashionIQ"):
+        door = f"{dataset.lower()}_test_submission"
+        flags = golden_pair(golden, dataset)
         run("validate", golden, "--dataset", dataset, *flags, "--metrics-json", tmp_path / "m.json")
         capsys.readouterr()
         folder = run(
@@ -205,7 +225,7 @@ def test_val_files_score_as_validate_measures(kind, run, golden, tmp_path, capsy
         assert not (tmp_path / "none.json").exists()
 
 
-def test_a_submission_answers_all_queries(cirr, fails, drawn, own_drawn, name, tmp_path, caplog):
+def test_a_submission_answers_all_queries(submit, fails, drawn, own_drawn, name, tmp_path, caplog):
     triplet, _ = first_query(drawn)
     listed = tmp_path / "bad.json"
     listed.write_text(json.dumps({"dataset": "CIRR", "images": {triplet.reference: "missing"}}))
@@ -218,31 +238,13 @@ def test_a_submission_answers_all_queries(cirr, fails, drawn, own_drawn, name, t
     change(images, lambda paths: paths.update(spare="./test1/spare.png"))
     listed.write_text(json.dumps({"dataset": "CIRR", "images": {"spare": "missing"}}))
     with pytest.raises(SystemExit) as stop:  # 17 ids where 18 are asked for
-        cirr("--exclusions", listed, root=own_drawn)
+        submit("cirr", "--exclusions", listed, root=own_drawn)
     assert stop.value.code == 1
     assert "breaks rules of the server" in caplog.text
 
 
-@pytest.fixture
-def fashioniq(run, drawn, name):
-    def fashioniq(*flags):
-        folder = run(
-            "fashioniq_test_submission",
-            drawn,
-            "--submission-name",
-            "mine",
-            *name,
-            *flags,
-            output="fiq",
-        )
-        return [folder / "mine" / f"{category}.test.pred.json" for category in FashionIQ.parts]
-
-    return fashioniq
-
-
 def test_fashioniq_predictions_have_the_official_form(fashioniq, drawn, check):
-    files = fashioniq()
-    for file, split in zip(files, FashionIQ(drawn).test(), strict=True):
+    for file, split in zip(fashioniq, FashionIQ(drawn).test(), strict=True):
         entries = json.loads(
             (drawn / f"fashionIQ_dataset/captions/cap.{split.name}.test.json").read_text()
         )
@@ -250,7 +252,7 @@ def test_fashioniq_predictions_have_the_official_form(fashioniq, drawn, check):
         assert [{k: v for k, v in entry.items() if k != "ranking"} for entry in content] == entries
         for entry in content:
             assert sorted(entry["ranking"]) == sorted(split.names)  # 12 images, the reference kept
-    assert check(*files)[0] == 0
+    assert check(*fashioniq)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -269,7 +271,7 @@ def test_fashioniq_predictions_have_the_official_form(fashioniq, drawn, check):
     ],
 )
 def test_every_rule_of_fashioniq(edit, expected, fashioniq, check):
-    file = fashioniq()[0]
+    file = fashioniq[0]
     change(file, edit)
     code, out = check(file)
     assert code == 1
@@ -278,7 +280,7 @@ def test_every_rule_of_fashioniq(edit, expected, fashioniq, check):
 
 def test_a_prediction_without_its_category(fashioniq, check, tmp_path):
     file = tmp_path / "pred.json"
-    file.write_text(fashioniq()[0].read_text())
+    file.write_text(fashioniq[0].read_text())
     code, out = check(file)
     assert code == 1
     assert "does not begin with a category" in out

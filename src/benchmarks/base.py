@@ -328,7 +328,7 @@ class Benchmark(ABC):
 
     def part_name(self, part: str, split: str) -> str:
         """Return the name of a part of a split; if it is the only part, the name of the split."""
-        return split
+        return part if len(self.parts) > 1 else split
 
     @abstractmethod
     def files(self, part: str, split: str) -> tuple[Path, Path]:
@@ -387,6 +387,14 @@ class Benchmark(ABC):
         """
         (of_split,) = scores.values()
         return dict(of_split)
+
+
+def by_part(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the scores of all parts, named after part and score."""
+    metrics = {}
+    for part, of_part in scores.items():
+        metrics.update({f"{part}_{name}": value for name, value in of_part.items()})
+    return metrics
 
 
 def official_files(folder: Path, part: str, split: str) -> tuple[Path, Path]:

@@ -54,10 +54,6 @@ class Inspection:
     digest: str
     traits: list[str] = field(default_factory=list)
 
-    @property
-    def is_missing(self) -> bool:
-        return self.problem == MISSING
-
 
 @dataclass(frozen=True)
 class Remark:
@@ -294,7 +290,7 @@ def remark_on_images(
         inspections: file -> its inspection, for each file that is needed.
     """
     report.images = len(inspections)
-    there = [path for path, inspection in inspections.items() if not inspection.is_missing]
+    there = [path for path, inspection in inspections.items() if inspection.problem != MISSING]
     report.layouts = _layouts(benchmark, there)
     for (part, split), records in parts.items():
         bad = {}
@@ -312,7 +308,9 @@ def remark_on_images(
         where = f"{part} {split}"
         if all(_asks_for(triplet, bad) for triplet in records.triplets):
             report.say(UNUSABLE, where, "every query has an image that cannot be decoded")
-        missing = {name: path for name, path in needed.items() if inspections[path].is_missing}
+        missing = {
+            name: path for name, path in needed.items() if inspections[path].problem == MISSING
+        }
         gone = _remark_on_missing(where, missing, report)
         others = {name: problem for name, problem in bad.items() if name not in gone}
         trains = split == benchmark.train_split

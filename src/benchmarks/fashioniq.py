@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from benchmarks.base import Benchmark, official_files
+from benchmarks.base import Benchmark, by_part, official_files
 from benchmarks.entries import FromList, ImageName, Query, read_queries
 from benchmarks.metrics import Metric, Ranks
 from benchmarks.protocols import ORIGINAL_KEPT, ORIGINAL_REMOVED, VAL_KEPT, VAL_REMOVED
@@ -78,9 +78,6 @@ class FashionIQ(Benchmark):
             folders += [root / kind / category for category in own_first]
         return folders
 
-    def part_name(self, part: str, split: str) -> str:
-        return part
-
     def image_places(self, images_file: Path) -> dict[str, str]:
         names = read_checked(list[ImageName], images_file, remedy=self.remedy)
         if len(set(names)) < len(names):
@@ -107,17 +104,10 @@ class FashionIQ(Benchmark):
         return {f"recall_at{k}": ranks.named < k for k in CUTOFFS}
 
     def summary(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        metrics = {}
-        for category, recalls in scores.items():
-            for name, value in recalls.items():
-                metrics[f"{category}_{name}"] = value
-        at10 = _mean_over_categories(scores, "recall_at10")
-        at50 = _mean_over_categories(scores, "recall_at50")
-        metrics["average_recall_at10"] = at10
-        metrics["average_recall_at50"] = at50
-        metrics["average_recall"] = (at10 + at50) / 2
+        metrics = by_part(scores)
+        for k in CUTOFFS:
+            recalls = [of_category[f"recall_at{k}"] for of_category in scores.values()]
+            metrics[f"average_recall_at{k}"] = sum(recalls) / len(recalls)
+        both = [metrics[f"average_recall_at{k}"] for k in CUTOFFS]
+        metrics["average_recall"] = sum(both) / 2
         return metrics
-
-
-def _mean_over_categories(scores: Mapping[str, Mapping[str, float]], recall: str) -> float:
-    return sum(recalls[recall] for recalls in scores.values()) / len(scores)

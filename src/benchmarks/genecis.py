@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from benchmarks.base import Benchmark
+from benchmarks.base import Benchmark, by_part
 from benchmarks.entries import Distinct, Entry, FromList, Query, read_queries
 from benchmarks.metrics import Metric, Ranks
 from benchmarks.protocols import ORIGINAL_REMOVED
@@ -94,9 +94,6 @@ class GeneCIS(Benchmark):
     def image_folders(self, part: str) -> list[Path]:
         return [self.annotation_folder() / "val2017"]
 
-    def part_name(self, part: str, split: str) -> str:
-        return part
-
     def image_places(self, images_file: Path) -> dict[str, str]:
         places = {}
         for _, triplet in self.queries(images_file, self.val_split):
@@ -112,7 +109,4 @@ class GeneCIS(Benchmark):
         return {f"recall_at{k}": ranks.in_group < k for k in RECALLS}
 
     def summary(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        metrics = {}
-        for task, recalls in scores.items():
-            metrics.update({f"{task}_{name}": value for name, value in recalls.items()})
-        return metrics
+        return by_part(scores)

@@ -1,11 +1,12 @@
 """Inspect image files in parallel: the problems of each file, and which files are copies of each other."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import multiprocessing
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -97,25 +98,17 @@ def inspect_all(paths: list[Path], workers: int) -> dict[Path, Inspection]:
         workers: number of processes, 0 to use this process.
     """
     inspections = {}
-    with (
-        _mapped(workers) as mapped,
-        Counter(len(paths), "decoding images") as counter,
-    ):
-        for path, inspection in zip(paths, mapped(paths), strict=True):
+    mapped: Callable[..., Iterator[Inspection]] = map
+    with contextlib.ExitStack() as stack:
+        if workers:
+            context = multiprocessing.get_context(interruption.START_METHOD)
+            pool = ProcessPoolExecutor(workers, context, initializer=interruption.heed_parent_alone)
+            mapped = functools.partial(stack.enter_context(pool).map, chunksize=32)
+        counter = stack.enter_context(Counter(len(paths), "decoding images"))
+        for path, inspection in zip(paths, mapped(inspect, paths), strict=True):
             inspections[path] = inspection
             counter.update()
     return inspections
-
-
-@contextlib.contextmanager
-def _mapped(workers: int) -> Iterator[Callable[[list[Path]], Iterable[Inspection]]]:
-    """Provide a function that inspects a list of paths, in order, in this process or in several others."""
-    if workers == 0:
-        yield lambda paths: map(inspect, paths)
-        return
-    context = multiprocessing.get_context(interruption.START_METHOD)
-    with ProcessPoolExecutor(workers, context, initializer=interruption.heed_parent_alone) as pool:
-        yield lambda paths: pool.map(inspect, paths, chunksize=32)
 
 
 def check(

@@ -121,8 +121,5 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
 def shown(values: Sequence[float]) -> str:
     """Format a value as tables show it, or several values as mean ± standard deviation."""
     mean, deviation = mean_and_deviation(values)
-    return (
-        format_metric(mean)
-        if deviation is None
-        else f"{format_metric(mean)} ± {format_metric(deviation)}"
-    )
+    spread = "" if deviation is None else f" ± {format_metric(deviation)}"
+    return format_metric(mean) + spread

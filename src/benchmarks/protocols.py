@@ -37,11 +37,9 @@ class Protocol:
 
     def gallery_size(self, split: Split) -> int:
         """Return the number of images that a query searches, including its own reference."""
-        return (
-            split.gallery_size
-            if self.gallery == "original"
-            else len(split.members - split.only_asked)
-        )
+        if self.gallery == "original":
+            return split.gallery_size
+        return len(split.members - split.only_asked)
 
     def most_answers(self, split: Split) -> int:
         """Return the maximum number of images that a query can retrieve."""

@@ -144,11 +144,9 @@ class CirrForm(ServerForm[dict[str, Any]]):
         unknown = sorted(content.keys() - {"version", "metric"} - queries.keys())
         violations += [f"pairid {key}: not a query of {self.whole.name}" for key in unknown]
         for key, triplet in queries.items():
-            problems = (
-                self._problems(content[key], triplet, content.get("metric"))
-                if key in content
-                else ["missing"]
-            )
+            problems = ["missing"]
+            if key in content:
+                problems = self._problems(content[key], triplet, content.get("metric"))
             violations += [f"pairid {key}: {problem}" for problem in problems]
         return violations
 

@@ -163,8 +163,7 @@ def read_rankings(file: Path) -> dict[str, Any]:
     """Read a rankings file: a result whose "queries" are records.
 
     Raises:
-        UserError: the file is not a rankings file, a metric contradicts the ranks, or a rank contradicts the list of
-            nearest images.
+        UserError: the file is not a rankings file, or a metric contradicts the ranks.
     """
     from evaluation.schemas import RankingsFile
     from runtime.schema import checked
@@ -174,29 +173,12 @@ def read_rankings(file: Path) -> dict[str, Any]:
     checked(RankingsFile, content, file=file, remedy=remedy)
     for split, queries in content["queries"].items():
         for number, query in enumerate(queries):
-            _check_query(f"{file}: queries.{split}.{number}", query, content["protocols"])
+            if query["protocols"].keys() != content["protocols"].keys():
+                raise UserError(
+                    f"{file}: queries.{split}.{number}.protocols: differ from the protocols of the file: evaluate again"
+                )
     check_metrics(file, _with_ranks(content))
     return content
-
-
-def _check_query(where: str, query: Record, protocols: Mapping[str, Any]) -> None:
-    """Raise UserError if a query lacks a protocol, or if a rank contradicts the list of nearest images."""
-    if query["protocols"].keys() != protocols.keys():
-        raise UserError(f"{where}.protocols: differ from the protocols of the file: evaluate again")
-    lists = {f"protocols.{name}": found for name, found in query["protocols"].items()}
-    if "in_group" in query:
-        lists["in_group"] = query["in_group"]
-    targets = [query["target"], *query["other_targets"]]
-    for name, found in lists.items():
-        names = [image for image, _ in found["nearest"]]
-        ranks = [found["rank"], *found.get("other_ranks", [])]
-        for target, rank in zip(targets, ranks, strict=False):
-            place = names.index(target) if target in names else None
-            if place != (rank if rank < len(names) else None):
-                raise UserError(
-                    f"{where}.{name}: {target} has rank {rank}, but is not in the list of nearest images: evaluate "
-                    "again"
-                )
 
 
 def _with_ranks(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Compose a benchmark's queries, rank its galleries, compute metrics, and explain what the Combiner did."""
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -50,11 +49,15 @@ def evaluate(
         block: number of queries whose similarities are in memory at a time; None for `default_block`.
     """
     protocol = benchmark.protocols[0]
-    rankings = {}
-    for frozen_split in frozen:
-        by_protocol = rank(frozen_split, compose, [protocol], block=block, if_equal=_warn_of_equal)
-        rankings[frozen_split.split.name] = by_protocol[protocol]
-    return benchmark.metrics([frozen_split.split for frozen_split in frozen], rankings)
+    rankings = rank_all(frozen, compose, [protocol], block=block, if_equal=_warn_of_equal)
+    return benchmark.metrics([frozen_split.split for frozen_split in frozen], rankings[protocol])
+
+
+def refuse_equal(split: Split) -> None:
+    """Raise UserError, because ranks would only reflect the order of the gallery's list."""
+    raise UserError(
+        f"{split.name}: every image is equally similar to every query: the weights have collapsed; choose other weights"
+    )
 
 
 def rank_all(
@@ -62,25 +65,19 @@ def rank_all(
     compose: Compose,
     protocols: Sequence[Protocol],
     *,
-    k: int,
+    k: int = 0,
     block: int | None,
+    if_equal: Callable[[Split], None] = refuse_equal,
 ) -> Rankings:
-    """Rank every split under every protocol, with the k nearest images and the complete group.
+    """Rank every split under every protocol, see `rank`.
 
     Raises:
-        UserError: similarities are not finite, or all are equal.
+        UserError: similarities are not finite, or all are equal and `if_equal` refuses that.
     """
     rankings: dict[Protocol, dict[str, Ranking]] = {protocol: {} for protocol in protocols}
     for frozen_split in frozen:
-        by_protocol = rank(
-            frozen_split,
-            compose,
-            protocols,
-            k=k,
-            block=block,
-            if_equal=refuse_equal,
-        )
-        for protocol, ranking in by_protocol.items():
+        ranked = rank(frozen_split, compose, protocols, k=k, block=block, if_equal=if_equal)
+        for protocol, ranking in ranked.items():
             rankings[protocol][frozen_split.split.name] = ranking
     return rankings
 
@@ -128,7 +125,7 @@ def rank(
     ranked = {}
     for text, blocks in by_text.items():
         tells_nothing = len(frozen.split.names) > FEW
-        with _naming(frozen.split):
+        try:
             for rows, similarity in similarity_blocks(frozen, compose, block, text=text):
                 tells_nothing = tells_nothing and _are_equal(similarity)
                 group = _rank_group(similarity, frozen, rows, sort=k > 0)
@@ -138,6 +135,11 @@ def rank(
                     allowed = protocol.restrict(whole, frozen.reference_rows[rows], outside)
                     most = min(k, protocol.most_answers(frozen.split))
                     parts.append(_rank_gallery(allowed, frozen, rows, group=group, k=most))
+        except NotFiniteError as error:
+            raise UserError(
+                f"{frozen.split.name}: {error}; the weights have diverged or their file is damaged: choose other "
+                "weights"
+            ) from None
         if tells_nothing and if_equal:
             if_equal(frozen.split)
         ranked.update({protocol: joined(parts) for protocol, parts in blocks.items()})
@@ -152,13 +154,6 @@ def _are_equal(similarity: Tensor) -> bool:
         if not (most - least).max() <= EQUAL:
             return False
     return True
-
-
-def refuse_equal(split: Split) -> None:
-    """Raise UserError, because ranks would only reflect the order of the gallery's list."""
-    raise UserError(
-        f"{split.name}: every image is equally similar to every query: the weights have collapsed; choose other weights"
-    )
 
 
 def _warn_of_equal(split: Split) -> None:
@@ -224,17 +219,6 @@ def _rank_group(
         is_target = groups == frozen.target_rows[rows][:, None]
         ranking["group_ranks"] = target_ranks(candidates, is_target.int().argmax(1))
     return ranking
-
-
-@contextlib.contextmanager
-def _naming(split: Split) -> Iterator[None]:
-    """Report similarities that are not finite as a UserError with the split and a remedy."""
-    try:
-        yield
-    except NotFiniteError as error:
-        raise UserError(
-            f"{split.name}: {error}; the weights have diverged or their file is damaged: choose other weights"
-        ) from None
 
 
 @torch.no_grad()

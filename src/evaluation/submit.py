@@ -11,7 +11,7 @@ import torch
 from benchmarks import Benchmark, Protocol, Split
 from benchmarks.ranking import Ranking
 from benchmarks.server_files import Answered, ServerForm, parse_submission
-from evaluation.retrieval import rank, refuse_equal
+from evaluation.retrieval import rank_all
 from models.pair import load_and_freeze
 from runtime import distributed
 from runtime.files import write_text
@@ -65,18 +65,9 @@ def submit(
             f"--exclusions excludes {lost} queries, but the server needs all queries: restore their images"
         )
     pair, frozen = load_and_freeze(benchmark, splits, device, choice)
-    answered = []
-    for frozen_split in frozen:
-        rankings = rank(
-            frozen_split,
-            pair.compose,
-            [wanted.protocol or benchmark.protocols[0]],
-            k=form.k,
-            block=wanted.block,
-            if_equal=refuse_equal,
-        )
-        (ranking,) = rankings.values()
-        answered.append(_answers(frozen_split.split, ranking, form.group_k))
+    protocol = wanted.protocol or benchmark.protocols[0]
+    rankings = rank_all(frozen, pair.compose, [protocol], k=form.k, block=wanted.block)[protocol]
+    answered = [_answers(split, rankings[split.name], form.group_k) for split in splits]
     if not distributed.is_main():
         return True
     is_scored = wanted.split != benchmark.test_split
@@ -90,13 +81,9 @@ def _answers(split: Split, ranking: Ranking, group_k: int) -> Answered:
     in_group = ranking.answers_in_group(split.names) or []
     return Answered(
         split=split,
-        nearest=[_ids(row) for row in nearest],
-        in_group=[_ids(row)[:group_k] for row in in_group],
+        nearest=[[image for image, _ in row] for row in nearest],
+        in_group=[[image for image, _ in row[:group_k]] for row in in_group],
     )
-
-
-def _ids(results: Sequence[tuple[str, float]]) -> list[str]:
-    return [image for image, _ in results]
 
 
 def _write(

@@ -1,9 +1,10 @@
 """Make triplets of pictures that differ in one or two attributes, and divide the concepts among the splits."""
 
 import itertools
+import operator
 import random
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -96,10 +97,12 @@ def _changes_in(members: Sequence[Picture], changed: tuple[str, ...]) -> Iterato
         if picture.family not in CONCEPT_IS_A_FACT:
             kept.append(picture.concept)
         alike[tuple(kept)].append(picture)
-    for same in alike.values():
-        for reference, target in itertools.permutations(same, 2):
-            if all(reference.shown[fact] != target.shown[fact] for fact in changed):
-                yield Change(reference, target, changed, tuple(same))
+    for same in map(tuple, alike.values()):
+        values = [[picture.shown[fact] for fact in changed] for picture in same]
+        pairs = itertools.permutations(zip(same, values, strict=True), 2)
+        for (reference, old), (target, new) in pairs:
+            if all(map(operator.ne, old, new)):
+                yield Change(reference, target, changed, same)
 
 
 def sample(pictures: Sequence[Picture], most: int, rng: random.Random) -> list[Query]:
@@ -202,16 +205,3 @@ def groups(
         members = [query.reference, target, *look_alikes[: GROUP_SIZE - 2]]
         found.append(tuple(rng.sample(members, len(members))))
     return found
-
-
-def check_apart(queries: Mapping[str, Sequence[Query]]) -> None:
-    """Raise ValueError if an image of a triplet is in two splits."""
-    images = {}
-    for split, asked in queries.items():
-        images[split] = {query.reference for query in asked}
-        for query in asked:
-            images[split].update(query.targets)
-    for one, other in itertools.combinations(images, 2):
-        both = images[one] & images[other]
-        if both:
-            raise ValueError(f"{min(picture.name for picture in both)} is in {one} and {other}")
