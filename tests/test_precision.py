@@ -108,8 +108,8 @@ def test_keys_of_caches_say_in_what_was_encoded(make_encoder):
 @pytest.mark.slow
 def test_the_precision_of_training_is_that_of_validating(stage_2, run, drawn, tmp_path, caplog):
     """A Combiner that was trained on fp16 features is measured on such, unless a flag says otherwise."""
-    folder = stage_2("CIRR", "--encode-precision", "fp16")
-    weights = folder / "saved_models" / "combiner_1.pt"
+    folder = stage_2("CIRR", "--encode-precision", "fp16", "--num-epochs", 1)
+    weights = folder / "saved_models" / "combiner_0.pt"
     preprocessing = torch.load(weights)["config"]["recipe"]
     assert preprocessing["encode_precision"] == "fp16"
     flags = ["--dataset", "CIRR", "--combining-function", "combiner", "--combiner-path", weights]
