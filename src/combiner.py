@@ -504,7 +504,7 @@ def combiner_settings(
         config: configuration stored with the weights, name -> value; empty if there is none.
 
     Raises:
-        UserError: the weights do not belong to a known Combiner, or k exceeds the number of experts.
+        UserError: the weights do not belong to a known Combiner.
     """
     source = f"--combiner-path {path}"
     is_moe = any(name.startswith("moe_layer.") for name in state)
@@ -527,11 +527,6 @@ def combiner_settings(
         return {"combiner_type": "clip4cir", **sizes, "num_experts": None, "top_k": None}
     num_experts = shape("moe_layer.router.weight")[0]
     top_k = config.get("top_k", ORIGINAL_TOP_K)
-    if top_k > num_experts:
-        raise UserError(
-            f"{source}: top_k is {top_k}, but its weights have {num_experts} experts: choose another file, or set "
-            "--top-k"
-        )
     parts = {
         name: True for name, weight in PART_WEIGHTS.items() if weight in state or config.get(name)
     }
