@@ -22,11 +22,11 @@ import kills
 import search
 from conftest import CASES, SOAK, one_of_each_kind
 from data_utils import make_preprocess
+from models.configuration import ORIGINAL_DEFAULTS
 from models.encoder import Encoder, load_backbone, load_encoder
 from models.names import check_clip, in_full, open_clip_name
 from runtime.choices import OPENAI_CLIPS
 from runtime.tensors import load_tensors
-from settings.groups import Clip
 from utils import UserError
 
 open_clip = pytest.importorskip("open_clip", reason="pip install -r requirements-open-clip.txt")
@@ -35,13 +35,7 @@ CPU = torch.device("cpu")
 SIDE = 32
 TEXT = {"vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 VIT = {"image_size": SIDE, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16}
-RESNET = {
-    "image_size": SIDE,
-    "layers": [1, 1, 1, 1],
-    "width": 8,
-    "head_width": 16,
-    "patch_size": None,
-}
+RESNET = {**VIT, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
 TIMM = {
     "image_size": 224, "timm_model_name": "test_vit2", "timm_pool": "", "timm_proj": "linear", "timm_drop": 0.5,
     "timm_drop_path": 0.5,
@@ -75,23 +69,8 @@ FORMS = {
         {**HALVES, "resize_mode": "squash"},
     ),
 }  # fmt: skip
-WORDS = [
-    "a",
-    "is",
-    "red",
-    "blue",
-    "and",
-    "has",
-    "more",
-    "stripes",
-    "than",
-    "the",
-    "dress",
-    "in",
-    "image",
-    "no",
-    "sleeves",
-]
+SENTENCE = "a is red blue and has more stripes than the dress in image no sleeves"
+WORDS = SENTENCE.split()
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -140,14 +119,7 @@ def named(models_made: Path, form: str) -> str:
 
 
 def load(name: str, transform: str = "clip") -> Encoder:
-    choice = Clip(
-        clip_model_name=name,
-        transform=transform,
-        target_ratio=1.25,
-        decode="full",
-        encode_precision="fp32",
-        background="original",
-    )
+    choice = ORIGINAL_DEFAULTS.model_copy(update={"clip_model_name": name, "transform": transform})
     return load_encoder(choice, None, CPU, workers=0)
 
 
@@ -289,19 +261,13 @@ def as_open_clips(golden: Path, root: Path) -> Path:
         folder = root / name
         folder.mkdir(parents=True)
         state = load_tensors(golden / f"{name}.pt")
-        embedding, pixels, layers, width, patch, *text = sizes_of(state, source=name, remedy="")
-        tokens, vocabulary, text_width, heads, text_layers = text
-        vision = {"image_size": pixels, "layers": layers, "width": width, "patch_size": patch}
+        embedding, *sizes = sizes_of(state, source=name, remedy="")
+        of_images = ("image_size", "layers", "width", "patch_size")
+        of_texts = ("context_length", "vocab_size", "width", "heads", "layers")
         config = {
             "embed_dim": embedding,
-            "vision_cfg": vision,
-            "text_cfg": {
-                "context_length": tokens,
-                "vocab_size": vocabulary,
-                "width": text_width,
-                "heads": heads,
-                "layers": text_layers,
-            },
+            "vision_cfg": dict(zip(of_images, sizes[:4], strict=True)),
+            "text_cfg": dict(zip(of_texts, sizes[4:], strict=True)),
             "quick_gelu": True,
         }
         about = {"model_cfg": config, "preprocess_cfg": OPENAI}
@@ -624,16 +590,9 @@ def plain_recalls(models_made: Path, form: str, data_root: Path) -> dict[str, fl
 @pytest.mark.parametrize("form", ["vit", "custom", "timm", "hf"])
 def test_a_validation_is_what_a_plain_script_measures(form, models_made, drawn, run, tmp_path):
     words = ["--dataset", "CIRR", "--combining-function", "sum", "--transform", "clip"]
+    words += ["--clip-model-name", named(models_made, form)]
     file = tmp_path / "result.json"
-    run(
-        "validate",
-        drawn,
-        *words,
-        "--clip-model-name",
-        named(models_made, form),
-        "--metrics-json",
-        file,
-    )
+    run("validate", drawn, *words, "--metrics-json", file)
     result = json.loads(file.read_text())
     for name, value in plain_recalls(models_made, form, drawn).items():
         assert result["metrics"][name] == pytest.approx(value, abs=1e-4)
@@ -647,16 +606,10 @@ STAGE_1 = {
     "vit": ["--encoder", "text"],
     "resnet": ["--encoder", "image", "--gradient-checkpointing"],
     "custom": [
-        "--micro-batch-size",
-        5,
-        "--ema-decay",
-        0.9,
-        "--gradient-checkpointing",
-        "--clip-grad-norm",
-        1,
+        "--micro-batch-size", 5, "--ema-decay", 0.9, "--gradient-checkpointing", "--clip-grad-norm", 1
     ],
     "hf": ["--image-cache", "pixels", "--cosine"],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("form", STAGE_1)
