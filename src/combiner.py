@@ -22,7 +22,6 @@ from utils import UserError, first_line, flag
 
 # Image features (B, D), text features (B, D) -> queries (B, D).
 Compose = Callable[[Tensor, Tensor], Tensor]
-CombinerSettings = dict[str, Any]  # name of a flag -> value: architecture and sizes of a Combiner
 
 ATTENTION_HEADS = 4
 ORIGINAL_TOP_K = 2
@@ -495,8 +494,8 @@ def build_combiner(settings: Mapping[str, Any]) -> Composer:
 
 def combiner_settings(
     state: Mapping[str, Tensor], config: Mapping[str, Any], path: Path
-) -> CombinerSettings:
-    """Return a Combiner's architecture, sizes, number of experts, k, and the optional parts that it has.
+) -> dict[str, Any]:
+    """Return a Combiner's architecture, sizes, number of experts, k, and the optional parts that it has, by flag.
 
     All but k follow from the weights; k is read from the configuration, or is 2 as in the original code.
 
@@ -516,7 +515,7 @@ def combiner_settings(
     for kind in COMBINER_TYPES:
         shapes = _class_of(kind).shapes
         if shapes and shapes.keys() <= state.keys():
-            told: CombinerSettings = {"combiner_type": kind, "num_experts": None, "top_k": None}
+            told: dict[str, Any] = {"combiner_type": kind, "num_experts": None, "top_k": None}
             for name, (rows, columns) in shapes.items():
                 told[rows], told[columns] = shape(name)
             return told
