@@ -232,7 +232,7 @@ def test_a_case_that_goes_wrong_keeps_its_finished_rows(run, reason):
 
 
 def test_a_case_that_hangs_is_ended():
-    made = attempt(hangs, CPU, 0.1, lambda row: None)
+    made = attempt(hangs, CPU, 0.5, lambda row: None)
     assert made.error.startswith(OUT_OF_TIME)
     assert made.rows == []
 
@@ -304,8 +304,8 @@ def test_what_no_longer_fits_is_not_run(check):
 
 
 def test_a_figure_out_of_time_breaks_nothing_and_a_check_does(check):
-    assert check(a=Case(run=hangs, seconds=0.1))[0] == 0
-    assert check(a=Case(run=hangs, seconds=0.1, checks=True))[0] == 1
+    assert check(a=Case(run=hangs, seconds=0.5))[0] == 0
+    assert check(a=Case(run=hangs, seconds=0.5, checks=True))[0] == 1
 
 
 def test_a_case_without_rows_has_failed(check):
