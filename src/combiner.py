@@ -22,7 +22,6 @@ from utils import UserError, first_line, flag
 
 # Image features (B, D), text features (B, D) -> queries (B, D).
 Compose = Callable[[Tensor, Tensor], Tensor]
-CombinerSettings = dict[str, Any]  # name of a flag -> value: architecture and sizes of a Combiner
 
 ATTENTION_HEADS = 4
 ORIGINAL_TOP_K = 2
@@ -495,8 +494,8 @@ def build_combiner(settings: Mapping[str, Any]) -> Composer:
 
 def combiner_settings(
     state: Mapping[str, Tensor], config: Mapping[str, Any], path: Path
-) -> CombinerSettings:
-    """Return a Combiner's architecture, sizes, number of experts, k, and the optional parts that it has.
+) -> dict[str, Any]:
+    """Return a Combiner's architecture, sizes, number of experts, k, and the optional parts that it has, by flag.
 
     All but k follow from the weights; k is read from the configuration, or is 2 as in the original code.
 
@@ -504,7 +503,7 @@ def combiner_settings(
         config: configuration stored with the weights, name -> value; empty if there is none.
 
     Raises:
-        UserError: the weights do not belong to a known Combiner, or k exceeds the number of experts.
+        UserError: the weights do not belong to a known Combiner.
     """
     source = f"--combiner-path {path}"
     is_moe = any(name.startswith("moe_layer.") for name in state)
@@ -516,7 +515,7 @@ def combiner_settings(
     for kind in COMBINER_TYPES:
         shapes = _class_of(kind).shapes
         if shapes and shapes.keys() <= state.keys():
-            told: CombinerSettings = {"combiner_type": kind, "num_experts": None, "top_k": None}
+            told: dict[str, Any] = {"combiner_type": kind, "num_experts": None, "top_k": None}
             for name, (rows, columns) in shapes.items():
                 told[rows], told[columns] = shape(name)
             return told
@@ -527,11 +526,6 @@ def combiner_settings(
         return {"combiner_type": "clip4cir", **sizes, "num_experts": None, "top_k": None}
     num_experts = shape("moe_layer.router.weight")[0]
     top_k = config.get("top_k", ORIGINAL_TOP_K)
-    if top_k > num_experts:
-        raise UserError(
-            f"{source}: top_k is {top_k}, but its weights have {num_experts} experts: choose another file, or set "
-            "--top-k"
-        )
     parts = {
         name: True for name, weight in PART_WEIGHTS.items() if weight in state or config.get(name)
     }

@@ -42,6 +42,7 @@ REMEDIES = {
     errno.EAGAIN: "raise the limit of processes and threads (ulimit -u) or lower --num-workers",
     errno.ENOMEM: "lower --batch-size or --num-workers, or use a machine with more memory",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EBADF: "redirect stdout and stderr to where they can be written",
 }
 OTHER_REMEDY = "check that it exists and can be used"
 # Words of an error message that comes without an error number -> remedy.
@@ -106,6 +107,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     def run(argv: list[str] | None = None) -> None:
         script = Path(main.__code__.co_filename).name
         words = sys.argv[1:] if argv is None else argv
+        open_closed_streams()
         speak_plainly()
         try:
             with all_printed():
@@ -195,6 +197,19 @@ def _report(script: str, words: list[str]) -> str:
     except OSError:  # there is no temporary folder, or its disk is full
         return f"what it prints with {DEBUG}"
     return name
+
+
+def open_closed_streams() -> None:
+    """Connect streams that the shell has closed (`2>&-`) to the null device.
+
+    Otherwise the next file that is opened would get the descriptor of the stream, and packages would print into it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # It gets the lowest free descriptor, which is the descriptor of the closed stream.
+            nowhere = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 - open until the process ends
+            os.set_inheritable(nowhere.fileno(), True)
+            setattr(sys, name, nowhere)
 
 
 def speak_plainly() -> None:

@@ -155,9 +155,7 @@ def check_same_images(args: argparse.Namespace, content: Mapping[str, Any]) -> N
     Args:
         content: content of the file --rankings.
     """
-    excluded: set[str] = set()
-    for names in content["excluded_images"].values():
-        excluded.update(names)
+    excluded = set(itertools.chain.from_iterable(content["excluded_images"].values()))
     ranked = BENCHMARKS[content["dataset"]](args.data_root, excluded)
     for split in ranked.read(content["split"]):
         check_images_exist([split])
@@ -230,10 +228,9 @@ def choose_queries(
             name: _some(queries, order, protocol, num=num, seed=seed)
             for name, queries in records.items()
         }
-    known = {}
-    for name, queries in records.items():
-        for query in queries:
-            known[label(name, query)] = (name, query)
+    known = {
+        label(name, query): (name, query) for name, queries in records.items() for query in queries
+    }
     chosen: Records = {}
     for wanted_label in wanted:
         if wanted_label not in known:
@@ -266,16 +263,8 @@ def find_images(benchmark: Benchmark, split: str, cards: "Iterable[Card]") -> di
     paths: dict[str, Path] = {}
     for part in benchmark.read(split):
         paths.update(part.image_paths)
-    shown: set[str] = set()
-    for card in cards:
-        shown.update(card.images)
-    names = sorted(shown)
-    missing = [name for name in names if name not in paths]
-    if missing:
-        raise UserError(
-            f"--rankings refers to the image {missing[0]}, which is not in {benchmark.name} under --data-root"
-        )
-    return {name: paths[name] for name in names}
+    names = set(itertools.chain.from_iterable(card.images for card in cards))
+    return {name: paths[name] for name in sorted(names)}
 
 
 def write_sheet(
@@ -294,9 +283,7 @@ def write_sheet(
     from reports.sheet_picture import picture
     from reports.sheets import load_thumbnails, sheet
 
-    cards: list[Card] = []
-    for of_split in sections.values():
-        cards += of_split
+    cards = list(itertools.chain.from_iterable(sections.values()))
     split = found.benchmark.split_called(args.split)
     thumbnails = load_thumbnails(find_images(found.benchmark, split, cards), found.background)
     legend = SHEET_LEGEND if args.split == "test" else f"{SHEET_LEGEND} {OUTLINED}"
@@ -347,11 +334,10 @@ def main(argv: list[str] | None = None) -> None:
 
     from reports.sheets import make_card
 
-    sections = {}
-    for name, queries in chosen.items():
-        sections[name] = [
-            make_card(label(name, query), query, protocol, k=args.k) for query in queries
-        ]
+    sections = {
+        name: [make_card(label(name, query), query, protocol, k=args.k) for query in queries]
+        for name, queries in chosen.items()
+    }
     about = f"{benchmark.name} {benchmark.split_called(args.split)}"
     title = f"{about}, protocol {protocol}, {' '.join(args.queries)}"
     write_sheet(args, title, sections, found=found, measured=found.measured(protocol))

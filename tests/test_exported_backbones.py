@@ -1,5 +1,6 @@
 """Exported pairs of open_clip's models: built from their folder alone, and from nothing that was changed in it."""
 
+import functools
 import json
 import shutil
 import sys
@@ -10,7 +11,7 @@ import torch
 
 import export
 from combiner import build_combiner
-from conftest import CASES
+from conftest import CASES, SOAK
 from models import exported
 from models.encoder import load_backbone
 from models.exported import BUILT_FROM, PAIR_CONFIG, PAIR_FORM, read_exported
@@ -28,13 +29,15 @@ CPU = torch.device("cpu")
 SIZES = {"clip_dim": 24, "projection_dim": 8, "hidden_dim": 12, "num_experts": 3, "top_k": 1}
 
 
-@pytest.fixture
-def moved(models_made, tmp_path):  # noqa: F811
-    """Form -> the flags of a fine-tuned pair of it, and the pair exported; then nothing is left of its model."""
+@pytest.fixture(scope="module")
+def tuned(models_made, tmp_path_factory):  # noqa: F811
+    """Form -> the flags of a fine-tuned pair of it, its model's folder, and the pair exported; not to be changed."""
 
-    def make(form: str, *more: object) -> tuple[dict, Path, Path]:
-        folder = shutil.copytree(models_made / form, tmp_path / form)
-        name = f"local-dir:{folder}"
+    @functools.cache
+    def make(form: str) -> tuple[list, Path, Path]:
+        folder = tmp_path_factory.mktemp(form)
+        model_folder = shutil.copytree(models_made / form, folder / form)
+        name = f"local-dir:{model_folder}"
         model, backbone = load_backbone(name, CPU)
         torch.manual_seed(0)
         state = {
@@ -43,31 +46,34 @@ def moved(models_made, tmp_path):  # noqa: F811
         }
         preprocessing = {"clip_model_name": name, "transform": "squarepad", "target_ratio": 1.5}
         config = settings({}, **preprocessing, **backbone.preprocessing)
-        save_tensors(tmp_path / "clip.pt", {"CLIP": state, "config": config})
+        save_tensors(folder / "clip.pt", {"CLIP": state, "config": config})
         combiner = build_combiner({**SIZES, "combiner_type": "moe"})
-        config = settings({"top_k": 1})
-        save_tensors(
-            tmp_path / "combiner.pt", {"Combiner": combiner.state_dict(), "config": config}
-        )
-        flags = {
-            "--clip-model-path": tmp_path / "clip.pt",
-            "--combiner-path": tmp_path / "combiner.pt",
-        }
-        pair = tmp_path / f"pair_{form}"
-        words = [word for flag in flags.items() for word in flag]
-        export.main(list(map(str, [*words, "--output", pair, *more])))
-        return flags, pair, folder
+        content = {"Combiner": combiner.state_dict(), "config": settings({"top_k": 1})}
+        save_tensors(folder / "combiner.pt", content)
+        words = ["--clip-model-path", folder / "clip.pt", "--combiner-path", folder / "combiner.pt"]
+        return words, model_folder, export_to(folder / f"pair_{form}", *words)
 
     return make
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_pair_needs_nothing_but_its_folder(form, moved, drawn, tmp_path):
-    flags, pair, folder = moved(form)
-    words = [word for flag in flags.items() for word in flag]
+def export_to(pair: Path, *words: object) -> Path:
+    export.main(list(map(str, [*words, "--output", pair])))
+    return pair
+
+
+@pytest.fixture
+def moved(tuned, tmp_path):
+    """Form -> its pair, which a test may damage."""
+    return lambda form: shutil.copytree(tuned(form)[2], tmp_path / "pair")
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if SOAK or form != "quick"])
+def test_a_pair_needs_nothing_but_its_folder(form, tuned, drawn, tmp_path):
+    words, folder, pair = tuned(form)
     before = measure(tmp_path, drawn, [*words, "--combining-function", "combiner"])
-    shutil.rmtree(folder)
+    elsewhere = folder.rename(tmp_path / "elsewhere")
     assert measure(tmp_path, drawn, ["--pair", pair]) == before
+    elsewhere.rename(folder)
     names = sorted(file.name for file in (pair / BUILT_FROM).iterdir())
     assert "open_clip_config.json" in names
     assert ("tokenizer.json" in names) == (form == "hf")
@@ -97,9 +103,8 @@ def test_a_text_encoder_of_hugging_faces_is_in_the_pair_too(models_made, drawn, 
     named["hf_model_pretrained"] = False
     model = open_clip.create_model(f"local-dir:{folder}", text_cfg=named)
     torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
-    pair = tmp_path / "pair"
     words = ["--clip-model-name", f"local-dir:{folder}"]
-    export.main(list(map(str, [*words, "--output", pair])))
+    pair = export_to(tmp_path / "pair", *words)
     before = measure(tmp_path, drawn, [*words, "--combining-function", "sum"])
     shutil.rmtree(folder)
     assert measure(tmp_path, drawn, ["--pair", pair]) == before
@@ -117,8 +122,8 @@ def test_a_text_encoder_of_hugging_faces_is_in_the_pair_too(models_made, drawn, 
     )
 
 
-def test_half_precision_and_the_card(moved, drawn, tmp_path):
-    _, pair, _ = moved("custom", "--half")
+def test_half_precision_and_the_card(tuned, drawn, tmp_path):
+    pair = export_to(tmp_path / "pair", *tuned("custom")[0], "--half")
     card = (pair / "README.md").read_text()
     assert "# Composed image retrieval: custom with a Combiner (moe)" in card
     assert str(tmp_path) not in card
@@ -130,7 +135,7 @@ def read(pair: Path):
 
 
 def test_each_file_that_it_is_built_from_is_there_and_unchanged(moved):
-    _, pair, _ = moved("hf")
+    pair = moved("hf")
     files = sorted((pair / BUILT_FROM).iterdir())
     assert len(files) >= 2
     for file in files:
@@ -149,7 +154,7 @@ def test_each_file_that_it_is_built_from_is_there_and_unchanged(moved):
 
 
 def test_a_clip_has_sizes_or_files(moved):
-    _, pair, _ = moved("vit")
+    pair = moved("vit")
     config = json.loads((pair / PAIR_CONFIG).read_text())
     assert config["form"] == PAIR_FORM
     assert config["clip"]["sizes"] is None
@@ -166,7 +171,7 @@ def test_a_clip_has_sizes_or_files(moved):
 
 def test_weights_of_another_model(moved):
     """With digests of their own: who changes a file may change what is said of it."""
-    _, pair, _ = moved("custom")
+    pair = moved("custom")
     folder = pair / BUILT_FROM
     config = json.loads((pair / PAIR_CONFIG).read_text())
     about = json.loads((folder / "open_clip_config.json").read_text())
@@ -182,7 +187,7 @@ def test_weights_of_another_model(moved):
 
 
 def test_without_the_package_its_requirements_are_named(moved, monkeypatch):
-    _, pair, _ = moved("vit")
+    pair = moved("vit")
     monkeypatch.setitem(sys.modules, "open_clip", None)
     monkeypatch.delitem(sys.modules, "models.open_clip_package", raising=False)
     monkeypatch.delattr("models.open_clip_package", raising=False)

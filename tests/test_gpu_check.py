@@ -1,5 +1,6 @@
 """The check for a GPU, rehearsed on the CPU, and what it does about cases that fail, break or hang."""
 
+import gc
 import json
 import math
 import os
@@ -19,7 +20,6 @@ from cases import CASES, Case
 from conftest import ROOT, read_csv
 from forks import HANG, state_of
 from isolated import OUT_OF_TIME, attempt
-from layers import OURS, SRC
 from report import held, line
 from reports import curves, run_page
 from reports.tables import text_table
@@ -41,11 +41,16 @@ def bare(tmp_path) -> dict[str, str]:
 
 
 def test_the_blocker_blocks(bare):
-    for package in ABSENT:
-        done = subprocess.run(
-            [sys.executable, "-c", f"import {package}"], env=bare, capture_output=True
-        )
-        assert b"ModuleNotFoundError" in done.stderr
+    code = f"""
+import importlib
+for package in {ABSENT!r}:
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError:
+        print(package)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=bare, capture_output=True, text=True)
+    assert done.stdout.split() == ABSENT
 
 
 def test_what_is_missing_is_named_before_anything_starts(tmp_path):
@@ -74,21 +79,6 @@ def test_a_package_is_installed_from_a_folder_of_wheels(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", sys.path[:])
     needed.install_or_leave(tmp_path)
     assert needed.missing() == []
-
-
-def test_importing_all_modules_asks_for_no_gpu():
-    """Guards against forks that cannot use one: those of the demo, and of the check."""
-    code = f"""
-import importlib, os, sys
-sys.path.insert(0, {str(SRC)!r})
-for module in {sorted(OURS)!r}:
-    importlib.import_module(module)
-import torch
-if os.fork() == 0:
-    os._exit(int(torch.cuda._is_in_bad_fork()))
-sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
-"""
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.long
@@ -314,8 +304,8 @@ def test_what_no_longer_fits_is_not_run(check):
 
 
 def test_a_figure_out_of_time_breaks_nothing_and_a_check_does(check):
-    assert check(a=Case(run=hangs, seconds=1))[0] == 0
-    assert check(a=Case(run=hangs, seconds=1, checks=True))[0] == 1
+    assert check(a=Case(run=hangs, seconds=0.5))[0] == 0
+    assert check(a=Case(run=hangs, seconds=0.5, checks=True))[0] == 1
 
 
 def test_a_case_without_rows_has_failed(check):
@@ -348,6 +338,15 @@ def test_the_benchmark_keeps_finished_rows_too(monkeypatch, tmp_path, capsys):
     assert "choose from a b" in capsys.readouterr().err
 
 
+@pytest.fixture
+def quick_to_collect():
+    """Leave what the process has loaded to itself when garbage is collected, which else takes half a second."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("quick_to_collect")
 def test_a_model_is_freed_before_the_next_is_made():
     """Guards against two models in memory at a time, of which one alone would fit."""
     alive = []

@@ -17,7 +17,9 @@ from models.lean_clip import LeanBlock, convolution_then_relu, folded, make_lean
 from timing import saved_activations
 
 CPU = torch.device("cpu")
-TOKENS = tokenize(["is red", "has longer sleeves and a deep neckline", "the same in blue", "a", ""])
+TEXTS = ["is red", "has longer sleeves and a deep neckline", "the same in blue", "a", ""]
+# Numbered anew, so that a vocabulary of these is enough: padding is 0, and the end of a text the largest.
+VOCABULARY, TOKENS = tokenize(TEXTS).unique(return_inverse=True)
 
 
 @pytest.fixture
@@ -28,7 +30,9 @@ def pair(golden, monkeypatch):
 
     def pair(name: str) -> tuple[nn.Module, nn.Module]:
         torch.manual_seed(0)
-        plain = clip.model.build_model(dict(torch.load(golden / f"clip_{name}.pt"))).double().eval()
+        state = dict(torch.load(golden / f"clip_{name}.pt"))
+        state["token_embedding.weight"] = state["token_embedding.weight"][VOCABULARY]
+        plain = clip.model.build_model(state).double().eval()
         for norm in plain.modules():
             if isinstance(norm, nn.LayerNorm | nn.BatchNorm2d):
                 nn.init.normal_(norm.weight)
@@ -75,9 +79,11 @@ def test_features_and_gradients_are_those_of_the_clip_package(name, encoder, pai
     assert_same(features_and_gradients(lean), features_and_gradients(plain))
 
 
-@pytest.mark.parametrize("name", ["vit", "rn"])
-@pytest.mark.parametrize("way", ["checkpointed", "compiled", "copied", "channels last"])
-def test_they_are_the_same_in_every_way_that_training_takes(name, way, pair, monkeypatch):
+WAYS = [(way, name) for way in ("checkpointed", "compiled", "copied") for name in ("vit", "rn")]
+
+
+@pytest.mark.parametrize(("way", "name"), [*WAYS, ("channels last", "rn")])
+def test_they_are_the_same_in_every_way_that_training_takes(way, name, pair, monkeypatch):
     plain, lean = pair(name)
     if way == "checkpointed":
         checkpoint_gradients(lean)

@@ -4,13 +4,12 @@ import ast
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
-from conftest import ROOT
+from conftest import ROOT, SOAK
+from layers import OURS
 
 SRC = ROOT / "src"
 SCRIPTS = sorted(file.name for file in SRC.glob("*.py") if "@command" in file.read_text())
@@ -18,36 +17,46 @@ HEAVY = (
     "torch", "torchvision", "clip", "pandas", "matplotlib", "gradio", "faiss", "open_clip", "timm", "transformers",
     "torch._dynamo",
 )  # fmt: skip
-# Scripts in forks of one fresh Python that has loaded what all of them load. Each says of itself at its end: the heavy
-# packages that it loaded, and how many modules in all.
+# Jobs in forks of one fresh Python that has loaded what all scripts load. Some of a job's streams are closed, as by a
+# shell, or opened for a file that nothing can be written to. Each of its lines leaves its output, its exit code, the
+# heavy packages that are loaded, and how many modules are in all.
 PROBE = """
-import atexit, json, os, runpy, sys
-source, heavy, lines = json.loads(sys.argv[1])
+import json, os, runpy, sys
+source, heavy, jobs = json.loads(sys.argv[1])
 sys.path.insert(0, source)
 import cli.options
 
 folder = os.getcwd()
+DESCRIPTORS = {"stdin": 0, "stdout": 1, "stderr": 2}
 
-def lines_to_run():
-    codes = []
-    for number, words in enumerate(lines):
-        if not os.fork():
-            for descriptor, name in ((1, "stdout"), (2, "stderr")):
-                os.dup2(os.open(f"{number}.{name}", os.O_CREAT | os.O_WRONLY), descriptor)
-            return number, words
-        codes.append(os.waitstatus_to_exitcode(os.wait()[1]))
-    print(json.dumps(codes))
-    sys.exit()
+def set_up(streams):
+    for name, opened in streams.items():
+        os.close(DESCRIPTORS[name])
+        if opened:
+            os.open(*opened)
+        else:
+            setattr(sys, name, None)
 
-def report():
+def run(file, streams, script, *flags):
+    for name in ("stdout", "stderr"):
+        os.dup2(os.open(f"{file}.{name}", os.O_CREAT | os.O_WRONLY), DESCRIPTORS[name])
+    set_up(streams)
+    sys.argv = [os.path.join(source, script), *flags]
+    code = 0
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code
     loaded = [name for name in heavy if name in sys.modules]
-    with open(f"{folder}/{number}.loaded", "w") as file:
-        json.dump([loaded, len(sys.modules)], file)
+    with open(f"{file}.json", "w") as about:
+        json.dump([code, loaded, len(sys.modules)], about)
 
-number, (script, *flags) = lines_to_run()
-atexit.register(report)
-sys.argv = [os.path.join(source, script), *flags]
-runpy.run_path(sys.argv[0], run_name="__main__")
+for job, (streams, lines) in enumerate(jobs):
+    if not os.fork():
+        for number, line in enumerate(lines):
+            run(f"{folder}/{job}.{number}", streams, *line)
+        sys.exit()
+    os.wait()
 """
 # Modules, Python's own included: few are loaded in a tenth of a second, however busy the machine is. Most of them
 # is what argparse, json, pathlib and pydantic (150) bring; torch alone brings over a thousand.
@@ -91,52 +100,48 @@ MISSING = [
 
 @dataclass(frozen=True)
 class Ended:
-    """What came of a script: its exit code and output, the heavy packages that it loaded, and how many modules."""
+    """What came of a script: its exit code, the heavy packages that it loaded, how many modules, and its output."""
 
     code: int
-    stdout: str
-    stderr: str
     loaded: list[str]
     modules: int
+    stdout: str
+    stderr: str
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Callable[..., list[Ended]]:
-    """Run some command lines of scripts, one after the other."""
-
-    def run(*lines: list[str]) -> list[Ended]:
-        folder = tmp_path_factory.mktemp("started")
-        told = json.dumps([str(SRC), HEAVY, lines])
-        codes = subprocess.check_output([sys.executable, "-c", PROBE, told], cwd=folder)
-        ended = []
-        for number, code in enumerate(json.loads(codes)):
-            stdout, stderr = (
-                (folder / f"{number}.{name}").read_text() for name in ("stdout", "stderr")
-            )
-            loaded, modules = json.loads((folder / f"{number}.loaded").read_text())
-            ended.append(Ended(code, stdout, stderr, loaded, modules))
-        return ended
-
-    return run
+Line = list[str]  # a script and its flags
 
 
-@pytest.mark.parametrize(("flag", "code"), [("--help", 0), ("--no-such-flag", 2)])
-def test_help_and_mistyped_flags_load_nothing_heavy(flag, code, run):
-    found = run(*([script, flag] for script in SCRIPTS))
-    for script, ended in zip(SCRIPTS, found, strict=True):
-        assert ended.code == code, (script, ended.stderr)
-        assert ended.loaded == [], script
-        assert ended.modules < MOST_MODULES, script
+def run(folder: Path, *jobs: list[Line], streams: Iterable[dict] = ()) -> list[list[Ended]]:
+    """Run jobs, each some command lines one after the other, and each with its streams; all open without `streams`."""
+    folder.mkdir(exist_ok=True)
+    told = [str(SRC), HEAVY, list(zip(streams or [{}] * len(jobs), jobs, strict=True))]
+    subprocess.check_call([sys.executable, "-c", PROBE, json.dumps(told)], cwd=folder)
+    return [
+        [ended(folder / f"{job}.{number}") for number in range(len(lines))]
+        for job, lines in enumerate(jobs)
+    ]
 
 
-def test_a_missing_file_is_said_before_anything_heavy_is_loaded(run):
-    found = run(*(line.split() for line in MISSING))
-    for line, ended in zip(MISSING, found, strict=True):
-        assert ended.code == 2, line
-        assert ended.loaded == [], line
-        assert "nowhere" in ended.stderr, line
-        assert "Traceback" not in ended.stderr, line
-        assert ended.modules < MOST_MODULES, line
+def ended(file: Path) -> Ended:
+    stdout, stderr = (Path(f"{file}.{name}").read_text() for name in ("stdout", "stderr"))
+    return Ended(*json.loads(Path(f"{file}.json").read_text()), stdout, stderr)
+
+
+def test_help_mistyped_flags_and_missing_files_load_nothing_heavy(tmp_path):
+    """All lines of a script in one fork: what the first has loaded is still there after the last."""
+    codes = {"--help": 0, "--no-such-flag": 2}
+    jobs = []
+    for script in SCRIPTS:
+        missing = [line.split() for line in MISSING if line.split()[0] == script]
+        jobs.append([*([script, flag] for flag in codes), *missing])
+    for lines, found in zip(jobs, run(tmp_path / "started", *jobs), strict=True):
+        for line, ended in zip(lines, found, strict=True):
+            assert ended.code == codes.get(line[1], 2), (line, ended.stderr)
+            assert ended.loaded == [], line
+            assert ended.modules < MOST_MODULES, line
+            assert "Traceback" not in ended.stderr, line
+            assert line[1] in codes or "nowhere" in ended.stderr, line
 
 
 def test_every_script_is_tried_with_a_missing_file():
@@ -144,7 +149,7 @@ def test_every_script_is_tried_with_a_missing_file():
     assert {line.split()[0] for line in MISSING} == set(SCRIPTS) - takes_no_file
 
 
-def test_checks_and_single_results_need_no_torch(drawn, tmp_path, run):
+def test_checks_and_single_results_need_no_torch(drawn, tmp_path):
     """What reads and counts runs without it; a comparison of two results resamples, and needs it."""
     ranks = {"dress": [0, 20], "toptee": [3, 7], "shirt": [60, 1]}
     from benchmarks import FashionIQ
@@ -180,27 +185,36 @@ def test_checks_and_single_results_need_no_torch(drawn, tmp_path, run):
         ["check_submission.py", str(tmp_path / "submission.json"), "--data-root", str(drawn)],
         ["check_dataset.py", "--unofficial", "--data-root", str(drawn), "--num-workers", "0"],
     ]
-    for words, ended in zip(lines, run(*lines), strict=True):
+    (found,) = run(tmp_path / "started", lines)
+    for words, ended in zip(lines, found, strict=True):
         assert "Traceback" not in ended.stderr
         assert not heavy & set(ended.loaded), words
 
 
-def test_a_validation_loads_no_plots_and_no_compiler(golden, tmp_path, run):
-    flags = [
-        "--clip-model-name",
-        str(golden / "clip_vit.pt"),
-        "--combining-function",
-        "combiner",
-        "--combiner-path",
-        str(golden / "combiner_moe_cirr.pt"),
-        "--num-workers",
-        "0",
-    ]
-    where = ["--dataset", "CIRR", "--data-root", str(golden), "--device", "cpu"]
-    (ended,) = run(["validate.py", *where, *flags])
-    assert ended.code == 0, ended.stderr
-    assert set(ended.loaded) & set(HEAVY) <= {"torch", "clip", "pandas"}
-    assert "torch" in ended.loaded
+# open_clip alone takes as long to load as all others.
+MODULES = OURS if SOAK else OURS - {"models.open_clip_package"}
+IMPORTS = f"""
+import importlib, os, sys
+import torch
+for module in {sorted(MODULES)!r}:
+    importlib.import_module(module)
+if not os.fork():
+    os._exit(torch.cuda._is_in_bad_fork())
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def test_a_validation_loads_no_plots_and_no_compiler_and_no_import_asks_for_a_gpu(golden, tmp_path):
+    """Guards against forks that cannot use one: those of the demo, and of `gpu_check.py`."""
+    words = ["validate.py", "--dataset", "CIRR", "--device", "cpu", "--num-workers", "0"]
+    words += ["--clip-model-name", str(golden / "clip_vit.pt"), "--data-root", str(golden)]
+    words += [*COMPOSED.split(), str(golden / "combiner_moe_cirr.pt")]
+    (tmp_path / "imports.py").write_text(IMPORTS)
+    ((validated, imported),) = run(tmp_path / "started", [words, [str(tmp_path / "imports.py")]])
+    assert validated.code == 0, validated.stderr
+    assert set(validated.loaded) & set(HEAVY) <= {"torch", "clip", "pandas"}
+    assert "torch" in validated.loaded
+    assert imported.code == 0, "something asked for a GPU when it was imported"
 
 
 def test_heavy_imports_stand_where_they_are_used():
@@ -215,16 +229,10 @@ def test_heavy_imports_stand_where_they_are_used():
 
 
 def test_scripts_start_from_anywhere(tmp_path):
-    """By path, by a link, as a module, from another folder: a script finds what lies beside it."""
+    """By a link from another folder, and as a module: a script finds what lies beside it."""
     link = tmp_path / "link.py"
     link.symlink_to(SRC / "validate.py")
-    starts = [
-        ([str(SRC / "validate.py")], tmp_path),
-        (["src/validate.py"], ROOT),
-        ([str(link)], tmp_path),
-        (["-m", "validate"], SRC),
-    ]
-    for words, folder in starts:
+    for words, folder in (([str(link)], tmp_path), (["-m", "validate"], SRC)):
         done = subprocess.run(
             [sys.executable, *words, "--help"], cwd=folder, capture_output=True, text=True
         )

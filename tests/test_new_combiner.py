@@ -1,16 +1,16 @@
 """The examples of docs/new-combiner.md, applied to a copy of the code as they stand, and used by the scripts."""
 
 import json
-import os
 import re
 import shutil
 import stat
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from conftest import ROOT
+from isolated import FORK, write_to
 
 pytestmark = pytest.mark.slow
 
@@ -20,32 +20,44 @@ EXAMPLE = re.compile(
     r"`(src/[\w/]+\.py)`[^`\n]*(?:`make_loss`)?:\n\n```(python|diff)\n(.*?)```", re.DOTALL
 )
 NEXT_BLOCK = re.compile(r"\n\n```diff\n(.*?)```", re.DOTALL)
-# One process, since torch takes seconds to load: a training of all that is new, and what comes after it.
-USE = """
-import glob, sys
-sys.path.insert(0, "src")
-import combiner_train, export, search, validate
-data, out = sys.argv[1:]
-clip = ["--clip-model-name", f"{data}/tiny_clip_vit.pt"]
-cpu = ["--num-workers", "0", "--device", "cpu"]
-where = ["--data-root", data, *cpu]
-combiner_train.main([
-    "--dataset", "CIRR", *clip, *where, "--output-dir", f"{out}/runs", "--no-feature-cache",
-    *"--combiner-type hadamard --loss margin --tracker jsonl --projection-dim 16 --hidden-dim 24".split(),
-    *"--num-epochs 2 --batch-size 12 --validation-frequency 1 --combiner-lr 1e-3 --save-training --save-best".split(),
-])
-(trained,) = glob.glob(f"{out}/runs/*/saved_models/combiner_arithmetic.pt")
-weights = ["--combiner-path", trained]
-function = ["--combining-function", "combiner"]
-validate.main(["--dataset", "CIRR", *function, *weights, *where, "--metrics-json", f"{out}/result.json"])
-export.main([*weights, "--output", f"{out}/pair", "--results", f"{out}/result.json"])
-pair = ["--pair", f"{out}/pair"]
-validate.main(["--dataset", "CIRR", *pair, *where, "--metrics-json", f"{out}/again.json"])
-images = f"{data}/cirr_dataset/dev"
-search.main(["index", "--images", images, "--output", f"{out}/index", *pair, *cpu])
-query = ["--image", sorted(glob.glob(f"{images}/*"))[0], "--text", "is red", "--device", "cpu", "--k", "3"]
-search.main(["query", "--index", f"{out}/index", *query, "--json"])
-"""
+NEW = (
+    "--dataset CIRR --combiner-type hadamard --loss margin --tracker jsonl --projection-dim 16 --hidden-dim 24 "
+    "--num-epochs 2 --batch-size 12 --validation-frequency 1 --combiner-lr 1e-3 --save-training --save-best"
+)
+
+
+def use(tree: Path, data: Path, out: Path, log: Path) -> None:
+    """Train all that is new, and use what was trained; in a fork, which loads a tree's modules in place of ours."""
+    write_to(log)
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(f"{ROOT / 'src'}/"):
+            del sys.modules[name]
+    sys.path[:] = [str(tree / "src"), *(place for place in sys.path if place != str(ROOT / "src"))]
+    import combiner_train
+    import export
+    import search
+    import validate
+    from reports import run_page
+
+    run_page.can_draw = lambda: False
+    clip = ["--clip-model-name", f"{data}/tiny_clip_vit.pt"]
+    cpu = ["--num-workers", "0", "--device", "cpu"]
+    where = ["--data-root", str(data), *cpu]
+    output = ["--output-dir", f"{out}/runs", "--no-feature-cache"]
+    combiner_train.main([*NEW.split(), *clip, *where, *output])
+    (trained,) = out.glob("runs/*/saved_models/combiner_arithmetic.pt")
+    weights = ["--combiner-path", str(trained)]
+    result = ["--metrics-json", f"{out}/result.json"]
+    composed = ["--combining-function", "combiner", *weights]
+    validate.main(["--dataset", "CIRR", *composed, *where, *result])
+    export.main([*weights, "--output", f"{out}/pair", "--results", f"{out}/result.json"])
+    pair = ["--pair", f"{out}/pair"]
+    again = ["--metrics-json", f"{out}/again.json"]
+    validate.main(["--dataset", "CIRR", *pair, *where, *again])
+    images = data / "cirr_dataset" / "dev"
+    search.main(["index", "--images", str(images), "--output", f"{out}/index", *pair, *cpu])
+    query = ["--image", str(min(images.iterdir())), "--text", "is red", "--device", "cpu"]
+    search.main(["query", "--index", f"{out}/index", *query, "--k", "3", "--json"])
 
 
 def applied(tree):
@@ -84,15 +96,11 @@ def test_the_examples_work_as_they_stand(drawn, tmp_path):
     assert (
         len(applied(tree)) == len(re.findall("^`{3}(?:python|diff)$", GUIDE.read_text(), re.M)) - 1
     )
-    out = tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, "-c", USE, drawn, out],
-        cwd=tree,
-        env=os.environ | {"PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    out, log = tmp_path / "out", tmp_path / "log"
+    process = FORK.Process(target=use, args=(tree, drawn, out, log))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, log.read_text()
     (run,) = (out / "runs").iterdir()
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert {json.loads(line)["epoch"] for line in lines} == {0, 1}
@@ -105,4 +113,4 @@ def test_the_examples_work_as_they_stand(drawn, tmp_path):
         16,
         24,
     )
-    assert done.stdout.count('"similarity"') == 3
+    assert log.read_text().count('"similarity"') == 3

@@ -82,14 +82,8 @@ def test_a_device_that_cannot_says_what_it_can(monkeypatch, fails, drawn):
         UserError, match="--encode-precision bf16: this GPU does not support bfloat16"
     ):
         check_encode_precision("bf16", GPU)
-    flags = [
-        "--dataset",
-        "CIRR",
-        "--clip-model-name",
-        drawn / "tiny_clip_vit.pt",
-        "--combining-function",
-        "sum",
-    ]
+    flags = ["--dataset", "CIRR", "--combining-function", "sum"]
+    flags += ["--clip-model-name", drawn / "tiny_clip_vit.pt"]
     error = fails("validate", drawn, *flags, "--encode-precision", "tf32")
     assert "--encode-precision tf32: cpu does not support TF32: choose fp32" in error
 
@@ -108,8 +102,8 @@ def test_keys_of_caches_say_in_what_was_encoded(make_encoder):
 @pytest.mark.slow
 def test_the_precision_of_training_is_that_of_validating(stage_2, run, drawn, tmp_path, caplog):
     """A Combiner that was trained on fp16 features is measured on such, unless a flag says otherwise."""
-    folder = stage_2("CIRR", "--encode-precision", "fp16")
-    weights = folder / "saved_models" / "combiner_1.pt"
+    folder = stage_2("CIRR", "--encode-precision", "fp16", "--num-epochs", 1)
+    weights = folder / "saved_models" / "combiner_0.pt"
     preprocessing = torch.load(weights)["config"]["recipe"]
     assert preprocessing["encode_precision"] == "fp16"
     flags = ["--dataset", "CIRR", "--combining-function", "combiner", "--combiner-path", weights]
@@ -122,48 +116,25 @@ def test_the_precision_of_training_is_that_of_validating(stage_2, run, drawn, tm
 
 
 def test_an_index_keeps_to_its_precision_and_a_query_is_exact(drawn, golden, tmp_path, capsys):
-    images = str(golden / "cirr_dataset" / "dev")
-    make = [
-        "index",
-        "--images",
-        images,
-        "--output",
-        str(tmp_path / "index"),
-        "--num-workers",
-        "0",
-        "--device",
-        "cpu",
-    ]
-    make += ["--clip-model-name", str(golden / "clip_vit.pt")]
+    images = golden / "cirr_dataset" / "dev"
+    update = ["index", "--output", str(tmp_path / "index"), "--num-workers", "0", "--device", "cpu"]
+    make = [*update, "--images", str(images), "--clip-model-name", str(golden / "clip_vit.pt")]
     search.main([*make, "--encode-precision", "fp16"])
     about = json.loads((tmp_path / "index" / "index.json").read_text())
     assert about["encoder"]["encode_precision"] == "fp16"
     # Silent, the flag stands for what the index has.
-    search.main(
-        ["index", "--output", str(tmp_path / "index"), "--num-workers", "0", "--device", "cpu"]
-    )
+    search.main(update)
     with pytest.raises(SystemExit) as stop:
         search.main([*make, "--encode-precision", "fp32"])
     assert stop.value.code == 2
     assert "with different weights, preprocessing or precision" in capsys.readouterr().err
-    image = next((golden / "cirr_dataset" / "dev").rglob("*.png"))
+    query = ["query", "--index", str(tmp_path / "index"), "--text", "is red", "--device", "cpu"]
+    query += ["--image", str(next(images.rglob("*.png")))]
     seen = []
     real = precision.encoding
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("models.encoder.encoding", lambda *how: seen.append(how[0]) or real(*how))
-        search.main(
-            [
-                "query",
-                "--index",
-                str(tmp_path / "index"),
-                "--image",
-                str(image),
-                "--text",
-                "is red",
-                "--device",
-                "cpu",
-            ]
-        )
+        search.main(query)
     assert set(seen) == {"fp32"}
 
 

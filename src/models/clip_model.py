@@ -192,11 +192,6 @@ def resolution(model: CLIP) -> int:
     return model.visual.input_resolution
 
 
-def feature_dim(model: CLIP) -> int:
-    """Return the dimension D of image and text features."""
-    return model.text_projection.shape[1]
-
-
 WORDS_KEPT = 100_000  # maximum number of words whose tokens are cached; no benchmark has more
 
 
@@ -212,7 +207,7 @@ def tokenize(captions: list[str], columns: int = 77) -> Tensor:
 def backbone(model: CLIP) -> Backbone:
     """Return the backbone that describes one of OpenAI's CLIPs."""
     return Backbone(
-        dim=feature_dim(model),
+        dim=model.text_projection.shape[1],
         resolution=resolution(model),
         mean=CLIP_MEAN,
         std=CLIP_STD,

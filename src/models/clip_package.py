@@ -7,32 +7,12 @@ compiler.
 
 import sys
 import warnings
-from types import ModuleType
 from unittest import mock
 
-TORCHVISION_NAMES = (
-    "Compose",
-    "Resize",
-    "CenterCrop",
-    "ToTensor",
-    "Normalize",
-    "InterpolationMode",
-)
-
-
-def _stand_ins() -> dict[str, ModuleType]:
-    """Return the modules to import in place of torchvision; none if torchvision is already loaded."""
-    if "torchvision" in sys.modules:
-        return {}
-    transforms = ModuleType("torchvision.transforms")
-    for name in TORCHVISION_NAMES:
-        setattr(transforms, name, mock.Mock())
-    package = ModuleType("torchvision")
-    package.__path__ = []
-    return {"torchvision": package, "torchvision.transforms": transforms}
-
-
-stand_ins = _stand_ins()
+# The modules to import in place of torchvision; none if it is already loaded.
+stand_ins = {name: mock.MagicMock() for name in ("torchvision", "torchvision.transforms")}
+if "torchvision" in sys.modules:
+    stand_ins = {}
 sys.modules.update(stand_ins)
 # On import, the package checks for a GPU. After such a check, forked processes cannot use a GPU, and `demo.py` forks
 # all of its commands. So the check is patched to find none; it only sets package defaults, which are not used.

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from combiner import Composer
-    from models.backbone import Backbone
     from models.encoder import Encoder
 
 PAIR_FORM = 2  # version of the folder's format, increased if earlier code cannot read it
@@ -166,7 +165,12 @@ def write_exported(
     from models.encoder import versions
 
     states = {"clip": encoder.model.state_dict()}
-    built_from = _write_built_from(folder / BUILT_FROM, encoder.backbone)
+    built_from = {}
+    if write := encoder.backbone.write:
+        (folder / BUILT_FROM).mkdir()
+        write(folder / BUILT_FROM)
+        files = _visible_files(folder / BUILT_FROM)
+        built_from = {file.name: file_digest(file) for file in files}
     sizes = {"clip": None if built_from else sizes_by_name(encoder.model)}
     if combiner := compose.state_dict():
         states["combiner"] = combiner
@@ -188,15 +192,6 @@ def write_exported(
     config = {**content, "sha256": _digest(content)}
     write_text(folder / PAIR_CONFIG, json.dumps(config, indent=1) + "\n")
     return config
-
-
-def _write_built_from(folder: Path, backbone: "Backbone") -> dict[str, str]:
-    """Write the files that a CLIP is built from, and return file name -> digest; {} if it is built from sizes."""
-    if backbone.write is None:
-        return {}
-    folder.mkdir()
-    backbone.write(folder)
-    return {file.name: file_digest(file) for file in _visible_files(folder)}
 
 
 def _write_weights(

@@ -291,43 +291,43 @@ def has_fused_kernel(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float32
 
 
-def _in_one_kernel(
-    x: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None, *, stride: int, padding: int
-) -> Tensor | None:
-    """Compute `relu(conv2d(x, weight, bias) + added)` in one cuDNN kernel.
-
-    Return None if cuDNN has no such kernel for this GPU and these sizes.
-    """
-    scale = 1.0
-    if added is None:
-        # The kernel always adds a tensor. `cudnn_convolution_relu` would pass it uninitialised memory with factor 0,
-        # but that memory may contain NaN, and 0 * NaN is NaN.
-        scale = 0.0
-        sides = [(side + 2 * padding - weight.shape[2]) // stride + 1 for side in x.shape[2:]]
-        shape_out = (len(x), len(weight), *sides)
-        added = torch.empty(
-            shape_out, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-        ).zero_()
-    try:
-        return torch.cudnn_convolution_add_relu(
-            x, weight, added, scale, bias, [stride] * 2, [padding] * 2, [1, 1], 1
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # cuDNN's "unable to find an engine"
-        return None
-
-
 def _computed(
     x: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None, *, stride: int, padding: int
 ) -> Tensor:
-    """Compute `relu(conv2d(x, weight, bias) + added)`, in one kernel if there is one."""
+    """Compute `relu(conv2d(x, weight, bias) + added)`, in one cuDNN kernel if there is one for these sizes."""
     if has_fused_kernel(x):
-        out = _in_one_kernel(x, weight, bias, added, stride=stride, padding=padding)
-        if out is not None:
-            return out
+        scale, term = 1.0, added
+        if term is None:
+            # The kernel always adds a tensor. `cudnn_convolution_relu` would pass it uninitialised memory with factor
+            # 0, but that memory may contain NaN, and 0 * NaN is NaN.
+            scale = 0.0
+            sides = [(side + 2 * padding - weight.shape[2]) // stride + 1 for side in x.shape[2:]]
+            term = torch.empty(
+                (len(x), len(weight), *sides),
+                dtype=x.dtype,
+                device=x.device,
+                memory_format=torch.channels_last,
+            ).zero_()
+        try:
+            return torch.cudnn_convolution_add_relu(
+                x, weight, term, scale, bias, [stride] * 2, [padding] * 2, [1, 1], 1
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # cuDNN's "unable to find an engine"
+            pass
     out = F.conv2d(x, weight, bias, stride, padding)
     return (out if added is None else out.add_(added)).relu_()
+
+
+def _gradients(
+    gradient: Tensor, x: Tensor, weight: Tensor, *, stride: int, padding: int, needed: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """Return the needed gradients of a convolution's input, weight and bias; None for each of the others."""
+    shape = [stride] * 2, [padding] * 2, [1, 1]
+    return torch.ops.aten.convolution_backward(
+        gradient, x, weight, [len(weight)], *shape, False, [0, 0], 1, needed
+    )
 
 
 class _ConvolutionThenReLU(torch.autograd.Function):
@@ -335,23 +335,16 @@ class _ConvolutionThenReLU(torch.autograd.Function):
     def forward(ctx, x, weight, bias, added, stride, padding):
         out = _computed(x, weight, bias, added, stride=stride, padding=padding)
         ctx.save_for_backward(x, weight, out)
-        ctx.shape = [stride, stride], [padding, padding], [1, 1]
+        ctx.stride, ctx.padding = stride, padding
         return out
 
     @staticmethod
     def backward(ctx, gradient):
         x, weight, out = ctx.saved_tensors
         gradient = torch.ops.aten.threshold_backward(gradient, out, 0)
-        gradients = torch.ops.aten.convolution_backward(
-            gradient,
-            x,
-            weight,
-            [len(weight)],
-            *ctx.shape,
-            False,
-            [0, 0],
-            1,
-            ctx.needs_input_grad[:3],
+        needed = ctx.needs_input_grad[:3]
+        gradients = _gradients(
+            gradient, x, weight, stride=ctx.stride, padding=ctx.padding, needed=needed
         )
         return *gradients, gradient if ctx.needs_input_grad[3] else None, None, None
 
@@ -380,19 +373,8 @@ class _PointwiseBeside(torch.autograd.Function):
         of_x, *of_weights = ctx.needs_input_grad
         gradient = torch.ops.aten.threshold_backward(gradient, out, 0)
         joins = of_x and of_past.is_contiguous(memory_format=torch.channels_last)
-        gradients = torch.ops.aten.convolution_backward(
-            gradient,
-            x,
-            weight,
-            [len(weight)],
-            [1, 1],
-            [0, 0],
-            [1, 1],
-            False,
-            [0, 0],
-            1,
-            [of_x and not joins, *of_weights],
-        )
+        needed = [of_x and not joins, *of_weights]
+        gradients = _gradients(gradient, x, weight, stride=1, padding=0, needed=needed)
         if joins:
             rows = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # (n, channels out)
             past = of_past.permute(0, 2, 3, 1)  # (b, h, w, C)

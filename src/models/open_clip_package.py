@@ -240,7 +240,8 @@ def _write(folder: Path, *, content: Mapping[str, Any], own: Any, text_files: st
 
 def _ready(model: Any, device: torch.device) -> nn.Module:
     model = model.float().eval().to(device)
-    take_any_columns(model)
+    for module in model.modules():
+        module.__class__ = ANY_COLUMNS.get(type(module), type(module))
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.visual.modules())
     if device.type == "cuda" and convolutions > 1:  # a ViT has only one, its patch embedding
         model.visual.to(memory_format=torch.channels_last)
@@ -613,13 +614,6 @@ def is_trimmed(text: Mapping[str, Any]) -> bool:
     return looks_back and at_the_end and not text.get("hf_model_name")
 
 
-def take_any_columns(model: nn.Module) -> None:
-    """Make a model's text encoders accept any number of columns; open_clip's require the maximum."""
-    for module in model.modules():
-        if type(module) in ANY_COLUMNS:
-            module.__class__ = ANY_COLUMNS[type(module)]
-
-
 class TrimmedCLIP(open_clip.CLIP):
     """open_clip's CLIP whose text encoder is not a separate module, for any number of columns."""
 
@@ -647,6 +641,7 @@ class TrimmedTextTransformer(TextTransformer):
         return x, None if mask is None else mask[..., :columns, :columns]
 
 
+# open_clip's text encoders require the maximum number of columns.
 ANY_COLUMNS: dict[type, Any] = {
     open_clip.CLIP: TrimmedCLIP,
     TextTransformer: TrimmedTextTransformer,

@@ -53,11 +53,8 @@ class Pair:
         weights = {"clip": weights_digest(self.encoder.model.state_dict())}
         if state := self.compose.state_dict():
             weights["combiner"] = weights_digest(state)
-        checkpoints = {}
-        if self.tuned:
-            checkpoints["clip"] = self.tuned
-        if self.trained:
-            checkpoints["combiner"] = self.trained
+        parts = {"clip": self.tuned, "combiner": self.trained}
+        checkpoints = {kind: checkpoint for kind, checkpoint in parts.items() if checkpoint}
         training = {kind: checkpoint.config for kind, checkpoint in checkpoints.items()}
         return {
             "clip_model_name": self.encoder.preprocessing["clip_model_name"],
@@ -98,25 +95,15 @@ def load_pair(
     say_assumed(taken, told_by)
     encoder = load_encoder(settings, tuned, device, workers=choice.workers, formats=formats)
     if trained is None:
-        unlearned = UNLEARNED[composed_by]()
-        return Pair(
-            encoder=encoder, compose=unlearned.eval(), tuned=tuned, trained=None, assumed=taken
-        )
-    if trained.sizes is None:
-        _warn_of_other_weights(trained, encoder)
-    combiner = load_combiner(
-        trained.state,
-        known,
-        trained.path,
-        wanted=choice.combiner.model_dump(),
-        clip_dim=encoder.backbone.dim,
-    )
+        compose: Composer = UNLEARNED[composed_by]().eval()
+    else:
+        if trained.sizes is None:
+            _warn_of_other_weights(trained, encoder)
+        dim = encoder.backbone.dim
+        wanted = choice.combiner.model_dump()
+        compose = load_combiner(trained.state, known, trained.path, wanted=wanted, clip_dim=dim)
     return Pair(
-        encoder=encoder,
-        compose=combiner.to(device),
-        tuned=tuned,
-        trained=trained,
-        assumed=taken,
+        encoder=encoder, compose=compose.to(device), tuned=tuned, trained=trained, assumed=taken
     )
 
 

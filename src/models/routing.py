@@ -74,9 +74,7 @@ def router_statistics(logits: Tensor, top_k: int, bias: Tensor | None = None) ->
     total_weights.index_add_(0, chosen.flatten(), weights.flatten())
     mean_weights = total_weights / rows  # (E,)
     rows_of_both = (assigned.T @ assigned).long().tolist()  # (E, E)
-    statistics: dict[str, float] = {}
-    for expert, share in enumerate(shares.tolist()):
-        statistics[f"expert{expert}_share"] = share
+    statistics = {f"expert{expert}_share": share for expert, share in enumerate(shares.tolist())}
     for expert, weight in enumerate(mean_weights.tolist()):
         statistics[f"expert{expert}_weight"] = weight
     statistics["load_entropy"] = _entropy(shares[None] / top_k)

@@ -125,7 +125,10 @@ def read_weights(flag_name: str, path: Path, kind: str) -> WeightsFile:
     left = [str(name) for name in content if name not in kept]
     left += [name for name in state if not name.startswith(prefix)]
     left += [name for name in weights if _is_no_weight(name)]
-    _say(source, [form for form, is_so in forms.items() if is_so], left)
+    told = [", ".join(form for form, is_so in forms.items() if is_so)]
+    told.append(f"left out: {counted(left, NAMES_SHOWN)}" if left else "")
+    if any(told):
+        logger.info("%s: %s", source, "; ".join(filter(None, told)))
     return WeightsFile(
         state={name: weight for name, weight in weights.items() if not _is_no_weight(name)},
         is_tuned=bool(own),
@@ -143,15 +146,6 @@ def read_clip(path: Path) -> WeightsFile:
             f"--clip-model-name {path} contains fine-tuned weights: pass it to --clip-model-path instead"
         )
     return found
-
-
-def _say(source: str, forms: list[str], left: list[str]) -> None:
-    """Log the format of a file, if it is another project's, and the entries that are ignored."""
-    found = [", ".join(forms)] if forms else []
-    if left:
-        found.append(f"left out: {counted(left, NAMES_SHOWN)}")
-    if found:
-        logger.info("%s: %s", source, "; ".join(found))
 
 
 def _tensors(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,9 +27,7 @@ def expert_report(title: str, records: Mapping[str, Sequence[RoutedQuery]]) -> s
     Args:
         records: name of a split -> its queries.
     """
-    everything: list[RoutedQuery] = []
-    for queries in records.values():
-        everything += queries
+    everything = list(itertools.chain.from_iterable(records.values()))
     experts = range(len(everything[0]["experts"]))
     parts = [
         "<p>Mean weight of each expert over the queries: one row per expert, one column per split.</p>",

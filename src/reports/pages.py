@@ -66,12 +66,11 @@ def text(content: object) -> str:
     return html.escape(str(content))
 
 
-def table(rows: Mapping[str, object], numbers: bool = False) -> str:
+def table(rows: Mapping[str, object]) -> str:
     """Return an HTML table with a row for each name and its value."""
-    kind = "number" if numbers else "value"
     lines = []
     for name, value in rows.items():
-        lines.append(f'<tr><th>{text(name)}</th><td class="{kind}">{text(value)}</td></tr>')
+        lines.append(f'<tr><th>{text(name)}</th><td class="value">{text(value)}</td></tr>')
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 

@@ -215,7 +215,7 @@ def seeds_page(
         charts([validations]),
         "<h2>Pages of the seeds</h2>",
         f"<ul>{''.join(links)}</ul>",
+        "<h2>To reproduce</h2>",
+        pages.command(about.commands["reproduce"]),
     ]
-    reproduce = pages.command(about.commands["reproduce"])
-    parts += ["<h2>To reproduce</h2>", reproduce]
     return _page(about, parts, [validations])

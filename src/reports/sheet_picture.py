@@ -56,10 +56,8 @@ def picture(
         head: texts above the queries; each starts on a new line.
     """
     say_unknown([*head, *(card.caption + card.heading for card in cards)])
-    places = 0
-    for card in cards:
-        for row in card.rows.values():
-            places = max(places, len(row.results) + len(row.ranks))
+    rows = itertools.chain.from_iterable(card.rows.values() for card in cards)
+    places = max((len(row.results) + len(row.ranks) for row in rows), default=0)
     width = LEFT_WIDTH + places * (side + GAP)
     lines = list(itertools.chain.from_iterable(wrapped(text, width - MARGIN) for text in head))
     top = Image.new("RGB", (width, MARGIN + LINE * len(lines)), "white")

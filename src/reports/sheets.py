@@ -154,12 +154,8 @@ def _target_ranks(query: Mapping[str, Any], found: Mapping[str, Any]) -> dict[st
 
 def shares(gate: float | None, experts: Sequence[float]) -> dict[str, float]:
     """Return the fractions that a query's bars show, by name: the Combiner's gate, and the weight of each expert."""
-    named = {}
-    if gate is not None:
-        named["text in the gate"] = gate
-    for number, weight in enumerate(experts):
-        named[f"expert {number}"] = weight
-    return named
+    named = {} if gate is None else {"text in the gate": gate}
+    return named | {f"expert {number}": weight for number, weight in enumerate(experts)}
 
 
 def load_thumbnails(paths: Mapping[str, Path], background: str = WHITE) -> dict[str, bytes]:
@@ -298,7 +294,5 @@ def results_page(
 
 def _script(pictures: Mapping[str, Picture], thumbnails: Mapping[str, bytes]) -> str:
     """Return JavaScript that contains each image once and shows it wherever it occurs on the page."""
-    content = {}
-    for name, thumbnail in thumbnails.items():
-        content[pictures[name].key] = base64.b64encode(thumbnail).decode()
+    content = {pictures[name].key: base64.b64encode(of).decode() for name, of in thumbnails.items()}
     return f"const pictures = {json.dumps(content)};{SHOW_WHEN_NEAR}"
