@@ -228,9 +228,10 @@ def choose_queries(
             name: _some(queries, order, protocol, num=num, seed=seed)
             for name, queries in records.items()
         }
-    known = {
-        label(name, query): (name, query) for name, queries in records.items() for query in queries
-    }
+    known = {}
+    for name, queries in records.items():
+        for query in queries:
+            known[label(name, query)] = (name, query)
     chosen: Records = {}
     for wanted_label in wanted:
         if wanted_label not in known:
@@ -334,10 +335,11 @@ def main(argv: list[str] | None = None) -> None:
 
     from reports.sheets import make_card
 
-    sections = {
-        name: [make_card(label(name, query), query, protocol, k=args.k) for query in queries]
-        for name, queries in chosen.items()
-    }
+    sections = {}
+    for name, queries in chosen.items():
+        sections[name] = [
+            make_card(label(name, query), query, protocol, k=args.k) for query in queries
+        ]
     about = f"{benchmark.name} {benchmark.split_called(args.split)}"
     title = f"{about}, protocol {protocol}, {' '.join(args.queries)}"
     write_sheet(args, title, sections, found=found, measured=found.measured(protocol))

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -103,8 +103,14 @@ def expected(golden) -> dict:
     return json.loads((golden / "expected.json").read_text())
 
 
+def marks(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Files of a folder -> their size and when they were changed."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {file: (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+
+
 @pytest.fixture(scope="session")
-def drawn(tmp_path_factory) -> Path:
+def drawn(tmp_path_factory) -> Iterator[Path]:
     """A data root with a small drawn benchmark and two tiny CLIPs. Not to be written to: see `own_drawn`."""
     folder = tmp_path_factory.mktemp("drawn")
     sizes = (
@@ -112,12 +118,24 @@ def drawn(tmp_path_factory) -> Path:
     )
     sizes += "--own-groups 3"
     DOORS["shapes_dataset"](["--output-dir", str(folder), *sizes.split()])
-    return folder
+    as_drawn = marks(folder)
+    yield folder
+    assert marks(folder) == as_drawn, "a test has changed what others read"
 
 
 @pytest.fixture
 def own_drawn(drawn, tmp_path) -> Path:
-    """A copy of `drawn` that a test may damage."""
+    """A copy of `drawn` whose annotations a test may damage, and which it may take images from: see `own_images`."""
+
+    def copy_or_link(source: str, target: str) -> None:
+        (os.link if source.endswith((".jpg", ".png", ".pt")) else shutil.copy2)(source, target)
+
+    return shutil.copytree(drawn, tmp_path / "data", copy_function=copy_or_link)
+
+
+@pytest.fixture
+def own_images(drawn, tmp_path) -> Path:
+    """A copy of `drawn` in which a test may write into images too; copying all takes ten times as long."""
     return shutil.copytree(drawn, tmp_path / "data")
 
 

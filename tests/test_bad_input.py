@@ -13,9 +13,6 @@ from torch.optim import AdamW
 
 import data_utils
 from conftest import DOORS, STAGE_1, STAGE_2
-from own_copy import mended
-
-own_drawn = mended
 
 SRC = Path(__file__).parent.parent / "src"
 FIQ, CIRR = ["--dataset", "FashionIQ"], ["--dataset", "CIRR"]

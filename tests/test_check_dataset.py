@@ -15,11 +15,8 @@ from conftest import read_csv
 from data_utils import load_image, make_preprocess
 from evaluation.retrieval import rank
 from models.features import FrozenSplit
-from own_copy import mended
 from runtime.image_files import decoded, read_photo
 from test_bad_input import change_json
-
-own_drawn = mended
 
 SUM = ["--combining-function", "sum"]
 

@@ -26,11 +26,8 @@ from evaluation.rankings_file import _with_ranks, read_rankings
 from evaluation.result_file import read_result, stored_ranks
 from evaluation.retrieval import rank
 from models.features import FrozenSplit
-from own_copy import mended
 from test_bad_input import change_json
 from utils import UserError
-
-own_drawn = mended
 
 SUM = ["--combining-function", "sum"]
 

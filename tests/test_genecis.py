@@ -9,11 +9,8 @@ from benchmarks import GeneCIS
 from benchmarks.genecis import RECALLS, TASKS
 from evaluation.retrieval import rank
 from models.features import FrozenSplit
-from own_copy import mended
 from test_bad_input import change_json
 from utils import UserError
-
-own_drawn = mended
 
 
 def test_metrics_equal_those_of_sorted_galleries(own_drawn):

@@ -14,11 +14,8 @@ from demo import best_weights
 from evaluation.result_file import read_result
 from evaluation.retrieval import rank
 from models.features import FrozenSplit
-from own_copy import mended
 from test_bad_input import change_json
 from utils import UserError
-
-own_drawn = mended
 
 
 def test_metrics_equal_those_of_sorted_lists(drawn):

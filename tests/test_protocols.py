@@ -16,14 +16,11 @@ from evaluation.result_file import read_result
 from evaluation.retrieval import rank
 from models.configuration import Settings
 from models.features import FrozenSplit
-from own_copy import mended
 from runtime.files import find_checkpoint
 from runtime.tensors import load_tensors
 from test_golden import golden_split_similarity
 from twins import protocol_rankings, ranked_names
 from utils import UserError, flag
-
-own_drawn = mended
 
 ORDER = ["original-kept", "original-removed", "VAL-removed", "VAL-kept"]
 

@@ -7,10 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import CIRR, FashionIQ, server_files
-from own_copy import mended
 from test_protocols import golden_pair
-
-own_drawn = mended
 
 SUM = ["--combining-function", "sum"]
 

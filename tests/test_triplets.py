@@ -25,12 +25,9 @@ from evaluation.rankings_file import make_records, read_rankings, write_rankings
 from evaluation.result_file import make_result, read_result, write_result
 from evaluation.retrieval import rank_all
 from models.features import FrozenSplit
-from own_copy import mended
 from reports.sheets import make_card
 from test_compare import MADE_BY
 from utils import UserError
-
-own_drawn = mended
 
 SPLITS = ("train", "val", "test")
 FULL = {

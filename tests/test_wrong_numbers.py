@@ -26,12 +26,9 @@ from evaluation.rankings_file import read_rankings
 from evaluation.result_file import read_result
 from evaluation.retrieval import evaluate, rank_all
 from models.features import FrozenSplit
-from own_copy import mended
 from test_bad_input import change_json, dump, load
 from test_protocols import golden_pair
 from utils import UserError
-
-own_drawn = mended
 
 READERS = {"result": read_result, "rankings": read_rankings}
 SPLITS = [

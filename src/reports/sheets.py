@@ -155,7 +155,9 @@ def _target_ranks(query: Mapping[str, Any], found: Mapping[str, Any]) -> dict[st
 def shares(gate: float | None, experts: Sequence[float]) -> dict[str, float]:
     """Return the fractions that a query's bars show, by name: the Combiner's gate, and the weight of each expert."""
     named = {} if gate is None else {"text in the gate": gate}
-    return named | {f"expert {number}": weight for number, weight in enumerate(experts)}
+    for number, weight in enumerate(experts):
+        named[f"expert {number}"] = weight
+    return named
 
 
 def load_thumbnails(paths: Mapping[str, Path], background: str = WHITE) -> dict[str, bytes]:
