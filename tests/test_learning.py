@@ -118,21 +118,14 @@ def in_double(monkeypatch):
     monkeypatch.setattr(clip.model.LayerNorm, "forward", nn.LayerNorm.forward)
 
 
-def clip_step(
-    golden,
-    name: str,
-    encoder: str,
-    micro_batch: int | None,
-    checkpointed: bool = False,
-    rows: int = 7,
-):
+def clip_step(golden, name: str, encoder: str, micro_batch: int | None, checkpointed: bool = False):
     """Loss and gradients of one stage-1 step in float64."""
     model = load_clip(str(golden / name), CPU).double()
     choose_trained(model, encoder)
     if checkpointed:
         checkpoint_gradients(model)
     generator = torch.Generator().manual_seed(0)
-    pixels = resolution(model)
+    rows, pixels = 4, resolution(model)
     images = torch.randint(
         256, (2, rows, 3, pixels, pixels), dtype=torch.uint8, generator=generator
     )
