@@ -1,5 +1,6 @@
 """Trainings that are killed again and again, resumed, and held against one that never was. For tests and the soak."""
 
+import gc
 import json
 import os
 import random
@@ -31,6 +32,7 @@ def work(door: str, argv: list[str], log: Path, kill_at_sync: int | None) -> Non
     """One process: a script's main, its output in a file; it may kill itself where a file is about to be synced."""
     with open(log, "ab", buffering=0) as file:
         redirect(file, file)
+    gc.freeze()  # what the fork was born with is never garbage: collecting it would copy its memory
     if kill_at_sync is not None:
         left, real = [kill_at_sync], os.fsync
 
@@ -179,31 +181,11 @@ def scenarios(data_root: Path, long: bool) -> list[tuple[str, str, list[str]]]:
     """Name, script and flags of what is killed: all that a state holds is in use."""
     clip = ["--clip-model-name", str(data_root / "tiny_clip_vit.pt"), "--data-root", str(data_root)]
     both = [*clip, "--device", "cpu", "--num-workers", "0", "--save-training", "--cosine"]
-    both += [
-        "--batch-size",
-        "4" if long else "8",
-        "--validation-frequency",
-        "2",
-        "--validate-last",
-        "--save-every",
-        "3",
-        "--warmup-steps",
-        "5",
-        "--ema-decay",
-        "0.9",
-    ]
+    both += ["--batch-size", "4" if long else "8", "--warmup-steps", "5", "--ema-decay", "0.9"]
+    both += ["--validation-frequency", "2", "--validate-last", "--save-every", "3"]
     stage_1 = [*both, "--num-epochs", "8" if long else "4", "--learning-rate", "1e-4"]
-    stage_2 = [
-        *both,
-        "--num-epochs",
-        "30" if long else "8",
-        "--combiner-lr",
-        "1e-3",
-        "--projection-dim",
-        "16",
-        "--hidden-dim",
-        "24",
-    ]
+    stage_2 = [*both, "--num-epochs", "30" if long else "4", "--combiner-lr", "1e-3"]
+    stage_2 += ["--projection-dim", "16", "--hidden-dim", "24"]
     stage_2 += ["--no-feature-cache"]
     return [
         ("stage 1, FashionIQ", "clip_fine_tune", [*stage_1, "--dataset", "FashionIQ"]),

@@ -78,7 +78,7 @@ PENALTIES = "--load-balancing-weight 0.1 --router-z-weight 0.1"
         ),
         (
             "combiner_train",
-            f"{STAGE_2} {BOTH} --dataset CIRR {PENALTIES} --precision fp16 --save-best",
+            f"{STAGE_2} {BOTH} --dataset CIRR --num-epochs 1 {PENALTIES} --precision fp16 --save-best",
         ),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROOT, STAGE_2, read_csv
+from conftest import DOORS, ROOT, STAGE_2, read_csv
 from forks import Script, torchrun
 from test_backbones import models_made  # noqa: F401
 
@@ -18,12 +18,10 @@ STAGE_1 = "--num-epochs 2 --learning-rate 1e-4 --batch-size 12 --save-training -
 
 @pytest.fixture
 def launch(start):
-    """Run a script to its end, under torchrun or directly for one process; each has one CPU thread."""
+    """Run a script to its end under torchrun, in two processes of one CPU thread each."""
 
-    def launch(processes: int, script: str, *flags: object, fresh: bool = False) -> Script:
-        process = start(
-            *(torchrun(processes) if processes > 1 else []), f"src/{script}.py", *flags, fresh=fresh
-        )
+    def launch(script: str, *flags: object, fresh: bool = False) -> Script:
+        process = start(*torchrun(2), f"src/{script}.py", *flags, fresh=fresh)
         process.wait()
         return process
 
@@ -32,13 +30,15 @@ def launch(start):
 
 @pytest.fixture
 def train(launch):
-    """Train in some processes; returns the run folder."""
+    """Train in this process or in two others; returns the run folder."""
 
     def train(processes: int, script: str, output: Path, *flags: object) -> Path:
-        done = launch(
-            processes, script, *flags, "--output-dir", output, "--device", "cpu", "--num-workers", 0
-        )
-        assert done.returncode == 0, done.stderr
+        argv = [*flags, "--output-dir", output, "--device", "cpu", "--num-workers", 0]
+        if processes == 1:
+            DOORS[script](list(map(str, argv)))
+        else:
+            done = launch(script, *argv)
+            assert done.returncode == 0, done.stderr
         (run,) = output.iterdir()
         return run
 
@@ -89,19 +89,19 @@ def test_stage_1(micro, golden, train, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["custom", pytest.param("timm", marks=pytest.mark.long)])
-def test_both_stages_on_a_model_of_open_clip(form, models_made, golden, train, tmp_path):  # noqa: F811
+def test_a_model_of_open_clip(form, models_made, golden, train, tmp_path):  # noqa: F811
+    """Stage 1; of one form, stage 2 with what it tuned, too."""
     name = ["--clip-model-name", f"local-dir:{models_made / form}"]
     flags = ["--dataset", "CIRR", "--data-root", golden, *name]
     one = train(1, "clip_fine_tune", tmp_path / "one", *flags, *STAGE_1.split())
     two = train(2, "clip_fine_tune", tmp_path / "two", *flags, *STAGE_1.split())
     assert_same_run(one, two, "CLIP")
-    tuned = sorted((one / "saved_models").iterdir())[-1]
-    flags += ["--clip-model-path", tuned, "--no-feature-cache", *STAGE_2.split()]
-    runs = [
-        train(processes, "combiner_train", tmp_path / f"stage_2_{processes}", *flags)
-        for processes in (1, 2)
-    ]
-    assert_same_run(*runs, "Combiner")
+    if form == "timm":
+        tuned = sorted((one / "saved_models").iterdir())[-1]
+        flags += ["--clip-model-path", tuned, "--no-feature-cache", *STAGE_2.split()]
+        one = train(1, "combiner_train", tmp_path / "stage_2_one", *flags)
+        two = train(2, "combiner_train", tmp_path / "stage_2_two", *flags)
+        assert_same_run(one, two, "Combiner")
 
 
 def test_stage_2_with_dropout_and_experts(golden, train, tmp_path):
@@ -144,48 +144,42 @@ def test_stage_2_with_a_bank_and_all_parts_of_a_mixture(golden, train, tmp_path)
     assert_same_run(one, two, "Combiner")
 
 
-def test_validation_and_submission(golden, launch, tmp_path):
-    pair = [
-        "--clip-model-name",
-        golden / "clip_vit.pt",
-        "--clip-model-path",
-        golden / "tuned_clip_vit.pt",
-    ]
-    pair += ["--combining-function", "combiner", "--combiner-path", golden / "combiner_moe_cirr.pt"]
-    shared = [*pair, "--data-root", golden, "--device", "cpu", "--num-workers", 0]
-    done = launch(
-        2,
-        "validate",
-        "--dataset",
-        "CIRR",
-        *shared,
-        "--metrics-json",
-        tmp_path / "metrics.json",
-        fresh=True,
-    )
+@pytest.fixture
+def pair(golden) -> list:
+    """A CLIP and a mixture of experts, and where and how they are measured."""
+    tuned, combiner = golden / "tuned_clip_vit.pt", golden / "combiner_moe_cirr.pt"
+    words = ["--clip-model-name", golden / "clip_vit.pt", "--clip-model-path", tuned]
+    words += ["--combining-function", "combiner", "--combiner-path", combiner]
+    return [*words, "--data-root", golden, "--device", "cpu", "--num-workers", 0]
+
+
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_validation(fresh, pair, expected, launch, tmp_path):
+    """In processes that have all loaded, and as a shell starts torchrun."""
+    words = ["--dataset", "CIRR", *pair, "--metrics-json", tmp_path / "metrics.json"]
+    done = launch("validate", *words, fresh=fresh)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("recall_at50 = ") == 1  # one process prints
-    entries = json.loads((golden / "expected.json").read_text())["validate"]
-    expected = next(
-        e for e in entries if e["args"][1] == "CIRR" and "combiner_moe_cirr.pt" in e["args"]
-    )
+    wanted = next(
+        e
+        for e in expected["validate"]
+        if e["args"][1] == "CIRR" and "combiner_moe_cirr.pt" in e["args"]
+    )["metrics"]
     metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
-    assert {name: metrics[name] for name in expected["metrics"]} == pytest.approx(
-        expected["metrics"], abs=1e-3
-    )
-    words = ["cirr_test_submission", "--submission-name", "moe", *shared, "--similarity-block", 7]
-    for processes in (1, 2):
-        done = launch(
-            processes, *words, "--output-dir", tmp_path / str(processes), fresh=processes == 1
-        )
-        assert done.returncode == 0, done.stderr
-        for name in ("recall_submission_moe.json", "recall_subset_submission_moe.json"):
-            assert (tmp_path / str(processes) / name).read_text() == (golden / name).read_text()
+    assert {name: metrics[name] for name in wanted} == pytest.approx(wanted, abs=1e-3)
+
+
+def test_submission(golden, pair, launch, tmp_path):
+    words = ["--submission-name", "moe", *pair, "--similarity-block", 7, "--output-dir", tmp_path]
+    done = launch("cirr_test_submission", *words)
+    assert done.returncode == 0, done.stderr
+    for name in ("recall_submission_moe.json", "recall_subset_submission_moe.json"):
+        assert (tmp_path / name).read_text() == (golden / name).read_text()
 
 
 def test_bad_input_is_said_once_by_each_process(golden, launch):
     name = ["--clip-model-name", golden / "clip_vit.pt", "--data-root", golden, "--device", "cpu"]
-    done = launch(2, "clip_fine_tune", "--dataset", "CIRR", *name, "--batch-size", 13)
+    done = launch("clip_fine_tune", "--dataset", "CIRR", *name, "--batch-size", 13)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if "clip_fine_tune.py: error:" in line]
     assert 1 <= len(lines) <= 2  # torchrun may end the second before it speaks
@@ -210,30 +204,11 @@ def step(self, *batch):
 Stepper.step = step
 clip_fine_tune.main(sys.argv[1:])
 """
-    script = ROOT / "src" / "clip_fine_tune.py"
     killer = tmp_path / "killer.py"
     killer.write_text(code)
-    flags = [
-        "--dataset",
-        "CIRR",
-        "--clip-model-name",
-        golden / "clip_vit.pt",
-        "--data-root",
-        golden,
-        *STAGE_1.split(),
-    ]
-    words = [
-        *torchrun(2),
-        killer,
-        *flags,
-        "--device",
-        "cpu",
-        "--num-workers",
-        0,
-        "--output-dir",
-        tmp_path / "runs",
-    ]
-    assert script.exists()
+    name = ["--clip-model-name", golden / "clip_vit.pt", "--data-root", golden, "--device", "cpu"]
+    words = [*torchrun(2), killer, "--dataset", "CIRR", *name, *STAGE_1.split()]
+    words += ["--num-workers", 0, "--output-dir", tmp_path / "runs"]
     done = start(*words)
     assert done.wait() != 0
     assert "Signal 9 (SIGKILL)" in done.stderr

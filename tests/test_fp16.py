@@ -352,8 +352,8 @@ def test_stage_2_learns_as_in_full_precision(drawn):
         )
 
     with torch.random.fork_rng():
-        full = [learned(task_of(seed), "fp32", 16) for seed in range(3)]
-        half = [learned(task_of(seed), "fp16", 16) for seed in range(3)]
+        full = [learned(task_of(seed), "fp32", 12) for seed in range(3)]
+        half = [learned(task_of(seed), "fp16", 12) for seed in range(3)]
         untrained = untrained_mean(task_of(0))
     assert_learns_alike(full, half, untrained)
 
@@ -378,6 +378,6 @@ def test_stage_1_learns_as_in_full_precision(drawn):
             functools.partial(evaluate, benchmark, compose=compose_sum),
         )
 
-    full = [learned(task_of(seed), "fp32", 3) for seed in range(3)]
-    half = [learned(task_of(0), "fp16", 3)]
+    full = [learned(task_of(seed), "fp32", 2) for seed in range(3)]
+    half = [learned(task_of(0), "fp16", 2)]
     assert_learns_alike(full, half, untrained_mean(task_of(0)))

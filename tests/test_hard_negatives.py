@@ -13,7 +13,8 @@ import combiner_train
 import kills
 from benchmarks import CIRR, FashionIQ, Triplets
 from benchmarks.splits import NO_ROW, Split, Triplet, split_digest
-from test_learning import gradient_of, stopped
+from test_learning import gradient_of
+from test_resume import stopped  # noqa: F401
 from trainers import stage_2_flags
 from training import losses
 from training.losses import make_loss
@@ -267,10 +268,8 @@ def test_a_bank_has_no_hard_negatives(fails, drawn):
 
 
 @pytest.mark.slow
-def test_stage_1_resumed_between_two_minings_ends_as_if_uninterrupted(
-    stage_1, monkeypatch, tmp_path
-):
-    """Mined in epochs 0 and 3, stopped in epoch 2."""
+def test_stage_1_resumed_between_two_minings(stage_1, stopped, monkeypatch):  # noqa: F811
+    """Mined in epochs 0 and 2, stopped in epoch 1."""
     minings = []
     real = HardNegatives.refresh
 
@@ -281,22 +280,21 @@ def test_stage_1_resumed_between_two_minings_ends_as_if_uninterrupted(
             minings.append(epoch)
 
     monkeypatch.setattr(HardNegatives, "refresh", refresh)
-    flags = [*HARD, "--num-epochs", 4, "--mine-every", 3, "--micro-batch-size", 7]
+    flags = ["CIRR", *HARD, "--num-epochs", 3, "--mine-every", 2, "--micro-batch-size", 7]
     flags += ["--learning-rate", 1e-3, "--validation-frequency", 3]
-    whole = stage_1("CIRR", *flags, output="whole")
-    cut = stopped(stage_1, monkeypatch, tmp_path, *flags)
-    assert minings == [0, 3, 0]
+    whole = stage_1(*flags, output="whole")
+    cut = stopped(5, *flags, train=stage_1)
+    assert minings == [0, 2, 0]
     clip_fine_tune.main(["--resume", str(cut)])
-    assert minings == [0, 3, 0, 3]
+    assert minings == [0, 2, 0, 2]
     assert kills.differences(whole, cut) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["mined", "group"])
-def test_stage_2_resumed_with_hard_negatives(source, stage_2, monkeypatch, tmp_path):
+def test_stage_2_resumed_with_hard_negatives(source, stage_2, stopped):  # noqa: F811
     """Mined before the first epoch and never again, or named; a resumed run ends as an uninterrupted one."""
-    flags = [*HARD, "--hard-negatives-from", source, "--num-epochs", 4]
-    whole = stage_2("CIRR", *flags, output="whole")
-    cut = stopped(stage_2, monkeypatch, tmp_path, *flags)
+    flags = ["CIRR", *HARD, "--hard-negatives-from", source]
+    whole, cut = stage_2(*flags, output="whole"), stopped(5, *flags)
     combiner_train.main(["--resume", str(cut)])
     assert kills.differences(whole, cut) == []

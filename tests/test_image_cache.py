@@ -39,27 +39,33 @@ def open_image_cache(folder, paths, read, *, preprocessing, workers) -> CachedIm
     return cache.open()
 
 
-@pytest.fixture
-def paths(tmp_path):
-    """A file of every mode that files have."""
-    files = []
+@pytest.fixture(scope="module")
+def every_mode(tmp_path_factory) -> Path:
+    """A folder with a file of every mode that files have."""
+    folder = tmp_path_factory.mktemp("modes")
     for mode in MODES:
         for ending in ("png", "tiff", "jpg"):
-            file = tmp_path / f"{mode.replace(';', '')}.{ending}"
+            file = folder / f"{mode.replace(';', '')}.{ending}"
             try:
                 picture(mode, 40, 25).save(file)
                 decoded(file)
-                files.append(file)
             except OSError:
                 file.unlink(
                     missing_ok=True
                 )  # this format does not hold this mode, or this Pillow cannot read it back
-    assert len(files) > len(MODES)
-    return files
+    assert len(list(folder.iterdir())) > len(MODES)
+    return folder
 
 
-@pytest.mark.parametrize("transform", ["clip", "squarepad", "targetpad"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.fixture
+def paths(every_mode, tmp_path) -> list[Path]:
+    """Copies of them."""
+    return sorted(shutil.copytree(every_mode, tmp_path / "modes").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("transform", "workers"), [("clip", 0), ("squarepad", 0), ("targetpad", 0), ("targetpad", 2)]
+)
 def test_cached_images_equal_decoded_ones_bit_for_bit(transform, workers, paths, tmp_path):
     read = functools.partial(load_image, preprocess=make_preprocess(transform, 1.25, 24))
     cached = open_image_cache(
@@ -199,24 +205,26 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("asked", [True, False])
-def test_a_damaged_cache_is_a_line_and_never_pixels(damage, asked, paths, tmp_path):
+def test_a_damaged_cache_is_a_line_and_never_pixels(damage, paths, tmp_path):
+    """Where it was asked for, and where it was found."""
     cache = ImageCache(
         folder=tmp_path / "cache",
-        paths=paths,
+        paths=paths[:6],
         read=reader_that_counts()[0],
         preprocessing=PREPROCESSING,
     )
     cache.open()
     DAMAGES[damage](cache.file)
-    with pytest.raises(
-        UserError, match=rf"^--image-cache: {cache.file} is .*damaged \(.*\): delete it$"
-    ):
-        cache.open() if asked else cache.open_if_it_repays(0)
+    told = rf"^--image-cache: {cache.file} is .*damaged \(.*\): delete it$"
+    with pytest.raises(UserError, match=told):
+        cache.open()
+    with pytest.raises(UserError, match=told):
+        cache.open_if_it_repays(0)
 
 
 def test_every_block_of_a_cache_is_checked(paths, tmp_path, monkeypatch):
     monkeypatch.setattr(image_cache, "BLOCK", 4)
+    paths = paths[:10]
     cache = ImageCache(
         folder=tmp_path / "cache",
         paths=paths,
@@ -384,10 +392,11 @@ def test_trainings_make_a_cache_unasked_keep_out_of_it_and_go_on(
     monkeypatch.setattr(image_cache, "REPAYS", 1)
     monkeypatch.setattr(stage1, "PIXELS", tmp_path / "pixels")
     caplog.set_level("INFO")
-    without = stage_1("CIRR", "--no-image-cache", output="without")
+    one_epoch = ["CIRR", "--num-epochs", 1]
+    without = stage_1(*one_epoch, "--no-image-cache", output="without")
     assert not (tmp_path / "pixels").exists()
     assert "image cache" not in caplog.text
-    with_cache = stage_1("CIRR", output="with")
+    with_cache = stage_1(*one_epoch, output="with")
     assert len(list((tmp_path / "pixels").iterdir())) == 1
     assert caplog.text.count("image cache") == 1
     for name in ("train_metrics.csv", "validation_metrics.csv"):
@@ -406,11 +415,9 @@ def test_trainings_make_a_cache_unasked_keep_out_of_it_and_go_on(
 @pytest.mark.slow
 def test_training_from_the_cache_gives_the_same_numbers(stage_1, tmp_path, fails, drawn):
     flags = ["--image-cache", tmp_path / "images"]
-    plain, cold, warm = (
-        stage_1("CIRR"),
-        stage_1("CIRR", *flags, output="cold"),
-        stage_1("CIRR", *flags, output="warm"),
-    )
+    plain = stage_1("CIRR", "--num-epochs", 1)
+    cold = stage_1("CIRR", "--num-epochs", 1, *flags, output="cold")
+    warm = stage_1("CIRR", "--num-epochs", 1, *flags, output="warm")
     for name in ("train_metrics.csv", "validation_metrics.csv"):
         assert read_csv(plain / name) == read_csv(cold / name) == read_csv(warm / name)
     (file,) = (tmp_path / "images").iterdir()

@@ -6,9 +6,6 @@ import functools
 import itertools
 import json
 import math
-import os
-import signal
-from pathlib import Path
 from types import SimpleNamespace
 
 import clip
@@ -26,6 +23,7 @@ from models.clip_model import backbone, checkpoint_gradients, load_clip, resolut
 from models.lean_clip import LeanBlock
 from runtime import distributed
 from runtime.choices import LOSSES
+from test_resume import stopped  # noqa: F401
 from trainers import stage_1_flags, stage_2_flags
 from training import losses
 from training.data import Order, check_learning
@@ -120,21 +118,14 @@ def in_double(monkeypatch):
     monkeypatch.setattr(clip.model.LayerNorm, "forward", nn.LayerNorm.forward)
 
 
-def clip_step(
-    golden,
-    name: str,
-    encoder: str,
-    micro_batch: int | None,
-    checkpointed: bool = False,
-    rows: int = 7,
-):
+def clip_step(golden, name: str, encoder: str, micro_batch: int | None, checkpointed: bool = False):
     """Loss and gradients of one stage-1 step in float64."""
     model = load_clip(str(golden / name), CPU).double()
     choose_trained(model, encoder)
     if checkpointed:
         checkpoint_gradients(model)
     generator = torch.Generator().manual_seed(0)
-    pixels = resolution(model)
+    rows, pixels = 4, resolution(model)
     images = torch.randint(
         256, (2, rows, 3, pixels, pixels), dtype=torch.uint8, generator=generator
     )
@@ -396,61 +387,41 @@ def test_shares_of_a_batch_are_its_rows_in_order(monkeypatch):
     assert torch.equal(torch.cat([own for _, own in shares], 1), variants)
 
 
+OPTIONS = "--warmup-steps 3 --cosine --ema-decay 0.9 --precision bf16"
+MORE_OPTIONS = "--mask-duplicate-targets --clip-grad-norm 1"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags",
-    [
-        ["--precision", "bf16"],
-        ["--micro-batch-size", "5"],
-        ["--gradient-checkpointing", "--mask-duplicate-targets", "--clip-grad-norm", "1"],
-        ["--warmup-steps", "3", "--cosine", "--ema-decay", "0.9"],
-    ],
-    ids=" ".join,
+    "flags", [f"{OPTIONS} --micro-batch-size 5", f"{MORE_OPTIONS} --gradient-checkpointing"]
 )
 def test_the_options_of_stage_1_run(flags, stage_1):
-    folder = stage_1("FashionIQ", *flags)
-    assert len(list((folder / "saved_models").iterdir())) == 2
+    folder = stage_1("FashionIQ", *flags.split(), "--num-epochs", 1)
+    assert len(list((folder / "saved_models").iterdir())) == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--precision", "bf16"],
-        [
-            "--mask-duplicate-targets",
-            "--clip-grad-norm",
-            "1",
-            "--warmup-steps",
-            "3",
-            "--cosine",
-            "--ema-decay",
-            "0.9",
-        ],
-        ["--compile"],
-        ["--negatives", "bank", "--precision", "bf16", "--ema-decay", "0.9"],
-    ],
-    ids=" ".join,
-)
+@pytest.mark.parametrize("flags", [f"{OPTIONS} --negatives bank", MORE_OPTIONS, "--compile"])
 def test_the_options_of_stage_2_run(flags, stage_2, monkeypatch):
     # Traced, but without the minute that generating code for a CPU takes.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    folder = stage_2("CIRR", *flags)
-    content = torch.load(folder / "saved_models" / "combiner_1.pt", weights_only=True)
+    folder = stage_2("CIRR", *flags.split(), "--num-epochs", 1)
+    content = torch.load(folder / "saved_models" / "combiner_0.pt", weights_only=True)
     assert "output_layer.weight" in content["Combiner"]  # no prefix of a wrapper
     assert not (folder / "loss_scaling_metrics.csv").exists()
 
 
 @pytest.mark.slow
 def test_the_average_is_what_is_saved_and_measured(stage_1, run, drawn, tmp_path):
-    folder = stage_1("CIRR", "--ema-decay", "0.5")
-    weights = folder / "saved_models" / "tuned_clip_1"
+    one_epoch = ["CIRR", "--num-epochs", 1]
+    folder = stage_1(*one_epoch, "--ema-decay", "0.5")
+    weights = folder / "saved_models" / "tuned_clip_0"
     flags = ["--dataset", "CIRR", "--combining-function", "sum", "--clip-model-path", weights]
     run("validate", drawn, *flags, "--metrics-json", tmp_path / "m.json")
     history = read_csv(folder / "validation_metrics.csv")
-    expected = {name: values[1] for name, values in history.items() if name != "epoch"}
+    expected = {name: values[0] for name, values in history.items() if name != "epoch"}
     assert json.loads((tmp_path / "m.json").read_text())["metrics"] == pytest.approx(expected)
-    plain = stage_1("CIRR", output="plain") / "saved_models" / "tuned_clip_1.pt"
+    plain = stage_1(*one_epoch, output="plain") / "saved_models" / "tuned_clip_0.pt"
     averaged = torch.load(f"{weights}.pt")["CLIP"]["visual.proj"]
     assert not torch.equal(averaged, torch.load(plain)["CLIP"]["visual.proj"])
 
@@ -652,31 +623,12 @@ def test_the_temperature_stays_within_clips_bound():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("negatives", ["batch", "bank"])
-def test_a_learned_temperature_is_recorded_and_resumed(negatives, stage_2, monkeypatch, tmp_path):
+def test_a_learned_temperature_is_recorded_and_resumed(negatives, stage_2, stopped):  # noqa: F811
     loss = ["--loss", "symmetric"] if negatives == "batch" else []
-    flags = [*loss, "--learn-temperature", "--negatives", negatives, "--combiner-lr", 0.01]
-    whole = stage_2("CIRR", *flags, "--num-epochs", 4, output="whole")
+    flags = ["CIRR", *loss, "--learn-temperature", "--negatives", negatives, "--combiner-lr", 0.01]
+    whole, cut = stage_2(*flags, output="whole"), stopped(5, *flags)
     scales = read_csv(whole / "train_metrics.csv")["logit_scale"]
     assert 0 < scales[-1] < 100
-    assert len(set(scales)) == 4
-    cut = stopped(stage_2, monkeypatch, tmp_path, *flags, "--num-epochs", 4)
+    assert len(set(scales)) == 2
     combiner_train.main(["--resume", str(cut)])
     assert (cut / "train_metrics.csv").read_text() == (whole / "train_metrics.csv").read_text()
-
-
-def stopped(stage_2, monkeypatch, tmp_path, *flags) -> Path:
-    """The folder of a run that a signal stopped in its third epoch."""
-    real = Stepper.step
-    steps = []
-
-    def step(stepper, inputs, target_ids):
-        steps.append(1)
-        if len(steps) == 2 * stepper.task.steps + 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(stepper, inputs, target_ids)
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Stepper, "step", step)
-        stage_2("CIRR", *flags, output="cut")
-    (folder,) = (tmp_path / "cut").iterdir()
-    return folder

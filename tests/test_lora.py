@@ -106,8 +106,12 @@ def merge_by_definition(plain: nn.Module, learned: dict[str, nn.Parameter]) -> N
         layer.__dict__[last] = weight
 
 
-@pytest.mark.parametrize("name", ["vit", "rn"])
-@pytest.mark.parametrize("way", ["checkpointed", "copied", "text", "with norms"])
+WAYS = ("checkpointed", "copied", "text", "with norms")
+CASES = [(name, way) for name in ("vit", "rn") for way in WAYS]
+
+
+# A ResNet has adapters in its text alone: there `make soak` tries the ways that are nothing new.
+@pytest.mark.parametrize(("name", "way"), CASES if SOAK else [*CASES[:5], CASES[7]])
 def test_a_weight_is_the_sum_of_its_own_and_of_a_product(name, way, pair):  # noqa: F811
     """In every module that reads it, on the clip package's model and on the lean one."""
     plain, lean = pair(name)
@@ -183,16 +187,16 @@ def test_merged_weights_give_the_same_features_whatever_reads_them(form, models_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("look", [1, 2, 3, 4] if SOAK else [2])
+@pytest.mark.parametrize("look", [1, 2, 3] if SOAK else [2])
 def test_a_stopped_run_ends_like_one_that_never_was(look, stage_1, stopped, drawn, run, tmp_path):  # noqa: F811
     """With all that goes with adapters; what is saved is a plain CLIP, and measured as it was in the training."""
     flags = ["CIRR", "--lora-rank", 2, "--lora-norms", "--ema-decay", 0.5, "--micro-batch-size", 5]
-    flags += ["--gradient-checkpointing", "--learning-rate", 1e-2]
+    flags += ["--gradient-checkpointing", "--learning-rate", 1e-2, "--num-epochs", 1]
     whole, part = stage_1(*flags, output="whole"), stopped(look, *flags, train=stage_1)
     assert any("lora_A" in name for name in load_tensors(part / "state.pt")["parts"]["module"])
     clip_fine_tune.main(["--resume", str(part)])
     assert kills.differences(whole, part) == []
-    saved = load_tensors(whole / "saved_models" / "tuned_clip_1.pt")
+    saved = load_tensors(whole / "saved_models" / "tuned_clip_0.pt")
     assert saved["config"]["flags"]["lora_rank"] == 2
     before = load_tensors(drawn / "tiny_clip_vit.pt")
     assert saved["CLIP"].keys() == before.keys()
@@ -201,7 +205,7 @@ def test_a_stopped_run_ends_like_one_that_never_was(look, stage_1, stopped, draw
     assert changed == matrices | {n for n in before if "ln_" in n}
     measured = tmp_path / "metrics.json"
     words = ["--dataset", "CIRR", "--combining-function", "sum", "--metrics-json", measured]
-    run("validate", drawn, *words, "--clip-model-path", whole / "saved_models" / "tuned_clip_1.pt")
+    run("validate", drawn, *words, "--clip-model-path", whole / "saved_models" / "tuned_clip_0.pt")
     metrics = json.loads(measured.read_text())["metrics"]
     recorded = read_csv(whole / "validation_metrics.csv")
     assert metrics == {name: recorded[name][-1] for name in metrics} != {}
