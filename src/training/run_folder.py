@@ -4,7 +4,6 @@ import contextlib
 import csv
 import errno
 import gc
-import io
 import itertools
 import json
 import logging
@@ -137,13 +136,14 @@ class Run:
     def _write(self, kind: str) -> None:
         if not self.writes:
             return
-        rows = self.rows[kind]
-        table = io.StringIO()
-        columns = dict.fromkeys(itertools.chain.from_iterable(rows))
-        writer = csv.DictWriter(table, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(self.folder / f"{kind}_metrics.csv", table.getvalue())
+        import pandas as pd
+
+        # Write values as text: pandas would turn whole numbers in a column with gaps into floats, and NaN into a gap.
+        spelled = []
+        for row in self.rows[kind]:
+            spelled.append({name: str(value) for name, value in row.items()})
+        table = pd.DataFrame(spelled).to_csv(index=False, lineterminator="\n")
+        write_text(self.folder / f"{kind}_metrics.csv", table)
 
 
 def run_name(stage: str, benchmark: str, clip_model_name: str) -> str:
@@ -185,13 +185,21 @@ def make_folder(parent: Path, name: str, config: Mapping[str, Any]) -> Path:
         write_text(new / HYPER_PARAMETERS, json.dumps(config, indent=4, sort_keys=True))
         while True:
             folder = parent / next(candidates)
-            try:
-                return new.rename(folder)
-            except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                    raise UserError(
-                        f"--output-dir {parent}: cannot create {folder} ({error.strerror})"
-                    ) from None
+            with contextlib.suppress(FileExistsError, NotADirectoryError):
+                return _renamed(new, folder)
+
+
+def _renamed(new: Path, folder: Path) -> Path:
+    try:
+        return new.rename(folder)
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY:
+            raise FileExistsError from None
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            raise
+        raise UserError(
+            f"--output-dir {folder.parent}: cannot create {folder} ({error.strerror})"
+        ) from None
 
 
 def claim_place(stage: str, benchmark: str, settings: Settings, flags: Any) -> Place:
