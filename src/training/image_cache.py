@@ -174,12 +174,8 @@ class ImageCache:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Return the shape of the array, (N, 3, R, R)."""
-        return (
-            len(self.paths),
-            3,
-            self.preprocessing["resolution"],
-            self.preprocessing["resolution"],
-        )
+        side = self.preprocessing["resolution"]
+        return len(self.paths), 3, side, side
 
     @property
     def size(self) -> int:
@@ -231,7 +227,11 @@ class ImageCache:
             logger.info("image cache: using existing %s; --no-image-cache decodes instead", self)
             return
         saved = max(0, decodings - len(self.paths))
-        why_not = self._why_not(saved)
+        why_not = ""
+        if saved < REPAYS:
+            why_not = f"it would save only {saved:,} decodings, fewer than {REPAYS:,}"
+        elif (free := free_bytes(self.folder)) < 2 * self.size:
+            why_not = f"{_gib(free)} are free, less than twice its size"
         if why_not:
             logger.info("no image cache (%s): %s; see --image-cache", self, why_not)
             return
@@ -241,19 +241,6 @@ class ImageCache:
             self._fill()
         except DiskError as error:
             logger.warning("warning: no image cache: %s; images are decoded each time", error)
-
-    def _why_not(self, saved: int) -> str:
-        """Return the reason not to fill the file automatically, or "" if it should be filled.
-
-        Args:
-            saved: number of decodings that the file would save.
-        """
-        if saved < REPAYS:
-            return f"it would save only {saved:,} decodings, fewer than {REPAYS:,}"
-        free = free_bytes(self.folder)
-        if free < 2 * self.size:
-            return f"{_gib(free)} are free, less than twice its size"
-        return ""
 
     def _fill(self) -> None:
         """Decode all images into a temporary file, and rename it to `file` when it is complete.

@@ -106,7 +106,9 @@ class Gradient:
         self, inputs: list[Tensor], target_ids: Tensor, micro_batch: int
     ) -> Tensor:
         chunks = list(zip(*(tensor.split(micro_batch) for tensor in inputs), strict=True))
-        with torch.no_grad(), self.precision.autocast(), self._folded():
+        nothing = contextlib.nullcontext()
+        shared = folded(self.model, self.precision.dtype) if self.folds else nothing
+        with torch.no_grad(), self.precision.autocast(), shared:
             encoded = [self.model(*chunk) for chunk in chunks]
         features = [torch.cat(parts).requires_grad_() for parts in zip(*encoded, strict=True)]
         with self.precision.autocast():
@@ -118,7 +120,10 @@ class Gradient:
             gradient = torch.zeros_like(feature) if feature.grad is None else feature.grad
             gradients.append(gradient.split(micro_batch))
         *parts, last = zip(chunks, *gradients, strict=True)
-        with self._unsynced(), self._folded_to_learn():
+        model = self.model
+        # The last chunk synchronises the sum of all chunks' gradients.
+        unsynced = model.no_sync() if isinstance(model, DistributedDataParallel) else nothing
+        with unsynced, folded_to_learn(model) if self.folds else nothing:
             for chunk, *chunk_gradients in parts:
                 self._carry_on(chunk, chunk_gradients)
         # The last chunk folds nothing, so all weights take part, and a parallel module synchronises all gradients.
@@ -130,15 +135,13 @@ class Gradient:
         """Encode a chunk with a graph, and backpropagate the loss's gradient with respect to its features."""
         with self.precision.autocast():
             outputs = self.model(*chunk)
-        _backward_from(outputs, gradients)
-
-    def _folded(self) -> contextlib.AbstractContextManager[None]:
-        if not self.folds:
-            return contextlib.nullcontext()
-        return folded(self.model, self.precision.dtype)
-
-    def _folded_to_learn(self) -> contextlib.AbstractContextManager[None]:
-        return folded_to_learn(self.model) if self.folds else contextlib.nullcontext()
+        learned = []
+        learned_gradients = []
+        for feature, gradient in zip(outputs, gradients, strict=True):
+            if feature.requires_grad:
+                learned.append(feature)
+                learned_gradients.append(gradient)
+        torch.autograd.backward(learned, learned_gradients)
 
     def _scaled(self, loss: Tensor) -> Tensor:
         """Return the loss, scaled for the backward pass.
@@ -146,23 +149,6 @@ class Gradient:
         The number of processes is one factor, because parallel modules average gradients that should be summed.
         """
         return self.scaler.scale(loss * distributed.world_size())
-
-    def _unsynced(self) -> contextlib.AbstractContextManager:
-        """Return a context without synchronisation of gradients; the last chunk synchronises the sum of all chunks."""
-        if isinstance(self.model, DistributedDataParallel):
-            return self.model.no_sync()
-        return contextlib.nullcontext()
-
-
-def _backward_from(features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Backpropagate the loss's gradient with respect to features to the parameters that they depend on."""
-    learned = []
-    learned_gradients = []
-    for feature, gradient in zip(features, gradients, strict=True):
-        if feature.requires_grad:
-            learned.append(feature)
-            learned_gradients.append(gradient)
-    torch.autograd.backward(learned, learned_gradients)
 
 
 class MovingAverage(AveragedModel):
@@ -215,7 +201,15 @@ class Stepper:
         self.model = distributed.parallel(model, precision.device, task.router is not None)
         self.scaler = precision.scaler()
         # LambdaLR saves callable objects in its state, but not functions.
-        self.learning_rate = LambdaLR(task.optimizer, lambda step: self._factor(step))
+        self.learning_rate = LambdaLR(
+            task.optimizer,
+            lambda step: learning_rate_factor(
+                step,
+                task.steps * flags.num_epochs,
+                warmup_steps=flags.warmup_steps,
+                cosine=flags.cosine,
+            ),
+        )
         self.skipped = False
 
     @property
@@ -261,14 +255,6 @@ class Stepper:
             if self.averaged is not None:
                 self.averaged.update_parameters(self.task.module)
         return loss
-
-    def _factor(self, step: int) -> float:
-        return learning_rate_factor(
-            step,
-            self.task.steps * self.flags.num_epochs,
-            warmup_steps=self.flags.warmup_steps,
-            cosine=self.flags.cosine,
-        )
 
     def _move(self) -> bool:
         """Update the weights. Return False if loss scaling skipped the update, which waits for the device.
