@@ -14,6 +14,7 @@ from PIL import Image
 import data_utils
 import search
 from benchmarks import CIRR, FashionIQ
+from conftest import one_of_each_kind
 from image_search import faiss_index, image_index
 from image_search.image_index import open_index
 from image_search.stores.faiss import VECTOR_KINDS
@@ -414,9 +415,15 @@ def test_a_damaged_index_is_named(index, ask, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dataset", ["CIRR", "FashionIQ"])
+@pytest.mark.parametrize(
+    ("dataset", "composed"),
+    one_of_each_kind(
+        [("CIRR", True), ("FashionIQ", False), ("FashionIQ", True), ("CIRR", False)],
+        kind=lambda pair: pair[0],
+    ),
+)
 def test_answers_equal_validates_ranking_of_the_same_gallery(
-    dataset, golden, run, index, ask, tmp_path
+    dataset, composed, golden, run, index, ask, tmp_path
 ):
     benchmark = {"CIRR": CIRR, "FashionIQ": FashionIQ}[dataset](golden)
     tuned = ["--clip-model-path", golden / "tuned_clip_vit.pt"]
@@ -431,30 +438,29 @@ def test_answers_equal_validates_ranking_of_the_same_gallery(
     flags = [*tuned, "--background", "original"]
     index(gallery, name=golden / "clip_vit.pt", flags=flags)
     file = {"CIRR": "combiner_moe_cirr.pt", "FashionIQ": "combiner_moe_fiq.pt"}[dataset]
-    for composed in (False, True):
-        combiner = ["--combiner-path", golden / file] if composed else []
-        how = ["--combining-function", "combiner" if composed else "sum", *combiner, *tuned]
-        how += ["--clip-model-name", golden / "clip_vit.pt", "--rankings", tmp_path / "r.json"]
-        run("validate", golden, "--dataset", dataset, *how)
-        queries = json.loads((tmp_path / "r.json").read_text())["queries"][split.name]
-        for query in queries[:3]:
-            (protocol,) = {"original-kept", "original-removed"} & set(query["protocols"]) - (
-                {"original-removed"} if dataset == "FashionIQ" else set()
-            )
-            nearest = query["protocols"][protocol]["nearest"]
-            reference = named[query["reference"]]
-            out = json.loads(ask(reference, query["caption"], "--json", "--k", 51, *combiner))
-            answers = [
-                answer
-                for answer in out["results"]
-                if dataset == "FashionIQ" or answer["image"] != str(reference)
-            ]
-            assert [a["image"] for a in answers[:50]] == [str(named[image]) for image, _ in nearest]
-            assert [a["similarity"] for a in answers[:50]] == pytest.approx(
-                [s for _, s in nearest], abs=2e-6
-            )
-            assert out.get("gate") == (pytest.approx(query["gate"], abs=1e-4) if composed else None)
-            assert out["experts"] == pytest.approx(query.get("experts", []), abs=1e-4)
+    combiner = ["--combiner-path", golden / file] if composed else []
+    how = ["--combining-function", "combiner" if composed else "sum", *combiner, *tuned]
+    how += ["--clip-model-name", golden / "clip_vit.pt", "--rankings", tmp_path / "r.json"]
+    run("validate", golden, "--dataset", dataset, *how)
+    queries = json.loads((tmp_path / "r.json").read_text())["queries"][split.name]
+    for query in queries[:3]:
+        (protocol,) = {"original-kept", "original-removed"} & set(query["protocols"]) - (
+            {"original-removed"} if dataset == "FashionIQ" else set()
+        )
+        nearest = query["protocols"][protocol]["nearest"]
+        reference = named[query["reference"]]
+        out = json.loads(ask(reference, query["caption"], "--json", "--k", 51, *combiner))
+        answers = [
+            answer
+            for answer in out["results"]
+            if dataset == "FashionIQ" or answer["image"] != str(reference)
+        ]
+        assert [a["image"] for a in answers[:50]] == [str(named[image]) for image, _ in nearest]
+        assert [a["similarity"] for a in answers[:50]] == pytest.approx(
+            [s for _, s in nearest], abs=2e-6
+        )
+        assert out.get("gate") == (pytest.approx(query["gate"], abs=1e-4) if composed else None)
+        assert out["experts"] == pytest.approx(query.get("experts", []), abs=1e-4)
 
 
 def test_an_image_from_elsewhere_and_one_that_changed(index, ask, tmp_path):
