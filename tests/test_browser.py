@@ -376,22 +376,9 @@ def searcher(drawn, tmp_path_factory):
         weights = sorted((DEMO / "models" / "Triplets_moe").glob("*/seed_0"))[-1]
         choice = PairChoice(combining_function=None, clip_path=None, combiner_path=weights)
         return load_searcher(DEMO / "index", choice, torch.device("cpu"))
-    words = [
-        "index",
-        "--images",
-        drawn / "triplets_dataset" / "images" / "val",
-        "--output",
-        folder / "index",
-    ]
-    words += [
-        "--clip-model-name",
-        drawn / "tiny_clip_vit.pt",
-        "--num-workers",
-        0,
-        "--device",
-        "cpu",
-    ]
-    search.main(list(map(str, words)))
+    words = ["index", "--images", drawn / "triplets_dataset" / "images" / "val"]
+    words += ["--output", folder / "index", "--clip-model-name", drawn / "tiny_clip_vit.pt"]
+    search.main(list(map(str, [*words, "--num-workers", 0, "--device", "cpu"])))
     from combiner import Combiner
 
     torch.manual_seed(0)

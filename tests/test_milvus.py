@@ -25,7 +25,7 @@ from image_search.image_index import open_index
 from image_search.manifest import read_manifest
 from image_search.searcher import SearchQuery, load_searcher
 from image_search.stores import milvus
-from image_search.stores.base import Keeping, store_address
+from image_search.stores.base import Keeping, QueryError, store_address
 from models import backbone
 from runtime import torchrun as launcher
 from settings.groups import PairChoice
@@ -35,6 +35,8 @@ from utils import UserError
 
 pytest.importorskip("pymilvus", reason="pip install -r requirements-milvus.txt")
 pytest.importorskip("milvus_lite", reason="pip install -r requirements-milvus.txt")
+
+CHOICE = PairChoice(combining_function=None, clip_path=None, combiner_path=None)
 
 
 class Server:
@@ -148,6 +150,7 @@ def test_conditions(store, index, ask, tmp_path, capsys):
     index(tmp_path / "photos", flags=["--store", store])
     below = {str(file) for file in files if file.parent.name == "below"}
     size = files[3].stat().st_size
+    searcher = load_searcher(tmp_path / "index", CHOICE, torch.device("cpu"))
     for condition, wanted in [
         ('path like "below/%"', below),
         ('category == "below"', below),
@@ -155,15 +158,22 @@ def test_conditions(store, index, ask, tmp_path, capsys):
         (f"size == {size}", {str(file) for file in files if file.stat().st_size == size}),
         (f"time > {10**19 - 1 - 10**18}", set()),
     ]:
-        out = json.loads(ask(files[0], "is red", "--json", "--k", 20, "--filter", condition))
-        found = {result["image"] for result in out["results"]}
+        query = SearchQuery(references=[files[0]], text="is red", k=20, condition=condition)
+        found = {str(result.path) for result in searcher.search([query])[0].results}
         assert found & {str(file) for file in files} == wanted, condition
         CASES["conditions", "taken"] += 1
+    out = json.loads(ask(files[0], "is red", "--json", "--filter", f"size == {size}"))
+    assert str(files[3]) in [result["image"] for result in out["results"]]
     for condition in ("path like", "size > 'x'", 'size == "connect"', "1 +"):
-        said = refused(lambda c=condition: ask(files[0], "is red", "--filter", c), capsys)
-        assert f"--filter {condition}: Milvus rejects it" in said
-        assert store not in said
+        query = SearchQuery(references=[files[0]], text="is red", k=20, condition=condition)
+        with pytest.raises(QueryError) as error:
+            searcher.search([query])
+        assert f"--filter {condition}: Milvus rejects it" in str(error.value)
+        assert store not in str(error.value)
         CASES["conditions", "refused"] += 1
+    assert "Milvus rejects it" in refused(
+        lambda: ask(files[0], "is red", "--filter", "path like"), capsys
+    )
 
 
 FOREIGN = [
@@ -215,10 +225,7 @@ def test_conditions_are_for_milvus(index, ask, tmp_path, capsys):
 def test_the_page_goes_on_from_an_answer(index, tmp_path):
     files = images(tmp_path / "photos", 6)
     index(tmp_path / "photos", flags=["--store", f"milvus:{tmp_path / 'lite.db'}"])
-    searcher = load_searcher(
-        tmp_path / "index", PairChoice(combining_function=None, clip_path=None, combiner_path=None),
-        torch.device("cpu"),
-    )  # fmt: skip
+    searcher = load_searcher(tmp_path / "index", CHOICE, torch.device("cpu"))
     assert len(searcher) == 6
     rows = searcher.index.some(4)
     assert len(set(rows)) == 4
@@ -238,8 +245,7 @@ def test_the_page_passes_conditions_on(server, index, tmp_path):
     pytest.importorskip("fastapi", reason="pip install -r requirements-app.txt")
     files = images(tmp_path / "photos", 8)
     index(tmp_path / "photos", flags=["--store", server.store])
-    choice = PairChoice(combining_function=None, clip_path=None, combiner_path=None)
-    searcher = load_searcher(tmp_path / "index", choice, torch.device("cpu"))
+    searcher = load_searcher(tmp_path / "index", CHOICE, torch.device("cpu"))
     bound = demo_app.bound_socket("127.0.0.1", 0)
     address = f"http://127.0.0.1:{bound.getsockname()[1]}"
     with (

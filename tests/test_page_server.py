@@ -175,14 +175,18 @@ def encoded(image: Image.Image, kind: str, **about) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.fixture(scope="module")
-def index(drawn, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("served")
+def made_index(folder: Path, drawn: Path) -> Path:
+    """An index of PHOTOS images, which lie beside it."""
     images(folder / "photos", PHOTOS)
     words = ["index", "--images", folder / "photos", "--output", folder / "index"]
     words += ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--num-workers", 0]
     search.main(list(map(str, [*words, "--device", "cpu"])))
     return folder / "index"
+
+
+@pytest.fixture(scope="module")
+def index(drawn, tmp_path_factory) -> Path:
+    return made_index(tmp_path_factory.mktemp("served"), drawn)
 
 
 @pytest.fixture(scope="module")
@@ -229,13 +233,8 @@ def test_no_other_name_is_the_pages(name):
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]"])
 def test_a_page_for_other_machines_is_known_by_every_address_and_few_names(host):
     hosts = Hosts(host, ["Photos.example"])
-    for name in (
-        "192.168.1.9",
-        "[fe80::1]:7860",
-        "localhost",
-        socket.gethostname(),
-        "photos.example:80",
-    ):
+    known = ("192.168.1.9", "[fe80::1]:7860", "localhost", "photos.example:80")
+    for name in (*known, socket.gethostname()):
         assert hosts.holds(name), name
     for name in ("evil.example", "photos.example.evil", "2130706433", "127.1", "0x7f.1"):
         assert not hosts.holds(name), name
@@ -243,16 +242,8 @@ def test_a_page_for_other_machines_is_known_by_every_address_and_few_names(host)
 
 @pytest.mark.parametrize(
     "origin",
-    [
-        "http://evil.example",
-        "null",
-        "",
-        "http://127.0.0.1:1",
-        "http://localhost",
-        "http://[",
-        "file://",
-    ],
-)
+    ["http://evil.example", "null", "", "http://127.0.0.1:1", "http://localhost", "http://[", "file://"],
+)  # fmt: skip
 def test_a_request_of_another_page_is_refused(origin, served):
     for method, place in [*PLACES, ("POST", "/upload")]:
         served.refuses(method, place, headers={"Origin": origin})
@@ -281,17 +272,9 @@ def test_another_page_shows_no_image_of_this_one(site, served):
 # What it gives out
 
 KNOWN = [
-    "/",
-    "/page.css",
-    "/page.js",
-    "/figure.js",
-    "/cite.bib",
-    "/health",
-    "/some",
-    "/photo/0",
-    "/image/0",
+    "/", "/page.css", "/page.js", "/figure.js", "/cite.bib", "/health", "/some", "/photo/0", "/image/0",
     "/image/0?size=large",
-]
+]  # fmt: skip
 EXPLAINED = ["/docs", "/openapi.json"]
 
 
@@ -493,9 +476,7 @@ def test_a_query_has_so_many_references(served):
     assert said in served.refuses_to_ask(("a.png", b"never decoded"), **one_more)
 
 
-def test_answers_look_less_like_an_image(served, index):
-    choice = PairChoice(combining_function=None, clip_path=None, combiner_path=None)
-    searcher = load_searcher(index, choice, torch.device("cpu"))
+def test_answers_look_less_like_an_image(served, searcher, index):
     features = torch.cat([torch.from_numpy(searcher.index.features_of(n)) for n in range(PHOTOS)])
     gallery = F.normalize(features, dim=-1)
     query = F.normalize(features[3] + searcher.pair.encoder.captions(["is red"])[0], dim=0)
@@ -709,23 +690,9 @@ NONSENSE = [
     "{0}", "$HOME", "~", "%s",
 ]  # fmt: skip
 FIELDS = [
-    "row",
-    "text",
-    "k",
-    "mix",
-    "lean",
-    "less_row",
-    "without_reference",
-    "distinct",
-    "min_similarity",
-    "target",
-    "filter",
-    "image",
-    "server",
-    "__class__",
-    "_charset_",
-    "",
-]
+    "row", "text", "k", "mix", "lean", "less_row", "without_reference", "distinct", "min_similarity", "target",
+    "filter", "image", "server", "__class__", "_charset_", "",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -751,16 +718,8 @@ def test_forged_fields_end_in_an_answer_or_in_one_sentence(name, served):
 
 
 BODIES = [
-    b"",
-    b"[",
-    b"[" * 100_000,
-    b"null",
-    b"\xff\xfe",
-    b"--edge",
-    b"--edge--",
-    b"--edge\r\n\r\n",
-    b"a=b&" * 9000,
-]
+    b"", b"[", b"[" * 100_000, b"null", b"\xff\xfe", b"--edge", b"--edge--", b"--edge\r\n\r\n", b"a=b&" * 9000,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -893,10 +852,8 @@ def test_small_pictures_hold_pixels_alone(served):
 def worn(drawn, tmp_path_factory):
     """A page whose images have changed since they were indexed: damaged, gone, pipes, folders, with notes."""
     folder = tmp_path_factory.mktemp("worn")
+    index = made_index(folder, drawn)
     files = images(folder / "photos", PHOTOS)
-    words = ["index", "--images", folder / "photos", "--output", folder / "index"]
-    words += ["--clip-model-name", drawn / "tiny_clip_vit.pt", "--num-workers", 0]
-    search.main(list(map(str, [*words, "--device", "cpu"])))
     for file in files:
         file.unlink()
     files[0].write_bytes(b"no image")
@@ -911,7 +868,7 @@ def worn(drawn, tmp_path_factory):
         link = folder / "s"
         there.bind(str(link))
         link.rename(files[7])
-    served = Served(folder / "index", folder)
+    served = Served(index, folder)
     yield served
     served.process.end()
 
