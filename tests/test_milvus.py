@@ -19,7 +19,7 @@ from PIL import Image
 
 import demo_app
 import search
-from conftest import CASES, ROOT
+from conftest import CASES, ROOT, SOAK
 from forks import HANG, torchrun
 from image_search.image_index import open_index
 from image_search.manifest import read_manifest
@@ -307,6 +307,7 @@ search.main(sys.argv[1:])
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("store", ["file", "server"] if SOAK else ["file"], indirect=True)
 def test_an_insert_that_is_killed_goes_on(store, start, index, ask, tmp_path, drawn, encoded):
     """The process dies when two batches are there and a part of the third."""
     files = images(tmp_path / "photos", 10)

@@ -118,7 +118,14 @@ def paths_of(index) -> list[Path]:
     return [Path(path) for path, _, _ in index.files]
 
 
-def test_new_files_are_added_and_vanished_ones_go(index, tmp_path):
+def test_new_files_are_encoded_and_vanished_ones_go(index, tmp_path, monkeypatch):
+    encoded = []
+    real = backbone.normalise
+    monkeypatch.setattr(
+        backbone,
+        "normalise",
+        lambda pixels, *colours: encoded.append(len(pixels)) or real(pixels, *colours),
+    )
     files = images(tmp_path / "photos", 6)
     assert "6 images added, 0 kept, 0 removed, 0 left out" in index(tmp_path / "photos")
     first = open_index(tmp_path / "index")
@@ -126,7 +133,9 @@ def test_new_files_are_added_and_vanished_ones_go(index, tmp_path):
     files[1].unlink()
     images(tmp_path / "photos", 2, start=6)
     Image.new("RGB", (30, 31), "white").save(files[2])  # another image of the same name
+    encoded.clear()
     assert "3 images added, 4 kept, 2 removed, 0 left out" in index(tmp_path / "photos")
+    assert sum(encoded) == 3
     second = open_index(tmp_path / "index")
     assert len(paths_of(second)) == 7
     assert files[1] not in paths_of(second)
@@ -137,21 +146,6 @@ def test_new_files_are_added_and_vanished_ones_go(index, tmp_path):
     assert sorted(f.name.split("-")[0] for f in (tmp_path / "index").iterdir()) == [
         "features", "files", "index.json", "partial", "vectors",
     ]  # fmt: skip
-
-
-def test_only_new_files_are_encoded(index, tmp_path, monkeypatch):
-    images(tmp_path / "photos", 5)
-    index(tmp_path / "photos")
-    encoded = []
-    real = backbone.normalise
-    monkeypatch.setattr(
-        backbone,
-        "normalise",
-        lambda pixels, *colours: encoded.append(len(pixels)) or real(pixels, *colours),
-    )
-    images(tmp_path / "photos", 3, start=5)
-    index(tmp_path / "photos")
-    assert sum(encoded) == 3
 
 
 def test_unreadable_files_are_listed_and_the_others_indexed(index, tmp_path, caplog):
@@ -474,35 +468,24 @@ def test_an_image_from_elsewhere_and_one_that_changed(index, ask, tmp_path):
     assert ask(files[0], "is red", "--json") != before  # encoded as it is now
 
 
-def test_answers_as_text_and_as_a_page(index, ask, tmp_path, caplog):
+def test_answers_as_text_and_as_a_page_also_of_files_that_vanished(index, ask, tmp_path, caplog):
     files = images(tmp_path / "photos", 5)
     index(tmp_path / "photos")
-    lines = ask(files[0], "is red", "--k", 3).strip().splitlines()
+    lines = ask(files[0], "red " * 70, "--k", 3).strip().splitlines()
+    assert "note" not in caplog.text
+    out = json.loads(ask(files[0], "red " * 100, "--json"))
+    assert "more than 77 tokens" in caplog.text
+    assert "more than 77 tokens" in out["note"]
     assert [line.split()[0] for line in lines] == ["1", "2", "3"]
     ask(files[0], "is <b>red</b>", "--k", 3, "--html", tmp_path / "answers.html")
     page = (tmp_path / "answers.html").read_text()
     assert page.count("<figure") == 4
     assert "<b>red" not in page
     assert Path(lines[0].split()[2]).name in page
-
-
-def test_a_page_of_answers_that_vanished(index, ask, tmp_path):
-    files = images(tmp_path / "photos", 3)
-    index(tmp_path / "photos")
     for file in files:
         file.unlink()
     ask(files[0], "is red", "--html", tmp_path / "answers.html")
-    assert (tmp_path / "answers.html").read_text().count("<figure") == 4
-
-
-def test_a_long_text_is_noted(index, ask, tmp_path, caplog):
-    files = images(tmp_path / "photos", 2)
-    index(tmp_path / "photos")
-    ask(files[0], "red " * 70)
-    assert "note" not in caplog.text
-    out = json.loads(ask(files[0], "red " * 100, "--json"))
-    assert "more than 77 tokens" in caplog.text
-    assert "more than 77 tokens" in out["note"]
+    assert (tmp_path / "answers.html").read_text().count("<figure") == 6
 
 
 def test_a_query_takes_milliseconds_when_the_index_is_open():
