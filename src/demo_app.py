@@ -172,13 +172,6 @@ def served(app: "Guard", bound: socket.socket) -> Iterator[threading.Thread]:
         thread.join(LONGEST_END)
 
 
-def end_within(seconds: float, code: int) -> None:
-    """Exit this process after some seconds if it is still running: a thread may be waiting for a store."""
-    last = threading.Timer(seconds, os._exit, [code])
-    last.daemon = True
-    last.start()
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
     """Serve the page until a signal stops it."""
@@ -215,7 +208,11 @@ def main(argv: list[str] | None = None) -> None:
         while server.is_alive() and not stop.requested:
             server.join(LOOKED_EVERY)
         if stop.requested:
-            end_within(LAST_SECONDS, 130 if stop.requested == "SIGINT" else 0)
+            # A thread may be waiting for a store.
+            code = 130 if stop.requested == "SIGINT" else 0
+            last = threading.Timer(LAST_SECONDS, os._exit, [code])
+            last.daemon = True
+            last.start()
     if stop.requested == "SIGINT":
         raise KeyboardInterrupt
     if not stop.requested:

@@ -10,9 +10,9 @@ import json
 import os
 import re
 import shutil
-import urllib.error
 import urllib.parse
 import urllib.request
+from collections import defaultdict
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -47,12 +47,11 @@ pytestmark = [
     ),
 ]
 QUIET = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--no-first-run",
-    "--disable-sync",
-]
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync",
+    "--disable-quic", "--disable-component-update",
+    # Few processes and threads: each takes time to start.
+    "--in-process-gpu", "--disable-site-isolation-trials", "--renderer-process-limit=1",
+]  # fmt: skip
 WIDTHS = (1280, 768, 390, 320)
 # axe-core is a package of npm: npm install --prefix DIR axe-core, and AXE=DIR/node_modules/axe-core/axe.min.js
 AXE = Path(os.environ["AXE"]) if "AXE" in os.environ else None
@@ -91,42 +90,62 @@ def browser():
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(
             executable_path=CHROMIUM,
-            args=[*QUIET, "--disable-quic", "--disable-component-update"],
+            args=QUIET,
             timeout=1000 * HANG,
         )
         yield browser
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def idle() -> dict[str, list]:
+    """Pages that earlier tests opened, by how they were opened: a new one takes longer than the next address."""
+    return defaultdict(list)
+
+
 @pytest.fixture
-def open_page(browser):
+def open_page(browser, idle):
     """Open an address; what goes wrong in the page is collected in `page.errors`."""
     opened = []
 
     # Without the page's own policy, which would forbid what tests wait for, and would hide what they look for.
     def open_page(address: str, width: int = 1280, bypass_csp: bool = True, **how):
-        size = {"width": width, "height": 900}
-        page = browser.new_page(
-            viewport=size, bypass_csp=bypass_csp, reduced_motion="reduce", **how
+        kind = repr((bypass_csp, how))
+        page = (
+            idle[kind].pop()
+            if idle[kind]
+            else new_page(browser, bypass_csp=bypass_csp, reduced_motion="reduce", **how)
         )
-        page.set_default_timeout(1000 * HANG)
-        page.errors = []
-        page.on(
-            "console",
-            lambda message: page.errors.append(message.text) if message.type == "error" else None,
-        )
-        page.on("pageerror", lambda error: page.errors.append(str(error)))
-        page.on(
-            "request",
-            lambda request: page.errors.append(request.url) if is_foreign(request.url) else None,
-        )
+        page.errors.clear()
+        page.set_viewport_size({"width": width, "height": 900})
         page.goto(address)
-        opened.append(page)
+        opened.append((kind, page))
         return page
 
     yield open_page
-    for page in opened:
-        page.close()
+    for kind, page in opened:
+        page.evaluate("location.protocol === 'about:' || sessionStorage.clear()")
+        if page.evaluate("history.length") < 40:  # it does not grow beyond 50
+            page.goto("about:blank")
+            idle[kind].append(page)
+        else:
+            page.close()
+
+
+def new_page(browser, **how):
+    page = browser.new_page(**how)
+    page.set_default_timeout(1000 * HANG)
+    page.errors = []
+    page.on(
+        "console",
+        lambda message: page.errors.append(message.text) if message.type == "error" else None,
+    )
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.on(
+        "request",
+        lambda request: page.errors.append(request.url) if is_foreign(request.url) else None,
+    )
+    return page
 
 
 def is_foreign(url: str) -> bool:
@@ -149,39 +168,36 @@ def picture(page, name: str) -> None:
 
 
 @pytest.fixture
-def files(golden, stage_2, tmp_path, drawn):
+def files(golden, run_folder, tmp_path, drawn):
     """One page of each kind."""
-    run = stage_2("CIRR", "--save-best")
-    names = {"run": run / "index.html"}
-    flags = [
+    words = [
         "--clip-model-name",
         golden / "clip_vit.pt",
         "--clip-model-path",
         golden / "tuned_clip_vit.pt",
     ]
-    flags += [
+    words += [
         "--dataset",
         "CIRR",
-        "--combining-function",
-        "combiner",
         "--data-root",
         golden,
         "--device",
         "cpu",
-    ]
-    flags += [
-        "--combiner-path",
-        golden / "combiner_moe_cirr.pt",
         "--num-workers",
         0,
-        "--output-dir",
-        tmp_path / "s",
+        "--num",
+        8,
     ]
-    visualize.main(list(map(str, flags)))
-    names |= {"sheet": tmp_path / "s" / "sheet.html", "experts": tmp_path / "s" / "experts.html"}
+    words += [
+        "--combining-function",
+        "combiner",
+        "--combiner-path",
+        golden / "combiner_moe_cirr.pt",
+    ]
+    visualize.main(list(map(str, [*words, "--output-dir", tmp_path / "s"])))
     (first, *_) = images(tmp_path / "photos", 8)
     first = first.rename(first.with_stem("a_name_that_is_longer_than_a_thumbnail_is_wide"))
-    index = [
+    words = [
         "index",
         "--images",
         tmp_path / "photos",
@@ -190,42 +206,32 @@ def files(golden, stage_2, tmp_path, drawn):
         "--num-workers",
         0,
     ]
-    search.main(list(map(str, [*index, "--clip-model-name", drawn / "tiny_clip_vit.pt"])))
-    ask = [
-        "query",
-        "--index",
-        tmp_path / "i",
-        "--image",
-        first,
-        "--text",
-        "is red",
-        "--html",
-        tmp_path / "a.html",
-    ]
-    search.main(list(map(str, ask)))
-    return names | {"answers": tmp_path / "a.html"}
+    search.main(list(map(str, [*words, "--clip-model-name", drawn / "tiny_clip_vit.pt"])))
+    words = ["query", "--index", tmp_path / "i", "--image", first, "--text", "is red"]
+    search.main(list(map(str, [*words, "--html", tmp_path / "a.html"])))
+    return {
+        "run": run_folder / "index.html",
+        "sheet": tmp_path / "s" / "sheet.html",
+        "experts": tmp_path / "s" / "experts.html",
+        "answers": tmp_path / "a.html",
+    }
 
 
 def test_pages_render_without_errors_on_wide_and_narrow_screens(files, open_page):
-    page = open_page("about:blank")
+    broken = "[...document.images].filter(i => !i.complete || !i.naturalWidth).length"
     for name, file in files.items():
-        for width in WIDTHS:
-            page.set_viewport_size({"width": width, "height": 900})
-            page.goto(file.as_uri())
+        for loaded_at, widths in {1280: (1280, 768), 390: (390, 320)}.items():
+            page = open_page(file.as_uri(), loaded_at)
             page.evaluate(ALL_SHOWN)
+            page.evaluate("Promise.all([...document.images].map(i => i.decode()))")
             assert page.errors == [], name
-            assert page.evaluate("document.documentElement.scrollWidth") <= width, name
-            broken = "[...document.images].filter(i => !i.complete || !i.naturalWidth).length"
-            assert (
-                page.evaluate(
-                    "Promise.all([...document.images].map(i => i.decode())).then(() => 0)"
-                )
-                == 0
-            )
             assert page.evaluate(broken) == 0, name
-            assert page.evaluate(CUT, "img, figcaption") == [], (name, width)
-            assert page.evaluate(SQUEEZED, "img") == [], (name, width)
             assert page.locator("h1").count() == 1
+            for width in widths:
+                page.set_viewport_size({"width": width, "height": 900})
+                assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+                assert page.evaluate(CUT, "img, figcaption") == [], (name, width)
+                assert page.evaluate(SQUEEZED, "img") == [], (name, width)
 
 
 def test_images_of_every_shape_keep_their_proportion(open_page, tmp_path):
@@ -249,17 +255,19 @@ def test_images_of_every_shape_keep_their_proportion(open_page, tmp_path):
     for name, text in written.items():
         file = tmp_path / f"{name}.html"
         file.write_text(text)
+        page = open_page(file.as_uri())
+        page.evaluate(ALL_SHOWN)
+        page.evaluate("Promise.all([...document.images].map(i => i.decode()))")
         for width in (1280, 320):
-            page = open_page(file.as_uri(), width)
-            page.evaluate(ALL_SHOWN)
-            page.evaluate("Promise.all([...document.images].map(i => i.decode()))")
+            page.set_viewport_size({"width": width, "height": 900})
             assert page.evaluate(SQUEEZED, "img") == [], (name, width)
             assert page.evaluate(CUT, "img, figcaption") == [], (name, width)
 
 
-@pytest.fixture
-def run_folder(tmp_path):
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
     """The folder of a run whose page has all that there is."""
+    folder = tmp_path_factory.mktemp("run")
     epochs = range(3)
     rows = {
         "train": [{"epoch": epoch, "train_epoch_loss": 3.0 - epoch} for epoch in epochs],
@@ -270,11 +278,12 @@ def run_folder(tmp_path):
         title="CIRR: a run",
         titles={"r": "R@1"},
         chosen_by=("r",),
-        hyper_parameters={"num_epochs": 3},
+        hyper_parameters={"num_epochs": 3, "clip_model_path": "/home/somebody/models" * 9},
+        made_by={"host": "a" * 50, "commit": "0" * 40},
         commands={"validate": "python 'a b' --x", "reproduce": "cd / && python c.py " + "d" * 200},
     )
-    RunPage(tmp_path, about).refresh(rows, {}, complete=True)
-    return tmp_path
+    RunPage(folder, about).refresh(rows, {}, complete=True)
+    return folder
 
 
 def test_a_command_is_copied_by_its_button(run_folder, open_page):
@@ -332,7 +341,7 @@ def test_curves_stack_on_a_phone(run_folder, open_page):
 
 
 def test_a_long_sheet_shows_images_as_they_come_near(open_page, tmp_path):
-    names = [f"image {number}" for number in range(400)]
+    names = [f"image {number}" for number in range(200)]
     thumbnails = {name: image_files.jpeg(Image.new("RGB", (90, 60)), 90) for name in names}
     cards = []
     for name in names:
@@ -344,14 +353,14 @@ def test_a_long_sheet_shows_images_as_they_come_near(open_page, tmp_path):
     shown = "[...document.images].filter(image => image.complete && image.naturalWidth).length"
     wait_until(page, f"{shown} > 0")
     height = page.evaluate("document.documentElement.scrollHeight")
-    assert page.evaluate(shown) < 80 < 800 == page.evaluate("document.images.length")
+    assert page.evaluate(shown) < 80 < 400 == page.evaluate("document.images.length")
     last = page.locator("img").last
     assert last.get_attribute("src") is None
     last.scroll_into_view_if_needed()
     wait_until(page, "[...document.images].at(-1).naturalWidth > 0")
     assert page.evaluate(shown) < 160  # those between were passed by
     page.evaluate(ALL_SHOWN)
-    wait_until(page, f"{shown} == 800")
+    wait_until(page, f"{shown} == 400")
     assert page.evaluate("document.documentElement.scrollHeight") == height  # nothing moved
     assert page.errors == []
 
@@ -367,22 +376,9 @@ def searcher(drawn, tmp_path_factory):
         weights = sorted((DEMO / "models" / "Triplets_moe").glob("*/seed_0"))[-1]
         choice = PairChoice(combining_function=None, clip_path=None, combiner_path=weights)
         return load_searcher(DEMO / "index", choice, torch.device("cpu"))
-    words = [
-        "index",
-        "--images",
-        drawn / "triplets_dataset" / "images" / "val",
-        "--output",
-        folder / "index",
-    ]
-    words += [
-        "--clip-model-name",
-        drawn / "tiny_clip_vit.pt",
-        "--num-workers",
-        0,
-        "--device",
-        "cpu",
-    ]
-    search.main(list(map(str, words)))
+    words = ["index", "--images", drawn / "triplets_dataset" / "images" / "val"]
+    words += ["--output", folder / "index", "--clip-model-name", drawn / "tiny_clip_vit.pt"]
+    search.main(list(map(str, [*words, "--num-workers", 0, "--device", "cpu"])))
     from combiner import Combiner
 
     torch.manual_seed(0)
@@ -533,37 +529,39 @@ def test_load_ask_and_go_on_from_a_result(width, app):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_galleries_are_seen_whole_on_every_screen(width, app):
-    page = app(width)
+def test_galleries_are_seen_whole_on_every_screen(app):
+    page = app()
     choose(page, 0)
     ask(page, "is red")
     answers(page)
     page.click("#experts summary")
     page.wait_for_selector("#bars i")
     page.locator("#choosing").evaluate("choosing => choosing.open = true")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    for gallery, least in {"results": 4, "choice": 8}.items():
-        shown = f"#{gallery} img, #{gallery} .caption"
-        assert page.evaluate(CUT, shown) == []
-        boxes = [image.bounding_box() for image in page.locator(f"#{gallery} .pick img").all()]
-        columns = len({round(box["x"]) for box in boxes})
-        assert columns >= least if width == 1280 else columns >= 2
-        assert all(box["width"] >= 70 for box in boxes)
-        inner = "e => getComputedStyle(e).overflowY + getComputedStyle(e).maxHeight"
-        assert page.locator(f"#{gallery}").evaluate(inner) == "visiblenone"
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        for gallery, least in {"results": 4, "choice": 8}.items():
+            shown = f"#{gallery} img, #{gallery} .caption"
+            assert page.evaluate(CUT, shown) == []
+            boxes = [image.bounding_box() for image in page.locator(f"#{gallery} .pick img").all()]
+            columns = len({round(box["x"]) for box in boxes})
+            assert columns >= least if width == 1280 else columns >= 2
+            assert all(box["width"] >= 70 for box in boxes)
+            inner = "e => getComputedStyle(e).overflowY + getComputedStyle(e).maxHeight"
+            assert page.locator(f"#{gallery}").evaluate(inner) == "visiblenone"
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-def test_the_reference_stays_in_view(width, app):
-    page = app(width)
+def test_the_reference_stays_in_view(app):
+    page = app()
     choose(page, 0)
     ask(page, "is red")
     answers(page)
-    page.evaluate("scrollTo(0, document.body.scrollHeight)")
-    box = page.locator("#reference img").bounding_box()
-    assert box["y"] >= 0
-    assert box["y"] + box["height"] <= 900
+    for width in (1280, 390):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.evaluate("scrollTo(0, document.body.scrollHeight)")
+        box = page.locator("#reference img").bounding_box()
+        assert box["y"] >= 0
+        assert box["y"] + box["height"] <= 900
 
 
 def test_what_is_shown_is_named_to_a_screen_reader(app):
@@ -600,20 +598,6 @@ def test_a_link_a_reload_and_the_way_back_keep_the_question(app):
     page.go_forward()
     answers(page, asked="is blue")
     assert page.errors == other.errors == []
-
-
-def test_an_upload_outlives_a_reload_and_a_link_says_that_it_has_none(app, tmp_path):
-    page = app()
-    Image.new("RGB", (60, 50), "teal").save(tmp_path / "mine.png")
-    page.set_input_files("#file", str(tmp_path / "mine.png"))
-    wait_for_steps(page, 1)
-    ask(page, "is red")
-    answers(page, asked="is red")
-    found = names(page)
-    page.reload()
-    answers(page, asked="is red")
-    assert names(page) == found
-    assert page.get_attribute("#reference img", "alt") == "Reference: mine.png"
 
 
 def test_an_example_is_a_click_and_its_answer_is_known(app, address, examples):
@@ -949,19 +933,28 @@ new PerformanceObserver(list => {
 }).observe({type: "layout-shift", buffered: true});"""
 
 
+# Whether all images are there that are on the screen; others are loaded as they come near it.
+SEEN = """[...document.images].every(image => image.complete ||
+    image.getBoundingClientRect().top > innerHeight || image.getBoundingClientRect().bottom < 0)"""
+TWO_FRAMES = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+
+
 @pytest.mark.parametrize("width", [1440, 390])
-def test_nothing_moves_under_the_pointer(width, open_page, address):
-    page = open_page("about:blank", width)
+def test_nothing_moves_under_the_pointer(width, browser, address):
+    page = new_page(browser, bypass_csp=True, viewport={"width": width, "height": 900})
     page.add_init_script(SHIFTS)
     page.goto(address)
     page.wait_for_selector("#choice .pick img")
-    page.wait_for_load_state("networkidle")
+    page.wait_for_selector("#examples .pick img")
+    wait_until(page, SEEN)
     choose(page, 0)
     ask(page, "is red")
     answers(page)
-    page.wait_for_load_state("networkidle")
+    wait_until(page, SEEN)
+    page.evaluate(TWO_FRAMES)
     assert page.evaluate("shifted") < 0.1
     assert page.errors == []
+    page.close()
 
 
 CONTRAST = """selector => {
@@ -978,9 +971,10 @@ CONTRAST = """selector => {
 }"""
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_shows_and_takes_what_a_desktop_does(scheme, app):
-    page = app(320, color_scheme=scheme)
+def test_a_phone_shows_and_takes_what_a_desktop_does(app):
+    page = app(320, color_scheme="dark")
+    assert page.evaluate(CONTRAST, "#text") >= 4.5
+    page.emulate_media(color_scheme="light")
     assert page.evaluate(CONTRAST, "#text") >= 4.5
     choose(page, 0)
     page.evaluate("scrollTo(0, document.body.scrollHeight)")
@@ -1024,9 +1018,9 @@ WEIGHED = """() => {
 
 def test_a_photo_of_a_phone_is_sent_once_and_small(app, tmp_path):
     page = app()
-    photo = Image.effect_noise((4000, 3000), 90).convert("RGB")
+    photo = Image.effect_noise((2400, 1800), 90).convert("RGB")
     photo.save(tmp_path / "photo.jpg", quality=60)
-    assert (tmp_path / "photo.jpg").stat().st_size > 3_000_000
+    assert (tmp_path / "photo.jpg").stat().st_size > 1_200_000
     page.evaluate(WEIGHED)
     page.set_input_files("#file", str(tmp_path / "photo.jpg"))
     wait_for_steps(page, 1)
@@ -1067,13 +1061,18 @@ def test_everything_is_done_by_keyboard(app):
     assert page.evaluate(outline) == "solid"
 
 
-def test_upload_and_bad_uploads(app, tmp_path):
+def test_an_upload_outlives_a_reload_and_bad_uploads(app, tmp_path):
     page = app()
     Image.new("RGB", (60, 50), "teal").save(tmp_path / "mine.png")
     page.set_input_files("#file", str(tmp_path / "mine.png"))
     wait_for_steps(page, 1)
     ask(page, "is red")
     answers(page)
+    found = names(page)
+    page.reload()
+    answers(page, asked="is red")
+    assert names(page) == found
+    assert page.get_attribute("#reference img", "alt") == "Reference: mine.png"
     before = steps(page)
     for name, message in bad_uploads(tmp_path).items():
         page.set_input_files("#file", str(tmp_path / name))
@@ -1218,17 +1217,18 @@ def test_several_files_are_several_references_and_no_more_than_there_is_room_for
     assert len(page.errors) == 1  # of the bad one
 
 
-@pytest.mark.parametrize("width", [1280, 320])
-def test_uploads_of_every_shape_keep_their_proportion(width, app, tmp_path):
-    page = app(width)
+def test_uploads_of_every_shape_keep_their_proportion(app, tmp_path):
+    page = app()
     for number, shape in enumerate(SHAPES, start=1):
         Image.new("RGB", shape, "teal").save(tmp_path / f"{number}.png")
         page.set_input_files("#file", str(tmp_path / f"{number}.png"))
         wait_for_steps(page, number)
         ask(page, f"is red {number}")
         answers(page, asked=f"is red {number}")
-        assert page.evaluate(SQUEEZED, "img") == [], shape
-        assert page.evaluate(CUT, "#history img") == [], shape
+        for width in (1280, 320):
+            page.set_viewport_size({"width": width, "height": 900})
+            assert page.evaluate(SQUEEZED, "img") == [], shape
+            assert page.evaluate(CUT, "#history img") == [], shape
     assert page.errors == []
 
 
@@ -1243,39 +1243,40 @@ def test_a_long_text(app):
 HOSTILE = [
     "<img src=x onerror=document.title='run'>",
     "<script>document.title='run'</script>",
-    "javascript:run()",
-]
-HOSTILE += [
     "\"><svg onload=document.title='run'>",
     "{{constructor.constructor('document.title=1')()}}",
     "${1+1}`",
 ]
 
 
-def test_no_text_and_no_name_is_run(app, address, tmp_path):
+@pytest.mark.parametrize("hostile", ["javascript:run()", "".join(HOSTILE)])
+def test_no_text_and_no_name_is_run(hostile, app, tmp_path):
     page = app()
-    for hostile in HOSTILE:
-        file = tmp_path / f"{hostile.replace('/', '_')}.png"
-        Image.new("RGB", (60, 50), "teal").save(file)
-        page.goto(address)
-        page.wait_for_selector("#choice .pick img")
-        page.set_input_files("#file", str(file))
-        wait_for_steps(page, 1)
-        ask(page, hostile)
-        answers(page, asked=hostile)
-        assert steps(page) == [f"“{hostile}”"]
-        page.reload()
-        answers(page, asked=hostile)
-        for words in (
-            {"row": "0", "text": hostile},
-            {"row": hostile},
-            {"method": hostile, "row": "1"},
-        ):
-            page.goto(f"{address}/?{urllib.parse.urlencode(words)}")
-            page.wait_for_selector("#choice .pick img", state="attached")
-            page.wait_for_load_state("networkidle")
-            assert "run" not in (page.title(), page.evaluate("document.title"))
-            assert page.locator("svg, script:not([src]), img[src=x]").count() == 0
+    file = tmp_path / f"{hostile.replace('/', '_')}.png"
+    Image.new("RGB", (60, 50), "teal").save(file)
+    page.set_input_files("#file", str(file))
+    wait_for_steps(page, 1)
+    ask(page, hostile)
+    answers(page, asked=hostile)
+    assert steps(page) == [f"“{hostile}”"]
+    page.reload()
+    answers(page, asked=hostile)
+    not_run(page)
+    page = app(words="?" + urllib.parse.urlencode({"row": "0", "text": hostile}))
+    answers(page, asked=hostile)
+    not_run(page)
+    page = app(words="?" + urllib.parse.urlencode({"row": hostile}))
+    told(page, "an image that is not in the index")
+    not_run(page)
+    page = app(words="?" + urllib.parse.urlencode({"row": "1", "method": hostile}))
+    page.wait_for_selector("#reference img")
+    not_run(page)
+
+
+def not_run(page) -> None:
+    page.evaluate(TWO_FRAMES)
+    assert "run" not in (page.title(), page.evaluate("document.title"))
+    assert page.locator("svg, script:not([src]), img[src=x]").count() == 0
     assert page.errors == []
 
 
@@ -1289,8 +1290,6 @@ def test_two_users_at_once_do_not_mix(app):
     answers(second, asked="is blue")
     assert steps(first) == ["“is red”"]
     assert steps(second) == ["“is blue”"]
-    third = app()
-    assert steps(third) == []
 
 
 def test_a_restarted_server_says_so_and_a_silent_one_too(searcher, open_page, tmp_path):
@@ -1361,20 +1360,3 @@ def audit(page, what: str) -> None:
     told = [(each["id"], each["nodes"][0]["html"][:200]) for each in serious]
     assert told == [], what
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), what
-
-
-def test_no_file_is_served_but_what_is_shown(address, searcher, tmp_path):
-    (tmp_path / "secret.txt").write_text("secret")
-    here = Path(__file__).parent.parent
-    paths = [
-        tmp_path / "secret.txt",
-        here / "README.md",
-        here / "src" / "demo_app.py",
-        "/etc/passwd",
-    ]
-    paths += [searcher.image(0), searcher.index.folder / "index.json", f"{here}/src/../README.md"]
-    for path in paths:
-        for route in ("/image/", "/page/", "/"):
-            with pytest.raises(urllib.error.HTTPError) as error:
-                urllib.request.urlopen(f"{address}{route}{path}")
-            assert error.value.code in (400, 404, 405), (route, path)

@@ -186,26 +186,31 @@ def test_an_update_with_nothing_new_looks_at_each_file_once_and_reads_no_vectors
     assert sorted(path for path in looked_at if path in files) == sorted(files)
 
 
-@pytest.mark.parametrize("part", ["files", "features", "vectors"])
-@pytest.mark.parametrize("damage", ["gone", "cut", "longer"])
-def test_an_update_with_nothing_new_refuses_a_damaged_index(
-    part,
-    damage,
-    index,
-    tmp_path,
-    capsys,
-):
+def damages(whole: bytes) -> list[bytes | None]:
+    """A file that is gone, cut or longer."""
+    return [None, whole[:-1], whole + b"\0"]
+
+
+def put(file: Path, damaged: bytes | None) -> None:
+    file.unlink(missing_ok=True)
+    if damaged is not None:
+        file.write_bytes(damaged)
+
+
+def test_an_update_with_nothing_new_refuses_a_damaged_index(index, tmp_path, capsys):
     images(tmp_path / "photos", 3)
     index(tmp_path / "photos")
-    (file,) = (tmp_path / "index").glob(f"{part}*")
-    whole = file.read_bytes()
-    file.unlink()
-    if damage != "gone":
-        file.write_bytes(whole[: len(whole) // 2] if damage == "cut" else whole + b"\0")
-    if (part, damage) == ("features", "longer"):
-        return  # what follows a table in a file of NumPy's is not read
-    assert file.name in refused(lambda: index(tmp_path / "photos"), capsys)
-    CASES["updates of a damaged index", "refused"] += 1
+    for part in ("files", "features", "vectors"):
+        (file,) = (tmp_path / "index").glob(f"{part}*")
+        whole = file.read_bytes()
+        for damaged in damages(whole):
+            if part == "features" and damaged == whole + b"\0":
+                continue  # what follows a table in a file of NumPy's is not read
+            put(file, damaged)
+            assert file.name in refused(lambda: index(tmp_path / "photos"), capsys)
+            CASES["updates of a damaged index", "refused"] += 1
+            file.write_bytes(whole)
+    assert "0 images added, 3 kept" in index(tmp_path / "photos")
 
 
 @pytest.mark.parametrize(("kind", "on_disk"), LARGE)
@@ -285,22 +290,19 @@ def test_lists_in_a_file_give_the_answers_of_lists_in_memory(tmp_path, monkeypat
     assert memory.search(queries, 10) == moved.search(queries, 10)
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut", "longer", "other"])
-def test_a_damaged_file_of_lists_is_named(damage, tmp_path):
+def test_a_damaged_file_of_lists_is_named(tmp_path):
     published(tmp_path / "a", identities(1000), "ivfpq", True)
+    published(tmp_path / "b", identities(1001), "ivfpq", True)
     (file,) = (tmp_path / "a").glob("lists-*")
+    (other,) = (tmp_path / "b").glob("lists-*")
     whole = file.read_bytes()
-    file.unlink()
-    if damage == "other":
-        published(tmp_path / "b", identities(1001), "ivfpq", True)
-        shutil.copy(next((tmp_path / "b").glob("lists-*")), file)
-    elif damage != "gone":
-        file.write_bytes(whole[:-1] if damage == "cut" else whole + b"\0")
-    with pytest.raises(UserError, match=file.name):
-        open_index(tmp_path / "a")
-    with pytest.raises(UserError, match=file.name):
-        published(tmp_path / "a", identities(1000), "ivfpq", True)
-    CASES["parts of an index", "refused"] += 2
+    for damaged in (*damages(whole), other.read_bytes()):
+        put(file, damaged)
+        with pytest.raises(UserError, match=file.name):
+            open_index(tmp_path / "a")
+        with pytest.raises(UserError, match=file.name):
+            published(tmp_path / "a", identities(1000), "ivfpq", True)
+        CASES["parts of an index", "refused"] += 2
 
 
 def test_ids_that_no_row_has(tmp_path):
@@ -336,7 +338,7 @@ def test_an_index_is_kept_as_flags_say_and_else_as_it_was(earlier, kind, on_disk
     CASES["ways to keep an index", "taken"] += 1
 
 
-@pytest.mark.parametrize("kind, on_disk", LARGE)
+@pytest.mark.parametrize(("kind", "on_disk"), [LARGE[0], LARGE[-1]])
 def test_what_kills_left_in_an_index_goes_and_what_links_point_to_stays(kind, on_disk, tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()

@@ -12,16 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms
 
-import search
 from benchmarks.image_check import inspect
 from data_utils import load_image, make_preprocess
 from image_search.photos import find_images
+from image_search.searcher import SearchQuery, load_searcher
 from image_search.uploads import checked_upload
 from reports.sheets import load_thumbnails
 from runtime import image_files
 from runtime.image_files import AVIF_KINDS, HEIF_KINDS, read_photo, thumbnail
+from settings.groups import PairChoice
 from utils import UserError
 
 HEIC = (
@@ -378,17 +380,16 @@ def pictures(tmp_path) -> list[tuple[Path, Path]]:
     return found
 
 
-def test_the_search_finds_the_plain_copy_first(pictures, drawn, index, tmp_path, capsys):
+def test_the_search_finds_the_plain_copy_first(pictures, index, tmp_path):
     (tmp_path / "copies").mkdir()
     for _, copy in pictures:
         copy.rename(tmp_path / "copies" / copy.name)
     index(tmp_path / "copies")
+    choice = PairChoice(combining_function="image", clip_path=None, combiner_path=None)
+    searcher = load_searcher(tmp_path / "index", choice, torch.device("cpu"))
     for file, copy in pictures:
-        capsys.readouterr()
-        search.main(["query", "--index", str(tmp_path / "index"), "--image", str(file), "--text",
-                     "x", "--combining-function", "image", "--json", "--device", "cpu"])  # fmt: skip
-        (first, *_) = json.loads(capsys.readouterr().out)["results"]
-        assert Path(first["image"]).name == copy.name, file
+        (found,) = searcher.search([SearchQuery(references=[file], text="", k=1)])
+        assert found.results[0].path.name == copy.name, file
 
 
 def test_own_triplets_find_the_plain_copy_first(pictures, drawn, run, tmp_path):

@@ -3,15 +3,13 @@
 import asyncio
 import contextlib
 import os
-import subprocess
-import sys
+import signal
 import textwrap
 import threading
 import time
 
 import pytest
 
-from conftest import ROOT
 from forks import HANG, state_of
 
 workers = pytest.importorskip("image_search.workers", reason="Pebble is not installed")
@@ -98,30 +96,39 @@ def test_a_pool_whose_idle_processes_were_killed_is_replaced(pool):
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("end", ["exit", "kill"])
-def test_no_process_outlives_the_server(end, tmp_path):
-    """However it ends, and whatever is under way."""
+def test_no_process_outlives_the_pool(pool):
+    """Whatever is under way."""
+
+    async def run() -> list[int]:
+        job = asyncio.create_task(pool.run(time.sleep, HANG))
+        processes = [await pool.run(os.getpid), await pool.run(os.getpid)]
+        pool.close()
+        with contextlib.suppress(workers.Overrun):
+            await job
+        return processes
+
+    for process in asyncio.run(run()):
+        until(lambda process=process: state_of(process) == "Z")
+
+
+def test_no_process_outlives_a_server_that_is_killed(start, tmp_path):
     program = f"""
-        import asyncio, os, sys, time
-        sys.path.insert(0, {str(ROOT / "src")!r})
+        import asyncio, os, time
         from image_search.workers import Pool
         async def run():
-            pool = Pool(2, memory=2**28, seconds=900)
-            pool.start()
-            jobs = [asyncio.ensure_future(pool.run(time.sleep, 900))]
+            pool = Pool(2, memory=2**28, seconds={HANG})
+            jobs = [asyncio.create_task(pool.run(time.sleep, {HANG}))]
             print(await pool.run(os.getppid), await pool.run(os.getpid), flush=True)
-            await asyncio.sleep(0 if {end!r} == "exit" else 900)
-            pool.close()
+            await jobs[0]
         if __name__ == "__main__":
             asyncio.run(run())
     """
     script = tmp_path / "server.py"
     script.write_text(textwrap.dedent(program))
-    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE) as server:
-        processes = list(map(int, server.stdout.readline().split()))
-        assert len(set(processes)) == 2
-        if end == "kill":
-            server.kill()
-        server.wait(HANG)
+    server = start(script)
+    server.wait_for(lambda: server.stdout.endswith("\n"))
+    processes = list(map(int, server.stdout.split()))
+    assert len(set(processes)) == 2
+    server.send_signal(signal.SIGKILL)
     for process in processes:
         until(lambda process=process: state_of(process) == "Z")

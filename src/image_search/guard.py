@@ -6,6 +6,7 @@ proxy in front that limits slow clients and requests per client.
 """
 
 import asyncio
+import contextlib
 import ipaddress
 import re
 import socket
@@ -62,7 +63,11 @@ class Hosts:
         if found is None:
             return False
         name = (found[1] or found[2]).lower().removesuffix(".")
-        return name in self.names or (self.any_address and is_address(name))
+        if self.any_address:
+            with contextlib.suppress(ValueError):
+                ipaddress.ip_address(name)
+                return True
+        return name in self.names
 
     def is_own_origin(self, origin: str, host: str) -> bool:
         """Check whether an Origin header is the page's own origin or has an additional host name."""
@@ -71,15 +76,6 @@ class Hosts:
             return parts.netloc == host.lower() or parts.hostname in self.proxies
         except ValueError:
             return False
-
-
-def is_address(name: str) -> bool:
-    """Check whether a host name is an IP address."""
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
 
 
 class Guard:

@@ -45,7 +45,7 @@ from image_search.searcher import (
     SearchQuery,
 )
 from image_search.stores.base import QueryError
-from image_search.uploads import MOST_BYTES, File, preview, read_upload
+from image_search.uploads import MOST_BYTES, File, preview, read_pixels, read_upload
 from image_search.workers import SECONDS, Outcome, Overrun, Pool
 from models.schemas import Expert
 from runtime.files import file_size
@@ -426,7 +426,7 @@ class Service:
         if features is not None:
             return features
         try:
-            pixels = await self.photos.run(read_photo, file, self._read)
+            pixels = await self.photos.run(read_pixels, file, self._read)
         except (UserError, Overrun):
             raise QueryError(
                 "this image has changed and can no longer be decoded: choose another image"
@@ -486,11 +486,6 @@ class Service:
             if file.is_relative_to(folder):
                 return str(file.relative_to(Path(folder).parent))
         return file.name
-
-
-def read_photo(file: Path, read: Callable[[Path], torch.Tensor]) -> np.ndarray:
-    """Read an indexed image with the encoder's loader, to bytes (3, R, R)."""
-    return read(file).numpy()
 
 
 async def read_form(request: Request) -> tuple[SearchForm, list[File]]:
@@ -573,34 +568,30 @@ def failed(status: int, message: str, headers: Any = None) -> JSONResponse:
 def add_errors(app: FastAPI) -> None:
     """Add the exception handlers, which turn every error into one sentence."""
 
-    async def refused(_: Request, error: Any) -> JSONResponse:
-        return failed(HTTPStatus.BAD_REQUEST, error.public_message)
+    def add(kind: type[Exception], answer: Callable[[Any], Response]) -> None:
+        async def handle(_: Request, error: Any) -> Response:
+            return answer(error)
 
-    async def broken(_: Request, error: Any) -> JSONResponse:
+        app.add_exception_handler(kind, handle)
+
+    def broken(error: UserError) -> Response:
         logger.error("error: %s", error)
         return failed(
             HTTPStatus.SERVICE_UNAVAILABLE, "the search failed: see the server's terminal"
         )
 
-    async def malformed(_: Request, error: Any) -> JSONResponse:
-        return failed(HTTPStatus.BAD_REQUEST, invalid_field(error.errors()[0]))
-
-    async def unknown(_: Request, error: Any) -> JSONResponse:
-        return failed(error.status_code, str(error.detail).lower(), error.headers)
-
-    async def left(_: Request, error: Any) -> Response:
-        # The client disconnected before its request was complete.
-        return Response(status_code=HTTPStatus.BAD_REQUEST)
-
-    async def fault(_: Request, error: Any) -> JSONResponse:
-        return failed(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error: see the server's terminal")
-
-    app.add_exception_handler(QueryError, refused)
-    app.add_exception_handler(UserError, broken)
-    app.add_exception_handler(RequestValidationError, malformed)
-    app.add_exception_handler(HTTPException, unknown)
-    app.add_exception_handler(ClientDisconnect, left)
-    app.add_exception_handler(Exception, fault)
+    bad = HTTPStatus.BAD_REQUEST
+    add(QueryError, lambda error: failed(bad, error.public_message))
+    add(UserError, broken)
+    add(RequestValidationError, lambda error: failed(bad, invalid_field(error.errors()[0])))
+    add(
+        HTTPException,
+        lambda error: failed(error.status_code, str(error.detail).lower(), error.headers),
+    )
+    # The client disconnected before its request was complete.
+    add(ClientDisconnect, lambda _: Response(status_code=bad))
+    internal = "internal error: see the server's terminal"
+    add(Exception, lambda _: failed(HTTPStatus.INTERNAL_SERVER_ERROR, internal))
 
 
 def page_file(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:

@@ -6,7 +6,7 @@ Workers run these functions, see workers.py.
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -40,24 +40,21 @@ class Upload(io.BytesIO):
         return self.name
 
 
-def read_upload(file: File, read: Callable[[io.BytesIO], Any]) -> np.ndarray:
-    """Read an upload with the encoder's loader, to bytes (3, R, R).
-
-    Raises:
-        QueryError: the image is invalid.
-    """
-    return _read(checked_upload(file.name, file.content), read)
-
-
-def _read(upload: Upload, read: Callable[[io.BytesIO], Any]) -> np.ndarray:
+def read_pixels(image: Upload | Path, read: Callable[[Any], Any]) -> np.ndarray:
+    """Read an image with the encoder's loader, to bytes (3, R, R). Raises QueryError if it is invalid."""
     try:
-        return read(upload).numpy()
-    except UserError as error:  # its message contains the name of the upload
+        return read(image).numpy()
+    except UserError as error:  # its message contains the name of the image
         raise QueryError(error) from None
 
 
+def read_upload(file: File, read: Callable[[Any], Any]) -> np.ndarray:
+    """Read an upload, see `read_pixels`. Raises QueryError if it is invalid."""
+    return read_pixels(checked_upload(file.name, file.content), read)
+
+
 def preview(
-    file: File, read: Callable[[io.BytesIO], Any], side: int, background: str
+    file: File, read: Callable[[Any], Any], side: int, background: str
 ) -> tuple[np.ndarray, bytes]:
     """Read an upload with the encoder's loader, to bytes (3, R, R), and make a JPEG of it, see `thumbnail`.
 
@@ -65,7 +62,7 @@ def preview(
         QueryError: the image is invalid.
     """
     upload = checked_upload(file.name, file.content)
-    return _read(upload, read), thumbnail(upload, side, background)
+    return read_pixels(upload, read), thumbnail(upload, side, background)
 
 
 def checked_upload(name: str, content: bytes) -> Upload:

@@ -339,7 +339,8 @@ class FaissWriter(IndexWriter):
     def _rename(self, files: Sequence[Identity], about: dict[str, Any]) -> None:
         """Publish the same rows with new paths; features and vectors are neither read nor written."""
         text = _listed({file: self._contents[file] for file in files})
-        names = {**_names(self._earlier), "files": _new_names(False)["files"]}
+        names = {part: self._earlier[part] for part in ENDINGS if part in self._earlier}
+        names["files"] = _new_names(False)["files"]
         digests = {**self._earlier["sha256"], "files": _digest(text.encode())}
         manifest = {**self._earlier, **about, **names, "sha256": digests}
         with _undone(self.folder, [names["files"]]):
@@ -436,11 +437,6 @@ def _undone(folder: Path, names: Iterable[str]) -> Iterator[None]:
 def _listed(files: Mapping[Identity, int]) -> str:
     """Return the list of files as JSON, the content of files-*.json."""
     return json.dumps([[*file, content] for file, content in files.items()])
-
-
-def _names(about: dict[str, Any]) -> dict[str, str]:
-    """Return the names of the files of an index."""
-    return {part: about[part] for part in ENDINGS if part in about}
 
 
 def _new_names(on_disk: bool) -> dict[str, str]:

@@ -255,35 +255,29 @@ class Table:
                 pages.close()
 
 
-def _token(folder: Path, about: dict[str, Any], typed: bool) -> str:
-    """Return the token in the environment; "" if the address is only in an index from another machine.
+def _checked_table(folder: Path, about: dict[str, Any], typed: bool) -> Table:
+    """Return the collection of a manifest. Raises UserError if it was made with another encoder.
 
     Args:
-        typed: whether a flag gives the store.
+        typed: whether a flag gives the store; if not, and it is only in an index from another machine, no token is
+            sent to it.
     """
-    token = os.environ.get(TOKEN, "")
-    if not token or typed or is_own(folder, about):
-        return token
-    store = about["store"]
-    logger.warning(
-        "warning: %s was made on another machine: %s is not sent to %s unless you pass --store %s",
-        folder / MANIFEST,
-        TOKEN,
-        store,
-        store,
-    )
-    return ""
-
-
-def _checked_table(folder: Path, about: dict[str, Any], typed: bool) -> Table:
-    """Return the collection of a manifest. Raises UserError if it was made with another encoder."""
-    name = about["collection"]
+    store, name = about["store"], about["collection"]
     if not name.endswith(f"_{digest_of(about['encoder'])}"):
         raise UserError(
             f"{folder / MANIFEST}: the collection {name} was made with a different encoder than the manifest: {REBUILD}"
         )
-    token = _token(folder, about, typed)
-    return Table(about["store"], name, token, is_new="images" not in about)
+    token = os.environ.get(TOKEN, "")
+    if token and not typed and not is_own(folder, about):
+        token = ""
+        logger.warning(
+            "warning: %s was made on another machine: %s is not sent to %s unless you pass --store %s",
+            folder / MANIFEST,
+            TOKEN,
+            store,
+            store,
+        )
+    return Table(store, name, token, is_new="images" not in about)
 
 
 class MilvusManifest(StoreManifest):
