@@ -1,5 +1,6 @@
 """Fixtures: the original's golden files unpacked, a small drawn benchmark, and scripts run in process."""
 
+import gc
 import importlib
 import json
 import os
@@ -15,9 +16,9 @@ from forks import ROOT as ROOT
 from forks import Script, cool_down
 from reports import run_page
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before torch is loaded: two threads wait for each other at tensors so small
-)
+# Before torch is loaded: two threads wait for each other at tensors so small.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.fsync = lambda descriptor: None  # no test cuts the power
 SOAK = os.environ.get("SOAK") == "1"  # `make soak`: many more cases
 CASES: Counter[tuple[str, str]] = Counter()  # (what was tried, outcome) -> cases
 # A busy machine fails no test.
@@ -58,6 +59,12 @@ def quick_to_see_dead_workers():
         patch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
         patch.setattr(get, "__defaults__", (0.5,))
         yield
+
+
+def pytest_collection_finish():
+    """Leave what is loaded out of all collections: trainings collect often, and would go through it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure():

@@ -5,6 +5,7 @@ signals and an exit code of its own like a fresh one, and torchrun's workers are
 """
 
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -172,6 +173,7 @@ def redirect(*files) -> None:
 
 def become(words: list[str], environment: dict[str, str]) -> None:
     """What `python WORDS` does in an environment."""
+    gc.freeze()  # trainings collect often, and would go through all that is loaded each time
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)

@@ -1,6 +1,5 @@
 """Results side by side: which compare, seeds, intervals."""
 
-import gc
 import json
 import operator
 import re
@@ -43,14 +42,6 @@ MADE_BY = {
 def settings(data: dict | None = None, **flags) -> dict:
     """Settings of a training with some flags."""
     return {"flags": flags, "recipe": {}, "data": data or {}, "versions": {}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_garbage():
-    """After each seed of a training all is collected that can be; what the tests imported takes 0.2 s each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture
