@@ -1,6 +1,7 @@
 """Fixtures: the original's golden files unpacked, a small drawn benchmark, and scripts run in process."""
 
 import gc
+import hashlib
 import importlib
 import json
 import os
@@ -110,10 +111,10 @@ def expected(golden) -> dict:
     return json.loads((golden / "expected.json").read_text())
 
 
-def marks(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Files of a folder -> their size and when they were changed."""
+def digests(folder: Path) -> dict[Path, bytes]:
+    """Files of a folder -> a digest of what they hold."""
     files = [path for path in folder.rglob("*") if path.is_file()]
-    return {file: (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+    return {file: hashlib.sha256(file.read_bytes()).digest() for file in files}
 
 
 @pytest.fixture(scope="session")
@@ -125,9 +126,9 @@ def drawn(tmp_path_factory) -> Iterator[Path]:
     )
     sizes += "--own-groups 3"
     DOORS["shapes_dataset"](["--output-dir", str(folder), *sizes.split()])
-    as_drawn = marks(folder)
+    as_drawn = digests(folder)
     yield folder
-    assert marks(folder) == as_drawn, "a test has changed what others read"
+    assert digests(folder) == as_drawn, "a test has changed what others read"
 
 
 @pytest.fixture

@@ -61,8 +61,8 @@ def drawn_images(root: Path) -> list[Path]:
     return CIRR(root).val()[0].paths
 
 
-def test_the_image_cache(own_drawn, tmp_path):
-    paths = drawn_images(own_drawn)
+def test_the_image_cache(own_images, tmp_path):
+    paths = drawn_images(own_images)
 
     def file() -> Path:
         preprocessing = {"resolution": 8}
@@ -76,16 +76,21 @@ def test_the_image_cache(own_drawn, tmp_path):
     assert file() != before
 
 
-def test_the_feature_cache_of_a_validation(own_drawn, run, tmp_path):
+def test_the_feature_cache_of_a_validation(own_images, run, tmp_path):
     def metrics(*flags) -> dict:
-        words = ["--clip-model-name", own_drawn / "tiny_clip_vit.pt", "--combining-function", "sum"]
+        words = [
+            "--clip-model-name",
+            own_images / "tiny_clip_vit.pt",
+            "--combining-function",
+            "sum",
+        ]
         file = tmp_path / "r.json"
-        run("validate", own_drawn, "--dataset", "CIRR", *words, "--metrics-json", file, *flags)
+        run("validate", own_images, "--dataset", "CIRR", *words, "--metrics-json", file, *flags)
         return json.loads(file.read_text())["protocols"]
 
     cache = ["--feature-cache", tmp_path / "features"]
     before = metrics(*cache)
-    for path in drawn_images(own_drawn)[::2]:
+    for path in drawn_images(own_images)[::2]:
         replace(path)
     after = metrics()
     assert after != before
@@ -94,8 +99,8 @@ def test_the_feature_cache_of_a_validation(own_drawn, run, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [[], ["--verify"]])
-def test_an_index(flags, own_drawn, index, tmp_path):
-    folder = drawn_images(own_drawn)[0].parent
+def test_an_index(flags, own_images, index, tmp_path):
+    folder = drawn_images(own_images)[0].parent
     count = len(list(folder.iterdir()))
     assert f"{count} images added" in index(folder, flags=flags)
     assert f"0 images added, {count} kept" in index(folder)
@@ -108,11 +113,11 @@ def test_an_index(flags, own_drawn, index, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [[], ["--verify"]])
-def test_a_resumed_run(flags, stopped, own_drawn, tmp_path, capsys):
+def test_a_resumed_run(flags, stopped, own_images, tmp_path, capsys):
     """In another place, with other times, the images are the same; with other pixels they are not."""
-    run = stopped(2, "CIRR", *flags, data_root=own_drawn)
+    run = stopped(2, "CIRR", *flags, data_root=own_images)
     moved = tmp_path / "moved"
-    shutil.copytree(own_drawn, moved, copy_function=shutil.copyfile)
+    shutil.copytree(own_images, moved, copy_function=shutil.copyfile)
     words = ["--resume", str(run), "--data-root", str(moved)]
     for split in (CIRR(moved).train(), CIRR(moved).val()[0]):
         path = split.paths[1]
@@ -127,18 +132,18 @@ def test_a_resumed_run(flags, stopped, own_drawn, tmp_path, capsys):
     assert (run / "best_metrics.json").exists()
 
 
-def test_rankings_that_are_looked_at(own_drawn, run, tmp_path, capsys):
-    words = ["--clip-model-name", own_drawn / "tiny_clip_vit.pt", "--combining-function", "sum"]
+def test_rankings_that_are_looked_at(own_images, run, tmp_path, capsys):
+    words = ["--clip-model-name", own_images / "tiny_clip_vit.pt", "--combining-function", "sum"]
     file = tmp_path / "rankings.json"
-    run("validate", own_drawn, "--dataset", "CIRR", *words, "--rankings", file)
-    where = ["--data-root", own_drawn, "--output-dir", tmp_path / "sheet"]
+    run("validate", own_images, "--dataset", "CIRR", *words, "--rankings", file)
+    where = ["--data-root", own_images, "--output-dir", tmp_path / "sheet"]
 
     def look(*flags: str) -> None:
         visualize.main(list(map(str, ["--rankings", file, "--num", 2, *where, *flags])))
 
     look()
     look("--verify")
-    replace(drawn_images(own_drawn)[0])
+    replace(drawn_images(own_images)[0])
     for flags in ([], ["--verify"]):
         with pytest.raises(SystemExit) as stop:
             look(*flags)
@@ -146,8 +151,8 @@ def test_rankings_that_are_looked_at(own_drawn, run, tmp_path, capsys):
         assert "are not the images that were ranked" in capsys.readouterr().err
 
 
-def test_a_digest_of_images_names_each(own_drawn):
-    split = CIRR(own_drawn).val()[0]
+def test_a_digest_of_images_names_each(own_images):
+    split = CIRR(own_images).val()[0]
     whole, sampled = images_digest(split), images_digest(split, sampled=True)
     assert whole != sampled
     first, second = split.paths[:2]

@@ -138,14 +138,14 @@ TRAITS = {
 
 
 @pytest.mark.parametrize("benchmark", [CIRR, Triplets])
-def test_what_files_have_is_said_and_what_is_done_to_them(benchmark, own_drawn, check):
-    paths = benchmark(own_drawn).val()[0].image_paths
+def test_what_files_have_is_said_and_what_is_done_to_them(benchmark, own_images, check):
+    paths = benchmark(own_images).val()[0].image_paths
     names = dict(zip(TRAITS, paths, strict=False))
     for kind, name in names.items():
         mode, more, _ = TRAITS[kind]
         white = 40_000 if mode[0] == "I" else 1
         Image.new(mode, (64, 64), white).save(paths[name], "TIFF" if mode == "I" else "PNG", **more)
-    report = checked(check, own_drawn, benchmark.name, "--splits", "val")
+    report = checked(check, own_images, benchmark.name, "--splits", "val")
     assert not report["bad"]
     is_own = benchmark is Triplets
     for trait in {trait for _, _, trait in TRAITS.values()} - {""}:
@@ -209,11 +209,11 @@ def test_training_needs_the_images_of_triplets_alone(own_drawn, check):
     )
 
 
-def test_copies_by_role(own_drawn, check):
-    folder = own_drawn / "cirr_dataset/dev"
+def test_copies_by_role(own_images, check):
+    folder = own_images / "cirr_dataset/dev"
     for number in (1, 2, 3, 4):
         shutil.copy(folder / "dev-0-0-img0.png", folder / f"dev-0-0-img{number}.png")
-    report = checked(check, own_drawn, "CIRR")
+    report = checked(check, own_images, "CIRR")
     (query, target) = remarks(report, "finding")
     assert query.startswith("rc2 val: 5 files have the same content as another file, role query")
     assert "so their order is arbitrary; up to 5 have the same picture" in target

@@ -262,18 +262,18 @@ def test_a_result_says_what_it_is(golden, measured, tmp_path):
     }
 
 
-def test_other_images_and_weights_have_other_digests(own_drawn, measured):
-    flags = sum_of(own_drawn)
-    first, _ = measured("CIRR", *flags, root=own_drawn)
-    again, _ = measured("CIRR", *flags, root=own_drawn)
+def test_other_images_and_weights_have_other_digests(own_images, measured):
+    flags = sum_of(own_images)
+    first, _ = measured("CIRR", *flags, root=own_images)
+    again, _ = measured("CIRR", *flags, root=own_images)
     assert first["images_sha256"] == again["images_sha256"]
-    file = own_drawn / "cirr_dataset/dev/dev-0-0-img0.png"
-    file.write_bytes((own_drawn / "cirr_dataset/dev/dev-0-0-img1.png").read_bytes())
-    other, _ = measured("CIRR", *flags, root=own_drawn)
+    file = own_images / "cirr_dataset/dev/dev-0-0-img0.png"
+    file.write_bytes((own_images / "cirr_dataset/dev/dev-0-0-img1.png").read_bytes())
+    other, _ = measured("CIRR", *flags, root=own_images)
     assert other["images_sha256"] != first["images_sha256"]
     assert other["queries_sha256"] == first["queries_sha256"]
-    flags[1] = own_drawn / "tiny_clip_resnet.pt"
-    assert measured("CIRR", *flags, root=own_drawn)[0]["weights_sha256"] != first["weights_sha256"]
+    flags[1] = own_images / "tiny_clip_resnet.pt"
+    assert measured("CIRR", *flags, root=own_images)[0]["weights_sha256"] != first["weights_sha256"]
 
 
 def test_a_protocol_can_be_chosen(drawn, measured, capsys, fails):
