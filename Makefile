@@ -10,8 +10,8 @@ by_uv = $(BIN)/python -m pip install --quiet uv && \
 locked = --require-hashes -r requirements.lock
 install = $(if $(LOCKED),($(by_uv)) ||,) $(BIN)/python -m pip install --quiet $(if $(LOCKED),$(locked),-r $(1))
 
-# A process for each core; each takes whole files, so that what a file's tests share is made once.
-IN_PARALLEL = -n auto --dist loadfile
+# A process for each core. Each takes tests in their order, so that what a file's tests share is made once or twice.
+IN_PARALLEL = -n auto --dist worksteal
 
 .PHONY: demo app test quick long soak bench count gpu-check reproduce-smoke lint types audit lock format architecture clean
 
