@@ -56,7 +56,7 @@ def table(mixture: Mapping[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], parents=[parent(groups.Combiner)]
+        description=__doc__.splitlines()[0], parents=[parent(groups.CombinerFlags)]
     )
     parser.add_argument("--clip-dim", type=int, required=True)
     print(table(vars(parser.parse_args(argv))))

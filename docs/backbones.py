@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from benchmarks.fashioniq import FashionIQ
 from plan import GIB
-from training.planning import CountedClip, FineTuning, Way, sizes_of
+from training.planning import CountedClip, PlannedFineTuning, Way, sizes_of
 
 GUIDE = Path(__file__).with_suffix(".md")
 MARK = "<!-- What follows is written by `python docs/backbones.py`. -->\n"
@@ -38,7 +38,7 @@ MODELS = {
 def line(name: str) -> str:
     """A model's row."""
     clip = CountedClip(name, "both")
-    training = FineTuning(clip=clip, sizes=sizes_of(FashionIQ(Path())), precision="fp16")
+    training = PlannedFineTuning(clip=clip, sizes=sizes_of(FashionIQ(Path())), precision="fp16")
     whole = training.needed(Way(batch_size=BATCH)) / GIB
     parts = training.needed(Way(batch_size=BATCH, micro_batch_size=16)) / GIB
     projection, hidden = (round(clip.dim * size / ORIGINAL[0]) for size in ORIGINAL[1:])

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 from benchmarks import BENCHMARKS
 from plan import GIB, typed
 from runtime.gpus import GPUS, USABLE, Gpu, seconds
-from training.planning import CountedClip, FineTuning, Way, sizes_of
+from training.planning import CountedClip, PlannedFineTuning, Way, sizes_of
 
 GUIDE = Path(__file__).with_suffix(".md")
 MARK = "<!-- What follows is written by `python docs/gpus.py`. -->\n"
@@ -37,11 +37,11 @@ def table() -> str:
 def rows_of(name: str) -> list[str]:
     """Return the rows of one CLIP, one for each GPU."""
     clip = CountedClip(name, "both")
-    trainings = [FineTuning(clip=clip, sizes=sizes, precision="fp16") for sizes in SIZES]
+    trainings = [PlannedFineTuning(clip=clip, sizes=sizes, precision="fp16") for sizes in SIZES]
     return [row([name, *cells(trainings, gpu)]) for gpu in GPUS.values()]
 
 
-def cells(trainings: list[FineTuning], gpu: Gpu) -> list[str]:
+def cells(trainings: list[PlannedFineTuning], gpu: Gpu) -> list[str]:
     """Return GPU, flags, GiB, and for each dataset the seconds of an epoch and those of a validation."""
     asked = Way(batch_size=BATCH)
     way = trainings[0].first_that_fits(asked, USABLE * gpu.memory * GIB)

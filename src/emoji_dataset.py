@@ -23,7 +23,7 @@ from typing import Any
 from cli.options import add_seed
 from cli.parsers import ScriptParser
 from openmoji.pictures import Picture, read_pictures
-from openmoji.triplets import SPLITS, Query, divide, groups, sample
+from openmoji.triplets import SPLITS, EmojiQuery, divide, groups, sample
 from runtime.choices import WHITE
 from runtime.files import check_writable, write_text
 from runtime.image_files import read_photo
@@ -49,7 +49,7 @@ icon project, version {version}, rendered to pixels. License: CC BY-SA 4.0, http
 Anyone who redistributes them must credit OpenMoji, name the license, and share changed pictures under the same license.
 """
 
-Queries = Mapping[str, Sequence[Query]]  # split -> its queries
+Queries = Mapping[str, Sequence[EmojiQuery]]  # split -> its queries
 Pixels = Mapping[Picture, bytes]  # picture -> its transparent PNG
 
 
@@ -206,11 +206,11 @@ def _category(picture: Picture) -> str:
     return category
 
 
-def _with_one_target(queries: Iterable[Query]) -> list[Query]:
+def _with_one_target(queries: Iterable[EmojiQuery]) -> list[EmojiQuery]:
     return [query for query in queries if len(query.targets) == 1]
 
 
-def _cirr_entry(pair_id: int, query: Query) -> dict[str, Any]:
+def _cirr_entry(pair_id: int, query: EmojiQuery) -> dict[str, Any]:
     (target,) = query.targets
     return {
         "pairid": pair_id,
@@ -221,7 +221,7 @@ def _cirr_entry(pair_id: int, query: Query) -> dict[str, Any]:
     }
 
 
-def _image_set(query: Query, members: tuple[Picture, ...]) -> dict[str, Any]:
+def _image_set(query: EmojiQuery, members: tuple[Picture, ...]) -> dict[str, Any]:
     """Return a query's group in the format of CIRR's annotations."""
     return {
         "id": 0,
@@ -231,7 +231,7 @@ def _image_set(query: Query, members: tuple[Picture, ...]) -> dict[str, Any]:
     }
 
 
-def _circo_entry(number: int, query: Query, numbers: Mapping[Picture, int]) -> dict[str, Any]:
+def _circo_entry(number: int, query: EmojiQuery, numbers: Mapping[Picture, int]) -> dict[str, Any]:
     return {
         "id": number,
         "reference_img_id": numbers[query.reference],
@@ -243,7 +243,7 @@ def _circo_entry(number: int, query: Query, numbers: Mapping[Picture, int]) -> d
     }
 
 
-def _shared_concept(query: Query) -> str:
+def _shared_concept(query: EmojiQuery) -> str:
     """Return a description of everything that a reference shares with all its targets."""
     shared = set(query.reference.facts).intersection(*(target.facts for target in query.targets))
     words = [value for fact, value in query.reference.facts if (fact, value) in shared]

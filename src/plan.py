@@ -18,15 +18,13 @@ from cli import options
 from cli.parsers import ScriptParser
 from cli.startup import check_files
 from models.configuration import read_checkpoint, resolve_clip_options
-from runtime.gpus import EFFICIENCY, GPUS, USABLE, Gpu, Work, seconds
+from runtime.gpus import EFFICIENCY, GIB, GPUS, USABLE, Gpu, Work, seconds
 from settings import groups
 from settings.flag_types import positive_float, rows
 from utils import UserError, command, flag
 
 if TYPE_CHECKING:
-    from training.planning import Sizes, Training, Way
-
-GIB = 2**30
+    from training.planning import PlannedTraining, Sizes, Way
 
 
 def plan_flags() -> argparse.ArgumentParser:
@@ -139,9 +137,14 @@ def planned_sizes(args: argparse.Namespace) -> "Sizes":
     return sizes
 
 
-def planned_training(args: argparse.Namespace, gpu: Gpu) -> "Training":
+def planned_training(args: argparse.Namespace, gpu: Gpu) -> "PlannedTraining":
     """Return the training stage and the CLIP that the flags and the checkpoint choose."""
-    from training.planning import CombinerTraining, CountedClip, FineTuning, combiner_to_count
+    from training.planning import (
+        CountedClip,
+        PlannedCombinerTraining,
+        PlannedFineTuning,
+        combiner_to_count,
+    )
 
     precision = "fp16" if args.precision == "amp" else args.precision
     check_precision(gpu, "precision", precision)
@@ -164,13 +167,15 @@ def planned_training(args: argparse.Namespace, gpu: Gpu) -> "Training":
         "hard_negatives": args.hard_negatives,
     }
     if args.stage == "stage1":
-        return FineTuning(**shared)
+        return PlannedFineTuning(**shared)
     combiner = combiner_to_count(clip, groups.WantedCombiner.of(args))
     experts = args.num_experts if combiner.has_router else 0
-    return CombinerTraining(**shared, combiner=combiner, experts=experts, negatives=args.negatives)
+    return PlannedCombinerTraining(
+        **shared, combiner=combiner, experts=experts, negatives=args.negatives
+    )
 
 
-def memory_lines(training: "Training", way: "Way", gpu: Gpu) -> Iterator[str]:
+def memory_lines(training: "PlannedTraining", way: "Way", gpu: Gpu) -> Iterator[str]:
     """Yield the memory that a training step needs, by part, and the usable memory of the GPU."""
     step = {**training.lasting(), **training.passing(way)}
     totals = {"a step": sum(step.values()), **training.other_peaks()}
@@ -183,7 +188,7 @@ def memory_lines(training: "Training", way: "Way", gpu: Gpu) -> Iterator[str]:
     yield f"{USABLE * gpu.memory:8.2f}  usable: {USABLE:.0%} of {gpu.memory:g} GiB"
 
 
-def verdict(training: "Training", asked: "Way", fitting: "Way | None") -> str:
+def verdict(training: "PlannedTraining", asked: "Way", fitting: "Way | None") -> str:
     """Report whether the requested settings fit in memory and, if not, which settings do."""
     if fitting == asked:
         return "It fits."
@@ -218,7 +223,7 @@ def work_lines(total: str, work: Sequence[Work], gpu: Gpu) -> Iterator[str]:
 
 
 def time_lines(
-    training: "Training", way: "Way", gpu: Gpu, args: argparse.Namespace
+    training: "PlannedTraining", way: "Way", gpu: Gpu, args: argparse.Namespace
 ) -> Iterator[str]:
     """Yield the operations and the time of a training run, by part."""
     once = training.once()

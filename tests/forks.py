@@ -27,7 +27,7 @@ SOURCES = [str(ROOT / "tests"), str(ROOT / "src")]
 HANG = (
     900  # seconds after which a test gives up on what must happen; how busy a machine is takes less
 )
-PACKAGES = ["torch", "torchvision", "clip", "pandas", "matplotlib.pyplot", "torch.distributed.run"]
+PACKAGES = ["torch", "torchvision", "clip", "pandas", "torch.distributed.run"]
 SCRIPTS = ["clip_fine_tune", "combiner_train", "validate", "cirr_test_submission"]
 LOADED_BY_SCRIPTS = ["evaluation.submit", "training.stage1", "training.stage2", "training.trainer"]
 CONTEXT = multiprocessing.get_context("forkserver")

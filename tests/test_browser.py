@@ -170,42 +170,16 @@ def picture(page, name: str) -> None:
 @pytest.fixture
 def files(golden, run_folder, tmp_path, drawn):
     """One page of each kind."""
-    words = [
-        "--clip-model-name",
-        golden / "clip_vit.pt",
-        "--clip-model-path",
-        golden / "tuned_clip_vit.pt",
-    ]
-    words += [
-        "--dataset",
-        "CIRR",
-        "--data-root",
-        golden,
-        "--device",
-        "cpu",
-        "--num-workers",
-        0,
-        "--num",
-        8,
-    ]
-    words += [
-        "--combining-function",
-        "combiner",
-        "--combiner-path",
-        golden / "combiner_moe_cirr.pt",
-    ]
+    words = ["--dataset", "CIRR", "--data-root", golden, "--device", "cpu", "--num-workers", 0]
+    words += ["--clip-model-name", golden / "clip_vit.pt", "--num", 2]
+    words += ["--clip-model-path", golden / "tuned_clip_vit.pt"]
+    words += ["--combining-function", "combiner"]
+    words += ["--combiner-path", golden / "combiner_moe_cirr.pt"]
     visualize.main(list(map(str, [*words, "--output-dir", tmp_path / "s"])))
     (first, *_) = images(tmp_path / "photos", 8)
     first = first.rename(first.with_stem("a_name_that_is_longer_than_a_thumbnail_is_wide"))
-    words = [
-        "index",
-        "--images",
-        tmp_path / "photos",
-        "--output",
-        tmp_path / "i",
-        "--num-workers",
-        0,
-    ]
+    words = ["index", "--images", tmp_path / "photos", "--output", tmp_path / "i"]
+    words += ["--num-workers", 0]
     search.main(list(map(str, [*words, "--clip-model-name", drawn / "tiny_clip_vit.pt"])))
     words = ["query", "--index", tmp_path / "i", "--image", first, "--text", "is red"]
     search.main(list(map(str, [*words, "--html", tmp_path / "a.html"])))

@@ -86,6 +86,7 @@ def applied(tree):
     return changed
 
 
+@pytest.mark.long
 def test_the_examples_work_as_they_stand(drawn, tmp_path):
     tree = tmp_path / "tree"
     ignored = shutil.ignore_patterns("__pycache__")

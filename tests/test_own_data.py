@@ -69,7 +69,7 @@ def shop(drawn, tmp_path, monkeypatch) -> None:
         csv.writer(file).writerows([header, *rows])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_line_of_the_guide(shop, drawn, capsys, caplog):
     caplog.set_level("INFO")
     for command, expected in steps():

@@ -56,7 +56,7 @@ def run(line: str, **places: object) -> None:
     importlib.import_module(script).main(argv)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_script_runs_on_your_own_triplets(drawn, tmp_path, capsys):
     for line in COMMANDS:
         run(line, root=drawn, out=tmp_path)

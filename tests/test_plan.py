@@ -36,9 +36,9 @@ from timing import saved_activations
 from training import losses, planning
 from training.losses import ContrastiveLoss
 from training.planning import (
-    CombinerTraining,
     CountedClip,
-    FineTuning,
+    PlannedCombinerTraining,
+    PlannedFineTuning,
     Sizes,
     Way,
     combiner_to_count,
@@ -112,15 +112,15 @@ def largest_gradient(model) -> int:
     return max(weight.numel() * weight.element_size() for weight in model.parameters())
 
 
-def fine_tuning(name: str, trained: str = "both", **changes) -> FineTuning:
+def fine_tuning(name: str, trained: str = "both", **changes) -> PlannedFineTuning:
     clip = counted_clip(name, trained)
-    return FineTuning(**{"clip": clip, "sizes": SIZES, "precision": "fp32", **changes})
+    return PlannedFineTuning(**{"clip": clip, "sizes": SIZES, "precision": "fp32", **changes})
 
 
 @functools.cache
 def combiner_training(
     name: str, projection_dim: int = 64, hidden_dim: int = 96
-) -> CombinerTraining:
+) -> PlannedCombinerTraining:
     clip = counted_clip(name, "both")
     choice = WantedCombiner(
         combiner_type="moe",
@@ -129,7 +129,7 @@ def combiner_training(
         num_experts=4,
         top_k=2,
     )
-    return CombinerTraining(
+    return PlannedCombinerTraining(
         clip=clip,
         sizes=SIZES,
         precision="fp16",

@@ -5,14 +5,14 @@ from typing import Annotated, Any, cast
 from pydantic import Field, Strict
 
 from runtime.schema import Schema
+from settings.groups import Share
 
 Natural = Annotated[int, Field(ge=0, lt=2**31)]
 AtLeastOne = Annotated[int, Field(ge=1, lt=2**31)]
-Share = Annotated[float, Field(ge=0, le=1)]
 # One, with a margin for the rounding of half precision and TF32.
 Cosine = Annotated[float, Field(ge=-1.01, le=1.01)]
 # Lists are accepted, because JSON has no tuples.
-Retrieved = Annotated[tuple[str, Cosine], Strict(False)]
+NearestImage = Annotated[tuple[str, Cosine], Strict(False)]
 
 
 class ProtocolHeader(Schema):
@@ -119,7 +119,7 @@ class Ranked(Schema):
     rank: Natural
     other_ranks: list[Natural] = []
     caption: str = ""
-    nearest: Annotated[list[Retrieved], Field(min_length=1)]
+    nearest: Annotated[list[NearestImage], Field(min_length=1)]
 
 
 class RankedQuery(Schema):

@@ -27,7 +27,7 @@ GROUP_SIZE = 6
 
 
 @dataclass(frozen=True)
-class Query:
+class EmojiQuery:
     """A reference, captions of what should be different, and the correct pictures."""
 
     reference: Picture
@@ -105,7 +105,7 @@ def _changes_in(members: Sequence[Picture], changed: tuple[str, ...]) -> Iterato
                 yield Change(reference, target, changed, same)
 
 
-def sample(pictures: Sequence[Picture], most: int, rng: random.Random) -> list[Query]:
+def sample(pictures: Sequence[Picture], most: int, rng: random.Random) -> list[EmojiQuery]:
     """Draw queries of a split, at most `most` of each kind.
 
     A pair is repeated, with other captions, only if its kind has too few pairs.
@@ -129,7 +129,7 @@ def sample(pictures: Sequence[Picture], most: int, rng: random.Random) -> list[Q
     return queries
 
 
-def ask(change: Change, rng: random.Random) -> Query:
+def ask(change: Change, rng: random.Random) -> EmojiQuery:
     """Return a query for a change, with random captions; some use "more" or "less" if the fact has an order."""
     reference = change.reference
     if len(change.facts) == 1:
@@ -140,7 +140,7 @@ def ask(change: Change, rng: random.Random) -> Query:
         if {old, new} <= set(order) and has_all and rng.random() < RELATIVE:
             return _more_or_less(change, fact, order=order, rng=rng)
         captions = _captions(fact, old, new, rng=rng)
-        return Query(reference, (change.target,), captions, change.kind)
+        return EmojiQuery(reference, (change.target,), captions, change.kind)
     first, second = rng.sample(change.facts, 2)
     parts = []
     for fact in (first, second):
@@ -148,10 +148,12 @@ def ask(change: Change, rng: random.Random) -> Query:
     joined = []
     for one, other in zip(*parts, strict=True):
         joined.append(rng.choice(("{} and {}", "{}, {}", "{}, and {}")).format(one, other))
-    return Query(reference, (change.target,), tuple(joined), change.kind)
+    return EmojiQuery(reference, (change.target,), tuple(joined), change.kind)
 
 
-def _more_or_less(change: Change, fact: str, *, order: Sequence[str], rng: random.Random) -> Query:
+def _more_or_less(
+    change: Change, fact: str, *, order: Sequence[str], rng: random.Random
+) -> EmojiQuery:
     """Return a query for "more" or "less" of a fact. All pictures that fulfil it are targets, the closest one first."""
     place = order.index(change.reference.shown[fact])
     is_more = order.index(change.target.shown[fact]) > place
@@ -164,7 +166,7 @@ def _more_or_less(change: Change, fact: str, *, order: Sequence[str], rng: rando
                 answers.append((abs(step), picture.name, picture))
     targets = [picture for _, _, picture in sorted(answers, key=lambda answer: answer[:2])]
     said = rng.sample(MORE_AND_LESS[fact][0 if is_more else 1], CAPTIONS)
-    return Query(change.reference, tuple(targets), tuple(said), change.kind)
+    return EmojiQuery(change.reference, tuple(targets), tuple(said), change.kind)
 
 
 def _captions(fact: str, old: str, new: str, *, rng: random.Random) -> tuple[str, ...]:
@@ -176,7 +178,7 @@ def _captions(fact: str, old: str, new: str, *, rng: random.Random) -> tuple[str
 
 
 def groups(
-    queries: Sequence[Query], pictures: Sequence[Picture], rng: random.Random
+    queries: Sequence[EmojiQuery], pictures: Sequence[Picture], rng: random.Random
 ) -> list[tuple[Picture, ...]]:
     """Return six similar pictures of the split for each query: reference, target, and the most similar to the target.
 

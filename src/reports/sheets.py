@@ -200,7 +200,7 @@ def sheet(
 
 
 @dataclass(frozen=True)
-class Picture:
+class SheetImage:
     """Key and size of an image on a page.
 
     Attributes:
@@ -213,18 +213,18 @@ class Picture:
     height: int
 
 
-def _pictures(thumbnails: Mapping[str, bytes]) -> dict[str, Picture]:
+def _pictures(thumbnails: Mapping[str, bytes]) -> dict[str, SheetImage]:
     """Return the key of each image and its size on a page."""
     pictures = {}
     for number, (name, thumbnail) in enumerate(thumbnails.items()):
         with Image.open(io.BytesIO(thumbnail)) as image:
             scale = min(PLACE[0] / image.width, PLACE[1] / image.height)
             size = [max(round(side * scale), 1) for side in image.size]
-        pictures[name] = Picture(str(number), *size)
+        pictures[name] = SheetImage(str(number), *size)
     return pictures
 
 
-def _query(card: Card, pictures: Mapping[str, Picture]) -> str:
+def _query(card: Card, pictures: Mapping[str, SheetImage]) -> str:
     rows = []
     for title, row in card.rows.items():
         figures = []
@@ -253,7 +253,7 @@ def _in_lines(figures: Sequence[str]) -> str:
 
 
 def _figure(
-    pictures: Mapping[str, Picture], name: str, label: str, *, is_target: bool = False
+    pictures: Mapping[str, SheetImage], name: str, label: str, *, is_target: bool = False
 ) -> str:
     kind = ' class="target"' if is_target else ""
     escaped = pages.text(name)
@@ -294,7 +294,7 @@ def results_page(
     return pages.page(title, parts, style=SHEET_STYLE, script=_script(pictures, thumbnails))
 
 
-def _script(pictures: Mapping[str, Picture], thumbnails: Mapping[str, bytes]) -> str:
+def _script(pictures: Mapping[str, SheetImage], thumbnails: Mapping[str, bytes]) -> str:
     """Return JavaScript that contains each image once and shows it wherever it occurs on the page."""
     content = {pictures[name].key: base64.b64encode(of).decode() for name, of in thumbnails.items()}
     return f"const pictures = {json.dumps(content)};{SHOW_WHEN_NEAR}"

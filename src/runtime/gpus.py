@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+GIB = 2**30
 EFFICIENCY = 0.4  # fraction of a GPU's matmul throughput that training reaches, by rule of thumb
 USABLE = 0.9  # usable fraction of a GPU's memory; the rest is CUDA, workspaces and fragmentation
 

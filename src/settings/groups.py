@@ -429,7 +429,7 @@ class Lora(Flags):
         return value
 
 
-class Combiner(Flags):
+class CombinerFlags(Flags):
     """Architecture and sizes of the Combiner to train."""
 
     title = "Combiner"
@@ -466,14 +466,14 @@ class WantedCombiner(Flags):
     about = "read from the checkpoint; a flag that differs from it is an error"
     silent: ClassVar[str] = " (default: as in the checkpoint)"
     combiner_type: Annotated[str, OneOf(COMBINER_TYPES)] | None = changed(
-        Combiner, "combiner_type", None, silent
+        CombinerFlags, "combiner_type", None, silent
     )
-    projection_dim: Width | None = changed(Combiner, "projection_dim", None, silent)
-    hidden_dim: Width | None = changed(Combiner, "hidden_dim", None, silent)
-    num_experts: Experts | None = changed(Combiner, "num_experts", None, silent)
-    top_k: Experts | None = changed(Combiner, "top_k", None, silent)
-    shared_expert: bool | None = changed(Combiner, "shared_expert", None, silent)
-    router_norm: bool | None = changed(Combiner, "router_norm", None, silent)
+    projection_dim: Width | None = changed(CombinerFlags, "projection_dim", None, silent)
+    hidden_dim: Width | None = changed(CombinerFlags, "hidden_dim", None, silent)
+    num_experts: Experts | None = changed(CombinerFlags, "num_experts", None, silent)
+    top_k: Experts | None = changed(CombinerFlags, "top_k", None, silent)
+    shared_expert: bool | None = changed(CombinerFlags, "shared_expert", None, silent)
+    router_norm: bool | None = changed(CombinerFlags, "router_norm", None, silent)
 
 
 class Frozen(Flags):
@@ -571,7 +571,7 @@ class Stage1(FineTuning, Lora, BothStages):
     """All settings of stage 1, fine-tuning CLIP."""
 
 
-class Stage2(Frozen, Combiner, TunedClip, BothStages):
+class Stage2(Frozen, CombinerFlags, TunedClip, BothStages):
     """All settings of stage 2, training a Combiner."""
 
     batch_size: Count = changed(Training, "batch_size", 1024)

@@ -372,7 +372,7 @@ def _lost(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training(ABC):
+class PlannedTraining(ABC):
     """A stage with its settings: the memory and work it needs, and settings that need less memory.
 
     Attributes:
@@ -466,7 +466,7 @@ class Training(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuning(Training):
+class PlannedFineTuning(PlannedTraining):
     """Stage 1: fine-tuning CLIP."""
 
     @property
@@ -528,7 +528,7 @@ class FineTuning(Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CombinerTraining(Training):
+class PlannedCombinerTraining(PlannedTraining):
     """Stage 2: training a Combiner on features of a frozen CLIP.
 
     Attributes:

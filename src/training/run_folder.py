@@ -35,7 +35,7 @@ STATE = "state.pt"  # exists until the run is complete
 BEST_METRICS = "best_metrics.json"  # exists when the run is complete
 DELETE = f"delete {BEST_METRICS} to resume the run, or to restart it"
 
-Rows = list[dict[str, float]]
+CsvRows = list[dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class Run:
         self.writes = distributed.is_main()
         self.resume_command = about.commands["resume"]
         self.page = RunPage(folder, about)
-        self.rows: dict[str, Rows] = {}
+        self.rows: dict[str, CsvRows] = {}
         trackers.log_parameters(about.hyper_parameters)
 
     @property
@@ -106,7 +106,7 @@ class Run:
         if self.writes:
             self.page.refresh(self.rows, spent, complete=False)
 
-    def rewind(self, rows: dict[str, Rows]) -> None:
+    def rewind(self, rows: dict[str, CsvRows]) -> None:
         """Restore the rows of a saved state. Later rows are dropped, and training writes them again."""
         self.rows = rows
         if not self.writes:
@@ -347,7 +347,7 @@ def best_validation(folder: Path, metric: str) -> dict[str, float]:
     return {**best, "epoch": int(best["epoch"])}
 
 
-def read_rows(folder: Path, kind: str) -> Rows:
+def read_rows(folder: Path, kind: str) -> CsvRows:
     """Return the rows of a run's CSV file, or an empty list if the file does not exist.
 
     Raises:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import torch
-from pydantic import AllowInfNan, ConfigDict, Field
+from pydantic import AllowInfNan, ConfigDict, NonNegativeInt
 from torch import Tensor, nn
 
 from benchmarks import Benchmark, best_of
@@ -27,7 +27,6 @@ VOTE_EVERY = 1.0
 MOST_STEPS = 100
 REMEDY = "delete it to restart the run"
 
-Number = Annotated[int, Field(ge=0)]
 AnyFloat = Annotated[float, AllowInfNan(True)]  # allows the losses of skipped steps
 Metrics = dict[str, float]
 
@@ -237,10 +236,10 @@ class Progress(Schema):
 
     model_config = ConfigDict(frozen=False)
 
-    epoch: Number = 0
+    epoch: NonNegativeInt = 0
     losses: list[AnyFloat] = []
-    skipped: list[Number] = []
-    skipped_in_a_row: Number = 0
+    skipped: list[NonNegativeInt] = []
+    skipped_in_a_row: NonNegativeInt = 0
     rows: dict[str, list[dict[str, int | AnyFloat]]] = {}
     best: Metrics = {}
     began: AnyFloat = 0.0

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.splits import all_paths
 from runtime import distributed
+from runtime.gpus import GIB
 from runtime.progress import Clock, duration, rate
 from training.data import TrainingData
 from training.run_folder import Place
@@ -19,7 +20,6 @@ from training.step import Task
 
 logger = logging.getLogger(__name__)
 
-GIB = 2**30
 # bench/null_gpu.py estimates, for 32 images of RN50x16 and ViT-L/14: 107 ms each in float32, 12.5 and 13.6 in fp16.
 FASTER = "encode in float32; --encode-precision fp16 takes about an eighth of that on a GPU: docs/precision.md"
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from runtime import distributed
+from runtime.gpus import GIB
 from runtime.interruption import StopRequest
 from runtime.progress import duration
 from training.data import TrainingData
@@ -25,7 +26,7 @@ from training.saving import (
 )
 from training.schedule import Precision
 from training.step import Stepper, Task
-from training.terminal import GIB, Pace, log_opening, most_memory
+from training.terminal import Pace, log_opening, most_memory
 from utils import DiskError, Stopped, UserError, format_metric
 
 logger = logging.getLogger(__name__)
