@@ -341,6 +341,7 @@ def test_checkpoints(name, golden, tmp_path):
 
     @settings(QUIET, max_examples=QUIET.max_examples // (1 if key == "Combiner" else 4))
     @example(UNDAMAGED)
+    @example(("noise", [0.9955046616733106], 0, b"@"))  # the version that a ZIP file asks for
     @given(damages())
     def fuzz(damage):
         file.write_bytes(damaged(whole, damage))

@@ -28,6 +28,10 @@ SPARE = 100  # number of cells that a row may have in addition to those of the f
 NOTHING = {"nan", "none", "nat", "<na>", "null", "#n/a", "#ref!", "#name?", "#value!"}
 _STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _LIST = re.compile(rf"\[\s*(?:{_STRING}(?:\s*,\s*{_STRING})*\s*,?\s*)?\]", re.DOTALL)
+# Exceptions of openpyxl and zipfile for a damaged workbook.
+WORKBOOK_ERRORS = (
+    BadZipFile, KeyError, NotImplementedError, OSError, SyntaxError, TypeError, ValueError, zlib.error,
+)  # fmt: skip
 
 
 def table_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
@@ -58,7 +62,7 @@ def _first_sheet(file: Path) -> "pd.DataFrame":
         raise UserError(
             f"{file}: workbooks need openpyxl: pip install openpyxl, or save it as CSV"
         ) from None
-    except (BadZipFile, KeyError, OSError, SyntaxError, TypeError, ValueError, zlib.error) as error:
+    except WORKBOOK_ERRORS as error:
         raise UserError(f"{file} is not a workbook ({first_line(error)}): save it again") from None
     name, table = next(iter(sheets.items()))
     if len(sheets) > 1:
