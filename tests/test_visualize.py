@@ -321,6 +321,9 @@ def test_words_of_an_expert_by_hand():
     words = [words_of({"caption": text}) for text in texts]
     assert typical_of(words[:3], words) == [("red", 2.0)]
     assert typical_of([], words) == []
+    alike = {f"word{number}" for number in range(8)}
+    typical = typical_of([alike] * 3, [alike] * 3 + [set()] * 3)
+    assert [word for word, _ in typical] == sorted(alike)
 
 
 def test_the_sum_has_no_experts(look, golden):

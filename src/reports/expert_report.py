@@ -100,6 +100,8 @@ def kinds_of(query: RoutedQuery) -> set[str]:
 def typical_of(own: Iterable[set[str]], everywhere: Iterable[set[str]]) -> list[tuple[str, float]]:
     """Return the terms that are more frequent in an expert's queries than in all queries, with the ratio of both.
 
+    Terms of equal ratio are in alphabetical order, as the order of a set changes from process to process.
+
     Args:
         own: terms of each query of the expert.
         everywhere: terms of each query of all experts.
@@ -111,4 +113,4 @@ def typical_of(own: Iterable[set[str]], everywhere: Iterable[set[str]]) -> list[
         ratio = (count / len(own)) / (counts[term] / len(everywhere))
         if count >= LEAST_OCCURRENCES and ratio > 1:
             ratios[term] = ratio
-    return sorted(ratios.items(), key=lambda pair: -pair[1])[:MOST_LISTED]
+    return sorted(ratios.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_LISTED]
