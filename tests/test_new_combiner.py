@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from isolated import FORK, write_to
-
-pytestmark = pytest.mark.slow
+from forks import forked
+from isolated import write_to
 
 GUIDE = ROOT / "docs" / "new-combiner.md"
 # A paragraph that names a file last, and the block below it.
@@ -98,8 +97,7 @@ def test_the_examples_work_as_they_stand(drawn, tmp_path):
         len(applied(tree)) == len(re.findall("^`{3}(?:python|diff)$", GUIDE.read_text(), re.M)) - 1
     )
     out, log = tmp_path / "out", tmp_path / "log"
-    process = FORK.Process(target=use, args=(tree, drawn, out, log))
-    process.start()
+    process = forked(use, tree, drawn, out, log)
     process.join()
     assert process.exitcode == 0, log.read_text()
     (run,) = (out / "runs").iterdir()
