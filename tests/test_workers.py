@@ -3,14 +3,16 @@
 import asyncio
 import contextlib
 import os
-import signal
+import subprocess
+import sys
 import textwrap
 import threading
 import time
 
 import pytest
 
-from forks import HANG, family, state_of
+from conftest import ROOT
+from forks import HANG, state_of
 
 workers = pytest.importorskip("image_search.workers", reason="Pebble is not installed")
 
@@ -96,40 +98,30 @@ def test_a_pool_whose_idle_processes_were_killed_is_replaced(pool):
     asyncio.run(run())
 
 
-def test_no_process_outlives_the_pool(pool):
-    """Whatever is under way."""
-
-    async def run() -> list[int]:
-        job = asyncio.create_task(pool.run(time.sleep, HANG))
-        processes = family(await pool.run(os.getppid))[1:]
-        pool.close()
-        job.cancel()
-        return processes
-
-    processes = asyncio.run(run())
-    assert len(processes) >= 2
-    for process in processes:
-        until(lambda process=process: state_of(process) == "Z")
-
-
-def test_no_process_outlives_a_server_that_is_killed(start, tmp_path):
+@pytest.mark.parametrize("end", ["exit", "kill"])
+def test_no_process_outlives_the_server(end, tmp_path):
+    """However it ends, and whatever is under way."""
     program = f"""
-        import asyncio, os, time
+        import asyncio, os, sys, time
+        sys.path.insert(0, {str(ROOT / "src")!r})
         from image_search.workers import Pool
         async def run():
-            pool = Pool(2, memory=2**28, seconds={HANG})
-            jobs = [asyncio.create_task(pool.run(time.sleep, {HANG}))]
+            pool = Pool(2, memory=2**28, seconds=900)
+            pool.start()
+            jobs = [asyncio.ensure_future(pool.run(time.sleep, 900))]
             print(await pool.run(os.getppid), await pool.run(os.getpid), flush=True)
-            await jobs[0]
+            await asyncio.sleep(0 if {end!r} == "exit" else 900)
+            pool.close()
         if __name__ == "__main__":
             asyncio.run(run())
     """
     script = tmp_path / "server.py"
     script.write_text(textwrap.dedent(program))
-    server = start(script)
-    server.wait_for(lambda: server.stdout.endswith("\n"))
-    processes = list(map(int, server.stdout.split()))
-    assert len(set(processes)) == 2
-    server.send_signal(signal.SIGKILL)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE) as server:
+        processes = list(map(int, server.stdout.readline().split()))
+        assert len(set(processes)) == 2
+        if end == "kill":
+            server.kill()
+        server.wait(HANG)
     for process in processes:
         until(lambda process=process: state_of(process) == "Z")
