@@ -244,22 +244,25 @@ def test_programs_are_told_it_too(index, tmp_path):
 # A reader makes nothing
 
 
-def test_a_store_that_is_gone_is_not_made_anew(index, ask, tmp_path, capsys):
-    """Nothing is left of it, an empty folder, not even the folder that it was in."""
+@pytest.mark.parametrize("left", ["nothing", "no folder", "an empty folder"])
+def test_a_store_that_is_gone_is_not_made_anew(left, index, ask, tmp_path, capsys):
     pytest.importorskip("milvus_lite", reason="pip install -r requirements-milvus.txt")
     files = images(tmp_path / "photos", 2)
     place = tmp_path / "stores" / "lite.db"
     index(tmp_path / "photos", flags=["--store", f"milvus:{place}"])
     place.rename(tmp_path / "moved.db")
-    for leave in (lambda: None, place.mkdir, lambda: shutil.rmtree(place.parent)):
-        leave()
-        before = sorted(tmp_path.rglob("*"))
-        for attempt in (lambda: ask(files[0], "is red"), lambda: index(tmp_path / "photos")):
-            said = refused(attempt, capsys)
-            assert f"{place}, which contains the features of the index, is missing" in said
-            assert "restore it" in said
-            assert sorted(tmp_path.rglob("*")) == before
-    place.parent.mkdir()
+    if left == "no folder":
+        place.parent.rmdir()
+    elif left == "an empty folder":
+        place.mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for attempt in (lambda: ask(files[0], "is red"), lambda: index(tmp_path / "photos")):
+        said = refused(attempt, capsys)
+        assert f"{place}, which contains the features of the index, is missing" in said
+        assert "restore it" in said
+        assert sorted(tmp_path.rglob("*")) == before
+    place.parent.mkdir(exist_ok=True)
+    shutil.rmtree(place, ignore_errors=True)
     (tmp_path / "moved.db").rename(place)
     assert ask(files[0], "is red")
 
