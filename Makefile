@@ -36,9 +36,9 @@ test: $(VENV)/dev-installed
 
 # In one process, since loading the packages in a second one takes as long as a fifth of these tests. Left out are files
 # about what stands around training and evaluation, and about machines.
-around = audit backbones browser changed_images data_utils distributed emoji_dataset export exported_backbones \
-	gpu_check large_index last_net light_start lora milvus moved page_server plan resume search stored trackers \
-	wrong_numbers
+around = audit backbones browser changed_images check_dataset data_utils distributed emoji_dataset export \
+	exported_backbones gpu_check large_index last_net light_start lora milvus moved page_server plan resume search \
+	stored trackers wrong_numbers
 quick: $(VENV)/dev-installed
 	$(BIN)/python -m pytest -m "not slow and not long" $(around:%=--ignore=tests/test_%.py) tests
 
