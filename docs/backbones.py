@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from benchmarks.fashioniq import FashionIQ
-from plan import GIB
+from runtime.gpus import GIB
 from training.planning import CountedClip, PlannedFineTuning, Way, sizes_of
 
 GUIDE = Path(__file__).with_suffix(".md")

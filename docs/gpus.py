@@ -9,8 +9,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from benchmarks import BENCHMARKS
-from plan import GIB, typed
-from runtime.gpus import GPUS, USABLE, Gpu, seconds
+from plan import typed
+from runtime.gpus import GIB, GPUS, USABLE, Gpu, seconds
 from training.planning import CountedClip, PlannedFineTuning, Way, sizes_of
 
 GUIDE = Path(__file__).with_suffix(".md")

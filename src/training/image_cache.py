@@ -24,6 +24,7 @@ from torch import Tensor
 from data_utils import ImageLoader, Reader
 from runtime import distributed
 from runtime.files import file_size, free_bytes, made_beside, sweep
+from runtime.gpus import GIB
 from runtime.image_source import IMAGES
 from runtime.progress import Counter
 from utils import PROJECT_ROOT, DiskError, UserError, first_line
@@ -287,4 +288,4 @@ def _reserve(file: IO[bytes], size: int) -> None:
 
 
 def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+    return f"{size / GIB:.2f} GiB"

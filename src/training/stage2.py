@@ -14,6 +14,7 @@ from torch.optim import Adam
 from combiner import Combiner, Composer
 from models.features import FrozenSplit
 from models.routing import router_penalty, router_statistics
+from runtime.gpus import GIB
 from training.data import Order
 from training.losses import learned_groups, make_loss
 from training.negatives import HardNegatives
@@ -68,8 +69,8 @@ def check_memory(combiner: nn.Module, device: torch.device) -> None:
     needed = parameters * KEPT_PER_WEIGHT * 4
     if needed > memory:
         raise UserError(
-            f"a Combiner of {parameters:,} parameters needs {needed / 2**30:,.0f} GiB to train, but {device} has "
-            f"{memory / 2**30:,.0f} GiB: lower --hidden-dim, --projection-dim or --num-experts"
+            f"a Combiner of {parameters:,} parameters needs {needed / GIB:,.0f} GiB to train, but {device} has "
+            f"{memory / GIB:,.0f} GiB: lower --hidden-dim, --projection-dim or --num-experts"
         )
 
 
