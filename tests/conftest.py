@@ -1,7 +1,6 @@
 """Fixtures: the original's golden files unpacked, a small drawn benchmark, and scripts run in process."""
 
 import gc
-import hashlib
 import importlib
 import json
 import os
@@ -16,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from forks import ROOT as ROOT
 from forks import Script, cool_down
 from reports import run_page
+from runtime.files import file_digest
 
 # Before torch is loaded: two threads wait for each other at tensors so small.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -52,13 +52,13 @@ DOORS = {script: door(script) for script in SCRIPTS.split()}
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_to_see_dead_workers():
-    """Let a DataLoader look for dead workers twice a second; its own five seconds are only waited for."""
+    """Let a DataLoader look for dead workers ten times a second; its own five seconds are only waited for."""
     from torch.utils.data import _utils, dataloader
 
     get = dataloader._MultiProcessingDataLoaderIter._try_get_data
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
-        patch.setattr(get, "__defaults__", (0.5,))
+        patch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+        patch.setattr(get, "__defaults__", (0.1,))
         yield
 
 
@@ -111,10 +111,10 @@ def expected(golden) -> dict:
     return json.loads((golden / "expected.json").read_text())
 
 
-def digests(folder: Path) -> dict[Path, bytes]:
-    """Files of a folder -> a digest of what they hold."""
+def digests(folder: Path) -> dict[Path, str]:
+    """Files of a folder, by their path in it -> a digest of what they hold."""
     files = [path for path in folder.rglob("*") if path.is_file()]
-    return {file: hashlib.sha256(file.read_bytes()).digest() for file in files}
+    return {file.relative_to(folder): file_digest(file) for file in files}
 
 
 @pytest.fixture(scope="session")
@@ -136,7 +136,8 @@ def own_drawn(drawn, tmp_path) -> Path:
     """A copy of `drawn` whose annotations a test may damage, and which it may take images from: see `own_images`."""
 
     def copy_or_link(source: str, target: str) -> None:
-        (os.link if source.endswith((".jpg", ".png", ".pt")) else shutil.copy2)(source, target)
+        put = os.link if source.endswith((".jpg", ".png", ".pt")) else shutil.copy2
+        put(source, target)
 
     return shutil.copytree(drawn, tmp_path / "data", copy_function=copy_or_link)
 
@@ -224,6 +225,22 @@ def ask(tmp_path, capsys):
         return capsys.readouterr().out
 
     return ask
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[int]:
+    """How many images each batch had that was encoded."""
+    from models import backbone
+
+    sizes: list[int] = []
+    real = backbone.normalise
+
+    def normalise(pixels, *colours):
+        sizes.append(len(pixels))
+        return real(pixels, *colours)
+
+    monkeypatch.setattr(backbone, "normalise", normalise)
+    return sizes
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from data_utils import (
     normalise,
     read_or_explain,
 )
-from forks import HANG, family
+from forks import HANG, family, forked
 from models.clip_model import CLIP_MEAN, CLIP_STD
 from runtime import collate, interruption
 from runtime.image_files import LONGEST_SIDE, decoded
@@ -173,14 +173,6 @@ def batches_of(paths, *rows):
 def workers_now() -> set[int]:
     """The processes that run for this one, among them those that decode."""
     return set(family(os.getpid())[1:])
-
-
-@pytest.fixture(autouse=True)
-def quick_to_see_the_dead(monkeypatch):
-    """A loader looks for dead processes ten times a second."""
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
-    get = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
-    monkeypatch.setattr(get, "__defaults__", (0.1,))
 
 
 @pytest.fixture(params=["shared memory", "files"])
@@ -332,8 +324,7 @@ def load_with_few_files(paths: list[Path], said: Path, errors: Path) -> None:
 def test_too_few_open_files_are_one_line(grey, tmp_path):
     """Nothing is printed of the processes that started, nor told of shared memory."""
     said, errors = tmp_path / "said", tmp_path / "errors"
-    process = FORK.Process(target=load_with_few_files, args=(grey, said, errors))
-    process.start()
+    process = forked(load_with_few_files, grey, said, errors)
     process.join(HANG)
     assert process.exitcode == 0
     assert re.search("cannot start .*ulimit -n", said.read_text())

@@ -1,6 +1,5 @@
 """The benchmark of OpenMoji's pictures: all layouts, splits apart by concept, and captions that say what changed."""
 
-import hashlib
 import importlib.util
 import json
 import random
@@ -11,6 +10,7 @@ from PIL import Image
 import check_dataset
 import demo
 import emoji_dataset
+from conftest import digests
 from openmoji.pictures import Picture, read_pictures
 from openmoji.triplets import WORDINGS_OF_A_PAIR, Change, ask, changes, divide, sample
 from openmoji.wordings import KINDS, TWO_CHANGES, wordings
@@ -32,15 +32,6 @@ def few(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emoji")
     emoji_dataset.main(["--output-dir", str(folder), *FEW])
     return folder
-
-
-def digests(folder):
-    files = [
-        file for file in folder.rglob("*") if file.suffix in (".json", ".jsonl", ".txt", ".png")
-    ]
-    return {
-        file.relative_to(folder): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
-    }
 
 
 def test_one_seed_makes_the_same_files(few, tmp_path):

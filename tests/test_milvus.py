@@ -26,7 +26,6 @@ from image_search.manifest import read_manifest
 from image_search.searcher import SearchQuery, load_searcher
 from image_search.stores import milvus
 from image_search.stores.base import Keeping, QueryError, store_address
-from models import backbone
 from runtime import torchrun as launcher
 from settings.groups import PairChoice
 from test_search import images, refused
@@ -85,20 +84,6 @@ def store(request, tmp_path) -> str:
     if request.param == "file":
         return f"milvus:{tmp_path / 'lite.db'}"
     return request.getfixturevalue("server").store
-
-
-@pytest.fixture
-def encoded(monkeypatch) -> list[int]:
-    """How many images each batch had."""
-    sizes: list[int] = []
-    real = backbone.normalise
-
-    def normalise(pixels, *colours):
-        sizes.append(len(pixels))
-        return real(pixels, *colours)
-
-    monkeypatch.setattr(backbone, "normalise", normalise)
-    return sizes
 
 
 # Answers

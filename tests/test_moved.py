@@ -18,7 +18,6 @@ from conftest import SOAK
 from forks import HANG
 from image_search.image_index import open_index
 from image_search.searcher import load_searcher
-from models import backbone
 from settings.groups import PairChoice
 from test_search import images, refused
 
@@ -34,19 +33,6 @@ def store(request, tmp_path) -> str:
         return "faiss"
     pytest.importorskip("milvus_lite", reason="pip install -r requirements-milvus.txt")
     return f"milvus:{tmp_path / 'lite.db'}"
-
-
-@pytest.fixture
-def encoded(monkeypatch) -> list[int]:
-    """How many images each batch had."""
-    sizes: list[int] = []
-    real = backbone.normalise
-    monkeypatch.setattr(
-        backbone,
-        "normalise",
-        lambda pixels, *colours: sizes.append(len(pixels)) or real(pixels, *colours),
-    )
-    return sizes
 
 
 def features(folder: Path) -> dict[str, np.ndarray]:

@@ -118,14 +118,7 @@ def paths_of(index) -> list[Path]:
     return [Path(path) for path, _, _ in index.files]
 
 
-def test_new_files_are_encoded_and_vanished_ones_go(index, tmp_path, monkeypatch):
-    encoded = []
-    real = backbone.normalise
-    monkeypatch.setattr(
-        backbone,
-        "normalise",
-        lambda pixels, *colours: encoded.append(len(pixels)) or real(pixels, *colours),
-    )
+def test_new_files_are_encoded_and_vanished_ones_go(index, tmp_path, encoded):
     files = images(tmp_path / "photos", 6)
     assert "6 images added, 0 kept, 0 removed, 0 left out" in index(tmp_path / "photos")
     first = open_index(tmp_path / "index")
@@ -231,16 +224,15 @@ def test_a_file_that_could_not_be_read_is_tried_again(index, tmp_path, monkeypat
     assert "1 images added, 2 kept, 0 removed, 0 left out" in index(tmp_path / "photos")
 
 
-def test_an_interrupted_run_goes_on(index, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_goes_on(index, tmp_path, monkeypatch, capsys, encoded):
     images(tmp_path / "photos", 10)
     monkeypatch.setattr(image_index, "SHARD", 4)
-    real, calls = backbone.normalise, []
+    normalise = backbone.normalise
 
     def interrupted(pixels, *colours):
-        calls.append(len(pixels))
-        if len(calls) == 2:
+        if len(encoded) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(pixels, *colours)
+        return normalise(pixels, *colours)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(backbone, "normalise", interrupted)
@@ -256,14 +248,9 @@ def test_an_interrupted_run_goes_on(index, tmp_path, monkeypatch, capsys):
         ),
         capsys,
     )
-    monkeypatch.setattr(
-        backbone,
-        "normalise",
-        lambda pixels, *colours: calls.append(len(pixels)) or real(pixels, *colours),
-    )
-    calls.clear()
+    encoded.clear()
     assert "10 images added" in index(tmp_path / "photos")
-    assert sum(calls) == 6  # the first four are kept
+    assert sum(encoded) == 6  # the first four are kept
     whole = open_index(tmp_path / "index")
     index(tmp_path / "photos", output=tmp_path / "other")
     assert np.array_equal(whole.features, open_index(tmp_path / "other").features)
