@@ -201,10 +201,9 @@ def read_triplets(root: Path, split: str) -> None:
     queries, _ = Triplets(root).files("all", split)
     rows = queries.read_text(encoding="utf-8-sig").split("\n")
     if queries.suffix == ".csv":
-        _, *table = csv.reader(io.StringIO("\n".join(rows)))
-        rows = [
-            list(map(str.strip, cells)) for cells in table
-        ]  # blanks are no content, as in lines
+        # Lines without any cell are no rows, and blanks are no content, as in lines.
+        _, *table = filter(None, csv.reader(io.StringIO("\n".join(rows))))
+        rows = [list(map(str.strip, cells)) for cells in table]
     else:
         rows = [json.loads(row) for row in rows if row.strip()]
         assert [triplet.reference for triplet in part.triplets] == [

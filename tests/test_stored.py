@@ -578,7 +578,7 @@ SILENT = {
     "exclusions", "resume", "image_cache", "feature_cache", "device", "similarity_block", "workspace",
     "experiment_name", "clip_model_name", "clip_model_path", "transform", "target_ratio", "decode",
     "background", "encode_precision", "micro_batch_size", "clip_grad_norm", "ema_decay", "seeds", "save_every",
-    "excluded",
+    "excluded", "lora_rank",
     "versions", "started_in",
 }  # fmt: skip
 
